@@ -1,0 +1,1 @@
+"""The running node: engine, scheduler, sessions, API, configuration."""

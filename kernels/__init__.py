@@ -1,0 +1,1 @@
+"""How it is computed fast: one function set, several homes."""

@@ -1,0 +1,1 @@
+"""What is computed: transformer, families, checkpoints, tokenizer, chat template, sampling."""

@@ -1,0 +1,1 @@
+"""Where weights and KV live: block stores, budget, KV pool."""
