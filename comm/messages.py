@@ -1,0 +1,279 @@
+"""The messages of protocol `shoal/1`, as msgspec structs. docs/api.md describes them for other languages.
+
+Knows fields, types and ranges. Does not know sockets, frames, models or text processing.
+Unknown fields are ignored, so that either side may be newer; a missing field takes its default.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+VERSION = 1
+
+NonNegative = Annotated[int, Meta(ge=0)]
+Name = Annotated[str, Meta(max_length=4096)]
+TokenId = Annotated[int, Meta(ge=0, le=1 << 24)]
+
+ErrorCode = Literal[
+    "bad_request",  # malformed or out of range; the message names field, value and limit
+    "unknown_type",  # no such message type in this version
+    "version",  # no common protocol version
+    "not_found",  # no such model (or file)
+    "corrupt",  # the checkpoint's bytes contradict themselves
+    "unsupported",  # an architecture, tensor type or feature this version does not know
+    "context_overflow",  # prompt (and max_tokens) exceed the context
+    "resources",  # would not fit into memory
+    "busy",  # queue full: try again after retry_after_s
+    "cancelled",
+    "shutting_down",
+    "internal",  # a bug or a failing device; the daemon's log has more
+]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of all bodies."""
+
+
+# --- requests -----------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """First message of a client. Optional, but the only way to learn limits and features."""
+
+    min_version: NonNegative = VERSION
+    max_version: NonNegative = VERSION
+    client: Name = ""
+
+
+class Sampling(Message):
+    """How the next token is chosen. Absent fields take the model's default, else the value given here."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=1 << 24)] | None = None  # 0 = off
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-1e4, le=1e4)]], Meta(max_length=4096)] = {}
+    seed: Annotated[int, Meta(ge=0, lt=1 << 63)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None  # None = off; n = the n most likely besides
+
+
+class Generation(Message):
+    """Fields shared by `generate` and `chat`."""
+
+    model: Name = ""  # "" = the one that is loaded
+    sampling: Sampling = Sampling()
+    max_tokens: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # None = up to the context's end
+    stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(max_length=64)] = []
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
+    ignore_eos: bool = False
+
+
+class Generate(Generation):
+    """Continue a prompt given as text or as token ids (exactly one of the two)."""
+
+    prompt: str | None = None
+    prompt_tokens: list[TokenId] | None = None
+
+
+class ChatMessage(Message):
+    """One turn of a conversation. Unknown keys reach the template untouched only if listed here."""
+
+    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class Chat(Generation, kw_only=True):
+    """Answer a conversation; the model's chat template turns it into a prompt."""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)]
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=256)] = []
+    template_args: dict[str, Any] = {}  # extra template variables, e.g. enable_thinking
+
+
+class Tokenize(Message):
+    """Text → ids, or (when `tokens` is given) ids → text, or messages → ids by the chat template."""
+
+    model: Name = ""
+    text: str | None = None
+    tokens: list[TokenId] | None = None
+    messages: list[ChatMessage] | None = None
+    add_special: bool = True
+    parse_special: bool = True
+
+
+class Cancel(Message):
+    """Cancel the request of this client whose id is `target` (hex of its request id). Idempotent."""
+
+    target: Annotated[str, Meta(max_length=128)]
+
+
+class Load(Message):
+    """Load a model: a path on the daemon's machine or a name in its store."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=4096)]
+    context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None
+
+
+class Unload(Message):
+    model: Name = ""
+
+
+class Status(Message):
+    """Ask what runs here."""
+
+
+class Ping(Message):
+    pass
+
+
+# --- replies ------------------------------------------------------------------------------------------
+
+
+class Welcome(Message):
+    version: int
+    server: str
+    features: list[str]
+    limits: dict[str, int]  # max_message_bytes, max_queue, max_concurrent
+
+
+class Accepted(Message):
+    """The request is valid and queued. `prompt_tokens` counts the prompt after templating."""
+
+    model: str
+    prompt_tokens: int
+
+
+class TokenLogprob(Message):
+    id: int
+    text: str
+    logprob: float
+    top: list[tuple[int, str, float]] = []
+
+
+class Token(Message):
+    """One or more tokens of the answer. `text` may be empty while half a character is held back."""
+
+    text: str
+    ids: list[int]
+    logprobs: list[TokenLogprob] = []
+
+
+class Usage(Message):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Timings(Message):
+    """Seconds. `ttft_s` runs from the request's arrival; decode is counted from the second token on."""
+
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    stall_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+
+
+class Done(Message):
+    """Terminal: the answer is complete."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    context_tokens: int = 0  # context of the session, for a gauge of what is left
+
+
+class Error(Message):
+    """Terminal: the request failed."""
+
+    code: str
+    message: str
+    hint: str = ""
+    retry_after_s: float = 0.0
+
+
+class Tokens(Message):
+    ids: list[int]
+    text: str
+
+
+class Ok(Message):
+    """Terminal answer of requests that return nothing (cancel, unload)."""
+
+
+class ModelStatus(Message):
+    name: str
+    path: str
+    family: str
+    parameters_bytes: int
+    context_tokens: int
+    running: int
+    waiting: int
+    kv_used_tokens: int
+    kv_total_tokens: int
+    plan: str
+    chat_template: bool = True
+
+
+class Loaded(Message):
+    model: ModelStatus
+    seconds: float
+
+
+class StatusReply(Message):
+    version: str
+    pid: int
+    uptime_s: float
+    threads: int
+    memory_bytes: int  # resident now
+    models: list[ModelStatus]
+    requests_total: int
+    tokens_total: int
+    draining: bool = False
+
+
+class Pong(Message):
+    time_s: float
+
+
+REQUESTS: dict[str, type[Message]] = {
+    "hello": Hello,
+    "generate": Generate,
+    "chat": Chat,
+    "tokenize": Tokenize,
+    "cancel": Cancel,
+    "load": Load,
+    "unload": Unload,
+    "status": Status,
+    "ping": Ping,
+}
+
+REPLIES: dict[str, type[Message]] = {
+    "welcome": Welcome,
+    "accepted": Accepted,
+    "token": Token,
+    "done": Done,
+    "error": Error,
+    "tokens": Tokens,
+    "ok": Ok,
+    "loaded": Loaded,
+    "status": StatusReply,
+    "pong": Pong,
+}
+
+REPLY_TYPES = {kind: name for name, kind in REPLIES.items()}
+REQUEST_TYPES = {kind: name for name, kind in REQUESTS.items()}
+"""Every reply but `accepted` and `token` is terminal: a request gets exactly one of those."""
+
+STREAMING = frozenset({"accepted", "token"})

@@ -1,0 +1,40 @@
+"""The weights of one block, by role.
+
+Knows the names under which the transformer asks for tensors; does not know files or where bytes live.
+
+Roles by kind of block (vectors are f32; those in brackets exist in some families only):
+
+    embed   matrix: embed (vocab, hidden)
+    attn    matrix: q (heads*head_dim, hidden), k, v (kv_heads*head_dim, hidden), o (hidden, heads*head_dim)
+            vector: [norm], [q_bias], [k_bias], [v_bias], [o_bias], [q_norm], [k_norm], [post_norm]
+    ffn     matrix: gate, up (ffn, hidden), down (hidden, ffn)
+            vector: [norm], [gate_bias], [up_bias], [down_bias], [post_norm]
+    router  matrix: router (experts, hidden), [shared_gate], [shared_up], [shared_down],
+            [shared_scale (1, hidden)]    vector: [norm], [post_norm]
+    expert  matrix: gate, up (moe.ffn, hidden), down (hidden, moe.ffn)
+    head    matrix: head (vocab, hidden)    vector: norm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from shoal.kernels import Matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Matrices stay in their stored type; vectors (norms, biases) are f32 and small.
+
+    Vectors stay valid after the block is released, matrices do not.
+    """
+
+    matrix: Mapping[str, Matrix] = field(default_factory=dict)
+    vector: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(m.nbytes for m in self.matrix.values()) + sum(v.nbytes for v in self.vector.values())

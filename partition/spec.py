@@ -1,0 +1,171 @@
+"""`ModelSpec`: the frozen facts of an architecture.
+
+Knows sizes, head counts, experts, rope and norms, and which blocks follow from them. Does not know where
+the facts came from (config.json or GGUF metadata: `models.families`), nor tensors, files or devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+from .errors import SpecError
+
+BlockKind = Literal["embed", "attn", "ffn", "router", "expert", "head"]
+
+
+class BlockId(NamedTuple):
+    """The unit that is read, moved, split and computed together. `str()` gives its name."""
+
+    kind: BlockKind
+    layer: int = -1
+    expert: int = -1
+
+    def __str__(self) -> str:
+        if self.layer < 0:
+            return self.kind
+        suffix = f".{self.expert}" if self.expert >= 0 else ""
+        return f"layers.{self.layer}.{self.kind}{suffix}"
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding. Every published scaling reduces to divisors of the base frequencies.
+
+    Pair i of a head turns by `position * theta**(-2i/dims) / divisors[i]`; cos and sin are multiplied by
+    `magnitude` (YaRN, arXiv 2309.00071; LongRoPE, arXiv 2402.13753).
+    """
+
+    dims: int  # rotated dimensions of a head; the rest pass through
+    theta: float
+    interleaved: bool = False  # pairs are (2i, 2i+1), as GGUF stores llama; otherwise (i, i + dims/2)
+    divisors: tuple[float, ...] = ()  # one per pair; () means all 1
+    long_divisors: tuple[float, ...] = ()  # replace `divisors` when the context exceeds `long_from_tokens`
+    long_from_tokens: int = 0
+    magnitude: float = 1.0
+    long_magnitude: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.dims <= 0 or self.dims % 2:
+            raise SpecError(f"rope.dims={self.dims}: must be positive and even")
+        if not self.theta > 0:
+            raise SpecError(f"rope.theta={self.theta}: must be positive")
+        for name in ("divisors", "long_divisors"):
+            values = getattr(self, name)
+            if values and len(values) != self.dims // 2:
+                raise SpecError(f"rope.{name} has {len(values)} values: must have dims/2={self.dims // 2}")
+            if not all(v > 0 for v in values):
+                raise SpecError(f"rope.{name}: every value must be positive")
+
+    def for_context(self, context_tokens: int) -> tuple[tuple[float, ...], float]:
+        """(divisors, magnitude) for a session whose context is `context_tokens` long."""
+        if self.long_divisors and context_tokens > self.long_from_tokens:
+            return self.long_divisors, self.long_magnitude
+        return self.divisors, self.magnitude
+
+
+@dataclass(frozen=True)
+class MoeSpec:
+    """Mixture of experts: softmax router, top-k, optional always-on shared expert."""
+
+    experts: int
+    active: int  # experts per token (k)
+    ffn: int  # columns of one expert
+    normalize: bool  # the k chosen probabilities are scaled to sum to 1
+    shared_ffn: int = 0  # columns of the shared expert; 0 = none
+    shared_gated: bool = False  # the shared expert's output is multiplied by sigmoid(x @ gate)
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("experts", 1, 4096), ("active", 1, self.experts), ("ffn", 1, 1 << 20)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise SpecError(f"moe.{name}={value}: must be from {low} to {high}")
+        if self.shared_ffn < 0:
+            raise SpecError(f"moe.shared_ffn={self.shared_ffn}: must not be negative")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer does differently from its neighbours."""
+
+    window: int | None = None  # sliding-window attention over this many tokens; None = all
+    rope: int = 0  # index into ModelSpec.ropes
+    moe: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One architecture, whole. Sizes are counts, not bytes."""
+
+    family: str
+    layers: tuple[LayerSpec, ...]
+    hidden: int
+    vocab: int
+    context: int  # longest sequence the model was made for, in tokens
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int  # columns of a dense FFN; 0 when every layer is MoE
+    ropes: tuple[RopeSpec, ...]
+    norm_eps: float = 1e-5
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qk_norm: Literal["none", "head", "full"] = "none"  # over one head's, or over all heads' dimensions
+    pre_norm: bool = True  # normalise what enters attn and ffn
+    post_norm: bool = False  # normalise what leaves them, before it is added to the residual
+    embed_scale: float = 1.0
+    query_scale: float = 0.0  # 0 means head_dim ** -0.5
+    qkv_clip: float | None = None  # clamp q, k and v to [-clip, clip]
+    tied: bool = False  # head and embed are the same tensor
+    moe: MoeSpec | None = None
+
+    def __post_init__(self) -> None:
+        limits = {
+            "hidden": (1, 1 << 17),
+            "vocab": (1, 1 << 22),
+            "context": (1, 1 << 26),
+            "heads": (1, 4096),
+            "kv_heads": (1, self.heads),
+            "head_dim": (1, 4096),
+            "ffn": (0, 1 << 20),
+        }
+        for field in fields(self):
+            if field.name in limits:
+                low, high = limits[field.name]
+                value = getattr(self, field.name)
+                if not low <= value <= high:
+                    raise SpecError(f"{field.name}={value}: must be from {low} to {high}")
+        if not 1 <= len(self.layers) <= 4096:
+            raise SpecError(f"layers={len(self.layers)}: must be from 1 to 4096")
+        if self.heads % self.kv_heads:
+            raise SpecError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
+        if not 0 < self.norm_eps < 1:
+            raise SpecError(f"norm_eps={self.norm_eps}: must be between 0 and 1")
+        for rope in self.ropes:
+            if rope.dims > self.head_dim:
+                raise SpecError(f"rope.dims={rope.dims}: must not exceed head_dim={self.head_dim}")
+        for i, layer in enumerate(self.layers):
+            if not 0 <= layer.rope < len(self.ropes):
+                raise SpecError(f"layers[{i}].rope={layer.rope}: there are {len(self.ropes)} ropes")
+            if layer.moe and self.moe is None:
+                raise SpecError(f"layers[{i}] is MoE but the spec has no experts")
+            if not layer.moe and self.ffn == 0:
+                raise SpecError(f"layers[{i}] is dense but ffn=0")
+            if layer.window is not None and layer.window < 1:
+                raise SpecError(f"layers[{i}].window={layer.window}: must be positive")
+
+    @property
+    def attention_scale(self) -> float:
+        return self.query_scale or self.head_dim**-0.5
+
+    def ffn_blocks(self, layer: int) -> tuple[BlockId, ...]:
+        """The blocks of a layer's feed-forward part: one, or the router followed by its experts."""
+        if not self.layers[layer].moe:
+            return (BlockId("ffn", layer),)
+        assert self.moe is not None
+        experts = (BlockId("expert", layer, e) for e in range(self.moe.experts))
+        return (BlockId("router", layer), *experts)
+
+    def blocks(self) -> tuple[BlockId, ...]:
+        """Every block, in the order of a step."""
+        body = (block for i in range(len(self.layers)) for block in (BlockId("attn", i), *self.ffn_blocks(i)))
+        return (BlockId("embed"), *body, BlockId("head"))
