@@ -60,7 +60,7 @@ class Sampling(Message):
     presence_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-1e4, le=1e4)]], Meta(max_length=4096)] = {}
-    seed: Annotated[int, Meta(ge=0, lt=1 << 63)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None  # None = off; n = the n most likely besides
 
 

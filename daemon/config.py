@@ -1,0 +1,67 @@
+"""Configuration of a node: frozen, built once at the edge, validated with field, value and limit.
+
+Knows defaults and ranges. Does not know command lines or the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import DaemonError
+
+KvType = Literal["f32", "f16", "bf16"]
+
+
+def default_threads() -> int:
+    """Processors this process may use: the affinity mask and the cgroup's CPU quota, at least one."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            allowed = min(allowed, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, allowed)
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """How one node runs models.
+
+    `memory_bytes` bounds weights + KV + scratch; None leaves a tenth of the free memory alone.
+    `context_tokens` is the longest sequence a request may reach; None takes min(the model's, 8192).
+    `kv_tokens` is the KV pool shared by all sequences; None sizes it for the sequences at full context, within memory.
+    """
+
+    threads: int = 0  # 0 = default_threads()
+    memory_bytes: int | None = None
+    context_tokens: int | None = None
+    kv_tokens: int | None = None
+    kv_type: KvType = "f16"
+    max_sequences: int = 16  # decoded together in one step
+    max_queue: int = 64  # waiting requests; one more is answered `busy`
+    chunk_tokens: int = 256  # prefill is cut at multiples of this position
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[int, int]] = {
+            "threads": (0, os.cpu_count() or 1),
+            "memory_bytes": (1 << 20, 1 << 50),
+            "context_tokens": (1, 1 << 26),
+            "kv_tokens": (1, 1 << 32),
+            "max_sequences": (1, 1024),
+            "max_queue": (0, 1 << 20),
+            "chunk_tokens": (16, 1 << 16),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise DaemonError("bad_request", f"{name}={value}: must be from {low} to {high}")
+        if self.kv_type not in ("f32", "f16", "bf16"):
+            raise DaemonError("bad_request", f"kv_type={self.kv_type}: must be f32, f16 or bf16")
+
+    @property
+    def thread_count(self) -> int:
+        return self.threads or default_threads()

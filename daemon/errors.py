@@ -1,0 +1,24 @@
+"""Errors of the daemon room: one class, because callers tell cases apart by the protocol's stable code.
+
+    DaemonError(code, message, hint)      code is a `comm.messages.ErrorCode`
+
+Errors of other rooms are translated once, where the daemon calls them (`translate`).
+"""
+
+from __future__ import annotations
+
+from shoal.comm.messages import Error, ErrorCode
+
+
+class DaemonError(Exception):
+    """A request that cannot be served; becomes `error` on the wire and an exit code in the CLI."""
+
+    def __init__(self, code: ErrorCode, message: str, hint: str = "", *, retry_after_s: float = 0.0) -> None:
+        super().__init__(f"{message} ({hint})" if hint else message)
+        self.code: ErrorCode = code
+        self.message = message
+        self.hint = hint
+        self.retry_after_s = retry_after_s
+
+    def to_message(self) -> Error:
+        return Error(code=self.code, message=self.message, hint=self.hint, retry_after_s=self.retry_after_s)
