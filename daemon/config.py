@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from .errors import DaemonError
@@ -18,8 +19,7 @@ def default_threads() -> int:
     """Processors this process may use: the affinity mask and the cgroup's CPU quota, at least one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
             allowed = min(allowed, -(-int(quota) // int(period)))
     except (OSError, ValueError):
@@ -33,7 +33,8 @@ class NodeConfig:
 
     `memory_bytes` bounds weights + KV + scratch; None leaves a tenth of the free memory alone.
     `context_tokens` is the longest sequence a request may reach; None takes min(the model's, 8192).
-    `kv_tokens` is the KV pool shared by all sequences; None sizes it for the sequences at full context, within memory.
+    `kv_tokens` is the KV pool shared by all sequences; None sizes it for all
+    sequences at full context, within memory.
     """
 
     threads: int = 0  # 0 = default_threads()

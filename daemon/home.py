@@ -49,7 +49,7 @@ class Home:
 
     @property
     def run(self) -> Path:
-        """Socket and pid file. Falls back to a short private path when the root's is too long for a socket."""
+        """Socket and pid file; a short private path when the root's is too long for a socket."""
         path = self.root / "run"
         if len(os.fsencode(path / "daemon.sock")) <= SOCKET_PATH_LIMIT:
             return path
