@@ -1,0 +1,86 @@
+"""The one way to call a kernel: checks operands, then computes where it is fastest.
+
+Knows which home was chosen when the room was first used, and what each call may be given. Callers
+never learn the home from results: all homes agree with `reference` to float32 rounding. Arithmetic
+is not here.
+"""
+
+import torch
+from torch import Tensor
+
+from shoal.kernels import reference
+from shoal.kernels.errors import OperandError
+from shoal.kernels.matrix import Matrix
+
+_F32 = torch.float32
+
+
+def home() -> str:
+    """Where kernels run: avx512, avx2, neon, scalar or reference."""
+    return "reference"
+
+
+def set_threads(n: int) -> None:
+    """Computes on `n` threads from now on, torch's own operators too."""
+    if n < 1:
+        raise OperandError(f"cannot compute on {n} threads: give 1 or more")
+    torch.set_num_threads(n)
+
+
+def _refuse_rows(name: str, x: Tensor, cols: int) -> OperandError:
+    return OperandError(f"{name} must be float32 of shape (T, {cols}), got {x.dtype} {tuple(x.shape)}")
+
+
+def linear(x: Tensor, w: Matrix, bias: Tensor | None = None) -> Tensor:
+    """x @ w.T + bias: x float32 (T, cols), bias float32 (rows,); float32 (T, rows)."""
+    if x.dtype is not _F32 or x.dim() != 2 or x.shape[1] != w.cols:
+        raise _refuse_rows("the input of a linear", x, w.cols)
+    if bias is not None and (bias.dtype is not _F32 or bias.shape != (w.rows,)):
+        raise OperandError(f"bias must be float32 of shape ({w.rows},), got {bias.dtype} {tuple(bias.shape)}")
+    return reference.linear(x, w, bias)
+
+
+def gather_rows(w: Matrix, ids: Tensor) -> Tensor:
+    """Rows `ids` (int64 (T,)) of w as float32 (T, cols)."""
+    if ids.dtype is not torch.int64 or ids.dim() != 1:
+        raise OperandError(f"row ids must be int64 of shape (T,), got {ids.dtype} {tuple(ids.shape)}")
+    if ids.numel():
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= w.rows:
+            raise OperandError(f"row ids must be within [0, {w.rows}), got {low} to {high}")
+    return reference.gather_rows(w, ids)
+
+
+def dequantize(w: Matrix) -> Tensor:
+    """All weights as float32 (rows, cols): a full-size copy, so only for small matrices and tests."""
+    return reference.dequantize(w)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight row by row: x float32 (T, d), weight float32 (d,); float32 (T, d)."""
+    if x.dtype is not _F32 or x.dim() != 2 or weight.dtype is not _F32 or weight.shape != x.shape[1:]:
+        raise OperandError(
+            f"a norm takes float32 (T, d) and (d,), got {x.dtype} {tuple(x.shape)} "
+            f"and {weight.dtype} {tuple(weight.shape)}"
+        )
+    return reference.rms_norm(x, weight, eps)
+
+
+def _check_gate(gate: Tensor, up: Tensor) -> None:
+    if gate.dtype is not _F32 or up.dtype is not _F32 or gate.shape != up.shape:
+        raise OperandError(
+            f"gate and up must be float32 of one shape, got {gate.dtype} {tuple(gate.shape)} "
+            f"and {up.dtype} {tuple(up.shape)}"
+        )
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise; float32 of one shape."""
+    _check_gate(gate, up)
+    return reference.swiglu(gate, up)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, elementwise, gelu in its tanh form; float32 of one shape."""
+    _check_gate(gate, up)
+    return reference.geglu(gate, up)

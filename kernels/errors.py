@@ -1,0 +1,20 @@
+"""The errors of this room.
+
+    KernelError                 anything the kernels refuse
+    ├── UnsupportedTypeError    a weight type without kernels (known by name, or unknown)
+    └── OperandError            sizes, dtypes or layouts of operands that do not fit together
+
+It does not know who called; the message names the value, the limit and the way out.
+"""
+
+
+class KernelError(Exception):
+    """Base of every error the kernels raise on purpose."""
+
+
+class UnsupportedTypeError(KernelError):
+    """No kernel computes with this weight type."""
+
+
+class OperandError(KernelError):
+    """Operands whose size, dtype or layout does not fit the call."""

@@ -1,0 +1,89 @@
+"""The stored types of weights: GGUF tensor types as data.
+
+Knows ids, names and block geometry of the types Shoal computes with, and the names of those it
+does not, so that a refusal can name them. Knows nothing of tensors, files or arithmetic.
+
+A row is stored as whole blocks, one after the other: `block_weights` consecutive weights share
+`block_bytes` bytes. Source of ids and sizes: ggml's type table, as published by the `gguf` package.
+"""
+
+from dataclasses import dataclass
+
+from shoal.kernels.errors import OperandError, UnsupportedTypeError
+
+
+@dataclass(frozen=True, slots=True)
+class WeightType:
+    """One stored type: its GGUF id and name, and the geometry of its blocks."""
+
+    id: int
+    name: str
+    block_weights: int
+    block_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.block_bytes / self.block_weights
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes of one row of `cols` weights; OperandError unless `cols` is whole blocks."""
+        if cols <= 0 or cols % self.block_weights:
+            raise OperandError(
+                f"a row of {cols} weights cannot be stored as {self.name}: "
+                f"its length must be a positive multiple of {self.block_weights}"
+            )
+        return cols // self.block_weights * self.block_bytes
+
+
+F32 = WeightType(0, "F32", 1, 4)
+F16 = WeightType(1, "F16", 1, 2)
+BF16 = WeightType(30, "BF16", 1, 2)
+Q4_0 = WeightType(2, "Q4_0", 32, 18)
+Q4_1 = WeightType(3, "Q4_1", 32, 20)
+Q5_0 = WeightType(6, "Q5_0", 32, 22)
+Q5_1 = WeightType(7, "Q5_1", 32, 24)
+Q8_0 = WeightType(8, "Q8_0", 32, 34)
+Q2_K = WeightType(10, "Q2_K", 256, 84)
+Q3_K = WeightType(11, "Q3_K", 256, 110)
+Q4_K = WeightType(12, "Q4_K", 256, 144)
+Q5_K = WeightType(13, "Q5_K", 256, 176)
+Q6_K = WeightType(14, "Q6_K", 256, 210)
+IQ4_NL = WeightType(20, "IQ4_NL", 32, 18)
+
+WEIGHT_TYPES = (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL)
+
+UNSUPPORTED_NAMES = {
+    9: "Q8_1",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+    40: "NVFP4",
+    41: "Q1_0",
+}
+
+_BY_ID = {kind.id: kind for kind in WEIGHT_TYPES}
+
+
+def weight_type(id: int) -> WeightType:
+    """The type with this GGUF id; UnsupportedTypeError names the type where the id is known."""
+    kind = _BY_ID.get(id)
+    if kind is None:
+        name = UNSUPPORTED_NAMES.get(id)
+        what = f"weight type {name} (GGUF id {id})" if name else f"unknown weight type, GGUF id {id},"
+        known = ", ".join(kind.name for kind in WEIGHT_TYPES)
+        raise UnsupportedTypeError(f"{what} is not supported; use a model quantised as one of {known}")
+    return kind

@@ -1,0 +1,163 @@
+"""The stored types: what the reference reads from bytes is what the `gguf` package reads."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.kernels import (
+    WEIGHT_TYPES,
+    KernelError,
+    Matrix,
+    OperandError,
+    UnsupportedTypeError,
+    WeightType,
+    reference,
+    weight_type,
+)
+from shoal.kernels.types import F16, F32, Q4_0, Q6_K, UNSUPPORTED_NAMES
+
+HALF_FIELDS = {  # byte offsets of float16 scales in a block
+    "F16": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "IQ4_NL": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+
+
+def random_matrix(kind: WeightType, rows: int, cols: int, seed: int = 0, offset: int = 0) -> Matrix:
+    """Random bytes with finite scales (negative and subnormal too), `offset` bytes off alignment."""
+    rng = np.random.default_rng(seed)
+    n = rows * kind.row_bytes(cols) // kind.block_bytes
+    blocks = rng.integers(0, 256, (n, kind.block_bytes), dtype=np.uint8)
+    for at in HALF_FIELDS.get(kind.name, ()):
+        scale = rng.standard_normal(n) * rng.choice([1e-6, 1e-2, 1.0], n)
+        blocks[:, at : at + 2] = scale.astype(np.float16).view(np.uint8).reshape(n, 2)
+    if kind.name == "F32":
+        blocks[:] = rng.standard_normal(n).astype(np.float32).view(np.uint8).reshape(n, 4)
+    if kind.name == "BF16":
+        blocks[:, 1] &= 0b1011_1111  # exponent below 128: finite
+    buffer = torch.empty(offset + blocks.size, dtype=torch.uint8)
+    buffer[offset:] = torch.from_numpy(blocks).view(-1)
+    return Matrix.from_bytes(kind, rows, cols, buffer[offset:])
+
+
+kinds = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
+
+
+@kinds
+def test_geometry_is_that_of_gguf(kind: WeightType) -> None:
+    assert GGMLQuantizationType(kind.id).name == kind.name
+    assert GGML_QUANT_SIZES[GGMLQuantizationType(kind.id)] == (kind.block_weights, kind.block_bytes)
+    assert weight_type(kind.id) is kind
+
+
+def test_every_gguf_type_is_supported_or_named() -> None:
+    known = {kind.id: kind.name for kind in WEIGHT_TYPES} | UNSUPPORTED_NAMES
+    assert {t.value: t.name for t in GGMLQuantizationType}.items() <= known.items()
+
+
+@pytest.mark.parametrize(("id", "words"), [(39, "MXFP4"), (16, "IQ2_XXS"), (-1, "id -1"), (999, "id 999")])
+def test_refusal_names_the_type(id: int, words: str) -> None:
+    with pytest.raises(UnsupportedTypeError, match=words):
+        weight_type(id)
+
+
+@kinds
+@pytest.mark.parametrize("offset", [0, 1])
+def test_decoding_equals_gguf_exactly(kind: WeightType, offset: int) -> None:
+    w = random_matrix(kind, 7, 1024, seed=kind.id, offset=offset)
+    expected = gguf.quants.dequantize(w.data.numpy().copy(), GGMLQuantizationType(kind.id))
+    got = reference.dequantize(w)
+    assert got.dtype == torch.float32
+    np.testing.assert_array_equal(got.numpy(), expected.reshape(7, 1024))
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_quantised_weights_come_back_close(name: str) -> None:
+    kind = next(k for k in WEIGHT_TYPES if k.name == name)
+    values = np.random.default_rng(1).standard_normal((4, 256)).astype(np.float32)
+    stored = gguf.quants.quantize(values, GGMLQuantizationType(kind.id))
+    w = Matrix.from_bytes(kind, 4, 256, memoryview(stored.tobytes()))
+    assert np.abs(reference.dequantize(w).numpy() - values).max() < 0.3
+
+
+@kinds
+def test_linear_and_gather_are_those_of_the_decoded_weights(
+    kind: WeightType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "TILE_BYTES", 4 * 512 * 2)  # two rows a tile
+    w = random_matrix(kind, 9, 512)
+    x, bias = torch.randn(3, 512), torch.randn(9)
+    full = reference.dequantize(w)
+    torch.testing.assert_close(reference.linear(x, w, bias), x @ full.T + bias, rtol=1e-4, atol=1e-3)
+    ids = torch.tensor([8, 0, 8])
+    assert torch.equal(reference.gather_rows(w, ids), full[ids])
+    assert reference.gather_rows(w, ids[:0]).shape == (0, 512)
+
+
+@kinds
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_row_slices_are_views(kind: WeightType, data: st.DataObject) -> None:
+    w = random_matrix(kind, 6, 256)
+    start = data.draw(st.integers(0, 6))
+    stop = data.draw(st.integers(start, 6))
+    part = w.slice_rows(start, stop)
+    assert part.rows == stop - start
+    assert part.nbytes == part.rows * kind.row_bytes(256)
+    assert part.data.untyped_storage().data_ptr() == w.data.untyped_storage().data_ptr()
+    assert torch.equal(reference.dequantize(part), reference.dequantize(w)[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_are_wrapped_without_copy(dtype: torch.dtype) -> None:
+    tensor = torch.randn(3, 10).to(dtype)
+    w = Matrix.from_tensor(tensor)
+    assert w.data.data_ptr() == tensor.data_ptr()
+    assert torch.equal(reference.dequantize(w), tensor.float())
+    assert torch.equal(reference.dequantize(Matrix.from_tensor(tensor.T)), tensor.T.float())
+
+
+def test_bytes_must_be_those_of_the_shape() -> None:
+    buffer = torch.zeros(36, dtype=torch.uint8)
+    assert Matrix.from_bytes(Q4_0, 2, 32, buffer).nbytes == 36
+    assert Matrix.from_bytes(Q4_0, 0, 32, b"").rows == 0
+    for rows, cols, wrong in [
+        (2, 32, buffer[:-1]),
+        (3, 32, buffer),
+        (-2, 32, buffer),
+        (2, 33, buffer),
+        (2, 0, buffer),
+        (2, 32, buffer.to(torch.int8)),
+        (1, 32, buffer[::2]),
+        (2, 32, bytes(35)),
+    ]:
+        with pytest.raises(OperandError):
+            Matrix.from_bytes(Q4_0, rows, cols, wrong)
+    for data in (buffer, buffer.view(2, 18).view(torch.int8), buffer.view(18, 2).T, buffer.view(2, 18)[:1]):
+        with pytest.raises(OperandError):
+            Matrix(Q4_0, data, 2, 32)
+    for bad in (torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64)):
+        with pytest.raises(OperandError):
+            Matrix.from_tensor(bad)
+    for start, stop in [(-1, 1), (1, 3), (2, 1)]:
+        with pytest.raises(KernelError):
+            Matrix.from_bytes(Q4_0, 2, 32, buffer).slice_rows(start, stop)
+
+
+def test_descriptions() -> None:
+    assert Q6_K.bits_per_weight == 6.5625
+    assert F16.row_bytes(3) == 6
+    assert repr(Matrix.from_tensor(torch.zeros(2, 3))) == f"Matrix(2×3 {F32.name}, 24 bytes)"
