@@ -1,0 +1,46 @@
+"""Errors of the models room: what can be wrong with a user's files, texts and settings.
+
+    ModelError
+    ├── CheckpointError            the files that hold the weights
+    │   ├── MissingCheckpoint          nothing there, or a part of it is absent
+    │   ├── CorruptCheckpoint          sizes, offsets or types that contradict each other
+    │   └── UnsupportedCheckpoint      well formed, but of a kind that Shoal does not compute
+    ├── TokenizerError             the vocabulary or the rules that cut text into tokens
+    ├── TemplateError              a chat template that cannot be read, or a conversation that it refuses
+    └── SamplingError              a setting out of its range (also a ValueError), or unusable logits
+
+Every message is one line: what, which value, which limit, what to do. Errors of libraries (`tokenizers`,
+`jinja2`, JSON, the file system) are translated into these once, where they enter the room.
+"""
+
+
+class ModelError(Exception):
+    """Anything that this room can refuse."""
+
+
+class CheckpointError(ModelError):
+    """The files that hold a model's weights and facts are unusable."""
+
+
+class MissingCheckpoint(CheckpointError):
+    """There is no checkpoint at the path, or a file that it refers to is absent."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """The checkpoint contradicts itself: truncated, overlapping, wrong sizes or types."""
+
+
+class UnsupportedCheckpoint(CheckpointError):
+    """The checkpoint is well formed but needs something that Shoal does not have."""
+
+
+class TokenizerError(ModelError):
+    """The tokenizer files are missing, contradict themselves or ask for something unsupported."""
+
+
+class TemplateError(ModelError):
+    """The chat template is malformed, runs past its limits, or refuses the conversation."""
+
+
+class SamplingError(ModelError, ValueError):
+    """A sampling parameter is out of range, or logits that cannot be sampled from."""

@@ -1,0 +1,258 @@
+"""Choosing the next token from logits.
+
+Knows the order of the steps: logit bias → repetition penalty → presence and frequency penalties →
+temperature → top-k → top-p → min-p → draw. Deliberately does not know text, other sequences of the batch, or
+where logits come from. One `Sampler` belongs to one sequence and is used by one thread at a time.
+
+Penalties: the repetition penalty (Keskar et al. 2019, as in transformers) looks at prompt and generated
+tokens within the window; presence and frequency penalties (OpenAI) look at all generated tokens and at
+nothing else. Log-probabilities are OpenAI's: the log-softmax of the model's own logits, before bias,
+penalties and temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from shoal.models.errors import SamplingError
+
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+# Candidates looked at first for top-p: nearly always they hold the mass, and a full sort is avoided.
+_FIRST_CANDIDATES = 1024
+# Below it a temperature leaves only the likeliest token, and dividing by it would leave f32's range.
+_GREEDY_BELOW = 1e-6
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request wants its tokens chosen; raises SamplingError naming field, value and limit.
+
+    temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: probabilities; 1 and 0 are off.
+    repetition_penalty: 1 is off. penalty_window_tokens: how far back the repetition penalty looks, 0 for
+    everything. logit_bias: token id → addend. seed: None for a fresh one. logprobs: how many alternatives
+    are reported beside the chosen token's log-probability; None for no log-probabilities at all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_window_tokens: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _integer("top_k", self.top_k, 0, 1 << 31)
+        _number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _integer("penalty_window_tokens", self.penalty_window_tokens, 0, 1 << 31)
+        if len(self.logit_bias) > MAX_BIASES:
+            raise SamplingError(
+                f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_BIASES} are allowed"
+            )
+        for token_id, bias in self.logit_bias.items():
+            _integer("logit_bias token id", token_id, 0, 1 << 31)
+            _number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A chosen token. logprob: NaN unless asked for. top: the likeliest (id, logprob), best first."""
+
+    token_id: int
+    logprob: float = math.nan
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses the tokens of one sequence and remembers them for the penalties.
+
+    Same params, prompt, seed and logits → same tokens, whoever else is in the batch.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = ()) -> None:
+        self._params = params
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+        self._window = _Window(params.penalty_window_tokens) if params.repetition_penalty != 1.0 else None
+        if self._window is not None:
+            self._window.extend(prompt_ids)
+        self._generated: Counter[int] | None = None
+        if params.presence_penalty or params.frequency_penalty:
+            self._generated = Counter()
+        self._bias = _sparse(params.logit_bias) if params.logit_bias else None
+
+    def sample(self, logits: torch.Tensor) -> Sampled:
+        """Choose from logits (vocab,) f32; -inf masks a token. Raises SamplingError if none can be chosen."""
+        adjusted = self._adjust(logits)
+        token_id = (
+            self._greedy(adjusted) if self._params.temperature < _GREEDY_BELOW else self._draw(adjusted)
+        )
+        self.accept(token_id)
+        if self._params.logprobs is None:
+            return Sampled(token_id)
+        return _with_logprobs(token_id, logits, self._params.logprobs)
+
+    def accept(self, token_id: int) -> None:
+        """Count a token as generated; `sample` does it by itself, a replay of known tokens calls it."""
+        if self._window is not None:
+            self._window.extend((token_id,))
+        if self._generated is not None:
+            self._generated[token_id] += 1
+
+    def _adjust(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits after bias and penalties; the very same tensor where there are none."""
+        params = self._params
+        penalised = self._window is not None and self._window.counts
+        if self._bias is None and not penalised and not self._generated:
+            return logits
+        logits = logits.clone()
+        if self._bias is not None:
+            ids, addends = self._bias
+            logits[_within(ids, logits)] += addends
+        if self._window is not None and penalised:
+            ids = _within(torch.tensor(list(self._window.counts)), logits)
+            seen = logits[ids]
+            factor = params.repetition_penalty
+            logits[ids] = torch.where(seen > 0, seen / factor, seen * factor)
+        if self._generated:
+            ids, counts = _sparse(self._generated)
+            logits[_within(ids, logits)] -= params.frequency_penalty * counts + params.presence_penalty
+        return logits
+
+    def _greedy(self, logits: torch.Tensor) -> int:
+        token_id = int(logits.argmax())
+        _check_maximum(float(logits[token_id]))
+        return token_id
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        params = self._params
+        maximum = float(logits.max())
+        _check_maximum(maximum)
+        # (vocab,) probabilities relative to the likeliest token, which has 1.
+        weights = ((logits - maximum) / params.temperature).exp_()
+        if params.top_k or params.top_p < 1:
+            weights = _truncated(weights, params.top_k, params.top_p)
+        if params.min_p > 0:
+            weights = torch.where(weights >= params.min_p, weights, 0.0)
+        cumulative = weights.cumsum(0, dtype=torch.float64)
+        point = torch.rand((), generator=self._generator, dtype=torch.float64) * cumulative[-1]
+        # Rounding may put the point on the end of the line: then it is the last token with any weight.
+        return min(
+            int(torch.searchsorted(cumulative, point, right=True)),
+            int(torch.searchsorted(cumulative, cumulative[-1])),
+        )
+
+
+class _Window:
+    """The last `size` tokens (all of them if 0) as a count per token."""
+
+    def __init__(self, size: int) -> None:
+        self.counts: Counter[int] = Counter()
+        self._order: deque[int] | None = deque() if size else None
+        self._size = size
+
+    def extend(self, ids: Iterable[int]) -> None:
+        self.counts.update(ids if self._order is None else self._remember(ids))
+
+    def _remember(self, ids: Iterable[int]) -> Iterable[int]:
+        assert self._order is not None
+        for token_id in ids:
+            self._order.append(token_id)
+            yield token_id
+            if len(self._order) > self._size:
+                oldest = self._order.popleft()
+                self.counts[oldest] -= 1
+                if not self.counts[oldest]:
+                    del self.counts[oldest]
+
+
+def _truncated(weights: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Weights (vocab,) with 0 for all but the likeliest that top-k and top-p leave; of equals, the lowest ids.
+
+    Top-p leaves the shortest list that holds its share (Holtzman et al. 2019); after top-k, of what that left.
+    """
+    vocab = weights.shape[0]
+    if 0 < top_k < vocab:
+        best = weights.topk(top_k).values
+        mass = top_p * float(best.sum(dtype=torch.float64))
+    else:
+        mass = top_p * float(weights.sum(dtype=torch.float64))
+        best = weights.topk(min(_FIRST_CANDIDATES, vocab)).values
+        if float(best.sum(dtype=torch.float64)) < mass:
+            # numpy's vectorised sort takes a tenth of the time of torch's.
+            best = torch.from_numpy(np.sort(weights.numpy())[::-1].copy())
+    kept = best.shape[0]
+    if top_p < 1:
+        before = best.cumsum(0, dtype=torch.float64) - best
+        kept = max(1, int((before < mass).sum()))
+    floor = best[kept - 1]
+    truncated = torch.where(weights >= floor, weights, 0.0)
+    surplus = int((weights >= floor).sum()) - kept
+    if surplus > 0:
+        equals = (weights == floor).nonzero().squeeze(1)
+        truncated[equals[-surplus:]] = 0.0
+    return truncated
+
+
+def _with_logprobs(token_id: int, logits: torch.Tensor, count: int) -> Sampled:
+    total = float(logits.logsumexp(0))
+    best, ids = logits.topk(min(count, logits.shape[0]))
+    top = tuple((i, value - total) for i, value in zip(ids.tolist(), best.tolist(), strict=True))
+    return Sampled(token_id, float(logits[token_id]) - total, top)
+
+
+def _sparse(values: Mapping[int, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(list(values)), torch.tensor(list(values.values()), dtype=torch.float32)
+
+
+def _within(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    highest = int(ids.max())
+    if highest >= logits.shape[0]:
+        raise SamplingError(
+            f"token id {highest} is outside the model's vocabulary of {logits.shape[0]} tokens"
+        )
+    return ids
+
+
+def _check_maximum(maximum: float) -> None:
+    """The maximum of logits is finite unless one is NaN or +inf, or all are masked."""
+    if not math.isfinite(maximum):
+        raise SamplingError(f"the model's logits hold {maximum}: no token can be chosen from them")
+
+
+def _number(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    """Refuse what is not a number from low (or only above it) to high."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (above and value == low):
+        raise SamplingError(
+            f"{name} is {value!r}; it must be a number {'above' if above else 'from'} {low} to {high}"
+        )
+
+
+def _integer(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise SamplingError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")

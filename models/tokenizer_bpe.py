@@ -1,0 +1,98 @@
+"""Byte-level BPE: text between special tokens → ids, by the `tokenizers` library.
+
+Knows the pre-tokenizer rules (how a text is cut into words before merging) by the names that GGUF files
+give them. The rules are the published ones of each model, written so that the library's regex engine cuts
+as llama.cpp does. Deliberately does not know special tokens, BOS, files, or how ids turn back into text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from shoal.models.errors import TokenizerError
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Case by case instead of (?i:...): case folding would also take "ſ" for an "s".
+_CONTRACTION = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
+_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
+_QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How one family of models cuts text into words.
+
+    splits: regexes applied one after the other, each within the pieces of the one before.
+    whole_words: a word that is a token is taken whole, whatever the merges say (`ignore_merges`).
+    add_bos: whether a text begins with BOS when the file does not say.
+    """
+
+    splits: tuple[str, ...]
+    whole_words: bool = False
+    add_bos: bool = False
+
+
+_FAMILIES: tuple[tuple[tuple[str, ...], PreTokenizer], ...] = (
+    (("gpt-2", "olmo", "mpt", "phi-2", "exaone4", "trillion"), PreTokenizer((_GPT2,))),
+    (("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), PreTokenizer((r"\p{N}", _GPT2))),
+    (
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"),
+        PreTokenizer((_LLAMA3,), whole_words=True, add_bos=True),
+    ),
+    (("dbrx", "smaug-bpe"), PreTokenizer((_LLAMA3,))),
+    (("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open"), PreTokenizer((_QWEN2,))),
+    (("default",), PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))),
+)
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {name: rule for names, rule in _FAMILIES for name in names}
+
+
+@contextmanager
+def library_errors(doing: str) -> Iterator[None]:
+    """Translate what the `tokenizers` library throws, its Rust panics included, into TokenizerError."""
+    try:
+        yield
+    except Exception as error:
+        raise TokenizerError(f"{doing}: {one_line(error)}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3 derives it from BaseException and exports no name
+            raise
+        raise TokenizerError(f"{doing}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException, limit_chars: int = 200) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:limit_chars]
+
+
+class ByteLevelBpe:
+    """Merges by rank over GPT-2's byte alphabet.
+
+    ids: token text → id. merges: "left right" in rank order. Raises TokenizerError if a merge names a text
+    that is not in the vocabulary.
+    """
+
+    def __init__(self, ids: Mapping[str, int], merges: Sequence[str], rule: PreTokenizer) -> None:
+        # A left part may itself begin with a space, hence the search from 1.
+        cuts = [merge.find(" ", 1) for merge in merges]
+        if min(cuts, default=1) < 1:
+            bad = merges[cuts.index(-1)]
+            raise TokenizerError(f"the merge {bad[:60]!r} is not two texts with a space between them")
+        pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
+        with library_errors("the merges do not fit the vocabulary"):
+            bpe = models.BPE(dict(ids), pairs, ignore_merges=rule.whole_words)
+            self._library = tokenizers.Tokenizer(bpe)
+            self._library.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(tokenizers.Regex(split), "isolated") for split in rule.splits]
+                + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text without special tokens."""
+        with library_errors("this text cannot be tokenised"):
+            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids

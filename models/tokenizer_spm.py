@@ -1,0 +1,123 @@
+"""SentencePiece BPE: text between special tokens → ids, by merging the best-scored neighbours first.
+
+Written here because the `tokenizers` library ranks merges strictly, while SentencePiece lets equal scores
+go to the leftmost pair: on runs of equal characters the two disagree. Knows the scores and the byte
+fallback. Deliberately does not know special tokens, BOS, files, or how ids turn back into text.
+Source of the algorithm: SentencePiece's bpe_model.cc (and llama.cpp's equal one).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+
+from shoal.models.errors import TokenizerError
+from shoal.models.tokenizer_vocab import SPACE_MARK, TokenKind, Vocabulary
+
+_MERGEABLE = frozenset({TokenKind.NORMAL, TokenKind.USER_DEFINED, TokenKind.UNUSED, TokenKind.UNDEFINED})
+_CACHED_WORDS = 1 << 16
+_CACHED_WORD_CHARS = 64
+
+
+class SentencePieceBpe:
+    """The merger. scores: one float per token, higher merges first; control and byte tokens never merge."""
+
+    def __init__(self, vocabulary: Vocabulary, scores: Sequence[float]) -> None:
+        kinds, mergeable = vocabulary.kinds, [int(kind) for kind in _MERGEABLE]
+        excluded = {
+            text
+            for kind in TokenKind
+            if kind not in mergeable
+            for text, of_kind in zip(vocabulary.tokens, kinds, strict=True)
+            if of_kind == kind
+        }
+        self._ids: Mapping[str, int] = {t: i for t, i in vocabulary.ids.items() if t not in excluded}
+        # Costs instead of scores: the heap pops its least entry.
+        self._costs = {text: -scores[i] for text, i in self._ids.items()}
+        self._byte_ids = [_byte_id(vocabulary, byte) for byte in range(256)]
+        self._words = _word_pattern(self._ids)
+        self._cache: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text without special tokens; spaces become "▁" here, a space prefix is the caller's."""
+        ids: list[int] = []
+        cache = self._cache
+        for word in self._words.findall(text.replace(" ", SPACE_MARK)):
+            known = cache.get(word)
+            if known is None:
+                known = self._merge(word)
+                if len(word) <= _CACHED_WORD_CHARS:
+                    if len(cache) >= _CACHED_WORDS:
+                        cache.clear()
+                    cache[word] = known
+            ids.extend(known)
+        return ids
+
+    def _merge(self, word: str) -> list[int]:
+        costs = self._costs
+        pieces = list(word)
+        count = len(pieces)
+        before, after = list(range(-1, count - 1)), [*range(1, count), -1]
+        # (cost, left, right, length of the merged text): equal costs go to the leftmost pair.
+        heap = [
+            (cost, left, left + 1, 2)
+            for left in range(count - 1)
+            if (cost := costs.get(pieces[left] + pieces[left + 1])) is not None
+        ]
+        heapify(heap)
+        while heap:
+            _, left, right, length = heappop(heap)
+            first, second = pieces[left], pieces[right]
+            if not first or not second or len(first) + len(second) != length:
+                continue  # one of the two has merged otherwise since
+            pieces[left] = merged = first + second
+            pieces[right] = ""
+            following = after[left] = after[right]
+            if following >= 0:
+                before[following] = left
+                pair = merged + pieces[following]
+                if (cost := costs.get(pair)) is not None:
+                    heappush(heap, (cost, left, following, len(pair)))
+            preceding = before[left]
+            if preceding >= 0:
+                pair = pieces[preceding] + merged
+                if (cost := costs.get(pair)) is not None:
+                    heappush(heap, (cost, preceding, left, len(pair)))
+        ids: list[int] = []
+        for piece in pieces:
+            if piece:
+                token_id = self._ids.get(piece)
+                if token_id is not None:
+                    ids.append(token_id)
+                else:
+                    ids.extend(self._byte_ids[byte] for byte in piece.encode())
+        return ids
+
+
+def _byte_id(vocabulary: Vocabulary, byte: int) -> int:
+    for text in (f"<0x{byte:02X}>", chr(byte) if byte < 0x80 else ""):
+        if text in vocabulary.ids:
+            return vocabulary.ids[text]
+    if vocabulary.unk_id is None:
+        raise TokenizerError(
+            f"the vocabulary has no token <0x{byte:02X}> and no unknown token to stand in for it"
+        )
+    return vocabulary.unk_id
+
+
+def _word_pattern(texts: Mapping[str, int]) -> re.Pattern[str]:
+    """Pattern of the pieces that merge independently: a cut before "▁" wherever no token spans it.
+
+    Words are then merged one by one and remembered, which is what makes long prompts fast.
+    """
+    spans = {
+        before
+        for text in texts
+        if text.rfind(SPACE_MARK) > 0
+        for before, mark in pairwise(text)
+        if mark == SPACE_MARK
+    }
+    inseparable = "".join(map(re.escape, spans | {SPACE_MARK}))
+    return re.compile(rf".(?:[^{SPACE_MARK}]|(?<=[{inseparable}]){SPACE_MARK})*", re.DOTALL)
