@@ -1,0 +1,121 @@
+"""An answer: turns the tokens of one sequence into the messages of one request.
+
+Detokenises, watches for stop strings and stop tokens, and reports usage and timings at the end. Emits exactly one
+terminal message. Knows nothing of batches or sockets; `emit` must not block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shoal.comm.messages import (
+    Accepted,
+    Done,
+    Error,
+    FinishReason,
+    Timings,
+    Token,
+    TokenLogprob,
+    Usage,
+)
+from shoal.models.detokenizer import Detokenizer, StopMatcher
+from shoal.models.sampling import Sampled
+from shoal.models.tokenizer import Tokenizer
+
+from .errors import DaemonError
+from .sequence import Sequence, Times
+from .translate import translated
+
+Event = Accepted | Token | Done | Error
+Emit = Callable[[Event], None]
+
+
+class Answer:
+    """The sink of a sequence. `stop_ids` end it without being part of the text."""
+
+    def __init__(
+        self,
+        emit: Emit,
+        model: str,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        *,
+        stop_ids: frozenset[int],
+        stop: list[str],
+        logprobs: bool,
+        context_tokens: int,
+    ) -> None:
+        self._emit = emit
+        self._model = model
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids=prompt)
+        self._matcher = StopMatcher(stop)
+        self._stop_ids = stop_ids
+        self._logprobs = logprobs
+        self._context_tokens = context_tokens
+        self._prompt_tokens = len(prompt)
+        self._completion_tokens = 0
+        self._stopped = False
+
+    def begin(self, sequence: Sequence) -> None:
+        """Emit `accepted`."""
+        self._emit(Accepted(model=self._model, prompt_tokens=self._prompt_tokens))
+
+    def accept(self, sampled: Sampled) -> FinishReason | None:
+        """Emit the token's text, or end at a stop token or stop string."""
+        if sampled.token_id in self._stop_ids:
+            return "stop"
+        self._completion_tokens += 1
+        text, hit = self._matcher.push(self._detokenizer.push(sampled.token_id))
+        self._stopped = hit
+        self._emit(Token(text=text, ids=[sampled.token_id], logprobs=self._describe(sampled)))
+        return "stop" if hit else None
+
+    def finish(self, reason: FinishReason, times: Times) -> None:
+        """Emit what was held back, then `done`."""
+        if not self._stopped:
+            text, hit = self._matcher.push(self._detokenizer.flush())
+            if not hit:
+                text += self._matcher.flush()
+            if text:
+                self._emit(Token(text=text, ids=[]))
+        self._emit(
+            Done(
+                finish_reason=reason,
+                usage=Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._completion_tokens),
+                timings=self._timings(times),
+                context_tokens=self._context_tokens,
+            )
+        )
+
+    def fail(self, error: Exception) -> None:
+        """Emit `error`."""
+        self._emit((error if isinstance(error, DaemonError) else translated(error)).to_message())
+
+    def _timings(self, times: Times) -> Timings:
+        if not times.first_token_s:
+            return Timings()
+        prefill_s = times.first_token_s - times.admitted_s
+        decode_s = times.last_token_s - times.first_token_s
+        return Timings(
+            queue_s=times.admitted_s - times.arrived_s,
+            ttft_s=times.first_token_s - times.arrived_s,
+            prefill_s=prefill_s,
+            decode_s=decode_s,
+            stall_s=times.stall_s,
+            prefill_tokens_per_s=self._prompt_tokens / prefill_s if prefill_s > 0 else 0.0,
+            decode_tokens_per_s=(self._completion_tokens - 1) / decode_s if decode_s > 0 else 0.0,
+        )
+
+    def _describe(self, sampled: Sampled) -> list[TokenLogprob]:
+        if not self._logprobs:
+            return []
+        text = self._tokenizer.decode
+        return [
+            TokenLogprob(
+                id=sampled.token_id,
+                text=text([sampled.token_id]),
+                logprob=sampled.logprob,
+                top=[(token, text([token]), logprob) for token, logprob in sampled.top],
+            )
+        ]

@@ -1,0 +1,203 @@
+"""Measurements without a daemon in the way: speed (`bench`) and quality (`perplexity`) of one model.
+
+Both load the model in this process and drive the engine or executor directly, in the calling thread.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import msgspec
+import torch
+
+from shoal.comm.messages import FinishReason
+from shoal.kernels import set_threads
+from shoal.models.sampling import Sampled, Sampler, SamplingParams
+from shoal.models.step import Step
+from shoal.offload.budget import Budget
+
+from .config import NodeConfig
+from .errors import DaemonError
+from .memory import available_bytes
+from .model import LoadedModel
+from .sequence import Sequence, Times
+
+HEAD_ROWS = 32  # logits rows computed at a time, so that a large vocabulary stays within scratch
+
+Progress = Callable[[int, int, str], None]
+
+
+class Spread(msgspec.Struct, frozen=True):
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(median(values), min(values), max(values))
+
+
+class BenchResult(msgspec.Struct, frozen=True):
+    """Speeds count all sequences of the batch together."""
+
+    prefill_tokens_per_s: Spread
+    decode_tokens_per_s: Spread
+    peak_memory_bytes: int
+    threads: int
+
+
+class PerplexityResult(msgspec.Struct, frozen=True):
+    perplexity: float
+    tokens: int  # tokens scored
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Count:
+    """A sink that only watches for failure."""
+
+    def __init__(self) -> None:
+        self.times: Times | None = None
+        self.error: Exception | None = None
+
+    def begin(self, sequence: Sequence) -> None:
+        return None
+
+    def accept(self, sampled: Sampled) -> FinishReason | None:
+        return None
+
+    def finish(self, reason: FinishReason, times: Times) -> None:
+        self.times = times
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+
+
+def _load(model: Path, config: NodeConfig, progress: Progress) -> LoadedModel:
+    set_threads(config.thread_count)
+    budget = Budget(config.memory_bytes or available_bytes())
+    return LoadedModel.load(
+        model.name, model, config, budget, progress=lambda done, total: progress(done, total, "loading")
+    )
+
+
+def bench(
+    model: Path,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    repeat: int,
+    config: NodeConfig,
+    progress: Progress,
+) -> BenchResult:
+    """Prefill `prompt_tokens` random tokens, then decode `new_tokens`, for `batch` sequences at once.
+
+    Repeated `repeat` times after one warm-up. Prefill is timed until every sequence has its first token, decode
+    from there to the end. Raises DaemonError.
+    """
+    context = prompt_tokens + new_tokens
+    if config.context_tokens is None:
+        config = config.with_context(context)
+    elif context > config.context_tokens:
+        raise DaemonError(
+            "context_overflow",
+            f"{prompt_tokens} + {new_tokens} tokens exceed the context of {config.context_tokens}",
+        )
+    config = replace(config, max_sequences=max(batch, config.max_sequences), kv_tokens=None)
+    loaded = _load(model, config, progress)
+    vocab = loaded.checkpoint.spec.vocab
+    prefill: list[float] = []
+    decode: list[float] = []
+    for round_ in range(repeat + 1):
+        progress(round_, repeat + 1, "warming up" if round_ == 0 else "measuring")
+        source = random.Random(round_)
+        sinks = [_Count() for _ in range(batch)]
+        for sink in sinks:
+            prompt = [source.randrange(vocab) for _ in range(prompt_tokens)]
+            sampler = Sampler(SamplingParams(temperature=0.0), prompt)
+            loaded.engine.submit(Sequence(prompt, context, sampler, sink))
+        began_s = time.monotonic()
+        while loaded.engine.step():
+            pass
+        for sink in sinks:
+            if sink.error is not None:
+                raise sink.error
+        times = [sink.times for sink in sinks if sink.times is not None]
+        first_s, last_s = (
+            max(t.first_token_s for t in times),
+            max(t.last_token_s for t in times),
+        )
+        if round_ > 0:
+            prefill.append(batch * prompt_tokens / (first_s - began_s))
+            if new_tokens > 1:
+                decode.append(batch * (new_tokens - 1) / (last_s - first_s))
+    progress(repeat + 1, repeat + 1, "done")
+    return BenchResult(
+        prefill_tokens_per_s=Spread.of(prefill),
+        decode_tokens_per_s=Spread.of(decode or [0.0]),
+        peak_memory_bytes=peak_memory_bytes(),
+        threads=config.thread_count,
+    )
+
+
+def perplexity(
+    model: Path, file: Path, *, ctx: int, config: NodeConfig, progress: Progress
+) -> PerplexityResult:
+    """Perplexity of a text by llama.cpp's method: windows of `ctx` tokens side by side, each on its own.
+
+    The text is tokenised once; the first token of every window is replaced by BOS if the model wants one; in each
+    window the tokens after the first ctx/2 are scored. Raises DaemonError.
+    """
+    if ctx < 4:
+        raise DaemonError("bad_request", f"ctx={ctx}: must be at least 4")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DaemonError("bad_request", f"cannot read {file}: {error}") from error
+    loaded = _load(model, config.with_context(ctx), progress)
+    tokenizer, executor = loaded.tokenizer, loaded.executor
+    prefix = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_id]
+    ids = tokenizer.encode(text, add_special=True, parse_special=False)
+    windows = len(ids) // ctx
+    if windows == 0:
+        raise DaemonError(
+            "bad_request",
+            f"{file} has {len(ids)} tokens: must have at least one window of {ctx}",
+            f"use --ctx {max(4, len(ids))} or a longer text",
+        )
+    pages = loaded.kv.table.take(-(-ctx // loaded.kv.page_tokens))
+    assert pages is not None
+    loss, scored = 0.0, 0
+    with torch.inference_mode():
+        for window in range(windows):
+            progress(window, windows, "scoring")
+            tokens = ids[window * ctx : (window + 1) * ctx]
+            tokens[: len(prefix)] = prefix
+            first = ctx // 2
+            for start in range(0, ctx - 1, config.chunk_tokens):
+                end = min(start + config.chunk_tokens, ctx - 1)
+                step = Step.build(
+                    [(tokens[start:end], start, loaded.kv.slots(pages, end), True)], every_row=True
+                )
+                hidden = executor.forward(step)
+                for row in range(max(start, first), end, HEAD_ROWS):
+                    last = min(row + HEAD_ROWS, end)
+                    logits = executor.head(hidden[row - start : last - start])
+                    wanted = torch.tensor(tokens[row + 1 : last + 1])
+                    loss += torch.nn.functional.cross_entropy(logits.double(), wanted, reduction="sum").item()
+                    scored += last - row
+    progress(windows, windows, "done")
+    return PerplexityResult(perplexity=math.exp(min(loss / scored, 700.0)), tokens=scored)

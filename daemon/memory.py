@@ -1,0 +1,34 @@
+"""How much memory this process may still use: the machine's free memory, or its cgroup's if that is less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+_CGROUP_FILES = (  # (limit, usage) of v2 and v1, as a container sees its own group
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _read(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):  # no such controller, or "max"
+        return None
+
+
+def available_bytes() -> int:
+    """Bytes that can be allocated without swapping or exceeding the cgroup's limit."""
+    free = int(psutil.virtual_memory().available)
+    for limit_file, usage_file in _CGROUP_FILES:
+        limit, usage = _read(limit_file), _read(usage_file)
+        if limit is not None and usage is not None:
+            free = min(free, max(0, limit - usage))
+    return free
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now."""
+    return int(psutil.Process().memory_info().rss)

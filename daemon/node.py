@@ -1,0 +1,313 @@
+"""A node: the models loaded on this machine and the one thread that computes.
+
+Serves the requests of `comm.messages` in process; the ZeroMQ server and the CLI are two callers of the same
+methods. Knows models and requests; not sockets, frames or terminals.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+
+from shoal.comm.messages import (
+    Accepted,
+    Chat,
+    Done,
+    Error,
+    Generate,
+    Load,
+    Loaded,
+    Ok,
+    StatusReply,
+    Token,
+    Tokenize,
+    Tokens,
+    Unload,
+)
+from shoal.kernels import set_threads
+from shoal.offload.budget import Budget
+
+from .answer import Emit, Event
+from .config import NodeConfig
+from .errors import DaemonError
+from .memory import available_bytes, resident_bytes
+from .model import LoadedModel, Progress, no_progress
+from .translate import translated
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 1.0  # how long the compute thread sleeps before it looks again by itself
+MEMORY_LEFT_ALONE = 0.1  # share of the free memory that the default budget does not touch
+
+
+def package_version() -> str:
+    try:
+        return version("shoal")
+    except PackageNotFoundError:  # run from a source tree
+        return "0"
+
+
+class Node:
+    """Runs requests on loaded models; thread-safe. `resolve` turns a model's name into a path."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        resolve: Callable[[str], Path] = Path,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.budget = Budget(config.memory_bytes or int(available_bytes() * (1 - MEMORY_LEFT_ALONE)))
+        self._resolve = resolve
+        self._clock = clock
+        self._started_s = clock()
+        self._models: dict[str, LoadedModel] = {}
+        self._loading = threading.Lock()  # one load or unload at a time
+        self._wake = threading.Condition()  # guards _models, _draining, _closed
+        self._draining = False
+        self._closed = False
+        self._requests_total = 0
+        self._tokens_before = 0  # of models unloaded since
+        set_threads(config.thread_count)
+        self._thread = threading.Thread(target=self._compute, name="shoal-compute", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    def submit(self, request: Generate | Chat, emit: Emit) -> Callable[[], None]:
+        """Start a request; returns at once with a function that cancels it (idempotent).
+
+        `emit` is called from other threads with accepted, token… and exactly one of done and error; it must not
+        block. Raises DaemonError instead of emitting when the request cannot start. The model is loaded if needed.
+        """
+        arrived_s = self._clock()
+        model = self._model(request.model)
+        try:
+            sequence = model.start(request, self._prompt(model, request), emit)
+        except Exception as error:
+            raise translated(error) from error
+        sequence.times.arrived_s = arrived_s
+        with self._wake:
+            self._check_open()
+            if self._models.get(model.name) is not model:
+                raise DaemonError(
+                    "not_found", f"{model.name} was unloaded meanwhile", "send the request again"
+                )
+            model.engine.submit(sequence)
+            self._requests_total += 1
+            self._wake.notify_all()
+        return lambda: model.engine.cancel(sequence)
+
+    def stream(self, request: Generate | Chat) -> Iterator[Accepted | Token | Done]:
+        """The events of a request, in process; closing the generator cancels. Raises DaemonError."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        cancel = self.submit(request, events.put)
+        try:
+            while True:
+                try:
+                    event = events.get(timeout=IDLE_WAIT_S)
+                except queue.Empty:
+                    if self._thread.is_alive():
+                        continue
+                    raise DaemonError("internal", "the compute thread has died", "see the log") from None
+                if isinstance(event, Error):
+                    raise DaemonError(
+                        event.code,  # type: ignore[arg-type]
+                        event.message,
+                        event.hint,
+                        retry_after_s=event.retry_after_s,
+                    )
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            cancel()
+
+    def tokenize(self, request: Tokenize) -> Tokens:
+        """Text, messages or ids → ids and text. Raises DaemonError."""
+        given = [name for name in ("text", "tokens", "messages") if getattr(request, name) is not None]
+        if len(given) != 1:
+            raise DaemonError(
+                "bad_request", f"exactly one of text, tokens and messages is needed, got {given or 'none'}"
+            )
+        model = self._model(request.model)
+        tokenizer = model.tokenizer
+        try:
+            if request.text is not None:
+                ids = tokenizer.encode(
+                    request.text, add_special=request.add_special, parse_special=request.parse_special
+                )
+            elif request.messages is not None:
+                ids = model.chat_tokens(request.messages)
+            else:
+                ids = list(request.tokens or [])
+                if ids and max(ids) >= tokenizer.vocab_size:
+                    raise DaemonError(
+                        "bad_request",
+                        f"token {max(ids)}: must be below the vocabulary's {tokenizer.vocab_size}",
+                    )
+            return Tokens(ids=ids, text=tokenizer.decode(ids))
+        except Exception as error:
+            raise translated(error) from error
+
+    def load(self, request: Load, progress: Progress = no_progress) -> Loaded:
+        """Load a model, or find it loaded. Idle models make room when memory is short. Raises DaemonError."""
+        began_s = self._clock()
+        with self._loading:
+            self._check_open()
+            path = self._resolve(request.model)
+            name = path.name if str(path) == request.model else request.model
+            known = self._find(name, path)
+            if known is not None and request.context in (None, known.plan.context_tokens):
+                return Loaded(model=known.status(), seconds=0.0)
+            if known is not None:
+                self._drop(known)
+            config = self.config
+            if request.context is not None:
+                config = config.with_context(request.context)
+            model = self._load_with_room(name, path, config, progress)
+            with self._wake:
+                self._models[name] = model
+        log.info("loaded %s: %s", name, model.plan.describe())
+        return Loaded(model=model.status(), seconds=self._clock() - began_s)
+
+    def unload(self, request: Unload) -> Ok:
+        """Drop a model; its running requests end with `error` shutting_down. Raises DaemonError `not_found`."""
+        with self._loading:
+            with self._wake:
+                known = self._pick(request.model)
+            if known is None:
+                raise DaemonError(
+                    "not_found", f"no model {request.model or 'at all'} is loaded", "see shoal ps"
+                )
+            self._drop(known)
+        return Ok()
+
+    def status(self) -> StatusReply:
+        with self._wake:
+            models = list(self._models.values())
+        return StatusReply(
+            version=package_version(),
+            pid=os.getpid(),
+            uptime_s=self._clock() - self._started_s,
+            threads=self.config.thread_count,
+            memory_bytes=resident_bytes(),
+            models=[model.status() for model in models],
+            requests_total=self._requests_total,
+            tokens_total=self._tokens_before + sum(model.engine.tokens_total for model in models),
+            draining=self._draining,
+        )
+
+    # --- life -------------------------------------------------------------------------------------------
+
+    def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and wait for those running, at most `timeout_s`."""
+        with self._wake:
+            self._draining = True
+            self._wake.wait_for(lambda: not self._busy(), timeout_s)
+
+    def close(self) -> None:
+        """Stop computing; what still runs ends with `error` shutting_down. Idempotent."""
+        with self._wake:
+            if self._closed:
+                return
+            self._draining = self._closed = True
+            self._wake.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=60)
+        for model in list(self._models.values()):
+            model.engine.fail_all(DaemonError("shutting_down", "the daemon is stopping"))
+
+    def _compute(self) -> None:
+        """The compute thread: one step of each busy model in turn."""
+        while True:
+            with self._wake:
+                self._wake.notify_all()  # for drain
+                self._wake.wait_for(lambda: self._closed or self._busy(), IDLE_WAIT_S)
+                if self._closed:
+                    return
+                busy = [model for model in self._models.values() if model.engine.busy]
+            for model in busy:
+                try:
+                    model.engine.step()
+                except Exception:  # the step's own requests have been told; the others go on
+                    log.exception("a step of %s failed", model.name)
+
+    def _busy(self) -> bool:
+        return any(model.engine.busy for model in self._models.values())
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise DaemonError("shutting_down", "the daemon is stopping", "start it again with shoal serve")
+
+    # --- models -----------------------------------------------------------------------------------------
+
+    def _model(self, name: str) -> LoadedModel:
+        """The loaded model of that name, loading it if it is not. "" is the one used last."""
+        with self._wake:
+            self._check_open()
+            model = self._pick(name)
+        if model is None:
+            if not name:
+                raise DaemonError("not_found", "no model is loaded", "name one, or load one first")
+            self.load(Load(model=name))
+            with self._wake:
+                model = self._pick(name)
+        if model is None:
+            raise DaemonError("not_found", f"{name} was unloaded meanwhile", "send the request again")
+        return model
+
+    def _pick(self, name: str) -> LoadedModel | None:
+        if not name:
+            return max(self._models.values(), key=lambda model: model.used_s, default=None)
+        return self._models.get(name) or next(
+            (model for model in self._models.values() if str(model.checkpoint.path) == name), None
+        )
+
+    def _find(self, name: str, path: Path) -> LoadedModel | None:
+        with self._wake:
+            found = self._models.get(name)
+            return found or next((m for m in self._models.values() if m.checkpoint.path == path), None)
+
+    def _load_with_room(self, name: str, path: Path, config: NodeConfig, progress: Progress) -> LoadedModel:
+        while True:
+            try:
+                return LoadedModel.load(name, path, config, self.budget, clock=self._clock, progress=progress)
+            except DaemonError as error:
+                with self._wake:
+                    idle = [model for model in self._models.values() if not model.engine.busy]
+                if error.code != "resources" or not idle:
+                    raise
+                self._drop(min(idle, key=lambda model: model.used_s))
+
+    def _drop(self, model: LoadedModel) -> None:
+        with self._wake:
+            self._models.pop(model.name, None)
+            self._tokens_before += model.engine.tokens_total
+        model.engine.fail_all(DaemonError("shutting_down", f"{model.name} was unloaded"))
+        model.release(self.budget)
+        log.info("unloaded %s", model.name)
+
+    def _prompt(self, model: LoadedModel, request: Generate | Chat) -> list[int]:
+        if isinstance(request, Chat):
+            return model.chat_tokens(request.messages, request.tools, request.template_args)
+        if (request.prompt is None) == (request.prompt_tokens is None):
+            raise DaemonError("bad_request", "exactly one of prompt and prompt_tokens is needed")
+        if request.prompt is not None:
+            return model.tokenizer.encode(request.prompt)
+        return list(request.prompt_tokens or [])

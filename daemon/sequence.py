@@ -1,0 +1,76 @@
+"""A sequence: one request's tokens on their way through the engine.
+
+Knows token ids, its sampler and how far it has come. Text, stop strings and messages are its sink's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from shoal.comm.messages import FinishReason
+from shoal.models.sampling import Sampled, Sampler
+
+
+class Sink(Protocol):
+    """Where a sequence's tokens go. Called by the engine's thread; must not block."""
+
+    def begin(self, sequence: Sequence) -> None:
+        """The sequence has been queued."""
+        ...
+
+    def accept(self, sampled: Sampled) -> FinishReason | None:
+        """Take the next token; a reason ends the sequence."""
+        ...
+
+    def finish(self, reason: FinishReason, times: Times) -> None: ...
+
+    def fail(self, error: Exception) -> None: ...
+
+
+@dataclass
+class Times:
+    """Clock readings in seconds; 0 = has not happened."""
+
+    arrived_s: float = 0.0
+    admitted_s: float = 0.0
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    stall_s: float = 0.0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """`tokens` are the prompt and what was generated; KV of the first `computed` of them is stored."""
+
+    tokens: list[int]
+    limit: int  # length at which it ends, prompt included
+    sampler: Sampler
+    sink: Sink
+    times: Times = field(default_factory=Times)
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that have to pass through the model before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Part of a step: tokens [start, end) of one sequence."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.sequence.tokens[self.start : self.end]
+
+    @property
+    def samples(self) -> bool:
+        """Does this chunk reach the end, so that a next token comes out of it?"""
+        return self.end == len(self.sequence.tokens)

@@ -1,0 +1,52 @@
+"""Errors of other rooms as the daemon's: the one place where each gets its stable code."""
+
+from __future__ import annotations
+
+from shoal.comm.messages import ErrorCode
+from shoal.models.errors import (
+    CorruptCheckpoint,
+    MissingCheckpoint,
+    ModelError,
+    TemplateError,
+    TokenizerError,
+    UnsupportedCheckpoint,
+)
+from shoal.models.sampling import SamplingError
+from shoal.offload.errors import BudgetExceeded
+from shoal.partition.errors import PlanError, SpecError
+
+from .errors import DaemonError
+
+_CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
+    (MissingCheckpoint, "not_found"),
+    (UnsupportedCheckpoint, "unsupported"),
+    (CorruptCheckpoint, "corrupt"),
+    (TokenizerError, "corrupt"),
+    (SpecError, "corrupt"),
+    (TemplateError, "bad_request"),
+    (SamplingError, "bad_request"),
+    (PlanError, "resources"),
+    (BudgetExceeded, "resources"),
+    (MemoryError, "resources"),
+    (ModelError, "internal"),
+    (OSError, "internal"),
+)
+
+
+def describe(error: BaseException) -> str:
+    """One line for an unexpected exception."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def translated(error: Exception, what: str = "") -> DaemonError:
+    """`error` as a DaemonError; `what` (e.g. a model's name) is put before the message."""
+    if isinstance(error, DaemonError):
+        return error
+    prefix = f"{what}: " if what else ""
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return DaemonError(code, prefix + (" ".join(str(error).split()) or kind.__name__))
+    return DaemonError(
+        "internal", prefix + describe(error), "this is a bug in Shoal; the log has the details"
+    )

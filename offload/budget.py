@@ -1,0 +1,46 @@
+"""The ledger of large allocations: weights, KV, scratch.
+
+Knows bytes by name and one limit. Allocates nothing itself: whoever allocates enters it here first, so the
+peak is held by construction.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from .errors import BudgetExceeded
+
+
+class Budget:
+    """Bytes held per purpose, never more than `limit_bytes` together. Thread-safe."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._held: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        with self._lock:
+            return sum(self._held.values())
+
+    @property
+    def free_bytes(self) -> int:
+        return self.limit_bytes - self.held_bytes
+
+    def hold(self, purpose: str, nbytes: int) -> None:
+        """Enter `nbytes` under a new `purpose`. Raises BudgetExceeded and changes nothing when it does not fit."""
+        with self._lock:
+            assert purpose not in self._held, purpose
+            held = sum(self._held.values())
+            if held + nbytes > self.limit_bytes:
+                raise BudgetExceeded(
+                    f"{purpose} needs {nbytes / 1e6:,.0f} MB, but {held / 1e6:,.0f} MB of the budget of "
+                    f"{self.limit_bytes / 1e6:,.0f} MB are taken"
+                )
+            self._held[purpose] = nbytes
+
+    def release(self, purpose: str) -> None:
+        """Forget `purpose`; unknown ones are ignored, so that clean-up may run twice."""
+        with self._lock:
+            self._held.pop(purpose, None)

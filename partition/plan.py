@@ -1,0 +1,121 @@
+"""`Plan`: pure data that says, for every block, where it lives and computes, and how much a step may hold.
+
+Knows blocks, tiers, devices and sizes. Does not read, allocate or compute; `solver` will choose among plans,
+`offload` and the executor carry one out. Today's only plan: one rank, everything in RAM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import PlanError
+from .spec import BlockId, ModelSpec
+
+Tier = Literal["gpu", "ram", "disk"]
+
+KV_TYPE_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
+PAGE_TOKENS = 64
+SCRATCH_BYTES = 64 << 20  # kernel tiles, hidden states, logits of one step
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Where one block lives and computes."""
+
+    block: BlockId
+    nbytes: int
+    tier: Tier = "ram"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class KvPlan:
+    """The pool of KV pages. One page holds `page_tokens` positions of every layer."""
+
+    pages: int
+    page_tokens: int
+    dtype: str  # a key of KV_TYPE_BYTES
+    nbytes: int
+
+    @property
+    def tokens(self) -> int:
+        return self.pages * self.page_tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one rank runs one model."""
+
+    blocks: tuple[BlockPlan, ...]  # in the order of a step
+    kv: KvPlan
+    context_tokens: int  # longest sequence
+    chunk_tokens: int  # prefill chunks end at multiples of this position
+    sequences: int  # decoded together at most
+    threads: int
+    ranks: int = 1
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.weights_bytes + self.kv.nbytes + SCRATCH_BYTES
+
+    def describe(self) -> str:
+        """One line for people."""
+        tiers = sorted({b.tier for b in self.blocks})
+        return (
+            f"{self.ranks} rank, {self.threads} threads, {self.weights_bytes / 1e6:,.0f} MB of weights in "
+            f"{'+'.join(tiers)}, KV {self.kv.tokens:,} tokens in {self.kv.dtype} ({self.kv.nbytes / 1e6:,.0f} MB)"
+        )
+
+
+def kv_token_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of K and V of one token in all layers."""
+    return 2 * len(spec.layers) * spec.kv_heads * spec.head_dim * KV_TYPE_BYTES[dtype]
+
+
+def plan_in_ram(
+    spec: ModelSpec,
+    block_bytes: Mapping[BlockId, int],
+    *,
+    context_tokens: int,
+    kv_tokens: int | None,
+    kv_type: str,
+    chunk_tokens: int,
+    sequences: int,
+    threads: int,
+    memory_bytes: int,
+) -> Plan:
+    """The plan "one rank, everything in RAM" within `memory_bytes`.
+
+    `kv_tokens` None gives every sequence a full context as far as half of the memory left allows, so that another
+    model fits beside it; at least one sequence always gets its full context.
+    Raises PlanError with the bytes needed when weights and one full context do not fit.
+    """
+    page_bytes = PAGE_TOKENS * kv_token_bytes(spec, kv_type)
+    weights = sum(block_bytes.values())
+    per_sequence = -(-context_tokens // PAGE_TOKENS)
+    least = weights + SCRATCH_BYTES + per_sequence * page_bytes
+    if kv_tokens is not None:
+        pages = -(-kv_tokens // PAGE_TOKENS)
+        least = weights + SCRATCH_BYTES + pages * page_bytes
+    else:
+        room = memory_bytes - weights - SCRATCH_BYTES
+        pages = max(per_sequence, min(per_sequence * sequences, room // 2 // page_bytes))
+    if least > memory_bytes:
+        raise PlanError(
+            f"needs {least / 1e6:,.0f} MB ({weights / 1e6:,.0f} MB of weights, {pages * PAGE_TOKENS:,} tokens of KV, "
+            f"{SCRATCH_BYTES / 1e6:,.0f} MB of scratch) but the budget is {memory_bytes / 1e6:,.0f} MB"
+        )
+    return Plan(
+        blocks=tuple(BlockPlan(block, block_bytes[block]) for block in spec.blocks()),
+        kv=KvPlan(pages, PAGE_TOKENS, kv_type, pages * page_bytes),
+        context_tokens=context_tokens,
+        chunk_tokens=chunk_tokens,
+        sequences=sequences,
+        threads=threads,
+    )
