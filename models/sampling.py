@@ -191,9 +191,9 @@ class _Window:
 
 
 def _truncated(weights: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Weights (vocab,) with 0 for all but the likeliest that top-k and top-p leave; of equals, the lowest ids.
+    """Weights (vocab,) with 0 for all but those that top-k and top-p leave; of equals, the lowest ids.
 
-    Top-p leaves the shortest list that holds its share (Holtzman et al. 2019); after top-k, of what that left.
+    Top-p leaves the fewest that hold its share of what top-k left (Holtzman et al. 2019).
     """
     vocab = weights.shape[0]
     if 0 < top_k < vocab:
