@@ -1,23 +1,73 @@
 """The one way to call a kernel: checks operands, then computes where it is fastest.
 
 Knows which home was chosen when the room was first used, and what each call may be given. Callers
-never learn the home from results: all homes agree with `reference` to float32 rounding. Arithmetic
-is not here.
+never learn the home from results: all homes agree with `reference` to float32 rounding. In a native
+home, a row of a result is moreover bitwise the same whatever else is in the batch and however many
+threads compute it. Arithmetic is not here.
 """
+
+import os
+import warnings
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shoal.kernels import reference
-from shoal.kernels.errors import OperandError
+from shoal.kernels.errors import KernelError, OperandError
+from shoal.kernels.library import Native
 from shoal.kernels.matrix import Matrix
 
 _F32 = torch.float32
 
 
+class Home(Protocol):
+    """What every home computes; operands are checked before."""
+
+    def linear(self, x: Tensor, w: Matrix, bias: Tensor | None) -> Tensor: ...
+    def gather_rows(self, w: Matrix, ids: Tensor) -> Tensor: ...
+    def dequantize(self, w: Matrix) -> Tensor: ...
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor: ...
+    def geglu(self, gate: Tensor, up: Tensor) -> Tensor: ...
+
+
+_home: Home | None = None
+
+
+def choose(name: str = "") -> Home:
+    """Computes from now on in the home of this name (avx512, avx2, neon, scalar, reference), or in the
+    best one for "". KernelError if a home asked for by name does not run here; where none was asked
+    for and the native library is missing, one warning and the reference.
+    """
+    global _home
+    if name == "reference":
+        _home = reference
+        return reference
+    try:
+        native: Home = Native(name)
+    except KernelError as error:
+        if name:
+            raise
+        warnings.warn(
+            f"{error}. Computing with the slow reference kernels; for fast ones install a C++ compiler "
+            "(GCC or Clang) and reinstall shoal",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        native = reference
+    _home = native
+    return native
+
+
+def _first_choice() -> Home:
+    return choose(os.environ.get("SHOAL_KERNELS", ""))
+
+
 def home() -> str:
-    """Where kernels run: avx512, avx2, neon, scalar or reference."""
-    return "reference"
+    """Where kernels run: avx512, avx2, neon, scalar or reference. SHOAL_KERNELS names one to use."""
+    current = _home or _first_choice()
+    return current.name if isinstance(current, Native) else "reference"
 
 
 def set_threads(n: int) -> None:
@@ -25,6 +75,9 @@ def set_threads(n: int) -> None:
     if n < 1:
         raise OperandError(f"cannot compute on {n} threads: give 1 or more")
     torch.set_num_threads(n)
+    current = _home or _first_choice()
+    if isinstance(current, Native):
+        current.set_threads(n)
 
 
 def _refuse_rows(name: str, x: Tensor, cols: int) -> OperandError:
@@ -37,23 +90,19 @@ def linear(x: Tensor, w: Matrix, bias: Tensor | None = None) -> Tensor:
         raise _refuse_rows("the input of a linear", x, w.cols)
     if bias is not None and (bias.dtype is not _F32 or bias.shape != (w.rows,)):
         raise OperandError(f"bias must be float32 of shape ({w.rows},), got {bias.dtype} {tuple(bias.shape)}")
-    return reference.linear(x, w, bias)
+    return (_home or _first_choice()).linear(x, w, bias)
 
 
 def gather_rows(w: Matrix, ids: Tensor) -> Tensor:
-    """Rows `ids` (int64 (T,)) of w as float32 (T, cols)."""
+    """Rows `ids` (int64 (T,)) of w as float32 (T, cols); OperandError if there is no such row."""
     if ids.dtype is not torch.int64 or ids.dim() != 1:
         raise OperandError(f"row ids must be int64 of shape (T,), got {ids.dtype} {tuple(ids.shape)}")
-    if ids.numel():
-        low, high = (int(end) for end in ids.aminmax())
-        if low < 0 or high >= w.rows:
-            raise OperandError(f"row ids must be within [0, {w.rows}), got {low} to {high}")
-    return reference.gather_rows(w, ids)
+    return (_home or _first_choice()).gather_rows(w, ids)
 
 
 def dequantize(w: Matrix) -> Tensor:
     """All weights as float32 (rows, cols): a full-size copy, so only for small matrices and tests."""
-    return reference.dequantize(w)
+    return (_home or _first_choice()).dequantize(w)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -63,7 +112,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             f"a norm takes float32 (T, d) and (d,), got {x.dtype} {tuple(x.shape)} "
             f"and {weight.dtype} {tuple(weight.shape)}"
         )
-    return reference.rms_norm(x, weight, eps)
+    return (_home or _first_choice()).rms_norm(x, weight, eps)
 
 
 def _check_gate(gate: Tensor, up: Tensor) -> None:
@@ -77,10 +126,10 @@ def _check_gate(gate: Tensor, up: Tensor) -> None:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise; float32 of one shape."""
     _check_gate(gate, up)
-    return reference.swiglu(gate, up)
+    return (_home or _first_choice()).swiglu(gate, up)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, elementwise, gelu in its tanh form; float32 of one shape."""
     _check_gate(gate, up)
-    return reference.geglu(gate, up)
+    return (_home or _first_choice()).geglu(gate, up)

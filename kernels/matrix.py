@@ -6,7 +6,7 @@ type asks for. Never converts, copies or moves them, and does not know what they
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,11 +31,13 @@ class Matrix:
     data: torch.Tensor
     rows: int
     cols: int
+    row_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "row_bytes", self.type.row_bytes(self.cols))
         if self.rows < 0:
             raise OperandError(f"a matrix of {self.rows} rows cannot be: rows must be 0 or more")
-        shape = (self.rows, self.type.row_bytes(self.cols))
+        shape = (self.rows, self.row_bytes)
         if self.data.dtype != torch.uint8 or self.data.device.type != "cpu":
             raise OperandError(
                 f"the bytes of a matrix must be uint8 on the CPU, not {self.data.dtype} on {self.data.device}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from shoal.kernels.errors import OperandError
 from shoal.kernels.matrix import Matrix
 from shoal.kernels.types import WeightType
 
@@ -47,6 +48,10 @@ def linear(x: Tensor, w: Matrix, bias: Tensor | None = None) -> Tensor:
 
 def gather_rows(w: Matrix, ids: Tensor) -> Tensor:
     """Rows `ids` (int64 (T,)) as float32 (T, cols); only those rows are decoded."""
+    if ids.numel():
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= w.rows:
+            raise OperandError(f"row ids must be within [0, {w.rows}), got {low} to {high}")
     return decode(w.type, w.data[ids])
 
 

@@ -18,40 +18,8 @@ from shoal.kernels import (
     reference,
     weight_type,
 )
+from shoal.kernels.sample import random_matrix
 from shoal.kernels.types import F16, F32, Q4_0, Q6_K, UNSUPPORTED_NAMES
-
-HALF_FIELDS = {  # byte offsets of float16 scales in a block
-    "F16": (0,),
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
-    "IQ4_NL": (0,),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-}
-
-
-def random_matrix(kind: WeightType, rows: int, cols: int, seed: int = 0, offset: int = 0) -> Matrix:
-    """Random bytes with finite scales (negative and subnormal too), `offset` bytes off alignment."""
-    rng = np.random.default_rng(seed)
-    n = rows * kind.row_bytes(cols) // kind.block_bytes
-    blocks = rng.integers(0, 256, (n, kind.block_bytes), dtype=np.uint8)
-    for at in HALF_FIELDS.get(kind.name, ()):
-        scale = rng.standard_normal(n) * rng.choice([1e-6, 1e-2, 1.0], n)
-        blocks[:, at : at + 2] = scale.astype(np.float16).view(np.uint8).reshape(n, 2)
-    if kind.name == "F32":
-        blocks[:] = rng.standard_normal(n).astype(np.float32).view(np.uint8).reshape(n, 4)
-    if kind.name == "BF16":
-        blocks[:, 1] &= 0b1011_1111  # exponent below 128: finite
-    buffer = torch.empty(offset + blocks.size, dtype=torch.uint8)
-    buffer[offset:] = torch.from_numpy(blocks).view(-1)
-    return Matrix.from_bytes(kind, rows, cols, buffer[offset:])
-
 
 kinds = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
 
@@ -75,9 +43,9 @@ def test_refusal_names_the_type(id: int, words: str) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("offset", [0, 1])
-def test_decoding_equals_gguf_exactly(kind: WeightType, offset: int) -> None:
-    w = random_matrix(kind, 7, 1024, seed=kind.id, offset=offset)
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0), (0.01, 1), (1e-6, 3)])  # 1e-6: subnormal halves
+def test_decoding_equals_gguf_exactly(kind: WeightType, scale: float, offset: int) -> None:
+    w = random_matrix(kind, 7, 1024, seed=kind.id, scale=scale, offset_bytes=offset)
     expected = gguf.quants.dequantize(w.data.numpy().copy(), GGMLQuantizationType(kind.id))
     got = reference.dequantize(w)
     assert got.dtype == torch.float32

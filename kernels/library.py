@@ -1,0 +1,129 @@
+"""The native kernels, as Python calls them.
+
+Knows where the shared library lies, its C signatures and how a tensor becomes a pointer. Operands
+have been checked by `dispatch`. Does not know how anything is computed (`native/`), nor what to do
+when there is no library.
+"""
+
+import ctypes
+from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.errors import KernelError, OperandError
+from shoal.kernels.matrix import Matrix
+
+LIBRARY = Path(__file__).with_name("libshoal.so")
+VERSION = 1
+
+_STATUS = {
+    1: "it has no kernel for this weight type",
+    2: "no memory for scratch",
+    3: "a row id is out of range",
+}
+_F32 = torch.float32
+_WEIGHTS = (c_int32, c_int64, c_int64, c_int64, c_void_p)
+_SIGNATURES = {
+    "shoal_linear": (*_WEIGHTS, c_void_p, c_int64, c_void_p, c_void_p),
+    "shoal_gather_rows": (*_WEIGHTS, c_void_p, c_int64, c_void_p),
+    "shoal_rms_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
+    "shoal_swiglu": (c_void_p, c_void_p, c_int64, c_void_p),
+    "shoal_geglu": (c_void_p, c_void_p, c_int64, c_void_p),
+}
+
+
+class Native:
+    """The kernels of one home (avx512, avx2, neon, scalar); the best this machine runs if `name` is "".
+
+    The library has one home and one thread pool per process: the latest Native chosen rules. Raises
+    KernelError if the library is missing, does not fit this version, or cannot serve `name` here.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        try:
+            lib = ctypes.CDLL(str(LIBRARY))
+            version = lib.shoal_version()
+        except (OSError, AttributeError) as error:
+            raise KernelError(f"native kernels cannot be loaded: {error}") from error
+        if version != VERSION:
+            raise KernelError(f"native kernels are of version {version}, this is {VERSION}")
+        lib.shoal_choose.argtypes, lib.shoal_choose.restype = (c_char_p,), c_char_p
+        chosen = lib.shoal_choose(name.encode())
+        if chosen is None:
+            raise KernelError(f"native kernels for {name!r} do not run on this machine")
+        self.name: str = chosen.decode()
+        for function, signature in _SIGNATURES.items():
+            getattr(lib, function).argtypes = signature
+            getattr(lib, function).restype = c_int
+        self._linear = lib.shoal_linear
+        self._gather_rows = lib.shoal_gather_rows
+        self._rms_norm = lib.shoal_rms_norm
+        self._swiglu = lib.shoal_swiglu
+        self._geglu = lib.shoal_geglu
+        self._set_threads = lib.shoal_set_threads
+
+    def set_threads(self, n: int) -> None:
+        self._set_threads(n)
+
+    def linear(self, x: Tensor, w: Matrix, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        tokens = x.shape[0]
+        y = torch.empty((tokens, w.rows), dtype=_F32)
+        bias_pointer = None
+        if bias is not None:
+            bias = bias.contiguous()
+            bias_pointer = bias.data_ptr()
+        if status := self._linear(
+            w.type.id,
+            w.rows,
+            w.cols,
+            w.row_bytes,
+            w.data.data_ptr(),
+            x.data_ptr(),
+            tokens,
+            bias_pointer,
+            y.data_ptr(),
+        ):
+            raise _refusal(status, w)
+        return y
+
+    def gather_rows(self, w: Matrix, ids: Tensor) -> Tensor:
+        ids = ids.contiguous()
+        return self._gather(w, ids.data_ptr(), ids.shape[0])
+
+    def dequantize(self, w: Matrix) -> Tensor:
+        return self._gather(w, None, w.rows)
+
+    def _gather(self, w: Matrix, ids_pointer: int | None, count: int) -> Tensor:
+        out = torch.empty((count, w.cols), dtype=_F32)
+        if status := self._gather_rows(
+            w.type.id, w.rows, w.cols, w.row_bytes, w.data.data_ptr(), ids_pointer, count, out.data_ptr()
+        ):
+            raise _refusal(status, w)
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y = torch.empty_like(x)
+        rows, cols = x.shape
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), eps, rows, cols, y.data_ptr())
+        return y
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        self._swiglu(gate.data_ptr(), up.data_ptr(), y.numel(), y.data_ptr())
+        return y
+
+    def geglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        self._geglu(gate.data_ptr(), up.data_ptr(), y.numel(), y.data_ptr())
+        return y
+
+
+def _refusal(status: int, w: Matrix) -> KernelError:
+    kind = OperandError if status == 3 else KernelError
+    return kind(f"native kernels refuse {w}: {_STATUS.get(status, f'status {status}')}")

@@ -1,0 +1,203 @@
+// The thread pool: who runs the jobs of a kernel, and when threads sleep.
+//
+// Workers spin for some tens of microseconds after the last job, because the next kernel of a step
+// usually follows at once, and then sleep on a condition variable: an idle process burns nothing. The
+// calling thread works too. The pool is never destroyed (threads may outlive static objects) and a
+// forked child starts with a fresh one.
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "home.h"
+
+namespace shoal {
+namespace {
+
+constexpr auto SPIN = std::chrono::microseconds(60);
+constexpr int64_t WORTH_WAKING = 1 << 16;  // multiply-adds; some 5 µs on one thread
+constexpr size_t LINE = 64;
+constexpr int MOST_THREADS = 1024;
+
+void pause_cpu() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// One atomic word says which call is on, how many jobs it has and which is next. A thread that arrives
+// late draws a number beyond the count and so never looks at a call that may be over.
+struct Ticket {
+    static constexpr int BITS = 20;
+    static constexpr uint64_t MASK = (1 << BITS) - 1;
+    uint64_t word;
+    uint64_t next() const { return word & MASK; }
+    uint64_t count() const { return word >> BITS & MASK; }
+    uint64_t call() const { return word >> 2 * BITS; }
+};
+
+constexpr int64_t MOST_JOBS = Ticket::MASK - MOST_THREADS;
+
+class Pool {
+public:
+    explicit Pool(int threads) : wanted_(threads) {}
+
+    std::mutex turn;  // held for the length of a call
+
+    int wanted() const { return wanted_; }
+
+    void resize(int threads) {
+        stop();
+        wanted_ = threads;
+    }
+
+    Status run(int64_t count, int64_t work, Job job, const void* context, size_t scratch_bytes) {
+        const bool alone = wanted_ == 1 || count == 1 || work < WORTH_WAKING;
+        if (!alone && workers_.empty()) start();
+        scratch_bytes = (scratch_bytes + LINE - 1) / LINE * LINE;
+        if (!reserve(scratch_bytes * (workers_.size() + 1))) return NO_MEMORY;
+        job_ = job;
+        context_ = context;
+        stride_ = scratch_bytes;
+        if (alone) {
+            for (int64_t i = 0; i < count; i++) job(context, i, scratch_);
+            return OK;
+        }
+        for (base_ = 0; base_ < count; base_ += MOST_JOBS) {
+            const int64_t part = count - base_ < MOST_JOBS ? count - base_ : MOST_JOBS;
+            undone_.store(part, std::memory_order_relaxed);
+            ticket_.store(++calls_ << 2 * Ticket::BITS | (uint64_t)part << Ticket::BITS);
+            if (sleepers_.load() > 0) {
+                { std::lock_guard<std::mutex> lock(sleep_); }
+                wake_.notify_all();
+            }
+            take_jobs(0);
+            for (int spins = 0; undone_.load(std::memory_order_acquire) > 0; spins++) {
+                spins < 1000 ? pause_cpu() : (void)sched_yield();
+            }
+        }
+        return OK;
+    }
+
+private:
+    void take_jobs(size_t worker) {
+        for (;;) {
+            const Ticket drawn{ticket_.fetch_add(1, std::memory_order_acq_rel)};
+            if (drawn.next() >= drawn.count()) return;
+            job_(context_, base_ + (int64_t)drawn.next(), scratch_ + worker * stride_);
+            undone_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    void work(size_t worker) {
+        uint64_t seen = 0;
+        for (;;) {
+            if (!await(seen)) return;
+            seen = Ticket{ticket_.load()}.call();
+            take_jobs(worker);
+        }
+    }
+
+    // Waits for a call other than `seen`, spinning first; false when the pool stops.
+    bool await(uint64_t seen) {
+        const auto news = [&] { return stopping_.load() || Ticket{ticket_.load()}.call() != seen; };
+        const auto until = std::chrono::steady_clock::now() + SPIN;
+        while (!news()) {
+            for (int i = 0; i < 16 && !news(); i++) pause_cpu();
+            if (std::chrono::steady_clock::now() < until) continue;
+            std::unique_lock<std::mutex> lock(sleep_);
+            sleepers_.fetch_add(1);
+            wake_.wait(lock, news);
+            sleepers_.fetch_sub(1);
+        }
+        return !stopping_.load();
+    }
+
+    void start() {
+        stopping_.store(false);
+        for (int i = 1; i < wanted_; i++) {
+            try {
+                workers_.emplace_back([this, i] { work((size_t)i); });
+            } catch (const std::system_error&) {
+                break;  // the system grants no more threads; fewer do the same work
+            }
+        }
+    }
+
+    void stop() {
+        {
+            std::lock_guard<std::mutex> lock(sleep_);
+            stopping_.store(true);
+        }
+        wake_.notify_all();
+        for (auto& worker : workers_) worker.join();
+        workers_.clear();
+    }
+
+    bool reserve(size_t bytes) {
+        if (bytes <= reserved_) return true;
+        free(scratch_);
+        reserved_ = 0;
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 4096, bytes)) memory = nullptr;
+        scratch_ = static_cast<char*>(memory);
+        if (scratch_) reserved_ = bytes;
+        return scratch_ != nullptr;
+    }
+
+    int wanted_;
+    std::vector<std::thread> workers_;
+    char* scratch_ = nullptr;
+    size_t reserved_ = 0, stride_ = 0;
+
+    Job job_ = nullptr;
+    const void* context_ = nullptr;
+    int64_t base_ = 0;
+    uint64_t calls_ = 0;
+    alignas(LINE) std::atomic<uint64_t> ticket_{0};
+    alignas(LINE) std::atomic<int64_t> undone_{0};
+    alignas(LINE) std::atomic<int> sleepers_{0};
+    std::atomic<bool> stopping_{false};
+    std::mutex sleep_;
+    std::condition_variable wake_;
+};
+
+Pool* make_pool(int threads) { return new Pool(threads); }
+
+int default_threads() {
+    const unsigned n = std::thread::hardware_concurrency();
+    return n ? (int)n : 1;
+}
+
+Pool* pool = make_pool(default_threads());
+
+// The parent's workers and locks do not exist in a forked child; its pool is left as it is.
+const int forked = pthread_atfork(nullptr, nullptr, [] { pool = make_pool(pool->wanted()); });
+
+}  // namespace
+
+Status parallel(int64_t count, int64_t work, Job job, const void* context, size_t scratch_bytes) {
+    if (count <= 0) return OK;
+    std::lock_guard<std::mutex> lock(pool->turn);
+    return pool->run(count, work, job, context, scratch_bytes);
+}
+
+void set_threads(int count) {
+    std::lock_guard<std::mutex> lock(pool->turn);
+    count = count < 1 ? 1 : count > MOST_THREADS ? MOST_THREADS : count;
+    if (count != pool->wanted()) pool->resize(count);
+}
+
+int threads() { return pool->wanted(); }
+
+}  // namespace shoal

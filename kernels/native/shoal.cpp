@@ -1,0 +1,90 @@
+// The library's C interface: which home serves this machine, and the calls.
+//
+// Pointers and sizes have been checked by the caller; data may lie at any alignment.
+#include <string.h>
+
+#include "home.h"
+
+namespace shoal {
+namespace homes {
+#if defined(SHOAL_X86)
+extern const Home avx512, avx2, scalar;
+#elif defined(SHOAL_ARM)
+extern const Home neon;
+#else
+extern const Home scalar;
+#endif
+}  // namespace homes
+
+namespace {
+
+bool runs_here(const Home& home) {
+#if defined(SHOAL_X86)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (&home == &homes::avx2) return avx2;
+    if (&home == &homes::avx512) {
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    }
+#endif
+    (void)home;
+    return true;
+}
+
+// Best first.
+const Home* const all[] = {
+#if defined(SHOAL_X86)
+    &homes::avx512, &homes::avx2, &homes::scalar,
+#elif defined(SHOAL_ARM)
+    &homes::neon,
+#else
+    &homes::scalar,
+#endif
+};
+
+const Home* chosen = all[sizeof all / sizeof all[0] - 1];
+
+}  // namespace
+}  // namespace shoal
+
+#define API extern "C" __attribute__((visibility("default")))
+
+// Changes whenever a signature below does; the Python side refuses a library that does not match.
+API int shoal_version() { return 1; }
+
+// Serves from now on by the home with this name, or by the best one for an empty name. Its name, or
+// null if this machine cannot run it.
+API const char* shoal_choose(const char* name) {
+    for (const shoal::Home* home : shoal::all) {
+        if ((!*name || !strcmp(name, home->name)) && shoal::runs_here(*home)) {
+            shoal::chosen = home;
+            return home->name;
+        }
+    }
+    return nullptr;
+}
+
+API void shoal_set_threads(int count) { shoal::set_threads(count); }
+
+API int shoal_linear(int32_t type, int64_t rows, int64_t cols, int64_t row_bytes, const void* w, const float* x,
+                     int64_t tokens, const float* bias, float* y) {
+    return shoal::chosen->linear({type, rows, cols, row_bytes, w}, x, tokens, bias, y);
+}
+
+API int shoal_gather_rows(int32_t type, int64_t rows, int64_t cols, int64_t row_bytes, const void* w, const int64_t* ids,
+                          int64_t count, float* out) {
+    return shoal::chosen->gather_rows({type, rows, cols, row_bytes, w}, ids, count, out);
+}
+
+API int shoal_rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t cols, float* y) {
+    return shoal::chosen->rms_norm(x, weight, eps, rows, cols, y);
+}
+
+API int shoal_swiglu(const float* gate, const float* up, int64_t n, float* y) {
+    return shoal::chosen->swiglu(gate, up, n, y);
+}
+
+API int shoal_geglu(const float* gate, const float* up, int64_t n, float* y) {
+    return shoal::chosen->geglu(gate, up, n, y);
+}

@@ -1,0 +1,178 @@
+// A thin layer over the vector registers of the machine this file is compiled for.
+//
+// Knows lanes, loads, widening and the one order in which lanes are summed. Knows nothing of weight
+// types. Vectors are GCC/Clang vector extensions, so + - * / & | << >> work on them; intrinsics stand
+// only where the extension has no word or compilers do badly. Everything is in an anonymous namespace:
+// the same source is compiled for several machines, and no inline function may be shared by them.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+constexpr int TOKENS = 6;  // tokens per register tile: 4 * 6 sums, 4 weights, 1 input of 32 registers
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+constexpr int TOKENS = 3;  // 4 * 3 sums, 3 inputs, 1 weight of 16 registers
+#elif defined(__ARM_NEON)
+constexpr int LANES = 4;
+constexpr int TOKENS = 5;  // 4 * 5 sums of 32 registers
+#else
+constexpr int LANES = 4;
+constexpr int TOKENS = 2;
+#endif
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef float vf4 __attribute__((vector_size(16)));
+
+template <class T>
+INLINE T read(const void* p) {
+    T value;
+    memcpy(&value, p, sizeof value);
+    return value;
+}
+
+INLINE vf load(const float* p) { return read<vf>(p); }
+INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+INLINE vf bits_to_float(vi v) { return (vf)v; }
+
+// IEEE half to float without hardware: the exponent is rebased by a multiplication, which also
+// renormalises subnormals; what was infinite or NaN is made so again.
+INLINE float half_bits_to_float(uint16_t h) {
+    uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
+    float value = read<float>(&magnitude) * 0x1p112f;
+    uint32_t bits = read<uint32_t>(&value);
+    if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+    bits |= (uint32_t)(h & 0x8000) << 16;
+    return read<float>(&bits);
+}
+
+#if defined(__AVX512F__)
+
+INLINE vf splat(float f) { return (vf)_mm512_set1_ps(f); }
+INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vf round(vf a) { return (vf)_mm512_roundscale_ps((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vi to_int(vf a) { return (vi)_mm512_cvtps_epi32((__m512)a); }
+INLINE vi load_u8(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vi load_i8(const uint8_t* p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vi load_u16(const uint8_t* p) { return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE vf load_half(const uint8_t* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE vf lookup16(vi index, const float* table) {
+    return (vf)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+}
+// Sums of four vectors; a lane order that does not depend on which of the four a vector is.
+INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
+    __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44),
+                              _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee));
+    __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4((__m512)c, (__m512)d, 0x44),
+                              _mm512_shuffle_f32x4((__m512)c, (__m512)d, 0xee));
+    __m512 abcd = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    abcd = _mm512_add_ps(abcd, _mm512_permute_ps(abcd, 0x4e));
+    abcd = _mm512_add_ps(abcd, _mm512_permute_ps(abcd, 0xb1));
+    return (vf4)_mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, abcd));
+}
+
+#elif defined(__AVX2__)
+
+INLINE vf splat(float f) { return (vf)_mm256_set1_ps(f); }
+INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vf round(vf a) { return (vf)_mm256_round_ps((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vi to_int(vf a) { return (vi)_mm256_cvtps_epi32((__m256)a); }
+INLINE vi load_u8(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE vi load_i8(const uint8_t* p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE vi load_u16(const uint8_t* p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vf load_half(const uint8_t* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vf lookup16(vi index, const float* table) {
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+    return (vf)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+}
+INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
+    __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20),
+                              _mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31));
+    __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps((__m256)c, (__m256)d, 0x20),
+                              _mm256_permute2f128_ps((__m256)c, (__m256)d, 0x31));
+    __m256 pairs = _mm256_hadd_ps(ab, cd);     // a c | b d, two halves each
+    __m256 sums = _mm256_hadd_ps(pairs, pairs);  // a c a c | b d b d
+    return (vf4)_mm_unpacklo_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+
+#else
+
+#if defined(__ARM_NEON)
+INLINE vf splat(float f) { return (vf)vdupq_n_f32(f); }
+INLINE vf fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+INLINE vf min(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b); }
+INLINE vf max(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+#else
+INLINE vf splat(float f) { return vf{f, f, f, f}; }
+INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+#endif
+// To the nearest integer: adding 1.5 * 2^23 leaves no bits for a fraction. For |a| < 2^22.
+INLINE vf round(vf a) {
+    const vf magic = splat(0x1.8p23f);
+    return (a + magic) - magic;
+}
+INLINE vi to_int(vf a) { return __builtin_convertvector(round(a), vi); }
+INLINE vi load_u8(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+INLINE vi load_i8(const uint8_t* p) { return vi{(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]}; }
+INLINE vi load_u16(const uint8_t* p) {
+    return vi{read<uint16_t>(p), read<uint16_t>(p + 2), read<uint16_t>(p + 4), read<uint16_t>(p + 6)};
+}
+INLINE vf load_half(const uint8_t* p) {
+    return vf{half_bits_to_float(read<uint16_t>(p)), half_bits_to_float(read<uint16_t>(p + 2)),
+              half_bits_to_float(read<uint16_t>(p + 4)), half_bits_to_float(read<uint16_t>(p + 6))};
+}
+INLINE vf lookup16(vi index, const float* table) {
+    index &= 15;
+    return vf{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
+    return vf4{(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]), (c[0] + c[2]) + (c[1] + c[3]),
+               (d[0] + d[2]) + (d[1] + d[3])};
+}
+
+#endif
+
+INLINE float half(const uint8_t* p) {
+#if defined(__F16C__)
+    return _cvtsh_ss(read<uint16_t>(p));
+#else
+    return half_bits_to_float(read<uint16_t>(p));
+#endif
+}
+
+// Four-bit numbers q mapped to q * scale + low. With 16 lanes all 16 results fit one register.
+struct Nibbles {
+#if defined(__AVX512F__)
+    vf table;
+    INLINE Nibbles(vf scale, vf low)
+        : table(fma(vf{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, scale, low)) {}
+    // Only the low four bits of each lane are looked at.
+    INLINE vf operator()(vi q) const { return (vf)_mm512_permutexvar_ps((__m512i)q, (__m512)table); }
+#else
+    vf scale, low;
+    INLINE Nibbles(vf scale, vf low) : scale(scale), low(low) {}
+    INLINE vf operator()(vi q) const { return fma(to_float(q & 15), scale, low); }
+#endif
+};
+
+}  // namespace

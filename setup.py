@@ -1,0 +1,74 @@
+"""Builds the native kernels: one shared library with the same source compiled for several machines.
+
+The library is optional: without a compiler the install succeeds and the reference kernels serve.
+Everything else about the package is in pyproject.toml.
+"""
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCE = "kernels/native"
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-g0"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# GCC 12 warns of its own AVX-512 header.
+AVX512 = [
+    *AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mprefer-vector-width=512",
+    "-Wno-maybe-uninitialized",
+]
+
+MACHINE = platform.machine().lower()
+if MACHINE in ("x86_64", "amd64"):
+    DEFINES, HOMES = [("SHOAL_X86", "1")], {"scalar": [], "avx2": AVX2, "avx512": AVX512}
+elif MACHINE in ("aarch64", "arm64"):
+    DEFINES, HOMES = [("SHOAL_ARM", "1")], {"neon": []}
+else:
+    DEFINES, HOMES = [], {"scalar": []}
+
+
+class BuildKernels(build_ext):
+    """Compiles `kernels.cpp` once per home, the rest once, and links them under a fixed name."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        temporary = Path(self.build_temp)
+        rest = [f"{SOURCE}/pool.cpp", f"{SOURCE}/shoal.cpp"]
+        objects = self.compiler.compile(
+            rest, str(temporary), DEFINES, extra_postargs=FLAGS, depends=ext.depends
+        )
+        for home, flags in HOMES.items():
+            objects += self.compiler.compile(
+                [f"{SOURCE}/kernels.cpp"],
+                str(temporary / home),
+                [*DEFINES, ("SHOAL_HOME", home)],
+                extra_postargs=[*FLAGS, *flags],
+                depends=ext.depends,
+            )
+        threads = [] if sys.platform == "darwin" else ["-pthread"]
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=threads, target_lang="c++"
+        )
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "shoal.kernels.libshoal",
+            sources=[f"{SOURCE}/{name}.cpp" for name in ("kernels", "pool", "shoal")],
+            depends=[f"{SOURCE}/{name}.h" for name in ("simd", "blocks", "home")],
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

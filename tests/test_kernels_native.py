@@ -1,0 +1,308 @@
+"""The native kernels: equal to the reference, and bitwise the same whatever is computed beside."""
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoal import kernels
+from shoal.kernels import (
+    WEIGHT_TYPES,
+    KernelError,
+    Matrix,
+    OperandError,
+    WeightType,
+    dispatch,
+    library,
+    reference,
+)
+from shoal.kernels.sample import random_matrix
+from shoal.kernels.types import BF16, F16, F32, IQ4_NL, Q4_0, Q4_1, Q4_K, Q6_K, Q8_0
+
+NATIVE_HOMES = ["avx512", "avx2", "neon", "scalar"]
+
+
+def homes_here() -> list[str]:
+    names = []
+    for name in NATIVE_HOMES:
+        try:
+            names.append(library.Native(name).name)
+        except KernelError:
+            continue
+    return names
+
+
+HOMES = homes_here()
+each_type = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
+
+
+@pytest.fixture(params=HOMES)
+def home(request: pytest.FixtureRequest) -> Iterator[str]:
+    dispatch.choose(request.param)
+    yield request.param
+    kernels.set_threads(2)
+    dispatch.choose()
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_native_home_was_built() -> None:
+    assert library.LIBRARY.exists()
+    assert "scalar" in HOMES or "neon" in HOMES
+
+
+@each_type
+@pytest.mark.parametrize("scale", [1.0, 0.01, 1e-6])
+def test_decoding_is_that_of_the_reference(home: str, kind: WeightType, scale: float) -> None:
+    w = random_matrix(kind, 5, 512, seed=kind.id, scale=scale, offset_bytes=1)
+    truth = reference.dequantize(w)
+    torch.testing.assert_close(kernels.dequantize(w), truth, rtol=2e-7 if home == "scalar" else 0, atol=0)
+    ids = torch.tensor([4, 0, 0, 3])
+    assert torch.equal(kernels.gather_rows(w, ids), kernels.dequantize(w)[ids])
+
+
+def assert_linear_close(x: Tensor, w: Matrix, bias: Tensor | None) -> None:
+    """Against float64; the bound is that of a float32 sum of the magnitudes."""
+    full = reference.dequantize(w).double()
+    truth = x.double() @ full.T + (0 if bias is None else bias.double())
+    magnitude = x.double().abs() @ full.abs().T + (0 if bias is None else bias.double().abs())
+    for got in (kernels.linear(x, w, bias), reference.linear(x, w, bias)):
+        assert got.dtype == torch.float32
+        assert got.shape == truth.shape
+        assert ((got - truth).abs() <= 1e-6 * magnitude + 1e-30).all()
+
+
+@each_type
+@settings(deadline=None, max_examples=12)
+@given(
+    rows=st.integers(1, 21),
+    blocks=st.integers(1, 11),
+    tokens=st.integers(0, 70),
+    offset_bytes=st.integers(0, 3),
+    with_bias=st.booleans(),
+)
+def test_linear_is_that_of_the_reference(
+    kind: WeightType, rows: int, blocks: int, tokens: int, offset_bytes: int, with_bias: bool
+) -> None:
+    cols = blocks * kind.block_weights * (7 if kind.block_weights == 1 else 1)
+    w = random_matrix(kind, rows, cols, seed=blocks, offset_bytes=offset_bytes)
+    for name in HOMES:
+        dispatch.choose(name)
+        assert_linear_close(randn(tokens, cols), w, randn(rows) if with_bias else None)
+
+
+@each_type
+def test_larger_shapes(home: str, kind: WeightType) -> None:
+    w = random_matrix(kind, 203, 2816, scale=1e-3)
+    assert_linear_close(randn(1, 2816), w, randn(203))
+    assert_linear_close(randn(9, 2816), w, None)
+
+
+@each_type
+def test_no_bit_depends_on_batch_threads_or_slices(home: str, kind: WeightType) -> None:
+    w = random_matrix(kind, 131, 768, seed=3)
+    x, bias = randn(200, 768), randn(131)
+    alone = torch.cat([kernels.linear(x[t : t + 1], w, bias) for t in range(64)])
+    for threads in (1, 2, 3):
+        kernels.set_threads(threads)
+        for tokens in (1, 2, 3, 5, 8, 64, 200):
+            assert torch.equal(kernels.linear(x[:tokens], w, bias)[:64], alone[:tokens]), (threads, tokens)
+        assert torch.equal(kernels.linear(x[7:40], w, bias), alone[7:40])
+        for start, stop in ((0, 1), (1, 131), (66, 70)):
+            part = w.slice_rows(start, stop)
+            assert torch.equal(kernels.linear(x[:1], part, bias[start:stop]), alone[:1, start:stop])
+            assert torch.equal(kernels.linear(x[:9], part, bias[start:stop]), alone[:9, start:stop])
+
+
+@pytest.mark.parametrize("kind", [F32, F16, BF16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("cols", [1, 3, 17, 33, 70])
+def test_float_rows_of_any_length(home: str, kind: WeightType, cols: int) -> None:
+    w = random_matrix(kind, 6, cols, offset_bytes=1)
+    x = randn(11, cols)
+    assert torch.equal(kernels.dequantize(w), reference.dequantize(w))
+    assert_linear_close(x, w, None)
+    alone = torch.cat([kernels.linear(x[t : t + 1], w) for t in range(11)])
+    assert torch.equal(kernels.linear(x, w), alone)
+
+
+def test_infinite_and_nan_inputs_stay_in_their_row(home: str) -> None:
+    w = random_matrix(F32, 8, 70)
+    x = randn(7, 70)
+    clean = kernels.linear(x, w)
+    x[2, 69], x[4, 0] = float("nan"), float("inf")
+    got = kernels.linear(x, w)
+    assert got[2].isnan().all()
+    assert not got[4].isfinite().any()
+    kept = [0, 1, 3, 5, 6]
+    assert torch.equal(got[kept], clean[kept])
+
+
+def test_special_halves(home: str) -> None:
+    values = torch.tensor(
+        [0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 65504.0, float("inf"), float("-inf"), float("nan")]
+    )
+    w = Matrix.from_tensor(values.half()[None])
+    torch.testing.assert_close(
+        kernels.dequantize(w), values.half().float()[None], rtol=0, atol=0, equal_nan=True
+    )
+    q8 = random_matrix(Q8_0, 1, 32)
+    q8.data[0, :2] = torch.tensor([-6e-8]).half().view(torch.uint8)
+    torch.testing.assert_close(kernels.dequantize(q8), reference.dequantize(q8), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cols", [1, 15, 64, 576, 1000])
+def test_norm(home: str, cols: int) -> None:
+    x, weight = randn(70, cols) * 3, randn(cols, seed=1)
+    got = kernels.rms_norm(x, weight, 1e-5)
+    truth = reference.rms_norm(x.double(), weight.double(), 1e-5).float()
+    torch.testing.assert_close(got, truth, rtol=2e-6, atol=1e-6)
+    for threads in (1, 2):
+        kernels.set_threads(threads)
+        assert torch.equal(torch.cat([kernels.rms_norm(x[t : t + 1], weight, 1e-5) for t in range(70)]), got)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_gates(home: str, name: str) -> None:
+    extremes = torch.tensor([0.0, -0.0, 1e-30, 50.0, 88.0, 100.0, 1e4, -20.0, -50.0, -100.0, -1e4])
+    gate = torch.cat([torch.linspace(-12, 12, 20_000), extremes])
+    up = randn(gate.numel())
+    got = getattr(kernels, name)(gate, up)
+    truth = getattr(reference, name)(gate.double(), up.double()).float()
+    torch.testing.assert_close(got, truth, rtol=2e-6, atol=1e-7)
+    for start, stop in ((0, 1), (3, 20), (100, 9001)):
+        assert torch.equal(getattr(kernels, name)(gate[start:stop], up[start:stop]), got[start:stop])
+    wide = torch.stack([gate, gate])
+    assert torch.equal(getattr(kernels, name)(wide, torch.stack([up, up])), torch.stack([got, got]))
+    assert getattr(kernels, name)(torch.tensor([float("nan")]), torch.ones(1)).isnan().all()
+
+
+def test_operands_need_not_be_contiguous(home: str) -> None:
+    w = random_matrix(Q4_1, 10, 64)
+    x = randn(64, 3).T
+    assert torch.equal(kernels.linear(x, w), kernels.linear(x.contiguous(), w))
+    ids = torch.arange(10)[::3]
+    assert torch.equal(kernels.gather_rows(w, ids), kernels.dequantize(w)[::3])
+
+
+def test_calls_from_many_threads_take_turns(home: str) -> None:
+    kernels.set_threads(2)
+    w = random_matrix(Q4_0, 512, 256)
+    inputs = [randn(1 + 7 * (i % 2), 256, seed=i) for i in range(6)]
+    truth = [kernels.linear(x, w) for x in inputs]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        if not all(torch.equal(kernels.linear(inputs[i], w), truth[i]) for _ in range(50)):
+            wrong.append(i)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=60)
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", [*HOMES, "reference"])
+def test_what_does_not_fit_is_refused(name: str) -> None:
+    dispatch.choose(name)
+    w = random_matrix(Q4_0, 4, 64)
+    good = torch.zeros(2, 64)
+    for x in (good[:, :32], good[0], good.double(), good.half(), torch.zeros(1, 2, 64)):
+        with pytest.raises(OperandError):
+            kernels.linear(x, w)
+    for bias in (torch.zeros(3), torch.zeros(4, 1), torch.zeros(4).double()):
+        with pytest.raises(OperandError):
+            kernels.linear(good, w, bias)
+    for ids in (
+        torch.tensor([4]),
+        torch.tensor([-1]),
+        torch.tensor([1], dtype=torch.int32),
+        torch.tensor([[1]]),
+    ):
+        with pytest.raises(OperandError):
+            kernels.gather_rows(w, ids)
+    for norm_weight in (torch.zeros(63), torch.zeros(64).double()):
+        with pytest.raises(OperandError):
+            kernels.rms_norm(good, norm_weight, 1e-5)
+    for gate in (kernels.swiglu, kernels.geglu):
+        with pytest.raises(OperandError):
+            gate(good, good[:1])
+    with pytest.raises(OperandError):
+        kernels.set_threads(0)
+    dispatch.choose()
+
+
+def test_empty_operands(home: str) -> None:
+    w = random_matrix(Q6_K, 4, 256)
+    assert kernels.linear(torch.zeros(0, 256), w).shape == (0, 4)
+    assert kernels.linear(torch.zeros(2, 256), w.slice_rows(2, 2)).shape == (2, 0)
+    assert kernels.gather_rows(w, torch.empty(0, dtype=torch.int64)).shape == (0, 256)
+    assert kernels.dequantize(w.slice_rows(2, 2)).shape == (0, 256)
+    assert kernels.rms_norm(torch.zeros(0, 4), torch.ones(4), 1e-5).shape == (0, 4)
+    assert kernels.swiglu(torch.zeros(0), torch.zeros(0)).shape == (0,)
+
+
+def test_a_forked_child_computes_too() -> None:
+    kernels.set_threads(2)
+    w = random_matrix(IQ4_NL, 512, 256)
+    x = randn(3, 256)
+    truth = kernels.linear(x, w)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(kernels.linear(x, w), truth) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_environment_names_the_home() -> None:
+    code = "from shoal import kernels; print(kernels.home())"
+    for name in (HOMES[-1], "reference"):
+        assert run_python(code, SHOAL_KERNELS=name).stdout.strip() == name
+    failed = run_python(code, SHOAL_KERNELS="abacus")
+    assert "'abacus' do not run on this machine" in failed.stderr.splitlines()[-1]
+
+
+def test_without_the_library_the_reference_serves_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "libshoal.so")
+    monkeypatch.setattr(dispatch, "_home", None)
+    w = random_matrix(Q4_K, 3, 256)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert kernels.linear(torch.zeros(1, 256), w).shape == (1, 3)
+        kernels.linear(torch.zeros(1, 256), w)
+        kernels.set_threads(2)
+    assert len(warned) == 1
+    assert "install a C++ compiler" in str(warned[0].message)
+    assert kernels.home() == "reference"
+    with pytest.raises(KernelError, match="cannot be loaded"):
+        dispatch.choose("scalar")
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "VERSION", -1)
+    with pytest.raises(KernelError, match="version"):
+        library.Native()
