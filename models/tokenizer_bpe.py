@@ -7,6 +7,7 @@ as llama.cpp does. Deliberately does not know special tokens, BOS, files, or how
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from shoal.models.errors import TokenizerError
+from shoal.models.tokenizer_vocab import BYTE_OF_CHAR
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Case by case instead of (?i:...): case folding would also take "ſ" for an "s".
@@ -22,6 +24,37 @@ _CONTRACTION = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
 _QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
+_QWEN35 = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Words by case: capitals then small letters, or capitals alone.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?:{_CONTRACTION})?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?:{_CONTRACTION})?|\p{{N}}{{1,3}}|{_CASED_TAIL}"
+)
+_TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_TAIL}"
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+_DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
+    "ὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-"
+    "ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_DEEPSEEK = (
+    r"[\r\n]",
+    rf"\s?[{_DEEPSEEK_LETTERS}]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    "[一-龥ࠀ-一가-퟿]+",
+    r"\p{N}+",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +80,11 @@ _FAMILIES: tuple[tuple[tuple[str, ...], PreTokenizer], ...] = (
     ),
     (("dbrx", "smaug-bpe"), PreTokenizer((_LLAMA3,))),
     (("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open"), PreTokenizer((_QWEN2,))),
+    (("qwen35",), PreTokenizer((_QWEN35,))),
+    (("gpt-4o", "llama4"), PreTokenizer((_GPT4O,))),
+    (("tekken",), PreTokenizer((_TEKKEN,), whole_words=True, add_bos=True)),
+    (("deepseek-v3",), PreTokenizer(_DEEPSEEK3)),
+    (("deepseek-llm",), PreTokenizer(_DEEPSEEK)),
     (("default",), PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))),
 )
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {name: rule for names, rule in _FAMILIES for name in names}
@@ -86,10 +124,13 @@ class ByteLevelBpe:
         with library_errors("the merges do not fit the vocabulary"):
             bpe = models.BPE(dict(ids), pairs, ignore_merges=rule.whole_words)
             self._library = tokenizers.Tokenizer(bpe)
-            self._library.pre_tokenizer = pre_tokenizers.Sequence(
-                [pre_tokenizers.Split(tokenizers.Regex(split), "isolated") for split in rule.splits]
-                + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-            )
+            words = [pre_tokenizers.Split(tokenizers.Regex(split), "isolated") for split in rule.splits]
+            words.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+            if absent := [char for char in BYTE_OF_CHAR if char not in ids]:
+                # Bytes without a token are dropped, but what stands around them must not merge.
+                gap = tokenizers.Regex(f"[{''.join(map(re.escape, absent))}]")
+                words.append(pre_tokenizers.Split(gap, "removed"))
+            self._library.pre_tokenizer = pre_tokenizers.Sequence(words)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""
