@@ -71,13 +71,19 @@ def home() -> str:
 
 
 def set_threads(n: int) -> None:
-    """Computes on `n` threads from now on, torch's own operators too."""
+    """Computes on `n` threads from now on.
+
+    In a native home torch's own operators stay on one thread: what is left to them is small, and a second pool
+    would fight for the cores (on a busy machine its barriers cost more than the work, see docs/LOG.md).
+    """
     if n < 1:
         raise OperandError(f"cannot compute on {n} threads: give 1 or more")
-    torch.set_num_threads(n)
     current = _home or _first_choice()
     if isinstance(current, Native):
         current.set_threads(n)
+        torch.set_num_threads(1)
+    else:
+        torch.set_num_threads(n)
 
 
 def _refuse_rows(name: str, x: Tensor, cols: int) -> OperandError:
