@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from shoal.models.sampling import Sampled, SamplingError
+from shoal.models.errors import SamplingError
+from shoal.models.sampling import Sampled
 from shoal.models.step import Step
 from shoal.offload.kv import KvPool
 

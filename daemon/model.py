@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from shoal.comm.messages import Chat, ChatMessage, Generate, ModelStatus, Sampling
 from shoal.models.chat_template import ChatTemplate
@@ -123,12 +126,19 @@ class LoadedModel:
     def chat_tokens(
         self,
         messages: list[ChatMessage],
-        tools: list[dict[str, object]] | None = None,
-        template_args: dict[str, object] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        template_args: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[int]:
-        """A conversation as prompt ids, by the model's chat template (ChatML when it has none)."""
-        rendered = self._template().render(
-            [_as_dict(message) for message in messages], tools=tools or None, **(template_args or {})
+        """A conversation as prompt ids, by the model's chat template (ChatML when it has none).
+
+        Raises DaemonError or the models room's TemplateError.
+        """
+        if taken := template_args.keys() & {"messages", "tools"}:
+            raise DaemonError(
+                "bad_request", f"template_args has {sorted(taken)}: these are fields of their own"
+            )
+        rendered = self._template.render(
+            [_as_dict(message) for message in messages], tools=tools or None, **template_args
         )
         return self.tokenizer.encode(rendered, add_special=False)
 
@@ -197,6 +207,7 @@ class LoadedModel:
             chat_template=self.tokenizer.chat_template is not None,
         )
 
+    @cached_property
     def _template(self) -> ChatTemplate:
         def spelled(token: int | None) -> str:
             return "" if token is None else self.tokenizer.id_to_token(token)
@@ -206,7 +217,7 @@ class LoadedModel:
         )
 
 
-def _as_dict(message: ChatMessage) -> dict[str, object]:
+def _as_dict(message: ChatMessage) -> dict[str, Any]:
     """Only the keys that were sent, as templates test for their presence."""
     pairs = ((name, getattr(message, name)) for name in message.__struct_fields__)
     return {name: value for name, value in pairs if value is not None}

@@ -7,11 +7,11 @@ from shoal.models.errors import (
     CorruptCheckpoint,
     MissingCheckpoint,
     ModelError,
+    SamplingError,
     TemplateError,
     TokenizerError,
     UnsupportedCheckpoint,
 )
-from shoal.models.sampling import SamplingError
 from shoal.offload.errors import BudgetExceeded
 from shoal.partition.errors import PlanError, SpecError
 

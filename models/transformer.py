@@ -68,15 +68,12 @@ class Transformer:
         v = linear(x, matrix["v"], vector.get("v_bias"))  # (T, K*D)
         if spec.qkv_clip is not None:
             q, k, v = (t.clamp_(-spec.qkv_clip, spec.qkv_clip) for t in (q, k, v))
-        if spec.qk_norm == "full":
-            q = rms_norm(q, vector["q_norm"], spec.norm_eps)
-            k = rms_norm(k, vector["k_norm"], spec.norm_eps)
+        if spec.qk_norm != "none":  # over rows of one head or of all heads, as long as the norm's weight
+            q = self._normed(q.view(-1, len(vector["q_norm"])), vector["q_norm"])
+            k = self._normed(k.view(-1, len(vector["k_norm"])), vector["k_norm"])
         q = q.view(-1, spec.heads, spec.head_dim)  # (T, H, D)
         k = k.view(-1, spec.kv_heads, spec.head_dim)  # (T, K, D)
         v = v.view(-1, spec.kv_heads, spec.head_dim)
-        if spec.qk_norm == "head":
-            q = rms_norm(q, vector["q_norm"], spec.norm_eps)
-            k = rms_norm(k, vector["k_norm"], spec.norm_eps)
         rotate = rotations[spec.layers[layer].rope]
         q, k = rotate(q), rotate(k)
         outputs = []

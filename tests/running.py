@@ -1,0 +1,53 @@
+"""Helpers: a checkpoint as an executor with a KV pool, and its logits for given tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.executor import Alone, Executor
+from shoal.daemon.model import make_plan
+from shoal.models.checkpoint import open_checkpoint
+from shoal.models.step import Step
+from shoal.models.transformer import Transformer
+from shoal.offload.kv import KvPool
+from shoal.offload.store import ResidentStore
+
+FP32 = NodeConfig(kv_type="f32", kv_tokens=512, context_tokens=128)
+
+
+class Running:
+    """One checkpoint ready to compute, without scheduler or text."""
+
+    def __init__(self, path: Path, config: NodeConfig = FP32) -> None:
+        with open_checkpoint(path) as checkpoint:
+            self.plan = make_plan(checkpoint, config, 1 << 33)
+            self.spec = checkpoint.spec
+            self.kv = KvPool(self.spec, self.plan.kv)
+            store = ResidentStore.load(self.plan, checkpoint)
+        self.executor = Executor(Transformer(self.spec, self.plan.context_tokens), store, self.kv, Alone())
+
+    def step(self, *parts: tuple[list[int], int, list[int]]) -> Tensor:
+        """(token ids, start position, pages) per sequence → logits (T, vocab) of every row."""
+        with torch.inference_mode():
+            chunks = [(ids, start, self.kv.slots(pages, start + len(ids)), True) for ids, start, pages in parts]
+            return self.executor.head(self.executor.forward(Step.build(chunks, every_row=True)))
+
+    def logits(self, ids: list[int], prefill: list[int]) -> Tensor:
+        """Logits (T, vocab) of `ids`: chunks of the given lengths, then token by token."""
+        pages = self.kv.table.take(-(-len(ids) // self.kv.page_tokens))
+        assert pages is not None
+        rows, start = [], 0
+        for count in [*prefill, *[1] * (len(ids) - sum(prefill))]:
+            rows.append(self.step((ids[start : start + count], start, pages)))
+            start += count
+        self.kv.table.give_back(pages)
+        return torch.cat(rows)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """max |Δ| over the scale of the logits."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
