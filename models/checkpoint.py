@@ -1,0 +1,220 @@
+"""A checkpoint: the user's files, read block by block.
+
+Knows how blocks are put together from tensors: fused tensors are split by rows without a copy, one expert is read
+out of a stack, vectors become f32. Container formats are `gguf_file` and `hf_dir`, names and facts `families`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from shoal.kernels import Matrix, dequantize
+from shoal.partition.spec import BlockId, BlockKind
+
+from .errors import CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
+from .families import Recipe, bias_shapes, recipe_from_gguf, recipe_from_hf, shapes
+from .families.layout import NORMS
+from .gguf_file import MAGIC, open_gguf
+from .hf_dir import open_hf, read_json
+from .tensor_files import StoredTensor, TensorFiles, unreadable
+from .tokenizer import Tokenizer
+from .weights import Weights
+
+_SAMPLING = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+}
+_LONG_LISTS = (
+    "tokenizer.ggml.tokens",
+    "tokenizer.ggml.merges",
+    "tokenizer.ggml.scores",
+    "tokenizer.ggml.token_type",
+)
+
+
+class Piece(NamedTuple):
+    """Rows [first_row, first_row + rows) of a tensor, which hold these roles one below the other."""
+
+    tensor: StoredTensor
+    first_row: int
+    rows: int
+    roles: tuple[str, ...]
+
+
+class Checkpoint:
+    """An open checkpoint; close it (or use `with`) when all blocks are read. Made by `open_checkpoint`.
+
+    spec: the architecture.  path, name: where it is, what to call it.  kind: "gguf" or "hf".
+    nbytes, parameters: stored bytes and number of the weights that the spec uses.
+    types: stored type → number of tensors.  metadata: GGUF metadata or config.json.
+    defaults: temperature, top_k and top_p as far as the model's makers advise them.
+    All but reading goes on working after `close`, except that the lists of tokens leave `metadata`.
+    Where the head is tied to the embedding (`spec.tied`), block `head` has no matrix: use that of `embed`.
+    """
+
+    def __init__(self, path: Path, kind: Literal["gguf", "hf"], files: TensorFiles, recipe: Recipe) -> None:
+        self.path = path
+        self.kind = kind
+        self.spec = recipe.spec
+        self.metadata: Mapping[str, Any] = files.metadata
+        self._files = files
+        self._recipe = recipe
+        self._shapes: dict[BlockKind, dict[str, tuple[int, ...]]] = {
+            kind: bias_shapes(self.spec, kind) | shapes(self.spec, kind) for kind in recipe.names
+        }
+        used = {
+            piece.tensor.name: piece.tensor for block in self.spec.blocks() for piece in self._pieces(block)
+        }
+        self.nbytes = sum(tensor.nbytes for tensor in used.values())
+        self.parameters = sum(tensor.weights for tensor in used.values())
+        self.types: Mapping[str, int] = Counter(tensor.type.name for tensor in used.values())
+        self.defaults = self._advised_sampling()
+
+    @property
+    def name(self) -> str:
+        """What the files call the model, else the name of the file or directory."""
+        given = self.metadata.get("general.name")
+        if isinstance(given, str) and given.strip():
+            return given.strip()
+        if self.kind == "gguf":
+            return self.path.stem
+        hub = re.fullmatch(r"models--(.+)", self.path.absolute().parent.parent.name)
+        return hub[1].replace("--", "/") if hub else self.path.absolute().name
+
+    def _advised_sampling(self) -> dict[str, Any]:
+        if self.kind == "gguf":
+            given = {ours: self.metadata.get(theirs) for ours, theirs in _SAMPLING.items()}
+        else:
+            path = self.path / "generation_config.json"
+            config = read_json(path) if path.is_file() else {}
+            given = {key: config.get(key) for key in _SAMPLING} if config.get("do_sample") is True else {}
+        return {k: v for k, v in given.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+    def block_bytes(self, block: BlockId) -> int:
+        """What `read_block(block).nbytes` will be, without reading."""
+        shapes = self._shapes[block.kind]
+        total = 0
+        for piece in self._pieces(block):
+            vector = len(shapes[piece.roles[0]]) == 1
+            total += 4 * piece.tensor.weights if vector else piece.rows * piece.tensor.row_bytes
+        return total
+
+    def read_block(self, block: BlockId) -> Weights:
+        """Reads the tensors of a block, each into a buffer of its own. Raises CheckpointError."""
+        matrices: dict[str, Matrix] = {}
+        vectors: dict[str, Tensor] = {}
+        for tensor, first_row, rows, roles in self._pieces(block):
+            buffer = self._files.read(tensor, first_row, rows)
+            matrix = Matrix.from_bytes(tensor.type, rows, tensor.shape[-1], buffer)
+            for role in roles:
+                shape = self._shapes[block.kind][role]
+                if len(shape) == 1:
+                    vectors[role] = self._vector(role, matrix)
+                    break
+                matrices[role] = matrix.slice_rows(0, shape[0])
+                matrix = matrix.slice_rows(shape[0], matrix.rows)
+        return Weights(matrices, vectors)
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises TokenizerError."""
+        return Tokenizer.from_gguf(self.metadata) if self.kind == "gguf" else Tokenizer.from_hf(self.path)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._files.close()
+        self.metadata = {key: value for key, value in self.metadata.items() if key not in _LONG_LISTS}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _vector(self, role: str, matrix: Matrix) -> Tensor:
+        """→ (n,) f32"""
+        values = dequantize(matrix).flatten()
+        return values + self._recipe.norm_shift if role in NORMS and self._recipe.norm_shift else values
+
+    def _pieces(self, block: BlockId) -> list[Piece]:
+        """The rows of tensors that make a block, their shapes checked against the spec."""
+        pieces = []
+        for joined, template in self._recipe.names[block.kind].items():
+            name = template.format(layer=block.layer, expert=block.expert)
+            stacked = block.expert >= 0 and "{expert}" not in template
+            tensor = self._find(name, block, stacked)
+            roles = tuple(joined.split("+"))
+            pieces.append(self._piece(tensor, block, roles, stacked))
+        return pieces
+
+    def _piece(self, tensor: StoredTensor, block: BlockId, roles: tuple[str, ...], stacked: bool) -> Piece:
+        parts = [self._shapes[block.kind][role] for role in roles]
+        shape: tuple[int, ...] = (sum(part[0] for part in parts), *parts[0][1:])
+        rows = shape[0] if len(shape) == 2 else 1
+        expected = shape
+        if stacked:
+            assert self.spec.moe is not None
+            expected = (self.spec.moe.experts, *shape)
+        # a matrix of one row is stored as a vector by some writers
+        if tensor.shape != expected and not (shape[0] == 1 and tensor.shape == shape[1:]):
+            raise CorruptCheckpoint(
+                f"{self._files.paths[tensor.file]}: tensor {tensor.name} has shape {tensor.shape}, "
+                f"the configuration asks for {expected}"
+            )
+        return Piece(tensor, rows * block.expert if stacked else 0, rows, roles)
+
+    def _find(self, name: str, block: BlockId, stacked: bool) -> StoredTensor:
+        try:
+            return self._files.find(name)
+        except MissingCheckpoint:
+            single = name.replace("_exps.weight", ".0.weight")
+            if stacked and single in self._files.tensors:
+                raise UnsupportedCheckpoint(
+                    f"{self.path}: has each expert in a tensor of its own ({single}), an old form of GGUF; "
+                    "convert the model again"
+                ) from None
+            raise
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a Hugging Face directory or a GGUF file and checks that every tensor of the model is there.
+
+    Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint, each with one line that says what and where.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = open_hf(path)
+    else:
+        _check_magic(path)
+        files = open_gguf(path)
+    try:
+        if path.is_dir():
+            recipe = recipe_from_hf(files.metadata, str(path / "config.json"), files.tensors)
+            return Checkpoint(path, "hf", files, recipe)
+        return Checkpoint(path, "gguf", files, recipe_from_gguf(files))
+    except BaseException:
+        files.close()
+        raise
+
+
+def _check_magic(path: Path) -> None:
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(MAGIC))
+    except FileNotFoundError as error:
+        raise MissingCheckpoint(f"{path}: there is no such file or directory") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if start != MAGIC:
+        raise UnsupportedCheckpoint(
+            f"{path}: is neither a GGUF file nor a directory with config.json and safetensors"
+        )

@@ -1,0 +1,62 @@
+"""Families of architectures: from what a checkpoint says to a spec and the names of its tensors.
+
+`table` has one entry per family; `hf` and `gguf` read what is common to all. Only facts are decided here: reading
+blocks is `models.checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from shoal.models.tensor_files import TensorFiles
+from shoal.partition.errors import SpecError
+
+from .facts import Facts
+from .gguf import gguf_recipe
+from .hf import hf_recipe
+from .layout import Names, Recipe, bias_shapes, shapes
+from .table import FAMILIES
+
+__all__ = ["FAMILIES", "Names", "Recipe", "bias_shapes", "recipe_from_gguf", "recipe_from_hf", "shapes"]
+
+
+def recipe_from_hf(config: Mapping[str, Any], origin: str, tensors: Mapping[str, object]) -> Recipe:
+    """The recipe of a Hugging Face directory. `tensors` has the names in its files, `origin` is for messages.
+
+    Raises CorruptCheckpoint or UnsupportedCheckpoint.
+    """
+    if isinstance(quantization := config.get("quantization_config"), Mapping):
+        method = quantization.get("quant_method", "unknown")
+        raise UnsupportedCheckpoint(
+            f"{origin}: the weights are quantised by {method!r}, which Shoal does not read; "
+            "use the original weights or a GGUF file"
+        )
+    name = Facts(config, origin).text("model_type")
+    family = next((f for f in FAMILIES if name in f.hf.types), None)
+    if family is None:
+        known = ", ".join(t for f in FAMILIES for t in f.hf.types)
+        raise UnsupportedCheckpoint(f"{origin}: model_type {name!r} is not supported (supported: {known})")
+    if isinstance(text := config.get("text_config"), Mapping):
+        config = text
+    try:
+        return hf_recipe(family, config, origin, tensors)
+    except SpecError as error:
+        raise CorruptCheckpoint(f"{origin}: {error}") from error
+
+
+def recipe_from_gguf(files: TensorFiles) -> Recipe:
+    """The recipe of an open GGUF file. Raises CheckpointError."""
+    origin = str(files.paths[0])
+    arch = Facts(files.metadata, origin).text("general.architecture")
+    experts = Facts(files.metadata, origin).integer(f"{arch}.expert_count", 0) > 0
+    sides = [f for f in FAMILIES if f.gguf and arch in f.gguf.archs]
+    if not sides:
+        known = ", ".join(dict.fromkeys(arch for f in FAMILIES if f.gguf for arch in f.gguf.archs))
+        raise UnsupportedCheckpoint(f"{origin}: architecture {arch!r} is not supported (supported: {known})")
+    family = next((f for f in sides if f.gguf and (f.gguf.moe is not None) == experts), sides[0])
+    try:
+        return gguf_recipe(family, arch, files)
+    except SpecError as error:
+        raise CorruptCheckpoint(f"{origin}: {error}") from error

@@ -1,0 +1,78 @@
+"""What is peculiar to a family, as data: the type of an entry in `table`.
+
+The functions here are the few rules that several entries share. Files and tensors are unknown here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shoal.partition.spec import MoeSpec
+
+from .facts import Facts
+from .layout import Names
+from .names import GGUF_NAMES, HF_NAMES
+
+Windows = list[int | None]  # per layer, as in LayerSpec.window
+
+
+def no_windows(_: Facts, layers: int) -> Windows:
+    return [None] * layers
+
+
+def no_biases(_: Facts) -> frozenset[str]:
+    return frozenset()
+
+
+@dataclass(frozen=True)
+class Moe:
+    """The experts of a model and which layers have them."""
+
+    spec: MoeSpec
+    layers: list[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfSide:
+    """How a family's config.json and safetensors are read."""
+
+    types: tuple[str, ...]  # model_type
+    names: Names = field(default_factory=lambda: HF_NAMES)
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys that may be absent from config.json
+    biases: Callable[[Facts], frozenset[str]] = no_biases
+    windows: Callable[[Facts, int], Windows] = no_windows
+    moe: Callable[[Facts, int], Moe] | None = None
+    norm_shift: float = 0.0  # norm weights are stored less this
+    local_rope: bool = False  # windowed layers have a rope of their own
+    longrope_names: tuple[str, ...] = ()  # further names that the family uses for longrope
+    unsupported: tuple[str, ...] = ()  # keys of options that change the arithmetic and must be off
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufSide:
+    """How a family's GGUF metadata and tensors are read."""
+
+    archs: tuple[str, ...]  # general.architecture
+    names: Names = field(default_factory=lambda: GGUF_NAMES)
+    interleaved: bool = False  # rows of q and k are permuted so that pairs are neighbours
+    windows: Callable[[Facts, int], Windows] = no_windows
+    moe: Callable[[Facts, int], Moe] | None = None
+    query_scale: Callable[[Facts, int, int], float] = lambda facts, layers, head_dim: 0.0
+    local_rope: bool = False  # windowed layers have an unscaled rope of their own
+    unsupported: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of architectures. Fields of the same name go into the spec as they are."""
+
+    name: str
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of GGUF; config.json names its own
+    qk_norm: Literal["none", "head", "full"] = "none"
+    pre_norm: bool = True
+    post_norm: bool = False
+    scaled_embed: bool = False  # embeddings are multiplied by sqrt(hidden)
+    hf: HfSide
+    gguf: GgufSide | None = None

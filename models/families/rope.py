@@ -1,0 +1,196 @@
+"""Rotary scalings as published, reduced to the divisors and magnitude of a `RopeSpec`.
+
+Knows the keys of config.json (both the old `rope_scaling` and the newer `rope_parameters`) and of GGUF metadata.
+Sources: Llama 3.1 (wavelength bands), YaRN arXiv 2309.00071, LongRoPE arXiv 2402.13753; defaults as transformers'
+modeling_rope_utils and llama.cpp have them.
+"""
+
+from __future__ import annotations
+
+import math
+
+from shoal.models.errors import UnsupportedCheckpoint
+from shoal.partition.spec import RopeSpec
+
+from .facts import Facts
+
+Divisors = tuple[float, ...]
+
+
+def hf_rope(
+    config: Facts, head_dim: int, parameters: Facts, longrope_names: tuple[str, ...] = ()
+) -> RopeSpec:
+    """The rope of a config.json. `parameters` is its (sub-)dictionary with rope_type, rope_theta and the rest.
+
+    `longrope_names`: further names under which the family stores longrope.
+    """
+    theta = parameters.number("rope_theta", config.number("rope_theta", 10000.0))
+    partial = parameters.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    if not 0 < partial <= 1:
+        raise parameters.wrong("partial_rotary_factor", partial, "above 0 and up to 1")
+    dims = _checked(config, int(head_dim * partial), theta)
+    context = config.integer("max_position_embeddings")
+    kind = parameters.text("rope_type", parameters.text("type", "default"))
+    original = config.integer(
+        "original_max_position_embeddings", parameters.integer("original_max_position_embeddings", context)
+    )
+    if kind in ("su", "longrope", *longrope_names):
+        factor = parameters.number("factor", context / max(original, 1))
+        magnitude = parameters.number("attention_factor", _longrope_magnitude(factor, original))
+        return RopeSpec(
+            dims,
+            theta,
+            divisors=parameters.numbers("short_factor"),
+            long_divisors=parameters.numbers("long_factor"),
+            long_from_tokens=original,
+            magnitude=magnitude,
+            long_magnitude=magnitude,
+        )
+    match kind:
+        # "dynamic" changes the base only beyond max_position_embeddings, where no context of ours reaches
+        case "default" | "dynamic":
+            return RopeSpec(dims, theta)
+        case "linear":
+            return RopeSpec(dims, theta, divisors=(_factor(parameters),) * (dims // 2))
+        case "llama3":
+            low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
+            if not 0 < low < high:
+                raise parameters.wrong("low_freq_factor", low, f"positive and below high_freq_factor={high}")
+            divisors = _llama3(dims, theta, _factor(parameters), low, high, original)
+            return RopeSpec(dims, theta, divisors=divisors)
+        case "yarn":
+            factor = parameters.number("factor", context / max(original, 1))
+            divisors = _yarn(
+                dims,
+                theta,
+                factor,
+                original,
+                fast=parameters.number("beta_fast", 32),
+                slow=parameters.number("beta_slow", 1),
+                truncate=parameters.flag("truncate", True),
+            )
+            magnitude = parameters.number("attention_factor", _yarn_magnitude(parameters, factor))
+            return RopeSpec(dims, theta, divisors=divisors, magnitude=magnitude)
+    raise UnsupportedCheckpoint(
+        f"{config.origin}: rope scaling {kind!r} is not supported "
+        "(supported: default, linear, dynamic, llama3, yarn, longrope)"
+    )
+
+
+def gguf_rope(
+    metadata: Facts, head_dim: int, *, interleaved: bool, freqs: Divisors, short: Divisors, long: Divisors
+) -> RopeSpec:
+    """The rope of GGUF metadata; freqs, short and long are the tensors rope_freqs, rope_factors_short and _long."""
+    theta = metadata.number("rope.freq_base", 10000.0)
+    dims = _checked(metadata, metadata.integer("rope.dimension_count", head_dim), theta)
+    context = metadata.integer("context_length")
+    original = metadata.integer("rope.scaling.original_context_length", context)
+    factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0)) or 1.0
+    magnitude = metadata.number("rope.scaling.attn_factor", 1.0)
+    kind = metadata.text("rope.scaling.type", "linear")
+    if kind == "yarn":
+        divisors = _yarn(
+            dims,
+            theta,
+            factor,
+            original,
+            fast=metadata.number("rope.scaling.yarn_beta_fast", 32),
+            slow=metadata.number("rope.scaling.yarn_beta_slow", 1),
+            truncate=True,
+        )
+        magnitude *= metadata.number("rope.scaling.yarn_attn_factor", _mscale(factor))
+        return RopeSpec(dims, theta, interleaved, divisors=divisors, magnitude=magnitude)
+    if kind not in ("none", "linear", "longrope"):
+        raise UnsupportedCheckpoint(
+            f"{metadata.origin}: rope scaling {kind!r} is not supported (supported: none, linear, yarn, longrope)"
+        )
+    if kind == "none":
+        factor = 1.0
+    return RopeSpec(
+        dims,
+        theta,
+        interleaved,
+        divisors=_times(freqs or short, factor, dims),
+        long_divisors=() if freqs else _times(long, factor, dims) if long else (),
+        long_from_tokens=original,
+        magnitude=magnitude,
+        long_magnitude=magnitude,
+    )
+
+
+def _checked(facts: Facts, dims: int, theta: float) -> int:
+    """`dims`, once it and `theta` are safe to compute with."""
+    if not 2 <= dims <= 4096 or dims % 2:
+        raise facts.wrong("rotated dimensions of a head", dims, "even and from 2 to 4096")
+    if theta <= 0:
+        raise facts.wrong("rope base", theta, "positive")
+    return dims
+
+
+def _times(divisors: Divisors, factor: float, dims: int) -> Divisors:
+    if factor == 1.0:
+        return divisors
+    return tuple(d * factor for d in divisors or (1.0,) * (dims // 2))
+
+
+def _factor(parameters: Facts) -> float:
+    factor = parameters.number("factor")
+    if factor <= 0:
+        raise parameters.wrong("factor", factor, "positive")
+    return factor
+
+
+def _llama3(dims: int, theta: float, factor: float, low: float, high: float, original: int) -> Divisors:
+    """Long waves are stretched, short ones kept, those between get a mean weighted by frequency."""
+    divisors = []
+    for i in range(dims // 2):
+        wavelength = 2 * math.pi * _base(theta, i, dims)
+        if wavelength < original / high:
+            divisors.append(1.0)
+        elif wavelength > original / low:
+            divisors.append(factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(divisors)
+
+
+def _yarn(
+    dims: int, theta: float, factor: float, original: int, *, fast: float, slow: float, truncate: bool
+) -> Divisors:
+    """Pairs that turn more than `fast` times within the original context are kept, fewer than `slow` stretched."""
+    if theta <= 1 or factor <= 0 or original < 1 or not 0 < slow < fast:
+        raise UnsupportedCheckpoint(
+            f"rope scaling yarn with base {theta}, factor {factor}, original context {original}, "
+            f"beta_slow {slow} and beta_fast {fast}: base must exceed 1, the others be positive, slow below fast"
+        )
+
+    def pair_that_turns(times: float) -> float:
+        return dims * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(fast), pair_that_turns(slow)
+    if truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dims - 1)
+    span = last - first if last != first else 0.001
+    stretched = [min(max((i - first) / span, 0.0), 1.0) for i in range(dims // 2)]
+    return tuple(1 / (part / factor + 1 - part) for part in stretched)
+
+
+def _mscale(factor: float, scale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _yarn_magnitude(parameters: Facts, factor: float) -> float:
+    scale, everywhere = parameters.number("mscale", 0.0), parameters.number("mscale_all_dim", 0.0)
+    if scale and everywhere:
+        return _mscale(factor, scale) / _mscale(factor, everywhere)
+    return _mscale(factor)
+
+
+def _longrope_magnitude(factor: float, original: int) -> float:
+    return 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def _base(theta: float, pair: int, dims: int) -> float:
+    return float(theta ** (2 * pair / dims))

@@ -1,0 +1,181 @@
+"""Rules that several families share: which layers have a window, experts or biases.
+
+Each takes the facts of one checkpoint (and the number of layers) and returns a value; the table names them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from shoal.partition.spec import MoeSpec
+
+from .facts import Facts
+from .family import Moe, Windows
+from .gguf import check_experts
+from .layout import ATTENTION_BIASES, FFN_BIASES, QKV_BIASES
+
+_LOCAL = "sliding_attention"
+
+
+def llama_biases(config: Facts) -> frozenset[str]:
+    mlp = FFN_BIASES if config.flag("mlp_bias", False) else frozenset()
+    return attention_biases(config) | mlp
+
+
+def attention_biases(config: Facts) -> frozenset[str]:
+    return ATTENTION_BIASES if config.flag("attention_bias", False) else frozenset()
+
+
+def qkv_biases(config: Facts) -> frozenset[str]:
+    return QKV_BIASES if config.flag("qkv_bias", True) else frozenset()
+
+
+def hf_window_everywhere(config: Facts, layers: int) -> Windows:
+    return [_window(config)] * layers
+
+
+def hf_window_if_used(config: Facts, layers: int) -> Windows:
+    """qwen3_moe: one switch for all layers."""
+    return [_window(config) if config.flag("use_sliding_window", False) else None] * layers
+
+
+def hf_window_from_layer(config: Facts, layers: int) -> Windows:
+    """qwen2, qwen3: layers from max_window_layers on, unless layer_types says which."""
+    if not config.flag("use_sliding_window", False):
+        return [None] * layers
+    first = config.integer("max_window_layers", 28)
+    return _by_type(config, [i >= first for i in range(layers)])
+
+
+def hf_window_alternating(config: Facts, layers: int) -> Windows:
+    """qwen2_moe: every other of the layers before max_window_layers, unless layer_types says which."""
+    if not config.flag("use_sliding_window", False):
+        return [None] * layers
+    last = config.integer("max_window_layers", 28)
+    return _by_type(config, [i % 2 == 0 and i < last for i in range(layers)])
+
+
+def hf_window_pattern(config: Facts, layers: int) -> Windows:
+    """gemma3: all but every n-th layer, unless layer_types says which."""
+    period = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
+    return _by_type(config, [period < 1 or (i + 1) % period != 0 for i in range(layers)])
+
+
+def gguf_window_everywhere(metadata: Facts, layers: int) -> Windows:
+    return [metadata.integer("attention.sliding_window", 0) or None] * layers
+
+
+def gguf_window_pattern(metadata: Facts, layers: int) -> Windows:
+    """gemma3: all but every n-th layer (n is 6 unless stored), or a list of which."""
+    window = metadata.integer("attention.sliding_window", 0) or None
+    key = "attention.sliding_window_pattern"
+    stored = metadata.values.get(metadata.prefix + key)
+    if isinstance(stored, list):
+        local = metadata.items(key, bool)
+        if len(local) != layers:
+            raise metadata.wrong(key, local, f"a list of {layers}, one for each layer")
+    else:
+        period = metadata.integer(key, 6)
+        local = [period < 1 or (i + 1) % period != 0 for i in range(layers)]
+    return [window if here else None for here in local]
+
+
+def mixtral_moe(config: Facts, layers: int) -> Moe:
+    spec = MoeSpec(
+        experts=config.integer("num_local_experts"),
+        active=config.integer("num_experts_per_tok"),
+        ffn=config.integer("intermediate_size"),
+        normalize=True,
+    )
+    return Moe(spec, [True] * layers)
+
+
+def olmoe_moe(config: Facts, layers: int) -> Moe:
+    spec = MoeSpec(
+        experts=config.integer("num_experts"),
+        active=config.integer("num_experts_per_tok"),
+        ffn=config.integer("intermediate_size"),
+        normalize=config.flag("norm_topk_prob", False),
+    )
+    return Moe(spec, [True] * layers)
+
+
+def qwen_moe(config: Facts, layers: int) -> Moe:
+    """qwen2_moe and qwen3_moe; a shared expert only where its size is given."""
+    shared = config.integer("shared_expert_intermediate_size", 0)
+    spec = MoeSpec(
+        experts=config.integer("num_experts"),
+        active=config.integer("num_experts_per_tok"),
+        ffn=config.integer("moe_intermediate_size"),
+        normalize=config.flag("norm_topk_prob", False),
+        shared_ffn=shared,
+        shared_gated=shared > 0,
+    )
+    step = config.integer("decoder_sparse_step", 1)
+    if step < 1:
+        raise config.wrong("decoder_sparse_step", step, "at least 1")
+    dense = set(config.items("mlp_only_layers", int, []))
+    return Moe(spec, [i not in dense and (i + 1) % step == 0 for i in range(layers)])
+
+
+def gguf_mixtral_moe(metadata: Facts, layers: int) -> Moe:
+    ffn = metadata.integer("feed_forward_length")
+    return Moe(_gguf_experts(metadata, ffn, normalize=True), [True] * layers)
+
+
+def gguf_olmoe_moe(metadata: Facts, layers: int) -> Moe:
+    ffn = metadata.integer("feed_forward_length")
+    return Moe(_gguf_experts(metadata, ffn, normalize=False), [True] * layers)
+
+
+def gguf_qwen2_moe(metadata: Facts, layers: int) -> Moe:
+    """Beside the chosen experts a gated one that is always on."""
+    shared = metadata.integer("expert_shared_feed_forward_length", 0) or metadata.integer(
+        "feed_forward_length"
+    )
+    spec = _gguf_experts(metadata, _qwen_expert_ffn(metadata), normalize=False)
+    return Moe(replace(spec, shared_ffn=shared, shared_gated=True), [True] * layers)
+
+
+def gguf_qwen3_moe(metadata: Facts, layers: int) -> Moe:
+    return Moe(_gguf_experts(metadata, _qwen_expert_ffn(metadata), normalize=True), [True] * layers)
+
+
+def gemma3_query_scale(metadata: Facts, layers: int, head_dim: int) -> float:
+    """Not stored: only the largest model (62 layers) scales by other than its head size."""
+    if layers == 62:
+        head_dim = metadata.integer("embedding_length") // metadata.integer("attention.head_count")
+    if head_dim < 1:
+        raise metadata.wrong("attention.key_length", head_dim, "positive")
+    return 1 / math.sqrt(head_dim)
+
+
+def _gguf_experts(metadata: Facts, ffn: int, normalize: bool) -> MoeSpec:
+    check_experts(metadata)
+    return MoeSpec(
+        experts=metadata.integer("expert_count"),
+        active=metadata.integer("expert_used_count"),
+        ffn=ffn,
+        normalize=metadata.flag("expert_weights_norm", normalize),
+    )
+
+
+def _qwen_expert_ffn(metadata: Facts) -> int:
+    """Early files give only the columns of all active experts together."""
+    together = metadata.integer("feed_forward_length", 0) // max(metadata.integer("expert_used_count"), 1)
+    return metadata.integer("expert_feed_forward_length", together)
+
+
+def _by_type(config: Facts, local: list[bool]) -> Windows:
+    window = _window(config)
+    if config.has("layer_types"):
+        types = config.items("layer_types", str)
+        if len(types) != len(local):
+            raise config.wrong("layer_types", types, f"a list of {len(local)}, one for each layer")
+        local = [kind == _LOCAL for kind in types]
+    return [window if here else None for here in local]
+
+
+def _window(config: Facts) -> int | None:
+    return config.integer("sliding_window", 0) or None

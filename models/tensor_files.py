@@ -1,0 +1,134 @@
+"""Open files that hold tensors, and reads of exact rows from them.
+
+Knows names, types, shapes and places of tensors (found by `gguf_file` or `hf_dir`) and how to bring bytes in: by
+`preadv` into a buffer of exactly the size asked for. Nothing is memory-mapped, because a mapped page that cannot be
+read kills the process, where a failed read is an error of the request that needed it. Does not know what a tensor
+means.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.kernels import WeightType
+
+from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
+
+_READ_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor in its file. `shape` has the outermost dimension first; a row is the innermost one."""
+
+    name: str
+    type: WeightType
+    shape: tuple[int, ...]
+    file: int  # index into TensorFiles.paths
+    offset: int  # of its first byte in that file
+
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def weights(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.type.row_bytes(self.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+
+class TensorFiles:
+    """The files of one checkpoint, open for reading until `close`. Reads may come from several threads.
+
+    `metadata` is what the files say about the model (GGUF metadata, or config.json); `unsupported` names the stored
+    type of each tensor that Shoal cannot read, so that it is refused only if it is needed.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        tensors: Mapping[str, StoredTensor],
+        metadata: Mapping[str, Any],
+        unsupported: Mapping[str, str] | None = None,
+    ) -> None:
+        self.paths = tuple(paths)
+        self.tensors = tensors
+        self.metadata = metadata
+        self._unsupported = unsupported or {}
+        self._descriptors: list[int] = []
+        try:
+            for path in self.paths:
+                self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            self.close()
+            raise unreadable(path, error) from error
+
+    def find(self, name: str) -> StoredTensor:
+        """The tensor with this name; MissingCheckpoint or UnsupportedCheckpoint names it otherwise."""
+        tensor = self.tensors.get(name)
+        if tensor is not None:
+            return tensor
+        if name in self._unsupported:
+            raise UnsupportedCheckpoint(
+                f"{self.paths[0].parent}: tensor {name} has type {self._unsupported[name]}, "
+                "which Shoal does not read from safetensors (supported: F32, F16, BF16)"
+            )
+        raise MissingCheckpoint(f"{self.paths[0]}: tensor {name} is missing")
+
+    def read(self, tensor: StoredTensor, first_row: int = 0, rows: int | None = None) -> Tensor:
+        """The bytes of rows [first_row, first_row + rows), all by default, as a new uint8 tensor (bytes,)."""
+        rows = tensor.rows - first_row if rows is None else rows
+        assert 0 <= first_row <= first_row + rows <= tensor.rows
+        buffer = torch.empty(rows * tensor.row_bytes, dtype=torch.uint8)
+        self._fill(buffer.numpy().data, tensor, tensor.offset + first_row * tensor.row_bytes)
+        return buffer
+
+    def close(self) -> None:
+        """Closes the files. Buffers that were read stay valid."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _fill(self, view: memoryview, tensor: StoredTensor, offset: int) -> None:
+        path = self.paths[tensor.file]
+        if not self._descriptors:
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name} was asked for after the checkpoint was closed"
+            )
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(
+                    self._descriptors[tensor.file], [view[done : done + _READ_BYTES]], offset + done
+                )
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path}: reading tensor {tensor.name} at byte {offset + done} failed: {error.strerror}"
+                ) from error
+            if not got:
+                raise CorruptCheckpoint(
+                    f"{path}: ends at byte {offset + done} within tensor {tensor.name}, which needs bytes up to "
+                    f"{offset + len(view)}; the file was cut short"
+                )
+            done += got
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """What the system's refusal to open `path` means to the user."""
+    if isinstance(error, FileNotFoundError):
+        return MissingCheckpoint(f"{path}: no such file")
+    return CheckpointError(f"{path}: cannot be read: {error.strerror}")
