@@ -8,10 +8,12 @@ tokenizer_spm), nor conversations (chat_template). Everything here may be called
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 from shoal.models.errors import TokenizerError
 from shoal.models.tokenizer_gguf import read_gguf
+from shoal.models.tokenizer_hf import read_hf
 from shoal.models.tokenizer_special import SpecialSplitter
 from shoal.models.tokenizer_vocab import Vocabulary
 
@@ -47,6 +49,18 @@ class Tokenizer:
         self.stop_ids = vocabulary.stop_ids
         self.add_space_prefix = vocabulary.add_space_prefix
         self.chat_template = chat_template
+
+    @classmethod
+    def from_hf(cls, directory: Path) -> Tokenizer:
+        """From a Hugging Face directory (tokenizer.json or tokenizer.model); raises TokenizerError."""
+        parts = read_hf(directory)
+        return cls(
+            parts.vocabulary,
+            parts.encoder,
+            prefix=parts.prefix,
+            suffix=parts.suffix,
+            chat_template=parts.chat_template,
+        )
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:

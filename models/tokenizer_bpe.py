@@ -124,7 +124,9 @@ class ByteLevelBpe:
         with library_errors("the merges do not fit the vocabulary"):
             bpe = models.BPE(dict(ids), pairs, ignore_merges=rule.whole_words)
             self._library = tokenizers.Tokenizer(bpe)
-            words = [pre_tokenizers.Split(tokenizers.Regex(split), "isolated") for split in rule.splits]
+            words: list[pre_tokenizers.PreTokenizer] = [
+                pre_tokenizers.Split(tokenizers.Regex(split), "isolated") for split in rule.splits
+            ]
             words.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
             if absent := [char for char in BYTE_OF_CHAR if char not in ids]:
                 # Bytes without a token are dropped, but what stands around them must not merge.
