@@ -1,1 +1,1 @@
-"""Parse, call, print."""
+"""The command line: parse, call, print. Everything else is the daemon's."""

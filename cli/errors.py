@@ -1,0 +1,73 @@
+"""Exceptions as one clear line on stderr and a stable exit code: the only place where this is decided.
+
+Knows the error trees of daemon and comm, and click's. Does not print.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import click
+
+from shoal.comm.errors import CommError, NoDaemon, RequestFailed, TimedOut
+from shoal.daemon.errors import DaemonError
+
+
+class Exit(IntEnum):
+    """Exit codes, the same for every verb."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    REFUSED = 3  # would not fit into memory, context, queue or disk
+    NO_DAEMON = 4
+    INTERRUPTED = 130
+
+
+_BY_CODE = {
+    "bad_request": Exit.USAGE,
+    "resources": Exit.REFUSED,
+    "context_overflow": Exit.REFUSED,
+    "busy": Exit.REFUSED,
+    "cancelled": Exit.INTERRUPTED,
+}
+
+
+def explain(error: BaseException) -> tuple[str, Exit]:
+    """(what to print after `shoal: `, exit code) for any exception."""
+    if isinstance(error, DaemonError | RequestFailed):
+        return _line(error.message, error.hint), _BY_CODE.get(error.code, Exit.FAILED)
+    if isinstance(error, NoDaemon):
+        return _line("no daemon is running", "start one with: shoal serve --detach"), Exit.NO_DAEMON
+    if isinstance(error, TimedOut):
+        return _line(f"the daemon does not answer: {_text(error)}", "see shoal logs"), Exit.FAILED
+    if isinstance(error, CommError):
+        return _line(f"talking to the daemon failed: {_text(error)}", "see shoal logs"), Exit.FAILED
+    if isinstance(error, click.UsageError):
+        path = error.ctx.command_path if error.ctx else "shoal"
+        return _line(_lower(error.format_message()), f"see {path} --help"), Exit.USAGE
+    if isinstance(error, click.ClickException):
+        return _line(_lower(error.format_message())), Exit.FAILED
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return "interrupted", Exit.INTERRUPTED
+    if isinstance(error, MemoryError):
+        return _line("out of memory", "give --memory or a smaller --ctx"), Exit.REFUSED
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}", Exit.FAILED
+    what = f"{type(error).__name__}: {_text(error)}"
+    return _line(f"unexpected error: {what}", "SHOAL_DEBUG=1 shows where; please report it"), Exit.FAILED
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def _lower(message: str) -> str:
+    """click's sentences, to follow `shoal: `."""
+    message = message.rstrip(".")
+    return message[:1].lower() + message[1:] if message[1:2].islower() else message
+
+
+def _line(message: str, hint: str = "") -> str:
+    text = " ".join(message.split())
+    return f"{text} ({' '.join(hint.split())})" if hint else text

@@ -1,0 +1,141 @@
+"""Options that several verbs share, as decorators that hand the verb one object for each group.
+
+Knows names, types and helps. Ranges are checked where they are defined: `NodeConfig` and `comm.messages`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any
+
+import click
+import msgspec
+
+from shoal.comm.messages import Generation
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.sizes import parse_bytes
+
+Verb = Callable[..., Any]
+Decorator = Callable[[Verb], Verb]
+
+
+def size(text: str) -> int:
+    """An amount of memory, 3GB or 512MiB, as an option's type."""
+    try:
+        return parse_bytes(text)
+    except DaemonError as error:
+        raise click.BadParameter(f"{error.message}; {error.hint}.") from error
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options that shape the plan, so a verb given one of them runs in its own process."""
+
+    memory: int | None = None
+    threads: int | None = None
+    ctx: int | None = None
+    device: str | None = None
+
+    @property
+    def given(self) -> bool:
+        return any(getattr(self, field.name) is not None for field in fields(self))
+
+    def config(self, **more: Any) -> NodeConfig:
+        """Raises DaemonError `bad_request`, or `unsupported` for a device that is not there yet."""
+        if self.device not in (None, "cpu"):
+            raise DaemonError("unsupported", f"--device {self.device}: this version computes on cpu only")
+        return NodeConfig(
+            threads=self.threads or 0, memory_bytes=self.memory, context_tokens=self.ctx, **more
+        )
+
+    def arguments(self) -> list[str]:
+        """The same options for a command line."""
+        pairs = ((f"--{field.name}", getattr(self, field.name)) for field in fields(self))
+        return [part for name, value in pairs if value is not None for part in (name, str(value))]
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Options that shape an answer. None = the model's own default."""
+
+    seed: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def request_fields(self, model: str) -> dict[str, Any]:
+        """The fields that `generate` and `chat` share. Raises DaemonError `bad_request`."""
+        asked = {name: getattr(self, name) for name in ("seed", "temperature", "top_k", "top_p", "min_p")}
+        asked["repetition_penalty"] = self.repeat_penalty
+        request = {
+            "model": model,
+            "sampling": {name: value for name, value in asked.items() if value is not None},
+            "max_tokens": self.max_tokens,
+            "stop": list(self.stop),
+        }
+        try:
+            checked = msgspec.convert(request, Generation)
+        except msgspec.ValidationError as error:
+            raise DaemonError("bad_request", f"an option is out of range: {error}") from error
+        return {name: getattr(checked, name) for name in request}
+
+
+def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
+    """A decorator that adds `options` and passes their values on as one `kind` named `argument`."""
+    names = [field.name for field in fields(kind)]
+
+    def decorate(function: Verb) -> Verb:
+        @wraps(function)
+        def collected(**values: Any) -> Any:
+            values[argument] = kind(**{name: values.pop(name) for name in names})
+            return function(**values)
+
+        wrapped: Verb = collected
+        for option in reversed(options):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
+
+
+def plan_options(function: Verb) -> Verb:
+    """Adds --memory, --threads, --ctx and --device; the verb gets `plan: PlanOptions`."""
+    options: list[Decorator] = [
+        click.option("--memory", type=size, metavar="SIZE", help="Bound for weights, KV and scratch, e.g. 3GB."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all if not given."),
+        click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens, at most the model's."),
+        click.option("--device", metavar="NAME", help="Where to compute; cpu only in this version."),
+    ]  # fmt: skip
+    return _collect(PlanOptions, "plan", options)(function)
+
+
+def answer_options(function: Verb) -> Verb:
+    """Adds the sampling options, --max-tokens and --stop; the verb gets `answer: AnswerOptions`."""
+    options: list[Decorator] = [
+        click.option("--max-tokens", type=click.IntRange(min=1), help="End the answer after this many tokens."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer at this text; repeatable."),
+        click.option("--seed", type=click.IntRange(min=0), help="Make the answer repeatable."),
+        click.option("--temperature", type=click.FloatRange(0, 100), help="0 takes the likeliest token always."),
+        click.option("--top-k", type=click.IntRange(min=0), help="Choose among the K likeliest tokens; 0 = all."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Choose within this probability."),
+        click.option("--min-p", type=click.FloatRange(0, 1), help="Drop tokens below this share of the likeliest."),
+        click.option("--repeat-penalty", type=click.FloatRange(0, 10, min_open=True), help="Above 1: repeat less."),
+    ]  # fmt: skip
+    return _collect(AnswerOptions, "answer", options)(function)
+
+
+def json_option(function: Verb) -> Verb:
+    """Adds --json; the verb gets `as_json: bool`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def examples(*lines: str) -> str:
+    """An epilog that shows command lines as they are typed."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,137 @@
+"""What the verbs print: notes and progress on stderr, results on stdout.
+
+Knows terminals, colours (NO_COLOR holds) and what of a model's text a terminal may be given.
+rich is imported when something is drawn.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from shoal.daemon.transfer import Progress
+
+# C0 and C1 controls but tab and newline: a model's text must not move the cursor or set the clipboard
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """A model's text as a terminal may be given it."""
+    return _CONTROLS.sub("", text)
+
+
+def write(text: str) -> None:
+    """Part of an answer, at once. Raises BrokenPipeError."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """A line beside the result, on stderr."""
+    click.echo(click.style(text, dim=True) if sys.stderr.isatty() and not _no_color() else text, err=True)
+
+
+def print_json(value: Any) -> None:
+    """A struct, dataclass, dict or list as JSON on stdout."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
+
+
+def console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table without lines; columns named in `right` are aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def facts() -> Table:
+    """An empty two-column table of names and values."""
+    from rich.table import Table
+
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="dim", no_wrap=True)
+    made.add_column(overflow="fold")
+    return made
+
+
+@contextmanager
+def spinner(what: str) -> Iterator[Callable[[str], None]]:
+    """A moving line on stderr while something takes long; yields a function that changes its text."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield lambda text: None
+        return
+    with screen.status(what, spinner="dots") as status:
+        yield status.update
+
+
+@contextmanager
+def transfer_bar() -> Iterator[Progress]:
+    """A progress bar for bytes, with speed and time left; on stderr, gone when done."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with _bar(columns) as update:
+        yield update
+
+
+@contextmanager
+def steps_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar for counted steps: called with done, total and a note."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _bar(columns) as update:
+
+        def step(done: int, total: int, text: str) -> None:
+            update(text or what, done, total)
+
+        yield step
+
+
+@contextmanager
+def _bar(columns: tuple[Any, ...]) -> Iterator[Progress]:
+    from rich.progress import Progress as Bars
+
+    screen = console(stderr=True)
+    with Bars(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bars:
+        shown: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                for task in shown.values():
+                    bars.update(task, visible=False)
+                shown[what] = bars.add_task(what, total=total or None)
+            bars.update(shown[what], completed=done, total=total or None)
+
+        yield update
+
+
+def _no_color() -> bool:
+    return bool(os.environ.get("NO_COLOR"))

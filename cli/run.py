@@ -1,0 +1,204 @@
+"""`shoal run`: one answer, streamed.
+
+Knows where the prompt comes from and what is printed around the answer. Does not know how it is computed.
+"""
+
+from __future__ import annotations
+
+import resource
+import select
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import click
+
+from shoal.comm.messages import (
+    Accepted,
+    Chat,
+    ChatMessage,
+    Done,
+    Generate,
+    ModelStatus,
+    Timings,
+    Token,
+    Usage,
+)
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.home import Home
+from shoal.daemon.library import Library
+
+from .answers import Answers, from_daemon, in_process, reference
+from .options import AnswerOptions, PlanOptions, answer_options, examples, json_option, plan_options
+from .output import note, print_json, write
+
+STDIN_NOTE_S = 1.0  # after this long without a byte on stdin beside a PROMPT, say what is waited for
+STDIN_LIMIT_S = 10.0  # and after this long go on without it
+
+
+@click.command(
+    epilog=examples(
+        'shoal run smollm2 "Why is the sky blue?"',
+        'shoal run smollm2 "Summarise this in one sentence:" < notes.txt',
+        'shoal run --raw --max-tokens 40 model.gguf "Once upon a time"',
+        'shoal run --json --seed 1 --memory 3GB smollm2 "Name three fish."',
+    )
+)
+@click.argument("model")
+@click.argument("prompt", required=False)
+@click.option("--system", metavar="TEXT", help="System message put before the prompt.")
+@click.option("--raw", is_flag=True, help="Feed the prompt as it is, without the model's chat template.")
+@click.option("--local", is_flag=True, help="Run in this process even if a daemon is up.")
+@json_option
+@answer_options
+@plan_options
+def run(
+    model: str,
+    prompt: str | None,
+    system: str | None,
+    raw: bool,
+    local: bool,
+    as_json: bool,
+    answer: AnswerOptions,
+    plan: PlanOptions,
+) -> None:
+    """Answer one PROMPT with MODEL, a path or a name in the store.
+
+    The answer goes to stdout as it is made, statistics to stderr. Text on stdin is added to the PROMPT, or is the
+    prompt. A daemon that is up is used, unless --json, --local or an option that shapes the plan is given.
+    """
+    if raw and system is not None:
+        raise click.UsageError("--system needs the chat template that --raw leaves out")
+    text = _prompt(prompt)
+    config = plan.config()
+    library = Library(Home.from_env())
+    name = reference(model, library)
+    with ExitStack() as stack:
+        daemon = (
+            None if (local or as_json or plan.given) else stack.enter_context(from_daemon(Home.from_env()))
+        )
+        answers: Answers = daemon or stack.enter_context(in_process(config, library))
+        status = answers.load(name)
+        if not raw and not status.chat_template:
+            note(
+                f"{status.name} has no chat template: it continues the prompt as it is (--raw says so quietly)"
+            )
+            if system is not None:
+                raise DaemonError(
+                    "bad_request", f"{status.name} has no chat template, so --system has no place"
+                )
+        fields = answer.request_fields(status.name)
+        request: Generate | Chat
+        if raw or not status.chat_template:
+            request = Generate(prompt=text, **fields)
+        else:
+            told = [ChatMessage(role="system", content=system)] if system is not None else []
+            request = Chat(messages=[*told, ChatMessage(role="user", content=text)], **fields)
+        result = _Result(status)
+        with answers.stream(request) as events:
+            for event in events:
+                result.take(event)
+                if isinstance(event, Token) and not as_json:
+                    write(event.text)
+        if as_json:
+            print_json(result.as_dict())
+        else:
+            write("" if result.text.endswith("\n") else "\n")
+            note(statistics(result.done))
+
+
+class _Result:
+    """The events of one answer, put together."""
+
+    def __init__(self, model: ModelStatus) -> None:
+        self._model = model
+        self._texts: list[str] = []
+        self._ids: list[int] = []
+        nothing = Usage(prompt_tokens=0, completion_tokens=0)
+        self.done = Done(finish_reason="cancelled", usage=nothing, timings=Timings())
+
+    def take(self, event: Accepted | Token | Done) -> None:
+        if isinstance(event, Token):
+            self._texts.append(event.text)
+            self._ids.extend(event.ids)
+        elif isinstance(event, Done):
+            self.done = event
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    def as_dict(self) -> dict[str, Any]:
+        done, timings = self.done, self.done.timings
+        return {
+            "text": self.text,
+            "token_ids": self._ids,
+            "prompt_tokens": done.usage.prompt_tokens,
+            "completion_tokens": done.usage.completion_tokens,
+            "finish_reason": done.finish_reason,
+            "ttft_s": timings.ttft_s,
+            "prefill_tokens_per_s": timings.prefill_tokens_per_s,
+            "decode_tokens_per_s": timings.decode_tokens_per_s,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "stall_s": timings.stall_s,
+            "plan": self._model.plan,
+        }
+
+
+def statistics(done: Done) -> str:
+    """One line: '34 prompt tokens (283/s) · first token after 0.15 s · 120 tokens (98/s)'."""
+    timings, usage = done.timings, done.usage
+    parts = [
+        f"{usage.prompt_tokens} prompt tokens" + _rate(timings.prefill_tokens_per_s),
+        f"first token after {timings.ttft_s:.2f} s",
+        f"{usage.completion_tokens} tokens" + _rate(timings.decode_tokens_per_s),
+    ]
+    if timings.queue_s >= 0.1:
+        parts.insert(1, f"queued {timings.queue_s:.1f} s")
+    if timings.stall_s >= 0.01:
+        parts.append(f"waited {timings.stall_s:.2f} s for the disk")
+    if done.finish_reason == "length":
+        parts.append("cut at the limit")
+    return " · ".join(parts)
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f" ({tokens_per_s:.3g}/s)" if tokens_per_s else ""
+
+
+def _prompt(given: str | None) -> str:
+    """The argument, stdin, or both with an empty line between. Raises UsageError when there is neither."""
+    piped = "" if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty() else _piped(given is not None)
+    parts = [part for part in (given, piped.rstrip("\n")) if part]
+    if not parts:
+        raise click.UsageError("there is no prompt: give one as PROMPT or on stdin")
+    return "\n\n".join(parts)
+
+
+def _piped(optional: bool) -> str:
+    """All of stdin. Beside a PROMPT a pipe that nobody writes to or closes must not block for ever."""
+    try:
+        descriptor = sys.stdin.fileno()
+        silent = optional and not _arrives(descriptor, STDIN_NOTE_S)
+        if silent:
+            note("waiting for text on stdin (end with Ctrl-D, or give < /dev/null)")
+            if not _arrives(descriptor, STDIN_LIMIT_S - STDIN_NOTE_S):
+                note("nothing came on stdin: going on with PROMPT alone")
+                return ""
+    except (OSError, ValueError):  # stdin is no real file, as in tests
+        pass
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DaemonError("bad_request", f"stdin is not {error.encoding} text") from error
+
+
+def _arrives(descriptor: int, seconds: float) -> bool:
+    """Whether bytes, or the end, come within that time."""
+    return bool(select.select([descriptor], [], [], seconds)[0])

@@ -1,0 +1,118 @@
+"""The verbs of `shoal`, imported when they are called, and how each ends: one line and an exit code.
+
+Knows names and one-line helps of the verbs, so that `shoal --help` imports none of them. What a verb does is
+in its own module; what an error means is in `cli.errors`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import click
+
+from .errors import Exit, explain
+
+
+class Verb(NamedTuple):
+    module: str
+    help: str
+    group: str
+
+
+VERBS = {
+    "run": Verb("run", "Answer one prompt.", "Use"),
+    "chat": Verb("chat", "Hold a conversation.", "Use"),
+    "pull": Verb("store", "Fetch a model into the local store.", "Models"),
+    "ls": Verb("store", "List the models in the store.", "Models"),
+    "show": Verb("store", "Show the facts of a model.", "Models"),
+    "rm": Verb("store", "Remove a model from the store.", "Models"),
+    "serve": Verb("serve", "Run the daemon.", "Daemon"),
+    "stop": Verb("serve", "Stop the daemon.", "Daemon"),
+    "ps": Verb("observe", "Show what the daemon runs.", "Daemon"),
+    "logs": Verb("observe", "Show the daemon's log.", "Daemon"),
+    "bench": Verb("measure", "Measure prefill and decode speed.", "Measure"),
+    "perplexity": Verb("measure", "Measure a model's quality on a text.", "Measure"),
+    "doctor": Verb("doctor", "Check this installation.", "Measure"),
+}
+
+
+class Shoal(click.Group):
+    """The group of verbs. Whatever happens below ends here, as one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        verb = VERBS.get(cmd_name)
+        if verb is None:
+            return None
+        module = importlib.import_module(f"shoal.cli.{verb.module}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], VERBS, n=1, cutoff=0.4)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise click.UsageError(f"There is no verb {args[0]!r}{meant}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, VERBS))
+        for group in dict.fromkeys(verb.group for verb in VERBS.values()):
+            with formatter.section(group):
+                rows = [(name, verb.help) for name, verb in VERBS.items() if verb.group == group]
+                formatter.write_dl([(name.ljust(width), text) for name, text in rows])
+
+    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
+        extra["standalone_mode"] = False
+        verbs_main = super().main
+        sys.exit(_guarded(lambda: verbs_main(args, prog_name or "shoal", **extra)))
+
+
+def _version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"shoal {version('shoal')}")
+        ctx.exit()
+
+
+@click.group(
+    cls=Shoal,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: shoal pull smollm2, then shoal chat. Each verb has its own --help with examples.",
+)
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version."
+)
+def cli() -> None:
+    """Shoal runs language models on the machines you have."""
+
+
+def _guarded(call: Callable[[], object]) -> int:
+    """Run `call`; returns the exit code after one line on stderr for whatever it raised."""
+    try:
+        result = call()
+        sys.stdout.flush()
+        return int(result) if isinstance(result, int) else Exit.DONE
+    except BrokenPipeError:  # the reader has had enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.FAILED
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = explain(error)
+        if os.environ.get("SHOAL_DEBUG") == "1":
+            traceback.print_exc()
+        if code != Exit.INTERRUPTED:
+            click.echo(f"shoal: {line}", err=True)
+        return code
