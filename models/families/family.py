@@ -59,7 +59,7 @@ class GgufSide:
     interleaved: bool = False  # rows of q and k are permuted so that pairs are neighbours
     windows: Callable[[Facts, int], Windows] = no_windows
     moe: Callable[[Facts, int], Moe] | None = None
-    query_scale: Callable[[Facts, int, int], float] = lambda facts, layers, head_dim: 0.0
+    query_scale: Callable[[Facts, int], float] = lambda facts, layers: 0.0
     local_rope: bool = False  # windowed layers have an unscaled rope of their own
     unsupported: tuple[str, ...] = ()
 

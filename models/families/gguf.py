@@ -75,7 +75,7 @@ def gguf_recipe(family: Family, arch: str, files: TensorFiles) -> Recipe:
         pre_norm=family.pre_norm,
         post_norm=family.post_norm,
         embed_scale=math.sqrt(hidden) if family.scaled_embed and hidden > 0 else 1.0,
-        query_scale=gguf.query_scale(facts, count, head_dim),
+        query_scale=gguf.query_scale(facts, count),
         qkv_clip=facts.number("attention.clamp_kqv", 0.0) or None,
         tied="output.weight" not in files.tensors,
         moe=moe.spec if moe else None,

@@ -111,8 +111,8 @@ def gguf_rope(
         theta,
         interleaved,
         divisors=_times(freqs or short, factor, dims),
-        long_divisors=() if freqs else _times(long, factor, dims) if long else (),
-        long_from_tokens=original,
+        long_divisors=_times(long, factor, dims) if long and not freqs else (),
+        long_from_tokens=original if long and not freqs else 0,
         magnitude=magnitude,
         long_magnitude=magnitude,
     )

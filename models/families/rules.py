@@ -83,7 +83,7 @@ def gguf_window_pattern(metadata: Facts, layers: int) -> Windows:
 
 def mixtral_moe(config: Facts, layers: int) -> Moe:
     spec = MoeSpec(
-        experts=config.integer("num_local_experts"),
+        experts=_experts(config),
         active=config.integer("num_experts_per_tok"),
         ffn=config.integer("intermediate_size"),
         normalize=True,
@@ -93,7 +93,7 @@ def mixtral_moe(config: Facts, layers: int) -> Moe:
 
 def olmoe_moe(config: Facts, layers: int) -> Moe:
     spec = MoeSpec(
-        experts=config.integer("num_experts"),
+        experts=_experts(config),
         active=config.integer("num_experts_per_tok"),
         ffn=config.integer("intermediate_size"),
         normalize=config.flag("norm_topk_prob", False),
@@ -105,7 +105,7 @@ def qwen_moe(config: Facts, layers: int) -> Moe:
     """qwen2_moe and qwen3_moe; a shared expert only where its size is given."""
     shared = config.integer("shared_expert_intermediate_size", 0)
     spec = MoeSpec(
-        experts=config.integer("num_experts"),
+        experts=_experts(config),
         active=config.integer("num_experts_per_tok"),
         ffn=config.integer("moe_intermediate_size"),
         normalize=config.flag("norm_topk_prob", False),
@@ -142,13 +142,18 @@ def gguf_qwen3_moe(metadata: Facts, layers: int) -> Moe:
     return Moe(_gguf_experts(metadata, _qwen_expert_ffn(metadata), normalize=True), [True] * layers)
 
 
-def gemma3_query_scale(metadata: Facts, layers: int, head_dim: int) -> float:
+def gemma3_query_scale(metadata: Facts, layers: int) -> float:
     """Not stored: only the largest model (62 layers) scales by other than its head size."""
-    if layers == 62:
-        head_dim = metadata.integer("embedding_length") // metadata.integer("attention.head_count")
-    if head_dim < 1:
-        raise metadata.wrong("attention.key_length", head_dim, "positive")
-    return 1 / math.sqrt(head_dim)
+    if layers != 62:
+        return 0.0
+    query_dim = metadata.integer("embedding_length") // max(metadata.integer("attention.head_count"), 1)
+    return 1 / math.sqrt(max(query_dim, 1))
+
+
+def _experts(config: Facts) -> int:
+    """Either name may be on disk, whatever the family, depending on the version that wrote it."""
+    key = "num_experts" if config.has("num_experts") else "num_local_experts"
+    return config.integer(key)
 
 
 def _gguf_experts(metadata: Facts, ffn: int, normalize: bool) -> MoeSpec:
