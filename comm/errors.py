@@ -3,6 +3,8 @@
 CommError
 ├── RequestFailed   the other side answered `error` (code, message, hint)
 ├── ProtocolError   bytes that are not this protocol
+├── AddressError    an address that cannot be used, or not without keys
+├── KeyFileError    a key file that is missing, malformed or readable by others
 ├── NoDaemon        nothing listens at the address
 └── TimedOut        no answer in time
 """
@@ -15,11 +17,27 @@ class CommError(Exception):
 
 
 class ProtocolError(CommError):
-    """Frames, sizes or fields that do not follow docs/api.md."""
+    """Frames, sizes or fields that do not follow docs/api.md.
+
+    `code` is the `messages.ErrorCode` to answer with, `request_id` the id it concerns (b"" = unreadable).
+    """
+
+    def __init__(self, message: str, code: str = "bad_request", request_id: bytes = b"") -> None:
+        super().__init__(message)
+        self.code = code
+        self.request_id = request_id
+
+
+class AddressError(CommError):
+    """An address that is malformed, open to others, or taken."""
+
+
+class KeyFileError(CommError):
+    """A key file that cannot be used."""
 
 
 class NoDaemon(CommError):
-    """Nothing listens at the address."""
+    """Nothing listens at the address, or it went away."""
 
 
 class TimedOut(CommError):

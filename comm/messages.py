@@ -2,11 +2,12 @@
 
 Knows fields, types and ranges. Does not know sockets, frames, models or text processing.
 Unknown fields are ignored, so that either side may be newer; a missing field takes its default.
+Rules that join several fields are checked on construction and raise ValueError.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, dataclass_transform
 
 from msgspec import Meta, Struct
 
@@ -15,6 +16,7 @@ VERSION = 1
 NonNegative = Annotated[int, Meta(ge=0)]
 Name = Annotated[str, Meta(max_length=4096)]
 TokenId = Annotated[int, Meta(ge=0, le=1 << 24)]
+TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 22)]
 
 ErrorCode = Literal[
     "bad_request",  # malformed or out of range; the message names field, value and limit
@@ -34,8 +36,36 @@ ErrorCode = Literal[
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)  # tells type checkers what msgspec inherits
 class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of all bodies."""
+
+
+MAX_DEPTH = 32  # of the free-form values below; templates and JSON schemas stay far under it
+
+
+def check_plain(value: Any, path: str, depth: int = 0) -> None:
+    """ValueError unless `value` is what JSON could say: free-form fields end up in templates."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{path}: must be nested at most {MAX_DEPTH} deep")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{path}: keys must be str, not {type(key).__name__}")
+            check_plain(item, f"{path}.{key[:40]!r}", depth + 1)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            check_plain(item, f"{path}[{index}]", depth + 1)
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        raise ValueError(f"{path}: must be null, bool, number, str, array or map, not {type(value).__name__}")
+
+
+def check_one_of(message: Message, *names: str) -> None:
+    """ValueError unless exactly one of the fields `names` is given."""
+    given = [name for name in names if getattr(message, name) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ValueError(f"{names[0]}: exactly one of {', '.join(names)} must be given, not {found}")
 
 
 # --- requests -----------------------------------------------------------------------------------------
@@ -79,7 +109,10 @@ class Generate(Generation):
     """Continue a prompt given as text or as token ids (exactly one of the two)."""
 
     prompt: str | None = None
-    prompt_tokens: list[TokenId] | None = None
+    prompt_tokens: TokenIds | None = None
+
+    def __post_init__(self) -> None:
+        check_one_of(self, "prompt", "prompt_tokens")
 
 
 class ChatMessage(Message):
@@ -91,6 +124,10 @@ class ChatMessage(Message):
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
+    def __post_init__(self) -> None:
+        check_plain(self.content, "content")
+        check_plain(self.tool_calls, "tool_calls")
+
 
 class Chat(Generation, kw_only=True):
     """Answer a conversation; the model's chat template turns it into a prompt."""
@@ -99,16 +136,23 @@ class Chat(Generation, kw_only=True):
     tools: Annotated[list[dict[str, Any]], Meta(max_length=256)] = []
     template_args: dict[str, Any] = {}  # extra template variables, e.g. enable_thinking
 
+    def __post_init__(self) -> None:
+        check_plain(self.tools, "tools")
+        check_plain(self.template_args, "template_args")
+
 
 class Tokenize(Message):
     """Text → ids, or (when `tokens` is given) ids → text, or messages → ids by the chat template."""
 
     model: Name = ""
     text: str | None = None
-    tokens: list[TokenId] | None = None
-    messages: list[ChatMessage] | None = None
+    tokens: TokenIds | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)] | None = None
     add_special: bool = True
     parse_special: bool = True
+
+    def __post_init__(self) -> None:
+        check_one_of(self, "text", "tokens", "messages")
 
 
 class Cancel(Message):
@@ -143,7 +187,7 @@ class Welcome(Message):
     version: int
     server: str
     features: list[str]
-    limits: dict[str, int]  # max_message_bytes, max_queue, max_concurrent
+    limits: dict[str, int]  # message_bytes, requests, requests_per_client, clients
 
 
 class Accepted(Message):
@@ -151,6 +195,12 @@ class Accepted(Message):
 
     model: str
     prompt_tokens: int
+
+
+class Waiting(Message):
+    """Still queued or computing. Sent after each `keepalive` of silence, to any request but control ones."""
+
+    seconds: float  # since the request arrived
 
 
 class TokenLogprob(Message):
@@ -262,6 +312,7 @@ REQUESTS: dict[str, type[Message]] = {
 REPLIES: dict[str, type[Message]] = {
     "welcome": Welcome,
     "accepted": Accepted,
+    "waiting": Waiting,
     "token": Token,
     "done": Done,
     "error": Error,
@@ -272,8 +323,7 @@ REPLIES: dict[str, type[Message]] = {
     "pong": Pong,
 }
 
-REPLY_TYPES = {kind: name for name, kind in REPLIES.items()}
-REQUEST_TYPES = {kind: name for name, kind in REQUESTS.items()}
-"""Every reply but `accepted` and `token` is terminal: a request gets exactly one of those."""
+TYPE_NAMES = {kind: name for table in (REQUESTS, REPLIES) for name, kind in table.items()}
 
-STREAMING = frozenset({"accepted", "token"})
+STREAMING = frozenset({"accepted", "waiting", "token"})
+"""Every other reply is terminal: a request gets exactly one of those."""

@@ -1,0 +1,188 @@
+"""CURVE keys: who this machine is, and which clients may talk to its daemon over TCP.
+
+    <keys>/server.key, client.key   two lines: public, secret (Z85, 40 characters each); mode 0600
+    <keys>/authorised               one client per line: name, public key
+
+Knows files and their permissions, and the gate that ZeroMQ asks at every handshake (ZAP, RFC 27).
+Does not know addresses, or where the directory is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+
+from .errors import KeyFileError
+
+Z85_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+ZAP_DOMAIN = b"shoal"
+MAX_FILE_BYTES = 1 << 20
+
+log = logging.getLogger("shoal.keys")
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """A CURVE key pair, both halves as 40 characters of Z85."""
+
+    public: str
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ServerKeys:
+    """What a daemon needs to listen over TCP: its own pair, and the ring that says who may enter."""
+
+    pair: KeyPair
+    ring: KeyRing
+
+
+@dataclass(frozen=True)
+class ClientKeys:
+    """What a client needs to connect over TCP: its own pair, and the public key of the daemon it expects."""
+
+    pair: KeyPair
+    server: str
+
+    def __post_init__(self) -> None:
+        check_key(self.server, "server public key")
+
+
+def check_key(text: str, what: str) -> str:
+    if not Z85_KEY.fullmatch(text):
+        raise KeyFileError(f"{what} of {len(text)} characters: must be 40 characters of Z85")
+    return text
+
+
+@dataclass(frozen=True)
+class KeyRing:
+    """The key files in one directory (0700, made when first written to). All methods raise KeyFileError."""
+
+    directory: Path
+
+    def server(self) -> KeyPair:
+        """The daemon's key pair, made at the first call."""
+        return self._pair(self.directory / "server.key")
+
+    def client(self) -> KeyPair:
+        """This user's key pair as a client, made at the first call."""
+        return self._pair(self.directory / "client.key")
+
+    def server_keys(self) -> ServerKeys:
+        return ServerKeys(self.server(), self)
+
+    def client_keys(self, server: str) -> ClientKeys:
+        return ClientKeys(self.client(), server)
+
+    def authorised(self) -> dict[str, str]:
+        """Name → public key of every client that may connect; read anew each time, so changes hold at once."""
+        path = self.directory / "authorised"
+        if not path.exists():
+            return {}
+        entries: dict[str, str] = {}
+        for number, line in enumerate(_read(path).splitlines(), 1):
+            name, _, key = line.strip().partition(" ")
+            if not NAME.fullmatch(name) or not Z85_KEY.fullmatch(key.strip()):
+                raise KeyFileError(f"{path}, line {number}: must be a name and a public key")
+            entries[name] = key.strip()
+        return entries
+
+    def authorise(self, name: str, public: str) -> None:
+        """Let the client with this public key in under `name`, replacing an earlier key of that name."""
+        if not NAME.fullmatch(name):
+            raise KeyFileError(f"name={name[:80]!r}: must be 1 to 64 letters, digits or ._@-")
+        self._write_authorised(self.authorised() | {name: check_key(public, "public key")})
+
+    def revoke(self, name: str) -> None:
+        """Refuse new connections of `name` from now on; those that stand are not cut."""
+        entries = self.authorised()
+        if entries.pop(name, None) is None:
+            raise KeyFileError(f"name={name[:80]!r}: no such authorised client")
+        self._write_authorised(entries)
+
+    def _write_authorised(self, entries: dict[str, str]) -> None:
+        text = "".join(f"{name} {key}\n" for name, key in entries.items())
+        with self._written(text) as fresh:
+            fresh.replace(self.directory / "authorised")
+
+    def _pair(self, path: Path) -> KeyPair:
+        if not path.exists():
+            public, secret = (half.decode("ascii") for half in zmq.curve_keypair())
+            # link, unlike rename, fails when another process was first: then that one's key counts.
+            with self._written(f"{public}\n{secret}\n") as fresh, contextlib.suppress(FileExistsError):
+                path.hardlink_to(fresh)
+        lines = _read(path).split()
+        if len(lines) != 2:
+            raise KeyFileError(f"{path}: must hold a public and a secret key, one a line")
+        pair = KeyPair(check_key(lines[0], f"{path}: public key"), check_key(lines[1], f"{path}: secret key"))
+        if zmq.curve_public(pair.secret.encode()).decode() != pair.public:
+            raise KeyFileError(f"{path}: the public key does not belong to the secret one")
+        return pair
+
+    @contextmanager
+    def _written(self, text: str) -> Iterator[Path]:
+        """A fresh private file holding `text`, for the body to move into place."""
+        fresh = self.directory / f".new-{secrets.token_hex(8)}"
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            yield fresh
+        except OSError as error:
+            raise KeyFileError(f"cannot write into {self.directory}: {error.strerror}") from error
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if mode & 0o077:
+                raise KeyFileError(f"{path}: open to other users (mode {mode & 0o777:o}): chmod 600 it")
+            return file.read(MAX_FILE_BYTES).decode("ascii")
+    except OSError as error:
+        raise KeyFileError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise KeyFileError(f"{path}: must be ASCII text") from error
+
+
+class _Provider:
+    """What pyzmq's authenticator asks: may this key in?"""
+
+    def __init__(self, ring: KeyRing) -> None:
+        self._ring = ring
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        try:
+            return key.decode("ascii") in self._ring.authorised().values()
+        except (KeyFileError, UnicodeDecodeError) as error:
+            log.error("refusing a client: %s", error)
+            return False
+
+
+@contextmanager
+def gate(context: zmq.Context[zmq.Socket[bytes]], ring: KeyRing) -> Iterator[None]:
+    """While open, CURVE sockets of `context` in ZAP_DOMAIN admit the ring's authorised clients, no others."""
+    from zmq.auth.thread import ThreadAuthenticator  # pulls in asyncio: 50 ms that clients need not pay
+
+    authenticator = ThreadAuthenticator(context)
+    authenticator.start()
+    try:
+        authenticator.configure_curve_callback(domain="*", credentials_provider=_Provider(ring))
+        yield
+    finally:
+        authenticator.stop()

@@ -1,0 +1,153 @@
+"""Messages ↔ frames: `[b"shoal/1", type, request id, msgpack body, raw buffers…]`, checked against limits.
+
+Knows the frame layout, its limits, and how to say in one line what is wrong with a body. Does not know
+sockets, what a message means, or who sent it. Whatever bytes come in, only ProtocolError comes out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from msgspec import msgpack
+
+from .errors import ProtocolError
+from .messages import REPLIES, REQUESTS, TYPE_NAMES, Message
+
+PROTOCOL = b"shoal/1"
+MAX_FRAMES = 16
+MAX_TYPE_BYTES = 32
+MAX_ID_BYTES = 64
+MAX_REQUEST_BYTES = 16 << 20  # all frames together
+MAX_REPLY_BYTES = 64 << 20  # the ids of a whole tokenised request body
+
+_TYPE = re.compile(rb"[a-z][a-z0-9_]{0,31}")
+_DECODERS: dict[type[Message], msgpack.Decoder[Any]] = {
+    kind: msgpack.Decoder(kind) for kind in (*REQUESTS.values(), *REPLIES.values())
+}
+_ENCODER = msgpack.Encoder()
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """One message whose frames are sound and whose body is not yet read."""
+
+    kind: str
+    request_id: bytes
+    body: bytes
+    buffers: tuple[bytes, ...] = ()
+
+
+def encode(message: Message, request_id: bytes, limit_bytes: int = MAX_REPLY_BYTES) -> list[bytes]:
+    """The frames of `message`. ProtocolError when it cannot be said in this protocol."""
+    try:
+        body = _ENCODER.encode(message)
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise ProtocolError(f"cannot encode: {error}", request_id=request_id) from error
+    if not 1 <= len(request_id) <= MAX_ID_BYTES:
+        raise ProtocolError(f"request id of {len(request_id)} bytes: must be 1 to {MAX_ID_BYTES}")
+    frames = [PROTOCOL, TYPE_NAMES[type(message)].encode(), request_id, body]
+    _check_size(frames, limit_bytes, request_id)
+    return frames
+
+
+def split(frames: Sequence[bytes], limit_bytes: int = MAX_REQUEST_BYTES) -> Envelope:
+    """The envelope in `frames`. ProtocolError names what is wrong and, when readable, the request id."""
+    if not 4 <= len(frames) <= MAX_FRAMES:
+        known = frames[2] if len(frames) > 2 and 1 <= len(frames[2]) <= MAX_ID_BYTES else b""
+        raise ProtocolError(f"{len(frames)} frames: must be 4 to {MAX_FRAMES}", request_id=known)
+    protocol, kind, request_id, body, *buffers = frames
+    if not 1 <= len(request_id) <= MAX_ID_BYTES:
+        raise ProtocolError(f"request id of {len(request_id)} bytes: must be 1 to {MAX_ID_BYTES}")
+    if protocol != PROTOCOL:
+        code = "version" if protocol.startswith(b"shoal/") else "bad_request"
+        raise ProtocolError(
+            f"protocol={shorten(protocol)}: must be {PROTOCOL.decode()}", code, request_id=request_id
+        )
+    if not _TYPE.fullmatch(kind):
+        raise ProtocolError(
+            f"type={shorten(kind)}: must be 1 to {MAX_TYPE_BYTES} characters of a-z, 0-9 and _",
+            request_id=request_id,
+        )
+    _check_size(frames, limit_bytes, request_id)
+    return Envelope(kind.decode("ascii"), request_id, body, tuple(buffers))
+
+
+def check_type(envelope: Envelope, types: Mapping[str, type[Message]]) -> type[Message]:
+    """The struct for the envelope's type. ProtocolError `unknown_type`."""
+    kind = types.get(envelope.kind)
+    if kind is None:
+        message = f"type={shorten(envelope.kind)}: must be one of {', '.join(types)}"
+        raise ProtocolError(message, "unknown_type", envelope.request_id)
+    return kind
+
+
+def decode(envelope: Envelope, types: Mapping[str, type[Message]]) -> Message:
+    """The message in `envelope`, one of `types`. ProtocolError `unknown_type` or `bad_request`."""
+    kind = check_type(envelope, types)
+    try:
+        message: Message = _DECODERS[kind].decode(envelope.body)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(_explain(str(error), envelope.body), request_id=envelope.request_id) from error
+    except UnicodeDecodeError as error:
+        raise ProtocolError("body: holds text that is not UTF-8", request_id=envelope.request_id) from error
+    except RecursionError as error:
+        raise ProtocolError("body: nested too deep", request_id=envelope.request_id) from error
+    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
+        raise ProtocolError(f"body: not msgpack: {error}", request_id=envelope.request_id) from error
+    return message
+
+
+def shorten(value: object, limit: int = 40) -> str:
+    """`repr(value)` in at most `limit` characters, control characters escaped."""
+    if isinstance(value, str | bytes):
+        value = value[: limit + 1]
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _check_size(frames: Sequence[bytes], limit_bytes: int, request_id: bytes) -> None:
+    size = sum(map(len, frames))
+    if size > limit_bytes:
+        raise ProtocolError(f"message of {size} bytes: must be at most {limit_bytes}", request_id=request_id)
+
+
+# --- what is wrong with a body, in one line -------------------------------------------------------------
+
+_COMPLAINT = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
+_STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+)\]")
+_EXPLAIN_BYTES = 64 << 10  # larger bodies are not read a second time just to quote a value
+
+
+def _explain(complaint: str, body: bytes) -> str:
+    """`max_tokens=0: must be int >= 1` from msgspec's "Expected `int` >= 1 - at `$.max_tokens`"."""
+    match = _COMPLAINT.fullmatch(complaint)
+    assert match is not None  # `what` alone matches anything
+    what, path = match["what"].replace("`", ""), (match["path"] or "").lstrip(".")
+    if what.startswith("Object missing required field "):
+        field = what.removeprefix("Object missing required field ")
+        return f"{path}.{field}: is required" if path else f"{field}: is required"
+    if not what.startswith("Expected "):  # from a check in messages.py, which names its field itself
+        return f"{path}.{what}" if path else what
+    must = what.removeprefix("Expected ").replace(", got ", ", not ")
+    if match["key"]:
+        return f"{path or 'body'}: its keys must be {must}"
+    if not path:
+        return f"body: must be {must}"
+    return f"{path}{_quote(match['path'], body)}: must be {must}"
+
+
+def _quote(path: str, body: bytes) -> str:
+    """`=value` of the field at `path`, or "" where it cannot be told."""
+    if len(body) > _EXPLAIN_BYTES or "[...]" in path:
+        return ""
+    try:
+        value = msgpack.decode(body)
+        for step in _STEP.finditer(path):
+            value = value[step["name"] if step["name"] is not None else int(step["index"])]
+    except (ValueError, TypeError, LookupError, RecursionError, msgspec.MsgspecError):
+        return ""
+    return f"={shorten(value)}"

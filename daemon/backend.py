@@ -1,0 +1,57 @@
+"""What the server needs of a node: the one interface between sockets and models.
+
+Knows signatures and which threads call. Has no code of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from shoal.comm.messages import (
+    Accepted,
+    Chat,
+    Done,
+    Error,
+    Generate,
+    Load,
+    Loaded,
+    Ok,
+    StatusReply,
+    Token,
+    Tokenize,
+    Tokens,
+    Unload,
+)
+
+Emit = Callable[[Accepted | Token | Done | Error], None]
+"""Takes one message of a stream; from any thread; never blocks."""
+
+Cancel = Callable[[], None]
+"""Asks a stream to end early; from any thread; idempotent; returns at once."""
+
+
+class Backend(Protocol):
+    """All methods may be called from several threads at once, and raise DaemonError to refuse."""
+
+    def submit(self, request: Generate | Chat, emit: Emit) -> Cancel:
+        """Queue a request (tokenising it first, so this may take a while) and return how to cancel it.
+
+        `emit` gets one Accepted, any Tokens, then exactly one Done or Error: also after a cancel.
+        """
+
+    def tokenize(self, request: Tokenize) -> Tokens: ...
+
+    def load(self, request: Load) -> Loaded:
+        """Returns when the model answers requests: seconds to minutes."""
+
+    def unload(self, request: Unload) -> Ok: ...
+
+    def status(self) -> StatusReply:
+        """Cheap: it is asked often."""
+
+    def drain(self, timeout_s: float) -> None:
+        """Admit nothing more; return when all running requests ended, or after `timeout_s`."""
+
+    def close(self) -> None:
+        """End everything now. Idempotent."""

@@ -1,0 +1,71 @@
+"""A client's socket: its options, and what the socket's monitor says about the connection.
+
+Knows ZeroMQ's options and events. Does not know messages, nor whether the caller waits or awaits.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import zmq
+
+from shoal.comm import endpoint, wire
+from shoal.comm.errors import CommError, NoDaemon, TimedOut
+from shoal.comm.keys import ClientKeys
+
+CONNECT_S = 0.9  # for the handshake, which ZeroMQ's own thread answers however busy the daemon is
+HELLO_S = 10.0  # for the first answer, which the daemon's server gives
+HEARTBEAT_MS = 5000
+LINGER_MS = 200  # lets a last `cancel` leave
+VERDICTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_DISCONNECTED
+)
+START_HINT = "`shoal serve` starts one"
+
+
+def connect(dealer: zmq.Socket[Any], address: str, keys: ClientKeys | None) -> None:
+    """Set the socket up and begin to connect. AddressError when the address is refused."""
+    for option, value in {
+        zmq.LINGER: LINGER_MS,
+        zmq.MAXMSGSIZE: wire.MAX_REPLY_BYTES,
+        # The daemon forgets who we are when the connection drops, so coming back silently helps nobody.
+        zmq.RECONNECT_IVL: -1,
+        zmq.HEARTBEAT_IVL: HEARTBEAT_MS,
+        zmq.HEARTBEAT_TIMEOUT: 3 * HEARTBEAT_MS,
+        zmq.HEARTBEAT_TTL: 3 * HEARTBEAT_MS,
+    }.items():
+        dealer.setsockopt(option, value)
+    endpoint.connect(dealer, address, keys)
+
+
+def verdict(monitor_frames: list[bytes], address: str) -> CommError | None:
+    """What a monitor event in VERDICTS means: None = connected, else why there is no connection."""
+    # Frame 0 is uint16 event, uint32 value, in machine order (zmq_socket_monitor(3)). pyzmq's own reader
+    # of it imports asyncio.
+    match int.from_bytes(monitor_frames[0][:2], sys.byteorder):
+        case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            return None
+        case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return NoDaemon(
+                f"the daemon at {address} does not know this client's key; have it authorised there"
+            )
+        case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            return NoDaemon(f"handshake with {address} failed: wrong or missing keys, or no Shoal daemon")
+        case zmq.EVENT_CLOSED:
+            return nobody(address)
+        case _:
+            return NoDaemon(f"the daemon at {address} closed the connection")
+
+
+def nobody(address: str) -> NoDaemon:
+    return NoDaemon(f"no daemon answers at {address}; {START_HINT}")
+
+
+def silent(address: str, timeout_s: float) -> TimedOut:
+    return TimedOut(f"the daemon at {address} has been silent for {timeout_s:g} s")

@@ -1,0 +1,110 @@
+"""Requests to backend calls: on worker threads, with every outcome turned into one terminal reply.
+
+Knows which backend method answers which message. Does not know sockets or clients.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import msgspec
+
+from shoal.comm import wire
+from shoal.comm.errors import ProtocolError
+from shoal.comm.messages import (
+    REQUESTS,
+    Chat,
+    Error,
+    Generate,
+    Load,
+    Message,
+    Status,
+    Tokenize,
+    Unload,
+)
+
+from .backend import Backend
+from .errors import DaemonError
+from .server_flight import Flight
+from .server_log import SeldomLog
+
+WORK = frozenset({"generate", "chat", "tokenize", "load", "unload", "status"})
+"""Types that need the backend. The others concern the server alone and are never refused as `busy`."""
+
+SLOW = frozenset({"load", "unload"})
+
+log = logging.getLogger("shoal.server")
+
+
+class Dispatcher:
+    """Runs backend calls: tokenising and status on `workers` threads, loading on one of its own.
+
+    `pending_bytes` bounds the bodies that wait for a worker; beyond it requests are answered `busy`.
+    """
+
+    def __init__(self, backend: Backend, workers: int, pending_bytes: int) -> None:
+        self._backend = backend
+        self._quick = ThreadPoolExecutor(workers, thread_name_prefix="shoal-request")
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="shoal-load")
+        self._limit_bytes = pending_bytes
+        self._lock = threading.Lock()
+        self._pending_bytes = 0
+        self._seldom = SeldomLog(log)
+        self.draining = False
+
+    def start(self, flight: Flight, envelope: wire.Envelope) -> None:
+        """Queue the request; its replies come through `flight.emit`. Never blocks."""
+        size = len(envelope.body)
+        with self._lock:
+            if self._pending_bytes and self._pending_bytes + size > self._limit_bytes:
+                busy = Error(code="busy", message="too many bytes of requests wait", retry_after_s=1.0)
+                flight.emit(busy)
+                return
+            self._pending_bytes += size
+
+        def settle(future: Future[None]) -> None:
+            with self._lock:
+                self._pending_bytes -= size
+
+        pool = self._slow if envelope.kind in SLOW else self._quick
+        pool.submit(self._run, flight, envelope).add_done_callback(settle)
+
+    def close(self) -> None:
+        """Start nothing more; calls that run go on in their threads."""
+        self._quick.shutdown(wait=False, cancel_futures=True)
+        self._slow.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, flight: Flight, envelope: wire.Envelope) -> None:
+        try:
+            if flight.cancelled:
+                flight.emit(Error(code="cancelled", message="cancelled before it began"))
+                return
+            self._answer(flight, wire.decode(envelope, REQUESTS))
+        except ProtocolError as error:
+            flight.emit(Error(code=error.code, message=str(error)))
+        except DaemonError as error:
+            flight.emit(error.to_message())
+        # The backend runs foreign code over foreign files: whatever it throws must end this request only.
+        except Exception as error:
+            self._seldom.warning("%s failed: %r", envelope.kind, error, error=error)
+            hint = "the daemon's log says more"
+            flight.emit(Error(code="internal", message=f"{envelope.kind} failed", hint=hint))
+
+    def _answer(self, flight: Flight, request: Message) -> None:
+        match request:
+            case Generate() | Chat():
+                flight.attach(self._backend.submit(request, flight.emit))
+            case Tokenize():
+                flight.emit(self._backend.tokenize(request))
+            case Load():
+                flight.emit(self._backend.load(request))
+            case Unload():
+                flight.emit(self._backend.unload(request))
+            case Status():
+                status = self._backend.status()
+                draining = self.draining or status.draining
+                flight.emit(msgspec.structs.replace(status, draining=draining))
+            case _:
+                raise AssertionError(f"{type(request).__name__} is not the backend's")

@@ -1,0 +1,49 @@
+"""What one server bears, and how it tells clients.
+
+Knows numbers. Does not know who keeps to them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+
+from shoal.comm import wire
+from shoal.comm.messages import REQUESTS, VERSION, Error, Hello, Welcome
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Bounds of one server: counts, `_bytes`, and times in seconds."""
+
+    message_bytes: int = wire.MAX_REQUEST_BYTES
+    requests: int = 1024  # in flight, all clients together
+    requests_per_client: int = 64
+    clients: int = 256  # with requests in flight
+    pending_bytes: int = 256 << 20  # request bodies that wait for a worker
+    workers: int = 4
+    queue_messages: int = 64  # per client within ZeroMQ; tokens are joined behind it
+    outbox_bytes: int = 1 << 20  # joined tokens held for a client that does not read
+    outbox_s: float = 30.0  # a client that reads nothing for so long loses its requests
+    keepalive_s: float = 2.0  # silence on a request after which `waiting` is sent
+    heartbeat_s: float = 5.0  # ZMTP pings; a peer silent for three is dead
+    drain_s: float = 30.0  # running requests get so long after the first SIGTERM
+    farewell_s: float = 1.0  # for the last replies to leave
+
+    def welcome(self, hello: Hello) -> Welcome | Error:
+        """The answer to `hello`: what a client may rely on, or that there is no common version."""
+        if not hello.min_version <= VERSION <= hello.max_version:
+            asked = f"{hello.min_version} to {hello.max_version}"
+            return Error(code="version", message=f"protocol versions {asked}: this daemon speaks {VERSION}")
+        return Welcome(
+            version=VERSION,
+            server=f"shoal {importlib.metadata.version('shoal')}",
+            features=sorted(REQUESTS),
+            limits={
+                "message_bytes": self.message_bytes,
+                "requests": self.requests,
+                "requests_per_client": self.requests_per_client,
+                "clients": self.clients,
+                "keepalive_ms": int(1000 * self.keepalive_s),
+            },
+        )
