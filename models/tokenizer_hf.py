@@ -22,7 +22,7 @@ from shoal.models.tokenizer_bpe import library_errors, one_line
 from shoal.models.tokenizer_special import SpecialSplitter
 from shoal.models.tokenizer_spm import SentencePieceBpe
 from shoal.models.tokenizer_spm_file import read_model
-from shoal.models.tokenizer_vocab import TokenKind, Vocabulary, vocabulary
+from shoal.models.tokenizer_vocab import SPACE_MARK, TokenKind, Vocabulary, vocabulary
 
 MAX_FILE_BYTES = 256 << 20
 _DECODERS = "supported are ByteLevel and SentencePiece-like decoders (Replace, ByteFallback, Metaspace)"
@@ -96,8 +96,8 @@ def _from_library(
             kinds[token_id] = TokenKind.UNUSED
     if not byte_level:
         for byte in range(256):
-            if (token_id := ids.get(f"<0x{byte:02X}>")) is not None:
-                kinds[token_id] = TokenKind.BYTE
+            if (byte_id := ids.get(f"<0x{byte:02X}>")) is not None:
+                kinds[byte_id] = TokenKind.BYTE
     for token_id, token in added.items():
         kinds[token_id] = TokenKind.CONTROL if token.special else TokenKind.USER_DEFINED
     vocab = vocabulary(
@@ -126,6 +126,9 @@ def _from_sentence_piece(
     model = read_model(_read_bytes(path))
     tokens, kinds, scores = list(model.tokens), bytearray(model.kinds), list(model.scores)
     _add_tokens(config, tokens, kinds, scores)
+    for i, kind in enumerate(kinds):
+        if kind == TokenKind.USER_DEFINED:  # found in the text as it is, before spaces are marked
+            tokens[i] = tokens[i].replace(SPACE_MARK, " ")
     ids = {text: token_id for token_id, text in enumerate(tokens)}
     vocab = vocabulary(
         tokens,

@@ -1,18 +1,19 @@
 """Cutting a text at its special tokens.
 
-Knows the order in which overlapping special tokens win (the longest first, as in llama.cpp) and which are
-plain text when control tokens are not to be recognised. Deliberately does not know how the text between
-them is merged into tokens: that is the merger's.
+Knows that the leftmost special token wins, and the longest of those that begin there (as in `tokenizers`), and
+which of them are plain text when control tokens are not to be recognised. Deliberately does not know how the
+text between them is merged into tokens: that is the merger's.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from shoal.models.tokenizer_vocab import TokenKind, Vocabulary
 
-_SPACES = " \t\n\v\f\r"
-_STEM_CHARS = 4
+_SPACES = re.compile(r"[ \t\n\v\f\r]*")
 
 
 class Merger(Protocol):
@@ -33,49 +34,53 @@ class SpecialSplitter:
         self._merger = merger
         self._space_prefix = vocabulary.add_space_prefix
         self._strip_after = strip_after
-        kinds, tokens = vocabulary.kinds, vocabulary.tokens
-        wanted = {TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.USER_DEFINED}
-        special = [i for i, kind in enumerate(kinds) if kind in wanted]
-        special.sort(key=lambda i: len(tokens[i].encode("utf-8", "replace")), reverse=True)
-        # By their first characters, so that a text without these is done with the whole group at once.
-        self._stems = {tokens[i][:_STEM_CHARS] for i in special}
-        self._special = [(tokens[i], i, kinds[i] != TokenKind.USER_DEFINED) for i in special]
+        always = {TokenKind.USER_DEFINED}
+        parsed = {TokenKind.USER_DEFINED, TokenKind.CONTROL, TokenKind.UNKNOWN}
+        self._always = _Finder(vocabulary, (i for i, kind in enumerate(vocabulary.kinds) if kind in always))
+        self._parsed = _Finder(vocabulary, (i for i, kind in enumerate(vocabulary.kinds) if kind in parsed))
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         ids: list[int] = []
-        after_special = True
-        for fragment in self._split(text, parse_special):
-            if isinstance(fragment, int):
-                ids.append(fragment)
-            else:
-                ids += self._merger.encode(
-                    " " + fragment if after_special and self._space_prefix else fragment
-                )
-            after_special = isinstance(fragment, int)
+        at = 0
+        for start, end, token_id in (self._parsed if parse_special else self._always).find(text):
+            self._merge(text[at:start], ids)
+            ids.append(token_id)
+            at = end
+            if token_id in self._strip_after and (spaces := _SPACES.match(text, end)):
+                at = spaces.end()
+        self._merge(text[at:], ids)
         return ids
 
-    def _split(self, text: str, parse_special: bool) -> list[str | int]:
-        """The text as fragments of plain text and ids of special tokens."""
-        fragments: list[str | int] = [text] if text else []
-        stems = {stem for stem in self._stems if stem in text}
-        for token, token_id, control in self._special:
-            if token[:_STEM_CHARS] in stems and (parse_special or not control) and token in text:
-                fragments = self._split_at(fragments, token, token_id)
-        return fragments
+    def _merge(self, text: str, ids: list[int]) -> None:
+        """Append a fragment, which stands at the beginning or behind a special token."""
+        if text:
+            ids += self._merger.encode(" " + text if self._space_prefix else text)
 
-    def _split_at(self, fragments: list[str | int], token: str, token_id: int) -> list[str | int]:
-        split: list[str | int] = []
-        for fragment in fragments:
-            if isinstance(fragment, int):
-                split.append(fragment)
+
+class _Finder:
+    """Where given tokens stand in a text, in time proportional to its length however many tokens there are."""
+
+    def __init__(self, vocabulary: Vocabulary, token_ids: Iterable[int]) -> None:
+        self._ids = {vocabulary.tokens[i]: i for i in token_ids}
+        lengths: dict[str, set[int]] = {}
+        for token in self._ids:
+            lengths.setdefault(token[0], set()).add(len(token))
+        self._lengths = {first: sorted(of, reverse=True) for first, of in lengths.items()}
+        firsts = "".join(map(re.escape, self._lengths))
+        self._first = re.compile(f"[{firsts}]") if firsts else None
+
+    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """(start, end, id) of each token, left to right."""
+        if self._first is None:
+            return
+        done = 0
+        for candidate in self._first.finditer(text):
+            start = candidate.start()
+            if start < done:
                 continue
-            head, *tails = fragment.split(token)
-            if head:
-                split.append(head)
-            for tail in tails:
-                split.append(token_id)
-                if token_id in self._strip_after:
-                    tail = tail.lstrip(_SPACES)
-                if tail:
-                    split.append(tail)
-        return split
+            for length in self._lengths[text[start]]:
+                token_id = self._ids.get(text[start : start + length])
+                if token_id is not None:
+                    done = start + length
+                    yield start, done, token_id
+                    break

@@ -37,6 +37,7 @@ class SentencePieceBpe:
         # Costs instead of scores: the heap pops its least entry.
         self._costs = {text: -scores[i] for text, i in self._ids.items()}
         self._byte_ids = [_byte_id(vocabulary, byte) for byte in range(256)]
+        self._unk_id = vocabulary.unk_id
         self._words = _word_pattern(self._ids)
         self._cache: dict[str, list[int]] = {}
 
@@ -92,8 +93,15 @@ class SentencePieceBpe:
                 if token_id is not None:
                     ids.append(token_id)
                 else:
-                    ids.extend(self._byte_ids[byte] for byte in piece.encode())
+                    self._fall_back(piece, ids)
         return ids
+
+    def _fall_back(self, piece: str, ids: list[int]) -> None:
+        """Append an unknown piece as its bytes, or as one unknown token for all of a run."""
+        for byte in piece.encode():
+            byte_id = self._byte_ids[byte]
+            if byte_id != self._unk_id or ids[-1:] != [byte_id]:
+                ids.append(byte_id)
 
 
 def _byte_id(vocabulary: Vocabulary, byte: int) -> int:
