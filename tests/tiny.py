@@ -252,10 +252,7 @@ def _store(parameter: torch.nn.Parameter, type: str) -> np.ndarray[Any, Any]:
         parameter.data = torch.from_numpy(half.astype(np.float32))
         return half
     kind = GGMLQuantizationType[type]
-    if type in _RANDOM_SCALES:
-        data = _random_blocks(values, kind)
-    else:
-        data = gguf.quantize(values, kind)
+    data = _random_blocks(values, kind) if type in _RANDOM_SCALES else gguf.quantize(values, kind)
     parameter.data = torch.from_numpy(gguf.dequantize(data, kind).astype(np.float32)).view(parameter.shape)
     return data.view(np.uint8)
 
@@ -295,7 +292,7 @@ def _write_facts(writer: GGUFWriter, config: Any) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = config.rope_parameters
     everywhere = rope.get("full_attention", rope)
-    writer.add_name(f"tiny {kind}")
+    writer.add_name("tiny")  # llama.cpp reads habits of the tokenizer out of some names
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
