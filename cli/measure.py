@@ -1,0 +1,99 @@
+"""`shoal bench` and `shoal perplexity`: speed and quality of one model, without a daemon in the way.
+
+Knows options and how results are shown. What is measured, and how, is `daemon.measure`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shoal.daemon.home import Home
+from shoal.daemon.library import Library
+from shoal.daemon.sizes import format_bytes
+
+from .interrupt import deferred_interrupt
+from .options import PlanOptions, examples, json_option, plan_options
+from .output import console, facts, print_json, spinner, steps_bar, table
+
+
+@click.command(
+    epilog=examples(
+        "shoal bench smollm2",
+        "shoal bench smollm2 --prompt-tokens 512 --new-tokens 64 --batch 1 --repeat 3 --threads 2 --json",
+    )
+)
+@click.argument("model")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of each sequence."
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Of each sequence."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
+@click.option(
+    "--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Runs after a warm-up."
+)
+@json_option
+@plan_options
+def bench(
+    model: str, prompt_tokens: int, new_tokens: int, batch: int, repeat: int, as_json: bool, plan: PlanOptions
+) -> None:
+    """Measure how fast MODEL reads a prompt (prefill) and writes an answer (decode).
+
+    Tokens are random, sampling is greedy; speeds count all sequences of a batch together.
+    """
+    config = plan.config()
+    path = Library(Home.from_env()).resolve(model)
+    with spinner("starting"), deferred_interrupt():
+        from shoal.daemon import measure
+    with steps_bar("measuring") as progress:
+        result = measure.bench(
+            path,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            batch=batch,
+            repeat=repeat,
+            config=config,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result)
+        return
+    screen = console()
+    rows = table("tokens/s", "median", "min", "max", right=("median", "min", "max"))
+    for name, speed in (("prefill", result.prefill_tokens_per_s), ("decode", result.decode_tokens_per_s)):
+        rows.add_row(name, f"{speed.median:.1f}", f"{speed.min:.1f}", f"{speed.max:.1f}")
+    screen.print(rows)
+    screen.print(
+        f"{prompt_tokens} + {new_tokens} tokens, batch {batch}, {repeat} runs, {result.threads} threads, "
+        f"peak {format_bytes(result.peak_memory_bytes)}"
+    )
+
+
+@click.command(
+    epilog=examples("shoal perplexity smollm2 wiki.txt", "shoal perplexity smollm2 wiki.txt --json")
+)
+@click.argument("model")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@json_option
+@plan_options
+def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None:
+    """Measure how well MODEL predicts the text of FILE; lower is better.
+
+    llama.cpp's method: windows of --ctx tokens (512 if not given) side by side, the second half of each scored.
+    """
+    config = plan.config()
+    path = Library(Home.from_env()).resolve(model)
+    with spinner("starting"), deferred_interrupt():
+        from shoal.daemon import measure
+    with steps_bar("scoring") as progress:
+        result = measure.perplexity(path, file, ctx=plan.ctx or 512, config=config, progress=progress)
+    if as_json:
+        print_json(result)
+        return
+    rows = facts()
+    rows.add_row("perplexity", f"{result.perplexity:.4f}")
+    rows.add_row("tokens scored", str(result.tokens))
+    console().print(rows)

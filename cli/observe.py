@@ -1,0 +1,124 @@
+"""`shoal ps` and `shoal logs`: looking at the daemon.
+
+Knows how its status and log are shown. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shoal.comm.errors import NoDaemon
+from shoal.comm.messages import Message, StatusReply
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.home import Home
+from shoal.daemon.sizes import format_bytes, format_duration
+
+from . import background
+from .options import examples, json_option
+from .output import console, note, print_json, table
+
+FOLLOW_S = 0.25
+TAIL_BYTES = 1 << 20
+
+
+@click.command(epilog=examples("shoal ps", "shoal ps --json"))
+@json_option
+def ps(as_json: bool) -> None:
+    """Show the daemon's models and how busy they are."""
+    from shoal.daemon.client import Client
+
+    home = Home.from_env()
+    if not home.socket.exists():
+        raise NoDaemon("no daemon is running")
+    with Client(home.address) as client:
+        status = client.status()
+    if as_json:
+        print_json(_plain(status))
+        return
+    screen = console()
+    screen.print(
+        f"daemon {status.version} · pid {status.pid} · up {format_duration(status.uptime_s)} · "
+        f"{status.threads} threads · {format_bytes(status.memory_bytes)} resident · "
+        f"{status.requests_total} requests · {status.tokens_total} tokens"
+        + (" · stopping" if status.draining else "")
+    )
+    if not status.models:
+        note("no model is loaded")
+        return
+    rows = table("model", "family", "size", "context", "running", "waiting", "KV in use", "plan",
+                 right=("size", "context", "running", "waiting", "KV in use"))  # fmt: skip
+    for model in status.models:
+        share = 100 * model.kv_used_tokens // max(1, model.kv_total_tokens)
+        rows.add_row(
+            model.name,
+            model.family,
+            format_bytes(model.parameters_bytes),
+            str(model.context_tokens),
+            str(model.running),
+            str(model.waiting),
+            f"{share}% of {model.kv_total_tokens}",
+            model.plan,
+        )
+    screen.print(rows)
+
+
+@click.command(epilog=examples("shoal logs -n 20", "shoal logs -f"))
+@click.option(
+    "-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True, help="Lines from the end."
+)
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is added, until Ctrl-C.")
+def logs(lines: int, follow: bool) -> None:
+    """Show the log of a daemon that was started in the background."""
+    path = background.log_path(Home.from_env())
+    try:
+        text, offset = tail(path, lines)
+    except OSError as error:
+        raise DaemonError(
+            "not_found", f"there is no log at {path}: {error.strerror}", "shoal serve --detach writes one"
+        ) from error
+    click.echo(text, nl=False)
+    if follow:
+        for added in followed(path, offset, time.sleep):
+            click.echo(added, nl=False)
+
+
+def tail(path: Path, lines: int) -> tuple[str, int]:
+    """The last `lines` lines of a file (of its last MiB), and where they end. Raises OSError."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - TAIL_BYTES))
+        found = file.read(end - file.tell()).splitlines(keepends=True)
+    return b"".join(found[-lines:] if lines else []).decode(errors="replace"), end
+
+
+def followed(path: Path, offset: int, sleep: Callable[[float], None]) -> Iterator[str]:
+    """What is added after `offset`, for ever; starts over when the file is cut or replaced."""
+    while True:
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                offset = offset if offset <= size else 0
+                file.seek(offset)
+                added = file.read(TAIL_BYTES)
+        except FileNotFoundError:  # being replaced
+            added, offset = b"", 0
+        offset += len(added)
+        if added:
+            yield added.decode(errors="replace")
+        else:
+            sleep(FOLLOW_S)
+
+
+def _plain(status: StatusReply) -> dict[str, Any]:
+    """Every field, also those that a message leaves out when they have their default."""
+
+    def fields(message: Message) -> dict[str, Any]:
+        return {name: getattr(message, name) for name in message.__struct_fields__}
+
+    return {**fields(status), "models": [fields(model) for model in status.models]}

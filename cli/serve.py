@@ -1,0 +1,76 @@
+"""`shoal serve` and `shoal stop`: the daemon's life.
+
+Knows options and what is told to the user. The daemon itself is `daemon.serve`; processes are `cli.background`.
+"""
+
+from __future__ import annotations
+
+import click
+
+from shoal.comm.errors import NoDaemon
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.home import Home
+from shoal.daemon.library import Library
+
+from . import background
+from .answers import reference
+from .interrupt import deferred_interrupt
+from .options import PlanOptions, examples, plan_options
+from .output import note, spinner
+
+DRAIN_LIMIT_S = 600.0
+NOW_LIMIT_S = 20.0
+
+
+@click.command(
+    epilog=examples(
+        "shoal serve",
+        "shoal serve --detach --model smollm2",
+        "shoal serve --memory 3GB --threads 4 --address tcp://127.0.0.1:7070",
+    )
+)
+@click.option("--model", metavar="MODEL", help="Load this model before answering.")
+@click.option("--detach", "--background", is_flag=True, help="Run in the background; see shoal logs.")
+@click.option(
+    "--address",
+    multiple=True,
+    metavar="ADDRESS",
+    help="Also listen here, e.g. tcp://127.0.0.1:7070; repeatable.",
+)
+@plan_options
+def serve(model: str | None, detach: bool, address: tuple[str, ...], plan: PlanOptions) -> None:
+    """Run the daemon, in the foreground unless --detach is given.
+
+    It listens on a socket that only you can open. SIGTERM and Ctrl-C let running requests end, a second one stops
+    at once. Addresses beyond this machine need keys.
+    """
+    home = Home.from_env()
+    config = plan.config()
+    name = reference(model, Library(home)) if model else None
+    pid = background.running_pid(home)
+    if pid is not None:
+        raise DaemonError("busy", f"a daemon is running already (pid {pid})", "shoal stop ends it")
+    if detach:
+        arguments = plan.arguments()
+        arguments += ["--model", name] if name else []
+        arguments += [part for place in address for part in ("--address", place)]
+        with spinner("starting the daemon"):
+            pid = background.start(home, arguments)
+        note(f"the daemon runs (pid {pid}); its log is {background.log_path(home)}")
+        return
+    with deferred_interrupt():
+        from shoal.daemon.serve import serve as serve_here
+    serve_here(config, home=home, model=name, addresses=[home.address, *address] if address else ())
+
+
+@click.command(epilog=examples("shoal stop", "shoal stop --now"))
+@click.option("--now", is_flag=True, help="Do not wait for running requests: drop them.")
+def stop(now: bool) -> None:
+    """Stop the daemon, after the requests that run."""
+    home = Home.from_env()
+    pid = background.running_pid(home)
+    if pid is None:
+        raise NoDaemon("no daemon is running")
+    with spinner("stopping the daemon" if now else "waiting for running requests to end"):
+        background.stop(home, pid, now=now, limit_s=NOW_LIMIT_S if now else DRAIN_LIMIT_S)
+    note("the daemon has stopped")

@@ -1,0 +1,184 @@
+"""`shoal pull`, `ls`, `show` and `rm`: the models in the local store.
+
+Knows how they are listed and asked for. The store itself is `daemon.library`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shoal.daemon import registry
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.home import Home
+from shoal.daemon.library import Entry, Library
+from shoal.daemon.sizes import format_bytes
+
+from .interrupt import deferred_interrupt
+from .options import examples, json_option
+from .output import console, facts, note, print_json, table, transfer_bar
+
+if TYPE_CHECKING:
+    from shoal.models.checkpoint import Checkpoint
+
+
+@click.command(
+    epilog=examples(
+        f"shoal pull {registry.DEFAULT_MODEL}",
+        "shoal pull Qwen/Qwen3-0.6B",
+        "shoal pull Qwen/Qwen2.5-0.5B-Instruct-GGUF:Q4_K_M --name qwen",
+        "shoal pull https://example.org/model.gguf#sha256=…",
+        "shoal pull --link ~/models/mistral-7b.gguf",
+    )
+)
+@click.argument("source")
+@click.option("--name", metavar="NAME", help="Name in the store, instead of one made from SOURCE.")
+@click.option("--link", is_flag=True, help="Hard-link a local file instead of copying it.")
+@json_option
+def pull(source: str, name: str | None, link: bool, as_json: bool) -> None:
+    """Fetch a model into the local store.
+
+    SOURCE is a name Shoal knows (smollm2), a Hugging Face repository (org/name, or org/name:QUANT for one of several
+    GGUF files), the URL of a .gguf file, or a local file or directory. A download that was interrupted goes on
+    where it stopped; hashes are checked wherever the source states them.
+    """
+    from shoal.daemon.pull import pull as fetch
+
+    with transfer_bar() as progress:
+        entry, fetched = fetch(source, Library(Home.from_env()), name=name, link=link, progress=progress)
+    if as_json:
+        print_json(_described(entry))
+        return
+    state = "is in the store" if fetched else "was in the store already"
+    note(f"{entry.name} ({format_bytes(entry.size_bytes)}) {state}; try: shoal chat {entry.name}")
+
+
+@click.command(epilog=examples("shoal ls", "shoal ls --json"))
+@json_option
+def ls(as_json: bool) -> None:
+    """List the models in the store."""
+    library = Library(Home.from_env())
+    entries = library.list()
+    if as_json:
+        print_json([_described(entry) for entry in entries])
+        return
+    if not entries:
+        note(f"the store is empty; try: shoal pull {registry.DEFAULT_MODEL}")
+    else:
+        rows = table("name", "kind", "size", "added", "source", right=("size",))
+        for entry in entries:
+            manifest = entry.manifest
+            rows.add_row(
+                entry.name,
+                manifest.kind,
+                format_bytes(entry.size_bytes),
+                manifest.added[:10],
+                manifest.source,
+            )
+        console().print(rows)
+    for name in library.damaged():
+        note(f"{name} is damaged: shoal rm --yes {name}, then shoal pull it again")
+
+
+@click.command(epilog=examples("shoal show smollm2", "shoal show --json ./model.gguf"))
+@click.argument("model")
+@json_option
+def show(model: str, as_json: bool) -> None:
+    """Show the facts of MODEL, a path or a name in the store."""
+    path = Library(Home.from_env()).resolve(model)
+    with deferred_interrupt():
+        from shoal.daemon.translate import translated
+        from shoal.models.checkpoint import open_checkpoint
+    try:
+        with open_checkpoint(path) as checkpoint:
+            described = model_facts(path, checkpoint)
+    except Exception as error:
+        raise translated(error, str(path)) from error
+    if as_json:
+        print_json(described)
+        return
+    rows = facts()
+    for name, value in described.items():
+        rows.add_row(name.replace("_", " "), _human(name, value))
+    console().print(rows)
+
+
+@click.command(epilog=examples("shoal rm smollm2", "shoal rm --yes smollm2"))
+@click.argument("name")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+def rm(name: str, yes: bool) -> None:
+    """Remove the model NAME from the store. A daemon that has it loaded goes on with it."""
+    library = Library(Home.from_env())
+    name = registry.canonical(name)
+    if name not in library.damaged():
+        entry = library.entry(name)
+        if not yes:
+            _ask(f"Remove {entry.name} ({format_bytes(entry.size_bytes)})?")
+    library.remove(name)
+    note(f"{name} is removed")
+
+
+def model_facts(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `show` prints, in order. Sizes are in bytes."""
+    spec, metadata = checkpoint.spec, checkpoint.metadata
+    given: dict[str, Any] = {
+        "name": checkpoint.name,
+        "path": str(path),
+        "kind": checkpoint.kind,
+        "family": spec.family,
+        "parameters": checkpoint.parameters,
+        "bytes": checkpoint.nbytes,
+        "tensor_types": dict(checkpoint.types),
+        "layers": len(spec.layers),
+        "hidden": spec.hidden,
+        "heads": spec.heads,
+        "kv_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "ffn": spec.ffn,
+        "vocab": spec.vocab,
+        "context": spec.context,
+    }
+    if spec.moe is not None:
+        given["experts"] = spec.moe.experts
+        given["active_experts"] = spec.moe.active
+    licence = metadata.get("general.license")
+    given["license"] = licence if isinstance(licence, str) else None
+    given["chat_template"] = checkpoint.tokenizer().chat_template is not None
+    return given
+
+
+def _human(name: str, value: Any) -> str:
+    if value is None:
+        return "not stated"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name == "bytes":
+        return format_bytes(value)
+    if name == "parameters":
+        return f"{value / 1e6:,.1f} M" if value < 1e9 else f"{value / 1e9:,.2f} B"
+    if isinstance(value, dict):
+        return ", ".join(f"{kind} × {count}" for kind, count in value.items())
+    return str(value)
+
+
+def _described(entry: Entry) -> dict[str, Any]:
+    manifest = entry.manifest
+    return {
+        "name": entry.name,
+        "kind": manifest.kind,
+        "bytes": entry.size_bytes,
+        "path": str(entry.path),
+        "source": manifest.source,
+        "added": manifest.added,
+    }
+
+
+def _ask(question: str) -> None:
+    """Returns on yes. Raises DaemonError when nobody can be asked or the answer is no."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise DaemonError("bad_request", "nobody is there to be asked", "give --yes")
+    if not click.confirm(question, err=True):
+        raise click.Abort
