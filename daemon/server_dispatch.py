@@ -33,21 +33,23 @@ from .server_log import SeldomLog
 WORK = frozenset({"generate", "chat", "tokenize", "load", "unload", "status"})
 """Types that need the backend. The others concern the server alone and are never refused as `busy`."""
 
-SLOW = frozenset({"load", "unload"})
-
 log = logging.getLogger("shoal.server")
 
 
 class Dispatcher:
-    """Runs backend calls: tokenising and status on `workers` threads, loading on one of its own.
+    """Runs backend calls: prompts on `workers` threads, loading and status on one of their own each.
 
+    So neither waits behind prompts, which may have to wait for a model to load.
     `pending_bytes` bounds the bodies that wait for a worker; beyond it requests are answered `busy`.
     """
 
     def __init__(self, backend: Backend, workers: int, pending_bytes: int) -> None:
         self._backend = backend
-        self._quick = ThreadPoolExecutor(workers, thread_name_prefix="shoal-request")
-        self._slow = ThreadPoolExecutor(1, thread_name_prefix="shoal-load")
+        prompts = ThreadPoolExecutor(workers, thread_name_prefix="shoal-prompt")
+        loads = ThreadPoolExecutor(1, thread_name_prefix="shoal-load")
+        status = ThreadPoolExecutor(1, thread_name_prefix="shoal-status")
+        self._pools = {"load": loads, "unload": loads, "status": status}
+        self._pools |= dict.fromkeys(("generate", "chat", "tokenize"), prompts)
         self._limit_bytes = pending_bytes
         self._lock = threading.Lock()
         self._pending_bytes = 0
@@ -68,13 +70,12 @@ class Dispatcher:
             with self._lock:
                 self._pending_bytes -= size
 
-        pool = self._slow if envelope.kind in SLOW else self._quick
-        pool.submit(self._run, flight, envelope).add_done_callback(settle)
+        self._pools[envelope.kind].submit(self._run, flight, envelope).add_done_callback(settle)
 
     def close(self) -> None:
         """Start nothing more; calls that run go on in their threads."""
-        self._quick.shutdown(wait=False, cancel_futures=True)
-        self._slow.shutdown(wait=False, cancel_futures=True)
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, flight: Flight, envelope: wire.Envelope) -> None:
         try:

@@ -21,7 +21,7 @@ class ServerLimits:
     requests_per_client: int = 64
     clients: int = 256  # with requests in flight
     pending_bytes: int = 256 << 20  # request bodies that wait for a worker
-    workers: int = 4
+    workers: int = 8
     queue_messages: int = 64  # per client within ZeroMQ; tokens are joined behind it
     outbox_bytes: int = 1 << 20  # joined tokens held for a client that does not read
     outbox_s: float = 30.0  # a client that reads nothing for so long loses its requests

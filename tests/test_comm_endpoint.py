@@ -1,0 +1,194 @@
+"""Addresses and keys: what is refused, and that files and sockets are this user's alone."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+
+import pytest
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.comm import endpoint
+from shoal.comm.errors import AddressError, KeyFileError
+from shoal.comm.keys import ClientKeys, KeyRing
+from shoal.comm.waker import Waker
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture
+def router():
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        yield socket
+
+
+@pytest.mark.parametrize(
+    ("address", "canonical"),
+    [
+        ("tcp://127.0.0.1:5555", "tcp://127.0.0.1:5555"),
+        ("tcp://127.8.9.1:*", "tcp://127.8.9.1:*"),
+        ("tcp://localhost:0", "tcp://127.0.0.1:*"),
+        ("tcp://[::1]:5555", "tcp://[::1]:5555"),
+        ("tcp://[0:0::1]:5555", "tcp://[::1]:5555"),
+    ],
+)
+def test_loopback(address, canonical):
+    parsed = endpoint.parse(address)
+    assert parsed.loopback
+    assert str(parsed) == canonical
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["0.0.0.0", "[::]", "*", "eth0", "lo", "example.org", "localhost.example.org", "192.168.1.5", "127.1",
+     "0177.0.0.1", "2130706433", "[::ffff:127.0.0.1]", "[fe80::1]", "LOCALHOST", "127.0.0.1.example.org"],
+)  # fmt: skip
+def test_everything_else_is_not_loopback_and_refused_without_keys(host, router):
+    address = f"tcp://{host}:5555"
+    assert not endpoint.parse(address).loopback
+    with pytest.raises(AddressError, match="in plain text"):
+        endpoint.bind(router, address)
+    with pytest.raises(AddressError):
+        endpoint.connect(router, address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "127.0.0.1:5", "udp://127.0.0.1:5", "inproc://x", "ipc://", "ipc://relative", "ipc://@abstract", "ipc://*",
+     "ipc:///" + "x" * 200, "tcp://127.0.0.1", "tcp://127.0.0.1:65536", "tcp://127.0.0.1:5;10.0.0.1:6", "tcp://[x]:5",
+     "tcp://127.0.0.1:*[1-2]", "tcp://::1:5", "tcp://a b:5", "ipc:///a\0b", "tcp://127.0.0.1:-1"],
+)  # fmt: skip
+def test_malformed_addresses_are_refused(address):
+    with pytest.raises(AddressError):
+        endpoint.parse(address)
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(st.text(max_size=40), st.sampled_from(["", "tcp://", "ipc://", "tcp://127.0.0.1", "tcp://["]))
+def test_any_text_parses_or_is_refused(text, prefix):
+    try:
+        parsed = endpoint.parse(prefix + text)
+    except AddressError:
+        return
+    assert str(parsed).startswith(("tcp://", "ipc:///"))
+
+
+def test_ipc_sockets_are_private(tmp_path, router):
+    before = os.umask(0)
+    try:
+        bound = endpoint.bind(router, f"ipc://{tmp_path}/run/d.sock")
+        assert os.umask(0) == 0  # as it was
+    finally:
+        os.umask(before)
+    assert bound == f"ipc://{tmp_path}/run/d.sock"
+    assert mode(tmp_path / "run") == 0o700
+    assert mode(tmp_path / "run" / "d.sock") == 0o600
+
+
+def test_ipc_in_a_directory_others_can_write_to_is_refused(tmp_path, router):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(AddressError, match="writable by nobody else"):
+        endpoint.bind(router, f"ipc://{tmp_path}/open/d.sock")
+
+
+def test_a_taken_port_is_told(router):
+    bound = endpoint.bind(router, "tcp://127.0.0.1:0")
+    with pytest.raises(AddressError, match="cannot listen"):
+        endpoint.bind(router, bound)
+
+
+# --- keys -----------------------------------------------------------------------------------------------
+
+
+def test_keys_are_made_once_and_private(tmp_path):
+    ring = KeyRing(tmp_path / "keys")
+    pair = ring.server()
+    assert KeyRing(tmp_path / "keys").server() == pair
+    assert ring.client() != pair
+    assert mode(tmp_path / "keys") == 0o700
+    assert {mode(path) for path in (tmp_path / "keys").iterdir()} == {0o600}
+    assert pair.secret not in repr(pair)
+    assert len(list((tmp_path / "keys").iterdir())) == 2  # no temporary file is left
+
+
+def test_racing_processes_agree_on_one_key(tmp_path):
+    pairs = []
+    start = threading.Barrier(8)
+
+    def make() -> None:
+        start.wait(10)
+        pairs.append(KeyRing(tmp_path).server())
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(pairs) == 8
+    assert len(set(pairs)) == 1
+
+
+def test_authorising_and_revoking(tmp_path):
+    ring, key = KeyRing(tmp_path), zmq.curve_keypair()[0].decode()
+    assert ring.authorised() == {}
+    ring.authorise("laptop", key)
+    ring.authorise("phone", key)
+    ring.revoke("phone")
+    assert ring.authorised() == {"laptop": key}
+    assert mode(tmp_path / "authorised") == 0o600
+    with pytest.raises(KeyFileError, match="no such authorised client"):
+        ring.revoke("phone")
+    for name in ("", "a b", "x\ny", "#x", "a" * 65):
+        with pytest.raises(KeyFileError, match="name="):
+            ring.authorise(name, key)
+    for bad in ("", key[:-1], key[:-1] + "\n", key[:-1] + '"'):
+        with pytest.raises(KeyFileError, match="40 characters"):
+            ring.authorise("x", bad)
+    with pytest.raises(KeyFileError, match="server public key"):
+        ClientKeys(ring.client(), "short")
+
+
+def test_bad_key_files_are_refused(tmp_path):
+    ring = KeyRing(tmp_path)
+    pair = ring.server()
+    path = tmp_path / "server.key"
+    path.chmod(0o644)
+    with pytest.raises(KeyFileError, match="chmod 600"):
+        ring.server()
+    path.chmod(0o600)
+    for text in ("", "x\ny\n", f"{pair.public}\n", f"{ring.client().public}\n{pair.secret}\n"):
+        path.write_text(text)
+        with pytest.raises(KeyFileError, match=r"server\.key"):
+            ring.server()
+    path.write_bytes(b"\xff")
+    with pytest.raises(KeyFileError, match="ASCII"):
+        ring.server()
+    (tmp_path / "authorised").write_text("laptop not-a-key\n")
+    (tmp_path / "authorised").chmod(0o600)
+    with pytest.raises(KeyFileError, match="line 1"):
+        ring.authorised()
+
+
+# --- waker ----------------------------------------------------------------------------------------------
+
+
+def test_a_wake_is_seen_and_many_cost_one_byte():
+    waker = Waker()
+    poller = zmq.Poller()
+    poller.register(waker.fileno(), zmq.POLLIN)
+    assert not poller.poll(0)
+    for _ in range(100_000):
+        waker.wake()
+    assert poller.poll(1000)
+    waker.clear()
+    assert not poller.poll(0)
+    waker.wake()
+    assert poller.poll(1000)
+    waker.close()
+    waker.wake()  # harmless after the end
