@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal.comm.errors import CommError
+from shoal.comm.errors import CommError, NoDaemon
 from shoal.daemon.client import Client
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home, private_dir
@@ -34,6 +34,11 @@ def log_path(home: Home) -> Path:
 def running_pid(home: Home) -> int | None:
     """The pid of the daemon of this home, None when there is none."""
     return holder_pid(home.socket)
+
+
+def nobody() -> NoDaemon:
+    """The error of verbs that need a daemon."""
+    return NoDaemon("no daemon is running (start one with: shoal serve --detach)")
 
 
 def answers(home: Home) -> bool:

@@ -9,16 +9,18 @@ kept. Keys are `chat_input`, commands `chat_commands`, the daemon `chat_link`.
 from __future__ import annotations
 
 import sys
+from itertools import chain, islice
 
 import click
 
-from shoal.comm.errors import CommError, NoDaemon, RequestFailed
+from shoal.comm.errors import CommError
 from shoal.comm.messages import Accepted, Chat, Done, ModelStatus, Token
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home, private_dir
 from shoal.daemon.registry import DEFAULT_MODEL
 from shoal.daemon.sizes import format_bytes
 
+from . import background
 from .answers import reference
 from .chat_commands import ChatState, completions, obey
 from .chat_input import LineReader, PlainReader, Reader
@@ -122,15 +124,13 @@ class ChatLoop:
         done: Done | None = None
         with state.link.stream(request) as events:
             with spinner("reading"):
-                first = next((event for event in events if not isinstance(event, Accepted)), None)
-            event = first
-            while event is not None:
+                first = list(islice((event for event in events if not isinstance(event, Accepted)), 1))
+            for event in chain(first, events):
                 if isinstance(event, Token):
                     parts.append(event.text)
                     write(event.text)
                 elif isinstance(event, Done):
                     done = event
-                event = next(events, None)
         _end_line(parts)
         return done
 
@@ -186,11 +186,7 @@ def _reader(state: ChatState, model: ModelStatus) -> Reader:
 
 def _default(state: ChatState) -> str:
     """The model to talk to when none is named. Raises DaemonError when there is none."""
-    try:
-        loaded = state.link.status().models
-    except (NoDaemon, RequestFailed):
-        loaded = []
-    if loaded:
+    if background.running_pid(state.home) is not None and (loaded := state.link.status().models):
         return loaded[0].path
     names = [entry.name for entry in state.library.list()]
     if not names:

@@ -125,5 +125,5 @@ def _keys() -> KeyBindings:
     return keys
 
 
-def _continuation(width: int, line: int, soft_wrap: bool) -> AnyFormattedText:
-    return "" if soft_wrap else "· ".rjust(width)
+def _continuation(width: int, line: int, wraps: int) -> AnyFormattedText:
+    return "" if wraps else "· ".rjust(width)

@@ -38,7 +38,7 @@ def explain(error: BaseException) -> tuple[str, Exit]:
     if isinstance(error, DaemonError | RequestFailed):
         return _line(error.message, error.hint), _BY_CODE.get(error.code, Exit.FAILED)
     if isinstance(error, NoDaemon):
-        return _line(_text(error), "start one with: shoal serve --detach"), Exit.NO_DAEMON
+        return _text(error), Exit.NO_DAEMON
     if isinstance(error, TimedOut):
         return _line(f"the daemon does not answer: {_text(error)}", "see shoal logs"), Exit.FAILED
     if isinstance(error, CommError):

@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 
-from shoal.comm.errors import NoDaemon
 from shoal.comm.messages import Message, StatusReply
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
@@ -34,8 +33,8 @@ def ps(as_json: bool) -> None:
     from shoal.daemon.client import Client
 
     home = Home.from_env()
-    if not home.socket.exists():
-        raise NoDaemon("no daemon is running")
+    if background.running_pid(home) is None:
+        raise background.nobody()
     with Client(home.address) as client:
         status = client.status()
     if as_json:
@@ -51,21 +50,15 @@ def ps(as_json: bool) -> None:
     if not status.models:
         note("no model is loaded")
         return
-    rows = table("model", "family", "size", "context", "running", "waiting", "KV in use", "plan",
-                 right=("size", "context", "running", "waiting", "KV in use"))  # fmt: skip
+    numbers = ("size", "context", "running", "waiting", "KV in use")
+    rows = table("model", "family", *numbers, right=numbers)
     for model in status.models:
         share = 100 * model.kv_used_tokens // max(1, model.kv_total_tokens)
-        rows.add_row(
-            model.name,
-            model.family,
-            format_bytes(model.parameters_bytes),
-            str(model.context_tokens),
-            str(model.running),
-            str(model.waiting),
-            f"{share}% of {model.kv_total_tokens}",
-            model.plan,
-        )
+        counts = (str(model.context_tokens), str(model.running), str(model.waiting), f"{share}%")
+        rows.add_row(model.name, model.family, format_bytes(model.parameters_bytes), *counts)
     screen.print(rows)
+    for model in status.models:
+        screen.print(f"{model.name}: {model.plan}", markup=False)
 
 
 @click.command(epilog=examples("shoal logs -n 20", "shoal logs -f"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import click
 
-from shoal.comm.errors import NoDaemon
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
 from shoal.daemon.library import Library
@@ -70,7 +69,7 @@ def stop(now: bool) -> None:
     home = Home.from_env()
     pid = background.running_pid(home)
     if pid is None:
-        raise NoDaemon("no daemon is running")
+        raise background.nobody()
     with spinner("stopping the daemon" if now else "waiting for running requests to end"):
         background.stop(home, pid, now=now, limit_s=NOW_LIMIT_S if now else DRAIN_LIMIT_S)
     note("the daemon has stopped")

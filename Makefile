@@ -1,0 +1,79 @@
+# Setting up, running and checking Shoal. Everything lands in .venv; `make help` lists the targets.
+
+PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 python3.11,$(shell $(python) -c \
+	'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)) python3)
+MODEL = smollm2
+PROMPT = Why is the sky blue? Answer in two sentences.
+
+BIN := .venv/bin
+SHOAL := $(BIN)/shoal
+SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native/*)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# PyTorch's build without CUDA is a tenth of the size of the one that pip finds first on Linux.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-peer test-slow check clean distclean
+
+help: ## show this
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+setup: .venv/.installed ## install Shoal into .venv
+
+run: .venv/.installed ## answer PROMPT="…" with the default model, fetching what is missing
+	@$(SHOAL) ls | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
+	@$(SHOAL) ps >/dev/null 2>&1 || $(SHOAL) serve --detach --model $(MODEL)
+	@echo
+	@$(SHOAL) run $(MODEL) '$(subst ','\'',$(value PROMPT))' </dev/null
+	@echo
+	@echo 'Go on with    $(SHOAL) chat'
+	@echo 'See also      $(SHOAL) --help'
+	@echo 'Stop with     $(SHOAL) stop'
+
+test: .venv/.installed-dev ## run the tests
+	@$(BIN)/python -m pytest -m 'not peer and not slow' </dev/null
+
+test-peer: .venv/.installed-dev ## run the tests that compare with other engines or need the default model
+	@$(BIN)/python -m pytest -m peer </dev/null
+
+test-slow: .venv/.installed-dev ## run the tests that take minutes
+	@$(BIN)/python -m pytest -m slow </dev/null
+
+check: .venv/.installed-dev ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean: ## remove what building and testing left; .venv stays
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name .venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+distclean: clean ## remove .venv and the built kernels too
+	@rm -rf .venv kernels/*.so
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo 'Shoal needs Python 3.11 or later: none was found.'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Shoal needs Python 3.11 or later, this is $$($(PYTHON) -V): make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo 'This Python cannot make virtual environments: install its venv package (on Debian: python3-venv).'; exit 1; }
+	@echo 'Making .venv with '"$$($(PYTHON) -V)"
+	@$(PYTHON) -m venv --clear .venv
+
+.venv/.torch: | .venv/bin/python
+	@if [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia ] && ! $(PIP) show -q torch 2>/dev/null \
+		&& $(BIN)/python -c 'import urllib.request as r; r.urlopen("$(CPU_INDEX)/torch/", timeout=10)' 2>/dev/null; then \
+		echo 'No NVIDIA driver: taking the build of PyTorch without CUDA'; \
+		$(PIP) install torch -c constraints-dev.txt --index-url $(CPU_INDEX) || true; fi
+	@touch $@
+
+.venv/.installed: $(SOURCES) .venv/.torch
+	@echo 'Installing Shoal and what it needs into .venv (once; a few minutes)'
+	@$(PIP) install -e . -c constraints-dev.txt
+	@touch $@
+
+.venv/.installed-dev: $(SOURCES) .venv/.torch
+	@echo 'Installing Shoal and the tools for its tests into .venv (once; a few minutes)'
+	@$(PIP) install -e '.[dev]' -c constraints-dev.txt
+	@touch .venv/.installed $@
