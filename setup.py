@@ -12,7 +12,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = "kernels/native"
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-g0"]
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-g0",
+]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12 warns of its own AVX-512 header.
 AVX512 = [
@@ -22,6 +31,7 @@ AVX512 = [
     "-mavx512vl",
     "-mavx512dq",
     "-mprefer-vector-width=512",
+    "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 ]
 

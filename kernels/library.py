@@ -23,7 +23,6 @@ _STATUS = {
     2: "no memory for scratch",
     3: "a row id is out of range",
 }
-_F32 = torch.float32
 _WEIGHTS = (c_int32, c_int64, c_int64, c_int64, c_void_p)
 _SIGNATURES = {
     "shoal_linear": (*_WEIGHTS, c_void_p, c_int64, c_void_p, c_void_p),
@@ -69,8 +68,8 @@ class Native:
 
     def linear(self, x: Tensor, w: Matrix, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
-        tokens = x.shape[0]
-        y = torch.empty((tokens, w.rows), dtype=_F32)
+        tokens = x.size(0)
+        y = x.new_empty(tokens, w.rows)
         bias_pointer = None
         if bias is not None:
             bias = bias.contiguous()
@@ -97,7 +96,7 @@ class Native:
         return self._gather(w, None, w.rows)
 
     def _gather(self, w: Matrix, ids_pointer: int | None, count: int) -> Tensor:
-        out = torch.empty((count, w.cols), dtype=_F32)
+        out = torch.empty((count, w.cols), dtype=torch.float32)
         if status := self._gather_rows(
             w.type.id, w.rows, w.cols, w.row_bytes, w.data.data_ptr(), ids_pointer, count, out.data_ptr()
         ):

@@ -25,15 +25,26 @@ struct Home {
     Status (*geglu)(const float* gate, const float* up, int64_t n, float* y);
 };
 
-// A unit of work: the `index`-th of a parallel call, with scratch memory that no other thread uses.
-using Job = void (*)(const void* context, int64_t index, void* scratch);
+// A unit of work: the `index`-th of a run, done by one of the pool's threads.
+using Job = void (*)(const void* context, int64_t index, int worker);
 
-// Runs jobs 0..count, each once, on the pool and the calling thread; returns when all are done. A call
-// whose `work` (in multiply-adds) would not repay waking others stays on the calling thread. Calls from
-// several threads take turns. NO_MEMORY, with nothing done, if the scratch cannot be had.
-Status parallel(int64_t count, int64_t work, Job job, const void* context, size_t scratch_bytes);
+// The pool, for the length of one kernel; kernels called from several threads take turns.
+class Turn {
+public:
+    Turn();
+    ~Turn();
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+    // Threads that runs may use, the calling one included; workers are numbered below it.
+    int threads() const;
+    // Memory for the length of the turn, aligned to pages; null if there is none. Once per turn.
+    void* reserve(size_t bytes);
+    // Runs jobs 0..count, each once, and returns when all are done. A run whose `work` (in multiply-adds)
+    // would not repay waking others stays on the calling thread.
+    void run(int64_t count, int64_t work, Job job, const void* context);
+};
 
 void set_threads(int count);
-int threads();
 
 }  // namespace shoal

@@ -14,6 +14,11 @@ using shoal::Weights;
 
 constexpr int ROWS = 4;  // rows that share each load of x
 
+// Running sums of four rows and one token.
+struct Sums {
+    vf rows[ROWS];
+};
+
 template <class T>
 INLINE T least(T a, T b) {
     return a < b ? a : b;
@@ -21,34 +26,39 @@ INLINE T least(T a, T b) {
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What is left of a row after its whole blocks (of float types only): a copy filled up with zeros.
+// The last `count` weights of a row of floats that do not fill a vector: a copy filled up with zeros.
 template <class W>
 struct Tail {
-    int64_t at, count;  // columns before it, columns in it
-    alignas(64) uint8_t bytes[W::weights == LANES ? W::bytes : 1] = {};
-    INLINE Tail(const uint8_t* row, int64_t cols) : at(cols / W::weights * W::weights), count(cols - at) {
-        if (count) memcpy(bytes, row + at / W::weights * W::bytes, (size_t)(count * W::bytes / W::weights));
-    }
+    alignas(64) uint8_t bytes[W::bytes] = {};
+    INLINE Tail(const uint8_t* from, int64_t count) { memcpy(bytes, from, (size_t)(count * W::bytes / W::weights)); }
 };
 
 // Sums over all columns for R rows and one token; sums[r] are lanes still to be folded.
 template <class W, int R>
 INLINE void dot(const uint8_t* w, int64_t row_bytes, const float* x, int64_t cols, vf* sums) {
     vf acc[R] = {};
-    const int64_t blocks = cols / W::weights;
-    for (int64_t b = 0; b < blocks; b++, w += W::bytes, x += W::weights) {
-#pragma GCC unroll 4
+    float scales[R][W::run * W::scales + 1];
+    for (int64_t left = cols / W::weights; left > 0; left -= W::run) {
+        const int run = (int)least<int64_t>(left, W::run);
         for (int r = 0; r < R; r++) {
-            __builtin_prefetch(w + (r + ROWS) * row_bytes);
-            W::decode(w + r * row_bytes, [&](int at, vf v) INLINE_LAMBDA { acc[r] = fma(v, load(x + at), acc[r]); });
+            for (int b = 0; b < run; b++) W::prepare(w + r * row_bytes + b * W::bytes, scales[r] + b * W::scales);
+            keep_in_memory<float[W::run * W::scales + 1]>(scales[r]);
+        }
+        for (int b = 0; b < run; b++, w += W::bytes, x += W::weights) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                for (int i = 0; i < W::bytes; i += 64) __builtin_prefetch(w + (r + ROWS) * row_bytes + i);
+                W::decode(w + r * row_bytes, scales[r] + b * W::scales,
+                          [&](int at, vf v) INLINE_LAMBDA { acc[r] = fma(v, load(x + at), acc[r]); });
+            }
         }
     }
     if (W::weights == LANES && cols % LANES) {
         float part[LANES] = {};
         memcpy(part, x, (size_t)(cols % LANES) * sizeof(float));
         for (int r = 0; r < R; r++) {
-            const Tail<W> tail(w + r * row_bytes - blocks * W::bytes, cols);
-            W::decode(tail.bytes, [&](int, vf v) INLINE_LAMBDA { acc[r] = fma(v, load(part), acc[r]); });
+            const Tail<W> tail(w + r * row_bytes, cols % LANES);
+            W::decode(tail.bytes, nullptr, [&](int, vf v) INLINE_LAMBDA { acc[r] = fma(v, load(part), acc[r]); });
         }
     }
     for (int r = 0; r < R; r++) sums[r] = acc[r];
@@ -72,24 +82,31 @@ void dot_rows(const uint8_t* w, int64_t row_bytes, int64_t rows, const float* x,
 
 template <class W>
 void decode_row(const uint8_t* w, int64_t cols, float* out) {
-    const int64_t blocks = cols / W::weights;
-    for (int64_t b = 0; b < blocks; b++) {
-        W::decode(w + b * W::bytes, [&](int at, vf v) INLINE_LAMBDA { store(out + b * W::weights + at, v); });
+    float scales[W::run * W::scales + 1];
+    for (int64_t left = cols / W::weights; left > 0; left -= W::run) {
+        const int run = (int)least<int64_t>(left, W::run);
+        for (int b = 0; b < run; b++) W::prepare(w + b * W::bytes, scales + b * W::scales);
+        keep_in_memory<float[W::run * W::scales + 1]>(scales);
+        for (int b = 0; b < run; b++, w += W::bytes, out += W::weights) {
+            W::decode(w, scales + b * W::scales, [&](int at, vf v) INLINE_LAMBDA { store(out + at, v); });
+        }
     }
     if (W::weights == LANES && cols % LANES) {
-        const Tail<W> tail(w, cols);
-        W::decode(tail.bytes, [&](int, vf v) INLINE_LAMBDA { memcpy(out + tail.at, &v, (size_t)tail.count * sizeof(float)); });
+        const Tail<W> tail(w, cols % LANES);
+        W::decode(tail.bytes, nullptr,
+                  [&](int, vf v) INLINE_LAMBDA { memcpy(out, &v, (size_t)(cols % LANES) * sizeof(float)); });
     }
 }
 
 struct Type {
     void (*dot_rows)(const uint8_t*, int64_t, int64_t, const float*, int64_t, float*);
     void (*decode_row)(const uint8_t*, int64_t, float*);
+    int64_t weights, bytes;  // of a block
 };
 
 template <class W>
 constexpr Type type_of() {
-    return {dot_rows<W>, decode_row<W>};
+    return {dot_rows<W>, decode_row<W>, W::weights, W::bytes};
 }
 
 // By GGUF type id.
@@ -107,31 +124,30 @@ const Type* find_type(int32_t id) {
     return &types[id];
 }
 
-// y (tokens T, rows) of decoded rows: four rows of w, `stride` floats apart, for T tokens.
+// Columns are taken a chunk at a time, whole blocks of every type. In memory of our own, rows of a chunk lie
+// STRIDE floats apart: no power of two, so that they do not compete for the same lines of a cache.
+constexpr int64_t CHUNK = 1024;
+constexpr int64_t STRIDE = CHUNK + LANES;
+
+// Adds to the running sums of four decoded rows and T packed tokens, which are zero at first; `cols` is filled
+// up with zeros to LANES.
 template <int T>
-void multiply(const float* w, int64_t stride, const float* x, int64_t cols, vf4* sums) {
+void multiply(const float* w, const float* x, int64_t cols, bool first, Sums* sums) {
     vf acc[T][ROWS] = {};
-    const int64_t whole = cols / LANES * LANES;
-    for (int64_t k = 0; k < whole; k += LANES) {
+    if (!first) memcpy(acc, sums, sizeof acc);
+    for (int64_t k = 0; k < cols; k += LANES) {
         vf v[ROWS];
-        for (int r = 0; r < ROWS; r++) v[r] = load(w + r * stride + k);
+        for (int r = 0; r < ROWS; r++) v[r] = load(w + r * STRIDE + k);
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
-            const vf in = load(x + t * cols + k);
+            const vf in = load(x + t * STRIDE + k);
             for (int r = 0; r < ROWS; r++) acc[t][r] = fma(v[r], in, acc[t][r]);
         }
     }
-    if (whole < cols) {
-        for (int t = 0; t < T; t++) {
-            float part[LANES] = {};
-            memcpy(part, x + t * cols + whole, (size_t)(cols - whole) * sizeof(float));
-            for (int r = 0; r < ROWS; r++) acc[t][r] = fma(load(w + r * stride + whole), load(part), acc[t][r]);
-        }
-    }
-    for (int t = 0; t < T; t++) sums[t] = sum4(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
+    memcpy(sums, acc, sizeof acc);
 }
 
-using Multiply = void (*)(const float*, int64_t, const float*, int64_t, vf4*);
+using Multiply = void (*)(const float*, const float*, int64_t, bool, Sums*);
 
 Multiply multiply_of(int64_t tokens) {
     static constexpr Multiply all[] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
@@ -148,12 +164,14 @@ struct Linear {
     const float* x;
     const float* bias;
     float* y;
-    int64_t tokens;
-    int64_t job_rows, row_jobs, job_tokens;  // a job is a tile of rows × tokens
-    int64_t stride;                          // floats between decoded rows
+    int64_t job_rows;
+    // Of several tokens, those in hand:
+    int64_t token0, tokens;
+    float* packed;  // chunks of inputs, each (tokens, STRIDE)
+    char* scratch;  // one Scratch for each worker
 };
 
-void dot_job(const void* context, int64_t index, void*) {
+void dot_job(const void* context, int64_t index, int) {
     const Linear& l = *static_cast<const Linear*>(context);
     const int64_t start = index * l.job_rows, rows = least(l.job_rows, l.w.rows - start);
     l.type.dot_rows(row_of(l.w, start), l.w.row_bytes, rows, l.x, l.w.cols, l.y + start);
@@ -162,56 +180,88 @@ void dot_job(const void* context, int64_t index, void*) {
     }
 }
 
-// Decodes a tile of rows once and multiplies it with a tile of tokens.
-void tile_job(const void* context, int64_t index, void* scratch) {
+constexpr int64_t DOT_JOB_BYTES = 32 << 10;  // of weights: some microseconds, so that threads end together
+constexpr int64_t TILE_TOKENS = 96;          // decoding a row costs as much as multiplying it with 5 tokens
+constexpr int64_t TILE_ROWS = 64;            // inputs come from afar once for so many rows
+
+// Working memory of one thread: the decoded rows stay in the first-level cache, the sums in the second.
+struct Scratch {
+    float decoded[ROWS * STRIDE];
+    Sums sums[TILE_ROWS / ROWS][TILE_TOKENS];
+};
+
+// Fills the end of the last vector of a row of `cols` floats with zeros.
+INLINE void pad(float* row, int64_t cols) {
+    for (int64_t k = cols; k % LANES; k++) row[k] = 0;
+}
+
+void pack_job(const void* context, int64_t token, int) {
     const Linear& l = *static_cast<const Linear*>(context);
-    const int64_t cols = l.w.cols, row0 = index % l.row_jobs * l.job_rows, token0 = index / l.row_jobs * l.job_tokens;
-    const int64_t rows = least(l.job_rows, l.w.rows - row0), tokens = least(l.job_tokens, l.tokens - token0);
-    float* tile = static_cast<float*>(scratch);
-    for (int64_t r = 0; r < ceil_div(rows, ROWS) * ROWS; r++) {
-        float* out = tile + r * l.stride;
-        const int64_t filled = r < rows ? cols : 0;
-        if (filled) l.type.decode_row(row_of(l.w, row0 + r), cols, out);
-        memset(out + filled, 0, (size_t)(l.stride - filled) * sizeof(float));
+    for (int64_t k = 0; k < l.w.cols; k += CHUNK) {
+        const int64_t cols = least(CHUNK, l.w.cols - k);
+        float* out = l.packed + (k / CHUNK * l.tokens + token) * STRIDE;
+        memcpy(out, l.x + (l.token0 + token) * l.w.cols + k, (size_t)cols * sizeof(float));
+        pad(out, cols);
     }
-    const int64_t groups = ceil_div(tokens, TOKENS);
-    for (int64_t g = 0; g < groups; g++) {
-        const int64_t from = token0 + tokens * g / groups, until = token0 + tokens * (g + 1) / groups;
-        const Multiply multiply_tile = multiply_of(until - from);
+}
+
+void tile_job(const void* context, int64_t index, int worker) {
+    const Linear& l = *static_cast<const Linear*>(context);
+    const int64_t row0 = index * l.job_rows, rows = least(l.job_rows, l.w.rows - row0);
+    const int64_t groups = ceil_div(l.tokens, TOKENS);
+    Scratch& scratch = reinterpret_cast<Scratch*>(l.scratch)[worker];
+    for (int64_t k = 0; k < l.w.cols; k += CHUNK) {
+        const int64_t cols = least(CHUNK, l.w.cols - k);
+        const float* x = l.packed + k / CHUNK * l.tokens * STRIDE;
         for (int64_t r = 0; r < rows; r += ROWS) {
-            vf4 sums[TOKENS];
-            multiply_tile(tile + r * l.stride, l.stride, l.x + from * cols, cols, sums);
-            const int64_t n = least<int64_t>(ROWS, rows - r);
-            for (int64_t t = from; t < until; t++) {
-                float* y = l.y + t * l.w.rows + row0 + r;
-                for (int64_t i = 0; i < n; i++) y[i] = l.bias ? sums[t - from][i] + l.bias[row0 + r + i] : sums[t - from][i];
+            for (int64_t i = 0; i < ROWS; i++) {  // beyond the last row: that row again, for sums nobody reads
+                const uint8_t* row = row_of(l.w, row0 + least(r + i, rows - 1));
+                l.type.decode_row(row + k / l.type.weights * l.type.bytes, cols, scratch.decoded + i * STRIDE);
+                pad(scratch.decoded + i * STRIDE, cols);
+            }
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t from = l.tokens * g / groups, until = l.tokens * (g + 1) / groups;
+                multiply_of(until - from)(scratch.decoded, x + from * STRIDE, cols, k == 0, scratch.sums[r / ROWS] + from);
+            }
+        }
+    }
+    for (int64_t t = 0; t < l.tokens; t++) {
+        float* y = l.y + (l.token0 + t) * l.w.rows + row0;
+        for (int64_t r = 0; r < rows;) {
+            const Sums& s = scratch.sums[r / ROWS][t];
+            const vf4 sums = sum4(s.rows[0], s.rows[1], s.rows[2], s.rows[3]);
+            for (const int64_t end = least(r + ROWS, rows); r < end; r++) {
+                y[r] = l.bias ? sums[r % ROWS] + l.bias[row0 + r] : sums[r % ROWS];
             }
         }
     }
 }
 
-constexpr int64_t DOT_JOB_BYTES = 32 << 10;    // of weights: some microseconds, so that threads end together
-constexpr int64_t TILE_BYTES = 128 << 10;      // of decoded rows: stays in the second-level cache
-constexpr int64_t TILE_TOKENS = 192;           // decoding a row costs about as much as multiplying 5 tokens
-
 Status linear(const Weights& w, const float* x, int64_t tokens, const float* bias, float* y) {
     const Type* type = find_type(w.type);
     if (!type) return shoal::BAD_TYPE;
     if (w.rows == 0 || tokens == 0) return shoal::OK;
-    Linear l{w, *type, x, bias, y, tokens, 0, 0, 0, 0};
-    const int64_t work = w.rows * w.cols * tokens;
-    const int64_t share = ceil_div(w.rows, 4 * ROWS * shoal::threads()) * ROWS;  // four jobs for each thread
+    shoal::Turn turn;
+    const int64_t share = ceil_div(w.rows, 4 * ROWS * turn.threads()) * ROWS;  // four jobs for each thread
+    Linear l{w, *type, x, bias, y, 0, 0, tokens, nullptr, nullptr};
     if (tokens == 1) {
         l.job_rows = least(share, ceil_div(DOT_JOB_BYTES, ROWS * w.row_bytes) * ROWS);
-        return shoal::parallel(ceil_div(w.rows, l.job_rows), work, dot_job, &l, 0);
+        turn.run(ceil_div(w.rows, l.job_rows), w.rows * w.cols, dot_job, &l);
+        return shoal::OK;
     }
-    l.stride = ceil_div(w.cols, LANES) * LANES + LANES;
-    const int64_t fit = ceil_div(TILE_BYTES, ROWS * l.stride * (int64_t)sizeof(float)) * ROWS;
-    l.job_rows = least(share, least<int64_t>(fit, 64));
-    l.row_jobs = ceil_div(w.rows, l.job_rows);
-    l.job_tokens = ceil_div(tokens, ceil_div(tokens, TILE_TOKENS));
-    const int64_t jobs = l.row_jobs * ceil_div(tokens, l.job_tokens);
-    return shoal::parallel(jobs, work, tile_job, &l, (size_t)(l.job_rows * l.stride) * sizeof(float));
+    l.job_rows = least(share, TILE_ROWS);
+    const int64_t tiles = ceil_div(tokens, TILE_TOKENS), most = ceil_div(tokens, tiles);
+    const size_t packed_bytes = (size_t)(ceil_div(w.cols, CHUNK) * most * STRIDE) * sizeof(float);
+    l.scratch = static_cast<char*>(turn.reserve(packed_bytes + turn.threads() * sizeof(Scratch)));
+    if (!l.scratch) return shoal::NO_MEMORY;
+    l.packed = reinterpret_cast<float*>(l.scratch + turn.threads() * sizeof(Scratch));
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        l.token0 = tokens * tile / tiles;
+        l.tokens = tokens * (tile + 1) / tiles - l.token0;
+        turn.run(l.tokens, l.tokens * w.cols, pack_job, &l);
+        turn.run(ceil_div(w.rows, l.job_rows), w.rows * w.cols * l.tokens, tile_job, &l);
+    }
+    return shoal::OK;
 }
 
 struct Gather {
@@ -221,7 +271,7 @@ struct Gather {
     float* out;
 };
 
-void gather_job(const void* context, int64_t index, void*) {
+void gather_job(const void* context, int64_t index, int) {
     const Gather& g = *static_cast<const Gather*>(context);
     const int64_t row = g.ids ? g.ids[index] : index;
     g.type.decode_row(row_of(g.w, row), g.w.cols, g.out + index * g.w.cols);
@@ -235,7 +285,8 @@ Status gather_rows(const Weights& w, const int64_t* ids, int64_t count, float* o
         if (row < 0 || row >= w.rows) return shoal::NO_ROW;
     }
     const Gather g{w, *type, ids, out};
-    return shoal::parallel(count, count * w.cols, gather_job, &g, 0);
+    shoal::Turn().run(count, count * w.cols, gather_job, &g);
+    return shoal::OK;
 }
 
 struct Norm {
@@ -245,7 +296,7 @@ struct Norm {
     float* y;
 };
 
-void norm_job(const void* context, int64_t index, void*) {
+void norm_job(const void* context, int64_t index, int) {
     const Norm& n = *static_cast<const Norm*>(context);
     const float* x = n.x + index * n.cols;
     float* y = n.y + index * n.cols;
@@ -265,7 +316,8 @@ void norm_job(const void* context, int64_t index, void*) {
 
 Status rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t cols, float* y) {
     const Norm n{x, weight, eps, cols, y};
-    return shoal::parallel(rows, rows * cols, norm_job, &n, 0);
+    shoal::Turn().run(rows, rows * cols, norm_job, &n);
+    return shoal::OK;
 }
 
 // e^x within 2 units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes expf).
@@ -300,7 +352,7 @@ struct Gate {
 };
 
 template <vf (*ACT)(vf)>
-void gate_job(const void* context, int64_t index, void*) {
+void gate_job(const void* context, int64_t index, int) {
     const Gate& g = *static_cast<const Gate*>(context);
     const int64_t end = least((index + 1) * GATE_JOB, g.n);
     int64_t k = index * GATE_JOB;
@@ -316,7 +368,8 @@ void gate_job(const void* context, int64_t index, void*) {
 template <vf (*ACT)(vf)>
 Status gated(const float* gate, const float* up, int64_t n, float* y) {
     const Gate g{gate, up, n, y};
-    return shoal::parallel(ceil_div(n, GATE_JOB), 4 * n, gate_job<ACT>, &g, 0);
+    shoal::Turn().run(ceil_div(n, GATE_JOB), 4 * n, gate_job<ACT>, &g);
+    return shoal::OK;
 }
 
 }  // namespace

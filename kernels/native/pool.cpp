@@ -35,8 +35,8 @@ void pause_cpu() {
 #endif
 }
 
-// One atomic word says which call is on, how many jobs it has and which is next. A thread that arrives
-// late draws a number beyond the count and so never looks at a call that may be over.
+// One atomic word says which run is on, how many jobs it has and which is next. A thread that arrives
+// late draws a number beyond the count and so never looks at a run that may be over.
 struct Ticket {
     static constexpr int BITS = 20;
     static constexpr uint64_t MASK = (1 << BITS) - 1;
@@ -50,31 +50,28 @@ constexpr int64_t MOST_JOBS = Ticket::MASK - MOST_THREADS;
 
 class Pool {
 public:
-    explicit Pool(int threads) : wanted_(threads) {}
+    explicit Pool(int threads) : threads_(threads) {}
 
-    std::mutex turn;  // held for the length of a call
+    std::mutex turn;  // held for the length of a kernel
 
-    int wanted() const { return wanted_; }
+    int threads() const { return threads_; }
 
     void resize(int threads) {
+        if (threads == threads_) return;
         stop();
-        wanted_ = threads;
+        threads_ = threads;
     }
 
-    Status run(int64_t count, int64_t work, Job job, const void* context, size_t scratch_bytes) {
-        const bool alone = wanted_ == 1 || count == 1 || work < WORTH_WAKING;
-        if (!alone && workers_.empty()) start();
-        scratch_bytes = (scratch_bytes + LINE - 1) / LINE * LINE;
-        if (!reserve(scratch_bytes * (workers_.size() + 1))) return NO_MEMORY;
+    void run(int64_t count, int64_t work, Job job, const void* context) {
+        if (threads_ == 1 || count == 1 || work < WORTH_WAKING) {
+            for (int64_t i = 0; i < count; i++) job(context, i, 0);
+            return;
+        }
+        if (workers_.empty()) start();
         job_ = job;
         context_ = context;
-        stride_ = scratch_bytes;
-        if (alone) {
-            for (int64_t i = 0; i < count; i++) job(context, i, scratch_);
-            return OK;
-        }
-        for (base_ = 0; base_ < count; base_ += MOST_JOBS) {
-            const int64_t part = count - base_ < MOST_JOBS ? count - base_ : MOST_JOBS;
+        for (first_ = 0; first_ < count; first_ += MOST_JOBS) {
+            const int64_t part = count - first_ < MOST_JOBS ? count - first_ : MOST_JOBS;
             undone_.store(part, std::memory_order_relaxed);
             ticket_.store(++calls_ << 2 * Ticket::BITS | (uint64_t)part << Ticket::BITS);
             if (sleepers_.load() > 0) {
@@ -86,20 +83,28 @@ public:
                 spins < 1000 ? pause_cpu() : (void)sched_yield();
             }
         }
-        return OK;
+    }
+
+    void* reserve(size_t bytes) {
+        if (bytes <= reserved_) return memory_;
+        free(memory_);
+        reserved_ = 0;
+        if (posix_memalign(&memory_, 4096, bytes)) memory_ = nullptr;
+        if (memory_) reserved_ = bytes;
+        return memory_;
     }
 
 private:
-    void take_jobs(size_t worker) {
+    void take_jobs(int worker) {
         for (;;) {
             const Ticket drawn{ticket_.fetch_add(1, std::memory_order_acq_rel)};
             if (drawn.next() >= drawn.count()) return;
-            job_(context_, base_ + (int64_t)drawn.next(), scratch_ + worker * stride_);
+            job_(context_, first_ + (int64_t)drawn.next(), worker);
             undone_.fetch_sub(1, std::memory_order_release);
         }
     }
 
-    void work(size_t worker) {
+    void work(int worker) {
         uint64_t seen = 0;
         for (;;) {
             if (!await(seen)) return;
@@ -125,9 +130,9 @@ private:
 
     void start() {
         stopping_.store(false);
-        for (int i = 1; i < wanted_; i++) {
+        for (int i = 1; i < threads_; i++) {
             try {
-                workers_.emplace_back([this, i] { work((size_t)i); });
+                workers_.emplace_back([this, i] { work(i); });
             } catch (const std::system_error&) {
                 break;  // the system grants no more threads; fewer do the same work
             }
@@ -144,25 +149,14 @@ private:
         workers_.clear();
     }
 
-    bool reserve(size_t bytes) {
-        if (bytes <= reserved_) return true;
-        free(scratch_);
-        reserved_ = 0;
-        void* memory = nullptr;
-        if (posix_memalign(&memory, 4096, bytes)) memory = nullptr;
-        scratch_ = static_cast<char*>(memory);
-        if (scratch_) reserved_ = bytes;
-        return scratch_ != nullptr;
-    }
-
-    int wanted_;
+    int threads_;
     std::vector<std::thread> workers_;
-    char* scratch_ = nullptr;
-    size_t reserved_ = 0, stride_ = 0;
+    void* memory_ = nullptr;
+    size_t reserved_ = 0;
 
     Job job_ = nullptr;
     const void* context_ = nullptr;
-    int64_t base_ = 0;
+    int64_t first_ = 0;
     uint64_t calls_ = 0;
     alignas(LINE) std::atomic<uint64_t> ticket_{0};
     alignas(LINE) std::atomic<int64_t> undone_{0};
@@ -182,22 +176,19 @@ int default_threads() {
 Pool* pool = make_pool(default_threads());
 
 // The parent's workers and locks do not exist in a forked child; its pool is left as it is.
-const int forked = pthread_atfork(nullptr, nullptr, [] { pool = make_pool(pool->wanted()); });
+const int forked = pthread_atfork(nullptr, nullptr, [] { pool = make_pool(pool->threads()); });
 
 }  // namespace
 
-Status parallel(int64_t count, int64_t work, Job job, const void* context, size_t scratch_bytes) {
-    if (count <= 0) return OK;
-    std::lock_guard<std::mutex> lock(pool->turn);
-    return pool->run(count, work, job, context, scratch_bytes);
-}
+Turn::Turn() { pool->turn.lock(); }
+Turn::~Turn() { pool->turn.unlock(); }
+int Turn::threads() const { return pool->threads(); }
+void* Turn::reserve(size_t bytes) { return pool->reserve(bytes); }
+void Turn::run(int64_t count, int64_t work, Job job, const void* context) { pool->run(count, work, job, context); }
 
 void set_threads(int count) {
     std::lock_guard<std::mutex> lock(pool->turn);
-    count = count < 1 ? 1 : count > MOST_THREADS ? MOST_THREADS : count;
-    if (count != pool->wanted()) pool->resize(count);
+    pool->resize(count < 1 ? 1 : count > MOST_THREADS ? MOST_THREADS : count);
 }
-
-int threads() { return pool->wanted(); }
 
 }  // namespace shoal

@@ -35,12 +35,19 @@ constexpr int TOKENS = 2;
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef float vf4 __attribute__((vector_size(16)));
+typedef uint8_t bytes32 __attribute__((vector_size(32)));
 
 template <class T>
 INLINE T read(const void* p) {
     T value;
     memcpy(&value, p, sizeof value);
     return value;
+}
+
+// Has the compiler forget what it knows of the T at `p`, so that it is loaded again.
+template <class T>
+INLINE void keep_in_memory(void* p) {
+    asm volatile("" : "+m"(*static_cast<T*>(p)));
 }
 
 INLINE vf load(const float* p) { return read<vf>(p); }
@@ -160,17 +167,53 @@ INLINE float half(const uint8_t* p) {
 #endif
 }
 
-// Four-bit numbers q mapped to q * scale + low. With 16 lanes all 16 results fit one register.
+// Four halves from `p` as floats.
+INLINE void four_halves(const uint8_t* p, float* out) {
+#if defined(__F16C__)
+    _mm_storeu_ps(out, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    for (int i = 0; i < 4; i++) out[i] = half(p + 2 * i);
+#endif
+}
+
+// 32 bits as bytes, all ones or zero.
+INLINE bytes32 spread_bits(uint32_t bits) {
+#if defined(__AVX512F__)
+    return (bytes32)_mm256_movm_epi8(bits);
+#elif defined(__AVX2__)
+    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit_of = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)bits), byte_of);
+    return (bytes32)_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
+#else
+    uint64_t spread[4];
+    for (int i = 0; i < 4; i++) spread[i] = (bits >> 8 * i & 255) * 0x0101010101010101 & 0x8040201008040201;
+    return (bytes32)(read<bytes32>(spread) != 0);
+#endif
+}
+
+// The first half of the lanes a, the second b.
+INLINE vf halves(float a, float b) {
+    vi lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return lane < LANES / 2 ? splat(a) : splat(b);
+}
+
+// Four-bit numbers q mapped to q * scale + low; of an operand only the low four bits of each lane count.
 struct Nibbles {
 #if defined(__AVX512F__)
-    vf table;
+    vf table;  // all 16 results
     INLINE Nibbles(vf scale, vf low)
         : table(fma(vf{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, scale, low)) {}
-    // Only the low four bits of each lane are looked at.
+    explicit INLINE Nibbles(vf table) : table(table) {}
+    static INLINE Nibbles centred(float scale) {
+        return Nibbles(vf{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7} * splat(scale));
+    }
     INLINE vf operator()(vi q) const { return (vf)_mm512_permutexvar_ps((__m512i)q, (__m512)table); }
 #else
     vf scale, low;
     INLINE Nibbles(vf scale, vf low) : scale(scale), low(low) {}
+    static INLINE Nibbles centred(float scale) { return Nibbles(splat(scale), splat(scale) * -8.0f); }
     INLINE vf operator()(vi q) const { return fma(to_float(q & 15), scale, low); }
 #endif
 };
