@@ -1,31 +1,28 @@
 """Conversations → the text a model was trained on, by the model's own Jinja template.
 
-Knows the names that published templates expect (those that transformers gives them) and the limits within
-which a stranger's template may run: Jinja's immutable sandbox, bounded source, loops and output.
-Deliberately does not know tokens: the result is text, with the special tokens spelled out.
+Knows the names that published templates read and what conversations look like. Deliberately does not know
+tokens (the result is text, with the special tokens spelled out) nor how a stranger's template is kept within
+bounds (chat_sandbox).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from shoal.models.chat_sandbox import ENVIRONMENT, limits, plain
 from shoal.models.errors import TemplateError
 
 MAX_SOURCE_CHARS = 1 << 20
-MAX_OUTPUT_CHARS = 1 << 24
 
+# What a model without a template gets: the form that most small chat models were trained on.
 CHATML = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -44,8 +41,9 @@ class ChatTemplate:
             )
         self._tokens = {"bos_token": bos, "eos_token": eos}
         try:
-            self._template = _ENVIRONMENT.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            with limits():
+                self._template = ENVIRONMENT.from_string(source)
+        except Exception as error:  # Jinja's own and, for deep nesting, those of Python's compiler
             raise TemplateError(f"the chat template is malformed: {_one_line(error)}") from error
 
     def render(
@@ -58,75 +56,52 @@ class ChatTemplate:
     ) -> str:
         """The conversation as text, ending where the model is to go on if add_generation_prompt.
 
-        messages: {"role", "content", ...}; content is text or a list of {"type": "text", "text"}. tools:
-        JSON schemas as OpenAI has them. variables: whatever else the template reads (enable_thinking).
-        Raises TemplateError if the template refuses the conversation or runs past its limits.
+        messages: {"role", "content", ...}; content is text or a list of {"type": "text", "text"}, which a
+        template that knows only text gets joined. tools: JSON schemas as OpenAI has them. variables: whatever
+        else the template reads (enable_thinking). Raises TemplateError if the template refuses the
+        conversation, fails or runs past its limits.
         """
-        names = {
-            **self._tokens,
-            **variables,
-            "messages": messages,
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        conversation = plain(messages)
+        if (
+            any(isinstance(message.get("content"), list) for message in conversation)
+            and not self._reads_parts
+        ):
+            conversation = [_joined(message) for message in conversation]
+        return self._render(
+            {**plain(variables), "tools": plain(tools), "add_generation_prompt": add_generation_prompt},
+            conversation,
+        )
+
+    def _render(self, variables: dict[str, Any], conversation: list[dict[str, Any]]) -> str:
         try:
-            return _bounded(self._template.generate(names))
+            with limits():
+                return self._template.render({**self._tokens, **variables, "messages": conversation})
         except TemplateError:
             raise
         except Exception as error:
             raise TemplateError(f"the chat template failed: {_one_line(error)}") from error
 
-
-def _bounded(parts: Iterator[str]) -> str:
-    text, length = [], 0
-    for part in parts:
-        length += len(part)
-        if length > MAX_OUTPUT_CHARS:
-            raise TemplateError(
-                f"the chat template wrote more than {MAX_OUTPUT_CHARS} characters and was stopped"
-            )
-        text.append(part)
-    return "".join(text)
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template takes content in parts, found out by trying."""
+        parts = [{"type": "text", "text": "probe"}]
+        try:
+            text = self._render({"add_generation_prompt": False}, [{"role": "user", "content": parts}])
+        except TemplateError:
+            return False
+        return "probe" in text and "'text'" not in text and '"text"' not in text
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; here it only passes them through."""
-
-    tags = {"generation"}  # noqa: RUF012  (Jinja's own interface)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(f"the chat template refuses this conversation: {message}")
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    """Unlike Jinja's own filter, without HTML escapes: the models were trained on plain JSON."""
-    options.setdefault("ensure_ascii", False)
-    return json.dumps(value, **options)
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its parts as one text."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise TemplateError("a message's content is text or a list of {'type': 'text', 'text': ...}")
+    return {**message, "content": "".join(part["text"] for part in content)}
 
 
 def _one_line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    to_json: Callable[..., str] = _to_json
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-_ENVIRONMENT = _environment()
