@@ -28,7 +28,8 @@ from .chat_link import DaemonLink
 from .conversation import Conversation
 from .errors import Exit, explain
 from .options import AnswerOptions, answer_options, examples
-from .output import note, spinner, write
+from .output import note, spinner
+from .paint import Painter
 
 ANSWER_ROOM_TOKENS = 512  # kept free in the context for an answer, but at most a quarter of it
 
@@ -103,10 +104,8 @@ class ChatLoop:
         try:
             done = self._paint(asked, parts)
         except KeyboardInterrupt:
-            _end_line(parts)
             note("stopped; the conversation goes on")
         except (DaemonError, CommError):
-            _end_line(parts)
             if parts:
                 note("the answer broke off; the conversation is kept, and /retry asks again")
             raise
@@ -121,17 +120,23 @@ class ChatLoop:
         assert state.link.model is not None
         fields = self._options.request_fields(state.link.model.name)
         request = Chat(messages=state.conversation.messages(asked), **fields)
+        painter = Painter()
         done: Done | None = None
-        with state.link.stream(request) as events:
-            with spinner("reading"):
-                first = list(islice((event for event in events if not isinstance(event, Accepted)), 1))
-            for event in chain(first, events):
-                if isinstance(event, Token):
-                    parts.append(event.text)
-                    write(event.text)
-                elif isinstance(event, Done):
-                    done = event
-        _end_line(parts)
+        try:
+            with state.link.stream(request) as events:
+                with spinner("reading"):
+                    first = list(islice(events, 2))  # accepted, and what comes next
+                for event in chain(first, events):
+                    if isinstance(event, Accepted):
+                        state.used_tokens = event.prompt_tokens
+                    elif isinstance(event, Token):
+                        state.used_tokens += len(event.ids)
+                        parts.append(event.text)
+                        painter.write(event.text)
+                    else:
+                        done = event
+        finally:
+            painter.end()
         return done
 
     def _remember(self, done: Done) -> None:
@@ -192,8 +197,3 @@ def _default(state: ChatState) -> str:
     if not names:
         raise DaemonError("not_found", "there is no model yet", f"get one with: shoal pull {DEFAULT_MODEL}")
     return DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]
-
-
-def _end_line(parts: list[str]) -> None:
-    if parts and not parts[-1].endswith("\n"):
-        write("\n")

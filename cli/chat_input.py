@@ -83,10 +83,11 @@ class LineReader:
             except EOFError:
                 return None
             except KeyboardInterrupt:
-                typed = bool(self._session.default_buffer.text)
-                if self._warned and not typed:
+                if self._session.default_buffer.text:  # it clears the line first
+                    self._warned = False
+                elif self._warned:
                     raise
-                if not typed:
+                else:
                     note("Ctrl-C again, Ctrl-D or /exit leaves")
                     self._warned = True
                 continue

@@ -1,13 +1,11 @@
 """What the verbs print: notes and progress on stderr, results on stdout.
 
-Knows terminals, colours (NO_COLOR holds) and what of a model's text a terminal may be given.
-rich is imported when something is drawn.
+Knows terminals and colours (NO_COLOR holds). rich is imported when something is drawn. Answers: `cli.paint`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,20 +19,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from shoal.daemon.transfer import Progress
-
-# C0 and C1 controls but tab and newline: a model's text must not move the cursor or set the clipboard
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def printable(text: str) -> str:
-    """A model's text as a terminal may be given it."""
-    return _CONTROLS.sub("", text)
-
-
-def write(text: str) -> None:
-    """Part of an answer, at once. Raises BrokenPipeError."""
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
 
 
 def note(text: str) -> None:

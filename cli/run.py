@@ -30,7 +30,8 @@ from shoal.daemon.library import Library
 
 from .answers import Answers, from_daemon, in_process, reference
 from .options import AnswerOptions, PlanOptions, answer_options, examples, json_option, plan_options
-from .output import note, print_json, write
+from .output import note, print_json
+from .paint import Painter
 
 STDIN_NOTE_S = 1.0  # after this long without a byte on stdin beside a PROMPT, say what is waited for
 STDIN_LIMIT_S = 10.0  # and after this long go on without it
@@ -94,16 +95,16 @@ def run(
         else:
             told = [ChatMessage(role="system", content=system)] if system is not None else []
             request = Chat(messages=[*told, ChatMessage(role="user", content=text)], **fields)
-        result = _Result(status)
+        result, painter = _Result(status), Painter()
         with answers.stream(request) as events:
             for event in events:
                 result.take(event)
                 if isinstance(event, Token) and not as_json:
-                    write(event.text)
+                    painter.write(event.text)
         if as_json:
             print_json(result.as_dict())
         else:
-            write("" if result.text.endswith("\n") else "\n")
+            painter.end()
             note(statistics(result.done))
 
 

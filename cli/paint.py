@@ -1,0 +1,85 @@
+"""Painting an answer as it comes: every piece at once, words kept whole on a terminal.
+
+Knows columns and what of a model's text a terminal may be given. Anything but a terminal gets the text unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from typing import TextIO
+
+# C0 and C1 controls but tab and newline: a model's text must not move the cursor or set the clipboard
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+MAX_WORD_COLUMNS = 40  # longer ones (addresses, hashes) are cut at the edge, where they are
+
+
+def printable(text: str) -> str:
+    """A model's text as a terminal may be given it."""
+    return _CONTROLS.sub("", text)
+
+
+class Painter:
+    """Writes one answer to stdout. Methods raise BrokenPipeError."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out or sys.stdout
+        self._wrap = Wrap(shutil.get_terminal_size().columns) if self._out.isatty() else None
+        self._last = "\n"
+
+    def write(self, text: str) -> None:
+        """Show the next piece now."""
+        self._out.write(self._wrap.add(printable(text)) if self._wrap else text)
+        self._out.flush()
+        self._last = text[-1:] or self._last
+
+    def end(self) -> None:
+        """End the line if it is open."""
+        if self._last != "\n":
+            self.write("\n")
+
+
+class Wrap:
+    """Text in pieces → the same with lines broken between words, though a word may come in several pieces.
+
+    A word that crosses the edge has been shown in part: it is erased there and written again on the next line.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._width = max(2, columns - 1)  # a terminal that is full to the edge is in a state of its own
+        self._column = 0
+        self._word = ""  # what was shown of the word at the end; only characters one column wide
+
+    def add(self, text: str) -> str:
+        """What to send to the terminal for the next piece."""
+        from rich.cells import cell_len
+
+        shown: list[str] = []
+        for char in text:
+            if char == "\n":
+                self._column, self._word = 0, ""
+                shown.append(char)
+            elif char in " \t":
+                self._space(shown)
+            else:
+                self._letter(char, cell_len(char), shown)
+        return "".join(shown)
+
+    def _space(self, shown: list[str]) -> None:
+        self._word = ""
+        if self._column < self._width:  # else the line ends here anyway
+            self._column += 1
+            shown.append(" ")
+
+    def _letter(self, char: str, columns: int, shown: list[str]) -> None:
+        if self._column + columns > self._width:
+            moved = (
+                self._word if columns == 1 and len(self._word) < min(self._column, MAX_WORD_COLUMNS) else ""
+            )
+            shown.append(f"\x1b[{len(moved)}D\x1b[K" if moved else "")
+            shown.append("\n" + moved)
+            self._column, self._word = len(moved), moved
+        self._column += columns
+        self._word = self._word + char if columns == 1 else ""
+        shown.append(char)
