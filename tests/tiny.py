@@ -152,13 +152,19 @@ _RANDOM_SCALES: dict[str, dict[int, float]] = {
 }
 
 
+def config(family: str, **overrides: Any) -> Any:
+    """The `transformers` configuration of the family's tiny model, some of its values replaced."""
+    return _CONFIGS[family](**{**_COMMON, **json.loads(json.dumps(_OWN[family])), **overrides})
+
+
 def hf_model(family: str, seed: int = 0, **overrides: Any) -> Any:
     """A `transformers` model of the family with random f32 parameters, in eval mode.
 
     `overrides` replace values of its configuration, e.g. hidden_size=256 for types with blocks of 256.
     """
-    config = _CONFIGS[family](**{**_COMMON, **json.loads(json.dumps(_OWN[family])), **overrides})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config(family, **overrides), dtype=torch.float32
+    ).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
