@@ -100,7 +100,7 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise CorruptCheckpoint(f"{path}: is not a sound safetensors file: {error}") from error
     except OSError as error:
         raise unreadable(path, error) from error

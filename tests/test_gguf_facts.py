@@ -103,6 +103,13 @@ REFUSED: list[tuple[str, Callable[[GGUFWriter], None], tuple[str, ...], type[Che
     ),
     ("llama", lambda w: w.add_string("llama.rope.scaling.type", "odd"), (), UnsupportedCheckpoint, "'odd'"),
     ("llama", lambda w: w.add_embedding_length(60), ("llama.embedding_length",), CorruptCheckpoint, "shape"),
+    (
+        "llama",
+        lambda w: w.add_token_list([*tiny.TOKENS, "x"]),
+        ("tokenizer.ggml.tokens",),
+        CorruptCheckpoint,
+        f"{len(tiny.TOKENS) + 1} tokens, but token_embd.weight has {len(tiny.TOKENS)} rows",
+    ),
     ("gemma3", lambda w: w.add_final_logit_softcapping(30.0), (), UnsupportedCheckpoint, "softcapping"),
     ("olmo2", lambda w: w.add_sliding_window(8), (), UnsupportedCheckpoint, "olmo2.attention.sliding_window"),
     (
