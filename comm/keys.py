@@ -182,7 +182,7 @@ def gate(context: zmq.Context[zmq.Socket[bytes]], ring: KeyRing) -> Iterator[Non
     authenticator = ThreadAuthenticator(context)
     authenticator.start()
     try:
-        authenticator.configure_curve_callback(domain="*", credentials_provider=_Provider(ring))
+        authenticator.configure_curve_callback(domain=ZAP_DOMAIN.decode(), credentials_provider=_Provider(ring))
         yield
     finally:
         authenticator.stop()

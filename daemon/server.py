@@ -117,7 +117,7 @@ class Server:
             return
         with self._resources.pop_all() as stack:
             try:
-                # Locks first, so that they are freed last: closing a socket removes its file.
+                # Locks first, so that they are freed last, when nothing listens any more.
                 for target in map(endpoint.parse, self.addresses):
                     if isinstance(target, endpoint.IpcAddress):
                         stack.callback(_locked(target.path).release)

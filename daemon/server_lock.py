@@ -53,8 +53,9 @@ class SocketLock:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Idempotent."""
+        """Remove the socket's file, which nobody listens at any more, and free the lock. Idempotent."""
         if self._descriptor is not None:
+            self._socket_path.unlink(missing_ok=True)
             os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)
             self._descriptor = None

@@ -99,19 +99,20 @@ class Outbox:
         return True
 
     def _push(self, flight: Flight) -> None:
-        """Send what the flight's mailbox holds, until its client's queue is full."""
-        peer = flight.peer
-        if not flight.outgoing:
-            flight.take()
-        while flight.outgoing and not peer.gone:
-            message = flight.outgoing[0]
-            if not self.send(peer, flight.request_id, message):
-                return
-            flight.outgoing.popleft()
-            flight.sent_s = time.monotonic()
-            if TYPE_NAMES[type(message)] not in STREAMING:
-                self._end(flight)
-                return
+        """Send what the flight holds, until its client's queue is full."""
+        # Twice: what was taken before the queue filled up, then what the mailbox has got since.
+        for _ in range(2):
+            if not flight.outgoing:
+                flight.take()
+            while flight.outgoing:
+                message = flight.outgoing[0]
+                if not self.send(flight.peer, flight.request_id, message):
+                    return
+                flight.outgoing.popleft()
+                flight.sent_s = time.monotonic()
+                if TYPE_NAMES[type(message)] not in STREAMING:
+                    self._end(flight)
+                    return
 
     # --- time ----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,6 +212,7 @@ class RawClient:
         for name, value in options.items():
             self.socket.setsockopt(getattr(zmq, name), value)
         self.socket.connect(address)
+        self.deadline_s = time.monotonic() + 3 * PATIENCE_S
 
     def __enter__(self) -> RawClient:
         return self
@@ -232,6 +234,7 @@ class RawClient:
     def receive(self, timeout_s: float = PATIENCE_S) -> tuple[bytes, Message]:
         """Request id and message of the next reply."""
         assert self.socket.poll(int(1000 * timeout_s)), "no reply"
+        assert time.monotonic() < self.deadline_s, "nothing but `waiting`"
         envelope = wire.split(self.socket.recv_multipart(), wire.MAX_REPLY_BYTES)
         return envelope.request_id, wire.decode(envelope, REPLIES)
 
