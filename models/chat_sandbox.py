@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from jinja2 import nodes
@@ -41,6 +41,7 @@ MAX_NUMBER_BITS = 4096
 _REMOVED_FILTERS = ("batch", "center", "pprint", "slice", "urlize", "wordwrap", "xmlattr")
 _REMOVED_GLOBALS = ("lipsum",)
 _WIDE_FORMAT = re.compile(r"\d{6}")
+_NESTED_FORMAT = re.compile(r"\{[^{}]*:[^{}]*\{")
 
 
 @dataclass
@@ -55,7 +56,7 @@ _spent: ContextVar[_Spent] = ContextVar("spent")
 
 
 @contextmanager
-def limits(render_s: float = MAX_RENDER_S) -> Iterator[None]:
+def limits(render_s: float) -> Iterator[None]:
     """Templates compiled and rendered within stop with TemplateError at the limits."""
     token = _spent.set(_Spent(time.monotonic() + render_s))
     try:
@@ -177,10 +178,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 _check_join(owner, values)
             elif name == "replace" and len(args) >= 2:
                 _check_replace(owner, args[0], args[1])
-            elif name in ("format", "format_map"):
-                _check_format(owner)
             _check_widths(iter([*args, *kwargs.values()]))
         return _sized(super().call(context, obj, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        if value.__name__ == "format_map" or _NESTED_FORMAT.search(value.__self__):
+            raise TemplateError("the chat template takes format widths from values, which is not allowed")
+        return _checked(wrapped, partial(_check_formatting, value.__self__))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: nodes.Template = _Metered(self).visit(super()._parse(source, name, filename))
@@ -282,7 +289,8 @@ def _check_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
 
 
 def _raise_exception(message: str) -> None:
-    raise TemplateError(f"the chat template refuses this conversation: {message}")
+    reason = " ".join(str(message).split())[:300]
+    raise TemplateError(f"the chat template refuses this conversation: {reason}")
 
 
 def _strftime_now(pattern: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from shoal.models.chat_sandbox import ENVIRONMENT, limits, plain
+from shoal.models.chat_sandbox import ENVIRONMENT, MAX_RENDER_S, limits, plain
 from shoal.models.errors import TemplateError
 
 MAX_SOURCE_CHARS = 1 << 20
@@ -31,17 +31,24 @@ Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """One model's template. source: Jinja text, None for ChatML. bos, eos: texts of those tokens, or ""."""
+    """One model's template.
 
-    def __init__(self, source: str | None, bos: str = "", eos: str = "") -> None:
+    source: Jinja text, None for ChatML. bos, eos: texts of those tokens, or "". max_render_s: how long one
+    conversation may take. Raises TemplateError if the source is malformed or too long.
+    """
+
+    def __init__(
+        self, source: str | None, bos: str = "", eos: str = "", *, max_render_s: float = MAX_RENDER_S
+    ) -> None:
         source = CHATML if source is None else source
         if len(source) > MAX_SOURCE_CHARS:
             raise TemplateError(
                 f"the chat template has {len(source)} characters; at most {MAX_SOURCE_CHARS} are read"
             )
+        self._max_render_s = max_render_s
         self._tokens = {"bos_token": bos, "eos_token": eos}
         try:
-            with limits():
+            with limits(max_render_s):
                 self._template = ENVIRONMENT.from_string(source)
         except Exception as error:  # Jinja's own and, for deep nesting, those of Python's compiler
             raise TemplateError(f"the chat template is malformed: {_one_line(error)}") from error
@@ -62,6 +69,8 @@ class ChatTemplate:
         conversation, fails or runs past its limits.
         """
         conversation = plain(messages)
+        if not all(isinstance(message, dict) for message in conversation):
+            raise TemplateError("a conversation is a list of messages, each an object with role and content")
         if (
             any(isinstance(message.get("content"), list) for message in conversation)
             and not self._reads_parts
@@ -74,7 +83,7 @@ class ChatTemplate:
 
     def _render(self, variables: dict[str, Any], conversation: list[dict[str, Any]]) -> str:
         try:
-            with limits():
+            with limits(self._max_render_s):
                 return self._template.render({**self._tokens, **variables, "messages": conversation})
         except TemplateError:
             raise
