@@ -1,0 +1,249 @@
+"""Sampling: the fast way equals a plain one, draws follow the distribution, penalties are those of others."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from shoal.models.errors import ModelError, SamplingError
+from shoal.models.sampling import Sampler, SamplingParams
+
+VOCAB = 37
+
+
+def logits_of(seed: int, vocab: int = VOCAB, scale: float = 2.0) -> torch.Tensor:
+    return torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def plain_probabilities(
+    logits: torch.Tensor, params: SamplingParams, prompt: list[int], generated: list[int]
+) -> list[float]:
+    """The definition, token by token, in plain Python."""
+    values = logits.double().tolist()
+    for token, bias in params.logit_bias.items():
+        values[token] += bias
+    seen = [*prompt, *generated]
+    if params.penalty_window_tokens:
+        seen = seen[-params.penalty_window_tokens :]
+    for token in set(seen):
+        factor = params.repetition_penalty
+        values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
+    for token, count in Counter(generated).items():
+        values[token] -= params.presence_penalty + params.frequency_penalty * count
+    values = [value / params.temperature for value in values]
+    order = sorted(range(len(values)), key=lambda token: (-values[token], token))
+    weights = {token: math.exp(values[token] - values[order[0]]) for token in order}
+    if params.top_k:
+        order = order[: params.top_k]
+    total, kept, mass = sum(weights[token] for token in order), [], 0.0
+    for token in order:
+        if kept and mass >= params.top_p * total:
+            break
+        kept.append(token)
+        mass += weights[token]
+    kept = [token for token in kept if weights[token] >= params.min_p]
+    total = sum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(len(values))]
+
+
+@st.composite
+def some_params(draw: st.DrawFn) -> SamplingParams:
+    return SamplingParams(
+        temperature=draw(st.sampled_from([0.3, 0.8, 1.0, 1.7])),
+        top_k=draw(st.sampled_from([0, 1, 5, 20, 36, 37, 100])),
+        top_p=draw(st.sampled_from([1.0, 0.95, 0.7, 0.2, 0.01])),
+        min_p=draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.3, 0.7])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.5, -0.5])),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.4, -0.3])),
+        penalty_window_tokens=draw(st.sampled_from([0, 1, 4])),
+        logit_bias=draw(st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-5, 5), max_size=4)),
+        seed=draw(st.integers(0, 1 << 40)),
+    )
+
+
+tokens = st.lists(st.integers(0, VOCAB - 1), max_size=8)
+
+
+@given(params=some_params(), seed=st.integers(0, 1 << 20), prompt=tokens, generated=tokens)
+@settings(max_examples=200, deadline=None)
+def test_equal_to_the_plain_definition(
+    params: SamplingParams, seed: int, prompt: list[int], generated: list[int]
+) -> None:
+    logits = logits_of(seed)
+    sampler = Sampler(params, prompt)
+    for token in generated:
+        sampler.accept(token)
+    expected = plain_probabilities(logits, params, prompt, generated)
+    # The draw is the inverse of the cumulative distribution at the generator's next number.
+    point = float(
+        torch.rand((), generator=torch.Generator().manual_seed(params.seed or 0), dtype=torch.float64)
+    )
+    chosen = sampler.sample(logits).token_id
+    before = sum(expected[:chosen])
+    assert before - 1e-5 <= point <= before + expected[chosen] + 1e-5
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(seed=3),
+        SamplingParams(seed=3, temperature=0.6, top_k=6),
+        SamplingParams(seed=3, top_p=0.8),
+        SamplingParams(seed=3, min_p=0.1, temperature=1.5),
+        SamplingParams(seed=3, top_k=12, top_p=0.9, min_p=0.05),
+    ],
+)
+def test_draws_follow_the_distribution(params: SamplingParams) -> None:
+    logits, draws = logits_of(7, vocab=20), 2000
+    sampler = Sampler(params)
+    counts = Counter(sampler.sample(logits).token_id for _ in range(draws))
+    expected = [share * draws for share in plain_probabilities(logits, params, [], [])]
+    assert all(expected[token] > 0 for token in counts)
+    likely = [token for token in range(20) if expected[token] >= 5]
+    chi_square = sum((counts[token] - expected[token]) ** 2 / expected[token] for token in likely)
+    assert chi_square < len(likely) + 5 * math.sqrt(2 * len(likely))  # mean k, variance 2k
+
+
+@given(seed=st.integers(0, 1 << 20), prompt=tokens, penalty=st.sampled_from([0.5, 1.1, 2.0]))
+@settings(max_examples=50, deadline=None)
+def test_the_repetition_penalty_is_that_of_transformers(seed: int, prompt: list[int], penalty: float) -> None:
+    logits = logits_of(seed)
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([prompt], dtype=torch.long), logits[None]
+    )[0]
+    sampler = Sampler(SamplingParams(temperature=0, repetition_penalty=penalty), prompt)
+    assert sampler.sample(logits).token_id == int(theirs.argmax())
+    torch.testing.assert_close(
+        Sampler(SamplingParams(repetition_penalty=penalty), prompt)._adjust(logits), theirs
+    )
+
+
+def test_presence_and_frequency_look_at_generated_tokens_only() -> None:
+    logits = torch.tensor([2.0, 1.95, 0.0])
+    sampler = Sampler(
+        SamplingParams(temperature=0, presence_penalty=0.2, frequency_penalty=0.1), prompt_ids=[0] * 9
+    )
+    assert [sampler.sample(logits).token_id for _ in range(4)] == [0, 1, 0, 1]
+
+
+def test_greedy_takes_the_lowest_of_equals_and_leaves_the_logits_alone() -> None:
+    logits = torch.tensor([0.0, 3.0, 3.0, -1.0])
+    before = logits.clone()
+    assert Sampler(SamplingParams(temperature=0)).sample(logits).token_id == 1
+    Sampler(SamplingParams(logit_bias={0: 5.0}, repetition_penalty=1.5, top_k=2, seed=1), [1]).sample(logits)
+    assert torch.equal(logits, before)
+
+
+def test_of_equals_at_the_border_the_lowest_ids_stay() -> None:
+    sampler = Sampler(SamplingParams(top_k=3, seed=0))
+    assert {sampler.sample(torch.zeros(9)).token_id for _ in range(200)} == {0, 1, 2}
+
+
+def test_a_seed_repeats_and_neighbours_do_not_matter() -> None:
+    params, rows = SamplingParams(seed=11, temperature=1.3), [logits_of(i) for i in range(30)]
+    sampler = Sampler(params)
+    alone = [sampler.sample(row).token_id for row in rows]
+    sampler, neighbour = Sampler(params), Sampler(SamplingParams(seed=5))
+    mixed = []
+    for row in rows:
+        neighbour.sample(row)
+        torch.rand(3)
+        mixed.append(sampler.sample(row).token_id)
+    assert mixed == alone
+    assert len({tuple(Sampler(SamplingParams()).sample(row).token_id for row in rows) for _ in range(4)}) > 1
+
+
+def test_a_large_vocabulary_takes_the_same_way_as_a_small_one() -> None:
+    for scale in (0.1, 3.0):  # flat: the candidates looked at first do not hold the mass
+        logits = logits_of(1, vocab=20_000, scale=scale)
+        params = SamplingParams(top_p=0.9, seed=4)
+        expected = plain_probabilities(logits, params, [], [])
+        sampler = Sampler(params)
+        assert all(expected[sampler.sample(logits).token_id] > 0 for _ in range(200))
+
+
+def test_logprobs_are_of_the_models_own_logits() -> None:
+    logits = logits_of(3)
+    params = SamplingParams(temperature=0.5, logit_bias={4: 50.0}, logprobs=5, seed=0)
+    sampled = Sampler(params).sample(logits)
+    expected = logits.log_softmax(0)
+    assert sampled.token_id == 4
+    assert sampled.logprob == pytest.approx(float(expected[4]), abs=1e-5)
+    assert [token for token, _ in sampled.top] == logits.topk(5).indices.tolist()
+    assert [logprob for _, logprob in sampled.top] == pytest.approx(
+        expected.topk(5).values.tolist(), abs=1e-5
+    )
+    assert Sampler(SamplingParams(logprobs=0)).sample(logits).top == ()
+    assert math.isnan(Sampler(SamplingParams()).sample(logits).logprob)
+
+
+def test_masked_tokens_are_never_chosen() -> None:
+    logits = torch.full((9,), -math.inf)
+    logits[[2, 5]] = 1.0
+    for params in (
+        SamplingParams(seed=1),
+        SamplingParams(seed=1, top_k=4),
+        SamplingParams(seed=1, top_p=0.99),
+    ):
+        sampler = Sampler(params)
+        assert {sampler.sample(logits).token_id for _ in range(60)} == {2, 5}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_cannot_be_sampled_are_an_error(bad: float, temperature: float) -> None:
+    logits = logits_of(0)
+    logits[5] = bad
+    with pytest.raises(SamplingError, match="logits"):
+        Sampler(SamplingParams(temperature=temperature)).sample(logits)
+    with pytest.raises(SamplingError, match="logits"):
+        Sampler(SamplingParams(temperature=temperature)).sample(torch.full((4,), -math.inf))
+
+
+def test_token_ids_outside_the_vocabulary_are_an_error() -> None:
+    with pytest.raises(SamplingError, match="token id 99 is outside the model's vocabulary of 37"):
+        Sampler(SamplingParams(logit_bias={99: 1.0})).sample(logits_of(0))
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-30, 5e-324])
+def test_the_lowest_temperatures_are_greedy(temperature: float) -> None:
+    logits = logits_of(2)
+    assert Sampler(SamplingParams(temperature=temperature)).sample(logits).token_id == int(logits.argmax())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_k", -1),
+        ("top_k", 1.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", math.inf),
+        ("penalty_window_tokens", -1),
+        ("logit_bias", {1: 101.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+        ("seed", 1 << 63),
+        ("logprobs", 21),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(SamplingError, match=field) as caught:
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, ModelError)
+    assert "\n" not in str(caught.value)
