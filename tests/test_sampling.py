@@ -48,8 +48,10 @@ def plain_probabilities(
         kept.append(token)
         mass += weights[token]
     kept = [token for token in kept if weights[token] >= params.min_p]
-    total = sum(weights[token] for token in kept)
-    return [weights[token] / total if token in kept else 0.0 for token in range(len(values))]
+    total, probabilities = sum(weights[token] for token in kept), [0.0] * len(values)
+    for token in kept:
+        probabilities[token] = weights[token] / total
+    return probabilities
 
 
 @st.composite
