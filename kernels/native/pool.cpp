@@ -80,7 +80,7 @@ public:
             }
             take_jobs(0);
             for (int spins = 0; undone_.load(std::memory_order_acquire) > 0; spins++) {
-                spins < 1000 ? pause_cpu() : (void)sched_yield();
+                spins < 100 ? pause_cpu() : (void)sched_yield();
             }
         }
     }

@@ -187,7 +187,7 @@ INLINE bytes32 spread_bits(uint32_t bits) {
     return (bytes32)_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
 #else
     uint64_t spread[4];
-    for (int i = 0; i < 4; i++) spread[i] = (bits >> 8 * i & 255) * 0x0101010101010101 & 0x8040201008040201;
+    for (int i = 0; i < 4; i++) spread[i] = (bits >> 8 * i & 255) * 0x0101010101010101u & 0x8040201008040201u;
     return (bytes32)(read<bytes32>(spread) != 0);
 #endif
 }
