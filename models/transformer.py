@@ -66,11 +66,11 @@ class Transformer:
         q = linear(x, matrix["q"], vector.get("q_bias"))  # (T, H*D)
         k = linear(x, matrix["k"], vector.get("k_bias"))  # (T, K*D)
         v = linear(x, matrix["v"], vector.get("v_bias"))  # (T, K*D)
-        if spec.qkv_clip is not None:
-            q, k, v = (t.clamp_(-spec.qkv_clip, spec.qkv_clip) for t in (q, k, v))
         if spec.qk_norm != "none":  # over rows of one head or of all heads, as long as the norm's weight
             q = self._normed(q.view(-1, len(vector["q_norm"])), vector["q_norm"])
             k = self._normed(k.view(-1, len(vector["k_norm"])), vector["k_norm"])
+        if spec.qkv_clip is not None:
+            q, k, v = (t.clamp_(-spec.qkv_clip, spec.qkv_clip) for t in (q, k, v))
         q = q.view(-1, spec.heads, spec.head_dim)  # (T, H, D)
         k = k.view(-1, spec.kv_heads, spec.head_dim)  # (T, K, D)
         v = v.view(-1, spec.kv_heads, spec.head_dim)

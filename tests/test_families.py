@@ -49,6 +49,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"mlp_only_layers": [1], "norm_topk_prob": False, "attention_bias": True}),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}),
     ("olmoe", {"norm_topk_prob": True, "attention_bias": True}),
+    ("olmoe", {"clip_qkv": 0.5}),
 ]
 
 

@@ -1,0 +1,92 @@
+"""Perplexity and greedy agreement of a GGUF along a text: Shoal against llama.cpp.
+
+    python bench/check_quality.py MODEL.gguf TEXT --peer-python PATH [--ctx 512] [--windows 8]
+
+PATH is a python that has llama-cpp-python. The text is cut into windows of ctx tokens as `shoal perplexity` cuts it;
+in each, positions from ctx/2 on count. Exits with 1 if perplexities differ by more than 1%, or the most likely next
+token agrees at fewer than 97% of the positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.model import LoadedModel
+from shoal.kernels import set_threads
+from shoal.models.step import Step
+from shoal.offload.budget import Budget
+
+PEER = Path(__file__).with_name("peer_logits.py")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="perplexity and greedy agreement: Shoal against llama.cpp")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--ctx", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=8, help="at most")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+
+    set_threads(options.threads)
+    config = NodeConfig(context_tokens=options.ctx, threads=options.threads)
+    model = LoadedModel.load(options.model.name, options.model, config, Budget(1 << 40))
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode(options.text.read_text(encoding="utf-8"), parse_special=False)
+    prefix = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_id]
+    count = min(options.windows, len(ids) // options.ctx)
+    windows = [ids[i * options.ctx : (i + 1) * options.ctx] for i in range(count)]
+    windows = [prefix + window[len(prefix) :] for window in windows]
+    theirs = peer(options, windows)
+    first, last = options.ctx // 2, options.ctx - 1
+    ours_loss = theirs_loss = 0.0
+    agreed = scored = 0
+    for window, reference in zip(windows, theirs, strict=True):
+        logits = logits_of(model, window)[first:last]
+        ours_loss += torch.nn.functional.cross_entropy(
+            logits.double(), torch.tensor(window[first + 1 :]), reduction="sum"
+        ).item()
+        theirs_loss += sum(reference["nll"][first:last])
+        agreed += (logits.argmax(-1) == torch.tensor(reference["greedy"][first:last])).sum().item()
+        scored += last - first
+    ours, peers = math.exp(ours_loss / scored), math.exp(theirs_loss / scored)
+    print(
+        f"{options.model.name}: {scored} tokens scored; perplexity shoal {ours:.4f}, llama.cpp {peers:.4f} "
+        f"({100 * (ours / peers - 1):+.2f}%); greedy agreement {100 * agreed / scored:.2f}%"
+    )
+    return 0 if abs(ours / peers - 1) <= 0.01 and agreed / scored >= 0.97 else 1
+
+
+def logits_of(model: LoadedModel, ids: list[int]) -> torch.Tensor:
+    """Logits (T, vocab) of all positions."""
+    pages = model.kv.table.take(-(-len(ids) // model.kv.page_tokens))
+    assert pages is not None
+    with torch.inference_mode():
+        step = Step.build([(ids, 0, model.kv.slots(pages, len(ids)), True)], every_row=True)
+        logits = model.executor.head(model.executor.forward(step))
+    model.kv.table.give_back(pages)
+    return logits
+
+
+def peer(options: argparse.Namespace, windows: list[list[int]]) -> list[dict[str, list[float]]]:
+    command = [options.peer_python, str(PEER), str(options.model), str(options.ctx), str(options.threads)]
+    done = subprocess.run(
+        command, input=json.dumps(windows), capture_output=True, text=True, timeout=3600, check=False
+    )
+    if done.returncode:
+        sys.exit(f"the peer failed: {done.stderr.strip()[-500:]}")
+    results: list[dict[str, list[float]]] = json.loads(done.stdout)
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())
