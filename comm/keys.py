@@ -160,6 +160,12 @@ def _read(path: Path) -> str:
         raise KeyFileError(f"{path}: must be ASCII text") from error
 
 
+def load_server(directory: Path) -> ServerKeys | None:
+    """The keys to listen with, or None while no client has been authorised: then TCP stays on loopback."""
+    ring = KeyRing(directory)
+    return ring.server_keys() if ring.authorised() else None
+
+
 class _Provider:
     """What pyzmq's authenticator asks: may this key in?"""
 
@@ -182,7 +188,9 @@ def gate(context: zmq.Context[zmq.Socket[bytes]], ring: KeyRing) -> Iterator[Non
     authenticator = ThreadAuthenticator(context)
     authenticator.start()
     try:
-        authenticator.configure_curve_callback(domain=ZAP_DOMAIN.decode(), credentials_provider=_Provider(ring))
+        authenticator.configure_curve_callback(
+            domain=ZAP_DOMAIN.decode(), credentials_provider=_Provider(ring)
+        )
         yield
     finally:
         authenticator.stop()

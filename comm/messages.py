@@ -41,23 +41,34 @@ class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of all bodies."""
 
 
-MAX_DEPTH = 32  # of the free-form values below; templates and JSON schemas stay far under it
+MAX_DEPTH = 32  # of a free-form value; templates and JSON schemas stay far below both
+MAX_ITEMS = 100_000
 
 
-def check_plain(value: Any, path: str, depth: int = 0) -> None:
-    """ValueError unless `value` is what JSON could say: free-form fields end up in templates."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"{path}: must be nested at most {MAX_DEPTH} deep")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{path}: keys must be str, not {type(key).__name__}")
-            check_plain(item, f"{path}.{key[:40]!r}", depth + 1)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            check_plain(item, f"{path}[{index}]", depth + 1)
-    elif not (value is None or isinstance(value, bool | int | float | str)):
-        raise ValueError(f"{path}: must be null, bool, number, str, array or map, not {type(value).__name__}")
+def check_plain(value: Any, path: str) -> None:
+    """ValueError unless `value` is what JSON could say, within bounds: free-form fields end up in templates."""
+    seen, level = 1, [(value, path)]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[tuple[Any, str]] = []
+        for item, where in level:
+            if isinstance(item, dict | list):
+                seen += len(item)
+                if seen > MAX_ITEMS:
+                    raise ValueError(f"{path}: must hold at most {MAX_ITEMS} values")
+            if isinstance(item, dict):
+                for key, inner in item.items():
+                    if not isinstance(key, str):
+                        raise ValueError(f"{where}: keys must be str, not {type(key).__name__}")
+                    below.append((inner, f"{where}.{key[:40]!r}"))
+            elif isinstance(item, list):
+                below.extend((inner, f"{where}[{index}]") for index, inner in enumerate(item))
+            elif not (item is None or isinstance(item, bool | int | float | str)):
+                found = type(item).__name__
+                raise ValueError(f"{where}: must be null, bool, number, str, array or map, not {found}")
+        if not below:
+            return
+        level = below
+    raise ValueError(f"{path}: must be nested at most {MAX_DEPTH} deep")
 
 
 def check_one_of(message: Message, *names: str) -> None:

@@ -16,6 +16,7 @@ from msgspec import msgpack
 
 from .errors import ProtocolError
 from .messages import REPLIES, REQUESTS, TYPE_NAMES, Message
+from .outline import MAX_FREE_BYTES, free_bytes
 
 PROTOCOL = b"shoal/1"
 MAX_FRAMES = 16
@@ -89,6 +90,11 @@ def decode(envelope: Envelope, types: Mapping[str, type[Message]]) -> Message:
     """The message in `envelope`, one of `types`. ProtocolError `unknown_type` or `bad_request`."""
     kind = check_type(envelope, types)
     try:
+        if types is REQUESTS and (size := free_bytes(envelope.body)) > MAX_FREE_BYTES:
+            raise ProtocolError(
+                f"free-form values of {size} bytes: must be at most {MAX_FREE_BYTES}",
+                request_id=envelope.request_id,
+            )
         message: Message = _DECODERS[kind].decode(envelope.body)
     except msgspec.ValidationError as error:
         raise ProtocolError(_explain(str(error), envelope.body), request_id=envelope.request_id) from error

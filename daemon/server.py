@@ -118,12 +118,13 @@ class Server:
         with self._resources.pop_all() as stack:
             try:
                 # Locks first, so that they are freed last, when nothing listens any more.
-                for target in map(endpoint.parse, self.addresses):
+                targets = [endpoint.parse(address) for address in self.addresses]
+                for target in targets:
                     if isinstance(target, endpoint.IpcAddress):
                         stack.callback(_locked(target.path).release)
                 context = zmq.Context()
                 stack.callback(context.term)
-                if self._keys is not None:
+                if self._keys is not None and any(isinstance(t, endpoint.TcpAddress) for t in targets):
                     stack.enter_context(keys.gate(context, self._keys.ring))
                 self.addresses = [self._listen(context, address, stack) for address in self.addresses]
             except AddressError as error:

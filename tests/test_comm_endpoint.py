@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shoal.comm import endpoint
 from shoal.comm.errors import AddressError, KeyFileError
-from shoal.comm.keys import ClientKeys, KeyRing
+from shoal.comm.keys import ClientKeys, KeyRing, load_server
 from shoal.comm.waker import Waker
 
 
@@ -137,10 +137,12 @@ def test_racing_processes_agree_on_one_key(tmp_path):
 def test_authorising_and_revoking(tmp_path):
     ring, key = KeyRing(tmp_path), zmq.curve_keypair()[0].decode()
     assert ring.authorised() == {}
+    assert load_server(tmp_path) is None
     ring.authorise("laptop", key)
     ring.authorise("phone", key)
     ring.revoke("phone")
     assert ring.authorised() == {"laptop": key}
+    assert load_server(tmp_path) == ring.server_keys()
     assert mode(tmp_path / "authorised") == 0o600
     with pytest.raises(KeyFileError, match="no such authorised client"):
         ring.revoke("phone")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import msgspec
 import pytest
@@ -120,6 +121,35 @@ def test_free_form_values_are_bounded_in_depth():
         deep = [deep]
     body = {"messages": [{"role": "u"}], "template_args": {"x": deep}}
     assert "must be nested at most 32 deep" in body_error("chat", body)
+
+
+def test_free_form_values_are_bounded_in_number():
+    body = {"messages": [{"role": "u"}], "tools": [{"a": [[]] * 200_000}]}
+    assert "tools: must hold at most 100000 values" in body_error("chat", body)
+
+
+@pytest.mark.parametrize("field", ["tools", "template_args", "content", "tool_calls", "logit_bias"])
+def test_values_that_would_swell_are_refused_before_they_are_read(field):
+    swelling = {"a": [[]] * (1 << 20)}
+    message = {"role": "u", "content": "x"}
+    body: dict[str, object] = {"messages": [message]}
+    match field:
+        case "content" | "tool_calls":
+            message[field] = [swelling]
+        case "tools":
+            body[field] = [swelling]
+        case "logit_bias":
+            body["sampling"] = {"logit_bias": dict.fromkeys(range(1 << 19), 0.0)}
+        case _:
+            body[field] = swelling
+    assert re.search(r"free-form values of \d+ bytes: must be at most 1048576", body_error("chat", body))
+
+
+def test_long_texts_are_welcome():
+    text = "x" * (4 << 20)
+    message = ChatMessage(role="user", content=[{"type": "text", "text": text}])
+    for request in (Chat(messages=[message]), Generate(prompt=text), Tokenize(messages=[message])):
+        assert wire.decode(wire.split(wire.encode(request, b"1")), REQUESTS) == request
 
 
 def test_long_values_are_shortened():

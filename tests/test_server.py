@@ -278,6 +278,20 @@ def test_an_oversized_message_costs_its_sender_the_connection_only():
         assert alive(small)
 
 
+def test_bytes_that_are_not_zeromq_harm_nobody(daemon):
+    host, port = daemon.address.removeprefix("tcp://").split(":")
+    random_ = random.Random(3)
+    for start in (
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff\0\0\0\0\0\0\0\1\x7f\3\0NULL" + b"\0" * 48,
+        b"\x16\x03\x01",
+    ):
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as stranger:
+            stranger.sendall(start + random_.randbytes(1000))
+            assert alive(daemon)
+
+
 def test_two_thousand_fuzzed_messages(daemon):
     random_ = random.Random(11)
     seeds = [
