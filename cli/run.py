@@ -72,6 +72,7 @@ def run(
         raise click.UsageError("--system needs the chat template that --raw leaves out")
     text = _prompt(prompt)
     config = plan.config()
+    answer.request_fields("")  # wrong options are told before a model is loaded
     library = Library(Home.from_env())
     name = reference(model, library)
     with ExitStack() as stack:
@@ -96,15 +97,17 @@ def run(
             told = [ChatMessage(role="system", content=system)] if system is not None else []
             request = Chat(messages=[*told, ChatMessage(role="user", content=text)], **fields)
         result, painter = _Result(status), Painter()
-        with answers.stream(request) as events:
-            for event in events:
-                result.take(event)
-                if isinstance(event, Token) and not as_json:
-                    painter.write(event.text)
+        try:
+            with answers.stream(request) as events:
+                for event in events:
+                    result.take(event)
+                    if isinstance(event, Token) and not as_json:
+                        painter.write(event.text)
+        finally:
+            painter.end()
         if as_json:
             print_json(result.as_dict())
         else:
-            painter.end()
             note(statistics(result.done))
 
 

@@ -87,6 +87,7 @@ def _version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
 
 
 @click.group(
+    name="shoal",
     cls=Shoal,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Example: shoal pull smollm2, then shoal chat. Each verb has its own --help with examples.",

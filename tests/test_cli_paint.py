@@ -1,0 +1,75 @@
+"""Answers on a terminal: words whole at the edge, whatever pieces they come in, and no control characters."""
+
+from __future__ import annotations
+
+import io
+import re
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.cli.paint import Painter, Wrap, printable
+
+COLUMNS = 20
+
+
+def screen(sent: str) -> list[str]:
+    """What a terminal of COLUMNS columns shows after these bytes."""
+    lines, column = [""], 0
+    for escape, count, char in re.findall(r"(\x1b\[(\d*)[DK])|([\s\S])", sent):
+        if char == "\n":
+            lines.append("")
+            column = 0
+        elif char:
+            assert column < COLUMNS, "the terminal would have wrapped by itself"
+            lines[-1] = lines[-1][:column] + char + lines[-1][column + 1 :]
+            column += 1
+        elif escape.endswith("D"):
+            column -= int(count)
+            assert column >= 0
+        else:
+            lines[-1] = lines[-1][:column]
+    return lines
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(alphabet="abc  \n", max_size=200), st.lists(st.integers(1, 9), max_size=60))
+def test_words_stay_whole(text: str, cuts: list[int]) -> None:
+    wrap, sent, rest = Wrap(COLUMNS), "", text
+    for cut in [*cuts, len(text)]:
+        sent, rest = sent + wrap.add(rest[:cut]), rest[cut:]
+    shown = screen(sent)
+    assert "".join(shown).replace(" ", "") == text.replace("\n", "").replace(" ", "")
+    assert all(len(line) < COLUMNS for line in shown)
+    short = [word for word in text.split() if len(word) < COLUMNS - 1]
+    found = [word for line in shown for word in line.split()]
+    assert all(word in found for word in short)
+
+
+def test_the_pieces_do_not_matter() -> None:
+    text = "A keeper of a lighthouse, resilient, https://example.org/a/long/address and 漢字漢字漢字漢字漢字."
+    whole = screen(Wrap(COLUMNS).add(text))
+    wrap = Wrap(COLUMNS)
+    assert screen("".join(wrap.add(char) for char in text)) == whole
+
+
+def test_control_characters_never_reach_a_terminal() -> None:
+    assert printable("a\x1b[2Jb\x07\r\n\tc\x9b\x00d\x7f") == "a[2Jb\n\tcd"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_only_terminals_get_another_text() -> None:
+    text = "word " * 40 + "\x1b[31m"
+    plain, terminal = io.StringIO(), Terminal()
+    for out in (plain, terminal):
+        painter = Painter(out)
+        painter.write(text)
+        painter.end()
+        painter.end()
+    assert plain.getvalue() == text + "\n"
+    assert terminal.getvalue().count("\n") > 1
+    assert "\x1b[31m" not in terminal.getvalue()
