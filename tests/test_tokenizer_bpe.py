@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import unicodedata
 from typing import Any
 
 import pytest
@@ -11,47 +9,16 @@ import regex
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from vocabularies import MERGES, VOCAB, texts
 
 from shoal.models.errors import TokenizerError
 from shoal.models.tokenizer import Tokenizer
 from shoal.models.tokenizer_bpe import PRE_TOKENIZERS, ByteLevelBpe
 
-CORPUS = [
-    "The quick brown fox doesn't jump over the lazy dog, it'll walk. I'VE SEEN 1234567 of them!",
-    "def f(x):\n    return {'a': x ** 2}  # comment\n\n\tpass\r\n" * 3,
-    "naïve café Straße, Привет мир, γειά σου, 你好世界, こんにちは, 안녕하세요, नमस्ते, مرحبا ١٢٣ 😀🇩🇪",
-] * 3
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 USER_DEFINED = ["<think>", "    "]
-# Engines carry tables of different Unicode versions; the rules are compared on what all of them know.
-known = st.characters(exclude_categories=["Cs", "Cn"]).filter(lambda char: unicodedata.category(char) != "Cn")
-pieces = st.one_of(
-    known,
-    st.sampled_from(
-        [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u0085", "'s", "'LL", "'ſ", "1", "234", "½"]
-    ),
-    st.sampled_from(["the", " fox", "é", "e\u0301", "日本", "!?", "_", "A", "b", "ǅ", "\u200d", "\x00"]),
-)
-texts = st.lists(pieces, max_size=25).map("".join)
-
-
-def trained() -> tuple[dict[str, int], list[str]]:
-    """(vocabulary, merges) of a small byte-level BPE."""
-    library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    library.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
-    )
-    vocab: dict[str, int] = library.get_vocab()
-    tokens = sorted(vocab, key=lambda text: vocab[text])
-    merges = [" ".join(pair) for pair in json.loads(library.to_str())["model"]["merges"]]
-    return {text: i for i, text in enumerate(tokens)}, merges
-
-
-VOCAB, MERGES = trained()
 
 
 def metadata(pre: str = "smollm", **changes: Any) -> dict[str, Any]:

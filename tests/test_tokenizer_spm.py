@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import time
 from contextlib import suppress
 from itertools import pairwise
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vocabularies import field, model_file
 
 from shoal.models.errors import TokenizerError
 from shoal.models.tokenizer import Tokenizer
@@ -160,40 +160,6 @@ def test_damaged_metadata_is_refused_in_one_line(changes: dict[str, Any], messag
     with pytest.raises(TokenizerError, match=message) as caught:
         Tokenizer.from_gguf(metadata(WORDS, [0.0] * len(WORDS), **changes))
     assert "\n" not in str(caught.value)
-
-
-# The SentencePiece file, written field by field.
-
-
-def varint(value: int) -> bytes:
-    value &= (1 << 64) - 1
-    low, rest = value & 0x7F, value >> 7
-    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
-
-
-def field(number: int, value: int | float | bytes | str) -> bytes:
-    if isinstance(value, str):
-        value = value.encode()
-    if isinstance(value, bytes):
-        return varint(number << 3 | 2) + varint(len(value)) + value
-    if isinstance(value, float):
-        return varint(number << 3 | 5) + struct.pack("<f", value)
-    return varint(number << 3) + varint(value)
-
-
-def model_file(*, trainer: bytes = field(3, 2), normalizer: bytes = field(4, 0)) -> bytes:
-    pieces = [
-        ("<unk>", 0.0, 2),
-        ("<s>", 0.0, 3),
-        ("</s>", 0.0, 3),
-        ("▁", -3.0, 1),
-        ("a", -4.0, 1),
-        ("▁a", -1.0, 1),
-    ]
-    message = b"".join(
-        field(1, field(1, text) + field(2, score) + field(3, kind)) for text, score, kind in pieces
-    )
-    return message + field(2, trainer) + field(3, normalizer)
 
 
 def test_a_model_file_is_read() -> None:
