@@ -33,14 +33,14 @@ Message = Mapping[str, Any]
 class ChatTemplate:
     """One model's template.
 
-    source: Jinja text, None for ChatML. bos, eos: texts of those tokens, or "". max_render_s: how long one
+    source: Jinja text; None or an empty text for ChatML. bos, eos: texts of those tokens, or "". max_render_s: how long one
     conversation may take. Raises TemplateError if the source is malformed or too long.
     """
 
     def __init__(
         self, source: str | None, bos: str = "", eos: str = "", *, max_render_s: float = MAX_RENDER_S
     ) -> None:
-        source = CHATML if source is None else source
+        source = source or CHATML
         if len(source) > MAX_SOURCE_CHARS:
             raise TemplateError(
                 f"the chat template has {len(source)} characters; at most {MAX_SOURCE_CHARS} are read"
