@@ -1,6 +1,7 @@
 """The native kernels: equal to the reference, and bitwise the same whatever is computed beside."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -254,6 +255,13 @@ def test_empty_operands(home: str) -> None:
     assert kernels.swiglu(torch.zeros(0), torch.zeros(0)).shape == (0,)
 
 
+def test_more_jobs_than_one_run_holds() -> None:
+    kernels.set_threads(2)
+    w = random_matrix(F32, 5, 1)
+    ids = torch.arange(1_100_000) % 5
+    assert torch.equal(kernels.gather_rows(w, ids), reference.dequantize(w)[ids])
+
+
 def test_a_forked_child_computes_too() -> None:
     kernels.set_threads(2)
     w = random_matrix(IQ4_NL, 512, 256)
@@ -261,6 +269,7 @@ def test_a_forked_child_computes_too() -> None:
     truth = kernels.linear(x, w)
     child = os.fork()
     if child == 0:
+        signal.alarm(30)  # a child that hangs is a failure
         os._exit(0 if torch.equal(kernels.linear(x, w), truth) else 1)
     assert os.waitpid(child, 0)[1] == 0
 

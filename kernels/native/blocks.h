@@ -93,7 +93,8 @@ struct IQ4_NL : SmallBlocks {
     static constexpr int bytes = 18;
     template <class Sink>
     static INLINE void decode(const uint8_t* b, const float* s, Sink sink) {
-        static const float values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+        static const float values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                         1,    13,   25,  38,  53,  69,  89,  113};
         const vf d = splat(s[0]);
         vi q[16 / LANES];
         for (int i = 0; i < 16; i += LANES) sink(i, lookup16(q[i / LANES] = load_u8(b + 2 + i), values) * d);
@@ -142,9 +143,11 @@ struct LargeBlocks {
     static constexpr int weights = 256, scales = 32, run = 1;
 };
 
-// 16 packed numbers as floats times `scale`.
+// 16 packed numbers, less `low`, as floats times `scale`.
 INLINE void scale16(const uint8_t* packed, float scale, int32_t shift, int32_t mask, int32_t low, float* s) {
-    for (int i = 0; i < 16; i += LANES) store(s + i, to_float((load_u8(packed + i) >> shift & mask) - low) * splat(scale));
+    for (int i = 0; i < 16; i += LANES) {
+        store(s + i, to_float((load_u8(packed + i) >> shift & mask) - low) * splat(scale));
+    }
 }
 
 // 16 groups of 16 weights with a 4-bit scale and minimum each; a byte holds two bits of four weights.
@@ -170,11 +173,12 @@ struct Q2_K : LargeBlocks {
     }
 };
 
-// As Q2_K, with a third bit in the first 32 bytes and signed 6-bit scales: 8 bytes of nibbles, 4 of pairs.
+// As Q2_K, with a third bit in the first 32 bytes and signed 6-bit scales: 8 bytes of nibbles, 4 of bit pairs.
 struct Q3_K : LargeBlocks {
     static constexpr int bytes = 110;
     static INLINE void prepare(const uint8_t* b, float* s) {
-        const uint32_t n0 = read<uint32_t>(b + 96), n1 = read<uint32_t>(b + 100), pairs = read<uint32_t>(b + 104);
+        const uint32_t n0 = read<uint32_t>(b + 96), n1 = read<uint32_t>(b + 100);
+        const uint32_t pairs = read<uint32_t>(b + 104);
         const uint32_t nibble = 0x0f0f0f0f, pair = 0x30303030;
         const uint32_t six[4] = {(n0 & nibble) | (pairs << 4 & pair), (n1 & nibble) | (pairs << 2 & pair),
                                  (n0 >> 4 & nibble) | (pairs & pair), (n1 >> 4 & nibble) | (pairs >> 2 & pair)};
@@ -210,7 +214,8 @@ struct PairedBlocks : LargeBlocks {
         memcpy(packed, six, 16);
         const float d = half(b), dmin = -half(b + 2);
         for (int i = 0; i < 16; i += LANES) {
-            store(s + i, to_float(load_u8(packed + i)) * (LANES == 16 ? halves(d, dmin) : splat(i < 8 ? d : dmin)));
+            const vf scale = LANES == 16 ? halves(d, dmin) : splat(i < 8 ? d : dmin);
+            store(s + i, to_float(load_u8(packed + i)) * scale);
         }
     }
 };

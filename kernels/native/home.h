@@ -18,7 +18,7 @@ struct Home {
     const char* name;
     // y (tokens, rows) = x (tokens, cols) @ w.T + bias; bias may be null.
     Status (*linear)(const Weights& w, const float* x, int64_t tokens, const float* bias, float* y);
-    // out (count, cols): the rows `ids`, or the first `count` rows if ids is null. NO_ROW if there is no such row.
+    // out (count, cols): the rows `ids`, or the first `count` rows if ids is null. NO_ROW if there is none such.
     Status (*gather_rows)(const Weights& w, const int64_t* ids, int64_t count, float* out);
     Status (*rms_norm)(const float* x, const float* weight, float eps, int64_t rows, int64_t cols, float* y);
     Status (*swiglu)(const float* gate, const float* up, int64_t n, float* y);

@@ -30,7 +30,9 @@ INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class W>
 struct Tail {
     alignas(64) uint8_t bytes[W::bytes] = {};
-    INLINE Tail(const uint8_t* from, int64_t count) { memcpy(bytes, from, (size_t)(count * W::bytes / W::weights)); }
+    INLINE Tail(const uint8_t* from, int64_t count) {
+        memcpy(bytes, from, (size_t)(count * W::bytes / W::weights));
+    }
 };
 
 // Sums over all columns for R rows and one token; sums[r] are lanes still to be folded.
@@ -41,7 +43,8 @@ INLINE void dot(const uint8_t* w, int64_t row_bytes, const float* x, int64_t col
     for (int64_t left = cols / W::weights; left > 0; left -= W::run) {
         const int run = (int)least<int64_t>(left, W::run);
         for (int r = 0; r < R; r++) {
-            for (int b = 0; b < run; b++) W::prepare(w + r * row_bytes + b * W::bytes, scales[r] + b * W::scales);
+            const uint8_t* row = w + r * row_bytes;
+            for (int b = 0; b < run; b++) W::prepare(row + b * W::bytes, scales[r] + b * W::scales);
             keep_in_memory<float[W::run * W::scales + 1]>(scales[r]);
         }
         for (int b = 0; b < run; b++, w += W::bytes, x += W::weights) {
@@ -58,7 +61,8 @@ INLINE void dot(const uint8_t* w, int64_t row_bytes, const float* x, int64_t col
         memcpy(part, x, (size_t)(cols % LANES) * sizeof(float));
         for (int r = 0; r < R; r++) {
             const Tail<W> tail(w + r * row_bytes, cols % LANES);
-            W::decode(tail.bytes, nullptr, [&](int, vf v) INLINE_LAMBDA { acc[r] = fma(v, load(part), acc[r]); });
+            W::decode(tail.bytes, nullptr,
+                      [&](int, vf v) INLINE_LAMBDA { acc[r] = fma(v, load(part), acc[r]); });
         }
     }
     for (int r = 0; r < R; r++) sums[r] = acc[r];
@@ -129,8 +133,8 @@ const Type* find_type(int32_t id) {
 constexpr int64_t CHUNK = 1024;
 constexpr int64_t STRIDE = CHUNK + LANES;
 
-// Adds to the running sums of four decoded rows and T packed tokens, which are zero at first; `cols` is filled
-// up with zeros to LANES.
+// Adds to the running sums of four decoded rows and T packed tokens, which are zero at first; `cols` is
+// filled up with zeros to LANES.
 template <int T>
 void multiply(const float* w, const float* x, int64_t cols, bool first, Sums* sums) {
     vf acc[T][ROWS] = {};
@@ -150,7 +154,8 @@ void multiply(const float* w, const float* x, int64_t cols, bool first, Sums* su
 using Multiply = void (*)(const float*, const float*, int64_t, bool, Sums*);
 
 Multiply multiply_of(int64_t tokens) {
-    static constexpr Multiply all[] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
+    static constexpr Multiply all[] = {multiply<1>, multiply<2>, multiply<3>,
+                                       multiply<4>, multiply<5>, multiply<6>};
     return all[tokens - 1];
 }
 
@@ -216,12 +221,14 @@ void tile_job(const void* context, int64_t index, int worker) {
         for (int64_t r = 0; r < rows; r += ROWS) {
             for (int64_t i = 0; i < ROWS; i++) {  // beyond the last row: that row again, for sums nobody reads
                 const uint8_t* row = row_of(l.w, row0 + least(r + i, rows - 1));
-                l.type.decode_row(row + k / l.type.weights * l.type.bytes, cols, scratch.decoded + i * STRIDE);
-                pad(scratch.decoded + i * STRIDE, cols);
+                float* out = scratch.decoded + i * STRIDE;
+                l.type.decode_row(row + k / l.type.weights * l.type.bytes, cols, out);
+                pad(out, cols);
             }
             for (int64_t g = 0; g < groups; g++) {
                 const int64_t from = l.tokens * g / groups, until = l.tokens * (g + 1) / groups;
-                multiply_of(until - from)(scratch.decoded, x + from * STRIDE, cols, k == 0, scratch.sums[r / ROWS] + from);
+                Sums* sums = scratch.sums[r / ROWS] + from;
+                multiply_of(until - from)(scratch.decoded, x + from * STRIDE, cols, k == 0, sums);
             }
         }
     }

@@ -12,7 +12,6 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
-#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -43,7 +42,7 @@ struct Ticket {
     uint64_t word;
     uint64_t next() const { return word & MASK; }
     uint64_t count() const { return word >> BITS & MASK; }
-    uint64_t call() const { return word >> 2 * BITS; }
+    uint64_t run() const { return word >> 2 * BITS; }
 };
 
 constexpr int64_t MOST_JOBS = Ticket::MASK - MOST_THREADS;
@@ -73,7 +72,7 @@ public:
         for (first_ = 0; first_ < count; first_ += MOST_JOBS) {
             const int64_t part = count - first_ < MOST_JOBS ? count - first_ : MOST_JOBS;
             undone_.store(part, std::memory_order_relaxed);
-            ticket_.store(++calls_ << 2 * Ticket::BITS | (uint64_t)part << Ticket::BITS);
+            ticket_.store(++runs_ << 2 * Ticket::BITS | (uint64_t)part << Ticket::BITS);
             if (sleepers_.load() > 0) {
                 { std::lock_guard<std::mutex> lock(sleep_); }
                 wake_.notify_all();
@@ -108,14 +107,14 @@ private:
         uint64_t seen = 0;
         for (;;) {
             if (!await(seen)) return;
-            seen = Ticket{ticket_.load()}.call();
+            seen = Ticket{ticket_.load()}.run();
             take_jobs(worker);
         }
     }
 
-    // Waits for a call other than `seen`, spinning first; false when the pool stops.
+    // Waits for a run other than `seen`, spinning first; false when the pool stops.
     bool await(uint64_t seen) {
-        const auto news = [&] { return stopping_.load() || Ticket{ticket_.load()}.call() != seen; };
+        const auto news = [&] { return stopping_.load() || Ticket{ticket_.load()}.run() != seen; };
         const auto until = std::chrono::steady_clock::now() + SPIN;
         while (!news()) {
             for (int i = 0; i < 16 && !news(); i++) pause_cpu();
@@ -157,7 +156,7 @@ private:
     Job job_ = nullptr;
     const void* context_ = nullptr;
     int64_t first_ = 0;
-    uint64_t calls_ = 0;
+    uint64_t runs_ = 0;
     alignas(LINE) std::atomic<uint64_t> ticket_{0};
     alignas(LINE) std::atomic<int64_t> undone_{0};
     alignas(LINE) std::atomic<int> sleepers_{0};
@@ -166,17 +165,15 @@ private:
     std::condition_variable wake_;
 };
 
-Pool* make_pool(int threads) { return new Pool(threads); }
-
 int default_threads() {
     const unsigned n = std::thread::hardware_concurrency();
     return n ? (int)n : 1;
 }
 
-Pool* pool = make_pool(default_threads());
+Pool* pool = new Pool(default_threads());
 
 // The parent's workers and locks do not exist in a forked child; its pool is left as it is.
-const int forked = pthread_atfork(nullptr, nullptr, [] { pool = make_pool(pool->threads()); });
+const int forked = pthread_atfork(nullptr, nullptr, [] { pool = new Pool(pool->threads()); });
 
 }  // namespace
 
@@ -184,7 +181,9 @@ Turn::Turn() { pool->turn.lock(); }
 Turn::~Turn() { pool->turn.unlock(); }
 int Turn::threads() const { return pool->threads(); }
 void* Turn::reserve(size_t bytes) { return pool->reserve(bytes); }
-void Turn::run(int64_t count, int64_t work, Job job, const void* context) { pool->run(count, work, job, context); }
+void Turn::run(int64_t count, int64_t work, Job job, const void* context) {
+    pool->run(count, work, job, context);
+}
 
 void set_threads(int count) {
     std::lock_guard<std::mutex> lock(pool->turn);

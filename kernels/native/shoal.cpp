@@ -67,13 +67,13 @@ API const char* shoal_choose(const char* name) {
 
 API void shoal_set_threads(int count) { shoal::set_threads(count); }
 
-API int shoal_linear(int32_t type, int64_t rows, int64_t cols, int64_t row_bytes, const void* w, const float* x,
-                     int64_t tokens, const float* bias, float* y) {
+API int shoal_linear(int32_t type, int64_t rows, int64_t cols, int64_t row_bytes, const void* w,
+                     const float* x, int64_t tokens, const float* bias, float* y) {
     return shoal::chosen->linear({type, rows, cols, row_bytes, w}, x, tokens, bias, y);
 }
 
-API int shoal_gather_rows(int32_t type, int64_t rows, int64_t cols, int64_t row_bytes, const void* w, const int64_t* ids,
-                          int64_t count, float* out) {
+API int shoal_gather_rows(int32_t type, int64_t rows, int64_t cols, int64_t row_bytes, const void* w,
+                          const int64_t* ids, int64_t count, float* out) {
     return shoal::chosen->gather_rows({type, rows, cols, row_bytes, w}, ids, count, out);
 }
 
