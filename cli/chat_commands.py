@@ -167,7 +167,7 @@ def _stats(state: ChatState, argument: str) -> None:
     assert model is not None
     note(statistics(state.last) if state.last else "nothing was answered yet")
     note(f"{model.name}: {model.plan}")
-    note(f"{len(state.conversation.turns)} turns, {state.tokens_total} tokens answered in this chat")
+    note(f"in this chat: turns {len(state.conversation.turns)}, tokens answered {state.tokens_total}")
 
 
 def _help(state: ChatState, argument: str) -> None:

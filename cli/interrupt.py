@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ def deferred_interrupt() -> Iterator[None]:
         nonlocal pressed
         pressed += 1
         if pressed > 1:
+            if sys.stderr.isatty():
+                sys.stderr.write("\x1b[?25h\n")  # a spinner may have hidden the cursor
+                sys.stderr.flush()
             os._exit(Exit.INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, remember)
