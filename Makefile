@@ -3,7 +3,7 @@
 PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 python3.11,$(shell $(python) -c \
 	'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)) python3)
 MODEL = smollm2
-PROMPT = Why is the sky blue? Answer in two sentences.
+PROMPT = Explain in two sentences how a lighthouse works.
 
 BIN := .venv/bin
 SHOAL := $(BIN)/shoal
@@ -22,7 +22,7 @@ help: ## show this
 setup: .venv/.installed ## install Shoal into .venv
 
 run: .venv/.installed ## answer PROMPT="…" with the default model, fetching what is missing
-	@$(SHOAL) ls | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
+	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@$(SHOAL) ps >/dev/null 2>&1 || $(SHOAL) serve --detach --model $(MODEL)
 	@echo
 	@$(SHOAL) run $(MODEL) '$(subst ','\'',$(value PROMPT))' </dev/null
