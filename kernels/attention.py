@@ -1,4 +1,4 @@
-"""Grouped-query attention over one sequence's K and V: the torch reference.
+"""Grouped-query attention over one sequence's K and V: in torch, and natively for a single new token.
 
 Each sequence is computed by itself, so its arithmetic does not depend on its neighbours in a batch.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from shoal.kernels import dispatch
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None) -> Tensor:
@@ -21,6 +23,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | No
     if window is not None and length > window + tokens - 1:
         k, v = k[:, length - window - tokens + 1 :], v[:, length - window - tokens + 1 :]
         length = window + tokens - 1
+    if tokens == 1 and (native := dispatch.native()) is not None:
+        out_one = native.attend_one(q[0], k, v, scale)
+        if out_one is not None:
+            return out_one.view(1, heads * head_dim)
     k, v = k.float(), v.float()
     if tokens == 1:
         grouped = q.view(kv_heads, heads // kv_heads, head_dim)

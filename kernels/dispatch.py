@@ -64,10 +64,16 @@ def _first_choice() -> Home:
     return choose(os.environ.get("SHOAL_KERNELS", ""))
 
 
+def native() -> Native | None:
+    """The native home, if that is where kernels run."""
+    current = _home or _first_choice()
+    return current if isinstance(current, Native) else None
+
+
 def home() -> str:
     """Where kernels run: avx512, avx2, neon, scalar or reference. SHOAL_KERNELS names one to use."""
-    current = _home or _first_choice()
-    return current.name if isinstance(current, Native) else "reference"
+    current = native()
+    return current.name if current else "reference"
 
 
 def set_threads(n: int) -> None:
@@ -78,8 +84,7 @@ def set_threads(n: int) -> None:
     """
     if n < 1:
         raise OperandError(f"cannot compute on {n} threads: give 1 or more")
-    current = _home or _first_choice()
-    if isinstance(current, Native):
+    if current := native():
         current.set_threads(n)
         torch.set_num_threads(1)
     else:

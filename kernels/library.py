@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.errors import KernelError, OperandError
-from shoal.kernels.matrix import Matrix
+from shoal.kernels.matrix import TYPE_OF_DTYPE, Matrix
 
 LIBRARY = Path(__file__).with_name("libshoal.so")
-VERSION = 1
+VERSION = 2
 
 _STATUS = {
     1: "it has no kernel for this weight type",
@@ -30,6 +30,14 @@ _SIGNATURES = {
     "shoal_rms_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
     "shoal_swiglu": (c_void_p, c_void_p, c_int64, c_void_p),
     "shoal_geglu": (c_void_p, c_void_p, c_int64, c_void_p),
+    "shoal_attention": (
+        c_int32,
+        *(c_int64,) * 4,
+        *(c_void_p, c_int64, c_int64) * 2,
+        c_float,
+        c_void_p,
+        c_void_p,
+    ),
 }
 
 
@@ -61,6 +69,7 @@ class Native:
         self._rms_norm = lib.shoal_rms_norm
         self._swiglu = lib.shoal_swiglu
         self._geglu = lib.shoal_geglu
+        self._attention = lib.shoal_attention
         self._set_threads = lib.shoal_set_threads
 
     def set_threads(self, n: int) -> None:
@@ -121,6 +130,37 @@ class Native:
         y = torch.empty_like(gate)
         self._geglu(gate.data_ptr(), up.data_ptr(), y.numel(), y.data_ptr())
         return y
+
+    def attend_one(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+        """One token's attention: q (heads, head_dim), k and v (kv_heads, S, head_dim) of one float type; (heads *
+        head_dim,), or None where rows are not contiguous or head_dim is not whole vectors.
+        """
+        kv_heads, length, head_dim = k.shape
+        size = k.element_size()
+        k_head, k_row, k_step = k.stride()
+        v_head, v_row, v_step = v.stride()
+        if head_dim % 16 or k_step != 1 or v_step != 1 or k.dtype != v.dtype or k.dtype not in TYPE_OF_DTYPE:
+            return None
+        q = q.contiguous()
+        out = torch.empty_like(q).view(-1)
+        if status := self._attention(
+            TYPE_OF_DTYPE[k.dtype].id,
+            q.shape[0],
+            kv_heads,
+            head_dim,
+            length,
+            k.data_ptr(),
+            k_head * size,
+            k_row * size,
+            v.data_ptr(),
+            v_head * size,
+            v_row * size,
+            scale,
+            q.data_ptr(),
+            out.data_ptr(),
+        ):
+            raise KernelError(f"native attention refuses {length} positions: {_STATUS[status]}")
+        return out
 
 
 def _refusal(status: int, w: Matrix) -> KernelError:

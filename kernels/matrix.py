@@ -13,7 +13,7 @@ import torch
 from shoal.kernels.errors import OperandError
 from shoal.kernels.types import BF16, F16, F32, WeightType
 
-_TYPE_OF_DTYPE = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
+TYPE_OF_DTYPE = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 _NO_BYTES = torch.empty(0, dtype=torch.uint8)
 
 Bytes = bytes | bytearray | memoryview
@@ -70,7 +70,7 @@ class Matrix:
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> "Matrix":
         """Wraps a 2-D float32, float16 or bfloat16 tensor; zero copy if it is contiguous."""
-        kind = _TYPE_OF_DTYPE.get(tensor.dtype)
+        kind = TYPE_OF_DTYPE.get(tensor.dtype)
         if kind is None or tensor.dim() != 2:
             raise OperandError(
                 "a matrix is made from a 2-D tensor of float32, float16 or bfloat16, "

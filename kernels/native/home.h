@@ -12,6 +12,18 @@ struct Weights {
     const void* data;
 };
 
+// The keys and values of one sequence in one layer, and the attention over them: `kv_heads` × `length` rows of
+// `head_dim` numbers of a float type; strides in bytes.
+struct Cache {
+    int32_t type;
+    int64_t heads, kv_heads, head_dim, length;
+    const void* keys;
+    int64_t key_head_bytes, key_bytes;
+    const void* values;
+    int64_t value_head_bytes, value_bytes;
+    float scale;
+};
+
 enum Status : int { OK = 0, BAD_TYPE = 1, NO_MEMORY = 2, NO_ROW = 3 };
 
 struct Home {
@@ -23,6 +35,8 @@ struct Home {
     Status (*rms_norm)(const float* x, const float* weight, float eps, int64_t rows, int64_t cols, float* y);
     Status (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
     Status (*geglu)(const float* gate, const float* up, int64_t n, float* y);
+    // q, out (heads, head_dim): one token that sees the whole cache. BAD_TYPE also for odd head sizes.
+    Status (*attention)(const Cache& cache, const float* q, float* out);
 };
 
 // A unit of work: the `index`-th of a run, done by one of the pool's threads.

@@ -4,6 +4,7 @@
 // float operations whatever is computed beside it. A dot product is `LANES` running sums over ascending
 // columns, folded by `sum4`; decoding as it goes (one token) and multiplying decoded tiles (several)
 // do exactly that, so batching, threads and tiling change no bit.
+#include "attention.h"
 #include "blocks.h"
 #include "home.h"
 
@@ -327,21 +328,6 @@ Status rms_norm(const float* x, const float* weight, float eps, int64_t rows, in
     return shoal::OK;
 }
 
-// e^x within 2 units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes expf).
-INLINE vf exp(vf x) {
-    x = min(max(x, splat(-87.0f)), splat(88.0f));
-    const vf n = round(x * splat(1.44269504f));
-    const vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
-    vf p = splat(1.9875691500e-4f);
-    p = fma(p, r, splat(1.3981999507e-3f));
-    p = fma(p, r, splat(8.3334519073e-3f));
-    p = fma(p, r, splat(4.1665795894e-2f));
-    p = fma(p, r, splat(1.6666665459e-1f));
-    p = fma(p, r, splat(5.0000001201e-1f));
-    p = fma(p, r * r, r + splat(1.0f));
-    return p * bits_to_float((to_int(n) + 127) << 23);
-}
-
 INLINE vf silu(vf g) { return g / (exp(-g) + splat(1.0f)); }
 
 // 0.5 g (1 + tanh u) is g / (1 + e^-2u), u = sqrt(2 / pi) (g + 0.044715 g^3).
@@ -387,6 +373,6 @@ Status gated(const float* gate, const float* up, int64_t n, float* y) {
 namespace shoal {
 namespace homes {
 extern const Home SHOAL_HOME;
-const Home SHOAL_HOME = {NAME(SHOAL_HOME), linear, gather_rows, rms_norm, gated<silu>, gated<gelu>};
+const Home SHOAL_HOME = {NAME(SHOAL_HOME), linear, gather_rows, rms_norm, gated<silu>, gated<gelu>, attention};
 }  // namespace homes
 }  // namespace shoal

@@ -51,7 +51,7 @@ const Home* chosen = all[sizeof all / sizeof all[0] - 1];
 #define API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; the Python side refuses a library that does not match.
-API int shoal_version() { return 1; }
+API int shoal_version() { return 2; }
 
 // Serves from now on by the home with this name, or by the best one for an empty name. Its name, or
 // null if this machine cannot run it.
@@ -87,4 +87,12 @@ API int shoal_swiglu(const float* gate, const float* up, int64_t n, float* y) {
 
 API int shoal_geglu(const float* gate, const float* up, int64_t n, float* y) {
     return shoal::chosen->geglu(gate, up, n, y);
+}
+
+API int shoal_attention(int32_t type, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t length, const void* keys,
+                        int64_t key_head_bytes, int64_t key_bytes, const void* values, int64_t value_head_bytes,
+                        int64_t value_bytes, float scale, const float* q, float* out) {
+    return shoal::chosen->attention({type, heads, kv_heads, head_dim, length, keys, key_head_bytes, key_bytes, values,
+                                     value_head_bytes, value_bytes, scale},
+                                    q, out);
 }

@@ -224,4 +224,19 @@ struct Nibbles {
 #endif
 };
 
+// e^x within 2 units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes expf).
+INLINE vf exp(vf x) {
+    x = min(splat(88.0f), max(splat(-87.0f), x));  // in this order a NaN stays one
+    const vf n = round(x * splat(1.44269504f));
+    const vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+    vf p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r + splat(1.0f));
+    return p * bits_to_float((to_int(n) + 127) << 23);
+}
+
 }  // namespace
