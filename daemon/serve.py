@@ -1,0 +1,43 @@
+"""The daemon process: a node behind a server, in the foreground, until it is told to stop.
+
+Knows how configuration, store, node and server are put together, and logging. Everything else is theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from shoal.comm import keys
+from shoal.comm.messages import Load
+
+from .config import NodeConfig
+from .home import Home, private_dir
+from .library import Library
+from .node import Node
+from .server import Server
+
+
+def serve(config: NodeConfig, *, home: Home, model: str | None = None, addresses: Sequence[str] = ()) -> None:
+    """Serve until SIGTERM or SIGINT; the first lets running requests end, the second stops at once.
+
+    `addresses` default to the home's private socket. `model` is loaded before anything is answered. Raises
+    DaemonError when an address is taken or refused, or the model cannot be loaded.
+    """
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    private_dir(home.root)
+    private_dir(home.run)
+    node = Node(config, Library(home).resolve)
+    server = Server(node, addresses or [home.address], server_keys=keys.load_server(home.keys))
+    with server.signals():
+        try:
+            server.bind()
+            if model:
+                node.load(Load(model=model))
+        except BaseException:
+            node.close()
+            raise
+        server.serve()
