@@ -33,8 +33,8 @@ Message = Mapping[str, Any]
 class ChatTemplate:
     """One model's template.
 
-    source: Jinja text; None or an empty text for ChatML. bos, eos: texts of those tokens, or "". max_render_s: how long one
-    conversation may take. Raises TemplateError if the source is malformed or too long.
+    source: Jinja text; None or an empty text for ChatML. bos, eos: texts of those tokens, or "".
+    max_render_s: how long one conversation may take. Raises TemplateError if the source is malformed or too long.
     """
 
     def __init__(
