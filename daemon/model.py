@@ -189,7 +189,7 @@ class LoadedModel:
             frequency_penalty=asked.frequency_penalty,
             logit_bias=asked.logit_bias,
             seed=secrets.randbits(63) if asked.seed is None else asked.seed,
-            logprobs=asked.logprobs or 0,
+            logprobs=asked.logprobs,
         )
 
     def status(self) -> ModelStatus:
