@@ -32,6 +32,7 @@ from .errors import Exit
 from .interrupt import deferred_interrupt
 from .options import examples, json_option
 from .output import console, facts, print_json, spinner, transfer_bar
+from .paint import printable
 
 State = Literal["ok", "note", "broken"]
 MIN_PYTHON = (3, 11)
@@ -101,13 +102,13 @@ def _kernels() -> Iterator[Finding]:
     )
     with spinner("looking at the kernels"), deferred_interrupt():
         try:
-            from shoal import kernels
+            from shoal.daemon.facts import kernel_home
         except ImportError as error:
             yield Finding(
                 "kernels", "broken", f"cannot be imported: {error}", "pip install --force-reinstall shoal"
             )
             return
-    home = kernels.home()
+    home = kernel_home()
     if home == "reference":
         yield Finding("kernels", "note", "reference only: much slower than native ones", f"install {install}")
     else:
@@ -213,6 +214,6 @@ def _show(findings: list[Finding]) -> None:
     rows.add_column(overflow="fold")
     for finding in findings:
         mend = f"[dim]→ {escape(finding.mend)}[/]" if finding.mend else ""
-        text = escape(finding.found) + (f"\n{mend}" if mend else "")
+        text = escape(printable(finding.found)) + (f"\n{mend}" if mend else "")
         rows.add_row(f"{_MARKS[finding.state]} {finding.name}", text)
-    console().print(rows)
+    console(markup=True).print(rows)

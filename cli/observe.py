@@ -58,7 +58,7 @@ def ps(as_json: bool) -> None:
         rows.add_row(model.name, model.family, format_bytes(model.parameters_bytes), *counts)
     screen.print(rows)
     for model in status.models:
-        screen.print(f"{model.name}: {model.plan}", markup=False)
+        screen.print(f"{model.name}: {model.plan}")
 
 
 @click.command(epilog=examples("shoal logs -n 20", "shoal logs -f"))

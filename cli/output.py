@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from .paint import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
 
 def note(text: str) -> None:
     """A line beside the result, on stderr."""
-    click.echo(click.style(text, dim=True) if sys.stderr.isatty() and not _no_color() else text, err=True)
+    text = printable(text)
+    click.echo(
+        click.style(text, dim=True) if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else text,
+        err=True,
+    )
 
 
 def print_json(value: Any) -> None:
@@ -31,10 +37,11 @@ def print_json(value: Any) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
 
 
-def console(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False, markup: bool = False) -> Console:
+    """Where tables and bars are drawn. markup: whether [brackets] in texts are styles, for our own texts only."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+    return Console(stderr=stderr, highlight=False, markup=markup, emoji=False)
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
@@ -115,7 +122,3 @@ def _bar(columns: tuple[Any, ...]) -> Iterator[Progress]:
             bars.update(shown[what], completed=done, total=total or None)
 
         yield update
-
-
-def _no_color() -> bool:
-    return bool(os.environ.get("NO_COLOR"))

@@ -6,8 +6,7 @@ Knows how they are listed and asked for. The store itself is `daemon.library`.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -20,9 +19,7 @@ from shoal.daemon.sizes import format_bytes
 from .interrupt import deferred_interrupt
 from .options import examples, json_option
 from .output import console, facts, note, print_json, table, transfer_bar
-
-if TYPE_CHECKING:
-    from shoal.models.checkpoint import Checkpoint
+from .paint import printable
 
 
 @click.command(
@@ -76,7 +73,7 @@ def ls(as_json: bool) -> None:
                 manifest.kind,
                 format_bytes(entry.size_bytes),
                 manifest.added[:10],
-                manifest.source,
+                printable(manifest.source),
             )
         console().print(rows)
     for name in library.damaged():
@@ -90,19 +87,14 @@ def show(model: str, as_json: bool) -> None:
     """Show the facts of MODEL, a path or a name in the store."""
     path = Library(Home.from_env()).resolve(model)
     with deferred_interrupt():
-        from shoal.daemon.translate import translated
-        from shoal.models.checkpoint import open_checkpoint
-    try:
-        with open_checkpoint(path) as checkpoint:
-            described = model_facts(path, checkpoint)
-    except Exception as error:
-        raise translated(error, str(path)) from error
+        from shoal.daemon.facts import checkpoint_facts
+    described = checkpoint_facts(path)
     if as_json:
         print_json(described)
         return
     rows = facts()
     for name, value in described.items():
-        rows.add_row(name.replace("_", " "), _human(name, value))
+        rows.add_row(name.replace("_", " "), printable(_human(name, value)))
     console().print(rows)
 
 
@@ -119,35 +111,6 @@ def rm(name: str, yes: bool) -> None:
             _ask(f"Remove {entry.name} ({format_bytes(entry.size_bytes)})?")
     library.remove(name)
     note(f"{name} is removed")
-
-
-def model_facts(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `show` prints, in order. Sizes are in bytes."""
-    spec, metadata = checkpoint.spec, checkpoint.metadata
-    given: dict[str, Any] = {
-        "name": checkpoint.name,
-        "path": str(path),
-        "kind": checkpoint.kind,
-        "family": spec.family,
-        "parameters": checkpoint.parameters,
-        "bytes": checkpoint.nbytes,
-        "tensor_types": dict(checkpoint.types),
-        "layers": len(spec.layers),
-        "hidden": spec.hidden,
-        "heads": spec.heads,
-        "kv_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
-        "ffn": spec.ffn,
-        "vocab": spec.vocab,
-        "context": spec.context,
-    }
-    if spec.moe is not None:
-        given["experts"] = spec.moe.experts
-        given["active_experts"] = spec.moe.active
-    licence = metadata.get("general.license")
-    given["license"] = licence if isinstance(licence, str) else None
-    given["chat_template"] = checkpoint.tokenizer().chat_template is not None
-    return given
 
 
 def _human(name: str, value: Any) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from .errors import Exit, explain
+from .paint import printable
 
 
 class Verb(NamedTuple):
@@ -116,5 +117,5 @@ def _guarded(call: Callable[[], object]) -> int:
         if os.environ.get("SHOAL_DEBUG") == "1":
             traceback.print_exc()
         if code != Exit.INTERRUPTED:
-            click.echo(f"shoal: {line}", err=True)
+            click.echo(f"shoal: {printable(line)}", err=True)
         return code

@@ -186,3 +186,11 @@ def test_doctor_survives_a_failing_check(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(background, "running_pid", fail)
     assert findings()[1]["check"]["found"] == "cannot look"
+
+
+def test_texts_of_files_reach_no_terminal_as_they_are(tmp_path: Path) -> None:
+    evil = tmp_path / "[red]\x1b[2Jevil.gguf"
+    evil.write_bytes(b"GGUF" + bytes(100))
+    shoal("pull", "--name", "evil", str(evil))
+    assert "[red][2Jevil.gguf" in shoal("ls").stdout
+    assert "\x1b" not in shoal("show", str(evil)).stderr
