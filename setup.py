@@ -75,7 +75,7 @@ setup(
         Extension(
             "shoal.kernels.libshoal",
             sources=[f"{SOURCE}/{name}.cpp" for name in ("kernels", "pool", "shoal")],
-            depends=[f"{SOURCE}/{name}.h" for name in ("simd", "blocks", "home")],
+            depends=[f"{SOURCE}/{name}.h" for name in ("simd", "blocks", "attention", "home")],
             language="c++",
             optional=True,
         )

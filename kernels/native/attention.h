@@ -35,7 +35,8 @@ INLINE vf cached(const uint8_t* row, int64_t at) {
     return lanes;
 }
 
-// out[i] (head_dim) for four queries q[i] (head_dim); `scores` holds score_count(length) floats, four a position.
+// out[i] (head_dim) for four queries q[i] (head_dim); `scores` holds score_count(length) floats, four for
+// each position.
 template <class W>
 void attend(const shoal::Cache& c, int64_t kv_head, const float* const* q, float* const* out, float* scores) {
     const uint8_t* keys = static_cast<const uint8_t*>(c.keys) + kv_head * c.key_head_bytes;

@@ -12,8 +12,8 @@ struct Weights {
     const void* data;
 };
 
-// The keys and values of one sequence in one layer, and the attention over them: `kv_heads` × `length` rows of
-// `head_dim` numbers of a float type; strides in bytes.
+// The keys and values of one sequence in one layer: `kv_heads` × `length` rows of `head_dim` numbers of a
+// float type, strides in bytes; and how `heads` queries look at them.
 struct Cache {
     int32_t type;
     int64_t heads, kv_heads, head_dim, length;
