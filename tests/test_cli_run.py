@@ -213,3 +213,14 @@ def test_a_real_model_in_this_process(tmp_path: Path, monkeypatch: pytest.Monkey
     assert refused.exit_code == 3, refused.stderr
     long = shoal("run", "--json", "--raw", "--ctx", "8", str(model), "the and " * 50)
     assert long.exit_code == 3, long.stderr
+
+
+@pytest.mark.peer
+def test_the_default_model_answers_the_same_way_twice() -> None:
+    model = os.environ.get("SHOAL_TEST_MODEL", "smollm2")
+    options = ["--json", "--temperature", "0", "--max-tokens", "12"]
+    first, second = (
+        json.loads(shoal("run", *options, model, "What is the capital of France?").stdout) for _ in range(2)
+    )
+    assert first["token_ids"] == second["token_ids"]
+    assert "Paris" in first["text"]
