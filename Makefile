@@ -9,8 +9,6 @@ BIN := .venv/bin
 SHOAL := $(BIN)/shoal
 SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# PyTorch's build without CUDA is a tenth of the size of the one that pip finds first on Linux.
-CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-peer test-slow check clean distclean
@@ -61,19 +59,12 @@ distclean: clean ## remove .venv and the built kernels too
 	@echo 'Making .venv with '"$$($(PYTHON) -V)"
 	@$(PYTHON) -m venv --clear .venv
 
-.venv/.torch: | .venv/bin/python
-	@if [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia ] && ! $(PIP) show -q torch 2>/dev/null \
-		&& $(BIN)/python -c 'import urllib.request as r; r.urlopen("$(CPU_INDEX)/torch/", timeout=10)' 2>/dev/null; then \
-		echo 'No NVIDIA driver: taking the build of PyTorch without CUDA'; \
-		$(PIP) install torch -c constraints-dev.txt --index-url $(CPU_INDEX) || true; fi
-	@touch $@
-
-.venv/.installed: $(SOURCES) .venv/.torch
+.venv/.installed: $(SOURCES) | .venv/bin/python
 	@echo 'Installing Shoal and what it needs into .venv (once; a few minutes)'
 	@$(PIP) install -e . -c constraints-dev.txt
 	@touch $@
 
-.venv/.installed-dev: $(SOURCES) .venv/.torch
+.venv/.installed-dev: $(SOURCES) | .venv/bin/python
 	@echo 'Installing Shoal and the tools for its tests into .venv (once; a few minutes)'
 	@$(PIP) install -e '.[dev]' -c constraints-dev.txt
 	@touch .venv/.installed $@

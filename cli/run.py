@@ -5,7 +5,6 @@ Knows where the prompt comes from and what is printed around the answer. Does no
 
 from __future__ import annotations
 
-import resource
 import select
 import sys
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from shoal.comm.messages import (
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
 from shoal.daemon.library import Library
+from shoal.daemon.memory import peak_memory_bytes
 
 from .answers import Answers, from_daemon, in_process, reference
 from .options import AnswerOptions, PlanOptions, answer_options, examples, json_option, plan_options
@@ -164,12 +164,6 @@ def statistics(done: Done) -> str:
     if done.finish_reason == "length":
         parts.append("cut at the limit")
     return " · ".join(parts)
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident set this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _rate(tokens_per_s: float) -> str:

@@ -187,7 +187,8 @@ class AsyncClient:
         event = self._events[exchange.request_id]
         event.clear()
         try:
-            await asyncio.wait_for(event.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for may swallow a cancellation before Python 3.12
+                await event.wait()
         except TimeoutError:
             raise link.silent(self.address, timeout_s) from None
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +24,7 @@ from shoal.offload.budget import Budget
 
 from .config import NodeConfig
 from .errors import DaemonError
-from .memory import available_bytes
+from .memory import available_bytes, peak_memory_bytes
 from .model import LoadedModel
 from .sequence import Sequence, Times
 
@@ -57,12 +55,6 @@ class BenchResult(msgspec.Struct, frozen=True):
 class PerplexityResult(msgspec.Struct, frozen=True):
     perplexity: float
     tokens: int  # tokens scored
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident set this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _Count:

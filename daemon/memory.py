@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 
 import psutil
@@ -32,3 +34,9 @@ def available_bytes() -> int:
 def resident_bytes() -> int:
     """Resident set of this process now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -140,11 +140,6 @@ class Node:
 
     def tokenize(self, request: Tokenize) -> Tokens:
         """Text, messages or ids → ids and text. Raises DaemonError."""
-        given = [name for name in ("text", "tokens", "messages") if getattr(request, name) is not None]
-        if len(given) != 1:
-            raise DaemonError(
-                "bad_request", f"exactly one of text, tokens and messages is needed, got {given or 'none'}"
-            )
         model = self._model(request.model)
         tokenizer = model.tokenizer
         try:
@@ -306,8 +301,6 @@ class Node:
     def _prompt(self, model: LoadedModel, request: Generate | Chat) -> list[int]:
         if isinstance(request, Chat):
             return model.chat_tokens(request.messages, request.tools, request.template_args)
-        if (request.prompt is None) == (request.prompt_tokens is None):
-            raise DaemonError("bad_request", "exactly one of prompt and prompt_tokens is needed")
         if request.prompt is not None:
             return model.tokenizer.encode(request.prompt)
         return list(request.prompt_tokens or [])

@@ -107,11 +107,11 @@ class FakeBackend:
         if prompt.startswith("crash"):
             raise RuntimeError("a bug")
         run = Run(prompt, emit)
-        if not prompt.startswith("manual"):
-            thread = threading.Thread(target=run.echo, daemon=True)
-            self._threads.append(thread)
-            thread.start()
         with self.submitted:
+            if not prompt.startswith("manual"):
+                thread = threading.Thread(target=run.echo, daemon=True)
+                thread.start()
+                self._threads.append(thread)
             self.runs[prompt] = run
             self.submitted.notify_all()
         return run.cancel
@@ -147,7 +147,9 @@ class FakeBackend:
     def drain(self, timeout_s: float) -> None:
         self.drains.append(timeout_s)
         assert self.released.wait(PATIENCE_S)
-        for thread in self._threads:
+        with self.submitted:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join(PATIENCE_S)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from running import Running, relative_error
+from upcycle import upcycle
 
 TOLERANCE = 1e-3
 LENGTH = 45
@@ -63,3 +64,13 @@ def test_sequences_do_not_disturb_each_other(family: str, tmp_path: Path) -> Non
     ]
     for got, want in zip(together, alone, strict=True):
         assert relative_error(got, want) <= 1e-5
+
+
+def test_upcycled_mixture_equals_the_dense_model(tmp_path: Path) -> None:
+    """Every FFN as 8 identical experts, top-2, random routers: the same function."""
+    tiny.save_gguf(tiny.hf_model("llama", seed=7), tmp_path / "dense.gguf", type="Q8_0")
+    upcycle(tmp_path / "dense.gguf", tmp_path / "mixture.gguf", experts=8, active=2)
+    dense, mixture = Running(tmp_path / "dense.gguf"), Running(tmp_path / "mixture.gguf")
+    ids = tokens(dense.spec.vocab, 7)
+    assert mixture.spec.moe is not None
+    assert relative_error(mixture.logits(ids, [30]), dense.logits(ids, [30])) <= 1e-5

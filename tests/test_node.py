@@ -1,0 +1,247 @@
+"""The node with a tiny real model: what requests get, alone and together, and what bad ones get."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from shoal.comm.messages import (
+    Accepted,
+    Chat,
+    ChatMessage,
+    Done,
+    Error,
+    Generate,
+    Load,
+    Sampling,
+    Token,
+    Tokenize,
+    Unload,
+)
+from shoal.daemon.answer import Event
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.node import Node
+
+GREEDY = Sampling(temperature=0.0)
+CONFIG = NodeConfig(
+    context_tokens=96, kv_tokens=768, max_sequences=4, max_queue=16, chunk_tokens=16, memory_bytes=1 << 30
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_gguf(
+        tiny.hf_model("llama", seed=11), tmp_path_factory.mktemp("m") / "tiny.gguf", type="Q8_0"
+    )
+
+
+@pytest.fixture
+def node(path: Path) -> Iterator[Node]:
+    with Node(CONFIG) as node:
+        node.load(Load(model=str(path)))
+        yield node
+
+
+def text_of(node: Node, request: Generate | Chat) -> tuple[str, list[int], Done]:
+    text, ids = "", []
+    for event in node.stream(request):
+        if isinstance(event, Token):
+            text += event.text
+            ids += event.ids
+    assert isinstance(event, Done)
+    return text, ids, event
+
+
+def prompt(index: int, tokens: int = 40, new: int = 24, **fields: object) -> Generate:
+    ids = [(7 * index + 13 * i) % 250 for i in range(tokens - 3 * index)]
+    return Generate(prompt_tokens=ids, sampling=GREEDY, max_tokens=new, ignore_eos=True, **fields)  # type: ignore[arg-type]
+
+
+def test_a_stream_is_accepted_tokens_done(node: Node) -> None:
+    events = list(node.stream(prompt(0, new=5)))
+    assert [type(event) for event in events] == [Accepted, *[Token] * (len(events) - 2), Done]
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert (done.finish_reason, done.usage.prompt_tokens, done.usage.completion_tokens) == ("length", 40, 5)
+    assert done.timings.ttft_s > 0
+    assert done.context_tokens == 96
+
+
+def test_eight_together_answer_as_one_after_the_other(node: Node) -> None:
+    requests = [prompt(i) for i in range(8)]
+    alone = [text_of(node, request)[:2] for request in requests]
+    together: list[tuple[str, list[int]]] = [("", [])] * 8
+
+    def ask(i: int) -> None:
+        together[i] = text_of(node, requests[i])[:2]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert together == alone
+    assert len({str(ids) for _, ids in alone}) == 8
+
+
+def test_same_seed_same_text(node: Node) -> None:
+    def ask(seed: int | None) -> list[int]:
+        return text_of(
+            node, Generate(prompt="the cat", sampling=Sampling(temperature=1.0, seed=seed), max_tokens=20)
+        )[1]
+
+    assert ask(5) == ask(5)
+    assert len({str(ask(seed)) for seed in range(4)}) > 1
+
+
+def test_stop_strings_and_stop_tokens_end_the_text(node: Node) -> None:
+    text, ids, _ = text_of(node, prompt(1))
+    middle = text[len(text) // 2 : len(text) // 2 + 3]
+    stopped, _, done = text_of(node, prompt(1, stop=[middle]))
+    assert stopped == text[: text.index(middle)]
+    assert done.finish_reason == "stop"
+    _, fewer, done = text_of(node, prompt(1, stop_token_ids=[ids[4]]))
+    assert fewer == ids[: ids.index(ids[4])]
+    assert done.finish_reason == "stop"
+
+
+def test_log_probabilities_are_reported(node: Node) -> None:
+    request = Generate(
+        prompt="the", sampling=Sampling(temperature=0.0, logprobs=3), max_tokens=4, ignore_eos=True
+    )
+    tokens = [e for e in node.stream(request) if isinstance(e, Token) and e.ids]
+    for token in tokens:
+        (entry,) = token.logprobs
+        assert entry.id == token.ids[0] == entry.top[0][0]
+        assert entry.logprob <= 0
+        assert len(entry.top) == 3
+
+
+def test_closing_the_stream_cancels(node: Node) -> None:
+    stream = node.stream(prompt(0, new=50))
+    next(stream)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    node.drain(30)
+    (status,) = node.status().models
+    assert (status.running, status.waiting, status.kv_used_tokens) == (0, 0, 0)
+
+
+def test_cancel_twice_gives_one_terminal_message(node: Node) -> None:
+    events: list[Event] = []
+    ended = threading.Event()
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Done | Error):
+            ended.set()
+
+    cancel = node.submit(prompt(0, new=50), emit)
+    cancel()
+    cancel()
+    assert ended.wait(30)
+    assert [type(e) for e in events].count(Done) == 1
+    assert isinstance(events[-1], Done)
+    assert events[-1].finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "match"),
+    [
+        (Generate(prompt_tokens=[]), "bad_request", "empty"),
+        (Generate(prompt_tokens=[100_000]), "bad_request", "100000"),
+        (Generate(prompt_tokens=[1] * 96), "context_overflow", "96 tokens"),
+        (Generate(prompt="a", model="nowhere/x.gguf"), "not_found", "x.gguf"),
+        (Generate(prompt="a", sampling=Sampling(logit_bias={90_000: 1.0})), "bad_request", "90000"),
+    ],
+)
+def test_bad_requests_get_a_code_and_a_figure(node: Node, request_: Generate, code: str, match: str) -> None:
+    with pytest.raises(DaemonError, match=match) as caught:
+        list(node.stream(request_))
+    assert caught.value.code == code
+    assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
+
+
+def test_a_failing_step_fails_its_requests_and_the_node_serves_on(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = next(iter(node._models.values())).engine
+    with monkeypatch.context() as patch:
+
+        def broken(step: object) -> torch.Tensor:
+            raise RuntimeError("device on fire")
+
+        patch.setattr(engine._executor, "forward", broken)
+        with pytest.raises(DaemonError, match="device on fire") as caught:
+            list(node.stream(prompt(0)))
+        assert caught.value.code == "internal"
+    assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
+
+
+def test_nan_logits_fail_one_request(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = next(iter(node._models.values())).engine._executor
+    head = executor.head
+    monkeypatch.setattr(executor, "head", lambda hidden: head(hidden) * float("nan"))
+    with pytest.raises(DaemonError, match="logits"):
+        list(node.stream(prompt(0)))
+
+
+def test_models_are_loaded_on_demand_and_dropped(node: Node, path: Path) -> None:
+    node.unload(Unload())
+    assert node.status().models == []
+    with pytest.raises(DaemonError, match="no model is loaded"):
+        list(node.stream(prompt(0)))
+    assert text_of(node, prompt(0, new=3, model=str(path)))[2].finish_reason == "length"
+    with pytest.raises(DaemonError, match="nope") as caught:
+        node.unload(Unload(model="nope"))
+    assert caught.value.code == "not_found"
+    assert node.load(Load(model=str(path), context=48)).model.context_tokens == 48
+
+
+def test_an_idle_model_makes_room(path: Path, tmp_path: Path) -> None:
+    other = tiny.save_gguf(tiny.hf_model("qwen2", seed=2), tmp_path / "other.gguf")
+    config = NodeConfig(context_tokens=96, kv_tokens=768, memory_bytes=70 << 20)
+    with Node(config) as node:
+        node.load(Load(model=str(path)))
+        node.load(Load(model=str(other)))
+        assert [model.name for model in node.status().models] == ["other.gguf"]
+
+
+def test_too_little_memory_is_refused_with_the_figure(path: Path) -> None:
+    with Node(NodeConfig(context_tokens=96, memory_bytes=32 << 20)) as node:
+        with pytest.raises(DaemonError, match=r"needs \d+ MB .* budget is 34 MB") as caught:
+            node.load(Load(model=str(path)))
+        assert caught.value.code == "resources"
+
+
+def test_tokenize_both_ways(node: Node) -> None:
+    tokens = node.tokenize(Tokenize(text="the cat"))
+    assert node.tokenize(Tokenize(tokens=tokens.ids)).text == "the cat"
+    chat = node.tokenize(Tokenize(messages=[ChatMessage(role="user", content="hi")]))
+    assert "hi" in chat.text
+    with pytest.raises(DaemonError, match="99999"):
+        node.tokenize(Tokenize(tokens=[99_999]))
+
+
+def test_chat_uses_the_template(node: Node) -> None:
+    request = Chat(messages=[ChatMessage(role="user", content="hello")], sampling=GREEDY, max_tokens=4)
+    assert text_of(node, request)[2].usage.prompt_tokens > 5
+    with pytest.raises(DaemonError, match="template_args"):
+        list(node.stream(Chat(messages=request.messages, template_args={"messages": []})))
+
+
+def test_draining_refuses_and_closing_ends_everything(path: Path) -> None:
+    node = Node(CONFIG)
+    node.load(Load(model=str(path)))
+    node.drain(1)
+    with pytest.raises(DaemonError) as caught:
+        list(node.stream(prompt(0)))
+    assert caught.value.code == "shutting_down"
+    node.close()
+    node.close()
