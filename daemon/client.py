@@ -71,7 +71,7 @@ class Client:
 
     `timeout_s` bounds silence, not work: the daemon says `waiting` every few seconds while it computes.
     Methods raise NoDaemon, TimedOut, RequestFailed (the daemon's `error`), AddressError or ProtocolError.
-    Use from one thread; several streams may be read in turns.
+    After NoDaemon the next request connects anew. Use from one thread; several streams may be read in turns.
     """
 
     def __init__(

@@ -169,9 +169,12 @@ def test_a_daemon_that_ends_is_noticed_and_a_new_one_found(tmp_path):
             list(stream)
     with pytest.raises(NoDaemon):
         client.ping()
-    for _ in range(2):
-        with running(ipc(tmp_path)):
+    with running(ipc(tmp_path)):
+        client.ping()
+    with running(ipc(tmp_path)):
+        with contextlib.suppress(NoDaemon):  # the news of the first one's end may come only now
             client.ping()
+        client.ping()
     client.close()
 
 
@@ -243,6 +246,8 @@ def test_async_no_daemon_and_a_daemon_that_ends(tmp_path):
             with pytest.raises((RequestFailed, NoDaemon)):
                 await task
             with running(ipc(tmp_path)):
+                with contextlib.suppress(NoDaemon):  # the news of the first one's end may come only now
+                    await client.ping()
                 await client.ping()
 
     asyncio.run(main())
