@@ -1,7 +1,7 @@
 """Does the daemon bear rubbish? Sends fuzzed messages to a live one, with honest requests in between.
 
     python bench/fuzz_api.py                          a server of its own, with an echo for a model
-    python bench/fuzz_api.py --address ipc:///…       a running daemon (its models may get to work)
+    python bench/fuzz_api.py --address ipc:///…       a running daemon (its models may work, or be unloaded)
 
 Prints one JSON object: messages sent, replies by type, probes answered, and the daemon's resident memory
 over time, which should be flat after the first thousands.
