@@ -23,6 +23,8 @@ from shoal.comm.messages import (
     Message,
     ModelStatus,
     Ok,
+    Ping,
+    Pong,
     StatusReply,
     Timings,
     Token,
@@ -31,6 +33,7 @@ from shoal.comm.messages import (
     Unload,
     Usage,
 )
+from shoal.daemon.client import Client
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.server import Server
 from shoal.daemon.server_limits import ServerLimits
@@ -251,3 +254,20 @@ class RawClient:
         message = self.until(Error, request_id)
         assert isinstance(message, Error)
         return message
+
+
+def alive(daemon: RunningServer) -> bool:
+    with Client(daemon.address, timeout_s=PATIENCE_S) as client:
+        return client.text("are you there")[0] == "are you there "
+
+
+def gone(daemon: RunningServer) -> bool:
+    """Whether the server soon remembers nothing of any client."""
+    outbox, deadline_s = daemon.server._outbox, time.monotonic() + PATIENCE_S
+    with RawClient(daemon.address) as probe:
+        while time.monotonic() < deadline_s:
+            probe.send(Ping())
+            probe.until(Pong)
+            if outbox.in_flight == 0 and outbox.clients == 0:
+                return True
+    return False
