@@ -89,6 +89,16 @@ def start(
     raise DaemonError("internal", f"the daemon did not answer within {limit_s:.0f} s", f"its log is {path}")
 
 
+def load(home: Home, pid: int, model: str) -> None:
+    """Load a model into the daemon just started; if that fails, end the daemon and raise why."""
+    try:
+        with Client(home.address) as client:
+            client.load(model)
+    except CommError:
+        stop(home, pid, now=True, limit_s=START_LIMIT_S)
+        raise
+
+
 def stop(home: Home, pid: int, *, now: bool, limit_s: float, sleep: Sleep = time.sleep) -> None:
     """End the daemon `pid`: it finishes what it answers, or with `now` drops it. Raises DaemonError."""
     _signal(pid)

@@ -28,7 +28,7 @@ NOW_LIMIT_S = 20.0
         "shoal serve --memory 3GB --threads 4 --address tcp://127.0.0.1:7070",
     )
 )
-@click.option("--model", metavar="MODEL", help="Load this model before answering.")
+@click.option("--model", metavar="MODEL", help="Load this model at the start.")
 @click.option("--detach", "--background", is_flag=True, help="Run in the background; see shoal logs.")
 @click.option(
     "--address",
@@ -51,10 +51,12 @@ def serve(model: str | None, detach: bool, address: tuple[str, ...], plan: PlanO
         raise DaemonError("busy", f"a daemon is running already (pid {pid})", "shoal stop ends it")
     if detach:
         arguments = plan.arguments()
-        arguments += ["--model", name] if name else []
         arguments += [part for place in address for part in ("--address", place)]
         with spinner("starting the daemon"):
             pid = background.start(home, arguments)
+        if name:
+            with spinner(f"loading {name}"):
+                background.load(home, pid, name)
         note(f"the daemon runs (pid {pid}); its log is {background.log_path(home)}")
         return
     with deferred_interrupt():

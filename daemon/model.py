@@ -17,12 +17,15 @@ from typing import Any
 from shoal.comm.messages import Chat, ChatMessage, Generate, ModelStatus, Sampling
 from shoal.models.chat_template import ChatTemplate
 from shoal.models.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.errors import CheckpointError
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.tokenizer import Tokenizer
 from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
+from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
 from shoal.offload.store import ResidentStore
+from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan, plan_in_ram
 
 from .answer import Answer, Emit
@@ -107,7 +110,7 @@ class LoadedModel:
         except Exception as error:
             if held:
                 budget.release(purpose)
-            raise translated(error, str(path)) from error
+            raise refusal(error, name) from error
         executor = Executor(transformer, store, kv, Alone())
         scheduler = Scheduler(
             kv.table,
@@ -215,6 +218,13 @@ class LoadedModel:
         return ChatTemplate(
             self.tokenizer.chat_template or "", spelled(self.tokenizer.bos_id), spelled(self.tokenizer.eos_id)
         )
+
+
+def refusal(error: Exception, name: str) -> DaemonError:
+    """Why a model cannot be loaded. Checkpoint errors name their file themselves."""
+    if isinstance(error, PlanError | BudgetExceeded):
+        return DaemonError("resources", f"{name} {error}", "give it more --memory or a smaller --ctx")
+    return translated(error, "" if isinstance(error, CheckpointError) else name)
 
 
 def _as_dict(message: ChatMessage) -> dict[str, Any]:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Sequence
 
 from shoal.comm import keys
+from shoal.comm.errors import KeyFileError
 from shoal.comm.messages import Load
 
 from .config import NodeConfig
+from .errors import DaemonError
 from .home import Home, private_dir
 from .library import Library
 from .node import Node
@@ -22,22 +25,38 @@ from .server import Server
 def serve(config: NodeConfig, *, home: Home, model: str | None = None, addresses: Sequence[str] = ()) -> None:
     """Serve until SIGTERM or SIGINT; the first lets running requests end, the second stops at once.
 
-    `addresses` default to the home's private socket. `model` is loaded before anything is answered. Raises
-    DaemonError when an address is taken or refused, or the model cannot be loaded.
+    `addresses` default to the home's private socket. `model` is loaded meanwhile. Raises DaemonError when an
+    address is taken or refused, or the model cannot be loaded.
     """
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     private_dir(home.root)
     private_dir(home.run)
+    try:
+        server_keys = keys.load_server(home.keys)
+    except KeyFileError as error:
+        raise DaemonError("bad_request", str(error)) from error
     node = Node(config, Library(home).resolve)
-    server = Server(node, addresses or [home.address], server_keys=keys.load_server(home.keys))
+    server = Server(node, addresses or [home.address], server_keys=server_keys)
+    failures: list[DaemonError] = []
+
+    def load(name: str) -> None:
+        try:
+            node.load(Load(model=name))
+        except DaemonError as error:
+            failures.append(error)
+            server.stop()
+            server.stop()
+
     with server.signals():
         try:
             server.bind()
-            if model:
-                node.load(Load(model=model))
         except BaseException:
             node.close()
             raise
+        if model:
+            threading.Thread(target=load, args=(model,), name="shoal-load", daemon=True).start()
         server.serve()
+    if failures:
+        raise failures[0]
