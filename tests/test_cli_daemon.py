@@ -115,6 +115,8 @@ def test_detached_start_passes_the_options_on(
     monkeypatch.setattr(background.subprocess, "Popen", Process)
     monkeypatch.setattr(background, "answers", lambda home: next(looks))
     monkeypatch.setattr(background, "POLL_S", 0.001)
+    loaded: list[tuple[int, str]] = []
+    monkeypatch.setattr(background, "load", lambda home, pid, model: loaded.append((pid, model)))
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
     result = shoal(
@@ -123,15 +125,8 @@ def test_detached_start_passes_the_options_on(
     assert result.exit_code == 0, result.stderr
     assert "the daemon runs (pid 77)" in result.stderr
     command, options = started[0]
-    assert command[-7:] == [
-        "serve",
-        "--threads",
-        "1",
-        "--model",
-        str(tmp_path / "m.gguf"),
-        "--address",
-        "tcp://127.0.0.1:0",
-    ]
+    assert command[-5:] == ["serve", "--threads", "1", "--address", "tcp://127.0.0.1:0"]
+    assert loaded == [(77, str(tmp_path / "m.gguf"))]
     assert options["start_new_session"]
     assert options["env"]["SHOAL_HOME"] == str(home.root)
 
@@ -220,3 +215,11 @@ def test_a_real_daemon_from_start_to_stop(home: Home, tmp_path: Path) -> None:
         stopped = shoal("stop", "--now")
     assert stopped.exit_code == 0, stopped.stderr
     assert shoal("ps").exit_code == 4
+
+
+def test_a_model_that_does_not_load_ends_the_detached_daemon(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    result = shoal("serve", "--detach", "--model", str(tmp_path / "bad.gguf"))
+    assert result.exit_code == 1
+    assert "bad.gguf" in result.stderr
+    assert shoal("stop").exit_code == 4
