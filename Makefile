@@ -3,6 +3,7 @@
 PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 python3.11,$(shell $(python) -c \
 	'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)) python3)
 MODEL = smollm2
+MODEL_FILE = $(shell $(BIN)/shoal show $(MODEL) --json 2>/dev/null | sed -n 's/.*"path": "\(.*\)".*/\1/p')
 PROMPT = Explain in two sentences how a lighthouse works.
 
 BIN := .venv/bin
@@ -11,7 +12,7 @@ SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-peer test-slow check clean distclean
+.PHONY: help setup run test test-peer check bench clean distclean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -23,32 +24,33 @@ run: .venv/.installed ## answer PROMPT="…" with the default model, fetching wh
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@$(SHOAL) ps >/dev/null 2>&1 || $(SHOAL) serve --detach --model $(MODEL)
 	@echo
-	@$(SHOAL) run $(MODEL) '$(subst ','\'',$(value PROMPT))' </dev/null
+	@$(SHOAL) run $(MODEL) --temperature 0.2 --top-p 0.9 '$(subst ','\'',$(value PROMPT))' </dev/null
 	@echo
 	@echo 'Go on with    $(SHOAL) chat'
 	@echo 'See also      $(SHOAL) --help'
 	@echo 'Stop with     $(SHOAL) stop'
 
 test: .venv/.installed-dev ## run the tests
-	@$(BIN)/python -m pytest -m 'not peer and not slow' </dev/null
+	@$(BIN)/python -m pytest -m 'not peer' </dev/null
 
-test-peer: .venv/.installed-dev ## run the tests that compare with other engines or need the default model
-	@$(BIN)/python -m pytest -m peer </dev/null
-
-test-slow: .venv/.installed-dev ## run the tests that take minutes
-	@$(BIN)/python -m pytest -m slow </dev/null
+test-peer: .venv/.installed-dev bench/.venv/.installed ## run the tests that need llama.cpp or the default model
+	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
+	@SHOAL_PEER_PYTHON='$(CURDIR)/bench/.venv/bin/python' $(BIN)/python -m pytest -m peer </dev/null
 
 check: .venv/.installed-dev ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+bench: .venv/.installed-dev bench/.venv/.installed ## speed against llama.cpp; MODEL_FILE=… for another GGUF
+	@$(BIN)/python bench/speed.py '$(MODEL_FILE)' --peer-python bench/.venv/bin/python
+
 clean: ## remove what building and testing left; .venv stays
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name .venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 distclean: clean ## remove .venv and the built kernels too
-	@rm -rf .venv kernels/*.so
+	@rm -rf .venv bench/.venv kernels/*.so
 
 .venv/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo 'Shoal needs Python 3.11 or later: none was found.'; exit 1; }
@@ -68,3 +70,9 @@ distclean: clean ## remove .venv and the built kernels too
 	@echo 'Installing Shoal and the tools for its tests into .venv (once; a few minutes)'
 	@$(PIP) install -e '.[dev]' -c constraints-dev.txt
 	@touch .venv/.installed $@
+
+bench/.venv/.installed: bench/requirements.txt
+	@echo 'Building the peers into bench/.venv (once; some minutes)'
+	@$(PYTHON) -m venv --clear bench/.venv
+	@bench/.venv/bin/python -m pip --disable-pip-version-check install -q -r bench/requirements.txt
+	@touch $@
