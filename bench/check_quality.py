@@ -1,10 +1,12 @@
 """Perplexity and greedy agreement of a GGUF along a text: Shoal against llama.cpp.
 
-    python bench/check_quality.py MODEL.gguf TEXT --peer-python PATH [--ctx 512] [--windows 8]
+    python bench/check_quality.py MODEL.gguf TEXT --peer-python PATH [--ctx 512] [--windows 8] [--self]
 
 PATH is a python that has llama-cpp-python. The text is cut into windows of ctx tokens as `shoal perplexity` cuts it;
 in each, positions from ctx/2 on count. Exits with 1 if perplexities differ by more than 1%, or the most likely next
-token agrees at fewer than 97% of the positions.
+token agrees at fewer than 97% of the positions. --self adds how often llama.cpp, computing token by token, agrees
+with itself computing whole windows: with quantised weights it rounds activations to int8, so the order of its float
+sums shows, and this is the noise floor of the comparison.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--ctx", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8, help="at most")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--self", action="store_true", help="also compare llama.cpp with itself")
     options = parser.parse_args()
 
     set_threads(options.threads)
@@ -46,7 +49,7 @@ def main() -> int:
     count = min(options.windows, len(ids) // options.ctx)
     windows = [ids[i * options.ctx : (i + 1) * options.ctx] for i in range(count)]
     windows = [prefix + window[len(prefix) :] for window in windows]
-    theirs = peer(options, windows)
+    theirs = peer(options, windows, batch=options.ctx)
     first, last = options.ctx // 2, options.ctx - 1
     ours_loss = theirs_loss = 0.0
     agreed = scored = 0
@@ -63,6 +66,16 @@ def main() -> int:
         f"{options.model.name}: {scored} tokens scored; perplexity shoal {ours:.4f}, llama.cpp {peers:.4f} "
         f"({100 * (ours / peers - 1):+.2f}%); greedy agreement {100 * agreed / scored:.2f}%"
     )
+    if options.self:
+        again = peer(options, windows, batch=1)
+        same = sum(
+            a == b
+            for whole, single in zip(theirs, again, strict=True)
+            for a, b in zip(whole["greedy"][first:last], single["greedy"][first:last], strict=True)
+        )
+        print(
+            f"llama.cpp with itself, batch {options.ctx} and 1: greedy agreement {100 * same / scored:.2f}%"
+        )
     return 0 if abs(ours / peers - 1) <= 0.01 and agreed / scored >= 0.97 else 1
 
 
@@ -77,8 +90,9 @@ def logits_of(model: LoadedModel, ids: list[int]) -> torch.Tensor:
     return logits
 
 
-def peer(options: argparse.Namespace, windows: list[list[int]]) -> list[dict[str, list[float]]]:
+def peer(options: argparse.Namespace, windows: list[list[int]], batch: int) -> list[dict[str, list[float]]]:
     command = [options.peer_python, str(PEER), str(options.model), str(options.ctx), str(options.threads)]
+    command.append(str(batch))
     done = subprocess.run(
         command, input=json.dumps(windows), capture_output=True, text=True, timeout=3600, check=False
     )

@@ -1,9 +1,9 @@
 """Run by a python that has llama-cpp-python: negative log-likelihoods and greedy choices along a text.
 
-    python peer_logits.py MODEL.gguf CTX THREADS < ids.json > result.json
+    python peer_logits.py MODEL.gguf CTX THREADS BATCH < ids.json > result.json
 
 Reads windows of token ids, each at most CTX long; writes for each the most likely next token and the negative
-log-likelihood of the actual next token at every position but the last.
+log-likelihood of the actual next token at every position but the last. BATCH tokens are computed at a time.
 """
 
 import json
@@ -15,7 +15,7 @@ from llama_cpp import Llama
 model = Llama(
     model_path=sys.argv[1],
     n_ctx=int(sys.argv[2]),
-    n_batch=int(sys.argv[2]),
+    n_batch=int(sys.argv[4]),
     n_threads=int(sys.argv[3]),
     logits_all=True,
     verbose=False,
