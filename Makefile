@@ -24,7 +24,7 @@ run: .venv/.installed ## answer PROMPT="…" with the default model, fetching wh
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@$(SHOAL) ps >/dev/null 2>&1 || $(SHOAL) serve --detach --model $(MODEL)
 	@echo
-	@$(SHOAL) run $(MODEL) --temperature 0.2 --top-p 0.9 '$(subst ','\'',$(value PROMPT))' </dev/null
+	@$(SHOAL) run $(MODEL) '$(subst ','\'',$(value PROMPT))' </dev/null
 	@echo
 	@echo 'Go on with    $(SHOAL) chat'
 	@echo 'See also      $(SHOAL) --help'

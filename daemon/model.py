@@ -33,12 +33,13 @@ from .config import NodeConfig
 from .engine import Engine
 from .errors import DaemonError
 from .executor import Alone, Executor
+from .registry import recommended_sampling
 from .scheduler import Scheduler
 from .sequence import Sequence
 from .translate import translated
 
 DEFAULT_CONTEXT_TOKENS = 8192
-DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 0, "top_p": 0.95, "min_p": 0.0}
+DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 Progress = Callable[[int, int], None]
 
@@ -178,8 +179,8 @@ class LoadedModel:
         return sequence
 
     def sampling(self, asked: Sampling) -> SamplingParams:
-        """The request's values, else the checkpoint's, else Shoal's defaults."""
-        defaults = {**DEFAULT_SAMPLING, **self.checkpoint.defaults}
+        """The request's values, else what the model's authors recommend, else Shoal's defaults."""
+        defaults = {**DEFAULT_SAMPLING, **recommended_sampling(self.name), **self.checkpoint.defaults}
         chosen = {
             name: default if (value := getattr(asked, name)) is None else value
             for name, default in defaults.items()

@@ -26,6 +26,7 @@ class PackagedModel:
     member_bytes: int
     member_sha256: str
     aliases: tuple[str, ...] = ()
+    sampling: tuple[tuple[str, float], ...] = ()  # what its authors recommend
 
     @property
     def file(self) -> str:
@@ -51,6 +52,7 @@ MODELS: tuple[PackagedModel, ...] = (
         member_bytes=98_362_432,
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         aliases=("smollm2-135m", "default"),
+        sampling=(("temperature", 0.2), ("top_p", 0.9)),
     ),
 )
 
@@ -65,3 +67,8 @@ def canonical(name: str) -> str:
     """The name under which the store keeps `name`."""
     model = find(name)
     return model.name if model else name
+
+
+def recommended_sampling(name: str) -> dict[str, float]:
+    """What the authors of the model kept under `name` recommend; empty when nothing is known."""
+    return dict(next((model.sampling for model in MODELS if model.name == name), ()))

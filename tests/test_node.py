@@ -26,6 +26,7 @@ from shoal.comm.messages import (
 from shoal.daemon.answer import Event
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.model import DEFAULT_SAMPLING
 from shoal.daemon.node import Node
 
 GREEDY = Sampling(temperature=0.0)
@@ -245,3 +246,13 @@ def test_draining_refuses_and_closing_ends_everything(path: Path) -> None:
     assert caught.value.code == "shutting_down"
     node.close()
     node.close()
+
+
+def test_sampling_falls_back_from_request_to_authors_to_shoal(path: Path) -> None:
+    with Node(CONFIG) as node:
+        node.load(Load(model=str(path)))
+        model = next(iter(node._models.values()))
+        assert model.sampling(Sampling()).temperature == DEFAULT_SAMPLING["temperature"]
+        model.name = "smollm2"
+        assert model.sampling(Sampling()).temperature == 0.2
+        assert model.sampling(Sampling(temperature=0.0)).temperature == 0.0
