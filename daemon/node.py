@@ -38,7 +38,7 @@ from .answer import Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
 from .memory import available_bytes, resident_bytes
-from .model import LoadedModel, Progress, no_progress
+from .model import LoadedModel, Progress, make_plan, no_progress, refusal
 from .translate import translated
 
 log = logging.getLogger(__name__)
@@ -161,20 +161,25 @@ class Node:
             raise translated(error) from error
 
     def load(self, request: Load, progress: Progress = no_progress) -> Loaded:
-        """Load a model, or find it loaded. Idle models make room when memory is short. Raises DaemonError."""
+        """Load a model, or find it loaded. Idle models make room when memory is short. Raises DaemonError.
+
+        Another context for a loaded model means loading it again: `busy` while it answers, and a context that
+        cannot be had leaves it as it was.
+        """
         began_s = self._clock()
         with self._loading:
             self._check_open()
             path = self._resolve(request.model)
-            name = path.name if str(path) == request.model else request.model
-            known = self._find(name, path)
+            known = self._loaded_from(path)
             if known is not None and request.context in (None, known.plan.context_tokens):
                 return Loaded(model=known.status(), seconds=0.0)
-            if known is not None:
-                self._drop(known)
             config = self.config
             if request.context is not None:
                 config = config.with_context(request.context)
+            if known is not None:
+                self._check_reload(known, config)
+                self._drop(known)
+            name = self._free_name(path.name if str(path) == request.model else request.model, path)
             model = self._load_with_room(name, path, config, progress)
             with self._wake:
                 self._models[name] = model
@@ -236,12 +241,17 @@ class Node:
                 self._wake.wait_for(lambda: self._closed or self._busy(), IDLE_WAIT_S)
                 if self._closed:
                     return
-                busy = [model for model in self._models.values() if model.engine.busy]
-            for model in busy:
-                try:
-                    model.engine.step()
-                except Exception:  # the step's own requests have been told; the others go on
-                    log.exception("a step of %s failed", model.name)
+            self._step_each()
+
+    def _step_each(self) -> None:
+        """One step of each busy model. Not in the loop, whose names would keep the last one in memory for ever."""
+        with self._wake:
+            busy = [model for model in self._models.values() if model.engine.busy]
+        for model in busy:
+            try:
+                model.engine.step()
+            except Exception:  # the step's own requests have been told; the others go on
+                log.exception("a step of %s failed", model.name)
 
     def _busy(self) -> bool:
         return any(model.engine.busy for model in self._models.values())
@@ -274,10 +284,29 @@ class Node:
             (model for model in self._models.values() if str(model.checkpoint.path) == name), None
         )
 
-    def _find(self, name: str, path: Path) -> LoadedModel | None:
+    def _loaded_from(self, path: Path) -> LoadedModel | None:
         with self._wake:
-            found = self._models.get(name)
-            return found or next((m for m in self._models.values() if m.checkpoint.path == path), None)
+            return next((m for m in self._models.values() if m.checkpoint.path == path), None)
+
+    def _free_name(self, name: str, path: Path) -> str:
+        """`name`, or the whole path when another file of that name is loaded."""
+        with self._wake:
+            return str(path) if name in self._models else name
+
+    def _check_reload(self, model: LoadedModel, config: NodeConfig) -> None:
+        """Raises DaemonError when `model` could not be loaded again with `config`, before it is dropped."""
+        if model.engine.busy:
+            hint = "try again when it is idle"
+            raise DaemonError(
+                "busy", f"{model.name} is answering, so its context stays", hint, retry_after_s=1.0
+            )
+        with self._wake:
+            idle = [other for other in self._models.values() if not other.engine.busy]
+        room_bytes = self.budget.free_bytes + sum(other.plan.peak_bytes for other in idle)
+        try:
+            make_plan(model.checkpoint, config, room_bytes)
+        except Exception as error:
+            raise refusal(error, model.name) from error
 
     def _load_with_room(self, name: str, path: Path, config: NodeConfig, progress: Progress) -> LoadedModel:
         while True:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -203,6 +206,45 @@ def test_models_are_loaded_on_demand_and_dropped(node: Node, path: Path) -> None
         node.unload(Unload(model="nope"))
     assert caught.value.code == "not_found"
     assert node.load(Load(model=str(path), context=48)).model.context_tokens == 48
+
+
+def test_files_of_one_name_are_two_models(path: Path, tmp_path: Path) -> None:
+    other = tiny.save_gguf(tiny.hf_model("qwen2", seed=2), tmp_path / path.name)
+    with Node(CONFIG) as node:
+        names = [node.load(Load(model=str(file))).model.name for file in (path, other, path)]
+        assert names == [path.name, str(other), path.name]
+        assert {(m.name, m.family) for m in node.status().models} == {
+            (names[0], "llama"),
+            (names[1], "qwen2"),
+        }
+        (accepted, *_) = node.stream(prompt(0, new=2, model=str(other)))
+        assert isinstance(accepted, Accepted)
+        assert accepted.model == str(other)
+
+
+def test_a_refused_context_leaves_the_model_loaded(node: Node, path: Path) -> None:
+    for context, code in ((9999, "context_overflow"), (128, "resources")):
+        before, node.budget.limit_bytes = node.budget.limit_bytes, 1 << 20 if code == "resources" else 1 << 30
+        with pytest.raises(DaemonError) as caught:
+            node.load(Load(model=str(path), context=context))
+        node.budget.limit_bytes = before
+        assert caught.value.code == code
+    stream = node.stream(prompt(0, new=50))
+    next(stream)
+    with pytest.raises(DaemonError, match="is answering") as caught:
+        node.load(Load(model=str(path), context=48))
+    assert caught.value.code == "busy"
+    assert [type(event) for event in stream][-1] is Done
+
+
+def test_an_unloaded_model_leaves_memory(node: Node) -> None:
+    kept = weakref.ref(node._models["tiny.gguf"])
+    text_of(node, prompt(0, new=3))
+    node.unload(Unload())
+    deadline_s = time.monotonic() + 30
+    while kept() is not None and time.monotonic() < deadline_s:
+        gc.collect()
+    assert kept() is None
 
 
 def test_an_idle_model_makes_room(path: Path, tmp_path: Path) -> None:
