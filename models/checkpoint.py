@@ -73,6 +73,8 @@ class Checkpoint:
         used = {
             piece.tensor.name: piece.tensor for block in self.spec.blocks() for piece in self._pieces(block)
         }
+        if kind == "gguf":
+            self._refuse_unknown(files.tensors.keys() - used.keys())
         self.nbytes = sum(tensor.nbytes for tensor in used.values())
         self.parameters = sum(tensor.weights for tensor in used.values())
         self.types: Mapping[str, int] = Counter(tensor.type.name for tensor in used.values())
@@ -114,13 +116,16 @@ class Checkpoint:
         for tensor, first_row, rows, roles in self._pieces(block):
             buffer = self._files.read(tensor, first_row, rows)
             matrix = Matrix.from_bytes(tensor.type, rows, tensor.shape[-1], buffer)
-            for role in roles:
-                shape = self._shapes[block.kind][role]
-                if len(shape) == 1:
-                    vectors[role] = self._vector(role, matrix)
-                    break
-                matrices[role] = matrix.slice_rows(0, shape[0])
-                matrix = matrix.slice_rows(shape[0], matrix.rows)
+            shapes = [self._shapes[block.kind][role] for role in roles]
+            sizes = [shape[0] for shape in shapes]
+            if len(shapes[0]) == 1:
+                vectors.update(
+                    zip(roles, self._vector(roles[0], matrix).split_with_sizes(sizes), strict=True)
+                )
+                continue
+            for role, size in zip(roles, sizes, strict=True):
+                matrices[role] = matrix.slice_rows(0, size)
+                matrix = matrix.slice_rows(size, matrix.rows)
         return Weights(matrices, vectors)
 
     def tokenizer(self) -> Tokenizer:
@@ -171,6 +176,15 @@ class Checkpoint:
                 f"the configuration asks for {expected}"
             )
         return Piece(tensor, rows * block.expert if stacked else 0, rows, roles)
+
+    def _refuse_unknown(self, unused: set[str]) -> None:
+        """A GGUF holds what its model computes with, so a tensor without a place would be a silent error."""
+        unknown = sorted(name for name in unused if "rope_" not in name and "rot_embd" not in name)
+        if unknown:
+            raise UnsupportedCheckpoint(
+                f"{self.path}: tensor {unknown[0]} has no place in the family {self.spec.family!r} as Shoal computes "
+                f"it ({len(unknown)} such); its results would be wrong"
+            )
 
     def _find(self, name: str, block: BlockId, stacked: bool) -> StoredTensor:
         try:

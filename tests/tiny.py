@@ -7,6 +7,7 @@ names come from the `gguf` package's own map, not from Shoal's.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +208,21 @@ def save_hf(model: Any, directory: Path, sharded: bool = False, type: str = "F32
     return directory
 
 
-def save_gguf(model: Any, path: Path, type: str = "F32", split_tensors: int = 0) -> Path:
+Tensors = dict[str, tuple[np.ndarray[Any, Any], GGMLQuantizationType | None]]
+
+
+def save_gguf(
+    model: Any,
+    path: Path,
+    type: str = "F32",
+    split_tensors: int = 0,
+    edit: Callable[[Tensors], Tensors] = lambda tensors: tensors,
+) -> Path:
     """Writes a GGUF file as llama.cpp's converter would, its matrices stored as `type`.
 
     The model's own parameters become what was stored, so that both compute the same. Types that the `gguf` package
     cannot quantise get random blocks. split_tensors: so many tensors per part; the path of the first part is returned.
+    edit: what to write instead of the converter's tensors, given as rows with their type (None: that of the array).
     """
     config = model.config
     arch = _ARCHS[config.model_type]
@@ -220,6 +231,7 @@ def save_gguf(model: Any, path: Path, type: str = "F32", split_tensors: int = 0)
     _write_tokenizer(writer)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     state = dict(model.named_parameters())  # without the tied head
+    tensors: Tensors = {}
     for name, parameter in state.items():
         stored = _store(parameter, "F32" if _stays_f32(name, parameter) else type)
         for part, data in _parts(name, stored, config):
@@ -230,7 +242,9 @@ def save_gguf(model: Any, path: Path, type: str = "F32", split_tensors: int = 0)
             raw = GGMLQuantizationType[type] if data.dtype == np.uint8 else None
             if arch == gguf.MODEL_ARCH.GEMMA3 and name.endswith("norm.weight"):
                 data = data + np.float32(1)
-            writer.add_tensor(ours, np.ascontiguousarray(data), raw_dtype=raw)
+            tensors[ours] = (np.ascontiguousarray(data), raw)
+    for ours, (data, raw) in edit(tensors).items():
+        writer.add_tensor(ours, data, raw_dtype=raw)
     _write_rope_factors(writer, config)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

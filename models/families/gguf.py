@@ -7,6 +7,7 @@ comes from its `GgufSide`. Defaults of absent keys are llama.cpp's.
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 from shoal.kernels import Matrix, dequantize
@@ -18,6 +19,7 @@ from .facts import REQUIRED, Facts
 from .family import Family, GgufSide
 from .hf import layer_count
 from .layout import ATTENTION_BIASES, FFN_BIASES, Names, Recipe, chosen
+from .names import GGUF_FUSED
 from .rope import gguf_rope
 
 _SOFTMAX = 1
@@ -80,7 +82,8 @@ def gguf_recipe(family: Family, arch: str, files: TensorFiles) -> Recipe:
         tied="output.weight" not in files.tensors,
         moe=moe.spec if moe else None,
     )
-    return Recipe(spec, chosen(spec, gguf.names, _biases(gguf.names, files)))
+    names = _with_fused(gguf.names, files)
+    return Recipe(spec, chosen(spec, names, _biases(names, files)))
 
 
 def check_experts(facts: Facts) -> None:
@@ -131,11 +134,23 @@ def _factors(files: TensorFiles, name: str) -> tuple[float, ...]:
     return tuple(dequantize(matrix).flatten().tolist())
 
 
+def _with_fused(names: Names, files: TensorFiles) -> Names:
+    """The names with those tensors fused that the first layer has fused; then every layer must have them so."""
+    attention = dict(names["attn"])
+    for roles, name in GGUF_FUSED.items():
+        if name.format(layer=0) in files.tensors:
+            for role in roles.split("+"):
+                del attention[role]
+            attention[roles] = name
+    return {**names, "attn": attention}
+
+
 def _biases(names: Names, files: TensorFiles) -> frozenset[str]:
     """The biases that the first layer has; then every layer must have them."""
-    return frozenset(
-        role
+    stored = (
+        roles.split("+")
         for kind in ("attn", "ffn")
-        for role, name in names[kind].items()
-        if role in ATTENTION_BIASES | FFN_BIASES and name.format(layer=0) in files.tensors
+        for roles, name in names[kind].items()
+        if name.format(layer=0) in files.tensors
     )
+    return frozenset(chain.from_iterable(stored)) & (ATTENTION_BIASES | FFN_BIASES)

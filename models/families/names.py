@@ -94,6 +94,12 @@ GGUF_NAMES: Names = {
     "head": {"norm": "output_norm.weight", "head": "output.weight"},
 }
 
+# Any GGUF may have q, k and v in one tensor, some with biases that are still apart.
+GGUF_FUSED = {
+    "q+k+v": "blk.{layer}.attn_qkv.weight",
+    "q_bias+k_bias+v_bias": "blk.{layer}.attn_qkv.bias",
+}
+
 PHI3_HF: Names = {
     **HF_NAMES,
     "attn": {
@@ -110,11 +116,6 @@ PHI3_HF: Names = {
 
 PHI3_GGUF: Names = {
     **GGUF_NAMES,
-    "attn": {
-        "norm": "blk.{layer}.attn_norm.weight",
-        "q+k+v": "blk.{layer}.attn_qkv.weight",
-        "o": "blk.{layer}.attn_output.weight",
-    },
     "ffn": {
         "norm": "blk.{layer}.ffn_norm.weight",
         "gate+up": "blk.{layer}.ffn_up.weight",
