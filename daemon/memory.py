@@ -1,7 +1,9 @@
-"""How much memory this process may still use: the machine's free memory, or its cgroup's if that is less."""
+"""This process and memory: how much it may still use (the machine's, or its cgroup's if less), has, and gives back."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -40,3 +42,9 @@ def peak_memory_bytes() -> int:
     """The largest resident set this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system. glibc keeps blocks of up to 32 MB otherwise, which weights often are."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

@@ -37,7 +37,7 @@ from shoal.offload.budget import Budget
 from .answer import Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
-from .memory import available_bytes, resident_bytes
+from .memory import available_bytes, resident_bytes, return_freed
 from .model import LoadedModel, Progress, make_plan, no_progress, refusal
 from .translate import translated
 
@@ -179,6 +179,7 @@ class Node:
             if known is not None:
                 self._check_reload(known, config)
                 self._drop(known)
+                known = None  # or it would stay in memory beside its successor
             name = self._free_name(path.name if str(path) == request.model else request.model, path)
             model = self._load_with_room(name, path, config, progress)
             with self._wake:
@@ -196,6 +197,8 @@ class Node:
                     "not_found", f"no model {request.model or 'at all'} is loaded", "see shoal ps"
                 )
             self._drop(known)
+            known = None
+            return_freed()
         return Ok()
 
     def status(self) -> StatusReply:
@@ -310,14 +313,20 @@ class Node:
 
     def _load_with_room(self, name: str, path: Path, config: NodeConfig, progress: Progress) -> LoadedModel:
         while True:
+            return_freed()
             try:
                 return LoadedModel.load(name, path, config, self.budget, clock=self._clock, progress=progress)
             except DaemonError as error:
-                with self._wake:
-                    idle = [model for model in self._models.values() if not model.engine.busy]
-                if error.code != "resources" or not idle:
+                if error.code != "resources" or not self._make_room():
                     raise
-                self._drop(min(idle, key=lambda model: model.used_s))
+
+    def _make_room(self) -> bool:
+        """Drop the idle model that was used longest ago; False when there is none."""
+        with self._wake:
+            idle = [model for model in self._models.values() if not model.engine.busy]
+        if idle:
+            self._drop(min(idle, key=lambda model: model.used_s))
+        return bool(idle)
 
     def _drop(self, model: LoadedModel) -> None:
         with self._wake:
