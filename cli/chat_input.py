@@ -22,6 +22,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.styles import Style
 
+from shoal.daemon.errors import DaemonError
+
 from .conversation import finished, unfinished
 from .output import note
 
@@ -40,11 +42,15 @@ class PlainReader:
     """Lines of stdin, without prompt or echo."""
 
     def read(self) -> str | None:
+        """Raises DaemonError `bad_request` when stdin is not text."""
         lines: list[str] = []
-        for line in iter(sys.stdin.readline, ""):
-            lines.append(line.rstrip("\n"))
-            if not unfinished("\n".join(lines)):
-                break
+        try:
+            for line in iter(sys.stdin.readline, ""):
+                lines.append(line.rstrip("\n"))
+                if not unfinished("\n".join(lines)):
+                    break
+        except UnicodeDecodeError as error:
+            raise DaemonError("bad_request", f"stdin is not {error.encoding} text") from error
         return finished("\n".join(lines)) if lines else None
 
 

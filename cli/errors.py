@@ -5,6 +5,7 @@ Knows the error trees of daemon and comm, and click's. Does not print.
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 
 import click
@@ -52,8 +53,10 @@ def explain(error: BaseException) -> tuple[str, Exit]:
         return "interrupted", Exit.INTERRUPTED
     if isinstance(error, MemoryError):
         return _line("out of memory", "give --memory or a smaller --ctx"), Exit.REFUSED
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}", Exit.FAILED
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{where}{error.strerror}", Exit.REFUSED if full else Exit.FAILED
     what = f"{type(error).__name__}: {_text(error)}"
     return _line(f"unexpected error: {what}", "SHOAL_DEBUG=1 shows where; please report it"), Exit.FAILED
 

@@ -16,11 +16,12 @@ INTERRUPTED = 130
 def main() -> NoReturn:
     """Run the verb in sys.argv and exit."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # while importing nothing needs tidying
+    _open_closed()
     from .verbs import cli
 
-    for stream in (sys.stdout, sys.stderr):
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=errors)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         cli.main()
@@ -30,6 +31,16 @@ def main() -> NoReturn:
             _flush()
             os._exit(INTERRUPTED)
         raise
+
+
+def _open_closed() -> None:
+    """Standard streams that the caller has closed lead nowhere, instead of to the next file that is opened."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode))
 
 
 def _flush() -> None:

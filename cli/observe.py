@@ -45,7 +45,8 @@ def ps(as_json: bool) -> None:
         f"daemon {status.version} · pid {status.pid} · up {format_duration(status.uptime_s)} · "
         f"{status.threads} threads · {format_bytes(status.memory_bytes)} resident · "
         f"{status.requests_total} requests · {status.tokens_total} tokens"
-        + (" · stopping" if status.draining else "")
+        + (" · stopping" if status.draining else ""),
+        soft_wrap=True,
     )
     if not status.models:
         note("no model is loaded")

@@ -76,7 +76,18 @@ class Shoal(click.Group):
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         extra["standalone_mode"] = False
         verbs_main = super().main
-        sys.exit(_guarded(lambda: verbs_main(args, prog_name or "shoal", **extra)))
+        given = sys.argv[1:] if args is None else list(args)
+        sys.exit(_guarded(lambda: verbs_main(_texts(given), prog_name or "shoal", **extra)))
+
+
+def _texts(arguments: list[str]) -> list[str]:
+    """`arguments`, if messages and JSON can carry them. Raises UsageError."""
+    for number, argument in enumerate(arguments, 1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise click.UsageError(f"argument {number} is not UTF-8 text: {ascii(argument)[:60]}") from error
+    return arguments
 
 
 def _version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
@@ -112,6 +123,9 @@ def _guarded(call: Callable[[], object]) -> int:
         return Exit.FAILED
     except click.exceptions.Exit as ended:
         return ended.exit_code
+    except click.exceptions.NoArgsIsHelpError as bare:
+        click.echo(bare.format_message(), err=True)
+        return Exit.USAGE
     except (Exception, KeyboardInterrupt) as error:
         line, code = explain(error)
         if os.environ.get("SHOAL_DEBUG") == "1":

@@ -80,10 +80,16 @@ class Session:
         self._count = 0
 
     def open(self, request: Message) -> tuple[Exchange, Frames]:
-        """Begin a request: what will hold its replies, and what to send. ProtocolError when too large."""
+        """Begin a request: what will hold its replies, and what to send.
+
+        RequestFailed `bad_request`, as the daemon would answer, when it is too large or no message at all.
+        """
         self._count += 1
         request_id = self._count.to_bytes(8, "big")
-        frames = wire.encode(request, request_id, wire.MAX_REQUEST_BYTES)
+        try:
+            frames = wire.encode(request, request_id, wire.MAX_REQUEST_BYTES)
+        except ProtocolError as error:
+            raise RequestFailed(error.code, str(error)) from error
         exchange = self._exchanges[request_id] = Exchange(request_id)
         return exchange, frames
 

@@ -49,7 +49,7 @@ class NodeConfig:
     def __post_init__(self) -> None:
         limits: dict[str, tuple[int, int]] = {
             "threads": (0, os.cpu_count() or 1),
-            "memory_bytes": (1 << 20, 1 << 50),
+            "memory_bytes": (1, 1 << 50),
             "context_tokens": (1, 1 << 26),
             "kv_tokens": (1, 1 << 32),
             "max_sequences": (1, 1024),

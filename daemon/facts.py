@@ -11,7 +11,7 @@ from typing import Any
 from shoal import kernels
 from shoal.models.checkpoint import Checkpoint, open_checkpoint
 
-from .translate import translated
+from .model import refusal
 
 
 def kernel_home() -> str:
@@ -25,7 +25,7 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
         with open_checkpoint(path) as checkpoint:
             return _facts(path, checkpoint)
     except Exception as error:
-        raise translated(error, str(path)) from error
+        raise refusal(error, str(path)) from error
 
 
 def _facts(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -137,16 +137,13 @@ class Library:
 
     def resolve(self, model: str) -> Path:
         """The checkpoint's path for a path or a name. Raises DaemonError `not_found`."""
-        if is_path(model):
-            path = Path(model).expanduser()
-            if not path.exists():
-                raise DaemonError("not_found", f"no such file or directory: {model}", "see shoal ls")
-            return path.absolute()
-        found = self._find(registry.canonical(model))
-        if found is not None:
+        if not is_path(model) and (found := self._find(registry.canonical(model))) is not None:
             return found.path
-        if Path(model).exists():
-            return Path(model).absolute()
+        path = _existing(model) if model else None
+        if path is not None:
+            return path
+        if is_path(model):
+            raise DaemonError("not_found", f"no such file or directory: {model[:300]}", "see shoal ls")
         raise self._unknown(model)
 
     def entry(self, name: str) -> Entry:
@@ -280,6 +277,23 @@ class Library:
         return DaemonError(
             "not_found", f"no model called {name[:140]!r}", f"{hint}see shoal ls; shoal pull fetches models"
         )
+
+
+def _existing(model: str) -> Path | None:
+    """The file or directory that a user wrote as a path, absolute; None when there is none.
+
+    Raises DaemonError `not_found` for what cannot be looked at, and for pipes and devices, which may never end.
+    """
+    try:
+        path = Path(model).expanduser()
+        if path.is_file() or path.is_dir():
+            return path.absolute()
+        if not path.exists():
+            return None
+    except (OSError, RuntimeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise DaemonError("not_found", f"{model[:300]}: {reason}") from error
+    raise DaemonError("not_found", f"{model[:300]} is neither a file nor a directory")
 
 
 def _stays_inside(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -56,6 +57,26 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
     assert f"Examples:\n    shoal {verb}" in result.stdout
 
 
+def test_no_verb_at_all_shows_the_help() -> None:
+    result = shoal()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert all(f"\n  {name} " in result.stderr for name in VERBS)
+
+
+def test_closed_standard_streams_lead_nowhere() -> None:
+    look = """
+import os
+from shoal.cli import main, verbs
+def probe():
+    assert os.open(os.devnull, os.O_RDONLY) > 2, "a file has taken the place of a stream"
+    print(sys.stdin.read(), file=sys.stderr)
+verbs.cli.main = probe
+"""
+    program = f"import os, sys\nos.closerange(0, 3)\nsys.stdin = sys.stdout = sys.stderr = None\n{look}\nmain.main()"
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert done.returncode == 0
+
+
 def test_version_and_unknown_verbs() -> None:
     assert shoal("--version").stdout.startswith("shoal ")
     result = shoal("chta")
@@ -82,6 +103,8 @@ def test_version_and_unknown_verbs() -> None:
         (KeyboardInterrupt(), "interrupted", 130),
         (click.Abort(), "interrupted", 130),
         (FileNotFoundError(2, "No such file", "x"), "x: No such file", 1),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", 3),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error", 1),
         (
             KeyError("k"),
             "unexpected error: KeyError: 'k' (SHOAL_DEBUG=1 shows where; please report it)",
@@ -99,7 +122,8 @@ def test_every_error_is_one_line_and_a_code(error: BaseException, line: str, cod
         (["run"], "missing argument 'MODEL'"),
         (["run", "--frobnicate", "m"], "no such option"),
         (["run", "--memory", "3XB", "m", "p"], "'3XB' is not an amount of memory; write 3GB"),
-        (["run", "--memory", "5", "m", "p"], "memory_bytes=5: must be from 1048576"),
+        (["run", "--memory", "0", "m", "p"], "memory_bytes=0: must be from 1 to"),
+        (["run", "m", "\udcff\udcfe"], r"argument 3 is not UTF-8 text: '\udcff\udcfe'"),
         (["run", "--threads", "0", "m", "p"], "0 is not in the range x>=1"),
         (["run", "--threads", "99999", "m", "p"], "threads=99999: must be from 0 to"),
         (["run", "--top-p", "2", "m", "p"], "2.0 is not in the range 0<x<=1"),

@@ -86,6 +86,7 @@ def test_show_of_what_is_no_model(model: Path) -> None:
     result = shoal("show", str(model))
     assert result.exit_code == 1
     assert result.stderr.startswith(f"shoal: {model}: ")
+    assert result.stderr.count(str(model)) == 1
     assert result.stderr.count("\n") == 1
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 from api_fakes import PATIENCE_S, RunningServer, done, ipc, running
 
+from shoal.comm import wire
 from shoal.comm.errors import NoDaemon, RequestFailed, TimedOut
 from shoal.comm.messages import Accepted, Done, Sampling, Token
 from shoal.daemon.client import AsyncClient, Client
@@ -66,6 +67,10 @@ def test_errors_carry_code_and_hint_and_leave_the_client_usable(client):
         client.text("x", max_tokens=0)
     with pytest.raises(RequestFailed, match="no such model"):
         client.load("missing")
+    for unsendable in ("\udcff", "x" * (wire.MAX_REQUEST_BYTES + 1)):
+        with pytest.raises(RequestFailed, match=r"cannot encode|must be at most") as failed:
+            client.text(unsendable)
+        assert failed.value.code == "bad_request"
     assert client.text("still here")[0] == "still here "
 
 

@@ -156,12 +156,22 @@ def test_paths_and_names_are_told_apart(
         ("zzz", "see shoal ls"),
         ("no/such/thing", "no such file or directory: no/such/thing"),
         ("gone.gguf", "no such file or directory: gone.gguf"),
+        ("", "no model called ''"),
+        ("x" * 4096, "File name too long"),
+        ("~nobody-of-that-name/x.gguf", "home directory"),
+        ("/dev/zero", "/dev/zero is neither a file nor a directory"),
     ],
 )
 def test_what_is_not_there_is_told_with_what_to_do(library: Library, model: str, said: str) -> None:
     with pytest.raises(DaemonError, match=said) as caught:
         library.resolve(model)
     assert caught.value.code == "not_found"
+
+
+def test_a_pipe_is_no_model(library: Library, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tiny.gguf")
+    with pytest.raises(DaemonError, match="neither a file nor a directory"):
+        library.resolve(str(tmp_path / "tiny.gguf"))
 
 
 @pytest.mark.parametrize(
