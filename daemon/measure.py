@@ -58,20 +58,21 @@ class PerplexityResult(msgspec.Struct, frozen=True):
 
 
 class _Count:
-    """A sink that only watches for failure."""
+    """A sink that counts tokens and watches for failure."""
 
     def __init__(self) -> None:
-        self.times: Times | None = None
+        self.tokens = 0
         self.error: Exception | None = None
 
     def begin(self, sequence: Sequence) -> None:
         return None
 
     def accept(self, sampled: Sampled) -> FinishReason | None:
+        self.tokens += 1
         return None
 
     def finish(self, reason: FinishReason, times: Times) -> None:
-        self.times = times
+        return None
 
     def fail(self, error: Exception) -> None:
         self.error = error
@@ -98,7 +99,7 @@ def bench(
     """Prefill `prompt_tokens` random tokens, then decode `new_tokens`, for `batch` sequences at once.
 
     Repeated `repeat` times after one warm-up. Prefill is timed until every sequence has its first token, decode
-    from there to the end. Raises DaemonError.
+    from there to the end, without the tokens that sequences ahead of the last had by then. Raises DaemonError.
     """
     context = prompt_tokens + new_tokens
     if config.context_tokens is None:
@@ -122,20 +123,19 @@ def bench(
             sampler = Sampler(SamplingParams(temperature=0.0), prompt)
             loaded.engine.submit(Sequence(prompt, context, sampler, sink))
         began_s = time.monotonic()
+        while not all(sink.tokens for sink in sinks) and loaded.engine.step():
+            pass
+        first_s, early = time.monotonic(), sum(sink.tokens for sink in sinks)
         while loaded.engine.step():
             pass
+        last_s, total = time.monotonic(), sum(sink.tokens for sink in sinks)
         for sink in sinks:
             if sink.error is not None:
                 raise sink.error
-        times = [sink.times for sink in sinks if sink.times is not None]
-        first_s, last_s = (
-            max(t.first_token_s for t in times),
-            max(t.last_token_s for t in times),
-        )
         if round_ > 0:
             prefill.append(batch * prompt_tokens / (first_s - began_s))
-            if new_tokens > 1:
-                decode.append(batch * (new_tokens - 1) / (last_s - first_s))
+            if total > early:
+                decode.append((total - early) / (last_s - first_s))
     progress(repeat + 1, repeat + 1, "done")
     return BenchResult(
         prefill_tokens_per_s=Spread.of(prefill),
@@ -156,10 +156,10 @@ def perplexity(
     if ctx < 4:
         raise DaemonError("bad_request", f"ctx={ctx}: must be at least 4")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_bytes().decode()  # as it is: line ends count as tokens
     except (OSError, UnicodeDecodeError) as error:
         raise DaemonError("bad_request", f"cannot read {file}: {error}") from error
-    loaded = _load(model, config.with_context(ctx), progress)
+    loaded = _load(model, replace(config, context_tokens=ctx, kv_tokens=None), progress)
     tokenizer, executor = loaded.tokenizer, loaded.executor
     prefix = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_id]
     ids = tokenizer.encode(text, add_special=True, parse_special=False)

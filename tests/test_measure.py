@@ -1,0 +1,111 @@
+"""Measurements: perplexity against its definition with transformers' logits, and what bench counts."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import count
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from shoal.daemon import measure
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.models.tokenizer import Tokenizer
+
+CONFIG = NodeConfig(chunk_tokens=16, memory_bytes=1 << 30, kv_type="f32", kv_tokens=64)
+TEXT = "the cat and\r\nthe other thing, in an\nengine on the re\r\n" * 6
+
+
+def quiet(done: int, total: int, what: str) -> None:
+    return None
+
+
+def with_bos(directory: Path) -> None:
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    bos = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, text],
+        "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [tiny.END], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    path.write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("ctx", [4, 33, 100])
+def test_perplexity_is_the_mean_over_second_halves(ctx: int, bos: bool, tmp_path: Path) -> None:
+    model = tiny.hf_model("qwen2", seed=1)
+    directory = tiny.save_hf(model, tmp_path / "m")
+    if bos:
+        with_bos(directory)
+    (tmp_path / "text").write_bytes(TEXT.encode())
+    ids = Tokenizer.from_hf(directory).encode(TEXT, parse_special=False)
+    assert (ids[0] == tiny.END) == bos
+    losses = []
+    for start in range(0, len(ids) - ctx + 1, ctx):
+        window = ids[start : start + ctx]
+        if bos:
+            window[0] = tiny.END
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([window])).logits[0].double()
+        scored = slice(ctx // 2, ctx - 1)
+        losses += torch.nn.functional.cross_entropy(
+            logits[scored], torch.tensor(window[ctx // 2 + 1 :]), reduction="none"
+        ).tolist()
+    result = measure.perplexity(directory, tmp_path / "text", ctx=ctx, config=CONFIG, progress=quiet)
+    assert result.tokens == len(losses)
+    assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("data", "ctx", "match"),
+    [(b"the", 8, "at least one window of 8"), (b"the", 3, "ctx=3"), (b"\xff\xfe", 8, "cannot read")],
+)
+def test_perplexity_refuses_what_it_cannot_score(data: bytes, ctx: int, match: str, tmp_path: Path) -> None:
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    (tmp_path / "text").write_bytes(data)
+    with pytest.raises(DaemonError, match=match):
+        measure.perplexity(path, tmp_path / "text", ctx=ctx, config=CONFIG, progress=quiet)
+
+
+def test_bench_counts_only_tokens_of_the_time_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that ticks once per reading, speeds are counts. Prompts of 40 tokens take 3 chunks of 16 and, with
+    that budget per step, 3 steps each: when the last of 4 has its first token, the others have 10, 7 and 4."""
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    ticks = count()
+    monkeypatch.setattr(measure.time, "monotonic", lambda: float(next(ticks)))
+    result = measure.bench(
+        path, prompt_tokens=40, new_tokens=12, batch=4, repeat=2, config=CONFIG, progress=quiet
+    )
+    assert result.prefill_tokens_per_s.median == 4 * 40
+    assert result.decode_tokens_per_s.median == 4 * 12 - (10 + 7 + 4 + 1)
+
+
+def test_bench_of_one_new_token_has_no_decode_speed(tmp_path: Path) -> None:
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    result = measure.bench(
+        path, prompt_tokens=5, new_tokens=1, batch=2, repeat=1, config=CONFIG, progress=quiet
+    )
+    assert result.decode_tokens_per_s.max == 0.0
+    assert result.prefill_tokens_per_s.min > 0
+
+
+def test_bench_beyond_the_model_is_refused(tmp_path: Path) -> None:
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    for config in (CONFIG, CONFIG.with_context(100)):
+        with pytest.raises(DaemonError) as caught:
+            measure.bench(
+                path, prompt_tokens=120, new_tokens=20, batch=1, repeat=1, config=config, progress=quiet
+            )
+        assert caught.value.code == "context_overflow"
