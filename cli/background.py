@@ -75,26 +75,31 @@ def start(
             env={**os.environ, "SHOAL_HOME": str(home.root)},
             start_new_session=True,
         )
-    for _ in range(int(limit_s / POLL_S)):
-        if process.poll() is not None:
-            raise DaemonError(
-                "internal",
-                f"the daemon stopped while starting (exit {process.returncode}): {_last_line(path, began)}",
-                f"the whole log is {path}",
-            )
-        if answers(home):
-            return process.pid
-        sleep(POLL_S)
-    process.terminate()
-    raise DaemonError("internal", f"the daemon did not answer within {limit_s:.0f} s", f"its log is {path}")
+    try:
+        for _ in range(int(limit_s / POLL_S)):
+            if process.poll() is not None:
+                raise DaemonError(
+                    "internal",
+                    f"the daemon stopped while starting (exit {process.returncode}): {_last_line(path, began)}",
+                    f"the whole log is {path}",
+                )
+            if answers(home):
+                return process.pid
+            sleep(POLL_S)
+        raise DaemonError(
+            "internal", f"the daemon did not answer within {limit_s:.0f} s", f"its log is {path}"
+        )
+    except BaseException:  # Ctrl-C, too: a daemon nobody waited for must not come up later
+        process.terminate()
+        raise
 
 
 def load(home: Home, pid: int, model: str) -> None:
-    """Load a model into the daemon just started; if that fails, end the daemon and raise why."""
+    """Load a model into the daemon just started; if that fails or is interrupted, end the daemon and raise why."""
     try:
         with Client(home.address) as client:
             client.load(model)
-    except CommError:
+    except (CommError, KeyboardInterrupt):
         stop(home, pid, now=True, limit_s=START_LIMIT_S)
         raise
 

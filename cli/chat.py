@@ -8,6 +8,7 @@ kept. Keys are `chat_input`, commands `chat_commands`, the daemon `chat_link`.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from itertools import chain, islice
 
@@ -23,7 +24,7 @@ from shoal.daemon.sizes import format_bytes
 from . import background
 from .answers import reference
 from .chat_commands import ChatState, completions, obey
-from .chat_input import LineReader, PlainReader, Reader
+from .chat_input import LineReader, PlainReader, Reader, unechoed
 from .chat_link import DaemonLink
 from .conversation import Conversation
 from .errors import Exit, explain
@@ -123,7 +124,7 @@ class ChatLoop:
         painter = Painter()
         done: Done | None = None
         try:
-            with state.link.stream(request) as events:
+            with unechoed(), state.link.stream(request) as events:
                 with spinner("reading"):
                     first = list(islice(events, 2))  # accepted, and what comes next
                 for event in chain(first, events):
@@ -169,13 +170,16 @@ class ChatLoop:
 def toolbar(state: ChatState) -> str:
     """One line below the prompt: model, speed, how much of the context is used."""
     model = state.link.model
-    parts = [model.name if model else "no model"]
+    parts: list[str] = []
     if state.last is not None and state.last.timings.decode_tokens_per_s:
         parts.append(f"{state.last.timings.decode_tokens_per_s:.1f} tokens/s")
     if model is not None:
         share = 100 * state.used_tokens // model.context_tokens
         parts.append(f"context {state.used_tokens}/{model.context_tokens} ({share}%)")
-    return " " + " · ".join([*parts, "/help"])
+    rest = " · ".join([*parts, "/help"])
+    name = model.name if model else "no model"
+    room = max(8, shutil.get_terminal_size().columns - len(f"  · {rest} "))
+    return f" {name if len(name) <= room else name[: room - 1] + '…'} · {rest}"
 
 
 def _reader(state: ChatState, model: ModelStatus) -> Reader:
@@ -191,9 +195,9 @@ def _reader(state: ChatState, model: ModelStatus) -> Reader:
 
 def _default(state: ChatState) -> str:
     """The model to talk to when none is named. Raises DaemonError when there is none."""
-    if background.running_pid(state.home) is not None and (loaded := state.link.status().models):
-        return loaded[0].path
     names = [entry.name for entry in state.library.list()]
+    if background.running_pid(state.home) is not None and (loaded := state.link.status().models):
+        return loaded[0].name if loaded[0].name in names else loaded[0].path
     if not names:
         raise DaemonError("not_found", "there is no model yet", f"get one with: shoal pull {DEFAULT_MODEL}")
     return DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]

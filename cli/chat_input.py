@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+import termios
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -110,6 +112,24 @@ class _Slash(Completer):
         if text.startswith("/") and "\n" not in text:
             for found in self._complete(text):
                 yield Completion(found, start_position=-len(text))
+
+
+@contextmanager
+def unechoed() -> Iterator[None]:
+    """Keys pressed inside wait for the next line instead of showing in the middle of an answer."""
+    try:
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (AttributeError, OSError, ValueError, termios.error):  # no terminal
+        yield
+        return
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
 def _keys() -> KeyBindings:

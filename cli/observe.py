@@ -46,7 +46,7 @@ def ps(as_json: bool) -> None:
         f"{status.threads} threads · {format_bytes(status.memory_bytes)} resident · "
         f"{status.requests_total} requests · {status.tokens_total} tokens"
         + (" · stopping" if status.draining else ""),
-        soft_wrap=True,
+        soft_wrap=not screen.is_terminal,
     )
     if not status.models:
         note("no model is loaded")

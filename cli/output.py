@@ -6,7 +6,9 @@ Knows terminals and colours (NO_COLOR holds). rich is imported when something is
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,12 +26,19 @@ if TYPE_CHECKING:
 
 
 def note(text: str) -> None:
-    """A line beside the result, on stderr."""
+    """A line beside the result, on stderr; on a terminal broken between words, and dim."""
     text = printable(text)
-    click.echo(
-        click.style(text, dim=True) if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else text,
-        err=True,
-    )
+    if sys.stderr.isatty():
+        text = folded(text, shutil.get_terminal_size().columns)
+        if not os.environ.get("NO_COLOR"):
+            text = click.style(text, dim=True)
+    click.echo(text, err=True)
+
+
+def folded(text: str, columns: int) -> str:
+    """Lines of at most `columns` characters, but for words that are longer."""
+    fold = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+    return "\n".join("\n".join(fold.wrap(line)) for line in text.split("\n"))
 
 
 def print_json(value: Any) -> None:

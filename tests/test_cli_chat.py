@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import termios
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from prompt_toolkit.output import DummyOutput
 from shoal.cli import background
 from shoal.cli.chat import ChatLoop, toolbar
 from shoal.cli.chat_commands import COMMANDS, ChatState, completions, obey
-from shoal.cli.chat_input import LineReader
+from shoal.cli.chat_input import LineReader, unechoed
 from shoal.cli.chat_link import DaemonLink
 from shoal.cli.conversation import Conversation, finished, unfinished
 from shoal.cli.options import AnswerOptions
@@ -343,6 +345,31 @@ def test_lines_from_a_pipe(daemon: Daemon, state: ChatState) -> None:
         ("assistant", "Hello there."),
         ("user", "two\nlines"),
     ]
+
+
+def test_the_line_below_the_prompt_fits_narrow_terminals(
+    daemon: Daemon, state: ChatState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    state.link.model = model_status("A-Model-With-A-Long-Name.Q4_1.gguf")
+    assert toolbar(state) == " A-Model-… · context 0/100 (0%) · /help"
+    assert len(toolbar(state)) < 40
+
+
+def test_keys_pressed_during_an_answer_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    with os.fdopen(master, "rb"), os.fdopen(slave, "r") as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+
+        def echoes() -> bool:
+            return bool(termios.tcgetattr(slave)[3] & termios.ECHO)
+
+        with unechoed():
+            assert not echoes()
+        assert echoes()
+    monkeypatch.setattr("sys.stdin", None)
+    with unechoed():
+        pass
 
 
 def test_without_a_model_the_loaded_one_is_taken(daemon: Daemon, state: ChatState) -> None:

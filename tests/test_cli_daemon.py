@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,6 +142,29 @@ def test_a_daemon_that_dies_while_starting_is_told_with_its_last_words(
     with pytest.raises(DaemonError, match=r"while starting \(exit 3\): no room for it"):
         background.start(home, [])
     assert "no room for it" in shoal("logs").stdout
+
+
+def test_ctrl_c_while_a_daemon_starts_ends_it(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sleeping = tmp_path / "python"
+    sleeping.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeping.chmod(0o755)
+    monkeypatch.setattr(background.sys, "executable", str(sleeping))
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def popen(*command: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(real(*command, **options))
+        return started[0]
+
+    def press(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(background.subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        background.start(home, [], sleep=press)
+    assert started[0].wait(timeout=10) == -signal.SIGTERM
 
 
 def test_old_logs_are_kept_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.cli.output import folded
 from shoal.cli.paint import Painter, Wrap, printable
 
 COLUMNS = 20
@@ -51,6 +52,12 @@ def test_the_pieces_do_not_matter() -> None:
     whole = screen(Wrap(COLUMNS).add(text))
     wrap = Wrap(COLUMNS)
     assert screen("".join(wrap.add(char) for char in text)) == whole
+
+
+def test_notes_are_folded_between_words() -> None:
+    assert folded("one two three", 8) == "one two\nthree"
+    assert folded("/save [X]   keeps\n\n  tiny", 80) == "/save [X]   keeps\n\n  tiny"
+    assert folded("/a/path/that-is-long x", 8) == "/a/path/that-is-long\nx"
 
 
 def test_control_characters_never_reach_a_terminal() -> None:
