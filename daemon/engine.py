@@ -83,14 +83,14 @@ class Engine:
         try:
             with torch.inference_mode():
                 sampled = self._compute(batch)
+            with self._lock:
+                self._note_tokens(batch, self._executor.store.stall_s - stall_s)
+                self._scheduler.commit(batch, sampled)
         except Exception as error:  # whatever it was, the daemon serves on and the clients hear of it
             with self._lock:
                 for chunk in batch:
                     self._scheduler.fail(chunk.sequence, error)
             raise
-        with self._lock:
-            self._note_tokens(batch, self._executor.store.stall_s - stall_s)
-            self._scheduler.commit(batch, sampled)
         return True
 
     def _compute(self, batch: list[Chunk]) -> list[Sampled | Exception]:

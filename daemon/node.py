@@ -32,6 +32,7 @@ from shoal.comm.messages import (
     Unload,
 )
 from shoal.kernels import set_threads
+from shoal.models.checkpoint import Checkpoint, open_checkpoint
 from shoal.offload.budget import Budget
 
 from .answer import Emit, Event
@@ -303,13 +304,16 @@ class Node:
             raise DaemonError(
                 "busy", f"{model.name} is answering, so its context stays", hint, retry_after_s=1.0
             )
+        self._check_room(model.name, model.checkpoint, config)
+
+    def _check_room(self, name: str, checkpoint: Checkpoint, config: NodeConfig) -> None:
+        """Raises DaemonError when the model would not fit even without every idle one."""
         with self._wake:
-            idle = [other for other in self._models.values() if not other.engine.busy]
-        room_bytes = self.budget.free_bytes + sum(other.plan.peak_bytes for other in idle)
+            idle_bytes = sum(m.plan.peak_bytes for m in self._models.values() if not m.engine.busy)
         try:
-            make_plan(model.checkpoint, config, room_bytes)
+            make_plan(checkpoint, config, self.budget.free_bytes + idle_bytes)
         except Exception as error:
-            raise refusal(error, model.name) from error
+            raise refusal(error, name) from error
 
     def _load_with_room(self, name: str, path: Path, config: NodeConfig, progress: Progress) -> LoadedModel:
         while True:
@@ -317,15 +321,19 @@ class Node:
             try:
                 return LoadedModel.load(name, path, config, self.budget, clock=self._clock, progress=progress)
             except DaemonError as error:
-                if error.code != "resources" or not self._make_room():
+                if error.code != "resources":
+                    raise
+                with open_checkpoint(path) as checkpoint:
+                    self._check_room(name, checkpoint, config)
+                if not self._make_room():
                     raise
 
     def _make_room(self) -> bool:
         """Drop the idle model that was used longest ago; False when there is none."""
-        with self._wake:
+        with self._wake:  # throughout, or it might get a request meanwhile
             idle = [model for model in self._models.values() if not model.engine.busy]
-        if idle:
-            self._drop(min(idle, key=lambda model: model.used_s))
+            if idle:
+                self._drop(min(idle, key=lambda model: model.used_s))
         return bool(idle)
 
     def _drop(self, model: LoadedModel) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Ordered
 
+from shoal.comm.messages import FinishReason
 from shoal.models.sampling import Sampled
 from shoal.offload.kv import PageTable
 
@@ -45,8 +46,8 @@ class Scheduler:
             raise DaemonError(
                 "busy", f"{len(self.waiting)} requests are waiting", "try again later", retry_after_s=1.0
             )
-        self.waiting.append(sequence)
         sequence.sink.begin(sequence)
+        self.waiting.append(sequence)
 
     def next(self) -> list[Chunk]:
         """The next step's chunks; empty when there is nothing to do. Newly admitted sequences get their pages."""
@@ -64,8 +65,8 @@ class Scheduler:
             batch.append(Chunk(sequence, start, end))
         return batch
 
-    def commit(self, batch: Ordered[Chunk], sampled: Ordered[Sampled | Exception]) -> list[Sequence]:
-        """Append what was sampled (one entry per sampling chunk, in order) and emit it. Returns those that ended."""
+    def commit(self, batch: Ordered[Chunk], sampled: Ordered[Sampled | Exception]) -> None:
+        """Append what was sampled (one entry per sampling chunk, in order) and emit it."""
         results = iter(sampled)
         for chunk in batch:
             result = next(results) if chunk.samples else None
@@ -74,29 +75,25 @@ class Scheduler:
                 continue
             sequence.computed = chunk.end
             if isinstance(result, Exception):
-                sequence.sink.fail(result)
-                self._end(sequence)
+                self.fail(sequence, result)
             elif result is not None:
                 sequence.tokens.append(result.token_id)
                 reason = sequence.sink.accept(result)
                 if reason is None and len(sequence.tokens) >= sequence.limit:
                     reason = "length"
                 if reason is not None:
-                    sequence.sink.finish(reason, sequence.times)
-                    self._end(sequence)
-        return [c.sequence for c in batch if c.sequence.ended]
+                    self._finish(sequence, reason)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence with what it has. Does nothing when it has ended already."""
         if not sequence.ended:
-            sequence.sink.finish("cancelled", sequence.times)
-            self._end(sequence)
+            self._finish(sequence, "cancelled")
 
     def fail(self, sequence: Sequence, error: Exception) -> None:
         """End a sequence with an error. Does nothing when it has ended already."""
         if not sequence.ended:
-            sequence.sink.fail(error)
             self._end(sequence)
+            sequence.sink.fail(error)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._sequences:
@@ -110,7 +107,12 @@ class Scheduler:
     def _pages_of(self, sequence: Sequence) -> int:
         return -(-sequence.limit // self._page_tokens)
 
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._end(sequence)
+        sequence.sink.finish(reason, sequence.times)
+
     def _end(self, sequence: Sequence) -> None:
+        """Before its sink hears of it: a sink that raises must not keep pages."""
         sequence.ended = True
         if sequence in self.running:
             self.running.remove(sequence)

@@ -188,6 +188,24 @@ def test_a_failing_step_fails_its_requests_and_the_node_serves_on(
     assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
 
 
+def test_an_emit_that_raises_ends_its_request_and_keeps_nothing(node: Node) -> None:
+    def emit(event: Event) -> None:
+        raise RuntimeError("nobody home")
+
+    with pytest.raises(RuntimeError):
+        node.submit(prompt(0), emit)
+
+    def emit_later(event: Event) -> None:
+        if not isinstance(event, Accepted):
+            raise RuntimeError("gone")
+
+    node.submit(prompt(1), emit_later)
+    assert text_of(node, prompt(2, new=8))[2].finish_reason == "length"
+    node.drain(30)
+    (status,) = node.status().models
+    assert (status.running, status.waiting, status.kv_used_tokens) == (0, 0, 0)
+
+
 def test_nan_logits_fail_one_request(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = next(iter(node._models.values())).engine._executor
     head = executor.head
@@ -254,6 +272,18 @@ def test_an_idle_model_makes_room(path: Path, tmp_path: Path) -> None:
         node.load(Load(model=str(path)))
         node.load(Load(model=str(other)))
         assert [model.name for model in node.status().models] == ["other.gguf"]
+
+
+def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) -> None:
+    large = tiny.save_gguf(
+        tiny.hf_model("qwen2", seed=2, vocab_size=100_000, max_position_embeddings=4096),
+        tmp_path / "large.gguf",
+    )
+    with Node(NodeConfig(context_tokens=96, kv_tokens=768, memory_bytes=100 << 20)) as node:
+        node.load(Load(model=str(path)))
+        with pytest.raises(DaemonError, match=r"needs \d+ MB .* budget is 10\d MB"):
+            node.load(Load(model=str(large)))
+        assert [model.name for model in node.status().models] == ["tiny.gguf"]
 
 
 def test_too_little_memory_is_refused_with_the_figure(path: Path) -> None:
