@@ -15,16 +15,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shoal.comm.errors import CommError, NoDaemon
+from shoal.comm.messages import ErrorCode
 from shoal.daemon.client import Client
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home, private_dir
 from shoal.daemon.server_lock import holder_pid
+
+from .errors import Exit
 
 START_LIMIT_S = 300.0  # a large model from a slow disk
 POLL_S = 0.1
 LOG_LIMIT_BYTES = 10_000_000
 
 Sleep = Callable[[float], None]
+_CODES: dict[int, ErrorCode] = {Exit.USAGE: "bad_request", Exit.REFUSED: "resources"}  # of `serve`'s end
 
 
 def log_path(home: Home) -> Path:
@@ -79,7 +83,7 @@ def start(
         for _ in range(int(limit_s / POLL_S)):
             if process.poll() is not None:
                 raise DaemonError(
-                    "internal",
+                    _CODES.get(process.returncode, "internal"),
                     f"the daemon stopped while starting (exit {process.returncode}): {_last_line(path, began)}",
                     f"the whole log is {path}",
                 )

@@ -80,7 +80,7 @@ def check_name(name: str) -> str:
     """`name`, if the store can keep a model under it. Raises DaemonError `bad_request`."""
     if not _NAME.fullmatch(name) or name.lower().endswith(".gguf"):
         raise DaemonError(
-            "bad_request", f"{name[:140]!r} cannot name a model", f"use {NAME_RULE}, without .gguf"
+            "bad_request", f"{name[:140]!r} cannot be a name", f"use {NAME_RULE}, without .gguf"
         )
     return name
 
@@ -139,7 +139,7 @@ class Library:
         """The checkpoint's path for a path or a name. Raises DaemonError `not_found`."""
         if not is_path(model) and (found := self._find(registry.canonical(model))) is not None:
             return found.path
-        path = _existing(model) if model else None
+        path = existing_path(model) if model else None
         if path is not None:
             return path
         if is_path(model):
@@ -279,7 +279,7 @@ class Library:
         )
 
 
-def _existing(model: str) -> Path | None:
+def existing_path(model: str) -> Path | None:
     """The file or directory that a user wrote as a path, absolute; None when there is none.
 
     Raises DaemonError `not_found` for what cannot be looked at, and for pipes and devices, which may never end.

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
 from . import registry
 from .download import RemoteFile, download
 from .errors import DaemonError
-from .library import Entry, Kind, Library, check_name, is_path
+from .library import Entry, Kind, Library, check_name, existing_path, is_path
 from .pull_hub import HubModel, checkpoint_files, fetch_hub, gguf_groups
 from .pull_package import fetch_package
 from .transfer import Progress, check_space, copy_hashed, disk_errors, hash_file, no_progress, sync
@@ -53,8 +53,8 @@ def pull(
     hub = _HUB.fullmatch(reference)
     if urlsplit(reference).scheme in ("http", "https") and not hub:
         return _pull_url(reference, library, name, progress)
-    path = Path(reference).expanduser()
-    if path.exists():
+    path = existing_path(reference) if reference else None
+    if path is not None:
         return _pull_path(path, library, name, link, progress)
     if hub:
         return _pull_hub(HubModel.find(hub[1], hub[2] or ""), library, name, progress)

@@ -139,8 +139,9 @@ def test_a_daemon_that_dies_while_starting_is_told_with_its_last_words(
     dying.write_text("#!/bin/sh\necho starting\necho 'shoal: no room for it' >&2\nexit 3\n")
     dying.chmod(0o755)
     monkeypatch.setattr(background.sys, "executable", str(dying))
-    with pytest.raises(DaemonError, match=r"while starting \(exit 3\): no room for it"):
+    with pytest.raises(DaemonError, match=r"while starting \(exit 3\): no room for it") as caught:
         background.start(home, [])
+    assert caught.value.code == "resources"
     assert "no room for it" in shoal("logs").stdout
 
 

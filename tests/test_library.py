@@ -178,7 +178,7 @@ def test_a_pipe_is_no_model(library: Library, tmp_path: Path) -> None:
     "name", ["", ".", "..", ".hidden", "a/b", "../up", "-x", "a b", "x.gguf", "x" * 129, "é", "a\n"]
 )
 def test_names_that_the_store_refuses(name: str) -> None:
-    with pytest.raises(DaemonError, match="cannot name a model"):
+    with pytest.raises(DaemonError, match="cannot be a name"):
         check_name(name)
 
 

@@ -237,8 +237,23 @@ def test_one_name_is_one_model(web: Web, library: Library) -> None:
         pull(web.url("/other/model.gguf"), library)
     entry, _ = pull(web.url("/other/model.gguf"), library, name="second")
     assert entry.path.read_bytes() == DATA + b"x"
-    with pytest.raises(DaemonError, match="cannot name a model"):
+    with pytest.raises(DaemonError, match="cannot be a name"):
         pull(web.url("/model.gguf"), library, name="../escape")
+
+
+def test_what_is_no_source_is_refused(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for reference, said in (
+        ("", "Shoal knows no model called ''"),
+        ("pipe.gguf", "neither a file nor a directory"),
+        ("~nobody-of-that-name/x.gguf", "home directory"),
+    ):
+        with pytest.raises(DaemonError, match=said):
+            pull(reference, library)
 
 
 @pytest.mark.parametrize("link", [False, True])
