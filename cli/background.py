@@ -87,7 +87,7 @@ def start(
                     f"the daemon stopped while starting (exit {process.returncode}): {_last_line(path, began)}",
                     f"the whole log is {path}",
                 )
-            if answers(home):
+            if running_pid(home) == process.pid and answers(home):  # not one that another start brought up
                 return process.pid
             sleep(POLL_S)
         raise DaemonError(

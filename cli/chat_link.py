@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from shoal.comm.errors import CommError
 from shoal.comm.messages import Accepted, Chat, ChatMessage, Done, ModelStatus, StatusReply, Token
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
 
 from . import background
@@ -62,6 +63,16 @@ class DaemonLink:
         with ThroughDaemon(self._connected()).stream(request) as events:
             yield events
 
+    def _start(self) -> None:
+        try:
+            with spinner("starting the daemon"):
+                pid = background.start(self._home, [])
+        except DaemonError:
+            if background.running_pid(self._home) is None:
+                raise
+            return  # another process was first
+        note(f"started the daemon (pid {pid}); shoal stop ends it")
+
     def close(self) -> None:
         client, self._client = self._client, None
         if client is not None:
@@ -76,9 +87,7 @@ class DaemonLink:
             except CommError:
                 self.close()
         if background.running_pid(self._home) is None:
-            with spinner("starting the daemon"):
-                pid = background.start(self._home, [])
-            note(f"started the daemon (pid {pid}); shoal stop ends it")
+            self._start()
         from shoal.daemon.client import Client
 
         client = Client(self._home.address)

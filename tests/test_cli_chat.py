@@ -389,6 +389,19 @@ def test_without_a_daemon_one_is_started(daemon: Daemon, state: ChatState) -> No
     assert daemon.client.loads[-1] == ("other", 64)
 
 
+def test_a_daemon_that_another_process_started_first_is_taken(
+    daemon: Daemon, state: ChatState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(home: Home, arguments: list[str]) -> int:
+        daemon.start(home, arguments)
+        raise DaemonError("internal", "a daemon is running already")
+
+    daemon.die()
+    monkeypatch.setattr(background, "start", late)
+    assert talk(state, "Hi") == 0
+    assert len(daemon.client.answers.requests) == 1
+
+
 def test_what_cannot_be_talked_to(daemon: Daemon, state: ChatState) -> None:
     daemon.die()
     result = shoal("chat", stdin="Hi\n")

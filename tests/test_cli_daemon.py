@@ -115,6 +115,8 @@ def test_detached_start_passes_the_options_on(
     looks = iter([False, False, True])
     monkeypatch.setattr(background.subprocess, "Popen", Process)
     monkeypatch.setattr(background, "answers", lambda home: next(looks))
+    pids = iter([None, 76, 77, 77, 77, 77])  # none yet, then somebody else's for a moment
+    monkeypatch.setattr(background, "running_pid", lambda home: next(pids))
     monkeypatch.setattr(background, "POLL_S", 0.001)
     loaded: list[tuple[int, str]] = []
     monkeypatch.setattr(background, "load", lambda home, pid, model: loaded.append((pid, model)))
