@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import stat
-import termios
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_fakes import FakeAnswers, FakeClient, model_status, shoal
-from prompt_toolkit.input import create_pipe_input
-from prompt_toolkit.output import DummyOutput
 
 from shoal.cli import background
 from shoal.cli.chat import ChatLoop, toolbar
 from shoal.cli.chat_commands import COMMANDS, ChatState, completions, obey
-from shoal.cli.chat_input import LineReader, unechoed
 from shoal.cli.chat_link import DaemonLink
 from shoal.cli.conversation import Conversation, finished, unfinished
 from shoal.cli.options import AnswerOptions
@@ -293,45 +288,6 @@ def test_completion_of_commands_and_their_arguments(state: ChatState) -> None:
     assert list(completions(state, "/nothing ")) == []
 
 
-# --- the line ---------------------------------------------------------------------------------------------
-
-
-def type_keys(tmp_path: Path, keys: str) -> tuple[list[str | None], Path]:
-    """Everything that is read of `keys`, up to the end or Ctrl-C."""
-    history = tmp_path / "history"
-    said: list[str | None] = []
-    with create_pipe_input() as pipe:
-        pipe.send_text(keys)
-        reader = LineReader(history, lambda text: [], lambda: "bar", input=pipe, output=DummyOutput())
-        try:
-            while not said or said[-1] is not None:
-                said.append(reader.read())
-        except KeyboardInterrupt:
-            said.append("left by Ctrl-C")
-    return said, history
-
-
-def test_enter_sends_and_ctrl_d_leaves(tmp_path: Path) -> None:
-    said, history = type_keys(tmp_path, "hello\rthere\r\x04")
-    assert said == ["hello", "there", None]
-    assert stat.S_IMODE(history.stat().st_mode) == 0o600
-    assert "+hello" in history.read_text()
-
-
-def test_lines_go_on_after_alt_enter_backslash_and_quotes(tmp_path: Path) -> None:
-    assert type_keys(tmp_path, "a\x1b\rb\rc\\\rd\r\x04")[0] == ["a\nb", "c\nd", None]
-    assert type_keys(tmp_path, '"""\rx\ry\r"""\r\x04')[0] == ["x\ny", None]
-
-
-def test_ctrl_c_clears_then_warns_then_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert type_keys(tmp_path, "half\x03whole\r\x03again\r\x03\x03")[0] == [
-        "whole",
-        "again",
-        "left by Ctrl-C",
-    ]
-    assert capsys.readouterr().err.count("Ctrl-C again, Ctrl-D or /exit leaves") == 2
-
-
 # --- the verb ---------------------------------------------------------------------------------------------
 
 
@@ -354,22 +310,6 @@ def test_the_line_below_the_prompt_fits_narrow_terminals(
     state.link.model = model_status("A-Model-With-A-Long-Name.Q4_1.gguf")
     assert toolbar(state) == " A-Model-… · context 0/100 (0%) · /help"
     assert len(toolbar(state)) < 40
-
-
-def test_keys_pressed_during_an_answer_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    master, slave = os.openpty()
-    with os.fdopen(master, "rb"), os.fdopen(slave, "r") as terminal:
-        monkeypatch.setattr("sys.stdin", terminal)
-
-        def echoes() -> bool:
-            return bool(termios.tcgetattr(slave)[3] & termios.ECHO)
-
-        with unechoed():
-            assert not echoes()
-        assert echoes()
-    monkeypatch.setattr("sys.stdin", None)
-    with unechoed():
-        pass
 
 
 def test_without_a_model_the_loaded_one_is_taken(daemon: Daemon, state: ChatState) -> None:
