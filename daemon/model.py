@@ -33,6 +33,7 @@ from .config import NodeConfig
 from .engine import Engine
 from .errors import DaemonError
 from .executor import Alone, Executor
+from .memory import return_freed
 from .registry import recommended_sampling
 from .scheduler import Scheduler
 from .sequence import Sequence
@@ -103,6 +104,8 @@ class LoadedModel:
             with open_checkpoint(path) as checkpoint:
                 plan = make_plan(checkpoint, config, budget.free_bytes)
                 tokenizer = checkpoint.tokenizer()
+                checkpoint.forget_tokens()
+                return_freed()  # before the weights come, so that the peak is theirs alone
                 budget.hold(purpose, plan.peak_bytes)
                 held = True
                 store = ResidentStore.load(plan, checkpoint, progress)

@@ -132,10 +132,15 @@ class Checkpoint:
         """The model's tokenizer. Raises TokenizerError."""
         return Tokenizer.from_gguf(self.metadata) if self.kind == "gguf" else Tokenizer.from_hf(self.path)
 
+    def forget_tokens(self) -> None:
+        """Frees the lists of tokens in `metadata`, tens of megabytes of a large vocabulary: no `tokenizer` after."""
+        self.metadata = {key: value for key, value in self.metadata.items() if key not in _LONG_LISTS}
+        self._files.metadata = self.metadata
+
     def close(self) -> None:
         """Closes the files."""
         self._files.close()
-        self.metadata = {key: value for key, value in self.metadata.items() if key not in _LONG_LISTS}
+        self.forget_tokens()
 
     def __enter__(self) -> Checkpoint:
         return self

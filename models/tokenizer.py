@@ -120,7 +120,7 @@ class Tokenizer:
 
     def token_to_id(self, text: str) -> int | None:
         """Id of the token that the files spell so, or None."""
-        return self._vocabulary.ids.get(text)
+        return self._vocabulary.ids().get(text)
 
 
 def _one(name: str, token_id: int | None) -> tuple[int, ...]:

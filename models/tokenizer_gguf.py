@@ -52,7 +52,7 @@ def _byte_level(keys: _Keys) -> GgufParts:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise TokenizerError(f"the pre-tokenizer {pre[:40]!r} is not supported; supported are {known}")
     vocab = _vocabulary(keys, byte_level=True, add_space_prefix=False, bos_id=None, eos_id=None, unk_id=None)
-    return _parts(keys, vocab, ByteLevelBpe(vocab.ids, keys.texts("merges"), rule), add_bos=rule.add_bos)
+    return _parts(keys, vocab, ByteLevelBpe(vocab.ids(), keys.texts("merges"), rule), add_bos=rule.add_bos)
 
 
 def _sentence_piece(keys: _Keys) -> GgufParts:

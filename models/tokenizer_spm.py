@@ -33,10 +33,11 @@ class SentencePieceBpe:
             for text, of_kind in zip(vocabulary.tokens, kinds, strict=True)
             if of_kind == kind
         }
-        self._ids: Mapping[str, int] = {t: i for t, i in vocabulary.ids.items() if t not in excluded}
+        ids = vocabulary.ids()
+        self._ids: Mapping[str, int] = {t: i for t, i in ids.items() if t not in excluded}
         # Costs instead of scores: the heap pops its least entry.
         self._costs = {text: -scores[i] for text, i in self._ids.items()}
-        self._byte_ids = [_byte_id(vocabulary, byte) for byte in range(256)]
+        self._byte_ids = [_byte_id(ids, vocabulary.unk_id, byte) for byte in range(256)]
         self._unk_id = vocabulary.unk_id
         self._words = _word_pattern(self._ids)
         self._cache: dict[str, list[int]] = {}
@@ -104,15 +105,15 @@ class SentencePieceBpe:
                 ids.append(byte_id)
 
 
-def _byte_id(vocabulary: Vocabulary, byte: int) -> int:
+def _byte_id(ids: Mapping[str, int], unk_id: int | None, byte: int) -> int:
     for text in (f"<0x{byte:02X}>", chr(byte) if byte < 0x80 else ""):
-        if text in vocabulary.ids:
-            return vocabulary.ids[text]
-    if vocabulary.unk_id is None:
+        if text in ids:
+            return ids[text]
+    if unk_id is None:
         raise TokenizerError(
             f"the vocabulary has no token <0x{byte:02X}> and no unknown token to stand in for it"
         )
-    return vocabulary.unk_id
+    return unk_id
 
 
 def _word_pattern(texts: Mapping[str, int]) -> re.Pattern[str]:

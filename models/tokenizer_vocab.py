@@ -90,14 +90,13 @@ CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
 class Vocabulary:
     """All tokens of a model.
 
-    tokens: text of each id. kinds: one `TokenKind` per id, as bytes. ids: the inverse of `tokens`.
+    tokens: text of each id. kinds: one `TokenKind` per id, as bytes.
     byte_level: texts are in GPT-2's byte alphabet; otherwise they are text with "▁" for spaces.
     add_space_prefix: a text begins with an invisible space that decoding takes away again (SentencePiece).
     """
 
     tokens: Sequence[str]
     kinds: bytes
-    ids: Mapping[str, int]
     byte_level: bool
     add_space_prefix: bool = False
     bos_id: int | None = None
@@ -108,6 +107,10 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def ids(self) -> dict[str, int]:
+        """The inverse of `tokens`, made anew: it is large and needed only while mergers are made."""
+        return dict(zip(self.tokens, range(len(self.tokens)), strict=True))
 
     def kind(self, token_id: int) -> TokenKind:
         """Kind of a token; ids outside the vocabulary (padding rows of a model) are UNUSED."""
@@ -183,7 +186,6 @@ def vocabulary(
     return Vocabulary(
         tokens=tokens,
         kinds=bytes(kind_of),
-        ids=ids,
         byte_level=byte_level,
         add_space_prefix=add_space_prefix,
         bos_id=bos_id,
