@@ -64,7 +64,9 @@ def quantised_inputs(x: Tensor, group: int) -> Tensor:
     groups = x.reshape(x.shape[0], x.shape[1] // group, group)  # (T, cols / group, group)
     largest = groups.abs().amax(-1, keepdim=True)
     most = torch.full_like(largest, 127)  # a tensor: torch may divide by a plain number less exactly
-    scale = (largest / most).masked_fill(largest < SMALLEST_INPUT, 0).masked_fill(~largest.isfinite(), torch.nan)
+    scale = (
+        (largest / most).masked_fill(largest < SMALLEST_INPUT, 0).masked_fill(~largest.isfinite(), torch.nan)
+    )
     inverse = (most / largest).masked_fill(largest < SMALLEST_INPUT, 0)
     return ((groups * inverse).round() * scale).reshape(x.shape)
 

@@ -116,21 +116,29 @@ void pack_inputs(const float* x, int64_t cols, char* packed) {
     for (int64_t k = 0; k < cols; k += W::weights) pack_input<W::OFFSET>(x + k, *in++);
 }
 
+// The folded lanes of as many rows of a group as there are.
+INLINE void fold_some(vf acc, int64_t rows, float* y) {
+    if (rows >= GROUP) return fold(acc, y);
+    float sums[GROUP];
+    fold(acc, sums);
+    for (int64_t i = 0; i < rows; i++) y[i] = sums[i];
+}
+
 template <class W>
 void dot_int8_rows(const uint8_t* w, int64_t row_bytes, int64_t rows, const char* packed, int64_t cols, float* y) {
-    for (int64_t r = 0; r < rows; r += GROUP) {
-        Rows at(w + r * row_bytes, row_bytes, rows - r);
-        const auto* x = reinterpret_cast<const typename Block<W>::Input*>(packed);
+    const auto* inputs = reinterpret_cast<const typename Block<W>::Input*>(packed);
+    const int64_t blocks = cols / W::weights;
+    for (int64_t r = 0; r < rows; r += GROUP, w += GROUP * row_bytes) {
+        Rows at(w, row_bytes, rows - r);
+        const uint8_t* next = w + GROUP * row_bytes;
         vf acc = {};
-        for (int64_t b = cols / W::weights; b > 0; b--, x++, at.advance(W::bytes)) {
-            for (int i = 0; i < GROUP; i++) {
-                for (int j = 0; j < W::bytes; j += 64) __builtin_prefetch(at.at[i] + GROUP * row_bytes + j);
-            }
-            acc = Block<W>::multiply(at, *x, acc);
+        for (int64_t b = 0; b < blocks; b++) {
+            for (int i = 0; i < GROUP * W::bytes; i += 64) __builtin_prefetch(next + i);
+            acc = Block<W>::multiply(at, inputs[b], acc);
+            at.read_bytes += W::bytes;
+            next += GROUP * W::bytes;
         }
-        float sums[GROUP];
-        fold(acc, sums);
-        memcpy(y + r, sums, (size_t)least<int64_t>(GROUP, rows - r) * sizeof(float));
+        fold_some(acc, rows - r, y + r);
     }
 }
 
@@ -202,7 +210,7 @@ void tile_int8(const Linear& l, int64_t row0, int64_t rows, char* memory) {
             for (int g = 0; g < GROUPS; g++) {
                 const int64_t row = least(r + g * GROUP, rows - 1);
                 Rows at(l.row(row0 + row) + k / W::weights * W::bytes, l.w.row_bytes, rows - row);
-                for (int64_t b = 0; b < blocks; b++, at.advance(W::bytes)) Block<W>::unpack(at, scratch.tiles[b][g]);
+                for (int64_t b = 0; b < blocks; b++, at.read_bytes += W::bytes) Block<W>::unpack(at, scratch.tiles[b][g]);
             }
             for (int64_t i = 0; i < batches; i++) {
                 const int64_t from = l.tokens * i / batches, until = l.tokens * (i + 1) / batches;
@@ -213,9 +221,7 @@ void tile_int8(const Linear& l, int64_t row0, int64_t rows, char* memory) {
     }
     for (int64_t t = 0; t < l.tokens; t++) {
         for (int64_t r = 0; r < rows; r += GROUP) {
-            float sums[GROUP];
-            fold(scratch.sums[r / STEP][t][r / GROUP % GROUPS], sums);
-            memcpy(l.output(t) + row0 + r, sums, (size_t)least<int64_t>(GROUP, rows - r) * sizeof(float));
+            fold_some(scratch.sums[r / STEP][t][r / GROUP % GROUPS], rows - r, l.output(t) + row0 + r);
         }
     }
 }
@@ -256,7 +262,7 @@ INLINE void decode_block(const Rows& rows, const Tile256&, float* out) {
 template <class W>
 void decode_int8_row(const uint8_t* w, int64_t cols, float* out) {
     Rows at(w, 0, GROUP);
-    for (int64_t k = 0; k < cols; k += W::weights, at.advance(W::bytes)) {
+    for (int64_t k = 0; k < cols; k += W::weights, at.read_bytes += W::bytes) {
         decode_block<W>(at, typename Block<W>::Tile{}, out + k);
     }
 }

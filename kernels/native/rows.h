@@ -14,17 +14,16 @@ typedef uint8_t vb __attribute__((vector_size(LANES * 4)));
 typedef int16_t vw __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vuw __attribute__((vector_size(LANES * 4)));
 
-// Where each of GROUP rows is being read.
+// GROUP rows and how far they have been read.
 struct Rows {
-    const uint8_t* at[GROUP];
+    const uint8_t* first[GROUP];
+    int64_t read_bytes = 0;
 
     // Rows `row_bytes` apart; beyond `count` the last row again, for results nobody reads.
-    INLINE Rows(const uint8_t* first, int64_t row_bytes, int64_t count) {
-        for (int r = 0; r < GROUP; r++) at[r] = first + (r < count ? r : count - 1) * row_bytes;
+    INLINE Rows(const uint8_t* rows, int64_t row_bytes, int64_t count) {
+        for (int r = 0; r < GROUP; r++) first[r] = rows + (r < count ? r : count - 1) * row_bytes;
     }
-    INLINE void advance(int64_t bytes) {
-        for (int r = 0; r < GROUP; r++) at[r] += bytes;
-    }
+    INLINE const uint8_t* at(int row, int64_t offset) const { return first[row] + read_bytes + offset; }
 };
 
 // Each byte moved right by some bits (left if negative) and masked; the mask drops what neighbours leak.
@@ -46,9 +45,9 @@ INLINE vi dot_plain(vi sum, vb u, vb s) {
 // 16 bytes for every row.
 INLINE vb repeat16(const void* p) { return (vb)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
 
-// 16 bytes of each row, `offset` from where it is read.
+// 16 bytes of each row, `offset` beyond what has been read.
 INLINE vb load16(const Rows& rows, int64_t offset) {
-    const auto row = [&](int r) INLINE_LAMBDA { return _mm_loadu_si128((const __m128i*)(rows.at[r] + offset)); };
+    const auto row = [&](int r) INLINE_LAMBDA { return _mm_loadu_si128((const __m128i*)rows.at(r, offset)); };
     __m512i v = _mm512_castsi128_si512(row(0));
     v = _mm512_mask_broadcast_i32x4(v, 0x00f0, row(1));
     v = _mm512_mask_broadcast_i32x4(v, 0x0f00, row(2));
@@ -57,7 +56,7 @@ INLINE vb load16(const Rows& rows, int64_t offset) {
 
 // 4 bytes of each row in all four lanes of it.
 INLINE vb load4(const Rows& rows, int64_t offset) {
-    const auto row = [&](int r) INLINE_LAMBDA { return _mm_loadu_si32(rows.at[r] + offset); };
+    const auto row = [&](int r) INLINE_LAMBDA { return _mm_loadu_si32(rows.at(r, offset)); };
     __m512i v = _mm512_broadcastd_epi32(row(0));
     v = _mm512_mask_broadcastd_epi32(v, 0x00f0, row(1));
     v = _mm512_mask_broadcastd_epi32(v, 0x0f00, row(2));
@@ -66,7 +65,7 @@ INLINE vb load4(const Rows& rows, int64_t offset) {
 
 // Two neighbouring halves of each row, in all four lanes of it.
 INLINE void load_halves(const Rows& rows, int64_t offset, vf& first, vf& second) {
-    const auto row = [&](int r) INLINE_LAMBDA { return _mm_loadu_si32(rows.at[r] + offset); };
+    const auto row = [&](int r) INLINE_LAMBDA { return _mm_loadu_si32(rows.at(r, offset)); };
     __m256i v = _mm256_broadcastd_epi32(row(0));
     v = _mm256_mask_broadcastd_epi32(v, 0x0c, row(1));
     v = _mm256_mask_broadcastd_epi32(v, 0x30, row(2));
@@ -118,15 +117,15 @@ INLINE void fold(vf v, float* sums) {
 
 INLINE vb repeat16(const void* p) { return (vb)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vb load16(const Rows& rows, int64_t offset) {
-    return (vb)_mm256_loadu2_m128i((const __m128i*)(rows.at[1] + offset), (const __m128i*)(rows.at[0] + offset));
+    return (vb)_mm256_loadu2_m128i((const __m128i*)rows.at(1, offset), (const __m128i*)rows.at(0, offset));
 }
 INLINE vb load4(const Rows& rows, int64_t offset) {
-    return (vb)_mm256_setr_m128i(_mm_set1_epi32(read<int32_t>(rows.at[0] + offset)),
-                                 _mm_set1_epi32(read<int32_t>(rows.at[1] + offset)));
+    return (vb)_mm256_setr_m128i(_mm_set1_epi32(read<int32_t>(rows.at(0, offset))),
+                                 _mm_set1_epi32(read<int32_t>(rows.at(1, offset))));
 }
 INLINE void load_halves(const Rows& rows, int64_t offset, vf& first, vf& second) {
     const __m256 pairs = _mm256_cvtph_ps(_mm_unpacklo_epi64(
-        _mm_set1_epi32(read<int32_t>(rows.at[0] + offset)), _mm_set1_epi32(read<int32_t>(rows.at[1] + offset))));
+        _mm_set1_epi32(read<int32_t>(rows.at(0, offset))), _mm_set1_epi32(read<int32_t>(rows.at(1, offset)))));
     first = (vf)_mm256_moveldup_ps(pairs);
     second = (vf)_mm256_movehdup_ps(pairs);
 }
@@ -155,11 +154,11 @@ INLINE void fold(vf v, float* sums) {
 #else
 
 INLINE vb repeat16(const void* p) { return read<vb>(p); }
-INLINE vb load16(const Rows& rows, int64_t offset) { return read<vb>(rows.at[0] + offset); }
-INLINE vb load4(const Rows& rows, int64_t offset) { return (vb)(vi{} + read<int32_t>(rows.at[0] + offset)); }
+INLINE vb load16(const Rows& rows, int64_t offset) { return read<vb>(rows.at(0, offset)); }
+INLINE vb load4(const Rows& rows, int64_t offset) { return (vb)(vi{} + read<int32_t>(rows.at(0, offset))); }
 INLINE void load_halves(const Rows& rows, int64_t offset, vf& first, vf& second) {
-    first = splat(half(rows.at[0] + offset));
-    second = splat(half(rows.at[0] + offset + 2));
+    first = splat(half(rows.at(0, offset)));
+    second = splat(half(rows.at(0, offset + 2)));
 }
 INLINE void fold(vf v, float* sums) { *sums = (v[0] + v[2]) + (v[1] + v[3]); }
 #if defined(__ARM_NEON)
