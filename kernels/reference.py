@@ -1,8 +1,9 @@
 """The kernels in plain torch: they define the truth and serve where nothing faster was built.
 
 Knows what the bytes of every weight type mean (`decode`) and the arithmetic of every kernel, in
-float32; quantised weights meet inputs rounded to bytes (`quantised_inputs`). Does not know how to be fast, and unlike `native` does not promise that a row's result is
-bitwise the same whatever is computed beside it: torch picks its matmul by shape.
+float32; quantised weights meet inputs rounded to bytes (`quantised_inputs`). Does not know how to be
+fast, and unlike `native` does not promise that a row's result is bitwise the same whatever is computed
+beside it: torch picks its matmul by shape.
 
 Layouts of the types: ggml's block definitions, as documented by `gguf.quants`.
 """

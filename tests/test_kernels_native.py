@@ -76,10 +76,7 @@ def test_decoding_is_that_of_the_reference(home: str, kind: WeightType, scale: f
 def assert_linear_close(x: Tensor, w: Matrix, bias: Tensor | None) -> None:
     """Against float64; the bound is that of a float32 sum of the magnitudes."""
     full = reference.dequantize(w).double()
-    if w.type.block_weights > 1:
-        x_seen = reference.quantised_inputs(x, w.type.block_weights)
-    else:
-        x_seen = x
+    x_seen = reference.quantised_inputs(x, w.type.block_weights) if w.type.block_weights > 1 else x
     truth = x_seen.double() @ full.T + (0 if bias is None else bias.double())
     magnitude = x_seen.double().abs() @ full.abs().T + (0 if bias is None else bias.double().abs())
     for got in (kernels.linear(x, w, bias), reference.linear(x, w, bias)):

@@ -27,12 +27,18 @@ struct BF16 {
     static INLINE vf decode(const uint8_t* b) { return bits_to_float(load_u16(b) << 16); }
 };
 
-// Blocks of 32 that begin with a half-precision scale, and for types with HAS_LOW a half-precision low. WIDE
-// says that q takes all eight bits.
-template <int BYTES, int OFFSET_, bool WIDE_ = false>
+// Blocks of 32 that begin with a half-precision scale, and for types with HAS_LOW a half-precision low. Only of
+// SIGNED types does q take eight bits.
+template <int BYTES, int OFFSET_>
 struct SmallBlocks {
     static constexpr int weights = 32, bytes = BYTES, OFFSET = OFFSET_;
-    static constexpr bool HAS_LOW = OFFSET == 0, WIDE = WIDE_;
+    static constexpr bool HAS_LOW = OFFSET == 0, SIGNED = false;
+};
+
+template <int BYTES>
+struct SignedBlocks {
+    static constexpr int weights = 32, bytes = BYTES, OFFSET = SIGNED_OFFSET;
+    static constexpr bool HAS_LOW = false, SIGNED = true;
 };
 
 // 16 bytes of nibbles: the low halves are weights 0..16, the high halves 16..32.
@@ -50,11 +56,12 @@ struct Q4_1 : SmallBlocks<20, 0> {
     static INLINE void unpack(const Rows& rows, vb* q) { unpack_nibbles(rows, 4, q); }
 };
 
-struct IQ4_NL : SmallBlocks<18, 128, true> {
+struct IQ4_NL : SignedBlocks<18> {
     static INLINE void unpack(const Rows& rows, vb* q) {
-        static const uint8_t values[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+        static const int8_t values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+        const vb table = from_signed(repeat16(values));
         unpack_nibbles(rows, 2, q);
-        for (int i = 0; i < 2; i++) q[i] = shuffle(repeat16(values), q[i]);
+        for (int i = 0; i < 2; i++) q[i] = shuffle(table, q[i]);
     }
 };
 
@@ -79,9 +86,9 @@ struct Q5_1 : SmallBlocks<24, 0> {
     static INLINE void unpack(const Rows& rows, vb* q) { unpack_fives(rows, 4, 8, q); }
 };
 
-struct Q8_0 : SmallBlocks<34, 128, true> {
+struct Q8_0 : SignedBlocks<34> {
     static INLINE void unpack(const Rows& rows, vb* q) {
-        for (int i = 0; i < 2; i++) q[i] = load16(rows, 2 + 16 * i) ^ 128;
+        for (int i = 0; i < 2; i++) q[i] = from_signed(load16(rows, 2 + 16 * i));
     }
 };
 

@@ -2,7 +2,7 @@
 //
 // q = round(x * 127 / largest |x|), half to even, scale = largest / 127, over 32 columns for the small types and
 // 256 for the large: the groups of llama.cpp. A group with an infinite or NaN input has a NaN scale, so that
-// whatever meets it becomes NaN. Knows nothing of weights but the offset of their zero.
+// whatever meets it becomes NaN. Knows of a weight type W only where its zero is.
 #pragma once
 #include "rows.h"
 
@@ -53,20 +53,20 @@ INLINE void sum_fours(const int8_t* q, int32_t* sums) {
     memcpy(sums, &v, 16);
 }
 
-template <int OFFSET>
+template <class W>
 INLINE void pack_input(const float* x, Input32& in) {
     in.scale = quantise<32>(x, in.q);
     int32_t first[4], second[4];
     sum_fours(in.q, first);
     sum_fours(in.q + 16, second);
     for (int i = 0; i < 4; i++) {
-        const int32_t sum = first[i] + second[i], offset = -OFFSET * sum;
+        const int32_t sum = first[i] + second[i], offset = -W::OFFSET * sum;
         const float low = in.scale * (float)sum;
-        memcpy(in.term + 4 * i, OFFSET ? (const void*)&offset : &low, 4);
+        memcpy(in.term + 4 * i, W::HAS_LOW ? (const void*)&low : &offset, 4);
     }
 }
 
-template <int OFFSET>
+template <class W>
 INLINE void pack_input(const float* x, Input256& in) {
     in.scale = quantise<256>(x, in.q);
     for (int i = 0; i < 16; i++) {

@@ -48,12 +48,6 @@ INLINE vf add(vf acc, vi sum, const Tile256& w, const Input256& x) {
     return fma(to_float(low), w.dmin * splat(-x.scale), acc);
 }
 
-// A row's word `i` in all its words.
-INLINE vw spread(vw v, int i) {
-    static const uint16_t index[8] = {0x0100, 0x0302, 0x0504, 0x0706, 0x0908, 0x0b0a, 0x0d0c, 0x0f0e};
-    return (vw)shuffle((vb)v, (vb)(vuw{} + index[i]));
-}
-
 // What small and large types do differently.
 template <class W, int WEIGHTS = W::weights>
 struct Block;
@@ -71,10 +65,10 @@ struct Block<W, 32> {
         Tile tile;
         unpack(rows, tile);
         vi sum = start<W>(x);
-        for (int i = 0; i < 2; i++) sum = dot<W::WIDE>(sum, tile.q[i], repeat16(x.q + 16 * i));
+        for (int i = 0; i < 2; i++) sum = dot<W::SIGNED>(sum, tile.q[i], repeat16(x.q + 16 * i));
         return add<W>(acc, sum, tile, x);
     }
-    static INLINE vi dot_part(const Tile& tile, int i, vb in, vi sum) { return dot<W::WIDE>(sum, tile.q[i], in); }
+    static INLINE vi dot_part(const Tile& tile, int i, vb in, vi sum) { return dot<W::SIGNED>(sum, tile.q[i], in); }
 };
 
 template <class W>
@@ -113,7 +107,7 @@ size_t input_bytes(int64_t cols) {
 template <class W>
 void pack_inputs(const float* x, int64_t cols, char* packed) {
     auto* in = reinterpret_cast<typename Block<W>::Input*>(packed);
-    for (int64_t k = 0; k < cols; k += W::weights) pack_input<W::OFFSET>(x + k, *in++);
+    for (int64_t k = 0; k < cols; k += W::weights) pack_input<W>(x + k, *in++);
 }
 
 // The folded lanes of as many rows of a group as there are.
@@ -230,7 +224,7 @@ void tile_int8(const Linear& l, int64_t row0, int64_t rows, char* memory) {
 INLINE void decode16(vb q, int offset, float scale, float low, float* out) {
     uint8_t bytes[sizeof q];
     memcpy(bytes, &q, sizeof q);
-    for (int i = 0; i < 16; i++) out[i] = (float)(bytes[i] - offset) * scale + low;
+    for (int i = 0; i < 16; i++) out[i] = (float)(int8_t)(bytes[i] - offset) * scale + low;
 }
 
 INLINE int first_word(vw v, int i) {

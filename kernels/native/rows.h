@@ -31,14 +31,15 @@ INLINE vb bits(vb v, int right, uint8_t mask) {
     return (vb)(right < 0 ? (vuw)v << -right : (vuw)v >> right) & mask;
 }
 
-INLINE vi low_words(vw v) { return (vi)v << 16 >> 16; }
-INLINE vi high_words(vw v) { return (vi)v >> 16; }
+// Weights below 64, or SIGNED ones, times signed inputs above -128, four products to a lane. A machine that
+// multiplies only unsigned weights takes signed ones SIGNED_OFFSET too large; `from_signed` makes them so.
+#if defined(__AVX512VNNI__)
+constexpr int SIGNED_OFFSET = 128;
+#else
+constexpr int SIGNED_OFFSET = 0;
+#endif
 
-// Adds the products of unsigned and signed bytes, four to a lane. In plain vector words, for any bytes.
-INLINE vi dot_plain(vi sum, vb u, vb s) {
-    const vw even = (vw)((vuw)u & 255) * ((vw)s << 8 >> 8), odd = (vw)((vuw)u >> 8) * ((vw)s >> 8);
-    return sum + low_words(even) + high_words(even) + low_words(odd) + high_words(odd);
-}
+INLINE vb from_signed(vb v) { return v ^ (uint8_t)SIGNED_OFFSET; }
 
 #if defined(__AVX512F__)
 
@@ -84,25 +85,27 @@ INLINE vw widen(vb v, int half) {
 }
 
 #if defined(__AVX512VNNI__)
-// Adds the products of unsigned and signed bytes, four to a lane; unsigned ones are below 64 unless WIDE.
-template <bool WIDE>
-INLINE vi dot(vi sum, vb u, vb s) {
-    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)s);
+template <bool SIGNED>
+INLINE vi dot(vi sum, vb w, vb x) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
 INLINE vi dot_words(vi sum, vw a, vw b) {
     return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 }
 #else
 INLINE vi dot_words(vi sum, vw a, vw b) { return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
-template <bool WIDE>
-INLINE vi dot(vi sum, vb u, vb s) {
-    if (WIDE) return dot_plain(sum, u, s);
-    return dot_words(sum, (vw)_mm512_maddubs_epi16((__m512i)u, (__m512i)s), vw{} + 1);
+template <bool SIGNED>
+INLINE vi dot(vi sum, vb w, vb x) {
+    if (SIGNED) {  // |w| times x with the sign of w
+        x = (vb)_mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), __m512i{}, (__m512i)x);
+        w = (vb)_mm512_abs_epi8((__m512i)w);
+    }
+    return dot_words(sum, (vw)_mm512_maddubs_epi16((__m512i)w, (__m512i)x), vw{} + 1);
 }
 #endif
-// Adds the products of unsigned bytes below 64, signed bytes and their row's scale (a word, in all words).
-INLINE vi dot_scaled(vi sum, vb u, vb s, vw scale) {
-    return dot_words(sum, (vw)_mm512_maddubs_epi16((__m512i)u, (__m512i)s), scale);
+// As `dot` of weights below 64, times their row's scale (a word, in all words).
+INLINE vi dot_scaled(vi sum, vb w, vb x, vw scale) {
+    return dot_words(sum, (vw)_mm512_maddubs_epi16((__m512i)w, (__m512i)x), scale);
 }
 
 // The sum of each row's four lanes.
@@ -135,13 +138,16 @@ INLINE vw widen(vb v, int half) {
     return (vw)(half ? _mm256_unpackhi_epi8(b, b) : _mm256_unpacklo_epi8(b, b)) >> 8;
 }
 INLINE vi dot_words(vi sum, vw a, vw b) { return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
-template <bool WIDE>
-INLINE vi dot(vi sum, vb u, vb s) {
-    if (WIDE) return dot_plain(sum, u, s);
-    return dot_words(sum, (vw)_mm256_maddubs_epi16((__m256i)u, (__m256i)s), vw{} + 1);
+template <bool SIGNED>
+INLINE vi dot(vi sum, vb w, vb x) {
+    if (SIGNED) {
+        x = (vb)_mm256_sign_epi8((__m256i)x, (__m256i)w);
+        w = (vb)_mm256_abs_epi8((__m256i)w);
+    }
+    return dot_words(sum, (vw)_mm256_maddubs_epi16((__m256i)w, (__m256i)x), vw{} + 1);
 }
-INLINE vi dot_scaled(vi sum, vb u, vb s, vw scale) {
-    return dot_words(sum, (vw)_mm256_maddubs_epi16((__m256i)u, (__m256i)s), scale);
+INLINE vi dot_scaled(vi sum, vb w, vb x, vw scale) {
+    return dot_words(sum, (vw)_mm256_maddubs_epi16((__m256i)w, (__m256i)x), scale);
 }
 INLINE void fold(vf v, float* sums) {
     __m256 a = (__m256)v;
@@ -165,9 +171,11 @@ INLINE void fold(vf v, float* sums) { *sums = (v[0] + v[2]) + (v[1] + v[3]); }
 INLINE vb shuffle(vb v, vb index) { return (vb)vqtbl1q_u8((uint8x16_t)v, (uint8x16_t)index); }
 #else
 INLINE vb shuffle(vb v, vb index) {
-    vb moved;
-    for (int i = 0; i < 16; i++) moved[i] = v[index[i] & 15];
-    return moved;
+    uint8_t bytes[16], from[16], moved[16];
+    memcpy(bytes, &v, 16);
+    memcpy(from, &index, 16);
+    for (int i = 0; i < 16; i++) moved[i] = bytes[from[i] & 15];
+    return read<vb>(moved);
 }
 #endif
 INLINE vw widen(vb v, int half) {
@@ -177,23 +185,34 @@ INLINE vw widen(vb v, int half) {
     for (int i = 0; i < 8; i++) words[i] = bytes[8 * half + i];
     return read<vw>(words);
 }
+INLINE vi low_words(vw v) { return (vi)v << 16 >> 16; }
+INLINE vi high_words(vw v) { return (vi)v >> 16; }
 INLINE vi dot_words(vi sum, vw a, vw b) {
     return sum + low_words(a) * low_words(b) + high_words(a) * high_words(b);
 }
-template <bool WIDE>
-INLINE vi dot(vi sum, vb u, vb s) {
+template <bool SIGNED>
+INLINE vi dot(vi sum, vb w, vb x) {
 #if defined(__ARM_FEATURE_DOTPROD)
-    const int8x16_t in = (int8x16_t)s;
-    if (!WIDE) return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)u, in);
-    const int8x16_t half_offset = vdupq_n_s8(64);  // u is (u - 128) + 64 + 64
-    const int32x4_t centred = vdotq_s32((int32x4_t)sum, (int8x16_t)(u ^ 128), in);
-    return (vi)vdotq_s32(vdotq_s32(centred, half_offset, in), half_offset, in);
+    return (vi)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x);
 #else
-    return dot_plain(sum, u, s);
+    // Two products fit a word.
+    const vw even = SIGNED ? (vw)w << 8 >> 8 : (vw)((vuw)w & 255), odd = (vw)w >> 8;
+    const vw pairs = even * ((vw)x << 8 >> 8) + odd * ((vw)x >> 8);
+    return sum + low_words(pairs) + high_words(pairs);
 #endif
 }
-INLINE vi dot_scaled(vi sum, vb u, vb s, vw scale) { return sum + dot<false>(vi{}, u, s) * high_words(scale); }
+INLINE vi dot_scaled(vi sum, vb w, vb x, vw scale) { return sum + dot<false>(vi{}, w, x) * high_words(scale); }
 
 #endif
+
+// A row's word `i` in all its words.
+INLINE vw spread(vw v, int i) {
+#if defined(__AVX2__)
+    static const uint16_t index[8] = {0x0100, 0x0302, 0x0504, 0x0706, 0x0908, 0x0b0a, 0x0d0c, 0x0f0e};
+    return (vw)shuffle((vb)v, (vb)(vuw{} + index[i]));
+#else
+    return vw{} + v[i];
+#endif
+}
 
 }  // namespace
