@@ -34,6 +34,8 @@ bool runs_here(const Home& home) {
     }
 #elif defined(SHOAL_ARM) && defined(__linux__)
     if (&home == &homes::neon_dot) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(SHOAL_ARM) && !defined(__APPLE__)  // every Apple of this kind has it
+    if (&home == &homes::neon_dot) return false;
 #endif
     (void)home;
     return true;
