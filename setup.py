@@ -12,6 +12,18 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = "kernels/native"
+HEADERS = (
+    "attention",
+    "blocks",
+    "elementwise",
+    "home",
+    "inputs",
+    "jobs",
+    "linear_float",
+    "linear_int8",
+    "rows",
+    "simd",
+)
 FLAGS = [
     "-O3",
     "-std=c++17",
@@ -37,9 +49,10 @@ AVX512 = [
 
 MACHINE = platform.machine().lower()
 if MACHINE in ("x86_64", "amd64"):
-    DEFINES, HOMES = [("SHOAL_X86", "1")], {"scalar": [], "avx2": AVX2, "avx512": AVX512}
+    DEFINES = [("SHOAL_X86", "1")]
+    HOMES = {"scalar": [], "avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512vnni"]}
 elif MACHINE in ("aarch64", "arm64"):
-    DEFINES, HOMES = [("SHOAL_ARM", "1")], {"neon": []}
+    DEFINES, HOMES = [("SHOAL_ARM", "1")], {"neon": [], "neon_dot": ["-march=armv8.2-a+dotprod"]}
 else:
     DEFINES, HOMES = [], {"scalar": []}
 
@@ -75,7 +88,7 @@ setup(
         Extension(
             "shoal.kernels.libshoal",
             sources=[f"{SOURCE}/{name}.cpp" for name in ("kernels", "pool", "shoal")],
-            depends=[f"{SOURCE}/{name}.h" for name in ("simd", "blocks", "attention", "home")],
+            depends=[f"{SOURCE}/{name}.h" for name in HEADERS],
             language="c++",
             optional=True,
         )

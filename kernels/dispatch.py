@@ -36,9 +36,9 @@ _home: Home | None = None
 
 
 def choose(name: str = "") -> Home:
-    """Computes from now on in the home of this name (avx512, avx2, neon, scalar, reference), or in the
-    best one for "". KernelError if a home asked for by name does not run here; where none was asked
-    for and the native library is missing, one warning and the reference.
+    """Computes from now on in the home of this name (avx512vnni, avx512, avx2, neon_dot, neon, scalar,
+    reference), or in the best one for "". KernelError if a home asked for by name does not run here; where
+    none was asked for and the native library is missing, one warning and the reference.
     """
     global _home
     if name == "reference":
@@ -71,7 +71,7 @@ def native() -> Native | None:
 
 
 def home() -> str:
-    """Where kernels run: avx512, avx2, neon, scalar or reference. SHOAL_KERNELS names one to use."""
+    """Where kernels run: avx512vnni, avx512, avx2, neon_dot, neon, scalar or reference; SHOAL_KERNELS names one."""
     current = native()
     return current.name if current else "reference"
 
@@ -96,7 +96,11 @@ def _refuse_rows(name: str, x: Tensor, cols: int) -> OperandError:
 
 
 def linear(x: Tensor, w: Matrix, bias: Tensor | None = None) -> Tensor:
-    """x @ w.T + bias: x float32 (T, cols), bias float32 (rows,); float32 (T, rows)."""
+    """x @ w.T + bias: x float32 (T, cols), bias float32 (rows,); float32 (T, rows).
+
+    Quantised weights meet x rounded to bytes (`reference.quantised_inputs`); a NaN or infinity in a row of x makes
+    that row of the result NaN.
+    """
     if x.dtype is not _F32 or x.dim() != 2 or x.shape[1] != w.cols:
         raise _refuse_rows("the input of a linear", x, w.cols)
     if bias is not None and (bias.dtype is not _F32 or bias.shape != (w.rows,)):

@@ -42,7 +42,7 @@ _SIGNATURES = {
 
 
 class Native:
-    """The kernels of one home (avx512, avx2, neon, scalar); the best this machine runs if `name` is "".
+    """The kernels of one home (avx512vnni, avx512, avx2, neon_dot, neon, scalar), or of the best for "".
 
     The library has one home and one thread pool per process: the latest Native chosen rules. Raises
     KernelError if the library is missing, does not fit this version, or cannot serve `name` here.

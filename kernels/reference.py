@@ -1,8 +1,9 @@
 """The kernels in plain torch: they define the truth and serve where nothing faster was built.
 
 Knows what the bytes of every weight type mean (`decode`) and the arithmetic of every kernel, in
-float32. Does not know how to be fast, and unlike `native` does not promise that a row's result is
-bitwise the same whatever is computed beside it: torch picks its matmul by shape.
+float32; quantised weights meet inputs rounded to bytes (`quantised_inputs`). Does not know how to be
+fast, and unlike `native` does not promise that a row's result is bitwise the same whatever is computed
+beside it: torch picks its matmul by shape.
 
 Layouts of the types: ggml's block definitions, as documented by `gguf.quants`.
 """
@@ -19,6 +20,9 @@ from shoal.kernels.types import WeightType
 
 TILE_BYTES = 4 << 20
 """Most bytes of float32 weights that exist at once."""
+
+SMALLEST_INPUT = 1e-30
+"""A group of inputs to a quantised linear counts as zeros if no magnitude in it reaches this."""
 
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -37,13 +41,35 @@ def dequantize(w: Matrix) -> Tensor:
 
 
 def linear(x: Tensor, w: Matrix, bias: Tensor | None = None) -> Tensor:
-    """x (T, cols) @ w.T + bias (rows,), float32 (T, rows); weights expand tile by tile."""
+    """x (T, cols) @ w.T + bias (rows,), float32 (T, rows); weights expand tile by tile.
+
+    Of inputs to quantised weights the multiplication sees `quantised_inputs`.
+    """
+    if w.type.block_weights > 1:
+        x = quantised_inputs(x, w.type.block_weights)
     out = torch.empty(x.shape[0], w.rows)
     step = _tile_rows(w.cols)
     for start in range(0, w.rows, step):
         tile = decode(w.type, w.data[start : start + step])
         out[:, start : start + step] = x @ tile.T
     return out if bias is None else out.add_(bias)
+
+
+def quantised_inputs(x: Tensor, group: int) -> Tensor:
+    """x (T, cols) as bytes would hold it, float32: each `group` columns are whole multiples, -127 to 127, of 1/127
+    of their largest magnitude, rounded half to even.
+
+    A group with an infinite or NaN input becomes NaN. These are llama.cpp's groups, one for each block of
+    weights, so that both lose the same to rounding; native kernels multiply the whole numbers exactly.
+    """
+    groups = x.reshape(x.shape[0], x.shape[1] // group, group)  # (T, cols / group, group)
+    largest = groups.abs().amax(-1, keepdim=True)
+    most = torch.full_like(largest, 127)  # a tensor: torch may divide by a plain number less exactly
+    scale = (
+        (largest / most).masked_fill(largest < SMALLEST_INPUT, 0).masked_fill(~largest.isfinite(), torch.nan)
+    )
+    inverse = (most / largest).masked_fill(largest < SMALLEST_INPUT, 0)
+    return ((groups * inverse).round() * scale).reshape(x.shape)
 
 
 def gather_rows(w: Matrix, ids: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from shoal.kernels.attention import attention
 
 def homes_here() -> list[str]:
     names = ["reference"]
-    for name in ("avx512", "avx2", "neon", "scalar"):
+    for name in ("avx512vnni", "avx512", "avx2", "neon_dot", "neon", "scalar"):
         try:
             names.append(library.Native(name).name)
         except KernelError:

@@ -30,9 +30,7 @@ INLINE vf repeat_queries(const float* values) {
 
 template <class W>
 INLINE vf cached(const uint8_t* row, int64_t at) {
-    vf lanes;
-    W::decode(row + at / LANES * W::bytes, nullptr, [&](int, vf v) INLINE_LAMBDA { lanes = v; });
-    return lanes;
+    return W::decode(row + at / LANES * W::bytes);
 }
 
 // out[i] (head_dim) for four queries q[i] (head_dim); `scores` holds score_count(length) floats, four for

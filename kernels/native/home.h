@@ -28,7 +28,7 @@ enum Status : int { OK = 0, BAD_TYPE = 1, NO_MEMORY = 2, NO_ROW = 3 };
 
 struct Home {
     const char* name;
-    // y (tokens, rows) = x (tokens, cols) @ w.T + bias; bias may be null.
+    // y (tokens, rows) = x (tokens, cols) @ w.T + bias; bias may be null. Quantised weights meet x rounded to bytes.
     Status (*linear)(const Weights& w, const float* x, int64_t tokens, const float* bias, float* y);
     // out (count, cols): the rows `ids`, or the first `count` rows if ids is null. NO_ROW if there is none such.
     Status (*gather_rows)(const Weights& w, const int64_t* ids, int64_t count, float* out);

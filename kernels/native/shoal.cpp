@@ -2,15 +2,19 @@
 //
 // Pointers and sizes have been checked by the caller; data may lie at any alignment.
 #include <string.h>
+#if defined(SHOAL_ARM) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #include "home.h"
 
 namespace shoal {
 namespace homes {
 #if defined(SHOAL_X86)
-extern const Home avx512, avx2, scalar;
+extern const Home avx512vnni, avx512, avx2, scalar;
 #elif defined(SHOAL_ARM)
-extern const Home neon;
+extern const Home neon_dot, neon;
 #else
 extern const Home scalar;
 #endif
@@ -23,10 +27,15 @@ bool runs_here(const Home& home) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (&home == &homes::avx2) return avx2;
-    if (&home == &homes::avx512) {
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    if (&home == &homes::avx512 || &home == &homes::avx512vnni) {
+        return avx2 && (&home == &homes::avx512 || __builtin_cpu_supports("avx512vnni")) &&
+               __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     }
+#elif defined(SHOAL_ARM) && defined(__linux__)
+    if (&home == &homes::neon_dot) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(SHOAL_ARM) && !defined(__APPLE__)  // every Apple of this kind has it
+    if (&home == &homes::neon_dot) return false;
 #endif
     (void)home;
     return true;
@@ -35,9 +44,9 @@ bool runs_here(const Home& home) {
 // Best first.
 const Home* const all[] = {
 #if defined(SHOAL_X86)
-    &homes::avx512, &homes::avx2, &homes::scalar,
+    &homes::avx512vnni, &homes::avx512, &homes::avx2, &homes::scalar,
 #elif defined(SHOAL_ARM)
-    &homes::neon,
+    &homes::neon_dot, &homes::neon,
 #else
     &homes::scalar,
 #endif

@@ -35,19 +35,12 @@ constexpr int TOKENS = 2;
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef float vf4 __attribute__((vector_size(16)));
-typedef uint8_t bytes32 __attribute__((vector_size(32)));
 
 template <class T>
 INLINE T read(const void* p) {
     T value;
     memcpy(&value, p, sizeof value);
     return value;
-}
-
-// Has the compiler forget what it knows of the T at `p`, so that it is loaded again.
-template <class T>
-INLINE void keep_in_memory(void* p) {
-    asm volatile("" : "+m"(*static_cast<T*>(p)));
 }
 
 INLINE vf load(const float* p) { return read<vf>(p); }
@@ -76,15 +69,10 @@ INLINE vf round(vf a) {
     return (vf)_mm512_roundscale_ps((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 INLINE vi to_int(vf a) { return (vi)_mm512_cvtps_epi32((__m512)a); }
-INLINE vi load_u8(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-INLINE vi load_i8(const uint8_t* p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vi load_u16(const uint8_t* p) {
     return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
 }
 INLINE vf load_half(const uint8_t* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-INLINE vf lookup16(vi index, const float* table) {
-    return (vf)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
-}
 // Sums of four vectors; a lane order that does not depend on which of the four a vector is.
 INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
     __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44),
@@ -107,15 +95,8 @@ INLINE vf round(vf a) {
     return (vf)_mm256_round_ps((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 INLINE vi to_int(vf a) { return (vi)_mm256_cvtps_epi32((__m256)a); }
-INLINE vi load_u8(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-INLINE vi load_i8(const uint8_t* p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 INLINE vi load_u16(const uint8_t* p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vf load_half(const uint8_t* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-INLINE vf lookup16(vi index, const float* table) {
-    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
-    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
-    return (vf)_mm256_blendv_ps(low, high, (__m256)(index << 28));
-}
 INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
     __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20),
                               _mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31));
@@ -145,18 +126,12 @@ INLINE vf round(vf a) {
     return (a + magic) - magic;
 }
 INLINE vi to_int(vf a) { return __builtin_convertvector(round(a), vi); }
-INLINE vi load_u8(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
-INLINE vi load_i8(const uint8_t* p) { return vi{(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]}; }
 INLINE vi load_u16(const uint8_t* p) {
     return vi{read<uint16_t>(p), read<uint16_t>(p + 2), read<uint16_t>(p + 4), read<uint16_t>(p + 6)};
 }
 INLINE vf load_half(const uint8_t* p) {
     return vf{half_bits_to_float(read<uint16_t>(p)), half_bits_to_float(read<uint16_t>(p + 2)),
               half_bits_to_float(read<uint16_t>(p + 4)), half_bits_to_float(read<uint16_t>(p + 6))};
-}
-INLINE vf lookup16(vi index, const float* table) {
-    index &= 15;
-    return vf{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 }
 INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
     return vf4{(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]), (c[0] + c[2]) + (c[1] + c[3]),
@@ -173,56 +148,15 @@ INLINE float half(const uint8_t* p) {
 #endif
 }
 
-// Four halves from `p` as floats.
-INLINE void four_halves(const uint8_t* p, float* out) {
-#if defined(__F16C__)
-    _mm_storeu_ps(out, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)));
-#else
-    for (int i = 0; i < 4; i++) out[i] = half(p + 2 * i);
-#endif
-}
+INLINE float read_float(int32_t bits) { return read<float>(&bits); }
 
-// 32 bits as bytes, all ones or zero.
-INLINE bytes32 spread_bits(uint32_t bits) {
-#if defined(__AVX512F__)
-    return (bytes32)_mm256_movm_epi8(bits);
-#elif defined(__AVX2__)
-    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-    const __m256i bit_of = _mm256_set1_epi64x((int64_t)0x8040201008040201);
-    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)bits), byte_of);
-    return (bytes32)_mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
-#else
-    uint64_t spread[4];
-    for (int i = 0; i < 4; i++) spread[i] = (bits >> 8 * i & 255) * 0x0101010101010101u & 0x8040201008040201u;
-    return (bytes32)(read<bytes32>(spread) != 0);
-#endif
+INLINE int32_t greatest(vi v) {
+    int32_t lanes[LANES];
+    memcpy(lanes, &v, sizeof v);
+    int32_t most = lanes[0];
+    for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
+    return most;
 }
-
-// The first half of the lanes a, the second b.
-INLINE vf halves(float a, float b) {
-    vi lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
-    return lane < LANES / 2 ? splat(a) : splat(b);
-}
-
-// Four-bit numbers q mapped to q * scale + low; of an operand only the low four bits of each lane count.
-struct Nibbles {
-#if defined(__AVX512F__)
-    vf table;  // all 16 results
-    INLINE Nibbles(vf scale, vf low)
-        : table(fma(vf{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, scale, low)) {}
-    explicit INLINE Nibbles(vf table) : table(table) {}
-    static INLINE Nibbles centred(float scale) {
-        return Nibbles(vf{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7} * splat(scale));
-    }
-    INLINE vf operator()(vi q) const { return (vf)_mm512_permutexvar_ps((__m512i)q, (__m512)table); }
-#else
-    vf scale, low;
-    INLINE Nibbles(vf scale, vf low) : scale(scale), low(low) {}
-    static INLINE Nibbles centred(float scale) { return Nibbles(splat(scale), splat(scale) * -8.0f); }
-    INLINE vf operator()(vi q) const { return fma(to_float(q & 15), scale, low); }
-#endif
-};
 
 // e^x within 2 units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes expf).
 INLINE vf exp(vf x) {

@@ -1,0 +1,101 @@
+"""How fast each stored type multiplies: GB/s of weight bytes for one token, GOP/s for many.
+
+    python bench/kernels.py [--types Q4_0,Q6_K] [--threads 1,2] [--tokens 256] [--repeat 7] [--json]
+
+One token is limited by memory: its matrices are fresh in turn, `--memory-mb` of them, so that no cache holds them.
+Many tokens are limited by arithmetic: one matrix, a multiplication and an addition counted as two operations.
+Every figure is a median with the least and the most of the repeats; SHOAL_KERNELS names the home to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+
+import torch
+
+from shoal import kernels
+from shoal.kernels import WEIGHT_TYPES, Matrix, WeightType
+from shoal.kernels.sample import random_matrix
+
+ROWS, COLS = 2048, 2048
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="speed of a linear, by stored type")
+    parser.add_argument("--types", default=",".join(kind.name for kind in WEIGHT_TYPES))
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--memory-mb", type=int, default=600, help="of weights, beyond what caches hold")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+
+    names = options.types.split(",")
+    results = []
+    for kind in (kind for kind in WEIGHT_TYPES if kind.name in names):
+        matrix = random_matrix(kind, ROWS, COLS)
+        copies = max(2, (options.memory_mb << 20) // matrix.nbytes)
+        matrices = [Matrix(kind, matrix.data.clone(), ROWS, COLS) for _ in range(copies)]
+        for threads in map(int, options.threads.split(",")):
+            kernels.set_threads(threads)
+            results.append(measure(kind, matrices, threads, options))
+            if not options.json:
+                print(line(results[-1]), flush=True)
+    if options.json:
+        print(json.dumps({"home": kernels.home(), "rows": ROWS, "cols": COLS, "results": results}))
+
+
+def measure(
+    kind: WeightType, matrices: list[Matrix], threads: int, options: argparse.Namespace
+) -> dict[str, object]:
+    one, many = torch.randn(1, COLS), torch.randn(options.tokens, COLS)
+    turn = itertools.cycle(matrices)
+    per_repeat = max(1, len(matrices) // options.repeat)
+    nbytes = matrices[0].nbytes
+
+    def read() -> float:
+        return per_repeat * nbytes / seconds(lambda: kernels.linear(one, next(turn)), per_repeat) / 1e9
+
+    def multiply() -> float:
+        operations = 2 * ROWS * COLS * options.tokens
+        return operations / seconds(lambda: kernels.linear(many, matrices[0]), 1) / 1e9
+
+    read(), multiply()
+    return {
+        "type": kind.name,
+        "threads": threads,
+        "one_token_gb_per_s": spread([read() for _ in range(options.repeat)]),
+        "many_tokens_gop_per_s": spread([multiply() for _ in range(options.repeat)]),
+    }
+
+
+def seconds(call: object, times: int) -> float:
+    assert callable(call)
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return time.perf_counter() - start
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def line(result: dict[str, object]) -> str:
+    def figure(key: str) -> str:
+        value = result[key]
+        assert isinstance(value, dict)
+        return f"{value['median']:7.1f} ({value['min']:.1f} to {value['max']:.1f})"
+
+    return (
+        f"{result['type']:7} threads {result['threads']}  one token {figure('one_token_gb_per_s'):26} GB/s"
+        f"  many {figure('many_tokens_gop_per_s'):26} GOP/s"
+    )
+
+
+if __name__ == "__main__":
+    main()

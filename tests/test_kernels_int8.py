@@ -1,0 +1,127 @@
+"""Inputs of quantised weights, rounded to bytes: how far from exact, and what extremes become."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoal import kernels
+from shoal.kernels import WEIGHT_TYPES, KernelError, WeightType, dispatch, library, reference
+from shoal.kernels.sample import random_matrix
+from shoal.kernels.types import Q4_K, Q8_0
+
+
+def homes_here() -> list[str]:
+    names = ["reference"]
+    for name in ("avx512vnni", "avx512", "avx2", "neon_dot", "neon", "scalar"):
+        try:
+            names.append(library.Native(name).name)
+        except KernelError:
+            continue
+    return names
+
+
+@pytest.fixture(params=homes_here())
+def home(request: pytest.FixtureRequest) -> Iterator[str]:
+    dispatch.choose(request.param)
+    yield request.param
+    dispatch.choose()
+
+
+QUANTISED = [kind for kind in WEIGHT_TYPES if kind.block_weights > 1]
+each_type = pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
+each_group = pytest.mark.parametrize("group", [32, 256])
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_group(x: Tensor, group: int) -> Tensor:
+    return x.reshape(x.shape[0], -1, group)
+
+
+@each_group
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 1000), exponent=st.integers(-28, 36))
+def test_inputs_lose_at_most_half_a_step(group: int, seed: int, exponent: int) -> None:
+    x = randn(3, 512, seed=seed) * 10.0**exponent
+    steps = by_group(x, group).abs().amax(-1, keepdim=True) / 127
+    lost = (by_group(reference.quantised_inputs(x, group), group) - by_group(x, group)).abs()
+    assert (lost <= 0.5001 * steps).all()
+
+
+@each_type
+def test_distance_from_exact_is_that_of_the_rounding(home: str, kind: WeightType) -> None:
+    w = random_matrix(kind, 40, 1024)
+    x = randn(5, 1024)
+    full = reference.dequantize(w).double()
+    steps = by_group(x, kind.block_weights).abs().amax(-1, keepdim=True) / 127
+    half_steps = (steps / 2).expand(-1, -1, kind.block_weights).reshape(5, 1024).double()
+    lost = kernels.linear(x, w).double() - x.double() @ full.T
+    assert (lost.abs() <= 1.001 * half_steps @ full.abs().T).all()
+    # Roundings are independent and uniform: the variance of each is step² / 12.
+    expected = ((half_steps * 2).square() / 12 @ full.square().T).sqrt()
+    assert 0.7 < (lost / expected).square().mean().sqrt() < 1.3
+
+
+@each_type
+def test_whole_inputs_are_exact(home: str, kind: WeightType) -> None:
+    w = random_matrix(kind, 9, 512)
+    x = torch.randint(-126, 127, (3, 512), generator=torch.Generator().manual_seed(1)).float()
+    x[:, :: kind.block_weights] = 127
+    truth = x.double() @ reference.dequantize(w).double().T
+    magnitude = x.abs().double() @ reference.dequantize(w).abs().double().T
+    assert ((kernels.linear(x, w) - truth).abs() <= 2e-6 * magnitude).all()
+
+
+def test_halves_round_to_even(home: str) -> None:
+    w = random_matrix(Q8_0, 64, 32)
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 125.5] * 4])
+    rounded = torch.tensor([[127.0, 0, 2, 2, 0, -2, -2, 126] * 4])
+    torch.testing.assert_close(kernels.linear(x, w), kernels.linear(rounded, w), rtol=0, atol=0)
+
+
+@each_type
+def test_zeros_and_magnitudes_of_any_size(home: str, kind: WeightType) -> None:
+    w = random_matrix(kind, 7, 512)
+    assert torch.equal(kernels.linear(torch.zeros(3, 512), w), torch.zeros(3, 7))
+    x = randn(2, 512)
+    once = kernels.linear(x, w)
+    for exponent in (-90, -30, 30, 100):  # powers of two round nothing
+        torch.testing.assert_close(
+            kernels.linear(x * 2.0**exponent, w), once * 2.0**exponent, rtol=1e-5, atol=1e-30
+        )
+    assert torch.equal(kernels.linear(x * 1e-38, w), torch.zeros(2, 7))
+    mixed = x.clone()
+    mixed[:, : kind.block_weights] = 0  # a group of zeros beside others
+    assert kernels.linear(mixed, w).isfinite().all()
+
+
+@each_type
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_shows_in_its_row_only(home: str, kind: WeightType, bad: float) -> None:
+    w = random_matrix(kind, 9, 512)
+    x = randn(7, 512)
+    clean = kernels.linear(x, w)
+    x[2, 500], x[4, 0] = bad, bad
+    got = kernels.linear(x, w)
+    assert got[[2, 4]].isnan().all()
+    kept = [0, 1, 3, 5, 6]
+    torch.testing.assert_close(got[kept], clean[kept], rtol=1e-5 if home == "reference" else 0, atol=1e-5)
+    assert kernels.linear(x[2:3], w).isnan().all()
+
+
+def test_homes_agree_bit_for_bit_where_they_fuse() -> None:
+    """Whole sums are exact and lanes are the same four everywhere, so vector widths leave no trace."""
+    fused = [name for name in homes_here() if name in ("avx512vnni", "avx512", "avx2")]
+    w, x = random_matrix(Q4_K, 21, 768), randn(9, 768)
+    results = []
+    for name in fused:
+        dispatch.choose(name)
+        results.append(kernels.linear(x, w))
+    dispatch.choose()
+    assert all(torch.equal(result, results[0]) for result in results)
