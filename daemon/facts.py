@@ -15,7 +15,7 @@ from .model import refusal
 
 
 def kernel_home() -> str:
-    """Which kernels serve here: avx512, avx2, neon, scalar or reference."""
+    """Which kernels serve here: avx512vnni, avx512, avx2, neon_dot, neon, scalar or reference."""
     return kernels.home()
 
 
