@@ -17,7 +17,7 @@ Tier = Literal["gpu", "ram", "disk"]
 
 KV_TYPE_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
 PAGE_TOKENS = 64
-SCRATCH_BYTES = 64 << 20  # kernel tiles, hidden states, logits of one step
+KERNEL_BYTES = 64 << 20  # tiles and tables of the kernels, whatever the model
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Plan:
     chunk_tokens: int  # prefill chunks end at multiples of this position
     sequences: int  # decoded together at most
     threads: int
+    scratch_bytes: int  # what a step needs besides weights and KV
     ranks: int = 1
 
     @property
@@ -62,7 +63,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        return self.weights_bytes + self.kv.nbytes + SCRATCH_BYTES
+        return self.weights_bytes + self.kv.nbytes + self.scratch_bytes
 
     def describe(self) -> str:
         """One line for people."""
@@ -76,6 +77,18 @@ class Plan:
 def kv_token_bytes(spec: ModelSpec, dtype: str) -> int:
     """Bytes of K and V of one token in all layers."""
     return 2 * len(spec.layers) * spec.kv_heads * spec.head_dim * KV_TYPE_BYTES[dtype]
+
+
+def scratch_bytes(spec: ModelSpec, *, context_tokens: int, chunk_tokens: int, sequences: int) -> int:
+    """The most that one step of `chunk_tokens` and a decode of every sequence holds besides weights and KV, in f32."""
+    moe = spec.moe
+    ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
+    heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, what is mixed, k and v
+    rows = (chunk_tokens + sequences) * (4 * spec.hidden + 3 * ffn + heads)
+    attention = context_tokens * (
+        2 * spec.kv_heads * spec.head_dim + chunk_tokens
+    )  # K, V and mask of one layer
+    return KERNEL_BYTES + 4 * (rows + attention + sequences * spec.vocab)
 
 
 def plan_in_ram(
@@ -99,17 +112,20 @@ def plan_in_ram(
     page_bytes = PAGE_TOKENS * kv_token_bytes(spec, kv_type)
     weights = sum(block_bytes.values())
     per_sequence = -(-context_tokens // PAGE_TOKENS)
-    least = weights + SCRATCH_BYTES + per_sequence * page_bytes
+    scratch = scratch_bytes(
+        spec, context_tokens=context_tokens, chunk_tokens=chunk_tokens, sequences=sequences
+    )
+    least = weights + scratch + per_sequence * page_bytes
     if kv_tokens is not None:
         pages = -(-kv_tokens // PAGE_TOKENS)
-        least = weights + SCRATCH_BYTES + pages * page_bytes
+        least = weights + scratch + pages * page_bytes
     else:
-        room = memory_bytes - weights - SCRATCH_BYTES
+        room = memory_bytes - weights - scratch
         pages = max(per_sequence, min(per_sequence * sequences, room // 2 // page_bytes))
     if least > memory_bytes:
         raise PlanError(
             f"needs {least / 1e6:,.0f} MB ({weights / 1e6:,.0f} MB of weights, {pages * PAGE_TOKENS:,} tokens of KV, "
-            f"{SCRATCH_BYTES / 1e6:,.0f} MB of scratch) but the budget is {memory_bytes / 1e6:,.0f} MB"
+            f"{scratch / 1e6:,.0f} MB of scratch) but the budget is {memory_bytes / 1e6:,.0f} MB"
         )
     return Plan(
         blocks=tuple(BlockPlan(block, block_bytes[block]) for block in spec.blocks()),
@@ -118,4 +134,5 @@ def plan_in_ram(
         chunk_tokens=chunk_tokens,
         sequences=sequences,
         threads=threads,
+        scratch_bytes=scratch,
     )
