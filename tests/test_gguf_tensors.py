@@ -33,7 +33,7 @@ def test_fused_projections_are_read_in_any_family(biases: str, tmp_path: Path) -
         return fuse(tensors, "bias") if biases == "fused" else tensors
 
     model = tiny.hf_model("qwen2", seed=4)
-    path = tiny.save_gguf(model, tmp_path / "m.gguf", type="Q8_0", edit=edit)
+    path = tiny.save_gguf(model, tmp_path / "m.gguf", type="F16", edit=edit)
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([IDS])).logits[0].float()
     assert relative_error(Running(path).logits(IDS, [30]), expected) <= 1e-3
