@@ -40,6 +40,7 @@ from .sequence import Sequence
 from .translate import translated
 
 DEFAULT_CONTEXT_TOKENS = 8192
+LEAST_CONTEXT_TOKENS = 512  # what the default context may shrink to when memory is short
 DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 Progress = Callable[[int, int], None]
@@ -50,7 +51,10 @@ def no_progress(done: int, total: int) -> None:
 
 
 def make_plan(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> Plan:
-    """The plan for a checkpoint within `memory_bytes`. Raises DaemonError `resources` or `context_overflow`."""
+    """The plan for a checkpoint within `memory_bytes`; where no context was asked for, the largest that fits.
+
+    Raises DaemonError `context_overflow`, or PlanError when not even LEAST_CONTEXT_TOKENS fit.
+    """
     spec = checkpoint.spec
     context = config.context_tokens or min(spec.context, DEFAULT_CONTEXT_TOKENS)
     if context > spec.context:
@@ -59,17 +63,24 @@ def make_plan(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> 
             f"a context of {context} tokens was asked for, the model was made for {spec.context}",
             f"use --ctx {spec.context} or less",
         )
-    return plan_in_ram(
-        spec,
-        {block: checkpoint.block_bytes(block) for block in spec.blocks()},
-        context_tokens=context,
-        kv_tokens=config.kv_tokens,
-        kv_type=config.kv_type,
-        chunk_tokens=config.chunk_tokens,
-        sequences=config.max_sequences,
-        threads=config.thread_count,
-        memory_bytes=memory_bytes,
-    )
+    block_bytes = {block: checkpoint.block_bytes(block) for block in spec.blocks()}
+    while True:
+        try:
+            return plan_in_ram(
+                spec,
+                block_bytes,
+                context_tokens=context,
+                kv_tokens=config.kv_tokens,
+                kv_type=config.kv_type,
+                chunk_tokens=config.chunk_tokens,
+                sequences=config.max_sequences,
+                threads=config.thread_count,
+                memory_bytes=memory_bytes,
+            )
+        except PlanError:
+            if config.context_tokens is not None or context <= LEAST_CONTEXT_TOKENS:
+                raise
+            context = max(LEAST_CONTEXT_TOKENS, context // 2)
 
 
 @dataclass(eq=False)

@@ -7,7 +7,9 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -29,8 +31,10 @@ from shoal.comm.messages import (
 from shoal.daemon.answer import Event
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.model import DEFAULT_SAMPLING
+from shoal.daemon.model import DEFAULT_SAMPLING, make_plan
 from shoal.daemon.node import Node
+from shoal.models.checkpoint import open_checkpoint
+from shoal.partition.errors import PlanError
 
 GREEDY = Sampling(temperature=0.0)
 CONFIG = NodeConfig(
@@ -328,3 +332,19 @@ def test_sampling_falls_back_from_request_to_authors_to_shoal(path: Path) -> Non
         model.name = "smollm2"
         assert model.sampling(Sampling()).temperature == 0.2
         assert model.sampling(Sampling(temperature=0.0)).temperature == 0.0
+
+
+def test_a_default_context_shrinks_until_it_fits(path: Path) -> None:
+    with open_checkpoint(path) as checkpoint:
+        spec = replace(checkpoint.spec, context=8192)
+        roomy = SimpleNamespace(spec=spec, block_bytes=checkpoint.block_bytes)
+        contexts = [
+            make_plan(roomy, NodeConfig(max_sequences=1), memory).context_tokens  # type: ignore[arg-type]
+            for memory in (1 << 30, 70 << 20)
+        ]
+        assert contexts[0] == 8192
+        assert 512 <= contexts[1] < 8192
+        with pytest.raises(PlanError, match="512 tokens of KV"):
+            make_plan(roomy, NodeConfig(max_sequences=1), 1 << 20)  # type: ignore[arg-type]
+        with pytest.raises(PlanError, match="8,192 tokens of KV"):
+            make_plan(roomy, NodeConfig(max_sequences=1, context_tokens=8192), 70 << 20)  # type: ignore[arg-type]
