@@ -20,11 +20,12 @@ help: ## show this
 
 setup: .venv/.installed ## install Shoal into .venv
 
+# Temperature 0: a model this small strays when it may choose.
 run: .venv/.installed ## answer PROMPT="…" with the default model, fetching what is missing
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@$(SHOAL) ps >/dev/null 2>&1 || $(SHOAL) serve --detach --model $(MODEL)
 	@echo
-	@$(SHOAL) run $(MODEL) '$(subst ','\'',$(value PROMPT))' </dev/null
+	@$(SHOAL) run $(MODEL) --temperature 0 '$(subst ','\'',$(value PROMPT))' </dev/null
 	@echo
 	@echo 'Go on with    $(SHOAL) chat'
 	@echo 'See also      $(SHOAL) --help'
