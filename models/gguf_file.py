@@ -226,7 +226,7 @@ class _Header:
                 at += 8 + length
                 if length > _STRING_BYTES or at > end:
                     raise self._corrupt(
-                        f"an item of {key} is {length} bytes long: longer than the limit or the file"
+                        f"an item of {key} is {length} bytes long: longer than the limit or the file (cut short?)"
                     )
                 values.append(read(length).decode())
         except struct.error as error:
