@@ -220,7 +220,7 @@ def test_the_default_model_answers_the_same_way_twice() -> None:
     model = os.environ.get("SHOAL_TEST_MODEL", "smollm2")
     options = ["--json", "--temperature", "0", "--max-tokens", "12"]
     first, second = (
-        json.loads(shoal("run", *options, model, "What is the capital of France?").stdout) for _ in range(2)
+        json.loads(shoal("run", *options, model, "Name three colours.").stdout) for _ in range(2)
     )
     assert first["token_ids"] == second["token_ids"]
-    assert "Paris" in first["text"]
+    assert "Red" in first["text"]
