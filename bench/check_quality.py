@@ -84,7 +84,7 @@ def logits_of(model: LoadedModel, ids: list[int]) -> torch.Tensor:
     pages = model.kv.table.take(-(-len(ids) // model.kv.page_tokens))
     assert pages is not None
     with torch.inference_mode():
-        step = Step.build([(ids, 0, model.kv.slots(pages, len(ids)), True)], every_row=True)
+        step = Step.build([(ids, 0, pages, len(ids))])
         logits = model.executor.head(model.executor.forward(step))
     model.kv.table.give_back(pages)
     return logits

@@ -94,9 +94,7 @@ class Engine:
         return True
 
     def _compute(self, batch: list[Chunk]) -> list[Sampled | Exception]:
-        step = Step.build(
-            [(c.tokens, c.start, self._kv.slots(c.sequence.pages, c.end), c.samples) for c in batch]
-        )
+        step = Step.build((c.tokens, c.start, c.sequence.pages, int(c.samples)) for c in batch)
         hidden = self._executor.forward(step)
         sampling = [chunk.sequence for chunk in batch if chunk.samples]
         if not sampling:

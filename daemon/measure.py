@@ -181,9 +181,7 @@ def perplexity(
             first = ctx // 2
             for start in range(0, ctx - 1, config.chunk_tokens):
                 end = min(start + config.chunk_tokens, ctx - 1)
-                step = Step.build(
-                    [(tokens[start:end], start, loaded.kv.slots(pages, end), True)], every_row=True
-                )
+                step = Step.build([(tokens[start:end], start, pages, end - start)])
                 hidden = executor.forward(step)
                 for row in range(max(start, first), end, HEAD_ROWS):
                     last = min(row + HEAD_ROWS, end)

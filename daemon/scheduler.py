@@ -12,7 +12,7 @@ from collections.abc import Sequence as Ordered
 
 from shoal.comm.messages import FinishReason
 from shoal.models.sampling import Sampled
-from shoal.offload.kv import PageTable
+from shoal.offload.pages import PageTable
 
 from .errors import DaemonError
 from .sequence import Chunk, Sequence

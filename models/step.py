@@ -5,7 +5,7 @@ Pure shape-keeping; the scheduler fills it, the transformer reads it. Knows noth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,14 +17,13 @@ from torch import Tensor
 class Segment:
     """Consecutive tokens of one sequence, at rows [first, last) of the step.
 
-    `slots` says where positions [0, start + last - first) of the sequence live in the KV pool: a slice when
-    its pages happen to be consecutive, else int64 indices.
+    `pages` hold the KV of the sequence: position p in page `pages[p // page_tokens]`; there may be more than needed.
     """
 
     first: int
     last: int
     start: int  # position of row `first` in its sequence
-    slots: slice | Tensor
+    pages: Sequence[int]
 
     @property
     def end(self) -> int:
@@ -42,25 +41,17 @@ class Step:
     rows: Tensor  # int64 (R,): rows whose hidden state is wanted at the end
 
     @classmethod
-    def build(
-        cls, chunks: Iterable[tuple[list[int], int, slice | Tensor, bool]], every_row: bool = False
-    ) -> Step:
-        """From (token ids, start position, KV slots, is the last row wanted?) per sequence.
-
-        `every_row` asks for all rows instead.
-        """
+    def build(cls, chunks: Iterable[tuple[Sequence[int], int, Sequence[int], int]]) -> Step:
+        """From (token ids, start position, KV pages, how many of the last rows are wanted) per sequence."""
         segments: list[Segment] = []
         tokens: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
-        for ids, start, slots, wanted in chunks:
-            segments.append(Segment(len(tokens), len(tokens) + len(ids), start, slots))
+        for ids, start, pages, wanted in chunks:
+            segments.append(Segment(len(tokens), len(tokens) + len(ids), start, pages))
             tokens += ids
             positions += range(start, start + len(ids))
-            if wanted:
-                rows.append(len(tokens) - 1)
-        if every_row:
-            rows = list(range(len(tokens)))
+            rows += range(len(tokens) - wanted, len(tokens))
         return cls(
             torch.tensor(tokens),
             torch.tensor(positions),
@@ -72,7 +63,9 @@ class Step:
 class KvCache(Protocol):
     """What attention needs of a KV store (offload.kv has it)."""
 
-    def extend(self, layer: int, segment: Segment, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (T, kv_heads, head_dim) of the segment's rows; return all of the sequence's K and V,
-        each (kv_heads, segment.end, head_dim), in f32 or the pool's type."""
+    def attend(
+        self, layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """Store the step's k and v (T, kv_heads, head_dim), then attend with q (T, heads, head_dim), every token to
+        its sequence up to itself; (T, heads * head_dim) f32."""
         ...

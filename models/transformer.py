@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from shoal.kernels import gather_rows, geglu, linear, rms_norm, swiglu
-from shoal.kernels.attention import attention
 from shoal.partition.spec import ModelSpec
 
 from .rope import Rope, Rotation
@@ -76,14 +75,9 @@ class Transformer:
         v = v.view(-1, spec.kv_heads, spec.head_dim)
         rotate = rotations[spec.layers[layer].rope]
         q, k = rotate(q), rotate(k)
-        outputs = []
-        for segment in step.segments:
-            rows = slice(segment.first, segment.last)
-            keys, values = kv.extend(layer, segment, k[rows], v[rows])  # (K, S, D)
-            outputs.append(
-                attention(q[rows], keys, values, scale=spec.attention_scale, window=spec.layers[layer].window)
-            )
-        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (T, H*D)
+        mixed = kv.attend(
+            layer, step, q, k, v, scale=spec.attention_scale, window=spec.layers[layer].window
+        )  # (T, H*D)
         return linear(mixed, matrix["o"], vector.get("o_bias"))
 
     def feed_forward(self, weights: Weights, hidden: Tensor) -> Tensor:

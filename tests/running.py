@@ -33,10 +33,8 @@ class Running:
     def step(self, *parts: tuple[list[int], int, list[int]]) -> Tensor:
         """(token ids, start position, pages) per sequence → logits (T, vocab) of every row."""
         with torch.inference_mode():
-            chunks = [
-                (ids, start, self.kv.slots(pages, start + len(ids)), True) for ids, start, pages in parts
-            ]
-            return self.executor.head(self.executor.forward(Step.build(chunks, every_row=True)))
+            step = Step.build((ids, start, pages, len(ids)) for ids, start, pages in parts)
+            return self.executor.head(self.executor.forward(step))
 
     def logits(self, ids: list[int], prefill: list[int]) -> Tensor:
         """Logits (T, vocab) of `ids`: chunks of the given lengths, then token by token."""

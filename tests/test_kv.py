@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from shoal.models.step import Segment
-from shoal.offload.kv import KvPool, PageTable
+from shoal.models.step import Step
+from shoal.offload.kv import KvPool
+from shoal.offload.pages import PageTable
 from shoal.partition.plan import KvPlan
 from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -50,19 +52,29 @@ def test_consecutive_pages_are_preferred() -> None:
     assert table.take(4) == [0, 1, 2, 3]
 
 
+def attend(kv: KvPool, pages: list[int], start: int, rows: Tensor) -> Tensor:
+    """rows (3, T, heads, head_dim): q, k and v of positions from `start` on."""
+    step = Step.build([([0] * rows.shape[1], start, pages, 1)])
+    return kv.attend(0, step, *rows.unbind(0), scale=0.5, window=None)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.permutations(range(5)), st.integers(1, 18), st.integers(0, 18))
 def test_scattered_pages_equal_consecutive_ones(pages: list[int], length: int, start: int) -> None:
     start = min(start, length - 1)
-    k, v = torch.randn(2, length, SPEC.kv_heads, SPEC.head_dim).unbind(0)
+    qkv = torch.randn(3, length, SPEC.kv_heads, SPEC.head_dim)
     results = []
     for owned in ([0, 1, 2, 3, 4], list(pages)):
         kv = pool(5)
         if start:
-            kv.extend(0, Segment(0, start, 0, kv.slots(owned, start)), k[:start], v[:start])
-        results.append(
-            kv.extend(0, Segment(0, length - start, start, kv.slots(owned, length)), k[start:], v[start:])
-        )
-    for expected, got in zip(*results, strict=True):
-        assert torch.equal(expected, got)
-    assert torch.equal(results[1][0], k.transpose(0, 1))
+            attend(kv, owned, 0, qkv[:, :start])
+        results.append(attend(kv, owned, start, qkv[:, start:]))
+    assert torch.equal(*results)
+
+
+def test_a_copied_page_serves_as_the_original() -> None:
+    qkv = torch.randn(3, 8, SPEC.kv_heads, SPEC.head_dim)
+    kv = pool(4)
+    attend(kv, [0, 1], 0, qkv[:, :7])
+    kv.copy_page(1, 3)
+    assert torch.equal(attend(kv, [0, 3], 7, qkv[:, 7:]), attend(kv, [0, 1], 7, qkv[:, 7:]))

@@ -11,7 +11,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.scheduler import Scheduler
 from shoal.daemon.sequence import Sequence, Times
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
-from shoal.offload.kv import PageTable
+from shoal.offload.pages import PageTable
 
 PAGE = 4
 
