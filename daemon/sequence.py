@@ -5,11 +5,13 @@ Knows token ids, its sampler and how far it has come. Text, stop strings and mes
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from shoal.comm.messages import FinishReason
 from shoal.models.sampling import Sampled, Sampler
+from shoal.offload.prefix import Copy, Holding
 
 
 class Sink(Protocol):
@@ -23,7 +25,7 @@ class Sink(Protocol):
         """Take the next token; a reason ends the sequence."""
         ...
 
-    def finish(self, reason: FinishReason, times: Times) -> None: ...
+    def finish(self, reason: FinishReason, sequence: Sequence) -> None: ...
 
     def fail(self, error: Exception) -> None: ...
 
@@ -41,16 +43,34 @@ class Times:
 
 @dataclass(eq=False)
 class Sequence:
-    """`tokens` are the prompt and what was generated; KV of the first `computed` of them is stored."""
+    """`tokens` are the prompt and what was generated; KV of the first `computed` of them is stored.
+
+    client: whose request it is. priority: higher goes first. deadline_s: clock reading at which it ends anyhow.
+    """
 
     tokens: list[int]
     limit: int  # length at which it ends, prompt included
     sampler: Sampler
     sink: Sink
+    client: str = ""
+    priority: int = 0
+    deadline_s: float = math.inf
     times: Times = field(default_factory=Times)
     computed: int = 0
-    pages: list[int] = field(default_factory=list)
+    holding: Holding = field(default_factory=Holding)
+    number: int = 0  # in order of arrival
+    cached_tokens: int = 0  # of the prompt, that did not have to be computed
+    preemptions: int = 0
+    running: bool = False  # else it waits, or has ended
     ended: bool = False
+    prompt_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.tokens)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
 
     @property
     def remaining(self) -> int:
@@ -60,11 +80,17 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Part of a step: tokens [start, end) of one sequence."""
+    """Part of a step: tokens [start, end) of one sequence, with its `pages`: they stay if it is cancelled meanwhile."""
 
     sequence: Sequence
     start: int
     end: int
+    pages: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sequence: Sequence, tokens: int) -> Chunk:
+        """The next so many tokens; the sequence has the pages for them."""
+        return cls(sequence, sequence.computed, sequence.computed + tokens, tuple(sequence.holding.pages))
 
     @property
     def tokens(self) -> list[int]:
@@ -74,3 +100,15 @@ class Chunk:
     def samples(self) -> bool:
         """Does this chunk reach the end, so that a next token comes out of it?"""
         return self.end == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A step to be made: first copy pages, in this order, then compute the chunks."""
+
+    chunks: list[Chunk]
+    copies: list[Copy]
+
+    @property
+    def rows(self) -> int:
+        return sum(chunk.end - chunk.start for chunk in self.chunks)
