@@ -69,6 +69,8 @@ class AnswerOptions:
     repeat_penalty: float | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    priority: int = 0
+    deadline: float | None = None
 
     def request_fields(self, model: str) -> dict[str, Any]:
         """The fields that `generate` and `chat` share. Raises DaemonError `bad_request`."""
@@ -79,6 +81,8 @@ class AnswerOptions:
             "sampling": {name: value for name, value in asked.items() if value is not None},
             "max_tokens": self.max_tokens,
             "stop": list(self.stop),
+            "priority": self.priority,
+            "deadline_s": self.deadline,
         }
         try:
             checked = msgspec.convert(request, Generation)
@@ -117,10 +121,13 @@ def plan_options(function: Verb) -> Verb:
 
 
 def answer_options(function: Verb) -> Verb:
-    """Adds the sampling options, --max-tokens and --stop; the verb gets `answer: AnswerOptions`."""
+    """Adds the sampling options and those that end or hasten an answer; the verb gets `answer: AnswerOptions`."""
     options: list[Decorator] = [
         click.option("--max-tokens", type=click.IntRange(min=1), help="End the answer after this many tokens."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer at this text; repeatable."),
+        click.option("--deadline", type=click.FloatRange(0, 1e6, min_open=True), metavar="SECONDS",
+                     help="End the answer after this time with what it has."),
+        click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Above 0: before other requests."),
         click.option("--seed", type=click.IntRange(min=0), help="Make the answer repeatable."),
         click.option("--temperature", type=click.FloatRange(0, 100), help="0 takes the likeliest token always."),
         click.option("--top-k", type=click.IntRange(min=0), help="Choose among the K likeliest tokens; 0 = all."),

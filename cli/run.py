@@ -138,6 +138,7 @@ class _Result:
             "text": self.text,
             "token_ids": self._ids,
             "prompt_tokens": done.usage.prompt_tokens,
+            "cached_tokens": done.usage.cached_tokens,
             "completion_tokens": done.usage.completion_tokens,
             "finish_reason": done.finish_reason,
             "ttft_s": timings.ttft_s,
@@ -159,10 +160,14 @@ def statistics(done: Done) -> str:
     ]
     if timings.queue_s >= 0.1:
         parts.insert(1, f"queued {timings.queue_s:.1f} s")
+    if usage.cached_tokens:
+        parts.insert(1, f"{usage.cached_tokens} of them known")
     if timings.stall_s >= 0.01:
         parts.append(f"waited {timings.stall_s:.2f} s for the disk")
     if done.finish_reason == "length":
         parts.append("cut at the limit")
+    if done.finish_reason == "deadline":
+        parts.append("cut at the deadline")
     return " · ".join(parts)
 
 

@@ -44,7 +44,7 @@ class NodeConfig:
     kv_type: KvType = "f16"
     max_sequences: int = 16  # decoded together in one step
     max_queue: int = 64  # waiting requests; one more is answered `busy`
-    chunk_tokens: int = 256  # prefill is cut at multiples of this position
+    chunk_tokens: int = 256  # of prompts in one step, at most
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[int, int]] = {
@@ -53,7 +53,7 @@ class NodeConfig:
             "context_tokens": (1, 1 << 26),
             "kv_tokens": (1, 1 << 32),
             "max_sequences": (1, 1024),
-            "max_queue": (0, 1 << 20),
+            "max_queue": (0, 1 << 14),
             "chunk_tokens": (16, 1 << 16),
         }
         for name, (low, high) in limits.items():

@@ -16,15 +16,16 @@ import tiny
 from cli_fakes import FakeAnswers, shoal
 
 from shoal.cli import run as run_verb
-from shoal.cli.run import _piped
+from shoal.cli.run import _piped, statistics
 from shoal.comm.errors import NoDaemon, RequestFailed
-from shoal.comm.messages import Chat, Generate
+from shoal.comm.messages import Chat, Done, Generate, Timings, Usage
 from shoal.daemon.errors import DaemonError
 
 FIELDS = [
     "text",
     "token_ids",
     "prompt_tokens",
+    "cached_tokens",
     "completion_tokens",
     "finish_reason",
     "ttft_s",
@@ -109,6 +110,18 @@ def test_raw_feeds_the_prompt_as_it_is(stage: Stage) -> None:
     assert isinstance(request, Generate)
     assert (request.prompt, request.stop, request.max_tokens) == ("Once", ["END"], 5)
     assert request.sampling.temperature == 0
+
+
+def test_priority_and_deadline_are_passed_on_and_told(stage: Stage) -> None:
+    result = shoal("run", "m.gguf", "Once", "--priority", "-3", "--deadline", "1.5")
+    assert result.exit_code == 0
+    (request,) = stage.here.requests
+    assert (request.priority, request.deadline_s) == (-3, 1.5)
+    assert shoal("run", "m.gguf", "Once", "--deadline", "0").exit_code == 2
+    usage = Usage(prompt_tokens=9, completion_tokens=2, cached_tokens=5)
+    line = statistics(Done(finish_reason="deadline", usage=usage, timings=Timings()))
+    assert "9 prompt tokens · 5 of them known" in line
+    assert line.endswith("cut at the deadline")
 
 
 def test_a_model_without_template_continues_the_prompt_and_says_so(stage: Stage) -> None:
