@@ -14,13 +14,16 @@ from setuptools.command.build_ext import build_ext
 SOURCE = "kernels/native"
 HEADERS = (
     "attention",
+    "attention_span",
     "blocks",
+    "cells",
     "elementwise",
     "home",
     "inputs",
     "jobs",
     "linear_float",
     "linear_int8",
+    "rope",
     "rows",
     "simd",
 )

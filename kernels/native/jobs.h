@@ -15,6 +15,11 @@ INLINE T least(T a, T b) {
     return a < b ? a : b;
 }
 
+template <class T>
+INLINE T most(T a, T b) {
+    return a > b ? a : b;
+}
+
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Linear;
