@@ -232,6 +232,8 @@ class Token(Message):
 class Usage(Message):
     prompt_tokens: int
     completion_tokens: int
+    drafted_tokens: int = 0  # guessed ahead of the answer
+    accepted_tokens: int = 0  # of them, guessed right
 
 
 class Timings(Message):

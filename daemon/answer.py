@@ -82,7 +82,12 @@ class Answer:
         self._emit(
             Done(
                 finish_reason=reason,
-                usage=Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._completion_tokens),
+                usage=Usage(
+                    prompt_tokens=self._prompt_tokens,
+                    completion_tokens=self._completion_tokens,
+                    drafted_tokens=times.drafted_tokens,
+                    accepted_tokens=times.accepted_tokens,
+                ),
                 timings=self._timings(times),
                 context_tokens=self._context_tokens,
             )

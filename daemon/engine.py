@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import islice
 
 import torch
+from torch import Tensor
 
 from shoal.models.errors import SamplingError
 from shoal.models.sampling import Sampled
@@ -79,13 +81,14 @@ class Engine:
             self._note_admission(batch)
         if not batch:
             return False
-        stall_s = self._executor.store.stall_s
+        began_s, stall_s = self._clock(), self._executor.store.stall_s
         try:
             with torch.inference_mode():
                 sampled = self._compute(batch)
             with self._lock:
-                self._note_tokens(batch, self._executor.store.stall_s - stall_s)
-                self._scheduler.commit(batch, sampled)
+                self._note_cost(batch, self._clock() - began_s)
+                self._note_times(batch, self._executor.store.stall_s - stall_s)
+                self.tokens_total += self._scheduler.commit(batch, sampled)
         except Exception as error:  # whatever it was, the daemon serves on and the clients hear of it
             with self._lock:
                 for chunk in batch:
@@ -93,21 +96,24 @@ class Engine:
             raise
         return True
 
-    def _compute(self, batch: list[Chunk]) -> list[Sampled | Exception]:
-        step = Step.build((c.tokens, c.start, c.sequence.pages, int(c.samples)) for c in batch)
+    def _compute(self, batch: list[Chunk]) -> list[list[Sampled | Exception]]:
+        step = Step.build((c.tokens, c.start, c.sequence.pages, c.rows_wanted) for c in batch)
         hidden = self._executor.forward(step)
-        sampling = [chunk.sequence for chunk in batch if chunk.samples]
-        if not sampling:
-            return []
-        logits = self._executor.head(hidden)
-        return [_sample(sequence, row) for sequence, row in zip(sampling, logits.unbind(0), strict=True)]
+        if not len(step.rows):
+            return [[] for _ in batch]
+        rows = iter(self._executor.head(hidden).unbind(0))
+        return [_sample(chunk, list(islice(rows, chunk.rows_wanted))) for chunk in batch]
 
     def _note_admission(self, batch: list[Chunk]) -> None:
         now = self._clock()
         for chunk in batch:
             chunk.sequence.times.admitted_s = chunk.sequence.times.admitted_s or now
 
-    def _note_tokens(self, batch: list[Chunk], stall_s: float) -> None:
+    def _note_cost(self, batch: list[Chunk], seconds: float) -> None:
+        rows = sum(chunk.end - chunk.start + len(chunk.draft) for chunk in batch)
+        self._scheduler.speculation.cost.note(rows, seconds)
+
+    def _note_times(self, batch: list[Chunk], stall_s: float) -> None:
         now = self._clock()
         for chunk in batch:
             times = chunk.sequence.times
@@ -115,11 +121,16 @@ class Engine:
             if chunk.samples:
                 times.first_token_s = times.first_token_s or now
                 times.last_token_s = now
-                self.tokens_total += 1
 
 
-def _sample(sequence: Sequence, logits: torch.Tensor) -> Sampled | Exception:
-    try:
-        return sequence.sampler.sample(logits)
-    except SamplingError as error:  # e.g. NaN logits: this sequence's trouble alone
-        return error
+def _sample(chunk: Chunk, logits: list[Tensor]) -> list[Sampled | Exception]:
+    """Sample from one row of logits (vocab,) after the other, as without a draft, for as long as it is right."""
+    results: list[Sampled | Exception] = []
+    for row, guess in zip(logits, (*chunk.draft, None), strict=False):
+        try:
+            results.append(sampled := chunk.sequence.sampler.sample(row))
+        except SamplingError as error:  # e.g. NaN logits: this sequence's trouble alone
+            return [*results, error]
+        if sampled.token_id != guess:
+            break
+    return results

@@ -37,6 +37,7 @@ from .memory import return_freed
 from .registry import recommended_sampling
 from .scheduler import Scheduler
 from .sequence import Sequence
+from .speculation import Speculation
 from .translate import translated
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -74,6 +75,7 @@ def make_plan(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> 
                 kv_type=config.kv_type,
                 chunk_tokens=config.chunk_tokens,
                 sequences=config.max_sequences,
+                guesses=config.max_guesses,
                 threads=config.thread_count,
                 memory_bytes=memory_bytes,
             )
@@ -133,6 +135,7 @@ class LoadedModel:
             sequences=plan.sequences,
             queue=config.max_queue,
             chunk_tokens=plan.chunk_tokens,
+            speculation=Speculation(plan.guesses),
         )
         engine = Engine(executor, kv, scheduler, clock)
         return cls(name, checkpoint, plan, tokenizer, executor, kv, engine, clock, clock())

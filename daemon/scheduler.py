@@ -16,19 +16,28 @@ from shoal.offload.pages import PageTable
 
 from .errors import DaemonError
 from .sequence import Chunk, Sequence
+from .speculation import Speculation
 
 
 class Scheduler:
     """Admits in order of arrival, when a place and the pages for the whole sequence are free."""
 
     def __init__(
-        self, table: PageTable, *, page_tokens: int, sequences: int, queue: int, chunk_tokens: int
+        self,
+        table: PageTable,
+        *,
+        page_tokens: int,
+        sequences: int,
+        queue: int,
+        chunk_tokens: int,
+        speculation: Speculation,
     ) -> None:
         self._table = table
         self._page_tokens = page_tokens
         self._sequences = sequences
         self._queue = queue
         self._chunk_tokens = chunk_tokens
+        self.speculation = speculation
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -54,7 +63,7 @@ class Scheduler:
         self._admit()
         decodes = [s for s in self.running if s.remaining == 1]
         prefills = [s for s in self.running if s.remaining > 1]
-        batch = [Chunk(s, s.computed, s.computed + 1) for s in decodes]
+        batch: list[Chunk] = []
         budget = self._chunk_tokens
         for sequence in prefills:
             start = sequence.computed
@@ -63,26 +72,41 @@ class Scheduler:
                 break
             budget -= end - start
             batch.append(Chunk(sequence, start, end))
-        return batch
+        rows = len(decodes) + sum(chunk.end - chunk.start for chunk in batch)
+        drafts = self.speculation.drafts(rows, [(s.guesser, s.limit - len(s.tokens) - 1) for s in decodes])
+        return [
+            *(Chunk(s, s.computed, s.computed + 1, draft) for s, draft in zip(decodes, drafts, strict=True)),
+            *batch,
+        ]
 
-    def commit(self, batch: Ordered[Chunk], sampled: Ordered[Sampled | Exception]) -> None:
-        """Append what was sampled (one entry per sampling chunk, in order) and emit it."""
-        results = iter(sampled)
-        for chunk in batch:
-            result = next(results) if chunk.samples else None
+    def commit(self, batch: Ordered[Chunk], sampled: Ordered[Ordered[Sampled | Exception]]) -> int:
+        """Append and emit what was sampled: for every chunk, as much as its draft was right for, and one more.
+
+        Returns how many tokens that were.
+        """
+        total = 0
+        for chunk, results in zip(batch, sampled, strict=True):
             sequence = chunk.sequence
             if sequence.ended:  # cancelled while the step ran
                 continue
             sequence.computed = chunk.end
-            if isinstance(result, Exception):
-                self.fail(sequence, result)
-            elif result is not None:
+            sequence.times.drafted_tokens += len(chunk.draft)
+            sequence.guesser.score([result.token_id for result in results if isinstance(result, Sampled)])
+            for count, result in enumerate(results):
+                if isinstance(result, Exception):
+                    self.fail(sequence, result)
+                    break
+                total += 1
+                sequence.computed = len(sequence.tokens)
                 sequence.tokens.append(result.token_id)
+                sequence.times.accepted_tokens += count > 0
                 reason = sequence.sink.accept(result)
                 if reason is None and len(sequence.tokens) >= sequence.limit:
                     reason = "length"
                 if reason is not None:
                     self._finish(sequence, reason)
+                    break
+        return total
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence with what it has. Does nothing when it has ended already."""

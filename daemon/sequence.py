@@ -11,6 +11,8 @@ from typing import Protocol
 from shoal.comm.messages import FinishReason
 from shoal.models.sampling import Sampled, Sampler
 
+from .speculation import Guesser
+
 
 class Sink(Protocol):
     """Where a sequence's tokens go. Called by the engine's thread; must not block."""
@@ -30,13 +32,15 @@ class Sink(Protocol):
 
 @dataclass
 class Times:
-    """Clock readings in seconds; 0 = has not happened."""
+    """Clock readings in seconds, 0 = has not happened; and how many tokens were guessed and guessed right."""
 
     arrived_s: float = 0.0
     admitted_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     stall_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -51,6 +55,10 @@ class Sequence:
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     ended: bool = False
+    guesser: Guesser = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guesser = Guesser(self.tokens)
 
     @property
     def remaining(self) -> int:
@@ -60,15 +68,21 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Part of a step: tokens [start, end) of one sequence."""
+    """Part of a step: tokens [start, end) of one sequence, and after them `draft`, which is only guessed."""
 
     sequence: Sequence
     start: int
     end: int
+    draft: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> list[int]:
-        return self.sequence.tokens[self.start : self.end]
+        return [*self.sequence.tokens[self.start : self.end], *self.draft]
+
+    @property
+    def rows_wanted(self) -> int:
+        """Of how many of its last tokens the logits are needed."""
+        return 1 + len(self.draft) if self.samples else 0
 
     @property
     def samples(self) -> bool:

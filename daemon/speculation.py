@@ -43,17 +43,12 @@ class Acceptance:
 
 
 class Guesser:
-    """Guesses what one sequence says next, and learns how good its guesses are.
-
-    `tokens` is the sequence's own list, which grows. Counts: `drafted` tokens sent along, `accepted` of them right.
-    """
+    """Guesses what one sequence says next, and learns how good its guesses are. `tokens`: its own list, which grows."""
 
     def __init__(self, tokens: list[int]) -> None:
         self._lookup = PromptLookup(tokens)
         self._acceptance = Acceptance()
         self._draft = Draft()
-        self.drafted = 0
-        self.accepted = 0
 
     def guess(self, limit: int) -> list[float]:
         """Guess up to `limit` tokens; the chance of each that it and all before it are right, so never rising."""
@@ -69,15 +64,32 @@ class Guesser:
         """The first `depth` tokens of the last guess."""
         return self._draft.tokens[:depth]
 
-    def score(self, sent: int, sampled: Ordered[int]) -> None:
-        """The step that carried the first `sent` tokens of the last guess yielded `sampled`, at most one more."""
-        self.drafted += sent
-        self.accepted += max(0, len(sampled) - 1)
+    def score(self, sampled: Ordered[int]) -> None:
+        """Hold the last guess against the tokens sampled since, one at least, whether it was sent along or not."""
         for token, grade, truth in zip(self._draft.tokens, self._draft.grades, sampled, strict=False):
             self._acceptance.note(grade, token == truth)
             if token != truth:
                 break
         self._draft = Draft()
+
+
+class Speculation:
+    """Chooses what every step of a model guesses. `guesses`: most of a step, whatever it would pay; 0 is off."""
+
+    def __init__(self, guesses: int) -> None:
+        self.cost = StepCost()
+        self._guesses = guesses
+
+    def drafts(self, rows: int, decoding: Ordered[tuple[Guesser, int]]) -> list[tuple[int, ...]]:
+        """Tokens to send along for each decoding sequence, given as its guesser and the most that it may get.
+
+        rows: of the step without guesses, `decoding` included.
+        """
+        if not self._guesses or not decoding:
+            return [()] * len(decoding)
+        chances = [guesser.guess(min(most, DEPTH)) for guesser, most in decoding]
+        chosen = depths(chances, rows, self._guesses, self.cost)
+        return [guesser.first(depth) for (guesser, _), depth in zip(decoding, chosen, strict=True)]
 
 
 def depths(chances: Ordered[Ordered[float]], rows: int, spare: int, cost: StepCost) -> list[int]:

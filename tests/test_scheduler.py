@@ -10,6 +10,7 @@ from shoal.comm.messages import FinishReason
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.scheduler import Scheduler
 from shoal.daemon.sequence import Sequence, Times
+from shoal.daemon.speculation import Speculation
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.offload.pages import PageTable
 
@@ -41,8 +42,17 @@ def sequence(prompt: int, limit: int, sink: Recorder | None = None) -> Sequence:
     return Sequence([1] * prompt, limit, Sampler(SamplingParams(), []), sink or Recorder())
 
 
-def scheduler(pages: int = 64, sequences: int = 4, queue: int = 8, chunk: int = 16) -> Scheduler:
-    return Scheduler(PageTable(pages), page_tokens=PAGE, sequences=sequences, queue=queue, chunk_tokens=chunk)
+def scheduler(
+    pages: int = 64, sequences: int = 4, queue: int = 8, chunk: int = 16, guesses: int = 0
+) -> Scheduler:
+    return Scheduler(
+        PageTable(pages),
+        page_tokens=PAGE,
+        sequences=sequences,
+        queue=queue,
+        chunk_tokens=chunk,
+        speculation=Speculation(guesses),
+    )
 
 
 def sampled(token: int = 7) -> Sampled:
@@ -51,7 +61,7 @@ def sampled(token: int = 7) -> Sampled:
 
 def run_step(subject: Scheduler) -> list[tuple[int, int]]:
     batch = subject.next()
-    subject.commit(batch, [sampled() for chunk in batch if chunk.samples])
+    subject.commit(batch, [[sampled()] if chunk.samples else [] for chunk in batch])
     return [(chunk.start, chunk.end) for chunk in batch]
 
 
@@ -102,7 +112,7 @@ def test_one_failing_sampler_fails_one_sequence() -> None:
     bad, good = Recorder(), Recorder()
     subject.submit(sequence(2, 5, bad))
     subject.submit(sequence(2, 5, good))
-    subject.commit(subject.next(), [ValueError("nan"), sampled()])
+    subject.commit(subject.next(), [[ValueError("nan")], [sampled()]])
     assert (bad.ended, good.ended, good.tokens) == (["error nan"], [], [7])
 
 
@@ -128,7 +138,7 @@ def test_everything_ends_exactly_once(jobs: list[tuple[int, int]], cancels: list
             subject.cancel(sequences[cancels[step]])
         if not batch:
             break
-        subject.commit(batch, [sampled() for chunk in batch if chunk.samples])
+        subject.commit(batch, [[sampled()] if chunk.samples else [] for chunk in batch])
     assert all(len(sink.ended) == 1 for sink in sinks)
     assert subject._table.free_pages == pages
     assert not subject.running
