@@ -12,11 +12,11 @@ SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-peer check bench clean distclean
+.PHONY: help setup run test test-peer test-aarch64 sanitize check bench clean distclean
 
 help: ## show this
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
-		printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup: .venv/.installed ## install Shoal into .venv
 
@@ -38,6 +38,12 @@ test-peer: .venv/.installed-dev bench/.venv/.installed ## run the tests that nee
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@SHOAL_PEER_PYTHON='$(CURDIR)/bench/.venv/bin/python' $(BIN)/python -m pytest -m peer </dev/null
 
+test-aarch64: .venv/.installed-dev ## run the kernel tests on an emulated ARM machine (Debian, qemu-user)
+	@tests/aarch64.sh
+
+sanitize: .venv/.installed-dev ## run the kernel tests under ASan, UBSan and TSan
+	@tests/sanitize.sh
+
 check: .venv/.installed-dev ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -51,7 +57,7 @@ clean: ## remove what building and testing left; .venv stays
 	@find . -name .venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 distclean: clean ## remove .venv and the built kernels too
-	@rm -rf .venv bench/.venv kernels/*.so
+	@rm -rf .venv bench/.venv .aarch64 kernels/*.so
 
 .venv/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo 'Shoal needs Python 3.11 or later: none was found.'; exit 1; }

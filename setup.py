@@ -4,8 +4,8 @@ The library is optional: without a compiler the install succeeds and the referen
 Everything else about the package is in pyproject.toml.
 """
 
-import platform
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -47,7 +47,7 @@ AVX512 = [
     "-Wno-maybe-uninitialized",
 ]
 
-MACHINE = platform.machine().lower()
+MACHINE = sysconfig.get_platform().rsplit("-", 1)[-1].lower()
 if MACHINE in ("x86_64", "amd64"):
     DEFINES = [("SHOAL_X86", "1")]
     HOMES = {"scalar": [], "avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512vnni"]}

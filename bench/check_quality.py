@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--ctx", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8, help="at most")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--self", action="store_true", help="also compare llama.cpp with itself")
     options = parser.parse_args()
 
@@ -62,6 +63,10 @@ def main() -> int:
         agreed += (logits.argmax(-1) == torch.tensor(reference["greedy"][first:last])).sum().item()
         scored += last - first
     ours, peers = math.exp(ours_loss / scored), math.exp(theirs_loss / scored)
+    if options.json:
+        figures = {"tokens": scored, "shoal": ours, "llama.cpp": peers, "agreement": agreed / scored}
+        print(json.dumps(figures))
+        return 0
     print(
         f"{options.model.name}: {scored} tokens scored; perplexity shoal {ours:.4f}, llama.cpp {peers:.4f} "
         f"({100 * (ours / peers - 1):+.2f}%); greedy agreement {100 * agreed / scored:.2f}%"
