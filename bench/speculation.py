@@ -52,6 +52,7 @@ class Collect:
         self._stop_ids = stop_ids
         self.ids: list[int] = []
         self.times = Times()
+        self.drafted = self.accepted = 0
 
     def begin(self, sequence: Sequence) -> None:
         return None
@@ -60,8 +61,9 @@ class Collect:
         self.ids.append(sampled.token_id)
         return "stop" if sampled.token_id in self._stop_ids else None
 
-    def finish(self, reason: FinishReason, times: Times) -> None:
-        self.times = times
+    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
+        self.times = sequence.times
+        self.drafted, self.accepted = sequence.drafted_tokens, sequence.accepted_tokens
 
     def fail(self, error: Exception) -> None:
         raise error
@@ -105,14 +107,13 @@ def main() -> None:
                 decode_s = sink.times.last_token_s - sink.times.first_token_s
                 speeds[name].append((len(sink.ids) - 1) / decode_s if decode_s else 0.0)
             differing += sinks["on"].ids != sinks["off"].ids
-        times = sinks["on"].times
         ratios = [on / off for on, off in zip(speeds["on"], speeds["off"], strict=True) if off]
         results.append(
             {
                 "kind": kind,
                 "tokens": len(sinks["on"].ids),
-                "drafted": times.drafted_tokens,
-                "accepted": times.accepted_tokens,
+                "drafted": sinks["on"].drafted,
+                "accepted": sinks["on"].accepted,
                 "off": median(speeds["off"]),
                 "on": median(speeds["on"]),
                 "ratio": median(ratios or [1.0]),

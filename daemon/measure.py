@@ -26,7 +26,7 @@ from .config import NodeConfig
 from .errors import DaemonError
 from .memory import available_bytes, peak_memory_bytes
 from .model import LoadedModel
-from .sequence import Sequence, Times
+from .sequence import Sequence
 
 HEAD_ROWS = 32  # logits rows computed at a time, so that a large vocabulary stays within scratch
 
@@ -71,7 +71,7 @@ class _Count:
         self.tokens += 1
         return None
 
-    def finish(self, reason: FinishReason, times: Times) -> None:
+    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
         return None
 
     def fail(self, error: Exception) -> None:

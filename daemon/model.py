@@ -5,6 +5,7 @@ Knows how the parts are put together. Does not run anything: whoever owns it cal
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
+from shoal.offload.prefix import PrefixCache
 from shoal.offload.store import ResidentStore
 from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan, plan_in_ram
@@ -36,8 +38,7 @@ from .executor import Alone, Executor
 from .memory import return_freed
 from .registry import recommended_sampling
 from .scheduler import Scheduler
-from .sequence import Sequence
-from .speculation import Speculation
+from .sequence import Sequence, Times
 from .translate import translated
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -130,12 +131,11 @@ class LoadedModel:
             raise refusal(error, name) from error
         executor = Executor(transformer, store, kv, Alone())
         scheduler = Scheduler(
-            kv.table,
-            page_tokens=kv.page_tokens,
+            PrefixCache(kv.table, kv.page_tokens),
             sequences=plan.sequences,
             queue=config.max_queue,
             chunk_tokens=plan.chunk_tokens,
-            speculation=Speculation(plan.guesses),
+            guesses=plan.guesses,
         )
         engine = Engine(executor, kv, scheduler, clock)
         return cls(name, checkpoint, plan, tokenizer, executor, kv, engine, clock, clock())
@@ -163,8 +163,10 @@ class LoadedModel:
         )
         return self.tokenizer.encode(rendered, add_special=False)
 
-    def start(self, request: Generate | Chat, prompt: list[int], emit: Emit) -> Sequence:
-        """Queue a request whose prompt has been tokenised. Raises DaemonError."""
+    def start(
+        self, request: Generate | Chat, prompt: list[int], emit: Emit, *, client: str, arrived_s: float
+    ) -> Sequence:
+        """A sequence for a request whose prompt has been tokenised. Raises DaemonError."""
         vocab, context = self.checkpoint.spec.vocab, self.plan.context_tokens
         if not prompt:
             raise DaemonError("bad_request", "the prompt is empty: it must have at least one token")
@@ -178,7 +180,10 @@ class LoadedModel:
                 f"the prompt has {len(prompt)} tokens, the context holds {context} and needs room for an answer",
                 "shorten the prompt or load the model with a larger context",
             )
-        limit = min(context, len(prompt) + (request.max_tokens or context))
+        if request.max_tokens is not None:
+            limit = min(context, len(prompt) + request.max_tokens)
+        else:
+            limit = min(context, max(self.plan.kv.tokens, len(prompt) + 1))
         stop_ids = frozenset() if request.ignore_eos else self.tokenizer.stop_ids
         sampler = Sampler(self.sampling(request.sampling), prompt)
         answer = Answer(
@@ -191,9 +196,17 @@ class LoadedModel:
             logprobs=request.sampling.logprobs is not None,
             context_tokens=context,
         )
-        sequence = Sequence(list(prompt), limit, sampler, answer)
-        self.used_s = sequence.times.arrived_s = self.clock()
-        return sequence
+        self.used_s = self.clock()
+        return Sequence(
+            list(prompt),
+            limit,
+            sampler,
+            answer,
+            client=client,
+            priority=request.priority,
+            deadline_s=math.inf if request.deadline_s is None else arrived_s + request.deadline_s,
+            times=Times(arrived_s=arrived_s),
+        )
 
     def sampling(self, asked: Sampling) -> SamplingParams:
         """The request's values, else what the model's authors recommend, else Shoal's defaults."""
@@ -214,18 +227,26 @@ class LoadedModel:
         )
 
     def status(self) -> ModelStatus:
+        scheduler = self.engine.scheduler
+        cache = scheduler.cache
         return ModelStatus(
             name=self.name,
             path=str(self.checkpoint.path),
             family=self.checkpoint.spec.family,
             parameters_bytes=self.plan.weights_bytes,
             context_tokens=self.plan.context_tokens,
-            running=self.engine.running,
-            waiting=self.engine.waiting,
-            kv_used_tokens=self.engine.kv_used_tokens,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_used_tokens=cache.used_pages * cache.page_tokens,
             kv_total_tokens=self.plan.kv.tokens,
             plan=self.plan.describe(),
             chat_template=self.tokenizer.chat_template is not None,
+            kv_cached_tokens=cache.cached_pages * cache.page_tokens,
+            prompt_tokens_total=scheduler.prompt_tokens,
+            cached_tokens_total=scheduler.cached_tokens,
+            preemptions_total=scheduler.preemptions,
+            drafted_tokens_total=scheduler.drafted_tokens,
+            accepted_tokens_total=scheduler.accepted_tokens,
         )
 
     @cached_property

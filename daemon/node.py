@@ -90,8 +90,8 @@ class Node:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    def submit(self, request: Generate | Chat, emit: Emit) -> Callable[[], None]:
-        """Start a request; returns at once with a function that cancels it (idempotent).
+    def submit(self, request: Generate | Chat, emit: Emit, client: str = "") -> Callable[[], None]:
+        """Start a request; returns at once with a function that cancels it (idempotent). Clients share fairly.
 
         `emit` is called from other threads with accepted, token… and exactly one of done and error; it must not
         block. Raises DaemonError instead of emitting when the request cannot start. The model is loaded if needed.
@@ -99,10 +99,10 @@ class Node:
         arrived_s = self._clock()
         model = self._model(request.model)
         try:
-            sequence = model.start(request, self._prompt(model, request), emit)
+            prompt = self._prompt(model, request)
+            sequence = model.start(request, prompt, emit, client=client, arrived_s=arrived_s)
         except Exception as error:
             raise translated(error) from error
-        sequence.times.arrived_s = arrived_s
         with self._wake:
             self._check_open()
             if self._models.get(model.name) is not model:

@@ -73,23 +73,16 @@ class Guesser:
         self._draft = Draft()
 
 
-class Speculation:
-    """Chooses what every step of a model guesses. `guesses`: most of a step, whatever it would pay; 0 is off."""
+def drafts(guessing: Ordered[tuple[Guesser, int]], spare: int, cost: StepCost) -> list[tuple[int, ...]]:
+    """Tokens to send along for each decoding sequence, given as its guesser and the most that it may get.
 
-    def __init__(self, guesses: int) -> None:
-        self.cost = StepCost()
-        self._guesses = guesses
-
-    def drafts(self, rows: int, decoding: Ordered[tuple[Guesser, int]]) -> list[tuple[int, ...]]:
-        """Tokens to send along for each decoding sequence, given as its guesser and the most that it may get.
-
-        rows: of the step without guesses, `decoding` included.
-        """
-        if not self._guesses or not decoding:
-            return [()] * len(decoding)
-        chances = [guesser.guess(min(most, DEPTH)) for guesser, most in decoding]
-        chosen = depths(chances, rows, self._guesses, self.cost)
-        return [guesser.first(depth) for (guesser, _), depth in zip(decoding, chosen, strict=True)]
+    spare: guesses the step has room for. The step is taken to hold these sequences only.
+    """
+    if spare <= 0 or not guessing:
+        return [()] * len(guessing)
+    chances = [guesser.guess(min(most, spare, DEPTH)) for guesser, most in guessing]
+    chosen = depths(chances, len(guessing), spare, cost)
+    return [guesser.first(depth) for (guesser, _), depth in zip(guessing, chosen, strict=True)]
 
 
 def depths(chances: Ordered[Ordered[float]], rows: int, spare: int, cost: StepCost) -> list[int]:

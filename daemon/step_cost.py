@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import math
 
-_FIRST_GUESS = (
-    0.15  # cost of one more row in a step of one, until measured: about what weights read once leave
-)
+_FIRST_GUESS = 0.15  # one more row, as a share of a step of one: about what reading the weights leaves
 _PACE_RATE = 0.2
 _SHAPE_RATE = 0.1  # of a point measured often; the first measurements count more
-_SURPRISE = (
-    1.0  # most that one measurement may differ, as a logarithm: a step that was held up is not believed
-)
+_SURPRISE = 1.0  # most that one measurement may differ, as a logarithm: a step held up is not believed
 _POINTS = 17  # the shape is known at 1, 2, 4, … 65536 rows
 
 
