@@ -16,7 +16,7 @@ from shoal.daemon.home import Home
 from shoal.daemon.library import Library, is_path
 from shoal.daemon.registry import canonical
 
-from .interrupt import deferred_interrupt
+from .imports import engine_imports
 from .output import spinner, steps_bar
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _close(events: object) -> None:
 @contextmanager
 def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
     """A node for one request at a time; closed at the end."""
-    with spinner("starting"), deferred_interrupt():
+    with spinner("starting"), engine_imports():
         from shoal.daemon.node import Node
     with Node(replace(config, max_sequences=1), resolve=library.resolve) as node:
         yield InProcess(node)

@@ -13,7 +13,7 @@ from shoal.daemon.home import Home
 from shoal.daemon.library import Library
 from shoal.daemon.sizes import format_bytes
 
-from .interrupt import deferred_interrupt
+from .imports import engine_imports
 from .options import PlanOptions, examples, json_option, plan_options
 from .output import console, facts, print_json, spinner, steps_bar, table
 
@@ -46,7 +46,7 @@ def bench(
     """
     config = plan.config()
     path = Library(Home.from_env()).resolve(model)
-    with spinner("starting"), deferred_interrupt():
+    with spinner("starting"), engine_imports():
         from shoal.daemon import measure
     with steps_bar("measuring") as progress:
         result = measure.bench(
@@ -86,7 +86,7 @@ def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None
     """
     config = plan.config()
     path = Library(Home.from_env()).resolve(model)
-    with spinner("starting"), deferred_interrupt():
+    with spinner("starting"), engine_imports():
         from shoal.daemon import measure
     with steps_bar("scoring") as progress:
         result = measure.perplexity(path, file, ctx=plan.ctx or 512, config=config, progress=progress)

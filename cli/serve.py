@@ -13,7 +13,7 @@ from shoal.daemon.library import Library
 
 from . import background
 from .answers import reference
-from .interrupt import deferred_interrupt
+from .imports import engine_imports
 from .options import PlanOptions, examples, plan_options
 from .output import note, spinner
 
@@ -59,7 +59,7 @@ def serve(model: str | None, detach: bool, address: tuple[str, ...], plan: PlanO
                 background.load(home, pid, name)
         note(f"the daemon runs (pid {pid}); its log is {background.log_path(home)}")
         return
-    with deferred_interrupt():
+    with engine_imports():
         from shoal.daemon.serve import serve as serve_here
     serve_here(config, home=home, model=name, addresses=[home.address, *address] if address else ())
 
