@@ -5,6 +5,7 @@ Knows options and how results are shown. What is measured, and how, is `daemon.m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -42,9 +43,10 @@ def bench(
 ) -> None:
     """Measure how fast MODEL reads a prompt (prefill) and writes an answer (decode).
 
-    Tokens are random, sampling is greedy; speeds count all sequences of a batch together.
+    Tokens are random, sampling is greedy; speeds count all sequences of a batch together. Without --speculate auto
+    every token takes a step, as what guessing gains depends on the text.
     """
-    config = plan.config()
+    config = replace(plan, speculate=plan.speculate or "off").config()
     path = Library(Home.from_env()).resolve(model)
     with spinner("starting"), engine_imports():
         from shoal.daemon import measure

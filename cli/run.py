@@ -145,17 +145,20 @@ class _Result:
             "decode_tokens_per_s": timings.decode_tokens_per_s,
             "peak_memory_bytes": peak_memory_bytes(),
             "stall_s": timings.stall_s,
+            "drafted_tokens": done.usage.drafted_tokens,
+            "accepted_tokens": done.usage.accepted_tokens,
             "plan": self._model.plan,
         }
 
 
 def statistics(done: Done) -> str:
-    """One line: '34 prompt tokens (283/s) · first token after 0.15 s · 120 tokens (98/s)'."""
+    """One line: '34 prompt tokens (283/s) · first token after 0.15 s · 120 tokens (98/s), 9 of them guessed'."""
     timings, usage = done.timings, done.usage
     parts = [
         f"{usage.prompt_tokens} prompt tokens" + _rate(timings.prefill_tokens_per_s),
         f"first token after {timings.ttft_s:.2f} s",
-        f"{usage.completion_tokens} tokens" + _rate(timings.decode_tokens_per_s),
+        f"{usage.completion_tokens} tokens{_rate(timings.decode_tokens_per_s)}"
+        + (f", {usage.accepted_tokens} of them guessed" if usage.accepted_tokens else ""),
     ]
     if timings.queue_s >= 0.1:
         parts.insert(1, f"queued {timings.queue_s:.1f} s")

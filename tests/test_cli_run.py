@@ -32,6 +32,8 @@ FIELDS = [
     "decode_tokens_per_s",
     "peak_memory_bytes",
     "stall_s",
+    "drafted_tokens",
+    "accepted_tokens",
     "plan",
 ]
 
