@@ -51,7 +51,7 @@ class EngineProcess:
 
     def __init__(self, kind: EngineKind) -> None:
         self.name = kind.name
-        script = Path(__file__).with_name(kind.script)
+        script = Path(__file__).parent / kind.script
         try:
             self._process = subprocess.Popen(
                 [kind.python, str(script)],

@@ -19,6 +19,8 @@ import numpy as np
 import psutil
 import torch
 
+import shoal.daemon
+
 BUFFER_BYTES = 1 << 30  # read at once: more than any cache holds
 READS = 3
 _FLAGS = (
@@ -90,9 +92,9 @@ def _cpu_facts() -> dict[str, str]:
 
 
 def _commit() -> str:
-    here = Path(__file__).parent
+    tree = Path(shoal.daemon.__file__).parent
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], cwd=tree, capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or "unknown"
 
