@@ -181,6 +181,9 @@ class Load(Message):
 
     model: Annotated[str, Meta(min_length=1, max_length=4096)]
     context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None
+    draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = (
+        None  # a small model that guesses ahead
+    )
 
 
 class Unload(Message):

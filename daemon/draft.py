@@ -17,3 +17,7 @@ class Draft:
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.grades)
+
+    def first(self, count: int) -> Draft:
+        """Its first `count` tokens."""
+        return Draft(self.tokens[:count], self.grades[:count])

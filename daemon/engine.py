@@ -22,21 +22,28 @@ from shoal.models.sampling import Sampled
 from shoal.models.step import Step
 from shoal.offload.kv import KvPool
 
+from .drafter import Drafter
 from .executor import Executor
 from .scheduler import Scheduler
 from .sequence import Batch, Chunk, Sequence
 
 
 class Engine:
-    """`clock` gives seconds; `tokens_total` counts what was sampled since the start."""
+    """`clock` gives seconds; `drafter` guesses, if there is one; `tokens_total` counts what was sampled so far."""
 
     def __init__(
-        self, executor: Executor, kv: KvPool, scheduler: Scheduler, clock: Callable[[], float]
+        self,
+        executor: Executor,
+        kv: KvPool,
+        scheduler: Scheduler,
+        clock: Callable[[], float],
+        drafter: Drafter | None = None,
     ) -> None:
         self._executor = executor
         self._kv = kv
         self.scheduler = scheduler
         self._clock = clock
+        self._drafter = drafter
         self._lock = threading.Lock()  # guards the scheduler; never held while computing
         self.tokens_total = 0
 
@@ -63,6 +70,8 @@ class Engine:
 
     def step(self) -> bool:
         """One forward pass. False when there was nothing to do. A failing pass fails its own sequences only."""
+        if self._drafter is not None:
+            self._draft(self._drafter)
         began_s = self._clock()
         with self._lock:
             batch = self.scheduler.next(began_s)
@@ -83,6 +92,18 @@ class Engine:
                     self.scheduler.fail(chunk.sequence, error)
             raise
         return True
+
+    def _draft(self, drafter: Drafter) -> None:
+        """Let the draft model guess ahead of what decodes. If it fails, so do these."""
+        with self._lock:
+            decoding = [sequence for sequence in self.scheduler.running if sequence.remaining == 1]
+        try:
+            drafter.offer(decoding, self.scheduler.guesses, self.scheduler.cost)
+        except Exception as error:
+            with self._lock:
+                for sequence in decoding:
+                    self.scheduler.fail(sequence, error)
+            raise
 
     def _compute(self, batch: Batch) -> list[list[Sampled] | Exception]:
         """What follows each chunk; nothing where it does not reach its sequence's end."""

@@ -164,15 +164,20 @@ class Node:
     def load(self, request: Load, progress: Progress = no_progress) -> Loaded:
         """Load a model, or find it loaded. Idle models make room when memory is short. Raises DaemonError.
 
-        Another context for a loaded model means loading it again: `busy` while it answers, and a context that
-        cannot be had leaves it as it was.
+        Another context or draft model for a loaded model means loading it again: `busy` while it answers, and a
+        context that cannot be had leaves it as it was.
         """
         began_s = self._clock()
         with self._loading:
             self._check_open()
             path = self._resolve(request.model)
+            draft = self._resolve(request.draft) if request.draft is not None else None
             known = self._loaded_from(path)
-            if known is not None and request.context in (None, known.plan.context_tokens):
+            if (
+                known is not None
+                and request.context in (None, known.plan.context_tokens)
+                and draft in (None, known.draft_path)
+            ):
                 return Loaded(model=known.status(), seconds=0.0)
             config = self.config
             if request.context is not None:
@@ -182,7 +187,7 @@ class Node:
                 self._drop(known)
                 known = None  # or it would stay in memory beside its successor
             name = self._free_name(path.name if str(path) == request.model else request.model, path)
-            model = self._load_with_room(name, path, config, progress)
+            model = self._load_with_room(name, path, draft, config, progress)
             with self._wake:
                 self._models[name] = model
         log.info("loaded %s: %s", name, model.plan.describe())
@@ -302,24 +307,34 @@ class Node:
         if model.engine.busy:
             hint = "try again when it is idle"
             raise DaemonError(
-                "busy", f"{model.name} is answering, so its context stays", hint, retry_after_s=1.0
+                "busy", f"{model.name} is answering, so it stays as it is", hint, retry_after_s=1.0
             )
         self._check_room(model.name, model.checkpoint, config)
 
     def _check_room(self, name: str, checkpoint: Checkpoint, config: NodeConfig) -> None:
         """Raises DaemonError when the model would not fit even without every idle one."""
         with self._wake:
-            idle_bytes = sum(m.plan.peak_bytes for m in self._models.values() if not m.engine.busy)
+            idle_bytes = sum(m.peak_bytes for m in self._models.values() if not m.engine.busy)
         try:
             make_plan(checkpoint, config, self.budget.free_bytes + idle_bytes)
         except Exception as error:
             raise refusal(error, name) from error
 
-    def _load_with_room(self, name: str, path: Path, config: NodeConfig, progress: Progress) -> LoadedModel:
+    def _load_with_room(
+        self, name: str, path: Path, draft: Path | None, config: NodeConfig, progress: Progress
+    ) -> LoadedModel:
         while True:
             return_freed()
             try:
-                return LoadedModel.load(name, path, config, self.budget, clock=self._clock, progress=progress)
+                return LoadedModel.load(
+                    name,
+                    path,
+                    config,
+                    self.budget,
+                    draft=draft,
+                    clock=self._clock,
+                    progress=progress,
+                )
             except DaemonError as error:
                 if error.code != "resources":
                     raise

@@ -51,7 +51,7 @@ class Scheduler:
         self._sequences = sequences
         self._queue = queue
         self._chunk_tokens = chunk_tokens
-        self._guesses = guesses
+        self.guesses = guesses
         self._lengths = AnswerLengths()
         self._counters = TokenCounters()
         self._arrivals = 0
@@ -110,7 +110,7 @@ class Scheduler:
         decoding = [sequence for sequence in decoding if sequence.running]
         prompts = [s for s in sorted(self.running, key=self._turn) if s not in decoding]
         budget = self._prompt_budget(len(decoding))
-        chunks = self._decode(decoding, min(self._guesses, budget // 2 if prompts else self._guesses))
+        chunks = self._decode(decoding, min(self.guesses, budget // 2 if prompts else self.guesses))
         budget -= sum(len(chunk.draft) for chunk in chunks)
         for sequence in prompts:
             if budget > 0 and sequence.running:

@@ -28,6 +28,10 @@ class StepCost:
         self._shape = [1 + row_share * ((1 << point) - 1) for point in range(_POINTS)]
         self._measured = [0.0] * _POINTS
 
+    @property
+    def measured(self) -> bool:
+        return self._pace_s > 0
+
     def seconds(self, rows: int) -> float:
         """Expected duration of a step of `rows` rows; in steps of one row while nothing has been measured."""
         point, beyond = _place(rows)

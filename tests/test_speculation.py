@@ -74,7 +74,7 @@ def test_an_index_that_grows_equals_a_fresh_one(tokens: list[int], growth: list[
 
 
 def test_acceptance_follows_what_happened_lately() -> None:
-    acceptance = Acceptance()
+    acceptance = Acceptance(lambda grade: (grade - 1) / (grade + 1))
     assert [round(acceptance.chance(grade), 2) for grade in (2, 4, 16)] == [0.33, 0.6, 0.88]
     for _ in range(30):
         acceptance.note(2, True)
@@ -139,9 +139,9 @@ def test_extremes_stay_finite() -> None:
         assert 0 < cost.seconds(rows) < math.inf
 
 
-def goodput(counts: tuple[int, ...], chances: list[list[float]], rows: int, cost: StepCost) -> float:
+def goodput(counts: tuple[int, ...], chances: list[list[float]], cost: StepCost, before_s: float) -> float:
     gained = sum(sum(row[:count]) for row, count in zip(chances, counts, strict=True))
-    return (len(chances) + gained) / cost.seconds(rows + sum(counts))
+    return (len(chances) + gained) / (before_s + cost.seconds(len(chances) + sum(counts)))
 
 
 @st.composite
@@ -153,28 +153,29 @@ def falling(draw: st.DrawFn) -> list[float]:
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(falling(), min_size=1, max_size=3),
-    st.integers(0, 9),
     st.integers(0, 8),
     st.sampled_from([0.01, 0.1, 0.2, 0.6, 1.5]),
+    st.sampled_from([0.0, 0.5]),
 )
 def test_depths_are_the_best_of_all(
-    chances: list[list[float]], others: int, spare: int, row_share: float
+    chances: list[list[float]], spare: int, row_share: float, before_s: float
 ) -> None:
-    cost, rows = StepCost(row_share), len(chances) + others
-    chosen = depths(chances, rows, spare, cost)
+    cost = StepCost(row_share)
+    chosen, found = depths(chances, spare, cost, before_s)
     assert sum(chosen) <= spare
     every: list[tuple[int, ...]] = [()]
     for row in chances:
         every = [(*counts, depth) for counts in every for depth in range(len(row) + 1)]
-    best = max(goodput(counts, chances, rows, cost) for counts in every if sum(counts) <= spare)
-    assert goodput(tuple(chosen), chances, rows, cost) == pytest.approx(best)
+    best = max(goodput(counts, chances, cost, before_s) for counts in every if sum(counts) <= spare)
+    assert found == pytest.approx(best)
+    assert goodput(tuple(chosen), chances, cost, before_s) == pytest.approx(best)
 
 
 def test_dear_rows_buy_nothing_and_cheap_ones_all() -> None:
     row = [0.9**i for i in range(1, 33)]
-    assert depths([row], 1, 99, StepCost(1.0)) == [0]
-    assert depths([row], 1, 99, StepCost(0.001)) == [32]
-    found = [depths([row], 1, 99, StepCost(share))[0] for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)]
+    assert depths([row], 99, StepCost(1.0))[0] == [0]
+    assert depths([row], 99, StepCost(0.001))[0] == [32]
+    found = [depths([row], 99, StepCost(share))[0][0] for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)]
     assert all(deeper >= less for deeper, less in pairwise(found))
 
 
@@ -186,7 +187,7 @@ def simulate(text: list[int], prompt: int, row_share: float) -> tuple[int, float
     steps, spent = 0, 0.0
     while len(tokens) < len(text):
         chances = guesser.guess(min(32, len(text) - len(tokens) - 1))
-        depth = depths([chances], 1, 32, cost)[0]
+        depth = depths([chances], 32, cost)[0][0]
         truth = text[len(tokens) :]
         right = 0
         while right < depth and guesser.first(depth)[right] == truth[right]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import tiny
 
 from shoal.comm.messages import FinishReason
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.model import LoadedModel
 from shoal.daemon.sequence import Sequence
 from shoal.kernels import set_threads
@@ -57,20 +59,24 @@ class Recorder:
 
 
 class Clock:
-    """Ticks once per reading: every step takes as long as any other, so guesses are free."""
+    """Ticks at every reading: every step takes as long as any other, so guesses are free."""
 
-    def __init__(self) -> None:
+    def __init__(self, tick_s: float = 1.0) -> None:
         self.now_s = 0.0
+        self.tick_s = tick_s
 
     def __call__(self) -> float:
-        self.now_s += 1.0
+        self.now_s += self.tick_s
         return self.now_s
 
 
-def load(path: Path, guesses: int) -> LoadedModel:
+def load(path: Path, guesses: int, draft: Path | None = None) -> LoadedModel:
     set_threads(1)
-    config = NodeConfig(**{**CONFIG.__dict__, "max_guesses": guesses})
-    return LoadedModel.load("tiny", path, config, Budget(1 << 30), clock=Clock())
+    config = replace(CONFIG, max_guesses=guesses)
+    model = LoadedModel.load("tiny", path, config, Budget(1 << 30), draft=draft, clock=Clock())
+    if draft is not None:
+        model.engine._drafter._clock = Clock(0.01)  # much faster than what it guesses for
+    return model
 
 
 def prompt(seed: int) -> list[int]:
@@ -81,9 +87,12 @@ def prompt(seed: int) -> list[int]:
 
 
 def answers(
-    model: LoadedModel, jobs: Ordered[tuple[list[int], SamplingParams, int | None]], new_tokens: int = 70
+    model: LoadedModel,
+    jobs: Ordered[tuple[list[int], SamplingParams, int | None]],
+    new_tokens: int = 70,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> tuple[list[Recorder], int]:
-    """What each job is answered when all run together, and the steps that it took."""
+    """What each job is answered when all run together, and the steps that it took; `meanwhile` between steps."""
     sinks = []
     for ids, params, stop_at in jobs:
         sinks.append(Recorder(stop_at))
@@ -92,6 +101,7 @@ def answers(
     steps = 0
     while model.engine.step():
         steps += 1
+        meanwhile()
     return sinks, steps
 
 
@@ -147,3 +157,54 @@ def test_ends_within_a_draft(tmp_path: Path) -> None:
         assert found.ended == ["stop"]
         assert found.accepted < len(found.ids)
     assert ahead.engine.scheduler.cache.used_pages == 0
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_a_draft_model_changes_no_token(name: str, tmp_path: Path) -> None:
+    """The same model drafts for itself, in a coarser type: right most of the time, wrong now and then."""
+    tiny.save_gguf(tiny.hf_model("llama", seed=8), path := tmp_path / "m.gguf")
+    tiny.save_gguf(tiny.hf_model("llama", seed=8), small := tmp_path / "small.gguf", type="Q4_0")
+    jobs = [(prompt(seed), SAMPLINGS[name], None) for seed in range(3)]
+    expected, steps = answers(load(path, 0), jobs)
+    ahead = load(path, 32, draft=small)
+    for _ in range(2):  # again, with what the small model's cache knows by now
+        found, fewer = answers(ahead, jobs)
+        assert [sink.ids for sink in found] == [sink.ids for sink in expected]
+    if name == "greedy":  # else random weights are too unsure for guesses to be sent
+        assert fewer < 0.7 * steps
+        assert sum(sink.drafted for sink in found) > sum(sink.accepted for sink in found) > 0
+
+
+def test_a_draft_model_of_another_family_and_length(tmp_path: Path) -> None:
+    """It guesses badly, reads long prompts in pieces, and follows while sequences come, go and are preempted."""
+    path = tiny.save_hf(tiny.hf_model("qwen3", seed=2), tmp_path / "m")
+    small = tiny.save_gguf(tiny.hf_model("llama", seed=3), tmp_path / "small.gguf")
+    jobs = [(prompt(seed) * 2, GREEDY, None) for seed in range(5)]
+    expected, _ = answers(load(path, 0), jobs)
+    ahead = load(path, 32, draft=small)
+    scheduler = ahead.engine.scheduler
+    steps = iter(range(1, 1000))
+
+    def interrupt() -> None:
+        if next(steps) in (10, 15, 16):
+            scheduler._preempt(scheduler.running[-1])
+
+    found, _ = answers(ahead, jobs, meanwhile=interrupt)
+    assert [sink.ids for sink in found] == [sink.ids for sink in expected]
+    assert scheduler.preemptions == 3
+    assert sum(sink.drafted for sink in found)
+
+
+def test_a_draft_model_must_speak_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    monkeypatch.setattr(
+        tiny, "TOKENS", [*tiny.TOKENS[:20], tiny.TOKENS[21], tiny.TOKENS[20], *tiny.TOKENS[22:]]
+    )
+    other = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "other.gguf")
+    budget = Budget(1 << 30)
+    with pytest.raises(
+        DaemonError, match=r"other\.gguf has another vocabulary than tiny: token 20"
+    ) as caught:
+        LoadedModel.load("tiny", path, CONFIG, budget, draft=other)
+    assert caught.value.code == "unsupported"
+    assert budget.held_bytes == 0
