@@ -29,7 +29,11 @@ TAIL_BYTES = 1 << 20
 @click.command(epilog=examples("shoal ps", "shoal ps --json"))
 @json_option
 def ps(as_json: bool) -> None:
-    """Show the daemon's models and how busy they are."""
+    """Show the daemon's models and how busy they are.
+
+    KV in use is that of running requests; KV cached is kept for prompts that begin alike, and given up when needed.
+    "Prompts known" is how much of all prompts so far was found there.
+    """
     from shoal.daemon.client import Client
 
     home = Home.from_env()
@@ -51,12 +55,16 @@ def ps(as_json: bool) -> None:
     if not status.models:
         note("no model is loaded")
         return
-    numbers = ("size", "context", "running", "waiting", "KV in use")
+    numbers = ("size", "context", "running", "waiting", "KV in use", "KV cached", "prompts known")
     rows = table("model", "family", *numbers, right=numbers)
     for model in status.models:
-        share = 100 * model.kv_used_tokens // max(1, model.kv_total_tokens)
-        counts = (str(model.context_tokens), str(model.running), str(model.waiting), f"{share}%")
-        rows.add_row(model.name, model.family, format_bytes(model.parameters_bytes), *counts)
+        counts = (str(count) for count in (model.context_tokens, model.running, model.waiting))
+        shares = (
+            _percent(model.kv_used_tokens, model.kv_total_tokens),
+            _percent(model.kv_cached_tokens, model.kv_total_tokens),
+            _percent(model.cached_tokens_total, model.prompt_tokens_total),
+        )
+        rows.add_row(model.name, model.family, format_bytes(model.parameters_bytes), *counts, *shares)
     screen.print(rows)
     for model in status.models:
         screen.print(f"{model.name}: {model.plan}")
@@ -107,6 +115,10 @@ def followed(path: Path, offset: int, sleep: Callable[[float], None]) -> Iterato
             yield added.decode(errors="replace")
         else:
             sleep(FOLLOW_S)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part // max(1, whole)}%"
 
 
 def _plain(status: StatusReply) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class AnswerOptions:
     repeat_penalty: float | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    priority: int = 0
+    deadline: float | None = None
 
     def request_fields(self, model: str) -> dict[str, Any]:
         """The fields that `generate` and `chat` share. Raises DaemonError `bad_request`."""
@@ -82,6 +84,8 @@ class AnswerOptions:
             "sampling": {name: value for name, value in asked.items() if value is not None},
             "max_tokens": self.max_tokens,
             "stop": list(self.stop),
+            "priority": self.priority,
+            "deadline_s": self.deadline,
         }
         try:
             checked = msgspec.convert(request, Generation)
@@ -121,10 +125,13 @@ def plan_options(function: Verb) -> Verb:
 
 
 def answer_options(function: Verb) -> Verb:
-    """Adds the sampling options, --max-tokens and --stop; the verb gets `answer: AnswerOptions`."""
+    """Adds the sampling options and those that end or hasten an answer; the verb gets `answer: AnswerOptions`."""
     options: list[Decorator] = [
         click.option("--max-tokens", type=click.IntRange(min=1), help="End the answer after this many tokens."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer at this text; repeatable."),
+        click.option("--deadline", type=click.FloatRange(0, 1e6, min_open=True), metavar="SECONDS",
+                     help="End the answer after this time with what it has."),
+        click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Above 0: before other requests."),
         click.option("--seed", type=click.IntRange(min=0), help="Make the answer repeatable."),
         click.option("--temperature", type=click.FloatRange(0, 100), help="0 takes the likeliest token always."),
         click.option("--top-k", type=click.IntRange(min=0), help="Choose among the K likeliest tokens; 0 = all."),
@@ -133,6 +140,15 @@ def answer_options(function: Verb) -> Verb:
         click.option("--repeat-penalty", type=click.FloatRange(0, 10, min_open=True), help="Above 1: repeat less."),
     ]  # fmt: skip
     return _collect(AnswerOptions, "answer", options)(function)
+
+
+def draft_option(function: Verb) -> Verb:
+    """Adds --draft; the verb gets `draft: str | None`."""
+    return click.option(
+        "--draft",
+        metavar="MODEL",
+        help="A smaller model of the same vocabulary that guesses ahead; same text.",
+    )(function)
 
 
 def json_option(function: Verb) -> Verb:

@@ -316,16 +316,20 @@ def _draft_model(name: str, main: Runnable, path: Path, config: NodeConfig, budg
     """A second model that can guess for `main`, held in the budget beside it."""
     config = replace(config, context_tokens=main.plan.context_tokens)
     small = Runnable.read(f"draft for {name}", path, config, budget, no_progress)
-    for token in range(min(main.tokenizer.vocab_size, small.tokenizer.vocab_size)):
-        ours, theirs = main.tokenizer.id_to_token(token), small.tokenizer.id_to_token(token)
-        if ours != theirs:
+    check_vocabulary(name, main.tokenizer, path.name, small.tokenizer)
+    return small
+
+
+def check_vocabulary(name: str, tokenizer: Tokenizer, draft: str, theirs: Tokenizer) -> None:
+    """Raises DaemonError unless the tokens of `draft` mean what those of `name` do, as far as both have them."""
+    for token in range(min(tokenizer.vocab_size, theirs.vocab_size)):
+        ours, other = tokenizer.id_to_token(token), theirs.id_to_token(token)
+        if ours != other:
             raise DaemonError(
                 "unsupported",
-                f"draft model {path.name} has another vocabulary than {name}: token {token} is {theirs!r}, "
-                f"not {ours!r}",
+                f"draft model {draft} has another vocabulary than {name}: token {token} is {other!r}, not {ours!r}",
                 "take a smaller model of the same family",
             )
-    return small
 
 
 def _release(name: str, budget: Budget) -> None:

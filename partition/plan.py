@@ -51,7 +51,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]  # in the order of a step
     kv: KvPlan
     context_tokens: int  # longest sequence
-    chunk_tokens: int  # prefill chunks end at multiples of this position
+    chunk_tokens: int  # of prompts in one step, at most
     sequences: int  # decoded together at most
     guesses: int  # tokens guessed ahead in a step at most, all sequences together
     threads: int
