@@ -1,10 +1,11 @@
 """What guessing ahead is worth: one sequence at a time, with and without it in turn, and the same text both times.
 
-    python bench/speculation.py MODEL [--new-tokens 256] [--rounds 3] [--threads 2] [--temperature 0] [--text FILE]
+    python bench/speculation.py MODEL [--new-tokens 256] [--rounds 3] [--threads 2] [--temperature 0] [--text FILE] [--draft SMALL]
 
 Kinds of text: passages to be copied, lists to be edited, code, and prose that repeats nothing on purpose. Every round
 runs every prompt with and without speculation, one after the other, the order alternating; what counts is the ratio
-within a pair. Ends with 1 when any text differs. FILE is prose to quote from, by default this repository's README.
+within a pair. Ends with 1 when any text differs. FILE is prose to quote from, by default this repository's README. On
+a busy machine --cpu-time counts the seconds that the one computing thread got instead of those that passed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -85,14 +87,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--text", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--draft", type=Path, help="a draft model that guesses besides")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread; implies --threads 1")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    config = NodeConfig(threads=options.threads, context_tokens=2048, max_sequences=1)
-    set_threads(options.threads)
+    threads = 1 if options.cpu_time else options.threads
+    clock = time.thread_time if options.cpu_time else time.monotonic
+    config = NodeConfig(threads=threads, context_tokens=2048, max_sequences=1)
+    set_threads(threads)
     models = {
-        name: LoadedModel.load(name, options.model, settings, Budget(available_bytes()))
-        for name, settings in (("off", replace(config, max_guesses=0)), ("on", config))
+        name: LoadedModel.load(
+            name, options.model, settings, Budget(available_bytes()), draft=draft, clock=clock
+        )
+        for name, settings, draft in (
+            ("off", replace(config, max_guesses=0), None),
+            ("on", config, options.draft),
+        )
     }
     params = SamplingParams(temperature=options.temperature, top_p=0.95, top_k=40, seed=1)
     results: list[dict[str, Any]] = []
