@@ -118,19 +118,21 @@ def test_detached_start_passes_the_options_on(
     pids = iter([None, 76, 77, 77, 77, 77])  # none yet, then somebody else's for a moment
     monkeypatch.setattr(background, "running_pid", lambda home: next(pids))
     monkeypatch.setattr(background, "POLL_S", 0.001)
-    loaded: list[tuple[int, str]] = []
-    monkeypatch.setattr(background, "load", lambda home, pid, model: loaded.append((pid, model)))
+    loaded: list[tuple[int, str, str]] = []
+    monkeypatch.setattr(
+        background, "load", lambda home, pid, model, draft: loaded.append((pid, model, draft))
+    )
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
     result = shoal(
         *("serve", "--detach", "--model", "m.gguf", "--threads", "1", "--address", "tcp://127.0.0.1:0"),
-        *("--queue", "0"),
+        *("--queue", "0", "--draft", "m.gguf"),
     )
     assert result.exit_code == 0, result.stderr
     assert "the daemon runs (pid 77)" in result.stderr
     command, options = started[0]
     assert command[-7:] == ["serve", "--threads", "1", "--address", "tcp://127.0.0.1:0", "--queue", "0"]
-    assert loaded == [(77, str(tmp_path / "m.gguf"))]
+    assert loaded == [(77, str(tmp_path / "m.gguf"), str(tmp_path / "m.gguf"))]
     assert options["start_new_session"]
     assert options["env"]["SHOAL_HOME"] == str(home.root)
 

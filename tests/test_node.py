@@ -322,6 +322,25 @@ def test_a_refused_context_leaves_the_model_loaded(node: Node, path: Path) -> No
     assert [type(event) for event in stream][-1] is Done
 
 
+def test_a_draft_model_stays_until_another_is_asked_for(node: Node, path: Path, tmp_path: Path) -> None:
+    small = tiny.save_gguf(tiny.hf_model("llama", seed=12), tmp_path / "small.gguf")
+    plain = text_of(node, prompt(0, new=20))
+    held_bytes = node.budget.held_bytes
+    for request in (
+        Load(model=str(path), draft=str(small)),
+        Load(model=str(path)),
+        Load(model=str(path), context=80),
+    ):
+        assert node.load(request).model.plan.endswith(", drafts by small.gguf")
+        assert node.budget.held_bytes > held_bytes
+    assert text_of(node, prompt(0, new=20))[:2] == plain[:2]
+    with pytest.raises(DaemonError, match="nope"):
+        node.load(Load(model=str(path), draft="nope"))
+    assert "drafts by small.gguf" in node.status().models[0].plan
+    node.unload(Unload())
+    assert node.budget.held_bytes == 0
+
+
 def test_an_unloaded_model_leaves_memory(node: Node) -> None:
     kept = weakref.ref(node._models["tiny.gguf"])
     text_of(node, prompt(0, new=3))
