@@ -1,6 +1,7 @@
 """What guessing ahead is worth: one sequence at a time, with and without it in turn, and the same text both times.
 
-    python bench/speculation.py MODEL [--new-tokens 256] [--rounds 3] [--threads 2] [--temperature 0] [--text FILE] [--draft SMALL]
+    python bench/speculation.py MODEL [--new-tokens 256] [--rounds 3] [--threads 2]
+        [--temperature 0] [--text FILE] [--draft SMALL]
 
 Kinds of text: passages to be copied, lists to be edited, code, and prose that repeats nothing on purpose. Every round
 runs every prompt with and without speculation, one after the other, the order alternating; what counts is the ratio
