@@ -26,6 +26,7 @@ from shapes import SHAPES
 from synthetic import SyntheticError
 from table import table
 
+from shoal.comm.errors import CommError
 from shoal.daemon.config import default_threads
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
@@ -47,7 +48,7 @@ def main() -> int:
         try:
             result["rows"][row.name] = measure(row, default_model, options)
             result["rows"] = in_order(result["rows"])
-        except (EngineFailed, SyntheticError, RuntimeError) as error:
+        except (EngineFailed, SyntheticError, CommError, RuntimeError) as error:
             print(f"{row.name}: {error}", file=sys.stderr)
             failed = True
             continue

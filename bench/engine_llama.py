@@ -1,11 +1,13 @@
 """llama.cpp's worker, run by a python that has llama-cpp-python: its C functions, called with as little between.
 
 All sequences are computed in one batch, each with its own sequence id; the most likely token is taken. Parameters are
-llama.cpp's defaults but for what is asked: others (attention without flash, one KV for all sequences) were not faster.
+llama.cpp's defaults but for what is asked; --no-flash turns flash attention off, which decodes long contexts faster and
+does all else slower (docs/LOG.md).
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -19,7 +21,8 @@ BATCH = 512
 class LlamaCpp:
     """The engine of `worker.Engine`, and what llama.cpp says of a text."""
 
-    def __init__(self) -> None:
+    def __init__(self, flash: bool) -> None:
+        self._flash = flash
         self._silent = llama.llama_log_callback(lambda level, text, data: None)
         llama.llama_log_set(self._silent, None)
         llama.llama_backend_init()
@@ -35,6 +38,8 @@ class LlamaCpp:
         params.n_batch = params.n_ubatch = BATCH
         params.n_seq_max = streams
         params.n_threads = params.n_threads_batch = threads
+        if not self._flash:
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context of {params.n_ctx} tokens")
@@ -130,4 +135,4 @@ class LlamaCpp:
 
 
 if __name__ == "__main__":
-    worker.serve(LlamaCpp())
+    worker.serve(LlamaCpp(flash="--no-flash" not in sys.argv))

@@ -1,7 +1,7 @@
 """transformers' worker: the architecture of a GGUF in float32, eager torch on the CPU.
 
-Weights are random, as reading a GGUF's would need yet another package: good for speed alone. bfloat16 would be slower
-still where the processor does not multiply it.
+Weights are random, as reading a GGUF's would need yet another package: good for speed alone. bfloat16 was slower
+on a processor that does not multiply it (docs/LOG.md).
 """
 
 from __future__ import annotations

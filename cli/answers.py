@@ -29,7 +29,7 @@ Event = Accepted | Token | Done
 class Answers(Protocol):
     """What `run` and `chat` need of either."""
 
-    def load(self, model: str) -> ModelStatus: ...
+    def load(self, model: str, draft: str | None) -> ModelStatus: ...
     def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[Event]]: ...
 
 
@@ -49,11 +49,11 @@ class InProcess:
     def __init__(self, node: Node) -> None:
         self._node = node
 
-    def load(self, model: str) -> ModelStatus:
-        """Raises DaemonError."""
+    def load(self, model: str, draft: str | None) -> ModelStatus:
+        """`draft`: a model that guesses for it. Raises DaemonError."""
         with steps_bar("loading") as update:
             return self._node.load(
-                Load(model=model), lambda done, total: update(done, total, "loading")
+                Load(model=model, draft=draft), lambda done, total: update(done, total, "loading")
             ).model
 
     @contextmanager
@@ -72,10 +72,10 @@ class ThroughDaemon:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def load(self, model: str) -> ModelStatus:
+    def load(self, model: str, draft: str | None) -> ModelStatus:
         """Raises CommError."""
         with spinner(f"loading {model}"):
-            return self._client.load(model).model
+            return self._client.load(model, draft=draft).model
 
     @contextmanager
     def stream(self, request: Generate | Chat) -> Iterator[Iterator[Event]]:

@@ -31,8 +31,8 @@ TAIL_BYTES = 1 << 20
 def ps(as_json: bool) -> None:
     """Show the daemon's models and how busy they are.
 
-    KV in use is that of running requests; KV cached is kept for prompts that begin alike, and given up when needed.
-    "Prompts known" is how much of all prompts so far was found there.
+    KV in use is that of running requests. The prefix cache keeps what they leave, for prompts that begin alike, until
+    the room is needed.
     """
     from shoal.daemon.client import Client
 
@@ -55,19 +55,22 @@ def ps(as_json: bool) -> None:
     if not status.models:
         note("no model is loaded")
         return
-    numbers = ("size", "context", "running", "waiting", "KV in use", "KV cached", "prompts known")
+    numbers = ("size", "context", "running", "waiting", "KV in use")
     rows = table("model", "family", *numbers, right=numbers)
     for model in status.models:
-        counts = (str(count) for count in (model.context_tokens, model.running, model.waiting))
-        shares = (
-            _percent(model.kv_used_tokens, model.kv_total_tokens),
-            _percent(model.kv_cached_tokens, model.kv_total_tokens),
-            _percent(model.cached_tokens_total, model.prompt_tokens_total),
-        )
-        rows.add_row(model.name, model.family, format_bytes(model.parameters_bytes), *counts, *shares)
+        counts = (str(model.context_tokens), str(model.running), str(model.waiting))
+        used = _percent(model.kv_used_tokens, model.kv_total_tokens)
+        rows.add_row(model.name, model.family, format_bytes(model.parameters_bytes), *counts, used)
     screen.print(rows)
     for model in status.models:
-        screen.print(f"{model.name}: {model.plan}")
+        screen.print(f"{model.name}: {model.plan}", soft_wrap=not screen.is_terminal)
+        kept = _percent(model.kv_cached_tokens, model.kv_total_tokens)
+        found = _percent(model.cached_tokens_total, model.prompt_tokens_total)
+        screen.print(
+            f"prefix cache: {kept} of the KV, {found} of {model.prompt_tokens_total} prompt tokens were found there; "
+            f"{model.preemptions_total} preemptions",
+            soft_wrap=not screen.is_terminal,
+        )
 
 
 @click.command(epilog=examples("shoal logs -n 20", "shoal logs -f"))

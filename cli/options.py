@@ -38,6 +38,7 @@ class PlanOptions:
     threads: int | None = None
     ctx: int | None = None
     device: str | None = None
+    speculate: str | None = None
 
     @property
     def given(self) -> bool:
@@ -47,6 +48,8 @@ class PlanOptions:
         """Raises DaemonError `bad_request`, or `unsupported` for a device that is not there yet."""
         if self.device not in (None, "cpu"):
             raise DaemonError("unsupported", f"--device {self.device}: this version computes on cpu only")
+        if self.speculate == "off":
+            more["max_guesses"] = 0
         return NodeConfig(
             threads=self.threads or 0, memory_bytes=self.memory, context_tokens=self.ctx, **more
         )
@@ -110,12 +113,13 @@ def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
 
 
 def plan_options(function: Verb) -> Verb:
-    """Adds --memory, --threads, --ctx and --device; the verb gets `plan: PlanOptions`."""
+    """Adds --memory, --threads, --ctx, --device and --speculate; the verb gets `plan: PlanOptions`."""
     options: list[Decorator] = [
         click.option("--memory", type=size, metavar="SIZE", help="Bound for weights, KV and scratch, e.g. 3GB."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all if not given."),
         click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens, at most the model's."),
         click.option("--device", metavar="NAME", help="Where to compute; cpu only in this version."),
+        click.option("--speculate", type=click.Choice(["auto", "off"]), help="Guess ahead where it pays; same text."),
     ]  # fmt: skip
     return _collect(PlanOptions, "plan", options)(function)
 
@@ -136,6 +140,15 @@ def answer_options(function: Verb) -> Verb:
         click.option("--repeat-penalty", type=click.FloatRange(0, 10, min_open=True), help="Above 1: repeat less."),
     ]  # fmt: skip
     return _collect(AnswerOptions, "answer", options)(function)
+
+
+def draft_option(function: Verb) -> Verb:
+    """Adds --draft; the verb gets `draft: str | None`."""
+    return click.option(
+        "--draft",
+        metavar="MODEL",
+        help="A smaller model of the same vocabulary that guesses ahead; same text.",
+    )(function)
 
 
 def json_option(function: Verb) -> Verb:

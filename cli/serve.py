@@ -14,7 +14,7 @@ from shoal.daemon.library import Library
 from . import background
 from .answers import reference
 from .imports import engine_imports
-from .options import PlanOptions, examples, plan_options
+from .options import PlanOptions, draft_option, examples, plan_options
 from .output import note, spinner
 
 DRAIN_LIMIT_S = 600.0
@@ -39,9 +39,11 @@ NOW_LIMIT_S = 20.0
 )
 @click.option("--sequences", type=click.IntRange(min=1), help="Requests computed together; 16 if not given.")
 @click.option("--queue", type=click.IntRange(min=0), help="Requests that wait besides; 64 if not given.")
+@draft_option
 @plan_options
 def serve(
     model: str | None,
+    draft: str | None,
     detach: bool,
     address: tuple[str, ...],
     sequences: int | None,
@@ -53,10 +55,13 @@ def serve(
     It listens on a socket that only you can open. SIGTERM and Ctrl-C let running requests end, a second one stops
     at once. Addresses beyond this machine need keys.
     """
+    if draft and not model:
+        raise click.UsageError("--draft needs the --model that it guesses for")
     home = Home.from_env()
     limits = {"max_sequences": sequences, "max_queue": queue}
     config = plan.config(**{name: value for name, value in limits.items() if value is not None})
     name = reference(model, Library(home)) if model else None
+    guessing = reference(draft, Library(home)) if draft else None
     pid = background.running_pid(home)
     if pid is not None:
         raise DaemonError("busy", f"a daemon is running already (pid {pid})", "shoal stop ends it")
@@ -69,12 +74,14 @@ def serve(
             pid = background.start(home, arguments)
         if name:
             with spinner(f"loading {name}"):
-                background.load(home, pid, name)
+                background.load(home, pid, name, guessing)
         note(f"the daemon runs (pid {pid}); its log is {background.log_path(home)}")
         return
     with engine_imports():
         from shoal.daemon.serve import serve as serve_here
-    serve_here(config, home=home, model=name, addresses=[home.address, *address] if address else ())
+    serve_here(
+        config, home=home, model=name, draft=guessing, addresses=[home.address, *address] if address else ()
+    )
 
 
 @click.command(epilog=examples("shoal stop", "shoal stop --now"))

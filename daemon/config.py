@@ -45,6 +45,7 @@ class NodeConfig:
     max_sequences: int = 16  # decoded together in one step
     max_queue: int = 64  # waiting requests; one more is answered `busy`
     chunk_tokens: int = 256  # of prompts in one step, at most
+    max_guesses: int = 32  # tokens guessed ahead in one step, where that pays; 0 = never
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[int, int]] = {
@@ -55,6 +56,7 @@ class NodeConfig:
             "max_sequences": (1, 1024),
             "max_queue": (0, 1 << 14),
             "chunk_tokens": (16, 1 << 16),
+            "max_guesses": (0, 1024),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)

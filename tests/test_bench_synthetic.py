@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import synthetic
 import tiny
 import torch
 from compare import bytes_per_token
+from engines import kinds
 from running import Running
 from shapes import SHAPES, Shape
 
@@ -31,7 +33,7 @@ SMALL = Shape(
     context=128,
     rope_base=10000.0,
 )
-SMALL_MOE = replace(SMALL, name="moe", arch="olmoe", kv_heads=4, qk_norm=True, experts=4, active=2, tied=True)
+SMALL_MOE = replace(SMALL, name="moe", arch="olmoe", kv_heads=4, qk_norm=True, experts=4, active=2)
 SMALL_ODD = replace(SMALL, name="odd", arch="qwen2", mix="Q5_K_M", hidden=96, biases=True, tied=True)
 
 
@@ -82,6 +84,21 @@ def test_a_vocabulary_is_cut_or_padded(vocab: int, vocabulary: Path, tmp_path: P
         assert tokenizer.decode(tokenizer.encode("the thing and on")) == "the thing and on"
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("shape", [SMALL, SMALL_MOE, SMALL_ODD])
+def test_llama_cpp_computes_the_same(shape: Shape, vocabulary: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    synthetic.write(shape, path, vocabulary)
+    ids = [7 * i % shape.vocab for i in range(50)]
+    ours = Running(path).logits(ids, prefill=[50])[:-1].log_softmax(-1)
+    nll = -ours[torch.arange(49), torch.tensor(ids[1:])]
+    with kinds(os.environ["SHOAL_PEER_PYTHON"])["llama.cpp"].start() as engine:
+        engine.call("load", model=str(path), context=64, streams=1, threads=1)
+        (theirs,) = engine.call("score", windows=[ids], batch=50)
+    assert (nll - torch.tensor(theirs["nll"])).abs().max() < 0.1
+    assert (ours.argmax(-1) == torch.tensor(theirs["greedy"])).float().mean() > 0.9
+
+
 def test_a_file_is_written_once(vocabulary: Path, tmp_path: Path) -> None:
     first = synthetic.cached(SMALL, tmp_path / "models", vocabulary, lambda done, total: None)
     written_ns = first.stat().st_mtime_ns
@@ -107,7 +124,11 @@ def test_bytes_of_one_token(vocabulary: Path, tmp_path: Path) -> None:
         synthetic.write(shape, path, vocabulary)
         return bytes_per_token(path)
 
-    tensors = {tensor.name: synthetic._nbytes(tensor) for tensor in SMALL.tensors() if len(tensor.sizes) > 1}
-    assert needed(SMALL) == sum(tensors.values()) - tensors["token_embd.weight"]
-    moe = {tensor.name: synthetic._nbytes(tensor) for tensor in SMALL_MOE.tensors() if len(tensor.sizes) > 1}
-    assert needed(SMALL_MOE) == sum(n // 2 if "_exps" in name else n for name, n in moe.items())
+    def matrices(shape: Shape) -> dict[str, int]:
+        return {tensor.name: synthetic._nbytes(tensor) for tensor in shape.tensors() if len(tensor.sizes) > 1}
+
+    small, moe, tied = matrices(SMALL), matrices(SMALL_MOE), matrices(SMALL_ODD)
+    assert needed(SMALL) == sum(small.values()) - small.pop("token_embd.weight")
+    del moe["token_embd.weight"]
+    assert needed(SMALL_MOE) == sum(size // 2 if "_exps" in name else size for name, size in moe.items())
+    assert needed(SMALL_ODD) == sum(tied.values())

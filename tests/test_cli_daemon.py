@@ -118,19 +118,21 @@ def test_detached_start_passes_the_options_on(
     pids = iter([None, 76, 77, 77, 77, 77])  # none yet, then somebody else's for a moment
     monkeypatch.setattr(background, "running_pid", lambda home: next(pids))
     monkeypatch.setattr(background, "POLL_S", 0.001)
-    loaded: list[tuple[int, str]] = []
-    monkeypatch.setattr(background, "load", lambda home, pid, model: loaded.append((pid, model)))
+    loaded: list[tuple[int, str, str]] = []
+    monkeypatch.setattr(
+        background, "load", lambda home, pid, model, draft: loaded.append((pid, model, draft))
+    )
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
     result = shoal(
         *("serve", "--detach", "--model", "m.gguf", "--threads", "1", "--address", "tcp://127.0.0.1:0"),
-        *("--queue", "0"),
+        *("--queue", "0", "--draft", "m.gguf"),
     )
     assert result.exit_code == 0, result.stderr
     assert "the daemon runs (pid 77)" in result.stderr
     command, options = started[0]
     assert command[-7:] == ["serve", "--threads", "1", "--address", "tcp://127.0.0.1:0", "--queue", "0"]
-    assert loaded == [(77, str(tmp_path / "m.gguf"))]
+    assert loaded == [(77, str(tmp_path / "m.gguf"), str(tmp_path / "m.gguf"))]
     assert options["start_new_session"]
     assert options["env"]["SHOAL_HOME"] == str(home.root)
 
@@ -190,7 +192,7 @@ def test_ps_shows_models_and_has_every_field_as_json(home: Home, monkeypatch: py
     text = shoal("ps").stdout
     assert "pid 4242 · up 1 min 1 s · 2 threads · 5 MB resident · 3 requests · 99 tokens" in text
     assert "big: 1 rank, all in ram" in text
-    assert "5%  45%  75%" in " ".join(text.split()).replace("% ", "%  ")
+    assert "prefix cache: 45% of the KV, 75% of 400 prompt tokens were found there; 0 preemptions" in text
     found = json.loads(shoal("ps", "--json").stdout)
     assert found["draining"] is False
     assert (found["models"][0]["name"], found["models"][0]["chat_template"]) == ("big", True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
-from cli_fakes import FakeAnswers, shoal
+from cli_fakes import TIMINGS, FakeAnswers, shoal
 
 from shoal.cli import run as run_verb
 from shoal.cli.run import _piped, statistics
@@ -33,6 +33,8 @@ FIELDS = [
     "decode_tokens_per_s",
     "peak_memory_bytes",
     "stall_s",
+    "drafted_tokens",
+    "accepted_tokens",
     "plan",
 ]
 
@@ -78,6 +80,18 @@ def test_the_answer_is_on_stdout_and_the_figures_on_stderr(stage: Stage, tmp_pat
     assert result.stderr == "7 prompt tokens (80/s) · first token after 0.25 s · 2 tokens (12.5/s)\n"
     assert content(stage.here) == [("user", "Why?")]
     assert stage.here.loaded == [str(tmp_path / "m.gguf")]
+
+
+def test_guessing_ahead_is_an_option(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    shoal("run", "m.gguf", "Why?")
+    shoal("run", "m.gguf", "Why?", "--speculate", "off")
+    shoal("run", "m.gguf", "Why?", "--draft", "small.gguf")
+    assert [config.max_guesses for config in stage.configs] == [32, 0, 32]
+    assert stage.here.drafts == [None, None, str(tmp_path / "small.gguf")]
+    guessed = Usage(prompt_tokens=7, completion_tokens=20, drafted_tokens=9, accepted_tokens=8)
+    line = statistics(Done(finish_reason="stop", usage=guessed, timings=TIMINGS))
+    assert line.endswith("20 tokens (12.5/s), 8 of them guessed")
 
 
 def test_json_has_exactly_its_fields(stage: Stage) -> None:
