@@ -1,7 +1,7 @@
 // Norms and gates: what is computed number by number, or row by row, in float32.
 #pragma once
 #include "home.h"
-#include "jobs.h"
+#include "product.h"
 #include "simd.h"
 
 namespace {
@@ -50,7 +50,7 @@ INLINE vf gelu(vf g) {
 
 constexpr int64_t GATE_JOB = 4096;  // elements
 
-struct Gate {
+struct GateUp {
     const float *gate, *up;
     int64_t n;
     float* y;
@@ -58,7 +58,7 @@ struct Gate {
 
 template <vf (*ACT)(vf)>
 void gate_job(const void* context, int64_t index, int) {
-    const Gate& g = *static_cast<const Gate*>(context);
+    const GateUp& g = *static_cast<const GateUp*>(context);
     const int64_t end = least((index + 1) * GATE_JOB, g.n);
     int64_t k = index * GATE_JOB;
     for (; k + LANES <= end; k += LANES) store(g.y + k, ACT(load(g.gate + k)) * load(g.up + k));
@@ -71,8 +71,8 @@ void gate_job(const void* context, int64_t index, int) {
 }
 
 template <vf (*ACT)(vf)>
-shoal::Status gated(const float* gate, const float* up, int64_t n, float* y) {
-    const Gate g{gate, up, n, y};
+shoal::Status gate(const float* gate, const float* up, int64_t n, float* y) {
+    const GateUp g{gate, up, n, y};
     shoal::Turn().run(ceil_div(n, GATE_JOB), 4 * n, gate_job<ACT>, &g);
     return shoal::OK;
 }

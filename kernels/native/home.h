@@ -5,10 +5,11 @@
 
 namespace shoal {
 
-// rows × cols weights of a GGUF type; rows start `row_bytes` apart, at any alignment.
+// rows × cols weights of a GGUF type at any alignment: rows of a float type one after the other, of a quantised type
+// in bands (`bands.h`), the last one filled up.
 struct Weights {
     int32_t type;
-    int64_t rows, cols, row_bytes;
+    int64_t rows, cols;
     const void* data;
 };
 
@@ -54,12 +55,41 @@ struct Attention {
     int64_t window;
 };
 
+// A matrix and what is added to its products: bias (rows,), or null.
+struct Linear {
+    Weights w;
+    const float* bias;
+};
+
+// x (tokens, cols), normalised by `norm` (cols,) before anything else unless that is null.
+struct Inputs {
+    const float* x;
+    int64_t cols;
+    const float* norm;
+    float eps;
+};
+
+enum Activation : int32_t { SILU = 0, GELU = 1 };
+
+// Which tokens go to which experts: expert i takes tokens[starts[i]..starts[i + 1]), ascending, its results times
+// `factors`.
+struct Routing {
+    int64_t experts;
+    const int64_t *starts, *tokens;
+    const float* factors;
+};
+
 enum Status : int { OK = 0, BAD_TYPE = 1, NO_MEMORY = 2, NO_ROW = 3 };
 
 struct Home {
     const char* name;
-    // y (tokens, rows) = x (tokens, cols) @ w.T + bias; bias may be null. Quantised weights meet x rounded to bytes.
-    Status (*linear)(const Weights& w, const float* x, int64_t tokens, const float* bias, float* y);
+    // y[i] (tokens, rows of all[i]) = x @ all[i].w.T + all[i].bias. Quantised weights meet x rounded to 16 bits.
+    Status (*linears)(const Inputs& x, int64_t tokens, int count, const Linear* all, float* const* y);
+    // y (tokens, rows of down) = (act(x @ gate.T) * (x @ up.T)) @ down.T; `all` are gate, up and down.
+    Status (*gated)(const Inputs& x, int64_t tokens, Activation act, const Linear* all, float* y);
+    // y (tokens, rows of down) = for every token the sum over its experts, ascending; all[i] is one's gate, up, down.
+    Status (*experts)(const Inputs& x, int64_t tokens, Activation act, const Linear* const* all, const Routing& routing,
+                      float* y);
     // out (count, cols): the rows `ids`, or the first `count` rows if ids is null. NO_ROW if there is none such.
     Status (*gather_rows)(const Weights& w, const int64_t* ids, int64_t count, float* out);
     Status (*rms_norm)(const float* x, const float* weight, float eps, int64_t rows, int64_t cols, float* y);
@@ -90,5 +120,15 @@ public:
 };
 
 void set_threads(int count);
+
+// rows × blocks as files hold them, row after row; of a block, two bytes at each of `halves` (-1: none) are a number
+// in half precision.
+struct Stored {
+    int64_t rows, blocks, block_bytes, halves[2];
+    const uint8_t* data;
+};
+
+// The same blocks in bands, the last one filled up with zeros.
+void interleave(const Stored& from, uint8_t* to);
 
 }  // namespace shoal

@@ -7,7 +7,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -201,13 +201,28 @@ INLINE float half(const uint8_t* p) {
 
 INLINE float read_float(int32_t bits) { return read<float>(&bits); }
 
+// The greatest lane, and the sum of all.
+#if defined(__AVX512F__)
+INLINE int32_t greatest(vi v) { return _mm512_reduce_max_epi32((__m512i)v); }
+INLINE int32_t sum_of(vi v) { return _mm512_reduce_add_epi32((__m512i)v); }
+#elif defined(__AVX2__)
 INLINE int32_t greatest(vi v) {
-    int32_t lanes[LANES];
-    memcpy(lanes, &v, sizeof v);
-    int32_t most = lanes[0];
-    for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
-    return most;
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
 }
+INLINE int32_t sum_of(vi v) {
+    __m128i m = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    m = _mm_add_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+}
+#else
+INLINE int32_t greatest(vi v) {
+    const int32_t a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+}
+INLINE int32_t sum_of(vi v) { return v[0] + v[1] + v[2] + v[3]; }
+#endif
 
 // e^x within 2 units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes expf).
 INLINE vf exp(vf x) {
