@@ -3,7 +3,8 @@
 PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 python3.11,$(shell $(python) -c \
 	'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)) python3)
 MODEL = smollm2
-MODEL_FILE = $(shell $(BIN)/shoal show $(MODEL) --json 2>/dev/null | sed -n 's/.*"path": "\(.*\)".*/\1/p')
+ROWS =
+ROUNDS = 5
 PROMPT = Explain in two sentences how a lighthouse works.
 
 BIN := .venv/bin
@@ -12,11 +13,11 @@ SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-peer check bench clean distclean
+.PHONY: help setup run test test-peer test-aarch64 sanitize check bench clean distclean
 
 help: ## show this
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
-		printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup: .venv/.installed ## install Shoal into .venv
 
@@ -38,20 +39,27 @@ test-peer: .venv/.installed-dev bench/.venv/.installed ## run the tests that nee
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@SHOAL_PEER_PYTHON='$(CURDIR)/bench/.venv/bin/python' $(BIN)/python -m pytest -m peer </dev/null
 
+test-aarch64: .venv/.installed-dev ## run the kernel tests on an emulated ARM machine (Debian, qemu-user)
+	@tests/aarch64.sh
+
+sanitize: .venv/.installed-dev ## run the kernel tests under ASan, UBSan and TSan
+	@tests/sanitize.sh
+
 check: .venv/.installed-dev ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: .venv/.installed-dev bench/.venv/.installed ## speed against llama.cpp; MODEL_FILE=… for another GGUF
-	@$(BIN)/python bench/speed.py '$(MODEL_FILE)' --peer-python bench/.venv/bin/python
+bench: .venv/.installed-dev bench/.venv/.installed ## Shoal and its peers in turn; ROWS=speed,long ROUNDS=5
+	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
+	@$(BIN)/python bench/compare.py --rows '$(ROWS)' --rounds '$(ROUNDS)'
 
 clean: ## remove what building and testing left; .venv stays
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name .venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 distclean: clean ## remove .venv and the built kernels too
-	@rm -rf .venv bench/.venv kernels/*.so
+	@rm -rf .venv bench/.venv .aarch64 kernels/*.so
 
 .venv/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo 'Shoal needs Python 3.11 or later: none was found.'; exit 1; }

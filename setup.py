@@ -5,8 +5,8 @@ Everything else about the package is in pyproject.toml.
 """
 
 import os
-import platform
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,7 +52,7 @@ AVX512 = [
     "-Wno-maybe-uninitialized",
 ]
 
-MACHINE = platform.machine().lower()
+MACHINE = sysconfig.get_platform().rsplit("-", 1)[-1].lower()
 if MACHINE in ("x86_64", "amd64"):
     DEFINES = [("SHOAL_X86", "1")]
     HOMES = {"scalar": [], "avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512vnni"]}

@@ -67,7 +67,7 @@ SEEDS: list[Message] = [
 class Echo:
     """A backend that gives the prompt back."""
 
-    def submit(self, request: Generate | Chat, emit: Emit) -> CancelCall:
+    def submit(self, request: Generate | Chat, emit: Emit, client: str) -> CancelCall:
         text = request.prompt if isinstance(request, Generate) else str(request.messages[-1].content)
         emit(Accepted(model="echo", prompt_tokens=1))
         emit(Token(text=text or "", ids=[1]))

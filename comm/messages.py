@@ -33,7 +33,7 @@ ErrorCode = Literal[
     "internal",  # a bug or a failing device; the daemon's log has more
 ]
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)  # tells type checkers what msgspec inherits
@@ -114,6 +114,10 @@ class Generation(Message):
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(max_length=64)] = []
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
     ignore_eos: bool = False
+    priority: Annotated[int, Meta(ge=-100, le=100)] = 0  # higher goes first
+    deadline_s: Annotated[float, Meta(gt=0, le=1e6)] | None = (
+        None  # after arrival; None = however long it takes
+    )
 
 
 class Generate(Generation):
@@ -177,6 +181,9 @@ class Load(Message):
 
     model: Annotated[str, Meta(min_length=1, max_length=4096)]
     context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None
+    draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = (
+        None  # a small model that guesses ahead
+    )
 
 
 class Unload(Message):
@@ -232,6 +239,9 @@ class Token(Message):
 class Usage(Message):
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt, computed for earlier requests
+    drafted_tokens: int = 0  # guessed ahead of the answer
+    accepted_tokens: int = 0  # of these, guessed right
 
 
 class Timings(Message):
@@ -244,6 +254,7 @@ class Timings(Message):
     stall_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
+    preemptions: int = 0  # how often the request had to make room for others
 
 
 class Done(Message):
@@ -284,6 +295,12 @@ class ModelStatus(Message):
     kv_used_tokens: int
     kv_total_tokens: int
     plan: str
+    kv_cached_tokens: int = 0  # not in use, kept for prompts that begin alike
+    prompt_tokens_total: int = 0  # of all prompts so far
+    cached_tokens_total: int = 0  # of these, found in the prefix cache
+    preemptions_total: int = 0
+    drafted_tokens_total: int = 0  # guessed ahead of answers
+    accepted_tokens_total: int = 0  # of these, guessed right
     chat_template: bool = True
 
 

@@ -23,7 +23,7 @@ from shoal.models.sampling import Sampled
 from shoal.models.tokenizer import Tokenizer
 
 from .errors import DaemonError
-from .sequence import Sequence, Times
+from .sequence import Sequence
 from .translate import translated
 
 Event = Accepted | Token | Done | Error
@@ -71,7 +71,7 @@ class Answer:
         self._emit(Token(text=text, ids=[sampled.token_id], logprobs=self._describe(sampled)))
         return "stop" if hit else None
 
-    def finish(self, reason: FinishReason, times: Times) -> None:
+    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
         """Emit what was held back, then `done`."""
         if not self._stopped:
             text, hit = self._matcher.push(self._detokenizer.flush())
@@ -82,8 +82,14 @@ class Answer:
         self._emit(
             Done(
                 finish_reason=reason,
-                usage=Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._completion_tokens),
-                timings=self._timings(times),
+                usage=Usage(
+                    prompt_tokens=self._prompt_tokens,
+                    completion_tokens=self._completion_tokens,
+                    cached_tokens=sequence.cached_tokens,
+                    drafted_tokens=sequence.drafted_tokens,
+                    accepted_tokens=sequence.accepted_tokens,
+                ),
+                timings=self._timings(sequence),
                 context_tokens=self._context_tokens,
             )
         )
@@ -92,9 +98,11 @@ class Answer:
         """Emit `error`."""
         self._emit((error if isinstance(error, DaemonError) else translated(error)).to_message())
 
-    def _timings(self, times: Times) -> Timings:
+    def _timings(self, sequence: Sequence) -> Timings:
+        times = sequence.times
         if not times.first_token_s:
-            return Timings()
+            return Timings(preemptions=sequence.preemptions)
+        computed = sequence.prompt_tokens - sequence.cached_tokens
         prefill_s = times.first_token_s - times.admitted_s
         decode_s = times.last_token_s - times.first_token_s
         return Timings(
@@ -103,8 +111,9 @@ class Answer:
             prefill_s=prefill_s,
             decode_s=decode_s,
             stall_s=times.stall_s,
-            prefill_tokens_per_s=self._prompt_tokens / prefill_s if prefill_s > 0 else 0.0,
+            prefill_tokens_per_s=computed / prefill_s if prefill_s > 0 else 0.0,
             decode_tokens_per_s=(self._completion_tokens - 1) / decode_s if decode_s > 0 else 0.0,
+            preemptions=sequence.preemptions,
         )
 
     def _describe(self, sampled: Sampled) -> list[TokenLogprob]:

@@ -34,9 +34,10 @@ Cancel = Callable[[], None]
 class Backend(Protocol):
     """All methods may be called from several threads at once, and raise DaemonError to refuse."""
 
-    def submit(self, request: Generate | Chat, emit: Emit) -> Cancel:
+    def submit(self, request: Generate | Chat, emit: Emit, client: str) -> Cancel:
         """Queue a request (tokenising it first, so this may take a while) and return how to cancel it.
 
+        `client` tells apart whose requests share the machine fairly.
         `emit` gets one Accepted, any Tokens, then exactly one Done or Error: also after a cancel.
         """
 

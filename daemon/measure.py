@@ -26,7 +26,7 @@ from .config import NodeConfig
 from .errors import DaemonError
 from .memory import available_bytes, peak_memory_bytes
 from .model import LoadedModel
-from .sequence import Sequence, Times
+from .sequence import Sequence
 
 HEAD_ROWS = 32  # logits rows computed at a time, so that a large vocabulary stays within scratch
 
@@ -71,24 +71,30 @@ class _Count:
         self.tokens += 1
         return None
 
-    def finish(self, reason: FinishReason, times: Times) -> None:
+    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
         return None
 
     def fail(self, error: Exception) -> None:
         self.error = error
 
 
-def _load(model: Path, config: NodeConfig, progress: Progress) -> LoadedModel:
+def _load(model: Path, config: NodeConfig, progress: Progress, draft: Path | None = None) -> LoadedModel:
     set_threads(config.thread_count)
     budget = Budget(config.memory_bytes or available_bytes())
     return LoadedModel.load(
-        model.name, model, config, budget, progress=lambda done, total: progress(done, total, "loading")
+        model.name,
+        model,
+        config,
+        budget,
+        draft=draft,
+        progress=lambda done, total: progress(done, total, "loading"),
     )
 
 
 def bench(
     model: Path,
     *,
+    draft: Path | None = None,
     prompt_tokens: int,
     new_tokens: int,
     batch: int,
@@ -110,7 +116,7 @@ def bench(
             f"{prompt_tokens} + {new_tokens} tokens exceed the context of {config.context_tokens}",
         )
     config = replace(config, max_sequences=max(batch, config.max_sequences), kv_tokens=None)
-    loaded = _load(model, config, progress)
+    loaded = _load(model, config, progress, draft)
     vocab = loaded.checkpoint.spec.vocab
     prefill: list[float] = []
     decode: list[float] = []

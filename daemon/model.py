@@ -5,10 +5,11 @@ Knows how the parts are put together. Does not run anything: whoever owns it cal
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -24,19 +25,21 @@ from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
+from shoal.offload.prefix import PrefixCache
 from shoal.offload.store import ResidentStore
 from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan, plan_in_ram
 
 from .answer import Answer, Emit
 from .config import NodeConfig
+from .drafter import Drafter
 from .engine import Engine
 from .errors import DaemonError
 from .executor import Alone, Executor
 from .memory import return_freed
 from .registry import recommended_sampling
 from .scheduler import Scheduler
-from .sequence import Sequence
+from .sequence import Sequence, Times
 from .translate import translated
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -74,6 +77,7 @@ def make_plan(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> 
                 kv_type=config.kv_type,
                 chunk_tokens=config.chunk_tokens,
                 sequences=config.max_sequences,
+                guesses=config.max_guesses,
                 threads=config.thread_count,
                 memory_bytes=memory_bytes,
             )
@@ -84,8 +88,39 @@ def make_plan(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> 
 
 
 @dataclass(eq=False)
+class Runnable:
+    """A checkpoint ready to compute."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    tokenizer: Tokenizer
+    executor: Executor
+    kv: KvPool
+
+    @classmethod
+    def read(
+        cls, purpose: str, path: Path, config: NodeConfig, budget: Budget, progress: Progress
+    ) -> Runnable:
+        """Into memory that is held in the budget for `purpose`; when it fails, no longer."""
+        with open_checkpoint(path) as checkpoint:
+            plan = make_plan(checkpoint, config, budget.free_bytes)
+            tokenizer = checkpoint.tokenizer()
+            checkpoint.forget_tokens()
+            return_freed()  # before the weights come, so that the peak is theirs alone
+            budget.hold(purpose, plan.peak_bytes)
+            try:
+                store = ResidentStore.load(plan, checkpoint, progress)
+                transformer = Transformer(checkpoint.spec, plan.context_tokens)
+                kv = KvPool(checkpoint.spec, plan.kv)
+            except Exception:
+                budget.release(purpose)
+                raise
+        return cls(checkpoint, plan, tokenizer, Executor(transformer, store, kv, Alone()), kv)
+
+
+@dataclass(eq=False)
 class LoadedModel:
-    """Everything one model needs to answer. `used_s` is when it was last asked."""
+    """Everything one model needs to answer. `used_s` is when it was last asked; `draft` the model that guesses."""
 
     name: str
     checkpoint: Checkpoint
@@ -94,6 +129,7 @@ class LoadedModel:
     executor: Executor
     kv: KvPool
     engine: Engine
+    draft: Runnable | None
     clock: Callable[[], float]
     used_s: float = 0.0
 
@@ -105,41 +141,61 @@ class LoadedModel:
         config: NodeConfig,
         budget: Budget,
         *,
+        draft: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         progress: Progress = no_progress,
     ) -> LoadedModel:
-        """Read a checkpoint into memory. Raises DaemonError; what was held in the budget is then released."""
-        purpose = f"model {name}"
-        held = False
+        """Read a checkpoint into memory, and that of a draft model if there is one. Raises DaemonError; what was held
+        in the budget is then released."""
         try:
-            with open_checkpoint(path) as checkpoint:
-                plan = make_plan(checkpoint, config, budget.free_bytes)
-                tokenizer = checkpoint.tokenizer()
-                checkpoint.forget_tokens()
-                return_freed()  # before the weights come, so that the peak is theirs alone
-                budget.hold(purpose, plan.peak_bytes)
-                held = True
-                store = ResidentStore.load(plan, checkpoint, progress)
-            transformer = Transformer(checkpoint.spec, plan.context_tokens)
-            kv = KvPool(checkpoint.spec, plan.kv)
+            main = Runnable.read(f"model {name}", path, config, budget, progress)
         except Exception as error:
-            if held:
-                budget.release(purpose)
             raise refusal(error, name) from error
-        executor = Executor(transformer, store, kv, Alone())
+        small = None
+        if draft is not None:
+            try:
+                small = _draft_model(name, main, draft, config, budget)
+            except Exception as error:
+                _release(name, budget)
+                raise refusal(error, f"draft model {draft.name}") from error
         scheduler = Scheduler(
-            kv.table,
-            page_tokens=kv.page_tokens,
-            sequences=plan.sequences,
+            PrefixCache(main.kv.table, main.kv.page_tokens),
+            sequences=main.plan.sequences,
             queue=config.max_queue,
-            chunk_tokens=plan.chunk_tokens,
+            chunk_tokens=main.plan.chunk_tokens,
+            guesses=main.plan.guesses,
         )
-        engine = Engine(executor, kv, scheduler, clock)
-        return cls(name, checkpoint, plan, tokenizer, executor, kv, engine, clock, clock())
+        drafter = None
+        if small is not None:
+            vocab = min(main.tokenizer.vocab_size, small.tokenizer.vocab_size)
+            drafter = Drafter(
+                small.executor, small.kv, vocab=vocab, chunk_tokens=small.plan.chunk_tokens, clock=clock
+            )
+        engine = Engine(main.executor, main.kv, scheduler, clock, drafter)
+        return cls(
+            name,
+            main.checkpoint,
+            main.plan,
+            main.tokenizer,
+            main.executor,
+            main.kv,
+            engine,
+            small,
+            clock,
+            clock(),
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.plan.peak_bytes + (self.draft.plan.peak_bytes if self.draft else 0)
+
+    @property
+    def draft_path(self) -> Path | None:
+        return self.draft.checkpoint.path if self.draft else None
 
     def release(self, budget: Budget) -> None:
         """Give the budget back; the memory follows when the last reference goes."""
-        budget.release(f"model {self.name}")
+        _release(self.name, budget)
 
     def chat_tokens(
         self,
@@ -160,8 +216,10 @@ class LoadedModel:
         )
         return self.tokenizer.encode(rendered, add_special=False)
 
-    def start(self, request: Generate | Chat, prompt: list[int], emit: Emit) -> Sequence:
-        """Queue a request whose prompt has been tokenised. Raises DaemonError."""
+    def start(
+        self, request: Generate | Chat, prompt: list[int], emit: Emit, *, client: str, arrived_s: float
+    ) -> Sequence:
+        """A sequence for a request whose prompt has been tokenised. Raises DaemonError."""
         vocab, context = self.checkpoint.spec.vocab, self.plan.context_tokens
         if not prompt:
             raise DaemonError("bad_request", "the prompt is empty: it must have at least one token")
@@ -175,7 +233,10 @@ class LoadedModel:
                 f"the prompt has {len(prompt)} tokens, the context holds {context} and needs room for an answer",
                 "shorten the prompt or load the model with a larger context",
             )
-        limit = min(context, len(prompt) + (request.max_tokens or context))
+        if request.max_tokens is not None:
+            limit = min(context, len(prompt) + request.max_tokens)
+        else:
+            limit = min(context, max(self.plan.kv.tokens, len(prompt) + 1))
         stop_ids = frozenset() if request.ignore_eos else self.tokenizer.stop_ids
         sampler = Sampler(self.sampling(request.sampling), prompt)
         answer = Answer(
@@ -188,9 +249,17 @@ class LoadedModel:
             logprobs=request.sampling.logprobs is not None,
             context_tokens=context,
         )
-        sequence = Sequence(list(prompt), limit, sampler, answer)
-        self.used_s = sequence.times.arrived_s = self.clock()
-        return sequence
+        self.used_s = self.clock()
+        return Sequence(
+            list(prompt),
+            limit,
+            sampler,
+            answer,
+            client=client,
+            priority=request.priority,
+            deadline_s=math.inf if request.deadline_s is None else arrived_s + request.deadline_s,
+            times=Times(arrived_s=arrived_s),
+        )
 
     def sampling(self, asked: Sampling) -> SamplingParams:
         """The request's values, else what the model's authors recommend, else Shoal's defaults."""
@@ -211,18 +280,26 @@ class LoadedModel:
         )
 
     def status(self) -> ModelStatus:
+        scheduler = self.engine.scheduler
+        cache = scheduler.cache
         return ModelStatus(
             name=self.name,
             path=str(self.checkpoint.path),
             family=self.checkpoint.spec.family,
             parameters_bytes=self.plan.weights_bytes,
             context_tokens=self.plan.context_tokens,
-            running=self.engine.running,
-            waiting=self.engine.waiting,
-            kv_used_tokens=self.engine.kv_used_tokens,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_used_tokens=cache.used_pages * cache.page_tokens,
             kv_total_tokens=self.plan.kv.tokens,
-            plan=self.plan.describe(),
+            plan=self.plan.describe() + (f", drafts by {self.draft_path.name}" if self.draft_path else ""),
             chat_template=self.tokenizer.chat_template is not None,
+            kv_cached_tokens=cache.cached_pages * cache.page_tokens,
+            prompt_tokens_total=scheduler.prompt_tokens,
+            cached_tokens_total=scheduler.cached_tokens,
+            preemptions_total=scheduler.preemptions,
+            drafted_tokens_total=scheduler.drafted_tokens,
+            accepted_tokens_total=scheduler.accepted_tokens,
         )
 
     @cached_property
@@ -233,6 +310,31 @@ class LoadedModel:
         return ChatTemplate(
             self.tokenizer.chat_template or "", spelled(self.tokenizer.bos_id), spelled(self.tokenizer.eos_id)
         )
+
+
+def _draft_model(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:
+    """A second model that can guess for `main`, held in the budget beside it."""
+    config = replace(config, context_tokens=main.plan.context_tokens)
+    small = Runnable.read(f"draft for {name}", path, config, budget, no_progress)
+    check_vocabulary(name, main.tokenizer, path.name, small.tokenizer)
+    return small
+
+
+def check_vocabulary(name: str, tokenizer: Tokenizer, draft: str, theirs: Tokenizer) -> None:
+    """Raises DaemonError unless the tokens of `draft` mean what those of `name` do, as far as both have them."""
+    for token in range(min(tokenizer.vocab_size, theirs.vocab_size)):
+        ours, other = tokenizer.id_to_token(token), theirs.id_to_token(token)
+        if ours != other:
+            raise DaemonError(
+                "unsupported",
+                f"draft model {draft} has another vocabulary than {name}: token {token} is {other!r}, not {ours!r}",
+                "take a smaller model of the same family",
+            )
+
+
+def _release(name: str, budget: Budget) -> None:
+    budget.release(f"model {name}")
+    budget.release(f"draft for {name}")
 
 
 def refusal(error: Exception, name: str) -> DaemonError:

@@ -1,88 +1,84 @@
 """The scheduler: which tokens of which sequences make the next step.
 
-Decodes go first, then prefill chunks within a token budget. Chunks end at fixed positions (multiples of
-`chunk_tokens`), so a sequence is cut the same way whoever runs beside it, and its arithmetic with it.
-Pure: takes and returns values; no clock, thread, tensor or text.
+Decodes go first; prompts follow in chunks that lengthen a step of decodes only so far (Sarathi-Serve, Agrawal et al.
+2024, arXiv 2403.02310). Whose turn it is: priority, then what was preempted, then the client that was given least,
+then arrival. A sequence is admitted when the KV that all are expected to need at once fits (`forecast`); when it turns
+out not to, the youngest of the lowest priority is preempted: its pages go to the prefix cache, and it is computed
+again from its tokens later, with the same outcome. The oldest of the highest priority is never preempted, and nothing
+is queued that does not fit alone, so there is always one that gets on.
+
+Pure: takes and returns values; no thread, tensor or text, and the clock's reading is handed in.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence as Ordered
 
 from shoal.comm.messages import FinishReason
 from shoal.models.sampling import Sampled
-from shoal.offload.pages import PageTable
+from shoal.offload.prefix import Copy, PrefixCache
 
 from .errors import DaemonError
-from .sequence import Chunk, Sequence
+from .fairness import TokenCounters
+from .forecast import AnswerLengths, Growth, peak_tokens
+from .sequence import Batch, Chunk, Sequence
+from .speculation import drafts
+from .step_cost import StepCost
+
+SLOWDOWN = 2.0  # a step that also carries parts of prompts takes at most so many times one without
+LEAST_CHUNK = 4  # tokens of prompts in a step, however slow: else a prompt would never be read
+RETRY_S = (0.5, 60.0)  # least and most that a client is told to wait
+
+Results = Ordered[Ordered[Sampled] | Exception]
 
 
 class Scheduler:
-    """Admits in order of arrival, when a place and the pages for the whole sequence are free."""
+    """`sequences` run at once, `queue` more wait; a step holds at most `chunk_tokens` tokens of prompts and
+    `guesses` that are guessed ahead."""
 
     def __init__(
-        self, table: PageTable, *, page_tokens: int, sequences: int, queue: int, chunk_tokens: int
+        self, cache: PrefixCache, *, sequences: int, queue: int, chunk_tokens: int, guesses: int
     ) -> None:
-        self._table = table
-        self._page_tokens = page_tokens
+        self.cache = cache
+        self.cost = StepCost()
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.prompt_tokens = 0  # of all prompts admitted so far
+        self.cached_tokens = 0  # of these, found in the prefix cache
+        self.drafted_tokens = 0  # guessed ahead so far
+        self.accepted_tokens = 0  # of these, guessed right
         self._sequences = sequences
         self._queue = queue
         self._chunk_tokens = chunk_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.guesses = guesses
+        self._lengths = AnswerLengths()
+        self._counters = TokenCounters()
+        self._arrivals = 0
+
+    # --- requests ------------------------------------------------------------------------------------------
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises DaemonError `busy` when the queue is full, `resources` when it can never run."""
-        pages = self._pages_of(sequence)
-        if pages > self._table.pages:
+        if self.cache.pages_of(sequence.limit) > self.cache.pages:
             raise DaemonError(
                 "resources",
-                f"the request may reach {sequence.limit} tokens, the KV pool holds "
-                f"{self._table.pages * self._page_tokens}",
-                "lower max_tokens, or give the model more --memory",
+                f"a prompt of {sequence.prompt_tokens} tokens may reach {sequence.limit}, the KV pool holds "
+                f"{self.cache.pages * self.cache.page_tokens}",
+                "shorten it, lower max_tokens, or give the model more --memory",
             )
         if len(self.waiting) + len(self.running) >= self._queue + self._sequences:
             raise DaemonError(
-                "busy", f"{len(self.waiting)} requests are waiting", "try again later", retry_after_s=1.0
+                "busy",
+                f"{len(self.waiting)} requests are waiting, the limit is {self._queue}",
+                "try again later",
+                retry_after_s=self._retry_after_s(),
             )
         sequence.sink.begin(sequence)
+        self._arrivals += 1
+        sequence.number = self._arrivals
+        self._counters.enter(sequence.client)
         self.waiting.append(sequence)
-
-    def next(self) -> list[Chunk]:
-        """The next step's chunks; empty when there is nothing to do. Newly admitted sequences get their pages."""
-        self._admit()
-        decodes = [s for s in self.running if s.remaining == 1]
-        prefills = [s for s in self.running if s.remaining > 1]
-        batch = [Chunk(s, s.computed, s.computed + 1) for s in decodes]
-        budget = self._chunk_tokens
-        for sequence in prefills:
-            start = sequence.computed
-            end = min(len(sequence.tokens), (start // self._chunk_tokens + 1) * self._chunk_tokens)
-            if end - start > budget:
-                break
-            budget -= end - start
-            batch.append(Chunk(sequence, start, end))
-        return batch
-
-    def commit(self, batch: Ordered[Chunk], sampled: Ordered[Sampled | Exception]) -> None:
-        """Append what was sampled (one entry per sampling chunk, in order) and emit it."""
-        results = iter(sampled)
-        for chunk in batch:
-            result = next(results) if chunk.samples else None
-            sequence = chunk.sequence
-            if sequence.ended:  # cancelled while the step ran
-                continue
-            sequence.computed = chunk.end
-            if isinstance(result, Exception):
-                self.fail(sequence, result)
-            elif result is not None:
-                sequence.tokens.append(result.token_id)
-                reason = sequence.sink.accept(result)
-                if reason is None and len(sequence.tokens) >= sequence.limit:
-                    reason = "length"
-                if reason is not None:
-                    self._finish(sequence, reason)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence with what it has. Does nothing when it has ended already."""
@@ -93,29 +89,215 @@ class Scheduler:
         """End a sequence with an error. Does nothing when it has ended already."""
         if not sequence.ended:
             self._end(sequence)
+            self.cache.drop(sequence.holding)
             sequence.sink.fail(error)
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._sequences:
-            pages = self._table.take(self._pages_of(self.waiting[0]))
-            if pages is None:
-                return
-            sequence = self.waiting.popleft()
-            sequence.pages = pages
-            self.running.append(sequence)
+    # --- steps ---------------------------------------------------------------------------------------------
 
-    def _pages_of(self, sequence: Sequence) -> int:
-        return -(-sequence.limit // self._page_tokens)
+    def next(self, now_s: float) -> Batch:
+        """The next step; without chunks when there is nothing to do. Ends what is past its deadline."""
+        for sequence in [s for s in (*self.running, *self.waiting) if s.deadline_s <= now_s]:
+            self._finish(sequence, "deadline")
+        preempted = self.preemptions
+        decoding = [
+            sequence
+            for sequence in sorted(self.running, key=_seniority)
+            if sequence.remaining == 1 and self._reserve(sequence, sequence.computed + 1)
+        ]
+        copies: list[Copy] = []
+        if self.preemptions == preempted:  # else what made room would come back at once
+            self._admit(copies)
+        decoding = [sequence for sequence in decoding if sequence.running]
+        prompts = [s for s in sorted(self.running, key=self._turn) if s not in decoding]
+        budget = self._prompt_budget(len(decoding))
+        chunks = self._decode(decoding, min(self.guesses, budget // 2 if prompts else self.guesses))
+        budget -= sum(len(chunk.draft) for chunk in chunks)
+        for sequence in prompts:
+            if budget > 0 and sequence.running:
+                self._adopt(sequence, copies)
+                tokens = min(sequence.remaining, budget)
+                if self._reserve(sequence, sequence.computed + tokens):
+                    budget -= tokens
+                    chunks.append(Chunk.of(sequence, tokens))
+        return Batch([chunk for chunk in chunks if chunk.sequence.running], copies)
+
+    def commit(self, batch: Batch, results: Results) -> None:
+        """Append what was sampled and emit it: for each chunk the tokens that follow it, or what went wrong."""
+        for chunk, result in zip(batch.chunks, results, strict=True):
+            sequence = chunk.sequence
+            if sequence.ended:  # cancelled while the step ran
+                continue
+            if isinstance(result, Exception):
+                self.fail(sequence, result)
+                continue
+            sequence.computed = chunk.end
+            before = len(sequence.tokens)
+            reason = self._append(sequence, result)
+            appended = sequence.tokens[before:]
+            self._score(chunk, appended)
+            self._charge(chunk, len(appended))
+            if reason is None:
+                self.cache.publish(sequence.holding, sequence.tokens, sequence.computed)
+            else:
+                self._finish(sequence, reason)
+
+    # --- admission -----------------------------------------------------------------------------------------
+
+    def _admit(self, copies: list[Copy]) -> None:
+        preempted = self.preemptions
+        while self.waiting and self.preemptions == preempted:
+            sequence = min(self.waiting, key=self._turn)
+            while not self._fits(sequence):
+                victim = max(self.running, key=_seniority)
+                if victim.priority >= sequence.priority:
+                    return
+                self._preempt(victim)
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            sequence.running = True
+            self._adopt(sequence, copies)
+            if not sequence.preemptions:
+                self.prompt_tokens += sequence.prompt_tokens
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Is there a place, and room for the KV that all are expected to need at once?"""
+        if not self.running:
+            return True
+        if len(self.running) >= self._sequences:
+            return False
+        size = self.cache.page_tokens
+        shared = self.cache.used_pages - sum(other.holding.own_pages for other in self.running)
+        growths = [
+            self._growth(other, len(other.holding.pages) - other.holding.own_pages) for other in self.running
+        ]
+        growths.append(self._growth(sequence, self.cache.held_pages(sequence.tokens)))
+        return shared * size + peak_tokens(growths) <= self.cache.pages * size
+
+    def _growth(self, sequence: Sequence, shared_pages: int) -> Growth:
+        size = self.cache.page_tokens
+        # Half a page more, for what its last page leaves empty.
+        own = len(sequence.tokens) - shared_pages * size + size // 2
+        return Growth(own, self._expected(sequence))
+
+    def _expected(self, sequence: Sequence) -> int:
+        """How many more tokens it will probably generate."""
+        expected = self._lengths.expected(sequence.generated) - sequence.generated
+        return min(expected, sequence.limit - len(sequence.tokens))
+
+    def _adopt(self, sequence: Sequence, copies: list[Copy]) -> None:
+        """Skip what the prefix cache knows by now, also from sequences that run beside it."""
+        before = sequence.computed
+        sequence.computed, copy = self.cache.adopt(sequence.holding, sequence.tokens, before)
+        if copy is not None:
+            copies.append(copy)
+        if not sequence.preemptions:
+            sequence.cached_tokens += sequence.computed - before
+            self.cached_tokens += sequence.computed - before
+
+    def _prompt_budget(self, decodes: int) -> int:
+        """Tokens of prompts that may go with so many decodes."""
+        most = self._chunk_tokens
+        if not decodes:
+            return most
+        limit_s = SLOWDOWN * self.cost.seconds(decodes)
+        low = min(LEAST_CHUNK, most)
+        while low < most:
+            middle = (low + most + 1) // 2
+            if self.cost.seconds(decodes + middle) <= limit_s:
+                low = middle
+            else:
+                most = middle - 1
+        return low
+
+    def _turn(self, sequence: Sequence) -> tuple[int, int, float, int]:
+        """Who comes first has the least."""
+        if sequence.preemptions:
+            return -sequence.priority, 0, 0.0, sequence.number
+        return -sequence.priority, 1, self._counters.given(sequence.client), sequence.number
+
+    def _retry_after_s(self) -> float:
+        """When about half of what is to be done now will have been done."""
+        everything = [*self.running, *self.waiting]
+        prompts = sum(sequence.remaining for sequence in everything)
+        answers = sum(self._expected(sequence) for sequence in everything)
+        backlog_s = prompts / self._chunk_tokens * self.cost.seconds(self._chunk_tokens)
+        backlog_s += answers / self._sequences * self.cost.seconds(self._sequences)
+        return min(max(backlog_s / 2, RETRY_S[0]), RETRY_S[1])
+
+    # --- pages ---------------------------------------------------------------------------------------------
+
+    def _reserve(self, sequence: Sequence, tokens: int) -> bool:
+        """Pages for so many tokens, if need be from younger sequences; False when it had to go itself."""
+        while sequence.running:
+            if self.cache.extend(sequence.holding, tokens):
+                return True
+            self._preempt(max(self.running, key=_seniority))
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue, to be computed again: what is not evicted meanwhile will be found in the cache."""
+        self.running.remove(sequence)
+        sequence.running = False
+        self.cache.release(sequence.holding, sequence.tokens, sequence.computed)
+        sequence.computed = 0
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.waiting.append(sequence)
+
+    # --- guesses -------------------------------------------------------------------------------------------
+
+    def _decode(self, decoding: list[Sequence], spare: int) -> list[Chunk]:
+        """One token of each, and at most `spare` guesses at what follows, as far as there are pages for them."""
+        guessing = [(sequence.guesser, sequence.limit - len(sequence.tokens) - 1) for sequence in decoding]
+        chunks = []
+        for sequence, draft in zip(decoding, drafts(guessing, spare, self.cost), strict=True):
+            if not self.cache.extend(sequence.holding, len(sequence.tokens) + len(draft)):
+                draft = ()  # nobody makes room for guesses
+            chunks.append(Chunk.of(sequence, 1, draft))
+        return chunks
+
+    def _score(self, chunk: Chunk, appended: list[int]) -> None:
+        sequence, accepted = chunk.sequence, max(0, len(appended) - 1)
+        sequence.guesser.score(appended)
+        sequence.drafted_tokens += len(chunk.draft)
+        sequence.accepted_tokens += accepted
+        self.drafted_tokens += len(chunk.draft)
+        self.accepted_tokens += accepted
+
+    # --- ends ----------------------------------------------------------------------------------------------
+
+    def _charge(self, chunk: Chunk, generated: int) -> None:
+        sequence, prompt_tokens = chunk.sequence, 0
+        if not sequence.preemptions:  # what is computed again is nobody's gain
+            prompt_tokens = max(0, min(chunk.end, sequence.prompt_tokens) - chunk.start)
+        self._counters.charge(sequence.client, prompt_tokens, generated)
+
+    def _append(self, sequence: Sequence, sampled: Ordered[Sampled]) -> FinishReason | None:
+        for one in sampled:
+            sequence.computed = len(sequence.tokens)
+            sequence.tokens.append(one.token_id)
+            reason = sequence.sink.accept(one)
+            if reason is None and len(sequence.tokens) >= sequence.limit:
+                reason = "length"
+            if reason is not None:
+                return reason
+        return None
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.generated:
+            self._lengths.note(sequence.generated)
         self._end(sequence)
-        sequence.sink.finish(reason, sequence.times)
+        self.cache.release(sequence.holding, sequence.tokens, sequence.computed)
+        sequence.sink.finish(reason, sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        """Before its sink hears of it: a sink that raises must not keep pages."""
+        """Before its sink hears of it: a sink that raises must not keep anything."""
         sequence.ended = True
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self._table.give_back(sequence.pages)
-        else:
-            self.waiting.remove(sequence)
+        self._counters.leave(sequence.client)
+        (self.running if sequence.running else self.waiting).remove(sequence)
+        sequence.running = False
+
+
+def _seniority(sequence: Sequence) -> tuple[int, int]:
+    """Who stays longest has the least."""
+    return -sequence.priority, sequence.number

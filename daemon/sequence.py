@@ -5,11 +5,15 @@ Knows token ids, its sampler and how far it has come. Text, stop strings and mes
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from shoal.comm.messages import FinishReason
 from shoal.models.sampling import Sampled, Sampler
+from shoal.offload.prefix import Copy, Holding
+
+from .speculation import Guesser
 
 
 class Sink(Protocol):
@@ -23,7 +27,7 @@ class Sink(Protocol):
         """Take the next token; a reason ends the sequence."""
         ...
 
-    def finish(self, reason: FinishReason, times: Times) -> None: ...
+    def finish(self, reason: FinishReason, sequence: Sequence) -> None: ...
 
     def fail(self, error: Exception) -> None: ...
 
@@ -41,16 +45,38 @@ class Times:
 
 @dataclass(eq=False)
 class Sequence:
-    """`tokens` are the prompt and what was generated; KV of the first `computed` of them is stored."""
+    """`tokens` are the prompt and what was generated; KV of the first `computed` of them is stored.
+
+    client: whose request it is. priority: higher goes first. deadline_s: clock reading at which it ends anyhow.
+    """
 
     tokens: list[int]
     limit: int  # length at which it ends, prompt included
     sampler: Sampler
     sink: Sink
+    client: str = ""
+    priority: int = 0
+    deadline_s: float = math.inf
     times: Times = field(default_factory=Times)
     computed: int = 0
-    pages: list[int] = field(default_factory=list)
+    holding: Holding = field(default_factory=Holding)
+    number: int = 0  # in order of arrival
+    cached_tokens: int = 0  # of the prompt, that did not have to be computed
+    drafted_tokens: int = 0  # guessed ahead
+    accepted_tokens: int = 0  # of these, guessed right
+    preemptions: int = 0
+    running: bool = False  # else it waits, or has ended
     ended: bool = False
+    prompt_tokens: int = field(init=False)
+    guesser: Guesser = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.tokens)
+        self.guesser = Guesser(self.tokens)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
 
     @property
     def remaining(self) -> int:
@@ -60,17 +86,49 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Part of a step: tokens [start, end) of one sequence."""
+    """Part of a step: tokens [start, end) of one sequence, and after them `draft`, which is only guessed.
+
+    Has its `pages`: they stay if it is cancelled meanwhile.
+    """
 
     sequence: Sequence
     start: int
     end: int
+    pages: tuple[int, ...]
+    draft: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, sequence: Sequence, tokens: int, draft: tuple[int, ...] = ()) -> Chunk:
+        """The next so many tokens, then `draft`; the sequence has the pages for them."""
+        start = sequence.computed
+        return cls(sequence, start, start + tokens, tuple(sequence.holding.pages), draft)
 
     @property
     def tokens(self) -> list[int]:
-        return self.sequence.tokens[self.start : self.end]
+        return [*self.sequence.tokens[self.start : self.end], *self.draft]
 
     @property
     def samples(self) -> bool:
         """Does this chunk reach the end, so that a next token comes out of it?"""
         return self.end == len(self.sequence.tokens)
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.start + len(self.draft)
+
+    @property
+    def rows_wanted(self) -> int:
+        """After how many of its last tokens it is to be known what follows."""
+        return 1 + len(self.draft) if self.samples else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A step to be made: first copy pages, in this order, then compute the chunks."""
+
+    chunks: list[Chunk]
+    copies: list[Copy]
+
+    @property
+    def rows(self) -> int:
+        return sum(chunk.rows for chunk in self.chunks)

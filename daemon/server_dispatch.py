@@ -96,7 +96,7 @@ class Dispatcher:
     def _answer(self, flight: Flight, request: Message) -> None:
         match request:
             case Generate() | Chat():
-                flight.attach(self._backend.submit(request, flight.emit))
+                flight.attach(self._backend.submit(request, flight.emit, flight.peer.identity.hex()))
             case Tokenize():
                 flight.emit(self._backend.tokenize(request))
             case Load():

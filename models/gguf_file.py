@@ -1,14 +1,15 @@
 """GGUF files, versions 2 and 3, little endian, whole or split in parts.
 
 Knows the container: header, metadata, tensor table, alignment; every count, length and offset is checked against the
-size of the file before anything is allocated or believed. Does not know what a key or a tensor means
-(`models.families`). Layout: docs/gguf.md of the ggml project.
+size of the file before anything is allocated or believed. Arrays of numbers become lists, arrays of strings `Texts`.
+Does not know what a key or a tensor means (`models.families`). Layout: docs/gguf.md of the ggml project.
 """
 
 from __future__ import annotations
 
 import re
 import struct
+from array import array
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from shoal.kernels import OperandError, UnsupportedTypeError, weight_type
 
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
 from .tensor_files import StoredTensor, TensorFiles, unreadable
+from .texts import Texts
 
 MAGIC = b"GGUF"
 _HEADER_BYTES = 128 << 20  # a vocabulary of 260 000 tokens with its merges takes some 15 MiB
@@ -194,7 +196,7 @@ class _Header:
             return self._array(key)
         return self._numbers(kind, 1, key)[0]
 
-    def _array(self, key: str) -> list[Any]:
+    def _array(self, key: str) -> list[Any] | Texts:
         kind = self._integer("<I")
         count = self._count(f"items of {key}", _ARRAY_ITEMS)
         if kind == _ARRAY:
@@ -214,9 +216,9 @@ class _Header:
             raise self._corrupt(f"{key} is a boolean that is neither 0 nor 1")
         return list(values.astype(bool).tolist())
 
-    def _strings(self, count: int, key: str) -> list[str]:
-        """A vocabulary has some 100 000 of these, so the loop is spelled out."""
-        values: list[str] = []
+    def _strings(self, count: int, key: str) -> Texts:
+        """A vocabulary has some 100 000 of these, so the loop is spelled out and keeps no object for each."""
+        data, lengths = bytearray(), array("I")
         read: Callable[[int], bytes] = self._read
         unpack = struct.Struct("<Q").unpack
         at, end = self._at, self._end
@@ -228,13 +230,17 @@ class _Header:
                     raise self._corrupt(
                         f"an item of {key} is {length} bytes long: longer than the limit or the file (cut short?)"
                     )
-                values.append(read(length).decode())
+                data += read(length)
+                lengths.append(length)
         except struct.error as error:
             raise self._corrupt(f"ends within {key}; the file was cut short, fetch it again") from error
-        except UnicodeDecodeError as error:
-            raise self._corrupt(f"item {len(values)} of {key} is not valid UTF-8") from error
         self._at = at
-        return values
+        if len(data) != sum(lengths):
+            raise self._corrupt(f"ends within {key}; the file was cut short, fetch it again")
+        try:
+            return Texts(bytes(data), lengths)
+        except ValueError as error:
+            raise self._corrupt(f"{key}: {error}") from error
 
     def _string(self, limit: int, what: str) -> str:
         length = self._integer("<Q")

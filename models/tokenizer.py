@@ -64,7 +64,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
-        """From GGUF metadata (key → str, int, float, bool, list or numpy array); raises TokenizerError."""
+        """From GGUF metadata (key → str, int, float, bool, list, Texts or numpy array); raises TokenizerError."""
         parts = read_gguf(metadata)
         vocab = parts.vocabulary
         return cls(
@@ -119,8 +119,8 @@ class Tokenizer:
         return self._vocabulary.tokens[token_id]
 
     def token_to_id(self, text: str) -> int | None:
-        """Id of the token that the files spell so, or None."""
-        return self._vocabulary.ids().get(text)
+        """Id of the token that the files spell so, or None. Looks at all of them."""
+        return next((i for i, token in enumerate(self._vocabulary.tokens) if token == text), None)
 
 
 def _one(name: str, token_id: int | None) -> tuple[int, ...]:

@@ -11,11 +11,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from shoal.models.errors import TokenizerError
+from shoal.models.texts import Texts
 from shoal.models.tokenizer_vocab import BYTE_OF_CHAR
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -107,6 +110,31 @@ def one_line(error: BaseException, limit_chars: int = 200) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:limit_chars]
 
 
+class _Pairs(Sequence[tuple[str, str]]):
+    """Merges as pairs of texts, made one by one: the library copies them, so none needs to stay here.
+
+    bad: the merge at which iteration ended because it is no pair.
+    """
+
+    def __init__(self, merges: Texts) -> None:
+        self._merges = merges
+        self.bad: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._merges)
+
+    def __getitem__(self, index: Any) -> Any:
+        return next(islice(self, index, None))
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for merge in self._merges:
+            cut = merge.find(" ", 1)  # a left part may itself begin with a space
+            if cut < 0:
+                self.bad = merge
+                return
+            yield merge[:cut], merge[cut + 1 :]
+
+
 class ByteLevelBpe:
     """Merges by rank over GPT-2's byte alphabet.
 
@@ -114,15 +142,10 @@ class ByteLevelBpe:
     that is not in the vocabulary.
     """
 
-    def __init__(self, ids: Mapping[str, int], merges: Sequence[str], rule: PreTokenizer) -> None:
-        # A left part may itself begin with a space, hence the search from 1.
-        cuts = [merge.find(" ", 1) for merge in merges]
-        if min(cuts, default=1) < 1:
-            bad = merges[cuts.index(-1)]
-            raise TokenizerError(f"the merge {bad[:60]!r} is not two texts with a space between them")
-        pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
+    def __init__(self, ids: dict[str, int], merges: Texts, rule: PreTokenizer) -> None:
+        pairs = _Pairs(merges)
         with library_errors("the merges do not fit the vocabulary"):
-            bpe = models.BPE(dict(ids), pairs, ignore_merges=rule.whole_words)
+            bpe = models.BPE(ids, pairs, ignore_merges=rule.whole_words)
             self._library = tokenizers.Tokenizer(bpe)
             words: list[pre_tokenizers.PreTokenizer] = [
                 pre_tokenizers.Split(tokenizers.Regex(split), "isolated") for split in rule.splits
@@ -133,6 +156,8 @@ class ByteLevelBpe:
                 gap = tokenizers.Regex(f"[{''.join(map(re.escape, absent))}]")
                 words.append(pre_tokenizers.Split(gap, "removed"))
             self._library.pre_tokenizer = pre_tokenizers.Sequence(words)
+        if pairs.bad is not None:
+            raise TokenizerError(f"the merge {pairs.bad[:60]!r} is not two texts with a space between them")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""

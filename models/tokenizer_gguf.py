@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.models.errors import TokenizerError
+from shoal.models.texts import Texts
 from shoal.models.tokenizer_bpe import PRE_TOKENIZERS, ByteLevelBpe
 from shoal.models.tokenizer_spm import SentencePieceBpe
-from shoal.models.tokenizer_vocab import TokenKind, Vocabulary, vocabulary
+from shoal.models.tokenizer_vocab import TokenKind, Vocabulary, inverse, packed, vocabulary
 
 _PREFIX = "tokenizer.ggml."
 
@@ -51,17 +52,22 @@ def _byte_level(keys: _Keys) -> GgufParts:
     if rule is None:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise TokenizerError(f"the pre-tokenizer {pre[:40]!r} is not supported; supported are {known}")
-    vocab = _vocabulary(keys, byte_level=True, add_space_prefix=False, bos_id=None, eos_id=None, unk_id=None)
-    return _parts(keys, vocab, ByteLevelBpe(vocab.ids(), keys.texts("merges"), rule), add_bos=rule.add_bos)
+    tokens = _tokens(keys)
+    ids = inverse(tokens)
+    vocab = _vocabulary(keys, tokens, ids, byte_level=True)
+    return _parts(keys, vocab, ByteLevelBpe(ids, keys.texts("merges"), rule), add_bos=rule.add_bos)
 
 
 def _sentence_piece(keys: _Keys) -> GgufParts:
-    prefix = keys.flag("add_space_prefix", True)
-    vocab = _vocabulary(keys, byte_level=False, add_space_prefix=prefix, bos_id=1, eos_id=2, unk_id=0)
+    tokens, prefix = _tokens(keys), keys.flag("add_space_prefix", True)
+    ids = inverse(tokens)
+    vocab = _vocabulary(
+        keys, tokens, ids, byte_level=False, add_space_prefix=prefix, bos_id=1, eos_id=2, unk_id=0
+    )
     scores = keys.numbers("scores", len(vocab), [0.0] * len(vocab))
     if not np.isfinite(scores).all():
         raise TokenizerError("tokenizer.ggml.scores holds values that are not finite; the file is damaged")
-    return _parts(keys, vocab, SentencePieceBpe(vocab, scores.tolist()), add_bos=True)
+    return _parts(keys, vocab, SentencePieceBpe(vocab, ids, scores), add_bos=True)
 
 
 def _parts(
@@ -77,24 +83,31 @@ def _parts(
     )
 
 
+def _tokens(keys: _Keys) -> Texts:
+    tokens = keys.texts("tokens")
+    if "" not in tokens:
+        return tokens
+    return packed(text or f"[EMPTY_{i}]" for i, text in enumerate(tokens))
+
+
 def _vocabulary(
     keys: _Keys,
+    tokens: Texts,
+    ids: Mapping[str, int],
     *,
     byte_level: bool,
-    add_space_prefix: bool,
-    bos_id: int | None,
-    eos_id: int | None,
-    unk_id: int | None,
+    add_space_prefix: bool = False,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    unk_id: int | None = None,
 ) -> Vocabulary:
-    """The ids passed in are the defaults of the vocabulary model, for files that do not name them."""
-    tokens = keys.texts("tokens")
-    if "" in tokens:
-        tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
+    """The ids of tokens passed in are the defaults of the vocabulary model, for files that do not name them."""
     kinds = keys.numbers("token_type", len(tokens), [int(TokenKind.NORMAL)] * len(tokens)).astype(np.int64)
     kinds[(kinds < 0) | (kinds > max(TokenKind))] = TokenKind.UNDEFINED
     ends = [keys.token_id(name, None) for name in ("eot_token_id", "eom_token_id")]
     return vocabulary(
         tokens,
+        ids,
         kinds.astype(np.uint8).tobytes(),
         byte_level=byte_level,
         add_space_prefix=add_space_prefix,
@@ -159,15 +172,17 @@ class _Keys:
             )
         return int(value)
 
-    def texts(self, name: str) -> Sequence[str]:
+    def texts(self, name: str) -> Texts:
         value = self._metadata.get(_PREFIX + name)
         if value is None:
             raise TokenizerError(f"the file has no {_PREFIX + name}: it holds no tokenizer of this kind")
+        if isinstance(value, Texts):
+            return value
         if isinstance(value, np.ndarray):
             value = value.tolist()
         if not isinstance(value, (list, tuple)) or not set(map(type, value)) <= {str}:
             raise TokenizerError(f"{_PREFIX + name} is not a list of texts; the file is damaged")
-        return value
+        return packed(value)
 
     def numbers(self, name: str, count: int, default: Sequence[float]) -> np.ndarray:
         value = self._metadata.get(_PREFIX + name)

@@ -22,7 +22,14 @@ from shoal.models.tokenizer_bpe import library_errors, one_line
 from shoal.models.tokenizer_special import SpecialSplitter
 from shoal.models.tokenizer_spm import SentencePieceBpe
 from shoal.models.tokenizer_spm_file import read_model
-from shoal.models.tokenizer_vocab import SPACE_MARK, TokenKind, Vocabulary, vocabulary
+from shoal.models.tokenizer_vocab import (
+    SPACE_MARK,
+    TokenKind,
+    Vocabulary,
+    inverse,
+    packed,
+    vocabulary,
+)
 
 MAX_FILE_BYTES = 256 << 20
 _DECODERS = "supported are ByteLevel and SentencePiece-like decoders (Replace, ByteFallback, Metaspace)"
@@ -79,6 +86,7 @@ def _from_library(
     data = _read_bytes(path)
     with library_errors(f"{path.name} is not a tokenizer"):
         library = tokenizers.Tokenizer.from_buffer(data)
+        del data  # as large as what was made of it
         library.no_truncation()
         library.no_padding()
         ids = library.get_vocab(with_added_tokens=True)
@@ -101,7 +109,8 @@ def _from_library(
     for token_id, token in added.items():
         kinds[token_id] = TokenKind.CONTROL if token.special else TokenKind.USER_DEFINED
     vocab = vocabulary(
-        tokens,
+        packed(tokens),
+        inverse(tokens),
         kinds,
         byte_level=byte_level,
         add_space_prefix=add_space_prefix,
@@ -129,9 +138,10 @@ def _from_sentence_piece(
     for i, kind in enumerate(kinds):
         if kind == TokenKind.USER_DEFINED:  # found in the text as it is, before spaces are marked
             tokens[i] = tokens[i].replace(SPACE_MARK, " ")
-    ids = {text: token_id for token_id, text in enumerate(tokens)}
+    ids = inverse(tokens)
     vocab = vocabulary(
-        tokens,
+        packed(tokens),
+        ids,
         kinds,
         byte_level=False,
         add_space_prefix=model.add_space_prefix,
@@ -142,7 +152,9 @@ def _from_sentence_piece(
     )
     prefix = (vocab.bos_id,) if vocab.bos_id is not None and config.get("add_bos_token", True) else ()
     suffix = (vocab.eos_id,) if vocab.eos_id is not None and config.get("add_eos_token", False) else ()
-    return HfParts(vocab, SpecialSplitter(vocab, SentencePieceBpe(vocab, scores)), prefix, suffix, template)
+    return HfParts(
+        vocab, SpecialSplitter(vocab, SentencePieceBpe(vocab, ids, scores)), prefix, suffix, template
+    )
 
 
 def _add_tokens(config: Mapping[str, Any], tokens: list[str], kinds: bytearray, scores: list[float]) -> None:

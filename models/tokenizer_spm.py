@@ -9,7 +9,8 @@ Source of the algorithm: SentencePiece's bpe_model.cc (and llama.cpp's equal one
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
@@ -22,21 +23,16 @@ _CACHED_WORD_CHARS = 64
 
 
 class SentencePieceBpe:
-    """The merger. scores: one float per token, higher merges first; control and byte tokens never merge."""
+    """The merger. ids: token text → id. scores: one float per token, higher merges first.
 
-    def __init__(self, vocabulary: Vocabulary, scores: Sequence[float]) -> None:
-        kinds, mergeable = vocabulary.kinds, [int(kind) for kind in _MERGEABLE]
-        excluded = {
-            text
-            for kind in TokenKind
-            if kind not in mergeable
-            for text, of_kind in zip(vocabulary.tokens, kinds, strict=True)
-            if of_kind == kind
-        }
-        ids = vocabulary.ids()
-        self._ids: Mapping[str, int] = {t: i for t, i in ids.items() if t not in excluded}
+    Control and byte tokens never merge.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, ids: Mapping[str, int], scores: Iterable[float]) -> None:
+        kinds = vocabulary.kinds
+        self._ids: Mapping[str, int] = {text: i for text, i in ids.items() if kinds[i] in _MERGEABLE}
         # Costs instead of scores: the heap pops its least entry.
-        self._costs = {text: -scores[i] for text, i in self._ids.items()}
+        self._costs = array("d", (-score for score in scores))
         self._byte_ids = [_byte_id(ids, vocabulary.unk_id, byte) for byte in range(256)]
         self._unk_id = vocabulary.unk_id
         self._words = _word_pattern(self._ids)
@@ -58,15 +54,15 @@ class SentencePieceBpe:
         return ids
 
     def _merge(self, word: str) -> list[int]:
-        costs = self._costs
+        ids, costs = self._ids, self._costs
         pieces = list(word)
         count = len(pieces)
         before, after = list(range(-1, count - 1)), [*range(1, count), -1]
         # (cost, left, right, length of the merged text): equal costs go to the leftmost pair.
         heap = [
-            (cost, left, left + 1, 2)
+            (costs[token_id], left, left + 1, 2)
             for left in range(count - 1)
-            if (cost := costs.get(pieces[left] + pieces[left + 1])) is not None
+            if (token_id := ids.get(pieces[left] + pieces[left + 1])) is not None
         ]
         heapify(heap)
         while heap:
@@ -80,22 +76,22 @@ class SentencePieceBpe:
             if following >= 0:
                 before[following] = left
                 pair = merged + pieces[following]
-                if (cost := costs.get(pair)) is not None:
-                    heappush(heap, (cost, left, following, len(pair)))
+                if (token_id := ids.get(pair)) is not None:
+                    heappush(heap, (costs[token_id], left, following, len(pair)))
             preceding = before[left]
             if preceding >= 0:
                 pair = pieces[preceding] + merged
-                if (cost := costs.get(pair)) is not None:
-                    heappush(heap, (cost, preceding, left, len(pair)))
-        ids: list[int] = []
+                if (token_id := ids.get(pair)) is not None:
+                    heappush(heap, (costs[token_id], preceding, left, len(pair)))
+        merged_ids: list[int] = []
         for piece in pieces:
             if piece:
-                token_id = self._ids.get(piece)
+                token_id = ids.get(piece)
                 if token_id is not None:
-                    ids.append(token_id)
+                    merged_ids.append(token_id)
                 else:
-                    self._fall_back(piece, ids)
-        return ids
+                    self._fall_back(piece, merged_ids)
+        return merged_ids
 
     def _fall_back(self, piece: str, ids: list[int]) -> None:
         """Append an unknown piece as its bytes, or as one unknown token for all of a run."""

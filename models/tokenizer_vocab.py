@@ -8,11 +8,12 @@ not know how text is cut into tokens (tokenizer_bpe, tokenizer_spm) nor any file
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from shoal.models.errors import TokenizerError
+from shoal.models.texts import Texts
 
 SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space
 MAX_TOKENS = 4_000_000
@@ -90,12 +91,12 @@ CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
 class Vocabulary:
     """All tokens of a model.
 
-    tokens: text of each id. kinds: one `TokenKind` per id, as bytes.
+    tokens: text of each id, packed. kinds: one `TokenKind` per id, as bytes.
     byte_level: texts are in GPT-2's byte alphabet; otherwise they are text with "▁" for spaces.
     add_space_prefix: a text begins with an invisible space that decoding takes away again (SentencePiece).
     """
 
-    tokens: Sequence[str]
+    tokens: Texts
     kinds: bytes
     byte_level: bool
     add_space_prefix: bool = False
@@ -107,10 +108,6 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def ids(self) -> dict[str, int]:
-        """The inverse of `tokens`, made anew: it is large and needed only while mergers are made."""
-        return dict(zip(self.tokens, range(len(self.tokens)), strict=True))
 
     def kind(self, token_id: int) -> TokenKind:
         """Kind of a token; ids outside the vocabulary (padding rows of a model) are UNUSED."""
@@ -144,8 +141,28 @@ class Vocabulary:
             return text.encode()
 
 
+def inverse(tokens: Texts | list[str]) -> dict[str, int]:
+    """Text → id. Large, so nothing keeps it: mergers are made from it. TokenizerError if two tokens share a text."""
+    ids = {text: token_id for token_id, text in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        twice = next(text for token_id, text in enumerate(tokens) if ids[text] != token_id)
+        raise TokenizerError(f"the vocabulary holds the token {twice[:60]!r} twice; the file is damaged")
+    return ids
+
+
+def packed(tokens: Iterable[str]) -> Texts:
+    """The texts of tokens in little memory. Raises TokenizerError for one that is no Unicode text."""
+    try:
+        return Texts.of(tokens)
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"the token {error.object[:60]!a} is no Unicode text; the file is damaged"
+        ) from error
+
+
 def vocabulary(
-    tokens: Sequence[str],
+    tokens: Texts,
+    ids: Mapping[str, int],
     kinds: Iterable[int],
     *,
     byte_level: bool,
@@ -157,18 +174,15 @@ def vocabulary(
 ) -> Vocabulary:
     """Check and complete a vocabulary: end-of-turn tokens are found by text and become control tokens.
 
-    end_ids: tokens that the files name as ends besides `eos_id`. Raises TokenizerError if two tokens share
-    a text, a length differs or an id is outside the vocabulary.
+    ids: `inverse(tokens)`. end_ids: tokens that the files name as ends besides `eos_id`. Raises TokenizerError if a
+    number differs or an id is outside the vocabulary.
     """
-    ids = dict(zip(tokens, range(len(tokens)), strict=True))
-    if not 0 < len(tokens) <= MAX_TOKENS:
-        raise TokenizerError(f"a vocabulary has 1 to {MAX_TOKENS} tokens, this one has {len(tokens)}")
-    if len(ids) != len(tokens):
-        twice = next(text for i, text in enumerate(tokens) if ids[text] != i)
-        raise TokenizerError(f"the vocabulary holds the token {twice[:60]!r} twice; the file is damaged")
+    count = len(tokens)
+    if not 0 < count <= MAX_TOKENS:
+        raise TokenizerError(f"a vocabulary has 1 to {MAX_TOKENS} tokens, this one has {count}")
     kind_of = bytearray(kinds)
-    if len(kind_of) != len(tokens):
-        raise TokenizerError(f"the vocabulary has {len(tokens)} tokens but {len(kind_of)} token types")
+    if len(kind_of) != count:
+        raise TokenizerError(f"the vocabulary has {count} tokens but {len(kind_of)} token types")
     end_ids = set(end_ids)
     for name, token_id in [
         ("BOS", bos_id),
@@ -176,10 +190,8 @@ def vocabulary(
         ("unknown", unk_id),
         *[("end", i) for i in end_ids],
     ]:
-        if token_id is not None and not 0 <= token_id < len(tokens):
-            raise TokenizerError(
-                f"the {name} token is {token_id}, outside the vocabulary of {len(tokens)} tokens"
-            )
+        if token_id is not None and not 0 <= token_id < count:
+            raise TokenizerError(f"the {name} token is {token_id}, outside the vocabulary of {count} tokens")
     stops = _mark_ends(ids, kind_of) | end_ids
     if eos_id is not None:
         stops.add(eos_id)

@@ -1,36 +1,36 @@
-"""Which pages of a KV pool are free. Pure bookkeeping: no tensors, no tokens."""
+"""Which pages of a KV pool are free. Pure bookkeeping: no tensors, no tokens.
+
+Knows page numbers only. Whose a page is, and what it holds, is `offload.prefix`'s business.
+"""
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
+
 
 class PageTable:
-    """Which pages are free. Pure bookkeeping; prefers runs of consecutive pages, which read without a copy."""
+    """The free pages; lowest first, so that no more memory is touched than was ever in use at once."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
-        self._free = [True] * pages
-        self.free_pages = pages
+        self._free = list(range(pages))
+        self._taken = [False] * pages
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
 
     def take(self, count: int) -> list[int] | None:
-        """`count` pages, consecutive when there is such a run (lowest first), else any; None when too few are free."""
-        if count > self.free_pages:
+        """`count` pages; None, and nothing changes, when too few are free."""
+        if count > len(self._free):
             return None
-        taken = self._run(count) or [page for page, free in enumerate(self._free) if free][:count]
+        taken = [heappop(self._free) for _ in range(count)]
         for page in taken:
-            self._free[page] = False
-        self.free_pages -= count
+            self._taken[page] = True
         return taken
 
     def give_back(self, pages: list[int]) -> None:
         for page in pages:
-            assert not self._free[page], page
-            self._free[page] = True
-        self.free_pages += len(pages)
-
-    def _run(self, count: int) -> list[int] | None:
-        length = 0
-        for page, free in enumerate(self._free):
-            length = length + 1 if free else 0
-            if length == count:
-                return list(range(page - count + 1, page + 1))
-        return None
+            assert self._taken[page], page
+            self._taken[page] = False
+            heappush(self._free, page)

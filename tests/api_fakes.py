@@ -102,7 +102,9 @@ class FakeBackend:
             assert self.submitted.wait_for(lambda: prompt in self.runs, PATIENCE_S), f"no request {prompt!r}"
             return self.runs[prompt]
 
-    def submit(self, request: Generate | Chat, emit: Callable[[Message], None]) -> Callable[[], None]:
+    def submit(
+        self, request: Generate | Chat, emit: Callable[[Message], None], client: str
+    ) -> Callable[[], None]:
         prompt = request.prompt if isinstance(request, Generate) else str(request.messages[-1].content)
         prompt = prompt or ""
         if prompt.startswith("refuse"):

@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 
-from shoal.daemon import measure
+from shoal.daemon import measure, scheduler
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.models.tokenizer import Tokenizer
 
-CONFIG = NodeConfig(chunk_tokens=16, memory_bytes=1 << 30, kv_type="f32", kv_tokens=64)
+CONFIG = NodeConfig(chunk_tokens=16, memory_bytes=1 << 30, kv_type="f32", kv_tokens=64, max_guesses=0)
 TEXT = "the cat and\r\nthe other thing, in an\nengine on the re\r\n" * 6
 
 
@@ -80,16 +80,17 @@ def test_perplexity_refuses_what_it_cannot_score(data: bytes, ctx: int, match: s
 def test_bench_counts_only_tokens_of_the_time_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a clock that ticks once per reading, speeds are counts. Prompts of 40 tokens take 3 chunks of 16 and, with
-    that budget per step, 3 steps each: when the last of 4 has its first token, the others have 10, 7 and 4."""
+    """With a clock that ticks once per reading, speeds are counts. 4 prompts of 40 tokens take 10 steps of 16: their
+    first tokens come with steps 3, 5, 8 and 10, when they have 8, 6, 3 and 1."""
     path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
     ticks = count()
     monkeypatch.setattr(measure.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(scheduler, "SLOWDOWN", math.inf)
     result = measure.bench(
         path, prompt_tokens=40, new_tokens=12, batch=4, repeat=2, config=CONFIG, progress=quiet
     )
     assert result.prefill_tokens_per_s.median == 4 * 40
-    assert result.decode_tokens_per_s.median == 4 * 12 - (10 + 7 + 4 + 1)
+    assert result.decode_tokens_per_s.median == 4 * 12 - (8 + 6 + 3 + 1)
 
 
 def test_bench_of_one_new_token_has_no_decode_speed(tmp_path: Path) -> None:

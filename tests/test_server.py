@@ -136,10 +136,10 @@ def test_cancel_reaches_a_request_whose_submit_has_not_returned(daemon, raw):
     entered, leave = threading.Event(), threading.Event()
     submit = daemon.backend.submit
 
-    def slow_submit(request, emit):
+    def slow_submit(request, emit, client):
         entered.set()
         assert leave.wait(PATIENCE_S)
-        return submit(request, emit)
+        return submit(request, emit, client)
 
     daemon.backend.submit = slow_submit
     raw.send(Generate(prompt="forever"))

@@ -14,6 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vocabularies import MERGES, VOCAB, texts
 
 from shoal.models.errors import TokenizerError
+from shoal.models.texts import Texts
 from shoal.models.tokenizer import Tokenizer
 from shoal.models.tokenizer_bpe import PRE_TOKENIZERS, ByteLevelBpe
 
@@ -48,7 +49,7 @@ def test_words_are_cut_as_another_regex_engine_cuts(pre: str, text: str) -> None
     for split in PRE_TOKENIZERS[pre].splits:
         pattern = regex.compile(split)
         words = [part for word in words for part in _isolated(pattern, word)]
-    library = ByteLevelBpe(VOCAB, MERGES, PRE_TOKENIZERS[pre])._library
+    library = ByteLevelBpe(VOCAB, Texts.of(MERGES), PRE_TOKENIZERS[pre])._library
     spelled = [word for word, _ in library.pre_tokenizer.pre_tokenize_str(text)]
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
     assert [bytes(byte_of[char] for char in word).decode() for word in spelled] == words

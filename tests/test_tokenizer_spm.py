@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from vocabularies import field, model_file
 
 from shoal.models.errors import TokenizerError
+from shoal.models.texts import Texts
 from shoal.models.tokenizer import Tokenizer
 from shoal.models.tokenizer_spm import SentencePieceBpe
 from shoal.models.tokenizer_spm_file import read_model
-from shoal.models.tokenizer_vocab import vocabulary
+from shoal.models.tokenizer_vocab import inverse, vocabulary
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = [
@@ -132,10 +133,12 @@ def test_phi3_special_tokens_swallow_white_space_behind_them() -> None:
 
 
 def test_unknown_characters_without_byte_tokens_are_one_unknown_token_per_run() -> None:
-    vocab = vocabulary(["<unk>", "a", "▁"], [2, 1, 1], byte_level=False, unk_id=0)
-    assert SentencePieceBpe(vocab, [0.0] * 3).encode("a日本a é") == [1, 0, 1, 2, 0]
+    tokens = ["<unk>", "a", "▁"]
+    vocab = vocabulary(Texts.of(tokens), inverse(tokens), [2, 1, 1], byte_level=False, unk_id=0)
+    assert SentencePieceBpe(vocab, inverse(tokens), [0.0] * 3).encode("a日本a é") == [1, 0, 1, 2, 0]
+    alone = vocabulary(Texts.of(["a"]), {"a": 0}, [1], byte_level=False)
     with pytest.raises(TokenizerError, match="no unknown token"):
-        SentencePieceBpe(vocabulary(["a"], [1], byte_level=False), [0.0])
+        SentencePieceBpe(alone, {"a": 0}, [0.0])
 
 
 @pytest.mark.parametrize("text", ["a" * 100_000, " " * 100_000, "ab a " * 20_000, "ab" * 50_000], ids=len)

@@ -13,6 +13,7 @@ from typing import Any
 from shoal.kernels import dequantize, from_stored
 from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from shoal.models.tensor_files import TensorFiles
+from shoal.models.texts import Texts
 from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
 
 from .facts import REQUIRED, Facts
@@ -101,7 +102,7 @@ def check_experts(facts: Facts) -> None:
 def _vocab(files: TensorFiles) -> int:
     rows = files.find("token_embd.weight").rows
     tokens = files.metadata.get("tokenizer.ggml.tokens", [])
-    if isinstance(tokens, list) and len(tokens) > rows:
+    if isinstance(tokens, Texts) and len(tokens) > rows:
         raise CorruptCheckpoint(
             f"{files.paths[0]}: {len(tokens)} tokens, but token_embd.weight has {rows} rows"
         )

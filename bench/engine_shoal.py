@@ -1,0 +1,78 @@
+"""Shoal's worker: one loaded model whose engine is stepped by hand, so that sequences can pause between rounds.
+
+Measures what a node computes, sampling and detokenising included; without its thread, queue or sockets.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import worker
+
+from shoal import kernels
+from shoal.comm.messages import Generate, Sampling, Token
+from shoal.daemon.answer import Event
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.memory import available_bytes
+from shoal.daemon.model import LoadedModel
+from shoal.daemon.node import package_version
+from shoal.daemon.sequence import Sequence
+from shoal.offload.budget import Budget
+
+
+class Shoal:
+    """The engine of `worker.Engine`."""
+
+    def load(self, model: str, context: int, streams: int, threads: int) -> dict[str, Any]:
+        kernels.set_threads(threads)
+        config = NodeConfig(threads=threads, context_tokens=context, max_sequences=streams)
+        self._model = LoadedModel.load("bench", Path(model), config, Budget(available_bytes()))
+        self._sequences: list[Sequence] = []
+        self._counts: list[int] = []
+        return {"version": package_version(), "kernels": kernels.home()}
+
+    def begin(self, streams: int, tokens: int, seed: int) -> dict[str, float]:
+        vocab, context = self._model.checkpoint.spec.vocab, self._model.plan.context_tokens
+        greedy = Sampling(temperature=0.0)
+        started_s = time.perf_counter()
+        for index, prompt in enumerate(worker.prompts(streams, tokens, vocab, seed)):
+            self._counts.append(0)
+            request = Generate(prompt_tokens=prompt, max_tokens=context, ignore_eos=True, sampling=greedy)
+            sequence = self._model.start(
+                request,
+                prompt,
+                lambda event, index=index: self._note(index, event),  # type: ignore[misc]
+                client="",
+                arrived_s=self._model.clock(),
+            )
+            self._sequences.append(sequence)
+            self._model.engine.submit(sequence)
+        while not all(self._counts):
+            self._step()
+        return {"seconds": time.perf_counter() - started_s, "tokens": streams * tokens}
+
+    def advance(self, tokens: int) -> dict[str, float]:
+        before, goal = sum(self._counts), min(self._counts) + tokens
+        started_s = time.perf_counter()
+        while min(self._counts) < goal:
+            self._step()
+        return {"seconds": time.perf_counter() - started_s, "tokens": sum(self._counts) - before}
+
+    def end(self) -> None:
+        for sequence in self._sequences:
+            self._model.engine.cancel(sequence)
+        self._sequences, self._counts = [], []
+
+    def _step(self) -> None:
+        if not self._model.engine.step():
+            raise RuntimeError("the engine has nothing to do: a sequence ended early")
+
+    def _note(self, index: int, event: Event) -> None:
+        if isinstance(event, Token):
+            self._counts[index] += len(event.ids)
+
+
+if __name__ == "__main__":
+    worker.serve(Shoal())

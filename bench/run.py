@@ -1,0 +1,58 @@
+"""What a scenario is given: the engines of a row, taking turns, and the state of the machine meanwhile.
+
+Knows processes and order. Does not know what a scenario measures (`scenarios`) nor which rows there are (`rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import machine
+from engines import EngineProcess, kinds
+
+
+@dataclass
+class Run:
+    """One row's run. `facts`, `dram_gb_per_s` and `load` fill as it goes."""
+
+    model: Path
+    threads: int
+    rounds: int
+    peer_python: str
+    text: str = ""  # prose for prompts and for scoring
+    facts: dict[str, Any] = field(default_factory=dict)
+    dram_gb_per_s: list[float] = field(default_factory=list)
+    load: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def engines(
+        self, names: tuple[str, ...], *, context: int, streams: int = 1
+    ) -> Iterator[list[EngineProcess]]:
+        """The engines with the model loaded, and warm."""
+        known = kinds(self.peer_python)
+        with ExitStack() as stack:
+            started = [stack.enter_context(known[name].start()) for name in names]
+            for engine in started:
+                self.facts[engine.name] = engine.call(
+                    "load", model=str(self.model), context=context, streams=streams, threads=self.threads
+                )
+                engine.call("begin", streams=streams, tokens=32, seed=-1)
+                engine.call("advance", tokens=4)
+                engine.call("end")
+            yield started
+
+    def turns(self, engines: list[EngineProcess]) -> Iterator[tuple[int, EngineProcess]]:
+        """(round, engine): every engine once a round, now one first and now the other."""
+        for number in range(self.rounds):
+            self.look()
+            for engine in engines if number % 2 == 0 else reversed(engines):
+                yield number, engine
+
+    def look(self) -> None:
+        """Note how fast memory is and how busy the machine."""
+        self.dram_gb_per_s.append(round(machine.dram_read_gb_per_s(self.threads), 2))
+        self.load.append(machine.busy())

@@ -1,0 +1,170 @@
+"""Shapes of known models, and which stored type each of their tensors has: data for `synthetic`.
+
+Knows sizes, tensor names and llama.cpp's rules for the "mixes" (Q4_K_M and the like). Does not know what is in a
+tensor, nor files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Mix = Literal["F32", "BF16", "Q4_1", "Q4_K_M", "Q5_K_M"]
+
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not whole blocks of 256
+
+
+class TensorShape(NamedTuple):
+    """One tensor: its GGUF name, its sizes with the columns last, and its stored type."""
+
+    name: str
+    sizes: tuple[int, ...]
+    type: str
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model's sizes. `ffn` is that of one expert where there are experts."""
+
+    name: str
+    arch: str
+    mix: Mix
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    context: int
+    rope_base: float
+    norm_eps: float = 1e-5
+    tied: bool = False
+    biases: bool = False  # of q, k and v
+    qk_norm: bool = False  # over all heads together
+    experts: int = 0
+    active: int = 0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    def tensors(self) -> Iterator[TensorShape]:
+        """Every tensor, in the order of the file."""
+        kv = self.kv_heads * self.head_dim
+        yield self._matrix("token_embd", self.vocab, self.hidden)
+        for i in range(self.layers):
+            layer = f"blk.{i}."
+            yield from self._vectors(layer + "attn_norm", layer + "ffn_norm", size=self.hidden)
+            for role, rows, cols in (
+                ("q", self.hidden, self.hidden),
+                ("k", kv, self.hidden),
+                ("v", kv, self.hidden),
+                ("output", self.hidden, self.hidden),
+            ):
+                yield self._matrix(f"{layer}attn_{role}", rows, cols, layer=i)
+                if self.biases and role != "output":
+                    yield TensorShape(f"{layer}attn_{role}.bias", (rows,), "F32")
+            if self.qk_norm:
+                yield from self._vectors(layer + "attn_q_norm", size=self.hidden)
+                yield from self._vectors(layer + "attn_k_norm", size=kv)
+            suffix = "_exps" if self.experts else ""
+            if self.experts:
+                yield TensorShape(f"{layer}ffn_gate_inp.weight", (self.experts, self.hidden), "F32")
+            for role in ("gate", "up"):
+                yield self._matrix(f"{layer}ffn_{role}{suffix}", self.ffn, self.hidden, layer=i)
+            yield self._matrix(f"{layer}ffn_down{suffix}", self.hidden, self.ffn, layer=i)
+        yield from self._vectors("output_norm", size=self.hidden)
+        if not self.tied:
+            yield self._matrix("output", self.vocab, self.hidden)
+
+    def _matrix(self, name: str, rows: int, cols: int, layer: int = 0) -> TensorShape:
+        sizes = (self.experts, rows, cols) if name.endswith("_exps") else (rows, cols)
+        return TensorShape(f"{name}.weight", sizes, self._type(name, cols, layer))
+
+    def _vectors(self, *names: str, size: int) -> Iterator[TensorShape]:
+        return (TensorShape(f"{name}.weight", (size,), "F32") for name in names)
+
+    def _type(self, name: str, cols: int, layer: int) -> str:
+        """As llama.cpp chooses (llama-quant.cpp), for models that do not have exactly eight experts."""
+        head = name == "output" or (name == "token_embd" and self.tied)
+        if not self.mix.endswith("_M"):
+            return "Q8_0" if head and self.mix.startswith("Q") else self.mix
+        kind = self.mix.removesuffix("_M")
+        if head or (
+            name.endswith(("attn_v", "ffn_down", "ffn_down_exps")) and _more_bits(layer, self.layers)
+        ):
+            kind = "Q6_K"
+        return _FALLBACK[kind] if cols % 256 else kind
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """The layers that the mixes give more bits: the first and last eighth, and every third between them."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(
+            name="llama-1.1b",  # TinyLlama
+            arch="llama",
+            mix="Q4_K_M",
+            layers=22,
+            hidden=2048,
+            heads=32,
+            kv_heads=4,
+            ffn=5632,
+            vocab=32000,
+            context=2048,
+            rope_base=10000.0,
+        ),
+        Shape(
+            name="qwen2-0.5b",
+            arch="qwen2",
+            mix="Q5_K_M",
+            layers=24,
+            hidden=896,
+            heads=14,
+            kv_heads=2,
+            ffn=4864,
+            vocab=151936,
+            context=32768,
+            rope_base=1e6,
+            norm_eps=1e-6,
+            tied=True,
+            biases=True,
+        ),
+        Shape(
+            name="olmoe-half",  # OLMoE-1B-7B with 8 of its 16 layers
+            arch="olmoe",
+            mix="Q4_K_M",
+            layers=8,
+            hidden=2048,
+            heads=16,
+            kv_heads=16,
+            ffn=1024,
+            vocab=50304,
+            context=4096,
+            rope_base=10000.0,
+            qk_norm=True,
+            experts=64,
+            active=8,
+        ),
+        Shape(
+            name="smollm2-bf16",  # SmolLM2-135M
+            arch="llama",
+            mix="BF16",
+            layers=30,
+            hidden=576,
+            heads=9,
+            kv_heads=3,
+            ffn=1536,
+            vocab=49152,
+            context=8192,
+            rope_base=100000.0,
+            tied=True,
+        ),
+    )
+}

@@ -1,0 +1,216 @@
+"""GGUF files of known shapes with random weights: as large and as slow as the real ones, and no download.
+
+    python bench/synthetic.py SHAPE OUT.gguf [--vocabulary MODEL.gguf]
+
+Weights are random blocks of the right types (`shapes`), scaled so that values stay finite and two engines can be
+compared by their logits; the text they write means nothing. The vocabulary is another model's (by default the default
+model's), cut or padded. Does not know what the files are used for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from shapes import SHAPES, Shape, TensorShape
+
+from shoal.daemon.home import Home
+from shoal.daemon.library import Library
+
+POOL_BYTES = 8 << 20  # of random blocks per type; tensors are cut from it at random places
+SPARE_BYTES = 1 << 30  # left free on the disk
+_BLOCK_FLOATS = {  # byte offsets of the float16 scales in a block, each with its share of the first one
+    "Q4_0": ((0, 1.0),),
+    "Q4_1": ((0, 1.0), (2, -7.5)),  # offsets such that the mean is zero
+    "Q5_0": ((0, 1.0),),
+    "Q5_1": ((0, 1.0), (2, -15.5)),
+    "Q8_0": ((0, 1.0),),
+    "Q4_K": ((0, 1.0), (2, 7.5)),
+    "Q5_K": ((0, 1.0), (2, 15.5)),
+    "Q6_K": ((208, 1.0),),
+}
+
+Progress = Callable[[int, int], None]
+Field = tuple[Any, GGUFValueType, GGUFValueType | None]
+
+
+class SyntheticError(Exception):
+    """The file cannot be written."""
+
+
+def cached(shape: Shape, directory: Path, vocabulary: Path, progress: Progress) -> Path:
+    """The file of a shape in `directory`, written unless it is there. Raises SyntheticError."""
+    digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:8]
+    path = directory / f"{shape.name}-{digest}.gguf"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        try:
+            write(shape, unfinished, vocabulary, progress)
+            unfinished.rename(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return path
+
+
+def write(shape: Shape, path: Path, vocabulary: Path, progress: Progress = lambda done, total: None) -> None:
+    """Write the file. Raises SyntheticError when the disk is too small."""
+    tensors = list(shape.tensors())
+    total = sum(_nbytes(tensor) for tensor in tensors)
+    free = shutil.disk_usage(path.parent).free
+    if total + SPARE_BYTES > free:
+        raise SyntheticError(
+            f"{path}: {shape.name} takes {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free and "
+            f"{SPARE_BYTES / 1e9:.1f} are to stay so; choose another directory"
+        )
+    writer = GGUFWriter(path, shape.arch)
+    _write_facts(writer, shape)
+    for name, field in _vocabulary(vocabulary, shape.vocab).items():
+        writer.add_key_value(name, *field)
+    for tensor in tensors:
+        kind = GGMLQuantizationType[tensor.type]
+        writer.add_tensor_info(
+            tensor.name, tensor.sizes, np.dtype(np.float32), _nbytes(tensor), raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    done = 0
+    for seed, tensor in enumerate(tensors):
+        writer.write_tensor_data(_data(tensor, np.random.default_rng(seed)))
+        done += _nbytes(tensor)
+        progress(done, total)
+    writer.close()
+
+
+def _write_facts(writer: GGUFWriter, shape: Shape) -> None:
+    writer.add_name(shape.name)
+    writer.add_block_count(shape.layers)
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_feed_forward_length(shape.ffn)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope_base)
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.active)
+
+
+def _vocabulary(source: Path, size: int) -> dict[str, Field]:
+    """The tokenizer's metadata of another model with `size` tokens: the first of its own, or fillers after them.
+
+    Special tokens that are cut off are none any more.
+    """
+    fields: dict[str, Field] = {}
+    for name, field in GGUFReader(source).fields.items():
+        if name.startswith("tokenizer."):
+            sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            contents = field.contents()
+            if not name.endswith("_token_id") or contents < size:
+                fields[name] = (contents, field.types[0], sub_type)
+    tokens = fields["tokenizer.ggml.tokens"][0]
+    fillers = range(len(tokens), size)
+    kept = tokens[:size] + [f"[FILLER{i}]" for i in fillers]
+    known = set(kept)
+    types = fields["tokenizer.ggml.token_type"][0][:size] + [gguf.TokenType.UNUSED] * len(fillers)
+    merges = [m for m in fields["tokenizer.ggml.merges"][0] if m.replace(" ", "", 1) in known]
+    for name, values in (("tokens", kept), ("token_type", types), ("merges", merges)):
+        key = f"tokenizer.ggml.{name}"
+        fields[key] = (values, *fields[key][1:])
+    return fields
+
+
+def _nbytes(tensor: TensorShape) -> int:
+    weights, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
+    return int(np.prod(tensor.sizes)) // weights * size
+
+
+def _data(tensor: TensorShape, random: np.random.Generator) -> np.ndarray[Any, Any]:
+    """A tensor's bytes: ones for norms, small biases, matrices of deviation 1/sqrt(columns)."""
+    if len(tensor.sizes) == 1:
+        norm = tensor.name.endswith("norm.weight")
+        values = np.ones(tensor.sizes) if norm else 0.1 * random.standard_normal(tensor.sizes)
+        return values.astype(np.float32).view(np.uint8)
+    pool = _pool(tensor.type, tensor.sizes[-1])
+    data = np.empty(_nbytes(tensor), np.uint8)
+    done = 0
+    while done < data.size:
+        piece = pool[random.integers(len(pool)) :].reshape(-1)[: data.size - done]
+        data[done : done + piece.size] = piece
+        done += piece.size
+    return data
+
+
+@cache
+def _pool(type: str, cols: int) -> np.ndarray[Any, Any]:
+    """Random blocks (count, bytes of one) whose weights have mean 0 and deviation 1/sqrt(cols)."""
+    kind = GGMLQuantizationType[type]
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(cols)
+    count = POOL_BYTES // size
+    if weights == 1:
+        values = random.standard_normal((1, count), dtype=np.float32) / np.float32(cols**0.5)
+        return gguf.quantize(values, kind).view(np.uint8).reshape(count, size)
+    blocks = random.integers(0, 256, (count, size), dtype=np.uint8)
+
+    def scale(by: float) -> None:
+        for offset, share in _BLOCK_FLOATS[type]:
+            blocks[:, offset : offset + 2] = np.array([by * share], np.float16).view(np.uint8)
+
+    scale(1.0)
+    deviation = float(gguf.dequantize(blocks[:1024], kind).std())
+    scale(1 / deviation / cols**0.5)
+    return blocks
+
+
+def bar(title: str) -> Progress:
+    """Progress as one line on stderr, where that is a terminal."""
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(
+                f"\r{title}: {100 * done // total}%",
+                end="\n" if done == total else "",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return show
+
+
+def default_vocabulary() -> Path:
+    """The default model's file in the store."""
+    return Library(Home.from_env()).resolve("smollm2")
+
+
+def listed() -> Iterator[str]:
+    for shape in SHAPES.values():
+        yield f"{shape.name} ({sum(map(_nbytes, shape.tensors())) / 1e9:.2f} GB, {shape.mix})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="random weights in a known shape", epilog="; ".join(listed())
+    )
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--vocabulary", type=Path, help="a GGUF; default: the default model, from the store")
+    options = parser.parse_args()
+    vocabulary = options.vocabulary or default_vocabulary()
+    write(SHAPES[options.shape], options.target, vocabulary, bar(options.shape))
+
+
+if __name__ == "__main__":
+    main()

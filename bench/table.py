@@ -1,0 +1,104 @@
+"""The table of bench/README.md, made of the results that `compare.py --json` keeps.
+
+    python bench/table.py [RESULT.json …]      prints the tables; default: all in bench/results
+    python bench/table.py --write              puts them into bench/README.md, between its two marks
+
+Knows results and Markdown. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from figures import Figure, spread
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+RESULTS = HERE / "results"
+BEGIN, END = "<!-- figures: made by table.py -->", "<!-- end of figures -->"
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of one machine's results."""
+    return "\n".join(_lines(result))
+
+
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    machine = result["machine"]
+    yield (
+        f"{machine['cores']} × {machine['cpu']} ({', '.join(machine['flags'])}"
+        f"{', virtual' if machine['virtual'] else ''}), {machine['memory_gb']} GB, {machine['system']}."
+    )
+    yield ""
+    yield "| what | model | Shoal | peer | ratio | weights read, GB/s: Shoal, peer; memory gives |"
+    yield "|---|---|---|---|---|---|"
+    for row in result["rows"].values():
+        for figure in map(Figure.from_json, row["figures"]):
+            yield _line(row, figure)
+    yield ""
+    yield _runs(list(result["rows"].values()))
+
+
+def _line(row: dict[str, Any], figure: Figure) -> str:
+    ours, peer = figure.values.get("shoal", []), figure.peer()
+    theirs = figure.values[peer] if peer else []
+    cells = [
+        f"{figure.name}, {figure.unit}" if figure.unit else figure.name,
+        row["model"]["name"],
+        spread(ours),
+        f"{peer} {spread(theirs)}" if peer else "",
+        f"**{spread(ratios)}**" if (ratios := figure.ratios()) else "",
+        _bandwidth(row, figure) if figure.weights_gb_per_s else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _bandwidth(row: dict[str, Any], figure: Figure) -> str:
+    per_token = row["model"]["bytes_per_token"] / 1e9
+    read = (f"{per_token * median(values):.1f}" for values in figure.values.values())
+    return f"{', '.join(read)}; {spread(row['dram_gb_per_s'])}"
+
+
+def _runs(rows: list[dict[str, Any]]) -> str:
+    """When and with what the rows were measured; where they differ, all of it."""
+    peers = {facts["version"] for row in rows for name, facts in row["engines"].items() if name != "shoal"}
+    parts = (
+        {row["date"] for row in rows},
+        {f"commit {row['versions']['commit']}" for row in rows},
+        {f"{row['threads']} threads" for row in rows},
+        {f"{row['rounds']} rounds" for row in rows},
+        {f"scheduling {row['versions']['scheduling']}" for row in rows},
+        peers,
+    )
+    return "; ".join(", ".join(sorted(part)) for part in parts if part) + "."
+
+
+def write(readme: Path, text: str) -> None:
+    """Replace what stands between the marks."""
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{readme} lacks the marks {BEGIN} and {END}")
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="results → Markdown")
+    parser.add_argument("results", type=Path, nargs="*")
+    parser.add_argument("--write", action="store_true", help="into bench/README.md")
+    options = parser.parse_args()
+    paths = options.results or sorted(RESULTS.glob("*.json"))
+    text = "\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
+    if options.write:
+        write(README, text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The kernel tests on an emulated 64-bit ARM: a cross build of the kernels under a Debian Python in user-mode qemu.
+#
+# Needs Debian or Ubuntu with g++-aarch64-linux-gnu and qemu-user, and 1.5 GB under .aarch64; no root.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ARM="$PWD/.aarch64"
+TORCH=2.9.1 # the last release whose ARM wheel comes without CUDA; only the tests use it
+
+for tool in qemu-aarch64 aarch64-linux-gnu-g++ apt-get dpkg; do
+    command -v "$tool" >/dev/null || { echo "$tool is missing: apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+done
+
+if [ ! -e "$ARM/.installed" ]; then
+    echo "Fetching an ARM Python into .aarch64 (once; a few minutes)"
+    rm -rf "$ARM"
+    mkdir -p "$ARM"/apt/lists/partial "$ARM"/apt/cache/archives/partial "$ARM"/root
+    touch "$ARM/apt/status"
+    export APT_CONFIG="$ARM/apt.conf"
+    cat >"$APT_CONFIG" <<END
+APT::Architecture "arm64";
+APT::Architectures { "arm64"; };
+APT::Sandbox::User "";
+Dir::State "$ARM/apt";
+Dir::State::status "$ARM/apt/status";
+Dir::Cache "$ARM/apt/cache";
+Debug::NoLocking "true";
+END
+    apt-get -qq update
+    apt-get -qq install --download-only -y --no-install-recommends python3 libstdc++6 libgomp1 2>/dev/null
+    for package in "$ARM"/apt/cache/archives/*.deb; do dpkg -x "$package" "$ARM/root"; done
+    version=$(cd "$ARM/root/usr/bin" && ls python3.* | grep -o '3\.[0-9]*' | head -1)
+    wheels() {
+        .venv/bin/python -m pip --disable-pip-version-check install -q --target "$ARM/site" --no-deps \
+            --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux2014_aarch64 \
+            --python-version "$version" --only-binary :all: "$@" 2>/dev/null
+    }
+    wheels "torch==$TORCH" numpy typing_extensions sympy mpmath networkx jinja2 markupsafe filelock fsspec \
+        pytest iniconfig packaging pluggy pygments hypothesis sortedcontainers
+    rm -rf "$ARM/apt"
+    touch "$ARM/.installed"
+fi
+
+_PYTHON_HOST_PLATFORM=linux-aarch64 CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-gnu-g++ \
+    LDSHARED="aarch64-linux-gnu-gcc -shared" \
+    .venv/bin/python setup.py -q build_ext --build-lib build/aarch64 --build-temp build/aarch64/objects
+export SHOAL_TEST_LIBRARY=build/aarch64/shoal/kernels/libshoal.so
+export PYTHONPATH="$PWD/.typing:$ARM/site" QEMU_LD_PREFIX="$ARM/root"
+# The deselected test starts a second Python, which only a system with binfmt_misc emulates.
+qemu-aarch64 "$ARM"/root/usr/bin/python3 -m pytest -p no:cacheprovider "$@" tests/test_kernels_*.py \
+    --deselect tests/test_kernels_native.py::test_the_environment_names_the_home </dev/null

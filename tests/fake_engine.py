@@ -1,0 +1,167 @@
+"""Helper: a scheduler with a memory of pages instead of tensors, and a model that reads all of it.
+
+A slot of a page holds a fingerprint of the text up to its position, as KV does in effect. The next token is made from
+all fingerprints before it, so one page mixed up, not copied or written too early gives another text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shoal.comm.messages import FinishReason
+from shoal.daemon.scheduler import Scheduler
+from shoal.daemon.sequence import Batch, Chunk, Sequence
+from shoal.models.sampling import Sampled, Sampler, SamplingParams
+from shoal.offload.pages import PageTable
+from shoal.offload.prefix import PrefixCache
+
+PAGE = 4
+VOCAB = 50
+
+
+class Recorder:
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.begun = False
+        self.tokens: list[int] = []
+        self.ended: list[str] = []
+        self.stop_after = stop_after
+
+    def begin(self, sequence: Sequence) -> None:
+        self.begun = True
+
+    def accept(self, sampled: Sampled) -> FinishReason | None:
+        self.tokens.append(sampled.token_id)
+        return "stop" if self.stop_after == len(self.tokens) else None
+
+    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
+        self.ended.append(reason)
+
+    def fail(self, error: Exception) -> None:
+        self.ended.append(f"error {error}")
+
+
+def sequence(prompt: int | list[int], new: int, sink: Recorder | None = None, **fields: object) -> Sequence:
+    """A request of `prompt` equal tokens, or of these, for at most `new` more."""
+    tokens = [1] * prompt if isinstance(prompt, int) else list(prompt)
+    sampler = Sampler(SamplingParams(), [])
+    return Sequence(tokens, len(tokens) + new, sampler, sink or Recorder(), **fields)  # type: ignore[arg-type]
+
+
+def scheduler(
+    pages: int = 64, sequences: int = 4, queue: int = 8, chunk: int = 16, guesses: int = 0
+) -> Scheduler:
+    cache = PrefixCache(PageTable(pages), PAGE)
+    return Scheduler(cache, sequences=sequences, queue=queue, chunk_tokens=chunk, guesses=guesses)
+
+
+def fingerprint(before: int, token: int) -> int:
+    return hash((before, token))
+
+
+def following(fingerprints: list[int]) -> int:
+    """Counts to seven over and over, interrupted now and then: half worth guessing."""
+    whole = hash(tuple(fingerprints))
+    return len(fingerprints) % 7 if whole % 4 else whole // 4 % VOCAB
+
+
+def continuation(prompt: list[int], new: int) -> list[int]:
+    """What the model says when nobody else is there."""
+    tokens, stored = list(prompt), [0]
+    for token in prompt:
+        stored.append(fingerprint(stored[-1], token))
+    for _ in range(new):
+        tokens.append(following(stored))
+        stored.append(fingerprint(stored[-1], tokens[-1]))
+    return tokens[len(prompt) :]
+
+
+class FakeEngine:
+    """Steps a scheduler. `clock` is its own: a step takes as many seconds as `cost` of its rows."""
+
+    def __init__(self, subject: Scheduler, cost: Callable[[int], float] = lambda rows: 1.0) -> None:
+        self.scheduler = subject
+        self.now_s = 0.0
+        self.rows_total = 0
+        self._cost = cost
+        self._memory = [[0] * PAGE for _ in range(subject.cache.pages)]
+
+    def step(self, meanwhile: Callable[[Batch], None] = lambda batch: None) -> Batch:
+        """One step; `meanwhile` is called while it computes."""
+        batch = self.scheduler.next(self.now_s)
+        meanwhile(batch)
+        if batch.chunks:
+            results = self._compute(batch)
+            seconds = self._cost(batch.rows)
+            self.now_s += seconds
+            self.rows_total += batch.rows
+            self.scheduler.commit(batch, results)
+            self.scheduler.cost.note(batch.rows, seconds)
+        return batch
+
+    def run(self, limit: int = 10_000) -> None:
+        """Until there is nothing left to do."""
+        for _ in range(limit):
+            if not self.step().chunks:
+                assert not self.scheduler.running
+                assert not self.scheduler.waiting
+                return
+        raise AssertionError("it never ends")
+
+    def _compute(self, batch: Batch) -> list[list[Sampled]]:
+        for copy in batch.copies:
+            self._memory[copy.target] = list(self._memory[copy.source])
+        results: list[list[Sampled]] = []
+        for chunk in batch.chunks:
+            stored = [0] + [self._slot(chunk.pages, position) for position in range(chunk.start)]
+            for position, token in enumerate(chunk.tokens, chunk.start):
+                stored.append(fingerprint(stored[-1], token))
+                self._memory[chunk.pages[position // PAGE]][position % PAGE] = stored[-1]
+            results.append(_sampled(chunk, stored) if chunk.samples else [])
+        return results
+
+    def _slot(self, pages: tuple[int, ...], position: int) -> int:
+        return self._memory[pages[position // PAGE]][position % PAGE]
+
+
+def _sampled(chunk: Chunk, stored: list[int]) -> list[Sampled]:
+    """What follows the chunk and every right guess of its draft."""
+    sampled: list[Sampled] = []
+    for rows, guess in enumerate((*chunk.draft, None), len(stored) - len(chunk.draft)):
+        sampled.append(Sampled(following(stored[:rows])))
+        if sampled[-1].token_id != guess:
+            break
+    return sampled
+
+
+def check_pages(subject: Scheduler) -> None:
+    """Every page is free, cached or used, and nobody has a page that is somebody else's."""
+    cache = subject.cache
+    nodes, users = {}, {}
+    stack = [cache._root]
+    while stack:
+        node = stack.pop()
+        for tokens, child in node.children.items():
+            assert child.parent is node
+            assert child.tokens == tokens
+            assert len(tokens) == PAGE or not (child.children or child.users)
+            assert child.page not in nodes
+            nodes[child.page] = child
+            users[child] = 0
+            stack.append(child)
+    own: set[int] = set()
+    for other in subject.running:
+        holding = other.holding
+        assert len(holding.path) * PAGE <= other.computed <= len(holding.pages) * PAGE
+        for index, node in enumerate(holding.path):
+            assert holding.pages[index] == node.page
+            assert list(node.tokens) == other.tokens[index * PAGE : (index + 1) * PAGE]
+            users[node] += 1
+        mine = holding.pages[len(holding.path) :]
+        assert not own.intersection(mine)
+        own.update(mine)
+    assert not own & nodes.keys()
+    assert {node: node.users for node in users} == users
+    assert cache.cached_pages == sum(1 for count in users.values() if not count)
+    assert cache.used_pages == len(own) + sum(1 for count in users.values() if count)
+    assert cache._table.free_pages + cache.cached_pages + cache.used_pages == cache.pages
+    assert all(not other.holding.pages for other in subject.waiting)

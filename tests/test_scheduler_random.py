@@ -1,0 +1,99 @@
+"""The scheduler under random work: it always ends, each request gets the text it would get alone, no page is lost."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from fake_engine import FakeEngine, Recorder, check_pages, continuation, scheduler, sequence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.sequence import Batch, Sequence
+
+
+@dataclass
+class Asked:
+    prompt: list[int]
+    new: int
+    sequence: Sequence
+    sink: Recorder
+    interrupted: bool = False
+
+
+def play(seed: int) -> tuple[int, int]:
+    """One random workload; returns how often something was preempted, and how many guesses were right."""
+    source = random.Random(seed)
+    pages = source.randint(6, 40)
+    subject = scheduler(
+        pages,
+        sequences=source.randint(1, 6),
+        queue=source.randint(0, 12),
+        chunk=source.randint(1, 40),
+        guesses=source.choice([0, 3, 32]),
+    )
+    row_s, step_s = source.random(), source.random() * 20
+    engine = FakeEngine(subject, lambda rows: step_s + rows * row_s + 1e-3)
+    stems = [[source.randrange(5) for _ in range(source.randrange(30))] for _ in range(3)]
+    asked: list[Asked] = []
+
+    def submit() -> None:
+        stem = source.choice([*stems, *(one.prompt + one.sink.tokens for one in asked[-2:])])
+        prompt = stem[: source.randint(0, len(stem))] + [
+            source.randrange(5) for _ in range(source.randint(1, 9))
+        ]
+        new, sink = source.randint(1, 30), Recorder(source.choice([None, None, source.randint(1, 10)]))
+        one = sequence(
+            prompt,
+            new,
+            sink,
+            client=source.choice("abc"),
+            priority=source.choice([0, 0, 0, 1, -1]),
+            deadline_s=source.choice([1e9, 1e9, 1e9, engine.now_s + source.random() * 300]),
+        )
+        try:
+            subject.submit(one)
+        except DaemonError as error:
+            refused = error.code
+        else:
+            asked.append(Asked(prompt, new, one, sink))
+            return
+        assert refused == ("busy" if -(-one.limit // 4) <= pages else "resources")
+        assert not sink.begun
+
+    def meanwhile(batch: Batch) -> None:
+        if asked and source.random() < 0.03:
+            victim = source.choice(asked)
+            victim.interrupted = victim.interrupted or not victim.sink.ended
+            subject.cancel(victim.sequence)
+
+    for _ in range(source.randint(5, 60)):
+        for _ in range(source.choice([0, 0, 0, 1, 1, 5])):
+            submit()
+        engine.step(meanwhile)
+        check_pages(subject)
+    engine.run(limit=3000)
+    check_pages(subject)
+    assert subject.cache.used_pages == 0
+    for one in asked:
+        assert len(one.sink.ended) == 1
+        truth = continuation(one.prompt, one.new)
+        if one.sink.stop_after is not None:
+            truth = truth[: one.sink.stop_after]
+        if one.interrupted or one.sink.ended == ["deadline"]:
+            truth = truth[: len(one.sink.tokens)]
+        assert one.sink.tokens == truth
+    return subject.preemptions, subject.accepted_tokens
+
+
+def test_many_random_workloads() -> None:
+    preempted, accepted = zip(*(play(seed) for seed in range(100)), strict=True)
+    assert sum(preempted) > 40
+    assert sum(accepted) > 400
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(10_000, 1 << 40))
+def test_further_random_workloads(seed: int) -> None:
+    play(seed)
