@@ -16,8 +16,10 @@ from setuptools.command.build_ext import build_ext
 SOURCE = "kernels/native"
 HEADERS = (
     "attention",
+    "attention_span",
     "bands",
     "blocks",
+    "cells",
     "elementwise",
     "feed_forward",
     "home",
@@ -26,6 +28,7 @@ HEADERS = (
     "linear_quantised",
     "linears",
     "product",
+    "rope",
     "simd",
 )
 SHARED = ("interleave", "pool", "shoal")  # of no machine in particular

@@ -7,15 +7,19 @@ when there is no library.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from shoal.kernels.errors import KernelError, OperandError
-from shoal.kernels.matrix import TYPE_OF_DTYPE, Activation, FeedForward, Linears, Matrix, Routes
+from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
 from shoal.kernels.types import WeightType
+
+if TYPE_CHECKING:
+    from shoal.kernels.attention import HeadNorms, KvPages, Rotation, Segments
 
 LIBRARY = Path(__file__).with_name("libshoal.so")
 VERSION = 3
@@ -47,15 +51,33 @@ _SIGNATURES = {
     "shoal_experts": (c_void_p, c_int64, c_int64, c_int32, c_int64, *(c_void_p,) * 5),
     "shoal_gather_rows": (c_void_p, c_void_p, c_int64, c_void_p),
     "shoal_rms_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
-    "shoal_attention": (
-        c_int32,
-        *(c_int64,) * 4,
-        *(c_void_p, c_int64, c_int64) * 2,
-        c_float,
-        c_void_p,
-        c_void_p,
-    ),
+    "shoal_attention": (*(c_void_p,) * 8, c_float, c_float, c_int64, c_void_p),
 }
+
+
+class _KvPages(ctypes.Structure):
+    """`shoal::KvPages` of native/home.h."""
+
+    _fields_ = (
+        ("cell", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("page_bytes", c_int64),
+        ("data", c_void_p),
+    )
+
+
+class _Segments(ctypes.Structure):
+    """`shoal::Segments` of native/home.h."""
+
+    _fields_ = (("count", c_int64), ("tokens", c_int64), ("all", c_void_p), ("pages", c_void_p))
+
+
+class _Rotation(ctypes.Structure):
+    """`shoal::Rotation` of native/home.h."""
+
+    _fields_ = (("dims", c_int64), ("interleaved", c_int32), ("cos", c_void_p), ("sin", c_void_p))
 
 
 class Native:
@@ -195,36 +217,66 @@ class Native:
         self._rms_norm(x.data_ptr(), weight.data_ptr(), eps, rows, cols, y.data_ptr())
         return y
 
-    def attend_one(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
-        """One token's attention: q (heads, head_dim), k and v (kv_heads, S, head_dim) of one float type; (heads *
-        head_dim,), or None where rows are not contiguous or head_dim is not whole vectors.
-        """
-        kv_heads, length, head_dim = k.shape
-        size = k.element_size()
-        k_head, k_row, k_step = k.stride()
-        v_head, v_row, v_step = v.stride()
-        if head_dim % 16 or k_step != 1 or v_step != 1 or k.dtype != v.dtype or k.dtype not in TYPE_OF_DTYPE:
-            return None
-        q = q.contiguous()
-        out = torch.empty_like(q).view(-1)
+    def attend(
+        self,
+        kv: "KvPages",
+        segments: "Segments",
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotation: "Rotation",
+        scale: float,
+        window: int | None,
+        norms: "HeadNorms | None",
+    ) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out = torch.empty_like(q)
         if status := self._attention(
-            TYPE_OF_DTYPE[k.dtype].id,
-            q.shape[0],
-            kv_heads,
-            head_dim,
-            length,
-            k.data_ptr(),
-            k_head * size,
-            k_row * size,
-            v.data_ptr(),
-            v_head * size,
-            v_row * size,
-            scale,
+            kv.prepared or _prepare_pages(kv),
+            segments.prepared or _prepare_segments(segments),
+            rotation.prepared or _prepare_rotation(rotation),
             q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            norms and norms.q.data_ptr(),
+            norms and norms.k.data_ptr(),
+            norms.eps if norms else 0.0,
+            scale,
+            window or 0,
             out.data_ptr(),
         ):
-            raise KernelError(f"native attention refuses {length} positions: {_STATUS[status]}")
+            raise KernelError(f"native attention refuses {segments.tokens} rows: {_STATUS[status]}")
         return out
+
+
+def _prepare_pages(kv: "KvPages") -> object:
+    kv.prepared = byref(
+        _KvPages(
+            kv.layout.kind.id,
+            kv.heads,
+            kv.kv_heads,
+            kv.layout.head_dim,
+            kv.data.stride(0),
+            kv.data.data_ptr(),
+        )
+    )
+    return kv.prepared
+
+
+def _prepare_segments(segments: "Segments") -> object:
+    segments.prepared = byref(
+        _Segments(
+            len(segments.table), segments.tokens, segments.table.data_ptr(), segments.pages.data_ptr()
+        )
+    )
+    return segments.prepared
+
+
+def _prepare_rotation(rotation: "Rotation") -> object:
+    rotation.prepared = byref(
+        _Rotation(rotation.dims, rotation.interleaved, rotation.cos.data_ptr(), rotation.sin.data_ptr())
+    )
+    return rotation.prepared
 
 
 def _structure(w: Matrix, bias: Tensor | None) -> _Linear:

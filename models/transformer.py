@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from shoal.kernels import Routes, experts, feed_forward, gather_rows, linears, rms_norm
+from shoal.kernels.attention import HeadNorms, Rotation
 from shoal.partition.spec import ModelSpec
 
-from .rope import Rope, Rotation
+from .rope import Rope
 from .step import KvCache, Step
 from .weights import Weights
 
@@ -64,18 +65,25 @@ class Transformer:
         q, k, v = linears(  # (T, H*D), (T, K*D) twice
             hidden, weights.linears("q", "k", "v"), self._pre_norm(weights), spec.norm_eps
         )
-        if spec.qk_norm != "none":  # over rows of one head or of all heads, as long as the norm's weight
-            q = self._normed(q.view(-1, len(vector["q_norm"])), vector["q_norm"])
-            k = self._normed(k.view(-1, len(vector["k_norm"])), vector["k_norm"])
+        norms = None
+        if spec.qk_norm == "head" and spec.qkv_clip is None:
+            norms = HeadNorms(vector["q_norm"], vector["k_norm"], spec.norm_eps)
+        elif spec.qk_norm != "none":  # over rows of one head or of all heads, as long as the norm's weight
+            q = self._normed(q.view(-1, len(vector["q_norm"])), vector["q_norm"]).view(q.shape)
+            k = self._normed(k.view(-1, len(vector["k_norm"])), vector["k_norm"]).view(k.shape)
         if spec.qkv_clip is not None:
             q, k, v = (t.clamp_(-spec.qkv_clip, spec.qkv_clip) for t in (q, k, v))
-        q = q.view(-1, spec.heads, spec.head_dim)  # (T, H, D)
-        k = k.view(-1, spec.kv_heads, spec.head_dim)  # (T, K, D)
-        v = v.view(-1, spec.kv_heads, spec.head_dim)
-        rotate = rotations[spec.layers[layer].rope]
-        q, k = rotate(q), rotate(k)
+        kind = spec.layers[layer]
         mixed = kv.attend(
-            layer, step, q, k, v, scale=spec.attention_scale, window=spec.layers[layer].window
+            layer,
+            step,
+            q,
+            k,
+            v,
+            rotation=rotations[kind.rope],
+            scale=spec.attention_scale,
+            window=kind.window,
+            norms=norms,
         )  # (T, H*D)
         return linears(mixed, weights.linears("o"))[0]
 

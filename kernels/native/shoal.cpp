@@ -114,10 +114,8 @@ API int shoal_geglu(const float* gate, const float* up, int64_t n, float* y) {
     return shoal::chosen->geglu(gate, up, n, y);
 }
 
-API int shoal_attention(int32_t type, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t length,
-                        const void* keys, int64_t key_head_bytes, int64_t key_bytes, const void* values,
-                        int64_t value_head_bytes, int64_t value_bytes, float scale, const float* q, float* out) {
-    const shoal::Cache cache{type, heads, kv_heads, head_dim, length, keys, key_head_bytes, key_bytes,
-                             values, value_head_bytes, value_bytes, scale};
-    return shoal::chosen->attention(cache, q, out);
+API int shoal_attention(const shoal::KvPages* kv, const shoal::Segments* segments, const shoal::Rotation* rotation,
+                        const float* q, const float* k, const float* v, const float* q_norm, const float* k_norm,
+                        float norm_eps, float scale, int64_t window, float* out) {
+    return shoal::chosen->attention({*kv, *segments, *rotation, q, k, v, q_norm, k_norm, norm_eps, scale, window}, out);
 }
