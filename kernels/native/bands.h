@@ -88,7 +88,7 @@ INLINE void halve(vb q, Half* out) {
 // Where the sum of products with inputs begins, whose own sum is known.
 template <int OFFSET>
 INLINE Sum start(int32_t) {
-    return {};
+    return {vi{}, vi{}};
 }
 // Adds products with four inputs, those of half `half`.
 INLINE Sum mac(Sum sum, Half w, const char* x, int) {

@@ -253,7 +253,7 @@ void decode_quantised(const shoal::Weights& w, int64_t row, float* out) {
             for (int i = 0; i < 4 * QUADS<W>; i++) {
                 const int column = run * 4 * QUADS<W> + i;
                 const int q = (quads[column / 4] >> column % 4 * 8 & 255) - W::OFFSET;
-                out[k + column] = (float)q * scale[lane] + (W::HAS_LOW ? low[lane] : 0.0f);
+                out[k + column] = W::HAS_LOW ? (float)q * scale[lane] + low[lane] : (float)q * scale[lane];
             }
         });
     }
