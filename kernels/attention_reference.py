@@ -60,8 +60,10 @@ def rotate(rotation: Rotation, x: Tensor) -> Tensor:
     axis = -1 if rotation.interleaved else -2
     cos, sin = rotation.cos[:, None], rotation.sin[:, None]  # (T, 1, dims/2)
     turned, rest = x[..., : rotation.dims], x[..., rotation.dims :]
-    shape = (-1, 2) if rotation.interleaved else (2, -1)
-    a, b = turned.unflatten(-1, shape).unbind(axis)
+    pairs = rotation.dims // 2
+    a, b = turned.reshape(*turned.shape[:2], *((pairs, 2) if rotation.interleaved else (2, pairs))).unbind(
+        axis
+    )
     turned = torch.stack((a * cos - b * sin, b * cos + a * sin), axis).flatten(-2)
     return torch.cat((turned, rest), -1)
 
