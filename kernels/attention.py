@@ -98,19 +98,20 @@ class KvPages:
 
     def keys(self) -> Tensor:
         """(pages, kv_heads, head_dim, 64), a view."""
-        return self._part(0, self.layout.values_at).unflatten(-1, (-1, PAGE_TOKENS))
+        return self._part(0, self.layout.values_at, torch.Size((self.layout.head_dim, PAGE_TOKENS)))
 
     def values(self) -> Tensor:
         """(pages, kv_heads, 64, wide), a view."""
-        return self._part(self.layout.values_at, self.layout.scales_at).unflatten(-1, (PAGE_TOKENS, -1))
+        layout = self.layout
+        return self._part(layout.values_at, layout.scales_at, torch.Size((PAGE_TOKENS, layout.wide)))
 
     def scales(self) -> Tensor:
         """f32 (pages, kv_heads, 2, 64), of keys and of values; a view. For scaled types."""
         scales = self.data[..., self.layout.scales_at :].view(torch.float32)
-        return scales.unflatten(-1, (2, PAGE_TOKENS))
+        return scales.view(self.pages, self.kv_heads, 2, PAGE_TOKENS)
 
-    def _part(self, start: int, end: int) -> Tensor:
-        return self.data[..., start:end].view(self.layout.kind.dtype)
+    def _part(self, start: int, end: int, shape: torch.Size) -> Tensor:
+        return self.data[..., start:end].view(self.layout.kind.dtype).view(self.data.shape[:2] + shape)
 
 
 @dataclass(eq=False)
