@@ -75,26 +75,24 @@ class KvPages:
     layout: KvLayout
     heads: int
     data: Tensor
+    pages: int = field(init=False)
+    kv_heads: int = field(init=False)
     prepared: object = field(default=None, init=False, repr=False)  # the native home's
 
     def __post_init__(self) -> None:
-        pages, kv_heads, head_bytes = self.data.shape
+        self.pages, self.kv_heads, head_bytes = self.data.shape
         strides = (self.layout.head_bytes, 1)
-        if self.data.dtype != torch.uint8 or head_bytes != self.layout.head_bytes or self.heads % kv_heads:
+        if (
+            self.data.dtype != torch.uint8
+            or head_bytes != self.layout.head_bytes
+            or self.heads % self.kv_heads
+        ):
             raise OperandError(
-                f"{self.heads} heads do not look at pages of {kv_heads} heads of {head_bytes} bytes: the number of "
+                f"{self.heads} heads do not look at pages of {self.kv_heads} heads of {head_bytes} bytes: the number of "
                 f"heads must be a multiple, the bytes must be {self.layout.head_bytes}"
             )
-        if self.data.stride()[1:] != strides or (pages > 1 and self.data.stride(0) < kv_heads * head_bytes):
+        if self.data.stride()[1:] != strides or self.data.stride(0) < self.kv_heads * head_bytes:
             raise OperandError(f"a page must lie together, got strides {self.data.stride()}")
-
-    @property
-    def pages(self) -> int:
-        return self.data.shape[0]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.data.shape[1]
 
     def keys(self) -> Tensor:
         """(pages, kv_heads, head_dim, 64), a view."""
