@@ -3,7 +3,8 @@
 PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 python3.11,$(shell $(python) -c \
 	'import sys; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)) python3)
 MODEL = smollm2
-MODEL_FILE = $(shell $(BIN)/shoal show $(MODEL) --json 2>/dev/null | sed -n 's/.*"path": "\(.*\)".*/\1/p')
+ROWS =
+ROUNDS = 5
 PROMPT = Explain in two sentences how a lighthouse works.
 
 BIN := .venv/bin
@@ -49,8 +50,9 @@ check: .venv/.installed-dev ## lint, format and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: .venv/.installed-dev bench/.venv/.installed ## speed against llama.cpp; MODEL_FILE=… for another GGUF
-	@$(BIN)/python bench/speed.py '$(MODEL_FILE)' --peer-python bench/.venv/bin/python
+bench: .venv/.installed-dev bench/.venv/.installed ## Shoal and its peers in turn; ROWS=speed,long ROUNDS=5
+	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
+	@$(BIN)/python bench/compare.py --rows '$(ROWS)' --rounds '$(ROUNDS)'
 
 clean: ## remove what building and testing left; .venv stays
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

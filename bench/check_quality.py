@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from engines import kinds
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.model import LoadedModel
@@ -26,7 +26,7 @@ from shoal.kernels import set_threads
 from shoal.models.step import Step
 from shoal.offload.budget import Budget
 
-PEER = Path(__file__).with_name("peer_logits.py")
+PEER_BATCH = 512  # tokens that llama.cpp computes at a time
 
 
 def main() -> int:
@@ -50,7 +50,10 @@ def main() -> int:
     count = min(options.windows, len(ids) // options.ctx)
     windows = [ids[i * options.ctx : (i + 1) * options.ctx] for i in range(count)]
     windows = [prefix + window[len(prefix) :] for window in windows]
-    theirs = peer(options, windows, batch=options.ctx)
+    with kinds(options.peer_python)["llama.cpp"].start() as peer:
+        peer.call("load", model=str(options.model), context=options.ctx, streams=1, threads=options.threads)
+        theirs = peer.call("score", windows=windows, batch=min(options.ctx, PEER_BATCH))
+        again = peer.call("score", windows=windows, batch=1) if options.self else []
     first, last = options.ctx // 2, options.ctx - 1
     ours_loss = theirs_loss = 0.0
     agreed = scored = 0
@@ -60,7 +63,7 @@ def main() -> int:
             logits.double(), torch.tensor(window[first + 1 :]), reduction="sum"
         ).item()
         theirs_loss += sum(reference["nll"][first:last])
-        agreed += (logits.argmax(-1) == torch.tensor(reference["greedy"][first:last])).sum().item()
+        agreed += int((logits.argmax(-1) == torch.tensor(reference["greedy"][first:last])).sum())
         scored += last - first
     ours, peers = math.exp(ours_loss / scored), math.exp(theirs_loss / scored)
     if options.json:
@@ -72,7 +75,6 @@ def main() -> int:
         f"({100 * (ours / peers - 1):+.2f}%); greedy agreement {100 * agreed / scored:.2f}%"
     )
     if options.self:
-        again = peer(options, windows, batch=1)
         same = sum(
             a == b
             for whole, single in zip(theirs, again, strict=True)
@@ -93,18 +95,6 @@ def logits_of(model: LoadedModel, ids: list[int]) -> torch.Tensor:
         logits = model.executor.head(model.executor.forward(step))
     model.kv.table.give_back(pages)
     return logits
-
-
-def peer(options: argparse.Namespace, windows: list[list[int]], batch: int) -> list[dict[str, list[float]]]:
-    command = [options.peer_python, str(PEER), str(options.model), str(options.ctx), str(options.threads)]
-    command.append(str(batch))
-    done = subprocess.run(
-        command, input=json.dumps(windows), capture_output=True, text=True, timeout=3600, check=False
-    )
-    if done.returncode:
-        sys.exit(f"the peer failed: {done.stderr.strip()[-500:]}")
-    results: list[dict[str, list[float]]] = json.loads(done.stdout)
-    return results
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ from typing import Any
 import machine
 import synthetic
 from engines import EngineFailed
-from rows import DEFAULT_MODEL, Row, chosen
+from rows import DEFAULT_MODEL, ROWS, Row, chosen
 from run import Run
 from shapes import SHAPES
 from synthetic import SyntheticError
 from table import table
 
+from shoal.comm.errors import CommError
 from shoal.daemon.config import default_threads
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
@@ -46,7 +47,8 @@ def main() -> int:
         print(f"{row.name} …", file=sys.stderr, flush=True)
         try:
             result["rows"][row.name] = measure(row, default_model, options)
-        except (EngineFailed, SyntheticError, RuntimeError) as error:
+            result["rows"] = in_order(result["rows"])
+        except (EngineFailed, SyntheticError, CommError, RuntimeError) as error:
             print(f"{row.name}: {error}", file=sys.stderr)
             failed = True
             continue
@@ -81,6 +83,11 @@ def measure(row: Row, default_model: Path, options: argparse.Namespace) -> dict[
         "load": run.load,
         "figures": [figure.to_json() for figure in figures],
     }
+
+
+def in_order(rows: dict[str, Any]) -> dict[str, Any]:
+    """Results in the order of ROWS, without those of rows that are no more."""
+    return {row.name: rows[row.name] for row in ROWS if row.name in rows}
 
 
 def bytes_per_token(path: Path) -> int:

@@ -1,12 +1,13 @@
 """llama.cpp's worker, run by a python that has llama-cpp-python: its C functions, called with as little between.
 
-All sequences are decoded in one batch, each with its own sequence id; the most likely token is taken. Parameters are
-llama.cpp's defaults but for what is asked.
+All sequences are computed in one batch, each with its own sequence id; the most likely token is taken. Parameters are
+llama.cpp's defaults but for what is asked; --no-flash turns flash attention off, which decodes long contexts faster and
+does all else slower (docs/LOG.md).
 """
 
 from __future__ import annotations
 
-import ctypes
+import sys
 import time
 from typing import Any
 
@@ -20,7 +21,8 @@ BATCH = 512
 class LlamaCpp:
     """The engine of `worker.Engine`, and what llama.cpp says of a text."""
 
-    def __init__(self) -> None:
+    def __init__(self, flash: bool) -> None:
+        self._flash = flash
         self._silent = llama.llama_log_callback(lambda level, text, data: None)
         llama.llama_log_set(self._silent, None)
         llama.llama_backend_init()
@@ -36,19 +38,23 @@ class LlamaCpp:
         params.n_batch = params.n_ubatch = BATCH
         params.n_seq_max = streams
         params.n_threads = params.n_threads_batch = threads
+        if not self._flash:
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context of {params.n_ctx} tokens")
         self._memory = llama.llama_get_memory(self._context)
         self._vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
         self._batch = llama.llama_batch_init(BATCH, 0, 1)
-        return {"version": f"llama-cpp-python {llama.__version__}", "kernels": system_info()}
+        return {
+            "version": f"llama-cpp-python {llama.__version__}",
+            "kernels": llama.llama_print_system_info().decode().strip(" |"),
+        }
 
     def begin(self, streams: int, tokens: int, seed: int) -> dict[str, float]:
         started_s = time.perf_counter()
-        for index, prompt in enumerate(worker.prompts(streams, tokens, self._vocab, seed)):
-            self._last.append(self._prefill(index, prompt))
-            self._lengths.append(tokens)
+        self._lengths = [0] * streams
+        self._last = self._prefill(worker.prompts(streams, tokens, self._vocab, seed))
         return {"seconds": time.perf_counter() - started_s, "tokens": streams * tokens}
 
     def advance(self, tokens: int) -> dict[str, float]:
@@ -61,25 +67,51 @@ class LlamaCpp:
         return {"seconds": time.perf_counter() - started_s, "tokens": tokens * len(self._last)}
 
     def extend(self, tokens: int, seed: int) -> dict[str, float]:
-        """Prefill that many more random tokens of the first sequence, up to the next new one."""
+        """Prefill that many more random tokens of a sequence that is alone, up to the next new one."""
         (prompt,) = worker.prompts(1, tokens, self._vocab, seed)
         started_s = time.perf_counter()
-        start = self._lengths[0]
-        self._last[0] = self._prefill(0, [self._last[0], *prompt], start)
-        self._lengths[0] = start + 1 + tokens
+        self._last = self._prefill([[*self._last, *prompt]])
         return {"seconds": time.perf_counter() - started_s, "tokens": tokens}
 
     def end(self) -> None:
         llama.llama_memory_clear(self._memory, False)
         self._last, self._lengths = [], []
 
-    def _prefill(self, index: int, prompt: list[int], position: int = 0) -> int:
-        """Computes a prompt as sequence `index`, from `position` on; its next token."""
-        last = position + len(prompt) - 1
-        for start in range(0, len(prompt), BATCH):
-            piece = prompt[start : start + BATCH]
-            self._decode([(token, i, index, i == last) for i, token in enumerate(piece, position + start)])
-        return self._greedy(len(piece) - 1)
+    def score(self, windows: list[list[int]], batch: int) -> list[dict[str, list[float]]]:
+        """Of every token of each text but the last: the most likely next one and the negative log-likelihood of the
+        actual one. `batch` tokens are computed at a time, at most BATCH.
+        """
+        results: list[dict[str, list[float]]] = []
+        for ids in windows:
+            self.end()
+            greedy: list[float] = []
+            nll: list[float] = []
+            for start in range(0, len(ids) - 1, batch):
+                piece = ids[start : start + batch]
+                self._decode([(token, i, 0, True) for i, token in enumerate(piece, start)])
+                for row, actual in enumerate(ids[start + 1 : start + 1 + batch]):
+                    logits = self._logits(row).astype(np.float64)
+                    greedy.append(int(logits.argmax()))
+                    shifted = logits - logits.max()
+                    nll.append(float(np.log(np.exp(shifted).sum()) - shifted[actual]))
+            results.append({"greedy": greedy, "nll": nll})
+        self.end()
+        return results
+
+    def _prefill(self, pieces: list[list[int]]) -> list[int]:
+        """Computes what comes next of each sequence; the next token of each."""
+        rows = []
+        for index, piece in enumerate(pieces):
+            start = self._lengths[index]
+            self._lengths[index] += len(piece)
+            last = self._lengths[index] - 1
+            rows += [(token, i, index, i == last) for i, token in enumerate(piece, start)]
+        chosen = []
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            self._decode(batch)
+            chosen += [self._greedy(i) for i, (*_, wanted) in enumerate(batch) if wanted]
+        return chosen
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> None:
         """One batch of (token, position, sequence, whether its logits are wanted)."""
@@ -95,15 +127,12 @@ class LlamaCpp:
             raise RuntimeError(f"llama_decode gives {status}")
 
     def _greedy(self, row: int) -> int:
-        logits = llama.llama_get_logits_ith(self._context, row)
-        return int(np.ctypeslib.as_array(logits, (self._vocab,)).argmax())
+        return int(self._logits(row).argmax())
 
-
-def system_info() -> str:
-    """The instruction sets that the library was built for, as far as they are in use."""
-    library = llama.llama_print_system_info()
-    return ctypes.c_char_p(library).value.decode() if isinstance(library, int) else library.decode()
+    def _logits(self, row: int) -> np.ndarray[Any, Any]:
+        """Of a row of the last batch that wanted them, valid until the next."""
+        return np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, row), (self._vocab,))
 
 
 if __name__ == "__main__":
-    worker.serve(LlamaCpp())
+    worker.serve(LlamaCpp(flash="--no-flash" not in sys.argv))

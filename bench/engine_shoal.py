@@ -40,7 +40,13 @@ class Shoal:
         for index, prompt in enumerate(worker.prompts(streams, tokens, vocab, seed)):
             self._counts.append(0)
             request = Generate(prompt_tokens=prompt, max_tokens=context, ignore_eos=True, sampling=greedy)
-            sequence = self._model.start(request, prompt, lambda event, index=index: self._note(index, event))
+            sequence = self._model.start(
+                request,
+                prompt,
+                lambda event, index=index: self._note(index, event),  # type: ignore[misc]
+                client="",
+                arrived_s=self._model.clock(),
+            )
             self._sequences.append(sequence)
             self._model.engine.submit(sequence)
         while not all(self._counts):

@@ -1,7 +1,7 @@
 """transformers' worker: the architecture of a GGUF in float32, eager torch on the CPU.
 
-Weights are random, as reading a GGUF's would need yet another package: good for speed alone. bfloat16 would be slower
-still where the processor does not multiply it.
+Weights are random, as reading a GGUF's would need yet another package: good for speed alone. bfloat16 was slower
+on a processor that does not multiply it (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ class Transformers:
     def load(self, model: str, context: int, streams: int, threads: int) -> dict[str, Any]:
         torch.set_num_threads(threads)
         path = Path(model)
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        self._model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.float32
+        ).eval()
         self._vocab = config.vocab_size
         return {
             "version": f"transformers {transformers.__version__}, torch {torch.__version__}",
@@ -45,7 +47,7 @@ class Transformers:
         return {"seconds": time.perf_counter() - started_s, "tokens": tokens * len(self._last)}
 
     def end(self) -> None:
-        self._last = self._cache = None
+        self._cache = None
 
     def _step(self, ids: torch.Tensor, cache: Any) -> None:
         out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

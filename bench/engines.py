@@ -29,6 +29,7 @@ class EngineKind:
     name: str
     script: str
     python: str
+    arguments: tuple[str, ...] = ()
 
     def start(self) -> EngineProcess:
         return EngineProcess(self)
@@ -41,6 +42,7 @@ def kinds(peer_python: str) -> dict[str, EngineKind]:
         for kind in (
             EngineKind("shoal", "engine_shoal.py", sys.executable),
             EngineKind("llama.cpp", "engine_llama.py", peer_python),
+            EngineKind("llama.cpp without flash attention", "engine_llama.py", peer_python, ("--no-flash",)),
             EngineKind("transformers", "engine_transformers.py", sys.executable),
         )
     }
@@ -51,10 +53,10 @@ class EngineProcess:
 
     def __init__(self, kind: EngineKind) -> None:
         self.name = kind.name
-        script = Path(__file__).with_name(kind.script)
+        script = Path(__file__).parent / kind.script
         try:
             self._process = subprocess.Popen(
-                [kind.python, str(script)],
+                [kind.python, str(script), *kind.arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

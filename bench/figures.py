@@ -5,16 +5,17 @@ Pure: values in, medians, ratios and a table's cells out. Does not know how anyt
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal
 
-Better = Literal["more", "less"]
+Better = Literal["more", "less", "neither"]
 
 
 @dataclass
 class Figure:
-    """One line of the table. `values` has an engine's value of each round, `per_token_bytes` the weights read."""
+    """One line of the table. `values` has an engine's value of each round."""
 
     name: str
     unit: str
@@ -30,7 +31,9 @@ class Figure:
         return next((engine for engine in self.values if engine != "shoal"), None)
 
     def ratios(self) -> list[float]:
-        """Round by round, how many times better Shoal is than the peer; empty without a peer."""
+        """Round by round, how many times better Shoal is than the peer; empty when there is nothing to compare."""
+        if self.better == "neither":
+            return []
         ours, theirs = self.values.get("shoal", []), self.values.get(self.peer() or "", [])
         pairs = zip(ours, theirs, strict=False)
         return [a / b if self.better == "more" else b / a for a, b in pairs if a > 0 and b > 0]
@@ -44,15 +47,16 @@ class Figure:
 
 
 def spread(values: list[float]) -> str:
-    """The median, and the least and most where they differ, to three digits."""
+    """The median, and the least and most where they differ."""
     if not values:
         return ""
-    middle, low, high = (_short(value) for value in (median(values), min(values), max(values)))
-    return middle if low == high else f"{middle} ({low}–{high})"
+    low, high = min(values), max(values)
+    if low == high:
+        return _digits(low, 4)
+    return f"{_digits(median(values), 3)} ({_digits(low, 3)}–{_digits(high, 3)})"
 
 
-def _short(value: float) -> str:
-    for digits in range(3):
-        if abs(value) >= 10 ** (2 - digits):
-            return f"{value:,.{digits}f}"
-    return f"{value:.3g}"
+def _digits(value: float, count: int) -> str:
+    """With so many digits that count, and none of an integer left out."""
+    before = math.floor(math.log10(abs(value))) + 1 if value else 1
+    return f"{value:,.{max(0, count - before)}f}"

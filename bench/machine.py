@@ -19,6 +19,8 @@ import numpy as np
 import psutil
 import torch
 
+import shoal.daemon
+
 BUFFER_BYTES = 1 << 30  # read at once: more than any cache holds
 READS = 3
 _FLAGS = (
@@ -90,18 +92,20 @@ def _cpu_facts() -> dict[str, str]:
 
 
 def _commit() -> str:
-    here = Path(__file__).parent
+    tree = Path(shoal.daemon.__file__).parent
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], cwd=tree, capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or "unknown"
 
 
 def _scheduling() -> str:
-    if not hasattr(os, "sched_getscheduler"):
-        return "default"
-    policies = {os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr", os.SCHED_OTHER: "default"}
-    return policies.get(os.sched_getscheduler(0), "other")
+    """Policy and niceness; where shells are scheduled as groups, the group's niceness is the one that counts."""
+    policies = {getattr(os, f"SCHED_{name}", None): name.lower() for name in ("FIFO", "RR", "OTHER")}
+    policy = policies.get(os.sched_getscheduler(0), "other") if hasattr(os, "sched_getscheduler") else "other"
+    group = Path("/proc/self/autogroup")
+    nice = group.read_text().split()[-1] if group.exists() else os.nice(0)
+    return "default" if (policy, str(nice)) == ("other", "0") else f"{policy}, nice {nice}"
 
 
 @functools.cache

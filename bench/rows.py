@@ -24,6 +24,12 @@ ROWS = (
     Row("speed-qwen2", "qwen2-0.5b", scenarios.speed, Sizes(new=32)),
     Row("speed-moe", "olmoe-half", scenarios.speed, Sizes(new=32)),
     Row("long", DEFAULT_MODEL, scenarios.held, Sizes(prompt=7680, new=24)),
+    Row(
+        "long-plain",
+        DEFAULT_MODEL,
+        scenarios.held,
+        Sizes(prompt=7680, new=24, peer="llama.cpp without flash attention"),
+    ),
     Row("streams", DEFAULT_MODEL, scenarios.held, Sizes(prompt=128, new=24, streams=16)),
     Row("streams-llama", "llama-1.1b", scenarios.held, Sizes(prompt=128, new=16, streams=16)),
     Row("turns", DEFAULT_MODEL, scenarios.chat_turns, Sizes(prompt=2000, new=32)),

@@ -66,7 +66,8 @@ def speed(run: Run, sizes: Sizes) -> list[Figure]:
 def held(run: Run, sizes: Sizes) -> list[Figure]:
     """Decode of sequences whose prompts are computed once: each round goes on where the last one ended."""
     what = f"{sizes.streams} streams" if sizes.streams > 1 else f"{sizes.prompt} tokens of context"
-    prefill = Figure(f"prefill of {sizes.streams * sizes.prompt}", "tokens/s")
+    each = f"{sizes.streams} × {sizes.prompt}" if sizes.streams > 1 else f"{sizes.prompt}"
+    prefill = Figure(f"prefill of {each}", "tokens/s")
     decode = Figure(f"decode, {what}", "tokens/s")
     context = sizes.prompt + sizes.new * run.rounds + 64
     with run.engines(sizes.engines, context=context, streams=sizes.streams) as engines:
@@ -89,7 +90,7 @@ def chat_turns(run: Run, sizes: Sizes) -> list[Figure]:
         for turn in ("first", "second")
     ]
     first, second = figures
-    share = Figure("TTFT, second turn / first", "", "less")
+    share = Figure("TTFT, second turn / first", "", "neither")
     question = "And what is the most important sentence of it?"
     context = 2 * sizes.prompt
     with (
@@ -101,9 +102,10 @@ def chat_turns(run: Run, sizes: Sizes) -> list[Figure]:
         client.text(messages=[{"role": "user", "content": pieces[-1]}], max_tokens=sizes.new, **GREEDY)
         for number, engine in run.turns(engines):
             messages = [{"role": "user", "content": pieces[number]}]
+            known = len(client.tokenize(messages=messages).ids) + sizes.new
             first_s, answer = _first_token_s(client, messages, sizes.new)
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
-            added = len(client.tokenize(messages=messages[1:]).ids)
+            added = len(client.tokenize(messages=messages).ids) - known
             second_s, _ = _first_token_s(client, messages, sizes.new)
             first.note("shoal", first_s)
             second.note("shoal", second_s)
@@ -120,38 +122,35 @@ def chat_turns(run: Run, sizes: Sizes) -> list[Figure]:
 
 def interference(run: Run, sizes: Sizes) -> list[Figure]:
     """Gaps between the tokens of one stream, alone and while another prompt is prefilled, through the daemon."""
-    figures = {
-        (when, share): Figure(f"gap between tokens, {share}, {when}", "ms", "less")
-        for when in ("alone", f"beside a prefill of {sizes.prompt}")
+    beside = f"beside a prefill of {sizes.prompt}"
+    alone_p50, alone_p99, beside_p50, beside_p99 = figures = [
+        Figure(f"gap between tokens, {share}, {when}", "ms", "less")
+        for when in ("alone", beside)
         for share in ("p50", "p99")
-    }
-    worse = Figure("p99 beside a prefill / p99 alone", "", "less")
+    ]
+    worse = Figure("p99 beside a prefill / p99 alone", "", "neither")
+    wait = Figure("TTFT of that prefill", "s", "less")
     with serving(run.model, 2 * sizes.prompt, run.threads) as daemon:
         for number in range(run.rounds):
             run.look()
-            p99 = []
-            for when, gaps in zip(
-                ("alone", f"beside a prefill of {sizes.prompt}"),
-                asyncio.run(_gaps_ms(daemon.address, sizes, number)),
-                strict=True,
-            ):
+            alone, disturbed, first_s = asyncio.run(_gaps_ms(daemon.address, sizes, number))
+            for gaps, p50, p99 in ((alone, alone_p50, alone_p99), (disturbed, beside_p50, beside_p99)):
                 cuts = quantiles(gaps, n=100, method="inclusive")
-                figures[when, "p50"].note("shoal", cuts[49])
-                figures[when, "p99"].note("shoal", cuts[98])
-                p99.append(cuts[98])
-            worse.note("shoal", p99[1] / p99[0])
-    return [*figures.values(), worse]
+                p50.note("shoal", cuts[49])
+                p99.note("shoal", cuts[98])
+            worse.note("shoal", beside_p99.values["shoal"][-1] / alone_p99.values["shoal"][-1])
+            wait.note("shoal", first_s)
+    return [*figures, worse, wait]
 
 
 def memory(run: Run, sizes: Sizes) -> list[Figure]:
     """Memory of a fresh daemon and a fresh peer after the same work in the same context."""
-    names = {
-        "peak": "peak memory",
-        "anonymous": "of it anonymous, in the end",
-        "file": "of it files' pages, in the end",
+    figures = {
+        "peak": Figure("peak memory", "MB", "less"),
+        "anonymous": Figure("in the end, anonymous", "MB", "neither"),
+        "file": Figure("in the end, pages of files", "MB", "neither"),
     }
-    figures = {kind: Figure(name, "MB", "less") for kind, name in names.items()}
-    context = 4096
+    context = 2048
 
     def note(engine: str, pid: int) -> None:
         for kind, value in machine.memory_of(pid).items():
@@ -213,36 +212,35 @@ def _first_token_s(client: Client, messages: list[dict[str, str]], new: int) -> 
     return first_s, "".join(parts)
 
 
-async def _gaps_ms(address: str, sizes: Sizes, seed: int) -> tuple[list[float], list[float]]:
-    """Gaps of a stream before another prompt comes, and until that has its first token."""
+async def _gaps_ms(address: str, sizes: Sizes, seed: int) -> tuple[list[float], list[float], float]:
+    """Gaps of a stream before another prompt comes, and until that has its first token; seconds that took."""
     short, long = worker.prompts(2, sizes.prompt, 1000, seed)
-    gaps: list[list[float]] = [[], []]
-    prefilled = asyncio.Event()
+    alone: list[float] = []
+    disturbed: list[float] = []
 
-    async def disturb(client: AsyncClient) -> None:
+    async def prefill(client: AsyncClient) -> float:
+        started_s = time.perf_counter()
         async with aclosing(client.generate(prompt_tokens=long, max_tokens=1, **GREEDY)) as stream:
             async for message in stream:
                 if isinstance(message, Token):
                     break
-        prefilled.set()
+        return time.perf_counter() - started_s
 
-    async with AsyncClient(address, timeout_s=300) as client:
-        disturbance: asyncio.Task[None] | None = None
+    async with (
+        AsyncClient(address, timeout_s=300) as client,
+        aclosing(client.generate(prompt_tokens=short[:64], max_tokens=sizes.prompt, **GREEDY)) as stream,
+    ):
+        other: asyncio.Task[float] | None = None
         last_s = 0.0
-        async with aclosing(
-            client.generate(prompt_tokens=short[:64], max_tokens=sizes.prompt, **GREEDY)
-        ) as stream:
-            async for message in stream:
-                if not isinstance(message, Token):
-                    continue
-                now_s = time.perf_counter()
-                if last_s:
-                    gaps[disturbance is not None].append(1000 * (now_s - last_s))
-                last_s = now_s
-                if len(gaps[0]) == sizes.new and disturbance is None:
-                    disturbance = asyncio.create_task(disturb(client))
-                if prefilled.is_set():
-                    break
-        if disturbance is not None:
-            await disturbance
-    return gaps[0], gaps[1]
+        async for message in stream:
+            if not isinstance(message, Token):
+                continue
+            now_s = time.perf_counter()
+            if last_s:
+                (alone if other is None else disturbed).append(1000 * (now_s - last_s))
+            last_s = now_s
+            if other is None and len(alone) == sizes.new:
+                other = asyncio.create_task(prefill(client))
+            if other is not None and other.done():
+                return alone, disturbed, other.result()
+        raise RuntimeError("the stream ended before the other prompt was computed")

@@ -109,12 +109,17 @@ def _write_facts(writer: GGUFWriter, shape: Shape) -> None:
 
 
 def _vocabulary(source: Path, size: int) -> dict[str, Field]:
-    """The tokenizer's metadata of another model with `size` tokens: the first of its own, or fillers after them."""
+    """The tokenizer's metadata of another model with `size` tokens: the first of its own, or fillers after them.
+
+    Special tokens that are cut off are none any more.
+    """
     fields: dict[str, Field] = {}
     for name, field in GGUFReader(source).fields.items():
         if name.startswith("tokenizer."):
             sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            fields[name] = (field.contents(), field.types[0], sub_type)
+            contents = field.contents()
+            if not name.endswith("_token_id") or contents < size:
+                fields[name] = (contents, field.types[0], sub_type)
     tokens = fields["tokenizer.ggml.tokens"][0]
     fillers = range(len(tokens), size)
     kept = tokens[:size] + [f"[FILLER{i}]" for i in fillers]
@@ -156,7 +161,7 @@ def _pool(type: str, cols: int) -> np.ndarray[Any, Any]:
     random = np.random.default_rng(cols)
     count = POOL_BYTES // size
     if weights == 1:
-        values = random.standard_normal((count, 1), dtype=np.float32) / np.float32(cols**0.5)
+        values = random.standard_normal((1, count), dtype=np.float32) / np.float32(cols**0.5)
         return gguf.quantize(values, kind).view(np.uint8).reshape(count, size)
     blocks = random.integers(0, 256, (count, size), dtype=np.uint8)
 

@@ -41,7 +41,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         for figure in map(Figure.from_json, row["figures"]):
             yield _line(row, figure)
     yield ""
-    yield "Runs: " + "; ".join(sorted({_run(row) for row in result["rows"].values()})) + "."
+    yield _runs(list(result["rows"].values()))
 
 
 def _line(row: dict[str, Any], figure: Figure) -> str:
@@ -52,7 +52,7 @@ def _line(row: dict[str, Any], figure: Figure) -> str:
         row["model"]["name"],
         spread(ours),
         f"{peer} {spread(theirs)}" if peer else "",
-        f"**{spread(figure.ratios())}**" if peer else "",
+        f"**{spread(ratios)}**" if (ratios := figure.ratios()) else "",
         _bandwidth(row, figure) if figure.weights_gb_per_s else "",
     ]
     return f"| {' | '.join(cells)} |"
@@ -64,12 +64,18 @@ def _bandwidth(row: dict[str, Any], figure: Figure) -> str:
     return f"{', '.join(read)}; {spread(row['dram_gb_per_s'])}"
 
 
-def _run(row: dict[str, Any]) -> str:
-    engines = ", ".join(f"{facts['version']}" for name, facts in row["engines"].items() if name != "shoal")
-    return (
-        f"{row['date']}, commit {row['versions']['commit']}, {row['threads']} threads, {row['rounds']} rounds"
-        f"{', ' + engines if engines else ''}"
+def _runs(rows: list[dict[str, Any]]) -> str:
+    """When and with what the rows were measured; where they differ, all of it."""
+    peers = {facts["version"] for row in rows for name, facts in row["engines"].items() if name != "shoal"}
+    parts = (
+        {row["date"] for row in rows},
+        {f"commit {row['versions']['commit']}" for row in rows},
+        {f"{row['threads']} threads" for row in rows},
+        {f"{row['rounds']} rounds" for row in rows},
+        {f"scheduling {row['versions']['scheduling']}" for row in rows},
+        peers,
     )
+    return "; ".join(", ".join(sorted(part)) for part in parts if part) + "."
 
 
 def write(readme: Path, text: str) -> None:

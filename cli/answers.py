@@ -16,7 +16,7 @@ from shoal.daemon.home import Home
 from shoal.daemon.library import Library, is_path
 from shoal.daemon.registry import canonical
 
-from .interrupt import deferred_interrupt
+from .imports import engine_imports
 from .output import spinner, steps_bar
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Event = Accepted | Token | Done
 class Answers(Protocol):
     """What `run` and `chat` need of either."""
 
-    def load(self, model: str) -> ModelStatus: ...
+    def load(self, model: str, draft: str | None) -> ModelStatus: ...
     def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[Event]]: ...
 
 
@@ -49,11 +49,11 @@ class InProcess:
     def __init__(self, node: Node) -> None:
         self._node = node
 
-    def load(self, model: str) -> ModelStatus:
-        """Raises DaemonError."""
+    def load(self, model: str, draft: str | None) -> ModelStatus:
+        """`draft`: a model that guesses for it. Raises DaemonError."""
         with steps_bar("loading") as update:
             return self._node.load(
-                Load(model=model), lambda done, total: update(done, total, "loading")
+                Load(model=model, draft=draft), lambda done, total: update(done, total, "loading")
             ).model
 
     @contextmanager
@@ -72,10 +72,10 @@ class ThroughDaemon:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def load(self, model: str) -> ModelStatus:
+    def load(self, model: str, draft: str | None) -> ModelStatus:
         """Raises CommError."""
         with spinner(f"loading {model}"):
-            return self._client.load(model).model
+            return self._client.load(model, draft=draft).model
 
     @contextmanager
     def stream(self, request: Generate | Chat) -> Iterator[Iterator[Event]]:
@@ -99,7 +99,7 @@ def _close(events: object) -> None:
 @contextmanager
 def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
     """A node for one request at a time; closed at the end."""
-    with spinner("starting"), deferred_interrupt():
+    with spinner("starting"), engine_imports():
         from shoal.daemon.node import Node
     with Node(replace(config, max_sequences=1), resolve=library.resolve) as node:
         yield InProcess(node)

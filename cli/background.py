@@ -98,11 +98,11 @@ def start(
         raise
 
 
-def load(home: Home, pid: int, model: str) -> None:
+def load(home: Home, pid: int, model: str, draft: str | None) -> None:
     """Load a model into the daemon just started; if that fails or is interrupted, end the daemon and raise why."""
     try:
         with Client(home.address) as client:
-            client.load(model)
+            client.load(model, draft=draft)
     except (CommError, KeyboardInterrupt):
         stop(home, pid, now=True, limit_s=START_LIMIT_S)
         raise

@@ -28,7 +28,7 @@ from .chat_input import LineReader, PlainReader, Reader, unechoed
 from .chat_link import DaemonLink
 from .conversation import Conversation
 from .errors import Exit, explain
-from .options import AnswerOptions, answer_options, examples
+from .options import AnswerOptions, answer_options, draft_option, examples
 from .output import note, spinner
 from .paint import Painter
 
@@ -45,8 +45,9 @@ ANSWER_ROOM_TOKENS = 512  # kept free in the context for an answer, but at most 
 @click.argument("model", required=False)
 @click.option("--system", default="", metavar="TEXT", help="System message of the conversation.")
 @click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens, at most the model's.")
+@draft_option
 @answer_options
-def chat(model: str | None, system: str, ctx: int | None, answer: AnswerOptions) -> int:
+def chat(model: str | None, system: str, ctx: int | None, draft: str | None, answer: AnswerOptions) -> int:
     """Hold a conversation with MODEL, a path or a name in the store.
 
     Without MODEL: the one that the daemon has loaded, else one of the store. A daemon is started if none runs. Type
@@ -56,7 +57,8 @@ def chat(model: str | None, system: str, ctx: int | None, answer: AnswerOptions)
     state = ChatState(home, DaemonLink(home), Conversation(system), ctx)
     answer.request_fields("")  # wrong options are told before a model is loaded
     try:
-        loaded = state.link.load(reference(model or _default(state), state.library), ctx)
+        guessing = reference(draft, state.library) if draft else None
+        loaded = state.link.load(reference(model or _default(state), state.library), ctx, guessing)
         if not loaded.chat_template:
             raise DaemonError(
                 "unsupported", f"{loaded.name} has no chat template", "continue texts with: shoal run"

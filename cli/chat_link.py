@@ -31,13 +31,14 @@ class DaemonLink:
         self.model: ModelStatus | None = None
         self._reference = ""
         self._context: int | None = None
+        self._draft: str | None = None
 
-    def load(self, reference: str, context: int | None) -> ModelStatus:
+    def load(self, reference: str, context: int | None, draft: str | None = None) -> ModelStatus:
         """Use this model from now on. After an error the one before stays in use."""
         client = self._connected()
         with spinner(f"loading {reference}"):
-            model = client.load(reference, context).model
-        self.model, self._reference, self._context = model, reference, context
+            model = client.load(reference, context, draft).model
+        self.model, self._reference, self._context, self._draft = model, reference, context, draft
         return model
 
     def status(self) -> StatusReply:
@@ -49,7 +50,7 @@ class DaemonLink:
         loaded = {model.name: model for model in client.status().models}
         assert self.model is not None  # a chat begins with `load`
         if self.model.name not in loaded:
-            return self.load(self._reference, self._context)
+            return self.load(self._reference, self._context, self._draft)
         return loaded[self.model.name]
 
     def count(self, messages: list[ChatMessage]) -> int:

@@ -5,6 +5,7 @@ Knows options and how results are shown. What is measured, and how, is `daemon.m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,8 +14,8 @@ from shoal.daemon.home import Home
 from shoal.daemon.library import Library
 from shoal.daemon.sizes import format_bytes
 
-from .interrupt import deferred_interrupt
-from .options import PlanOptions, examples, json_option, plan_options
+from .imports import engine_imports
+from .options import PlanOptions, draft_option, examples, json_option, plan_options
 from .output import console, facts, print_json, spinner, steps_bar, table
 
 
@@ -36,21 +37,32 @@ from .output import console, facts, print_json, spinner, steps_bar, table
     "--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Runs after a warm-up."
 )
 @json_option
+@draft_option
 @plan_options
 def bench(
-    model: str, prompt_tokens: int, new_tokens: int, batch: int, repeat: int, as_json: bool, plan: PlanOptions
+    model: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    repeat: int,
+    as_json: bool,
+    draft: str | None,
+    plan: PlanOptions,
 ) -> None:
     """Measure how fast MODEL reads a prompt (prefill) and writes an answer (decode).
 
-    Tokens are random, sampling is greedy; speeds count all sequences of a batch together.
+    Tokens are random, sampling is greedy; speeds count all sequences of a batch together. Without --speculate auto
+    or --draft every token takes a step, as what guessing gains depends on the text.
     """
-    config = plan.config()
-    path = Library(Home.from_env()).resolve(model)
-    with spinner("starting"), deferred_interrupt():
+    config = replace(plan, speculate=plan.speculate or ("auto" if draft else "off")).config()
+    library = Library(Home.from_env())
+    path, draft_path = library.resolve(model), library.resolve(draft) if draft else None
+    with spinner("starting"), engine_imports():
         from shoal.daemon import measure
     with steps_bar("measuring") as progress:
         result = measure.bench(
             path,
+            draft=draft_path,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             batch=batch,
@@ -86,7 +98,7 @@ def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None
     """
     config = plan.config()
     path = Library(Home.from_env()).resolve(model)
-    with spinner("starting"), deferred_interrupt():
+    with spinner("starting"), engine_imports():
         from shoal.daemon import measure
     with steps_bar("scoring") as progress:
         result = measure.perplexity(path, file, ctx=plan.ctx or 512, config=config, progress=progress)

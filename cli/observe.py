@@ -29,7 +29,11 @@ TAIL_BYTES = 1 << 20
 @click.command(epilog=examples("shoal ps", "shoal ps --json"))
 @json_option
 def ps(as_json: bool) -> None:
-    """Show the daemon's models and how busy they are."""
+    """Show the daemon's models and how busy they are.
+
+    KV in use is that of running requests. The prefix cache keeps what they leave, for prompts that begin alike, until
+    the room is needed.
+    """
     from shoal.daemon.client import Client
 
     home = Home.from_env()
@@ -54,12 +58,19 @@ def ps(as_json: bool) -> None:
     numbers = ("size", "context", "running", "waiting", "KV in use")
     rows = table("model", "family", *numbers, right=numbers)
     for model in status.models:
-        share = 100 * model.kv_used_tokens // max(1, model.kv_total_tokens)
-        counts = (str(model.context_tokens), str(model.running), str(model.waiting), f"{share}%")
-        rows.add_row(model.name, model.family, format_bytes(model.parameters_bytes), *counts)
+        counts = (str(model.context_tokens), str(model.running), str(model.waiting))
+        used = _percent(model.kv_used_tokens, model.kv_total_tokens)
+        rows.add_row(model.name, model.family, format_bytes(model.parameters_bytes), *counts, used)
     screen.print(rows)
     for model in status.models:
-        screen.print(f"{model.name}: {model.plan}")
+        screen.print(f"{model.name}: {model.plan}", soft_wrap=not screen.is_terminal)
+        kept = _percent(model.kv_cached_tokens, model.kv_total_tokens)
+        found = _percent(model.cached_tokens_total, model.prompt_tokens_total)
+        screen.print(
+            f"prefix cache: {kept} of the KV, {found} of {model.prompt_tokens_total} prompt tokens were found there; "
+            f"{model.preemptions_total} preemptions",
+            soft_wrap=not screen.is_terminal,
+        )
 
 
 @click.command(epilog=examples("shoal logs -n 20", "shoal logs -f"))
@@ -107,6 +118,10 @@ def followed(path: Path, offset: int, sleep: Callable[[float], None]) -> Iterato
             yield added.decode(errors="replace")
         else:
             sleep(FOLLOW_S)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part // max(1, whole)}%"
 
 
 def _plain(status: StatusReply) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class PlanOptions:
     threads: int | None = None
     ctx: int | None = None
     device: str | None = None
+    speculate: str | None = None
 
     @property
     def given(self) -> bool:
@@ -47,6 +48,8 @@ class PlanOptions:
         """Raises DaemonError `bad_request`, or `unsupported` for a device that is not there yet."""
         if self.device not in (None, "cpu"):
             raise DaemonError("unsupported", f"--device {self.device}: this version computes on cpu only")
+        if self.speculate == "off":
+            more["max_guesses"] = 0
         return NodeConfig(
             threads=self.threads or 0, memory_bytes=self.memory, context_tokens=self.ctx, **more
         )
@@ -69,6 +72,8 @@ class AnswerOptions:
     repeat_penalty: float | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    priority: int = 0
+    deadline: float | None = None
 
     def request_fields(self, model: str) -> dict[str, Any]:
         """The fields that `generate` and `chat` share. Raises DaemonError `bad_request`."""
@@ -79,6 +84,8 @@ class AnswerOptions:
             "sampling": {name: value for name, value in asked.items() if value is not None},
             "max_tokens": self.max_tokens,
             "stop": list(self.stop),
+            "priority": self.priority,
+            "deadline_s": self.deadline,
         }
         try:
             checked = msgspec.convert(request, Generation)
@@ -106,21 +113,25 @@ def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
 
 
 def plan_options(function: Verb) -> Verb:
-    """Adds --memory, --threads, --ctx and --device; the verb gets `plan: PlanOptions`."""
+    """Adds --memory, --threads, --ctx, --device and --speculate; the verb gets `plan: PlanOptions`."""
     options: list[Decorator] = [
         click.option("--memory", type=size, metavar="SIZE", help="Bound for weights, KV and scratch, e.g. 3GB."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all if not given."),
         click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens, at most the model's."),
         click.option("--device", metavar="NAME", help="Where to compute; cpu only in this version."),
+        click.option("--speculate", type=click.Choice(["auto", "off"]), help="Guess ahead where it pays; same text."),
     ]  # fmt: skip
     return _collect(PlanOptions, "plan", options)(function)
 
 
 def answer_options(function: Verb) -> Verb:
-    """Adds the sampling options, --max-tokens and --stop; the verb gets `answer: AnswerOptions`."""
+    """Adds the sampling options and those that end or hasten an answer; the verb gets `answer: AnswerOptions`."""
     options: list[Decorator] = [
         click.option("--max-tokens", type=click.IntRange(min=1), help="End the answer after this many tokens."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer at this text; repeatable."),
+        click.option("--deadline", type=click.FloatRange(0, 1e6, min_open=True), metavar="SECONDS",
+                     help="End the answer after this time with what it has."),
+        click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Above 0: before other requests."),
         click.option("--seed", type=click.IntRange(min=0), help="Make the answer repeatable."),
         click.option("--temperature", type=click.FloatRange(0, 100), help="0 takes the likeliest token always."),
         click.option("--top-k", type=click.IntRange(min=0), help="Choose among the K likeliest tokens; 0 = all."),
@@ -129,6 +140,15 @@ def answer_options(function: Verb) -> Verb:
         click.option("--repeat-penalty", type=click.FloatRange(0, 10, min_open=True), help="Above 1: repeat less."),
     ]  # fmt: skip
     return _collect(AnswerOptions, "answer", options)(function)
+
+
+def draft_option(function: Verb) -> Verb:
+    """Adds --draft; the verb gets `draft: str | None`."""
+    return click.option(
+        "--draft",
+        metavar="MODEL",
+        help="A smaller model of the same vocabulary that guesses ahead; same text.",
+    )(function)
 
 
 def json_option(function: Verb) -> Verb:

@@ -29,7 +29,15 @@ from shoal.daemon.library import Library
 from shoal.daemon.memory import peak_memory_bytes
 
 from .answers import Answers, from_daemon, in_process, reference
-from .options import AnswerOptions, PlanOptions, answer_options, examples, json_option, plan_options
+from .options import (
+    AnswerOptions,
+    PlanOptions,
+    answer_options,
+    draft_option,
+    examples,
+    json_option,
+    plan_options,
+)
 from .output import note, print_json
 from .paint import Painter
 
@@ -51,6 +59,7 @@ STDIN_LIMIT_S = 10.0  # and after this long go on without it
 @click.option("--raw", is_flag=True, help="Feed the prompt as it is, without the model's chat template.")
 @click.option("--local", is_flag=True, help="Run in this process even if a daemon is up.")
 @json_option
+@draft_option
 @answer_options
 @plan_options
 def run(
@@ -60,6 +69,7 @@ def run(
     raw: bool,
     local: bool,
     as_json: bool,
+    draft: str | None,
     answer: AnswerOptions,
     plan: PlanOptions,
 ) -> None:
@@ -75,12 +85,13 @@ def run(
     answer.request_fields("")  # wrong options are told before a model is loaded
     library = Library(Home.from_env())
     name = reference(model, library)
+    guessing = reference(draft, library) if draft else None
     with ExitStack() as stack:
         daemon = (
             None if (local or as_json or plan.given) else stack.enter_context(from_daemon(Home.from_env()))
         )
         answers: Answers = daemon or stack.enter_context(in_process(config, library))
-        status = answers.load(name)
+        status = answers.load(name, guessing)
         if not raw and not status.chat_template:
             note(
                 f"{status.name} has no chat template: it continues the prompt as it is (--raw says so quietly)"
@@ -138,6 +149,7 @@ class _Result:
             "text": self.text,
             "token_ids": self._ids,
             "prompt_tokens": done.usage.prompt_tokens,
+            "cached_tokens": done.usage.cached_tokens,
             "completion_tokens": done.usage.completion_tokens,
             "finish_reason": done.finish_reason,
             "ttft_s": timings.ttft_s,
@@ -145,24 +157,31 @@ class _Result:
             "decode_tokens_per_s": timings.decode_tokens_per_s,
             "peak_memory_bytes": peak_memory_bytes(),
             "stall_s": timings.stall_s,
+            "drafted_tokens": done.usage.drafted_tokens,
+            "accepted_tokens": done.usage.accepted_tokens,
             "plan": self._model.plan,
         }
 
 
 def statistics(done: Done) -> str:
-    """One line: '34 prompt tokens (283/s) · first token after 0.15 s · 120 tokens (98/s)'."""
+    """One line: '34 prompt tokens (283/s) · first token after 0.15 s · 120 tokens (98/s), 9 of them guessed'."""
     timings, usage = done.timings, done.usage
     parts = [
         f"{usage.prompt_tokens} prompt tokens" + _rate(timings.prefill_tokens_per_s),
         f"first token after {timings.ttft_s:.2f} s",
-        f"{usage.completion_tokens} tokens" + _rate(timings.decode_tokens_per_s),
+        f"{usage.completion_tokens} tokens{_rate(timings.decode_tokens_per_s)}"
+        + (f", {usage.accepted_tokens} of them guessed" if usage.accepted_tokens else ""),
     ]
     if timings.queue_s >= 0.1:
         parts.insert(1, f"queued {timings.queue_s:.1f} s")
+    if usage.cached_tokens:
+        parts.insert(1, f"{usage.cached_tokens} of them known")
     if timings.stall_s >= 0.01:
         parts.append(f"waited {timings.stall_s:.2f} s for the disk")
     if done.finish_reason == "length":
         parts.append("cut at the limit")
+    if done.finish_reason == "deadline":
+        parts.append("cut at the deadline")
     return " · ".join(parts)
 
 

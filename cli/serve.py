@@ -13,8 +13,8 @@ from shoal.daemon.library import Library
 
 from . import background
 from .answers import reference
-from .interrupt import deferred_interrupt
-from .options import PlanOptions, examples, plan_options
+from .imports import engine_imports
+from .options import PlanOptions, draft_option, examples, plan_options
 from .output import note, spinner
 
 DRAIN_LIMIT_S = 600.0
@@ -26,6 +26,7 @@ NOW_LIMIT_S = 20.0
         "shoal serve",
         "shoal serve --detach --model smollm2",
         "shoal serve --memory 3GB --threads 4 --address tcp://127.0.0.1:7070",
+        "shoal serve --sequences 32 --queue 200",
     )
 )
 @click.option("--model", metavar="MODEL", help="Load this model at the start.")
@@ -36,32 +37,51 @@ NOW_LIMIT_S = 20.0
     metavar="ADDRESS",
     help="Also listen here, e.g. tcp://127.0.0.1:7070; repeatable.",
 )
+@click.option("--sequences", type=click.IntRange(min=1), help="Requests computed together; 16 if not given.")
+@click.option("--queue", type=click.IntRange(min=0), help="Requests that wait besides; 64 if not given.")
+@draft_option
 @plan_options
-def serve(model: str | None, detach: bool, address: tuple[str, ...], plan: PlanOptions) -> None:
+def serve(
+    model: str | None,
+    draft: str | None,
+    detach: bool,
+    address: tuple[str, ...],
+    sequences: int | None,
+    queue: int | None,
+    plan: PlanOptions,
+) -> None:
     """Run the daemon, in the foreground unless --detach is given.
 
     It listens on a socket that only you can open. SIGTERM and Ctrl-C let running requests end, a second one stops
     at once. Addresses beyond this machine need keys.
     """
+    if draft and not model:
+        raise click.UsageError("--draft needs the --model that it guesses for")
     home = Home.from_env()
-    config = plan.config()
+    limits = {"max_sequences": sequences, "max_queue": queue}
+    config = plan.config(**{name: value for name, value in limits.items() if value is not None})
     name = reference(model, Library(home)) if model else None
+    guessing = reference(draft, Library(home)) if draft else None
     pid = background.running_pid(home)
     if pid is not None:
         raise DaemonError("busy", f"a daemon is running already (pid {pid})", "shoal stop ends it")
     if detach:
         arguments = plan.arguments()
         arguments += [part for place in address for part in ("--address", place)]
+        for option, value in (("--sequences", sequences), ("--queue", queue)):
+            arguments += [option, str(value)] if value is not None else []
         with spinner("starting the daemon"):
             pid = background.start(home, arguments)
         if name:
             with spinner(f"loading {name}"):
-                background.load(home, pid, name)
+                background.load(home, pid, name, guessing)
         note(f"the daemon runs (pid {pid}); its log is {background.log_path(home)}")
         return
-    with deferred_interrupt():
+    with engine_imports():
         from shoal.daemon.serve import serve as serve_here
-    serve_here(config, home=home, model=name, addresses=[home.address, *address] if address else ())
+    serve_here(
+        config, home=home, model=name, draft=guessing, addresses=[home.address, *address] if address else ()
+    )
 
 
 @click.command(epilog=examples("shoal stop", "shoal stop --now"))

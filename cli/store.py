@@ -16,7 +16,7 @@ from shoal.daemon.home import Home
 from shoal.daemon.library import Entry, Library
 from shoal.daemon.sizes import format_bytes
 
-from .interrupt import deferred_interrupt
+from .imports import engine_imports
 from .options import examples, json_option
 from .output import console, facts, note, print_json, table, transfer_bar
 from .paint import printable
@@ -86,7 +86,7 @@ def ls(as_json: bool) -> None:
 def show(model: str, as_json: bool) -> None:
     """Show the facts of MODEL, a path or a name in the store."""
     path = Library(Home.from_env()).resolve(model)
-    with deferred_interrupt():
+    with engine_imports():
         from shoal.daemon.facts import checkpoint_facts
     described = checkpoint_facts(path)
     if as_json:

@@ -181,6 +181,9 @@ class Load(Message):
 
     model: Annotated[str, Meta(min_length=1, max_length=4096)]
     context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None
+    draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = (
+        None  # a small model that guesses ahead
+    )
 
 
 class Unload(Message):
@@ -237,6 +240,8 @@ class Usage(Message):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0  # of the prompt, computed for earlier requests
+    drafted_tokens: int = 0  # guessed ahead of the answer
+    accepted_tokens: int = 0  # of these, guessed right
 
 
 class Timings(Message):
@@ -294,6 +299,8 @@ class ModelStatus(Message):
     prompt_tokens_total: int = 0  # of all prompts so far
     cached_tokens_total: int = 0  # of these, found in the prefix cache
     preemptions_total: int = 0
+    drafted_tokens_total: int = 0  # guessed ahead of answers
+    accepted_tokens_total: int = 0  # of these, guessed right
     chat_template: bool = True
 
 

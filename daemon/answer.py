@@ -86,6 +86,8 @@ class Answer:
                     prompt_tokens=self._prompt_tokens,
                     completion_tokens=self._completion_tokens,
                     cached_tokens=sequence.cached_tokens,
+                    drafted_tokens=sequence.drafted_tokens,
+                    accepted_tokens=sequence.accepted_tokens,
                 ),
                 timings=self._timings(sequence),
                 context_tokens=self._context_tokens,

@@ -134,9 +134,9 @@ class Client:
     ) -> Tokens:
         return self._call(tokenize_request(text, tokens, messages, fields), Tokens)
 
-    def load(self, model: str, context: int | None = None) -> Loaded:
-        """Load a model and wait for it, however long that takes."""
-        return self._call(Load(model=model, context=context), Loaded)
+    def load(self, model: str, context: int | None = None, draft: str | None = None) -> Loaded:
+        """Load a model and wait for it, however long that takes; `draft` is one that guesses for it."""
+        return self._call(Load(model=model, context=context, draft=draft), Loaded)
 
     def unload(self, model: str = "") -> None:
         self._call(Unload(model=model), Ok)

@@ -122,8 +122,8 @@ class AsyncClient:
     ) -> Tokens:
         return await self._call(tokenize_request(text, tokens, messages, fields), Tokens)
 
-    async def load(self, model: str, context: int | None = None) -> Loaded:
-        return await self._call(Load(model=model, context=context), Loaded)
+    async def load(self, model: str, context: int | None = None, draft: str | None = None) -> Loaded:
+        return await self._call(Load(model=model, context=context, draft=draft), Loaded)
 
     async def unload(self, model: str = "") -> None:
         await self._call(Unload(model=model), Ok)

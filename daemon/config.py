@@ -44,7 +44,8 @@ class NodeConfig:
     kv_type: KvType = "f16"
     max_sequences: int = 16  # decoded together in one step
     max_queue: int = 64  # waiting requests; one more is answered `busy`
-    chunk_tokens: int = 256  # prefill is cut at multiples of this position
+    chunk_tokens: int = 256  # of prompts in one step, at most
+    max_guesses: int = 32  # tokens guessed ahead in one step, where that pays; 0 = never
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[int, int]] = {
@@ -53,8 +54,9 @@ class NodeConfig:
             "context_tokens": (1, 1 << 26),
             "kv_tokens": (1, 1 << 32),
             "max_sequences": (1, 1024),
-            "max_queue": (0, 1 << 20),
+            "max_queue": (0, 1 << 14),
             "chunk_tokens": (16, 1 << 16),
+            "max_guesses": (0, 1024),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)

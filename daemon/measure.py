@@ -78,17 +78,23 @@ class _Count:
         self.error = error
 
 
-def _load(model: Path, config: NodeConfig, progress: Progress) -> LoadedModel:
+def _load(model: Path, config: NodeConfig, progress: Progress, draft: Path | None = None) -> LoadedModel:
     set_threads(config.thread_count)
     budget = Budget(config.memory_bytes or available_bytes())
     return LoadedModel.load(
-        model.name, model, config, budget, progress=lambda done, total: progress(done, total, "loading")
+        model.name,
+        model,
+        config,
+        budget,
+        draft=draft,
+        progress=lambda done, total: progress(done, total, "loading"),
     )
 
 
 def bench(
     model: Path,
     *,
+    draft: Path | None = None,
     prompt_tokens: int,
     new_tokens: int,
     batch: int,
@@ -110,7 +116,7 @@ def bench(
             f"{prompt_tokens} + {new_tokens} tokens exceed the context of {config.context_tokens}",
         )
     config = replace(config, max_sequences=max(batch, config.max_sequences), kv_tokens=None)
-    loaded = _load(model, config, progress)
+    loaded = _load(model, config, progress, draft)
     vocab = loaded.checkpoint.spec.vocab
     prefill: list[float] = []
     decode: list[float] = []

@@ -9,7 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +32,7 @@ from shoal.partition.plan import Plan, plan_in_ram
 
 from .answer import Answer, Emit
 from .config import NodeConfig
+from .drafter import Drafter
 from .engine import Engine
 from .errors import DaemonError
 from .executor import Alone, Executor
@@ -76,6 +77,7 @@ def make_plan(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> 
                 kv_type=config.kv_type,
                 chunk_tokens=config.chunk_tokens,
                 sequences=config.max_sequences,
+                guesses=config.max_guesses,
                 threads=config.thread_count,
                 memory_bytes=memory_bytes,
             )
@@ -86,8 +88,39 @@ def make_plan(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> 
 
 
 @dataclass(eq=False)
+class Runnable:
+    """A checkpoint ready to compute."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    tokenizer: Tokenizer
+    executor: Executor
+    kv: KvPool
+
+    @classmethod
+    def read(
+        cls, purpose: str, path: Path, config: NodeConfig, budget: Budget, progress: Progress
+    ) -> Runnable:
+        """Into memory that is held in the budget for `purpose`; when it fails, no longer."""
+        with open_checkpoint(path) as checkpoint:
+            plan = make_plan(checkpoint, config, budget.free_bytes)
+            tokenizer = checkpoint.tokenizer()
+            checkpoint.forget_tokens()
+            return_freed()  # before the weights come, so that the peak is theirs alone
+            budget.hold(purpose, plan.peak_bytes)
+            try:
+                store = ResidentStore.load(plan, checkpoint, progress)
+                transformer = Transformer(checkpoint.spec, plan.context_tokens)
+                kv = KvPool(checkpoint.spec, plan.kv)
+            except Exception:
+                budget.release(purpose)
+                raise
+        return cls(checkpoint, plan, tokenizer, Executor(transformer, store, kv, Alone()), kv)
+
+
+@dataclass(eq=False)
 class LoadedModel:
-    """Everything one model needs to answer. `used_s` is when it was last asked."""
+    """Everything one model needs to answer. `used_s` is when it was last asked; `draft` the model that guesses."""
 
     name: str
     checkpoint: Checkpoint
@@ -96,6 +129,7 @@ class LoadedModel:
     executor: Executor
     kv: KvPool
     engine: Engine
+    draft: Runnable | None
     clock: Callable[[], float]
     used_s: float = 0.0
 
@@ -107,40 +141,61 @@ class LoadedModel:
         config: NodeConfig,
         budget: Budget,
         *,
+        draft: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         progress: Progress = no_progress,
     ) -> LoadedModel:
-        """Read a checkpoint into memory. Raises DaemonError; what was held in the budget is then released."""
-        purpose = f"model {name}"
-        held = False
+        """Read a checkpoint into memory, and that of a draft model if there is one. Raises DaemonError; what was held
+        in the budget is then released."""
         try:
-            with open_checkpoint(path) as checkpoint:
-                plan = make_plan(checkpoint, config, budget.free_bytes)
-                tokenizer = checkpoint.tokenizer()
-                checkpoint.forget_tokens()
-                return_freed()  # before the weights come, so that the peak is theirs alone
-                budget.hold(purpose, plan.peak_bytes)
-                held = True
-                store = ResidentStore.load(plan, checkpoint, progress)
-            transformer = Transformer(checkpoint.spec, plan.context_tokens)
-            kv = KvPool(checkpoint.spec, plan.kv)
+            main = Runnable.read(f"model {name}", path, config, budget, progress)
         except Exception as error:
-            if held:
-                budget.release(purpose)
             raise refusal(error, name) from error
-        executor = Executor(transformer, store, kv, Alone())
+        small = None
+        if draft is not None:
+            try:
+                small = _draft_model(name, main, draft, config, budget)
+            except Exception as error:
+                _release(name, budget)
+                raise refusal(error, f"draft model {draft.name}") from error
         scheduler = Scheduler(
-            PrefixCache(kv.table, kv.page_tokens),
-            sequences=plan.sequences,
+            PrefixCache(main.kv.table, main.kv.page_tokens),
+            sequences=main.plan.sequences,
             queue=config.max_queue,
-            chunk_tokens=plan.chunk_tokens,
+            chunk_tokens=main.plan.chunk_tokens,
+            guesses=main.plan.guesses,
         )
-        engine = Engine(executor, kv, scheduler, clock)
-        return cls(name, checkpoint, plan, tokenizer, executor, kv, engine, clock, clock())
+        drafter = None
+        if small is not None:
+            vocab = min(main.tokenizer.vocab_size, small.tokenizer.vocab_size)
+            drafter = Drafter(
+                small.executor, small.kv, vocab=vocab, chunk_tokens=small.plan.chunk_tokens, clock=clock
+            )
+        engine = Engine(main.executor, main.kv, scheduler, clock, drafter)
+        return cls(
+            name,
+            main.checkpoint,
+            main.plan,
+            main.tokenizer,
+            main.executor,
+            main.kv,
+            engine,
+            small,
+            clock,
+            clock(),
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.plan.peak_bytes + (self.draft.plan.peak_bytes if self.draft else 0)
+
+    @property
+    def draft_path(self) -> Path | None:
+        return self.draft.checkpoint.path if self.draft else None
 
     def release(self, budget: Budget) -> None:
         """Give the budget back; the memory follows when the last reference goes."""
-        budget.release(f"model {self.name}")
+        _release(self.name, budget)
 
     def chat_tokens(
         self,
@@ -237,12 +292,14 @@ class LoadedModel:
             waiting=len(scheduler.waiting),
             kv_used_tokens=cache.used_pages * cache.page_tokens,
             kv_total_tokens=self.plan.kv.tokens,
-            plan=self.plan.describe(),
+            plan=self.plan.describe() + (f", drafts by {self.draft_path.name}" if self.draft_path else ""),
             chat_template=self.tokenizer.chat_template is not None,
             kv_cached_tokens=cache.cached_pages * cache.page_tokens,
             prompt_tokens_total=scheduler.prompt_tokens,
             cached_tokens_total=scheduler.cached_tokens,
             preemptions_total=scheduler.preemptions,
+            drafted_tokens_total=scheduler.drafted_tokens,
+            accepted_tokens_total=scheduler.accepted_tokens,
         )
 
     @cached_property
@@ -253,6 +310,31 @@ class LoadedModel:
         return ChatTemplate(
             self.tokenizer.chat_template or "", spelled(self.tokenizer.bos_id), spelled(self.tokenizer.eos_id)
         )
+
+
+def _draft_model(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:
+    """A second model that can guess for `main`, held in the budget beside it."""
+    config = replace(config, context_tokens=main.plan.context_tokens)
+    small = Runnable.read(f"draft for {name}", path, config, budget, no_progress)
+    check_vocabulary(name, main.tokenizer, path.name, small.tokenizer)
+    return small
+
+
+def check_vocabulary(name: str, tokenizer: Tokenizer, draft: str, theirs: Tokenizer) -> None:
+    """Raises DaemonError unless the tokens of `draft` mean what those of `name` do, as far as both have them."""
+    for token in range(min(tokenizer.vocab_size, theirs.vocab_size)):
+        ours, other = tokenizer.id_to_token(token), theirs.id_to_token(token)
+        if ours != other:
+            raise DaemonError(
+                "unsupported",
+                f"draft model {draft} has another vocabulary than {name}: token {token} is {other!r}, not {ours!r}",
+                "take a smaller model of the same family",
+            )
+
+
+def _release(name: str, budget: Budget) -> None:
+    budget.release(f"model {name}")
+    budget.release(f"draft for {name}")
 
 
 def refusal(error: Exception, name: str) -> DaemonError:

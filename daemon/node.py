@@ -39,7 +39,7 @@ from .answer import Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
 from .memory import available_bytes, resident_bytes, return_freed
-from .model import LoadedModel, Progress, make_plan, no_progress, refusal
+from .model import LoadedModel, Progress, check_vocabulary, make_plan, no_progress, refusal
 from .translate import translated
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Node:
     def load(self, request: Load, progress: Progress = no_progress) -> Loaded:
         """Load a model, or find it loaded. Idle models make room when memory is short. Raises DaemonError.
 
-        Another context for a loaded model means loading it again: `busy` while it answers, and a context that
+        Another context or draft model for a loaded model means loading it again: `busy` while it answers, and what
         cannot be had leaves it as it was.
         """
         began_s = self._clock()
@@ -172,17 +172,24 @@ class Node:
             self._check_open()
             path = self._resolve(request.model)
             known = self._loaded_from(path)
-            if known is not None and request.context in (None, known.plan.context_tokens):
+            draft = self._resolve(request.draft) if request.draft is not None else None
+            if known is not None:
+                draft = draft or known.draft_path
+            if (
+                known is not None
+                and request.context in (None, known.plan.context_tokens)
+                and draft == known.draft_path
+            ):
                 return Loaded(model=known.status(), seconds=0.0)
             config = self.config
             if request.context is not None:
                 config = config.with_context(request.context)
             if known is not None:
-                self._check_reload(known, config)
+                self._check_reload(known, config, draft)
                 self._drop(known)
                 known = None  # or it would stay in memory beside its successor
             name = self._free_name(path.name if str(path) == request.model else request.model, path)
-            model = self._load_with_room(name, path, config, progress)
+            model = self._load_with_room(name, path, draft, config, progress)
             with self._wake:
                 self._models[name] = model
         log.info("loaded %s: %s", name, model.plan.describe())
@@ -297,29 +304,45 @@ class Node:
         with self._wake:
             return str(path) if name in self._models else name
 
-    def _check_reload(self, model: LoadedModel, config: NodeConfig) -> None:
-        """Raises DaemonError when `model` could not be loaded again with `config`, before it is dropped."""
+    def _check_reload(self, model: LoadedModel, config: NodeConfig, draft: Path | None) -> None:
+        """Raises DaemonError when `model` could not be loaded again like this, before it is dropped."""
         if model.engine.busy:
             hint = "try again when it is idle"
             raise DaemonError(
-                "busy", f"{model.name} is answering, so its context stays", hint, retry_after_s=1.0
+                "busy", f"{model.name} is answering, so it stays as it is", hint, retry_after_s=1.0
             )
         self._check_room(model.name, model.checkpoint, config)
+        if draft is not None:
+            try:
+                with open_checkpoint(draft) as small:
+                    check_vocabulary(model.name, model.tokenizer, draft.name, small.tokenizer())
+            except Exception as error:
+                raise refusal(error, f"draft model {draft.name}") from error
 
     def _check_room(self, name: str, checkpoint: Checkpoint, config: NodeConfig) -> None:
         """Raises DaemonError when the model would not fit even without every idle one."""
         with self._wake:
-            idle_bytes = sum(m.plan.peak_bytes for m in self._models.values() if not m.engine.busy)
+            idle_bytes = sum(m.peak_bytes for m in self._models.values() if not m.engine.busy)
         try:
             make_plan(checkpoint, config, self.budget.free_bytes + idle_bytes)
         except Exception as error:
             raise refusal(error, name) from error
 
-    def _load_with_room(self, name: str, path: Path, config: NodeConfig, progress: Progress) -> LoadedModel:
+    def _load_with_room(
+        self, name: str, path: Path, draft: Path | None, config: NodeConfig, progress: Progress
+    ) -> LoadedModel:
         while True:
             return_freed()
             try:
-                return LoadedModel.load(name, path, config, self.budget, clock=self._clock, progress=progress)
+                return LoadedModel.load(
+                    name,
+                    path,
+                    config,
+                    self.budget,
+                    draft=draft,
+                    clock=self._clock,
+                    progress=progress,
+                )
             except DaemonError as error:
                 if error.code != "resources":
                     raise

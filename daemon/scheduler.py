@@ -22,19 +22,24 @@ from .errors import DaemonError
 from .fairness import TokenCounters
 from .forecast import AnswerLengths, Growth, peak_tokens
 from .sequence import Batch, Chunk, Sequence
+from .speculation import drafts
 from .step_cost import StepCost
 
 SLOWDOWN = 2.0  # a step that also carries parts of prompts takes at most so many times one without
 LEAST_CHUNK = 4  # tokens of prompts in a step, however slow: else a prompt would never be read
 RETRY_S = (0.5, 60.0)  # least and most that a client is told to wait
+FIRST_RETRY_S = 5.0  # while no step has been measured
 
 Results = Ordered[Ordered[Sampled] | Exception]
 
 
 class Scheduler:
-    """`sequences` run at once, `queue` more wait; a step holds at most `chunk_tokens` tokens of prompts."""
+    """`sequences` run at once, `queue` more wait; a step holds at most `chunk_tokens` tokens of prompts and
+    `guesses` that are guessed ahead."""
 
-    def __init__(self, cache: PrefixCache, *, sequences: int, queue: int, chunk_tokens: int) -> None:
+    def __init__(
+        self, cache: PrefixCache, *, sequences: int, queue: int, chunk_tokens: int, guesses: int
+    ) -> None:
         self.cache = cache
         self.cost = StepCost()
         self.waiting: list[Sequence] = []
@@ -42,9 +47,12 @@ class Scheduler:
         self.preemptions = 0
         self.prompt_tokens = 0  # of all prompts admitted so far
         self.cached_tokens = 0  # of these, found in the prefix cache
+        self.drafted_tokens = 0  # guessed ahead so far
+        self.accepted_tokens = 0  # of these, guessed right
         self._sequences = sequences
         self._queue = queue
         self._chunk_tokens = chunk_tokens
+        self.guesses = guesses
         self._lengths = AnswerLengths()
         self._counters = TokenCounters()
         self._arrivals = 0
@@ -92,18 +100,21 @@ class Scheduler:
         for sequence in [s for s in (*self.running, *self.waiting) if s.deadline_s <= now_s]:
             self._finish(sequence, "deadline")
         preempted = self.preemptions
-        chunks = [
-            Chunk.of(sequence, 1)
+        decoding = [
+            sequence
             for sequence in sorted(self.running, key=_seniority)
             if sequence.remaining == 1 and self._reserve(sequence, sequence.computed + 1)
         ]
         copies: list[Copy] = []
         if self.preemptions == preempted:  # else what made room would come back at once
             self._admit(copies)
-        budget = self._prompt_budget(len(chunks))
-        begun = {chunk.sequence for chunk in chunks}
-        for sequence in sorted(self.running, key=self._turn):
-            if budget > 0 and sequence.running and sequence not in begun:
+        decoding = [sequence for sequence in decoding if sequence.running]
+        prompts = [s for s in sorted(self.running, key=self._turn) if s not in decoding]
+        budget = self._prompt_budget(len(decoding))
+        chunks = self._decode(decoding, min(self.guesses, budget // 2 if prompts else self.guesses))
+        budget -= sum(len(chunk.draft) for chunk in chunks)
+        for sequence in prompts:
+            if budget > 0 and sequence.running:
                 self._adopt(sequence, copies)
                 tokens = min(sequence.remaining, budget)
                 if self._reserve(sequence, sequence.computed + tokens):
@@ -121,8 +132,11 @@ class Scheduler:
                 self.fail(sequence, result)
                 continue
             sequence.computed = chunk.end
-            self._charge(chunk, len(result))
+            before = len(sequence.tokens)
             reason = self._append(sequence, result)
+            appended = sequence.tokens[before:]
+            self._score(chunk, appended)
+            self._charge(chunk, len(appended))
             if reason is None:
                 self.cache.publish(sequence.holding, sequence.tokens, sequence.computed)
             else:
@@ -204,6 +218,8 @@ class Scheduler:
 
     def _retry_after_s(self) -> float:
         """When about half of what is to be done now will have been done."""
+        if not self.cost.measured:
+            return FIRST_RETRY_S
         everything = [*self.running, *self.waiting]
         prompts = sum(sequence.remaining for sequence in everything)
         answers = sum(self._expected(sequence) for sequence in everything)
@@ -231,6 +247,26 @@ class Scheduler:
         self.preemptions += 1
         self.waiting.append(sequence)
 
+    # --- guesses -------------------------------------------------------------------------------------------
+
+    def _decode(self, decoding: list[Sequence], spare: int) -> list[Chunk]:
+        """One token of each, and at most `spare` guesses at what follows, as far as there are pages for them."""
+        guessing = [(sequence.guesser, sequence.limit - len(sequence.tokens) - 1) for sequence in decoding]
+        chunks = []
+        for sequence, draft in zip(decoding, drafts(guessing, spare, self.cost), strict=True):
+            if not self.cache.extend(sequence.holding, len(sequence.tokens) + len(draft)):
+                draft = ()  # nobody makes room for guesses
+            chunks.append(Chunk.of(sequence, 1, draft))
+        return chunks
+
+    def _score(self, chunk: Chunk, appended: list[int]) -> None:
+        sequence, accepted = chunk.sequence, max(0, len(appended) - 1)
+        sequence.guesser.score(appended)
+        sequence.drafted_tokens += len(chunk.draft)
+        sequence.accepted_tokens += accepted
+        self.drafted_tokens += len(chunk.draft)
+        self.accepted_tokens += accepted
+
     # --- ends ----------------------------------------------------------------------------------------------
 
     def _charge(self, chunk: Chunk, generated: int) -> None:
@@ -241,6 +277,7 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, sampled: Ordered[Sampled]) -> FinishReason | None:
         for one in sampled:
+            sequence.computed = len(sequence.tokens)
             sequence.tokens.append(one.token_id)
             reason = sequence.sink.accept(one)
             if reason is None and len(sequence.tokens) >= sequence.limit:

@@ -13,6 +13,8 @@ from shoal.comm.messages import FinishReason
 from shoal.models.sampling import Sampled, Sampler
 from shoal.offload.prefix import Copy, Holding
 
+from .speculation import Guesser
+
 
 class Sink(Protocol):
     """Where a sequence's tokens go. Called by the engine's thread; must not block."""
@@ -60,13 +62,17 @@ class Sequence:
     holding: Holding = field(default_factory=Holding)
     number: int = 0  # in order of arrival
     cached_tokens: int = 0  # of the prompt, that did not have to be computed
+    drafted_tokens: int = 0  # guessed ahead
+    accepted_tokens: int = 0  # of these, guessed right
     preemptions: int = 0
     running: bool = False  # else it waits, or has ended
     ended: bool = False
     prompt_tokens: int = field(init=False)
+    guesser: Guesser = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.tokens)
+        self.guesser = Guesser(self.tokens)
 
     @property
     def generated(self) -> int:
@@ -80,26 +86,40 @@ class Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Part of a step: tokens [start, end) of one sequence, with its `pages`: they stay if it is cancelled meanwhile."""
+    """Part of a step: tokens [start, end) of one sequence, and after them `draft`, which is only guessed.
+
+    Has its `pages`: they stay if it is cancelled meanwhile.
+    """
 
     sequence: Sequence
     start: int
     end: int
     pages: tuple[int, ...]
+    draft: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, sequence: Sequence, tokens: int) -> Chunk:
-        """The next so many tokens; the sequence has the pages for them."""
-        return cls(sequence, sequence.computed, sequence.computed + tokens, tuple(sequence.holding.pages))
+    def of(cls, sequence: Sequence, tokens: int, draft: tuple[int, ...] = ()) -> Chunk:
+        """The next so many tokens, then `draft`; the sequence has the pages for them."""
+        start = sequence.computed
+        return cls(sequence, start, start + tokens, tuple(sequence.holding.pages), draft)
 
     @property
     def tokens(self) -> list[int]:
-        return self.sequence.tokens[self.start : self.end]
+        return [*self.sequence.tokens[self.start : self.end], *self.draft]
 
     @property
     def samples(self) -> bool:
         """Does this chunk reach the end, so that a next token comes out of it?"""
         return self.end == len(self.sequence.tokens)
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.start + len(self.draft)
+
+    @property
+    def rows_wanted(self) -> int:
+        """After how many of its last tokens it is to be known what follows."""
+        return 1 + len(self.draft) if self.samples else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,4 +131,4 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        return sum(chunk.end - chunk.start for chunk in self.chunks)
+        return sum(chunk.rows for chunk in self.chunks)

@@ -22,11 +22,18 @@ from .node import Node
 from .server import Server
 
 
-def serve(config: NodeConfig, *, home: Home, model: str | None = None, addresses: Sequence[str] = ()) -> None:
+def serve(
+    config: NodeConfig,
+    *,
+    home: Home,
+    model: str | None = None,
+    draft: str | None = None,
+    addresses: Sequence[str] = (),
+) -> None:
     """Serve until SIGTERM or SIGINT; the first lets running requests end, the second stops at once.
 
-    `addresses` default to the home's private socket. `model` is loaded meanwhile. Raises DaemonError when an
-    address is taken or refused, or the model cannot be loaded.
+    `addresses` default to the home's private socket. `model` is loaded meanwhile, with `draft` to guess for it.
+    Raises DaemonError when an address is taken or refused, or the model cannot be loaded.
     """
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -43,7 +50,7 @@ def serve(config: NodeConfig, *, home: Home, model: str | None = None, addresses
 
     def load(name: str) -> None:
         try:
-            node.load(Load(model=name))
+            node.load(Load(model=name, draft=draft))
         except DaemonError as error:
             failures.append(error)
             server.stop()

@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import math
 
-_FIRST_GUESS = (
-    0.15  # cost of one more row in a step of one, until measured: about what weights read once leave
-)
+_FIRST_GUESS = 0.15  # one more row, as a share of a step of one: about what reading the weights leaves
 _PACE_RATE = 0.2
 _SHAPE_RATE = 0.1  # of a point measured often; the first measurements count more
-_SURPRISE = (
-    1.0  # most that one measurement may differ, as a logarithm: a step that was held up is not believed
-)
+_SURPRISE = 1.0  # most that one measurement may differ, as a logarithm: a step held up is not believed
 _POINTS = 17  # the shape is known at 1, 2, 4, … 65536 rows
 
 
@@ -31,6 +27,10 @@ class StepCost:
         self._pace_s = 0.0  # a step of one row; 0 = nothing measured yet
         self._shape = [1 + row_share * ((1 << point) - 1) for point in range(_POINTS)]
         self._measured = [0.0] * _POINTS
+
+    @property
+    def measured(self) -> bool:
+        return self._pace_s > 0
 
     def seconds(self, rows: int) -> float:
         """Expected duration of a step of `rows` rows; in steps of one row while nothing has been measured."""

@@ -159,19 +159,24 @@ class Sampler:
         params = self._params
         maximum = float(logits.max())
         _check_maximum(maximum)
-        # (vocab,) probabilities relative to the likeliest token, which has 1.
+        ids: Ids | None = None
+        if 0 < params.top_k < len(logits):
+            ids = _highest(logits, params.top_k)
+            logits = logits[ids]
+        # Probabilities relative to the likeliest token, which has 1: (vocab,) or those of top-k.
         with np.errstate(over="ignore", under="ignore"):
             weights = logits - np.float32(maximum)
             weights /= np.float32(params.temperature)
             np.exp(weights, out=weights)
-        ids: Ids | None = None
-        if params.top_k or params.top_p < 1:
-            ids = _likeliest(weights, params.top_k, params.top_p)
+        kept: Ids | None = None
+        if params.top_p < 1:
+            kept = _nucleus(weights, params.top_p)
         if params.min_p > 0:
             likely = weights >= params.min_p
-            ids = np.flatnonzero(likely) if ids is None else ids[likely[ids]]
-        if ids is not None:
-            weights = weights[ids]
+            kept = np.flatnonzero(likely) if kept is None else kept[likely[kept]]
+        if kept is not None:
+            weights = weights[kept]
+            ids = kept if ids is None else ids[kept]
         cumulative = weights.cumsum(dtype=np.float64)
         point = float(torch.rand((), generator=self._generator, dtype=torch.float64)) * cumulative[-1]
         # Rounding may put the point on the end of the line: then it is the last token with any weight.
@@ -202,34 +207,34 @@ class _Window:
                     del self.counts[oldest]
 
 
-def _likeliest(weights: Floats, top_k: int, top_p: float) -> Ids:
-    """Ids, ascending, that top-k and top-p leave of weights (vocab,); of equals, the lowest.
-
-    Top-p leaves the fewest that hold its share of what top-k left (Holtzman et al. 2019).
-    """
-    vocab = len(weights)
-    if 0 < top_k < vocab:
-        best = _largest(weights, top_k)
-        mass = top_p * best.sum(dtype=np.float64)
-    else:
-        mass = top_p * weights.sum(dtype=np.float64)
-        best = _largest(weights, min(_FIRST_CANDIDATES, vocab))
-        if best.sum(dtype=np.float64) < mass:
-            best = _largest(weights, vocab)
-    kept = len(best)
-    if top_p < 1:
-        before = best.cumsum(dtype=np.float64) - best
-        kept = max(1, int((before < mass).sum()))
-    floor = best[kept - 1]
-    above, equal = np.flatnonzero(weights > floor), np.flatnonzero(weights == floor)
-    return np.union1d(above, equal[: kept - len(above)])
+def _nucleus(weights: Floats, top_p: float) -> Ids:
+    """Ids, ascending, of the fewest weights (n,) that hold this share of their sum (Holtzman et al. 2019)."""
+    mass = top_p * weights.sum(dtype=np.float64)
+    ids = _highest(weights, _FIRST_CANDIDATES)
+    best = np.sort(weights[ids])[::-1].astype(np.float64)
+    after = best.cumsum()
+    if after[-1] < mass and len(ids) < len(weights):
+        ids = np.arange(len(weights))
+        best = np.sort(weights)[::-1].astype(np.float64)
+        after = best.cumsum()
+    return ids[_highest(weights[ids], max(1, int((after - best < mass).sum())))]
 
 
-def _largest(values: Floats, count: int) -> Floats:
-    """The `count` largest values, the largest first."""
-    if count < len(values):
-        values = np.partition(values, len(values) - count)[len(values) - count :]
-    return np.sort(values)[::-1]
+def _highest(values: Floats, count: int) -> Ids:
+    """Ids, ascending, of the `count` largest values; of equals, the lowest."""
+    if count >= len(values):
+        return np.arange(len(values))
+    ids: Ids | None = None
+    if (groups := 8 * count) < len(values) // 2:
+        # So many groups have a maximum of at least the floor, hence so many values do: few have to be looked at.
+        maxima = values[: len(values) // groups * groups].reshape(-1, groups).max(axis=0)
+        floor = np.partition(maxima, groups - count)[groups - count]
+        ids = np.flatnonzero(values >= floor)
+        values = values[ids]
+    floor = np.partition(values, len(values) - count)[len(values) - count]
+    kept = values > floor
+    kept[np.flatnonzero(values == floor)[: count - int(kept.sum())]] = True
+    return np.flatnonzero(kept) if ids is None else ids[kept]
 
 
 def _with_logprobs(token_id: int, logits: Floats, count: int) -> Sampled:
@@ -237,8 +242,8 @@ def _with_logprobs(token_id: int, logits: Floats, count: int) -> Sampled:
     total = maximum + math.log(np.exp(logits - np.float32(maximum)).sum(dtype=np.float64))
     top: tuple[tuple[int, float], ...] = ()
     if count:
-        ids = np.flatnonzero(logits >= _largest(logits, min(count, len(logits)))[-1])
-        ids = ids[np.argsort(-logits[ids], kind="stable")][:count]
+        ids = _highest(logits, count)
+        ids = ids[np.argsort(-logits[ids], kind="stable")]
         top = tuple((i, value - total) for i, value in zip(ids.tolist(), logits[ids].tolist(), strict=True))
     return Sampled(token_id, float(logits[token_id]) - total, top)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import tokenizers
@@ -123,21 +124,15 @@ class _Pairs(Sequence[tuple[str, str]]):
         return len(self._merges)
 
     def __getitem__(self, index: Any) -> Any:
-        return _pair(self._merges[index])
+        return next(islice(self, index, None))
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for merge in self._merges:
-            pair = _pair(merge)
-            if not pair[1]:
+            cut = merge.find(" ", 1)  # a left part may itself begin with a space
+            if cut < 0:
                 self.bad = merge
                 return
-            yield pair
-
-
-def _pair(merge: str) -> tuple[str, str]:
-    """(left, right), "" for a part that is missing. A left part may itself begin with a space."""
-    left, _, right = merge[1:].partition(" ")
-    return merge[:1] + left, right
+            yield merge[:cut], merge[cut + 1 :]
 
 
 class ByteLevelBpe:
@@ -151,10 +146,6 @@ class ByteLevelBpe:
         pairs = _Pairs(merges)
         with library_errors("the merges do not fit the vocabulary"):
             bpe = models.BPE(ids, pairs, ignore_merges=rule.whole_words)
-            if pairs.bad is not None:
-                raise TokenizerError(
-                    f"the merge {pairs.bad[:60]!r} is not two texts with a space between them"
-                )
             self._library = tokenizers.Tokenizer(bpe)
             words: list[pre_tokenizers.PreTokenizer] = [
                 pre_tokenizers.Split(tokenizers.Regex(split), "isolated") for split in rule.splits
@@ -165,6 +156,8 @@ class ByteLevelBpe:
                 gap = tokenizers.Regex(f"[{''.join(map(re.escape, absent))}]")
                 words.append(pre_tokenizers.Split(gap, "removed"))
             self._library.pre_tokenizer = pre_tokenizers.Sequence(words)
+        if pairs.bad is not None:
+            raise TokenizerError(f"the merge {pairs.bad[:60]!r} is not two texts with a space between them")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""

@@ -86,6 +86,7 @@ def _from_library(
     data = _read_bytes(path)
     with library_errors(f"{path.name} is not a tokenizer"):
         library = tokenizers.Tokenizer.from_buffer(data)
+        del data  # as large as what was made of it
         library.no_truncation()
         library.no_padding()
         ids = library.get_vocab(with_added_tokens=True)

@@ -141,12 +141,12 @@ class Vocabulary:
             return text.encode()
 
 
-def inverse(tokens: Iterable[str]) -> dict[str, int]:
+def inverse(tokens: Texts | list[str]) -> dict[str, int]:
     """Text → id. Large, so nothing keeps it: mergers are made from it. TokenizerError if two tokens share a text."""
-    ids: dict[str, int] = {}
-    for token_id, text in enumerate(tokens):
-        if ids.setdefault(text, token_id) != token_id:
-            raise TokenizerError(f"the vocabulary holds the token {text[:60]!r} twice; the file is damaged")
+    ids = {text: token_id for token_id, text in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        twice = next(text for token_id, text in enumerate(tokens) if ids[text] != token_id)
+        raise TokenizerError(f"the vocabulary holds the token {twice[:60]!r} twice; the file is damaged")
     return ids
 
 

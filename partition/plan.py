@@ -53,8 +53,9 @@ class Plan:
     blocks: tuple[BlockPlan, ...]  # in the order of a step
     kv: KvPlan
     context_tokens: int  # longest sequence
-    chunk_tokens: int  # prefill chunks end at multiples of this position
+    chunk_tokens: int  # of prompts in one step, at most
     sequences: int  # decoded together at most
+    guesses: int  # tokens guessed ahead in a step at most, all sequences together
     threads: int
     scratch_bytes: int  # what a step needs besides weights and KV
     ranks: int = 1
@@ -83,16 +84,19 @@ def kv_token_bytes(spec: ModelSpec, dtype: str) -> int:
     return len(spec.layers) * spec.kv_heads * head
 
 
-def scratch_bytes(spec: ModelSpec, *, context_tokens: int, chunk_tokens: int, sequences: int) -> int:
-    """The most that one step of `chunk_tokens` and a decode of every sequence holds besides weights and KV, in f32."""
+def scratch_bytes(
+    spec: ModelSpec, *, context_tokens: int, chunk_tokens: int, sequences: int, guesses: int
+) -> int:
+    """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and
+    KV, in f32."""
     moe = spec.moe
     ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
     heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, what is mixed, k and v
-    rows = (chunk_tokens + sequences) * (4 * spec.hidden + 3 * ffn + heads)
+    rows = (chunk_tokens + sequences + guesses) * (4 * spec.hidden + 3 * ffn + heads)
     attention = context_tokens * (
         2 * spec.kv_heads * spec.head_dim + chunk_tokens
     )  # K, V and mask of one layer
-    return KERNEL_BYTES + 4 * (rows + attention + sequences * spec.vocab)
+    return KERNEL_BYTES + 4 * (rows + attention + (sequences + guesses) * spec.vocab)
 
 
 def plan_in_ram(
@@ -104,6 +108,7 @@ def plan_in_ram(
     kv_type: str,
     chunk_tokens: int,
     sequences: int,
+    guesses: int,
     threads: int,
     memory_bytes: int,
 ) -> Plan:
@@ -117,7 +122,11 @@ def plan_in_ram(
     weights = sum(block_bytes.values())
     per_sequence = -(-context_tokens // PAGE_TOKENS)
     scratch = scratch_bytes(
-        spec, context_tokens=context_tokens, chunk_tokens=chunk_tokens, sequences=sequences
+        spec,
+        context_tokens=context_tokens,
+        chunk_tokens=chunk_tokens,
+        sequences=sequences,
+        guesses=guesses,
     )
     least = weights + scratch + per_sequence * page_bytes
     if kv_tokens is not None:
@@ -137,6 +146,7 @@ def plan_in_ram(
         context_tokens=context_tokens,
         chunk_tokens=chunk_tokens,
         sequences=sequences,
+        guesses=guesses,
         threads=threads,
         scratch_bytes=scratch,
     )

@@ -56,11 +56,13 @@ class FakeAnswers:
         self.fails = fails
         self.status = model_status(**status)
         self.loaded: list[str] = []
+        self.drafts: list[str | None] = []
         self.requests: list[Generate | Chat] = []
         self.cancelled = 0
 
-    def load(self, model: str) -> ModelStatus:
+    def load(self, model: str, draft: str | None) -> ModelStatus:
         self.loaded.append(model)
+        self.drafts.append(draft)
         return self.status
 
     @contextmanager
@@ -90,6 +92,7 @@ class FakeClient:
         self.models = {model.name: model for model in models}
         self.answers = FakeAnswers(*words)
         self.fails: Exception | None = None
+        self.drafts: list[str | None] = []
         self.loads: list[tuple[str, int | None]] = []
 
     def __call__(self, address: str | None = None, **options: Any) -> FakeClient:
@@ -122,8 +125,9 @@ class FakeClient:
             tokens_total=99,
         )
 
-    def load(self, model: str, context: int | None = None) -> Loaded:
+    def load(self, model: str, context: int | None = None, draft: str | None = None) -> Loaded:
         self.loads.append((model, context))
+        self.drafts.append(draft)
         name = Path(model).stem
         found = self.models.get(name, model_status(name, path=model))
         if context is not None:

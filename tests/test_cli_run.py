@@ -13,18 +13,19 @@ from typing import Any
 
 import pytest
 import tiny
-from cli_fakes import FakeAnswers, shoal
+from cli_fakes import TIMINGS, FakeAnswers, shoal
 
 from shoal.cli import run as run_verb
-from shoal.cli.run import _piped
+from shoal.cli.run import _piped, statistics
 from shoal.comm.errors import NoDaemon, RequestFailed
-from shoal.comm.messages import Chat, Generate
+from shoal.comm.messages import Chat, Done, Generate, Timings, Usage
 from shoal.daemon.errors import DaemonError
 
 FIELDS = [
     "text",
     "token_ids",
     "prompt_tokens",
+    "cached_tokens",
     "completion_tokens",
     "finish_reason",
     "ttft_s",
@@ -32,6 +33,8 @@ FIELDS = [
     "decode_tokens_per_s",
     "peak_memory_bytes",
     "stall_s",
+    "drafted_tokens",
+    "accepted_tokens",
     "plan",
 ]
 
@@ -79,6 +82,18 @@ def test_the_answer_is_on_stdout_and_the_figures_on_stderr(stage: Stage, tmp_pat
     assert stage.here.loaded == [str(tmp_path / "m.gguf")]
 
 
+def test_guessing_ahead_is_an_option(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    shoal("run", "m.gguf", "Why?")
+    shoal("run", "m.gguf", "Why?", "--speculate", "off")
+    shoal("run", "m.gguf", "Why?", "--draft", "small.gguf")
+    assert [config.max_guesses for config in stage.configs] == [32, 0, 32]
+    assert stage.here.drafts == [None, None, str(tmp_path / "small.gguf")]
+    guessed = Usage(prompt_tokens=7, completion_tokens=20, drafted_tokens=9, accepted_tokens=8)
+    line = statistics(Done(finish_reason="stop", usage=guessed, timings=TIMINGS))
+    assert line.endswith("20 tokens (12.5/s), 8 of them guessed")
+
+
 def test_json_has_exactly_its_fields(stage: Stage) -> None:
     result = shoal("run", "--json", "m.gguf", "Why?")
     found = json.loads(result.stdout)
@@ -109,6 +124,18 @@ def test_raw_feeds_the_prompt_as_it_is(stage: Stage) -> None:
     assert isinstance(request, Generate)
     assert (request.prompt, request.stop, request.max_tokens) == ("Once", ["END"], 5)
     assert request.sampling.temperature == 0
+
+
+def test_priority_and_deadline_are_passed_on_and_told(stage: Stage) -> None:
+    result = shoal("run", "m.gguf", "Once", "--priority", "-3", "--deadline", "1.5")
+    assert result.exit_code == 0
+    (request,) = stage.here.requests
+    assert (request.priority, request.deadline_s) == (-3, 1.5)
+    assert shoal("run", "m.gguf", "Once", "--deadline", "0").exit_code == 2
+    usage = Usage(prompt_tokens=9, completion_tokens=2, cached_tokens=5)
+    line = statistics(Done(finish_reason="deadline", usage=usage, timings=Timings()))
+    assert "9 prompt tokens · 5 of them known" in line
+    assert line.endswith("cut at the deadline")
 
 
 def test_a_model_without_template_continues_the_prompt_and_says_so(stage: Stage) -> None:

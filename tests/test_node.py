@@ -7,7 +7,9 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +98,67 @@ def test_eight_together_answer_as_one_after_the_other(node: Node) -> None:
         thread.join(timeout=60)
     assert together == alone
     assert len({str(ids) for _, ids in alone}) == 8
+
+
+def test_a_second_turn_computes_only_what_is_new(node: Node, path: Path) -> None:
+    first = prompt(0, new=20)
+    _, ids, done = text_of(node, first)
+    assert done.usage.cached_tokens == 0
+    second = Generate(
+        prompt_tokens=[*(first.prompt_tokens or []), *ids, 9, 8], sampling=GREEDY, max_tokens=10
+    )
+    _, again, done = text_of(node, second)
+    assert done.usage.cached_tokens == 40 + 19  # the last token of an answer is never computed
+    node.unload(Unload())
+    node.load(Load(model=str(path)))
+    _, afresh, done = text_of(node, second)
+    assert (afresh, done.usage.cached_tokens) == (again, 0)
+
+
+def test_preempted_answers_are_those_given_alone(path: Path) -> None:
+    """Answers that turn out longer than any before fill four pages with four sequences that need two each."""
+    config = replace(CONFIG, context_tokens=128, kv_tokens=256)
+    sampling = [GREEDY, Sampling(temperature=1.0, seed=5, repetition_penalty=1.2)]
+
+    def ask(node: Node, number: int) -> list[int]:
+        ids = [(7 * number + 13 * i) % 250 for i in range(50 + number)]
+        request = Generate(
+            prompt_tokens=ids, sampling=sampling[number % 2], max_tokens=60, ignore_eos=True, model=str(path)
+        )
+        return text_of(node, request)[1]
+
+    with Node(config) as node:
+        alone = [ask(node, number) for number in range(4)]
+    with Node(config) as node:
+        node.load(Load(model=str(path)))
+        scheduler = next(iter(node._models.values())).engine.scheduler
+        for _ in range(256):
+            scheduler._lengths.note(1)
+        with ThreadPoolExecutor(4) as threads:
+            together = list(threads.map(lambda number: ask(node, number), range(4)))
+        assert node.status().models[0].preemptions_total > 0
+    assert together == alone
+
+
+def test_a_pool_smaller_than_the_context_bounds_requests(path: Path) -> None:
+    with Node(replace(CONFIG, kv_tokens=64)) as node:
+        node.load(Load(model=str(path)))
+        for request in (prompt(0, tokens=70, new=3), prompt(0, tokens=40, new=40)):
+            with pytest.raises(DaemonError, match=r"may reach \d+, the KV pool holds 64") as caught:
+                text_of(node, request)
+            assert caught.value.code == "resources"
+        open_ended = Generate(prompt_tokens=[5] * 40, sampling=GREEDY, ignore_eos=True)
+        done = text_of(node, open_ended)[2]
+        assert (done.finish_reason, done.usage.completion_tokens) == ("length", 24)
+
+
+def test_a_deadline_ends_an_answer_with_what_it_has(path: Path) -> None:
+    ticks = count()
+    with Node(CONFIG, clock=lambda: float(next(ticks))) as node:  # a step takes two seconds
+        node.load(Load(model=str(path)))
+        done = text_of(node, prompt(0, new=50, deadline_s=60.0))[2]
+    assert done.finish_reason == "deadline"
+    assert 1 <= done.usage.completion_tokens < 40
 
 
 def test_same_seed_same_text(node: Node) -> None:
@@ -257,6 +320,25 @@ def test_a_refused_context_leaves_the_model_loaded(node: Node, path: Path) -> No
         node.load(Load(model=str(path), context=48))
     assert caught.value.code == "busy"
     assert [type(event) for event in stream][-1] is Done
+
+
+def test_a_draft_model_stays_until_another_is_asked_for(node: Node, path: Path, tmp_path: Path) -> None:
+    small = tiny.save_gguf(tiny.hf_model("llama", seed=12), tmp_path / "small.gguf")
+    plain = text_of(node, prompt(0, new=20))
+    held_bytes = node.budget.held_bytes
+    for request in (
+        Load(model=str(path), draft=str(small)),
+        Load(model=str(path)),
+        Load(model=str(path), context=80),
+    ):
+        assert node.load(request).model.plan.endswith(", drafts by small.gguf")
+        assert node.budget.held_bytes > held_bytes
+    assert text_of(node, prompt(0, new=20))[:2] == plain[:2]
+    with pytest.raises(DaemonError, match="nope"):
+        node.load(Load(model=str(path), draft="nope"))
+    assert "drafts by small.gguf" in node.status().models[0].plan
+    node.unload(Unload())
+    assert node.budget.held_bytes == 0
 
 
 def test_an_unloaded_model_leaves_memory(node: Node) -> None:

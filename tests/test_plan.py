@@ -27,7 +27,14 @@ BLOCK_BYTES = 1 << 20
 
 
 def plan(memory_bytes: int = 1 << 30, **changes: Any) -> Plan:
-    options = {"context_tokens": 1000, "kv_tokens": None, "chunk_tokens": 128, "sequences": 4, "threads": 2}
+    options = {
+        "context_tokens": 1000,
+        "kv_tokens": None,
+        "chunk_tokens": 128,
+        "sequences": 4,
+        "guesses": 8,
+        "threads": 2,
+    }
     return plan_in_ram(
         SPEC,
         dict.fromkeys(SPEC.blocks(), BLOCK_BYTES),
@@ -63,7 +70,7 @@ def test_kv_asked_for_is_kv_planned() -> None:
 
 @pytest.mark.parametrize("field", ["hidden", "vocab", "ffn", "kv_heads"])
 def test_scratch_grows_with_the_model_and_the_step(field: str) -> None:
-    step = {"context_tokens": 1000, "chunk_tokens": 128, "sequences": 4}
+    step = {"context_tokens": 1000, "chunk_tokens": 128, "sequences": 4, "guesses": 8}
     least = scratch_bytes(SPEC, **step)
     assert scratch_bytes(replace(SPEC, **{field: 2 * getattr(SPEC, field)}), **step) > least
     for name in step:

@@ -22,12 +22,16 @@ class Asked:
     interrupted: bool = False
 
 
-def play(seed: int) -> int:
-    """One random workload; returns how often something was preempted."""
+def play(seed: int) -> tuple[int, int]:
+    """One random workload; returns how often something was preempted, and how many guesses were right."""
     source = random.Random(seed)
     pages = source.randint(6, 40)
     subject = scheduler(
-        pages, sequences=source.randint(1, 6), queue=source.randint(0, 12), chunk=source.randint(1, 40)
+        pages,
+        sequences=source.randint(1, 6),
+        queue=source.randint(0, 12),
+        chunk=source.randint(1, 40),
+        guesses=source.choice([0, 3, 32]),
     )
     row_s, step_s = source.random(), source.random() * 20
     engine = FakeEngine(subject, lambda rows: step_s + rows * row_s + 1e-3)
@@ -80,11 +84,13 @@ def play(seed: int) -> int:
         if one.interrupted or one.sink.ended == ["deadline"]:
             truth = truth[: len(one.sink.tokens)]
         assert one.sink.tokens == truth
-    return subject.preemptions
+    return subject.preemptions, subject.accepted_tokens
 
 
 def test_many_random_workloads() -> None:
-    assert sum(play(seed) for seed in range(100)) > 40
+    preempted, accepted = zip(*(play(seed) for seed in range(100)), strict=True)
+    assert sum(preempted) > 40
+    assert sum(accepted) > 400
 
 
 @settings(deadline=None, max_examples=30)

@@ -1,0 +1,150 @@
+"""A draft model: a small model that guesses what a large one with the same vocabulary says next, greedily.
+
+Knows how to compute guesses and to keep the small model's KV in step with what was accepted: a wrong guess is
+overwritten, and pages are shared between texts as in any pool. How deep to guess is `speculation`'s business, and
+whether guesses were right too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from shoal.models.step import Step
+from shoal.offload.kv import KvPool
+from shoal.offload.prefix import Holding, PrefixCache
+
+from .draft import Draft
+from .executor import Executor
+from .sequence import Sequence
+from .speculation import model_depth
+from .step_cost import StepCost
+
+GRADES = 10  # confidence in tenths
+
+Part = tuple[list[int], int, list[int], int]  # token ids, start, pages, rows wanted
+
+
+@dataclass(eq=False)
+class _Followed:
+    """How far the small model has come with a sequence: KV of its first `computed` tokens, then of `ahead`."""
+
+    holding: Holding = field(default_factory=Holding)
+    computed: int = 0
+    ahead: list[int] = field(default_factory=list)
+
+
+class Drafter:
+    """Guesses for the sequences of one engine, from its thread. `vocab`: ids from there on are no guesses."""
+
+    def __init__(
+        self, executor: Executor, kv: KvPool, *, vocab: int, chunk_tokens: int, clock: Callable[[], float]
+    ) -> None:
+        self._executor = executor
+        self._kv = kv
+        self._vocab = vocab
+        self._chunk_tokens = chunk_tokens
+        self._clock = clock
+        self._cache = PrefixCache(kv.table, kv.page_tokens)
+        self._followed: dict[Sequence, _Followed] = {}
+        self._cost = StepCost()
+
+    def offer(self, decoding: list[Sequence], spare: int, cost: StepCost) -> None:
+        """Offer guesses to the guessers of these sequences, if that pays. `cost`: of the large model's steps."""
+        for sequence in [s for s in self._followed if not s.running]:
+            left = self._followed.pop(sequence)
+            self._cache.release(left.holding, sequence.tokens, left.computed)
+        if not (spare and decoding):
+            return
+        depth, least = 1, 0.0  # the first time, to see what it takes
+        if self._cost.measured:
+            depth, least = model_depth([s.guesser for s in decoding], spare, cost, self._cost)
+        if not depth:
+            return
+        with torch.inference_mode():
+            ready = self._catch_up(decoding)
+            self._guess(ready, depth, least)
+
+    def _catch_up(self, decoding: list[Sequence]) -> dict[Sequence, Tensor]:
+        """Read what is new, at most `chunk_tokens` in all; the logits (vocab,) after each text read to its end."""
+        parts: list[Part] = []
+        reading: list[Sequence] = []
+        budget = self._chunk_tokens
+        for sequence in decoding:
+            followed = self._settle(sequence)
+            start = followed.computed
+            end = min(len(sequence.tokens), start + budget)
+            if end > start and self._cache.extend(followed.holding, end):
+                budget -= end - start
+                wanted = int(end == len(sequence.tokens))
+                parts.append((sequence.tokens[start:end], start, followed.holding.pages, wanted))
+                reading.append(sequence)
+        logits = iter(self._run(parts) if parts else ())
+        for sequence, (ids, _, _, _) in zip(reading, parts, strict=True):
+            self._followed[sequence].computed += len(ids)
+        return {s: next(logits) for s, (_, _, _, wanted) in zip(reading, parts, strict=True) if wanted}
+
+    def _guess(self, ready: dict[Sequence, Tensor], depth: int, least: float) -> None:
+        """Guess token after token of all together, while as many as `least` are expected of one more round."""
+        drafts: dict[Sequence, tuple[list[int], list[int]]] = {sequence: ([], []) for sequence in ready}
+        chances = dict.fromkeys(ready, 1.0)
+        for count in range(depth):
+            likeliest = [_likeliest(logits) for logits in ready.values()]
+            for sequence, (token, grade) in zip(ready, likeliest, strict=True):
+                tokens, grades = drafts[sequence]
+                tokens.append(token)
+                grades.append(grade)
+                chances[sequence] *= sequence.guesser.model_chance(grade)
+            ready = {s: row for s, row in ready.items() if self._room(s, count + 1)}
+            if count + 1 == depth or sum(chances[sequence] for sequence in ready) < least:
+                break
+            parts = [
+                ([drafts[s][0][-1]], len(s.tokens) + count, self._followed[s].holding.pages, 1) for s in ready
+            ]
+            ready = dict(zip(ready, self._run(parts), strict=True))
+            for sequence in ready:
+                self._followed[sequence].ahead.append(drafts[sequence][0][-1])
+        for sequence, (tokens, grades) in drafts.items():
+            sequence.guesser.offer(Draft(tuple(tokens), tuple(grades)))
+
+    def _settle(self, sequence: Sequence) -> _Followed:
+        """Where the small model stands, with what was accepted of its last guesses; at the first time, what its
+        cache knows."""
+        followed = self._followed.get(sequence)
+        if followed is None:
+            followed = self._followed[sequence] = _Followed()
+            followed.computed, copy = self._cache.adopt(followed.holding, sequence.tokens, 0)
+            if copy is not None:
+                self._kv.copy_page(copy.source, copy.target)
+        for guess in followed.ahead:
+            # The last token is always read again: what follows it is asked for.
+            if followed.computed + 1 >= len(sequence.tokens) or sequence.tokens[followed.computed] != guess:
+                break
+            followed.computed += 1
+        followed.ahead.clear()
+        self._cache.publish(followed.holding, sequence.tokens, followed.computed)
+        return followed
+
+    def _room(self, sequence: Sequence, ahead: int) -> bool:
+        """Pages for so many guesses after the text, if it may get so long."""
+        length = len(sequence.tokens) + ahead
+        return length < sequence.limit and self._cache.extend(self._followed[sequence].holding, length)
+
+    def _run(self, parts: Iterable[Part]) -> tuple[Tensor, ...]:
+        """One step of the small model: logits (vocab,) of the rows wanted."""
+        began_s = self._clock()
+        step = Step.build(parts)
+        hidden = self._executor.forward(step)
+        logits = self._executor.head(hidden)[:, : self._vocab].unbind(0) if len(step.rows) else ()
+        self._cost.note(len(step.tokens), self._clock() - began_s)
+        return logits
+
+
+def _likeliest(logits: Tensor) -> tuple[int, int]:
+    """The likeliest token, and how likely it is in tenths (0 to 9)."""
+    token = int(logits.argmax())
+    share = float(torch.exp(logits[token] - torch.logsumexp(logits, 0)))
+    return token, min(int(share * GRADES), GRADES - 1) if share == share else 0
