@@ -28,6 +28,7 @@ from .step_cost import StepCost
 SLOWDOWN = 2.0  # a step that also carries parts of prompts takes at most so many times one without
 LEAST_CHUNK = 4  # tokens of prompts in a step, however slow: else a prompt would never be read
 RETRY_S = (0.5, 60.0)  # least and most that a client is told to wait
+FIRST_RETRY_S = 5.0  # while no step has been measured
 
 Results = Ordered[Ordered[Sampled] | Exception]
 
@@ -217,6 +218,8 @@ class Scheduler:
 
     def _retry_after_s(self) -> float:
         """When about half of what is to be done now will have been done."""
+        if not self.cost.measured:
+            return FIRST_RETRY_S
         everything = [*self.running, *self.waiting]
         prompts = sum(sequence.remaining for sequence in everything)
         answers = sum(self._expected(sequence) for sequence in everything)

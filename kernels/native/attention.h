@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t LOOK_ROWS = 96;   // widening a page costs as much as two rows' use of it
 constexpr int64_t THREAD_PARTS = 4;  // a tile of more than such a part of a thread's share is cut into its spans
 
+constexpr float LOG2_E = 1.44269504f;  // scores are powers of two
+
 // Tokens of a segment that are stored in one page.
 struct Piece {
     int32_t segment, from, to;  // rows of the segment
@@ -101,7 +103,7 @@ void store_job(const void* context, int64_t index, int worker) {
         float* q = w.queries(kv_head, token);
         for (int64_t g = 0; g < w.group; g++, q += dim) {
             ready(w, a.q + ((token * heads + kv_head) * w.group + g) * dim, a.q_norm, token, q);
-            for (int64_t d = 0; d < dim; d++) q[d] *= a.scale;
+            for (int64_t d = 0; d < dim; d++) q[d] *= a.scale * LOG2_E;
         }
     }
     put_columns<Cell::bytes>(cells, tokens, wide * Cell::bytes, dim, head + column * Cell::bytes);
@@ -127,13 +129,13 @@ void look_job(const void* context, int64_t index, int worker) {
     const Look& l = *w.jobs[index].look;
     const shoal::Segment& s = w.segment(l.segment);
     const Queries queries{w.queries(l.kv_head, s.first + l.from),
-                    w.rows(l),
-                    w.group,
-                    s.start + l.from,
-                    w.a.window,
-                    w.a.segments.pages + s.pages,
-                    w.a.kv.data + l.kv_head * w.layout.head_bytes,
-                    w.a.kv.page_bytes};
+                          w.rows(l),
+                          w.group,
+                          s.start + l.from,
+                          w.a.window,
+                          w.a.segments.pages + s.pages,
+                          w.a.kv.data + l.kv_head * w.layout.head_bytes,
+                          w.a.kv.page_bytes};
     const Bench bench(w.bench(worker), w.most_rows, w.layout.wide);
     const int64_t span = w.jobs[index].span;
     if (span >= 0) {
