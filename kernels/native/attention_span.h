@@ -6,7 +6,7 @@
 // register tile, and whether a page was widened to floats before, changes nothing.
 #pragma once
 #include "cells.h"
-#include "jobs.h"
+#include "product.h"
 
 namespace {
 
