@@ -88,8 +88,8 @@ class KvPages:
             or self.heads % self.kv_heads
         ):
             raise OperandError(
-                f"{self.heads} heads do not look at pages of {self.kv_heads} heads of {head_bytes} bytes: the number "
-                f"of heads must be a multiple, the bytes must be {self.layout.head_bytes}"
+                f"{self.heads} heads do not look at pages of {self.kv_heads} heads of {head_bytes} bytes: heads "
+                f"must be a multiple, the bytes must be {self.layout.head_bytes}"
             )
         if self.data.stride()[1:] != strides or self.data.stride(0) < self.kv_heads * head_bytes:
             raise OperandError(f"a page must lie together, got strides {self.data.stride()}")
