@@ -265,9 +265,7 @@ def _prepare_pages(kv: "KvPages") -> object:
 
 def _prepare_segments(segments: "Segments") -> object:
     segments.prepared = byref(
-        _Segments(
-            len(segments.table), segments.tokens, segments.table.data_ptr(), segments.pages.data_ptr()
-        )
+        _Segments(len(segments.table), segments.tokens, segments.table.data_ptr(), segments.pages.data_ptr())
     )
     return segments.prepared
 
