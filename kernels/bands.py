@@ -25,7 +25,7 @@ def to_bands(kind: WeightType, stored: Tensor) -> Tensor:
     rows_first = stored.reshape(-1, BAND_ROWS, blocks, kind.block_bytes)
     bands = torch.empty(rows_first.shape[0], blocks, BAND_ROWS * kind.block_bytes, dtype=torch.uint8)
     for start, stop, size in _runs(kind):
-        pieces = rows_first[..., start:stop].reshape(-1, BAND_ROWS, blocks, (stop - start) // size, size)
+        pieces = rows_first[..., start:stop].reshape(*rows_first.shape[:3], (stop - start) // size, size)
         bands[..., BAND_ROWS * start : BAND_ROWS * stop] = pieces.permute(0, 2, 3, 1, 4).flatten(2)
     return bands.flatten(1)
 
@@ -39,9 +39,8 @@ def from_bands(kind: WeightType, bands: Tensor) -> Tensor:
     bands = bands.reshape(count, blocks, BAND_ROWS * kind.block_bytes)
     rows = torch.empty(count, BAND_ROWS, blocks, kind.block_bytes, dtype=torch.uint8)
     for start, stop, size in _runs(kind):
-        pieces = bands[..., BAND_ROWS * start : BAND_ROWS * stop].reshape(
-            count, blocks, (stop - start) // size, BAND_ROWS, size
-        )
+        pieces = bands[..., BAND_ROWS * start : BAND_ROWS * stop]
+        pieces = pieces.reshape(count, blocks, (stop - start) // size, BAND_ROWS, size)
         rows[..., start:stop] = pieces.permute(0, 3, 1, 2, 4).flatten(3)
     return rows.view(count * BAND_ROWS, blocks * kind.block_bytes)
 

@@ -231,7 +231,9 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
     dispatch.choose()
 
 
-def test_empty_operands(home: str) -> None:
+@pytest.mark.parametrize("name", [*HOMES, "reference"])
+def test_empty_operands(name: str) -> None:
+    dispatch.choose(name)
     w = random_matrix(Q6_K, 4, 256)
     assert kernels.linear(torch.zeros(0, 256), w).shape == (0, 4)
     none = kernels.from_stored(Q6_K, 0, 256, b"")
@@ -239,6 +241,7 @@ def test_empty_operands(home: str) -> None:
     assert kernels.gather_rows(w, torch.empty(0, dtype=torch.int64)).shape == (0, 256)
     assert kernels.dequantize(none).shape == (0, 256)
     assert kernels.rms_norm(torch.zeros(0, 4), torch.ones(4), 1e-5).shape == (0, 4)
+    dispatch.choose()
 
 
 def test_more_jobs_than_one_run_holds() -> None:
