@@ -4,8 +4,10 @@ The library is optional: without a compiler the install succeeds and the referen
 Everything else about the package is in pyproject.toml.
 """
 
+import os
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,16 +16,22 @@ from setuptools.command.build_ext import build_ext
 SOURCE = "kernels/native"
 HEADERS = (
     "attention",
+    "attention_span",
+    "bands",
     "blocks",
+    "cells",
     "elementwise",
+    "feed_forward",
     "home",
     "inputs",
-    "jobs",
     "linear_float",
-    "linear_int8",
-    "rows",
+    "linear_quantised",
+    "linears",
+    "product",
+    "rope",
     "simd",
 )
+SHARED = ("interleave", "pool", "shoal")  # of no machine in particular
 FLAGS = [
     "-O3",
     "-std=c++17",
@@ -65,18 +73,23 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         temporary = Path(self.build_temp)
-        rest = [f"{SOURCE}/pool.cpp", f"{SOURCE}/shoal.cpp"]
+        rest = [f"{SOURCE}/{name}.cpp" for name in SHARED]
         objects = self.compiler.compile(
             rest, str(temporary), DEFINES, extra_postargs=FLAGS, depends=ext.depends
         )
-        for home, flags in HOMES.items():
-            objects += self.compiler.compile(
+
+        def compile_home(home: str) -> list[str]:
+            return self.compiler.compile(
                 [f"{SOURCE}/kernels.cpp"],
                 str(temporary / home),
                 [*DEFINES, ("SHOAL_HOME", home)],
-                extra_postargs=[*FLAGS, *flags],
+                extra_postargs=[*FLAGS, *HOMES[home]],
                 depends=ext.depends,
             )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for compiled in pool.map(compile_home, HOMES):
+                objects += compiled
         threads = [] if sys.platform == "darwin" else ["-pthread"]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=threads, target_lang="c++"
@@ -87,7 +100,7 @@ setup(
     ext_modules=[
         Extension(
             "shoal.kernels.libshoal",
-            sources=[f"{SOURCE}/{name}.cpp" for name in ("kernels", "pool", "shoal")],
+            sources=[f"{SOURCE}/{name}.cpp" for name in ("kernels", *SHARED)],
             depends=[f"{SOURCE}/{name}.h" for name in HEADERS],
             language="c++",
             optional=True,

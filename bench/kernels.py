@@ -18,7 +18,8 @@ import time
 import torch
 
 from shoal import kernels
-from shoal.kernels import WEIGHT_TYPES, Matrix, WeightType
+from shoal.kernels import WEIGHT_TYPES, Linears, Matrix, WeightType
+from shoal.kernels.memory import Arena
 from shoal.kernels.sample import random_matrix
 
 ROWS, COLS = 2048, 2048
@@ -38,8 +39,12 @@ def main() -> None:
     results = []
     for kind in (kind for kind in WEIGHT_TYPES if kind.name in names):
         matrix = random_matrix(kind, ROWS, COLS)
+        memory = Arena()
         copies = max(2, (options.memory_mb << 20) // matrix.nbytes)
-        matrices = [Matrix(kind, matrix.data.clone(), ROWS, COLS) for _ in range(copies)]
+        matrices = [
+            Linears((Matrix(kind, memory.take(matrix.nbytes).copy_(matrix.data), ROWS, COLS),))
+            for _ in range(copies)
+        ]
         for threads in map(int, options.threads.split(",")):
             kernels.set_threads(threads)
             results.append(measure(kind, matrices, threads, options))
@@ -50,19 +55,19 @@ def main() -> None:
 
 
 def measure(
-    kind: WeightType, matrices: list[Matrix], threads: int, options: argparse.Namespace
+    kind: WeightType, matrices: list[Linears], threads: int, options: argparse.Namespace
 ) -> dict[str, object]:
     one, many = torch.randn(1, COLS), torch.randn(options.tokens, COLS)
     turn = itertools.cycle(matrices)
     per_repeat = max(1, len(matrices) // options.repeat)
-    nbytes = matrices[0].nbytes
+    nbytes = matrices[0].matrices[0].nbytes
 
     def read() -> float:
-        return per_repeat * nbytes / seconds(lambda: kernels.linear(one, next(turn)), per_repeat) / 1e9
+        return per_repeat * nbytes / seconds(lambda: kernels.linears(one, next(turn)), per_repeat) / 1e9
 
     def multiply() -> float:
         operations = 2 * ROWS * COLS * options.tokens
-        return operations / seconds(lambda: kernels.linear(many, matrices[0]), 1) / 1e9
+        return operations / seconds(lambda: kernels.linears(many, matrices[0]), 1) / 1e9
 
     read(), multiply()
     return {

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import DaemonError
 
-KvType = Literal["f32", "f16", "bf16"]
+KvType = Literal["f32", "f16", "bf16", "i8"]
 
 
 def default_threads() -> int:
@@ -62,8 +62,10 @@ class NodeConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise DaemonError("bad_request", f"{name}={value}: must be from {low} to {high}")
-        if self.kv_type not in ("f32", "f16", "bf16"):
-            raise DaemonError("bad_request", f"kv_type={self.kv_type}: must be f32, f16 or bf16")
+        if self.kv_type not in get_args(KvType):
+            raise DaemonError(
+                "bad_request", f"kv_type={self.kv_type}: must be one of {', '.join(get_args(KvType))}"
+            )
 
     @property
     def thread_count(self) -> int:

@@ -6,6 +6,7 @@ each is the plan's choice and invisible here.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Protocol
 
 from torch import Tensor
@@ -50,6 +51,8 @@ class Executor:
             hidden = self._add(hidden, weights, partial)
             if layer + 1 == len(self.model.spec.layers):
                 hidden = hidden[step.rows]  # the rest is not looked at any more
+                if not len(hidden):
+                    break
             if kind.moe:
                 weights, partial = self._mixture(layer, hidden)
             else:
@@ -66,12 +69,14 @@ class Executor:
     def _mixture(self, layer: int, hidden: Tensor) -> tuple[Weights, Tensor]:
         """The MoE part of a layer: the router block's weights (for `leave`) and the partial (T, hidden)."""
         with self.store.acquire(BlockId("router", layer)) as router:
-            x, routing, partial = self.model.route(router, hidden)
-        for expert in routing.used():
-            rows, factors = routing.tokens_of(expert)
-            with self.store.acquire(BlockId("expert", layer, expert)) as weights:
-                partial.index_add_(0, rows, self.model.expert(weights, x[rows]) * factors)
-        return router, partial
+            x, routing, shared = self.model.route(router, hidden)
+        with ExitStack() as held:
+            experts = [
+                held.enter_context(self.store.acquire(BlockId("expert", layer, expert)))
+                for expert in routing.used
+            ]
+            partial = self.model.mix(experts, x, routing)
+        return router, partial if shared is None else partial.add_(shared)
 
     def _add(self, hidden: Tensor, weights: Weights, partial: Tensor) -> Tensor:
         """Residual add of a block's summed output; `weights` only for its vectors, which outlive the lease."""

@@ -1,41 +1,209 @@
-"""Grouped-query attention over one sequence's K and V: in torch, and natively for a single new token.
+"""Grouped-query attention over pages of K and V: what it is given, and the call.
 
-Each sequence is computed by itself, so its arithmetic does not depend on its neighbours in a batch.
+Knows how K and V lie in a page and which rows of a step belong to which sequence. Computes natively, or as
+`attention_reference` does, which defines the truth. Which pages are whose is the caller's business.
+
+A row of the result is bitwise the same natively whatever the batch, however its sequence was cut into steps, on any
+number of threads and in any pages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from shoal.kernels import dispatch
+from shoal.kernels import attention_reference, dispatch
+from shoal.kernels.errors import OperandError, UnsupportedTypeError
+
+PAGE_TOKENS = 64
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None) -> Tensor:
-    """Causal attention of the last T positions of a sequence over all S of them.
+class KvType(NamedTuple):
+    """How K and V are stored. Numbers of a `scaled` type share an f32 scale per token, head, and K or V."""
 
-    q (T, heads, head_dim) f32; k, v (kv_heads, S, head_dim), any float type, S ≥ T; head h uses K/V head
-    h // (heads // kv_heads). With `window`, position p sees (p - window, p]. Returns f32 (T, heads * head_dim).
-    """
-    tokens, heads, head_dim = q.shape
-    kv_heads, length, _ = k.shape
-    if window is not None and length > window + tokens - 1:
-        k, v = k[:, length - window - tokens + 1 :], v[:, length - window - tokens + 1 :]
-        length = window + tokens - 1
-    if tokens == 1 and (native := dispatch.native()) is not None:
-        out_one = native.attend_one(q[0], k, v, scale)
-        if out_one is not None:
-            return out_one.view(1, heads * head_dim)
-    k, v = k.float(), v.float()
-    if tokens == 1:
-        grouped = q.view(kv_heads, heads // kv_heads, head_dim)
-        weights = torch.softmax(torch.matmul(grouped, k.transpose(1, 2)).mul_(scale), -1)
-        return torch.matmul(weights, v).view(1, heads * head_dim)
-    mask = torch.ones(tokens, length, dtype=torch.bool).tril_(length - tokens)
-    if window is not None:
-        mask.triu_(length - tokens - window + 1)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=True
+    name: str
+    id: int
+    dtype: torch.dtype
+    scaled: bool = False
+
+
+KV_TYPES = {
+    kind.name: kind
+    for kind in (
+        KvType("f32", 0, torch.float32),
+        KvType("f16", 1, torch.float16),
+        KvType("bf16", 2, torch.bfloat16),
+        KvType("i8", 3, torch.int8, scaled=True),
     )
-    return out[0].transpose(0, 1).reshape(tokens, heads * head_dim)
+}
+
+
+class KvLayout(NamedTuple):
+    """Where the K and V of one head lie in a page, in bytes: keys (head_dim, 64), values (64, `wide`), for a scaled
+    type the scales of keys (64,) and of values (64,) in f32."""
+
+    kind: KvType
+    head_dim: int
+    wide: int  # head_dim filled up with zeros to whole vectors
+    values_at: int
+    scales_at: int
+    head_bytes: int
+
+    @classmethod
+    def of(cls, type: str, head_dim: int) -> KvLayout:
+        """UnsupportedTypeError for a type there is not."""
+        if type not in KV_TYPES:
+            raise UnsupportedTypeError(f"KV of type {type!r} is not supported: use {', '.join(KV_TYPES)}")
+        kind = KV_TYPES[type]
+        wide = -(-head_dim // 16) * 16
+        values_at = PAGE_TOKENS * head_dim * kind.dtype.itemsize
+        scales_at = values_at + PAGE_TOKENS * wide * kind.dtype.itemsize
+        return cls(kind, head_dim, wide, values_at, scales_at, scales_at + 8 * PAGE_TOKENS * kind.scaled)
+
+
+@dataclass(eq=False)
+class KvPages:
+    """K and V of one layer: `data` uint8 (pages, kv_heads, head_bytes), looked at by `heads` query heads.
+
+    Pages may lie any distance apart, what is in a page lies together. OperandError where this does not fit.
+    """
+
+    layout: KvLayout
+    heads: int
+    data: Tensor
+    pages: int = field(init=False)
+    kv_heads: int = field(init=False)
+    prepared: object = field(default=None, init=False, repr=False)  # the native home's
+
+    def __post_init__(self) -> None:
+        self.pages, self.kv_heads, head_bytes = self.data.shape
+        strides = (self.layout.head_bytes, 1)
+        if (
+            self.data.dtype != torch.uint8
+            or head_bytes != self.layout.head_bytes
+            or self.heads % self.kv_heads
+        ):
+            raise OperandError(
+                f"{self.heads} heads do not look at pages of {self.kv_heads} heads of {head_bytes} bytes: the number "
+                f"of heads must be a multiple, the bytes must be {self.layout.head_bytes}"
+            )
+        if self.data.stride()[1:] != strides or self.data.stride(0) < self.kv_heads * head_bytes:
+            raise OperandError(f"a page must lie together, got strides {self.data.stride()}")
+
+    def keys(self) -> Tensor:
+        """(pages, kv_heads, head_dim, 64), a view."""
+        return self._part(0, self.layout.values_at, torch.Size((self.layout.head_dim, PAGE_TOKENS)))
+
+    def values(self) -> Tensor:
+        """(pages, kv_heads, 64, wide), a view."""
+        layout = self.layout
+        return self._part(layout.values_at, layout.scales_at, torch.Size((PAGE_TOKENS, layout.wide)))
+
+    def scales(self) -> Tensor:
+        """f32 (pages, kv_heads, 2, 64), of keys and of values; a view. For scaled types."""
+        scales = self.data[..., self.layout.scales_at :].view(torch.float32)
+        return scales.view(self.pages, self.kv_heads, 2, PAGE_TOKENS)
+
+    def _part(self, start: int, end: int, shape: torch.Size) -> Tensor:
+        return self.data[..., start:end].view(self.layout.kind.dtype).view(self.data.shape[:2] + shape)
+
+
+@dataclass(eq=False)
+class Segments:
+    """Which rows of a step are which positions of which sequence. Built once per step, for every layer.
+
+    `table` int32 (S, 4): first row, number of rows, position of the first row, and where in `pages` int32 (N,) the
+    pages of the sequence begin: position p is in the (p // 64)-th. Rows of segments follow each other from 0 on.
+    """
+
+    table: Tensor
+    pages: Tensor
+    tokens: int
+    most_page: int
+    prepared: object = field(default=None, init=False, repr=False)  # the native home's
+
+    @classmethod
+    def build(cls, segments: Iterable[tuple[int, int, Sequence[int]]]) -> Segments:
+        """From (rows, position of the first, pages) per sequence; there may be more pages than needed, not fewer."""
+        table: list[tuple[int, int, int, int]] = []
+        used: list[int] = []
+        tokens = 0
+        for rows, start, pages in segments:
+            needed = -(-(start + rows) // PAGE_TOKENS)
+            if rows < 1 or start < 0 or len(pages) < needed:
+                raise OperandError(
+                    f"positions [{start}, {start + rows}) need {needed} pages and at least one row, "
+                    f"got {len(pages)} pages"
+                )
+            table.append((tokens, rows, start, len(used)))
+            used += pages[:needed]
+            tokens += rows
+        if used and min(used) < 0:
+            raise OperandError(f"there is no page {min(used)}")
+        numbers = torch.tensor(table, dtype=torch.int32).view(-1, 4)
+        return cls(numbers, torch.tensor(used, dtype=torch.int32), tokens, max(used, default=-1))
+
+
+@dataclass(eq=False)
+class Rotation:
+    """Angles of a step's positions for the first `dims` numbers of a head: cos and sin f32 (T, dims / 2), contiguous.
+
+    Pairs are (2i, 2i + 1) if `interleaved`, else (i, i + dims / 2).
+    """
+
+    dims: int
+    interleaved: bool
+    cos: Tensor
+    sin: Tensor
+    prepared: object = field(default=None, init=False, repr=False)  # the native home's
+
+
+class HeadNorms(NamedTuple):
+    """RMS norms of every head before it is rotated: weights f32 (head_dim,) of q and of k."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+def attention(
+    kv: KvPages,
+    segments: Segments,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rotation: Rotation,
+    scale: float,
+    window: int | None = None,
+    norms: HeadNorms | None = None,
+) -> Tensor:
+    """Normalise and rotate q and k, store k and v in their pages, then attend: every row to its sequence up to itself.
+
+    q f32 (T, heads * head_dim); k, v f32 (T, kv_heads * head_dim); head h uses K/V head h // (heads // kv_heads).
+    With `window`, position p sees (p - window, p]. Returns f32 (T, heads * head_dim).
+    """
+    tokens, dim = segments.tokens, kv.layout.head_dim
+    wide, narrow = (tokens, kv.heads * dim), (tokens, kv.kv_heads * dim)
+    if q.shape != wide or k.shape != narrow or v.shape != narrow:
+        raise OperandError(
+            f"{tokens} rows of {kv.heads} heads and {kv.kv_heads} K/V heads of {dim} are q {wide} and k, v {narrow}, "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.dtype != torch.float32 or k.dtype != torch.float32 or v.dtype != torch.float32:
+        raise OperandError(f"q, k and v must be float32, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if segments.most_page >= kv.pages:
+        raise OperandError(f"there is no page {segments.most_page}: there are {kv.pages}")
+    if rotation.dims > dim or len(rotation.cos) != tokens:
+        raise OperandError(
+            f"angles of {len(rotation.cos)} rows and {rotation.dims} dimensions for {tokens} rows of heads of {dim}"
+        )
+    if window is not None and window < 1:
+        raise OperandError(f"window={window}: must be at least 1, or none")
+    native = dispatch.native()
+    attend = native.attend if native else attention_reference.attend
+    return attend(kv, segments, q, k, v, rotation, scale, window, norms)

@@ -8,6 +8,7 @@ threads compute it. Arithmetic is not here.
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -16,20 +17,28 @@ from torch import Tensor
 from shoal.kernels import reference
 from shoal.kernels.errors import KernelError, OperandError
 from shoal.kernels.library import Native
-from shoal.kernels.matrix import Matrix
+from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
+from shoal.kernels.types import WeightType
 
 _F32 = torch.float32
+
+Bytes = bytes | bytearray | memoryview
 
 
 class Home(Protocol):
     """What every home computes; operands are checked before."""
 
-    def linear(self, x: Tensor, w: Matrix, bias: Tensor | None) -> Tensor: ...
+    def interleave(self, kind: WeightType, stored: Tensor, into: Tensor) -> None: ...
+    def linears(self, x: Tensor, all: Linears, norm: Tensor | None, eps: float) -> list[Tensor]: ...
+    def feed_forward(
+        self, x: Tensor, layer: FeedForward, activation: Activation, norm: Tensor | None, eps: float
+    ) -> Tensor: ...
+    def experts(
+        self, x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation
+    ) -> Tensor: ...
     def gather_rows(self, w: Matrix, ids: Tensor) -> Tensor: ...
     def dequantize(self, w: Matrix) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor: ...
-    def geglu(self, gate: Tensor, up: Tensor) -> Tensor: ...
 
 
 _home: Home | None = None
@@ -91,21 +100,112 @@ def set_threads(n: int) -> None:
         torch.set_num_threads(n)
 
 
-def _refuse_rows(name: str, x: Tensor, cols: int) -> OperandError:
-    return OperandError(f"{name} must be float32 of shape (T, {cols}), got {x.dtype} {tuple(x.shape)}")
+def from_stored(
+    kind: WeightType, rows: int, cols: int, stored: Tensor | Bytes, into: Tensor | None = None
+) -> Matrix:
+    """A matrix of rows as files hold them: their bytes as a contiguous uint8 tensor of any shape, or bytes or a
+    memoryview. `into` is memory for it (uint8, `kind.matrix_bytes`), by default new; where nothing has to move,
+    what is stored is wrapped. OperandError unless its size is exactly that of rows×cols.
+    """
+    data = stored if isinstance(stored, Tensor) else _wrapped(stored)
+    row_bytes = kind.row_bytes(cols)
+    if data.dtype != torch.uint8 or not data.is_contiguous() or data.numel() != max(rows, 0) * row_bytes:
+        raise OperandError(
+            f"{rows}×{cols} {kind.name} takes {max(rows, 0) * row_bytes} contiguous uint8, "
+            f"got {data.numel()} of {data.dtype}; the file may be cut short or mislabelled"
+        )
+    if into is None and not kind.quantised:
+        return Matrix(kind, data.view(-1), rows, cols)
+    matrix = Matrix(
+        kind,
+        torch.empty(kind.matrix_bytes(rows, cols), dtype=torch.uint8) if into is None else into,
+        rows,
+        cols,
+    )
+    interleave(kind, data.view(rows, row_bytes), matrix.data)
+    return matrix
+
+
+def _wrapped(stored: Bytes) -> Tensor:
+    with warnings.catch_warnings():  # torch warns of read-only memory; nothing here writes to it
+        warnings.simplefilter("ignore", UserWarning)
+        return (
+            torch.frombuffer(stored, dtype=torch.uint8) if len(stored) else torch.empty(0, dtype=torch.uint8)
+        )
+
+
+def interleave(kind: WeightType, stored: Tensor, into: Tensor) -> None:
+    """Writes rows as files hold them, contiguous uint8 (n, row bytes), into the memory of a matrix or of whole bands
+    of it, contiguous uint8 (bytes,); a last band that is not full is filled up with zeros.
+    """
+    rows, row_bytes = stored.shape
+    cols = row_bytes // kind.block_bytes * kind.block_weights
+    if into.shape != (kind.matrix_bytes(rows, cols),):
+        raise OperandError(f"{rows}×{cols} {kind.name} do not fill memory of {into.numel()} bytes")
+    (_home or _first_choice()).interleave(kind, stored, into)
+
+
+def _check_input(x: Tensor, all: Linears, norm: Tensor | None) -> None:
+    if x.dtype is not _F32 or x.dim() != 2 or x.size(1) != all.cols:
+        raise OperandError(
+            f"the input of a linear must be float32 of shape (T, {all.cols}), got {x.dtype} {tuple(x.shape)}"
+        )
+    if norm is not None and (norm.dtype is not _F32 or norm.dim() != 1 or norm.size(0) != all.cols):
+        raise OperandError(
+            f"a norm must be float32 of shape ({all.cols},), got {norm.dtype} {tuple(norm.shape)}"
+        )
+
+
+def linears(x: Tensor, all: Linears, norm: Tensor | None = None, eps: float = 0.0) -> list[Tensor]:
+    """x @ w.T + bias for every matrix: x float32 (T, cols), first normalised as `rms_norm` does if there is a norm
+    (cols,); float32 (T, rows) each.
+
+    Quantised weights meet x rounded to 16 bits (`reference.quantised_inputs`); a NaN or infinity in a row of x makes
+    that row of the result NaN.
+    """
+    _check_input(x, all, norm)
+    return (_home or _first_choice()).linears(x, all, norm, eps)
 
 
 def linear(x: Tensor, w: Matrix, bias: Tensor | None = None) -> Tensor:
-    """x @ w.T + bias: x float32 (T, cols), bias float32 (rows,); float32 (T, rows).
+    """`linears` of one matrix that is not met again."""
+    return linears(x, Linears((w,), (bias,)))[0]
 
-    Quantised weights meet x rounded to bytes (`reference.quantised_inputs`); a NaN or infinity in a row of x makes
-    that row of the result NaN.
+
+def feed_forward(
+    x: Tensor, layer: FeedForward, activation: Activation, norm: Tensor | None = None, eps: float = 0.0
+) -> Tensor:
+    """down(act(gate(x)) * up(x)): x float32 (T, cols), first normalised as `rms_norm` does if there is a norm;
+    float32 (T, rows of down).
     """
-    if x.dtype is not _F32 or x.dim() != 2 or x.shape[1] != w.cols:
-        raise _refuse_rows("the input of a linear", x, w.cols)
-    if bias is not None and (bias.dtype is not _F32 or bias.shape != (w.rows,)):
-        raise OperandError(f"bias must be float32 of shape ({w.rows},), got {bias.dtype} {tuple(bias.shape)}")
-    return (_home or _first_choice()).linear(x, w, bias)
+    _check_input(x, layer.enter, norm)
+    return (_home or _first_choice()).feed_forward(x, layer, activation, norm, eps)
+
+
+def experts(x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation) -> Tensor:
+    """For every token of x float32 (T, cols) the sum over the experts that take it, in their order, of factor times
+    `feed_forward`; float32 (T, rows of down), zeros for a token that none takes. There is at least one expert, and
+    all are of one shape.
+    """
+    _check_input(x, all[0].enter, None)
+    if any(layer.shape != all[0].shape for layer in all):
+        raise OperandError("experts of different shapes cannot be computed together")
+    tokens, factors = routes.tokens, routes.factors
+    if tokens.dtype is not torch.int64 or factors.dtype is not _F32 or tokens.shape != factors.shape:
+        raise OperandError(
+            f"routes need int64 tokens and float32 factors, got {tokens.dtype} and {factors.dtype}"
+        )
+    starts = routes.starts
+    if (
+        len(starts) != len(all) + 1
+        or starts[0]
+        or starts[-1] != len(tokens)
+        or sorted(starts) != list(starts)
+    ):
+        raise OperandError(
+            f"routes that start at {starts} do not share {len(tokens)} out among {len(all)} experts"
+        )
+    return (_home or _first_choice()).experts(x, all, routes, activation)
 
 
 def gather_rows(w: Matrix, ids: Tensor) -> Tensor:
@@ -128,23 +228,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             f"and {weight.dtype} {tuple(weight.shape)}"
         )
     return (_home or _first_choice()).rms_norm(x, weight, eps)
-
-
-def _check_gate(gate: Tensor, up: Tensor) -> None:
-    if gate.dtype is not _F32 or up.dtype is not _F32 or gate.shape != up.shape:
-        raise OperandError(
-            f"gate and up must be float32 of one shape, got {gate.dtype} {tuple(gate.shape)} "
-            f"and {up.dtype} {tuple(up.shape)}"
-        )
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise; float32 of one shape."""
-    _check_gate(gate, up)
-    return (_home or _first_choice()).swiglu(gate, up)
-
-
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up, elementwise, gelu in its tanh form; float32 of one shape."""
-    _check_gate(gate, up)
-    return (_home or _first_choice()).geglu(gate, up)

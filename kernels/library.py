@@ -6,39 +6,78 @@ when there is no library.
 """
 
 import ctypes
-from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from shoal.kernels.errors import KernelError, OperandError
-from shoal.kernels.matrix import TYPE_OF_DTYPE, Matrix
+from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
+from shoal.kernels.types import WeightType
+
+if TYPE_CHECKING:
+    from shoal.kernels.attention import HeadNorms, KvPages, Rotation, Segments
 
 LIBRARY = Path(__file__).with_name("libshoal.so")
-VERSION = 2
+VERSION = 3
 
 _STATUS = {
     1: "it has no kernel for this weight type",
     2: "no memory for scratch",
-    3: "a row id is out of range",
+    3: "the id of a row is out of range",
 }
-_WEIGHTS = (c_int32, c_int64, c_int64, c_int64, c_void_p)
+
+
+class _Linear(ctypes.Structure):
+    """`shoal::Linear` of native/home.h."""
+
+    _fields_ = (
+        ("type", c_int32),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("data", c_void_p),
+        ("bias", c_void_p),
+    )
+
+
+_INPUTS = (c_void_p, c_int64, c_int64, c_void_p, c_float)  # x, tokens, cols, norm, eps
+_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 _SIGNATURES = {
-    "shoal_linear": (*_WEIGHTS, c_void_p, c_int64, c_void_p, c_void_p),
-    "shoal_gather_rows": (*_WEIGHTS, c_void_p, c_int64, c_void_p),
+    "shoal_linears": (*_INPUTS, c_int, c_void_p, c_void_p),
+    "shoal_gated": (*_INPUTS, c_int32, c_void_p, c_void_p),
+    "shoal_experts": (c_void_p, c_int64, c_int64, c_int32, c_int64, *(c_void_p,) * 5),
+    "shoal_gather_rows": (c_void_p, c_void_p, c_int64, c_void_p),
     "shoal_rms_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
-    "shoal_swiglu": (c_void_p, c_void_p, c_int64, c_void_p),
-    "shoal_geglu": (c_void_p, c_void_p, c_int64, c_void_p),
-    "shoal_attention": (
-        c_int32,
-        *(c_int64,) * 4,
-        *(c_void_p, c_int64, c_int64) * 2,
-        c_float,
-        c_void_p,
-        c_void_p,
-    ),
+    "shoal_attention": (*(c_void_p,) * 8, c_float, c_float, c_int64, c_void_p),
 }
+
+
+class _KvPages(ctypes.Structure):
+    """`shoal::KvPages` of native/home.h."""
+
+    _fields_ = (
+        ("cell", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("page_bytes", c_int64),
+        ("data", c_void_p),
+    )
+
+
+class _Segments(ctypes.Structure):
+    """`shoal::Segments` of native/home.h."""
+
+    _fields_ = (("count", c_int64), ("tokens", c_int64), ("all", c_void_p), ("pages", c_void_p))
+
+
+class _Rotation(ctypes.Structure):
+    """`shoal::Rotation` of native/home.h."""
+
+    _fields_ = (("dims", c_int64), ("interleaved", c_int32), ("cos", c_void_p), ("sin", c_void_p))
 
 
 class Native:
@@ -64,37 +103,98 @@ class Native:
         for function, signature in _SIGNATURES.items():
             getattr(lib, function).argtypes = signature
             getattr(lib, function).restype = c_int
-        self._linear = lib.shoal_linear
+        lib.shoal_interleave.argtypes = (*(c_int64,) * 5, c_void_p, c_void_p)
+        lib.shoal_interleave.restype = None
+        self._interleave = lib.shoal_interleave
+        self._linears = lib.shoal_linears
+        self._gated = lib.shoal_gated
+        self._experts = lib.shoal_experts
         self._gather_rows = lib.shoal_gather_rows
         self._rms_norm = lib.shoal_rms_norm
-        self._swiglu = lib.shoal_swiglu
-        self._geglu = lib.shoal_geglu
         self._attention = lib.shoal_attention
         self._set_threads = lib.shoal_set_threads
 
     def set_threads(self, n: int) -> None:
         self._set_threads(n)
 
-    def linear(self, x: Tensor, w: Matrix, bias: Tensor | None) -> Tensor:
+    def interleave(self, kind: WeightType, stored: Tensor, into: Tensor) -> None:
+        if not kind.quantised:
+            into.copy_(stored.view(-1))
+            return
+        rows, row_bytes = stored.shape
+        first, second = (*kind.halves, -1)[:2]
+        self._interleave(
+            rows,
+            row_bytes // kind.block_bytes,
+            kind.block_bytes,
+            first,
+            second,
+            stored.data_ptr(),
+            into.data_ptr(),
+        )
+
+    def linears(self, x: Tensor, all: Linears, norm: Tensor | None, eps: float) -> list[Tensor]:
         x = x.contiguous()
+        norm = norm if norm is None else norm.contiguous()
         tokens = x.size(0)
-        y = x.new_empty(tokens, w.rows)
-        bias_pointer = None
-        if bias is not None:
-            bias = bias.contiguous()
-            bias_pointer = bias.data_ptr()
-        if status := self._linear(
-            w.type.id,
-            w.rows,
-            w.cols,
-            w.row_bytes,
-            w.data.data_ptr(),
+        outputs = [x.new_empty(tokens, w.rows) for w in all.matrices]
+        prepared = all.prepared or _prepare(all, all)
+        if status := self._linears(
             x.data_ptr(),
             tokens,
-            bias_pointer,
+            all.cols,
+            norm if norm is None else norm.data_ptr(),
+            eps,
+            len(outputs),
+            prepared,
+            (c_void_p * len(outputs))(*[y.data_ptr() for y in outputs]),
+        ):
+            raise _refusal(status, *all.matrices)
+        return outputs
+
+    def feed_forward(
+        self, x: Tensor, layer: FeedForward, activation: Activation, norm: Tensor | None, eps: float
+    ) -> Tensor:
+        x = x.contiguous()
+        norm = norm if norm is None else norm.contiguous()
+        tokens = x.size(0)
+        y = x.new_empty(tokens, layer.leave.matrices[0].rows)
+        if status := self._gated(
+            x.data_ptr(),
+            tokens,
+            layer.enter.cols,
+            norm if norm is None else norm.data_ptr(),
+            eps,
+            _ACTIVATIONS[activation],
+            layer.prepared or _prepare(layer, layer.enter, layer.leave),
             y.data_ptr(),
         ):
-            raise _refusal(status, w)
+            raise _refusal(status, *layer.enter.matrices, *layer.leave.matrices)
+        return y
+
+    def experts(
+        self, x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation
+    ) -> Tensor:
+        x = x.contiguous()
+        y = x.new_empty(x.size(0), all[0].leave.matrices[0].rows)
+        layers = [
+            ctypes.cast(layer.prepared or _prepare(layer, layer.enter, layer.leave), c_void_p)
+            for layer in all
+        ]
+        tokens, factors = routes.tokens.contiguous(), routes.factors.contiguous()
+        if status := self._experts(
+            x.data_ptr(),
+            x.size(0),
+            x.size(1),
+            _ACTIVATIONS[activation],
+            len(all),
+            (c_void_p * len(all))(*layers),
+            (c_int64 * len(routes.starts))(*routes.starts),
+            tokens.data_ptr(),
+            factors.data_ptr(),
+            y.data_ptr(),
+        ):
+            raise _refusal(status, *all[0].enter.matrices, *all[0].leave.matrices)
         return y
 
     def gather_rows(self, w: Matrix, ids: Tensor) -> Tensor:
@@ -106,9 +206,7 @@ class Native:
 
     def _gather(self, w: Matrix, ids_pointer: int | None, count: int) -> Tensor:
         out = torch.empty((count, w.cols), dtype=torch.float32)
-        if status := self._gather_rows(
-            w.type.id, w.rows, w.cols, w.row_bytes, w.data.data_ptr(), ids_pointer, count, out.data_ptr()
-        ):
+        if status := self._gather_rows(ctypes.byref(_structure(w, None)), ids_pointer, count, out.data_ptr()):
             raise _refusal(status, w)
         return out
 
@@ -119,50 +217,78 @@ class Native:
         self._rms_norm(x.data_ptr(), weight.data_ptr(), eps, rows, cols, y.data_ptr())
         return y
 
-    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        self._swiglu(gate.data_ptr(), up.data_ptr(), y.numel(), y.data_ptr())
-        return y
-
-    def geglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        self._geglu(gate.data_ptr(), up.data_ptr(), y.numel(), y.data_ptr())
-        return y
-
-    def attend_one(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
-        """One token's attention: q (heads, head_dim), k and v (kv_heads, S, head_dim) of one float type; (heads *
-        head_dim,), or None where rows are not contiguous or head_dim is not whole vectors.
-        """
-        kv_heads, length, head_dim = k.shape
-        size = k.element_size()
-        k_head, k_row, k_step = k.stride()
-        v_head, v_row, v_step = v.stride()
-        if head_dim % 16 or k_step != 1 or v_step != 1 or k.dtype != v.dtype or k.dtype not in TYPE_OF_DTYPE:
-            return None
-        q = q.contiguous()
-        out = torch.empty_like(q).view(-1)
+    def attend(
+        self,
+        kv: "KvPages",
+        segments: "Segments",
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotation: "Rotation",
+        scale: float,
+        window: int | None,
+        norms: "HeadNorms | None",
+    ) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out = torch.empty_like(q)
         if status := self._attention(
-            TYPE_OF_DTYPE[k.dtype].id,
-            q.shape[0],
-            kv_heads,
-            head_dim,
-            length,
-            k.data_ptr(),
-            k_head * size,
-            k_row * size,
-            v.data_ptr(),
-            v_head * size,
-            v_row * size,
-            scale,
+            kv.prepared or _prepare_pages(kv),
+            segments.prepared or _prepare_segments(segments),
+            rotation.prepared or _prepare_rotation(rotation),
             q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            norms and norms.q.data_ptr(),
+            norms and norms.k.data_ptr(),
+            norms.eps if norms else 0.0,
+            scale,
+            window or 0,
             out.data_ptr(),
         ):
-            raise KernelError(f"native attention refuses {length} positions: {_STATUS[status]}")
+            raise KernelError(f"native attention refuses {segments.tokens} rows: {_STATUS[status]}")
         return out
 
 
-def _refusal(status: int, w: Matrix) -> KernelError:
+def _prepare_pages(kv: "KvPages") -> object:
+    kv.prepared = byref(
+        _KvPages(
+            kv.layout.kind.id,
+            kv.heads,
+            kv.kv_heads,
+            kv.layout.head_dim,
+            kv.data.stride(0),
+            kv.data.data_ptr(),
+        )
+    )
+    return kv.prepared
+
+
+def _prepare_segments(segments: "Segments") -> object:
+    segments.prepared = byref(
+        _Segments(len(segments.table), segments.tokens, segments.table.data_ptr(), segments.pages.data_ptr())
+    )
+    return segments.prepared
+
+
+def _prepare_rotation(rotation: "Rotation") -> object:
+    rotation.prepared = byref(
+        _Rotation(rotation.dims, rotation.interleaved, rotation.cos.data_ptr(), rotation.sin.data_ptr())
+    )
+    return rotation.prepared
+
+
+def _structure(w: Matrix, bias: Tensor | None) -> _Linear:
+    return _Linear(w.type.id, w.rows, w.cols, w.data.data_ptr(), bias if bias is None else bias.data_ptr())
+
+
+def _prepare(owner: Linears | FeedForward, *parts: Linears) -> ctypes.Array[_Linear]:
+    """The structures of all matrices, kept with their owner."""
+    pairs = [pair for part in parts for pair in zip(part.matrices, part.biases, strict=True)]
+    owner.prepared = prepared = (_Linear * len(pairs))(*[_structure(w, bias) for w, bias in pairs])
+    return prepared
+
+
+def _refusal(status: int, *matrices: Matrix) -> KernelError:
     kind = OperandError if status == 3 else KernelError
-    return kind(f"native kernels refuse {w}: {_STATUS.get(status, f'status {status}')}")
+    names = ", ".join(map(str, matrices))
+    return kind(f"native kernels refuse {names}: {_STATUS.get(status, f'status {status}')}")

@@ -1,74 +1,54 @@
-"""A weight matrix in its stored type.
+"""Weight matrices in their stored type, and those that are computed with in one call.
 
-Knows where the bytes of each row are and that there are neither more nor fewer of them than the
-type asks for. Never converts, copies or moves them, and does not know what they mean: that is
-`reference` (the truth) and `native`.
+Knows how many bytes a matrix has and that there are neither more nor fewer of them than the type asks for. Never
+converts, copies or moves them, and does not know what they mean: that is `bands` (where rows are), `reference`
+(the truth) and `native`.
 """
 
-import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from shoal.kernels.errors import OperandError
 from shoal.kernels.types import BF16, F16, F32, WeightType
 
-TYPE_OF_DTYPE = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
-_NO_BYTES = torch.empty(0, dtype=torch.uint8)
+Activation = Literal["silu", "gelu_tanh"]
 
-Bytes = bytes | bytearray | memoryview
+TYPE_OF_DTYPE = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Matrix:
-    """rows×cols weights stored as `type`; `data` is uint8 (rows, row bytes), rows contiguous.
+    """rows×cols weights stored as `type`; `data` is contiguous uint8 (bytes,): rows of a float type one after the
+    other, of a quantised type in bands (`bands`; `dispatch.from_stored` makes them).
 
-    All types, the float ones too, are held as bytes, so slices are views and no pointer has to be
-    aligned. Matrices compare by identity.
+    All types, the float ones too, are held as bytes, and no pointer has to be aligned. Matrices compare by identity.
     """
 
     type: WeightType
-    data: torch.Tensor
+    data: Tensor
     rows: int
     cols: int
-    row_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "row_bytes", self.type.row_bytes(self.cols))
         if self.rows < 0:
             raise OperandError(f"a matrix of {self.rows} rows cannot be: rows must be 0 or more")
-        shape = (self.rows, self.row_bytes)
         if self.data.dtype != torch.uint8 or self.data.device.type != "cpu":
             raise OperandError(
                 f"the bytes of a matrix must be uint8 on the CPU, not {self.data.dtype} on {self.data.device}"
             )
-        if tuple(self.data.shape) != shape or not self.data.is_contiguous():
+        expected = (self.type.matrix_bytes(self.rows, self.cols),)
+        if tuple(self.data.shape) != expected or not self.data.is_contiguous():
             raise OperandError(
-                f"{self.rows}×{self.cols} {self.type.name} needs contiguous bytes of shape {shape}, "
+                f"{self.rows}×{self.cols} {self.type.name} needs contiguous bytes of shape {expected}, "
                 f"got {tuple(self.data.shape)} with strides {self.data.stride()}"
             )
 
     @classmethod
-    def from_bytes(cls, type: WeightType, rows: int, cols: int, buffer: torch.Tensor | Bytes) -> "Matrix":
-        """Wraps the bytes of a whole matrix, zero copy: a contiguous uint8 tensor of any shape, or
-        bytes or a memoryview. OperandError unless their number is exactly that of rows×cols.
-        """
-        if isinstance(buffer, torch.Tensor):
-            data = buffer
-        else:
-            with warnings.catch_warnings():  # torch warns of read-only memory; a Matrix never writes
-                warnings.simplefilter("ignore", UserWarning)
-                data = torch.frombuffer(buffer, dtype=torch.uint8) if len(buffer) else _NO_BYTES
-        expected_bytes = max(rows, 0) * type.row_bytes(cols)
-        if data.dtype != torch.uint8 or not data.is_contiguous() or data.numel() != expected_bytes:
-            raise OperandError(
-                f"{rows}×{cols} {type.name} takes {expected_bytes} contiguous uint8, "
-                f"got {data.numel()} of {data.dtype}; the file may be cut short or mislabelled"
-            )
-        return cls(type, data.view(rows, type.row_bytes(cols)), rows, cols)
-
-    @classmethod
-    def from_tensor(cls, tensor: torch.Tensor) -> "Matrix":
+    def from_tensor(cls, tensor: Tensor) -> "Matrix":
         """Wraps a 2-D float32, float16 or bfloat16 tensor; zero copy if it is contiguous."""
         kind = TYPE_OF_DTYPE.get(tensor.dtype)
         if kind is None or tensor.dim() != 2:
@@ -77,19 +57,62 @@ class Matrix:
                 f"got {tensor.dim()}-D {tensor.dtype}"
             )
         rows, cols = tensor.shape
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        return cls(kind, data.view(rows, kind.row_bytes(cols)), rows, cols)
+        return cls(kind, tensor.detach().contiguous().view(-1).view(torch.uint8), rows, cols)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the weights take."""
         return self.data.numel()
 
-    def slice_rows(self, start: int, stop: int) -> "Matrix":
-        """Rows [start, stop) as a matrix over the same bytes."""
-        if not 0 <= start <= stop <= self.rows:
-            raise OperandError(f"rows [{start}, {stop}) are not within the {self.rows} rows of this matrix")
-        return Matrix(self.type, self.data[start:stop], stop - start, self.cols)
-
     def __repr__(self) -> str:
         return f"Matrix({self.rows}×{self.cols} {self.type.name}, {self.nbytes} bytes)"
+
+
+class Linears:
+    """Matrices that meet the same input, each with its bias, float32 (rows,) or None: what one call computes.
+
+    `prepared` is what a home needs to know of them, worked out when they are first used.
+    """
+
+    __slots__ = ("biases", "cols", "matrices", "prepared")
+
+    def __init__(self, matrices: Sequence[Matrix], biases: Sequence[Tensor | None] = ()) -> None:
+        self.matrices = tuple(matrices)
+        biases = biases or (None,) * len(self.matrices)
+        self.biases = tuple(bias if bias is None else bias.contiguous() for bias in biases)
+        self.cols = self.matrices[0].cols
+        self.prepared: Any = None
+        for matrix, bias in zip(self.matrices, self.biases, strict=True):
+            if matrix.cols != self.cols:
+                raise OperandError(f"{self.matrices[0]} and {matrix} cannot meet the same input")
+            if bias is not None and (bias.dtype is not torch.float32 or bias.shape != (matrix.rows,)):
+                raise OperandError(
+                    f"bias must be float32 of shape ({matrix.rows},), got {bias.dtype} {tuple(bias.shape)}"
+                )
+
+
+class FeedForward:
+    """A gated feed-forward layer: `enter` is gate and up, `leave` down."""
+
+    __slots__ = ("enter", "leave", "prepared", "shape")
+
+    def __init__(self, enter: Linears, leave: Linears) -> None:
+        self.enter = enter
+        self.leave = leave
+        self.prepared: Any = None
+        gate, up = enter.matrices
+        (down,) = leave.matrices
+        self.shape = (enter.cols, gate.rows, down.rows)
+        if not gate.rows == up.rows == down.cols:
+            raise OperandError(f"gate {gate}, up {up} and down {down} do not make a feed-forward layer")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Routes:
+    """Which tokens go to which experts: the i-th takes tokens[starts[i]:starts[i + 1]], each once, its results times
+    `factors`. `tokens` int64 (N,), `factors` float32 (N,), both contiguous.
+    """
+
+    starts: tuple[int, ...]
+    tokens: Tensor
+    factors: Tensor

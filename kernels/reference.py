@@ -1,70 +1,87 @@
 """The kernels in plain torch: they define the truth and serve where nothing faster was built.
 
 Knows what the bytes of every weight type mean (`decode`) and the arithmetic of every kernel, in
-float32; quantised weights meet inputs rounded to bytes (`quantised_inputs`). Does not know how to be
+float32; quantised weights meet inputs rounded to 16 bits (`quantised_inputs`). Does not know how to be
 fast, and unlike `native` does not promise that a row's result is bitwise the same whatever is computed
 beside it: torch picks its matmul by shape.
 
 Layouts of the types: ggml's block definitions, as documented by `gguf.quants`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from shoal.kernels.bands import from_bands, to_bands
 from shoal.kernels.errors import OperandError
-from shoal.kernels.matrix import Matrix
+from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
 from shoal.kernels.types import WeightType
 
 TILE_BYTES = 4 << 20
 """Most bytes of float32 weights that exist at once."""
 
+INPUT_GROUP = 32
 SMALLEST_INPUT = 1e-30
 """A group of inputs to a quantised linear counts as zeros if no magnitude in it reaches this."""
 
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def _tile_rows(cols: int) -> int:
-    return max(1, TILE_BYTES // (4 * max(cols, 1)))
+def interleave(kind: WeightType, stored: Tensor, into: Tensor) -> None:
+    """Writes rows as files hold them, uint8 (n, row bytes), into memory as a matrix has them, uint8 (bytes,)."""
+    into.view(-1, kind.band_rows * stored.shape[1]).copy_(to_bands(kind, stored))
 
 
 def dequantize(w: Matrix) -> Tensor:
     """The weights as float32 (rows, cols). A full-size copy: for tests, norms and small tables."""
-    out = torch.empty(w.rows, w.cols)
-    step = _tile_rows(w.cols)
-    for start in range(0, w.rows, step):
-        out[start : start + step] = decode(w.type, w.data[start : start + step])
-    return out
+    return torch.cat([tile for _, tile in _tiles(w)]) if w.rows else torch.empty(0, w.cols)
 
 
-def linear(x: Tensor, w: Matrix, bias: Tensor | None = None) -> Tensor:
+def _tiles(w: Matrix) -> Iterator[tuple[int, Tensor]]:
+    """(first row, float32 rows) of one part of the weights after the other."""
+    bands = _bands(w)
+    step = max(1, TILE_BYTES // (4 * w.cols * w.type.band_rows))
+    for start in range(0, bands.shape[0], step):
+        row = start * w.type.band_rows
+        yield row, decode(w.type, from_bands(w.type, bands[start : start + step]))[: w.rows - row]
+
+
+def _bands(w: Matrix) -> Tensor:
+    return w.data.view(-1, w.type.band_rows * w.type.row_bytes(w.cols))
+
+
+def linears(x: Tensor, all: Linears, norm: Tensor | None, eps: float) -> list[Tensor]:
+    """x (T, cols), normalised if there is a norm (cols,), with every matrix: float32 (T, rows) each."""
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    return [_linear(x, w, bias) for w, bias in zip(all.matrices, all.biases, strict=True)]
+
+
+def _linear(x: Tensor, w: Matrix, bias: Tensor | None) -> Tensor:
     """x (T, cols) @ w.T + bias (rows,), float32 (T, rows); weights expand tile by tile.
 
     Of inputs to quantised weights the multiplication sees `quantised_inputs`.
     """
-    if w.type.block_weights > 1:
-        x = quantised_inputs(x, w.type.block_weights)
+    if w.type.quantised:
+        x = quantised_inputs(x)
     out = torch.empty(x.shape[0], w.rows)
-    step = _tile_rows(w.cols)
-    for start in range(0, w.rows, step):
-        tile = decode(w.type, w.data[start : start + step])
-        out[:, start : start + step] = x @ tile.T
+    for row, tile in _tiles(w):
+        out[:, row : row + tile.shape[0]] = x @ tile.T
     return out if bias is None else out.add_(bias)
 
 
-def quantised_inputs(x: Tensor, group: int) -> Tensor:
-    """x (T, cols) as bytes would hold it, float32: each `group` columns are whole multiples, -127 to 127, of 1/127
+def quantised_inputs(x: Tensor) -> Tensor:
+    """x (T, cols) as 16 bits would hold it, float32: each 32 columns are whole multiples, -32639 to 32639, of 1/32639
     of their largest magnitude, rounded half to even.
 
-    A group with an infinite or NaN input becomes NaN. These are llama.cpp's groups, one for each block of
-    weights, so that both lose the same to rounding; native kernels multiply the whole numbers exactly.
+    A group with an infinite or NaN input becomes NaN. Native kernels multiply the whole numbers exactly. The number
+    is the largest whose high and low byte, both signed, stand for it: machines differ in what they can multiply.
     """
-    groups = x.reshape(x.shape[0], x.shape[1] // group, group)  # (T, cols / group, group)
+    groups = x.reshape(x.shape[0], x.shape[1] // INPUT_GROUP, INPUT_GROUP)  # (T, cols / 32, 32)
     largest = groups.abs().amax(-1, keepdim=True)
-    most = torch.full_like(largest, 127)  # a tensor: torch may divide by a plain number less exactly
+    most = torch.full_like(largest, 32639)  # a tensor: torch may divide by a plain number less exactly
     scale = (
         (largest / most).masked_fill(largest < SMALLEST_INPUT, 0).masked_fill(~largest.isfinite(), torch.nan)
     )
@@ -72,28 +89,37 @@ def quantised_inputs(x: Tensor, group: int) -> Tensor:
     return ((groups * inverse).round() * scale).reshape(x.shape)
 
 
+def feed_forward(
+    x: Tensor, layer: FeedForward, activation: Activation, norm: Tensor | None, eps: float
+) -> Tensor:
+    """down(act(gate(x)) * up(x)); x (T, cols), normalised if there is a norm."""
+    gate, up = linears(x, layer.enter, norm, eps)
+    return linears(_ACTIVATIONS[activation](gate) * up, layer.leave, None, 0.0)[0]
+
+
+def experts(x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation) -> Tensor:
+    """For every token the sum over its experts, ascending, of factor times feed-forward: float32 (T, rows of down)."""
+    out = torch.zeros(x.shape[0], all[0].leave.matrices[0].rows)
+    for layer, start, stop in zip(all, routes.starts, routes.starts[1:], strict=False):
+        rows, factors = routes.tokens[start:stop], routes.factors[start:stop]
+        out.index_add_(0, rows, feed_forward(x[rows], layer, activation, None, 0.0) * factors.unsqueeze(1))
+    return out
+
+
 def gather_rows(w: Matrix, ids: Tensor) -> Tensor:
-    """Rows `ids` (int64 (T,)) as float32 (T, cols); only those rows are decoded."""
+    """Rows `ids` (int64 (T,)) as float32 (T, cols); only their bands are decoded."""
     if ids.numel():
         low, high = (int(end) for end in ids.aminmax())
         if low < 0 or high >= w.rows:
             raise OperandError(f"row ids must be within [0, {w.rows}), got {low} to {high}")
-    return decode(w.type, w.data[ids])
+    height = w.type.band_rows
+    rows = from_bands(w.type, _bands(w)[ids // height])
+    return decode(w.type, rows[torch.arange(len(ids)) * height + ids % height])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (T, d) / rms(x) * weight (d,), each row by itself."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise."""
-    return silu(gate) * up
-
-
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up, elementwise, with the tanh form of gelu."""
-    return gelu(gate, approximate="tanh") * up
 
 
 def decode(kind: WeightType, data: Tensor) -> Tensor:
@@ -201,6 +227,11 @@ def _q6_k(b: Tensor) -> Tensor:
     q = _bits(ql, (0, 4), 15, 64) | (_bits(qh, (0, 2, 4, 6), 3, 32) << 4)
     return scale * (q.float() - 32).view(-1, 16, 16)
 
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu_tanh": lambda gate: gelu(gate, approximate="tanh"),
+}
 
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "F32": lambda b: _floats(b, torch.float32),

@@ -3,23 +3,38 @@
 Knows ids, names and block geometry of the types Shoal computes with, and the names of those it
 does not, so that a refusal can name them. Knows nothing of tensors, files or arithmetic.
 
-A row is stored as whole blocks, one after the other: `block_weights` consecutive weights share
+Files store a row as whole blocks, one after the other: `block_weights` consecutive weights share
 `block_bytes` bytes. Source of ids and sizes: ggml's type table, as published by the `gguf` package.
+In memory the rows of a quantised type lie in bands of sixteen, the last one filled up (`bands`).
 """
 
 from dataclasses import dataclass
 
 from shoal.kernels.errors import OperandError, UnsupportedTypeError
 
+BAND_ROWS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class WeightType:
-    """One stored type: its GGUF id and name, and the geometry of its blocks."""
+    """One stored type: its GGUF id and name, the geometry of its blocks, and where in a block of a quantised type
+    numbers in half precision begin.
+    """
 
     id: int
     name: str
     block_weights: int
     block_bytes: int
+    halves: tuple[int, ...] = ()
+
+    @property
+    def quantised(self) -> bool:
+        return self.block_weights > 1
+
+    @property
+    def band_rows(self) -> int:
+        """Rows that lie together in memory: a matrix is whole bands of so many."""
+        return BAND_ROWS if self.quantised else 1
 
     @property
     def bits_per_weight(self) -> float:
@@ -34,21 +49,25 @@ class WeightType:
             )
         return cols // self.block_weights * self.block_bytes
 
+    def matrix_bytes(self, rows: int, cols: int) -> int:
+        """Bytes of a matrix in memory."""
+        return -(-rows // self.band_rows) * self.band_rows * self.row_bytes(cols)
+
 
 F32 = WeightType(0, "F32", 1, 4)
 F16 = WeightType(1, "F16", 1, 2)
 BF16 = WeightType(30, "BF16", 1, 2)
-Q4_0 = WeightType(2, "Q4_0", 32, 18)
-Q4_1 = WeightType(3, "Q4_1", 32, 20)
-Q5_0 = WeightType(6, "Q5_0", 32, 22)
-Q5_1 = WeightType(7, "Q5_1", 32, 24)
-Q8_0 = WeightType(8, "Q8_0", 32, 34)
-Q2_K = WeightType(10, "Q2_K", 256, 84)
-Q3_K = WeightType(11, "Q3_K", 256, 110)
-Q4_K = WeightType(12, "Q4_K", 256, 144)
-Q5_K = WeightType(13, "Q5_K", 256, 176)
-Q6_K = WeightType(14, "Q6_K", 256, 210)
-IQ4_NL = WeightType(20, "IQ4_NL", 32, 18)
+Q4_0 = WeightType(2, "Q4_0", 32, 18, halves=(0,))
+Q4_1 = WeightType(3, "Q4_1", 32, 20, halves=(0, 2))
+Q5_0 = WeightType(6, "Q5_0", 32, 22, halves=(0,))
+Q5_1 = WeightType(7, "Q5_1", 32, 24, halves=(0, 2))
+Q8_0 = WeightType(8, "Q8_0", 32, 34, halves=(0,))
+Q2_K = WeightType(10, "Q2_K", 256, 84, halves=(80, 82))
+Q3_K = WeightType(11, "Q3_K", 256, 110, halves=(108,))
+Q4_K = WeightType(12, "Q4_K", 256, 144, halves=(0, 2))
+Q5_K = WeightType(13, "Q5_K", 256, 176, halves=(0, 2))
+Q6_K = WeightType(14, "Q6_K", 256, 210, halves=(208,))
+IQ4_NL = WeightType(20, "IQ4_NL", 32, 18, halves=(0,))
 
 WEIGHT_TYPES = (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL)
 

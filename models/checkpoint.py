@@ -1,6 +1,6 @@
 """A checkpoint: the user's files, read block by block.
 
-Knows how blocks are put together from tensors: fused tensors are split by rows without a copy, one expert is read
+Knows how blocks are put together from tensors: fused tensors are read apart by rows, one expert is read
 out of a stack, vectors become f32. Container formats are `gguf_file` and `hf_dir`, names and facts `families`.
 """
 
@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from shoal.kernels import Matrix, dequantize
+from shoal.kernels import Matrix, dequantize, from_stored, interleave
+from shoal.kernels.memory import Arena
 from shoal.partition.spec import BlockId, BlockKind
 
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
@@ -38,6 +39,8 @@ _LONG_LISTS = (
     "tokenizer.ggml.scores",
     "tokenizer.ggml.token_type",
 )
+
+_PART_BYTES = 8 << 20  # of quantised weights read at a time
 
 
 class Piece(NamedTuple):
@@ -66,6 +69,7 @@ class Checkpoint:
         self.spec = recipe.spec
         self.metadata: Mapping[str, Any] = files.metadata
         self._files = files
+        self._memory = Arena()
         self._recipe = recipe
         self._shapes: dict[BlockKind, dict[str, tuple[int, ...]]] = {
             kind: bias_shapes(self.spec, kind) | shapes(self.spec, kind) for kind in recipe.names
@@ -104,28 +108,28 @@ class Checkpoint:
         """What `read_block(block).nbytes` will be, without reading."""
         shapes = self._shapes[block.kind]
         total = 0
-        for piece in self._pieces(block):
-            vector = len(shapes[piece.roles[0]]) == 1
-            total += 4 * piece.tensor.weights if vector else piece.rows * piece.tensor.row_bytes
+        for tensor, _, _, roles in self._pieces(block):
+            if len(shapes[roles[0]]) == 1:
+                total += 4 * tensor.weights
+            else:
+                total += sum(tensor.type.matrix_bytes(*shapes[role]) for role in roles)
         return total
 
     def read_block(self, block: BlockId) -> Weights:
-        """Reads the tensors of a block, each into a buffer of its own. Raises CheckpointError."""
+        """Reads the tensors of a block, quantised ones into bands. Raises CheckpointError."""
+        shapes = self._shapes[block.kind]
         matrices: dict[str, Matrix] = {}
         vectors: dict[str, Tensor] = {}
         for tensor, first_row, rows, roles in self._pieces(block):
-            buffer = self._files.read(tensor, first_row, rows)
-            matrix = Matrix.from_bytes(tensor.type, rows, tensor.shape[-1], buffer)
-            shapes = [self._shapes[block.kind][role] for role in roles]
-            sizes = [shape[0] for shape in shapes]
-            if len(shapes[0]) == 1:
-                vectors.update(
-                    zip(roles, self._vector(roles[0], matrix).split_with_sizes(sizes), strict=True)
-                )
+            sizes = [shapes[role][0] for role in roles]
+            if len(shapes[roles[0]]) == 1:
+                stored = self._files.read(tensor, first_row, rows)
+                row = self._vector(roles[0], from_stored(tensor.type, rows, tensor.shape[-1], stored))
+                vectors.update(zip(roles, row.split_with_sizes(sizes), strict=True))
                 continue
             for role, size in zip(roles, sizes, strict=True):
-                matrices[role] = matrix.slice_rows(0, size)
-                matrix = matrix.slice_rows(size, matrix.rows)
+                matrices[role] = self._matrix(tensor, first_row, size)
+                first_row += size
         return Weights(matrices, vectors)
 
     def tokenizer(self) -> Tokenizer:
@@ -149,6 +153,21 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _matrix(self, tensor: StoredTensor, first_row: int, rows: int) -> Matrix:
+        """Rows [first_row, first_row + rows) as kernels want them; those that have to move are read in parts."""
+        kind, cols = tensor.type, tensor.shape[-1]
+        memory = self._memory.take(kind.matrix_bytes(rows, cols))
+        if not kind.quantised:
+            self._files.read(tensor, first_row, rows, memory)
+            return Matrix(kind, memory, rows, cols)
+        step = max(1, _PART_BYTES // kind.matrix_bytes(1, cols)) * kind.band_rows
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            stored = self._files.read(tensor, first_row + start, stop - start)
+            into = memory[kind.matrix_bytes(start, cols) : kind.matrix_bytes(stop, cols)]
+            interleave(kind, stored.view(stop - start, -1), into)
+        return Matrix(kind, memory, rows, cols)
 
     def _vector(self, role: str, matrix: Matrix) -> Tensor:
         """→ (n,) f32"""

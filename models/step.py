@@ -12,23 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Consecutive tokens of one sequence, at rows [first, last) of the step.
-
-    `pages` hold the KV of the sequence: position p in page `pages[p // page_tokens]`; there may be more than needed.
-    """
-
-    first: int
-    last: int
-    start: int  # position of row `first` in its sequence
-    pages: Sequence[int]
-
-    @property
-    def end(self) -> int:
-        """Length of the sequence after this step."""
-        return self.start + self.last - self.first
+from shoal.kernels.attention import HeadNorms, Rotation, Segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,25 +21,25 @@ class Step:
 
     tokens: Tensor  # int64 (T,)
     positions: Tensor  # int64 (T,)
-    segments: tuple[Segment, ...]
+    segments: Segments  # which tokens are of one sequence, and where its KV is
     rows: Tensor  # int64 (R,): rows whose hidden state is wanted at the end
 
     @classmethod
     def build(cls, chunks: Iterable[tuple[Sequence[int], int, Sequence[int], int]]) -> Step:
         """From (token ids, start position, KV pages, how many of the last rows are wanted) per sequence."""
-        segments: list[Segment] = []
+        segments: list[tuple[int, int, Sequence[int]]] = []
         tokens: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
         for ids, start, pages, wanted in chunks:
-            segments.append(Segment(len(tokens), len(tokens) + len(ids), start, pages))
+            segments.append((len(ids), start, pages))
             tokens += ids
             positions += range(start, start + len(ids))
             rows += range(len(tokens) - wanted, len(tokens))
         return cls(
             torch.tensor(tokens),
             torch.tensor(positions),
-            tuple(segments),
+            Segments.build(segments),
             torch.tensor(rows, dtype=torch.int64),
         )
 
@@ -64,8 +48,18 @@ class KvCache(Protocol):
     """What attention needs of a KV store (offload.kv has it)."""
 
     def attend(
-        self, layer: int, step: Step, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None
+        self,
+        layer: int,
+        step: Step,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        rotation: Rotation,
+        scale: float,
+        window: int | None,
+        norms: HeadNorms | None,
     ) -> Tensor:
-        """Store the step's k and v (T, kv_heads, head_dim), then attend with q (T, heads, head_dim), every token to
+        """Store the step's k and v (T, kv_heads * head_dim), then attend with q (T, heads * head_dim), every token to
         its sequence up to itself; (T, heads * head_dim) f32."""
         ...

@@ -90,11 +90,16 @@ class TensorFiles:
             )
         raise MissingCheckpoint(f"{self.paths[0]}: tensor {name} is missing")
 
-    def read(self, tensor: StoredTensor, first_row: int = 0, rows: int | None = None) -> Tensor:
-        """The bytes of rows [first_row, first_row + rows), all by default, as a new uint8 tensor (bytes,)."""
+    def read(
+        self, tensor: StoredTensor, first_row: int = 0, rows: int | None = None, into: Tensor | None = None
+    ) -> Tensor:
+        """The bytes of rows [first_row, first_row + rows), all by default, as a uint8 tensor (bytes,): `into`, or a
+        new one.
+        """
         rows = tensor.rows - first_row if rows is None else rows
         assert 0 <= first_row <= first_row + rows <= tensor.rows
-        buffer = torch.empty(rows * tensor.row_bytes, dtype=torch.uint8)
+        buffer = torch.empty(rows * tensor.row_bytes, dtype=torch.uint8) if into is None else into
+        assert buffer.shape == (rows * tensor.row_bytes,)
         self._fill(buffer.numpy().data, tensor, tensor.offset + first_row * tensor.row_bytes)
         return buffer
 

@@ -9,34 +9,36 @@ Letters in shapes: T tokens of the step, H heads, K kv_heads, D head_dim, C hidd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from shoal.kernels import gather_rows, geglu, linear, rms_norm, swiglu
+from shoal.kernels import Routes, experts, feed_forward, gather_rows, linears, rms_norm
+from shoal.kernels.attention import HeadNorms, Rotation
 from shoal.partition.spec import ModelSpec
 
-from .rope import Rope, Rotation
+from .rope import Rope
 from .step import KvCache, Step
 from .weights import Weights
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Which tokens go to which experts: row i of `experts` (T, k) with the factors `factors` (T, k)."""
+    """Which tokens go to which experts: `used` are those chosen by any token, ascending, `routes` their tokens."""
 
-    experts: Tensor
-    factors: Tensor
+    used: list[int]
+    routes: Routes
 
-    def used(self) -> list[int]:
-        """Experts chosen by any token, ascending."""
-        return sorted(set(self.experts.flatten().tolist()))
-
-    def tokens_of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """(rows (N,), factors (N, 1)) of the tokens that chose `expert`."""
-        rows, choice = (self.experts == expert).nonzero(as_tuple=True)
-        return rows, self.factors[rows, choice].unsqueeze(1)
+    @classmethod
+    def of(cls, experts: Tensor, factors: Tensor) -> Routing:
+        """Row i of `experts` (T, k) are the choices of token i, with the factors `factors` (T, k)."""
+        ordered, pairs = experts.flatten().sort(stable=True)
+        used, counts = torch.unique_consecutive(ordered, return_counts=True)
+        starts = tuple(accumulate(counts.tolist(), initial=0))
+        return cls(used.tolist(), Routes(starts, pairs // experts.shape[1], factors.flatten()[pairs]))
 
 
 class Transformer:
@@ -45,7 +47,6 @@ class Transformer:
     def __init__(self, spec: ModelSpec, context_tokens: int) -> None:
         self.spec = spec
         self._ropes = [Rope(rope, context_tokens) for rope in spec.ropes]
-        self._activation = swiglu if spec.activation == "silu" else geglu
 
     def rotations(self, step: Step) -> list[Rotation]:
         """cos/sin of the step's positions, one per rope of the spec; computed once, used by every layer."""
@@ -60,53 +61,60 @@ class Transformer:
         self, layer: int, weights: Weights, hidden: Tensor, step: Step, rotations: list[Rotation], kv: KvCache
     ) -> Tensor:
         """hidden (T, C) → partial (T, C); the new K and V are stored in `kv`."""
-        spec, matrix, vector = self.spec, weights.matrix, weights.vector
-        x = self._enter(weights, hidden)
-        q = linear(x, matrix["q"], vector.get("q_bias"))  # (T, H*D)
-        k = linear(x, matrix["k"], vector.get("k_bias"))  # (T, K*D)
-        v = linear(x, matrix["v"], vector.get("v_bias"))  # (T, K*D)
-        if spec.qk_norm != "none":  # over rows of one head or of all heads, as long as the norm's weight
-            q = self._normed(q.view(-1, len(vector["q_norm"])), vector["q_norm"])
-            k = self._normed(k.view(-1, len(vector["k_norm"])), vector["k_norm"])
+        spec, vector = self.spec, weights.vector
+        q, k, v = linears(  # (T, H*D), (T, K*D) twice
+            hidden, weights.linears("q", "k", "v"), self._pre_norm(weights), spec.norm_eps
+        )
+        norms = None
+        if spec.qk_norm == "head" and spec.qkv_clip is None:
+            norms = HeadNorms(vector["q_norm"], vector["k_norm"], spec.norm_eps)
+        elif spec.qk_norm != "none":  # over rows of one head or of all heads, as long as the norm's weight
+            q = self._normed(q.view(-1, len(vector["q_norm"])), vector["q_norm"]).view(q.shape)
+            k = self._normed(k.view(-1, len(vector["k_norm"])), vector["k_norm"]).view(k.shape)
         if spec.qkv_clip is not None:
             q, k, v = (t.clamp_(-spec.qkv_clip, spec.qkv_clip) for t in (q, k, v))
-        q = q.view(-1, spec.heads, spec.head_dim)  # (T, H, D)
-        k = k.view(-1, spec.kv_heads, spec.head_dim)  # (T, K, D)
-        v = v.view(-1, spec.kv_heads, spec.head_dim)
-        rotate = rotations[spec.layers[layer].rope]
-        q, k = rotate(q), rotate(k)
+        kind = spec.layers[layer]
         mixed = kv.attend(
-            layer, step, q, k, v, scale=spec.attention_scale, window=spec.layers[layer].window
+            layer,
+            step,
+            q,
+            k,
+            v,
+            rotation=rotations[kind.rope],
+            scale=spec.attention_scale,
+            window=kind.window,
+            norms=norms,
         )  # (T, H*D)
-        return linear(mixed, matrix["o"], vector.get("o_bias"))
+        return linears(mixed, weights.linears("o"))[0]
 
     def feed_forward(self, weights: Weights, hidden: Tensor) -> Tensor:
         """Dense block: hidden (T, C) → partial (T, C)."""
-        vector = weights.vector
-        x = self._enter(weights, hidden)
-        return self._gated(
-            x, weights, "", vector.get("gate_bias"), vector.get("up_bias"), vector.get("down_bias")
+        spec = self.spec
+        return feed_forward(
+            hidden, weights.feed_forward(), spec.activation, self._pre_norm(weights), spec.norm_eps
         )
 
-    def route(self, weights: Weights, hidden: Tensor) -> tuple[Tensor, Routing, Tensor]:
-        """MoE router block: hidden (T, C) → normed x (T, C), routing, and the shared expert's partial (T, C)."""
-        moe = self.spec.moe
+    def route(self, weights: Weights, hidden: Tensor) -> tuple[Tensor, Routing, Tensor | None]:
+        """MoE router block: hidden (T, C) → normed x (T, C), routing, and the shared expert's partial (T, C) if there
+        is one."""
+        spec, moe, norm = self.spec, self.spec.moe, self._pre_norm(weights)
         assert moe is not None
-        x = self._enter(weights, hidden)
-        probabilities = torch.softmax(linear(x, weights.matrix["router"]), -1)  # (T, experts)
-        factors, experts = torch.topk(probabilities, moe.active, -1)  # (T, k)
+        x = hidden if norm is None else self._normed(hidden, norm)
+        probabilities = torch.softmax(linears(x, weights.linears("router"))[0], -1)  # (T, experts)
+        factors, chosen = torch.topk(probabilities, moe.active, -1)  # (T, k)
         if moe.normalize:
             factors = factors / factors.sum(-1, keepdim=True)
+        routing = Routing.of(chosen, factors)
         if not moe.shared_ffn:
-            return x, Routing(experts, factors), torch.zeros_like(hidden)
-        shared = self._gated(x, weights, "shared_")
+            return x, routing, None
+        shared = feed_forward(x, weights.feed_forward("shared_"), spec.activation)
         if moe.shared_gated:
-            shared *= torch.sigmoid(linear(x, weights.matrix["shared_scale"]))  # (T, 1)
-        return x, Routing(experts, factors), shared
+            shared *= torch.sigmoid(linears(x, weights.linears("shared_scale"))[0])  # (T, 1)
+        return x, routing, shared
 
-    def expert(self, weights: Weights, x: Tensor) -> Tensor:
-        """One expert on the tokens routed to it: (N, C) → (N, C), before the routing factor."""
-        return self._gated(x, weights, "")
+    def mix(self, weights: Sequence[Weights], x: Tensor, routing: Routing) -> Tensor:
+        """The experts in use, in the order of the routing, each on its tokens: normed x (T, C) → partial (T, C)."""
+        return experts(x, [expert.feed_forward() for expert in weights], routing.routes, self.spec.activation)
 
     def leave(self, weights: Weights, total: Tensor) -> Tensor:
         """What is done to a block's summed output before the residual add."""
@@ -114,23 +122,10 @@ class Transformer:
 
     def head(self, weights: Weights, hidden: Tensor) -> Tensor:
         """hidden (R, C) → logits (R, vocab)"""
-        return linear(self._normed(hidden, weights.vector["norm"]), weights.matrix["head"])
+        return linears(hidden, weights.linears("head"), weights.vector["norm"], self.spec.norm_eps)[0]
 
-    def _enter(self, weights: Weights, hidden: Tensor) -> Tensor:
-        return self._normed(hidden, weights.vector["norm"]) if self.spec.pre_norm else hidden
+    def _pre_norm(self, weights: Weights) -> Tensor | None:
+        return weights.vector["norm"] if self.spec.pre_norm else None
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.spec.norm_eps)
-
-    def _gated(
-        self,
-        x: Tensor,
-        weights: Weights,
-        prefix: str,
-        gate_bias: Tensor | None = None,
-        up_bias: Tensor | None = None,
-        down_bias: Tensor | None = None,
-    ) -> Tensor:
-        gate = linear(x, weights.matrix[prefix + "gate"], gate_bias)  # (T, F)
-        up = linear(x, weights.matrix[prefix + "up"], up_bias)  # (T, F)
-        return linear(self._activation(gate, up), weights.matrix[prefix + "down"], down_bias)

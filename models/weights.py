@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from shoal.kernels import Matrix
+from shoal.kernels import FeedForward, Linears, Matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,25 @@ class Weights:
 
     matrix: Mapping[str, Matrix] = field(default_factory=dict)
     vector: Mapping[str, Tensor] = field(default_factory=dict)
+    _made: dict[tuple[str, ...], Linears | FeedForward] = field(default_factory=dict, init=False, repr=False)
+
+    def linears(self, *roles: str) -> Linears:
+        """The matrices of these roles, each with its bias if it has one, as kernels take them; made once."""
+        made = self._made.get(roles)
+        if made is None:
+            biases = [self.vector.get(f"{role}_bias") for role in roles]
+            made = self._made[roles] = Linears([self.matrix[role] for role in roles], biases)
+        assert isinstance(made, Linears)
+        return made
+
+    def feed_forward(self, prefix: str = "") -> FeedForward:
+        """Gate, up and down, their roles prefixed, as kernels take them; made once."""
+        made = self._made.get((prefix,))
+        if made is None:
+            enter, leave = self.linears(prefix + "gate", prefix + "up"), self.linears(prefix + "down")
+            made = self._made[prefix,] = FeedForward(enter, leave)
+        assert isinstance(made, FeedForward)
+        return made
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,9 @@ from .spec import BlockId, ModelSpec
 
 Tier = Literal["gpu", "ram", "disk"]
 
-KV_TYPE_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
+KV_TYPE_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1}
+KV_SCALE_BYTES: Mapping[str, int] = {"i8": 4}  # per token, K/V head, and K or V
+KV_VALUE_STEP = 16  # V rows are filled up to whole vectors of so many numbers
 PAGE_TOKENS = 64
 KERNEL_BYTES = 64 << 20  # tiles and tables of the kernels, whatever the model
 
@@ -77,7 +79,9 @@ class Plan:
 
 def kv_token_bytes(spec: ModelSpec, dtype: str) -> int:
     """Bytes of K and V of one token in all layers."""
-    return 2 * len(spec.layers) * spec.kv_heads * spec.head_dim * KV_TYPE_BYTES[dtype]
+    numbers = spec.head_dim + -(-spec.head_dim // KV_VALUE_STEP) * KV_VALUE_STEP
+    head = numbers * KV_TYPE_BYTES[dtype] + 2 * KV_SCALE_BYTES.get(dtype, 0)
+    return len(spec.layers) * spec.kv_heads * head
 
 
 def scratch_bytes(

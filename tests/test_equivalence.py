@@ -48,6 +48,24 @@ def test_gguf_checkpoint(family: str, tmp_path: Path) -> None:
     assert relative_error(running.logits(ids, [30]), expected(model, ids)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "type", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+)
+def test_quantised_gguf_checkpoint(family: str, type: str, tmp_path: Path) -> None:
+    """Against `transformers` on the weights that were stored: inputs are rounded too, but finely."""
+    wide = 256 if type.endswith("_K") else 64
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), wide)
+    sizes |= {"shared_expert_intermediate_size": 2 * wide, "head_dim": wide // 4}
+    known = vars(tiny.config(family))
+    model = tiny.hf_model(family, seed=11, **{name: size for name, size in sizes.items() if known.get(name)})
+    tiny.save_gguf(model, tmp_path / "m.gguf", type=type)
+    running = Running(tmp_path / "m.gguf")
+    ids = tokens(running.spec.vocab, 11)
+    for prefill in ([30], [7, 30]):
+        assert relative_error(running.logits(ids, prefill), expected(model, ids)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_sequences_do_not_disturb_each_other(family: str, tmp_path: Path) -> None:
     """Three sequences at different positions in one step give the logits that each gives alone."""
@@ -73,4 +91,5 @@ def test_upcycled_mixture_equals_the_dense_model(tmp_path: Path) -> None:
     dense, mixture = Running(tmp_path / "dense.gguf"), Running(tmp_path / "mixture.gguf")
     ids = tokens(dense.spec.vocab, 7)
     assert mixture.spec.moe is not None
-    assert relative_error(mixture.logits(ids, [30]), dense.logits(ids, [30])) <= 1e-5
+    # the factors sum to one up to rounding, and a last bit may round an input to 16 bits the other way
+    assert relative_error(mixture.logits(ids, [30]), dense.logits(ids, [30])) <= 2e-4

@@ -10,15 +10,18 @@ from hypothesis import strategies as st
 
 from shoal.kernels import (
     WEIGHT_TYPES,
-    KernelError,
+    Linears,
     Matrix,
     OperandError,
     UnsupportedTypeError,
     WeightType,
+    from_stored,
+    interleave,
     reference,
     weight_type,
 )
-from shoal.kernels.sample import random_matrix
+from shoal.kernels.bands import from_bands, to_bands
+from shoal.kernels.sample import random_matrix, random_rows
 from shoal.kernels.types import F16, F32, Q4_0, Q6_K, UNSUPPORTED_NAMES
 
 kinds = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
@@ -46,7 +49,8 @@ def test_refusal_names_the_type(id: int, words: str) -> None:
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0), (0.01, 1), (1e-6, 3)])  # 1e-6: subnormal halves
 def test_decoding_equals_gguf_exactly(kind: WeightType, scale: float, offset: int) -> None:
     w = random_matrix(kind, 7, 1024, seed=kind.id, scale=scale, offset_bytes=offset)
-    expected = gguf.quants.dequantize(w.data.numpy().copy(), GGMLQuantizationType(kind.id))
+    stored = random_rows(kind, 7, 1024, seed=kind.id, scale=scale)
+    expected = gguf.quants.dequantize(stored.numpy(), GGMLQuantizationType(kind.id))
     got = reference.dequantize(w)
     assert got.dtype == torch.float32
     np.testing.assert_array_equal(got.numpy(), expected.reshape(7, 1024))
@@ -57,7 +61,7 @@ def test_quantised_weights_come_back_close(name: str) -> None:
     kind = next(k for k in WEIGHT_TYPES if k.name == name)
     values = np.random.default_rng(1).standard_normal((4, 256)).astype(np.float32)
     stored = gguf.quants.quantize(values, GGMLQuantizationType(kind.id))
-    w = Matrix.from_bytes(kind, 4, 256, memoryview(stored.tobytes()))
+    w = from_stored(kind, 4, 256, memoryview(stored.tobytes()))
     assert np.abs(reference.dequantize(w).numpy() - values).max() < 0.3
 
 
@@ -69,25 +73,25 @@ def test_linear_and_gather_are_those_of_the_decoded_weights(
     w = random_matrix(kind, 9, 512)
     x, bias = torch.randn(3, 512), torch.randn(9)
     full = reference.dequantize(w)
-    seen = reference.quantised_inputs(x, kind.block_weights) if kind.block_weights > 1 else x
-    torch.testing.assert_close(reference.linear(x, w, bias), seen @ full.T + bias, rtol=1e-4, atol=1e-3)
+    seen = reference.quantised_inputs(x) if kind.quantised else x
+    (got,) = reference.linears(x, Linears((w,), (bias,)), None, 0.0)
+    torch.testing.assert_close(got, seen @ full.T + bias, rtol=1e-4, atol=1e-3)
     ids = torch.tensor([8, 0, 8])
     assert torch.equal(reference.gather_rows(w, ids), full[ids])
     assert reference.gather_rows(w, ids[:0]).shape == (0, 512)
 
 
 @kinds
-@settings(deadline=None, max_examples=20)
-@given(data=st.data())
-def test_row_slices_are_views(kind: WeightType, data: st.DataObject) -> None:
-    w = random_matrix(kind, 6, 256)
-    start = data.draw(st.integers(0, 6))
-    stop = data.draw(st.integers(start, 6))
-    part = w.slice_rows(start, stop)
-    assert part.rows == stop - start
-    assert part.nbytes == part.rows * kind.row_bytes(256)
-    assert part.data.untyped_storage().data_ptr() == w.data.untyped_storage().data_ptr()
-    assert torch.equal(reference.dequantize(part), reference.dequantize(w)[start:stop])
+@settings(deadline=None, max_examples=10)
+@given(rows=st.integers(1, 40), blocks=st.integers(1, 3))
+def test_bands_are_a_permutation_within_sixteen_rows(kind: WeightType, rows: int, blocks: int) -> None:
+    stored = random_rows(kind, rows, blocks * kind.block_weights, seed=rows)
+    bands = to_bands(kind, stored)
+    assert torch.equal(from_bands(kind, bands)[:rows], stored)
+    assert bands.numel() == kind.matrix_bytes(rows, blocks * kind.block_weights)
+    for band, part in zip(bands, stored.split(kind.band_rows), strict=True):
+        assert torch.equal(band, to_bands(kind, part)[0])
+        assert torch.equal(band.sort()[0][-part.numel() :], part.flatten().sort()[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -101,8 +105,8 @@ def test_tensors_are_wrapped_without_copy(dtype: torch.dtype) -> None:
 
 def test_bytes_must_be_those_of_the_shape() -> None:
     buffer = torch.zeros(36, dtype=torch.uint8)
-    assert Matrix.from_bytes(Q4_0, 2, 32, buffer).nbytes == 36
-    assert Matrix.from_bytes(Q4_0, 0, 32, b"").rows == 0
+    assert from_stored(Q4_0, 2, 32, buffer).nbytes == Q4_0.matrix_bytes(2, 32) == 16 * 18
+    assert from_stored(Q4_0, 0, 32, b"").rows == 0
     for rows, cols, wrong in [
         (2, 32, buffer[:-1]),
         (3, 32, buffer),
@@ -114,16 +118,24 @@ def test_bytes_must_be_those_of_the_shape() -> None:
         (2, 32, bytes(35)),
     ]:
         with pytest.raises(OperandError):
-            Matrix.from_bytes(Q4_0, rows, cols, wrong)
-    for data in (buffer, buffer.view(2, 18).view(torch.int8), buffer.view(18, 2).T, buffer.view(2, 18)[:1]):
+            from_stored(Q4_0, rows, cols, wrong)
+    memory = torch.zeros(16 * 18, dtype=torch.uint8)
+    assert from_stored(Q4_0, 2, 32, buffer, memory).data is memory
+    with pytest.raises(OperandError):
+        from_stored(Q4_0, 2, 32, buffer, memory[:-1])
+    with pytest.raises(OperandError):
+        interleave(Q4_0, buffer.view(2, 18), memory[:36])
+    for data in (
+        buffer,
+        memory.view(torch.int8),
+        memory.view(16, 18),
+        torch.zeros(576, dtype=torch.uint8)[::2],
+    ):
         with pytest.raises(OperandError):
             Matrix(Q4_0, data, 2, 32)
     for bad in (torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64)):
         with pytest.raises(OperandError):
             Matrix.from_tensor(bad)
-    for start, stop in [(-1, 1), (1, 3), (2, 1)]:
-        with pytest.raises(KernelError):
-            Matrix.from_bytes(Q4_0, 2, 32, buffer).slice_rows(start, stop)
 
 
 def test_descriptions() -> None:

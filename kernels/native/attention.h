@@ -1,115 +1,268 @@
-// Attention of one new token over the keys and values of its sequence.
+// Attention of a whole step in one layer: its keys and values go into their pages, then every row looks at its sequence.
 //
-// Knows one K/V head at a time: its cached rows are read once for up to four query heads. Knows nothing of
-// pages or masks: the caller hands it the positions that the token sees.
+// Knows pages and how the work is cut into jobs: first (page, K/V head) to store, then (tile of rows, K/V head), the
+// large ones apart by span. The arithmetic is in `attention_span.h` and the same however it is cut.
 #pragma once
-#include "blocks.h"
-#include "home.h"
+#include "attention_span.h"
+#include "elementwise.h"
+#include "rope.h"
 
 namespace {
 
-constexpr int QUERIES = 4;  // query heads that share each load of a cached row
+constexpr int64_t LOOK_ROWS = 96;   // widening a page costs as much as two rows' use of it
+constexpr int64_t THREAD_PARTS = 4;  // a tile of more than such a part of a thread's share is cut into its spans
 
-INLINE int64_t score_count(int64_t length) { return (QUERIES * length + LANES - 1) / LANES * LANES; }
+constexpr float LOG2_E = 1.44269504f;  // scores are powers of two
 
-// For each query head i of four: lanes j with j % 4 == i, folded.
-template <class Fold>
-INLINE void fold_queries(vf lanes, float* out, Fold fold) {
-    for (int i = 0; i < QUERIES; i++) {
-        float value = lanes[i];
-        for (int j = i + QUERIES; j < LANES; j += QUERIES) value = fold(value, lanes[j]);
-        out[i] = value;
-    }
-}
-
-INLINE vf repeat_queries(const float* values) {
-    vf lanes;
-    for (int j = 0; j < LANES; j++) lanes[j] = values[j % QUERIES];
-    return lanes;
-}
-
-template <class W>
-INLINE vf cached(const uint8_t* row, int64_t at) {
-    return W::decode(row + at / LANES * W::bytes);
-}
-
-// out[i] (head_dim) for four queries q[i] (head_dim); `scores` holds score_count(length) floats, four for
-// each position.
-template <class W>
-void attend(const shoal::Cache& c, int64_t kv_head, const float* const* q, float* const* out, float* scores) {
-    const uint8_t* keys = static_cast<const uint8_t*>(c.keys) + kv_head * c.key_head_bytes;
-    const uint8_t* values = static_cast<const uint8_t*>(c.values) + kv_head * c.value_head_bytes;
-    const int64_t count = score_count(c.length);
-    for (int64_t p = 0; p < c.length; p++) {
-        vf acc[QUERIES] = {};
-        for (int64_t d = 0; d < c.head_dim; d += LANES) {
-            const vf key = cached<W>(keys + p * c.key_bytes, d);
-            for (int i = 0; i < QUERIES; i++) acc[i] = fma(key, load(q[i] + d), acc[i]);
-        }
-        const vf4 sums = sum4(acc[0], acc[1], acc[2], acc[3]) * c.scale;
-        memcpy(scores + QUERIES * p, &sums, sizeof sums);
-    }
-    for (int64_t s = QUERIES * c.length; s < count; s++) scores[s] = -__builtin_inff();
-
-    vf most = load(scores), total = {};
-    for (int64_t s = LANES; s < count; s += LANES) most = max(most, load(scores + s));
-    float peak[QUERIES], sum[QUERIES];
-    fold_queries(most, peak, [](float a, float b) { return a > b ? a : b; });
-    const vf peaks = repeat_queries(peak);
-    for (int64_t s = 0; s < count; s += LANES) {
-        const vf weight = exp(load(scores + s) - peaks);
-        store(scores + s, weight);
-        total = total + weight;
-    }
-    fold_queries(total, sum, [](float a, float b) { return a + b; });
-
-    for (int64_t d = 0; d < c.head_dim; d += LANES) {
-        vf acc[QUERIES] = {};
-        for (int64_t p = 0; p < c.length; p++) {
-            const vf value = cached<W>(values + p * c.value_bytes, d);
-            for (int i = 0; i < QUERIES; i++) acc[i] = fma(splat(scores[QUERIES * p + i]), value, acc[i]);
-        }
-        for (int i = 0; i < QUERIES; i++) store(out[i] + d, acc[i] / splat(sum[i]));
-    }
-}
-
-struct Attention {
-    const shoal::Cache& cache;
-    const float* q;
-    float* out;
-    float* scratch;
-    int64_t scratch_stride;
-    void (*attend)(const shoal::Cache&, int64_t, const float* const*, float* const*, float*);
+// Tokens of a segment that are stored in one page.
+struct Piece {
+    int32_t segment, from, to;  // rows of the segment
 };
 
-// A job is one K/V head and all query heads that look at it.
-void attention_job(const void* context, int64_t kv_head, int worker) {
-    const Attention& a = *static_cast<const Attention*>(context);
-    const int64_t group = a.cache.heads / a.cache.kv_heads, dim = a.cache.head_dim;
-    for (int64_t first = 0; first < group; first += QUERIES) {
-        const float* q[QUERIES];
-        float* out[QUERIES];
-        for (int64_t i = 0; i < QUERIES; i++) {  // where the group has fewer, its last head again
-            const int64_t head = kv_head * group + (first + i < group ? first + i : group - 1);
-            q[i] = a.q + head * dim;
-            out[i] = a.out + head * dim;
+// Rows of a segment that look together, for one K/V head.
+struct Look {
+    int32_t segment, kv_head, from, to;  // rows of the segment
+    int64_t first_span, spans, work;
+    float* parts;  // a Result for each span, where spans are jobs of their own; else null
+};
+
+struct LookJob {
+    const Look* look;
+    int64_t span;  // or -1: all of them
+};
+
+struct Attending {
+    const shoal::Attention& a;
+    float* out;
+    Layout layout;
+    int64_t group, most_rows, bench_floats;
+    float *q, *benches;  // q (kv_heads, tokens, group, head_dim): normalised, rotated, scaled
+    Piece* pieces;
+    Look* looks;
+    LookJob* jobs;
+
+    const shoal::Segment& segment(int64_t index) const { return a.segments.all[index]; }
+    float* queries(int64_t kv_head, int64_t token) const {
+        return q + (kv_head * a.segments.tokens + token) * group * layout.dim;
+    }
+    uint8_t* page(const shoal::Segment& s, int64_t position, int64_t kv_head) const {
+        const int64_t number = a.segments.pages[s.pages + position / PAGE];
+        return a.kv.data + number * a.kv.page_bytes + kv_head * layout.head_bytes;
+    }
+    float* bench(int worker) const { return benches + worker * bench_floats; }
+    int64_t rows(const Look& l) const { return (l.to - l.from) * group; }
+    Result part(const Look& l, int64_t span) const {
+        const int64_t floats = Result::floats(rows(l), layout.wide);
+        return Result(l.parts + (span - l.first_span) * floats, rows(l), layout.wide);
+    }
+};
+
+// A head of a token, ready to be looked at or to look: normalised if there is a weight, rotated.
+INLINE void ready(const Attending& w, const float* x, const float* norm, int64_t token, float* y) {
+    if (norm) normalise(x, norm, w.a.norm_eps, w.layout.dim, y);
+    else memcpy(y, x, (size_t)w.layout.dim * sizeof(float));
+    rotate(w.a.rotation, token, y);
+}
+
+// Row by row (tokens, row_bytes) to dimension by dimension (dim, PAGE).
+template <int BYTES>
+void put_columns(const uint8_t* rows, int64_t tokens, int64_t row_bytes, int64_t dim, uint8_t* columns) {
+    for (int64_t d = 0; d < dim; d++) {
+        for (int64_t t = 0; t < tokens; t++) {
+            memcpy(columns + (d * PAGE + t) * BYTES, rows + t * row_bytes + d * BYTES, BYTES);
         }
-        a.attend(a.cache, kv_head, q, out, a.scratch + worker * a.scratch_stride);
     }
 }
 
-shoal::Status attention(const shoal::Cache& cache, const float* q, float* out) {
-    if (cache.head_dim % LANES) return shoal::BAD_TYPE;
-    Attention a{cache, q, out, nullptr, score_count(cache.length), nullptr};
-    if (cache.type == 0) a.attend = attend<F32>;
-    if (cache.type == 1) a.attend = attend<F16>;
-    if (cache.type == 30) a.attend = attend<BF16>;
-    if (!a.attend) return shoal::BAD_TYPE;
+// Stores what one page gets for one K/V head, and makes the queries of its group ready.
+template <class Cell>
+void store_job(const void* context, int64_t index, int worker) {
+    const Attending& w = *static_cast<const Attending*>(context);
+    const shoal::Attention& a = w.a;
+    const int64_t heads = a.kv.kv_heads, kv_head = index % heads, dim = w.layout.dim, wide = w.layout.wide;
+    const Piece& piece = w.pieces[index / heads];
+    const shoal::Segment& s = w.segment(piece.segment);
+    const int64_t column = (s.start + piece.from) % PAGE, tokens = piece.to - piece.from;
+    uint8_t* head = w.page(s, s.start + piece.from, kv_head);
+    uint8_t* values = head + w.layout.values + column * wide * Cell::bytes;
+    float* scales = reinterpret_cast<float*>(head + w.layout.scales) + column;
+
+    float* row = w.bench(worker);
+    uint8_t* cells = reinterpret_cast<uint8_t*>(row + wide);
+    memset(row, 0, (size_t)wide * sizeof(float));
+    for (int64_t t = 0; t < tokens; t++) {
+        const int64_t token = s.first + piece.from + t, at = (token * heads + kv_head) * dim;
+        ready(w, a.k + at, a.k_norm, token, row);
+        const float key_scale = encode<Cell>(row, wide, cells + t * wide * Cell::bytes);
+        memcpy(row, a.v + at, (size_t)dim * sizeof(float));
+        const float value_scale = encode<Cell>(row, wide, values + t * wide * Cell::bytes);
+        if (Cell::scaled) {
+            scales[t] = key_scale;
+            scales[PAGE + t] = value_scale;
+        }
+        float* q = w.queries(kv_head, token);
+        for (int64_t g = 0; g < w.group; g++, q += dim) {
+            ready(w, a.q + ((token * heads + kv_head) * w.group + g) * dim, a.q_norm, token, q);
+            for (int64_t d = 0; d < dim; d++) q[d] *= a.scale * LOG2_E;
+        }
+    }
+    put_columns<Cell::bytes>(cells, tokens, wide * Cell::bytes, dim, head + column * Cell::bytes);
+}
+
+// Divides what rows saw by their totals and puts it where it belongs.
+void finish(const Attending& w, const Look& l, const Result& result) {
+    const int64_t dim = w.layout.dim;
+    const Seen* seen = result.seen;
+    const float* from = result.out;
+    for (int64_t token = w.segment(l.segment).first + l.from, n = l.from; n < l.to; n++, token++) {
+        float* out = w.out + (token * w.a.kv.kv_heads + l.kv_head) * w.group * dim;
+        for (int64_t g = 0; g < w.group; g++, seen++, from += w.layout.wide, out += dim) {
+            const float inverse = 1.0f / seen->total;
+            for (int64_t d = 0; d < dim; d++) out[d] = from[d] * inverse;
+        }
+    }
+}
+
+template <class Cell>
+void look_job(const void* context, int64_t index, int worker) {
+    const Attending& w = *static_cast<const Attending*>(context);
+    const Look& l = *w.jobs[index].look;
+    const shoal::Segment& s = w.segment(l.segment);
+    const Queries queries{w.queries(l.kv_head, s.first + l.from),
+                          w.rows(l),
+                          w.group,
+                          s.start + l.from,
+                          w.a.window,
+                          w.a.segments.pages + s.pages,
+                          w.a.kv.data + l.kv_head * w.layout.head_bytes,
+                          w.a.kv.page_bytes};
+    const Bench bench(w.bench(worker), w.most_rows, w.layout.wide);
+    const int64_t span = w.jobs[index].span;
+    if (span >= 0) {
+        attend_span<Cell>(queries, w.layout, span, bench, w.part(l, span));
+        return;
+    }
+    attend_span<Cell>(queries, w.layout, l.first_span, bench, bench.all);
+    for (int64_t next = l.first_span + 1; next < l.first_span + l.spans; next++) {
+        attend_span<Cell>(queries, w.layout, next, bench, bench.part);
+        fold(bench.all, bench.part, queries.rows, w.layout.wide);
+    }
+    finish(w, l, bench.all);
+}
+
+// Folds the spans that were jobs of their own.
+void fold_job(const void* context, int64_t index, int) {
+    const Attending& w = *static_cast<const Attending*>(context);
+    const Look& l = w.looks[index];
+    if (!l.parts) return;
+    const Result all = w.part(l, l.first_span);
+    for (int64_t next = l.first_span + 1; next < l.first_span + l.spans; next++) {
+        fold(all, w.part(l, next), w.rows(l), w.layout.wide);
+    }
+    finish(w, l, all);
+}
+
+template <class Visit>
+void each_piece(const Attending& w, Visit visit) {
+    for (int64_t i = 0; i < w.a.segments.count; i++) {
+        const shoal::Segment& s = w.segment(i);
+        for (int32_t from = 0, to; from < s.tokens; from = to) {
+            to = least(s.tokens, from + (int32_t)(PAGE - (s.start + from) % PAGE));
+            visit(Piece{(int32_t)i, from, to});
+        }
+    }
+}
+
+// Later rows, which see more, first.
+template <class Visit>
+void each_look(const Attending& w, Visit visit) {
+    const int32_t tile = (int32_t)(w.group < LOOK_ROWS ? LOOK_ROWS / w.group : 1);
+    for (int64_t i = 0; i < w.a.segments.count; i++) {
+        const shoal::Segment& s = w.segment(i);
+        for (int32_t to = s.tokens, from; to > 0; to = from) {
+            from = (to - 1) / tile * tile;
+            const int64_t end = s.start + to, unseen = w.a.window ? s.start + from + 1 - w.a.window : 0;
+            const int64_t first = unseen > 0 ? unseen : 0, span = first / SPAN;
+            Look l{(int32_t)i, 0, from, to, span, ceil_div(end, SPAN) - span, 0, nullptr};
+            l.work = 2 * w.rows(l) * (end - first) * w.layout.dim;
+            for (; l.kv_head < w.a.kv.kv_heads; l.kv_head++) visit(l);
+        }
+    }
+}
+
+// Consecutive arrays in one piece of memory; without memory, only how much they take.
+struct Carve {
+    char* memory;
+    size_t used;
+    template <class T>
+    T* take(int64_t count) {
+        T* at = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
+        used += ((size_t)count * sizeof(T) + 63) / 64 * 64;
+        return at;
+    }
+};
+
+template <class Cell>
+shoal::Status attend(const shoal::Attention& a, float* out) {
+    const int64_t group = a.kv.heads / a.kv.kv_heads, dim = a.kv.head_dim, heads = a.kv.kv_heads;
     shoal::Turn turn;
-    a.scratch = static_cast<float*>(turn.reserve((size_t)(turn.threads() * a.scratch_stride) * sizeof(float)));
-    if (!a.scratch) return shoal::NO_MEMORY;
-    turn.run(cache.kv_heads, 2 * cache.heads * cache.length * cache.head_dim, attention_job, &a);
+    Attending w{a, out, Layout(dim, Cell::bytes, Cell::scaled), group, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+    int64_t pieces = 0, looks = 0, jobs = 0, part_floats = 0, work = 0;
+    each_piece(w, [&](const Piece&) { pieces++; });
+    each_look(w, [&](const Look& l) {
+        looks++;
+        work += l.work;
+        w.most_rows = most(w.most_rows, w.rows(l));
+    });
+    const int64_t large = work / (THREAD_PARTS * turn.threads());
+    const auto apart = [&](const Look& l) { return turn.threads() > 1 && l.spans > 1 && l.work > large; };
+    const auto parts = [&](const Look& l) { return l.spans * Result::floats(w.rows(l), w.layout.wide); };
+    each_look(w, [&](const Look& l) {
+        jobs += apart(l) ? l.spans : 1;
+        part_floats += apart(l) ? parts(l) : 0;
+    });
+    w.bench_floats = Bench::floats(w.most_rows, w.layout.wide) / 16 * 16 + 32;
+    Carve carve{nullptr, 0};
+    float* part = nullptr;
+    for (int pass = 0; pass < 2; pass++) {
+        w.q = carve.take<float>(a.segments.tokens * a.kv.heads * dim);
+        w.benches = carve.take<float>(turn.threads() * w.bench_floats);
+        part = carve.take<float>(part_floats);
+        w.pieces = carve.take<Piece>(pieces);
+        w.looks = carve.take<Look>(looks);
+        w.jobs = carve.take<LookJob>(jobs);
+        if (pass == 0) carve = {static_cast<char*>(turn.reserve(carve.used)), 0};
+        if (!carve.memory) return shoal::NO_MEMORY;
+    }
+    Piece* piece = w.pieces;
+    each_piece(w, [&](const Piece& p) { *piece++ = p; });
+    Look* look = w.looks;
+    LookJob* job = w.jobs;
+    each_look(w, [&](Look l) {
+        const bool cut = apart(l);
+        if (cut) {
+            l.parts = part;
+            part += parts(l);
+        }
+        *look = l;
+        for (int64_t i = 0; i < (cut ? l.spans : 1); i++) *job++ = {look, cut ? l.first_span + i : -1};
+        look++;
+    });
+    turn.run(pieces * heads, 4 * a.segments.tokens * (a.kv.heads + 2 * heads) * dim, store_job<Cell>, &w);
+    turn.run(jobs, work, look_job<Cell>, &w);
+    if (part_floats) turn.run(looks, part_floats, fold_job, &w);
     return shoal::OK;
+}
+
+shoal::Status attention(const shoal::Attention& a, float* out) {
+    if (a.segments.tokens == 0) return shoal::OK;
+    switch (a.kv.cell) {
+        case shoal::CELL_F32: return attend<CellF32>(a, out);
+        case shoal::CELL_F16: return attend<CellF16>(a, out);
+        case shoal::CELL_BF16: return attend<CellBF16>(a, out);
+        case shoal::CELL_I8: return attend<CellI8>(a, out);
+    }
+    return shoal::BAD_TYPE;
 }
 
 }  // namespace

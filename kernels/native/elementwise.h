@@ -1,10 +1,26 @@
-// Norms and gates: what is computed number by number, or row by row, in float32.
+// Norms and activations: what is computed number by number, or row by row, in float32.
 #pragma once
 #include "home.h"
-#include "jobs.h"
+#include "product.h"
 #include "simd.h"
 
 namespace {
+
+// y = x / rms(x) * weight, all of `cols` numbers.
+INLINE void normalise(const float* x, const float* weight, float eps, int64_t cols, float* y) {
+    const int64_t whole = cols / LANES * LANES;
+    vf squares[2] = {};
+    for (int64_t k = 0; k < whole; k += LANES) {
+        const vf v = load(x + k);
+        squares[k / LANES % 2] = fma(v, v, squares[k / LANES % 2]);
+    }
+    const vf4 sums = sum4(squares[0], squares[1], vf{}, vf{});
+    float square = sums[0] + sums[1];
+    for (int64_t k = whole; k < cols; k++) square += x[k] * x[k];
+    const float scale = 1.0f / __builtin_sqrtf(square / (float)cols + eps);
+    for (int64_t k = 0; k < whole; k += LANES) store(y + k, load(x + k) * splat(scale) * load(weight + k));
+    for (int64_t k = whole; k < cols; k++) y[k] = x[k] * scale * weight[k];
+}
 
 struct Norm {
     const float *x, *weight;
@@ -15,20 +31,7 @@ struct Norm {
 
 void norm_job(const void* context, int64_t index, int) {
     const Norm& n = *static_cast<const Norm*>(context);
-    const float* x = n.x + index * n.cols;
-    float* y = n.y + index * n.cols;
-    const int64_t whole = n.cols / LANES * LANES;
-    vf squares[2] = {};
-    for (int64_t k = 0; k < whole; k += LANES) {
-        const vf v = load(x + k);
-        squares[k / LANES % 2] = fma(v, v, squares[k / LANES % 2]);
-    }
-    const vf4 sums = sum4(squares[0], squares[1], vf{}, vf{});
-    float square = sums[0] + sums[1];
-    for (int64_t k = whole; k < n.cols; k++) square += x[k] * x[k];
-    const float scale = 1.0f / __builtin_sqrtf(square / (float)n.cols + n.eps);
-    for (int64_t k = 0; k < whole; k += LANES) store(y + k, load(x + k) * splat(scale) * load(n.weight + k));
-    for (int64_t k = whole; k < n.cols; k++) y[k] = x[k] * scale * n.weight[k];
+    normalise(n.x + index * n.cols, n.weight, n.eps, n.cols, n.y + index * n.cols);
 }
 
 shoal::Status rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t cols, float* y) {
@@ -43,35 +46,6 @@ INLINE vf silu(vf g) { return g / (exp(-g) + splat(1.0f)); }
 INLINE vf gelu(vf g) {
     const vf u2 = splat(1.5957691216f) * g * fma(splat(0.044715f) * g, g, splat(1.0f));
     return g / (exp(-u2) + splat(1.0f));
-}
-
-constexpr int64_t GATE_JOB = 4096;  // elements
-
-struct Gate {
-    const float *gate, *up;
-    int64_t n;
-    float* y;
-};
-
-template <vf (*ACT)(vf)>
-void gate_job(const void* context, int64_t index, int) {
-    const Gate& g = *static_cast<const Gate*>(context);
-    const int64_t end = least((index + 1) * GATE_JOB, g.n);
-    int64_t k = index * GATE_JOB;
-    for (; k + LANES <= end; k += LANES) store(g.y + k, ACT(load(g.gate + k)) * load(g.up + k));
-    if (k < end) {
-        float part[LANES] = {};
-        memcpy(part, g.gate + k, (size_t)(end - k) * sizeof(float));
-        store(part, ACT(load(part)));
-        for (int64_t i = k; i < end; i++) g.y[i] = part[i - k] * g.up[i];
-    }
-}
-
-template <vf (*ACT)(vf)>
-shoal::Status gated(const float* gate, const float* up, int64_t n, float* y) {
-    const Gate g{gate, up, n, y};
-    shoal::Turn().run(ceil_div(n, GATE_JOB), 4 * n, gate_job<ACT>, &g);
-    return shoal::OK;
 }
 
 }  // namespace

@@ -1,79 +1,47 @@
-// Inputs as quantised weights meet them: groups of signed bytes with one scale.
+// Inputs as quantised weights meet them: groups of 32 columns as whole numbers of 16 bits with one scale.
 //
-// q = round(x * 127 / largest |x|), half to even, scale = largest / 127, over 32 columns for the small types and
-// 256 for the large: the groups of llama.cpp. A group with an infinite or NaN input has a NaN scale, so that
-// whatever meets it becomes NaN. Knows of a weight type W only where its zero is.
+// q = round(x * MOST / largest |x|), half to even, scale = largest / MOST: the same for every weight type. A group with
+// an infinite or NaN input has a NaN scale, so that whatever meets it becomes NaN.
 #pragma once
-#include "rows.h"
+#include "bands.h"
 
 namespace {
 
-constexpr float SMALLEST = 1e-30f;  // a group whose largest magnitude is below counts as zeros
+constexpr float MOST = 32639;        // 256 * 127 + 127: both halves of a number fit signed bytes
+constexpr float SMALLEST = 1e-30f;   // a group whose largest magnitude is below counts as zeros
 constexpr float LARGEST = 0x1.fffffep127f;
+constexpr int GROUP = 32;            // columns
 
-struct alignas(64) Input32 {
-    int8_t q[32];
-    // What the weights' zero point (int32, -OFFSET times the sum of q) or their low (float, the scale times that
-    // sum) goes with, for each lane.
-    uint8_t term[16];
+struct Input {
+    char q[8][8];     // of four columns each, as `arrange` puts them
     float scale;
+    float low;        // scale times the sum of all q: what a low of 32 weights is multiplied with
+    int32_t sums[2];  // of 16 q each
 };
 
-struct alignas(64) Input256 {
-    int8_t q[256];
-    int16_t sums[16];  // of 16 q each
-    float scale;
-};
-
-// Writes N bytes, returns their scale.
-template <int N>
-INLINE float quantise(const float* x, int8_t* q) {
+INLINE void pack_group(const float* x, Input& in) {
     vi most = {};
-    for (int k = 0; k < N; k += LANES) {
+    for (int k = 0; k < GROUP; k += LANES) {
         const vi magnitude = read<vi>(x + k) & 0x7fffffff;  // in order even if infinite or NaN
         most = magnitude > most ? magnitude : most;
     }
     const float largest = read_float(greatest(most));
     if (largest < SMALLEST || !(largest <= LARGEST)) {
-        memset(q, 0, N);
-        return largest < SMALLEST ? 0.0f : __builtin_nanf("");
+        memset(&in, 0, sizeof in);
+        if (!(largest < SMALLEST)) in.scale = in.low = __builtin_nanf("");
+        return;
     }
-    const vf inverse = splat(127.0f / largest);
-    for (int k = 0; k < N; k += LANES) {
-        typedef int8_t narrow __attribute__((vector_size(LANES)));
-        const narrow v = __builtin_convertvector(to_int(load(x + k) * inverse), narrow);
-        memcpy(q + k, &v, sizeof v);
+    const vf inverse = splat(MOST / largest);
+    vi sums[2] = {};
+    for (int k = 0; k < GROUP; k += LANES) {
+        const vi q = to_int(load(x + k) * inverse);
+        sums[k / 16] += q;
+        arrange(q, in.q[k / 4]);
     }
-    return largest / 127.0f;
-}
-
-// Sums of four neighbours.
-INLINE void sum_fours(const int8_t* q, int32_t* sums) {
-    const vi v = dot<false>(vi{}, vb{} + 1, repeat16(q));
-    memcpy(sums, &v, 16);
-}
-
-template <class W>
-INLINE void pack_input(const float* x, Input32& in) {
-    in.scale = quantise<32>(x, in.q);
-    int32_t first[4], second[4];
-    sum_fours(in.q, first);
-    sum_fours(in.q + 16, second);
-    for (int i = 0; i < 4; i++) {
-        const int32_t sum = first[i] + second[i], offset = -W::OFFSET * sum;
-        const float low = in.scale * (float)sum;
-        memcpy(in.term + 4 * i, W::HAS_LOW ? (const void*)&low : &offset, 4);
-    }
-}
-
-template <class W>
-INLINE void pack_input(const float* x, Input256& in) {
-    in.scale = quantise<256>(x, in.q);
-    for (int i = 0; i < 16; i++) {
-        int32_t fours[4];
-        sum_fours(in.q + 16 * i, fours);
-        in.sums[i] = (int16_t)(fours[0] + fours[1] + fours[2] + fours[3]);
-    }
+    in.sums[0] = sum_of(sums[0]);
+    in.sums[1] = sum_of(sums[1]);
+    in.scale = largest / MOST;
+    in.low = in.scale * (float)(in.sums[0] + in.sums[1]);
 }
 
 }  // namespace

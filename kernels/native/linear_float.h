@@ -4,7 +4,7 @@
 // token) and multiplying widened tiles (several) do exactly that, so batching, threads and tiling change no bit.
 #pragma once
 #include "blocks.h"
-#include "jobs.h"
+#include "product.h"
 
 namespace {
 
@@ -14,14 +14,6 @@ constexpr int ROWS = 4;  // rows that share each load of x
 struct Sums {
     vf rows[ROWS];
 };
-
-size_t float_bytes(int64_t cols) { return (size_t)ceil_div(cols, 16) * 64; }
-
-// Filled up with zeros to whole vectors.
-void pack_floats(const float* x, int64_t cols, char* packed) {
-    memcpy(packed, x, (size_t)cols * sizeof(float));
-    memset(packed + cols * sizeof(float), 0, float_bytes(cols) - (size_t)cols * sizeof(float));
-}
 
 // `cols` weights from `from`, widened and filled up with zeros to whole vectors.
 template <class W, class Sink>
@@ -57,34 +49,47 @@ INLINE void dot_float(const uint8_t* w, int64_t row_bytes, const float* x, int64
 }
 
 template <class W>
-void dot_float_rows(const uint8_t* w, int64_t row_bytes, int64_t rows, const char* packed, int64_t cols, float* y) {
-    const float* x = reinterpret_cast<const float*>(packed);
-    for (; rows >= ROWS; rows -= ROWS, w += ROWS * row_bytes, y += ROWS) {
-        vf s[ROWS];
-        dot_float<W, ROWS>(w, row_bytes, x, cols, s);
-        const vf4 sums = sum4(s[0], s[1], s[2], s[3]);
-        memcpy(y, &sums, sizeof sums);
-    }
-    for (; rows > 0; rows--, w += row_bytes, y++) {
-        vf s;
-        dot_float<W, 1>(w, row_bytes, x, cols, &s);
-        *y = sum4(s, vf{}, vf{}, vf{})[0];
+INLINE const uint8_t* float_row(const shoal::Weights& w, int64_t row) {
+    return static_cast<const uint8_t*>(w.data) + row * (w.cols * W::bytes / LANES);
+}
+
+template <class W>
+void few_tokens_float(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y) {
+    const int64_t row_bytes = w.cols * W::bytes / LANES;
+    const uint8_t* row = float_row<W>(w, row0);
+    for (int64_t r = 0; r < rows; r += ROWS, row += ROWS * row_bytes) {
+        for (int64_t t = 0; t < x.count; t++) {
+            const float* in = reinterpret_cast<const float*>(x.packed[t]);
+            float* out = y.row(t) + r;
+            vf s[ROWS];
+            if (rows - r >= ROWS) {
+                dot_float<W, ROWS>(row, row_bytes, in, w.cols, s);
+                const vf4 sums = sum4(s[0], s[1], s[2], s[3]);
+                memcpy(out, &sums, sizeof sums);
+                continue;
+            }
+            for (int64_t i = 0; i < rows - r; i++) {
+                dot_float<W, 1>(row + i * row_bytes, row_bytes, in, w.cols, s);
+                out[i] = sum4(s[0], vf{}, vf{}, vf{})[0];
+            }
+        }
     }
 }
 
 template <class W>
-void decode_float_row(const uint8_t* w, int64_t cols, float* out) {
-    widen_row<W>(w, cols, [&](int64_t k, vf v) INLINE_LAMBDA {
-        memcpy(out + k, &v, (size_t)least<int64_t>(LANES, cols - k) * sizeof(float));
+void decode_float(const shoal::Weights& w, int64_t row, float* out) {
+    widen_row<W>(float_row<W>(w, row), w.cols, [&](int64_t k, vf v) INLINE_LAMBDA {
+        memcpy(out + k, &v, (size_t)least<int64_t>(LANES, w.cols - k) * sizeof(float));
     });
 }
 
 // Widened rows lie STRIDE floats apart: no power of two, so that they do not compete for lines of a cache.
-constexpr int64_t STRIDE = CHUNK + LANES;
+constexpr int64_t FLOAT_CHUNK = 1024;  // columns widened at once
+constexpr int64_t STRIDE = FLOAT_CHUNK + LANES;
 
 // Adds to the running sums of four widened rows and T tokens, which are zero at first.
 template <int T>
-void multiply_floats(const float* w, const float* x, int64_t stride, int64_t cols, bool first, Sums* sums) {
+void multiply_floats(const float* w, const float* const* x, int64_t cols, bool first, Sums* sums) {
     vf acc[T][ROWS] = {};
     if (!first) memcpy(acc, sums, sizeof acc);
     for (int64_t k = 0; k < cols; k += LANES) {
@@ -92,14 +97,14 @@ void multiply_floats(const float* w, const float* x, int64_t stride, int64_t col
         for (int r = 0; r < ROWS; r++) v[r] = load(w + r * STRIDE + k);
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
-            const vf in = load(x + t * stride + k);
+            const vf in = load(x[t] + k);
             for (int r = 0; r < ROWS; r++) acc[t][r] = fma(v[r], in, acc[t][r]);
         }
     }
     memcpy(sums, acc, sizeof acc);
 }
 
-using MultiplyFloats = void (*)(const float*, const float*, int64_t, int64_t, bool, Sums*);
+using MultiplyFloats = void (*)(const float*, const float* const*, int64_t, bool, Sums*);
 
 MultiplyFloats multiply_floats_of(int64_t tokens) {
     static constexpr MultiplyFloats all[] = {multiply_floats<1>, multiply_floats<2>, multiply_floats<3>,
@@ -114,38 +119,38 @@ struct alignas(64) FloatScratch {
 };
 
 template <class W>
-void tile_floats(const Linear& l, int64_t row0, int64_t rows, char* memory) {
+void many_tokens_float(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y,
+                       char* memory) {
     FloatScratch& scratch = *reinterpret_cast<FloatScratch*>(memory);
-    const int64_t groups = ceil_div(l.tokens, TOKENS), stride = (int64_t)(l.packed_bytes / sizeof(float));
-    for (int64_t k = 0; k < l.w.cols; k += CHUNK) {
-        const int64_t cols = least(CHUNK, l.w.cols - k);
-        const float* x = reinterpret_cast<const float*>(l.packed) + k;
+    const int64_t batches = ceil_div(x.count, TOKENS);
+    for (int64_t k = 0; k < w.cols; k += FLOAT_CHUNK) {
+        const int64_t cols = least(FLOAT_CHUNK, w.cols - k);
         for (int64_t r = 0; r < rows; r += ROWS) {
             for (int64_t i = 0; i < ROWS; i++) {  // beyond the last row: that row again, for sums nobody reads
-                const uint8_t* row = l.row(row0 + least(r + i, rows - 1)) + k / LANES * W::bytes;
+                const uint8_t* row = float_row<W>(w, row0 + least(r + i, rows - 1)) + k / LANES * W::bytes;
                 float* out = scratch.rows + i * STRIDE;
                 widen_row<W>(row, cols, [&](int64_t at, vf v) INLINE_LAMBDA { store(out + at, v); });
             }
-            for (int64_t g = 0; g < groups; g++) {
-                const int64_t from = l.tokens * g / groups, until = l.tokens * (g + 1) / groups;
-                Sums* sums = scratch.sums[r / ROWS] + from;
-                multiply_floats_of(until - from)(scratch.rows, x + from * stride, stride, cols, k == 0, sums);
+            for (int64_t i = 0; i < batches; i++) {
+                const int64_t from = x.count * i / batches, until = x.count * (i + 1) / batches;
+                const float* in[TOKENS];
+                for (int64_t t = from; t < until; t++) in[t - from] = reinterpret_cast<const float*>(x.packed[t]) + k;
+                multiply_floats_of(until - from)(scratch.rows, in, cols, k == 0, scratch.sums[r / ROWS] + from);
             }
         }
     }
-    for (int64_t t = 0; t < l.tokens; t++) {
+    for (int64_t t = 0; t < x.count; t++) {
         for (int64_t r = 0; r < rows; r += ROWS) {
             const Sums& s = scratch.sums[r / ROWS][t];
             const vf4 sums = sum4(s.rows[0], s.rows[1], s.rows[2], s.rows[3]);
-            memcpy(l.output(t) + row0 + r, &sums, (size_t)least<int64_t>(ROWS, rows - r) * sizeof(float));
+            memcpy(y.row(t) + r, &sums, (size_t)least<int64_t>(ROWS, rows - r) * sizeof(float));
         }
     }
 }
 
 template <class W>
 constexpr Type float_type() {
-    return {float_bytes,    pack_floats,          dot_float_rows<W>,
-            tile_floats<W>, sizeof(FloatScratch), decode_float_row<W>};
+    return {false, 1, W::bytes / LANES, few_tokens_float<W>, many_tokens_float<W>, sizeof(FloatScratch), decode_float<W>};
 }
 
 }  // namespace

@@ -60,7 +60,7 @@ const Home* chosen = all[sizeof all / sizeof all[0] - 1];
 #define API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; the Python side refuses a library that does not match.
-API int shoal_version() { return 2; }
+API int shoal_version() { return 3; }
 
 // Serves from now on by the home with this name, or by the best one for an empty name. Its name, or
 // null if this machine cannot run it.
@@ -76,32 +76,38 @@ API const char* shoal_choose(const char* name) {
 
 API void shoal_set_threads(int count) { shoal::set_threads(count); }
 
-API int shoal_linear(int32_t type, int64_t rows, int64_t cols, int64_t row_bytes, const void* w,
-                     const float* x, int64_t tokens, const float* bias, float* y) {
-    return shoal::chosen->linear({type, rows, cols, row_bytes, w}, x, tokens, bias, y);
+API void shoal_interleave(int64_t rows, int64_t blocks, int64_t block_bytes, int64_t first_half, int64_t second_half,
+                          const uint8_t* stored, uint8_t* bands) {
+    shoal::interleave({rows, blocks, block_bytes, {first_half, second_half}, stored}, bands);
 }
 
-API int shoal_gather_rows(int32_t type, int64_t rows, int64_t cols, int64_t row_bytes, const void* w,
-                          const int64_t* ids, int64_t count, float* out) {
-    return shoal::chosen->gather_rows({type, rows, cols, row_bytes, w}, ids, count, out);
+API int shoal_linears(const float* x, int64_t tokens, int64_t cols, const float* norm, float eps, int count,
+                      const shoal::Linear* all, float* const* y) {
+    return shoal::chosen->linears({x, cols, norm, eps}, tokens, count, all, y);
+}
+
+API int shoal_gated(const float* x, int64_t tokens, int64_t cols, const float* norm, float eps, int32_t act,
+                    const shoal::Linear* all, float* y) {
+    return shoal::chosen->gated({x, cols, norm, eps}, tokens, (shoal::Activation)act, all, y);
+}
+
+API int shoal_experts(const float* x, int64_t tokens, int64_t cols, int32_t act, int64_t experts,
+                      const shoal::Linear* const* all, const int64_t* starts, const int64_t* routed,
+                      const float* factors, float* y) {
+    return shoal::chosen->experts({x, cols, nullptr, 0}, tokens, (shoal::Activation)act, all,
+                                  {experts, starts, routed, factors}, y);
+}
+
+API int shoal_gather_rows(const shoal::Linear* linear, const int64_t* ids, int64_t count, float* out) {
+    return shoal::chosen->gather_rows(linear->w, ids, count, out);
 }
 
 API int shoal_rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t cols, float* y) {
     return shoal::chosen->rms_norm(x, weight, eps, rows, cols, y);
 }
 
-API int shoal_swiglu(const float* gate, const float* up, int64_t n, float* y) {
-    return shoal::chosen->swiglu(gate, up, n, y);
-}
-
-API int shoal_geglu(const float* gate, const float* up, int64_t n, float* y) {
-    return shoal::chosen->geglu(gate, up, n, y);
-}
-
-API int shoal_attention(int32_t type, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t length,
-                        const void* keys, int64_t key_head_bytes, int64_t key_bytes, const void* values,
-                        int64_t value_head_bytes, int64_t value_bytes, float scale, const float* q, float* out) {
-    const shoal::Cache cache{type, heads, kv_heads, head_dim, length, keys, key_head_bytes, key_bytes,
-                             values, value_head_bytes, value_bytes, scale};
-    return shoal::chosen->attention(cache, q, out);
+API int shoal_attention(const shoal::KvPages* kv, const shoal::Segments* segments, const shoal::Rotation* rotation,
+                        const float* q, const float* k, const float* v, const float* q_norm, const float* k_norm,
+                        float norm_eps, float scale, int64_t window, float* out) {
+    return shoal::chosen->attention({*kv, *segments, *rotation, q, k, v, q_norm, k_norm, norm_eps, scale, window}, out);
 }

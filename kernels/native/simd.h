@@ -7,7 +7,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -59,6 +59,20 @@ INLINE float half_bits_to_float(uint16_t h) {
     return read<float>(&bits);
 }
 
+// Float to IEEE half, to the nearest, ties to even: for subnormals the float adder does the rounding.
+INLINE uint16_t float_to_half_bits(float f) {
+    uint32_t magnitude = read<uint32_t>(&f) & 0x7fffffff;
+    const uint16_t sign = (uint16_t)((read<uint32_t>(&f) & 0x80000000) >> 16);
+    if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
+    if (magnitude >= 0x477ff000) return sign | 0x7c00;  // 65520 and more is infinity
+    if (magnitude < 0x38800000) {                       // units of 2^-24, as around 1/2
+        const float sum = read<float>(&magnitude) + 0.5f;
+        return sign | (uint16_t)(read<uint32_t>(&sum) - 0x3f000000);
+    }
+    magnitude += 0xc8000fff + (magnitude >> 13 & 1);
+    return sign | (uint16_t)(magnitude >> 13);
+}
+
 #if defined(__AVX512F__)
 
 INLINE vf splat(float f) { return (vf)_mm512_set1_ps(f); }
@@ -73,6 +87,13 @@ INLINE vi load_u16(const uint8_t* p) {
     return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
 }
 INLINE vf load_half(const uint8_t* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store_half(uint8_t* p, vf v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+INLINE vi load_i8(const uint8_t* p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store_u16(uint8_t* p, vi v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v)); }
+INLINE void store_i8(uint8_t* p, vi v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE float greatest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 // Sums of four vectors; a lane order that does not depend on which of the four a vector is.
 INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
     __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44),
@@ -97,6 +118,10 @@ INLINE vf round(vf a) {
 INLINE vi to_int(vf a) { return (vi)_mm256_cvtps_epi32((__m256)a); }
 INLINE vi load_u16(const uint8_t* p) { return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vf load_half(const uint8_t* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store_half(uint8_t* p, vf v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+INLINE vi load_i8(const uint8_t* p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
     __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20),
                               _mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31));
@@ -129,15 +154,50 @@ INLINE vi to_int(vf a) { return __builtin_convertvector(round(a), vi); }
 INLINE vi load_u16(const uint8_t* p) {
     return vi{read<uint16_t>(p), read<uint16_t>(p + 2), read<uint16_t>(p + 4), read<uint16_t>(p + 6)};
 }
+#if defined(__ARM_NEON)
+INLINE vf load_half(const uint8_t* p) { return (vf)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+INLINE void store_half(uint8_t* p, vf v) { vst1_u8(p, vreinterpret_u8_f16(vcvt_f16_f32((float32x4_t)v))); }
+#else
 INLINE vf load_half(const uint8_t* p) {
     return vf{half_bits_to_float(read<uint16_t>(p)), half_bits_to_float(read<uint16_t>(p + 2)),
               half_bits_to_float(read<uint16_t>(p + 4)), half_bits_to_float(read<uint16_t>(p + 6))};
+}
+INLINE void store_half(uint8_t* p, vf v) {
+    for (int i = 0; i < LANES; i++) {
+        const uint16_t bits = float_to_half_bits(v[i]);
+        memcpy(p + 2 * i, &bits, sizeof bits);
+    }
+}
+#endif
+INLINE vi load_i8(const uint8_t* p) {
+    return vi{read<int8_t>(p), read<int8_t>(p + 1), read<int8_t>(p + 2), read<int8_t>(p + 3)};
 }
 INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
     return vf4{(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]), (c[0] + c[2]) + (c[1] + c[3]),
                (d[0] + d[2]) + (d[1] + d[3])};
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+INLINE float greatest(vf v) {
+    float lanes[LANES];
+    store(lanes, v);
+    for (int i = LANES / 2; i > 0; i /= 2) {
+        for (int j = 0; j < i; j++) lanes[j] = lanes[j] > lanes[j + i] ? lanes[j] : lanes[j + i];
+    }
+    return lanes[0];
+}
+INLINE void store_u16(uint8_t* p, vi v) {
+    typedef uint16_t narrow __attribute__((vector_size(LANES * 2)));
+    const narrow low = __builtin_convertvector(v, narrow);
+    memcpy(p, &low, sizeof low);
+}
+INLINE void store_i8(uint8_t* p, vi v) {
+    typedef int8_t narrow __attribute__((vector_size(LANES)));
+    const narrow low = __builtin_convertvector(v, narrow);
+    memcpy(p, &low, sizeof low);
+}
 #endif
 
 INLINE float half(const uint8_t* p) {
@@ -150,13 +210,28 @@ INLINE float half(const uint8_t* p) {
 
 INLINE float read_float(int32_t bits) { return read<float>(&bits); }
 
+// The greatest lane, and the sum of all.
+#if defined(__AVX512F__)
+INLINE int32_t greatest(vi v) { return _mm512_reduce_max_epi32((__m512i)v); }
+INLINE int32_t sum_of(vi v) { return _mm512_reduce_add_epi32((__m512i)v); }
+#elif defined(__AVX2__)
 INLINE int32_t greatest(vi v) {
-    int32_t lanes[LANES];
-    memcpy(lanes, &v, sizeof v);
-    int32_t most = lanes[0];
-    for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
-    return most;
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
 }
+INLINE int32_t sum_of(vi v) {
+    __m128i m = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    m = _mm_add_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+}
+#else
+INLINE int32_t greatest(vi v) {
+    const int32_t a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+}
+INLINE int32_t sum_of(vi v) { return v[0] + v[1] + v[2] + v[3]; }
+#endif
 
 // e^x within 2 units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes expf).
 INLINE vf exp(vf x) {

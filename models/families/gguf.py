@@ -10,7 +10,7 @@ import math
 from itertools import chain
 from typing import Any
 
-from shoal.kernels import Matrix, dequantize
+from shoal.kernels import dequantize, from_stored
 from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from shoal.models.tensor_files import TensorFiles
 from shoal.models.texts import Texts
@@ -131,7 +131,7 @@ def _factors(files: TensorFiles, name: str) -> tuple[float, ...]:
         return ()
     if tensor.weights > 4096:
         raise CorruptCheckpoint(f"{files.paths[0]}: {name} has {tensor.weights} values: must have dims/2")
-    matrix = Matrix.from_bytes(tensor.type, tensor.rows, tensor.shape[-1], files.read(tensor))
+    matrix = from_stored(tensor.type, tensor.rows, tensor.shape[-1], files.read(tensor))
     return tuple(dequantize(matrix).flatten().tolist())
 
 

@@ -1,0 +1,103 @@
+"""Attention over pages in plain torch: it defines the truth and serves where nothing faster was built.
+
+Knows the arithmetic: rotation, rounding to what is stored, softmax over what a position sees. Operands have been
+checked by `attention`. Does not know how to be fast, nor promises that a row is bitwise the same in another batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from shoal.kernels.attention import HeadNorms, KvPages, Rotation, Segments
+
+SMALLEST_CELL = 1e-30
+"""Numbers none of which reaches this magnitude are stored as zeros by a scaled type."""
+
+
+def attend(
+    kv: KvPages,
+    segments: Segments,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: Rotation,
+    scale: float,
+    window: int | None,
+    norms: HeadNorms | None,
+) -> Tensor:
+    """As `attention.attention`."""
+    tokens, dim = segments.tokens, kv.layout.head_dim
+    q, k, v = (x.view(tokens, -1, dim) for x in (q, k, v))
+    if norms is not None:
+        q, k = (F.rms_norm(x, (dim,), weight, norms.eps) for x, weight in ((q, norms.q), (k, norms.k)))
+    q, k = rotate(rotation, q), rotate(rotation, k)
+    out = torch.empty_like(q)
+    for first, rows, start, page in segments.table.tolist():
+        own = slice(first, first + rows)
+        pages = segments.pages[page:].long()
+        _store(kv, pages, start, k[own], v[own])
+        keys, values = _read(kv, pages, start + rows)
+        mask = torch.ones(rows, start + rows, dtype=torch.bool).tril_(start)
+        if window is not None:
+            mask.triu_(start - window + 1)
+        mixed = F.scaled_dot_product_attention(
+            q[own].transpose(0, 1)[None], keys[None], values[None], mask, scale=scale, enable_gqa=True
+        )
+        out[own] = mixed[0].transpose(0, 1)
+    return out.view(tokens, -1)
+
+
+def rotate(rotation: Rotation, x: Tensor) -> Tensor:
+    """(T, heads, head_dim) → the same, its first `dims` dimensions turned: (a, b) to (a cos - b sin, b cos + a sin).
+
+    Source: RoFormer, arXiv 2104.09864.
+    """
+    axis = -1 if rotation.interleaved else -2
+    cos, sin = rotation.cos[:, None], rotation.sin[:, None]  # (T, 1, dims/2)
+    turned, rest = x[..., : rotation.dims], x[..., rotation.dims :]
+    half = rotation.dims // 2
+    a, b = turned.reshape(*x.shape[:2], *((half, 2) if rotation.interleaved else (2, half))).unbind(axis)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), axis).flatten(-2)
+    return torch.cat((turned, rest), -1)
+
+
+def _store(kv: KvPages, pages: Tensor, start: int, k: Tensor, v: Tensor) -> None:
+    """k, v (T, kv_heads, head_dim) become positions from `start` on."""
+    positions = torch.arange(start, start + len(k))
+    size = kv.keys().shape[-1]
+    page, column = pages[positions // size], positions % size
+    for which, (numbers, x) in enumerate(
+        ((kv.keys().transpose(2, 3), k), (kv.values()[..., : k.shape[-1]], v))
+    ):
+        if numbers.dtype == torch.int8:
+            x, kv.scales()[page, :, which, column] = _to_bytes(x)
+        numbers[page, :, column] = x.to(numbers.dtype)
+    kv.values()[..., k.shape[-1] :][page, :, column] = 0
+
+
+def _to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (…, head_dim) as whole numbers up to 127, and their scales (…); NaN where x is not finite."""
+    most = x.abs().amax(-1, keepdim=True)
+    zeros = ~(most >= SMALLEST_CELL)
+    whole = torch.where(zeros, 0.0, x * (127.0 / most)).round()
+    scale = torch.where(zeros, 0.0, most / 127.0) + (x * 0.0).sum(-1, keepdim=True)
+    return whole.nan_to_num(0.0, 0.0, 0.0), scale[..., 0]
+
+
+def _read(kv: KvPages, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """K and V of positions [0, length), f32 (kv_heads, length, head_dim) each."""
+    size = kv.keys().shape[-1]
+    used = pages[: -(-length // size)]
+    dim = kv.layout.head_dim
+    both = []
+    for which, numbers in enumerate((kv.keys().transpose(2, 3), kv.values()[..., :dim])):
+        x = numbers[used].float()  # (pages, kv_heads, 64, head_dim)
+        if numbers.dtype == torch.int8:
+            x = x * kv.scales()[used, :, which, :, None]
+        both.append(x.transpose(0, 1).flatten(1, 2)[:, :length])
+    return both[0], both[1]

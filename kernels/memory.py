@@ -1,0 +1,45 @@
+"""Memory for weights, in huge pages where the system has them.
+
+Reading weights at the speed of memory needs huge pages: with pages of 4 KB the processor walks page tables and its
+prefetchers stop at every page's end. Knows how to ask for them; not what the memory is for.
+"""
+
+import contextlib
+import mmap
+import threading
+
+import torch
+from torch import Tensor
+
+HUGE_BYTES = 2 << 20
+CHUNK_BYTES = 32 << 20
+ALIGN_BYTES = 64
+
+
+class Arena:
+    """Hands out memory that is taken from the system in large chunks; only what is written costs anything. A chunk
+    is given back when the last tensor in it goes. For any thread.
+    """
+
+    def __init__(self) -> None:
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> Tensor:
+        """Zeros, uint8 (nbytes,), aligned to lines of the cache."""
+        with self._lock:
+            if nbytes > len(self._chunk):
+                self._chunk = _mapped(max(CHUNK_BYTES, nbytes))
+            taken, self._chunk = self._chunk[:nbytes], self._chunk[-(-nbytes // ALIGN_BYTES) * ALIGN_BYTES :]
+            return taken
+
+
+def _mapped(nbytes: int) -> Tensor:
+    """Fresh memory for at least `nbytes`, beginning at a huge page."""
+    whole = -(-nbytes // HUGE_BYTES) * HUGE_BYTES
+    pages = mmap.mmap(-1, whole + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % HUGE_BYTES :][:whole]

@@ -1,0 +1,359 @@
+// Attention of a tile of queries over one span of a sequence's keys and values.
+//
+// The contract of the whole: what a query sees does not depend, in any bit, on what is computed beside it. So positions
+// are cut into spans that begin at multiples of SPAN. Within a span every sum runs over dimensions, positions or fixed
+// lanes in ascending order; spans are folded in ascending order (online softmax, arXiv 1805.02867). Which rows share a
+// register tile, and whether a page was widened to floats before, changes nothing.
+#pragma once
+#include "cells.h"
+#include "product.h"
+
+namespace {
+
+constexpr int64_t PAGE = 64;   // positions
+constexpr int64_t SPAN = 256;  // positions; at a long context the unit of work for one new token
+constexpr int64_t SCORES = SPAN + 16;  // no power of two between rows, so that they do not compete for lines of a cache
+constexpr int QUERIES = 6;        // queries that share each load of a key or value
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int QUERY_VECS = 4;  // 6 * 4 sums, 4 keys, 1 query of 32 registers
+#else
+constexpr int QUERY_VECS = 2;  // 6 * 2 sums, 2 keys, 1 query of 16 registers
+#endif
+constexpr int64_t DIRECT_ROWS = 2 * QUERIES;  // for more, a page is widened to floats once
+
+// Where things are in a page, in bytes from the beginning of a K/V head's part.
+struct Layout {
+    int64_t dim, wide, values, scales, head_bytes;
+
+    Layout(int64_t head_dim, int64_t cell_bytes, bool scaled) {
+        dim = head_dim;
+        wide = (head_dim + 15) / 16 * 16;
+        values = PAGE * dim * cell_bytes;
+        scales = values + PAGE * wide * cell_bytes;
+        head_bytes = scales + (scaled ? 2 * PAGE * (int64_t)sizeof(float) : 0);
+    }
+};
+
+// Columns [first, last) of a span.
+struct Columns {
+    int32_t first, last;
+};
+
+// Queries of one K/V head: `group` rows of `dim` numbers for each of consecutive positions.
+struct Queries {
+    const float* q;
+    int64_t rows, group, position;
+    int64_t window;
+    const int32_t* pages;  // of the sequence
+    const uint8_t* head;   // the K/V head in page 0
+    int64_t page_bytes;
+
+    const uint8_t* page(int64_t index) const { return head + pages[index] * page_bytes; }
+    // What each row sees of a span.
+    void look(int64_t span, Columns* columns) const {
+        int64_t end = position + 1 - span * SPAN;
+        for (int64_t r = 0; r < rows; end++) {
+            const int32_t first = window ? column(end - window) : 0, last = column(end);
+            for (int64_t g = 0; g < group; g++) columns[r++] = {first, last};
+        }
+    }
+
+private:
+    static int32_t column(int64_t at) { return (int32_t)(at < 0 ? 0 : at > SPAN ? SPAN : at); }
+};
+
+// What a row has seen of some spans: its greatest score, and the sum of its weights; 0 if nothing.
+struct Seen {
+    float peak, total;
+};
+
+// What rows have seen of some spans: `out` (rows, wide) is not yet divided by the totals.
+struct Result {
+    Seen* seen;
+    float* out;
+    static int64_t floats(int64_t rows, int64_t wide) { return rows * (wide + 2); }
+    Result(float* memory, int64_t rows, int64_t wide)
+        : seen(reinterpret_cast<Seen*>(memory + rows * wide)), out(memory) {}
+};
+
+// A thread's working memory, for at most so many rows.
+struct Bench {
+    float *scores, *page, *scales;
+    Result part, all;
+    Columns* columns;
+    static int64_t floats(int64_t rows, int64_t wide) {
+        return rows * (SCORES + 2) + PAGE * wide + 2 * SPAN + 2 * Result::floats(rows, wide);
+    }
+    Bench(float* memory, int64_t rows, int64_t wide)
+        : scores(memory),
+          page(scores + rows * SCORES),
+          scales(page + PAGE * wide),
+          part(scales + 2 * SPAN, rows, wide),
+          all(part.out + Result::floats(rows, wide), rows, wide),
+          columns(reinterpret_cast<Columns*>(all.out + Result::floats(rows, wide))) {}
+};
+
+// What to read while a block (a page's keys or values of one head) is computed with: half a block ahead of it, into
+// `next`, the block after it. Rows of blocks are far apart for the machine, which stops guessing at every 4 KiB.
+struct Ahead {
+    const uint8_t *block, *next;  // null: nothing
+    int64_t rows, row_bytes;
+
+    INLINE void fetch(int64_t row) const {
+        if (!next) return;
+        const int64_t half = rows / 2;
+        const uint8_t* at = row < half ? block + (row + half) * row_bytes : next + (row - half) * row_bytes;
+        for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    }
+};
+
+// scores (R, SCORES) of R queries with V vectors of a page's keys.
+template <class Cell, int R, int V>
+INLINE void score_columns(const float* q, int64_t dim, const uint8_t* keys, const Ahead& ahead, float* scores) {
+    vf sum[R][V] = {};
+    for (int64_t d = 0; d < dim; d++, keys += PAGE * Cell::bytes) {
+        ahead.fetch(d);
+        vf key[V];
+        for (int v = 0; v < V; v++) key[v] = Cell::load(keys + v * LANES * Cell::bytes);
+        for (int r = 0; r < R; r++) {
+            const vf x = splat(q[r * dim + d]);
+            for (int v = 0; v < V; v++) sum[r][v] = fma(x, key[v], sum[r][v]);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        for (int v = 0; v < V; v++) store(scores + r * SCORES + v * LANES, sum[r][v]);
+    }
+}
+
+// Columns [from, to) of a page, whole vectors.
+template <class Cell, int R>
+void score(const float* q, int64_t dim, const uint8_t* keys, int64_t from, int64_t to, const uint8_t* next,
+           float* scores) {
+    Ahead ahead{keys, next, dim, PAGE * Cell::bytes};
+    for (; from + QUERY_VECS * LANES <= to; from += QUERY_VECS * LANES) {
+        score_columns<Cell, R, QUERY_VECS>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
+        ahead.next = nullptr;
+    }
+    for (; from < to; from += LANES) {
+        score_columns<Cell, R, 1>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
+        ahead.next = nullptr;
+    }
+}
+
+// out (R, wide) += weights (R, SCORES) @ values, for V vectors of the values of positions [from, to) of a page.
+template <class Cell, int R, int V>
+INLINE void mix_columns(const float* weights, int64_t from, int64_t to, const uint8_t* values, const Ahead& ahead,
+                        int64_t wide, float* out) {
+    vf sum[R][V];
+    for (int r = 0; r < R; r++) {
+        for (int v = 0; v < V; v++) sum[r][v] = load(out + r * wide + v * LANES);
+    }
+    for (int64_t t = from; t < to; t++) {
+        ahead.fetch(t);
+        vf value[V];
+        for (int v = 0; v < V; v++) value[v] = Cell::load(values + (t * wide + v * LANES) * Cell::bytes);
+        for (int r = 0; r < R; r++) {
+            const vf x = splat(weights[r * SCORES + t]);
+            for (int v = 0; v < V; v++) sum[r][v] = fma(x, value[v], sum[r][v]);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        for (int v = 0; v < V; v++) store(out + r * wide + v * LANES, sum[r][v]);
+    }
+}
+
+template <class Cell, int R>
+void mix(const float* weights, int64_t from, int64_t to, const uint8_t* values, int64_t wide, const uint8_t* next,
+         float* out) {
+    Ahead ahead{values, next, PAGE, wide * Cell::bytes};
+    int64_t d = 0;
+    for (; d + QUERY_VECS * LANES <= wide; d += QUERY_VECS * LANES) {
+        mix_columns<Cell, R, QUERY_VECS>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
+        ahead.next = nullptr;
+    }
+    for (; d < wide; d += LANES) {
+        mix_columns<Cell, R, 1>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
+        ahead.next = nullptr;
+    }
+}
+
+// By number of rows, less one.
+template <class Cell>
+struct Kernels {
+    static constexpr decltype(&score<Cell, 1>) scores[QUERIES] = {score<Cell, 1>, score<Cell, 2>, score<Cell, 3>,
+                                                               score<Cell, 4>, score<Cell, 5>, score<Cell, 6>};
+    static constexpr decltype(&mix<Cell, 1>) mixes[QUERIES] = {mix<Cell, 1>, mix<Cell, 2>, mix<Cell, 3>,
+                                                            mix<Cell, 4>, mix<Cell, 5>, mix<Cell, 6>};
+};
+
+INLINE int64_t whole_vectors_down(int64_t n) { return n / LANES * LANES; }
+INLINE int64_t whole_vectors_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+INLINE int64_t between(int64_t low, int64_t n, int64_t high) { return n < low ? low : n > high ? high : n; }
+
+// Columns of the page that begins at column `start` of the span, of those in [first, last) of the span.
+struct Part {
+    int64_t from, to;
+    Part(int64_t first, int64_t last, int64_t start)
+        : from(between(0, first - start, PAGE)), to(between(0, last - start, PAGE)) {}
+    bool none() const { return from >= to; }
+};
+
+// Scores of one page for all rows.
+template <class Cell>
+void score_page(const Queries& q, const Columns* seen, int64_t start, int64_t dim, const uint8_t* keys,
+                const uint8_t* next, float* scores) {
+    for (int64_t r = 0; r < q.rows; r += QUERIES) {
+        const int64_t rows = least(q.rows - r, (int64_t)QUERIES);
+        const Part part(seen[r].first, seen[r + rows - 1].last, start);
+        if (part.none()) continue;
+        Kernels<Cell>::scores[rows - 1](q.q + r * dim, dim, keys, whole_vectors_down(part.from),
+                                        whole_vectors_up(part.to), r == 0 ? next : nullptr,
+                                        scores + r * SCORES + start);
+    }
+}
+
+// Values of one page, weighted, for all rows: those that every row of a register tile sees at once, others row by row.
+template <class Cell>
+void mix_page(int64_t all_rows, const Columns* seen, int64_t start, int64_t wide, const uint8_t* values,
+              const uint8_t* next, const float* weights, float* out) {
+    for (int64_t r = 0; r < all_rows; r += QUERIES) {
+        const int64_t rows = least(all_rows - r, (int64_t)QUERIES), end = r + rows - 1;
+        const Part any(seen[r].first, seen[end].last, start);
+        if (any.none()) continue;
+        const auto row_by_row = [&](int64_t from, int64_t to) {
+            for (int64_t i = r; i <= end; i++) {
+                const Part own(seen[i].first, seen[i].last, start);
+                const int64_t first = most(from, own.from), last = least(own.to, to);
+                if (first >= last) continue;
+                Kernels<Cell>::mixes[0](weights + i * SCORES + start, first, last, values, wide, nullptr,
+                                       out + i * wide);
+            }
+        };
+        const Part all(seen[end].first, seen[r].last, start);
+        if (all.none()) {
+            row_by_row(any.from, any.to);
+            continue;
+        }
+        if (any.from < all.from) row_by_row(any.from, all.from);
+        Kernels<Cell>::mixes[rows - 1](weights + r * SCORES + start, all.from, all.to, values, wide,
+                                       r == 0 ? next : nullptr, out + r * wide);
+        if (all.to < any.to) row_by_row(all.to, any.to);
+    }
+}
+
+template <class Cell>
+void widen(const uint8_t* cells, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i += LANES) store(out + i, Cell::load(cells + i * Cell::bytes));
+}
+
+// 2^x for x <= 0, within 2 units in the last place, at least 2^-126; NaN stays NaN. The polynomial is the best of its
+// degree for [-1/2, 1/2]. Adding `shift` rounds x and leaves its exponent, biased, in the lowest bits.
+INLINE vf power_of_two(vf x) {
+    const vf shift = splat(0x1.8p23f + 127);
+    x = max(splat(-126.0f), x);  // in this order a NaN stays one
+    const vf shifted = x + shift, r = x - (shifted - shift);
+    vf p = splat(1.327647217e-3f);
+    p = fma(p, r, splat(9.675541331e-3f));
+    p = fma(p, r, splat(5.550713273e-2f));
+    p = fma(p, r, splat(2.402211972e-1f));
+    p = fma(p, r, splat(6.931469671e-1f));
+    p = fma(p, r, splat(1.000000072f));
+    return p * bits_to_float((vi)shifted << 23);
+}
+
+// Scores in columns [first, last) become weights 2^(score - peak), for scaled cells times the scales of the values.
+template <bool SCALED>
+INLINE Seen soften(float* scores, int64_t first, int64_t last, const float* key_scales, const float* value_scales) {
+    const float nothing = -__builtin_inff();
+    const int64_t from = whole_vectors_down(first), to = whole_vectors_up(last);
+    if (SCALED) {
+        for (int64_t c = from; c < to; c += LANES) store(scores + c, load(scores + c) * load(key_scales + c));
+    }
+    for (int64_t c = from; c < first; c++) scores[c] = nothing;
+    for (int64_t c = last; c < to; c++) scores[c] = nothing;
+    vf most = splat(nothing), other = most, sum = {};
+    int64_t at = from;
+    for (; at + 2 * LANES <= to; at += 2 * LANES) {
+        most = max(most, load(scores + at));
+        other = max(other, load(scores + at + LANES));
+    }
+    if (at < to) most = max(most, load(scores + at));
+    const float peak = greatest(max(most, other));
+    for (int64_t c = from; c < to; c += LANES) {
+        vf weight = power_of_two(load(scores + c) - splat(peak));
+        sum = sum + weight;
+        if (SCALED) weight = weight * load(value_scales + c);
+        store(scores + c, weight);
+    }
+    return {peak, sum4(sum, vf{}, vf{}, vf{})[0]};
+}
+
+INLINE float power_of_two(float x) { return power_of_two(splat(x))[0]; }
+
+// Folds what rows saw of a later span into what they saw before.
+void fold(const Result& before, const Result& later, int64_t rows, int64_t wide) {
+    for (int64_t r = 0; r < rows; r++) {
+        Seen& seen = before.seen[r];
+        const Seen& more = later.seen[r];
+        float* out = before.out + r * wide;
+        const float* part = later.out + r * wide;
+        if (more.total == 0) continue;
+        if (seen.total == 0) {
+            seen = more;
+            memcpy(out, part, (size_t)wide * sizeof(float));
+            continue;
+        }
+        const float peak = seen.peak > more.peak ? seen.peak : more.peak;
+        const float a = power_of_two(seen.peak - peak), b = power_of_two(more.peak - peak);
+        seen = {peak, seen.total * a + more.total * b};
+        for (int64_t d = 0; d < wide; d += LANES) {
+            store(out + d, fma(load(part + d), splat(b), load(out + d) * splat(a)));
+        }
+    }
+}
+
+// What all rows see of one span.
+template <class Cell>
+void attend_span(const Queries& q, const Layout& l, int64_t span, const Bench& bench, const Result& result) {
+    Columns* columns = bench.columns;
+    q.look(span, columns);
+    const int64_t first = columns[0].first, last = columns[q.rows - 1].last;
+    const int64_t first_page = first / PAGE * PAGE, page0 = span * (SPAN / PAGE);
+    const bool direct = q.rows <= DIRECT_ROWS || Cell::bytes == sizeof(float);
+    for (int64_t start = first_page; start < last; start += PAGE) {
+        const uint8_t* keys = q.page(page0 + start / PAGE);
+        if (Cell::scaled) {
+            memcpy(bench.scales + start, keys + l.scales, PAGE * sizeof(float));
+            memcpy(bench.scales + SPAN + start, keys + l.scales + PAGE * sizeof(float), PAGE * sizeof(float));
+        }
+        const bool more = start + PAGE < last;
+        if (direct) {
+            const uint8_t* next = more ? q.page(page0 + start / PAGE + 1) : q.page(page0 + first_page / PAGE) + l.values;
+            score_page<Cell>(q, columns, start, l.dim, keys, next, bench.scores);
+        } else {
+            widen<Cell>(keys, PAGE * l.dim, bench.page);
+            score_page<CellF32>(q, columns, start, l.dim, (const uint8_t*)bench.page, nullptr, bench.scores);
+        }
+    }
+    for (int64_t r = 0; r < q.rows; r++) {
+        const Columns c = columns[r];
+        result.seen[r] = c.first < c.last ? soften<Cell::scaled>(bench.scores + r * SCORES, c.first, c.last,
+                                                                 bench.scales, bench.scales + SPAN)
+                                          : Seen{0, 0};
+    }
+    memset(result.out, 0, (size_t)(q.rows * l.wide) * sizeof(float));
+    for (int64_t start = first_page; start < last; start += PAGE) {
+        const uint8_t* values = q.page(page0 + start / PAGE) + l.values;
+        if (direct) {
+            const uint8_t* next = start + PAGE < last ? q.page(page0 + start / PAGE + 1) + l.values : values;
+            mix_page<Cell>(q.rows, columns, start, l.wide, values, next, bench.scores, result.out);
+        } else {
+            const Part part(first, last, start);
+            widen<Cell>(values + part.from * l.wide * Cell::bytes, (part.to - part.from) * l.wide,
+                        bench.page + part.from * l.wide);
+            mix_page<CellF32>(q.rows, columns, start, l.wide, (const uint8_t*)bench.page, nullptr, bench.scores, result.out);
+        }
+    }
+}
+
+}  // namespace

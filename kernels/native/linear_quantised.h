@@ -1,0 +1,269 @@
+// Quantised weights times inputs of 16 bits (`inputs.h`): sums of products are whole numbers, exact.
+//
+// A run of columns adds one float to each output, (sum of q * input) * (weight scale * input scale), and perhaps a
+// second for the low; runs come in ascending order. Few tokens straight from the stored bytes and many over unpacked
+// tiles both end in `add`, so batching, threads and tiling change no bit.
+#pragma once
+#include "blocks.h"
+#include "inputs.h"
+#include "product.h"
+
+namespace {
+
+template <class W>
+constexpr int QUADS = W::weights / W::RUNS / 4;  // of a run
+
+template <class W>
+INLINE const Input& input_of(const Input* x, int run) {
+    return x[run * QUADS<W> * 4 / GROUP];
+}
+
+template <class W>
+INLINE Sum start_run(const Input* x, int run) {
+    const Input& in = input_of<W>(x, run);
+    return start<W::OFFSET>(QUADS<W> == 8 ? in.sums[0] + in.sums[1] : in.sums[run % 2]);
+}
+
+template <class W>
+INLINE vf add(vf acc, vi sum, vf scale, vf low, const Input* x, int run) {
+    const Input& in = input_of<W>(x, run);
+    acc = fma(to_float(sum), scale * splat(in.scale), acc);
+    if (!W::HAS_LOW) return acc;
+    return fma(low, splat(QUADS<W> == 8 ? in.low : in.scale * (float)in.sums[run % 2]), acc);
+}
+
+// Writes those of LANES rows that exist.
+INLINE void store_rows(float* y, vf v, int64_t rows) {
+    if (rows >= LANES) return store(y, v);
+    if (rows > 0) memcpy(y, &v, (size_t)rows * sizeof(float));
+}
+
+constexpr int AHEAD = 4096;  // bytes that weights are fetched before their use
+
+// Sums of a run that grow side by side, so that one token does not wait for each product.
+template <int T>
+constexpr int CHAINS = T == 1 ? HALVES : 1;
+
+// A band and T tokens.
+template <class W, int T>
+INLINE void multiply_band(const uint8_t* band, int64_t blocks, const Input* const* x, float* const* y, int64_t rows) {
+    vf acc[PARTS][T] = {};
+    for (int64_t b = 0; b < blocks; b++, band += BAND * W::bytes) {
+        for (int i = 0; i < BAND * W::bytes; i += 64) __builtin_prefetch(band + AHEAD + i);
+        const Input* in[T];
+        for (int t = 0; t < T; t++) in[t] = x[t] + b * (W::weights / GROUP);
+        for (int part = 0; part < PARTS; part++) {
+            const Lines lines(band, part);
+            Sum sum[W::RUNS][T][CHAINS<T>];
+#pragma GCC unroll 16
+            for (int run = 0; run < W::RUNS; run++) {
+                for (int t = 0; t < T; t++) {
+                    sum[run][t][0] = start_run<W>(in[t], run);
+                    for (int c = 1; c < CHAINS<T>; c++) sum[run][t][c] = Sum{};
+                }
+            }
+            W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA {
+                Half w[HALVES];
+                halve<W::OFFSET>(q, w);
+                for (int half = 0; half < HALVES; half++) {
+                    for (int t = 0; t < T; t++) {
+                        Sum& to = sum[i / QUADS<W>][t][half % CHAINS<T>];
+                        to = mac(to, w[half], in[t][i / 8].q[i % 8], half);
+                    }
+                }
+            });
+            W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
+                for (int t = 0; t < T; t++) {
+                    vi whole = total(sum[run][t][0]);
+                    for (int c = 1; c < CHAINS<T>; c++) whole += total(sum[run][t][c]);
+                    acc[part][t] = add<W>(acc[part][t], whole, scale, low, in[t], run);
+                }
+            });
+        }
+    }
+    for (int part = 0; part < PARTS; part++) {
+        for (int t = 0; t < T; t++) store_rows(y[t] + part * LANES, acc[part][t], rows - part * LANES);
+    }
+}
+
+#if defined(__AVX512F__)
+constexpr int DIRECT_TOKENS = 4;  // that share one unpacking in registers
+#else
+constexpr int DIRECT_TOKENS = 2;
+#endif
+
+template <class W>
+INLINE const uint8_t* band_of(const shoal::Weights& w, int64_t row) {
+    return static_cast<const uint8_t*>(w.data) + row * (w.cols / W::weights * W::bytes);
+}
+
+template <class W>
+void few_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y) {
+    const int64_t blocks = w.cols / W::weights;
+    for (int64_t r = 0; r < rows; r += BAND) {
+        const uint8_t* band = band_of<W>(w, row0 + r);
+        for (int64_t t = 0; t < x.count; t += DIRECT_TOKENS) {
+            const Input* in[DIRECT_TOKENS];
+            float* out[DIRECT_TOKENS];
+            for (int i = 0; i < DIRECT_TOKENS; i++) {  // beyond the last token that one again, to the same end
+                const int64_t token = least<int64_t>(t + i, x.count - 1);
+                in[i] = reinterpret_cast<const Input*>(x.packed[token]);
+                out[i] = y.row(token) + r;
+            }
+            const int64_t tokens = x.count - t;
+            if (tokens == 1) multiply_band<W, 1>(band, blocks, in, out, rows - r);
+            else if (tokens == 2) multiply_band<W, 2>(band, blocks, in, out, rows - r);
+            else multiply_band<W, DIRECT_TOKENS>(band, blocks, in, out, rows - r);
+        }
+    }
+}
+
+#if defined(__AVX512F__)
+constexpr int VECTORS = 4, TILE_BATCH = 3;  // 12 whole and 12 float sums, 4 weights and 1 input of 32 registers
+#elif defined(__AVX2__)
+constexpr int VECTORS = 2, TILE_BATCH = 3;
+#else
+constexpr int VECTORS = 4, TILE_BATCH = 2;
+#endif
+constexpr int64_t TILE_STEP = VECTORS * LANES;  // rows unpacked together
+constexpr int64_t CHUNK = 256;                  // columns unpacked at once, for the first-level cache
+
+// VECTORS * LANES rows of a block, unpacked.
+template <class W>
+struct Tile {
+    Half halves[W::weights / 4][HALVES][VECTORS];
+    vf scale[W::RUNS][VECTORS];
+    vf low[W::HAS_LOW ? W::RUNS : 1][VECTORS];
+};
+
+template <class W>
+INLINE void unpack_tile(const Lines& lines, int v, Tile<W>& tile) {
+    W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA {
+        Half w[HALVES];
+        halve<W::OFFSET>(q, w);
+        for (int half = 0; half < HALVES; half++) tile.halves[i][half][v] = w[half];
+    });
+    W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
+        tile.scale[run][v] = scale;
+        if (W::HAS_LOW) tile.low[run][v] = low;
+    });
+}
+
+// Adds to the sums of a tile's rows and T tokens, which are zero at first.
+template <class W, int T>
+void multiply_tile(const Tile<W>* w, int64_t blocks, const Input* const* x, bool first, vf (*sums)[VECTORS]) {
+    vf acc[T][VECTORS];
+    const Input* in[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+        for (int v = 0; v < VECTORS; v++) acc[t][v] = first ? vf{} : sums[t][v];
+        in[t] = x[t];
+    }
+    for (int64_t b = 0; b < blocks; b++, w++) {
+        for (int run = 0; run < W::RUNS; run++) {
+            Sum sum[T][VECTORS];
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                for (int v = 0; v < VECTORS; v++) sum[t][v] = start_run<W>(in[t], run);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < QUADS<W>; i++) {
+                const int at = run * QUADS<W> + i;
+#pragma GCC unroll 2
+                for (int half = 0; half < HALVES; half++) {
+#pragma GCC unroll 8
+                    for (int t = 0; t < T; t++) {
+                        for (int v = 0; v < VECTORS; v++) {
+                            sum[t][v] = mac(sum[t][v], w->halves[at][half][v], in[t][at / 8].q[at % 8], half);
+                        }
+                    }
+                }
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                for (int v = 0; v < VECTORS; v++) {
+                    acc[t][v] = add<W>(acc[t][v], total(sum[t][v]), w->scale[run][v], w->low[W::HAS_LOW ? run : 0][v], in[t], run);
+                }
+            }
+        }
+        for (int t = 0; t < T; t++) in[t] += W::weights / GROUP;
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+        for (int v = 0; v < VECTORS; v++) sums[t][v] = acc[t][v];
+    }
+}
+
+template <class W>
+using MultiplyTile = void (*)(const Tile<W>*, int64_t, const Input* const*, bool, vf (*)[VECTORS]);
+
+template <class W>
+MultiplyTile<W> multiply_tile_of(int64_t tokens) {
+    static constexpr MultiplyTile<W> all[] = {multiply_tile<W, 1>, multiply_tile<W, 2>, multiply_tile<W, 3>};
+    return all[tokens - 1];
+}
+
+template <class W>
+struct alignas(64) TileScratch {
+    Tile<W> tiles[CHUNK / W::weights];
+    vf sums[TILE_ROWS / TILE_STEP][TILE_TOKENS][VECTORS];
+};
+
+template <class W>
+void many_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* memory) {
+    TileScratch<W>& scratch = *reinterpret_cast<TileScratch<W>*>(memory);
+    const int64_t batches = ceil_div(x.count, TILE_BATCH);
+    for (int64_t k = 0; k < w.cols; k += CHUNK) {
+        const int64_t blocks = least(CHUNK, w.cols - k) / W::weights;
+        for (int64_t r = 0; r < rows; r += TILE_STEP) {
+            for (int v = 0; v < VECTORS; v++) {  // beyond the last band that one again, for sums nobody reads
+                const int64_t row = least(r + v / PARTS * BAND, (rows - 1) / BAND * BAND);
+                const uint8_t* block = band_of<W>(w, row0 + row) + k / W::weights * BAND * W::bytes;
+                for (int64_t b = 0; b < blocks; b++, block += BAND * W::bytes) {
+                    unpack_tile<W>(Lines(block, v % PARTS), v, scratch.tiles[b]);
+                }
+            }
+            for (int64_t i = 0; i < batches; i++) {
+                const int64_t from = x.count * i / batches, until = x.count * (i + 1) / batches;
+                const Input* in[TILE_BATCH];
+                for (int64_t t = from; t < until; t++) {
+                    in[t - from] = reinterpret_cast<const Input*>(x.packed[t]) + k / GROUP;
+                }
+                multiply_tile_of<W>(until - from)(scratch.tiles, blocks, in, k == 0, scratch.sums[r / TILE_STEP] + from);
+            }
+        }
+    }
+    for (int64_t t = 0; t < x.count; t++) {
+        for (int64_t r = 0; r < rows; r += LANES) {
+            store_rows(y.row(t) + r, scratch.sums[r / TILE_STEP][t][r / LANES % VECTORS], rows - r);
+        }
+    }
+}
+
+// As in `reference.py` bit for bit: only one step rounds.
+template <class W>
+void decode_quantised(const shoal::Weights& w, int64_t row, float* out) {
+    const uint8_t* block = band_of<W>(w, row / BAND * BAND);
+    const int part = (int)(row % BAND) / LANES, lane = (int)(row % LANES);
+    for (int64_t k = 0; k < w.cols; k += W::weights, block += BAND * W::bytes) {
+        const Lines lines(block, part);
+        int32_t quads[W::weights / 4];
+        W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA { quads[i] = ((vi)q)[lane]; });
+        W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
+            for (int i = 0; i < 4 * QUADS<W>; i++) {
+                const int column = run * 4 * QUADS<W> + i;
+                const int q = (quads[column / 4] >> column % 4 * 8 & 255) - W::OFFSET;
+                out[k + column] = W::HAS_LOW ? (float)q * scale[lane] + low[lane] : (float)q * scale[lane];
+            }
+        });
+    }
+}
+
+template <class W>
+constexpr Type quantised_type() {
+    return {true,           W::weights,     W::bytes,
+            few_tokens<W>,  many_tokens<W>, sizeof(TileScratch<W>),
+            decode_quantised<W>};
+}
+
+}  // namespace

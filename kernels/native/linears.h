@@ -1,0 +1,205 @@
+// Products of the same inputs with one or more matrices: packed once, multiplied in one run of jobs.
+#pragma once
+#include "elementwise.h"
+#include "linear_float.h"
+#include "linear_quantised.h"
+
+namespace {
+
+using shoal::Linear;
+using shoal::Status;
+
+// By GGUF type id.
+const Type* find_type(int32_t id) {
+    static constexpr Type types[] = {
+        float_type<F32>(),      float_type<F16>(),      quantised_type<Q4_0>(), quantised_type<Q4_1>(), {},
+        {},                     quantised_type<Q5_0>(), quantised_type<Q5_1>(), quantised_type<Q8_0>(), {},
+        quantised_type<Q2_K>(), quantised_type<Q3_K>(), quantised_type<Q4_K>(), quantised_type<Q5_K>(), quantised_type<Q6_K>(),
+        {},                     {},                     {},                     {},                     {},
+        quantised_type<IQ4_NL>(),
+    };
+    static constexpr Type bf16 = float_type<BF16>();
+    if (id == 30) return &bf16;
+    if (id < 0 || id >= (int32_t)(sizeof types / sizeof types[0]) || !types[id].few) return nullptr;
+    return &types[id];
+}
+
+constexpr int64_t FEW_TOKENS = 4;            // up to here unpacking in registers is faster than in tiles
+constexpr int64_t FEW_JOB_BYTES = 32 << 10;  // of weights: some microseconds, so that threads end together
+
+int64_t whole_lines(size_t bytes) { return (int64_t)((bytes + 63) / 64 * 64); }
+
+// A matrix with its kernels, cut into jobs of rows.
+struct Product {
+    const Linear* linear;
+    const Type* type;
+    int64_t job_rows, jobs;
+
+    Status find(const Linear& l) {
+        linear = &l;
+        type = find_type(l.w.type);
+        return type ? shoal::OK : shoal::BAD_TYPE;
+    }
+    // `tokens` meet it at once; some jobs for each of `threads`.
+    void cut(int64_t tokens, int threads, int64_t all_rows) {
+        const int64_t rows = linear->w.rows, row_bytes = linear->w.cols / type->block_weights * type->block_bytes;
+        const int64_t some = ceil_div(FEW_JOB_BYTES, 2 * BAND * row_bytes) * 2 * BAND;
+        const int64_t share = ceil_div(all_rows, 8 * BAND * threads) * 2 * BAND;  // four jobs a thread
+        job_rows = tokens > FEW_TOKENS ? TILE_ROWS : least(least(some, share), TILE_ROWS);
+        jobs = ceil_div(rows, job_rows);
+    }
+    int64_t job_size(int64_t job) const { return least(job_rows, linear->w.rows - job * job_rows); }
+
+    void multiply(int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* scratch) const {
+        if (x.count <= FEW_TOKENS) type->few(linear->w, row0, rows, x, y);
+        else type->many(linear->w, row0, rows, x, y, scratch);
+        if (!linear->bias) return;
+        for (int64_t t = 0; t < x.count; t++) {
+            for (int64_t r = 0; r < rows; r++) y.row(t)[r] += linear->bias[row0 + r];
+        }
+    }
+};
+
+// The inputs of some tokens in the forms in which matrices want them, float and quantised.
+struct Packed {
+    int64_t cols;
+    bool floats, groups;
+    int64_t float_bytes, group_bytes;  // of a token; no power of two apart, so that tokens do not compete for lines
+    char* memory;
+
+    // What `type` needs besides what is needed already.
+    void need(const Type& type) { (type.quantised ? groups : floats) = true; }
+    int64_t token_bytes() {
+        float_bytes = floats ? whole_lines((size_t)(ceil_div(cols, 16) * 16) * sizeof(float)) + 64 : 0;
+        group_bytes = groups ? whole_lines((size_t)(cols / GROUP) * sizeof(Input)) + 64 : 0;
+        return float_bytes + group_bytes;
+    }
+    float* as_floats(int64_t token) const {
+        return reinterpret_cast<float*>(memory + token * (float_bytes + group_bytes));
+    }
+    Input* as_groups(int64_t token) const {
+        return reinterpret_cast<Input*>(memory + token * (float_bytes + group_bytes) + float_bytes);
+    }
+    const char* as(const Type& type, int64_t token) const {
+        return type.quantised ? (const char*)as_groups(token) : (const char*)as_floats(token);
+    }
+    // Columns [from, from + count) of a token: whole groups, or up to the last column.
+    void put(int64_t token, int64_t from, int64_t count, const float* x) const {
+        if (floats) {
+            float* out = as_floats(token) + from;
+            if (out != x) memcpy(out, x, (size_t)count * sizeof(float));
+            if (from + count == cols) memset(out + count, 0, (size_t)((ceil_div(cols, 16) * 16 - cols)) * sizeof(float));
+        }
+        if (groups) {
+            Input* in = as_groups(token) + from / GROUP;
+            for (int64_t k = 0; k + GROUP <= count; k += GROUP) pack_group(x + k, *in++);
+        }
+    }
+};
+
+// Tokens as they come in: normalised first if there is a weight to do it with.
+struct Packing {
+    shoal::Inputs x;
+    int64_t token0;
+    Packed* packed;
+};
+
+void pack_job(const void* context, int64_t token, int) {
+    const Packing& p = *static_cast<const Packing*>(context);
+    const int64_t cols = p.packed->cols;
+    const float* x = p.x.x + (p.token0 + token) * cols;
+    if (p.x.norm) {
+        float* normal = p.packed->as_floats(token);
+        normalise(x, p.x.norm, p.x.eps, cols, normal);
+        x = normal;
+    }
+    p.packed->put(token, 0, cols, x);
+}
+
+constexpr int MOST_LINEARS = 8;
+
+struct Linears {
+    Product products[MOST_LINEARS];
+    float* const* y;
+    int count;
+    int64_t token0, tokens;
+    Packed packed;
+    char* scratch;  // a thread's part after the other
+    int64_t scratch_bytes;
+};
+
+void linears_job(const void* context, int64_t index, int worker) {
+    const Linears& l = *static_cast<const Linears*>(context);
+    int i = 0;
+    while (index >= l.products[i].jobs) index -= l.products[i++].jobs;
+    const Product& p = l.products[i];
+    const char* in[TILE_TOKENS];
+    for (int64_t t = 0; t < l.tokens; t++) in[t] = l.packed.as(*p.type, t);
+    const int64_t row0 = index * p.job_rows, stride = p.linear->w.rows;
+    p.multiply(row0, p.job_size(index), {in, l.tokens}, {l.y[i] + l.token0 * stride + row0, stride},
+               l.scratch + worker * l.scratch_bytes);
+}
+
+// y[i] (tokens, rows of linear i) = x @ linear i.
+Status linears(const shoal::Inputs& x, int64_t tokens, int count, const Linear* all, float* const* y) {
+    if (count > MOST_LINEARS) return shoal::BAD_TYPE;
+    Linears l{};
+    int64_t rows = 0, weights = 0, jobs = 0;
+    l.packed.cols = x.cols;
+    l.packed.floats = x.norm;
+    l.count = count;
+    l.y = y;
+    for (int i = 0; i < count; i++) {
+        if (const Status status = l.products[i].find(all[i])) return status;
+        l.packed.need(*l.products[i].type);
+        l.scratch_bytes = most(l.scratch_bytes, (int64_t)l.products[i].type->scratch_bytes);
+        rows += all[i].w.rows;
+        weights += all[i].w.rows * x.cols;
+    }
+    if (!tokens || !rows) return shoal::OK;
+    shoal::Turn turn;
+    const int64_t tiles = ceil_div(tokens, TILE_TOKENS), at_once = ceil_div(tokens, tiles);
+    if (at_once <= FEW_TOKENS) l.scratch_bytes = 0;
+    const int64_t token_bytes = l.packed.token_bytes();
+    l.scratch = static_cast<char*>(turn.reserve((size_t)(turn.threads() * l.scratch_bytes + at_once * token_bytes)));
+    if (!l.scratch) return shoal::NO_MEMORY;
+    l.packed.memory = l.scratch + turn.threads() * l.scratch_bytes;
+    for (int i = 0; i < count; i++) {
+        l.products[i].cut(at_once, turn.threads(), rows);
+        jobs += l.products[i].jobs;
+    }
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        l.token0 = tokens * tile / tiles;
+        l.tokens = tokens * (tile + 1) / tiles - l.token0;
+        const Packing packing{x, l.token0, &l.packed};
+        turn.run(l.tokens, l.tokens * x.cols, pack_job, &packing);
+        turn.run(jobs, weights * l.tokens, linears_job, &l);
+    }
+    return shoal::OK;
+}
+
+struct Gather {
+    const shoal::Weights& w;
+    const Type& type;
+    const int64_t* ids;
+    float* out;
+};
+
+void gather_job(const void* context, int64_t index, int) {
+    const Gather& g = *static_cast<const Gather*>(context);
+    g.type.decode(g.w, g.ids ? g.ids[index] : index, g.out + index * g.w.cols);
+}
+
+Status gather_rows(const shoal::Weights& w, const int64_t* ids, int64_t count, float* out) {
+    const Type* type = find_type(w.type);
+    if (!type) return shoal::BAD_TYPE;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t row = ids ? ids[i] : i;
+        if (row < 0 || row >= w.rows) return shoal::NO_ROW;
+    }
+    const Gather g{w, *type, ids, out};
+    shoal::Turn().run(count, count * w.cols, gather_job, &g);
+    return shoal::OK;
+}
+
+}  // namespace

@@ -1,0 +1,50 @@
+// What a weight type brings to a matrix product, and what products are made of.
+//
+// Knows rows, tokens and outputs; the two ways to multiply are in `linear_float.h` and `linear_quantised.h`.
+#pragma once
+#include <string.h>
+
+#include "home.h"
+#include "simd.h"
+
+namespace {
+
+template <class T>
+INLINE T least(T a, T b) {
+    return a < b ? a : b;
+}
+
+template <class T>
+INLINE T most(T a, T b) {
+    return a > b ? a : b;
+}
+
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t TILE_TOKENS = 96;  // unpacking a row costs as much as multiplying it with some tokens
+constexpr int64_t TILE_ROWS = 64;    // inputs come from afar once for so many rows
+
+// Inputs, packed as the type of the weights wants them, wherever each token's are.
+struct Tokens {
+    const char* const* packed;
+    int64_t count;
+};
+
+// Where the results of a job go: the first of its rows for token 0, and the way to the next token.
+struct Output {
+    float* first;
+    int64_t stride;
+    float* row(int64_t token) const { return first + token * stride; }
+};
+
+// Rows start at whole bands; there are at most TILE_ROWS rows and TILE_TOKENS tokens to `many`.
+struct Type {
+    bool quantised;
+    int block_weights, block_bytes;
+    void (*few)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y);
+    void (*many)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* scratch);
+    size_t scratch_bytes;  // a thread's working memory for `many`, a multiple of 64
+    void (*decode)(const shoal::Weights& w, int64_t row, float* out);
+};
+
+}  // namespace

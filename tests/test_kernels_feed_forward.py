@@ -1,0 +1,200 @@
+"""Several matrices in one call: equal to the same kernels one by one, and bitwise so within a home."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels_inputs import homes_here
+from torch import Tensor
+
+from shoal import kernels
+from shoal.kernels import (
+    Activation,
+    FeedForward,
+    Linears,
+    OperandError,
+    Routes,
+    WeightType,
+    dispatch,
+    reference,
+)
+from shoal.kernels.sample import random_matrix
+from shoal.kernels.types import F16, F32, Q4_0, Q4_K, Q6_K, Q8_0
+
+HOMES = homes_here()
+NATIVE = [name for name in HOMES if name != "reference"]
+
+
+@pytest.fixture(params=HOMES)
+def home(request: pytest.FixtureRequest) -> Iterator[str]:
+    dispatch.choose(request.param)
+    yield request.param
+    kernels.set_threads(2)
+    dispatch.choose()
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer(
+    kinds: tuple[WeightType, WeightType, WeightType] = (Q4_K, Q4_K, Q6_K),
+    hidden: int = 256,
+    ffn: int = 512,
+    biases: bool = False,
+    seed: int = 0,
+) -> FeedForward:
+    gate, up, down = (
+        random_matrix(kind, rows, cols, seed=seed + i, scale=0.02 if kind.block_weights < 256 else 2e-4)
+        for i, (kind, rows, cols) in enumerate(
+            zip(kinds, (ffn, ffn, hidden), (hidden, hidden, ffn), strict=True)
+        )
+    )
+    made = [randn(w.rows, seed=seed + w.rows) if biases else None for w in (gate, up, down)]
+    return FeedForward(Linears((gate, up), made[:2]), Linears((down,), made[2:]))
+
+
+def assert_near(got: Tensor, truth: Tensor, tolerance: float = 1e-4) -> None:
+    assert got.shape == truth.shape
+    assert got.dtype == torch.float32
+    assert (got.double() - truth.double()).norm() <= tolerance * truth.double().norm()
+
+
+def test_linears_of_one_input_are_those_one_by_one(home: str) -> None:
+    kinds = (Q4_K, F32, Q6_K, F16, Q8_0)
+    matrices = [random_matrix(kind, 5 + 31 * i, 768, seed=i) for i, kind in enumerate(kinds)]
+    biases = [randn(w.rows) if i % 2 else None for i, w in enumerate(matrices)]
+    norm = randn(768)
+    for tokens in (1, 3, 40, 100):
+        x = randn(tokens, 768)
+        normal = kernels.rms_norm(x, norm, 1e-5)
+        alone = [kernels.linear(normal, w, bias) for w, bias in zip(matrices, biases, strict=True)]
+        together = kernels.linears(x, Linears(matrices, biases), norm, 1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+        without = kernels.linears(normal, Linears(matrices, biases))
+        assert all(torch.equal(a, b) for a, b in zip(alone, without, strict=True))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_feed_forward_is_that_of_the_reference(home: str, activation: Activation, biases: bool) -> None:
+    for kinds in ((Q4_K, Q4_K, Q6_K), (Q8_0, Q4_0, F32), (F32, F32, Q8_0), (F16, Q8_0, F16)):
+        made = layer(kinds, biases=biases)
+        norm = randn(256, seed=9)
+        for tokens in (1, 5, 100):
+            x = randn(tokens, 256)
+            got = kernels.feed_forward(x, made, activation, norm, 1e-5)
+            assert_near(got, reference.feed_forward(x, made, activation, norm, 1e-5))
+            plain = kernels.feed_forward(x, made, activation)
+            assert_near(plain, reference.feed_forward(x, made, activation, None, 0.0))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activations_at_extremes(home: str, activation: Activation) -> None:
+    """Gates of any size; up is one, so the layer shows the activation itself."""
+    gates = torch.cat(
+        [torch.linspace(-12, 12, 90), torch.tensor([0.0, 1e-30, 50, 88, 100, 1e4, -20, -100, -1e4])]
+    )
+    n = len(gates)
+    column = kernels.Matrix.from_tensor(gates[:, None])
+    ones = kernels.Matrix.from_tensor(torch.ones(n, 1))
+    identity = kernels.Matrix.from_tensor(torch.eye(n))
+    made = FeedForward(Linears((column, ones)), Linears((identity,)))
+    got = kernels.feed_forward(torch.ones(1, 1), made, activation)
+    truth = reference._ACTIVATIONS[activation](gates.double())[None].float()
+    torch.testing.assert_close(got, truth, rtol=3e-6, atol=1e-7)
+    assert kernels.feed_forward(torch.tensor([[float("nan")]]), made, activation).isnan().all()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_no_bit_of_a_layer_depends_on_batch_or_threads(name: str) -> None:
+    dispatch.choose(name)
+    made, norm, x = layer(), randn(256), randn(120, 256)
+    alone = torch.cat([kernels.feed_forward(x[t : t + 1], made, "silu", norm, 1e-5) for t in range(120)])
+    for threads in (1, 2, 3):
+        kernels.set_threads(threads)
+        for tokens in (1, 2, 4, 5, 97, 120):
+            got = kernels.feed_forward(x[:tokens], made, "silu", norm, 1e-5)
+            assert torch.equal(got, alone[:tokens])
+    kernels.set_threads(2)
+    dispatch.choose()
+
+
+def routes_of(choices: list[list[int]], factors: Tensor) -> tuple[list[int], Routes]:
+    """The experts in use and their routes, from the choices of every token."""
+    used = sorted({expert for chosen in choices for expert in chosen})
+    pairs = [[(t, c.index(e)) for t, c in enumerate(choices) if e in c] for e in used]
+    starts = [0]
+    for mine in pairs:
+        starts.append(starts[-1] + len(mine))
+    flat = [pair for mine in pairs for pair in mine]
+    tokens = torch.tensor([t for t, _ in flat], dtype=torch.int64)
+    return used, Routes(tuple(starts), tokens, torch.tensor([factors[t, i] for t, i in flat]))
+
+
+@settings(deadline=None, max_examples=15)
+@given(data=st.data(), tokens=st.sampled_from([1, 2, 7, 150]), threads=st.integers(1, 3))
+def test_experts_together_are_those_one_by_one(data: st.DataObject, tokens: int, threads: int) -> None:
+    experts = [layer((Q4_0, Q8_0, Q4_0), 64, 96, biases=True, seed=10 * i) for i in range(5)]
+    choice = st.permutations(range(5)).map(lambda order: list(order)[:2])
+    choices = data.draw(st.lists(choice, min_size=tokens, max_size=tokens))
+    factors, x = torch.rand(tokens, 2), randn(tokens, 64)
+    used, routes = routes_of(choices, factors)
+    layers = [experts[i] for i in used]
+    truth = reference.experts(x, layers, routes, "silu")
+    for name in NATIVE:
+        dispatch.choose(name)
+        kernels.set_threads(threads)
+        got = kernels.experts(x, layers, routes, "silu")
+        assert_near(got, truth)
+        single = [kernels.feed_forward(x, layer, "silu") for layer in layers]
+        for t in range(min(tokens, 3)):
+            own, route = routes_of([choices[t]], factors[t : t + 1])
+            alone = kernels.experts(x[t : t + 1], [experts[i] for i in own], route, "silu")
+            assert torch.equal(got[t], alone[0])
+            total = torch.zeros(64)
+            for expert in own:
+                total += factors[t, choices[t].index(expert)] * single[used.index(expert)][t]
+            assert_near(got[t], total, 1e-6)
+    kernels.set_threads(2)
+    dispatch.choose()
+
+
+def test_a_token_without_experts_gets_zeros(home: str) -> None:
+    made = layer((Q8_0, Q8_0, Q8_0), 64, 64)
+    got = kernels.experts(randn(3, 64), [made], Routes((0, 1), torch.tensor([1]), torch.ones(1)), "silu")
+    assert not got[[0, 2]].any()
+    assert got[1].all()
+
+
+def test_what_does_not_fit_is_refused(home: str) -> None:
+    made, other = layer((Q8_0, Q8_0, Q8_0), 64, 64), layer((Q8_0, Q8_0, Q8_0), 64, 96)
+    x = randn(2, 64)
+    with pytest.raises(OperandError, match="cannot meet"):
+        Linears((random_matrix(F32, 2, 3), random_matrix(F32, 2, 4)))
+    with pytest.raises(OperandError, match="feed-forward"):
+        FeedForward(made.enter, other.leave)
+    with pytest.raises(OperandError, match="bias"):
+        Linears((random_matrix(F32, 2, 3),), (torch.zeros(3),))
+    for norm in (torch.zeros(63), torch.zeros(64).double(), torch.zeros(1, 64)):
+        with pytest.raises(OperandError, match="norm"):
+            kernels.linears(x, made.enter, norm, 1e-5)
+        with pytest.raises(OperandError, match="norm"):
+            kernels.feed_forward(x, made, "silu", norm, 1e-5)
+    good = Routes((0, 2), torch.tensor([0, 1]), torch.ones(2))
+    for routes in (
+        Routes((0, 1), good.tokens, good.factors),
+        Routes((1, 2), good.tokens, good.factors),
+        Routes((0, 1, 2), good.tokens, good.factors),
+        Routes((0, 2), good.tokens.int(), good.factors),
+        Routes((0, 2), good.tokens, good.factors.double()),
+        Routes((0, 2), good.tokens, torch.ones(3)),
+    ):
+        with pytest.raises(OperandError):
+            kernels.experts(x, [made], routes, "silu")
+    with pytest.raises(OperandError, match="shapes"):
+        kernels.experts(x, [made, other], Routes((0, 1, 2), good.tokens, good.factors), "silu")
+    with pytest.raises((OperandError, IndexError)):
+        kernels.experts(x, [made], Routes((0, 1), torch.tensor([2]), torch.ones(1)), "silu")
