@@ -79,7 +79,6 @@ class Guesser:
     def guess(self, limit: int) -> list[float]:
         """Guess up to `limit` tokens, whichever way promises more; chances as of `Acceptance.survival`."""
         self._drafts = self._lookup.propose(limit), self._offered.first(limit)
-        self._offered = Draft()
         found, modelled = (
             judge.survival(draft.grades)
             for judge, draft in zip((self._found, self._modelled), self._drafts, strict=True)
@@ -100,7 +99,7 @@ class Guesser:
         for grade, right in _verdicts(modelled, sampled):
             self._modelled.note(grade, right)
             self.typical_model_chance += _MODEL_RATE * (right - self.typical_model_chance)
-        self._drafts = (Draft(), Draft())
+        self._offered, self._drafts = Draft(), (Draft(), Draft())
 
 
 def _verdicts(draft: Draft, sampled: Ordered[int]) -> Iterator[tuple[int, bool]]:

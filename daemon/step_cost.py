@@ -19,7 +19,7 @@ _SURPRISE = 1.0  # most that one measurement may differ, as a logarithm: a step 
 _KNOWN = 0.5  # measurements that make a point known
 _KEPT = 0.995  # of a measurement with every further step: what was dear once is tried again some day
 # Rows at which the shape has points: every one up to 8, then two for each doubling.
-_ROWS = (*range(1, 9), *(rows << doubling for doubling in range(13) for rows in (12, 16)))
+_ROWS = (*range(1, 9), *(rows << doubling for doubling in range(8) for rows in (12, 16)))
 
 
 class StepCost:
