@@ -27,7 +27,12 @@ class Shoal:
 
     def load(self, model: str, context: int, streams: int, threads: int) -> dict[str, Any]:
         kernels.set_threads(threads)
-        config = NodeConfig(threads=threads, context_tokens=context, max_sequences=streams)
+        config = NodeConfig(
+            threads=threads,
+            context_tokens=context,
+            max_sequences=streams,
+            max_guesses=0,  # the peers guess nothing
+        )
         self._model = LoadedModel.load("bench", Path(model), config, Budget(available_bytes()))
         self._sequences: list[Sequence] = []
         self._counts: list[int] = []

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
 
 from shoal.comm.messages import Generation
-from shoal.daemon.config import NodeConfig
+from shoal.daemon.config import KvType, NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.sizes import parse_bytes
 
@@ -39,6 +39,7 @@ class PlanOptions:
     ctx: int | None = None
     device: str | None = None
     speculate: str | None = None
+    kv_type: str | None = None
 
     @property
     def given(self) -> bool:
@@ -50,13 +51,15 @@ class PlanOptions:
             raise DaemonError("unsupported", f"--device {self.device}: this version computes on cpu only")
         if self.speculate == "off":
             more["max_guesses"] = 0
+        if self.kv_type is not None:
+            more["kv_type"] = self.kv_type
         return NodeConfig(
             threads=self.threads or 0, memory_bytes=self.memory, context_tokens=self.ctx, **more
         )
 
     def arguments(self) -> list[str]:
         """The same options for a command line."""
-        pairs = ((f"--{field.name}", getattr(self, field.name)) for field in fields(self))
+        pairs = (("--" + field.name.replace("_", "-"), getattr(self, field.name)) for field in fields(self))
         return [part for name, value in pairs if value is not None for part in (name, str(value))]
 
 
@@ -113,13 +116,15 @@ def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
 
 
 def plan_options(function: Verb) -> Verb:
-    """Adds --memory, --threads, --ctx, --device and --speculate; the verb gets `plan: PlanOptions`."""
+    """Adds --memory, --threads, --ctx, --device, --speculate and --kv-type; the verb gets `plan: PlanOptions`."""
     options: list[Decorator] = [
         click.option("--memory", type=size, metavar="SIZE", help="Bound for weights, KV and scratch, e.g. 3GB."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all if not given."),
         click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens, at most the model's."),
         click.option("--device", metavar="NAME", help="Where to compute; cpu only in this version."),
         click.option("--speculate", type=click.Choice(["auto", "off"]), help="Guess ahead where it pays; same text."),
+        click.option("--kv-type", type=click.Choice(get_args(KvType)),
+                     help="How keys and values are kept: f16 (the default); i8 takes about half of its memory."),
     ]  # fmt: skip
     return _collect(PlanOptions, "plan", options)(function)
 

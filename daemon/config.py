@@ -34,7 +34,8 @@ class NodeConfig:
     `memory_bytes` bounds weights + KV + scratch; None leaves a tenth of the free memory alone.
     `context_tokens` is the longest sequence a request may reach; None takes min(the model's, 8192).
     `kv_tokens` is the KV pool shared by all sequences; None sizes it for all
-    sequences at full context, within memory.
+    sequences at full context, within memory. `kv_type` is what K and V are rounded to; i8, with a scale per token
+    and head, takes about half the memory of f16.
     """
 
     threads: int = 0  # 0 = default_threads()

@@ -85,7 +85,7 @@ class Engine:
                 ended_s = self._clock()
                 self._note(batch, results, began_s, ended_s, self._executor.store.stall_s - stall_s)
                 self.scheduler.commit(batch, results)
-                self.scheduler.cost.note(batch.rows, ended_s - began_s)
+                self.scheduler.note(batch, ended_s - began_s)
         except Exception as error:  # whatever it was, the daemon serves on and the clients hear of it
             with self._lock:
                 for chunk in batch.chunks:

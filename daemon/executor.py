@@ -51,6 +51,8 @@ class Executor:
             hidden = self._add(hidden, weights, partial)
             if layer + 1 == len(self.model.spec.layers):
                 hidden = hidden[step.rows]  # the rest is not looked at any more
+                if not len(hidden):
+                    break
             if kind.moe:
                 weights, partial = self._mixture(layer, hidden)
             else:

@@ -1,11 +1,11 @@
 """The scheduler: which tokens of which sequences make the next step.
 
-Decodes go first; prompts follow in chunks that lengthen a step of decodes only so far (Sarathi-Serve, Agrawal et al.
-2024, arXiv 2403.02310). Whose turn it is: priority, then what was preempted, then the client that was given least,
-then arrival. A sequence is admitted when the KV that all are expected to need at once fits (`forecast`); when it turns
-out not to, the youngest of the lowest priority is preempted: its pages go to the prefix cache, and it is computed
-again from its tokens later, with the same outcome. The oldest of the highest priority is never preempted, and nothing
-is queued that does not fit alone, so there is always one that gets on.
+Decodes go first; prompts follow in chunks that lengthen a step of decodes only so far (`pacing`). Whose turn it is:
+priority, then what was preempted, then the client that was given least, then arrival. A sequence is admitted when the
+KV that all are expected to need at once fits (`forecast`); when it turns out not to, the youngest of the lowest
+priority is preempted: its pages go to the prefix cache, and it is computed again from its tokens later, with the same
+outcome. The oldest of the highest priority is never preempted, and nothing is queued that does not fit alone, so there
+is always one that gets on.
 
 Pure: takes and returns values; no thread, tensor or text, and the clock's reading is handed in.
 """
@@ -21,13 +21,14 @@ from shoal.offload.prefix import Copy, PrefixCache
 from .errors import DaemonError
 from .fairness import TokenCounters
 from .forecast import AnswerLengths, Growth, peak_tokens
+from .pacing import Pacer
 from .sequence import Batch, Chunk, Sequence
 from .speculation import drafts
 from .step_cost import StepCost
 
-SLOWDOWN = 2.0  # a step that also carries parts of prompts takes at most so many times one without
-LEAST_CHUNK = 4  # tokens of prompts in a step, however slow: else a prompt would never be read
 RETRY_S = (0.5, 60.0)  # least and most that a client is told to wait
+FIRST_RETRY_S = 5.0  # while no step has been measured
+_FOLLOW = 0.2  # how quickly averages follow what is measured
 
 Results = Ordered[Ordered[Sampled] | Exception]
 
@@ -52,6 +53,8 @@ class Scheduler:
         self._queue = queue
         self._chunk_tokens = chunk_tokens
         self.guesses = guesses
+        self._pacer = Pacer(chunk_tokens)
+        self._prompt_token_s = 0.0  # time to read one token of a prompt, when nothing else is done
         self._lengths = AnswerLengths()
         self._counters = TokenCounters()
         self._arrivals = 0
@@ -119,7 +122,8 @@ class Scheduler:
                 if self._reserve(sequence, sequence.computed + tokens):
                     budget -= tokens
                     chunks.append(Chunk.of(sequence, tokens))
-        return Batch([chunk for chunk in chunks if chunk.sequence.running], copies)
+        chunks = [chunk for chunk in chunks if chunk.sequence.running]
+        return Batch(chunks, copies, sum(chunk.sequence in decoding for chunk in chunks))
 
     def commit(self, batch: Batch, results: Results) -> None:
         """Append what was sampled and emit it: for each chunk the tokens that follow it, or what went wrong."""
@@ -140,6 +144,18 @@ class Scheduler:
                 self.cache.publish(sequence.holding, sequence.tokens, sequence.computed)
             else:
                 self._finish(sequence, reason)
+
+    def note(self, batch: Batch, seconds: float) -> None:
+        """A step took so long."""
+        rows, decodes = batch.rows, batch.decodes
+        if decodes == len(batch.chunks):
+            self.cost.note(rows, seconds)
+            self._pacer.rested()
+        elif decodes:
+            self._pacer.note(rows - decodes, seconds / self.cost.seconds(decodes))
+        else:
+            before_s = self._prompt_token_s or seconds / rows
+            self._prompt_token_s = before_s + _FOLLOW * (seconds / rows - before_s)
 
     # --- admission -----------------------------------------------------------------------------------------
 
@@ -196,18 +212,9 @@ class Scheduler:
 
     def _prompt_budget(self, decodes: int) -> int:
         """Tokens of prompts that may go with so many decodes."""
-        most = self._chunk_tokens
         if not decodes:
-            return most
-        limit_s = SLOWDOWN * self.cost.seconds(decodes)
-        low = min(LEAST_CHUNK, most)
-        while low < most:
-            middle = (low + most + 1) // 2
-            if self.cost.seconds(decodes + middle) <= limit_s:
-                low = middle
-            else:
-                most = middle - 1
-        return low
+            return self._chunk_tokens
+        return self._pacer.budget() if self.cost.measured else 0
 
     def _turn(self, sequence: Sequence) -> tuple[int, int, float, int]:
         """Who comes first has the least."""
@@ -217,10 +224,12 @@ class Scheduler:
 
     def _retry_after_s(self) -> float:
         """When about half of what is to be done now will have been done."""
+        if not self.cost.measured:
+            return FIRST_RETRY_S
         everything = [*self.running, *self.waiting]
         prompts = sum(sequence.remaining for sequence in everything)
         answers = sum(self._expected(sequence) for sequence in everything)
-        backlog_s = prompts / self._chunk_tokens * self.cost.seconds(self._chunk_tokens)
+        backlog_s = prompts * self._prompt_token_s
         backlog_s += answers / self._sequences * self.cost.seconds(self._sequences)
         return min(max(backlog_s / 2, RETRY_S[0]), RETRY_S[1])
 

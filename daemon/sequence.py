@@ -124,10 +124,11 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A step to be made: first copy pages, in this order, then compute the chunks."""
+    """A step to be made: first copy pages, in this order, then compute the chunks; `decodes` of them are no prompts."""
 
     chunks: list[Chunk]
     copies: list[Copy]
+    decodes: int
 
     @property
     def rows(self) -> int:

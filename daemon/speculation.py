@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from operator import mul
 
 from .draft import Draft
@@ -23,6 +23,7 @@ from .step_cost import StepCost
 DEPTH = 32  # tokens guessed ahead of one sequence, at most
 _DECAY = 0.95  # per observation of a grade: the last twenty or so count
 _PRIOR_WEIGHT = 3.0  # observations that the prior stands for
+_HOPELESS = 0.02  # chance at which a draft is cut off
 _MODEL_PRIOR = 0.7  # chance of a draft model's guess, of any confidence, until measured
 _MODEL_RATE = 0.1  # by which one guess of it changes that
 _FORGET = 0.01  # share of what was found about it that is forgotten with every step: it gets another chance
@@ -45,8 +46,9 @@ class Acceptance:
         self._seen[grade] = (before * _DECAY + right, total * _DECAY + 1)
 
     def survival(self, grades: Iterable[int]) -> list[float]:
-        """For each guess of a draft the chance that it and all before it are right, so never rising."""
-        return list(accumulate(map(self.chance, grades), mul))
+        """For each guess of a draft the chance that it and all before it are right, so never rising; as long as there
+        is hope."""
+        return list(takewhile(_HOPELESS.__lt__, accumulate(map(self.chance, grades), mul)))
 
 
 class Guesser:

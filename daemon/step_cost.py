@@ -1,20 +1,25 @@
 """What a step costs by its rows, learnt from the steps themselves.
 
 seconds(rows) = pace × shape(rows). The pace is how fast the machine is just now and follows every step quickly, as
-neighbours come and go; the shape is what more rows cost in proportion, piecewise linear between powers of two, and
-follows slowly. So a fast minute cannot make yesterday's long steps look dear. Pure: durations are handed in, by
-whoever has the clock; whether the time went into arithmetic, memory or a disk makes no difference here.
+neighbours come and go; the shape is what rows cost in proportion, linear between points that lie close where kernels
+change their ways, and follows slowly. So a fast minute cannot make yesterday's long steps look dear. Pure: durations
+are handed in, by whoever has the clock; whether the time went into arithmetic, memory or a disk makes no difference.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from itertools import pairwise
 
 _FIRST_GUESS = 0.15  # one more row, as a share of a step of one: about what reading the weights leaves
 _PACE_RATE = 0.2
 _SHAPE_RATE = 0.1  # of a point measured often; the first measurements count more
 _SURPRISE = 1.0  # most that one measurement may differ, as a logarithm: a step held up is not believed
-_POINTS = 17  # the shape is known at 1, 2, 4, … 65536 rows
+_KNOWN = 0.5  # measurements that make a point known
+_KEPT = 0.995  # of a measurement with every further step: what was dear once is tried again some day
+# Rows at which the shape has points: every one up to 8, then two for each doubling.
+_ROWS = (*range(1, 9), *(rows << doubling for doubling in range(13) for rows in (12, 16)))
 
 
 class StepCost:
@@ -24,9 +29,9 @@ class StepCost:
     """
 
     def __init__(self, row_share: float = _FIRST_GUESS) -> None:
-        self._pace_s = 0.0  # a step of one row; 0 = nothing measured yet
-        self._shape = [1 + row_share * ((1 << point) - 1) for point in range(_POINTS)]
-        self._measured = [0.0] * _POINTS
+        self._pace_s = 0.0  # 0 = nothing measured yet
+        self._shape = [1 + row_share * (rows - 1) for rows in _ROWS]
+        self._measured = [0.0] * len(_ROWS)
 
     @property
     def measured(self) -> bool:
@@ -36,7 +41,7 @@ class StepCost:
         """Expected duration of a step of `rows` rows; in steps of one row while nothing has been measured."""
         point, beyond = _place(rows)
         shape = self._shape
-        relative = shape[point] + beyond * (shape[point + 1] - shape[point])
+        relative: float = shape[point] + beyond * (shape[point + 1] - shape[point])
         return relative * (self._pace_s or 1.0)
 
     def note(self, rows: int, seconds: float) -> None:
@@ -44,32 +49,40 @@ class StepCost:
         seconds = max(seconds, 1e-9)
         if not self._pace_s:
             self._pace_s = seconds / self.seconds(rows)
-            return
         surprise = math.log(seconds / self.seconds(rows))
         surprise = max(-_SURPRISE, min(_SURPRISE, surprise))
-        self._pace_s *= math.exp(_PACE_RATE * surprise)
         point, beyond = _place(rows)
-        self._bend(point, (1 - beyond), surprise)
-        self._bend(point + 1, beyond, surprise)
+        ends = ((point, 1 - beyond), (point + 1, beyond))
+        square = beyond**2 + (1 - beyond) ** 2
+        ignorance = 0.0  # how much of the surprise is that these points were not known well
+        first, *others = self._measured  # the first is what the pace is about: it is settled once
+        self._measured = [first, *(measured * _KEPT for measured in others)]
+        for end, weight in ends:
+            self._measured[end] += weight
+            rate = 1 / (1 + self._measured[end])
+            if end:
+                rate = max(rate, _SHAPE_RATE)
+            ignorance += rate * weight
+            self._shape[end] *= math.exp(rate * weight / square * surprise)
+        self._pace_s *= math.exp(_PACE_RATE * (1 - ignorance) * surprise)
+        self._fill()
 
-    def _bend(self, point: int, weight: float, surprise: float) -> None:
-        """Move a point of the shape, its first measurements more; the first point is 1 and stays so."""
-        if point and weight:
-            self._measured[point] += weight
-            rate = max(_SHAPE_RATE, 1 / (1 + self._measured[point]))
-            self._shape[point] = max(1.0, self._shape[point] * math.exp(rate * weight * surprise))
-            self._extend(point)
+    def _fill(self) -> None:
+        """Points not known yet lie on the lines between those that are; beyond the last, on one from the first."""
+        known = [point for point, measured in enumerate(self._measured) if measured >= _KNOWN]
+        for low, high in pairwise(known):
+            self._draw(low, high, range(low + 1, high))
+        if len(known) > 1:
+            self._draw(known[0], known[-1], range(known[-1] + 1, len(_ROWS)))
 
-    def _extend(self, point: int) -> None:
-        """Points after `point`, up to the next that has been measured, lie on the line from the first through it."""
-        row_share = (self._shape[point] - 1) / ((1 << point) - 1)
-        for beyond in range(point + 1, _POINTS):
-            if self._measured[beyond] >= 1:
-                return
-            self._shape[beyond] = 1 + row_share * ((1 << beyond) - 1)
+    def _draw(self, low: int, high: int, points: range) -> None:
+        """Put points on the line through two others."""
+        slope = (self._shape[high] - self._shape[low]) / (_ROWS[high] - _ROWS[low])
+        for point in points:
+            self._shape[point] = self._shape[low] + slope * (_ROWS[point] - _ROWS[low])
 
 
 def _place(rows: int) -> tuple[int, float]:
-    """The point at or before `rows`, and how far `rows` lies on the way to the next, in [0, 1)."""
-    point = min(rows.bit_length() - 1, _POINTS - 2)
-    return point, min(rows / (1 << point) - 1, 1.0)
+    """The point at or before `rows`, and how far `rows` lies on the way to the next, in [0, 1]."""
+    point = min(bisect_right(_ROWS, rows), len(_ROWS) - 1) - 1
+    return point, min((rows - _ROWS[point]) / (_ROWS[point + 1] - _ROWS[point]), 1.0)

@@ -75,42 +75,41 @@ class KvPages:
     layout: KvLayout
     heads: int
     data: Tensor
+    pages: int = field(init=False)
+    kv_heads: int = field(init=False)
     prepared: object = field(default=None, init=False, repr=False)  # the native home's
 
     def __post_init__(self) -> None:
-        pages, kv_heads, head_bytes = self.data.shape
+        self.pages, self.kv_heads, head_bytes = self.data.shape
         strides = (self.layout.head_bytes, 1)
-        if self.data.dtype != torch.uint8 or head_bytes != self.layout.head_bytes or self.heads % kv_heads:
+        if (
+            self.data.dtype != torch.uint8
+            or head_bytes != self.layout.head_bytes
+            or self.heads % self.kv_heads
+        ):
             raise OperandError(
-                f"{self.heads} heads do not look at pages of {kv_heads} heads of {head_bytes} bytes: the number of "
-                f"heads must be a multiple, the bytes must be {self.layout.head_bytes}"
+                f"{self.heads} heads do not look at pages of {self.kv_heads} heads of {head_bytes} bytes: heads "
+                f"must be a multiple, the bytes must be {self.layout.head_bytes}"
             )
-        if self.data.stride()[1:] != strides or (pages > 1 and self.data.stride(0) < kv_heads * head_bytes):
+        if self.data.stride()[1:] != strides or self.data.stride(0) < self.kv_heads * head_bytes:
             raise OperandError(f"a page must lie together, got strides {self.data.stride()}")
-
-    @property
-    def pages(self) -> int:
-        return self.data.shape[0]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.data.shape[1]
 
     def keys(self) -> Tensor:
         """(pages, kv_heads, head_dim, 64), a view."""
-        return self._part(0, self.layout.values_at).unflatten(-1, (-1, PAGE_TOKENS))
+        return self._part(0, self.layout.values_at, torch.Size((self.layout.head_dim, PAGE_TOKENS)))
 
     def values(self) -> Tensor:
         """(pages, kv_heads, 64, wide), a view."""
-        return self._part(self.layout.values_at, self.layout.scales_at).unflatten(-1, (PAGE_TOKENS, -1))
+        layout = self.layout
+        return self._part(layout.values_at, layout.scales_at, torch.Size((PAGE_TOKENS, layout.wide)))
 
     def scales(self) -> Tensor:
         """f32 (pages, kv_heads, 2, 64), of keys and of values; a view. For scaled types."""
         scales = self.data[..., self.layout.scales_at :].view(torch.float32)
-        return scales.unflatten(-1, (2, PAGE_TOKENS))
+        return scales.view(self.pages, self.kv_heads, 2, PAGE_TOKENS)
 
-    def _part(self, start: int, end: int) -> Tensor:
-        return self.data[..., start:end].view(self.layout.kind.dtype)
+    def _part(self, start: int, end: int, shape: torch.Size) -> Tensor:
+        return self.data[..., start:end].view(self.layout.kind.dtype).view(self.data.shape[:2] + shape)
 
 
 @dataclass(eq=False)

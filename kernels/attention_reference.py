@@ -60,8 +60,8 @@ def rotate(rotation: Rotation, x: Tensor) -> Tensor:
     axis = -1 if rotation.interleaved else -2
     cos, sin = rotation.cos[:, None], rotation.sin[:, None]  # (T, 1, dims/2)
     turned, rest = x[..., : rotation.dims], x[..., rotation.dims :]
-    shape = (-1, 2) if rotation.interleaved else (2, -1)
-    a, b = turned.unflatten(-1, shape).unbind(axis)
+    half = rotation.dims // 2
+    a, b = turned.reshape(*x.shape[:2], *((half, 2) if rotation.interleaved else (2, half))).unbind(axis)
     turned = torch.stack((a * cos - b * sin, b * cos + a * sin), axis).flatten(-2)
     return torch.cat((turned, rest), -1)
 

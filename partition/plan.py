@@ -91,11 +91,10 @@ def scratch_bytes(
     KV, in f32."""
     moe = spec.moe
     ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
-    heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, what is mixed, k and v
+    heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, q rotated, what is mixed, k and v
     rows = (chunk_tokens + sequences + guesses) * (4 * spec.hidden + 3 * ffn + heads)
-    attention = context_tokens * (
-        2 * spec.kv_heads * spec.head_dim + chunk_tokens
-    )  # K, V and mask of one layer
+    # Only the reference kernels need it: copies of K and V of one layer, and a mask.
+    attention = context_tokens * (2 * spec.kv_heads * spec.head_dim + chunk_tokens)
     return KERNEL_BYTES + 4 * (rows + attention + (sequences + guesses) * spec.vocab)
 
 

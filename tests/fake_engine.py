@@ -95,7 +95,7 @@ class FakeEngine:
             self.now_s += seconds
             self.rows_total += batch.rows
             self.scheduler.commit(batch, results)
-            self.scheduler.cost.note(batch.rows, seconds)
+            self.scheduler.note(batch, seconds)
         return batch
 
     def run(self, limit: int = 10_000) -> None:

@@ -16,6 +16,7 @@ import tiny
 from cli_fakes import TIMINGS, FakeAnswers, shoal
 
 from shoal.cli import run as run_verb
+from shoal.cli.options import PlanOptions
 from shoal.cli.run import _piped, statistics
 from shoal.comm.errors import NoDaemon, RequestFailed
 from shoal.comm.messages import Chat, Done, Generate, Timings, Usage
@@ -92,6 +93,14 @@ def test_guessing_ahead_is_an_option(stage: Stage, tmp_path: Path) -> None:
     guessed = Usage(prompt_tokens=7, completion_tokens=20, drafted_tokens=9, accepted_tokens=8)
     line = statistics(Done(finish_reason="stop", usage=guessed, timings=TIMINGS))
     assert line.endswith("20 tokens (12.5/s), 8 of them guessed")
+
+
+def test_how_keys_and_values_are_kept_is_an_option(stage: Stage) -> None:
+    shoal("run", "m.gguf", "Why?")
+    shoal("run", "m.gguf", "Why?", "--kv-type", "i8")
+    assert [config.kv_type for config in stage.configs] == ["f16", "i8"]
+    assert shoal("run", "m.gguf", "Why?", "--kv-type", "q4").exit_code == 2
+    assert PlanOptions(kv_type="i8", ctx=9).arguments() == ["--ctx", "9", "--kv-type", "i8"]
 
 
 def test_json_has_exactly_its_fields(stage: Stage) -> None:

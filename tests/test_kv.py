@@ -1,26 +1,31 @@
-"""The KV pool: pages never belong to two sequences, and scattered pages read like consecutive ones."""
+"""The KV pool: pages never belong to two sequences, hold what the plan says they take, and are copied whole."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shoal.models.rope import Rope
 from shoal.models.step import Step
 from shoal.offload.kv import KvPool
 from shoal.offload.pages import PageTable
-from shoal.partition.plan import KvPlan
+from shoal.partition.plan import KV_TYPE_BYTES, PAGE_TOKENS, KvPlan, kv_token_bytes
 from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
 
 SPEC = ModelSpec(
-    family="llama", layers=(LayerSpec(),), hidden=8, vocab=16, context=64, heads=2, kv_heads=2, head_dim=4, ffn=8,
-    ropes=(RopeSpec(4, 10000.0),),
+    family="llama", layers=(LayerSpec(), LayerSpec()), hidden=8, vocab=16, context=512, heads=2, kv_heads=1,
+    head_dim=24, ffn=8, ropes=(RopeSpec(24, 10000.0),),
 )  # fmt: skip
+ROPE = Rope(SPEC.ropes[0], 512)
 
 
-def pool(pages: int, page_tokens: int = 4, dtype: str = "f32") -> KvPool:
-    return KvPool(SPEC, KvPlan(pages, page_tokens, dtype, 0))
+def pool(pages: int, dtype: str = "f32") -> KvPool:
+    return KvPool(SPEC, KvPlan(pages, PAGE_TOKENS, dtype, 0))
 
 
 @settings(deadline=None, max_examples=60)
@@ -42,39 +47,56 @@ def test_pages_are_owned_once(actions: list[tuple[bool, int]]) -> None:
         assert len(flat) == len(set(flat)) == 16 - table.free_pages
 
 
-def test_consecutive_pages_are_preferred() -> None:
+def test_the_lowest_pages_are_taken_first() -> None:
     table = PageTable(8)
     first, second, _ = table.take(2), table.take(2), table.take(1)
     assert first is not None
     assert second is not None
-    table.give_back(first)
     table.give_back(second)
+    table.give_back(first)
     assert table.take(4) == [0, 1, 2, 3]
 
 
-def attend(kv: KvPool, pages: list[int], start: int, rows: Tensor) -> Tensor:
-    """rows (3, T, heads, head_dim): q, k and v of positions from `start` on."""
-    step = Step.build([([0] * rows.shape[1], start, pages, 1)])
-    return kv.attend(0, step, *rows.unbind(0), scale=0.5, window=None)
+def attend(kv: KvPool, layer: int, pages: list[int], start: int, rows: Tensor) -> Tensor:
+    """rows (T, 4 * head_dim): two heads of q, k and v of positions from `start` on."""
+    step = Step.build([([0] * len(rows), start, pages, 1)])
+    q, k, v = rows.split([48, 24, 24], 1)
+    rotation = ROPE.at(step.positions)
+    return kv.attend(layer, step, q, k, v, rotation=rotation, scale=0.5, window=None, norms=None)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.permutations(range(5)), st.integers(1, 18), st.integers(0, 18))
-def test_scattered_pages_equal_consecutive_ones(pages: list[int], length: int, start: int) -> None:
-    start = min(start, length - 1)
-    qkv = torch.randn(3, length, SPEC.kv_heads, SPEC.head_dim)
-    results = []
-    for owned in ([0, 1, 2, 3, 4], list(pages)):
-        kv = pool(5)
-        if start:
-            attend(kv, owned, 0, qkv[:, :start])
-        results.append(attend(kv, owned, start, qkv[:, start:]))
-    assert torch.equal(*results)
+@pytest.mark.parametrize("dtype", sorted(KV_TYPE_BYTES))
+def test_a_pool_takes_what_the_plan_says(dtype: str) -> None:
+    for spec in (SPEC, replace(SPEC, head_dim=64)):
+        taken = KvPool(spec, KvPlan(3, PAGE_TOKENS, dtype, 0)).nbytes
+        assert taken == 3 * PAGE_TOKENS * kv_token_bytes(spec, dtype)
+    assert kv_token_bytes(replace(SPEC, head_dim=128), "i8") == 2 * 2 * (128 + 4)
 
 
-def test_a_copied_page_serves_as_the_original() -> None:
-    qkv = torch.randn(3, 8, SPEC.kv_heads, SPEC.head_dim)
-    kv = pool(4)
-    attend(kv, [0, 1], 0, qkv[:, :7])
+@pytest.mark.parametrize("dtype", sorted(KV_TYPE_BYTES))
+def test_a_copied_page_serves_as_the_original(dtype: str) -> None:
+    rows = torch.randn(PAGE_TOKENS + 9, 96, generator=torch.Generator().manual_seed(0))
+    kv = pool(4, dtype)
+    for layer in (0, 1):
+        attend(kv, layer, [0, 1], 0, rows[:-2])
     kv.copy_page(1, 3)
-    assert torch.equal(attend(kv, [0, 3], 7, qkv[:, 7:]), attend(kv, [0, 1], 7, qkv[:, 7:]))
+    for layer in (0, 1):
+        original = attend(kv, layer, [0, 1], len(rows) - 2, rows[-2:])
+        assert torch.equal(attend(kv, layer, [0, 3], len(rows) - 2, rows[-2:]), original)
+
+
+def test_layers_do_not_share_pages() -> None:
+    rows = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(0))
+    kv = pool(1)
+    alone = attend(kv, 0, [0], 0, rows[0])
+    attend(kv, 1, [0], 0, rows[1])
+    assert torch.equal(attend(kv, 0, [0], 4, rows[0, 4:]), alone[4:])
+
+
+def test_angles_of_a_position_do_not_depend_on_the_step() -> None:
+    rope = Rope(replace(SPEC.ropes[0], magnitude=1.1, interleaved=True), 512)
+    together = rope.at(torch.arange(300))
+    for position in (0, 7, 299):
+        alone = rope.at(torch.tensor([position]))
+        assert torch.equal(alone.cos[0], together.cos[position])
+        assert torch.equal(alone.sin[0], together.sin[position])

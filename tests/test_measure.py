@@ -11,9 +11,10 @@ import pytest
 import tiny
 import torch
 
-from shoal.daemon import measure, scheduler
+from shoal.daemon import measure
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.scheduler import Scheduler
 from shoal.models.tokenizer import Tokenizer
 
 CONFIG = NodeConfig(chunk_tokens=16, memory_bytes=1 << 30, kv_type="f32", kv_tokens=64, max_guesses=0)
@@ -85,7 +86,7 @@ def test_bench_counts_only_tokens_of_the_time_measured(
     path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
     ticks = count()
     monkeypatch.setattr(measure.time, "monotonic", lambda: float(next(ticks)))
-    monkeypatch.setattr(scheduler, "SLOWDOWN", math.inf)
+    monkeypatch.setattr(Scheduler, "_prompt_budget", lambda self, decodes: CONFIG.chunk_tokens)
     result = measure.bench(
         path, prompt_tokens=40, new_tokens=12, batch=4, repeat=2, config=CONFIG, progress=quiet
     )

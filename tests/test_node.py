@@ -154,7 +154,8 @@ def test_a_pool_smaller_than_the_context_bounds_requests(path: Path) -> None:
 
 def test_a_deadline_ends_an_answer_with_what_it_has(path: Path) -> None:
     ticks = count()
-    with Node(CONFIG, clock=lambda: float(next(ticks))) as node:  # a step takes two seconds
+    config = replace(CONFIG, max_guesses=0)
+    with Node(config, clock=lambda: float(next(ticks))) as node:  # a step takes two seconds
         node.load(Load(model=str(path)))
         done = text_of(node, prompt(0, new=50, deadline_s=60.0))[2]
     assert done.finish_reason == "deadline"

@@ -14,7 +14,8 @@ from fake_engine import (
 )
 
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.scheduler import SLOWDOWN, Scheduler
+from shoal.daemon.pacing import SLOWDOWN
+from shoal.daemon.scheduler import Scheduler
 from shoal.daemon.sequence import Sequence
 
 
@@ -33,20 +34,26 @@ def test_a_prompt_is_read_in_chunks() -> None:
     assert [ranges(engine) for _ in range(5)] == [[(0, 16)], [(16, 32)], [(32, 40)], [(40, 41)], []]
 
 
-def test_prompts_slow_decodes_only_so_far() -> None:
-    """A step costs 10 and one for every row: beside one decode of 11 there is room for 11 more rows."""
-    subject = scheduler(pages=200, chunk=64)
-    engine = FakeEngine(subject, lambda rows: 10.0 + rows)
-    subject.submit(sequence(words(200, 2), 1))  # learns the cost of many rows
-    engine.run()
-    subject.submit(sequence(3, 200))
+@pytest.mark.parametrize("token_s", [0.02, 0.3, 2.0])
+def test_prompts_slow_decodes_only_so_far(token_s: float) -> None:
+    """Whatever a token costs, and it costs more and more: a step takes about as much longer as it may."""
+    subject = scheduler(pages=500, chunk=64)
+    asked = sequence(words(1200), 1)
+    engine = FakeEngine(subject, lambda rows: 1.0 + (rows - 1) * token_s * (1 + asked.computed / 600))
+    subject.submit(sequence(3, 700))
     for _ in range(20):
         engine.step()
-    subject.submit(sequence(words(300), 2))
-    rows = [engine.step().rows for _ in range(16)]
-    assert all(1 < count <= 1 + SLOWDOWN * 11 - 11 + 2 for count in rows)
-    assert sum(rows[8:]) > 8 * 7
-    engine.run()
+    subject.submit(asked)
+    seconds, rows = [], []
+    while not asked.ended and len(rows) < 500:
+        before_s = engine.now_s
+        rows.append(engine.step().rows)
+        seconds.append(engine.now_s - before_s)
+    slow = sorted(seconds[20:])
+    least = 1 + token_s * 3  # of one token, at the end
+    assert slow[len(slow) * 95 // 100] <= max(1.25 * SLOWDOWN, 1.01 * least)
+    assert slow[len(slow) // 2] > 0.75 * SLOWDOWN or max(rows) == 64 + 1
+    assert rows.count(1) <= 1 + len(rows) // 16
 
 
 def test_alone_a_prompt_gets_the_whole_budget() -> None:

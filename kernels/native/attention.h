@@ -11,6 +11,9 @@ namespace {
 
 constexpr int64_t LOOK_ROWS = 96;   // widening a page costs as much as two rows' use of it
 constexpr int64_t THREAD_PARTS = 4;  // a tile of more than such a part of a thread's share is cut into its spans
+constexpr int64_t MOST_PART_FLOATS = 4 << 20;  // as far as memory for this goes
+
+constexpr float LOG2_E = 1.44269504f;  // scores are powers of two
 
 // Tokens of a segment that are stored in one page.
 struct Piece {
@@ -101,7 +104,7 @@ void store_job(const void* context, int64_t index, int worker) {
         float* q = w.queries(kv_head, token);
         for (int64_t g = 0; g < w.group; g++, q += dim) {
             ready(w, a.q + ((token * heads + kv_head) * w.group + g) * dim, a.q_norm, token, q);
-            for (int64_t d = 0; d < dim; d++) q[d] *= a.scale;
+            for (int64_t d = 0; d < dim; d++) q[d] *= a.scale * LOG2_E;
         }
     }
     put_columns<Cell::bytes>(cells, tokens, wide * Cell::bytes, dim, head + column * Cell::bytes);
@@ -127,13 +130,13 @@ void look_job(const void* context, int64_t index, int worker) {
     const Look& l = *w.jobs[index].look;
     const shoal::Segment& s = w.segment(l.segment);
     const Queries queries{w.queries(l.kv_head, s.first + l.from),
-                    w.rows(l),
-                    w.group,
-                    s.start + l.from,
-                    w.a.window,
-                    w.a.segments.pages + s.pages,
-                    w.a.kv.data + l.kv_head * w.layout.head_bytes,
-                    w.a.kv.page_bytes};
+                          w.rows(l),
+                          w.group,
+                          s.start + l.from,
+                          w.a.window,
+                          w.a.segments.pages + s.pages,
+                          w.a.kv.data + l.kv_head * w.layout.head_bytes,
+                          w.a.kv.page_bytes};
     const Bench bench(w.bench(worker), w.most_rows, w.layout.wide);
     const int64_t span = w.jobs[index].span;
     if (span >= 0) {
@@ -213,19 +216,24 @@ shoal::Status attend(const shoal::Attention& a, float* out) {
         w.most_rows = most(w.most_rows, w.rows(l));
     });
     const int64_t large = work / (THREAD_PARTS * turn.threads());
-    const auto apart = [&](const Look& l) { return turn.threads() > 1 && l.spans > 1 && l.work > large; };
-    const auto parts = [&](const Look& l) { return l.spans * Result::floats(w.rows(l), w.layout.wide); };
+    // What cutting a tile adds to `floats`, 0 if it stays whole.
+    const auto parts = [&](const Look& l, int64_t floats) {
+        if (turn.threads() == 1 || l.spans == 1 || l.work <= large) return (int64_t)0;
+        const int64_t more = l.spans * Result::floats(w.rows(l), w.layout.wide);
+        return floats + more <= MOST_PART_FLOATS ? more : 0;
+    };
     each_look(w, [&](const Look& l) {
-        jobs += apart(l) ? l.spans : 1;
-        part_floats += apart(l) ? parts(l) : 0;
+        const int64_t more = parts(l, part_floats);
+        jobs += more ? l.spans : 1;
+        part_floats += more;
     });
     w.bench_floats = Bench::floats(w.most_rows, w.layout.wide) / 16 * 16 + 32;
     Carve carve{nullptr, 0};
-    float* part = nullptr;
+    float* results = nullptr;
     for (int pass = 0; pass < 2; pass++) {
         w.q = carve.take<float>(a.segments.tokens * a.kv.heads * dim);
         w.benches = carve.take<float>(turn.threads() * w.bench_floats);
-        part = carve.take<float>(part_floats);
+        results = carve.take<float>(part_floats);
         w.pieces = carve.take<Piece>(pieces);
         w.looks = carve.take<Look>(looks);
         w.jobs = carve.take<LookJob>(jobs);
@@ -236,14 +244,13 @@ shoal::Status attend(const shoal::Attention& a, float* out) {
     each_piece(w, [&](const Piece& p) { *piece++ = p; });
     Look* look = w.looks;
     LookJob* job = w.jobs;
+    int64_t floats = 0;
     each_look(w, [&](Look l) {
-        const bool cut = apart(l);
-        if (cut) {
-            l.parts = part;
-            part += parts(l);
-        }
+        const int64_t more = parts(l, floats);
+        if (more) l.parts = results + floats;
+        floats += more;
         *look = l;
-        for (int64_t i = 0; i < (cut ? l.spans : 1); i++) *job++ = {look, cut ? l.first_span + i : -1};
+        for (int64_t i = 0; i < (more ? l.spans : 1); i++) *job++ = {look, more ? l.first_span + i : -1};
         look++;
     });
     turn.run(pieces * heads, 4 * a.segments.tokens * (a.kv.heads + 2 * heads) * dim, store_job<Cell>, &w);

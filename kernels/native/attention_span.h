@@ -6,7 +6,7 @@
 // register tile, and whether a page was widened to floats before, changes nothing.
 #pragma once
 #include "cells.h"
-#include "home.h"
+#include "product.h"
 
 namespace {
 
@@ -34,6 +34,11 @@ struct Layout {
     }
 };
 
+// Columns [first, last) of a span.
+struct Columns {
+    int32_t first, last;
+};
+
 // Queries of one K/V head: `group` rows of `dim` numbers for each of consecutive positions.
 struct Queries {
     const float* q;
@@ -44,16 +49,17 @@ struct Queries {
     int64_t page_bytes;
 
     const uint8_t* page(int64_t index) const { return head + pages[index] * page_bytes; }
-    int64_t last_position() const { return position + (rows - 1) / group; }
-    // Columns [first, last) of a span that row r sees.
-    int64_t first(int64_t r, int64_t span) const { return window ? seen(position + r / group + 1 - window, span) : 0; }
-    int64_t last(int64_t r, int64_t span) const { return seen(position + r / group + 1, span); }
+    // What each row sees of a span.
+    void look(int64_t span, Columns* columns) const {
+        int64_t end = position + 1 - span * SPAN;
+        for (int64_t r = 0; r < rows; end++) {
+            const int32_t first = window ? column(end - window) : 0, last = column(end);
+            for (int64_t g = 0; g < group; g++) columns[r++] = {first, last};
+        }
+    }
 
 private:
-    static int64_t seen(int64_t end, int64_t span) {
-        const int64_t column = end - span * SPAN;
-        return column < 0 ? 0 : column > SPAN ? SPAN : column;
-    }
+    static int32_t column(int64_t at) { return (int32_t)(at < 0 ? 0 : at > SPAN ? SPAN : at); }
 };
 
 // What a row has seen of some spans: its greatest score, and the sum of its weights; 0 if nothing.
@@ -74,22 +80,39 @@ struct Result {
 struct Bench {
     float *scores, *page, *scales;
     Result part, all;
+    Columns* columns;
     static int64_t floats(int64_t rows, int64_t wide) {
-        return rows * SCORES + PAGE * wide + 2 * SPAN + 2 * Result::floats(rows, wide);
+        return rows * (SCORES + 2) + PAGE * wide + 2 * SPAN + 2 * Result::floats(rows, wide);
     }
     Bench(float* memory, int64_t rows, int64_t wide)
         : scores(memory),
           page(scores + rows * SCORES),
           scales(page + PAGE * wide),
           part(scales + 2 * SPAN, rows, wide),
-          all(scales + 2 * SPAN + Result::floats(rows, wide), rows, wide) {}
+          all(part.out + Result::floats(rows, wide), rows, wide),
+          columns(reinterpret_cast<Columns*>(all.out + Result::floats(rows, wide))) {}
+};
+
+// What to read while a block (a page's keys or values of one head) is computed with: half a block ahead of it, into
+// `next`, the block after it. Rows of blocks are far apart for the machine, which stops guessing at every 4 KiB.
+struct Ahead {
+    const uint8_t *block, *next;  // null: nothing
+    int64_t rows, row_bytes;
+
+    INLINE void fetch(int64_t row) const {
+        if (!next) return;
+        const int64_t half = rows / 2;
+        const uint8_t* at = row < half ? block + (row + half) * row_bytes : next + (row - half) * row_bytes;
+        for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    }
 };
 
 // scores (R, SCORES) of R queries with V vectors of a page's keys.
 template <class Cell, int R, int V>
-INLINE void score_columns(const float* q, int64_t dim, const uint8_t* keys, float* scores) {
+INLINE void score_columns(const float* q, int64_t dim, const uint8_t* keys, const Ahead& ahead, float* scores) {
     vf sum[R][V] = {};
     for (int64_t d = 0; d < dim; d++, keys += PAGE * Cell::bytes) {
+        ahead.fetch(d);
         vf key[V];
         for (int v = 0; v < V; v++) key[v] = Cell::load(keys + v * LANES * Cell::bytes);
         for (int r = 0; r < R; r++) {
@@ -104,21 +127,29 @@ INLINE void score_columns(const float* q, int64_t dim, const uint8_t* keys, floa
 
 // Columns [from, to) of a page, whole vectors.
 template <class Cell, int R>
-void score(const float* q, int64_t dim, const uint8_t* keys, int64_t from, int64_t to, float* scores) {
+void score(const float* q, int64_t dim, const uint8_t* keys, int64_t from, int64_t to, const uint8_t* next,
+           float* scores) {
+    Ahead ahead{keys, next, dim, PAGE * Cell::bytes};
     for (; from + QUERY_VECS * LANES <= to; from += QUERY_VECS * LANES) {
-        score_columns<Cell, R, QUERY_VECS>(q, dim, keys + from * Cell::bytes, scores + from);
+        score_columns<Cell, R, QUERY_VECS>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
+        ahead.next = nullptr;
     }
-    for (; from < to; from += LANES) score_columns<Cell, R, 1>(q, dim, keys + from * Cell::bytes, scores + from);
+    for (; from < to; from += LANES) {
+        score_columns<Cell, R, 1>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
+        ahead.next = nullptr;
+    }
 }
 
 // out (R, wide) += weights (R, SCORES) @ values, for V vectors of the values of positions [from, to) of a page.
 template <class Cell, int R, int V>
-INLINE void mix_columns(const float* weights, int64_t from, int64_t to, const uint8_t* values, int64_t wide, float* out) {
+INLINE void mix_columns(const float* weights, int64_t from, int64_t to, const uint8_t* values, const Ahead& ahead,
+                        int64_t wide, float* out) {
     vf sum[R][V];
     for (int r = 0; r < R; r++) {
         for (int v = 0; v < V; v++) sum[r][v] = load(out + r * wide + v * LANES);
     }
     for (int64_t t = from; t < to; t++) {
+        ahead.fetch(t);
         vf value[V];
         for (int v = 0; v < V; v++) value[v] = Cell::load(values + (t * wide + v * LANES) * Cell::bytes);
         for (int r = 0; r < R; r++) {
@@ -132,12 +163,18 @@ INLINE void mix_columns(const float* weights, int64_t from, int64_t to, const ui
 }
 
 template <class Cell, int R>
-void mix(const float* weights, int64_t from, int64_t to, const uint8_t* values, int64_t wide, float* out) {
+void mix(const float* weights, int64_t from, int64_t to, const uint8_t* values, int64_t wide, const uint8_t* next,
+         float* out) {
+    Ahead ahead{values, next, PAGE, wide * Cell::bytes};
     int64_t d = 0;
     for (; d + QUERY_VECS * LANES <= wide; d += QUERY_VECS * LANES) {
-        mix_columns<Cell, R, QUERY_VECS>(weights, from, to, values + d * Cell::bytes, wide, out + d);
+        mix_columns<Cell, R, QUERY_VECS>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
+        ahead.next = nullptr;
     }
-    for (; d < wide; d += LANES) mix_columns<Cell, R, 1>(weights, from, to, values + d * Cell::bytes, wide, out + d);
+    for (; d < wide; d += LANES) {
+        mix_columns<Cell, R, 1>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
+        ahead.next = nullptr;
+    }
 }
 
 // By number of rows, less one.
@@ -158,43 +195,48 @@ struct Part {
     int64_t from, to;
     Part(int64_t first, int64_t last, int64_t start)
         : from(between(0, first - start, PAGE)), to(between(0, last - start, PAGE)) {}
+    bool none() const { return from >= to; }
 };
 
 // Scores of one page for all rows.
 template <class Cell>
-void score_page(const Queries& t, int64_t span, int64_t start, int64_t dim, const uint8_t* keys, float* scores) {
-    for (int64_t r = 0; r < t.rows; r += QUERIES) {
-        const int64_t rows = between(1, t.rows - r, QUERIES);
-        const Part part(t.first(r, span), t.last(r + rows - 1, span), start);
-        if (part.from >= part.to) continue;
-        Kernels<Cell>::scores[rows - 1](t.q + r * dim, dim, keys, whole_vectors_down(part.from),
-                                        whole_vectors_up(part.to), scores + r * SCORES + start);
+void score_page(const Queries& q, const Columns* seen, int64_t start, int64_t dim, const uint8_t* keys,
+                const uint8_t* next, float* scores) {
+    for (int64_t r = 0; r < q.rows; r += QUERIES) {
+        const int64_t rows = least(q.rows - r, (int64_t)QUERIES);
+        const Part part(seen[r].first, seen[r + rows - 1].last, start);
+        if (part.none()) continue;
+        Kernels<Cell>::scores[rows - 1](q.q + r * dim, dim, keys, whole_vectors_down(part.from),
+                                        whole_vectors_up(part.to), r == 0 ? next : nullptr,
+                                        scores + r * SCORES + start);
     }
 }
 
 // Values of one page, weighted, for all rows: those that every row of a register tile sees at once, others row by row.
 template <class Cell>
-void mix_page(const Queries& t, int64_t span, int64_t start, int64_t wide, const uint8_t* values, const float* weights,
-              float* out) {
-    for (int64_t r = 0; r < t.rows; r += QUERIES) {
-        const int64_t rows = between(1, t.rows - r, QUERIES), end = r + rows - 1;
-        const Part any(t.first(r, span), t.last(end, span), start);
-        if (any.from >= any.to) continue;
-        const Part all(t.first(end, span), t.last(r, span), start);
+void mix_page(int64_t all_rows, const Columns* seen, int64_t start, int64_t wide, const uint8_t* values,
+              const uint8_t* next, const float* weights, float* out) {
+    for (int64_t r = 0; r < all_rows; r += QUERIES) {
+        const int64_t rows = least(all_rows - r, (int64_t)QUERIES), end = r + rows - 1;
+        const Part any(seen[r].first, seen[end].last, start);
+        if (any.none()) continue;
         const auto row_by_row = [&](int64_t from, int64_t to) {
             for (int64_t i = r; i <= end; i++) {
-                const Part own(t.first(i, span), t.last(i, span), start);
-                const int64_t first = between(from, own.from, to), last = between(from, own.to, to);
+                const Part own(seen[i].first, seen[i].last, start);
+                const int64_t first = most(from, own.from), last = least(own.to, to);
                 if (first >= last) continue;
-                Kernels<Cell>::mixes[0](weights + i * SCORES + start, first, last, values, wide, out + i * wide);
+                Kernels<Cell>::mixes[0](weights + i * SCORES + start, first, last, values, wide, nullptr,
+                                       out + i * wide);
             }
         };
-        if (all.from >= all.to) {
+        const Part all(seen[end].first, seen[r].last, start);
+        if (all.none()) {
             row_by_row(any.from, any.to);
             continue;
         }
         if (any.from < all.from) row_by_row(any.from, all.from);
-        Kernels<Cell>::mixes[rows - 1](weights + r * SCORES + start, all.from, all.to, values, wide, out + r * wide);
+        Kernels<Cell>::mixes[rows - 1](weights + r * SCORES + start, all.from, all.to, values, wide,
+                                       r == 0 ? next : nullptr, out + r * wide);
         if (all.to < any.to) row_by_row(all.to, any.to);
     }
 }
@@ -204,7 +246,22 @@ void widen(const uint8_t* cells, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i += LANES) store(out + i, Cell::load(cells + i * Cell::bytes));
 }
 
-// Scores in columns [first, last) become weights exp(score - peak), for scaled cells times the scales of the values.
+// 2^x for x <= 0, within 2 units in the last place, at least 2^-126; NaN stays NaN. The polynomial is the best of its
+// degree for [-1/2, 1/2]. Adding `shift` rounds x and leaves its exponent, biased, in the lowest bits.
+INLINE vf power_of_two(vf x) {
+    const vf shift = splat(0x1.8p23f + 127);
+    x = max(splat(-126.0f), x);  // in this order a NaN stays one
+    const vf shifted = x + shift, r = x - (shifted - shift);
+    vf p = splat(1.327647217e-3f);
+    p = fma(p, r, splat(9.675541331e-3f));
+    p = fma(p, r, splat(5.550713273e-2f));
+    p = fma(p, r, splat(2.402211972e-1f));
+    p = fma(p, r, splat(6.931469671e-1f));
+    p = fma(p, r, splat(1.000000072f));
+    return p * bits_to_float((vi)shifted << 23);
+}
+
+// Scores in columns [first, last) become weights 2^(score - peak), for scaled cells times the scales of the values.
 template <bool SCALED>
 INLINE Seen soften(float* scores, int64_t first, int64_t last, const float* key_scales, const float* value_scales) {
     const float nothing = -__builtin_inff();
@@ -214,12 +271,16 @@ INLINE Seen soften(float* scores, int64_t first, int64_t last, const float* key_
     }
     for (int64_t c = from; c < first; c++) scores[c] = nothing;
     for (int64_t c = last; c < to; c++) scores[c] = nothing;
-    vf most = splat(nothing), sum = {};
-    for (int64_t c = from; c < to; c += LANES) most = max(most, load(scores + c));
-    const float peak = greatest(most);
+    vf most = splat(nothing), other = most, sum = {};
+    int64_t at = from;
+    for (; at + 2 * LANES <= to; at += 2 * LANES) {
+        most = max(most, load(scores + at));
+        other = max(other, load(scores + at + LANES));
+    }
+    if (at < to) most = max(most, load(scores + at));
+    const float peak = greatest(max(most, other));
     for (int64_t c = from; c < to; c += LANES) {
-        const vf x = load(scores + c);
-        vf weight = (vf)((vi)exp(x - splat(peak)) & ~(vi)(x == splat(nothing)));
+        vf weight = power_of_two(load(scores + c) - splat(peak));
         sum = sum + weight;
         if (SCALED) weight = weight * load(value_scales + c);
         store(scores + c, weight);
@@ -227,7 +288,7 @@ INLINE Seen soften(float* scores, int64_t first, int64_t last, const float* key_
     return {peak, sum4(sum, vf{}, vf{}, vf{})[0]};
 }
 
-INLINE float exp_of(float x) { return exp(splat(x))[0]; }
+INLINE float power_of_two(float x) { return power_of_two(splat(x))[0]; }
 
 // Folds what rows saw of a later span into what they saw before.
 void fold(const Result& before, const Result& later, int64_t rows, int64_t wide) {
@@ -243,7 +304,7 @@ void fold(const Result& before, const Result& later, int64_t rows, int64_t wide)
             continue;
         }
         const float peak = seen.peak > more.peak ? seen.peak : more.peak;
-        const float a = exp_of(seen.peak - peak), b = exp_of(more.peak - peak);
+        const float a = power_of_two(seen.peak - peak), b = power_of_two(more.peak - peak);
         seen = {peak, seen.total * a + more.total * b};
         for (int64_t d = 0; d < wide; d += LANES) {
             store(out + d, fma(load(part + d), splat(b), load(out + d) * splat(a)));
@@ -251,41 +312,46 @@ void fold(const Result& before, const Result& later, int64_t rows, int64_t wide)
     }
 }
 
-// What all rows of a tile see of one span.
+// What all rows see of one span.
 template <class Cell>
-void attend_span(const Queries& t, const Layout& l, int64_t span, const Bench& bench, const Result& result) {
-    const int64_t first = t.first(0, span), last = t.last(t.rows - 1, span);
+void attend_span(const Queries& q, const Layout& l, int64_t span, const Bench& bench, const Result& result) {
+    Columns* columns = bench.columns;
+    q.look(span, columns);
+    const int64_t first = columns[0].first, last = columns[q.rows - 1].last;
     const int64_t first_page = first / PAGE * PAGE, page0 = span * (SPAN / PAGE);
-    const bool direct = t.rows <= DIRECT_ROWS || Cell::bytes == sizeof(float);
+    const bool direct = q.rows <= DIRECT_ROWS || Cell::bytes == sizeof(float);
     for (int64_t start = first_page; start < last; start += PAGE) {
-        const uint8_t* keys = t.page(page0 + start / PAGE);
+        const uint8_t* keys = q.page(page0 + start / PAGE);
         if (Cell::scaled) {
             memcpy(bench.scales + start, keys + l.scales, PAGE * sizeof(float));
             memcpy(bench.scales + SPAN + start, keys + l.scales + PAGE * sizeof(float), PAGE * sizeof(float));
         }
+        const bool more = start + PAGE < last;
         if (direct) {
-            score_page<Cell>(t, span, start, l.dim, keys, bench.scores);
+            const uint8_t* next = more ? q.page(page0 + start / PAGE + 1) : q.page(page0 + first_page / PAGE) + l.values;
+            score_page<Cell>(q, columns, start, l.dim, keys, next, bench.scores);
         } else {
             widen<Cell>(keys, PAGE * l.dim, bench.page);
-            score_page<CellF32>(t, span, start, l.dim, (const uint8_t*)bench.page, bench.scores);
+            score_page<CellF32>(q, columns, start, l.dim, (const uint8_t*)bench.page, nullptr, bench.scores);
         }
     }
-    for (int64_t r = 0; r < t.rows; r++) {
-        const int64_t from = t.first(r, span), to = t.last(r, span);
-        result.seen[r] = from < to ? soften<Cell::scaled>(bench.scores + r * SCORES, from, to, bench.scales,
-                                                          bench.scales + SPAN)
-                                   : Seen{0, 0};
+    for (int64_t r = 0; r < q.rows; r++) {
+        const Columns c = columns[r];
+        result.seen[r] = c.first < c.last ? soften<Cell::scaled>(bench.scores + r * SCORES, c.first, c.last,
+                                                                 bench.scales, bench.scales + SPAN)
+                                          : Seen{0, 0};
     }
-    memset(result.out, 0, (size_t)(t.rows * l.wide) * sizeof(float));
+    memset(result.out, 0, (size_t)(q.rows * l.wide) * sizeof(float));
     for (int64_t start = first_page; start < last; start += PAGE) {
-        const uint8_t* values = t.page(page0 + start / PAGE) + l.values;
+        const uint8_t* values = q.page(page0 + start / PAGE) + l.values;
         if (direct) {
-            mix_page<Cell>(t, span, start, l.wide, values, bench.scores, result.out);
+            const uint8_t* next = start + PAGE < last ? q.page(page0 + start / PAGE + 1) + l.values : values;
+            mix_page<Cell>(q.rows, columns, start, l.wide, values, next, bench.scores, result.out);
         } else {
             const Part part(first, last, start);
             widen<Cell>(values + part.from * l.wide * Cell::bytes, (part.to - part.from) * l.wide,
                         bench.page + part.from * l.wide);
-            mix_page<CellF32>(t, span, start, l.wide, (const uint8_t*)bench.page, bench.scores, result.out);
+            mix_page<CellF32>(q.rows, columns, start, l.wide, (const uint8_t*)bench.page, nullptr, bench.scores, result.out);
         }
     }
 }

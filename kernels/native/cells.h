@@ -42,14 +42,6 @@ struct CellI8 {
 
 constexpr float SMALLEST_CELL = 1e-30f;  // numbers none of which reaches this are stored as zeros
 
-INLINE float greatest(vf v) {
-    float lanes[LANES], most;
-    store(lanes, v);
-    most = lanes[0];
-    for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
-    return most;
-}
-
 // x as `count` cells, whole vectors. Their scale: NaN if any x is NaN or infinite, so that this is not hidden.
 template <class Cell>
 INLINE float encode(const float* x, int64_t count, uint8_t* cells) {

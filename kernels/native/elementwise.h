@@ -1,4 +1,4 @@
-// Norms and gates: what is computed number by number, or row by row, in float32.
+// Norms and activations: what is computed number by number, or row by row, in float32.
 #pragma once
 #include "home.h"
 #include "product.h"
@@ -46,35 +46,6 @@ INLINE vf silu(vf g) { return g / (exp(-g) + splat(1.0f)); }
 INLINE vf gelu(vf g) {
     const vf u2 = splat(1.5957691216f) * g * fma(splat(0.044715f) * g, g, splat(1.0f));
     return g / (exp(-u2) + splat(1.0f));
-}
-
-constexpr int64_t GATE_JOB = 4096;  // elements
-
-struct GateUp {
-    const float *gate, *up;
-    int64_t n;
-    float* y;
-};
-
-template <vf (*ACT)(vf)>
-void gate_job(const void* context, int64_t index, int) {
-    const GateUp& g = *static_cast<const GateUp*>(context);
-    const int64_t end = least((index + 1) * GATE_JOB, g.n);
-    int64_t k = index * GATE_JOB;
-    for (; k + LANES <= end; k += LANES) store(g.y + k, ACT(load(g.gate + k)) * load(g.up + k));
-    if (k < end) {
-        float part[LANES] = {};
-        memcpy(part, g.gate + k, (size_t)(end - k) * sizeof(float));
-        store(part, ACT(load(part)));
-        for (int64_t i = k; i < end; i++) g.y[i] = part[i - k] * g.up[i];
-    }
-}
-
-template <vf (*ACT)(vf)>
-shoal::Status gate(const float* gate, const float* up, int64_t n, float* y) {
-    const GateUp g{gate, up, n, y};
-    shoal::Turn().run(ceil_div(n, GATE_JOB), 4 * n, gate_job<ACT>, &g);
-    return shoal::OK;
 }
 
 }  // namespace

@@ -93,8 +93,6 @@ struct Home {
     // out (count, cols): the rows `ids`, or the first `count` rows if ids is null. NO_ROW if there is none such.
     Status (*gather_rows)(const Weights& w, const int64_t* ids, int64_t count, float* out);
     Status (*rms_norm)(const float* x, const float* weight, float eps, int64_t rows, int64_t cols, float* y);
-    Status (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
-    Status (*geglu)(const float* gate, const float* up, int64_t n, float* y);
     // Stores the step's keys and values, then out (tokens, heads * head_dim): what every position sees of its sequence.
     Status (*attention)(const Attention& a, float* out);
 };

@@ -106,14 +106,6 @@ API int shoal_rms_norm(const float* x, const float* weight, float eps, int64_t r
     return shoal::chosen->rms_norm(x, weight, eps, rows, cols, y);
 }
 
-API int shoal_swiglu(const float* gate, const float* up, int64_t n, float* y) {
-    return shoal::chosen->swiglu(gate, up, n, y);
-}
-
-API int shoal_geglu(const float* gate, const float* up, int64_t n, float* y) {
-    return shoal::chosen->geglu(gate, up, n, y);
-}
-
 API int shoal_attention(const shoal::KvPages* kv, const shoal::Segments* segments, const shoal::Rotation* rotation,
                         const float* q, const float* k, const float* v, const float* q_norm, const float* k_norm,
                         float norm_eps, float scale, int64_t window, float* out) {

@@ -93,6 +93,7 @@ INLINE void store_half(uint8_t* p, vf v) {
 INLINE vi load_i8(const uint8_t* p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE void store_u16(uint8_t* p, vi v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v)); }
 INLINE void store_i8(uint8_t* p, vi v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE float greatest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 // Sums of four vectors; a lane order that does not depend on which of the four a vector is.
 INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
     __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44),
@@ -179,6 +180,14 @@ INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
 #endif
 
 #if !defined(__AVX512F__)
+INLINE float greatest(vf v) {
+    float lanes[LANES];
+    store(lanes, v);
+    for (int i = LANES / 2; i > 0; i /= 2) {
+        for (int j = 0; j < i; j++) lanes[j] = lanes[j] > lanes[j + i] ? lanes[j] : lanes[j + i];
+    }
+    return lanes[0];
+}
 INLINE void store_u16(uint8_t* p, vi v) {
     typedef uint16_t narrow __attribute__((vector_size(LANES * 2)));
     const narrow low = __builtin_convertvector(v, narrow);

@@ -1,0 +1,37 @@
+"""How many tokens of prompts are read beside running answers, so that these do not falter.
+
+Stall-free batching (Sarathi-Serve, Agrawal et al. 2024, arXiv 2403.02310), its budget found by feedback: what a token
+of a prompt costs depends on how much text is before it, on the model and on the machine, so it is not predicted but
+followed. Pure: measured slowdowns are handed in.
+"""
+
+from __future__ import annotations
+
+SLOWDOWN = 2.5  # a step that also reads prompts may take so many times one that does not
+_FIRST_TOKENS = 8.0
+_LOUDEST = (0.5, 1.5)  # least and most by which one measurement changes the budget, before it is damped
+_REST_EVERY = 16  # steps; then one without prompts, to measure again what they are compared with
+
+
+class Pacer:
+    """A budget that shrinks when steps take too long and grows when they do not; at most `most` tokens."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._tokens = min(_FIRST_TOKENS, most)
+        self._since_rest = 0
+
+    def budget(self) -> int:
+        """Tokens that may go with the next step, beside answers; 0 when it is time for a step without."""
+        return 0 if self._since_rest >= _REST_EVERY else int(self._tokens)
+
+    def rested(self) -> None:
+        """A step without prompts was measured."""
+        self._since_rest = 0
+
+    def note(self, tokens: int, slowdown: float) -> None:
+        """A step with so many tokens beside answers took `slowdown` times one without them."""
+        self._since_rest += 1
+        change = min(max(SLOWDOWN / slowdown, _LOUDEST[0]), _LOUDEST[1])
+        if change < 1 or tokens >= int(self._tokens):  # else it says nothing about more tokens
+            self._tokens = min(max(self._tokens * change**0.5, 1.0), self._most)
