@@ -27,6 +27,7 @@ HEADERS = (
     "linear_float",
     "linear_quantised",
     "linears",
+    "operands",
     "product",
     "rope",
     "simd",

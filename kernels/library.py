@@ -137,8 +137,8 @@ class Native:
         x = x.contiguous()
         norm = norm if norm is None else norm.contiguous()
         tokens = x.size(0)
+        structures, pointers = all.prepared or _prepare(all, all)
         outputs = [x.new_empty(tokens, w.rows) for w in all.matrices]
-        prepared = all.prepared or _prepare(all, all)
         if status := self._linears(
             x.data_ptr(),
             tokens,
@@ -146,8 +146,8 @@ class Native:
             norm if norm is None else norm.data_ptr(),
             eps,
             len(outputs),
-            prepared,
-            (c_void_p * len(outputs))(*[y.data_ptr() for y in outputs]),
+            structures,
+            pointers(*[y.data_ptr() for y in outputs]),
         ):
             raise _refusal(status, *all.matrices)
         return outputs
@@ -158,6 +158,7 @@ class Native:
         x = x.contiguous()
         norm = norm if norm is None else norm.contiguous()
         tokens = x.size(0)
+        structures, _ = layer.prepared or _prepare(layer, layer.enter, layer.leave)
         y = x.new_empty(tokens, layer.leave.matrices[0].rows)
         if status := self._gated(
             x.data_ptr(),
@@ -166,7 +167,7 @@ class Native:
             norm if norm is None else norm.data_ptr(),
             eps,
             _ACTIVATIONS[activation],
-            layer.prepared or _prepare(layer, layer.enter, layer.leave),
+            structures,
             y.data_ptr(),
         ):
             raise _refusal(status, *layer.enter.matrices, *layer.leave.matrices)
@@ -178,8 +179,7 @@ class Native:
         x = x.contiguous()
         y = x.new_empty(x.size(0), all[0].leave.matrices[0].rows)
         layers = [
-            ctypes.cast(layer.prepared or _prepare(layer, layer.enter, layer.leave), c_void_p)
-            for layer in all
+            (layer.prepared or _prepare(layer, layer.enter, layer.leave))[0] for layer in all
         ]
         tokens, factors = routes.tokens.contiguous(), routes.factors.contiguous()
         if status := self._experts(
@@ -188,7 +188,7 @@ class Native:
             x.size(1),
             _ACTIVATIONS[activation],
             len(all),
-            (c_void_p * len(all))(*layers),
+            (c_void_p * len(all))(*map(ctypes.addressof, layers)),
             (c_int64 * len(routes.starts))(*routes.starts),
             tokens.data_ptr(),
             factors.data_ptr(),
@@ -281,10 +281,13 @@ def _structure(w: Matrix, bias: Tensor | None) -> _Linear:
     return _Linear(w.type.id, w.rows, w.cols, w.data.data_ptr(), bias if bias is None else bias.data_ptr())
 
 
-def _prepare(owner: Linears | FeedForward, *parts: Linears) -> ctypes.Array[_Linear]:
-    """The structures of all matrices, kept with their owner."""
+def _prepare(
+    owner: Linears | FeedForward, *parts: Linears
+) -> tuple[ctypes.Array[_Linear], type[ctypes.Array[c_void_p]]]:
+    """The structures of all matrices and the type of as many pointers, kept with their owner."""
     pairs = [pair for part in parts for pair in zip(part.matrices, part.biases, strict=True)]
-    owner.prepared = prepared = (_Linear * len(pairs))(*[_structure(w, bias) for w, bias in pairs])
+    structures = (_Linear * len(pairs))(*[_structure(w, bias) for w, bias in pairs])
+    owner.prepared = prepared = (structures, c_void_p * len(pairs))
     return prepared
 
 

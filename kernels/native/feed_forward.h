@@ -13,6 +13,9 @@ using shoal::Routing;
 struct Expert {
     Product gate, up, down;
     int64_t first, count;
+
+    int64_t tiles() const { return ceil_div(count, TILE_TOKENS); }
+    int64_t start(int64_t tile) const { return first + count * tile / tiles(); }  // all as long: none few unless all are
 };
 
 struct FeedForward {
@@ -49,16 +52,17 @@ void gate_up_job(const void* context, int64_t index, int worker) {
     const int64_t row0 = index * e->gate.job_rows, rows = e->gate.job_size(index);
     const int64_t stride = ceil_div(rows, LANES) * LANES;
     const Output gate{partial.first, stride}, up{partial.second, stride};
-    for (int64_t done = 0; done < e->count; done += TILE_TOKENS) {
-        const int64_t count = least(TILE_TOKENS, e->count - done), first = e->first + done;
+    for (int64_t tile = 0; tile < e->tiles(); tile++) {
+        const int64_t first = e->start(tile), count = e->start(tile + 1) - first;
         const char* in[TILE_TOKENS];
-        for (int64_t t = 0; t < count; t++) in[t] = f.inputs.as(*e->gate.type, f.token_of(first + t));
+        for (int64_t t = 0; t < count; t++) in[t] = f.inputs.as(*e->gate.type, f.token_of(first + t), count);
         e->gate.multiply(row0, rows, {in, count}, gate, scratch + sizeof(Partial));
-        for (int64_t t = 0; t < count; t++) in[t] = f.inputs.as(*e->up.type, f.token_of(first + t));
+        for (int64_t t = 0; t < count; t++) in[t] = f.inputs.as(*e->up.type, f.token_of(first + t), count);
         e->up.multiply(row0, rows, {in, count}, up, scratch + sizeof(Partial));
         for (int64_t t = 0; t < count; t++) {
             f.act == shoal::SILU ? activate<silu>(gate.row(t), up.row(t), rows) : activate<gelu>(gate.row(t), up.row(t), rows);
-            f.hidden.put(first + t, row0, rows, gate.row(t));
+            const bool few = f.hidden.few && Packed::as_few(count);
+            f.hidden.put(first + t, row0, rows, gate.row(t), few, f.hidden.many && !few);
         }
     }
 }
@@ -74,10 +78,10 @@ void down_job(const void* context, int64_t index, int worker) {
         for (int64_t t = 0; t < f.tokens; t++) memset(y.row(t), 0, (size_t)rows * sizeof(float));
     }
     for (const Expert* e = f.experts; e < f.experts + f.routing.experts; e++) {
-        for (int64_t done = 0; done < e->count; done += TILE_TOKENS) {
-            const int64_t count = least(TILE_TOKENS, e->count - done), first = e->first + done;
+        for (int64_t tile = 0; tile < e->tiles(); tile++) {
+            const int64_t first = e->start(tile), count = e->start(tile + 1) - first;
             const char* in[TILE_TOKENS];
-            for (int64_t t = 0; t < count; t++) in[t] = f.hidden.as(*e->down.type, first + t);
+            for (int64_t t = 0; t < count; t++) in[t] = f.hidden.as(*e->down.type, first + t, count);
             const Output out = f.routing.factors ? Output{partial.first, TILE_ROWS} : Output{y.row(first), y.stride};
             e->down.multiply(row0, rows, {in, count}, out, scratch + sizeof(Partial));
             if (!f.routing.factors) continue;
@@ -90,13 +94,13 @@ void down_job(const void* context, int64_t index, int worker) {
     }
 }
 
-// What the types of an expert's three matrices ask for.
-Status prepare(FeedForward& f, const Linear* three) {
+// What the types of an expert's three matrices ask for when so many tokens go to it.
+Status prepare(FeedForward& f, const Linear* three, int64_t tokens) {
     Expert e;
     Product* const products[] = {&e.gate, &e.up, &e.down};
     for (int i = 0; i < 3; i++) {
         if (const Status status = products[i]->find(three[i])) return status;
-        (i < 2 ? f.inputs : f.hidden).need(*products[i]->type);
+        (i < 2 ? f.inputs : f.hidden).need(*products[i]->type, tokens);
         f.scratch_bytes = most(f.scratch_bytes, (int64_t)products[i]->type->scratch_bytes);
     }
     return shoal::OK;
@@ -114,7 +118,7 @@ Status feed_forward(const shoal::Inputs& x, int64_t tokens, shoal::Activation ac
     f.y = y;
     f.y_rows = all[0][2].w.rows;
     for (int64_t i = 0; i < routing.experts; i++) {
-        if (const Status status = prepare(f, all[i])) return status;
+        if (const Status status = prepare(f, all[i], routing.starts[i + 1] - routing.starts[i])) return status;
     }
     f.scratch_bytes += (int64_t)sizeof(Partial);
 

@@ -3,7 +3,7 @@
 // q = round(x * MOST / largest |x|), half to even, scale = largest / MOST: the same for every weight type. A group with
 // an infinite or NaN input has a NaN scale, so that whatever meets it becomes NaN.
 #pragma once
-#include "bands.h"
+#include "operands.h"
 
 namespace {
 
@@ -13,12 +13,13 @@ constexpr float LARGEST = 0x1.fffffep127f;
 constexpr int GROUP = 32;            // columns
 
 struct Input {
-    char q[8][8];     // of four columns each, as `arrange` puts them
+    char q[8][8];     // of four columns each, as a scheme arranges them
     float scale;
     float low;        // scale times the sum of all q: what a low of 32 weights is multiplied with
     int32_t sums[2];  // of 16 q each
 };
 
+template <class Scheme>
 INLINE void pack_group(const float* x, Input& in) {
     vi most = {};
     for (int k = 0; k < GROUP; k += LANES) {
@@ -36,7 +37,7 @@ INLINE void pack_group(const float* x, Input& in) {
     for (int k = 0; k < GROUP; k += LANES) {
         const vi q = to_int(load(x + k) * inverse);
         sums[k / 16] += q;
-        arrange(q, in.q[k / 4]);
+        Scheme::arrange(q, in.q[k / 4]);
     }
     in.sums[0] = sum_of(sums[0]);
     in.sums[1] = sum_of(sums[1]);

@@ -18,10 +18,10 @@ INLINE const Input& input_of(const Input* x, int run) {
     return x[run * QUADS<W> * 4 / GROUP];
 }
 
-template <class W>
-INLINE Sum start_run(const Input* x, int run) {
+template <class W, class Scheme>
+INLINE typename Scheme::Sum start_run(const Input* x, int run) {
     const Input& in = input_of<W>(x, run);
-    return start<W::OFFSET>(QUADS<W> == 8 ? in.sums[0] + in.sums[1] : in.sums[run % 2]);
+    return Scheme::template start<W::OFFSET>(QUADS<W> == 8 ? in.sums[0] + in.sums[1] : in.sums[run % 2]);
 }
 
 template <class W>
@@ -42,40 +42,39 @@ constexpr int AHEAD = 4096;  // bytes that weights are fetched before their use
 
 // Sums of a run that grow side by side, so that one token does not wait for each product.
 template <int T>
-constexpr int CHAINS = T == 1 ? HALVES : 1;
+constexpr int CHAINS = T == 1 ? 2 : 1;
 
 // A band and T tokens.
 template <class W, int T>
 INLINE void multiply_band(const uint8_t* band, int64_t blocks, const Input* const* x, float* const* y, int64_t rows) {
     vf acc[PARTS][T] = {};
     for (int64_t b = 0; b < blocks; b++, band += BAND * W::bytes) {
-        for (int i = 0; i < BAND * W::bytes; i += 64) __builtin_prefetch(band + AHEAD + i);
         const Input* in[T];
         for (int t = 0; t < T; t++) in[t] = x[t] + b * (W::weights / GROUP);
         for (int part = 0; part < PARTS; part++) {
-            const Lines lines(band, part);
-            Sum sum[W::RUNS][T][CHAINS<T>];
+            const Lines lines(band, part, part ? 0 : AHEAD);
+            Few::Sum sum[W::RUNS][T][CHAINS<T>];
 #pragma GCC unroll 16
             for (int run = 0; run < W::RUNS; run++) {
                 for (int t = 0; t < T; t++) {
-                    sum[run][t][0] = start_run<W>(in[t], run);
-                    for (int c = 1; c < CHAINS<T>; c++) sum[run][t][c] = Sum{};
+                    sum[run][t][0] = start_run<W, Few>(in[t], run);
+                    for (int c = 1; c < CHAINS<T>; c++) sum[run][t][c] = Few::start<0>(0);
                 }
             }
             W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA {
-                Half w[HALVES];
-                halve<W::OFFSET>(q, w);
-                for (int half = 0; half < HALVES; half++) {
+                Few::Half w[Few::HALVES];
+                Few::halve<W::OFFSET>(q, w);
+                for (int half = 0; half < Few::HALVES; half++) {
                     for (int t = 0; t < T; t++) {
-                        Sum& to = sum[i / QUADS<W>][t][half % CHAINS<T>];
-                        to = mac(to, w[half], in[t][i / 8].q[i % 8], half);
+                        Few::Sum& to = sum[i / QUADS<W>][t][(i + half) % CHAINS<T>];
+                        to = Few::mac(to, w[half], in[t][i / 8].q[i % 8], half);
                     }
                 }
             });
             W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
                 for (int t = 0; t < T; t++) {
-                    vi whole = total(sum[run][t][0]);
-                    for (int c = 1; c < CHAINS<T>; c++) whole += total(sum[run][t][c]);
+                    vi whole = Few::total(sum[run][t][0]);
+                    for (int c = 1; c < CHAINS<T>; c++) whole += Few::total(sum[run][t][c]);
                     acc[part][t] = add<W>(acc[part][t], whole, scale, low, in[t], run);
                 }
             });
@@ -131,7 +130,7 @@ constexpr int64_t CHUNK = 256;                  // columns unpacked at once, for
 // VECTORS * LANES rows of a block, unpacked.
 template <class W>
 struct Tile {
-    Half halves[W::weights / 4][HALVES][VECTORS];
+    Many::Half halves[W::weights / 4][Many::HALVES][VECTORS];
     vf scale[W::RUNS][VECTORS];
     vf low[W::HAS_LOW ? W::RUNS : 1][VECTORS];
 };
@@ -139,9 +138,9 @@ struct Tile {
 template <class W>
 INLINE void unpack_tile(const Lines& lines, int v, Tile<W>& tile) {
     W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA {
-        Half w[HALVES];
-        halve<W::OFFSET>(q, w);
-        for (int half = 0; half < HALVES; half++) tile.halves[i][half][v] = w[half];
+        Many::Half w[Many::HALVES];
+        Many::halve<W::OFFSET>(q, w);
+        for (int half = 0; half < Many::HALVES; half++) tile.halves[i][half][v] = w[half];
     });
     W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
         tile.scale[run][v] = scale;
@@ -161,20 +160,20 @@ void multiply_tile(const Tile<W>* w, int64_t blocks, const Input* const* x, bool
     }
     for (int64_t b = 0; b < blocks; b++, w++) {
         for (int run = 0; run < W::RUNS; run++) {
-            Sum sum[T][VECTORS];
+            Many::Sum sum[T][VECTORS];
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
-                for (int v = 0; v < VECTORS; v++) sum[t][v] = start_run<W>(in[t], run);
+                for (int v = 0; v < VECTORS; v++) sum[t][v] = start_run<W, Many>(in[t], run);
             }
 #pragma GCC unroll 8
             for (int i = 0; i < QUADS<W>; i++) {
                 const int at = run * QUADS<W> + i;
 #pragma GCC unroll 2
-                for (int half = 0; half < HALVES; half++) {
+                for (int half = 0; half < Many::HALVES; half++) {
 #pragma GCC unroll 8
                     for (int t = 0; t < T; t++) {
                         for (int v = 0; v < VECTORS; v++) {
-                            sum[t][v] = mac(sum[t][v], w->halves[at][half][v], in[t][at / 8].q[at % 8], half);
+                            sum[t][v] = Many::mac(sum[t][v], w->halves[at][half][v], in[t][at / 8].q[at % 8], half);
                         }
                     }
                 }
@@ -182,7 +181,7 @@ void multiply_tile(const Tile<W>* w, int64_t blocks, const Input* const* x, bool
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
                 for (int v = 0; v < VECTORS; v++) {
-                    acc[t][v] = add<W>(acc[t][v], total(sum[t][v]), w->scale[run][v], w->low[W::HAS_LOW ? run : 0][v], in[t], run);
+                    acc[t][v] = add<W>(acc[t][v], Many::total(sum[t][v]), w->scale[run][v], w->low[W::HAS_LOW ? run : 0][v], in[t], run);
                 }
             }
         }
@@ -220,7 +219,7 @@ void many_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Toke
                 const int64_t row = least(r + v / PARTS * BAND, (rows - 1) / BAND * BAND);
                 const uint8_t* block = band_of<W>(w, row0 + row) + k / W::weights * BAND * W::bytes;
                 for (int64_t b = 0; b < blocks; b++, block += BAND * W::bytes) {
-                    unpack_tile<W>(Lines(block, v % PARTS), v, scratch.tiles[b]);
+                    unpack_tile<W>(Lines(block, v % PARTS, 0), v, scratch.tiles[b]);
                 }
             }
             for (int64_t i = 0; i < batches; i++) {
@@ -246,7 +245,7 @@ void decode_quantised(const shoal::Weights& w, int64_t row, float* out) {
     const uint8_t* block = band_of<W>(w, row / BAND * BAND);
     const int part = (int)(row % BAND) / LANES, lane = (int)(row % LANES);
     for (int64_t k = 0; k < w.cols; k += W::weights, block += BAND * W::bytes) {
-        const Lines lines(block, part);
+        const Lines lines(block, part, 0);
         int32_t quads[W::weights / 4];
         W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA { quads[i] = ((vi)q)[lane]; });
         W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {

@@ -60,39 +60,44 @@ struct Product {
     }
 };
 
-// The inputs of some tokens in the forms in which matrices want them, float and quantised.
+// The inputs of some tokens in the forms in which matrices want them: floats, and groups arranged for few tokens at a
+// time and for many.
 struct Packed {
     int64_t cols;
-    bool floats, groups;
-    int64_t float_bytes, group_bytes;  // of a token; no power of two apart, so that tokens do not compete for lines
+    bool floats, few, many;
+    int64_t float_bytes, group_bytes;  // of a token
     char* memory;
 
-    // What `type` needs besides what is needed already.
-    void need(const Type& type) { (type.quantised ? groups : floats) = true; }
-    int64_t token_bytes() {
-        float_bytes = floats ? whole_lines((size_t)(ceil_div(cols, 16) * 16) * sizeof(float)) + 64 : 0;
-        group_bytes = groups ? whole_lines((size_t)(cols / GROUP) * sizeof(Input)) + 64 : 0;
-        return float_bytes + group_bytes;
+    // What `type` needs, besides what is needed already, to meet so many tokens.
+    void need(const Type& type, int64_t tokens) {
+        if (!type.quantised) floats = true;
+        else (as_few(tokens) ? few : many) = true;
     }
-    float* as_floats(int64_t token) const {
-        return reinterpret_cast<float*>(memory + token * (float_bytes + group_bytes));
+    static bool as_few(int64_t tokens) { return ONE_SCHEME || tokens <= FEW_TOKENS; }
+    int64_t token_bytes() {  // no power of two, so that tokens do not compete for lines of a cache
+        float_bytes = floats ? whole_lines((size_t)(ceil_div(cols, 16) * 16) * sizeof(float)) : 0;
+        group_bytes = whole_lines((size_t)(cols / GROUP) * sizeof(Input));
+        return float_bytes + (few + many) * group_bytes + 64;
     }
-    Input* as_groups(int64_t token) const {
-        return reinterpret_cast<Input*>(memory + token * (float_bytes + group_bytes) + float_bytes);
+    char* token(int64_t index) const { return memory + index * (float_bytes + (few + many) * group_bytes + 64); }
+    float* as_floats(int64_t index) const { return reinterpret_cast<float*>(token(index)); }
+    Input* as_groups(int64_t index, bool for_few) const {
+        return reinterpret_cast<Input*>(token(index) + float_bytes + (few && !for_few ? group_bytes : 0));
     }
-    const char* as(const Type& type, int64_t token) const {
-        return type.quantised ? (const char*)as_groups(token) : (const char*)as_floats(token);
+    // As `type` wants a token when it meets so many.
+    const char* as(const Type& type, int64_t index, int64_t tokens) const {
+        return type.quantised ? reinterpret_cast<const char*>(as_groups(index, as_few(tokens))) : token(index);
     }
     // Columns [from, from + count) of a token: whole groups, or up to the last column.
-    void put(int64_t token, int64_t from, int64_t count, const float* x) const {
+    void put(int64_t index, int64_t from, int64_t count, const float* x, bool for_few, bool for_many) const {
         if (floats) {
-            float* out = as_floats(token) + from;
+            float* out = as_floats(index) + from;
             if (out != x) memcpy(out, x, (size_t)count * sizeof(float));
-            if (from + count == cols) memset(out + count, 0, (size_t)((ceil_div(cols, 16) * 16 - cols)) * sizeof(float));
+            if (from + count == cols) memset(out + count, 0, (size_t)(ceil_div(cols, 16) * 16 - cols) * sizeof(float));
         }
-        if (groups) {
-            Input* in = as_groups(token) + from / GROUP;
-            for (int64_t k = 0; k + GROUP <= count; k += GROUP) pack_group(x + k, *in++);
+        for (int64_t k = 0; k + GROUP <= count; k += GROUP) {
+            if (for_few) pack_group<Few>(x + k, as_groups(index, true)[(from + k) / GROUP]);
+            if (for_many) pack_group<Many>(x + k, as_groups(index, false)[(from + k) / GROUP]);
         }
     }
 };
@@ -113,7 +118,7 @@ void pack_job(const void* context, int64_t token, int) {
         normalise(x, p.x.norm, p.x.eps, cols, normal);
         x = normal;
     }
-    p.packed->put(token, 0, cols, x);
+    p.packed->put(token, 0, cols, x, p.packed->few, p.packed->many);
 }
 
 constexpr int MOST_LINEARS = 8;
@@ -121,7 +126,6 @@ constexpr int MOST_LINEARS = 8;
 struct Linears {
     Product products[MOST_LINEARS];
     float* const* y;
-    int count;
     int64_t token0, tokens;
     Packed packed;
     char* scratch;  // a thread's part after the other
@@ -134,7 +138,7 @@ void linears_job(const void* context, int64_t index, int worker) {
     while (index >= l.products[i].jobs) index -= l.products[i++].jobs;
     const Product& p = l.products[i];
     const char* in[TILE_TOKENS];
-    for (int64_t t = 0; t < l.tokens; t++) in[t] = l.packed.as(*p.type, t);
+    for (int64_t t = 0; t < l.tokens; t++) in[t] = l.packed.as(*p.type, t, l.tokens);
     const int64_t row0 = index * p.job_rows, stride = p.linear->w.rows;
     p.multiply(row0, p.job_size(index), {in, l.tokens}, {l.y[i] + l.token0 * stride + row0, stride},
                l.scratch + worker * l.scratch_bytes);
@@ -144,22 +148,23 @@ void linears_job(const void* context, int64_t index, int worker) {
 Status linears(const shoal::Inputs& x, int64_t tokens, int count, const Linear* all, float* const* y) {
     if (count > MOST_LINEARS) return shoal::BAD_TYPE;
     Linears l{};
+    if (!tokens) return shoal::OK;
+    const int64_t tiles = ceil_div(tokens, TILE_TOKENS), at_once = ceil_div(tokens, tiles);
     int64_t rows = 0, weights = 0, jobs = 0;
     l.packed.cols = x.cols;
     l.packed.floats = x.norm;
-    l.count = count;
     l.y = y;
     for (int i = 0; i < count; i++) {
         if (const Status status = l.products[i].find(all[i])) return status;
-        l.packed.need(*l.products[i].type);
-        l.scratch_bytes = most(l.scratch_bytes, (int64_t)l.products[i].type->scratch_bytes);
+        const Type& type = *l.products[i].type;
+        l.packed.need(type, at_once);
+        l.scratch_bytes = most(l.scratch_bytes, (int64_t)type.scratch_bytes);
         rows += all[i].w.rows;
         weights += all[i].w.rows * x.cols;
     }
-    if (!tokens || !rows) return shoal::OK;
-    shoal::Turn turn;
-    const int64_t tiles = ceil_div(tokens, TILE_TOKENS), at_once = ceil_div(tokens, tiles);
+    if (!rows) return shoal::OK;
     if (at_once <= FEW_TOKENS) l.scratch_bytes = 0;
+    shoal::Turn turn;
     const int64_t token_bytes = l.packed.token_bytes();
     l.scratch = static_cast<char*>(turn.reserve((size_t)(turn.threads() * l.scratch_bytes + at_once * token_bytes)));
     if (!l.scratch) return shoal::NO_MEMORY;

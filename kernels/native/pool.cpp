@@ -36,6 +36,8 @@ void pause_cpu() {
 
 // One atomic word says which run is on, how many jobs it has and which is next. A thread that arrives
 // late draws a number beyond the count and so never looks at a run that may be over.
+// There is a word for each thread's share of the jobs, consecutive ones: what a thread fetches ahead is what it computes
+// next. Done with its own, it helps out with the others'.
 struct Ticket {
     static constexpr int BITS = 20;
     static constexpr uint64_t MASK = (1 << BITS) - 1;
@@ -49,7 +51,7 @@ constexpr int64_t MOST_JOBS = Ticket::MASK - MOST_THREADS;
 
 class Pool {
 public:
-    explicit Pool(int threads) : threads_(threads) {}
+    explicit Pool(int threads) : threads_(threads), shares_((size_t)threads) {}
 
     std::mutex turn;  // held for the length of a kernel
 
@@ -59,6 +61,7 @@ public:
         if (threads == threads_) return;
         stop();
         threads_ = threads;
+        shares_ = std::vector<Share>((size_t)threads);
     }
 
     void run(int64_t count, int64_t work, Job job, const void* context) {
@@ -69,10 +72,15 @@ public:
         if (workers_.empty()) start();
         job_ = job;
         context_ = context;
-        for (first_ = 0; first_ < count; first_ += MOST_JOBS) {
-            const int64_t part = count - first_ < MOST_JOBS ? count - first_ : MOST_JOBS;
+        for (int64_t first = 0; first < count; first += MOST_JOBS) {
+            const int64_t part = count - first < MOST_JOBS ? count - first : MOST_JOBS;
             undone_.store(part, std::memory_order_relaxed);
-            ticket_.store(++runs_ << 2 * Ticket::BITS | (uint64_t)part << Ticket::BITS);
+            runs_++;
+            for (int i = threads_ - 1; i >= 0; i--) {  // the first last: it is the one that is waited for
+                const int64_t from = part * i / threads_, until = part * (i + 1) / threads_;
+                shares_[(size_t)i].first = first + from;
+                shares_[(size_t)i].ticket.store(runs_ << 2 * Ticket::BITS | (uint64_t)(until - from) << Ticket::BITS);
+            }
             if (sleepers_.load() > 0) {
                 { std::lock_guard<std::mutex> lock(sleep_); }
                 wake_.notify_all();
@@ -94,12 +102,20 @@ public:
     }
 
 private:
+    struct alignas(LINE) Share {
+        std::atomic<uint64_t> ticket{0};
+        int64_t first = 0;
+    };
+
     void take_jobs(int worker) {
-        for (;;) {
-            const Ticket drawn{ticket_.fetch_add(1, std::memory_order_acq_rel)};
-            if (drawn.next() >= drawn.count()) return;
-            job_(context_, first_ + (int64_t)drawn.next(), worker);
-            undone_.fetch_sub(1, std::memory_order_release);
+        for (int i = 0; i < threads_; i++) {
+            Share& share = shares_[(size_t)((worker + i) % threads_)];
+            for (;;) {
+                const Ticket drawn{share.ticket.fetch_add(1, std::memory_order_acq_rel)};
+                if (drawn.next() >= drawn.count()) break;
+                job_(context_, share.first + (int64_t)drawn.next(), worker);
+                undone_.fetch_sub(1, std::memory_order_release);
+            }
         }
     }
 
@@ -107,14 +123,14 @@ private:
         uint64_t seen = 0;
         for (;;) {
             if (!await(seen)) return;
-            seen = Ticket{ticket_.load()}.run();
+            seen = Ticket{shares_[0].ticket.load()}.run();
             take_jobs(worker);
         }
     }
 
     // Waits for a run other than `seen`, spinning first; false when the pool stops.
     bool await(uint64_t seen) {
-        const auto news = [&] { return stopping_.load() || Ticket{ticket_.load()}.run() != seen; };
+        const auto news = [&] { return stopping_.load() || Ticket{shares_[0].ticket.load()}.run() != seen; };
         const auto until = std::chrono::steady_clock::now() + SPIN;
         while (!news()) {
             for (int i = 0; i < 16 && !news(); i++) pause_cpu();
@@ -155,9 +171,8 @@ private:
 
     Job job_ = nullptr;
     const void* context_ = nullptr;
-    int64_t first_ = 0;
     uint64_t runs_ = 0;
-    alignas(LINE) std::atomic<uint64_t> ticket_{0};
+    std::vector<Share> shares_;
     alignas(LINE) std::atomic<int64_t> undone_{0};
     alignas(LINE) std::atomic<int> sleepers_{0};
     std::atomic<bool> stopping_{false};

@@ -1,0 +1,126 @@
+// Products of whole numbers, exact: bytes of weights times inputs of 16 bits.
+//
+// Weights are unpacked to bytes q from 0 to 255, four columns to a lane, and mean q - OFFSET. Words multiply two columns
+// at a time; Planes four, with each input as 256 * high + low, where a machine multiplies bytes. A vector of weights
+// makes HALVES operands, `arrange` puts inputs as `mac` reads them, eight bytes for every four columns, `start` is where
+// the sum over columns begins whose inputs have a known sum. Both schemes come to the same numbers.
+#pragma once
+#include "bands.h"
+
+namespace {
+
+// Adds, for every lane, the products of two words.
+INLINE vi dot_words(vi sum, vw a, vw b) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512F__)
+    return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return sum + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__ARM_NEON)
+    const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+    const int32x4_t first = vmull_s16(vget_low_s16(x), vget_low_s16(y));
+    return sum + (vi)vpaddq_s32(first, vmull_high_s16(x, y));
+#else
+    return sum + ((vi)a << 16 >> 16) * ((vi)b << 16 >> 16) + ((vi)a >> 16) * ((vi)b >> 16);
+#endif
+}
+
+struct Words {
+    static constexpr int HALVES = 2;  // even and odd columns
+    typedef vw Half;
+    typedef vi Sum;
+
+    template <int OFFSET>
+    static INLINE void halve(vb q, Half* out) {
+        out[0] = (vw)((vuw)q & 255);
+        out[1] = (vw)((vuw)q >> 8);
+    }
+    template <int OFFSET>
+    static INLINE Sum start(int32_t sum) {
+        return vi{} - OFFSET * sum;
+    }
+    static INLINE Sum mac(Sum sum, Half w, const char* x, int half) {
+        return dot_words(sum, w, (vw)(vi{} + read<int32_t>(x + 4 * half)));
+    }
+    static INLINE vi total(Sum sum) { return sum; }
+
+    static INLINE void arrange(vi x, char* out) {
+        typedef int16_t words __attribute__((vector_size(LANES * 2)));
+        typedef uint64_t quads __attribute__((vector_size(LANES * 2)));
+        const quads q = (quads)__builtin_convertvector(x, words);  // of 0, 1, 2, 3 become 0, 2, 1, 3
+        const quads even_odd = (q & 0xffff00000000ffff) | (q & 0xffff0000) << 16 | (q >> 16 & 0xffff0000);
+        memcpy(out, &even_odd, sizeof even_odd);
+    }
+};
+
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+
+struct Planes {
+    static constexpr int HALVES = 1;
+    typedef vb Half;
+    struct Sum {
+        vi high, low;
+    };
+
+#if defined(__AVX512VNNI__)
+    template <int OFFSET>
+    static INLINE void halve(vb q, Half* out) {
+        out[0] = q;
+    }
+    template <int OFFSET>
+    static INLINE Sum start(int32_t sum) {
+        return {vi{}, vi{} - OFFSET * sum};
+    }
+    static INLINE Sum mac(Sum sum, Half w, const char* x, int) {
+        return {(vi)_mm512_dpbusd_epi32((__m512i)sum.high, (__m512i)w, _mm512_set1_epi32(read<int32_t>(x))),
+                (vi)_mm512_dpbusd_epi32((__m512i)sum.low, (__m512i)w, _mm512_set1_epi32(read<int32_t>(x + 4)))};
+    }
+#else
+    template <int OFFSET>
+    static INLINE void halve(vb q, Half* out) {
+        out[0] = q - (uint8_t)OFFSET;  // this machine multiplies signed bytes only
+    }
+    template <int OFFSET>
+    static INLINE Sum start(int32_t) {
+        return {vi{}, vi{}};
+    }
+    static INLINE Sum mac(Sum sum, Half w, const char* x, int) {
+        const int8x8_t inputs = vld1_s8((const int8_t*)x);
+        return {(vi)vdotq_lane_s32((int32x4_t)sum.high, (int8x16_t)w, inputs, 0),
+                (vi)vdotq_lane_s32((int32x4_t)sum.low, (int8x16_t)w, inputs, 1)};
+    }
+#endif
+    static INLINE vi total(const Sum& sum) { return (sum.high << 8) + sum.low; }
+
+    static INLINE void arrange(vi x, char* out) {
+        typedef int8_t bytes __attribute__((vector_size(LANES)));
+        const bytes high = __builtin_convertvector((x + 128) >> 8, bytes), low = __builtin_convertvector(x, bytes);
+        for (int i = 0; i < LANES; i += 4) {
+            memcpy(out + 2 * i, (const char*)&high + i, 4);
+            memcpy(out + 2 * i + 4, (const char*)&low + i, 4);
+        }
+    }
+};
+
+#endif
+
+// What few tokens straight from stored bytes, and many from unpacked ones, are multiplied by: where both are there,
+// planes unpack faster and words add up faster.
+#if defined(__ARM_FEATURE_DOTPROD)
+using Few = Planes;
+using Many = Planes;
+constexpr bool ONE_SCHEME = true;
+#elif defined(__AVX512VNNI__)
+using Few = Planes;
+using Many = Words;
+constexpr bool ONE_SCHEME = false;
+#else
+using Few = Words;
+using Many = Words;
+constexpr bool ONE_SCHEME = true;
+#endif
+
+}  // namespace
