@@ -35,7 +35,7 @@ class Arena:
 
 
 def mapped(nbytes: int) -> Tensor:
-    """Fresh memory, zeros, uint8 (at least `nbytes`,), beginning at a huge page; only what is written costs anything."""
+    """Fresh memory, zeros, uint8 (at least `nbytes`,) from a huge page on; only what is written costs anything."""
     whole = -(-nbytes // HUGE_BYTES) * HUGE_BYTES
     pages = mmap.mmap(-1, whole + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
