@@ -1,6 +1,6 @@
 """Building a pack: block by block through small buffers, so that a model of any size is packed in little memory.
 
-A pack is built beside its place, as `NAME.partial`, and renamed when it is whole and on the disk, so nothing half made
+A pack is built beside its place, as NAME.partial, and renamed when it is whole and on the disk, so nothing half made
 can be taken for a pack. A journal names the blocks that are written; the next attempt checks and keeps them. Knows how
 a checkpoint's rows become a pack's bytes; not where packs are kept, nor who may build one (`daemon.packs`).
 """
@@ -29,6 +29,7 @@ from .pack_file import PackFile, Progress, no_progress
 from .pack_format import (
     BLOCKS,
     MANIFEST,
+    PARTIAL,
     Manifest,
     PackedBlock,
     PackedTensor,
@@ -195,7 +196,7 @@ class PackBuilder:
 
 def partial_of(directory: Path) -> Path:
     """Where the pack `directory` lies while it is built."""
-    return directory.with_name(directory.name + ".partial")
+    return directory.with_name(directory.name + PARTIAL)
 
 
 def _limited(parts: Iterable[Tensor], nbytes: int) -> Iterator[Tensor]:

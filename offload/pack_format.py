@@ -22,6 +22,8 @@ PAGE_BYTES = 4096
 ALIGN_BYTES = 64
 MANIFEST = "manifest.json"
 BLOCKS = "blocks.bin"
+PARTIAL = ".partial"  # ends the name of a directory that is not whole yet
+DRAFT = "draft.json"  # its manifest, without checksums
 MANIFEST_BYTES = 256 << 20  # no model's manifest is larger
 VECTORS_BYTES = 1 << 30  # nor the norms and biases of one
 

@@ -12,9 +12,8 @@ from types import TracebackType
 import msgspec
 
 from .pack_file import PackFile
-from .pack_format import BLOCKS, Manifest, PackedBlock
+from .pack_format import BLOCKS, DRAFT, Manifest, PackedBlock
 
-DRAFT = "draft.json"  # the manifest without checksums
 JOURNAL = "journal"
 
 
