@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -40,6 +43,7 @@ from shoal.comm.messages import (
 from shoal.daemon.client import Client
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.server import Server
+from shoal.daemon.server_flight import Flight, Peer
 from shoal.daemon.server_lock import SocketLock, holder_pid, lock_path
 
 
@@ -223,3 +227,29 @@ def test_client_errors_name_the_daemons_words(daemon):
     with Client(daemon.address) as client, pytest.raises(RequestFailed) as failed:
         client._call(msgspec.structs.replace(Load(model="x"), context=0), Loaded)
     assert str(failed.value) == "context=0: must be int >= 1"
+
+
+@pytest.mark.parametrize(
+    "course",
+    [
+        lambda flight, attach: (attach(), flight.emit(done()), flight.take()),
+        lambda flight, attach: (flight.emit(done()), attach(), flight.take()),
+        lambda flight, attach: (attach(), flight.abandon()),
+        lambda flight, attach: (flight.abandon(), attach()),
+    ],
+)
+def test_an_ended_request_holds_nothing_of_its_model(course: Callable[[Flight, Callable[[], None]], object]):
+    class Model:
+        pass
+
+    model = Model()
+    held = weakref.ref(model)
+    flight = Flight(Peer(Mock(), b"c"), b"1", "generate", 0.0, lambda flight: None)
+    cancels = [lambda holding=(model, flight.emit): None]
+    gc.disable()  # the collector would find the ring of request and model in its own time, many models later
+    try:
+        course(flight, lambda: flight.attach(cancels.pop()))
+        del flight, model
+        assert held() is None
+    finally:
+        gc.enable()
