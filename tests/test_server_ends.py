@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -229,27 +229,31 @@ def test_client_errors_name_the_daemons_words(daemon):
     assert str(failed.value) == "context=0: must be int >= 1"
 
 
-@pytest.mark.parametrize(
-    "course",
-    [
-        lambda flight, attach: (attach(), flight.emit(done()), flight.take()),
-        lambda flight, attach: (flight.emit(done()), attach(), flight.take()),
-        lambda flight, attach: (attach(), flight.abandon()),
-        lambda flight, attach: (flight.abandon(), attach()),
-    ],
-)
-def test_an_ended_request_holds_nothing_of_its_model(course: Callable[[Flight, Callable[[], None]], object]):
+@pytest.mark.parametrize("course", ["as usual", "over at once", "abandoned", "abandoned before"])
+def test_an_ended_request_holds_nothing_of_its_model(course: str):
     class Model:
         pass
 
-    model = Model()
-    held = weakref.ref(model)
-    flight = Flight(Peer(Mock(), b"c"), b"1", "generate", 0.0, lambda flight: None)
-    cancels = [lambda holding=(model, flight.emit): None]
+    def take_its_course() -> weakref.ref[Model]:
+        model = Model()
+        flight = Flight(Peer(Mock(), b"c"), b"1", "generate", 0.0, lambda flight: None)
+        steps = {
+            "attach": lambda holding=(model, flight.emit): flight.attach(lambda: holding),
+            "end": lambda: flight.emit(done()),
+            "take": flight.take,
+            "abandon": flight.abandon,
+        }
+        for step in {
+            "as usual": ("attach", "end", "take"),
+            "over at once": ("end", "attach", "take"),
+            "abandoned": ("attach", "abandon"),
+            "abandoned before": ("abandon", "attach"),
+        }[course]:
+            steps[step]()
+        return weakref.ref(model)
+
     gc.disable()  # the collector would find the ring of request and model in its own time, many models later
     try:
-        course(flight, lambda: flight.attach(cancels.pop()))
-        del flight, model
-        assert held() is None
+        assert take_its_course()() is None
     finally:
         gc.enable()
