@@ -20,7 +20,7 @@ from .plan import PAGE_TOKENS, BlockPlan, KvPlan, Plan, kv_token_bytes, scratch_
 from .spec import BlockId, ModelSpec
 
 KV_SHARE = 8  # of memory goes to the KV pool: an eighth, but one context at least
-SCRATCH_SHARE = 16  # goes to long steps: a sixteenth
+SCRATCH_SHARE = 12  # goes to long steps: a twelfth
 WINDOW_SHARE = 10  # goes to the window: a tenth, within WINDOW_BLOCKS
 WINDOW_BLOCKS = (2, 3)  # least and most of the largest streamed blocks in the window; more does not help
 PART_TOKENS = (32, 64, 256)  # rows in a block together: least; enough to lengthen steps instead; most
