@@ -115,7 +115,7 @@ class Runnable:
             except Exception:
                 budget.release(purpose)
                 raise
-        return cls(checkpoint, plan, tokenizer, Executor(transformer, store, kv, Alone()), kv)
+        return cls(checkpoint, plan, tokenizer, Executor(transformer, plan, store, kv, Alone()), kv)
 
 
 @dataclass(eq=False)
