@@ -81,9 +81,14 @@ class Line:
             self._waiting.popleft()
         return chunk
 
-    def clear(self) -> None:
+    def leave(self, passage: Passage) -> None:
         """What nobody waits for any more is not read."""
-        self._waiting.clear()
+        passage.left = True
+        if passage in self._waiting:
+            self._waiting.remove(passage)
+
+    def ended(self, passage: Passage) -> None:
+        """A read of the passage has ended."""
 
 
 class Window:
@@ -119,16 +124,20 @@ class Window:
             at, passage = len(self._passing), self._begin(self._index[block])
         for skipped in self._passing[:at]:
             skipped.left = True
-        self.sweep()
+        self._sweep()
         return passage
 
     def leave(self, passage: Passage) -> None:
         """It has been used, or it failed: its place is free once no read writes there."""
         passage.left = True
-        self.sweep()
+        self._sweep()
 
-    def sweep(self) -> None:
-        """Forget passages that were left, as far as their reads have ended."""
+    def ended(self, passage: Passage) -> None:
+        """A read of the passage has ended."""
+        if passage.left:
+            self._sweep()
+
+    def _sweep(self) -> None:
         self._passing = [p for p in self._passing if not (p.left and p.quiet)]
 
     def _begin(self, index: int) -> Passage:
