@@ -93,7 +93,7 @@ def test_steps_that_want_no_rows_leave_blocks_out(tied: Case) -> None:
         pages = streaming.kv.table.take(1)
         assert pages is not None
         with torch.inference_mode():
-            for start in range(0, 59):
+            for start in range(59):
                 step = Step.build([(tied.ids[start : start + 1], start, pages, 0)])
                 assert not len(streaming.executor.forward(step))
         last = streaming.step((tied.ids[59:], 59, pages))
@@ -101,7 +101,9 @@ def test_steps_that_want_no_rows_leave_blocks_out(tied: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_rows_of_an_embedding_on_disk(cases: dict[str, Case], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_an_embedding_on_disk(
+    cases: dict[str, Case], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = cases[name]
     monkeypatch.setattr(window_store, "ROWS_BYTES", 32768)
     store = Running(case.path).executor.store
@@ -152,7 +154,9 @@ def test_a_read_error_is_the_step_s_and_later_steps_try_again(
         assert torch.equal(run(streaming, case.ids), case.expected)
         faulty.bad = extent.offset + extent.nbytes // 2, extent.offset + extent.nbytes
         for _ in range(2):
-            with pytest.raises(StoreError, match=rf"^block {block}: \d+ bytes from byte \d+ of .*blocks.bin.*Input"):
+            with pytest.raises(
+                StoreError, match=rf"^block {block}: \d+ bytes from byte \d+ of .*blocks.bin.*Input"
+            ):
                 for _ in range(30):  # until it is not in the cache any more
                     run(streaming, texts(streaming.spec.vocab, [60])[0][::-1])
                     run(streaming, case.ids)
@@ -281,4 +285,3 @@ def test_without_direct_reads_one_warning_and_the_same(tied: Case, monkeypatch: 
         with Streaming(tied.path, tied.pack) as streaming:
             assert torch.equal(run(streaming, tied.ids), tied.expected)
     assert len([w for w in warned if "page cache" in str(w.message)]) == 1
-
