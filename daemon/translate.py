@@ -12,7 +12,7 @@ from shoal.models.errors import (
     TokenizerError,
     UnsupportedCheckpoint,
 )
-from shoal.offload.errors import BudgetExceeded
+from shoal.offload.errors import BudgetExceeded, OffloadError, PackCorrupt
 from shoal.partition.errors import PlanError, SpecError
 
 from .errors import DaemonError
@@ -28,6 +28,8 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (PlanError, "resources"),
     (BudgetExceeded, "resources"),
     (MemoryError, "resources"),
+    (PackCorrupt, "corrupt"),
+    (OffloadError, "internal"),
     (ModelError, "internal"),
     (OSError, "internal"),
 )
