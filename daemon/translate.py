@@ -12,7 +12,7 @@ from shoal.models.errors import (
     TokenizerError,
     UnsupportedCheckpoint,
 )
-from shoal.offload.errors import BudgetExceeded, OffloadError, PackCorrupt
+from shoal.offload.errors import BudgetExceeded, OffloadError, PackError
 from shoal.partition.errors import PlanError, SpecError
 
 from .errors import DaemonError
@@ -27,8 +27,8 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (SamplingError, "bad_request"),
     (PlanError, "resources"),
     (BudgetExceeded, "resources"),
+    (PackError, "corrupt"),
     (MemoryError, "resources"),
-    (PackCorrupt, "corrupt"),
     (OffloadError, "internal"),
     (ModelError, "internal"),
     (OSError, "internal"),

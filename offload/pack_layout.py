@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import msgspec
 
 from shoal.kernels import WeightType
-from shoal.kernels.types import BAND_ROWS
+from shoal.kernels.types import BAND_ROWS, Q4_0, Q8_0
 from shoal.models.checkpoint import Checkpoint
 from shoal.partition.spec import BlockId
 
-from .pack import (
+from .pack import tensor_bytes
+from .pack_format import (
     ALIGN_BYTES,
     FORMAT,
     KERNEL_LAYOUT,
@@ -30,6 +31,8 @@ from .pack import (
 )
 
 SLICE_BYTES = 64 << 20  # of the head, at most
+_DECISIVE = frozenset({"router", "shared_scale"})  # small, and what they say is chosen by
+_TABLES = frozenset({"embed", "head"})  # hurt most by few bits
 UNKNOWN = "0" * 16  # checksum of what is not written yet
 
 
@@ -84,12 +87,12 @@ def _whole(checkpoint: Checkpoint, block: BlockId, quant: Quant) -> PackedBlock:
     at = 0
     for role, (kind, rows, cols) in checkpoint.matrices(block).items():
         tensors[role] = PackedTensor(kept_type(role, kind, cols, quant).name, rows, cols, at)
-        at = rounded(at + tensors[role].nbytes, ALIGN_BYTES)
+        at = rounded(at + tensor_bytes(tensors[role]), ALIGN_BYTES)
     return _block(block, tensors)
 
 
 def _block(block: BlockId, tensors: dict[str, PackedTensor]) -> PackedBlock:
-    end = max(tensor.offset + tensor.nbytes for tensor in tensors.values())
+    end = max(tensor.offset + tensor_bytes(tensor) for tensor in tensors.values())
     return PackedBlock(block, 0, rounded(end, PAGE_BYTES), UNKNOWN, tensors)
 
 
@@ -107,8 +110,12 @@ def _vectors(checkpoint: Checkpoint) -> PackedVectors:
 
 
 def kept_type(role: str, kind: WeightType, cols: int, quant: Quant) -> WeightType:
-    """The type that a matrix gets in a pack."""
-    return kind
+    """The type that a matrix gets in a pack: another one only where that saves an eighth of its bytes at least."""
+    if quant == "keep" or role in _DECISIVE:
+        return kind
+    wanted = Q8_0 if quant == "q8" or role in _TABLES else Q4_0
+    saves = wanted.bits_per_weight <= kind.bits_per_weight * 7 / 8
+    return wanted if saves and cols % wanted.block_weights == 0 else kind
 
 
 def rounded(value: int, step: int) -> int:
