@@ -101,7 +101,9 @@ def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
     """A node for one request at a time; closed at the end."""
     with spinner("starting"), engine_imports():
         from shoal.daemon.node import Node
-    with Node(replace(config, max_sequences=1), resolve=library.resolve) as node:
+        from shoal.daemon.packs import Packs
+    packs = Packs(library.home)
+    with Node(replace(config, max_sequences=1), resolve=library.resolve, packs=packs) as node:
         yield InProcess(node)
 
 

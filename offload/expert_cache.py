@@ -23,9 +23,7 @@ AHEAD = 32  # experts of a layer that are leased or read ahead: what is often us
 class ExpertCache:
     """Experts in `slots` places of `slot_bytes`. At most `slots` may be leased at a time."""
 
-    def __init__(
-        self, slots: int, slot_bytes: int, experts: Sequence[Extent], ahead: int = AHEAD
-    ) -> None:
+    def __init__(self, slots: int, slot_bytes: int, experts: Sequence[Extent], ahead: int = AHEAD) -> None:
         self._extents = {extent.block: extent for extent in experts}
         self._slot_bytes = slot_bytes
         self._free = list(range(slots - 1, -1, -1))
@@ -38,7 +36,9 @@ class ExpertCache:
         self._reading: Passage | None = None  # that has not been asked for to its end
         self._scores: dict[BlockId, float] = {}
         self._used: dict[BlockId, int] = {}  # when an expert was used last
-        self._heap: list[tuple[float, int, BlockId]] = []  # candidates to go; those out of date are passed over
+        self._heap: list[
+            tuple[float, int, BlockId]
+        ] = []  # candidates to go; those out of date are passed over
         self._clock = 0
         self._weight = 1.0  # of a use now: growing instead of all others shrinking
         layers = len({extent.block.layer for extent in experts})

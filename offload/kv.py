@@ -50,9 +50,7 @@ class KvPool:
         """Store the rows' k and v (T, kv_heads * head_dim), then attend with q (T, heads * head_dim), every token to
         its sequence up to itself; (T, heads * head_dim) f32. See `kernels.attention.attention`."""
         pages = self._layers[layer]
-        return attention(
-            pages, segments, q, k, v, rotation=rotation, scale=scale, window=window, norms=norms
-        )
+        return attention(pages, segments, q, k, v, rotation=rotation, scale=scale, window=window, norms=norms)
 
     def copy_page(self, source: int, target: int) -> None:
         """Make page `target` hold what page `source` holds, in every layer."""

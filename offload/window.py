@@ -117,12 +117,10 @@ class Window:
     def want(self, block: BlockId) -> Passage:
         """The passage of a block that is used next. What should have been used before it is left out; if it is not on
         its way, the window begins with it."""
-        for at, passage in enumerate(self._passing):
-            if passage.block == block and not passage.left:
-                break
-        else:
-            at, passage = len(self._passing), self._begin(self._index[block])
-        for skipped in self._passing[:at]:
+        passage = next((p for p in self._passing if p.block == block and not p.left), None)
+        passage = passage or self._begin(self._index[block])
+        for skipped in self._passing[: self._passing.index(passage)]:
+            assert not skipped.leases, f"{skipped.block} is still used while {block} is wanted"
             skipped.left = True
         self._sweep()
         return passage

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -287,7 +288,7 @@ class WindowStore:
                 line.add(passage)
         try:
             for passage in passages:
-                self.wait_for(region, lambda passage=passage: passage)
+                self.wait_for(region, partial(_same, passage))
                 each(passage)
         except BaseException:
             with self._lock:  # reads that are under way still write to this memory
@@ -384,6 +385,10 @@ class WindowStore:
                 raise StoreError(f"{self.pack.path}: the pack has no block {block}")
             found.append(Extent(block, packed.offset, packed.nbytes))
         return found
+
+
+def _same(passage: Passage) -> Passage:
+    return passage
 
 
 def _without_experts(plan: Plan) -> list[BlockId]:
