@@ -201,7 +201,11 @@ def test_tokens_that_a_draft_model_does_not_have(tmp_path: Path) -> None:
     path = tiny.save_gguf(tiny.hf_model("llama", seed=8, vocab_size=vocab + 9), tmp_path / "m.gguf")
     small = tiny.save_gguf(tiny.hf_model("llama", seed=8), tmp_path / "small.gguf")
     stranger = SamplingParams(temperature=0.0, logit_bias={vocab + 3: 1.0})
-    jobs = [([*prompt(0), vocab + 8, 5], GREEDY, None), (prompt(1), GREEDY, None), (prompt(2), stranger, None)]
+    jobs = [
+        ([*prompt(0), vocab + 8, 5], GREEDY, None),
+        (prompt(1), GREEDY, None),
+        (prompt(2), stranger, None),
+    ]
     expected, _ = answers(load(path, 0), jobs)
     found, _ = answers(load(path, 32, draft=small), jobs)
     assert [sink.ids for sink in found] == [sink.ids for sink in expected]
