@@ -164,7 +164,7 @@ class LoadedModel:
         )
         drafter = None
         if small is not None:
-            vocab = min(main.tokenizer.vocab_size, small.tokenizer.vocab_size)
+            vocab = min(main.tokenizer.vocab_size, small.tokenizer.vocab_size, small.checkpoint.spec.vocab)
             drafter = Drafter(
                 small.executor, small.kv, vocab=vocab, chunk_tokens=small.plan.chunk_tokens, clock=clock
             )
