@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from shoal.kernels import Routes, experts, feed_forward, gather_rows, linears, rms_norm
+from shoal.kernels import Routes, experts, feed_forward, linears, rms_norm
 from shoal.kernels.attention import HeadNorms, Rotation
 from shoal.partition.spec import ModelSpec
 
@@ -52,10 +52,9 @@ class Transformer:
         """cos/sin of the step's positions, one per rope of the spec; computed once, used by every layer."""
         return [rope.at(step.positions) for rope in self._ropes]
 
-    def embed(self, weights: Weights, step: Step) -> Tensor:
-        """→ (T, C)"""
-        hidden = gather_rows(weights.matrix["embed"], step.tokens)
-        return hidden * self.spec.embed_scale if self.spec.embed_scale != 1.0 else hidden
+    def embed(self, rows: Tensor) -> Tensor:
+        """Rows of the embedding (T, C) → hidden (T, C)"""
+        return rows * self.spec.embed_scale if self.spec.embed_scale != 1.0 else rows
 
     def attend(
         self, layer: int, weights: Weights, hidden: Tensor, step: Step, rotations: list[Rotation], kv: KvCache
@@ -109,7 +108,8 @@ class Transformer:
             return x, routing, None
         shared = feed_forward(x, weights.feed_forward("shared_"), spec.activation)
         if moe.shared_gated:
-            shared *= torch.sigmoid(linears(x, weights.linears("shared_scale"))[0])  # (T, 1)
+            # Not torch.sigmoid: its last bit depends on how many rows there are.
+            shared /= 1 + torch.exp(-linears(x, weights.linears("shared_scale"))[0])  # (T, 1)
         return x, routing, shared
 
     def mix(self, weights: Sequence[Weights], x: Tensor, routing: Routing) -> Tensor:

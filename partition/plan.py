@@ -58,15 +58,35 @@ class Plan:
     guesses: int  # tokens guessed ahead in a step at most, all sequences together
     threads: int
     scratch_bytes: int  # what a step needs besides weights and KV
+    part_tokens: int = 1 << 30  # rows of a step that pass a block together: bounds the scratch of long steps
+    window_bytes: int = 0  # the ring that streamed blocks pass through; 0 = none is streamed
+    expert_slots: int = 0  # experts of any layer that are in memory together, if they are on disk
     ranks: int = 1
+
+    @property
+    def streams(self) -> bool:
+        """Whether any block comes from disk."""
+        return any(block.tier == "disk" for block in self.blocks)
 
     @property
     def weights_bytes(self) -> int:
         return sum(block.nbytes for block in self.blocks)
 
     @property
+    def pinned_bytes(self) -> int:
+        """Of the blocks that stay in memory."""
+        return sum(block.nbytes for block in self.blocks if block.tier == "ram")
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of the slots for experts: all are as large as the largest expert on disk."""
+        sizes = (item.nbytes for item in self.blocks if item.block.kind == "expert" and item.tier == "disk")
+        return self.expert_slots * max(sizes, default=0)
+
+    @property
     def peak_bytes(self) -> int:
-        return self.weights_bytes + self.kv.nbytes + self.scratch_bytes
+        held = self.pinned_bytes + self.window_bytes + self.expert_bytes
+        return held + self.kv.nbytes + self.scratch_bytes
 
     def describe(self) -> str:
         """One line for people."""
