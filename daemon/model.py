@@ -27,7 +27,7 @@ from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
 from shoal.offload.prefix import PrefixCache
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import Plan
+from shoal.partition.plan import Plan, kv_token_bytes, scratch_bytes
 
 from .answer import Answer, Emit
 from .config import NodeConfig
@@ -237,7 +237,7 @@ class LoadedModel:
             raise DaemonError(
                 "context_overflow",
                 f"the prompt has {len(prompt)} tokens, the context holds {context} and needs room for an answer",
-                "shorten the prompt or load the model with a larger context",
+                self._way_out(len(prompt)),
             )
         if request.max_tokens is not None:
             limit = min(context, len(prompt) + request.max_tokens)
@@ -266,6 +266,30 @@ class LoadedModel:
             deadline_s=math.inf if request.deadline_s is None else arrived_s + request.deadline_s,
             times=Times(arrived_s=arrived_s),
         )
+
+    def _way_out(self, prompt_tokens: int) -> str:
+        """What helps a prompt that is too long for this plan."""
+        spec, plan = self.checkpoint.spec, self.plan
+        page = plan.kv.page_tokens
+        context = min(spec.context, (prompt_tokens // page + 1) * page)
+        if context <= prompt_tokens:
+            return f"shorten it: the model was made for {spec.context}"
+        scratch = scratch_bytes(
+            spec,
+            context_tokens=context,
+            chunk_tokens=plan.chunk_tokens,
+            sequences=plan.sequences,
+            guesses=plan.guesses,
+            part_tokens=plan.part_tokens,
+        )
+        needed = (
+            plan.peak_bytes
+            - plan.kv.nbytes
+            - plan.scratch_bytes
+            + scratch
+            + -(-context // page) * page * kv_token_bytes(spec, plan.kv.dtype)
+        )
+        return f"shorten it, or load the model with --ctx {context}, which takes {needed / 1e6:,.0f} MB"
 
     def sampling(self, asked: Sampling) -> SamplingParams:
         """The request's values, else what the model's authors recommend, else Shoal's defaults."""

@@ -77,10 +77,10 @@ class Scheduler:
                 f"{self.cache.pages * self.cache.page_tokens}",
                 "shorten it, lower max_tokens, or give the model more --memory",
             )
-        if len(self.waiting) + len(self.running) >= self._queue + self._sequences:
+        if (before := len(self.waiting) + len(self.running)) >= self._queue + self._sequences:
             raise DaemonError(
                 "busy",
-                f"{len(self.waiting)} requests are waiting, the limit is {self._queue}",
+                f"{before} requests run or wait, the limit is {self._sequences} and {self._queue}",
                 "try again later",
                 retry_after_s=self._retry_after_s(),
             )

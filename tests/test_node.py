@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 import weakref
@@ -238,6 +239,31 @@ def test_bad_requests_get_a_code_and_a_figure(node: Node, request_: Generate, co
         list(node.stream(request_))
     assert caught.value.code == code
     assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
+
+
+def test_a_prompt_longer_than_the_context_is_told_what_would_hold_it(path: Path) -> None:
+    with Node(replace(CONFIG, context_tokens=48)) as node:
+        node.load(Load(model=str(path)))
+        with pytest.raises(DaemonError) as caught:
+            list(node.stream(Generate(prompt_tokens=[1] * 60)))
+        assert caught.value.code == "context_overflow"
+        figures = re.search(r"--ctx (\d+), which takes ([\d,]+) MB", caught.value.hint)
+        assert figures is not None
+        context, megabytes = int(figures[1]), int(figures[2].replace(",", ""))
+        with pytest.raises(DaemonError, match="the context holds") as caught:
+            list(node.stream(Generate(prompt_tokens=[1] * 9000)))
+        assert "was made for" in caught.value.hint
+    with Node(
+        replace(CONFIG, context_tokens=context, kv_tokens=None, memory_bytes=(megabytes + 1) * 10**6)
+    ) as node:
+        assert list(node.stream(Generate(prompt_tokens=[1] * 60, model=str(path))))
+    with (
+        Node(
+            replace(CONFIG, context_tokens=context, kv_tokens=None, memory_bytes=(megabytes - 1) * 10**6)
+        ) as node,
+        pytest.raises(DaemonError, match="needs"),
+    ):
+        node.load(Load(model=str(path)))
 
 
 def test_a_failing_step_fails_its_requests_and_the_node_serves_on(
