@@ -17,6 +17,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import xxhash
 from torch import Tensor
 
 from shoal.kernels import WEIGHT_TYPES, Matrix, OperandError, gather_rows
@@ -26,7 +27,7 @@ from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
 from .direct import DirectFile
-from .errors import OffloadError, StoreError
+from .errors import OffloadError, PackCorrupt, StoreError
 from .expert_cache import ExpertCache
 from .gather import batches, runs
 from .pack import Pack
@@ -155,7 +156,7 @@ class WindowStore:
         for reader in store._readers:
             reader.start()
         try:
-            store._pin(progress)
+            store._pin(plan, progress)
         except BaseException:
             store.close()
             raise
@@ -297,7 +298,7 @@ class WindowStore:
                 region.memory = self._memory.take(len(region.memory))
             raise
 
-    def _pin(self, progress: Callable[[int, int], None]) -> None:
+    def _pin(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
         passages = []
         position = 0
         for block, offset, nbytes in self._pinned:
@@ -309,7 +310,32 @@ class WindowStore:
             progress(passage.position + passage.nbytes, position)
 
         self._fetch(self._pins, self._pins_line, passages, keep)
+        for item in plan.blocks:
+            if item.block.kind == "embed" and item.tier == "disk" and not self._tied(item.block):
+                self._check_rows(item.block)
         self.stall_s = 0.0
+
+    def _tied(self, block: BlockId) -> bool:
+        """Whether the extent of an embedding is that of the head's slices, too: then these are checked."""
+        return self.pack.blocks[block].offset == self.pack.blocks[BlockId("head", -1, 0)].offset
+
+    def _check_rows(self, block: BlockId) -> None:
+        """Reads a block of which later only parts are read. Raises PackCorrupt if it was altered."""
+        extent = self.pack.blocks[block]
+        digest = xxhash.xxh3_64()
+        part_bytes = ROWS_BYTES // READERS
+        for start in range(0, extent.nbytes, ROWS_BYTES):
+            end = min(start + ROWS_BYTES, extent.nbytes)
+            parts = [
+                Passage(block, extent.offset + at, at - start, min(part_bytes, end - at))
+                for at in range(start, end, part_bytes)
+            ]
+            self._fetch(self._rows, self._rows_line, parts)
+            digest.update(self._rows.memory[: end - start].numpy().data)
+        if digest.hexdigest() != extent.checksum:
+            raise PackCorrupt(
+                f"{self.pack.path}: block {block} was altered: its checksum is wrong; pack the model again"
+            )
 
     def _read(self) -> None:
         """What a reader does until the store is closed."""

@@ -196,6 +196,16 @@ def test_an_altered_byte_names_its_block(tmp_path: Path, tier: str) -> None:
         run(streaming, ids)
 
 
+def test_an_altered_embedding_that_is_read_by_rows_is_found(tmp_path: Path) -> None:
+    path, pack = packed(tmp_path, "qwen2")
+    extent = pack.blocks[EMBED]
+    with pack.path.open("r+b") as file:
+        file.seek(extent.offset + 5000)
+        file.write(b"altered")
+    with pytest.raises(PackCorrupt, match="embed"):
+        Streaming(path, pack)
+
+
 def test_a_file_removed_while_it_is_used_is_still_read(tmp_path: Path) -> None:
     path, pack = packed(tmp_path, "llama")
     (ids,) = texts(200, [50])
