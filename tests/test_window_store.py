@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shoal.kernels import OperandError
 from shoal.models.step import Step
-from shoal.offload import window_store
+from shoal.offload import embedding, readers
 from shoal.offload.direct import DirectFile
 from shoal.offload.errors import OffloadError, PackCorrupt, StoreError
 from shoal.offload.pack import Pack
@@ -71,7 +71,7 @@ def test_streamed_is_resident_bit_for_bit(
         return bool(pins >> (hash(str(block.kind)) + 3 * block.layer + block.expert) % 12 & 1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(window_store, "READ_BYTES", read_bytes)
+        patch.setattr(readers, "READ_BYTES", read_bytes)
         choices = {"pinned": pinned, "spare_bytes": spare, "slots": slots, "part_tokens": part_tokens}
         with Streaming(case.path, case.pack, **choices) as streaming:
             assert torch.equal(run(streaming, case.ids), case.expected)
@@ -105,7 +105,7 @@ def test_rows_of_an_embedding_on_disk(
     cases: dict[str, Case], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = cases[name]
-    monkeypatch.setattr(window_store, "ROWS_BYTES", 32768)
+    monkeypatch.setattr(embedding, "ROWS_BYTES", 32768)
     store = Running(case.path).executor.store
     with Streaming(case.path, case.pack) as streaming:
         vocab = streaming.spec.vocab
@@ -147,7 +147,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Faulty:
 def test_a_read_error_is_the_step_s_and_later_steps_try_again(
     cases: dict[str, Case], faulty: Faulty, block: BlockId, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(window_store, "READ_BYTES", 4096)
+    monkeypatch.setattr(readers, "READ_BYTES", 4096)
     case = cases["mixture" if block.kind == "expert" else "tied"]
     extent = case.pack.blocks[block]
     with Streaming(case.path, case.pack, spare_bytes=8192, slots=6) as streaming:
@@ -229,7 +229,7 @@ def test_a_slow_disk_shows_as_stall_and_stage(tied: Case, faulty: Faulty) -> Non
 
 
 def test_a_dead_disk_is_an_error(tied: Case, faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_store, "STUCK_S", 0.0)
+    monkeypatch.setattr(readers, "STUCK_S", 0.0)
     gate = threading.Event()
     with Streaming(tied.path, tied.pack) as streaming:
         run(streaming, tied.ids)
