@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import replace
@@ -15,12 +16,19 @@ from running import Running
 from streaming import Streaming, packed, run, streaming_plan, texts
 from torch import Tensor
 
+from shoal.comm.messages import FinishReason
+from shoal.daemon.engine import Engine
+from shoal.daemon.scheduler import Scheduler
+from shoal.daemon.sequence import Sequence
+from shoal.daemon.translate import translated
 from shoal.kernels import OperandError
+from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.models.step import Step
 from shoal.offload import embedding, readers
 from shoal.offload.direct import DirectFile
 from shoal.offload.errors import OffloadError, PackCorrupt, StoreError
 from shoal.offload.pack import Pack
+from shoal.offload.prefix import PrefixCache
 from shoal.offload.window_store import WindowStore
 from shoal.partition.spec import BlockId
 
@@ -166,6 +174,58 @@ def test_a_read_error_is_the_step_s_and_later_steps_try_again(
                 until_it_is_read()
         faulty.bad = None
         assert torch.equal(run(streaming, case.ids), case.expected)
+
+
+class Sink:
+    """What one sequence was given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.error: Exception | None = None
+
+    def begin(self, sequence: Sequence) -> None:
+        return None
+
+    def accept(self, sampled: Sampled) -> FinishReason | None:
+        self.tokens.append(sampled.token_id)
+        return None
+
+    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
+        return None
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+
+
+def answered(engine: Engine, prompt: list[int]) -> Sink:
+    sink = Sink()
+    engine.submit(
+        Sequence(list(prompt), len(prompt) + 6, Sampler(SamplingParams(temperature=0.0), prompt), sink)
+    )
+    with contextlib.suppress(OffloadError):  # the node logs it
+        while engine.step():
+            pass
+    return sink
+
+
+def engine_of(running: Running) -> Engine:
+    cache = PrefixCache(running.kv.table, running.kv.page_tokens)
+    scheduler = Scheduler(cache, sequences=4, queue=4, chunk_tokens=16, guesses=0)
+    return Engine(running.executor, running.kv, scheduler, time.monotonic)
+
+
+def test_a_request_that_meets_a_fault_fails_and_the_next_is_served(tied: Case, faulty: Faulty) -> None:
+    expected = answered(engine_of(Running(tied.path)), tied.ids).tokens
+    extent = tied.pack.blocks[BlockId("ffn", 1)]
+    with Streaming(tied.path, tied.pack, part_tokens=5) as streaming:
+        engine = engine_of(streaming)
+        assert answered(engine, tied.ids).tokens == expected
+        faulty.bad = extent.offset, extent.offset + extent.nbytes
+        failed = [answered(engine, tied.ids[::-1]), answered(engine, tied.ids[::-1])][-1]
+        assert isinstance(failed.error, StoreError)
+        assert translated(failed.error).code == "internal"
+        faulty.bad = None
+        assert answered(engine, tied.ids).tokens == expected
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
