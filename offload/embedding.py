@@ -30,10 +30,10 @@ NEAR_BYTES = 32 << 10  # rows this close to each other are read together
 class Fetcher:
     """Reads what is wanted at once, into `memory`, or into new memory where that is not known to be free."""
 
-    def __init__(self, nbytes: int, views: int = 0) -> None:
+    def __init__(self, nbytes: int, *, whole: bool) -> None:
         self._arena = Arena()
         self._line = Line()
-        self.region = Region(self._line, self._arena.take(nbytes), views)
+        self.region = Region(self._line, self._arena.take(nbytes), whole=whole)
 
     def fetch(
         self,
@@ -66,7 +66,7 @@ class Embedding:
         self._block = BlockId("embed")
         self._packed = pack.blocks[self._block]
         self._tensor = self._packed.tensors["embed"]
-        self._fetcher = Fetcher(ROWS_BYTES)
+        self._fetcher = Fetcher(ROWS_BYTES, whole=False)
         self.region = self._fetcher.region
 
     def rows(self, readers: Readers, ids: Tensor) -> Tensor:

@@ -48,27 +48,26 @@ class Policy(Protocol):
 
 
 class Region:
-    """Memory that a policy governs. `views`: how many blocks' weights are remembered; none if what comes are no blocks
-    but parts of one, which cannot be checked."""
+    """Memory that a policy governs. `whole`: what comes are whole blocks, to be checked, not parts of one. `slots`: any
+    block may lie at any place; else each has its own."""
 
-    def __init__(self, policy: Policy, memory: Tensor, views: int) -> None:
+    def __init__(self, policy: Policy, memory: Tensor, *, whole: bool = True, slots: bool = False) -> None:
         self.policy = policy
         self.memory = memory
-        self.whole = views > 0
-        self._most_views = views
-        self._views: dict[BlockId, tuple[int, Weights]] = {}  # and where they look at
+        self.whole = whole
+        self._slots = slots
+        self._views: dict[BlockId | int, tuple[BlockId, Weights]] = {}
 
     def bytes_of(self, passage: Passage) -> Tensor:
         return self.memory[passage.position : passage.position + passage.nbytes]
 
     def weights(self, pack: Pack, passage: Passage) -> Weights:
         """Views of a block that is here; made once for each place, as kernels keep pointers in them."""
-        position, weights = self._views.get(passage.block, (-1, None))
-        if weights is None or position != passage.position:
-            if len(self._views) >= self._most_views:
-                self._views.clear()
+        place = passage.position if self._slots else passage.block
+        block, weights = self._views.get(place, (None, None))
+        if weights is None or block != passage.block:
             weights = pack.weights(passage.block, self.bytes_of(passage))
-            self._views[passage.block] = passage.position, weights
+            self._views[place] = passage.block, weights
         return weights
 
 

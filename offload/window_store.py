@@ -59,7 +59,7 @@ class WindowStore:
         if experts and not plan.expert_slots:
             raise StoreError(f"{len(experts)} experts are on disk, but the plan has no slots for them")
         arena = Arena()
-        self._pins = Fetcher(sum(extent.nbytes for extent in self._pinned), max(1, len(self._pinned)))
+        self._pins = Fetcher(sum(extent.nbytes for extent in self._pinned), whole=True)
         regions = [self._pins.region]
         self._embedding = Embedding(pack) if BlockId("embed") in streamed else None
         if self._embedding is not None:
@@ -68,11 +68,11 @@ class WindowStore:
             slot_bytes = max(extent.nbytes for extent in experts)
             self._experts = ExpertCache(plan.expert_slots, slot_bytes, experts)
             memory = arena.take(plan.expert_slots * slot_bytes)
-            self._slots = Region(self._experts, memory, 2 * plan.expert_slots)
+            self._slots = Region(self._experts, memory, slots=True)
             regions.append(self._slots)
         if cycle:
             self._window = Window(plan.window_bytes, cycle)
-            self._ring = Region(self._window, arena.take(plan.window_bytes), len(cycle))
+            self._ring = Region(self._window, arena.take(plan.window_bytes))
             regions.append(self._ring)
         self._streams = bool(cycle or experts)
         self._kept: dict[BlockId, Resident] = {}
