@@ -115,13 +115,13 @@ class Readers:
         with self._lock:
             passage.leases -= 1
             region.policy.leave(passage)
-            self._work.notify_all()
+            self._work.notify()
 
     def change(self, policy: Callable[[], None]) -> None:
         """Calls a policy while no reader does; there may be more to read then."""
         with self._lock:
             policy()
-            self._work.notify_all()
+            self._work.notify()
 
     def bytes_per_s(self) -> float:
         """How fast bytes came lately."""
@@ -143,7 +143,7 @@ class Readers:
 
     def _await(self, region: Region, want: Callable[[], Passage | None]) -> Passage:
         """The lock is held, and let go while waiting."""
-        self._work.notify_all()
+        self._work.notify()
         seen, since_s = self._landings, time.monotonic()
         while True:
             if self._closed or self._broken is not None:
@@ -151,7 +151,7 @@ class Readers:
             passage = want()
             if passage is not None and passage.error is not None:
                 region.policy.leave(passage)
-                self._work.notify_all()
+                self._work.notify()
                 raise passage.error
             if passage is not None and passage.here:
                 return passage
@@ -182,6 +182,7 @@ class Readers:
             while not self._closed:
                 for region in self._regions:
                     if (chunk := region.policy.next_read(READ_BYTES)) is not None:
+                        self._work.notify()  # there may be more: each reader wakes the next
                         return region, region.bytes_of(chunk.passage), chunk
                 self._work.wait(IDLE_S)
         return None
@@ -223,6 +224,6 @@ class Readers:
         self._latest.append((time.monotonic(), chunk.nbytes))
         region.policy.ended(passage)
         if passage.left:
-            self._work.notify_all()
+            self._work.notify()
         if passage.error is not None or passage.landed == passage.nbytes:
             self._landed.notify_all()
