@@ -302,6 +302,9 @@ class ModelStatus(Message):
     drafted_tokens_total: int = 0  # guessed ahead of answers
     accepted_tokens_total: int = 0  # of these, guessed right
     chat_template: bool = True
+    kv_disk_bytes: int = 0  # of KV pages kept on disk
+    kv_disk_pages_read_total: int = 0  # read back instead of computed
+    kv_disk_pages_written_total: int = 0
 
 
 class Loaded(Message):

@@ -25,10 +25,11 @@ from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
+from shoal.offload.kv_disk import buffer_bytes
 from shoal.offload.prefix import PrefixCache
 from shoal.offload.store import ResidentStore
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import Plan, plan_in_ram
+from shoal.partition.plan import PAGE_TOKENS, Plan, kv_token_bytes, plan_in_ram
 
 from .answer import Answer, Emit
 from .config import NodeConfig
@@ -36,6 +37,7 @@ from .drafter import Drafter
 from .engine import Engine
 from .errors import DaemonError
 from .executor import Alone, Executor
+from .kv_files import open_kv_disk
 from .memory import return_freed
 from .registry import recommended_sampling
 from .scheduler import Scheduler
@@ -96,18 +98,30 @@ class Runnable:
     tokenizer: Tokenizer
     executor: Executor
     kv: KvPool
+    peak_bytes: int  # with what the KV on disk takes
 
     @classmethod
     def read(
-        cls, purpose: str, path: Path, config: NodeConfig, budget: Budget, progress: Progress
+        cls,
+        purpose: str,
+        path: Path,
+        config: NodeConfig,
+        budget: Budget,
+        progress: Progress,
+        *,
+        kv_on_disk: bool = False,
     ) -> Runnable:
-        """Into memory that is held in the budget for `purpose`; when it fails, no longer."""
+        """Into memory that is held in the budget for `purpose`; when it fails, no longer. `kv_on_disk`: hold as much
+        as that takes, too."""
         with open_checkpoint(path) as checkpoint:
-            plan = make_plan(checkpoint, config, budget.free_bytes)
+            page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
+            extra_bytes = buffer_bytes(page_bytes) if kv_on_disk else 0
+            plan = make_plan(checkpoint, config, budget.free_bytes - extra_bytes)
             tokenizer = checkpoint.tokenizer()
             checkpoint.forget_tokens()
             return_freed()  # before the weights come, so that the peak is theirs alone
-            budget.hold(purpose, plan.peak_bytes)
+            peak_bytes = plan.peak_bytes + extra_bytes
+            budget.hold(purpose, peak_bytes)
             try:
                 store = ResidentStore.load(plan, checkpoint, progress)
                 transformer = Transformer(checkpoint.spec, plan.context_tokens)
@@ -115,7 +129,7 @@ class Runnable:
             except Exception:
                 budget.release(purpose)
                 raise
-        return cls(checkpoint, plan, tokenizer, Executor(transformer, store, kv, Alone()), kv)
+        return cls(checkpoint, plan, tokenizer, Executor(transformer, store, kv, Alone()), kv, peak_bytes)
 
 
 @dataclass(eq=False)
@@ -129,6 +143,7 @@ class LoadedModel:
     executor: Executor
     kv: KvPool
     engine: Engine
+    peak_bytes: int
     draft: Runnable | None
     clock: Callable[[], float]
     used_s: float = 0.0
@@ -142,13 +157,15 @@ class LoadedModel:
         budget: Budget,
         *,
         draft: Path | None = None,
+        kv_root: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         progress: Progress = no_progress,
     ) -> LoadedModel:
-        """Read a checkpoint into memory, and that of a draft model if there is one. Raises DaemonError; what was held
-        in the budget is then released."""
+        """Read a checkpoint into memory, and that of a draft model if there is one. `kv_root`: where KV is kept that
+        leaves memory. Raises DaemonError; what was held in the budget is then released."""
+        kv_on_disk = kv_root is not None and config.kv_disk_bytes != 0
         try:
-            main = Runnable.read(f"model {name}", path, config, budget, progress)
+            main = Runnable.read(f"model {name}", path, config, budget, progress, kv_on_disk=kv_on_disk)
         except Exception as error:
             raise refusal(error, name) from error
         small = None
@@ -158,12 +175,16 @@ class LoadedModel:
             except Exception as error:
                 _release(name, budget)
                 raise refusal(error, f"draft model {draft.name}") from error
+        disk = None
+        if kv_root is not None and kv_on_disk:
+            disk = open_kv_disk(kv_root, config.kv_disk_bytes, name, main.checkpoint, main.plan, main.kv)
         scheduler = Scheduler(
-            PrefixCache(main.kv.table, main.kv.page_tokens),
+            PrefixCache(main.kv.table, main.kv.page_tokens, disk.index if disk else None),
             sequences=main.plan.sequences,
             queue=config.max_queue,
             chunk_tokens=main.plan.chunk_tokens,
             guesses=main.plan.guesses,
+            reads=disk.most_reads if disk else 1,
         )
         drafter = None
         if small is not None:
@@ -171,7 +192,7 @@ class LoadedModel:
             drafter = Drafter(
                 small.executor, small.kv, vocab=vocab, chunk_tokens=small.plan.chunk_tokens, clock=clock
             )
-        engine = Engine(main.executor, main.kv, scheduler, clock, drafter)
+        engine = Engine(main.executor, main.kv, scheduler, clock, drafter, disk)
         return cls(
             name,
             main.checkpoint,
@@ -180,21 +201,19 @@ class LoadedModel:
             main.executor,
             main.kv,
             engine,
+            main.peak_bytes + (small.peak_bytes if small else 0),
             small,
             clock,
             clock(),
         )
 
     @property
-    def peak_bytes(self) -> int:
-        return self.plan.peak_bytes + (self.draft.plan.peak_bytes if self.draft else 0)
-
-    @property
     def draft_path(self) -> Path | None:
         return self.draft.checkpoint.path if self.draft else None
 
     def release(self, budget: Budget) -> None:
-        """Give the budget back; the memory follows when the last reference goes."""
+        """Keep its KV on disk and give the budget back; the memory follows when the last reference goes. Idempotent."""
+        self.engine.close()
         _release(self.name, budget)
 
     def chat_tokens(
@@ -281,7 +300,7 @@ class LoadedModel:
 
     def status(self) -> ModelStatus:
         scheduler = self.engine.scheduler
-        cache = scheduler.cache
+        cache, disk = scheduler.cache, self.engine.disk
         return ModelStatus(
             name=self.name,
             path=str(self.checkpoint.path),
@@ -300,6 +319,9 @@ class LoadedModel:
             preemptions_total=scheduler.preemptions,
             drafted_tokens_total=scheduler.drafted_tokens,
             accepted_tokens_total=scheduler.accepted_tokens,
+            kv_disk_bytes=disk.nbytes if disk else 0,
+            kv_disk_pages_read_total=disk.pages_read if disk else 0,
+            kv_disk_pages_written_total=disk.pages_written if disk else 0,
         )
 
     @cached_property

@@ -56,17 +56,20 @@ def package_version() -> str:
 
 
 class Node:
-    """Runs requests on loaded models; thread-safe. `resolve` turns a model's name into a path."""
+    """Runs requests on loaded models; thread-safe. `resolve` turns a model's name into a path; `kv_root` is where KV is
+    kept that leaves memory, None = nowhere."""
 
     def __init__(
         self,
         config: NodeConfig,
         resolve: Callable[[str], Path] = Path,
         clock: Callable[[], float] = time.monotonic,
+        kv_root: Path | None = None,
     ) -> None:
         self.config = config
         self.budget = Budget(config.memory_bytes or int(available_bytes() * (1 - MEMORY_LEFT_ALONE)))
         self._resolve = resolve
+        self._kv_root = kv_root
         self._clock = clock
         self._started_s = clock()
         self._models: dict[str, LoadedModel] = {}
@@ -243,6 +246,7 @@ class Node:
             self._thread.join(timeout=60)
         for model in list(self._models.values()):
             model.engine.fail_all(DaemonError("shutting_down", "the daemon is stopping"))
+            model.release(self.budget)
 
     def _compute(self) -> None:
         """The compute thread: one step of each busy model in turn."""
@@ -340,6 +344,7 @@ class Node:
                     config,
                     self.budget,
                     draft=draft,
+                    kv_root=self._kv_root,
                     clock=self._clock,
                     progress=progress,
                 )
@@ -355,9 +360,12 @@ class Node:
         """Drop the idle model that was used longest ago; False when there is none."""
         with self._wake:  # throughout, or it might get a request meanwhile
             idle = [model for model in self._models.values() if not model.engine.busy]
-            if idle:
-                self._drop(min(idle, key=lambda model: model.used_s))
-        return bool(idle)
+            chosen = min(idle, key=lambda model: model.used_s, default=None)
+            if chosen is not None:
+                del self._models[chosen.name]
+        if chosen is not None:
+            self._drop(chosen)
+        return chosen is not None
 
     def _drop(self, model: LoadedModel) -> None:
         with self._wake:

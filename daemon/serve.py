@@ -44,7 +44,7 @@ def serve(
         server_keys = keys.load_server(home.keys)
     except KeyFileError as error:
         raise DaemonError("bad_request", str(error)) from error
-    node = Node(config, Library(home).resolve)
+    node = Node(config, Library(home).resolve, kv_root=home.kv)
     server = Server(node, addresses or [home.address], server_keys=server_keys)
     failures: list[DaemonError] = []
 

@@ -132,6 +132,11 @@ class Checkpoint:
                 first_row += size
         return Weights(matrices, vectors)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return self._files.paths
+
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises TokenizerError."""
         return Tokenizer.from_gguf(self.metadata) if self.kind == "gguf" else Tokenizer.from_hf(self.path)

@@ -13,7 +13,7 @@ from shoal.daemon.scheduler import Scheduler
 from shoal.daemon.sequence import Batch, Chunk, Sequence
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.offload.pages import PageTable
-from shoal.offload.prefix import PrefixCache
+from shoal.offload.prefix import Copy, PrefixCache
 
 PAGE = 4
 VOCAB = 50
@@ -108,8 +108,9 @@ class FakeEngine:
         raise AssertionError("it never ends")
 
     def _compute(self, batch: Batch) -> list[list[Sampled]]:
-        for copy in batch.copies:
-            self._memory[copy.target] = list(self._memory[copy.source])
+        for move in batch.moves:
+            assert isinstance(move, Copy)
+            self._memory[move.target] = list(self._memory[move.source])
         results: list[list[Sampled]] = []
         for chunk in batch.chunks:
             stored = [0] + [self._slot(chunk.pages, position) for position in range(chunk.start)]
