@@ -8,6 +8,7 @@ pays, is decided elsewhere (`prefix`, `daemon.recalling`).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -106,6 +107,8 @@ class KvDisk:
         except KvFileError as error:
             if self.index.holds(entry):  # else its slot was just taken for another page
                 log.warning("%s; the page is computed again", error)
+                with contextlib.suppress(OSError):
+                    self._file.clear(entry.slot)
                 self.index.forget(entry)
             return False
         into.copy_(self._reading)
