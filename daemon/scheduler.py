@@ -36,7 +36,8 @@ Results = Ordered[Ordered[Sampled] | Exception]
 
 class Scheduler:
     """`sequences` run at once, `queue` more wait; a step holds at most `chunk_tokens` tokens of prompts and
-    `guesses` that are guessed ahead, and reads at most `reads` pages of KV from disk."""
+    `guesses` that are guessed ahead, and reads at most `reads` pages of KV from disk
+    for which others have to leave memory."""
 
     def __init__(
         self,
@@ -253,7 +254,8 @@ class Scheduler:
         """Pages that may be read from disk beside so many decodes."""
         if decodes and not self.cost.measured:
             return 1
-        return min(self._reads, self._read_cost.most_pages(self.cost.seconds(decodes) if decodes else 0.0))
+        most = self.cache.free_pages + self._reads
+        return min(most, self._read_cost.most_pages(self.cost.seconds(decodes) if decodes else 0.0))
 
     def _prompt_budget(self, decodes: int) -> int:
         """Tokens of prompts that may go with so many decodes."""

@@ -72,7 +72,7 @@ class KvDisk:
 
     @property
     def most_reads(self) -> int:
-        """Pages to read in one step: those that they push out of memory must find room to wait."""
+        """Pages that one step may push out of memory to read others: they must find room to wait."""
         return max(1, queue_pages(self._file.page_bytes) // 2)
 
     def save(self, what: Save, page: Tensor, wait_s: float = 0.0) -> bool:

@@ -114,6 +114,11 @@ class PrefixCache:
         """Pages that can be had: free ones, and cached ones at the price of forgetting them."""
         return self._table.free_pages + self.cached_pages
 
+    @property
+    def free_pages(self) -> int:
+        """Pages that can be had without forgetting anything."""
+        return self._table.free_pages
+
     def pages_of(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_tokens)
