@@ -118,9 +118,8 @@ class Drafter:
         followed = self._followed.get(sequence)
         if followed is None:
             followed = self._followed[sequence] = _Followed()
-            followed.computed, copy = self._cache.adopt(followed.holding, sequence.tokens, 0)
-            if copy is not None:
-                self._kv.copy_page(copy.source, copy.target)
+            followed.computed = self._cache.adopt(followed.holding, sequence.tokens, 0)
+            self._kv.move(self._cache.take_moves())
         for guess in followed.ahead:
             # The last token is always read again: what follows it is asked for.
             if followed.computed + 1 >= len(sequence.tokens) or sequence.tokens[followed.computed] != guess:

@@ -158,14 +158,14 @@ class Checkpoint:
                 vectors.update(zip(roles, row.split_with_sizes(sizes), strict=True))
         return vectors
 
+    def bypass_cache(self) -> None:
+        """From now on what was read does not stay in the system's page cache."""
+        self._files.drops_pages = True
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
         return self._files.paths
-
-    def bypass_cache(self) -> None:
-        """From now on what was read does not stay in the system's page cache."""
-        self._files.drops_pages = True
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises TokenizerError."""
