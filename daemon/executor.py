@@ -70,13 +70,14 @@ class Executor:
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (R, hidden) → logits (R, vocab)"""
+        if len(self._head) == 1:
+            with self.store.acquire(self._head[0]) as weights:
+                return self.model.head(weights, hidden)
         logits = hidden.new_empty(len(hidden), self.model.spec.vocab)
         done = 0
         for block in self._head:
             with self.store.acquire(block) as weights:
                 part = self.model.head(weights, hidden)
-            if len(self._head) == 1:
-                return part
             logits[:, done : done + part.shape[1]] = part
             done += part.shape[1]
         return logits

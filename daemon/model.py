@@ -306,7 +306,7 @@ class LoadedModel:
             + scratch
             + -(-context // page) * page * kv_token_bytes(spec, plan.kv.dtype)
         )
-        return f"shorten it, or load the model with --ctx {context}, which takes {needed / 1e6:,.0f} MB"
+        return f"shorten it, or load the model with --ctx {context}, which takes {needed / 1e6:,.0f} MB beside the process itself"
 
     def sampling(self, asked: Sampling) -> SamplingParams:
         """The request's values, else what the model's authors recommend, else Shoal's defaults."""

@@ -66,7 +66,7 @@ class Step:
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Views of `rows` (T or fewer, n), as many at a time as are computed together."""
-        return (rows,) if len(rows) <= self.part_tokens else torch.split(rows, self.part_tokens)
+        return (rows,) if rows.shape[0] <= self.part_tokens else torch.split(rows, self.part_tokens)
 
 
 def _part(segments: Sequence[tuple[int, int, Sequence[int]]]) -> Part:

@@ -252,20 +252,18 @@ def test_a_prompt_longer_than_the_context_is_told_what_would_hold_it(path: Path)
         assert caught.value.code == "context_overflow"
         figures = re.search(r"--ctx (\d+), which takes ([\d,]+) MB", caught.value.hint)
         assert figures is not None
-        context, megabytes = int(figures[1]), int(figures[2].replace(",", ""))
+        context, needed_bytes = int(figures[1]), int(figures[2].replace(",", "")) * 10**6
+        process_bytes = node.budget.held_by(PROCESS)
         with pytest.raises(DaemonError, match="the context holds") as caught:
             list(node.stream(Generate(prompt_tokens=[1] * 9000)))
         assert "was made for" in caught.value.hint
-    with Node(
-        replace(CONFIG, context_tokens=context, kv_tokens=None, memory_bytes=(megabytes + 1) * 10**6)
-    ) as node:
+    slack_bytes = 64 << 20  # the process is measured anew
+    config = replace(CONFIG, context_tokens=context, kv_tokens=None)
+    enough = replace(config, memory_bytes=process_bytes + needed_bytes + slack_bytes)
+    with Node(enough) as node:
         assert list(node.stream(Generate(prompt_tokens=[1] * 60, model=str(path))))
-    with (
-        Node(
-            replace(CONFIG, context_tokens=context, kv_tokens=None, memory_bytes=(megabytes - 1) * 10**6)
-        ) as node,
-        pytest.raises(DaemonError, match="needs"),
-    ):
+    short = replace(config, memory_bytes=process_bytes + needed_bytes - slack_bytes)
+    with Node(short) as node, pytest.raises(DaemonError, match="needs"):
         node.load(Load(model=str(path)))
 
 
