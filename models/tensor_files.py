@@ -22,7 +22,7 @@ from shoal.kernels import WeightType
 
 from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
 
-_PAGE_BYTES = 4096
+_FOLIO_BYTES = 2 << 20  # pages leave the cache in groups of up to so many bytes, and only whole ones
 _READ_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
 
 
@@ -110,7 +110,10 @@ class TensorFiles:
     def close(self) -> None:
         """Closes the files. Buffers that were read stay valid."""
         while self._descriptors:
-            os.close(self._descriptors.pop())
+            descriptor = self._descriptors.pop()
+            if self.drops_pages:
+                _drop(descriptor, 0, 0)
+            os.close(descriptor)
 
     def _fill(self, view: memoryview, tensor: StoredTensor, offset: int) -> None:
         path = self.paths[tensor.file]
@@ -134,11 +137,14 @@ class TensorFiles:
                     f"{offset + len(view)}; the file was cut short"
                 )
             done += got
-        if self.drops_pages and hasattr(os, "posix_fadvise"):
-            first = offset - offset % _PAGE_BYTES  # the page that the bytes before share with these
-            os.posix_fadvise(
-                self._descriptors[tensor.file], first, offset + done - first, os.POSIX_FADV_DONTNEED
-            )
+        if self.drops_pages:
+            _drop(self._descriptors[tensor.file], max(0, offset - _FOLIO_BYTES), offset + done)
+
+
+def _drop(descriptor: int, start: int, stop: int) -> None:
+    """Bytes [start, stop) of a file leave the page cache, as far as the system can; up to its end for stop 0."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, max(0, stop - start), os.POSIX_FADV_DONTNEED)
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
