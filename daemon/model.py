@@ -328,6 +328,9 @@ class LoadedModel:
 
     def status(self) -> ModelStatus:
         scheduler = self.engine.scheduler
+        stage = self.executor.store.stage()
+        if stage is not None:  # the best seen: at times less is asked for
+            self.read_bytes_per_s = max(self.read_bytes_per_s, stage.bytes_per_s)
         cache, disk = scheduler.cache, self.engine.disk
         return ModelStatus(
             name=self.name,

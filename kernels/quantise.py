@@ -1,8 +1,8 @@
-"""Float weights into quantised types, as files hold them: Q8_0, Q6_K and Q4_0.
+"""Float weights into quantised types, as files hold them: Q8_0 and Q4_0.
 
-Scales are searched: of a few scales around that of the largest weight the one is taken whose best multiple leaves the
-least squared error (the idea of ggml's `make_qx_quants`). In plain torch, over tiles that stay in the cache. Does not
-know which weights deserve which type.
+The scales of Q4_0 are searched: of a few around that of the largest weight the one is taken whose best multiple leaves
+the least squared error (the idea of ggml's `make_qx_quants`). In plain torch, over tiles that stay in the cache. Does
+not know which weights deserve which type.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.errors import OperandError
-from shoal.kernels.types import Q4_0, Q6_K, Q8_0, WeightType
+from shoal.kernels.types import Q4_0, Q8_0, WeightType
 
 _TILE_WEIGHTS = 1 << 16
 _STRETCHES = (1.0, 0.92, 1.08)
 
 
 def quantise(kind: WeightType, values: Tensor) -> Tensor:
-    """Rows float32 (n, cols) as rows of `kind`, uint8 (n, row bytes). OperandError for other types than Q8_0, Q6_K and
-    Q4_0, for rows that are not whole blocks, and for weights that no scale in half precision can stand for.
+    """Rows float32 (n, cols) as rows of `kind`, uint8 (n, row bytes). OperandError for other types than these two,
+    for rows that are not whole blocks, and for weights that no scale in half precision can stand for.
     """
     rows, cols = values.shape
     row_bytes = kind.row_bytes(cols)
@@ -50,23 +50,8 @@ def _q4_0(x: Tensor, out: Tensor) -> None:
     out[:, 2:] = q[:, :16] | (q[:, 16:] << 4)
 
 
-def _q6_k(x: Tensor, out: Tensor) -> None:
-    groups = x.view(-1, 16, 16)
-    wanted = _best_scale(groups, 32).squeeze(-1)  # (N, 16)
-    whole = _half(_largest(wanted) / -128)  # (N, 1)
-    scales = _nearest(wanted, whole, -128, 127)  # (N, 16)
-    q = (_nearest(groups, (whole * scales).unsqueeze(-1), -32, 31) + 32).view(torch.uint8)
-    low, high = (q & 15).view(-1, 2, 2, 64), (q >> 4).view(-1, 2, 4, 32)
-    out[:, :128] = (low[:, :, 0] | (low[:, :, 1] << 4)).flatten(1)
-    out[:, 128:192] = (high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6).flatten(
-        1
-    )
-    out[:, 192:208] = scales.view(torch.uint8)
-    _put_half(out[:, 208:210], whole)
-
-
 def _best_scale(x: Tensor, steps: int) -> Tensor:
-    """The scale for whole numbers from -steps to steps - 1 that leaves the least squared error; (…, n) → (…, 1)"""
+    """The scale for whole numbers from -steps to steps - 1 that leaves the least squared error; (N, n) → (N, 1)"""
     full = -steps / _largest(x)  # its inverse: the largest weight becomes -steps
     full = torch.where(full.isfinite(), full, 0.0)
     best, scale = torch.full_like(full, -1.0), torch.zeros_like(full)
@@ -83,7 +68,7 @@ def _best_scale(x: Tensor, steps: int) -> Tensor:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Of each group the number of the largest magnitude, with its sign; (…, n) → (…, 1)"""
+    """Of each group the number of the largest magnitude, with its sign; (N, n) → (N, 1)"""
     most, least = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
     return torch.where(most >= -least, most, least)
 
@@ -108,6 +93,5 @@ def _put_half(out: Tensor, scale: Tensor) -> None:
 
 _ENCODERS: dict[str, Callable[[Tensor, Tensor], None]] = {
     Q8_0.name: _q8_0,
-    Q6_K.name: _q6_k,
     Q4_0.name: _q4_0,
 }

@@ -22,6 +22,7 @@ from shoal.kernels import WeightType
 
 from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
 
+_FOLIO_BYTES = 2 << 20  # pages leave the cache in groups of up to so many bytes, and only whole ones
 _READ_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
 _PART_BYTES = 16 << 20  # where page cache is given back after each call
 
@@ -110,7 +111,10 @@ class TensorFiles:
     def close(self) -> None:
         """Closes the files. Buffers that were read stay valid."""
         while self._descriptors:
-            os.close(self._descriptors.pop())
+            descriptor = self._descriptors.pop()
+            if self.drops_pages:
+                _drop(descriptor, 0, 0)
+            os.close(descriptor)
 
     def _fill(self, view: memoryview, tensor: StoredTensor, offset: int) -> None:
         path = self.paths[tensor.file]
@@ -133,9 +137,15 @@ class TensorFiles:
                     f"{offset + len(view)}; the file was cut short"
                 )
             done += got
-            if self.drops_pages and hasattr(os, "posix_fadvise"):
-                # From the beginning: pages come in groups, of which one that is not wholly meant stays.
-                os.posix_fadvise(self._descriptors[tensor.file], 0, offset + done, os.POSIX_FADV_DONTNEED)
+            if self.drops_pages:
+                start = max(0, offset + done - got - _FOLIO_BYTES)
+                _drop(self._descriptors[tensor.file], start, offset + done)
+
+
+def _drop(descriptor: int, start: int, stop: int) -> None:
+    """Bytes [start, stop) of a file leave the page cache, as far as the system can; up to its end for stop 0."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, max(0, stop - start), os.POSIX_FADV_DONTNEED)
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

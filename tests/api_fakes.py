@@ -25,6 +25,7 @@ from shoal.comm.messages import (
     Ok,
     Ping,
     Pong,
+    Stage,
     StatusReply,
     Timings,
     Token,
@@ -133,6 +134,9 @@ class FakeBackend:
             self.loading.set()
             assert self.release_load.wait(PATIENCE_S)
         return Loaded(model=self._model(request.model), seconds=0.1)
+
+    def stage(self, model: str) -> Stage | None:
+        return Stage(doing="loading", done=1, total=3) if model == "slow" else None
 
     def unload(self, request: Unload) -> Ok:
         return Ok()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,3 +82,30 @@ def test_only_terminals_get_another_text() -> None:
     assert plain.getvalue() == text + "\n"
     assert terminal.getvalue().count("\n") > 1
     assert "\x1b[31m" not in terminal.getvalue()
+
+
+def test_a_stage_stands_below_the_answer_and_goes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((COLUMNS, 9)))
+    out = Terminal()
+    painter = Painter(out)
+    assert painter.shows_stages
+    painter.stage("reading 1/9 blocks, 1.9 GB/s")
+    painter.write("Hello")
+    painter.stage("reading 2/9 blocks")
+    painter.stage("reading 3/9 blocks")
+    painter.write(" there")
+    painter.end()
+    first, second = "reading 1/9 blocks,", "reading 2/9 blocks"
+    back = "\r\x1b[K\x1b[A\x1b[5C"
+    third = second.replace("2", "3")
+    assert out.getvalue() == f"{first}\r\x1b[KHello\n{second}{back}\n{third}{back} there\n"
+
+
+def test_no_stage_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    painter = Painter(out)
+    assert not painter.shows_stages
+    painter.stage("reading 1/9 blocks")
+    painter.write("x")
+    assert out.getvalue() == "x"

@@ -34,6 +34,7 @@ from shoal.comm.messages import (
     Ok,
     Ping,
     Pong,
+    Stage,
     Status,
     StatusReply,
     Token,
@@ -41,6 +42,7 @@ from shoal.comm.messages import (
     Welcome,
 )
 from shoal.daemon.client import Client
+from shoal.daemon.client_session import Exchange
 
 
 @pytest.fixture
@@ -251,3 +253,26 @@ def test_a_slow_but_reading_client_gets_everything():
             if isinstance(message, Token):
                 ids += message.ids
         assert ids == list(range(3000))
+
+
+def test_a_stage_is_told_to_who_asked_for_it(monkeypatch):
+    monkeypatch.setattr("shoal.daemon.server_flight.STAGE_S", 0.0)
+    heard = []
+    with running() as daemon, Client(daemon.address, timeout_s=PATIENCE_S) as client:
+        assert "progress" in client.hello().features
+
+        def hear(stage):
+            heard.append(stage)
+            daemon.backend.release_load.set()
+
+        assert client.load("slow", heard=hear).model.name == "slow"
+    assert (heard[0].doing, heard[0].done, heard[0].total) == ("loading", 1, 3)
+    assert heard[0].seconds > 0
+
+
+def test_stages_nobody_reads_are_one():
+    exchange = Exchange(b"1")
+    for number in range(5):
+        exchange.put(Stage(doing="reading", done=number, total=9), terminal=False)
+    exchange.put(Token(text="x", ids=[1]), terminal=False)
+    assert [getattr(message, "done", None) for message in exchange.take()] == [4, None]
