@@ -306,7 +306,8 @@ class LoadedModel:
             + scratch
             + -(-context // page) * page * kv_token_bytes(spec, plan.kv.dtype)
         )
-        return f"shorten it, or load the model with --ctx {context}, which takes {needed / 1e6:,.0f} MB beside the process itself"
+        beside = f"takes {needed / 1e6:,.0f} MB beside the process itself"
+        return f"shorten it, or load the model with --ctx {context}, which {beside}"
 
     def sampling(self, asked: Sampling) -> SamplingParams:
         """The request's values, else what the model's authors recommend, else Shoal's defaults."""
