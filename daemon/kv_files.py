@@ -60,7 +60,12 @@ def open_kv_disk(
         if not slots:
             log.warning("the KV of %s is not kept on disk: there is no room for a page of it", name)
             return None
-        disk = KvDisk(KvFile(directory, key, pool.page_bytes, pool.page_tokens), slots)
+        file = KvFile(directory, key, pool.page_bytes, pool.page_tokens)
+        try:
+            disk = KvDisk(file, slots)
+        except BaseException:
+            file.close()
+            raise
     except (OSError, OffloadError, DaemonError) as error:
         log.warning("the KV of %s is not kept on disk: %s", name, error)
         return None

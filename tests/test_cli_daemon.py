@@ -126,12 +126,13 @@ def test_detached_start_passes_the_options_on(
     monkeypatch.chdir(tmp_path)
     result = shoal(
         *("serve", "--detach", "--model", "m.gguf", "--threads", "1", "--address", "tcp://127.0.0.1:0"),
-        *("--queue", "0", "--draft", "m.gguf"),
+        *("--queue", "0", "--kv-disk", "2GB", "--draft", "m.gguf"),
     )
     assert result.exit_code == 0, result.stderr
     assert "the daemon runs (pid 77)" in result.stderr
     command, options = started[0]
-    assert command[-7:] == ["serve", "--threads", "1", "--address", "tcp://127.0.0.1:0", "--queue", "0"]
+    address = ["--address", "tcp://127.0.0.1:0"]
+    assert command[-9:] == ["serve", "--threads", "1", *address, "--queue", "0", "--kv-disk", "2000000000"]
     assert loaded == [(77, str(tmp_path / "m.gguf"), str(tmp_path / "m.gguf"))]
     assert options["start_new_session"]
     assert options["env"]["SHOAL_HOME"] == str(home.root)
@@ -186,6 +187,7 @@ def test_old_logs_are_kept_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_ps_shows_models_and_has_every_field_as_json(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {"kv_cached_tokens": 90, "prompt_tokens_total": 400, "cached_tokens_total": 300}
+    figures |= {"kv_disk_bytes": 46_000_000, "kv_disk_pages_read_total": 7, "kv_disk_pages_written_total": 31}
     client = FakeClient(model_status("big", running=2, waiting=1, **figures))
     monkeypatch.setattr(client_module, "Client", client)
     monkeypatch.setattr(background, "running_pid", lambda home: 4242)
@@ -193,6 +195,7 @@ def test_ps_shows_models_and_has_every_field_as_json(home: Home, monkeypatch: py
     assert "pid 4242 · up 1 min 1 s · 2 threads · 5 MB resident · 3 requests · 99 tokens" in text
     assert "big: 1 rank, all in ram" in text
     assert "prefix cache: 45% of the KV, 75% of 400 prompt tokens were found there; 0 preemptions" in text
+    assert "KV on disk: 46 MB, 31 pages written, 7 read" in text
     found = json.loads(shoal("ps", "--json").stdout)
     assert found["draining"] is False
     assert (found["models"][0]["name"], found["models"][0]["chat_template"]) == ("big", True)
