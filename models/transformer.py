@@ -108,7 +108,8 @@ class Transformer:
             return x, routing, None
         shared = feed_forward(x, weights.feed_forward("shared_"), spec.activation)
         if moe.shared_gated:
-            shared *= torch.sigmoid(linears(x, weights.linears("shared_scale"))[0])  # (T, 1)
+            # Not torch.sigmoid: its last bit depends on how many rows there are.
+            shared /= 1 + torch.exp(-linears(x, weights.linears("shared_scale"))[0])  # (T, 1)
         return x, routing, shared
 
     def mix(self, weights: Sequence[Weights], x: Tensor, routing: Routing) -> Tensor:
