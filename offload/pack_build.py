@@ -124,6 +124,7 @@ class PackBuilder:
         sample = min(item.nbytes, SAMPLE_BYTES)
         try:
             with PackFile(path, sample) as file:
+                path.unlink()  # nothing stays, however this ends
                 began_s = time.monotonic()
                 file.write(0, sample, _limited(self._matrices(item, 0), sample))
                 return (time.monotonic() - began_s) * self.nbytes / sample
