@@ -17,18 +17,22 @@ import transformers
 import worker
 from transformers import AutoModelForCausalLM
 
+OWN_BYTES = (
+    1_200_000_000  # torch, transformers, the module in flight and the page cache that it is read through
+)
+
 
 class Accelerate:
     """The engine of `worker.Engine`, for one stream."""
 
-    def load(self, model: str, context: int, streams: int, threads: int, memory: int) -> dict[str, Any]:
+    def load(self, model: str, context: int, streams: int, threads: int, memory: int = 0) -> dict[str, Any]:
         torch.set_num_threads(threads)
         self._folder = tempfile.TemporaryDirectory(prefix="accelerate-")
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=torch.bfloat16,
             device_map="auto",
-            max_memory={"cpu": memory},
+            max_memory={"cpu": max(0, memory - OWN_BYTES)},
             offload_folder=self._folder.name,
         ).eval()
         self._vocab = self._model.config.vocab_size
