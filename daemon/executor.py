@@ -43,8 +43,7 @@ class Executor:
     def forward(self, step: Step) -> Tensor:
         """→ hidden states (R, hidden) of the rows the step asks for, before the final norm."""
         rotations = self.model.rotations(step)
-        with self.store.acquire(BlockId("embed")) as weights:
-            hidden = self.model.embed(weights, step)
+        hidden = self.model.embed(self.store.rows(BlockId("embed"), step.tokens))
         for layer, kind in enumerate(self.model.spec.layers):
             with self.store.acquire(BlockId("attn", layer)) as weights:
                 partial = self.model.attend(layer, weights, hidden, step, rotations, self.kv)

@@ -178,9 +178,7 @@ class Native:
     ) -> Tensor:
         x = x.contiguous()
         y = x.new_empty(x.size(0), all[0].leave.matrices[0].rows)
-        layers = [
-            (layer.prepared or _prepare(layer, layer.enter, layer.leave))[0] for layer in all
-        ]
+        layers = [(layer.prepared or _prepare(layer, layer.enter, layer.leave))[0] for layer in all]
         tokens, factors = routes.tokens.contiguous(), routes.factors.contiguous()
         if status := self._experts(
             x.data_ptr(),

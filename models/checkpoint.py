@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from shoal.kernels import Matrix, dequantize, from_stored, interleave
+from shoal.kernels import Matrix, WeightType, dequantize, from_stored, interleave
 from shoal.kernels.memory import Arena
 from shoal.partition.spec import BlockId, BlockKind
 
@@ -117,20 +117,55 @@ class Checkpoint:
 
     def read_block(self, block: BlockId) -> Weights:
         """Reads the tensors of a block, quantised ones into bands. Raises CheckpointError."""
+        matrices = {
+            role: self._matrix(tensor, first_row, rows)
+            for role, (tensor, first_row, rows) in self._matrices(block).items()
+        }
+        return Weights(matrices, self.read_vectors(block))
+
+    def matrices(self, block: BlockId) -> dict[str, tuple[WeightType, int, int]]:
+        """Role → stored type, rows and columns of each matrix that `read_block` gives, without reading."""
+        return {
+            role: (tensor.type, rows, tensor.shape[-1])
+            for role, (tensor, _, rows) in self._matrices(block).items()
+        }
+
+    def vector_lengths(self, block: BlockId) -> dict[str, int]:
+        """Role → length of each vector that `read_block` gives, without reading."""
         shapes = self._shapes[block.kind]
-        matrices: dict[str, Matrix] = {}
+        roles = (role for piece in self._pieces(block) for role in piece.roles)
+        return {role: shapes[role][0] for role in roles if len(shapes[role]) == 1}
+
+    def read_rows(
+        self, block: BlockId, role: str, start: int, stop: int, into: Tensor | None = None
+    ) -> Matrix:
+        """Rows [start, stop) of one matrix of a block; `into` is memory for them (uint8, `matrix_bytes`), by default
+        new. Raises CheckpointError.
+        """
+        tensor, first_row, rows = self._matrices(block)[role]
+        assert 0 <= start <= stop <= rows
+        return self._matrix(tensor, first_row + start, stop - start, into)
+
+    def read_vectors(self, block: BlockId) -> dict[str, Tensor]:
+        """The norms and biases of a block, f32 (n,), by role. Raises CheckpointError."""
+        shapes = self._shapes[block.kind]
         vectors: dict[str, Tensor] = {}
         for tensor, first_row, rows, roles in self._pieces(block):
-            sizes = [shapes[role][0] for role in roles]
             if len(shapes[roles[0]]) == 1:
                 stored = self._files.read(tensor, first_row, rows)
                 row = self._vector(roles[0], from_stored(tensor.type, rows, tensor.shape[-1], stored))
+                sizes = [shapes[role][0] for role in roles]
                 vectors.update(zip(roles, row.split_with_sizes(sizes), strict=True))
-                continue
-            for role, size in zip(roles, sizes, strict=True):
-                matrices[role] = self._matrix(tensor, first_row, size)
-                first_row += size
-        return Weights(matrices, vectors)
+        return vectors
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return self._files.paths
+
+    def bypass_cache(self) -> None:
+        """From now on what was read does not stay in the system's page cache."""
+        self._files.drops_pages = True
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises TokenizerError."""
@@ -154,10 +189,25 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _matrix(self, tensor: StoredTensor, first_row: int, rows: int) -> Matrix:
+    def _matrices(self, block: BlockId) -> dict[str, tuple[StoredTensor, int, int]]:
+        """Role → tensor, its first row and number of rows of each matrix of a block."""
+        shapes = self._shapes[block.kind]
+        found = {}
+        for tensor, first_row, _, roles in self._pieces(block):
+            if len(shapes[roles[0]]) == 1:
+                continue
+            for role in roles:
+                found[role] = (tensor, first_row, shapes[role][0])
+                first_row += shapes[role][0]
+        return found
+
+    def _matrix(
+        self, tensor: StoredTensor, first_row: int, rows: int, memory: Tensor | None = None
+    ) -> Matrix:
         """Rows [first_row, first_row + rows) as kernels want them; those that have to move are read in parts."""
         kind, cols = tensor.type, tensor.shape[-1]
-        memory = self._memory.take(kind.matrix_bytes(rows, cols))
+        if memory is None:
+            memory = self._memory.take(kind.matrix_bytes(rows, cols))
         if not kind.quantised:
             self._files.read(tensor, first_row, rows, memory)
             return Matrix(kind, memory, rows, cols)

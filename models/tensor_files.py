@@ -22,6 +22,7 @@ from shoal.kernels import WeightType
 
 from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
 
+_PAGE_BYTES = 4096
 _READ_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
 
 
@@ -56,8 +57,11 @@ class TensorFiles:
     """The files of one checkpoint, open for reading until `close`. Reads may come from several threads.
 
     `metadata` is what the files say about the model (GGUF metadata, or config.json); `unsupported` names the stored
-    type of each tensor that Shoal cannot read, so that it is refused only if it is needed.
+    type of each tensor that Shoal cannot read, so that it is refused only if it is needed. `drops_pages`: what was read
+    does not stay in the system's page cache.
     """
+
+    drops_pages = False
 
     def __init__(
         self,
@@ -130,6 +134,11 @@ class TensorFiles:
                     f"{offset + len(view)}; the file was cut short"
                 )
             done += got
+        if self.drops_pages and hasattr(os, "posix_fadvise"):
+            first = offset - offset % _PAGE_BYTES  # the page that the bytes before share with these
+            os.posix_fadvise(
+                self._descriptors[tensor.file], first, offset + done - first, os.POSIX_FADV_DONTNEED
+            )
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

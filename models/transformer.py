@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from shoal.kernels import Routes, experts, feed_forward, gather_rows, linears, rms_norm
+from shoal.kernels import Routes, experts, feed_forward, linears, rms_norm
 from shoal.kernels.attention import HeadNorms, Rotation
 from shoal.partition.spec import ModelSpec
 
@@ -52,10 +52,9 @@ class Transformer:
         """cos/sin of the step's positions, one per rope of the spec; computed once, used by every layer."""
         return [rope.at(step.positions) for rope in self._ropes]
 
-    def embed(self, weights: Weights, step: Step) -> Tensor:
-        """→ (T, C)"""
-        hidden = gather_rows(weights.matrix["embed"], step.tokens)
-        return hidden * self.spec.embed_scale if self.spec.embed_scale != 1.0 else hidden
+    def embed(self, rows: Tensor) -> Tensor:
+        """Rows of the embedding (T, C) → hidden (T, C)"""
+        return rows * self.spec.embed_scale if self.spec.embed_scale != 1.0 else rows
 
     def attend(
         self, layer: int, weights: Weights, hidden: Tensor, step: Step, rotations: list[Rotation], kv: KvCache

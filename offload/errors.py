@@ -1,7 +1,9 @@
 """Errors of the offload room.
 
 OffloadError
-└── BudgetExceeded     an allocation would exceed the budget; nothing was allocated
+├── BudgetExceeded     an allocation would exceed the budget; nothing was allocated
+└── PackError          a pack cannot be made or used
+    └── PackCorrupt        its bytes or its manifest are not those that were written
 """
 
 
@@ -11,3 +13,11 @@ class OffloadError(Exception):
 
 class BudgetExceeded(OffloadError):
     """The message gives what was asked for, what is held and the limit, in MB."""
+
+
+class PackError(OffloadError):
+    """The message names the file and what is wrong with it."""
+
+
+class PackCorrupt(PackError):
+    """Truncated or altered; the message names the block where it is known. Packing the model again mends it."""

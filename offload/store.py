@@ -6,21 +6,50 @@ computed with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from torch import Tensor
+
+from shoal.kernels import gather_rows
 from shoal.models.weights import Weights
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
 
+class Stage(NamedTuple):
+    """How far a step is, for people: blocks read of those that a step reads, and how fast lately."""
+
+    done: int
+    blocks: int
+    bytes_per_s: float
+
+
 class BlockStore(Protocol):
     """Where the executor gets weights from."""
 
-    stall_s: float  # time `acquire` has waited since the store was made
+    stall_s: float  # time `acquire` and `rows` have waited since the store was made
 
-    def acquire(self, block: BlockId) -> AbstractContextManager[Weights]: ...
+    def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
+        """A block's weights for the length of a `with`. Raises OffloadError when they cannot be read."""
+        ...
+
+    def rows(self, block: BlockId, ids: Tensor) -> Tensor:
+        """Rows of the embedding, f32 (T, hidden). Raises OffloadError when they cannot be read."""
+        ...
+
+    def expect(self, blocks: Sequence[BlockId]) -> None:
+        """These will be acquired next, in this order: a store that has to read them begins."""
+        ...
+
+    def stage(self) -> Stage | None:
+        """None when nothing is read while computing. For any thread."""
+        ...
+
+    def close(self) -> None:
+        """Ends what runs in the background; idempotent."""
+        ...
 
 
 class BlockReader(Protocol):
@@ -71,3 +100,15 @@ class ResidentStore:
 
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         return self._leases[block]
+
+    def rows(self, block: BlockId, ids: Tensor) -> Tensor:
+        return gather_rows(self._leases[block].weights.matrix["embed"], ids)
+
+    def expect(self, blocks: Sequence[BlockId]) -> None:
+        """Everything is here."""
+
+    def stage(self) -> Stage | None:
+        return None
+
+    def close(self) -> None:
+        """Nothing runs in the background."""

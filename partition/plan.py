@@ -1,7 +1,7 @@
 """`Plan`: pure data that says, for every block, where it lives and computes, and how much a step may hold.
 
-Knows blocks, tiers, devices and sizes. Does not read, allocate or compute; `solver` will choose among plans,
-`offload` and the executor carry one out. Today's only plan: one rank, everything in RAM.
+Knows blocks, tiers, devices and sizes. Does not read, allocate or compute; `offload` and the executor carry a plan
+out. Here is the plan that has everything in RAM; those that stream from a disk are made in `streaming`.
 """
 
 from __future__ import annotations
@@ -58,23 +58,65 @@ class Plan:
     guesses: int  # tokens guessed ahead in a step at most, all sequences together
     threads: int
     scratch_bytes: int  # what a step needs besides weights and KV
+    part_tokens: int = 1 << 30  # rows of a step that pass a block together: bounds the scratch of long steps
+    window_bytes: int = 0  # the ring that streamed blocks pass through; 0 = none is streamed
+    expert_slots: int = 0  # experts of any layer that are in memory together, if they are on disk
+    streamed_bytes: int = (
+        0  # read from disk for one token alone, experts as if any were as likely as the others
+    )
     ranks: int = 1
+
+    @property
+    def streams(self) -> bool:
+        """Whether any block comes from disk."""
+        return any(block.tier == "disk" for block in self.blocks)
 
     @property
     def weights_bytes(self) -> int:
         return sum(block.nbytes for block in self.blocks)
 
     @property
-    def peak_bytes(self) -> int:
-        return self.weights_bytes + self.kv.nbytes + self.scratch_bytes
+    def pinned_bytes(self) -> int:
+        """Of the blocks that stay in memory."""
+        return sum(block.nbytes for block in self.blocks if block.tier == "ram")
 
-    def describe(self) -> str:
-        """One line for people."""
-        tiers = sorted({b.tier for b in self.blocks})
-        return (
-            f"{self.ranks} rank, {self.threads} threads, {self.weights_bytes / 1e6:,.0f} MB of weights in "
-            f"{'+'.join(tiers)}, KV {self.kv.tokens:,} tokens in {self.kv.dtype} ({self.kv.nbytes / 1e6:,.0f} MB)"
-        )
+    @property
+    def cyclic_bytes(self) -> int:
+        """Of the blocks that pass through the window in every step."""
+        kept = ("embed", "expert")  # rows are gathered; experts have slots
+        return sum(it.nbytes for it in self.blocks if it.tier == "disk" and it.block.kind not in kept)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of the slots for experts: all are as large as the largest expert on disk."""
+        sizes = (item.nbytes for item in self.blocks if item.block.kind == "expert" and item.tier == "disk")
+        return self.expert_slots * max(sizes, default=0)
+
+    @property
+    def peak_bytes(self) -> int:
+        held = self.pinned_bytes + self.window_bytes + self.expert_bytes
+        return held + self.kv.nbytes + self.scratch_bytes
+
+    def step_s(self, read_bytes_per_s: float) -> float:
+        """What the disk takes for one token alone; 0 when nothing is streamed, or the disk's speed is not known (0)."""
+        return self.streamed_bytes / read_bytes_per_s if read_bytes_per_s > 0 else 0.0
+
+    def describe(self, read_bytes_per_s: float = 0.0) -> str:
+        """One line for people; with the speed of the disk, if that is known, also what a token takes."""
+        kv = f"KV {self.kv.tokens:,} tokens in {self.kv.dtype} ({self.kv.nbytes / 1e6:,.0f} MB)"
+        if not self.streams:
+            weights = f"{self.weights_bytes / 1e6:,.0f} MB of weights in ram"
+            return f"{self.ranks} rank, {self.threads} threads, {weights}, {kv}"
+        held = (self.pinned_bytes + self.expert_bytes) / 1e9
+        parts = [f"{held:.1f} of {self.weights_bytes / 1e9:.1f} GB stay in memory"]
+        if self.expert_slots:
+            parts.append(f"{self.expert_slots:,} experts among them, whichever are asked for")
+        if self.window_bytes:
+            through = f"through a window of {self.window_bytes / 1e6:,.0f} MB each step"
+            parts.append(f"{self.cyclic_bytes / 1e9:.1f} GB pass {through}")
+        if step_s := self.step_s(read_bytes_per_s):
+            parts.append(f"about {step_s:.2g} s per token at {read_bytes_per_s / 1e9:.1f} GB/s")
+        return f"{self.ranks} rank, {self.threads} threads, {', '.join(parts)}, {kv}"
 
 
 def kv_token_bytes(spec: ModelSpec, dtype: str) -> int:
@@ -85,17 +127,31 @@ def kv_token_bytes(spec: ModelSpec, dtype: str) -> int:
 
 
 def scratch_bytes(
-    spec: ModelSpec, *, context_tokens: int, chunk_tokens: int, sequences: int, guesses: int
+    spec: ModelSpec,
+    *,
+    context_tokens: int,
+    chunk_tokens: int,
+    sequences: int,
+    guesses: int,
+    part_tokens: int | None = None,
 ) -> int:
     """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and
-    KV, in f32."""
+    KV, in f32; `part_tokens` of its rows are in a block together, all of them if None."""
     moe = spec.moe
     ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
     heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, q rotated, what is mixed, k and v
-    rows = (chunk_tokens + sequences + guesses) * (4 * spec.hidden + 3 * ffn + heads)
+    rows = chunk_tokens + sequences + guesses
+    part = rows if part_tokens is None else min(rows, part_tokens)
+    inside = part * (spec.hidden + 3 * ffn + heads)
     # Only the reference kernels need it: copies of K and V of one layer, and a mask.
-    attention = context_tokens * (2 * spec.kv_heads * spec.head_dim + chunk_tokens)
-    return KERNEL_BYTES + 4 * (rows + attention + (sequences + guesses) * spec.vocab)
+    attention = context_tokens * (2 * spec.kv_heads * spec.head_dim + min(part, chunk_tokens))
+    logits = (sequences + guesses) * spec.vocab
+    return KERNEL_BYTES + 4 * (3 * rows * spec.hidden + inside + attention + logits)
+
+
+def arena_slack(nbytes: int) -> int:
+    """What memory for weights may waste, as it is taken in huge pages."""
+    return nbytes // 64
 
 
 def plan_in_ram(
@@ -120,7 +176,7 @@ def plan_in_ram(
     page_bytes = PAGE_TOKENS * kv_token_bytes(spec, kv_type)
     weights = sum(block_bytes.values())
     per_sequence = -(-context_tokens // PAGE_TOKENS)
-    scratch = scratch_bytes(
+    scratch = arena_slack(weights) + scratch_bytes(
         spec,
         context_tokens=context_tokens,
         chunk_tokens=chunk_tokens,

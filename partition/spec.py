@@ -15,17 +15,18 @@ BlockKind = Literal["embed", "attn", "ffn", "router", "expert", "head"]
 
 
 class BlockId(NamedTuple):
-    """The unit that is read, moved, split and computed together. `str()` gives its name."""
+    """The unit that is read, moved, split and computed together. `str()` gives its name.
+
+    `expert` counts the slices of a head that is streamed, too.
+    """
 
     kind: BlockKind
     layer: int = -1
     expert: int = -1
 
     def __str__(self) -> str:
-        if self.layer < 0:
-            return self.kind
         suffix = f".{self.expert}" if self.expert >= 0 else ""
-        return f"layers.{self.layer}.{self.kind}{suffix}"
+        return f"{self.kind}{suffix}" if self.layer < 0 else f"layers.{self.layer}.{self.kind}{suffix}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""Direct reads: bytes of a file into memory past the page cache, so that reading costs no memory but its target.
+
+Knows O_DIRECT (macOS: F_NOCACHE) and what to do where a file system refuses it: buffered reads whose pages are given
+back at once. Offsets, sizes and addresses are multiples of 4 KiB. `preadv` releases the interpreter lock, so threads
+overlap; which reads are under way together is the caller's business.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import threading
+import warnings
+from pathlib import Path
+
+from torch import Tensor
+
+from .errors import StoreError
+
+ALIGN_BYTES = 4096
+
+
+class DirectFile:
+    """A file open for direct reads. For any thread. Raises StoreError where it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            self._file, self.direct = _open(path)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
+        if not self.direct:
+            warnings.warn(
+                f"{path}: its file system has no direct reads; reading through the page cache, which is slower",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def read(self, offset: int, into: Tensor) -> None:
+        """Fills `into`, uint8 (n,), from byte `offset`. Raises OSError; EOFError when the file ends before."""
+        target = into.numpy().data
+        done = 0
+        while done < len(target):
+            got = os.preadv(self._file, [target[done:]], offset + done)
+            if got <= 0:
+                raise EOFError(f"the file ends at byte {offset + done}")
+            done += got
+            if done % ALIGN_BYTES and done < len(target):
+                raise EOFError(f"the file ends at byte {offset + done}")
+        if not self.direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file, offset, len(target), os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Idempotent; no read may be under way."""
+        with self._lock:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """(file descriptor, whether reads are direct)"""
+    flag = getattr(os, "O_DIRECT", 0)
+    if flag:
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag)
+        except OSError:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+        try:  # some file systems take the flag and refuse the reads
+            with mmap.mmap(-1, ALIGN_BYTES) as page:
+                os.preadv(file, [page], 0)
+            return file, True
+        except OSError:
+            os.close(file)
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if hasattr(fcntl, "F_NOCACHE"):
+        fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
+        return file, True
+    return file, False

@@ -1,0 +1,145 @@
+"""The cache of experts: which are in memory, and which goes when another is needed. Pure policy.
+
+Routing is not cyclic: some experts are chosen far more often than others. An expert's score is how often it was used,
+older uses counting less. The lowest score goes, and of equal ones the one used last, since its layer comes again last:
+so a prompt that passes all experts once leaves the often used ones where they are. Knows slots, all of one size, and
+scores; reads nothing and holds no lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
+from shoal.partition.spec import BlockId
+
+from .window import Chunk, Extent, Passage
+
+HALF_LIFE_STEPS = 64.0  # a use so many steps ago counts half
+LARGEST_WEIGHT = 1e100
+
+
+class ExpertCache:
+    """Experts in `slots` places of `slot_bytes`. At most `slots` may be leased at a time."""
+
+    def __init__(self, slots: int, slot_bytes: int, experts: Sequence[Extent]) -> None:
+        self._extents = {extent.block: extent for extent in experts}
+        self._slot_bytes = slot_bytes
+        self._free = list(range(slots - 1, -1, -1))
+        self._held: dict[BlockId, Passage] = {}
+        self._expected: dict[BlockId, int] = {}  # what will be acquired, in order
+        self._missing: list[BlockId] = []  # of these, what is not on its way yet, the next one last
+        self._reading: Passage | None = None  # that has not been asked for to its end
+        self._scores: dict[BlockId, float] = {}
+        self._used: dict[BlockId, int] = {}  # when an expert was used last
+        self._heap: list[tuple[float, int, BlockId]] = []  # candidates to go; those out of date are passed over
+        self._clock = 0
+        self._weight = 1.0  # of a use now: growing instead of all others shrinking
+        layers = len({extent.block.layer for extent in experts})
+        self._growth = 2.0 ** (1 / (HALF_LIFE_STEPS * max(1, layers)))
+
+    def expect(self, blocks: Sequence[BlockId]) -> None:
+        """These will be acquired next, in this order; what was expected before will not."""
+        self._weight *= self._growth
+        if self._weight > LARGEST_WEIGHT:
+            self._rescale()
+        self._expected = {block: i for i, block in enumerate(blocks) if block in self._extents}
+        for block in self._expected:
+            self._scores[block] = self._scores.get(block, 0.0) + self._weight
+        self._missing = [block for block in reversed(self._expected) if block not in self._held]
+
+    def want(self, block: BlockId) -> Passage | None:
+        """The passage of an expert; None while there is no place for it."""
+        passage = self._held.get(block)
+        if passage is None and block not in self._missing:
+            self._expected.setdefault(block, -1)
+            self._missing.append(block)
+        return None if passage is None or passage.left else passage
+
+    def next_read(self, most_bytes: int) -> Chunk | None:
+        """What to read now; None when nothing is missing or no place is free."""
+        if self._reading is None:
+            if not self._missing:
+                return None
+            slot = self._place(self._expected.get(self._missing[-1], -1))
+            if slot is None:
+                return None
+            extent = self._extents[self._missing.pop()]
+            position = slot * self._slot_bytes
+            self._reading = Passage(extent.block, extent.offset, position, extent.nbytes)
+            self._held[extent.block] = self._reading
+        passage = self._reading
+        chunk = passage.ask(most_bytes)
+        if passage.asked == passage.nbytes:
+            self._reading = None
+        return chunk
+
+    def leave(self, passage: Passage) -> None:
+        """It has been used for now. One that failed gives its slot back once no read writes there."""
+        if passage.error is not None:
+            passage.left = True
+            if passage is self._reading:
+                self._reading = None
+            self.sweep(passage)
+            return
+        self._clock += 1
+        self._used[passage.block] = self._clock
+        self._expected.pop(passage.block, None)
+        self._offer(passage.block)
+
+    def sweep(self, passage: Passage) -> None:
+        """A read of the passage has ended."""
+        if passage.left and passage.quiet and self._held.get(passage.block) is passage:
+            self._evict(passage.block)
+
+    def _place(self, order: int) -> int | None:
+        """A slot for what is the `order`-th of those expected."""
+        if not self._free:
+            self._make_room(order)
+        return self._free.pop() if self._free else None
+
+    def _make_room(self, order: int) -> None:
+        """Let one go, if any can: the lowest score; where all are expected, the one that is needed last."""
+        kept: list[BlockId] = []
+        while self._heap:
+            score, _, block = heappop(self._heap)
+            passage = self._held.get(block)
+            if passage is None or passage.leases or not passage.here:
+                continue
+            if score != self._scores.get(block, 0.0):
+                self._offer(block)
+            elif block in self._expected:
+                kept.append(block)
+            else:
+                self._evict(block)
+                break
+        for block in kept:
+            self._offer(block)
+        if self._free:
+            return
+        for block, place in reversed(self._expected.items()):
+            passage = self._held.get(block)
+            if place > order and passage is not None and passage.here and not passage.leases:
+                self._evict(block)
+                self._missing.append(block)
+                self._missing.sort(key=self._expected.__getitem__, reverse=True)
+                return
+
+    def _offer(self, block: BlockId) -> None:
+        if len(self._heap) > 8 * len(self._held) + 64:
+            self._heap = []  # mostly entries out of date
+            for held, passage in self._held.items():
+                if passage.here and not passage.leases:
+                    self._offer(held)
+        heappush(self._heap, (self._scores.get(block, 0.0), -self._used.get(block, 0), block))
+
+    def _evict(self, block: BlockId) -> None:
+        self._free.append(self._held.pop(block).position // self._slot_bytes)
+
+    def _rescale(self) -> None:
+        self._scores = {block: score / self._weight for block, score in self._scores.items()}
+        self._heap = []
+        for block, passage in self._held.items():
+            if passage.here and not passage.leases:
+                self._offer(block)
+        self._weight = 1.0

@@ -1,0 +1,222 @@
+"""Building a pack: block by block through small buffers, so that a model of any size is packed in little memory.
+
+A pack is built beside its place, as `NAME.partial`, and renamed when it is whole and on the disk, so nothing half made
+can be taken for a pack. A journal names the blocks that are written; the next attempt checks and keeps them. Knows how
+a checkpoint's rows become a pack's bytes; not where packs are kept, nor who may build one (`daemon.packs`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from shoal.kernels import dequantize, from_stored, quantise
+from shoal.kernels.types import BAND_ROWS
+from shoal.models.checkpoint import Checkpoint
+from shoal.partition.spec import BlockId
+
+from .errors import PackError
+from .pack import (
+    BLOCKS,
+    MANIFEST,
+    Manifest,
+    Pack,
+    PackedBlock,
+    PackedTensor,
+    Quant,
+    Source,
+    SourceFile,
+    joined,
+    open_pack,
+)
+from .pack_file import PackFile
+from .pack_journal import Journal
+from .pack_layout import head_origin, layout
+
+PART_BYTES = 16 << 20  # of weights in hand, as float32 where they are transcoded
+SAMPLE_BYTES = 32 << 20  # packed to find out how fast it goes
+
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """For callers that do not show any."""
+
+
+def source_of(checkpoint: Checkpoint, store: str = "") -> Source:
+    """What identifies the files of a checkpoint; `store` is the sha256 of its manifest in the model store.
+
+    Raises PackError.
+    """
+    paths = list(checkpoint.files)
+    if checkpoint.kind == "hf":
+        paths.append(checkpoint.path / "config.json")
+    try:
+        stats = [path.stat() for path in paths]
+    except OSError as error:
+        raise PackError(f"{checkpoint.path}: cannot be looked at: {error.strerror}") from error
+    files = [
+        SourceFile(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)
+    ]
+    return Source(str(checkpoint.path.absolute()), files, store)
+
+
+def build_pack(
+    checkpoint: Checkpoint, directory: Path, quant: Quant = "keep", progress: Progress = no_progress
+) -> Pack:
+    """Packs a checkpoint into `directory`, which must not exist yet: see `PackBuilder`."""
+    return PackBuilder(checkpoint, quant).build(directory, progress)
+
+
+class PackBuilder:
+    """The pack of one checkpoint to be. `nbytes` of its blocks are known before anything is read.
+
+    `part_bytes` bounds each of the few buffers that weights pass through.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, quant: Quant = "keep", store: str = "", part_bytes: int = PART_BYTES
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._store = store
+        self._part_bytes = part_bytes
+        self._stored = torch.empty(0, dtype=torch.uint8)
+        self.manifest = layout(checkpoint, quant, source_of(checkpoint, store))
+
+    @property
+    def nbytes(self) -> int:
+        return self.manifest.nbytes
+
+    def build(self, directory: Path, progress: Progress = no_progress) -> Pack:
+        """Makes `directory`, which must not exist yet, and opens it; `progress(bytes done, bytes in all)`.
+
+        Raises PackError, CheckpointError, and OSError when the disk fails or is full; what was written then lies
+        beside `directory` for the next attempt (see `partial_of`).
+        """
+        self._checkpoint.bypass_cache()
+        partial = partial_of(directory)
+        partial.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with Journal(partial, self.manifest) as journal, PackFile(partial / BLOCKS, self.nbytes) as file:
+            manifest = self._write(file, journal, progress)
+            file.sync()
+        if source_of(self._checkpoint, self._store) != manifest.source:
+            raise PackError(f"{self._checkpoint.path}: was changed while it was packed; pack it again")
+        with (partial / MANIFEST).open("wb") as out:
+            out.write(msgspec.json.encode(manifest))
+            out.flush()
+            os.fsync(out.fileno())
+        journal.remove()
+        _sync(partial)
+        partial.rename(directory)
+        _sync(directory.parent)
+        return open_pack(directory)
+
+    def seconds(self, directory: Path) -> float:
+        """How long `build` will take, from doing a little of it into a file in `directory` that goes again.
+
+        Raises CheckpointError and OSError.
+        """
+        self._checkpoint.bypass_cache()
+        item = max(self.manifest.blocks, key=lambda item: item.nbytes)
+        path = directory / f".speed-{os.getpid()}"
+        sample = min(item.nbytes, SAMPLE_BYTES)
+        try:
+            with PackFile(path, sample) as file:
+                began_s = time.monotonic()
+                file.write(0, sample, _limited(self._matrices(item, 0), sample))
+                return (time.monotonic() - began_s) * self.nbytes / sample
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _write(self, file: PackFile, journal: Journal, progress: Progress) -> Manifest:
+        """Writes all blocks. → the manifest with their checksums"""
+        vectors = self.manifest.vectors
+        vectors = replace(vectors, checksum=file.write(vectors.offset, vectors.nbytes, self._vectors()))
+        blocks: list[PackedBlock] = []
+        first_row = 0  # of the next slice of the head
+        for item in self.manifest.blocks:
+            progress(item.offset, self.nbytes)
+            if item.block.kind == "embed" and self._checkpoint.spec.tied:  # its bytes are the head's
+                slices = [block.checksum for block in blocks if block.block.kind == "head"]
+                blocks.append(replace(item, checksum=joined(slices)))
+                continue
+            found = journal.kept(item, file)
+            if found is None:
+                found = file.write(item.offset, item.nbytes, self._matrices(item, first_row))
+                journal.add(item, found)
+            if item.block.kind == "head":
+                first_row += item.tensors["head"].rows
+            blocks.append(replace(item, checksum=found))
+        progress(self.nbytes, self.nbytes)
+        return replace(self.manifest, vectors=vectors, blocks=blocks)
+
+    def _vectors(self) -> Iterator[Tensor]:
+        at = 0
+        for block, places in self.manifest.vectors.blocks:
+            values = self._checkpoint.read_vectors(block)
+            for role, (offset, length) in places.items():
+                yield torch.zeros(offset - at, dtype=torch.uint8)
+                yield values[role].contiguous().view(torch.uint8)
+                at = offset + 4 * length
+
+    def _matrices(self, item: PackedBlock, first_row: int) -> Iterator[Tensor]:
+        """The bytes of a block's matrices, one after the other, each part valid until the next."""
+        at = 0
+        for role, tensor in item.tensors.items():
+            yield torch.zeros(tensor.offset - at, dtype=torch.uint8)
+            if item.block.kind == "head":
+                yield from self._matrix(*head_origin(self._checkpoint), tensor, first_row)
+            else:
+                yield from self._matrix(item.block, role, tensor, 0)
+            at = tensor.offset + tensor.nbytes
+
+    def _matrix(self, block: BlockId, role: str, tensor: PackedTensor, first_row: int) -> Iterator[Tensor]:
+        """The bytes of one matrix, whole bands of rows at a time."""
+        kind, cols = tensor.kind, tensor.cols
+        stored, _, _ = self._checkpoint.matrices(block)[role]
+        row_bytes = stored.row_bytes(cols) if stored is kind else 4 * cols
+        step = max(1, self._part_bytes // row_bytes // BAND_ROWS) * BAND_ROWS
+        for start in range(0, tensor.rows, step):
+            rows = min(step, tensor.rows - start)
+            memory = self._memory(stored.matrix_bytes(rows, cols))
+            first = first_row + start
+            matrix = self._checkpoint.read_rows(block, role, first, first + rows, memory)
+            if stored is not kind:
+                encoded = quantise(kind, dequantize(matrix))
+                matrix = from_stored(kind, rows, cols, encoded)
+            yield matrix.data
+
+    def _memory(self, nbytes: int) -> Tensor:
+        if nbytes > len(self._stored):
+            self._stored = torch.empty(nbytes, dtype=torch.uint8)
+        return self._stored[:nbytes]
+
+
+def partial_of(directory: Path) -> Path:
+    """Where the pack `directory` lies while it is built."""
+    return directory.with_name(directory.name + ".partial")
+
+
+def _limited(parts: Iterable[Tensor], nbytes: int) -> Iterator[Tensor]:
+    """The first `nbytes` of all parts together."""
+    for part in parts:
+        yield part[:nbytes]
+        nbytes -= len(part)
+        if nbytes <= 0:
+            return
+
+
+def _sync(directory: Path) -> None:
+    """Wait until the disk has the names in a directory."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

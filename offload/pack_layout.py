@@ -1,0 +1,122 @@
+"""Where every block of a pack will lie, and in which type each matrix is kept: all of a pack but its bytes.
+
+Follows from the checkpoint's shapes and `quant` alone, so the size is known before anything is read, and an attempt
+that was cut off finds its blocks again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import msgspec
+
+from shoal.kernels import WeightType
+from shoal.kernels.types import BAND_ROWS, Q4_0, Q8_0
+from shoal.models.checkpoint import Checkpoint
+from shoal.partition.spec import BlockId
+
+from .pack import (
+    ALIGN_BYTES,
+    FORMAT,
+    KERNEL_LAYOUT,
+    PAGE_BYTES,
+    Manifest,
+    PackedBlock,
+    PackedTensor,
+    PackedVectors,
+    Quant,
+    Source,
+)
+
+SLICE_BYTES = 64 << 20  # of the head, at most
+_DECISIVE = frozenset({"router", "shared_scale"})  # small, and what they say is chosen by
+_TABLES = frozenset({"embed", "head"})  # hurt most by few bits
+UNKNOWN = "0" * 16  # checksum of what is not written yet
+
+
+def layout(checkpoint: Checkpoint, quant: Quant, source: Source) -> Manifest:
+    """The manifest of the pack to be, its checksums not known yet."""
+    spec = checkpoint.spec
+    vectors = _vectors(checkpoint)
+    at = vectors.nbytes
+    blocks: list[PackedBlock] = []
+    for block in spec.blocks():
+        if block == BlockId("embed") and spec.tied:
+            continue
+        for item in _head(checkpoint, quant) if block.kind == "head" else (_whole(checkpoint, block, quant),):
+            blocks.append(msgspec.structs.replace(item, offset=at))
+            at += item.nbytes
+    if spec.tied:
+        head = [item for item in blocks if item.block.kind == "head"]
+        kind, _, cols, _ = head[0].tensors["head"]
+        tensors = {"embed": PackedTensor(kind, spec.vocab, cols, 0)}
+        nbytes = sum(item.nbytes for item in head)
+        blocks.append(PackedBlock(BlockId("embed"), head[0].offset, nbytes, UNKNOWN, tensors))
+    facts: dict[str, str | int] = {
+        "name": checkpoint.name,
+        "family": spec.family,
+        "layers": len(spec.layers),
+        "hidden": spec.hidden,
+        "vocab": spec.vocab,
+    }
+    return Manifest(FORMAT, KERNEL_LAYOUT, source, quant, "whole", facts, vectors, blocks)
+
+
+def _head(checkpoint: Checkpoint, quant: Quant) -> Iterator[PackedBlock]:
+    """The head's slices; of whole pages, but for the last, so that nothing is between them."""
+    block, role = head_origin(checkpoint)
+    kind, rows, cols = checkpoint.matrices(block)[role]
+    kind = kept_type(role, kind, cols, quant)
+    band_bytes = kind.matrix_bytes(BAND_ROWS, cols)
+    least = PAGE_BYTES // math.gcd(PAGE_BYTES, band_bytes)  # bands
+    step = BAND_ROWS * least * max(1, SLICE_BYTES // (least * band_bytes))
+    for number, start in enumerate(range(0, rows, step)):
+        tensors = {"head": PackedTensor(kind.name, min(step, rows - start), cols, 0)}
+        yield _block(BlockId("head", -1, number), tensors)
+
+
+def head_origin(checkpoint: Checkpoint) -> tuple[BlockId, str]:
+    """The block and role of the checkpoint that the head's slices are cut from."""
+    return (BlockId("embed"), "embed") if checkpoint.spec.tied else (BlockId("head"), "head")
+
+
+def _whole(checkpoint: Checkpoint, block: BlockId, quant: Quant) -> PackedBlock:
+    tensors = {}
+    at = 0
+    for role, (kind, rows, cols) in checkpoint.matrices(block).items():
+        tensors[role] = PackedTensor(kept_type(role, kind, cols, quant).name, rows, cols, at)
+        at = rounded(at + tensors[role].nbytes, ALIGN_BYTES)
+    return _block(block, tensors)
+
+
+def _block(block: BlockId, tensors: dict[str, PackedTensor]) -> PackedBlock:
+    end = max(tensor.offset + tensor.nbytes for tensor in tensors.values())
+    return PackedBlock(block, 0, rounded(end, PAGE_BYTES), UNKNOWN, tensors)
+
+
+def _vectors(checkpoint: Checkpoint) -> PackedVectors:
+    blocks = []
+    at = 0
+    for block in checkpoint.spec.blocks():
+        places = {}
+        for role, length in checkpoint.vector_lengths(block).items():
+            places[role] = (at, length)
+            at = rounded(at + 4 * length, ALIGN_BYTES)
+        if places:
+            blocks.append((block, places))
+    return PackedVectors(0, rounded(at, PAGE_BYTES), UNKNOWN, blocks)
+
+
+def kept_type(role: str, kind: WeightType, cols: int, quant: Quant) -> WeightType:
+    """The type that a matrix gets in a pack: another one only where that saves an eighth of its bytes at least."""
+    if quant == "keep" or role in _DECISIVE:
+        return kind
+    wanted = Q8_0 if quant == "q8" or role in _TABLES else Q4_0
+    saves = wanted.bits_per_weight <= kind.bits_per_weight * 7 / 8
+    return wanted if saves and cols % wanted.block_weights == 0 else kind
+
+
+def rounded(value: int, step: int) -> int:
+    """`value`, or the next multiple of `step`."""
+    return -(-value // step) * step

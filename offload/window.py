@@ -1,0 +1,151 @@
+"""The window: which block is read next, where to, and when its place may be used again. Pure policy.
+
+Blocks pass through a ring of bytes in the order of a step, lap after lap. Where a block lies is fixed: blocks are
+placed one behind the other, from the beginning again where the next one does not fit and at the first block of the
+cycle. A block may be read as soon as nothing is in its place, piece by piece while its predecessors leave. Knows bytes
+and order; reads nothing, waits for nothing and holds no lock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from shoal.partition.spec import BlockId
+
+
+@dataclass(eq=False)
+class Passage:
+    """`nbytes` of a block, from byte `offset` of a file to `position` in memory, and how far they have come."""
+
+    block: BlockId
+    offset: int
+    position: int
+    nbytes: int
+    asked: int = 0  # bytes that reads have been given out for, from the first on
+    landed: int = 0  # bytes whose reads have ended
+    error: Exception | None = None  # of the first read that failed
+    leases: int = 0
+    left: bool = False  # will not be used again
+
+    @property
+    def here(self) -> bool:
+        """All of it can be used."""
+        return self.landed == self.nbytes and self.error is None
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is being written to its place."""
+        return self.landed == self.asked
+
+    def ask(self, most_bytes: int) -> Chunk:
+        """The next bytes to read."""
+        start = self.asked
+        self.asked = min(self.nbytes, start + most_bytes)
+        return Chunk(self, start, self.asked - start)
+
+
+class Chunk(NamedTuple):
+    """Bytes [start, start + nbytes) of a passage, to be read now."""
+
+    passage: Passage
+    start: int
+    nbytes: int
+
+
+class Extent(NamedTuple):
+    """Where in the file a block lies."""
+
+    block: BlockId
+    offset: int
+    nbytes: int
+
+
+class Line:
+    """Passages that are wanted at once, in the order they came."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Passage] = deque()
+
+    def add(self, passage: Passage) -> None:
+        self._waiting.append(passage)
+
+    def next_read(self, most_bytes: int) -> Chunk | None:
+        if not self._waiting:
+            return None
+        passage = self._waiting[0]
+        chunk = passage.ask(most_bytes)
+        if passage.asked == passage.nbytes:
+            self._waiting.popleft()
+        return chunk
+
+    def clear(self) -> None:
+        """What nobody waits for any more is not read."""
+        self._waiting.clear()
+
+
+class Window:
+    """A ring of `nbytes` that the blocks of `cycle` pass through. `nbytes` are enough for the largest; with those of
+    the two largest neighbours a block is read while the one before it is used."""
+
+    def __init__(self, nbytes: int, cycle: Sequence[Extent]) -> None:
+        self._cycle = cycle
+        self._index = {extent.block: i for i, extent in enumerate(cycle)}
+        self._positions = _places(nbytes, cycle)
+        self._next = 0  # of the cycle, to begin with next
+        self._passing: list[Passage] = []  # in the order of use
+
+    def next_read(self, most_bytes: int) -> Chunk | None:
+        """What to read now; None while all places are taken."""
+        last = self._passing[-1] if self._passing else None
+        if last is None or last.left or last.error or last.asked == last.nbytes:
+            last = self._begin(self._next)
+        start = last.position + last.asked
+        end = start + min(most_bytes, last.nbytes - last.asked)
+        for other in self._passing:
+            if other is not last and other.position < end and start < other.position + other.nbytes:
+                return None
+        return last.ask(most_bytes)
+
+    def want(self, block: BlockId) -> Passage:
+        """The passage of a block that is used next. What should have been used before it is left out; if it is not on
+        its way, the window begins with it."""
+        for at, passage in enumerate(self._passing):
+            if passage.block == block and not passage.left:
+                break
+        else:
+            at, passage = len(self._passing), self._begin(self._index[block])
+        for skipped in self._passing[:at]:
+            skipped.left = True
+        self.sweep()
+        return passage
+
+    def leave(self, passage: Passage) -> None:
+        """It has been used, or it failed: its place is free once no read writes there."""
+        passage.left = True
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Forget passages that were left, as far as their reads have ended."""
+        self._passing = [p for p in self._passing if not (p.left and p.quiet)]
+
+    def _begin(self, index: int) -> Passage:
+        self._next = (index + 1) % len(self._cycle)
+        extent = self._cycle[index]
+        passage = Passage(extent.block, extent.offset, self._positions[index], extent.nbytes)
+        self._passing.append(passage)
+        return passage
+
+
+def _places(nbytes: int, cycle: Sequence[Extent]) -> list[int]:
+    """Where in a ring of `nbytes` each extent begins."""
+    places: list[int] = []
+    end = 0
+    for extent in cycle:
+        assert extent.nbytes <= nbytes, f"{extent.block}: {extent.nbytes} of {nbytes}"
+        start = end if end + extent.nbytes <= nbytes else 0
+        places.append(start)
+        end = start + extent.nbytes
+    return places

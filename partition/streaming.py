@@ -1,0 +1,253 @@
+"""Plans for models that do not fit into memory: what stays, what passes through the window, how long a step may be.
+
+Every token needs every dense block, in the same order, so which of them stay makes no difference to the bytes that are
+read: as many stay as fit, spread evenly, so that what is read passes while pinned neighbours compute. Of the blocks the
+largest kind is pinned first, because the window must hold two of the largest that stream. Rows of an embedding are
+gathered, so it need not stay. Experts are asked for in no order: they get equal slots after everything else has its
+place.
+
+More memory never streams more bytes: what grows with memory besides the weights grows by less than memory does.
+Pure: knows sizes. How a window works is `offload.window`, what a pack is `offload.pack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from .errors import PlanError
+from .plan import PAGE_TOKENS, BlockPlan, KvPlan, Plan, kv_token_bytes, scratch_bytes
+from .spec import BlockId, ModelSpec
+
+KV_SHARE = 8  # of memory goes to the KV pool: an eighth, but one context at least
+SCRATCH_SHARE = 12  # goes to long steps: a twelfth
+WINDOW_SHARE = 10  # goes to the window: a tenth, within WINDOW_BLOCKS
+WINDOW_BLOCKS = (2, 3)  # least and most of the largest streamed blocks in the window; more does not help
+PART_TOKENS = (32, 64, 256)  # rows in a block together: least; enough to lengthen steps instead; most
+READING_BYTES = 24 << 20  # what reading itself holds: rows of the embedding, parts that are checked
+_SEARCH_BYTES = 1 << 20  # how exactly the least memory is told
+
+
+class Wanted(NamedTuple):
+    """What is asked of a plan, whatever memory there is. `kv_tokens` None: as memory allows."""
+
+    spec: ModelSpec
+    context_tokens: int
+    kv_tokens: int | None
+    kv_type: str
+    chunk_tokens: int  # the least that a long step must hold
+    sequences: int
+    guesses: int
+    threads: int
+
+
+def plan_within(
+    wanted: Wanted, extents: Mapping[BlockId, int], vectors_bytes: int, *, memory_bytes: int
+) -> Plan:
+    """A plan that streams what does not fit into `memory_bytes`.
+
+    extents: bytes of every block in a pack, in the order of a step, the head in slices; those of an embedding that is
+    tied to the head are 0. vectors_bytes: norms and biases, which stay. Raises PlanError with the bytes that would do.
+    """
+
+    def plan(memory: int) -> Plan | None:
+        return _plan(wanted, extents, vectors_bytes, memory)
+
+    made = plan(memory_bytes)
+    if made is None:
+        enough = max(memory_bytes, _SEARCH_BYTES)
+        while plan(enough) is None:
+            enough *= 2
+        short = _most(0, enough // _SEARCH_BYTES, lambda steps: plan(steps * _SEARCH_BYTES) is None)
+        raise PlanError(
+            f"needs {(short + 1) * _SEARCH_BYTES / 1e6:,.0f} MB at least, even with its weights streamed from disk, "
+            f"but the budget leaves {memory_bytes / 1e6:,.0f} MB for it"
+        )
+    return made
+
+
+def _plan(
+    wanted: Wanted, extents: Mapping[BlockId, int], vectors_bytes: int, memory_bytes: int
+) -> Plan | None:
+    """None when the least that it needs does not fit."""
+    fixed = _fixed(wanted, memory_bytes)
+    always = vectors_bytes + READING_BYTES
+    weights = _Weights(wanted.spec, extents)
+    room = memory_bytes - always - fixed.kv_bytes - fixed.room_bytes
+    choice = weights.choose(room, memory_bytes // WINDOW_SHARE)
+    if choice is None:
+        return None
+    page_bytes = PAGE_TOKENS * kv_token_bytes(wanted.spec, wanted.kv_type)
+    return Plan(
+        blocks=tuple(
+            BlockPlan(block, nbytes, "ram" if block in choice.pinned else "disk")
+            for block, nbytes in extents.items()
+        ),
+        kv=KvPlan(fixed.kv_pages, PAGE_TOKENS, wanted.kv_type, fixed.kv_pages * page_bytes),
+        context_tokens=wanted.context_tokens,
+        chunk_tokens=fixed.chunk_tokens,
+        sequences=wanted.sequences,
+        guesses=wanted.guesses,
+        threads=wanted.threads,
+        scratch_bytes=always + fixed.scratch_bytes + choice.slack_bytes,
+        part_tokens=fixed.part_tokens,
+        window_bytes=choice.window_bytes,
+        expert_slots=choice.expert_slots,
+        streamed_bytes=choice.streamed_bytes,
+    )
+
+
+# --- KV and scratch ---------------------------------------------------------------------------------------
+
+
+class _Fixed(NamedTuple):
+    """What a plan holds besides weights. `kv_bytes` and `room_bytes` are set aside for KV and scratch: they grow
+    with memory without a jump, where pages and tokens come whole."""
+
+    kv_pages: int
+    kv_bytes: int
+    chunk_tokens: int
+    part_tokens: int
+    scratch_bytes: int
+    room_bytes: int
+
+
+def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
+    """Whole prompts in one step, as far as their share of memory allows; then more of them in a block at once."""
+    page_bytes = PAGE_TOKENS * kv_token_bytes(wanted.spec, wanted.kv_type)
+    if wanted.kv_tokens is not None:
+        kv_bytes = -(-wanted.kv_tokens // PAGE_TOKENS) * page_bytes
+    else:
+        one = -(-wanted.context_tokens // PAGE_TOKENS) * page_bytes
+        kv_bytes = _between(one, memory_bytes // KV_SHARE, one * wanted.sequences)
+    pages = kv_bytes // page_bytes
+
+    def scratch(chunk: int, part: int) -> int:
+        return scratch_bytes(
+            wanted.spec,
+            context_tokens=wanted.context_tokens,
+            chunk_tokens=chunk,
+            sequences=wanted.sequences,
+            guesses=wanted.guesses,
+            part_tokens=part,
+        )
+
+    least_part, first_part, most_part = PART_TOKENS
+    shortest, longest = wanted.chunk_tokens, max(wanted.chunk_tokens, pages * PAGE_TOKENS)
+    share = memory_bytes // SCRATCH_SHARE
+    room = _between(scratch(shortest, least_part), share, scratch(longest, most_part))
+    part = first_part if scratch(shortest, first_part) <= room else least_part
+    chunk = _most(shortest, longest, lambda tokens: scratch(tokens, part) <= room)
+    part = _most(part, most_part, lambda tokens: scratch(chunk, tokens) <= room)
+    return _Fixed(pages, kv_bytes, chunk, part, scratch(chunk, part), room)
+
+
+# --- weights ----------------------------------------------------------------------------------------------
+
+
+class _Choice(NamedTuple):
+    pinned: frozenset[BlockId]
+    slack_bytes: int  # that pinning wastes
+    window_bytes: int
+    expert_slots: int
+    streamed_bytes: int
+
+
+class _Kind:
+    """Blocks of one kind, and what the first so many to be pinned amount to."""
+
+    def __init__(self, blocks: Sequence[tuple[BlockId, int]]) -> None:
+        self.blocks = blocks
+        self.largest = max(nbytes for _, nbytes in blocks)
+        counts = range(len(blocks) + 1)
+        self.pinned_bytes = [sum(nbytes for _, nbytes in self.evenly(count)) for count in counts]
+        self.slack_bytes = [sum(block_slack(nbytes) for _, nbytes in self.evenly(count)) for count in counts]
+
+    def evenly(self, count: int) -> Iterator[tuple[BlockId, int]]:
+        """`count` of the blocks, as far apart as they can be (Bresenham's line)."""
+        whole = len(self.blocks)
+        return (
+            item
+            for place, item in enumerate(self.blocks)
+            if (place + 1) * count // whole > place * count // whole
+        )
+
+
+class _Weights:
+    """The blocks of a model that may stay or stream."""
+
+    def __init__(self, spec: ModelSpec, extents: Mapping[BlockId, int]) -> None:
+        sizes = list(extents.items())
+        kinds: dict[str, list[tuple[BlockId, int]]] = {}
+        for block, nbytes in sizes:
+            if block.kind not in ("embed", "expert"):
+                kinds.setdefault(block.kind, []).append((block, nbytes))
+        self._kinds = sorted(map(_Kind, kinds.values()), key=lambda kind: -kind.largest)
+        self._dense_bytes = sum(kind.pinned_bytes[-1] for kind in self._kinds)
+        self._experts = sum(block.kind == "expert" for block, _ in sizes)
+        self._expert_bytes = max((nbytes for block, nbytes in sizes if block.kind == "expert"), default=0)
+        self._active = spec.moe.active if spec.moe else 0
+        self._moe_layers = sum(layer.moe for layer in spec.layers)
+
+    def choose(self, room: int, window_share: int) -> _Choice | None:
+        """What streams least within `room`; None when nothing does."""
+        slots = min(self._active, self._experts)
+        best: tuple[int, int, tuple[int, ...]] | None = None
+        for counts in self._states():
+            pinned, need = self._need(counts, window_share)
+            if need + slots * self._expert_bytes <= room:
+                found = (self._dense_bytes - pinned, need, counts)
+                best = min(best or found, found)
+        if best is None:
+            return None
+        streamed, need, counts = best
+        if self._experts:
+            if not streamed:
+                slots = min(self._experts, (room - need) // self._expert_bytes)
+            missed = 1 - slots / self._experts
+            streamed += int(self._moe_layers * self._active * self._expert_bytes * missed)
+        pinned_blocks = (
+            block for kind, count in zip(self._kinds, counts, strict=True) for block, _ in kind.evenly(count)
+        )
+        slack = sum(kind.slack_bytes[count] for kind, count in zip(self._kinds, counts, strict=True))
+        return _Choice(frozenset(pinned_blocks), slack, self._window(counts, window_share), slots, streamed)
+
+    def _states(self) -> Iterator[tuple[int, ...]]:
+        """How many of each kind may be pinned: any number of the first; of the others one kind after the other."""
+        first, *others = (len(kind.blocks) for kind in self._kinds)
+        rest = [tuple(0 for _ in others)]
+        for place, whole in enumerate(others):
+            before, after = others[:place], others[place + 1 :]
+            rest += [(*before, count, *(0 for _ in after)) for count in range(1, whole + 1)]
+        return ((count, *counts) for count in range(first + 1) for counts in rest)
+
+    def _need(self, counts: tuple[int, ...], window_share: int) -> tuple[int, int]:
+        """(bytes pinned, bytes they and the window take)"""
+        chosen = list(zip(self._kinds, counts, strict=True))
+        pinned = sum(kind.pinned_bytes[count] for kind, count in chosen)
+        slack = sum(kind.slack_bytes[count] for kind, count in chosen)
+        return pinned, pinned + slack + self._window(counts, window_share)
+
+    def _window(self, counts: tuple[int, ...], share: int) -> int:
+        chosen = list(zip(self._kinds, counts, strict=True))
+        largest = max((kind.largest for kind, count in chosen if count < len(kind.blocks)), default=0)
+        streamed = sum(kind.pinned_bytes[-1] - kind.pinned_bytes[count] for kind, count in chosen)
+        least, most = WINDOW_BLOCKS
+        return min(_between(least * largest, share, most * largest), streamed)
+
+
+def block_slack(nbytes: int) -> int:
+    """What a pinned block may waste of huge pages."""
+    return min(nbytes // 16, 1 << 20)
+
+
+def _between(least: int, value: int, most: int) -> int:
+    return max(least, min(value, most))
+
+
+def _most(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number of [low, high] that fits, if those that do come first; `low` does."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
