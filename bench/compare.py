@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hollow
 import machine
 import synthetic
 import synthetic_hf
@@ -101,7 +102,7 @@ def model_path(row: Row, default_model: Path, directory: Path) -> Path:
         return default_model
     if row.model == WIDE_MODEL:
         return widen.cached(default_model, directory)
-    write = synthetic_hf.cached if row.form == "directory" else synthetic.cached
+    write = {"gguf": synthetic.cached, "directory": synthetic_hf.cached, "hollow": hollow.cached}[row.form]
     return write(SHAPES[row.model], directory, default_model, synthetic.bar(row.model))
 
 

@@ -2,7 +2,8 @@
 
 What Accelerate offers for a model larger than memory, run by a python that has it: `device_map="auto"` fills the memory
 it is allowed with whole modules in the order of the model and leaves the others in the safetensors file they came
-from. Half of the bytes that float32 would take; run eagerly, as offloading does.
+from. What stays is copied out of that file: left as the mapped pages that transformers makes of it, the kernel drops it,
+and everything is read for every token. Half of the bytes that float32 would take; run eagerly, as offloading does.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ class Accelerate:
             max_memory={"cpu": max(0, memory - OWN_BYTES)},
             offload_folder=self._folder.name,
         ).eval()
+        for weights in self._model.parameters():
+            if weights.device.type == "cpu":
+                weights.data = weights.data.clone()
         self._vocab = self._model.config.vocab_size
         places = list(self._model.hf_device_map.values())
         return {

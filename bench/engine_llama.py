@@ -3,7 +3,7 @@
 All sequences are computed in one batch, each with its own sequence id; the most likely token is taken. Parameters are
 llama.cpp's defaults but for what is asked; --no-flash turns flash attention off, which decodes long contexts faster and
 does all else slower (docs/LOG.md). Where memory is bounded the weights stay in the mapped file, which the kernel may
-drop, rather than be packed anew into memory of the process, which it may not, and batches are no longer than the context.
+drop, rather than be packed anew into memory of the process, which it may not, and batches are at most the context.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def budgets(run: Run, sizes: Sizes) -> list[Figure]:
     for share in SHARES:
         straight = low + (high - low) * (share - SHARES[0]) / (SHARES[-1] - SHARES[0])
         name = f"time per token at {share:.0%} ({share * model_bytes / 1e9:.2f} GB)"
-        figures.append(Figure(name, "s", "less", {"shoal": found[share], STRAIGHT: [straight] * run.rounds}))
+        values = {"shoal": found[share], STRAIGHT: [straight] * run.rounds}
+        figures.append(Figure(name, "s", "less", values, at=share * model_bytes / 1e9))
     whole = {"shoal": found[SHARES[-1]], "in memory, without a budget": unbounded}
     name = f"time per token at {SHARES[-1]:.0%}"
     return [*figures, Figure(name, "s", "less", whole), peak]

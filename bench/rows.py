@@ -20,7 +20,7 @@ class Row:
     model: str
     scenario: Scenario
     sizes: Sizes = field(default_factory=Sizes)
-    form: Literal["gguf", "directory"] = "gguf"
+    form: Literal["gguf", "directory", "hollow"] = "gguf"
     must: Mapping[str, float] = field(default_factory=dict)  # least ratios, by how a figure's name begins
 
 
@@ -103,6 +103,7 @@ OFFLOAD_ROWS = (
         "llama-70b",
         offload_scenarios.disk_bound,
         Sizes(prompt=64, new=3, peer="", cap_gb=3.1),
+        form="hollow",
         must=_FLOOR,
     ),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from shapes import SHAPES, Shape, TensorShape
 from shoal.daemon.home import Home
 from shoal.daemon.library import Library
 
+GGUF_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 POOL_BYTES = 8 << 20  # of random blocks per type; tensors are cut from it at random places
 SPARE_BYTES = 1 << 30  # left free on the disk
 _BLOCK_FLOATS = {  # byte offsets of the float16 scales in a block, each with its share of the first one
@@ -91,11 +93,18 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write(shape: Shape, path: Path, vocabulary: Path, progress: Progress = lambda done, total: None) -> None:
-    """Write the file. Raises SyntheticError when the disk is too small."""
+def write(
+    shape: Shape,
+    path: Path,
+    vocabulary: Path,
+    progress: Progress = lambda done, total: None,
+    *,
+    hollow: bool = False,
+) -> None:
+    """Write the file; a hollow one has a hole for each tensor. Raises SyntheticError when the disk is too small."""
     tensors = list(shape.tensors())
     total = sum(_nbytes(tensor) for tensor in tensors)
-    need_room(shape, path.parent, total)
+    need_room(shape, path.parent, 0 if hollow else total)
     writer = GGUFWriter(path, shape.arch)
     _write_facts(writer, shape)
     for name, field in _vocabulary(vocabulary, shape.vocab).items():
@@ -109,6 +118,13 @@ def write(shape: Shape, path: Path, vocabulary: Path, progress: Progress = lambd
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     done = 0
+    if hollow:
+        writer.close()
+        with path.open("r+b") as stream:
+            stream.seek(0, os.SEEK_END)
+            begin = -(-stream.tell() // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
+            stream.truncate(begin + sum(-(-_nbytes(t) // GGUF_ALIGNMENT) * GGUF_ALIGNMENT for t in tensors))
+        return
     for seed, tensor in enumerate(tensors):
         writer.write_tensor_data(data(tensor, np.random.default_rng(seed)))
         done += _nbytes(tensor)

@@ -1,7 +1,7 @@
 """The tables of bench/README.md, made of the results that `compare.py` and `offload.py` keep.
 
     python bench/table.py [RESULT.json …]      prints the tables; default: all in bench/results
-    python bench/table.py --write              puts them into bench/README.md, each between its two marks
+    python bench/table.py --write              puts them into bench/README.md, between their marks, and draws plots
 
 Knows results and Markdown. Measures nothing.
 """
@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from figures import Figure, spread
+from plot import svg
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -95,6 +96,15 @@ def write(readme: Path, section: str, text: str) -> None:
     readme.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
+def _draw(path: Path) -> None:
+    """Beside a result, a plot of what was measured along an axis."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"].values()
+    for row in rows:
+        figures = [Figure.from_json(fields) for fields in row["figures"]]
+        if drawn := svg(figures, "budget, GB", "s per token"):
+            path.with_suffix(".svg").write_text(drawn, encoding="utf-8")
+
+
 def tables(paths: list[Path]) -> str:
     return "\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
 
@@ -111,6 +121,8 @@ def main() -> None:
         text = tables(sorted(directory.glob("*.json")))
         if options.write:
             write(README, section, text)
+            for path in directory.glob("*.json"):
+                _draw(path)
         else:
             print(text)
 
