@@ -6,6 +6,8 @@ Knows how they are listed and asked for. The store itself is `daemon.library`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +15,8 @@ import click
 from shoal.daemon import registry
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
-from shoal.daemon.library import Entry, Library
+from shoal.daemon.library import Entry, Library, is_path
+from shoal.daemon.pack_shelf import PackEntry, PackShelf
 from shoal.daemon.sizes import format_bytes
 
 from .imports import engine_imports
@@ -56,11 +59,14 @@ def pull(source: str, name: str | None, link: bool, as_json: bool) -> None:
 @click.command(epilog=examples("shoal ls", "shoal ls --json"))
 @json_option
 def ls(as_json: bool) -> None:
-    """List the models in the store."""
-    library = Library(Home.from_env())
+    """List the models in the store, and the packs that were made of them and of others."""
+    home = Home.from_env()
+    library, packs = Library(home), PackShelf(home).list()
     entries = library.list()
     if as_json:
-        print_json([_described(entry) for entry in entries])
+        names = {entry.name for entry in entries}
+        models = [_described(entry, packs) for entry in entries]
+        print_json([*models, *(_described_pack(pack) for pack in packs if pack.model not in names)])
         return
     if not entries:
         note(f"the store is empty; try: shoal pull {registry.DEFAULT_MODEL}")
@@ -75,6 +81,12 @@ def ls(as_json: bool) -> None:
                 manifest.added[:10],
                 printable(manifest.source),
             )
+        console().print(rows)
+    if packs:
+        rows = table("pack of", "quant", "size", "state", right=("size",))
+        for pack in packs:
+            name = printable(pack.model) or pack.directory.name
+            rows.add_row(name, pack.quant, format_bytes(pack.size_bytes), pack.state)
         console().print(rows)
     for name in library.damaged():
         note(f"{name} is damaged: shoal rm --yes {name}, then shoal pull it again")
@@ -98,19 +110,37 @@ def show(model: str, as_json: bool) -> None:
     console().print(rows)
 
 
-@click.command(epilog=examples("shoal rm smollm2", "shoal rm --yes smollm2"))
+@click.command(epilog=examples("shoal rm smollm2", "shoal rm --yes smollm2", "shoal rm --packs ./model.gguf"))
 @click.argument("name")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-def rm(name: str, yes: bool) -> None:
-    """Remove the model NAME from the store. A daemon that has it loaded goes on with it."""
-    library = Library(Home.from_env())
+@click.option(
+    "--packs", "only_packs", is_flag=True, help="Only what shoal pack made of it; NAME may be a path."
+)
+def rm(name: str, yes: bool, only_packs: bool) -> None:
+    """Remove the model NAME and its packs from the store. A daemon that has it loaded goes on with it."""
+    home = Home.from_env()
+    library, shelf = Library(home), PackShelf(home)
+    if only_packs:
+        _remove_packs(
+            shelf, str(Path(name).expanduser().absolute()) if is_path(name) else registry.canonical(name)
+        )
+        return
     name = registry.canonical(name)
     if name not in library.damaged():
         entry = library.entry(name)
         if not yes:
-            _ask(f"Remove {entry.name} ({format_bytes(entry.size_bytes)})?")
+            size_bytes = entry.size_bytes + sum(pack.size_bytes for pack in shelf.of(name))
+            _ask(f"Remove {entry.name} ({format_bytes(size_bytes)})?")
     library.remove(name)
+    shelf.remove(name)
     note(f"{name} is removed")
+
+
+def _remove_packs(shelf: PackShelf, model: str) -> None:
+    """They can be made again, so nobody is asked."""
+    if not shelf.of(model):
+        raise DaemonError("not_found", f"there are no packs of {model}", "see shoal ls")
+    note(f"the packs of {model} ({format_bytes(shelf.remove(model))}) are removed")
 
 
 def _human(name: str, value: Any) -> str:
@@ -127,7 +157,7 @@ def _human(name: str, value: Any) -> str:
     return str(value)
 
 
-def _described(entry: Entry) -> dict[str, Any]:
+def _described(entry: Entry, packs: Sequence[PackEntry] = ()) -> dict[str, Any]:
     manifest = entry.manifest
     return {
         "name": entry.name,
@@ -136,6 +166,18 @@ def _described(entry: Entry) -> dict[str, Any]:
         "path": str(entry.path),
         "source": manifest.source,
         "added": manifest.added,
+        "packs": [_described_pack(pack) for pack in packs if pack.model == entry.name],
+    }
+
+
+def _described_pack(pack: PackEntry) -> dict[str, Any]:
+    return {
+        "name": pack.model,
+        "kind": "pack",
+        "quant": pack.quant,
+        "bytes": pack.size_bytes,
+        "state": pack.state,
+        "path": str(pack.directory),
     }
 
 

@@ -33,6 +33,7 @@ VERBS = {
     "ls": Verb("store", "List the models in the store.", "Models"),
     "show": Verb("store", "Show the facts of a model.", "Models"),
     "rm": Verb("store", "Remove a model from the store.", "Models"),
+    "pack": Verb("pack", "Lay a model out for reading from disk.", "Models"),
     "serve": Verb("serve", "Run the daemon.", "Daemon"),
     "stop": Verb("serve", "Stop the daemon.", "Daemon"),
     "ps": Verb("observe", "Show what the daemon runs.", "Daemon"),

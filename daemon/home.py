@@ -36,6 +36,10 @@ class Home:
         return self.root / "models"
 
     @property
+    def packs(self) -> Path:
+        return self.root / "packs"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -11,7 +11,6 @@ from (`pull`) nor what is inside their files.
 from __future__ import annotations
 
 import difflib
-import fcntl
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from msgspec import Meta, Struct
 from . import registry
 from .errors import DaemonError
 from .home import Home, private_dir
+from .locks import alone
 from .transfer import Progress, disk_errors, hash_file, no_progress, sync, sync_directory
 
 MANIFEST = "manifest.json"
@@ -213,13 +213,7 @@ class Library:
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        with (self._internal(".locks") / name).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise DaemonError(
-                    "busy", f"another process is fetching or removing {name}", "try again when it is done"
-                ) from error
+        with alone(self._internal(".locks") / name, f"fetching or removing {name}"):
             yield
 
     def _claim(self, path: Path, source: str) -> None:

@@ -12,7 +12,7 @@ from shoal.models.errors import (
     TokenizerError,
     UnsupportedCheckpoint,
 )
-from shoal.offload.errors import BudgetExceeded
+from shoal.offload.errors import BudgetExceeded, PackError
 from shoal.partition.errors import PlanError, SpecError
 
 from .errors import DaemonError
@@ -27,6 +27,7 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (SamplingError, "bad_request"),
     (PlanError, "resources"),
     (BudgetExceeded, "resources"),
+    (PackError, "corrupt"),
     (MemoryError, "resources"),
     (ModelError, "internal"),
     (OSError, "internal"),

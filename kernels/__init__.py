@@ -18,7 +18,6 @@ from shoal.kernels.dispatch import (
 )
 from shoal.kernels.errors import KernelError, OperandError, UnsupportedTypeError
 from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
-from shoal.kernels.quantise import quantise
 from shoal.kernels.types import WEIGHT_TYPES, WeightType, weight_type
 
 __all__ = [
@@ -41,7 +40,6 @@ __all__ = [
     "interleave",
     "linear",
     "linears",
-    "quantise",
     "rms_norm",
     "set_threads",
     "weight_type",

@@ -82,7 +82,8 @@ def _best_scale(x: Tensor, steps: int) -> Tensor:
 
 def _largest(x: Tensor) -> Tensor:
     """Of each group the number of the largest magnitude, with its sign; (…, n) → (…, 1)"""
-    return x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    most, least = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
+    return torch.where(most >= -least, most, least)
 
 
 def _nearest(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:

@@ -14,104 +14,30 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
 
-import msgspec
 import torch
 import xxhash
-from msgspec import Meta, Struct
 from torch import Tensor
 
 from shoal.kernels import WEIGHT_TYPES, KernelError, Matrix, WeightType
+from shoal.models.families import bias_shapes, shapes
 from shoal.models.weights import Weights
-from shoal.partition.spec import BlockId
+from shoal.partition.spec import BlockId, ModelSpec
 
 from .errors import PackCorrupt, PackError
+from .pack_format import (
+    ALIGN_BYTES,
+    BLOCKS,
+    PAGE_BYTES,
+    Manifest,
+    PackedBlock,
+    PackedTensor,
+    read_manifest,
+)
 
-FORMAT: Literal[1] = 1
-KERNEL_LAYOUT: Literal[1] = 1  # of the bytes of a matrix: bands of sixteen rows (`kernels.bands`)
-PAGE_BYTES = 4096
-ALIGN_BYTES = 64
-MANIFEST = "manifest.json"
-BLOCKS = "blocks.bin"
-MANIFEST_BYTES = 256 << 20  # no model's manifest is larger
-VECTORS_BYTES = 1 << 30  # nor the norms and biases of one
+__all__ = ["Pack", "PackedBlock", "PackedTensor", "open_pack"]
 
-Quant = Literal["keep", "q8", "q4"]
-
-_Size = Annotated[int, Meta(ge=0, le=1 << 60)]
-_Count = Annotated[int, Meta(ge=1, le=1 << 40)]
-_Checksum = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 _TYPES = {kind.name: kind for kind in WEIGHT_TYPES}
-
-
-class PackedTensor(NamedTuple):
-    """One matrix; `offset` counts from the beginning of its block."""
-
-    type: str
-    rows: _Count
-    cols: _Count
-    offset: _Size
-
-    @property
-    def kind(self) -> WeightType:
-        return _TYPES[self.type]
-
-    @property
-    def nbytes(self) -> int:
-        return self.kind.matrix_bytes(self.rows, self.cols)
-
-
-class PackedBlock(Struct, frozen=True):
-    """Where one block lies: `nbytes` from byte `offset` of blocks.bin, both multiples of 4096; xxh3_64 of them."""
-
-    block: BlockId
-    offset: _Size
-    nbytes: _Size
-    checksum: _Checksum
-    tensors: dict[str, PackedTensor]
-
-
-class PackedVectors(Struct, frozen=True):
-    """Where the vectors lie: role → (first byte in the extent, length) of each block that has any."""
-
-    offset: _Size
-    nbytes: Annotated[int, Meta(ge=0, le=VECTORS_BYTES)]
-    checksum: _Checksum
-    blocks: list[tuple[BlockId, dict[str, tuple[_Size, _Count]]]]
-
-
-class SourceFile(Struct, frozen=True):
-    path: str
-    size: int
-    mtime_ns: int
-
-
-class Source(Struct, frozen=True):
-    """What a pack was made from. `store`: sha256 of the manifest of a model in the store, else empty."""
-
-    path: str
-    files: list[SourceFile]
-    store: str = ""
-
-
-class Manifest(Struct, frozen=True):
-    """All that is known of a pack. `model`: facts for people."""
-
-    format: Literal[1]
-    kernel_layout: Literal[1]
-    source: Source
-    quant: Quant
-    shard: Literal["whole"]
-    model: dict[str, str | int]
-    vectors: PackedVectors
-    blocks: Annotated[list[PackedBlock], Meta(max_length=1 << 22)]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of blocks.bin."""
-        ends = (item.offset + item.nbytes for item in self.blocks)
-        return max(self.vectors.offset + self.vectors.nbytes, *ends, 0)
 
 
 class Pack:
@@ -130,12 +56,42 @@ class Pack:
         self.vectors = vectors
         self._slices = [item for item in manifest.blocks if item.block.kind == "head"]
 
+    def require(self, spec: ModelSpec) -> None:
+        """Raises PackCorrupt unless these are the blocks of `spec`, with all their tensors in the right shapes."""
+        head = [item.block for item in self._slices]
+        expected = {block for block in spec.blocks() if block.kind != "head"} | {
+            BlockId("head", -1, number) for number in range(len(head))
+        }
+        if not head or self.blocks.keys() != expected:
+            raise _wrong(self.path, "does not have the blocks of its model")
+        vectors = {block: found for block, found in self.vectors.items() if block not in self.blocks}
+        if vectors.keys() - {BlockId("head")}:
+            raise _wrong(self.path, "has vectors of blocks that are not there")
+        rows = 0
+        for block, item in self.blocks.items():
+            shaped = {role: (tensor.rows, tensor.cols) for role, tensor in item.tensors.items()}
+            if block.kind == "head":
+                rows += item.tensors["head"].rows if "head" in item.tensors else 0
+                right = shaped.keys() == {"head"} and shaped["head"][1] == spec.hidden
+            else:
+                needed = shapes(spec, block.kind)
+                right = shaped == {role: shape for role, shape in needed.items() if len(shape) == 2}
+            if not right:
+                raise _wrong(self.path, f"block {block} does not have the matrices of its model")
+        if rows != spec.vocab:
+            raise _wrong(self.path, f"the head has {rows} rows, the model {spec.vocab}")
+        for block in spec.blocks():
+            lengths = {role: (len(vector),) for role, vector in self.vectors.get(block, {}).items()}
+            needed = {role: shape for role, shape in shapes(spec, block.kind).items() if len(shape) == 1}
+            if not needed.items() <= lengths.items() <= (needed | bias_shapes(spec, block.kind)).items():
+                raise _wrong(self.path, f"block {block} does not have the vectors of its model")
+
     def weights(self, block: BlockId, memory: Tensor) -> Weights:
         """A block whose bytes are in `memory`, uint8 (nbytes,): views of it, and the block's vectors."""
         item = self.blocks[block]
         assert memory.shape == (item.nbytes,), f"{block}: {tuple(memory.shape)}, not {item.nbytes}"
         matrices = {
-            role: Matrix(it.kind, memory[it.offset : it.offset + it.nbytes], it.rows, it.cols)
+            role: Matrix(_TYPES[it.type], memory[it.offset : it.offset + tensor_bytes(it)], it.rows, it.cols)
             for role, it in item.tensors.items()
         }
         owner = BlockId("head") if block.kind == "head" else block
@@ -153,6 +109,15 @@ class Pack:
             raise PackCorrupt(
                 f"{self.path}: block {block} was altered: its checksum is wrong; pack the model again"
             )
+
+
+def tensor_type(tensor: PackedTensor) -> WeightType:
+    return _TYPES[tensor.type]
+
+
+def tensor_bytes(tensor: PackedTensor) -> int:
+    """Bytes of the matrix in its block."""
+    return _TYPES[tensor.type].matrix_bytes(tensor.rows, tensor.cols)
 
 
 def checksum(memory: Tensor) -> str:
@@ -195,22 +160,6 @@ def open_pack(directory: Path) -> Pack:
     return Pack(path, manifest, vectors)
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest, its types and ranges checked, but not yet against the file. Raises PackError."""
-    path = directory / MANIFEST
-    try:
-        with path.open("rb") as file:
-            text = file.read(MANIFEST_BYTES + 1)
-    except FileNotFoundError as error:
-        raise PackError(f"{directory}: is no pack: it has no {MANIFEST}") from error
-    except OSError as error:
-        raise PackError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        return msgspec.json.decode(text, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise PackCorrupt(f"{path}: is not the manifest of a pack of this version: {error}") from error
-
-
 def _check_places(path: Path, manifest: Manifest, size: int) -> None:
     """Every extent and tensor lies where it may, and none over another. Raises PackCorrupt."""
     if manifest.nbytes != size:
@@ -251,7 +200,7 @@ def _check_tensors(path: Path, item: PackedBlock) -> None:
         if tensor.offset % ALIGN_BYTES or tensor.offset < end:
             raise _wrong(path, f"{what} lies at {tensor.offset}: not aligned, or over what is before it")
         try:
-            end = tensor.offset + tensor.nbytes
+            end = tensor.offset + tensor_bytes(tensor)
         except KernelError as error:
             raise _wrong(path, f"{what}: {error}") from error
     if end > item.nbytes:

@@ -1,6 +1,6 @@
 """Building a pack: block by block through small buffers, so that a model of any size is packed in little memory.
 
-A pack is built beside its place, as `NAME.partial`, and renamed when it is whole and on the disk, so nothing half made
+A pack is built beside its place, as NAME.partial, and renamed when it is whole and on the disk, so nothing half made
 can be taken for a pack. A journal names the blocks that are written; the next attempt checks and keeps them. Knows how
 a checkpoint's rows become a pack's bytes; not where packs are kept, nor who may build one (`daemon.packs`).
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -17,44 +17,35 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from shoal.kernels import dequantize, from_stored, quantise
+from shoal.kernels import dequantize, from_stored
+from shoal.kernels.quantise import quantise
 from shoal.kernels.types import BAND_ROWS
 from shoal.models.checkpoint import Checkpoint
 from shoal.partition.spec import BlockId
 
 from .errors import PackError
-from .pack import (
+from .pack import Pack, joined, open_pack, tensor_bytes, tensor_type
+from .pack_file import PackFile, Progress, no_progress
+from .pack_format import (
     BLOCKS,
     MANIFEST,
+    PARTIAL,
     Manifest,
-    Pack,
     PackedBlock,
     PackedTensor,
     Quant,
     Source,
     SourceFile,
-    joined,
-    open_pack,
 )
-from .pack_file import PackFile
 from .pack_journal import Journal
 from .pack_layout import head_origin, layout
 
 PART_BYTES = 16 << 20  # of weights in hand, as float32 where they are transcoded
 SAMPLE_BYTES = 32 << 20  # packed to find out how fast it goes
 
-Progress = Callable[[int, int], None]
 
-
-def no_progress(done: int, total: int) -> None:
-    """For callers that do not show any."""
-
-
-def source_of(checkpoint: Checkpoint, store: str = "") -> Source:
-    """What identifies the files of a checkpoint; `store` is the sha256 of its manifest in the model store.
-
-    Raises PackError.
-    """
+def source_of(checkpoint: Checkpoint) -> Source:
+    """What identifies the files of a checkpoint. Raises PackError."""
     paths = list(checkpoint.files)
     if checkpoint.kind == "hf":
         paths.append(checkpoint.path / "config.json")
@@ -65,7 +56,7 @@ def source_of(checkpoint: Checkpoint, store: str = "") -> Source:
     files = [
         SourceFile(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)
     ]
-    return Source(str(checkpoint.path.absolute()), files, store)
+    return Source(str(checkpoint.path.absolute()), files)
 
 
 def build_pack(
@@ -78,17 +69,21 @@ def build_pack(
 class PackBuilder:
     """The pack of one checkpoint to be. `nbytes` of its blocks are known before anything is read.
 
-    `part_bytes` bounds each of the few buffers that weights pass through.
+    `source`: what it is made from, if that has a name besides its path. `part_bytes` bounds each of the few buffers
+    that weights pass through. Torch should compute on one thread (`kernels.set_threads`).
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, quant: Quant = "keep", store: str = "", part_bytes: int = PART_BYTES
+        self,
+        checkpoint: Checkpoint,
+        quant: Quant = "keep",
+        source: Source | None = None,
+        part_bytes: int = PART_BYTES,
     ) -> None:
         self._checkpoint = checkpoint
-        self._store = store
         self._part_bytes = part_bytes
         self._stored = torch.empty(0, dtype=torch.uint8)
-        self.manifest = layout(checkpoint, quant, source_of(checkpoint, store))
+        self.manifest = layout(checkpoint, quant, source or source_of(checkpoint))
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +101,7 @@ class PackBuilder:
         with Journal(partial, self.manifest) as journal, PackFile(partial / BLOCKS, self.nbytes) as file:
             manifest = self._write(file, journal, progress)
             file.sync()
-        if source_of(self._checkpoint, self._store) != manifest.source:
+        if source_of(self._checkpoint).files != manifest.source.files:
             raise PackError(f"{self._checkpoint.path}: was changed while it was packed; pack it again")
         with (partial / MANIFEST).open("wb") as out:
             out.write(msgspec.json.encode(manifest))
@@ -175,11 +170,11 @@ class PackBuilder:
                 yield from self._matrix(*head_origin(self._checkpoint), tensor, first_row)
             else:
                 yield from self._matrix(item.block, role, tensor, 0)
-            at = tensor.offset + tensor.nbytes
+            at = tensor.offset + tensor_bytes(tensor)
 
     def _matrix(self, block: BlockId, role: str, tensor: PackedTensor, first_row: int) -> Iterator[Tensor]:
         """The bytes of one matrix, whole bands of rows at a time."""
-        kind, cols = tensor.kind, tensor.cols
+        kind, cols = tensor_type(tensor), tensor.cols
         stored, _, _ = self._checkpoint.matrices(block)[role]
         row_bytes = stored.row_bytes(cols) if stored is kind else 4 * cols
         step = max(1, self._part_bytes // row_bytes // BAND_ROWS) * BAND_ROWS
@@ -201,7 +196,7 @@ class PackBuilder:
 
 def partial_of(directory: Path) -> Path:
     """Where the pack `directory` lies while it is built."""
-    return directory.with_name(directory.name + ".partial")
+    return directory.with_name(directory.name + PARTIAL)
 
 
 def _limited(parts: Iterable[Tensor], nbytes: int) -> Iterator[Tensor]:

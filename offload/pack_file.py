@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +19,18 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .pack import PAGE_BYTES
+from shoal.partition.spec import BlockId
+
+from .pack import Pack
+from .pack_format import PAGE_BYTES
 
 CHUNK_BYTES = 8 << 20
+
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """For callers that do not show any."""
 
 
 class PackFile:
@@ -31,7 +40,7 @@ class PackFile:
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
-        self._descriptor, self._direct = _open(path)
+        self._descriptor, self._direct = _open(path, os.O_RDWR | os.O_CREAT)
         self._buffer, self._other = _pages(CHUNK_BYTES), _pages(CHUNK_BYTES)
         self._thread = ThreadPoolExecutor(1, "pack")
         self._pending: Future[None] | None = None
@@ -64,14 +73,9 @@ class PackFile:
         self._wait()
         return digest.hexdigest()
 
-    def stored(self, offset: int, nbytes: int) -> Iterator[Tensor]:
-        """What the file has there, uint8, chunk by chunk; a chunk is valid until the next is asked for."""
-        for start in range(0, nbytes, CHUNK_BYTES):
-            chunk = self._buffer[: min(CHUNK_BYTES, nbytes - start)]
-            if os.preadv(self._descriptor, [chunk.numpy().data], offset + start) != len(chunk):
-                raise OSError(errno.EIO, "the file ends too early")
-            self._settle(offset + start, len(chunk))
-            yield chunk
+    def checksum(self, offset: int, nbytes: int) -> str:
+        """xxh3_64, in hex, of what the file has there. Raises OSError."""
+        return stored_checksum(self._descriptor, self._direct, self._buffer, offset, nbytes)
 
     def sync(self) -> None:
         """Wait until the disk has everything."""
@@ -109,15 +113,54 @@ class PackFile:
         self._settle(offset, len(view))
 
     def _settle(self, offset: int, nbytes: int) -> None:
-        """Where the page cache could not be passed by, it is emptied."""
-        if not self._direct and hasattr(os, "posix_fadvise"):
+        if not self._direct:
             os.fdatasync(self._descriptor)
-            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+            _drop(self._descriptor, offset, nbytes)
 
 
-def _open(path: Path) -> tuple[int, bool]:
+def stored_checksum(descriptor: int, direct: bool, buffer: Tensor, offset: int, nbytes: int) -> str:
+    """xxh3_64, in hex, of what a file has there, read through `buffer`. Raises OSError."""
+    digest = xxhash.xxh3_64()
+    for start in range(offset, offset + nbytes, len(buffer)):
+        view = buffer[: min(len(buffer), offset + nbytes - start)].numpy().data
+        if os.preadv(descriptor, [view], start) != len(view):
+            raise OSError(errno.EIO, "the file ends too early")
+        if not direct:
+            _drop(descriptor, start, len(view))
+        digest.update(view)
+    return digest.hexdigest()
+
+
+def damaged_blocks(pack: Pack, progress: Progress = no_progress) -> list[BlockId]:
+    """Reads all of a pack: the blocks whose bytes are not those that were written. `progress(bytes done, in all)`.
+
+    A tied embedding is its head's slices. Raises OSError.
+    """
+    slices = [item for item in pack.blocks.values() if item.block.kind == "head"]
+    descriptor, direct = _open(pack.path, os.O_RDONLY)
+    buffer = _pages(CHUNK_BYTES)
+    damaged = []
+    try:
+        for item in pack.manifest.blocks:
+            progress(item.offset, pack.manifest.nbytes)
+            if item.block.kind == "embed" and item.offset == slices[0].offset:
+                continue
+            if stored_checksum(descriptor, direct, buffer, item.offset, item.nbytes) != item.checksum:
+                damaged.append(item.block)
+    finally:
+        os.close(descriptor)
+    return damaged
+
+
+def _drop(descriptor: int, offset: int, nbytes: int) -> None:
+    """Where the page cache could not be passed by, it is emptied."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def _open(path: Path, flags: int) -> tuple[int, bool]:
     """A descriptor, and whether it passes the page cache by."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    flags |= os.O_CLOEXEC
     if direct := getattr(os, "O_DIRECT", 0):
         try:
             return os.open(path, flags | direct, 0o600), True

@@ -1,4 +1,4 @@
-"""What an unfinished pack already has: one line per block that is written, with its checksum.
+"""What an unfinished pack is to be (`DRAFT`), and has already: one line per block that is written, with its checksum.
 
 Nothing in it is believed: a block is kept only if its bytes still have the checksum, so no line has to be on the disk
 before the next. Does not know what is in a block.
@@ -10,10 +10,9 @@ from pathlib import Path
 from types import TracebackType
 
 import msgspec
-import xxhash
 
-from .pack import BLOCKS, Manifest, PackedBlock
 from .pack_file import PackFile
+from .pack_format import BLOCKS, DRAFT, Manifest, PackedBlock
 
 JOURNAL = "journal"
 
@@ -22,32 +21,32 @@ class Journal:
     """The journal in the directory `partial` of the pack `manifest`. What is there of another pack is removed."""
 
     def __init__(self, partial: Path, manifest: Manifest) -> None:
-        self._path = partial / JOURNAL
-        claim = xxhash.xxh3_128_hexdigest(msgspec.json.encode(manifest))
-        lines = self._path.read_text(errors="replace").splitlines() if self._path.is_file() else []
+        self._paths = draft, journal = partial / DRAFT, partial / JOURNAL
         self._written: dict[str, str] = {}
-        if lines[:1] == [claim]:
-            self._written = {name: found for name, _, found in (line.partition(" ") for line in lines[1:])}
+        wanted = msgspec.json.encode(manifest)
+        if journal.is_file() and draft.is_file() and draft.read_bytes() == wanted:
+            lines = journal.read_text(errors="replace").splitlines()
+            self._written = {name: found for name, _, found in (line.partition(" ") for line in lines)}
         else:
             (partial / BLOCKS).unlink(missing_ok=True)
-            self._path.write_text(claim + "\n")
-        self._file = self._path.open("a", buffering=1)
+            journal.unlink(missing_ok=True)
+            draft.write_bytes(wanted)
+        self._file = journal.open("a", buffering=1)
 
     def kept(self, item: PackedBlock, file: PackFile) -> str | None:
         """The checksum of a block that an earlier attempt wrote, if its bytes are still those."""
         written = self._written.get(str(item.block))
         if written is None:
             return None
-        digest = xxhash.xxh3_64()
-        for chunk in file.stored(item.offset, item.nbytes):
-            digest.update(chunk.numpy().data)
-        return written if digest.hexdigest() == written else None
+        return written if file.checksum(item.offset, item.nbytes) == written else None
 
     def add(self, item: PackedBlock, checksum: str) -> None:
         self._file.write(f"{item.block} {checksum}\n")
 
     def remove(self) -> None:
-        self._path.unlink()
+        """When the pack is whole."""
+        for path in self._paths:
+            path.unlink()
 
     def __enter__(self) -> Journal:
         return self

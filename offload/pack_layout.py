@@ -16,7 +16,8 @@ from shoal.kernels.types import BAND_ROWS, Q4_0, Q8_0
 from shoal.models.checkpoint import Checkpoint
 from shoal.partition.spec import BlockId
 
-from .pack import (
+from .pack import tensor_bytes
+from .pack_format import (
     ALIGN_BYTES,
     FORMAT,
     KERNEL_LAYOUT,
@@ -86,12 +87,12 @@ def _whole(checkpoint: Checkpoint, block: BlockId, quant: Quant) -> PackedBlock:
     at = 0
     for role, (kind, rows, cols) in checkpoint.matrices(block).items():
         tensors[role] = PackedTensor(kept_type(role, kind, cols, quant).name, rows, cols, at)
-        at = rounded(at + tensors[role].nbytes, ALIGN_BYTES)
+        at = rounded(at + tensor_bytes(tensors[role]), ALIGN_BYTES)
     return _block(block, tensors)
 
 
 def _block(block: BlockId, tensors: dict[str, PackedTensor]) -> PackedBlock:
-    end = max(tensor.offset + tensor.nbytes for tensor in tensors.values())
+    end = max(tensor.offset + tensor_bytes(tensor) for tensor in tensors.values())
     return PackedBlock(block, 0, rounded(end, PAGE_BYTES), UNKNOWN, tensors)
 
 

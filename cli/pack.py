@@ -1,0 +1,118 @@
+"""`shoal pack`: a model laid out for being read from disk while it runs.
+
+Knows options, the bar and what is printed. Building and verifying are `daemon.packs`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.home import Home
+from shoal.daemon.library import Library
+from shoal.daemon.sizes import format_bytes, format_duration
+
+from .imports import engine_imports
+from .options import examples, json_option, size
+from .output import note, print_json, spinner, transfer_bar
+from .paint import printable
+
+if TYPE_CHECKING:
+    from shoal.daemon.packs import Estimate
+
+
+@click.command(
+    epilog=examples(
+        "shoal pack smollm2",
+        "shoal pack --quant q4 ~/models/llama-70b",
+        "shoal pack --verify smollm2",
+    )
+)
+@click.argument("model")
+@click.option(
+    "--quant",
+    type=click.Choice(["keep", "q8", "q4"]),
+    default="keep",
+    show_default=True,
+    help="Bits of its matrices: as they are, or 8 or 4 where that is less.",
+)
+@click.option("--memory", type=size, metavar="SIZE", help="Bound for this process, e.g. 500MB.")
+@click.option("--verify", is_flag=True, help="Read a pack that was made and compare its checksums.")
+@json_option
+def pack(
+    model: str, quant: Literal["keep", "q8", "q4"], memory: int | None, verify: bool, as_json: bool
+) -> None:
+    """Pack MODEL: write its weights as they are computed with, to be read from disk block by block.
+
+    What a pack takes is told before it is begun, and refused if the disk has not enough. A pack that was interrupted
+    goes on where it stopped. shoal ls lists packs, shoal rm --packs removes them.
+    """
+    home = Home.from_env()
+    path = Library(home).resolve(model)
+    if verify:
+        _verify(home, path, quant, as_json)
+        return
+    with spinner("starting"), engine_imports():
+        from shoal.daemon.config import NodeConfig
+        from shoal.daemon.packs import Packs
+        from shoal.daemon.translate import translated
+        from shoal.kernels import set_threads
+        from shoal.models.checkpoint import open_checkpoint
+        from shoal.models.errors import CheckpointError
+    set_threads(NodeConfig().thread_count)
+    estimates: list[Estimate] = []
+
+    def begins(estimate: Estimate) -> None:
+        estimates.append(estimate)
+        note(
+            f"packing takes {format_bytes(estimate.nbytes)} of disk, of which {format_bytes(estimate.free_bytes)} "
+            f"are free, and about {format_duration(max(1, estimate.seconds))}"
+        )
+
+    began_s = time.monotonic()
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        raise translated(error) from error
+    with checkpoint, transfer_bar() as bar:
+        made = Packs(home).get(
+            checkpoint,
+            lambda done, total: bar("packing", done, total),
+            quant=quant,
+            memory_bytes=memory,
+            begins=begins,
+        )
+    took_s = time.monotonic() - began_s
+    directory, nbytes = made.path.parent, made.manifest.nbytes
+    if as_json:
+        built = {"built": bool(estimates), "seconds": round(took_s, 3) if estimates else 0.0}
+        print_json({"model": model, "quant": quant, "bytes": nbytes, "path": str(directory), **built})
+        return
+    state = f"is packed in {format_duration(took_s)}" if estimates else "was packed already"
+    note(f"{printable(model)} {state}: {format_bytes(nbytes)} in {directory}")
+
+
+def _verify(home: Home, path: Path, quant: Literal["keep", "q8", "q4"], as_json: bool) -> None:
+    with spinner("starting"), engine_imports():
+        from shoal.daemon.packs import Packs
+    packs = Packs(home)
+    directory = packs.shelf.place(packs.shelf.model_of(path), quant)
+    if not directory.is_dir():
+        raise DaemonError("not_found", f"{path} has no pack of {quant}", f"make it with: shoal pack {path}")
+    with transfer_bar() as bar:
+        damaged = packs.verify(directory, lambda done, total: bar("verifying", done, total))
+    if as_json:
+        print_json({"path": str(directory), "quant": quant, "damaged": damaged})
+    if damaged:
+        blocks = ", ".join(damaged[:3]) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
+        raise DaemonError(
+            "corrupt",
+            f"{directory}: altered since it was written: {blocks}",
+            "shoal rm --packs removes it, shoal pack makes it anew",
+        )
+    if not as_json:
+        note(f"{directory}: all blocks are as they were written")

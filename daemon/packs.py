@@ -1,0 +1,139 @@
+"""The packs of this machine's models: found, built where there is none, verified.
+
+Knows when a pack may be used and what it takes to build one. Where packs are kept is `pack_shelf`, what they are is
+`offload.pack`.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from msgspec import Struct
+
+from shoal.models.checkpoint import Checkpoint
+from shoal.offload.errors import PackError
+from shoal.offload.pack import Pack, open_pack
+from shoal.offload.pack_build import PART_BYTES, PackBuilder, partial_of, source_of
+from shoal.offload.pack_file import damaged_blocks
+from shoal.offload.pack_format import Quant
+
+from .errors import DaemonError
+from .home import Home
+from .memory import resident_bytes
+from .pack_shelf import PackShelf
+from .sizes import format_bytes
+from .transfer import check_space, disk_errors
+from .translate import translated
+
+LEAST_BYTES = 96 << 20  # that building takes beside what the process has already
+LEAST_PART_BYTES = 1 << 20
+
+Progress = Callable[[int, int], None]
+
+
+class Estimate(Struct, frozen=True):
+    """What building a pack will take. `free_bytes`: of the disk it goes to."""
+
+    nbytes: int
+    seconds: float
+    free_bytes: int
+
+
+def no_progress(done: int, total: int) -> None:
+    """For callers that do not show any."""
+
+
+def no_estimate(estimate: Estimate) -> None:
+    """For callers that do not show it."""
+
+
+class Packs:
+    """The packs under one home. Several processes may use it at once."""
+
+    def __init__(self, home: Home) -> None:
+        self.shelf = PackShelf(home)
+
+    def find(self, checkpoint: Checkpoint, quant: Quant = "keep") -> Pack | None:
+        """The pack of a checkpoint as its files are now. None if there is none, or it is damaged or out of date."""
+        source = self.shelf.claimed(source_of(checkpoint))
+        with suppress(PackError):
+            pack = open_pack(self.shelf.place(source.model, quant))
+            if pack.manifest.source == source and pack.manifest.quant == quant:
+                pack.require(checkpoint.spec)
+                return pack
+        return None
+
+    def get(
+        self,
+        checkpoint: Checkpoint,
+        progress: Progress = no_progress,
+        *,
+        quant: Quant = "keep",
+        memory_bytes: int | None = None,
+        begins: Callable[[Estimate], None] = no_estimate,
+    ) -> Pack:
+        """The pack of a checkpoint; built where there is none, then `begins` is told first what that takes.
+
+        `memory_bytes` bounds the whole process. Raises DaemonError: `resources` when disk or memory do not suffice,
+        `busy` while another process builds it.
+        """
+        try:
+            return self.find(checkpoint, quant) or self._build(
+                checkpoint, quant, memory_bytes, begins, progress
+            )
+        except Exception as error:
+            raise translated(error) from error
+
+    def verify(self, directory: Path, progress: Progress = no_progress) -> list[str]:
+        """Reads all of a pack: the names of its damaged blocks. Raises DaemonError when it cannot even be opened."""
+        try:
+            return [str(block) for block in damaged_blocks(open_pack(directory), progress)]
+        except (PackError, OSError) as error:
+            raise translated(error) from error
+
+    def _build(
+        self,
+        checkpoint: Checkpoint,
+        quant: Quant,
+        memory_bytes: int | None,
+        begins: Callable[[Estimate], None],
+        progress: Progress,
+    ) -> Pack:
+        source = self.shelf.claimed(source_of(checkpoint))
+        directory = self.shelf.place(source.model, quant)
+        builder = PackBuilder(checkpoint, quant, source, _part_bytes(memory_bytes))
+        with self.shelf.alone(directory):
+            if (pack := self.find(checkpoint, quant)) is not None:  # another process was faster
+                return pack
+            self.shelf.discard(directory)
+            partial = partial_of(directory)
+            what = f"a pack of {source.model}"
+            written = sum(file.stat().st_blocks * 512 for file in partial.glob("*"))
+            check_space(self.shelf.root, builder.nbytes - written, what)
+            with disk_errors(self.shelf.root, builder.nbytes, what):
+                try:
+                    free = shutil.disk_usage(self.shelf.root).free
+                    begins(Estimate(builder.nbytes, builder.seconds(self.shelf.root), free))
+                    return builder.build(directory, progress)
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        shutil.rmtree(partial, ignore_errors=True)
+                    raise
+
+
+def _part_bytes(memory_bytes: int | None) -> int:
+    """How much of the weights may be in hand at once. Raises DaemonError when the bound is too low for any."""
+    if memory_bytes is None:
+        return PART_BYTES
+    held = resident_bytes()
+    if memory_bytes < held + LEAST_BYTES:
+        raise DaemonError(
+            "resources",
+            f"packing needs {format_bytes(held + LEAST_BYTES)} of memory, {format_bytes(memory_bytes)} are allowed",
+            "give it more --memory",
+        )
+    return max(LEAST_PART_BYTES, min(PART_BYTES, (memory_bytes - held - LEAST_BYTES) // 4))
