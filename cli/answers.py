@@ -10,20 +10,20 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from shoal.comm.messages import Accepted, Chat, Done, Generate, Load, ModelStatus, Token
+from shoal.comm.messages import Accepted, Chat, Done, Generate, Load, ModelStatus, Stage, Token
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.home import Home
 from shoal.daemon.library import Library, is_path
 from shoal.daemon.registry import canonical
 
 from .imports import engine_imports
-from .output import spinner, steps_bar
+from .output import spinner, stage_text, transfer_bar
 
 if TYPE_CHECKING:
     from shoal.daemon.client import Client
     from shoal.daemon.node import Node
 
-Event = Accepted | Token | Done
+Event = Accepted | Stage | Token | Done
 
 
 class Answers(Protocol):
@@ -51,10 +51,8 @@ class InProcess:
 
     def load(self, model: str, draft: str | None) -> ModelStatus:
         """`draft`: a model that guesses for it. Raises DaemonError."""
-        with steps_bar("loading") as update:
-            return self._node.load(
-                Load(model=model, draft=draft), lambda done, total: update(done, total, "loading")
-            ).model
+        with transfer_bar() as update:
+            return self._node.load(Load(model=model, draft=draft), update).model
 
     @contextmanager
     def stream(self, request: Generate | Chat) -> Iterator[Iterator[Event]]:
@@ -74,8 +72,10 @@ class ThroughDaemon:
 
     def load(self, model: str, draft: str | None) -> ModelStatus:
         """Raises CommError."""
-        with spinner(f"loading {model}"):
-            return self._client.load(model, draft=draft).model
+        with spinner(f"loading {model}") as update:
+            return self._client.load(
+                model, draft=draft, heard=lambda stage: update(f"{model}: {stage_text(stage)}")
+            ).model
 
     @contextmanager
     def stream(self, request: Generate | Chat) -> Iterator[Iterator[Event]]:
@@ -101,7 +101,9 @@ def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
     """A node for one request at a time; closed at the end."""
     with spinner("starting"), engine_imports():
         from shoal.daemon.node import Node
-    with Node(replace(config, max_sequences=1), resolve=library.resolve) as node:
+        from shoal.daemon.packs import Packs
+    packs = Packs(library.home)
+    with Node(replace(config, max_sequences=1), resolve=library.resolve, packs=packs) as node:
         yield InProcess(node)
 
 

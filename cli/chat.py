@@ -10,26 +10,27 @@ from __future__ import annotations
 
 import shutil
 import sys
-from itertools import chain, islice
+from collections.abc import Callable, Iterator
+from itertools import chain
 
 import click
 
 from shoal.comm.errors import CommError
-from shoal.comm.messages import Accepted, Chat, Done, ModelStatus, Token
+from shoal.comm.messages import Accepted, Chat, Done, ModelStatus, Stage, Token
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home, private_dir
 from shoal.daemon.registry import DEFAULT_MODEL
 from shoal.daemon.sizes import format_bytes
 
 from . import background
-from .answers import reference
+from .answers import Event, reference
 from .chat_commands import ChatState, completions, obey
 from .chat_input import LineReader, PlainReader, Reader, unechoed
 from .chat_link import DaemonLink
 from .conversation import Conversation
 from .errors import Exit, explain
 from .options import AnswerOptions, answer_options, draft_option, examples
-from .output import note, spinner
+from .output import note, spinner, stage_text
 from .paint import Painter
 
 ANSWER_ROOM_TOKENS = 512  # kept free in the context for an answer, but at most a quarter of it
@@ -122,15 +123,17 @@ class ChatLoop:
         state = self._state
         assert state.link.model is not None
         fields = self._options.request_fields(state.link.model.name)
-        request = Chat(messages=state.conversation.messages(asked), **fields)
         painter = Painter()
+        request = Chat(messages=state.conversation.messages(asked), progress=painter.shows_stages, **fields)
         done: Done | None = None
         try:
             with unechoed(), state.link.stream(request) as events:
-                with spinner("reading"):
-                    first = list(islice(events, 2))  # accepted, and what comes next
+                with spinner("reading") as update:
+                    first = _first(events, update)
                 for event in chain(first, events):
-                    if isinstance(event, Accepted):
+                    if isinstance(event, Stage):
+                        painter.stage(stage_text(event))
+                    elif isinstance(event, Accepted):
                         state.used_tokens = event.prompt_tokens
                     elif isinstance(event, Token):
                         state.used_tokens += len(event.ids)
@@ -167,6 +170,19 @@ class ChatLoop:
             note(
                 f"dropped {dropped} oldest {turns} to fit the context of {context} tokens (/ctx N enlarges it)"
             )
+
+
+def _first(events: Iterator[Event], update: Callable[[str], None]) -> list[Event]:
+    """Accepted, and what comes next of the answer; meanwhile it is told what that waits for."""
+    found: list[Event] = []
+    for event in events:
+        if isinstance(event, Stage):
+            update(stage_text(event))
+            continue
+        found.append(event)
+        if len(found) == 2:
+            break
+    return found
 
 
 def toolbar(state: ChatState) -> str:

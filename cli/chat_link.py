@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from shoal.comm.errors import CommError
-from shoal.comm.messages import Accepted, Chat, ChatMessage, Done, ModelStatus, StatusReply, Token
+from shoal.comm.messages import Chat, ChatMessage, ModelStatus, StatusReply
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
 
 from . import background
-from .answers import ThroughDaemon
-from .output import note, spinner
+from .answers import Event, ThroughDaemon
+from .output import note, spinner, stage_text
 
 if TYPE_CHECKING:
     from shoal.daemon.client import Client
@@ -36,8 +36,10 @@ class DaemonLink:
     def load(self, reference: str, context: int | None, draft: str | None = None) -> ModelStatus:
         """Use this model from now on. After an error the one before stays in use."""
         client = self._connected()
-        with spinner(f"loading {reference}"):
-            model = client.load(reference, context, draft).model
+        with spinner(f"loading {reference}") as update:
+            model = client.load(
+                reference, context, draft, lambda stage: update(f"{reference}: {stage_text(stage)}")
+            ).model
         self.model, self._reference, self._context, self._draft = model, reference, context, draft
         return model
 
@@ -59,7 +61,7 @@ class DaemonLink:
         return len(self._connected().tokenize(messages=messages, model=self.model.name).ids)
 
     @contextmanager
-    def stream(self, request: Chat) -> Iterator[Iterator[Accepted | Token | Done]]:
+    def stream(self, request: Chat) -> Iterator[Iterator[Event]]:
         """The events of an answer; leaving the block cancels what is left."""
         with ThroughDaemon(self._connected()).stream(request) as events:
             yield events

@@ -55,10 +55,12 @@ def bench(
     or --draft every token takes a step, as what guessing gains depends on the text.
     """
     config = replace(plan, speculate=plan.speculate or ("auto" if draft else "off")).config()
-    library = Library(Home.from_env())
+    home = Home.from_env()
+    library = Library(home)
     path, draft_path = library.resolve(model), library.resolve(draft) if draft else None
     with spinner("starting"), engine_imports():
         from shoal.daemon import measure
+        from shoal.daemon.packs import Packs
     with steps_bar("measuring") as progress:
         result = measure.bench(
             path,
@@ -69,6 +71,7 @@ def bench(
             repeat=repeat,
             config=config,
             progress=progress,
+            packs=Packs(home),
         )
     if as_json:
         print_json(result)
@@ -97,11 +100,15 @@ def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None
     llama.cpp's method: windows of --ctx tokens (512 if not given) side by side, the second half of each scored.
     """
     config = plan.config()
-    path = Library(Home.from_env()).resolve(model)
+    home = Home.from_env()
+    path = Library(home).resolve(model)
     with spinner("starting"), engine_imports():
         from shoal.daemon import measure
+        from shoal.daemon.packs import Packs
     with steps_bar("scoring") as progress:
-        result = measure.perplexity(path, file, ctx=plan.ctx or 512, config=config, progress=progress)
+        result = measure.perplexity(
+            path, file, ctx=plan.ctx or 512, config=config, progress=progress, packs=Packs(home)
+        )
     if as_json:
         print_json(result)
         return

@@ -30,6 +30,11 @@ def size(text: str) -> int:
         raise click.BadParameter(f"{error.message}; {error.hint}.") from error
 
 
+def size_or_auto(text: str) -> int | None:
+    """As `size`; None for "auto", which is what is done if nothing is said."""
+    return None if text == "auto" else size(text)
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """Options that shape the plan, so a verb given one of them runs in its own process."""
@@ -118,7 +123,9 @@ def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
 def plan_options(function: Verb) -> Verb:
     """Adds --memory, --threads, --ctx, --device, --speculate and --kv-type; the verb gets `plan: PlanOptions`."""
     options: list[Decorator] = [
-        click.option("--memory", type=size, metavar="SIZE", help="Bound for weights, KV and scratch, e.g. 3GB."),
+        click.option("--memory", type=size_or_auto, metavar="SIZE",
+                     help="Bound for all memory, e.g. 3GB: what does not fit is streamed from disk. auto, the default, "
+                          "leaves the machine usable."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all if not given."),
         click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens, at most the model's."),
         click.option("--device", metavar="NAME", help="Where to compute; cpu only in this version."),

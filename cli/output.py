@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from shoal.daemon.sizes import format_bytes
+
 from .paint import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from shoal.comm.messages import Stage
     from shoal.daemon.transfer import Progress
 
 
@@ -72,6 +75,15 @@ def facts() -> Table:
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
     return made
+
+
+def stage_text(stage: Stage) -> str:
+    """What an answer waits for: 'reading 41/80 blocks, 1.9 GB/s'."""
+    if stage.doing == "reading":
+        what = f"reading {stage.done}/{stage.total} blocks"
+    else:
+        what = f"{stage.doing} {format_bytes(stage.done)} of {format_bytes(stage.total)}"
+    return f"{what}, {stage.bytes_per_s / 1e9:.1f} GB/s" if stage.bytes_per_s else what
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Knows columns and what of a model's text a terminal may be given. Anything but a
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -21,23 +22,50 @@ def printable(text: str) -> str:
 
 
 class Painter:
-    """Writes one answer to stdout. Methods raise BrokenPipeError."""
+    """Writes one answer to stdout, and while nothing comes what it waits for, on a line of its own that goes again.
+    Methods raise BrokenPipeError."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stdout
         self._wrap = Wrap(shutil.get_terminal_size().columns) if self._out.isatty() else None
         self._last = "\n"
+        self._stage_shown = False
+
+    @property
+    def shows_stages(self) -> bool:
+        return self._wrap is not None
 
     def write(self, text: str) -> None:
         """Show the next piece now."""
+        self._hide_stage()
         self._out.write(self._wrap.add(printable(text)) if self._wrap else text)
         self._out.flush()
         self._last = text[-1:] or self._last
 
+    def stage(self, text: str) -> None:
+        """Say below the answer what it waits for; nothing where there is no terminal."""
+        if self._wrap is None:
+            return
+        self._hide_stage()
+        line = text[: self._wrap.width]
+        dim = line if os.environ.get("NO_COLOR") else f"\x1b[2m{line}\x1b[0m"
+        self._out.write(("\n" if self._wrap.column else "") + dim)
+        self._out.flush()
+        self._stage_shown = True
+
     def end(self) -> None:
         """End the line if it is open."""
+        self._hide_stage()
         if self._last != "\n":
             self.write("\n")
+
+    def _hide_stage(self) -> None:
+        """Back to where the answer ends."""
+        if self._stage_shown and self._wrap is not None:
+            column = self._wrap.column
+            self._out.write("\r\x1b[K" + (f"\x1b[A\x1b[{column}C" if column else ""))
+            self._out.flush()
+        self._stage_shown = False
 
 
 class Wrap:
@@ -47,8 +75,8 @@ class Wrap:
     """
 
     def __init__(self, columns: int) -> None:
-        self._width = max(2, columns - 1)  # a terminal that is full to the edge is in a state of its own
-        self._column = 0
+        self.width = max(2, columns - 1)  # a terminal that is full to the edge is in a state of its own
+        self.column = 0
         self._word = ""  # what was shown of the word at the end; only characters one column wide
 
     def add(self, text: str) -> str:
@@ -58,7 +86,7 @@ class Wrap:
         shown: list[str] = []
         for char in text:
             if char == "\n":
-                self._column, self._word = 0, ""
+                self.column, self._word = 0, ""
                 shown.append(char)
             elif char in " \t":
                 self._space(shown)
@@ -68,18 +96,18 @@ class Wrap:
 
     def _space(self, shown: list[str]) -> None:
         self._word = ""
-        if self._column < self._width:  # else the line ends here anyway
-            self._column += 1
+        if self.column < self.width:  # else the line ends here anyway
+            self.column += 1
             shown.append(" ")
 
     def _letter(self, char: str, columns: int, shown: list[str]) -> None:
-        if self._column + columns > self._width:
+        if self.column + columns > self.width:
             moved = (
-                self._word if columns == 1 and len(self._word) < min(self._column, MAX_WORD_COLUMNS) else ""
+                self._word if columns == 1 and len(self._word) < min(self.column, MAX_WORD_COLUMNS) else ""
             )
             shown.append(f"\x1b[{len(moved)}D\x1b[K" if moved else "")
             shown.append("\n" + moved)
-            self._column, self._word = len(moved), moved
-        self._column += columns
+            self.column, self._word = len(moved), moved
+        self.column += columns
         self._word = self._word + char if columns == 1 else ""
         shown.append(char)

@@ -19,6 +19,7 @@ from shoal.comm.messages import (
     Done,
     Generate,
     ModelStatus,
+    Stage,
     Timings,
     Token,
     Usage,
@@ -38,7 +39,7 @@ from .options import (
     json_option,
     plan_options,
 )
-from .output import note, print_json
+from .output import note, print_json, stage_text
 from .paint import Painter
 
 STDIN_NOTE_S = 1.0  # after this long without a byte on stdin beside a PROMPT, say what is waited for
@@ -100,17 +101,20 @@ def run(
                 raise DaemonError(
                     "bad_request", f"{status.name} has no chat template, so --system has no place"
                 )
-        fields = answer.request_fields(status.name)
+        result, painter = _Result(status), Painter()
+        fields = answer.request_fields(status.name) | {"progress": painter.shows_stages and not as_json}
         request: Generate | Chat
         if raw or not status.chat_template:
             request = Generate(prompt=text, **fields)
         else:
             told = [ChatMessage(role="system", content=system)] if system is not None else []
             request = Chat(messages=[*told, ChatMessage(role="user", content=text)], **fields)
-        result, painter = _Result(status), Painter()
         try:
             with answers.stream(request) as events:
                 for event in events:
+                    if isinstance(event, Stage):
+                        painter.stage(stage_text(event))
+                        continue
                     result.take(event)
                     if isinstance(event, Token) and not as_json:
                         painter.write(event.text)

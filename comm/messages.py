@@ -118,6 +118,7 @@ class Generation(Message):
     deadline_s: Annotated[float, Meta(gt=0, le=1e6)] | None = (
         None  # after arrival; None = however long it takes
     )
+    progress: bool = False  # send `stage` while nothing else comes
 
 
 class Generate(Generation):
@@ -184,6 +185,7 @@ class Load(Message):
     draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = (
         None  # a small model that guesses ahead
     )
+    progress: bool = False  # send `stage` meanwhile
 
 
 class Unload(Message):
@@ -219,6 +221,19 @@ class Waiting(Message):
     """Still queued or computing. Sent after each `keepalive` of silence, to any request but control ones."""
 
     seconds: float  # since the request arrived
+
+
+class Stage(Message):
+    """What a request waits for, where `progress` was asked for: each second of silence, instead of `waiting`.
+
+    Bytes, but blocks of the step when weights are read for it.
+    """
+
+    doing: str  # packing, loading, reading
+    done: int
+    total: int
+    bytes_per_s: float = 0.0
+    seconds: float = 0.0  # since the request arrived
 
 
 class TokenLogprob(Message):
@@ -302,6 +317,10 @@ class ModelStatus(Message):
     drafted_tokens_total: int = 0  # guessed ahead of answers
     accepted_tokens_total: int = 0  # of these, guessed right
     chat_template: bool = True
+    pinned_bytes: int = 0  # of the weights, that stay in memory
+    streamed_bytes: int = 0  # read from disk for a token alone
+    window_bytes: int = 0  # that weights pass through
+    step_s: float = 0.0  # what the disk takes for a token alone, as predicted; 0 = nothing
 
 
 class Loaded(Message):
@@ -341,6 +360,7 @@ REPLIES: dict[str, type[Message]] = {
     "welcome": Welcome,
     "accepted": Accepted,
     "waiting": Waiting,
+    "stage": Stage,
     "token": Token,
     "done": Done,
     "error": Error,
@@ -351,7 +371,10 @@ REPLIES: dict[str, type[Message]] = {
     "pong": Pong,
 }
 
+FEATURES = (*REQUESTS, "progress")
+"""What a daemon says it knows: request types, and fields that older daemons ignore."""
+
 TYPE_NAMES = {kind: name for table in (REQUESTS, REPLIES) for name, kind in table.items()}
 
-STREAMING = frozenset({"accepted", "waiting", "token"})
+STREAMING = frozenset({"accepted", "waiting", "stage", "token"})
 """Every other reply is terminal: a request gets exactly one of those."""

@@ -17,6 +17,7 @@ from shoal.comm.messages import (
     Load,
     Loaded,
     Ok,
+    Stage,
     StatusReply,
     Token,
     Tokenize,
@@ -47,6 +48,9 @@ class Backend(Protocol):
         """Returns when the model answers requests: seconds to minutes."""
 
     def unload(self, request: Unload) -> Ok: ...
+
+    def stage(self, model: str) -> Stage | None:
+        """What a request to that model waits for just now; None when it is no disk. Returns at once."""
 
     def status(self) -> StatusReply:
         """Cheap: it is asked often."""

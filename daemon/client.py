@@ -11,7 +11,7 @@ code: it starts in a tenth of a second. `AsyncClient` is here too, loaded when i
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from shoal.comm.messages import (
     Ok,
     Ping,
     Pong,
+    Stage,
     Status,
     StatusReply,
     Token,
@@ -55,7 +56,7 @@ from .home import Home
 if TYPE_CHECKING:
     from .client_async import AsyncClient as AsyncClient
 
-Stream = Generator[Accepted | Token | Done, None, None]
+Stream = Generator[Accepted | Stage | Token | Done, None, None]
 
 
 def __getattr__(name: str) -> Any:
@@ -134,9 +135,17 @@ class Client:
     ) -> Tokens:
         return self._call(tokenize_request(text, tokens, messages, fields), Tokens)
 
-    def load(self, model: str, context: int | None = None, draft: str | None = None) -> Loaded:
-        """Load a model and wait for it, however long that takes; `draft` is one that guesses for it."""
-        return self._call(Load(model=model, context=context, draft=draft), Loaded)
+    def load(
+        self,
+        model: str,
+        context: int | None = None,
+        draft: str | None = None,
+        heard: Callable[[Stage], None] | None = None,
+    ) -> Loaded:
+        """Load a model and wait for it, however long that takes; `draft` is one that guesses for it, `heard` is
+        told each second how far it is."""
+        request = Load(model=model, context=context, draft=draft, progress=heard is not None)
+        return self._call(request, Loaded, heard)
 
     def unload(self, model: str = "") -> None:
         self._call(Unload(model=model), Ok)
@@ -152,16 +161,27 @@ class Client:
 
     # --- exchanges -----------------------------------------------------------------------------------------
 
-    def _call(self, request: Message, kind: type[M]) -> M:
+    def _call(self, request: Message, kind: type[M], heard: Callable[[Stage], None] | None = None) -> M:
         self._connect()
-        return self._ask(request, kind, self._timeout_s)
+        return self._ask(request, kind, self._timeout_s, heard)
 
-    def _ask(self, request: Message, kind: type[M], timeout_s: float) -> M:
+    def _ask(
+        self,
+        request: Message,
+        kind: type[M],
+        timeout_s: float,
+        heard: Callable[[Stage], None] | None = None,
+    ) -> M:
         exchange = self._begin(request)
         try:
-            while exchange.waits:
-                self._wait(exchange, timeout_s)
-            return expect(next(exchange.take()), kind)
+            while True:
+                while exchange.waits:
+                    self._wait(exchange, timeout_s)
+                for message in exchange.take():
+                    if not isinstance(message, Stage):
+                        return expect(message, kind)
+                    if heard is not None:
+                        heard(message)
         finally:
             self._finish(exchange)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -26,6 +26,7 @@ from shoal.comm.messages import (
     Ok,
     Ping,
     Pong,
+    Stage,
     Status,
     StatusReply,
     Token,
@@ -51,7 +52,7 @@ from .home import Home
 
 READ_BATCH = 256  # messages sorted before other tasks get a turn
 
-Stream = AsyncGenerator[Accepted | Token | Done, None]
+Stream = AsyncGenerator[Accepted | Stage | Token | Done, None]
 T = TypeVar("T")
 
 
@@ -122,8 +123,15 @@ class AsyncClient:
     ) -> Tokens:
         return await self._call(tokenize_request(text, tokens, messages, fields), Tokens)
 
-    async def load(self, model: str, context: int | None = None, draft: str | None = None) -> Loaded:
-        return await self._call(Load(model=model, context=context, draft=draft), Loaded)
+    async def load(
+        self,
+        model: str,
+        context: int | None = None,
+        draft: str | None = None,
+        heard: Callable[[Stage], None] | None = None,
+    ) -> Loaded:
+        request = Load(model=model, context=context, draft=draft, progress=heard is not None)
+        return await self._call(request, Loaded, heard)
 
     async def unload(self, model: str = "") -> None:
         await self._call(Unload(model=model), Ok)
@@ -139,16 +147,27 @@ class AsyncClient:
 
     # --- exchanges -----------------------------------------------------------------------------------------
 
-    async def _call(self, request: Message, kind: type[M]) -> M:
+    async def _call(self, request: Message, kind: type[M], heard: Callable[[Stage], None] | None = None) -> M:
         await self._connect()
-        return await self._ask(request, kind, self._timeout_s)
+        return await self._ask(request, kind, self._timeout_s, heard)
 
-    async def _ask(self, request: Message, kind: type[M], timeout_s: float) -> M:
+    async def _ask(
+        self,
+        request: Message,
+        kind: type[M],
+        timeout_s: float,
+        heard: Callable[[Stage], None] | None = None,
+    ) -> M:
         exchange = self._begin(request)
         try:
-            while exchange.waits:
-                await self._wait(exchange, timeout_s)
-            return expect(next(exchange.take()), kind)
+            while True:
+                while exchange.waits:
+                    await self._wait(exchange, timeout_s)
+                for message in exchange.take():
+                    if not isinstance(message, Stage):
+                        return expect(message, kind)
+                    if heard is not None:
+                        heard(message)
         finally:
             self._finish(exchange)
 

@@ -24,6 +24,7 @@ from shoal.comm.messages import (
     Generate,
     Message,
     Sampling,
+    Stage,
     Token,
     Tokenize,
     Waiting,
@@ -51,6 +52,8 @@ class Exchange:
             self._error = RequestFailed(
                 message.code, message.message, message.hint, retry_after_s=message.retry_after_s
             )
+        elif isinstance(message, Stage) and self._inbox and isinstance(self._inbox[-1], Stage):
+            self._inbox[-1] = message  # nobody has looked: only the last one counts
         elif not isinstance(message, Waiting):
             self._inbox.append(message)
 
@@ -156,8 +159,8 @@ def expect(message: Message, kind: type[M]) -> M:
     return message
 
 
-def expect_stream(message: Message) -> Accepted | Token | Done:
-    if not isinstance(message, Accepted | Token | Done):
+def expect_stream(message: Message) -> Accepted | Stage | Token | Done:
+    if not isinstance(message, Accepted | Stage | Token | Done):
         raise ProtocolError(f"reply of type {type(message).__name__} to a streaming request")
     return message
 

@@ -136,7 +136,7 @@ class Drafter:
     def _run(self, parts: Iterable[Part]) -> tuple[Tensor, ...]:
         """One step of the small model: logits (vocab,) of the rows wanted."""
         began_s = self._clock()
-        step = Step.build(parts)
+        step = Step.build(parts, self._executor.plan.part_tokens)
         hidden = self._executor.forward(step)
         logits = self._executor.head(hidden)[:, : self._vocab].unbind(0) if len(step.rows) else ()
         self._cost.note(len(step.tokens), self._clock() - began_s)

@@ -109,7 +109,10 @@ class Engine:
         """What follows each chunk; nothing where it does not reach its sequence's end."""
         for copy in batch.copies:
             self._kv.copy_page(copy.source, copy.target)
-        step = Step.build((c.tokens, c.start, c.pages, c.rows_wanted) for c in batch.chunks)
+        step = Step.build(
+            ((c.tokens, c.start, c.pages, c.rows_wanted) for c in batch.chunks),
+            self._executor.plan.part_tokens,
+        )
         hidden = self._executor.forward(step)
         if not len(hidden):
             return [[] for _ in batch.chunks]

@@ -1,7 +1,8 @@
 """The executor: carries one step through the blocks of a plan.
 
 The one data path. Weights come from a store, KV goes to a pool, partial sums through a collective; which of
-each is the plan's choice and invisible here.
+each is the plan's choice and invisible here. A step of many rows passes every block once, its parts one after the
+other.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from shoal.kernels.attention import Rotation
 from shoal.models.step import KvCache, Step
 from shoal.models.transformer import Transformer
-from shoal.models.weights import Weights
 from shoal.offload.store import BlockStore
+from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
+
+EXPERTS_TOGETHER = 16  # of those that come from disk
 
 
 class Collective(Protocol):
@@ -34,49 +39,78 @@ class Alone:
 class Executor:
     """Runs steps of one model. Not thread-safe: one step at a time."""
 
-    def __init__(self, model: Transformer, store: BlockStore, kv: KvCache, collective: Collective) -> None:
+    def __init__(
+        self, model: Transformer, plan: Plan, store: BlockStore, kv: KvCache, collective: Collective
+    ) -> None:
         self.model = model
+        self.plan = plan
         self.store = store
         self.kv = kv
         self.collective = collective
+        self._head = [item.block for item in plan.blocks if item.block.kind == "head"]
+        # at most half of the slots, so that experts can be read while others are computed
+        slots = plan.expert_slots
+        self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
 
     def forward(self, step: Step) -> Tensor:
         """→ hidden states (R, hidden) of the rows the step asks for, before the final norm."""
-        rotations = self.model.rotations(step)
+        rotations = [self.model.rotations(part) for part in step.parts]
         hidden = self.model.embed(self.store.rows(BlockId("embed"), step.tokens))
-        for layer, kind in enumerate(self.model.spec.layers):
-            with self.store.acquire(BlockId("attn", layer)) as weights:
-                partial = self.model.attend(layer, weights, hidden, step, rotations, self.kv)
-            hidden = self._add(hidden, weights, partial)
-            if layer + 1 == len(self.model.spec.layers):
+        layers = self.model.spec.layers
+        for layer, kind in enumerate(layers):
+            self._attend(layer, hidden, step, rotations)
+            if layer + 1 == len(layers):
                 hidden = hidden[step.rows]  # the rest is not looked at any more
                 if not len(hidden):
                     break
             if kind.moe:
-                weights, partial = self._mixture(layer, hidden)
+                self._mix(layer, hidden, step)
             else:
-                with self.store.acquire(BlockId("ffn", layer)) as weights:
-                    partial = self.model.feed_forward(weights, hidden)
-            hidden = self._add(hidden, weights, partial)
+                self._feed_forward(layer, hidden, step)
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (R, hidden) → logits (R, vocab)"""
-        with self.store.acquire(BlockId("head")) as weights:
-            return self.model.head(weights, hidden)
+        logits = hidden.new_empty(len(hidden), self.model.spec.vocab)
+        done = 0
+        for block in self._head:
+            with self.store.acquire(block) as weights:
+                part = self.model.head(weights, hidden)
+            if len(self._head) == 1:
+                return part
+            logits[:, done : done + part.shape[1]] = part
+            done += part.shape[1]
+        return logits
 
-    def _mixture(self, layer: int, hidden: Tensor) -> tuple[Weights, Tensor]:
-        """The MoE part of a layer: the router block's weights (for `leave`) and the partial (T, hidden)."""
+    def _attend(self, layer: int, hidden: Tensor, step: Step, rotations: list[list[Rotation]]) -> None:
+        """Adds the attention of a layer to hidden (T, hidden)."""
+        with self.store.acquire(BlockId("attn", layer)) as weights:
+            for part, rows, turns in zip(step.parts, step.split(hidden), rotations, strict=True):
+                partial = self.model.attend(layer, weights, rows, part.segments, turns, self.kv)
+                rows += self.model.leave(weights, self.collective.allreduce(partial))
+
+    def _feed_forward(self, layer: int, hidden: Tensor, step: Step) -> None:
+        """Adds the dense feed-forward of a layer to hidden (T, hidden)."""
+        with self.store.acquire(BlockId("ffn", layer)) as weights:
+            for rows in step.split(hidden):
+                partial = self.model.feed_forward(weights, rows)
+                rows += self.model.leave(weights, self.collective.allreduce(partial))
+
+    def _mix(self, layer: int, hidden: Tensor, step: Step) -> None:
+        """Adds the mixture of experts of a layer to hidden (T, hidden). Each expert is acquired once for all parts."""
         with self.store.acquire(BlockId("router", layer)) as router:
-            x, routing, shared = self.model.route(router, hidden)
-        with ExitStack() as held:
-            experts = [
-                held.enter_context(self.store.acquire(BlockId("expert", layer, expert)))
-                for expert in routing.used
-            ]
-            partial = self.model.mix(experts, x, routing)
-        return router, partial if shared is None else partial.add_(shared)
-
-    def _add(self, hidden: Tensor, weights: Weights, partial: Tensor) -> Tensor:
-        """Residual add of a block's summed output; `weights` only for its vectors, which outlive the lease."""
-        return hidden + self.model.leave(weights, self.collective.allreduce(partial))
+            routed = [self.model.route(router, rows) for rows in step.split(hidden)]
+        partials = [torch.zeros_like(x) for x, _, _ in routed]
+        used = sorted({expert for _, routing, _ in routed for expert in routing.used})
+        blocks = [BlockId("expert", layer, expert) for expert in used]
+        self.store.expect(blocks)
+        for start in range(0, len(blocks), self._together):
+            group = blocks[start : start + self._together]
+            with ExitStack() as held:
+                experts = {block.expert: held.enter_context(self.store.acquire(block)) for block in group}
+                for (x, routing, _), partial in zip(routed, partials, strict=True):
+                    self.model.mix(experts, x, routing, partial)
+        for rows, (_, _, shared), partial in zip(step.split(hidden), routed, partials, strict=True):
+            if shared is not None:
+                partial += shared
+            rows += self.model.leave(router, self.collective.allreduce(partial))

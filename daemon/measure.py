@@ -20,12 +20,12 @@ from shoal.comm.messages import FinishReason
 from shoal.kernels import set_threads
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.models.step import Step
-from shoal.offload.budget import Budget
 
 from .config import NodeConfig
 from .errors import DaemonError
-from .memory import available_bytes, peak_memory_bytes
+from .memory import budget_of, peak_memory_bytes
 from .model import LoadedModel
+from .planning import Packs
 from .sequence import Sequence
 
 HEAD_ROWS = 32  # logits rows computed at a time, so that a large vocabulary stays within scratch
@@ -78,16 +78,18 @@ class _Count:
         self.error = error
 
 
-def _load(model: Path, config: NodeConfig, progress: Progress, draft: Path | None = None) -> LoadedModel:
+def _load(
+    model: Path, config: NodeConfig, progress: Progress, packs: Packs | None, draft: Path | None = None
+) -> LoadedModel:
     set_threads(config.thread_count)
-    budget = Budget(config.memory_bytes or available_bytes())
     return LoadedModel.load(
         model.name,
         model,
         config,
-        budget,
+        budget_of(config.memory_bytes),
         draft=draft,
-        progress=lambda done, total: progress(done, total, "loading"),
+        packs=packs,
+        progress=lambda doing, done, total: progress(done, total, doing),
     )
 
 
@@ -101,6 +103,7 @@ def bench(
     repeat: int,
     config: NodeConfig,
     progress: Progress,
+    packs: Packs | None = None,
 ) -> BenchResult:
     """Prefill `prompt_tokens` random tokens, then decode `new_tokens`, for `batch` sequences at once.
 
@@ -116,7 +119,7 @@ def bench(
             f"{prompt_tokens} + {new_tokens} tokens exceed the context of {config.context_tokens}",
         )
     config = replace(config, max_sequences=max(batch, config.max_sequences), kv_tokens=None)
-    loaded = _load(model, config, progress, draft)
+    loaded = _load(model, config, progress, packs, draft)
     vocab = loaded.checkpoint.spec.vocab
     prefill: list[float] = []
     decode: list[float] = []
@@ -152,7 +155,13 @@ def bench(
 
 
 def perplexity(
-    model: Path, file: Path, *, ctx: int, config: NodeConfig, progress: Progress
+    model: Path,
+    file: Path,
+    *,
+    ctx: int,
+    config: NodeConfig,
+    progress: Progress,
+    packs: Packs | None = None,
 ) -> PerplexityResult:
     """Perplexity of a text by llama.cpp's method: windows of `ctx` tokens side by side, each on its own.
 
@@ -165,7 +174,7 @@ def perplexity(
         text = file.read_bytes().decode()  # as it is: line ends count as tokens
     except (OSError, UnicodeDecodeError) as error:
         raise DaemonError("bad_request", f"cannot read {file}: {error}") from error
-    loaded = _load(model, replace(config, context_tokens=ctx, kv_tokens=None), progress)
+    loaded = _load(model, replace(config, context_tokens=ctx, kv_tokens=None), progress, packs)
     tokenizer, executor = loaded.tokenizer, loaded.executor
     prefix = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_id]
     ids = tokenizer.encode(text, add_special=True, parse_special=False)
@@ -185,9 +194,11 @@ def perplexity(
             tokens = ids[window * ctx : (window + 1) * ctx]
             tokens[: len(prefix)] = prefix
             first = ctx // 2
-            for start in range(0, ctx - 1, config.chunk_tokens):
-                end = min(start + config.chunk_tokens, ctx - 1)
-                step = Step.build([(tokens[start:end], start, pages, end - start)])
+            for start in range(0, ctx - 1, loaded.plan.chunk_tokens):
+                end = min(start + loaded.plan.chunk_tokens, ctx - 1)
+                step = Step.build(
+                    [(tokens[start:end], start, pages, end - start)], executor.plan.part_tokens
+                )
                 hidden = executor.forward(step)
                 for row in range(max(start, first), end, HEAD_ROWS):
                     last = min(row + HEAD_ROWS, end)

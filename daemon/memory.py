@@ -1,44 +1,73 @@
-"""This process and memory: how much it may still use (the machine's, or its cgroup's if less), has, and gives back."""
+"""This process and memory: how much it may still use (the machine's, or its cgroup's if less), has, and gives back.
+
+A budget bounds all that a cgroup would be charged for: what is private, pages of libraries that are in use, and the
+page cache of files that were read.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import mmap
+import os
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-_CGROUP_FILES = (  # (limit, usage) of v2 and v1, as a container sees its own group
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+from shoal.offload.budget import Budget
+
+from . import cgroup
+
+LEFT_ALONE_SHARE = 0.1  # of the free memory, by a budget that nobody asked for
+LEFT_ALONE_BYTES = 512 << 20  # and at least so much …
+MOST_LEFT_ALONE_SHARE = 0.25  # … but not more than this
+CODE_BYTES = 64 << 20  # libraries' code and constants in use, with what is read ahead around them
+GROWTH_BYTES = 32 << 20  # of Python and its libraries in a long life: stacks, requests, replies
 # a private mapping of a file in smaps that may be executed, not written, and has no page of its own
 _CODE = re.compile(
     r"^(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) r-xp [0-9a-f]+ \S+ [1-9]\d* +/.*\n(?:[A-Z].*\n)*?Anonymous: +0 kB$",
     re.MULTILINE,
 )
-
-
-def _read(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):  # no such controller, or "max"
-        return None
+PROCESS = "this process"  # in the ledger
 
 
 def available_bytes() -> int:
-    """Bytes that can be allocated without swapping or exceeding the cgroup's limit."""
+    """Bytes that can be allocated without swapping or exceeding a cgroup's limit."""
     import psutil  # 15 ms, which clients of a daemon need not spend
 
     free = int(psutil.virtual_memory().available)
-    for limit_file, usage_file in _CGROUP_FILES:
-        limit, usage = _read(limit_file), _read(usage_file)
-        if limit is not None and usage is not None:
-            free = min(free, max(0, limit - usage))
-    return free
+    room = cgroup.room_bytes()
+    return free if room is None else min(free, room)
+
+
+def bounded(memory_bytes: int | None) -> bool:
+    """Whether something but the machine's size bounds this process: a budget asked for, or a cgroup."""
+    return memory_bytes is not None or cgroup.room_bytes() is not None
+
+
+def budget_of(memory_bytes: int | None) -> Budget:
+    """The ledger of this process: `memory_bytes` in all, or what leaves the machine usable. What the process takes
+    whatever it runs is entered."""
+    own, later = private_bytes(), CODE_BYTES + GROWTH_BYTES
+    if memory_bytes is None:
+        free = available_bytes()
+        left = min(max(LEFT_ALONE_SHARE * free, LEFT_ALONE_BYTES), MOST_LEFT_ALONE_SHARE * free)
+        memory_bytes = own + max(later, free - int(left))
+    budget = Budget(memory_bytes)
+    budget.take(PROCESS, own + later)
+    return budget
+
+
+def private_bytes() -> int:
+    """Memory of this process that no file backs."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # another system
+        return resident_bytes()
+    found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+    return 1024 * int(found[1]) if found else resident_bytes()
 
 
 def resident_bytes() -> int:
@@ -60,12 +89,17 @@ def return_freed() -> None:
     glibc keeps freed blocks of up to 32 MB, which weights often are; importing torch leaves 70 MB of code that only
     imports run.
     """
+    trim()
     library = ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError):  # another C library
-        library.malloc_trim(0)
     with contextlib.suppress(AttributeError, OSError):  # another system
         for start, size in _code_mappings():
             library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def trim() -> None:
+    """Give back freed memory only."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _code_mappings() -> Iterator[tuple[int, int]]:
@@ -73,3 +107,27 @@ def _code_mappings() -> Iterator[tuple[int, int]]:
     for mapping in re.finditer(_CODE, Path("/proc/self/smaps").read_text()):
         start, end = int(mapping["start"], 16), int(mapping["end"], 16)
         yield start, end - start
+
+
+def forget_files(more: Iterable[Path] = ()) -> None:
+    """Take what was read of this process's libraries and modules, and of `more`, out of the page cache, but for pages
+    in use by anyone. Imports read 230 MB that way."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    modules = list(sys.modules.values())
+    found = [getattr(module, name, None) for module in modules for name in ("__file__", "__cached__")]
+    files = {path for path in found if isinstance(path, str)} | set(_mapped_files()) | set(map(str, more))
+    for path in files:
+        with contextlib.suppress(OSError, ValueError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _mapped_files() -> list[str]:
+    try:
+        return re.findall(r" (/\S.*)$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+    except OSError:  # another system
+        return []

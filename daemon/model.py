@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from shoal.comm.messages import Chat, ChatMessage, Generate, ModelStatus, Sampling
+from shoal.comm.messages import Chat, ChatMessage, Generate, ModelStatus, Sampling, Stage
 from shoal.models.chat_template import ChatTemplate
 from shoal.models.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.errors import CheckpointError
@@ -26,9 +26,8 @@ from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
 from shoal.offload.prefix import PrefixCache
-from shoal.offload.store import ResidentStore
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import Plan, plan_in_ram
+from shoal.partition.plan import Plan
 
 from .answer import Answer, Emit
 from .config import NodeConfig
@@ -36,86 +35,74 @@ from .drafter import Drafter
 from .engine import Engine
 from .errors import DaemonError
 from .executor import Alone, Executor
-from .memory import return_freed
+from .memory import bounded, forget_files, return_freed
+from .planning import (
+    USUAL_DISK_BYTES_PER_S,
+    Packs,
+    Progress,
+    make_plan,
+    no_progress,
+    open_store,
+    plan_within_budget,
+    row_share,
+)
 from .registry import recommended_sampling
 from .scheduler import Scheduler
 from .sequence import Sequence, Times
 from .translate import translated
 
-DEFAULT_CONTEXT_TOKENS = 8192
-LEAST_CONTEXT_TOKENS = 512  # what the default context may shrink to when memory is short
 DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
-
-Progress = Callable[[int, int], None]
-
-
-def no_progress(done: int, total: int) -> None:
-    """For callers that do not show any."""
-
-
-def make_plan(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> Plan:
-    """The plan for a checkpoint within `memory_bytes`; where no context was asked for, the largest that fits.
-
-    Raises DaemonError `context_overflow`, or PlanError when not even LEAST_CONTEXT_TOKENS fit.
-    """
-    spec = checkpoint.spec
-    context = config.context_tokens or min(spec.context, DEFAULT_CONTEXT_TOKENS)
-    if context > spec.context:
-        raise DaemonError(
-            "context_overflow",
-            f"a context of {context} tokens was asked for, the model was made for {spec.context}",
-            f"use --ctx {spec.context} or less",
-        )
-    block_bytes = {block: checkpoint.block_bytes(block) for block in spec.blocks()}
-    while True:
-        try:
-            return plan_in_ram(
-                spec,
-                block_bytes,
-                context_tokens=context,
-                kv_tokens=config.kv_tokens,
-                kv_type=config.kv_type,
-                chunk_tokens=config.chunk_tokens,
-                sequences=config.max_sequences,
-                guesses=config.max_guesses,
-                threads=config.thread_count,
-                memory_bytes=memory_bytes,
-            )
-        except PlanError:
-            if config.context_tokens is not None or context <= LEAST_CONTEXT_TOKENS:
-                raise
-            context = max(LEAST_CONTEXT_TOKENS, context // 2)
 
 
 @dataclass(eq=False)
 class Runnable:
-    """A checkpoint ready to compute."""
+    """A checkpoint ready to compute. `read_bytes_per_s`: of the disk while it was loaded, 0 when nothing streams."""
 
     checkpoint: Checkpoint
     plan: Plan
     tokenizer: Tokenizer
     executor: Executor
     kv: KvPool
+    read_bytes_per_s: float = 0.0
 
     @classmethod
     def read(
-        cls, purpose: str, path: Path, config: NodeConfig, budget: Budget, progress: Progress
+        cls,
+        purpose: str,
+        path: Path,
+        config: NodeConfig,
+        budget: Budget,
+        progress: Progress,
+        *,
+        packs: Packs | None = None,
+        streaming: bool = True,
+        reserve_bytes: int = 0,
     ) -> Runnable:
-        """Into memory that is held in the budget for `purpose`; when it fails, no longer."""
+        """Into memory that is held in the budget for `purpose`, but for `reserve_bytes` of it; when it fails, no
+        longer. `streaming`: whether its weights may come from disk, from one of `packs`."""
+        tight = bounded(config.memory_bytes)
         with open_checkpoint(path) as checkpoint:
-            plan = make_plan(checkpoint, config, budget.free_bytes)
+            plan = plan_within_budget(
+                checkpoint, config, budget, idle_bytes=-reserve_bytes, streaming=streaming
+            )
             tokenizer = checkpoint.tokenizer()
             checkpoint.forget_tokens()
             return_freed()  # before the weights come, so that the peak is theirs alone
             budget.hold(purpose, plan.peak_bytes)
             try:
-                store = ResidentStore.load(plan, checkpoint, progress)
+                if tight:
+                    forget_files(checkpoint.files)
+                store = open_store(plan, checkpoint, packs, progress, bounded=tight)
                 transformer = Transformer(checkpoint.spec, plan.context_tokens)
                 kv = KvPool(checkpoint.spec, plan.kv)
             except Exception:
                 budget.release(purpose)
                 raise
-        return cls(checkpoint, plan, tokenizer, Executor(transformer, store, kv, Alone()), kv)
+            if tight:
+                forget_files(checkpoint.files)
+        stage = store.stage()
+        speed = (stage.bytes_per_s or USUAL_DISK_BYTES_PER_S) if stage else 0.0
+        return cls(checkpoint, plan, tokenizer, Executor(transformer, plan, store, kv, Alone()), kv, speed)
 
 
 @dataclass(eq=False)
@@ -132,6 +119,7 @@ class LoadedModel:
     draft: Runnable | None
     clock: Callable[[], float]
     used_s: float = 0.0
+    read_bytes_per_s: float = 0.0
 
     @classmethod
     def load(
@@ -142,13 +130,24 @@ class LoadedModel:
         budget: Budget,
         *,
         draft: Path | None = None,
+        packs: Packs | None = None,
+        streaming: bool = True,
         clock: Callable[[], float] = time.monotonic,
         progress: Progress = no_progress,
     ) -> LoadedModel:
-        """Read a checkpoint into memory, and that of a draft model if there is one. Raises DaemonError; what was held
-        in the budget is then released."""
+        """Read a checkpoint into memory, and that of a draft model if there is one. What does not fit is streamed from
+        one of `packs`, if `streaming`. Raises DaemonError; what was held in the budget is then released."""
         try:
-            main = Runnable.read(f"model {name}", path, config, budget, progress)
+            main = Runnable.read(
+                f"model {name}",
+                path,
+                config,
+                budget,
+                progress,
+                packs=packs,
+                streaming=streaming,
+                reserve_bytes=least_bytes(draft, config) if draft else 0,
+            )
         except Exception as error:
             raise refusal(error, name) from error
         small = None
@@ -164,6 +163,7 @@ class LoadedModel:
             queue=config.max_queue,
             chunk_tokens=main.plan.chunk_tokens,
             guesses=main.plan.guesses,
+            row_share=row_share(main.plan, main.read_bytes_per_s),
         )
         drafter = None
         if small is not None:
@@ -183,6 +183,7 @@ class LoadedModel:
             small,
             clock,
             clock(),
+            main.read_bytes_per_s,
         )
 
     @property
@@ -195,7 +196,15 @@ class LoadedModel:
 
     def release(self, budget: Budget) -> None:
         """Give the budget back; the memory follows when the last reference goes."""
+        self.executor.store.close()
         _release(self.name, budget)
+
+    def stage(self) -> Stage | None:
+        """What a request to it waits for just now; None when that is no disk. For any thread."""
+        stage = self.executor.store.stage()
+        if stage is None or not self.engine.busy:
+            return None
+        return Stage(doing="reading", done=stage.done, total=stage.blocks, bytes_per_s=stage.bytes_per_s)
 
     def chat_tokens(
         self,
@@ -292,7 +301,8 @@ class LoadedModel:
             waiting=len(scheduler.waiting),
             kv_used_tokens=cache.used_pages * cache.page_tokens,
             kv_total_tokens=self.plan.kv.tokens,
-            plan=self.plan.describe() + (f", drafts by {self.draft_path.name}" if self.draft_path else ""),
+            plan=self.plan.describe(self.read_bytes_per_s)
+            + (f", drafts by {self.draft_path.name}" if self.draft_path else ""),
             chat_template=self.tokenizer.chat_template is not None,
             kv_cached_tokens=cache.cached_pages * cache.page_tokens,
             prompt_tokens_total=scheduler.prompt_tokens,
@@ -300,6 +310,10 @@ class LoadedModel:
             preemptions_total=scheduler.preemptions,
             drafted_tokens_total=scheduler.drafted_tokens,
             accepted_tokens_total=scheduler.accepted_tokens,
+            pinned_bytes=self.plan.pinned_bytes + self.plan.expert_bytes,
+            streamed_bytes=self.plan.streamed_bytes,
+            window_bytes=self.plan.window_bytes,
+            step_s=self.plan.step_s(self.read_bytes_per_s),
         )
 
     @cached_property
@@ -315,7 +329,7 @@ class LoadedModel:
 def _draft_model(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:
     """A second model that can guess for `main`, held in the budget beside it."""
     config = replace(config, context_tokens=main.plan.context_tokens)
-    small = Runnable.read(f"draft for {name}", path, config, budget, no_progress)
+    small = Runnable.read(f"draft for {name}", path, config, budget, no_progress, streaming=False)
     check_vocabulary(name, main.tokenizer, path.name, small.tokenizer)
     return small
 
@@ -332,6 +346,16 @@ def check_vocabulary(name: str, tokenizer: Tokenizer, draft: str, theirs: Tokeni
             )
 
 
+def least_bytes(draft: Path, config: NodeConfig) -> int:
+    """What a draft model will need at least beside the model that it guesses for. Raises DaemonError."""
+    try:
+        with open_checkpoint(draft) as checkpoint:
+            make_plan(checkpoint, config, 0, streaming=False)
+    except PlanError as error:
+        return error.least_bytes
+    raise AssertionError("nothing fits into no memory")
+
+
 def _release(name: str, budget: Budget) -> None:
     budget.release(f"model {name}")
     budget.release(f"draft for {name}")
@@ -339,7 +363,10 @@ def _release(name: str, budget: Budget) -> None:
 
 def refusal(error: Exception, name: str) -> DaemonError:
     """Why a model cannot be loaded. Checkpoint errors name their file themselves."""
-    if isinstance(error, PlanError | BudgetExceeded):
+    if isinstance(error, PlanError):
+        least = -(-error.least_bytes // 10**6)
+        return DaemonError("resources", f"{name} {error}", f"--memory {least}MB would do, or a smaller --ctx")
+    if isinstance(error, BudgetExceeded):
         return DaemonError("resources", f"{name} {error}", "give it more --memory or a smaller --ctx")
     return translated(error, "" if isinstance(error, CheckpointError) else name)
 

@@ -25,6 +25,7 @@ from shoal.comm.messages import (
     Load,
     Loaded,
     Ok,
+    Stage,
     StatusReply,
     Token,
     Tokenize,
@@ -33,19 +34,19 @@ from shoal.comm.messages import (
 )
 from shoal.kernels import set_threads
 from shoal.models.checkpoint import Checkpoint, open_checkpoint
-from shoal.offload.budget import Budget
 
 from .answer import Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
-from .memory import available_bytes, resident_bytes, return_freed
-from .model import LoadedModel, Progress, check_vocabulary, make_plan, no_progress, refusal
+from .memory import budget_of, resident_bytes, return_freed
+from .model import LoadedModel, check_vocabulary, refusal
+from .planning import Packs, Progress, no_progress, plan_within_budget
 from .translate import translated
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # how long the compute thread sleeps before it looks again by itself
-MEMORY_LEFT_ALONE = 0.1  # share of the free memory that the default budget does not touch
+STAGE_S = 1.0  # of silence, then it is said what a request waits for
 
 
 def package_version() -> str:
@@ -56,17 +57,21 @@ def package_version() -> str:
 
 
 class Node:
-    """Runs requests on loaded models; thread-safe. `resolve` turns a model's name into a path."""
+    """Runs requests on loaded models; thread-safe. `resolve` turns a model's name into a path. `packs` are needed for
+    models that do not fit into memory."""
 
     def __init__(
         self,
         config: NodeConfig,
         resolve: Callable[[str], Path] = Path,
         clock: Callable[[], float] = time.monotonic,
+        packs: Packs | None = None,
     ) -> None:
         self.config = config
-        self.budget = Budget(config.memory_bytes or int(available_bytes() * (1 - MEMORY_LEFT_ALONE)))
+        self.budget = budget_of(config.memory_bytes)
         self._resolve = resolve
+        self._packs = packs
+        self._stage: Stage | None = None  # of a model that is being loaded
         self._clock = clock
         self._started_s = clock()
         self._models: dict[str, LoadedModel] = {}
@@ -114,16 +119,20 @@ class Node:
             self._wake.notify_all()
         return lambda: model.engine.cancel(sequence)
 
-    def stream(self, request: Generate | Chat) -> Iterator[Accepted | Token | Done]:
-        """The events of a request, in process; closing the generator cancels. Raises DaemonError."""
+    def stream(self, request: Generate | Chat) -> Iterator[Accepted | Stage | Token | Done]:
+        """The events of a request, in process, and while there are none its stage, if `progress` was asked for; closing
+        the generator cancels. Raises DaemonError."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         cancel = self.submit(request, events.put)
         try:
             while True:
                 try:
-                    event = events.get(timeout=IDLE_WAIT_S)
+                    event = events.get(timeout=STAGE_S)
                 except queue.Empty:
                     if self._thread.is_alive():
+                        stage = self.stage(request.model) if request.progress else None
+                        if stage is not None:
+                            yield stage
                         continue
                     raise DaemonError("internal", "the compute thread has died", "see the log") from None
                 if isinstance(event, Error):
@@ -208,6 +217,13 @@ class Node:
             known = None
             return_freed()
         return Ok()
+
+    def stage(self, model: str) -> Stage | None:
+        """What a request to `model` waits for just now: that one is loaded, or a disk. Never blocks for long."""
+        if self._stage is not None:
+            return self._stage
+        loaded = self._pick(model)
+        return None if loaded is None else loaded.stage()
 
     def status(self) -> StatusReply:
         with self._wake:
@@ -324,15 +340,23 @@ class Node:
         with self._wake:
             idle_bytes = sum(m.peak_bytes for m in self._models.values() if not m.engine.busy)
         try:
-            make_plan(checkpoint, config, self.budget.free_bytes + idle_bytes)
+            plan_within_budget(checkpoint, config, self.budget, idle_bytes=idle_bytes)
         except Exception as error:
             raise refusal(error, name) from error
 
     def _load_with_room(
         self, name: str, path: Path, draft: Path | None, config: NodeConfig, progress: Progress
     ) -> LoadedModel:
+        """In memory if idle models leave enough when they go, else streamed."""
+
+        def heard(doing: str, done: int, total: int) -> None:
+            speed = done / max(self._clock() - began_s, 0.1)
+            self._stage = Stage(doing=doing, done=done, total=total, bytes_per_s=speed)
+            progress(doing, done, total)
+
         while True:
             return_freed()
+            began_s = self._clock()
             try:
                 return LoadedModel.load(
                     name,
@@ -340,8 +364,10 @@ class Node:
                     config,
                     self.budget,
                     draft=draft,
+                    packs=self._packs,
+                    streaming=not self._idle(),
                     clock=self._clock,
-                    progress=progress,
+                    progress=heard,
                 )
             except DaemonError as error:
                 if error.code != "resources":
@@ -350,6 +376,12 @@ class Node:
                     self._check_room(name, checkpoint, config)
                 if not self._make_room():
                     raise
+            finally:
+                self._stage = None
+
+    def _idle(self) -> list[LoadedModel]:
+        with self._wake:
+            return [model for model in self._models.values() if not model.engine.busy]
 
     def _make_room(self) -> bool:
         """Drop the idle model that was used longest ago; False when there is none."""

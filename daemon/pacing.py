@@ -7,18 +7,20 @@ followed. Pure: measured slowdowns are handed in.
 
 from __future__ import annotations
 
+from .step_cost import ROW_SHARE
+
 SLOWDOWN = 2.5  # a step that also reads prompts may take so many times one that does not
-_FIRST_TOKENS = 8.0
 _LOUDEST = (0.5, 1.5)  # least and most by which one measurement changes the budget, before it is damped
 _REST_EVERY = 16  # steps; then one without prompts, to measure again what they are compared with
 
 
 class Pacer:
-    """A budget that shrinks when steps take too long and grows when they do not; at most `most` tokens."""
+    """A budget that shrinks when steps take too long and grows when they do not; at most `most` tokens. It begins with
+    what `row_share`, of a step of one for each further row, lets expect."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, row_share: float = ROW_SHARE) -> None:
         self._most = most
-        self._tokens = min(_FIRST_TOKENS, most)
+        self._tokens = min((SLOWDOWN - 1) / row_share, most)
         self._since_rest = 0
 
     def budget(self) -> int:

@@ -24,7 +24,7 @@ from .forecast import AnswerLengths, Growth, peak_tokens
 from .pacing import Pacer
 from .sequence import Batch, Chunk, Sequence
 from .speculation import drafts
-from .step_cost import StepCost
+from .step_cost import ROW_SHARE, StepCost
 
 RETRY_S = (0.5, 60.0)  # least and most that a client is told to wait
 FIRST_RETRY_S = 5.0  # while no step has been measured
@@ -35,13 +35,20 @@ Results = Ordered[Ordered[Sampled] | Exception]
 
 class Scheduler:
     """`sequences` run at once, `queue` more wait; a step holds at most `chunk_tokens` tokens of prompts and
-    `guesses` that are guessed ahead."""
+    `guesses` that are guessed ahead. `row_share`: first guess of what one more row costs, as in `StepCost`."""
 
     def __init__(
-        self, cache: PrefixCache, *, sequences: int, queue: int, chunk_tokens: int, guesses: int
+        self,
+        cache: PrefixCache,
+        *,
+        sequences: int,
+        queue: int,
+        chunk_tokens: int,
+        guesses: int,
+        row_share: float = ROW_SHARE,
     ) -> None:
         self.cache = cache
-        self.cost = StepCost()
+        self.cost = StepCost(row_share)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -53,7 +60,7 @@ class Scheduler:
         self._queue = queue
         self._chunk_tokens = chunk_tokens
         self.guesses = guesses
-        self._pacer = Pacer(chunk_tokens)
+        self._pacer = Pacer(chunk_tokens, row_share)
         self._prompt_token_s = 0.0  # time to read one token of a prompt, when nothing else is done
         self._lengths = AnswerLengths()
         self._counters = TokenCounters()

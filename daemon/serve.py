@@ -19,6 +19,7 @@ from .errors import DaemonError
 from .home import Home, private_dir
 from .library import Library
 from .node import Node
+from .packs import Packs
 from .server import Server
 
 
@@ -44,7 +45,7 @@ def serve(
         server_keys = keys.load_server(home.keys)
     except KeyFileError as error:
         raise DaemonError("bad_request", str(error)) from error
-    node = Node(config, Library(home).resolve)
+    node = Node(config, Library(home).resolve, packs=Packs(home))
     server = Server(node, addresses or [home.address], server_keys=server_keys)
     failures: list[DaemonError] = []
 

@@ -94,6 +94,9 @@ class Dispatcher:
             flight.emit(Error(code="internal", message=f"{envelope.kind} failed", hint=hint))
 
     def _answer(self, flight: Flight, request: Message) -> None:
+        if isinstance(request, Generate | Chat | Load) and request.progress:
+            model = request.model
+            flight.watch = lambda: self._backend.stage(model)
         match request:
             case Generate() | Chat():
                 flight.attach(self._backend.submit(request, flight.emit, flight.peer.identity.hex()))

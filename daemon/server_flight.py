@@ -12,11 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import zmq
 
-from shoal.comm.messages import Accepted, Error, Message, Token, Waiting
+from shoal.comm.messages import Accepted, Error, Message, Stage, Token, Waiting
 
 from .backend import Cancel
+
+STAGE_S = 1.0  # of silence before it is said what a request waits for
 
 
 @dataclass(eq=False)
@@ -52,6 +55,9 @@ class Flight:
         self.arrived_s = now_s
         self.sent_s = now_s  # when something was last sent
         self.outgoing: deque[Message] = deque()  # taken from the mailbox, not yet sent
+        self.watch: Callable[[], Stage | None] | None = (
+            None  # what it waits for; None: the client does not ask
+        )
         self._ready = ready
         self._lock = threading.Lock()
         self._queued = False  # `ready` was called and `take` has not followed yet
@@ -138,8 +144,13 @@ class Flight:
                 self.outgoing.append(self._terminal)
                 self._terminal = None
 
-    def waiting(self, now_s: float) -> Waiting:
-        return Waiting(seconds=round(now_s - self.arrived_s, 3))
+    def sign_of_life(self, now_s: float, keepalive_s: float) -> Message | None:
+        """What to send to a client that has heard nothing since `sent_s`, if it is time."""
+        silent_s = now_s - self.sent_s
+        seconds = round(now_s - self.arrived_s, 3)
+        if self.watch is not None and silent_s >= STAGE_S and (stage := self.watch()) is not None:
+            return msgspec.structs.replace(stage, seconds=seconds)
+        return Waiting(seconds=seconds) if silent_s >= keepalive_s else None
 
     @property
     def held_bytes(self) -> int:

@@ -9,7 +9,7 @@ import importlib.metadata
 from dataclasses import dataclass
 
 from shoal.comm import wire
-from shoal.comm.messages import REQUESTS, VERSION, Error, Hello, Welcome
+from shoal.comm.messages import FEATURES, VERSION, Error, Hello, Welcome
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ServerLimits:
         return Welcome(
             version=VERSION,
             server=f"shoal {importlib.metadata.version('shoal')}",
-            features=sorted(REQUESTS),
+            features=sorted(FEATURES),
             limits={
                 "message_bytes": self.message_bytes,
                 "requests": self.requests,

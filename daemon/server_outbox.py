@@ -147,14 +147,13 @@ class Outbox:
             self._forget(peer)
 
     def _keep_alive(self, now_s: float) -> None:
-        """`waiting` on every silent request. Only sending shows that a client has vanished, too."""
+        """`waiting` or `stage` on every silent request. Only sending shows that a client has vanished, too."""
         for peer in list(self._peers.values()):
             for flight in list(peer.flights.values()):
                 if peer in self._blocked or peer.gone:
                     break
-                if now_s - flight.sent_s >= self._limits.keepalive_s and self.send(
-                    peer, flight.request_id, flight.waiting(now_s)
-                ):
+                message = flight.sign_of_life(now_s, self._limits.keepalive_s)
+                if message is not None and self.send(peer, flight.request_id, message):
                     flight.sent_s = now_s
 
     # --- ends ----------------------------------------------------------------------------------------------

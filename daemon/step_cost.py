@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from itertools import pairwise
 
-_FIRST_GUESS = 0.15  # one more row, as a share of a step of one: about what reading the weights leaves
+ROW_SHARE = 0.15  # one more row, as a share of a step of one: about what reading weights from memory leaves
 _PACE_RATE = 0.2
 _SHAPE_RATE = 0.1  # of a point measured often; the first measurements count more
 _SURPRISE = 1.0  # most that one measurement may differ, as a logarithm: a step held up is not believed
@@ -25,10 +25,11 @@ _ROWS = (*range(1, 9), *(rows << doubling for doubling in range(8) for rows in (
 class StepCost:
     """Cost of steps of one model. `row_share`: first guess of what one more row costs, as a share of a step of one.
 
-    For weights that are streamed from a disk the share is smaller and longer drafts pay; it is found out anyhow.
+    For weights that are streamed from a disk the share is small and long drafts pay; it is found out anyhow, but slow
+    steps are few.
     """
 
-    def __init__(self, row_share: float = _FIRST_GUESS) -> None:
+    def __init__(self, row_share: float = ROW_SHARE) -> None:
         self._pace_s = 0.0  # 0 = nothing measured yet
         self._shape = [1 + row_share * (rows - 1) for rows in _ROWS]
         self._measured = [0.0] * len(_ROWS)

@@ -12,7 +12,7 @@ from shoal.models.errors import (
     TokenizerError,
     UnsupportedCheckpoint,
 )
-from shoal.offload.errors import BudgetExceeded, PackError
+from shoal.offload.errors import BudgetExceeded, OffloadError, PackError
 from shoal.partition.errors import PlanError, SpecError
 
 from .errors import DaemonError
@@ -29,6 +29,7 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (BudgetExceeded, "resources"),
     (PackError, "corrupt"),
     (MemoryError, "resources"),
+    (OffloadError, "internal"),
     (ModelError, "internal"),
     (OSError, "internal"),
 )

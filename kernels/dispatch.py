@@ -34,8 +34,8 @@ class Home(Protocol):
         self, x: Tensor, layer: FeedForward, activation: Activation, norm: Tensor | None, eps: float
     ) -> Tensor: ...
     def experts(
-        self, x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation
-    ) -> Tensor: ...
+        self, x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Tensor
+    ) -> None: ...
     def gather_rows(self, w: Matrix, ids: Tensor) -> Tensor: ...
     def dequantize(self, w: Matrix) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
@@ -182,12 +182,19 @@ def feed_forward(
     return (_home or _first_choice()).feed_forward(x, layer, activation, norm, eps)
 
 
-def experts(x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation) -> Tensor:
-    """For every token of x float32 (T, cols) the sum over the experts that take it, in their order, of factor times
-    `feed_forward`; float32 (T, rows of down), zeros for a token that none takes. There is at least one expert, and
-    all are of one shape.
+def experts(
+    x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Tensor
+) -> None:
+    """For every token of x float32 (T, cols) adds factor times `feed_forward` of the experts that take it to `into`,
+    contiguous float32 (T, rows of down), one after the other: so experts may come in several calls. There is at least
+    one expert, and all are of one shape.
     """
     _check_input(x, all[0].enter, None)
+    if into.dtype is not _F32 or into.shape != (x.size(0), all[0].shape[2]) or not into.is_contiguous():
+        raise OperandError(
+            f"experts add to contiguous float32 of shape ({x.size(0)}, {all[0].shape[2]}), "
+            f"got {into.dtype} {tuple(into.shape)}"
+        )
     if any(layer.shape != all[0].shape for layer in all):
         raise OperandError("experts of different shapes cannot be computed together")
     tokens, factors = routes.tokens, routes.factors
@@ -205,7 +212,7 @@ def experts(x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: A
         raise OperandError(
             f"routes that start at {starts} do not share {len(tokens)} out among {len(all)} experts"
         )
-    return (_home or _first_choice()).experts(x, all, routes, activation)
+    (_home or _first_choice()).experts(x, all, routes, activation, into)
 
 
 def gather_rows(w: Matrix, ids: Tensor) -> Tensor:

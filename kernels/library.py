@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from shoal.kernels.attention import HeadNorms, KvPages, Rotation, Segments
 
 LIBRARY = Path(__file__).with_name("libshoal.so")
-VERSION = 3
+VERSION = 4
 
 _STATUS = {
     1: "it has no kernel for this weight type",
@@ -174,10 +174,9 @@ class Native:
         return y
 
     def experts(
-        self, x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation
-    ) -> Tensor:
+        self, x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Tensor
+    ) -> None:
         x = x.contiguous()
-        y = x.new_empty(x.size(0), all[0].leave.matrices[0].rows)
         layers = [(layer.prepared or _prepare(layer, layer.enter, layer.leave))[0] for layer in all]
         tokens, factors = routes.tokens.contiguous(), routes.factors.contiguous()
         if status := self._experts(
@@ -190,10 +189,9 @@ class Native:
             (c_int64 * len(routes.starts))(*routes.starts),
             tokens.data_ptr(),
             factors.data_ptr(),
-            y.data_ptr(),
+            into.data_ptr(),
         ):
             raise _refusal(status, *all[0].enter.matrices, *all[0].leave.matrices)
-        return y
 
     def gather_rows(self, w: Matrix, ids: Tensor) -> Tensor:
         ids = ids.contiguous()

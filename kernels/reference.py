@@ -97,13 +97,13 @@ def feed_forward(
     return linears(_ACTIVATIONS[activation](gate) * up, layer.leave, None, 0.0)[0]
 
 
-def experts(x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation) -> Tensor:
-    """For every token the sum over its experts, ascending, of factor times feed-forward: float32 (T, rows of down)."""
-    out = torch.zeros(x.shape[0], all[0].leave.matrices[0].rows)
+def experts(
+    x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Tensor
+) -> None:
+    """Adds factor times feed-forward of its experts, ascending, to every token's row of `into` (T, rows of down)."""
     for layer, start, stop in zip(all, routes.starts, routes.starts[1:], strict=False):
         rows, factors = routes.tokens[start:stop], routes.factors[start:stop]
-        out.index_add_(0, rows, feed_forward(x[rows], layer, activation, None, 0.0) * factors.unsqueeze(1))
-    return out
+        into.index_add_(0, rows, feed_forward(x[rows], layer, activation, None, 0.0) * factors.unsqueeze(1))
 
 
 def gather_rows(w: Matrix, ids: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """One step's input: which tokens of which sequences pass through the model together.
 
-Pure shape-keeping; the scheduler fills it, the transformer reads it. Knows nothing of queues or text.
+Pure shape-keeping; the scheduler fills it, the transformer reads it. A long step is cut into parts of rows that are
+computed one after the other inside a block, so that what a block holds besides its result is bounded. Knows nothing of
+queues or text.
 """
 
 from __future__ import annotations
@@ -14,34 +16,62 @@ from torch import Tensor
 
 from shoal.kernels.attention import HeadNorms, Rotation, Segments
 
+WHOLE = 1 << 30  # rows: more than any step has
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Consecutive rows of a step. Attention of a part needs the K and V of the parts before it."""
+
+    positions: Tensor  # int64 (rows,)
+    segments: Segments  # which rows are of one sequence, and where its KV is
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """A batch of T tokens. Positions are per sequence, from 0."""
 
     tokens: Tensor  # int64 (T,)
-    positions: Tensor  # int64 (T,)
-    segments: Segments  # which tokens are of one sequence, and where its KV is
+    parts: tuple[Part, ...]  # of `part_tokens` rows each, the last one of what is left
+    part_tokens: int
     rows: Tensor  # int64 (R,): rows whose hidden state is wanted at the end
 
     @classmethod
-    def build(cls, chunks: Iterable[tuple[Sequence[int], int, Sequence[int], int]]) -> Step:
+    def build(
+        cls, chunks: Iterable[tuple[Sequence[int], int, Sequence[int], int]], part_tokens: int = WHOLE
+    ) -> Step:
         """From (token ids, start position, KV pages, how many of the last rows are wanted) per sequence."""
-        segments: list[tuple[int, int, Sequence[int]]] = []
+        parts: list[list[tuple[int, int, Sequence[int]]]] = [[]]
+        room = part_tokens
         tokens: list[int] = []
-        positions: list[int] = []
         rows: list[int] = []
         for ids, start, pages, wanted in chunks:
-            segments.append((len(ids), start, pages))
             tokens += ids
-            positions += range(start, start + len(ids))
             rows += range(len(tokens) - wanted, len(tokens))
+            done = 0
+            while done < len(ids):
+                if not room:
+                    parts.append([])
+                    room = part_tokens
+                count = min(room, len(ids) - done)
+                parts[-1].append((count, start + done, pages))
+                done += count
+                room -= count
         return cls(
             torch.tensor(tokens),
-            torch.tensor(positions),
-            Segments.build(segments),
+            tuple(_part(segments) for segments in parts),
+            part_tokens,
             torch.tensor(rows, dtype=torch.int64),
         )
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Views of `rows` (T or fewer, n), as many at a time as are computed together."""
+        return (rows,) if len(rows) <= self.part_tokens else torch.split(rows, self.part_tokens)
+
+
+def _part(segments: Sequence[tuple[int, int, Sequence[int]]]) -> Part:
+    positions = [torch.arange(start, start + count) for count, start, _ in segments]
+    return Part(torch.cat(positions) if len(positions) > 1 else positions[0], Segments.build(segments))
 
 
 class KvCache(Protocol):
@@ -50,7 +80,7 @@ class KvCache(Protocol):
     def attend(
         self,
         layer: int,
-        step: Step,
+        segments: Segments,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -60,6 +90,6 @@ class KvCache(Protocol):
         window: int | None,
         norms: HeadNorms | None,
     ) -> Tensor:
-        """Store the step's k and v (T, kv_heads * head_dim), then attend with q (T, heads * head_dim), every token to
+        """Store the rows' k and v (T, kv_heads * head_dim), then attend with q (T, heads * head_dim), every token to
         its sequence up to itself; (T, heads * head_dim) f32."""
         ...

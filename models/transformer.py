@@ -9,7 +9,8 @@ Letters in shapes: T tokens of the step, H heads, K kv_heads, D head_dim, C hidd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 
 from shoal.kernels import Routes, experts, feed_forward, linears, rms_norm
-from shoal.kernels.attention import HeadNorms, Rotation
+from shoal.kernels.attention import HeadNorms, Rotation, Segments
 from shoal.partition.spec import ModelSpec
 
 from .rope import Rope
-from .step import KvCache, Step
+from .step import KvCache, Part
 from .weights import Weights
 
 
@@ -31,6 +32,18 @@ class Routing:
 
     used: list[int]
     routes: Routes
+
+    def among(self, experts: Collection[int]) -> Routing:
+        """Of these experts only: a run of those in use, as far as they are."""
+        if len(experts) >= len(self.used) and all(map(experts.__contains__, self.used)):
+            return self
+        first, last = bisect_left(self.used, min(experts)), bisect_right(self.used, max(experts))
+        starts = self.routes.starts[first : last + 1]
+        mine = slice(starts[0], starts[-1])
+        routes = Routes(
+            tuple(start - starts[0] for start in starts), self.routes.tokens[mine], self.routes.factors[mine]
+        )
+        return Routing(self.used[first:last], routes)
 
     @classmethod
     def of(cls, experts: Tensor, factors: Tensor) -> Routing:
@@ -48,16 +61,22 @@ class Transformer:
         self.spec = spec
         self._ropes = [Rope(rope, context_tokens) for rope in spec.ropes]
 
-    def rotations(self, step: Step) -> list[Rotation]:
-        """cos/sin of the step's positions, one per rope of the spec; computed once, used by every layer."""
-        return [rope.at(step.positions) for rope in self._ropes]
+    def rotations(self, part: Part) -> list[Rotation]:
+        """cos/sin of a part's positions, one per rope of the spec; computed once, used by every layer."""
+        return [rope.at(part.positions) for rope in self._ropes]
 
     def embed(self, rows: Tensor) -> Tensor:
         """Rows of the embedding (T, C) → hidden (T, C)"""
         return rows * self.spec.embed_scale if self.spec.embed_scale != 1.0 else rows
 
     def attend(
-        self, layer: int, weights: Weights, hidden: Tensor, step: Step, rotations: list[Rotation], kv: KvCache
+        self,
+        layer: int,
+        weights: Weights,
+        hidden: Tensor,
+        segments: Segments,
+        rotations: list[Rotation],
+        kv: KvCache,
     ) -> Tensor:
         """hidden (T, C) → partial (T, C); the new K and V are stored in `kv`."""
         spec, vector = self.spec, weights.vector
@@ -75,7 +94,7 @@ class Transformer:
         kind = spec.layers[layer]
         mixed = kv.attend(
             layer,
-            step,
+            segments,
             q,
             k,
             v,
@@ -108,12 +127,17 @@ class Transformer:
             return x, routing, None
         shared = feed_forward(x, weights.feed_forward("shared_"), spec.activation)
         if moe.shared_gated:
-            shared *= torch.sigmoid(linears(x, weights.linears("shared_scale"))[0])  # (T, 1)
+            # in doubles, because torch rounds a lone f32 otherwise than one of many: rows must not depend on others
+            shared *= torch.sigmoid(linears(x, weights.linears("shared_scale"))[0].double()).float()  # (T, 1)
         return x, routing, shared
 
-    def mix(self, weights: Sequence[Weights], x: Tensor, routing: Routing) -> Tensor:
-        """The experts in use, in the order of the routing, each on its tokens: normed x (T, C) → partial (T, C)."""
-        return experts(x, [expert.feed_forward() for expert in weights], routing.routes, self.spec.activation)
+    def mix(self, weights: Mapping[int, Weights], x: Tensor, routing: Routing, partial: Tensor) -> None:
+        """Adds what these experts make of their tokens, ascending, to partial (T, C); normed x (T, C). `weights`: all
+        experts, or a run of those in use."""
+        routing = routing.among(weights)
+        if routing.used:
+            layers = [weights[expert].feed_forward() for expert in routing.used]
+            experts(x, layers, routing.routes, self.spec.activation, partial)
 
     def leave(self, weights: Weights, total: Tensor) -> Tensor:
         """What is done to a block's summed output before the residual add."""

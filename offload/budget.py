@@ -24,6 +24,10 @@ class Budget:
         with self._lock:
             return sum(self._held.values())
 
+    def held_by(self, purpose: str) -> int:
+        with self._lock:
+            return self._held.get(purpose, 0)
+
     @property
     def free_bytes(self) -> int:
         return self.limit_bytes - self.held_bytes
@@ -38,6 +42,11 @@ class Budget:
                     f"{purpose} needs {nbytes / 1e6:,.0f} MB, but {held / 1e6:,.0f} MB of the budget of "
                     f"{self.limit_bytes / 1e6:,.0f} MB are taken"
                 )
+            self._held[purpose] = nbytes
+
+    def take(self, purpose: str, nbytes: int) -> None:
+        """Enter what is taken already, whether or not that is within the limit."""
+        with self._lock:
             self._held[purpose] = nbytes
 
     def release(self, purpose: str) -> None:

@@ -2,8 +2,9 @@
 
 OffloadError
 ├── BudgetExceeded     an allocation would exceed the budget; nothing was allocated
-└── PackError          a pack cannot be made or used
-    └── PackCorrupt        its bytes or its manifest are not those that were written
+├── PackError          a pack cannot be made or used
+│   └── PackCorrupt        its bytes or its manifest are not those that were written
+└── StoreError         weights could not be read while they were needed
 """
 
 
@@ -21,3 +22,7 @@ class PackError(OffloadError):
 
 class PackCorrupt(PackError):
     """Truncated or altered; the message names the block where it is known. Packing the model again mends it."""
+
+
+class StoreError(OffloadError):
+    """The message names the block, the file and the place in it; a later step tries again."""

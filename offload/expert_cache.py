@@ -17,22 +17,28 @@ from .window import Chunk, Extent, Passage
 
 HALF_LIFE_STEPS = 64.0  # a use so many steps ago counts half
 LARGEST_WEIGHT = 1e100
+AHEAD = 32  # experts of a layer that are leased or read ahead: what is often used need not go for more
 
 
 class ExpertCache:
     """Experts in `slots` places of `slot_bytes`. At most `slots` may be leased at a time."""
 
-    def __init__(self, slots: int, slot_bytes: int, experts: Sequence[Extent]) -> None:
+    def __init__(self, slots: int, slot_bytes: int, experts: Sequence[Extent], ahead: int = AHEAD) -> None:
         self._extents = {extent.block: extent for extent in experts}
         self._slot_bytes = slot_bytes
         self._free = list(range(slots - 1, -1, -1))
         self._held: dict[BlockId, Passage] = {}
         self._expected: dict[BlockId, int] = {}  # what will be acquired, in order
         self._missing: list[BlockId] = []  # of these, what is not on its way yet, the next one last
+        self._ahead = ahead
+        self._done = 0  # of those expected
+        self._wanted = -1  # the place of that which is waited for
         self._reading: Passage | None = None  # that has not been asked for to its end
         self._scores: dict[BlockId, float] = {}
         self._used: dict[BlockId, int] = {}  # when an expert was used last
-        self._heap: list[tuple[float, int, BlockId]] = []  # candidates to go; those out of date are passed over
+        self._heap: list[
+            tuple[float, int, BlockId]
+        ] = []  # candidates to go; those out of date are passed over
         self._clock = 0
         self._weight = 1.0  # of a use now: growing instead of all others shrinking
         layers = len({extent.block.layer for extent in experts})
@@ -44,6 +50,7 @@ class ExpertCache:
         if self._weight > LARGEST_WEIGHT:
             self._rescale()
         self._expected = {block: i for i, block in enumerate(blocks) if block in self._extents}
+        self._done, self._wanted = 0, -1
         for block in self._expected:
             self._scores[block] = self._scores.get(block, 0.0) + self._weight
         self._missing = [block for block in reversed(self._expected) if block not in self._held]
@@ -54,6 +61,7 @@ class ExpertCache:
         if passage is None and block not in self._missing:
             self._expected.setdefault(block, -1)
             self._missing.append(block)
+        self._wanted = self._expected.get(block, -1)
         return None if passage is None or passage.left else passage
 
     def next_read(self, most_bytes: int) -> Chunk | None:
@@ -61,7 +69,8 @@ class ExpertCache:
         if self._reading is None:
             if not self._missing:
                 return None
-            slot = self._place(self._expected.get(self._missing[-1], -1))
+            order = self._expected[self._missing[-1]]
+            slot = self._place(order) if order < max(self._done + self._ahead, self._wanted + 1) else None
             if slot is None:
                 return None
             extent = self._extents[self._missing.pop()]
@@ -80,16 +89,18 @@ class ExpertCache:
             passage.left = True
             if passage is self._reading:
                 self._reading = None
-            self.sweep(passage)
+            self.ended(passage)
             return
         self._clock += 1
         self._used[passage.block] = self._clock
-        self._expected.pop(passage.block, None)
+        self._done += self._expected.pop(passage.block, -1) >= 0
         self._offer(passage.block)
 
-    def sweep(self, passage: Passage) -> None:
+    def ended(self, passage: Passage) -> None:
         """A read of the passage has ended."""
-        if passage.left and passage.quiet and self._held.get(passage.block) is passage:
+        if passage.here:
+            self._offer(passage.block)  # it may never be acquired
+        elif passage.left and passage.quiet and self._held.get(passage.block) is passage:
             self._evict(passage.block)
 
     def _place(self, order: int) -> int | None:

@@ -11,8 +11,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from shoal.kernels.attention import PAGE_TOKENS, HeadNorms, KvLayout, KvPages, Rotation, attention
-from shoal.models.step import Step
+from shoal.kernels.attention import PAGE_TOKENS, HeadNorms, KvLayout, KvPages, Rotation, Segments, attention
 from shoal.partition.plan import KvPlan
 from shoal.partition.spec import ModelSpec
 
@@ -38,7 +37,7 @@ class KvPool:
     def attend(
         self,
         layer: int,
-        step: Step,
+        segments: Segments,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -48,12 +47,10 @@ class KvPool:
         window: int | None,
         norms: HeadNorms | None,
     ) -> Tensor:
-        """Store the step's k and v (T, kv_heads * head_dim), then attend with q (T, heads * head_dim), every token to
+        """Store the rows' k and v (T, kv_heads * head_dim), then attend with q (T, heads * head_dim), every token to
         its sequence up to itself; (T, heads * head_dim) f32. See `kernels.attention.attention`."""
         pages = self._layers[layer]
-        return attention(
-            pages, step.segments, q, k, v, rotation=rotation, scale=scale, window=window, norms=norms
-        )
+        return attention(pages, segments, q, k, v, rotation=rotation, scale=scale, window=window, norms=norms)
 
     def copy_page(self, source: int, target: int) -> None:
         """Make page `target` hold what page `source` holds, in every layer."""

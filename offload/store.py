@@ -58,7 +58,7 @@ class BlockReader(Protocol):
     def read_block(self, block: BlockId) -> Weights: ...
 
 
-class _Resident:
+class Resident:
     """A lease that costs nothing: the block never leaves."""
 
     __slots__ = ("weights",)
@@ -82,8 +82,8 @@ class ResidentStore:
         embed, head = blocks[BlockId("embed")], blocks[BlockId("head")]
         if "head" not in head.matrix:
             head = Weights({**head.matrix, "head": embed.matrix["embed"]}, head.vector)
-        self._leases = {block: _Resident(weights) for block, weights in blocks.items()}
-        self._leases[BlockId("head")] = _Resident(head)
+        self._leases = {block: Resident(weights) for block, weights in blocks.items()}
+        self._leases[BlockId("head")] = Resident(head)
 
     @classmethod
     def load(

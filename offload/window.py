@@ -81,9 +81,14 @@ class Line:
             self._waiting.popleft()
         return chunk
 
-    def clear(self) -> None:
+    def leave(self, passage: Passage) -> None:
         """What nobody waits for any more is not read."""
-        self._waiting.clear()
+        passage.left = True
+        if passage in self._waiting:
+            self._waiting.remove(passage)
+
+    def ended(self, passage: Passage) -> None:
+        """A read of the passage has ended."""
 
 
 class Window:
@@ -112,23 +117,25 @@ class Window:
     def want(self, block: BlockId) -> Passage:
         """The passage of a block that is used next. What should have been used before it is left out; if it is not on
         its way, the window begins with it."""
-        for at, passage in enumerate(self._passing):
-            if passage.block == block and not passage.left:
-                break
-        else:
-            at, passage = len(self._passing), self._begin(self._index[block])
-        for skipped in self._passing[:at]:
+        passage = next((p for p in self._passing if p.block == block and not p.left), None)
+        passage = passage or self._begin(self._index[block])
+        for skipped in self._passing[: self._passing.index(passage)]:
+            assert not skipped.leases, f"{skipped.block} is still used while {block} is wanted"
             skipped.left = True
-        self.sweep()
+        self._sweep()
         return passage
 
     def leave(self, passage: Passage) -> None:
         """It has been used, or it failed: its place is free once no read writes there."""
         passage.left = True
-        self.sweep()
+        self._sweep()
 
-    def sweep(self) -> None:
-        """Forget passages that were left, as far as their reads have ended."""
+    def ended(self, passage: Passage) -> None:
+        """A read of the passage has ended."""
+        if passage.left:
+            self._sweep()
+
+    def _sweep(self) -> None:
         self._passing = [p for p in self._passing if not (p.left and p.quiet)]
 
     def _begin(self, index: int) -> Passage:

@@ -15,4 +15,8 @@ class SpecError(PartitionError):
 
 
 class PlanError(PartitionError):
-    """The request cannot be planned within its limits; the message gives the figure needed."""
+    """The request cannot be planned within its limits; the message gives the figure needed, as does `least_bytes`."""
+
+    def __init__(self, message: str, least_bytes: int) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes

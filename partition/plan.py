@@ -20,6 +20,7 @@ KV_SCALE_BYTES: Mapping[str, int] = {"i8": 4}  # per token, K/V head, and K or V
 KV_VALUE_STEP = 16  # V rows are filled up to whole vectors of so many numbers
 PAGE_TOKENS = 64
 KERNEL_BYTES = 64 << 20  # tiles and tables of the kernels, whatever the model
+VOCABULARY_BYTES = 300  # of the tokenizer, for each token
 
 
 @dataclass(frozen=True)
@@ -136,17 +137,20 @@ def scratch_bytes(
     part_tokens: int | None = None,
 ) -> int:
     """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and
-    KV, in f32; `part_tokens` of its rows are in a block together, all of them if None."""
+    KV, in f32, and the tokenizer; `part_tokens` of its rows are in a block together, all of them if None."""
     moe = spec.moe
     ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
     heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, q rotated, what is mixed, k and v
     rows = chunk_tokens + sequences + guesses
     part = rows if part_tokens is None else min(rows, part_tokens)
+    whole = (
+        (5 if moe else 3) * rows * spec.hidden
+    )  # what enters a block, its sum; all experts' inputs and outputs
     inside = part * (spec.hidden + 3 * ffn + heads)
     # Only the reference kernels need it: copies of K and V of one layer, and a mask.
     attention = context_tokens * (2 * spec.kv_heads * spec.head_dim + min(part, chunk_tokens))
     logits = (sequences + guesses) * spec.vocab
-    return KERNEL_BYTES + 4 * (3 * rows * spec.hidden + inside + attention + logits)
+    return KERNEL_BYTES + VOCABULARY_BYTES * spec.vocab + 4 * (whole + inside + attention + logits)
 
 
 def arena_slack(nbytes: int) -> int:
@@ -193,7 +197,8 @@ def plan_in_ram(
     if least > memory_bytes:
         raise PlanError(
             f"needs {least / 1e6:,.0f} MB ({weights / 1e6:,.0f} MB of weights, {pages * PAGE_TOKENS:,} tokens of KV, "
-            f"{scratch / 1e6:,.0f} MB of scratch) but the budget is {memory_bytes / 1e6:,.0f} MB"
+            f"{scratch / 1e6:,.0f} MB of scratch) but the budget leaves {memory_bytes / 1e6:,.0f} MB",
+            least,
         )
     return Plan(
         blocks=tuple(BlockPlan(block, block_bytes[block]) for block in spec.blocks()),

@@ -24,7 +24,7 @@ SCRATCH_SHARE = 12  # goes to long steps: a twelfth
 WINDOW_SHARE = 10  # goes to the window: a tenth, within WINDOW_BLOCKS
 WINDOW_BLOCKS = (2, 3)  # least and most of the largest streamed blocks in the window; more does not help
 PART_TOKENS = (32, 64, 256)  # rows in a block together: least; enough to lengthen steps instead; most
-READING_BYTES = 24 << 20  # what reading itself holds: rows of the embedding, parts that are checked
+READING_BYTES = 16 << 20  # what reading itself holds: rows of the embedding, ends of huge pages
 _SEARCH_BYTES = 1 << 20  # how exactly the least memory is told
 
 
@@ -59,9 +59,11 @@ def plan_within(
         while plan(enough) is None:
             enough *= 2
         short = _most(0, enough // _SEARCH_BYTES, lambda steps: plan(steps * _SEARCH_BYTES) is None)
+        least = (short + 1) * _SEARCH_BYTES
         raise PlanError(
-            f"needs {(short + 1) * _SEARCH_BYTES / 1e6:,.0f} MB at least, even with its weights streamed from disk, "
-            f"but the budget leaves {memory_bytes / 1e6:,.0f} MB for it"
+            f"needs {least / 1e6:,.0f} MB at least, even with its weights streamed from disk, "
+            f"but the budget leaves {memory_bytes / 1e6:,.0f} MB",
+            least,
         )
     return made
 
@@ -89,7 +91,7 @@ def _plan(
         sequences=wanted.sequences,
         guesses=wanted.guesses,
         threads=wanted.threads,
-        scratch_bytes=always + fixed.scratch_bytes + choice.slack_bytes,
+        scratch_bytes=always + fixed.scratch_bytes,
         part_tokens=fixed.part_tokens,
         window_bytes=choice.window_bytes,
         expert_slots=choice.expert_slots,
@@ -147,7 +149,6 @@ def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
 
 class _Choice(NamedTuple):
     pinned: frozenset[BlockId]
-    slack_bytes: int  # that pinning wastes
     window_bytes: int
     expert_slots: int
     streamed_bytes: int
@@ -161,7 +162,6 @@ class _Kind:
         self.largest = max(nbytes for _, nbytes in blocks)
         counts = range(len(blocks) + 1)
         self.pinned_bytes = [sum(nbytes for _, nbytes in self.evenly(count)) for count in counts]
-        self.slack_bytes = [sum(block_slack(nbytes) for _, nbytes in self.evenly(count)) for count in counts]
 
     def evenly(self, count: int) -> Iterator[tuple[BlockId, int]]:
         """`count` of the blocks, as far apart as they can be (Bresenham's line)."""
@@ -209,8 +209,7 @@ class _Weights:
         pinned_blocks = (
             block for kind, count in zip(self._kinds, counts, strict=True) for block, _ in kind.evenly(count)
         )
-        slack = sum(kind.slack_bytes[count] for kind, count in zip(self._kinds, counts, strict=True))
-        return _Choice(frozenset(pinned_blocks), slack, self._window(counts, window_share), slots, streamed)
+        return _Choice(frozenset(pinned_blocks), self._window(counts, window_share), slots, streamed)
 
     def _states(self) -> Iterator[tuple[int, ...]]:
         """How many of each kind may be pinned: any number of the first; of the others one kind after the other."""
@@ -223,10 +222,8 @@ class _Weights:
 
     def _need(self, counts: tuple[int, ...], window_share: int) -> tuple[int, int]:
         """(bytes pinned, bytes they and the window take)"""
-        chosen = list(zip(self._kinds, counts, strict=True))
-        pinned = sum(kind.pinned_bytes[count] for kind, count in chosen)
-        slack = sum(kind.slack_bytes[count] for kind, count in chosen)
-        return pinned, pinned + slack + self._window(counts, window_share)
+        pinned = sum(kind.pinned_bytes[count] for kind, count in zip(self._kinds, counts, strict=True))
+        return pinned, pinned + self._window(counts, window_share)
 
     def _window(self, counts: tuple[int, ...], share: int) -> int:
         chosen = list(zip(self._kinds, counts, strict=True))
@@ -234,11 +231,6 @@ class _Weights:
         streamed = sum(kind.pinned_bytes[-1] - kind.pinned_bytes[count] for kind, count in chosen)
         least, most = WINDOW_BLOCKS
         return min(_between(least * largest, share, most * largest), streamed)
-
-
-def block_slack(nbytes: int) -> int:
-    """What a pinned block may waste of huge pages."""
-    return min(nbytes // 16, 1 << 20)
 
 
 def _between(least: int, value: int, most: int) -> int:

@@ -28,12 +28,15 @@ class Running:
             self.spec = checkpoint.spec
             self.kv = KvPool(self.spec, self.plan.kv)
             store = ResidentStore.load(self.plan, checkpoint)
-        self.executor = Executor(Transformer(self.spec, self.plan.context_tokens), store, self.kv, Alone())
+        model = Transformer(self.spec, self.plan.context_tokens)
+        self.executor = Executor(model, self.plan, store, self.kv, Alone())
 
     def step(self, *parts: tuple[list[int], int, list[int]]) -> Tensor:
         """(token ids, start position, pages) per sequence → logits (T, vocab) of every row."""
         with torch.inference_mode():
-            step = Step.build((ids, start, pages, len(ids)) for ids, start, pages in parts)
+            step = Step.build(
+                ((ids, start, pages, len(ids)) for ids, start, pages in parts), self.plan.part_tokens
+            )
             return self.executor.head(self.executor.forward(step))
 
     def logits(self, ids: list[int], prefill: list[int]) -> Tensor:

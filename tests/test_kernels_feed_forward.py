@@ -143,16 +143,25 @@ def test_experts_together_are_those_one_by_one(data: st.DataObject, tokens: int,
     factors, x = torch.rand(tokens, 2), randn(tokens, 64)
     used, routes = routes_of(choices, factors)
     layers = [experts[i] for i in used]
-    truth = reference.experts(x, layers, routes, "silu")
+    truth, cut = torch.zeros(tokens, 64), torch.zeros(tokens, 64)
+    reference.experts(x, layers, routes, "silu", truth)
     for name in NATIVE:
         dispatch.choose(name)
         kernels.set_threads(threads)
-        got = kernels.experts(x, layers, routes, "silu")
+        got = torch.zeros(tokens, 64)
+        kernels.experts(x, layers, routes, "silu", got)
         assert_near(got, truth)
+        cut.zero_()
+        for i, layer_ in enumerate(layers):  # in calls of one each
+            mine = slice(routes.starts[i], routes.starts[i + 1])
+            some = Routes((0, mine.stop - mine.start), routes.tokens[mine], routes.factors[mine])
+            kernels.experts(x, [layer_], some, "silu", cut)
+        assert torch.equal(cut, got)
         single = [kernels.feed_forward(x, layer, "silu") for layer in layers]
         for t in range(min(tokens, 3)):
             own, route = routes_of([choices[t]], factors[t : t + 1])
-            alone = kernels.experts(x[t : t + 1], [experts[i] for i in own], route, "silu")
+            alone = torch.zeros(1, 64)
+            kernels.experts(x[t : t + 1], [experts[i] for i in own], route, "silu", alone)
             assert torch.equal(got[t], alone[0])
             total = torch.zeros(64)
             for expert in own:
@@ -162,16 +171,17 @@ def test_experts_together_are_those_one_by_one(data: st.DataObject, tokens: int,
     dispatch.choose()
 
 
-def test_a_token_without_experts_gets_zeros(home: str) -> None:
+def test_a_token_without_experts_gets_nothing(home: str) -> None:
     made = layer((Q8_0, Q8_0, Q8_0), 64, 64)
-    got = kernels.experts(randn(3, 64), [made], Routes((0, 1), torch.tensor([1]), torch.ones(1)), "silu")
+    got = torch.zeros(3, 64)
+    kernels.experts(randn(3, 64), [made], Routes((0, 1), torch.tensor([1]), torch.ones(1)), "silu", got)
     assert not got[[0, 2]].any()
     assert got[1].all()
 
 
 def test_what_does_not_fit_is_refused(home: str) -> None:
     made, other = layer((Q8_0, Q8_0, Q8_0), 64, 64), layer((Q8_0, Q8_0, Q8_0), 64, 96)
-    x = randn(2, 64)
+    x, into = randn(2, 64), torch.zeros(2, 64)
     with pytest.raises(OperandError, match="cannot meet"):
         Linears((random_matrix(F32, 2, 3), random_matrix(F32, 2, 4)))
     with pytest.raises(OperandError, match="feed-forward"):
@@ -193,8 +203,11 @@ def test_what_does_not_fit_is_refused(home: str) -> None:
         Routes((0, 2), good.tokens, torch.ones(3)),
     ):
         with pytest.raises(OperandError):
-            kernels.experts(x, [made], routes, "silu")
+            kernels.experts(x, [made], routes, "silu", into)
     with pytest.raises(OperandError, match="shapes"):
-        kernels.experts(x, [made, other], Routes((0, 1, 2), good.tokens, good.factors), "silu")
+        kernels.experts(x, [made, other], Routes((0, 1, 2), good.tokens, good.factors), "silu", into)
     with pytest.raises((OperandError, IndexError)):
-        kernels.experts(x, [made], Routes((0, 1), torch.tensor([2]), torch.ones(1)), "silu")
+        kernels.experts(x, [made], Routes((0, 1), torch.tensor([2]), torch.ones(1)), "silu", into)
+    for wrong in (torch.zeros(2, 63), torch.zeros(3, 64), torch.zeros(64, 2).T, torch.zeros(2, 64).double()):
+        with pytest.raises(OperandError, match="add to"):
+            kernels.experts(x, [made], good, "silu", wrong)

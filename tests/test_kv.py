@@ -61,8 +61,9 @@ def attend(kv: KvPool, layer: int, pages: list[int], start: int, rows: Tensor) -
     """rows (T, 4 * head_dim): two heads of q, k and v of positions from `start` on."""
     step = Step.build([([0] * len(rows), start, pages, 1)])
     q, k, v = rows.split([48, 24, 24], 1)
-    rotation = ROPE.at(step.positions)
-    return kv.attend(layer, step, q, k, v, rotation=rotation, scale=0.5, window=None, norms=None)
+    (part,) = step.parts
+    rotation = ROPE.at(part.positions)
+    return kv.attend(layer, part.segments, q, k, v, rotation=rotation, scale=0.5, window=None, norms=None)
 
 
 @pytest.mark.parametrize("dtype", sorted(KV_TYPE_BYTES))

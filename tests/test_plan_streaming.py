@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from itertools import pairwise
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
-from shoal.partition.streaming import PART_TOKENS, Wanted, block_slack, plan_within
+from shoal.partition.streaming import PART_TOKENS, Wanted, plan_within
 
 MB = 1 << 20
 
@@ -127,12 +126,11 @@ def test_what_the_user_asked_for_wins() -> None:
 def test_below_the_least_it_says_the_least() -> None:
     with pytest.raises(PlanError, match=r"needs .* MB at least, even with its weights streamed") as refused:
         plan(200 * MB)
-    found = re.search(r"needs ([\d,]+) MB", str(refused.value))
-    assert found is not None
-    least = int(found[1].replace(",", "")) * 10**6
-    plan(least + 10**6)
+    least = refused.value.least_bytes
+    assert f"needs {least / 1e6:,.0f} MB" in str(refused.value)
+    plan(least)
     with pytest.raises(PlanError):
-        plan(least - 2 * MB)
+        plan(least - MB)
 
 
 models = st.builds(
@@ -175,8 +173,6 @@ def test_never_over_budget_and_more_memory_never_streams_more(
         assert made.window_bytes >= min(sum(streamed), 2 * max(streamed, default=0))
         assert made.chunk_tokens >= asked.chunk_tokens
         assert made.kv.tokens >= 512
-        slack = sum(block_slack(b.nbytes) for b in made.blocks if b.tier == "ram")
-        assert made.scratch_bytes > slack
         if before is not None:
             assert made.streamed_bytes <= before.streamed_bytes
             assert made.kv.pages >= before.kv.pages

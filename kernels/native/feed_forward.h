@@ -74,9 +74,6 @@ void down_job(const void* context, int64_t index, int worker) {
     Partial& partial = *reinterpret_cast<Partial*>(scratch);
     const int64_t row0 = index * f.down_rows, rows = least(f.down_rows, f.y_rows - row0);
     const Output y{f.y + row0, f.y_rows};
-    if (f.routing.factors) {
-        for (int64_t t = 0; t < f.tokens; t++) memset(y.row(t), 0, (size_t)rows * sizeof(float));
-    }
     for (const Expert* e = f.experts; e < f.experts + f.routing.experts; e++) {
         for (int64_t tile = 0; tile < e->tiles(); tile++) {
             const int64_t first = e->start(tile), count = e->start(tile + 1) - first;

@@ -87,7 +87,7 @@ struct Home {
     Status (*linears)(const Inputs& x, int64_t tokens, int count, const Linear* all, float* const* y);
     // y (tokens, rows of down) = (act(x @ gate.T) * (x @ up.T)) @ down.T; `all` are gate, up and down.
     Status (*gated)(const Inputs& x, int64_t tokens, Activation act, const Linear* all, float* y);
-    // y (tokens, rows of down) = for every token the sum over its experts, ascending; all[i] is one's gate, up, down.
+    // y (tokens, rows of down) += expert after expert of every token, ascending; all[i] is one's gate, up, down.
     Status (*experts)(const Inputs& x, int64_t tokens, Activation act, const Linear* const* all, const Routing& routing,
                       float* y);
     // out (count, cols): the rows `ids`, or the first `count` rows if ids is null. NO_ROW if there is none such.

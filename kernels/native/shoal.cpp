@@ -60,7 +60,7 @@ const Home* chosen = all[sizeof all / sizeof all[0] - 1];
 #define API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; the Python side refuses a library that does not match.
-API int shoal_version() { return 3; }
+API int shoal_version() { return 4; }
 
 // Serves from now on by the home with this name, or by the best one for an empty name. Its name, or
 // null if this machine cannot run it.

@@ -1,0 +1,176 @@
+"""Which plan a checkpoint gets within a budget, and the store that carries it out.
+
+In memory if that is possible, even with a shorter context that nobody asked for; else streamed from a pack, which is
+made if there is none. Knows checkpoints, configuration and budgets; how a plan divides memory is `partition`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from shoal.models.checkpoint import Checkpoint
+from shoal.offload.budget import Budget
+from shoal.offload.pack import Pack
+from shoal.offload.pack_build import source_of
+from shoal.offload.pack_layout import layout
+from shoal.offload.store import BlockStore, ResidentStore
+from shoal.offload.window_store import WindowStore
+from shoal.partition.errors import PlanError
+from shoal.partition.plan import PAGE_TOKENS, Plan, kv_token_bytes, plan_in_ram
+from shoal.partition.spec import BlockId
+from shoal.partition.streaming import KV_SHARE, Wanted, plan_within
+
+from .config import NodeConfig
+from .errors import DaemonError
+from .memory import PROCESS, trim
+from .step_cost import ROW_SHARE
+
+DEFAULT_CONTEXT_TOKENS = 8192
+LEAST_CONTEXT_TOKENS = 512  # what the default context may shrink to when memory is short
+MEMORY_BYTES_PER_S = 20e9  # that weights in memory are read with, for a first guess of what rows cost
+USUAL_DISK_BYTES_PER_S = 1.5e9  # while nothing has been read
+
+Progress = Callable[[str, int, int], None]
+"""What is done ("loading", "packing"), bytes so far, and bytes in all."""
+
+
+def no_progress(doing: str, done: int, total: int) -> None:
+    """For callers that do not show any."""
+
+
+class Packs(Protocol):
+    """Where packs come from (`packs` has it)."""
+
+    def get(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Pack:
+        """The pack of a checkpoint, made if there is none; `progress` hears of that. Raises OffloadError."""
+        ...
+
+
+def make_plan(
+    checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int, *, streaming: bool = True
+) -> Plan:
+    """The plan for a checkpoint within `memory_bytes`; where no context was asked for, the largest that fits.
+    `streaming`: whether its weights may come from disk.
+
+    Raises DaemonError `context_overflow`, or PlanError when not even LEAST_CONTEXT_TOKENS fit.
+    """
+    contexts = list(_contexts(checkpoint, config))
+    refused: PlanError | None = None
+    for context in contexts:
+        try:
+            return _plan_in_ram(checkpoint, config, context, memory_bytes)
+        except PlanError as error:
+            refused = error
+    if streaming:
+        page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
+        fitting = (c for c in contexts if -(-c // PAGE_TOKENS) * page_bytes <= memory_bytes // KV_SHARE)
+        return _plan_within(checkpoint, config, next(fitting, contexts[-1]), memory_bytes)
+    assert refused is not None
+    raise refused
+
+
+def plan_within_budget(
+    checkpoint: Checkpoint, config: NodeConfig, budget: Budget, *, idle_bytes: int = 0, streaming: bool = True
+) -> Plan:
+    """The plan within what the budget has left, and `idle_bytes` that could be given back. Raises as `make_plan`, with
+    the least budget that would do."""
+    free = budget.free_bytes + idle_bytes
+    try:
+        return make_plan(checkpoint, config, free, streaming=streaming)
+    except PlanError as error:
+        own = budget.held_by(PROCESS)
+        others = budget.held_bytes - idle_bytes - own
+        least = error.least_bytes + own + others
+        beside = f"{own / 1e6:,.0f} MB for the process itself"
+        beside += f", {others / 1e6:,.0f} MB for other models" if others else ""
+        raise PlanError(
+            f"needs {least / 1e6:,.0f} MB ({error.least_bytes / 1e6:,.0f} MB, {beside}), but the budget is "
+            f"{budget.limit_bytes / 1e6:,.0f} MB: it {error}",
+            least,
+        ) from error
+
+
+def open_store(
+    plan: Plan, checkpoint: Checkpoint, packs: Packs | None, progress: Progress, *, bounded: bool
+) -> BlockStore:
+    """The store of a plan, its blocks that stay read. `bounded`: what reading leaves in memory matters.
+
+    Raises OffloadError or CheckpointError, or DaemonError when it takes a pack and there is no place for one.
+    """
+
+    def loading(done: int, total: int) -> None:
+        if bounded:
+            trim()  # buffers that were read into
+        progress("loading", done, total)
+
+    if not plan.streams:
+        if bounded:
+            checkpoint.bypass_cache()
+        return ResidentStore.load(plan, checkpoint, loading)
+    if packs is None:
+        raise DaemonError("resources", "does not fit into memory, and there is no place for a pack of it")
+    pack = packs.get(checkpoint, lambda done, total: progress("packing", done, total))
+    return WindowStore.open(plan, pack, loading)
+
+
+def row_share(plan: Plan, read_bytes_per_s: float) -> float:
+    """What one more row of a step probably costs, as a share of a step of one: little, where that waits for a disk."""
+    compute_s = plan.weights_bytes / MEMORY_BYTES_PER_S
+    return ROW_SHARE * compute_s / max(compute_s, plan.step_s(read_bytes_per_s))
+
+
+def extents(checkpoint: Checkpoint) -> tuple[dict[BlockId, int], int]:
+    """(bytes of every block in a pack, in the order of a step; bytes of the vectors). A tied embedding has none."""
+    manifest = layout(checkpoint, "keep", source_of(checkpoint))
+    sizes = {item.block: item.nbytes for item in manifest.blocks}
+    embed = BlockId("embed")
+    sizes = {embed: 0 if checkpoint.spec.tied else sizes[embed]} | {
+        block: nbytes for block, nbytes in sizes.items() if block != embed
+    }
+    return sizes, manifest.vectors.nbytes
+
+
+def _contexts(checkpoint: Checkpoint, config: NodeConfig) -> Iterator[int]:
+    """The one that was asked for, or those to be tried."""
+    spec = checkpoint.spec
+    context = config.context_tokens or min(spec.context, DEFAULT_CONTEXT_TOKENS)
+    if context > spec.context:
+        raise DaemonError(
+            "context_overflow",
+            f"a context of {context} tokens was asked for, the model was made for {spec.context}",
+            f"use --ctx {spec.context} or less",
+        )
+    yield context
+    while config.context_tokens is None and context > LEAST_CONTEXT_TOKENS:
+        context = max(LEAST_CONTEXT_TOKENS, context // 2)
+        yield context
+
+
+def _plan_in_ram(checkpoint: Checkpoint, config: NodeConfig, context: int, memory_bytes: int) -> Plan:
+    return plan_in_ram(
+        checkpoint.spec,
+        {block: checkpoint.block_bytes(block) for block in checkpoint.spec.blocks()},
+        context_tokens=context,
+        kv_tokens=config.kv_tokens,
+        kv_type=config.kv_type,
+        chunk_tokens=config.chunk_tokens,
+        sequences=config.max_sequences,
+        guesses=config.max_guesses,
+        threads=config.thread_count,
+        memory_bytes=memory_bytes,
+    )
+
+
+def _plan_within(checkpoint: Checkpoint, config: NodeConfig, context: int, memory_bytes: int) -> Plan:
+    wanted = Wanted(
+        checkpoint.spec,
+        context_tokens=context,
+        kv_tokens=config.kv_tokens,
+        kv_type=config.kv_type,
+        chunk_tokens=config.chunk_tokens,
+        sequences=config.max_sequences,
+        guesses=config.max_guesses,
+        threads=config.thread_count,
+    )
+    return plan_within(wanted, *extents(checkpoint), memory_bytes=memory_bytes)

@@ -1,0 +1,146 @@
+"""Which experts stay, without threads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.offload.expert_cache import ExpertCache
+from shoal.offload.window import Extent, Passage
+from shoal.partition.spec import BlockId
+
+SIZE = 4096
+
+
+def cache_of(slots: int, layers: int, experts: int, ahead: int = 8) -> ExpertCache:
+    blocks = [BlockId("expert", layer, i) for layer in range(layers) for i in range(experts)]
+    return ExpertCache(slots, SIZE, [Extent(block, SIZE * i, SIZE) for i, block in enumerate(blocks)], ahead)
+
+
+class Simulation:
+    """A cache whose reads end at once; counts them."""
+
+    def __init__(self, cache: ExpertCache) -> None:
+        self.cache = cache
+        self.reads = 0
+
+    def read(self, most_bytes: int = SIZE) -> None:
+        while (chunk := self.cache.next_read(most_bytes)) is not None:
+            self.reads += chunk.start == 0
+            chunk.passage.landed += chunk.nbytes
+            self.cache.ended(chunk.passage)
+
+    def use(self, blocks: Sequence[BlockId], together: int) -> None:
+        """Expect them, then lease them in order, so many at a time."""
+        self.cache.expect(blocks)
+        for start in range(0, len(blocks), together):
+            held: list[Passage] = []
+            for block in blocks[start : start + together]:
+                self.cache.want(block)
+                self.read()
+                passage = self.cache.want(block)
+                assert passage is not None
+                assert passage.here
+                assert passage.block == block
+                passage.leases += 1
+                held.append(passage)
+            assert len({passage.position for passage in held}) == len(held)
+            self.read()
+            for passage in held:
+                passage.leases -= 1
+                self.cache.leave(passage)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    slots=st.integers(1, 9),
+    experts=st.integers(1, 12),
+    layers=st.integers(1, 3),
+    seed=st.integers(0, 999),
+)
+def test_what_is_wanted_always_comes(slots: int, experts: int, layers: int, seed: int) -> None:
+    source = random.Random(seed)
+    simulation = Simulation(cache_of(slots, layers, experts))
+    for _ in range(12):
+        for layer in range(layers):
+            chosen = sorted(source.sample(range(experts), source.randint(1, experts)))
+            blocks = [BlockId("expert", layer, i) for i in chosen]
+            if source.random() < 0.1:
+                simulation.cache.expect(blocks)  # a step that failed after routing
+                simulation.read()
+                continue
+            simulation.use(blocks, source.randint(1, slots))
+
+
+def skewed(source: random.Random, experts: int, count: int) -> list[int]:
+    chosen: set[int] = set()
+    while len(chosen) < count:
+        chosen.add(min(int(source.paretovariate(0.7)) - 1, experts - 1))
+    return sorted(chosen)
+
+
+def test_often_used_experts_stay_even_when_a_prompt_passes_all() -> None:
+    source = random.Random(0)
+    simulation = Simulation(cache_of(20, 2, 32, ahead=4))
+
+    def decode(steps: int) -> int:
+        before = simulation.reads
+        for _ in range(steps):
+            for layer in range(2):
+                blocks = [BlockId("expert", layer, i) for i in skewed(source, 32, 4)]
+                simulation.use(blocks, 2)
+        return simulation.reads - before
+
+    decode(200)
+    usual = decode(200)
+    assert usual < 0.5 * 200 * 2 * 4
+    for layer in range(2):
+        simulation.use([BlockId("expert", layer, i) for i in range(32)], 2)
+    before = simulation.reads
+    for layer in range(2):
+        simulation.use([BlockId("expert", layer, i) for i in range(4)], 2)
+    assert simulation.reads - before <= 2, "the most used ones have stayed"
+
+
+def test_passing_all_again_and_again_keeps_what_fits() -> None:
+    """Equal use of more experts than there are slots: the least recently used would be the worst to let go."""
+    simulation = Simulation(cache_of(6, 1, 8))
+    blocks = [BlockId("expert", 0, i) for i in range(8)]
+    for _ in range(3):
+        simulation.use(blocks, 1)
+    before = simulation.reads
+    for _ in range(10):
+        simulation.use(blocks, 1)
+    assert simulation.reads - before <= 10 * 4
+
+
+def test_older_use_counts_less() -> None:
+    simulation = Simulation(cache_of(1, 1, 2))
+    old, new = BlockId("expert", 0, 0), BlockId("expert", 0, 1)
+    for _ in range(100):
+        simulation.use([old], 1)
+    for _ in range(300):
+        simulation.use([new], 1)
+    assert simulation.reads == 2
+    cache = simulation.cache
+    assert cache._scores[new] > 2 * cache._scores[old]
+
+
+def test_a_failed_expert_is_read_again() -> None:
+    cache = cache_of(2, 1, 4)
+    block = BlockId("expert", 0, 3)
+    cache.expect([block])
+    chunk = cache.next_read(SIZE // 2)
+    assert chunk is not None
+    failed = chunk.passage
+    failed.error = OSError("broken")
+    cache.leave(failed)
+    assert cache.want(block) is None, "its slot is still written to"
+    failed.landed += chunk.nbytes
+    cache.ended(failed)
+    simulation = Simulation(cache)
+    simulation.use([block], 1)
+    assert simulation.reads == 1
