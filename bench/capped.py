@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import disk
+import hollow
 import machine
+import synthetic
 from cgroup import Cgroup, limited
 from engines import EngineFailed, EngineProcess, kinds
 from run import Run
+
+from shoal.daemon.home import Home
+from shoal.daemon.packs import Packs
+from shoal.models.checkpoint import open_checkpoint
 
 SLACK = 1.05  # a group's limit over the budget that its engine is told
 
@@ -62,9 +68,10 @@ def capped(
     run: Run, name: str, cap_bytes: int, *, context: int, streams: int = 1, **more: Any
 ) -> Iterator[Capped]:
     """The engine, loaded within `cap_bytes`; `more` goes to its `load`. Raises CgroupError, EngineFailed, OSError."""
+    file = packed(run.model) if name == "shoal" else largest_file(run.model)
     run.look()
     disk.forget_pages()
-    speed = disk.read_gb_per_s(largest_file(run.model), seed=len(run.disk_gb_per_s))
+    speed = disk.read_gb_per_s(file, seed=len(run.disk_gb_per_s))
     run.disk_gb_per_s.append(round(speed, 3))
     with limited(cap_bytes) as group, kinds(run.peer_python)[name].start(group.enter) as process:
         engine = Capped(process, group, {}, speed)
@@ -79,6 +86,13 @@ def capped(
         )
         run.facts[name] = engine.facts
         yield engine
+
+
+def packed(model: Path) -> Path:
+    """The file that Shoal streams the model from, made unless it is there. Raises DaemonError, CheckpointError."""
+    is_hollow = model.name.endswith(hollow.SUFFIX)
+    with hollow.filled(model) if is_hollow else open_checkpoint(model) as checkpoint:
+        return Packs(Home.from_env()).get(checkpoint, synthetic.bar(f"packing {model.name}")).path
 
 
 def largest_file(model: Path) -> Path:

@@ -35,9 +35,20 @@ from shoal.comm.errors import CommError
 from shoal.daemon.config import default_threads
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
+from shoal.models.errors import CheckpointError
 from shoal.models.gguf_file import open_gguf
 from shoal.models.hf_dir import open_hf
 
+_FAILURES = (
+    EngineFailed,
+    SyntheticError,
+    CgroupError,
+    CheckpointError,
+    CommError,
+    DaemonError,
+    RuntimeError,
+    OSError,
+)
 _EMBEDDINGS = ("token_embd.weight", "model.embed_tokens.weight")
 
 
@@ -58,7 +69,7 @@ def main(
         try:
             result["rows"][row.name] = measure(row, default_model, options)
             result["rows"] = in_order(result["rows"], every)
-        except (EngineFailed, SyntheticError, CgroupError, CommError, RuntimeError, OSError) as error:
+        except _FAILURES as error:
             print(f"{row.name}: {error}", file=sys.stderr)
             failed = True
             continue

@@ -2,8 +2,8 @@
 
 What Accelerate offers for a model larger than memory, run by a python that has it: `device_map="auto"` fills the memory
 it is allowed with whole modules in the order of the model and leaves the others in the safetensors file they came
-from. What stays is copied out of that file: left as the mapped pages that transformers makes of it, the kernel drops it,
-and everything is read for every token. Half of the bytes that float32 would take; run eagerly, as offloading does.
+from. What stays is copied out of that file: as the mapped pages that transformers leaves it in, the kernel drops it and
+everything is read for every token. Half of the bytes that float32 would take; run eagerly, as offloading does.
 """
 
 from __future__ import annotations

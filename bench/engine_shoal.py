@@ -15,11 +15,12 @@ from shoal import kernels
 from shoal.comm.messages import ChatMessage, Generate, Sampling, Token
 from shoal.daemon.answer import Event
 from shoal.daemon.config import NodeConfig
-from shoal.daemon.memory import available_bytes
+from shoal.daemon.home import Home
+from shoal.daemon.memory import budget_of
 from shoal.daemon.model import LoadedModel
 from shoal.daemon.node import package_version
+from shoal.daemon.packs import Packs
 from shoal.daemon.sequence import Sequence
-from shoal.offload.budget import Budget
 
 
 class Shoal:
@@ -37,14 +38,16 @@ class Shoal:
             memory_bytes=memory or None,
             max_guesses=guesses,
         )
-        self._model = LoadedModel.load("bench", Path(model), config, Budget(memory or available_bytes()))
+        self._model = LoadedModel.load(
+            "bench", Path(model), config, budget_of(memory or None), packs=Packs(Home.from_env())
+        )
         self._sequences: list[Sequence] = []
         self._counts: list[int] = []
         return {
             "version": package_version(),
             "kernels": kernels.home(),
             "plan": self._model.plan.describe(),
-            "streamed_bytes": self._streamed_bytes(),
+            "streamed_bytes": self._model.plan.streamed_bytes,
         }
 
     def begin(self, streams: int, tokens: int, seed: int) -> dict[str, float]:
@@ -88,15 +91,6 @@ class Shoal:
         for sequence in self._sequences:
             self._model.engine.cancel(sequence)
         self._sequences, self._counts = [], []
-
-    def _streamed_bytes(self) -> int:
-        """What every pass reads from the disk; of experts, which it reads are the router's choice, none."""
-        blocks = (placed.block for placed in self._model.plan.blocks if placed.tier == "disk")
-        return sum(
-            self._model.checkpoint.block_bytes(block)
-            for block in blocks
-            if block.kind not in ("embed", "expert")
-        )
 
     def _step(self) -> None:
         if not self._model.engine.step():

@@ -1,7 +1,5 @@
 """A model that is a pack alone: random weights go straight into it, so that the disk need not hold them twice.
 
-    python bench/hollow.py SHAPE OUT.gguf       writes OUT.gguf, all header and holes, and its pack
-
 The file has a model's facts, vocabulary and size, but takes no room, as no weight was ever written to it; its pack has
 them. So it can be streamed, and neither read into memory nor by other engines. Needs no more memory than packing does.
 """
@@ -22,6 +20,8 @@ from shoal.models.checkpoint import Checkpoint
 from shoal.models.families import recipe_from_gguf
 from shoal.models.gguf_file import open_gguf
 from shoal.models.tensor_files import StoredTensor, TensorFiles
+
+SUFFIX = "-hollow.gguf"
 
 
 class RandomFiles(TensorFiles):
@@ -44,7 +44,7 @@ class RandomFiles(TensorFiles):
 def cached(shape: Shape, directory: Path, vocabulary: Path, progress: Progress) -> Path:
     """The hollow file of a shape in `directory`, written unless it is there."""
     return synthetic.kept(
-        directory / f"{shape.name}-{synthetic.digest(shape)}-hollow.gguf",
+        directory / f"{shape.name}-{synthetic.digest(shape)}{SUFFIX}",
         lambda path: synthetic.write(shape, path, vocabulary, progress, hollow=True),
     )
 
