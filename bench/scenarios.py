@@ -123,7 +123,10 @@ def chat_turns(run: Run, sizes: Sizes) -> list[Figure]:
 
 
 def interference(run: Run, sizes: Sizes) -> list[Figure]:
-    """Gaps between the tokens of one stream, alone and while another prompt is prefilled, through the daemon."""
+    """Gaps between the tokens of one stream, alone and while another prompt is prefilled, through the daemon.
+
+    The stream goes on from prose, drawn at random: what repeats itself would come in bursts.
+    """
     beside = f"beside a prefill of {sizes.prompt}"
     alone_p50, alone_p99, beside_p50, beside_p99 = figures = [
         Figure(f"gap between tokens, {share}, {when}", "ms", "less")
@@ -133,9 +136,13 @@ def interference(run: Run, sizes: Sizes) -> list[Figure]:
     worse = Figure("p99 beside a prefill / p99 alone", "", "neither")
     wait = Figure("TTFT of that prefill", "s", "less")
     with serving(run.model, 2 * sizes.prompt, run.threads) as daemon:
+        with Client(daemon.address, timeout_s=300) as client:
+            beginnings = _pieces(client, run.text, 256, run.rounds)
         for number in range(run.rounds):
             run.look()
-            alone, disturbed, first_s = asyncio.run(_gaps_ms(daemon.address, sizes, number))
+            alone, disturbed, first_s = asyncio.run(
+                _gaps_ms(daemon.address, sizes, number, beginnings[number])
+            )
             for gaps, p50, p99 in ((alone, alone_p50, alone_p99), (disturbed, beside_p50, beside_p99)):
                 cuts = quantiles(gaps, n=100, method="inclusive")
                 p50.note("shoal", cuts[49])
@@ -214,9 +221,12 @@ def _first_token_s(client: Client, messages: list[dict[str, str]], new: int) -> 
     return first_s, "".join(parts)
 
 
-async def _gaps_ms(address: str, sizes: Sizes, seed: int) -> tuple[list[float], list[float], float]:
+async def _gaps_ms(
+    address: str, sizes: Sizes, seed: int, beginning: str
+) -> tuple[list[float], list[float], float]:
     """Gaps of a stream before another prompt comes, and until that has its first token; seconds that took."""
-    short, long = worker.prompts(2, sizes.prompt, 1000, seed)
+    long = worker.prompts(1, sizes.prompt, 1000, seed)[0]
+    drawn = {"temperature": 1.0, "seed": seed, "ignore_eos": True}
     alone: list[float] = []
     disturbed: list[float] = []
 
@@ -230,7 +240,7 @@ async def _gaps_ms(address: str, sizes: Sizes, seed: int) -> tuple[list[float], 
 
     async with (
         AsyncClient(address, timeout_s=300) as client,
-        aclosing(client.generate(prompt_tokens=short[:64], max_tokens=sizes.prompt, **GREEDY)) as stream,
+        aclosing(client.generate(beginning, max_tokens=2 * sizes.prompt - 512, **drawn)) as stream,
     ):
         other: asyncio.Task[float] | None = None
         last_s = 0.0
@@ -245,4 +255,6 @@ async def _gaps_ms(address: str, sizes: Sizes, seed: int) -> tuple[list[float], 
                 other = asyncio.create_task(prefill(client))
             if other is not None and other.done():
                 return alone, disturbed, other.result()
+        if other is not None:
+            await other  # its error, if it had one, says more
         raise RuntimeError("the stream ended before the other prompt was computed")

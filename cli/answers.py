@@ -102,7 +102,7 @@ def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
     with spinner("starting"), engine_imports():
         from shoal.daemon.node import Node
         from shoal.daemon.packs import Packs
-    packs = Packs(library.home)
+    packs = Packs(Home.from_env())
     with Node(replace(config, max_sequences=1), resolve=library.resolve, packs=packs) as node:
         yield InProcess(node)
 

@@ -37,7 +37,6 @@ from .errors import DaemonError
 from .executor import Alone, Executor
 from .memory import bounded, forget_files, return_freed
 from .planning import (
-    USUAL_DISK_BYTES_PER_S,
     Packs,
     Progress,
     make_plan,
@@ -92,7 +91,7 @@ class Runnable:
             try:
                 if tight:
                     forget_files(checkpoint.files)
-                store = open_store(plan, checkpoint, packs, progress, bounded=tight)
+                store, speed = open_store(plan, checkpoint, packs, progress, bounded=tight)
                 transformer = Transformer(checkpoint.spec, plan.context_tokens)
                 kv = KvPool(checkpoint.spec, plan.kv)
             except Exception:
@@ -100,8 +99,6 @@ class Runnable:
                 raise
             if tight:
                 forget_files(checkpoint.files)
-        stage = store.stage()
-        speed = (stage.bytes_per_s or USUAL_DISK_BYTES_PER_S) if stage else 0.0
         return cls(checkpoint, plan, tokenizer, Executor(transformer, plan, store, kv, Alone()), kv, speed)
 
 

@@ -6,6 +6,7 @@ made if there is none. Knows checkpoints, configuration and budgets; how a plan 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -29,7 +30,8 @@ from .step_cost import ROW_SHARE
 DEFAULT_CONTEXT_TOKENS = 8192
 LEAST_CONTEXT_TOKENS = 512  # what the default context may shrink to when memory is short
 MEMORY_BYTES_PER_S = 20e9  # that weights in memory are read with, for a first guess of what rows cost
-USUAL_DISK_BYTES_PER_S = 1.5e9  # while nothing has been read
+USUAL_DISK_BYTES_PER_S = 1.5e9  # where less was read than says something:
+MEASURED_BYTES = 64 << 20
 
 Progress = Callable[[str, int, int], None]
 """What is done ("loading", "packing"), bytes so far, and bytes in all."""
@@ -93,8 +95,9 @@ def plan_within_budget(
 
 def open_store(
     plan: Plan, checkpoint: Checkpoint, packs: Packs | None, progress: Progress, *, bounded: bool
-) -> BlockStore:
-    """The store of a plan, its blocks that stay read. `bounded`: what reading leaves in memory matters.
+) -> tuple[BlockStore, float]:
+    """The store of a plan, its blocks that stay read, and how fast the disk was meanwhile in bytes per second, 0 if
+    nothing will be streamed. `bounded`: what reading leaves in memory matters.
 
     Raises OffloadError or CheckpointError, or DaemonError when it takes a pack and there is no place for one.
     """
@@ -107,11 +110,15 @@ def open_store(
     if not plan.streams:
         if bounded:
             checkpoint.bypass_cache()
-        return ResidentStore.load(plan, checkpoint, loading)
+        return ResidentStore.load(plan, checkpoint, loading), 0.0
     if packs is None:
         raise DaemonError("resources", "does not fit into memory, and there is no place for a pack of it")
     pack = packs.get(checkpoint, lambda done, total: progress("packing", done, total))
-    return WindowStore.open(plan, pack, loading)
+    began_s = time.monotonic()
+    store = WindowStore.open(plan, pack, loading)
+    seconds = time.monotonic() - began_s
+    told = plan.pinned_bytes >= MEASURED_BYTES
+    return store, plan.pinned_bytes / seconds if told else USUAL_DISK_BYTES_PER_S
 
 
 def row_share(plan: Plan, read_bytes_per_s: float) -> float:

@@ -92,7 +92,8 @@ class Flight:
     def attach(self, cancel: Cancel) -> None:
         """Say how to cancel; done at once if the request was cancelled meanwhile."""
         with self._lock:
-            self._cancel = cancel
+            if not self._closed:
+                self._cancel = cancel
             cancelled = self._cancelled
         if cancelled:
             cancel()
@@ -128,6 +129,7 @@ class Flight:
             self._held_bytes = 0
         self.outgoing.clear()
         self.cancel()
+        self._cancel = None
 
     def take(self) -> None:
         """Move what the mailbox holds to `outgoing`, at most three messages. Call when that is empty."""
@@ -143,6 +145,7 @@ class Flight:
             if self._terminal is not None:
                 self.outgoing.append(self._terminal)
                 self._terminal = None
+                self._cancel = None  # it holds what holds `emit`: a ring that would keep a model in memory
 
     def sign_of_life(self, now_s: float, keepalive_s: float) -> Message | None:
         """What to send to a client that has heard nothing since `sent_s`, if it is time."""

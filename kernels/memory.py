@@ -1,6 +1,6 @@
-"""Memory for weights, in huge pages where the system has them.
+"""Memory for weights and KV, in huge pages where the system has them.
 
-Reading weights at the speed of memory needs huge pages: with pages of 4 KB the processor walks page tables and its
+Reading at the speed of memory needs huge pages: with pages of 4 KB the processor walks page tables and its
 prefetchers stop at every page's end. Knows how to ask for them; not what the memory is for.
 """
 
@@ -29,13 +29,13 @@ class Arena:
         """Zeros, uint8 (nbytes,), aligned to lines of the cache."""
         with self._lock:
             if nbytes > len(self._chunk):
-                self._chunk = _mapped(max(CHUNK_BYTES, nbytes))
+                self._chunk = mapped(max(CHUNK_BYTES, nbytes))
             taken, self._chunk = self._chunk[:nbytes], self._chunk[-(-nbytes // ALIGN_BYTES) * ALIGN_BYTES :]
             return taken
 
 
-def _mapped(nbytes: int) -> Tensor:
-    """Fresh memory for at least `nbytes`, beginning at a huge page."""
+def mapped(nbytes: int) -> Tensor:
+    """Fresh memory, zeros, uint8 (at least `nbytes`,) from a huge page on; only what is written costs anything."""
     whole = -(-nbytes // HUGE_BYTES) * HUGE_BYTES
     pages = mmap.mmap(-1, whole + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

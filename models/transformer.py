@@ -127,8 +127,8 @@ class Transformer:
             return x, routing, None
         shared = feed_forward(x, weights.feed_forward("shared_"), spec.activation)
         if moe.shared_gated:
-            # in doubles, because torch rounds a lone f32 otherwise than one of many: rows must not depend on others
-            shared *= torch.sigmoid(linears(x, weights.linears("shared_scale"))[0].double()).float()  # (T, 1)
+            # Not torch.sigmoid: its last bit depends on how many rows there are.
+            shared /= 1 + torch.exp(-linears(x, weights.linears("shared_scale"))[0])  # (T, 1)
         return x, routing, shared
 
     def mix(self, weights: Mapping[int, Weights], x: Tensor, routing: Routing, partial: Tensor) -> None:

@@ -6,12 +6,12 @@ Memory is touched only when written, so a large pool costs nothing until it is u
 
 from __future__ import annotations
 
-import mmap
+from math import prod
 
-import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PAGE_TOKENS, HeadNorms, KvLayout, KvPages, Rotation, Segments, attention
+from shoal.kernels.memory import mapped
 from shoal.partition.plan import KvPlan
 from shoal.partition.spec import ModelSpec
 
@@ -27,7 +27,7 @@ class KvPool:
         self.table = PageTable(plan.pages)
         layout = KvLayout.of(plan.dtype, spec.head_dim)
         shape = (plan.pages, len(spec.layers), spec.kv_heads, layout.head_bytes)
-        self._pages = _memory(shape)
+        self._pages = mapped(prod(shape))[: prod(shape)].view(shape)
         self._layers = [KvPages(layout, spec.heads, layer) for layer in self._pages.unbind(1)]
 
     @property
@@ -55,14 +55,3 @@ class KvPool:
     def copy_page(self, source: int, target: int) -> None:
         """Make page `target` hold what page `source` holds, in every layer."""
         self._pages[target] = self._pages[source]
-
-
-def _memory(shape: tuple[int, ...]) -> Tensor:
-    """Zeros, uint8, in huge pages where there are such: what is read at random places is found faster."""
-    count = 1
-    for size in shape:
-        count *= size
-    memory = mmap.mmap(-1, count)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)

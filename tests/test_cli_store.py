@@ -43,7 +43,7 @@ def test_a_model_is_pulled_listed_and_removed(model: Path) -> None:
     assert "tiny" in listed
     assert "10 kB" in listed
     (entry,) = json.loads(shoal("ls", "--json").stdout)
-    assert list(entry) == ["name", "kind", "bytes", "path", "source", "added"]
+    assert list(entry) == ["name", "kind", "bytes", "path", "source", "added", "packs"]
     assert (entry["name"], entry["kind"], entry["bytes"]) == ("tiny", "gguf", 10_004)
     refused = shoal("rm", "tiny")
     assert refused.exit_code == 2

@@ -68,7 +68,7 @@ def test_quantised_gguf_checkpoint(family: str, type: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_sequences_do_not_disturb_each_other(family: str, tmp_path: Path) -> None:
-    """Three sequences at different positions in one step give the logits that each gives alone."""
+    """Three sequences at different positions in one step give the logits that each gives alone, to the bit."""
     tiny.save_hf(tiny.hf_model(family, seed=5), tmp_path / "m")
     running = Running(tmp_path / "m")
     texts = [tokens(running.spec.vocab, seed, length) for seed, length in ((1, 20), (2, 33), (3, 9))]
@@ -81,7 +81,16 @@ def test_sequences_do_not_disturb_each_other(family: str, tmp_path: Path) -> Non
         for rows, last in zip(first.split([len(ids) - 1 for ids in texts]), second.split(1), strict=True)
     ]
     for got, want in zip(together, alone, strict=True):
-        assert relative_error(got, want) <= 1e-5
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_no_bit_depends_on_how_a_text_is_cut(family: str, tmp_path: Path) -> None:
+    """A text read at once gives the logits that it gives token by token."""
+    tiny.save_hf(tiny.hf_model(family, seed=6), tmp_path / "m")
+    running = Running(tmp_path / "m")
+    ids = tokens(running.spec.vocab, 6, 120)
+    assert torch.equal(running.logits(ids, [len(ids)]), running.logits(ids, []))
 
 
 def test_upcycled_mixture_equals_the_dense_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,11 @@ def test_the_lowest_pages_are_taken_first() -> None:
     table.give_back(second)
     table.give_back(first)
     assert table.take(4) == [0, 1, 2, 3]
+
+
+def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 4242, raising=False)  # refused, as by such a kernel
+    assert pool(3)._pages.eq(0).all()
 
 
 def attend(kv: KvPool, layer: int, pages: list[int], start: int, rows: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -40,6 +43,7 @@ from shoal.comm.messages import (
 from shoal.daemon.client import Client
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.server import Server
+from shoal.daemon.server_flight import Flight, Peer
 from shoal.daemon.server_lock import SocketLock, holder_pid, lock_path
 
 
@@ -223,3 +227,33 @@ def test_client_errors_name_the_daemons_words(daemon):
     with Client(daemon.address) as client, pytest.raises(RequestFailed) as failed:
         client._call(msgspec.structs.replace(Load(model="x"), context=0), Loaded)
     assert str(failed.value) == "context=0: must be int >= 1"
+
+
+@pytest.mark.parametrize("course", ["as usual", "over at once", "abandoned", "abandoned before"])
+def test_an_ended_request_holds_nothing_of_its_model(course: str):
+    class Model:
+        pass
+
+    def take_its_course() -> weakref.ref[Model]:
+        model = Model()
+        flight = Flight(Peer(Mock(), b"c"), b"1", "generate", 0.0, lambda flight: None)
+        steps = {
+            "attach": lambda holding=(model, flight.emit): flight.attach(lambda: holding),
+            "end": lambda: flight.emit(done()),
+            "take": flight.take,
+            "abandon": flight.abandon,
+        }
+        for step in {
+            "as usual": ("attach", "end", "take"),
+            "over at once": ("end", "attach", "take"),
+            "abandoned": ("attach", "abandon"),
+            "abandoned before": ("abandon", "attach"),
+        }[course]:
+            steps[step]()
+        return weakref.ref(model)
+
+    gc.disable()  # the collector would find the ring of request and model in its own time, many models later
+    try:
+        assert take_its_course()() is None
+    finally:
+        gc.enable()

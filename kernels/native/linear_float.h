@@ -150,7 +150,14 @@ void many_tokens_float(const shoal::Weights& w, int64_t row0, int64_t rows, cons
 
 template <class W>
 constexpr Type float_type() {
-    return {false, 1, W::bytes / LANES, few_tokens_float<W>, many_tokens_float<W>, sizeof(FloatScratch), decode_float<W>};
+    return {false,
+            1,
+            W::bytes / LANES,
+            4,
+            few_tokens_float<W>,
+            many_tokens_float<W>,
+            sizeof(FloatScratch),
+            decode_float<W>};
 }
 
 }  // namespace

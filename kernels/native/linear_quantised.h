@@ -85,11 +85,13 @@ INLINE void multiply_band(const uint8_t* band, int64_t blocks, const Input* cons
     }
 }
 
-#if defined(__AVX512F__)
-constexpr int DIRECT_TOKENS = 4;  // that share one unpacking in registers
-#else
-constexpr int DIRECT_TOKENS = 2;
-#endif
+// That share one unpacking in registers, and up to how many that is faster than tiles.
+template <class W>
+constexpr bool LIGHT = W::RUNS == 1 && LANES == 16;
+template <class W>
+constexpr int DIRECT_TOKENS = LIGHT<W> ? 8 : LANES == 16 ? 4 : 2;
+template <class W>
+constexpr int64_t FEW_TOKENS = LIGHT<W> ? 16 : 4;
 
 template <class W>
 INLINE const uint8_t* band_of(const shoal::Weights& w, int64_t row) {
@@ -101,10 +103,10 @@ void few_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Token
     const int64_t blocks = w.cols / W::weights;
     for (int64_t r = 0; r < rows; r += BAND) {
         const uint8_t* band = band_of<W>(w, row0 + r);
-        for (int64_t t = 0; t < x.count; t += DIRECT_TOKENS) {
-            const Input* in[DIRECT_TOKENS];
-            float* out[DIRECT_TOKENS];
-            for (int i = 0; i < DIRECT_TOKENS; i++) {  // beyond the last token that one again, to the same end
+        for (int64_t t = 0; t < x.count; t += DIRECT_TOKENS<W>) {
+            const Input* in[DIRECT_TOKENS<W>];
+            float* out[DIRECT_TOKENS<W>];
+            for (int i = 0; i < DIRECT_TOKENS<W>; i++) {  // beyond the last token that one again, to the same end
                 const int64_t token = least<int64_t>(t + i, x.count - 1);
                 in[i] = reinterpret_cast<const Input*>(x.packed[token]);
                 out[i] = y.row(token) + r;
@@ -112,7 +114,8 @@ void few_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Token
             const int64_t tokens = x.count - t;
             if (tokens == 1) multiply_band<W, 1>(band, blocks, in, out, rows - r);
             else if (tokens == 2) multiply_band<W, 2>(band, blocks, in, out, rows - r);
-            else multiply_band<W, DIRECT_TOKENS>(band, blocks, in, out, rows - r);
+            else if (tokens <= 4) multiply_band<W, (DIRECT_TOKENS<W> < 4 ? DIRECT_TOKENS<W> : 4)>(band, blocks, in, out, rows - r);
+            else multiply_band<W, DIRECT_TOKENS<W>>(band, blocks, in, out, rows - r);
         }
     }
 }
@@ -260,8 +263,13 @@ void decode_quantised(const shoal::Weights& w, int64_t row, float* out) {
 
 template <class W>
 constexpr Type quantised_type() {
-    return {true,           W::weights,     W::bytes,
-            few_tokens<W>,  many_tokens<W>, sizeof(TileScratch<W>),
+    return {true,
+            W::weights,
+            W::bytes,
+            FEW_TOKENS<W>,
+            few_tokens<W>,
+            many_tokens<W>,
+            sizeof(TileScratch<W>),
             decode_quantised<W>};
 }
 

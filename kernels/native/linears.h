@@ -24,7 +24,6 @@ const Type* find_type(int32_t id) {
     return &types[id];
 }
 
-constexpr int64_t FEW_TOKENS = 4;            // up to here unpacking in registers is faster than in tiles
 constexpr int64_t FEW_JOB_BYTES = 32 << 10;  // of weights: some microseconds, so that threads end together
 
 int64_t whole_lines(size_t bytes) { return (int64_t)((bytes + 63) / 64 * 64); }
@@ -45,13 +44,13 @@ struct Product {
         const int64_t rows = linear->w.rows, row_bytes = linear->w.cols / type->block_weights * type->block_bytes;
         const int64_t some = ceil_div(FEW_JOB_BYTES, 2 * BAND * row_bytes) * 2 * BAND;
         const int64_t share = ceil_div(all_rows, 8 * BAND * threads) * 2 * BAND;  // four jobs a thread
-        job_rows = tokens > FEW_TOKENS ? TILE_ROWS : least(least(some, share), TILE_ROWS);
+        job_rows = tokens > type->few_tokens ? TILE_ROWS : least(least(some, share), TILE_ROWS);
         jobs = ceil_div(rows, job_rows);
     }
     int64_t job_size(int64_t job) const { return least(job_rows, linear->w.rows - job * job_rows); }
 
     void multiply(int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* scratch) const {
-        if (x.count <= FEW_TOKENS) type->few(linear->w, row0, rows, x, y);
+        if (x.count <= type->few_tokens) type->few(linear->w, row0, rows, x, y);
         else type->many(linear->w, row0, rows, x, y, scratch);
         if (!linear->bias) return;
         for (int64_t t = 0; t < x.count; t++) {
@@ -71,9 +70,9 @@ struct Packed {
     // What `type` needs, besides what is needed already, to meet so many tokens.
     void need(const Type& type, int64_t tokens) {
         if (!type.quantised) floats = true;
-        else (as_few(tokens) ? few : many) = true;
+        else (as_few(type, tokens) ? few : many) = true;
     }
-    static bool as_few(int64_t tokens) { return ONE_SCHEME || tokens <= FEW_TOKENS; }
+    static bool as_few(const Type& type, int64_t tokens) { return ONE_SCHEME || tokens <= type.few_tokens; }
     int64_t token_bytes() {  // no power of two, so that tokens do not compete for lines of a cache
         float_bytes = floats ? whole_lines((size_t)(ceil_div(cols, 16) * 16) * sizeof(float)) : 0;
         group_bytes = whole_lines((size_t)(cols / GROUP) * sizeof(Input));
@@ -86,7 +85,7 @@ struct Packed {
     }
     // As `type` wants a token when it meets so many.
     const char* as(const Type& type, int64_t index, int64_t tokens) const {
-        return type.quantised ? reinterpret_cast<const char*>(as_groups(index, as_few(tokens))) : token(index);
+        return type.quantised ? reinterpret_cast<const char*>(as_groups(index, as_few(type, tokens))) : token(index);
     }
     // Columns [from, from + count) of a token: whole groups, or up to the last column.
     void put(int64_t index, int64_t from, int64_t count, const float* x, bool for_few, bool for_many) const {
@@ -158,12 +157,11 @@ Status linears(const shoal::Inputs& x, int64_t tokens, int count, const Linear* 
         if (const Status status = l.products[i].find(all[i])) return status;
         const Type& type = *l.products[i].type;
         l.packed.need(type, at_once);
-        l.scratch_bytes = most(l.scratch_bytes, (int64_t)type.scratch_bytes);
+        if (at_once > type.few_tokens) l.scratch_bytes = most(l.scratch_bytes, (int64_t)type.scratch_bytes);
         rows += all[i].w.rows;
         weights += all[i].w.rows * x.cols;
     }
     if (!rows) return shoal::OK;
-    if (at_once <= FEW_TOKENS) l.scratch_bytes = 0;
     shoal::Turn turn;
     const int64_t token_bytes = l.packed.token_bytes();
     l.scratch = static_cast<char*>(turn.reserve((size_t)(turn.threads() * l.scratch_bytes + at_once * token_bytes)));

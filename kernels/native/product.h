@@ -41,6 +41,7 @@ struct Output {
 struct Type {
     bool quantised;
     int block_weights, block_bytes;
+    int64_t few_tokens;  // up to so many `few` is faster than `many`
     void (*few)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y);
     void (*many)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* scratch);
     size_t scratch_bytes;  // a thread's working memory for `many`, a multiple of 64
