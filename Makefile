@@ -54,6 +54,7 @@ bench: .venv/.installed-dev bench/.venv/.installed ## Shoal and its peers in tur
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@$(BIN)/python bench/compare.py --rows '$(ROWS)' --rounds '$(ROUNDS)'
 
+bench-offload: ROUNDS = 3
 bench-offload: .venv/.installed-dev bench/.venv/.installed ## models larger than memory, in cgroups (root); ROWS=dense,gguf
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@$(BIN)/python bench/offload.py --rows '$(ROWS)' --rounds '$(ROUNDS)'

@@ -33,6 +33,7 @@ def disk_bound(run: Run, sizes: Sizes) -> list[Figure]:
             load.note(name, engine.facts["seconds"])
             first.note(name, engine.call("begin", streams=1, tokens=sizes.prompt, seed=0)["seconds"])
             token_s, token_bytes = _decode(engine, sizes.new)
+            engine.look_again()
             per_token.note(name, token_s)
             read.note(name, token_bytes / 1e9)
             peer_peak.note(name, engine.peak_bytes() / 1e9)
