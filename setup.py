@@ -34,7 +34,7 @@ HEADERS = (
 )
 SHARED = ("interleave", "pool", "shoal")  # of no machine in particular
 FLAGS = [
-    "-O3",
+    "-O1" if "-fsanitize" in os.environ.get("CXXFLAGS", "") else "-O3",  # checks make compiling slow
     "-std=c++17",
     "-fPIC",
     "-fvisibility=hidden",

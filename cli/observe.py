@@ -77,6 +77,12 @@ def ps(as_json: bool) -> None:
             f"{model.preemptions_total} preemptions",
             soft_wrap=not screen.is_terminal,
         )
+        if model.kv_disk_bytes:
+            screen.print(
+                f"KV on disk: {format_bytes(model.kv_disk_bytes)}, {model.kv_disk_pages_written_total} pages written, "
+                f"{model.kv_disk_pages_read_total} read",
+                soft_wrap=not screen.is_terminal,
+            )
 
 
 @click.command(epilog=examples("shoal logs -n 20", "shoal logs -f"))

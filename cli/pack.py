@@ -57,13 +57,7 @@ def pack(
         _verify(home, path, quant, as_json)
         return
     with spinner("starting"), engine_imports():
-        from shoal.daemon.config import NodeConfig
         from shoal.daemon.packs import Packs
-        from shoal.daemon.translate import translated
-        from shoal.kernels import set_threads
-        from shoal.models.checkpoint import open_checkpoint
-        from shoal.models.errors import CheckpointError
-    set_threads(NodeConfig().thread_count)
     estimates: list[Estimate] = []
 
     def begins(estimate: Estimate) -> None:
@@ -74,17 +68,13 @@ def pack(
         )
 
     began_s = time.monotonic()
-    try:
-        checkpoint = open_checkpoint(path)
-    except CheckpointError as error:
-        raise translated(error) from error
-    with checkpoint, transfer_bar() as bar:
-        made = Packs(home).get(
-            checkpoint,
-            lambda done, total: bar("packing", done, total),
-            quant=quant,
+    with transfer_bar() as bar:
+        made = Packs(home).pack(
+            path,
+            quant,
             memory_bytes=memory,
             begins=begins,
+            progress=lambda done, total: bar("packing", done, total),
         )
     took_s = time.monotonic() - began_s
     directory, nbytes = made.path.parent, made.manifest.nbytes

@@ -14,7 +14,7 @@ from shoal.daemon.library import Library
 from . import background
 from .answers import reference
 from .imports import engine_imports
-from .options import PlanOptions, draft_option, examples, plan_options
+from .options import PlanOptions, draft_option, examples, plan_options, size
 from .output import note, spinner
 
 DRAIN_LIMIT_S = 600.0
@@ -39,6 +39,12 @@ NOW_LIMIT_S = 20.0
 )
 @click.option("--sequences", type=click.IntRange(min=1), help="Requests computed together; 16 if not given.")
 @click.option("--queue", type=click.IntRange(min=0), help="Requests that wait besides; 64 if not given.")
+@click.option(
+    "--kv-disk",
+    type=size,
+    metavar="SIZE",
+    help="Bound for the KV of conversations kept on disk; 4GB or a tenth of the free disk if not given, 0 = none.",
+)
 @draft_option
 @plan_options
 def serve(
@@ -48,6 +54,7 @@ def serve(
     address: tuple[str, ...],
     sequences: int | None,
     queue: int | None,
+    kv_disk: int | None,
     plan: PlanOptions,
 ) -> None:
     """Run the daemon, in the foreground unless --detach is given.
@@ -58,7 +65,7 @@ def serve(
     if draft and not model:
         raise click.UsageError("--draft needs the --model that it guesses for")
     home = Home.from_env()
-    limits = {"max_sequences": sequences, "max_queue": queue}
+    limits = {"max_sequences": sequences, "max_queue": queue, "kv_disk_bytes": kv_disk}
     config = plan.config(**{name: value for name, value in limits.items() if value is not None})
     name = reference(model, Library(home)) if model else None
     guessing = reference(draft, Library(home)) if draft else None
@@ -68,7 +75,7 @@ def serve(
     if detach:
         arguments = plan.arguments()
         arguments += [part for place in address for part in ("--address", place)]
-        for option, value in (("--sequences", sequences), ("--queue", queue)):
+        for option, value in (("--sequences", sequences), ("--queue", queue), ("--kv-disk", kv_disk)):
             arguments += [option, str(value)] if value is not None else []
         with spinner("starting the daemon"):
             pid = background.start(home, arguments)

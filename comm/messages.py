@@ -321,6 +321,9 @@ class ModelStatus(Message):
     streamed_bytes: int = 0  # read from disk for a token alone
     window_bytes: int = 0  # that weights pass through
     step_s: float = 0.0  # what the disk takes for a token alone, as predicted; 0 = nothing
+    kv_disk_bytes: int = 0  # of KV pages kept on disk
+    kv_disk_pages_read_total: int = 0  # read back instead of computed
+    kv_disk_pages_written_total: int = 0
 
 
 class Loaded(Message):

@@ -35,7 +35,8 @@ class NodeConfig:
     `context_tokens` is the longest sequence a request may reach; None takes min(the model's, 8192).
     `kv_tokens` is the KV pool shared by all sequences; None sizes it for all
     sequences at full context, within memory. `kv_type` is what K and V are rounded to; i8, with a scale per token
-    and head, takes about half the memory of f16.
+    and head, takes about half the memory of f16. `kv_disk_bytes` bounds the KV kept on disk, where a node is given a
+    place for it; 0 = none, None = what is usual (`kv_files`).
     """
 
     threads: int = 0  # 0 = default_threads()
@@ -43,6 +44,7 @@ class NodeConfig:
     context_tokens: int | None = None
     kv_tokens: int | None = None
     kv_type: KvType = "f16"
+    kv_disk_bytes: int | None = None
     max_sequences: int = 16  # decoded together in one step
     max_queue: int = 64  # waiting requests; one more is answered `busy`
     chunk_tokens: int = 256  # of prompts in one step, at most
@@ -54,6 +56,7 @@ class NodeConfig:
             "memory_bytes": (1, 1 << 50),
             "context_tokens": (1, 1 << 26),
             "kv_tokens": (1, 1 << 32),
+            "kv_disk_bytes": (0, 1 << 50),
             "max_sequences": (1, 1024),
             "max_queue": (0, 1 << 14),
             "chunk_tokens": (16, 1 << 16),

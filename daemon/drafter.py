@@ -38,7 +38,8 @@ class _Followed:
 
 
 class Drafter:
-    """Guesses for the sequences of one engine, from its thread. `vocab`: ids from there on are no guesses."""
+    """Guesses for the sequences of one engine, from its thread. `vocab`: ids from there on are no guesses, and texts
+    with such are not read: they mean nothing to the small model."""
 
     def __init__(
         self, executor: Executor, kv: KvPool, *, vocab: int, chunk_tokens: int, clock: Callable[[], float]
@@ -77,10 +78,11 @@ class Drafter:
             followed = self._settle(sequence)
             start = followed.computed
             end = min(len(sequence.tokens), start + budget)
-            if end > start and self._cache.extend(followed.holding, end):
+            ids = sequence.tokens[start:end]
+            if ids and max(ids) < self._vocab and self._cache.extend(followed.holding, end):
                 budget -= end - start
                 wanted = int(end == len(sequence.tokens))
-                parts.append((sequence.tokens[start:end], start, followed.holding.pages, wanted))
+                parts.append((ids, start, followed.holding.pages, wanted))
                 reading.append(sequence)
         logits = iter(self._run(parts) if parts else ())
         for sequence, (ids, _, _, _) in zip(reading, parts, strict=True):
@@ -116,9 +118,8 @@ class Drafter:
         followed = self._followed.get(sequence)
         if followed is None:
             followed = self._followed[sequence] = _Followed()
-            followed.computed, copy = self._cache.adopt(followed.holding, sequence.tokens, 0)
-            if copy is not None:
-                self._kv.copy_page(copy.source, copy.target)
+            followed.computed = self._cache.adopt(followed.holding, sequence.tokens, 0)
+            self._kv.move(self._cache.take_moves())
         for guess in followed.ahead:
             # The last token is always read again: what follows it is asked for.
             if followed.computed + 1 >= len(sequence.tokens) or sequence.tokens[followed.computed] != guess:

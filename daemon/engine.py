@@ -1,6 +1,7 @@
 """The engine: the step loop of one model.
 
     batch  = scheduler.next(now)         which tokens of which sequences
+    moves and recalls                    pages of KV: copied, saved on disk, read from there
     hidden = executor.forward(step)      through the blocks of the plan
     tokens = sampler(head(hidden))       for each sequence that reached its end
     scheduler.commit(batch, tokens)      append, finish, emit
@@ -11,6 +12,7 @@ come from any.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from itertools import islice
@@ -21,15 +23,21 @@ from shoal.models.errors import SamplingError
 from shoal.models.sampling import Sampled
 from shoal.models.step import Step
 from shoal.offload.kv import KvPool
+from shoal.offload.kv_disk import KvDisk
 
 from .drafter import Drafter
 from .executor import Executor
 from .scheduler import Scheduler
-from .sequence import Batch, Chunk, Sequence
+from .sequence import Batch, Chunk, Recall, Sequence
+
+log = logging.getLogger(__name__)
+
+STEP_LIMIT_S = 60.0  # that the end of a step is waited for
 
 
 class Engine:
-    """`clock` gives seconds; `drafter` guesses, if there is one; `tokens_total` counts what was sampled so far."""
+    """`clock` gives seconds; `drafter` guesses, if there is one; `disk` keeps KV that leaves memory, if there is one;
+    `tokens_total` counts what was sampled so far."""
 
     def __init__(
         self,
@@ -38,12 +46,15 @@ class Engine:
         scheduler: Scheduler,
         clock: Callable[[], float],
         drafter: Drafter | None = None,
+        disk: KvDisk | None = None,
     ) -> None:
         self._executor = executor
         self._kv = kv
         self.scheduler = scheduler
         self._clock = clock
         self._drafter = drafter
+        self.disk = disk
+        self._stepping = threading.RLock()  # held throughout a step
         self._lock = threading.Lock()  # guards the scheduler; never held while computing
         self.tokens_total = 0
 
@@ -68,30 +79,54 @@ class Engine:
             for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
                 self.scheduler.fail(sequence, error)
 
+    def close(self) -> None:
+        """Keep the prefix cache on disk, if there is one. Idempotent; nothing may be submitted any more."""
+        if self.disk is None:
+            return
+        if not self._stepping.acquire(timeout=STEP_LIMIT_S):
+            log.warning("a step does not end: its model's KV is not kept on disk")
+            return
+        try:
+            with self._lock:
+                known = self.scheduler.cache.known()
+            self.disk.close(known, self._kv.page)
+        finally:
+            self._stepping.release()
+
     def step(self) -> bool:
         """One forward pass. False when there was nothing to do. A failing pass fails its own sequences only."""
-        if self._drafter is not None:
-            self._draft(self._drafter)
-        began_s = self._clock()
-        with self._lock:
-            batch = self.scheduler.next(began_s)
-        if not batch.chunks:
-            return False
+        with self._stepping:
+            if self._drafter is not None:
+                self._draft(self._drafter)
+            began_s = self._clock()
+            with self._lock:
+                batch = self.scheduler.next(began_s)
+            if batch.empty:
+                return False
+            try:
+                self._run(batch, began_s)
+            except Exception as error:  # whatever it was, the daemon serves on and the clients hear of it
+                with self._lock:
+                    for sequence in batch.sequences:
+                        self.scheduler.fail(sequence, error)
+                raise
+            return True
+
+    def _run(self, batch: Batch, began_s: float) -> None:
         stall_s = self._executor.store.stall_s
-        try:
-            with torch.inference_mode():
-                results = self._compute(batch)
-            with self._lock:
-                ended_s = self._clock()
-                self._note(batch, results, began_s, ended_s, self._executor.store.stall_s - stall_s)
-                self.scheduler.commit(batch, results)
-                self.scheduler.note(batch, ended_s - began_s)
-        except Exception as error:  # whatever it was, the daemon serves on and the clients hear of it
-            with self._lock:
-                for chunk in batch.chunks:
-                    self.scheduler.fail(chunk.sequence, error)
-            raise
-        return True
+        with torch.inference_mode():
+            self._kv.move(batch.moves, self.disk)
+            moved_s = self._clock()
+            read = self._recall(batch.recalls)
+            read_s = self._clock()
+            results = self._compute(batch) if batch.chunks else []
+        with self._lock:
+            ended_s = self._clock()
+            self._note(batch, results, began_s, ended_s, self._executor.store.stall_s - stall_s)
+            self.scheduler.commit(batch, results, read)
+            self.scheduler.note(batch, ended_s - began_s - (read_s - moved_s))
+            if any(read):
+                self.scheduler.note_reads(sum(read), read_s - moved_s)
 
     def _draft(self, drafter: Drafter) -> None:
         """Let the draft model guess ahead of what decodes. If it fails, so do these."""
@@ -105,10 +140,17 @@ class Engine:
                     self.scheduler.fail(sequence, error)
             raise
 
+    def _recall(self, recalls: list[Recall]) -> list[int]:
+        """How many pages of each could be read."""
+        read: list[int] = []
+        for recall in recalls:
+            assert self.disk is not None
+            pages = [self._kv.page(page) for page in recall.pages]
+            read.append(self.disk.read([found.entry for found in recall.found], pages))
+        return read
+
     def _compute(self, batch: Batch) -> list[list[Sampled] | Exception]:
         """What follows each chunk; nothing where it does not reach its sequence's end."""
-        for copy in batch.copies:
-            self._kv.copy_page(copy.source, copy.target)
         step = Step.build(
             ((c.tokens, c.start, c.pages, c.rows_wanted) for c in batch.chunks),
             self._executor.plan.part_tokens,
@@ -127,6 +169,8 @@ class Engine:
         ended_s: float,
         stall_s: float,
     ) -> None:
+        for recall in batch.recalls:
+            recall.sequence.times.admitted_s = recall.sequence.times.admitted_s or began_s
         for chunk, result in zip(batch.chunks, results, strict=True):
             times = chunk.sequence.times
             times.admitted_s = times.admitted_s or began_s

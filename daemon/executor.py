@@ -20,7 +20,7 @@ from shoal.offload.store import BlockStore
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
-EXPERTS_TOGETHER = 16  # of those that come from disk
+EXPERTS_TOGETHER = 4  # of those that come from disk: these are computed while the next are read
 
 
 class Collective(Protocol):
@@ -48,7 +48,6 @@ class Executor:
         self.kv = kv
         self.collective = collective
         self._head = [item.block for item in plan.blocks if item.block.kind == "head"]
-        # at most half of the slots, so that experts can be read while others are computed
         slots = plan.expert_slots
         self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
 

@@ -52,6 +52,11 @@ class Home:
         return self.root / "sessions"
 
     @property
+    def kv(self) -> Path:
+        """KV pages of conversations, a directory for each model."""
+        return self.root / "kv"
+
+    @property
     def run(self) -> Path:
         """Socket and pid file; a short private path when the root's is too long for a socket."""
         path = self.root / "run"

@@ -208,6 +208,7 @@ class Library:
     # --- details ----------------------------------------------------------------------------------------
 
     def _internal(self, name: str) -> Path:
+        private_dir(self.root.parent)  # mkdir makes what lies above as open as everything else
         private_dir(self.root)
         return private_dir(self.root / name)
 

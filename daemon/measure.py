@@ -196,9 +196,7 @@ def perplexity(
             first = ctx // 2
             for start in range(0, ctx - 1, loaded.plan.chunk_tokens):
                 end = min(start + loaded.plan.chunk_tokens, ctx - 1)
-                step = Step.build(
-                    [(tokens[start:end], start, pages, end - start)], executor.plan.part_tokens
-                )
+                step = Step.build([(tokens[start:end], start, pages, end - start)], executor.plan.part_tokens)
                 hidden = executor.forward(step)
                 for row in range(max(start, first), end, HEAD_ROWS):
                     last = min(row + HEAD_ROWS, end)

@@ -25,9 +25,10 @@ from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
+from shoal.offload.kv_disk import buffer_bytes
 from shoal.offload.prefix import PrefixCache
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import Plan
+from shoal.partition.plan import PAGE_TOKENS, Plan, kv_token_bytes, scratch_bytes
 
 from .answer import Answer, Emit
 from .config import NodeConfig
@@ -35,6 +36,7 @@ from .drafter import Drafter
 from .engine import Engine
 from .errors import DaemonError
 from .executor import Alone, Executor
+from .kv_files import open_kv_disk
 from .memory import bounded, forget_files, return_freed
 from .planning import (
     Packs,
@@ -62,6 +64,7 @@ class Runnable:
     tokenizer: Tokenizer
     executor: Executor
     kv: KvPool
+    peak_bytes: int  # with what the KV on disk takes
     read_bytes_per_s: float = 0.0
 
     @classmethod
@@ -76,18 +79,23 @@ class Runnable:
         packs: Packs | None = None,
         streaming: bool = True,
         reserve_bytes: int = 0,
+        kv_on_disk: bool = False,
     ) -> Runnable:
         """Into memory that is held in the budget for `purpose`, but for `reserve_bytes` of it; when it fails, no
-        longer. `streaming`: whether its weights may come from disk, from one of `packs`."""
+        longer. `streaming`: whether its weights may come from disk, from one of `packs`. `kv_on_disk`: hold as much
+        as that takes, too."""
         tight = bounded(config.memory_bytes)
         with open_checkpoint(path) as checkpoint:
+            page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
+            extra_bytes = buffer_bytes(page_bytes) if kv_on_disk else 0
             plan = plan_within_budget(
-                checkpoint, config, budget, idle_bytes=-reserve_bytes, streaming=streaming
+                checkpoint, config, budget, idle_bytes=-reserve_bytes - extra_bytes, streaming=streaming
             )
             tokenizer = checkpoint.tokenizer()
             checkpoint.forget_tokens()
             return_freed()  # before the weights come, so that the peak is theirs alone
-            budget.hold(purpose, plan.peak_bytes)
+            peak_bytes = plan.peak_bytes + extra_bytes
+            budget.hold(purpose, peak_bytes)
             try:
                 if tight:
                     forget_files(checkpoint.files)
@@ -99,7 +107,8 @@ class Runnable:
                 raise
             if tight:
                 forget_files(checkpoint.files)
-        return cls(checkpoint, plan, tokenizer, Executor(transformer, plan, store, kv, Alone()), kv, speed)
+        executor = Executor(transformer, plan, store, kv, Alone())
+        return cls(checkpoint, plan, tokenizer, executor, kv, peak_bytes, speed)
 
 
 @dataclass(eq=False)
@@ -113,6 +122,7 @@ class LoadedModel:
     executor: Executor
     kv: KvPool
     engine: Engine
+    peak_bytes: int
     draft: Runnable | None
     clock: Callable[[], float]
     used_s: float = 0.0
@@ -129,11 +139,14 @@ class LoadedModel:
         draft: Path | None = None,
         packs: Packs | None = None,
         streaming: bool = True,
+        kv_root: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         progress: Progress = no_progress,
     ) -> LoadedModel:
         """Read a checkpoint into memory, and that of a draft model if there is one. What does not fit is streamed from
-        one of `packs`, if `streaming`. Raises DaemonError; what was held in the budget is then released."""
+        one of `packs`, if `streaming`. `kv_root`: where KV is kept that leaves memory. Raises DaemonError; what was
+        held in the budget is then released."""
+        kv_on_disk = kv_root is not None and config.kv_disk_bytes != 0
         try:
             main = Runnable.read(
                 f"model {name}",
@@ -144,6 +157,7 @@ class LoadedModel:
                 packs=packs,
                 streaming=streaming,
                 reserve_bytes=least_bytes(draft, config) if draft else 0,
+                kv_on_disk=kv_on_disk,
             )
         except Exception as error:
             raise refusal(error, name) from error
@@ -152,23 +166,28 @@ class LoadedModel:
             try:
                 small = _draft_model(name, main, draft, config, budget)
             except Exception as error:
+                main.executor.store.close()
                 _release(name, budget)
                 raise refusal(error, f"draft model {draft.name}") from error
+        disk = None
+        if kv_root is not None and kv_on_disk:
+            disk = open_kv_disk(kv_root, config.kv_disk_bytes, name, main.checkpoint, main.plan, main.kv)
         scheduler = Scheduler(
-            PrefixCache(main.kv.table, main.kv.page_tokens),
+            PrefixCache(main.kv.table, main.kv.page_tokens, disk.index if disk else None),
             sequences=main.plan.sequences,
             queue=config.max_queue,
             chunk_tokens=main.plan.chunk_tokens,
             guesses=main.plan.guesses,
             row_share=row_share(main.plan, main.read_bytes_per_s),
+            reads=disk.most_reads if disk else 1,
         )
         drafter = None
         if small is not None:
-            vocab = min(main.tokenizer.vocab_size, small.tokenizer.vocab_size)
+            vocab = min(main.tokenizer.vocab_size, small.tokenizer.vocab_size, small.checkpoint.spec.vocab)
             drafter = Drafter(
                 small.executor, small.kv, vocab=vocab, chunk_tokens=small.plan.chunk_tokens, clock=clock
             )
-        engine = Engine(main.executor, main.kv, scheduler, clock, drafter)
+        engine = Engine(main.executor, main.kv, scheduler, clock, drafter, disk)
         return cls(
             name,
             main.checkpoint,
@@ -177,6 +196,7 @@ class LoadedModel:
             main.executor,
             main.kv,
             engine,
+            main.peak_bytes + (small.peak_bytes if small else 0),
             small,
             clock,
             clock(),
@@ -184,15 +204,12 @@ class LoadedModel:
         )
 
     @property
-    def peak_bytes(self) -> int:
-        return self.plan.peak_bytes + (self.draft.plan.peak_bytes if self.draft else 0)
-
-    @property
     def draft_path(self) -> Path | None:
         return self.draft.checkpoint.path if self.draft else None
 
     def release(self, budget: Budget) -> None:
-        """Give the budget back; the memory follows when the last reference goes."""
+        """Keep its KV on disk and give the budget back; the memory follows when the last reference goes. Idempotent."""
+        self.engine.close()
         self.executor.store.close()
         _release(self.name, budget)
 
@@ -237,7 +254,7 @@ class LoadedModel:
             raise DaemonError(
                 "context_overflow",
                 f"the prompt has {len(prompt)} tokens, the context holds {context} and needs room for an answer",
-                "shorten the prompt or load the model with a larger context",
+                self._way_out(len(prompt)),
             )
         if request.max_tokens is not None:
             limit = min(context, len(prompt) + request.max_tokens)
@@ -267,6 +284,30 @@ class LoadedModel:
             times=Times(arrived_s=arrived_s),
         )
 
+    def _way_out(self, prompt_tokens: int) -> str:
+        """What helps a prompt that is too long for this plan."""
+        spec, plan = self.checkpoint.spec, self.plan
+        page = plan.kv.page_tokens
+        context = min(spec.context, (prompt_tokens // page + 1) * page)
+        if context <= prompt_tokens:
+            return f"shorten it: the model was made for {spec.context}"
+        scratch = scratch_bytes(
+            spec,
+            context_tokens=context,
+            chunk_tokens=plan.chunk_tokens,
+            sequences=plan.sequences,
+            guesses=plan.guesses,
+            part_tokens=plan.part_tokens,
+        )
+        needed = (
+            plan.peak_bytes
+            - plan.kv.nbytes
+            - plan.scratch_bytes
+            + scratch
+            + -(-context // page) * page * kv_token_bytes(spec, plan.kv.dtype)
+        )
+        return f"shorten it, or load the model with --ctx {context}, which takes {needed / 1e6:,.0f} MB"
+
     def sampling(self, asked: Sampling) -> SamplingParams:
         """The request's values, else what the model's authors recommend, else Shoal's defaults."""
         defaults = {**DEFAULT_SAMPLING, **recommended_sampling(self.name), **self.checkpoint.defaults}
@@ -287,7 +328,7 @@ class LoadedModel:
 
     def status(self) -> ModelStatus:
         scheduler = self.engine.scheduler
-        cache = scheduler.cache
+        cache, disk = scheduler.cache, self.engine.disk
         return ModelStatus(
             name=self.name,
             path=str(self.checkpoint.path),
@@ -311,6 +352,9 @@ class LoadedModel:
             streamed_bytes=self.plan.streamed_bytes,
             window_bytes=self.plan.window_bytes,
             step_s=self.plan.step_s(self.read_bytes_per_s),
+            kv_disk_bytes=disk.nbytes if disk else 0,
+            kv_disk_pages_read_total=disk.pages_read if disk else 0,
+            kv_disk_pages_written_total=disk.pages_written if disk else 0,
         )
 
     @cached_property

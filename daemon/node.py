@@ -58,7 +58,7 @@ def package_version() -> str:
 
 class Node:
     """Runs requests on loaded models; thread-safe. `resolve` turns a model's name into a path. `packs` are needed for
-    models that do not fit into memory."""
+    models that do not fit into memory; `kv_root` is where KV is kept that leaves memory, None = nowhere."""
 
     def __init__(
         self,
@@ -66,12 +66,14 @@ class Node:
         resolve: Callable[[str], Path] = Path,
         clock: Callable[[], float] = time.monotonic,
         packs: Packs | None = None,
+        kv_root: Path | None = None,
     ) -> None:
         self.config = config
         self.budget = budget_of(config.memory_bytes)
         self._resolve = resolve
         self._packs = packs
         self._stage: Stage | None = None  # of a model that is being loaded
+        self._kv_root = kv_root
         self._clock = clock
         self._started_s = clock()
         self._models: dict[str, LoadedModel] = {}
@@ -259,6 +261,7 @@ class Node:
             self._thread.join(timeout=60)
         for model in list(self._models.values()):
             model.engine.fail_all(DaemonError("shutting_down", "the daemon is stopping"))
+            model.release(self.budget)
 
     def _compute(self) -> None:
         """The compute thread: one step of each busy model in turn."""
@@ -366,6 +369,7 @@ class Node:
                     draft=draft,
                     packs=self._packs,
                     streaming=not self._idle(),
+                    kv_root=self._kv_root,
                     clock=self._clock,
                     progress=heard,
                 )
@@ -387,9 +391,12 @@ class Node:
         """Drop the idle model that was used longest ago; False when there is none."""
         with self._wake:  # throughout, or it might get a request meanwhile
             idle = [model for model in self._models.values() if not model.engine.busy]
-            if idle:
-                self._drop(min(idle, key=lambda model: model.used_s))
-        return bool(idle)
+            chosen = min(idle, key=lambda model: model.used_s, default=None)
+            if chosen is not None:
+                del self._models[chosen.name]
+        if chosen is not None:
+            self._drop(chosen)
+        return chosen is not None
 
     def _drop(self, model: LoadedModel) -> None:
         with self._wake:

@@ -14,13 +14,16 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from shoal.models.checkpoint import Checkpoint
+from shoal.kernels import set_threads
+from shoal.models.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.errors import CheckpointError
 from shoal.offload.errors import PackError
 from shoal.offload.pack import Pack, open_pack
 from shoal.offload.pack_build import PART_BYTES, PackBuilder, partial_of, source_of
 from shoal.offload.pack_file import damaged_blocks
 from shoal.offload.pack_format import Quant
 
+from .config import default_threads
 from .errors import DaemonError
 from .home import Home
 from .memory import resident_bytes
@@ -87,6 +90,24 @@ class Packs:
             )
         except Exception as error:
             raise translated(error) from error
+
+    def pack(
+        self,
+        path: Path,
+        quant: Quant,
+        *,
+        memory_bytes: int | None,
+        begins: Callable[[Estimate], None],
+        progress: Progress,
+    ) -> Pack:
+        """`get` for the checkpoint at `path`, in a process that does nothing else. Raises DaemonError."""
+        set_threads(default_threads())
+        try:
+            checkpoint = open_checkpoint(path)
+        except CheckpointError as error:
+            raise translated(error) from error
+        with checkpoint:
+            return self.get(checkpoint, progress, quant=quant, memory_bytes=memory_bytes, begins=begins)
 
     def verify(self, directory: Path, progress: Progress = no_progress) -> list[str]:
         """Reads all of a pack: the names of its damaged blocks. Raises DaemonError when it cannot even be opened."""

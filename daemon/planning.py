@@ -67,9 +67,13 @@ def make_plan(
     if streaming:
         page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
         fitting = (c for c in contexts if -(-c // PAGE_TOKENS) * page_bytes <= memory_bytes // KV_SHARE)
-        return _plan_within(checkpoint, config, next(fitting, contexts[-1]), memory_bytes)
+        try:
+            return _plan_within(checkpoint, config, next(fitting, contexts[-1]), memory_bytes)
+        except PlanError as error:
+            if refused is None or error.least_bytes < refused.least_bytes:
+                raise
     assert refused is not None
-    raise refused
+    raise refused  # of a small model: what streaming takes is more than its weights
 
 
 def plan_within_budget(

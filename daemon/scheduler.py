@@ -16,13 +16,14 @@ from collections.abc import Sequence as Ordered
 
 from shoal.comm.messages import FinishReason
 from shoal.models.sampling import Sampled
-from shoal.offload.prefix import Copy, PrefixCache
+from shoal.offload.prefix import Found, PrefixCache
 
 from .errors import DaemonError
 from .fairness import TokenCounters
 from .forecast import AnswerLengths, Growth, peak_tokens
 from .pacing import Pacer
-from .sequence import Batch, Chunk, Sequence
+from .recalling import ReadCost
+from .sequence import Batch, Chunk, Recall, Sequence
 from .speculation import drafts
 from .step_cost import ROW_SHARE, StepCost
 
@@ -35,7 +36,8 @@ Results = Ordered[Ordered[Sampled] | Exception]
 
 class Scheduler:
     """`sequences` run at once, `queue` more wait; a step holds at most `chunk_tokens` tokens of prompts and
-    `guesses` that are guessed ahead. `row_share`: first guess of what one more row costs, as in `StepCost`."""
+    `guesses` that are guessed ahead, and reads at most `reads` pages of KV from disk. `row_share`: first guess of what
+    one more row costs, as in `StepCost`."""
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class Scheduler:
         chunk_tokens: int,
         guesses: int,
         row_share: float = ROW_SHARE,
+        reads: int = 1,
     ) -> None:
         self.cache = cache
         self.cost = StepCost(row_share)
@@ -60,6 +63,8 @@ class Scheduler:
         self._queue = queue
         self._chunk_tokens = chunk_tokens
         self.guesses = guesses
+        self._reads = reads
+        self._read_cost = ReadCost()
         self._pacer = Pacer(chunk_tokens, row_share)
         self._prompt_token_s = 0.0  # time to read one token of a prompt, when nothing else is done
         self._lengths = AnswerLengths()
@@ -77,10 +82,10 @@ class Scheduler:
                 f"{self.cache.pages * self.cache.page_tokens}",
                 "shorten it, lower max_tokens, or give the model more --memory",
             )
-        if len(self.waiting) + len(self.running) >= self._queue + self._sequences:
+        if (before := len(self.waiting) + len(self.running)) >= self._queue + self._sequences:
             raise DaemonError(
                 "busy",
-                f"{len(self.waiting)} requests are waiting, the limit is {self._queue}",
+                f"{before} requests run or wait, the limit is {self._sequences} and {self._queue}",
                 "try again later",
                 retry_after_s=self._retry_after_s(),
             )
@@ -114,26 +119,39 @@ class Scheduler:
             for sequence in sorted(self.running, key=_seniority)
             if sequence.remaining == 1 and self._reserve(sequence, sequence.computed + 1)
         ]
-        copies: list[Copy] = []
         if self.preemptions == preempted:  # else what made room would come back at once
-            self._admit(copies)
+            self._admit()
         decoding = [sequence for sequence in decoding if sequence.running]
         prompts = [s for s in sorted(self.running, key=self._turn) if s not in decoding]
         budget = self._prompt_budget(len(decoding))
         chunks = self._decode(decoding, min(self.guesses, budget // 2 if prompts else self.guesses))
         budget -= sum(len(chunk.draft) for chunk in chunks)
+        recalls: list[Recall] = []
+        reads = self._most_reads(len(decoding))
         for sequence in prompts:
             if budget > 0 and sequence.running:
-                self._adopt(sequence, copies)
+                self._adopt(sequence)
+                if found := self._on_disk(sequence, max(reads, 1)):  # the others wait for their turn to read
+                    if reads > 0 and self._reserve(sequence, found[-1].computed):
+                        recalls.append(Recall.of(sequence, found))
+                        reads -= len(found)
+                    continue
                 tokens = min(sequence.remaining, budget)
                 if self._reserve(sequence, sequence.computed + tokens):
                     budget -= tokens
                     chunks.append(Chunk.of(sequence, tokens))
         chunks = [chunk for chunk in chunks if chunk.sequence.running]
-        return Batch(chunks, copies, sum(chunk.sequence in decoding for chunk in chunks))
+        recalls = [recall for recall in recalls if recall.sequence.running]
+        decodes = sum(chunk.sequence in decoding for chunk in chunks)
+        return Batch(chunks, self.cache.take_moves(), decodes, recalls)
 
-    def commit(self, batch: Batch, results: Results) -> None:
-        """Append what was sampled and emit it: for each chunk the tokens that follow it, or what went wrong."""
+    def commit(self, batch: Batch, results: Results, read: Ordered[int] = ()) -> None:
+        """Append what was sampled and emit it: for each chunk the tokens that follow it, or what went wrong. `read`:
+        how many pages of each recall."""
+        for recall, pages in zip(batch.recalls, read, strict=True):
+            if pages and not recall.sequence.ended:
+                self._take_over(recall.sequence, recall.found[pages - 1].computed)
+                self.cache.publish(recall.sequence.holding, recall.sequence.tokens, recall.sequence.computed)
         for chunk, result in zip(batch.chunks, results, strict=True):
             sequence = chunk.sequence
             if sequence.ended:  # cancelled while the step ran
@@ -153,8 +171,10 @@ class Scheduler:
                 self._finish(sequence, reason)
 
     def note(self, batch: Batch, seconds: float) -> None:
-        """A step took so long."""
+        """A step took so long, but for what `note_reads` is told."""
         rows, decodes = batch.rows, batch.decodes
+        if not rows:
+            return
         if decodes == len(batch.chunks):
             self.cost.note(rows, seconds)
             self._pacer.rested()
@@ -164,9 +184,13 @@ class Scheduler:
             before_s = self._prompt_token_s or seconds / rows
             self._prompt_token_s = before_s + _FOLLOW * (seconds / rows - before_s)
 
+    def note_reads(self, pages: int, seconds: float) -> None:
+        """Reading so many pages from disk took so long."""
+        self._read_cost.note(pages, seconds)
+
     # --- admission -----------------------------------------------------------------------------------------
 
-    def _admit(self, copies: list[Copy]) -> None:
+    def _admit(self) -> None:
         preempted = self.preemptions
         while self.waiting and self.preemptions == preempted:
             sequence = min(self.waiting, key=self._turn)
@@ -178,7 +202,7 @@ class Scheduler:
             self.waiting.remove(sequence)
             self.running.append(sequence)
             sequence.running = True
-            self._adopt(sequence, copies)
+            self._adopt(sequence)
             if not sequence.preemptions:
                 self.prompt_tokens += sequence.prompt_tokens
 
@@ -207,15 +231,32 @@ class Scheduler:
         expected = self._lengths.expected(sequence.generated) - sequence.generated
         return min(expected, sequence.limit - len(sequence.tokens))
 
-    def _adopt(self, sequence: Sequence, copies: list[Copy]) -> None:
+    def _adopt(self, sequence: Sequence) -> None:
         """Skip what the prefix cache knows by now, also from sequences that run beside it."""
-        before = sequence.computed
-        sequence.computed, copy = self.cache.adopt(sequence.holding, sequence.tokens, before)
-        if copy is not None:
-            copies.append(copy)
+        computed = self.cache.adopt(sequence.holding, sequence.tokens, sequence.computed)
+        self._take_over(sequence, computed)
+
+    def _take_over(self, sequence: Sequence, computed: int) -> None:
+        """So many tokens are computed, without doing it."""
         if not sequence.preemptions:
-            sequence.cached_tokens += sequence.computed - before
-            self.cached_tokens += sequence.computed - before
+            sequence.cached_tokens += computed - sequence.computed
+            self.cached_tokens += computed - sequence.computed
+        sequence.computed = computed
+
+    def _on_disk(self, sequence: Sequence, most: int) -> list[Found]:
+        """Pages, at most `most`, that are better read from disk than computed."""
+        found = self.cache.on_disk(sequence.holding, sequence.tokens, sequence.computed, most)
+        if not found:
+            return found
+        tokens = found[-1].computed - sequence.computed
+        return found if self._read_cost.pays(len(found), tokens, self._prompt_token_s) else []
+
+    def _most_reads(self, decodes: int) -> int:
+        """Pages that may be read from disk beside so many decodes."""
+        if decodes and not self.cost.measured:
+            return 1
+        most = self.cache.free_pages + self._reads
+        return min(most, self._read_cost.most_pages(self.cost.seconds(decodes) if decodes else 0.0))
 
     def _prompt_budget(self, decodes: int) -> int:
         """Tokens of prompts that may go with so many decodes."""

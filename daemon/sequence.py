@@ -11,7 +11,7 @@ from typing import Protocol
 
 from shoal.comm.messages import FinishReason
 from shoal.models.sampling import Sampled, Sampler
-from shoal.offload.prefix import Copy, Holding
+from shoal.offload.prefix import Found, Holding, Move
 
 from .speculation import Guesser
 
@@ -123,12 +123,38 @@ class Chunk:
 
 
 @dataclass(frozen=True, eq=False)
+class Recall:
+    """Part of a step: pages of one sequence that are read from disk, in this order, until one fails."""
+
+    sequence: Sequence
+    found: tuple[Found, ...]
+    pages: tuple[int, ...]  # one for each found
+
+    @classmethod
+    def of(cls, sequence: Sequence, found: list[Found]) -> Recall:
+        """What was found to continue the sequence's shared pages; it has the pages for it."""
+        first = len(sequence.holding.path)
+        return cls(sequence, tuple(found), tuple(sequence.holding.pages[first : first + len(found)]))
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """A step to be made: first copy pages, in this order, then compute the chunks; `decodes` of them are no prompts."""
+    """A step to be made: first move pages, in this order, then read `recalls`, then compute the chunks; `decodes` of
+    them are no prompts."""
 
     chunks: list[Chunk]
-    copies: list[Copy]
+    moves: list[Move]
     decodes: int
+    recalls: list[Recall] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.chunks or self.moves or self.recalls)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that it is for."""
+        return [part.sequence for part in self.chunks] + [part.sequence for part in self.recalls]
 
     @property
     def rows(self) -> int:

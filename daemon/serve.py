@@ -45,7 +45,7 @@ def serve(
         server_keys = keys.load_server(home.keys)
     except KeyFileError as error:
         raise DaemonError("bad_request", str(error)) from error
-    node = Node(config, Library(home).resolve, packs=Packs(home))
+    node = Node(config, Library(home).resolve, packs=Packs(home), kv_root=home.kv)
     server = Server(node, addresses or [home.address], server_keys=server_keys)
     failures: list[DaemonError] = []
 

@@ -27,6 +27,8 @@ def quantise(kind: WeightType, values: Tensor) -> Tensor:
     if encode is None or values.dtype is not torch.float32:
         known = ", ".join(_ENCODERS)
         raise OperandError(f"cannot store {values.dtype} as {kind.name}: only float32, as one of {known}")
+    if not all(end.isfinite() for end in values.aminmax()):
+        raise OperandError("a weight that is infinite or not a number cannot be quantised")
     blocks = values.reshape(-1, kind.block_weights)
     stored = torch.empty(len(blocks), kind.block_bytes, dtype=torch.uint8)
     step = _TILE_WEIGHTS // kind.block_weights
@@ -96,9 +98,7 @@ def _half(scale: Tensor) -> Tensor:
     """`scale` as half precision holds it."""
     rounded = scale.half().float()
     if not rounded.isfinite().all():
-        raise OperandError(
-            "a weight that is infinite, not a number or beyond 65504 steps cannot be quantised"
-        )
+        raise OperandError("a weight that is beyond 65504 steps cannot be quantised")
     return rounded
 
 

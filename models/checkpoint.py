@@ -158,14 +158,14 @@ class Checkpoint:
                 vectors.update(zip(roles, row.split_with_sizes(sizes), strict=True))
         return vectors
 
+    def bypass_cache(self) -> None:
+        """From now on what was read does not stay in the system's page cache."""
+        self._files.drops_pages = True
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
         return self._files.paths
-
-    def bypass_cache(self) -> None:
-        """From now on what was read does not stay in the system's page cache."""
-        self._files.drops_pages = True
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises TokenizerError."""
@@ -212,9 +212,11 @@ class Checkpoint:
             self._files.read(tensor, first_row, rows, memory)
             return Matrix(kind, memory, rows, cols)
         step = max(1, _PART_BYTES // kind.matrix_bytes(1, cols)) * kind.band_rows
+        part = Arena().take(min(step, rows) * tensor.row_bytes)  # malloc would keep what is freed
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            stored = self._files.read(tensor, first_row + start, stop - start)
+            stored = part[: (stop - start) * tensor.row_bytes]
+            self._files.read(tensor, first_row + start, stop - start, stored)
             into = memory[kind.matrix_bytes(start, cols) : kind.matrix_bytes(stop, cols)]
             interleave(kind, stored.view(stop - start, -1), into)
         return Matrix(kind, memory, rows, cols)

@@ -22,8 +22,8 @@ from shoal.kernels import WeightType
 
 from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
 
-_PAGE_BYTES = 4096
 _READ_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
+_PART_BYTES = 16 << 20  # where page cache is given back after each call
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +119,10 @@ class TensorFiles:
                 f"{path}: tensor {tensor.name} was asked for after the checkpoint was closed"
             )
         done = 0
+        step = _PART_BYTES if self.drops_pages else _READ_BYTES
         while done < len(view):
             try:
-                got = os.preadv(
-                    self._descriptors[tensor.file], [view[done : done + _READ_BYTES]], offset + done
-                )
+                got = os.preadv(self._descriptors[tensor.file], [view[done : done + step]], offset + done)
             except OSError as error:
                 raise CheckpointError(
                     f"{path}: reading tensor {tensor.name} at byte {offset + done} failed: {error.strerror}"
@@ -134,11 +133,9 @@ class TensorFiles:
                     f"{offset + len(view)}; the file was cut short"
                 )
             done += got
-        if self.drops_pages and hasattr(os, "posix_fadvise"):
-            first = offset - offset % _PAGE_BYTES  # the page that the bytes before share with these
-            os.posix_fadvise(
-                self._descriptors[tensor.file], first, offset + done - first, os.POSIX_FADV_DONTNEED
-            )
+            if self.drops_pages and hasattr(os, "posix_fadvise"):
+                # From the beginning: pages come in groups, of which one that is not wholly meant stays.
+                os.posix_fadvise(self._descriptors[tensor.file], 0, offset + done, os.POSIX_FADV_DONTNEED)
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

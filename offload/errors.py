@@ -2,6 +2,7 @@
 
 OffloadError
 ├── BudgetExceeded     an allocation would exceed the budget; nothing was allocated
+├── KvFileError        KV pages on disk cannot be opened or read; they are computed instead
 ├── PackError          a pack cannot be made or used
 │   └── PackCorrupt        its bytes or its manifest are not those that were written
 └── StoreError         weights could not be read while they were needed
@@ -14,6 +15,10 @@ class OffloadError(Exception):
 
 class BudgetExceeded(OffloadError):
     """The message gives what was asked for, what is held and the limit, in MB."""
+
+
+class KvFileError(OffloadError):
+    """The message names the file and what is wrong."""
 
 
 class PackError(OffloadError):

@@ -6,6 +6,7 @@ Memory is touched only when written, so a large pool costs nothing until it is u
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 from torch import Tensor
@@ -15,7 +16,11 @@ from shoal.kernels.memory import mapped
 from shoal.partition.plan import KvPlan
 from shoal.partition.spec import ModelSpec
 
+from .kv_disk import KvDisk
 from .pages import PageTable
+from .prefix import Copy, Move
+
+KV_LAYOUT = 1  # one more whenever the bytes of a page come to mean something else
 
 
 class KvPool:
@@ -52,6 +57,18 @@ class KvPool:
         pages = self._layers[layer]
         return attention(pages, segments, q, k, v, rotation=rotation, scale=scale, window=window, norms=norms)
 
-    def copy_page(self, source: int, target: int) -> None:
-        """Make page `target` hold what page `source` holds, in every layer."""
-        self._pages[target] = self._pages[source]
+    def page(self, number: int) -> Tensor:
+        """A page in every layer, uint8 (bytes of a page,); a view."""
+        return self._pages[number].view(-1)
+
+    @property
+    def page_bytes(self) -> int:
+        return self._pages[0].nbytes
+
+    def move(self, moves: Iterable[Move], disk: KvDisk | None = None) -> None:
+        """Copy pages, and save them on `disk`, in this order."""
+        for move in moves:
+            if isinstance(move, Copy):
+                self._pages[move.target] = self._pages[move.source]
+            elif disk is not None:
+                disk.save(move, self.page(move.page))

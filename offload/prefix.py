@@ -5,7 +5,11 @@ on which that KV depends. A node is looked up among its parent's children by its
 compared, so texts cannot be mixed up, whatever collides. Nodes of less than a page (the end of a text) have no
 children and are only ever copied from, as is a page of which only the beginning is wanted.
 
-Pure bookkeeping: knows page numbers and token ids, not tensors. Who copies a page is told what to copy.
+Pages may also be on disk (`kv_disk_index`): evicted ones are saved there, those that continue a text are found there,
+to be read instead of computed. Where on disk is not known here, nor when reading pays.
+
+Pure bookkeeping: knows page numbers and token ids, not tensors. Who owns the memory is told what to move
+(`take_moves`).
 """
 
 from __future__ import annotations
@@ -14,16 +18,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
+from .kv_disk_index import NO_TEXT, Entry, KvIndex, chained, packed
 from .pages import PageTable
 
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """`users` sequences hold this page; `used` orders pages by when they were last let go."""
+    """`users` sequences hold this page; `used` orders pages by when they were last let go; `digest` names the text
+    up to its end."""
 
     parent: Node | None
     tokens: tuple[int, ...]
     page: int
+    digest: bytes
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
     users: int = 0
     used: int = 0
@@ -49,28 +56,49 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Page `target` shall hold what page `source` holds. Copies are done in the order they were asked for, before
-    any page is written: then a source that is evicted and taken meanwhile is still whole."""
+    """Page `target` shall hold what page `source` holds."""
 
     source: int
     target: int
 
 
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Page `page` is given to somebody else: it holds the KV of `tokens` (packed) after the text of digest `parent`."""
+
+    page: int
+    parent: bytes
+    tokens: bytes
+
+
+Move = Copy | Save
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A page on disk; when it is read, KV of the first `computed` tokens of the text is there."""
+
+    entry: Entry
+    computed: int
+
+
 class PrefixCache:
     """Hands out the pages of `table` and remembers what they hold until they are needed for something else.
 
-    Every page is free, cached (a node without users), or used (held by a sequence).
+    Every page is free, cached (a node without users), or used (held by a sequence). `index`: of the pages on disk.
     """
 
-    def __init__(self, table: PageTable, page_tokens: int) -> None:
+    def __init__(self, table: PageTable, page_tokens: int, index: KvIndex | None = None) -> None:
         self.page_tokens = page_tokens
         self._table = table
-        self._root = Node(None, (), -1)
+        self._index = index
+        self._root = Node(None, (), -1, NO_TEXT)
         self._nodes = 0
         self._clock = 0
         self._leaves: list[
             tuple[int, int, Node]
         ] = []  # heap, least recently used first; may hold stale entries
+        self._moves: list[Move] = []
         self.cached_pages = 0
 
     @property
@@ -86,6 +114,11 @@ class PrefixCache:
         """Pages that can be had: free ones, and cached ones at the price of forgetting them."""
         return self._table.free_pages + self.cached_pages
 
+    @property
+    def free_pages(self) -> int:
+        """Pages that can be had without forgetting anything."""
+        return self._table.free_pages
+
     def pages_of(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_tokens)
@@ -96,10 +129,16 @@ class PrefixCache:
         """How many of the first pages of a text somebody holds already."""
         return sum(1 for node in self._walk(self._root, tokens, 0) if node.users)
 
-    def adopt(self, holding: Holding, tokens: Sequence[int], computed: int) -> tuple[int, Copy | None]:
+    def take_moves(self) -> list[Move]:
+        """What has to be moved since the last call: in this order, before any page is written or read. Then a page
+        that is evicted and taken meanwhile is still whole when it is copied or saved."""
+        moves, self._moves = self._moves, []
+        return moves
+
+    def adopt(self, holding: Holding, tokens: Sequence[int], computed: int) -> int:
         """Take over what is known of the KV after the first `computed` tokens, but never that of the last token.
 
-        Returns how many are computed now, and a copy that has to be made.
+        Returns how many are computed now, as soon as the moves are made.
         """
         path, pages, size = holding.path, holding.pages, self.page_tokens
         for node in self._walk(self._end(holding), tokens, len(path) * size):
@@ -110,16 +149,39 @@ class PrefixCache:
             path.append(node)
         computed = max(computed, len(path) * size)
         if len(pages) > len(path):
-            return computed, None
+            return computed
         source, shared = self._nearest(self._end(holding), tuple(tokens[computed : computed + size]))
         shared = min(shared, len(tokens) - 1 - computed)
         if source is None or shared < 1:
-            return computed, None
+            return computed
         self._touch(source)
         page = source.page
         if not self.extend(holding, computed + shared):
-            return computed, None
-        return computed + shared, Copy(page, pages[-1])
+            return computed
+        self._moves.append(Copy(page, pages[-1]))
+        return computed + shared
+
+    def on_disk(self, holding: Holding, tokens: Sequence[int], computed: int, most: int) -> list[Found]:
+        """Pages, at most `most`, that continue the holding's shared ones, up to more than `computed` tokens, but never
+        the last. The last found may agree with the text at its beginning only."""
+        if self._index is None:
+            return []
+        size, found = self.page_tokens, list[Found]()
+        start, digest = len(holding.path) * size, self._end(holding).digest
+        while start + size < len(tokens) and len(found) < most:
+            wanted = packed(tokens[start : start + size])
+            entry = self._index.find(digest, wanted)
+            if entry is None:
+                break
+            start += size
+            digest = chained(digest, wanted)
+            found.append(Found(entry, start))
+        if len(found) < most:
+            entry, shared = self._index.nearest(digest, packed(tokens[start : start + size]))
+            shared = min(shared, len(tokens) - 1 - start)
+            if entry is not None and shared > 0:
+                found.append(Found(entry, start + shared))
+        return found if found and found[-1].computed > computed else []
 
     def extend(self, holding: Holding, tokens: int) -> bool:
         """Give the holding pages for so many tokens. False, and nothing changes, when there are too few."""
@@ -161,6 +223,17 @@ class PrefixCache:
         self._table.give_back(holding.pages[len(holding.path) :])
         self._let_go(holding)
 
+    def known(self) -> list[Save]:
+        """Every page whose text is known, most recently used first, so that what is before a page precedes it."""
+        nodes, stack = list[Node](), [self._root]
+        while stack:
+            below = stack.pop().children.values()
+            nodes += below
+            stack += below
+        return [
+            _save(node, node.parent) for node in sorted(nodes, key=lambda node: -node.used) if node.parent
+        ]
+
     # --- the tree ------------------------------------------------------------------------------------------
 
     def _end(self, holding: Holding) -> Node:
@@ -194,7 +267,8 @@ class PrefixCache:
         for child in list(parent.children.values()):  # ends of texts that the new page contains
             if len(child.tokens) < len(tokens) and tokens[: len(child.tokens)] == child.tokens:
                 self._forget(child)
-        node = Node(parent, tokens, holding.pages[len(holding.path)])
+        digest = chained(parent.digest, packed(tokens))
+        node = Node(parent, tokens, holding.pages[len(holding.path)], digest)
         parent.children[tokens] = node
         self._nodes += 1
         self.cached_pages += 1
@@ -230,10 +304,16 @@ class PrefixCache:
         heappush(self._leaves, (node.used, node.page, node))
 
     def _evict(self) -> None:
-        """Forget the leaf that was used longest ago."""
+        """Forget the leaf that was used longest ago, or know it on disk only."""
         while not _evictable(entry := heappop(self._leaves)):
             pass
-        self._forget(entry[2])
+        node = entry[2]
+        assert node.parent is not None
+        if self._index is not None:
+            save = _save(node, node.parent)
+            if not self._index.touch(save.parent, save.tokens):
+                self._moves.append(save)
+        self._forget(node)
 
     def _forget(self, node: Node) -> None:
         assert not node.users
@@ -244,6 +324,10 @@ class PrefixCache:
         self.cached_pages -= 1
         self._table.give_back([node.page])
         self._offer(parent)
+
+
+def _save(node: Node, parent: Node) -> Save:
+    return Save(node.page, parent.digest, packed(node.tokens))
 
 
 def _evictable(entry: tuple[int, int, Node]) -> bool:

@@ -29,7 +29,10 @@ class Stage(NamedTuple):
 class BlockStore(Protocol):
     """Where the executor gets weights from."""
 
-    stall_s: float  # time `acquire` and `rows` have waited since the store was made
+    @property
+    def stall_s(self) -> float:
+        """Time that `acquire` and `rows` have waited since the store was ready."""
+        ...
 
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         """A block's weights for the length of a `with`. Raises OffloadError when they cannot be read."""

@@ -69,8 +69,8 @@ class Line:
     def __init__(self) -> None:
         self._waiting: deque[Passage] = deque()
 
-    def add(self, passage: Passage) -> None:
-        self._waiting.append(passage)
+    def extend(self, passages: Sequence[Passage]) -> None:
+        self._waiting.extend(passages)
 
     def next_read(self, most_bytes: int) -> Chunk | None:
         if not self._waiting:

@@ -19,7 +19,7 @@ KV_TYPE_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1}
 KV_SCALE_BYTES: Mapping[str, int] = {"i8": 4}  # per token, K/V head, and K or V
 KV_VALUE_STEP = 16  # V rows are filled up to whole vectors of so many numbers
 PAGE_TOKENS = 64
-KERNEL_BYTES = 64 << 20  # tiles and tables of the kernels, whatever the model
+KERNEL_BYTES = 32 << 20  # tiles and tables of the kernels, whatever the model
 VOCABULARY_BYTES = 300  # of the tokenizer, for each token
 
 

@@ -125,7 +125,9 @@ class FakeClient:
             tokens_total=99,
         )
 
-    def load(self, model: str, context: int | None = None, draft: str | None = None, heard: Any = None) -> Loaded:
+    def load(
+        self, model: str, context: int | None = None, draft: str | None = None, heard: Any = None
+    ) -> Loaded:
         self.loads.append((model, context))
         self.drafts.append(draft)
         name = Path(model).stem

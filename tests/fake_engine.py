@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 from shoal.comm.messages import FinishReason
 from shoal.daemon.scheduler import Scheduler
-from shoal.daemon.sequence import Batch, Chunk, Sequence
+from shoal.daemon.sequence import Batch, Chunk, Recall, Sequence
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
+from shoal.offload.kv_disk_index import KvIndex
 from shoal.offload.pages import PageTable
-from shoal.offload.prefix import PrefixCache
+from shoal.offload.prefix import Copy, PrefixCache, Save
 
 PAGE = 4
 VOCAB = 50
@@ -48,10 +49,15 @@ def sequence(prompt: int | list[int], new: int, sink: Recorder | None = None, **
 
 
 def scheduler(
-    pages: int = 64, sequences: int = 4, queue: int = 8, chunk: int = 16, guesses: int = 0
+    pages: int = 64,
+    sequences: int = 4,
+    queue: int = 8,
+    chunk: int = 16,
+    guesses: int = 0,
+    index: KvIndex | None = None,
 ) -> Scheduler:
-    cache = PrefixCache(PageTable(pages), PAGE)
-    return Scheduler(cache, sequences=sequences, queue=queue, chunk_tokens=chunk, guesses=guesses)
+    cache = PrefixCache(PageTable(pages), PAGE, index)
+    return Scheduler(cache, sequences=sequences, queue=queue, chunk_tokens=chunk, guesses=guesses, reads=3)
 
 
 def fingerprint(before: int, token: int) -> int:
@@ -75,11 +81,53 @@ def continuation(prompt: list[int], new: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-class FakeEngine:
-    """Steps a scheduler. `clock` is its own: a step takes as many seconds as `cost` of its rows."""
+class FakeDisk:
+    """Pages of fingerprints in slots. Writing is a step behind; `fails` says whether the next read or write does."""
 
-    def __init__(self, subject: Scheduler, cost: Callable[[int], float] = lambda rows: 1.0) -> None:
+    def __init__(self, index: KvIndex, fails: Callable[[], bool] = lambda: False) -> None:
+        self.index = index
+        self.read_pages = 0
+        self._slots: dict[int, list[int]] = {}
+        self._behind: list[tuple[Save, list[int]]] = []
+        self._fails = fails
+
+    def save(self, what: Save, page: list[int]) -> None:
+        self._behind.append((what, list(page)))
+
+    def write(self) -> None:
+        for what, page in self._behind:
+            if self._fails() or self.index.touch(what.parent, what.tokens):
+                continue
+            entry = self.index.claim(what.parent, what.tokens, 0)
+            if entry is not None:
+                self._slots[entry.slot] = page
+                self.index.add(entry)
+        self._behind = []
+
+    def read(self, recall: Recall, memory: list[list[int]]) -> int:
+        for count, (found, page) in enumerate(zip(recall.found, recall.pages, strict=True)):
+            if self._fails() or not self.index.holds(found.entry):
+                self.index.forget(found.entry)
+                return count
+            memory[page] = list(self._slots[found.entry.slot])
+            self.read_pages += 1
+        return len(recall.pages)
+
+
+class FakeEngine:
+    """Steps a scheduler. `clock` is its own: a step takes as many seconds as `cost` of its rows, and `read_s` for each
+    page that is read from disk."""
+
+    def __init__(
+        self,
+        subject: Scheduler,
+        cost: Callable[[int], float] = lambda rows: 1.0,
+        disk: FakeDisk | None = None,
+        read_s: float = 0.01,
+    ) -> None:
         self.scheduler = subject
+        self.disk = disk
+        self._read_s = read_s
         self.now_s = 0.0
         self.rows_total = 0
         self._cost = cost
@@ -89,27 +137,42 @@ class FakeEngine:
         """One step; `meanwhile` is called while it computes."""
         batch = self.scheduler.next(self.now_s)
         meanwhile(batch)
-        if batch.chunks:
+        if not batch.empty:
+            read = self._move(batch)
             results = self._compute(batch)
-            seconds = self._cost(batch.rows)
-            self.now_s += seconds
+            seconds = self._cost(batch.rows) if batch.chunks else 0.0
+            self.now_s += seconds + sum(read) * self._read_s
             self.rows_total += batch.rows
-            self.scheduler.commit(batch, results)
+            self.scheduler.commit(batch, results, read)
             self.scheduler.note(batch, seconds)
+            if any(read):
+                self.scheduler.note_reads(sum(read), sum(read) * self._read_s)
         return batch
 
     def run(self, limit: int = 10_000) -> None:
         """Until there is nothing left to do."""
         for _ in range(limit):
-            if not self.step().chunks:
+            if self.step().empty:
                 assert not self.scheduler.running
                 assert not self.scheduler.waiting
                 return
         raise AssertionError("it never ends")
 
+    def _move(self, batch: Batch) -> list[int]:
+        """Pages read of each recall."""
+        for move in batch.moves:
+            if isinstance(move, Copy):
+                self._memory[move.target] = list(self._memory[move.source])
+            else:
+                assert self.disk is not None
+                self.disk.save(move, self._memory[move.page])
+        if self.disk is None:
+            return []
+        read = [self.disk.read(recall, self._memory) for recall in batch.recalls]
+        self.disk.write()
+        return read
+
     def _compute(self, batch: Batch) -> list[list[Sampled]]:
-        for copy in batch.copies:
-            self._memory[copy.target] = list(self._memory[copy.source])
         results: list[list[Sampled]] = []
         for chunk in batch.chunks:
             stored = [0] + [self._slot(chunk.pages, position) for position in range(chunk.start)]

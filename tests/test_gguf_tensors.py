@@ -10,8 +10,10 @@ import tiny
 import torch
 from running import Running, relative_error
 
+import shoal.models.checkpoint as checkpoint_module
 from shoal.models.checkpoint import open_checkpoint
 from shoal.models.errors import UnsupportedCheckpoint
+from shoal.models.tensor_files import StoredTensor, TensorFiles
 
 IDS = [7 * i % 250 for i in range(40)]
 
@@ -40,6 +42,38 @@ def test_fused_projections_are_read_in_any_family(biases: str, tmp_path: Path) -
     with open_checkpoint(path) as checkpoint:
         for block in checkpoint.spec.blocks():
             assert checkpoint.block_bytes(block) == checkpoint.read_block(block).nbytes
+
+
+def test_matrices_are_read_in_parts_and_not_through_malloc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf", type="Q8_0")
+    with open_checkpoint(path) as checkpoint:
+        whole = [checkpoint.read_block(block) for block in checkpoint.spec.blocks()]
+    read, parts = TensorFiles.read, 0
+
+    def watched(
+        self: TensorFiles,
+        tensor: StoredTensor,
+        first_row: int = 0,
+        rows: int | None = None,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        nonlocal parts
+        if len(tensor.shape) > 1:
+            assert into is not None  # freed blocks of many sizes leave holes that stay resident
+            assert len(into) <= part_bytes
+            parts += 1
+        return read(self, tensor, first_row, rows, into)
+
+    part_bytes = 1 << 13
+    monkeypatch.setattr(checkpoint_module, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(TensorFiles, "read", watched)
+    with open_checkpoint(path) as checkpoint:
+        for block, expected in zip(checkpoint.spec.blocks(), whole, strict=True):
+            for role, matrix in checkpoint.read_block(block).matrix.items():
+                assert torch.equal(matrix.data, expected.matrix[role].data)
+    assert parts > sum(len(weights.matrix) for weights in whole)
 
 
 @pytest.mark.parametrize("name", ["output.bias", "blk.0.attn_q_norm.weight", "blk.2.attn_q.scale"])

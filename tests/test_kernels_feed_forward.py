@@ -67,7 +67,7 @@ def test_linears_of_one_input_are_those_one_by_one(home: str) -> None:
     matrices = [random_matrix(kind, 5 + 31 * i, 768, seed=i) for i, kind in enumerate(kinds)]
     biases = [randn(w.rows) if i % 2 else None for i, w in enumerate(matrices)]
     norm = randn(768)
-    for tokens in (1, 3, 40, 100):
+    for tokens in (1, 3, 12, 40, 100):
         x = randn(tokens, 768)
         normal = kernels.rms_norm(x, norm, 1e-5)
         alone = [kernels.linear(normal, w, bias) for w, bias in zip(matrices, biases, strict=True)]
@@ -108,14 +108,17 @@ def test_activations_at_extremes(home: str, activation: Activation) -> None:
     assert kernels.feed_forward(torch.tensor([[float("nan")]]), made, activation).isnan().all()
 
 
+@pytest.mark.parametrize("kinds", [(Q4_K, Q4_K, Q6_K), (Q4_0, Q6_K, Q8_0), (Q4_K, Q8_0, Q4_K)])
 @pytest.mark.parametrize("name", NATIVE)
-def test_no_bit_of_a_layer_depends_on_batch_or_threads(name: str) -> None:
+def test_no_bit_of_a_layer_depends_on_batch_or_threads(
+    name: str, kinds: tuple[WeightType, WeightType, WeightType]
+) -> None:
     dispatch.choose(name)
-    made, norm, x = layer(), randn(256), randn(120, 256)
+    made, norm, x = layer(kinds), randn(256), randn(120, 256)
     alone = torch.cat([kernels.feed_forward(x[t : t + 1], made, "silu", norm, 1e-5) for t in range(120)])
     for threads in (1, 2, 3):
         kernels.set_threads(threads)
-        for tokens in (1, 2, 4, 5, 97, 120):
+        for tokens in (1, 2, 4, 5, 9, 16, 17, 97, 120):
             got = kernels.feed_forward(x[:tokens], made, "silu", norm, 1e-5)
             assert torch.equal(got, alone[:tokens])
     kernels.set_threads(2)
@@ -135,7 +138,7 @@ def routes_of(choices: list[list[int]], factors: Tensor) -> tuple[list[int], Rou
 
 
 @settings(deadline=None, max_examples=15)
-@given(data=st.data(), tokens=st.sampled_from([1, 2, 7, 150]), threads=st.integers(1, 3))
+@given(data=st.data(), tokens=st.sampled_from([1, 2, 7, 30, 150]), threads=st.integers(1, 3))
 def test_experts_together_are_those_one_by_one(data: st.DataObject, tokens: int, threads: int) -> None:
     experts = [layer((Q4_0, Q8_0, Q4_0), 64, 96, biases=True, seed=10 * i) for i in range(5)]
     choice = st.permutations(range(5)).map(lambda order: list(order)[:2])

@@ -122,7 +122,7 @@ def test_no_bit_depends_on_batch_threads_or_rows(home: str, kind: WeightType) ->
     alone = torch.cat([kernels.linear(x[t : t + 1], w, bias) for t in range(64)])
     for threads in (1, 2, 3):
         kernels.set_threads(threads)
-        for tokens in (1, 2, 3, 5, 8, 64, 200):
+        for tokens in (1, 2, 3, 5, 8, 12, 16, 17, 64, 200):
             assert torch.equal(kernels.linear(x[:tokens], w, bias)[:64], alone[:tokens]), (threads, tokens)
         assert torch.equal(kernels.linear(x[7:40], w, bias), alone[7:40])
         for start, stop in ((0, 1), (1, 131), (66, 70)):

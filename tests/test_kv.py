@@ -15,6 +15,7 @@ from shoal.models.rope import Rope
 from shoal.models.step import Step
 from shoal.offload.kv import KvPool
 from shoal.offload.pages import PageTable
+from shoal.offload.prefix import Copy
 from shoal.partition.plan import KV_TYPE_BYTES, PAGE_TOKENS, KvPlan, kv_token_bytes
 from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -86,7 +87,7 @@ def test_a_copied_page_serves_as_the_original(dtype: str) -> None:
     kv = pool(4, dtype)
     for layer in (0, 1):
         attend(kv, layer, [0, 1], 0, rows[:-2])
-    kv.copy_page(1, 3)
+    kv.move([Copy(1, 3)])
     for layer in (0, 1):
         original = attend(kv, layer, [0, 1], len(rows) - 2, rows[-2:])
         assert torch.equal(attend(kv, layer, [0, 3], len(rows) - 2, rows[-2:]), original)

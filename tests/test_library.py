@@ -44,6 +44,7 @@ def test_a_committed_model_is_listed_resolved_and_removed(library: Library) -> N
     assert library.list() == ()
     assert not (library.root / "tiny").exists()
     assert list((library.root / ".partial").iterdir()) == []
+    assert library.root.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_nothing_shows_before_commit_nor_after_a_failure(library: Library) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 import weakref
@@ -33,10 +34,13 @@ from shoal.comm.messages import (
 from shoal.daemon.answer import Event
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.model import DEFAULT_SAMPLING, make_plan
+from shoal.daemon.memory import PROCESS
+from shoal.daemon.model import DEFAULT_SAMPLING
 from shoal.daemon.node import Node
+from shoal.daemon.planning import make_plan
 from shoal.models.checkpoint import open_checkpoint
 from shoal.partition.errors import PlanError
+from shoal.partition.plan import Plan
 
 GREEDY = Sampling(temperature=0.0)
 CONFIG = NodeConfig(
@@ -240,6 +244,31 @@ def test_bad_requests_get_a_code_and_a_figure(node: Node, request_: Generate, co
     assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
 
 
+def test_a_prompt_longer_than_the_context_is_told_what_would_hold_it(path: Path) -> None:
+    with Node(replace(CONFIG, context_tokens=48)) as node:
+        node.load(Load(model=str(path)))
+        with pytest.raises(DaemonError) as caught:
+            list(node.stream(Generate(prompt_tokens=[1] * 60)))
+        assert caught.value.code == "context_overflow"
+        figures = re.search(r"--ctx (\d+), which takes ([\d,]+) MB", caught.value.hint)
+        assert figures is not None
+        context, megabytes = int(figures[1]), int(figures[2].replace(",", ""))
+        with pytest.raises(DaemonError, match="the context holds") as caught:
+            list(node.stream(Generate(prompt_tokens=[1] * 9000)))
+        assert "was made for" in caught.value.hint
+    with Node(
+        replace(CONFIG, context_tokens=context, kv_tokens=None, memory_bytes=(megabytes + 1) * 10**6)
+    ) as node:
+        assert list(node.stream(Generate(prompt_tokens=[1] * 60, model=str(path))))
+    with (
+        Node(
+            replace(CONFIG, context_tokens=context, kv_tokens=None, memory_bytes=(megabytes - 1) * 10**6)
+        ) as node,
+        pytest.raises(DaemonError, match="needs"),
+    ):
+        node.load(Load(model=str(path)))
+
+
 def test_a_failing_step_fails_its_requests_and_the_node_serves_on(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,7 +368,7 @@ def test_a_draft_model_stays_until_another_is_asked_for(node: Node, path: Path, 
         node.load(Load(model=str(path), draft="nope"))
     assert "drafts by small.gguf" in node.status().models[0].plan
     node.unload(Unload())
-    assert node.budget.held_bytes == 0
+    assert node.budget.held_bytes == node.budget.held_by(PROCESS)
 
 
 def test_an_unloaded_model_leaves_memory(node: Node) -> None:
@@ -352,11 +381,16 @@ def test_an_unloaded_model_leaves_memory(node: Node) -> None:
     assert kept() is None
 
 
+def leave(node: Node, nbytes: int) -> None:
+    """Let the budget have `nbytes` beside what is held."""
+    node.budget.limit_bytes = node.budget.held_bytes + nbytes
+
+
 def test_an_idle_model_makes_room(path: Path, tmp_path: Path) -> None:
     other = tiny.save_gguf(tiny.hf_model("qwen2", seed=2), tmp_path / "other.gguf")
-    config = NodeConfig(context_tokens=96, kv_tokens=768, memory_bytes=70 << 20)
-    with Node(config) as node:
+    with Node(NodeConfig(context_tokens=96, kv_tokens=768)) as node:
         node.load(Load(model=str(path)))
+        leave(node, 10 << 20)
         node.load(Load(model=str(other)))
         assert [model.name for model in node.status().models] == ["other.gguf"]
 
@@ -366,10 +400,13 @@ def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) ->
         tiny.hf_model("qwen2", seed=2, vocab_size=100_000, max_position_embeddings=4096),
         tmp_path / "large.gguf",
     )
-    with Node(NodeConfig(context_tokens=96, kv_tokens=768, memory_bytes=100 << 20)) as node:
+    with Node(NodeConfig(context_tokens=96, kv_tokens=768)) as node:
         node.load(Load(model=str(path)))
-        with pytest.raises(DaemonError, match=r"needs \d+ MB .* budget is 10\d MB"):
+        leave(node, 10 << 20)
+        with pytest.raises(DaemonError, match=r"needs \d+ MB .* budget is \d+ MB") as refused:
             node.load(Load(model=str(large)))
+        assert "for the process itself" in str(refused.value)
+        assert "--memory" in refused.value.hint
         assert [model.name for model in node.status().models] == ["tiny.gguf"]
 
 
@@ -421,13 +458,15 @@ def test_a_default_context_shrinks_until_it_fits(path: Path) -> None:
     with open_checkpoint(path) as checkpoint:
         spec = replace(checkpoint.spec, context=8192)
         roomy = SimpleNamespace(spec=spec, block_bytes=checkpoint.block_bytes)
-        contexts = [
-            make_plan(roomy, NodeConfig(max_sequences=1), memory).context_tokens  # type: ignore[arg-type]
-            for memory in (1 << 30, 70 << 20)
-        ]
+
+        def planned(memory: int, **options: int) -> Plan:
+            config = NodeConfig(max_sequences=1, **options)
+            return make_plan(roomy, config, memory, streaming=False)  # type: ignore[arg-type]
+
+        contexts = [planned(memory).context_tokens for memory in (1 << 30, 38 << 20)]
         assert contexts[0] == 8192
         assert 512 <= contexts[1] < 8192
         with pytest.raises(PlanError, match="512 tokens of KV"):
-            make_plan(roomy, NodeConfig(max_sequences=1), 1 << 20)  # type: ignore[arg-type]
+            planned(1 << 20)
         with pytest.raises(PlanError, match="8,192 tokens of KV"):
-            make_plan(roomy, NodeConfig(max_sequences=1, context_tokens=8192), 70 << 20)  # type: ignore[arg-type]
+            planned(38 << 20, context_tokens=8192)

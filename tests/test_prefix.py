@@ -36,9 +36,10 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.memory: list[list[tuple[int, ...]]] = [[()] * PAGE for _ in range(PAGES)]
         self.readers: list[Reader] = []
 
-    def copy(self, copy: Copy | None) -> None:
-        if copy is not None:
-            self.memory[copy.target] = list(self.memory[copy.source])
+    def move(self) -> None:
+        for move in self.cache.take_moves():
+            assert isinstance(move, Copy)
+            self.memory[move.target] = list(self.memory[move.source])
 
     @rule(tokens=TEXT)
     def begin(self, tokens: list[int]) -> None:
@@ -54,9 +55,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         if reader.computed == len(reader.tokens):
             return
         before = reader.computed
-        reader.computed, copy = self.cache.adopt(reader.holding, reader.tokens, before)
+        reader.computed = self.cache.adopt(reader.holding, reader.tokens, before)
         assert before <= reader.computed < len(reader.tokens)
-        self.copy(copy)
+        self.move()
 
     @precondition(lambda self: self.readers)
     @rule(index=st.integers(0, 99), tokens=st.integers(1, 9))
@@ -129,7 +130,7 @@ TestPrefixCache.settings = settings(deadline=None, max_examples=50, stateful_ste
 def known(subject: PrefixCache, tokens: list[int]) -> int:
     """Compute a text and let it go; how many of its tokens were known before."""
     holding = Holding()
-    start, _ = subject.adopt(holding, tokens, 0)
+    start = subject.adopt(holding, tokens, 0)
     assert subject.extend(holding, len(tokens))
     subject.release(holding, tokens, len(tokens))
     return start

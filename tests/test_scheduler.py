@@ -82,7 +82,7 @@ def test_queue_full_and_too_long_are_refused_with_the_figures() -> None:
     assert caught.value.code == "resources"
     subject.submit(sequence(2, 2))
     subject.submit(sequence(2, 2))
-    with pytest.raises(DaemonError, match="2 requests are waiting, the limit is 1") as caught:
+    with pytest.raises(DaemonError, match="2 requests run or wait, the limit is 1 and 1") as caught:
         subject.submit(sequence(2, 2))
     assert caught.value.code == "busy"
 

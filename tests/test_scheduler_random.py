@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from fake_engine import FakeEngine, Recorder, check_pages, continuation, scheduler, sequence
+from fake_engine import FakeDisk, FakeEngine, Recorder, check_pages, continuation, scheduler, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.sequence import Batch, Sequence
+from shoal.offload.kv_disk_index import KvIndex
 
 
 @dataclass
@@ -22,19 +23,24 @@ class Asked:
     interrupted: bool = False
 
 
-def play(seed: int) -> tuple[int, int]:
-    """One random workload; returns how often something was preempted, and how many guesses were right."""
+def play(seed: int) -> tuple[int, int, int]:
+    """One random workload; returns how often something was preempted, how many guesses were right, and how many pages
+    were read from disk."""
     source = random.Random(seed)
     pages = source.randint(6, 40)
+    slots = source.choice([0, 3, 20, 200])
+    disk = FakeDisk(KvIndex(slots), lambda: source.random() < 0.05) if slots else None
     subject = scheduler(
         pages,
         sequences=source.randint(1, 6),
         queue=source.randint(0, 12),
         chunk=source.randint(1, 40),
         guesses=source.choice([0, 3, 32]),
+        index=disk.index if disk else None,
     )
     row_s, step_s = source.random(), source.random() * 20
-    engine = FakeEngine(subject, lambda rows: step_s + rows * row_s + 1e-3)
+    read_s = source.choice([0.01, 1.0, 5.0])
+    engine = FakeEngine(subject, lambda rows: step_s + rows * row_s + 1e-3, disk, read_s)
     stems = [[source.randrange(5) for _ in range(source.randrange(30))] for _ in range(3)]
     asked: list[Asked] = []
 
@@ -84,13 +90,14 @@ def play(seed: int) -> tuple[int, int]:
         if one.interrupted or one.sink.ended == ["deadline"]:
             truth = truth[: len(one.sink.tokens)]
         assert one.sink.tokens == truth
-    return subject.preemptions, subject.accepted_tokens
+    return subject.preemptions, subject.accepted_tokens, disk.read_pages if disk else 0
 
 
 def test_many_random_workloads() -> None:
-    preempted, accepted = zip(*(play(seed) for seed in range(100)), strict=True)
+    preempted, accepted, read = zip(*(play(seed) for seed in range(100)), strict=True)
     assert sum(preempted) > 40
     assert sum(accepted) > 400
+    assert sum(read) > 100
 
 
 @settings(deadline=None, max_examples=30)

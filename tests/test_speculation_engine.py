@@ -195,6 +195,22 @@ def test_a_draft_model_of_another_family_and_length(tmp_path: Path) -> None:
     assert sum(sink.drafted for sink in found)
 
 
+def test_tokens_that_a_draft_model_does_not_have(tmp_path: Path) -> None:
+    """Whose text has one gets no guesses of it; whoever runs beside does."""
+    vocab = len(tiny.TOKENS)
+    path = tiny.save_gguf(tiny.hf_model("llama", seed=8, vocab_size=vocab + 9), tmp_path / "m.gguf")
+    small = tiny.save_gguf(tiny.hf_model("llama", seed=8), tmp_path / "small.gguf")
+    stranger = SamplingParams(temperature=0.0, logit_bias={vocab + 3: 1.0})
+    jobs = [
+        ([*prompt(0), vocab + 8, 5], GREEDY, None),
+        (prompt(1), GREEDY, None),
+        (prompt(2), stranger, None),
+    ]
+    expected, _ = answers(load(path, 0), jobs)
+    found, _ = answers(load(path, 32, draft=small), jobs)
+    assert [sink.ids for sink in found] == [sink.ids for sink in expected]
+
+
 def test_a_draft_model_must_speak_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
     monkeypatch.setattr(

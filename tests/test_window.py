@@ -133,8 +133,7 @@ def test_a_failed_block_is_read_again_when_it_is_wanted_again() -> None:
 def test_a_line_is_first_come_first_served() -> None:
     line = Line()
     passages = [Passage(BlockId("attn", i), 0, 0, 3 * PAGE) for i in range(3)]
-    for passage in passages:
-        line.add(passage)
+    line.extend(passages)
     assert line.next_read(2 * PAGE) == Chunk(passages[0], 0, 2 * PAGE)
     line.leave(passages[0])
     line.leave(passages[2])

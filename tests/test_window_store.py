@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import replace
@@ -15,12 +16,19 @@ from running import Running
 from streaming import Streaming, packed, run, streaming_plan, texts
 from torch import Tensor
 
+from shoal.comm.messages import FinishReason
+from shoal.daemon.engine import Engine
+from shoal.daemon.scheduler import Scheduler
+from shoal.daemon.sequence import Sequence
+from shoal.daemon.translate import translated
 from shoal.kernels import OperandError
+from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.models.step import Step
-from shoal.offload import window_store
+from shoal.offload import embedding, readers
 from shoal.offload.direct import DirectFile
 from shoal.offload.errors import OffloadError, PackCorrupt, StoreError
 from shoal.offload.pack import Pack
+from shoal.offload.prefix import PrefixCache
 from shoal.offload.window_store import WindowStore
 from shoal.partition.spec import BlockId
 
@@ -71,7 +79,7 @@ def test_streamed_is_resident_bit_for_bit(
         return bool(pins >> (hash(str(block.kind)) + 3 * block.layer + block.expert) % 12 & 1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(window_store, "READ_BYTES", read_bytes)
+        patch.setattr(readers, "READ_BYTES", read_bytes)
         choices = {"pinned": pinned, "spare_bytes": spare, "slots": slots, "part_tokens": part_tokens}
         with Streaming(case.path, case.pack, **choices) as streaming:
             assert torch.equal(run(streaming, case.ids), case.expected)
@@ -105,7 +113,7 @@ def test_rows_of_an_embedding_on_disk(
     cases: dict[str, Case], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = cases[name]
-    monkeypatch.setattr(window_store, "ROWS_BYTES", 32768)
+    monkeypatch.setattr(embedding, "ROWS_BYTES", 32768)
     store = Running(case.path).executor.store
     with Streaming(case.path, case.pack) as streaming:
         vocab = streaming.spec.vocab
@@ -147,7 +155,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Faulty:
 def test_a_read_error_is_the_step_s_and_later_steps_try_again(
     cases: dict[str, Case], faulty: Faulty, block: BlockId, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(window_store, "READ_BYTES", 4096)
+    monkeypatch.setattr(readers, "READ_BYTES", 4096)
     case = cases["mixture" if block.kind == "expert" else "tied"]
     extent = case.pack.blocks[block]
     with Streaming(case.path, case.pack, spare_bytes=8192, slots=6) as streaming:
@@ -166,6 +174,58 @@ def test_a_read_error_is_the_step_s_and_later_steps_try_again(
                 until_it_is_read()
         faulty.bad = None
         assert torch.equal(run(streaming, case.ids), case.expected)
+
+
+class Sink:
+    """What one sequence was given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.error: Exception | None = None
+
+    def begin(self, sequence: Sequence) -> None:
+        return None
+
+    def accept(self, sampled: Sampled) -> FinishReason | None:
+        self.tokens.append(sampled.token_id)
+        return None
+
+    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
+        return None
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+
+
+def answered(engine: Engine, prompt: list[int]) -> Sink:
+    sink = Sink()
+    engine.submit(
+        Sequence(list(prompt), len(prompt) + 6, Sampler(SamplingParams(temperature=0.0), prompt), sink)
+    )
+    with contextlib.suppress(OffloadError):  # the node logs it
+        while engine.step():
+            pass
+    return sink
+
+
+def engine_of(running: Running) -> Engine:
+    cache = PrefixCache(running.kv.table, running.kv.page_tokens)
+    scheduler = Scheduler(cache, sequences=4, queue=4, chunk_tokens=16, guesses=0)
+    return Engine(running.executor, running.kv, scheduler, time.monotonic)
+
+
+def test_a_request_that_meets_a_fault_fails_and_the_next_is_served(tied: Case, faulty: Faulty) -> None:
+    expected = answered(engine_of(Running(tied.path)), tied.ids).tokens
+    extent = tied.pack.blocks[BlockId("ffn", 1)]
+    with Streaming(tied.path, tied.pack, part_tokens=5) as streaming:
+        engine = engine_of(streaming)
+        assert answered(engine, tied.ids).tokens == expected
+        faulty.bad = extent.offset, extent.offset + extent.nbytes
+        failed = [answered(engine, tied.ids[::-1]), answered(engine, tied.ids[::-1])][-1]
+        assert isinstance(failed.error, StoreError)
+        assert translated(failed.error).code == "internal"
+        faulty.bad = None
+        assert answered(engine, tied.ids).tokens == expected
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
@@ -196,6 +256,16 @@ def test_an_altered_byte_names_its_block(tmp_path: Path, tier: str) -> None:
         run(streaming, ids)
 
 
+def test_an_altered_embedding_that_is_read_by_rows_is_found(tmp_path: Path) -> None:
+    path, pack = packed(tmp_path, "qwen2")
+    extent = pack.blocks[EMBED]
+    with pack.path.open("r+b") as file:
+        file.seek(extent.offset + 5000)
+        file.write(b"altered")
+    with pytest.raises(PackCorrupt, match="embed"):
+        Streaming(path, pack)
+
+
 def test_a_file_removed_while_it_is_used_is_still_read(tmp_path: Path) -> None:
     path, pack = packed(tmp_path, "llama")
     (ids,) = texts(200, [50])
@@ -219,7 +289,7 @@ def test_a_slow_disk_shows_as_stall_and_stage(tied: Case, faulty: Faulty) -> Non
 
 
 def test_a_dead_disk_is_an_error(tied: Case, faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_store, "STUCK_S", 0.0)
+    monkeypatch.setattr(readers, "STUCK_S", 0.0)
     gate = threading.Event()
     with Streaming(tied.path, tied.pack) as streaming:
         run(streaming, tied.ids)

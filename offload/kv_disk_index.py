@@ -1,0 +1,172 @@
+"""Which KV pages are on disk, in which slot of the file, and which goes first when all slots are taken.
+
+A page is found as in the prefix cache: below the text before it, by its token ids themselves. The text before is named
+by a chain of hashes, so that a page is found again after a restart, when nothing else is known. Pure bookkeeping: no
+files, no tensors. Thread-safe: one thread looks pages up while another enters what it has written.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from heapq import heappop, heappush
+
+TOKEN_BYTES = 4
+DIGEST_BYTES = 32
+NO_TEXT = bytes(DIGEST_BYTES)  # the digest of the text before a first page
+
+
+def packed(tokens: Sequence[int]) -> bytes:
+    """Token ids as they are kept and compared: 4 bytes each."""
+    return array("i", tokens).tobytes()
+
+
+def chained(parent: bytes, tokens: bytes) -> bytes:
+    """The digest of a text that ends in a page: of the digest of what is before it, and the page's packed tokens."""
+    return blake2b(parent + tokens, digest_size=DIGEST_BYTES).digest()
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A page in a slot: `tokens` (packed) after the text whose digest is `parent`; `checksum` of its bytes.
+
+    `used` orders pages by when they were last wanted; the file has `stored_used`.
+    """
+
+    slot: int
+    parent: bytes
+    tokens: bytes
+    checksum: int
+    used: int = 0
+    stored_used: int = 0
+
+
+class KvIndex:
+    """At most `slots` pages; the least recently used goes first. `entries`: what was found on disk, in any order."""
+
+    def __init__(self, slots: int, entries: Iterable[Entry] = ()) -> None:
+        self.slots = slots
+        self._lock = threading.RLock()
+        self._used: OrderedDict[int, Entry] = OrderedDict()  # by slot, least recently used first
+        self._children: dict[bytes, dict[bytes, Entry]] = {}
+        self._clock = 0
+        self._end = 0  # slots from here on were never used
+        for entry in sorted(entries, key=lambda entry: entry.used):
+            if entry.slot < slots:
+                self._enter(entry)
+                self._clock = max(self._clock, entry.used)
+                self._end = max(self._end, entry.slot + 1)
+        self._free = [slot for slot in range(self._end) if slot not in self._used]  # a heap
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+    def entries(self) -> list[Entry]:
+        """Least recently used first."""
+        with self._lock:
+            return list(self._used.values())
+
+    # --- looking up ----------------------------------------------------------------------------------------
+
+    def find(self, parent: bytes, tokens: bytes) -> Entry | None:
+        with self._lock:
+            return self._children.get(parent, {}).get(tokens)
+
+    def nearest(self, parent: bytes, wanted: bytes) -> tuple[Entry | None, int]:
+        """The page after `parent` that begins most like `wanted`, and how many tokens they share."""
+        best, shared = None, 0
+        with self._lock:
+            for tokens, entry in self._children.get(parent, {}).items():
+                more = (shared + 1) * TOKEN_BYTES
+                if len(wanted) >= more and tokens[:more] == wanted[:more]:
+                    best, shared = entry, _common(tokens, wanted)
+        return best, shared
+
+    def touch(self, parent: bytes, tokens: bytes) -> bool:
+        """Whether a page holds these tokens, maybe with more after them; if so, it was used just now."""
+        with self._lock:
+            entry, shared = self.find(parent, tokens), len(tokens) // TOKEN_BYTES
+            if entry is None:
+                entry, shared = self.nearest(parent, tokens)
+            if entry is None or shared * TOKEN_BYTES < len(tokens):
+                return False
+            self._clock += 1
+            entry.used = self._clock
+            self._used.move_to_end(entry.slot)
+            return True
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether it is still what its slot holds."""
+        return self._used.get(entry.slot) is entry
+
+    # --- changing ------------------------------------------------------------------------------------------
+
+    def claim(self, parent: bytes, tokens: bytes, checksum: int) -> Entry | None:
+        """A slot to write a page into, if need be that of the least recently used, which is forgotten. None: there
+        is no slot."""
+        with self._lock:
+            if self._free:
+                slot = heappop(self._free)
+            elif self._end < self.slots:
+                slot = self._end
+                self._end += 1
+            elif self._used:
+                slot, oldest = self._used.popitem(last=False)
+                self._leave(oldest)
+            else:
+                return None
+            self._clock += 1
+            return Entry(slot, parent, tokens, checksum, self._clock)
+
+    def refuse(self, claimed: Entry) -> None:
+        """Its slot cannot be written: it is not used again, and no further ones are begun."""
+        with self._lock:
+            if claimed.slot == self._end - 1:
+                self._end -= 1
+            self.slots = min(self.slots, self._end)
+
+    def add(self, claimed: Entry) -> None:
+        """Its slot has been written. Ends of texts that the page contains are forgotten."""
+        with self._lock:
+            for known in list(self._children.get(claimed.parent, {}).values()):
+                if claimed.tokens.startswith(known.tokens):
+                    self.forget(known)
+            self._enter(claimed)
+
+    def forget(self, entry: Entry) -> None:
+        """Unless it has gone already."""
+        with self._lock:
+            if self.holds(entry):
+                del self._used[entry.slot]
+                self._leave(entry)
+                heappush(self._free, entry.slot)
+
+    def _enter(self, entry: Entry) -> None:
+        siblings = self._children.setdefault(entry.parent, {})
+        if (twin := siblings.get(entry.tokens)) is not None:  # of a crash: the later one counts
+            del self._used[twin.slot]
+        siblings[entry.tokens] = entry
+        self._used[entry.slot] = entry
+
+    def _leave(self, entry: Entry) -> None:
+        siblings = self._children[entry.parent]
+        del siblings[entry.tokens]
+        if not siblings:
+            del self._children[entry.parent]
+
+
+def _common(first: bytes, second: bytes) -> int:
+    """Number of tokens at the beginning that are equal."""
+    ends = range(TOKEN_BYTES, min(len(first), len(second)) + 1, TOKEN_BYTES)
+    return next(
+        (
+            end // TOKEN_BYTES - 1
+            for end in ends
+            if first[end - TOKEN_BYTES : end] != second[end - TOKEN_BYTES : end]
+        ),
+        len(ends),
+    )

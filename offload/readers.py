@@ -1,0 +1,228 @@
+"""Readers: threads that carry a pack's bytes to memory, as policies ask, and whoever waits for them.
+
+A policy (`window`, `expert_cache`) says what is to be read next and to what place of its region of memory. Every block
+is checked against its checksum when it comes for the first time. A read that fails is raised where its block is waited
+for. Knows threads, memory and the file; not in what order blocks should come, nor what they are for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from shoal.models.weights import Weights
+from shoal.partition.spec import BlockId
+
+from .direct import DirectFile
+from .errors import OffloadError, StoreError
+from .pack import Pack
+from .window import Chunk, Passage
+
+READERS = 4
+READ_BYTES = 4 << 20  # four such at a time are as fast as anything, and need not wake often (docs/LOG.md)
+STUCK_S = 120.0  # nothing has come for so long: the disk is taken for dead
+IDLE_S = 5.0
+LATELY_S = 2.0
+CLOSING_S = 2.0
+
+
+class Policy(Protocol):
+    """Who decides what is read next, and where to."""
+
+    def next_read(self, most_bytes: int) -> Chunk | None:
+        """What to read now, if anything; whoever asks reads it."""
+        ...
+
+    def leave(self, passage: Passage) -> None:
+        """A passage was used, or failed."""
+        ...
+
+    def ended(self, passage: Passage) -> None:
+        """A read of the passage has ended."""
+        ...
+
+
+class Region:
+    """Memory that a policy governs. `whole`: what comes are whole blocks, to be checked, not parts of one. `slots`: any
+    block may lie at any place; else each has its own."""
+
+    def __init__(self, policy: Policy, memory: Tensor, *, whole: bool = True, slots: bool = False) -> None:
+        self.policy = policy
+        self.memory = memory
+        self.whole = whole
+        self._slots = slots
+        self._views: dict[BlockId | int, tuple[BlockId, Weights]] = {}
+
+    def bytes_of(self, passage: Passage) -> Tensor:
+        return self.memory[passage.position : passage.position + passage.nbytes]
+
+    def weights(self, pack: Pack, passage: Passage) -> Weights:
+        """Views of a block that is here; made once for each place, as kernels keep pointers in them."""
+        place = passage.position if self._slots else passage.block
+        block, weights = self._views.get(place, (None, None))
+        if weights is None or block != passage.block:
+            weights = pack.weights(passage.block, self.bytes_of(passage))
+            self._views[place] = passage.block, weights
+        return weights
+
+
+class Readers:
+    """Reads for `regions`, the first that has something to read first. One thread waits; `close` and `bytes_per_s` are
+    for any thread."""
+
+    def __init__(self, pack: Pack, regions: Sequence[Region]) -> None:
+        """Raises StoreError where the pack cannot be opened."""
+        self.pack = pack
+        self.stall_s = 0.0  # waited for bytes so far
+        self._regions = regions
+        self._checked: set[BlockId] = set()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)  # readers wait for something to read
+        self._landed = threading.Condition(self._lock)  # the user waits for bytes
+        self._latest: deque[tuple[float, int]] = deque(maxlen=4096)  # when so many bytes came
+        self._landings = 0
+        self._broken: Exception | None = None
+        self._closed = False
+        self._file = DirectFile(pack.path)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"shoal-read-{i}", daemon=True) for i in range(READERS)
+        ]
+        self._running = len(self._threads)
+        for thread in self._threads:
+            thread.start()
+
+    def lease(self, region: Region, want: Callable[[], Passage | None]) -> Passage:
+        """The passage that `want` gives, once it is here. Raises OffloadError when it cannot be read."""
+        with self._lock:
+            passage = want()
+            if passage is None or not passage.here:
+                began_s = time.perf_counter()
+                try:
+                    passage = self._await(region, want)
+                finally:
+                    self.stall_s += time.perf_counter() - began_s
+            passage.leases += 1
+            return passage
+
+    def give_back(self, region: Region, passage: Passage) -> None:
+        """Ends a lease: the place may be used again."""
+        with self._lock:
+            passage.leases -= 1
+            region.policy.leave(passage)
+            self._work.notify()
+
+    def change(self, policy: Callable[[], None]) -> None:
+        """Calls a policy while no reader does; there may be more to read then."""
+        with self._lock:
+            policy()
+            self._work.notify()
+
+    def bytes_per_s(self) -> float:
+        """How fast bytes came lately."""
+        with self._lock:
+            now = time.monotonic()
+            recent = [(at, nbytes) for at, nbytes in self._latest if now - at < LATELY_S]
+        span = max(now - recent[0][0], 0.1) if recent else 1.0
+        return sum(nbytes for _, nbytes in recent) / span
+
+    def close(self) -> None:
+        """Ends the threads, those in a read after that; idempotent."""
+        with self._lock:
+            self._closed = True
+            self._work.notify_all()
+            self._landed.notify_all()
+        until = time.monotonic() + CLOSING_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _await(self, region: Region, want: Callable[[], Passage | None]) -> Passage:
+        """The lock is held, and let go while waiting."""
+        self._work.notify()
+        seen, since_s = self._landings, time.monotonic()
+        while True:
+            if self._closed or self._broken is not None:
+                raise StoreError(f"{self.pack.path}: is not read any more") from self._broken
+            passage = want()
+            if passage is not None and passage.error is not None:
+                region.policy.leave(passage)
+                self._work.notify()
+                raise passage.error
+            if passage is not None and passage.here:
+                return passage
+            self._landed.wait(1.0)
+            if self._landings != seen:
+                seen, since_s = self._landings, time.monotonic()
+            elif time.monotonic() - since_s > STUCK_S:
+                raise StoreError(f"{self.pack.path}: nothing could be read for {STUCK_S:.0f} s")
+
+    def _run(self) -> None:
+        """What a reader does until it is closed."""
+        try:
+            while (job := self._next()) is not None:
+                self._carry(*job)
+        except Exception as error:  # whatever it was, it is raised where bytes are waited for
+            with self._lock:
+                self._broken = error
+                self._landed.notify_all()
+        finally:
+            with self._lock:
+                self._running -= 1
+                if not self._running:
+                    self._file.close()
+
+    def _next(self) -> tuple[Region, Tensor, Chunk] | None:
+        """What to read now, waiting until there is something; None when closed."""
+        with self._lock:
+            while not self._closed:
+                for region in self._regions:
+                    if (chunk := region.policy.next_read(READ_BYTES)) is not None:
+                        self._work.notify()  # there may be more: each reader wakes the next
+                        return region, region.bytes_of(chunk.passage), chunk
+                self._work.wait(IDLE_S)
+        return None
+
+    def _carry(self, region: Region, memory: Tensor, chunk: Chunk) -> None:
+        """Reads a chunk to its place; the one that completes a block checks it."""
+        passage, start, nbytes = chunk
+        error: Exception | None = None
+        try:
+            self._file.read(passage.offset + start, memory[start : start + nbytes])
+        except (OSError, EOFError) as caught:
+            reason = caught.strerror if isinstance(caught, OSError) else str(caught)
+            error = StoreError(
+                f"block {passage.block}: {nbytes} bytes from byte {passage.offset + start} of {self.pack.path} "
+                f"cannot be read: {reason}"
+            )
+        with self._lock:
+            passage.error = passage.error or error
+            complete = passage.landed + nbytes == passage.nbytes and passage.error is None
+            check = complete and region.whole and passage.block not in self._checked and not passage.left
+            if not check:
+                self._note(region, chunk)
+        if check:
+            try:
+                self.pack.check(passage.block, memory)
+            except OffloadError as caught:
+                error = caught
+            with self._lock:
+                passage.error = error
+                if error is None:
+                    self._checked.add(passage.block)
+                self._note(region, chunk)
+
+    def _note(self, region: Region, chunk: Chunk) -> None:
+        """The read of a chunk has ended. The lock is held."""
+        passage = chunk.passage
+        passage.landed += chunk.nbytes
+        self._landings += 1
+        self._latest.append((time.monotonic(), chunk.nbytes))
+        region.policy.ended(passage)
+        if passage.left:
+            self._work.notify()
+        if passage.error is not None or passage.landed == passage.nbytes:
+            self._landed.notify_all()

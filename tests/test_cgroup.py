@@ -1,0 +1,73 @@
+"""What control groups leave: nested limits of both versions, and containers that see only their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal.daemon import cgroup, memory
+
+MB = 1 << 20
+
+
+def group(directory: Path, names: tuple[str, str, str], limit: str, usage: int, idle: int = 0) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    limit_file, usage_file, cache = names
+    (directory / limit_file).write_text(f"{limit}\n")
+    (directory / usage_file).write_text(f"{usage}\n")
+    (directory / "memory.stat").write_text(f"anon 5\n{cache} {idle}\nfile 7\n")
+
+
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def member(tmp_path: Path, *lines: str) -> Path:
+    path = tmp_path / "membership"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def test_the_tightest_of_nested_groups_holds(tmp_path: Path) -> None:
+    mount = tmp_path / "cgroup"
+    group(mount / "a" / "b", V2, "max", 10 * MB)
+    group(mount / "a", V2, str(100 * MB), 60 * MB, idle=20 * MB)
+    inside = member(tmp_path, "0::/a/b")
+    assert cgroup.room_bytes(mount, inside) == 60 * MB
+    (mount / "a" / "b" / "memory.high").write_text(f"{30 * MB}\n")
+    assert cgroup.room_bytes(mount, inside) == 20 * MB
+
+
+def test_version_one_and_a_container_that_sees_only_itself(tmp_path: Path) -> None:
+    mount = tmp_path / "cgroup"
+    group(mount / "memory", V1, str(80 * MB), 50 * MB)
+    inside = member(tmp_path, "5:cpu,cpuacct:/docker/x", "4:memory:/docker/x", "0::/")
+    assert cgroup.room_bytes(mount, inside) == 30 * MB
+    group(mount / "memory" / "docker" / "x", V1, str(9223372036854771712), 50 * MB)
+    assert cgroup.room_bytes(mount, inside) == 30 * MB
+
+
+def test_no_groups_no_limits(tmp_path: Path) -> None:
+    assert cgroup.room_bytes(tmp_path, tmp_path / "nothing") is None
+    mount = tmp_path / "cgroup"
+    group(mount, V2, "max", 5)
+    assert cgroup.room_bytes(mount, member(tmp_path, "0::/../outside", "9:name=systemd:/")) is None
+    (mount / "memory.max").write_text("garbage")
+    assert cgroup.room_bytes(mount, member(tmp_path, "0::/")) is None
+
+
+def test_a_budget_holds_the_process_and_leaves_the_machine_usable(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 8000 * MB)
+    monkeypatch.setattr(memory, "private_bytes", lambda: 150 * MB)
+    asked = memory.budget_of(1000 * MB)
+    assert asked.limit_bytes == 1000 * MB
+    assert asked.held_by(memory.PROCESS) == 150 * MB + memory.CODE_BYTES + memory.GROWTH_BYTES
+    assert memory.budget_of(None).limit_bytes == 150 * MB + 7200 * MB
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000 * MB)
+    assert memory.budget_of(None).limit_bytes == 150 * MB + 750 * MB
+
+
+def test_forgetting_files_leaves_them_readable(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"x" * 10_000)
+    memory.forget_files([file, tmp_path / "vanished"])
+    assert file.read_bytes() == b"x" * 10_000

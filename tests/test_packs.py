@@ -1,0 +1,226 @@
+"""Where packs are kept, and `shoal pack`, `ls` and `rm`: found, refused, listed, removed; two processes at once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from cli_fakes import shoal
+from packing import assert_holds
+
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.home import Home
+from shoal.daemon.pack_shelf import PackShelf
+from shoal.daemon.packs import Estimate, Packs
+from shoal.models.checkpoint import open_checkpoint
+from shoal.offload.pack import Pack
+from shoal.offload.pack_format import BLOCKS, MANIFEST, Quant
+from shoal.partition.spec import BlockId
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "300")
+    return Home.from_env()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny.save_gguf(tiny.hf_model("qwen2"), tmp_path / "tiny.gguf", type="F16")
+
+
+def get(home: Home, path: Path, quant: Quant = "keep", **options: Any) -> tuple[Pack, bool]:
+    """The model's pack, and whether it was built for that."""
+    told: list[Estimate] = []
+    with open_checkpoint(path) as checkpoint:
+        pack = Packs(home).get(checkpoint, quant=quant, begins=told.append, **options)
+        assert pack.manifest.quant == quant
+        if quant == "keep":
+            assert_holds(pack, checkpoint)
+    return pack, bool(told)
+
+
+def partial_bytes(home: Home) -> int:
+    return sum(file.stat().st_size for path in home.packs.glob("*.partial") for file in path.iterdir())
+
+
+def test_a_pack_is_built_once_and_found_again(home: Home, model: Path) -> None:
+    pack, built = get(home, model)
+    assert built
+    again, built = get(home, model)
+    assert not built
+    assert again.path == pack.path
+    other, built = get(home, model, "q8")
+    assert built
+    assert other.path != pack.path
+    assert {entry.state for entry in PackShelf(home).list()} == {"ready"}
+
+
+def test_a_model_that_has_changed_gets_its_pack_anew(home: Home, model: Path) -> None:
+    pack, _ = get(home, model)
+    tiny.save_gguf(tiny.hf_model("qwen2", seed=1), model, type="F16")
+    os.utime(model, ns=(1, 1))
+    assert [entry.state for entry in PackShelf(home).list()] == ["outdated"]
+    new, built = get(home, model)
+    assert built
+    assert new.path == pack.path
+    assert len(PackShelf(home).list()) == 1
+
+
+@pytest.mark.parametrize("file", [BLOCKS, MANIFEST])
+def test_a_damaged_pack_is_built_anew(file: str, home: Home, model: Path) -> None:
+    pack, _ = get(home, model)
+    with (pack.path.parent / file).open("r+b") as stream:
+        stream.truncate(1000)
+    assert [entry.state for entry in PackShelf(home).list()] == ["damaged"]
+    assert get(home, model)[1]
+    assert [entry.state for entry in PackShelf(home).list()] == ["ready"]
+
+
+def test_two_processes_do_not_build_the_same_pack(home: Home, model: Path) -> None:
+    shelf = PackShelf(home)
+    with shelf.alone(shelf.place(str(model), "keep")):
+        with pytest.raises(DaemonError, match="another process is packing") as caught:
+            get(home, model)
+        with pytest.raises(DaemonError, match="another process"):
+            shelf.alone(shelf.place(str(model), "keep")).__enter__()
+        assert get(home, model, "q8")[1]
+    assert caught.value.code == "busy"
+    assert get(home, model)[1]
+
+
+def test_too_small_a_disk_is_refused_with_the_figures(
+    home: Home, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 5000))
+    with pytest.raises(
+        DaemonError, match=r"a pack of .*tiny\.gguf needs .* kB, .*packs has 5 kB free"
+    ) as caught:
+        get(home, model)
+    assert caught.value.code == "resources"
+    assert partial_bytes(home) == 0
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    home: Home, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = os.pwrite
+    calls: list[int] = []
+
+    def filling(descriptor: int, data: Any, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", filling)
+    with pytest.raises(DaemonError, match="the disk is full") as caught:
+        get(home, model)
+    assert caught.value.code == "resources"
+    assert [path for path in home.packs.iterdir() if path.name != ".locks"] == []
+    monkeypatch.undo()
+    assert get(Home(home.root), model)[1]
+
+
+def test_what_was_interrupted_is_listed_and_goes_on(home: Home, model: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done > total / 2:
+            raise Stopped
+
+    with pytest.raises(DaemonError, match="Stopped"):
+        get(home, model, progress=stop)
+    (entry,) = PackShelf(home).list()
+    assert (entry.model, entry.quant, entry.state) == (str(model), "keep", "unfinished")
+    assert get(home, model)[1]
+    assert [entry.state for entry in PackShelf(home).list()] == ["ready"]
+
+
+def test_memory_that_is_too_little_is_refused(home: Home, model: Path) -> None:
+    with pytest.raises(DaemonError, match=r"packing needs .* MB of memory, 1 MB are allowed") as caught:
+        get(home, model, memory_bytes=10**6)
+    assert caught.value.code == "resources"
+    assert get(home, model, memory_bytes=10**12)[1]
+
+
+# --- the verbs ----------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_the_store_is_packed_listed_and_removed_with_its_packs(home: Home, model: Path) -> None:
+    shoal("pull", str(model))
+    result = shoal("pack", "tiny")
+    assert result.exit_code == 0, result.stderr
+    assert "packing takes" in result.stderr
+    assert "tiny is packed in" in result.stderr
+    assert "tiny was packed already" in shoal("pack", "tiny").stderr
+    found = json.loads(shoal("pack", "--quant", "q4", "--json", "tiny").stdout)
+    assert list(found) == ["model", "quant", "bytes", "path", "built", "seconds"]
+    assert (found["quant"], found["built"]) == ("q4", True)
+    (entry,) = json.loads(shoal("ls", "--json").stdout)
+    assert [(pack["quant"], pack["state"]) for pack in entry["packs"]] == [("keep", "ready"), ("q4", "ready")]
+    assert "pack of" in shoal("ls").stdout
+    assert shoal("pack", "--verify", "tiny").exit_code == 0
+    removed = shoal("rm", "--packs", "tiny")
+    assert removed.exit_code == 0
+    assert "the packs of tiny" in removed.stderr
+    assert json.loads(shoal("ls", "--json").stdout)[0]["packs"] == []
+    shoal("pack", "tiny")
+    shoal("rm", "--yes", "tiny")
+    assert shoal("ls").stdout == ""
+    assert PackShelf(home).list() == ()
+    assert shoal("rm", "--packs", "tiny").exit_code == 1
+
+
+def test_a_model_that_was_pulled_again_has_outdated_packs(model: Path) -> None:
+    shoal("pull", str(model))
+    shoal("pack", "tiny")
+    tiny.save_gguf(tiny.hf_model("qwen2", seed=3), model, type="F16")
+    shoal("rm", "--yes", "tiny")
+    shoal("pull", str(model))
+    assert json.loads(shoal("pack", "--json", "tiny").stdout)["built"]
+
+
+def test_packs_of_paths_are_listed_and_removed(model: Path) -> None:
+    shoal("pack", str(model))
+    (found,) = json.loads(shoal("ls", "--json").stdout)
+    assert (found["kind"], found["name"], found["state"]) == ("pack", str(model), "ready")
+    model.unlink()
+    assert json.loads(shoal("ls", "--json").stdout)[0]["state"] == "outdated"
+    assert shoal("rm", "--packs", str(model)).exit_code == 0
+    assert json.loads(shoal("ls", "--json").stdout) == []
+
+
+def test_verify_names_the_altered_block(home: Home, model: Path) -> None:
+    pack, _ = get(home, model)
+    with pack.path.open("r+b") as file:
+        file.seek(pack.blocks[BlockId("attn", 1)].offset + 5)
+        file.write(b"x")
+    result = shoal("pack", "--verify", "--json", str(model))
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["damaged"] == ["layers.1.attn"]
+    assert "altered since it was written: layers.1.attn" in result.stderr
+    assert "shoal rm --packs" in result.stderr
+    missing = shoal("pack", "--verify", "--quant", "q8", str(model))
+    assert missing.exit_code == 1
+    assert "make it with: shoal pack" in missing.stderr
+
+
+def test_what_is_no_model_and_too_little_memory(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "no.gguf").write_bytes(b"nothing at all")
+    result = shoal("pack", str(tmp_path / "no.gguf"))
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert shoal("pack", "--memory", "1MB", str(model)).exit_code == 3
+    assert shoal("pack", "--quant", "q3", str(model)).exit_code == 2

@@ -1,0 +1,87 @@
+"""Quantising: the bytes mean what the `gguf` package reads from them, close to the weights and closer than its own."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoal.kernels import OperandError, WeightType
+from shoal.kernels.quantise import quantise
+from shoal.kernels.types import Q4_0, Q4_K, Q6_K, Q8_0
+
+kinds = pytest.mark.parametrize("kind", [Q8_0, Q6_K, Q4_0], ids=lambda kind: kind.name)
+STEPS = {"Q8_0": 127.0, "Q6_K": 31.0, "Q4_0": 7.0}  # of the largest weight of a block, at least
+
+
+def decoded(kind: WeightType, stored: Tensor) -> Tensor:
+    return torch.from_numpy(gguf.dequantize(stored.numpy(), gguf.GGMLQuantizationType(kind.id)))
+
+
+def random_weights(rows: int, cols: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@kinds
+@settings(deadline=None, max_examples=20)
+@given(
+    rows=st.integers(1, 20),
+    blocks=st.integers(1, 3),
+    scale=st.sampled_from([0.01, 1.0, 300.0]),
+    seed=st.integers(0, 99),
+)
+def test_no_weight_is_off_by_more_than_a_step(
+    kind: WeightType, rows: int, blocks: int, scale: float, seed: int
+) -> None:
+    x = random_weights(rows, blocks * 256, scale, seed)
+    got = decoded(kind, quantise(kind, x))
+    groups, most = x.view(-1, kind.block_weights), x.view(-1, kind.block_weights).abs().amax(-1, keepdim=True)
+    assert ((got.view(groups.shape) - groups).abs() <= most * 1.1 / STEPS[kind.name] + 1e-6).all()
+
+
+@kinds
+def test_the_error_is_small_and_below_rounding_to_the_nearest(kind: WeightType) -> None:
+    x = random_weights(64, 2048, 0.02)
+    error = (decoded(kind, quantise(kind, x)) - x).norm() / x.norm()
+    assert error < {"Q8_0": 0.0055, "Q6_K": 0.019, "Q4_0": 0.083}[kind.name]
+    if kind is not Q6_K:  # the gguf package has none
+        theirs = torch.from_numpy(gguf.quantize(x.numpy(), gguf.GGMLQuantizationType(kind.id)))
+        assert error <= 1.001 * (decoded(kind, theirs) - x).norm() / x.norm()
+
+
+@kinds
+def test_tiles_do_not_show(kind: WeightType, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random_weights(7, 1024)
+    whole = quantise(kind, x)
+    monkeypatch.setattr("shoal.kernels.quantise._TILE_WEIGHTS", 512)
+    assert torch.equal(quantise(kind, x), whole)
+
+
+@kinds
+def test_zeros_and_single_weights_come_back(kind: WeightType) -> None:
+    x = torch.zeros(3, 256)
+    x[1, 200], x[2, 17] = 3.0, -1e-30
+    got = decoded(kind, quantise(kind, x))
+    np.testing.assert_allclose(got.numpy(), x.numpy(), rtol=1e-2, atol=1e-20)
+
+
+@kinds
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_weights_without_a_scale_are_refused(kind: WeightType, value: float) -> None:
+    x = torch.ones(1, 256)
+    x[0, 3] = value
+    with pytest.raises(OperandError, match="cannot be quantised"):
+        quantise(kind, x)
+
+
+def test_other_types_and_lengths_are_refused() -> None:
+    with pytest.raises(OperandError, match="Q4_K: only float32, as one of Q8_0, Q6_K, Q4_0"):
+        quantise(Q4_K, torch.ones(1, 256))
+    with pytest.raises(OperandError, match="multiple of 32"):
+        quantise(Q8_0, torch.ones(1, 40))
+    with pytest.raises(OperandError, match="float16"):
+        quantise(Q8_0, torch.ones(1, 32, dtype=torch.float16))

@@ -1,0 +1,153 @@
+"""Models larger than memory, end to end: the same tokens, shared passes, stages, room made, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+
+from shoal.comm.messages import Done, Generate, Load, Sampling, Stage, Token
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.home import Home
+from shoal.daemon.model import LoadedModel
+from shoal.daemon.node import Node
+from shoal.daemon.packs import Packs
+from shoal.daemon.planning import make_plan, row_share
+from shoal.models.checkpoint import open_checkpoint
+from shoal.offload.store import Stage as BlockStage
+from shoal.partition.plan import Plan
+
+CONFIG = NodeConfig(context_tokens=96, kv_tokens=768, max_sequences=4, chunk_tokens=16, kv_type="f32")
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny.hf_model("qwen2", num_hidden_layers=6, hidden_size=256, intermediate_size=1024)
+    return tiny.save_gguf(model, tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> Packs:
+    return Packs(Home(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reading takes at most would be more than these weights, and their share for long steps nothing."""
+    monkeypatch.setattr("shoal.partition.streaming.READING_BYTES", 1 << 18)
+    monkeypatch.setattr("shoal.partition.streaming.SCRATCH_SHARE", 1)
+
+
+def least(path: Path) -> int:
+    """Bytes for a plan that streams a quarter of the weights."""
+    with open_checkpoint(path) as checkpoint:
+        high = make_plan(checkpoint, CONFIG, 1 << 30).peak_bytes
+        for memory in range(high - 1, 0, -(1 << 18)):
+            plan = make_plan(checkpoint, CONFIG, memory)
+            if plan.cyclic_bytes > plan.weights_bytes // 4:
+                return memory
+    raise AssertionError("nothing streams so much")
+
+
+@pytest.fixture
+def node(path: Path, packs: Packs) -> Iterator[Node]:
+    with Node(CONFIG, packs=packs) as made:
+        made.budget.limit_bytes = made.budget.held_bytes + least(path)
+        yield made
+
+
+def asked(n: int, **fields: object) -> Generate:
+    prompt = [(7 * n + 3 * i) % 90 + 5 for i in range(40)]
+    options = {"max_tokens": 6, "ignore_eos": True, "sampling": GREEDY, **fields}
+    return Generate(prompt_tokens=prompt, **options)  # type: ignore[arg-type]
+
+
+def ids(node: Node, request: Generate) -> tuple[list[int], Done]:
+    found: list[int] = []
+    for event in node.stream(request):
+        if isinstance(event, Token):
+            found += event.ids
+        elif isinstance(event, Done):
+            return found, event
+    raise AssertionError("no end")
+
+
+def test_streamed_answers_are_those_from_memory(node: Node, path: Path) -> None:
+    with Node(CONFIG) as roomy:
+        roomy.load(Load(model=str(path)))
+        expected = [ids(roomy, asked(n))[0] for n in range(3)]
+        assert roomy.status().models[0].streamed_bytes == 0
+    heard: list[str] = []
+    status = node.load(Load(model=str(path)), lambda doing, done, total: heard.append(doing)).model
+    assert {"packing", "loading"} >= set(heard)
+    assert status.streamed_bytes > 0
+    assert status.window_bytes > 0
+    assert status.step_s > 0
+    assert "pass through a window" in status.plan
+    assert [ids(node, asked(n))[0] for n in range(3)] == expected
+
+
+def test_a_prompt_longer_than_a_chunk_of_memory_passes_once(node: Node, path: Path) -> None:
+    node.load(Load(model=str(path)))
+    model = next(iter(node._models.values()))
+    assert model.plan.chunk_tokens >= 40 > CONFIG.chunk_tokens
+    steps = []
+    step = model.engine._executor.forward
+    model.engine._executor.forward = lambda it: steps.append(len(it.tokens)) or step(it)  # type: ignore
+    ids(node, asked(5, max_tokens=1))
+    assert steps == [40]
+
+
+def test_an_idle_model_goes_before_another_is_streamed(path: Path, packs: Packs, tmp_path: Path) -> None:
+    other = tiny.save_gguf(tiny.hf_model("qwen2", seed=2), tmp_path / "other.gguf")
+    with Node(CONFIG, packs=packs) as node:
+        node.load(Load(model=str(other)))
+        node.budget.limit_bytes = node.budget.held_bytes + least(path)
+        status = node.load(Load(model=str(path))).model
+        assert status.streamed_bytes == 0
+        assert [model.name for model in node.status().models] == ["tiny.gguf"]
+
+
+def test_without_a_place_for_packs_it_is_refused(path: Path) -> None:
+    with Node(CONFIG) as node:
+        node.budget.limit_bytes = node.budget.held_bytes + least(path)
+        with pytest.raises(DaemonError, match="no place for a pack") as refused:
+            node.load(Load(model=str(path)))
+        assert refused.value.code == "resources"
+
+
+def test_a_stage_is_told_while_nothing_comes(node: Node, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock of its own: every wait for an event ends at once."""
+    monkeypatch.setattr("shoal.daemon.node.STAGE_S", 1e-4)
+    monkeypatch.setattr("shoal.offload.window_store.WindowStore.stage", lambda self: BlockStage(3, 14, 2e9))
+    node.load(Load(model=str(path)))
+    stages = [event for event in node.stream(asked(1, progress=True)) if isinstance(event, Stage)]
+    assert stages
+    assert {(stage.doing, stage.done, stage.total) for stage in stages} == {("reading", 3, 14)}
+    assert not [event for event in node.stream(asked(2)) if isinstance(event, Stage)]
+
+
+def test_further_rows_are_nearly_free_where_steps_wait_for_a_disk(path: Path) -> None:
+    with open_checkpoint(path) as checkpoint:
+        resident = make_plan(checkpoint, CONFIG, 1 << 30)
+        streamed = make_plan(checkpoint, CONFIG, least(path))
+    assert row_share(resident, 0.0) == 0.15
+    assert row_share(streamed, 1e9) < 0.15 / 5
+    slow = row_share(replace(streamed, streamed_bytes=2 * streamed.streamed_bytes), 1e9)
+    assert slow < row_share(streamed, 1e9)
+
+
+def test_a_model_is_streamed_in_the_room_that_a_busy_one_leaves(path: Path, packs: Packs) -> None:
+    with open_checkpoint(path) as checkpoint:
+        plan: Plan = make_plan(checkpoint, CONFIG, least(path))
+    with Node(CONFIG, packs=packs) as node:
+        node.budget.limit_bytes = node.budget.held_bytes + least(path)
+        model = LoadedModel.load("again", path, CONFIG, node.budget, packs=packs)
+        assert model.plan.blocks == plan.blocks
+        assert node.budget.free_bytes >= 0
+        model.release(node.budget)
