@@ -13,11 +13,11 @@ SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-peer test-aarch64 sanitize check bench clean distclean
+.PHONY: help setup run test test-peer test-aarch64 sanitize check bench bench-offload clean distclean
 
 help: ## show this
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
-		printf '  make %-12s %s\n' "$$name" "$$text"; done
+		printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 setup: .venv/.installed ## install Shoal into .venv
 
@@ -53,6 +53,11 @@ check: .venv/.installed-dev ## lint, format and types
 bench: .venv/.installed-dev bench/.venv/.installed ## Shoal and its peers in turn; ROWS=speed,long ROUNDS=5
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@$(BIN)/python bench/compare.py --rows '$(ROWS)' --rounds '$(ROUNDS)'
+
+bench-offload: ROUNDS = 3
+bench-offload: .venv/.installed-dev bench/.venv/.installed ## models larger than memory, in cgroups (root); ROWS=dense,gguf
+	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
+	@$(BIN)/python bench/offload.py --rows '$(ROWS)' --rounds '$(ROUNDS)'
 
 clean: ## remove what building and testing left; .venv stays
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,13 +14,18 @@ import json
 import pydoc_data.topics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hollow
 import machine
 import synthetic
+import synthetic_hf
+import widen
+from cgroup import CgroupError
 from engines import EngineFailed
-from rows import DEFAULT_MODEL, ROWS, Row, chosen
+from rows import DEFAULT_MODEL, ROWS, WIDE_MODEL, Row, chosen
 from run import Run
 from shapes import SHAPES
 from synthetic import SyntheticError
@@ -30,13 +35,29 @@ from shoal.comm.errors import CommError
 from shoal.daemon.config import default_threads
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
+from shoal.models.errors import CheckpointError
 from shoal.models.gguf_file import open_gguf
+from shoal.models.hf_dir import open_hf
+
+_FAILURES = (
+    EngineFailed,
+    SyntheticError,
+    CgroupError,
+    CheckpointError,
+    CommError,
+    DaemonError,
+    RuntimeError,
+    OSError,
+)
+_EMBEDDINGS = ("token_embd.weight", "model.embed_tokens.weight")
 
 
-def main() -> int:
-    options = _options()
+def main(
+    every: Sequence[Row] = ROWS, what: str = "speed, memory and quality: Shoal against its peers"
+) -> int:
+    options = _options(what)
     try:
-        rows = chosen(options.rows)
+        rows = chosen(options.rows, every)
         default_model = options.model or synthetic.default_vocabulary()
     except (ValueError, DaemonError) as error:
         print(error, file=sys.stderr)
@@ -47,8 +68,8 @@ def main() -> int:
         print(f"{row.name} …", file=sys.stderr, flush=True)
         try:
             result["rows"][row.name] = measure(row, default_model, options)
-            result["rows"] = in_order(result["rows"])
-        except (EngineFailed, SyntheticError, CommError, RuntimeError) as error:
+            result["rows"] = in_order(result["rows"], every)
+        except _FAILURES as error:
             print(f"{row.name}: {error}", file=sys.stderr)
             failed = True
             continue
@@ -64,49 +85,72 @@ def main() -> int:
 
 def measure(row: Row, default_model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One row's results."""
-    if row.model == DEFAULT_MODEL:
-        path = default_model
-    else:
-        path = synthetic.cached(SHAPES[row.model], options.models, default_model, synthetic.bar(row.model))
+    path = model_path(row, default_model, options.models)
     text = options.text.read_text(encoding="utf-8") if options.text else prose()
-    run = Run(path, options.threads, options.rounds, options.peer_python, text)
+    only = frozenset(options.engines.split(",")) if options.engines else frozenset()
+    run = Run(path, options.threads, options.rounds, options.peer_python, text, only=only)
     run.look()
     figures = row.scenario(run, row.sizes)
+    for figure in figures:
+        figure.must = _longest(row.must, figure.name)
     return {
         "date": time.strftime("%Y-%m-%d"),
         "versions": machine.versions(),
         "threads": options.threads,
         "rounds": options.rounds,
-        "model": {"name": row.model, "bytes": path.stat().st_size, "bytes_per_token": bytes_per_token(path)},
+        "model": {"name": row.model, "bytes": stored_bytes(path), "bytes_per_token": bytes_per_token(path)},
         "engines": run.facts,
         "dram_gb_per_s": run.dram_gb_per_s,
+        "disk_gb_per_s": run.disk_gb_per_s,
         "load": run.load,
         "figures": [figure.to_json() for figure in figures],
     }
 
 
-def in_order(rows: dict[str, Any]) -> dict[str, Any]:
-    """Results in the order of ROWS, without those of rows that are no more."""
-    return {row.name: rows[row.name] for row in ROWS if row.name in rows}
+def model_path(row: Row, default_model: Path, directory: Path) -> Path:
+    """The row's model, written unless it is there. Raises SyntheticError."""
+    if row.model == DEFAULT_MODEL:
+        return default_model
+    if row.model == WIDE_MODEL:
+        return widen.cached(default_model, directory)
+    write = {"gguf": synthetic.cached, "directory": synthetic_hf.cached, "hollow": hollow.cached}[row.form]
+    return write(SHAPES[row.model], directory, default_model, synthetic.bar(row.model))
+
+
+def in_order(rows: dict[str, Any], every: Sequence[Row]) -> dict[str, Any]:
+    """Results in the order of `every` row, without those of rows that are no more."""
+    return {row.name: rows[row.name] for row in every if row.name in rows}
+
+
+def stored_bytes(path: Path) -> int:
+    """Of a model's file, or of the files of its directory."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
 
 
 def bytes_per_token(path: Path) -> int:
-    """Bytes of weights that one token of a GGUF needs: all matrices but embeddings, of the experts the active ones."""
-    files = open_gguf(path)
-    arch = files.metadata["general.architecture"]
+    """Bytes of weights that one token needs: all matrices but embeddings, of the experts the active ones."""
+    files = open_hf(path) if path.is_dir() else open_gguf(path)
+    arch = files.metadata.get("general.architecture", "")
     experts = files.metadata.get(f"{arch}.expert_count", 1)
     active = files.metadata.get(f"{arch}.expert_used_count", 1)
-    tied = "output.weight" not in files.tensors
+    tied = not {"output.weight", "lm_head.weight"} & files.tensors.keys()
     return sum(
         tensor.nbytes * active // experts if "_exps." in tensor.name else tensor.nbytes
         for tensor in files.tensors.values()
-        if len(tensor.shape) > 1 and (tied or tensor.name != "token_embd.weight")
+        if len(tensor.shape) > 1 and (tied or tensor.name not in _EMBEDDINGS)
     )
 
 
 def prose() -> str:
     """English that every Python carries: the topics of its help."""
     return "\n\n".join(pydoc_data.topics.topics.values())
+
+
+def _longest(must: Mapping[str, float], name: str) -> float:
+    """What is set for the longest beginning of a name; 0 for none."""
+    return (
+        must[max(found, key=len)] if (found := [start for start in must if name.startswith(start)]) else 0.0
+    )
 
 
 def _kept(path: Path | None) -> dict[str, Any]:
@@ -120,10 +164,11 @@ def _kept(path: Path | None) -> dict[str, Any]:
     return kept
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="speed, memory and quality: Shoal against its peers")
+def _options(what: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--peer-python", default=str(Path(__file__).with_name(".venv") / "bin" / "python"))
     parser.add_argument("--rows", default="", help="how their names begin, comma-separated; default: all")
+    parser.add_argument("--engines", default="", help="measure these alone, where a row starts each anew")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--json", type=Path, help="keep results here")

@@ -2,7 +2,8 @@
 
 All sequences are computed in one batch, each with its own sequence id; the most likely token is taken. Parameters are
 llama.cpp's defaults but for what is asked; --no-flash turns flash attention off, which decodes long contexts faster and
-does all else slower (docs/LOG.md).
+does all else slower (docs/LOG.md). Where memory is bounded the weights stay in the mapped file, which the kernel may
+drop, rather than be packed anew into memory of the process, which it may not, and batches are at most the context.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ class LlamaCpp:
         llama.llama_backend_init()
         self._last: list[int] = []  # the newest token of each sequence, not yet computed
         self._lengths: list[int] = []
+        self._rows = BATCH  # of a batch at most
 
-    def load(self, model: str, context: int, streams: int, threads: int) -> dict[str, Any]:
-        self._model = llama.llama_model_load_from_file(model.encode(), llama.llama_model_default_params())
+    def load(self, model: str, context: int, streams: int, threads: int, memory: int = 0) -> dict[str, Any]:
+        how = llama.llama_model_default_params()
+        if memory:
+            how.use_extra_bufts = False
+        self._model = llama.llama_model_load_from_file(model.encode(), how)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {model}")
         params = llama.llama_context_default_params()
         params.n_ctx = streams * (-(-context // 256) * 256)
-        params.n_batch = params.n_ubatch = BATCH
+        params.n_batch = params.n_ubatch = min(BATCH, context) if memory else BATCH
         params.n_seq_max = streams
         params.n_threads = params.n_threads_batch = threads
         if not self._flash:
@@ -45,6 +50,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp cannot make a context of {params.n_ctx} tokens")
         self._memory = llama.llama_get_memory(self._context)
         self._vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
+        self._rows = params.n_batch
         self._batch = llama.llama_batch_init(BATCH, 0, 1)
         return {
             "version": f"llama-cpp-python {llama.__version__}",
@@ -107,8 +113,8 @@ class LlamaCpp:
             last = self._lengths[index] - 1
             rows += [(token, i, index, i == last) for i, token in enumerate(piece, start)]
         chosen = []
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
+        for start in range(0, len(rows), self._rows):
+            batch = rows[start : start + self._rows]
             self._decode(batch)
             chosen += [self._greedy(i) for i, (*_, wanted) in enumerate(batch) if wanted]
         return chosen

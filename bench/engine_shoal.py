@@ -12,37 +12,57 @@ from typing import Any
 import worker
 
 from shoal import kernels
-from shoal.comm.messages import Generate, Sampling, Token
+from shoal.comm.messages import ChatMessage, Generate, Sampling, Token
 from shoal.daemon.answer import Event
 from shoal.daemon.config import NodeConfig
-from shoal.daemon.memory import available_bytes
+from shoal.daemon.home import Home
+from shoal.daemon.memory import budget_of
 from shoal.daemon.model import LoadedModel
 from shoal.daemon.node import package_version
+from shoal.daemon.packs import Packs
 from shoal.daemon.sequence import Sequence
-from shoal.offload.budget import Budget
 
 
 class Shoal:
     """The engine of `worker.Engine`."""
 
-    def load(self, model: str, context: int, streams: int, threads: int) -> dict[str, Any]:
+    def load(
+        self, model: str, context: int, streams: int, threads: int, memory: int = 0, guesses: int = 0
+    ) -> dict[str, Any]:
+        """`guesses` ahead in one step at most: the peers guess nothing."""
         kernels.set_threads(threads)
         config = NodeConfig(
             threads=threads,
             context_tokens=context,
             max_sequences=streams,
-            max_guesses=0,  # the peers guess nothing
+            memory_bytes=memory or None,
+            max_guesses=guesses,
         )
-        self._model = LoadedModel.load("bench", Path(model), config, Budget(available_bytes()))
+        self._model = LoadedModel.load(
+            "bench", Path(model), config, budget_of(memory or None), packs=Packs(Home.from_env())
+        )
         self._sequences: list[Sequence] = []
         self._counts: list[int] = []
-        return {"version": package_version(), "kernels": kernels.home()}
+        return {
+            "version": package_version(),
+            "kernels": kernels.home(),
+            "plan": self._model.plan.describe(),
+            "streamed_bytes": self._model.plan.streamed_bytes,
+        }
 
     def begin(self, streams: int, tokens: int, seed: int) -> dict[str, float]:
-        vocab, context = self._model.checkpoint.spec.vocab, self._model.plan.context_tokens
+        vocab = self._model.checkpoint.spec.vocab
+        return self._begin(worker.prompts(streams, tokens, vocab, seed))
+
+    def begin_chat(self, text: str) -> dict[str, float]:
+        """Prefill a conversation that begins with this, up to its first new token."""
+        return self._begin([self._model.chat_tokens([ChatMessage(role="user", content=text)])])
+
+    def _begin(self, prompts: list[list[int]]) -> dict[str, float]:
+        context = self._model.plan.context_tokens
         greedy = Sampling(temperature=0.0)
         started_s = time.perf_counter()
-        for index, prompt in enumerate(worker.prompts(streams, tokens, vocab, seed)):
+        for index, prompt in enumerate(prompts):
             self._counts.append(0)
             request = Generate(prompt_tokens=prompt, max_tokens=context, ignore_eos=True, sampling=greedy)
             sequence = self._model.start(
@@ -56,14 +76,16 @@ class Shoal:
             self._model.engine.submit(sequence)
         while not all(self._counts):
             self._step()
-        return {"seconds": time.perf_counter() - started_s, "tokens": streams * tokens}
+        return {"seconds": time.perf_counter() - started_s, "tokens": sum(map(len, prompts))}
 
     def advance(self, tokens: int) -> dict[str, float]:
-        before, goal = sum(self._counts), min(self._counts) + tokens
+        before, goal, steps = sum(self._counts), min(self._counts) + tokens, 0
         started_s = time.perf_counter()
         while min(self._counts) < goal:
             self._step()
-        return {"seconds": time.perf_counter() - started_s, "tokens": sum(self._counts) - before}
+            steps += 1
+        seconds = time.perf_counter() - started_s
+        return {"seconds": seconds, "tokens": sum(self._counts) - before, "steps": steps}
 
     def end(self) -> None:
         for sequence in self._sequences:

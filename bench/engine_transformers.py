@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 class Transformers:
     """The engine of `worker.Engine`, for one stream."""
 
-    def load(self, model: str, context: int, streams: int, threads: int) -> dict[str, Any]:
+    def load(self, model: str, context: int, streams: int, threads: int, memory: int = 0) -> dict[str, Any]:
         torch.set_num_threads(threads)
         path = Path(model)
         config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)

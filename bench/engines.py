@@ -9,6 +9,7 @@ import json
 import select
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,12 +32,13 @@ class EngineKind:
     python: str
     arguments: tuple[str, ...] = ()
 
-    def start(self) -> EngineProcess:
-        return EngineProcess(self)
+    def start(self, enter: Callable[[], None] | None = None) -> EngineProcess:
+        """`enter` is run in the new process before the engine is."""
+        return EngineProcess(self, enter)
 
 
 def kinds(peer_python: str) -> dict[str, EngineKind]:
-    """Every engine by name; `peer_python` has llama-cpp-python, this python Shoal and transformers."""
+    """Every engine by name; `peer_python` has llama-cpp-python and Accelerate, this python Shoal and transformers."""
     return {
         kind.name: kind
         for kind in (
@@ -44,6 +46,7 @@ def kinds(peer_python: str) -> dict[str, EngineKind]:
             EngineKind("llama.cpp", "engine_llama.py", peer_python),
             EngineKind("llama.cpp without flash attention", "engine_llama.py", peer_python, ("--no-flash",)),
             EngineKind("transformers", "engine_transformers.py", sys.executable),
+            EngineKind("accelerate", "engine_accelerate.py", peer_python),
         )
     }
 
@@ -51,7 +54,7 @@ def kinds(peer_python: str) -> dict[str, EngineKind]:
 class EngineProcess:
     """A running worker; `call` as often as wanted, from one thread."""
 
-    def __init__(self, kind: EngineKind) -> None:
+    def __init__(self, kind: EngineKind, enter: Callable[[], None] | None = None) -> None:
         self.name = kind.name
         script = Path(__file__).parent / kind.script
         try:
@@ -62,6 +65,7 @@ class EngineProcess:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 encoding="utf-8",
+                preexec_fn=enter,
             )
         except OSError as error:
             raise EngineFailed(f"{kind.python} for {self.name}: {error.strerror}") from error

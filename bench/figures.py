@@ -22,6 +22,8 @@ class Figure:
     better: Better = "more"
     values: dict[str, list[float]] = field(default_factory=dict)
     weights_gb_per_s: bool = False  # tokens/s that can be read as weights read from memory
+    at: float = 0.0  # where it is one of several along an axis, its place there
+    must: float = 0.0  # the least ratio that is good enough; 0 where none was set
 
     def note(self, engine: str, value: float) -> None:
         self.values.setdefault(engine, []).append(value)

@@ -1,13 +1,17 @@
-"""The rows of the comparison, as data: which scenario, on which model, at which sizes."""
+"""The rows of the comparisons, as data: which scenario, on which model, at which sizes, and what it must come to."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+import offload_scenarios
 import scenarios
 from scenarios import Scenario, Sizes
 
-DEFAULT_MODEL = "smollm2-q4_1"  # from the store; all other models are shapes of `shapes`
+DEFAULT_MODEL = "smollm2-q4_1"  # from the store; other models are shapes of `shapes`, but for WIDE_MODEL
+WIDE_MODEL = "smollm2-wide"  # the default model made larger by `widen`
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,8 @@ class Row:
     model: str
     scenario: Scenario
     sizes: Sizes = field(default_factory=Sizes)
+    form: Literal["gguf", "directory", "hollow"] = "gguf"
+    must: Mapping[str, float] = field(default_factory=dict)  # least ratios, by how a figure's name begins
 
 
 ROWS = (
@@ -44,10 +50,69 @@ ROWS = (
 )
 
 
-def chosen(names: str) -> list[Row]:
+_FLOOR = {"time per token against": 1 / 1.15, "peak memory against": 1.0}
+
+OFFLOAD_ROWS = (
+    Row(
+        "dense",
+        "llama-3b",
+        offload_scenarios.disk_bound,
+        Sizes(new=4, peer="accelerate", cap_gb=2.5),
+        form="directory",
+        must={**_FLOOR, "time per token": 1 / 0.55, "TTFT": 1 / 0.6},
+    ),
+    Row(
+        "gguf",
+        "smollm2-1.7b",
+        offload_scenarios.disk_bound,
+        Sizes(prompt=64, new=16, cap_share=0.6),
+        must={**_FLOOR, "time per token": 1 / 0.2},
+    ),
+    Row(
+        "budgets",
+        "llama-3b",
+        offload_scenarios.budgets,
+        Sizes(prompt=64, new=4),
+        form="directory",
+        must={"time per token at": 0.8, "time per token at 110%": 1.0, "peak memory": 1.0},
+    ),
+    Row(
+        "streams",
+        "llama-3b",
+        offload_scenarios.crowd,
+        Sizes(prompt=64, new=4, streams=8, cap_gb=2.5),
+        form="directory",
+        must={"8 streams": 6.0},
+    ),
+    Row(
+        "guessing",
+        WIDE_MODEL,
+        offload_scenarios.guessing,
+        Sizes(new=96, cap_share=0.5),
+        must={"guessing ahead": 2.0},
+    ),
+    Row(
+        "moe",
+        "qwen3-30b-a3b",
+        offload_scenarios.disk_bound,
+        Sizes(prompt=64, new=16, cap_gb=6.0),
+        must={"peak memory against": 1.0, "time per token": 3.0},
+    ),
+    Row(
+        "large",
+        "llama-70b",
+        offload_scenarios.disk_bound,
+        Sizes(prompt=64, new=3, peer="", cap_gb=3.1),
+        form="hollow",
+        must=_FLOOR,
+    ),
+)
+
+
+def chosen(names: str, rows: Sequence[Row] = ROWS) -> list[Row]:
     """The rows whose name begins with one of `names` (comma-separated); all for "". ValueError names the rows."""
     wanted = tuple(name.strip() for name in names.split(",")) if names else ("",)
     for name in wanted:
-        if not any(row.name.startswith(name) for row in ROWS):
-            raise ValueError(f"no row begins with {name!r}; there are {', '.join(row.name for row in ROWS)}")
-    return [row for row in ROWS if row.name.startswith(wanted)]
+        if not any(row.name.startswith(name) for row in rows):
+            raise ValueError(f"no row begins with {name!r}; there are {', '.join(row.name for row in rows)}")
+    return [row for row in rows if row.name.startswith(wanted)]

@@ -26,7 +26,9 @@ class Run:
     text: str = ""  # prose for prompts and for scoring
     facts: dict[str, Any] = field(default_factory=dict)
     dram_gb_per_s: list[float] = field(default_factory=list)
+    disk_gb_per_s: list[float] = field(default_factory=list)
     load: list[float] = field(default_factory=list)
+    only: frozenset[str] = frozenset()  # engines to be measured alone; all where it is empty
 
     @contextmanager
     def engines(
@@ -51,6 +53,13 @@ class Run:
             self.look()
             for engine in engines if number % 2 == 0 else reversed(engines):
                 yield number, engine
+
+    def names_in_turn(self, names: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+        """The same of engines that are started anew each time."""
+        wanted = [name for name in names if not self.only or name in self.only]
+        for number in range(self.rounds):
+            for name in wanted if number % 2 == 0 else reversed(wanted):
+                yield number, name
 
     def look(self) -> None:
         """Note how fast memory is and how busy the machine."""

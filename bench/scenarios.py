@@ -39,7 +39,9 @@ class Sizes:
     prompt: int = 512
     new: int = 64
     streams: int = 1
-    peer: str = PEER
+    peer: str = PEER  # "" for none
+    cap_gb: float = 0.0  # a cgroup's limit, or the share of the model's bytes that it is
+    cap_share: float = 0.0
 
     @property
     def engines(self) -> tuple[str, str]:

@@ -41,33 +41,35 @@ class Shape:
     norm_eps: float = 1e-5
     tied: bool = False
     biases: bool = False  # of q, k and v
-    qk_norm: bool = False  # over all heads together
+    qk_norm: Literal["", "heads", "all"] = ""  # over each head, or over all together
+    head: int = 0  # a head's size, where it is not hidden / heads
     experts: int = 0
     active: int = 0
 
     @property
     def head_dim(self) -> int:
-        return self.hidden // self.heads
+        return self.head or self.hidden // self.heads
 
     def tensors(self) -> Iterator[TensorShape]:
         """Every tensor, in the order of the file."""
-        kv = self.kv_heads * self.head_dim
+        query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         yield self._matrix("token_embd", self.vocab, self.hidden)
         for i in range(self.layers):
             layer = f"blk.{i}."
             yield from self._vectors(layer + "attn_norm", layer + "ffn_norm", size=self.hidden)
             for role, rows, cols in (
-                ("q", self.hidden, self.hidden),
+                ("q", query, self.hidden),
                 ("k", kv, self.hidden),
                 ("v", kv, self.hidden),
-                ("output", self.hidden, self.hidden),
+                ("output", self.hidden, query),
             ):
                 yield self._matrix(f"{layer}attn_{role}", rows, cols, layer=i)
                 if self.biases and role != "output":
                     yield TensorShape(f"{layer}attn_{role}.bias", (rows,), "F32")
             if self.qk_norm:
-                yield from self._vectors(layer + "attn_q_norm", size=self.hidden)
-                yield from self._vectors(layer + "attn_k_norm", size=kv)
+                whole = self.qk_norm == "all"
+                yield from self._vectors(layer + "attn_q_norm", size=query if whole else self.head_dim)
+                yield from self._vectors(layer + "attn_k_norm", size=kv if whole else self.head_dim)
             suffix = "_exps" if self.experts else ""
             if self.experts:
                 yield TensorShape(f"{layer}ffn_gate_inp.weight", (self.experts, self.hidden), "F32")
@@ -148,7 +150,7 @@ SHAPES = {
             vocab=50304,
             context=4096,
             rope_base=10000.0,
-            qk_norm=True,
+            qk_norm="all",
             experts=64,
             active=8,
         ),
@@ -165,6 +167,65 @@ SHAPES = {
             context=8192,
             rope_base=100000.0,
             tied=True,
+        ),
+        Shape(
+            name="smollm2-1.7b",
+            arch="llama",
+            mix="Q4_K_M",
+            layers=24,
+            hidden=2048,
+            heads=32,
+            kv_heads=32,
+            ffn=8192,
+            vocab=49152,
+            context=8192,
+            rope_base=130000.0,
+            tied=True,
+        ),
+        Shape(
+            name="llama-3b",  # Llama-3.2-3B with the vocabulary of SmolLM2
+            arch="llama",
+            mix="BF16",
+            layers=28,
+            hidden=3072,
+            heads=24,
+            kv_heads=8,
+            ffn=8192,
+            vocab=49152,
+            context=8192,
+            rope_base=500000.0,
+            tied=True,
+        ),
+        Shape(
+            name="llama-70b",  # Llama-2-70B
+            arch="llama",
+            mix="Q4_K_M",
+            layers=80,
+            hidden=8192,
+            heads=64,
+            kv_heads=8,
+            ffn=28672,
+            vocab=32000,
+            context=4096,
+            rope_base=10000.0,
+        ),
+        Shape(
+            name="qwen3-30b-a3b",
+            arch="qwen3moe",
+            mix="Q4_K_M",
+            layers=48,
+            hidden=2048,
+            heads=32,
+            kv_heads=4,
+            ffn=768,
+            vocab=151936,
+            context=32768,
+            rope_base=1e6,
+            norm_eps=1e-6,
+            head=128,
+            qk_norm="heads",
+            experts=128,
+            active=8,
         ),
     )
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from shapes import SHAPES, Shape, TensorShape
 from shoal.daemon.home import Home
 from shoal.daemon.library import Library
 
+GGUF_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 POOL_BYTES = 8 << 20  # of random blocks per type; tensors are cut from it at random places
 SPARE_BYTES = 1 << 30  # left free on the disk
 _BLOCK_FLOATS = {  # byte offsets of the float16 scales in a block, each with its share of the first one
@@ -49,29 +51,60 @@ class SyntheticError(Exception):
 
 def cached(shape: Shape, directory: Path, vocabulary: Path, progress: Progress) -> Path:
     """The file of a shape in `directory`, written unless it is there. Raises SyntheticError."""
-    digest = hashlib.sha256(repr(shape).encode()).hexdigest()[:8]
-    path = directory / f"{shape.name}-{digest}.gguf"
+    return kept(
+        directory / f"{shape.name}-{digest(shape)}.gguf",
+        lambda path: write(shape, path, vocabulary, progress),
+    )
+
+
+def digest(shape: Shape) -> str:
+    """Of all that a shape says, for names of files."""
+    return hashlib.sha256(repr(shape).encode()).hexdigest()[:8]
+
+
+def kept(path: Path, make: Callable[[Path], None]) -> Path:
+    """`path`, made under another name unless it is there, so that what is there is whole."""
     if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".part")
+        _remove(unfinished)
         try:
-            write(shape, unfinished, vocabulary, progress)
+            make(unfinished)
             unfinished.rename(path)
         finally:
-            unfinished.unlink(missing_ok=True)
+            _remove(unfinished)
     return path
 
 
-def write(shape: Shape, path: Path, vocabulary: Path, progress: Progress = lambda done, total: None) -> None:
-    """Write the file. Raises SyntheticError when the disk is too small."""
-    tensors = list(shape.tensors())
-    total = sum(_nbytes(tensor) for tensor in tensors)
-    free = shutil.disk_usage(path.parent).free
-    if total + SPARE_BYTES > free:
+def need_room(shape: Shape, directory: Path, nbytes: int) -> None:
+    """Raises SyntheticError when the disk is too small."""
+    free = shutil.disk_usage(directory).free
+    if nbytes + SPARE_BYTES > free:
         raise SyntheticError(
-            f"{path}: {shape.name} takes {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free and "
+            f"{directory}: {shape.name} takes {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free and "
             f"{SPARE_BYTES / 1e9:.1f} are to stay so; choose another directory"
         )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write(
+    shape: Shape,
+    path: Path,
+    vocabulary: Path,
+    progress: Progress = lambda done, total: None,
+    *,
+    hollow: bool = False,
+) -> None:
+    """Write the file; a hollow one has a hole for each tensor. Raises SyntheticError when the disk is too small."""
+    tensors = list(shape.tensors())
+    total = sum(_nbytes(tensor) for tensor in tensors)
+    need_room(shape, path.parent, 0 if hollow else total)
     writer = GGUFWriter(path, shape.arch)
     _write_facts(writer, shape)
     for name, field in _vocabulary(vocabulary, shape.vocab).items():
@@ -85,8 +118,15 @@ def write(shape: Shape, path: Path, vocabulary: Path, progress: Progress = lambd
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     done = 0
+    if hollow:
+        writer.close()
+        with path.open("r+b") as stream:
+            stream.seek(0, os.SEEK_END)
+            begin = -(-stream.tell() // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
+            stream.truncate(begin + sum(-(-_nbytes(t) // GGUF_ALIGNMENT) * GGUF_ALIGNMENT for t in tensors))
+        return
     for seed, tensor in enumerate(tensors):
-        writer.write_tensor_data(_data(tensor, np.random.default_rng(seed)))
+        writer.write_tensor_data(data(tensor, np.random.default_rng(seed)))
         done += _nbytes(tensor)
         progress(done, total)
     writer.close()
@@ -103,7 +143,11 @@ def _write_facts(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_layer_norm_rms_eps(shape.norm_eps)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_base)
+    if shape.head:
+        writer.add_key_length(shape.head)
+        writer.add_value_length(shape.head)
     if shape.experts:
+        writer.add_expert_feed_forward_length(shape.ffn)
         writer.add_expert_count(shape.experts)
         writer.add_expert_used_count(shape.active)
 
@@ -137,20 +181,20 @@ def _nbytes(tensor: TensorShape) -> int:
     return int(np.prod(tensor.sizes)) // weights * size
 
 
-def _data(tensor: TensorShape, random: np.random.Generator) -> np.ndarray[Any, Any]:
+def data(tensor: TensorShape, random: np.random.Generator) -> np.ndarray[Any, Any]:
     """A tensor's bytes: ones for norms, small biases, matrices of deviation 1/sqrt(columns)."""
     if len(tensor.sizes) == 1:
         norm = tensor.name.endswith("norm.weight")
         values = np.ones(tensor.sizes) if norm else 0.1 * random.standard_normal(tensor.sizes)
         return values.astype(np.float32).view(np.uint8)
     pool = _pool(tensor.type, tensor.sizes[-1])
-    data = np.empty(_nbytes(tensor), np.uint8)
+    result = np.empty(_nbytes(tensor), np.uint8)
     done = 0
-    while done < data.size:
-        piece = pool[random.integers(len(pool)) :].reshape(-1)[: data.size - done]
-        data[done : done + piece.size] = piece
+    while done < result.size:
+        piece = pool[random.integers(len(pool)) :].reshape(-1)[: result.size - done]
+        result[done : done + piece.size] = piece
         done += piece.size
-    return data
+    return result
 
 
 @cache

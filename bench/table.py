@@ -1,7 +1,7 @@
-"""The table of bench/README.md, made of the results that `compare.py --json` keeps.
+"""The tables of bench/README.md, made of the results that `compare.py` and `offload.py` keep.
 
     python bench/table.py [RESULT.json …]      prints the tables; default: all in bench/results
-    python bench/table.py --write              puts them into bench/README.md, between its two marks
+    python bench/table.py --write              puts them into bench/README.md, between their marks, and draws plots
 
 Knows results and Markdown. Measures nothing.
 """
@@ -16,11 +16,12 @@ from statistics import median
 from typing import Any
 
 from figures import Figure, spread
+from plot import svg
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
-RESULTS = HERE / "results"
-BEGIN, END = "<!-- figures: made by table.py -->", "<!-- end of figures -->"
+SECTIONS = {"figures": HERE / "results", "offload": HERE / "results" / "offload"}
+MARKS = "<!-- {}: made by table.py -->", "<!-- end of {} -->"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -35,7 +36,9 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         f"{', virtual' if machine['virtual'] else ''}), {machine['memory_gb']} GB, {machine['system']}."
     )
     yield ""
-    yield "| what | model | Shoal | peer | ratio | weights read, GB/s: Shoal, peer; memory gives |"
+    on_disk = any(row.get("disk_gb_per_s") for row in result["rows"].values())
+    last = "must; the disk gives GB/s" if on_disk else "weights read, GB/s: Shoal, peer; memory gives"
+    yield f"| what | model | Shoal | peer | ratio | {last} |"
     yield "|---|---|---|---|---|---|"
     for row in result["rows"].values():
         for figure in map(Figure.from_json, row["figures"]):
@@ -53,7 +56,7 @@ def _line(row: dict[str, Any], figure: Figure) -> str:
         spread(ours),
         f"{peer} {spread(theirs)}" if peer else "",
         f"**{spread(ratios)}**" if (ratios := figure.ratios()) else "",
-        _bandwidth(row, figure) if figure.weights_gb_per_s else "",
+        _bandwidth(row, figure) if figure.weights_gb_per_s else _must(row, figure),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -62,6 +65,11 @@ def _bandwidth(row: dict[str, Any], figure: Figure) -> str:
     per_token = row["model"]["bytes_per_token"] / 1e9
     read = (f"{per_token * median(values):.1f}" for values in figure.values.values())
     return f"{', '.join(read)}; {spread(row['dram_gb_per_s'])}"
+
+
+def _must(row: dict[str, Any], figure: Figure) -> str:
+    """The least ratio that was asked for, beside what the disk gave."""
+    return f"≥ {figure.must:.2f}; {spread(row['disk_gb_per_s'])}" if figure.must else ""
 
 
 def _runs(rows: list[dict[str, Any]]) -> str:
@@ -78,13 +86,27 @@ def _runs(rows: list[dict[str, Any]]) -> str:
     return "; ".join(", ".join(sorted(part)) for part in parts if part) + "."
 
 
-def write(readme: Path, text: str) -> None:
-    """Replace what stands between the marks."""
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, found, after = rest.partition(END)
+def write(readme: Path, section: str, text: str) -> None:
+    """Replace what stands between a section's marks."""
+    begin, end = (mark.format(section) for mark in MARKS)
+    before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"{readme} lacks the marks {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        raise SystemExit(f"{readme} lacks the marks {begin} and {end}")
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def _draw(path: Path) -> None:
+    """Beside a result, a plot of what was measured along an axis."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"].values()
+    for row in rows:
+        figures = [Figure.from_json(fields) for fields in row["figures"]]
+        if drawn := svg(figures, "budget, GB", "s per token"):
+            path.with_suffix(".svg").write_text(drawn, encoding="utf-8")
+
+
+def tables(paths: list[Path]) -> str:
+    return "\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
 
 
 def main() -> None:
@@ -92,12 +114,17 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="*")
     parser.add_argument("--write", action="store_true", help="into bench/README.md")
     options = parser.parse_args()
-    paths = options.results or sorted(RESULTS.glob("*.json"))
-    text = "\n\n".join(table(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
-    if options.write:
-        write(README, text)
-    else:
-        print(text)
+    if options.results:
+        print(tables(options.results))
+        return
+    for section, directory in SECTIONS.items():
+        text = tables(sorted(directory.glob("*.json")))
+        if options.write:
+            write(README, section, text)
+            for path in directory.glob("*.json"):
+                _draw(path)
+        else:
+            print(text)
 
 
 if __name__ == "__main__":

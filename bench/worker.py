@@ -12,6 +12,7 @@ import json
 import os
 import random
 import sys
+import time
 import traceback
 from typing import Any, Protocol
 
@@ -19,8 +20,11 @@ from typing import Any, Protocol
 class Engine(Protocol):
     """What the scenarios call. Times are seconds, each with the number of tokens it was spent on."""
 
-    def load(self, model: str, context: int, streams: int, threads: int) -> dict[str, Any]:
-        """Load a model for `streams` sequences of up to `context` tokens; facts about the engine."""
+    def load(self, model: str, context: int, streams: int, threads: int, memory: int = 0) -> dict[str, Any]:
+        """Load a model for `streams` sequences of up to `context` tokens; facts about the engine.
+
+        `memory` is the bytes it may use, 0 for all there are; an engine that has no such option finds its limit itself.
+        """
         ...
 
     def begin(self, streams: int, tokens: int, seed: int) -> dict[str, float]:
@@ -48,8 +52,12 @@ def serve(engine: object) -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         call = json.loads(line)
+        started_s = time.perf_counter()
         try:
-            answer = {"result": getattr(engine, call["call"])(**call["with"])}
+            result = getattr(engine, call["call"])(**call["with"])
+            if isinstance(result, dict):
+                result.setdefault("seconds", time.perf_counter() - started_s)
+            answer = {"result": result}
         except Exception as error:  # whatever it was, the caller decides
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}

@@ -161,12 +161,15 @@ def test_a_result_becomes_a_table() -> None:
 
 def test_the_table_replaces_what_stands_between_the_marks(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    table.write(readme, "new")
-    assert readme.read_text() == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
+    readme.write_text("before\n<!-- offload: made by table.py -->\nold\n<!-- end of offload -->\nafter\n")
+    table.write(readme, "offload", "new")
+    assert (
+        readme.read_text()
+        == "before\n<!-- offload: made by table.py -->\nnew\n<!-- end of offload -->\nafter\n"
+    )
     readme.write_text("no marks")
     with pytest.raises(SystemExit, match="lacks the marks"):
-        table.write(readme, "new")
+        table.write(readme, "offload", "new")
 
 
 def test_rows_are_chosen_by_how_they_begin() -> None:

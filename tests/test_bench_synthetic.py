@@ -33,7 +33,7 @@ SMALL = Shape(
     context=128,
     rope_base=10000.0,
 )
-SMALL_MOE = replace(SMALL, name="moe", arch="olmoe", kv_heads=4, qk_norm=True, experts=4, active=2)
+SMALL_MOE = replace(SMALL, name="moe", arch="olmoe", kv_heads=4, qk_norm="all", experts=4, active=2)
 SMALL_ODD = replace(SMALL, name="odd", arch="qwen2", mix="Q5_K_M", hidden=96, biases=True, tied=True)
 
 

@@ -1,6 +1,6 @@
 """How fast each stored type multiplies: GB/s of weight bytes for one token, GOP/s for many.
 
-    python bench/kernels.py [--types Q4_0,Q6_K] [--threads 1,2] [--tokens 256] [--repeat 7] [--json]
+    python bench/kernel_speed.py [--types Q4_0,Q6_K] [--threads 1,2] [--tokens 256] [--repeat 7] [--json]
 
 One token is limited by memory: its matrices are fresh in turn, `--memory-mb` of them, so that no cache holds them.
 Many tokens are limited by arithmetic: one matrix, a multiplication and an addition counted as two operations.

@@ -1,0 +1,111 @@
+"""An engine in a memory cgroup with a cold page cache, as a fresh process, and what it came to.
+
+Knows the order: page cache emptied, disk measured, process started inside the group. Does not know what is asked of
+the engine (`offload_scenarios`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import disk
+import hollow
+import machine
+import synthetic
+from cgroup import Cgroup, limited
+from engines import EngineFailed, EngineProcess, kinds
+from run import Run
+
+from shoal.daemon.home import Home
+from shoal.daemon.packs import Packs
+from shoal.models.checkpoint import open_checkpoint
+
+SWEEPS = 2  # over a part of the file, to learn what the disk gives
+SLACK = 1.05  # a group's limit over the budget that its engine is told
+
+
+@dataclass
+class Capped:
+    """A loaded engine in its group. `facts` is what its `load` answered."""
+
+    process: EngineProcess
+    group: Cgroup
+    facts: dict[str, Any]
+    file: Path  # that it reads
+    disk_gb_per_s: float  # the most that direct reads of it gave around the run
+
+    @property
+    def name(self) -> str:
+        return self.process.name
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        """As `EngineProcess.call`, but a process that the kernel ended for its memory is said to be so."""
+        try:
+            return self.process.call(name, **arguments)
+        except EngineFailed as error:
+            if self.group.oom_kills:
+                raise EngineFailed(f"{self.name} was killed for its memory while asked to {name}") from error
+            raise
+
+    def look_again(self) -> None:
+        """Read the file directly once more: what others do may have slowed the first sweeps."""
+        self.disk_gb_per_s = max(self.disk_gb_per_s, _best(self.file))
+
+    def bytes_read(self) -> int:
+        return disk.bytes_read(self.process.pid)
+
+    def peak_bytes(self) -> int:
+        """The group's peak, and the mapped pages of files (libraries) that another group is charged for."""
+        mapped = machine.memory_of(self.process.pid)["file"]
+        return self.group.peak_bytes + max(0, mapped - self.group.mapped_bytes)
+
+
+def budget_of(cap_bytes: int) -> int:
+    """What an engine is told, so that the group's limit leaves it the slack."""
+    return int(cap_bytes / SLACK)
+
+
+@contextmanager
+def capped(
+    run: Run, name: str, cap_bytes: int, *, context: int, streams: int = 1, **more: Any
+) -> Iterator[Capped]:
+    """The engine, loaded within `cap_bytes`; `more` goes to its `load`. Raises CgroupError, EngineFailed, OSError."""
+    file = packed(run.model) if name == "shoal" else largest_file(run.model)
+    run.look()
+    disk.forget_pages()
+    speed = _best(file)
+    with limited(cap_bytes) as group, kinds(run.peer_python)[name].start(group.enter) as process:
+        engine = Capped(process, group, {}, file, speed)
+        engine.facts = engine.call(
+            "load",
+            model=str(run.model),
+            context=context,
+            streams=streams,
+            threads=run.threads,
+            memory=budget_of(cap_bytes),
+            **more,
+        )
+        run.facts[name] = engine.facts
+        yield engine
+        run.disk_gb_per_s.append(round(engine.disk_gb_per_s, 3))
+
+
+def _best(file: Path) -> float:
+    return max(disk.read_gb_per_s(file, seed=seed) for seed in range(SWEEPS))
+
+
+def packed(model: Path) -> Path:
+    """The file that Shoal streams the model from, made unless it is there. Raises DaemonError, CheckpointError."""
+    is_hollow = model.name.endswith(hollow.SUFFIX)
+    with hollow.filled(model) if is_hollow else open_checkpoint(model) as checkpoint:
+        return Packs(Home.from_env()).get(checkpoint, synthetic.bar(f"packing {model.name}")).path
+
+
+def largest_file(model: Path) -> Path:
+    """Of a model that is a directory the file with the most bytes."""
+    files = [model] if model.is_file() else [path for path in model.iterdir() if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
