@@ -26,7 +26,8 @@ class Rope:
     def at(self, positions: Tensor) -> Rotation:
         """The rotation of positions (T,)."""
         angle = positions[:, None].to(torch.float32) * self._inverse_frequency  # (T, dims/2)
-        cos, sin = angle.cos(), angle.sin()
+        # In f64, rounded after: some machines' f32 differs in its last bit with the number of rows.
+        cos, sin = angle.double().cos().float(), angle.double().sin().float()
         if self._magnitude != 1.0:
             cos, sin = cos * self._magnitude, sin * self._magnitude
         return Rotation(self._spec.dims, self._spec.interleaved, cos, sin)

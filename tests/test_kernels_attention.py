@@ -72,8 +72,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def rotation(shape: Shape, positions: Tensor) -> Rotation:
-    angles = positions[:, None] / 7 ** torch.arange(shape.rotated // 2)
-    return Rotation(shape.rotated, shape.interleaved, angles.cos(), angles.sin())
+    angles = positions[:, None].double() / 7 ** torch.arange(shape.rotated // 2)
+    return Rotation(shape.rotated, shape.interleaved, angles.cos().float(), angles.sin().float())
 
 
 @dataclass(frozen=True)
