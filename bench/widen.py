@@ -14,7 +14,9 @@ from typing import Any
 
 import gguf
 import numpy as np
+import synthetic
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from shapes import TensorShape
 from synthetic import kept
 
 TIMES = 16
@@ -53,7 +55,7 @@ def widen(source: Path, target: Path, *, times: int = TIMES, seed: int = 0) -> N
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         rows, cols = _sizes(tensor, times)
         if rows:
-            writer.write_tensor_data(gguf.quantize(_padded(values, rows, cols, random), TYPE))
+            writer.write_tensor_data(_padded(gguf.quantize(values, TYPE), tensor.name, rows, cols, random))
         else:
             writer.write_tensor_data(values)
     writer.close()
@@ -75,13 +77,13 @@ def _row_bytes(cols: int) -> int:
 
 
 def _padded(
-    values: np.ndarray[Any, Any], rows: int, cols: int, random: np.random.Generator
+    stored: np.ndarray[Any, Any], name: str, rows: int, cols: int, random: np.random.Generator
 ) -> np.ndarray[Any, Any]:
-    """With random rows below and zeros to the right."""
-    height, width = values.shape
-    below = random.standard_normal((rows - height, width), dtype=np.float32) * np.float32(width**-0.5)
-    taller = np.concatenate([values, below])
-    return np.pad(taller, ((0, 0), (0, cols - width)))
+    """Stored rows with random ones below and zeros, which are blocks of zero bytes, to the right."""
+    height, width = stored.shape
+    below = synthetic.data(TensorShape(name, (rows - height, cols), TYPE.name), random)
+    right = ((0, 0), (0, _row_bytes(cols) - width))
+    return np.concatenate([np.pad(stored, right).reshape(-1), below])
 
 
 def main() -> None:
