@@ -9,7 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -17,98 +17,32 @@ from typing import Any
 
 from shoal.comm.messages import Chat, ChatMessage, Generate, ModelStatus, Sampling, Stage
 from shoal.models.chat_template import ChatTemplate
-from shoal.models.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.checkpoint import Checkpoint
 from shoal.models.errors import CheckpointError
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.tokenizer import Tokenizer
-from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
-from shoal.offload.kv_disk import buffer_bytes
 from shoal.offload.prefix import PrefixCache
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import PAGE_TOKENS, Plan, kv_token_bytes, scratch_bytes
+from shoal.partition.plan import Plan, kv_token_bytes, scratch_bytes
 
 from .answer import Answer, Emit
 from .config import NodeConfig
 from .drafter import Drafter
 from .engine import Engine
 from .errors import DaemonError
-from .executor import Alone, Executor
+from .executor import Executor
 from .kv_files import open_kv_disk
-from .memory import bounded, forget_files, return_freed
-from .planning import (
-    Packs,
-    Progress,
-    make_plan,
-    no_progress,
-    open_store,
-    plan_within_budget,
-    row_share,
-)
+from .planning import Packs, Progress, no_progress, row_share
 from .registry import recommended_sampling
+from .runnable import Runnable, least_bytes, read_draft
 from .scheduler import Scheduler
 from .sequence import Sequence, Times
 from .translate import translated
 
 DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
-
-
-@dataclass(eq=False)
-class Runnable:
-    """A checkpoint ready to compute. `read_bytes_per_s`: of the disk while it was loaded, 0 when nothing streams."""
-
-    checkpoint: Checkpoint
-    plan: Plan
-    tokenizer: Tokenizer
-    executor: Executor
-    kv: KvPool
-    peak_bytes: int  # with what the KV on disk takes
-    read_bytes_per_s: float = 0.0
-
-    @classmethod
-    def read(
-        cls,
-        purpose: str,
-        path: Path,
-        config: NodeConfig,
-        budget: Budget,
-        progress: Progress,
-        *,
-        packs: Packs | None = None,
-        streaming: bool = True,
-        reserve_bytes: int = 0,
-        kv_on_disk: bool = False,
-    ) -> Runnable:
-        """Into memory that is held in the budget for `purpose`, but for `reserve_bytes` of it; when it fails, no
-        longer. `streaming`: whether its weights may come from disk, from one of `packs`. `kv_on_disk`: hold as much
-        as that takes, too."""
-        tight = bounded(config.memory_bytes)
-        with open_checkpoint(path) as checkpoint:
-            page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
-            extra_bytes = buffer_bytes(page_bytes) if kv_on_disk else 0
-            plan = plan_within_budget(
-                checkpoint, config, budget, idle_bytes=-reserve_bytes - extra_bytes, streaming=streaming
-            )
-            tokenizer = checkpoint.tokenizer()
-            checkpoint.forget_tokens()
-            return_freed()  # before the weights come, so that the peak is theirs alone
-            peak_bytes = plan.peak_bytes + extra_bytes
-            budget.hold(purpose, peak_bytes)
-            try:
-                if tight:
-                    forget_files(checkpoint.files)
-                store, speed = open_store(plan, checkpoint, packs, progress, bounded=tight)
-                transformer = Transformer(checkpoint.spec, plan.context_tokens)
-                kv = KvPool(checkpoint.spec, plan.kv)
-            except Exception:
-                budget.release(purpose)
-                raise
-            if tight:
-                forget_files(checkpoint.files)
-        executor = Executor(transformer, plan, store, kv, Alone())
-        return cls(checkpoint, plan, tokenizer, executor, kv, peak_bytes, speed)
 
 
 @dataclass(eq=False)
@@ -164,7 +98,7 @@ class LoadedModel:
         small = None
         if draft is not None:
             try:
-                small = _draft_model(name, main, draft, config, budget)
+                small = read_draft(name, main, draft, config, budget)
             except Exception as error:
                 main.executor.store.close()
                 _release(name, budget)
@@ -369,36 +303,6 @@ class LoadedModel:
         return ChatTemplate(
             self.tokenizer.chat_template or "", spelled(self.tokenizer.bos_id), spelled(self.tokenizer.eos_id)
         )
-
-
-def _draft_model(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:
-    """A second model that can guess for `main`, held in the budget beside it."""
-    config = replace(config, context_tokens=main.plan.context_tokens)
-    small = Runnable.read(f"draft for {name}", path, config, budget, no_progress, streaming=False)
-    check_vocabulary(name, main.tokenizer, path.name, small.tokenizer)
-    return small
-
-
-def check_vocabulary(name: str, tokenizer: Tokenizer, draft: str, theirs: Tokenizer) -> None:
-    """Raises DaemonError unless the tokens of `draft` mean what those of `name` do, as far as both have them."""
-    for token in range(min(tokenizer.vocab_size, theirs.vocab_size)):
-        ours, other = tokenizer.id_to_token(token), theirs.id_to_token(token)
-        if ours != other:
-            raise DaemonError(
-                "unsupported",
-                f"draft model {draft} has another vocabulary than {name}: token {token} is {other!r}, not {ours!r}",
-                "take a smaller model of the same family",
-            )
-
-
-def least_bytes(draft: Path, config: NodeConfig) -> int:
-    """What a draft model will need at least beside the model that it guesses for. Raises DaemonError."""
-    try:
-        with open_checkpoint(draft) as checkpoint:
-            make_plan(checkpoint, config, 0, streaming=False)
-    except PlanError as error:
-        return error.least_bytes
-    raise AssertionError("nothing fits into no memory")
 
 
 def _release(name: str, budget: Budget) -> None:

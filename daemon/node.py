@@ -39,8 +39,9 @@ from .answer import Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
 from .memory import budget_of, resident_bytes, return_freed
-from .model import LoadedModel, check_vocabulary, refusal
+from .model import LoadedModel, refusal
 from .planning import Packs, Progress, no_progress, plan_within_budget
+from .runnable import check_vocabulary
 from .translate import translated
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.executor import Alone, Executor
-from shoal.daemon.model import make_plan
+from shoal.daemon.planning import make_plan
 from shoal.models.checkpoint import open_checkpoint
 from shoal.models.step import Step
 from shoal.models.transformer import Transformer

@@ -1,0 +1,110 @@
+"""A checkpoint in memory, ready to compute: what a model and the one that guesses for it have in common.
+
+Knows how plan, store, KV and executor are made within a budget. Does not know requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shoal.models.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.tokenizer import Tokenizer
+from shoal.models.transformer import Transformer
+from shoal.offload.budget import Budget
+from shoal.offload.kv import KvPool
+from shoal.offload.kv_disk import buffer_bytes
+from shoal.partition.errors import PlanError
+from shoal.partition.plan import PAGE_TOKENS, Plan, kv_token_bytes
+
+from .config import NodeConfig
+from .errors import DaemonError
+from .executor import Alone, Executor
+from .memory import bounded, forget_files, return_freed
+from .planning import Packs, Progress, make_plan, no_progress, open_store, plan_within_budget
+
+
+@dataclass(eq=False)
+class Runnable:
+    """A checkpoint ready to compute. `read_bytes_per_s`: of the disk while it was loaded, 0 when nothing streams."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    tokenizer: Tokenizer
+    executor: Executor
+    kv: KvPool
+    peak_bytes: int  # with what the KV on disk takes
+    read_bytes_per_s: float = 0.0
+
+    @classmethod
+    def read(
+        cls,
+        purpose: str,
+        path: Path,
+        config: NodeConfig,
+        budget: Budget,
+        progress: Progress,
+        *,
+        packs: Packs | None = None,
+        streaming: bool = True,
+        reserve_bytes: int = 0,
+        kv_on_disk: bool = False,
+    ) -> Runnable:
+        """Into memory that is held in the budget for `purpose`, but for `reserve_bytes` of it; when it fails, no
+        longer. `streaming`: whether its weights may come from disk, from one of `packs`. `kv_on_disk`: hold as much
+        as that takes, too."""
+        tight = bounded(config.memory_bytes)
+        with open_checkpoint(path) as checkpoint:
+            page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
+            extra_bytes = buffer_bytes(page_bytes) if kv_on_disk else 0
+            plan = plan_within_budget(
+                checkpoint, config, budget, idle_bytes=-reserve_bytes - extra_bytes, streaming=streaming
+            )
+            tokenizer = checkpoint.tokenizer()
+            checkpoint.forget_tokens()
+            return_freed()  # before the weights come, so that the peak is theirs alone
+            peak_bytes = plan.peak_bytes + extra_bytes
+            budget.hold(purpose, peak_bytes)
+            try:
+                if tight:
+                    forget_files(checkpoint.files)
+                store, speed = open_store(plan, checkpoint, packs, progress, bounded=tight)
+                transformer = Transformer(checkpoint.spec, plan.context_tokens)
+                kv = KvPool(checkpoint.spec, plan.kv)
+            except Exception:
+                budget.release(purpose)
+                raise
+            if tight:
+                forget_files(checkpoint.files)
+        executor = Executor(transformer, plan, store, kv, Alone())
+        return cls(checkpoint, plan, tokenizer, executor, kv, peak_bytes, speed)
+
+
+def read_draft(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:
+    """A second model that can guess for `main`, held in the budget beside it."""
+    config = replace(config, context_tokens=main.plan.context_tokens)
+    small = Runnable.read(f"draft for {name}", path, config, budget, no_progress, streaming=False)
+    check_vocabulary(name, main.tokenizer, path.name, small.tokenizer)
+    return small
+
+
+def check_vocabulary(name: str, tokenizer: Tokenizer, draft: str, theirs: Tokenizer) -> None:
+    """Raises DaemonError unless the tokens of `draft` mean what those of `name` do, as far as both have them."""
+    for token in range(min(tokenizer.vocab_size, theirs.vocab_size)):
+        ours, other = tokenizer.id_to_token(token), theirs.id_to_token(token)
+        if ours != other:
+            raise DaemonError(
+                "unsupported",
+                f"draft model {draft} has another vocabulary than {name}: token {token} is {other!r}, not {ours!r}",
+                "take a smaller model of the same family",
+            )
+
+
+def least_bytes(draft: Path, config: NodeConfig) -> int:
+    """What a draft model will need at least beside the model that it guesses for. Raises DaemonError."""
+    try:
+        with open_checkpoint(draft) as checkpoint:
+            make_plan(checkpoint, config, 0, streaming=False)
+    except PlanError as error:
+        return error.least_bytes
+    raise AssertionError("nothing fits into no memory")
