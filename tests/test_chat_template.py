@@ -230,11 +230,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end_early_in_one_clear_line(name: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(TemplateError) as caught:
         ChatTemplate(HOSTILE[name]).render([USER])
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 4  # they end at a size, long before the time limit
+    assert time.process_time() - started < 4  # they end at a size, long before the time limit
 
 
 @pytest.mark.parametrize(
