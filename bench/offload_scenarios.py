@@ -120,7 +120,7 @@ def _decode(engine: Capped, tokens: int) -> tuple[float, float]:
 
 def _in_memory(run: Run, sizes: Sizes) -> float:
     """Seconds per token of the engine without budget and group."""
-    with run.engines(("shoal",), context=sizes.prompt + sizes.new + 8) as (engine,):
+    with run.engines(("shoal",), context=sizes.prompt + 4 * sizes.new + 8) as (engine,):
         engine.call("begin", streams=1, tokens=sizes.prompt, seed=0)
         engine.call("advance", tokens=WARM_TOKENS)
         return float(engine.call("advance", tokens=4 * sizes.new)["seconds"]) / (4 * sizes.new)

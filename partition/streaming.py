@@ -2,7 +2,7 @@
 
 Every token needs every dense block, in the same order, so which of them stay makes no difference to the bytes that are
 read: as many stay as fit, spread evenly, so that what is read passes while pinned neighbours compute. Of the blocks the
-largest kind is pinned first, because the window must hold two of the largest that stream. Rows of an embedding are
+largest kind is pinned first, because the window must hold the largest that streams. Rows of an embedding are
 gathered, so it need not stay. Experts are asked for in no order: they get equal slots after everything else has its
 place.
 
@@ -21,8 +21,8 @@ from .spec import BlockId, ModelSpec
 
 KV_SHARE = 8  # of memory goes to the KV pool: an eighth, but one context at least
 SCRATCH_SHARE = 12  # goes to long steps: a twelfth
-WINDOW_SHARE = 10  # goes to the window: a tenth, within WINDOW_BLOCKS
-WINDOW_BLOCKS = (2, 3)  # least and most of the largest streamed blocks in the window; more does not help
+WINDOW_SHARE = 4  # goes to the window: a quarter, within WINDOW_BLOCKS
+WINDOW_BLOCKS = (1, 2)  # least and most of the largest streamed blocks in the window; more does not help
 PART_TOKENS = (32, 64, 256)  # rows in a block together: least; enough to lengthen steps instead; most
 READING_BYTES = 16 << 20  # what reading itself holds: rows of the embedding, ends of huge pages
 _SEARCH_BYTES = 1 << 20  # how exactly the least memory is told

@@ -170,7 +170,7 @@ def test_never_over_budget_and_more_memory_never_streams_more(
         streamed = [
             b.nbytes for b in made.blocks if b.tier == "disk" and b.block.kind not in ("embed", "expert")
         ]
-        assert made.window_bytes >= min(sum(streamed), 2 * max(streamed, default=0))
+        assert made.window_bytes >= max(streamed, default=0)
         assert made.chunk_tokens >= asked.chunk_tokens
         assert made.kv.tokens >= 512
         if before is not None:
