@@ -9,21 +9,20 @@ everything is read for every token. Half of the bytes that float32 would take; r
 from __future__ import annotations
 
 import tempfile
-import time
 from typing import Any
 
 import accelerate
 import torch
 import transformers
 import worker
+from engine_transformers import Transformers
 from transformers import AutoModelForCausalLM
 
-OWN_BYTES = (
-    1_200_000_000  # torch, transformers, the module in flight and the page cache that it is read through
-)
+# torch, transformers, the module in flight and the page cache that it is read through
+OWN_BYTES = 1_200_000_000
 
 
-class Accelerate:
+class Accelerate(Transformers):
     """The engine of `worker.Engine`, for one stream."""
 
     def load(self, model: str, context: int, streams: int, threads: int, memory: int = 0) -> dict[str, Any]:
@@ -47,28 +46,6 @@ class Accelerate:
             "kernels": "bfloat16",
             "modules": {place: places.count(place) for place in sorted(set(places), key=str)},
         }
-
-    @torch.inference_mode()
-    def begin(self, streams: int, tokens: int, seed: int) -> dict[str, float]:
-        started_s = time.perf_counter()
-        ids = torch.tensor(worker.prompts(streams, tokens, self._vocab, seed))
-        self._step(ids, None)
-        return {"seconds": time.perf_counter() - started_s, "tokens": streams * tokens}
-
-    @torch.inference_mode()
-    def advance(self, tokens: int) -> dict[str, float]:
-        started_s = time.perf_counter()
-        for _ in range(tokens):
-            self._step(self._last, self._cache)
-        return {"seconds": time.perf_counter() - started_s, "tokens": tokens * len(self._last)}
-
-    def end(self) -> None:
-        self._cache = None
-
-    def _step(self, ids: torch.Tensor, cache: Any) -> None:
-        out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self._cache = out.past_key_values
-        self._last = out.logits[:, -1].argmax(-1, keepdim=True)
 
 
 if __name__ == "__main__":

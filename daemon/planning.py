@@ -18,9 +18,9 @@ from shoal.offload.pack_layout import layout
 from shoal.offload.store import BlockStore, ResidentStore
 from shoal.offload.window_store import WindowStore
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import PAGE_TOKENS, Plan, kv_token_bytes, plan_in_ram
+from shoal.partition.plan import PAGE_TOKENS, Plan, Wanted, kv_token_bytes, plan_in_ram
 from shoal.partition.spec import BlockId
-from shoal.partition.streaming import KV_SHARE, Wanted, plan_within
+from shoal.partition.streaming import KV_SHARE, plan_within
 
 from .config import NodeConfig
 from .errors import DaemonError
@@ -159,22 +159,16 @@ def _contexts(checkpoint: Checkpoint, config: NodeConfig) -> Iterator[int]:
 
 
 def _plan_in_ram(checkpoint: Checkpoint, config: NodeConfig, context: int, memory_bytes: int) -> Plan:
-    return plan_in_ram(
-        checkpoint.spec,
-        {block: checkpoint.block_bytes(block) for block in checkpoint.spec.blocks()},
-        context_tokens=context,
-        kv_tokens=config.kv_tokens,
-        kv_type=config.kv_type,
-        chunk_tokens=config.chunk_tokens,
-        sequences=config.max_sequences,
-        guesses=config.max_guesses,
-        threads=config.thread_count,
-        memory_bytes=memory_bytes,
-    )
+    block_bytes = {block: checkpoint.block_bytes(block) for block in checkpoint.spec.blocks()}
+    return plan_in_ram(_wanted(checkpoint, config, context), block_bytes, memory_bytes=memory_bytes)
 
 
 def _plan_within(checkpoint: Checkpoint, config: NodeConfig, context: int, memory_bytes: int) -> Plan:
-    wanted = Wanted(
+    return plan_within(_wanted(checkpoint, config, context), *extents(checkpoint), memory_bytes=memory_bytes)
+
+
+def _wanted(checkpoint: Checkpoint, config: NodeConfig, context: int) -> Wanted:
+    return Wanted(
         checkpoint.spec,
         context_tokens=context,
         kv_tokens=config.kv_tokens,
@@ -184,4 +178,3 @@ def _plan_within(checkpoint: Checkpoint, config: NodeConfig, context: int, memor
         guesses=config.max_guesses,
         threads=config.thread_count,
     )
-    return plan_within(wanted, *extents(checkpoint), memory_bytes=memory_bytes)

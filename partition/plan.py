@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .errors import PlanError
 from .spec import BlockId, ModelSpec
@@ -158,42 +158,43 @@ def arena_slack(nbytes: int) -> int:
     return nbytes // 64
 
 
-def plan_in_ram(
-    spec: ModelSpec,
-    block_bytes: Mapping[BlockId, int],
-    *,
-    context_tokens: int,
-    kv_tokens: int | None,
-    kv_type: str,
-    chunk_tokens: int,
-    sequences: int,
-    guesses: int,
-    threads: int,
-    memory_bytes: int,
-) -> Plan:
+class Wanted(NamedTuple):
+    """What is asked of a plan, whatever memory there is. `kv_tokens` None: as memory allows."""
+
+    spec: ModelSpec
+    context_tokens: int
+    kv_tokens: int | None
+    kv_type: str
+    chunk_tokens: int  # of prompts in one step; where weights are streamed, the least
+    sequences: int
+    guesses: int
+    threads: int
+
+
+def plan_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int], *, memory_bytes: int) -> Plan:
     """The plan "one rank, everything in RAM" within `memory_bytes`.
 
     `kv_tokens` None gives every sequence a full context as far as half of the memory left allows, so that another
     model fits beside it; at least one sequence always gets its full context.
     Raises PlanError with the bytes needed when weights and one full context do not fit.
     """
-    page_bytes = PAGE_TOKENS * kv_token_bytes(spec, kv_type)
+    page_bytes = PAGE_TOKENS * kv_token_bytes(wanted.spec, wanted.kv_type)
     weights = sum(block_bytes.values())
-    per_sequence = -(-context_tokens // PAGE_TOKENS)
+    per_sequence = -(-wanted.context_tokens // PAGE_TOKENS)
     scratch = arena_slack(weights) + scratch_bytes(
-        spec,
-        context_tokens=context_tokens,
-        chunk_tokens=chunk_tokens,
-        sequences=sequences,
-        guesses=guesses,
+        wanted.spec,
+        context_tokens=wanted.context_tokens,
+        chunk_tokens=wanted.chunk_tokens,
+        sequences=wanted.sequences,
+        guesses=wanted.guesses,
     )
     least = weights + scratch + per_sequence * page_bytes
-    if kv_tokens is not None:
-        pages = -(-kv_tokens // PAGE_TOKENS)
+    if wanted.kv_tokens is not None:
+        pages = -(-wanted.kv_tokens // PAGE_TOKENS)
         least = weights + scratch + pages * page_bytes
     else:
         room = memory_bytes - weights - scratch
-        pages = max(per_sequence, min(per_sequence * sequences, room // 2 // page_bytes))
+        pages = max(per_sequence, min(per_sequence * wanted.sequences, room // 2 // page_bytes))
     if least > memory_bytes:
         raise PlanError(
             f"needs {least / 1e6:,.0f} MB ({weights / 1e6:,.0f} MB of weights, {pages * PAGE_TOKENS:,} tokens of KV, "
@@ -201,12 +202,12 @@ def plan_in_ram(
             least,
         )
     return Plan(
-        blocks=tuple(BlockPlan(block, block_bytes[block]) for block in spec.blocks()),
-        kv=KvPlan(pages, PAGE_TOKENS, kv_type, pages * page_bytes),
-        context_tokens=context_tokens,
-        chunk_tokens=chunk_tokens,
-        sequences=sequences,
-        guesses=guesses,
-        threads=threads,
+        blocks=tuple(BlockPlan(block, block_bytes[block]) for block in wanted.spec.blocks()),
+        kv=KvPlan(pages, PAGE_TOKENS, wanted.kv_type, pages * page_bytes),
+        context_tokens=wanted.context_tokens,
+        chunk_tokens=wanted.chunk_tokens,
+        sequences=wanted.sequences,
+        guesses=wanted.guesses,
+        threads=wanted.threads,
         scratch_bytes=scratch,
     )

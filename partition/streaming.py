@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .errors import PlanError
-from .plan import PAGE_TOKENS, BlockPlan, KvPlan, Plan, kv_token_bytes, scratch_bytes
+from .plan import PAGE_TOKENS, BlockPlan, KvPlan, Plan, Wanted, kv_token_bytes, scratch_bytes
 from .spec import BlockId, ModelSpec
 
 KV_SHARE = 8  # of memory goes to the KV pool: an eighth, but one context at least
@@ -26,19 +26,6 @@ WINDOW_BLOCKS = (1, 2)  # least and most of the largest streamed blocks in the w
 PART_TOKENS = (32, 64, 256)  # rows in a block together: least; enough to lengthen steps instead; most
 READING_BYTES = 16 << 20  # what reading itself holds: rows of the embedding, ends of huge pages
 _SEARCH_BYTES = 1 << 20  # how exactly the least memory is told
-
-
-class Wanted(NamedTuple):
-    """What is asked of a plan, whatever memory there is. `kv_tokens` None: as memory allows."""
-
-    spec: ModelSpec
-    context_tokens: int
-    kv_tokens: int | None
-    kv_type: str
-    chunk_tokens: int  # the least that a long step must hold
-    sequences: int
-    guesses: int
-    threads: int
 
 
 def plan_within(

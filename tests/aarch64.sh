@@ -14,7 +14,7 @@ done
 if [ ! -e "$ARM/.installed" ]; then
     echo "Fetching an ARM Python into .aarch64 (once; a few minutes)"
     rm -rf "$ARM"
-    mkdir -p "$ARM"/apt/lists/partial "$ARM"/apt/cache/archives/partial "$ARM"/root
+    mkdir -p "$ARM"/apt/lists/partial "$ARM"/apt/cache/archives/partial "$ARM"/sysroot
     touch "$ARM/apt/status"
     export APT_CONFIG="$ARM/apt.conf"
     cat >"$APT_CONFIG" <<END
@@ -28,8 +28,8 @@ Debug::NoLocking "true";
 END
     apt-get -qq update
     apt-get -qq install --download-only -y --no-install-recommends python3 libstdc++6 libgomp1 2>/dev/null
-    for package in "$ARM"/apt/cache/archives/*.deb; do dpkg -x "$package" "$ARM/root"; done
-    version=$(cd "$ARM/root/usr/bin" && ls python3.* | grep -o '3\.[0-9]*' | head -1)
+    for package in "$ARM"/apt/cache/archives/*.deb; do dpkg -x "$package" "$ARM/sysroot"; done
+    version=$(cd "$ARM/sysroot/usr/bin" && ls python3.* | grep -o '3\.[0-9]*' | head -1)
     wheels() {
         .venv/bin/python -m pip --disable-pip-version-check install -q --target "$ARM/site" --no-deps \
             --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux2014_aarch64 \
@@ -45,7 +45,7 @@ _PYTHON_HOST_PLATFORM=linux-aarch64 CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-g
     LDSHARED="aarch64-linux-gnu-gcc -shared" \
     .venv/bin/python setup.py -q build_ext --build-lib build/aarch64 --build-temp build/aarch64/objects
 export SHOAL_TEST_LIBRARY=build/aarch64/shoal/kernels/libshoal.so
-export PYTHONPATH="$PWD/.typing:$ARM/site" QEMU_LD_PREFIX="$ARM/root"
+export PYTHONPATH="$PWD/.typing:$ARM/site" QEMU_LD_PREFIX="$ARM/sysroot"
 # The deselected test starts a second Python, which only a system with binfmt_misc emulates.
-qemu-aarch64 "$ARM"/root/usr/bin/python3 -m pytest -p no:cacheprovider "$@" tests/test_kernels_*.py \
+qemu-aarch64 "$ARM"/sysroot/usr/bin/python3 -m pytest -p no:cacheprovider "$@" tests/test_kernels_*.py \
     --deselect tests/test_kernels_native.py::test_the_environment_names_the_home </dev/null

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import PAGE_TOKENS, Plan, kv_token_bytes, plan_in_ram, scratch_bytes
+from shoal.partition.plan import PAGE_TOKENS, Plan, Wanted, kv_token_bytes, plan_in_ram, scratch_bytes
 from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
 
 SPEC = ModelSpec(
@@ -27,21 +27,17 @@ BLOCK_BYTES = 1 << 20
 
 
 def plan(memory_bytes: int = 1 << 30, **changes: Any) -> Plan:
-    options = {
-        "context_tokens": 1000,
-        "kv_tokens": None,
-        "chunk_tokens": 128,
-        "sequences": 4,
-        "guesses": 8,
-        "threads": 2,
-    }
-    return plan_in_ram(
+    wanted = Wanted(
         SPEC,
-        dict.fromkeys(SPEC.blocks(), BLOCK_BYTES),
+        context_tokens=1000,
+        kv_tokens=None,
         kv_type="f16",
-        memory_bytes=memory_bytes,
-        **{**options, **changes},
-    )
+        chunk_tokens=128,
+        sequences=4,
+        guesses=8,
+        threads=2,
+    )._replace(**changes)
+    return plan_in_ram(wanted, dict.fromkeys(SPEC.blocks(), BLOCK_BYTES), memory_bytes=memory_bytes)
 
 
 def test_the_peak_is_weights_kv_and_scratch() -> None:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import Plan
+from shoal.partition.plan import Plan, Wanted
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
-from shoal.partition.streaming import PART_TOKENS, Wanted, plan_within
+from shoal.partition.streaming import PART_TOKENS, plan_within
 
 MB = 1 << 20
 
