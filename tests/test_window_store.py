@@ -307,11 +307,10 @@ def test_a_process_that_was_stopped_does_not_take_its_disk_for_dead(
     """The clock goes on while nobody runs: whoever waits may look at it before the reader comes back."""
     clock = itertools.count(step=1000)
     monkeypatch.setattr(readers, "LOOK_S", 0.001)
-    with Streaming(tied.path, tied.pack) as streaming:
-        with monkeypatch.context() as patch:
-            patch.setattr(time, "monotonic", lambda: float(next(clock)))
-            faulty.slow_s = 0.01
-            assert torch.equal(run(streaming, tied.ids), tied.expected)
+    with Streaming(tied.path, tied.pack) as streaming, monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: float(next(clock)))
+        faulty.slow_s = 0.01
+        assert torch.equal(run(streaming, tied.ids), tied.expected)
 
 
 def test_what_a_reader_meets_unexpectedly_is_raised_where_it_is_waited_for(
