@@ -94,7 +94,7 @@ def test_streamed_answers_are_those_from_memory(node: Node, path: Path) -> None:
 
 def test_a_prompt_longer_than_a_chunk_of_memory_passes_once(node: Node, path: Path) -> None:
     node.load(Load(model=str(path)))
-    model = next(iter(node._models.values()))
+    model = next(iter(node._models))
     assert model.plan.chunk_tokens >= 40 > CONFIG.chunk_tokens
     steps = []
     step = model.engine._executor.forward
