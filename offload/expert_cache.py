@@ -49,6 +49,9 @@ class ExpertCache:
         self._weight *= self._growth
         if self._weight > LARGEST_WEIGHT:
             self._rescale()
+        for block in self._expected:
+            if (passage := self._held.get(block)) is not None and passage.error is not None:
+                self._discard(passage)  # the step that this was read for is over: it is read again
         self._expected = {block: i for i, block in enumerate(blocks) if block in self._extents}
         self._done, self._wanted = 0, -1
         for block in self._expected:
@@ -84,12 +87,9 @@ class ExpertCache:
         return chunk
 
     def leave(self, passage: Passage) -> None:
-        """It has been used for now. One that failed gives its slot back once no read writes there."""
+        """It has been used for now, or it failed."""
         if passage.error is not None:
-            passage.left = True
-            if passage is self._reading:
-                self._reading = None
-            self.ended(passage)
+            self._discard(passage)
             return
         self._clock += 1
         self._used[passage.block] = self._clock
@@ -100,7 +100,15 @@ class ExpertCache:
         """A read of the passage has ended."""
         if passage.here:
             self._offer(passage.block)  # it may never be acquired
-        elif passage.left and passage.quiet and self._held.get(passage.block) is passage:
+        elif passage.left or (passage.error is not None and passage.block not in self._expected):
+            self._discard(passage)
+
+    def _discard(self, passage: Passage) -> None:
+        """One that failed gives its slot back, once no read writes there."""
+        passage.left = True
+        if passage is self._reading:
+            self._reading = None
+        if passage.quiet and self._held.get(passage.block) is passage:
             self._evict(passage.block)
 
     def _place(self, order: int) -> int | None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.offload.expert_cache import ExpertCache
-from shoal.offload.window import Extent, Passage
+from shoal.offload.window import Chunk, Extent, Passage
 from shoal.partition.spec import BlockId
 
 SIZE = 4096
@@ -144,3 +144,30 @@ def test_a_failed_expert_is_read_again() -> None:
     simulation = Simulation(cache)
     simulation.use([block], 1)
     assert simulation.reads == 1
+
+
+def test_experts_that_failed_before_anyone_wanted_them_do_not_keep_their_slots() -> None:
+    """A disk that is away for a while: all that was read ahead failed, the step ended at the first of it."""
+    cache = cache_of(4, 1, 12)
+    cache.expect([BlockId("expert", 0, i) for i in range(4)])
+    chunks = [cache.next_read(SIZE) for _ in range(4)]
+    for chunk in chunks[:3]:  # the last read is still under way when the next step begins
+        fail(cache, chunk)
+    first = cache.want(BlockId("expert", 0, 0))
+    assert first is not None
+    assert first.error
+    cache.leave(first)
+    others = [BlockId("expert", 0, i) for i in range(8, 12)]
+    cache.expect(others)
+    fail(cache, chunks[3])
+    simulation = Simulation(cache)
+    simulation.use(others, 4)
+    simulation.use([BlockId("expert", 0, i) for i in range(4)], 4)
+    assert simulation.reads == 8, "what failed is read again, not told again"
+
+
+def fail(cache: ExpertCache, chunk: Chunk | None) -> None:
+    assert chunk is not None
+    chunk.passage.error = OSError("broken")
+    chunk.passage.landed += chunk.nbytes
+    cache.ended(chunk.passage)

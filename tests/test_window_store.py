@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from dataclasses import replace
@@ -298,6 +299,19 @@ def test_a_dead_disk_is_an_error(tied: Case, faulty: Faulty, monkeypatch: pytest
         with pytest.raises(StoreError, match="nothing could be read"):
             run(streaming, tied.ids)
         gate.set()
+
+
+def test_a_process_that_was_stopped_does_not_take_its_disk_for_dead(
+    tied: Case, faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock goes on while nobody runs: whoever waits may look at it before the reader comes back."""
+    clock = itertools.count(step=1000)
+    monkeypatch.setattr(readers, "LOOK_S", 0.001)
+    with Streaming(tied.path, tied.pack) as streaming:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda: float(next(clock)))
+            faulty.slow_s = 0.01
+            assert torch.equal(run(streaming, tied.ids), tied.expected)
 
 
 def test_what_a_reader_meets_unexpectedly_is_raised_where_it_is_waited_for(
