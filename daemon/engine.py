@@ -73,6 +73,11 @@ class Engine:
         with self._lock:
             self.scheduler.cancel(sequence)
 
+    def expire(self) -> None:
+        """End what is past its deadline, also in the middle of a step, which may wait for a disk."""
+        with self._lock:
+            self.scheduler.expire(self._clock())
+
     def fail_all(self, error: Exception) -> None:
         """End everything, for instance because the model goes away."""
         with self._lock:

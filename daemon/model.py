@@ -160,6 +160,11 @@ class LoadedModel:
     def draft_path(self) -> Path | None:
         return self.draft.checkpoint.path if self.draft else None
 
+    def interrupt(self, error: DaemonError) -> None:
+        """End all that it answers with `error`, and a step that waits for a disk with it. It answers nothing more."""
+        self.engine.fail_all(error)
+        self.executor.store.close()
+
     def release(self, budget: Budget) -> None:
         """End a step under way, keep its KV on disk and give the budget back; the memory follows when the last
         reference goes. Idempotent."""

@@ -152,7 +152,8 @@ class Readers:
             if passage is not None and passage.error is not None:
                 region.policy.leave(passage)
                 self._work.notify()
-                raise passage.error
+                # not the passage's own, whose traceback would keep the passage, and its memory, in a ring
+                raise type(passage.error)(*passage.error.args)
             if passage is not None and passage.here:
                 return passage
             if not self._landed.wait(LOOK_S):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +177,26 @@ def test_a_read_error_is_the_step_s_and_later_steps_try_again(
                 until_it_is_read()
         faulty.bad = None
         assert torch.equal(run(streaming, case.ids), case.expected)
+
+
+def test_reads_that_fail_keep_no_memory(tied: Case, faulty: Faulty) -> None:
+    with Streaming(tied.path, tied.pack) as streaming:
+        assert streaming.store._embedding is not None
+        region = streaming.store._embedding.region
+        memory = region.memory
+        faulty.bad = (0, tied.pack.manifest.nbytes)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(2):
+                with pytest.raises(StoreError) as caught:
+                    run(streaming, tied.ids)
+                failed = weakref.ref(caught.value)
+                del caught
+                assert failed() is None, "nothing but the collector would free it, and all it refers to"
+        finally:
+            gc.enable()
+        assert region.memory is memory, "no read was under way any more"
 
 
 class Sink:
