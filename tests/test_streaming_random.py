@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from running import Running
 from torch import Tensor
 
@@ -30,13 +28,11 @@ from shoal.offload import readers
 from shoal.offload.kv import KvPool
 from shoal.offload.kv_disk import KvDisk
 from shoal.offload.kv_disk_file import KvFile
-from shoal.offload.pack import Pack
 from shoal.offload.pack_build import build_pack
 from shoal.offload.prefix import PrefixCache
 from shoal.offload.window_store import WindowStore
 from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan, Wanted
-from shoal.partition.spec import BlockId, ModelSpec
 from shoal.partition.streaming import plan_within
 
 CONTEXT = 320
