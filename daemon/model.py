@@ -141,6 +141,12 @@ class LoadedModel:
     def draft_path(self) -> Path | None:
         return self.draft.checkpoint.path if self.draft else None
 
+    @property
+    def damaged(self) -> bool:
+        """Whether it can only be loaded again: its pack was found altered. What it answers ends with the steps that
+        need what is wrong."""
+        return self.executor.store.damaged
+
     def interrupt(self, error: DaemonError) -> None:
         """End all that it answers with `error`, and a step that waits for a disk with it. It answers nothing more."""
         self.engine.fail_all(error)

@@ -193,6 +193,7 @@ class Node:
                 known is not None
                 and request.context in (None, known.plan.context_tokens)
                 and draft == known.draft_path
+                and not known.damaged
             ):
                 return Loaded(model=known.status(), seconds=0.0)
             config = self.config
@@ -200,9 +201,12 @@ class Node:
                 config = config.with_context(request.context)
             if known is not None:
                 self._check_reload(known, config, draft)
+                name = known.name
                 self._models.drop(known)
                 known = None  # or it would stay in memory beside its successor
-            name = self._models.free_name(path.name if str(path) == request.model else request.model, path)
+            else:
+                wanted = path.name if str(path) == request.model else request.model
+                name = self._models.free_name(wanted, path)
             model = self._load_with_room(name, path, draft, config, progress)
             self._models.add(model)
         log.info("loaded %s: %s", name, model.plan.describe())
@@ -309,10 +313,15 @@ class Node:
         with self._wake:
             self._check_open()
             model = self._models.pick(name)
-        if model is None:
-            if not name:
-                raise DaemonError("not_found", "no model is loaded", "name one, or load one first")
-            self.load(Load(model=name))
+        if model is None and not name:
+            raise DaemonError("not_found", "no model is loaded", "name one, or load one first")
+        if model is None or (model.damaged and not model.engine.busy):
+            load = Load(model=name)
+            if model is not None:
+                load = Load(model=str(model.checkpoint.path), context=model.plan.context_tokens)
+                name = model.name
+                model = None  # or it would stay in memory beside its successor
+            self.load(load)
             with self._wake:
                 model = self._models.pick(name)
         if model is None:

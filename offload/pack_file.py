@@ -132,9 +132,8 @@ def stored_checksum(descriptor: int, direct: bool, buffer: Tensor, offset: int, 
 
 
 def damaged_blocks(pack: Pack, progress: Progress = no_progress) -> list[BlockId]:
-    """Reads all of a pack: the blocks whose bytes are not those that were written. `progress(bytes done, in all)`.
-
-    A tied embedding is its head's slices. Raises OSError.
+    """Reads all of a pack: the blocks whose bytes are not those that were written, or cannot be read. `progress(bytes
+    done, in all)`. A tied embedding is its head's slices. Raises OSError where it cannot be opened.
     """
     slices = [item for item in pack.blocks.values() if item.block.kind == "head"]
     descriptor, direct = _open(pack.path, os.O_RDONLY)
@@ -145,7 +144,11 @@ def damaged_blocks(pack: Pack, progress: Progress = no_progress) -> list[BlockId
             progress(item.offset, pack.manifest.nbytes)
             if item.block.kind == "embed" and item.offset == slices[0].offset:
                 continue
-            if stored_checksum(descriptor, direct, buffer, item.offset, item.nbytes) != item.checksum:
+            try:
+                found = stored_checksum(descriptor, direct, buffer, item.offset, item.nbytes)
+            except OSError:
+                found = None
+            if found != item.checksum:
                 damaged.append(item.block)
     finally:
         os.close(descriptor)

@@ -196,6 +196,8 @@ class Readers:
         try:
             self._file.read(passage.offset + start, memory[start : start + nbytes])
         except (OSError, EOFError) as caught:
+            if isinstance(caught, EOFError):
+                self.pack.condemn()
             reason = caught.strerror if isinstance(caught, OSError) else str(caught)
             error = StoreError(
                 f"block {passage.block}: {nbytes} bytes from byte {passage.offset + start} of {self.pack.path} "
@@ -211,6 +213,7 @@ class Readers:
             try:
                 self.pack.check(passage.block, memory)
             except OffloadError as caught:
+                self.pack.condemn()
                 error = caught
             with self._lock:
                 passage.error = error

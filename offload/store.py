@@ -34,6 +34,11 @@ class BlockStore(Protocol):
         """Time that `acquire` and `rows` have waited since the store was ready."""
         ...
 
+    @property
+    def damaged(self) -> bool:
+        """Whether what it reads from was found to be another than was written: it is no good any more."""
+        ...
+
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         """A block's weights for the length of a `with`. Raises OffloadError when they cannot be read."""
         ...
@@ -80,6 +85,7 @@ class ResidentStore:
     """Every block of the plan in RAM. A head that is tied to the embedding shares its bytes."""
 
     stall_s = 0.0
+    damaged = False
 
     def __init__(self, blocks: Mapping[BlockId, Weights]) -> None:
         embed, head = blocks[BlockId("embed")], blocks[BlockId("head")]

@@ -102,6 +102,10 @@ class WindowStore:
     def stall_s(self) -> float:
         return self._readers.stall_s
 
+    @property
+    def damaged(self) -> bool:
+        return self._readers.pack.damaged
+
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         self._done = self._place.get(block, self._done)
         if (kept := self._kept.get(block)) is not None:

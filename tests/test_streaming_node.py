@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,3 +232,38 @@ def test_a_node_that_is_closed_packs_no_further(path: Path, tmp_path: Path) -> N
     with pytest.raises(DaemonError, match="is stopping"):
         node.load(Load(model=str(path)), closing)
     assert heard == ["packing"]
+
+
+def test_a_pack_that_was_altered_fails_what_needs_it_and_is_made_anew(
+    node: Node, path: Path, packs: Packs
+) -> None:
+    node.load(Load(model=str(path)))
+    expected = ids(node, asked(1))[0]
+    node.unload(Unload(model=str(path)))
+    with open_checkpoint(path) as checkpoint:
+        pack = packs.get(checkpoint)
+    block = pack.blocks[next(b for b in pack.blocks if b.kind == "ffn" and b.layer == 2)]
+    with pack.path.open("r+b") as file:
+        file.seek(block.offset + 100)
+        file.write(b"altered")
+    told = rf"block {block.block} was altered: .* packed anew when it is loaded next"
+    with pytest.raises(DaemonError, match=told) as refused:
+        ids(node, asked(1, model=str(path)))
+    assert refused.value.code == "corrupt"
+    assert ids(node, asked(1, model=str(path)))[0] == expected
+    assert packs.verify(pack.path.parent) == []
+
+
+def test_a_pack_that_is_cut_off_while_it_streams_is_made_anew(node: Node, path: Path, packs: Packs) -> None:
+    status = node.load(Load(model=str(path))).model
+    expected = ids(node, asked(1))[0]
+    with open_checkpoint(path) as checkpoint:
+        pack = packs.get(checkpoint)
+    os.truncate(pack.path, pack.manifest.vectors.nbytes)
+    for number in range(2, 5):
+        with suppress(DaemonError):  # or it was noticed by reading ahead, between two requests
+            ids(node, asked(number))
+    assert ids(node, asked(1))[0] == expected
+    assert packs.verify(pack.path.parent) == []
+    again = node.status().models
+    assert [(model.name, model.context_tokens) for model in again] == [(status.name, status.context_tokens)]
