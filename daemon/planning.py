@@ -77,18 +77,25 @@ def make_plan(
 
 
 def plan_within_budget(
-    checkpoint: Checkpoint, config: NodeConfig, budget: Budget, *, idle_bytes: int = 0, streaming: bool = True
+    checkpoint: Checkpoint,
+    config: NodeConfig,
+    budget: Budget,
+    *,
+    idle_bytes: int = 0,
+    extra_bytes: int = 0,
+    streaming: bool = True,
 ) -> Plan:
-    """The plan within what the budget has left, and `idle_bytes` that could be given back. Raises as `make_plan`, with
-    the least budget that would do."""
-    free = budget.free_bytes + idle_bytes
+    """The plan within what the budget has left, and `idle_bytes` that could be given back, less `extra_bytes` that go
+    with it: for KV on its way to disk and a draft model. Raises as `make_plan`, with the least budget that would do."""
+    free = max(0, budget.free_bytes + idle_bytes - extra_bytes)
     try:
         return make_plan(checkpoint, config, free, streaming=streaming)
     except PlanError as error:
         own = budget.held_by(PROCESS)
         others = budget.held_bytes - idle_bytes - own
-        least = error.least_bytes + own + others
+        least = error.least_bytes + extra_bytes + own + others
         beside = f"{own / 1e6:,.0f} MB for the process itself"
+        beside += f", {extra_bytes / 1e6:,.0f} MB for its KV on disk or draft" if extra_bytes else ""
         beside += f", {others / 1e6:,.0f} MB for other models" if others else ""
         raise PlanError(
             f"needs {least / 1e6:,.0f} MB ({error.least_bytes / 1e6:,.0f} MB, {beside}), but the budget is "

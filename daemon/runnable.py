@@ -58,7 +58,7 @@ class Runnable:
             page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
             extra_bytes = buffer_bytes(page_bytes) if kv_on_disk else 0
             plan = plan_within_budget(
-                checkpoint, config, budget, idle_bytes=-reserve_bytes - extra_bytes, streaming=streaming
+                checkpoint, config, budget, extra_bytes=reserve_bytes + extra_bytes, streaming=streaming
             )
             tokenizer = checkpoint.tokenizer()
             checkpoint.forget_tokens()

@@ -145,6 +145,15 @@ def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) ->
         assert [model.name for model in node.status().models] == ["tiny.gguf"]
 
 
+def test_what_goes_with_a_model_is_told_apart_from_other_models(path: Path, tmp_path: Path) -> None:
+    with Node(NodeConfig(context_tokens=96), kv_root=tmp_path) as node:
+        node.budget.limit_bytes = node.budget.held_bytes - 1
+        with pytest.raises(DaemonError, match=r"\d+ MB for its KV on disk or draft\)") as refused:
+            node.load(Load(model=str(path)))
+        assert "leaves 0 MB" in str(refused.value)
+        assert "other models" not in str(refused.value)
+
+
 def test_too_little_memory_is_refused_with_the_figure(path: Path) -> None:
     with Node(NodeConfig(context_tokens=96, memory_bytes=32 << 20)) as node:
         with pytest.raises(DaemonError, match=r"needs \d+ MB .* budget is 34 MB") as caught:
