@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,7 @@ from .errors import DaemonError
 from .memory import budget_of, resident_bytes, return_freed
 from .model import LoadedModel, refusal
 from .planning import Packs, Progress, no_progress, plan_within_budget
+from .reference import Reference
 from .runnable import check_vocabulary
 from .translate import translated
 
@@ -182,8 +184,9 @@ class Node:
         began_s = self._clock()
         with self._loading:
             self._check_open()
-            path = self._resolve(request.model)
-            known = self._loaded_from(path)
+            wanted = Reference.parse(request.model)
+            path = self._resolve(wanted.model)
+            known = self._loaded_from(Reference(str(path), wanted.quant))
             draft = self._resolve(request.draft) if request.draft is not None else None
             if known is not None:
                 draft = draft or known.draft_path
@@ -193,14 +196,13 @@ class Node:
                 and draft == known.draft_path
             ):
                 return Loaded(model=known.status(), seconds=0.0)
-            config = self.config
-            if request.context is not None:
-                config = config.with_context(request.context)
+            context = request.context or self.config.context_tokens
+            config = replace(self.config, context_tokens=context, quant=wanted.quant)
             if known is not None:
                 self._check_reload(known, config, draft)
                 self._drop(known)
                 known = None  # or it would stay in memory beside its successor
-            name = self._free_name(path.name if str(path) == request.model else request.model, path)
+            name = self._free_name(wanted, path)
             model = self._load_with_room(name, path, draft, config, progress)
             with self._wake:
                 self._models[name] = model
@@ -312,17 +314,18 @@ class Node:
         if not name:
             return max(self._models.values(), key=lambda model: model.used_s, default=None)
         return self._models.get(name) or next(
-            (model for model in self._models.values() if str(model.checkpoint.path) == name), None
+            (model for model in self._models.values() if str(model.reference) == name), None
         )
 
-    def _loaded_from(self, path: Path) -> LoadedModel | None:
+    def _loaded_from(self, reference: Reference) -> LoadedModel | None:
         with self._wake:
-            return next((m for m in self._models.values() if m.checkpoint.path == path), None)
+            return next((m for m in self._models.values() if m.reference == reference), None)
 
-    def _free_name(self, name: str, path: Path) -> str:
-        """`name`, or the whole path when another file of that name is loaded."""
+    def _free_name(self, wanted: Reference, path: Path) -> str:
+        """As it was asked for, a path by its end, or the whole path when another file of that name is loaded."""
+        name = str(wanted._replace(model=path.name) if wanted.model == str(path) else wanted)
         with self._wake:
-            return str(path) if name in self._models else name
+            return str(wanted._replace(model=str(path))) if name in self._models else name
 
     def _check_reload(self, model: LoadedModel, config: NodeConfig, draft: Path | None) -> None:
         """Raises DaemonError when `model` could not be loaded again like this, before it is dropped."""
