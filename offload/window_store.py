@@ -54,8 +54,11 @@ class WindowStore:
         cycle = _extents(pack, [block for block in streamed if block.kind not in ("embed", "expert")])
         experts = _extents(pack, [block for block in streamed if block.kind == "expert"])
         pinned = [item.block for item in plan.blocks if item.tier == "ram"]
-        self._embed_pinned = BlockId("embed") in pinned
-        self._pinned = _extents(pack, [block for block in pinned if block.kind != "embed" or not pack.tied])
+        tables = {block for block in pack.blocks if block.kind in ("embed", "head")}
+        self._embed_is_head = pack.tied and tables <= set(pinned)
+        self._pinned = _extents(
+            pack, [block for block in pinned if block.kind != "embed" or not self._embed_is_head]
+        )
         if any(extent.nbytes > plan.window_bytes for extent in cycle):
             raise StoreError(f"a window of {plan.window_bytes} bytes cannot hold the largest block streamed")
         if experts and not plan.expert_slots:
@@ -143,9 +146,7 @@ class WindowStore:
             progress(passage.position + passage.nbytes, total)
 
         self._pins.fetch(self._readers, passages, keep)
-        if (
-            self._embed_pinned and pack.tied
-        ):  # its bytes are the head's slices, which lie one behind the other
+        if self._embed_is_head:  # in its slices, which lie one behind the other
             start = next(passage.position for passage in passages if passage.block.kind == "head")
             whole = self._pins.region.memory[start : start + pack.blocks[BlockId("embed")].nbytes]
             self._kept[BlockId("embed")] = Resident(pack.weights(BlockId("embed"), whole))
