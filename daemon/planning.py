@@ -13,6 +13,7 @@ from typing import Protocol
 
 from shoal.models.checkpoint import Checkpoint
 from shoal.offload.budget import Budget
+from shoal.offload.kv_disk import buffer_bytes
 from shoal.offload.pack import Pack
 from shoal.offload.pack_build import source_of
 from shoal.offload.pack_format import Quant
@@ -91,13 +92,10 @@ def plan_within_budget(
         own = budget.held_by(PROCESS)
         others = budget.held_bytes - idle_bytes - own
         least = error.least_bytes + own + others
-        beside = f"{own / 1e6:,.0f} MB for the process itself"
-        beside += f", {others / 1e6:,.0f} MB for other models" if others else ""
-        raise PlanError(
-            f"needs {least / 1e6:,.0f} MB ({error.least_bytes / 1e6:,.0f} MB, {beside}), but the budget is "
-            f"{budget.limit_bytes / 1e6:,.0f} MB: it {error}",
-            least,
-        ) from error
+        parts = {"itself": error.least_bytes, "the process": own, "what is beside it": others}
+        needs = ", ".join(f"{nbytes / 1e6:,.0f} MB for {what}" for what, nbytes in parts.items() if nbytes)
+        budgeted = f"the budget is {budget.limit_bytes / 1e6:,.0f} MB"
+        raise PlanError(f"needs {least / 1e6:,.0f} MB at least, {needs}; {budgeted}", least) from error
 
 
 def open_store(
@@ -134,6 +132,12 @@ def open_store(
         return store, 0.0
     told = plan.pinned_bytes >= MEASURED_BYTES
     return store, plan.pinned_bytes / seconds if told else USUAL_DISK_BYTES_PER_S
+
+
+def disk_buffer_bytes(checkpoint: Checkpoint, config: NodeConfig) -> int:
+    """Of KV pages on their way to and from disk, where KV is kept there."""
+    page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
+    return buffer_bytes(page_bytes) if config.kv_disk_bytes != 0 else 0
 
 
 def row_share(plan: Plan, read_bytes_per_s: float) -> float:

@@ -13,15 +13,22 @@ from shoal.models.tokenizer import Tokenizer
 from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
 from shoal.offload.kv import KvPool
-from shoal.offload.kv_disk import buffer_bytes
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import PAGE_TOKENS, Plan, kv_token_bytes
+from shoal.partition.plan import Plan
 
 from .config import NodeConfig
 from .errors import DaemonError
 from .executor import Alone, Executor
 from .memory import bounded, forget_files, return_freed
-from .planning import Packs, Progress, make_plan, no_progress, open_store, plan_within_budget
+from .planning import (
+    Packs,
+    Progress,
+    disk_buffer_bytes,
+    make_plan,
+    no_progress,
+    open_store,
+    plan_within_budget,
+)
 
 
 @dataclass(eq=False)
@@ -55,8 +62,7 @@ class Runnable:
         `kv_on_disk`: hold as much as that takes, too."""
         tight = bounded(config.memory_bytes)
         with open_checkpoint(path) as checkpoint:
-            page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
-            extra_bytes = buffer_bytes(page_bytes) if kv_on_disk else 0
+            extra_bytes = disk_buffer_bytes(checkpoint, config) if kv_on_disk else 0
             plan = plan_within_budget(
                 checkpoint, config, budget, idle_bytes=-reserve_bytes - extra_bytes, streaming=streaming
             )

@@ -403,7 +403,7 @@ def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) ->
         leave(node, 10 << 20)
         with pytest.raises(DaemonError, match=r"needs \d+ MB .* budget is \d+ MB") as refused:
             node.load(Load(model=str(large)))
-        assert "for the process itself" in str(refused.value)
+        assert "for the process" in str(refused.value)
         assert "--memory" in refused.value.hint
         assert [model.name for model in node.status().models] == ["tiny.gguf"]
 
