@@ -19,8 +19,10 @@ from shoal.offload.errors import OffloadError
 from shoal.offload.kv import KV_LAYOUT, KvPool
 from shoal.offload.kv_disk import KvDisk
 from shoal.offload.kv_disk_file import INDEX, KvFile
+from shoal.offload.pack_format import Quant
 from shoal.partition.plan import Plan
 
+from .config import NodeConfig
 from .errors import DaemonError
 from .home import private_dir
 
@@ -31,12 +33,13 @@ DEFAULT_SHARE = 0.1  # of the free disk, at most
 MOST_SLOTS = 1 << 16  # of one model: bounds what is remembered of them
 
 
-def fingerprint(checkpoint: Checkpoint, plan: Plan) -> bytes:
-    """Names everything that a page of KV depends on: the model's files, the architecture and how it turns positions
-    in this context, and how K and V lie in a page. 32 bytes. Raises OSError."""
+def fingerprint(checkpoint: Checkpoint, quant: Quant, plan: Plan) -> bytes:
+    """Names everything that a page of KV depends on: the model's files, the bits of its weights, the architecture and
+    how it turns positions in this context, and how K and V lie in a page. 32 bytes. Raises OSError."""
     files = [(str(path.resolve()), path.stat()) for path in checkpoint.files]
     facts = (
         KV_LAYOUT,
+        quant,
         plan.kv.dtype,
         plan.kv.page_tokens,
         [(name, info.st_size, info.st_mtime_ns) for name, info in files],
@@ -47,16 +50,17 @@ def fingerprint(checkpoint: Checkpoint, plan: Plan) -> bytes:
 
 
 def open_kv_disk(
-    root: Path, limit_bytes: int | None, name: str, checkpoint: Checkpoint, plan: Plan, pool: KvPool
+    root: Path, config: NodeConfig, name: str, checkpoint: Checkpoint, plan: Plan, pool: KvPool
 ) -> KvDisk | None:
     """The pages of this model below `root`, or None, with a line in the log, when they cannot be had.
 
-    limit_bytes: of all models together; None = DEFAULT_BYTES, or DEFAULT_SHARE of the free disk where that is less.
+    `config.kv_disk_bytes` bounds those of all models together; None = DEFAULT_BYTES, or DEFAULT_SHARE of the free disk
+    where that is less.
     """
     try:
-        key = fingerprint(checkpoint, plan)
+        key = fingerprint(checkpoint, config.quant, plan)
         directory = private_dir(private_dir(root) / key.hex()[:32])
-        slots = min(_room_bytes(root, directory, limit_bytes) // pool.page_bytes, MOST_SLOTS)
+        slots = min(_room_bytes(root, directory, config.kv_disk_bytes) // pool.page_bytes, MOST_SLOTS)
         if not slots:
             log.warning("the KV of %s is not kept on disk: there is no room for a page of it", name)
             return None

@@ -24,6 +24,7 @@ from shoal.models.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
+from shoal.offload.pack_format import Quant
 from shoal.offload.prefix import PrefixCache
 from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan, kv_token_bytes, scratch_bytes
@@ -36,6 +37,7 @@ from .errors import DaemonError
 from .executor import Executor
 from .kv_files import open_kv_disk
 from .planning import Packs, Progress, no_progress, row_share
+from .reference import Reference
 from .registry import recommended_sampling
 from .runnable import Runnable, least_bytes, read_draft
 from .scheduler import Scheduler
@@ -61,6 +63,7 @@ class LoadedModel:
     clock: Callable[[], float]
     used_s: float = 0.0
     read_bytes_per_s: float = 0.0
+    quant: Quant = "keep"
 
     @classmethod
     def load(
@@ -99,13 +102,15 @@ class LoadedModel:
         if draft is not None:
             try:
                 small = read_draft(name, main, draft, config, budget)
-            except Exception as error:
+            except BaseException as error:  # Ctrl-C, too
                 main.executor.store.close()
                 _release(name, budget)
-                raise refusal(error, f"draft model {draft.name}") from error
+                if isinstance(error, Exception):
+                    raise refusal(error, f"draft model {draft.name}") from error
+                raise
         disk = None
         if kv_root is not None and kv_on_disk:
-            disk = open_kv_disk(kv_root, config.kv_disk_bytes, name, main.checkpoint, main.plan, main.kv)
+            disk = open_kv_disk(kv_root, config, name, main.checkpoint, main.plan, main.kv)
         scheduler = Scheduler(
             PrefixCache(main.kv.table, main.kv.page_tokens, disk.index if disk else None),
             sequences=main.plan.sequences,
@@ -135,7 +140,13 @@ class LoadedModel:
             clock,
             clock(),
             main.read_bytes_per_s,
+            config.quant,
         )
+
+    @property
+    def reference(self) -> Reference:
+        """What it is on this machine, however it was named when it was asked for."""
+        return Reference(str(self.checkpoint.path), self.quant)
 
     @property
     def draft_path(self) -> Path | None:
@@ -282,6 +293,7 @@ class LoadedModel:
             name=self.name,
             path=str(self.checkpoint.path),
             family=self.checkpoint.spec.family,
+            quant=self.quant,
             parameters_bytes=self.plan.weights_bytes,
             context_tokens=self.plan.context_tokens,
             running=len(scheduler.running),

@@ -65,6 +65,11 @@ class Pack:
         self.vectors = vectors
         self._slices = [item for item in manifest.blocks if item.block.kind == "head"]
 
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding's bytes are the head's slices."""
+        return self.blocks[BlockId("embed")].offset == self._slices[0].offset
+
     def require(self, spec: ModelSpec) -> None:
         """Raises PackCorrupt unless these are the blocks of `spec`, with all their tensors in the right shapes."""
         head = [item.block for item in self._slices]
@@ -109,7 +114,7 @@ class Pack:
     def check(self, block: BlockId, memory: Tensor) -> None:
         """Raises PackCorrupt unless `memory` (as for `weights`) has the bytes that were written."""
         item = self.blocks[block]
-        slices = self._slices if item.offset == self._slices[0].offset and block.kind == "embed" else []
+        slices = self._slices if block.kind == "embed" and self.tied else []
         starts = [part.offset - item.offset for part in slices]
         found = [
             checksum(memory[start : start + part.nbytes]) for start, part in zip(starts, slices, strict=True)
