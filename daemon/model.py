@@ -36,7 +36,7 @@ from .drafter import Drafter
 from .engine import Engine
 from .errors import DaemonError
 from .executor import Executor
-from .kv_files import open_kv_disk
+from .kv_files import KvFiles
 from .planning import Packs, Progress, no_progress, row_share
 from .registry import recommended_sampling
 from .runnable import Runnable, least_bytes, read_draft
@@ -75,14 +75,13 @@ class LoadedModel:
         draft: Path | None = None,
         packs: Packs | None = None,
         streaming: bool = True,
-        kv_root: Path | None = None,
+        kv_files: KvFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
         progress: Progress = no_progress,
     ) -> LoadedModel:
         """Read a checkpoint into memory, and that of a draft model if there is one. What does not fit is streamed from
-        one of `packs`, if `streaming`. `kv_root`: where KV is kept that leaves memory. Raises DaemonError; what was
+        one of `packs`, if `streaming`. `kv_files`: where KV is kept that leaves memory. Raises DaemonError; what was
         held in the budget is then released."""
-        kv_on_disk = kv_root is not None and config.kv_disk_bytes != 0
         with ExitStack() as undo:  # what has been begun ends again when a later part fails
             undo.callback(_release, name, budget)
             try:
@@ -95,7 +94,7 @@ class LoadedModel:
                     packs=packs,
                     streaming=streaming,
                     reserve_bytes=least_bytes(draft, config) if draft else 0,
-                    kv_on_disk=kv_on_disk,
+                    kv_on_disk=kv_files is not None,
                 )
             except Exception as error:
                 raise refusal(error, name) from error
@@ -107,8 +106,8 @@ class LoadedModel:
                 except Exception as error:
                     raise refusal(error, f"draft model {draft.name}") from error
             disk = None
-            if kv_root is not None and kv_on_disk:
-                disk = open_kv_disk(kv_root, config.kv_disk_bytes, name, main.checkpoint, main.plan, main.kv)
+            if kv_files is not None:
+                disk = kv_files.open(name, main.checkpoint, main.plan, main.kv)
             if disk is not None:
                 undo.callback(disk.close, [], main.kv.page)
             made = cls._made(name, main, small, disk, config, clock)

@@ -19,6 +19,7 @@ from shoal.daemon.answer import Event
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
+from shoal.daemon.kv_files import KvFiles
 from shoal.daemon.model import LoadedModel
 from shoal.daemon.node import Node
 from shoal.daemon.packs import Packs
@@ -162,7 +163,7 @@ def test_a_model_is_streamed_in_the_room_that_a_busy_one_leaves(path: Path, pack
         model.release(node.budget)
 
 
-@pytest.mark.parametrize("part", ["shoal.daemon.model.Scheduler", "shoal.daemon.model.open_kv_disk"])
+@pytest.mark.parametrize("part", ["shoal.daemon.model.Scheduler", "shoal.daemon.kv_files.KvFiles.open"])
 def test_a_load_that_fails_late_leaves_nothing_behind(
     path: Path, packs: Packs, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +175,9 @@ def test_a_load_that_fails_late_leaves_nothing_behind(
         held, threads = node.budget.held_bytes, threading.active_count()
         monkeypatch.setattr(part, fails)
         with pytest.raises(MemoryError):
-            LoadedModel.load("late", path, CONFIG, node.budget, packs=packs, kv_root=tmp_path / "kv")
+            LoadedModel.load(
+                "late", path, CONFIG, node.budget, packs=packs, kv_files=KvFiles(tmp_path / "kv", None)
+            )
         assert (node.budget.held_bytes, threading.active_count()) == (held, threads)
 
 
