@@ -49,7 +49,8 @@ DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.0
 
 @dataclass(eq=False)
 class LoadedModel:
-    """Everything one model needs to answer. `used_s` is when it was last asked; `draft` the model that guesses."""
+    """Everything one model needs to answer. `used_s` is when it was last asked; `draft` the model that guesses;
+    `read_bytes_per_s` how fast the disk was while it was loaded, 0 if nothing is streamed."""
 
     name: str
     checkpoint: Checkpoint
@@ -288,8 +289,7 @@ class LoadedModel:
     def status(self) -> ModelStatus:
         scheduler = self.engine.scheduler
         stage = self.executor.store.stage()
-        if stage is not None:  # the best seen: at times less is asked for
-            self.read_bytes_per_s = max(self.read_bytes_per_s, stage.bytes_per_s)
+        read_bytes_per_s = max(self.read_bytes_per_s, stage.best_bytes_per_s if stage is not None else 0.0)
         cache, disk = scheduler.cache, self.engine.disk
         return ModelStatus(
             name=self.name,
@@ -301,7 +301,7 @@ class LoadedModel:
             waiting=len(scheduler.waiting),
             kv_used_tokens=cache.used_pages * cache.page_tokens,
             kv_total_tokens=self.plan.kv.tokens,
-            plan=self.plan.describe(self.read_bytes_per_s)
+            plan=self.plan.describe(read_bytes_per_s)
             + (f", drafts by {self.draft_path.name}" if self.draft_path else ""),
             chat_template=self.tokenizer.chat_template is not None,
             kv_cached_tokens=cache.cached_pages * cache.page_tokens,
@@ -313,7 +313,7 @@ class LoadedModel:
             pinned_bytes=self.plan.pinned_bytes + self.plan.expert_bytes,
             streamed_bytes=self.plan.streamed_bytes,
             window_bytes=self.plan.window_bytes,
-            step_s=self.plan.step_s(self.read_bytes_per_s),
+            step_s=self.plan.step_s(read_bytes_per_s),
             kv_disk_bytes=disk.nbytes if disk else 0,
             kv_disk_pages_read_total=disk.pages_read if disk else 0,
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
