@@ -85,16 +85,16 @@ class Engine:
                 self.scheduler.fail(sequence, error)
 
     def close(self) -> None:
-        """Keep the prefix cache on disk, if there is one. Idempotent; nothing may be submitted any more."""
-        if self.disk is None:
-            return
+        """Wait for the end of a step under way and keep the prefix cache on disk, if there is one. Idempotent; nothing
+        may be submitted any more."""
         if not self._stepping.acquire(timeout=STEP_LIMIT_S):
             log.warning("a step does not end: its model's KV is not kept on disk")
             return
         try:
-            with self._lock:
-                known = self.scheduler.cache.known()
-            self.disk.close(known, self._kv.page)
+            if self.disk is not None:
+                with self._lock:
+                    known = self.scheduler.cache.known()
+                self.disk.close(known, self._kv.page)
         finally:
             self._stepping.release()
 

@@ -9,6 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from shoal.models.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
+from shoal.offload.kv_disk import KvDisk
 from shoal.offload.pack_format import Quant
 from shoal.offload.prefix import PrefixCache
 from shoal.partition.errors import PlanError
@@ -35,7 +37,7 @@ from .drafter import Drafter
 from .engine import Engine
 from .errors import DaemonError
 from .executor import Executor
-from .kv_files import open_kv_disk
+from .kv_files import KvFiles
 from .planning import Packs, Progress, no_progress, row_share
 from .reference import Reference
 from .registry import recommended_sampling
@@ -49,7 +51,8 @@ DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.0
 
 @dataclass(eq=False)
 class LoadedModel:
-    """Everything one model needs to answer. `used_s` is when it was last asked; `draft` the model that guesses."""
+    """Everything one model needs to answer. `used_s` is when it was last asked; `draft` the model that guesses;
+    `read_bytes_per_s` how fast the disk was while it was loaded, 0 if nothing is streamed."""
 
     name: str
     checkpoint: Checkpoint
@@ -76,41 +79,56 @@ class LoadedModel:
         draft: Path | None = None,
         packs: Packs | None = None,
         streaming: bool = True,
-        kv_root: Path | None = None,
+        kv_files: KvFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
         progress: Progress = no_progress,
     ) -> LoadedModel:
         """Read a checkpoint into memory, and that of a draft model if there is one. What does not fit is streamed from
-        one of `packs`, if `streaming`. `kv_root`: where KV is kept that leaves memory. Raises DaemonError; what was
+        one of `packs`, if `streaming`. `kv_files`: where KV is kept that leaves memory. Raises DaemonError; what was
         held in the budget is then released."""
-        kv_on_disk = kv_root is not None and config.kv_disk_bytes != 0
-        try:
-            main = Runnable.read(
-                f"model {name}",
-                path,
-                config,
-                budget,
-                progress,
-                packs=packs,
-                streaming=streaming,
-                reserve_bytes=least_bytes(draft, config) if draft else 0,
-                kv_on_disk=kv_on_disk,
-            )
-        except Exception as error:
-            raise refusal(error, name) from error
-        small = None
-        if draft is not None:
+        with ExitStack() as undo:  # what has been begun ends again when a later part fails
+            undo.callback(_release, name, budget)
             try:
-                small = read_draft(name, main, draft, config, budget)
-            except BaseException as error:  # Ctrl-C, too
-                main.executor.store.close()
-                _release(name, budget)
-                if isinstance(error, Exception):
+                main = Runnable.read(
+                    f"model {name}",
+                    path,
+                    config,
+                    budget,
+                    progress,
+                    packs=packs,
+                    streaming=streaming,
+                    reserve_bytes=least_bytes(draft, config) if draft else 0,
+                    kv_on_disk=kv_files is not None,
+                )
+            except Exception as error:
+                raise refusal(error, name) from error
+            undo.callback(main.executor.store.close)
+            small = None
+            if draft is not None:
+                try:
+                    small = read_draft(name, main, draft, config, budget)
+                except Exception as error:
                     raise refusal(error, f"draft model {draft.name}") from error
-                raise
-        disk = None
-        if kv_root is not None and kv_on_disk:
-            disk = open_kv_disk(kv_root, config, name, main.checkpoint, main.plan, main.kv)
+            disk = None
+            if kv_files is not None:
+                disk = kv_files.open(name, main.checkpoint, config.quant, main.plan, main.kv)
+            if disk is not None:
+                undo.callback(disk.close, [], main.kv.page)
+            made = cls._made(name, main, small, disk, config, clock)
+            undo.pop_all()
+        return made
+
+    @classmethod
+    def _made(
+        cls,
+        name: str,
+        main: Runnable,
+        small: Runnable | None,
+        disk: KvDisk | None,
+        config: NodeConfig,
+        clock: Callable[[], float],
+    ) -> LoadedModel:
+        """Of its parts, which are all in memory."""
         scheduler = Scheduler(
             PrefixCache(main.kv.table, main.kv.page_tokens, disk.index if disk else None),
             sequences=main.plan.sequences,
@@ -126,7 +144,6 @@ class LoadedModel:
             drafter = Drafter(
                 small.executor, small.kv, vocab=vocab, chunk_tokens=small.plan.chunk_tokens, clock=clock
             )
-        engine = Engine(main.executor, main.kv, scheduler, clock, drafter, disk)
         return cls(
             name,
             main.checkpoint,
@@ -134,7 +151,7 @@ class LoadedModel:
             main.tokenizer,
             main.executor,
             main.kv,
-            engine,
+            Engine(main.executor, main.kv, scheduler, clock, drafter, disk),
             main.peak_bytes + (small.peak_bytes if small else 0),
             small,
             clock,
@@ -164,9 +181,10 @@ class LoadedModel:
         self.executor.store.close()
 
     def release(self, budget: Budget) -> None:
-        """Keep its KV on disk and give the budget back; the memory follows when the last reference goes. Idempotent."""
-        self.engine.close()
+        """End a step under way, keep its KV on disk and give the budget back; the memory follows when the last
+        reference goes. Idempotent."""
         self.executor.store.close()
+        self.engine.close()
         _release(self.name, budget)
 
     def stage(self) -> Stage | None:
@@ -286,8 +304,7 @@ class LoadedModel:
     def status(self) -> ModelStatus:
         scheduler = self.engine.scheduler
         stage = self.executor.store.stage()
-        if stage is not None:  # the best seen: at times less is asked for
-            self.read_bytes_per_s = max(self.read_bytes_per_s, stage.bytes_per_s)
+        read_bytes_per_s = max(self.read_bytes_per_s, stage.best_bytes_per_s if stage is not None else 0.0)
         cache, disk = scheduler.cache, self.engine.disk
         return ModelStatus(
             name=self.name,
@@ -300,7 +317,7 @@ class LoadedModel:
             waiting=len(scheduler.waiting),
             kv_used_tokens=cache.used_pages * cache.page_tokens,
             kv_total_tokens=self.plan.kv.tokens,
-            plan=self.plan.describe(self.read_bytes_per_s)
+            plan=self.plan.describe(read_bytes_per_s)
             + (f", drafts by {self.draft_path.name}" if self.draft_path else ""),
             chat_template=self.tokenizer.chat_template is not None,
             kv_cached_tokens=cache.cached_pages * cache.page_tokens,
@@ -312,7 +329,7 @@ class LoadedModel:
             pinned_bytes=self.plan.pinned_bytes + self.plan.expert_bytes,
             streamed_bytes=self.plan.streamed_bytes,
             window_bytes=self.plan.window_bytes,
-            step_s=self.plan.step_s(self.read_bytes_per_s),
+            step_s=self.plan.step_s(read_bytes_per_s),
             kv_disk_bytes=disk.nbytes if disk else 0,
             kv_disk_pages_read_total=disk.pages_read if disk else 0,
             kv_disk_pages_written_total=disk.pages_written if disk else 0,

@@ -39,6 +39,7 @@ from shoal.models.checkpoint import Checkpoint, open_checkpoint
 from .answer import Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
+from .kv_files import KvFiles
 from .loaded import LoadedModels
 from .memory import budget_of, resident_bytes, return_freed
 from .model import LoadedModel, refusal
@@ -78,7 +79,9 @@ class Node:
         self._resolve = resolve
         self._packs = packs
         self._stage: Stage | None = None  # of a model that is being loaded
-        self._kv_root = kv_root
+        self._kv_files = None
+        if kv_root is not None and config.kv_disk_bytes != 0:
+            self._kv_files = KvFiles(kv_root, config.kv_disk_bytes)
         self._clock = clock
         self._started_s = clock()
         self._models = LoadedModels(self.budget)
@@ -347,7 +350,7 @@ class Node:
     def _check_room(self, name: str, checkpoint: Checkpoint, draft: Path | None, config: NodeConfig) -> None:
         """Raises DaemonError when the model would not fit even without every idle one."""
         idle_bytes = sum(model.peak_bytes for model in self._models.idle())
-        extra_bytes = disk_buffer_bytes(checkpoint, config) if self._kv_root is not None else 0
+        extra_bytes = disk_buffer_bytes(checkpoint, config) if self._kv_files is not None else 0
         try:
             extra_bytes += least_bytes(draft, config) if draft is not None else 0
             plan_within_budget(
@@ -380,7 +383,7 @@ class Node:
                     draft=draft,
                     packs=self._packs,
                     streaming=not self._models.idle(),
-                    kv_root=self._kv_root,
+                    kv_files=self._kv_files,
                     clock=self._clock,
                     progress=heard,
                 )

@@ -27,6 +27,7 @@ from .kv_disk_index import DIGEST_BYTES, TOKEN_BYTES, Entry
 
 MAGIC = b"shoalkv1"
 PAGES, INDEX = "pages.kv", "index.kv"
+MOST_USED = 1 << 62  # nobody counts so far
 _ALIGN = 4096
 _HEADER = struct.Struct(f"<8s{DIGEST_BYTES}sQI")
 _USED = struct.Struct("<Q")
@@ -39,6 +40,19 @@ def checksum(page: Tensor) -> int:
     return xxhash.xxh3_64_intdigest(page.numpy().data)
 
 
+def slots_within(nbytes: int, page_bytes: int, page_tokens: int) -> int:
+    """How many pages the two files hold in `nbytes` of a disk."""
+    return max(0, nbytes - 2 * _ALIGN) // (_slot_bytes(page_bytes) + _record_bytes(page_tokens))
+
+
+def _slot_bytes(page_bytes: int) -> int:
+    return -(-page_bytes // _ALIGN) * _ALIGN
+
+
+def _record_bytes(page_tokens: int) -> int:
+    return _USED.size + _FIXED.size + page_tokens * TOKEN_BYTES + _SUM.size
+
+
 class KvFile:
     """The two files in `directory`, private and locked as long as they are open. What does not fit is started anew.
 
@@ -48,9 +62,9 @@ class KvFile:
 
     def __init__(self, directory: Path, fingerprint: bytes, page_bytes: int, page_tokens: int) -> None:
         self.page_bytes = page_bytes
-        self._slot_bytes = -(-page_bytes // _ALIGN) * _ALIGN
+        self._slot_bytes = _slot_bytes(page_bytes)
         self._tokens_bytes = page_tokens * TOKEN_BYTES
-        self._record_bytes = _USED.size + _FIXED.size + self._tokens_bytes + _SUM.size
+        self._record_bytes = _record_bytes(page_tokens)
         header = _HEADER.pack(MAGIC, fingerprint, page_bytes, page_tokens)
         self._header = header + _SUM.pack(xxhash.xxh3_64_intdigest(header))
         self._index_path, self._pages_path = directory / INDEX, directory / PAGES
@@ -76,14 +90,18 @@ class KvFile:
         """What the first `slots` slots hold, as far as their records are whole; the file is cut after them."""
         size, begin = self._record_bytes, len(self._header)
         try:
-            os.ftruncate(self._index, min(os.fstat(self._index).st_size, begin + slots * size))
-            os.ftruncate(self._pages, min(os.fstat(self._pages).st_size, slots * self._slot_bytes))
+            self.cut(slots)
             with self._index_path.open("rb") as stream:
                 records = stream.read()[begin:]
         except OSError as error:
             raise KvFileError(f"{self._index_path}: {error.strerror}") from error
         found = (self._entry(slot, records[slot * size :][:size]) for slot in range(len(records) // size))
         return [entry for entry in found if entry is not None]
+
+    def cut(self, slots: int) -> None:
+        """The files end after so many slots. Raises OSError."""
+        os.ftruncate(self._index, min(os.fstat(self._index).st_size, self._record_at(slots)))
+        os.ftruncate(self._pages, min(os.fstat(self._pages).st_size, slots * self._slot_bytes))
 
     def read(self, slot: int, into: Tensor) -> None:
         """Fill `into`, uint8 (page_bytes,), with a slot's page, whatever it is. Raises KvFileError."""
@@ -127,8 +145,10 @@ class KvFile:
         _forget_cached(self._pages, 0, 0)
 
     def close(self) -> None:
-        os.close(self._pages)
-        os.close(self._index)
+        """Whatever comes after is an OSError, not another file's trouble."""
+        for descriptor in (self._pages, self._index):
+            os.close(descriptor)
+        self._pages = self._index = -1
 
     def _record_at(self, slot: int) -> int:
         return len(self._header) + slot * self._record_bytes
@@ -141,7 +161,9 @@ class KvFile:
         parent, sum_, count = _FIXED.unpack_from(body)
         if not 0 < count * TOKEN_BYTES <= self._tokens_bytes:
             return None
-        used = _USED.unpack_from(record)[0]
+        used = _USED.unpack_from(record)[0]  # not a part of the checksum, as it is written alone
+        if used >= MOST_USED:
+            return None
         tokens = body[_FIXED.size :][: count * TOKEN_BYTES]
         return Entry(slot, parent, tokens, sum_, used, used)
 

@@ -19,11 +19,12 @@ from shoal.partition.spec import BlockId
 
 
 class Stage(NamedTuple):
-    """How far a step is, for people: blocks read of those that a step reads, and how fast lately."""
+    """How far a step is, for people: blocks read of those that a step reads, how fast lately, and at best so far."""
 
     done: int
     blocks: int
     bytes_per_s: float
+    best_bytes_per_s: float = 0.0
 
 
 class BlockStore(Protocol):

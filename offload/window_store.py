@@ -132,7 +132,7 @@ class WindowStore:
     def stage(self) -> Stage | None:
         if not self._streams:
             return None
-        return Stage(self._done, len(self._place), self._readers.bytes_per_s())
+        return Stage(self._done, len(self._place), *self._readers.bytes_per_s())
 
     def close(self) -> None:
         self._readers.close()

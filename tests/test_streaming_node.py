@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +20,17 @@ from shoal.daemon.answer import Event
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
+from shoal.daemon.kv_files import KvFiles
 from shoal.daemon.model import LoadedModel
 from shoal.daemon.node import Node
 from shoal.daemon.packs import Packs
 from shoal.daemon.planning import make_plan, row_share
 from shoal.models.checkpoint import open_checkpoint
+from shoal.models.weights import Weights
 from shoal.offload.direct import DirectFile
 from shoal.offload.store import Stage as BlockStage
 from shoal.partition.plan import Plan
+from shoal.partition.spec import BlockId
 
 CONFIG = NodeConfig(context_tokens=96, kv_tokens=768, max_sequences=4, chunk_tokens=16, kv_type="f32")
 GREEDY = Sampling(temperature=0.0)
@@ -158,6 +162,54 @@ def test_a_model_is_streamed_in_the_room_that_a_busy_one_leaves(path: Path, pack
         assert model.plan.blocks == plan.blocks
         assert node.budget.free_bytes >= 0
         model.release(node.budget)
+
+
+@pytest.mark.parametrize("part", ["shoal.daemon.model.Scheduler", "shoal.daemon.kv_files.KvFiles.open"])
+def test_a_load_that_fails_late_leaves_nothing_behind(
+    path: Path, packs: Packs, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with Node(CONFIG, packs=packs) as node:
+        node.budget.limit_bytes = node.budget.held_bytes + least(path)
+        held, threads = node.budget.held_bytes, threading.active_count()
+        monkeypatch.setattr(part, fails)
+        with pytest.raises(MemoryError):
+            LoadedModel.load(
+                "late", path, CONFIG, node.budget, packs=packs, kv_files=KvFiles(tmp_path / "kv", None)
+            )
+        assert (node.budget.held_bytes, threading.active_count()) == (held, threads)
+
+
+def test_the_budget_is_given_back_when_the_last_step_has_ended(path: Path, packs: Packs) -> None:
+    """A model is unloaded in the middle of a pass: the pass ends at its next block, and only then there is room."""
+    with Node(CONFIG, packs=packs) as node:
+        node.budget.limit_bytes = node.budget.held_bytes + least(path)
+        node.load(Load(model=str(path)))
+        model = node._models.pick("")
+        assert model is not None
+        acquire, held = model.executor.store.acquire, node.budget.held_bytes
+        inside, seen = threading.Event(), list[int]()
+
+        def slow(block: BlockId) -> AbstractContextManager[Weights]:
+            inside.set()
+            while not model.executor.store._readers._closed:  # type: ignore[attr-defined]
+                time.sleep(0.001)
+            until_s = time.monotonic() + 0.05
+            while node.budget.held_bytes == held and time.monotonic() < until_s:
+                time.sleep(0.001)
+            seen.append(node.budget.held_bytes)
+            return acquire(block)
+
+        model.executor.store.acquire = slow  # type: ignore[method-assign]
+        errors: list[object] = []
+        node.submit(asked(1), errors.append)
+        assert inside.wait(20)
+        node.unload(Unload(model=""))
+        assert seen[0] == held
+        assert isinstance(errors[-1], Error)
+        assert errors[-1].code == "shutting_down"
 
 
 class Disk:
