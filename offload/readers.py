@@ -128,7 +128,8 @@ class Readers:
     def bytes_per_s(self) -> tuple[float, float]:
         """How fast bytes came lately, and at best: at times less is asked for."""
         with self._lock:
-            return self._latest_bytes / max(self._lately_s(), 0.1), self._best_bytes_per_s
+            span_s = max(self._lately_s(), 0.1)
+            return self._latest_bytes / span_s, self._best_bytes_per_s
 
     def close(self) -> None:
         """Ends the threads, those in a read after that; idempotent."""
@@ -221,7 +222,8 @@ class Readers:
                 self._note(region, chunk)
 
     def _lately_s(self) -> float:
-        """How long ago the first of the latest bytes came, 0 if there are none. The lock is held."""
+        """How long ago the first of the latest bytes came, 0 if there are none; older ones are forgotten. The lock is
+        held."""
         now_s = time.monotonic()
         while self._latest and now_s - self._latest[0][0] >= LATELY_S:
             self._latest_bytes -= self._latest.popleft()[1]
