@@ -10,10 +10,22 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from shoal.comm.messages import Accepted, Chat, Done, Generate, Load, ModelStatus, Stage, Token
+from shoal.comm.messages import (
+    Accepted,
+    Chat,
+    ChatMessage,
+    Done,
+    Generate,
+    Load,
+    ModelStatus,
+    Stage,
+    Token,
+    Tokenize,
+)
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.home import Home
 from shoal.daemon.library import Library, is_path
+from shoal.daemon.reference import Reference
 from shoal.daemon.registry import canonical
 
 from .imports import engine_imports
@@ -27,20 +39,32 @@ Event = Accepted | Stage | Token | Done
 
 
 class Answers(Protocol):
-    """What `run` and `chat` need of either."""
+    """What `run` and `chat` need of either. Methods raise DaemonError or CommError."""
 
-    def load(self, model: str, draft: str | None) -> ModelStatus: ...
-    def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[Event]]: ...
+    def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
+        """`draft`: a model that guesses for it. None: as it is."""
+        ...
+
+    def models(self) -> list[ModelStatus]: ...
+
+    def count(self, messages: list[ChatMessage], model: str) -> int:
+        """Tokens of a conversation as the model's template writes it."""
+        ...
+
+    def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[Event]]:
+        """The events of an answer; leaving the block cancels what is left."""
+        ...
 
 
 def reference(model: str, library: Library) -> str:
-    """`model` as the daemon understands it wherever it runs: a name in the store, or an absolute path.
+    """`model` as the daemon understands it wherever it runs: a name in the store or an absolute path, and its bits.
 
     Raises DaemonError `not_found`, with what to do, before a daemon is asked.
     """
-    path = library.resolve(model)
-    in_store = not is_path(model) and path.is_relative_to(library.root)
-    return canonical(model) if in_store else str(path)
+    wanted = Reference.parse(model)
+    path = library.resolve(wanted.model)
+    in_store = not is_path(wanted.model) and path.is_relative_to(library.root)
+    return str(wanted._replace(model=canonical(wanted.model) if in_store else str(path)))
 
 
 class InProcess:
@@ -49,14 +73,18 @@ class InProcess:
     def __init__(self, node: Node) -> None:
         self._node = node
 
-    def load(self, model: str, draft: str | None) -> ModelStatus:
-        """`draft`: a model that guesses for it. Raises DaemonError."""
+    def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
         with transfer_bar() as update:
-            return self._node.load(Load(model=model, draft=draft), update).model
+            return self._node.load(Load(model=model, draft=draft, context=context), update).model
+
+    def models(self) -> list[ModelStatus]:
+        return self._node.status().models
+
+    def count(self, messages: list[ChatMessage], model: str) -> int:
+        return len(self._node.tokenize(Tokenize(messages=messages, model=model)).ids)
 
     @contextmanager
     def stream(self, request: Generate | Chat) -> Iterator[Iterator[Event]]:
-        """Leaving the block cancels what is left. Raises DaemonError."""
         events = self._node.stream(request)
         try:
             yield events
@@ -70,16 +98,20 @@ class ThroughDaemon:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def load(self, model: str, draft: str | None) -> ModelStatus:
-        """Raises CommError."""
+    def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
         with spinner(f"loading {model}") as update:
             return self._client.load(
-                model, draft=draft, heard=lambda stage: update(f"{model}: {stage_text(stage)}")
+                model, context, draft, lambda stage: update(f"{model}: {stage_text(stage)}")
             ).model
+
+    def models(self) -> list[ModelStatus]:
+        return self._client.status().models
+
+    def count(self, messages: list[ChatMessage], model: str) -> int:
+        return len(self._client.tokenize(messages=messages, model=model).ids)
 
     @contextmanager
     def stream(self, request: Generate | Chat) -> Iterator[Iterator[Event]]:
-        """Leaving the block cancels what is left. Raises CommError."""
         fields = {name: getattr(request, name) for name in request.__struct_fields__}
         ask = self._client.chat if isinstance(request, Chat) else self._client.generate
         events = ask(**fields)

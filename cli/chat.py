@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import chain
 
 import click
@@ -19,17 +20,27 @@ from shoal.comm.errors import CommError
 from shoal.comm.messages import Accepted, Chat, Done, ModelStatus, Stage, Token
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home, private_dir
+from shoal.daemon.library import Library
+from shoal.daemon.reference import Reference
 from shoal.daemon.registry import DEFAULT_MODEL
 from shoal.daemon.sizes import format_bytes
 
 from . import background
-from .answers import Event, reference
+from .answers import Event, in_process, reference
 from .chat_commands import ChatState, completions, obey
 from .chat_input import LineReader, PlainReader, Reader, unechoed
-from .chat_link import DaemonLink
+from .chat_link import ChatLink
 from .conversation import Conversation
 from .errors import Exit, explain
-from .options import AnswerOptions, answer_options, draft_option, examples
+from .options import (
+    AnswerOptions,
+    PlanOptions,
+    answer_options,
+    draft_option,
+    examples,
+    plan_options,
+    quant_option,
+)
 from .output import note, spinner, stage_text
 from .paint import Painter
 
@@ -40,33 +51,40 @@ ANSWER_ROOM_TOKENS = 512  # kept free in the context for an answer, but at most 
     epilog=examples(
         "shoal chat",
         "shoal chat smollm2 --system 'You are terse.'",
+        "shoal chat --memory 3GB ~/models/llama-8b.gguf",
         "printf 'Hello!\\nAnd in French?\\n' | shoal chat smollm2",
     )
 )
 @click.argument("model", required=False)
 @click.option("--system", default="", metavar="TEXT", help="System message of the conversation.")
-@click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens, at most the model's.")
+@quant_option
 @draft_option
 @answer_options
-def chat(model: str | None, system: str, ctx: int | None, draft: str | None, answer: AnswerOptions) -> int:
+@plan_options
+def chat(model: str | None, system: str, draft: str | None, answer: AnswerOptions, plan: PlanOptions) -> int:
     """Hold a conversation with MODEL, a path or a name in the store.
 
-    Without MODEL: the one that the daemon has loaded, else one of the store. A daemon is started if none runs. Type
-    /help for commands; Ctrl-C stops an answer, Ctrl-D leaves.
+    Without MODEL: the one that the daemon has loaded, else one of the store. A daemon is started if none runs; with an
+    option that shapes the plan (but --ctx) the model runs in this process instead. Type /help for commands; Ctrl-C
+    stops an answer, Ctrl-D leaves.
     """
     home = Home.from_env()
-    state = ChatState(home, DaemonLink(home), Conversation(system), ctx)
+    library = Library(home)
+    config = plan.config()
     answer.request_fields("")  # wrong options are told before a model is loaded
-    try:
-        guessing = reference(draft, state.library) if draft else None
-        loaded = state.link.load(reference(model or _default(state), state.library), ctx, guessing)
+    named = reference(model, library) if model else None
+    guessing = reference(draft, library) if draft else None
+    with ExitStack() as stack:
+        here = stack.enter_context(in_process(config, library)) if plan.beyond_context else None
+        link = ChatLink(home, here)
+        stack.callback(link.close)
+        state = ChatState(home, link, Conversation(system), plan.ctx)
+        loaded = link.load(named or reference(_default(state), library), plan.ctx, guessing)
         if not loaded.chat_template:
             raise DaemonError(
                 "unsupported", f"{loaded.name} has no chat template", "continue texts with: shoal run"
             )
         return ChatLoop(state, answer, _reader(state, loaded)).run()
-    finally:
-        state.link.close()
 
 
 class ChatLoop:
@@ -214,8 +232,9 @@ def _reader(state: ChatState, model: ModelStatus) -> Reader:
 def _default(state: ChatState) -> str:
     """The model to talk to when none is named. Raises DaemonError when there is none."""
     names = [entry.name for entry in state.library.list()]
-    if background.running_pid(state.home) is not None and (loaded := state.link.status().models):
-        return loaded[0].name if loaded[0].name in names else loaded[0].path
+    if background.running_pid(state.home) is not None and (loaded := state.link.models()):
+        known, first = Reference.parse(loaded[0].name), loaded[0]
+        return first.name if known.model in names else str(known._replace(model=first.path))
     if not names:
         raise DaemonError("not_found", "there is no model yet", f"get one with: shoal pull {DEFAULT_MODEL}")
     return DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]

@@ -20,7 +20,7 @@ from shoal.daemon.home import Home, private_dir
 from shoal.daemon.library import Library, check_name
 
 from .answers import reference
-from .chat_link import DaemonLink
+from .chat_link import ChatLink
 from .conversation import Conversation
 from .output import note
 from .run import statistics
@@ -31,7 +31,7 @@ class ChatState:
     """What commands and the loop share."""
 
     home: Home
-    link: DaemonLink
+    link: ChatLink
     conversation: Conversation
     context: int | None = None  # asked for with --ctx or /ctx; None = the model's default
     last: Done | None = None
@@ -83,11 +83,11 @@ def _model(state: ChatState, argument: str) -> None:
         note("/model NAME changes to another")
         return
     name = reference(argument, state.library)
-    before = state.link.model
+    before = state.link.reference
     model = state.link.load(name, state.context)
     if not model.chat_template:
-        if before is not None:
-            state.link.load(before.name if before.name in _models(state) else before.path, state.context)
+        if before:
+            state.link.load(before, state.context)
         raise DaemonError(
             "unsupported", f"{model.name} has no chat template", "continue texts with: shoal run"
         )
@@ -113,8 +113,7 @@ def _ctx(state: ChatState, argument: str) -> None:
         raise DaemonError(
             "bad_request", f"/ctx {argument[:40]}: must be a number of tokens, from 1 to {1 << 26}"
         )
-    known = model.name if model.name in _models(state) else model.path
-    model = state.link.load(known, int(argument))
+    model = state.link.load(state.link.reference, int(argument))
     state.context = int(argument)
     note(f"the context is {model.context_tokens} tokens")
 

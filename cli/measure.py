@@ -12,10 +12,11 @@ import click
 
 from shoal.daemon.home import Home
 from shoal.daemon.library import Library
+from shoal.daemon.reference import Reference
 from shoal.daemon.sizes import format_bytes
 
 from .imports import engine_imports
-from .options import PlanOptions, draft_option, examples, json_option, plan_options
+from .options import PlanOptions, draft_option, examples, json_option, plan_options, quant_option
 from .output import console, facts, print_json, spinner, steps_bar, table
 
 
@@ -23,6 +24,7 @@ from .output import console, facts, print_json, spinner, steps_bar, table
     epilog=examples(
         "shoal bench smollm2",
         "shoal bench smollm2 --prompt-tokens 512 --new-tokens 64 --batch 1 --repeat 3 --threads 2 --json",
+        "shoal bench --quant q4 --memory 3GB ~/models/llama-8b",
     )
 )
 @click.argument("model")
@@ -36,6 +38,7 @@ from .output import console, facts, print_json, spinner, steps_bar, table
 @click.option(
     "--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Runs after a warm-up."
 )
+@quant_option
 @json_option
 @draft_option
 @plan_options
@@ -54,10 +57,13 @@ def bench(
     Tokens are random, sampling is greedy; speeds count all sequences of a batch together. Without --speculate auto
     or --draft every token takes a step, as what guessing gains depends on the text.
     """
-    config = replace(plan, speculate=plan.speculate or ("auto" if draft else "off")).config()
+    config = replace(plan, speculate=plan.speculate or ("auto" if draft else "off")).config(
+        quant=Reference.parse(model).quant
+    )
     home = Home.from_env()
     library = Library(home)
-    path, draft_path = library.resolve(model), library.resolve(draft) if draft else None
+    path = library.resolve(Reference.parse(model).model)
+    draft_path = library.resolve(draft) if draft else None
     with spinner("starting"), engine_imports():
         from shoal.daemon import measure
         from shoal.daemon.packs import Packs
@@ -92,6 +98,7 @@ def bench(
 )
 @click.argument("model")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@quant_option
 @json_option
 @plan_options
 def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None:
@@ -99,9 +106,9 @@ def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None
 
     llama.cpp's method: windows of --ctx tokens (512 if not given) side by side, the second half of each scored.
     """
-    config = plan.config()
+    config = plan.config(quant=Reference.parse(model).quant)
     home = Home.from_env()
-    path = Library(home).resolve(model)
+    path = Library(home).resolve(Reference.parse(model).model)
     with spinner("starting"), engine_imports():
         from shoal.daemon import measure
         from shoal.daemon.packs import Packs

@@ -6,7 +6,7 @@ Knows names, types and helps. Ranges are checked where they are defined: `NodeCo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any, get_args
 
@@ -16,6 +16,7 @@ import msgspec
 from shoal.comm.messages import Generation
 from shoal.daemon.config import KvType, NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.reference import Quant, Reference
 from shoal.daemon.sizes import parse_bytes
 
 Verb = Callable[..., Any]
@@ -49,6 +50,11 @@ class PlanOptions:
     @property
     def given(self) -> bool:
         return any(getattr(self, field.name) is not None for field in fields(self))
+
+    @property
+    def beyond_context(self) -> bool:
+        """Whether any is given but --ctx, which a daemon takes for each model."""
+        return replace(self, ctx=None).given
 
     def config(self, **more: Any) -> NodeConfig:
         """Raises DaemonError `bad_request`, or `unsupported` for a device that is not there yet."""
@@ -152,6 +158,27 @@ def answer_options(function: Verb) -> Verb:
         click.option("--repeat-penalty", type=click.FloatRange(0, 10, min_open=True), help="Above 1: repeat less."),
     ]  # fmt: skip
     return _collect(AnswerOptions, "answer", options)(function)
+
+
+def quant_option(function: Verb) -> Verb:
+    """Adds --quant, which becomes part of the model's name: the verb gets `model` as it is known everywhere."""
+
+    @wraps(function)
+    def named(*, model: str | None, quant: Quant | None, **values: Any) -> Any:
+        if quant is not None:
+            if model is None:
+                raise click.UsageError("--quant needs a MODEL")
+            if Reference.parse(model).quant not in ("keep", quant):
+                raise click.UsageError(f"--quant {quant} contradicts the name {model}")
+            model = str(Reference.parse(model)._replace(quant=quant))
+        return function(model=model, **values)
+
+    return click.option(
+        "--quant",
+        type=click.Choice(get_args(Quant)),
+        help="Bits of its weights: as they are (keep, the default), or 8 or 4 where that is less. "
+        "Such a model is called MODEL:q8 or MODEL:q4, also without this option.",
+    )(named)
 
 
 def draft_option(function: Verb) -> Verb:

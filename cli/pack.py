@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
 from shoal.daemon.library import Library
+from shoal.daemon.reference import Quant, Reference
 from shoal.daemon.sizes import format_bytes, format_duration
 
 from .imports import engine_imports
-from .options import examples, json_option, size
+from .options import examples, json_option, quant_option, size
 from .output import note, print_json, spinner, transfer_bar
 from .paint import printable
 
@@ -33,26 +34,19 @@ if TYPE_CHECKING:
     )
 )
 @click.argument("model")
-@click.option(
-    "--quant",
-    type=click.Choice(["keep", "q8", "q4"]),
-    default="keep",
-    show_default=True,
-    help="Bits of its matrices: as they are, or 8 or 4 where that is less.",
-)
+@quant_option
 @click.option("--memory", type=size, metavar="SIZE", help="Bound for this process, e.g. 500MB.")
 @click.option("--verify", is_flag=True, help="Read a pack that was made and compare its checksums.")
 @json_option
-def pack(
-    model: str, quant: Literal["keep", "q8", "q4"], memory: int | None, verify: bool, as_json: bool
-) -> None:
+def pack(model: str, memory: int | None, verify: bool, as_json: bool) -> None:
     """Pack MODEL: write its weights as they are computed with, to be read from disk block by block.
 
     What a pack takes is told before it is begun, and refused if the disk has not enough. A pack that was interrupted
     goes on where it stopped. shoal ls lists packs, shoal rm --packs removes them.
     """
     home = Home.from_env()
-    path = Library(home).resolve(model)
+    wanted, quant = Reference.parse(model)
+    path = Library(home).resolve(wanted)
     if verify:
         _verify(home, path, quant, as_json)
         return
@@ -80,19 +74,23 @@ def pack(
     directory, nbytes = made.path.parent, made.manifest.nbytes
     if as_json:
         built = {"built": bool(estimates), "seconds": round(took_s, 3) if estimates else 0.0}
-        print_json({"model": model, "quant": quant, "bytes": nbytes, "path": str(directory), **built})
+        print_json({"model": wanted, "quant": quant, "bytes": nbytes, "path": str(directory), **built})
         return
     state = f"is packed in {format_duration(took_s)}" if estimates else "was packed already"
     note(f"{printable(model)} {state}: {format_bytes(nbytes)} in {directory}")
 
 
-def _verify(home: Home, path: Path, quant: Literal["keep", "q8", "q4"], as_json: bool) -> None:
+def _verify(home: Home, path: Path, quant: Quant, as_json: bool) -> None:
     with spinner("starting"), engine_imports():
         from shoal.daemon.packs import Packs
     packs = Packs(home)
     directory = packs.shelf.place(packs.shelf.model_of(path), quant)
     if not directory.is_dir():
-        raise DaemonError("not_found", f"{path} has no pack of {quant}", f"make it with: shoal pack {path}")
+        raise DaemonError(
+            "not_found",
+            f"{path} has no pack of {quant}",
+            f"make it with: shoal pack {Reference(str(path), quant)}",
+        )
     with transfer_bar() as bar:
         damaged = packs.verify(directory, lambda done, total: bar("verifying", done, total))
     if as_json:

@@ -38,6 +38,7 @@ from .options import (
     examples,
     json_option,
     plan_options,
+    quant_option,
 )
 from .output import note, print_json, stage_text
 from .paint import Painter
@@ -52,6 +53,7 @@ STDIN_LIMIT_S = 10.0  # and after this long go on without it
         'shoal run smollm2 "Summarise this in one sentence:" < notes.txt',
         'shoal run --raw --max-tokens 40 model.gguf "Once upon a time"',
         'shoal run --json --seed 1 --memory 3GB smollm2 "Name three fish."',
+        'shoal run --quant q4 ~/models/llama-70b "Name three fish."',
     )
 )
 @click.argument("model")
@@ -59,6 +61,7 @@ STDIN_LIMIT_S = 10.0  # and after this long go on without it
 @click.option("--system", metavar="TEXT", help="System message put before the prompt.")
 @click.option("--raw", is_flag=True, help="Feed the prompt as it is, without the model's chat template.")
 @click.option("--local", is_flag=True, help="Run in this process even if a daemon is up.")
+@quant_option
 @json_option
 @draft_option
 @answer_options

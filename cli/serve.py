@@ -14,7 +14,7 @@ from shoal.daemon.library import Library
 from . import background
 from .answers import reference
 from .imports import engine_imports
-from .options import PlanOptions, draft_option, examples, plan_options, size
+from .options import PlanOptions, draft_option, examples, plan_options, quant_option, size
 from .output import note, spinner
 
 DRAIN_LIMIT_S = 600.0
@@ -45,6 +45,7 @@ NOW_LIMIT_S = 20.0
     metavar="SIZE",
     help="Bound for the KV of conversations kept on disk; 4GB or a tenth of the free disk if not given, 0 = none.",
 )
+@quant_option
 @draft_option
 @plan_options
 def serve(

@@ -1,4 +1,4 @@
-"""`shoal pull`, `ls`, `show` and `rm`: the models in the local store.
+"""`shoal pull`, `ls` and `rm`: the models in the local store.
 
 Knows how they are listed and asked for. The store itself is `daemon.library`.
 """
@@ -19,9 +19,8 @@ from shoal.daemon.library import Entry, Library, is_path
 from shoal.daemon.pack_shelf import PackEntry, PackShelf
 from shoal.daemon.sizes import format_bytes
 
-from .imports import engine_imports
 from .options import examples, json_option
-from .output import console, facts, note, print_json, table, transfer_bar
+from .output import console, note, print_json, table, transfer_bar
 from .paint import printable
 
 
@@ -92,24 +91,6 @@ def ls(as_json: bool) -> None:
         note(f"{name} is damaged: shoal rm --yes {name}, then shoal pull it again")
 
 
-@click.command(epilog=examples("shoal show smollm2", "shoal show --json ./model.gguf"))
-@click.argument("model")
-@json_option
-def show(model: str, as_json: bool) -> None:
-    """Show the facts of MODEL, a path or a name in the store."""
-    path = Library(Home.from_env()).resolve(model)
-    with engine_imports():
-        from shoal.daemon.facts import checkpoint_facts
-    described = checkpoint_facts(path)
-    if as_json:
-        print_json(described)
-        return
-    rows = facts()
-    for name, value in described.items():
-        rows.add_row(name.replace("_", " "), printable(_human(name, value)))
-    console().print(rows)
-
-
 @click.command(epilog=examples("shoal rm smollm2", "shoal rm --yes smollm2", "shoal rm --packs ./model.gguf"))
 @click.argument("name")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
@@ -141,20 +122,6 @@ def _remove_packs(shelf: PackShelf, model: str) -> None:
     if not shelf.of(model):
         raise DaemonError("not_found", f"there are no packs of {model}", "see shoal ls")
     note(f"the packs of {model} ({format_bytes(shelf.remove(model))}) are removed")
-
-
-def _human(name: str, value: Any) -> str:
-    if value is None:
-        return "not stated"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if name == "bytes":
-        return format_bytes(value)
-    if name == "parameters":
-        return f"{value / 1e6:,.1f} M" if value < 1e9 else f"{value / 1e9:,.2f} B"
-    if isinstance(value, dict):
-        return ", ".join(f"{kind} × {count}" for kind, count in value.items())
-    return str(value)
 
 
 def _described(entry: Entry, packs: Sequence[PackEntry] = ()) -> dict[str, Any]:

@@ -31,7 +31,7 @@ VERBS = {
     "chat": Verb("chat", "Hold a conversation.", "Use"),
     "pull": Verb("store", "Fetch a model into the local store.", "Models"),
     "ls": Verb("store", "List the models in the store.", "Models"),
-    "show": Verb("store", "Show the facts of a model.", "Models"),
+    "show": Verb("show", "Show what a model is and how it would run.", "Models"),
     "rm": Verb("store", "Remove a model from the store.", "Models"),
     "pack": Verb("pack", "Lay a model out for reading from disk.", "Models"),
     "serve": Verb("serve", "Run the daemon.", "Daemon"),

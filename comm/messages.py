@@ -317,6 +317,7 @@ class ModelStatus(Message):
     drafted_tokens_total: int = 0  # guessed ahead of answers
     accepted_tokens_total: int = 0  # of these, guessed right
     chat_template: bool = True
+    quant: str = "keep"  # what weights are held in: as their files have them, or q8 or q4
     pinned_bytes: int = 0  # of the weights, that stay in memory
     streamed_bytes: int = 0  # read from disk for a token alone
     window_bytes: int = 0  # that weights pass through

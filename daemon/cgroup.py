@@ -31,11 +31,23 @@ def room_bytes(mount: Path = MOUNT, membership: Path = MEMBERSHIP) -> int | None
     return min(rooms, default=None)
 
 
-def _room(group: Path, files: _Files) -> int | None:
+def limit_bytes(mount: Path = MOUNT, membership: Path = MEMBERSHIP) -> int | None:
+    """The tightest limit; None when no group has one."""
+    limits = [
+        limit for group, files in _groups(mount, membership) if (limit := _limit(group, files)) is not None
+    ]
+    return min(limits, default=None)
+
+
+def _limit(group: Path, files: _Files) -> int | None:
     limits = [limit for name in files.limits if (limit := _number(group / name)) is not None]
-    usage = _number(group / files.usage)
     limit = min(limits, default=UNLIMITED)
-    if usage is None or limit >= UNLIMITED:
+    return None if limit >= UNLIMITED else limit
+
+
+def _room(group: Path, files: _Files) -> int | None:
+    limit, usage = _limit(group, files), _number(group / files.usage)
+    if usage is None or limit is None:
         return None
     return max(0, limit - usage + min(usage, _idle_cache(group, files)))
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from shoal.offload.pack_format import Quant
+
 from .errors import DaemonError
 
 KvType = Literal["f32", "f16", "bf16", "i8"]
@@ -49,6 +51,7 @@ class NodeConfig:
     max_queue: int = 64  # waiting requests; one more is answered `busy`
     chunk_tokens: int = 256  # of prompts in one step, at most
     max_guesses: int = 32  # tokens guessed ahead in one step, where that pays; 0 = never
+    quant: Quant = "keep"  # of a model that is loaded: what its weights are held in
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[int, int]] = {

@@ -14,6 +14,7 @@ from shoal.offload.budget import Budget
 
 from .errors import DaemonError
 from .model import LoadedModel
+from .reference import Reference
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +50,15 @@ class LoadedModels:
         """The model of that name or path; "" is the one used last."""
         if not name:
             return max(self, key=lambda model: model.used_s, default=None)
-        return self._by_name.get(name) or next((m for m in self if str(m.checkpoint.path) == name), None)
+        return self._by_name.get(name) or next((m for m in self if str(m.reference) == name), None)
 
-    def of(self, path: Path) -> LoadedModel | None:
-        return next((model for model in self if model.checkpoint.path == path), None)
+    def of(self, reference: Reference) -> LoadedModel | None:
+        return next((model for model in self if model.reference == reference), None)
 
-    def free_name(self, name: str, path: Path) -> str:
-        """`name`, or the whole path when another file of that name is loaded."""
-        return str(path) if name in self._by_name else name
+    def free_name(self, wanted: Reference, path: Path) -> str:
+        """As it was asked for, a path by its end, or the whole path when another file of that name is loaded."""
+        name = str(wanted._replace(model=path.name) if wanted.model == str(path) else wanted)
+        return str(wanted._replace(model=str(path))) if name in self._by_name else name
 
     def idle(self) -> list[LoadedModel]:
         return [model for model in self if not model.engine.busy]

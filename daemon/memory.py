@@ -19,6 +19,8 @@ from pathlib import Path
 from shoal.offload.budget import Budget
 
 from . import cgroup
+from .errors import DaemonError
+from .sizes import format_bytes
 
 LEFT_ALONE_SHARE = 0.1  # of the free memory, by a budget that nobody asked for
 LEFT_ALONE_BYTES = 512 << 20  # and at least so much …
@@ -42,6 +44,15 @@ def available_bytes() -> int:
     return free if room is None else min(free, room)
 
 
+def total_bytes() -> int:
+    """All memory that this process could ever have: the machine's, or its cgroup's limit."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    limit = cgroup.limit_bytes()
+    return total if limit is None else min(total, limit)
+
+
 def bounded(memory_bytes: int | None) -> bool:
     """Whether something but the machine's size bounds this process: a budget asked for, or a cgroup."""
     return memory_bytes is not None or cgroup.room_bytes() is not None
@@ -49,7 +60,13 @@ def bounded(memory_bytes: int | None) -> bool:
 
 def budget_of(memory_bytes: int | None) -> Budget:
     """The ledger of this process: `memory_bytes` in all, or what leaves the machine usable. What the process takes
-    whatever it runs is entered."""
+    whatever it runs is entered. Raises DaemonError when there is not so much."""
+    if memory_bytes is not None and memory_bytes > (total := total_bytes()):
+        raise DaemonError(
+            "resources",
+            f"a budget of {format_bytes(memory_bytes)} was asked for, but there are {format_bytes(total)} of memory",
+            "--memory auto takes what leaves the machine usable",
+        )
     own, later = private_bytes(), CODE_BYTES + GROWTH_BYTES
     if memory_bytes is None:
         free = available_bytes()

@@ -26,6 +26,7 @@ from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
 from shoal.offload.kv_disk import KvDisk
+from shoal.offload.pack_format import Quant
 from shoal.offload.prefix import PrefixCache
 from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan, kv_token_bytes, scratch_bytes
@@ -36,8 +37,9 @@ from .drafter import Drafter
 from .engine import Engine
 from .errors import DaemonError
 from .executor import Executor
-from .kv_files import open_kv_disk
+from .kv_files import KvFiles
 from .planning import Packs, Progress, no_progress, row_share
+from .reference import Reference
 from .registry import recommended_sampling
 from .runnable import Runnable, least_bytes, read_draft
 from .scheduler import Scheduler
@@ -49,7 +51,8 @@ DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.0
 
 @dataclass(eq=False)
 class LoadedModel:
-    """Everything one model needs to answer. `used_s` is when it was last asked; `draft` the model that guesses."""
+    """Everything one model needs to answer. `used_s` is when it was last asked; `draft` the model that guesses;
+    `read_bytes_per_s` how fast the disk was while it was loaded, 0 if nothing is streamed."""
 
     name: str
     checkpoint: Checkpoint
@@ -63,6 +66,7 @@ class LoadedModel:
     clock: Callable[[], float]
     used_s: float = 0.0
     read_bytes_per_s: float = 0.0
+    quant: Quant = "keep"
 
     @classmethod
     def load(
@@ -75,14 +79,13 @@ class LoadedModel:
         draft: Path | None = None,
         packs: Packs | None = None,
         streaming: bool = True,
-        kv_root: Path | None = None,
+        kv_files: KvFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
         progress: Progress = no_progress,
     ) -> LoadedModel:
         """Read a checkpoint into memory, and that of a draft model if there is one. What does not fit is streamed from
-        one of `packs`, if `streaming`. `kv_root`: where KV is kept that leaves memory. Raises DaemonError; what was
+        one of `packs`, if `streaming`. `kv_files`: where KV is kept that leaves memory. Raises DaemonError; what was
         held in the budget is then released."""
-        kv_on_disk = kv_root is not None and config.kv_disk_bytes != 0
         with ExitStack() as undo:  # what has been begun ends again when a later part fails
             undo.callback(_release, name, budget)
             try:
@@ -95,7 +98,7 @@ class LoadedModel:
                     packs=packs,
                     streaming=streaming,
                     reserve_bytes=least_bytes(draft, config) if draft else 0,
-                    kv_on_disk=kv_on_disk,
+                    kv_on_disk=kv_files is not None,
                 )
             except Exception as error:
                 raise refusal(error, name) from error
@@ -107,8 +110,8 @@ class LoadedModel:
                 except Exception as error:
                     raise refusal(error, f"draft model {draft.name}") from error
             disk = None
-            if kv_root is not None and kv_on_disk:
-                disk = open_kv_disk(kv_root, config.kv_disk_bytes, name, main.checkpoint, main.plan, main.kv)
+            if kv_files is not None:
+                disk = kv_files.open(name, main.checkpoint, config.quant, main.plan, main.kv)
             if disk is not None:
                 undo.callback(disk.close, [], main.kv.page)
             made = cls._made(name, main, small, disk, config, clock)
@@ -154,11 +157,23 @@ class LoadedModel:
             clock,
             clock(),
             main.read_bytes_per_s,
+            config.quant,
         )
+
+    @property
+    def reference(self) -> Reference:
+        """What it is on this machine, however it was named when it was asked for."""
+        return Reference(str(self.checkpoint.path), self.quant)
 
     @property
     def draft_path(self) -> Path | None:
         return self.draft.checkpoint.path if self.draft else None
+
+    @property
+    def damaged(self) -> bool:
+        """Whether it can only be loaded again: its pack was found altered. What it answers ends with the steps that
+        need what is wrong."""
+        return self.executor.store.damaged
 
     def interrupt(self, error: DaemonError) -> None:
         """End all that it answers with `error`, and a step that waits for a disk with it. It answers nothing more."""
@@ -289,20 +304,20 @@ class LoadedModel:
     def status(self) -> ModelStatus:
         scheduler = self.engine.scheduler
         stage = self.executor.store.stage()
-        if stage is not None:  # the best seen: at times less is asked for
-            self.read_bytes_per_s = max(self.read_bytes_per_s, stage.bytes_per_s)
+        read_bytes_per_s = max(self.read_bytes_per_s, stage.best_bytes_per_s if stage is not None else 0.0)
         cache, disk = scheduler.cache, self.engine.disk
         return ModelStatus(
             name=self.name,
             path=str(self.checkpoint.path),
             family=self.checkpoint.spec.family,
+            quant=self.quant,
             parameters_bytes=self.plan.weights_bytes,
             context_tokens=self.plan.context_tokens,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             kv_used_tokens=cache.used_pages * cache.page_tokens,
             kv_total_tokens=self.plan.kv.tokens,
-            plan=self.plan.describe(self.read_bytes_per_s)
+            plan=self.plan.describe(read_bytes_per_s)
             + (f", drafts by {self.draft_path.name}" if self.draft_path else ""),
             chat_template=self.tokenizer.chat_template is not None,
             kv_cached_tokens=cache.cached_pages * cache.page_tokens,
@@ -314,7 +329,7 @@ class LoadedModel:
             pinned_bytes=self.plan.pinned_bytes + self.plan.expert_bytes,
             streamed_bytes=self.plan.streamed_bytes,
             window_bytes=self.plan.window_bytes,
-            step_s=self.plan.step_s(self.read_bytes_per_s),
+            step_s=self.plan.step_s(read_bytes_per_s),
             kv_disk_bytes=disk.nbytes if disk else 0,
             kv_disk_pages_read_total=disk.pages_read if disk else 0,
             kv_disk_pages_written_total=disk.pages_written if disk else 0,

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -38,11 +39,13 @@ from shoal.models.checkpoint import Checkpoint, open_checkpoint
 from .answer import Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
+from .kv_files import KvFiles
 from .loaded import LoadedModels
 from .memory import budget_of, resident_bytes, return_freed
 from .model import LoadedModel, refusal
-from .planning import Packs, Progress, no_progress, plan_within_budget
-from .runnable import check_vocabulary
+from .planning import Packs, Progress, disk_buffer_bytes, no_progress, plan_within_budget
+from .reference import Reference
+from .runnable import check_vocabulary, least_bytes
 from .translate import translated
 
 log = logging.getLogger(__name__)
@@ -76,7 +79,9 @@ class Node:
         self._resolve = resolve
         self._packs = packs
         self._stage: Stage | None = None  # of a model that is being loaded
-        self._kv_root = kv_root
+        self._kv_files = None
+        if kv_root is not None and config.kv_disk_bytes != 0:
+            self._kv_files = KvFiles(kv_root, config.kv_disk_bytes)
         self._clock = clock
         self._started_s = clock()
         self._models = LoadedModels(self.budget)
@@ -184,8 +189,9 @@ class Node:
         began_s = self._clock()
         with self._loading:
             self._check_open()
-            path = self._resolve(request.model)
-            known = self._models.of(path)
+            wanted = Reference.parse(request.model)
+            path = self._resolve(wanted.model)
+            known = self._models.of(Reference(str(path), wanted.quant))
             draft = self._resolve(request.draft) if request.draft is not None else None
             if known is not None:
                 draft = draft or known.draft_path
@@ -193,16 +199,18 @@ class Node:
                 known is not None
                 and request.context in (None, known.plan.context_tokens)
                 and draft == known.draft_path
+                and not known.damaged
             ):
                 return Loaded(model=known.status(), seconds=0.0)
-            config = self.config
-            if request.context is not None:
-                config = config.with_context(request.context)
+            context = request.context or self.config.context_tokens
+            config = replace(self.config, context_tokens=context, quant=wanted.quant)
             if known is not None:
                 self._check_reload(known, config, draft)
+                name = known.name
                 self._models.drop(known)
                 known = None  # or it would stay in memory beside its successor
-            name = self._models.free_name(path.name if str(path) == request.model else request.model, path)
+            else:
+                name = self._models.free_name(wanted, path)
             model = self._load_with_room(name, path, draft, config, progress)
             self._models.add(model)
         log.info("loaded %s: %s", name, model.plan.describe())
@@ -309,10 +317,15 @@ class Node:
         with self._wake:
             self._check_open()
             model = self._models.pick(name)
-        if model is None:
-            if not name:
-                raise DaemonError("not_found", "no model is loaded", "name one, or load one first")
-            self.load(Load(model=name))
+        if model is None and not name:
+            raise DaemonError("not_found", "no model is loaded", "name one, or load one first")
+        if model is None or (model.damaged and not model.engine.busy):
+            load = Load(model=name)
+            if model is not None:
+                load = Load(model=str(model.reference), context=model.plan.context_tokens)
+                name = model.name
+                model = None  # or it would stay in memory beside its successor
+            self.load(load)
             with self._wake:
                 model = self._models.pick(name)
         if model is None:
@@ -326,7 +339,7 @@ class Node:
             raise DaemonError(
                 "busy", f"{model.name} is answering, so it stays as it is", hint, retry_after_s=1.0
             )
-        self._check_room(model.name, model.checkpoint, config)
+        self._check_room(model.name, model.checkpoint, draft, config)
         if draft is not None:
             try:
                 with open_checkpoint(draft) as small:
@@ -334,11 +347,15 @@ class Node:
             except Exception as error:
                 raise refusal(error, f"draft model {draft.name}") from error
 
-    def _check_room(self, name: str, checkpoint: Checkpoint, config: NodeConfig) -> None:
+    def _check_room(self, name: str, checkpoint: Checkpoint, draft: Path | None, config: NodeConfig) -> None:
         """Raises DaemonError when the model would not fit even without every idle one."""
         idle_bytes = sum(model.peak_bytes for model in self._models.idle())
+        extra_bytes = disk_buffer_bytes(checkpoint, config) if self._kv_files is not None else 0
         try:
-            plan_within_budget(checkpoint, config, self.budget, idle_bytes=idle_bytes)
+            extra_bytes += least_bytes(draft, config) if draft is not None else 0
+            plan_within_budget(
+                checkpoint, config, self.budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
+            )
         except Exception as error:
             raise refusal(error, name) from error
 
@@ -366,7 +383,7 @@ class Node:
                     draft=draft,
                     packs=self._packs,
                     streaming=not self._models.idle(),
-                    kv_root=self._kv_root,
+                    kv_files=self._kv_files,
                     clock=self._clock,
                     progress=heard,
                 )
@@ -374,7 +391,7 @@ class Node:
                 if error.code != "resources":
                     raise
                 with open_checkpoint(path) as checkpoint:
-                    self._check_room(name, checkpoint, config)
+                    self._check_room(name, checkpoint, draft, config)
                 if not self._models.make_room():
                     raise
             finally:

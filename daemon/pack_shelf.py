@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from shoal.offload.errors import PackError
-from shoal.offload.pack_format import BLOCKS, DRAFT, PARTIAL, Manifest, Quant, Source, read_manifest
+from shoal.offload.pack_format import BLOCKS, DAMAGED, DRAFT, PARTIAL, Manifest, Quant, Source, read_manifest
 
 from .errors import DaemonError
 from .home import Home, private_dir
@@ -126,7 +126,7 @@ class PackShelf:
             whole = (directory / BLOCKS).stat().st_size == manifest.nbytes
         except OSError:
             whole = False
-        return "ready" if whole else "damaged"
+        return "ready" if whole and not (directory / DAMAGED).exists() else "damaged"
 
     def _is_current(self, source: Source) -> bool:
         """Whether the model's files are those that the pack was made from."""

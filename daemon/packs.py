@@ -21,7 +21,7 @@ from shoal.offload.errors import PackError
 from shoal.offload.pack import Pack, open_pack
 from shoal.offload.pack_build import PART_BYTES, PackBuilder, partial_of, source_of
 from shoal.offload.pack_file import damaged_blocks
-from shoal.offload.pack_format import Quant
+from shoal.offload.pack_format import DAMAGED, Quant
 
 from .config import default_threads
 from .errors import DaemonError
@@ -63,8 +63,11 @@ class Packs:
     def find(self, checkpoint: Checkpoint, quant: Quant = "keep") -> Pack | None:
         """The pack of a checkpoint as its files are now. None if there is none, or it is damaged or out of date."""
         source = self.shelf.claimed(source_of(checkpoint))
+        directory = self.shelf.place(source.model, quant)
         with suppress(PackError):
-            pack = open_pack(self.shelf.place(source.model, quant))
+            pack = open_pack(directory)
+            if (directory / DAMAGED).exists():
+                return None
             if pack.manifest.source == source and pack.manifest.quant == quant:
                 pack.require(checkpoint.spec)
                 return pack
@@ -110,9 +113,13 @@ class Packs:
             return self.get(checkpoint, progress, quant=quant, memory_bytes=memory_bytes, begins=begins)
 
     def verify(self, directory: Path, progress: Progress = no_progress) -> list[str]:
-        """Reads all of a pack: the names of its damaged blocks. Raises DaemonError when it cannot even be opened."""
+        """Reads all of a pack: the names of its damaged blocks; with any it is not used again. Raises DaemonError when
+        it cannot even be opened."""
         try:
-            return [str(block) for block in damaged_blocks(open_pack(directory), progress)]
+            pack = open_pack(directory)
+            if damaged := damaged_blocks(pack, progress):
+                pack.condemn()
+            return [str(block) for block in damaged]
         except (PackError, OSError) as error:
             raise translated(error) from error
 

@@ -1,7 +1,8 @@
 """Which plan a checkpoint gets within a budget, and the store that carries it out.
 
 In memory if that is possible, even with a shorter context that nobody asked for; else streamed from a pack, which is
-made if there is none. Knows checkpoints, configuration and budgets; how a plan divides memory is `partition`.
+made if there is none. Weights in fewer bits than the files have come from a pack in either case. Knows checkpoints,
+configuration and budgets; how a plan divides memory is `partition`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Protocol
 
 from shoal.models.checkpoint import Checkpoint
 from shoal.offload.budget import Budget
+from shoal.offload.kv_disk import buffer_bytes
 from shoal.offload.pack import Pack
 from shoal.offload.pack_build import source_of
+from shoal.offload.pack_format import Quant
 from shoal.offload.pack_layout import layout
 from shoal.offload.store import BlockStore, ResidentStore
 from shoal.offload.window_store import WindowStore
@@ -44,8 +47,8 @@ def no_progress(doing: str, done: int, total: int) -> None:
 class Packs(Protocol):
     """Where packs come from (`packs` has it)."""
 
-    def get(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Pack:
-        """The pack of a checkpoint, made if there is none; `progress` hears of that. Raises OffloadError."""
+    def get(self, checkpoint: Checkpoint, progress: Callable[[int, int], None], *, quant: Quant) -> Pack:
+        """The pack of a checkpoint, made if there is none; `progress` hears of that. Raises DaemonError."""
         ...
 
 
@@ -58,10 +61,11 @@ def make_plan(
     Raises DaemonError `context_overflow`, or PlanError when not even LEAST_CONTEXT_TOKENS fit.
     """
     contexts = list(_contexts(checkpoint, config))
+    block_bytes = _block_bytes(checkpoint, config.quant)
     refused: PlanError | None = None
     for context in contexts:
         try:
-            return _plan_in_ram(checkpoint, config, context, memory_bytes)
+            return plan_in_ram(_wanted(checkpoint, config, context), block_bytes, memory_bytes=memory_bytes)
         except PlanError as error:
             refused = error
     if streaming:
@@ -77,28 +81,42 @@ def make_plan(
 
 
 def plan_within_budget(
-    checkpoint: Checkpoint, config: NodeConfig, budget: Budget, *, idle_bytes: int = 0, streaming: bool = True
+    checkpoint: Checkpoint,
+    config: NodeConfig,
+    budget: Budget,
+    *,
+    idle_bytes: int = 0,
+    extra_bytes: int = 0,
+    streaming: bool = True,
 ) -> Plan:
-    """The plan within what the budget has left, and `idle_bytes` that could be given back. Raises as `make_plan`, with
-    the least budget that would do."""
-    free = budget.free_bytes + idle_bytes
+    """The plan within what the budget has left, and `idle_bytes` that could be given back, less `extra_bytes` that go
+    with it: for KV on its way to disk and a draft model. Raises as `make_plan`, with the least budget that would do."""
+    free = max(0, budget.free_bytes + idle_bytes - extra_bytes)
     try:
         return make_plan(checkpoint, config, free, streaming=streaming)
     except PlanError as error:
         own = budget.held_by(PROCESS)
         others = budget.held_bytes - idle_bytes - own
-        least = error.least_bytes + own + others
-        beside = f"{own / 1e6:,.0f} MB for the process itself"
-        beside += f", {others / 1e6:,.0f} MB for other models" if others else ""
-        raise PlanError(
-            f"needs {least / 1e6:,.0f} MB ({error.least_bytes / 1e6:,.0f} MB, {beside}), but the budget is "
-            f"{budget.limit_bytes / 1e6:,.0f} MB: it {error}",
-            least,
-        ) from error
+        least = error.least_bytes + extra_bytes + own + others
+        parts = {
+            "itself": error.least_bytes,
+            "KV on its way to disk or a draft": extra_bytes,
+            "the process": own,
+            "other models": others,
+        }
+        needs = ", ".join(f"{nbytes / 1e6:,.0f} MB for {what}" for what, nbytes in parts.items() if nbytes)
+        budgeted = f"the budget is {budget.limit_bytes / 1e6:,.0f} MB"
+        raise PlanError(f"needs {least / 1e6:,.0f} MB at least, {needs}; {budgeted}", least) from error
 
 
 def open_store(
-    plan: Plan, checkpoint: Checkpoint, packs: Packs | None, progress: Progress, *, bounded: bool
+    plan: Plan,
+    checkpoint: Checkpoint,
+    quant: Quant,
+    packs: Packs | None,
+    progress: Progress,
+    *,
+    bounded: bool,
 ) -> tuple[BlockStore, float]:
     """The store of a plan, its blocks that stay read, and how fast the disk was meanwhile in bytes per second, 0 if
     nothing will be streamed. `bounded`: what reading leaves in memory matters.
@@ -111,18 +129,26 @@ def open_store(
             trim()  # buffers that were read into
         progress("loading", done, total)
 
-    if not plan.streams:
+    if not plan.streams and quant == "keep":
         if bounded:
             checkpoint.bypass_cache()
         return ResidentStore.load(plan, checkpoint, loading), 0.0
     if packs is None:
-        raise DaemonError("resources", "does not fit into memory, and there is no place for a pack of it")
-    pack = packs.get(checkpoint, lambda done, total: progress("packing", done, total))
+        raise DaemonError("resources", "has to come from a pack, and there is no place for a pack of it")
+    pack = packs.get(checkpoint, lambda done, total: progress("packing", done, total), quant=quant)
     began_s = time.monotonic()
     store = WindowStore.open(plan, pack, loading)
     seconds = time.monotonic() - began_s
+    if not plan.streams:
+        return store, 0.0
     told = plan.pinned_bytes >= MEASURED_BYTES
     return store, plan.pinned_bytes / seconds if told else USUAL_DISK_BYTES_PER_S
+
+
+def disk_buffer_bytes(checkpoint: Checkpoint, config: NodeConfig) -> int:
+    """Of KV pages on their way to and from disk, where KV is kept there."""
+    page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
+    return buffer_bytes(page_bytes) if config.kv_disk_bytes != 0 else 0
 
 
 def row_share(plan: Plan, read_bytes_per_s: float) -> float:
@@ -131,9 +157,9 @@ def row_share(plan: Plan, read_bytes_per_s: float) -> float:
     return ROW_SHARE * compute_s / max(compute_s, plan.step_s(read_bytes_per_s))
 
 
-def extents(checkpoint: Checkpoint) -> tuple[dict[BlockId, int], int]:
+def extents(checkpoint: Checkpoint, quant: Quant = "keep") -> tuple[dict[BlockId, int], int]:
     """(bytes of every block in a pack, in the order of a step; bytes of the vectors). A tied embedding has none."""
-    manifest = layout(checkpoint, "keep", source_of(checkpoint))
+    manifest = layout(checkpoint, quant, source_of(checkpoint))
     sizes = {item.block: item.nbytes for item in manifest.blocks}
     embed = BlockId("embed")
     sizes = {embed: 0 if checkpoint.spec.tied else sizes[embed]} | {
@@ -158,13 +184,18 @@ def _contexts(checkpoint: Checkpoint, config: NodeConfig) -> Iterator[int]:
         yield context
 
 
-def _plan_in_ram(checkpoint: Checkpoint, config: NodeConfig, context: int, memory_bytes: int) -> Plan:
-    block_bytes = {block: checkpoint.block_bytes(block) for block in checkpoint.spec.blocks()}
-    return plan_in_ram(_wanted(checkpoint, config, context), block_bytes, memory_bytes=memory_bytes)
+def _block_bytes(checkpoint: Checkpoint, quant: Quant) -> dict[BlockId, int]:
+    """Of every block in memory, in the order of a step."""
+    if quant == "keep":
+        return {block: checkpoint.block_bytes(block) for block in checkpoint.spec.blocks()}
+    sizes, vectors_bytes = extents(checkpoint, quant)
+    sizes[BlockId("embed")] += vectors_bytes  # of all blocks: they are read at once
+    return sizes
 
 
 def _plan_within(checkpoint: Checkpoint, config: NodeConfig, context: int, memory_bytes: int) -> Plan:
-    return plan_within(_wanted(checkpoint, config, context), *extents(checkpoint), memory_bytes=memory_bytes)
+    sizes, vectors_bytes = extents(checkpoint, config.quant)
+    return plan_within(_wanted(checkpoint, config, context), sizes, vectors_bytes, memory_bytes=memory_bytes)
 
 
 def _wanted(checkpoint: Checkpoint, config: NodeConfig, context: int) -> Wanted:

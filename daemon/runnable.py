@@ -13,15 +13,22 @@ from shoal.models.tokenizer import Tokenizer
 from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
 from shoal.offload.kv import KvPool
-from shoal.offload.kv_disk import buffer_bytes
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import PAGE_TOKENS, Plan, kv_token_bytes
+from shoal.partition.plan import Plan
 
 from .config import NodeConfig
 from .errors import DaemonError
 from .executor import Alone, Executor
 from .memory import bounded, forget_files, return_freed
-from .planning import Packs, Progress, make_plan, no_progress, open_store, plan_within_budget
+from .planning import (
+    Packs,
+    Progress,
+    disk_buffer_bytes,
+    make_plan,
+    no_progress,
+    open_store,
+    plan_within_budget,
+)
 
 
 @dataclass(eq=False)
@@ -51,14 +58,13 @@ class Runnable:
         kv_on_disk: bool = False,
     ) -> Runnable:
         """Into memory that is held in the budget for `purpose`, but for `reserve_bytes` of it; when it fails, no
-        longer. `streaming`: whether its weights may come from disk, from one of `packs`. `kv_on_disk`: hold as much
-        as that takes, too."""
+        longer. `streaming`: whether its weights may come from disk, from one of `packs`, as those in fewer bits do.
+        `kv_on_disk`: hold as much as that takes, too."""
         tight = bounded(config.memory_bytes)
         with open_checkpoint(path) as checkpoint:
-            page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
-            extra_bytes = buffer_bytes(page_bytes) if kv_on_disk else 0
+            extra_bytes = disk_buffer_bytes(checkpoint, config) if kv_on_disk else 0
             plan = plan_within_budget(
-                checkpoint, config, budget, idle_bytes=-reserve_bytes - extra_bytes, streaming=streaming
+                checkpoint, config, budget, extra_bytes=reserve_bytes + extra_bytes, streaming=streaming
             )
             tokenizer = checkpoint.tokenizer()
             checkpoint.forget_tokens()
@@ -70,8 +76,8 @@ class Runnable:
                 kv = KvPool(checkpoint.spec, plan.kv)
                 if tight:
                     forget_files(checkpoint.files)
-                store, speed = open_store(plan, checkpoint, packs, progress, bounded=tight)
-            except BaseException:
+                store, speed = open_store(plan, checkpoint, config.quant, packs, progress, bounded=tight)
+            except BaseException:  # Ctrl-C, too
                 budget.release(purpose)
                 raise
             if tight:
@@ -81,8 +87,8 @@ class Runnable:
 
 
 def read_draft(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:
-    """A second model that can guess for `main`, held in the budget beside it."""
-    config = replace(config, context_tokens=main.plan.context_tokens)
+    """A second model that can guess for `main`, held in the budget beside it, as its files are."""
+    config = replace(config, context_tokens=main.plan.context_tokens, quant="keep")
     small = Runnable.read(f"draft for {name}", path, config, budget, no_progress, streaming=False)
     check_vocabulary(name, main.tokenizer, path.name, small.tokenizer)
     return small
@@ -104,7 +110,7 @@ def least_bytes(draft: Path, config: NodeConfig) -> int:
     """What a draft model will need at least beside the model that it guesses for. Raises DaemonError."""
     try:
         with open_checkpoint(draft) as checkpoint:
-            make_plan(checkpoint, config, 0, streaming=False)
+            make_plan(checkpoint, replace(config, quant="keep"), 0, streaming=False)
     except PlanError as error:
         return error.least_bytes
     raise AssertionError("nothing fits into no memory")

@@ -12,7 +12,7 @@ from shoal.models.errors import (
     TokenizerError,
     UnsupportedCheckpoint,
 )
-from shoal.offload.errors import BudgetExceeded, OffloadError, PackError
+from shoal.offload.errors import BudgetExceeded, OffloadError, PackError, PackPointless
 from shoal.partition.errors import PlanError, SpecError
 
 from .errors import DaemonError
@@ -27,6 +27,7 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (SamplingError, "bad_request"),
     (PlanError, "resources"),
     (BudgetExceeded, "resources"),
+    (PackPointless, "bad_request"),
     (PackError, "corrupt"),
     (MemoryError, "resources"),
     (OffloadError, "internal"),

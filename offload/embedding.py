@@ -17,9 +17,8 @@ from shoal.kernels import Matrix, OperandError, gather_rows
 from shoal.kernels.memory import mapped
 from shoal.partition.spec import BlockId
 
-from .errors import PackCorrupt
 from .gather import batches, runs
-from .pack import Pack, tensor_type
+from .pack import Pack, altered, tensor_type
 from .readers import READERS, Readers, Region
 from .window import Line, Passage
 
@@ -121,7 +120,8 @@ class Embedding:
             self._fetcher.fetch(readers, parts)
             digest.update(self.region.memory[: end - start].numpy().data)
         if digest.hexdigest() != self._packed.checksum:
-            raise PackCorrupt(f"{self._pack.path}: block {self._block} was altered; pack the model again")
+            self._pack.condemn()
+            raise altered(self._pack.path, self._block)
 
 
 def _same(passage: Passage) -> Passage:

@@ -4,7 +4,8 @@ OffloadError
 ├── BudgetExceeded     an allocation would exceed the budget; nothing was allocated
 ├── KvFileError        KV pages on disk cannot be opened or read; they are computed instead
 ├── PackError          a pack cannot be made or used
-│   └── PackCorrupt        its bytes or its manifest are not those that were written
+│   ├── PackCorrupt        its bytes or its manifest are not those that were written
+│   └── PackPointless      fewer bits were asked for, and no matrix has more
 └── StoreError         weights could not be read while they were needed
 """
 
@@ -27,6 +28,10 @@ class PackError(OffloadError):
 
 class PackCorrupt(PackError):
     """Truncated or altered; the message names the block where it is known. Packing the model again mends it."""
+
+
+class PackPointless(PackError):
+    """The message names the types that the weights have."""
 
 
 class StoreError(OffloadError):

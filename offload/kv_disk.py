@@ -61,9 +61,14 @@ class KvDisk:
         self._jobs: queue.Queue[_Job] = queue.Queue(pages + 1)
         self._unsynced_bytes = 0
         self._complained = False
-        self._closed = False
+        self.closed = False
+        self._writing = threading.Lock()  # held while the files change size
         self._writer = threading.Thread(target=self._write_all, name="shoal-kv-disk", daemon=True)
         self._writer.start()
+
+    @property
+    def page_bytes(self) -> int:
+        return self._file.page_bytes
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +79,16 @@ class KvDisk:
     def most_reads(self) -> int:
         """Pages that one step may push out of memory to read others: they must find room to wait."""
         return max(1, queue_pages(self._file.page_bytes) // 2)
+
+    def resize(self, slots: int) -> None:
+        """At most so many pages from now on."""
+        with self._writing:
+            if not self.closed:
+                self.index.resize(slots)
+                try:
+                    self._file.cut(slots)
+                except OSError as error:
+                    self._complain(error)
 
     def save(self, what: Save, page: Tensor, wait_s: float = 0.0) -> bool:
         """Copy `page`, uint8 (bytes of a page,), to be written. False when it is dropped."""
@@ -119,9 +134,10 @@ class KvDisk:
     ) -> None:
         """Write what is in memory, most recently used first as given, as far as there are slots and time; `page`
         gives a page by its number. Then let others have the file. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._writing:
+            if self.closed:
+                return
+            self.closed = True
         ends_s = time.monotonic() + limit_s
         kept = known[: self.index.slots]
         self._touch(kept)  # or writing one might push out another
@@ -154,7 +170,8 @@ class KvDisk:
         while (job := self._jobs.get()) is not None:
             buffer, what = job
             try:
-                self._write(what, buffer)
+                with self._writing:
+                    self._write(what, buffer)
             except Exception:  # our bug: the pages to come are worth a try
                 log.exception("a KV page was not written")
             self._free.put(buffer)

@@ -40,6 +40,19 @@ def checksum(page: Tensor) -> int:
     return xxhash.xxh3_64_intdigest(page.numpy().data)
 
 
+def slots_within(nbytes: int, page_bytes: int, page_tokens: int) -> int:
+    """How many pages the two files hold in `nbytes` of a disk."""
+    return max(0, nbytes - 2 * _ALIGN) // (_slot_bytes(page_bytes) + _record_bytes(page_tokens))
+
+
+def _slot_bytes(page_bytes: int) -> int:
+    return -(-page_bytes // _ALIGN) * _ALIGN
+
+
+def _record_bytes(page_tokens: int) -> int:
+    return _USED.size + _FIXED.size + page_tokens * TOKEN_BYTES + _SUM.size
+
+
 class KvFile:
     """The two files in `directory`, private and locked as long as they are open. What does not fit is started anew.
 
@@ -49,9 +62,9 @@ class KvFile:
 
     def __init__(self, directory: Path, fingerprint: bytes, page_bytes: int, page_tokens: int) -> None:
         self.page_bytes = page_bytes
-        self._slot_bytes = -(-page_bytes // _ALIGN) * _ALIGN
+        self._slot_bytes = _slot_bytes(page_bytes)
         self._tokens_bytes = page_tokens * TOKEN_BYTES
-        self._record_bytes = _USED.size + _FIXED.size + self._tokens_bytes + _SUM.size
+        self._record_bytes = _record_bytes(page_tokens)
         header = _HEADER.pack(MAGIC, fingerprint, page_bytes, page_tokens)
         self._header = header + _SUM.pack(xxhash.xxh3_64_intdigest(header))
         self._index_path, self._pages_path = directory / INDEX, directory / PAGES
@@ -77,14 +90,18 @@ class KvFile:
         """What the first `slots` slots hold, as far as their records are whole; the file is cut after them."""
         size, begin = self._record_bytes, len(self._header)
         try:
-            os.ftruncate(self._index, min(os.fstat(self._index).st_size, begin + slots * size))
-            os.ftruncate(self._pages, min(os.fstat(self._pages).st_size, slots * self._slot_bytes))
+            self.cut(slots)
             with self._index_path.open("rb") as stream:
                 records = stream.read()[begin:]
         except OSError as error:
             raise KvFileError(f"{self._index_path}: {error.strerror}") from error
         found = (self._entry(slot, records[slot * size :][:size]) for slot in range(len(records) // size))
         return [entry for entry in found if entry is not None]
+
+    def cut(self, slots: int) -> None:
+        """The files end after so many slots. Raises OSError."""
+        os.ftruncate(self._index, min(os.fstat(self._index).st_size, self._record_at(slots)))
+        os.ftruncate(self._pages, min(os.fstat(self._pages).st_size, slots * self._slot_bytes))
 
     def read(self, slot: int, into: Tensor) -> None:
         """Fill `into`, uint8 (page_bytes,), with a slot's page, whatever it is. Raises KvFileError."""

@@ -137,6 +137,16 @@ class KvIndex:
                     self.forget(known)
             self._enter(claimed)
 
+    def resize(self, slots: int) -> None:
+        """So many slots from now on; what is in further ones is forgotten."""
+        with self._lock:
+            self.slots = slots
+            for entry in [entry for entry in self._used.values() if entry.slot >= slots]:
+                del self._used[entry.slot]
+                self._leave(entry)
+            self._end = min(self._end, slots)
+            self._free = sorted(slot for slot in self._free if slot < slots)
+
     def forget(self, entry: Entry) -> None:
         """Unless it has gone already."""
         with self._lock:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from .errors import PackCorrupt, PackError
 from .pack_format import (
     ALIGN_BYTES,
     BLOCKS,
+    DAMAGED,
     PAGE_BYTES,
     Manifest,
     PackedBlock,
@@ -45,13 +47,21 @@ class Pack:
 
     path: of blocks.bin.  blocks: incl. embed (its extent is shared with the head's slices if these are tied).
     vectors: role → f32 (n,) of every block that has any, resident.  tied: the embedding is the head's slices.
+    damaged: bytes were found altered or missing.  inode: of blocks.bin when it was opened; another pack may have come
+    to its place since.
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, vectors: Mapping[BlockId, Mapping[str, Tensor]]
+        self,
+        path: Path,
+        manifest: Manifest,
+        vectors: Mapping[BlockId, Mapping[str, Tensor]],
+        inode: int | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
+        self.damaged = False
+        self._inode = inode
         self.blocks: Mapping[BlockId, PackedBlock] = {item.block: item for item in manifest.blocks}
         self.vectors = vectors
         self._slices = [item for item in manifest.blocks if item.block.kind == "head"]
@@ -108,9 +118,16 @@ class Pack:
             checksum(memory[start : start + part.nbytes]) for start, part in zip(starts, slices, strict=True)
         ]
         if (joined(found) if slices else checksum(memory)) != item.checksum:
-            raise PackCorrupt(
-                f"{self.path}: block {block} was altered: its checksum is wrong; pack the model again"
-            )
+            raise altered(self.path, block)
+
+    def condemn(self) -> None:
+        """It is damaged, and is marked as such where it lies, so that it is made anew before it is used again."""
+        self.damaged = True
+        with suppress(
+            OSError
+        ):  # it was removed meanwhile, or may not be written to; of what is open no inode returns
+            if self.path.stat().st_ino == self._inode:
+                (self.path.parent / DAMAGED).touch()
 
 
 def tensor_type(tensor: PackedTensor) -> WeightType:
@@ -141,8 +158,8 @@ def open_pack(directory: Path) -> Pack:
     path = directory / BLOCKS
     try:
         with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            _check_places(path, manifest, size)
+            stat = os.fstat(file.fileno())
+            _check_places(path, manifest, stat.st_size)
             stored = torch.empty(manifest.vectors.nbytes, dtype=torch.uint8)
             got = (
                 os.preadv(file.fileno(), [stored.numpy().data], manifest.vectors.offset) if len(stored) else 0
@@ -159,7 +176,7 @@ def open_pack(directory: Path) -> Pack:
         }
         for block, places in manifest.vectors.blocks
     }
-    return Pack(path, manifest, vectors)
+    return Pack(path, manifest, vectors, stat.st_ino)
 
 
 def _check_places(path: Path, manifest: Manifest, size: int) -> None:
@@ -207,6 +224,12 @@ def _check_tensors(path: Path, item: PackedBlock) -> None:
             raise _wrong(path, f"{what}: {error}") from error
     if end > item.nbytes:
         raise _wrong(path, f"block {item.block} has {item.nbytes} bytes and needs {end}")
+
+
+def altered(path: Path, block: BlockId) -> PackCorrupt:
+    return PackCorrupt(
+        f"{path}: block {block} was altered: its checksum is wrong; the model is packed anew when it is loaded next"
+    )
 
 
 def _wrong(path: Path, what: str) -> PackCorrupt:

@@ -133,9 +133,8 @@ def stored_checksum(descriptor: int, direct: bool, buffer: Tensor, offset: int, 
 
 
 def damaged_blocks(pack: Pack, progress: Progress = no_progress) -> list[BlockId]:
-    """Reads all of a pack: the blocks whose bytes are not those that were written. `progress(bytes done, in all)`.
-
-    A tied embedding is its head's slices. Raises OSError.
+    """Reads all of a pack: the blocks whose bytes are not those that were written, or cannot be read. `progress(bytes
+    done, in all)`. A tied embedding is its head's slices. Raises OSError where it cannot be opened.
     """
     descriptor, direct = open_direct(pack.path, os.O_RDONLY)
     buffer = _pages(CHUNK_BYTES)
@@ -145,7 +144,11 @@ def damaged_blocks(pack: Pack, progress: Progress = no_progress) -> list[BlockId
             progress(item.offset, pack.manifest.nbytes)
             if item.block.kind == "embed" and pack.tied:
                 continue
-            if stored_checksum(descriptor, direct, buffer, item.offset, item.nbytes) != item.checksum:
+            try:
+                found = stored_checksum(descriptor, direct, buffer, item.offset, item.nbytes)
+            except OSError:
+                found = None
+            if found != item.checksum:
                 damaged.append(item.block)
     finally:
         os.close(descriptor)

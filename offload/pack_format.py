@@ -22,6 +22,7 @@ PAGE_BYTES = 4096
 ALIGN_BYTES = 64
 MANIFEST = "manifest.json"
 BLOCKS = "blocks.bin"
+DAMAGED = "damaged"  # a file that is there when blocks were found altered
 PARTIAL = ".partial"  # ends the name of a directory that is not whole yet
 DRAFT = "draft.json"  # its manifest, without checksums
 MANIFEST_BYTES = 32 << 20  # no model's manifest is larger: enough for 100,000 experts

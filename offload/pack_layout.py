@@ -16,6 +16,7 @@ from shoal.kernels.types import BAND_ROWS, Q4_0, Q8_0
 from shoal.models.checkpoint import Checkpoint
 from shoal.partition.spec import BlockId
 
+from .errors import PackPointless
 from .pack import tensor_bytes
 from .pack_format import (
     ALIGN_BYTES,
@@ -37,8 +38,9 @@ UNKNOWN = "0" * 16  # checksum of what is not written yet
 
 
 def layout(checkpoint: Checkpoint, quant: Quant, source: Source) -> Manifest:
-    """The manifest of the pack to be, its checksums not known yet."""
+    """The manifest of the pack to be, its checksums not known yet. Raises PackPointless."""
     spec = checkpoint.spec
+    _require_gain(checkpoint, quant)
     vectors = _vectors(checkpoint)
     at = vectors.nbytes
     blocks: list[PackedBlock] = []
@@ -107,6 +109,17 @@ def _vectors(checkpoint: Checkpoint) -> PackedVectors:
         if places:
             blocks.append((block, places))
     return PackedVectors(0, rounded(at, PAGE_BYTES), UNKNOWN, blocks)
+
+
+def _require_gain(checkpoint: Checkpoint, quant: Quant) -> None:
+    matrices = [
+        (role, kind, cols)
+        for block in checkpoint.spec.blocks()
+        for role, (kind, _, cols) in checkpoint.matrices(block).items()
+    ]
+    if quant != "keep" and all(kept_type(*matrix, quant) is matrix[1] for matrix in matrices):
+        types = " and ".join(sorted({kind.name for _, kind, _ in matrices}))
+        raise PackPointless(f"{quant} would not make it smaller, as its weights are {types}: use it as it is")
 
 
 def kept_type(role: str, kind: WeightType, cols: int, quant: Quant) -> WeightType:

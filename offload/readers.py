@@ -85,7 +85,9 @@ class Readers:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # readers wait for something to read
         self._landed = threading.Condition(self._lock)  # the user waits for bytes
-        self._latest: deque[tuple[float, int]] = deque(maxlen=4096)  # when so many bytes came
+        self._latest: deque[tuple[float, int]] = deque()  # when so many bytes came, in the last LATELY_S
+        self._latest_bytes = 0
+        self._best_bytes_per_s = 0.0
         self._landings = 0
         self._broken: Exception | None = None
         self._closed = False
@@ -123,13 +125,11 @@ class Readers:
             policy()
             self._work.notify()
 
-    def bytes_per_s(self) -> float:
-        """How fast bytes came lately."""
+    def bytes_per_s(self) -> tuple[float, float]:
+        """How fast bytes came lately, and at best: at times less is asked for."""
         with self._lock:
-            now = time.monotonic()
-            recent = [(at, nbytes) for at, nbytes in self._latest if now - at < LATELY_S]
-        span = max(now - recent[0][0], 0.1) if recent else 1.0
-        return sum(nbytes for _, nbytes in recent) / span
+            span_s = max(self._lately_s(), 0.1)
+            return self._latest_bytes / span_s, self._best_bytes_per_s
 
     def close(self) -> None:
         """Ends the threads, those in a read after that; idempotent."""
@@ -196,6 +196,8 @@ class Readers:
         try:
             self._file.read(passage.offset + start, memory[start : start + nbytes])
         except (OSError, EOFError) as caught:
+            if isinstance(caught, EOFError):
+                self.pack.condemn()
             reason = caught.strerror if isinstance(caught, OSError) else str(caught)
             error = StoreError(
                 f"block {passage.block}: {nbytes} bytes from byte {passage.offset + start} of {self.pack.path} "
@@ -211,6 +213,7 @@ class Readers:
             try:
                 self.pack.check(passage.block, memory)
             except OffloadError as caught:
+                self.pack.condemn()
                 error = caught
             with self._lock:
                 passage.error = error
@@ -218,12 +221,24 @@ class Readers:
                     self._checked.add(passage.block)
                 self._note(region, chunk)
 
+    def _lately_s(self) -> float:
+        """How long ago the first of the latest bytes came, 0 if there are none; older ones are forgotten. The lock is
+        held."""
+        now_s = time.monotonic()
+        while self._latest and now_s - self._latest[0][0] >= LATELY_S:
+            self._latest_bytes -= self._latest.popleft()[1]
+        return now_s - self._latest[0][0] if self._latest else 0.0
+
     def _note(self, region: Region, chunk: Chunk) -> None:
         """The read of a chunk has ended. The lock is held."""
         passage = chunk.passage
         passage.landed += chunk.nbytes
         self._landings += 1
         self._latest.append((time.monotonic(), chunk.nbytes))
+        self._latest_bytes += chunk.nbytes
+        if (span_s := self._lately_s()) >= LATELY_S / 2:  # else it would be a burst
+            came_bytes = self._latest_bytes - self._latest[0][1]  # since the first of them
+            self._best_bytes_per_s = max(self._best_bytes_per_s, came_bytes / span_s)
         region.policy.ended(passage)
         if passage.left:
             self._work.notify()

@@ -19,11 +19,12 @@ from shoal.partition.spec import BlockId
 
 
 class Stage(NamedTuple):
-    """How far a step is, for people: blocks read of those that a step reads, and how fast lately."""
+    """How far a step is, for people: blocks read of those that a step reads, how fast lately, and at best so far."""
 
     done: int
     blocks: int
     bytes_per_s: float
+    best_bytes_per_s: float = 0.0
 
 
 class BlockStore(Protocol):
@@ -32,6 +33,11 @@ class BlockStore(Protocol):
     @property
     def stall_s(self) -> float:
         """Time that `acquire` and `rows` have waited since the store was ready."""
+        ...
+
+    @property
+    def damaged(self) -> bool:
+        """Whether what it reads from was found to be another than was written: it is no good any more."""
         ...
 
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
@@ -81,6 +87,7 @@ class ResidentStore:
     """Every block of the plan in RAM. A head that is tied to the embedding shares its bytes."""
 
     stall_s = 0.0
+    damaged = False
 
     def __init__(self, blocks: Mapping[BlockId, Weights]) -> None:
         embed, head = blocks[BlockId("embed")], blocks[BlockId("head")]

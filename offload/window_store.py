@@ -53,7 +53,12 @@ class WindowStore:
         streamed = [item.block for item in plan.blocks if item.tier == "disk"]
         cycle = _extents(pack, [block for block in streamed if block.kind not in ("embed", "expert")])
         experts = _extents(pack, [block for block in streamed if block.kind == "expert"])
-        self._pinned = _extents(pack, [item.block for item in plan.blocks if item.tier == "ram"])
+        pinned = [item.block for item in plan.blocks if item.tier == "ram"]
+        tables = {block for block in pack.blocks if block.kind in ("embed", "head")}
+        self._embed_is_head = pack.tied and tables <= set(pinned)
+        self._pinned = _extents(
+            pack, [block for block in pinned if block.kind != "embed" or not self._embed_is_head]
+        )
         if any(extent.nbytes > plan.window_bytes for extent in cycle):
             raise StoreError(f"a window of {plan.window_bytes} bytes cannot hold the largest block streamed")
         if experts and not plan.expert_slots:
@@ -102,6 +107,10 @@ class WindowStore:
     def stall_s(self) -> float:
         return self._readers.stall_s
 
+    @property
+    def damaged(self) -> bool:
+        return self._readers.pack.damaged
+
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         self._done = self._place.get(block, self._done)
         if (kept := self._kept.get(block)) is not None:
@@ -123,7 +132,7 @@ class WindowStore:
     def stage(self) -> Stage | None:
         if not self._streams:
             return None
-        return Stage(self._done, len(self._place), self._readers.bytes_per_s())
+        return Stage(self._done, len(self._place), *self._readers.bytes_per_s())
 
     def close(self) -> None:
         self._readers.close()
@@ -141,6 +150,10 @@ class WindowStore:
             progress(passage.position + passage.nbytes, total)
 
         self._pins.fetch(self._readers, passages, keep)
+        if self._embed_is_head:  # in its slices, which lie one behind the other
+            start = next(passage.position for passage in passages if passage.block.kind == "head")
+            whole = self._pins.region.memory[start : start + pack.blocks[BlockId("embed")].nbytes]
+            self._kept[BlockId("embed")] = Resident(pack.weights(BlockId("embed"), whole))
 
 
 def _extents(pack: Pack, blocks: Sequence[BlockId]) -> list[Extent]:

@@ -172,7 +172,7 @@ class Wanted(NamedTuple):
 
 
 def plan_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int], *, memory_bytes: int) -> Plan:
-    """The plan "one rank, everything in RAM" within `memory_bytes`.
+    """The plan "one rank, everything in RAM" within `memory_bytes`. block_bytes: in the order of a step.
 
     `kv_tokens` None gives every sequence a full context as far as half of the memory left allows, so that another
     model fits beside it; at least one sequence always gets its full context.
@@ -202,7 +202,7 @@ def plan_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int], *, memory_by
             least,
         )
     return Plan(
-        blocks=tuple(BlockPlan(block, block_bytes[block]) for block in wanted.spec.blocks()),
+        blocks=tuple(BlockPlan(block, nbytes) for block, nbytes in block_bytes.items()),
         kv=KvPlan(pages, PAGE_TOKENS, wanted.kv_type, pages * page_bytes),
         context_tokens=wanted.context_tokens,
         chunk_tokens=wanted.chunk_tokens,

@@ -60,10 +60,16 @@ class FakeAnswers:
         self.requests: list[Generate | Chat] = []
         self.cancelled = 0
 
-    def load(self, model: str, draft: str | None) -> ModelStatus:
+    def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
         self.loaded.append(model)
         self.drafts.append(draft)
         return self.status
+
+    def models(self) -> list[ModelStatus]:
+        return [self.status]
+
+    def count(self, messages: list[ChatMessage], model: str) -> int:
+        return sum(len(str(message.content).split()) for message in messages)
 
     @contextmanager
     def stream(self, request: Generate | Chat) -> Iterator[Iterator[Accepted | Token | Done]]:

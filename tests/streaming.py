@@ -17,6 +17,7 @@ from shoal.models.transformer import Transformer
 from shoal.offload.kv import KvPool
 from shoal.offload.pack import Pack
 from shoal.offload.pack_build import build_pack
+from shoal.offload.pack_format import Quant
 from shoal.offload.window_store import WindowStore
 from shoal.partition.plan import BlockPlan, Plan
 from shoal.partition.spec import BlockId, ModelSpec
@@ -24,12 +25,14 @@ from shoal.partition.spec import BlockId, ModelSpec
 Pinned = Callable[[BlockId], bool]
 
 
-def packed(directory: Path, family: str, seed: int = 0, **overrides: object) -> tuple[Path, Pack]:
+def packed(
+    directory: Path, family: str, seed: int = 0, quant: Quant = "keep", **overrides: object
+) -> tuple[Path, Pack]:
     """A tiny model as a Hugging Face directory, and its pack."""
     path = directory / "model"
     tiny.save_hf(tiny.hf_model(family, seed=seed, **overrides), path)
     with open_checkpoint(path) as checkpoint:
-        return path, build_pack(checkpoint, directory / "pack")
+        return path, build_pack(checkpoint, directory / "pack", quant)
 
 
 def streaming_plan(

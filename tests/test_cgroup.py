@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from shoal.daemon import cgroup, memory
+from shoal.daemon.errors import DaemonError
 
 MB = 1 << 20
 
@@ -33,6 +36,7 @@ def test_the_tightest_of_nested_groups_holds(tmp_path: Path) -> None:
     group(mount / "a", V2, str(100 * MB), 60 * MB, idle=20 * MB)
     inside = member(tmp_path, "0::/a/b")
     assert cgroup.room_bytes(mount, inside) == 60 * MB
+    assert cgroup.limit_bytes(mount, inside) == 100 * MB
     (mount / "a" / "b" / "memory.high").write_text(f"{30 * MB}\n")
     assert cgroup.room_bytes(mount, inside) == 20 * MB
 
@@ -53,6 +57,7 @@ def test_no_groups_no_limits(tmp_path: Path) -> None:
     assert cgroup.room_bytes(mount, member(tmp_path, "0::/../outside", "9:name=systemd:/")) is None
     (mount / "memory.max").write_text("garbage")
     assert cgroup.room_bytes(mount, member(tmp_path, "0::/")) is None
+    assert cgroup.limit_bytes(mount, member(tmp_path, "0::/")) is None
 
 
 def test_a_budget_holds_the_process_and_leaves_the_machine_usable(monkeypatch) -> None:
@@ -71,3 +76,11 @@ def test_forgetting_files_leaves_them_readable(tmp_path: Path) -> None:
     file.write_bytes(b"x" * 10_000)
     memory.forget_files([file, tmp_path / "vanished"])
     assert file.read_bytes() == b"x" * 10_000
+
+
+def test_a_budget_beyond_all_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "limit_bytes", lambda: 700 * MB)
+    assert memory.budget_of(700 * MB).limit_bytes == 700 * MB
+    with pytest.raises(DaemonError, match="800 MB was asked for, but there are 734 MB of memory") as refused:
+        memory.budget_of(800 * 10**6)
+    assert refused.value.code == "resources"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from cli_fakes import FakeAnswers, FakeClient, model_status, shoal
 
 from shoal.cli import background
+from shoal.cli import chat as chat_module
 from shoal.cli.chat import ChatLoop, toolbar
 from shoal.cli.chat_commands import COMMANDS, ChatState, completions, obey
-from shoal.cli.chat_link import DaemonLink
+from shoal.cli.chat_link import ChatLink
 from shoal.cli.conversation import Conversation, finished, unfinished
 from shoal.cli.options import AnswerOptions
 from shoal.comm.errors import NoDaemon, RequestFailed
@@ -75,7 +77,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Daemon:
 def state(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChatState:
     home = Home(tmp_path / "home")
     monkeypatch.setenv("SHOAL_HOME", str(home.root))
-    made = ChatState(home, DaemonLink(home), Conversation())
+    made = ChatState(home, ChatLink(home), Conversation())
     made.link.load("tiny", None)
     return made
 
@@ -288,6 +290,14 @@ def test_completion_of_commands_and_their_arguments(state: ChatState) -> None:
     assert list(completions(state, "/nothing ")) == []
 
 
+def test_a_model_in_fewer_bits_keeps_them(daemon: Daemon, state: ChatState) -> None:
+    put(state, "tiny")
+    put(state, "plain")
+    daemon.client.models["plain"] = model_status("plain", chat_template=False)
+    assert talk(state, "/model tiny:q4", "/ctx 64", "/model plain") == 1
+    assert daemon.client.loads[-4:] == [("tiny:q4", None), ("tiny:q4", 64), ("plain", 64), ("tiny:q4", 64)]
+
+
 # --- the verb ---------------------------------------------------------------------------------------------
 
 
@@ -354,3 +364,25 @@ def test_what_cannot_be_talked_to(daemon: Daemon, state: ChatState) -> None:
     result = shoal("chat", "base", stdin="Hi\n")
     assert result.exit_code == 1
     assert "base has no chat template (continue texts with: shoal run)" in result.stderr
+
+
+def test_options_that_shape_the_plan_keep_the_chat_in_this_process(
+    daemon: Daemon, state: ChatState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, configs = FakeAnswers("Here."), []
+
+    @contextmanager
+    def in_process(config: Any, library: Any) -> Iterator[FakeAnswers]:
+        configs.append(config)
+        yield here
+
+    monkeypatch.setattr(chat_module, "in_process", in_process)
+    put(state, "tiny")
+    loads = list(daemon.client.loads)
+    result = shoal("chat", "tiny", "--memory", "3GB", "--kv-type", "i8", stdin="Hi\nAnd?\n")
+    assert (result.exit_code, result.stdout) == (0, "Here.\nHere.\n"), result.stderr
+    assert (configs[0].memory_bytes, configs[0].kv_type) == (3 * 10**9, "i8")
+    assert daemon.client.loads == loads
+    assert shoal("chat", "tiny", "--ctx", "64", stdin="Hi\n").stdout == "Hello there.\n"
+    assert daemon.client.loads[len(loads) :] == [("tiny", 64)]
+    assert len(configs) == 1

@@ -260,3 +260,13 @@ def test_the_default_model_answers_the_same_way_twice() -> None:
     )
     assert first["token_ids"] == second["token_ids"]
     assert "Red" in first["text"]
+
+
+def test_the_bits_become_part_of_the_name(stage: Stage, tmp_path: Path) -> None:
+    assert shoal("run", "--quant", "q4", "m.gguf", "Hi").exit_code == 0
+    assert shoal("run", "m.gguf:q8", "Hi").exit_code == 0
+    assert shoal("run", "--quant", "keep", "m.gguf", "Hi").exit_code == 0
+    assert stage.here.loaded == [f"{tmp_path}/m.gguf{suffix}" for suffix in (":q4", ":q8", "")]
+    refused = shoal("run", "--quant", "q4", "m.gguf:q8", "Hi")
+    assert refused.exit_code == 2
+    assert "--quant q4 contradicts the name m.gguf:q8" in refused.stderr

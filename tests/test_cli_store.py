@@ -82,6 +82,42 @@ def test_show_tells_the_facts(tmp_path: Path) -> None:
     assert "license" in text
 
 
+def test_show_tells_how_it_would_run(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.partition.streaming.READING_BYTES", 1 << 18)
+    monkeypatch.setattr("shoal.partition.streaming.SCRATCH_SHARE", 1)
+    monkeypatch.setattr("shoal.daemon.memory.private_bytes", lambda: 200 << 20)
+    model = tiny.hf_model("qwen2", num_hidden_layers=6, hidden_size=512, intermediate_size=4096)
+    path = tiny.save_gguf(model, tmp_path / "tiny.gguf", type="F16")
+
+    def plan(*options: str) -> dict[str, Any]:
+        return json.loads(shoal("show", "--json", *options, str(path)).stdout)["plan"]
+
+    refused = plan("--memory", "1MB", "--ctx", "64")
+    assert not refused["fits"]
+    assert "MB for what is beside it; the budget is 1 MB" in refused["refused"]
+    least = refused["least_bytes"]
+    streamed = plan("--memory", str(least + (8 << 20)), "--ctx", "64")
+    assert streamed["fits"]
+    assert 0 < streamed["streamed_bytes"] <= streamed["weights_bytes"]
+    assert streamed["step_s"] == pytest.approx(
+        streamed["streamed_bytes"] / streamed["read_bytes_per_s"], 1e-3
+    )
+    assert sum(streamed["memory_bytes"].values()) == streamed["budget_bytes"]
+    assert streamed["pack_bytes"] > streamed["weights_bytes"] * 0.9
+    assert not streamed["packed"]
+    whole = plan()
+    assert (whole["streamed_bytes"], whole["pack_bytes"], whole["step_s"]) == (0, 0, 0.0)
+    fewer = plan("--quant", "q4")
+    assert (fewer["quant"], fewer["streamed_bytes"]) == ("q4", 0)
+    assert fewer["weights_bytes"] < whole["weights_bytes"] / 3
+    assert not (home / "packs").exists() or not list((home / "packs").iterdir())
+    text = shoal("show", "--memory", str(least + (8 << 20)), "--ctx", "64", str(path)).stdout
+    for word in ("weights", "window", "KV", "scratch", "process", "stay in memory", "alone", "shoal pack"):
+        assert word in text
+    text = shoal("show", "--memory", "1MB", "--ctx", "64", str(path)).stdout
+    assert "MB would do, or a smaller --ctx" in text
+
+
 def test_show_of_what_is_no_model(model: Path) -> None:
     result = shoal("show", str(model))
     assert result.exit_code == 1

@@ -66,6 +66,12 @@ class KvIndexMachine(RuleBasedStateMachine):
             self.index.forget(entry)
             self.truth = [item for item in self.truth if item[0] != (parent, page)]
 
+    @rule(slots=st.integers(0, SLOTS))
+    def resize(self, slots: int) -> None:
+        self.index.resize(slots)
+        self.truth = [item for item in self.truth if item[1] < slots]
+        self.lost = {slot for slot in self.lost if slot < slots}
+
     @rule()
     def restart(self) -> None:
         self.index = KvIndex(self.index.slots, reversed(self.index.entries()))

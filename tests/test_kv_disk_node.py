@@ -13,8 +13,8 @@ import pytest
 import tiny
 
 from shoal.comm.messages import Done, Generate, Load, ModelStatus, Sampling, Token, Unload
-from shoal.daemon import kv_files
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.kv_files import KvFiles
 from shoal.daemon.node import Node
 from shoal.offload.kv_disk_file import INDEX, PAGES
 
@@ -43,10 +43,10 @@ def started(path: Path, root: Path | None, config: NodeConfig = CONFIG) -> Node:
     return node
 
 
-def said(node: Node, prompt: list[int], new: int = 9) -> tuple[list[int], int]:
+def said(node: Node, prompt: list[int], new: int = 9, model: str = "") -> tuple[list[int], int]:
     """The greedy answer, and how many tokens of the prompt were known."""
     request = Generate(
-        model="", prompt_tokens=prompt, max_tokens=new, sampling=Sampling(temperature=0.0), ignore_eos=True
+        model=model, prompt_tokens=prompt, max_tokens=new, sampling=Sampling(temperature=0.0), ignore_eos=True
     )
     ids: list[int] = []
     cached = -1
@@ -179,6 +179,36 @@ def test_the_longest_unused_stores_go_but_none_in_use(tmp_path: Path, path: Path
             "model1",
         ]
         assert said(node, TEXT)[1] == 0
-        assert kv_files._room_bytes(root, root / "model0", 1) == 0
+        assert KvFiles(root, 1)._room_bytes({root / "model0"}) < 0
         assert not (root / "model1").exists()
         assert len(list(root.iterdir())) == 2  # model0, whose turn it is, and the one in use
+
+
+def test_the_bound_is_of_all_models_together(path: Path, root: Path, tmp_path: Path) -> None:
+    others = [
+        tiny.save_gguf(
+            tiny.hf_model("llama", seed=seed, max_position_embeddings=512), tmp_path / f"{seed}.gguf"
+        )
+        for seed in (1, 2)
+    ]
+    bound = 10 * 25_000 + 2 * 4096  # pages of 24,576 bytes with their records
+
+    def kept() -> list[int]:
+        """Pages in each store; all files of all stores are within the bound."""
+        assert sum(file.stat().st_size for file in root.rglob("*.kv")) <= bound
+        return [file.stat().st_size // 24_576 for file in root.rglob(PAGES)]
+
+    texts = [[(7 * i + start) % 53 for i in range(200)] for start in range(0, 40, 10)]
+    with Node(replace(SMALL, kv_disk_bytes=bound), kv_root=root) as node:
+        for share, model in zip((10, 5, 3), (path, *others), strict=True):
+            node.load(Load(model=str(model)))
+            for text in texts:
+                said(node, text, model=str(model))
+            assert max(kept()) <= share
+        assert [said(node, text, model=str(path))[0] for text in texts] == truths(path, texts)
+    assert kept() == [3, 3, 3]
+
+
+def truths(path: Path, texts: list[list[int]]) -> list[list[int]]:
+    with started(path, None) as node:
+        return [said(node, text)[0] for text in texts]

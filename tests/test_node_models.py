@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 import weakref
 from collections.abc import Iterator
@@ -140,9 +141,28 @@ def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) ->
         leave(node, 10 << 20)
         with pytest.raises(DaemonError, match=r"needs \d+ MB .* budget is \d+ MB") as refused:
             node.load(Load(model=str(large)))
-        assert "for the process itself" in str(refused.value)
+        assert "for the process" in str(refused.value)
         assert "--memory" in refused.value.hint
         assert [model.name for model in node.status().models] == ["tiny.gguf"]
+
+
+def test_the_budget_that_is_said_to_do_does(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.daemon.planning.buffer_bytes", lambda page_bytes: 25_000_000)
+    monkeypatch.setattr("shoal.daemon.node.return_freed", lambda: None)
+    with Node(NodeConfig(context_tokens=96), kv_root=tmp_path) as node:
+        node.budget.limit_bytes = 1
+        with pytest.raises(DaemonError, match=r", 25 MB for KV on its way to disk or a draft") as refused:
+            node.load(Load(model=str(path)))
+        assert "other models" not in str(refused.value)
+        said = re.search(r"--memory (\d+)MB would do", refused.value.hint)
+        assert said is not None
+        node.budget.limit_bytes = (int(said[1]) - 2) * 10**6
+        with pytest.raises(DaemonError, match="MB for KV on its way"):
+            node.load(Load(model=str(path)))
+        node.budget.limit_bytes = int(said[1]) * 10**6
+        assert node.load(Load(model=str(path))).model.name == path.name
 
 
 def test_too_little_memory_is_refused_with_the_figure(path: Path) -> None:

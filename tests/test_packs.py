@@ -87,6 +87,44 @@ def test_a_damaged_pack_is_built_anew(file: str, home: Home, model: Path) -> Non
     assert [entry.state for entry in PackShelf(home).list()] == ["ready"]
 
 
+def test_a_pack_that_was_found_altered_is_listed_as_such_and_built_anew(home: Home, model: Path) -> None:
+    packs = Packs(home)
+    pack, _ = get(home, model)
+    with pack.path.open("rb"):  # as a daemon has it
+        pack.condemn()
+        assert pack.damaged
+        assert [entry.state for entry in packs.shelf.list()] == ["damaged"]
+        made, built = get(home, model)
+        assert built
+        assert [entry.state for entry in packs.shelf.list()] == ["ready"]
+        pack.condemn()  # another is in its place by now
+    assert [entry.state for entry in packs.shelf.list()] == ["ready"]
+    with made.path.open("r+b") as file:
+        file.seek(made.manifest.nbytes // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    assert packs.verify(made.path.parent)
+    assert get(home, model)[1]
+    assert not packs.verify(made.path.parent)
+
+
+def test_blocks_that_cannot_be_read_are_named_by_verify(
+    home: Home, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, _ = get(home, model)
+    block = pack.manifest.blocks[1]
+    read = os.preadv
+
+    def failing(descriptor: int, buffers: Any, offset: int) -> int:
+        if offset == block.offset:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    assert Packs(home).verify(pack.path.parent) == [str(block.block)]
+
+
 def test_two_processes_do_not_build_the_same_pack(home: Home, model: Path) -> None:
     shelf = PackShelf(home)
     with shelf.alone(shelf.place(str(model), "keep")):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from shoal.daemon.answer import Event
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
+from shoal.daemon.kv_files import KvFiles
 from shoal.daemon.model import LoadedModel
 from shoal.daemon.node import Node
 from shoal.daemon.packs import Packs
@@ -162,7 +164,7 @@ def test_a_model_is_streamed_in_the_room_that_a_busy_one_leaves(path: Path, pack
         model.release(node.budget)
 
 
-@pytest.mark.parametrize("part", ["shoal.daemon.model.Scheduler", "shoal.daemon.model.open_kv_disk"])
+@pytest.mark.parametrize("part", ["shoal.daemon.model.Scheduler", "shoal.daemon.kv_files.KvFiles.open"])
 def test_a_load_that_fails_late_leaves_nothing_behind(
     path: Path, packs: Packs, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +176,9 @@ def test_a_load_that_fails_late_leaves_nothing_behind(
         held, threads = node.budget.held_bytes, threading.active_count()
         monkeypatch.setattr(part, fails)
         with pytest.raises(MemoryError):
-            LoadedModel.load("late", path, CONFIG, node.budget, packs=packs, kv_root=tmp_path / "kv")
+            LoadedModel.load(
+                "late", path, CONFIG, node.budget, packs=packs, kv_files=KvFiles(tmp_path / "kv", None)
+            )
         assert (node.budget.held_bytes, threading.active_count()) == (held, threads)
 
 
@@ -280,3 +284,38 @@ def test_a_node_that_is_closed_packs_no_further(path: Path, tmp_path: Path) -> N
     with pytest.raises(DaemonError, match="is stopping"):
         node.load(Load(model=str(path)), closing)
     assert heard == ["packing"]
+
+
+def test_a_pack_that_was_altered_fails_what_needs_it_and_is_made_anew(
+    node: Node, path: Path, packs: Packs
+) -> None:
+    node.load(Load(model=str(path)))
+    expected = ids(node, asked(1))[0]
+    node.unload(Unload(model=str(path)))
+    with open_checkpoint(path) as checkpoint:
+        pack = packs.get(checkpoint)
+    block = pack.blocks[next(b for b in pack.blocks if b.kind == "ffn" and b.layer == 2)]
+    with pack.path.open("r+b") as file:
+        file.seek(block.offset + 100)
+        file.write(b"altered")
+    told = rf"block {block.block} was altered: .* packed anew when it is loaded next"
+    with pytest.raises(DaemonError, match=told) as refused:
+        ids(node, asked(1, model=str(path)))
+    assert refused.value.code == "corrupt"
+    assert ids(node, asked(1, model=str(path)))[0] == expected
+    assert packs.verify(pack.path.parent) == []
+
+
+def test_a_pack_that_is_cut_off_while_it_streams_is_made_anew(node: Node, path: Path, packs: Packs) -> None:
+    status = node.load(Load(model=str(path))).model
+    expected = ids(node, asked(1))[0]
+    with open_checkpoint(path) as checkpoint:
+        pack = packs.get(checkpoint)
+    os.truncate(pack.path, pack.manifest.vectors.nbytes)
+    for number in range(2, 5):
+        with suppress(DaemonError):  # or it was noticed by reading ahead, between two requests
+            ids(node, asked(number))
+    assert ids(node, asked(1))[0] == expected
+    assert packs.verify(pack.path.parent) == []
+    again = node.status().models
+    assert [(model.name, model.context_tokens) for model in again] == [(status.name, status.context_tokens)]

@@ -32,6 +32,7 @@ from shoal.offload.direct import DirectFile
 from shoal.offload.errors import OffloadError, PackCorrupt, StoreError
 from shoal.offload.pack import Pack
 from shoal.offload.prefix import PrefixCache
+from shoal.offload.window import Chunk, Passage
 from shoal.offload.window_store import WindowStore
 from shoal.partition.spec import BlockId
 
@@ -309,6 +310,25 @@ def test_a_slow_disk_shows_as_stall_and_stage(tied: Case, faulty: Faulty) -> Non
         assert stage is not None
         assert stage.done == stage.blocks == 2 * len(streaming.spec.layers) + 1
         assert stage.bytes_per_s > 0
+
+
+def test_the_best_speed_is_of_whole_seconds_and_stays(tied: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = time.monotonic() + 100
+    with Streaming(tied.path, tied.pack) as streaming:
+        store = streaming.store
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda: now_s)
+            reader, chunk = store._readers, Chunk(Passage(EMBED, 0, 0, 1 << 40), 0, 1_000_000)
+            for _ in range(40):
+                now_s += 0.1
+                with reader._lock:
+                    reader._note(store._ring, chunk)
+            assert store.stage()[2:] == pytest.approx((1e7, 1e7), rel=0.06)  # type: ignore[index]
+            now_s += 100
+            assert store.stage()[2:] == pytest.approx((0, 1e7), rel=0.06)  # type: ignore[index]
+            for _ in range(5):  # a burst
+                reader._note(store._ring, chunk)
+            assert store.stage()[3] == pytest.approx(1e7, rel=0.06)  # type: ignore[index]
 
 
 def test_a_dead_disk_is_an_error(tied: Case, faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,147 @@
+"""`shoal show`: what a model is, and how it would run here.
+
+Knows how facts and the plan are shown: bars before words. Both come from `daemon.facts` and `daemon.outlook`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from shoal.daemon.home import Home
+from shoal.daemon.library import Library
+from shoal.daemon.reference import Reference
+from shoal.daemon.sizes import format_bytes
+
+from .imports import engine_imports
+from .options import PlanOptions, examples, json_option, plan_options, quant_option
+from .output import console, facts, print_json, spinner
+from .paint import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from shoal.daemon.outlook import Misfit, Outlook
+
+BAR_COLUMNS = 40
+
+
+@click.command(
+    epilog=examples(
+        "shoal show smollm2",
+        "shoal show --memory 3GB ./model.gguf",
+        "shoal show --quant q4 --memory 8GB ~/models/llama-70b",
+        "shoal show --json ./model.gguf",
+    )
+)
+@click.argument("model")
+@quant_option
+@json_option
+@plan_options
+def show(model: str, as_json: bool, plan: PlanOptions) -> None:
+    """Show the facts of MODEL, a path or a name in the store, and how it would run: what stays in memory, what is
+    streamed from disk, how long a token waits for it.
+
+    Nothing is loaded or packed for that; how fast the disk is, is measured.
+    """
+    wanted = Reference.parse(model)
+    config = plan.config(quant=wanted.quant)
+    home = Home.from_env()
+    path = Library(home).resolve(wanted.model)
+    with spinner("looking"):
+        with engine_imports():
+            from shoal.daemon.facts import checkpoint_facts
+            from shoal.daemon.outlook import Misfit, outlook
+            from shoal.daemon.packs import Packs
+        described = checkpoint_facts(path)
+        found = outlook(path, config, Packs(home))
+    if as_json:
+        fits = not isinstance(found, Misfit)
+        print_json({**described, "plan": {"fits": fits, **msgspec.structs.asdict(found)}})
+        return
+    rows = facts()
+    for name, value in described.items():
+        rows.add_row(name.replace("_", " "), printable(_human(name, value)))
+    screen = console()
+    screen.print(rows)
+    screen.print()
+    if isinstance(found, Misfit):
+        screen.print(_misfit(found))
+        return
+    screen.print(_memory(found))
+    screen.print()
+    screen.print(_words(found))
+
+
+def _memory(found: Outlook) -> Table:
+    """Who takes how much of the budget, one bar beginning where the one before ends."""
+    from rich.bar import Bar
+
+    rows = facts()
+    rows.add_column(justify="right")
+    rows.add_column()
+    begin = 0
+    for name, nbytes, colour in _uses(found):
+        end = begin + nbytes
+        bar = Bar(found.budget_bytes, begin, end, width=BAR_COLUMNS, color=colour)
+        rows.add_row(name, "", format_bytes(nbytes), bar)
+        begin = end
+    rows.add_row("memory", "", format_bytes(found.budget_bytes), "")
+    return rows
+
+
+def _uses(found: Outlook) -> Iterator[tuple[str, int, str]]:
+    """(what for, bytes, colour) of what takes any."""
+    uses = found.memory_bytes
+    for name, nbytes, colour in (
+        ("weights", uses.weights, "green"),
+        ("window", uses.window, "cyan"),
+        ("KV", uses.kv, "blue"),
+        ("scratch", uses.scratch, "magenta"),
+        ("process", uses.process, "yellow"),
+        ("free", uses.free, "bright_black"),
+    ):
+        if nbytes > 0:
+            yield name, nbytes, colour
+
+
+def _words(found: Outlook) -> Table:
+    rows = facts()
+    whole = format_bytes(found.weights_bytes)
+    if found.streamed_bytes:
+        stay = format_bytes(found.memory_bytes.weights)
+        rows.add_row("weights", f"{stay} of {whole} stay in memory, the others are streamed from disk")
+        speed = f"{found.read_bytes_per_s / 1e9:.2g} GB/s, as the disk gives just now"
+        read = f"{format_bytes(found.streamed_bytes)} at {speed}"
+        rows.add_row("a token", f"about {found.step_s:.2g} s alone: {read}" if found.step_s else read)
+    else:
+        rows.add_row("weights", f"all {whole} stay in memory")
+    if found.pack_bytes:
+        there = "is there" if found.packed else "is made when it is first run, or by shoal pack"
+        rows.add_row("pack", f"{format_bytes(found.pack_bytes)} on disk; it {there}")
+    rows.add_row("context", f"{found.context_tokens:,} tokens; KV for {found.kv_tokens:,} in {found.kv_type}")
+    return rows
+
+
+def _misfit(found: Misfit) -> Table:
+    rows = facts()
+    rows.add_row("memory", found.refused)
+    rows.add_row("", f"--memory {-(-found.least_bytes // 10**6)}MB would do, or a smaller --ctx")
+    return rows
+
+
+def _human(name: str, value: Any) -> str:
+    if value is None:
+        return "not stated"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name == "bytes":
+        return format_bytes(value)
+    if name == "parameters":
+        return f"{value / 1e6:,.1f} M" if value < 1e9 else f"{value / 1e9:,.2f} B"
+    if isinstance(value, dict):
+        return ", ".join(f"{kind} × {count}" for kind, count in value.items())
+    return str(value)

@@ -1,0 +1,47 @@
+"""How fast a disk gives what is streamed: many large direct reads of a file at once, for a moment.
+
+Knows how readers read. Where a figure is kept, and for what, is the caller's business.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from shoal.kernels.memory import Arena
+
+from .direct import DirectFile
+from .errors import StoreError
+from .readers import READ_BYTES, READERS
+
+SECONDS = 0.5
+
+
+def read_speed(path: Path, seconds: float = SECONDS) -> float:
+    """Bytes per second that reading `path` gives just now; 0 where it is too short to tell. Raises StoreError."""
+    file = DirectFile(path)
+    places = path.stat().st_size // READ_BYTES
+    stride = max(1, places // READERS)
+    until_s = time.monotonic() + seconds
+
+    def read(first: int) -> int:
+        memory, count = Arena().take(READ_BYTES), 0
+        while time.monotonic() < until_s and count < places:
+            file.read((first + count) % places * READ_BYTES, memory)
+            count += 1
+        return count
+
+    try:
+        if not places:
+            return 0.0
+        began_s = time.monotonic()
+        with ThreadPoolExecutor(READERS) as pool:
+            counts = sum(pool.map(read, range(0, stride * READERS, stride)))
+        return counts * READ_BYTES / max(time.monotonic() - began_s, 1e-3)
+    except (OSError, EOFError) as error:
+        reason = (isinstance(error, OSError) and os.strerror(error.errno or 0)) or str(error)
+        raise StoreError(f"{path}: cannot be read: {reason}") from error
+    finally:
+        file.close()
