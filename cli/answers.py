@@ -29,7 +29,7 @@ from shoal.daemon.reference import Reference
 from shoal.daemon.registry import canonical
 
 from .imports import engine_imports
-from .output import spinner, stage_text, transfer_bar
+from .output import note, spinner, stage_text, transfer_bar
 
 if TYPE_CHECKING:
     from shoal.daemon.client import Client
@@ -134,7 +134,7 @@ def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
     with spinner("starting"), engine_imports():
         from shoal.daemon.node import Node
         from shoal.daemon.packs import Packs
-    packs = Packs(Home.from_env())
+    packs = Packs(Home.from_env(), lambda estimate: note(estimate.describe()))
     with Node(replace(config, max_sequences=1), resolve=library.resolve, packs=packs) as node:
         yield InProcess(node)
 
