@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from shoal.comm.messages import (
@@ -99,9 +100,11 @@ class ThroughDaemon:
         self._client = client
 
     def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
-        with spinner(f"loading {model}") as update:
+        wanted = Reference.parse(model)
+        name = wanted._replace(model=Path(wanted.model).name)
+        with spinner(f"loading {name}") as update:
             return self._client.load(
-                model, context, draft, lambda stage: update(f"{model}: {stage_text(stage)}")
+                model, context, draft, lambda stage: update(f"{name}: {stage_text(stage)}")
             ).model
 
     def models(self) -> list[ModelStatus]:
