@@ -341,6 +341,8 @@ class StatusReply(Message):
     models: list[ModelStatus]
     requests_total: int
     tokens_total: int
+    loading: str = ""  # model that is being loaded, if any, and how far that is
+    stage: Stage | None = None
     draining: bool = False
 
 

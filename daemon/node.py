@@ -367,13 +367,14 @@ class Node:
         def heard(doing: str, done: int, total: int) -> None:
             if self._closed.is_set():  # nobody waits for it any more, and packing may take an hour
                 self._check_open()
-            speed = done / max(self._clock() - began_s, 0.1)
+            first_s, before = begun.setdefault(doing, (self._clock(), done))
+            speed = (done - before) / max(self._clock() - first_s, 0.1)
             self._stage = Stage(doing=doing, done=done, total=total, bytes_per_s=speed)
             progress(doing, done, total)
 
         while True:
             return_freed()
-            began_s = self._clock()
+            begun: dict[str, tuple[float, int]] = {}  # doing → since when, and with how many bytes
             try:
                 return LoadedModel.load(
                     name,
