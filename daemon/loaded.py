@@ -76,6 +76,6 @@ class LoadedModels:
         with self.lock:
             self._by_name.pop(model.name, None)
             self._tokens_before += model.engine.tokens_total
-        model.engine.fail_all(DaemonError("shutting_down", f"{model.name} was unloaded"))
+        model.interrupt(DaemonError("shutting_down", f"{model.name} was unloaded"))
         model.release(self._budget)
         log.info("unloaded %s", model.name)

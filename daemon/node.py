@@ -48,6 +48,7 @@ from .translate import translated
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # how long the compute thread sleeps before it looks again by itself
+DEADLINES_S = 0.5  # how often it is looked for what is past its deadline while a step runs
 STAGE_S = 1.0  # of silence, then it is said what a request waits for
 
 
@@ -82,11 +83,12 @@ class Node:
         self._loading = threading.Lock()  # one load or unload at a time
         self._wake = threading.Condition(self._models.lock)  # guards _draining and _closed too
         self._draining = False
-        self._closed = False
+        self._closed = threading.Event()
         self._requests_total = 0
         set_threads(config.thread_count)
         self._thread = threading.Thread(target=self._compute, name="shoal-compute", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, name="shoal-deadlines", daemon=True).start()
 
     def __enter__(self) -> Node:
         return self
@@ -250,14 +252,16 @@ class Node:
     def close(self) -> None:
         """Stop computing; what still runs ends with `error` shutting_down. Idempotent."""
         with self._wake:
-            if self._closed:
+            if self._closed.is_set():
                 return
-            self._draining = self._closed = True
+            self._draining = True
+            self._closed.set()
             self._wake.notify_all()
+        for model in self._models:
+            model.interrupt(DaemonError("shutting_down", "the daemon is stopping"))
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
         for model in self._models:
-            model.engine.fail_all(DaemonError("shutting_down", "the daemon is stopping"))
             model.release(self.budget)
 
     def _compute(self) -> None:
@@ -265,19 +269,31 @@ class Node:
         while True:
             with self._wake:
                 self._wake.notify_all()  # for drain
-                self._wake.wait_for(lambda: self._closed or self._busy(), IDLE_WAIT_S)
-                if self._closed:
+                self._wake.wait_for(lambda: self._closed.is_set() or self._busy(), IDLE_WAIT_S)
+                if self._closed.is_set():
                     return
             self._step_each()
 
+    def _watch(self) -> None:
+        """Until the node is closed: ends what is past its deadline, however long a step takes."""
+        while not self._closed.wait(DEADLINES_S):
+            self._expire_each()
+
+    # Not in the loops, whose names would keep the last model in memory for ever.
+
     def _step_each(self) -> None:
-        """One step of each busy model. Not in the loop, whose names would keep the last one in memory for ever."""
+        """One step of each busy model."""
         for model in self._models:
             try:
                 if model.engine.busy:
                     model.engine.step()
             except Exception:  # the step's own requests have been told; the others go on
-                log.exception("a step of %s failed", model.name)
+                if model in self._models and not self._closed.is_set():  # else it was interrupted
+                    log.exception("a step of %s failed", model.name)
+
+    def _expire_each(self) -> None:
+        for model in self._models:
+            model.engine.expire()
 
     def _busy(self) -> bool:
         return any(model.engine.busy for model in self._models)
@@ -332,6 +348,8 @@ class Node:
         """In memory if idle models leave enough when they go, else streamed."""
 
         def heard(doing: str, done: int, total: int) -> None:
+            if self._closed.is_set():  # nobody waits for it any more, and packing may take an hour
+                self._check_open()
             speed = done / max(self._clock() - began_s, 0.1)
             self._stage = Stage(doing=doing, done=done, total=total, bytes_per_s=speed)
             progress(doing, done, total)
