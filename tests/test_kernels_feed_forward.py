@@ -31,8 +31,8 @@ NATIVE = [name for name in HOMES if name != "reference"]
 def home(request: pytest.FixtureRequest) -> Iterator[str]:
     dispatch.choose(request.param)
     yield request.param
-    kernels.set_threads(2)
     dispatch.choose()
+    kernels.set_threads(2)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -121,8 +121,8 @@ def test_no_bit_of_a_layer_depends_on_batch_or_threads(
         for tokens in (1, 2, 4, 5, 9, 16, 17, 97, 120):
             got = kernels.feed_forward(x[:tokens], made, "silu", norm, 1e-5)
             assert torch.equal(got, alone[:tokens])
-    kernels.set_threads(2)
     dispatch.choose()
+    kernels.set_threads(2)
 
 
 def routes_of(choices: list[list[int]], factors: Tensor) -> tuple[list[int], Routes]:
@@ -170,8 +170,8 @@ def test_experts_together_are_those_one_by_one(data: st.DataObject, tokens: int,
             for expert in own:
                 total += factors[t, choices[t].index(expert)] * single[used.index(expert)][t]
             assert_near(got[t], total, 1e-6)
-    kernels.set_threads(2)
     dispatch.choose()
+    kernels.set_threads(2)
 
 
 def test_a_token_without_experts_gets_nothing(home: str) -> None:
