@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from hypothesis import HealthCheck, settings
 
 from shoal.kernels import library
@@ -15,6 +16,9 @@ anywhere = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("shoal", anywhere, derandomize=True)
 settings.register_profile("explore", anywhere)
 settings.load_profile("shoal")
+
+# On a busy or emulated machine the barriers of torch's pool cost more than the work of a test.
+torch.set_num_threads(1)
 
 if build := os.environ.get("SHOAL_TEST_LIBRARY"):
     library.LIBRARY = Path(build).resolve(strict=True)

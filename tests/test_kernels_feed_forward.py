@@ -27,12 +27,17 @@ HOMES = homes_here()
 NATIVE = [name for name in HOMES if name != "reference"]
 
 
-@pytest.fixture(params=HOMES)
-def home(request: pytest.FixtureRequest) -> Iterator[str]:
-    dispatch.choose(request.param)
-    yield request.param
-    kernels.set_threads(2)
+@pytest.fixture(autouse=True)
+def _best_home_afterwards() -> Iterator[None]:
+    yield
     dispatch.choose()
+    kernels.set_threads(2)
+
+
+@pytest.fixture(params=HOMES)
+def home(request: pytest.FixtureRequest) -> str:
+    dispatch.choose(request.param)
+    return request.param
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -79,16 +84,16 @@ def test_linears_of_one_input_are_those_one_by_one(home: str) -> None:
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("biases", [False, True])
-def test_feed_forward_is_that_of_the_reference(home: str, activation: Activation, biases: bool) -> None:
+def test_feed_forward_is_that_of_the_reference(activation: Activation, biases: bool) -> None:
     for kinds in ((Q4_K, Q4_K, Q6_K), (Q8_0, Q4_0, F32), (F32, F32, Q8_0), (F16, Q8_0, F16)):
         made = layer(kinds, biases=biases)
-        norm = randn(256, seed=9)
-        for tokens in (1, 5, 100):
-            x = randn(tokens, 256)
-            got = kernels.feed_forward(x, made, activation, norm, 1e-5)
-            assert_near(got, reference.feed_forward(x, made, activation, norm, 1e-5))
-            plain = kernels.feed_forward(x, made, activation)
-            assert_near(plain, reference.feed_forward(x, made, activation, None, 0.0))
+        for norm in (randn(256, seed=9), None):
+            for tokens in (1, 5, 100):
+                x = randn(tokens, 256)
+                truth = reference.feed_forward(x, made, activation, norm, 1e-5)
+                for name in NATIVE:
+                    dispatch.choose(name)
+                    assert_near(kernels.feed_forward(x, made, activation, norm, 1e-5), truth)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -121,8 +126,6 @@ def test_no_bit_of_a_layer_depends_on_batch_or_threads(
         for tokens in (1, 2, 4, 5, 9, 16, 17, 97, 120):
             got = kernels.feed_forward(x[:tokens], made, "silu", norm, 1e-5)
             assert torch.equal(got, alone[:tokens])
-    kernels.set_threads(2)
-    dispatch.choose()
 
 
 def routes_of(choices: list[list[int]], factors: Tensor) -> tuple[list[int], Routes]:
@@ -170,8 +173,6 @@ def test_experts_together_are_those_one_by_one(data: st.DataObject, tokens: int,
             for expert in own:
                 total += factors[t, choices[t].index(expert)] * single[used.index(expert)][t]
             assert_near(got[t], total, 1e-6)
-    kernels.set_threads(2)
-    dispatch.choose()
 
 
 def test_a_token_without_experts_gets_nothing(home: str) -> None:

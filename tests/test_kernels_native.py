@@ -51,8 +51,8 @@ each_type = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.
 def home(request: pytest.FixtureRequest) -> Iterator[str]:
     dispatch.choose(request.param)
     yield request.param
-    kernels.set_threads(2)
     dispatch.choose()
+    kernels.set_threads(2)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
