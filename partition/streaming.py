@@ -21,10 +21,11 @@ from .spec import BlockId, ModelSpec
 
 KV_SHARE = 8  # of memory goes to the KV pool: an eighth, but one context at least
 SCRATCH_SHARE = 12  # goes to long steps: a twelfth
-WINDOW_SHARE = 4  # goes to the window: a quarter, within WINDOW_BLOCKS
-WINDOW_BLOCKS = (1, 2)  # least and most of the largest streamed blocks in the window; more does not help
+WINDOW_SHARE = (
+    4  # goes to the window: a quarter, but the largest block at least and the largest neighbours at most
+)
 PART_TOKENS = (32, 64, 256)  # rows in a block together: least; enough to lengthen steps instead; most
-READING_BYTES = 16 << 20  # what reading itself holds: rows of the embedding, ends of huge pages
+READING_BYTES = 12 << 20  # what reading itself holds: rows of the embedding, ends of huge pages
 _SEARCH_BYTES = 1 << 20  # how exactly the least memory is told
 
 
@@ -118,6 +119,8 @@ def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
             chunk_tokens=chunk,
             sequences=wanted.sequences,
             guesses=wanted.guesses,
+            threads=wanted.threads,
+            native=wanted.native,
             part_tokens=part,
         )
 
@@ -146,6 +149,7 @@ class _Kind:
 
     def __init__(self, blocks: Sequence[tuple[BlockId, int]]) -> None:
         self.blocks = blocks
+        self.of_layers = blocks[0][0].kind != "head"
         self.largest = max(nbytes for _, nbytes in blocks)
         counts = range(len(blocks) + 1)
         self.pinned_bytes = [sum(nbytes for _, nbytes in self.evenly(count)) for count in counts]
@@ -213,11 +217,20 @@ class _Weights:
         return pinned, pinned + self._window(counts, window_share)
 
     def _window(self, counts: tuple[int, ...], share: int) -> int:
-        chosen = list(zip(self._kinds, counts, strict=True))
-        largest = max((kind.largest for kind, count in chosen if count < len(kind.blocks)), default=0)
-        streamed = sum(kind.pinned_bytes[-1] - kind.pinned_bytes[count] for kind, count in chosen)
-        least, most = WINDOW_BLOCKS
-        return min(_between(least * largest, share, most * largest), streamed)
+        """With room for two neighbours the disk reads while one of them is computed; more does not help."""
+        chosen = zip(self._kinds, counts, strict=True)
+        streamed = [(kind, count) for kind, count in chosen if count < len(kind.blocks)]
+        if not streamed:
+            return 0
+        (first, pinned), *others = streamed
+        # blocks of layers are no neighbours while all of another kind stream between them
+        apart = first.of_layers and any(kind.of_layers and not count for kind, count in others)
+        apart |= pinned == len(first.blocks) - 1
+        second = others[0][0] if apart and others else first
+        return min(
+            _between(first.largest, share, first.largest + second.largest),
+            sum(kind.pinned_bytes[-1] - kind.pinned_bytes[count] for kind, count in streamed),
+        )
 
 
 def _between(least: int, value: int, most: int) -> int:
