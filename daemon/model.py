@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from shoal import kernels
 from shoal.comm.messages import Chat, ChatMessage, Generate, ModelStatus, Sampling, Stage
 from shoal.models.chat_template import ChatTemplate
 from shoal.models.checkpoint import Checkpoint
@@ -271,6 +272,8 @@ class LoadedModel:
             chunk_tokens=plan.chunk_tokens,
             sequences=plan.sequences,
             guesses=plan.guesses,
+            threads=plan.threads,
+            native=kernels.home() != "reference",
             part_tokens=plan.part_tokens,
         )
         needed = (

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from shoal import kernels
 from shoal.models.checkpoint import Checkpoint
 from shoal.offload.budget import Budget
 from shoal.offload.kv_disk import buffer_bytes
@@ -208,4 +209,5 @@ def _wanted(checkpoint: Checkpoint, config: NodeConfig, context: int) -> Wanted:
         sequences=config.max_sequences,
         guesses=config.max_guesses,
         threads=config.thread_count,
+        native=kernels.home() != "reference",
     )

@@ -19,7 +19,12 @@ KV_TYPE_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1}
 KV_SCALE_BYTES: Mapping[str, int] = {"i8": 4}  # per token, K/V head, and K or V
 KV_VALUE_STEP = 16  # V rows are filled up to whole vectors of so many numbers
 PAGE_TOKENS = 64
-KERNEL_BYTES = 32 << 20  # tiles and tables of the kernels, whatever the model
+KERNEL_BYTES = 4 << 20  # of the kernels, whatever the model …
+THREAD_BYTES = 1 << 20  # … and for each of their threads
+SPAN_TOKENS, SPANS_BYTES = (
+    256,
+    16 << 20,
+)  # attention to a long context is computed in spans: what their results take at most
 VOCABULARY_BYTES = 300  # of the tokenizer, for each token
 
 
@@ -134,10 +139,13 @@ def scratch_bytes(
     chunk_tokens: int,
     sequences: int,
     guesses: int,
+    threads: int,
+    native: bool,
     part_tokens: int | None = None,
 ) -> int:
     """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and
-    KV, in f32, and the tokenizer; `part_tokens` of its rows are in a block together, all of them if None."""
+    KV, in f32, and the tokenizer; `part_tokens` of its rows are in a block together, all of them if None. `native`:
+    not the reference kernels, which copy K and V of a layer and make a mask."""
     moe = spec.moe
     ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
     heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, q rotated, what is mixed, k and v
@@ -147,10 +155,14 @@ def scratch_bytes(
         (5 if moe else 3) * rows * spec.hidden
     )  # what enters a block, its sum; all experts' inputs and outputs
     inside = part * (spec.hidden + 3 * ffn + heads)
-    # Only the reference kernels need it: copies of K and V of one layer, and a mask.
-    attention = context_tokens * (2 * spec.kv_heads * spec.head_dim + min(part, chunk_tokens))
     logits = (sequences + guesses) * spec.vocab
-    return KERNEL_BYTES + VOCABULARY_BYTES * spec.vocab + 4 * (whole + inside + attention + logits)
+    if native:
+        spans = -(-context_tokens // SPAN_TOKENS) * spec.heads * spec.head_dim
+        attention = min(part * spans, SPANS_BYTES // 4)
+    else:
+        attention = context_tokens * (2 * spec.kv_heads * spec.head_dim + min(part, chunk_tokens))
+    fixed = KERNEL_BYTES + threads * THREAD_BYTES + VOCABULARY_BYTES * spec.vocab
+    return fixed + 4 * (whole + inside + attention + logits)
 
 
 def arena_slack(nbytes: int) -> int:
@@ -169,6 +181,7 @@ class Wanted(NamedTuple):
     sequences: int
     guesses: int
     threads: int
+    native: bool = True  # kernels, not the reference
 
 
 def plan_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int], *, memory_bytes: int) -> Plan:
@@ -187,6 +200,8 @@ def plan_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int], *, memory_by
         chunk_tokens=wanted.chunk_tokens,
         sequences=wanted.sequences,
         guesses=wanted.guesses,
+        threads=wanted.threads,
+        native=wanted.native,
     )
     least = weights + scratch + per_sequence * page_bytes
     if wanted.kv_tokens is not None:

@@ -13,7 +13,7 @@ Pure: knows sizes. How a window works is `offload.window`, what a pack is `offlo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from .errors import PlanError
 from .plan import PAGE_TOKENS, BlockPlan, KvPlan, Plan, Wanted, kv_token_bytes, scratch_bytes
@@ -21,10 +21,11 @@ from .spec import BlockId, ModelSpec
 
 KV_SHARE = 8  # of memory goes to the KV pool: an eighth, but one context at least
 SCRATCH_SHARE = 12  # goes to long steps: a twelfth
-WINDOW_SHARE = 4  # goes to the window: a quarter, within WINDOW_BLOCKS
-WINDOW_BLOCKS = (1, 2)  # least and most of the largest streamed blocks in the window; more does not help
+WINDOW_SHARE = (
+    4  # goes to the window: a quarter, but the largest block at least and the largest neighbours at most
+)
 PART_TOKENS = (32, 64, 256)  # rows in a block together: least; enough to lengthen steps instead; most
-READING_BYTES = 16 << 20  # what reading itself holds: rows of the embedding, ends of huge pages
+READING_BYTES = 12 << 20  # what reading itself holds: rows of the embedding, ends of huge pages
 _SEARCH_BYTES = 1 << 20  # how exactly the least memory is told
 
 
@@ -37,8 +38,10 @@ def plan_within(
     tied to the head are 0. vectors_bytes: norms and biases, which stay. Raises PlanError with the bytes that would do.
     """
 
+    weights = _Weights(wanted.spec, extents)
+
     def plan(memory: int) -> Plan | None:
-        return _plan(wanted, extents, vectors_bytes, memory)
+        return _plan(wanted, weights, vectors_bytes, memory)
 
     made = plan(memory_bytes)
     if made is None:
@@ -55,13 +58,10 @@ def plan_within(
     return made
 
 
-def _plan(
-    wanted: Wanted, extents: Mapping[BlockId, int], vectors_bytes: int, memory_bytes: int
-) -> Plan | None:
+def _plan(wanted: Wanted, weights: _Weights, vectors_bytes: int, memory_bytes: int) -> Plan | None:
     """None when the least that it needs does not fit."""
     fixed = _fixed(wanted, memory_bytes)
     always = vectors_bytes + READING_BYTES
-    weights = _Weights(wanted.spec, extents)
     room = memory_bytes - always - fixed.kv_bytes - fixed.room_bytes
     choice = weights.choose(room, memory_bytes // WINDOW_SHARE)
     if choice is None:
@@ -70,7 +70,7 @@ def _plan(
     return Plan(
         blocks=tuple(
             BlockPlan(block, nbytes, "ram" if block in choice.pinned else "disk")
-            for block, nbytes in extents.items()
+            for block, nbytes in weights.extents.items()
         ),
         kv=KvPlan(fixed.kv_pages, PAGE_TOKENS, wanted.kv_type, fixed.kv_pages * page_bytes),
         context_tokens=wanted.context_tokens,
@@ -118,6 +118,8 @@ def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
             chunk_tokens=chunk,
             sequences=wanted.sequences,
             guesses=wanted.guesses,
+            threads=wanted.threads,
+            native=wanted.native,
             part_tokens=part,
         )
 
@@ -141,83 +143,124 @@ class _Choice(NamedTuple):
     streamed_bytes: int
 
 
+_Result = TypeVar("_Result")
+
+
+class _State(NamedTuple):
+    """How many blocks of each kind are pinned, and what follows from it."""
+
+    counts: tuple[int, ...]
+    pinned_bytes: int
+    window_bytes: tuple[int, int]  # with room for the largest block, and for the two largest neighbours
+
+
 class _Kind:
-    """Blocks of one kind, and what the first so many to be pinned amount to."""
+    """Blocks of one kind with their bytes, in their order."""
 
     def __init__(self, blocks: Sequence[tuple[BlockId, int]]) -> None:
         self.blocks = blocks
+        self.of_layers = blocks[0][0].kind != "head"
         self.largest = max(nbytes for _, nbytes in blocks)
-        counts = range(len(blocks) + 1)
-        self.pinned_bytes = [sum(nbytes for _, nbytes in self.evenly(count)) for count in counts]
 
-    def evenly(self, count: int) -> Iterator[tuple[BlockId, int]]:
-        """`count` of the blocks, as far apart as they can be (Bresenham's line)."""
-        whole = len(self.blocks)
-        return (
-            item
-            for place, item in enumerate(self.blocks)
-            if (place + 1) * count // whole > place * count // whole
-        )
+
+def _evenly(items: Sequence[tuple[BlockId, int]], count: int) -> list[tuple[BlockId, int]]:
+    """`count` of the items, as far apart as they can be (Bresenham's line)."""
+    whole = len(items)
+    return [item for place, item in enumerate(items) if (place + 1) * count // whole > place * count // whole]
 
 
 class _Weights:
     """The blocks of a model that may stay or stream."""
 
     def __init__(self, spec: ModelSpec, extents: Mapping[BlockId, int]) -> None:
-        sizes = list(extents.items())
+        self.extents = extents
         kinds: dict[str, list[tuple[BlockId, int]]] = {}
-        for block, nbytes in sizes:
+        for block, nbytes in extents.items():
             if block.kind not in ("embed", "expert"):
                 kinds.setdefault(block.kind, []).append((block, nbytes))
         self._kinds = sorted(map(_Kind, kinds.values()), key=lambda kind: -kind.largest)
-        self._dense_bytes = sum(kind.pinned_bytes[-1] for kind in self._kinds)
-        self._experts = sum(block.kind == "expert" for block, _ in sizes)
-        self._expert_bytes = max((nbytes for block, nbytes in sizes if block.kind == "expert"), default=0)
+        self._base = next(place for place, kind in enumerate(self._kinds) if kind.of_layers)
+        self._dense_bytes = sum(nbytes for kind in self._kinds for _, nbytes in kind.blocks)
+        experts = [nbytes for block, nbytes in extents.items() if block.kind == "expert"]
+        self._experts, self._expert_bytes = len(experts), max(experts, default=0)
         self._active = spec.moe.active if spec.moe else 0
         self._moe_layers = sum(layer.moe for layer in spec.layers)
+        self._sums: dict[tuple[_Kind, int, int], int] = {}
+        self._states = [
+            _State(counts, sum(self._each(counts, self._bytes)), self._windows(counts))
+            for counts in self._counts()
+        ]
 
     def choose(self, room: int, window_share: int) -> _Choice | None:
         """What streams least within `room`; None when nothing does."""
         slots = min(self._active, self._experts)
-        best: tuple[int, int, tuple[int, ...]] | None = None
-        for counts in self._states():
-            pinned, need = self._need(counts, window_share)
-            if need + slots * self._expert_bytes <= room:
-                found = (self._dense_bytes - pinned, need, counts)
+        best: tuple[int, int, _State] | None = None
+        for state in self._states:
+            streamed = self._dense_bytes - state.pinned_bytes
+            window = min(_between(state.window_bytes[0], window_share, state.window_bytes[1]), streamed)
+            if state.pinned_bytes + window + slots * self._expert_bytes <= room:
+                found = (streamed, window, state)
                 best = min(best or found, found)
         if best is None:
             return None
-        streamed, need, counts = best
+        streamed, window, state = best
         if self._experts:
             if not streamed:
-                slots = min(self._experts, (room - need) // self._expert_bytes)
+                slots = min(self._experts, (room - state.pinned_bytes) // self._expert_bytes)
             missed = 1 - slots / self._experts
             streamed += int(self._moe_layers * self._active * self._expert_bytes * missed)
-        pinned_blocks = (
-            block for kind, count in zip(self._kinds, counts, strict=True) for block, _ in kind.evenly(count)
-        )
-        return _Choice(frozenset(pinned_blocks), self._window(counts, window_share), slots, streamed)
+        pinned = frozenset(block for items in self._each(state.counts, self._pinned) for block, _ in items)
+        return _Choice(pinned, window, slots, streamed)
 
-    def _states(self) -> Iterator[tuple[int, ...]]:
-        """How many of each kind may be pinned: any number of the first; of the others one kind after the other."""
+    def _counts(self) -> Iterator[tuple[int, ...]]:
+        """How many of each kind may be pinned: any number of the first; of the others one kind after the other, and
+        when all of the first are, also as many of the next kind at most."""
         first, *others = (len(kind.blocks) for kind in self._kinds)
-        rest = [tuple(0 for _ in others)]
+        one, two = [(0,) * len(others)], []
         for place, whole in enumerate(others):
-            before, after = others[:place], others[place + 1 :]
-            rest += [(*before, count, *(0 for _ in after)) for count in range(1, whole + 1)]
-        return ((count, *counts) for count in range(first + 1) for counts in rest)
+            before, after = others[:place], (0,) * (len(others) - place - 1)
+            one += [(*before, count, *after) for count in range(1, whole + 1)]
+            for count in range(1, whole if after else 0):
+                most = min(count, others[place + 1])
+                two += [(*before, count, beside, *after[1:]) for beside in range(1, most + 1)]
+        for count in range(first + 1):
+            yield from ((count, *counts) for counts in one)
+        yield from ((first, *counts) for counts in two)
 
-    def _need(self, counts: tuple[int, ...], window_share: int) -> tuple[int, int]:
-        """(bytes pinned, bytes they and the window take)"""
-        pinned = sum(kind.pinned_bytes[count] for kind, count in zip(self._kinds, counts, strict=True))
-        return pinned, pinned + self._window(counts, window_share)
+    def _each(self, counts: tuple[int, ...], what: Callable[[_Kind, int, int], _Result]) -> Iterator[_Result]:
+        """`what` of each kind, so many of its blocks, and so many of the largest kind of layers' blocks."""
+        base = counts[self._base]
+        return (what(kind, count, base) for kind, count in zip(self._kinds, counts, strict=True))
 
-    def _window(self, counts: tuple[int, ...], share: int) -> int:
-        chosen = list(zip(self._kinds, counts, strict=True))
-        largest = max((kind.largest for kind, count in chosen if count < len(kind.blocks)), default=0)
-        streamed = sum(kind.pinned_bytes[-1] - kind.pinned_bytes[count] for kind, count in chosen)
-        least, most = WINDOW_BLOCKS
-        return min(_between(least * largest, share, most * largest), streamed)
+    def _pinned(self, kind: _Kind, count: int, base: int) -> list[tuple[BlockId, int]]:
+        """As far apart as they can be; if that is enough, in the layers of larger ones that are pinned: of those that
+        stream no two become neighbours then."""
+        if kind.of_layers and count <= base:
+            layers = {block.layer for block, _ in _evenly(self._kinds[self._base].blocks, base)}
+            beside = [item for item in kind.blocks if item[0].layer in layers]
+            if len(beside) >= count:
+                return _evenly(beside, count)
+        return _evenly(kind.blocks, count)
+
+    def _bytes(self, kind: _Kind, count: int, base: int) -> int:
+        key = (kind, count, base if kind.of_layers and count <= base else -1)
+        if key not in self._sums:
+            self._sums[key] = sum(nbytes for _, nbytes in self._pinned(kind, count, base))
+        return self._sums[key]
+
+    def _windows(self, counts: tuple[int, ...]) -> tuple[int, int]:
+        """Bytes of the largest block that streams, and of the two largest neighbours: with room for them the disk reads
+        while one of them is computed."""
+        chosen = zip(self._kinds, counts, strict=True)
+        streamed = [(kind, count) for kind, count in chosen if count < len(kind.blocks)]
+        if not streamed:
+            return 0, 0
+        (first, pinned), *others = streamed
+        apart = pinned == len(first.blocks) - 1  # there is only one
+        if first is self._kinds[self._base]:
+            apart |= any(kind.of_layers and count <= pinned for kind, count in others)
+        second = others[0][0] if apart and others else first
+        return first.largest, first.largest + second.largest
 
 
 def _between(least: int, value: int, most: int) -> int:

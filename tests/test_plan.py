@@ -66,8 +66,11 @@ def test_kv_asked_for_is_kv_planned() -> None:
 
 @pytest.mark.parametrize("field", ["hidden", "vocab", "ffn", "kv_heads"])
 def test_scratch_grows_with_the_model_and_the_step(field: str) -> None:
-    step = {"context_tokens": 1000, "chunk_tokens": 128, "sequences": 4, "guesses": 8}
-    least = scratch_bytes(SPEC, **step)
-    assert scratch_bytes(replace(SPEC, **{field: 2 * getattr(SPEC, field)}), **step) > least
-    for name in step:
-        assert scratch_bytes(SPEC, **{**step, name: 2 * step[name]}) > least
+    step = {"context_tokens": 1000, "chunk_tokens": 128, "sequences": 4, "guesses": 8, "threads": 2}
+    for native in (True, False):
+        least = scratch_bytes(SPEC, **step, native=native)
+        for name in step:
+            assert scratch_bytes(SPEC, **{**step, name: 2 * step[name]}, native=native) > least
+        assert (
+            scratch_bytes(replace(SPEC, **{field: 2 * getattr(SPEC, field)}), **step, native=native) > least
+        )
