@@ -21,10 +21,8 @@ KV_VALUE_STEP = 16  # V rows are filled up to whole vectors of so many numbers
 PAGE_TOKENS = 64
 KERNEL_BYTES = 4 << 20  # of the kernels, whatever the model …
 THREAD_BYTES = 1 << 20  # … and for each of their threads
-SPAN_TOKENS, SPANS_BYTES = (
-    256,
-    16 << 20,
-)  # attention to a long context is computed in spans: what their results take at most
+SPAN_TOKENS = 256  # attention to a long context is computed in spans of so many …
+SPANS_BYTES = 16 << 20  # … whose results take so much at most
 VOCABULARY_BYTES = 300  # of the tokenizer, for each token
 
 
