@@ -21,7 +21,7 @@ from .spec import BlockId, ModelSpec
 
 KV_SHARE = 8  # of memory goes to the KV pool: an eighth, but one context at least
 SCRATCH_SHARE = 12  # goes to long steps: a twelfth
-WINDOW_SHARE = 4  # goes to the window: a quarter; the largest block at least, the two largest neighbours at most
+WINDOW_SHARE = 4  # goes to the window: a quarter, but from the largest block to the two largest neighbours
 PART_TOKENS = (32, 64, 256)  # rows in a block together: least; enough to lengthen steps instead; most
 READING_BYTES = 12 << 20  # what reading itself holds: rows of the embedding, ends of huge pages
 _SEARCH_BYTES = 1 << 20  # how exactly the least memory is told
