@@ -94,7 +94,7 @@ def test_show_tells_how_it_would_run(tmp_path: Path, home: Path, monkeypatch: py
 
     refused = plan("--memory", "1MB", "--ctx", "64")
     assert not refused["fits"]
-    assert "MB for what is beside it; the budget is 1 MB" in refused["refused"]
+    assert "MB for the process; the budget is 1 MB" in refused["refused"]
     least = refused["least_bytes"]
     streamed = plan("--memory", str(least + (8 << 20)), "--ctx", "64")
     assert streamed["fits"]

@@ -126,7 +126,7 @@ def test_an_idle_model_makes_room(path: Path, tmp_path: Path) -> None:
     other = tiny.save_gguf(tiny.hf_model("qwen2", seed=2), tmp_path / "other.gguf")
     with Node(NodeConfig(context_tokens=96, kv_tokens=768)) as node:
         node.load(Load(model=str(path)))
-        leave(node, 10 << 20)
+        leave(node, 6 << 20)
         node.load(Load(model=str(other)))
         assert [model.name for model in node.status().models] == ["other.gguf"]
 
@@ -138,7 +138,7 @@ def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) ->
     )
     with Node(NodeConfig(context_tokens=96, kv_tokens=768)) as node:
         node.load(Load(model=str(path)))
-        leave(node, 10 << 20)
+        leave(node, 6 << 20)
         with pytest.raises(DaemonError, match=r"needs \d+ MB .* budget is \d+ MB") as refused:
             node.load(Load(model=str(large)))
         assert "for the process" in str(refused.value)
@@ -191,10 +191,10 @@ def test_a_default_context_shrinks_until_it_fits(path: Path) -> None:
             config = NodeConfig(max_sequences=1, **options)
             return make_plan(roomy, config, memory, streaming=False)  # type: ignore[arg-type]
 
-        contexts = [planned(memory).context_tokens for memory in (1 << 30, 38 << 20)]
+        contexts = [planned(memory).context_tokens for memory in (1 << 30, 10 << 20)]
         assert contexts[0] == 8192
         assert 512 <= contexts[1] < 8192
         with pytest.raises(PlanError, match="512 tokens of KV"):
             planned(1 << 20)
         with pytest.raises(PlanError, match="8,192 tokens of KV"):
-            planned(38 << 20, context_tokens=8192)
+            planned(10 << 20, context_tokens=8192)

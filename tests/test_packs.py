@@ -187,7 +187,7 @@ def test_what_was_interrupted_is_listed_and_goes_on(home: Home, model: Path) -> 
 
 
 def test_memory_that_is_too_little_is_refused(home: Home, model: Path) -> None:
-    with pytest.raises(DaemonError, match=r"packing needs .* MB of memory, 1 MB are allowed") as caught:
+    with pytest.raises(DaemonError, match=r"packing needs .* [MG]B of memory, 1 MB are allowed") as caught:
         get(home, model, memory_bytes=10**6)
     assert caught.value.code == "resources"
     assert get(home, model, memory_bytes=10**12)[1]
