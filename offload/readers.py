@@ -214,7 +214,7 @@ class Readers:
                 self.pack.check(passage.block, memory)
             except OffloadError as caught:
                 self.pack.condemn()
-                error = caught
+                error = caught.with_traceback(None)
             with self._lock:
                 passage.error = error
                 if error is None:
