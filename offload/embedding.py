@@ -19,7 +19,7 @@ from shoal.partition.spec import BlockId
 
 from .errors import PackCorrupt
 from .gather import batches, runs
-from .pack import Pack, tensor_type
+from .pack import Pack, PackedBlock, tensor_type
 from .readers import READERS, Readers, Region
 from .window import Line, Passage
 
@@ -106,22 +106,25 @@ class Embedding:
         return out
 
     def check(self, readers: Readers) -> None:
-        """Reads all of it once, because later only parts are read. Raises PackCorrupt if it was altered. One that is
-        tied to the head is checked with the head's slices."""
-        if self._pack.tied:
-            return
+        """Reads all of it once, because later only parts are read, and of one that is tied before the head is. Raises
+        PackCorrupt if it was altered."""
+        slices = [item for block, item in self._pack.blocks.items() if block.kind == "head"]
+        for item in slices if self._pack.tied else [self._packed]:
+            readers.once(item.block, partial(self._check, readers, item))
+
+    def _check(self, readers: Readers, item: PackedBlock) -> None:
         digest = xxhash.xxh3_64()
         part_bytes = ROWS_BYTES // READERS
-        for start in range(0, self._packed.nbytes, ROWS_BYTES):
-            end = min(start + ROWS_BYTES, self._packed.nbytes)
+        for start in range(0, item.nbytes, ROWS_BYTES):
+            end = min(start + ROWS_BYTES, item.nbytes)
             parts = [
-                Passage(self._block, self._packed.offset + at, at - start, min(part_bytes, end - at))
+                Passage(item.block, item.offset + at, at - start, min(part_bytes, end - at))
                 for at in range(start, end, part_bytes)
             ]
             self._fetcher.fetch(readers, parts)
             digest.update(self.region.memory[: end - start].numpy().data)
-        if digest.hexdigest() != self._packed.checksum:
-            raise PackCorrupt(f"{self._pack.path}: block {self._block} was altered; pack the model again")
+        if digest.hexdigest() != item.checksum:
+            raise PackCorrupt(f"{self._pack.path}: block {item.block} was altered; pack the model again")
 
 
 def _same(passage: Passage) -> Passage:

@@ -125,6 +125,15 @@ class Readers:
             policy()
             self._work.notify()
 
+    def once(self, block: BlockId, check: Callable[[], None]) -> None:
+        """Calls `check`, which says whether a block is as it was written, unless that is known. Raises what it does."""
+        with self._lock:
+            known = block in self._checked
+        if not known:
+            check()
+            with self._lock:
+                self._checked.add(block)
+
     def bytes_per_s(self) -> tuple[float, float]:
         """How fast bytes came lately, and at best: at times less is asked for."""
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -280,13 +281,15 @@ def test_an_altered_byte_names_its_block(tmp_path: Path, tier: str) -> None:
         run(streaming, ids)
 
 
-def test_an_altered_embedding_that_is_read_by_rows_is_found(tmp_path: Path) -> None:
-    path, pack = packed(tmp_path, "qwen2")
+@pytest.mark.parametrize(("family", "named"), [("qwen2", "embed"), ("llama", "head.0")], ids=["own", "tied"])
+def test_an_altered_embedding_that_is_read_by_rows_is_found(tmp_path: Path, family: str, named: str) -> None:
+    """Before any row of it is used: what is computed from it might be kept."""
+    path, pack = packed(tmp_path, family)
     extent = pack.blocks[EMBED]
     with pack.path.open("r+b") as file:
         file.seek(extent.offset + 5000)
         file.write(b"altered")
-    with pytest.raises(PackCorrupt, match="embed"):
+    with pytest.raises(PackCorrupt, match=named):
         Streaming(path, pack)
 
 
@@ -416,3 +419,20 @@ def test_without_direct_reads_one_warning_and_the_same(tied: Case, monkeypatch: 
     ):
         assert torch.equal(run(streaming, tied.ids), tied.expected)
     assert len([w for w in warned if "page cache" in str(w.message)]) == 1
+
+
+def test_short_reads_through_the_page_cache_are_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 48)
+    preadv = os.preadv
+    monkeypatch.setattr("shoal.offload.direct.os.O_DIRECT", 0, raising=False)
+    monkeypatch.setattr(os, "preadv", lambda file, into, at: preadv(file, [into[0][:1000]], at))
+    into = torch.zeros(8192, dtype=torch.uint8)
+    with pytest.warns(RuntimeWarning, match="page cache"):
+        file = DirectFile(tmp_path / "file")
+    file.read(4096, into)
+    assert bytes(into.numpy()) == bytes(range(256)) * 32
+    with pytest.raises(EOFError, match="ends at byte 12288"):
+        file.read(8192, into)
+    file.close()
