@@ -235,16 +235,21 @@ class Readers:
             self._latest_bytes -= self._latest.popleft()[1]
         return now_s - self._latest[0][0] if self._latest else 0.0
 
+    def _count(self, nbytes: int) -> None:
+        """So many bytes came just now. The lock is held."""
+        self._latest.append((time.monotonic(), nbytes))
+        self._latest_bytes += nbytes
+        if (span_s := self._lately_s()) >= LATELY_S / 2:  # else it would be a burst
+            came_bytes = self._latest_bytes - self._latest[0][1]  # since the first of them
+            self._best_bytes_per_s = max(self._best_bytes_per_s, came_bytes / span_s)
+
     def _note(self, region: Region, chunk: Chunk) -> None:
         """The read of a chunk has ended. The lock is held."""
         passage = chunk.passage
         passage.landed += chunk.nbytes
         self._landings += 1
-        self._latest.append((time.monotonic(), chunk.nbytes))
-        self._latest_bytes += chunk.nbytes
-        if (span_s := self._lately_s()) >= LATELY_S / 2:  # else it would be a burst
-            came_bytes = self._latest_bytes - self._latest[0][1]  # since the first of them
-            self._best_bytes_per_s = max(self._best_bytes_per_s, came_bytes / span_s)
+        if passage.error is None:
+            self._count(chunk.nbytes)
         region.policy.ended(passage)
         if passage.left:
             self._work.notify()

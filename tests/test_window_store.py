@@ -329,6 +329,11 @@ def test_the_best_speed_is_of_whole_seconds_and_stays(tied: Case, monkeypatch: p
             assert store.stage()[2:] == pytest.approx((1e7, 1e7), rel=0.06)  # type: ignore[index]
             now_s += 100
             assert store.stage()[2:] == pytest.approx((0, 1e7), rel=0.06)  # type: ignore[index]
+            failed = Chunk(Passage(EMBED, 0, 0, 1 << 40, error=StoreError("broken")), 0, 1_000_000_000)
+            for _ in range(20):  # and fails quickly
+                now_s += 0.1
+                reader._note(store._ring, failed)
+            assert store.stage()[2:] == pytest.approx((0, 1e7), rel=0.06)  # type: ignore[index]
             for _ in range(5):  # a burst
                 reader._note(store._ring, chunk)
             assert store.stage()[3] == pytest.approx(1e7, rel=0.06)  # type: ignore[index]
