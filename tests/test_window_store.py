@@ -317,26 +317,30 @@ def test_a_slow_disk_shows_as_stall_and_stage(tied: Case, faulty: Faulty) -> Non
 
 def test_the_best_speed_is_of_whole_seconds_and_stays(tied: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = time.monotonic() + 100
-    with Streaming(tied.path, tied.pack) as streaming:
+    with Streaming(tied.path, tied.pack) as streaming, monkeypatch.context() as patch:
         store = streaming.store
-        with monkeypatch.context() as patch:
-            patch.setattr(time, "monotonic", lambda: now_s)
-            reader, chunk = store._readers, Chunk(Passage(EMBED, 0, 0, 1 << 40), 0, 1_000_000)
-            for _ in range(40):
-                now_s += 0.1
-                with reader._lock:
-                    reader._note(store._ring, chunk)
-            assert store.stage()[2:] == pytest.approx((1e7, 1e7), rel=0.06)  # type: ignore[index]
-            now_s += 100
-            assert store.stage()[2:] == pytest.approx((0, 1e7), rel=0.06)  # type: ignore[index]
-            failed = Chunk(Passage(EMBED, 0, 0, 1 << 40, error=StoreError("broken")), 0, 1_000_000_000)
-            for _ in range(20):  # and fails quickly
-                now_s += 0.1
-                reader._note(store._ring, failed)
-            assert store.stage()[2:] == pytest.approx((0, 1e7), rel=0.06)  # type: ignore[index]
-            for _ in range(5):  # a burst
-                reader._note(store._ring, chunk)
-            assert store.stage()[3] == pytest.approx(1e7, rel=0.06)  # type: ignore[index]
+        patch.setattr(time, "monotonic", lambda: now_s)
+
+        def come(times: int, nbytes: int, each_s: float, error: Exception | None = None) -> None:
+            nonlocal now_s
+            for _ in range(times):
+                now_s += each_s
+                with store._readers._lock:
+                    passage = Passage(EMBED, 0, 0, 1 << 40, error=error)
+                    store._readers._note(store._ring, Chunk(passage, 0, nbytes))
+
+        def speeds() -> tuple[float, ...]:
+            stage = store.stage()
+            assert stage is not None
+            return stage[2:]
+
+        come(40, 1_000_000, 0.1)
+        assert speeds() == pytest.approx((1e7, 1e7), rel=0.06)
+        come(20, 1_000_000_000, 0.1, StoreError("broken"))
+        come(5, 1_000_000, 0.0)  # a burst
+        assert speeds()[1] == pytest.approx(1e7, rel=0.06)
+        now_s += 100
+        assert speeds() == pytest.approx((0, 1e7), rel=0.06)
 
 
 def test_a_dead_disk_is_an_error(tied: Case, faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
