@@ -107,13 +107,18 @@ class ExpertCache:
 
     def ended(self, passage: Passage) -> None:
         """A read of the passage has ended."""
+        block = passage.block
         if passage.here:
-            self._offer(passage.block)  # it may never be acquired
-        elif passage.left or (passage.error is not None and passage.block not in self._expected):
+            self._offer(block)  # it may never be acquired
+        elif passage.left or (passage.error is not None and block not in self._expected):
             self._discard(passage)
+            if passage.error is not None:
+                self._likely = [other for other in self._likely if other != block]  # or it is tried for ever
+            elif block in self._expected and block not in self._held:
+                self._miss(block)  # a guess that was given up too soon
 
     def _discard(self, passage: Passage) -> None:
-        """One that failed gives its slot back, once no read writes there."""
+        """One that failed or is not needed gives its slot back, once no read writes there."""
         passage.left = True
         if passage is self._reading:
             self._reading = None
@@ -168,9 +173,13 @@ class ExpertCache:
             if later and passage is not None and passage.here and not passage.leases:
                 self._evict(block)
                 if block in self._expected:
-                    self._missing.append(block)
-                    self._missing.sort(key=self._expected.__getitem__, reverse=True)
+                    self._miss(block)
                 return
+
+    def _miss(self, block: BlockId) -> None:
+        """What is expected is not on its way any more."""
+        self._missing.append(block)
+        self._missing.sort(key=self._expected.__getitem__, reverse=True)
 
     def _offer(self, block: BlockId) -> None:
         if len(self._heap) > 8 * len(self._held) + 64:

@@ -218,6 +218,31 @@ def test_a_wrong_guess_is_not_read_to_its_end() -> None:
     simulation.use(experts_of(1, 0, 2), 2)
 
 
+def test_a_guess_that_cannot_be_read_is_not_tried_for_ever() -> None:
+    """Nobody waits for it who could be told."""
+    cache = cache_of(4, 2, 8)
+    cache.expect([], experts_of(1, 0, 1))
+    for _ in range(2):
+        fail(cache, cache.next_read(SIZE))
+    assert cache.next_read(SIZE) is None
+    simulation = Simulation(cache)
+    simulation.use(experts_of(1, 0, 1), 2)
+
+
+def test_a_guess_that_was_given_up_and_is_needed_after_all_is_read_without_being_waited_for() -> None:
+    cache = cache_of(4, 2, 8)
+    cache.expect([], experts_of(1, 0))
+    late = cache.next_read(SIZE // 2)
+    assert late is not None
+    cache.expect(experts_of(0, 2))
+    cache.expect(experts_of(1, 0, 3))
+    assert cache.want(BlockId("expert", 1, 0)) is None
+    late.passage.landed += late.nbytes
+    cache.ended(late.passage)
+    blocks = [chunk.passage.block for chunk in iter(lambda: cache.next_read(SIZE), None)]
+    assert blocks == experts_of(1, 0, 3)
+
+
 def test_guesses_that_do_not_come_true_are_given_up() -> None:
     simulation = Simulation(cache_of(6, 2, 8))
     for _ in range(40):
@@ -228,3 +253,68 @@ def test_guesses_that_do_not_come_true_are_given_up() -> None:
     before = simulation.reads
     simulation.read()
     assert simulation.reads == before
+
+
+@settings(deadline=None, max_examples=150)
+@given(slots=st.integers(2, 9), experts=st.integers(2, 12), seed=st.integers(0, 1 << 32))
+def test_what_is_wanted_comes_however_reads_end(slots: int, experts: int, seed: int) -> None:
+    """Several reads at a time, which end in any order and fail at times; guesses of all kinds."""
+    source, layers = random.Random(seed), 3
+    cache = cache_of(slots, layers, experts, ahead=source.randint(1, 8))
+    under_way: list[Chunk] = []
+
+    def begin() -> bool:
+        chunk = cache.next_read(SIZE // 2) if len(under_way) < 4 else None
+        if chunk is not None:
+            positions = {other.passage.position for other in under_way if other.passage is not chunk.passage}
+            assert chunk.passage.position not in positions
+            assert not chunk.passage.leases
+            under_way.append(chunk)
+        return chunk is not None
+
+    def end() -> None:
+        passage, _, nbytes = under_way.pop(source.randrange(len(under_way)))
+        if source.random() < 0.03:
+            passage.error = OSError("broken")
+        passage.landed += nbytes
+        cache.ended(passage)
+
+    def come(block: BlockId) -> Passage:
+        while True:
+            passage = cache.want(block)
+            if passage is not None and (passage.here or passage.error):
+                return passage
+            while begin():
+                pass
+            assert under_way, f"{block} will never come"
+            end()
+
+    def pass_layer(layer: int) -> bool:
+        chosen = experts_of(layer, *sorted(source.sample(range(experts), source.randint(1, experts))))
+        guessed = source.sample(range(experts), source.randint(0, experts))
+        cache.expect(chosen, experts_of((layer + 1) % layers, *guessed))
+        together = source.randint(1, max(1, slots // 2))
+        for start in range(0, len(chosen), together):
+            held: list[Passage] = []
+            for block in chosen[start : start + together]:
+                passage = come(block)
+                if passage.error:
+                    cache.leave(passage)
+                    break
+                passage.leases += 1
+                held.append(passage)
+            for _ in range(source.randrange(6)):
+                if not begin() and under_way:
+                    end()
+            for passage in held:
+                passage.leases -= 1
+                cache.leave(passage)
+            if len(held) < len(chosen[start : start + together]):
+                return False
+        return True
+
+    for _ in range(10):
+        all(pass_layer(layer) for layer in range(layers))
+    while under_way:
+        end()
+    assert len(cache._free) + len(cache._held) == slots
