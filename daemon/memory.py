@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import mmap
 import os
 import re
@@ -109,6 +110,7 @@ def return_freed() -> None:
     glibc keeps freed blocks of up to 32 MB, which weights often are; importing torch leaves 70 MB of code that only
     imports run.
     """
+    gc.collect()  # a model may hang on the traceback of some error
     trim()
     library = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError, OSError):  # another system

@@ -34,6 +34,6 @@ class Pacer:
     def note(self, tokens: int, slowdown: float) -> None:
         """A step with so many tokens beside answers took `slowdown` times one without them."""
         self._since_rest += 1
-        change = min(max(SLOWDOWN / slowdown, _LOUDEST[0]), _LOUDEST[1])
+        change = min(max(SLOWDOWN / max(slowdown, 1e-9), _LOUDEST[0]), _LOUDEST[1])
         if change < 1 or tokens >= int(self._tokens):  # else it says nothing about more tokens
             self._tokens = min(max(self._tokens * change**0.5, 1.0), self._most)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -52,7 +52,11 @@ class PackShelf:
             found = sorted(path for path in self.root.iterdir() if path.is_dir() and path.name[0] != ".")
         except FileNotFoundError:
             return ()
-        return tuple(self._entry(path) for path in found)
+        entries = []
+        for path in found:
+            with suppress(FileNotFoundError):  # another process has just finished or removed it
+                entries.append(self._entry(path))
+        return tuple(entries)
 
     def model_of(self, path: Path) -> str:
         """What the model at `path` is called here: its name in the store, or its path."""

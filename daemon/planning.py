@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Protocol
 
 from shoal import kernels
@@ -63,22 +64,27 @@ def make_plan(
     """
     contexts = list(_contexts(checkpoint, config))
     block_bytes = _block_bytes(checkpoint, config.quant)
-    refused: PlanError | None = None
+
+    def in_ram(context: int) -> Plan:
+        return plan_in_ram(_wanted(checkpoint, config, context), block_bytes, memory_bytes=memory_bytes)
+
+    # No error is kept: by its traceback it would keep all callers, and what they hold, in a ring.
     for context in contexts:
-        try:
-            return plan_in_ram(_wanted(checkpoint, config, context), block_bytes, memory_bytes=memory_bytes)
-        except PlanError as error:
-            refused = error
+        with suppress(PlanError):
+            return in_ram(context)
     if streaming:
         page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
         fitting = (c for c in contexts if -(-c // PAGE_TOKENS) * page_bytes <= memory_bytes // KV_SHARE)
         try:
             return _plan_within(checkpoint, config, next(fitting, contexts[-1]), memory_bytes)
-        except PlanError as error:
-            if refused is None or error.least_bytes < refused.least_bytes:
-                raise
-    assert refused is not None
-    raise refused  # of a small model: what streaming takes is more than its weights
+        except PlanError as streamed:
+            try:
+                return in_ram(contexts[-1])
+            except PlanError as error:
+                if streamed.least_bytes < error.least_bytes:
+                    raise streamed from None
+                raise  # of a small model: what streaming takes is more than its weights
+    return in_ram(contexts[-1])
 
 
 def plan_within_budget(

@@ -48,7 +48,7 @@ class DirectFile:
             if got <= 0:
                 raise EOFError(f"the file ends at byte {offset + done}")
             done += got
-            if done % ALIGN_BYTES and done < len(target):
+            if self.direct and done % ALIGN_BYTES and done < len(target):
                 raise EOFError(f"the file ends at byte {offset + done}")
         if not self.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file, offset, len(target), os.POSIX_FADV_DONTNEED)

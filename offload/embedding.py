@@ -18,7 +18,7 @@ from shoal.kernels.memory import mapped
 from shoal.partition.spec import BlockId
 
 from .gather import batches, runs
-from .pack import Pack, altered, tensor_type
+from .pack import Pack, PackedBlock, altered, tensor_type
 from .readers import READERS, Readers, Region
 from .window import Line, Passage
 
@@ -105,23 +105,26 @@ class Embedding:
         return out
 
     def check(self, readers: Readers) -> None:
-        """Reads all of it once, because later only parts are read. Raises PackCorrupt if it was altered. One that is
-        tied to the head is checked with the head's slices."""
-        if self._pack.tied:
-            return
+        """Reads all of it once, because later only parts are read, and of one that is tied before the head is. Raises
+        PackCorrupt if it was altered."""
+        slices = [item for block, item in self._pack.blocks.items() if block.kind == "head"]
+        for item in slices if self._pack.tied else [self._packed]:
+            readers.once(item.block, partial(self._check, readers, item))
+
+    def _check(self, readers: Readers, item: PackedBlock) -> None:
         digest = xxhash.xxh3_64()
         part_bytes = ROWS_BYTES // READERS
-        for start in range(0, self._packed.nbytes, ROWS_BYTES):
-            end = min(start + ROWS_BYTES, self._packed.nbytes)
+        for start in range(0, item.nbytes, ROWS_BYTES):
+            end = min(start + ROWS_BYTES, item.nbytes)
             parts = [
-                Passage(self._block, self._packed.offset + at, at - start, min(part_bytes, end - at))
+                Passage(item.block, item.offset + at, at - start, min(part_bytes, end - at))
                 for at in range(start, end, part_bytes)
             ]
             self._fetcher.fetch(readers, parts)
             digest.update(self.region.memory[: end - start].numpy().data)
-        if digest.hexdigest() != self._packed.checksum:
+        if digest.hexdigest() != item.checksum:
             self._pack.condemn()
-            raise altered(self._pack.path, self._block)
+            raise altered(self._pack.path, item.block)
 
 
 def _same(passage: Passage) -> Passage:

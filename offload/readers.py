@@ -103,6 +103,11 @@ class Readers:
         """The passage that `want` gives, once it is here. Raises OffloadError when it cannot be read."""
         with self._lock:
             passage = want()
+            if (
+                passage is not None and passage.error is not None
+            ):  # met ahead of need, maybe long ago: once more
+                region.policy.leave(passage)
+                passage = want()
             if passage is None or not passage.here:
                 began_s = time.perf_counter()
                 try:
@@ -125,6 +130,15 @@ class Readers:
             policy()
             self._work.notify()
 
+    def once(self, block: BlockId, check: Callable[[], None]) -> None:
+        """Calls `check`, which says whether a block is as it was written, unless that is known. Raises what it does."""
+        with self._lock:
+            known = block in self._checked
+        if not known:
+            check()
+            with self._lock:
+                self._checked.add(block)
+
     def bytes_per_s(self) -> tuple[float, float]:
         """How fast bytes came lately, and at best: at times less is asked for."""
         with self._lock:
@@ -143,7 +157,6 @@ class Readers:
 
     def _await(self, region: Region, want: Callable[[], Passage | None]) -> Passage:
         """The lock is held, and let go while waiting."""
-        self._work.notify()
         seen, silent_s = self._landings, 0.0
         while True:
             if self._closed or self._broken is not None:
@@ -156,6 +169,7 @@ class Readers:
                 raise type(passage.error)(*passage.error.args)
             if passage is not None and passage.here:
                 return passage
+            self._work.notify()  # to be wanted may be news
             if not self._landed.wait(LOOK_S):
                 silent_s += LOOK_S  # not by the clock: this process may have been stopped for a while
             if self._landings != seen:
@@ -214,7 +228,7 @@ class Readers:
                 self.pack.check(passage.block, memory)
             except OffloadError as caught:
                 self.pack.condemn()
-                error = caught
+                error = caught.with_traceback(None)
             with self._lock:
                 passage.error = error
                 if error is None:
@@ -229,16 +243,21 @@ class Readers:
             self._latest_bytes -= self._latest.popleft()[1]
         return now_s - self._latest[0][0] if self._latest else 0.0
 
+    def _count(self, nbytes: int) -> None:
+        """So many bytes came just now. The lock is held."""
+        self._latest.append((time.monotonic(), nbytes))
+        self._latest_bytes += nbytes
+        if (span_s := self._lately_s()) >= LATELY_S / 2:  # else it would be a burst
+            came_bytes = self._latest_bytes - self._latest[0][1]  # since the first of them
+            self._best_bytes_per_s = max(self._best_bytes_per_s, came_bytes / span_s)
+
     def _note(self, region: Region, chunk: Chunk) -> None:
         """The read of a chunk has ended. The lock is held."""
         passage = chunk.passage
         passage.landed += chunk.nbytes
         self._landings += 1
-        self._latest.append((time.monotonic(), chunk.nbytes))
-        self._latest_bytes += chunk.nbytes
-        if (span_s := self._lately_s()) >= LATELY_S / 2:  # else it would be a burst
-            came_bytes = self._latest_bytes - self._latest[0][1]  # since the first of them
-            self._best_bytes_per_s = max(self._best_bytes_per_s, came_bytes / span_s)
+        if passage.error is None:
+            self._count(chunk.nbytes)
         region.policy.ended(passage)
         if passage.left:
             self._work.notify()

@@ -230,6 +230,16 @@ def test_a_model_that_was_pulled_again_has_outdated_packs(model: Path) -> None:
     assert json.loads(shoal("pack", "--json", "tiny").stdout)["built"]
 
 
+def test_a_pack_that_is_removed_while_packs_are_listed_is_left_out(
+    home: Home, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_checkpoint(model) as checkpoint:
+        Packs(home).get(checkpoint)
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: is_file(path) and path.unlink() is None)
+    assert PackShelf(home).list() == ()
+
+
 def test_packs_of_paths_are_listed_and_removed(model: Path) -> None:
     shoal("pack", str(model))
     (found,) = json.loads(shoal("ls", "--json").stdout)

@@ -56,6 +56,13 @@ def test_prompts_slow_decodes_only_so_far(token_s: float) -> None:
     assert rows.count(1) <= 1 + len(rows) // 16
 
 
+def test_steps_too_short_for_the_clock_are_no_trouble() -> None:
+    subject = scheduler(chunk=16)
+    for length in (3, 40, 40):
+        subject.submit(sequence(words(length), 20))
+    FakeEngine(subject, lambda rows: 0.0).run()
+
+
 def test_alone_a_prompt_gets_the_whole_budget() -> None:
     subject = scheduler(chunk=16)
     subject.submit(sequence(words(12, 1), 1))

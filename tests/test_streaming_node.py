@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import threading
@@ -29,6 +30,7 @@ from shoal.models.checkpoint import open_checkpoint
 from shoal.models.weights import Weights
 from shoal.offload.direct import DirectFile
 from shoal.offload.store import Stage as BlockStage
+from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
@@ -319,3 +321,19 @@ def test_a_pack_that_is_cut_off_while_it_streams_is_made_anew(node: Node, path: 
     assert packs.verify(pack.path.parent) == []
     again = node.status().models
     assert [(model.name, model.context_tokens) for model in again] == [(status.name, status.context_tokens)]
+
+
+def test_planning_keeps_no_error(path: Path) -> None:
+    """It would keep the caller, and the models that this holds, until the collector comes."""
+    with open_checkpoint(path) as checkpoint:
+        high, low = make_plan(checkpoint, CONFIG, 1 << 30).peak_bytes, least(path)
+        gc.collect()
+        gc.disable()
+        try:
+            for memory_bytes in (high, low):
+                make_plan(checkpoint, CONFIG, memory_bytes)
+            with suppress(PlanError):
+                make_plan(checkpoint, CONFIG, 0)
+            assert not [it for it in gc.get_objects() if type(it) is PlanError]
+        finally:
+            gc.enable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -200,6 +201,17 @@ def test_reads_that_fail_keep_no_memory(tied: Case, faulty: Faulty) -> None:
         assert region.memory is memory, "no read was under way any more"
 
 
+def test_what_failed_ahead_of_need_is_tried_again(tied: Case) -> None:
+    with Streaming(tied.path, tied.pack, spare_bytes=1 << 20) as streaming:
+        run(streaming, tied.ids)
+        with streaming.store._readers._lock:
+            ahead = streaming.store._window._passing
+            for passage in ahead:
+                passage.error = StoreError("long ago")
+        assert ahead
+        assert torch.equal(run(streaming, tied.ids), tied.expected)
+
+
 class Sink:
     """What one sequence was given."""
 
@@ -259,7 +271,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         file.truncate(extent.offset + 4096)
     (ids,) = texts(200, [50])
     ends = pytest.raises(StoreError, match=r"block (layers.2.ffn|head.0|embed): .* the file ends")
-    with Streaming(path, pack) as streaming, ends:
+    with ends, Streaming(path, pack) as streaming:
         run(streaming, ids)
 
 
@@ -280,13 +292,15 @@ def test_an_altered_byte_names_its_block(tmp_path: Path, tier: str) -> None:
         run(streaming, ids)
 
 
-def test_an_altered_embedding_that_is_read_by_rows_is_found(tmp_path: Path) -> None:
-    path, pack = packed(tmp_path, "qwen2")
+@pytest.mark.parametrize(("family", "named"), [("qwen2", "embed"), ("llama", "head.0")], ids=["own", "tied"])
+def test_an_altered_embedding_that_is_read_by_rows_is_found(tmp_path: Path, family: str, named: str) -> None:
+    """Before any row of it is used: what is computed from it might be kept."""
+    path, pack = packed(tmp_path, family)
     extent = pack.blocks[EMBED]
     with pack.path.open("r+b") as file:
         file.seek(extent.offset + 5000)
         file.write(b"altered")
-    with pytest.raises(PackCorrupt, match="embed"):
+    with pytest.raises(PackCorrupt, match=named):
         Streaming(path, pack)
 
 
@@ -314,21 +328,30 @@ def test_a_slow_disk_shows_as_stall_and_stage(tied: Case, faulty: Faulty) -> Non
 
 def test_the_best_speed_is_of_whole_seconds_and_stays(tied: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = time.monotonic() + 100
-    with Streaming(tied.path, tied.pack) as streaming:
+    with Streaming(tied.path, tied.pack) as streaming, monkeypatch.context() as patch:
         store = streaming.store
-        with monkeypatch.context() as patch:
-            patch.setattr(time, "monotonic", lambda: now_s)
-            reader, chunk = store._readers, Chunk(Passage(EMBED, 0, 0, 1 << 40), 0, 1_000_000)
-            for _ in range(40):
-                now_s += 0.1
-                with reader._lock:
-                    reader._note(store._ring, chunk)
-            assert store.stage()[2:] == pytest.approx((1e7, 1e7), rel=0.06)  # type: ignore[index]
-            now_s += 100
-            assert store.stage()[2:] == pytest.approx((0, 1e7), rel=0.06)  # type: ignore[index]
-            for _ in range(5):  # a burst
-                reader._note(store._ring, chunk)
-            assert store.stage()[3] == pytest.approx(1e7, rel=0.06)  # type: ignore[index]
+        patch.setattr(time, "monotonic", lambda: now_s)
+
+        def come(times: int, nbytes: int, each_s: float, error: Exception | None = None) -> None:
+            nonlocal now_s
+            for _ in range(times):
+                now_s += each_s
+                with store._readers._lock:
+                    passage = Passage(EMBED, 0, 0, 1 << 40, error=error)
+                    store._readers._note(store._ring, Chunk(passage, 0, nbytes))
+
+        def speeds() -> tuple[float, ...]:
+            stage = store.stage()
+            assert stage is not None
+            return stage[2:]
+
+        come(40, 1_000_000, 0.1)
+        assert speeds() == pytest.approx((1e7, 1e7), rel=0.06)
+        come(20, 1_000_000_000, 0.1, StoreError("broken"))
+        come(5, 1_000_000, 0.0)  # a burst
+        assert speeds()[1] == pytest.approx(1e7, rel=0.06)
+        now_s += 100
+        assert speeds() == pytest.approx((0, 1e7), rel=0.06)
 
 
 def test_a_dead_disk_is_an_error(tied: Case, faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,3 +439,20 @@ def test_without_direct_reads_one_warning_and_the_same(tied: Case, monkeypatch: 
     ):
         assert torch.equal(run(streaming, tied.ids), tied.expected)
     assert len([w for w in warned if "page cache" in str(w.message)]) == 1
+
+
+def test_short_reads_through_the_page_cache_are_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 48)
+    preadv = os.preadv
+    monkeypatch.setattr("shoal.offload.direct.os.O_DIRECT", 0, raising=False)
+    monkeypatch.setattr(os, "preadv", lambda file, into, at: preadv(file, [into[0][:1000]], at))
+    into = torch.zeros(8192, dtype=torch.uint8)
+    with pytest.warns(RuntimeWarning, match="page cache"):
+        file = DirectFile(tmp_path / "file")
+    file.read(4096, into)
+    assert bytes(into.numpy()) == bytes(range(256)) * 32
+    with pytest.raises(EOFError, match="ends at byte 12288"):
+        file.read(8192, into)
+    file.close()
