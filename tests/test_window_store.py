@@ -260,7 +260,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         file.truncate(extent.offset + 4096)
     (ids,) = texts(200, [50])
     ends = pytest.raises(StoreError, match=r"block (layers.2.ffn|head.0|embed): .* the file ends")
-    with Streaming(path, pack) as streaming, ends:
+    with ends, Streaming(path, pack) as streaming:
         run(streaming, ids)
 
 
