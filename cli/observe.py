@@ -66,13 +66,8 @@ def ps(as_json: bool) -> None:
     screen.print(rows)
     for model in status.models:
         screen.print(f"{model.name}: {model.plan}", soft_wrap=not screen.is_terminal)
-        if model.step_s:
-            screen.print(
-                f"from disk: {format_bytes(model.streamed_bytes)} for a token alone, about {model.step_s:.2g} s; "
-                f"{format_bytes(model.pinned_bytes)} stay in memory"
-                + (f"; now {stage_text(model.stage)}" if model.stage else ""),
-                soft_wrap=not screen.is_terminal,
-            )
+        if model.stage is not None:
+            screen.print(f"now {stage_text(model.stage)}", soft_wrap=not screen.is_terminal)
         kept = _percent(model.kv_cached_tokens, model.kv_total_tokens)
         found = _percent(model.cached_tokens_total, model.prompt_tokens_total)
         screen.print(
