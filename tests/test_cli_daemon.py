@@ -121,7 +121,7 @@ def test_detached_start_passes_the_options_on(
     monkeypatch.setattr(background, "POLL_S", 0.001)
     loaded: list[tuple[int, str, str]] = []
     monkeypatch.setattr(
-        background, "load", lambda home, pid, model, draft: loaded.append((pid, model, draft))
+        background, "load", lambda home, pid, model, draft, heard: loaded.append((pid, model, draft))
     )
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
