@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shoal.comm.errors import CommError, NoDaemon
-from shoal.comm.messages import ErrorCode
+from shoal.comm.messages import ErrorCode, Stage
 from shoal.daemon.client import Client
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home, private_dir
@@ -98,11 +98,12 @@ def start(
         raise
 
 
-def load(home: Home, pid: int, model: str, draft: str | None) -> None:
-    """Load a model into the daemon just started; if that fails or is interrupted, end the daemon and raise why."""
+def load(home: Home, pid: int, model: str, draft: str | None, heard: Callable[[Stage], None]) -> None:
+    """Load a model into the daemon just started; `heard` is told how far that is. If it fails or is interrupted, end
+    the daemon and raise why."""
     try:
         with Client(home.address) as client:
-            client.load(model, draft=draft)
+            client.load(model, draft=draft, heard=heard)
     except (CommError, KeyboardInterrupt):
         stop(home, pid, now=True, limit_s=START_LIMIT_S)
         raise

@@ -15,7 +15,7 @@ from . import background
 from .answers import reference
 from .imports import engine_imports
 from .options import PlanOptions, draft_option, examples, plan_options, quant_option, size
-from .output import note, spinner
+from .output import note, spinner, stage_text
 
 DRAIN_LIMIT_S = 600.0
 NOW_LIMIT_S = 20.0
@@ -81,8 +81,8 @@ def serve(
         with spinner("starting the daemon"):
             pid = background.start(home, arguments)
         if name:
-            with spinner(f"loading {name}"):
-                background.load(home, pid, name, guessing)
+            with spinner(f"loading {name}") as update:
+                background.load(home, pid, name, guessing, lambda stage: update(stage_text(stage)))
         note(f"the daemon runs (pid {pid}); its log is {background.log_path(home)}")
         return
     with engine_imports():
