@@ -198,7 +198,7 @@ def data(tensor: TensorShape, random: np.random.Generator) -> np.ndarray[Any, An
 
 
 @cache
-def _pool(type: str, cols: int, loudness: float) -> np.ndarray[Any, Any]:
+def _pool(type: str, cols: int, loudness: float = 1.0) -> np.ndarray[Any, Any]:
     """Random blocks (count, bytes of one) whose weights have mean 0 and deviation loudness/sqrt(cols)."""
     kind = GGMLQuantizationType[type]
     weights, size = gguf.GGML_QUANT_SIZES[kind]
