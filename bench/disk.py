@@ -12,6 +12,8 @@ import os
 import random
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -74,6 +76,22 @@ def forget_pages() -> None:
     """Empty the page cache of the whole machine; wants root. Mapped pages stay."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+@contextmanager
+def read_ahead(path: Path, kilobytes: int) -> Iterator[None]:
+    """While in it, so much is read beyond what is asked of the disk that `path` is on; wants root. OSError."""
+    number = path.stat().st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    knob = next(
+        knob for place in (device, device.parent) if (knob := place / "queue" / "read_ahead_kb").exists()
+    )
+    before = knob.read_text()
+    knob.write_text(str(kilobytes))
+    try:
+        yield
+    finally:
+        knob.write_text(before)
 
 
 def bytes_read(pid: int) -> int:

@@ -8,6 +8,7 @@ drop, rather than be packed anew into memory of the process, which it may not, a
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from typing import Any
@@ -31,7 +32,10 @@ class LlamaCpp:
         self._lengths: list[int] = []
         self._rows = BATCH  # of a batch at most
 
-    def load(self, model: str, context: int, streams: int, threads: int, memory: int = 0) -> dict[str, Any]:
+    def load(
+        self, model: str, context: int, streams: int, threads: int, memory: int = 0, drawn: bool = False
+    ) -> dict[str, Any]:
+        self._draws = random.Random(0) if drawn else None
         how = llama.llama_model_default_params()
         if memory:
             how.use_extra_bufts = False
@@ -68,7 +72,7 @@ class LlamaCpp:
         for _ in range(tokens):
             rows = [(token, self._lengths[i], i, True) for i, token in enumerate(self._last)]
             self._decode(rows)
-            self._last = [self._greedy(i) for i in range(len(rows))]
+            self._last = [self._choose(i) for i in range(len(rows))]
             self._lengths = [length + 1 for length in self._lengths]
         return {"seconds": time.perf_counter() - started_s, "tokens": tokens * len(self._last)}
 
@@ -116,7 +120,7 @@ class LlamaCpp:
         for start in range(0, len(rows), self._rows):
             batch = rows[start : start + self._rows]
             self._decode(batch)
-            chosen += [self._greedy(i) for i, (*_, wanted) in enumerate(batch) if wanted]
+            chosen += [self._choose(i) for i, (*_, wanted) in enumerate(batch) if wanted]
         return chosen
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> None:
@@ -132,7 +136,9 @@ class LlamaCpp:
         if status := llama.llama_decode(self._context, batch):
             raise RuntimeError(f"llama_decode gives {status}")
 
-    def _greedy(self, row: int) -> int:
+    def _choose(self, row: int) -> int:
+        if self._draws is not None:
+            return self._draws.randrange(self._vocab)
         return int(self._logits(row).argmax())
 
     def _logits(self, row: int) -> np.ndarray[Any, Any]:

@@ -22,12 +22,21 @@ from shoal.daemon.node import package_version
 from shoal.daemon.packs import Packs
 from shoal.daemon.sequence import Sequence
 
+EVENLY = 100.0  # a temperature at which all tokens are about as likely
+
 
 class Shoal:
     """The engine of `worker.Engine`."""
 
     def load(
-        self, model: str, context: int, streams: int, threads: int, memory: int = 0, guesses: int = 0
+        self,
+        model: str,
+        context: int,
+        streams: int,
+        threads: int,
+        memory: int = 0,
+        drawn: bool = False,
+        guesses: int = 0,
     ) -> dict[str, Any]:
         """`guesses` ahead in one step at most: the peers guess nothing."""
         kernels.set_threads(threads)
@@ -41,6 +50,7 @@ class Shoal:
         self._model = LoadedModel.load(
             "bench", Path(model), config, budget_of(memory or None), packs=Packs(Home.from_env())
         )
+        self._sampling = Sampling(temperature=EVENLY if drawn else 0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
         self._sequences: list[Sequence] = []
         self._counts: list[int] = []
         return {
@@ -60,11 +70,12 @@ class Shoal:
 
     def _begin(self, prompts: list[list[int]]) -> dict[str, float]:
         context = self._model.plan.context_tokens
-        greedy = Sampling(temperature=0.0)
         started_s = time.perf_counter()
         for index, prompt in enumerate(prompts):
             self._counts.append(0)
-            request = Generate(prompt_tokens=prompt, max_tokens=context, ignore_eos=True, sampling=greedy)
+            request = Generate(
+                prompt_tokens=prompt, max_tokens=context, ignore_eos=True, sampling=self._sampling
+            )
             sequence = self._model.start(
                 request,
                 prompt,

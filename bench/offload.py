@@ -5,7 +5,8 @@
 PATH is a python that has llama-cpp-python and Accelerate. Every engine is a fresh process in a cgroup of its own, told
 a budget that the group's limit exceeds by 5%, after the page cache was emptied; how fast the disk gives the model's
 file to direct reads is measured just before. `--engines llama.cpp` measures some of a row's engines. Models are written
-once, with random weights, into --models: llama-70b takes 42 GB there, qwen3-30b-a3b 19 GB, llama-3b 6 GB.
+once, with random weights, into --models: llama-70b takes 42 GB there, qwen3-30b-a3b 19 GB, llama-3b 6 GB, mistral-7b
+4 GB.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ Knows the order of calls and what is timed. The cgroup, the cold cache and the p
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from statistics import median
 
+import disk
 from capped import Capped, budget_of, capped, largest_file
 from figures import Figure
 from run import Run
@@ -30,7 +32,13 @@ def disk_bound(run: Run, sizes: Sizes) -> list[Figure]:
     load = Figure("loading", "s", "neither")
     cap_bytes = cap_of(run, sizes)
     for _, name in run.names_in_turn(tuple(filter(None, sizes.engines))):
-        with capped(run, name, cap_bytes, context=sizes.prompt + sizes.new + 8) as engine:
+        context = sizes.prompt + sizes.new + 8
+        how = {"drawn": True} if sizes.drawn else {}
+        ahead_kb = 0 if name == "shoal" else sizes.peer_read_ahead_kb
+        with (
+            disk.read_ahead(run.model, ahead_kb) if ahead_kb else nullcontext(),
+            capped(run, name, cap_bytes, context=context, **how) as engine,
+        ):
             load.note(name, engine.facts["seconds"])
             first.note(name, engine.call("begin", streams=1, tokens=sizes.prompt, seed=0)["seconds"])
             token_s, token_bytes = _decode(engine, sizes.new)

@@ -14,6 +14,8 @@ Mix = Literal["F32", "BF16", "Q4_1", "Q4_K_M", "Q5_K_M"]
 
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not whole blocks of 256
 
+LOUD = 4.0  # deviation of an embedding beside which layers add little: each token is routed in its own way
+
 
 class TensorShape(NamedTuple):
     """One tensor: its GGUF name, its sizes with the columns last, and its stored type."""
@@ -21,6 +23,7 @@ class TensorShape(NamedTuple):
     name: str
     sizes: tuple[int, ...]
     type: str
+    loudness: float = 1.0  # how much larger its values are than what keeps sums at their size
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Shape:
     def tensors(self) -> Iterator[TensorShape]:
         """Every tensor, in the order of the file."""
         query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        yield self._matrix("token_embd", self.vocab, self.hidden)
+        embedding = self._matrix("token_embd", self.vocab, self.hidden)
+        yield embedding._replace(loudness=LOUD * self.hidden**0.5) if self.experts else embedding
         for i in range(self.layers):
             layer = f"blk.{i}."
             yield from self._vectors(layer + "attn_norm", layer + "ffn_norm", size=self.hidden)
@@ -195,6 +199,19 @@ SHAPES = {
             context=8192,
             rope_base=500000.0,
             tied=True,
+        ),
+        Shape(
+            name="mistral-7b",  # Mistral-7B-v0.3
+            arch="llama",
+            mix="Q4_K_M",
+            layers=32,
+            hidden=4096,
+            heads=32,
+            kv_heads=8,
+            ffn=14336,
+            vocab=32768,
+            context=32768,
+            rope_base=1e6,
         ),
         Shape(
             name="llama-70b",  # Llama-2-70B

@@ -182,12 +182,12 @@ def _nbytes(tensor: TensorShape) -> int:
 
 
 def data(tensor: TensorShape, random: np.random.Generator) -> np.ndarray[Any, Any]:
-    """A tensor's bytes: ones for norms, small biases, matrices of deviation 1/sqrt(columns)."""
+    """A tensor's bytes: ones for norms, small biases, matrices of deviation loudness/sqrt(columns)."""
     if len(tensor.sizes) == 1:
         norm = tensor.name.endswith("norm.weight")
         values = np.ones(tensor.sizes) if norm else 0.1 * random.standard_normal(tensor.sizes)
         return values.astype(np.float32).view(np.uint8)
-    pool = _pool(tensor.type, tensor.sizes[-1])
+    pool = _pool(tensor.type, tensor.sizes[-1], tensor.loudness)
     result = np.empty(_nbytes(tensor), np.uint8)
     done = 0
     while done < result.size:
@@ -198,14 +198,14 @@ def data(tensor: TensorShape, random: np.random.Generator) -> np.ndarray[Any, An
 
 
 @cache
-def _pool(type: str, cols: int) -> np.ndarray[Any, Any]:
-    """Random blocks (count, bytes of one) whose weights have mean 0 and deviation 1/sqrt(cols)."""
+def _pool(type: str, cols: int, loudness: float = 1.0) -> np.ndarray[Any, Any]:
+    """Random blocks (count, bytes of one) whose weights have mean 0 and deviation loudness/sqrt(cols)."""
     kind = GGMLQuantizationType[type]
     weights, size = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(cols)
     count = POOL_BYTES // size
     if weights == 1:
-        values = random.standard_normal((1, count), dtype=np.float32) / np.float32(cols**0.5)
+        values = random.standard_normal((1, count), dtype=np.float32) * np.float32(loudness / cols**0.5)
         return gguf.quantize(values, kind).view(np.uint8).reshape(count, size)
     blocks = random.integers(0, 256, (count, size), dtype=np.uint8)
 
@@ -215,7 +215,7 @@ def _pool(type: str, cols: int) -> np.ndarray[Any, Any]:
 
     scale(1.0)
     deviation = float(gguf.dequantize(blocks[:1024], kind).std())
-    scale(1 / deviation / cols**0.5)
+    scale(loudness / deviation / cols**0.5)
     return blocks
 
 

@@ -20,10 +20,13 @@ from typing import Any, Protocol
 class Engine(Protocol):
     """What the scenarios call. Times are seconds, each with the number of tokens it was spent on."""
 
-    def load(self, model: str, context: int, streams: int, threads: int, memory: int = 0) -> dict[str, Any]:
+    def load(
+        self, model: str, context: int, streams: int, threads: int, memory: int = 0, drawn: bool = False
+    ) -> dict[str, Any]:
         """Load a model for `streams` sequences of up to `context` tokens; facts about the engine.
 
         `memory` is the bytes it may use, 0 for all there are; an engine that has no such option finds its limit itself.
+        `drawn`, which not all have: the next token is any of the vocabulary, not the most likely one.
         """
         ...
 

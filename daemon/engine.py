@@ -73,6 +73,11 @@ class Engine:
         with self._lock:
             self.scheduler.cancel(sequence)
 
+    def expire(self) -> None:
+        """End what is past its deadline, also in the middle of a step, which may wait for a disk."""
+        with self._lock:
+            self.scheduler.expire(self._clock())
+
     def fail_all(self, error: Exception) -> None:
         """End everything, for instance because the model goes away."""
         with self._lock:
@@ -80,16 +85,16 @@ class Engine:
                 self.scheduler.fail(sequence, error)
 
     def close(self) -> None:
-        """Keep the prefix cache on disk, if there is one. Idempotent; nothing may be submitted any more."""
-        if self.disk is None:
-            return
+        """Wait for the end of a step under way and keep the prefix cache on disk, if there is one. Idempotent; nothing
+        may be submitted any more."""
         if not self._stepping.acquire(timeout=STEP_LIMIT_S):
             log.warning("a step does not end: its model's KV is not kept on disk")
             return
         try:
-            with self._lock:
-                known = self.scheduler.cache.known()
-            self.disk.close(known, self._kv.page)
+            if self.disk is not None:
+                with self._lock:
+                    known = self.scheduler.cache.known()
+                self.disk.close(known, self._kv.page)
         finally:
             self._stepping.release()
 

@@ -8,6 +8,7 @@ other.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -49,6 +50,7 @@ class Executor:
         self.collective = collective
         self._head = [item.block for item in plan.blocks if item.block.kind == "head"]
         slots = plan.expert_slots
+        self._foreseen = _foreseen(plan)
         self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
 
     def forward(self, step: Step) -> Tensor:
@@ -103,7 +105,7 @@ class Executor:
         partials = [torch.zeros_like(x) for x, _, _ in routed]
         used = sorted({expert for _, routing, _ in routed for expert in routing.used})
         blocks = [BlockId("expert", layer, expert) for expert in used]
-        self.store.expect(blocks)
+        self.store.expect(blocks, self._likely(layer, step.split(hidden)[0]))
         for start in range(0, len(blocks), self._together):
             group = blocks[start : start + self._together]
             with ExitStack() as held:
@@ -114,3 +116,16 @@ class Executor:
             if shared is not None:
                 partial += shared
             rows += self.model.leave(router, self.collective.allreduce(partial))
+
+    def _likely(self, layer: int, hidden: Tensor) -> list[BlockId]:
+        """The experts that the next mixture may choose for hidden (T, hidden), where guessing helps."""
+        if (router := self._foreseen.get(layer)) is None:
+            return []
+        with self.store.acquire(router) as weights:
+            return [BlockId("expert", router.layer, expert) for expert in self.model.foresee(weights, hidden)]
+
+
+def _foreseen(plan: Plan) -> dict[int, BlockId]:
+    """For each layer the router of the next mixture, if that stays in memory and experts do not."""
+    routers = [item for item in plan.blocks if item.block.kind == "router"] if plan.expert_slots else []
+    return {before.block.layer: item.block for before, item in pairwise(routers) if item.tier == "ram"}

@@ -9,6 +9,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from shoal.models.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv import KvPool
+from shoal.offload.kv_disk import KvDisk
 from shoal.offload.prefix import PrefixCache
 from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan, kv_token_bytes, scratch_bytes
@@ -82,31 +84,49 @@ class LoadedModel:
         one of `packs`, if `streaming`. `kv_root`: where KV is kept that leaves memory. Raises DaemonError; what was
         held in the budget is then released."""
         kv_on_disk = kv_root is not None and config.kv_disk_bytes != 0
-        try:
-            main = Runnable.read(
-                f"model {name}",
-                path,
-                config,
-                budget,
-                progress,
-                packs=packs,
-                streaming=streaming,
-                reserve_bytes=least_bytes(draft, config) if draft else 0,
-                kv_on_disk=kv_on_disk,
-            )
-        except Exception as error:
-            raise refusal(error, name) from error
-        small = None
-        if draft is not None:
+        with ExitStack() as undo:  # what has been begun ends again when a later part fails
+            undo.callback(_release, name, budget)
             try:
-                small = read_draft(name, main, draft, config, budget)
+                main = Runnable.read(
+                    f"model {name}",
+                    path,
+                    config,
+                    budget,
+                    progress,
+                    packs=packs,
+                    streaming=streaming,
+                    reserve_bytes=least_bytes(draft, config) if draft else 0,
+                    kv_on_disk=kv_on_disk,
+                )
             except Exception as error:
-                main.executor.store.close()
-                _release(name, budget)
-                raise refusal(error, f"draft model {draft.name}") from error
-        disk = None
-        if kv_root is not None and kv_on_disk:
-            disk = open_kv_disk(kv_root, config.kv_disk_bytes, name, main.checkpoint, main.plan, main.kv)
+                raise refusal(error, name) from error
+            undo.callback(main.executor.store.close)
+            small = None
+            if draft is not None:
+                try:
+                    small = read_draft(name, main, draft, config, budget)
+                except Exception as error:
+                    raise refusal(error, f"draft model {draft.name}") from error
+            disk = None
+            if kv_root is not None and kv_on_disk:
+                disk = open_kv_disk(kv_root, config.kv_disk_bytes, name, main.checkpoint, main.plan, main.kv)
+            if disk is not None:
+                undo.callback(disk.close, [], main.kv.page)
+            made = cls._made(name, main, small, disk, config, clock)
+            undo.pop_all()
+        return made
+
+    @classmethod
+    def _made(
+        cls,
+        name: str,
+        main: Runnable,
+        small: Runnable | None,
+        disk: KvDisk | None,
+        config: NodeConfig,
+        clock: Callable[[], float],
+    ) -> LoadedModel:
+        """Of its parts, which are all in memory."""
         scheduler = Scheduler(
             PrefixCache(main.kv.table, main.kv.page_tokens, disk.index if disk else None),
             sequences=main.plan.sequences,
@@ -122,7 +142,6 @@ class LoadedModel:
             drafter = Drafter(
                 small.executor, small.kv, vocab=vocab, chunk_tokens=small.plan.chunk_tokens, clock=clock
             )
-        engine = Engine(main.executor, main.kv, scheduler, clock, drafter, disk)
         return cls(
             name,
             main.checkpoint,
@@ -130,7 +149,7 @@ class LoadedModel:
             main.tokenizer,
             main.executor,
             main.kv,
-            engine,
+            Engine(main.executor, main.kv, scheduler, clock, drafter, disk),
             main.peak_bytes + (small.peak_bytes if small else 0),
             small,
             clock,
@@ -142,10 +161,16 @@ class LoadedModel:
     def draft_path(self) -> Path | None:
         return self.draft.checkpoint.path if self.draft else None
 
-    def release(self, budget: Budget) -> None:
-        """Keep its KV on disk and give the budget back; the memory follows when the last reference goes. Idempotent."""
-        self.engine.close()
+    def interrupt(self, error: DaemonError) -> None:
+        """End all that it answers with `error`, and a step that waits for a disk with it. It answers nothing more."""
+        self.engine.fail_all(error)
         self.executor.store.close()
+
+    def release(self, budget: Budget) -> None:
+        """End a step under way, keep its KV on disk and give the budget back; the memory follows when the last
+        reference goes. Idempotent."""
+        self.executor.store.close()
+        self.engine.close()
         _release(self.name, budget)
 
     def stage(self) -> Stage | None:

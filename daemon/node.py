@@ -38,6 +38,7 @@ from shoal.models.checkpoint import Checkpoint, open_checkpoint
 from .answer import Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
+from .loaded import LoadedModels
 from .memory import budget_of, resident_bytes, return_freed
 from .model import LoadedModel, refusal
 from .planning import Packs, Progress, no_progress, plan_within_budget
@@ -47,6 +48,7 @@ from .translate import translated
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # how long the compute thread sleeps before it looks again by itself
+DEADLINES_S = 0.5  # how often it is looked for what is past its deadline while a step runs
 STAGE_S = 1.0  # of silence, then it is said what a request waits for
 
 
@@ -77,16 +79,16 @@ class Node:
         self._kv_root = kv_root
         self._clock = clock
         self._started_s = clock()
-        self._models: dict[str, LoadedModel] = {}
+        self._models = LoadedModels(self.budget)
         self._loading = threading.Lock()  # one load or unload at a time
-        self._wake = threading.Condition()  # guards _models, _draining, _closed
+        self._wake = threading.Condition(self._models.lock)  # guards _draining and _closed too
         self._draining = False
-        self._closed = False
+        self._closed = threading.Event()
         self._requests_total = 0
-        self._tokens_before = 0  # of models unloaded since
         set_threads(config.thread_count)
         self._thread = threading.Thread(target=self._compute, name="shoal-compute", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, name="shoal-deadlines", daemon=True).start()
 
     def __enter__(self) -> Node:
         return self
@@ -113,7 +115,7 @@ class Node:
             raise translated(error) from error
         with self._wake:
             self._check_open()
-            if self._models.get(model.name) is not model:
+            if model not in self._models:
                 raise DaemonError(
                     "not_found", f"{model.name} was unloaded meanwhile", "send the request again"
                 )
@@ -183,7 +185,7 @@ class Node:
         with self._loading:
             self._check_open()
             path = self._resolve(request.model)
-            known = self._loaded_from(path)
+            known = self._models.of(path)
             draft = self._resolve(request.draft) if request.draft is not None else None
             if known is not None:
                 draft = draft or known.draft_path
@@ -198,25 +200,23 @@ class Node:
                 config = config.with_context(request.context)
             if known is not None:
                 self._check_reload(known, config, draft)
-                self._drop(known)
+                self._models.drop(known)
                 known = None  # or it would stay in memory beside its successor
-            name = self._free_name(path.name if str(path) == request.model else request.model, path)
+            name = self._models.free_name(path.name if str(path) == request.model else request.model, path)
             model = self._load_with_room(name, path, draft, config, progress)
-            with self._wake:
-                self._models[name] = model
+            self._models.add(model)
         log.info("loaded %s: %s", name, model.plan.describe())
         return Loaded(model=model.status(), seconds=self._clock() - began_s)
 
     def unload(self, request: Unload) -> Ok:
         """Drop a model; its running requests end with `error` shutting_down. Raises DaemonError `not_found`."""
         with self._loading:
-            with self._wake:
-                known = self._pick(request.model)
+            known = self._models.pick(request.model)
             if known is None:
                 raise DaemonError(
                     "not_found", f"no model {request.model or 'at all'} is loaded", "see shoal ps"
                 )
-            self._drop(known)
+            self._models.drop(known)
             known = None
             return_freed()
         return Ok()
@@ -225,21 +225,19 @@ class Node:
         """What a request to `model` waits for just now: that one is loaded, or a disk. Never blocks for long."""
         if self._stage is not None:
             return self._stage
-        loaded = self._pick(model)
+        loaded = self._models.pick(model)
         return None if loaded is None else loaded.stage()
 
     def status(self) -> StatusReply:
-        with self._wake:
-            models = list(self._models.values())
         return StatusReply(
             version=package_version(),
             pid=os.getpid(),
             uptime_s=self._clock() - self._started_s,
             threads=self.config.thread_count,
             memory_bytes=resident_bytes(),
-            models=[model.status() for model in models],
+            models=[model.status() for model in self._models],
             requests_total=self._requests_total,
-            tokens_total=self._tokens_before + sum(model.engine.tokens_total for model in models),
+            tokens_total=self._models.tokens_total,
             draining=self._draining,
         )
 
@@ -254,14 +252,16 @@ class Node:
     def close(self) -> None:
         """Stop computing; what still runs ends with `error` shutting_down. Idempotent."""
         with self._wake:
-            if self._closed:
+            if self._closed.is_set():
                 return
-            self._draining = self._closed = True
+            self._draining = True
+            self._closed.set()
             self._wake.notify_all()
+        for model in self._models:
+            model.interrupt(DaemonError("shutting_down", "the daemon is stopping"))
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
-        for model in list(self._models.values()):
-            model.engine.fail_all(DaemonError("shutting_down", "the daemon is stopping"))
+        for model in self._models:
             model.release(self.budget)
 
     def _compute(self) -> None:
@@ -269,23 +269,34 @@ class Node:
         while True:
             with self._wake:
                 self._wake.notify_all()  # for drain
-                self._wake.wait_for(lambda: self._closed or self._busy(), IDLE_WAIT_S)
-                if self._closed:
+                self._wake.wait_for(lambda: self._closed.is_set() or self._busy(), IDLE_WAIT_S)
+                if self._closed.is_set():
                     return
             self._step_each()
 
+    def _watch(self) -> None:
+        """Until the node is closed: ends what is past its deadline, however long a step takes."""
+        while not self._closed.wait(DEADLINES_S):
+            self._expire_each()
+
+    # Not in the loops, whose names would keep the last model in memory for ever.
+
     def _step_each(self) -> None:
-        """One step of each busy model. Not in the loop, whose names would keep the last one in memory for ever."""
-        with self._wake:
-            busy = [model for model in self._models.values() if model.engine.busy]
-        for model in busy:
+        """One step of each busy model."""
+        for model in self._models:
             try:
-                model.engine.step()
+                if model.engine.busy:
+                    model.engine.step()
             except Exception:  # the step's own requests have been told; the others go on
-                log.exception("a step of %s failed", model.name)
+                if model in self._models and not self._closed.is_set():  # else it was interrupted
+                    log.exception("a step of %s failed", model.name)
+
+    def _expire_each(self) -> None:
+        for model in self._models:
+            model.engine.expire()
 
     def _busy(self) -> bool:
-        return any(model.engine.busy for model in self._models.values())
+        return any(model.engine.busy for model in self._models)
 
     def _check_open(self) -> None:
         if self._draining:
@@ -297,32 +308,16 @@ class Node:
         """The loaded model of that name, loading it if it is not. "" is the one used last."""
         with self._wake:
             self._check_open()
-            model = self._pick(name)
+            model = self._models.pick(name)
         if model is None:
             if not name:
                 raise DaemonError("not_found", "no model is loaded", "name one, or load one first")
             self.load(Load(model=name))
             with self._wake:
-                model = self._pick(name)
+                model = self._models.pick(name)
         if model is None:
             raise DaemonError("not_found", f"{name} was unloaded meanwhile", "send the request again")
         return model
-
-    def _pick(self, name: str) -> LoadedModel | None:
-        if not name:
-            return max(self._models.values(), key=lambda model: model.used_s, default=None)
-        return self._models.get(name) or next(
-            (model for model in self._models.values() if str(model.checkpoint.path) == name), None
-        )
-
-    def _loaded_from(self, path: Path) -> LoadedModel | None:
-        with self._wake:
-            return next((m for m in self._models.values() if m.checkpoint.path == path), None)
-
-    def _free_name(self, name: str, path: Path) -> str:
-        """`name`, or the whole path when another file of that name is loaded."""
-        with self._wake:
-            return str(path) if name in self._models else name
 
     def _check_reload(self, model: LoadedModel, config: NodeConfig, draft: Path | None) -> None:
         """Raises DaemonError when `model` could not be loaded again like this, before it is dropped."""
@@ -341,8 +336,7 @@ class Node:
 
     def _check_room(self, name: str, checkpoint: Checkpoint, config: NodeConfig) -> None:
         """Raises DaemonError when the model would not fit even without every idle one."""
-        with self._wake:
-            idle_bytes = sum(m.peak_bytes for m in self._models.values() if not m.engine.busy)
+        idle_bytes = sum(model.peak_bytes for model in self._models.idle())
         try:
             plan_within_budget(checkpoint, config, self.budget, idle_bytes=idle_bytes)
         except Exception as error:
@@ -354,6 +348,8 @@ class Node:
         """In memory if idle models leave enough when they go, else streamed."""
 
         def heard(doing: str, done: int, total: int) -> None:
+            if self._closed.is_set():  # nobody waits for it any more, and packing may take an hour
+                self._check_open()
             speed = done / max(self._clock() - began_s, 0.1)
             self._stage = Stage(doing=doing, done=done, total=total, bytes_per_s=speed)
             progress(doing, done, total)
@@ -369,7 +365,7 @@ class Node:
                     self.budget,
                     draft=draft,
                     packs=self._packs,
-                    streaming=not self._idle(),
+                    streaming=not self._models.idle(),
                     kv_root=self._kv_root,
                     clock=self._clock,
                     progress=heard,
@@ -379,33 +375,10 @@ class Node:
                     raise
                 with open_checkpoint(path) as checkpoint:
                     self._check_room(name, checkpoint, config)
-                if not self._make_room():
+                if not self._models.make_room():
                     raise
             finally:
                 self._stage = None
-
-    def _idle(self) -> list[LoadedModel]:
-        with self._wake:
-            return [model for model in self._models.values() if not model.engine.busy]
-
-    def _make_room(self) -> bool:
-        """Drop the idle model that was used longest ago; False when there is none."""
-        with self._wake:  # throughout, or it might get a request meanwhile
-            idle = [model for model in self._models.values() if not model.engine.busy]
-            chosen = min(idle, key=lambda model: model.used_s, default=None)
-            if chosen is not None:
-                del self._models[chosen.name]
-        if chosen is not None:
-            self._drop(chosen)
-        return chosen is not None
-
-    def _drop(self, model: LoadedModel) -> None:
-        with self._wake:
-            self._models.pop(model.name, None)
-            self._tokens_before += model.engine.tokens_total
-        model.engine.fail_all(DaemonError("shutting_down", f"{model.name} was unloaded"))
-        model.release(self.budget)
-        log.info("unloaded %s", model.name)
 
     def _prompt(self, model: LoadedModel, request: Generate | Chat) -> list[int]:
         if isinstance(request, Chat):

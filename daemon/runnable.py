@@ -66,12 +66,12 @@ class Runnable:
             peak_bytes = plan.peak_bytes + extra_bytes
             budget.hold(purpose, peak_bytes)
             try:
+                transformer = Transformer(checkpoint.spec, plan.context_tokens)
+                kv = KvPool(checkpoint.spec, plan.kv)
                 if tight:
                     forget_files(checkpoint.files)
                 store, speed = open_store(plan, checkpoint, packs, progress, bounded=tight)
-                transformer = Transformer(checkpoint.spec, plan.context_tokens)
-                kv = KvPool(checkpoint.spec, plan.kv)
-            except Exception:
+            except BaseException:
                 budget.release(purpose)
                 raise
             if tight:

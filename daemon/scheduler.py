@@ -107,12 +107,16 @@ class Scheduler:
             self.cache.drop(sequence.holding)
             sequence.sink.fail(error)
 
+    def expire(self, now_s: float) -> None:
+        """End what is past its deadline."""
+        for sequence in [s for s in (*self.running, *self.waiting) if s.deadline_s <= now_s]:
+            self._finish(sequence, "deadline")
+
     # --- steps ---------------------------------------------------------------------------------------------
 
     def next(self, now_s: float) -> Batch:
         """The next step; without chunks when there is nothing to do. Ends what is past its deadline."""
-        for sequence in [s for s in (*self.running, *self.waiting) if s.deadline_s <= now_s]:
-            self._finish(sequence, "deadline")
+        self.expire(now_s)
         preempted = self.preemptions
         decoding = [
             sequence

@@ -112,6 +112,17 @@ class Transformer:
             hidden, weights.feed_forward(), spec.activation, self._pre_norm(weights), spec.norm_eps
         )
 
+    def foresee(self, weights: Weights, hidden: Tensor) -> list[int]:
+        """Which experts this router will choose if hidden (T, C), of an earlier layer, changes little until then; those
+        of most tokens first. That it does change little: Eliseev and Mazur, "Fast Inference of Mixture-of-Experts
+        Language Models with Offloading", 2023, section 3.2."""
+        moe, norm = self.spec.moe, self._pre_norm(weights)
+        assert moe is not None
+        x = hidden if norm is None else self._normed(hidden, norm)
+        chosen = torch.topk(linears(x, weights.linears("router"))[0], moe.active, -1).indices  # (T, k)
+        votes = torch.bincount(chosen.flatten(), minlength=moe.experts)
+        return votes.argsort(descending=True)[: int((votes > 0).sum())].tolist()
+
     def route(self, weights: Weights, hidden: Tensor) -> tuple[Tensor, Routing, Tensor | None]:
         """MoE router block: hidden (T, C) → normed x (T, C), routing, and the shared expert's partial (T, C) if there
         is one."""

@@ -7,6 +7,7 @@ overlap; which reads are under way together is the caller's business.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -28,7 +29,7 @@ class DirectFile:
         self.path = path
         self._lock = threading.Lock()
         try:
-            self._file, self.direct = _open(path)
+            self._file, self.direct = open_direct(path, os.O_RDONLY)
         except OSError as error:
             raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
         if not self.direct:
@@ -60,21 +61,20 @@ class DirectFile:
                 self._file = -1
 
 
-def _open(path: Path) -> tuple[int, bool]:
-    """(file descriptor, whether reads are direct)"""
-    flag = getattr(os, "O_DIRECT", 0)
-    if flag:
-        try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag)
-        except OSError:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
-        try:  # some file systems take the flag and refuse the reads
-            with mmap.mmap(-1, ALIGN_BYTES) as page:
-                os.preadv(file, [page], 0)
-            return file, True
-        except OSError:
-            os.close(file)
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def open_direct(path: Path, flags: int) -> tuple[int, bool]:
+    """A descriptor, and whether it passes the page cache by; a new file is for this user alone. Raises OSError."""
+    flags |= os.O_CLOEXEC
+    direct = getattr(os, "O_DIRECT", 0)
+    if direct:
+        with contextlib.suppress(OSError):  # a file system without it, if not worse
+            file = os.open(path, flags | direct, 0o600)
+            try:  # some take the flag and refuse the reads
+                with mmap.mmap(-1, ALIGN_BYTES) as page:
+                    os.preadv(file, [page], 0)
+                return file, True
+            except OSError:
+                os.close(file)
+    file = os.open(path, flags, 0o600)
     if hasattr(fcntl, "F_NOCACHE"):
         fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
         return file, True

@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 from shoal.kernels import Matrix, OperandError, gather_rows
-from shoal.kernels.memory import Arena
+from shoal.kernels.memory import mapped
 from shoal.partition.spec import BlockId
 
 from .errors import PackCorrupt
@@ -31,9 +31,8 @@ class Fetcher:
     """Reads what is wanted at once, into `memory`, or into new memory where that is not known to be free."""
 
     def __init__(self, nbytes: int, *, whole: bool) -> None:
-        self._arena = Arena()
         self._line = Line()
-        self.region = Region(self._line, self._arena.take(nbytes), whole=whole)
+        self.region = Region(self._line, mapped(nbytes)[:nbytes], whole=whole)
 
     def fetch(
         self,
@@ -54,8 +53,11 @@ class Fetcher:
     def _abandon(self, passages: Sequence[Passage]) -> None:
         for passage in passages:
             self._line.leave(passage)
-        # reads that are under way still write to this memory
-        self.region.memory = self._arena.take(len(self.region.memory))
+        if not all(
+            passage.quiet for passage in passages
+        ):  # reads that are under way still write to this memory
+            nbytes = len(self.region.memory)
+            self.region.memory = mapped(nbytes)[:nbytes]
 
 
 class Embedding:
@@ -106,7 +108,7 @@ class Embedding:
     def check(self, readers: Readers) -> None:
         """Reads all of it once, because later only parts are read. Raises PackCorrupt if it was altered. One that is
         tied to the head is checked with the head's slices."""
-        if self._packed.offset == self._pack.blocks[BlockId("head", -1, 0)].offset:
+        if self._pack.tied:
             return
         digest = xxhash.xxh3_64()
         part_bytes = ROWS_BYTES // READERS

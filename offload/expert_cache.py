@@ -2,8 +2,9 @@
 
 Routing is not cyclic: some experts are chosen far more often than others. An expert's score is how often it was used,
 older uses counting less. The lowest score goes, and of equal ones the one used last, since its layer comes again last:
-so a prompt that passes all experts once leaves the often used ones where they are. Knows slots, all of one size, and
-scores; reads nothing and holds no lock.
+so a prompt that passes all experts once leaves the often used ones where they are. Which experts the next layer will
+choose can be guessed; they are read when nothing else is to be, as long as most guesses come true. Knows slots, all of
+one size, and scores; reads nothing and holds no lock.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from .window import Chunk, Extent, Passage
 
 HALF_LIFE_STEPS = 64.0  # a use so many steps ago counts half
 LARGEST_WEIGHT = 1e100
+TRUST = 0.5  # so many of the guesses must come true to be read ahead
+TRUST_MEMORY = 0.05  # how far the newest ones move what is thought of them
 AHEAD = 32  # experts of a layer that are leased or read ahead: what is often used need not go for more
 
 
@@ -30,6 +33,8 @@ class ExpertCache:
         self._held: dict[BlockId, Passage] = {}
         self._expected: dict[BlockId, int] = {}  # what will be acquired, in order
         self._missing: list[BlockId] = []  # of these, what is not on its way yet, the next one last
+        self._likely: list[BlockId] = []  # to be acquired after these, the likeliest first
+        self._trust = 1.0  # share of what was thought likely that came true
         self._ahead = ahead
         self._done = 0  # of those expected
         self._wanted = -1  # the place of that which is waited for
@@ -44,15 +49,25 @@ class ExpertCache:
         layers = len({extent.block.layer for extent in experts})
         self._growth = 2.0 ** (1 / (HALF_LIFE_STEPS * max(1, layers)))
 
-    def expect(self, blocks: Sequence[BlockId]) -> None:
-        """These will be acquired next, in this order; what was expected before will not."""
+    def expect(self, blocks: Sequence[BlockId], likely: Sequence[BlockId] = ()) -> None:
+        """These will be acquired next, in this order; what was expected before will not. `likely` may be after them,
+        the likeliest first."""
         self._weight *= self._growth
         if self._weight > LARGEST_WEIGHT:
             self._rescale()
+        for block in self._expected:
+            if (passage := self._held.get(block)) is not None and passage.error is not None:
+                self._discard(passage)  # the step that this was read for is over: it is read again
         self._expected = {block: i for i, block in enumerate(blocks) if block in self._extents}
         self._done, self._wanted = 0, -1
         for block in self._expected:
             self._scores[block] = self._scores.get(block, 0.0) + self._weight
+        if self._likely:
+            came_true = sum(map(self._expected.__contains__, self._likely)) / len(self._likely)
+            self._trust += TRUST_MEMORY * (came_true - self._trust)
+        self._likely = [block for block in likely if block in self._extents][: self._ahead]
+        if self._reading is not None and self._reading.block not in self._expected:
+            self._discard(self._reading)  # a guess that was wrong
         self._missing = [block for block in reversed(self._expected) if block not in self._held]
 
     def want(self, block: BlockId) -> Passage | None:
@@ -67,16 +82,13 @@ class ExpertCache:
     def next_read(self, most_bytes: int) -> Chunk | None:
         """What to read now; None when nothing is missing or no place is free."""
         if self._reading is None:
-            if not self._missing:
+            chosen = self._next_missing() or self._next_likely()
+            if chosen is None:
                 return None
-            order = self._expected[self._missing[-1]]
-            slot = self._place(order) if order < max(self._done + self._ahead, self._wanted + 1) else None
-            if slot is None:
-                return None
-            extent = self._extents[self._missing.pop()]
-            position = slot * self._slot_bytes
-            self._reading = Passage(extent.block, extent.offset, position, extent.nbytes)
-            self._held[extent.block] = self._reading
+            block, slot = chosen
+            extent = self._extents[block]
+            self._reading = Passage(block, extent.offset, slot * self._slot_bytes, extent.nbytes)
+            self._held[block] = self._reading
         passage = self._reading
         chunk = passage.ask(most_bytes)
         if passage.asked == passage.nbytes:
@@ -84,12 +96,9 @@ class ExpertCache:
         return chunk
 
     def leave(self, passage: Passage) -> None:
-        """It has been used for now. One that failed gives its slot back once no read writes there."""
+        """It has been used for now, or it failed."""
         if passage.error is not None:
-            passage.left = True
-            if passage is self._reading:
-                self._reading = None
-            self.ended(passage)
+            self._discard(passage)
             return
         self._clock += 1
         self._used[passage.block] = self._clock
@@ -100,17 +109,41 @@ class ExpertCache:
         """A read of the passage has ended."""
         if passage.here:
             self._offer(passage.block)  # it may never be acquired
-        elif passage.left and passage.quiet and self._held.get(passage.block) is passage:
+        elif passage.left or (passage.error is not None and passage.block not in self._expected):
+            self._discard(passage)
+
+    def _discard(self, passage: Passage) -> None:
+        """One that failed gives its slot back, once no read writes there."""
+        passage.left = True
+        if passage is self._reading:
+            self._reading = None
+        if passage.quiet and self._held.get(passage.block) is passage:
             self._evict(passage.block)
 
-    def _place(self, order: int) -> int | None:
-        """A slot for what is the `order`-th of those expected."""
+    def _next_missing(self) -> tuple[BlockId, int] | None:
+        """Of what was asked for the next to read, and a slot for it."""
+        if not self._missing:
+            return None
+        order = self._expected[self._missing[-1]]
+        if order >= max(self._done + self._ahead, self._wanted + 1):
+            return None
         if not self._free:
-            self._make_room(order)
-        return self._free.pop() if self._free else None
+            self._let_one_go()
+        if not self._free:
+            self._let_later_go(order)
+        return (self._missing.pop(), self._free.pop()) if self._free else None
 
-    def _make_room(self, order: int) -> None:
-        """Let one go, if any can: the lowest score; where all are expected, the one that is needed last."""
+    def _next_likely(self) -> tuple[BlockId, int] | None:
+        """Of what may be asked for the next to read, and a slot for it."""
+        block = next((block for block in self._likely if block not in self._held), None)
+        if block is None or self._missing or self._trust < TRUST:
+            return None
+        if not self._free:
+            self._let_one_go()
+        return (block, self._free.pop()) if self._free else None
+
+    def _let_one_go(self) -> None:
+        """The lowest score of those that are neither expected nor likely, if there is one."""
         kept: list[BlockId] = []
         while self._heap:
             score, _, block = heappop(self._heap)
@@ -119,21 +152,24 @@ class ExpertCache:
                 continue
             if score != self._scores.get(block, 0.0):
                 self._offer(block)
-            elif block in self._expected:
+            elif block in self._expected or block in self._likely:
                 kept.append(block)
             else:
                 self._evict(block)
                 break
         for block in kept:
             self._offer(block)
-        if self._free:
-            return
-        for block, place in reversed(self._expected.items()):
+
+    def _let_later_go(self, order: int) -> None:
+        """Something likely, or else what is needed last and after the `order`-th of those expected."""
+        for block in (*reversed(self._likely), *reversed(self._expected)):
             passage = self._held.get(block)
-            if place > order and passage is not None and passage.here and not passage.leases:
+            later = self._expected.get(block, order + 1) > order
+            if later and passage is not None and passage.here and not passage.leases:
                 self._evict(block)
-                self._missing.append(block)
-                self._missing.sort(key=self._expected.__getitem__, reverse=True)
+                if block in self._expected:
+                    self._missing.append(block)
+                    self._missing.sort(key=self._expected.__getitem__, reverse=True)
                 return
 
     def _offer(self, block: BlockId) -> None:

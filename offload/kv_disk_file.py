@@ -27,6 +27,7 @@ from .kv_disk_index import DIGEST_BYTES, TOKEN_BYTES, Entry
 
 MAGIC = b"shoalkv1"
 PAGES, INDEX = "pages.kv", "index.kv"
+MOST_USED = 1 << 62  # nobody counts so far
 _ALIGN = 4096
 _HEADER = struct.Struct(f"<8s{DIGEST_BYTES}sQI")
 _USED = struct.Struct("<Q")
@@ -127,8 +128,10 @@ class KvFile:
         _forget_cached(self._pages, 0, 0)
 
     def close(self) -> None:
-        os.close(self._pages)
-        os.close(self._index)
+        """Whatever comes after is an OSError, not another file's trouble."""
+        for descriptor in (self._pages, self._index):
+            os.close(descriptor)
+        self._pages = self._index = -1
 
     def _record_at(self, slot: int) -> int:
         return len(self._header) + slot * self._record_bytes
@@ -141,7 +144,9 @@ class KvFile:
         parent, sum_, count = _FIXED.unpack_from(body)
         if not 0 < count * TOKEN_BYTES <= self._tokens_bytes:
             return None
-        used = _USED.unpack_from(record)[0]
+        used = _USED.unpack_from(record)[0]  # not a part of the checksum, as it is written alone
+        if used >= MOST_USED:
+            return None
         tokens = body[_FIXED.size :][: count * TOKEN_BYTES]
         return Entry(slot, parent, tokens, sum_, used, used)
 

@@ -44,7 +44,7 @@ class Pack:
     """An open pack: where its blocks lie, and its vectors. Holds no file open. Made by `open_pack`.
 
     path: of blocks.bin.  blocks: incl. embed (its extent is shared with the head's slices if these are tied).
-    vectors: role → f32 (n,) of every block that has any, resident.
+    vectors: role → f32 (n,) of every block that has any, resident.  tied: the embedding is the head's slices.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class Pack:
         self.blocks: Mapping[BlockId, PackedBlock] = {item.block: item for item in manifest.blocks}
         self.vectors = vectors
         self._slices = [item for item in manifest.blocks if item.block.kind == "head"]
+        embed = self.blocks.get(BlockId("embed"))
+        self.tied = bool(embed and self._slices and embed.offset == self._slices[0].offset)
 
     def require(self, spec: ModelSpec) -> None:
         """Raises PackCorrupt unless these are the blocks of `spec`, with all their tensors in the right shapes."""
@@ -100,7 +102,7 @@ class Pack:
     def check(self, block: BlockId, memory: Tensor) -> None:
         """Raises PackCorrupt unless `memory` (as for `weights`) has the bytes that were written."""
         item = self.blocks[block]
-        slices = self._slices if item.offset == self._slices[0].offset and block.kind == "embed" else []
+        slices = self._slices if self.tied and block.kind == "embed" else []
         starts = [part.offset - item.offset for part in slices]
         found = [
             checksum(memory[start : start + part.nbytes]) for start, part in zip(starts, slices, strict=True)

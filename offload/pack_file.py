@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shoal.partition.spec import BlockId
 
+from .direct import open_direct
 from .pack import Pack
 from .pack_format import PAGE_BYTES
 
@@ -40,7 +41,7 @@ class PackFile:
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
-        self._descriptor, self._direct = _open(path, os.O_RDWR | os.O_CREAT)
+        self._descriptor, self._direct = open_direct(path, os.O_RDWR | os.O_CREAT)
         self._buffer, self._other = _pages(CHUNK_BYTES), _pages(CHUNK_BYTES)
         self._thread = ThreadPoolExecutor(1, "pack")
         self._pending: Future[None] | None = None
@@ -136,14 +137,13 @@ def damaged_blocks(pack: Pack, progress: Progress = no_progress) -> list[BlockId
 
     A tied embedding is its head's slices. Raises OSError.
     """
-    slices = [item for item in pack.blocks.values() if item.block.kind == "head"]
-    descriptor, direct = _open(pack.path, os.O_RDONLY)
+    descriptor, direct = open_direct(pack.path, os.O_RDONLY)
     buffer = _pages(CHUNK_BYTES)
     damaged = []
     try:
         for item in pack.manifest.blocks:
             progress(item.offset, pack.manifest.nbytes)
-            if item.block.kind == "embed" and item.offset == slices[0].offset:
+            if item.block.kind == "embed" and pack.tied:
                 continue
             if stored_checksum(descriptor, direct, buffer, item.offset, item.nbytes) != item.checksum:
                 damaged.append(item.block)
@@ -156,18 +156,6 @@ def _drop(descriptor: int, offset: int, nbytes: int) -> None:
     """Where the page cache could not be passed by, it is emptied."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
-
-
-def _open(path: Path, flags: int) -> tuple[int, bool]:
-    """A descriptor, and whether it passes the page cache by."""
-    flags |= os.O_CLOEXEC
-    if direct := getattr(os, "O_DIRECT", 0):
-        try:
-            return os.open(path, flags | direct, 0o600), True
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system without it
-                raise
-    return os.open(path, flags, 0o600), False
 
 
 def _pages(nbytes: int) -> Tensor:

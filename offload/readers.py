@@ -27,6 +27,7 @@ READERS = 4
 READ_BYTES = 4 << 20  # four such at a time are as fast as anything, and need not wake often (docs/LOG.md)
 STUCK_S = 120.0  # nothing has come for so long: the disk is taken for dead
 IDLE_S = 5.0
+LOOK_S = 1.0
 LATELY_S = 2.0
 CLOSING_S = 2.0
 
@@ -143,7 +144,7 @@ class Readers:
     def _await(self, region: Region, want: Callable[[], Passage | None]) -> Passage:
         """The lock is held, and let go while waiting."""
         self._work.notify()
-        seen, since_s = self._landings, time.monotonic()
+        seen, silent_s = self._landings, 0.0
         while True:
             if self._closed or self._broken is not None:
                 raise StoreError(f"{self.pack.path}: is not read any more") from self._broken
@@ -151,13 +152,15 @@ class Readers:
             if passage is not None and passage.error is not None:
                 region.policy.leave(passage)
                 self._work.notify()
-                raise passage.error
+                # not the passage's own, whose traceback would keep the passage, and its memory, in a ring
+                raise type(passage.error)(*passage.error.args)
             if passage is not None and passage.here:
                 return passage
-            self._landed.wait(1.0)
+            if not self._landed.wait(LOOK_S):
+                silent_s += LOOK_S  # not by the clock: this process may have been stopped for a while
             if self._landings != seen:
-                seen, since_s = self._landings, time.monotonic()
-            elif time.monotonic() - since_s > STUCK_S:
+                seen, silent_s = self._landings, 0.0
+            elif silent_s >= STUCK_S:
                 raise StoreError(f"{self.pack.path}: nothing could be read for {STUCK_S:.0f} s")
 
     def _run(self) -> None:

@@ -42,8 +42,9 @@ class BlockStore(Protocol):
         """Rows of the embedding, f32 (T, hidden). Raises OffloadError when they cannot be read."""
         ...
 
-    def expect(self, blocks: Sequence[BlockId]) -> None:
-        """These will be acquired next, in this order: a store that has to read them begins."""
+    def expect(self, blocks: Sequence[BlockId], likely: Sequence[BlockId] = ()) -> None:
+        """These will be acquired next, in this order: a store that has to read them begins. `likely` may be after them,
+        the likeliest first."""
         ...
 
     def stage(self) -> Stage | None:
@@ -107,7 +108,7 @@ class ResidentStore:
     def rows(self, block: BlockId, ids: Tensor) -> Tensor:
         return gather_rows(self._leases[block].weights.matrix["embed"], ids)
 
-    def expect(self, blocks: Sequence[BlockId]) -> None:
+    def expect(self, blocks: Sequence[BlockId], likely: Sequence[BlockId] = ()) -> None:
         """Everything is here."""
 
     def stage(self) -> Stage | None:

@@ -126,8 +126,11 @@ class Window:
         return passage
 
     def leave(self, passage: Passage) -> None:
-        """It has been used, or it failed: its place is free once no read writes there."""
-        passage.left = True
+        """It has been used, or it failed: its place is free once no read writes there. What failed with it was read
+        ahead for a step that is over, and is read again."""
+        for other in self._passing:
+            if other is passage or (passage.error is not None and other.error is not None):
+                other.left = True
         self._sweep()
 
     def ended(self, passage: Passage) -> None:

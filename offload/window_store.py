@@ -110,9 +110,9 @@ class WindowStore:
             return _Lease(self._readers, self._slots, partial(self._experts.want, block))
         return _Lease(self._readers, self._ring, partial(self._window.want, block))
 
-    def expect(self, blocks: Sequence[BlockId]) -> None:
+    def expect(self, blocks: Sequence[BlockId], likely: Sequence[BlockId] = ()) -> None:
         if any(block not in self._kept for block in blocks):
-            self._readers.change(partial(self._experts.expect, blocks))
+            self._readers.change(partial(self._experts.expect, blocks, likely))
 
     def rows(self, block: BlockId, ids: Tensor) -> Tensor:
         self._done = 0

@@ -75,7 +75,7 @@ def test_a_crowd_is_served_or_told_to_come_back(tmp_path: Path, monkeypatch: pyt
     path = tiny.save_gguf(tiny.hf_model("llama", seed=11), tmp_path / "tiny.gguf", type="Q8_0")
     node = Node(CONFIG, resolve=lambda name: path)
     node.load(Load(model="tiny.gguf"))
-    engine = next(iter(node._models.values())).engine
+    engine = next(iter(node._models)).engine
     forward, gate = engine._executor.forward, threading.Event()
 
     def gated(step: object) -> object:

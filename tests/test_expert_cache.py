@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.offload.expert_cache import ExpertCache
-from shoal.offload.window import Extent, Passage
+from shoal.offload.window import Chunk, Extent, Passage
 from shoal.partition.spec import BlockId
 
 SIZE = 4096
@@ -33,9 +33,9 @@ class Simulation:
             chunk.passage.landed += chunk.nbytes
             self.cache.ended(chunk.passage)
 
-    def use(self, blocks: Sequence[BlockId], together: int) -> None:
+    def use(self, blocks: Sequence[BlockId], together: int, likely: Sequence[BlockId] = ()) -> None:
         """Expect them, then lease them in order, so many at a time."""
-        self.cache.expect(blocks)
+        self.cache.expect(blocks, likely)
         for start in range(0, len(blocks), together):
             held: list[Passage] = []
             for block in blocks[start : start + together]:
@@ -68,11 +68,13 @@ def test_what_is_wanted_always_comes(slots: int, experts: int, layers: int, seed
         for layer in range(layers):
             chosen = sorted(source.sample(range(experts), source.randint(1, experts)))
             blocks = [BlockId("expert", layer, i) for i in chosen]
+            guessed = source.sample(range(experts), source.randint(0, experts))
+            likely = [BlockId("expert", (layer + 1) % layers, i) for i in guessed]
             if source.random() < 0.1:
-                simulation.cache.expect(blocks)  # a step that failed after routing
+                simulation.cache.expect(blocks, likely)  # a step that failed after routing
                 simulation.read()
                 continue
-            simulation.use(blocks, source.randint(1, slots))
+            simulation.use(blocks, source.randint(1, slots), likely)
 
 
 def skewed(source: random.Random, experts: int, count: int) -> list[int]:
@@ -144,3 +146,85 @@ def test_a_failed_expert_is_read_again() -> None:
     simulation = Simulation(cache)
     simulation.use([block], 1)
     assert simulation.reads == 1
+
+
+def test_experts_that_failed_before_anyone_wanted_them_do_not_keep_their_slots() -> None:
+    """A disk that is away for a while: all that was read ahead failed, the step ended at the first of it."""
+    cache = cache_of(4, 1, 12)
+    cache.expect([BlockId("expert", 0, i) for i in range(4)])
+    chunks = [cache.next_read(SIZE) for _ in range(4)]
+    for chunk in chunks[:3]:  # the last read is still under way when the next step begins
+        fail(cache, chunk)
+    first = cache.want(BlockId("expert", 0, 0))
+    assert first is not None
+    assert first.error
+    cache.leave(first)
+    others = [BlockId("expert", 0, i) for i in range(8, 12)]
+    cache.expect(others)
+    fail(cache, chunks[3])
+    simulation = Simulation(cache)
+    simulation.use(others, 4)
+    simulation.use([BlockId("expert", 0, i) for i in range(4)], 4)
+    assert simulation.reads == 8, "what failed is read again, not told again"
+
+
+def fail(cache: ExpertCache, chunk: Chunk | None) -> None:
+    assert chunk is not None
+    chunk.passage.error = OSError("broken")
+    chunk.passage.landed += chunk.nbytes
+    cache.ended(chunk.passage)
+
+
+def experts_of(layer: int, *numbers: int) -> list[BlockId]:
+    return [BlockId("expert", layer, number) for number in numbers]
+
+
+def test_what_is_likely_is_read_once_nothing_else_is_to_be() -> None:
+    simulation = Simulation(cache_of(6, 2, 8))
+    simulation.cache.expect(experts_of(0, 0, 1), experts_of(1, 5, 3))
+    order = []
+    while (chunk := simulation.cache.next_read(SIZE)) is not None:
+        order.append(chunk.passage.block)
+        chunk.passage.landed += chunk.nbytes
+        simulation.cache.ended(chunk.passage)
+    assert order == [*experts_of(0, 0, 1), *experts_of(1, 5, 3)]
+    simulation.use(experts_of(1, 3, 5), 2)
+    assert simulation.reads == 0, "they were there"
+
+
+def test_what_is_needed_takes_the_place_of_what_is_likely_and_never_the_reverse() -> None:
+    simulation = Simulation(cache_of(3, 2, 8))
+    simulation.cache.expect(experts_of(0, 0, 1), experts_of(1, 0, 1, 2, 3))
+    simulation.read()
+    assert simulation.reads == 3
+    assert all(simulation.cache.want(block) for block in experts_of(0, 0, 1))
+    simulation.use(experts_of(1, 5, 6, 7), 3)
+    assert all(simulation.cache.want(block) for block in experts_of(1, 5, 6, 7))
+
+
+def test_a_wrong_guess_is_not_read_to_its_end() -> None:
+    simulation = Simulation(cache_of(4, 2, 8))
+    simulation.cache.expect([], experts_of(1, 0))
+    first = simulation.cache.next_read(SIZE // 4)
+    simulation.cache.expect(experts_of(1, 2))
+    second = simulation.cache.next_read(SIZE // 4)
+    assert first is not None
+    assert second is not None
+    assert second.passage.block == BlockId("expert", 1, 2)
+    for chunk in (first, second):
+        chunk.passage.landed += chunk.nbytes
+        simulation.cache.ended(chunk.passage)
+    simulation.read()
+    simulation.use(experts_of(1, 0, 2), 2)
+
+
+def test_guesses_that_do_not_come_true_are_given_up() -> None:
+    simulation = Simulation(cache_of(6, 2, 8))
+    for _ in range(40):
+        for layer in (0, 1):
+            simulation.cache.expect(experts_of(layer, 0), experts_of(1 - layer, 7))
+            simulation.read()
+    simulation.cache.expect(experts_of(0, 0), experts_of(1, 6))
+    before = simulation.reads
+    simulation.read()
+    assert simulation.reads == before

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.offload.errors import KvFileError
+from shoal.offload.kv_disk import KvDisk
 from shoal.offload.kv_disk_file import INDEX, PAGES, KvFile, checksum
 from shoal.offload.kv_disk_index import DIGEST_BYTES, Entry, packed
+from shoal.offload.prefix import Save
 
 KEY = bytes(range(32))
 PAGE_BYTES = 96
@@ -182,3 +186,23 @@ def dying(after: int, part: int) -> Callable[[int, bytes, int], int]:
         return pwrite(descriptor, data, offset)
 
     return write
+
+
+@settings(deadline=None, max_examples=40)
+@given(used=st.integers(0, 2**64 - 1), count=st.integers(0, 2**32 - 1), slot=st.integers(0, 7))
+def test_records_made_up_by_somebody_are_used_or_left_alone(used: int, count: int, slot: int) -> None:
+    """Their checksum is right: anyone can calculate it."""
+    with TemporaryDirectory() as directory:
+        opened(Path(directory)).close()
+        body = struct.pack(f"<{DIGEST_BYTES}sQI", bytes(DIGEST_BYTES), checksum(page(0)), count)
+        body += packed(range(PAGE_TOKENS))
+        record = struct.pack("<Q", used) + body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+        with (Path(directory) / INDEX).open("ab") as stream:
+            stream.write(bytes(slot * len(record)) + record)
+        disk = KvDisk(opened(Path(directory)), 8)
+        known = [Save(seed, bytes([seed]) * DIGEST_BYTES, packed([seed, 2, 3, 4])) for seed in range(1, 10)]
+        disk.close(known, page)
+        assert disk.pages_written == 8
+        again = KvDisk(opened(Path(directory)), 8)
+        assert [entry.tokens for entry in again.index.entries()][::-1] == [save.tokens for save in known[:8]]
+        again.close([], page)

@@ -215,3 +215,14 @@ def test_a_pack_of_another_model_is_refused(packed: Path, tmp_path: Path) -> Non
     with pytest.raises(PackCorrupt, match="block head does not have the vectors"):
         Pack(pack.path, pack.manifest, without).require(spec)
     assert pack.vectors[BlockId("head")]["norm"].dtype is torch.float32
+
+
+def test_a_pack_without_a_head_can_be_verified(copy: Path) -> None:
+    manifest = json.loads((copy / MANIFEST).read_bytes())
+    manifest["blocks"] = [item for item in manifest["blocks"] if item["block"][0] != "head"]
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with (copy / BLOCKS).open("r+b") as file:
+        file.truncate(max(item["offset"] + item["nbytes"] for item in manifest["blocks"]))
+    pack = open_pack(copy)
+    assert damaged_blocks(pack) == []
+    pack.check(BlockId("embed"), memory_of(pack, BlockId("embed")))

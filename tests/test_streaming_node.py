@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+from torch import Tensor
 
-from shoal.comm.messages import Done, Generate, Load, Sampling, Stage, Token
+from shoal.comm.messages import Accepted, Done, Error, Generate, Load, Sampling, Stage, Token, Unload
+from shoal.daemon.answer import Event
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
@@ -18,8 +24,11 @@ from shoal.daemon.node import Node
 from shoal.daemon.packs import Packs
 from shoal.daemon.planning import make_plan, row_share
 from shoal.models.checkpoint import open_checkpoint
+from shoal.models.weights import Weights
+from shoal.offload.direct import DirectFile
 from shoal.offload.store import Stage as BlockStage
 from shoal.partition.plan import Plan
+from shoal.partition.spec import BlockId
 
 CONFIG = NodeConfig(context_tokens=96, kv_tokens=768, max_sequences=4, chunk_tokens=16, kv_type="f32")
 GREEDY = Sampling(temperature=0.0)
@@ -94,7 +103,7 @@ def test_streamed_answers_are_those_from_memory(node: Node, path: Path) -> None:
 
 def test_a_prompt_longer_than_a_chunk_of_memory_passes_once(node: Node, path: Path) -> None:
     node.load(Load(model=str(path)))
-    model = next(iter(node._models.values()))
+    model = next(iter(node._models))
     assert model.plan.chunk_tokens >= 40 > CONFIG.chunk_tokens
     steps = []
     step = model.engine._executor.forward
@@ -151,3 +160,123 @@ def test_a_model_is_streamed_in_the_room_that_a_busy_one_leaves(path: Path, pack
         assert model.plan.blocks == plan.blocks
         assert node.budget.free_bytes >= 0
         model.release(node.budget)
+
+
+@pytest.mark.parametrize("part", ["shoal.daemon.model.Scheduler", "shoal.daemon.model.open_kv_disk"])
+def test_a_load_that_fails_late_leaves_nothing_behind(
+    path: Path, packs: Packs, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with Node(CONFIG, packs=packs) as node:
+        node.budget.limit_bytes = node.budget.held_bytes + least(path)
+        held, threads = node.budget.held_bytes, threading.active_count()
+        monkeypatch.setattr(part, fails)
+        with pytest.raises(MemoryError):
+            LoadedModel.load("late", path, CONFIG, node.budget, packs=packs, kv_root=tmp_path / "kv")
+        assert (node.budget.held_bytes, threading.active_count()) == (held, threads)
+
+
+def test_the_budget_is_given_back_when_the_last_step_has_ended(path: Path, packs: Packs) -> None:
+    """A model is unloaded in the middle of a pass: the pass ends at its next block, and only then there is room."""
+    with Node(CONFIG, packs=packs) as node:
+        node.budget.limit_bytes = node.budget.held_bytes + least(path)
+        node.load(Load(model=str(path)))
+        model = node._models.pick("")
+        assert model is not None
+        acquire, held = model.executor.store.acquire, node.budget.held_bytes
+        inside, seen = threading.Event(), list[int]()
+
+        def slow(block: BlockId) -> AbstractContextManager[Weights]:
+            inside.set()
+            while not model.executor.store._readers._closed:  # type: ignore[attr-defined]
+                time.sleep(0.001)
+            until_s = time.monotonic() + 0.05
+            while node.budget.held_bytes == held and time.monotonic() < until_s:
+                time.sleep(0.001)
+            seen.append(node.budget.held_bytes)
+            return acquire(block)
+
+        model.executor.store.acquire = slow  # type: ignore[method-assign]
+        errors: list[object] = []
+        node.submit(asked(1), errors.append)
+        assert inside.wait(20)
+        node.unload(Unload(model=""))
+        assert seen[0] == held
+        assert isinstance(errors[-1], Error)
+        assert errors[-1].code == "shutting_down"
+
+
+class Disk:
+    """Every read of a pack waits here while it hangs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.works = threading.Event()
+        self.works.set()
+        read = DirectFile.read
+
+        def slow(file: DirectFile, offset: int, into: Tensor) -> None:
+            assert self.works.wait(60)
+            read(file, offset, into)
+
+        monkeypatch.setattr(DirectFile, "read", slow)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    made = Disk(monkeypatch)
+    yield made
+    made.works.set()
+
+
+def waiting(node: Node, request: Generate) -> queue.SimpleQueue[Event]:
+    """What comes of a request that has been accepted."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    node.submit(request, events.put)
+    assert isinstance(events.get(timeout=30), Accepted)
+    return events
+
+
+def test_a_deadline_ends_a_request_in_the_middle_of_a_step(node: Node, path: Path, disk: Disk) -> None:
+    node.load(Load(model=str(path)))
+    expected = ids(node, asked(1))[0]
+    disk.works.clear()
+    done = waiting(node, asked(2, deadline_s=0.01)).get(timeout=30)
+    assert isinstance(done, Done)
+    assert done.finish_reason == "deadline"
+    disk.works.set()
+    assert ids(node, asked(1))[0] == expected
+
+
+@pytest.mark.parametrize("how", ["unloaded", "closed"])
+def test_nothing_waits_for_a_disk_that_hangs_when_a_model_goes(
+    node: Node, path: Path, disk: Disk, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.offload.readers.CLOSING_S", 0.01)
+    node.load(Load(model=str(path)))
+    disk.works.clear()
+    events = waiting(node, asked(1))
+    if how == "unloaded":
+        node.unload(Unload(model=str(path)))
+    else:
+        node.close()
+        node._thread.join(30)
+        assert not node._thread.is_alive()
+    error = events.get(timeout=30)
+    assert isinstance(error, Error)
+    assert error.code == "shutting_down"
+
+
+def test_a_node_that_is_closed_packs_no_further(path: Path, tmp_path: Path) -> None:
+    node = Node(CONFIG, packs=Packs(Home(tmp_path)))
+    node.budget.limit_bytes = node.budget.held_bytes + least(path)
+    heard: list[str] = []
+
+    def closing(doing: str, done: int, total: int) -> None:
+        heard.append(doing)
+        node.close()
+
+    with pytest.raises(DaemonError, match="is stopping"):
+        node.load(Load(model=str(path)), closing)
+    assert heard == ["packing"]

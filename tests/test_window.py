@@ -139,3 +139,18 @@ def test_a_line_is_first_come_first_served() -> None:
     line.leave(passages[2])
     assert line.next_read(4 * PAGE) == Chunk(passages[1], 0, 3 * PAGE)
     assert line.next_read(PAGE) is None
+
+
+def test_what_failed_ahead_of_a_step_that_failed_is_not_told_to_the_next() -> None:
+    window = Window(8 * PAGE, extents([4, 4, 4]))
+    disk = Disk(window, 8)
+    disk.until_here(BlockId("ffn", 2), 1, 4, random.Random(0))
+    window.leave(window.want(BlockId("ffn", 2)))
+    while disk.begin(4):
+        pass
+    while disk.under_way:
+        disk.end(0, OSError("away for a while"))
+    first = window.want(BlockId("ffn", 0))
+    assert first.error
+    window.leave(first)
+    assert window.want(BlockId("ffn", 1)).error is None

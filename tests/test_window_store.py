@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +179,26 @@ def test_a_read_error_is_the_step_s_and_later_steps_try_again(
         assert torch.equal(run(streaming, case.ids), case.expected)
 
 
+def test_reads_that_fail_keep_no_memory(tied: Case, faulty: Faulty) -> None:
+    with Streaming(tied.path, tied.pack) as streaming:
+        assert streaming.store._embedding is not None
+        region = streaming.store._embedding.region
+        memory = region.memory
+        faulty.bad = (0, tied.pack.manifest.nbytes)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(2):
+                with pytest.raises(StoreError) as caught:
+                    run(streaming, tied.ids)
+                failed = weakref.ref(caught.value)
+                del caught
+                assert failed() is None, "nothing but the collector would free it, and all it refers to"
+        finally:
+            gc.enable()
+        assert region.memory is memory, "no read was under way any more"
+
+
 class Sink:
     """What one sequence was given."""
 
@@ -298,6 +321,18 @@ def test_a_dead_disk_is_an_error(tied: Case, faulty: Faulty, monkeypatch: pytest
         with pytest.raises(StoreError, match="nothing could be read"):
             run(streaming, tied.ids)
         gate.set()
+
+
+def test_a_process_that_was_stopped_does_not_take_its_disk_for_dead(
+    tied: Case, faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock goes on while nobody runs: whoever waits may look at it before the reader comes back."""
+    clock = itertools.count(step=1000)
+    monkeypatch.setattr(readers, "LOOK_S", 0.001)
+    with Streaming(tied.path, tied.pack) as streaming, monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: float(next(clock)))
+        faulty.slow_s = 0.01
+        assert torch.equal(run(streaming, tied.ids), tied.expected)
 
 
 def test_what_a_reader_meets_unexpectedly_is_raised_where_it_is_waited_for(
