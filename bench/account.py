@@ -1,4 +1,4 @@
-"""Where every MB of Shoal goes while it answers within a budget: kinds of memory at the end beside the plan's figures.
+"""Where every MB of Shoal goes while it answers within a budget: kinds of memory, beside the plan.
 
     sudo python bench/account.py MODEL --memory 603MB [--prompt 64] [--new 4] [--streams 1]
 
@@ -19,18 +19,8 @@ from run import Run
 from shoal.daemon.sizes import parse_bytes
 
 _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ (?P<mode>\S+) \S+ \S+ \d+ *(?P<path>.*)$")
-_CHARGED = (
-    "cache",
-    "rss",
-    "rss_huge",
-    "mapped_file",
-    "inactive_file",
-    "active_file",
-    "anon",
-    "file",
-    "kernel",
-)
-_HUGE_KB = 2048  # anonymous mappings from here on are weights, KV and the window
+_CHARGED = ("cache", "rss", "anon", "file", "kernel")  # in memory.stat, of versions 1 and 2
+_LARGE_KB = 2048
 
 
 def main() -> None:
@@ -47,21 +37,18 @@ def main() -> None:
         _print("after the answer", by_kind(engine.process.pid))
         stat = (line.split() for line in (engine.group.path / "memory.stat").read_text().splitlines())
         _print("the group is charged for", Counter({key: int(n) for key, n in stat if key in _CHARGED}))
-        print(
-            f"peak {engine.peak_bytes() / 1e6:.1f} MB of {options.memory / 1e6:.1f}, {seconds:.3f} s per token, ",
-            end="",
-        )
-        print(f"{engine.facts['streamed_bytes'] / 1e6:.1f} MB streamed for each")
+        peak = f"peak {engine.peak_bytes() / 1e6:.1f} MB of {options.memory / 1e6:.1f}"
+        streamed = f"{engine.facts['streamed_bytes'] / 1e6:.1f} MB streamed for each"
+        print(f"{peak}, {seconds:.3f} s per token, {streamed}")
 
 
 def by_kind(pid: int) -> Counter[str]:
     """Resident bytes of a process by what they are for."""
     found: Counter[str] = Counter()
-    kind, kb = "", 0
+    mode, path, kb, resident = "", "", 0, 0
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if mapping := _MAPPING.match(line):
             mode, path = mapping["mode"], mapping["path"]
-            kind = path
         else:
             key, value, *_ = line.split()
             if key == "Size:":
@@ -70,21 +57,19 @@ def by_kind(pid: int) -> Counter[str]:
                 resident = int(value) * 1024
             elif key == "Anonymous:":
                 anonymous = int(value) * 1024
-                found[_kind(kind, mode, kb)] += anonymous
+                found[_kind(path, kb)] += anonymous
                 found["files: " + ("code" if "x" in mode else "other")] += resident - anonymous
     return +found
 
 
-def _kind(path: str, mode: str, kb: int) -> str:
+def _kind(path: str, kb: int) -> str:
     if path == "[heap]":
         return "heap"
     if path.startswith("/"):
-        return (
-            f"written pages of {Path(path).name}" if "torch" in path else "written pages of other libraries"
-        )
+        return "written pages of libraries"
     if path:
         return path
-    return "mapped, large" if kb >= _HUGE_KB else "mapped, small"
+    return "weights, KV, window; Python's objects" if kb >= _LARGE_KB else "small mappings"
 
 
 def _print(what: str, found: Counter[str]) -> None:

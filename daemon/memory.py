@@ -27,9 +27,9 @@ LEFT_ALONE_SHARE = 0.1  # of the free memory, by a budget that nobody asked for
 LEFT_ALONE_BYTES = 512 << 20  # and at least so much …
 MOST_LEFT_ALONE_SHARE = 0.25  # … but not more than this
 CODE_BYTES = (
-    48 << 20
-)  # libraries' code and constants in use, with what is read around them; what the kernel needs
-GROWTH_BYTES = 20 << 20  # of Python and its libraries in a long life: stacks, requests, replies
+    44 << 20
+)  # libraries' code and constants in use, and around them; what the kernel keeps for it all
+GROWTH_BYTES = 12 << 20  # of Python and its libraries in a long life: stacks, requests, replies
 # a private mapping of a file in smaps that may be executed, not written, and has no page of its own
 _CODE = re.compile(
     r"^(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) r-xp [0-9a-f]+ \S+ [1-9]\d* +/.*\n(?:[A-Z].*\n)*?Anonymous: +0 kB$",

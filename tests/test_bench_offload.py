@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import account
 import cgroup
 import compare
 import disk
@@ -24,6 +25,7 @@ from rows import OFFLOAD_ROWS, chosen
 from running import Running
 from shapes import SHAPES, Shape
 
+from shoal.daemon.memory import resident_bytes
 from shoal.models.checkpoint import open_checkpoint
 from shoal.offload.pack_build import build_pack
 
@@ -33,6 +35,14 @@ DENSE = Shape("small", "llama", "BF16", 2, 64, 4, 2, 128, len(tiny.TOKENS), 128,
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_gguf(tiny.hf_model("llama"), tmp_path_factory.mktemp("vocabulary") / "tiny.gguf")
+
+
+def test_every_resident_byte_has_a_kind() -> None:
+    if not Path("/proc/self/smaps").exists():
+        return
+    found = account.by_kind(os.getpid())
+    assert {"heap", "files: code", "small mappings"} <= found.keys()
+    assert sum(found.values()) == pytest.approx(resident_bytes(), rel=0.1)
 
 
 def v1(root: Path) -> Path:
