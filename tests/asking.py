@@ -8,7 +8,7 @@ from shoal.daemon.node import Node
 
 GREEDY = Sampling(temperature=0.0)
 CONFIG = NodeConfig(
-    context_tokens=96, kv_tokens=768, max_sequences=4, max_queue=16, chunk_tokens=16, memory_bytes=1 << 30
+    context_tokens=96, kv_tokens=768, max_sequences=4, max_queue=16, chunk_tokens=16, memory_bytes=3 << 30
 )
 
 

@@ -23,7 +23,7 @@ CONFIG = NodeConfig(
     max_sequences=TOGETHER,
     max_queue=QUEUE,
     chunk_tokens=64,
-    memory_bytes=1 << 30,
+    memory_bytes=3 << 30,
 )
 
 

@@ -19,7 +19,7 @@ from shoal.daemon.node import Node
 from shoal.offload.kv_disk_file import INDEX, PAGES
 
 CONFIG = NodeConfig(
-    context_tokens=256, kv_tokens=1024, max_sequences=4, max_queue=16, chunk_tokens=64, memory_bytes=1 << 30
+    context_tokens=256, kv_tokens=1024, max_sequences=4, max_queue=16, chunk_tokens=64, memory_bytes=3 << 30
 )
 SMALL = replace(CONFIG, kv_tokens=256)  # one sequence at full length
 TEXT = [7 * i % 53 for i in range(200)]

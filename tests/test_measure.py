@@ -17,7 +17,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.scheduler import Scheduler
 from shoal.models.tokenizer import Tokenizer
 
-CONFIG = NodeConfig(chunk_tokens=16, memory_bytes=1 << 30, kv_type="f32", kv_tokens=64, max_guesses=0)
+CONFIG = NodeConfig(chunk_tokens=16, memory_bytes=3 << 30, kv_type="f32", kv_tokens=64, max_guesses=0)
 TEXT = "the cat and\r\nthe other thing, in an\nengine on the re\r\n" * 6
 
 
