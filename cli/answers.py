@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from shoal.comm.messages import (
@@ -29,7 +30,7 @@ from shoal.daemon.reference import Reference
 from shoal.daemon.registry import canonical
 
 from .imports import engine_imports
-from .output import spinner, stage_text, transfer_bar
+from .output import note, spinner, stage_text, transfer_bar
 
 if TYPE_CHECKING:
     from shoal.daemon.client import Client
@@ -99,9 +100,11 @@ class ThroughDaemon:
         self._client = client
 
     def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
-        with spinner(f"loading {model}") as update:
+        wanted = Reference.parse(model)
+        name = wanted._replace(model=Path(wanted.model).name)
+        with spinner(f"loading {name}") as update:
             return self._client.load(
-                model, context, draft, lambda stage: update(f"{model}: {stage_text(stage)}")
+                model, context, draft, lambda stage: update(f"{name}: {stage_text(stage)}")
             ).model
 
     def models(self) -> list[ModelStatus]:
@@ -134,7 +137,7 @@ def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
     with spinner("starting"), engine_imports():
         from shoal.daemon.node import Node
         from shoal.daemon.packs import Packs
-    packs = Packs(Home.from_env())
+    packs = Packs(Home.from_env(), lambda estimate: note(estimate.describe()))
     with Node(replace(config, max_sequences=1), resolve=library.resolve, packs=packs) as node:
         yield InProcess(node)
 

@@ -78,7 +78,8 @@ def completions(state: ChatState, text: str) -> Iterator[str]:
 def _model(state: ChatState, argument: str) -> None:
     if not argument:
         used = state.link.model.name if state.link.model else ""
-        for name in _models(state):
+        names = _models(state)
+        for name in names if used in names else [*names, used]:
             note(f"{'*' if name == used else ' '} {name}")
         note("/model NAME changes to another")
         return

@@ -17,7 +17,7 @@ from shoal.daemon.sizes import format_bytes
 
 from .imports import engine_imports
 from .options import PlanOptions, draft_option, examples, json_option, plan_options, quant_option
-from .output import console, facts, print_json, spinner, steps_bar, table
+from .output import console, facts, note, print_json, spinner, steps_bar, table
 
 
 @click.command(
@@ -77,7 +77,7 @@ def bench(
             repeat=repeat,
             config=config,
             progress=progress,
-            packs=Packs(home),
+            packs=Packs(home, lambda estimate: note(estimate.describe())),
         )
     if as_json:
         print_json(result)
@@ -114,7 +114,12 @@ def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None
         from shoal.daemon.packs import Packs
     with steps_bar("scoring") as progress:
         result = measure.perplexity(
-            path, file, ctx=plan.ctx or 512, config=config, progress=progress, packs=Packs(home)
+            path,
+            file,
+            ctx=plan.ctx or 512,
+            config=config,
+            progress=progress,
+            packs=Packs(home, lambda estimate: note(estimate.describe())),
         )
     if as_json:
         print_json(result)

@@ -20,7 +20,7 @@ from shoal.daemon.sizes import format_bytes, format_duration
 
 from . import background
 from .options import examples, json_option
-from .output import console, note, print_json, table
+from .output import console, note, print_json, stage_text, table
 
 FOLLOW_S = 0.25
 TAIL_BYTES = 1 << 20
@@ -52,6 +52,8 @@ def ps(as_json: bool) -> None:
         + (" · stopping" if status.draining else ""),
         soft_wrap=not screen.is_terminal,
     )
+    if status.loading and status.stage is not None:
+        screen.print(f"{status.loading}: {stage_text(status.stage)}", soft_wrap=not screen.is_terminal)
     if not status.models:
         note("no model is loaded")
         return
@@ -64,12 +66,8 @@ def ps(as_json: bool) -> None:
     screen.print(rows)
     for model in status.models:
         screen.print(f"{model.name}: {model.plan}", soft_wrap=not screen.is_terminal)
-        if model.step_s:
-            screen.print(
-                f"from disk: {format_bytes(model.streamed_bytes)} for a token alone, about {model.step_s:.2g} s; "
-                f"{format_bytes(model.pinned_bytes)} stay in memory",
-                soft_wrap=not screen.is_terminal,
-            )
+        if model.stage is not None:
+            screen.print(f"now {stage_text(model.stage)}", soft_wrap=not screen.is_terminal)
         kept = _percent(model.kv_cached_tokens, model.kv_total_tokens)
         found = _percent(model.cached_tokens_total, model.prompt_tokens_total)
         screen.print(

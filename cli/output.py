@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from shoal.daemon.sizes import format_bytes
+from shoal.daemon.sizes import format_bytes, format_duration
 
 from .paint import printable
 
@@ -78,12 +78,15 @@ def facts() -> Table:
 
 
 def stage_text(stage: Stage) -> str:
-    """What an answer waits for: 'reading 41/80 blocks, 1.9 GB/s'."""
-    if stage.doing == "reading":
-        what = f"reading {stage.done}/{stage.total} blocks"
-    else:
-        what = f"{stage.doing} {format_bytes(stage.done)} of {format_bytes(stage.total)}"
-    return f"{what}, {stage.bytes_per_s / 1e9:.1f} GB/s" if stage.bytes_per_s else what
+    """What an answer waits for: 'reading 41/80 blocks, 1.9 GB/s', 'packing 0.5 GB of 1.1 GB, 0.4 GB/s, 2 s left'."""
+    parts = [f"reading {stage.done}/{stage.total} blocks"]
+    if stage.doing != "reading":
+        parts = [f"{stage.doing} {format_bytes(stage.done)} of {format_bytes(stage.total)}"]
+    if stage.bytes_per_s:
+        parts.append(f"{format_bytes(int(stage.bytes_per_s))}/s")
+        if stage.doing != "reading":
+            parts.append(f"{format_duration((stage.total - stage.done) / stage.bytes_per_s)} left")
+    return ", ".join(parts)
 
 
 @contextmanager

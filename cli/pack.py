@@ -56,18 +56,14 @@ def pack(model: str, memory: int | None, verify: bool, as_json: bool) -> None:
 
     def begins(estimate: Estimate) -> None:
         estimates.append(estimate)
-        note(
-            f"packing takes {format_bytes(estimate.nbytes)} of disk, of which {format_bytes(estimate.free_bytes)} "
-            f"are free, and about {format_duration(max(1, estimate.seconds))}"
-        )
+        note(estimate.describe())
 
     began_s = time.monotonic()
     with transfer_bar() as bar:
-        made = Packs(home).pack(
+        made = Packs(home, begins).pack(
             path,
             quant,
             memory_bytes=memory,
-            begins=begins,
             progress=lambda done, total: bar("packing", done, total),
         )
     took_s = time.monotonic() - began_s

@@ -321,6 +321,7 @@ class ModelStatus(Message):
     pinned_bytes: int = 0  # of the weights, that stay in memory
     streamed_bytes: int = 0  # read from disk for a token alone
     window_bytes: int = 0  # that weights pass through
+    stage: Stage | None = None  # how far the step is that waits for a disk now
     step_s: float = 0.0  # what the disk takes for a token alone, as predicted; 0 = nothing
     kv_disk_bytes: int = 0  # of KV pages kept on disk
     kv_disk_pages_read_total: int = 0  # read back instead of computed
@@ -341,6 +342,8 @@ class StatusReply(Message):
     models: list[ModelStatus]
     requests_total: int
     tokens_total: int
+    loading: str = ""  # the model that is being loaded, if any …
+    stage: Stage | None = None  # … and how far that is
     draining: bool = False
 
 

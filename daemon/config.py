@@ -41,7 +41,7 @@ class NodeConfig:
     place for it; 0 = none, None = what is usual (`kv_files`).
     """
 
-    threads: int = 0  # 0 = default_threads()
+    threads: int | None = None  # None = default_threads()
     memory_bytes: int | None = None
     context_tokens: int | None = None
     kv_tokens: int | None = None
@@ -55,7 +55,7 @@ class NodeConfig:
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[int, int]] = {
-            "threads": (0, os.cpu_count() or 1),
+            "threads": (1, os.cpu_count() or 1),
             "memory_bytes": (1, 1 << 50),
             "context_tokens": (1, 1 << 26),
             "kv_tokens": (1, 1 << 32),

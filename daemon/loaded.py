@@ -53,6 +53,7 @@ class LoadedModels:
         return self._by_name.get(name) or next((m for m in self if str(m.reference) == name), None)
 
     def of(self, reference: Reference) -> LoadedModel | None:
+        """The model of that path and these bits."""
         return next((model for model in self if model.reference == reference), None)
 
     def free_name(self, wanted: Reference, path: Path) -> str:

@@ -329,6 +329,7 @@ class LoadedModel:
             pinned_bytes=self.plan.pinned_bytes + self.plan.expert_bytes,
             streamed_bytes=self.plan.streamed_bytes,
             window_bytes=self.plan.window_bytes,
+            stage=self.stage(),
             step_s=self.plan.step_s(read_bytes_per_s),
             kv_disk_bytes=disk.nbytes if disk else 0,
             kv_disk_pages_read_total=disk.pages_read if disk else 0,

@@ -78,7 +78,8 @@ class Node:
         self.budget = budget_of(config.memory_bytes)
         self._resolve = resolve
         self._packs = packs
-        self._stage: Stage | None = None  # of a model that is being loaded
+        self._stage: Stage | None = None  # of the model that is being loaded
+        self._on_its_way = ""  # its name
         self._kv_files = None
         if kv_root is not None and config.kv_disk_bytes != 0:
             self._kv_files = KvFiles(kv_root, config.kv_disk_bytes)
@@ -246,6 +247,8 @@ class Node:
             models=[model.status() for model in self._models],
             requests_total=self._requests_total,
             tokens_total=self._models.tokens_total,
+            loading=self._on_its_way,
+            stage=self._stage,
             draining=self._draining,
         )
 
@@ -367,13 +370,15 @@ class Node:
         def heard(doing: str, done: int, total: int) -> None:
             if self._closed.is_set():  # nobody waits for it any more, and packing may take an hour
                 self._check_open()
-            speed = done / max(self._clock() - began_s, 0.1)
+            first_s, before = begun.setdefault(doing, (self._clock(), done))
+            speed = (done - before) / max(self._clock() - first_s, 0.1)
+            self._on_its_way = name
             self._stage = Stage(doing=doing, done=done, total=total, bytes_per_s=speed)
             progress(doing, done, total)
 
         while True:
             return_freed()
-            began_s = self._clock()
+            begun: dict[str, tuple[float, int]] = {}  # doing → since when, and with how many bytes
             try:
                 return LoadedModel.load(
                     name,
@@ -395,7 +400,7 @@ class Node:
                 if not self._models.make_room():
                     raise
             finally:
-                self._stage = None
+                self._stage, self._on_its_way = None, ""
 
     def _prompt(self, model: LoadedModel, request: Generate | Chat) -> list[int]:
         if isinstance(request, Chat):

@@ -28,7 +28,7 @@ from .errors import DaemonError
 from .home import Home
 from .memory import resident_bytes
 from .pack_shelf import PackShelf
-from .sizes import format_bytes
+from .sizes import format_bytes, format_duration
 from .transfer import check_space, disk_errors
 from .translate import translated
 
@@ -39,11 +39,20 @@ Progress = Callable[[int, int], None]
 
 
 class Estimate(Struct, frozen=True):
-    """What building a pack will take. `free_bytes`: of the disk it goes to."""
+    """What building a pack will take. `left_bytes`: what an attempt that was cut off has not written; `free_bytes`: of
+    the disk it goes to."""
 
     nbytes: int
+    left_bytes: int
     seconds: float
     free_bytes: int
+
+    def describe(self) -> str:
+        """One line for people."""
+        whole, time = format_bytes(self.nbytes), f"about {format_duration(max(1, self.seconds))}"
+        if self.left_bytes < self.nbytes:
+            return f"packing goes on: {format_bytes(self.left_bytes)} of {whole} are left, {time}"
+        return f"packing takes {whole} of disk, of which {format_bytes(self.free_bytes)} are free, and {time}"
 
 
 def no_progress(done: int, total: int) -> None:
@@ -55,10 +64,12 @@ def no_estimate(estimate: Estimate) -> None:
 
 
 class Packs:
-    """The packs under one home. Several processes may use it at once."""
+    """The packs under one home. Several processes may use it at once. `begins` is told what building one takes, before
+    it is built."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, begins: Callable[[Estimate], None] = no_estimate) -> None:
         self.shelf = PackShelf(home)
+        self._begins = begins
 
     def find(self, checkpoint: Checkpoint, quant: Quant = "keep") -> Pack | None:
         """The pack of a checkpoint as its files are now. None if there is none, or it is damaged or out of date."""
@@ -80,17 +91,14 @@ class Packs:
         *,
         quant: Quant = "keep",
         memory_bytes: int | None = None,
-        begins: Callable[[Estimate], None] = no_estimate,
     ) -> Pack:
-        """The pack of a checkpoint; built where there is none, then `begins` is told first what that takes.
+        """The pack of a checkpoint; built where there is none.
 
         `memory_bytes` bounds the whole process. Raises DaemonError: `resources` when disk or memory do not suffice,
         `busy` while another process builds it.
         """
         try:
-            return self.find(checkpoint, quant) or self._build(
-                checkpoint, quant, memory_bytes, begins, progress
-            )
+            return self.find(checkpoint, quant) or self._build(checkpoint, quant, memory_bytes, progress)
         except Exception as error:
             raise translated(error) from error
 
@@ -100,7 +108,6 @@ class Packs:
         quant: Quant,
         *,
         memory_bytes: int | None,
-        begins: Callable[[Estimate], None],
         progress: Progress,
     ) -> Pack:
         """`get` for the checkpoint at `path`, in a process that does nothing else. Raises DaemonError."""
@@ -110,7 +117,7 @@ class Packs:
         except CheckpointError as error:
             raise translated(error) from error
         with checkpoint:
-            return self.get(checkpoint, progress, quant=quant, memory_bytes=memory_bytes, begins=begins)
+            return self.get(checkpoint, progress, quant=quant, memory_bytes=memory_bytes)
 
     def verify(self, directory: Path, progress: Progress = no_progress) -> list[str]:
         """Reads all of a pack: the names of its damaged blocks; with any it is not used again. Raises DaemonError when
@@ -128,7 +135,6 @@ class Packs:
         checkpoint: Checkpoint,
         quant: Quant,
         memory_bytes: int | None,
-        begins: Callable[[Estimate], None],
         progress: Progress,
     ) -> Pack:
         source = self.shelf.claimed(source_of(checkpoint))
@@ -145,7 +151,8 @@ class Packs:
             with disk_errors(self.shelf.root, builder.nbytes, what):
                 try:
                     free = shutil.disk_usage(self.shelf.root).free
-                    begins(Estimate(builder.nbytes, builder.seconds(self.shelf.root), free))
+                    left, seconds = builder.left_bytes(directory), builder.seconds(directory)
+                    self._begins(Estimate(builder.nbytes, left, seconds, free))
                     return builder.build(directory, progress)
                 except OSError as error:
                     if error.errno in (errno.ENOSPC, errno.EDQUOT):

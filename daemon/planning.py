@@ -29,6 +29,7 @@ from shoal.partition.streaming import KV_SHARE, plan_within
 from .config import NodeConfig
 from .errors import DaemonError
 from .memory import PROCESS, trim
+from .sizes import format_bytes
 from .step_cost import ROW_SHARE
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -111,7 +112,7 @@ def plan_within_budget(
             "other models": others,
         }
         needs = ", ".join(f"{nbytes / 1e6:,.0f} MB for {what}" for what, nbytes in parts.items() if nbytes)
-        budgeted = f"the budget is {budget.limit_bytes / 1e6:,.0f} MB"
+        budgeted = f"the budget is {format_bytes(budget.limit_bytes)}"
         raise PlanError(f"needs {least / 1e6:,.0f} MB at least, {needs}; {budgeted}", least) from error
 
 

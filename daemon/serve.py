@@ -22,6 +22,8 @@ from .node import Node
 from .packs import Packs
 from .server import Server
 
+log = logging.getLogger(__name__)
+
 
 def serve(
     config: NodeConfig,
@@ -45,7 +47,12 @@ def serve(
         server_keys = keys.load_server(home.keys)
     except KeyFileError as error:
         raise DaemonError("bad_request", str(error)) from error
-    node = Node(config, Library(home).resolve, packs=Packs(home), kv_root=home.kv)
+    node = Node(
+        config,
+        Library(home).resolve,
+        packs=Packs(home, lambda estimate: log.info(estimate.describe())),
+        kv_root=home.kv,
+    )
     server = Server(node, addresses or [home.address], server_keys=server_keys)
     failures: list[DaemonError] = []
 

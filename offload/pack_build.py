@@ -17,7 +17,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from shoal.kernels import dequantize, from_stored
+from shoal.kernels import WeightType, dequantize, from_stored
 from shoal.kernels.quantise import quantise
 from shoal.kernels.types import BAND_ROWS
 from shoal.models.checkpoint import Checkpoint
@@ -29,19 +29,20 @@ from .pack_file import PackFile, Progress, no_progress
 from .pack_format import (
     BLOCKS,
     MANIFEST,
+    PAGE_BYTES,
     PARTIAL,
     Manifest,
     PackedBlock,
-    PackedTensor,
     Quant,
     Source,
     SourceFile,
 )
-from .pack_journal import Journal
+from .pack_journal import Journal, noted
 from .pack_layout import head_origin, layout
 
 PART_BYTES = 16 << 20  # of weights in hand, as float32 where they are transcoded
-SAMPLE_BYTES = 32 << 20  # packed to find out how fast it goes
+SAMPLE_BYTES = 32 << 20  # of each kind of matrix are packed to find out how fast it goes …
+REWRITTEN_BYTES = 4 << 20  # … or so many where they get fewer bits
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
@@ -113,23 +114,47 @@ class PackBuilder:
         _sync(directory.parent)
         return open_pack(directory)
 
-    def seconds(self, directory: Path) -> float:
-        """How long `build` will take, from doing a little of it into a file in `directory` that goes again.
+    def left_bytes(self, directory: Path) -> int:
+        """What `build` will have to write: less than `nbytes` where an attempt was cut off. Raises OSError."""
+        written = noted(partial_of(directory), self.manifest) or {}
+        return self.nbytes - sum(item.nbytes for item in self.manifest.blocks if str(item.block) in written)
 
-        Raises CheckpointError and OSError.
+    def seconds(self, directory: Path) -> float:
+        """How long `build` will take, from doing a little of every kind of work in it, into a file beside `directory`
+        that goes again. Raises CheckpointError and OSError.
         """
         self._checkpoint.bypass_cache()
-        item = max(self.manifest.blocks, key=lambda item: item.nbytes)
-        path = directory / f".speed-{os.getpid()}"
-        sample = min(item.nbytes, SAMPLE_BYTES)
+        path = directory.with_name(f".speed-{os.getpid()}")
+        whole_s = 0.0
         try:
-            with PackFile(path, sample) as file:
+            with PackFile(path, SAMPLE_BYTES) as file:
                 path.unlink()  # nothing stays, however this ends
-                began_s = time.monotonic()
-                file.write(0, sample, _limited(self._matrices(item, 0), sample))
-                return (time.monotonic() - began_s) * self.nbytes / sample
+                for nbytes, item, role in self._works().values():
+                    kept = self._stored_type(item, role) is tensor_type(item.tensors[role])
+                    most = SAMPLE_BYTES if kept else REWRITTEN_BYTES
+                    sample = min(most, tensor_bytes(item.tensors[role]) // PAGE_BYTES * PAGE_BYTES)
+                    if not sample:
+                        continue
+                    began_s = time.monotonic()
+                    file.write(0, sample, _limited(self._matrix(item, role, 0), sample))
+                    whole_s += (time.monotonic() - began_s) * nbytes / sample
         finally:
             path.unlink(missing_ok=True)
+        return whole_s * self.left_bytes(directory) / self.nbytes
+
+    def _works(self) -> dict[tuple[str, str], tuple[int, PackedBlock, str]]:
+        """(stored type, packed type) → bytes that are packed so, the block and role of the largest such matrix."""
+        works: dict[tuple[str, str], tuple[int, PackedBlock, str]] = {}
+        for item in self.manifest.blocks:
+            if item.block.kind == "embed" and self._checkpoint.spec.tied:  # its bytes are the head's
+                continue
+            for role, tensor in item.tensors.items():
+                work = (self._stored_type(item, role).name, tensor.type)
+                nbytes, largest, its_role = works.get(work, (0, item, role))
+                if tensor_bytes(tensor) > tensor_bytes(largest.tensors[its_role]):
+                    largest, its_role = item, role
+                works[work] = (nbytes + tensor_bytes(tensor), largest, its_role)
+        return works
 
     def _write(self, file: PackFile, journal: Journal, progress: Progress) -> Manifest:
         """Writes all blocks. → the manifest with their checksums"""
@@ -138,16 +163,19 @@ class PackBuilder:
         blocks: list[PackedBlock] = []
         first_row = 0  # of the next slice of the head
         for item in self.manifest.blocks:
-            progress(item.offset, self.nbytes)
+            head = item.block.kind == "head"
             if item.block.kind == "embed" and self._checkpoint.spec.tied:  # its bytes are the head's
                 slices = [block.checksum for block in blocks if block.block.kind == "head"]
                 blocks.append(replace(item, checksum=joined(slices)))
                 continue
+            progress(item.offset, self.nbytes)
             found = journal.kept(item, file)
             if found is None:
-                found = file.write(item.offset, item.nbytes, self._matrices(item, first_row))
+                matrices = self._matrices(item, first_row if head else 0)
+                parts = _told(matrices, item.offset, self.nbytes, progress)
+                found = file.write(item.offset, item.nbytes, parts)
                 journal.add(item, found)
-            if item.block.kind == "head":
+            if head:
                 first_row += item.tensors["head"].rows
             blocks.append(replace(item, checksum=found))
         progress(self.nbytes, self.nbytes)
@@ -167,16 +195,22 @@ class PackBuilder:
         at = 0
         for role, tensor in item.tensors.items():
             yield torch.zeros(tensor.offset - at, dtype=torch.uint8)
-            if item.block.kind == "head":
-                yield from self._matrix(*head_origin(self._checkpoint), tensor, first_row)
-            else:
-                yield from self._matrix(item.block, role, tensor, 0)
+            yield from self._matrix(item, role, first_row)
             at = tensor.offset + tensor_bytes(tensor)
 
-    def _matrix(self, block: BlockId, role: str, tensor: PackedTensor, first_row: int) -> Iterator[Tensor]:
-        """The bytes of one matrix, whole bands of rows at a time."""
+    def _origin(self, item: PackedBlock, role: str) -> tuple[BlockId, str]:
+        """The block and role of the checkpoint that a matrix is made from."""
+        return head_origin(self._checkpoint) if item.block.kind == "head" else (item.block, role)
+
+    def _stored_type(self, item: PackedBlock, role: str) -> WeightType:
+        block, theirs = self._origin(item, role)
+        return self._checkpoint.matrices(block)[theirs][0]
+
+    def _matrix(self, item: PackedBlock, role: str, first_row: int) -> Iterator[Tensor]:
+        """The bytes of one matrix from a row on, whole bands of rows at a time."""
+        tensor, stored = item.tensors[role], self._stored_type(item, role)
         kind, cols = tensor_type(tensor), tensor.cols
-        stored, _, _ = self._checkpoint.matrices(block)[role]
+        block, role = self._origin(item, role)
         row_bytes = stored.row_bytes(cols) if stored is kind else 4 * cols
         step = max(1, self._part_bytes // row_bytes // BAND_ROWS) * BAND_ROWS
         for start in range(0, tensor.rows, step):
@@ -198,6 +232,15 @@ class PackBuilder:
 def partial_of(directory: Path) -> Path:
     """Where the pack `directory` lies while it is built."""
     return directory.with_name(directory.name + PARTIAL)
+
+
+def _told(parts: Iterable[Tensor], start: int, total: int, progress: Progress) -> Iterator[Tensor]:
+    """The same parts; `progress` is told of each."""
+    done = start
+    for part in parts:
+        yield part
+        done += len(part)
+        progress(done, total)
 
 
 def _limited(parts: Iterable[Tensor], nbytes: int) -> Iterator[Tensor]:

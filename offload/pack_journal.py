@@ -17,20 +17,27 @@ from .pack_format import BLOCKS, DRAFT, Manifest, PackedBlock
 JOURNAL = "journal"
 
 
+def noted(partial: Path, manifest: Manifest) -> dict[str, str] | None:
+    """Block → checksum of what an attempt at `manifest` says it has written to `partial`; None = there was none."""
+    draft, journal = partial / DRAFT, partial / JOURNAL
+    if not (journal.is_file() and draft.is_file() and draft.read_bytes() == msgspec.json.encode(manifest)):
+        return None
+    lines = journal.read_text(errors="replace").splitlines()
+    return {name: found for name, _, found in (line.partition(" ") for line in lines)}
+
+
 class Journal:
     """The journal in the directory `partial` of the pack `manifest`. What is there of another pack is removed."""
 
     def __init__(self, partial: Path, manifest: Manifest) -> None:
         self._paths = draft, journal = partial / DRAFT, partial / JOURNAL
         self._written: dict[str, str] = {}
-        wanted = msgspec.json.encode(manifest)
-        if journal.is_file() and draft.is_file() and draft.read_bytes() == wanted:
-            lines = journal.read_text(errors="replace").splitlines()
-            self._written = {name: found for name, _, found in (line.partition(" ") for line in lines)}
+        if (written := noted(partial, manifest)) is not None:
+            self._written = written
         else:
             (partial / BLOCKS).unlink(missing_ok=True)
             journal.unlink(missing_ok=True)
-            draft.write_bytes(wanted)
+            draft.write_bytes(msgspec.json.encode(manifest))
         self._file = journal.open("a", buffering=1)
 
     def kept(self, item: PackedBlock, file: PackFile) -> str | None:

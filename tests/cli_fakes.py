@@ -100,6 +100,7 @@ class FakeClient:
         self.fails: Exception | None = None
         self.drafts: list[str | None] = []
         self.loads: list[tuple[str, int | None]] = []
+        self.changed: dict[str, Any] = {}  # of its status
 
     def __call__(self, address: str | None = None, **options: Any) -> FakeClient:
         return self
@@ -129,6 +130,7 @@ class FakeClient:
             models=list(self.models.values()),
             requests_total=3,
             tokens_total=99,
+            **self.changed,
         )
 
     def load(

@@ -125,7 +125,7 @@ def test_every_error_is_one_line_and_a_code(error: BaseException, line: str, cod
         (["run", "--memory", "0", "m", "p"], "memory_bytes=0: must be from 1 to"),
         (["run", "m", "\udcff\udcfe"], r"argument 3 is not UTF-8 text: '\udcff\udcfe'"),
         (["run", "--threads", "0", "m", "p"], "0 is not in the range x>=1"),
-        (["run", "--threads", "99999", "m", "p"], "threads=99999: must be from 0 to"),
+        (["run", "--threads", "99999", "m", "p"], "threads=99999: must be from 1 to"),
         (["run", "--top-p", "2", "m", "p"], "2.0 is not in the range 0<x<=1"),
         (["run", "--raw", "--system", "s", "m", "p"], "--system needs the chat template"),
         (["run", "--seed", str(1 << 70), "m", "p"], "an option is out of range"),

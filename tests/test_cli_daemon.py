@@ -20,6 +20,7 @@ from cli_fakes import FakeClient, model_status, shoal, shoal_process
 from shoal.cli import background
 from shoal.cli.observe import followed, tail
 from shoal.comm.errors import RequestFailed
+from shoal.comm.messages import Stage
 from shoal.daemon import client as client_module
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home, private_dir
@@ -196,7 +197,15 @@ def test_ps_shows_models_and_has_every_field_as_json(home: Home, monkeypatch: py
     assert "big: 1 rank, all in ram" in text
     assert "prefix cache: 45% of the KV, 75% of 400 prompt tokens were found there; 0 preemptions" in text
     assert "KV on disk: 46 MB, 31 pages written, 7 read" in text
+    reading = Stage(doing="reading", done=3, total=9, bytes_per_s=2e9)
+    client.models["big"] = model_status("big", stage=reading)
+    packing = Stage(doing="packing", done=10**8, total=10**9, bytes_per_s=1e8)
+    client.changed = {"loading": "other:q4", "stage": packing}
+    text = shoal("ps").stdout
+    assert "other:q4: packing 100 MB of 1 GB, 100 MB/s, 9 s left" in text
+    assert "now reading 3/9 blocks, 2 GB/s" in text
     found = json.loads(shoal("ps", "--json").stdout)
+    assert found["stage"]["doing"] == "packing"
     assert found["draining"] is False
     assert (found["models"][0]["name"], found["models"][0]["chat_template"]) == ("big", True)
     client.fails = RequestFailed("shutting_down", "the daemon is stopping")

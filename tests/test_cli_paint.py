@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cli.output import folded
+from shoal.cli.output import folded, stage_text
 from shoal.cli.paint import Painter, Wrap, printable
+from shoal.comm.messages import Stage
 
 COLUMNS = 20
 
@@ -109,3 +110,11 @@ def test_no_stage_where_there_is_no_terminal() -> None:
     painter.stage("reading 1/9 blocks")
     painter.write("x")
     assert out.getvalue() == "x"
+
+
+def test_a_stage_in_words() -> None:
+    reading = Stage(doing="reading", done=41, total=80, bytes_per_s=1.9e9)
+    assert stage_text(reading) == "reading 41/80 blocks, 1.9 GB/s"
+    packing = Stage(doing="packing", done=600_000_000, total=1_000_000_000, bytes_per_s=1e8)
+    assert stage_text(packing) == "packing 600 MB of 1 GB, 100 MB/s, 4 s left"
+    assert stage_text(Stage(doing="loading", done=0, total=1000)) == "loading 0 B of 1 kB"

@@ -185,8 +185,35 @@ def test_a_checkpoint_that_changes_meanwhile_makes_no_pack(tmp_path: Path) -> No
 def test_a_sample_tells_how_long_it_takes_and_leaves_nothing(tmp_path: Path) -> None:
     with tiny_checkpoint(tmp_path) as checkpoint:
         (tmp_path / "packs").mkdir()
-        assert PackBuilder(checkpoint, "q4").seconds(tmp_path / "packs") > 0
+        assert PackBuilder(checkpoint, "q4").seconds(tmp_path / "packs" / "new") > 0
     assert list((tmp_path / "packs").iterdir()) == []
+
+
+def test_progress_never_goes_back_and_what_is_left_is_known(tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    heard: list[int] = []
+    stop_at = 0.6
+
+    def progress(done: int, total: int) -> None:
+        heard.append(done)
+        if done > total * stop_at:
+            raise Stopped
+
+    with tiny_checkpoint(tmp_path, "qwen3") as checkpoint:  # its head is tied
+        builder = PackBuilder(checkpoint, "q4")
+        directory = tmp_path / "pack"
+        assert builder.left_bytes(directory) == builder.nbytes
+        with pytest.raises(Stopped):
+            builder.build(directory, progress)
+        assert heard == sorted(heard)
+        heard.clear()
+        left, stop_at = builder.left_bytes(directory), 2.0
+        assert 0 < left < builder.nbytes
+        assert builder.seconds(directory) > 0
+        assert builder.build(directory, progress).path.stat().st_size == builder.nbytes == heard[-1]
+    assert heard == sorted(heard)
 
 
 def test_an_extent_is_filled_up_with_zeros_and_hashed(tmp_path: Path) -> None:

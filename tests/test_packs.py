@@ -43,7 +43,7 @@ def get(home: Home, path: Path, quant: Quant = "keep", **options: Any) -> tuple[
     """The model's pack, and whether it was built for that."""
     told: list[Estimate] = []
     with open_checkpoint(path) as checkpoint:
-        pack = Packs(home).get(checkpoint, quant=quant, begins=told.append, **options)
+        pack = Packs(home, told.append).get(checkpoint, quant=quant, **options)
         assert pack.manifest.quant == quant
         if quant == "keep":
             assert_holds(pack, checkpoint)
