@@ -80,10 +80,13 @@ distclean: clean ## remove .venv and the built kernels too
 	@$(PIP) install -e . -c constraints-dev.txt
 	@touch $@
 
-.venv/.installed-dev: $(SOURCES) | .venv/bin/python
-	@echo 'Installing Shoal and the tools for its tests into .venv (once; a few minutes)'
-	@$(PIP) install -e '.[dev]' -c constraints-dev.txt
-	@touch .venv/.installed $@
+# The tools alone: installing Shoal once more as `.[dev]` would build the kernels again.
+.venv/.installed-dev: pyproject.toml constraints-dev.txt | .venv/.installed
+	@echo 'Installing the tools for the tests into .venv'
+	@$(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["optional-dependencies"]["dev"], sep="\n")' >.venv/tools.txt
+	@$(PIP) install -r .venv/tools.txt -c constraints-dev.txt
+	@touch $@
 
 bench/.venv/.installed: bench/requirements.txt
 	@echo 'Building the peers into bench/.venv (once; some minutes)'

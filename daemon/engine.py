@@ -134,16 +134,14 @@ class Engine:
                 self.scheduler.note_reads(sum(read), read_s - moved_s)
 
     def _draft(self, drafter: Drafter) -> None:
-        """Let the draft model guess ahead of what decodes. If it fails, so do these."""
+        """Let the draft model guess ahead of what decodes. Answers do without one that fails, from then on."""
         with self._lock:
-            decoding = [sequence for sequence in self.scheduler.running if sequence.remaining == 1]
+            guessing = self.scheduler.guessing
         try:
-            drafter.offer(decoding, self.scheduler.guesses, self.scheduler.cost)
-        except Exception as error:
-            with self._lock:
-                for sequence in decoding:
-                    self.scheduler.fail(sequence, error)
-            raise
+            drafter.offer(guessing, self.scheduler.guesses, self.scheduler.cost)
+        except Exception as error:  # whatever it was, nobody's answer depends on it
+            log.warning("the draft model failed and is not asked again: %s: %s", type(error).__name__, error)
+            self._drafter = None
 
     def _recall(self, recalls: list[Recall]) -> list[int]:
         """How many pages of each could be read."""

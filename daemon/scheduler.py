@@ -128,8 +128,7 @@ class Scheduler:
         decoding = [sequence for sequence in decoding if sequence.running]
         prompts = [s for s in sorted(self.running, key=self._turn) if s not in decoding]
         budget = self._prompt_budget(len(decoding))
-        chunks = self._decode(decoding, min(self.guesses, budget // 2 if prompts else self.guesses))
-        budget -= sum(len(chunk.draft) for chunk in chunks)
+        chunks: list[Chunk] = []
         recalls: list[Recall] = []
         reads = self._most_reads(len(decoding))
         for sequence in prompts:
@@ -144,10 +143,12 @@ class Scheduler:
                 if self._reserve(sequence, sequence.computed + tokens):
                     budget -= tokens
                     chunks.append(Chunk.of(sequence, tokens))
-        chunks = [chunk for chunk in chunks if chunk.sequence.running]
+        # A row is worth more to who waits for a first token than to who gets one with every step.
+        spare = min(self.guesses, budget) if prompts else self.guesses
+        decodes = self._decode([sequence for sequence in decoding if sequence.running], spare)
+        chunks = [*decodes, *(chunk for chunk in chunks if chunk.sequence.running)]
         recalls = [recall for recall in recalls if recall.sequence.running]
-        decodes = sum(chunk.sequence in decoding for chunk in chunks)
-        return Batch(chunks, self.cache.take_moves(), decodes, recalls)
+        return Batch(chunks, self.cache.take_moves(), len(decodes), recalls)
 
     def commit(self, batch: Batch, results: Results, read: Ordered[int] = ()) -> None:
         """Append what was sampled and emit it: for each chunk the tokens that follow it, or what went wrong. `read`:
@@ -306,6 +307,11 @@ class Scheduler:
         self.waiting.append(sequence)
 
     # --- guesses -------------------------------------------------------------------------------------------
+
+    @property
+    def guessing(self) -> list[Sequence]:
+        """Those worth guessing for; nobody while a prompt is read, which gets the rows."""
+        return [] if any(s.remaining > 1 for s in self.running) else list(self.running)
 
     def _decode(self, decoding: list[Sequence], spare: int) -> list[Chunk]:
         """One token of each, and at most `spare` guesses at what follows, as far as there are pages for them."""

@@ -191,10 +191,11 @@ class Server:
         for router in self._routers:
             for _ in range(RECEIVE_BATCH):
                 try:
-                    identity, *frames = router.recv_multipart(zmq.NOBLOCK)
+                    message = router.recv_multipart(zmq.NOBLOCK, copy=False)
                 except zmq.Again:
                     break
-                self._admit(self._outbox.peer(router, identity), frames, now_s)
+                identity, *frames = (frame.bytes for frame in message)
+                self._admit(self._outbox.peer(router, identity, _key(message[-1])), frames, now_s)
 
     def _admit(self, peer: Peer, frames: list[bytes], now_s: float) -> None:
         """Begin a flight for one message, or refuse it."""
@@ -256,6 +257,14 @@ class Server:
                 flight.emit(Ok())
             case _:
                 raise AssertionError(f"{envelope.kind} is not a control message")
+
+
+def _key(frame: zmq.Frame) -> str:
+    """Whose message that is: the public key that it came under, "" without CURVE."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""
 
 
 def _locked(socket_path: Path) -> SocketLock:

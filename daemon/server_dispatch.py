@@ -99,7 +99,7 @@ class Dispatcher:
             flight.watch = lambda: self._backend.stage(model)
         match request:
             case Generate() | Chat():
-                flight.attach(self._backend.submit(request, flight.emit, flight.peer.identity.hex()))
+                flight.attach(self._backend.submit(request, flight.emit, flight.peer.client))
             case Tokenize():
                 flight.emit(self._backend.tokenize(request))
             case Load():

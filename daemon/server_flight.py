@@ -24,10 +24,12 @@ STAGE_S = 1.0  # of silence before it is said what a request waits for
 
 @dataclass(eq=False)
 class Peer:
-    """One client with requests in flight. Only the server's thread touches it."""
+    """One connection with requests in flight. Only the server's thread touches it. `client`: who shares with others,
+    a key or else the connection."""
 
     router: zmq.Socket[Any]
     identity: bytes
+    client: str
     flights: dict[bytes, Flight] = field(default_factory=dict)
     blocked_since_s: float = 0.0  # its queue is full, and nothing has gone out, since then
     sent: int = 0  # messages

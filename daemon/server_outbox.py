@@ -41,8 +41,9 @@ class Outbox:
         self._next_keepalive_s = 0.0
         self._seldom = SeldomLog(log)
 
-    def peer(self, router: zmq.Socket[Any], identity: bytes) -> Peer:
-        return self._peers.get((id(router), identity)) or Peer(router, identity)
+    def peer(self, router: zmq.Socket[Any], identity: bytes, key: str) -> Peer:
+        """`key`: the public key of a client that comes under one, else ""."""
+        return self._peers.get((id(router), identity)) or Peer(router, identity, key or identity.hex())
 
     @property
     def clients(self) -> int:

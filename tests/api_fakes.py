@@ -54,8 +54,9 @@ def done(reason: str = "stop", tokens: int = 0) -> Done:
 class Run:
     """One submitted request; `emit` is the test's to call for prompts that begin with `manual`."""
 
-    def __init__(self, prompt: str, emit: Callable[[Message], None]) -> None:
+    def __init__(self, prompt: str, emit: Callable[[Message], None], client: str) -> None:
         self.prompt = prompt
+        self.client = client
         self.emit = emit
         self.cancelled = threading.Event()
         self.cancels = 0
@@ -112,7 +113,7 @@ class FakeBackend:
             raise DaemonError("context_overflow", "prompt_tokens=9: must be at most 8", "shorten it")
         if prompt.startswith("crash"):
             raise RuntimeError("a bug")
-        run = Run(prompt, emit)
+        run = Run(prompt, emit, client)
         with self.submitted:
             if not prompt.startswith("manual"):
                 thread = threading.Thread(target=run.echo, daemon=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.daemon.fairness import GENERATED_COST, TokenCounters
+from shoal.daemon.fairness import GENERATED_COST, REMEMBERED, TokenCounters
 from shoal.daemon.forecast import AnswerLengths, Growth, peak_tokens
 
 COUNT = st.integers(0, 60)
@@ -59,3 +59,23 @@ def test_a_newcomer_starts_with_the_least_served_and_idlers_save_nothing() -> No
     counters.leave("c")
     counters.enter("b")
     assert counters.given("b") == counters.given("a")
+
+
+def test_what_a_client_was_given_counts_until_nobody_is_left() -> None:
+    """Asking again and again is no better than asking for all at once."""
+    counters = TokenCounters()
+    for client in ("a", "b"):
+        counters.enter(client)
+    counters.charge("a", 100, 0)
+    counters.leave("a")
+    counters.charge("b", 30, 0)
+    counters.enter("a")
+    assert (counters.given("a"), counters.given("b")) == (100, 30)
+    for passing in range(2 * REMEMBERED):
+        counters.enter(str(passing))
+        counters.leave(str(passing))
+    assert len(counters._given) == REMEMBERED + 2
+    counters.leave("a")
+    counters.leave("b")
+    counters.enter("a")
+    assert counters.given("a") == 0

@@ -218,6 +218,22 @@ def test_only_authorised_keys_come_in_over_curve(tmp_path):
             client.ping()
 
 
+def test_a_key_is_one_client_however_often_it_connects(tmp_path):
+    ring, friend = KeyRing(tmp_path / "server"), KeyRing(tmp_path / "friend")
+    ring.authorise("friend", friend.client().public)
+    keys = friend.client_keys(ring.server().public)
+    with running("tcp://127.0.0.1:0", ipc(tmp_path), server_keys=ring.server_keys()) as daemon:
+        for address, known_by in ((daemon.address, keys), (ipc(tmp_path), None)):
+            for prompt in ("a", "b"):
+                with Client(address, keys=known_by) as client:
+                    client.text(f"{prompt} {known_by is None}")
+        a, b, c, d = (
+            daemon.backend.runs[f"{p} {plain}"].client for plain in (False, True) for p in ("a", "b")
+        )
+    assert a == b == friend.client().public
+    assert len({a, c, d}) == 3
+
+
 def test_an_open_address_without_keys_is_refused():
     with pytest.raises(DaemonError, match="in plain text"):
         Server(FakeBackend(), ["tcp://0.0.0.0:0"]).serve()
@@ -236,7 +252,7 @@ def test_an_ended_request_holds_nothing_of_its_model(course: str):
 
     def take_its_course() -> weakref.ref[Model]:
         model = Model()
-        flight = Flight(Peer(Mock(), b"c"), b"1", "generate", 0.0, lambda flight: None)
+        flight = Flight(Peer(Mock(), b"c", "c"), b"1", "generate", 0.0, lambda flight: None)
         steps = {
             "attach": lambda holding=(model, flight.emit): flight.attach(lambda: holding),
             "end": lambda: flight.emit(done()),

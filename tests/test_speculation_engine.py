@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import tiny
+from torch import Tensor
 
 from shoal.comm.messages import FinishReason
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.model import LoadedModel
-from shoal.daemon.sequence import Sequence
+from shoal.daemon.sequence import Batch, Sequence
 from shoal.kernels import set_threads
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
+from shoal.models.step import Step
 from shoal.offload.budget import Budget
 
 CONFIG = NodeConfig(kv_type="f32", kv_tokens=1024, context_tokens=128, chunk_tokens=16, max_sequences=4)
@@ -90,7 +92,7 @@ def answers(
     model: LoadedModel,
     jobs: Ordered[tuple[list[int], SamplingParams, int | None]],
     new_tokens: int = 70,
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> tuple[list[Recorder], int]:
     """What each job is answered when all run together, and the steps that it took; `meanwhile` between steps."""
     sinks = []
@@ -143,6 +145,31 @@ def test_together_they_say_the_same_in_fewer_steps(tmp_path: Path) -> None:
     assert all(sink.accepted <= min(sink.drafted, len(sink.ids) - 1) for sink in found)
 
 
+def test_a_prompt_gets_rows_before_guesses_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside it are guesses only with the step that reads its end."""
+    path = tiny.save_gguf(tiny.hf_model("qwen2", seed=8), tmp_path / "m.gguf")
+    scheduler = (model := load(path, 32)).engine.scheduler
+    ids = [7 * i % 90 for i in range(60)]
+    asked = Sequence(ids, 61, Sampler(GREEDY, ids), Recorder())
+    steps: list[tuple[bool, int]] = []  # is some of the prompt left to read, tokens guessed
+    plan = scheduler.next
+
+    def watched(now_s: float) -> Batch:
+        batch = plan(now_s)
+        left = asked.running and max(0, asked.remaining - sum(c.rows for c in batch.chunks[batch.decodes :]))
+        steps.append((bool(left), sum(len(chunk.draft) for chunk in batch.chunks)))
+        return batch
+
+    monkeypatch.setattr(scheduler, "next", watched)
+    answers(
+        model, [(prompt(9), GREEDY, None)], meanwhile=lambda: len(steps) == 12 and model.engine.submit(asked)
+    )
+    reading = [guessed for left, guessed in steps if left]
+    assert len(reading) >= 60 // CONFIG.chunk_tokens
+    assert not any(reading)
+    assert any(guessed for _, guessed in steps)
+
+
 def test_ends_within_a_draft(tmp_path: Path) -> None:
     """A stop token that was guessed ends the answer there; the limit is never passed."""
     path = tiny.save_gguf(tiny.hf_model("llama", seed=8), tmp_path / "m.gguf")
@@ -193,6 +220,30 @@ def test_a_draft_model_of_another_family_and_length(tmp_path: Path) -> None:
     assert [sink.ids for sink in found] == [sink.ids for sink in expected]
     assert scheduler.preemptions == 3
     assert sum(sink.drafted for sink in found)
+
+
+def test_answers_do_without_a_draft_model_that_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.save_gguf(tiny.hf_model("llama", seed=8), path := tmp_path / "m.gguf")
+    jobs = [(prompt(seed), GREEDY, None) for seed in range(3)]
+    expected, _ = answers(load(path, 0), jobs)
+    model = load(path, 32, draft=path)
+    executor = model.engine._drafter._executor
+    forward, steps = executor.forward, iter(range(1000))
+
+    def breaks(step: Step) -> Tensor:
+        if next(steps) == 4:
+            raise MemoryError("no room")
+        return forward(step)
+
+    executor.forward = breaks  # type: ignore[method-assign]
+    found, _ = answers(model, jobs)
+    assert [(sink.ids, sink.ended) for sink in found] == [(sink.ids, ["length"]) for sink in expected]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the draft model failed and is not asked again: MemoryError: no room"
+    ]
+    assert next(steps) == 5
 
 
 def test_tokens_that_a_draft_model_does_not_have(tmp_path: Path) -> None:

@@ -93,17 +93,22 @@ struct Bench {
           columns(reinterpret_cast<Columns*>(all.out + Result::floats(rows, wide))) {}
 };
 
-// What to read while a block (a page's keys or values of one head) is computed with: half a block ahead of it, into
-// `next`, the block after it. Rows of blocks are far apart for the machine, which stops guessing at every 4 KiB.
+// What to fetch while a block (a page's keys or values of one head) is computed with: what comes half a block later, or
+// all of the next block where this one was widened before. The machine itself stops guessing at every 4 KiB.
 struct Ahead {
-    const uint8_t *block, *next;  // null: nothing
-    int64_t rows, row_bytes;
+    int64_t half = 0, row_bytes = 0;
+    const uint8_t *first = nullptr, *second = nullptr;  // where the first rows, up to `half`, and the others lead
+
+    static Ahead half_a_block(const uint8_t* block, const uint8_t* next, int64_t rows, int64_t row_bytes) {
+        const int64_t half = rows / 2;
+        return {half, row_bytes, block + half * row_bytes, next ? next - half * row_bytes : nullptr};
+    }
+    static Ahead a_block(const uint8_t* next, int64_t row_bytes) { return {0, row_bytes, nullptr, next}; }
 
     INLINE void fetch(int64_t row) const {
-        if (!next) return;
-        const int64_t half = rows / 2;
-        const uint8_t* at = row < half ? block + (row + half) * row_bytes : next + (row - half) * row_bytes;
-        for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+        const uint8_t* from = row < half ? first : second;
+        if (!from) return;
+        for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(from + row * row_bytes + i, 0, 2);
     }
 };
 
@@ -127,16 +132,14 @@ INLINE void score_columns(const float* q, int64_t dim, const uint8_t* keys, cons
 
 // Columns [from, to) of a page, whole vectors.
 template <class Cell, int R>
-void score(const float* q, int64_t dim, const uint8_t* keys, int64_t from, int64_t to, const uint8_t* next,
-           float* scores) {
-    Ahead ahead{keys, next, dim, PAGE * Cell::bytes};
+void score(const float* q, int64_t dim, const uint8_t* keys, int64_t from, int64_t to, Ahead ahead, float* scores) {
     for (; from + QUERY_VECS * LANES <= to; from += QUERY_VECS * LANES) {
         score_columns<Cell, R, QUERY_VECS>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
-        ahead.next = nullptr;
+        ahead = {};
     }
     for (; from < to; from += LANES) {
         score_columns<Cell, R, 1>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
-        ahead.next = nullptr;
+        ahead = {};
     }
 }
 
@@ -163,17 +166,15 @@ INLINE void mix_columns(const float* weights, int64_t from, int64_t to, const ui
 }
 
 template <class Cell, int R>
-void mix(const float* weights, int64_t from, int64_t to, const uint8_t* values, int64_t wide, const uint8_t* next,
-         float* out) {
-    Ahead ahead{values, next, PAGE, wide * Cell::bytes};
+void mix(const float* weights, int64_t from, int64_t to, const uint8_t* values, int64_t wide, Ahead ahead, float* out) {
     int64_t d = 0;
     for (; d + QUERY_VECS * LANES <= wide; d += QUERY_VECS * LANES) {
         mix_columns<Cell, R, QUERY_VECS>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
-        ahead.next = nullptr;
+        ahead = {};
     }
     for (; d < wide; d += LANES) {
         mix_columns<Cell, R, 1>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
-        ahead.next = nullptr;
+        ahead = {};
     }
 }
 
@@ -201,13 +202,13 @@ struct Part {
 // Scores of one page for all rows.
 template <class Cell>
 void score_page(const Queries& q, const Columns* seen, int64_t start, int64_t dim, const uint8_t* keys,
-                const uint8_t* next, float* scores) {
+                const Ahead& ahead, float* scores) {
     for (int64_t r = 0; r < q.rows; r += QUERIES) {
         const int64_t rows = least(q.rows - r, (int64_t)QUERIES);
         const Part part(seen[r].first, seen[r + rows - 1].last, start);
         if (part.none()) continue;
         Kernels<Cell>::scores[rows - 1](q.q + r * dim, dim, keys, whole_vectors_down(part.from),
-                                        whole_vectors_up(part.to), r == 0 ? next : nullptr,
+                                        whole_vectors_up(part.to), r == 0 ? ahead : Ahead{},
                                         scores + r * SCORES + start);
     }
 }
@@ -215,7 +216,7 @@ void score_page(const Queries& q, const Columns* seen, int64_t start, int64_t di
 // Values of one page, weighted, for all rows: those that every row of a register tile sees at once, others row by row.
 template <class Cell>
 void mix_page(int64_t all_rows, const Columns* seen, int64_t start, int64_t wide, const uint8_t* values,
-              const uint8_t* next, const float* weights, float* out) {
+              const Ahead& ahead, const float* weights, float* out) {
     for (int64_t r = 0; r < all_rows; r += QUERIES) {
         const int64_t rows = least(all_rows - r, (int64_t)QUERIES), end = r + rows - 1;
         const Part any(seen[r].first, seen[end].last, start);
@@ -225,7 +226,7 @@ void mix_page(int64_t all_rows, const Columns* seen, int64_t start, int64_t wide
                 const Part own(seen[i].first, seen[i].last, start);
                 const int64_t first = most(from, own.from), last = least(own.to, to);
                 if (first >= last) continue;
-                Kernels<Cell>::mixes[0](weights + i * SCORES + start, first, last, values, wide, nullptr,
+                Kernels<Cell>::mixes[0](weights + i * SCORES + start, first, last, values, wide, Ahead{},
                                        out + i * wide);
             }
         };
@@ -236,7 +237,7 @@ void mix_page(int64_t all_rows, const Columns* seen, int64_t start, int64_t wide
         }
         if (any.from < all.from) row_by_row(any.from, all.from);
         Kernels<Cell>::mixes[rows - 1](weights + r * SCORES + start, all.from, all.to, values, wide,
-                                       r == 0 ? next : nullptr, out + r * wide);
+                                       r == 0 ? ahead : Ahead{}, out + r * wide);
         if (all.to < any.to) row_by_row(all.to, any.to);
     }
 }
@@ -319,20 +320,23 @@ void attend_span(const Queries& q, const Layout& l, int64_t span, const Bench& b
     q.look(span, columns);
     const int64_t first = columns[0].first, last = columns[q.rows - 1].last;
     const int64_t first_page = first / PAGE * PAGE, page0 = span * (SPAN / PAGE);
+    const auto keys_of = [&](int64_t start) { return q.page(page0 + start / PAGE); };
+    const uint8_t* after = (span + 1) * SPAN < q.position + q.rows / q.group ? keys_of(SPAN) : nullptr;
     const bool direct = q.rows <= DIRECT_ROWS || Cell::bytes == sizeof(float);
     for (int64_t start = first_page; start < last; start += PAGE) {
-        const uint8_t* keys = q.page(page0 + start / PAGE);
+        const uint8_t* keys = keys_of(start);
         if (Cell::scaled) {
             memcpy(bench.scales + start, keys + l.scales, PAGE * sizeof(float));
             memcpy(bench.scales + SPAN + start, keys + l.scales + PAGE * sizeof(float), PAGE * sizeof(float));
         }
-        const bool more = start + PAGE < last;
+        const int64_t row_bytes = PAGE * Cell::bytes;
+        const uint8_t* next = start + PAGE < last ? keys_of(start + PAGE) : keys_of(first_page) + l.values;
+        const Ahead ahead = direct ? Ahead::half_a_block(keys, next, l.dim, row_bytes) : Ahead::a_block(next, row_bytes);
         if (direct) {
-            const uint8_t* next = more ? q.page(page0 + start / PAGE + 1) : q.page(page0 + first_page / PAGE) + l.values;
-            score_page<Cell>(q, columns, start, l.dim, keys, next, bench.scores);
+            score_page<Cell>(q, columns, start, l.dim, keys, ahead, bench.scores);
         } else {
             widen<Cell>(keys, PAGE * l.dim, bench.page);
-            score_page<CellF32>(q, columns, start, l.dim, (const uint8_t*)bench.page, nullptr, bench.scores);
+            score_page<CellF32>(q, columns, start, l.dim, (const uint8_t*)bench.page, ahead, bench.scores);
         }
     }
     for (int64_t r = 0; r < q.rows; r++) {
@@ -343,15 +347,17 @@ void attend_span(const Queries& q, const Layout& l, int64_t span, const Bench& b
     }
     memset(result.out, 0, (size_t)(q.rows * l.wide) * sizeof(float));
     for (int64_t start = first_page; start < last; start += PAGE) {
-        const uint8_t* values = q.page(page0 + start / PAGE) + l.values;
+        const int64_t row_bytes = l.wide * Cell::bytes;
+        const uint8_t* values = keys_of(start) + l.values;
+        const uint8_t* next = start + PAGE < last ? keys_of(start + PAGE) + l.values : after;
+        const Ahead ahead = direct ? Ahead::half_a_block(values, next, PAGE, row_bytes) : Ahead::a_block(next, row_bytes);
         if (direct) {
-            const uint8_t* next = start + PAGE < last ? q.page(page0 + start / PAGE + 1) + l.values : values;
-            mix_page<Cell>(q.rows, columns, start, l.wide, values, next, bench.scores, result.out);
+            mix_page<Cell>(q.rows, columns, start, l.wide, values, ahead, bench.scores, result.out);
         } else {
             const Part part(first, last, start);
             widen<Cell>(values + part.from * l.wide * Cell::bytes, (part.to - part.from) * l.wide,
                         bench.page + part.from * l.wide);
-            mix_page<CellF32>(q.rows, columns, start, l.wide, (const uint8_t*)bench.page, nullptr, bench.scores, result.out);
+            mix_page<CellF32>(q.rows, columns, start, l.wide, (const uint8_t*)bench.page, ahead, bench.scores, result.out);
         }
     }
 }
