@@ -27,7 +27,8 @@ NEAR_BYTES = 32 << 10  # rows this close to each other are read together
 
 
 class Fetcher:
-    """Reads what is wanted at once, into `memory`, or into new memory where that is not known to be free."""
+    """Reads what is wanted at once into `nbytes` of its own; after a failure into others, as these may still be written
+    to."""
 
     def __init__(self, nbytes: int, *, whole: bool) -> None:
         self._line = Line()
