@@ -125,7 +125,7 @@ def test_an_idle_model_makes_room(path: Path, tmp_path: Path) -> None:
     other = tiny.save_gguf(tiny.hf_model("qwen2", seed=2), tmp_path / "other.gguf")
     with Node(NodeConfig(context_tokens=96, kv_tokens=768)) as node:
         node.load(Load(model=str(path)))
-        leave(node, 10 << 20)
+        leave(node, 4 << 20)
         node.load(Load(model=str(other)))
         assert [model.name for model in node.status().models] == ["other.gguf"]
 
