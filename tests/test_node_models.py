@@ -171,10 +171,9 @@ def test_a_default_context_shrinks_until_it_fits(path: Path) -> None:
             config = NodeConfig(max_sequences=1, **options)
             return make_plan(roomy, config, memory, streaming=False)  # type: ignore[arg-type]
 
-        contexts = [planned(memory).context_tokens for memory in (1 << 30, 38 << 20)]
-        assert contexts[0] == 8192
-        assert 512 <= contexts[1] < 8192
+        assert planned(1 << 30).context_tokens == 8192
+        with pytest.raises(PlanError, match="8,192 tokens of KV") as refused:
+            planned(1 << 20, context_tokens=8192)
+        assert 512 <= planned(refused.value.least_bytes - 1).context_tokens < 8192
         with pytest.raises(PlanError, match="512 tokens of KV"):
             planned(1 << 20)
-        with pytest.raises(PlanError, match="8,192 tokens of KV"):
-            planned(38 << 20, context_tokens=8192)
