@@ -7,6 +7,7 @@ for. Knows threads, memory and the file; not in what order blocks should come, n
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections import deque
@@ -98,6 +99,7 @@ class Readers:
         self._running = len(self._threads)
         for thread in self._threads:
             thread.start()
+        atexit.register(self.close)  # a thread that is in C++ when Python ends takes the process down
 
     def lease(self, region: Region, want: Callable[[], Passage | None]) -> Passage:
         """The passage that `want` gives, once it is here. Raises OffloadError when it cannot be read."""
@@ -147,6 +149,7 @@ class Readers:
 
     def close(self) -> None:
         """Ends the threads, those in a read after that; idempotent."""
+        atexit.unregister(self.close)
         with self._lock:
             self._closed = True
             self._work.notify_all()
