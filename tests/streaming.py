@@ -23,6 +23,13 @@ from shoal.partition.plan import BlockPlan, Plan
 from shoal.partition.spec import BlockId, ModelSpec
 
 Pinned = Callable[[BlockId], bool]
+MODELS = {
+    "tied": ("llama", {}),
+    "untied": ("qwen2", {"vocab_size": 301}),
+    "normed": ("gemma3", {}),
+    "mixture": ("qwen3_moe", {}),
+    "shared": ("qwen2_moe", {"num_hidden_layers": 2}),
+}
 
 
 def packed(
