@@ -16,6 +16,7 @@ from shoal.comm.messages import Done, Generate, Load, ModelStatus, Sampling, Tok
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.kv_files import KvFiles
 from shoal.daemon.node import Node
+from shoal.daemon.recalling import ReadCost
 from shoal.offload.kv_disk_file import INDEX, PAGES
 
 CONFIG = NodeConfig(
@@ -92,8 +93,13 @@ def test_a_conversation_survives_a_restart(path: Path, root: Path, truth: list[l
     assert stat.S_IMODE(root.stat().st_mode) == stat.S_IMODE(only_store(root).stat().st_mode) == 0o700
 
 
-def test_texts_take_turns_in_memory(path: Path, root: Path, truth: list[list[int]]) -> None:
+def test_texts_take_turns_in_memory(
+    path: Path, root: Path, truth: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What one pushes out of memory comes back from disk for the other."""
+    monkeypatch.setattr(
+        ReadCost, "pays", lambda *_: True
+    )  # a tiny model may compute sooner than a busy disk reads
     with started(path, root, SMALL) as node:
         for turn in range(3):
             for prompt, expected in ((TEXT, truth[0]), (OTHER, truth[2])):

@@ -32,6 +32,7 @@ from shoal.daemon.answer import Event
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
+from shoal.daemon.sequence import Sequence
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_a_second_turn_computes_only_what_is_new(node: Node, path: Path) -> None
     assert (afresh, done.usage.cached_tokens) == (again, 0)
 
 
-def test_preempted_answers_are_those_given_alone(path: Path) -> None:
+def test_preempted_answers_are_those_given_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that turn out longer than any before fill four pages with four sequences that need two each."""
     config = replace(CONFIG, context_tokens=128, kv_tokens=256)
     sampling = [GREEDY, Sampling(temperature=1.0, seed=5, repetition_penalty=1.2)]
@@ -106,9 +107,18 @@ def test_preempted_answers_are_those_given_alone(path: Path) -> None:
         alone = [ask(node, number) for number in range(4)]
     with Node(config) as node:
         node.load(Load(model=str(path)))
-        scheduler = next(iter(node._models)).engine.scheduler
+        engine = next(iter(node._models)).engine
         for _ in range(256):
-            scheduler._lengths.note(1)
+            engine.scheduler._lengths.note(1)
+        submit, step, everyone, arrived = engine.submit, engine.step, threading.Event(), count(1)
+
+        def submitted(sequence: Sequence) -> None:
+            submit(sequence)
+            if next(arrived) == 4:
+                everyone.set()
+
+        monkeypatch.setattr(engine, "submit", submitted)
+        monkeypatch.setattr(engine, "step", lambda: everyone.wait(30) and step())
         with ThreadPoolExecutor(4) as threads:
             together = list(threads.map(lambda number: ask(node, number), range(4)))
         assert node.status().models[0].preemptions_total > 0
