@@ -245,9 +245,11 @@ class Client:
             raise
 
     def _disconnect(self, error: CommError) -> None:
-        dealer, self._dealer, self._monitor = self._dealer, None, None
-        if dealer is not None:
+        dealer, self._dealer = self._dealer, None
+        monitor, self._monitor = self._monitor, None
+        if dealer is not None and monitor is not None:
             dealer.disable_monitor()
+            monitor.close()  # not sooner: an event that nobody takes would hold libzmq's thread, and then this one
             dealer.close(linger=link.LINGER_MS)
         self._session.lose(error)
 
