@@ -95,7 +95,9 @@ def test_llama_cpp_computes_the_same(shape: Shape, vocabulary: Path, tmp_path: P
     with kinds(os.environ["SHOAL_PEER_PYTHON"])["llama.cpp"].start() as engine:
         engine.call("load", model=str(path), context=64, streams=1, threads=1)
         (theirs,) = engine.call("score", windows=[ids], batch=50)
-    assert (nll - torch.tensor(theirs["nll"])).abs().max() < 0.1
+    off = (nll - torch.tensor(theirs["nll"])).abs()
+    # llama.cpp rounds activations to 8 bits, so that a token of a mixture may meet another expert.
+    assert (off.quantile(0.95) if shape.experts else off.max()) < 0.1
     assert (ours.argmax(-1) == torch.tensor(theirs["greedy"])).float().mean() > 0.9
 
 
