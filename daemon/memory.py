@@ -26,9 +26,7 @@ from .sizes import format_bytes
 LEFT_ALONE_SHARE = 0.1  # of the free memory, by a budget that nobody asked for
 LEFT_ALONE_BYTES = 512 << 20  # and at least so much …
 MOST_LEFT_ALONE_SHARE = 0.25  # … but not more than this
-CODE_BYTES = (
-    44 << 20
-)  # libraries' code and constants in use, and around them; what the kernel keeps for it all
+CODE_BYTES = 44 << 20  # libraries' code and constants in use, with what the kernel keeps for them
 GROWTH_BYTES = 12 << 20  # of Python and its libraries in a long life: stacks, requests, replies
 # a private mapping of a file in smaps that may be executed, not written, and has no page of its own
 _CODE = re.compile(

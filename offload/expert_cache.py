@@ -41,9 +41,8 @@ class ExpertCache:
         self._reading: Passage | None = None  # that has not been asked for to its end
         self._scores: dict[BlockId, float] = {}
         self._used: dict[BlockId, int] = {}  # when an expert was used last
-        self._heap: list[
-            tuple[float, int, BlockId]
-        ] = []  # candidates to go; those out of date are passed over
+        # Candidates to go; those out of date are passed over.
+        self._heap: list[tuple[float, int, BlockId]] = []
         self._clock = 0
         self._weight = 1.0  # of a use now: growing instead of all others shrinking
         layers = len({extent.block.layer for extent in experts})

@@ -123,9 +123,8 @@ class Pack:
     def condemn(self) -> None:
         """It is damaged, and is marked as such where it lies, so that it is made anew before it is used again."""
         self.damaged = True
-        with suppress(
-            OSError
-        ):  # it was removed meanwhile, or may not be written to; of what is open no inode returns
+        # It may have been removed meanwhile, or be read-only. The inode of what is open is nobody else's.
+        with suppress(OSError):
             if self.path.stat().st_ino == self._inode:
                 (self.path.parent / DAMAGED).touch()
 

@@ -105,9 +105,8 @@ class Readers:
         """The passage that `want` gives, once it is here. Raises OffloadError when it cannot be read."""
         with self._lock:
             passage = want()
-            if (
-                passage is not None and passage.error is not None
-            ):  # met ahead of need, maybe long ago: once more
+            if passage is not None and passage.error is not None:
+                # The error was met ahead of need, maybe long ago: once more.
                 region.policy.leave(passage)
                 passage = want()
             if passage is None or not passage.here:
