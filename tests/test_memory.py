@@ -6,30 +6,30 @@ import gc
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 from shoal.cli.imports import engine_imports
 from shoal.daemon import memory
 
 
 def test_computing_goes_on_after_memory_was_returned() -> None:
-    x = torch.arange(12.0).reshape(3, 4)
-    before = (x @ x.T).softmax(-1)
+    x = np.arange(12.0).reshape(3, 4)
+    before = np.exp(x @ x.T / 99)
     memory.return_freed()
-    assert torch.equal((x @ x.T).softmax(-1), before)
+    assert np.array_equal(np.exp(x @ x.T / 99), before)
     assert sys.platform != "linux" or list(memory._code_mappings())
 
 
 def test_computing_goes_on_with_code_that_is_read_in_pieces() -> None:
-    x = torch.arange(12.0).reshape(3, 4)
-    before = (x @ x.T).softmax(-1)
+    x = np.arange(12.0).reshape(3, 4)
+    before = np.exp(x @ x.T / 99)
     for _ in range(2):  # the second time there is nothing left to cut
         memory._read_code_in_pieces()
         sizes = [size for _, size in memory._code_mappings()]
         assert sys.platform != "linux" or 0 < max(sizes) <= memory.PIECE_BYTES
     memory.return_freed()
-    assert torch.equal((x @ x.T).softmax(-1), before)
+    assert np.array_equal(np.exp(x @ x.T / 99), before)
 
 
 def test_code_mappings_are_those_of_unchanged_files(monkeypatch: pytest.MonkeyPatch) -> None:
