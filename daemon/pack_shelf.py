@@ -5,7 +5,7 @@
     packs/.locks/STEM.DIGEST.QUANT       held while it is built or removed
 
 DIGEST is of the model's name in the store or its path, so a model that has changed gets its new pack in the place of
-the old one. Knows names, sizes and states; how a pack is built is `packs`. Does not import torch.
+the old one. Knows names, sizes and states; how a pack is built is `packs`. Does not import what computes.
 """
 
 from __future__ import annotations
