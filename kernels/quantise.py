@@ -33,25 +33,26 @@ def quantise(kind: WeightType, values: Floats) -> Bytes:
     stored = np.empty((len(blocks), kind.block_bytes), np.uint8)
     step = _TILE_WEIGHTS // kind.block_weights
     for start in range(0, len(blocks), step):
-        encode(blocks[start : start + step], stored[start : start + step])
+        # Groups stand in columns: NumPy reduces over rows ten times as fast as within them.
+        encode(np.ascontiguousarray(blocks[start : start + step].T), stored[start : start + step])
     return stored.reshape(rows, row_bytes)
 
 
 def _q8_0(x: Floats, out: Bytes) -> None:
-    scale = _half(np.abs(x).max(-1, keepdims=True) / np.float32(127))
+    scale = _half(np.abs(x).max(0) / np.float32(127))
     _put_half(out[:, :2], scale)
-    out[:, 2:] = _nearest(x, scale, -127, 127).view(np.uint8)
+    out[:, 2:] = _nearest(x, scale, -127, 127).view(np.uint8).T
 
 
 def _q4_0(x: Floats, out: Bytes) -> None:
     scale = _half(_best_scale(x, 8))
     _put_half(out[:, :2], scale)
-    q = (_nearest(x, scale, -8, 7) + 8).view(np.uint8)  # (N, 32)
-    out[:, 2:] = q[:, :16] | (q[:, 16:] << 4)
+    q = (_nearest(x, scale, -8, 7) + 8).view(np.uint8)  # (32, N)
+    out[:, 2:] = (q[:16] | (q[16:] << 4)).T
 
 
 def _best_scale(x: Floats, steps: int) -> Floats:
-    """The scale for whole numbers from -steps to steps - 1 that leaves the least squared error; (N, n) → (N, 1)"""
+    """The scale for whole numbers from -steps to steps - 1 that leaves the least squared error; (n, N) → (N,)"""
     full = _ratio(np.float32(-steps), _largest(x))  # its inverse: the largest weight becomes -steps
     full[~np.isfinite(full)] = 0.0
     best, scale = np.full_like(full, -1.0), np.zeros_like(full)
@@ -59,9 +60,10 @@ def _best_scale(x: Floats, steps: int) -> Floats:
         q = x * (full * np.float32(stretch))
         np.rint(q, out=q)
         np.clip(q, -steps, steps - 1, out=q)
-        fit = (x * q).sum(-1, keepdims=True)
-        step = _ratio(fit, (q * q).sum(-1, keepdims=True))
-        gain = fit * step  # of the squares of x, what `step` times q takes away
+        fit = (x * q).sum(0)
+        step = _ratio(fit, np.square(q, out=q).sum(0))
+        with np.errstate(over="ignore"):  # such weights are refused with their scale
+            gain = fit * step  # of the squares of x, what `step` times q takes away
         np.copyto(scale, step, where=gain > best)
         np.maximum(best, gain, out=best)
     scale[best <= 0] = 0.0
@@ -75,13 +77,13 @@ def _ratio(x: Floats | np.float32, y: Floats) -> Floats:
 
 
 def _largest(x: Floats) -> Floats:
-    """Of each group the number of the largest magnitude, with its sign; (N, n) → (N, 1)"""
-    most, least = x.max(-1, keepdims=True), x.min(-1, keepdims=True)
+    """Of each group the number of the largest magnitude, with its sign; (n, N) → (N,)"""
+    most, least = x.max(0), x.min(0)
     return np.where(most >= -least, most, least)
 
 
 def _nearest(x: Floats, scale: Floats, low: int, high: int) -> Array:
-    """x in whole multiples of `scale`, int8."""
+    """x (n, N) in whole multiples of `scale` (N,), int8."""
     q = x * _ratio(np.float32(1), scale)
     np.rint(q, out=q)
     return np.clip(q, low, high, out=q).astype(np.int8)
@@ -97,7 +99,7 @@ def _half(scale: Floats) -> Floats:
 
 
 def _put_half(out: Bytes, scale: Floats) -> None:
-    out[:] = scale.astype(np.float16).view(np.uint8)
+    out[:] = scale.astype(np.float16)[:, None].view(np.uint8)
 
 
 _ENCODERS: dict[str, Callable[[Floats, Bytes], None]] = {
