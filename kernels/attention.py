@@ -91,6 +91,8 @@ class KvPages:
             )
         if self.data.strides[1:] != strides or self.data.strides[0] < self.kv_heads * head_bytes:
             raise OperandError(f"a page must lie together, got strides {self.data.strides}")
+        if not self.data.flags.writeable:
+            raise OperandError("pages are written to, so their memory must not be read-only")
 
 
 @dataclass(eq=False)

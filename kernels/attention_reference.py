@@ -6,17 +6,13 @@ checked by `attention`. Does not know how to be fast, nor promises that a row is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, from_numpy
 
 from shoal.kernels.arrays import Floats
-
-if TYPE_CHECKING:
-    from shoal.kernels.attention import HeadNorms, KvPages, Rotation, Segments
+from shoal.kernels.attention import PAGE_TOKENS, HeadNorms, KvPages, Rotation, Segments
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
 
@@ -65,22 +61,23 @@ def attend(
 
 def keys_of(kv: KvPages) -> Tensor:
     """(pages, kv_heads, head_dim, 64), a view."""
-    return _part(kv, 0, kv.layout.values_at).unflatten(-1, (kv.layout.head_dim, -1))
+    return _part(kv, 0, kv.layout.values_at, kv.layout.head_dim)
 
 
 def values_of(kv: KvPages) -> Tensor:
     """(pages, kv_heads, 64, wide), a view."""
-    return _part(kv, kv.layout.values_at, kv.layout.scales_at).unflatten(-1, (-1, kv.layout.wide))
+    return _part(kv, kv.layout.values_at, kv.layout.scales_at, PAGE_TOKENS)
 
 
 def scales_of(kv: KvPages) -> Tensor:
     """f32 (pages, kv_heads, 2, 64), of keys and of values; a view. For scaled types."""
     scales = from_numpy(kv.data)[..., kv.layout.scales_at :].view(torch.float32)
-    return scales.unflatten(-1, (2, -1))
+    return scales.view(*kv.data.shape[:2], 2, -1)
 
 
-def _part(kv: KvPages, start: int, end: int) -> Tensor:
-    return from_numpy(kv.data)[..., start:end].view(_DTYPES[kv.layout.kind.name])
+def _part(kv: KvPages, start: int, end: int, rows: int) -> Tensor:
+    part = from_numpy(kv.data)[..., start:end].view(_DTYPES[kv.layout.kind.name])
+    return part.view(*kv.data.shape[:2], rows, -1)
 
 
 def rotate(rotation: Rotation, x: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ def to_bands(kind: WeightType, stored: Bytes) -> Bytes:
     bands = np.empty((rows_first.shape[0], blocks, BAND_ROWS * kind.block_bytes), np.uint8)
     for start, stop, size in _runs(kind):
         pieces = rows_first[..., start:stop].reshape(*rows_first.shape[:3], (stop - start) // size, size)
-        side_by_side = pieces.transpose(0, 2, 3, 1, 4)
-        bands[..., BAND_ROWS * start : BAND_ROWS * stop] = side_by_side.reshape(*bands.shape[:2], -1)
+        side_by_side = pieces.transpose(0, 2, 3, 1, 4).reshape(*bands.shape[:2], BAND_ROWS * (stop - start))
+        bands[..., BAND_ROWS * start : BAND_ROWS * stop] = side_by_side
     return bands.reshape(len(bands), BAND_ROWS * row_bytes)
 
 
@@ -41,7 +41,7 @@ def from_bands(kind: WeightType, bands: Bytes) -> Bytes:
     for start, stop, size in _runs(kind):
         pieces = bands[..., BAND_ROWS * start : BAND_ROWS * stop]
         pieces = pieces.reshape(count, blocks, (stop - start) // size, BAND_ROWS, size)
-        rows[..., start:stop] = pieces.transpose(0, 3, 1, 2, 4).reshape(*rows.shape[:3], -1)
+        rows[..., start:stop] = pieces.transpose(0, 3, 1, 2, 4).reshape(*rows.shape[:3], stop - start)
     return rows.reshape(count * BAND_ROWS, blocks * kind.block_bytes)
 
 

@@ -234,7 +234,7 @@ class Native:
         return out
 
 
-_Memory = c_char * 0
+_Memory: Any = c_char * 0  # stubs of Python 3.11 do not know that arrays are buffers
 
 
 def _at(array: Array) -> Any:

@@ -79,7 +79,8 @@ def _ratio(x: Floats | np.float32, y: Floats) -> Floats:
 def _largest(x: Floats) -> Floats:
     """Of each group the number of the largest magnitude, with its sign; (n, N) → (N,)"""
     most, least = x.max(0), x.min(0)
-    return np.where(most >= -least, most, least)
+    larger: Floats = np.where(most >= -least, most, least)
+    return larger
 
 
 def _nearest(x: Floats, scale: Floats, low: int, high: int) -> Array:
