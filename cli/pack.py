@@ -17,7 +17,7 @@ from shoal.daemon.library import Library
 from shoal.daemon.reference import Quant, Reference
 from shoal.daemon.sizes import format_bytes, format_duration
 
-from .imports import engine_imports
+from .interrupt import deferred_interrupt
 from .options import examples, json_option, quant_option, size
 from .output import note, print_json, spinner, transfer_bar
 from .paint import printable
@@ -50,7 +50,7 @@ def pack(model: str, memory: int | None, verify: bool, as_json: bool) -> None:
     if verify:
         _verify(home, path, quant, as_json)
         return
-    with spinner("starting"), engine_imports():
+    with spinner("starting"), deferred_interrupt():
         from shoal.daemon.packs import Packs
     estimates: list[Estimate] = []
 
@@ -77,7 +77,7 @@ def pack(model: str, memory: int | None, verify: bool, as_json: bool) -> None:
 
 
 def _verify(home: Home, path: Path, quant: Quant, as_json: bool) -> None:
-    with spinner("starting"), engine_imports():
+    with spinner("starting"), deferred_interrupt():
         from shoal.daemon.packs import Packs
     packs = Packs(home)
     directory = packs.shelf.place(packs.shelf.model_of(path), quant)

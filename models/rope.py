@@ -19,7 +19,7 @@ class Rope:
         divisors, self._magnitude = spec.for_context(context_tokens)
         exponent = np.arange(0, spec.dims, 2, dtype=np.float32) / spec.dims
         self._spec = spec
-        self._inverse_frequency = (1 / np.float64(spec.theta) ** exponent).astype(np.float32)  # (dims/2,)
+        self._inverse_frequency = (spec.theta ** -exponent.astype(np.float64)).astype(np.float32)  # (dims/2,)
         if divisors:
             self._inverse_frequency /= np.array(divisors, np.float32)
 
