@@ -144,6 +144,14 @@ class Rotation:
     sin: Floats
     prepared: object = field(default=None, init=False, repr=False)  # the native home's
 
+    def __post_init__(self) -> None:
+        for x in (self.cos, self.sin):
+            if x.dtype != _F32 or x.shape != (len(self.cos), self.dims // 2) or not x.flags.c_contiguous:
+                raise OperandError(
+                    f"angles of {len(self.cos)} rows and {self.dims} dimensions must be contiguous float32, "
+                    f"got {x.dtype} {x.shape} with strides {x.strides}"
+                )
+
 
 class HeadNorms(NamedTuple):
     """RMS norms of every head before it is rotated: weights f32 (head_dim,) of q and of k."""

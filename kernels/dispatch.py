@@ -145,8 +145,10 @@ def interleave(kind: WeightType, stored: Bytes, into: Bytes) -> None:
     cols = row_bytes // kind.block_bytes * kind.block_weights
     if into.shape != (kind.matrix_bytes(rows, cols),):
         raise OperandError(f"{rows}×{cols} {kind.name} do not fill memory of {into.size} bytes")
-    if not into.flags.carray:
-        raise OperandError("the memory of a matrix must lie together and not be read-only while it is filled")
+    if not stored.flags.c_contiguous or not into.flags.carray:
+        raise OperandError(
+            "rows as stored and a matrix must each lie together, and a matrix be writable while filled"
+        )
     current().interleave(kind, stored, into)
 
 

@@ -9,7 +9,7 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
-from homes import HOMES, NATIVE, assert_close, frozen, layouts, randn
+from homes import HOMES, NATIVE, assert_close, frozen, layouts, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -343,5 +343,9 @@ def test_what_does_not_fit_is_refused() -> None:
         step(shape, kv, [(Text(text.q.astype(np.float16), text.k, text.v, [0]), 0, 3)])
     with pytest.raises(OperandError, match="window=0"):
         step(Shape(window=0), kv, [(text, 0, 3)])
+    good = zeros(3, 4)
+    for wrong in (np.zeros((3, 4)), zeros(3, 5), zeros(4, 3).T, zeros(2, 4)):
+        with pytest.raises(OperandError, match="must be contiguous float32"):
+            Rotation(8, False, good, wrong)
     with pytest.raises(OperandError, match="heads of 32"):
         step(Shape(rotated=34), kv, [(text, 0, 3)])

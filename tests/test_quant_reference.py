@@ -154,6 +154,8 @@ def test_bytes_must_be_those_of_the_shape() -> None:
         from_stored(Q4_0, 2, 32, buffer, read_only)
     with pytest.raises(OperandError):
         interleave(Q4_0, buffer.reshape(2, 18), memory[:36])
+    with pytest.raises(OperandError):
+        interleave(Q4_0, np.zeros((2, 36), np.uint8)[:, :18], memory)
     for data in (
         buffer,
         memory.view(np.int8),
