@@ -48,10 +48,10 @@ from shoal.daemon.node import Node
 from shoal.daemon.packs import Packs
 from shoal.partition import streaming
 
-path, packs, least = sys.argv[1], Packs(Home(Path(sys.argv[2]))), int(sys.argv[3])
+path, directory, packs, least = *sys.argv[1:3], Packs(Home(Path(sys.argv[3]))), int(sys.argv[4])
 streaming.READING_BYTES, streaming.SCRATCH_SHARE = 1 << 18, 1
 config = NodeConfig(context_tokens=96, kv_tokens=768, max_sequences=4, chunk_tokens=16, kv_type="f32")
-for name, streamed in ((path, False), (path, True), (path + ":q4", False)):
+for name, streamed in ((path, False), (path, True), (path + ":q4", False), (directory, False)):
     with Node(config, packs=packs) as node:
         if streamed:
             node.budget.limit_bytes = node.budget.held_bytes + least
@@ -131,8 +131,9 @@ def test_streamed_answers_are_those_from_memory(node: Node, path: Path) -> None:
 
 
 def test_who_serves_with_native_kernels_never_loads_torch(path: Path, tmp_path: Path) -> None:
-    """Neither from memory nor from disk, nor what is packed in fewer bits."""
-    command = [sys.executable, "-c", SERVE, path, tmp_path / "home", str(least(path))]
+    """Neither from memory nor from disk, nor what is packed in fewer bits or comes as safetensors."""
+    directory = tiny.save_hf(tiny.hf_model("olmoe"), tmp_path / "hf", type="BF16")
+    command = [sys.executable, "-c", SERVE, path, directory, tmp_path / "home", str(least(path))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.stdout.strip(), done.stderr, done.returncode) == ("False", "", 0)
 
