@@ -71,7 +71,7 @@ class SamplingParams:
             _integer("logit_bias token id", token_id, 0, 1 << 31)
             _number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
         if self.seed is not None:
-            _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+            _integer("seed", self.seed, 0, (1 << 63) - 1)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
 
@@ -102,6 +102,7 @@ class Sampler:
             self._generated = Counter()
         self._bias = _sparse(params.logit_bias) if params.logit_bias else None
 
+    @np.errstate(over="ignore")  # what overflows is the least likely, or not finite and refused
     def sample(self, logits: Floats) -> Sampled:
         """Choose from logits (vocab,); -inf masks a token. Raises SamplingError if none can be chosen."""
         adjusted = self._adjust(logits)
@@ -155,10 +156,9 @@ class Sampler:
             ids = _highest(logits, params.top_k)
             logits = logits[ids]
         # Probabilities relative to the likeliest token, which has 1: (vocab,) or those of top-k.
-        with np.errstate(over="ignore", under="ignore"):
-            weights = logits - np.float32(maximum)
-            weights /= np.float32(params.temperature)
-            np.exp(weights, out=weights)
+        weights = logits - np.float32(maximum)
+        weights /= np.float32(params.temperature)
+        np.exp(weights, out=weights)
         kept: Ids | None = None
         if params.top_p < 1:
             kept = _nucleus(weights, params.top_p)

@@ -15,7 +15,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from shoal.kernels.arrays import Floats
 from shoal.models.errors import ModelError, SamplingError
-from shoal.models.sampling import Sampler, SamplingParams
+from shoal.models.sampling import Sampled, Sampler, SamplingParams
 
 VOCAB = 37
 
@@ -208,6 +208,12 @@ def test_logits_that_cannot_be_sampled_are_an_error(bad: float, temperature: flo
         Sampler(SamplingParams(temperature=temperature)).sample(np.full(4, -math.inf, np.float32))
 
 
+def test_what_overflows_is_the_least_likely() -> None:
+    logits = np.array([3e38, -3e38, -3e38], np.float32)
+    params = SamplingParams(temperature=0.5, repetition_penalty=2.0, logprobs=1, seed=0)
+    assert Sampler(params, [1]).sample(logits) == Sampled(0, 0.0, ((0, 0.0),))
+
+
 def test_token_ids_outside_the_vocabulary_are_an_error() -> None:
     with pytest.raises(SamplingError, match="token id 99 is outside the model's vocabulary of 37"):
         Sampler(SamplingParams(logit_bias={99: 1.0})).sample(logits_of(0))
@@ -239,6 +245,7 @@ def test_the_lowest_temperatures_are_greedy(temperature: float) -> None:
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", dict.fromkeys(range(1025), 1.0)),
         ("seed", 1 << 63),
+        ("seed", -1),
         ("logprobs", 21),
     ],
 )
