@@ -146,6 +146,6 @@ class Drafter:
 def _likeliest(logits: Floats) -> tuple[int, int]:
     """The likeliest token, and how likely it is in tenths (0 to 9)."""
     token = int(logits.argmax())
-    with np.errstate(invalid="ignore"):  # of infinities, whose share is NaN
+    with np.errstate(over="ignore", invalid="ignore"):  # of infinities, whose share is NaN
         share = 1 / float(np.exp(logits - logits[token]).sum())
     return token, min(int(share * GRADES), GRADES - 1) if share == share else 0

@@ -207,6 +207,7 @@ def perplexity(
     return PerplexityResult(perplexity=math.exp(min(loss / scored, 700.0)), tokens=scored)
 
 
+@np.errstate(invalid="ignore")  # of infinities it is NaN
 def _cross_entropy(logits: Floats, wanted: list[int]) -> float:
     """Minus the logarithms of the shares that logits (n, vocab) give the n tokens wanted, summed."""
     below = logits.astype(np.float64)

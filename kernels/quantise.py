@@ -51,6 +51,7 @@ def _q4_0(x: Floats, out: Bytes) -> None:
     out[:, 2:] = (q[:16] | (q[16:] << 4)).T
 
 
+@np.errstate(over="ignore")  # weights that large are refused with their scale
 def _best_scale(x: Floats, steps: int) -> Floats:
     """The scale for whole numbers from -steps to steps - 1 that leaves the least squared error; (n, N) → (N,)"""
     full = _ratio(np.float32(-steps), _largest(x))  # its inverse: the largest weight becomes -steps
@@ -62,8 +63,7 @@ def _best_scale(x: Floats, steps: int) -> Floats:
         np.clip(q, -steps, steps - 1, out=q)
         fit = (x * q).sum(0)
         step = _ratio(fit, np.square(q, out=q).sum(0))
-        with np.errstate(over="ignore"):  # such weights are refused with their scale
-            gain = fit * step  # of the squares of x, what `step` times q takes away
+        gain = fit * step  # of the squares of x, what `step` times q takes away
         np.copyto(scale, step, where=gain > best)
         np.maximum(best, gain, out=best)
     scale[best <= 0] = 0.0

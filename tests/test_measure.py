@@ -14,7 +14,9 @@ import tiny
 from shoal.daemon import measure
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.executor import Executor
 from shoal.daemon.scheduler import Scheduler
+from shoal.kernels.arrays import Floats
 from shoal.models.tokenizer import Tokenizer
 
 CONFIG = NodeConfig(chunk_tokens=16, memory_bytes=3 << 30, kv_type="f32", kv_tokens=64, max_guesses=0)
@@ -62,6 +64,17 @@ def test_perplexity_is_the_mean_over_second_halves(ctx: int, bos: bool, tmp_path
     result = measure.perplexity(directory, tmp_path / "text", ctx=ctx, config=CONFIG, progress=quiet)
     assert result.tokens == len(losses)
     assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+
+
+def test_a_broken_model_has_no_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def head(self: Executor, hidden: Floats) -> Floats:
+        return np.full((len(hidden), 300), math.inf, np.float32)
+
+    monkeypatch.setattr(Executor, "head", head)
+    directory = tiny.save_hf(tiny.hf_model("qwen2", seed=1), tmp_path / "m")
+    (tmp_path / "text").write_bytes(TEXT.encode())
+    result = measure.perplexity(directory, tmp_path / "text", ctx=33, config=CONFIG, progress=quiet)
+    assert math.isnan(result.perplexity)
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
 from shoal.comm.messages import FinishReason
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.drafter import _likeliest
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.model import LoadedModel
 from shoal.daemon.sequence import Batch, Sequence
@@ -260,6 +263,18 @@ def test_tokens_that_a_draft_model_does_not_have(tmp_path: Path) -> None:
     expected, _ = answers(load(path, 0), jobs)
     found, _ = answers(load(path, 32, draft=small), jobs)
     assert [sink.ids for sink in found] == [sink.ids for sink in expected]
+
+
+@pytest.mark.parametrize(
+    ("logits", "likeliest"), [([1, 8, 2], (1, 9)), ([0, 0, 0], (0, 3)), ([-3e38, 3e38], (1, 9))]
+)
+def test_the_likeliest_token_and_how_likely_it_is(logits: list[float], likeliest: tuple[int, int]) -> None:
+    assert _likeliest(np.array(logits, np.float32)) == likeliest
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_of_broken_logits_no_token_is_likely(bad: float) -> None:
+    assert _likeliest(np.array([1, bad, 2], np.float32)) == (1, 0)
 
 
 def test_a_draft_model_must_speak_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
