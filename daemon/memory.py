@@ -27,6 +27,7 @@ LEFT_ALONE_SHARE = 0.1  # of the free memory, by a budget that nobody asked for
 LEFT_ALONE_BYTES = 512 << 20  # and of the whole machine's at least so much …
 MOST_LEFT_ALONE_SHARE = 0.25  # … but not more than this
 CODE_BYTES = 28 << 20  # libraries' code and constants in use, with what the kernel keeps for them
+TORCH_CODE_BYTES = 76 << 20  # … of torch, in which the reference kernels compute
 GROWTH_BYTES = 12 << 20  # of Python and its libraries in a long life: stacks, requests, replies
 PROCESS = "this process"  # in the ledger
 
@@ -74,8 +75,8 @@ def budget_of(memory_bytes: int | None) -> Budget:
             f"a budget of {format_bytes(memory_bytes)} was asked for, but there are {format_bytes(total)} of memory",
             "--memory auto takes what leaves the machine usable",
         )
-    kernels.home()  # comes with torch where there are no native ones
-    own, later = private_bytes(), CODE_BYTES + GROWTH_BYTES
+    in_torch = kernels.home() == "reference"  # and then torch has been imported
+    own, later = private_bytes(), CODE_BYTES + GROWTH_BYTES + in_torch * TORCH_CODE_BYTES
     if memory_bytes is None:
         memory_bytes = own + max(later, _usable_bytes())
     budget = Budget(memory_bytes)

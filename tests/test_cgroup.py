@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal import kernels
 from shoal.daemon import cgroup, memory
 from shoal.daemon.errors import DaemonError
 
@@ -68,6 +69,9 @@ def test_a_budget_holds_the_process_and_leaves_the_machine_usable(monkeypatch) -
     assert asked.limit_bytes == 1000 * MB
     assert asked.held_by(memory.PROCESS) == 150 * MB + memory.CODE_BYTES + memory.GROWTH_BYTES
     assert memory.budget_of(None).limit_bytes == 150 * MB + 7200 * MB
+    monkeypatch.setattr(kernels, "home", lambda: "reference")
+    held = memory.budget_of(1000 * MB).held_by(memory.PROCESS)
+    assert held == asked.held_by(memory.PROCESS) + memory.TORCH_CODE_BYTES
     monkeypatch.setattr(memory, "_free_bytes", lambda: 1000 * MB)
     assert memory.budget_of(None).limit_bytes == 150 * MB + 750 * MB
     monkeypatch.setattr(cgroup, "room_bytes", lambda: 600 * MB)
