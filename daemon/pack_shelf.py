@@ -1,11 +1,13 @@
 """Where packs are kept, which model each belongs to, and whether it is still of that model.
 
-    packs/STEM.DIGEST.QUANT/             whole, always
+    packs/STEM.DIGEST.QUANT/             complete, always
+    packs/STEM.DIGEST.SHARD.QUANT/       of a shard of the model
     packs/STEM.DIGEST.QUANT.partial/     being built, or left by an attempt that was cut off
     packs/.locks/STEM.DIGEST.QUANT       held while it is built or removed
 
 DIGEST is of the model's name in the store or its path, so a model that has changed gets its new pack in the place of
-the old one. Knows names, sizes and states; how a pack is built is `packs`. Does not import torch.
+the old one; SHARD is of the shard's ranges, so groups of different sizes share packs whose bytes are equal. Knows
+names, sizes and states; how a pack is built is `packs`. Does not import torch.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from shoal.offload.errors import PackError
 from shoal.offload.pack_format import BLOCKS, DAMAGED, DRAFT, PARTIAL, Manifest, Quant, Source, read_manifest
+from shoal.partition.slicing import Shard
 
 from .errors import DaemonError
 from .home import Home, private_dir
@@ -35,6 +40,7 @@ class PackEntry(NamedTuple):
     directory: Path
     model: str
     quant: str
+    shard: str  # "whole", 2/3 of a rank, "" where its manifest is damaged
     size_bytes: int  # on the disk
     state: State
 
@@ -77,9 +83,10 @@ class PackShelf:
             ) from error
         return Source(name, source.files, hashlib.sha256(manifest).hexdigest())
 
-    def place(self, model: str, quant: Quant) -> Path:
-        """The directory of a model's pack, whether there is one or not."""
-        return private_dir(self.root) / f"{_prefix(model)}.{quant}"
+    def place(self, model: str, quant: Quant, shard: Literal["whole"] | Shard = "whole") -> Path:
+        """The directory of a model's pack, or of a shard of it, whether there is one or not."""
+        part = "" if shard == "whole" else f".{_shard_digest(shard)}"
+        return private_dir(self.root) / f"{_prefix(model)}{part}.{quant}"
 
     def of(self, model: str) -> tuple[PackEntry, ...]:
         """Everything that is kept for a model."""
@@ -116,10 +123,9 @@ class PackShelf:
         try:
             manifest = read_manifest(directory, DRAFT) if partial else read_manifest(directory)
         except PackError:
-            return PackEntry(directory, "", quant, size, "damaged")
-        return PackEntry(
-            directory, manifest.source.model, quant, size, self._state(directory, manifest, partial)
-        )
+            return PackEntry(directory, "", quant, "", size, "damaged")
+        state = self._state(directory, manifest, partial)
+        return PackEntry(directory, manifest.source.model, quant, str(manifest.shard), size, state)
 
     def _state(self, directory: Path, manifest: Manifest, partial: bool) -> State:
         if not self._is_current(manifest.source):
@@ -148,6 +154,10 @@ class PackShelf:
         except (OSError, ValueError):  # also names that no file can have
             return False
         return True
+
+
+def _shard_digest(shard: Shard) -> str:
+    return hashlib.sha256(msgspec.json.encode((shard.has_sum_biases, shard.ranges))).hexdigest()[:12]
 
 
 def _prefix(model: str) -> str:
