@@ -71,11 +71,11 @@ def layout(checkpoint: AnyCheckpoint, quant: Quant, source: Source) -> Manifest:
 def part_of(checkpoint: Checkpoint, quant: Quant, rank: int, ranks: int) -> AnyCheckpoint:
     """What rank `rank`, counted from 0, of equals holds of a checkpoint that is kept as `quant`: all of it, if it is
     alone. Its bytes are those of rows and columns of the whole model, nothing is rounded anew. Raises ShardError."""
-    shards = divide(checkpoint.spec, ranks, _grains(checkpoint, quant))
+    shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, quant))
     return CheckpointShard(checkpoint, shards[rank]) if ranks > 1 else checkpoint
 
 
-def _grains(checkpoint: Checkpoint, quant: Quant) -> Grains:
+def grains_of(checkpoint: Checkpoint, quant: Quant) -> Grains:
     """The columns of each role that are one block, both as they are stored and as they are kept."""
     grains = dict.fromkeys(("o", "down", "shared_down"), 1)
     for block in checkpoint.spec.blocks():

@@ -1,0 +1,208 @@
+"""Shards compute the model: the partials of all ranks, added in the order of ranks, are the whole model's.
+
+fp32 sums in another order: max |Δ| ≤ 1e-5 of the partial's scale, for quantised weights too, because shards are whole
+blocks and inputs are rounded by those. The logits' rows are those of the whole to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from packing import tiny_checkpoint
+from running import relative_error
+from torch import Tensor
+
+from shoal.kernels import WEIGHT_TYPES, gather_rows
+from shoal.kernels.bands import from_bands
+from shoal.kernels.matrix import Matrix
+from shoal.models.checkpoint import Checkpoint
+from shoal.models.checkpoint_shard import AnyCheckpoint, CheckpointShard
+from shoal.models.step import Step
+from shoal.models.transformer import Transformer
+from shoal.models.weights import Weights
+from shoal.offload.kv import KvPool
+from shoal.offload.pack_layout import grains_of, part_of
+from shoal.partition.errors import ShardError
+from shoal.partition.plan import PAGE_TOKENS, KvPlan
+from shoal.partition.slicing import divide
+from shoal.partition.spec import BlockId
+
+TOLERANCE = 1e-5
+LENGTH = PAGE_TOKENS + 6
+NORMED_WHOLE = {"olmo2", "olmoe"}  # q and k over all heads
+CUT = [family for family in tiny.FAMILIES if family not in NORMED_WHOLE]
+QUANTISED = [kind.name for kind in WEIGHT_TYPES if kind.quantised]
+
+
+class Member:
+    """One rank, or one that has the whole model: what it computes of each block."""
+
+    def __init__(self, checkpoint: AnyCheckpoint) -> None:
+        self.spec = checkpoint.spec
+        self.checkpoint = checkpoint
+        self.model = Transformer(self.spec, 128)
+        self.kv = KvPool(self.spec, KvPlan(2, PAGE_TOKENS, "f32", 0))
+        self.step = Step.build([([0] * LENGTH, 0, [0, 1], 1)])
+
+    def read(self, kind: str, layer: int, expert: int = -1) -> Weights:
+        return self.checkpoint.read_block(BlockId(kind, layer, expert))  # type: ignore[arg-type]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows that are there, and zeros."""
+        shard = self.checkpoint.shard
+        first = 0 if shard == "whole" else shard.ranges.vocab.start
+        mine = (ids >= first) & (ids < first + self.spec.vocab)
+        rows = torch.zeros(len(ids), self.spec.hidden)
+        rows[mine] = gather_rows(self.read("embed", -1).matrix["embed"], ids[mine] - first)
+        return self.model.embed(rows)
+
+    def attend(self, layer: int, hidden: Tensor) -> Tensor:
+        (part,) = self.step.parts
+        rotations = self.model.rotations(part)
+        return self.model.attend(layer, self.read("attn", layer), hidden, part.segments, rotations, self.kv)
+
+    def feed_forward(self, layer: int, hidden: Tensor) -> Tensor:
+        if not self.spec.layers[layer].moe:
+            return self.model.feed_forward(self.read("ffn", layer), hidden)
+        assert self.spec.moe is not None
+        x, routing, shared = self.model.route(self.read("router", layer), hidden)
+        partial = torch.zeros_like(x) if shared is None else shared
+        experts = {expert: self.read("expert", layer, expert) for expert in self.spec.moe.own}
+        self.model.mix(experts, x, routing, partial)
+        return partial
+
+    def head(self, hidden: Tensor) -> Tensor:
+        weights = self.read("head", -1)
+        if self.spec.tied:
+            weights = Weights({"head": self.read("embed", -1).matrix["embed"]}, weights.vector)
+        return self.model.head(weights, hidden)
+
+
+def group(checkpoint: Checkpoint, ranks: int, shares: Sequence[float] = ()) -> list[Member]:
+    shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares)
+    return [Member(CheckpointShard(checkpoint, shard)) for shard in shards]
+
+
+def assert_computes_the_model(checkpoint: Checkpoint, ranks: int, shares: Sequence[float] = ()) -> None:
+    whole, members = Member(checkpoint), group(checkpoint, ranks, shares)
+
+    def agreed(compute: Callable[[Member], Tensor]) -> Tensor:
+        expected = compute(whole)
+        total = sum((compute(member) for member in members), torch.zeros_like(expected))
+        assert relative_error(total, expected) <= TOLERANCE
+        return expected
+
+    spec = checkpoint.spec
+    ids = torch.randint(spec.vocab, (LENGTH,), generator=torch.Generator().manual_seed(ranks))
+    hidden = agreed(lambda member: member.embed(ids))
+    for layer in range(len(spec.layers)):
+        for kind, compute in (("attn", Member.attend), ("ffn", Member.feed_forward)):
+            entered = hidden
+            total = agreed(lambda member, c=compute, at=layer, x=entered: c(member, at, x))  # type: ignore[misc]
+            last = "router" if kind == "ffn" and spec.layers[layer].moe else kind
+            hidden = hidden + whole.model.leave(whole.read(last, layer), total)
+    logits = torch.cat([member.head(hidden) for member in members], 1)
+    assert torch.equal(logits, whole.head(hidden))
+
+
+@contextmanager
+def model(directory: Path, family: str, type: str = "F32") -> Iterator[Checkpoint]:
+    """Quantised ones large enough to be cut between blocks of 256."""
+    sizes: dict[str, int] = {}
+    if type not in ("F32", "F16", "BF16"):
+        sizes = {"hidden_size": 512, "intermediate_size": 768, "head_dim": 256, "num_hidden_layers": 1}
+        sizes |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 512}
+        known = vars(tiny.config(family))
+        sizes = {name: size for name, size in sizes.items() if known.get(name)}
+        sizes |= {} if "head_dim" in sizes else {"hidden_size": 1024}
+    with tiny_checkpoint(directory, family, type, **sizes) as checkpoint:
+        yield checkpoint
+
+
+@pytest.mark.parametrize("family", CUT)
+def test_partials_add_up_to_the_model(family: str, tmp_path: Path) -> None:
+    with tiny_checkpoint(tmp_path, family, "F16") as checkpoint:
+        assert checkpoint.spec.kv_heads == 2
+        for ranks, shares in ((2, ()), (2, (5, 2)), (3, ()), (4, (1, 1, 2, 2))):
+            assert_computes_the_model(checkpoint, ranks, shares)
+
+
+@pytest.mark.parametrize("family", CUT)
+def test_also_of_hugging_face_directories(family: str, tmp_path: Path) -> None:
+    """Which have other tensors joined, and experts apart."""
+    with tiny_checkpoint(tmp_path, family, hf=True) as checkpoint:
+        assert_computes_the_model(checkpoint, 3)
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("qwen3", 3), ("qwen2_moe", 2)])
+@pytest.mark.parametrize("type", QUANTISED)
+def test_also_of_quantised_files(type: str, family: str, ranks: int, tmp_path: Path) -> None:
+    with model(tmp_path, family, type) as checkpoint:
+        assert_computes_the_model(checkpoint, ranks)
+
+
+def stored(matrix: Matrix) -> Tensor:
+    """Its rows as files hold them, uint8 (rows, row bytes)."""
+    row_bytes = matrix.type.row_bytes(matrix.cols)
+    bands = matrix.data.view(-1, matrix.type.band_rows * row_bytes)
+    return from_bands(matrix.type, bands)[: matrix.rows]
+
+
+@pytest.mark.parametrize("type", ["F32", "F16", *QUANTISED])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_moe", "phi3"])
+def test_bytes_are_those_of_the_whole_model(family: str, type: str, tmp_path: Path) -> None:
+    """Beside each other and one below the other, the bytes of all ranks are the model's: nothing is rounded anew."""
+    beside, below = {"o", "down", "shared_down"}, {"q", "k", "v", "gate", "up", "shared_gate", "shared_up"}
+    below |= {"embed", "head"}
+    with model(tmp_path, family, type) as checkpoint:
+        ranks = [part_of(checkpoint, "keep", rank, 2) for rank in range(2)]
+        for block in checkpoint.spec.blocks():
+            whole = checkpoint.read_block(block).matrix
+            holders = [part.read_block(block).matrix for part in ranks if block in part.spec.blocks()]
+            assert len(holders) == (1 if block.kind == "expert" else 2)
+            for role, matrix in whole.items():
+                parts = [stored(holder[role]) for holder in holders]
+                if block.kind == "expert" or role in ("router", "shared_scale"):
+                    assert all(torch.equal(part, stored(matrix)) for part in parts)
+                else:
+                    assert role in beside | below
+                    assert torch.equal(torch.cat(parts, int(role in beside)), stored(matrix)), (block, role)
+
+
+def test_biases_of_sums_are_the_first_ranks_and_others_are_cut(tmp_path: Path) -> None:
+    with tiny_checkpoint(tmp_path, "llama", hf=True, attention_bias=True, mlp_bias=True) as checkpoint:
+        assert_computes_the_model(checkpoint, 2)
+        first, second = (part_of(checkpoint, "keep", rank, 2) for rank in range(2))
+        for kind in ("attn", "ffn"):
+            block = BlockId(kind, 1)  # type: ignore[arg-type]
+            whole = checkpoint.read_vectors(block)
+            mine, others = first.read_vectors(block), second.read_vectors(block)
+            assert mine.keys() - others.keys() == whole.keys() & {"o_bias", "down_bias"} != set()
+            assert {role: len(vector) for role, vector in others.items()} == second.vector_lengths(block)
+            for role in others:
+                if role.endswith("_bias"):
+                    assert torch.equal(torch.cat((mine[role], others[role])), whole[role])
+                else:
+                    assert torch.equal(others[role], whole[role])
+
+
+@pytest.mark.parametrize("family", sorted(NORMED_WHOLE))
+def test_norms_over_all_heads_are_refused(family: str, tmp_path: Path) -> None:
+    with tiny_checkpoint(tmp_path, family) as checkpoint:
+        assert part_of(checkpoint, "keep", 0, 1) is checkpoint
+        with pytest.raises(ShardError, match="normalised over all heads"):
+            part_of(checkpoint, "keep", 0, 2)
+
+
+def test_blocks_are_not_cut_where_the_pack_has_them(tmp_path: Path) -> None:
+    with tiny_checkpoint(tmp_path, "qwen2", "F16") as checkpoint:  # 4 heads of 16, FFN of 96
+        assert grains_of(checkpoint, "keep") == (1, 1, 1)
+        assert grains_of(checkpoint, "q8") == (32, 32, 1)
+        assert [part_of(checkpoint, "q4", rank, 2).spec.ffn for rank in range(2)] == [64, 32]
+        with pytest.raises(ShardError, match="32 columns of whose output are stored as one; 2 would do"):
+            part_of(checkpoint, "q8", 0, 3)
