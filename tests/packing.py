@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.models.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.checkpoint_shard import AnyCheckpoint
 from shoal.offload import pack_layout
 from shoal.offload.pack import Pack
 from shoal.partition.spec import BlockId
@@ -44,8 +45,8 @@ def memory_of(pack: Pack, block: BlockId) -> Tensor:
         return torch.frombuffer(bytearray(file.read(item.nbytes)), dtype=torch.uint8)
 
 
-def assert_holds(pack: Pack, checkpoint: Checkpoint) -> None:
-    """Every block of the pack is bitwise that of the checkpoint."""
+def assert_holds(pack: Pack, checkpoint: AnyCheckpoint) -> None:
+    """Every block of the pack is bitwise that of the checkpoint, or of a shard of one."""
     spec = checkpoint.spec
     pack.require(spec)
     for block in spec.blocks():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -113,13 +114,19 @@ def assert_computes_the_model(checkpoint: Checkpoint, ranks: int, shares: Sequen
 @contextmanager
 def model(directory: Path, family: str, type: str = "F32") -> Iterator[Checkpoint]:
     """Quantised ones large enough to be cut between blocks of 256."""
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     if type not in ("F32", "F16", "BF16"):
         sizes = {"hidden_size": 512, "intermediate_size": 768, "head_dim": 256, "num_hidden_layers": 1}
         sizes |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 512}
         known = vars(tiny.config(family))
         sizes = {name: size for name, size in sizes.items() if known.get(name)}
         sizes |= {} if "head_dim" in sizes else {"hidden_size": 1024}
+        if family == "phi3":
+            sizes["rope_parameters"] = {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            }
     with tiny_checkpoint(directory, family, type, **sizes) as checkpoint:
         yield checkpoint
 
@@ -153,8 +160,15 @@ def stored(matrix: Matrix) -> Tensor:
     return from_bands(matrix.type, bands)[: matrix.rows]
 
 
-@pytest.mark.parametrize("type", ["F32", "F16", *QUANTISED])
-@pytest.mark.parametrize("family", ["qwen3", "qwen2_moe", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "type"),
+    [
+        *(("qwen3", type) for type in ("F32", "F16", *QUANTISED)),
+        ("qwen2_moe", "Q6_K"),
+        ("phi3", "Q4_0"),
+        ("phi3", "Q5_K"),
+    ],
+)
 def test_bytes_are_those_of_the_whole_model(family: str, type: str, tmp_path: Path) -> None:
     """Beside each other and one below the other, the bytes of all ranks are the model's: nothing is rounded anew."""
     beside, below = {"o", "down", "shared_down"}, {"q", "k", "v", "gate", "up", "shared_gate", "shared_up"}
