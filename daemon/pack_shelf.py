@@ -53,16 +53,18 @@ class PackShelf:
         self._library = Library(home)
 
     def list(self) -> tuple[PackEntry, ...]:
-        """All packs, by directory."""
+        """All packs, by model, bits and shard."""
         try:
-            found = sorted(path for path in self.root.iterdir() if path.is_dir() and path.name[0] != ".")
+            found = [path for path in self.root.iterdir() if path.is_dir() and path.name[0] != "."]
         except FileNotFoundError:
             return ()
         entries = []
         for path in found:
             with suppress(FileNotFoundError):  # another process has just finished or removed it
                 entries.append(self._entry(path))
-        return tuple(entries)
+        return tuple(
+            sorted(entries, key=lambda entry: (entry.model, entry.quant, entry.shard, entry.directory))
+        )
 
     def model_of(self, path: Path) -> str:
         """What the model at `path` is called here: its name in the store, or its path."""

@@ -46,9 +46,13 @@ class ShardName(NamedTuple):
         if not (slash and _is_number(number) and _is_number(ranks)):
             raise DaemonError("bad_request", f"{text!r} is not a rank and how many there are", "such as 2/3")
         shard = cls(int(number) - 1, int(ranks))
+        if not shard.ranks:
+            raise DaemonError("bad_request", f"{text}: there must be 1 rank or more", "such as 2/3")
         if not 0 <= shard.rank < shard.ranks:
             raise DaemonError(
-                "bad_request", f"{text}: the first number counts from 1 to the second", "such as 2/3"
+                "bad_request",
+                f"{text}: must be from 1/{shard.ranks} to {shard.ranks}/{shard.ranks}",
+                "such as 2/3",
             )
         return shard
 

@@ -193,7 +193,7 @@ def test_biases_of_sums_are_the_first_ranks_and_others_are_cut(tmp_path: Path) -
         assert_computes_the_model(checkpoint, 2)
         first, second = (part_of(checkpoint, "keep", rank, 2) for rank in range(2))
         for kind in ("attn", "ffn"):
-            block = BlockId(kind, 1)  # type: ignore[arg-type]
+            block = BlockId(kind, 1)
             whole = checkpoint.read_vectors(block)
             mine, others = first.read_vectors(block), second.read_vectors(block)
             assert mine.keys() - others.keys() == whole.keys() & {"o_bias", "down_bias"} != set()
