@@ -49,8 +49,8 @@ def read_gb_per_s(
         lock = threading.Lock()
         places = TARGET_BYTES // read_bytes
         target = mapped(TARGET_BYTES)
-        target.fill_(1)  # so that no read has to wait for memory
-        memory = target.numpy().data
+        target.fill(1)  # so that no read has to wait for memory
+        memory = target.data
 
         def work() -> None:
             while True:

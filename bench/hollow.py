@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import synthetic
-import torch
 from shapes import Shape, TensorShape
 from synthetic import Progress
-from torch import Tensor
 
+from shoal.kernels.arrays import Bytes
 from shoal.models.checkpoint import Checkpoint
 from shoal.models.families import recipe_from_gguf
 from shoal.models.gguf_file import open_gguf
@@ -28,16 +27,16 @@ class RandomFiles(TensorFiles):
     """The tensors of a file whose bytes are made up as they are read, the same ones for the same rows."""
 
     def read(
-        self, tensor: StoredTensor, first_row: int = 0, rows: int | None = None, into: Tensor | None = None
-    ) -> Tensor:
+        self, tensor: StoredTensor, first_row: int = 0, rows: int | None = None, into: Bytes | None = None
+    ) -> Bytes:
         rows = tensor.rows - first_row if rows is None else rows
         sizes = (rows, tensor.shape[-1]) if len(tensor.shape) > 1 else tensor.shape
         seed = zlib.crc32(f"{tensor.name} {first_row}".encode())
         shape = TensorShape(tensor.name, sizes, tensor.type.name)
-        made = torch.from_numpy(synthetic.data(shape, np.random.default_rng(seed)))
+        made = synthetic.data(shape, np.random.default_rng(seed))
         if into is None:
             return made
-        into.copy_(made)
+        into[:] = made
         return into
 
 

@@ -15,7 +15,7 @@ import json
 import statistics
 import time
 
-import torch
+import numpy as np
 
 from shoal import kernels
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix, WeightType
@@ -41,10 +41,10 @@ def main() -> None:
         matrix = random_matrix(kind, ROWS, COLS)
         memory = Arena()
         copies = max(2, (options.memory_mb << 20) // matrix.nbytes)
-        matrices = [
-            Linears((Matrix(kind, memory.take(matrix.nbytes).copy_(matrix.data), ROWS, COLS),))
-            for _ in range(copies)
-        ]
+        places = [memory.take(matrix.nbytes) for _ in range(copies)]
+        for place in places:
+            place[:] = matrix.data
+        matrices = [Linears((Matrix(kind, place, ROWS, COLS),)) for place in places]
         for threads in map(int, options.threads.split(",")):
             kernels.set_threads(threads)
             results.append(measure(kind, matrices, threads, options))
@@ -57,7 +57,8 @@ def main() -> None:
 def measure(
     kind: WeightType, matrices: list[Linears], threads: int, options: argparse.Namespace
 ) -> dict[str, object]:
-    one, many = torch.randn(1, COLS), torch.randn(options.tokens, COLS)
+    many = np.random.default_rng(0).standard_normal((options.tokens, COLS), np.float32)
+    one = many[:1]
     turn = itertools.cycle(matrices)
     per_repeat = max(1, len(matrices) // options.repeat)
     nbytes = matrices[0].matrices[0].nbytes

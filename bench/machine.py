@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import torch
 
 import shoal.daemon
 
@@ -52,11 +51,11 @@ def describe() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What may change: the commit measured, Python and torch, and how this process is scheduled."""
+    """What may change: the commit measured, Python and NumPy, and how this process is scheduled."""
     return {
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "numpy": np.__version__,
         "scheduling": _scheduling(),
     }
 

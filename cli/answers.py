@@ -29,7 +29,7 @@ from shoal.daemon.library import Library, is_path
 from shoal.daemon.reference import Reference
 from shoal.daemon.registry import canonical
 
-from .imports import engine_imports
+from .interrupt import deferred_interrupt
 from .output import note, spinner, stage_text, transfer_bar
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _close(events: object) -> None:
 @contextmanager
 def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
     """A node for one request at a time; closed at the end."""
-    with spinner("starting"), engine_imports():
+    with spinner("starting"), deferred_interrupt():
         from shoal.daemon.node import Node
         from shoal.daemon.packs import Packs
     packs = Packs(Home.from_env(), lambda estimate: note(estimate.describe()))

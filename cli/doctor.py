@@ -29,7 +29,7 @@ from shoal.daemon.transfer import Progress
 
 from . import background
 from .errors import Exit
-from .imports import engine_imports
+from .interrupt import deferred_interrupt
 from .options import examples, json_option
 from .output import console, facts, print_json, spinner, transfer_bar
 from .paint import printable
@@ -92,7 +92,8 @@ def _python() -> Iterator[Finding]:
     try:
         yield Finding("torch", "ok", version("torch"))
     except PackageNotFoundError:
-        yield Finding("torch", "broken", "not installed", f"{sys.executable} -m pip install torch")
+        found = "not installed: only the reference kernels need it"
+        yield Finding("torch", "note", found, f"{sys.executable} -m pip install torch")
 
 
 def _kernels() -> Iterator[Finding]:
@@ -100,7 +101,7 @@ def _kernels() -> Iterator[Finding]:
     install = (
         "a C++ compiler, then: pip install --force-reinstall --no-deps shoal (make setup in a source tree)"
     )
-    with spinner("looking at the kernels"), engine_imports():
+    with spinner("looking at the kernels"), deferred_interrupt():
         try:
             from shoal.daemon.facts import kernel_home
         except ImportError as error:

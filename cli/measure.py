@@ -15,7 +15,7 @@ from shoal.daemon.library import Library
 from shoal.daemon.reference import Reference
 from shoal.daemon.sizes import format_bytes
 
-from .imports import engine_imports
+from .interrupt import deferred_interrupt
 from .options import PlanOptions, draft_option, examples, json_option, plan_options, quant_option
 from .output import console, facts, note, print_json, spinner, steps_bar, table
 
@@ -64,7 +64,7 @@ def bench(
     library = Library(home)
     path = library.resolve(Reference.parse(model).model)
     draft_path = library.resolve(draft) if draft else None
-    with spinner("starting"), engine_imports():
+    with spinner("starting"), deferred_interrupt():
         from shoal.daemon import measure
         from shoal.daemon.packs import Packs
     with steps_bar("measuring") as progress:
@@ -109,7 +109,7 @@ def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None
     config = plan.config(quant=Reference.parse(model).quant)
     home = Home.from_env()
     path = Library(home).resolve(Reference.parse(model).model)
-    with spinner("starting"), engine_imports():
+    with spinner("starting"), deferred_interrupt():
         from shoal.daemon import measure
         from shoal.daemon.packs import Packs
     with steps_bar("scoring") as progress:

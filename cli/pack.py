@@ -17,7 +17,7 @@ from shoal.daemon.library import Library
 from shoal.daemon.reference import Quant, Reference, ShardName
 from shoal.daemon.sizes import format_bytes, format_duration
 
-from .imports import engine_imports
+from .interrupt import deferred_interrupt
 from .options import examples, json_option, quant_option, shard_name, size
 from .output import note, print_json, spinner, transfer_bar
 from .paint import printable
@@ -58,7 +58,7 @@ def pack(model: str, shard: ShardName, memory: int | None, verify: bool, as_json
     if verify:
         _verify(home, path, quant, shard, as_json)
         return
-    with spinner("starting"), engine_imports():
+    with spinner("starting"), deferred_interrupt():
         from shoal.daemon.packs import Packs
     estimates: list[Estimate] = []
 
@@ -95,7 +95,7 @@ def _part(shard: ShardName) -> str:
 
 
 def _verify(home: Home, path: Path, quant: Quant, shard: ShardName, as_json: bool) -> None:
-    with spinner("starting"), engine_imports():
+    with spinner("starting"), deferred_interrupt():
         from shoal.daemon.packs import Packs
     packs = Packs(home)
     directory = packs.directory(path, quant, shard)

@@ -13,7 +13,7 @@ from shoal.daemon.library import Library
 
 from . import background
 from .answers import reference
-from .imports import engine_imports
+from .interrupt import deferred_interrupt
 from .options import PlanOptions, draft_option, examples, plan_options, quant_option, size
 from .output import note, spinner, stage_text
 
@@ -85,7 +85,7 @@ def serve(
                 background.load(home, pid, name, guessing, lambda stage: update(stage_text(stage)))
         note(f"the daemon runs (pid {pid}); its log is {background.log_path(home)}")
         return
-    with engine_imports():
+    with deferred_interrupt():
         from shoal.daemon.serve import serve as serve_here
     serve_here(
         config, home=home, model=name, draft=guessing, addresses=[home.address, *address] if address else ()

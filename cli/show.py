@@ -16,7 +16,7 @@ from shoal.daemon.library import Library
 from shoal.daemon.reference import Reference
 from shoal.daemon.sizes import format_bytes
 
-from .imports import engine_imports
+from .interrupt import deferred_interrupt
 from .options import PlanOptions, examples, json_option, plan_options, quant_option
 from .output import console, facts, print_json, spinner
 from .paint import printable
@@ -53,7 +53,7 @@ def show(model: str, as_json: bool, plan: PlanOptions) -> None:
     home = Home.from_env()
     path = Library(home).resolve(wanted.model)
     with spinner("looking"):
-        with engine_imports():
+        with deferred_interrupt():
             from shoal.daemon.facts import checkpoint_facts
             from shoal.daemon.outlook import Misfit, outlook
             from shoal.daemon.packs import Packs

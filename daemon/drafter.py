@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from shoal.kernels.arrays import Floats
 from shoal.models.step import Step
 from shoal.offload.kv import KvPool
 from shoal.offload.prefix import Holding, PrefixCache
@@ -65,11 +65,10 @@ class Drafter:
             depth, least = model_depth([s.guesser for s in decoding], spare, cost, self._cost)
         if not depth:
             return
-        with torch.inference_mode():
-            ready = self._catch_up(decoding)
-            self._guess(ready, depth, least)
+        ready = self._catch_up(decoding)
+        self._guess(ready, depth, least)
 
-    def _catch_up(self, decoding: list[Sequence]) -> dict[Sequence, Tensor]:
+    def _catch_up(self, decoding: list[Sequence]) -> dict[Sequence, Floats]:
         """Read what is new, at most `chunk_tokens` in all; the logits (vocab,) after each text read to its end."""
         parts: list[Part] = []
         reading: list[Sequence] = []
@@ -89,7 +88,7 @@ class Drafter:
             self._followed[sequence].computed += len(ids)
         return {s: next(logits) for s, (_, _, _, wanted) in zip(reading, parts, strict=True) if wanted}
 
-    def _guess(self, ready: dict[Sequence, Tensor], depth: int, least: float) -> None:
+    def _guess(self, ready: dict[Sequence, Floats], depth: int, least: float) -> None:
         """Guess token after token of all together, while as many as `least` are expected of one more round."""
         drafts: dict[Sequence, tuple[list[int], list[int]]] = {sequence: ([], []) for sequence in ready}
         chances = dict.fromkeys(ready, 1.0)
@@ -134,18 +133,19 @@ class Drafter:
         length = len(sequence.tokens) + ahead
         return length < sequence.limit and self._cache.extend(self._followed[sequence].holding, length)
 
-    def _run(self, parts: Iterable[Part]) -> tuple[Tensor, ...]:
+    def _run(self, parts: Iterable[Part]) -> list[Floats]:
         """One step of the small model: logits (vocab,) of the rows wanted."""
         began_s = self._clock()
         step = Step.build(parts, self._executor.plan.part_tokens)
         hidden = self._executor.forward(step)
-        logits = self._executor.head(hidden)[:, : self._vocab].unbind(0) if len(step.rows) else ()
+        logits = list(self._executor.head(hidden)[:, : self._vocab]) if len(step.rows) else []
         self._cost.note(len(step.tokens), self._clock() - began_s)
         return logits
 
 
-def _likeliest(logits: Tensor) -> tuple[int, int]:
+def _likeliest(logits: Floats) -> tuple[int, int]:
     """The likeliest token, and how likely it is in tenths (0 to 9)."""
     token = int(logits.argmax())
-    share = float(torch.exp(logits[token] - torch.logsumexp(logits, 0)))
+    with np.errstate(invalid="ignore"):  # of infinities, whose share is NaN
+        share = 1 / float(np.exp(logits - logits[token]).sum())
     return token, min(int(share * GRADES), GRADES - 1) if share == share else 0

@@ -17,8 +17,7 @@ import threading
 from collections.abc import Callable
 from itertools import islice
 
-import torch
-
+from shoal.kernels.arrays import Floats
 from shoal.models.errors import SamplingError
 from shoal.models.sampling import Sampled
 from shoal.models.step import Step
@@ -119,12 +118,11 @@ class Engine:
 
     def _run(self, batch: Batch, began_s: float) -> None:
         stall_s = self._executor.store.stall_s
-        with torch.inference_mode():
-            self._kv.move(batch.moves, self.disk)
-            moved_s = self._clock()
-            read = self._recall(batch.recalls)
-            read_s = self._clock()
-            results = self._compute(batch) if batch.chunks else []
+        self._kv.move(batch.moves, self.disk)
+        moved_s = self._clock()
+        read = self._recall(batch.recalls)
+        read_s = self._clock()
+        results = self._compute(batch) if batch.chunks else []
         with self._lock:
             ended_s = self._clock()
             self._note(batch, results, began_s, ended_s, self._executor.store.stall_s - stall_s)
@@ -161,7 +159,7 @@ class Engine:
         hidden = self._executor.forward(step)
         if not len(hidden):
             return [[] for _ in batch.chunks]
-        rows = iter(self._executor.head(hidden).unbind(0))
+        rows = iter(self._executor.head(hidden))
         return [_sample(chunk, list(islice(rows, chunk.rows_wanted))) for chunk in batch.chunks]
 
     def _note(
@@ -184,7 +182,7 @@ class Engine:
                 self.tokens_total += 0 if isinstance(result, Exception) else len(result)
 
 
-def _sample(chunk: Chunk, logits: list[torch.Tensor]) -> list[Sampled] | Exception:
+def _sample(chunk: Chunk, logits: list[Floats]) -> list[Sampled] | Exception:
     """What follows a chunk: one row of logits (vocab,) after the other, as without a draft, while that is right."""
     found: list[Sampled] = []
     for row, guess in zip(logits, (*chunk.draft, None), strict=False):

@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from itertools import pairwise
 from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from shoal.kernels.arrays import Floats
 from shoal.kernels.attention import Rotation
 from shoal.models.step import KvCache, Step
 from shoal.models.transformer import Transformer
@@ -27,13 +27,13 @@ EXPERTS_TOGETHER = 4  # of those that come from disk: these are computed while t
 class Collective(Protocol):
     """Sums partials over the ranks of a group."""
 
-    def allreduce(self, partial: Tensor) -> Tensor: ...
+    def allreduce(self, partial: Floats) -> Floats: ...
 
 
 class Alone:
     """The collective of one rank: the identity."""
 
-    def allreduce(self, partial: Tensor) -> Tensor:
+    def allreduce(self, partial: Floats) -> Floats:
         return partial
 
 
@@ -53,7 +53,7 @@ class Executor:
         self._foreseen = _foreseen(plan)
         self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: Step) -> Floats:
         """→ hidden states (R, hidden) of the rows the step asks for, before the final norm."""
         rotations = [self.model.rotations(part) for part in step.parts]
         hidden = self.model.embed(self.store.rows(BlockId("embed"), step.tokens))
@@ -70,12 +70,12 @@ class Executor:
                 self._feed_forward(layer, hidden, step)
         return hidden
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Floats) -> Floats:
         """hidden (R, hidden) → logits (R, vocab)"""
         if len(self._head) == 1:
             with self.store.acquire(self._head[0]) as weights:
                 return self.model.head(weights, hidden)
-        logits = hidden.new_empty(len(hidden), self.model.spec.vocab)
+        logits = np.empty((len(hidden), self.model.spec.vocab), np.float32)
         done = 0
         for block in self._head:
             with self.store.acquire(block) as weights:
@@ -84,25 +84,25 @@ class Executor:
             done += part.shape[1]
         return logits
 
-    def _attend(self, layer: int, hidden: Tensor, step: Step, rotations: list[list[Rotation]]) -> None:
+    def _attend(self, layer: int, hidden: Floats, step: Step, rotations: list[list[Rotation]]) -> None:
         """Adds the attention of a layer to hidden (T, hidden)."""
         with self.store.acquire(BlockId("attn", layer)) as weights:
             for part, rows, turns in zip(step.parts, step.split(hidden), rotations, strict=True):
                 partial = self.model.attend(layer, weights, rows, part.segments, turns, self.kv)
                 rows += self.model.leave(weights, self.collective.allreduce(partial))
 
-    def _feed_forward(self, layer: int, hidden: Tensor, step: Step) -> None:
+    def _feed_forward(self, layer: int, hidden: Floats, step: Step) -> None:
         """Adds the dense feed-forward of a layer to hidden (T, hidden)."""
         with self.store.acquire(BlockId("ffn", layer)) as weights:
             for rows in step.split(hidden):
                 partial = self.model.feed_forward(weights, rows)
                 rows += self.model.leave(weights, self.collective.allreduce(partial))
 
-    def _mix(self, layer: int, hidden: Tensor, step: Step) -> None:
+    def _mix(self, layer: int, hidden: Floats, step: Step) -> None:
         """Adds the mixture of experts of a layer to hidden (T, hidden). Each expert is acquired once for all parts."""
         with self.store.acquire(BlockId("router", layer)) as router:
             routed = [self.model.route(router, rows) for rows in step.split(hidden)]
-        partials = [torch.zeros_like(x) for x, _, _ in routed]
+        partials = [np.zeros_like(x) for x, _, _ in routed]
         used = sorted({expert for _, routing, _ in routed for expert in routing.used})
         blocks = [BlockId("expert", layer, expert) for expert in used]
         self.store.expect(blocks, self._likely(layer, step.split(hidden)[0]))
@@ -117,7 +117,7 @@ class Executor:
                 partial += shared
             rows += self.model.leave(router, self.collective.allreduce(partial))
 
-    def _likely(self, layer: int, hidden: Tensor) -> list[BlockId]:
+    def _likely(self, layer: int, hidden: Floats) -> list[BlockId]:
         """The experts that the next mixture may choose for hidden (T, hidden), where guessing helps."""
         if (router := self._foreseen.get(layer)) is None:
             return []

@@ -14,10 +14,11 @@ from pathlib import Path
 from statistics import median
 
 import msgspec
-import torch
+import numpy as np
 
 from shoal.comm.messages import FinishReason
 from shoal.kernels import set_threads
+from shoal.kernels.arrays import Floats
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.models.step import Step
 
@@ -188,21 +189,26 @@ def perplexity(
     pages = loaded.kv.table.take(-(-ctx // loaded.kv.page_tokens))
     assert pages is not None
     loss, scored = 0.0, 0
-    with torch.inference_mode():
-        for window in range(windows):
-            progress(window, windows, "scoring")
-            tokens = ids[window * ctx : (window + 1) * ctx]
-            tokens[: len(prefix)] = prefix
-            first = ctx // 2
-            for start in range(0, ctx - 1, loaded.plan.chunk_tokens):
-                end = min(start + loaded.plan.chunk_tokens, ctx - 1)
-                step = Step.build([(tokens[start:end], start, pages, end - start)], executor.plan.part_tokens)
-                hidden = executor.forward(step)
-                for row in range(max(start, first), end, HEAD_ROWS):
-                    last = min(row + HEAD_ROWS, end)
-                    logits = executor.head(hidden[row - start : last - start])
-                    wanted = torch.tensor(tokens[row + 1 : last + 1])
-                    loss += torch.nn.functional.cross_entropy(logits.double(), wanted, reduction="sum").item()
-                    scored += last - row
+    for window in range(windows):
+        progress(window, windows, "scoring")
+        tokens = ids[window * ctx : (window + 1) * ctx]
+        tokens[: len(prefix)] = prefix
+        first = ctx // 2
+        for start in range(0, ctx - 1, loaded.plan.chunk_tokens):
+            end = min(start + loaded.plan.chunk_tokens, ctx - 1)
+            step = Step.build([(tokens[start:end], start, pages, end - start)], executor.plan.part_tokens)
+            hidden = executor.forward(step)
+            for row in range(max(start, first), end, HEAD_ROWS):
+                last = min(row + HEAD_ROWS, end)
+                logits = executor.head(hidden[row - start : last - start])
+                loss += _cross_entropy(logits, tokens[row + 1 : last + 1])
+                scored += last - row
     progress(windows, windows, "done")
     return PerplexityResult(perplexity=math.exp(min(loss / scored, 700.0)), tokens=scored)
+
+
+def _cross_entropy(logits: Floats, wanted: list[int]) -> float:
+    """Minus the logarithms of the shares that logits (n, vocab) give the n tokens wanted, summed."""
+    below = logits.astype(np.float64)
+    below -= below.max(axis=1, keepdims=True)
+    return float((np.log(np.exp(below).sum(axis=1)) - below[range(len(wanted)), wanted]).sum())

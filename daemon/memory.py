@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import mmap
 import os
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
+from shoal import kernels
 from shoal.offload.budget import Budget
 
 from . import cgroup
@@ -28,13 +28,7 @@ LEFT_ALONE_BYTES = 512 << 20  # and at least so much …
 MOST_LEFT_ALONE_SHARE = 0.25  # … but not more than this
 CODE_BYTES = 44 << 20  # libraries' code and constants in use, with what the kernel keeps for them
 GROWTH_BYTES = 12 << 20  # of Python and its libraries in a long life: stacks, requests, replies
-# a private mapping of a file in smaps that may be executed, not written, and has no page of its own
-_CODE = re.compile(
-    r"^(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) r-xp [0-9a-f]+ \S+ [1-9]\d* +/.*\n(?:[A-Z].*\n)*?Anonymous: +0 kB$",
-    re.MULTILINE,
-)
 PROCESS = "this process"  # in the ledger
-PIECE_BYTES = 128 << 10  # of code that are read at once
 
 
 def available_bytes() -> int:
@@ -69,6 +63,7 @@ def budget_of(memory_bytes: int | None) -> Budget:
             f"a budget of {format_bytes(memory_bytes)} was asked for, but there are {format_bytes(total)} of memory",
             "--memory auto takes what leaves the machine usable",
         )
+    kernels.home()  # comes with torch where there are no native ones
     own, later = private_bytes(), CODE_BYTES + GROWTH_BYTES
     if memory_bytes is None:
         free = available_bytes()
@@ -103,17 +98,9 @@ def peak_memory_bytes() -> int:
 
 
 def return_freed() -> None:
-    """Give back to the system what this process does not need: freed memory, and code that may not run again.
-
-    glibc keeps freed blocks of up to 32 MB, which weights often are; importing torch leaves 70 MB of code that only
-    imports run.
-    """
+    """Give back to the system what nothing refers to: glibc keeps freed blocks of up to 32 MB."""
     gc.collect()  # a model may hang on the traceback of some error
     trim()
-    library = ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError, OSError):  # another system
-        for start, size in _code_mappings():
-            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def trim() -> None:
@@ -122,16 +109,9 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _code_mappings() -> Iterator[tuple[int, int]]:
-    """(address, bytes) of the mapped code whose pages are all as in its file, so that they come back when they run."""
-    for mapping in re.finditer(_CODE, Path("/proc/self/smaps").read_text()):
-        start, end = int(mapping["start"], 16), int(mapping["end"], 16)
-        yield start, end - start
-
-
 def forget_files(more: Iterable[Path] = ()) -> None:
     """Take what was read of this process's libraries and modules, and of `more`, out of the page cache, but for pages
-    in use by anyone. Imports read 230 MB that way. Code that runs after that is read in small pieces."""
+    in use by anyone. Imports read 50 MB that way."""
     if not hasattr(os, "posix_fadvise"):
         return
     modules = list(sys.modules.values())
@@ -144,23 +124,6 @@ def forget_files(more: Iterable[Path] = ()) -> None:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
-    _read_code_in_pieces()
-
-
-def _read_code_in_pieces() -> None:
-    """The system reads a page of mapped code with all around it that a disk is set to read ahead, here 8 MB, 20 times
-    until the first answer. Linux 6.16 and later stop at the mapping's borders, so mappings are cut: by advice that
-    does nothing else, given to every other piece. Earlier ones obey MADV_RANDOM."""
-    library = ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError, OSError):  # another system
-
-        def advise(start: int, end: int, advice: int) -> None:
-            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
-
-        for start, size in _code_mappings():
-            advise(start, start + size, mmap.MADV_RANDOM)
-            for piece in range(start + PIECE_BYTES, start + size, 2 * PIECE_BYTES):
-                advise(piece, min(piece + PIECE_BYTES, start + size), mmap.MADV_DONTDUMP)
 
 
 def _mapped_files() -> list[str]:

@@ -7,7 +7,7 @@
 
 DIGEST is of the model's name in the store or its path, so a model that has changed gets its new pack in the place of
 the old one; SHARD is of the shard's ranges, so groups of different sizes share packs whose bytes are equal. Knows
-names, sizes and states; how a pack is built is `packs`. Does not import torch.
+names, sizes and states; how a pack is built is `packs`. Does not import what computes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Grouped-query attention over pages of K and V: what it is given, and the call.
 
-Knows how K and V lie in a page and which rows of a step belong to which sequence. Computes natively, or as
-`attention_reference` does, which defines the truth. Which pages are whose is the caller's business.
+Knows how K and V lie in a page and which rows of a step belong to which sequence. `attention_reference` defines the
+truth. Which pages are whose is the caller's business.
 
 A row of the result is bitwise the same natively whatever the batch, however its sequence was cut into steps, on any
 number of threads and in any pages.
@@ -13,13 +13,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from shoal.kernels import attention_reference, dispatch
+from shoal.kernels import dispatch
+from shoal.kernels.arrays import Array, Bytes, Floats
 from shoal.kernels.errors import OperandError, UnsupportedTypeError
 
 PAGE_TOKENS = 64
+
+_F32 = np.dtype(np.float32)
 
 
 class KvType(NamedTuple):
@@ -27,17 +29,17 @@ class KvType(NamedTuple):
 
     name: str
     id: int
-    dtype: torch.dtype
+    itemsize: int
     scaled: bool = False
 
 
 KV_TYPES = {
     kind.name: kind
     for kind in (
-        KvType("f32", 0, torch.float32),
-        KvType("f16", 1, torch.float16),
-        KvType("bf16", 2, torch.bfloat16),
-        KvType("i8", 3, torch.int8, scaled=True),
+        KvType("f32", 0, 4),
+        KvType("f16", 1, 2),
+        KvType("bf16", 2, 2),
+        KvType("i8", 3, 1, scaled=True),
     )
 }
 
@@ -60,8 +62,8 @@ class KvLayout(NamedTuple):
             raise UnsupportedTypeError(f"KV of type {type!r} is not supported: use {', '.join(KV_TYPES)}")
         kind = KV_TYPES[type]
         wide = -(-head_dim // 16) * 16
-        values_at = PAGE_TOKENS * head_dim * kind.dtype.itemsize
-        scales_at = values_at + PAGE_TOKENS * wide * kind.dtype.itemsize
+        values_at = PAGE_TOKENS * head_dim * kind.itemsize
+        scales_at = values_at + PAGE_TOKENS * wide * kind.itemsize
         return cls(kind, head_dim, wide, values_at, scales_at, scales_at + 8 * PAGE_TOKENS * kind.scaled)
 
 
@@ -74,7 +76,7 @@ class KvPages:
 
     layout: KvLayout
     heads: int
-    data: Tensor
+    data: Bytes
     pages: int = field(init=False)
     kv_heads: int = field(init=False)
     prepared: object = field(default=None, init=False, repr=False)  # the native home's
@@ -82,34 +84,15 @@ class KvPages:
     def __post_init__(self) -> None:
         self.pages, self.kv_heads, head_bytes = self.data.shape
         strides = (self.layout.head_bytes, 1)
-        if (
-            self.data.dtype != torch.uint8
-            or head_bytes != self.layout.head_bytes
-            or self.heads % self.kv_heads
-        ):
+        if self.data.dtype != np.uint8 or head_bytes != self.layout.head_bytes or self.heads % self.kv_heads:
             raise OperandError(
                 f"{self.heads} heads do not look at pages of {self.kv_heads} heads of {head_bytes} bytes: heads "
                 f"must be a multiple, the bytes must be {self.layout.head_bytes}"
             )
-        if self.data.stride()[1:] != strides or self.data.stride(0) < self.kv_heads * head_bytes:
-            raise OperandError(f"a page must lie together, got strides {self.data.stride()}")
-
-    def keys(self) -> Tensor:
-        """(pages, kv_heads, head_dim, 64), a view."""
-        return self._part(0, self.layout.values_at, torch.Size((self.layout.head_dim, PAGE_TOKENS)))
-
-    def values(self) -> Tensor:
-        """(pages, kv_heads, 64, wide), a view."""
-        layout = self.layout
-        return self._part(layout.values_at, layout.scales_at, torch.Size((PAGE_TOKENS, layout.wide)))
-
-    def scales(self) -> Tensor:
-        """f32 (pages, kv_heads, 2, 64), of keys and of values; a view. For scaled types."""
-        scales = self.data[..., self.layout.scales_at :].view(torch.float32)
-        return scales.view(self.pages, self.kv_heads, 2, PAGE_TOKENS)
-
-    def _part(self, start: int, end: int, shape: torch.Size) -> Tensor:
-        return self.data[..., start:end].view(self.layout.kind.dtype).view(self.data.shape[:2] + shape)
+        if self.data.strides[1:] != strides or self.data.strides[0] < self.kv_heads * head_bytes:
+            raise OperandError(f"a page must lie together, got strides {self.data.strides}")
+        if not self.data.flags.writeable:
+            raise OperandError("pages are written to, so their memory must not be read-only")
 
 
 @dataclass(eq=False)
@@ -120,8 +103,8 @@ class Segments:
     pages of the sequence begin: position p is in the (p // 64)-th. Rows of segments follow each other from 0 on.
     """
 
-    table: Tensor
-    pages: Tensor
+    table: Array
+    pages: Array
     tokens: int
     most_page: int
     prepared: object = field(default=None, init=False, repr=False)  # the native home's
@@ -144,8 +127,8 @@ class Segments:
             tokens += rows
         if used and min(used) < 0:
             raise OperandError(f"there is no page {min(used)}")
-        numbers = torch.tensor(table, dtype=torch.int32).view(-1, 4)
-        return cls(numbers, torch.tensor(used, dtype=torch.int32), tokens, max(used, default=-1))
+        numbers = np.array(table, np.int32).reshape(-1, 4)
+        return cls(numbers, np.array(used, np.int32), tokens, max(used, default=-1))
 
 
 @dataclass(eq=False)
@@ -157,31 +140,39 @@ class Rotation:
 
     dims: int
     interleaved: bool
-    cos: Tensor
-    sin: Tensor
+    cos: Floats
+    sin: Floats
     prepared: object = field(default=None, init=False, repr=False)  # the native home's
+
+    def __post_init__(self) -> None:
+        for x in (self.cos, self.sin):
+            if x.dtype != _F32 or x.shape != (len(self.cos), self.dims // 2) or not x.flags.c_contiguous:
+                raise OperandError(
+                    f"angles of {len(self.cos)} rows and {self.dims} dimensions must be contiguous float32, "
+                    f"got {x.dtype} {x.shape} with strides {x.strides}"
+                )
 
 
 class HeadNorms(NamedTuple):
     """RMS norms of every head before it is rotated: weights f32 (head_dim,) of q and of k."""
 
-    q: Tensor
-    k: Tensor
+    q: Floats
+    k: Floats
     eps: float
 
 
 def attention(
     kv: KvPages,
     segments: Segments,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Floats,
+    k: Floats,
+    v: Floats,
     *,
     rotation: Rotation,
     scale: float,
     window: int | None = None,
     norms: HeadNorms | None = None,
-) -> Tensor:
+) -> Floats:
     """Normalise and rotate q and k, store k and v in their pages, then attend: every row to its sequence up to itself.
 
     q f32 (T, heads * head_dim); k, v f32 (T, kv_heads * head_dim); head h uses K/V head h // (heads // kv_heads).
@@ -192,9 +183,9 @@ def attention(
     if q.shape != wide or k.shape != narrow or v.shape != narrow:
         raise OperandError(
             f"{tokens} rows of {kv.heads} heads and {kv.kv_heads} K/V heads of {dim} are q {wide} and k, v {narrow}, "
-            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"got {q.shape}, {k.shape}, {v.shape}"
         )
-    if q.dtype != torch.float32 or k.dtype != torch.float32 or v.dtype != torch.float32:
+    if q.dtype != _F32 or k.dtype != _F32 or v.dtype != _F32:
         raise OperandError(f"q, k and v must be float32, got {q.dtype}, {k.dtype}, {v.dtype}")
     if segments.most_page >= kv.pages:
         raise OperandError(f"there is no page {segments.most_page}: there are {kv.pages}")
@@ -204,6 +195,4 @@ def attention(
         )
     if window is not None and window < 1:
         raise OperandError(f"window={window}: must be at least 1, or none")
-    native = dispatch.native()
-    attend = native.attend if native else attention_reference.attend
-    return attend(kv, segments, q, k, v, rotation, scale, window, norms)
+    return dispatch.current().attend(kv, segments, q, k, v, rotation, scale, window, norms)

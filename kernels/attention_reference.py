@@ -6,14 +6,15 @@ checked by `attention`. Does not know how to be fast, nor promises that a row is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, from_numpy
 
-if TYPE_CHECKING:
-    from shoal.kernels.attention import HeadNorms, KvPages, Rotation, Segments
+from shoal.kernels.arrays import Floats
+from shoal.kernels.attention import PAGE_TOKENS, HeadNorms, KvPages, Rotation, Segments
+
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
 
 SMALLEST_CELL = 1e-30
 """Numbers none of which reaches this magnitude are stored as zeros by a scaled type."""
@@ -22,34 +23,61 @@ SMALLEST_CELL = 1e-30
 def attend(
     kv: KvPages,
     segments: Segments,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Floats,
+    k: Floats,
+    v: Floats,
     rotation: Rotation,
     scale: float,
     window: int | None,
     norms: HeadNorms | None,
-) -> Tensor:
+) -> Floats:
     """As `attention.attention`."""
     tokens, dim = segments.tokens, kv.layout.head_dim
-    q, k, v = (x.view(tokens, -1, dim) for x in (q, k, v))
+    queries, keys, values = (from_numpy(np.ascontiguousarray(x)).view(tokens, -1, dim) for x in (q, k, v))
     if norms is not None:
-        q, k = (F.rms_norm(x, (dim,), weight, norms.eps) for x, weight in ((q, norms.q), (k, norms.k)))
-    q, k = rotate(rotation, q), rotate(rotation, k)
-    out = torch.empty_like(q)
+        queries = F.rms_norm(queries, (dim,), from_numpy(norms.q), norms.eps)
+        keys = F.rms_norm(keys, (dim,), from_numpy(norms.k), norms.eps)
+    queries, keys = rotate(rotation, queries), rotate(rotation, keys)
+    out = torch.empty_like(queries)
     for first, rows, start, page in segments.table.tolist():
         own = slice(first, first + rows)
-        pages = segments.pages[page:].long()
-        _store(kv, pages, start, k[own], v[own])
-        keys, values = _read(kv, pages, start + rows)
+        pages = from_numpy(segments.pages[page:]).long()
+        _store(kv, pages, start, keys[own], values[own])
+        all_keys, all_values = _read(kv, pages, start + rows)
         mask = torch.ones(rows, start + rows, dtype=torch.bool).tril_(start)
         if window is not None:
             mask.triu_(start - window + 1)
         mixed = F.scaled_dot_product_attention(
-            q[own].transpose(0, 1)[None], keys[None], values[None], mask, scale=scale, enable_gqa=True
+            queries[own].transpose(0, 1)[None],
+            all_keys[None],
+            all_values[None],
+            mask,
+            scale=scale,
+            enable_gqa=True,
         )
         out[own] = mixed[0].transpose(0, 1)
-    return out.view(tokens, -1)
+    return out.view(tokens, -1).numpy()
+
+
+def keys_of(kv: KvPages) -> Tensor:
+    """(pages, kv_heads, head_dim, 64), a view."""
+    return _part(kv, 0, kv.layout.values_at, kv.layout.head_dim)
+
+
+def values_of(kv: KvPages) -> Tensor:
+    """(pages, kv_heads, 64, wide), a view."""
+    return _part(kv, kv.layout.values_at, kv.layout.scales_at, PAGE_TOKENS)
+
+
+def scales_of(kv: KvPages) -> Tensor:
+    """f32 (pages, kv_heads, 2, 64), of keys and of values; a view. For scaled types."""
+    scales = from_numpy(kv.data)[..., kv.layout.scales_at :].view(torch.float32)
+    return scales.view(*kv.data.shape[:2], 2, -1)
+
+
+def _part(kv: KvPages, start: int, end: int, rows: int) -> Tensor:
+    part = from_numpy(kv.data)[..., start:end].view(_DTYPES[kv.layout.kind.name])
+    return part.view(*kv.data.shape[:2], rows, -1)
 
 
 def rotate(rotation: Rotation, x: Tensor) -> Tensor:
@@ -58,7 +86,7 @@ def rotate(rotation: Rotation, x: Tensor) -> Tensor:
     Source: RoFormer, arXiv 2104.09864.
     """
     axis = -1 if rotation.interleaved else -2
-    cos, sin = rotation.cos[:, None], rotation.sin[:, None]  # (T, 1, dims/2)
+    cos, sin = from_numpy(rotation.cos)[:, None], from_numpy(rotation.sin)[:, None]  # (T, 1, dims/2)
     turned, rest = x[..., : rotation.dims], x[..., rotation.dims :]
     half = rotation.dims // 2
     a, b = turned.reshape(*x.shape[:2], *((half, 2) if rotation.interleaved else (2, half))).unbind(axis)
@@ -69,15 +97,15 @@ def rotate(rotation: Rotation, x: Tensor) -> Tensor:
 def _store(kv: KvPages, pages: Tensor, start: int, k: Tensor, v: Tensor) -> None:
     """k, v (T, kv_heads, head_dim) become positions from `start` on."""
     positions = torch.arange(start, start + len(k))
-    size = kv.keys().shape[-1]
+    size = keys_of(kv).shape[-1]
     page, column = pages[positions // size], positions % size
     for which, (numbers, x) in enumerate(
-        ((kv.keys().transpose(2, 3), k), (kv.values()[..., : k.shape[-1]], v))
+        ((keys_of(kv).transpose(2, 3), k), (values_of(kv)[..., : k.shape[-1]], v))
     ):
         if numbers.dtype == torch.int8:
-            x, kv.scales()[page, :, which, column] = _to_bytes(x)
+            x, scales_of(kv)[page, :, which, column] = _to_bytes(x)
         numbers[page, :, column] = x.to(numbers.dtype)
-    kv.values()[..., k.shape[-1] :][page, :, column] = 0
+    values_of(kv)[..., k.shape[-1] :][page, :, column] = 0
 
 
 def _to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,13 +119,13 @@ def _to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _read(kv: KvPages, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """K and V of positions [0, length), f32 (kv_heads, length, head_dim) each."""
-    size = kv.keys().shape[-1]
+    size = keys_of(kv).shape[-1]
     used = pages[: -(-length // size)]
     dim = kv.layout.head_dim
     both = []
-    for which, numbers in enumerate((kv.keys().transpose(2, 3), kv.values()[..., :dim])):
+    for which, numbers in enumerate((keys_of(kv).transpose(2, 3), values_of(kv)[..., :dim])):
         x = numbers[used].float()  # (pages, kv_heads, 64, head_dim)
         if numbers.dtype == torch.int8:
-            x = x * kv.scales()[used, :, which, :, None]
+            x = x * scales_of(kv)[used, :, which, :, None]
         both.append(x.transpose(0, 1).flatten(1, 2)[:, :length])
     return both[0], both[1]

@@ -3,46 +3,46 @@
 Sixteen rows make a band. Its blocks follow each other as those of a row do, each holding the same block of sixteen
 rows, cut into pieces of four bytes (of two: its numbers in half precision) with the same piece of all rows side by
 side. So bytes are permuted within sixteen rows and nothing else: what a band holds is a pure function of its rows.
-Knows the permutation, in plain torch; not what the bytes mean.
+Knows the permutation; not what the bytes mean.
 """
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+import numpy as np
 
+from shoal.kernels.arrays import Bytes
 from shoal.kernels.types import BAND_ROWS, WeightType
 
 
-def to_bands(kind: WeightType, stored: Tensor) -> Tensor:
+def to_bands(kind: WeightType, stored: Bytes) -> Bytes:
     """Rows as files hold them, uint8 (n, row bytes), in bands, uint8 (n / 16, 16 * row bytes), filled up with zeros."""
     rows, row_bytes = stored.shape
     if not kind.quantised:
         return stored
-    stored = pad(stored, (0, 0, 0, -rows % BAND_ROWS))
+    stored = np.pad(stored, ((0, -rows % BAND_ROWS), (0, 0)))
     blocks = row_bytes // kind.block_bytes
     rows_first = stored.reshape(-1, BAND_ROWS, blocks, kind.block_bytes)
-    bands = torch.empty(rows_first.shape[0], blocks, BAND_ROWS * kind.block_bytes, dtype=torch.uint8)
+    bands = np.empty((rows_first.shape[0], blocks, BAND_ROWS * kind.block_bytes), np.uint8)
     for start, stop, size in _runs(kind):
         pieces = rows_first[..., start:stop].reshape(*rows_first.shape[:3], (stop - start) // size, size)
-        bands[..., BAND_ROWS * start : BAND_ROWS * stop] = pieces.permute(0, 2, 3, 1, 4).flatten(2)
-    return bands.flatten(1)
+        side_by_side = pieces.transpose(0, 2, 3, 1, 4).reshape(*bands.shape[:2], BAND_ROWS * (stop - start))
+        bands[..., BAND_ROWS * start : BAND_ROWS * stop] = side_by_side
+    return bands.reshape(len(bands), BAND_ROWS * row_bytes)
 
 
-def from_bands(kind: WeightType, bands: Tensor) -> Tensor:
+def from_bands(kind: WeightType, bands: Bytes) -> Bytes:
     """The rows (16 * n, row bytes) of bands, uint8 (n, 16 * row bytes): the inverse of `to_bands`."""
     if not kind.quantised:
         return bands
     count, band_bytes = bands.shape
     blocks = band_bytes // BAND_ROWS // kind.block_bytes
     bands = bands.reshape(count, blocks, BAND_ROWS * kind.block_bytes)
-    rows = torch.empty(count, BAND_ROWS, blocks, kind.block_bytes, dtype=torch.uint8)
+    rows = np.empty((count, BAND_ROWS, blocks, kind.block_bytes), np.uint8)
     for start, stop, size in _runs(kind):
         pieces = bands[..., BAND_ROWS * start : BAND_ROWS * stop]
         pieces = pieces.reshape(count, blocks, (stop - start) // size, BAND_ROWS, size)
-        rows[..., start:stop] = pieces.permute(0, 3, 1, 2, 4).flatten(3)
-    return rows.view(count * BAND_ROWS, blocks * kind.block_bytes)
+        rows[..., start:stop] = pieces.transpose(0, 3, 1, 2, 4).reshape(*rows.shape[:3], stop - start)
+    return rows.reshape(count * BAND_ROWS, blocks * kind.block_bytes)
 
 
 def _runs(kind: WeightType) -> Iterator[tuple[int, int, int]]:

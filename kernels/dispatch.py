@@ -9,36 +9,52 @@ threads compute it. Arithmetic is not here.
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from shoal.kernels import reference
+from shoal.kernels.arrays import Bytes, Floats, Ids
 from shoal.kernels.errors import KernelError, OperandError
 from shoal.kernels.library import Native
 from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
 from shoal.kernels.types import WeightType
 
-_F32 = torch.float32
+if TYPE_CHECKING:
+    from shoal.kernels.attention import HeadNorms, KvPages, Rotation, Segments
 
-Bytes = bytes | bytearray | memoryview
+
+_F32 = np.dtype(np.float32)
 
 
 class Home(Protocol):
-    """What every home computes; operands are checked before."""
+    """What every home computes; operands are checked before. Arrays may lie any way in memory."""
 
-    def interleave(self, kind: WeightType, stored: Tensor, into: Tensor) -> None: ...
-    def linears(self, x: Tensor, all: Linears, norm: Tensor | None, eps: float) -> list[Tensor]: ...
+    @property
+    def name(self) -> str: ...
+    def interleave(self, kind: WeightType, stored: Bytes, into: Bytes) -> None: ...
+    def linears(self, x: Floats, all: Linears, norm: Floats | None, eps: float) -> list[Floats]: ...
     def feed_forward(
-        self, x: Tensor, layer: FeedForward, activation: Activation, norm: Tensor | None, eps: float
-    ) -> Tensor: ...
+        self, x: Floats, layer: FeedForward, activation: Activation, norm: Floats | None, eps: float
+    ) -> Floats: ...
     def experts(
-        self, x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Tensor
+        self, x: Floats, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Floats
     ) -> None: ...
-    def gather_rows(self, w: Matrix, ids: Tensor) -> Tensor: ...
-    def dequantize(self, w: Matrix) -> Tensor: ...
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def gather_rows(self, w: Matrix, ids: Ids) -> Floats: ...
+    def dequantize(self, w: Matrix) -> Floats: ...
+    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats: ...
+    def attend(
+        self,
+        kv: "KvPages",
+        segments: "Segments",
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        rotation: "Rotation",
+        scale: float,
+        window: int | None,
+        norms: "HeadNorms | None",
+    ) -> Floats: ...
+    def set_threads(self, n: int) -> None: ...
 
 
 _home: Home | None = None
@@ -51,10 +67,10 @@ def choose(name: str = "") -> Home:
     """
     global _home
     if name == "reference":
-        _home = reference
-        return reference
+        _home = _reference()
+        return _home
     try:
-        native: Home = Native(name)
+        _home = Native(name)
     except KernelError as error:
         if name:
             raise
@@ -64,99 +80,88 @@ def choose(name: str = "") -> Home:
             RuntimeWarning,
             stacklevel=3,
         )
-        native = reference
-    _home = native
-    return native
+        _home = _reference()
+    return _home
+
+
+def _reference() -> Home:
+    from shoal.kernels import reference  # and with it torch: 140 MB that others do without
+
+    return reference
 
 
 def _first_choice() -> Home:
     return choose(os.environ.get("SHOAL_KERNELS", ""))
 
 
-def native() -> Native | None:
-    """The native home, if that is where kernels run."""
-    current = _home or _first_choice()
-    return current if isinstance(current, Native) else None
+def current() -> Home:
+    """Where kernels run."""
+    return _home or _first_choice()
 
 
 def home() -> str:
     """Where kernels run: avx512vnni, avx512, avx2, neon_dot, neon, scalar or reference; SHOAL_KERNELS names one."""
-    current = native()
-    return current.name if current else "reference"
+    return current().name
 
 
 def set_threads(n: int) -> None:
-    """Computes on `n` threads from now on.
-
-    In a native home torch's own operators stay on one thread: what is left to them is small, and a second pool
-    would fight for the cores (on a busy machine its barriers cost more than the work, see docs/LOG.md).
-    """
+    """Computes on `n` threads from now on."""
     if n < 1:
         raise OperandError(f"cannot compute on {n} threads: give 1 or more")
-    if current := native():
-        current.set_threads(n)
-        torch.set_num_threads(1)
-    else:
-        torch.set_num_threads(n)
+    current().set_threads(n)
 
 
 def from_stored(
-    kind: WeightType, rows: int, cols: int, stored: Tensor | Bytes, into: Tensor | None = None
+    kind: WeightType, rows: int, cols: int, stored: Bytes | bytes | memoryview, into: Bytes | None = None
 ) -> Matrix:
-    """A matrix of rows as files hold them: their bytes as a contiguous uint8 tensor of any shape, or bytes or a
+    """A matrix of rows as files hold them: their bytes as a contiguous uint8 array of any shape, or bytes or a
     memoryview. `into` is memory for it (uint8, `kind.matrix_bytes`), by default new; where nothing has to move,
     what is stored is wrapped. OperandError unless its size is exactly that of rows×cols.
     """
-    data = stored if isinstance(stored, Tensor) else _wrapped(stored)
+    data = stored if isinstance(stored, np.ndarray) else np.frombuffer(stored, np.uint8)
     row_bytes = kind.row_bytes(cols)
-    if data.dtype != torch.uint8 or not data.is_contiguous() or data.numel() != max(rows, 0) * row_bytes:
+    if data.dtype != np.uint8 or not data.flags.c_contiguous or data.size != max(rows, 0) * row_bytes:
         raise OperandError(
             f"{rows}×{cols} {kind.name} takes {max(rows, 0) * row_bytes} contiguous uint8, "
-            f"got {data.numel()} of {data.dtype}; the file may be cut short or mislabelled"
+            f"got {data.size} of {data.dtype}; the file may be cut short or mislabelled"
         )
     if into is None and not kind.quantised:
-        return Matrix(kind, data.view(-1), rows, cols)
+        return Matrix(kind, data.reshape(-1), rows, cols)
     matrix = Matrix(
         kind,
-        torch.empty(kind.matrix_bytes(rows, cols), dtype=torch.uint8) if into is None else into,
+        np.empty(kind.matrix_bytes(rows, cols), np.uint8) if into is None else into,
         rows,
         cols,
     )
-    interleave(kind, data.view(rows, row_bytes), matrix.data)
+    interleave(kind, data.reshape(rows, row_bytes), matrix.data)
     return matrix
 
 
-def _wrapped(stored: Bytes) -> Tensor:
-    with warnings.catch_warnings():  # torch warns of read-only memory; nothing here writes to it
-        warnings.simplefilter("ignore", UserWarning)
-        return (
-            torch.frombuffer(stored, dtype=torch.uint8) if len(stored) else torch.empty(0, dtype=torch.uint8)
-        )
-
-
-def interleave(kind: WeightType, stored: Tensor, into: Tensor) -> None:
+def interleave(kind: WeightType, stored: Bytes, into: Bytes) -> None:
     """Writes rows as files hold them, contiguous uint8 (n, row bytes), into the memory of a matrix or of whole bands
     of it, contiguous uint8 (bytes,); a last band that is not full is filled up with zeros.
     """
     rows, row_bytes = stored.shape
     cols = row_bytes // kind.block_bytes * kind.block_weights
     if into.shape != (kind.matrix_bytes(rows, cols),):
-        raise OperandError(f"{rows}×{cols} {kind.name} do not fill memory of {into.numel()} bytes")
-    (_home or _first_choice()).interleave(kind, stored, into)
-
-
-def _check_input(x: Tensor, all: Linears, norm: Tensor | None) -> None:
-    if x.dtype is not _F32 or x.dim() != 2 or x.size(1) != all.cols:
+        raise OperandError(f"{rows}×{cols} {kind.name} do not fill memory of {into.size} bytes")
+    if not stored.flags.c_contiguous or not into.flags.carray:
         raise OperandError(
-            f"the input of a linear must be float32 of shape (T, {all.cols}), got {x.dtype} {tuple(x.shape)}"
+            "rows as stored and a matrix must each lie together, and a matrix be writable while filled"
         )
-    if norm is not None and (norm.dtype is not _F32 or norm.dim() != 1 or norm.size(0) != all.cols):
+    current().interleave(kind, stored, into)
+
+
+def _check_input(x: Floats, all: Linears, norm: Floats | None) -> None:
+    if x.dtype != _F32 or x.ndim != 2 or x.shape[1] != all.cols:
         raise OperandError(
-            f"a norm must be float32 of shape ({all.cols},), got {norm.dtype} {tuple(norm.shape)}"
+            f"the input of a linear must be float32 of shape (T, {all.cols}), got {x.dtype} {x.shape}"
         )
+    if norm is not None and (norm.dtype != _F32 or norm.shape != (all.cols,)):
+        raise OperandError(f"a norm must be float32 of shape ({all.cols},), got {norm.dtype} {norm.shape}")
 
 
-def linears(x: Tensor, all: Linears, norm: Tensor | None = None, eps: float = 0.0) -> list[Tensor]:
+def linears(x: Floats, all: Linears, norm: Floats | None = None, eps: float = 0.0) -> list[Floats]:
     """x @ w.T + bias for every matrix: x float32 (T, cols), first normalised as `rms_norm` does if there is a norm
     (cols,); float32 (T, rows) each.
 
@@ -164,41 +169,41 @@ def linears(x: Tensor, all: Linears, norm: Tensor | None = None, eps: float = 0.
     that row of the result NaN.
     """
     _check_input(x, all, norm)
-    return (_home or _first_choice()).linears(x, all, norm, eps)
+    return current().linears(x, all, norm, eps)
 
 
-def linear(x: Tensor, w: Matrix, bias: Tensor | None = None) -> Tensor:
+def linear(x: Floats, w: Matrix, bias: Floats | None = None) -> Floats:
     """`linears` of one matrix that is not met again."""
     return linears(x, Linears((w,), (bias,)))[0]
 
 
 def feed_forward(
-    x: Tensor, layer: FeedForward, activation: Activation, norm: Tensor | None = None, eps: float = 0.0
-) -> Tensor:
+    x: Floats, layer: FeedForward, activation: Activation, norm: Floats | None = None, eps: float = 0.0
+) -> Floats:
     """down(act(gate(x)) * up(x)): x float32 (T, cols), first normalised as `rms_norm` does if there is a norm;
     float32 (T, rows of down).
     """
     _check_input(x, layer.enter, norm)
-    return (_home or _first_choice()).feed_forward(x, layer, activation, norm, eps)
+    return current().feed_forward(x, layer, activation, norm, eps)
 
 
 def experts(
-    x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Tensor
+    x: Floats, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Floats
 ) -> None:
     """For every token of x float32 (T, cols) adds factor times `feed_forward` of the experts that take it to `into`,
     contiguous float32 (T, rows of down), one after the other: so experts may come in several calls. There is at least
     one expert, and all are of one shape.
     """
     _check_input(x, all[0].enter, None)
-    if into.dtype is not _F32 or into.shape != (x.size(0), all[0].shape[2]) or not into.is_contiguous():
+    if into.dtype != _F32 or into.shape != (len(x), all[0].shape[2]) or not into.flags.carray:
         raise OperandError(
-            f"experts add to contiguous float32 of shape ({x.size(0)}, {all[0].shape[2]}), "
-            f"got {into.dtype} {tuple(into.shape)}"
+            f"experts add to contiguous float32 of shape ({len(x)}, {all[0].shape[2]}), "
+            f"got {into.dtype} {into.shape}"
         )
     if any(layer.shape != all[0].shape for layer in all):
         raise OperandError("experts of different shapes cannot be computed together")
     tokens, factors = routes.tokens, routes.factors
-    if tokens.dtype is not torch.int64 or factors.dtype is not _F32 or tokens.shape != factors.shape:
+    if tokens.dtype != np.int64 or factors.dtype != _F32 or tokens.shape != factors.shape:
         raise OperandError(
             f"routes need int64 tokens and float32 factors, got {tokens.dtype} and {factors.dtype}"
         )
@@ -212,26 +217,25 @@ def experts(
         raise OperandError(
             f"routes that start at {starts} do not share {len(tokens)} out among {len(all)} experts"
         )
-    (_home or _first_choice()).experts(x, all, routes, activation, into)
+    current().experts(x, all, routes, activation, into)
 
 
-def gather_rows(w: Matrix, ids: Tensor) -> Tensor:
+def gather_rows(w: Matrix, ids: Ids) -> Floats:
     """Rows `ids` (int64 (T,)) of w as float32 (T, cols); OperandError if there is no such row."""
-    if ids.dtype is not torch.int64 or ids.dim() != 1:
-        raise OperandError(f"row ids must be int64 of shape (T,), got {ids.dtype} {tuple(ids.shape)}")
-    return (_home or _first_choice()).gather_rows(w, ids)
+    if ids.dtype != np.int64 or ids.ndim != 1:
+        raise OperandError(f"row ids must be int64 of shape (T,), got {ids.dtype} {ids.shape}")
+    return current().gather_rows(w, ids)
 
 
-def dequantize(w: Matrix) -> Tensor:
+def dequantize(w: Matrix) -> Floats:
     """All weights as float32 (rows, cols): a full-size copy, so only for small matrices and tests."""
-    return (_home or _first_choice()).dequantize(w)
+    return current().dequantize(w)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """x / rms(x) * weight row by row: x float32 (T, d), weight float32 (d,); float32 (T, d)."""
-    if x.dtype is not _F32 or x.dim() != 2 or weight.dtype is not _F32 or weight.shape != x.shape[1:]:
+    if x.dtype != _F32 or x.ndim != 2 or weight.dtype != _F32 or weight.shape != x.shape[1:]:
         raise OperandError(
-            f"a norm takes float32 (T, d) and (d,), got {x.dtype} {tuple(x.shape)} "
-            f"and {weight.dtype} {tuple(weight.shape)}"
+            f"a norm takes float32 (T, d) and (d,), got {x.dtype} {x.shape} and {weight.dtype} {weight.shape}"
         )
-    return (_home or _first_choice()).rms_norm(x, weight, eps)
+    return current().rms_norm(x, weight, eps)

@@ -1,19 +1,19 @@
 """The native kernels, as Python calls them.
 
-Knows where the shared library lies, its C signatures and how a tensor becomes a pointer. Operands
+Knows where the shared library lies, its C signatures and how an array becomes a pointer. Operands
 have been checked by `dispatch`. Does not know how anything is computed (`native/`), nor what to do
 when there is no library.
 """
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import addressof, byref, c_char, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from shoal.kernels.arrays import Array, Bytes, Floats, Ids
 from shoal.kernels.errors import KernelError, OperandError
 from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
 from shoal.kernels.types import WeightType
@@ -117,9 +117,9 @@ class Native:
     def set_threads(self, n: int) -> None:
         self._set_threads(n)
 
-    def interleave(self, kind: WeightType, stored: Tensor, into: Tensor) -> None:
+    def interleave(self, kind: WeightType, stored: Bytes, into: Bytes) -> None:
         if not kind.quantised:
-            into.copy_(stored.view(-1))
+            into[:] = stored.reshape(-1)
             return
         rows, row_bytes = stored.shape
         first, second = (*kind.halves, -1)[:2]
@@ -129,120 +129,118 @@ class Native:
             kind.block_bytes,
             first,
             second,
-            stored.data_ptr(),
-            into.data_ptr(),
+            stored.ctypes.data,
+            _at(into),
         )
 
-    def linears(self, x: Tensor, all: Linears, norm: Tensor | None, eps: float) -> list[Tensor]:
-        x = x.contiguous()
-        norm = norm if norm is None else norm.contiguous()
-        tokens = x.size(0)
+    def linears(self, x: Floats, all: Linears, norm: Floats | None, eps: float) -> list[Floats]:
+        tokens = len(x)
         structures, pointers = all.prepared or _prepare(all, all)
-        outputs = [x.new_empty(tokens, w.rows) for w in all.matrices]
+        outputs = [np.empty((tokens, w.rows), np.float32) for w in all.matrices]
         if status := self._linears(
-            x.data_ptr(),
+            _at(x),
             tokens,
             all.cols,
-            norm if norm is None else norm.data_ptr(),
+            norm if norm is None else _at(norm),
             eps,
             len(outputs),
             structures,
-            pointers(*[y.data_ptr() for y in outputs]),
+            pointers(*[addressof(_at(y)) for y in outputs]),
         ):
             raise _refusal(status, *all.matrices)
         return outputs
 
     def feed_forward(
-        self, x: Tensor, layer: FeedForward, activation: Activation, norm: Tensor | None, eps: float
-    ) -> Tensor:
-        x = x.contiguous()
-        norm = norm if norm is None else norm.contiguous()
-        tokens = x.size(0)
+        self, x: Floats, layer: FeedForward, activation: Activation, norm: Floats | None, eps: float
+    ) -> Floats:
+        tokens = len(x)
         structures, _ = layer.prepared or _prepare(layer, layer.enter, layer.leave)
-        y = x.new_empty(tokens, layer.leave.matrices[0].rows)
+        y = np.empty((tokens, layer.leave.matrices[0].rows), np.float32)
         if status := self._gated(
-            x.data_ptr(),
+            _at(x),
             tokens,
             layer.enter.cols,
-            norm if norm is None else norm.data_ptr(),
+            norm if norm is None else _at(norm),
             eps,
             _ACTIVATIONS[activation],
             structures,
-            y.data_ptr(),
+            _at(y),
         ):
             raise _refusal(status, *layer.enter.matrices, *layer.leave.matrices)
         return y
 
     def experts(
-        self, x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Tensor
+        self, x: Floats, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Floats
     ) -> None:
-        x = x.contiguous()
         layers = [(layer.prepared or _prepare(layer, layer.enter, layer.leave))[0] for layer in all]
-        tokens, factors = routes.tokens.contiguous(), routes.factors.contiguous()
         if status := self._experts(
-            x.data_ptr(),
-            x.size(0),
-            x.size(1),
+            _at(x),
+            *x.shape,
             _ACTIVATIONS[activation],
             len(all),
-            (c_void_p * len(all))(*map(ctypes.addressof, layers)),
+            (c_void_p * len(all))(*map(addressof, layers)),
             (c_int64 * len(routes.starts))(*routes.starts),
-            tokens.data_ptr(),
-            factors.data_ptr(),
-            into.data_ptr(),
+            _at(routes.tokens),
+            _at(routes.factors),
+            _at(into),
         ):
             raise _refusal(status, *all[0].enter.matrices, *all[0].leave.matrices)
 
-    def gather_rows(self, w: Matrix, ids: Tensor) -> Tensor:
-        ids = ids.contiguous()
-        return self._gather(w, ids.data_ptr(), ids.shape[0])
+    def gather_rows(self, w: Matrix, ids: Ids) -> Floats:
+        return self._gather(w, _at(ids), len(ids))
 
-    def dequantize(self, w: Matrix) -> Tensor:
+    def dequantize(self, w: Matrix) -> Floats:
         return self._gather(w, None, w.rows)
 
-    def _gather(self, w: Matrix, ids_pointer: int | None, count: int) -> Tensor:
-        out = torch.empty((count, w.cols), dtype=torch.float32)
-        if status := self._gather_rows(ctypes.byref(_structure(w, None)), ids_pointer, count, out.data_ptr()):
+    def _gather(self, w: Matrix, ids: Any, count: int) -> Floats:
+        out = np.empty((count, w.cols), np.float32)
+        if status := self._gather_rows(byref(_structure(w, None)), ids, count, _at(out)):
             raise _refusal(status, w)
         return out
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
-        y = torch.empty_like(x)
-        rows, cols = x.shape
-        self._rms_norm(x.data_ptr(), weight.data_ptr(), eps, rows, cols, y.data_ptr())
+    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
+        y = np.empty(x.shape, np.float32)
+        self._rms_norm(_at(x), _at(weight), eps, *x.shape, _at(y))
         return y
 
     def attend(
         self,
         kv: "KvPages",
         segments: "Segments",
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Floats,
+        k: Floats,
+        v: Floats,
         rotation: "Rotation",
         scale: float,
         window: int | None,
         norms: "HeadNorms | None",
-    ) -> Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out = torch.empty_like(q)
+    ) -> Floats:
+        out = np.empty(q.shape, np.float32)
         if status := self._attention(
             kv.prepared or _prepare_pages(kv),
             segments.prepared or _prepare_segments(segments),
             rotation.prepared or _prepare_rotation(rotation),
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            norms and norms.q.data_ptr(),
-            norms and norms.k.data_ptr(),
+            _at(q),
+            _at(k),
+            _at(v),
+            norms and _at(norms.q),
+            norms and _at(norms.k),
             norms.eps if norms else 0.0,
             scale,
             window or 0,
-            out.data_ptr(),
+            _at(out),
         ):
             raise KernelError(f"native attention refuses {segments.tokens} rows: {_STATUS[status]}")
         return out
+
+
+_Memory: Any = c_char * 0  # stubs of Python 3.11 do not know that arrays are buffers
+
+
+def _at(array: Array) -> Any:
+    """Where an array lies, as ctypes takes it; of one that does not lie together, or is read-only, a copy. Three times
+    as fast as `array.ctypes`."""
+    return _Memory.from_buffer(array if array.flags.carray else array.copy())
 
 
 def _prepare_pages(kv: "KvPages") -> object:
@@ -252,8 +250,8 @@ def _prepare_pages(kv: "KvPages") -> object:
             kv.heads,
             kv.kv_heads,
             kv.layout.head_dim,
-            kv.data.stride(0),
-            kv.data.data_ptr(),
+            kv.data.strides[0],
+            kv.data.ctypes.data,
         )
     )
     return kv.prepared
@@ -261,20 +259,22 @@ def _prepare_pages(kv: "KvPages") -> object:
 
 def _prepare_segments(segments: "Segments") -> object:
     segments.prepared = byref(
-        _Segments(len(segments.table), segments.tokens, segments.table.data_ptr(), segments.pages.data_ptr())
+        _Segments(
+            len(segments.table), segments.tokens, segments.table.ctypes.data, segments.pages.ctypes.data
+        )
     )
     return segments.prepared
 
 
 def _prepare_rotation(rotation: "Rotation") -> object:
     rotation.prepared = byref(
-        _Rotation(rotation.dims, rotation.interleaved, rotation.cos.data_ptr(), rotation.sin.data_ptr())
+        _Rotation(rotation.dims, rotation.interleaved, rotation.cos.ctypes.data, rotation.sin.ctypes.data)
     )
     return rotation.prepared
 
 
-def _structure(w: Matrix, bias: Tensor | None) -> _Linear:
-    return _Linear(w.type.id, w.rows, w.cols, w.data.data_ptr(), bias if bias is None else bias.data_ptr())
+def _structure(w: Matrix, bias: Floats | None) -> _Linear:
+    return _Linear(w.type.id, w.rows, w.cols, w.data.ctypes.data, bias if bias is None else bias.ctypes.data)
 
 
 def _prepare(

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from shoal.kernels.arrays import Array, Bytes, Floats, Ids
 from shoal.kernels.errors import OperandError
-from shoal.kernels.types import BF16, F16, F32, WeightType
+from shoal.kernels.types import F16, F32, WeightType
 
 Activation = Literal["silu", "gelu_tanh"]
 
-TYPE_OF_DTYPE = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
+TYPE_OF_DTYPE = {np.dtype(np.float32): F32, np.dtype(np.float16): F16}
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
@@ -29,40 +29,35 @@ class Matrix:
     """
 
     type: WeightType
-    data: Tensor
+    data: Bytes
     rows: int
     cols: int
 
     def __post_init__(self) -> None:
         if self.rows < 0:
             raise OperandError(f"a matrix of {self.rows} rows cannot be: rows must be 0 or more")
-        if self.data.dtype != torch.uint8 or self.data.device.type != "cpu":
-            raise OperandError(
-                f"the bytes of a matrix must be uint8 on the CPU, not {self.data.dtype} on {self.data.device}"
-            )
         expected = (self.type.matrix_bytes(self.rows, self.cols),)
-        if tuple(self.data.shape) != expected or not self.data.is_contiguous():
+        if self.data.dtype != np.uint8 or self.data.shape != expected or not self.data.flags.c_contiguous:
             raise OperandError(
-                f"{self.rows}×{self.cols} {self.type.name} needs contiguous bytes of shape {expected}, "
-                f"got {tuple(self.data.shape)} with strides {self.data.stride()}"
+                f"{self.rows}×{self.cols} {self.type.name} needs contiguous uint8 of shape {expected}, "
+                f"got {self.data.dtype} {self.data.shape} with strides {self.data.strides}"
             )
 
     @classmethod
-    def from_tensor(cls, tensor: Tensor) -> "Matrix":
-        """Wraps a 2-D float32, float16 or bfloat16 tensor; zero copy if it is contiguous."""
-        kind = TYPE_OF_DTYPE.get(tensor.dtype)
-        if kind is None or tensor.dim() != 2:
+    def of(cls, weights: Array) -> "Matrix":
+        """Wraps a 2-D float32 or float16 array; zero copy if it is contiguous."""
+        kind = TYPE_OF_DTYPE.get(weights.dtype)
+        if kind is None or weights.ndim != 2:
             raise OperandError(
-                "a matrix is made from a 2-D tensor of float32, float16 or bfloat16, "
-                f"got {tensor.dim()}-D {tensor.dtype}"
+                f"a matrix is made from a 2-D array of float32 or float16, got {weights.ndim}-D {weights.dtype}"
             )
-        rows, cols = tensor.shape
-        return cls(kind, tensor.detach().contiguous().view(-1).view(torch.uint8), rows, cols)
+        rows, cols = weights.shape
+        return cls(kind, np.ascontiguousarray(weights).reshape(-1).view(np.uint8), rows, cols)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the weights take."""
-        return self.data.numel()
+        return self.data.nbytes
 
     def __repr__(self) -> str:
         return f"Matrix({self.rows}×{self.cols} {self.type.name}, {self.nbytes} bytes)"
@@ -76,18 +71,18 @@ class Linears:
 
     __slots__ = ("biases", "cols", "matrices", "prepared")
 
-    def __init__(self, matrices: Sequence[Matrix], biases: Sequence[Tensor | None] = ()) -> None:
+    def __init__(self, matrices: Sequence[Matrix], biases: Sequence[Floats | None] = ()) -> None:
         self.matrices = tuple(matrices)
         biases = biases or (None,) * len(self.matrices)
-        self.biases = tuple(bias if bias is None else bias.contiguous() for bias in biases)
+        self.biases = tuple(bias if bias is None else np.ascontiguousarray(bias) for bias in biases)
         self.cols = self.matrices[0].cols
         self.prepared: Any = None
         for matrix, bias in zip(self.matrices, self.biases, strict=True):
             if matrix.cols != self.cols:
                 raise OperandError(f"{self.matrices[0]} and {matrix} cannot meet the same input")
-            if bias is not None and (bias.dtype is not torch.float32 or bias.shape != (matrix.rows,)):
+            if bias is not None and (bias.dtype != np.float32 or bias.shape != (matrix.rows,)):
                 raise OperandError(
-                    f"bias must be float32 of shape ({matrix.rows},), got {bias.dtype} {tuple(bias.shape)}"
+                    f"bias must be float32 of shape ({matrix.rows},), got {bias.dtype} {bias.shape}"
                 )
 
 
@@ -114,5 +109,5 @@ class Routes:
     """
 
     starts: tuple[int, ...]
-    tokens: Tensor
-    factors: Tensor
+    tokens: Ids
+    factors: Floats

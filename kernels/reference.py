@@ -1,5 +1,7 @@
 """The kernels in plain torch: they define the truth and serve where nothing faster was built.
 
+Arrays in, arrays out; in between the same memory as tensors. Only this home imports torch.
+
 Knows what the bytes of every weight type mean (`decode`) and the arithmetic of every kernel, in
 float32; quantised weights meet inputs rounded to 16 bits (`quantised_inputs`). Does not know how to be
 fast, and unlike `native` does not promise that a row's result is bitwise the same whatever is computed
@@ -8,16 +10,22 @@ beside it: torch picks its matmul by shape.
 Layouts of the types: ggml's block definitions, as documented by `gguf.quants`.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from shoal.kernels.arrays import Array, Bytes, Floats, Ids
+from shoal.kernels.attention_reference import attend as attend
 from shoal.kernels.bands import from_bands, to_bands
 from shoal.kernels.errors import OperandError
 from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
 from shoal.kernels.types import WeightType
+
+name = "reference"
 
 TILE_BYTES = 4 << 20
 """Most bytes of float32 weights that exist at once."""
@@ -29,14 +37,27 @@ SMALLEST_INPUT = 1e-30
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def interleave(kind: WeightType, stored: Tensor, into: Tensor) -> None:
+# Nothing here writes to weights and inputs, which may be read-only.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+
+
+def _tensor(array: Array) -> Tensor:
+    """The same memory, or a copy where it does not lie together."""
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def set_threads(n: int) -> None:
+    torch.set_num_threads(n)
+
+
+def interleave(kind: WeightType, stored: Bytes, into: Bytes) -> None:
     """Writes rows as files hold them, uint8 (n, row bytes), into memory as a matrix has them, uint8 (bytes,)."""
-    into.view(-1, kind.band_rows * stored.shape[1]).copy_(to_bands(kind, stored))
+    into.reshape(-1, kind.band_rows * stored.shape[1])[:] = to_bands(kind, stored)
 
 
-def dequantize(w: Matrix) -> Tensor:
+def dequantize(w: Matrix) -> Floats:
     """The weights as float32 (rows, cols). A full-size copy: for tests, norms and small tables."""
-    return torch.cat([tile for _, tile in _tiles(w)]) if w.rows else torch.empty(0, w.cols)
+    return torch.cat([torch.empty(0, w.cols), *(tile for _, tile in _tiles(w))]).numpy()
 
 
 def _tiles(w: Matrix) -> Iterator[tuple[int, Tensor]]:
@@ -45,40 +66,48 @@ def _tiles(w: Matrix) -> Iterator[tuple[int, Tensor]]:
     step = max(1, TILE_BYTES // (4 * w.cols * w.type.band_rows))
     for start in range(0, bands.shape[0], step):
         row = start * w.type.band_rows
-        yield row, decode(w.type, from_bands(w.type, bands[start : start + step]))[: w.rows - row]
+        yield row, _decoded(w.type, from_bands(w.type, bands[start : start + step]))[: w.rows - row]
 
 
-def _bands(w: Matrix) -> Tensor:
-    return w.data.view(-1, w.type.band_rows * w.type.row_bytes(w.cols))
+def _bands(w: Matrix) -> Bytes:
+    return w.data.reshape(-1, w.type.band_rows * w.type.row_bytes(w.cols))
 
 
-def linears(x: Tensor, all: Linears, norm: Tensor | None, eps: float) -> list[Tensor]:
+def linears(x: Floats, all: Linears, norm: Floats | None, eps: float) -> list[Floats]:
     """x (T, cols), normalised if there is a norm (cols,), with every matrix: float32 (T, rows) each."""
+    return [y.numpy() for y in _linears(_tensor(x), all, norm, eps)]
+
+
+def _linears(x: Tensor, all: Linears, norm: Floats | None, eps: float) -> list[Tensor]:
     if norm is not None:
-        x = rms_norm(x, norm, eps)
+        x = _normed(x, norm, eps)
     return [_linear(x, w, bias) for w, bias in zip(all.matrices, all.biases, strict=True)]
 
 
-def _linear(x: Tensor, w: Matrix, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, w: Matrix, bias: Floats | None) -> Tensor:
     """x (T, cols) @ w.T + bias (rows,), float32 (T, rows); weights expand tile by tile.
 
     Of inputs to quantised weights the multiplication sees `quantised_inputs`.
     """
     if w.type.quantised:
-        x = quantised_inputs(x)
+        x = _quantised(x)
     out = torch.empty(x.shape[0], w.rows)
     for row, tile in _tiles(w):
         out[:, row : row + tile.shape[0]] = x @ tile.T
-    return out if bias is None else out.add_(bias)
+    return out if bias is None else out.add_(_tensor(bias))
 
 
-def quantised_inputs(x: Tensor) -> Tensor:
+def quantised_inputs(x: Floats) -> Floats:
     """x (T, cols) as 16 bits would hold it, float32: each 32 columns are whole multiples, -32639 to 32639, of 1/32639
     of their largest magnitude, rounded half to even.
 
     A group with an infinite or NaN input becomes NaN. Native kernels multiply the whole numbers exactly. The number
     is the largest whose high and low byte, both signed, stand for it: machines differ in what they can multiply.
     """
+    return _quantised(_tensor(x)).numpy()
+
+
+def _quantised(x: Tensor) -> Tensor:
     groups = x.reshape(x.shape[0], x.shape[1] // INPUT_GROUP, INPUT_GROUP)  # (T, cols / 32, 32)
     largest = groups.abs().amax(-1, keepdim=True)
     most = torch.full_like(largest, 32639)  # a tensor: torch may divide by a plain number less exactly
@@ -90,42 +119,57 @@ def quantised_inputs(x: Tensor) -> Tensor:
 
 
 def feed_forward(
-    x: Tensor, layer: FeedForward, activation: Activation, norm: Tensor | None, eps: float
-) -> Tensor:
+    x: Floats, layer: FeedForward, activation: Activation, norm: Floats | None, eps: float
+) -> Floats:
     """down(act(gate(x)) * up(x)); x (T, cols), normalised if there is a norm."""
-    gate, up = linears(x, layer.enter, norm, eps)
-    return linears(_ACTIVATIONS[activation](gate) * up, layer.leave, None, 0.0)[0]
+    return _fed(_tensor(x), layer, activation, norm, eps).numpy()
+
+
+def _fed(x: Tensor, layer: FeedForward, activation: Activation, norm: Floats | None, eps: float) -> Tensor:
+    gate, up = _linears(x, layer.enter, norm, eps)
+    return _linears(_ACTIVATIONS[activation](gate) * up, layer.leave, None, 0.0)[0]
 
 
 def experts(
-    x: Tensor, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Tensor
+    x: Floats, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Floats
 ) -> None:
     """Adds factor times feed-forward of its experts, ascending, to every token's row of `into` (T, rows of down)."""
+    hidden, sums = _tensor(x), _tensor(into)
+    tokens, factors = _tensor(routes.tokens), _tensor(routes.factors)
     for layer, start, stop in zip(all, routes.starts, routes.starts[1:], strict=False):
-        rows, factors = routes.tokens[start:stop], routes.factors[start:stop]
-        into.index_add_(0, rows, feed_forward(x[rows], layer, activation, None, 0.0) * factors.unsqueeze(1))
+        rows = tokens[start:stop]
+        partial = _fed(hidden[rows], layer, activation, None, 0.0) * factors[start:stop].unsqueeze(1)
+        sums.index_add_(0, rows, partial)
 
 
-def gather_rows(w: Matrix, ids: Tensor) -> Tensor:
+def gather_rows(w: Matrix, ids: Ids) -> Floats:
     """Rows `ids` (int64 (T,)) as float32 (T, cols); only their bands are decoded."""
-    if ids.numel():
-        low, high = (int(end) for end in ids.aminmax())
+    if len(ids):
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= w.rows:
             raise OperandError(f"row ids must be within [0, {w.rows}), got {low} to {high}")
     height = w.type.band_rows
     rows = from_bands(w.type, _bands(w)[ids // height])
-    return decode(w.type, rows[torch.arange(len(ids)) * height + ids % height])
+    return decode(w.type, rows[np.arange(len(ids)) * height + ids % height])
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """x (T, d) / rms(x) * weight (d,), each row by itself."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return _normed(_tensor(x), weight, eps).numpy()
 
 
-def decode(kind: WeightType, data: Tensor) -> Tensor:
+def _normed(x: Tensor, weight: Floats, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * _tensor(weight)
+
+
+def decode(kind: WeightType, data: Bytes) -> Floats:
     """Rows of stored bytes, uint8 (n, row bytes), as float32 (n, cols)."""
+    return _decoded(kind, data).numpy()
+
+
+def _decoded(kind: WeightType, data: Bytes) -> Tensor:
     rows, row_bytes = data.shape
-    blocks = data.reshape(-1, kind.block_bytes)  # (N, block bytes)
+    blocks = _tensor(data).reshape(-1, kind.block_bytes)  # (N, block bytes)
     cols = row_bytes // kind.block_bytes * kind.block_weights
     return _DECODERS[kind.name](blocks).reshape(rows, cols)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
+import numpy as np
 
 from shoal.kernels import Matrix, WeightType, dequantize, from_stored, interleave
+from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.memory import Arena
 from shoal.partition.slicing import Range, Shard
 from shoal.partition.spec import BlockId, BlockKind
@@ -146,27 +147,27 @@ class Checkpoint:
         role: str,
         start: int,
         stop: int,
-        into: Tensor | None = None,
+        into: Bytes | None = None,
         columns: Range | None = None,
     ) -> Matrix:
         """Rows [start, stop) of one matrix of a block, of their columns only those that are asked for, which have to be
-        whole blocks of its type; `into` is memory for them (uint8, `matrix_bytes`), by default new. Raises
+        whole blocks of its type; `into` is memory for them (`matrix_bytes`), by default new. Raises
         CheckpointError.
         """
         tensor, first_row, rows = self._matrices(block)[role]
         assert 0 <= start <= stop <= rows
         return self._matrix(tensor, first_row + start, stop - start, into, columns)
 
-    def read_vectors(self, block: BlockId) -> dict[str, Tensor]:
+    def read_vectors(self, block: BlockId) -> dict[str, Floats]:
         """The norms and biases of a block, f32 (n,), by role. Raises CheckpointError."""
         shapes = self._shapes[block.kind]
-        vectors: dict[str, Tensor] = {}
+        vectors: dict[str, Floats] = {}
         for tensor, first_row, rows, roles in self._pieces(block):
             if len(shapes[roles[0]]) == 1:
                 stored = self._files.read(tensor, first_row, rows)
                 row = self._vector(roles[0], from_stored(tensor.type, rows, tensor.shape[-1], stored))
-                sizes = [shapes[role][0] for role in roles]
-                vectors.update(zip(roles, row.split_with_sizes(sizes), strict=True))
+                ends = np.cumsum([shapes[role][0] for role in roles])
+                vectors.update(zip(roles, np.split(row, ends[:-1]), strict=True))
         return vectors
 
     def bypass_cache(self) -> None:
@@ -217,7 +218,7 @@ class Checkpoint:
         tensor: StoredTensor,
         first_row: int,
         rows: int,
-        memory: Tensor | None = None,
+        memory: Bytes | None = None,
         columns: Range | None = None,
     ) -> Matrix:
         """Rows [first_row, first_row + rows) as kernels want them; those that have to move are read in parts."""
@@ -236,12 +237,12 @@ class Checkpoint:
             stored = part[: (stop - start) * tensor.row_bytes]
             self._files.read(tensor, first_row + start, stop - start, stored)
             into = memory[kind.matrix_bytes(start, cols) : kind.matrix_bytes(stop, cols)]
-            interleave(kind, stored.view(stop - start, -1)[:, mine].contiguous(), into)
+            interleave(kind, np.ascontiguousarray(stored.reshape(stop - start, -1)[:, mine]), into)
         return Matrix(kind, memory, rows, cols)
 
-    def _vector(self, role: str, matrix: Matrix) -> Tensor:
+    def _vector(self, role: str, matrix: Matrix) -> Floats:
         """→ (n,) f32"""
-        values = dequantize(matrix).flatten()
+        values = dequantize(matrix).reshape(-1)
         return values + self._recipe.norm_shift if role in NORMS and self._recipe.norm_shift else values
 
     def _pieces(self, block: BlockId) -> list[Piece]:

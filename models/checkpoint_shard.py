@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from shoal.kernels import Matrix, WeightType
+from shoal.kernels.arrays import Bytes, Floats
 from shoal.partition.slicing import Range, Shard, shard_spec
 from shoal.partition.spec import BlockId, BlockKind
 
@@ -77,7 +76,7 @@ class CheckpointShard:
         return Weights(matrices, self.read_vectors(block))
 
     def read_rows(
-        self, block: BlockId, role: str, start: int, stop: int, into: Tensor | None = None
+        self, block: BlockId, role: str, start: int, stop: int, into: Bytes | None = None
     ) -> Matrix:
         """Raises CheckpointError."""
         own = self._rows.get((block.kind, role))
@@ -85,7 +84,7 @@ class CheckpointShard:
         columns = self._columns.get((block.kind, role))
         return self._whole.read_rows(block, role, first + start, first + stop, into, columns)
 
-    def read_vectors(self, block: BlockId) -> dict[str, Tensor]:
+    def read_vectors(self, block: BlockId) -> dict[str, Floats]:
         """Raises CheckpointError."""
         vectors = {}
         for role, vector in self._whole.read_vectors(block).items():

@@ -95,7 +95,7 @@ def _indexed(directory: Path) -> list[Path]:
 def _header(path: Path) -> dict[str, dict[str, Any]]:
     """Entries of a safetensors header that the library has judged, `data_offsets` counted from the file's start."""
     try:
-        with safe_open(path, framework="pt"):
+        with safe_open(path, framework="np"):  # "pt" would import torch
             pass
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

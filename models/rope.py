@@ -5,9 +5,9 @@ Knows frequencies and positions; turning is a part of attention (`kernels.attent
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from shoal.kernels.arrays import Ids
 from shoal.kernels.attention import Rotation
 from shoal.partition.spec import RopeSpec
 
@@ -17,17 +17,18 @@ class Rope:
 
     def __init__(self, spec: RopeSpec, context_tokens: int) -> None:
         divisors, self._magnitude = spec.for_context(context_tokens)
-        exponent = torch.arange(0, spec.dims, 2, dtype=torch.float32) / spec.dims
+        exponent = np.arange(0, spec.dims, 2, dtype=np.float32) / spec.dims
         self._spec = spec
-        self._inverse_frequency = 1.0 / (spec.theta**exponent)  # (dims/2,)
+        self._inverse_frequency = (spec.theta ** -exponent.astype(np.float64)).astype(np.float32)  # (dims/2,)
         if divisors:
-            self._inverse_frequency /= torch.tensor(divisors, dtype=torch.float32)
+            self._inverse_frequency /= np.array(divisors, np.float32)
 
-    def at(self, positions: Tensor) -> Rotation:
+    def at(self, positions: Ids) -> Rotation:
         """The rotation of positions (T,)."""
-        angle = positions[:, None].to(torch.float32) * self._inverse_frequency  # (T, dims/2)
+        angle = positions[:, None].astype(np.float32) * self._inverse_frequency  # (T, dims/2)
         # In f64, rounded after: some machines' f32 differs in its last bit with the number of rows.
-        cos, sin = angle.double().cos().float(), angle.double().sin().float()
+        cos = np.cos(angle, dtype=np.float64).astype(np.float32)
+        sin = np.sin(angle, dtype=np.float64).astype(np.float32)
         if self._magnitude != 1.0:
             cos, sin = cos * self._magnitude, sin * self._magnitude
         return Rotation(self._spec.dims, self._spec.interleaved, cos, sin)

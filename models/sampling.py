@@ -7,26 +7,22 @@ where logits come from. One `Sampler` belongs to one sequence and is used by one
 Penalties: the repetition penalty (Keskar et al. 2019, as in transformers) looks at prompt and generated
 tokens within the window; presence and frequency penalties (OpenAI) look at all generated tokens and at
 nothing else. Log-probabilities are OpenAI's: the log-softmax of the model's own logits, before bias,
-penalties and temperature. The arithmetic is numpy's: for one row of logits torch would wake its thread pool at
-every step, which on a busy machine costs a hundred times the work itself.
+penalties and temperature.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
+from shoal.kernels.arrays import Floats, Ids
 from shoal.models.errors import SamplingError
-
-Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
@@ -97,11 +93,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = ()) -> None:
         self._params = params
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+        self._random = random.Random(params.seed)
         self._window = _Window(params.penalty_window_tokens) if params.repetition_penalty != 1.0 else None
         if self._window is not None:
             self._window.extend(prompt_ids)
@@ -110,17 +102,16 @@ class Sampler:
             self._generated = Counter()
         self._bias = _sparse(params.logit_bias) if params.logit_bias else None
 
-    def sample(self, logits: torch.Tensor) -> Sampled:
-        """Choose from logits (vocab,) f32; -inf masks a token. Raises SamplingError if none can be chosen."""
-        values: Floats = logits.detach().cpu().numpy()
-        adjusted = self._adjust(values)
+    def sample(self, logits: Floats) -> Sampled:
+        """Choose from logits (vocab,); -inf masks a token. Raises SamplingError if none can be chosen."""
+        adjusted = self._adjust(logits)
         token_id = (
             self._greedy(adjusted) if self._params.temperature < _GREEDY_BELOW else self._draw(adjusted)
         )
         self.accept(token_id)
         if self._params.logprobs is None:
             return Sampled(token_id)
-        return _with_logprobs(token_id, values, self._params.logprobs)
+        return _with_logprobs(token_id, logits, self._params.logprobs)
 
     def accept(self, token_id: int) -> None:
         """Count a token as generated; `sample` does it by itself, a replay of known tokens calls it."""
@@ -178,7 +169,7 @@ class Sampler:
             weights = weights[kept]
             ids = kept if ids is None else ids[kept]
         cumulative = weights.cumsum(dtype=np.float64)
-        point = float(torch.rand((), generator=self._generator, dtype=torch.float64)) * cumulative[-1]
+        point = self._random.random() * cumulative[-1]
         # Rounding may put the point on the end of the line: then it is the last token with any weight.
         index = min(cumulative.searchsorted(point, side="right"), cumulative.searchsorted(cumulative[-1]))
         return int(index if ids is None else ids[index])

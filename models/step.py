@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from shoal.kernels.arrays import Floats, Ids
 from shoal.kernels.attention import HeadNorms, Rotation, Segments
 
 WHOLE = 1 << 30  # rows: more than any step has
@@ -23,7 +23,7 @@ WHOLE = 1 << 30  # rows: more than any step has
 class Part:
     """Consecutive rows of a step. Attention of a part needs the K and V of the parts before it."""
 
-    positions: Tensor  # int64 (rows,)
+    positions: Ids  # (rows,)
     segments: Segments  # which rows are of one sequence, and where its KV is
 
 
@@ -31,10 +31,10 @@ class Part:
 class Step:
     """A batch of T tokens. Positions are per sequence, from 0."""
 
-    tokens: Tensor  # int64 (T,)
+    tokens: Ids  # (T,)
     parts: tuple[Part, ...]  # of `part_tokens` rows each, the last one of what is left
     part_tokens: int
-    rows: Tensor  # int64 (R,): rows whose hidden state is wanted at the end
+    rows: Ids  # (R,): rows whose hidden state is wanted at the end
 
     @classmethod
     def build(
@@ -58,20 +58,21 @@ class Step:
                 done += count
                 room -= count
         return cls(
-            torch.tensor(tokens),
+            np.array(tokens, np.int64),
             tuple(_part(segments) for segments in parts),
             part_tokens,
-            torch.tensor(rows, dtype=torch.int64),
+            np.array(rows, np.int64),
         )
 
-    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+    def split(self, rows: Floats) -> list[Floats]:
         """Views of `rows` (T or fewer, n), as many at a time as are computed together."""
-        return (rows,) if rows.shape[0] <= self.part_tokens else torch.split(rows, self.part_tokens)
+        starts = range(0, max(len(rows), 1), self.part_tokens)
+        return [rows[start : start + self.part_tokens] for start in starts]
 
 
 def _part(segments: Sequence[tuple[int, int, Sequence[int]]]) -> Part:
-    positions = [torch.arange(start, start + count) for count, start, _ in segments]
-    return Part(torch.cat(positions) if len(positions) > 1 else positions[0], Segments.build(segments))
+    positions = [np.arange(start, start + count, dtype=np.int64) for count, start, _ in segments]
+    return Part(np.concatenate(positions), Segments.build(segments))
 
 
 class KvCache(Protocol):
@@ -81,15 +82,15 @@ class KvCache(Protocol):
         self,
         layer: int,
         segments: Segments,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Floats,
+        k: Floats,
+        v: Floats,
         *,
         rotation: Rotation,
         scale: float,
         window: int | None,
         norms: HeadNorms | None,
-    ) -> Tensor:
+    ) -> Floats:
         """Store the rows' k and v (T, kv_heads * head_dim), then attend with q (T, heads * head_dim), every token to
         its sequence up to itself; (T, heads * head_dim) f32."""
         ...

@@ -15,10 +15,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from shoal.kernels import WeightType
+from shoal.kernels.arrays import Bytes
 
 from .errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
 
@@ -96,16 +96,14 @@ class TensorFiles:
         raise MissingCheckpoint(f"{self.paths[0]}: tensor {name} is missing")
 
     def read(
-        self, tensor: StoredTensor, first_row: int = 0, rows: int | None = None, into: Tensor | None = None
-    ) -> Tensor:
-        """The bytes of rows [first_row, first_row + rows), all by default, as a uint8 tensor (bytes,): `into`, or a
-        new one.
-        """
+        self, tensor: StoredTensor, first_row: int = 0, rows: int | None = None, into: Bytes | None = None
+    ) -> Bytes:
+        """The bytes of rows [first_row, first_row + rows), all by default, (bytes,): `into`, or new memory."""
         rows = tensor.rows - first_row if rows is None else rows
         assert 0 <= first_row <= first_row + rows <= tensor.rows
-        buffer = torch.empty(rows * tensor.row_bytes, dtype=torch.uint8) if into is None else into
+        buffer = np.empty(rows * tensor.row_bytes, np.uint8) if into is None else into
         assert buffer.shape == (rows * tensor.row_bytes,)
-        self._fill(buffer.numpy().data, tensor, tensor.offset + first_row * tensor.row_bytes)
+        self._fill(buffer.data, tensor, tensor.offset + first_row * tensor.row_bytes)
         return buffer
 
     def close(self) -> None:

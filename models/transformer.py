@@ -14,16 +14,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from shoal.kernels import Routes, experts, feed_forward, linears, rms_norm
+from shoal.kernels.arrays import Floats, Ids
 from shoal.kernels.attention import HeadNorms, Rotation, Segments
 from shoal.partition.spec import ModelSpec
 
 from .rope import Rope
 from .step import KvCache, Part
 from .weights import Weights
+
+Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +49,15 @@ class Routing:
         return Routing(self.used[first:last], routes)
 
     @classmethod
-    def of(cls, experts: Tensor, factors: Tensor) -> Routing:
+    def of(cls, experts: Ids, factors: Floats) -> Routing:
         """Row i of `experts` (T, k) are the choices of token i, with the factors `factors` (T, k)."""
-        ordered, pairs = experts.flatten().sort(stable=True)
-        used, counts = torch.unique_consecutive(ordered, return_counts=True)
-        starts = tuple(accumulate(counts.tolist(), initial=0))
-        return cls(used.tolist(), Routes(starts, pairs // experts.shape[1], factors.flatten()[pairs]))
+        pairs = np.argsort(
+            experts.astype(np.uint16), axis=None, kind="stable"
+        )  # numbers this small in linear time
+        counts = np.bincount(experts.reshape(-1))
+        used = np.flatnonzero(counts)
+        starts = tuple(accumulate(counts[used].tolist(), initial=0))
+        return cls(used.tolist(), Routes(starts, pairs // experts.shape[1], factors.reshape(-1)[pairs]))
 
 
 class Transformer:
@@ -65,7 +71,7 @@ class Transformer:
         """cos/sin of a part's positions, one per rope of the spec; computed once, used by every layer."""
         return [rope.at(part.positions) for rope in self._ropes]
 
-    def embed(self, rows: Tensor) -> Tensor:
+    def embed(self, rows: Floats) -> Floats:
         """Rows of the embedding (T, C) → hidden (T, C)"""
         return rows * self.spec.embed_scale if self.spec.embed_scale != 1.0 else rows
 
@@ -73,11 +79,11 @@ class Transformer:
         self,
         layer: int,
         weights: Weights,
-        hidden: Tensor,
+        hidden: Floats,
         segments: Segments,
         rotations: list[Rotation],
         kv: KvCache,
-    ) -> Tensor:
+    ) -> Floats:
         """hidden (T, C) → partial (T, C); the new K and V are stored in `kv`."""
         spec, vector = self.spec, weights.vector
         q, k, v = linears(  # (T, H*D), (T, K*D) twice
@@ -87,10 +93,10 @@ class Transformer:
         if spec.qk_norm == "head" and spec.qkv_clip is None:
             norms = HeadNorms(vector["q_norm"], vector["k_norm"], spec.norm_eps)
         elif spec.qk_norm != "none":  # over rows of one head or of all heads, as long as the norm's weight
-            q = self._normed(q.view(-1, len(vector["q_norm"])), vector["q_norm"]).view(q.shape)
-            k = self._normed(k.view(-1, len(vector["k_norm"])), vector["k_norm"]).view(k.shape)
+            q = self._normed(q.reshape(-1, len(vector["q_norm"])), vector["q_norm"]).reshape(q.shape)
+            k = self._normed(k.reshape(-1, len(vector["k_norm"])), vector["k_norm"]).reshape(k.shape)
         if spec.qkv_clip is not None:
-            q, k, v = (t.clamp_(-spec.qkv_clip, spec.qkv_clip) for t in (q, k, v))
+            q, k, v = (x.clip(-spec.qkv_clip, spec.qkv_clip, out=x) for x in (q, k, v))
         kind = spec.layers[layer]
         mixed = kv.attend(
             layer,
@@ -105,44 +111,49 @@ class Transformer:
         )  # (T, H*D)
         return linears(mixed, weights.linears("o"))[0]
 
-    def feed_forward(self, weights: Weights, hidden: Tensor) -> Tensor:
+    def feed_forward(self, weights: Weights, hidden: Floats) -> Floats:
         """Dense block: hidden (T, C) → partial (T, C)."""
         spec = self.spec
         return feed_forward(
             hidden, weights.feed_forward(), spec.activation, self._pre_norm(weights), spec.norm_eps
         )
 
-    def foresee(self, weights: Weights, hidden: Tensor) -> list[int]:
+    def foresee(self, weights: Weights, hidden: Floats) -> list[int]:
         """Which experts this router will choose if hidden (T, C), of an earlier layer, changes little until then; those
         of most tokens first. That it does change little: Eliseev and Mazur, "Fast Inference of Mixture-of-Experts
         Language Models with Offloading", 2023, section 3.2."""
         moe, norm = self.spec.moe, self._pre_norm(weights)
         assert moe is not None
         x = hidden if norm is None else self._normed(hidden, norm)
-        chosen = torch.topk(linears(x, weights.linears("router"))[0], moe.active, -1).indices  # (T, k)
-        votes = torch.bincount(chosen.flatten(), minlength=moe.experts)
-        return votes.argsort(descending=True)[: int((votes > 0).sum())].tolist()
+        chosen, _ = _best(linears(x, weights.linears("router"))[0], moe.active)
+        votes = np.bincount(chosen.reshape(-1))
+        likeliest: list[int] = np.argsort(-votes, kind="stable")[: np.count_nonzero(votes)].tolist()
+        return likeliest
 
-    def route(self, weights: Weights, hidden: Tensor) -> tuple[Tensor, Routing, Tensor | None]:
+    def route(self, weights: Weights, hidden: Floats) -> tuple[Floats, Routing, Floats | None]:
         """MoE router block: hidden (T, C) → normed x (T, C), routing, and the shared expert's partial (T, C) if there
         is one."""
         spec, moe, norm = self.spec, self.spec.moe, self._pre_norm(weights)
         assert moe is not None
         x = hidden if norm is None else self._normed(hidden, norm)
-        probabilities = torch.softmax(linears(x, weights.linears("router"))[0], -1)  # (T, experts)
-        factors, chosen = torch.topk(probabilities, moe.active, -1)  # (T, k)
-        if moe.normalize:
-            factors = factors / factors.sum(-1, keepdim=True)
-        routing = Routing.of(chosen, factors)
+        scores = linears(x, weights.linears("router"))[0]  # (T, experts)
+        chosen, behind = _best(scores, moe.active)
+        odds = np.exp(
+            -behind
+        )  # in f64, rounded at the end: f32's last bit may depend on how many rows there are
+        taken = np.take_along_axis(odds, chosen, -1)  # (T, k)
+        factors = taken / (taken if moe.normalize else odds).sum(-1, keepdims=True)
+        routing = Routing.of(chosen, factors.astype(np.float32))
         if not moe.shared_ffn:
             return x, routing, None
         shared = feed_forward(x, weights.feed_forward("shared_"), spec.activation)
         if moe.shared_gated:
-            # Not torch.sigmoid: its last bit depends on how many rows there are.
-            shared /= 1 + torch.exp(-linears(x, weights.linears("shared_scale"))[0])  # (T, 1)
+            gate = linears(x, weights.linears("shared_scale"))[0]  # (T, 1)
+            with np.errstate(over="ignore"):
+                shared /= (1 + np.exp(-gate, dtype=np.float64)).astype(np.float32)
         return x, routing, shared
 
-    def mix(self, weights: Mapping[int, Weights], x: Tensor, routing: Routing, partial: Tensor) -> None:
+    def mix(self, weights: Mapping[int, Weights], x: Floats, routing: Routing, partial: Floats) -> None:
         """Adds what these experts make of their tokens, ascending, to partial (T, C); normed x (T, C). `weights`: all
         experts, or a run of those in use."""
         routing = routing.among(weights)
@@ -150,16 +161,25 @@ class Transformer:
             layers = [weights[expert].feed_forward() for expert in routing.used]
             experts(x, layers, routing.routes, self.spec.activation, partial)
 
-    def leave(self, weights: Weights, total: Tensor) -> Tensor:
+    def leave(self, weights: Weights, total: Floats) -> Floats:
         """What is done to a block's summed output before the residual add."""
         return self._normed(total, weights.vector["post_norm"]) if self.spec.post_norm else total
 
-    def head(self, weights: Weights, hidden: Tensor) -> Tensor:
+    def head(self, weights: Weights, hidden: Floats) -> Floats:
         """hidden (R, C) → logits (R, vocab)"""
         return linears(hidden, weights.linears("head"), weights.vector["norm"], self.spec.norm_eps)[0]
 
-    def _pre_norm(self, weights: Weights) -> Tensor | None:
+    def _pre_norm(self, weights: Weights) -> Floats | None:
         return weights.vector["norm"] if self.spec.pre_norm else None
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _normed(self, x: Floats, weight: Floats) -> Floats:
         return rms_norm(x, weight, self.spec.norm_eps)
+
+
+def _best(scores: Floats, count: int) -> tuple[Ids, Doubles]:
+    """The `count` best of each row (T, n), of equals the lowest, in no order; and how far all are below the best."""
+    with np.errstate(invalid="ignore"):  # rows of NaN, which stay so
+        behind = (scores.max(-1, keepdims=True) - scores).astype(np.float64)
+    # The bits of what is not negative are ordered as numbers are, and the lowest 29 of an f32 in an f64 are zeros.
+    keys = behind.view(np.int64) | np.arange(scores.shape[1])
+    return np.partition(keys, count - 1)[:, :count] & (1 << 29) - 1, behind

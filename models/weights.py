@@ -20,9 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from shoal.kernels import FeedForward, Linears, Matrix
+from shoal.kernels.arrays import Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +32,7 @@ class Weights:
     """
 
     matrix: Mapping[str, Matrix] = field(default_factory=dict)
-    vector: Mapping[str, Tensor] = field(default_factory=dict)
+    vector: Mapping[str, Floats] = field(default_factory=dict)
     _made: dict[tuple[str, ...], Linears | FeedForward] = field(default_factory=dict, init=False, repr=False)
 
     def linears(self, *roles: str) -> Linears:

@@ -15,7 +15,7 @@ import threading
 import warnings
 from pathlib import Path
 
-from torch import Tensor
+from shoal.kernels.arrays import Bytes
 
 from .errors import StoreError
 
@@ -39,9 +39,9 @@ class DirectFile:
                 stacklevel=2,
             )
 
-    def read(self, offset: int, into: Tensor) -> None:
-        """Fills `into`, uint8 (n,), from byte `offset`. Raises OSError; EOFError when the file ends before."""
-        target = into.numpy().data
+    def read(self, offset: int, into: Bytes) -> None:
+        """Fills `into`, (n,), from byte `offset`. Raises OSError; EOFError when the file ends before."""
+        target = into.data
         done = 0
         while done < len(target):
             got = os.preadv(self._file, [target[done:]], offset + done)

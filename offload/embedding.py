@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
+import numpy as np
 import xxhash
-from torch import Tensor
 
 from shoal.kernels import Matrix, OperandError, gather_rows
+from shoal.kernels.arrays import Floats, Ids
 from shoal.kernels.memory import mapped
 from shoal.partition.spec import BlockId
 
@@ -71,23 +71,24 @@ class Embedding:
         self._fetcher = Fetcher(ROWS_BYTES, whole=False)
         self.region = self._fetcher.region
 
-    def rows(self, readers: Readers, ids: Tensor) -> Tensor:
-        """Rows `ids` (int64 (T,)) as float32 (T, cols). Raises OffloadError; OperandError if there is no such row."""
+    def rows(self, readers: Readers, ids: Ids) -> Floats:
+        """Rows `ids` (T,) as (T, cols). Raises OffloadError; OperandError if there is no such row."""
         tensor, kind = self._tensor, tensor_type(self._tensor)
-        ordered, where = ids.sort()
+        where = np.argsort(ids, kind="stable")
+        ordered = ids[where]
         if len(ids) and not 0 <= int(ordered[0]) <= int(ordered[-1]) < tensor.rows:
             raise OperandError(f"row ids must be within [0, {tensor.rows})")
         height = kind.band_rows
         reads = runs(
-            torch.unique_consecutive(ordered // height).tolist(),
+            np.unique(ordered // height).tolist(),
             kind.matrix_bytes(height, tensor.cols),
             self._packed.offset + tensor.offset,
             near_bytes=NEAR_BYTES,
             most_bytes=ROWS_BYTES // READERS,
         )
-        ends = torch.tensor([(run.last + 1) * height for run in reads])
-        upto = iter(torch.searchsorted(ordered, ends).tolist())  # ids up to the end of each run
-        out = torch.empty(len(ids), tensor.cols)
+        ends = np.array([(run.last + 1) * height for run in reads], np.int64)
+        upto = iter(np.searchsorted(ordered, ends).tolist())  # ids up to the end of each run
+        out = np.empty((len(ids), tensor.cols), np.float32)
         done = 0
         for batch in batches(reads, ROWS_BYTES):
             memory = self.region.memory
@@ -122,7 +123,7 @@ class Embedding:
                 for at in range(start, end, part_bytes)
             ]
             self._fetcher.fetch(readers, parts)
-            digest.update(self.region.memory[: end - start].numpy().data)
+            digest.update(self.region.memory[: end - start].data)
         if digest.hexdigest() != item.checksum:
             self._pack.condemn()
             raise altered(self._pack.path, item.block)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-from torch import Tensor
-
+from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.attention import PAGE_TOKENS, HeadNorms, KvLayout, KvPages, Rotation, Segments, attention
 from shoal.kernels.memory import mapped
 from shoal.partition.plan import KvPlan
@@ -32,8 +31,8 @@ class KvPool:
         self.table = PageTable(plan.pages)
         layout = KvLayout.of(plan.dtype, spec.head_dim)
         shape = (plan.pages, len(spec.layers), spec.kv_heads, layout.head_bytes)
-        self._pages = mapped(prod(shape))[: prod(shape)].view(shape)
-        self._layers = [KvPages(layout, spec.heads, layer) for layer in self._pages.unbind(1)]
+        self._pages: Bytes = mapped(prod(shape))[: prod(shape)].reshape(shape)
+        self._layers = [KvPages(layout, spec.heads, self._pages[:, i]) for i in range(len(spec.layers))]
 
     @property
     def nbytes(self) -> int:
@@ -43,27 +42,28 @@ class KvPool:
         self,
         layer: int,
         segments: Segments,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Floats,
+        k: Floats,
+        v: Floats,
         *,
         rotation: Rotation,
         scale: float,
         window: int | None,
         norms: HeadNorms | None,
-    ) -> Tensor:
+    ) -> Floats:
         """Store the rows' k and v (T, kv_heads * head_dim), then attend with q (T, heads * head_dim), every token to
         its sequence up to itself; (T, heads * head_dim) f32. See `kernels.attention.attention`."""
         pages = self._layers[layer]
         return attention(pages, segments, q, k, v, rotation=rotation, scale=scale, window=window, norms=norms)
 
-    def page(self, number: int) -> Tensor:
-        """A page in every layer, uint8 (bytes of a page,); a view."""
-        return self._pages[number].view(-1)
+    def page(self, number: int) -> Bytes:
+        """A page in every layer, (bytes of a page,); a view."""
+        page: Bytes = self._pages[number].reshape(-1)
+        return page
 
     @property
     def page_bytes(self) -> int:
-        return self._pages[0].nbytes
+        return self.nbytes // len(self._pages)
 
     def move(self, moves: Iterable[Move], disk: KvDisk | None = None) -> None:
         """Copy pages, and save them on `disk`, in this order."""

@@ -15,8 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from shoal.kernels.arrays import Bytes
 
 from .errors import KvFileError
 from .kv_disk_file import KvFile, checksum
@@ -31,7 +32,7 @@ SYNC_BYTES = 64 << 20  # written until the disk is waited for
 FLUSH_LIMIT_S = 10.0
 _WAIT_S = 60.0  # for the writer to end: longer, and its disk hangs
 
-_Job = tuple[Tensor, Save] | None  # None ends the writer
+_Job = tuple[Bytes, Save] | None  # None ends the writer
 
 
 def queue_pages(page_bytes: int) -> int:
@@ -53,11 +54,11 @@ class KvDisk:
         self.pages_written = 0
         self.pages_dropped = 0  # because the writer was behind
         self._file = file
-        self._reading = torch.empty(file.page_bytes, dtype=torch.uint8)
-        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._reading = np.empty(file.page_bytes, np.uint8)
+        self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
         pages = queue_pages(file.page_bytes)
         for _ in range(pages):
-            self._free.put(torch.empty(file.page_bytes, dtype=torch.uint8))
+            self._free.put(np.empty(file.page_bytes, np.uint8))
         self._jobs: queue.Queue[_Job] = queue.Queue(pages + 1)
         self._unsynced_bytes = 0
         self._complained = False
@@ -90,19 +91,19 @@ class KvDisk:
                 except OSError as error:
                     self._complain(error)
 
-    def save(self, what: Save, page: Tensor, wait_s: float = 0.0) -> bool:
-        """Copy `page`, uint8 (bytes of a page,), to be written. False when it is dropped."""
+    def save(self, what: Save, page: Bytes, wait_s: float = 0.0) -> bool:
+        """Copy `page`, (bytes of a page,), to be written. False when it is dropped."""
         try:
             buffer = self._free.get(timeout=wait_s) if wait_s > 0 else self._free.get_nowait()
         except queue.Empty:
             self.pages_dropped += 1
             return False
-        buffer.copy_(page)
+        buffer[:] = page
         self._jobs.put_nowait((buffer, what))
         return True
 
-    def read(self, entries: Sequence[Entry], into: Sequence[Tensor]) -> int:
-        """Fill pages, uint8 (bytes of a page,), with those of a text in order; how many, until one failed."""
+    def read(self, entries: Sequence[Entry], into: Sequence[Bytes]) -> int:
+        """Fill pages, (bytes of a page,), with those of a text in order; how many, until one failed."""
         count = 0
         for entry, page in zip(entries, into, strict=True):
             if not self._read(entry, page):
@@ -113,7 +114,7 @@ class KvDisk:
         self.pages_read += count
         return count
 
-    def _read(self, entry: Entry, into: Tensor) -> bool:
+    def _read(self, entry: Entry, into: Bytes) -> bool:
         """False, and `into` is as before, when the page cannot be read."""
         try:
             self._file.read(entry.slot, self._reading)
@@ -126,11 +127,11 @@ class KvDisk:
                     self._file.clear(entry.slot)
                 self.index.forget(entry)
             return False
-        into.copy_(self._reading)
+        into[:] = self._reading
         return True
 
     def close(
-        self, known: Sequence[Save], page: Callable[[int], Tensor], limit_s: float = FLUSH_LIMIT_S
+        self, known: Sequence[Save], page: Callable[[int], Bytes], limit_s: float = FLUSH_LIMIT_S
     ) -> None:
         """Write what is in memory, most recently used first as given, as far as there are slots and time; `page`
         gives a page by its number. Then let others have the file. Idempotent."""
@@ -176,7 +177,7 @@ class KvDisk:
                 log.exception("a KV page was not written")
             self._free.put(buffer)
 
-    def _write(self, what: Save, page: Tensor) -> None:
+    def _write(self, what: Save, page: Bytes) -> None:
         if self.index.touch(what.parent, what.tokens):
             return
         entry = self.index.claim(what.parent, what.tokens, checksum(page))

@@ -20,7 +20,8 @@ import struct
 from pathlib import Path
 
 import xxhash
-from torch import Tensor
+
+from shoal.kernels.arrays import Bytes
 
 from .errors import KvFileError
 from .kv_disk_index import DIGEST_BYTES, TOKEN_BYTES, Entry
@@ -35,9 +36,9 @@ _FIXED = struct.Struct(f"<{DIGEST_BYTES}sQI")
 _SUM = struct.Struct("<Q")
 
 
-def checksum(page: Tensor) -> int:
-    """xxh3_64 of a page, uint8 (bytes of a page,)."""
-    return xxhash.xxh3_64_intdigest(page.numpy().data)
+def checksum(page: Bytes) -> int:
+    """xxh3_64 of a page, (bytes of a page,)."""
+    return xxhash.xxh3_64_intdigest(page.data)
 
 
 def slots_within(nbytes: int, page_bytes: int, page_tokens: int) -> int:
@@ -103,10 +104,10 @@ class KvFile:
         os.ftruncate(self._index, min(os.fstat(self._index).st_size, self._record_at(slots)))
         os.ftruncate(self._pages, min(os.fstat(self._pages).st_size, slots * self._slot_bytes))
 
-    def read(self, slot: int, into: Tensor) -> None:
-        """Fill `into`, uint8 (page_bytes,), with a slot's page, whatever it is. Raises KvFileError."""
+    def read(self, slot: int, into: Bytes) -> None:
+        """Fill `into`, (page_bytes,), with a slot's page, whatever it is. Raises KvFileError."""
         start = slot * self._slot_bytes
-        view = into.numpy().data
+        view = into.data
         done = 0
         try:
             while done < len(view):
@@ -118,10 +119,10 @@ class KvFile:
             raise KvFileError(f"{self._pages_path}: slot {slot}: {error.strerror}") from error
         _forget_cached(self._pages, start, self._slot_bytes)
 
-    def write(self, entry: Entry, page: Tensor) -> None:
+    def write(self, entry: Entry, page: Bytes) -> None:
         """Put a page into its slot. Raises OSError; the slot is then empty."""
         self.clear(entry.slot)
-        _write(self._pages, page.numpy().data, entry.slot * self._slot_bytes)
+        _write(self._pages, page.data, entry.slot * self._slot_bytes)
         tokens = entry.tokens
         body = _FIXED.pack(entry.parent, entry.checksum, len(tokens) // TOKEN_BYTES)
         body += tokens.ljust(self._tokens_bytes, b"\0")

@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import torch
+import numpy as np
 import xxhash
-from torch import Tensor
 
 from shoal.kernels import WEIGHT_TYPES, KernelError, Matrix, WeightType
+from shoal.kernels.arrays import Bytes, Floats
 from shoal.models.families import bias_shapes, shapes
 from shoal.models.weights import Weights
 from shoal.partition.spec import BlockId, ModelSpec
@@ -55,7 +55,7 @@ class Pack:
         self,
         path: Path,
         manifest: Manifest,
-        vectors: Mapping[BlockId, Mapping[str, Tensor]],
+        vectors: Mapping[BlockId, Mapping[str, Floats]],
         inode: int | None = None,
     ) -> None:
         self.path = path
@@ -98,10 +98,10 @@ class Pack:
             if not needed.items() <= lengths.items() <= (needed | bias_shapes(spec, block.kind)).items():
                 raise _wrong(self.path, f"block {block} does not have the vectors of its model")
 
-    def weights(self, block: BlockId, memory: Tensor) -> Weights:
-        """A block whose bytes are in `memory`, uint8 (nbytes,): views of it, and the block's vectors."""
+    def weights(self, block: BlockId, memory: Bytes) -> Weights:
+        """A block whose bytes are in `memory`, (nbytes,): views of it, and the block's vectors."""
         item = self.blocks[block]
-        assert memory.shape == (item.nbytes,), f"{block}: {tuple(memory.shape)}, not {item.nbytes}"
+        assert memory.shape == (item.nbytes,), f"{block}: {memory.shape}, not {item.nbytes}"
         matrices = {
             role: Matrix(_TYPES[it.type], memory[it.offset : it.offset + tensor_bytes(it)], it.rows, it.cols)
             for role, it in item.tensors.items()
@@ -109,7 +109,7 @@ class Pack:
         owner = BlockId("head") if block.kind == "head" else block
         return Weights(matrices, self.vectors.get(owner, {}))
 
-    def check(self, block: BlockId, memory: Tensor) -> None:
+    def check(self, block: BlockId, memory: Bytes) -> None:
         """Raises PackCorrupt unless `memory` (as for `weights`) has the bytes that were written."""
         item = self.blocks[block]
         slices = self._slices if self.tied and block.kind == "embed" else []
@@ -138,9 +138,9 @@ def tensor_bytes(tensor: PackedTensor) -> int:
     return _TYPES[tensor.type].matrix_bytes(tensor.rows, tensor.cols)
 
 
-def checksum(memory: Tensor) -> str:
-    """xxh3_64 of uint8 (n,), in hex."""
-    return xxhash.xxh3_64_hexdigest(memory.numpy().data)
+def checksum(memory: Bytes) -> str:
+    """xxh3_64 of (n,), in hex."""
+    return xxhash.xxh3_64_hexdigest(memory.data)
 
 
 def joined(checksums: Sequence[str]) -> str:
@@ -159,10 +159,8 @@ def open_pack(directory: Path) -> Pack:
         with path.open("rb", buffering=0) as file:
             stat = os.fstat(file.fileno())
             _check_places(path, manifest, stat.st_size)
-            stored = torch.empty(manifest.vectors.nbytes, dtype=torch.uint8)
-            got = (
-                os.preadv(file.fileno(), [stored.numpy().data], manifest.vectors.offset) if len(stored) else 0
-            )
+            stored = np.empty(manifest.vectors.nbytes, np.uint8)
+            got = os.preadv(file.fileno(), [stored.data], manifest.vectors.offset) if len(stored) else 0
     except OSError as error:
         raise PackError(f"{path}: cannot be read: {error.strerror}") from error
     if got != len(stored) or checksum(stored) != manifest.vectors.checksum:
@@ -170,9 +168,7 @@ def open_pack(directory: Path) -> Pack:
             f"{path}: the norms and biases were altered: their checksum is wrong; pack the model again"
         )
     vectors = {
-        block: {
-            role: stored[at : at + 4 * length].view(torch.float32) for role, (at, length) in places.items()
-        }
+        block: {role: stored[at : at + 4 * length].view(np.float32) for role, (at, length) in places.items()}
         for block, places in manifest.vectors.blocks
     }
     return Pack(path, manifest, vectors, stat.st_ino)

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
-import torch
+import numpy as np
 from msgspec.structs import replace
-from torch import Tensor
 
 from shoal.kernels import WeightType, dequantize, from_stored
+from shoal.kernels.arrays import Bytes
 from shoal.kernels.quantise import quantise
 from shoal.kernels.types import BAND_ROWS
 from shoal.models.checkpoint_shard import AnyCheckpoint
@@ -71,7 +71,7 @@ class PackBuilder:
     """The pack of one checkpoint, or of a shard of it, to be. `nbytes` of its blocks are known before anything is read.
 
     `source`: what it is made from, if that has a name besides its path. `part_bytes` bounds each of the few buffers
-    that weights pass through. Torch should compute on one thread (`kernels.set_threads`).
+    that weights pass through.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class PackBuilder:
     ) -> None:
         self._checkpoint = checkpoint
         self._part_bytes = part_bytes
-        self._stored = torch.empty(0, dtype=torch.uint8)
+        self._stored = np.empty(0, np.uint8)
         self.manifest = layout(checkpoint, quant, source or source_of(checkpoint))
 
     @property
@@ -181,20 +181,20 @@ class PackBuilder:
         progress(self.nbytes, self.nbytes)
         return replace(self.manifest, vectors=vectors, blocks=blocks)
 
-    def _vectors(self) -> Iterator[Tensor]:
+    def _vectors(self) -> Iterator[Bytes]:
         at = 0
         for block, places in self.manifest.vectors.blocks:
             values = self._checkpoint.read_vectors(block)
             for role, (offset, length) in places.items():
-                yield torch.zeros(offset - at, dtype=torch.uint8)
-                yield values[role].contiguous().view(torch.uint8)
+                yield np.zeros(offset - at, np.uint8)
+                yield values[role].view(np.uint8)
                 at = offset + 4 * length
 
-    def _matrices(self, item: PackedBlock, first_row: int) -> Iterator[Tensor]:
+    def _matrices(self, item: PackedBlock, first_row: int) -> Iterator[Bytes]:
         """The bytes of a block's matrices, one after the other, each part valid until the next."""
         at = 0
         for role, tensor in item.tensors.items():
-            yield torch.zeros(tensor.offset - at, dtype=torch.uint8)
+            yield np.zeros(tensor.offset - at, np.uint8)
             yield from self._matrix(item, role, first_row)
             at = tensor.offset + tensor_bytes(tensor)
 
@@ -206,7 +206,7 @@ class PackBuilder:
         block, theirs = self._origin(item, role)
         return self._checkpoint.matrices(block)[theirs][0]
 
-    def _matrix(self, item: PackedBlock, role: str, first_row: int) -> Iterator[Tensor]:
+    def _matrix(self, item: PackedBlock, role: str, first_row: int) -> Iterator[Bytes]:
         """The bytes of one matrix from a row on, whole bands of rows at a time."""
         tensor, stored = item.tensors[role], self._stored_type(item, role)
         kind, cols = tensor_type(tensor), tensor.cols
@@ -223,9 +223,9 @@ class PackBuilder:
                 matrix = from_stored(kind, rows, cols, encoded)
             yield matrix.data
 
-    def _memory(self, nbytes: int) -> Tensor:
+    def _memory(self, nbytes: int) -> Bytes:
         if nbytes > len(self._stored):
-            self._stored = torch.empty(nbytes, dtype=torch.uint8)
+            self._stored = np.empty(nbytes, np.uint8)
         return self._stored[:nbytes]
 
 
@@ -234,7 +234,7 @@ def partial_of(directory: Path) -> Path:
     return directory.with_name(directory.name + PARTIAL)
 
 
-def _told(parts: Iterable[Tensor], start: int, total: int, progress: Progress) -> Iterator[Tensor]:
+def _told(parts: Iterable[Bytes], start: int, total: int, progress: Progress) -> Iterator[Bytes]:
     """The same parts; `progress` is told of each."""
     done = start
     for part in parts:
@@ -243,7 +243,7 @@ def _told(parts: Iterable[Tensor], start: int, total: int, progress: Progress) -
         progress(done, total)
 
 
-def _limited(parts: Iterable[Tensor], nbytes: int) -> Iterator[Tensor]:
+def _limited(parts: Iterable[Bytes], nbytes: int) -> Iterator[Bytes]:
     """The first `nbytes` of all parts together."""
     for part in parts:
         yield part[:nbytes]

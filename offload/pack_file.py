@@ -15,10 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-import torch
+import numpy as np
 import xxhash
-from torch import Tensor
 
+from shoal.kernels.arrays import Bytes
 from shoal.partition.spec import BlockId
 
 from .direct import open_direct
@@ -53,8 +53,8 @@ class PackFile:
             self.close()
             raise
 
-    def write(self, offset: int, nbytes: int, parts: Iterable[Tensor]) -> str:
-        """Writes `parts`, uint8, one after the other from `offset` on, and zeros after them up to `nbytes`, both
+    def write(self, offset: int, nbytes: int, parts: Iterable[Bytes]) -> str:
+        """Writes `parts`, one after the other from `offset` on, and zeros after them up to `nbytes`, both
         multiples of 4096. → xxh3_64 of all in hex
         """
         digest = xxhash.xxh3_64()
@@ -105,8 +105,8 @@ class PackFile:
             self._pending.result()
             self._pending = None
 
-    def _put(self, chunk: Tensor, offset: int, digest: xxhash.xxh3_64) -> None:
-        view = chunk.numpy().data
+    def _put(self, chunk: Bytes, offset: int, digest: xxhash.xxh3_64) -> None:
+        view = chunk.data
         digest.update(view)
         done = 0
         while done < len(view):
@@ -119,11 +119,11 @@ class PackFile:
             _drop(self._descriptor, offset, nbytes)
 
 
-def stored_checksum(descriptor: int, direct: bool, buffer: Tensor, offset: int, nbytes: int) -> str:
+def stored_checksum(descriptor: int, direct: bool, buffer: Bytes, offset: int, nbytes: int) -> str:
     """xxh3_64, in hex, of what a file has there, read through `buffer`. Raises OSError."""
     digest = xxhash.xxh3_64()
     for start in range(offset, offset + nbytes, len(buffer)):
-        view = buffer[: min(len(buffer), offset + nbytes - start)].numpy().data
+        view = buffer[: min(len(buffer), offset + nbytes - start)].data
         if os.preadv(descriptor, [view], start) != len(view):
             raise OSError(errno.EIO, "the file ends too early")
         if not direct:
@@ -161,6 +161,6 @@ def _drop(descriptor: int, offset: int, nbytes: int) -> None:
         os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def _pages(nbytes: int) -> Tensor:
+def _pages(nbytes: int) -> Bytes:
     """Memory that begins at a page, as direct writes want it."""
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)

@@ -1,7 +1,7 @@
 """The format of a pack's manifest: what the pack was made from, and where every block lies.
 
 Knows types and ranges of the fields. Whether they agree with the file and with each other is checked by `pack`. Does
-not import torch, so that packs can be listed quickly.
+not import what computes, so that packs can be listed quickly.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from torch import Tensor
-
+from shoal.kernels.arrays import Bytes
 from shoal.models.weights import Weights
 from shoal.partition.spec import BlockId
 
@@ -53,14 +52,14 @@ class Region:
     """Memory that a policy governs. `whole`: what comes are whole blocks, to be checked, not parts of one. `slots`: any
     block may lie at any place; else each has its own."""
 
-    def __init__(self, policy: Policy, memory: Tensor, *, whole: bool = True, slots: bool = False) -> None:
+    def __init__(self, policy: Policy, memory: Bytes, *, whole: bool = True, slots: bool = False) -> None:
         self.policy = policy
         self.memory = memory
         self.whole = whole
         self._slots = slots
         self._views: dict[BlockId | int, tuple[BlockId, Weights]] = {}
 
-    def bytes_of(self, passage: Passage) -> Tensor:
+    def bytes_of(self, passage: Passage) -> Bytes:
         return self.memory[passage.position : passage.position + passage.nbytes]
 
     def weights(self, pack: Pack, passage: Passage) -> Weights:
@@ -194,7 +193,7 @@ class Readers:
                 if not self._running:
                     self._file.close()
 
-    def _next(self) -> tuple[Region, Tensor, Chunk] | None:
+    def _next(self) -> tuple[Region, Bytes, Chunk] | None:
         """What to read now, waiting until there is something; None when closed."""
         with self._lock:
             while not self._closed:
@@ -205,7 +204,7 @@ class Readers:
                 self._work.wait(IDLE_S)
         return None
 
-    def _carry(self, region: Region, memory: Tensor, chunk: Chunk) -> None:
+    def _carry(self, region: Region, memory: Bytes, chunk: Chunk) -> None:
         """Reads a chunk to its place; the one that completes a block checks it."""
         passage, start, nbytes = chunk
         error: Exception | None = None

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
-
 from shoal.kernels import gather_rows
+from shoal.kernels.arrays import Floats, Ids
 from shoal.models.weights import Weights
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
@@ -44,7 +43,7 @@ class BlockStore(Protocol):
         """A block's weights for the length of a `with`. Raises OffloadError when they cannot be read."""
         ...
 
-    def rows(self, block: BlockId, ids: Tensor) -> Tensor:
+    def rows(self, block: BlockId, ids: Ids) -> Floats:
         """Rows of the embedding, f32 (T, hidden). Raises OffloadError when they cannot be read."""
         ...
 
@@ -112,7 +111,7 @@ class ResidentStore:
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         return self._leases[block]
 
-    def rows(self, block: BlockId, ids: Tensor) -> Tensor:
+    def rows(self, block: BlockId, ids: Ids) -> Floats:
         return gather_rows(self._leases[block].weights.matrix["embed"], ids)
 
     def expect(self, blocks: Sequence[BlockId], likely: Sequence[BlockId] = ()) -> None:

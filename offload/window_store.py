@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
-from torch import Tensor
-
 from shoal.kernels import gather_rows
+from shoal.kernels.arrays import Floats, Ids
 from shoal.kernels.memory import Arena
 from shoal.models.weights import Weights
 from shoal.partition.plan import Plan
@@ -123,7 +122,7 @@ class WindowStore:
         if any(block not in self._kept for block in blocks):
             self._readers.change(partial(self._experts.expect, blocks, likely))
 
-    def rows(self, block: BlockId, ids: Tensor) -> Tensor:
+    def rows(self, block: BlockId, ids: Ids) -> Floats:
         self._done = 0
         if self._embedding is not None:
             return self._embedding.rows(self._readers, ids)

@@ -1,1 +1,1 @@
-"""Who holds what: spec and plan. Pure: no I/O, no torch."""
+"""Who holds what: spec and plan. Pure: no I/O, no arrays."""

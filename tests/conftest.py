@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from hypothesis import HealthCheck, settings
 
 from shoal.kernels import library
@@ -17,8 +16,9 @@ settings.register_profile("shoal", anywhere, derandomize=True)
 settings.register_profile("explore", anywhere)
 settings.load_profile("shoal")
 
-# On a busy or emulated machine the barriers of torch's pool cost more than the work of a test.
-torch.set_num_threads(1)
+# On a busy or emulated machine the barriers of torch's pool cost more than the work of a test. Most tests do without
+# torch: those that load it do so after this.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 if build := os.environ.get("SHOAL_TEST_LIBRARY"):
     library.LIBRARY = Path(build).resolve(strict=True)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
-import torch
-from torch import Tensor
 
+from shoal.kernels.arrays import Bytes
 from shoal.models.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint_shard import AnyCheckpoint
 from shoal.offload import pack_layout
@@ -37,12 +37,12 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack_layout, "SLICE_BYTES", 4096)
 
 
-def memory_of(pack: Pack, block: BlockId) -> Tensor:
+def memory_of(pack: Pack, block: BlockId) -> Bytes:
     """The bytes of a block, uint8."""
     item = pack.blocks[block]
     with pack.path.open("rb") as file:
         file.seek(item.offset)
-        return torch.frombuffer(bytearray(file.read(item.nbytes)), dtype=torch.uint8)
+        return np.fromfile(file, np.uint8, item.nbytes)
 
 
 def assert_holds(pack: Pack, checkpoint: AnyCheckpoint) -> None:
@@ -61,14 +61,14 @@ def assert_holds(pack: Pack, checkpoint: AnyCheckpoint) -> None:
         for role, matrix in expected.matrix.items():
             mine = got.matrix[role]
             assert (mine.type, mine.rows, mine.cols) == (matrix.type, matrix.rows, matrix.cols)
-            assert torch.equal(mine.data, matrix.data), (block, role)
-            assert mine.data.data_ptr() - memory.data_ptr() == pack.blocks[block].tensors[role].offset
+            assert np.array_equal(mine.data, matrix.data), (block, role)
+            assert mine.data.ctypes.data - memory.ctypes.data == pack.blocks[block].tensors[role].offset
         for role, vector in expected.vector.items():
-            assert torch.equal(got.vector[role], vector), (block, role)
+            assert np.array_equal(got.vector[role], vector), (block, role)
     block, role = pack_layout.head_origin(checkpoint)
     expected = checkpoint.read_block(block).matrix[role]
     slices = [pack.weights(b, memory_of(pack, b)) for b in sorted(pack.blocks) if b.kind == "head"]
-    assert torch.equal(torch.cat([weights.matrix["head"].data for weights in slices]), expected.data)
+    assert np.array_equal(np.concatenate([weights.matrix["head"].data for weights in slices]), expected.data)
     assert sum(weights.matrix["head"].rows for weights in slices) == spec.vocab
     norm = checkpoint.read_block(BlockId("head")).vector["norm"]
-    assert all(torch.equal(weights.vector["norm"], norm) for weights in slices)
+    assert all(np.array_equal(weights.vector["norm"], norm) for weights in slices)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from running import Running
 from streaming import MODELS, packed, run, texts
-from torch import Tensor
 
+from shoal.kernels.arrays import Bytes
 from shoal.offload.direct import DirectFile
 
 
@@ -42,7 +42,7 @@ class Faulty:
         self.reads = 0
         read = DirectFile.read
 
-        def faulty(file: DirectFile, offset: int, into: Tensor) -> None:
+        def faulty(file: DirectFile, offset: int, into: Bytes) -> None:
             self.reads += 1
             if self.slow_s:
                 time.sleep(self.slow_s)

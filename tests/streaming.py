@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import tiny
-import torch
 from running import FP32, Running
-from torch import Tensor
 
 from shoal.daemon.executor import Alone, Executor
+from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint import open_checkpoint
 from shoal.models.transformer import Transformer
 from shoal.offload.kv import KvPool
@@ -91,10 +91,10 @@ class Streaming(Running):
 
 
 def texts(vocab: int, lengths: Collection[int]) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
+    generator = np.random.default_rng(1)
+    return [generator.integers(0, vocab, n).tolist() for n in lengths]
 
 
-def run(running: Running, ids: list[int]) -> Tensor:
+def run(running: Running, ids: list[int]) -> Floats:
     """Logits of a prompt in two steps and then three tokens one by one."""
     return running.logits(ids, [len(ids) - 13, 10])

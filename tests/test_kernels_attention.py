@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
+from homes import HOMES, NATIVE, assert_close, frozen, layouts, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from shoal.kernels import KernelError, OperandError, UnsupportedTypeError, dispatch, library, set_threads
+from shoal.kernels import OperandError, UnsupportedTypeError, dispatch, set_threads
+from shoal.kernels.arrays import Floats, Ids
 from shoal.kernels.attention import (
     KV_TYPES,
     PAGE_TOKENS,
@@ -23,27 +25,15 @@ from shoal.kernels.attention import (
     Segments,
     attention,
 )
+from shoal.kernels.attention_reference import keys_of, scales_of, values_of
 
-
-def homes_here() -> list[str]:
-    names = ["reference"]
-    for name in ("avx512vnni", "avx512", "avx2", "neon_dot", "neon", "scalar"):
-        try:
-            names.append(library.Native(name).name)
-        except KernelError:
-            continue
-    return names
-
-
-HOMES = homes_here()
-NATIVE = HOMES[1:]
 # What storing rounds by, relative to the greatest number of a head's row.
 ROUNDING = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "i8": 0.5 / 127}
 
 
 @pytest.fixture(autouse=True)
 def _best_home_afterwards() -> Iterator[None]:
-    set_threads(1)  # torch's own threads are slow on a busy machine
+    set_threads(1)  # torch's own threads, in the reference, are slow on a busy machine
     yield
     dispatch.choose()
     set_threads(2)
@@ -63,44 +53,42 @@ class Shape:
     def pages(self, count: int) -> KvPages:
         """Every byte 0xff, which is NaN in every float type: what was never stored must not be seen."""
         layout = KvLayout.of(self.type, self.dim)
-        data = torch.full((count, self.kv_heads, layout.head_bytes), 255, dtype=torch.uint8)
+        data = np.full((count, self.kv_heads, layout.head_bytes), 255, np.uint8)
         return KvPages(layout, self.kv_heads * self.group, data)
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def rotation(shape: Shape, positions: Tensor) -> Rotation:
-    angles = positions[:, None].double() / 7 ** torch.arange(shape.rotated // 2)
-    return Rotation(shape.rotated, shape.interleaved, angles.cos().float(), angles.sin().float())
+def rotation(shape: Shape, positions: Ids) -> Rotation:
+    angles = positions[:, None] / 7.0 ** np.arange(shape.rotated // 2)
+    return Rotation(
+        shape.rotated, shape.interleaved, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    )
 
 
 @dataclass(frozen=True)
 class Text:
     """q, k and v of all positions of one sequence, and where its KV is to be."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    q: Floats
+    k: Floats
+    v: Floats
     pages: list[int]
 
     @classmethod
     def random(cls, shape: Shape, length: int, pages: list[int], seed: int) -> Text:
         heads = shape.kv_heads * shape.group * shape.dim
-        q, k, v = randn(length, heads + 2 * shape.kv_heads * shape.dim, seed=seed).split(
-            [heads, shape.kv_heads * shape.dim, shape.kv_heads * shape.dim], 1
-        )
+        narrow = shape.kv_heads * shape.dim
+        q, k, v = np.split(randn(length, heads + 2 * narrow, seed=seed), [heads, heads + narrow], 1)
         return cls(q, k, v, pages)
 
 
 def step(
     shape: Shape, kv: KvPages, parts: list[tuple[Text, int, int]], norms: HeadNorms | None = None
-) -> list[Tensor]:
+) -> list[Floats]:
     """Positions [start, end) of each text, all in one step."""
-    positions = torch.cat([torch.arange(start, end) for _, start, end in parts])
+    positions = np.concatenate([np.arange(start, end) for _, start, end in parts])
     q, k, v = (
-        torch.cat([getattr(text, name)[start:end] for text, start, end in parts]) for name in ("q", "k", "v")
+        np.concatenate([getattr(text, name)[start:end] for text, start, end in parts])
+        for name in ("q", "k", "v")
     )
     out = attention(
         kv,
@@ -113,31 +101,32 @@ def step(
         window=shape.window,
         norms=norms,
     )
-    return list(out.split([end - start for _, start, end in parts]))
+    return np.split(out, np.cumsum([end - start for _, start, end in parts])[:-1])
 
 
-def plain(shape: Shape, text: Text, norms: HeadNorms | None = None) -> Tensor:
+def plain(shape: Shape, text: Text, norms: HeadNorms | None = None) -> Floats:
     """The definition, in float64; nothing is rounded."""
     length = len(text.q)
-    q, k, v = (x.double().view(length, -1, shape.dim) for x in (text.q, text.k, text.v))
+    q, k, v = (x.astype(float).reshape(length, -1, shape.dim) for x in (text.q, text.k, text.v))
     if norms is not None:
         q, k = (
-            x / (x.square().mean(-1, keepdim=True) + norms.eps).sqrt() * weight
+            x / np.sqrt(np.square(x).mean(-1, keepdims=True) + norms.eps) * weight
             for x, weight in ((q, norms.q), (k, norms.k))
         )
-    angles = rotation(shape, torch.arange(length))
+    angles = rotation(shape, np.arange(length))
     half = shape.rotated // 2
     for x in (q, k):
         for i in range(half):
             a, b = (2 * i, 2 * i + 1) if shape.interleaved else (i, i + half)
-            cos, sin = angles.cos[:, i, None].double(), angles.sin[:, i, None].double()
+            cos, sin = angles.cos[:, i, None].astype(float), angles.sin[:, i, None].astype(float)
             x[..., a], x[..., b] = x[..., a] * cos - x[..., b] * sin, x[..., b] * cos + x[..., a] * sin
-    k, v = (x.repeat_interleave(shape.group, 1) for x in (k, v))
-    distance = torch.arange(length)[:, None] - torch.arange(length)
+    k, v = (x.repeat(shape.group, 1) for x in (k, v))
+    distance = np.arange(length)[:, None] - np.arange(length)
     seen = (distance >= 0) & (distance < (shape.window or length))
-    scores = torch.einsum("thd,shd->hts", q, k) * shape.scale
-    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
-    return torch.einsum("hts,shd->thd", weights, v).reshape(length, -1).float()
+    scores = np.where(seen, np.einsum("thd,shd->hts", q, k) * shape.scale, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("hts,shd->thd", weights, v).reshape(length, -1).astype(np.float32)
 
 
 @st.composite
@@ -167,9 +156,11 @@ def test_every_home_computes_the_definition(shape: Shape, length: int, normed: b
     for name in HOMES:
         dispatch.choose(name)
         kv = shape.pages(4)
-        got = torch.cat([step(shape, kv, [(text, *part)], norms if normed else None)[0] for part in parts])
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got, truth, rtol=tolerance, atol=tolerance)
+        got = np.concatenate(
+            [step(shape, kv, [(text, *part)], norms if normed else None)[0] for part in parts]
+        )
+        assert got.dtype == np.float32
+        assert_close(got, truth, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("type", sorted(KV_TYPES))
@@ -181,13 +172,14 @@ def test_homes_store_the_same_and_agree_closely(name: str, type: str) -> None:
     for home in ("reference", name):
         dispatch.choose(home)
         kv = shape.pages(3)
-        out = torch.cat([step(shape, kv, [(text, a, b)])[0] for a, b in ((0, 1), (1, 100), (100, 130))])
-        parts = [kv.keys()[[1, 0]], kv.values()[[1, 0]], kv.keys()[2, ..., :2], kv.values()[2, :, :2]]
+        out = np.concatenate([step(shape, kv, [(text, a, b)])[0] for a, b in ((0, 1), (1, 100), (100, 130))])
+        keys, values = keys_of(kv), values_of(kv)
+        parts = [keys[[1, 0]], values[[1, 0]], keys[2, ..., :2], values[2, :, :2]]
         if shape.pages(1).layout.kind.scaled:
-            parts += [kv.scales()[[1, 0]], kv.scales()[2, ..., :2]]
+            parts += [scales_of(kv)[[1, 0]], scales_of(kv)[2, ..., :2]]
         results.append((out, parts))
     (truth, stored), (got, ours) = results
-    torch.testing.assert_close(got, truth, rtol=2e-5, atol=2e-5)
+    assert_close(got, truth, rtol=2e-5, atol=2e-5)
     for part, other in zip(stored, ours, strict=True):
         assert torch.equal(part, other)
 
@@ -228,7 +220,7 @@ def test_bits_do_not_depend_on_company_cuts_pages_or_threads(
 ) -> None:
     dispatch.choose(name)
     set_threads(1)
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = np.random.default_rng(seed).permutation(30).tolist()
     texts = [
         Text.random(shape, length, pages, seed=length)
         for length, pages in zip(lengths, pages_for(lengths, list(range(30))), strict=True)
@@ -237,13 +229,13 @@ def test_bits_do_not_depend_on_company_cuts_pages_or_threads(
     set_threads(threads)
     kv = shape.pages(30)
     moved = [replace(text, pages=pages) for text, pages in zip(texts, pages_for(lengths, order), strict=True)]
-    rows: list[list[Tensor]] = [[] for _ in texts]
+    rows: list[list[Floats]] = [[] for _ in texts]
     for parts in schedule(lengths, sizes):
         outs = step(shape, kv, [(moved[text], start, end) for text, start, end in parts])
         for (text, _, _), out in zip(parts, outs, strict=True):
             rows[text].append(out)
     for alone, pieces in zip(whole, rows, strict=True):
-        assert torch.equal(alone, torch.cat(pieces))
+        assert np.array_equal(alone, np.concatenate(pieces))
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -256,11 +248,11 @@ def test_long_texts_of_many_heads_in_spans(name: str, window: int | None) -> Non
     kv = shape.pages(17)
     one_head = KvPages(kv.layout, 1, kv.data)  # stores the same and has less to compute
     step(replace(shape, group=1), one_head, [(replace(text, q=text.q[:, : shape.dim]), 0, 1000)])
-    late = torch.cat([step(shape, kv, [(text, at, at + 1)])[0] for at in range(1000, 1030)])
-    assert torch.equal(late, step(shape, kv, [(text, 1000, 1030)])[0])
+    late = np.concatenate([step(shape, kv, [(text, at, at + 1)])[0] for at in range(1000, 1030)])
+    assert np.array_equal(late, step(shape, kv, [(text, 1000, 1030)])[0])
     dispatch.choose("reference")
     truth = step(shape, kv, [(text, 1000, 1030)])[0]
-    torch.testing.assert_close(late, truth, rtol=1e-4, atol=1e-5)
+    assert_close(late, truth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("type", sorted(KV_TYPES))
@@ -273,11 +265,12 @@ def test_a_nan_shows_where_it_is_seen_and_nowhere_else(name: str, type: str, bad
         text = Text.random(shape, 40, [0], seed=2)
         getattr(text, tensor)[30, 3] = bad  # of the first K/V head
         kv = shape.pages(1)
-        first, second = torch.cat([step(shape, kv, [(text, at, at + 1)])[0] for at in range(40)]).split(16, 1)
-        assert first[30:].isnan().any(1).all() or bad == float("inf")
-        assert not first[30:].isfinite().all()
-        assert first[:30].isfinite().all()
-        assert second.isfinite().all()
+        both = np.concatenate([step(shape, kv, [(text, at, at + 1)])[0] for at in range(40)])
+        first, second = np.split(both, 2, 1)
+        assert np.isnan(first[30:]).any(1).all() or bad == float("inf")
+        assert not np.isfinite(first[30:]).all()
+        assert np.isfinite(first[:30]).all()
+        assert np.isfinite(second).all()
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -287,8 +280,8 @@ def test_a_later_nan_does_not_reach_earlier_rows_of_its_step(name: str) -> None:
     text = Text.random(shape, 100, [0, 1], seed=2)
     text.v[50] = float("nan")
     out = step(shape, shape.pages(2), [(text, 0, 100)])[0]
-    assert out[:50].isfinite().all()
-    assert out[50:].isnan().all()
+    assert np.isfinite(out[:50]).all()
+    assert np.isnan(out[50:]).all()
 
 
 @pytest.mark.parametrize("name", HOMES)
@@ -296,13 +289,35 @@ def test_zeros_and_extremes_are_stored_as_bytes(name: str) -> None:
     dispatch.choose(name)
     shape = Shape(kv_heads=1, group=1, dim=16, type="i8")
     text = Text.random(shape, 3, [0], seed=1)
-    text.v[0], text.v[1], text.v[2] = 0.0, 1e-35, torch.linspace(-1e38, 1e38, 16)
+    text.v[0], text.v[1], text.v[2] = 0.0, 1e-35, np.linspace(-1e38, 1e38, 16)
     text.k[:] = 0.0
     kv = shape.pages(1)
     step(shape, kv, [(text, 0, 3)])
-    assert kv.keys()[0, 0, :, :3].eq(0).all()
-    assert kv.scales()[0, 0, 1, :2].tolist() == [0.0, 0.0]
-    assert kv.values()[0, 0, 2, [0, 15]].tolist() == [-127, 127]
+    assert not keys_of(kv)[0, 0, :, :3].any()
+    assert scales_of(kv)[0, 0, 1, :2].tolist() == [0.0, 0.0]
+    assert values_of(kv)[0, 0, 2, [0, 15]].tolist() == [-127, 127]
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_operands_need_not_be_contiguous_or_writable(name: str) -> None:
+    dispatch.choose(name)
+    shape = Shape(rotated=16)
+    text = Text.random(shape, 70, [1, 0], seed=1)
+    table = rotation(shape, np.arange(70))
+    angles = Rotation(table.dims, table.interleaved, frozen(table.cos), frozen(table.sin))
+    weights = randn(32, seed=8), randn(32, seed=9)
+
+    def attend(q: Floats, k: Floats, v: Floats, norms: HeadNorms, angles: Rotation) -> Floats:
+        segments = Segments.build([(70, 0, text.pages)])
+        return attention(
+            shape.pages(2), segments, q, k, v, rotation=angles, scale=0.2, window=None, norms=norms
+        )
+
+    truth = attend(*(x.copy() for x in (text.q, text.k, text.v)), HeadNorms(*weights, 1e-5), table)
+    same = HeadNorms(frozen(weights[0]), frozen(weights[1]), 1e-5)
+    for q, k, v in zip(*map(layouts, (text.q, text.k, text.v)), strict=True):
+        tolerance = 1e-5 if name == "reference" else 0
+        assert_close(attend(q, k, v, same, angles), truth, tolerance, tolerance)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -312,8 +327,10 @@ def test_what_does_not_fit_is_refused() -> None:
         KvLayout.of("q4", 64)
     with pytest.raises(OperandError, match="multiple"):
         KvPages(kv.layout, 3, kv.data)
+    with pytest.raises(OperandError, match="read-only"):
+        KvPages(kv.layout, 6, frozen(kv.data))
     with pytest.raises(OperandError, match="lie together"):
-        KvPages(kv.layout, 6, torch.zeros(2, 2, 2 * kv.layout.head_bytes, dtype=torch.uint8)[..., ::2])
+        KvPages(kv.layout, 6, np.zeros((2, 2, 2 * kv.layout.head_bytes), np.uint8)[..., ::2])
     with pytest.raises(OperandError, match="need 2 pages"):
         Segments.build([(3, 62, [0])])
     with pytest.raises(OperandError, match="no page -1"):
@@ -323,8 +340,12 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(OperandError, match="K/V heads of 32"):
         step(shape, kv, [(Text(text.q, text.k[:, 1:], text.v, [0]), 0, 3)])
     with pytest.raises(OperandError, match="float32"):
-        step(shape, kv, [(Text(text.q.half(), text.k, text.v, [0]), 0, 3)])
+        step(shape, kv, [(Text(text.q.astype(np.float16), text.k, text.v, [0]), 0, 3)])
     with pytest.raises(OperandError, match="window=0"):
         step(Shape(window=0), kv, [(text, 0, 3)])
+    good = zeros(3, 4)
+    for wrong in (np.zeros((3, 4)), zeros(3, 5), zeros(4, 3).T, zeros(2, 4)):
+        with pytest.raises(OperandError, match="must be contiguous float32"):
+            Rotation(8, False, good, wrong)
     with pytest.raises(OperandError, match="heads of 32"):
         step(Shape(rotated=34), kv, [(text, 0, 3)])

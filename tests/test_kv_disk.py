@@ -9,10 +9,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
+from shoal.kernels.arrays import Bytes
 from shoal.offload.kv_disk import KvDisk, buffer_bytes, queue_pages
 from shoal.offload.kv_disk_file import PAGES, KvFile
 from shoal.offload.kv_disk_index import NO_TEXT, Entry, chained, packed
@@ -20,7 +20,7 @@ from shoal.offload.prefix import Save
 
 PAGE_BYTES = 3 << 20  # ten of them may wait
 WAITING = queue_pages(PAGE_BYTES)
-POOL = torch.randint(0, 256, (30, PAGE_BYTES), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+POOL = np.random.default_rng(0).integers(0, 256, (30, PAGE_BYTES), np.uint8)
 
 
 def store(path: Path, slots: int = 40) -> KvDisk:
@@ -56,12 +56,12 @@ def entries(disk: KvDisk, saves: list[Save]) -> list[Entry]:
 def read(disk: KvDisk, saves: list[Save]) -> int:
     """How many come back; those that do are what was written."""
     there = entries(disk, saves)
-    into = [torch.full((PAGE_BYTES,), 77, dtype=torch.uint8) for _ in there]
+    into = [np.full(PAGE_BYTES, 77, np.uint8) for _ in there]
     count = disk.read(there, into)
     for save, page in zip(saves[:count], into, strict=False):
-        assert torch.equal(page, POOL[save.page])
+        assert np.array_equal(page, POOL[save.page])
     for page in into[count:]:
-        assert torch.all(page == 77)
+        assert (page == 77).all()
     return count
 
 
@@ -107,7 +107,7 @@ def test_the_bound_is_kept_and_the_oldest_go(tmp_path: Path) -> None:
 def test_nobody_waits_for_the_writer(disk: KvDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, write = threading.Event(), disk._file.write
 
-    def slow(entry: Entry, page: Tensor) -> None:
+    def slow(entry: Entry, page: Bytes) -> None:
         assert go_on.wait(30)
         write(entry, page)
 

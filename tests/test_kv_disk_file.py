@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
-import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from shoal.kernels.arrays import Bytes
 from shoal.offload.errors import KvFileError
 from shoal.offload.kv_disk import KvDisk
 from shoal.offload.kv_disk_file import INDEX, PAGES, KvFile, checksum
@@ -31,10 +31,8 @@ def opened(directory: Path, key: bytes = KEY, page_bytes: int = PAGE_BYTES) -> K
     return KvFile(directory, key, page_bytes, PAGE_TOKENS)
 
 
-def page(seed: int) -> Tensor:
-    return torch.randint(
-        0, 256, (PAGE_BYTES,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+def page(seed: int) -> Bytes:
+    return np.random.default_rng(seed).integers(0, 256, PAGE_BYTES, np.uint8)
 
 
 def entry(slot: int, seed: int) -> Entry:
@@ -57,9 +55,9 @@ def test_what_was_written_is_there_again_for_this_user_alone(tmp_path: Path) -> 
     file.close()
     again = opened(tmp_path)
     assert [facts(one) for one in again.entries(10)] == [facts(renewed), facts(entry(3, 8))]
-    into = torch.zeros(PAGE_BYTES, dtype=torch.uint8)
+    into = np.zeros(PAGE_BYTES, np.uint8)
     again.read(3, into)
-    assert torch.equal(into, page(8))
+    assert np.array_equal(into, page(8))
     again.sync()
     again.close()
     for name in (INDEX, PAGES):
@@ -112,7 +110,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 def check(directory: Path, known: dict[int, list[int]]) -> None:
     """Whatever can still be read is one of the pages that `known` says were written into its slot."""
     file = opened(directory)
-    into = torch.zeros(PAGE_BYTES, dtype=torch.uint8)
+    into = np.zeros(PAGE_BYTES, np.uint8)
     for one in file.entries(8):
         seeds = [seed for seed in known[one.slot] if facts(one)[:4] == facts(entry(one.slot, seed))[:4]]
         assert len(seeds) == 1
@@ -120,7 +118,7 @@ def check(directory: Path, known: dict[int, list[int]]) -> None:
             file.read(one.slot, into)
         except KvFileError:
             continue
-        assert checksum(into) != one.checksum or torch.equal(into, page(seeds[0]))
+        assert checksum(into) != one.checksum or np.array_equal(into, page(seeds[0]))
     file.close()
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from asking import CONFIG, GREEDY, prompt, text_of
 
 from shoal.comm.messages import (
@@ -33,6 +32,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
 from shoal.daemon.sequence import Sequence
+from shoal.kernels.arrays import Floats
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_a_failing_step_fails_its_requests_and_the_node_serves_on(
     engine = next(iter(node._models)).engine
     with monkeypatch.context() as patch:
 
-        def broken(step: object) -> torch.Tensor:
+        def broken(step: object) -> Floats:
             raise RuntimeError("device on fire")
 
         patch.setattr(engine._executor, "forward", broken)

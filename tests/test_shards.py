@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
-import torch
 from packing import tiny_checkpoint
 from running import relative_error
-from torch import Tensor
 
 from shoal.kernels import WEIGHT_TYPES, gather_rows
+from shoal.kernels.arrays import Bytes, Floats, Ids
 from shoal.kernels.bands import from_bands
 from shoal.kernels.matrix import Matrix
 from shoal.models.checkpoint import Checkpoint
@@ -53,31 +53,31 @@ class Member:
     def read(self, kind: str, layer: int, expert: int = -1) -> Weights:
         return self.checkpoint.read_block(BlockId(kind, layer, expert))  # type: ignore[arg-type]
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Ids) -> Floats:
         """Rows that are there, and zeros."""
         shard = self.checkpoint.shard
         first = 0 if shard == "whole" else shard.ranges.vocab.start
         mine = (ids >= first) & (ids < first + self.spec.vocab)
-        rows = torch.zeros(len(ids), self.spec.hidden)
+        rows = np.zeros((len(ids), self.spec.hidden), np.float32)
         rows[mine] = gather_rows(self.read("embed", -1).matrix["embed"], ids[mine] - first)
         return self.model.embed(rows)
 
-    def attend(self, layer: int, hidden: Tensor) -> Tensor:
+    def attend(self, layer: int, hidden: Floats) -> Floats:
         (part,) = self.step.parts
         rotations = self.model.rotations(part)
         return self.model.attend(layer, self.read("attn", layer), hidden, part.segments, rotations, self.kv)
 
-    def feed_forward(self, layer: int, hidden: Tensor) -> Tensor:
+    def feed_forward(self, layer: int, hidden: Floats) -> Floats:
         if not self.spec.layers[layer].moe:
             return self.model.feed_forward(self.read("ffn", layer), hidden)
         assert self.spec.moe is not None
         x, routing, shared = self.model.route(self.read("router", layer), hidden)
-        partial = torch.zeros_like(x) if shared is None else shared
+        partial = np.zeros_like(x) if shared is None else shared
         experts = {expert: self.read("expert", layer, expert) for expert in self.spec.moe.own}
         self.model.mix(experts, x, routing, partial)
         return partial
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Floats) -> Floats:
         weights = self.read("head", -1)
         if self.spec.tied:
             weights = Weights({"head": self.read("embed", -1).matrix["embed"]}, weights.vector)
@@ -92,14 +92,14 @@ def group(checkpoint: Checkpoint, ranks: int, shares: Sequence[float] = ()) -> l
 def assert_computes_the_model(checkpoint: Checkpoint, ranks: int, shares: Sequence[float] = ()) -> None:
     whole, members = Member(checkpoint), group(checkpoint, ranks, shares)
 
-    def agreed(compute: Callable[[Member], Tensor]) -> Tensor:
+    def agreed(compute: Callable[[Member], Floats]) -> Floats:
         expected = compute(whole)
-        total = sum((compute(member) for member in members), torch.zeros_like(expected))
+        total = sum((compute(member) for member in members), np.zeros_like(expected))
         assert relative_error(total, expected) <= TOLERANCE
         return expected
 
     spec = checkpoint.spec
-    ids = torch.randint(spec.vocab, (LENGTH,), generator=torch.Generator().manual_seed(ranks))
+    ids = np.random.default_rng(ranks).integers(spec.vocab, size=LENGTH)
     hidden = agreed(lambda member: member.embed(ids))
     for layer in range(len(spec.layers)):
         for kind, compute in (("attn", Member.attend), ("ffn", Member.feed_forward)):
@@ -107,8 +107,8 @@ def assert_computes_the_model(checkpoint: Checkpoint, ranks: int, shares: Sequen
             total = agreed(lambda member, c=compute, at=layer, x=entered: c(member, at, x))  # type: ignore[misc]
             last = "router" if kind == "ffn" and spec.layers[layer].moe else kind
             hidden = hidden + whole.model.leave(whole.read(last, layer), total)
-    logits = torch.cat([member.head(hidden) for member in members], 1)
-    assert torch.equal(logits, whole.head(hidden))
+    logits = np.concatenate([member.head(hidden) for member in members], 1)
+    assert np.array_equal(logits, whole.head(hidden))
 
 
 @contextmanager
@@ -153,10 +153,10 @@ def test_also_of_quantised_files(type: str, family: str, ranks: int, tmp_path: P
         assert_computes_the_model(checkpoint, ranks)
 
 
-def stored(matrix: Matrix) -> Tensor:
+def stored(matrix: Matrix) -> Bytes:
     """Its rows as files hold them, uint8 (rows, row bytes)."""
     row_bytes = matrix.type.row_bytes(matrix.cols)
-    bands = matrix.data.view(-1, matrix.type.band_rows * row_bytes)
+    bands = matrix.data.reshape(-1, matrix.type.band_rows * row_bytes)
     return from_bands(matrix.type, bands)[: matrix.rows]
 
 
@@ -182,10 +182,13 @@ def test_bytes_are_those_of_the_whole_model(family: str, type: str, tmp_path: Pa
             for role, matrix in whole.items():
                 parts = [stored(holder[role]) for holder in holders]
                 if block.kind == "expert" or role in ("router", "shared_scale"):
-                    assert all(torch.equal(part, stored(matrix)) for part in parts)
+                    assert all(np.array_equal(part, stored(matrix)) for part in parts)
                 else:
                     assert role in beside | below
-                    assert torch.equal(torch.cat(parts, int(role in beside)), stored(matrix)), (block, role)
+                    assert np.array_equal(np.concatenate(parts, int(role in beside)), stored(matrix)), (
+                        block,
+                        role,
+                    )
 
 
 def test_biases_of_sums_are_the_first_ranks_and_others_are_cut(tmp_path: Path) -> None:
@@ -200,9 +203,9 @@ def test_biases_of_sums_are_the_first_ranks_and_others_are_cut(tmp_path: Path) -
             assert {role: len(vector) for role, vector in others.items()} == second.vector_lengths(block)
             for role in others:
                 if role.endswith("_bias"):
-                    assert torch.equal(torch.cat((mine[role], others[role])), whole[role])
+                    assert np.array_equal(np.concatenate((mine[role], others[role])), whole[role])
                 else:
-                    assert torch.equal(others[role], whole[role])
+                    assert np.array_equal(others[role], whole[role])
 
 
 @pytest.mark.parametrize("family", sorted(NORMED_WHOLE))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-from torch import Tensor
 
 from shoal.comm.messages import FinishReason
 from shoal.daemon.config import NodeConfig
@@ -18,6 +17,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.model import LoadedModel
 from shoal.daemon.sequence import Batch, Sequence
 from shoal.kernels import set_threads
+from shoal.kernels.arrays import Floats
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.models.step import Step
 from shoal.offload.budget import Budget
@@ -232,7 +232,7 @@ def test_answers_do_without_a_draft_model_that_fails(
     executor = model.engine._drafter._executor
     forward, steps = executor.forward, iter(range(1000))
 
-    def breaks(step: Step) -> Tensor:
+    def breaks(step: Step) -> Floats:
         if next(steps) == 4:
             raise MemoryError("no room")
         return forward(step)

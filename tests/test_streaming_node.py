@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-from torch import Tensor
 
 from shoal.comm.messages import Accepted, Done, Error, Generate, Load, Sampling, Stage, Token, Unload
 from shoal.daemon.answer import Event
@@ -26,6 +27,7 @@ from shoal.daemon.model import LoadedModel
 from shoal.daemon.node import Node
 from shoal.daemon.packs import Packs
 from shoal.daemon.planning import make_plan, row_share
+from shoal.kernels.arrays import Bytes
 from shoal.models.checkpoint import open_checkpoint
 from shoal.models.weights import Weights
 from shoal.offload.direct import DirectFile
@@ -36,6 +38,29 @@ from shoal.partition.spec import BlockId
 
 CONFIG = NodeConfig(context_tokens=96, kv_tokens=768, max_sequences=4, chunk_tokens=16, kv_type="f32")
 GREEDY = Sampling(temperature=0.0)
+SERVE = """
+import sys
+from pathlib import Path
+from shoal.comm.messages import Generate, Load, Sampling, Token
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.home import Home
+from shoal.daemon.node import Node
+from shoal.daemon.packs import Packs
+from shoal.partition import streaming
+
+path, directory, packs, least = *sys.argv[1:3], Packs(Home(Path(sys.argv[3]))), int(sys.argv[4])
+streaming.READING_BYTES, streaming.SCRATCH_SHARE = 1 << 18, 1
+config = NodeConfig(context_tokens=96, kv_tokens=768, max_sequences=4, chunk_tokens=16, kv_type="f32")
+for name, streamed in ((path, False), (path, True), (path + ":q4", False), (directory, False)):
+    with Node(config, packs=packs) as node:
+        if streamed:
+            node.budget.limit_bytes = node.budget.held_bytes + least
+        assert (node.load(Load(model=name)).model.streamed_bytes > 0) == streamed
+        sampling = Sampling(temperature=0.5, top_p=0.9, seed=1, repetition_penalty=1.1)
+        events = list(node.stream(Generate(prompt_tokens=[*range(5, 45)], max_tokens=6, sampling=sampling)))
+        assert any(isinstance(event, Token) for event in events)
+print("torch" in sys.modules)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +128,14 @@ def test_streamed_answers_are_those_from_memory(node: Node, path: Path) -> None:
     assert status.step_s > 0
     assert "pass through a window" in status.plan
     assert [ids(node, asked(n))[0] for n in range(3)] == expected
+
+
+def test_who_serves_with_native_kernels_never_loads_torch(path: Path, tmp_path: Path) -> None:
+    """Neither from memory nor from disk, nor what is packed in fewer bits or comes as safetensors."""
+    directory = tiny.save_hf(tiny.hf_model("olmoe"), tmp_path / "hf", type="BF16")
+    command = [sys.executable, "-c", SERVE, path, directory, tmp_path / "home", str(least(path))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout.strip(), done.stderr, done.returncode) == ("False", "", 0)
 
 
 def test_a_prompt_longer_than_a_chunk_of_memory_passes_once(node: Node, path: Path) -> None:
@@ -222,7 +255,7 @@ class Disk:
         self.works.set()
         read = DirectFile.read
 
-        def slow(file: DirectFile, offset: int, into: Tensor) -> None:
+        def slow(file: DirectFile, offset: int, into: Bytes) -> None:
             assert self.works.wait(60)
             read(file, offset, into)
 

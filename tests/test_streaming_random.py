@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import tiny
 from running import Running
-from torch import Tensor
 
 from shoal.comm.messages import FinishReason
 from shoal.daemon.config import NodeConfig
@@ -21,6 +20,7 @@ from shoal.daemon.executor import Alone, Executor
 from shoal.daemon.planning import extents
 from shoal.daemon.scheduler import Scheduler
 from shoal.daemon.sequence import Sequence
+from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint import open_checkpoint
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.models.transformer import Transformer
@@ -48,8 +48,8 @@ class Witness(Sampler):
         super().__init__(GREEDY, prompt)
         self.seen: list[bytes] = []
 
-    def sample(self, logits: Tensor) -> Sampled:
-        self.seen.append(blake2b(logits.contiguous().numpy().data, digest_size=8).digest())
+    def sample(self, logits: Floats) -> Sampled:
+        self.seen.append(blake2b(logits.data, digest_size=8).digest())
         return super().sample(logits)
 
 

@@ -12,8 +12,8 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
-import torch
 from running import Running
 from streaming import Streaming, packed, run, texts
 
@@ -45,7 +45,7 @@ def test_a_read_error_is_the_step_s_and_later_steps_try_again(
     case = cases["mixture" if block.kind == "expert" else "tied"]
     extent = case.pack.blocks[block]
     with Streaming(case.path, case.pack, spare_bytes=8192, slots=6) as streaming:
-        assert torch.equal(run(streaming, case.ids), case.expected)
+        assert np.array_equal(run(streaming, case.ids), case.expected)
         faulty.bad = extent.offset + extent.nbytes // 2, extent.offset + extent.nbytes
         other = texts(streaming.spec.vocab, [60])[0][::-1]
 
@@ -59,7 +59,7 @@ def test_a_read_error_is_the_step_s_and_later_steps_try_again(
             with pytest.raises(StoreError, match=message):
                 until_it_is_read()
         faulty.bad = None
-        assert torch.equal(run(streaming, case.ids), case.expected)
+        assert np.array_equal(run(streaming, case.ids), case.expected)
 
 
 def test_reads_that_fail_keep_no_memory(tied: Case, faulty: Faulty) -> None:
@@ -90,7 +90,7 @@ def test_what_failed_ahead_of_need_is_tried_again(tied: Case) -> None:
             for passage in ahead:
                 passage.error = StoreError("long ago")
         assert ahead
-        assert torch.equal(run(streaming, tied.ids), tied.expected)
+        assert np.array_equal(run(streaming, tied.ids), tied.expected)
 
 
 class Sink:
@@ -191,7 +191,7 @@ def test_a_file_removed_while_it_is_used_is_still_read(tmp_path: Path) -> None:
     with Streaming(path, pack) as streaming:
         first = run(streaming, ids)
         pack.path.unlink()
-        assert torch.equal(run(streaming, ids), first)
+        assert np.array_equal(run(streaming, ids), first)
     with pytest.raises(StoreError, match="cannot be opened"):
         Streaming(path, pack)
 
@@ -199,7 +199,7 @@ def test_a_file_removed_while_it_is_used_is_still_read(tmp_path: Path) -> None:
 def test_a_slow_disk_shows_as_stall_and_stage(tied: Case, faulty: Faulty) -> None:
     with Streaming(tied.path, tied.pack) as streaming:
         faulty.slow_s = 0.002
-        assert torch.equal(run(streaming, tied.ids), tied.expected)
+        assert np.array_equal(run(streaming, tied.ids), tied.expected)
         assert streaming.store.stall_s > 0.01
         stage = streaming.store.stage()
         assert stage is not None
@@ -228,7 +228,7 @@ def test_a_process_that_was_stopped_does_not_take_its_disk_for_dead(
     with Streaming(tied.path, tied.pack) as streaming, monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: float(next(clock)))
         faulty.slow_s = 0.01
-        assert torch.equal(run(streaming, tied.ids), tied.expected)
+        assert np.array_equal(run(streaming, tied.ids), tied.expected)
 
 
 def test_what_a_reader_meets_unexpectedly_is_raised_where_it_is_waited_for(
@@ -247,7 +247,7 @@ def test_without_direct_reads_one_warning_and_the_same(tied: Case, monkeypatch: 
         pytest.warns(RuntimeWarning, match="page cache") as warned,
         Streaming(tied.path, tied.pack) as streaming,
     ):
-        assert torch.equal(run(streaming, tied.ids), tied.expected)
+        assert np.array_equal(run(streaming, tied.ids), tied.expected)
     assert len([w for w in warned if "page cache" in str(w.message)]) == 1
 
 
@@ -258,11 +258,11 @@ def test_short_reads_through_the_page_cache_are_continued(
     preadv = os.preadv
     monkeypatch.setattr("shoal.offload.direct.os.O_DIRECT", 0, raising=False)
     monkeypatch.setattr(os, "preadv", lambda file, into, at: preadv(file, [into[0][:1000]], at))
-    into = torch.zeros(8192, dtype=torch.uint8)
+    into = np.zeros(8192, np.uint8)
     with pytest.warns(RuntimeWarning, match="page cache"):
         file = DirectFile(tmp_path / "file")
     file.read(4096, into)
-    assert bytes(into.numpy()) == bytes(range(256)) * 32
+    assert bytes(into) == bytes(range(256)) * 32
     with pytest.raises(EOFError, match="ends at byte 12288"):
         file.read(8192, into)
     file.close()

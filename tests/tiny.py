@@ -19,6 +19,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from shoal.kernels.arrays import Floats
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -177,6 +179,12 @@ def hf_model(family: str, seed: int = 0, **overrides: Any) -> Any:
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model
+
+
+def logits(model: Any, ids: list[int]) -> Floats:
+    """What a `transformers` model makes of a text: (T, vocab)."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
 
 
 def save_hf(model: Any, directory: Path, sharded: bool = False, type: str = "F32") -> Path:
