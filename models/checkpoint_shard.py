@@ -31,7 +31,7 @@ class CheckpointShard:
         self.shard: Literal["whole"] | Shard = shard
         self.spec = shard_spec(whole.spec, shard)
         self._rows = _rows(shard, whole.spec.head_dim)
-        self._columns = _columns(shard, whole.spec.head_dim)
+        self._columns = _columns(shard)
         self._without = frozenset() if shard.has_sum_biases else _SUMMED
 
     @property
@@ -119,11 +119,11 @@ def _rows(shard: Shard, head_dim: int) -> dict[tuple[BlockKind, str], Range]:
     }
 
 
-def _columns(shard: Shard, head_dim: int) -> dict[tuple[BlockKind, str], Range]:
+def _columns(shard: Shard) -> dict[tuple[BlockKind, str], Range]:
     """(kind of block, role) → columns of the matrices that are cut."""
     own = shard.ranges
     return {
-        ("attn", "o"): own.heads.times(head_dim),
+        ("attn", "o"): own.o_columns,
         ("ffn", "down"): own.ffn,
         ("router", "shared_down"): own.shared_ffn,
     }

@@ -6,6 +6,9 @@ experts, embedding and head by rows of the vocabulary. So a rank's weights are t
 hidden size (`shard_spec`), and what it computes of a block is a partial: the partials of all ranks, added in the order
 of ranks, are the whole.
 
+A cut between heads may fall within a block of quantised columns of o. Then both ranks have that block, and each feeds
+zeros to the columns that are the other's (`ModelSpec.o_margins`).
+
 Every rank has all norms and routers whole. A bias of a matrix that is cut by rows (q, k, v, gate, up) is cut with them;
 one that is added to a sum over columns (o, down) belongs to rank 0 alone, or it would be added once by every rank.
 
@@ -21,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate, pairwise
-from math import gcd, isfinite, lcm
+from math import isfinite, lcm
 from typing import NamedTuple
 
 from .errors import ShardError
@@ -52,8 +55,9 @@ NONE = Range(0, 0)
 class Ranges:
     """What is held of every block of its kind; `NONE` of what the model does not have."""
 
-    heads: Range  # query heads: columns of o
+    heads: Range  # query heads
     kv_heads: Range
+    o_columns: Range  # whole blocks: of these heads, and what else is in the first and the last
     ffn: Range  # columns of a dense FFN: rows of gate and up, columns of down
     shared_ffn: Range  # the same of the shared expert
     experts: Range  # whole
@@ -82,10 +86,10 @@ class Shard:
 
 
 class Grains(NamedTuple):
-    """Columns of o, down and the shared expert's down that no cut may part, because they are one block of the type that
-    these are stored in: 32, 256, or 1 for floats."""
+    """Columns of o, down and the shared expert's down that cannot be parted, because they are one block of the type
+    that these are stored in: 32, 256, or 1 for floats."""
 
-    heads: int = 1
+    o: int = 1
     ffn: int = 1
     shared_ffn: int = 1
 
@@ -105,7 +109,8 @@ def divide(
     exact = [Fraction(share) for share in shares] or [Fraction(1)] * ranks
     moe = spec.moe
     nothing = [NONE] * ranks
-    attention = _attention(spec, grains.heads, exact)
+    attention = _attention(spec, exact)
+    outputs = [_whole_blocks(heads.times(spec.head_dim), grains.o) for heads, _ in attention]
     ffn = _columns(spec.ffn, grains.ffn, exact) if spec.ffn else nothing
     shared = _columns(moe.shared_ffn, grains.shared_ffn, exact) if moe and moe.shared_ffn else nothing
     experts = _cut(moe.experts, exact) if moe else nothing
@@ -113,7 +118,7 @@ def divide(
     return tuple(
         Shard(rank, ranks, Ranges(heads, kv_heads, *others))
         for rank, ((heads, kv_heads), *others) in enumerate(
-            zip(attention, ffn, shared, experts, vocab, strict=True)
+            zip(attention, outputs, ffn, shared, experts, vocab, strict=True)
         )
     )
 
@@ -125,12 +130,14 @@ def shard_spec(spec: ModelSpec, shard: Shard) -> ModelSpec:
     if moe:
         held = None if own.experts.size == moe.experts else own.experts
         moe = replace(moe, shared_ffn=own.shared_ffn.size, held=held)
+    mixed = own.heads.times(spec.head_dim)
     return replace(
         spec,
         heads=own.heads.size,
         kv_heads=own.kv_heads.size,
         ffn=own.ffn.size,
         vocab=own.vocab.size,
+        o_margins=(mixed.start - own.o_columns.start, own.o_columns.stop - mixed.stop),
         moe=moe,
     )
 
@@ -155,10 +162,7 @@ def _refuse(spec: ModelSpec, ranks: int, grains: Grains, shares: Sequence[float]
 def _limits(spec: ModelSpec, grains: Grains) -> Iterable[tuple[int, str]]:
     """(the most ranks that each get some, why no more) of everything that is cut; the tightest first."""
     moe = spec.moe
-    most, blocks = _most_attention(spec, grains.heads), ""
-    if most < spec.heads:
-        blocks = f", {grains.heads} columns of whose output are stored as one"
-    found = [(most, f"there are {spec.heads} heads with {spec.kv_heads} KV heads{blocks}")]
+    found = [(spec.heads, f"there are {spec.heads} heads")]
     for name, columns, grain in (
         ("the FFN", spec.ffn, grains.ffn),
         ("the shared expert", moe.shared_ffn if moe else 0, grains.shared_ffn),
@@ -176,34 +180,14 @@ def _limits(spec: ModelSpec, grains: Grains) -> Iterable[tuple[int, str]]:
     return sorted(found)
 
 
-def _most_attention(spec: ModelSpec, grain: int) -> int:
-    together = _heads_together(spec, grain)
-    if together > 1:
-        return spec.kv_heads // together
-    return spec.heads // _query_heads_together(spec, grain)
-
-
-def _heads_together(spec: ModelSpec, grain: int) -> int:
-    """KV heads that no cut may part: the outputs of their groups are whole blocks."""
-    return grain // gcd(grain, spec.heads // spec.kv_heads * spec.head_dim)
-
-
-def _query_heads_together(spec: ModelSpec, grain: int) -> int:
-    """The same of query heads. If one KV head's group is whole blocks, then these divide the group."""
-    return grain // gcd(grain, spec.head_dim)
-
-
-def _attention(spec: ModelSpec, grain: int, shares: Sequence[Fraction]) -> list[tuple[Range, Range]]:
+def _attention(spec: ModelSpec, shares: Sequence[Fraction]) -> list[tuple[Range, Range]]:
     """(query heads, KV heads) of each rank."""
-    group, together = spec.heads // spec.kv_heads, _heads_together(spec, grain)
-    if len(shares) <= spec.kv_heads // together:
-        own = [kv.times(together) for kv in _cut(spec.kv_heads // together, shares)]
-        return [(kv.times(group), kv) for kv in own]
-    unit = _query_heads_together(spec, grain)
+    group = spec.heads // spec.kv_heads
+    if len(shares) <= spec.kv_heads:
+        return [(kv.times(group), kv) for kv in _cut(spec.kv_heads, shares)]
     found = []
-    for head, ranks in enumerate(_runs(shares, spec.kv_heads, group // unit)):
-        for part in _cut(group // unit, shares[slice(*ranks)]):
-            start, stop = part.times(unit)
+    for head, ranks in enumerate(_runs(shares, spec.kv_heads, group)):
+        for start, stop in _cut(group, shares[slice(*ranks)]):
             found.append((Range(head * group + start, head * group + stop), Range(head, head + 1)))
     return found
 
@@ -220,6 +204,11 @@ def _runs(shares: Sequence[Fraction], runs: int, most: int) -> list[Range]:
         _, nearest = min((abs(sums[bound] - wanted), bound) for bound in range(lowest, highest + 1))
         bounds.append(nearest)
     return [Range(*pair) for pair in pairwise([*bounds, len(shares)])]
+
+
+def _whole_blocks(columns: Range, grain: int) -> Range:
+    """The blocks that have any of these columns."""
+    return Range(columns.start // grain * grain, -(-columns.stop // grain) * grain)
 
 
 def _columns(columns: int, grain: int, shares: Sequence[Fraction]) -> list[Range]:

@@ -125,6 +125,7 @@ class ModelSpec:
     query_scale: float = 0.0  # 0 means head_dim ** -0.5
     qkv_clip: float | None = None  # clamp q, k and v to [-clip, clip]
     tied: bool = False  # head and embed are the same tensor
+    o_margins: tuple[int, int] = (0, 0)  # columns that a shard's o has before and behind those of its heads
     moe: MoeSpec | None = None
 
     def __post_init__(self) -> None:
@@ -147,6 +148,8 @@ class ModelSpec:
             raise SpecError(f"layers={len(self.layers)}: must be from 1 to 4096")
         if self.heads % self.kv_heads:
             raise SpecError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
+        if min(self.o_margins) < 0:
+            raise SpecError(f"o_margins={self.o_margins}: must not be negative")
         if not 0 < self.norm_eps < 1:
             raise SpecError(f"norm_eps={self.norm_eps}: must be between 0 and 1")
         for rope in self.ropes:
