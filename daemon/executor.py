@@ -53,6 +53,7 @@ class Executor:
         self._foreseen = _foreseen(plan)
         self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
 
+    @np.errstate(over="ignore", invalid="ignore")  # infinities and NaN are told of where tokens are chosen
     def forward(self, step: Step) -> Floats:
         """→ hidden states (R, hidden) of the rows the step asks for, before the final norm."""
         rotations = [self.model.rotations(part) for part in step.parts]

@@ -24,20 +24,31 @@ from .errors import DaemonError
 from .sizes import format_bytes
 
 LEFT_ALONE_SHARE = 0.1  # of the free memory, by a budget that nobody asked for
-LEFT_ALONE_BYTES = 512 << 20  # and at least so much …
+LEFT_ALONE_BYTES = 512 << 20  # and of the whole machine's at least so much …
 MOST_LEFT_ALONE_SHARE = 0.25  # … but not more than this
-CODE_BYTES = 44 << 20  # libraries' code and constants in use, with what the kernel keeps for them
+CODE_BYTES = 28 << 20  # libraries' code and constants in use, with what the kernel keeps for them
 GROWTH_BYTES = 12 << 20  # of Python and its libraries in a long life: stacks, requests, replies
 PROCESS = "this process"  # in the ledger
 
 
 def available_bytes() -> int:
     """Bytes that can be allocated without swapping or exceeding a cgroup's limit."""
+    free, room = _free_bytes(), cgroup.room_bytes()
+    return free if room is None else min(free, room)
+
+
+def _free_bytes() -> int:
     import psutil  # 15 ms, which clients of a daemon need not spend
 
-    free = int(psutil.virtual_memory().available)
-    room = cgroup.room_bytes()
-    return free if room is None else min(free, room)
+    return int(psutil.virtual_memory().available)
+
+
+def _usable_bytes() -> int:
+    """What is available and leaves others enough: beside a desktop more than within a cgroup, whose limit is meant."""
+    free, room = _free_bytes(), cgroup.room_bytes()
+    left = min(max(LEFT_ALONE_SHARE * free, LEFT_ALONE_BYTES), MOST_LEFT_ALONE_SHARE * free)
+    usable = free - int(left)
+    return usable if room is None else min(usable, room - int(LEFT_ALONE_SHARE * room))
 
 
 def total_bytes() -> int:
@@ -66,9 +77,7 @@ def budget_of(memory_bytes: int | None) -> Budget:
     kernels.home()  # comes with torch where there are no native ones
     own, later = private_bytes(), CODE_BYTES + GROWTH_BYTES
     if memory_bytes is None:
-        free = available_bytes()
-        left = min(max(LEFT_ALONE_SHARE * free, LEFT_ALONE_BYTES), MOST_LEFT_ALONE_SHARE * free)
-        memory_bytes = own + max(later, free - int(left))
+        memory_bytes = own + max(later, _usable_bytes())
     budget = Budget(memory_bytes)
     budget.take(PROCESS, own + later)
     return budget

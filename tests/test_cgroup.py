@@ -61,13 +61,19 @@ def test_no_groups_no_limits(tmp_path: Path) -> None:
 
 
 def test_a_budget_holds_the_process_and_leaves_the_machine_usable(monkeypatch) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 8000 * MB)
+    monkeypatch.setattr(memory, "_free_bytes", lambda: 8000 * MB)
+    monkeypatch.setattr(cgroup, "room_bytes", lambda: None)
     monkeypatch.setattr(memory, "private_bytes", lambda: 150 * MB)
     asked = memory.budget_of(1000 * MB)
     assert asked.limit_bytes == 1000 * MB
     assert asked.held_by(memory.PROCESS) == 150 * MB + memory.CODE_BYTES + memory.GROWTH_BYTES
     assert memory.budget_of(None).limit_bytes == 150 * MB + 7200 * MB
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1000 * MB)
+    monkeypatch.setattr(memory, "_free_bytes", lambda: 1000 * MB)
+    assert memory.budget_of(None).limit_bytes == 150 * MB + 750 * MB
+    monkeypatch.setattr(cgroup, "room_bytes", lambda: 600 * MB)
+    assert memory.available_bytes() == 600 * MB
+    assert memory.budget_of(None).limit_bytes == 150 * MB + 540 * MB
+    monkeypatch.setattr(cgroup, "room_bytes", lambda: 2000 * MB)
     assert memory.budget_of(None).limit_bytes == 150 * MB + 750 * MB
 
 
