@@ -16,7 +16,7 @@ import msgspec
 from shoal.comm.messages import Generation
 from shoal.daemon.config import KvType, NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.reference import Quant, Reference
+from shoal.daemon.reference import Quant, Reference, ShardName
 from shoal.daemon.sizes import parse_bytes
 
 Verb = Callable[..., Any]
@@ -34,6 +34,14 @@ def size(text: str) -> int:
 def size_or_auto(text: str) -> int | None:
     """As `size`; None for "auto", which is what is done if nothing is said."""
     return None if text == "auto" else size(text)
+
+
+def shard_name(text: str) -> ShardName:
+    """One rank's part of a model, 2/3, as an option's type."""
+    try:
+        return ShardName.parse(text)
+    except DaemonError as error:
+        raise click.BadParameter(f"{error.message}; {error.hint}.") from error
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import click
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
 from shoal.daemon.library import Library
-from shoal.daemon.reference import Quant, Reference
+from shoal.daemon.reference import Quant, Reference, ShardName
 from shoal.daemon.sizes import format_bytes, format_duration
 
 from .interrupt import deferred_interrupt
-from .options import examples, json_option, quant_option, size
+from .options import examples, json_option, quant_option, shard_name, size
 from .output import note, print_json, spinner, transfer_bar
 from .paint import printable
 
@@ -30,15 +30,23 @@ if TYPE_CHECKING:
     epilog=examples(
         "shoal pack smollm2",
         "shoal pack --quant q4 ~/models/llama-70b",
+        "shoal pack --shard 2/3 ~/models/llama-70b",
         "shoal pack --verify smollm2",
     )
 )
 @click.argument("model")
 @quant_option
+@click.option(
+    "--shard",
+    type=shard_name,
+    metavar="R/N",
+    default=str(ShardName()),
+    help="Only what the R-th of N machines holds of every block; 1/1, the default, is all.",
+)
 @click.option("--memory", type=size, metavar="SIZE", help="Bound for this process, e.g. 500MB.")
 @click.option("--verify", is_flag=True, help="Read a pack that was made and compare its checksums.")
 @json_option
-def pack(model: str, memory: int | None, verify: bool, as_json: bool) -> None:
+def pack(model: str, shard: ShardName, memory: int | None, verify: bool, as_json: bool) -> None:
     """Pack MODEL: write its weights as they are computed with, to be read from disk block by block.
 
     What a pack takes is told before it is begun, and refused if the disk has not enough. A pack that was interrupted
@@ -48,7 +56,7 @@ def pack(model: str, memory: int | None, verify: bool, as_json: bool) -> None:
     wanted, quant = Reference.parse(model)
     path = Library(home).resolve(wanted)
     if verify:
-        _verify(home, path, quant, as_json)
+        _verify(home, path, quant, shard, as_json)
         return
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.packs import Packs
@@ -63,6 +71,7 @@ def pack(model: str, memory: int | None, verify: bool, as_json: bool) -> None:
         made = Packs(home, begins).pack(
             path,
             quant,
+            shard=shard,
             memory_bytes=memory,
             progress=lambda done, total: bar("packing", done, total),
         )
@@ -70,27 +79,37 @@ def pack(model: str, memory: int | None, verify: bool, as_json: bool) -> None:
     directory, nbytes = made.path.parent, made.manifest.nbytes
     if as_json:
         built = {"built": bool(estimates), "seconds": round(took_s, 3) if estimates else 0.0}
-        print_json({"model": wanted, "quant": quant, "bytes": nbytes, "path": str(directory), **built})
+        which = {"model": wanted, "quant": quant, "shard": str(made.manifest.shard)}
+        print_json({**which, "bytes": nbytes, "path": str(directory), **built})
         return
     state = f"is packed in {format_duration(took_s)}" if estimates else "was packed already"
-    note(f"{printable(model)} {state}: {format_bytes(nbytes)} in {directory}")
+    note(f"{_part(shard)}{printable(model)} {state}: {format_bytes(nbytes)} in {directory}")
 
 
-def _verify(home: Home, path: Path, quant: Quant, as_json: bool) -> None:
+def _word(shard: ShardName) -> str:
+    return "whole" if shard == ShardName() else str(shard)
+
+
+def _part(shard: ShardName) -> str:
+    return "" if shard == ShardName() else f"shard {shard} of "
+
+
+def _verify(home: Home, path: Path, quant: Quant, shard: ShardName, as_json: bool) -> None:
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.packs import Packs
     packs = Packs(home)
-    directory = packs.shelf.place(packs.shelf.model_of(path), quant)
+    directory = packs.directory(path, quant, shard)
     if not directory.is_dir():
+        option = "" if shard == ShardName() else f"--shard {shard} "
         raise DaemonError(
             "not_found",
-            f"{path} has no pack of {quant}",
-            f"make it with: shoal pack {Reference(str(path), quant)}",
+            f"{_part(shard)}{path} has no pack of {quant}",
+            f"make it with: shoal pack {option}{Reference(str(path), quant)}",
         )
     with transfer_bar() as bar:
         damaged = packs.verify(directory, lambda done, total: bar("verifying", done, total))
     if as_json:
-        print_json({"path": str(directory), "quant": quant, "damaged": damaged})
+        print_json({"path": str(directory), "quant": quant, "shard": _word(shard), "damaged": damaged})
     if damaged:
         blocks = ", ".join(damaged[:3]) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
         raise DaemonError(

@@ -20,6 +20,7 @@ from .interrupt import deferred_interrupt
 from .options import PlanOptions, examples, json_option, plan_options, quant_option
 from .output import console, facts, print_json, spinner
 from .paint import printable
+from .store import described_pack
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,14 +58,21 @@ def show(model: str, as_json: bool, plan: PlanOptions) -> None:
             from shoal.daemon.outlook import Misfit, outlook
             from shoal.daemon.packs import Packs
         described = checkpoint_facts(path)
-        found = outlook(path, config, Packs(home))
+        packs = Packs(home)
+        found = outlook(path, config, packs)
+        made = packs.shelf.of(packs.shelf.model_of(path))
     if as_json:
-        fits = not isinstance(found, Misfit)
-        print_json({**described, "plan": {"fits": fits, **msgspec.structs.asdict(found)}})
+        plan_facts = {"fits": not isinstance(found, Misfit), **msgspec.structs.asdict(found)}
+        print_json({**described, "plan": plan_facts, "packs": [described_pack(pack) for pack in made]})
         return
     rows = facts()
     for name, value in described.items():
         rows.add_row(name.replace("_", " "), printable(_human(name, value)))
+    for pack in made:
+        if pack.shard not in ("whole", ""):
+            rows.add_row(
+                f"shard {pack.shard}", f"{pack.quant}, {format_bytes(pack.size_bytes)}, {pack.state}"
+            )
     screen = console()
     screen.print(rows)
     screen.print()

@@ -65,7 +65,7 @@ def ls(as_json: bool) -> None:
     if as_json:
         names = {entry.name for entry in entries}
         models = [_described(entry, packs) for entry in entries]
-        print_json([*models, *(_described_pack(pack) for pack in packs if pack.model not in names)])
+        print_json([*models, *(described_pack(pack) for pack in packs if pack.model not in names)])
         return
     if not entries:
         note(f"the store is empty; try: shoal pull {registry.DEFAULT_MODEL}")
@@ -82,10 +82,10 @@ def ls(as_json: bool) -> None:
             )
         console().print(rows)
     if packs:
-        rows = table("pack of", "quant", "size", "state", right=("size",))
+        rows = table("pack of", "quant", "shard", "size", "state", right=("size",))
         for pack in packs:
             name = printable(pack.model) or pack.directory.name
-            rows.add_row(name, pack.quant, format_bytes(pack.size_bytes), pack.state)
+            rows.add_row(name, pack.quant, pack.shard, format_bytes(pack.size_bytes), pack.state)
         console().print(rows)
     for name in library.damaged():
         note(f"{name} is damaged: shoal rm --yes {name}, then shoal pull it again")
@@ -133,15 +133,17 @@ def _described(entry: Entry, packs: Sequence[PackEntry] = ()) -> dict[str, Any]:
         "path": str(entry.path),
         "source": manifest.source,
         "added": manifest.added,
-        "packs": [_described_pack(pack) for pack in packs if pack.model == entry.name],
+        "packs": [described_pack(pack) for pack in packs if pack.model == entry.name],
     }
 
 
-def _described_pack(pack: PackEntry) -> dict[str, Any]:
+def described_pack(pack: PackEntry) -> dict[str, Any]:
+    """A pack as JSON shows it."""
     return {
         "name": pack.model,
         "kind": "pack",
         "quant": pack.quant,
+        "shard": pack.shard,
         "bytes": pack.size_bytes,
         "state": pack.state,
         "path": str(pack.directory),

@@ -1,11 +1,13 @@
 """Where packs are kept, which model each belongs to, and whether it is still of that model.
 
-    packs/STEM.DIGEST.QUANT/             whole, always
+    packs/STEM.DIGEST.QUANT/             complete, always
+    packs/STEM.DIGEST.SHARD.QUANT/       of a shard of the model
     packs/STEM.DIGEST.QUANT.partial/     being built, or left by an attempt that was cut off
     packs/.locks/STEM.DIGEST.QUANT       held while it is built or removed
 
 DIGEST is of the model's name in the store or its path, so a model that has changed gets its new pack in the place of
-the old one. Knows names, sizes and states; how a pack is built is `packs`. Does not import what computes.
+the old one; SHARD is of the shard's ranges, so groups of different sizes share packs whose bytes are equal. Knows
+names, sizes and states; how a pack is built is `packs`. Does not import what computes.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from shoal.offload.errors import PackError
 from shoal.offload.pack_format import BLOCKS, DAMAGED, DRAFT, PARTIAL, Manifest, Quant, Source, read_manifest
+from shoal.partition.slicing import Shard
 
 from .errors import DaemonError
 from .home import Home, private_dir
@@ -35,6 +40,7 @@ class PackEntry(NamedTuple):
     directory: Path
     model: str
     quant: str
+    shard: str  # "whole", 2/3 of a rank, "" where its manifest is damaged
     size_bytes: int  # on the disk
     state: State
 
@@ -47,16 +53,18 @@ class PackShelf:
         self._library = Library(home)
 
     def list(self) -> tuple[PackEntry, ...]:
-        """All packs, by directory."""
+        """All packs, by model, bits and shard."""
         try:
-            found = sorted(path for path in self.root.iterdir() if path.is_dir() and path.name[0] != ".")
+            found = [path for path in self.root.iterdir() if path.is_dir() and path.name[0] != "."]
         except FileNotFoundError:
             return ()
         entries = []
         for path in found:
             with suppress(FileNotFoundError):  # another process has just finished or removed it
                 entries.append(self._entry(path))
-        return tuple(entries)
+        return tuple(
+            sorted(entries, key=lambda entry: (entry.model, entry.quant, entry.shard, entry.directory))
+        )
 
     def model_of(self, path: Path) -> str:
         """What the model at `path` is called here: its name in the store, or its path."""
@@ -77,9 +85,10 @@ class PackShelf:
             ) from error
         return Source(name, source.files, hashlib.sha256(manifest).hexdigest())
 
-    def place(self, model: str, quant: Quant) -> Path:
-        """The directory of a model's pack, whether there is one or not."""
-        return private_dir(self.root) / f"{_prefix(model)}.{quant}"
+    def place(self, model: str, quant: Quant, shard: Literal["whole"] | Shard = "whole") -> Path:
+        """The directory of a model's pack, or of a shard of it, whether there is one or not."""
+        part = "" if shard == "whole" else f".{_shard_digest(shard)}"
+        return private_dir(self.root) / f"{_prefix(model)}{part}.{quant}"
 
     def of(self, model: str) -> tuple[PackEntry, ...]:
         """Everything that is kept for a model."""
@@ -116,10 +125,9 @@ class PackShelf:
         try:
             manifest = read_manifest(directory, DRAFT) if partial else read_manifest(directory)
         except PackError:
-            return PackEntry(directory, "", quant, size, "damaged")
-        return PackEntry(
-            directory, manifest.source.model, quant, size, self._state(directory, manifest, partial)
-        )
+            return PackEntry(directory, "", quant, "", size, "damaged")
+        state = self._state(directory, manifest, partial)
+        return PackEntry(directory, manifest.source.model, quant, str(manifest.shard), size, state)
 
     def _state(self, directory: Path, manifest: Manifest, partial: bool) -> State:
         if not self._is_current(manifest.source):
@@ -148,6 +156,10 @@ class PackShelf:
         except (OSError, ValueError):  # also names that no file can have
             return False
         return True
+
+
+def _shard_digest(shard: Shard) -> str:
+    return hashlib.sha256(msgspec.json.encode((shard.has_sum_biases, shard.ranges))).hexdigest()[:12]
 
 
 def _prefix(model: str) -> str:

@@ -8,32 +8,37 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from msgspec import Struct
 
 from shoal.kernels import set_threads
-from shoal.models.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.checkpoint import open_checkpoint
+from shoal.models.checkpoint_shard import AnyCheckpoint
 from shoal.models.errors import CheckpointError
 from shoal.offload.errors import PackError
 from shoal.offload.pack import Pack, open_pack
 from shoal.offload.pack_build import PART_BYTES, PackBuilder, partial_of, source_of
 from shoal.offload.pack_file import damaged_blocks
 from shoal.offload.pack_format import DAMAGED, Quant
+from shoal.offload.pack_layout import part_of
+from shoal.partition.errors import ShardError
 
 from .config import default_threads
 from .errors import DaemonError
 from .home import Home
 from .memory import resident_bytes
 from .pack_shelf import PackShelf
+from .reference import ShardName
 from .sizes import format_bytes, format_duration
 from .transfer import check_space, disk_errors
 from .translate import translated
 
 LEAST_BYTES = 96 << 20  # that building takes beside what the process has already
 LEAST_PART_BYTES = 1 << 20
+WHOLE = ShardName()
 
 Progress = Callable[[int, int], None]
 
@@ -71,28 +76,30 @@ class Packs:
         self.shelf = PackShelf(home)
         self._begins = begins
 
-    def find(self, checkpoint: Checkpoint, quant: Quant = "keep") -> Pack | None:
-        """The pack of a checkpoint as its files are now. None if there is none, or it is damaged or out of date."""
+    def find(self, checkpoint: AnyCheckpoint, quant: Quant = "keep") -> Pack | None:
+        """The pack of a checkpoint, or of a shard of one, as its files are now. None if there is none, or it is damaged
+        or out of date."""
         source = self.shelf.claimed(source_of(checkpoint))
-        directory = self.shelf.place(source.model, quant)
+        directory = self.shelf.place(source.model, quant, checkpoint.shard)
         with suppress(PackError):
             pack = open_pack(directory)
             if (directory / DAMAGED).exists():
                 return None
-            if pack.manifest.source == source and pack.manifest.quant == quant:
+            manifest = pack.manifest
+            if (manifest.source, manifest.quant) == (source, quant) and manifest.is_of(checkpoint.shard):
                 pack.require(checkpoint.spec)
                 return pack
         return None
 
     def get(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: AnyCheckpoint,
         progress: Progress = no_progress,
         *,
         quant: Quant = "keep",
         memory_bytes: int | None = None,
     ) -> Pack:
-        """The pack of a checkpoint; built where there is none.
+        """The pack of a checkpoint, or of a shard of one; built where there is none.
 
         `memory_bytes` bounds the whole process. Raises DaemonError: `resources` when disk or memory do not suffice,
         `busy` while another process builds it.
@@ -107,17 +114,23 @@ class Packs:
         path: Path,
         quant: Quant,
         *,
+        shard: ShardName = WHOLE,
         memory_bytes: int | None,
         progress: Progress,
     ) -> Pack:
-        """`get` for the checkpoint at `path`, in a process that does nothing else. Raises DaemonError."""
+        """`get` for what a rank holds of the checkpoint at `path`, in a process that does nothing else. Raises
+        DaemonError: `bad_request` where the model cannot be cut so."""
         set_threads(default_threads())
-        try:
-            checkpoint = open_checkpoint(path)
-        except CheckpointError as error:
-            raise translated(error) from error
-        with checkpoint:
-            return self.get(checkpoint, progress, quant=quant, memory_bytes=memory_bytes)
+        with self._opened(path, quant, shard) as part:
+            return self.get(part, progress, quant=quant, memory_bytes=memory_bytes)
+
+    def directory(self, path: Path, quant: Quant, shard: ShardName = WHOLE) -> Path:
+        """Where the pack of what a rank holds of the checkpoint at `path` is, if there is one. Raises DaemonError."""
+        model = self.shelf.model_of(path)
+        if shard == WHOLE:  # also of a model that is gone
+            return self.shelf.place(model, quant)
+        with self._opened(path, quant, shard) as part:
+            return self.shelf.place(model, quant, part.shard)
 
     def verify(self, directory: Path, progress: Progress = no_progress) -> list[str]:
         """Reads all of a pack: the names of its damaged blocks; with any it is not used again. Raises DaemonError when
@@ -130,22 +143,37 @@ class Packs:
         except (PackError, OSError) as error:
             raise translated(error) from error
 
+    @contextmanager
+    def _opened(self, path: Path, quant: Quant, shard: ShardName) -> Iterator[AnyCheckpoint]:
+        """What a rank holds of the checkpoint at `path`."""
+        try:
+            checkpoint = open_checkpoint(path)
+        except CheckpointError as error:
+            raise translated(error) from error
+        with checkpoint:
+            try:
+                part = part_of(checkpoint, quant, *shard)
+            except ShardError as error:
+                raise translated(error) from error
+            yield part
+
     def _build(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: AnyCheckpoint,
         quant: Quant,
         memory_bytes: int | None,
         progress: Progress,
     ) -> Pack:
         source = self.shelf.claimed(source_of(checkpoint))
-        directory = self.shelf.place(source.model, quant)
+        directory = self.shelf.place(source.model, quant, checkpoint.shard)
         builder = PackBuilder(checkpoint, quant, source, _part_bytes(memory_bytes))
         with self.shelf.alone(directory):
             if (pack := self.find(checkpoint, quant)) is not None:  # another process was faster
                 return pack
             self.shelf.discard(directory)
             partial = partial_of(directory)
-            what = f"a pack of {source.model}"
+            part = "" if checkpoint.shard == "whole" else f"shard {checkpoint.shard} of "
+            what = f"a pack of {part}{source.model}"
             written = sum(file.stat().st_blocks * 512 for file in partial.glob("*"))
             check_space(self.shelf.root, builder.nbytes - written, what)
             with disk_errors(self.shelf.root, builder.nbytes, what):

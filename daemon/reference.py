@@ -1,5 +1,5 @@
 """How a model is named: a path or a name in the store, with `:q8` or `:q4` behind it where its weights are wanted in
-fewer bits than its files have.
+fewer bits than its files have; and how a rank's part of it is.
 
 Knows spelling only. Where a model is found is `library`, what the bits do to it `offload.pack_layout`.
 """
@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from shoal.offload.pack_format import Quant
 
-__all__ = ["Quant", "Reference"]
+from .errors import DaemonError
+
+__all__ = ["Quant", "Reference", "ShardName"]
 
 _SUFFIXES: dict[str, Quant] = {"q8": "q8", "q4": "q4"}
 
@@ -29,3 +31,34 @@ class Reference(NamedTuple):
 
     def __str__(self) -> str:
         return self.model if self.quant == "keep" else f"{self.model}:{self.quant}"
+
+
+class ShardName(NamedTuple):
+    """What rank `rank`, counted from 0, of `ranks` holds of a model; in words counted from 1: 2/3. Alone it has all."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> ShardName:
+        """Raises DaemonError `bad_request`."""
+        number, slash, ranks = text.partition("/")
+        if not (slash and _is_number(number) and _is_number(ranks)):
+            raise DaemonError("bad_request", f"{text!r} is not a rank and how many there are", "such as 2/3")
+        shard = cls(int(number) - 1, int(ranks))
+        if not shard.ranks:
+            raise DaemonError("bad_request", f"{text}: there must be 1 rank or more", "such as 2/3")
+        if not 0 <= shard.rank < shard.ranks:
+            raise DaemonError(
+                "bad_request",
+                f"{text}: must be from 1/{shard.ranks} to {shard.ranks}/{shard.ranks}",
+                "such as 2/3",
+            )
+        return shard
+
+    def __str__(self) -> str:
+        return f"{self.rank + 1}/{self.ranks}"
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10

@@ -13,7 +13,7 @@ from shoal.models.errors import (
     UnsupportedCheckpoint,
 )
 from shoal.offload.errors import BudgetExceeded, OffloadError, PackError, PackPointless
-from shoal.partition.errors import PlanError, SpecError
+from shoal.partition.errors import PlanError, ShardError, SpecError
 
 from .errors import DaemonError
 
@@ -26,6 +26,7 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (TemplateError, "bad_request"),
     (SamplingError, "bad_request"),
     (PlanError, "resources"),
+    (ShardError, "bad_request"),
     (BudgetExceeded, "resources"),
     (PackPointless, "bad_request"),
     (PackError, "corrupt"),

@@ -40,6 +40,10 @@ class WeightType:
     def bits_per_weight(self) -> float:
         return 8 * self.block_bytes / self.block_weights
 
+    def bytes_before(self, col: int) -> int:
+        """Bytes of a row before column `col`, with which a block has to begin, or OperandError."""
+        return self.row_bytes(col) if col else 0
+
     def row_bytes(self, cols: int) -> int:
         """Bytes of one row of `cols` weights; OperandError unless `cols` is whole blocks."""
         if cols <= 0 or cols % self.block_weights:

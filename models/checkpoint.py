@@ -18,6 +18,7 @@ import numpy as np
 from shoal.kernels import Matrix, WeightType, dequantize, from_stored, interleave
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.memory import Arena
+from shoal.partition.slicing import Range, Shard
 from shoal.partition.spec import BlockId, BlockKind
 
 from .errors import CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
@@ -62,7 +63,10 @@ class Checkpoint:
     defaults: temperature, top_k and top_p as far as the model's makers advise them.
     All but reading goes on working after `close`, except that the lists of tokens leave `metadata`.
     Where the head is tied to the embedding (`spec.tied`), block `head` has no matrix: use that of `embed`.
+    shard: what of the model it is (`checkpoint_shard` has the others).
     """
+
+    shard: Literal["whole"] | Shard = "whole"
 
     def __init__(self, path: Path, kind: Literal["gguf", "hf"], files: TensorFiles, recipe: Recipe) -> None:
         self.path = path
@@ -138,14 +142,21 @@ class Checkpoint:
         return {role: shapes[role][0] for role in roles if len(shapes[role]) == 1}
 
     def read_rows(
-        self, block: BlockId, role: str, start: int, stop: int, into: Bytes | None = None
+        self,
+        block: BlockId,
+        role: str,
+        start: int,
+        stop: int,
+        into: Bytes | None = None,
+        columns: Range | None = None,
     ) -> Matrix:
-        """Rows [start, stop) of one matrix of a block; `into` is memory for them (`matrix_bytes`), by default
-        new. Raises CheckpointError.
+        """Rows [start, stop) of one matrix of a block, of their columns only those that are asked for, which have to be
+        whole blocks of its type; `into` is memory for them (`matrix_bytes`), by default new. Raises
+        CheckpointError.
         """
         tensor, first_row, rows = self._matrices(block)[role]
         assert 0 <= start <= stop <= rows
-        return self._matrix(tensor, first_row + start, stop - start, into)
+        return self._matrix(tensor, first_row + start, stop - start, into, columns)
 
     def read_vectors(self, block: BlockId) -> dict[str, Floats]:
         """The norms and biases of a block, f32 (n,), by role. Raises CheckpointError."""
@@ -202,22 +213,31 @@ class Checkpoint:
                 first_row += shapes[role][0]
         return found
 
-    def _matrix(self, tensor: StoredTensor, first_row: int, rows: int, memory: Bytes | None = None) -> Matrix:
+    def _matrix(
+        self,
+        tensor: StoredTensor,
+        first_row: int,
+        rows: int,
+        memory: Bytes | None = None,
+        columns: Range | None = None,
+    ) -> Matrix:
         """Rows [first_row, first_row + rows) as kernels want them; those that have to move are read in parts."""
-        kind, cols = tensor.type, tensor.shape[-1]
+        kind, columns = tensor.type, columns or Range(0, tensor.shape[-1])
+        cols = columns.size
         if memory is None:
             memory = self._memory.take(kind.matrix_bytes(rows, cols))
-        if not kind.quantised:
+        if not kind.quantised and cols == tensor.shape[-1]:
             self._files.read(tensor, first_row, rows, memory)
             return Matrix(kind, memory, rows, cols)
-        step = max(1, _PART_BYTES // kind.matrix_bytes(1, cols)) * kind.band_rows
+        mine = slice(*(kind.bytes_before(column) for column in columns))
+        step = max(1, _PART_BYTES // kind.band_rows // tensor.row_bytes) * kind.band_rows
         part = Arena().take(min(step, rows) * tensor.row_bytes)  # malloc would keep what is freed
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             stored = part[: (stop - start) * tensor.row_bytes]
             self._files.read(tensor, first_row + start, stop - start, stored)
             into = memory[kind.matrix_bytes(start, cols) : kind.matrix_bytes(stop, cols)]
-            interleave(kind, stored.reshape(stop - start, -1), into)
+            interleave(kind, np.ascontiguousarray(stored.reshape(stop - start, -1)[:, mine]), into)
         return Matrix(kind, memory, rows, cols)
 
     def _vector(self, role: str, matrix: Matrix) -> Floats:

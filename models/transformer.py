@@ -109,6 +109,8 @@ class Transformer:
             window=kind.window,
             norms=norms,
         )  # (T, H*D)
+        if any(spec.o_margins):  # columns of a shard's o that meet heads of others
+            mixed = np.pad(mixed, ((0, 0), spec.o_margins))
         return linears(mixed, weights.linears("o"))[0]
 
     def feed_forward(self, weights: Weights, hidden: Floats) -> Floats:

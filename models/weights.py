@@ -7,6 +7,7 @@ Roles by kind of block (vectors are f32; those in brackets exist in some familie
     embed   matrix: embed (vocab, hidden)
     attn    matrix: q (heads*head_dim, hidden), k, v (kv_heads*head_dim, hidden), o (hidden, heads*head_dim)
             vector: [norm], [q_bias], [k_bias], [v_bias], [o_bias], [q_norm], [k_norm], [post_norm]
+            (a shard's o has margins besides: `ModelSpec.o_margins`)
     ffn     matrix: gate, up (ffn, hidden), down (hidden, ffn)
             vector: [norm], [gate_bias], [up_bias], [down_bias], [post_norm]
     router  matrix: router (experts, hidden), [shared_gate], [shared_up], [shared_down],

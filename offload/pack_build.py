@@ -20,7 +20,7 @@ from shoal.kernels import WeightType, dequantize, from_stored
 from shoal.kernels.arrays import Bytes
 from shoal.kernels.quantise import quantise
 from shoal.kernels.types import BAND_ROWS
-from shoal.models.checkpoint import Checkpoint
+from shoal.models.checkpoint_shard import AnyCheckpoint
 from shoal.partition.spec import BlockId
 
 from .errors import PackError
@@ -45,7 +45,7 @@ SAMPLE_BYTES = 32 << 20  # of each kind of matrix are packed to find out how fas
 REWRITTEN_BYTES = 4 << 20  # … or so many where they get fewer bits
 
 
-def source_of(checkpoint: Checkpoint) -> Source:
+def source_of(checkpoint: AnyCheckpoint) -> Source:
     """What identifies the files of a checkpoint. Raises PackError."""
     paths = list(checkpoint.files)
     if checkpoint.kind == "hf":
@@ -61,14 +61,14 @@ def source_of(checkpoint: Checkpoint) -> Source:
 
 
 def build_pack(
-    checkpoint: Checkpoint, directory: Path, quant: Quant = "keep", progress: Progress = no_progress
+    checkpoint: AnyCheckpoint, directory: Path, quant: Quant = "keep", progress: Progress = no_progress
 ) -> Pack:
     """Packs a checkpoint into `directory`, which must not exist yet: see `PackBuilder`."""
     return PackBuilder(checkpoint, quant).build(directory, progress)
 
 
 class PackBuilder:
-    """The pack of one checkpoint to be. `nbytes` of its blocks are known before anything is read.
+    """The pack of one checkpoint, or of a shard of it, to be. `nbytes` of its blocks are known before anything is read.
 
     `source`: what it is made from, if that has a name besides its path. `part_bytes` bounds each of the few buffers
     that weights pass through.
@@ -76,7 +76,7 @@ class PackBuilder:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: AnyCheckpoint,
         quant: Quant = "keep",
         source: Source | None = None,
         part_bytes: int = PART_BYTES,

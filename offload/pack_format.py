@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta, Struct
 
+from shoal.partition.slicing import Shard
 from shoal.partition.spec import BlockId
 
 from .errors import PackCorrupt, PackError
@@ -78,13 +79,14 @@ class Source(Struct, frozen=True):
 
 
 class Manifest(Struct, frozen=True):
-    """All that is known of a pack. `model`: facts for people."""
+    """All that is known of a pack. `shard`: what of the model its blocks are; the ranks in it are those that it was
+    made for. `model`: facts for people."""
 
     format: Literal[1]
     kernel_layout: Literal[1]
     source: Source
     quant: Quant
-    shard: Literal["whole"]
+    shard: Literal["whole"] | Shard
     model: dict[str, str | int]
     vectors: PackedVectors
     blocks: Annotated[list[PackedBlock], Meta(max_length=1 << 22)]
@@ -94,6 +96,11 @@ class Manifest(Struct, frozen=True):
         """Size of blocks.bin."""
         ends = (item.offset + item.nbytes for item in self.blocks)
         return max(self.vectors.offset + self.vectors.nbytes, *ends, 0)
+
+    def is_of(self, shard: Literal["whole"] | Shard) -> bool:
+        """Whether it has the weights of this shard, or of the whole model; never one for the other."""
+        mine = self.shard
+        return mine == shard if mine == "whole" or shard == "whole" else mine.same_bytes(shard)
 
 
 def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest:

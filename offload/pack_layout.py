@@ -14,6 +14,8 @@ import msgspec
 from shoal.kernels import WeightType
 from shoal.kernels.types import BAND_ROWS, Q4_0, Q8_0
 from shoal.models.checkpoint import Checkpoint
+from shoal.models.checkpoint_shard import AnyCheckpoint, CheckpointShard
+from shoal.partition.slicing import Grains, divide
 from shoal.partition.spec import BlockId
 
 from .errors import PackPointless
@@ -37,7 +39,7 @@ _TABLES = frozenset({"embed", "head"})  # hurt most by few bits
 UNKNOWN = "0" * 16  # checksum of what is not written yet
 
 
-def layout(checkpoint: Checkpoint, quant: Quant, source: Source) -> Manifest:
+def layout(checkpoint: AnyCheckpoint, quant: Quant, source: Source) -> Manifest:
     """The manifest of the pack to be, its checksums not known yet. Raises PackPointless."""
     spec = checkpoint.spec
     _require_gain(checkpoint, quant)
@@ -63,10 +65,30 @@ def layout(checkpoint: Checkpoint, quant: Quant, source: Source) -> Manifest:
         "hidden": spec.hidden,
         "vocab": spec.vocab,
     }
-    return Manifest(FORMAT, KERNEL_LAYOUT, source, quant, "whole", facts, vectors, blocks)
+    return Manifest(FORMAT, KERNEL_LAYOUT, source, quant, checkpoint.shard, facts, vectors, blocks)
 
 
-def _head(checkpoint: Checkpoint, quant: Quant) -> Iterator[PackedBlock]:
+def part_of(checkpoint: Checkpoint, quant: Quant, rank: int, ranks: int) -> AnyCheckpoint:
+    """What rank `rank`, counted from 0, of equals holds of a checkpoint that is kept as `quant`: all of it, if it is
+    alone. Its bytes are those of rows and columns of the whole model, nothing is rounded anew. Raises ShardError."""
+    shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, quant))
+    return CheckpointShard(checkpoint, shards[rank]) if ranks > 1 else checkpoint
+
+
+def grains_of(checkpoint: Checkpoint, quant: Quant) -> Grains:
+    """The columns of each role that are one block, both as they are stored and as they are kept."""
+    grains = dict.fromkeys(("o", "down", "shared_down"), 1)
+    for block in checkpoint.spec.blocks():
+        if block.kind == "expert":
+            continue  # stays whole
+        for role, (kind, _, cols) in checkpoint.matrices(block).items():
+            if role in grains:
+                kept = kept_type(role, kind, cols, quant)
+                grains[role] = math.lcm(grains[role], kind.block_weights, kept.block_weights)
+    return Grains(*grains.values())
+
+
+def _head(checkpoint: AnyCheckpoint, quant: Quant) -> Iterator[PackedBlock]:
     """The head's slices; of whole pages, but for the last, so that nothing is between them."""
     block, role = head_origin(checkpoint)
     kind, rows, cols = checkpoint.matrices(block)[role]
@@ -79,12 +101,12 @@ def _head(checkpoint: Checkpoint, quant: Quant) -> Iterator[PackedBlock]:
         yield _block(BlockId("head", -1, number), tensors)
 
 
-def head_origin(checkpoint: Checkpoint) -> tuple[BlockId, str]:
+def head_origin(checkpoint: AnyCheckpoint) -> tuple[BlockId, str]:
     """The block and role of the checkpoint that the head's slices are cut from."""
     return (BlockId("embed"), "embed") if checkpoint.spec.tied else (BlockId("head"), "head")
 
 
-def _whole(checkpoint: Checkpoint, block: BlockId, quant: Quant) -> PackedBlock:
+def _whole(checkpoint: AnyCheckpoint, block: BlockId, quant: Quant) -> PackedBlock:
     tensors = {}
     at = 0
     for role, (kind, rows, cols) in checkpoint.matrices(block).items():
@@ -98,7 +120,7 @@ def _block(block: BlockId, tensors: dict[str, PackedTensor]) -> PackedBlock:
     return PackedBlock(block, 0, rounded(end, PAGE_BYTES), UNKNOWN, tensors)
 
 
-def _vectors(checkpoint: Checkpoint) -> PackedVectors:
+def _vectors(checkpoint: AnyCheckpoint) -> PackedVectors:
     blocks = []
     at = 0
     for block in checkpoint.spec.blocks():
@@ -111,7 +133,7 @@ def _vectors(checkpoint: Checkpoint) -> PackedVectors:
     return PackedVectors(0, rounded(at, PAGE_BYTES), UNKNOWN, blocks)
 
 
-def _require_gain(checkpoint: Checkpoint, quant: Quant) -> None:
+def _require_gain(checkpoint: AnyCheckpoint, quant: Quant) -> None:
     matrices = [
         (role, kind, cols)
         for block in checkpoint.spec.blocks()

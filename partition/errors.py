@@ -2,7 +2,8 @@
 
 PartitionError
 ├── SpecError      a fact of the architecture is out of range or contradicts another
-└── PlanError      no plan fits (carries the figure that would)
+├── PlanError      no plan fits (carries the figure that would)
+└── ShardError     a model cannot be cut into so many shards
 """
 
 
@@ -12,6 +13,10 @@ class PartitionError(Exception):
 
 class SpecError(PartitionError):
     """A `ModelSpec` field is out of range; the message gives field, value and limit."""
+
+
+class ShardError(PartitionError):
+    """A model cannot be cut so; the message gives the number asked for and the one that would do."""
 
 
 class PlanError(PartitionError):

@@ -75,6 +75,7 @@ class MoeSpec:
     normalize: bool  # the k chosen probabilities are scaled to sum to 1
     shared_ffn: int = 0  # columns of the shared expert; 0 = none
     shared_gated: bool = False  # the shared expert's output is multiplied by sigmoid(x @ gate)
+    held: tuple[int, int] | None = None  # the half-open range of experts that a shard has; None = all
 
     def __post_init__(self) -> None:
         for name, low, high in (("experts", 1, 4096), ("active", 1, self.experts), ("ffn", 1, 1 << 20)):
@@ -83,6 +84,13 @@ class MoeSpec:
                 raise SpecError(f"moe.{name}={value}: must be from {low} to {high}")
         if self.shared_ffn < 0:
             raise SpecError(f"moe.shared_ffn={self.shared_ffn}: must not be negative")
+        if self.held and not 0 <= self.held[0] < self.held[1] <= self.experts:
+            raise SpecError(f"moe.held={self.held}: must be some of the {self.experts} experts")
+
+    @property
+    def own(self) -> range:
+        """The experts whose weights are there."""
+        return range(*(self.held or (0, self.experts)))
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ class ModelSpec:
     query_scale: float = 0.0  # 0 means head_dim ** -0.5
     qkv_clip: float | None = None  # clamp q, k and v to [-clip, clip]
     tied: bool = False  # head and embed are the same tensor
+    o_margins: tuple[int, int] = (0, 0)  # columns that a shard's o has before and behind those of its heads
     moe: MoeSpec | None = None
 
     def __post_init__(self) -> None:
@@ -139,6 +148,8 @@ class ModelSpec:
             raise SpecError(f"layers={len(self.layers)}: must be from 1 to 4096")
         if self.heads % self.kv_heads:
             raise SpecError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
+        if min(self.o_margins) < 0:
+            raise SpecError(f"o_margins={self.o_margins}: must not be negative")
         if not 0 < self.norm_eps < 1:
             raise SpecError(f"norm_eps={self.norm_eps}: must be between 0 and 1")
         for rope in self.ropes:
@@ -159,11 +170,11 @@ class ModelSpec:
         return self.query_scale or self.head_dim**-0.5
 
     def ffn_blocks(self, layer: int) -> tuple[BlockId, ...]:
-        """The blocks of a layer's feed-forward part: one, or the router followed by its experts."""
+        """The blocks of a layer's feed-forward part: one, or the router followed by the experts that are there."""
         if not self.layers[layer].moe:
             return (BlockId("ffn", layer),)
         assert self.moe is not None
-        experts = (BlockId("expert", layer, e) for e in range(self.moe.experts))
+        experts = (BlockId("expert", layer, e) for e in self.moe.own)
         return (BlockId("router", layer), *experts)
 
     def blocks(self) -> tuple[BlockId, ...]:

@@ -12,6 +12,7 @@ import tiny
 
 from shoal.kernels.arrays import Bytes
 from shoal.models.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.checkpoint_shard import AnyCheckpoint
 from shoal.offload import pack_layout
 from shoal.offload.pack import Pack
 from shoal.partition.spec import BlockId
@@ -44,8 +45,8 @@ def memory_of(pack: Pack, block: BlockId) -> Bytes:
         return np.fromfile(file, np.uint8, item.nbytes)
 
 
-def assert_holds(pack: Pack, checkpoint: Checkpoint) -> None:
-    """Every block of the pack is bitwise that of the checkpoint."""
+def assert_holds(pack: Pack, checkpoint: AnyCheckpoint) -> None:
+    """Every block of the pack is bitwise that of the checkpoint, or of a shard of one."""
     spec = checkpoint.spec
     pack.require(spec)
     for block in spec.blocks():

@@ -204,7 +204,7 @@ def test_a_model_in_the_store_is_packed_listed_and_removed_with_its_packs(home: 
     assert "tiny is packed in" in result.stderr
     assert "tiny was packed already" in shoal("pack", "tiny").stderr
     found = json.loads(shoal("pack", "--quant", "q4", "--json", "tiny").stdout)
-    assert list(found) == ["model", "quant", "bytes", "path", "built", "seconds"]
+    assert list(found) == ["model", "quant", "shard", "bytes", "path", "built", "seconds"]
     assert (found["quant"], found["built"]) == ("q4", True)
     (entry,) = json.loads(shoal("ls", "--json").stdout)
     assert [(pack["quant"], pack["state"]) for pack in entry["packs"]] == [("keep", "ready"), ("q4", "ready")]

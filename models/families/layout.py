@@ -52,7 +52,7 @@ def shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, tuple[int, ...]]:
         case "embed":
             return {"embed": (spec.vocab, c)}
         case "attn":
-            found = norms | {"q": (q, c), "k": (kv, c), "v": (kv, c), "o": (c, q)}
+            found = norms | {"q": (q, c), "k": (kv, c), "v": (kv, c), "o": (c, q + sum(spec.o_margins))}
             if spec.qk_norm != "none":
                 head = spec.qk_norm == "head"
                 found |= {

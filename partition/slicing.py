@@ -1,0 +1,229 @@
+"""What each rank of a group holds of every block: its shard, as half-open ranges.
+
+Attention is cut by KV heads, each with the query heads of its group; where ranks outnumber KV heads, several have the
+same one and share its query heads. FFNs (a mixture's shared expert is one) are cut by columns, mixtures by whole
+experts, embedding and head by rows of the vocabulary. So a rank's weights are those of a smaller model of the same
+hidden size (`shard_spec`), and what it computes of a block is a partial: the partials of all ranks, added in the order
+of ranks, are the whole.
+
+A cut between heads may fall within a block of quantised columns of o. Then both ranks have that block, and each feeds
+zeros to the columns that are the other's (`ModelSpec.o_margins`).
+
+Every rank has all norms and routers whole. A bias of a matrix that is cut by rows (q, k, v, gate, up) is cut with them;
+one that is added to a sum over columns (o, down) belongs to rank 0 alone, or it would be added once by every rank.
+
+Norms over all heads at once (`qk_norm` "full": OLMo-2, OLMoE) need a sum over ranks in the middle of a block, which
+nothing computes: such models are refused.
+
+Pure integers: knows no tensors, roles of weights or files. How they are cut by this is `models.checkpoint_shard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from math import isfinite, lcm
+from typing import NamedTuple
+
+from .errors import ShardError
+from .spec import ModelSpec
+
+LANES = 16  # rows or columns that kernels take together: FFNs and vocabularies are cut between these
+
+
+class Range(NamedTuple):
+    """Half-open."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def times(self, factor: int) -> Range:
+        """The same range of things that are `factor` smaller."""
+        return Range(self.start * factor, self.stop * factor)
+
+
+NONE = Range(0, 0)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What is held of every block of its kind; `NONE` of what the model does not have."""
+
+    heads: Range  # query heads
+    kv_heads: Range
+    o_columns: Range  # whole blocks: of these heads, and what else is in the first and the last
+    ffn: Range  # columns of a dense FFN: rows of gate and up, columns of down
+    shared_ffn: Range  # the same of the shared expert
+    experts: Range  # whole
+    vocab: Range  # rows of embed and head
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What rank `rank` of `ranks`, counted from 0, holds. `str()` counts from 1: 2/3."""
+
+    rank: int
+    ranks: int
+    ranges: Ranges
+
+    @property
+    def has_sum_biases(self) -> bool:
+        """Whether biases that are added to sums over ranks are this rank's."""
+        return self.rank == 0
+
+    def same_bytes(self, other: Shard) -> bool:
+        """Whether both are of the same weights: so may shards of groups of different sizes."""
+        return (self.ranges, self.has_sum_biases) == (other.ranges, other.has_sum_biases)
+
+    def __str__(self) -> str:
+        return f"{self.rank + 1}/{self.ranks}"
+
+
+class Grains(NamedTuple):
+    """Columns of o, down and the shared expert's down that cannot be parted, because they are one block of the type
+    that these are stored in: 32, 256, or 1 for floats."""
+
+    o: int = 1
+    ffn: int = 1
+    shared_ffn: int = 1
+
+
+ANYWHERE = Grains()
+
+
+def divide(
+    spec: ModelSpec, ranks: int, grains: Grains = ANYWHERE, shares: Sequence[float] = ()
+) -> tuple[Shard, ...]:
+    """The shards of `ranks` ranks. Sizes are as `shares` (one for each rank, by default equal) to the nearest that can
+    be cut, but nobody gets nothing.
+
+    Raises ShardError, naming the numbers: there are too many ranks, or the model cannot be cut at all.
+    """
+    _refuse(spec, ranks, grains, shares)
+    exact = [Fraction(share) for share in shares] or [Fraction(1)] * ranks
+    moe = spec.moe
+    nothing = [NONE] * ranks
+    attention = _attention(spec, exact)
+    outputs = [_whole_blocks(heads.times(spec.head_dim), grains.o) for heads, _ in attention]
+    ffn = _columns(spec.ffn, grains.ffn, exact) if spec.ffn else nothing
+    shared = _columns(moe.shared_ffn, grains.shared_ffn, exact) if moe and moe.shared_ffn else nothing
+    experts = _cut(moe.experts, exact) if moe else nothing
+    vocab = _columns(spec.vocab, 1, exact)
+    return tuple(
+        Shard(rank, ranks, Ranges(heads, kv_heads, *others))
+        for rank, ((heads, kv_heads), *others) in enumerate(
+            zip(attention, outputs, ffn, shared, experts, vocab, strict=True)
+        )
+    )
+
+
+def shard_spec(spec: ModelSpec, shard: Shard) -> ModelSpec:
+    """The smaller model that a shard's weights are of. Its vocabulary and heads count from the shard's first; its
+    experts keep their numbers, and its router chooses among all."""
+    own, moe = shard.ranges, spec.moe
+    if moe:
+        held = None if own.experts.size == moe.experts else own.experts
+        moe = replace(moe, shared_ffn=own.shared_ffn.size, held=held)
+    mixed = own.heads.times(spec.head_dim)
+    return replace(
+        spec,
+        heads=own.heads.size,
+        kv_heads=own.kv_heads.size,
+        ffn=own.ffn.size,
+        vocab=own.vocab.size,
+        o_margins=(mixed.start - own.o_columns.start, own.o_columns.stop - mixed.stop),
+        moe=moe,
+    )
+
+
+def _refuse(spec: ModelSpec, ranks: int, grains: Grains, shares: Sequence[float]) -> None:
+    if ranks < 1:
+        raise ShardError(f"{ranks} ranks: there must be 1 or more")
+    if ranks > 1 and spec.qk_norm == "full":
+        raise ShardError(
+            f"a model of the family {spec.family} cannot be cut: its q and k are normalised over all heads at once, "
+            "so no rank could compute some of them alone"
+        )
+    for most, why in _limits(spec, grains):
+        if ranks > most:
+            raise ShardError(f"{ranks} ranks are too many: {why}; {most} would do")
+    if shares and len(shares) != ranks:
+        raise ShardError(f"{len(shares)} shares for {ranks} ranks: give each rank one")
+    if not all(isfinite(share) and share > 0 for share in shares):
+        raise ShardError(f"shares {list(shares)}: every one must be positive")
+
+
+def _limits(spec: ModelSpec, grains: Grains) -> Iterable[tuple[int, str]]:
+    """(the most ranks that each get some, why no more) of everything that is cut; the tightest first."""
+    moe = spec.moe
+    found = [(spec.heads, f"there are {spec.heads} heads")]
+    for name, columns, grain in (
+        ("the FFN", spec.ffn, grains.ffn),
+        ("the shared expert", moe.shared_ffn if moe else 0, grains.shared_ffn),
+    ):
+        if columns:
+            step = lcm(LANES, grain)
+            found.append(
+                (-(-columns // step), f"{name} has {columns} columns, which are cut in groups of {step}")
+            )
+    if moe:
+        found.append((moe.experts, f"there are {moe.experts} experts, which stay whole"))
+    found.append(
+        (-(-spec.vocab // LANES), f"the vocabulary has {spec.vocab} rows, which are cut in groups of {LANES}")
+    )
+    return sorted(found)
+
+
+def _attention(spec: ModelSpec, shares: Sequence[Fraction]) -> list[tuple[Range, Range]]:
+    """(query heads, KV heads) of each rank."""
+    group = spec.heads // spec.kv_heads
+    if len(shares) <= spec.kv_heads:
+        return [(kv.times(group), kv) for kv in _cut(spec.kv_heads, shares)]
+    found = []
+    for head, ranks in enumerate(_runs(shares, spec.kv_heads, group)):
+        for start, stop in _cut(group, shares[slice(*ranks)]):
+            found.append((Range(head * group + start, head * group + stop), Range(head, head + 1)))
+    return found
+
+
+def _runs(shares: Sequence[Fraction], runs: int, most: int) -> list[Range]:
+    """So many runs of consecutive ranks, 1 to `most` each, the sums of their shares as equal as may be."""
+    sums = list(accumulate(shares, initial=Fraction(0)))
+    bounds = [0]
+    for run in range(1, runs):
+        left = runs - run
+        lowest = max(bounds[-1] + 1, len(shares) - most * left)
+        highest = min(bounds[-1] + most, len(shares) - left)
+        wanted = sums[-1] * run / runs
+        _, nearest = min((abs(sums[bound] - wanted), bound) for bound in range(lowest, highest + 1))
+        bounds.append(nearest)
+    return [Range(*pair) for pair in pairwise([*bounds, len(shares)])]
+
+
+def _whole_blocks(columns: Range, grain: int) -> Range:
+    """The blocks that have any of these columns."""
+    return Range(columns.start // grain * grain, -(-columns.stop // grain) * grain)
+
+
+def _columns(columns: int, grain: int, shares: Sequence[Fraction]) -> list[Range]:
+    """[0, columns), cut between groups of lanes and whole blocks; only the last group may be smaller."""
+    step = lcm(LANES, grain)
+    parts = (part.times(step) for part in _cut(-(-columns // step), shares))
+    return [Range(start, min(stop, columns)) for start, stop in parts]
+
+
+def _cut(units: int, shares: Sequence[Fraction]) -> list[Range]:
+    """[0, units) in consecutive ranges of one unit at least, as large as `shares`, each end to the nearest unit."""
+    assert len(shares) <= units
+    bounds = [0]
+    sums = list(accumulate(shares))
+    for rank, done in enumerate(sums[:-1], 1):
+        nearest = round(units * done / sums[-1])
+        bounds.append(min(max(nearest, bounds[-1] + 1), units - (len(shares) - rank)))
+    return [Range(*pair) for pair in pairwise([*bounds, units])]
