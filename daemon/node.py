@@ -34,18 +34,17 @@ from shoal.comm.messages import (
     Unload,
 )
 from shoal.kernels import set_threads
-from shoal.models.checkpoint import Checkpoint, open_checkpoint
 
 from .answer import Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
 from .kv_files import KvFiles
 from .loaded import LoadedModels
+from .loader import Loader
 from .memory import budget_of, resident_bytes, return_freed
-from .model import LoadedModel, refusal
-from .planning import Packs, Progress, disk_buffer_bytes, no_progress, plan_within_budget
+from .model import LoadedModel
+from .planning import Packs, Progress, no_progress
 from .reference import Reference
-from .runnable import check_vocabulary, least_bytes
 from .translate import translated
 
 log = logging.getLogger(__name__)
@@ -77,15 +76,13 @@ class Node:
         self.config = config
         self.budget = budget_of(config.memory_bytes)
         self._resolve = resolve
-        self._packs = packs
-        self._stage: Stage | None = None  # of the model that is being loaded
-        self._on_its_way = ""  # its name
-        self._kv_files = None
+        kv_files = None
         if kv_root is not None and config.kv_disk_bytes != 0:
-            self._kv_files = KvFiles(kv_root, config.kv_disk_bytes)
+            kv_files = KvFiles(kv_root, config.kv_disk_bytes)
         self._clock = clock
         self._started_s = clock()
         self._models = LoadedModels(self.budget)
+        self._loader = Loader(self._models, self.budget, packs, kv_files, clock, self._check_needed)
         self._loading = threading.Lock()  # one load or unload at a time
         self._wake = threading.Condition(self._models.lock)  # guards _draining and _closed too
         self._draining = False
@@ -206,13 +203,13 @@ class Node:
             context = request.context or self.config.context_tokens
             config = replace(self.config, context_tokens=context, quant=wanted.quant)
             if known is not None:
-                self._check_reload(known, config, draft)
+                self._loader.check_reload(known, config, draft)
                 name = known.name
                 self._models.drop(known)
                 known = None  # or it would stay in memory beside its successor
             else:
                 name = self._models.free_name(wanted, path)
-            model = self._load_with_room(name, path, draft, config, progress)
+            model = self._loader.load(name, path, draft, config, progress)
             self._models.add(model)
         log.info("loaded %s: %s", name, model.plan.describe())
         return Loaded(model=model.status(), seconds=self._clock() - began_s)
@@ -232,8 +229,8 @@ class Node:
 
     def stage(self, model: str) -> Stage | None:
         """What a request to `model` waits for just now: that one is loaded, or a disk. Never blocks for long."""
-        if self._stage is not None:
-            return self._stage
+        if (stage := self._loader.stage) is not None:
+            return stage
         loaded = self._models.pick(model)
         return None if loaded is None else loaded.stage()
 
@@ -247,8 +244,8 @@ class Node:
             models=[model.status() for model in self._models],
             requests_total=self._requests_total,
             tokens_total=self._models.tokens_total,
-            loading=self._on_its_way,
-            stage=self._stage,
+            loading=self._loader.name,
+            stage=self._loader.stage,
             draining=self._draining,
         )
 
@@ -313,6 +310,11 @@ class Node:
         if self._draining:
             raise DaemonError("shutting_down", "the daemon is stopping", "start it again with shoal serve")
 
+    def _check_needed(self) -> None:
+        """Raises DaemonError when nobody waits any more for what is being loaded."""
+        if self._closed.is_set():
+            self._check_open()
+
     # --- models -----------------------------------------------------------------------------------------
 
     def _model(self, name: str) -> LoadedModel:
@@ -334,73 +336,6 @@ class Node:
         if model is None:
             raise DaemonError("not_found", f"{name} was unloaded meanwhile", "send the request again")
         return model
-
-    def _check_reload(self, model: LoadedModel, config: NodeConfig, draft: Path | None) -> None:
-        """Raises DaemonError when `model` could not be loaded again like this, before it is dropped."""
-        if model.engine.busy:
-            hint = "try again when it is idle"
-            raise DaemonError(
-                "busy", f"{model.name} is answering, so it stays as it is", hint, retry_after_s=1.0
-            )
-        self._check_room(model.name, model.checkpoint, draft, config)
-        if draft is not None:
-            try:
-                with open_checkpoint(draft) as small:
-                    check_vocabulary(model.name, model.tokenizer, draft.name, small.tokenizer())
-            except Exception as error:
-                raise refusal(error, f"draft model {draft.name}") from error
-
-    def _check_room(self, name: str, checkpoint: Checkpoint, draft: Path | None, config: NodeConfig) -> None:
-        """Raises DaemonError when the model would not fit even without every idle one."""
-        idle_bytes = sum(model.peak_bytes for model in self._models.idle())
-        extra_bytes = disk_buffer_bytes(checkpoint, config) if self._kv_files is not None else 0
-        try:
-            extra_bytes += least_bytes(draft, config) if draft is not None else 0
-            plan_within_budget(
-                checkpoint, config, self.budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
-            )
-        except Exception as error:
-            raise refusal(error, name) from error
-
-    def _load_with_room(
-        self, name: str, path: Path, draft: Path | None, config: NodeConfig, progress: Progress
-    ) -> LoadedModel:
-        """In memory if idle models leave enough when they go, else streamed."""
-
-        def heard(doing: str, done: int, total: int) -> None:
-            if self._closed.is_set():  # nobody waits for it any more, and packing may take an hour
-                self._check_open()
-            first_s, before = begun.setdefault(doing, (self._clock(), done))
-            speed = (done - before) / max(self._clock() - first_s, 0.1)
-            self._on_its_way = name
-            self._stage = Stage(doing=doing, done=done, total=total, bytes_per_s=speed)
-            progress(doing, done, total)
-
-        while True:
-            return_freed()
-            begun: dict[str, tuple[float, int]] = {}  # doing → since when, and with how many bytes
-            try:
-                return LoadedModel.load(
-                    name,
-                    path,
-                    config,
-                    self.budget,
-                    draft=draft,
-                    packs=self._packs,
-                    streaming=not self._models.idle(),
-                    kv_files=self._kv_files,
-                    clock=self._clock,
-                    progress=heard,
-                )
-            except DaemonError as error:
-                if error.code != "resources":
-                    raise
-                with open_checkpoint(path) as checkpoint:
-                    self._check_room(name, checkpoint, draft, config)
-                if not self._models.make_room():
-                    raise
-            finally:
-                self._stage, self._on_its_way = None, ""
 
     def _prompt(self, model: LoadedModel, request: Generate | Chat) -> list[int]:
         if isinstance(request, Chat):

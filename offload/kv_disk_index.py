@@ -2,7 +2,7 @@
 
 A page is found as in the prefix cache: below the text before it, by its token ids themselves. The text before is named
 by a chain of hashes, so that a page is found again after a restart, when nothing else is known. Pure bookkeeping: no
-files, no tensors. Thread-safe: one thread looks pages up while another enters what it has written.
+files, no arrays. Thread-safe: one thread looks pages up while another enters what it has written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which pages of a KV pool are free. Pure bookkeeping: no tensors, no tokens.
+"""Which pages of a KV pool are free. Pure bookkeeping: no arrays, no tokens.
 
 Knows page numbers only. Whose a page is, and what it holds, is `offload.prefix`'s business.
 """

@@ -8,7 +8,7 @@ children and are only ever copied from, as is a page of which only the beginning
 Pages may also be on disk (`kv_disk_index`): evicted ones are saved there, those that continue a text are found there,
 to be read instead of computed. Where on disk is not known here, nor when reading pays.
 
-Pure bookkeeping: knows page numbers and token ids, not tensors. Who owns the memory is told what to move
+Pure bookkeeping: knows page numbers and token ids, not arrays. Who owns the memory is told what to move
 (`take_moves`).
 """
 

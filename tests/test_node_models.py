@@ -150,7 +150,7 @@ def test_the_budget_that_is_said_to_do_does(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.daemon.planning.buffer_bytes", lambda page_bytes: 25_000_000)
-    monkeypatch.setattr("shoal.daemon.node.return_freed", lambda: None)
+    monkeypatch.setattr("shoal.daemon.loader.return_freed", lambda: None)
     with Node(NodeConfig(context_tokens=96), kv_root=tmp_path) as node:
         node.budget.limit_bytes = 1
         with pytest.raises(DaemonError, match=r", 25 MB for KV on its way to disk or a draft") as refused:
