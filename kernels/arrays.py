@@ -1,7 +1,7 @@
 """What weights, KV and hidden states are held in: NumPy arrays.
 
-Not torch's tensors: importing torch costs a process 140 MB and a second, and the native kernels compute without it.
-The homes that compute in torch wrap these arrays, which copies nothing.
+Not torch's tensors: importing torch costs a process 125 MB and more than a second, and the native kernels compute
+without it. The homes that compute in torch wrap these arrays, which copies nothing.
 """
 
 from typing import Any

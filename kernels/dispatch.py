@@ -85,7 +85,7 @@ def choose(name: str = "") -> Home:
 
 
 def _reference() -> Home:
-    from shoal.kernels import reference  # and with it torch: 140 MB that others do without
+    from shoal.kernels import reference  # and with it torch: 125 MB that others do without
 
     return reference
 
