@@ -30,7 +30,7 @@ from .kv_disk_index import DIGEST_BYTES, TOKEN_BYTES, Entry
 MAGIC = b"shoalkv1"
 PAGES, INDEX = "pages.kv", "index.kv"
 MOST_USED = 1 << 62  # nobody counts so far
-SYNC_BYTES = 2 << 20  # written until the disk is waited for: what is not on it yet is in memory
+SYNC_BYTES = 2 << 20  # read or written until the system is told to forget it: so long it is in memory twice
 _ALIGN = 4096
 _HEADER = struct.Struct(f"<8s{DIGEST_BYTES}sQI")
 _USED = struct.Struct("<Q")
@@ -76,6 +76,10 @@ class KvFile:
             try:
                 self._index = _open(self._index_path, stack)
                 self._pages = _open(self._pages_path, stack)
+                if hasattr(
+                    os, "posix_fadvise"
+                ):  # reading ahead would fill memory with pages that nobody asked for
+                    os.posix_fadvise(self._pages, 0, 0, os.POSIX_FADV_RANDOM)
                 fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.path.samestat(os.fstat(self._index), self._index_path.stat()):
                     raise KvFileError(f"{self._index_path}: was removed while it was opened")
@@ -114,13 +118,13 @@ class KvFile:
         done = 0
         try:
             while done < len(view):
-                got = os.preadv(self._pages, [view[done:]], start + done)
+                got = os.preadv(self._pages, [view[done : done + SYNC_BYTES]], start + done)
                 if not got:
                     raise KvFileError(f"{self._pages_path}: ends at byte {start + done}, within slot {slot}")
+                _forget_cached(self._pages, start + done, SYNC_BYTES)
                 done += got
         except OSError as error:
             raise KvFileError(f"{self._pages_path}: slot {slot}: {error.strerror}") from error
-        _forget_cached(self._pages, start, self._slot_bytes)
 
     def write(self, entry: Entry, page: Bytes) -> None:
         """Put a page into its slot. Raises OSError; the slot is then empty."""

@@ -234,3 +234,21 @@ def test_little_of_what_is_written_waits_for_the_disk(
     file.close()
     assert waiting == 0
     assert most < 2 * SYNC_BYTES
+
+
+def test_nothing_of_what_is_read_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor what the system would read ahead: megabytes beyond each page, in a budget that knows of none."""
+    told: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *advice: told.append(advice))
+    file = KvFile(tmp_path, bytes(32), 3 * SYNC_BYTES // 2, 4)
+    assert told == [(0, 0, os.POSIX_FADV_RANDOM)]
+    large = np.ones(file.page_bytes, np.uint8)
+    for slot in range(2):
+        file.write(entry(slot, slot), large)
+    file.sync()
+    told.clear()
+    file.read(1, into := np.zeros_like(large))
+    file.close()
+    assert np.array_equal(into, large)
+    start = file.page_bytes
+    assert told == [(at, SYNC_BYTES, os.POSIX_FADV_DONTNEED) for at in (start, start + SYNC_BYTES)]
