@@ -79,7 +79,8 @@ class StepCost:
             self._draw(last, range(last + 1, len(_ROWS)), max(0.0, self._slope(known[0], last)))
 
     def _slope(self, low: int, high: int) -> float:
-        return (self._shape[high] - self._shape[low]) / (_ROWS[high] - _ROWS[low])
+        slope: float = (self._shape[high] - self._shape[low]) / (_ROWS[high] - _ROWS[low])
+        return slope
 
     def _draw(self, start: int, points: range, slope: float) -> None:
         """Put points on a line from another."""
