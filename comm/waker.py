@@ -21,6 +21,10 @@ class Waker:
     def fileno(self) -> int:
         return self._receiver.fileno()
 
+    def sender_fileno(self) -> int:
+        """A descriptor that wakes by whatever is written to it, for `signal.set_wakeup_fd`."""
+        return self._sender.fileno()
+
     def wake(self) -> None:
         """Never blocks; many calls before one `clear` cost one byte."""
         if not self._awake:

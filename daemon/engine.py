@@ -25,7 +25,7 @@ from shoal.offload.kv import KvPool
 from shoal.offload.kv_disk import KvDisk
 
 from .drafter import Drafter
-from .executor import Executor
+from .executor import Abandoned, Executor
 from .scheduler import Scheduler
 from .sequence import Batch, Chunk, Recall, Sequence
 
@@ -122,7 +122,10 @@ class Engine:
         moved_s = self._clock()
         read = self._recall(batch.recalls)
         read_s = self._clock()
-        results = self._compute(batch) if batch.chunks else []
+        try:
+            results = self._compute(batch) if batch.chunks else []
+        except Abandoned:  # all of it was cancelled, so there is nothing to tell anyone, nor to learn
+            return
         with self._lock:
             ended_s = self._clock()
             self._note(batch, results, began_s, ended_s, self._executor.store.stall_s - stall_s)
@@ -156,7 +159,7 @@ class Engine:
             ((c.tokens, c.start, c.pages, c.rows_wanted) for c in batch.chunks),
             self._executor.plan.part_tokens,
         )
-        hidden = self._executor.forward(step)
+        hidden = self._executor.forward(step, lambda: not batch.over)
         if not len(hidden):
             return [[] for _ in batch.chunks]
         rows = iter(self._executor.head(hidden))

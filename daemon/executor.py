@@ -7,6 +7,7 @@ other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import Protocol
@@ -22,6 +23,10 @@ from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
 EXPERTS_TOGETHER = 4  # of those that come from disk: these are computed while the next are read
+
+
+class Abandoned(Exception):
+    """Nobody wants this step any more."""
 
 
 class Collective(Protocol):
@@ -48,14 +53,17 @@ class Executor:
         self.store = store
         self.kv = kv
         self.collective = collective
+        self._wanted: Callable[[], bool] = lambda: True
         self._head = [item.block for item in plan.blocks if item.block.kind == "head"]
         slots = plan.expert_slots
         self._foreseen = _foreseen(plan)
         self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
 
     @np.errstate(over="ignore", invalid="ignore")  # infinities and NaN are told of where tokens are chosen
-    def forward(self, step: Step) -> Floats:
-        """→ hidden states (R, hidden) of the rows the step asks for, before the final norm."""
+    def forward(self, step: Step, wanted: Callable[[], bool] = lambda: True) -> Floats:
+        """→ hidden states (R, hidden) of the rows the step asks for, before the final norm. Raises Abandoned soon after
+        `wanted` has become false."""
+        self._wanted = wanted
         rotations = [self.model.rotations(part) for part in step.parts]
         hidden = self.model.embed(self.store.rows(BlockId("embed"), step.tokens))
         layers = self.model.spec.layers
@@ -89,6 +97,7 @@ class Executor:
         """Adds the attention of a layer to hidden (T, hidden)."""
         with self.store.acquire(BlockId("attn", layer)) as weights:
             for part, rows, turns in zip(step.parts, step.split(hidden), rotations, strict=True):
+                self._go_on()
                 partial = self.model.attend(layer, weights, rows, part.segments, turns, self.kv)
                 rows += self.model.leave(weights, self.collective.allreduce(partial))
 
@@ -96,6 +105,7 @@ class Executor:
         """Adds the dense feed-forward of a layer to hidden (T, hidden)."""
         with self.store.acquire(BlockId("ffn", layer)) as weights:
             for rows in step.split(hidden):
+                self._go_on()
                 partial = self.model.feed_forward(weights, rows)
                 rows += self.model.leave(weights, self.collective.allreduce(partial))
 
@@ -108,6 +118,7 @@ class Executor:
         blocks = [BlockId("expert", layer, expert) for expert in used]
         self.store.expect(blocks, self._likely(layer, step.split(hidden)[0]))
         for start in range(0, len(blocks), self._together):
+            self._go_on()
             group = blocks[start : start + self._together]
             with ExitStack() as held:
                 experts = {block.expert: held.enter_context(self.store.acquire(block)) for block in group}
@@ -117,6 +128,11 @@ class Executor:
             if shared is not None:
                 partial += shared
             rows += self.model.leave(router, self.collective.allreduce(partial))
+
+    def _go_on(self) -> None:
+        """Raises Abandoned where that makes no sense."""
+        if not self._wanted():
+            raise Abandoned
 
     def _likely(self, layer: int, hidden: Floats) -> list[BlockId]:
         """The experts that the next mixture may choose for hidden (T, hidden), where guessing helps."""

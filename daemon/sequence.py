@@ -157,5 +157,10 @@ class Batch:
         return [part.sequence for part in self.chunks] + [part.sequence for part in self.recalls]
 
     @property
+    def over(self) -> bool:
+        """Whether all that it is for has ended meanwhile."""
+        return all(sequence.ended for sequence in self.sequences)
+
+    @property
     def rows(self) -> int:
         return sum(chunk.rows for chunk in self.chunks)

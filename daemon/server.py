@@ -103,9 +103,12 @@ class Server:
             self.stop()
 
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        # Python runs a handler between two of its instructions: one that comes just before the poll would wait for it.
+        descriptor = signal.set_wakeup_fd(self._waker.sender_fileno(), warn_on_full_buffer=False)
         try:
             yield
         finally:
+            signal.set_wakeup_fd(descriptor)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -69,18 +69,23 @@ class StepCost:
         self._fill()
 
     def _fill(self) -> None:
-        """Points not known yet lie on the lines between those that are; beyond the last, on one from the first."""
+        """Points not known yet lie on the lines between those that are; beyond the last, on one from the first, but not
+        falling: the first may have been measured in a slow moment, and no step takes less than nothing."""
         known = [point for point, measured in enumerate(self._measured) if measured >= _KNOWN]
         for low, high in pairwise(known):
-            self._draw(low, high, range(low + 1, high))
+            self._draw(low, range(low + 1, high), self._slope(low, high))
         if len(known) > 1:
-            self._draw(known[0], known[-1], range(known[-1] + 1, len(_ROWS)))
+            last = known[-1]
+            self._draw(last, range(last + 1, len(_ROWS)), max(0.0, self._slope(known[0], last)))
 
-    def _draw(self, low: int, high: int, points: range) -> None:
-        """Put points on the line through two others."""
-        slope = (self._shape[high] - self._shape[low]) / (_ROWS[high] - _ROWS[low])
+    def _slope(self, low: int, high: int) -> float:
+        slope: float = (self._shape[high] - self._shape[low]) / (_ROWS[high] - _ROWS[low])
+        return slope
+
+    def _draw(self, start: int, points: range, slope: float) -> None:
+        """Put points on a line from another."""
         for point in points:
-            self._shape[point] = self._shape[low] + slope * (_ROWS[point] - _ROWS[low])
+            self._shape[point] = self._shape[start] + slope * (_ROWS[point] - _ROWS[start])
 
 
 def _place(rows: int) -> tuple[int, float]:

@@ -20,7 +20,7 @@ import numpy as np
 from shoal.kernels.arrays import Bytes
 
 from .errors import KvFileError
-from .kv_disk_file import KvFile, checksum
+from .kv_disk_file import SYNC_BYTES, KvFile, checksum
 from .kv_disk_index import Entry, KvIndex
 from .prefix import Save
 
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 QUEUE_BYTES = 32 << 20  # of pages copied and not written yet
 QUEUE_PAGES = (2, 16)  # least and most
-SYNC_BYTES = 64 << 20  # written until the disk is waited for
 FLUSH_LIMIT_S = 10.0
 _WAIT_S = 60.0  # for the writer to end: longer, and its disk hangs
 
@@ -41,8 +40,8 @@ def queue_pages(page_bytes: int) -> int:
 
 
 def buffer_bytes(page_bytes: int) -> int:
-    """Memory a `KvDisk` takes: the pages that wait, and one that is read."""
-    return (queue_pages(page_bytes) + 1) * page_bytes
+    """Memory a `KvDisk` takes: the pages that wait, one that is read, and what the system has yet to write."""
+    return (queue_pages(page_bytes) + 1) * page_bytes + 2 * SYNC_BYTES
 
 
 class KvDisk:
@@ -60,7 +59,6 @@ class KvDisk:
         for _ in range(pages):
             self._free.put(np.empty(file.page_bytes, np.uint8))
         self._jobs: queue.Queue[_Job] = queue.Queue(pages + 1)
-        self._unsynced_bytes = 0
         self._complained = False
         self.closed = False
         self._writing = threading.Lock()  # held while the files change size
@@ -154,6 +152,7 @@ class KvDisk:
             return
         self._touch(kept)
         try:
+            self._file.sync()
             for entry in self.index.entries():
                 if entry.used != entry.stored_used:
                     self._file.store_used(entry)
@@ -187,10 +186,6 @@ class KvDisk:
             self._file.write(entry, page)
             self.index.add(entry)
             self.pages_written += 1
-            self._unsynced_bytes += page.nbytes
-            if self._unsynced_bytes >= SYNC_BYTES:
-                self._unsynced_bytes = 0
-                self._file.sync()
         except OSError as error:
             self.index.refuse(entry)
             self._complain(error)

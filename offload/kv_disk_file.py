@@ -2,7 +2,8 @@
 
 Knows bytes and how they may be damaged. A record has a checksum of itself and one of its page, and is cleared before
 its slot is overwritten: whatever a crash, another program or the disk leaves behind, a page that can be read is the one
-that was written. So nothing waits for the disk. Which page is where, and why, is `kv_disk_index`'s business.
+that was written. The disk is waited for only so that little of what is written stays in memory. Which page is where,
+and why, is the business of `kv_disk_index`.
 
 index.kv: header, then a record of fixed size for each slot, all zeros where there is none (numbers little-endian, token
 ids as the machine has them):
@@ -29,6 +30,7 @@ from .kv_disk_index import DIGEST_BYTES, TOKEN_BYTES, Entry
 MAGIC = b"shoalkv1"
 PAGES, INDEX = "pages.kv", "index.kv"
 MOST_USED = 1 << 62  # nobody counts so far
+SYNC_BYTES = 2 << 20  # read or written until the system is told to forget it: so long it is in memory twice
 _ALIGN = 4096
 _HEADER = struct.Struct(f"<8s{DIGEST_BYTES}sQI")
 _USED = struct.Struct("<Q")
@@ -67,12 +69,17 @@ class KvFile:
         self._tokens_bytes = page_tokens * TOKEN_BYTES
         self._record_bytes = _record_bytes(page_tokens)
         header = _HEADER.pack(MAGIC, fingerprint, page_bytes, page_tokens)
+        self._unsynced_bytes = 0
         self._header = header + _SUM.pack(xxhash.xxh3_64_intdigest(header))
         self._index_path, self._pages_path = directory / INDEX, directory / PAGES
         with contextlib.ExitStack() as stack:
             try:
                 self._index = _open(self._index_path, stack)
                 self._pages = _open(self._pages_path, stack)
+                if hasattr(
+                    os, "posix_fadvise"
+                ):  # reading ahead would fill memory with pages that nobody asked for
+                    os.posix_fadvise(self._pages, 0, 0, os.POSIX_FADV_RANDOM)
                 fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.path.samestat(os.fstat(self._index), self._index_path.stat()):
                     raise KvFileError(f"{self._index_path}: was removed while it was opened")
@@ -111,18 +118,24 @@ class KvFile:
         done = 0
         try:
             while done < len(view):
-                got = os.preadv(self._pages, [view[done:]], start + done)
+                got = os.preadv(self._pages, [view[done : done + SYNC_BYTES]], start + done)
                 if not got:
                     raise KvFileError(f"{self._pages_path}: ends at byte {start + done}, within slot {slot}")
+                _forget_cached(self._pages, start + done, SYNC_BYTES)
                 done += got
         except OSError as error:
             raise KvFileError(f"{self._pages_path}: slot {slot}: {error.strerror}") from error
-        _forget_cached(self._pages, start, self._slot_bytes)
 
     def write(self, entry: Entry, page: Bytes) -> None:
         """Put a page into its slot. Raises OSError; the slot is then empty."""
         self.clear(entry.slot)
-        _write(self._pages, page.data, entry.slot * self._slot_bytes)
+        start = entry.slot * self._slot_bytes
+        for done in range(0, len(page), SYNC_BYTES):
+            part = page.data[done : done + SYNC_BYTES]
+            _write(self._pages, part, start + done)
+            self._unsynced_bytes += len(part)
+            if self._unsynced_bytes >= SYNC_BYTES:
+                self.sync()
         tokens = entry.tokens
         body = _FIXED.pack(entry.parent, entry.checksum, len(tokens) // TOKEN_BYTES)
         body += tokens.ljust(self._tokens_bytes, b"\0")
@@ -141,7 +154,9 @@ class KvFile:
         entry.stored_used = entry.used
 
     def sync(self) -> None:
-        """Wait until what was written is on the disk, and leave nothing of it in the system's page cache."""
+        """Wait until what was written is on the disk, and leave nothing of it in the system's page cache.
+        Raises OSError."""
+        self._unsynced_bytes = 0
         os.fsync(self._pages)
         _forget_cached(self._pages, 0, 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -78,9 +79,9 @@ def test_a_crowd_is_served_or_told_to_come_back(tmp_path: Path, monkeypatch: pyt
     engine = next(iter(node._models)).engine
     forward, gate = engine._executor.forward, threading.Event()
 
-    def gated(step: object) -> object:
+    def gated(*arguments: Any) -> object:
         assert gate.wait(PATIENCE_S)
-        return forward(step)  # type: ignore[arg-type]
+        return forward(*arguments)
 
     monkeypatch.setattr(engine._executor, "forward", gated)
     server = Server(node, [ipc(tmp_path)])

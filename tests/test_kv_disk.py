@@ -14,7 +14,7 @@ import pytest
 
 from shoal.kernels.arrays import Bytes
 from shoal.offload.kv_disk import KvDisk, buffer_bytes, queue_pages
-from shoal.offload.kv_disk_file import PAGES, KvFile
+from shoal.offload.kv_disk_file import PAGES, SYNC_BYTES, KvFile
 from shoal.offload.kv_disk_index import NO_TEXT, Entry, chained, packed
 from shoal.offload.prefix import Save
 
@@ -117,7 +117,7 @@ def test_nobody_waits_for_the_writer(disk: KvDisk, monkeypatch: pytest.MonkeyPat
     go_on.set()
     end(disk)
     assert (disk.pages_written, disk.pages_dropped) == (WAITING, 3)
-    assert buffer_bytes(PAGE_BYTES) == (WAITING + 1) * PAGE_BYTES
+    assert buffer_bytes(PAGE_BYTES) == (WAITING + 1) * PAGE_BYTES + 2 * SYNC_BYTES
 
 
 def test_what_is_there_is_not_written_again(disk: KvDisk) -> None:

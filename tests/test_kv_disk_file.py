@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from shoal.kernels.arrays import Bytes
 from shoal.offload.errors import KvFileError
 from shoal.offload.kv_disk import KvDisk
-from shoal.offload.kv_disk_file import INDEX, PAGES, KvFile, checksum
+from shoal.offload.kv_disk_file import INDEX, PAGES, SYNC_BYTES, KvFile, checksum
 from shoal.offload.kv_disk_index import DIGEST_BYTES, Entry, packed
 from shoal.offload.prefix import Save
 
@@ -204,3 +204,51 @@ def test_records_made_up_by_somebody_are_used_or_left_alone(used: int, count: in
         again = KvDisk(opened(Path(directory)), 8)
         assert [entry.tokens for entry in again.index.entries()][::-1] == [save.tokens for save in known[:8]]
         again.close([], page)
+
+
+def test_little_of_what_is_written_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system keeps what is written in memory until then."""
+    waiting, most = 0, 0
+    write, sync = os.pwrite, os.fsync
+
+    def written(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal waiting, most
+        waiting += (count := write(descriptor, data, offset))
+        most = max(most, waiting)
+        return count
+
+    def synced(descriptor: int) -> None:
+        nonlocal waiting
+        waiting = 0
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "pwrite", written)
+    monkeypatch.setattr(os, "fsync", synced)
+    file = KvFile(tmp_path, bytes(32), 3 * SYNC_BYTES // 2, 4)
+    large = np.zeros(file.page_bytes, np.uint8)
+    for slot in range(4):
+        file.write(entry(slot, slot), large)
+    file.sync()
+    file.close()
+    assert waiting == 0
+    assert most < 2 * SYNC_BYTES
+
+
+def test_nothing_of_what_is_read_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor what the system would read ahead: megabytes beyond each page, in a budget that knows of none."""
+    told: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *advice: told.append(advice))
+    file = KvFile(tmp_path, bytes(32), 3 * SYNC_BYTES // 2, 4)
+    assert told == [(0, 0, os.POSIX_FADV_RANDOM)]
+    large = np.ones(file.page_bytes, np.uint8)
+    for slot in range(2):
+        file.write(entry(slot, slot), large)
+    file.sync()
+    told.clear()
+    file.read(1, into := np.zeros_like(large))
+    file.close()
+    assert np.array_equal(into, large)
+    start = file.page_bytes
+    assert told == [(at, SYNC_BYTES, os.POSIX_FADV_DONTNEED) for at in (start, start + SYNC_BYTES)]

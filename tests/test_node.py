@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -254,7 +255,7 @@ def test_a_failing_step_fails_its_requests_and_the_node_serves_on(
     engine = next(iter(node._models)).engine
     with monkeypatch.context() as patch:
 
-        def broken(step: object) -> Floats:
+        def broken(*arguments: object) -> Floats:
             raise RuntimeError("device on fire")
 
         patch.setattr(engine._executor, "forward", broken)
@@ -262,6 +263,39 @@ def test_a_failing_step_fails_its_requests_and_the_node_serves_on(
             list(node.stream(prompt(0)))
         assert caught.value.code == "internal"
     assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
+
+
+def test_a_step_that_nobody_wants_any_more_is_given_up(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a long prompt may take seconds, and one that waits for a slow disk minutes."""
+    model = next(iter(node._models))
+    expected = text_of(node, prompt(1, new=3))[0]
+    began, go_on, blocks = threading.Event(), threading.Event(), []
+    with monkeypatch.context() as patch:
+        transformer = model.executor.model
+        attend, feed_forward = transformer.attend, transformer.feed_forward
+
+        def slow(*arguments: Any) -> Floats:
+            began.set()
+            assert go_on.wait(20)
+            return attend(*arguments)
+
+        def noted(*arguments: Any) -> Floats:
+            blocks.append(arguments)
+            return feed_forward(*arguments)
+
+        patch.setattr(transformer, "attend", slow)
+        patch.setattr(transformer, "feed_forward", noted)
+        ended: list[Event] = []
+        cancel = node.submit(prompt(0), ended.append)
+        assert began.wait(20)
+        cancel()
+        assert isinstance(ended[-1], Done)
+        assert ended[-1].finish_reason == "cancelled"
+        go_on.set()
+        assert model.engine._stepping.acquire(timeout=20)
+        model.engine._stepping.release()
+        assert not blocks
+    assert text_of(node, prompt(1, new=3))[0] == expected
 
 
 def test_an_emit_that_raises_ends_its_request_and_keeps_nothing(node: Node) -> None:

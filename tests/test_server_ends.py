@@ -114,10 +114,27 @@ print("ended")
 """
 
 
-def spawn(address: str) -> subprocess.Popen[str]:
+ELSEWHERE = """
+import signal, sys, threading
+from shoal.daemon.server_outbox import Outbox
+Outbox.patience_s = 3600.0  # nothing else wakes it
+
+def interrupt():
+    sys.stdin.readline()
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=interrupt, daemon=True).start()
+"""
+
+
+def spawn(address: str, program: str = DAEMON) -> subprocess.Popen[str]:
     paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     child = subprocess.Popen(
-        [sys.executable, "-c", DAEMON, address], env=paths, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, address],
+        stdin=subprocess.PIPE,
+        env=paths,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "up\n"
@@ -146,6 +163,14 @@ def test_sigterm_drains_and_a_killed_daemon_leaves_nothing_that_matters(tmp_path
     with running(address) as daemon:
         assert holder_pid(path) == os.getpid()
         assert alive(daemon)
+
+
+def test_a_signal_is_heard_at_once_wherever_it_arrives(tmp_path):
+    """Also just before the poll begins, or in another thread: neither interrupts the poll."""
+    child = spawn(ipc(tmp_path), ELSEWHERE + DAEMON)
+    with Client(ipc(tmp_path), timeout_s=PATIENCE_S) as client:
+        client.ping()
+        assert child.communicate("go\n", timeout=PATIENCE_S)[0] == "ended\n"
 
 
 def test_two_interrupts_end_a_daemon_with_running_requests(tmp_path):

@@ -132,6 +132,23 @@ def test_noise_is_averaged_out() -> None:
     assert cost.seconds(9) / cost.seconds(1) == pytest.approx(1.8, rel=0.25)
 
 
+def test_a_slow_first_step_makes_no_step_take_less_than_nothing() -> None:
+    cost = StepCost()
+    for rows in (1, 1, 1, 2, 2):
+        cost.note(rows, 1.0 / rows)  # the machine was busy at first
+    assert cost.seconds(12) >= cost.seconds(2) > 0
+    cost.note(12, 0.5)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.integers(1, 4096), st.floats(1e-4, 100.0)), max_size=60))
+def test_every_step_is_expected_to_take_time(steps: list[tuple[int, float]]) -> None:
+    cost = StepCost()
+    for rows, seconds in steps:
+        cost.note(rows, seconds)
+        assert all(0 < cost.seconds(rows) < math.inf for rows in (1, 2, 5, 12, 16, 100, 3000, 1 << 20))
+
+
 def test_extremes_stay_finite() -> None:
     cost = StepCost()
     for rows, seconds in ((1, 0.0), (1 << 20, 1e6), (7, 0.0), (65536, 0.0), (65535, 1e9)):

@@ -144,7 +144,7 @@ def test_a_prompt_longer_than_a_chunk_of_memory_passes_once(node: Node, path: Pa
     assert model.plan.chunk_tokens >= 40 > CONFIG.chunk_tokens
     steps = []
     step = model.engine._executor.forward
-    model.engine._executor.forward = lambda it: steps.append(len(it.tokens)) or step(it)  # type: ignore
+    model.engine._executor.forward = lambda it, *wanted: steps.append(len(it.tokens)) or step(it, *wanted)  # type: ignore
     ids(node, asked(5, max_tokens=1))
     assert steps == [40]
 
