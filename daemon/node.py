@@ -34,6 +34,7 @@ from shoal.comm.messages import (
     Unload,
 )
 from shoal.kernels import set_threads
+from shoal.offload.errors import OffloadError
 
 from .answer import Emit, Event
 from .config import NodeConfig
@@ -295,9 +296,10 @@ class Node:
             try:
                 if model.engine.busy:
                     model.engine.step()
-            except Exception:  # the step's own requests have been told; the others go on
+            except Exception as error:  # the step's own requests have been told; the others go on
                 if model in self._models and not self._closed.is_set():  # else it was interrupted
-                    log.exception("a step of %s failed", model.name)
+                    ours = not isinstance(error, OffloadError)  # a disk's failure is told in one line
+                    log.error("a step of %s failed: %s", model.name, error, exc_info=ours)
 
     def _expire_each(self) -> None:
         for model in self._models:
