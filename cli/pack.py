@@ -14,7 +14,7 @@ import click
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
 from shoal.daemon.library import Library
-from shoal.daemon.reference import Quant, Reference, ShardName
+from shoal.daemon.reference import WHOLE, Quant, Reference, ShardName
 from shoal.daemon.sizes import format_bytes, format_duration
 
 from .interrupt import deferred_interrupt
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     "--shard",
     type=shard_name,
     metavar="R/N",
-    default=str(ShardName()),
+    default=str(WHOLE),
     help="Only what the R-th of N machines holds of every block; 1/1, the default, is all.",
 )
 @click.option("--memory", type=size, metavar="SIZE", help="Bound for this process, e.g. 500MB.")
@@ -87,11 +87,11 @@ def pack(model: str, shard: ShardName, memory: int | None, verify: bool, as_json
 
 
 def _word(shard: ShardName) -> str:
-    return "whole" if shard == ShardName() else str(shard)
+    return "whole" if shard == WHOLE else str(shard)
 
 
 def _part(shard: ShardName) -> str:
-    return "" if shard == ShardName() else f"shard {shard} of "
+    return "" if shard == WHOLE else f"shard {shard} of "
 
 
 def _verify(home: Home, path: Path, quant: Quant, shard: ShardName, as_json: bool) -> None:
@@ -100,7 +100,7 @@ def _verify(home: Home, path: Path, quant: Quant, shard: ShardName, as_json: boo
     packs = Packs(home)
     directory = packs.directory(path, quant, shard)
     if not directory.is_dir():
-        option = "" if shard == ShardName() else f"--shard {shard} "
+        option = "" if shard == WHOLE else f"--shard {shard} "
         raise DaemonError(
             "not_found",
             f"{_part(shard)}{path} has no pack of {quant}",

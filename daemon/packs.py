@@ -31,14 +31,13 @@ from .errors import DaemonError
 from .home import Home
 from .memory import resident_bytes
 from .pack_shelf import PackShelf
-from .reference import ShardName
+from .reference import WHOLE, ShardName
 from .sizes import format_bytes, format_duration
 from .transfer import check_space, disk_errors
 from .translate import translated
 
 LEAST_BYTES = 96 << 20  # that building takes beside what the process has already
 LEAST_PART_BYTES = 1 << 20
-WHOLE = ShardName()
 
 Progress = Callable[[int, int], None]
 

@@ -60,5 +60,8 @@ class ShardName(NamedTuple):
         return f"{self.rank + 1}/{self.ranks}"
 
 
+WHOLE = ShardName()
+
+
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 10
