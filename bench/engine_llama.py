@@ -8,9 +8,9 @@ drop, rather than be packed anew into memory of the process, which it may not, a
 
 from __future__ import annotations
 
-import random
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp as llama
@@ -31,11 +31,9 @@ class LlamaCpp:
         self._last: list[int] = []  # the newest token of each sequence, not yet computed
         self._lengths: list[int] = []
         self._rows = BATCH  # of a batch at most
+        self._answer: Iterator[int] | None = None  # what is said whatever the model says
 
-    def load(
-        self, model: str, context: int, streams: int, threads: int, memory: int = 0, drawn: bool = False
-    ) -> dict[str, Any]:
-        self._draws = random.Random(0) if drawn else None
+    def load(self, model: str, context: int, streams: int, threads: int, memory: int = 0) -> dict[str, Any]:
         how = llama.llama_model_default_params()
         if memory:
             how.use_extra_bufts = False
@@ -67,6 +65,12 @@ class LlamaCpp:
         self._last = self._prefill(worker.prompts(streams, tokens, self._vocab, seed))
         return {"seconds": time.perf_counter() - started_s, "tokens": streams * tokens}
 
+    def dictate(self, prompt: list[int], answer: list[int]) -> dict[str, float]:
+        started_s = time.perf_counter()
+        self._lengths, self._answer = [0], iter(answer)
+        self._last = self._prefill([prompt])
+        return {"seconds": time.perf_counter() - started_s, "tokens": len(prompt)}
+
     def advance(self, tokens: int) -> dict[str, float]:
         started_s = time.perf_counter()
         for _ in range(tokens):
@@ -85,7 +89,7 @@ class LlamaCpp:
 
     def end(self) -> None:
         llama.llama_memory_clear(self._memory, False)
-        self._last, self._lengths = [], []
+        self._last, self._lengths, self._answer = [], [], None
 
     def score(self, windows: list[list[int]], batch: int) -> list[dict[str, list[float]]]:
         """Of every token of each text but the last: the most likely next one and the negative log-likelihood of the
@@ -137,8 +141,8 @@ class LlamaCpp:
             raise RuntimeError(f"llama_decode gives {status}")
 
     def _choose(self, row: int) -> int:
-        if self._draws is not None:
-            return self._draws.randrange(self._vocab)
+        if self._answer is not None:
+            return next(self._answer)
         return int(self._logits(row).argmax())
 
     def _logits(self, row: int) -> np.ndarray[Any, Any]:

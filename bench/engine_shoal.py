@@ -21,8 +21,20 @@ from shoal.daemon.model import LoadedModel
 from shoal.daemon.node import package_version
 from shoal.daemon.packs import Packs
 from shoal.daemon.sequence import Sequence
+from shoal.kernels.arrays import Floats
+from shoal.models.sampling import Sampled
 
-EVENLY = 100.0  # a temperature at which all tokens are about as likely
+GREEDY = Sampling(temperature=0.0)
+
+
+class Dictated:
+    """A sampler that says these tokens, whatever the logits are."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = iter(ids)
+
+    def sample(self, logits: Floats) -> Sampled:
+        return Sampled(next(self._ids))
 
 
 class Shoal:
@@ -35,7 +47,6 @@ class Shoal:
         streams: int,
         threads: int,
         memory: int = 0,
-        drawn: bool = False,
         guesses: int = 0,
     ) -> dict[str, Any]:
         """`guesses` ahead in one step at most: the peers guess nothing."""
@@ -50,7 +61,6 @@ class Shoal:
         self._model = LoadedModel.load(
             "bench", Path(model), config, budget_of(memory or None), packs=Packs(Home.from_env())
         )
-        self._sampling = Sampling(temperature=EVENLY if drawn else 0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
         self._sequences: list[Sequence] = []
         self._counts: list[int] = []
         return {
@@ -68,14 +78,15 @@ class Shoal:
         """Prefill a conversation that begins with this, up to its first new token."""
         return self._begin([self._model.chat_tokens([ChatMessage(role="user", content=text)])])
 
-    def _begin(self, prompts: list[list[int]]) -> dict[str, float]:
+    def dictate(self, prompt: list[int], answer: list[int]) -> dict[str, float]:
+        return self._begin([prompt], Dictated(answer))
+
+    def _begin(self, prompts: list[list[int]], sampler: Dictated | None = None) -> dict[str, float]:
         context = self._model.plan.context_tokens
         started_s = time.perf_counter()
         for index, prompt in enumerate(prompts):
             self._counts.append(0)
-            request = Generate(
-                prompt_tokens=prompt, max_tokens=context, ignore_eos=True, sampling=self._sampling
-            )
+            request = Generate(prompt_tokens=prompt, max_tokens=context, ignore_eos=True, sampling=GREEDY)
             sequence = self._model.start(
                 request,
                 prompt,
@@ -83,6 +94,7 @@ class Shoal:
                 client="",
                 arrived_s=self._model.clock(),
             )
+            sequence.sampler = sampler or sequence.sampler  # type: ignore[assignment]
             self._sequences.append(sequence)
             self._model.engine.submit(sequence)
         while not all(self._counts):

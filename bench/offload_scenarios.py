@@ -5,25 +5,30 @@ Knows the order of calls and what is timed. The cgroup, the cold cache and the p
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import random
+from contextlib import ExitStack, nullcontext
 from statistics import median
 
 import disk
 from capped import Capped, budget_of, capped, largest_file
+from engines import EngineProcess
 from figures import Figure
 from run import Run
 from scenarios import Sizes
 from speculation import prompts
 
+from shoal.models.checkpoint import open_checkpoint
+
 SHARES = (0.10, 0.20, 0.30, 0.45, 0.60, 0.75, 0.90, 1.10)  # of the model, as budgets
-LONGER = 4  # times as many tokens where everything is in memory: they are that much faster
+TURNS = 10  # times as many tokens where everything is in memory: they are that much faster
 FLOOR, STRAIGHT = "floor", "straight line"
 WARM_TOKENS = 1  # decoded before the clock starts: what a pass leaves behind is then there
 
 
 def disk_bound(run: Run, sizes: Sizes) -> list[Figure]:
     """A prompt and some tokens in a fresh process each round: time, floor, peak and bytes read, beside a peer's."""
-    per_token = Figure("time per token", "s", "less")
+    tuned = f", its disk reading {sizes.peer_read_ahead_kb} KB ahead" if sizes.peer_read_ahead_kb else ""
+    per_token = Figure(f"time per token{tuned}", "s", "less")
     floor = Figure("time per token against the disk's floor", "s", "less")
     first = Figure(f"TTFT of {sizes.prompt} tokens", "s", "less")
     peak = Figure("peak memory against the budget", "GB", "less")
@@ -31,16 +36,20 @@ def disk_bound(run: Run, sizes: Sizes) -> list[Figure]:
     read = Figure("read for each token", "GB", "neither")
     load = Figure("loading", "s", "neither")
     cap_bytes = cap_of(run, sizes)
+    context = sizes.prompt + sizes.new + 8
+    told = _drawn(run, context) if sizes.dictated else []
     for _, name in run.names_in_turn(tuple(filter(None, sizes.engines))):
-        context = sizes.prompt + sizes.new + 8
-        how = {"drawn": True} if sizes.drawn else {}
         ahead_kb = 0 if name == "shoal" else sizes.peer_read_ahead_kb
         with (
             disk.read_ahead(run.model, ahead_kb) if ahead_kb else nullcontext(),
-            capped(run, name, cap_bytes, context=context, **how) as engine,
+            capped(run, name, cap_bytes, context=context) as engine,
         ):
             load.note(name, engine.facts["seconds"])
-            first.note(name, engine.call("begin", streams=1, tokens=sizes.prompt, seed=0)["seconds"])
+            if told:
+                began = engine.call("dictate", prompt=told[: sizes.prompt], answer=told[sizes.prompt :])
+            else:
+                began = engine.call("begin", streams=1, tokens=sizes.prompt, seed=0)
+            first.note(name, began["seconds"])
             token_s, token_bytes = _decode(engine, sizes.new)
             engine.look_again()
             per_token.note(name, token_s)
@@ -63,17 +72,20 @@ def budgets(run: Run, sizes: Sizes) -> list[Figure]:
     for number in range(run.rounds):
         for share in SHARES if number % 2 == 0 else reversed(SHARES):
             budget = share * model_bytes
-            whole = share == SHARES[-1]
-            new = LONGER * sizes.new if whole else sizes.new
-            with capped(
-                run, "shoal", int(budget * 1.05), context=sizes.prompt + LONGER * sizes.new + 8
-            ) as engine:
-                engine.call("begin", streams=1, tokens=sizes.prompt, seed=0)
-                found[share].append(_decode(engine, new)[0])
-                if not peak.values or engine.peak_bytes() / 1e9 / budget > _closest(peak):
-                    peak.values = {"shoal": [engine.peak_bytes() / 1e9], "budget": [budget / 1e9]}
-            if whole:  # at once, because how fast memory is changes within minutes
-                unbounded.append(_in_memory(run, sizes))
+            with ExitStack() as stack:
+                context = sizes.prompt + TURNS * sizes.new + 8
+                bounded = stack.enter_context(capped(run, "shoal", int(budget * 1.05), context=context))
+                bounded.call("begin", streams=1, tokens=sizes.prompt, seed=0)
+                if share == SHARES[-1]:
+                    (free,) = stack.enter_context(run.engines(("shoal",), context=context))
+                    free.call("begin", streams=1, tokens=sizes.prompt, seed=0)
+                    token_s, free_s = _by_turns(bounded, free, TURNS * sizes.new)
+                    unbounded.append(free_s)
+                else:
+                    token_s, _ = _decode(bounded, sizes.new)
+                found[share].append(token_s)
+                if not peak.values or bounded.peak_bytes() / 1e9 / budget > _closest(peak):
+                    peak.values = {"shoal": [bounded.peak_bytes() / 1e9], "budget": [budget / 1e9]}
     low, high = (median(found[SHARES[end]]) for end in (0, -1))
     figures = []
     for share in SHARES:
@@ -132,13 +144,23 @@ def _decode(engine: Capped, tokens: int) -> tuple[float, float]:
     return seconds / tokens, (engine.bytes_read() - before) / tokens
 
 
-def _in_memory(run: Run, sizes: Sizes) -> float:
-    """Seconds per token of the engine without budget and group."""
-    new = LONGER * sizes.new
-    with run.engines(("shoal",), context=sizes.prompt + new + 8) as (engine,):
-        engine.call("begin", streams=1, tokens=sizes.prompt, seed=0)
+def _drawn(run: Run, tokens: int) -> list[int]:
+    """Any ids of the model's vocabulary."""
+    with open_checkpoint(run.model) as checkpoint:
+        source = random.Random(0)
+        return [source.randrange(checkpoint.spec.vocab) for _ in range(tokens)]
+
+
+def _by_turns(one: Capped, other: EngineProcess, tokens: int) -> tuple[float, float]:
+    """Median seconds per token of two engines that live side by side and take turns token by token, because how fast
+    memory is changes by more than a tenth from one minute to the next."""
+    taken: tuple[list[float], list[float]] = [], []
+    for engine in (one, other):
         engine.call("advance", tokens=WARM_TOKENS)
-        return float(engine.call("advance", tokens=new)["seconds"]) / new
+    for number in range(tokens):
+        for index in (0, 1) if number % 2 == 0 else (1, 0):
+            taken[index].append((one, other)[index].call("advance", tokens=1)["seconds"])
+    return median(taken[0]), median(taken[1])
 
 
 def _closest(peak: Figure) -> float:

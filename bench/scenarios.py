@@ -43,7 +43,9 @@ class Sizes:
     cap_gb: float = 0.0  # a cgroup's limit, or the share of the model's bytes that it is
     cap_share: float = 0.0
     peer_read_ahead_kb: int = 0  # the disk's, while the peer runs; 0: as the machine has it
-    drawn: bool = False  # tokens are drawn evenly: the likeliest of random weights repeat, as does routing
+    dictated: bool = (
+        False  # any tokens of the vocabulary: the likeliest of random weights repeat, as does routing
+    )
 
     @property
     def engines(self) -> tuple[str, str]:

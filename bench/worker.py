@@ -20,18 +20,20 @@ from typing import Any, Protocol
 class Engine(Protocol):
     """What the scenarios call. Times are seconds, each with the number of tokens it was spent on."""
 
-    def load(
-        self, model: str, context: int, streams: int, threads: int, memory: int = 0, drawn: bool = False
-    ) -> dict[str, Any]:
+    def load(self, model: str, context: int, streams: int, threads: int, memory: int = 0) -> dict[str, Any]:
         """Load a model for `streams` sequences of up to `context` tokens; facts about the engine.
 
         `memory` is the bytes it may use, 0 for all there are; an engine that has no such option finds its limit itself.
-        `drawn`, which not all have: the next token is any of the vocabulary, not the most likely one.
         """
         ...
 
     def begin(self, streams: int, tokens: int, seed: int) -> dict[str, float]:
         """Prefill that many random prompts, each up to its first new token: {"seconds", "tokens"}."""
+        ...
+
+    def dictate(self, prompt: list[int], answer: list[int]) -> dict[str, float]:
+        """The same of one sequence whose next tokens are those of `answer`, whatever the model says; not all engines
+        can."""
         ...
 
     def advance(self, tokens: int) -> dict[str, float]:

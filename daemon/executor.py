@@ -116,7 +116,8 @@ class Executor:
         partials = [np.zeros_like(x) for x, _, _ in routed]
         used = sorted({expert for _, routing, _ in routed for expert in routing.used})
         blocks = [BlockId("expert", layer, expert) for expert in used]
-        self.store.expect(blocks, self._likely(layer, step.split(hidden)[0]))
+        self.store.expect(blocks)
+        self.store.guess(self._likely(layer, step.split(hidden)[0]))
         for start in range(0, len(blocks), self._together):
             self._go_on()
             group = blocks[start : start + self._together]

@@ -121,16 +121,13 @@ class Transformer:
         )
 
     def foresee(self, weights: Weights, hidden: Floats) -> list[int]:
-        """Which experts this router will choose if hidden (T, C), of an earlier layer, changes little until then; those
-        of most tokens first. That it does change little: Eliseev and Mazur, "Fast Inference of Mixture-of-Experts
+        """Which experts this router will choose if hidden (T, C), of an earlier layer, changes little until then, those
+        of the highest odds first. That it does change little: Eliseev and Mazur, "Fast Inference of Mixture-of-Experts
         Language Models with Offloading", 2023, section 3.2."""
         moe, norm = self.spec.moe, self._pre_norm(weights)
         assert moe is not None
         x = hidden if norm is None else self._normed(hidden, norm)
-        chosen, _ = _best(linears(x, weights.linears("router"))[0], moe.active)
-        votes = np.bincount(chosen.reshape(-1))
-        likeliest: list[int] = np.argsort(-votes, kind="stable")[: np.count_nonzero(votes)].tolist()
-        return likeliest
+        return _likeliest(linears(x, weights.linears("router"))[0], moe.active)
 
     def route(self, weights: Weights, hidden: Floats) -> tuple[Floats, Routing, Floats | None]:
         """MoE router block: hidden (T, C) → normed x (T, C), routing, and the shared expert's partial (T, C) if there
@@ -176,6 +173,15 @@ class Transformer:
 
     def _normed(self, x: Floats, weight: Floats) -> Floats:
         return rms_norm(x, weight, self.spec.norm_eps)
+
+
+def _likeliest(scores: Floats, count: int) -> list[int]:
+    """What the rows (T, n) choose, `count` each, by the sum of the odds that they give it, highest first."""
+    chosen, behind = _best(scores, count)
+    odds = np.zeros(scores.shape[1])
+    np.add.at(odds, chosen, np.nan_to_num(np.exp(-np.take_along_axis(behind, chosen, -1))))
+    likeliest: list[int] = np.argsort(-odds, kind="stable")[: np.count_nonzero(odds)].tolist()
+    return likeliest
 
 
 def _best(scores: Floats, count: int) -> tuple[Ids, Doubles]:

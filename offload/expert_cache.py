@@ -48,9 +48,8 @@ class ExpertCache:
         layers = len({extent.block.layer for extent in experts})
         self._growth = 2.0 ** (1 / (HALF_LIFE_STEPS * max(1, layers)))
 
-    def expect(self, blocks: Sequence[BlockId], likely: Sequence[BlockId] = ()) -> None:
-        """These will be acquired next, in this order; what was expected before will not. `likely` may be after them,
-        the likeliest first."""
+    def expect(self, blocks: Sequence[BlockId]) -> None:
+        """These will be acquired next, in this order; what was expected before will not."""
         self._weight *= self._growth
         if self._weight > LARGEST_WEIGHT:
             self._rescale()
@@ -64,10 +63,14 @@ class ExpertCache:
         if self._likely:
             came_true = sum(map(self._expected.__contains__, self._likely)) / len(self._likely)
             self._trust += TRUST_MEMORY * (came_true - self._trust)
-        self._likely = [block for block in likely if block in self._extents][: self._ahead]
+        self._likely = []
         if self._reading is not None and self._reading.block not in self._expected:
             self._discard(self._reading)  # a guess that was wrong
         self._missing = [block for block in reversed(self._expected) if block not in self._held]
+
+    def guess(self, blocks: Sequence[BlockId]) -> None:
+        """These may be acquired after what is expected, the likeliest first."""
+        self._likely = [block for block in blocks if block in self._extents][: self._ahead]
 
     def want(self, block: BlockId) -> Passage | None:
         """The passage of an expert; None while there is no place for it."""

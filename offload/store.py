@@ -47,9 +47,12 @@ class BlockStore(Protocol):
         """Rows of the embedding, f32 (T, hidden). Raises OffloadError when they cannot be read."""
         ...
 
-    def expect(self, blocks: Sequence[BlockId], likely: Sequence[BlockId] = ()) -> None:
-        """These will be acquired next, in this order: a store that has to read them begins. `likely` may be after them,
-        the likeliest first."""
+    def expect(self, blocks: Sequence[BlockId]) -> None:
+        """These will be acquired next, in this order: a store that has to read them begins."""
+        ...
+
+    def guess(self, blocks: Sequence[BlockId]) -> None:
+        """These may be acquired after what is expected, the likeliest first."""
         ...
 
     def stage(self) -> Stage | None:
@@ -114,7 +117,10 @@ class ResidentStore:
     def rows(self, block: BlockId, ids: Ids) -> Floats:
         return gather_rows(self._leases[block].weights.matrix["embed"], ids)
 
-    def expect(self, blocks: Sequence[BlockId], likely: Sequence[BlockId] = ()) -> None:
+    def expect(self, blocks: Sequence[BlockId]) -> None:
+        """Everything is here."""
+
+    def guess(self, blocks: Sequence[BlockId]) -> None:
         """Everything is here."""
 
     def stage(self) -> Stage | None:

@@ -118,9 +118,13 @@ class WindowStore:
             return _Lease(self._readers, self._slots, partial(self._experts.want, block))
         return _Lease(self._readers, self._ring, partial(self._window.want, block))
 
-    def expect(self, blocks: Sequence[BlockId], likely: Sequence[BlockId] = ()) -> None:
+    def expect(self, blocks: Sequence[BlockId]) -> None:
         if any(block not in self._kept for block in blocks):
-            self._readers.change(partial(self._experts.expect, blocks, likely))
+            self._readers.change(partial(self._experts.expect, blocks))
+
+    def guess(self, blocks: Sequence[BlockId]) -> None:
+        if any(block not in self._kept for block in blocks):
+            self._readers.change(partial(self._experts.guess, blocks))
 
     def rows(self, block: BlockId, ids: Ids) -> Floats:
         self._done = 0

@@ -1,12 +1,21 @@
-"""SHOAL_TEST_LIBRARY names another build of the native kernels to test: with sanitizers, or for another machine."""
+"""SHOAL_TEST_LIBRARY names another build of the native kernels to test: with sanitizers, or for another machine.
+
+Besides: fixtures that several files use.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from asking import CONFIG
 from hypothesis import HealthCheck, settings
 
+from shoal.comm.messages import Load
+from shoal.daemon.home import Home
+from shoal.daemon.node import Node
 from shoal.kernels import library
 
 # How long it takes to make up inputs says more about a busy or emulated machine than about a test.
@@ -22,3 +31,36 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 if build := os.environ.get("SHOAL_TEST_LIBRARY"):
     library.LIBRARY = Path(build).resolve(strict=True)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A home of the test's own; lines of a terminal are long."""
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "300")
+    return Home.from_env()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A file that the test may do anything to."""
+    import tiny  # brings torch
+
+    return tiny.save_gguf(tiny.hf_model("qwen2"), tmp_path / "tiny.gguf", type="F16")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that the tests of a module share."""
+    import tiny
+
+    directory = tmp_path_factory.mktemp("m")
+    return tiny.save_gguf(tiny.hf_model("llama", seed=11), directory / "tiny.gguf", type="Q8_0")
+
+
+@pytest.fixture
+def node(path: Path) -> Iterator[Node]:
+    """With the model of `path` loaded."""
+    with Node(CONFIG) as node:
+        node.load(Load(model=str(path)))
+        yield node

@@ -35,7 +35,8 @@ class Simulation:
 
     def use(self, blocks: Sequence[BlockId], together: int, likely: Sequence[BlockId] = ()) -> None:
         """Expect them, then lease them in order, so many at a time."""
-        self.cache.expect(blocks, likely)
+        self.cache.expect(blocks)
+        self.cache.guess(likely)
         for start in range(0, len(blocks), together):
             held: list[Passage] = []
             for block in blocks[start : start + together]:
@@ -71,7 +72,8 @@ def test_what_is_wanted_always_comes(slots: int, experts: int, layers: int, seed
             guessed = source.sample(range(experts), source.randint(0, experts))
             likely = [BlockId("expert", (layer + 1) % layers, i) for i in guessed]
             if source.random() < 0.1:
-                simulation.cache.expect(blocks, likely)  # a step that failed after routing
+                simulation.cache.expect(blocks)  # a step that failed after routing
+                simulation.cache.guess(likely)
                 simulation.read()
                 continue
             simulation.use(blocks, source.randint(1, slots), likely)
@@ -181,7 +183,8 @@ def experts_of(layer: int, *numbers: int) -> list[BlockId]:
 
 def test_what_is_likely_is_read_once_nothing_else_is_to_be() -> None:
     simulation = Simulation(cache_of(6, 2, 8))
-    simulation.cache.expect(experts_of(0, 0, 1), experts_of(1, 5, 3))
+    simulation.cache.expect(experts_of(0, 0, 1))
+    simulation.cache.guess(experts_of(1, 5, 3))
     order = []
     while (chunk := simulation.cache.next_read(SIZE)) is not None:
         order.append(chunk.passage.block)
@@ -194,7 +197,8 @@ def test_what_is_likely_is_read_once_nothing_else_is_to_be() -> None:
 
 def test_what_is_needed_takes_the_place_of_what_is_likely_and_never_the_reverse() -> None:
     simulation = Simulation(cache_of(3, 2, 8))
-    simulation.cache.expect(experts_of(0, 0, 1), experts_of(1, 0, 1, 2, 3))
+    simulation.cache.expect(experts_of(0, 0, 1))
+    simulation.cache.guess(experts_of(1, 0, 1, 2, 3))
     simulation.read()
     assert simulation.reads == 3
     assert all(simulation.cache.want(block) for block in experts_of(0, 0, 1))
@@ -204,7 +208,8 @@ def test_what_is_needed_takes_the_place_of_what_is_likely_and_never_the_reverse(
 
 def test_a_wrong_guess_is_not_read_to_its_end() -> None:
     simulation = Simulation(cache_of(4, 2, 8))
-    simulation.cache.expect([], experts_of(1, 0))
+    simulation.cache.expect([])
+    simulation.cache.guess(experts_of(1, 0))
     first = simulation.cache.next_read(SIZE // 4)
     simulation.cache.expect(experts_of(1, 2))
     second = simulation.cache.next_read(SIZE // 4)
@@ -221,7 +226,8 @@ def test_a_wrong_guess_is_not_read_to_its_end() -> None:
 def test_a_guess_that_cannot_be_read_is_not_tried_for_ever() -> None:
     """Nobody waits for it who could be told."""
     cache = cache_of(4, 2, 8)
-    cache.expect([], experts_of(1, 0, 1))
+    cache.expect([])
+    cache.guess(experts_of(1, 0, 1))
     for _ in range(2):
         fail(cache, cache.next_read(SIZE))
     assert cache.next_read(SIZE) is None
@@ -231,7 +237,8 @@ def test_a_guess_that_cannot_be_read_is_not_tried_for_ever() -> None:
 
 def test_a_guess_that_was_given_up_and_is_needed_after_all_is_read_without_being_waited_for() -> None:
     cache = cache_of(4, 2, 8)
-    cache.expect([], experts_of(1, 0))
+    cache.expect([])
+    cache.guess(experts_of(1, 0))
     late = cache.next_read(SIZE // 2)
     assert late is not None
     cache.expect(experts_of(0, 2))
@@ -247,9 +254,11 @@ def test_guesses_that_do_not_come_true_are_given_up() -> None:
     simulation = Simulation(cache_of(6, 2, 8))
     for _ in range(40):
         for layer in (0, 1):
-            simulation.cache.expect(experts_of(layer, 0), experts_of(1 - layer, 7))
+            simulation.cache.expect(experts_of(layer, 0))
+            simulation.cache.guess(experts_of(1 - layer, 7))
             simulation.read()
-    simulation.cache.expect(experts_of(0, 0), experts_of(1, 6))
+    simulation.cache.expect(experts_of(0, 0))
+    simulation.cache.guess(experts_of(1, 6))
     before = simulation.reads
     simulation.read()
     assert simulation.reads == before
@@ -292,7 +301,8 @@ def test_what_is_wanted_comes_however_reads_end(slots: int, experts: int, seed: 
     def pass_layer(layer: int) -> bool:
         chosen = experts_of(layer, *sorted(source.sample(range(experts), source.randint(1, experts))))
         guessed = source.sample(range(experts), source.randint(0, experts))
-        cache.expect(chosen, experts_of((layer + 1) % layers, *guessed))
+        cache.expect(chosen)
+        cache.guess(experts_of((layer + 1) % layers, *guessed))
         together = source.randint(1, max(1, slots // 2))
         for start in range(0, len(chosen), together):
             held: list[Passage] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from asking import CONFIG, GREEDY, prompt, text_of
 
 from shoal.comm.messages import (
@@ -34,20 +32,6 @@ from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
 from shoal.daemon.sequence import Sequence
 from shoal.kernels.arrays import Floats
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_gguf(
-        tiny.hf_model("llama", seed=11), tmp_path_factory.mktemp("m") / "tiny.gguf", type="Q8_0"
-    )
-
-
-@pytest.fixture
-def node(path: Path) -> Iterator[Node]:
-    with Node(CONFIG) as node:
-        node.load(Load(model=str(path)))
-        yield node
 
 
 def test_a_stream_is_accepted_tokens_done(node: Node) -> None:

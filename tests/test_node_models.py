@@ -6,7 +6,6 @@ import gc
 import re
 import time
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,20 +30,6 @@ from shoal.daemon.planning import make_plan
 from shoal.models.checkpoint import open_checkpoint
 from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_gguf(
-        tiny.hf_model("llama", seed=11), tmp_path_factory.mktemp("m") / "tiny.gguf", type="Q8_0"
-    )
-
-
-@pytest.fixture
-def node(path: Path) -> Iterator[Node]:
-    with Node(CONFIG) as node:
-        node.load(Load(model=str(path)))
-        yield node
 
 
 def test_models_are_loaded_on_demand_and_dropped(node: Node, path: Path) -> None:

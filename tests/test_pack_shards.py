@@ -29,17 +29,7 @@ from shoal.offload.pack_layout import part_of
 from shoal.partition.slicing import divide
 from shoal.partition.spec import BlockId
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("COLUMNS", "300")
-    return Home.from_env()
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return tiny.save_gguf(tiny.hf_model("qwen2"), tmp_path / "tiny.gguf", type="F16")
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.mark.parametrize("hf", [False, True], ids=["gguf", "hf"])

@@ -27,16 +27,7 @@ from shoal.partition.spec import BlockId
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("COLUMNS", "300")
-    return Home.from_env()
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return tiny.save_gguf(tiny.hf_model("qwen2"), tmp_path / "tiny.gguf", type="F16")
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def get(home: Home, path: Path, quant: Quant = "keep", **options: Any) -> tuple[Pack, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shoal.models.transformer import Routing, _best
+from shoal.models.transformer import Routing, _best, _likeliest
 
 
 def random_scores(rows: int, experts: int, seed: int = 0) -> np.ndarray:
@@ -41,6 +41,14 @@ def test_every_row_is_chosen_alike_alone() -> None:
     chosen, _ = _best(scores, 8)
     for rows in (1, 2, 7, 64):
         assert np.array_equal(_best(scores[:rows], 8)[0], chosen[:rows])
+
+
+def test_what_may_be_chosen_comes_by_its_odds() -> None:
+    scores = random_scores(1, 64)
+    assert _likeliest(scores, 8) == np.argsort(-scores[0], kind="stable")[:8].tolist()
+    rows = np.array([[9, 9, 0, 0, 0], [0, 0, 9, 8, 0], [0, 0, 9, 0, 8], [np.nan] * 5], np.float32)
+    assert _likeliest(rows, 2) == [2, 0, 1, 3, 4]
+    assert _likeliest(rows[-1:], 2) == []
 
 
 def test_routes_are_by_expert_and_token_ascending() -> None:
