@@ -25,6 +25,7 @@ from .errors import Exit
 
 START_LIMIT_S = 300.0  # a large model from a slow disk
 POLL_S = 0.1
+SIGNAL_AGAIN = (0, 10)  # polls after which a second signal means "at once": the first may have come too early
 LOG_LIMIT_BYTES = 10_000_000
 
 Sleep = Callable[[float], None]
@@ -116,10 +117,7 @@ def stop(home: Home, pid: int, *, now: bool, limit_s: float, sleep: Sleep = time
         if running_pid(home) != pid:
             return
         sleep(POLL_S)
-        if now and turn in (
-            0,
-            10,
-        ):  # the second signal means at once; repeated in case the first came too early
+        if now and turn in SIGNAL_AGAIN:
             _signal(pid)
     raise DaemonError(
         "busy",

@@ -115,9 +115,7 @@ class Generation(Message):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
     ignore_eos: bool = False
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0  # higher goes first
-    deadline_s: Annotated[float, Meta(gt=0, le=1e6)] | None = (
-        None  # after arrival; None = however long it takes
-    )
+    deadline_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None  # after arrival; None = no deadline
     progress: bool = False  # send `stage` while nothing else comes
 
 
@@ -182,9 +180,7 @@ class Load(Message):
 
     model: Annotated[str, Meta(min_length=1, max_length=4096)]
     context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None
-    draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = (
-        None  # a small model that guesses ahead
-    )
+    draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None  # a model that guesses ahead
     progress: bool = False  # send `stage` meanwhile
 
 

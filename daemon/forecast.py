@@ -15,9 +15,7 @@ from dataclasses import dataclass
 _REMEMBERED = 256  # answers
 _FIRST_GUESSES = 8  # answers of so many tokens each, believed until others have been seen
 _FIRST_GUESS_TOKENS = 256
-_QUANTILE = (
-    0.75  # of the answers that came as far: a little cautious, since a wrong guess costs more than a wait
-)
+_QUANTILE = 0.75  # of the answers that came as far: cautious, since a wrong guess costs more than a wait
 _GROWTH = 1.5  # an answer longer than all before is expected to become so much longer
 
 

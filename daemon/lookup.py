@@ -28,9 +28,8 @@ class PromptLookup:
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = tokens
-        self._latest = (
-            array("i", [_NONE]) * _TABLE
-        )  # chain → the last place whose SHORTEST tokens before hash to it
+        # Chain → the last place whose SHORTEST tokens before it hash to that.
+        self._latest = array("i", [_NONE]) * _TABLE
         self._earlier = array("i", [_NONE]) * SHORTEST  # place → the place before it in its chain
 
     def propose(self, limit: int) -> Draft:

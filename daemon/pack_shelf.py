@@ -163,7 +163,6 @@ def _shard_digest(shard: Shard) -> str:
 
 
 def _prefix(model: str) -> str:
-    stem = "".join(letter if letter.isalnum() else "-" for letter in Path(model).name.removesuffix(".gguf"))[
-        :40
-    ]
+    name = Path(model).name.removesuffix(".gguf")[:40]
+    stem = "".join(letter if letter.isalnum() else "-" for letter in name)
     return f"{stem}.{hashlib.sha256(model.encode(errors='surrogateescape')).hexdigest()[:12]}"

@@ -57,9 +57,7 @@ class Flight:
         self.arrived_s = now_s
         self.sent_s = now_s  # when something was last sent
         self.outgoing: deque[Message] = deque()  # taken from the mailbox, not yet sent
-        self.watch: Callable[[], Stage | None] | None = (
-            None  # what it waits for; None: the client does not ask
-        )
+        self.watch: Callable[[], Stage | None] | None = None  # what it waits for, if the client asks
         self._ready = ready
         self._lock = threading.Lock()
         self._queued = False  # `ready` was called and `take` has not followed yet

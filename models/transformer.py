@@ -51,9 +51,8 @@ class Routing:
     @classmethod
     def of(cls, experts: Ids, factors: Floats) -> Routing:
         """Row i of `experts` (T, k) are the choices of token i, with the factors `factors` (T, k)."""
-        pairs = np.argsort(
-            experts.astype(np.uint16), axis=None, kind="stable"
-        )  # numbers this small in linear time
+        # Numbers this small are sorted in linear time.
+        pairs = np.argsort(experts.astype(np.uint16), axis=None, kind="stable")
         counts = np.bincount(experts.reshape(-1))
         used = np.flatnonzero(counts)
         starts = tuple(accumulate(counts[used].tolist(), initial=0))
@@ -137,9 +136,8 @@ class Transformer:
         x = hidden if norm is None else self._normed(hidden, norm)
         scores = linears(x, weights.linears("router"))[0]  # (T, experts)
         chosen, behind = _best(scores, moe.active)
-        odds = np.exp(
-            -behind
-        )  # in f64, rounded at the end: f32's last bit may depend on how many rows there are
+        # In f64, rounded at the end: f32's last bit may depend on how many rows there are.
+        odds = np.exp(-behind)
         taken = np.take_along_axis(odds, chosen, -1)  # (T, k)
         factors = taken / (taken if moe.normalize else odds).sum(-1, keepdims=True)
         routing = Routing.of(chosen, factors.astype(np.float32))

@@ -53,9 +53,8 @@ class Fetcher:
     def _abandon(self, passages: Sequence[Passage]) -> None:
         for passage in passages:
             self._line.leave(passage)
-        if not all(
-            passage.quiet for passage in passages
-        ):  # reads that are under way still write to this memory
+        if not all(passage.quiet for passage in passages):
+            # Reads that are under way still write to this memory.
             nbytes = len(self.region.memory)
             self.region.memory = mapped(nbytes)[:nbytes]
 

@@ -76,9 +76,8 @@ class KvFile:
             try:
                 self._index = _open(self._index_path, stack)
                 self._pages = _open(self._pages_path, stack)
-                if hasattr(
-                    os, "posix_fadvise"
-                ):  # reading ahead would fill memory with pages that nobody asked for
+                if hasattr(os, "posix_fadvise"):
+                    # Reading ahead would fill memory with pages that nobody asked for.
                     os.posix_fadvise(self._pages, 0, 0, os.POSIX_FADV_RANDOM)
                 fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.path.samestat(os.fstat(self._index), self._index_path.stat()):

@@ -95,9 +95,8 @@ class PrefixCache:
         self._root = Node(None, (), -1, NO_TEXT)
         self._nodes = 0
         self._clock = 0
-        self._leaves: list[
-            tuple[int, int, Node]
-        ] = []  # heap, least recently used first; may hold stale entries
+        # A heap, least recently used first; may hold stale entries.
+        self._leaves: list[tuple[int, int, Node]] = []
         self._moves: list[Move] = []
         self.cached_pages = 0
 

@@ -65,9 +65,7 @@ class Plan:
     part_tokens: int = 1 << 30  # rows of a step that pass a block together: bounds the scratch of long steps
     window_bytes: int = 0  # the ring that streamed blocks pass through; 0 = none is streamed
     expert_slots: int = 0  # experts of any layer that are in memory together, if they are on disk
-    streamed_bytes: int = (
-        0  # read from disk for one token alone, experts as if any were as likely as the others
-    )
+    streamed_bytes: int = 0  # read from disk for one token alone, experts as if all were equally likely
     ranks: int = 1
 
     @property
@@ -149,9 +147,8 @@ def scratch_bytes(
     heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, q rotated, what is mixed, k and v
     rows = chunk_tokens + sequences + guesses
     part = rows if part_tokens is None else min(rows, part_tokens)
-    whole = (
-        (5 if moe else 3) * rows * spec.hidden
-    )  # what enters a block, its sum; all experts' inputs and outputs
+    # What enters a block and its sum; all experts' inputs and outputs.
+    whole = (5 if moe else 3) * rows * spec.hidden
     inside = part * (spec.hidden + 3 * ffn + heads)
     logits = (sequences + guesses) * spec.vocab
     if native:

@@ -38,11 +38,8 @@ def hf_recipe(
     for option in hf.unsupported:
         if config.get(option):
             raise UnsupportedCheckpoint(f"{origin}: {option}={config[option]!r} is not supported")
-    hidden, heads, count = (
-        facts.integer("hidden_size"),
-        facts.integer("num_attention_heads"),
-        layer_count(facts),
-    )
+    hidden, heads = facts.integer("hidden_size"), facts.integer("num_attention_heads")
+    count = layer_count(facts)
     head_dim = facts.integer("head_dim", hidden // max(heads, 1))
     windows = hf.windows(facts, count)
     ropes = _ropes(hf, facts, head_dim)

@@ -131,9 +131,8 @@ def gguf_olmoe_moe(metadata: Facts, layers: int) -> Moe:
 
 def gguf_qwen2_moe(metadata: Facts, layers: int) -> Moe:
     """Beside the chosen experts a gated one that is always on."""
-    shared = metadata.integer("expert_shared_feed_forward_length", 0) or metadata.integer(
-        "feed_forward_length"
-    )
+    shared = metadata.integer("expert_shared_feed_forward_length", 0)
+    shared = shared or metadata.integer("feed_forward_length")
     spec = _gguf_experts(metadata, _qwen_expert_ffn(metadata), normalize=False)
     return Moe(replace(spec, shared_ffn=shared, shared_gated=True), [True] * layers)
 
