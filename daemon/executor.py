@@ -16,8 +16,9 @@ import numpy as np
 
 from shoal.kernels.arrays import Floats
 from shoal.kernels.attention import Rotation
-from shoal.models.step import KvCache, Step
+from shoal.models.step import Step
 from shoal.models.transformer import Transformer
+from shoal.offload.kv import KvPool
 from shoal.offload.store import BlockStore
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
@@ -46,7 +47,7 @@ class Executor:
     """Runs steps of one model. Not thread-safe: one step at a time."""
 
     def __init__(
-        self, model: Transformer, plan: Plan, store: BlockStore, kv: KvCache, collective: Collective
+        self, model: Transformer, plan: Plan, store: BlockStore, kv: KvPool, collective: Collective
     ) -> None:
         self.model = model
         self.plan = plan
@@ -98,7 +99,7 @@ class Executor:
         with self.store.acquire(BlockId("attn", layer)) as weights:
             for part, rows, turns in zip(step.parts, step.split(hidden), rotations, strict=True):
                 self._go_on()
-                partial = self.model.attend(layer, weights, rows, part.segments, turns, self.kv)
+                partial = self.model.attend(layer, weights, rows, part.segments, turns, self.kv.layers[layer])
                 rows += self.model.leave(weights, self.collective.allreduce(partial))
 
     def _feed_forward(self, layer: int, hidden: Floats, step: Step) -> None:

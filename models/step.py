@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from shoal.kernels.arrays import Floats, Ids
-from shoal.kernels.attention import HeadNorms, Rotation, Segments
+from shoal.kernels.attention import Segments
 
 WHOLE = 1 << 30  # rows: more than any step has
 
@@ -73,24 +72,3 @@ class Step:
 def _part(segments: Sequence[tuple[int, int, Sequence[int]]]) -> Part:
     positions = [np.arange(start, start + count, dtype=np.int64) for count, start, _ in segments]
     return Part(np.concatenate(positions), Segments.build(segments))
-
-
-class KvCache(Protocol):
-    """What attention needs of a KV store (offload.kv has it)."""
-
-    def attend(
-        self,
-        layer: int,
-        segments: Segments,
-        q: Floats,
-        k: Floats,
-        v: Floats,
-        *,
-        rotation: Rotation,
-        scale: float,
-        window: int | None,
-        norms: HeadNorms | None,
-    ) -> Floats:
-        """Store the rows' k and v (T, kv_heads * head_dim), then attend with q (T, heads * head_dim), every token to
-        its sequence up to itself; (T, heads * head_dim) f32."""
-        ...

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from shoal.kernels import Routes, experts, feed_forward, linears, rms_norm
 from shoal.kernels.arrays import Floats, Ids
-from shoal.kernels.attention import HeadNorms, Rotation, Segments
+from shoal.kernels.attention import HeadNorms, KvPages, Rotation, Segments, attention
 from shoal.partition.spec import ModelSpec
 
 from .rope import Rope
-from .step import KvCache, Part
+from .step import Part
 from .weights import Weights
 
 Doubles = NDArray[np.float64]
@@ -81,9 +81,9 @@ class Transformer:
         hidden: Floats,
         segments: Segments,
         rotations: list[Rotation],
-        kv: KvCache,
+        kv: KvPages,
     ) -> Floats:
-        """hidden (T, C) → partial (T, C); the new K and V are stored in `kv`."""
+        """hidden (T, C) → partial (T, C); the new K and V are stored in `kv`, the layer's pages."""
         spec, vector = self.spec, weights.vector
         q, k, v = linears(  # (T, H*D), (T, K*D) twice
             hidden, weights.linears("q", "k", "v"), self._pre_norm(weights), spec.norm_eps
@@ -97,8 +97,8 @@ class Transformer:
         if spec.qkv_clip is not None:
             q, k, v = (x.clip(-spec.qkv_clip, spec.qkv_clip, out=x) for x in (q, k, v))
         kind = spec.layers[layer]
-        mixed = kv.attend(
-            layer,
+        mixed = attention(
+            kv,
             segments,
             q,
             k,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-from shoal.kernels.arrays import Bytes, Floats
-from shoal.kernels.attention import PAGE_TOKENS, HeadNorms, KvLayout, KvPages, Rotation, Segments, attention
+from shoal.kernels.arrays import Bytes
+from shoal.kernels.attention import PAGE_TOKENS, KvLayout, KvPages
 from shoal.kernels.memory import mapped
 from shoal.partition.plan import KvPlan
 from shoal.partition.spec import ModelSpec
@@ -23,7 +23,7 @@ KV_LAYOUT = 1  # one more whenever the bytes of a page come to mean something el
 
 
 class KvPool:
-    """K and V of every layer: page after page, in a page layer after layer."""
+    """K and V of every layer: page after page, in a page layer after layer. `layers`: as attention takes them."""
 
     def __init__(self, spec: ModelSpec, plan: KvPlan) -> None:
         assert plan.page_tokens == PAGE_TOKENS, plan.page_tokens
@@ -32,29 +32,11 @@ class KvPool:
         layout = KvLayout.of(plan.dtype, spec.head_dim)
         shape = (plan.pages, len(spec.layers), spec.kv_heads, layout.head_bytes)
         self._pages: Bytes = mapped(prod(shape))[: prod(shape)].reshape(shape)
-        self._layers = [KvPages(layout, spec.heads, self._pages[:, i]) for i in range(len(spec.layers))]
+        self.layers = [KvPages(layout, spec.heads, self._pages[:, i]) for i in range(len(spec.layers))]
 
     @property
     def nbytes(self) -> int:
         return self._pages.nbytes
-
-    def attend(
-        self,
-        layer: int,
-        segments: Segments,
-        q: Floats,
-        k: Floats,
-        v: Floats,
-        *,
-        rotation: Rotation,
-        scale: float,
-        window: int | None,
-        norms: HeadNorms | None,
-    ) -> Floats:
-        """Store the rows' k and v (T, kv_heads * head_dim), then attend with q (T, heads * head_dim), every token to
-        its sequence up to itself; (T, heads * head_dim) f32. See `kernels.attention.attention`."""
-        pages = self._layers[layer]
-        return attention(pages, segments, q, k, v, rotation=rotation, scale=scale, window=window, norms=norms)
 
     def page(self, number: int) -> Bytes:
         """A page in every layer, (bytes of a page,); a view."""

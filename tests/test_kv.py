@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.kernels.arrays import Floats
+from shoal.kernels.attention import attention
 from shoal.models.rope import Rope
 from shoal.models.step import Step
 from shoal.offload.kv import KvPool
@@ -70,7 +71,7 @@ def attend(kv: KvPool, layer: int, pages: list[int], start: int, rows: Floats) -
     q, k, v = np.split(rows, [48, 72], axis=1)
     (part,) = step.parts
     rotation = ROPE.at(part.positions)
-    return kv.attend(layer, part.segments, q, k, v, rotation=rotation, scale=0.5, window=None, norms=None)
+    return attention(kv.layers[layer], part.segments, q, k, v, rotation=rotation, scale=0.5)
 
 
 @pytest.mark.parametrize("dtype", sorted(KV_TYPE_BYTES))

@@ -66,8 +66,8 @@ class Member:
 
     def attend(self, layer: int, hidden: Floats) -> Floats:
         (part,) = self.step.parts
-        rotations = self.model.rotations(part)
-        return self.model.attend(layer, self.read("attn", layer), hidden, part.segments, rotations, self.kv)
+        rotations, pages = self.model.rotations(part), self.kv.layers[layer]
+        return self.model.attend(layer, self.read("attn", layer), hidden, part.segments, rotations, pages)
 
     def feed_forward(self, layer: int, hidden: Floats) -> Floats:
         if not self.spec.layers[layer].moe:
