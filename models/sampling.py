@@ -5,17 +5,17 @@ temperature → top-k → top-p → min-p → draw. Deliberately does not know t
 where logits come from. One `Sampler` belongs to one sequence and is used by one thread at a time.
 
 Penalties: the repetition penalty (Keskar et al. 2019, as in transformers) looks at prompt and generated
-tokens within the window; presence and frequency penalties (OpenAI) look at all generated tokens and at
-nothing else. Log-probabilities are OpenAI's: the log-softmax of the model's own logits, before bias,
-penalties and temperature.
+tokens; presence and frequency penalties (OpenAI) look at generated tokens only.
+Log-probabilities are OpenAI's: the log-softmax of the model's own logits, before bias, penalties and
+temperature.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -37,9 +37,9 @@ class SamplingParams:
     """How one request wants its tokens chosen; raises SamplingError naming field, value and limit.
 
     temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: probabilities; 1 and 0 are off.
-    repetition_penalty: 1 is off. penalty_window_tokens: how far back the repetition penalty looks, 0 for
-    everything. logit_bias: token id → addend. seed: None for a fresh one. logprobs: how many alternatives
-    are reported beside the chosen token's log-probability; None for no log-probabilities at all.
+    repetition_penalty: 1 is off. logit_bias: token id → addend. seed: None for a fresh one. logprobs: how
+    many alternatives are reported beside the chosen token's log-probability; None for no log-probabilities
+    at all.
     """
 
     temperature: float = 1.0
@@ -49,7 +49,6 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    penalty_window_tokens: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
     seed: int | None = None
     logprobs: int | None = None
@@ -62,7 +61,6 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _integer("penalty_window_tokens", self.penalty_window_tokens, 0, 1 << 31)
         if len(self.logit_bias) > MAX_BIASES:
             raise SamplingError(
                 f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_BIASES} are allowed"
@@ -94,12 +92,9 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = ()) -> None:
         self._params = params
         self._random = random.Random(params.seed)
-        self._window = _Window(params.penalty_window_tokens) if params.repetition_penalty != 1.0 else None
-        if self._window is not None:
-            self._window.extend(prompt_ids)
-        self._generated: Counter[int] | None = None
-        if params.presence_penalty or params.frequency_penalty:
-            self._generated = Counter()
+        self._seen = set(prompt_ids) if params.repetition_penalty != 1.0 else None
+        counted = params.presence_penalty or params.frequency_penalty
+        self._generated: Counter[int] | None = Counter() if counted else None
         self._bias = _sparse(params.logit_bias) if params.logit_bias else None
 
     @np.errstate(over="ignore")  # what overflows is the least likely, or not finite and refused
@@ -116,23 +111,22 @@ class Sampler:
 
     def accept(self, token_id: int) -> None:
         """Count a token as generated; `sample` does it by itself, a replay of known tokens calls it."""
-        if self._window is not None:
-            self._window.extend((token_id,))
+        if self._seen is not None:
+            self._seen.add(token_id)
         if self._generated is not None:
             self._generated[token_id] += 1
 
     def _adjust(self, logits: Floats) -> Floats:
         """Logits after bias and penalties; the very same array where there are none."""
         params = self._params
-        penalised = self._window is not None and self._window.counts
-        if self._bias is None and not penalised and not self._generated:
+        if self._bias is None and not self._seen and not self._generated:
             return logits
         logits = logits.copy()
         if self._bias is not None:
             ids, addends = self._bias
             logits[_within(ids, logits)] += addends
-        if self._window is not None and penalised:
-            ids = _within(_ids(self._window.counts), logits)
+        if self._seen:
+            ids = _within(_ids(self._seen), logits)
             seen, factor = logits[ids], np.float32(params.repetition_penalty)
             logits[ids] = np.where(seen > 0, seen / factor, seen * factor)
         if self._generated:
@@ -173,29 +167,6 @@ class Sampler:
         # Rounding may put the point on the end of the line: then it is the last token with any weight.
         index = min(cumulative.searchsorted(point, side="right"), cumulative.searchsorted(cumulative[-1]))
         return int(index if ids is None else ids[index])
-
-
-class _Window:
-    """The last `size` tokens (all of them if 0) as a count per token."""
-
-    def __init__(self, size: int) -> None:
-        self.counts: Counter[int] = Counter()
-        self._order: deque[int] | None = deque() if size else None
-        self._size = size
-
-    def extend(self, ids: Iterable[int]) -> None:
-        self.counts.update(ids if self._order is None else self._remember(ids))
-
-    def _remember(self, ids: Iterable[int]) -> Iterable[int]:
-        assert self._order is not None
-        for token_id in ids:
-            self._order.append(token_id)
-            yield token_id
-            if len(self._order) > self._size:
-                oldest = self._order.popleft()
-                self.counts[oldest] -= 1
-                if not self.counts[oldest]:
-                    del self.counts[oldest]
 
 
 def _nucleus(weights: Floats, top_p: float) -> Ids:
@@ -239,7 +210,7 @@ def _with_logprobs(token_id: int, logits: Floats, count: int) -> Sampled:
     return Sampled(token_id, float(logits[token_id]) - total, top)
 
 
-def _ids(values: Mapping[int, float]) -> Ids:
+def _ids(values: Collection[int]) -> Ids:
     return np.fromiter(values, np.int64, len(values))
 
 

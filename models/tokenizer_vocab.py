@@ -84,7 +84,6 @@ def _printable_bytes() -> dict[str, int]:
 
 
 BYTE_OF_CHAR = _printable_bytes()
-CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
 
 
 @dataclass(frozen=True, eq=False)

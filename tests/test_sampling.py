@@ -32,8 +32,6 @@ def plain_probabilities(
     for token, bias in params.logit_bias.items():
         values[token] += bias
     seen = [*prompt, *generated]
-    if params.penalty_window_tokens:
-        seen = seen[-params.penalty_window_tokens :]
     for token in set(seen):
         factor = params.repetition_penalty
         values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
@@ -67,7 +65,6 @@ def some_params(draw: st.DrawFn) -> SamplingParams:
         repetition_penalty=draw(st.sampled_from([1.0, 1.3, 0.7])),
         presence_penalty=draw(st.sampled_from([0.0, 0.5, -0.5])),
         frequency_penalty=draw(st.sampled_from([0.0, 0.4, -0.3])),
-        penalty_window_tokens=draw(st.sampled_from([0, 1, 4])),
         logit_bias=draw(st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-5, 5), max_size=4)),
         seed=draw(st.integers(0, 1 << 40)),
     )
@@ -240,7 +237,6 @@ def test_the_lowest_temperatures_are_greedy(temperature: float) -> None:
         ("repetition_penalty", 0.0),
         ("presence_penalty", 2.1),
         ("frequency_penalty", math.inf),
-        ("penalty_window_tokens", -1),
         ("logit_bias", {1: 101.0}),
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", dict.fromkeys(range(1025), 1.0)),
