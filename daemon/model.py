@@ -30,7 +30,7 @@ from shoal.offload.kv_disk import KvDisk
 from shoal.offload.pack_format import Quant
 from shoal.offload.prefix import PrefixCache
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import Plan, kv_token_bytes, scratch_bytes
+from shoal.partition.plan import Plan, Wanted, kv_page_bytes, scratch_bytes
 
 from .answer import Answer, Emit
 from .config import NodeConfig
@@ -266,23 +266,20 @@ class LoadedModel:
         context = min(spec.context, (prompt_tokens // page + 1) * page)
         if context <= prompt_tokens:
             return f"shorten it: the model was made for {spec.context}"
-        scratch = scratch_bytes(
+        wanted = Wanted(
             spec,
             context_tokens=context,
+            kv_tokens=context,
+            kv_type=plan.kv.dtype,
             chunk_tokens=plan.chunk_tokens,
             sequences=plan.sequences,
             guesses=plan.guesses,
             threads=plan.threads,
             native=kernels.home() != "reference",
-            part_tokens=plan.part_tokens,
         )
-        needed = (
-            plan.peak_bytes
-            - plan.kv.nbytes
-            - plan.scratch_bytes
-            + scratch
-            + -(-context // page) * page * kv_token_bytes(spec, plan.kv.dtype)
-        )
+        scratch = scratch_bytes(wanted, plan.part_tokens)
+        kv_bytes = -(-context // page) * kv_page_bytes(spec, plan.kv.dtype)
+        needed = plan.peak_bytes - plan.kv.nbytes - plan.scratch_bytes + scratch + kv_bytes
         beside = f"takes {needed / 1e6:,.0f} MB beside the process itself"
         return f"shorten it, or load the model with --ctx {context}, which {beside}"
 

@@ -23,7 +23,7 @@ from shoal.offload.pack_layout import layout
 from shoal.offload.store import BlockStore, ResidentStore
 from shoal.offload.window_store import WindowStore
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import PAGE_TOKENS, Plan, Wanted, kv_token_bytes, plan_in_ram
+from shoal.partition.plan import PAGE_TOKENS, Plan, Wanted, kv_page_bytes, plan_in_ram
 from shoal.partition.spec import BlockId
 from shoal.partition.streaming import KV_SHARE, plan_within
 
@@ -74,7 +74,7 @@ def make_plan(
         with suppress(PlanError):
             return in_ram(context)
     if streaming:
-        page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
+        page_bytes = kv_page_bytes(checkpoint.spec, config.kv_type)
         fitting = (c for c in contexts if -(-c // PAGE_TOKENS) * page_bytes <= memory_bytes // KV_SHARE)
         try:
             return _plan_within(checkpoint, config, next(fitting, contexts[-1]), memory_bytes)
@@ -155,7 +155,7 @@ def open_store(
 
 def disk_buffer_bytes(checkpoint: Checkpoint, config: NodeConfig) -> int:
     """Of KV pages on their way to and from disk, where KV is kept there."""
-    page_bytes = PAGE_TOKENS * kv_token_bytes(checkpoint.spec, config.kv_type)
+    page_bytes = kv_page_bytes(checkpoint.spec, config.kv_type)
     return buffer_bytes(page_bytes) if config.kv_disk_bytes != 0 else 0
 
 

@@ -121,50 +121,6 @@ class Plan:
         return f"{self.ranks} rank, {self.threads} threads, {', '.join(parts)}, {kv}"
 
 
-def kv_token_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of K and V of one token in all layers."""
-    numbers = spec.head_dim + -(-spec.head_dim // KV_VALUE_STEP) * KV_VALUE_STEP
-    head = numbers * KV_TYPE_BYTES[dtype] + 2 * KV_SCALE_BYTES.get(dtype, 0)
-    return len(spec.layers) * spec.kv_heads * head
-
-
-def scratch_bytes(
-    spec: ModelSpec,
-    *,
-    context_tokens: int,
-    chunk_tokens: int,
-    sequences: int,
-    guesses: int,
-    threads: int,
-    native: bool,
-    part_tokens: int | None = None,
-) -> int:
-    """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and
-    KV, in f32, and the tokenizer; `part_tokens` of its rows are in a block together, all of them if None. `native`:
-    not the reference kernels, which copy K and V of a layer and make a mask."""
-    moe = spec.moe
-    ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
-    heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, q rotated, what is mixed, k and v
-    rows = chunk_tokens + sequences + guesses
-    part = rows if part_tokens is None else min(rows, part_tokens)
-    # What enters a block and its sum; all experts' inputs and outputs.
-    whole = (5 if moe else 3) * rows * spec.hidden
-    inside = part * (spec.hidden + 3 * ffn + heads)
-    logits = (sequences + guesses) * spec.vocab
-    if native:
-        spans = -(-context_tokens // SPAN_TOKENS) * spec.heads * spec.head_dim
-        attention = min(part * spans, SPANS_BYTES // 4)
-    else:
-        attention = context_tokens * (2 * spec.kv_heads * spec.head_dim + min(part, chunk_tokens))
-    fixed = KERNEL_BYTES + threads * THREAD_BYTES + VOCABULARY_BYTES * spec.vocab
-    return fixed + 4 * (whole + inside + attention + logits)
-
-
-def arena_slack(nbytes: int) -> int:
-    """What memory for weights may waste, as it is taken in huge pages."""
-    return nbytes // 64
-
-
 class Wanted(NamedTuple):
     """What is asked of a plan, whatever memory there is. `kv_tokens` None: as memory allows."""
 
@@ -179,6 +135,42 @@ class Wanted(NamedTuple):
     native: bool = True  # kernels, not the reference
 
 
+def kv_page_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of a page: K and V of PAGE_TOKENS tokens in all layers."""
+    numbers = spec.head_dim + -(-spec.head_dim // KV_VALUE_STEP) * KV_VALUE_STEP
+    head = numbers * KV_TYPE_BYTES[dtype] + 2 * KV_SCALE_BYTES.get(dtype, 0)
+    return PAGE_TOKENS * len(spec.layers) * spec.kv_heads * head
+
+
+def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:
+    """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and
+    KV, in f32, and the tokenizer; `part_tokens` of its rows are in a block together, all of them if None. The
+    reference kernels copy K and V of a layer and make a mask."""
+    spec, moe = wanted.spec, wanted.spec.moe
+    ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
+    heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, q rotated, what is mixed, k and v
+    decoded = wanted.sequences + wanted.guesses
+    rows = wanted.chunk_tokens + decoded
+    part = rows if part_tokens is None else min(rows, part_tokens)
+    # What enters a block and its sum; all experts' inputs and outputs.
+    whole = (5 if moe else 3) * rows * spec.hidden
+    inside = part * (spec.hidden + 3 * ffn + heads)
+    logits = decoded * spec.vocab
+    if wanted.native:
+        spans = -(-wanted.context_tokens // SPAN_TOKENS) * spec.heads * spec.head_dim
+        attention = min(part * spans, SPANS_BYTES // 4)
+    else:
+        mask = min(part, wanted.chunk_tokens)
+        attention = wanted.context_tokens * (2 * spec.kv_heads * spec.head_dim + mask)
+    fixed = KERNEL_BYTES + wanted.threads * THREAD_BYTES + VOCABULARY_BYTES * spec.vocab
+    return fixed + 4 * (whole + inside + attention + logits)
+
+
+def arena_slack(nbytes: int) -> int:
+    """What memory for weights may waste, as it is taken in huge pages."""
+    return nbytes // 64
+
+
 def plan_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int], *, memory_bytes: int) -> Plan:
     """The plan "one rank, everything in RAM" within `memory_bytes`. block_bytes: in the order of a step.
 
@@ -186,18 +178,10 @@ def plan_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int], *, memory_by
     model fits beside it; at least one sequence always gets its full context.
     Raises PlanError with the bytes needed when weights and one full context do not fit.
     """
-    page_bytes = PAGE_TOKENS * kv_token_bytes(wanted.spec, wanted.kv_type)
+    page_bytes = kv_page_bytes(wanted.spec, wanted.kv_type)
     weights = sum(block_bytes.values())
     per_sequence = -(-wanted.context_tokens // PAGE_TOKENS)
-    scratch = arena_slack(weights) + scratch_bytes(
-        wanted.spec,
-        context_tokens=wanted.context_tokens,
-        chunk_tokens=wanted.chunk_tokens,
-        sequences=wanted.sequences,
-        guesses=wanted.guesses,
-        threads=wanted.threads,
-        native=wanted.native,
-    )
+    scratch = arena_slack(weights) + scratch_bytes(wanted)
     least = weights + scratch + per_sequence * page_bytes
     if wanted.kv_tokens is not None:
         pages = -(-wanted.kv_tokens // PAGE_TOKENS)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from .errors import PlanError
-from .plan import PAGE_TOKENS, BlockPlan, KvPlan, Plan, Wanted, kv_token_bytes, scratch_bytes
+from .plan import PAGE_TOKENS, BlockPlan, KvPlan, Plan, Wanted, kv_page_bytes, scratch_bytes
 from .spec import BlockId, ModelSpec
 
 KV_SHARE = 8  # of memory goes to the KV pool: an eighth, but one context at least
@@ -64,7 +64,7 @@ def _plan(wanted: Wanted, weights: _Weights, vectors_bytes: int, memory_bytes: i
     choice = weights.choose(room, memory_bytes // WINDOW_SHARE)
     if choice is None:
         return None
-    page_bytes = PAGE_TOKENS * kv_token_bytes(wanted.spec, wanted.kv_type)
+    page_bytes = kv_page_bytes(wanted.spec, wanted.kv_type)
     return Plan(
         blocks=tuple(
             BlockPlan(block, nbytes, "ram" if block in choice.pinned else "disk")
@@ -101,7 +101,7 @@ class _Fixed(NamedTuple):
 
 def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
     """Whole prompts in one step, as far as their share of memory allows; then more of them in a block at once."""
-    page_bytes = PAGE_TOKENS * kv_token_bytes(wanted.spec, wanted.kv_type)
+    page_bytes = kv_page_bytes(wanted.spec, wanted.kv_type)
     if wanted.kv_tokens is not None:
         kv_bytes = -(-wanted.kv_tokens // PAGE_TOKENS) * page_bytes
     else:
@@ -110,16 +110,7 @@ def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
     pages = kv_bytes // page_bytes
 
     def scratch(chunk: int, part: int) -> int:
-        return scratch_bytes(
-            wanted.spec,
-            context_tokens=wanted.context_tokens,
-            chunk_tokens=chunk,
-            sequences=wanted.sequences,
-            guesses=wanted.guesses,
-            threads=wanted.threads,
-            native=wanted.native,
-            part_tokens=part,
-        )
+        return scratch_bytes(wanted._replace(chunk_tokens=chunk), part)
 
     least_part, first_part, most_part = PART_TOKENS
     shortest, longest = wanted.chunk_tokens, max(wanted.chunk_tokens, pages * PAGE_TOKENS)

@@ -17,7 +17,7 @@ from shoal.models.step import Step
 from shoal.offload.kv import KvPool
 from shoal.offload.pages import PageTable
 from shoal.offload.prefix import Copy
-from shoal.partition.plan import KV_TYPE_BYTES, PAGE_TOKENS, KvPlan, kv_token_bytes
+from shoal.partition.plan import KV_TYPE_BYTES, PAGE_TOKENS, KvPlan, kv_page_bytes
 from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
 
 SPEC = ModelSpec(
@@ -78,8 +78,8 @@ def attend(kv: KvPool, layer: int, pages: list[int], start: int, rows: Floats) -
 def test_a_pool_takes_what_the_plan_says(dtype: str) -> None:
     for spec in (SPEC, replace(SPEC, head_dim=64)):
         taken = KvPool(spec, KvPlan(3, PAGE_TOKENS, dtype, 0)).nbytes
-        assert taken == 3 * PAGE_TOKENS * kv_token_bytes(spec, dtype)
-    assert kv_token_bytes(replace(SPEC, head_dim=128), "i8") == 2 * 2 * (128 + 4)
+        assert taken == 3 * kv_page_bytes(spec, dtype)
+    assert kv_page_bytes(replace(SPEC, head_dim=128), "i8") == PAGE_TOKENS * 2 * 2 * (128 + 4)
 
 
 @pytest.mark.parametrize("dtype", sorted(KV_TYPE_BYTES))
