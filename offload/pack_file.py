@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import xxhash
@@ -89,9 +88,7 @@ class PackFile:
     def __enter__(self) -> PackFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _flush(self, offset: int, nbytes: int, digest: xxhash.xxh3_64) -> None:

@@ -7,7 +7,6 @@ before the next. Does not know what is in a block.
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 
 import msgspec
 
@@ -58,7 +57,5 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
