@@ -24,8 +24,8 @@ from shoal.daemon.config import default_threads
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
 from shoal.daemon.library import Library
+from shoal.daemon.progress import Progress
 from shoal.daemon.sizes import format_bytes
-from shoal.daemon.transfer import Progress
 
 from . import background
 from .errors import Exit

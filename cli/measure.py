@@ -67,7 +67,7 @@ def bench(
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon import measure
         from shoal.daemon.packs import Packs
-    with steps_bar("measuring") as progress:
+    with steps_bar() as progress:
         result = measure.bench(
             path,
             draft=draft_path,
@@ -112,7 +112,7 @@ def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon import measure
         from shoal.daemon.packs import Packs
-    with steps_bar("scoring") as progress:
+    with steps_bar() as progress:
         result = measure.perplexity(
             path,
             file,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from shoal.comm.messages import Stage
-    from shoal.daemon.transfer import Progress
+    from shoal.daemon.progress import Progress
 
 
 def note(text: str) -> None:
@@ -117,17 +117,13 @@ def transfer_bar() -> Iterator[Progress]:
 
 
 @contextmanager
-def steps_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar for counted steps: called with done, total and a note."""
+def steps_bar() -> Iterator[Progress]:
+    """A progress bar for counted steps."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with _bar(columns) as update:
-
-        def step(done: int, total: int, text: str) -> None:
-            update(text or what, done, total)
-
-        yield step
+        yield update
 
 
 @contextmanager

@@ -6,12 +6,9 @@ terminal message. Knows nothing of batches or sockets; `emit` must not block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from shoal.comm.messages import (
     Accepted,
     Done,
-    Error,
     FinishReason,
     Timings,
     Token,
@@ -22,12 +19,10 @@ from shoal.models.detokenizer import Detokenizer, StopMatcher
 from shoal.models.sampling import Sampled
 from shoal.models.tokenizer import Tokenizer
 
+from .backend import Emit
 from .errors import DaemonError
 from .sequence import Sequence
 from .translate import translated
-
-Event = Accepted | Token | Done | Error
-Emit = Callable[[Event], None]
 
 
 class Answer:

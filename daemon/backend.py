@@ -25,7 +25,11 @@ from shoal.comm.messages import (
     Unload,
 )
 
-Emit = Callable[[Accepted | Token | Done | Error], None]
+STAGE_S = 1.0  # of silence before it is said what a request waits for
+
+Event = Accepted | Token | Done | Error
+
+Emit = Callable[[Event], None]
 """Takes one message of a stream; from any thread; never blocks."""
 
 Cancel = Callable[[], None]

@@ -21,7 +21,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from .errors import DaemonError
-from .transfer import Progress, check_space, copy_hashed, disk_errors, no_progress, sync
+from .progress import Progress, no_progress
+from .transfer import check_space, copy_hashed, disk_errors, sync
 
 TIMEOUT_S = 30.0
 TRIES_WITHOUT_PROGRESS = 4
@@ -129,11 +130,12 @@ class _Attempt:
             total = self._expected(response)
             with disk_errors(part.parent, total, remote.name):
                 check_space(part.parent, total - self.done, remote.name)
+                begun = self.done
                 if not self.done:
                     _tag(part).write_text(_validator(response))
                 with part.open("ab") as out:
                     try:
-                        copy_hashed(response, out, self.digest, lambda n: self._moved(n, total))
+                        copy_hashed(response, out, self.digest, lambda done: self._moved(begun + done, total))
                     except _BROKEN as error:
                         raise _Interrupted(f"the connection broke ({_reason(error)})") from error
                     finally:
@@ -211,9 +213,9 @@ class _Attempt:
             )
         return total or self.remote.size
 
-    def _moved(self, count: int, total: int) -> None:
-        self.done += count
-        self.progress(self.remote.name, self.done, total)
+    def _moved(self, done: int, total: int) -> None:
+        self.done = done
+        self.progress(self.remote.name, done, total)
 
 
 def _validator(response: http.client.HTTPResponse) -> str:

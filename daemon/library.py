@@ -27,7 +27,8 @@ from . import registry
 from .errors import DaemonError
 from .home import Home, private_dir
 from .locks import alone
-from .transfer import Progress, disk_errors, hash_file, no_progress, sync, sync_directory
+from .progress import Progress, no_progress
+from .transfer import disk_errors, hash_file, sync, sync_directory
 
 MANIFEST = "manifest.json"
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit"

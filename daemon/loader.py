@@ -20,7 +20,8 @@ from .kv_files import KvFiles
 from .loaded import LoadedModels
 from .memory import return_freed
 from .model import LoadedModel, refusal
-from .planning import Packs, Progress, disk_buffer_bytes, plan_within_budget
+from .planning import Packs, disk_buffer_bytes, plan_within_budget
+from .progress import Progress
 from .runnable import check_vocabulary, least_bytes
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -27,11 +26,10 @@ from .errors import DaemonError
 from .memory import budget_of, peak_memory_bytes
 from .model import LoadedModel
 from .planning import Packs
+from .progress import Progress
 from .sequence import Sequence
 
 HEAD_ROWS = 32  # logits rows computed at a time, so that a large vocabulary stays within scratch
-
-Progress = Callable[[int, int, str], None]
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -90,7 +88,7 @@ def _load(
         budget_of(config.memory_bytes),
         draft=draft,
         packs=packs,
-        progress=lambda doing, done, total: progress(done, total, doing),
+        progress=progress,
     )
 
 
@@ -125,7 +123,7 @@ def bench(
     prefill: list[float] = []
     decode: list[float] = []
     for round_ in range(repeat + 1):
-        progress(round_, repeat + 1, "warming up" if round_ == 0 else "measuring")
+        progress("warming up" if round_ == 0 else "measuring", round_, repeat + 1)
         source = random.Random(round_)
         sinks = [_Count() for _ in range(batch)]
         for sink in sinks:
@@ -146,7 +144,7 @@ def bench(
             prefill.append(batch * prompt_tokens / (first_s - began_s))
             if total > early:
                 decode.append((total - early) / (last_s - first_s))
-    progress(repeat + 1, repeat + 1, "done")
+    progress("done", repeat + 1, repeat + 1)
     return BenchResult(
         prefill_tokens_per_s=Spread.of(prefill),
         decode_tokens_per_s=Spread.of(decode or [0.0]),
@@ -190,7 +188,7 @@ def perplexity(
     assert pages is not None
     loss, scored = 0.0, 0
     for window in range(windows):
-        progress(window, windows, "scoring")
+        progress("scoring", window, windows)
         tokens = ids[window * ctx : (window + 1) * ctx]
         tokens[: len(prefix)] = prefix
         first = ctx // 2
@@ -203,7 +201,7 @@ def perplexity(
                 logits = executor.head(hidden[row - start : last - start])
                 loss += _cross_entropy(logits, tokens[row + 1 : last + 1])
                 scored += last - row
-    progress(windows, windows, "done")
+    progress("done", windows, windows)
     return PerplexityResult(perplexity=math.exp(min(loss / scored, 700.0)), tokens=scored)
 
 

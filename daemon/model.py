@@ -32,14 +32,16 @@ from shoal.offload.prefix import PrefixCache
 from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan, Wanted, kv_page_bytes, scratch_bytes
 
-from .answer import Answer, Emit
+from .answer import Answer
+from .backend import Emit
 from .config import NodeConfig
 from .drafter import Drafter
 from .engine import Engine
 from .errors import DaemonError
 from .executor import Executor
 from .kv_files import KvFiles
-from .planning import Packs, Progress, no_progress, row_share
+from .planning import Packs, row_share
+from .progress import Progress, no_progress
 from .reference import Reference
 from .registry import recommended_sampling
 from .runnable import Runnable, least_bytes, read_draft

@@ -35,7 +35,7 @@ from shoal.comm.messages import (
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
-from .answer import Emit, Event
+from .backend import STAGE_S, Cancel, Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
 from .kv_files import KvFiles
@@ -43,7 +43,8 @@ from .loaded import LoadedModels
 from .loader import Loader
 from .memory import budget_of, resident_bytes, return_freed
 from .model import LoadedModel
-from .planning import Packs, Progress, no_progress
+from .planning import Packs
+from .progress import Progress, no_progress
 from .reference import Reference
 from .translate import translated
 
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # how long the compute thread sleeps before it looks again by itself
 DEADLINES_S = 0.5  # how often it is looked for what is past its deadline while a step runs
-STAGE_S = 1.0  # of silence, then it is said what a request waits for
 
 
 def package_version() -> str:
@@ -101,7 +101,7 @@ class Node:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    def submit(self, request: Generate | Chat, emit: Emit, client: str = "") -> Callable[[], None]:
+    def submit(self, request: Generate | Chat, emit: Emit, client: str = "") -> Cancel:
         """Start a request; returns at once with a function that cancels it (idempotent). Clients share fairly.
 
         `emit` is called from other threads with accepted, token… and exactly one of done and error; it must not

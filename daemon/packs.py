@@ -21,7 +21,7 @@ from shoal.models.errors import CheckpointError
 from shoal.offload.errors import PackError
 from shoal.offload.pack import Pack, open_pack
 from shoal.offload.pack_build import PART_BYTES, PackBuilder, partial_of, source_of
-from shoal.offload.pack_file import damaged_blocks
+from shoal.offload.pack_file import Progress, damaged_blocks, no_progress
 from shoal.offload.pack_format import DAMAGED, Quant
 from shoal.offload.pack_layout import part_of
 from shoal.partition.errors import ShardError
@@ -39,8 +39,6 @@ from .translate import translated
 LEAST_BYTES = 96 << 20  # that building takes beside what the process has already
 LEAST_PART_BYTES = 1 << 20
 
-Progress = Callable[[int, int], None]
-
 
 class Estimate(Struct, frozen=True):
     """What building a pack will take. `left_bytes`: what an attempt that was cut off has not written; `free_bytes`: of
@@ -57,10 +55,6 @@ class Estimate(Struct, frozen=True):
         if self.left_bytes < self.nbytes:
             return f"packing goes on: {format_bytes(self.left_bytes)} of {whole} are left, {time}"
         return f"packing takes {whole} of disk, of which {format_bytes(self.free_bytes)} are free, and {time}"
-
-
-def no_progress(done: int, total: int) -> None:
-    """For callers that do not show any."""
 
 
 def no_estimate(estimate: Estimate) -> None:

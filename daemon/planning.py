@@ -30,6 +30,7 @@ from shoal.partition.streaming import KV_SHARE, plan_within
 from .config import NodeConfig
 from .errors import DaemonError
 from .memory import PROCESS, trim
+from .progress import Progress
 from .sizes import format_bytes
 from .step_cost import ROW_SHARE
 
@@ -38,13 +39,6 @@ LEAST_CONTEXT_TOKENS = 512  # what the default context may shrink to when memory
 MEMORY_BYTES_PER_S = 20e9  # that weights in memory are read with, for a first guess of what rows cost
 USUAL_DISK_BYTES_PER_S = 1.5e9  # where less was read than says something:
 MEASURED_BYTES = 64 << 20
-
-Progress = Callable[[str, int, int], None]
-"""What is done ("loading", "packing"), bytes so far, and bytes in all."""
-
-
-def no_progress(doing: str, done: int, total: int) -> None:
-    """For callers that do not show any."""
 
 
 class Packs(Protocol):

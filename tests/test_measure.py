@@ -23,7 +23,7 @@ CONFIG = NodeConfig(chunk_tokens=16, memory_bytes=3 << 30, kv_type="f32", kv_tok
 TEXT = "the cat and\r\nthe other thing, in an\nengine on the re\r\n" * 6
 
 
-def quiet(done: int, total: int, what: str) -> None:
+def quiet(what: str, done: int, total: int) -> None:
     return None
 
 

@@ -26,7 +26,7 @@ from shoal.comm.messages import (
     Tokenize,
     Unload,
 )
-from shoal.daemon.answer import Event
+from shoal.daemon.backend import Event
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node

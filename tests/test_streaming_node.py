@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 from shoal.comm.messages import Accepted, Done, Error, Generate, Load, Sampling, Stage, Token, Unload
-from shoal.daemon.answer import Event
+from shoal.daemon.backend import Event
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
