@@ -50,8 +50,8 @@ class DirectFile:
             done += got
             if self.direct and done % ALIGN_BYTES and done < len(target):
                 raise EOFError(f"the file ends at byte {offset + done}")
-        if not self.direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file, offset, len(target), os.POSIX_FADV_DONTNEED)
+        if not self.direct:
+            forget_cached(self._file, offset, len(target))
 
     def close(self) -> None:
         """Idempotent; no read may be under way."""
@@ -79,3 +79,9 @@ def open_direct(path: Path, flags: int) -> tuple[int, bool]:
         fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
         return file, True
     return file, False
+
+
+def forget_cached(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:
+    """Bytes of a file leave the page cache, as far as the system can; up to its end for 0 bytes."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)

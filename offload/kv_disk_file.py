@@ -24,6 +24,7 @@ import xxhash
 
 from shoal.kernels.arrays import Bytes
 
+from .direct import forget_cached
 from .errors import KvFileError
 from .kv_disk_index import DIGEST_BYTES, TOKEN_BYTES, Entry
 
@@ -120,7 +121,7 @@ class KvFile:
                 got = os.preadv(self._pages, [view[done : done + SYNC_BYTES]], start + done)
                 if not got:
                     raise KvFileError(f"{self._pages_path}: ends at byte {start + done}, within slot {slot}")
-                _forget_cached(self._pages, start + done, SYNC_BYTES)
+                forget_cached(self._pages, start + done, SYNC_BYTES)
                 done += got
         except OSError as error:
             raise KvFileError(f"{self._pages_path}: slot {slot}: {error.strerror}") from error
@@ -157,7 +158,7 @@ class KvFile:
         Raises OSError."""
         self._unsynced_bytes = 0
         os.fsync(self._pages)
-        _forget_cached(self._pages, 0, 0)
+        forget_cached(self._pages)
 
     def close(self) -> None:
         """Whatever comes after is an OSError, not another file's trouble."""
@@ -193,8 +194,3 @@ def _write(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
-
-
-def _forget_cached(descriptor: int, offset: int, nbytes: int) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)

@@ -20,7 +20,7 @@ import xxhash
 from shoal.kernels.arrays import Bytes
 from shoal.partition.spec import BlockId
 
-from .direct import open_direct
+from .direct import forget_cached, open_direct
 from .pack import Pack
 from .pack_format import PAGE_BYTES
 
@@ -108,12 +108,9 @@ class PackFile:
         done = 0
         while done < len(view):
             done += os.pwrite(self._descriptor, view[done:], offset + done)
-        self._settle(offset, len(view))
-
-    def _settle(self, offset: int, nbytes: int) -> None:
         if not self._direct:
             os.fdatasync(self._descriptor)
-            _drop(self._descriptor, offset, nbytes)
+            forget_cached(self._descriptor, offset, len(view))
 
 
 def stored_checksum(descriptor: int, direct: bool, buffer: Bytes, offset: int, nbytes: int) -> str:
@@ -124,7 +121,7 @@ def stored_checksum(descriptor: int, direct: bool, buffer: Bytes, offset: int, n
         if os.preadv(descriptor, [view], start) != len(view):
             raise OSError(errno.EIO, "the file ends too early")
         if not direct:
-            _drop(descriptor, start, len(view))
+            forget_cached(descriptor, start, len(view))
         digest.update(view)
     return digest.hexdigest()
 
@@ -150,12 +147,6 @@ def damaged_blocks(pack: Pack, progress: Progress = no_progress) -> list[BlockId
     finally:
         os.close(descriptor)
     return damaged
-
-
-def _drop(descriptor: int, offset: int, nbytes: int) -> None:
-    """Where the page cache could not be passed by, it is emptied."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _pages(nbytes: int) -> Bytes:
