@@ -83,7 +83,7 @@ class KvIndex:
             for tokens, entry in self._children.get(parent, {}).items():
                 more = (shared + 1) * TOKEN_BYTES
                 if len(wanted) >= more and tokens[:more] == wanted[:more]:
-                    best, shared = entry, _common(tokens, wanted)
+                    best, shared = entry, common_length(tokens, wanted) // TOKEN_BYTES
         return best, shared
 
     def touch(self, parent: bytes, tokens: bytes) -> bool:
@@ -169,14 +169,9 @@ class KvIndex:
             del self._children[entry.parent]
 
 
-def _common(first: bytes, second: bytes) -> int:
-    """Number of tokens at the beginning that are equal."""
-    ends = range(TOKEN_BYTES, min(len(first), len(second)) + 1, TOKEN_BYTES)
-    return next(
-        (
-            end // TOKEN_BYTES - 1
-            for end in ends
-            if first[end - TOKEN_BYTES : end] != second[end - TOKEN_BYTES : end]
-        ),
-        len(ends),
-    )
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Of the beginning that both share."""
+    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return index
+    return min(len(first), len(second))

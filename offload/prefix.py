@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from .kv_disk_index import NO_TEXT, Entry, KvIndex, chained, packed
+from .kv_disk_index import NO_TEXT, Entry, KvIndex, chained, common_length, packed
 from .pages import PageTable
 
 
@@ -253,7 +253,7 @@ class PrefixCache:
         best, shared = None, 0
         for child in parent.children.values():
             if child.tokens[: shared + 1] == wanted[: shared + 1] and shared < len(wanted):
-                shared = _common(child.tokens, wanted)
+                shared = common_length(child.tokens, wanted)
                 best = child
         return best, shared
 
@@ -333,11 +333,3 @@ def _evictable(entry: tuple[int, int, Node]) -> bool:
     """Whether a heap entry still says what is true: nothing has touched, held or extended its node since."""
     used, _, node = entry
     return node.parent is not None and node.used == used and not node.users and not node.children
-
-
-def _common(first: tuple[int, ...], second: tuple[int, ...]) -> int:
-    """Length of the common beginning."""
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return index
-    return min(len(first), len(second))
