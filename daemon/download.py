@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from shoal.models.errors import one_line
+
 from .errors import DaemonError
 from .progress import Progress, no_progress
 from .transfer import check_space, copy_hashed, disk_errors, sync
@@ -238,5 +240,4 @@ def _size(part: Path) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    cause = getattr(error, "reason", None) or error
-    return " ".join(str(cause).split())[:200] or type(cause).__name__
+    return one_line(getattr(error, "reason", None) or error)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from shoal.models.errors import one_line
+
 from .download import RemoteFile, download
 from .errors import DaemonError
 from .library import Kind
@@ -53,11 +55,11 @@ class HubModel:
         except HfHubHTTPError as error:
             raise _refused(repo, error) from error
         except (HFValidationError, ValueError) as error:
-            raise DaemonError("bad_request", f"{repo}: {_line(error)}") from error
+            raise DaemonError("bad_request", f"{repo}: {one_line(error)}") from error
         except Exception as error:  # the HTTP library's own tree, which changed between versions
             raise DaemonError(
                 "internal",
-                f"cannot reach {endpoint or 'the Hugging Face hub'} for {repo}: {_line(error)}",
+                f"cannot reach {endpoint or 'the Hugging Face hub'} for {repo}: {one_line(error)}",
                 "check the network (HF_ENDPOINT names another server, HTTPS_PROXY a proxy)",
             ) from error
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
@@ -149,9 +151,5 @@ def _refused(repo: str, error: OSError) -> DaemonError:
             "check the spelling; for private and gated models set HF_TOKEN",
         )
     return DaemonError(
-        "internal", f"the Hugging Face hub failed for {repo}: {_line(error)}", "try again later"
+        "internal", f"the Hugging Face hub failed for {repo}: {one_line(error)}", "try again later"
     )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

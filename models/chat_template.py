@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from shoal.models.chat_sandbox import ENVIRONMENT, MAX_RENDER_S, limits, plain
-from shoal.models.errors import TemplateError
+from shoal.models.errors import TemplateError, one_line
 
 MAX_SOURCE_CHARS = 1 << 20
 
@@ -51,7 +51,7 @@ class ChatTemplate:
             with limits(max_render_s):
                 self._template = ENVIRONMENT.from_string(source)
         except Exception as error:  # Jinja's own and, for deep nesting, those of Python's compiler
-            raise TemplateError(f"the chat template is malformed: {_one_line(error)}") from error
+            raise TemplateError(f"the chat template is malformed: {one_line(error, 300)}") from error
 
     def render(
         self,
@@ -88,7 +88,7 @@ class ChatTemplate:
         except TemplateError:
             raise
         except Exception as error:
-            raise TemplateError(f"the chat template failed: {_one_line(error)}") from error
+            raise TemplateError(f"the chat template failed: {one_line(error, 300)}") from error
 
     @cached_property
     def _reads_parts(self) -> bool:
@@ -110,7 +110,3 @@ def _joined(message: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise TemplateError("a message's content is text or a list of {'type': 'text', 'text': ...}")
     return {**message, "content": "".join(part["text"] for part in content)}
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

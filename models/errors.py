@@ -44,3 +44,8 @@ class TemplateError(ModelError):
 
 class SamplingError(ModelError, ValueError):
     """A sampling parameter is out of range, or logits that cannot be sampled from."""
+
+
+def one_line(error: object, limit_chars: int = 200) -> str:
+    """What a foreign error says, as a part of a message."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:limit_chars]

@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from shoal.models.errors import TokenizerError
+from shoal.models.errors import TokenizerError, one_line
 from shoal.models.texts import Texts
 from shoal.models.tokenizer_vocab import BYTE_OF_CHAR
 
@@ -104,10 +104,6 @@ def library_errors(doing: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":  # pyo3 derives it from BaseException and exports no name
             raise
         raise TokenizerError(f"{doing}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException, limit_chars: int = 200) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:limit_chars]
 
 
 class _Pairs(Sequence[tuple[str, str]]):

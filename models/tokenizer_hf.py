@@ -17,8 +17,8 @@ from typing import Any
 
 import tokenizers
 
-from shoal.models.errors import TokenizerError
-from shoal.models.tokenizer_bpe import library_errors, one_line
+from shoal.models.errors import TokenizerError, one_line
+from shoal.models.tokenizer_bpe import library_errors
 from shoal.models.tokenizer_special import SpecialSplitter
 from shoal.models.tokenizer_spm import SentencePieceBpe
 from shoal.models.tokenizer_spm_file import read_model
