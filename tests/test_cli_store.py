@@ -134,7 +134,7 @@ def test_bench_passes_its_options_and_prints_its_fields(model: Path, monkeypatch
 
     def bench(path: Path, **options: Any) -> measure.BenchResult:
         asked.update(options, path=path)
-        options["progress"](1, 2, "measuring")
+        options["progress"]("measuring", 1, 2)
         speed = measure.Spread(median=20.0, min=10.0, max=30.0)
         return measure.BenchResult(speed, speed, peak_memory_bytes=5_000_000, threads=1)
 
