@@ -22,7 +22,9 @@ from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.models.step import Step
 
 from .config import NodeConfig
+from .engine import Engine
 from .errors import DaemonError
+from .executor import Executor
 from .memory import budget_of, peak_memory_bytes
 from .model import LoadedModel
 from .planning import Packs
@@ -125,25 +127,12 @@ def bench(
     for round_ in range(repeat + 1):
         progress("warming up" if round_ == 0 else "measuring", round_, repeat + 1)
         source = random.Random(round_)
-        sinks = [_Count() for _ in range(batch)]
-        for sink in sinks:
-            prompt = [source.randrange(vocab) for _ in range(prompt_tokens)]
-            sampler = Sampler(SamplingParams(temperature=0.0), prompt)
-            loaded.engine.submit(Sequence(prompt, context, sampler, sink))
-        began_s = time.monotonic()
-        while not all(sink.tokens for sink in sinks) and loaded.engine.step():
-            pass
-        first_s, early = time.monotonic(), sum(sink.tokens for sink in sinks)
-        while loaded.engine.step():
-            pass
-        last_s, total = time.monotonic(), sum(sink.tokens for sink in sinks)
-        for sink in sinks:
-            if sink.error is not None:
-                raise sink.error
+        prompts = [[source.randrange(vocab) for _ in range(prompt_tokens)] for _ in range(batch)]
+        prefill_s, decoded, decode_s = _timed(loaded.engine, prompts, context)
         if round_ > 0:
-            prefill.append(batch * prompt_tokens / (first_s - began_s))
-            if total > early:
-                decode.append((total - early) / (last_s - first_s))
+            prefill.append(batch * prompt_tokens / prefill_s)
+            if decoded:
+                decode.append(decoded / decode_s)
     progress("done", repeat + 1, repeat + 1)
     return BenchResult(
         prefill_tokens_per_s=Spread.of(prefill),
@@ -151,6 +140,25 @@ def bench(
         peak_memory_bytes=peak_memory_bytes(),
         threads=config.thread_count,
     )
+
+
+def _timed(engine: Engine, prompts: list[list[int]], limit: int) -> tuple[float, int, float]:
+    """Answers all prompts to the length `limit`. → seconds until each has its first token, then how many more tokens
+    in how many seconds"""
+    sinks = [_Count() for _ in prompts]
+    for prompt, sink in zip(prompts, sinks, strict=True):
+        engine.submit(Sequence(prompt, limit, Sampler(SamplingParams(temperature=0.0), prompt), sink))
+    began_s = time.monotonic()
+    while not all(sink.tokens for sink in sinks) and engine.step():
+        pass
+    first_s, early = time.monotonic(), sum(sink.tokens for sink in sinks)
+    while engine.step():
+        pass
+    last_s, total = time.monotonic(), sum(sink.tokens for sink in sinks)
+    for sink in sinks:
+        if sink.error is not None:
+            raise sink.error
+    return first_s - began_s, total - early, last_s - first_s
 
 
 def perplexity(
@@ -174,7 +182,7 @@ def perplexity(
     except (OSError, UnicodeDecodeError) as error:
         raise DaemonError("bad_request", f"cannot read {file}: {error}") from error
     loaded = _load(model, replace(config, context_tokens=ctx, kv_tokens=None), progress, packs)
-    tokenizer, executor = loaded.tokenizer, loaded.executor
+    tokenizer = loaded.tokenizer
     prefix = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_id]
     ids = tokenizer.encode(text, add_special=True, parse_special=False)
     windows = len(ids) // ctx
@@ -186,23 +194,30 @@ def perplexity(
         )
     pages = loaded.kv.table.take(-(-ctx // loaded.kv.page_tokens))
     assert pages is not None
-    loss, scored = 0.0, 0
+    loss = 0.0
     for window in range(windows):
         progress("scoring", window, windows)
         tokens = ids[window * ctx : (window + 1) * ctx]
         tokens[: len(prefix)] = prefix
-        first = ctx // 2
-        for start in range(0, ctx - 1, loaded.plan.chunk_tokens):
-            end = min(start + loaded.plan.chunk_tokens, ctx - 1)
-            step = Step.build([(tokens[start:end], start, pages, end - start)], executor.plan.part_tokens)
-            hidden = executor.forward(step)
-            for row in range(max(start, first), end, HEAD_ROWS):
-                last = min(row + HEAD_ROWS, end)
-                logits = executor.head(hidden[row - start : last - start])
-                loss += _cross_entropy(logits, tokens[row + 1 : last + 1])
-                scored += last - row
+        loss += _window_loss(loaded.executor, pages, tokens)
     progress("done", windows, windows)
+    scored = windows * (ctx - 1 - ctx // 2)
     return PerplexityResult(perplexity=math.exp(min(loss / scored, 700.0)), tokens=scored)
+
+
+def _window_loss(executor: Executor, pages: list[int], tokens: list[int]) -> float:
+    """The cross entropy, summed, of the tokens of a window that are scored."""
+    first, stop, chunk = len(tokens) // 2, len(tokens) - 1, executor.plan.chunk_tokens
+    loss = 0.0
+    for start in range(0, stop, chunk):
+        end = min(start + chunk, stop)
+        step = Step.build([(tokens[start:end], start, pages, end - start)], executor.plan.part_tokens)
+        hidden = executor.forward(step)
+        for row in range(max(start, first), end, HEAD_ROWS):
+            last = min(row + HEAD_ROWS, end)
+            logits = executor.head(hidden[row - start : last - start])
+            loss += _cross_entropy(logits, tokens[row + 1 : last + 1])
+    return loss
 
 
 @np.errstate(invalid="ignore")  # of infinities it is NaN
