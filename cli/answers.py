@@ -6,7 +6,7 @@ Knows how both are opened and closed. Does not print, but for progress while a m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -86,11 +86,8 @@ class InProcess:
 
     @contextmanager
     def stream(self, request: Generate | Chat) -> Iterator[Iterator[Event]]:
-        events = self._node.stream(request)
-        try:
+        with closing(self._node.stream(request)) as events:
             yield events
-        finally:
-            _close(events)
 
 
 class ThroughDaemon:
@@ -117,18 +114,8 @@ class ThroughDaemon:
     def stream(self, request: Generate | Chat) -> Iterator[Iterator[Event]]:
         fields = {name: getattr(request, name) for name in request.__struct_fields__}
         ask = self._client.chat if isinstance(request, Chat) else self._client.generate
-        events = ask(**fields)
-        try:
+        with closing(ask(**fields)) as events:
             yield events
-        finally:
-            _close(events)
-
-
-def _close(events: object) -> None:
-    """Generators are closed at once, not when they are collected."""
-    close = getattr(events, "close", None)
-    if close is not None:
-        close()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import select
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,7 +30,7 @@ from shoal.daemon.home import Home
 from shoal.daemon.library import Library
 from shoal.daemon.memory import peak_memory_bytes
 
-from .answers import Answers, from_daemon, in_process, reference
+from .answers import Answers, Event, from_daemon, in_process, reference
 from .options import (
     AnswerOptions,
     PlanOptions,
@@ -104,29 +105,38 @@ def run(
                 raise DaemonError(
                     "bad_request", f"{status.name} has no chat template, so --system has no place"
                 )
-        result, painter = _Result(status), Painter()
-        fields = answer.request_fields(status.name) | {"progress": painter.shows_stages and not as_json}
+        painter = None if as_json else Painter()
+        fields = answer.request_fields(status.name)
+        fields["progress"] = painter is not None and painter.shows_stages
         request: Generate | Chat
         if raw or not status.chat_template:
             request = Generate(prompt=text, **fields)
         else:
             told = [ChatMessage(role="system", content=system)] if system is not None else []
             request = Chat(messages=[*told, ChatMessage(role="user", content=text)], **fields)
-        try:
-            with answers.stream(request) as events:
-                for event in events:
-                    if isinstance(event, Stage):
-                        painter.stage(stage_text(event))
-                        continue
-                    result.take(event)
-                    if isinstance(event, Token) and not as_json:
-                        painter.write(event.text)
-        finally:
-            painter.end()
+        result = _Result(status)
+        with answers.stream(request) as events:
+            _take(events, result, painter)
         if as_json:
             print_json(result.as_dict())
         else:
             note(statistics(result.done))
+
+
+def _take(events: Iterator[Event], result: _Result, painter: Painter | None) -> None:
+    """Collects an answer, and shows it as it comes if there is a painter."""
+    try:
+        for event in events:
+            if isinstance(event, Stage):
+                if painter:
+                    painter.stage(stage_text(event))
+                continue
+            result.take(event)
+            if painter and isinstance(event, Token):
+                painter.write(event.text)
+    finally:
+        if painter:
+            painter.end()
 
 
 class _Result:

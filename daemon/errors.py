@@ -7,6 +7,8 @@ Errors of other rooms are translated once, where the daemon calls them (`transla
 
 from __future__ import annotations
 
+from typing import cast
+
 from shoal.comm.messages import Error, ErrorCode
 
 
@@ -19,6 +21,13 @@ class DaemonError(Exception):
         self.message = message
         self.hint = hint
         self.retry_after_s = retry_after_s
+
+    @classmethod
+    def of(cls, error: Error) -> DaemonError:
+        """That of which `error` is the message, made by a part of this daemon."""
+        return cls(
+            cast("ErrorCode", error.code), error.message, error.hint, retry_after_s=error.retry_after_s
+        )
 
     def to_message(self) -> Error:
         return Error(code=self.code, message=self.message, hint=self.hint, retry_after_s=self.retry_after_s)

@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -125,34 +125,30 @@ class Node:
             self._wake.notify_all()
         return lambda: model.engine.cancel(sequence)
 
-    def stream(self, request: Generate | Chat) -> Iterator[Accepted | Stage | Token | Done]:
+    def stream(self, request: Generate | Chat) -> Generator[Accepted | Stage | Token | Done, None, None]:
         """The events of a request, in process, and while there are none its stage, if `progress` was asked for; closing
         the generator cancels. Raises DaemonError."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         cancel = self.submit(request, events.put)
+        event: Event | Stage | None = None
         try:
-            while True:
+            while not isinstance(event, Done):
                 try:
                     event = events.get(timeout=STAGE_S)
                 except queue.Empty:
-                    if self._thread.is_alive():
-                        stage = self.stage(request.model) if request.progress else None
-                        if stage is not None:
-                            yield stage
-                        continue
-                    raise DaemonError("internal", "the compute thread has died", "see the log") from None
+                    event = self._waited_for(request)
                 if isinstance(event, Error):
-                    raise DaemonError(
-                        event.code,  # type: ignore[arg-type]
-                        event.message,
-                        event.hint,
-                        retry_after_s=event.retry_after_s,
-                    )
-                yield event
-                if isinstance(event, Done):
-                    return
+                    raise DaemonError.of(event)
+                if event is not None:
+                    yield event
         finally:
             cancel()
+
+    def _waited_for(self, request: Generate | Chat) -> Stage | None:
+        """What to say when nothing has come for a while, if that was asked for."""
+        if not self._thread.is_alive():
+            raise DaemonError("internal", "the compute thread has died", "see the log")
+        return self.stage(request.model) if request.progress else None
 
     def tokenize(self, request: Tokenize) -> Tokens:
         """Text, messages or ids → ids and text. Raises DaemonError."""
