@@ -21,7 +21,6 @@ from shoal.comm.keys import ClientKeys
 from shoal.comm.messages import (
     Accepted,
     Done,
-    Hello,
     Load,
     Loaded,
     Message,
@@ -39,13 +38,13 @@ from shoal.comm.messages import (
 
 from . import client_link as link
 from .client_session import (
+    HELLO,
     ChatLike,
     Exchange,
     Frames,
     M,
     Session,
     chat_request,
-    expect,
     expect_stream,
     generate_request,
     tokenize_request,
@@ -154,7 +153,7 @@ class Client:
         return self._call(Ping(), Pong)
 
     def hello(self) -> Welcome:
-        return self._call(Hello(client="shoal.daemon.client"), Welcome)
+        return self._call(HELLO, Welcome)
 
     # --- exchanges -----------------------------------------------------------------------------------------
 
@@ -171,14 +170,9 @@ class Client:
     ) -> M:
         exchange = self._begin(request)
         try:
-            while True:
-                while exchange.waits:
-                    self._wait(exchange, timeout_s)
-                for message in exchange.take():
-                    if not isinstance(message, Stage):
-                        return expect(message, kind)
-                    if heard is not None:
-                        heard(message)
+            while (reply := exchange.reply(kind, heard)) is None:
+                self._wait(exchange, timeout_s)
+            return reply
         finally:
             self._finish(exchange)
 
@@ -236,7 +230,7 @@ class Client:
             failure = link.verdict(self._monitor.recv_multipart(), self.address)
             if failure is not None:
                 raise failure
-            self._ask(Hello(client="shoal.daemon.client"), Welcome, min(self._timeout_s, link.HELLO_S))
+            self._ask(HELLO, Welcome, min(self._timeout_s, link.HELLO_S))
         except BaseException:
             self.close()
             raise

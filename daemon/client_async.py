@@ -18,7 +18,6 @@ from shoal.comm.keys import ClientKeys
 from shoal.comm.messages import (
     Accepted,
     Done,
-    Hello,
     Load,
     Loaded,
     Message,
@@ -36,13 +35,13 @@ from shoal.comm.messages import (
 
 from . import client_link as link
 from .client_session import (
+    HELLO,
     ChatLike,
     Exchange,
     Frames,
     M,
     Session,
     chat_request,
-    expect,
     expect_stream,
     generate_request,
     tokenize_request,
@@ -140,7 +139,7 @@ class AsyncClient:
         return await self._call(Ping(), Pong)
 
     async def hello(self) -> Welcome:
-        return await self._call(Hello(client="shoal.daemon.client"), Welcome)
+        return await self._call(HELLO, Welcome)
 
     # --- exchanges -----------------------------------------------------------------------------------------
 
@@ -157,14 +156,9 @@ class AsyncClient:
     ) -> M:
         exchange = self._begin(request)
         try:
-            while True:
-                while exchange.waits:
-                    await self._wait(exchange, timeout_s)
-                for message in exchange.take():
-                    if not isinstance(message, Stage):
-                        return expect(message, kind)
-                    if heard is not None:
-                        heard(message)
+            while (reply := exchange.reply(kind, heard)) is None:
+                await self._wait(exchange, timeout_s)
+            return reply
         finally:
             self._finish(exchange)
 
@@ -225,9 +219,7 @@ class AsyncClient:
                 if failure is not None:
                     raise failure
                 self._pump_task = asyncio.create_task(self._pump(dealer, monitor))
-                await self._ask(
-                    Hello(client="shoal.daemon.client"), Welcome, min(self._timeout_s, link.HELLO_S)
-                )
+                await self._ask(HELLO, Welcome, min(self._timeout_s, link.HELLO_S))
             except BaseException:
                 await self.close()
                 raise

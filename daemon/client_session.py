@@ -7,7 +7,7 @@ clocks: `client` and `client_async` are two shells around it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from shoal.comm import wire
@@ -22,6 +22,7 @@ from shoal.comm.messages import (
     Done,
     Error,
     Generate,
+    Hello,
     Message,
     Sampling,
     Stage,
@@ -33,6 +34,8 @@ from shoal.comm.messages import (
 Frames = list[bytes]
 ChatLike = ChatMessage | dict[str, Any]
 M = TypeVar("M", bound=Message)
+
+HELLO = Hello(client="shoal.daemon.client")
 
 
 class Exchange:
@@ -68,6 +71,18 @@ class Exchange:
             yield self._inbox.popleft()
         if self._error is not None:
             raise self._error
+
+    def reply(self, kind: type[M], heard: Callable[[Stage], None] | None) -> M | None:
+        """The reply that ends the exchange, if it has come; `heard` is told of the stages before it.
+
+        Raises as `take`, and ProtocolError for a reply of another kind.
+        """
+        for message in self.take():
+            if not isinstance(message, Stage):
+                return _expected(message, kind)
+            if heard is not None:
+                heard(message)
+        return None
 
     @property
     def waits(self) -> bool:
@@ -152,7 +167,7 @@ def tokenize_request(
     )
 
 
-def expect(message: Message, kind: type[M]) -> M:
+def _expected(message: Message, kind: type[M]) -> M:
     """The reply as the type that answers the request."""
     if not isinstance(message, kind):
         raise ProtocolError(f"reply of type {type(message).__name__}: must be {kind.__name__}")
