@@ -57,12 +57,11 @@ def bench(
     Tokens are random, sampling is greedy; speeds count all sequences of a batch together. Without --speculate auto
     or --draft every token takes a step, as what guessing gains depends on the text.
     """
-    config = replace(plan, speculate=plan.speculate or ("auto" if draft else "off")).config(
-        quant=Reference.parse(model).quant
-    )
-    home = Home.from_env()
+    wanted, home = Reference.parse(model), Home.from_env()
+    plan = replace(plan, speculate=plan.speculate or ("auto" if draft else "off"))
+    config = plan.config(quant=wanted.quant)
     library = Library(home)
-    path = library.resolve(Reference.parse(model).model)
+    path = library.resolve(wanted.model)
     draft_path = library.resolve(draft) if draft else None
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon import measure
@@ -106,9 +105,9 @@ def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None
 
     llama.cpp's method: windows of --ctx tokens (512 if not given) side by side, the second half of each scored.
     """
-    config = plan.config(quant=Reference.parse(model).quant)
-    home = Home.from_env()
-    path = Library(home).resolve(Reference.parse(model).model)
+    wanted, home = Reference.parse(model), Home.from_env()
+    config = plan.config(quant=wanted.quant)
+    path = Library(home).resolve(wanted.model)
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon import measure
         from shoal.daemon.packs import Packs

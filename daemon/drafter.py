@@ -38,8 +38,8 @@ class _Followed:
 
 
 class Drafter:
-    """Guesses for the sequences of one engine, from its thread. `vocab`: ids from there on are no guesses, and texts
-    with such are not read: they mean nothing to the small model."""
+    """Guesses for the sequences of one engine, from its thread. `vocab`: ids from this one on mean nothing to the
+    small model: they are never guessed, and texts that have one are not read."""
 
     def __init__(
         self, executor: Executor, kv: KvPool, *, vocab: int, chunk_tokens: int, clock: Callable[[], float]

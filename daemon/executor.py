@@ -132,7 +132,7 @@ class Executor:
             rows += self.model.leave(router, self.collective.allreduce(partial))
 
     def _go_on(self) -> None:
-        """Raises Abandoned where that makes no sense."""
+        """Raises Abandoned when nobody wants the step any more."""
         if not self._wanted():
             raise Abandoned
 

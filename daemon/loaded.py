@@ -29,7 +29,7 @@ class LoadedModels:
         self._tokens_before = 0  # of models that were dropped
 
     def __iter__(self) -> Iterator[LoadedModel]:
-        """Those that are there now."""
+        """The models loaded at this moment, whatever comes or goes while they are looked at."""
         with self.lock:
             return iter(list(self._by_name.values()))
 

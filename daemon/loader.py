@@ -65,7 +65,7 @@ class Loader:
     def load(
         self, name: str, path: Path, draft: Path | None, config: NodeConfig, progress: Progress
     ) -> LoadedModel:
-        """In memory if idle models leave enough when they go, else streamed. Raises DaemonError."""
+        """In memory if dropping idle models makes enough room, else streamed. Raises DaemonError."""
 
         def heard(doing: str, done: int, total: int) -> None:
             self._check()  # packing may take an hour

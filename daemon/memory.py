@@ -68,7 +68,7 @@ def bounded(memory_bytes: int | None) -> bool:
 
 def budget_of(memory_bytes: int | None) -> Budget:
     """The ledger of this process: `memory_bytes` in all, or what leaves the machine usable. What the process takes
-    whatever it runs is entered. Raises DaemonError when there is not so much."""
+    by itself is entered. Raises DaemonError when there is not so much."""
     if memory_bytes is not None and memory_bytes > (total := total_bytes()):
         raise DaemonError(
             "resources",

@@ -174,8 +174,8 @@ class LoadedModel:
 
     @property
     def damaged(self) -> bool:
-        """Whether it can only be loaded again: its pack was found altered. What it answers ends with the steps that
-        need what is wrong."""
+        """Whether its pack was found altered, so that it has to be loaded again. Requests fail at the step that needs
+        the bytes that are wrong."""
         return self.executor.store.damaged
 
     def interrupt(self, error: DaemonError) -> None:

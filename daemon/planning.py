@@ -37,8 +37,8 @@ from .step_cost import ROW_SHARE
 DEFAULT_CONTEXT_TOKENS = 8192
 LEAST_CONTEXT_TOKENS = 512  # what the default context may shrink to when memory is short
 MEMORY_BYTES_PER_S = 20e9  # that weights in memory are read with, for a first guess of what rows cost
-USUAL_DISK_BYTES_PER_S = 1.5e9  # where less was read than says something:
-MEASURED_BYTES = 64 << 20
+MEASURED_BYTES = 64 << 20  # less than this read while loading says nothing about the disk's speed …
+USUAL_DISK_BYTES_PER_S = 1.5e9  # … which is then taken to be this
 
 
 class Packs(Protocol):

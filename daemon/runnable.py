@@ -50,9 +50,9 @@ class Runnable:
         reserve_bytes: int = 0,
         kv_on_disk: bool = False,
     ) -> Runnable:
-        """Into memory that is held in the budget for `purpose`, but for `reserve_bytes` of it; when it fails, no
-        longer. `streaming`: whether its weights may come from disk, from one of `packs`, as those in fewer bits do.
-        `kv_on_disk`: hold as much as that takes, too."""
+        """Reads a checkpoint into memory, which is entered in the budget under `purpose` and taken out again if this
+        fails. `reserve_bytes` of the budget are left free. `streaming`: weights may come from disk, from one of
+        `packs`, as those in fewer bits always do. `kv_on_disk`: KV will be kept on disk, which takes buffers."""
         tight = bounded(config.memory_bytes)
         with open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config) if kv_on_disk else 0

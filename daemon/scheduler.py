@@ -176,7 +176,7 @@ class Scheduler:
                 self._finish(sequence, reason)
 
     def note(self, batch: Batch, seconds: float) -> None:
-        """A step took so long, but for what `note_reads` is told."""
+        """A step took so long, not counting the reads that `note_reads` is told of."""
         rows, decodes = batch.rows, batch.decodes
         if not rows:
             return
@@ -242,7 +242,7 @@ class Scheduler:
         self._take_over(sequence, computed)
 
     def _take_over(self, sequence: Sequence, computed: int) -> None:
-        """So many tokens are computed, without doing it."""
+        """Count the first `computed` tokens as computed: others did that, or a disk has kept it."""
         if not sequence.preemptions:
             sequence.cached_tokens += computed - sequence.computed
             self.cached_tokens += computed - sequence.computed

@@ -118,7 +118,7 @@ class Chunk:
 
     @property
     def rows_wanted(self) -> int:
-        """After how many of its last tokens it is to be known what follows."""
+        """How many of its last tokens need logits, because what follows them is sampled."""
         return 1 + len(self.draft) if self.samples else 0
 
 

@@ -173,7 +173,7 @@ def linears(x: Floats, all: Linears, norm: Floats | None = None, eps: float = 0.
 
 
 def linear(x: Floats, w: Matrix, bias: Floats | None = None) -> Floats:
-    """`linears` of one matrix that is not met again."""
+    """`linears` of one matrix, for a single call: nothing is prepared for a next one."""
     return linears(x, Linears((w,), (bias,)))[0]
 
 

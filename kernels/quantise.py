@@ -1,8 +1,8 @@
 """Float weights into quantised types, as files hold them: Q8_0 and Q4_0.
 
 The scales of Q4_0 are searched: of a few around that of the largest weight the one is taken whose best multiple leaves
-the least squared error (the idea of ggml's `make_qx_quants`). Over tiles that stay in the cache. Does
-not know which weights deserve which type.
+the least squared error (the idea of ggml's `make_qx_quants`). Works through tiles that stay in the cache. Does not
+know which weights deserve which type.
 """
 
 from collections.abc import Callable

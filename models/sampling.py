@@ -110,7 +110,7 @@ class Sampler:
         return _with_logprobs(token_id, logits, self._params.logprobs)
 
     def accept(self, token_id: int) -> None:
-        """Count a token as generated; `sample` does it by itself, a replay of known tokens calls it."""
+        """Count a token as generated, as `sample` does with what it chooses."""
         if self._seen is not None:
             self._seen.add(token_id)
         if self._generated is not None:

@@ -27,8 +27,8 @@ NEAR_BYTES = 32 << 10  # rows this close to each other are read together
 
 
 class Fetcher:
-    """Reads what is wanted at once into `nbytes` of its own; after a failure into others, as these may still be written
-    to."""
+    """Reads what is wanted at once into `nbytes` of its own. After a failure it takes other memory, as reads under way
+    may still write to this."""
 
     def __init__(self, nbytes: int, *, whole: bool) -> None:
         self._line = Line()
@@ -106,7 +106,7 @@ class Embedding:
         return out
 
     def check(self, readers: Readers) -> None:
-        """Reads all of it once, because later only parts are read, and of one that is tied before the head is. Raises
+        """Reads all of it once, because later only parts are read; if it is tied, as the head's slices. Raises
         PackCorrupt if it was altered."""
         slices = [item for block, item in self._pack.blocks.items() if block.kind == "head"]
         for item in slices if self._pack.tied else [self._packed]:

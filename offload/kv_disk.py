@@ -80,7 +80,7 @@ class KvDisk:
         return max(1, queue_pages(self._file.page_bytes) // 2)
 
     def resize(self, slots: int) -> None:
-        """At most so many pages from now on."""
+        """Keep at most `slots` pages from now on."""
         with self._writing:
             if not self.closed:
                 self.index.resize(slots)
@@ -101,7 +101,7 @@ class KvDisk:
         return True
 
     def read(self, entries: Sequence[Entry], into: Sequence[Bytes]) -> int:
-        """Fill pages, (bytes of a page,), with those of a text in order; how many, until one failed."""
+        """Fill pages, (bytes of a page,), with the entries of a text in order until one fails; how many were filled."""
         count = 0
         for entry, page in zip(entries, into, strict=True):
             if not self._read(entry, page):

@@ -107,7 +107,7 @@ class KvFile:
         return [entry for entry in found if entry is not None]
 
     def cut(self, slots: int) -> None:
-        """The files end after so many slots. Raises OSError."""
+        """Cut the files off after `slots` slots. Raises OSError."""
         os.ftruncate(self._index, min(os.fstat(self._index).st_size, self._record_at(slots)))
         os.ftruncate(self._pages, min(os.fstat(self._pages).st_size, slots * self._slot_bytes))
 
@@ -127,7 +127,7 @@ class KvFile:
             raise KvFileError(f"{self._pages_path}: slot {slot}: {error.strerror}") from error
 
     def write(self, entry: Entry, page: Bytes) -> None:
-        """Put a page into its slot. Raises OSError; the slot is then empty."""
+        """Put a page into its slot. Raises OSError, and leaves the slot empty then."""
         self.clear(entry.slot)
         start = entry.slot * self._slot_bytes
         for done in range(0, len(page), SYNC_BYTES):

@@ -138,7 +138,7 @@ class KvIndex:
             self._enter(claimed)
 
     def resize(self, slots: int) -> None:
-        """So many slots from now on; what is in further ones is forgotten."""
+        """Keep only the first `slots` slots from now on; forget what is in the others."""
         with self._lock:
             self.slots = slots
             for entry in [entry for entry in self._used.values() if entry.slot >= slots]:

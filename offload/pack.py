@@ -121,7 +121,7 @@ class Pack:
             raise altered(self.path, block)
 
     def condemn(self) -> None:
-        """It is damaged, and is marked as such where it lies, so that it is made anew before it is used again."""
+        """Mark the pack as damaged where it lies, so that it is made anew before it is used again."""
         self.damaged = True
         # It may have been removed meanwhile, or be read-only. The inode of what is open is nobody else's.
         with suppress(OSError):
