@@ -2,9 +2,9 @@
 
     python bench/compare.py --peer-python PATH [--rows speed,long] [--rounds 5] [--threads 2] [--json OUT.json]
 
-PATH is a python that has llama-cpp-python. Rows are named, or how their names begin (`rows`); the default model comes from the
-store, other models are written once, with random weights, into --models. OUT.json keeps the results with the machine's
-description: rows measured again replace the old ones. `table.py` makes Markdown of it.
+PATH is a python that has llama-cpp-python. Rows (`rows`) are named, or how their names begin; the default model comes
+from the store, other models are written once, with random weights, into --models. OUT.json keeps the results with the
+machine's description: rows measured again replace the old ones. `table.py` makes Markdown of it.
 """
 
 from __future__ import annotations
