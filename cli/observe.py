@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from shoal.comm.messages import Message, ModelStatus, StatusReply
+from shoal.comm.messages import Message, StatusReply
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.home import Home
 from shoal.daemon.sizes import format_bytes, format_duration
@@ -46,15 +45,15 @@ def ps(as_json: bool) -> None:
         print_json(_plain(status))
         return
     screen = console()
-    say = partial(screen.print, soft_wrap=not screen.is_terminal)
-    say(
+    screen.print(
         f"daemon {status.version} · pid {status.pid} · up {format_duration(status.uptime_s)} · "
         f"{status.threads} threads · {format_bytes(status.memory_bytes)} resident · "
         f"{status.requests_total} requests · {status.tokens_total} tokens"
-        + (" · stopping" if status.draining else "")
+        + (" · stopping" if status.draining else ""),
+        soft_wrap=not screen.is_terminal,
     )
     if status.loading and status.stage is not None:
-        say(f"{status.loading}: {stage_text(status.stage)}")
+        screen.print(f"{status.loading}: {stage_text(status.stage)}", soft_wrap=not screen.is_terminal)
     if not status.models:
         note("no model is loaded")
         return
@@ -66,8 +65,22 @@ def ps(as_json: bool) -> None:
         rows.add_row(model.name, model.family, format_bytes(model.parameters_bytes), *counts, used)
     screen.print(rows)
     for model in status.models:
-        for line in _details(model):
-            say(line)
+        screen.print(f"{model.name}: {model.plan}", soft_wrap=not screen.is_terminal)
+        if model.stage is not None:
+            screen.print(f"now {stage_text(model.stage)}", soft_wrap=not screen.is_terminal)
+        kept = _percent(model.kv_cached_tokens, model.kv_total_tokens)
+        found = _percent(model.cached_tokens_total, model.prompt_tokens_total)
+        screen.print(
+            f"prefix cache: {kept} of the KV, {found} of {model.prompt_tokens_total} prompt tokens were found there; "
+            f"{model.preemptions_total} preemptions",
+            soft_wrap=not screen.is_terminal,
+        )
+        if model.kv_disk_bytes:
+            screen.print(
+                f"KV on disk: {format_bytes(model.kv_disk_bytes)}, {model.kv_disk_pages_written_total} pages written, "
+                f"{model.kv_disk_pages_read_total} read",
+                soft_wrap=not screen.is_terminal,
+            )
 
 
 @click.command(epilog=examples("shoal logs -n 20", "shoal logs -f"))
@@ -115,24 +128,6 @@ def followed(path: Path, offset: int, sleep: Callable[[float], None]) -> Iterato
             yield added.decode(errors="replace")
         else:
             sleep(FOLLOW_S)
-
-
-def _details(model: ModelStatus) -> Iterator[str]:
-    """What does not go into a table: the plan, what is waited for, the caches."""
-    yield f"{model.name}: {model.plan}"
-    if model.stage is not None:
-        yield f"now {stage_text(model.stage)}"
-    kept = _percent(model.kv_cached_tokens, model.kv_total_tokens)
-    found = _percent(model.cached_tokens_total, model.prompt_tokens_total)
-    yield (
-        f"prefix cache: {kept} of the KV, {found} of {model.prompt_tokens_total} prompt tokens were found there; "
-        f"{model.preemptions_total} preemptions"
-    )
-    if model.kv_disk_bytes:
-        yield (
-            f"KV on disk: {format_bytes(model.kv_disk_bytes)}, {model.kv_disk_pages_written_total} pages written, "
-            f"{model.kv_disk_pages_read_total} read"
-        )
 
 
 def _percent(part: int, whole: int) -> str:
