@@ -99,6 +99,8 @@ class Dispatcher:
             flight.watch = lambda: self._backend.stage(model)
         match request:
             case Generate() | Chat():
+                if request.deadline_s is not None:
+                    flight.deadline_s = flight.arrived_s + request.deadline_s
                 flight.attach(self._backend.submit(request, flight.emit, flight.peer.client))
             case Tokenize():
                 flight.emit(self._backend.tokenize(request))

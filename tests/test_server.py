@@ -134,7 +134,9 @@ def test_cancel_is_idempotent_and_knows_only_own_requests(daemon, raw):
     raw.until(Ok, b"d")
 
 
-def test_cancel_reaches_a_request_whose_submit_has_not_returned(daemon, raw):
+@pytest.mark.parametrize("how", ["cancelled", "deadline"])
+def test_a_request_whose_submit_has_not_returned_ends_at_once(daemon, raw, how):
+    """Its model may be loading for long. The backend is told when it has the request."""
     entered, leave = threading.Event(), threading.Event()
     submit = daemon.backend.submit
 
@@ -144,12 +146,18 @@ def test_cancel_reaches_a_request_whose_submit_has_not_returned(daemon, raw):
         return submit(request, emit, client)
 
     daemon.backend.submit = slow_submit
-    raw.send(Generate(prompt="forever"))
-    assert entered.wait(PATIENCE_S)
-    raw.send(Cancel(target=b"1".hex()), b"c")
-    raw.until(Ok, b"c")
+    if how == "deadline":
+        raw.send(Generate(prompt="forever", deadline_s=0.001))
+        assert raw.until(Done).finish_reason == "deadline"
+    else:
+        raw.send(Generate(prompt="forever"))
+        assert entered.wait(PATIENCE_S)
+        raw.send(Cancel(target=b"1".hex()), b"c")
+        assert raw.until(Error).code == "cancelled"
+        raw.until(Ok, b"c")
     leave.set()
-    assert raw.until(Done).finish_reason == "cancelled"
+    assert daemon.backend.run("forever").cancelled.wait(PATIENCE_S)
+    assert gone(daemon)
 
 
 def test_pings_and_status_are_answered_while_models_load(daemon, raw):
