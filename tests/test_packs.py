@@ -100,6 +100,18 @@ def test_a_pack_that_was_found_altered_is_listed_as_such_and_built_anew(home: Ho
     assert not packs.verify(made.path.parent)
 
 
+def test_what_verify_cannot_even_open_is_listed_as_damaged(home: Home, model: Path) -> None:
+    pack, _ = get(home, model)
+    with pack.path.open("r+b") as file:
+        file.seek(pack.manifest.vectors.offset)
+        file.write(b"altered")
+    with pytest.raises(DaemonError, match="norms and biases were altered"):
+        Packs(home).verify(pack.path.parent)
+    assert [entry.state for entry in PackShelf(home).list()] == ["damaged"]
+    assert get(home, model)[1]
+    assert [entry.state for entry in PackShelf(home).list()] == ["ready"]
+
+
 def test_blocks_that_cannot_be_read_are_named_by_verify(
     home: Home, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
