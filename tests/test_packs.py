@@ -224,6 +224,18 @@ def test_a_model_in_the_store_is_packed_listed_and_removed_with_its_packs(home: 
     assert shoal("rm", "--packs", "tiny").exit_code == 1
 
 
+def test_a_model_stays_while_its_pack_is_being_made(home: Home, model: Path) -> None:
+    shoal("pull", str(model))
+    shoal("pack", "tiny")
+    shelf = PackShelf(home)
+    with shelf.alone(shelf.place("tiny", "keep")):
+        refused = shoal("rm", "--yes", "tiny")
+    assert refused.exit_code == 3
+    assert "another process is packing" in refused.stderr
+    (entry,) = json.loads(shoal("ls", "--json").stdout)
+    assert (entry["name"], len(entry["packs"])) == ("tiny", 1)
+
+
 def test_a_model_that_was_pulled_again_has_outdated_packs(model: Path) -> None:
     shoal("pull", str(model))
     shoal("pack", "tiny")
