@@ -2,9 +2,9 @@
 
     python bench/compare.py --peer-python PATH [--rows speed,long] [--rounds 5] [--threads 2] [--json OUT.json]
 
-PATH is a python that has llama-cpp-python. Rows are named by how they begin (`rows`); the default model comes from the
-store, other models are written once, with random weights, into --models. OUT.json keeps the results with the machine's
-description: rows measured again replace the old ones. `table.py` makes Markdown of it.
+PATH is a python that has llama-cpp-python. Rows (`rows`) are named, or how their names begin; the default model comes
+from the store, other models are written once, with random weights, into --models. OUT.json keeps the results with the
+machine's description: rows measured again replace the old ones. `table.py` makes Markdown of it.
 """
 
 from __future__ import annotations
@@ -167,7 +167,9 @@ def _kept(path: Path | None) -> dict[str, Any]:
 def _options(what: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--peer-python", default=str(Path(__file__).with_name(".venv") / "bin" / "python"))
-    parser.add_argument("--rows", default="", help="how their names begin, comma-separated; default: all")
+    parser.add_argument(
+        "--rows", default="", help="their names, or how these begin, comma-separated; default: all"
+    )
     parser.add_argument("--engines", default="", help="measure these alone, where a row starts each anew")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=default_threads())

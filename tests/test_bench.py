@@ -174,6 +174,7 @@ def test_the_table_replaces_what_stands_between_the_marks(tmp_path: Path) -> Non
 
 def test_rows_are_chosen_by_how_they_begin() -> None:
     assert [row.name for row in chosen("streams-llama, turns")] == ["streams-llama", "turns"]
+    assert [row.name for row in chosen("streams")] == ["streams"]
     assert all(row.name.startswith("speed") for row in chosen("speed"))
     assert chosen("") == list(ROWS)
     assert len({row.name for row in ROWS}) == len(ROWS)
