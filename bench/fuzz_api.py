@@ -80,6 +80,9 @@ class Echo:
     def load(self, request: Load) -> Loaded:
         raise DaemonError("not_found", "an echo loads nothing")
 
+    def has(self, model: str) -> bool:
+        return True
+
     def unload(self, request: Unload) -> Ok:
         return Ok()
 

@@ -185,10 +185,11 @@ def statistics(done: Done) -> str:
     timings, usage = done.timings, done.usage
     parts = [
         f"{usage.prompt_tokens} prompt tokens" + _rate(timings.prefill_tokens_per_s),
-        f"first token after {timings.ttft_s:.2f} s",
         f"{usage.completion_tokens} tokens{_rate(timings.decode_tokens_per_s)}"
         + (f", {usage.accepted_tokens} of them guessed" if usage.accepted_tokens else ""),
     ]
+    if timings.ttft_s:  # else there was none
+        parts.insert(1, f"first token after {timings.ttft_s:.2f} s")
     if timings.queue_s >= 0.1:
         parts.insert(1, f"queued {timings.queue_s:.1f} s")
     if usage.cached_tokens:

@@ -112,8 +112,8 @@ def rm(name: str, yes: bool, only_packs: bool) -> None:
         if not yes:
             size_bytes = entry.size_bytes + sum(pack.size_bytes for pack in shelf.of(name))
             _ask(f"Remove {entry.name} ({format_bytes(size_bytes)})?")
+    shelf.remove(name)  # first: while one is being made, both stay
     library.remove(name)
-    shelf.remove(name)
     note(f"{name} is removed")
 
 

@@ -53,6 +53,9 @@ class Backend(Protocol):
 
     def unload(self, request: Unload) -> Ok: ...
 
+    def has(self, model: str) -> bool:
+        """Whether requests to that model need not wait until it is loaded. Returns at once."""
+
     def stage(self, model: str) -> Stage | None:
         """What a request to that model waits for just now; None when it is no disk. Returns at once."""
 

@@ -221,6 +221,10 @@ class Node:
             return_freed()
         return Ok()
 
+    def has(self, model: str) -> bool:
+        """Whether it is loaded, so that requests to it begin at once. Never blocks."""
+        return self._models.pick(model) is not None
+
     def stage(self, model: str) -> Stage | None:
         """What a request to `model` waits for just now: that one is loaded, or a disk. Never blocks for long."""
         if (stage := self._loader.stage) is not None:

@@ -18,7 +18,7 @@ from shoal.kernels import set_threads
 from shoal.models.checkpoint import open_checkpoint
 from shoal.models.checkpoint_shard import AnyCheckpoint
 from shoal.models.errors import CheckpointError
-from shoal.offload.errors import PackError
+from shoal.offload.errors import PackCorrupt, PackError
 from shoal.offload.pack import Pack, open_pack
 from shoal.offload.pack_build import PART_BYTES, PackBuilder, partial_of, source_of
 from shoal.offload.pack_file import Progress, damaged_blocks, no_progress
@@ -134,6 +134,9 @@ class Packs:
                 pack.condemn()
             return [str(block) for block in damaged]
         except (PackError, OSError) as error:
+            if isinstance(error, PackCorrupt):
+                with suppress(OSError):  # it may be read-only
+                    (directory / DAMAGED).touch()
             raise translated(error) from error
 
     @contextmanager

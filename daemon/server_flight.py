@@ -6,6 +6,7 @@ Does not know sockets, frames or models.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from shoal.comm.messages import Accepted, Error, Message, Stage, Token, Waiting
+from shoal.comm.messages import Accepted, Done, Error, Message, Stage, Timings, Token, Usage, Waiting
 
 from .backend import STAGE_S, Cancel
 
@@ -54,6 +55,7 @@ class Flight:
         self.kind = kind
         self.arrived_s = now_s
         self.sent_s = now_s  # when something was last sent
+        self.deadline_s = math.inf
         self.outgoing: deque[Message] = deque()  # taken from the mailbox, not yet sent
         self.watch: Callable[[], Stage | None] | None = None  # what it waits for, if the client asks
         self._ready = ready
@@ -62,6 +64,7 @@ class Flight:
         self._accepted: Accepted | None = None
         self._tokens: list[Token] = []
         self._terminal: Message | None = None
+        self._begun = kind not in ("generate", "chat")  # the backend has it, and ends it when it is asked to
         self._closed = False
         self._cancel: Cancel | None = None
         self._cancelled = False
@@ -76,7 +79,7 @@ class Flight:
                 return
             match message:
                 case Accepted():
-                    self._accepted = message
+                    self._accepted, self._begun = message, True
                 case Token():
                     self._tokens.append(message)
                     self._held_bytes += _weight(message)
@@ -91,7 +94,7 @@ class Flight:
         """Say how to cancel; done at once if the request was cancelled meanwhile."""
         with self._lock:
             if not self._closed:
-                self._cancel = cancel
+                self._cancel, self._begun = cancel, True
             cancelled = self._cancelled
         if cancelled:
             cancel()
@@ -103,12 +106,23 @@ class Flight:
     # --- the server's side -------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Ask the backend to end the request early; its terminal reply still comes."""
+        """End the request early: its terminal reply still comes, from the backend if that has it already."""
         with self._lock:
             self._cancelled = True
-            cancel = self._cancel
+            cancel, begun = self._cancel, self._begun
         if cancel is not None:
             cancel()
+        elif not begun:  # its model may be packed for an hour
+            self.emit(Error(code="cancelled", message="cancelled before it began"))
+
+    def expire(self, now_s: float) -> None:
+        """End the request if it is past its deadline and its model is not even loaded; else the backend does."""
+        with self._lock:
+            if self._begun or now_s < self.deadline_s:
+                return
+            self._cancelled = True
+        usage = Usage(prompt_tokens=0, completion_tokens=0)
+        self.emit(Done(finish_reason="deadline", usage=usage, timings=Timings()))
 
     def fail(self, error: Error) -> None:
         """End the request with `error` unless it has ended; tokens that nobody took are dropped."""

@@ -148,9 +148,11 @@ class Outbox:
             self._forget(peer)
 
     def _keep_alive(self, now_s: float) -> None:
-        """`waiting` or `stage` on every silent request. Only sending shows that a client has vanished, too."""
+        """`waiting` or `stage` on every silent request. Only sending shows that a client has vanished, too. And the
+        end of those that are too late to begin."""
         for peer in list(self._peers.values()):
             for flight in list(peer.flights.values()):
+                flight.expire(now_s)
                 if peer in self._blocked or peer.gone:
                     break
                 message = flight.sign_of_life(now_s, self._limits.keepalive_s)

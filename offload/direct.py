@@ -53,6 +53,10 @@ class DirectFile:
         if not self.direct:
             forget_cached(self._file, offset, len(target))
 
+    def written_ns(self) -> int:
+        """When somebody wrote to it last. Raises OSError."""
+        return os.fstat(self._file).st_mtime_ns
+
     def close(self) -> None:
         """Idempotent; no read may be under way."""
         with self._lock:

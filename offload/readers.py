@@ -1,8 +1,9 @@
 """Readers: threads that carry a pack's bytes to memory, as policies ask, and whoever waits for them.
 
 A policy (`window`, `expert_cache`) says what is to be read next and to what place of its region of memory. Every block
-is checked against its checksum when it comes for the first time. A read that fails is raised where its block is waited
-for. Knows threads, memory and the file; not in what order blocks should come, nor what they are for.
+is checked against its checksum when it comes for the first time, and again after the file was written to. A read that
+fails is raised where its block is waited for. Knows threads, memory and the file; not in what order blocks should come,
+nor what they are for.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class Readers:
         self._broken: Exception | None = None
         self._closed = False
         self._file = DirectFile(pack.path)
+        self._written_ns = self._file.written_ns()
         self._threads = [
             threading.Thread(target=self._run, name=f"shoal-read-{i}", daemon=True) for i in range(READERS)
         ]
@@ -208,8 +210,10 @@ class Readers:
         """Reads a chunk to its place; the one that completes a block checks it."""
         passage, start, nbytes = chunk
         error: Exception | None = None
+        written_ns = self._written_ns
         try:
             self._file.read(passage.offset + start, memory[start : start + nbytes])
+            written_ns = self._file.written_ns()  # after the read, which may have met what was being written
         except (OSError, EOFError) as caught:
             if isinstance(caught, EOFError):
                 self.pack.condemn()
@@ -219,6 +223,9 @@ class Readers:
                 f"cannot be read: {reason}"
             )
         with self._lock:
+            if written_ns > self._written_ns:
+                self._written_ns = written_ns
+                self._checked.clear()
             passage.error = passage.error or error
             complete = passage.landed + nbytes == passage.nbytes and passage.error is None
             check = complete and region.whole and passage.block not in self._checked and not passage.left

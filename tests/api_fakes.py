@@ -136,6 +136,9 @@ class FakeBackend:
             assert self.release_load.wait(PATIENCE_S)
         return Loaded(model=self._model(request.model), seconds=0.1)
 
+    def has(self, model: str) -> bool:
+        return model != "slow"
+
     def stage(self, model: str) -> Stage | None:
         return Stage(doing="loading", done=1, total=3) if model == "slow" else None
 

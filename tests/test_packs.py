@@ -100,6 +100,18 @@ def test_a_pack_that_was_found_altered_is_listed_as_such_and_built_anew(home: Ho
     assert not packs.verify(made.path.parent)
 
 
+def test_what_verify_cannot_even_open_is_listed_as_damaged(home: Home, model: Path) -> None:
+    pack, _ = get(home, model)
+    with pack.path.open("r+b") as file:
+        file.seek(pack.manifest.vectors.offset)
+        file.write(b"altered")
+    with pytest.raises(DaemonError, match="norms and biases were altered"):
+        Packs(home).verify(pack.path.parent)
+    assert [entry.state for entry in PackShelf(home).list()] == ["damaged"]
+    assert get(home, model)[1]
+    assert [entry.state for entry in PackShelf(home).list()] == ["ready"]
+
+
 def test_blocks_that_cannot_be_read_are_named_by_verify(
     home: Home, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +222,18 @@ def test_a_model_in_the_store_is_packed_listed_and_removed_with_its_packs(home: 
     assert shoal("ls").stdout == ""
     assert PackShelf(home).list() == ()
     assert shoal("rm", "--packs", "tiny").exit_code == 1
+
+
+def test_a_model_stays_while_its_pack_is_being_made(home: Home, model: Path) -> None:
+    shoal("pull", str(model))
+    shoal("pack", "tiny")
+    shelf = PackShelf(home)
+    with shelf.alone(shelf.place("tiny", "keep")):
+        refused = shoal("rm", "--yes", "tiny")
+    assert refused.exit_code == 3
+    assert "another process is packing" in refused.stderr
+    (entry,) = json.loads(shoal("ls", "--json").stdout)
+    assert (entry["name"], len(entry["packs"])) == ("tiny", 1)
 
 
 def test_a_model_that_was_pulled_again_has_outdated_packs(model: Path) -> None:

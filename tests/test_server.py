@@ -134,7 +134,9 @@ def test_cancel_is_idempotent_and_knows_only_own_requests(daemon, raw):
     raw.until(Ok, b"d")
 
 
-def test_cancel_reaches_a_request_whose_submit_has_not_returned(daemon, raw):
+@pytest.mark.parametrize("how", ["cancelled", "deadline"])
+def test_a_request_whose_submit_has_not_returned_ends_at_once(daemon, raw, how):
+    """Its model may be loading for long. The backend is told when it has the request."""
     entered, leave = threading.Event(), threading.Event()
     submit = daemon.backend.submit
 
@@ -144,12 +146,47 @@ def test_cancel_reaches_a_request_whose_submit_has_not_returned(daemon, raw):
         return submit(request, emit, client)
 
     daemon.backend.submit = slow_submit
-    raw.send(Generate(prompt="forever"))
-    assert entered.wait(PATIENCE_S)
-    raw.send(Cancel(target=b"1".hex()), b"c")
-    raw.until(Ok, b"c")
+    if how == "deadline":
+        raw.send(Generate(prompt="forever", deadline_s=0.001))
+        assert raw.until(Done).finish_reason == "deadline"
+    else:
+        raw.send(Generate(prompt="forever"))
+        assert entered.wait(PATIENCE_S)
+        raw.send(Cancel(target=b"1".hex()), b"c")
+        assert raw.until(Error).code == "cancelled"
+        raw.until(Ok, b"c")
     leave.set()
-    assert raw.until(Done).finish_reason == "cancelled"
+    assert daemon.backend.run("forever").cancelled.wait(PATIENCE_S)
+    assert gone(daemon)
+
+
+def test_who_waits_for_a_model_to_load_keeps_no_worker_from_others(daemon, raw):
+    leave, submit = threading.Event(), daemon.backend.submit
+
+    def slow_submit(request, emit, client):
+        assert request.model != "slow" or leave.wait(PATIENCE_S)
+        return submit(request, emit, client)
+
+    daemon.backend.submit = slow_submit
+    slow = [b"s%d" % number for number in range(2 * QUICK.workers + 1)]
+    for request_id in slow:
+        raw.send(Generate(prompt="one", model="slow"), request_id)
+    raw.send(Generate(prompt="late", model="slow", deadline_s=0.001), b"late")
+    raw.send(Generate(prompt="two"), b"fast")
+    ends: dict[bytes, str] = {}
+    while len(ends) < 2:
+        request_id, message = raw.receive()
+        if isinstance(message, Done):
+            ends[request_id] = message.finish_reason
+    assert ends == {b"fast": "stop", b"late": "deadline"}
+    leave.set()
+    while len(ends) < 2 + len(slow):
+        request_id, message = raw.receive()
+        if isinstance(message, Done):
+            ends[request_id] = message.finish_reason
+    assert {ends[request_id] for request_id in slow} == {"stop"}
+    assert gone(daemon)
+    assert not daemon.server._dispatcher._pending_bytes
 
 
 def test_pings_and_status_are_answered_while_models_load(daemon, raw):

@@ -156,6 +156,29 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         run(streaming, ids)
 
 
+@pytest.mark.parametrize("block", [BlockId("attn", 1), BlockId("expert", 1, 2)], ids=str)
+def test_a_byte_altered_while_the_model_runs_names_its_block(tmp_path: Path, block: BlockId) -> None:
+    path, pack = packed(tmp_path, "qwen3_moe")
+    prompts = texts(200, [50] * 20)
+    with Streaming(path, pack, slots=6) as streaming:
+        for ids in prompts[:2]:
+            run(streaming, ids)
+        with pack.path.open("r+b") as file:
+            file.seek(pack.blocks[block].offset + 100)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+        later_ns = pack.path.stat().st_mtime_ns + 1_000_000_000  # clocks of files may be coarse
+        os.utime(pack.path, ns=(later_ns, later_ns))
+
+        def until_it_is_read() -> None:  # it may be in memory still
+            for ids in prompts:
+                run(streaming, ids)
+
+        with pytest.raises(PackCorrupt, match=rf"block {block} was altered"):
+            until_it_is_read()
+
+
 @pytest.mark.parametrize("tier", ["streamed", "pinned"])
 def test_an_altered_byte_names_its_block(tmp_path: Path, tier: str) -> None:
     path, pack = packed(tmp_path, "qwen3_moe")
