@@ -80,7 +80,7 @@ def checked(kind: Kind, directory: Path, sha256: dict[str, str]) -> dict[str, st
             magic = opened.read(4)
         if magic != b"GGUF":
             (directory / file).unlink()
-            raise DaemonError("corrupt", f"{file} is not a GGUF file: it begins with {magic!r}")
+            raise DaemonError("corrupt", f"{file} is not a GGUF file: it begins with {str(magic)[1:]}")
     return sha256
 
 

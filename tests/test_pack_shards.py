@@ -175,10 +175,10 @@ def test_a_shard_is_packed_shown_listed_verified_and_removed(home: Home, model: 
     }  # fmt: skip
     missing = shoal("pack", "--verify", str(model))
     assert missing.exit_code == 1
-    assert "no pack" in missing.stderr
+    assert "is not packed yet" in missing.stderr
     missing = shoal("pack", "--verify", "--shard", "1/3", str(model))
     assert missing.exit_code == 1
-    assert f"make it with: shoal pack --shard 1/3 {model}" in missing.stderr
+    assert f"pack it with: shoal pack --shard 1/3 {model}" in missing.stderr
     assert shoal("rm", "--packs", str(model)).exit_code == 0
     assert PackShelf(home).list() == ()
 
