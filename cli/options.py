@@ -191,7 +191,7 @@ def quant_option(function: Verb) -> Verb:
     return click.option(
         "--quant",
         type=click.Choice(get_args(Quant)),
-        help="Run its weights in at most 8 or 4 bits; keep, the default, leaves them as they are. "
+        help="Reduce weights to at most 8 or 4 bits; keep, the default, leaves them as they are. "
         "MODEL:q8 and MODEL:q4 mean the same.",
     )(named)
 
