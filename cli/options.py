@@ -36,6 +36,13 @@ def size_or_auto(text: str) -> int | None:
     return None if text.lower() == "auto" else size(text)
 
 
+def stop_text(text: str) -> str:
+    """A text that ends the answer, as an option's type."""
+    if not text:
+        raise click.BadParameter("an empty text would end every answer at once.")
+    return text
+
+
 def shard_name(text: str) -> ShardName:
     """One rank's part of a model, 2/3, as an option's type."""
     try:
@@ -155,7 +162,8 @@ def answer_options(function: Verb) -> Verb:
     options: list[Decorator] = [
         click.option("--max-tokens", type=click.IntRange(min=1), metavar="N",
                      help="End the answer after this many tokens."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer at this text; repeatable."),
+        click.option("--stop", multiple=True, type=stop_text, metavar="TEXT",
+                     help="End the answer at this text; repeatable."),
         click.option("--deadline", type=click.FloatRange(0, 1e6, min_open=True), metavar="SECONDS",
                      help="End the answer after this time, complete or not."),
         click.option("--priority", type=click.IntRange(-100, 100), default=0, metavar="N",

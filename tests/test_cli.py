@@ -142,6 +142,7 @@ def test_json_has_lists_of_numbers_in_one_line(capsys: pytest.CaptureFixture[str
         (["run", "m", "\udcff\udcfe"], r"argument 3 is not UTF-8 text: '\udcff\udcfe'"),
         (["run", "--threads", "0", "m", "p"], "0 is not in the range x>=1"),
         (["run", "--threads", "99999", "m", "p"], "threads=99999: must be from 1 to"),
+        (["run", "--stop", "", "m", "p"], "'--stop': an empty text would end every answer at once (see"),
         (["run", "--top-p", "2", "m", "p"], "2.0 is not in the range 0<x<=1"),
         (["run", "--raw", "--system", "s", "m", "p"], "--system needs the chat template"),
         (["run", "--seed", str(1 << 70), "m", "p"], "an option is out of range"),
