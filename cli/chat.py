@@ -27,7 +27,7 @@ from shoal.daemon.sizes import format_bytes
 
 from . import background
 from .answers import Event, in_process, reference
-from .chat_commands import ChatState, completions, obey
+from .chat_commands import ChatState, completions, is_command, obey
 from .chat_input import LineReader, PlainReader, Reader, unechoed
 from .chat_link import ChatLink
 from .conversation import Conversation
@@ -105,7 +105,7 @@ class ChatLoop:
 
     def _turn(self, said: str) -> Exit:
         try:
-            asked = obey(self._state, said) if said.startswith("/") else said
+            asked = obey(self._state, said) if is_command(said) else said
             if asked:
                 self._ask(asked)
         except (DaemonError, CommError) as error:

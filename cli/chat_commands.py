@@ -51,8 +51,13 @@ class Command(NamedTuple):
     choices: Callable[[ChatState], list[str]]
 
 
+def is_command(line: str) -> bool:
+    """Whether `line` is meant for the chat: it begins with '/', but not with a path such as /etc/hosts."""
+    return line.startswith("/") and "/" not in line.split()[0][1:]
+
+
 def obey(state: ChatState, line: str) -> str | None:
-    """Carry out a line that begins with '/'; returns what to ask the model now, if anything.
+    """Carry out a command; returns what to ask the model now, if anything.
 
     Raises DaemonError or CommError.
     """

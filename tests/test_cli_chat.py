@@ -93,6 +93,12 @@ def asked(daemon: Daemon) -> list[list[tuple[str, Any]]]:
     ]
 
 
+def test_a_path_is_no_command(daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]) -> None:
+    talk(state, "/etc/hosts is what?", "/etc")
+    assert asked(daemon) == [[("user", "/etc/hosts is what?")]]
+    assert "there is no command /etc (" in capsys.readouterr().err
+
+
 def test_every_turn_carries_the_ones_before(
     daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
 ) -> None:
