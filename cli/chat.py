@@ -27,7 +27,7 @@ from shoal.daemon.sizes import format_bytes
 
 from . import background
 from .answers import Event, in_process, reference
-from .chat_commands import ChatState, completions, obey
+from .chat_commands import ChatState, completions, is_command, obey
 from .chat_input import LineReader, PlainReader, Reader, unechoed
 from .chat_link import ChatLink
 from .conversation import Conversation
@@ -56,7 +56,7 @@ ANSWER_ROOM_TOKENS = 512  # kept free in the context for an answer, but at most 
     )
 )
 @click.argument("model", required=False)
-@click.option("--system", default="", metavar="TEXT", help="System message of the conversation.")
+@click.option("--system", default="", metavar="TEXT", help="System message for the conversation.")
 @quant_option
 @draft_option
 @answer_options
@@ -64,9 +64,9 @@ ANSWER_ROOM_TOKENS = 512  # kept free in the context for an answer, but at most 
 def chat(model: str | None, system: str, draft: str | None, answer: AnswerOptions, plan: PlanOptions) -> int:
     """Hold a conversation with MODEL, a path or a name in the store.
 
-    Without MODEL: the one that the daemon has loaded, else one of the store. A daemon is started if none runs; with an
-    option that shapes the plan (but --ctx) the model runs in this process instead. Type /help for commands; Ctrl-C
-    stops an answer, Ctrl-D leaves.
+    Without MODEL: the one that the daemon has loaded, else one from the store. A daemon is started if none is running;
+    with --memory, --threads, --device, --speculate or --kv-type the model runs in this process instead. Type /help for
+    commands; Ctrl-C stops an answer, Ctrl-D leaves.
     """
     home = Home.from_env()
     library = Library(home)
@@ -105,7 +105,7 @@ class ChatLoop:
 
     def _turn(self, said: str) -> Exit:
         try:
-            asked = obey(self._state, said) if said.startswith("/") else said
+            asked = obey(self._state, said) if is_command(said) else said
             if asked:
                 self._ask(asked)
         except (DaemonError, CommError) as error:
@@ -170,7 +170,7 @@ class ChatLoop:
         state.tokens_total += done.usage.completion_tokens
         if done.finish_reason == "length" and self._options.max_tokens != done.usage.completion_tokens:
             note(
-                "the context is full, so the answer was cut; the next turn drops the oldest ones, or use /ctx N"
+                "the context is full, so the answer was cut; the next turn drops the oldest (/ctx N enlarges it)"
             )
 
     def _make_room(self, model: ModelStatus, asked: str) -> None:
@@ -184,10 +184,8 @@ class ChatLoop:
                 "shorten it, or use /ctx N for a larger context",
             )
         if dropped:
-            turns = "turn" if dropped == 1 else "turns"
-            note(
-                f"dropped {dropped} oldest {turns} to fit the context of {context} tokens (/ctx N enlarges it)"
-            )
+            turns = "turn" if dropped == 1 else f"{dropped} turns"
+            note(f"dropped the oldest {turns} to fit the context of {context} tokens (/ctx N enlarges it)")
 
 
 def _first(events: Iterator[Event], update: Callable[[str], None]) -> list[Event]:

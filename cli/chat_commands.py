@@ -22,7 +22,7 @@ from shoal.daemon.library import Library, check_name
 from .answers import reference
 from .chat_link import ChatLink
 from .conversation import Conversation
-from .output import note
+from .output import counted, note
 from .run import statistics
 
 
@@ -51,8 +51,13 @@ class Command(NamedTuple):
     choices: Callable[[ChatState], list[str]]
 
 
+def is_command(line: str) -> bool:
+    """Whether `line` is meant for the chat: it begins with '/', but not with a path such as /etc/hosts."""
+    return line.startswith("/") and "/" not in line.split()[0][1:]
+
+
 def obey(state: ChatState, line: str) -> str | None:
-    """Carry out a line that begins with '/'; returns what to ask the model now, if anything.
+    """Carry out a command; returns what to ask the model now, if anything.
 
     Raises DaemonError or CommError.
     """
@@ -81,7 +86,7 @@ def _model(state: ChatState, argument: str) -> None:
         names = _models(state)
         for name in names if used in names else [*names, used]:
             note(f"{'*' if name == used else ' '} {name}")
-        note("/model NAME changes to another")
+        note("/model NAME switches to another")
         return
     name = reference(argument, state.library)
     before = state.link.reference
@@ -92,7 +97,7 @@ def _model(state: ChatState, argument: str) -> None:
         raise DaemonError(
             "unsupported", f"{model.name} has no chat template", "continue texts with: shoal run"
         )
-    note(f"{model.name} answers from now on; its context is {model.context_tokens} tokens")
+    note(f"{model.name} answers from now on, with a context of {model.context_tokens} tokens")
 
 
 def _system(state: ChatState, argument: str) -> None:
@@ -111,9 +116,7 @@ def _ctx(state: ChatState, argument: str) -> None:
         note(f"the context is {model.context_tokens} tokens, {state.used_tokens} in use; /ctx N changes it")
         return
     if not argument.isdigit() or not 1 <= int(argument) <= 1 << 26:
-        raise DaemonError(
-            "bad_request", f"/ctx {argument[:40]}: must be a number of tokens, from 1 to {1 << 26}"
-        )
+        raise DaemonError("bad_request", f"/ctx {argument[:40]}: must be a number of tokens, such as 4096")
     model = state.link.load(state.link.reference, int(argument))
     state.context = int(argument)
     note(f"the context is {model.context_tokens} tokens")
@@ -138,7 +141,11 @@ def _save(state: ChatState, argument: str) -> None:
 def _load(state: ChatState, argument: str) -> None:
     if not argument:
         names = _sessions(state)
-        note("saved: " + ", ".join(names) if names else "nothing is saved yet; /save NAME does it")
+        note(
+            "saved: " + ", ".join(names)
+            if names
+            else "nothing is saved yet; /save NAME saves this conversation"
+        )
         return
     path = _session(state, check_name(argument))
     try:
@@ -150,7 +157,7 @@ def _load(state: ChatState, argument: str) -> None:
     state.last, state.used_tokens = None, 0
     now = state.link.model.name if state.link.model else ""
     note(
-        f"loaded {argument}, {len(state.conversation.turns)} turns"
+        f"loaded {argument}, {counted(len(state.conversation.turns), 'turn')}"
         + (f"; it was held with {model}" if model != now else "")
     )
 
@@ -158,29 +165,30 @@ def _load(state: ChatState, argument: str) -> None:
 def _retry(state: ChatState, argument: str) -> str | None:
     asked = state.conversation.take_back()
     if not asked:
-        raise DaemonError("bad_request", "there is nothing to ask again yet")
+        raise DaemonError("bad_request", "nothing has been asked yet")
     return asked
 
 
 def _stats(state: ChatState, argument: str) -> None:
     model = state.link.model
     assert model is not None
-    note(statistics(state.last) if state.last else "nothing was answered yet")
+    note(statistics(state.last) if state.last else "nothing has been answered yet")
     note(f"{model.name}: {model.plan}")
-    note(f"in this chat: turns {len(state.conversation.turns)}, tokens answered {state.tokens_total}")
+    turns = counted(len(state.conversation.turns), "turn")
+    note(f"this chat so far: {turns}, {counted(state.tokens_total, 'token')} of answers")
 
 
 def _help(state: ChatState, argument: str) -> None:
     width = max(len(command.usage) for command in COMMANDS.values())
     for command in COMMANDS.values():
         note(f"{command.usage.ljust(width)}  {command.help}")
-    note('Alt-Enter, a backslash at the end or """ … """ write several lines; Ctrl-C stops an answer')
+    note('For several lines: Alt-Enter, a backslash at the end, or """ … """. Ctrl-C stops an answer.')
 
 
 def _clear(state: ChatState, argument: str) -> None:
     state.conversation.clear()
     state.last, state.used_tokens = None, 0
-    note("the conversation is forgotten")
+    note("a new conversation; the old one is forgotten")
 
 
 def _exit(state: ChatState, argument: str) -> None:
@@ -204,14 +212,14 @@ def _nothing(state: ChatState) -> list[str]:
 
 
 COMMANDS = {
-    "/model": Command("/model [NAME]", "show the models, or change to another", _model, _models),
+    "/model": Command("/model [NAME]", "list the models, or switch to another", _model, _models),
     "/system": Command("/system [TEXT]", "show or set the system message; off clears it", _system, _nothing),
-    "/ctx": Command("/ctx [N]", "show the context, or load the model with one of N tokens", _ctx, _nothing),
-    "/save": Command("/save [NAME]", "keep the conversation", _save, _sessions),
-    "/load": Command("/load [NAME]", "show what was kept, or go on with it", _load, _sessions),
+    "/ctx": Command("/ctx [N]", "show the context length, or set it to N tokens", _ctx, _nothing),
+    "/save": Command("/save [NAME]", "save the conversation", _save, _sessions),
+    "/load": Command("/load [NAME]", "list saved conversations, or continue one", _load, _sessions),
     "/retry": Command("/retry", "ask the last question again", _retry, _nothing),
-    "/stats": Command("/stats", "speed of the last answer, plan, totals", _stats, _nothing),
-    "/clear": Command("/clear", "forget the conversation", _clear, _nothing),
+    "/stats": Command("/stats", "show speed, plan and totals", _stats, _nothing),
+    "/clear": Command("/clear", "start a new conversation", _clear, _nothing),
     "/help": Command("/help", "show this", _help, _nothing),
     "/exit": Command("/exit", "leave", _exit, _nothing),
 }

@@ -1,4 +1,4 @@
-"""`shoal doctor`: what works here, what does not, and the one command that mends it.
+"""`shoal doctor`: what works here, what does not, and the one command that fixes it.
 
 Knows what Shoal needs of a machine. Asks no network, changes nothing.
 """
@@ -55,7 +55,7 @@ class Finding:
 @click.option("--deep", is_flag=True, help="Also read every stored model again and compare its hashes.")
 @json_option
 def doctor(deep: bool, as_json: bool) -> int:
-    """Check this installation: what works, what does not, and the one command that mends it."""
+    """Check this installation: what works, what does not, and the one command that fixes it."""
     with transfer_bar() as progress:
         findings = list(examine(Home.from_env(), deep=deep, progress=progress))
     broken = [finding for finding in findings if finding.state == "broken"]

@@ -29,14 +29,36 @@ from .output import console, facts, note, print_json, spinner, steps_bar, table
 )
 @click.argument("model")
 @click.option(
-    "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of each sequence."
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Prompt length of each sequence.",
 )
 @click.option(
-    "--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Of each sequence."
+    "--new-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Tokens each sequence writes.",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
 @click.option(
-    "--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Runs after a warm-up."
+    "--batch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Sequences at the same time.",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Runs, after a warm-up.",
 )
 @quant_option
 @json_option
@@ -54,8 +76,8 @@ def bench(
 ) -> None:
     """Measure how fast MODEL reads a prompt (prefill) and writes an answer (decode).
 
-    Tokens are random, sampling is greedy; speeds count all sequences of a batch together. Without --speculate auto
-    or --draft every token takes a step, as what guessing gains depends on the text.
+    Prompts are random and sampling is greedy; speeds count all sequences of a batch together. Guessing ahead is off
+    unless --speculate auto or --draft is given, as what it gains depends on the text.
     """
     wanted, home = Reference.parse(model), Home.from_env()
     plan = replace(plan, speculate=plan.speculate or ("auto" if draft else "off"))
@@ -103,7 +125,7 @@ def bench(
 def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None:
     """Measure how well MODEL predicts the text of FILE; lower is better.
 
-    llama.cpp's method: windows of --ctx tokens (512 if not given) side by side, the second half of each scored.
+    By llama.cpp's method: adjacent windows of --ctx tokens (default 512), of which the second half is scored.
     """
     wanted, home = Reference.parse(model), Home.from_env()
     config = plan.config(quant=wanted.quant)

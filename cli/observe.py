@@ -20,7 +20,7 @@ from shoal.daemon.sizes import format_bytes, format_duration
 
 from . import background
 from .options import examples, json_option
-from .output import console, note, print_json, stage_text, table
+from .output import console, counted, note, print_json, stage_text, table
 
 FOLLOW_S = 0.25
 TAIL_BYTES = 1 << 20
@@ -31,8 +31,8 @@ TAIL_BYTES = 1 << 20
 def ps(as_json: bool) -> None:
     """Show the daemon's models and how busy they are.
 
-    KV in use is that of running requests. The prefix cache keeps what they leave, for prompts that begin alike, until
-    the room is needed.
+    "KV in use" counts running requests only. The prefix cache keeps what finished requests leave, for prompts that
+    begin the same way, until the room is needed.
     """
     from shoal.daemon.client import Client
 
@@ -48,12 +48,11 @@ def ps(as_json: bool) -> None:
     screen.print(
         f"daemon {status.version} · pid {status.pid} · up {format_duration(status.uptime_s)} · "
         f"{status.threads} threads · {format_bytes(status.memory_bytes)} resident · "
-        f"{status.requests_total} requests · {status.tokens_total} tokens"
+        f"{counted(status.requests_total, 'request')} · {counted(status.tokens_total, 'token')}"
         + (" · stopping" if status.draining else ""),
-        soft_wrap=not screen.is_terminal,
     )
     if status.loading and status.stage is not None:
-        screen.print(f"{status.loading}: {stage_text(status.stage)}", soft_wrap=not screen.is_terminal)
+        screen.print(f"{status.loading}: {stage_text(status.stage)}")
     if not status.models:
         note("no model is loaded")
         return
@@ -65,29 +64,33 @@ def ps(as_json: bool) -> None:
         rows.add_row(model.name, model.family, format_bytes(model.parameters_bytes), *counts, used)
     screen.print(rows)
     for model in status.models:
-        screen.print(f"{model.name}: {model.plan}", soft_wrap=not screen.is_terminal)
+        screen.print(f"{model.name}: {model.plan}")
         if model.stage is not None:
-            screen.print(f"now {stage_text(model.stage)}", soft_wrap=not screen.is_terminal)
-        kept = _percent(model.kv_cached_tokens, model.kv_total_tokens)
-        found = _percent(model.cached_tokens_total, model.prompt_tokens_total)
-        screen.print(
-            f"prefix cache: {kept} of the KV, {found} of {model.prompt_tokens_total} prompt tokens were found there; "
-            f"{model.preemptions_total} preemptions",
-            soft_wrap=not screen.is_terminal,
-        )
+            screen.print(f"now {stage_text(model.stage)}")
+        if model.prompt_tokens_total:
+            kept = _percent(model.kv_cached_tokens, model.kv_total_tokens)
+            found = _percent(model.cached_tokens_total, model.prompt_tokens_total)
+            screen.print(
+                f"prefix cache: holds {kept} of the KV, gave {found} of {model.prompt_tokens_total:,} prompt tokens; "
+                + counted(model.preemptions_total, "preemption"),
+            )
         if model.kv_disk_bytes:
             screen.print(
                 f"KV on disk: {format_bytes(model.kv_disk_bytes)}, {model.kv_disk_pages_written_total} pages written, "
                 f"{model.kv_disk_pages_read_total} read",
-                soft_wrap=not screen.is_terminal,
             )
 
 
 @click.command(epilog=examples("shoal logs -n 20", "shoal logs -f"))
 @click.option(
-    "-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True, help="Lines from the end."
+    "-n",
+    "--lines",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    help="Show this many lines from the end.",
 )
-@click.option("-f", "--follow", is_flag=True, help="Go on with what is added, until Ctrl-C.")
+@click.option("-f", "--follow", is_flag=True, help="Keep showing new lines until Ctrl-C.")
 def logs(lines: int, follow: bool) -> None:
     """Show the log of a daemon that was started in the background."""
     path = background.log_path(Home.from_env())

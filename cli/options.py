@@ -33,7 +33,14 @@ def size(text: str) -> int:
 
 def size_or_auto(text: str) -> int | None:
     """As `size`; None for "auto", which is what is done if nothing is said."""
-    return None if text == "auto" else size(text)
+    return None if text.lower() == "auto" else size(text)
+
+
+def stop_text(text: str) -> str:
+    """A text that ends the answer, as an option's type."""
+    if not text:
+        raise click.BadParameter("an empty text would end every answer at once.")
+    return text
 
 
 def shard_name(text: str) -> ShardName:
@@ -136,14 +143,16 @@ def plan_options(function: Verb) -> Verb:
     """Adds --memory, --threads, --ctx, --device, --speculate and --kv-type; the verb gets `plan: PlanOptions`."""
     options: list[Decorator] = [
         click.option("--memory", type=size_or_auto, metavar="SIZE",
-                     help="Bound for all memory, e.g. 3GB: what does not fit is streamed from disk. auto, the default, "
-                          "leaves the machine usable."),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all if not given."),
-        click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens, at most the model's."),
-        click.option("--device", metavar="NAME", help="Where to compute; cpu only in this version."),
-        click.option("--speculate", type=click.Choice(["auto", "off"]), help="Guess ahead where it pays; same text."),
+                     help="Use at most this much memory, e.g. 3GB; what does not fit is streamed from disk. auto, the "
+                          "default, leaves the machine usable."),
+        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads (default: all)."),
+        click.option("--ctx", type=click.IntRange(min=1), metavar="N",
+                     help="Context length in tokens, at most the model's."),
+        click.option("--device", metavar="NAME", help="Where to compute: only cpu in this version."),
+        click.option("--speculate", type=click.Choice(["auto", "off"]),
+                     help="Guess tokens ahead where that is faster (the default); the answer stays the same."),
         click.option("--kv-type", type=click.Choice(get_args(KvType)),
-                     help="How keys and values are kept: f16 (the default); i8 takes about half of its memory."),
+                     help="Type of the KV cache: f16 is the default, i8 takes about half as much memory."),
     ]  # fmt: skip
     return _collect(PlanOptions, "plan", options)(function)
 
@@ -151,17 +160,25 @@ def plan_options(function: Verb) -> Verb:
 def answer_options(function: Verb) -> Verb:
     """Adds the sampling options and those that end or hasten an answer; the verb gets `answer: AnswerOptions`."""
     options: list[Decorator] = [
-        click.option("--max-tokens", type=click.IntRange(min=1), help="End the answer after this many tokens."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer at this text; repeatable."),
+        click.option("--max-tokens", type=click.IntRange(min=1), metavar="N",
+                     help="End the answer after this many tokens."),
+        click.option("--stop", multiple=True, type=stop_text, metavar="TEXT",
+                     help="End the answer at this text; repeatable."),
         click.option("--deadline", type=click.FloatRange(0, 1e6, min_open=True), metavar="SECONDS",
-                     help="End the answer after this time with what it has."),
-        click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Above 0: before other requests."),
-        click.option("--seed", type=click.IntRange(min=0), help="Make the answer repeatable."),
-        click.option("--temperature", type=click.FloatRange(0, 100), help="0 takes the likeliest token always."),
-        click.option("--top-k", type=click.IntRange(min=0), help="Choose among the K likeliest tokens; 0 = all."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Choose within this probability."),
-        click.option("--min-p", type=click.FloatRange(0, 1), help="Drop tokens below this share of the likeliest."),
-        click.option("--repeat-penalty", type=click.FloatRange(0, 10, min_open=True), help="Above 1: repeat less."),
+                     help="End the answer after this time, complete or not."),
+        click.option("--priority", type=click.IntRange(-100, 100), default=0, metavar="N",
+                     help="Requests with a higher priority go first (default 0)."),
+        click.option("--seed", type=click.IntRange(min=0), metavar="N", help="The same seed gives the same answer."),
+        click.option("--temperature", type=click.FloatRange(0, 100), metavar="X",
+                     help="How freely tokens are chosen; 0 always takes the likeliest."),
+        click.option("--top-k", type=click.IntRange(min=0), metavar="K",
+                     help="Choose among the K likeliest tokens; 0 = all."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P",
+                     help="Choose among the likeliest tokens that together reach probability P."),
+        click.option("--min-p", type=click.FloatRange(0, 1), metavar="P",
+                     help="Drop tokens less likely than P times the likeliest."),
+        click.option("--repeat-penalty", type=click.FloatRange(0, 10, min_open=True), metavar="X",
+                     help="Above 1 discourages repetition."),
     ]  # fmt: skip
     return _collect(AnswerOptions, "answer", options)(function)
 
@@ -182,8 +199,8 @@ def quant_option(function: Verb) -> Verb:
     return click.option(
         "--quant",
         type=click.Choice(get_args(Quant)),
-        help="Bits of its weights: as they are (keep, the default), or 8 or 4 where that is less. "
-        "Such a model is called MODEL:q8 or MODEL:q4, also without this option.",
+        help="Reduce weights to at most 8 or 4 bits; keep, the default, leaves them as they are. "
+        "MODEL:q8 and MODEL:q4 mean the same.",
     )(named)
 
 
@@ -192,7 +209,7 @@ def draft_option(function: Verb) -> Verb:
     return click.option(
         "--draft",
         metavar="MODEL",
-        help="A smaller model of the same vocabulary that guesses ahead; same text.",
+        help="A smaller model with the same vocabulary that guesses tokens ahead; the answer stays the same.",
     )(function)
 
 

@@ -6,6 +6,7 @@ Knows terminals and colours (NO_COLOR holds). rich is imported when something is
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from shoal.daemon.progress import Progress
 
 
+PIPE_COLUMNS = 10_000  # a row of a table stays one line for who reads it through a pipe
+_NUMBERS = re.compile(r"(?<=\[)\n[-+.eE\d,\s]+(?=\])")  # no string has a line break unescaped
+
+
 def note(text: str) -> None:
     """A line beside the result, on stderr; on a terminal broken between words, and dim."""
     text = printable(text)
@@ -44,16 +49,25 @@ def folded(text: str, columns: int) -> str:
     return "\n".join("\n".join(fold.wrap(line)) for line in text.split("\n"))
 
 
+def counted(number: int, what: str) -> str:
+    """'1 turn', '2,000 tokens'."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def print_json(value: Any) -> None:
-    """A struct, dataclass, dict or list as JSON on stdout."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
+    """A struct, dataclass, dict or list as JSON on stdout, lists of numbers in one line each."""
+    text = msgspec.json.format(msgspec.json.encode(value)).decode()
+    click.echo(_NUMBERS.sub(lambda found: " ".join(found[0].split()), text))
 
 
 def console(*, stderr: bool = False, markup: bool = False) -> Console:
     """Where tables and bars are drawn. markup: whether [brackets] in texts are styles, for our own texts only."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, markup=markup, emoji=False)
+    made = Console(stderr=stderr, highlight=False, markup=markup, emoji=False)
+    if not made.is_terminal:
+        made.width = PIPE_COLUMNS
+    return made
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

@@ -41,22 +41,22 @@ if TYPE_CHECKING:
     type=shard_name,
     metavar="R/N",
     default=str(WHOLE),
-    help="Only what the R-th of N machines holds of every block; 1/1, the default, is all.",
+    help="Only the part of every block that the R-th of N machines holds; the default, 1/1, is all.",
 )
-@click.option("--memory", type=size, metavar="SIZE", help="Bound for this process, e.g. 500MB.")
-@click.option("--verify", is_flag=True, help="Read a pack that was made and compare its checksums.")
+@click.option("--memory", type=size, metavar="SIZE", help="Memory this process may use, e.g. 500MB.")
+@click.option("--verify", is_flag=True, help="Check an existing pack against its checksums.")
 @json_option
 def pack(model: str, shard: ShardName, memory: int | None, verify: bool, as_json: bool) -> None:
-    """Pack MODEL: write its weights as they are computed with, to be read from disk block by block.
+    """Pack MODEL: write its weights in the layout they are computed in, to be read from disk block by block.
 
-    What a pack takes is told before it is begun, and refused if the disk has not enough. A pack that was interrupted
-    goes on where it stopped. shoal ls lists packs, shoal rm --packs removes them.
+    It first says how much disk and time this takes, and refuses if the disk is too full. After an interruption the same
+    command continues where it stopped. shoal ls lists packs, shoal rm --packs removes them.
     """
     home = Home.from_env()
     wanted, quant = Reference.parse(model)
     path = Library(home).resolve(wanted)
     if verify:
-        _verify(home, path, quant, shard, as_json)
+        _verify(home, wanted, path, quant, shard, as_json)
         return
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.packs import Packs
@@ -94,7 +94,7 @@ def _part(shard: ShardName) -> str:
     return "" if shard == WHOLE else f"shard {shard} of "
 
 
-def _verify(home: Home, path: Path, quant: Quant, shard: ShardName, as_json: bool) -> None:
+def _verify(home: Home, model: str, path: Path, quant: Quant, shard: ShardName, as_json: bool) -> None:
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.packs import Packs
     packs = Packs(home)
@@ -103,8 +103,8 @@ def _verify(home: Home, path: Path, quant: Quant, shard: ShardName, as_json: boo
         option = "" if shard == WHOLE else f"--shard {shard} "
         raise DaemonError(
             "not_found",
-            f"{_part(shard)}{path} has no pack of {quant}",
-            f"make it with: shoal pack {option}{Reference(str(path), quant)}",
+            f"{_part(shard)}{Reference(model, quant)} is not packed yet",
+            f"pack it with: shoal pack {option}{Reference(model, quant)}",
         )
     with transfer_bar() as bar:
         damaged = packs.verify(directory, lambda done, total: bar("verifying", done, total))
@@ -118,4 +118,4 @@ def _verify(home: Home, path: Path, quant: Quant, shard: ShardName, as_json: boo
             "shoal rm --packs removes it, shoal pack makes it anew",
         )
     if not as_json:
-        note(f"{directory}: all blocks are as they were written")
+        note(f"{directory}: every block is as it was written")

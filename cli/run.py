@@ -59,9 +59,9 @@ STDIN_LIMIT_S = 10.0  # and after this long go on without it
 )
 @click.argument("model")
 @click.argument("prompt", required=False)
-@click.option("--system", metavar="TEXT", help="System message put before the prompt.")
-@click.option("--raw", is_flag=True, help="Feed the prompt as it is, without the model's chat template.")
-@click.option("--local", is_flag=True, help="Run in this process even if a daemon is up.")
+@click.option("--system", metavar="TEXT", help="System message before the prompt.")
+@click.option("--raw", is_flag=True, help="Use the prompt as it is, without the model's chat template.")
+@click.option("--local", is_flag=True, help="Run in this process even if a daemon is running.")
 @quant_option
 @json_option
 @draft_option
@@ -80,8 +80,8 @@ def run(
 ) -> None:
     """Answer one PROMPT with MODEL, a path or a name in the store.
 
-    The answer goes to stdout as it is made, statistics to stderr. Text on stdin is added to the PROMPT, or is the
-    prompt. A daemon that is up is used, unless --json, --local or an option that shapes the plan is given.
+    The answer goes to stdout as it is made, statistics to stderr. Text on stdin follows the PROMPT, or replaces it. A
+    running daemon answers, unless --json, --local or an option from --memory on is given: then this process does.
     """
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template that --raw leaves out")
@@ -99,11 +99,11 @@ def run(
         status = answers.load(name, guessing)
         if not raw and not status.chat_template:
             note(
-                f"{status.name} has no chat template: it continues the prompt as it is (--raw says so quietly)"
+                f"{status.name} has no chat template: it continues the prompt as it is (--raw hides this note)"
             )
             if system is not None:
                 raise DaemonError(
-                    "bad_request", f"{status.name} has no chat template, so --system has no place"
+                    "bad_request", f"{status.name} has no chat template, so --system cannot be used"
                 )
         painter = None if as_json else Painter()
         fields = answer.request_fields(status.name)
@@ -193,7 +193,7 @@ def statistics(done: Done) -> str:
     if timings.queue_s >= 0.1:
         parts.insert(1, f"queued {timings.queue_s:.1f} s")
     if usage.cached_tokens:
-        parts.insert(1, f"{usage.cached_tokens} of them known")
+        parts.insert(1, f"{usage.cached_tokens} of them cached")
     if timings.stall_s >= 0.01:
         parts.append(f"waited {timings.stall_s:.2f} s for the disk")
     if done.finish_reason == "length":

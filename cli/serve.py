@@ -29,21 +29,30 @@ NOW_LIMIT_S = 20.0
         "shoal serve --sequences 32 --queue 200",
     )
 )
-@click.option("--model", metavar="MODEL", help="Load this model at the start.")
-@click.option("--detach", "--background", is_flag=True, help="Run in the background; see shoal logs.")
+@click.option("--model", metavar="MODEL", help="Load this model at once.")
+@click.option(
+    "--detach", "--background", is_flag=True, help="Run in the background; its log is shown by shoal logs."
+)
 @click.option(
     "--address",
     multiple=True,
     metavar="ADDRESS",
     help="Also listen here, e.g. tcp://127.0.0.1:7070; repeatable.",
 )
-@click.option("--sequences", type=click.IntRange(min=1), help="Requests computed together; 16 if not given.")
-@click.option("--queue", type=click.IntRange(min=0), help="Requests that wait besides; 64 if not given.")
+@click.option(
+    "--sequences",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Requests computed at the same time (default 16).",
+)
+@click.option(
+    "--queue", type=click.IntRange(min=0), metavar="N", help="Further requests that may wait (default 64)."
+)
 @click.option(
     "--kv-disk",
     type=size,
     metavar="SIZE",
-    help="Bound for the KV of conversations kept on disk; 4GB or a tenth of the free disk if not given, 0 = none.",
+    help="Disk space for the KV of conversations (default: 4GB, at most a tenth of the free disk); 0 keeps none.",
 )
 @quant_option
 @draft_option
@@ -60,8 +69,8 @@ def serve(
 ) -> None:
     """Run the daemon, in the foreground unless --detach is given.
 
-    It listens on a socket that only you can open. SIGTERM and Ctrl-C let running requests end, a second one stops
-    at once. Addresses beyond this machine need keys.
+    It listens on a socket that only you can open; addresses beyond this machine need keys. SIGTERM or Ctrl-C lets
+    running requests finish; a second one stops at once.
     """
     if draft and not model:
         raise click.UsageError("--draft needs the --model that it guesses for")
@@ -72,7 +81,7 @@ def serve(
     guessing = reference(draft, Library(home)) if draft else None
     pid = background.running_pid(home)
     if pid is not None:
-        raise DaemonError("busy", f"a daemon is running already (pid {pid})", "shoal stop ends it")
+        raise DaemonError("busy", f"a daemon is already running, pid {pid}", "shoal stop ends it")
     if detach:
         arguments = plan.arguments()
         arguments += [part for place in address for part in ("--address", place)]
@@ -83,7 +92,7 @@ def serve(
         if name:
             with spinner(f"loading {name}") as update:
                 background.load(home, pid, name, guessing, lambda stage: update(stage_text(stage)))
-        note(f"the daemon runs (pid {pid}); its log is {background.log_path(home)}")
+        note(f"the daemon is running (pid {pid}); its log is {background.log_path(home)}")
         return
     with deferred_interrupt():
         from shoal.daemon.serve import serve as serve_here
@@ -93,9 +102,9 @@ def serve(
 
 
 @click.command(epilog=examples("shoal stop", "shoal stop --now"))
-@click.option("--now", is_flag=True, help="Do not wait for running requests: drop them.")
+@click.option("--now", is_flag=True, help="Drop running requests instead of waiting for them.")
 def stop(now: bool) -> None:
-    """Stop the daemon, after the requests that run."""
+    """Stop the daemon once its running requests have finished."""
     home = Home.from_env()
     pid = background.running_pid(home)
     if pid is None:

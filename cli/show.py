@@ -43,10 +43,10 @@ BAR_COLUMNS = 40
 @json_option
 @plan_options
 def show(model: str, as_json: bool, plan: PlanOptions) -> None:
-    """Show the facts of MODEL, a path or a name in the store, and how it would run: what stays in memory, what is
-    streamed from disk, how long a token waits for it.
+    """Show what MODEL, a path or a name in the store, is and how it would run: what stays in memory, what is streamed
+    from disk, how long a token takes.
 
-    Nothing is loaded or packed for that; how fast the disk is, is measured.
+    Nothing is loaded or packed; the speed of the disk is measured.
     """
     wanted = Reference.parse(model)
     config = plan.config(quant=wanted.quant)
@@ -121,15 +121,15 @@ def _words(found: Outlook) -> Table:
     whole = format_bytes(found.weights_bytes)
     if found.streamed_bytes:
         stay = format_bytes(found.memory_bytes.weights)
-        rows.add_row("weights", f"{stay} of {whole} stay in memory, the others are streamed from disk")
-        speed = f"{found.read_bytes_per_s / 1e9:.2g} GB/s, as the disk gives just now"
+        rows.add_row("weights", f"{stay} of {whole} stay in memory, the rest is streamed from disk")
+        speed = f"{found.read_bytes_per_s / 1e9:.2g} GB/s, the disk's speed just now"
         read = f"{format_bytes(found.streamed_bytes)} at {speed}"
         rows.add_row("a token", f"about {found.step_s:.2g} s alone: {read}" if found.step_s else read)
     else:
         rows.add_row("weights", f"all {whole} stay in memory")
     if found.pack_bytes:
-        there = "is there" if found.packed else "is made when it is first run, or by shoal pack"
-        rows.add_row("pack", f"{format_bytes(found.pack_bytes)} on disk; it {there}")
+        there = "made already" if found.packed else "to be made by the first run, or by shoal pack"
+        rows.add_row("pack", f"{format_bytes(found.pack_bytes)} on disk, {there}")
     rows.add_row("context", f"{found.context_tokens:,} tokens; KV for {found.kv_tokens:,} in {found.kv_type}")
     return rows
 

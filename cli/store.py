@@ -34,7 +34,7 @@ from .paint import printable
     )
 )
 @click.argument("source")
-@click.option("--name", metavar="NAME", help="Name in the store, instead of one made from SOURCE.")
+@click.option("--name", metavar="NAME", help="Name in the store (default: made from SOURCE).")
 @click.option("--link", is_flag=True, help="Hard-link a local file instead of copying it.")
 @json_option
 def pull(source: str, name: str | None, link: bool, as_json: bool) -> None:
@@ -51,14 +51,14 @@ def pull(source: str, name: str | None, link: bool, as_json: bool) -> None:
     if as_json:
         print_json(_described(entry))
         return
-    state = "is in the store" if fetched else "was in the store already"
+    state = "is in the store" if fetched else "is in the store already"
     note(f"{entry.name} ({format_bytes(entry.size_bytes)}) {state}; try: shoal chat {entry.name}")
 
 
 @click.command(epilog=examples("shoal ls", "shoal ls --json"))
 @json_option
 def ls(as_json: bool) -> None:
-    """List the models in the store, and the packs that were made of them and of others."""
+    """List the models in the store, and all packs."""
     home = Home.from_env()
     library, packs = Library(home), PackShelf(home).list()
     entries = library.list()
@@ -94,11 +94,9 @@ def ls(as_json: bool) -> None:
 @click.command(epilog=examples("shoal rm smollm2", "shoal rm --yes smollm2", "shoal rm --packs ./model.gguf"))
 @click.argument("name")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-@click.option(
-    "--packs", "only_packs", is_flag=True, help="Only what shoal pack made of it; NAME may be a path."
-)
+@click.option("--packs", "only_packs", is_flag=True, help="Remove only its packs; NAME may be a path.")
 def rm(name: str, yes: bool, only_packs: bool) -> None:
-    """Remove the model NAME and its packs from the store. A daemon that has it loaded goes on with it."""
+    """Remove the model NAME and its packs from the store. A daemon that has it loaded keeps using it."""
     home = Home.from_env()
     library, shelf = Library(home), PackShelf(home)
     if only_packs:
@@ -114,14 +112,14 @@ def rm(name: str, yes: bool, only_packs: bool) -> None:
             _ask(f"Remove {entry.name} ({format_bytes(size_bytes)})?")
     shelf.remove(name)  # first: while one is being made, both stay
     library.remove(name)
-    note(f"{name} is removed")
+    note(f"removed {name}")
 
 
 def _remove_packs(shelf: PackShelf, model: str) -> None:
     """They can be made again, so nobody is asked."""
     if not shelf.of(model):
         raise DaemonError("not_found", f"there are no packs of {model}", "see shoal ls")
-    note(f"the packs of {model} ({format_bytes(shelf.remove(model))}) are removed")
+    note(f"removed the packs of {model} ({format_bytes(shelf.remove(model))})")
 
 
 def _described(entry: Entry, packs: Sequence[PackEntry] = ()) -> dict[str, Any]:
@@ -153,6 +151,6 @@ def described_pack(pack: PackEntry) -> dict[str, Any]:
 def _ask(question: str) -> None:
     """Returns on yes. Raises DaemonError when nobody can be asked or the answer is no."""
     if sys.stdin is None or not sys.stdin.isatty():
-        raise DaemonError("bad_request", "nobody is there to be asked", "give --yes")
+        raise DaemonError("bad_request", "there is no terminal to ask on", "--yes removes without asking")
     if not click.confirm(question, err=True):
         raise click.Abort

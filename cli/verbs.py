@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from .errors import Exit, explain
+from .output import folded
 from .paint import printable
 
 
@@ -132,5 +134,7 @@ def _guarded(call: Callable[[], object]) -> int:
         if os.environ.get("SHOAL_DEBUG") == "1":
             traceback.print_exc()
         if code != Exit.INTERRUPTED:
-            click.echo(f"shoal: {printable(line)}", err=True)
+            said = f"shoal: {printable(line)}"
+            columns = shutil.get_terminal_size().columns
+            click.echo(folded(said, columns) if sys.stderr.isatty() else said, err=True)
         return code

@@ -133,10 +133,11 @@ def _secure(
     if keys is None:
         if target.loopback:
             return
-        action, remedy = ("listen at", "configure") if server else ("send prompts to", "give")
+        action = "listen at" if server else "send prompts to"
+        remedy = "authorise a client's CURVE key (Security in docs/api.md)" if server else "give CURVE keys"
         raise AddressError(
             f"will not {action} {target} in plain text: only 127.0.0.0/8, [::1] and localhost go "
-            f"without keys; {remedy} CURVE keys or use ipc://"
+            f"without keys; {remedy} or use ipc://"
         )
     socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.pair.public.encode())
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.pair.secret.encode())

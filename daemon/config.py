@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from shoal.offload.pack_format import Quant
 
 from .errors import DaemonError
+from .sizes import format_bytes
 
 KvType = Literal["f32", "f16", "bf16", "i8"]
 
@@ -68,7 +69,9 @@ class NodeConfig:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise DaemonError("bad_request", f"{name}={value}: must be from {low} to {high}")
+                amount = format_bytes if name.endswith("_bytes") else str
+                said = f"{name.removesuffix('_bytes')}={amount(value)}"
+                raise DaemonError("bad_request", f"{said}: must be from {amount(low)} to {amount(high)}")
         if self.kv_type not in get_args(KvType):
             raise DaemonError(
                 "bad_request", f"kv_type={self.kv_type}: must be one of {', '.join(get_args(KvType))}"

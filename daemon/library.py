@@ -32,6 +32,7 @@ from .transfer import disk_errors, hash_file, sync, sync_directory
 
 MANIFEST = "manifest.json"
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit"
+_REMOTE = re.compile(r"https?://.*|[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)(:[\w.-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 Kind = Literal["gguf", "hf"]
@@ -144,7 +145,8 @@ class Library:
         if path is not None:
             return path
         if is_path(model):
-            raise DaemonError("not_found", f"no such file or directory: {model[:300]}", "see shoal ls")
+            hint = f"to fetch it: shoal pull {model[:300]}" if _REMOTE.fullmatch(model) else "see shoal ls"
+            raise DaemonError("not_found", f"no such file or directory: {model[:300]}", hint)
         raise self._unknown(model)
 
     def entry(self, name: str) -> Entry:
@@ -270,6 +272,8 @@ class Library:
             )
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
+        if name.rpartition(":")[0] in known:
+            hint += "only :q8 and :q4 can follow a name; "
         return DaemonError(
             "not_found", f"no model called {name[:140]!r}", f"{hint}see shoal ls; shoal pull fetches models"
         )

@@ -192,7 +192,7 @@ def _part_bytes(memory_bytes: int | None) -> int:
     if memory_bytes < held + LEAST_BYTES:
         raise DaemonError(
             "resources",
-            f"packing needs {format_bytes(held + LEAST_BYTES)} of memory, {format_bytes(memory_bytes)} are allowed",
+            f"packing needs {format_bytes(held + LEAST_BYTES)} of memory; only {format_bytes(memory_bytes)} is allowed",
             "give it more --memory",
         )
     return max(LEAST_PART_BYTES, min(PART_BYTES, (memory_bytes - held - LEAST_BYTES) // 4))

@@ -101,14 +101,14 @@ def plan_within_budget(
         others = budget.held_bytes - idle_bytes - own
         least = error.least_bytes + extra_bytes + own + others
         parts = {
-            "itself": error.least_bytes,
-            "KV on its way to disk or a draft": extra_bytes,
+            "the model": error.least_bytes,
+            "KV-to-disk buffers and any draft model": extra_bytes,
             "the process": own,
             "other models": others,
         }
         needs = ", ".join(f"{nbytes / 1e6:,.0f} MB for {what}" for what, nbytes in parts.items() if nbytes)
         budgeted = f"the budget is {format_bytes(budget.limit_bytes)}"
-        raise PlanError(f"needs {least / 1e6:,.0f} MB at least, {needs}; {budgeted}", least) from error
+        raise PlanError(f"needs at least {least / 1e6:,.0f} MB: {needs}; {budgeted}", least) from error
 
 
 def open_store(

@@ -73,7 +73,8 @@ def checked(kind: Kind, directory: Path, sha256: dict[str, str]) -> dict[str, st
     if kind == "hf":
         if "config.json" not in sha256 or not any(file.endswith(".safetensors") for file in sha256):
             raise DaemonError(
-                "unsupported", "a checkpoint directory needs config.json and *.safetensors files"
+                "unsupported",
+                "not a model directory: it needs config.json and *.safetensors files",
             )
         return sha256
     for file in sha256:
@@ -81,7 +82,7 @@ def checked(kind: Kind, directory: Path, sha256: dict[str, str]) -> dict[str, st
             magic = opened.read(4)
         if magic != b"GGUF":
             (directory / file).unlink()
-            raise DaemonError("corrupt", f"{file} is not a GGUF file: it begins with {magic!r}")
+            raise DaemonError("corrupt", f"{file} is not a GGUF file: it begins with {str(magic)[1:]}")
     return sha256
 
 

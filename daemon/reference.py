@@ -44,7 +44,7 @@ class ShardName(NamedTuple):
         """Raises DaemonError `bad_request`."""
         number, slash, ranks = text.partition("/")
         if not (slash and _is_number(number) and _is_number(ranks)):
-            raise DaemonError("bad_request", f"{text!r} is not a rank and how many there are", "such as 2/3")
+            raise DaemonError("bad_request", f"{text!r} is not a shard", "write 2/3 for the second of three")
         shard = cls(int(number) - 1, int(ranks))
         if not shard.ranks:
             raise DaemonError("bad_request", f"{text}: there must be 1 rank or more", "such as 2/3")

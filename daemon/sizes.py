@@ -31,8 +31,8 @@ def parse_bytes(text: str) -> int:
 def format_bytes(count: int) -> str:
     """Three digits and a decimal unit: '98.4 MB'."""
     value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if value < 999.5 or unit == "PB":
             break
         value /= 1000
     return f"{int(value)} B" if unit == "B" else f"{value:.3g} {unit}"

@@ -6,6 +6,7 @@ out of a stack, vectors become f32. Container formats are `gguf_file` and `hf_di
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -298,6 +299,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
+        _check_directory(path)
         files = open_hf(path)
     else:
         _check_magic(path)
@@ -310,6 +312,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except BaseException:
         files.close()
         raise
+
+
+def _check_directory(path: Path) -> None:
+    """Raises MissingCheckpoint, naming what the user may have meant."""
+    if os.path.lexists(path / "config.json"):
+        return
+    inside = sorted(path.glob("*.gguf"))
+    instead = f"; give the GGUF file itself: {inside[0]}" if inside else ""
+    raise MissingCheckpoint(f"{path}: is not a model directory: it has no config.json{instead}")
 
 
 def _check_magic(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from shoal.cli import verbs
 from shoal.cli.errors import explain
 from shoal.cli.interrupt import deferred_interrupt
 from shoal.cli.options import AnswerOptions, PlanOptions
+from shoal.cli.output import print_json
 from shoal.cli.verbs import VERBS
 from shoal.comm.errors import NoDaemon, ProtocolError, RequestFailed, TimedOut
 from shoal.daemon.errors import DaemonError
@@ -116,16 +118,31 @@ def test_every_error_is_one_line_and_a_code(error: BaseException, line: str, cod
     assert explain(error) == (line, code)
 
 
+def test_json_has_lists_of_numbers_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    value = {
+        "text": "[\n 1,\n 2 ]",
+        "ids": [1, -2, 3.5e-9],
+        "none": [],
+        "deep": [[1], {"a": [2, 3]}, ["x", 4]],
+    }
+    print_json(value)
+    said = capsys.readouterr().out
+    assert json.loads(said) == value
+    assert '"ids": [1, -2, 3.5e-9],\n' in said
+    assert '"a": [2, 3]\n' in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["run"], "missing argument 'MODEL'"),
         (["run", "--frobnicate", "m"], "no such option"),
         (["run", "--memory", "3XB", "m", "p"], "'3XB' is not an amount of memory; write 3GB"),
-        (["run", "--memory", "0", "m", "p"], "memory_bytes=0: must be from 1 to"),
+        (["run", "--memory", "0", "m", "p"], "memory=0 B: must be from 1 B to 1.13 PB"),
         (["run", "m", "\udcff\udcfe"], r"argument 3 is not UTF-8 text: '\udcff\udcfe'"),
         (["run", "--threads", "0", "m", "p"], "0 is not in the range x>=1"),
         (["run", "--threads", "99999", "m", "p"], "threads=99999: must be from 1 to"),
+        (["run", "--stop", "", "m", "p"], "'--stop': an empty text would end every answer at once (see"),
         (["run", "--top-p", "2", "m", "p"], "2.0 is not in the range 0<x<=1"),
         (["run", "--raw", "--system", "s", "m", "p"], "--system needs the chat template"),
         (["run", "--seed", str(1 << 70), "m", "p"], "an option is out of range"),

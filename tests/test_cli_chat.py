@@ -93,6 +93,12 @@ def asked(daemon: Daemon) -> list[list[tuple[str, Any]]]:
     ]
 
 
+def test_a_path_is_no_command(daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]) -> None:
+    talk(state, "/etc/hosts is what?", "/etc")
+    assert asked(daemon) == [[("user", "/etc/hosts is what?")]]
+    assert "there is no command /etc (" in capsys.readouterr().err
+
+
 def test_every_turn_carries_the_ones_before(
     daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,7 +157,7 @@ def test_what_does_not_fit_is_dropped_aloud(
     for number in range(5):  # 20 + 2 words a turn; 75 fit beside the room for an answer
         state.conversation.answered(f"q{number} " * 20, "an answer")
     assert talk(state, "short question") == 0
-    assert "dropped 2 oldest turns to fit the context of 100 tokens" in capsys.readouterr().err
+    assert "dropped the oldest 2 turns to fit the context of 100 tokens" in capsys.readouterr().err
     assert [turn.user[:2] for turn in state.conversation.turns] == ["q2", "q3", "q4", "sh"]
     assert talk(state, "word " * 200) == 3
     assert "this message alone fills the context of 100 tokens" in capsys.readouterr().err
@@ -226,7 +232,7 @@ def test_models_are_listed_and_changed(
     talk(state, "/model", "/model other", "Hi")
     said = capsys.readouterr().err
     assert "  other\n* tiny\n" in said
-    assert "other answers from now on; its context is 100 tokens" in said
+    assert "other answers from now on, with a context of 100 tokens" in said
     assert daemon.client.answers.requests[0].model == "other"
     assert talk(state, "/model nothing") == 1
     daemon.client.models["other"] = model_status("other", chat_template=False)

@@ -91,7 +91,7 @@ def test_a_second_daemon_is_refused(home: Home) -> None:
     with holder(home) as process:
         result = shoal("serve", "--detach")
     assert result.exit_code == 3
-    assert f"a daemon is running already (pid {process.pid})" in result.stderr
+    assert f"a daemon is already running, pid {process.pid}" in result.stderr
 
 
 def test_a_stale_pid_is_not_signalled(home: Home) -> None:
@@ -130,7 +130,7 @@ def test_detached_start_passes_the_options_on(
         *("--queue", "0", "--kv-disk", "2GB", "--draft", "m.gguf"),
     )
     assert result.exit_code == 0, result.stderr
-    assert "the daemon runs (pid 77)" in result.stderr
+    assert "the daemon is running (pid 77)" in result.stderr
     command, options = started[0]
     address = ["--address", "tcp://127.0.0.1:0"]
     assert command[-9:] == ["serve", "--threads", "1", *address, "--queue", "0", "--kv-disk", "2000000000"]
@@ -195,7 +195,7 @@ def test_ps_shows_models_and_has_every_field_as_json(home: Home, monkeypatch: py
     text = shoal("ps").stdout
     assert "pid 4242 · up 1 min 1 s · 2 threads · 5 MB resident · 3 requests · 99 tokens" in text
     assert "big: 1 rank, all in ram" in text
-    assert "prefix cache: 45% of the KV, 75% of 400 prompt tokens were found there; 0 preemptions" in text
+    assert "prefix cache: holds 45% of the KV, gave 75% of 400 prompt tokens; 0 preemptions" in text
     assert "KV on disk: 46 MB, 31 pages written, 7 read" in text
     reading = Stage(doing="reading", done=3, total=9, bytes_per_s=2e9)
     client.models["big"] = model_status("big", stage=reading)

@@ -143,7 +143,7 @@ def test_priority_and_deadline_are_passed_on_and_told(stage: Stage) -> None:
     assert shoal("run", "m.gguf", "Once", "--deadline", "0").exit_code == 2
     usage = Usage(prompt_tokens=9, completion_tokens=2, cached_tokens=5)
     line = statistics(Done(finish_reason="deadline", usage=usage, timings=Timings()))
-    assert line == "9 prompt tokens · 5 of them known · 2 tokens · cut at the deadline"
+    assert line == "9 prompt tokens · 5 of them cached · 2 tokens · cut at the deadline"
 
 
 def test_a_model_without_template_continues_the_prompt_and_says_so(stage: Stage) -> None:
@@ -153,7 +153,7 @@ def test_a_model_without_template_continues_the_prompt_and_says_so(stage: Stage)
     assert isinstance(stage.here.requests[0], Generate)
     result = shoal("run", "m.gguf", "Once", "--system", "s")
     assert result.exit_code == 2
-    assert "--system has no place" in result.stderr
+    assert "--system cannot be used" in result.stderr
 
 
 @pytest.mark.parametrize(

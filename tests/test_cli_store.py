@@ -38,16 +38,17 @@ def test_a_model_is_pulled_listed_and_removed(model: Path) -> None:
     result = shoal("pull", str(model))
     assert result.exit_code == 0, result.stderr
     assert result.stderr == "tiny (10 kB) is in the store; try: shoal chat tiny\n"
-    assert "was in the store already" in shoal("pull", str(model)).stderr
+    assert "is in the store already" in shoal("pull", str(model)).stderr
     listed = shoal("ls").stdout
     assert "tiny" in listed
     assert "10 kB" in listed
+    assert str(model) in listed, "a row of a table is folded where it is piped"
     (entry,) = json.loads(shoal("ls", "--json").stdout)
     assert list(entry) == ["name", "kind", "bytes", "path", "source", "added", "packs"]
     assert (entry["name"], entry["kind"], entry["bytes"]) == ("tiny", "gguf", 10_004)
     refused = shoal("rm", "tiny")
     assert refused.exit_code == 2
-    assert "nobody is there to be asked (give --yes)" in refused.stderr
+    assert "there is no terminal to ask on (--yes removes without asking)" in refused.stderr
     assert shoal("rm", "--yes", "tiny").exit_code == 0
     assert json.loads(shoal("ls", "--json").stdout) == []
     gone = shoal("rm", "--yes", "tiny")

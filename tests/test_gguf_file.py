@@ -217,7 +217,10 @@ def test_missing_and_foreign_paths(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(UnsupportedCheckpoint, match="neither a GGUF file nor a directory"):
         open_checkpoint(tmp_path / "text.gguf")
-    with pytest.raises(MissingCheckpoint, match=r"config\.json: no such file"):
+    with pytest.raises(MissingCheckpoint, match=r"no config\.json; give the GGUF file itself: .*text\.gguf"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "text.gguf").unlink()
+    with pytest.raises(MissingCheckpoint, match=r"is not a model directory: it has no config\.json$"):
         open_checkpoint(tmp_path)
 
 

@@ -124,7 +124,7 @@ def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) ->
     with Node(NodeConfig(context_tokens=96, kv_tokens=768)) as node:
         node.load(Load(model=str(path)))
         leave(node, 6 << 20)
-        with pytest.raises(DaemonError, match=r"needs \d+ MB .* budget is \d+ MB") as refused:
+        with pytest.raises(DaemonError, match=r"needs at least \d+ MB.* budget is \d+ MB") as refused:
             node.load(Load(model=str(large)))
         assert "for the process" in str(refused.value)
         assert "--memory" in refused.value.hint
@@ -138,13 +138,15 @@ def test_the_budget_that_is_said_to_do_does(
     monkeypatch.setattr("shoal.daemon.loader.return_freed", lambda: None)
     with Node(NodeConfig(context_tokens=96), kv_root=tmp_path) as node:
         node.budget.limit_bytes = 1
-        with pytest.raises(DaemonError, match=r", 25 MB for KV on its way to disk or a draft") as refused:
+        with pytest.raises(
+            DaemonError, match=r", 25 MB for KV-to-disk buffers and any draft model"
+        ) as refused:
             node.load(Load(model=str(path)))
         assert "other models" not in str(refused.value)
         said = re.search(r"--memory (\d+)MB would do", refused.value.hint)
         assert said is not None
         node.budget.limit_bytes = (int(said[1]) - 2) * 10**6
-        with pytest.raises(DaemonError, match="MB for KV on its way"):
+        with pytest.raises(DaemonError, match="MB for KV-to-disk buffers"):
             node.load(Load(model=str(path)))
         node.budget.limit_bytes = int(said[1]) * 10**6
         assert node.load(Load(model=str(path))).model.name == path.name
@@ -152,7 +154,7 @@ def test_the_budget_that_is_said_to_do_does(
 
 def test_too_little_memory_is_refused_with_the_figure(path: Path) -> None:
     with Node(NodeConfig(context_tokens=96, memory_bytes=32 << 20)) as node:
-        with pytest.raises(DaemonError, match=r"needs \d+ MB .* budget is 33.6 MB") as caught:
+        with pytest.raises(DaemonError, match=r"needs at least \d+ MB.* budget is 33.6 MB") as caught:
             node.load(Load(model=str(path)))
         assert caught.value.code == "resources"
 

@@ -175,10 +175,10 @@ def test_a_shard_is_packed_shown_listed_verified_and_removed(home: Home, model: 
     }  # fmt: skip
     missing = shoal("pack", "--verify", str(model))
     assert missing.exit_code == 1
-    assert "no pack" in missing.stderr
+    assert "is not packed yet" in missing.stderr
     missing = shoal("pack", "--verify", "--shard", "1/3", str(model))
     assert missing.exit_code == 1
-    assert f"make it with: shoal pack --shard 1/3 {model}" in missing.stderr
+    assert f"pack it with: shoal pack --shard 1/3 {model}" in missing.stderr
     assert shoal("rm", "--packs", str(model)).exit_code == 0
     assert PackShelf(home).list() == ()
 
@@ -197,7 +197,7 @@ def test_what_is_no_shard_is_told(text: str, model: Path) -> None:
     result = shoal("pack", "--shard", text, str(model))
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
-    assert "such as 2/3" in result.stderr
+    assert "2/3" in result.stderr
 
 
 def test_too_many_ranks_and_models_that_cannot_be_cut(tmp_path: Path, model: Path) -> None:

@@ -190,7 +190,9 @@ def test_what_was_interrupted_is_listed_and_goes_on(home: Home, model: Path) -> 
 
 
 def test_memory_that_is_too_little_is_refused(home: Home, model: Path) -> None:
-    with pytest.raises(DaemonError, match=r"packing needs .* [MG]B of memory, 1 MB are allowed") as caught:
+    with pytest.raises(
+        DaemonError, match=r"packing needs .* [MG]B of memory; only 1 MB is allowed"
+    ) as caught:
         get(home, model, memory_bytes=10**6)
     assert caught.value.code == "resources"
     assert get(home, model, memory_bytes=10**12)[1]
@@ -277,7 +279,7 @@ def test_verify_names_the_altered_block(home: Home, model: Path) -> None:
     assert "shoal rm --packs" in result.stderr
     missing = shoal("pack", "--verify", "--quant", "q8", str(model))
     assert missing.exit_code == 1
-    assert "make it with: shoal pack" in missing.stderr
+    assert "pack it with: shoal pack" in missing.stderr
 
 
 def test_what_is_no_model_and_too_little_memory(tmp_path: Path, model: Path) -> None:

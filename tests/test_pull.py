@@ -89,7 +89,7 @@ def test_a_url_becomes_a_model_once(web: Web, library: Library) -> None:
 def test_urls_that_cannot_be_models(web: Web, library: Library) -> None:
     web.files["/page.gguf"] = b"<html>Not found</html>"
     for reference, said in [
-        ("/page.gguf", "not a GGUF file: it begins with b'<htm'"),
+        ("/page.gguf", "not a GGUF file: it begins with '<htm'"),
         ("/model.zip", "must lead to a .gguf"),
         ("/model.gguf#sha256=123", "64 hex digits"),
         (f"/model.gguf#sha256={'0' * 64}", "expected 000"),
