@@ -222,8 +222,9 @@ class Node:
         return Ok()
 
     def has(self, model: str) -> bool:
-        """Whether it is loaded, so that requests to it begin at once. Never blocks."""
-        return self._models.pick(model) is not None
+        """Whether it is loaded and sound, so that requests to it begin at once. Never blocks."""
+        known = self._models.pick(model)
+        return known is not None and not known.damaged
 
     def stage(self, model: str) -> Stage | None:
         """What a request to `model` waits for just now: that one is loaded, or a disk. Never blocks for long."""
