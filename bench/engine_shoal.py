@@ -13,7 +13,7 @@ import worker
 
 from shoal import kernels
 from shoal.comm.messages import ChatMessage, Generate, Sampling, Token
-from shoal.daemon.answer import Event
+from shoal.daemon.backend import Event
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.home import Home
 from shoal.daemon.memory import budget_of

@@ -20,7 +20,6 @@ from shoal.models.sampling import Sampled
 from shoal.models.tokenizer import Tokenizer
 
 from .backend import Emit
-from .backend import Event as Event
 from .errors import DaemonError
 from .sequence import Sequence
 from .translate import translated
