@@ -25,7 +25,7 @@ from shoal.kernels.arrays import Floats, Ids
 from shoal.models.errors import SamplingError
 
 MAX_LOGPROBS = 20
-MAX_BIASES = 1024
+MAX_BIASES = 4096
 # Candidates looked at first for top-p: nearly always they hold the mass, and a full sort is avoided.
 _FIRST_CANDIDATES = 1024
 # Below it a temperature leaves only the likeliest token, and dividing by it would leave f32's range.
@@ -34,7 +34,8 @@ _GREEDY_BELOW = 1e-6
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request wants its tokens chosen; raises SamplingError naming field, value and limit.
+    """How one request wants its tokens chosen; raises SamplingError naming field, value and limit. The limits are those
+    of requests (docs/api.md).
 
     temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: probabilities; 1 and 0 are off.
     repetition_penalty: 1 is off. logit_bias: token id → addend. seed: None for a fresh one. logprobs: how
@@ -55,19 +56,19 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, 100.0)
-        _integer("top_k", self.top_k, 0, 1 << 31)
+        _integer("top_k", self.top_k, 0, 1 << 24)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, above=True)
+        _number("presence_penalty", self.presence_penalty, -10.0, 10.0)
+        _number("frequency_penalty", self.frequency_penalty, -10.0, 10.0)
         if len(self.logit_bias) > MAX_BIASES:
             raise SamplingError(
                 f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_BIASES} are allowed"
             )
         for token_id, bias in self.logit_bias.items():
-            _integer("logit_bias token id", token_id, 0, 1 << 31)
-            _number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+            _integer("logit_bias token id", token_id, 0, 1 << 24)
+            _number(f"logit_bias[{token_id}]", bias, -1e4, 1e4)
         if self.seed is not None:
             _integer("seed", self.seed, 0, (1 << 63) - 1)
         if self.logprobs is not None:
