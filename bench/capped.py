@@ -20,9 +20,9 @@ from cgroup import Cgroup, limited
 from engines import EngineFailed, EngineProcess, kinds
 from run import Run
 
-from shoal.daemon.home import Home
-from shoal.daemon.packs import Packs
-from shoal.models.checkpoint import open_checkpoint
+from shoal.comm.home import Home
+from shoal.daemon.library.packs import Packs
+from shoal.models.checkpoint.checkpoint import open_checkpoint
 
 SWEEPS = 2  # over a part of the file, to learn what the disk gives
 SLACK = 1.05  # a group's limit over the budget that its engine is told

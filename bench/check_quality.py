@@ -21,7 +21,7 @@ import numpy as np
 from engines import kinds
 
 from shoal.daemon.config import NodeConfig
-from shoal.daemon.model import LoadedModel
+from shoal.daemon.loading.model import LoadedModel
 from shoal.kernels import set_threads
 from shoal.kernels.arrays import Floats
 from shoal.models.step import Step

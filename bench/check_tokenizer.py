@@ -19,7 +19,7 @@ from pathlib import Path
 from gguf import GGUFReader
 from nasty_corpus import TEXTS, fuzz
 
-from shoal.models.tokenizer import Tokenizer
+from shoal.models.tokenizer.tokenizer import Tokenizer
 
 _PEER = """
 import json, sys

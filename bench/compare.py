@@ -32,12 +32,12 @@ from synthetic import SyntheticError
 from table import table
 
 from shoal.comm.errors import CommError
+from shoal.comm.home import Home
 from shoal.daemon.config import default_threads
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.home import Home
+from shoal.models.checkpoint.gguf_file import open_gguf
+from shoal.models.checkpoint.hf_dir import open_hf
 from shoal.models.errors import CheckpointError
-from shoal.models.gguf_file import open_gguf
-from shoal.models.hf_dir import open_hf
 
 _FAILURES = (
     EngineFailed,

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.client import Client
 from shoal.comm.errors import CommError
-from shoal.daemon.client import Client
-from shoal.daemon.home import Home
+from shoal.comm.home import Home
 
 START_S = 120.0
 STOP_S = 30.0

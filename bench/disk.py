@@ -19,7 +19,7 @@ from statistics import median
 
 from figures import spread
 
-from shoal.kernels.memory import mapped
+from shoal.kernels.huge_pages import mapped
 
 READ_BYTES, IN_FLIGHT = 2 << 20, 2  # the fastest here: see docs/LOG.md
 # Read into as much memory as a window has: what lands in one small buffer again and again never leaves the

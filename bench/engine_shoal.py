@@ -12,15 +12,15 @@ from typing import Any
 import worker
 
 from shoal import kernels
+from shoal.comm.home import Home
 from shoal.comm.messages import ChatMessage, Generate, Sampling, Token
 from shoal.daemon.backend import Event
 from shoal.daemon.config import NodeConfig
-from shoal.daemon.home import Home
+from shoal.daemon.library.packs import Packs
+from shoal.daemon.loading.model import LoadedModel
 from shoal.daemon.memory import budget_of
-from shoal.daemon.model import LoadedModel
 from shoal.daemon.node import package_version
-from shoal.daemon.packs import Packs
-from shoal.daemon.sequence import Sequence
+from shoal.engine.sequence import Sequence
 from shoal.kernels.arrays import Floats
 from shoal.models.sampling import Sampled
 

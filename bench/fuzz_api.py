@@ -20,6 +20,7 @@ from collections import Counter
 
 import zmq
 
+from shoal.client import Client
 from shoal.comm import wire
 from shoal.comm.messages import (
     Accepted,
@@ -46,10 +47,9 @@ from shoal.comm.messages import (
 )
 from shoal.daemon.backend import Cancel as CancelCall
 from shoal.daemon.backend import Emit
-from shoal.daemon.client import Client
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import resident_bytes
-from shoal.daemon.server import Server
+from shoal.daemon.server.server import Server
 
 SEEDS: list[Message] = [
     Hello(),

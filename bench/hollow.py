@@ -15,10 +15,10 @@ from shapes import Shape, TensorShape
 from synthetic import Progress
 
 from shoal.kernels.arrays import Bytes
-from shoal.models.checkpoint import Checkpoint
+from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.checkpoint.gguf_file import open_gguf
+from shoal.models.checkpoint.tensor_files import StoredTensor, TensorFiles
 from shoal.models.families import recipe_from_gguf
-from shoal.models.gguf_file import open_gguf
-from shoal.models.tensor_files import StoredTensor, TensorFiles
 
 SUFFIX = "-hollow.gguf"
 

@@ -16,11 +16,11 @@ import statistics
 import time
 
 import numpy as np
+from random_weights import random_matrix
 
 from shoal import kernels
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix, WeightType
-from shoal.kernels.memory import Arena
-from shoal.kernels.sample import random_matrix
+from shoal.kernels.huge_pages import Arena
 
 ROWS, COLS = 2048, 2048
 

@@ -17,7 +17,7 @@ from run import Run
 from scenarios import Sizes
 from speculation import prompts
 
-from shoal.models.checkpoint import open_checkpoint
+from shoal.models.checkpoint.checkpoint import open_checkpoint
 
 SHARES = (0.10, 0.20, 0.30, 0.45, 0.60, 0.75, 0.90, 1.10)  # of the model, as budgets
 TURNS = 10  # times as many tokens where everything is in memory: they are that much faster

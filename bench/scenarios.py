@@ -24,9 +24,8 @@ from daemon_process import serving
 from figures import Figure
 from run import Run
 
+from shoal.client import AsyncClient, Client
 from shoal.comm.messages import Token
-from shoal.daemon.client import Client
-from shoal.daemon.client_async import AsyncClient
 
 PEER = "llama.cpp"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}

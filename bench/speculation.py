@@ -22,9 +22,9 @@ from typing import Any
 
 from shoal.comm.messages import ChatMessage, FinishReason
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.loading.model import LoadedModel
 from shoal.daemon.memory import available_bytes
-from shoal.daemon.model import LoadedModel
-from shoal.daemon.sequence import Sequence, Times
+from shoal.engine.sequence import Sequence, Times
 from shoal.kernels import set_threads
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.offload.budget import Budget

@@ -24,8 +24,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from shapes import SHAPES, Shape, TensorShape
 
-from shoal.daemon.home import Home
-from shoal.daemon.library import Library
+from shoal.comm.home import Home
+from shoal.daemon.library.library import Library
 
 GGUF_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 POOL_BYTES = 8 << 20  # of random blocks per type; tensors are cut from it at random places

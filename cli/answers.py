@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from shoal.comm.home import Home
 from shoal.comm.messages import (
     Accepted,
     Chat,
@@ -24,16 +25,15 @@ from shoal.comm.messages import (
     Tokenize,
 )
 from shoal.daemon.config import NodeConfig
-from shoal.daemon.home import Home
-from shoal.daemon.library import Library, is_path
-from shoal.daemon.reference import Reference
-from shoal.daemon.registry import canonical
+from shoal.daemon.library.library import Library, is_path
+from shoal.daemon.library.registry import canonical
+from shoal.daemon.model_name import Reference
 
 from .interrupt import deferred_interrupt
 from .output import note, spinner, stage_text, transfer_bar
 
 if TYPE_CHECKING:
-    from shoal.daemon.client import Client
+    from shoal.client import Client
     from shoal.daemon.node import Node
 
 Event = Accepted | Stage | Token | Done
@@ -122,8 +122,8 @@ class ThroughDaemon:
 def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
     """A node for one request at a time; closed at the end."""
     with spinner("starting"), deferred_interrupt():
+        from shoal.daemon.library.packs import Packs
         from shoal.daemon.node import Node
-        from shoal.daemon.packs import Packs
     packs = Packs(Home.from_env(), lambda estimate: note(estimate.describe()))
     with Node(replace(config, max_sequences=1), resolve=library.resolve, packs=packs) as node:
         yield InProcess(node)
@@ -135,8 +135,8 @@ def from_daemon(home: Home) -> Iterator[ThroughDaemon | None]:
     if not home.socket.exists():
         yield None
         return
+    from shoal.client import Client
     from shoal.comm.errors import CommError
-    from shoal.daemon.client import Client
 
     with Client(home.address) as client:
         try:

@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from shoal.client import Client
 from shoal.comm.errors import CommError, NoDaemon
+from shoal.comm.home import Home
 from shoal.comm.messages import ErrorCode, Stage
-from shoal.daemon.client import Client
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.home import Home, private_dir
-from shoal.daemon.server_lock import holder_pid
+from shoal.daemon.private_files import private_dir
+from shoal.daemon.server.socket_lock import holder_pid
 
 from .errors import Exit
 

@@ -19,11 +19,11 @@ from typing import Literal
 import click
 
 from shoal.comm.errors import CommError
-from shoal.daemon import registry
+from shoal.comm.home import Home
 from shoal.daemon.config import default_threads
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.home import Home
-from shoal.daemon.library import Library
+from shoal.daemon.library import registry
+from shoal.daemon.library.library import Library
 from shoal.daemon.progress import Progress
 from shoal.daemon.sizes import format_bytes
 
@@ -103,7 +103,7 @@ def _kernels() -> Iterator[Finding]:
     )
     with spinner("looking at the kernels"), deferred_interrupt():
         try:
-            from shoal.daemon.facts import kernel_home
+            from shoal.daemon.description import kernel_home
         except ImportError as error:
             yield Finding(
                 "kernels", "broken", f"cannot be imported: {error}", "pip install --force-reinstall shoal"
@@ -189,7 +189,7 @@ def _daemon(home: Home) -> Iterator[Finding]:
         stale = " (a dead one left its socket; the next one clears it)" if home.socket.exists() else ""
         yield Finding("daemon", "ok", f"not running{stale}")
         return
-    from shoal.daemon.client import Client
+    from shoal.client import Client
 
     try:
         with Client(home.address, timeout_s=5.0) as client:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import click
 
-from shoal.daemon.home import Home
-from shoal.daemon.library import Library
-from shoal.daemon.reference import Reference
+from shoal.comm.home import Home
+from shoal.daemon.library.library import Library
+from shoal.daemon.model_name import Reference
 from shoal.daemon.sizes import format_bytes
 
 from .interrupt import deferred_interrupt
@@ -86,8 +86,8 @@ def bench(
     path = library.resolve(wanted.model)
     draft_path = library.resolve(draft) if draft else None
     with spinner("starting"), deferred_interrupt():
-        from shoal.daemon import measure
-        from shoal.daemon.packs import Packs
+        from shoal.daemon import measurement as measure
+        from shoal.daemon.library.packs import Packs
     with steps_bar() as progress:
         result = measure.bench(
             path,
@@ -131,8 +131,8 @@ def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None
     config = plan.config(quant=wanted.quant)
     path = Library(home).resolve(wanted.model)
     with spinner("starting"), deferred_interrupt():
-        from shoal.daemon import measure
-        from shoal.daemon.packs import Packs
+        from shoal.daemon import measurement as measure
+        from shoal.daemon.library.packs import Packs
     with steps_bar() as progress:
         result = measure.perplexity(
             path,

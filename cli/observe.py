@@ -13,9 +13,9 @@ from typing import Any
 
 import click
 
+from shoal.comm.home import Home
 from shoal.comm.messages import Message, StatusReply
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.home import Home
 from shoal.daemon.sizes import format_bytes, format_duration
 
 from . import background
@@ -34,7 +34,7 @@ def ps(as_json: bool) -> None:
     "KV in use" counts running requests only. The prefix cache keeps what finished requests leave, for prompts that
     begin the same way, until the room is needed.
     """
-    from shoal.daemon.client import Client
+    from shoal.client import Client
 
     home = Home.from_env()
     if background.running_pid(home) is None:

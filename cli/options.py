@@ -16,7 +16,7 @@ import msgspec
 from shoal.comm.messages import Generation
 from shoal.daemon.config import KvType, NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.reference import Quant, Reference, ShardName
+from shoal.daemon.model_name import Quant, Reference, ShardName
 from shoal.daemon.sizes import parse_bytes
 
 Verb = Callable[..., Any]

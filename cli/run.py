@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from shoal.comm.home import Home
 from shoal.comm.messages import (
     Accepted,
     Chat,
@@ -26,8 +27,7 @@ from shoal.comm.messages import (
     Usage,
 )
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.home import Home
-from shoal.daemon.library import Library
+from shoal.daemon.library.library import Library
 from shoal.daemon.memory import peak_memory_bytes
 
 from .answers import Answers, Event, from_daemon, in_process, reference

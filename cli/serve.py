@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import click
 
+from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.home import Home
-from shoal.daemon.library import Library
+from shoal.daemon.library.library import Library
 
 from . import background
 from .answers import reference
@@ -95,7 +95,7 @@ def serve(
         note(f"the daemon is running (pid {pid}); its log is {background.log_path(home)}")
         return
     with deferred_interrupt():
-        from shoal.daemon.serve import serve as serve_here
+        from shoal.daemon.service import serve as serve_here
     serve_here(
         config, home=home, model=name, draft=guessing, addresses=[home.address, *address] if address else ()
     )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from shoal.daemon.home import Home
-from shoal.daemon.library import Library
-from shoal.daemon.reference import Reference
+from shoal.comm.home import Home
+from shoal.daemon.library.library import Library
+from shoal.daemon.model_name import Reference
 from shoal.daemon.sizes import format_bytes
 
 from .interrupt import deferred_interrupt
@@ -25,7 +25,7 @@ from .store import described_pack
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from shoal.daemon.outlook import Misfit, Outlook
+    from shoal.daemon.loading.outlook import Misfit, Outlook
 
 BAR_COLUMNS = 40
 
@@ -54,9 +54,9 @@ def show(model: str, as_json: bool, plan: PlanOptions) -> None:
     path = Library(home).resolve(wanted.model)
     with spinner("looking"):
         with deferred_interrupt():
-            from shoal.daemon.facts import checkpoint_facts
-            from shoal.daemon.outlook import Misfit, outlook
-            from shoal.daemon.packs import Packs
+            from shoal.daemon.description import checkpoint_facts
+            from shoal.daemon.library.packs import Packs
+            from shoal.daemon.loading.outlook import Misfit, outlook
         described = checkpoint_facts(path)
         packs = Packs(home)
         found = outlook(path, config, packs)

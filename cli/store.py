@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
-from shoal.daemon import registry
+from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.home import Home
-from shoal.daemon.library import Entry, Library, is_path
-from shoal.daemon.pack_shelf import PackEntry, PackShelf
+from shoal.daemon.library import registry
+from shoal.daemon.library.library import Entry, Library, is_path
+from shoal.daemon.library.pack_shelf import PackEntry, PackShelf
 from shoal.daemon.sizes import format_bytes
 
 from .options import examples, json_option
@@ -44,7 +44,7 @@ def pull(source: str, name: str | None, link: bool, as_json: bool) -> None:
     GGUF files), the URL of a .gguf file, or a local file or directory. A download that was interrupted goes on
     where it stopped; hashes are checked wherever the source states them.
     """
-    from shoal.daemon.pull import pull as fetch
+    from shoal.daemon.library.pull import pull as fetch
 
     with transfer_bar() as progress:
         entry, fetched = fetch(source, Library(Home.from_env()), name=name, link=link, progress=progress)

@@ -30,12 +30,12 @@ class Verb(NamedTuple):
 
 VERBS = {
     "run": Verb("run", "Answer one prompt.", "Use"),
-    "chat": Verb("chat", "Hold a conversation.", "Use"),
+    "chat": Verb("chat.loop", "Hold a conversation.", "Use"),
     "pull": Verb("store", "Fetch a model into the local store.", "Models"),
     "ls": Verb("store", "List the models in the store.", "Models"),
     "show": Verb("show", "Show what a model is and how it would run.", "Models"),
     "rm": Verb("store", "Remove a model from the store.", "Models"),
-    "pack": Verb("pack", "Lay a model out for reading from disk.", "Models"),
+    "pack": Verb("packing", "Lay a model out for reading from disk.", "Models"),
     "serve": Verb("serve", "Run the daemon.", "Daemon"),
     "stop": Verb("serve", "Stop the daemon.", "Daemon"),
     "ps": Verb("observe", "Show what the daemon runs.", "Daemon"),

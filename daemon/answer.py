@@ -6,22 +6,14 @@ terminal message. Knows nothing of batches or sockets; `emit` must not block.
 
 from __future__ import annotations
 
-from shoal.comm.messages import (
-    Accepted,
-    Done,
-    FinishReason,
-    Timings,
-    Token,
-    TokenLogprob,
-    Usage,
-)
-from shoal.models.detokenizer import Detokenizer, StopMatcher
+from shoal.comm.messages import Accepted, Done, FinishReason, Timings, Token, TokenLogprob, Usage
+from shoal.engine.sequence import Sequence
 from shoal.models.sampling import Sampled
-from shoal.models.tokenizer import Tokenizer
+from shoal.models.tokenizer.detokenizer import Detokenizer, StopMatcher
+from shoal.models.tokenizer.tokenizer import Tokenizer
 
 from .backend import Emit
 from .errors import DaemonError
-from .sequence import Sequence
 from .translate import translated
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from shoal.offload.pack_format import Quant
+from shoal.offload.pack.manifest import Quant
 
 from .errors import DaemonError
 from .sizes import format_bytes

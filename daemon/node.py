@@ -32,20 +32,21 @@ from shoal.comm.messages import (
     Tokens,
     Unload,
 )
+from shoal.daemon.library.kv_files import KvFiles
+from shoal.daemon.loading.loaded import LoadedModels
+from shoal.daemon.loading.loader import Loader
+from shoal.daemon.loading.model import LoadedModel
+from shoal.daemon.loading.planning import Packs
+from shoal.engine.errors import EngineError
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
 from .backend import STAGE_S, Cancel, Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
-from .kv_files import KvFiles
-from .loaded import LoadedModels
-from .loader import Loader
 from .memory import budget_of, resident_bytes, return_freed
-from .model import LoadedModel
-from .planning import Packs
+from .model_name import Reference
 from .progress import Progress, no_progress
-from .reference import Reference
 from .translate import translated
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,10 @@ class Node:
                 raise DaemonError(
                     "not_found", f"{model.name} was unloaded meanwhile", "send the request again"
                 )
-            model.engine.submit(sequence)
+            try:
+                model.engine.submit(sequence)
+            except EngineError as error:
+                raise translated(error) from error
             self._requests_total += 1
             self._wake.notify_all()
         return lambda: model.engine.cancel(sequence)

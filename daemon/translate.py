@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shoal.comm.messages import ErrorCode
+from shoal.engine.errors import NeverFits, QueueFull
 from shoal.models.errors import (
     CorruptCheckpoint,
     MissingCheckpoint,
@@ -47,6 +48,12 @@ def translated(error: Exception, what: str = "") -> DaemonError:
     """`error` as a DaemonError; `what` (e.g. a model's name) is put before the message."""
     if isinstance(error, DaemonError):
         return error
+    if isinstance(error, QueueFull):
+        return DaemonError("busy", str(error), "try again later", retry_after_s=error.retry_after_s)
+    if isinstance(error, NeverFits):
+        return DaemonError(
+            "resources", str(error), "shorten it, lower max_tokens, or give the model more --memory"
+        )
     prefix = f"{what}: " if what else ""
     for kind, code in _CODES:
         if isinstance(error, kind):

@@ -9,19 +9,16 @@ threads compute it. Arithmetic is not here.
 import os
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from shoal.kernels.arrays import Bytes, Floats, Ids
+from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Segments
 from shoal.kernels.errors import KernelError, OperandError
-from shoal.kernels.library import Native
 from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
+from shoal.kernels.native_library import Native
 from shoal.kernels.types import WeightType
-
-if TYPE_CHECKING:
-    from shoal.kernels.attention import HeadNorms, KvPages, Rotation, Segments
-
 
 _F32 = np.dtype(np.float32)
 
@@ -44,15 +41,15 @@ class Home(Protocol):
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats: ...
     def attend(
         self,
-        kv: "KvPages",
-        segments: "Segments",
+        kv: KvPages,
+        segments: Segments,
         q: Floats,
         k: Floats,
         v: Floats,
-        rotation: "Rotation",
+        rotation: Rotation,
         scale: float,
         window: int | None,
-        norms: "HeadNorms | None",
+        norms: HeadNorms | None,
     ) -> Floats: ...
     def set_threads(self, n: int) -> None: ...
 
@@ -239,3 +236,43 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
             f"a norm takes float32 (T, d) and (d,), got {x.dtype} {x.shape} and {weight.dtype} {weight.shape}"
         )
     return current().rms_norm(x, weight, eps)
+
+
+def attention(
+    kv: KvPages,
+    segments: Segments,
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    *,
+    rotation: Rotation,
+    scale: float,
+    window: int | None = None,
+    norms: HeadNorms | None = None,
+) -> Floats:
+    """Normalise and rotate q and k, store k and v in their pages, then attend: every row to its sequence up to itself.
+
+    q f32 (T, heads * head_dim); k, v f32 (T, kv_heads * head_dim); head h uses K/V head h // (heads // kv_heads).
+    With `window`, position p sees (p - window, p]. Returns f32 (T, heads * head_dim).
+
+    Natively a row of the result is bitwise the same whatever the batch, however its sequence was cut into steps, on any
+    number of threads and in any pages.
+    """
+    tokens, dim = segments.tokens, kv.layout.head_dim
+    wide, narrow = (tokens, kv.heads * dim), (tokens, kv.kv_heads * dim)
+    if q.shape != wide or k.shape != narrow or v.shape != narrow:
+        raise OperandError(
+            f"{tokens} rows of {kv.heads} heads and {kv.kv_heads} K/V heads of {dim} are q {wide} and k, v {narrow}, "
+            f"got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if q.dtype != _F32 or k.dtype != _F32 or v.dtype != _F32:
+        raise OperandError(f"q, k and v must be float32, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if segments.most_page >= kv.pages:
+        raise OperandError(f"there is no page {segments.most_page}: there are {kv.pages}")
+    if rotation.dims > dim or len(rotation.cos) != tokens:
+        raise OperandError(
+            f"angles of {len(rotation.cos)} rows and {rotation.dims} dimensions for {tokens} rows of heads of {dim}"
+        )
+    if window is not None and window < 1:
+        raise OperandError(f"window={window}: must be at least 1, or none")
+    return current().attend(kv, segments, q, k, v, rotation, scale, window, norms)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from shoal.kernels.arrays import Ids
-from shoal.kernels.attention import Rotation
+from shoal.kernels.attention_operands import Rotation
 from shoal.partition.spec import RopeSpec
 
 

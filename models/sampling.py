@@ -22,7 +22,8 @@ from types import MappingProxyType
 import numpy as np
 
 from shoal.kernels.arrays import Floats, Ids
-from shoal.models.errors import SamplingError
+
+from .errors import SamplingError
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 4096

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.kernels.arrays import Floats, Ids
-from shoal.kernels.attention import Segments
+from shoal.kernels.attention_operands import Segments
 
 WHOLE = 1 << 30  # rows: more than any step has
 

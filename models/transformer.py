@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from shoal.kernels import Routes, experts, feed_forward, linears, rms_norm
 from shoal.kernels.arrays import Floats, Ids
-from shoal.kernels.attention import HeadNorms, KvPages, Rotation, Segments, attention
+from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Segments
+from shoal.kernels.dispatch import attention
 from shoal.partition.spec import ModelSpec
 
 from .rope import Rope

@@ -10,11 +10,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shoal.kernels.memory import Arena
+from shoal.kernels.huge_pages import Arena
+from shoal.offload.window.readers import READ_BYTES, READERS
 
-from .direct import DirectFile
+from .direct_io import DirectFile
 from .errors import StoreError
-from .readers import READ_BYTES, READERS
 
 SECONDS = 0.5
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from asking import CONFIG
+from fakes.asking import CONFIG
 from hypothesis import HealthCheck, settings
 
+from shoal.comm.home import Home
 from shoal.comm.messages import Load
-from shoal.daemon.home import Home
 from shoal.daemon.node import Node
-from shoal.kernels import library
+from shoal.kernels import native_library as library
 
 # How long it takes to make up inputs says more about a busy or emulated machine than about a test.
 anywhere = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -44,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A file that the test may do anything to."""
-    import tiny  # brings torch
+    from fakes import tiny  # brings torch
 
     return tiny.save_gguf(tiny.hf_model("qwen2"), tmp_path / "tiny.gguf", type="F16")
 
@@ -52,7 +52,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file that the tests of a module share."""
-    import tiny
+    from fakes import tiny
 
     directory = tmp_path_factory.mktemp("m")
     return tiny.save_gguf(tiny.hf_model("llama", seed=11), directory / "tiny.gguf", type="Q8_0")

@@ -1,4 +1,4 @@
-"""The house's own rules, held by tests: who imports whom, and what else; what is packaged, how long files are."""
+"""The house's own rules, held by tests: who imports whom, and what else; what is packaged, how large rooms are."""
 
 from __future__ import annotations
 
@@ -6,27 +6,58 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
-    "cli": {"daemon"},
-    "daemon": {"offload", "models", "partition", "comm", "kernels"},
+    "cli": {"client", "daemon"},
+    "client": {"comm"},
+    "daemon": {"engine", "offload", "models", "partition", "comm", "kernels"},
+    "engine": {"offload", "models", "partition", "kernels"},
     "offload": {"models", "kernels", "partition"},
     "models": {"kernels", "partition"},
     "partition": set(),
     "comm": set(),
     "kernels": set(),
 }
-CLI_VOCABULARY = {"comm.messages", "comm.errors"}  # the structs and errors that daemon.client speaks in
+# What the client speaks in, and where it finds the daemon.
+CLI_VOCABULARY = {"comm.messages", "comm.errors", "comm.home"}
+# What these folders may know of the rest of their room.
+INNER = {
+    "daemon/server": {"daemon.backend", "daemon.errors"},
+    "daemon/library": {
+        "daemon.config",
+        "daemon.errors",
+        "daemon.memory",
+        "daemon.model_name",
+        "daemon.private_files",
+        "daemon.progress",
+        "daemon.sizes",
+        "daemon.translate",
+    },
+    "engine/learn": set[str](),
+}
 IN_TORCH = {"kernels/attention_reference.py", "kernels/reference.py"}  # and with it 140 MB of memory
 MAX_LINES = 400
+MAX_MODULES = 20
 
 
 def modules(room: str) -> list[Path]:
     return sorted((ROOT / room).rglob("*.py"))
+
+
+def everywhere() -> list[Path]:
+    return [path for room in ALLOWED for path in modules(room)]
+
+
+def dotted(path: Path) -> str:
+    """The module's name below `shoal`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(path: Path) -> set[str]:
@@ -39,14 +70,21 @@ def imports(path: Path) -> set[str]:
                 alias.name.removeprefix("shoal.") for alias in node.names if alias.name.startswith("shoal.")
             }
         elif isinstance(node, ast.ImportFrom):
+            base: str | None = None
             if node.level:
-                base = package[: len(package) - node.level + 1]
-                found.add(".".join([*base, *(node.module or "").split(".")]).rstrip("."))
+                above = package[: len(package) - node.level + 1]
+                base = ".".join([*above, *(node.module or "").split(".")]).rstrip(".")
             elif node.module and node.module.startswith("shoal."):
-                found.add(node.module.removeprefix("shoal."))
+                base = node.module.removeprefix("shoal.")
             elif node.module == "shoal":
                 found |= {alias.name for alias in node.names}
+            if base is not None:
+                below = [f"{base}.{alias.name}" for alias in node.names]
+                found |= {name if name in NAMES else base for name in below}
     return found
+
+
+NAMES = {dotted(path) for path in everywhere()}
 
 
 def packages(path: Path) -> set[str]:
@@ -67,10 +105,36 @@ def test_imports_point_one_way(room: str) -> None:
             assert target == room or target in ALLOWED[room], f"{path.relative_to(ROOT)} imports {name}"
 
 
+@pytest.mark.parametrize("folder", INNER)
+def test_folders_of_a_room_know_little_of_each_other(folder: str) -> None:
+    room, own = folder.split("/")[0], folder.replace("/", ".")
+    for path in modules(folder):
+        for name in imports(path):
+            inside = not name.startswith(room + ".") or name == own or name.startswith(own + ".")
+            assert inside or name in INNER[folder], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {dotted(path): imports(path) & NAMES - {dotted(path)} for path in everywhere()}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("room", ["engine", "client"])
+def test_rooms_that_are_libraries_bring_no_daemon(room: str) -> None:
+    code = f"import shoal.{room}, sys; print([m for m in sys.modules if m.split('.')[1:2] in (['daemon'], ['cli'])])"
+    names = [name for name in NAMES if name.split(".")[0] == room]
+    code = f"import importlib; [importlib.import_module('shoal.' + n) for n in {names!r}]; {code}"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert out.stdout.strip() == "[]"
+
+
 def test_only_the_reference_kernels_use_torch() -> None:
-    paths = {str(path.relative_to(ROOT)): path for room in ALLOWED for path in modules(room)}
+    paths = {str(path.relative_to(ROOT)): path for path in everywhere()}
     assert {name for name, path in paths.items() if "torch" in packages(path)} == IN_TORCH
-    others = ["shoal." + name.removesuffix(".py").replace("/", ".") for name in paths.keys() - IN_TORCH]
+    others = ["shoal." + dotted(path) for name, path in paths.items() if name not in IN_TORCH]
     code = f"import importlib, sys; [importlib.import_module(n) for n in {others!r}]; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "False"
@@ -78,13 +142,7 @@ def test_only_the_reference_kernels_use_torch() -> None:
 
 def test_packages_match_the_tree() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    rooms = [
-        p
-        for room in ALLOWED
-        for p in [ROOT / room, *(ROOT / room).rglob("*/")]
-        if (p / "__init__.py").exists()
-    ]
-    assert sorted(listed) == sorted("shoal." + ".".join(p.relative_to(ROOT).parts) for p in set(rooms))
+    assert sorted(listed) == sorted({"shoal." + dotted(path.parent / "__init__.py") for path in everywhere()})
 
 
 @pytest.mark.parametrize("room", ALLOWED)
@@ -93,3 +151,19 @@ def test_modules_open_with_a_docstring_and_stay_short(room: str) -> None:
         text = path.read_text(encoding="utf-8")
         assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no docstring"
         assert text.count("\n") <= MAX_LINES, f"{path.relative_to(ROOT)} is too long"
+
+
+def test_folders_stay_small_and_names_tell_modules_apart() -> None:
+    paths = [path for path in everywhere() if path.name != "__init__.py"]
+    for folder, count in Counter(path.parent for path in paths).items():
+        assert count <= MAX_MODULES, f"{folder.relative_to(ROOT)} has {count} modules"
+    stems = Counter(path.stem for path in paths if path.stem != "errors")  # each room has its own errors
+    assert {stem: n for stem, n in stems.items() if n > 1} == {}
+
+
+def test_tests_lie_as_the_rooms_do() -> None:
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    own = {"", ".", "bench"}
+    assert [f for f in folders if str(f) not in own and not (ROOT / f / "__init__.py").exists()] == []
+    for folder, count in Counter(path.parent for path in (ROOT / "tests").rglob("*.py")).items():
+        assert count <= MAX_MODULES, f"{folder.relative_to(ROOT)} has {count} modules"

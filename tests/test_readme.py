@@ -11,10 +11,10 @@ from pathlib import Path
 
 import click
 import pytest
-from api_fakes import running
+from fakes.api_fakes import running
 
 from shoal.cli.verbs import cli
-from shoal.daemon.home import Home
+from shoal.comm.home import Home
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

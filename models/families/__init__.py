@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from shoal.models.checkpoint.tensor_files import TensorFiles
 from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
-from shoal.models.tensor_files import TensorFiles
 from shoal.partition.errors import SpecError
 
 from .facts import Facts
-from .gguf import gguf_recipe
-from .hf import hf_recipe
-from .layout import Names, Recipe, bias_shapes, shapes
+from .gguf_metadata import gguf_recipe
+from .hf_config import hf_recipe
 from .table import FAMILIES
+from .tensors import Names, Recipe, bias_shapes, shapes
 
 __all__ = ["FAMILIES", "Names", "Recipe", "bias_shapes", "recipe_from_gguf", "recipe_from_hf", "shapes"]
 

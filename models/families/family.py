@@ -12,8 +12,8 @@ from typing import Any, Literal
 from shoal.partition.spec import MoeSpec
 
 from .facts import Facts
-from .layout import Names
 from .names import GGUF_NAMES, HF_NAMES
+from .tensors import Names
 
 Windows = list[int | None]  # per layer, as in LayerSpec.window
 

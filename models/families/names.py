@@ -5,7 +5,7 @@ The tables here hold for most families; `table` overrides them per family. Only 
 
 from __future__ import annotations
 
-from .layout import Names
+from .tensors import Names
 
 _ATTN = "{prefix}layers.{layer}.self_attn."
 _MLP = "{prefix}layers.{layer}.mlp."

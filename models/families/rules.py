@@ -12,8 +12,8 @@ from shoal.partition.spec import MoeSpec
 
 from .facts import Facts
 from .family import Moe, Windows
-from .gguf import check_experts
-from .layout import ATTENTION_BIASES, FFN_BIASES, QKV_BIASES
+from .gguf_metadata import check_experts
+from .tensors import ATTENTION_BIASES, FFN_BIASES, QKV_BIASES
 
 _LOCAL = "sliding_attention"
 

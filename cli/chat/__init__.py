@@ -1,0 +1,1 @@
+"""`shoal chat`: a conversation in the terminal."""

@@ -1,0 +1,226 @@
+"""The chat's commands: /model, /system, /ctx, /save, /load, /retry, /stats, /help, /clear, /exit.
+
+Knows what each changes. Does not know keys, nor how an answer is made: /retry only says what to ask.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from shoal.cli.answers import reference
+from shoal.cli.output import counted, note
+from shoal.cli.run import statistics
+from shoal.comm.home import Home
+from shoal.comm.messages import Done
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.library import Library, check_name
+from shoal.daemon.private_files import private_dir
+
+from .conversation import Conversation
+from .link import ChatLink
+
+
+@dataclass
+class ChatState:
+    """What commands and the loop share."""
+
+    home: Home
+    link: ChatLink
+    conversation: Conversation
+    context: int | None = None  # asked for with --ctx or /ctx; None = the model's default
+    last: Done | None = None
+    used_tokens: int = 0
+    tokens_total: int = 0
+    leaving: bool = False
+    library: Library = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.library = Library(self.home)
+
+
+class Command(NamedTuple):
+    usage: str
+    help: str
+    act: Callable[[ChatState, str], str | None]
+    choices: Callable[[ChatState], list[str]]
+
+
+def is_command(line: str) -> bool:
+    """Whether `line` is meant for the chat: it begins with '/', but not with a path such as /etc/hosts."""
+    return line.startswith("/") and "/" not in line.split()[0][1:]
+
+
+def obey(state: ChatState, line: str) -> str | None:
+    """Carry out a command; returns what to ask the model now, if anything.
+
+    Raises DaemonError or CommError.
+    """
+    name, _, argument = line.partition(" ")
+    command = COMMANDS.get(name)
+    if command is None:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise DaemonError("bad_request", f"there is no command {name}", f"{meant}/help lists them")
+    return command.act(state, argument.strip())
+
+
+def completions(state: ChatState, text: str) -> Iterator[str]:
+    """Commands that begin with `text`, or arguments of the command it names."""
+    name, space, _ = text.partition(" ")
+    if not space:
+        yield from (command for command in COMMANDS if command.startswith(text))
+    elif name in COMMANDS:
+        found = (f"{name} {choice}" for choice in COMMANDS[name].choices(state))
+        yield from (line for line in found if line.startswith(text))
+
+
+def _model(state: ChatState, argument: str) -> None:
+    if not argument:
+        used = state.link.model.name if state.link.model else ""
+        names = _models(state)
+        for name in names if used in names else [*names, used]:
+            note(f"{'*' if name == used else ' '} {name}")
+        note("/model NAME switches to another")
+        return
+    name = reference(argument, state.library)
+    before = state.link.reference
+    model = state.link.load(name, state.context)
+    if not model.chat_template:
+        if before:
+            state.link.load(before, state.context)
+        raise DaemonError(
+            "unsupported", f"{model.name} has no chat template", "continue texts with: shoal run"
+        )
+    note(f"{model.name} answers from now on, with a context of {model.context_tokens} tokens")
+
+
+def _system(state: ChatState, argument: str) -> None:
+    if argument:
+        state.conversation.system = "" if argument == "off" else argument
+    note(
+        f"system: {state.conversation.system or '(none)'}"
+        + ("" if argument else "; /system TEXT sets it, off clears")
+    )
+
+
+def _ctx(state: ChatState, argument: str) -> None:
+    model = state.link.model
+    assert model is not None
+    if not argument:
+        note(f"the context is {model.context_tokens} tokens, {state.used_tokens} in use; /ctx N changes it")
+        return
+    if not argument.isdigit() or not 1 <= int(argument) <= 1 << 26:
+        raise DaemonError("bad_request", f"/ctx {argument[:40]}: must be a number of tokens, such as 4096")
+    model = state.link.load(state.link.reference, int(argument))
+    state.context = int(argument)
+    note(f"the context is {model.context_tokens} tokens")
+
+
+def _save(state: ChatState, argument: str) -> None:
+    name = check_name(argument or "last")
+    model = state.link.model.name if state.link.model else ""
+    path = _session(state, name)
+    private_dir(state.home.root)
+    private_dir(state.home.sessions)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+            out.write(state.conversation.to_json(model))
+        part.replace(path)
+    except OSError as error:
+        raise DaemonError("internal", f"cannot save {path}: {error.strerror}") from error
+    note(f"saved as {name}; /load {name} brings it back")
+
+
+def _load(state: ChatState, argument: str) -> None:
+    if not argument:
+        names = _sessions(state)
+        note(
+            "saved: " + ", ".join(names)
+            if names
+            else "nothing is saved yet; /save NAME saves this conversation"
+        )
+        return
+    path = _session(state, check_name(argument))
+    try:
+        model = state.conversation.load_json(path.read_bytes())
+    except OSError as error:
+        raise DaemonError("not_found", f"no saved conversation {argument}", "/load lists them") from error
+    except msgspec.MsgspecError as error:
+        raise DaemonError("corrupt", f"{path} is not a saved conversation: {error}") from error
+    state.last, state.used_tokens = None, 0
+    now = state.link.model.name if state.link.model else ""
+    note(
+        f"loaded {argument}, {counted(len(state.conversation.turns), 'turn')}"
+        + (f"; it was held with {model}" if model != now else "")
+    )
+
+
+def _retry(state: ChatState, argument: str) -> str | None:
+    asked = state.conversation.take_back()
+    if not asked:
+        raise DaemonError("bad_request", "nothing has been asked yet")
+    return asked
+
+
+def _stats(state: ChatState, argument: str) -> None:
+    model = state.link.model
+    assert model is not None
+    note(statistics(state.last) if state.last else "nothing has been answered yet")
+    note(f"{model.name}: {model.plan}")
+    turns = counted(len(state.conversation.turns), "turn")
+    note(f"this chat so far: {turns}, {counted(state.tokens_total, 'token')} of answers")
+
+
+def _help(state: ChatState, argument: str) -> None:
+    width = max(len(command.usage) for command in COMMANDS.values())
+    for command in COMMANDS.values():
+        note(f"{command.usage.ljust(width)}  {command.help}")
+    note('For several lines: Alt-Enter, a backslash at the end, or """ … """. Ctrl-C stops an answer.')
+
+
+def _clear(state: ChatState, argument: str) -> None:
+    state.conversation.clear()
+    state.last, state.used_tokens = None, 0
+    note("a new conversation; the old one is forgotten")
+
+
+def _exit(state: ChatState, argument: str) -> None:
+    state.leaving = True
+
+
+def _models(state: ChatState) -> list[str]:
+    return [entry.name for entry in state.library.list()]
+
+
+def _sessions(state: ChatState) -> list[str]:
+    return sorted(path.stem for path in state.home.sessions.glob("[!.]*.json"))
+
+
+def _session(state: ChatState, name: str) -> Path:
+    return state.home.sessions / f"{name}.json"
+
+
+def _nothing(state: ChatState) -> list[str]:
+    return []
+
+
+COMMANDS = {
+    "/model": Command("/model [NAME]", "list the models, or switch to another", _model, _models),
+    "/system": Command("/system [TEXT]", "show or set the system message; off clears it", _system, _nothing),
+    "/ctx": Command("/ctx [N]", "show the context length, or set it to N tokens", _ctx, _nothing),
+    "/save": Command("/save [NAME]", "save the conversation", _save, _sessions),
+    "/load": Command("/load [NAME]", "list saved conversations, or continue one", _load, _sessions),
+    "/retry": Command("/retry", "ask the last question again", _retry, _nothing),
+    "/stats": Command("/stats", "show speed, plan and totals", _stats, _nothing),
+    "/clear": Command("/clear", "start a new conversation", _clear, _nothing),
+    "/help": Command("/help", "show this", _help, _nothing),
+    "/exit": Command("/exit", "leave", _exit, _nothing),
+}

@@ -1,0 +1,239 @@
+"""`shoal chat`: the loop of a conversation.
+
+    read → (command | trim to the context → ask → paint tokens as they come → remember)
+
+Knows what happens when an answer is stopped, overflows or loses its daemon: it is said, and the conversation is
+kept. Keys are `chat_input`, commands `chat_commands`, the daemon `chat_link`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import chain
+
+import click
+
+from shoal.cli import background
+from shoal.cli.answers import Event, in_process, reference
+from shoal.cli.errors import Exit, explain
+from shoal.cli.options import (
+    AnswerOptions,
+    PlanOptions,
+    answer_options,
+    draft_option,
+    examples,
+    plan_options,
+    quant_option,
+)
+from shoal.cli.output import note, spinner, stage_text
+from shoal.cli.paint import Painter
+from shoal.comm.errors import CommError
+from shoal.comm.home import Home
+from shoal.comm.messages import Accepted, Chat, Done, ModelStatus, Stage, Token
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.library import Library
+from shoal.daemon.library.registry import DEFAULT_MODEL
+from shoal.daemon.model_name import Reference
+from shoal.daemon.private_files import private_dir
+from shoal.daemon.sizes import format_bytes
+
+from .commands import ChatState, completions, is_command, obey
+from .conversation import Conversation
+from .line_input import LineReader, PlainReader, Reader, unechoed
+from .link import ChatLink
+
+ANSWER_ROOM_TOKENS = 512  # kept free in the context for an answer, but at most a quarter of it
+
+
+@click.command(
+    epilog=examples(
+        "shoal chat",
+        "shoal chat smollm2 --system 'You are terse.'",
+        "shoal chat --memory 3GB ~/models/llama-8b.gguf",
+        "printf 'Hello!\\nAnd in French?\\n' | shoal chat smollm2",
+    )
+)
+@click.argument("model", required=False)
+@click.option("--system", default="", metavar="TEXT", help="System message for the conversation.")
+@quant_option
+@draft_option
+@answer_options
+@plan_options
+def chat(model: str | None, system: str, draft: str | None, answer: AnswerOptions, plan: PlanOptions) -> int:
+    """Hold a conversation with MODEL, a path or a name in the store.
+
+    Without MODEL: the one that the daemon has loaded, else one from the store. A daemon is started if none is running;
+    with --memory, --threads, --device, --speculate or --kv-type the model runs in this process instead. Type /help for
+    commands; Ctrl-C stops an answer, Ctrl-D leaves.
+    """
+    home = Home.from_env()
+    library = Library(home)
+    config = plan.config()
+    answer.request_fields("")  # wrong options are told before a model is loaded
+    named = reference(model, library) if model else None
+    guessing = reference(draft, library) if draft else None
+    with ExitStack() as stack:
+        here = stack.enter_context(in_process(config, library)) if plan.beyond_context else None
+        link = ChatLink(home, here)
+        stack.callback(link.close)
+        state = ChatState(home, link, Conversation(system), plan.ctx)
+        loaded = link.load(named or reference(_default(state), library), plan.ctx, guessing)
+        if not loaded.chat_template:
+            raise DaemonError(
+                "unsupported", f"{loaded.name} has no chat template", "continue texts with: shoal run"
+            )
+        return ChatLoop(state, answer, _reader(state, loaded)).run()
+
+
+class ChatLoop:
+    """Reads until the end. Errors of one turn are told and end that turn only."""
+
+    def __init__(self, state: ChatState, options: AnswerOptions, reader: Reader) -> None:
+        self._state = state
+        self._options = options
+        self._reader = reader
+
+    def run(self) -> int:
+        """The exit code: that of the last turn. Raises KeyboardInterrupt when the user insists on leaving."""
+        code = Exit.DONE
+        while not self._state.leaving and (said := self._reader.read()) is not None:
+            if said:
+                code = self._turn(said)
+        return code
+
+    def _turn(self, said: str) -> Exit:
+        try:
+            asked = obey(self._state, said) if is_command(said) else said
+            if asked:
+                self._ask(asked)
+        except (DaemonError, CommError) as error:
+            line, code = explain(error)
+            note(line)
+            return code
+        except KeyboardInterrupt:
+            note("stopped")
+        return Exit.DONE
+
+    def _ask(self, asked: str) -> None:
+        """One turn. Raises DaemonError or CommError after keeping what can be kept."""
+        state, conversation = self._state, self._state.conversation
+        conversation.unanswered = asked  # so that /retry works whatever happens
+        self._make_room(state.link.ready(), asked)
+        parts: list[str] = []
+        done: Done | None = None
+        try:
+            done = self._paint(asked, parts)
+        except KeyboardInterrupt:
+            note("stopped; the conversation goes on")
+        except (DaemonError, CommError):
+            if parts:
+                note("the answer broke off; the conversation is kept, and /retry asks again")
+            raise
+        finally:
+            conversation.answered(asked, "".join(parts), complete=done is not None)
+        if done is not None:
+            self._remember(done)
+
+    def _paint(self, asked: str, parts: list[str]) -> Done | None:
+        """Write the answer as it comes, and into `parts`."""
+        state = self._state
+        assert state.link.model is not None
+        fields = self._options.request_fields(state.link.model.name)
+        painter = Painter()
+        request = Chat(messages=state.conversation.messages(asked), progress=painter.shows_stages, **fields)
+        done: Done | None = None
+        try:
+            with unechoed(), state.link.stream(request) as events:
+                with spinner("reading") as update:
+                    first = _first(events, update)
+                for event in chain(first, events):
+                    if isinstance(event, Stage):
+                        painter.stage(stage_text(event))
+                    elif isinstance(event, Accepted):
+                        state.used_tokens = event.prompt_tokens
+                    elif isinstance(event, Token):
+                        state.used_tokens += len(event.ids)
+                        parts.append(event.text)
+                        painter.write(event.text)
+                    else:
+                        done = event
+        finally:
+            painter.end()
+        return done
+
+    def _remember(self, done: Done) -> None:
+        state = self._state
+        state.last = done
+        state.used_tokens = done.usage.prompt_tokens + done.usage.completion_tokens
+        state.tokens_total += done.usage.completion_tokens
+        if done.finish_reason == "length" and self._options.max_tokens != done.usage.completion_tokens:
+            note(
+                "the context is full, so the answer was cut; the next turn drops the oldest (/ctx N enlarges it)"
+            )
+
+    def _make_room(self, model: ModelStatus, asked: str) -> None:
+        context = model.context_tokens
+        room = context - min(ANSWER_ROOM_TOKENS, context // 4)
+        dropped = self._state.conversation.fit(asked, self._state.link.count, room)
+        if dropped is None:
+            raise DaemonError(
+                "context_overflow",
+                f"this message alone fills the context of {context} tokens",
+                "shorten it, or use /ctx N for a larger context",
+            )
+        if dropped:
+            turns = "turn" if dropped == 1 else f"{dropped} turns"
+            note(f"dropped the oldest {turns} to fit the context of {context} tokens (/ctx N enlarges it)")
+
+
+def _first(events: Iterator[Event], update: Callable[[str], None]) -> list[Event]:
+    """Accepted, and what comes next of the answer; meanwhile it is told what that waits for."""
+    found: list[Event] = []
+    for event in events:
+        if isinstance(event, Stage):
+            update(stage_text(event))
+            continue
+        found.append(event)
+        if len(found) == 2:
+            break
+    return found
+
+
+def toolbar(state: ChatState) -> str:
+    """One line below the prompt: model, speed, how much of the context is used."""
+    model = state.link.model
+    parts: list[str] = []
+    if state.last is not None and state.last.timings.decode_tokens_per_s:
+        parts.append(f"{state.last.timings.decode_tokens_per_s:.1f} tokens/s")
+    if model is not None:
+        share = 100 * state.used_tokens // model.context_tokens
+        parts.append(f"context {state.used_tokens}/{model.context_tokens} ({share}%)")
+    rest = " · ".join([*parts, "/help"])
+    name = model.name if model else "no model"
+    room = max(8, shutil.get_terminal_size().columns - len(f"  · {rest} "))
+    return f" {name if len(name) <= room else name[: room - 1] + '…'} · {rest}"
+
+
+def _reader(state: ChatState, model: ModelStatus) -> Reader:
+    if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
+        return PlainReader()
+    note(
+        f"{model.name} · {model.family}, {format_bytes(model.parameters_bytes)}, context {model.context_tokens} · "
+        "/help lists commands, Ctrl-D leaves"
+    )
+    history = private_dir(state.home.root) / "chat_history"
+    return LineReader(history, lambda text: completions(state, text), lambda: toolbar(state))
+
+
+def _default(state: ChatState) -> str:
+    """The model to talk to when none is named. Raises DaemonError when there is none."""
+    names = [entry.name for entry in state.library.list()]
+    if background.running_pid(state.home) is not None and (loaded := state.link.models()):
+        known, first = Reference.parse(loaded[0].name), loaded[0]
+        return first.name if known.model in names else str(known._replace(model=first.path))
+    if not names:
+        raise DaemonError("not_found", "there is no model yet", f"get one with: shoal pull {DEFAULT_MODEL}")
+    return DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]

@@ -1,0 +1,71 @@
+"""Where Shoal keeps its files: one directory, moved by SHOAL_HOME.
+
+Knows paths and their permissions. Does not know what is in the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+SOCKET_PATH_LIMIT = 100  # sockaddr_un.sun_path holds 108 bytes on Linux, 104 on macOS
+
+
+@dataclass(frozen=True)
+class Home:
+    """Paths below one root. Nothing is created here."""
+
+    root: Path
+
+    @classmethod
+    def from_env(cls) -> Home:
+        configured = os.environ.get("SHOAL_HOME")
+        root = Path(configured) if configured else Path(platformdirs.user_data_dir("shoal", appauthor=False))
+        return cls(root.expanduser().absolute())
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def packs(self) -> Path:
+        return self.root / "packs"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def keys(self) -> Path:
+        return self.root / "keys"
+
+    @property
+    def sessions(self) -> Path:
+        return self.root / "sessions"
+
+    @property
+    def kv(self) -> Path:
+        """KV pages of conversations, a directory for each model."""
+        return self.root / "kv"
+
+    @property
+    def run(self) -> Path:
+        """Socket and pid file; a short private path when the root's is too long for a socket."""
+        path = self.root / "run"
+        if len(os.fsencode(path / "daemon.sock")) <= SOCKET_PATH_LIMIT:
+            return path
+        digest = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:12]
+        return Path(tempfile.gettempdir()) / f"shoal-{os.getuid()}-{digest}"
+
+    @property
+    def socket(self) -> Path:
+        return self.run / "daemon.sock"
+
+    @property
+    def address(self) -> str:
+        return f"ipc://{self.socket}"

@@ -1,0 +1,1 @@
+"""Files of models on this machine: the store, fetching, packs, KV that was kept."""

@@ -1,0 +1,133 @@
+"""Where KV is kept on disk: a directory for each model, how much it may hold, and which of other models have to go.
+
+Knows what KV depends on and what room there is. What is in the files, and when they are written and read, is
+`offload.kv_disk*`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Collection
+from hashlib import blake2b
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.private_files import private_dir
+from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.offload.errors import OffloadError
+from shoal.offload.kv.disk import KvDisk
+from shoal.offload.kv.disk_file import INDEX, KvFile, slots_within
+from shoal.offload.kv.pool import KV_LAYOUT, KvPool
+from shoal.offload.pack.manifest import Quant
+from shoal.partition.plan import PAGE_TOKENS, Plan
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BYTES = 4_000_000_000
+DEFAULT_SHARE = 0.1  # of the free disk, at most
+MOST_SLOTS = 1 << 16  # of one model: bounds what is remembered of them
+
+
+def fingerprint(checkpoint: Checkpoint, quant: Quant, plan: Plan) -> bytes:
+    """Names everything that a page of KV depends on: the model's files, the bits of its weights, the architecture and
+    how it turns positions in this context, and how K and V lie in a page. 32 bytes. Raises OSError."""
+    files = [(str(path.resolve()), path.stat()) for path in checkpoint.files]
+    facts = (
+        KV_LAYOUT,
+        quant,
+        plan.kv.dtype,
+        plan.kv.page_tokens,
+        [(name, info.st_size, info.st_mtime_ns) for name, info in files],
+        checkpoint.spec,
+        [rope.for_context(plan.context_tokens) for rope in checkpoint.spec.ropes],
+    )
+    return blake2b(repr(facts).encode(), digest_size=32).digest()
+
+
+class KvFiles:
+    """What one node keeps of its models' KV below `root`, `limit_bytes` in all; None = DEFAULT_BYTES, or DEFAULT_SHARE
+    of the free disk where that is less. Not thread-safe: one model is opened at a time."""
+
+    def __init__(self, root: Path, limit_bytes: int | None) -> None:
+        self._root = root
+        self._limit_bytes = limit_bytes
+        self._disks: WeakValueDictionary[Path, KvDisk] = WeakValueDictionary()
+
+    def open(
+        self, name: str, checkpoint: Checkpoint, quant: Quant, plan: Plan, pool: KvPool
+    ) -> KvDisk | None:
+        """The pages of a model, or None, with a line in the log, when they cannot be had. All models that are open get
+        equal shares."""
+        try:
+            key = fingerprint(checkpoint, quant, plan)
+            directory = private_dir(private_dir(self._root) / key.hex()[:32])
+            beside = {path: disk for path, disk in self._disks.items() if not disk.closed}
+            share = self._room_bytes({directory, *beside}) // (len(beside) + 1)
+            if not (slots := _slots(share, pool.page_bytes)):
+                log.warning("the KV of %s is not kept on disk: there is no room for a page of it", name)
+                return None
+            file = KvFile(directory, key, pool.page_bytes, pool.page_tokens)
+            try:
+                disk = KvDisk(file, slots)
+            except BaseException:
+                file.close()
+                raise
+        except (OSError, OffloadError, DaemonError) as error:
+            log.warning("the KV of %s is not kept on disk: %s", name, error)
+            return None
+        for other in beside.values():
+            other.resize(_slots(share, other.page_bytes))
+        self._disks[directory] = disk
+        log.info("KV on disk of %s: %d of %d pages in %s", name, len(disk.index), slots, directory)
+        return disk
+
+    def _room_bytes(self, open_: Collection[Path]) -> int:
+        """What the directories `open_` may hold together: what others leave of the limit. Of these, the least recently
+        used are removed until they leave half of it, but for those in use."""
+        others = sorted((path for path in self._root.iterdir() if path not in open_), key=_used_s)
+        sizes = {path: _size_bytes(path) for path in others}
+        limit = self._limit_bytes
+        if limit is None:
+            held = sum(sizes.values()) + sum(map(_size_bytes, open_))
+            limit = min(DEFAULT_BYTES, int((shutil.disk_usage(self._root).free + held) * DEFAULT_SHARE))
+        for path in others:
+            if sum(sizes.values()) > limit // 2 and _remove(path):
+                del sizes[path]
+        return limit - sum(sizes.values())
+
+
+def _slots(nbytes: int, page_bytes: int) -> int:
+    return min(slots_within(nbytes, page_bytes, PAGE_TOKENS), MOST_SLOTS)
+
+
+def _used_s(directory: Path) -> float:
+    try:
+        return (directory / INDEX).stat().st_mtime
+    except OSError:  # not one of ours, or half removed
+        return 0.0
+
+
+def _size_bytes(directory: Path) -> int:
+    with contextlib.suppress(OSError):
+        return sum(path.stat().st_blocks * 512 for path in directory.iterdir())
+    return 0
+
+
+def _remove(directory: Path) -> bool:
+    """Unless it is in use."""
+    with contextlib.ExitStack() as stack:
+        try:
+            index = os.open(directory / INDEX, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            stack.callback(os.close, index)
+            fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # without an index nobody can use it
+            pass
+        shutil.rmtree(directory, ignore_errors=True)
+    return not directory.exists()

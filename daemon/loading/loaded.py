@@ -1,0 +1,84 @@
+"""Which models are in memory, by name and by file, and which of them goes when room is needed.
+
+Thread-safe; who holds `lock` can rely on none coming or going. Does not know how models are loaded, nor requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.model_name import Reference
+from shoal.offload.budget import Budget
+
+from .model import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+class LoadedModels:
+    """`budget`: what models give back when they are dropped."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.lock = threading.RLock()
+        self._budget = budget
+        self._by_name: dict[str, LoadedModel] = {}
+        self._tokens_before = 0  # of models that were dropped
+
+    def __iter__(self) -> Iterator[LoadedModel]:
+        """The models loaded at this moment, whatever comes or goes while they are looked at."""
+        with self.lock:
+            return iter(list(self._by_name.values()))
+
+    def __contains__(self, model: LoadedModel) -> bool:
+        return self._by_name.get(model.name) is model
+
+    @property
+    def tokens_total(self) -> int:
+        """Sampled since the beginning."""
+        with self.lock:
+            return self._tokens_before + sum(model.engine.tokens_total for model in self)
+
+    def add(self, model: LoadedModel) -> None:
+        with self.lock:
+            self._by_name[model.name] = model
+
+    def pick(self, name: str) -> LoadedModel | None:
+        """The model of that name or path; "" is the one used last."""
+        if not name:
+            return max(self, key=lambda model: model.used_s, default=None)
+        return self._by_name.get(name) or next((m for m in self if str(m.reference) == name), None)
+
+    def of(self, reference: Reference) -> LoadedModel | None:
+        """The model of that path and these bits."""
+        return next((model for model in self if model.reference == reference), None)
+
+    def free_name(self, wanted: Reference, path: Path) -> str:
+        """As it was asked for, a path by its end, or the whole path when another file of that name is loaded."""
+        name = str(wanted._replace(model=path.name) if wanted.model == str(path) else wanted)
+        return str(wanted._replace(model=str(path))) if name in self._by_name else name
+
+    def idle(self) -> list[LoadedModel]:
+        return [model for model in self if not model.engine.busy]
+
+    def make_room(self) -> bool:
+        """Drop the idle model that was used longest ago; False when there is none."""
+        with self.lock:  # throughout, or it might get a request meanwhile
+            chosen = min(self.idle(), key=lambda model: model.used_s, default=None)
+            if chosen is not None:
+                del self._by_name[chosen.name]
+        if chosen is not None:
+            self.drop(chosen)
+        return chosen is not None
+
+    def drop(self, model: LoadedModel) -> None:
+        """Its running requests end with `error` shutting_down."""
+        with self.lock:
+            self._by_name.pop(model.name, None)
+            self._tokens_before += model.engine.tokens_total
+        model.interrupt(DaemonError("shutting_down", f"{model.name} was unloaded"))
+        model.release(self._budget)
+        log.info("unloaded %s", model.name)

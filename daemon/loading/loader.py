@@ -1,0 +1,114 @@
+"""Getting a model into memory, others out of it, and what is said meanwhile.
+
+Knows that idle models make room and when it is better not to begin. Which models there are is `loaded`, how one is put
+together `model`, who asks for it `node`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal.comm.messages import Stage
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.kv_files import KvFiles
+from shoal.daemon.memory import return_freed
+from shoal.daemon.progress import Progress
+from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.offload.budget import Budget
+
+from .loaded import LoadedModels
+from .model import LoadedModel, refusal
+from .planning import Packs, disk_buffer_bytes, plan_within_budget
+from .runnable import check_vocabulary, least_bytes
+
+
+class Loader:
+    """Loads one model at a time. `check` raises when nobody waits for it any more. `stage` and `name` are of the model
+    that is being loaded."""
+
+    def __init__(
+        self,
+        models: LoadedModels,
+        budget: Budget,
+        packs: Packs | None,
+        kv_files: KvFiles | None,
+        clock: Callable[[], float] = time.monotonic,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.stage: Stage | None = None
+        self.name = ""
+        self._models = models
+        self._budget = budget
+        self._packs = packs
+        self._kv_files = kv_files
+        self._clock = clock
+        self._check = check
+
+    def check_reload(self, model: LoadedModel, config: NodeConfig, draft: Path | None) -> None:
+        """Raises DaemonError when `model` could not be loaded again like this, before it is dropped."""
+        if model.engine.busy:
+            hint = "try again when it is idle"
+            raise DaemonError(
+                "busy", f"{model.name} is answering, so it stays as it is", hint, retry_after_s=1.0
+            )
+        self._check_room(model.name, model.checkpoint, draft, config)
+        if draft is not None:
+            try:
+                with open_checkpoint(draft) as small:
+                    check_vocabulary(model.name, model.tokenizer, draft.name, small.tokenizer())
+            except Exception as error:
+                raise refusal(error, f"draft model {draft.name}") from error
+
+    def load(
+        self, name: str, path: Path, draft: Path | None, config: NodeConfig, progress: Progress
+    ) -> LoadedModel:
+        """In memory if dropping idle models makes enough room, else streamed. Raises DaemonError."""
+
+        def heard(doing: str, done: int, total: int) -> None:
+            self._check()  # packing may take an hour
+            first_s, before = begun.setdefault(doing, (self._clock(), done))
+            speed = (done - before) / max(self._clock() - first_s, 0.1)
+            self.name = name
+            self.stage = Stage(doing=doing, done=done, total=total, bytes_per_s=speed)
+            progress(doing, done, total)
+
+        while True:
+            return_freed()
+            begun: dict[str, tuple[float, int]] = {}  # doing → since when, and with how many bytes
+            try:
+                return LoadedModel.load(
+                    name,
+                    path,
+                    config,
+                    self._budget,
+                    draft=draft,
+                    packs=self._packs,
+                    streaming=not self._models.idle(),
+                    kv_files=self._kv_files,
+                    clock=self._clock,
+                    progress=heard,
+                )
+            except DaemonError as error:
+                if error.code != "resources":
+                    raise
+                with open_checkpoint(path) as checkpoint:
+                    self._check_room(name, checkpoint, draft, config)
+                if not self._models.make_room():
+                    raise
+            finally:
+                self.stage, self.name = None, ""
+
+    def _check_room(self, name: str, checkpoint: Checkpoint, draft: Path | None, config: NodeConfig) -> None:
+        """Raises DaemonError when the model would not fit even without every idle one."""
+        idle_bytes = sum(model.peak_bytes for model in self._models.idle())
+        extra_bytes = disk_buffer_bytes(checkpoint, config) if self._kv_files is not None else 0
+        try:
+            extra_bytes += least_bytes(draft, config) if draft is not None else 0
+            plan_within_budget(
+                checkpoint, config, self._budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
+            )
+        except Exception as error:
+            raise refusal(error, name) from error

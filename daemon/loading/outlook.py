@@ -1,0 +1,124 @@
+"""What would become of a model on this machine if it was loaded: its plan, who takes how much of the memory, how long a
+token waits for the disk.
+
+Reads headers and, where weights would be streamed, a little of the disk to see how fast it is. Loads and builds
+nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msgspec import Struct
+
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.library.packs import Packs
+from shoal.daemon.memory import PROCESS, budget_of
+from shoal.daemon.model_name import Quant
+from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.offload.pack.builder import source_of
+from shoal.offload.pack.layout import layout
+from shoal.offload.read_speed import read_speed
+from shoal.partition.errors import PlanError
+from shoal.partition.plan import Plan
+
+from .model import refusal
+from .planning import disk_buffer_bytes, plan_within_budget
+
+
+class Uses(Struct, frozen=True):
+    """Bytes of the budget by what they are for. `kv`: with what its way to the disk takes."""
+
+    weights: int
+    window: int
+    kv: int
+    scratch: int
+    process: int
+    free: int
+
+
+class Outlook(Struct, frozen=True):
+    """`plan`: in words. `pack_bytes`: of the pack that its weights come from, 0 = of none; `packed`: it is there.
+    `read_bytes_per_s`, `step_s`: of the disk just now, and what it takes for a token alone; 0 = nothing is streamed."""
+
+    plan: str
+    quant: Quant
+    budget_bytes: int
+    memory_bytes: Uses
+    weights_bytes: int
+    streamed_bytes: int
+    context_tokens: int
+    kv_tokens: int
+    kv_type: str
+    pack_bytes: int = 0
+    packed: bool = False
+    read_bytes_per_s: float = 0.0
+    step_s: float = 0.0
+
+
+class Misfit(Struct, frozen=True):
+    """It cannot run within the budget: why, and the budget that would do."""
+
+    refused: str
+    budget_bytes: int
+    least_bytes: int
+
+
+def outlook(path: Path, config: NodeConfig, packs: Packs) -> Outlook | Misfit:
+    """How the daemon would run the checkpoint at `path`. Raises DaemonError when it could not for other reasons than
+    memory."""
+    try:
+        with open_checkpoint(path) as checkpoint:
+            return _outlook(checkpoint, config, packs)
+    except Exception as error:
+        raise refusal(error, path.name) from error
+
+
+def _outlook(checkpoint: Checkpoint, config: NodeConfig, packs: Packs) -> Outlook | Misfit:
+    budget = budget_of(config.memory_bytes)
+    on_disk = disk_buffer_bytes(checkpoint, config)
+    try:
+        plan = plan_within_budget(checkpoint, config, budget, extra_bytes=on_disk)
+    except PlanError as error:
+        return Misfit(str(error), budget.limit_bytes, error.least_bytes)
+    process = budget.held_by(PROCESS)
+    uses = Uses(
+        weights=plan.pinned_bytes + plan.expert_bytes,
+        window=plan.window_bytes,
+        kv=plan.kv.nbytes + on_disk,
+        scratch=plan.scratch_bytes,
+        process=process,
+        free=budget.limit_bytes - process - plan.peak_bytes - on_disk,
+    )
+    pack_bytes, packed, speed = 0, False, 0.0
+    if plan.streams or config.quant != "keep":
+        pack = packs.find(checkpoint, config.quant)
+        packed = pack is not None
+        pack_bytes = layout(checkpoint, config.quant, source_of(checkpoint)).nbytes
+        if plan.streams:
+            speed = read_speed(pack.path if pack else _largest(checkpoint.files))
+    return _described(plan, config, budget.limit_bytes, uses, pack_bytes, packed, speed)
+
+
+def _described(
+    plan: Plan, config: NodeConfig, limit: int, uses: Uses, pack_bytes: int, packed: bool, speed: float
+) -> Outlook:
+    return Outlook(
+        plan=plan.describe(speed),
+        quant=config.quant,
+        budget_bytes=limit,
+        memory_bytes=uses,
+        weights_bytes=plan.weights_bytes,
+        streamed_bytes=plan.streamed_bytes,
+        context_tokens=plan.context_tokens,
+        kv_tokens=plan.kv.tokens,
+        kv_type=plan.kv.dtype,
+        pack_bytes=pack_bytes,
+        packed=packed,
+        read_bytes_per_s=round(speed),
+        step_s=plan.step_s(speed),
+    )
+
+
+def _largest(files: tuple[Path, ...]) -> Path:
+    return max(files, key=lambda file: file.stat().st_size)

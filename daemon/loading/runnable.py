@@ -1,0 +1,109 @@
+"""A checkpoint in memory, ready to compute: what a model and the one that guesses for it have in common.
+
+Knows how plan, store, KV and executor are made within a budget. Does not know requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.memory import bounded, forget_files, return_freed
+from shoal.daemon.progress import Progress, no_progress
+from shoal.engine.executor import Alone, Executor
+from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.tokenizer.tokenizer import Tokenizer
+from shoal.models.transformer import Transformer
+from shoal.offload.budget import Budget
+from shoal.offload.kv.pool import KvPool
+from shoal.partition.errors import PlanError
+from shoal.partition.plan import Plan
+
+from .planning import Packs, disk_buffer_bytes, make_plan, open_store, plan_within_budget
+
+
+@dataclass(eq=False)
+class Runnable:
+    """A checkpoint ready to compute. `read_bytes_per_s`: of the disk while it was loaded, 0 when nothing streams."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    tokenizer: Tokenizer
+    executor: Executor
+    kv: KvPool
+    peak_bytes: int  # with what the KV on disk takes
+    read_bytes_per_s: float = 0.0
+
+    @classmethod
+    def read(
+        cls,
+        purpose: str,
+        path: Path,
+        config: NodeConfig,
+        budget: Budget,
+        progress: Progress,
+        *,
+        packs: Packs | None = None,
+        streaming: bool = True,
+        reserve_bytes: int = 0,
+        kv_on_disk: bool = False,
+    ) -> Runnable:
+        """Reads a checkpoint into memory, which is entered in the budget under `purpose` and taken out again if this
+        fails. `reserve_bytes` of the budget are left free. `streaming`: weights may come from disk, from one of
+        `packs`, as those in fewer bits always do. `kv_on_disk`: KV will be kept on disk, which takes buffers."""
+        tight = bounded(config.memory_bytes)
+        with open_checkpoint(path) as checkpoint:
+            extra_bytes = disk_buffer_bytes(checkpoint, config) if kv_on_disk else 0
+            plan = plan_within_budget(
+                checkpoint, config, budget, extra_bytes=reserve_bytes + extra_bytes, streaming=streaming
+            )
+            tokenizer = checkpoint.tokenizer()
+            checkpoint.forget_tokens()
+            return_freed()  # before the weights come, so that the peak is theirs alone
+            peak_bytes = plan.peak_bytes + extra_bytes
+            budget.hold(purpose, peak_bytes)
+            try:
+                transformer = Transformer(checkpoint.spec, plan.context_tokens)
+                kv = KvPool(checkpoint.spec, plan.kv)
+                if tight:
+                    forget_files(checkpoint.files)
+                store, speed = open_store(plan, checkpoint, config.quant, packs, progress, bounded=tight)
+            except BaseException:  # Ctrl-C, too
+                budget.release(purpose)
+                raise
+            if tight:
+                forget_files(checkpoint.files)
+        executor = Executor(transformer, plan, store, kv, Alone())
+        return cls(checkpoint, plan, tokenizer, executor, kv, peak_bytes, speed)
+
+
+def read_draft(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:
+    """A second model that can guess for `main`, held in the budget beside it, as its files are."""
+    config = replace(config, context_tokens=main.plan.context_tokens, quant="keep")
+    small = Runnable.read(f"draft for {name}", path, config, budget, no_progress, streaming=False)
+    check_vocabulary(name, main.tokenizer, path.name, small.tokenizer)
+    return small
+
+
+def check_vocabulary(name: str, tokenizer: Tokenizer, draft: str, theirs: Tokenizer) -> None:
+    """Raises DaemonError unless the tokens of `draft` mean what those of `name` do, as far as both have them."""
+    for token in range(min(tokenizer.vocab_size, theirs.vocab_size)):
+        ours, other = tokenizer.id_to_token(token), theirs.id_to_token(token)
+        if ours != other:
+            raise DaemonError(
+                "unsupported",
+                f"draft model {draft} has another vocabulary than {name}: token {token} is {other!r}, not {ours!r}",
+                "take a smaller model of the same family",
+            )
+
+
+def least_bytes(draft: Path, config: NodeConfig) -> int:
+    """What a draft model will need at least beside the model that it guesses for. Raises DaemonError."""
+    try:
+        with open_checkpoint(draft) as checkpoint:
+            make_plan(checkpoint, replace(config, quant="keep"), 0, streaming=False)
+    except PlanError as error:
+        return error.least_bytes
+    raise AssertionError("nothing fits into no memory")

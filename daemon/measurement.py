@@ -1,0 +1,228 @@
+"""Measurements without a daemon in the way: speed (`bench`) and quality (`perplexity`) of one model.
+
+Both load the model in this process and drive the engine or executor directly, in the calling thread.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import msgspec
+import numpy as np
+
+from shoal.comm.messages import FinishReason
+from shoal.daemon.loading.model import LoadedModel
+from shoal.daemon.loading.planning import Packs
+from shoal.engine.engine import Engine
+from shoal.engine.executor import Executor
+from shoal.engine.sequence import Sequence
+from shoal.kernels import set_threads
+from shoal.kernels.arrays import Floats
+from shoal.models.sampling import Sampled, Sampler, SamplingParams
+from shoal.models.step import Step
+
+from .config import NodeConfig
+from .errors import DaemonError
+from .memory import budget_of, peak_memory_bytes
+from .progress import Progress
+
+HEAD_ROWS = 32  # logits rows computed at a time, so that a large vocabulary stays within scratch
+
+
+class Spread(msgspec.Struct, frozen=True):
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(median(values), min(values), max(values))
+
+
+class BenchResult(msgspec.Struct, frozen=True):
+    """Speeds count all sequences of the batch together."""
+
+    prefill_tokens_per_s: Spread
+    decode_tokens_per_s: Spread
+    peak_memory_bytes: int
+    threads: int
+
+
+class PerplexityResult(msgspec.Struct, frozen=True):
+    perplexity: float
+    tokens: int  # tokens scored
+
+
+class _Count:
+    """A sink that counts tokens and watches for failure."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.error: Exception | None = None
+
+    def begin(self, sequence: Sequence) -> None:
+        return None
+
+    def accept(self, sampled: Sampled) -> FinishReason | None:
+        self.tokens += 1
+        return None
+
+    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
+        return None
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+
+
+def _load(
+    model: Path, config: NodeConfig, progress: Progress, packs: Packs | None, draft: Path | None = None
+) -> LoadedModel:
+    set_threads(config.thread_count)
+    return LoadedModel.load(
+        model.name,
+        model,
+        config,
+        budget_of(config.memory_bytes),
+        draft=draft,
+        packs=packs,
+        progress=progress,
+    )
+
+
+def bench(
+    model: Path,
+    *,
+    draft: Path | None = None,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    repeat: int,
+    config: NodeConfig,
+    progress: Progress,
+    packs: Packs | None = None,
+) -> BenchResult:
+    """Prefill `prompt_tokens` random tokens, then decode `new_tokens`, for `batch` sequences at once.
+
+    Repeated `repeat` times after one warm-up. Prefill is timed until every sequence has its first token, decode
+    from there to the end, without the tokens that sequences ahead of the last had by then. Raises DaemonError.
+    """
+    context = prompt_tokens + new_tokens
+    if config.context_tokens is None:
+        config = config.with_context(context)
+    elif context > config.context_tokens:
+        raise DaemonError(
+            "context_overflow",
+            f"{prompt_tokens} + {new_tokens} tokens exceed the context of {config.context_tokens}",
+        )
+    config = replace(config, max_sequences=max(batch, config.max_sequences), kv_tokens=None)
+    loaded = _load(model, config, progress, packs, draft)
+    vocab = loaded.checkpoint.spec.vocab
+    prefill: list[float] = []
+    decode: list[float] = []
+    for round_ in range(repeat + 1):
+        progress("warming up" if round_ == 0 else "measuring", round_, repeat + 1)
+        source = random.Random(round_)
+        prompts = [[source.randrange(vocab) for _ in range(prompt_tokens)] for _ in range(batch)]
+        prefill_s, decoded, decode_s = _timed(loaded.engine, prompts, context)
+        if round_ > 0:
+            prefill.append(batch * prompt_tokens / prefill_s)
+            if decoded:
+                decode.append(decoded / decode_s)
+    progress("done", repeat + 1, repeat + 1)
+    return BenchResult(
+        prefill_tokens_per_s=Spread.of(prefill),
+        decode_tokens_per_s=Spread.of(decode or [0.0]),
+        peak_memory_bytes=peak_memory_bytes(),
+        threads=config.thread_count,
+    )
+
+
+def _timed(engine: Engine, prompts: list[list[int]], limit: int) -> tuple[float, int, float]:
+    """Answers all prompts to the length `limit`. → seconds until each has its first token, then how many more tokens
+    in how many seconds"""
+    sinks = [_Count() for _ in prompts]
+    for prompt, sink in zip(prompts, sinks, strict=True):
+        engine.submit(Sequence(prompt, limit, Sampler(SamplingParams(temperature=0.0), prompt), sink))
+    began_s = time.monotonic()
+    while not all(sink.tokens for sink in sinks) and engine.step():
+        pass
+    first_s, early = time.monotonic(), sum(sink.tokens for sink in sinks)
+    while engine.step():
+        pass
+    last_s, total = time.monotonic(), sum(sink.tokens for sink in sinks)
+    for sink in sinks:
+        if sink.error is not None:
+            raise sink.error
+    return first_s - began_s, total - early, last_s - first_s
+
+
+def perplexity(
+    model: Path,
+    file: Path,
+    *,
+    ctx: int,
+    config: NodeConfig,
+    progress: Progress,
+    packs: Packs | None = None,
+) -> PerplexityResult:
+    """Perplexity of a text by llama.cpp's method: windows of `ctx` tokens side by side, each on its own.
+
+    The text is tokenised once; the first token of every window is replaced by BOS if the model wants one; in each
+    window the tokens after the first ctx/2 are scored. Raises DaemonError.
+    """
+    if ctx < 4:
+        raise DaemonError("bad_request", f"ctx={ctx}: must be at least 4")
+    try:
+        text = file.read_bytes().decode()  # as it is: line ends count as tokens
+    except (OSError, UnicodeDecodeError) as error:
+        raise DaemonError("bad_request", f"cannot read {file}: {error}") from error
+    loaded = _load(model, replace(config, context_tokens=ctx, kv_tokens=None), progress, packs)
+    tokenizer = loaded.tokenizer
+    prefix = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_id]
+    ids = tokenizer.encode(text, add_special=True, parse_special=False)
+    windows = len(ids) // ctx
+    if windows == 0:
+        raise DaemonError(
+            "bad_request",
+            f"{file} has {len(ids)} tokens: must have at least one window of {ctx}",
+            f"use --ctx {max(4, len(ids))} or a longer text",
+        )
+    pages = loaded.kv.table.take(-(-ctx // loaded.kv.page_tokens))
+    assert pages is not None
+    loss = 0.0
+    for window in range(windows):
+        progress("scoring", window, windows)
+        tokens = ids[window * ctx : (window + 1) * ctx]
+        tokens[: len(prefix)] = prefix
+        loss += _window_loss(loaded.executor, pages, tokens)
+    progress("done", windows, windows)
+    scored = windows * (ctx - 1 - ctx // 2)
+    return PerplexityResult(perplexity=math.exp(min(loss / scored, 700.0)), tokens=scored)
+
+
+def _window_loss(executor: Executor, pages: list[int], tokens: list[int]) -> float:
+    """The cross entropy, summed, of the tokens of a window that are scored."""
+    first, stop, chunk = len(tokens) // 2, len(tokens) - 1, executor.plan.chunk_tokens
+    loss = 0.0
+    for start in range(0, stop, chunk):
+        end = min(start + chunk, stop)
+        step = Step.build([(tokens[start:end], start, pages, end - start)], executor.plan.part_tokens)
+        hidden = executor.forward(step)
+        for row in range(max(start, first), end, HEAD_ROWS):
+            last = min(row + HEAD_ROWS, end)
+            logits = executor.head(hidden[row - start : last - start])
+            loss += _cross_entropy(logits, tokens[row + 1 : last + 1])
+    return loss
+
+
+@np.errstate(invalid="ignore")  # of infinities it is NaN
+def _cross_entropy(logits: Floats, wanted: list[int]) -> float:
+    """Minus the logarithms of the shares that logits (n, vocab) give the n tokens wanted, summed."""
+    below = logits.astype(np.float64)
+    below -= below.max(axis=1, keepdims=True)
+    return float((np.log(np.exp(below).sum(axis=1)) - below[range(len(wanted)), wanted]).sum())

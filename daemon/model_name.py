@@ -1,0 +1,67 @@
+"""How a model is named: a path or a name in the store, with `:q8` or `:q4` behind it where its weights are wanted in
+fewer bits than its files have; and how a rank's part of it is.
+
+Knows spelling only. Where a model is found is `library`, what the bits do to it `offload.pack_layout`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from shoal.offload.pack.manifest import Quant
+
+from .errors import DaemonError
+
+__all__ = ["Quant", "Reference", "ShardName"]
+
+_SUFFIXES: dict[str, Quant] = {"q8": "q8", "q4": "q4"}
+
+
+class Reference(NamedTuple):
+    """`model`: a path or a name in the store."""
+
+    model: str
+    quant: Quant = "keep"
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        model, _, suffix = text.rpartition(":")
+        quant = _SUFFIXES.get(suffix)
+        return cls(text) if quant is None or not model else cls(model, quant)
+
+    def __str__(self) -> str:
+        return self.model if self.quant == "keep" else f"{self.model}:{self.quant}"
+
+
+class ShardName(NamedTuple):
+    """What rank `rank`, counted from 0, of `ranks` holds of a model; in words counted from 1: 2/3. Alone it has all."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> ShardName:
+        """Raises DaemonError `bad_request`."""
+        number, slash, ranks = text.partition("/")
+        if not (slash and _is_number(number) and _is_number(ranks)):
+            raise DaemonError("bad_request", f"{text!r} is not a shard", "write 2/3 for the second of three")
+        shard = cls(int(number) - 1, int(ranks))
+        if not shard.ranks:
+            raise DaemonError("bad_request", f"{text}: there must be 1 rank or more", "such as 2/3")
+        if not 0 <= shard.rank < shard.ranks:
+            raise DaemonError(
+                "bad_request",
+                f"{text}: must be from 1/{shard.ranks} to {shard.ranks}/{shard.ranks}",
+                "such as 2/3",
+            )
+        return shard
+
+    def __str__(self) -> str:
+        return f"{self.rank + 1}/{self.ranks}"
+
+
+WHOLE = ShardName()
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10

@@ -1,0 +1,45 @@
+"""Directories for this user alone, and what only one process at a time may do in them.
+
+Knows permissions and flock; the kernel frees a lock when its holder ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import DaemonError
+
+
+def private_dir(path: Path) -> Path:
+    """Create `path` for this user alone (0700). Raises DaemonError when others could write to it."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.stat()
+    except OSError as error:
+        raise DaemonError("resources", f"cannot create {path}: {error.strerror}", "set SHOAL_HOME") from error
+    if info.st_uid != os.getuid():
+        raise DaemonError(
+            "bad_request", f"{path} belongs to another user", "set SHOAL_HOME to your own directory"
+        )
+    if stat.S_IMODE(info.st_mode) & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+@contextmanager
+def alone(lock: Path, doing: str) -> Iterator[None]:
+    """Nobody else is within the same `lock`, a file that stays.
+
+    Raises DaemonError `busy`: another process is `doing`.
+    """
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DaemonError("busy", f"another process is {doing}", "try again when it is done") from error
+        yield

@@ -1,0 +1,1 @@
+"""Sockets, clients and bounds: frames in, requests to the node, replies out."""

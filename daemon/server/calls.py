@@ -1,0 +1,125 @@
+"""Requests to backend calls: on worker threads, with every outcome turned into one terminal reply.
+
+Knows which backend method answers which message. Does not know sockets or clients.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import msgspec
+
+from shoal.comm import wire
+from shoal.comm.errors import ProtocolError
+from shoal.comm.messages import REQUESTS, Chat, Error, Generate, Load, Message, Status, Tokenize, Unload
+from shoal.daemon.backend import Backend
+from shoal.daemon.errors import DaemonError
+
+from .flight import Flight
+from .log_rate import SeldomLog
+
+WORK = frozenset({"generate", "chat", "tokenize", "load", "unload", "status"})
+"""Types that need the backend. The others concern the server alone and are never refused as `busy`."""
+
+log = logging.getLogger("shoal.server")
+
+T = TypeVar("T")
+
+
+class Dispatcher:
+    """Runs backend calls: prompts on `workers` threads, those whose model is not loaded yet on as many others, loading
+    and status on one of their own each. So none waits behind what has to wait for a model, but what has to, too.
+
+    `pending_bytes` bounds the bodies that wait for a worker; beyond it requests are answered `busy`.
+    """
+
+    def __init__(self, backend: Backend, workers: int, pending_bytes: int) -> None:
+        self._backend = backend
+        prompts = ThreadPoolExecutor(workers, thread_name_prefix="shoal-prompt")
+        self._patient = ThreadPoolExecutor(workers, thread_name_prefix="shoal-patient")
+        loads = ThreadPoolExecutor(1, thread_name_prefix="shoal-load")
+        status = ThreadPoolExecutor(1, thread_name_prefix="shoal-status")
+        self._pools = {"load": loads, "unload": loads, "status": status}
+        self._pools |= dict.fromkeys(("generate", "chat", "tokenize"), prompts)
+        self._limit_bytes = pending_bytes
+        self._lock = threading.Lock()
+        self._pending_bytes = 0
+        self._seldom = SeldomLog(log)
+        self.draining = False
+
+    def start(self, flight: Flight, envelope: wire.Envelope) -> None:
+        """Queue the request; its replies come through `flight.emit`. Never blocks."""
+        size = len(envelope.body)
+        with self._lock:
+            if self._pending_bytes and self._pending_bytes + size > self._limit_bytes:
+                busy = Error(code="busy", message="too many bytes of requests wait", retry_after_s=1.0)
+                flight.emit(busy)
+                return
+        self._queue(self._pools[envelope.kind], self._run, flight, envelope, size)
+
+    def close(self) -> None:
+        """Start nothing more; calls that run go on in their threads."""
+        for pool in (*self._pools.values(), self._patient):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _queue(
+        self, pool: ThreadPoolExecutor, act: Callable[[Flight, T], None], flight: Flight, what: T, size: int
+    ) -> None:
+        """Have `act(flight, what)` called; `size` bytes wait until it returns."""
+        with self._lock:
+            self._pending_bytes += size
+
+        def settle(future: Future[None]) -> None:
+            with self._lock:
+                self._pending_bytes -= size
+
+        pool.submit(self._call, act, flight, what).add_done_callback(settle)
+
+    def _call(self, act: Callable[[Flight, T], None], flight: Flight, what: T) -> None:
+        try:
+            if flight.cancelled:
+                flight.emit(Error(code="cancelled", message="cancelled before it began"))
+                return
+            act(flight, what)
+        except ProtocolError as error:
+            flight.emit(Error(code=error.code, message=str(error)))
+        except DaemonError as error:
+            flight.emit(error.to_message())
+        # The backend runs foreign code over foreign files: whatever it throws must end this request only.
+        except Exception as error:
+            self._seldom.warning("%s failed: %r", flight.kind, error, error=error)
+            hint = "the daemon's log says more"
+            flight.emit(Error(code="internal", message=f"{flight.kind} failed", hint=hint))
+
+    def _run(self, flight: Flight, envelope: wire.Envelope) -> None:
+        request = wire.decode(envelope, REQUESTS)
+        if isinstance(request, Generate | Chat) and request.deadline_s is not None:
+            flight.deadline_s = flight.arrived_s + request.deadline_s
+        if isinstance(request, Generate | Chat | Load) and request.progress:
+            model = request.model
+            flight.watch = lambda: self._backend.stage(model)
+        if isinstance(request, Generate | Chat | Tokenize) and not self._backend.has(request.model):
+            self._queue(self._patient, self._answer, flight, request, len(envelope.body))
+        else:
+            self._answer(flight, request)
+
+    def _answer(self, flight: Flight, request: Message) -> None:
+        match request:
+            case Generate() | Chat():
+                flight.attach(self._backend.submit(request, flight.emit, flight.peer.client))
+            case Tokenize():
+                flight.emit(self._backend.tokenize(request))
+            case Load():
+                flight.emit(self._backend.load(request))
+            case Unload():
+                flight.emit(self._backend.unload(request))
+            case Status():
+                status = self._backend.status()
+                draining = self.draining or status.draining
+                flight.emit(msgspec.structs.replace(status, draining=draining))
+            case _:
+                raise AssertionError(f"{type(request).__name__} is not the backend's")

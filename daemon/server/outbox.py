@@ -1,0 +1,201 @@
+"""What goes out, to whom: the requests in flight of every client, and clients that read slowly or vanish.
+
+Knows ROUTER sockets' two refusals (queue full, nobody there), how long each is borne, and keepalives.
+Does not know what comes in. Only the server's thread uses it, but for `notify`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from shoal.comm import wire
+from shoal.comm.errors import ProtocolError
+from shoal.comm.messages import STREAMING, TYPE_NAMES, Error, Message
+from shoal.comm.waker import Waker
+
+from .flight import Flight, Peer
+from .limits import ServerLimits
+from .log_rate import SeldomLog
+
+RETRY_S = 0.02  # how often a full queue is tried again: ZeroMQ tells no writability per client
+
+log = logging.getLogger("shoal.server")
+
+
+class Outbox:
+    """All flights and the clients they belong to; a client is known only while it has one."""
+
+    def __init__(self, limits: ServerLimits, waker: Waker) -> None:
+        self.in_flight = 0
+        self._limits = limits
+        self._waker = waker
+        self._peers: dict[tuple[int, bytes], Peer] = {}
+        self._ready: deque[Flight] = deque()  # flights whose mailbox holds something
+        self._blocked: set[Peer] = set()
+        self._next_keepalive_s = 0.0
+        self._seldom = SeldomLog(log)
+
+    def peer(self, router: zmq.Socket[Any], identity: bytes, key: str) -> Peer:
+        """`key`: the public key of a client that comes under one, else ""."""
+        return self._peers.get((id(router), identity)) or Peer(router, identity, key or identity.hex())
+
+    @property
+    def clients(self) -> int:
+        return len(self._peers)
+
+    @property
+    def patience_s(self) -> float:
+        """How long nothing but traffic needs attention."""
+        if self._blocked:
+            return RETRY_S
+        return self._limits.keepalive_s / 4 if self._peers else 10.0
+
+    def open(self, peer: Peer, request_id: bytes, kind: str, now_s: float) -> Flight:
+        """Begin a request; its replies are sent as they are emitted."""
+        flight = peer.flights[request_id] = Flight(peer, request_id, kind, now_s, self.notify)
+        self._peers[id(peer.router), peer.identity] = peer
+        self.in_flight += 1
+        return flight
+
+    def notify(self, flight: Flight) -> None:
+        """The flight's mailbox got something. From any thread."""
+        self._ready.append(flight)
+        self._waker.wake()
+
+    # --- sending -------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Send what has been emitted. Clients whose queue is full are left to `tick`."""
+        for _ in range(len(self._ready)):
+            flight = self._ready.popleft()
+            if flight.peer not in self._blocked:
+                self._push(flight)
+
+    def send(self, peer: Peer, request_id: bytes, message: Message) -> bool:
+        """Try to send. False: the client's queue is full (it is marked blocked), or the client is gone."""
+        try:
+            frames = wire.encode(message, request_id)
+        except ProtocolError as error:
+            self._seldom.warning("cannot send %s: %s", type(message).__name__, error)
+            frames = wire.encode(Error(code="internal", message="the reply cannot be sent"), request_id)
+        try:
+            peer.router.send_multipart([peer.identity, *frames], zmq.NOBLOCK)
+        except zmq.Again:
+            if peer.flights and peer not in self._blocked:
+                peer.blocked_since_s = time.monotonic()
+                self._blocked.add(peer)
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                self._seldom.warning("cannot send to a client: %s", error)
+            self._forget(peer)
+            return False
+        peer.sent += 1
+        return True
+
+    def _push(self, flight: Flight) -> None:
+        """Send what the flight holds, until its client's queue is full."""
+        # Twice: what was taken before the queue filled up, then what the mailbox has got since.
+        for _ in range(2):
+            if not flight.outgoing:
+                flight.take()
+            while flight.outgoing:
+                message = flight.outgoing[0]
+                if not self.send(flight.peer, flight.request_id, message):
+                    return
+                flight.outgoing.popleft()
+                flight.sent_s = time.monotonic()
+                if TYPE_NAMES[type(message)] not in STREAMING:
+                    self._end(flight)
+                    return
+
+    # --- time ----------------------------------------------------------------------------------------------
+
+    def tick(self, now_s: float) -> None:
+        """Retry full queues, give up on the dead and the deaf, and tell who waits that the daemon lives."""
+        for peer in list(self._blocked):
+            self._retry(peer, now_s)
+        if now_s >= self._next_keepalive_s:
+            self._next_keepalive_s = now_s + self._limits.keepalive_s / 4
+            self._keep_alive(now_s)
+
+    def _retry(self, peer: Peer, now_s: float) -> None:
+        since_s, sent = peer.blocked_since_s, peer.sent
+        self._blocked.discard(peer)
+        for flight in list(peer.flights.values()):
+            self._push(flight)
+            if peer in self._blocked or peer.gone:
+                break
+        if peer not in self._blocked or peer.sent > sent:
+            return
+        peer.blocked_since_s = since_s
+        unread_s = now_s - since_s
+        if not peer.evicted and (
+            unread_s > self._limits.outbox_s or peer.held_bytes > self._limits.outbox_bytes
+        ):
+            self._seldom.warning("ending the requests of a client that does not read")
+            peer.evicted = True
+            reason = f"reader too slow: nothing read for {unread_s:.1f} s, {peer.held_bytes} bytes held"
+            for flight in peer.flights.values():
+                self._fail(flight, Error(code="cancelled", message=reason, hint="read faster"))
+        elif unread_s > 2 * self._limits.outbox_s:
+            self._forget(peer)
+
+    def _keep_alive(self, now_s: float) -> None:
+        """`waiting` or `stage` on every silent request. Only sending shows that a client has vanished, too. And the
+        end of those that are too late to begin."""
+        for peer in list(self._peers.values()):
+            for flight in list(peer.flights.values()):
+                flight.expire(now_s)
+                if peer in self._blocked or peer.gone:
+                    break
+                message = flight.sign_of_life(now_s, self._limits.keepalive_s)
+                if message is not None and self.send(peer, flight.request_id, message):
+                    flight.sent_s = now_s
+
+    # --- ends ----------------------------------------------------------------------------------------------
+
+    def cancel(self, flight: Flight) -> None:
+        self._guard(flight.cancel)
+
+    def fail_all(self, error: Error) -> None:
+        """End every request that has not ended with `error`."""
+        for peer in list(self._peers.values()):
+            for flight in list(peer.flights.values()):
+                self._fail(flight, error)
+
+    def forget_all(self) -> None:
+        for peer in list(self._peers.values()):
+            self._forget(peer)
+
+    def _end(self, flight: Flight) -> None:
+        """The terminal reply is out, or nobody is there to get it."""
+        peer = flight.peer
+        if peer.flights.pop(flight.request_id, None) is not None:
+            self.in_flight -= 1
+        if not peer.flights:
+            self._peers.pop((id(peer.router), peer.identity), None)
+            self._blocked.discard(peer)
+
+    def _forget(self, peer: Peer) -> None:
+        """The client is gone: end its requests, keep nothing of it."""
+        peer.gone = True
+        for flight in list(peer.flights.values()):
+            self._guard(flight.abandon)
+            self._end(flight)
+
+    def _fail(self, flight: Flight, error: Error) -> None:
+        self._guard(lambda: flight.fail(error))
+
+    def _guard(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        # A cancel that fails in the backend must not end the server.
+        except Exception as error:
+            self._seldom.warning("cancelling failed: %r", error, error=error)

@@ -1,0 +1,277 @@
+"""The daemon's ZeroMQ server: one thread that moves messages between clients and the backend.
+
+Knows listening, admission and its limits, draining and signals. Does not know models or text, nor how
+replies reach slow clients (`server_outbox`); docs/api.md describes what it says on the wire.
+
+Only the thread in `serve` touches the sockets. Everybody else puts things where it will look, and wakes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import zmq
+
+from shoal.comm import endpoint, keys, wire
+from shoal.comm.errors import AddressError, ProtocolError
+from shoal.comm.messages import REQUESTS, Cancel, Error, Hello, Ok, Ping, Pong
+from shoal.comm.waker import Waker
+from shoal.daemon.backend import Backend
+from shoal.daemon.errors import DaemonError
+
+from .calls import WORK, Dispatcher
+from .flight import Flight, Peer
+from .limits import ServerLimits
+from .log_rate import SeldomLog
+from .outbox import RETRY_S, Outbox
+from .socket_lock import SocketLock
+
+NO_ID = b"?"  # in an `error` about a message whose request id could not be read
+RECEIVE_BATCH = 64  # messages read before replies are sent again
+STOPPING = Error(code="shutting_down", message="the daemon is stopping", hint="start it again")
+
+log = logging.getLogger("shoal.server")
+
+
+class Server:
+    """Serves `backend` at `addresses` until stopped. `bind` may be called first, to learn the real addresses.
+
+    TCP beyond loopback needs `server_keys`. `serve` closes the backend at its end.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        addresses: Sequence[str],
+        *,
+        server_keys: keys.ServerKeys | None = None,
+        limits: ServerLimits | None = None,
+    ) -> None:
+        self.addresses: list[str] = list(addresses)
+        self._backend = backend
+        self._keys = server_keys
+        self._limits = limits or ServerLimits()
+        self._routers: list[zmq.Socket[Any]] = []
+        self._resources = ExitStack()
+        self._waker = Waker()
+        self._outbox = Outbox(self._limits, self._waker)
+        self._dispatcher = Dispatcher(backend, self._limits.workers, self._limits.pending_bytes)
+        self._stops = 0
+        self._draining = False
+        self._drained = threading.Event()
+        self._seldom = SeldomLog(log)
+
+    def serve(self) -> None:
+        """Run in this thread until `stop`; returns when the last replies are out."""
+        try:
+            self.bind()
+            log.info("serving at %s", ", ".join(self.addresses))
+            poller = zmq.Poller()
+            for socket in (*self._routers, self._waker.fileno()):
+                poller.register(socket, zmq.POLLIN)
+            while self._stops < 2 and not self._drained.is_set():
+                poller.poll(int(1000 * self._outbox.patience_s))
+                self._waker.clear()
+                self._receive()
+                self._outbox.flush()
+                self._outbox.tick(time.monotonic())
+                if self._stops and not self._draining:
+                    self._drain()
+            self._farewell()
+        finally:
+            self._close()
+
+    def stop(self) -> None:
+        """First call: admit nothing more, let running requests end. Second: end at once. From any thread."""
+        self._stops += 1
+        self._waker.wake()
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """While open, SIGTERM and SIGINT call `stop`. Main thread only."""
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self.stop()
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        # Python runs a handler between two of its instructions: one that comes just before the poll would wait for it.
+        descriptor = signal.set_wakeup_fd(self._waker.sender_fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(descriptor)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # --- begin and end -------------------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """Listen. DaemonError when an address is refused, or taken by another daemon. Once only."""
+        if self._routers:
+            return
+        with self._resources.pop_all() as stack:
+            try:
+                # Locks first, so that they are freed last, when nothing listens any more.
+                targets = [endpoint.parse(address) for address in self.addresses]
+                for target in targets:
+                    if isinstance(target, endpoint.IpcAddress):
+                        stack.callback(_locked(target.path).release)
+                context = zmq.Context()
+                stack.callback(context.term)
+                if self._keys is not None and any(isinstance(t, endpoint.TcpAddress) for t in targets):
+                    stack.enter_context(keys.gate(context, self._keys.ring))
+                self.addresses = [self._listen(context, address, stack) for address in self.addresses]
+            except AddressError as error:
+                raise DaemonError("bad_request", str(error)) from error
+            self._resources = stack.pop_all()
+
+    def _listen(self, context: zmq.Context[zmq.Socket[Any]], address: str, stack: ExitStack) -> str:
+        heartbeat_ms = int(1000 * self._limits.heartbeat_s)
+        router = context.socket(zmq.ROUTER)
+        stack.callback(router.close, linger=500)
+        for option, value in {
+            zmq.ROUTER_MANDATORY: 1,  # a vanished client is an error, not silence
+            zmq.MAXMSGSIZE: self._limits.message_bytes,
+            zmq.RCVHWM: 16,  # messages of up to message_bytes, per client
+            zmq.SNDHWM: self._limits.queue_messages,
+            zmq.BACKLOG: 1024,
+            zmq.HEARTBEAT_IVL: heartbeat_ms,
+            zmq.HEARTBEAT_TIMEOUT: 3 * heartbeat_ms,
+            zmq.HEARTBEAT_TTL: 3 * heartbeat_ms,
+        }.items():
+            router.setsockopt(option, value)
+        bound = endpoint.bind(router, address, self._keys)
+        self._routers.append(router)
+        return bound
+
+    def _drain(self) -> None:
+        log.info("stopping: %d requests in flight", self._outbox.in_flight)
+        self._draining = self._dispatcher.draining = True
+
+        def wait() -> None:
+            try:
+                self._backend.drain(self._limits.drain_s)
+            finally:
+                self._drained.set()
+                self._waker.wake()
+
+        threading.Thread(target=wait, name="shoal-drain", daemon=True).start()
+
+    def _farewell(self) -> None:
+        """Every request that was read gets its terminal reply, as far as its client reads."""
+        self._draining = True
+        deadline_s = time.monotonic() + self._limits.farewell_s
+        self._receive()
+        self._outbox.fail_all(STOPPING)
+        self._outbox.flush()
+        while self._outbox.clients and time.monotonic() < deadline_s:
+            time.sleep(RETRY_S)
+            self._outbox.tick(time.monotonic())
+
+    def _close(self) -> None:
+        self._outbox.forget_all()
+        self._dispatcher.close()
+        try:
+            self._backend.close()
+        finally:
+            self._resources.close()
+            self._waker.close()
+            log.info("stopped")
+
+    # --- admission -----------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        now_s = time.monotonic()
+        for router in self._routers:
+            for _ in range(RECEIVE_BATCH):
+                try:
+                    message = router.recv_multipart(zmq.NOBLOCK, copy=False)
+                except zmq.Again:
+                    break
+                identity, *frames = (frame.bytes for frame in message)
+                self._admit(self._outbox.peer(router, identity, _key(message[-1])), frames, now_s)
+
+    def _admit(self, peer: Peer, frames: list[bytes], now_s: float) -> None:
+        """Begin a flight for one message, or refuse it."""
+        try:
+            envelope = wire.split(frames, self._limits.message_bytes)
+            wire.check_type(envelope, REQUESTS)
+        except ProtocolError as error:
+            self._seldom.warning("a client sent %s", error)
+            self._outbox.send(peer, error.request_id or NO_ID, Error(code=error.code, message=str(error)))
+            return
+        refusal = self._refusal(peer, envelope)
+        if refusal is not None:
+            self._outbox.send(peer, envelope.request_id, refusal)
+            return
+        flight = self._outbox.open(peer, envelope.request_id, envelope.kind, now_s)
+        if envelope.kind in WORK:
+            self._dispatcher.start(flight, envelope)
+        else:
+            self._control(flight, envelope)
+
+    def _refusal(self, peer: Peer, envelope: wire.Envelope) -> Error | None:
+        """Why there is no room for a request, or None."""
+        limits, work = self._limits, envelope.kind in WORK
+        if envelope.request_id in peer.flights:
+            message = f"request id {envelope.request_id.hex()} is already in flight"
+            return Error(code="bad_request", message=message)
+        if self._draining and work and envelope.kind != "status":
+            return STOPPING
+        # Twice the room for control messages: a client must be able to cancel when it has no room left.
+        factor = 1 if work else 2
+        newcomers = 0 if peer.flights else 1
+        for name, wanted, limit in (
+            ("requests_per_client", len(peer.flights) + 1, limits.requests_per_client * factor),
+            ("requests", self._outbox.in_flight + 1, limits.requests * factor),
+            ("clients", self._outbox.clients + newcomers, limits.clients * factor),
+        ):
+            if wanted > limit:
+                return Error(code="busy", message=f"{name}: {limit} in flight, the limit", retry_after_s=1.0)
+        return None
+
+    def _control(self, flight: Flight, envelope: wire.Envelope) -> None:
+        """Answer what needs no backend, in this thread, however busy the workers are."""
+        try:
+            request = wire.decode(envelope, REQUESTS)
+        except ProtocolError as error:
+            self._seldom.warning("a client sent %s", error)
+            flight.emit(Error(code=error.code, message=str(error)))
+            return
+        match request:
+            case Ping():
+                flight.emit(Pong(time_s=time.time()))
+            case Hello():
+                flight.emit(self._limits.welcome(request))
+            case Cancel():
+                with contextlib.suppress(ValueError):  # what is not hex names no request: nothing to cancel
+                    target = flight.peer.flights.get(bytes.fromhex(request.target))
+                    if target is not None:
+                        self._outbox.cancel(target)
+                flight.emit(Ok())
+            case _:
+                raise AssertionError(f"{envelope.kind} is not a control message")
+
+
+def _key(frame: zmq.Frame) -> str:
+    """Whose message that is: the public key that it came under, "" without CURVE."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""
+
+
+def _locked(socket_path: Path) -> SocketLock:
+    endpoint.claim_directory(socket_path.parent)
+    lock = SocketLock(socket_path)
+    lock.acquire()
+    return lock

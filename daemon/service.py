@@ -1,0 +1,78 @@
+"""The daemon process: a node behind a server, in the foreground, until it is told to stop.
+
+Knows how configuration, store, node and server are put together, and logging. Everything else is theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Sequence
+
+from shoal.comm import keys
+from shoal.comm.errors import KeyFileError
+from shoal.comm.home import Home
+from shoal.comm.messages import Load
+from shoal.daemon.library.library import Library
+from shoal.daemon.library.packs import Packs
+from shoal.daemon.server.server import Server
+
+from .config import NodeConfig
+from .errors import DaemonError
+from .node import Node
+from .private_files import private_dir
+
+log = logging.getLogger(__name__)
+
+
+def serve(
+    config: NodeConfig,
+    *,
+    home: Home,
+    model: str | None = None,
+    draft: str | None = None,
+    addresses: Sequence[str] = (),
+) -> None:
+    """Serve until SIGTERM or SIGINT; the first lets running requests end, the second stops at once.
+
+    `addresses` default to the home's private socket. `model` is loaded meanwhile, with `draft` to guess for it.
+    Raises DaemonError when an address is taken or refused, or the model cannot be loaded.
+    """
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    private_dir(home.root)
+    private_dir(home.run)
+    try:
+        server_keys = keys.load_server(home.keys)
+    except KeyFileError as error:
+        raise DaemonError("bad_request", str(error)) from error
+    node = Node(
+        config,
+        Library(home).resolve,
+        packs=Packs(home, lambda estimate: log.info(estimate.describe())),
+        kv_root=home.kv,
+    )
+    server = Server(node, addresses or [home.address], server_keys=server_keys)
+    failures: list[DaemonError] = []
+
+    def load(name: str) -> None:
+        try:
+            node.load(Load(model=name, draft=draft))
+        except DaemonError as error:
+            failures.append(error)
+            server.stop()
+            server.stop()
+
+    with server.signals():
+        try:
+            server.bind()
+        except BaseException:
+            node.close()
+            raise
+        if model:
+            threading.Thread(target=load, args=(model,), name="shoal-load", daemon=True).start()
+        server.serve()
+    if failures:
+        raise failures[0]

@@ -1,0 +1,151 @@
+"""A draft model: a small model that guesses what a large one with the same vocabulary says next, greedily.
+
+Knows how to compute guesses and to keep the small model's KV in step with what was accepted: a wrong guess is
+overwritten, and pages are shared between texts as in any pool. How deep to guess is `speculation`'s business, and
+whether guesses were right too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shoal.engine.executor import Executor
+from shoal.engine.learn.step_cost import StepCost
+from shoal.engine.sequence import Sequence
+from shoal.kernels.arrays import Floats
+from shoal.models.step import Step
+from shoal.offload.kv.pool import KvPool
+from shoal.offload.kv.prefix_cache import Holding, PrefixCache
+
+from .draft import Draft
+from .speculation import model_depth
+
+GRADES = 10  # confidence in tenths
+
+Part = tuple[list[int], int, list[int], int]  # token ids, start, pages, rows wanted
+
+
+@dataclass(eq=False)
+class _Followed:
+    """How far the small model has come with a sequence: KV of its first `computed` tokens, then of `ahead`."""
+
+    holding: Holding = field(default_factory=Holding)
+    computed: int = 0
+    ahead: list[int] = field(default_factory=list)
+
+
+class Drafter:
+    """Guesses for the sequences of one engine, from its thread. `vocab`: ids from this one on mean nothing to the
+    small model: they are never guessed, and texts that have one are not read."""
+
+    def __init__(
+        self, executor: Executor, kv: KvPool, *, vocab: int, chunk_tokens: int, clock: Callable[[], float]
+    ) -> None:
+        self._executor = executor
+        self._kv = kv
+        self._vocab = vocab
+        self._chunk_tokens = chunk_tokens
+        self._clock = clock
+        self._cache = PrefixCache(kv.table, kv.page_tokens)
+        self._followed: dict[Sequence, _Followed] = {}
+        self._cost = StepCost()
+
+    def offer(self, decoding: list[Sequence], spare: int, cost: StepCost) -> None:
+        """Offer guesses to the guessers of these sequences, if that pays. `cost`: of the large model's steps."""
+        for sequence in [s for s in self._followed if not s.running]:
+            left = self._followed.pop(sequence)
+            self._cache.release(left.holding, sequence.tokens, left.computed)
+        if not (spare and decoding):
+            return
+        depth, least = 1, 0.0  # the first time, to see what it takes
+        if self._cost.measured:
+            depth, least = model_depth([s.guesser for s in decoding], spare, cost, self._cost)
+        if not depth:
+            return
+        ready = self._catch_up(decoding)
+        self._guess(ready, depth, least)
+
+    def _catch_up(self, decoding: list[Sequence]) -> dict[Sequence, Floats]:
+        """Read what is new, at most `chunk_tokens` in all; the logits (vocab,) after each text read to its end."""
+        parts: list[Part] = []
+        reading: list[Sequence] = []
+        budget = self._chunk_tokens
+        for sequence in decoding:
+            followed = self._settle(sequence)
+            start = followed.computed
+            end = min(len(sequence.tokens), start + budget)
+            ids = sequence.tokens[start:end]
+            if ids and max(ids) < self._vocab and self._cache.extend(followed.holding, end):
+                budget -= end - start
+                wanted = int(end == len(sequence.tokens))
+                parts.append((ids, start, followed.holding.pages, wanted))
+                reading.append(sequence)
+        logits = iter(self._run(parts) if parts else ())
+        for sequence, (ids, _, _, _) in zip(reading, parts, strict=True):
+            self._followed[sequence].computed += len(ids)
+        return {s: next(logits) for s, (_, _, _, wanted) in zip(reading, parts, strict=True) if wanted}
+
+    def _guess(self, ready: dict[Sequence, Floats], depth: int, least: float) -> None:
+        """Guess token after token of all together, while as many as `least` are expected of one more round."""
+        drafts: dict[Sequence, tuple[list[int], list[int]]] = {sequence: ([], []) for sequence in ready}
+        chances = dict.fromkeys(ready, 1.0)
+        for count in range(depth):
+            likeliest = [_likeliest(logits) for logits in ready.values()]
+            for sequence, (token, grade) in zip(ready, likeliest, strict=True):
+                tokens, grades = drafts[sequence]
+                tokens.append(token)
+                grades.append(grade)
+                chances[sequence] *= sequence.guesser.model_chance(grade)
+            ready = {s: row for s, row in ready.items() if self._room(s, count + 1)}
+            if count + 1 == depth or sum(chances[sequence] for sequence in ready) < least:
+                break
+            parts = [
+                ([drafts[s][0][-1]], len(s.tokens) + count, self._followed[s].holding.pages, 1) for s in ready
+            ]
+            ready = dict(zip(ready, self._run(parts), strict=True))
+            for sequence in ready:
+                self._followed[sequence].ahead.append(drafts[sequence][0][-1])
+        for sequence, (tokens, grades) in drafts.items():
+            sequence.guesser.offer(Draft(tuple(tokens), tuple(grades)))
+
+    def _settle(self, sequence: Sequence) -> _Followed:
+        """Where the small model stands, with what was accepted of its last guesses; at the first time, what its
+        cache knows."""
+        followed = self._followed.get(sequence)
+        if followed is None:
+            followed = self._followed[sequence] = _Followed()
+            followed.computed = self._cache.adopt(followed.holding, sequence.tokens, 0)
+            self._kv.move(self._cache.take_moves())
+        for guess in followed.ahead:
+            # The last token is always read again: what follows it is asked for.
+            if followed.computed + 1 >= len(sequence.tokens) or sequence.tokens[followed.computed] != guess:
+                break
+            followed.computed += 1
+        followed.ahead.clear()
+        self._cache.publish(followed.holding, sequence.tokens, followed.computed)
+        return followed
+
+    def _room(self, sequence: Sequence, ahead: int) -> bool:
+        """Pages for so many guesses after the text, if it may get so long."""
+        length = len(sequence.tokens) + ahead
+        return length < sequence.limit and self._cache.extend(self._followed[sequence].holding, length)
+
+    def _run(self, parts: Iterable[Part]) -> list[Floats]:
+        """One step of the small model: logits (vocab,) of the rows wanted."""
+        began_s = self._clock()
+        step = Step.build(parts, self._executor.plan.part_tokens)
+        hidden = self._executor.forward(step)
+        logits = list(self._executor.head(hidden)[:, : self._vocab]) if len(step.rows) else []
+        self._cost.note(len(step.tokens), self._clock() - began_s)
+        return logits
+
+
+def _likeliest(logits: Floats) -> tuple[int, int]:
+    """The likeliest token, and how likely it is in tenths (0 to 9)."""
+    token = int(logits.argmax())
+    with np.errstate(over="ignore", invalid="ignore"):  # of infinities, whose share is NaN
+        share = 1 / float(np.exp(logits - logits[token]).sum())
+    return token, min(int(share * GRADES), GRADES - 1) if share == share else 0

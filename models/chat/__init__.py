@@ -1,0 +1,1 @@
+"""Conversations to text, by the model's own template."""

@@ -1,0 +1,1 @@
+"""The user's files, read block by block: GGUF and safetensors."""

@@ -1,0 +1,129 @@
+"""A rank's shard of a checkpoint: it reads like a checkpoint of a smaller model of the same hidden size.
+
+Knows which rows or columns of each role a shard's ranges are. Rows are read as they are; of columns, whole blocks are
+taken out of the stored rows, so that no weight is ever rounded anew. What is whose is decided in `partition.slicing`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from shoal.kernels import Matrix, WeightType
+from shoal.kernels.arrays import Bytes, Floats
+from shoal.models.weights import Weights
+from shoal.partition.slicing import Range, Shard, shard_spec
+from shoal.partition.spec import BlockId, BlockKind
+
+from .checkpoint import Checkpoint
+
+_SUMMED = frozenset({"o_bias", "down_bias"})  # added to what is summed over ranks
+
+
+class CheckpointShard:
+    """What one rank holds of an open checkpoint, whose files and description it shares. `spec`: of the smaller model.
+
+    Its methods are those of `Checkpoint`, their rows and columns counted from the shard's first.
+    """
+
+    def __init__(self, whole: Checkpoint, shard: Shard) -> None:
+        self._whole = whole
+        self.shard: Literal["whole"] | Shard = shard
+        self.spec = shard_spec(whole.spec, shard)
+        self._rows = _rows(shard, whole.spec.head_dim)
+        self._columns = _columns(shard)
+        self._without = frozenset() if shard.has_sum_biases else _SUMMED
+
+    @property
+    def path(self) -> Path:
+        return self._whole.path
+
+    @property
+    def kind(self) -> Literal["gguf", "hf"]:
+        return self._whole.kind
+
+    @property
+    def name(self) -> str:
+        return self._whole.name
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._whole.files
+
+    def bypass_cache(self) -> None:
+        self._whole.bypass_cache()
+
+    def matrices(self, block: BlockId) -> dict[str, tuple[WeightType, int, int]]:
+        found = {}
+        for role, (kind, rows, cols) in self._whole.matrices(block).items():
+            own_rows, own_cols = self._rows.get((block.kind, role)), self._columns.get((block.kind, role))
+            found[role] = (kind, own_rows.size if own_rows else rows, own_cols.size if own_cols else cols)
+        return found
+
+    def vector_lengths(self, block: BlockId) -> dict[str, int]:
+        lengths = {}
+        for role, length in self._whole.vector_lengths(block).items():
+            own = self._rows.get((block.kind, role))
+            if role not in self._without:
+                lengths[role] = own.size if own else length
+        return lengths
+
+    def read_block(self, block: BlockId) -> Weights:
+        """Raises CheckpointError."""
+        matrices = {
+            role: self.read_rows(block, role, 0, rows) for role, (_, rows, _) in self.matrices(block).items()
+        }
+        return Weights(matrices, self.read_vectors(block))
+
+    def read_rows(
+        self, block: BlockId, role: str, start: int, stop: int, into: Bytes | None = None
+    ) -> Matrix:
+        """Raises CheckpointError."""
+        own = self._rows.get((block.kind, role))
+        first = own.start if own else 0
+        columns = self._columns.get((block.kind, role))
+        return self._whole.read_rows(block, role, first + start, first + stop, into, columns)
+
+    def read_vectors(self, block: BlockId) -> dict[str, Floats]:
+        """Raises CheckpointError."""
+        vectors = {}
+        for role, vector in self._whole.read_vectors(block).items():
+            own = self._rows.get((block.kind, role))
+            if role not in self._without:
+                vectors[role] = vector[slice(*own)] if own else vector
+        return vectors
+
+
+AnyCheckpoint = Checkpoint | CheckpointShard
+
+
+def _rows(shard: Shard, head_dim: int) -> dict[tuple[BlockKind, str], Range]:
+    """(kind of block, role) → rows of the matrices, and what there is of the vectors, that are cut."""
+    own = shard.ranges
+    q, kv = own.heads.times(head_dim), own.kv_heads.times(head_dim)
+    return {
+        ("embed", "embed"): own.vocab,
+        ("attn", "q"): q,
+        ("attn", "q_bias"): q,
+        ("attn", "k"): kv,
+        ("attn", "k_bias"): kv,
+        ("attn", "v"): kv,
+        ("attn", "v_bias"): kv,
+        ("ffn", "gate"): own.ffn,
+        ("ffn", "gate_bias"): own.ffn,
+        ("ffn", "up"): own.ffn,
+        ("ffn", "up_bias"): own.ffn,
+        ("router", "shared_gate"): own.shared_ffn,
+        ("router", "shared_up"): own.shared_ffn,
+        ("head", "head"): own.vocab,
+    }
+
+
+def _columns(shard: Shard) -> dict[tuple[BlockKind, str], Range]:
+    """(kind of block, role) → columns of the matrices that are cut."""
+    own = shard.ranges
+    return {
+        ("attn", "o"): own.o_columns,
+        ("ffn", "down"): own.ffn,
+        ("router", "shared_down"): own.shared_ffn,
+    }

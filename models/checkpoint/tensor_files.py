@@ -1,0 +1,152 @@
+"""Open files that hold tensors, and reads of exact rows from them.
+
+Knows names, types, shapes and places of tensors (found by `gguf_file` or `hf_dir`) and how to bring bytes in: by
+`preadv` into a buffer of exactly the size asked for. Nothing is memory-mapped, because a mapped page that cannot be
+read kills the process, where a failed read is an error of the request that needed it. Does not know what a tensor
+means.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal.kernels import WeightType
+from shoal.kernels.arrays import Bytes
+from shoal.models.errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
+
+_FOLIO_BYTES = 2 << 20  # pages leave the cache in groups of up to so many bytes, and only whole ones
+_READ_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
+_PART_BYTES = 16 << 20  # where page cache is given back after each call
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor in its file. `shape` has the outermost dimension first; a row is the innermost one."""
+
+    name: str
+    type: WeightType
+    shape: tuple[int, ...]
+    file: int  # index into TensorFiles.paths
+    offset: int  # of its first byte in that file
+
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def weights(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.type.row_bytes(self.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+
+class TensorFiles:
+    """The files of one checkpoint, open for reading until `close`. Reads may come from several threads.
+
+    `metadata` is what the files say about the model (GGUF metadata, or config.json); `unsupported` names the stored
+    type of each tensor that Shoal cannot read, so that it is refused only if it is needed. `drops_pages`: what was read
+    does not stay in the system's page cache.
+    """
+
+    drops_pages = False
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        tensors: Mapping[str, StoredTensor],
+        metadata: Mapping[str, Any],
+        unsupported: Mapping[str, str] | None = None,
+    ) -> None:
+        self.paths = tuple(paths)
+        self.tensors = tensors
+        self.metadata = metadata
+        self._unsupported = unsupported or {}
+        self._descriptors: list[int] = []
+        try:
+            for path in self.paths:
+                self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            self.close()
+            raise unreadable(path, error) from error
+
+    def find(self, name: str) -> StoredTensor:
+        """The tensor with this name; MissingCheckpoint or UnsupportedCheckpoint names it otherwise."""
+        tensor = self.tensors.get(name)
+        if tensor is not None:
+            return tensor
+        if name in self._unsupported:
+            raise UnsupportedCheckpoint(
+                f"{self.paths[0].parent}: tensor {name} has type {self._unsupported[name]}, "
+                "which Shoal does not read from safetensors (supported: F32, F16, BF16)"
+            )
+        raise MissingCheckpoint(f"{self.paths[0]}: tensor {name} is missing")
+
+    def read(
+        self, tensor: StoredTensor, first_row: int = 0, rows: int | None = None, into: Bytes | None = None
+    ) -> Bytes:
+        """The bytes of rows [first_row, first_row + rows), all by default, (bytes,): `into`, or new memory."""
+        rows = tensor.rows - first_row if rows is None else rows
+        assert 0 <= first_row <= first_row + rows <= tensor.rows
+        buffer = np.empty(rows * tensor.row_bytes, np.uint8) if into is None else into
+        assert buffer.shape == (rows * tensor.row_bytes,)
+        self._fill(buffer.data, tensor, tensor.offset + first_row * tensor.row_bytes)
+        return buffer
+
+    def close(self) -> None:
+        """Closes the files. Buffers that were read stay valid."""
+        while self._descriptors:
+            descriptor = self._descriptors.pop()
+            if self.drops_pages:
+                _drop(descriptor, 0, 0)
+            os.close(descriptor)
+
+    def _fill(self, view: memoryview, tensor: StoredTensor, offset: int) -> None:
+        path = self.paths[tensor.file]
+        if not self._descriptors:
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name} was asked for after the checkpoint was closed"
+            )
+        done = 0
+        step = _PART_BYTES if self.drops_pages else _READ_BYTES
+        while done < len(view):
+            try:
+                got = os.preadv(self._descriptors[tensor.file], [view[done : done + step]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path}: reading tensor {tensor.name} at byte {offset + done} failed: {error.strerror}"
+                ) from error
+            if not got:
+                raise CorruptCheckpoint(
+                    f"{path}: ends at byte {offset + done} within tensor {tensor.name}, which needs bytes up to "
+                    f"{offset + len(view)}; the file was cut short"
+                )
+            done += got
+            if self.drops_pages:
+                start = max(0, offset + done - got - _FOLIO_BYTES)
+                _drop(self._descriptors[tensor.file], start, offset + done)
+
+
+def _drop(descriptor: int, start: int, stop: int) -> None:
+    """Bytes [start, stop) of a file leave the page cache, as far as the system can; up to its end for stop 0."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, max(0, stop - start), os.POSIX_FADV_DONTNEED)
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """What the system's refusal to open `path` means to the user."""
+    if isinstance(error, FileNotFoundError):
+        return MissingCheckpoint(f"{path}: no such file")
+    return CheckpointError(f"{path}: cannot be read: {error.strerror}")

@@ -1,0 +1,123 @@
+"""config.json → recipe, for any family in the table.
+
+Knows the keys that transformers gives most families; what is peculiar to one comes from its `HfSide`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from shoal.models.errors import UnsupportedCheckpoint
+from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
+
+from .facts import Facts
+from .family import Family, HfSide
+from .rope_scaling import hf_rope
+from .tensors import Names, Recipe, chosen
+
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+
+
+def hf_recipe(
+    family: Family, config: Mapping[str, Any], origin: str, tensors: Mapping[str, object]
+) -> Recipe:
+    """The recipe of a checkpoint whose (text) configuration is `config`; `tensors` has the names in its files.
+
+    Raises CorruptCheckpoint, UnsupportedCheckpoint or SpecError.
+    """
+    hf = family.hf
+    facts = Facts(config, origin, defaults=hf.defaults)
+    for option in hf.unsupported:
+        if config.get(option):
+            raise UnsupportedCheckpoint(f"{origin}: {option}={config[option]!r} is not supported")
+    hidden, heads = facts.integer("hidden_size"), facts.integer("num_attention_heads")
+    count = layer_count(facts)
+    head_dim = facts.integer("head_dim", hidden // max(heads, 1))
+    windows = hf.windows(facts, count)
+    ropes = _ropes(hf, facts, head_dim)
+    moe = hf.moe(facts, count) if hf.moe else None
+    sparse = moe.layers if moe else [False] * count
+    query_dim = facts.number("query_pre_attn_scalar", head_dim)
+    spec = ModelSpec(
+        family=family.name,
+        layers=tuple(
+            LayerSpec(windows[i], len(ropes) - 1 if windows[i] is not None else 0, sparse[i])
+            for i in range(count)
+        ),
+        hidden=hidden,
+        vocab=facts.integer("vocab_size"),
+        context=facts.integer("max_position_embeddings"),
+        heads=heads,
+        kv_heads=facts.integer("num_key_value_heads", heads),
+        head_dim=head_dim,
+        ffn=0 if all(sparse) else facts.integer("intermediate_size"),
+        ropes=ropes,
+        norm_eps=facts.number("rms_norm_eps"),
+        activation=_activation(facts),
+        qk_norm=family.qk_norm,
+        pre_norm=family.pre_norm,
+        post_norm=family.post_norm,
+        embed_scale=math.sqrt(hidden) if family.scaled_embed and hidden > 0 else 1.0,
+        query_scale=0.0 if query_dim == head_dim else _inverse_root(facts, query_dim),
+        qkv_clip=facts.number("clip_qkv") if facts.has("clip_qkv") else None,
+        tied=facts.flag("tie_word_embeddings", False),
+        moe=moe.spec if moe else None,
+    )
+    names = chosen(spec, hf.names, hf.biases(facts))
+    return Recipe(spec, _with_prefix(names, tensors), hf.norm_shift)
+
+
+def layer_count(facts: Facts, key: str = "num_hidden_layers") -> int:
+    """Checked here, because lists of this length are made before there is a spec."""
+    count = facts.integer(key)
+    if not 1 <= count <= 4096:
+        raise facts.wrong(key, count, "from 1 to 4096")
+    return count
+
+
+def _ropes(hf: HfSide, facts: Facts, head_dim: int) -> tuple[RopeSpec, ...]:
+    """One rope, or that of all layers followed by that of windowed ones."""
+    parameters = facts.part("rope_parameters")
+    if not hf.local_rope:
+        if not parameters.values:
+            parameters = facts.part("rope_scaling")
+        return (hf_rope(facts, head_dim, parameters, hf.longrope_names),)
+    everywhere = parameters.part("full_attention") if parameters.values else facts.part("rope_scaling")
+    local = parameters.part("sliding_attention", {"rope_theta": facts.number("rope_local_base_freq")})
+    return hf_rope(facts, head_dim, everywhere), hf_rope(facts, head_dim, local)
+
+
+def _activation(facts: Facts) -> Literal["silu", "gelu_tanh"]:
+    name = facts.text("hidden_activation", facts.text("hidden_act", "silu"))
+    if name not in _ACTIVATIONS:
+        raise UnsupportedCheckpoint(
+            f"{facts.origin}: activation {name!r} is not supported (supported: {', '.join(_ACTIVATIONS)})"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _inverse_root(facts: Facts, query_dim: float) -> float:
+    if query_dim <= 0:
+        raise facts.wrong("query_pre_attn_scalar", query_dim, "positive")
+    return 1 / math.sqrt(query_dim)
+
+
+def _with_prefix(names: Names, tensors: Mapping[str, object]) -> Names:
+    """The same names with the prefix that this checkpoint puts before those of the decoder."""
+    prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in tensors), _PREFIXES[0])
+    head = "language_model." if prefix == "language_model.model." else ""
+    return {
+        kind: {
+            roles: name.replace("{prefix}", prefix).replace("{head_prefix}", head)
+            for roles, name in of.items()
+        }
+        for kind, of in names.items()
+    }

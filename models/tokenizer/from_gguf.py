@@ -1,0 +1,200 @@
+"""From GGUF metadata to the parts of a tokenizer.
+
+Knows the `tokenizer.ggml.*` keys, their defaults per vocabulary model, and which of llama.cpp's quirks are
+needed for equal ids. Deliberately does not read files: it takes the metadata as a plain mapping, and checks
+all of it, because it comes from a download.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shoal.models.errors import TokenizerError
+from shoal.models.texts import Texts
+
+from .bpe import PRE_TOKENIZERS, ByteLevelBpe
+from .spm import SentencePieceBpe
+from .vocabulary import TokenKind, Vocabulary, inverse, packed, vocabulary
+
+_PREFIX = "tokenizer.ggml."
+
+
+@dataclass(frozen=True)
+class GgufParts:
+    """What GGUF metadata says about text: vocabulary, merger, and how texts begin and end."""
+
+    vocabulary: Vocabulary
+    merger: ByteLevelBpe | SentencePieceBpe
+    add_bos: bool
+    add_eos: bool
+    strip_after: frozenset[int]
+    chat_template: str | None
+
+
+def read_gguf(metadata: Mapping[str, object]) -> GgufParts:
+    """Build the parts; raises TokenizerError naming the key that is missing, damaged or unsupported."""
+    keys = _Keys(metadata)
+    model = keys.text("model")
+    if model == "gpt2":
+        return _byte_level(keys)
+    if model == "llama":
+        return _sentence_piece(keys)
+    raise TokenizerError(
+        f"the vocabulary model {model[:40]!r} is not supported; supported are 'gpt2' and 'llama'"
+    )
+
+
+def _byte_level(keys: _Keys) -> GgufParts:
+    pre = keys.text("pre", "default")
+    rule = PRE_TOKENIZERS.get(pre)
+    if rule is None:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        raise TokenizerError(f"the pre-tokenizer {pre[:40]!r} is not supported; supported are {known}")
+    tokens = _tokens(keys)
+    ids = inverse(tokens)
+    vocab = _vocabulary(keys, tokens, ids, byte_level=True)
+    return _parts(keys, vocab, ByteLevelBpe(ids, keys.texts("merges"), rule), add_bos=rule.add_bos)
+
+
+def _sentence_piece(keys: _Keys) -> GgufParts:
+    tokens, prefix = _tokens(keys), keys.flag("add_space_prefix", True)
+    ids = inverse(tokens)
+    vocab = _vocabulary(
+        keys, tokens, ids, byte_level=False, add_space_prefix=prefix, bos_id=1, eos_id=2, unk_id=0
+    )
+    scores = keys.numbers("scores", len(vocab), [0.0] * len(vocab))
+    if not np.isfinite(scores).all():
+        raise TokenizerError("tokenizer.ggml.scores holds values that are not finite; the file is damaged")
+    return _parts(keys, vocab, SentencePieceBpe(vocab, ids, scores), add_bos=True)
+
+
+def _parts(
+    keys: _Keys, vocab: Vocabulary, merger: ByteLevelBpe | SentencePieceBpe, *, add_bos: bool
+) -> GgufParts:
+    return GgufParts(
+        vocabulary=vocab,
+        merger=merger,
+        add_bos=keys.flag("add_bos_token", add_bos),
+        add_eos=keys.flag("add_eos_token", False),
+        strip_after=_strip_after(keys, vocab),
+        chat_template=keys.optional_text("tokenizer.chat_template"),
+    )
+
+
+def _tokens(keys: _Keys) -> Texts:
+    tokens = keys.texts("tokens")
+    if "" not in tokens:
+        return tokens
+    return packed(text or f"[EMPTY_{i}]" for i, text in enumerate(tokens))
+
+
+def _vocabulary(
+    keys: _Keys,
+    tokens: Texts,
+    ids: Mapping[str, int],
+    *,
+    byte_level: bool,
+    add_space_prefix: bool = False,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    unk_id: int | None = None,
+) -> Vocabulary:
+    """The ids of tokens passed in are the defaults of the vocabulary model, for files that do not name them."""
+    kinds = keys.numbers("token_type", len(tokens), [int(TokenKind.NORMAL)] * len(tokens)).astype(np.int64)
+    kinds[(kinds < 0) | (kinds > max(TokenKind))] = TokenKind.UNDEFINED
+    ends = [keys.token_id(name, None) for name in ("eot_token_id", "eom_token_id")]
+    return vocabulary(
+        tokens,
+        ids,
+        kinds.astype(np.uint8).tobytes(),
+        byte_level=byte_level,
+        add_space_prefix=add_space_prefix,
+        bos_id=keys.token_id("bos_token_id", bos_id),
+        eos_id=keys.token_id("eos_token_id", eos_id),
+        unk_id=keys.token_id("unknown_token_id", unk_id),
+        end_ids=[token_id for token_id in ends if token_id is not None],
+    )
+
+
+def _strip_after(keys: _Keys, vocab: Vocabulary) -> frozenset[int]:
+    """Special tokens that swallow the white space after them.
+
+    Phi-3 was trained so, but GGUF has no field for it: as in llama.cpp the model's name decides.
+    """
+    name = (keys.optional_text("general.name") or "").lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return frozenset()
+    kinds = {TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.USER_DEFINED}
+    return frozenset(
+        token_id
+        for token_id, kind in enumerate(vocab.kinds)
+        if kind in kinds and vocab.tokens[token_id] not in ("<unk>", "<s>", "<|endoftext|>")
+    )
+
+
+class _Keys:
+    """Typed access to the metadata; names are relative to `tokenizer.ggml.` where not given in full."""
+
+    def __init__(self, metadata: Mapping[str, object]) -> None:
+        self._metadata = metadata
+
+    def optional_text(self, key: str) -> str | None:
+        value = self._metadata.get(key)
+        if value is not None and not isinstance(value, str):
+            raise TokenizerError(f"{key} is a {type(value).__name__} instead of a text; the file is damaged")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self.optional_text(_PREFIX + name)
+        if value is None:
+            value = default
+        if value is None:
+            raise TokenizerError(f"the file has no {_PREFIX + name}: it holds no tokenizer")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._metadata.get(_PREFIX + name, default)
+        if not isinstance(value, (bool, np.bool_)):
+            raise TokenizerError(
+                f"{_PREFIX + name} is {value!r:.40} instead of true or false; the file is damaged"
+            )
+        return bool(value)
+
+    def token_id(self, name: str, default: int | None) -> int | None:
+        value = self._metadata.get(_PREFIX + name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TokenizerError(
+                f"{_PREFIX + name} is {value!r:.40} instead of a token id; the file is damaged"
+            )
+        return int(value)
+
+    def texts(self, name: str) -> Texts:
+        value = self._metadata.get(_PREFIX + name)
+        if value is None:
+            raise TokenizerError(f"the file has no {_PREFIX + name}: it holds no tokenizer of this kind")
+        if isinstance(value, Texts):
+            return value
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if not isinstance(value, (list, tuple)) or not set(map(type, value)) <= {str}:
+            raise TokenizerError(f"{_PREFIX + name} is not a list of texts; the file is damaged")
+        return packed(value)
+
+    def numbers(self, name: str, count: int, default: Sequence[float]) -> np.ndarray:
+        value = self._metadata.get(_PREFIX + name)
+        try:
+            numbers = np.asarray(default if value is None else value)
+        except (ValueError, TypeError) as error:
+            raise TokenizerError(f"{_PREFIX + name} is not a list of numbers; the file is damaged") from error
+        if numbers.dtype.kind not in "iufb" or numbers.ndim != 1:
+            raise TokenizerError(f"{_PREFIX + name} is not a list of numbers; the file is damaged")
+        if len(numbers) != count:
+            raise TokenizerError(
+                f"{_PREFIX + name} has {len(numbers)} entries for {count} tokens; the file is damaged"
+            )
+        return numbers

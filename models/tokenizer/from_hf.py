@@ -1,0 +1,263 @@
+"""From a Hugging Face directory to the parts of a tokenizer.
+
+Knows which files say what: `tokenizer.json` (run by the `tokenizers` library exactly as transformers does),
+`tokenizer.model` (SentencePiece BPE, where there is no tokenizer.json), `tokenizer_config.json`,
+`special_tokens_map.json`, `generation_config.json`, `config.json` and `chat_template.jinja`. Deliberately runs
+no code from the directory and reads no weights. Every value is checked: the files come from a download.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from shoal.models.errors import TokenizerError, one_line
+
+from .bpe import library_errors
+from .special import SpecialSplitter
+from .spm import SentencePieceBpe
+from .spm_file import read_model
+from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, inverse, packed, vocabulary
+
+MAX_FILE_BYTES = 256 << 20
+_DECODERS = "supported are ByteLevel and SentencePiece-like decoders (Replace, ByteFallback, Metaspace)"
+
+
+@dataclass(frozen=True)
+class HfParts:
+    """What a directory says about text."""
+
+    vocabulary: Vocabulary
+    encoder: LibraryEncoder | SpecialSplitter
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    chat_template: str | None
+
+
+class LibraryEncoder:
+    """A `tokenizer.json` run by the library."""
+
+    def __init__(self, library: tokenizers.Tokenizer) -> None:
+        self._library = library
+        # Whether control tokens are text is a switch of the library's object, not of its call.
+        self._lock = threading.Lock()
+
+    def encode(self, text: str, parse_special: bool) -> list[int]:
+        with self._lock, library_errors("this text cannot be tokenised"):
+            self._library.encode_special_tokens = not parse_special
+            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def read_hf(directory: Path) -> HfParts:
+    """Build the parts; raises TokenizerError naming the file that is missing, damaged or unsupported."""
+    config = _read_json(directory / "tokenizer_config.json")
+    special = _read_json(directory / "special_tokens_map.json")
+    names = {
+        role: _token_text(config.get(f"{role}_token"), special.get(f"{role}_token"))
+        for role in ("bos", "eos", "unk")
+    }
+    ends = _end_ids(directory)
+    template = _chat_template(directory, config)
+    if (directory / "tokenizer.json").is_file():
+        return _from_library(directory / "tokenizer.json", names, ends, template)
+    if (directory / "tokenizer.model").is_file():
+        return _from_sentence_piece(directory / "tokenizer.model", config, names, ends, template)
+    raise TokenizerError(
+        f"{directory} has no tokenizer.json and no tokenizer.model; download one of the model's"
+    )
+
+
+def _from_library(
+    path: Path, names: Mapping[str, str | None], ends: Iterable[int], template: str | None
+) -> HfParts:
+    data = _read_bytes(path)
+    with library_errors(f"{path.name} is not a tokenizer"):
+        library = tokenizers.Tokenizer.from_buffer(data)
+        del data  # as large as what was made of it
+        library.no_truncation()
+        library.no_padding()
+        ids = library.get_vocab(with_added_tokens=True)
+        added = library.get_added_tokens_decoder()
+        decoder = json.loads(library.decoder.__getstate__()) if library.decoder is not None else {}
+        plain = library.encode("a", add_special_tokens=False).ids
+        whole = library.encode("a", add_special_tokens=True).ids
+    byte_level, add_space_prefix = _spelling(decoder, path)
+    tokens = [f"[EMPTY_{i}]" for i in range(max(ids.values(), default=-1) + 1)]
+    for text, index in ids.items():
+        tokens[index] = text
+    kinds = bytearray([TokenKind.NORMAL]) * len(tokens)
+    if len(ids) != len(tokens):
+        for token_id in set(range(len(tokens))) - set(ids.values()):
+            kinds[token_id] = TokenKind.UNUSED
+    if not byte_level:
+        for byte in range(256):
+            if (byte_id := ids.get(f"<0x{byte:02X}>")) is not None:
+                kinds[byte_id] = TokenKind.BYTE
+    for token_id, token in added.items():
+        kinds[token_id] = TokenKind.CONTROL if token.special else TokenKind.USER_DEFINED
+    vocab = vocabulary(
+        packed(tokens),
+        inverse(tokens),
+        kinds,
+        byte_level=byte_level,
+        add_space_prefix=add_space_prefix,
+        bos_id=_known(ids, names["bos"]),
+        eos_id=_known(ids, names["eos"]),
+        unk_id=_known(ids, names["unk"]),
+        end_ids=[token_id for token_id in ends if token_id < len(tokens)],
+    )
+    # The post-processor, not add_bos_token, decides what stands around a text, as in transformers 5.
+    at = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), len(whole))
+    prefix, suffix = tuple(whole[:at]), tuple(whole[at + len(plain) :])
+    return HfParts(vocab, LibraryEncoder(library), prefix, suffix, template)
+
+
+def _from_sentence_piece(
+    path: Path,
+    config: Mapping[str, Any],
+    names: Mapping[str, str | None],
+    ends: Iterable[int],
+    template: str | None,
+) -> HfParts:
+    model = read_model(_read_bytes(path))
+    tokens, kinds, scores = list(model.tokens), bytearray(model.kinds), list(model.scores)
+    _add_tokens(config, tokens, kinds, scores)
+    for i, kind in enumerate(kinds):
+        if kind == TokenKind.USER_DEFINED:  # found in the text as it is, before spaces are marked
+            tokens[i] = tokens[i].replace(SPACE_MARK, " ")
+    ids = inverse(tokens)
+    vocab = vocabulary(
+        packed(tokens),
+        ids,
+        kinds,
+        byte_level=False,
+        add_space_prefix=model.add_space_prefix,
+        bos_id=_known(ids, names["bos"]) if names["bos"] else model.bos_id,
+        eos_id=_known(ids, names["eos"]) if names["eos"] else model.eos_id,
+        unk_id=model.unk_id,
+        end_ids=[token_id for token_id in ends if token_id < len(tokens)],
+    )
+    prefix = (vocab.bos_id,) if vocab.bos_id is not None and config.get("add_bos_token", True) else ()
+    suffix = (vocab.eos_id,) if vocab.eos_id is not None and config.get("add_eos_token", False) else ()
+    return HfParts(
+        vocab, SpecialSplitter(vocab, SentencePieceBpe(vocab, ids, scores)), prefix, suffix, template
+    )
+
+
+def _add_tokens(config: Mapping[str, Any], tokens: list[str], kinds: bytearray, scores: list[float]) -> None:
+    """Put `added_tokens_decoder` of tokenizer_config.json on top of a SentencePiece vocabulary."""
+    added = config.get("added_tokens_decoder") or {}
+    try:
+        entries = sorted(
+            (int(key), str(token["content"]), bool(token.get("special"))) for key, token in added.items()
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(
+            f"added_tokens_decoder of tokenizer_config.json is damaged: {one_line(error)}"
+        ) from error
+    for token_id, text, is_control in entries:
+        if not 0 <= token_id <= len(tokens):
+            raise TokenizerError(
+                f"the added token {text[:40]!r} has id {token_id}; the next free one is {len(tokens)}"
+            )
+        kind = TokenKind.CONTROL if is_control else TokenKind.USER_DEFINED
+        if token_id == len(tokens):
+            tokens.append(text)
+            kinds.append(kind)
+            scores.append(0.0)
+        elif kinds[token_id] != TokenKind.UNKNOWN:
+            tokens[token_id] = text
+            kinds[token_id] = kind
+
+
+def _spelling(decoder: Mapping[str, Any], path: Path) -> tuple[bool, bool]:
+    """(tokens are spelled in the byte alphabet, decoding drops a leading space) as the decoder says."""
+    steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+    kinds = [step.get("type") for step in steps]
+    if "ByteLevel" in kinds:
+        return True, False
+    if "Metaspace" in kinds:
+        step = steps[kinds.index("Metaspace")]
+        return False, step.get("prepend_scheme", "always") != "never"
+    if "ByteFallback" in kinds or "Replace" in kinds:
+        return False, "Strip" in kinds
+    raise TokenizerError(f"{path.name} has the decoder {'+'.join(map(str, kinds))[:60]}; {_DECODERS}")
+
+
+def _known(ids: Mapping[str, int], text: str | None) -> int | None:
+    return None if text is None else ids.get(text)
+
+
+def _token_text(*values: object) -> str | None:
+    """The first that is a token's text: either the text itself or {"content": text}."""
+    for value in values:
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def _end_ids(directory: Path) -> list[int]:
+    """`eos_token_id`, one or several, of generation_config.json, or of config.json where there is none."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(directory / name).get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise TokenizerError(f"eos_token_id of {name} is {value!r:.60}; it must be token ids")
+        return ids
+    return []
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return _decode(_read_bytes(path), path)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = named.get("default", next(iter(named.values()), None))
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(
+            f"chat_template of tokenizer_config.json is a {type(template).__name__} instead of a text"
+        )
+    return template
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_decode(_read_bytes(path), path))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} holds a {type(value).__name__} instead of a JSON object")
+    return value
+
+
+def _decode(data: bytes, path: Path) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8 text: {one_line(error)}") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise TokenizerError(f"{path} has {size} bytes; a tokenizer file has at most {MAX_FILE_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error

@@ -1,0 +1,86 @@
+"""Cutting a text at its special tokens.
+
+Knows that the leftmost special token wins, and the longest of those that begin there (as in `tokenizers`), and
+which of them are plain text when control tokens are not to be recognised. Deliberately does not know how the
+text between them is merged into tokens: that is the merger's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from .vocabulary import TokenKind, Vocabulary
+
+_SPACES = re.compile(r"[ \t\n\v\f\r]*")
+
+
+class Merger(Protocol):
+    """Text without special tokens → ids."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+class SpecialSplitter:
+    """Text → ids: special tokens by their text, the merger for what stands between them.
+
+    strip_after: special tokens that swallow the white space behind them.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, merger: Merger, strip_after: frozenset[int] = frozenset()
+    ) -> None:
+        self._merger = merger
+        self._space_prefix = vocabulary.add_space_prefix
+        self._strip_after = strip_after
+        always = {TokenKind.USER_DEFINED}
+        parsed = {TokenKind.USER_DEFINED, TokenKind.CONTROL, TokenKind.UNKNOWN}
+        self._always = _Finder(vocabulary, (i for i, kind in enumerate(vocabulary.kinds) if kind in always))
+        self._parsed = _Finder(vocabulary, (i for i, kind in enumerate(vocabulary.kinds) if kind in parsed))
+
+    def encode(self, text: str, parse_special: bool) -> list[int]:
+        ids: list[int] = []
+        at = 0
+        for start, end, token_id in (self._parsed if parse_special else self._always).find(text):
+            self._merge(text[at:start], ids)
+            ids.append(token_id)
+            at = end
+            if token_id in self._strip_after and (spaces := _SPACES.match(text, end)):
+                at = spaces.end()
+        self._merge(text[at:], ids)
+        return ids
+
+    def _merge(self, text: str, ids: list[int]) -> None:
+        """Append a fragment, which stands at the beginning or behind a special token."""
+        if text:
+            ids += self._merger.encode(" " + text if self._space_prefix else text)
+
+
+class _Finder:
+    """Where given tokens stand in a text, in time proportional to its length however many tokens there are."""
+
+    def __init__(self, vocabulary: Vocabulary, token_ids: Iterable[int]) -> None:
+        self._ids = {vocabulary.tokens[i]: i for i in token_ids}
+        lengths: dict[str, set[int]] = {}
+        for token in self._ids:
+            lengths.setdefault(token[0], set()).add(len(token))
+        self._lengths = {first: sorted(of, reverse=True) for first, of in lengths.items()}
+        firsts = "".join(map(re.escape, self._lengths))
+        self._first = re.compile(f"[{firsts}]") if firsts else None
+
+    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """(start, end, id) of each token, left to right."""
+        if self._first is None:
+            return
+        done = 0
+        for candidate in self._first.finditer(text):
+            start = candidate.start()
+            if start < done:
+                continue
+            for length in self._lengths[text[start]]:
+                token_id = self._ids.get(text[start : start + length])
+                if token_id is not None:
+                    done = start + length
+                    yield start, done, token_id
+                    break

@@ -1,0 +1,129 @@
+"""SentencePiece BPE: text between special tokens → ids, by merging the best-scored neighbours first.
+
+Written here because the `tokenizers` library ranks merges strictly, while SentencePiece lets equal scores
+go to the leftmost pair: on runs of equal characters the two disagree. Knows the scores and the byte
+fallback. Deliberately does not know special tokens, BOS, files, or how ids turn back into text.
+Source of the algorithm: SentencePiece's bpe_model.cc (and llama.cpp's equal one).
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterable, Mapping
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+
+from shoal.models.errors import TokenizerError
+
+from .vocabulary import SPACE_MARK, TokenKind, Vocabulary
+
+_MERGEABLE = frozenset({TokenKind.NORMAL, TokenKind.USER_DEFINED, TokenKind.UNUSED, TokenKind.UNDEFINED})
+_CACHED_WORDS = 1 << 16
+_CACHED_WORD_CHARS = 64
+
+
+class SentencePieceBpe:
+    """The merger. ids: token text → id. scores: one float per token, higher merges first.
+
+    Control and byte tokens never merge.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, ids: Mapping[str, int], scores: Iterable[float]) -> None:
+        kinds = vocabulary.kinds
+        self._ids: Mapping[str, int] = {text: i for text, i in ids.items() if kinds[i] in _MERGEABLE}
+        # Costs instead of scores: the heap pops its least entry.
+        self._costs = array("d", (-score for score in scores))
+        self._byte_ids = [_byte_id(ids, vocabulary.unk_id, byte) for byte in range(256)]
+        self._unk_id = vocabulary.unk_id
+        self._words = _word_pattern(self._ids)
+        self._cache: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text without special tokens; spaces become "▁" here, a space prefix is the caller's."""
+        ids: list[int] = []
+        cache = self._cache
+        for word in self._words.findall(text.replace(" ", SPACE_MARK)):
+            known = cache.get(word)
+            if known is None:
+                known = self._merge(word)
+                if len(word) <= _CACHED_WORD_CHARS:
+                    if len(cache) >= _CACHED_WORDS:
+                        cache.clear()
+                    cache[word] = known
+            ids.extend(known)
+        return ids
+
+    def _merge(self, word: str) -> list[int]:
+        ids, costs = self._ids, self._costs
+        pieces = list(word)
+        count = len(pieces)
+        before, after = list(range(-1, count - 1)), [*range(1, count), -1]
+        # (cost, left, right, length of the merged text): equal costs go to the leftmost pair.
+        heap = [
+            (costs[token_id], left, left + 1, 2)
+            for left in range(count - 1)
+            if (token_id := ids.get(pieces[left] + pieces[left + 1])) is not None
+        ]
+        heapify(heap)
+        while heap:
+            _, left, right, length = heappop(heap)
+            first, second = pieces[left], pieces[right]
+            if not first or not second or len(first) + len(second) != length:
+                continue  # one of the two has merged otherwise since
+            pieces[left] = merged = first + second
+            pieces[right] = ""
+            following = after[left] = after[right]
+            if following >= 0:
+                before[following] = left
+                pair = merged + pieces[following]
+                if (token_id := ids.get(pair)) is not None:
+                    heappush(heap, (costs[token_id], left, following, len(pair)))
+            preceding = before[left]
+            if preceding >= 0:
+                pair = pieces[preceding] + merged
+                if (token_id := ids.get(pair)) is not None:
+                    heappush(heap, (costs[token_id], preceding, left, len(pair)))
+        merged_ids: list[int] = []
+        for piece in pieces:
+            if piece:
+                token_id = ids.get(piece)
+                if token_id is not None:
+                    merged_ids.append(token_id)
+                else:
+                    self._fall_back(piece, merged_ids)
+        return merged_ids
+
+    def _fall_back(self, piece: str, ids: list[int]) -> None:
+        """Append an unknown piece as its bytes, or as one unknown token for all of a run."""
+        for byte in piece.encode():
+            byte_id = self._byte_ids[byte]
+            if byte_id != self._unk_id or ids[-1:] != [byte_id]:
+                ids.append(byte_id)
+
+
+def _byte_id(ids: Mapping[str, int], unk_id: int | None, byte: int) -> int:
+    for text in (f"<0x{byte:02X}>", chr(byte) if byte < 0x80 else ""):
+        if text in ids:
+            return ids[text]
+    if unk_id is None:
+        raise TokenizerError(
+            f"the vocabulary has no token <0x{byte:02X}> and no unknown token to stand in for it"
+        )
+    return unk_id
+
+
+def _word_pattern(texts: Mapping[str, int]) -> re.Pattern[str]:
+    """Pattern of the pieces that merge independently: a cut before "▁" wherever no token spans it.
+
+    Words are then merged one by one and remembered, which is what makes long prompts fast.
+    """
+    spans = {
+        before
+        for text in texts
+        if text.rfind(SPACE_MARK) > 0
+        for before, mark in pairwise(text)
+        if mark == SPACE_MARK
+    }
+    inseparable = "".join(map(re.escape, spans | {SPACE_MARK}))
+    return re.compile(rf".(?:[^{SPACE_MARK}]|(?<=[{inseparable}]){SPACE_MARK})*", re.DOTALL)

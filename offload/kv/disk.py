@@ -1,0 +1,199 @@
+"""The second tier of the prefix cache: KV pages on disk.
+
+Pages that leave memory are copied and written behind by a thread; when it lags, they are dropped: nobody waits for it.
+Pages that are wanted again are read by whoever asks, in a millisecond or some. Nothing that goes wrong here reaches a
+request: it is a page that has to be computed, and a line in the log. Knows bytes; what they mean, and when reading
+pays, is decided elsewhere (`prefix`, `daemon.recalling`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from shoal.kernels.arrays import Bytes
+from shoal.offload.errors import KvFileError
+
+from .disk_file import SYNC_BYTES, KvFile, checksum
+from .disk_index import Entry, KvIndex
+from .prefix_cache import Save
+
+log = logging.getLogger(__name__)
+
+QUEUE_BYTES = 32 << 20  # of pages copied and not written yet
+QUEUE_PAGES = (2, 16)  # least and most
+FLUSH_LIMIT_S = 10.0
+_WAIT_S = 60.0  # for the writer to end: longer, and its disk hangs
+
+_Job = tuple[Bytes, Save] | None  # None ends the writer
+
+
+def queue_pages(page_bytes: int) -> int:
+    """How many pages may wait to be written."""
+    return min(max(QUEUE_BYTES // page_bytes, QUEUE_PAGES[0]), QUEUE_PAGES[1])
+
+
+def buffer_bytes(page_bytes: int) -> int:
+    """Memory a `KvDisk` takes: the pages that wait, one that is read, and what the system has yet to write."""
+    return (queue_pages(page_bytes) + 1) * page_bytes + 2 * SYNC_BYTES
+
+
+class KvDisk:
+    """Pages in `file`, at most as many as `slots`. `save` and `read` are one thread's, the rest is anybody's."""
+
+    def __init__(self, file: KvFile, slots: int) -> None:
+        self.index = KvIndex(slots, file.entries(slots))
+        self.pages_read = 0
+        self.pages_written = 0
+        self.pages_dropped = 0  # because the writer was behind
+        self._file = file
+        self._reading = np.empty(file.page_bytes, np.uint8)
+        self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
+        pages = queue_pages(file.page_bytes)
+        for _ in range(pages):
+            self._free.put(np.empty(file.page_bytes, np.uint8))
+        self._jobs: queue.Queue[_Job] = queue.Queue(pages + 1)
+        self._complained = False
+        self.closed = False
+        self._writing = threading.Lock()  # held while the files change size
+        self._writer = threading.Thread(target=self._write_all, name="shoal-kv-disk", daemon=True)
+        self._writer.start()
+
+    @property
+    def page_bytes(self) -> int:
+        return self._file.page_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Of the pages on disk."""
+        return len(self.index) * self._file.page_bytes
+
+    @property
+    def most_reads(self) -> int:
+        """Pages that one step may push out of memory to read others: they must find room to wait."""
+        return max(1, queue_pages(self._file.page_bytes) // 2)
+
+    def resize(self, slots: int) -> None:
+        """Keep at most `slots` pages from now on."""
+        with self._writing:
+            if not self.closed:
+                self.index.resize(slots)
+                try:
+                    self._file.cut(slots)
+                except OSError as error:
+                    self._complain(error)
+
+    def save(self, what: Save, page: Bytes, wait_s: float = 0.0) -> bool:
+        """Copy `page`, (bytes of a page,), to be written. False when it is dropped."""
+        try:
+            buffer = self._free.get(timeout=wait_s) if wait_s > 0 else self._free.get_nowait()
+        except queue.Empty:
+            self.pages_dropped += 1
+            return False
+        buffer[:] = page
+        self._jobs.put_nowait((buffer, what))
+        return True
+
+    def read(self, entries: Sequence[Entry], into: Sequence[Bytes]) -> int:
+        """Fill pages, (bytes of a page,), with the entries of a text in order until one fails; how many were filled."""
+        count = 0
+        for entry, page in zip(entries, into, strict=True):
+            if not self._read(entry, page):
+                break
+            count += 1
+        for entry in reversed(entries[:count]):  # what is before a page is never older
+            self.index.touch(entry.parent, entry.tokens)
+        self.pages_read += count
+        return count
+
+    def _read(self, entry: Entry, into: Bytes) -> bool:
+        """False, and `into` is as before, when the page cannot be read."""
+        try:
+            self._file.read(entry.slot, self._reading)
+            if checksum(self._reading) != entry.checksum:
+                raise KvFileError(f"slot {entry.slot} of the KV pages on disk has been altered")
+        except KvFileError as error:
+            if self.index.holds(entry):  # else its slot was just taken for another page
+                log.warning("%s; the page is computed again", error)
+                with contextlib.suppress(OSError):
+                    self._file.clear(entry.slot)
+                self.index.forget(entry)
+            return False
+        into[:] = self._reading
+        return True
+
+    def close(
+        self, known: Sequence[Save], page: Callable[[int], Bytes], limit_s: float = FLUSH_LIMIT_S
+    ) -> None:
+        """Write what is in memory, most recently used first as given, as far as there are slots and time; `page`
+        gives a page by its number. Then let others have the file. Idempotent."""
+        with self._writing:
+            if self.closed:
+                return
+            self.closed = True
+        ends_s = time.monotonic() + limit_s
+        kept = known[: self.index.slots]
+        self._touch(kept)  # or writing one might push out another
+        for save in kept:
+            if self.index.touch(save.parent, save.tokens):
+                continue
+            if not self.save(save, page(save.page), max(0.0, ends_s - time.monotonic())):
+                break
+        self._jobs.put_nowait(None)
+        self._writer.join(_WAIT_S)
+        if self._writer.is_alive():
+            log.warning("writing KV pages to disk does not end; what has been written is kept")
+            return
+        self._touch(kept)
+        try:
+            self._file.sync()
+            for entry in self.index.entries():
+                if entry.used != entry.stored_used:
+                    self._file.store_used(entry)
+        except OSError as error:
+            self._complain(error)
+        self._file.close()
+
+    def _touch(self, saves: Sequence[Save]) -> None:
+        for save in reversed(saves):
+            self.index.touch(save.parent, save.tokens)
+
+    # --- the writer ----------------------------------------------------------------------------------------
+
+    def _write_all(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            buffer, what = job
+            try:
+                with self._writing:
+                    self._write(what, buffer)
+            except Exception:  # our bug: the pages to come are worth a try
+                log.exception("a KV page was not written")
+            self._free.put(buffer)
+
+    def _write(self, what: Save, page: Bytes) -> None:
+        if self.index.touch(what.parent, what.tokens):
+            return
+        entry = self.index.claim(what.parent, what.tokens, checksum(page))
+        if entry is None:
+            return
+        try:
+            self._file.write(entry, page)
+            self.index.add(entry)
+            self.pages_written += 1
+        except OSError as error:
+            self.index.refuse(entry)
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        """Once: a disk that is full stays so for a while."""
+        if not self._complained:
+            self._complained = True
+            log.warning(
+                "KV pages cannot be written to disk: %s; those that are there are used", error.strerror
+            )

@@ -1,0 +1,56 @@
+"""The KV pool: fixed-size pages of K and V, shared by all sequences of a model.
+
+Knows pages; who may use them is the scheduler's business. A page holds 64 positions of every layer.
+Memory is touched only when written, so a large pool costs nothing until it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+from shoal.kernels.arrays import Bytes
+from shoal.kernels.attention_operands import PAGE_TOKENS, KvLayout, KvPages
+from shoal.kernels.huge_pages import mapped
+from shoal.partition.plan import KvPlan
+from shoal.partition.spec import ModelSpec
+
+from .disk import KvDisk
+from .pages import PageTable
+from .prefix_cache import Copy, Move
+
+KV_LAYOUT = 1  # one more whenever the bytes of a page come to mean something else
+
+
+class KvPool:
+    """K and V of every layer: page after page, in a page layer after layer. `layers`: as attention takes them."""
+
+    def __init__(self, spec: ModelSpec, plan: KvPlan) -> None:
+        assert plan.page_tokens == PAGE_TOKENS, plan.page_tokens
+        self.page_tokens = plan.page_tokens
+        self.table = PageTable(plan.pages)
+        layout = KvLayout.of(plan.dtype, spec.head_dim)
+        shape = (plan.pages, len(spec.layers), spec.kv_heads, layout.head_bytes)
+        self._pages: Bytes = mapped(prod(shape))[: prod(shape)].reshape(shape)
+        self.layers = [KvPages(layout, spec.heads, self._pages[:, i]) for i in range(len(spec.layers))]
+
+    @property
+    def nbytes(self) -> int:
+        return self._pages.nbytes
+
+    def page(self, number: int) -> Bytes:
+        """A page in every layer, (bytes of a page,); a view."""
+        page: Bytes = self._pages[number].reshape(-1)
+        return page
+
+    @property
+    def page_bytes(self) -> int:
+        return self.nbytes // len(self._pages)
+
+    def move(self, moves: Iterable[Move], disk: KvDisk | None = None) -> None:
+        """Copy pages, and save them on `disk`, in this order."""
+        for move in moves:
+            if isinstance(move, Copy):
+                self._pages[move.target] = self._pages[move.source]
+            elif disk is not None:
+                disk.save(move, self.page(move.page))

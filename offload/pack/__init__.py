@@ -1,0 +1,1 @@
+"""Packs: a model's blocks as kernels want them, in one file."""

@@ -1,0 +1,118 @@
+"""The format of a pack's manifest: what the pack was made from, and where every block lies.
+
+Knows types and ranges of the fields. Whether they agree with the file and with each other is checked by `pack`. Does
+not import what computes, so that packs can be listed quickly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta, Struct
+
+from shoal.offload.errors import PackCorrupt, PackError
+from shoal.partition.slicing import Shard
+from shoal.partition.spec import BlockId
+
+FORMAT: Literal[1] = 1
+KERNEL_LAYOUT: Literal[1] = 1  # of the bytes of a matrix: bands of sixteen rows (`kernels.bands`)
+PAGE_BYTES = 4096
+ALIGN_BYTES = 64
+MANIFEST = "manifest.json"
+BLOCKS = "blocks.bin"
+DAMAGED = "damaged"  # a file that is there when blocks were found altered
+PARTIAL = ".partial"  # ends the name of a directory that is not whole yet
+DRAFT = "draft.json"  # its manifest, without checksums
+MANIFEST_BYTES = 32 << 20  # no model's manifest is larger: enough for 100,000 experts
+VECTORS_BYTES = 1 << 30  # nor the norms and biases of one
+
+Quant = Literal["keep", "q8", "q4"]
+
+_Size = Annotated[int, Meta(ge=0, le=1 << 60)]
+_Count = Annotated[int, Meta(ge=1, le=1 << 40)]
+_Checksum = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+
+
+class PackedTensor(NamedTuple):
+    """One matrix; `offset` counts from the beginning of its block."""
+
+    type: str
+    rows: _Count
+    cols: _Count
+    offset: _Size
+
+
+class PackedBlock(Struct, frozen=True):
+    """Where one block lies: `nbytes` from byte `offset` of blocks.bin, both multiples of 4096; xxh3_64 of them."""
+
+    block: BlockId
+    offset: _Size
+    nbytes: _Size
+    checksum: _Checksum
+    tensors: dict[str, PackedTensor]
+
+
+class PackedVectors(Struct, frozen=True):
+    """Where the vectors lie: role → (first byte in the extent, length) of each block that has any."""
+
+    offset: _Size
+    nbytes: Annotated[int, Meta(ge=0, le=VECTORS_BYTES)]
+    checksum: _Checksum
+    blocks: list[tuple[BlockId, dict[str, tuple[_Size, _Count]]]]
+
+
+class SourceFile(Struct, frozen=True):
+    name: str
+    size: int
+    mtime_ns: int
+
+
+class Source(Struct, frozen=True):
+    """What a pack was made from: a path, or the name of a model in the store and the sha256 of its manifest there."""
+
+    model: str
+    files: list[SourceFile]
+    store: str = ""
+
+
+class Manifest(Struct, frozen=True):
+    """All that is known of a pack. `shard`: what of the model its blocks are; the ranks in it are those that it was
+    made for. `model`: facts for people."""
+
+    format: Literal[1]
+    kernel_layout: Literal[1]
+    source: Source
+    quant: Quant
+    shard: Literal["whole"] | Shard
+    model: dict[str, str | int]
+    vectors: PackedVectors
+    blocks: Annotated[list[PackedBlock], Meta(max_length=1 << 22)]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of blocks.bin."""
+        ends = (item.offset + item.nbytes for item in self.blocks)
+        return max(self.vectors.offset + self.vectors.nbytes, *ends, 0)
+
+    def is_of(self, shard: Literal["whole"] | Shard) -> bool:
+        """Whether it has the weights of this shard, or of the whole model; never one for the other."""
+        mine = self.shard
+        return mine == shard if mine == "whole" or shard == "whole" else mine.same_bytes(shard)
+
+
+def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
+    """The manifest, its types and ranges checked, but not yet against the file. Raises PackError."""
+    path = directory / name
+    try:
+        with path.open("rb") as file:
+            text = file.read(MANIFEST_BYTES + 1)
+    except FileNotFoundError as error:
+        raise PackError(f"{directory}: is no pack: it has no {name}") from error
+    except OSError as error:
+        raise PackError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return msgspec.json.decode(text, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise PackCorrupt(f"{path}: is not the manifest of a pack of this version: {error}") from error

@@ -1,0 +1,1 @@
+"""Weights that stream: what is read next, into which memory, by which threads."""

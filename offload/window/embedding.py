@@ -1,0 +1,132 @@
+"""Rows of an embedding that stays on disk, and other bytes that are wanted at once.
+
+A prompt needs few rows of a large matrix: only the bands that hold them are read, near ones together, several reads
+at a time through a small memory of their own. Knows one matrix and where it lies; reading is `readers`' work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import xxhash
+
+from shoal.kernels import Matrix, OperandError, gather_rows
+from shoal.kernels.arrays import Floats, Ids
+from shoal.kernels.huge_pages import mapped
+from shoal.offload.pack.pack import Pack, PackedBlock, altered, tensor_type
+from shoal.partition.spec import BlockId
+
+from .readers import READERS, Readers, Region
+from .row_reads import batches, runs
+from .window import Line, Passage
+
+ROWS_BYTES = 4 << 20  # read at a time
+NEAR_BYTES = 32 << 10  # rows this close to each other are read together
+
+
+class Fetcher:
+    """Reads what is wanted at once into `nbytes` of its own. After a failure it takes other memory, as reads under way
+    may still write to this."""
+
+    def __init__(self, nbytes: int, *, whole: bool) -> None:
+        self._line = Line()
+        self.region = Region(self._line, mapped(nbytes)[:nbytes], whole=whole)
+
+    def fetch(
+        self,
+        readers: Readers,
+        passages: Sequence[Passage],
+        each: Callable[[Passage], None] = lambda passage: None,
+    ) -> None:
+        """Reads passages; `each` is called as they are here, in their order. Raises OffloadError."""
+        readers.change(partial(self._line.extend, passages))
+        try:
+            for passage in passages:
+                readers.lease(self.region, partial(_same, passage))
+                each(passage)
+        except BaseException:
+            readers.change(partial(self._abandon, passages))
+            raise
+
+    def _abandon(self, passages: Sequence[Passage]) -> None:
+        for passage in passages:
+            self._line.leave(passage)
+        if not all(passage.quiet for passage in passages):
+            # Reads that are under way still write to this memory.
+            nbytes = len(self.region.memory)
+            self.region.memory = mapped(nbytes)[:nbytes]
+
+
+class Embedding:
+    """The matrix of block `embed`, on disk."""
+
+    def __init__(self, pack: Pack) -> None:
+        self._pack = pack
+        self._block = BlockId("embed")
+        self._packed = pack.blocks[self._block]
+        self._tensor = self._packed.tensors["embed"]
+        self._fetcher = Fetcher(ROWS_BYTES, whole=False)
+        self.region = self._fetcher.region
+
+    def rows(self, readers: Readers, ids: Ids) -> Floats:
+        """Rows `ids` (T,) as (T, cols). Raises OffloadError; OperandError if there is no such row."""
+        tensor, kind = self._tensor, tensor_type(self._tensor)
+        where = np.argsort(ids, kind="stable")
+        ordered = ids[where]
+        if len(ids) and not 0 <= int(ordered[0]) <= int(ordered[-1]) < tensor.rows:
+            raise OperandError(f"row ids must be within [0, {tensor.rows})")
+        height = kind.band_rows
+        reads = runs(
+            np.unique(ordered // height).tolist(),
+            kind.matrix_bytes(height, tensor.cols),
+            self._packed.offset + tensor.offset,
+            near_bytes=NEAR_BYTES,
+            most_bytes=ROWS_BYTES // READERS,
+        )
+        ends = np.array([(run.last + 1) * height for run in reads], np.int64)
+        upto = iter(np.searchsorted(ordered, ends).tolist())  # ids up to the end of each run
+        out = np.empty((len(ids), tensor.cols), np.float32)
+        done = 0
+        for batch in batches(reads, ROWS_BYTES):
+            memory = self.region.memory
+            passages: list[Passage] = []
+            position = 0
+            for run in batch:
+                passages.append(Passage(self._block, run.offset, position, run.nbytes))
+                position += run.nbytes
+            self._fetcher.fetch(readers, passages)
+            for run, passage in zip(batch, passages, strict=True):
+                start, rows = passage.position + run.skip, (run.last + 1 - run.first) * height
+                read = memory[start : start + kind.matrix_bytes(rows, tensor.cols)]
+                matrix, end = Matrix(kind, read, rows, tensor.cols), next(upto)
+                out[where[done:end]] = gather_rows(matrix, ordered[done:end] - run.first * height)
+                done = end
+        return out
+
+    def check(self, readers: Readers) -> None:
+        """Reads all of it once, because later only parts are read; if it is tied, as the head's slices. Raises
+        PackCorrupt if it was altered."""
+        slices = [item for block, item in self._pack.blocks.items() if block.kind == "head"]
+        for item in slices if self._pack.tied else [self._packed]:
+            readers.once(item.block, partial(self._check, readers, item))
+
+    def _check(self, readers: Readers, item: PackedBlock) -> None:
+        digest = xxhash.xxh3_64()
+        part_bytes = ROWS_BYTES // READERS
+        for start in range(0, item.nbytes, ROWS_BYTES):
+            end = min(start + ROWS_BYTES, item.nbytes)
+            parts = [
+                Passage(item.block, item.offset + at, at - start, min(part_bytes, end - at))
+                for at in range(start, end, part_bytes)
+            ]
+            self._fetcher.fetch(readers, parts)
+            digest.update(self.region.memory[: end - start].data)
+        if digest.hexdigest() != item.checksum:
+            self._pack.condemn()
+            raise altered(self._pack.path, item.block)
+
+
+def _same(passage: Passage) -> Passage:
+    return passage

@@ -1,0 +1,237 @@
+"""The command as a whole: lazy verbs, one line for every error, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from fakes.cli_fakes import shoal, shoal_process
+
+from shoal.cli import verbs
+from shoal.cli.errors import explain
+from shoal.cli.interrupt import deferred_interrupt
+from shoal.cli.options import AnswerOptions, PlanOptions
+from shoal.cli.output import print_json
+from shoal.cli.verbs import VERBS
+from shoal.comm.errors import NoDaemon, ProtocolError, RequestFailed, TimedOut
+from shoal.daemon.errors import DaemonError
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
+
+
+def test_neither_help_nor_any_verb_imports_torch() -> None:
+    look = """
+import click, sys
+from shoal.cli.verbs import VERBS, cli
+cli.get_help(click.Context(cli))
+assert "shoal.cli.run" not in sys.modules, "help imports the verbs"
+for verb in VERBS:
+    cli.get_command(click.Context(cli), verb)
+print([name for name in ("torch", "transformers", "huggingface_hub") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", look], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_every_verb() -> None:
+    result = shoal("--help")
+    assert result.exit_code == 0
+    assert all(f"\n  {name} " in result.stdout for name in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    result = shoal(verb, "--help")
+    assert result.exit_code == 0
+    assert f"Examples:\n    shoal {verb}" in result.stdout
+
+
+def test_no_verb_at_all_shows_the_help() -> None:
+    result = shoal()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert all(f"\n  {name} " in result.stderr for name in VERBS)
+
+
+def test_closed_standard_streams_lead_nowhere() -> None:
+    look = """
+import os
+from shoal.cli import main, verbs
+def probe():
+    assert os.open(os.devnull, os.O_RDONLY) > 2, "a file has taken the place of a stream"
+    print(sys.stdin.read(), file=sys.stderr)
+verbs.cli.main = probe
+"""
+    program = f"import os, sys\nos.closerange(0, 3)\nsys.stdin = sys.stdout = sys.stderr = None\n{look}\nmain.main()"
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert done.returncode == 0
+
+
+def test_version_and_unknown_verbs() -> None:
+    assert shoal("--version").stdout.startswith("shoal ")
+    result = shoal("chta")
+    assert result.exit_code == 2
+    assert result.stderr == "shoal: there is no verb 'chta'; did you mean chat? (see shoal --help)\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (DaemonError("bad_request", "x=1: must be 2"), "x=1: must be 2", 2),
+        (DaemonError("not_found", "no model", "pull it"), "no model (pull it)", 1),
+        (DaemonError("corrupt", "broken"), "broken", 1),
+        (DaemonError("unsupported", "new"), "new", 1),
+        (DaemonError("resources", "too big"), "too big", 3),
+        (DaemonError("context_overflow", "too long"), "too long", 3),
+        (RequestFailed("busy", "queue full"), "queue full", 3),
+        (RequestFailed("internal", "two\nlines"), "two lines", 1),
+        (RequestFailed("a_code_of_the_future", "hm"), "hm", 1),
+        (NoDaemon("no daemon is running"), "no daemon is running", 4),
+        (TimedOut("silent"), "the daemon does not answer: silent (see shoal logs)", 1),
+        (ProtocolError("odd"), "talking to the daemon failed: odd (see shoal logs)", 1),
+        (MemoryError(), "out of memory (give --memory or a smaller --ctx)", 3),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (click.Abort(), "interrupted", 130),
+        (FileNotFoundError(2, "No such file", "x"), "x: No such file", 1),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", 3),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error", 1),
+        (
+            KeyError("k"),
+            "unexpected error: KeyError: 'k' (SHOAL_DEBUG=1 shows where; please report it)",
+            1,
+        ),
+    ],
+)
+def test_every_error_is_one_line_and_a_code(error: BaseException, line: str, code: int) -> None:
+    assert explain(error) == (line, code)
+
+
+def test_json_has_lists_of_numbers_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    value = {
+        "text": "[\n 1,\n 2 ]",
+        "ids": [1, -2, 3.5e-9],
+        "none": [],
+        "deep": [[1], {"a": [2, 3]}, ["x", 4]],
+    }
+    print_json(value)
+    said = capsys.readouterr().out
+    assert json.loads(said) == value
+    assert '"ids": [1, -2, 3.5e-9],\n' in said
+    assert '"a": [2, 3]\n' in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run"], "missing argument 'MODEL'"),
+        (["run", "--frobnicate", "m"], "no such option"),
+        (["run", "--memory", "3XB", "m", "p"], "'3XB' is not an amount of memory; write 3GB"),
+        (["run", "--memory", "0", "m", "p"], "memory=0 B: must be from 1 B to 1.13 PB"),
+        (["run", "m", "\udcff\udcfe"], r"argument 3 is not UTF-8 text: '\udcff\udcfe'"),
+        (["run", "--threads", "0", "m", "p"], "0 is not in the range x>=1"),
+        (["run", "--threads", "99999", "m", "p"], "threads=99999: must be from 1 to"),
+        (["run", "--stop", "", "m", "p"], "'--stop': an empty text would end every answer at once (see"),
+        (["run", "--top-p", "2", "m", "p"], "2.0 is not in the range 0<x<=1"),
+        (["run", "--raw", "--system", "s", "m", "p"], "--system needs the chat template"),
+        (["run", "--seed", str(1 << 70), "m", "p"], "an option is out of range"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line(arguments: list[str], said: str) -> None:
+    result = shoal(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert result.stderr.startswith("shoal: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_devices_of_the_future_are_refused() -> None:
+    result = shoal("run", "--device", "gpu", "m", "p")
+    assert result.exit_code == 1
+    assert "--device gpu: this version computes on cpu only" in result.stderr
+
+
+def test_tracebacks_show_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(verbs.Shoal, "get_command", broken)
+    result = shoal("run")
+    assert result.exit_code == 1
+    assert "unexpected error: ZeroDivisionError: oops" in result.stderr
+    assert "Traceback" not in result.stderr
+    monkeypatch.setenv("SHOAL_DEBUG", "1")
+    assert "Traceback" in shoal("run").stderr
+
+
+def test_options_become_requests_and_command_lines() -> None:
+    answer = AnswerOptions(seed=3, temperature=0.0, repeat_penalty=1.5, max_tokens=9, stop=("END",))
+    fields = answer.request_fields("m")
+    assert (fields["model"], fields["max_tokens"], fields["stop"]) == ("m", 9, ["END"])
+    sampling = fields["sampling"]
+    assert (sampling.seed, sampling.temperature, sampling.repetition_penalty) == (3, 0.0, 1.5)
+    assert sampling.top_k is None
+    assert not PlanOptions().given
+    plan = PlanOptions(memory=3_000_000_000, threads=1)
+    assert plan.given
+    assert plan.arguments() == ["--memory", "3000000000", "--threads", "1"]
+    assert plan.config().memory_bytes == 3_000_000_000
+
+
+def test_ctrl_c_in_a_verb_is_quiet() -> None:
+    press = "import os, signal, shoal.cli.store as s; s.Library = lambda home: os.kill(os.getpid(), signal.SIGINT)"
+    done = shoal_process(press, "ls")
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
+
+
+def test_ctrl_c_while_importing_is_quiet() -> None:
+    press = """
+import os, signal, sys
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == "shoal.cli.verbs":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Press())
+"""
+    done = shoal_process(press, "ls")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_waits_for_the_end_of_a_deferring_block() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    reached: list[bool] = []
+
+    def press() -> None:
+        with deferred_interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(True)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            press()
+        assert reached
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_reader_that_has_had_enough_ends_it_quietly() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "shoal.cli.main", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1

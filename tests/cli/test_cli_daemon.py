@@ -1,0 +1,270 @@
+"""`shoal serve`, `stop`, `ps` and `logs`: the daemon as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import tiny
+from fakes.cli_fakes import FakeClient, model_status, shoal, shoal_process
+
+from shoal import client as client_room
+from shoal.cli import background
+from shoal.cli.observe import followed, tail
+from shoal.comm.errors import RequestFailed
+from shoal.comm.home import Home
+from shoal.comm.messages import Stage
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.private_files import private_dir
+
+HOLDER = """
+import signal, sys
+from pathlib import Path
+from shoal.daemon.server.socket_lock import SocketLock
+stubborn = sys.argv[2] == "stubborn"
+terms = []
+signal.signal(signal.SIGTERM, lambda *_: terms.append(1) if stubborn and not terms else sys.exit())
+SocketLock(Path(sys.argv[1])).acquire()
+print("up", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "h"))
+    monkeypatch.setenv("COLUMNS", "200")
+    made = Home(tmp_path / "h")
+    private_dir(made.root)
+    private_dir(made.run)
+    return made
+
+
+@contextmanager
+def holder(home: Home, kind: str = "obedient") -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the daemon's lock, and ends at the first SIGTERM, or the second if stubborn."""
+    command = [sys.executable, "-c", HOLDER, str(home.socket), kind]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("arguments", [["stop"], ["stop", "--now"], ["ps"], ["ps", "--json"]])
+def test_without_a_daemon_the_code_is_four(arguments: list[str]) -> None:
+    result = shoal(*arguments)
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert result.stderr == "shoal: no daemon is running (start one with: shoal serve --detach)\n"
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [("obedient", ["stop"]), ("stubborn", ["stop", "--now"])])
+def test_stop_ends_the_process_that_holds_the_lock(home: Home, kind: str, arguments: list[str]) -> None:
+    with holder(home, kind) as process:
+        assert background.running_pid(home) == process.pid
+        result = shoal(*arguments)
+        assert result.exit_code == 0, result.stderr
+        assert process.wait(timeout=10) == 0
+    assert background.running_pid(home) is None
+
+
+def test_stop_that_takes_too_long_says_what_to_do(home: Home) -> None:
+    with (
+        holder(home, "stubborn") as process,
+        pytest.raises(DaemonError, match=r"still runs after 1 s .*shoal stop --now"),
+    ):
+        background.stop(home, process.pid, now=False, limit_s=1, sleep=lambda s: None)
+
+
+def test_a_second_daemon_is_refused(home: Home) -> None:
+    with holder(home) as process:
+        result = shoal("serve", "--detach")
+    assert result.exit_code == 3
+    assert f"a daemon is already running, pid {process.pid}" in result.stderr
+
+
+def test_a_stale_pid_is_not_signalled(home: Home) -> None:
+    (home.run / "daemon.sock.lock").write_text(f"{os.getpid()}\n")
+    assert shoal("stop").exit_code == 4
+
+
+def test_detached_start_passes_the_options_on(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[Any] = []
+
+    class Process:
+        pid = 77
+
+        def __init__(self, command: list[str], **options: Any) -> None:
+            started.append((command, options))
+
+        def poll(self) -> None:
+            return None
+
+    looks = iter([False, False, True])
+    monkeypatch.setattr(background.subprocess, "Popen", Process)
+    monkeypatch.setattr(background, "answers", lambda home: next(looks))
+    pids = iter([None, 76, 77, 77, 77, 77])  # none yet, then somebody else's for a moment
+    monkeypatch.setattr(background, "running_pid", lambda home: next(pids))
+    monkeypatch.setattr(background, "POLL_S", 0.001)
+    loaded: list[tuple[int, str, str]] = []
+    monkeypatch.setattr(
+        background, "load", lambda home, pid, model, draft, heard: loaded.append((pid, model, draft))
+    )
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    result = shoal(
+        *("serve", "--detach", "--model", "m.gguf", "--threads", "1", "--address", "tcp://127.0.0.1:0"),
+        *("--queue", "0", "--kv-disk", "2GB", "--draft", "m.gguf"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "the daemon is running (pid 77)" in result.stderr
+    command, options = started[0]
+    address = ["--address", "tcp://127.0.0.1:0"]
+    assert command[-9:] == ["serve", "--threads", "1", *address, "--queue", "0", "--kv-disk", "2000000000"]
+    assert loaded == [(77, str(tmp_path / "m.gguf"), str(tmp_path / "m.gguf"))]
+    assert options["start_new_session"]
+    assert options["env"]["SHOAL_HOME"] == str(home.root)
+
+
+def test_a_daemon_that_dies_while_starting_is_told_with_its_last_words(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dying = tmp_path / "python"
+    dying.write_text("#!/bin/sh\necho starting\necho 'shoal: no room for it' >&2\nexit 3\n")
+    dying.chmod(0o755)
+    monkeypatch.setattr(background.sys, "executable", str(dying))
+    with pytest.raises(DaemonError, match=r"while starting \(exit 3\): no room for it") as caught:
+        background.start(home, [])
+    assert caught.value.code == "resources"
+    assert "no room for it" in shoal("logs").stdout
+
+
+def test_ctrl_c_while_a_daemon_starts_ends_it(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sleeping = tmp_path / "python"
+    sleeping.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeping.chmod(0o755)
+    monkeypatch.setattr(background.sys, "executable", str(sleeping))
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def popen(*command: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(real(*command, **options))
+        return started[0]
+
+    def press(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(background.subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        background.start(home, [], sleep=press)
+    assert started[0].wait(timeout=10) == -signal.SIGTERM
+
+
+def test_old_logs_are_kept_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    private_dir(home.logs)
+    background.log_path(home).write_text("old\n" * 10)
+    monkeypatch.setattr(background, "LOG_LIMIT_BYTES", 20)
+    monkeypatch.setattr(background.sys, "executable", "/bin/false")
+    with pytest.raises(DaemonError, match="it said nothing"):
+        background.start(home, [])
+    assert (home.logs / "daemon.log.1").read_text().startswith("old")
+    assert background.log_path(home).read_text() == ""
+
+
+def test_ps_shows_models_and_has_every_field_as_json(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"kv_cached_tokens": 90, "prompt_tokens_total": 400, "cached_tokens_total": 300}
+    figures |= {"kv_disk_bytes": 46_000_000, "kv_disk_pages_read_total": 7, "kv_disk_pages_written_total": 31}
+    client = FakeClient(model_status("big", running=2, waiting=1, **figures))
+    monkeypatch.setattr(client_room, "Client", client)
+    monkeypatch.setattr(background, "running_pid", lambda home: 4242)
+    text = shoal("ps").stdout
+    assert "pid 4242 · up 1 min 1 s · 2 threads · 5 MB resident · 3 requests · 99 tokens" in text
+    assert "big: 1 rank, all in ram" in text
+    assert "prefix cache: holds 45% of the KV, gave 75% of 400 prompt tokens; 0 preemptions" in text
+    assert "KV on disk: 46 MB, 31 pages written, 7 read" in text
+    reading = Stage(doing="reading", done=3, total=9, bytes_per_s=2e9)
+    client.models["big"] = model_status("big", stage=reading)
+    packing = Stage(doing="packing", done=10**8, total=10**9, bytes_per_s=1e8)
+    client.changed = {"loading": "other:q4", "stage": packing}
+    text = shoal("ps").stdout
+    assert "other:q4: packing 100 MB of 1 GB, 100 MB/s, 9 s left" in text
+    assert "now reading 3/9 blocks, 2 GB/s" in text
+    found = json.loads(shoal("ps", "--json").stdout)
+    assert found["stage"]["doing"] == "packing"
+    assert found["draining"] is False
+    assert (found["models"][0]["name"], found["models"][0]["chat_template"]) == ("big", True)
+    client.fails = RequestFailed("shutting_down", "the daemon is stopping")
+    assert shoal("ps").exit_code == 1
+
+
+def test_logs_end_where_asked(home: Home) -> None:
+    assert "there is no log at" in shoal("logs").stderr
+    private_dir(home.logs)
+    background.log_path(home).write_text("".join(f"line {n}\n" for n in range(100)))
+    assert shoal("logs", "-n", "2").stdout == "line 98\nline 99\n"
+    assert shoal("logs", "-n", "0").stdout == ""
+    assert shoal("logs").stdout.count("\n") == 50
+
+
+def test_following_a_log_survives_its_replacement(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("one\n")
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 1:
+            with path.open("a") as log:
+                log.write("two\n")
+        elif len(naps) == 2:
+            path.unlink()
+        else:
+            path.write_text("new\n")
+
+    text, offset = tail(path, 10)
+    assert text == "one\n"
+    assert list(islice(followed(path, offset, nap), 2)) == ["two\n", "new\n"]
+
+
+def test_a_real_daemon_from_start_to_stop(home: Home, tmp_path: Path) -> None:
+    model = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "tiny.gguf")
+    started = shoal_process("", "serve", "--detach", "--model", str(model), "--threads", "1")
+    try:
+        assert started.returncode == 0, started.stderr
+        assert background.running_pid(home) is not None
+        (loaded,) = json.loads(shoal("ps", "--json").stdout)["models"]
+        assert loaded["path"] == str(model)
+        options = ["--max-tokens", "4", "--seed", "1"]
+        there = shoal("run", "--raw", *options, str(model), "the and")
+        here = shoal("run", "--raw", "--local", *options, str(model), "the and")
+        assert (there.exit_code, here.exit_code) == (0, 0), there.stderr + here.stderr
+        assert there.stdout == here.stdout
+        assert json.loads(shoal("ps", "--json").stdout)["requests_total"] == 1
+    finally:
+        stopped = shoal("stop", "--now")
+    assert stopped.exit_code == 0, stopped.stderr
+    assert shoal("ps").exit_code == 4
+
+
+def test_a_model_that_does_not_load_ends_the_detached_daemon(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    result = shoal("serve", "--detach", "--model", str(tmp_path / "bad.gguf"))
+    assert result.exit_code == 1
+    assert "bad.gguf" in result.stderr
+    assert shoal("stop").exit_code == 4

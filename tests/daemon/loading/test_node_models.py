@@ -1,0 +1,180 @@
+"""Models of a node: loaded on demand, loaded again, dropped, and refused where there is no room."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fakes import tiny
+from fakes.asking import CONFIG, prompt, text_of
+
+from shoal.comm.messages import Accepted, Done, Load, Sampling, Unload
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.loading.model import DEFAULT_SAMPLING
+from shoal.daemon.loading.planning import make_plan
+from shoal.daemon.memory import PROCESS
+from shoal.daemon.node import Node
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.partition.errors import PlanError
+from shoal.partition.plan import Plan
+
+
+def test_models_are_loaded_on_demand_and_dropped(node: Node, path: Path) -> None:
+    node.unload(Unload())
+    assert node.status().models == []
+    with pytest.raises(DaemonError, match="no model is loaded"):
+        list(node.stream(prompt(0)))
+    assert text_of(node, prompt(0, new=3, model=str(path)))[2].finish_reason == "length"
+    with pytest.raises(DaemonError, match="nope") as caught:
+        node.unload(Unload(model="nope"))
+    assert caught.value.code == "not_found"
+    assert node.load(Load(model=str(path), context=48)).model.context_tokens == 48
+
+
+def test_files_of_one_name_are_two_models(path: Path, tmp_path: Path) -> None:
+    other = tiny.save_gguf(tiny.hf_model("qwen2", seed=2), tmp_path / path.name)
+    with Node(CONFIG) as node:
+        names = [node.load(Load(model=str(file))).model.name for file in (path, other, path)]
+        assert names == [path.name, str(other), path.name]
+        assert {(m.name, m.family) for m in node.status().models} == {
+            (names[0], "llama"),
+            (names[1], "qwen2"),
+        }
+        (accepted, *_) = node.stream(prompt(0, new=2, model=str(other)))
+        assert isinstance(accepted, Accepted)
+        assert accepted.model == str(other)
+
+
+def test_a_refused_context_leaves_the_model_loaded(node: Node, path: Path) -> None:
+    for context, code in ((9999, "context_overflow"), (128, "resources")):
+        before, node.budget.limit_bytes = node.budget.limit_bytes, 1 << 20 if code == "resources" else 1 << 30
+        with pytest.raises(DaemonError) as caught:
+            node.load(Load(model=str(path), context=context))
+        node.budget.limit_bytes = before
+        assert caught.value.code == code
+    stream = node.stream(prompt(0, new=50))
+    next(stream)
+    with pytest.raises(DaemonError, match="is answering") as caught:
+        node.load(Load(model=str(path), context=48))
+    assert caught.value.code == "busy"
+    assert [type(event) for event in stream][-1] is Done
+
+
+def test_a_draft_model_stays_until_another_is_asked_for(node: Node, path: Path, tmp_path: Path) -> None:
+    small = tiny.save_gguf(tiny.hf_model("llama", seed=12), tmp_path / "small.gguf")
+    plain = text_of(node, prompt(0, new=20))
+    held_bytes = node.budget.held_bytes
+    for request in (
+        Load(model=str(path), draft=str(small)),
+        Load(model=str(path)),
+        Load(model=str(path), context=80),
+    ):
+        assert node.load(request).model.plan.endswith(", drafts by small.gguf")
+        assert node.budget.held_bytes > held_bytes
+    assert text_of(node, prompt(0, new=20))[:2] == plain[:2]
+    with pytest.raises(DaemonError, match="nope"):
+        node.load(Load(model=str(path), draft="nope"))
+    assert "drafts by small.gguf" in node.status().models[0].plan
+    node.unload(Unload())
+    assert node.budget.held_bytes == node.budget.held_by(PROCESS)
+
+
+def test_an_unloaded_model_leaves_memory(node: Node) -> None:
+    kept = weakref.ref(next(iter(node._models)))
+    text_of(node, prompt(0, new=3))
+    node.unload(Unload())
+    deadline_s = time.monotonic() + 30
+    while kept() is not None and time.monotonic() < deadline_s:
+        gc.collect()
+    assert kept() is None
+
+
+def leave(node: Node, nbytes: int) -> None:
+    """Let the budget have `nbytes` beside what is held."""
+    node.budget.limit_bytes = node.budget.held_bytes + nbytes
+
+
+def test_an_idle_model_makes_room(path: Path, tmp_path: Path) -> None:
+    other = tiny.save_gguf(tiny.hf_model("qwen2", seed=2), tmp_path / "other.gguf")
+    with Node(NodeConfig(context_tokens=96, kv_tokens=768)) as node:
+        node.load(Load(model=str(path)))
+        leave(node, 4 << 20)
+        node.load(Load(model=str(other)))
+        assert [model.name for model in node.status().models] == ["other.gguf"]
+
+
+def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) -> None:
+    large = tiny.save_gguf(
+        tiny.hf_model("qwen2", seed=2, vocab_size=100_000, max_position_embeddings=4096),
+        tmp_path / "large.gguf",
+    )
+    with Node(NodeConfig(context_tokens=96, kv_tokens=768)) as node:
+        node.load(Load(model=str(path)))
+        leave(node, 6 << 20)
+        with pytest.raises(DaemonError, match=r"needs at least \d+ MB.* budget is \d+ MB") as refused:
+            node.load(Load(model=str(large)))
+        assert "for the process" in str(refused.value)
+        assert "--memory" in refused.value.hint
+        assert [model.name for model in node.status().models] == ["tiny.gguf"]
+
+
+def test_the_budget_that_is_said_to_do_does(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.daemon.loading.planning.buffer_bytes", lambda page_bytes: 25_000_000)
+    monkeypatch.setattr("shoal.daemon.loading.loader.return_freed", lambda: None)
+    with Node(NodeConfig(context_tokens=96), kv_root=tmp_path) as node:
+        node.budget.limit_bytes = 1
+        with pytest.raises(
+            DaemonError, match=r", 25 MB for KV-to-disk buffers and any draft model"
+        ) as refused:
+            node.load(Load(model=str(path)))
+        assert "other models" not in str(refused.value)
+        said = re.search(r"--memory (\d+)MB would do", refused.value.hint)
+        assert said is not None
+        node.budget.limit_bytes = (int(said[1]) - 2) * 10**6
+        with pytest.raises(DaemonError, match="MB for KV-to-disk buffers"):
+            node.load(Load(model=str(path)))
+        node.budget.limit_bytes = int(said[1]) * 10**6
+        assert node.load(Load(model=str(path))).model.name == path.name
+
+
+def test_too_little_memory_is_refused_with_the_figure(path: Path) -> None:
+    with Node(NodeConfig(context_tokens=96, memory_bytes=32 << 20)) as node:
+        with pytest.raises(DaemonError, match=r"needs at least \d+ MB.* budget is 33.6 MB") as caught:
+            node.load(Load(model=str(path)))
+        assert caught.value.code == "resources"
+
+
+def test_sampling_falls_back_from_request_to_authors_to_shoal(path: Path) -> None:
+    with Node(CONFIG) as node:
+        node.load(Load(model=str(path)))
+        model = next(iter(node._models))
+        assert model.sampling(Sampling()).temperature == DEFAULT_SAMPLING["temperature"]
+        model.name = "smollm2"
+        assert model.sampling(Sampling()).temperature == 0.2
+        assert model.sampling(Sampling(temperature=0.0)).temperature == 0.0
+
+
+def test_a_default_context_shrinks_until_it_fits(path: Path) -> None:
+    with open_checkpoint(path) as checkpoint:
+        spec = replace(checkpoint.spec, context=8192)
+        roomy = SimpleNamespace(spec=spec, block_bytes=checkpoint.block_bytes)
+
+        def planned(memory: int, **options: int) -> Plan:
+            config = NodeConfig(max_sequences=1, **options)
+            return make_plan(roomy, config, memory, streaming=False)  # type: ignore[arg-type]
+
+        assert planned(1 << 30).context_tokens == 8192
+        with pytest.raises(PlanError, match="8,192 tokens of KV") as refused:
+            planned(1 << 20, context_tokens=8192)
+        assert 512 <= planned(refused.value.least_bytes - 1).context_tokens < 8192
+        with pytest.raises(PlanError, match="512 tokens of KV"):
+            planned(1 << 20)

@@ -1,0 +1,123 @@
+"""Measurements: perplexity against its definition with transformers' logits, and what bench counts."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import tiny
+
+from shoal.daemon import measurement as measure
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.engine.executor import Executor
+from shoal.engine.scheduler import Scheduler
+from shoal.kernels.arrays import Floats
+from shoal.models.tokenizer.tokenizer import Tokenizer
+
+CONFIG = NodeConfig(chunk_tokens=16, memory_bytes=3 << 30, kv_type="f32", kv_tokens=64, max_guesses=0)
+TEXT = "the cat and\r\nthe other thing, in an\nengine on the re\r\n" * 6
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    return None
+
+
+def with_bos(directory: Path) -> None:
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    bos = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, text],
+        "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [tiny.END], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    path.write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("ctx", [4, 33, 100])
+def test_perplexity_is_the_mean_over_second_halves(ctx: int, bos: bool, tmp_path: Path) -> None:
+    model = tiny.hf_model("qwen2", seed=1)
+    directory = tiny.save_hf(model, tmp_path / "m")
+    if bos:
+        with_bos(directory)
+    (tmp_path / "text").write_bytes(TEXT.encode())
+    ids = Tokenizer.from_hf(directory).encode(TEXT, parse_special=False)
+    assert (ids[0] == tiny.END) == bos
+    losses = []
+    for start in range(0, len(ids) - ctx + 1, ctx):
+        window = ids[start : start + ctx]
+        if bos:
+            window[0] = tiny.END
+        logits = tiny.logits(model, window).astype(np.float64)
+        total = np.log(np.exp(logits).sum(-1))
+        losses += [total[at] - logits[at, window[at + 1]] for at in range(ctx // 2, ctx - 1)]
+    result = measure.perplexity(directory, tmp_path / "text", ctx=ctx, config=CONFIG, progress=quiet)
+    assert result.tokens == len(losses)
+    assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+
+
+def test_a_broken_model_has_no_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def head(self: Executor, hidden: Floats) -> Floats:
+        return np.full((len(hidden), 300), math.inf, np.float32)
+
+    monkeypatch.setattr(Executor, "head", head)
+    directory = tiny.save_hf(tiny.hf_model("qwen2", seed=1), tmp_path / "m")
+    (tmp_path / "text").write_bytes(TEXT.encode())
+    result = measure.perplexity(directory, tmp_path / "text", ctx=33, config=CONFIG, progress=quiet)
+    assert math.isnan(result.perplexity)
+
+
+@pytest.mark.parametrize(
+    ("data", "ctx", "match"),
+    [(b"the", 8, "at least one window of 8"), (b"the", 3, "ctx=3"), (b"\xff\xfe", 8, "cannot read")],
+)
+def test_perplexity_refuses_what_it_cannot_score(data: bytes, ctx: int, match: str, tmp_path: Path) -> None:
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    (tmp_path / "text").write_bytes(data)
+    with pytest.raises(DaemonError, match=match):
+        measure.perplexity(path, tmp_path / "text", ctx=ctx, config=CONFIG, progress=quiet)
+
+
+def test_bench_counts_only_tokens_of_the_time_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that ticks once per reading, speeds are counts. 4 prompts of 40 tokens take 10 steps of 16: their
+    first tokens come with steps 3, 5, 8 and 10, when they have 8, 6, 3 and 1."""
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    ticks = count()
+    monkeypatch.setattr(measure.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(Scheduler, "_prompt_budget", lambda self, decodes: CONFIG.chunk_tokens)
+    result = measure.bench(
+        path, prompt_tokens=40, new_tokens=12, batch=4, repeat=2, config=CONFIG, progress=quiet
+    )
+    assert result.prefill_tokens_per_s.median == 4 * 40
+    assert result.decode_tokens_per_s.median == 4 * 12 - (8 + 6 + 3 + 1)
+
+
+def test_bench_of_one_new_token_has_no_decode_speed(tmp_path: Path) -> None:
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    result = measure.bench(
+        path, prompt_tokens=5, new_tokens=1, batch=2, repeat=1, config=CONFIG, progress=quiet
+    )
+    assert result.decode_tokens_per_s.max == 0.0
+    assert result.prefill_tokens_per_s.min > 0
+
+
+def test_bench_beyond_the_model_is_refused(tmp_path: Path) -> None:
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    for config in (CONFIG, CONFIG.with_context(100)):
+        with pytest.raises(DaemonError) as caught:
+            measure.bench(
+                path, prompt_tokens=120, new_tokens=20, batch=1, repeat=1, config=config, progress=quiet
+            )
+        assert caught.value.code == "context_overflow"

@@ -1,0 +1,280 @@
+"""The scheduler against a fake engine: order, budgets, limits, priorities, deadlines and whose turn it is."""
+
+from __future__ import annotations
+
+import pytest
+from fakes.fake_engine import PAGE, FakeEngine, Recorder, check_pages, continuation, scheduler, sequence
+
+from shoal.engine.errors import NeverFits, QueueFull
+from shoal.engine.learn.pacing import SLOWDOWN
+from shoal.engine.scheduler import Scheduler
+from shoal.engine.sequence import Sequence
+
+
+def ranges(engine: FakeEngine) -> list[tuple[int, int]]:
+    return [(chunk.start, chunk.end) for chunk in engine.step().chunks]
+
+
+def words(length: int, seed: int = 1) -> list[int]:
+    return [(seed * 31 + 7 * i) % 50 for i in range(length)]
+
+
+def test_a_prompt_is_read_in_chunks() -> None:
+    subject = scheduler(chunk=16)
+    subject.submit(sequence(40, 2))
+    engine = FakeEngine(subject)
+    assert [ranges(engine) for _ in range(5)] == [[(0, 16)], [(16, 32)], [(32, 40)], [(40, 41)], []]
+
+
+@pytest.mark.parametrize("token_s", [0.02, 0.3, 2.0])
+def test_prompts_slow_decodes_only_so_far(token_s: float) -> None:
+    """Whatever a token costs, and it costs more and more: a step takes about as much longer as it may."""
+    subject = scheduler(pages=500, chunk=64)
+    asked = sequence(words(1200), 1)
+    engine = FakeEngine(subject, lambda rows: 1.0 + (rows - 1) * token_s * (1 + asked.computed / 600))
+    subject.submit(sequence(3, 700))
+    for _ in range(20):
+        engine.step()
+    subject.submit(asked)
+    seconds, rows = [], []
+    while not asked.ended and len(rows) < 500:
+        before_s = engine.now_s
+        rows.append(engine.step().rows)
+        seconds.append(engine.now_s - before_s)
+    slow = sorted(seconds[20:])
+    least = 1 + token_s * 3  # of one token, at the end
+    assert slow[len(slow) * 95 // 100] <= max(1.25 * SLOWDOWN, 1.01 * least)
+    assert slow[len(slow) // 2] > 0.75 * SLOWDOWN or max(rows) == 64 + 1
+    assert rows.count(1) <= 1 + len(rows) // 16
+
+
+def test_steps_too_short_for_the_clock_are_no_trouble() -> None:
+    subject = scheduler(chunk=16)
+    for length in (3, 40, 40):
+        subject.submit(sequence(words(length), 20))
+    FakeEngine(subject, lambda rows: 0.0).run()
+
+
+def test_alone_a_prompt_gets_the_whole_budget() -> None:
+    subject = scheduler(chunk=16)
+    subject.submit(sequence(words(12, 1), 1))
+    subject.submit(sequence(words(12, 2), 1))
+    assert ranges(FakeEngine(subject)) == [(0, 12), (0, 4)]
+
+
+def test_the_limit_and_the_sink_end_a_sequence_and_free_its_pages() -> None:
+    subject = scheduler(pages=8)
+    by_limit, by_stop = Recorder(), Recorder(stop_after=2)
+    subject.submit(sequence(2, 3, by_limit))
+    subject.submit(sequence(2, 7, by_stop))
+    FakeEngine(subject).run()
+    assert (by_limit.ended, len(by_limit.tokens)) == (["length"], 3)
+    assert (by_stop.ended, len(by_stop.tokens)) == (["stop"], 2)
+    assert subject.cache.used_pages == 0
+    check_pages(subject)
+
+
+def test_queue_full_and_too_long_are_refused_with_the_figures() -> None:
+    subject = scheduler(pages=4, sequences=1, queue=1)
+    with pytest.raises(NeverFits, match=r"prompt of 2 tokens may reach 17.*pool holds 16"):
+        subject.submit(sequence(2, 15))
+    subject.submit(sequence(2, 2))
+    subject.submit(sequence(2, 2))
+    with pytest.raises(QueueFull, match="2 requests run or wait, the limit is 1 and 1"):
+        subject.submit(sequence(2, 2))
+
+
+def test_who_is_refused_is_told_to_wait_in_proportion_to_the_work() -> None:
+    waits = []
+    for backlog in (2, 8):
+        subject = scheduler(pages=1000, sequences=1, queue=backlog, chunk=16)
+        engine = FakeEngine(subject, lambda rows: 0.1)
+        subject.submit(sequence(words(20), 20))
+        engine.run()
+        for number in range(backlog + 1):
+            subject.submit(sequence(words(40, number), 20))
+        with pytest.raises(QueueFull) as caught:
+            subject.submit(sequence(1, 1))
+        waits.append(caught.value.retry_after_s)
+        engine.run()
+    assert 2 * waits[0] < waits[1] < 4 * waits[0]
+
+
+def test_one_failing_sampler_fails_one_sequence() -> None:
+    subject = scheduler()
+    bad, good = Recorder(), Recorder()
+    subject.submit(sequence(words(2, 1), 3, bad))
+    subject.submit(sequence(words(2, 2), 3, good))
+    engine = FakeEngine(subject)
+    batch = subject.next(0.0)
+    _, second = engine._compute(batch)
+    subject.commit(batch, [ValueError("nan"), second])
+    assert (bad.ended, good.ended, len(good.tokens)) == (["error nan"], [], 1)
+    check_pages(subject)
+
+
+def test_what_failed_is_not_kept() -> None:
+    subject = scheduler()
+    subject.submit(failing := sequence(words(10), 3))
+    FakeEngine(subject).step()
+    subject.fail(failing, ValueError("x"))
+    subject.submit(again := sequence(words(10), 3))
+    subject.next(0.0)
+    assert again.cached_tokens <= 8  # what it had shared before, not its last page
+    check_pages(subject)
+
+
+def test_a_deadline_ends_what_runs_and_what_waits() -> None:
+    subject = scheduler(sequences=1)
+    engine = FakeEngine(subject)
+    sinks = [Recorder(), Recorder(), Recorder()]
+    for sink, deadline_s in zip(sinks, (5.0, 3.0, 1e9), strict=True):
+        subject.submit(sequence(3, 30, sink, deadline_s=deadline_s))
+    engine.run()
+    assert [sink.ended for sink in sinks] == [["deadline"], ["deadline"], ["length"]]
+    assert [len(sink.tokens) for sink in sinks] == [5, 0, 30]
+
+
+def test_a_higher_priority_goes_first_and_interrupts() -> None:
+    subject = scheduler(sequences=1)
+    engine = FakeEngine(subject)
+    low, high = Recorder(), Recorder()
+    subject.submit(sequence(words(9, 1), 20, low))
+    for _ in range(5):
+        engine.step()
+    subject.submit(sequence(words(9, 2), 4, high, priority=1))
+    while not high.ended:
+        engine.step()
+    assert len(low.tokens) == 5
+    engine.run()
+    assert low.tokens == continuation(words(9, 1), 20)
+    assert subject.preemptions == 1
+    assert engine.rows_total < 9 + 20 + 9 + 4 + 3  # what it had computed was still in the cache
+
+
+def test_equal_priorities_do_not_interrupt() -> None:
+    subject = scheduler(sequences=1)
+    subject.submit(sequence(words(9, 1), 20, priority=1))
+    subject.submit(sequence(words(9, 2), 4, priority=1))
+    FakeEngine(subject).run()
+    assert subject.preemptions == 0
+
+
+def test_clients_take_turns_whatever_they_queue() -> None:
+    subject = scheduler(sequences=1, queue=20)
+    order: list[str] = []
+
+    class Noting(Recorder):
+        def __init__(self, client: str) -> None:
+            super().__init__()
+            self.client = client
+
+        def finish(self, reason: object, sequence: Sequence) -> None:
+            order.append(self.client)
+
+    for number in range(6):
+        subject.submit(sequence(words(8, number), 4, Noting("greedy"), client="greedy"))
+    for number in range(3):
+        subject.submit(sequence(words(8, 50 + number), 4, Noting("modest"), client="modest"))
+    FakeEngine(subject).run()
+    assert sorted(order[:6]) == ["greedy"] * 3 + ["modest"] * 3
+
+
+def test_a_long_prompt_does_not_hold_up_the_short_one_of_another() -> None:
+    subject = scheduler(pages=300, chunk=16)
+    engine = FakeEngine(subject)
+    subject.submit(sequence(words(600), 2, client="long"))
+    for _ in range(3):
+        engine.step()
+    short = Recorder()
+    subject.submit(sequence(words(10, 9), 2, short, client="short"))
+    engine.step()
+    engine.step()
+    assert short.tokens
+
+
+def test_a_later_turn_computes_only_what_is_new() -> None:
+    subject = scheduler()
+    engine = FakeEngine(subject)
+    text = words(21)
+    for turn in range(4):
+        sink = Recorder()
+        subject.submit(asked := sequence(text, 6, sink))
+        before = engine.rows_total
+        engine.run()
+        assert sink.tokens == continuation(text, 6)
+        if turn:
+            assert asked.cached_tokens == len(text) - 4  # 3 new, and the last one answered
+            assert engine.rows_total - before == 4 + 5
+        text = [*text, *sink.tokens, *words(3, turn)]
+    check_pages(subject)
+
+
+def test_equal_prompts_at_once_are_computed_once() -> None:
+    subject = scheduler(pages=200, chunk=16)
+    engine = FakeEngine(subject)
+    sinks = [Recorder() for _ in range(4)]
+    for sink in sinks:
+        subject.submit(sequence(words(101), 3, sink))
+    engine.run()
+    assert all(sink.tokens == continuation(words(101), 3) for sink in sinks)
+    assert engine.rows_total < 101 + 4 * 20
+
+
+def test_the_last_token_of_a_known_prompt_is_computed() -> None:
+    for length in (PAGE, 2 * PAGE, 2 * PAGE + 1):
+        subject = scheduler()
+        engine = FakeEngine(subject)
+        for _ in range(2):
+            sink = Recorder()
+            subject.submit(asked := sequence(words(length), 3, sink))
+            engine.run()
+            assert sink.tokens == continuation(words(length), 3)
+        assert asked.cached_tokens == length - 1
+
+
+def test_cancelling_a_prompt_frees_its_pages_at_once() -> None:
+    subject = scheduler(pages=64, chunk=16)
+    engine = FakeEngine(subject)
+    subject.submit(asked := sequence(words(60), 4))
+    engine.step()
+    engine.step(lambda batch: subject.cancel(asked))
+    assert subject.cache.used_pages == 0
+    check_pages(subject)
+    subject.submit(again := sequence(words(60), 4, sink := Recorder()))
+    engine.run()
+    assert sink.tokens == continuation(words(60), 4)
+    assert again.cached_tokens == 16
+
+
+def fill(subject: Scheduler, engine: FakeEngine, answers: int, tokens: int) -> None:
+    """Let it see how long answers are."""
+    for number in range(answers):
+        subject.submit(sequence(words(2, 100 + number), tokens))
+        engine.run()
+
+
+def test_short_answers_let_more_in_than_the_worst_case_would() -> None:
+    subject = scheduler(pages=50, sequences=8)
+    engine = FakeEngine(subject)
+    fill(subject, engine, 40, 4)
+    for number in range(6):
+        subject.submit(sequence(words(8, number), 150, Recorder(stop_after=4)))  # 40 pages at worst
+    engine.step()
+    assert len(subject.running) == 6
+    engine.run()
+    assert subject.preemptions == 0
+
+
+def test_a_wrong_guess_is_mended_by_preemption() -> None:
+    subject = scheduler(pages=24, sequences=8)
+    engine = FakeEngine(subject)
+    fill(subject, engine, 40, 4)
+    sinks = [Recorder() for _ in range(5)]
+    for number, sink in enumerate(sinks):
+        subject.submit(sequence(words(8, number), 70, sink))  # 20 pages each: one after the other
+    engine.run()
+    assert subject.preemptions > 0
+    for number, sink in enumerate(sinks):
+        assert sink.tokens == continuation(words(8, number), 70)
+        assert sink.ended == ["length"]

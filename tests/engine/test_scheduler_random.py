@@ -1,0 +1,106 @@
+"""The scheduler under random work: it always ends, each request gets the text it would get alone, no page is lost."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from fakes.fake_engine import FakeDisk, FakeEngine, Recorder, check_pages, continuation, scheduler, sequence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.engine.errors import EngineError, NeverFits, QueueFull
+from shoal.engine.sequence import Batch, Sequence
+from shoal.offload.kv.disk_index import KvIndex
+
+
+@dataclass
+class Asked:
+    prompt: list[int]
+    new: int
+    sequence: Sequence
+    sink: Recorder
+    interrupted: bool = False
+
+
+def play(seed: int) -> tuple[int, int, int]:
+    """One random workload; returns how often something was preempted, how many guesses were right, and how many pages
+    were read from disk."""
+    source = random.Random(seed)
+    pages = source.randint(6, 40)
+    slots = source.choice([0, 3, 20, 200])
+    disk = FakeDisk(KvIndex(slots), lambda: source.random() < 0.05) if slots else None
+    subject = scheduler(
+        pages,
+        sequences=source.randint(1, 6),
+        queue=source.randint(0, 12),
+        chunk=source.randint(1, 40),
+        guesses=source.choice([0, 3, 32]),
+        index=disk.index if disk else None,
+    )
+    row_s, step_s = source.random(), source.random() * 20
+    read_s = source.choice([0.01, 1.0, 5.0])
+    engine = FakeEngine(subject, lambda rows: step_s + rows * row_s + 1e-3, disk, read_s)
+    stems = [[source.randrange(5) for _ in range(source.randrange(30))] for _ in range(3)]
+    asked: list[Asked] = []
+
+    def submit() -> None:
+        stem = source.choice([*stems, *(one.prompt + one.sink.tokens for one in asked[-2:])])
+        prompt = stem[: source.randint(0, len(stem))] + [
+            source.randrange(5) for _ in range(source.randint(1, 9))
+        ]
+        new, sink = source.randint(1, 30), Recorder(source.choice([None, None, source.randint(1, 10)]))
+        one = sequence(
+            prompt,
+            new,
+            sink,
+            client=source.choice("abc"),
+            priority=source.choice([0, 0, 0, 1, -1]),
+            deadline_s=source.choice([1e9, 1e9, 1e9, engine.now_s + source.random() * 300]),
+        )
+        try:
+            subject.submit(one)
+        except EngineError as error:
+            refused = type(error)
+        else:
+            asked.append(Asked(prompt, new, one, sink))
+            return
+        assert refused == (QueueFull if -(-one.limit // 4) <= pages else NeverFits)
+        assert not sink.begun
+
+    def meanwhile(batch: Batch) -> None:
+        if asked and source.random() < 0.03:
+            victim = source.choice(asked)
+            victim.interrupted = victim.interrupted or not victim.sink.ended
+            subject.cancel(victim.sequence)
+
+    for _ in range(source.randint(5, 60)):
+        for _ in range(source.choice([0, 0, 0, 1, 1, 5])):
+            submit()
+        engine.step(meanwhile)
+        check_pages(subject)
+    engine.run(limit=3000)
+    check_pages(subject)
+    assert subject.cache.used_pages == 0
+    for one in asked:
+        assert len(one.sink.ended) == 1
+        truth = continuation(one.prompt, one.new)
+        if one.sink.stop_after is not None:
+            truth = truth[: one.sink.stop_after]
+        if one.interrupted or one.sink.ended == ["deadline"]:
+            truth = truth[: len(one.sink.tokens)]
+        assert one.sink.tokens == truth
+    return subject.preemptions, subject.accepted_tokens, disk.read_pages if disk else 0
+
+
+def test_many_random_workloads() -> None:
+    preempted, accepted, read = zip(*(play(seed) for seed in range(100)), strict=True)
+    assert sum(preempted) > 40
+    assert sum(accepted) > 400
+    assert sum(read) > 100
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(10_000, 1 << 40))
+def test_further_random_workloads(seed: int) -> None:
+    play(seed)

@@ -1,0 +1,55 @@
+"""The homes of the kernels that run on this machine, random numbers for them, and how near their results must be."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shoal.kernels import KernelError
+from shoal.kernels import native_library as library
+from shoal.kernels.arrays import Array, Floats
+
+
+def _here() -> list[str]:
+    names = []
+    for name in ("avx512vnni", "avx512", "avx2", "neon_dot", "neon", "scalar"):
+        try:
+            names.append(library.Native(name).name)
+        except KernelError:
+            continue
+    return names
+
+
+NATIVE = _here()
+HOMES = ["reference", *NATIVE]
+
+
+def randn(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def zeros(*shape: int) -> Floats:
+    return np.zeros(shape, np.float32)
+
+
+def ones(*shape: int) -> Floats:
+    return np.ones(shape, np.float32)
+
+
+def frozen(array: Array) -> Array:
+    """The same, read-only: as arrays over the bytes of a file are."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def layouts(x: Floats) -> list[Floats]:
+    """The same numbers (T, n), every way they may lie in memory."""
+    rows, columns = x.repeat(2, 0), x.repeat(3, 1)
+    off = np.frombuffer(b"odd" + x.tobytes(), np.uint8)[3:].view(np.float32).reshape(x.shape)
+    return [x, frozen(x), np.asfortranarray(x), x[::-1].copy()[::-1], rows[::2], columns[:, 1::3], off]
+
+
+def assert_close(got: Array, truth: Array, rtol: float, atol: float, equal_nan: bool = False) -> None:
+    """Of one shape and dtype, and nowhere further apart than atol + rtol * |truth|."""
+    assert got.dtype == truth.dtype
+    np.testing.assert_allclose(got, truth, rtol, atol, equal_nan=equal_nan, strict=True)

@@ -1,0 +1,55 @@
+"""Helpers: a checkpoint as an executor with a KV pool, and its logits for given tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.loading.planning import make_plan
+from shoal.engine.executor import Alone, Executor
+from shoal.kernels.arrays import Floats
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.step import Step
+from shoal.models.transformer import Transformer
+from shoal.offload.block_store import ResidentStore
+from shoal.offload.kv.pool import KvPool
+
+FP32 = NodeConfig(kv_type="f32", kv_tokens=512, context_tokens=128)
+
+
+class Running:
+    """One checkpoint ready to compute, without scheduler or text."""
+
+    def __init__(self, path: Path, config: NodeConfig = FP32) -> None:
+        with open_checkpoint(path) as checkpoint:
+            self.plan = make_plan(checkpoint, config, 1 << 33)
+            self.spec = checkpoint.spec
+            self.kv = KvPool(self.spec, self.plan.kv)
+            store = ResidentStore.load(self.plan, checkpoint)
+        model = Transformer(self.spec, self.plan.context_tokens)
+        self.executor = Executor(model, self.plan, store, self.kv, Alone())
+
+    def step(self, *parts: tuple[list[int], int, list[int]]) -> Floats:
+        """(token ids, start position, pages) per sequence → logits (T, vocab) of every row."""
+        step = Step.build(
+            ((ids, start, pages, len(ids)) for ids, start, pages in parts), self.plan.part_tokens
+        )
+        return self.executor.head(self.executor.forward(step))
+
+    def logits(self, ids: list[int], prefill: list[int]) -> Floats:
+        """Logits (T, vocab) of `ids`: chunks of the given lengths, then token by token."""
+        pages = self.kv.table.take(-(-len(ids) // self.kv.page_tokens))
+        assert pages is not None
+        rows, start = [], 0
+        for count in [*prefill, *[1] * (len(ids) - sum(prefill))]:
+            rows.append(self.step((ids[start : start + count], start, pages)))
+            start += count
+        self.kv.table.give_back(pages)
+        return np.concatenate(rows)
+
+
+def relative_error(ours: Floats, theirs: Floats) -> float:
+    """max |Δ| over the scale of the logits."""
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

@@ -1,0 +1,266 @@
+"""Chat templates: equal to transformers on real templates, and bounded on hostile ones.
+
+The templates in chat_templates are the published ones of SmolLM2, Qwen2.5, Qwen3 (Apache-2.0) and Phi-3.5
+(MIT); those written out here have the shape of Mistral's, Gemma's and Llama 3.1's.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from shoal.models.chat.template import MAX_SOURCE_CHARS, ChatTemplate
+from shoal.models.errors import TemplateError
+
+PUBLISHED = {
+    path.stem: path.read_text() for path in (Path(__file__).parent / "chat_templates").glob("*.jinja")
+}
+
+MISTRAL = """{{ bos_token }}{% for message in messages %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+{%- endif %}
+{%- if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{%- else %}{{ message['content'] + eos_token }}{% endif %}
+{%- endfor %}"""
+
+GEMMA = """{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set prefix = (messages[0]['content'] if messages[0]['content'] is string
+                      else messages[0]['content'][0]['text']) + '\\n\\n' -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set prefix = '' -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('roles must alternate') }}
+    {%- endif -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\\n' + (prefix if loop.first else '') }}
+    {%- if message['content'] is string -%}{{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] -%}
+            {%- if item['type'] == 'text' -%}{{ item['text'] | trim }}{%- endif -%}
+        {%- endfor -%}
+    {%- else -%}{{ raise_exception('Invalid content type') }}{%- endif -%}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"""
+
+LLAMA = """{{- bos_token }}
+{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday: " + date_string + "\\n\\n" }}
+{%- if tools is not none %}
+    {%- for tool in tools %}
+        {{- tool | tojson(indent=4) + "\\n\\n" }}
+    {%- endfor %}
+{%- endif %}
+{{- system + "<|eot_id|>" }}
+{%- set ns = namespace(calls=0) %}
+{%- for message in messages %}
+    {%- if 'tool_calls' in message %}
+        {%- set call = message.tool_calls[0].function %}
+        {%- set ns.calls = ns.calls + 1 %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + call.name + '", "parameters": ' }}
+        {{- call.arguments | tojson + "}<|eot_id|>" }}
+    {%- elif message.role == "tool" %}
+        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" + message.content | tojson + "<|eot_id|>" }}
+    {%- else %}
+        {% generation %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
+        {% endgeneration %}
+    {%- endif %}
+    {%- if loop.index > 50 %}{% break %}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+
+TEMPLATES = {**PUBLISHED, "mistral": MISTRAL, "gemma": GEMMA, "llama": LLAMA}
+
+USER = {"role": "user", "content": "Is 1 < 2 & 'so' on? 😀 "}
+ASSISTANT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln", "n": 10**12}}}
+    ],
+}
+RESULT = {"role": "tool", "name": "weather", "content": "sunny"}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Says how <warm> it is",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+CONVERSATIONS = {
+    "user": [USER],
+    "system": [SYSTEM, USER],
+    "turns": [SYSTEM, USER, ASSISTANT, USER],
+    "same role twice": [USER, USER],
+    "tools": [USER, CALL, RESULT, ASSISTANT, USER],
+}
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_real_templates_render_as_in_transformers(name: str, conversation: str) -> None:
+    template, messages = ChatTemplate(TEMPLATES[name], "<s>", "</s>"), CONVERSATIONS[conversation]
+    for tools in (None, TOOLS):
+        for options in ({}, {"enable_thinking": False}, {"date_string": "1 Jan 2025"}):
+            for prompt in (True, False):
+                common = {"tools": tools, "add_generation_prompt": prompt, **options}
+                try:
+                    theirs = render_jinja_template(
+                        conversations=[messages],
+                        chat_template=TEMPLATES[name],
+                        bos_token="<s>",
+                        eos_token="</s>",
+                        **common,
+                    )[0][0]
+                except Exception:
+                    with pytest.raises(TemplateError):
+                        template.render(messages, **common)
+                else:
+                    assert template.render(messages, **common) == theirs
+
+
+def test_a_refusal_by_the_template_is_one_clear_line() -> None:
+    with pytest.raises(
+        TemplateError, match="refuses this conversation: Conversation roles must alternate"
+    ) as caught:
+        ChatTemplate(MISTRAL).render([USER, USER])
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_template_it_is_chatml() -> None:
+    text = ChatTemplate(None).render([SYSTEM, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}])
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_content_in_parts_reads_as_one_text(name: str) -> None:
+    template = ChatTemplate(TEMPLATES[name], "<s>", "</s>")
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "you"}]}
+    ]
+    whole = [{"role": "user", "content": "Helloyou" if name == "gemma" else "Hello you"}]  # gemma trims parts
+    assert template.render(parts) == template.render(whole)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+        [{"role": "user", "content": object()}],
+        ["hello"],
+    ],
+)
+def test_conversations_that_are_none_are_refused(messages: list[object]) -> None:
+    with pytest.raises(TemplateError):
+        ChatTemplate(PUBLISHED["smollm2"]).render(messages)  # type: ignore[arg-type]
+
+
+SIXTEEN = "{% set x = 'aaaaaaaaaaaaaaaa' %}"
+MILLION = "{% set x = 'a' * 1000000 %}"
+HOSTILE = {
+    "range": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "text times": "{{ 'a' * 10 ** 9 }}",
+    "list times": "{{ [0] * 10 ** 9 }}",
+    "power": "{{ 10 ** (10 ** 10) }}",
+    "squares": "{% set ns = namespace(x=2) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "percent width": "{{ '%999999999d' % 1 }}",
+    "percent star": "{{ '%*d' % (10 ** 9, 1) }}",
+    "format width": "{{ '{:999999999}'.format(1) }}",
+    "format nested": "{{ '{0[0]:{0[1]}}'.format([1, 10 ** 9]) }}",
+    "format map": "{{ '{x}'.format_map({'x': 1}) }}",
+    "format filter": "{{ '%999999999d' | format(1) }}",
+    "ljust": "{{ 'a'.ljust(10 ** 9) }}",
+    "to_bytes": "{{ (1).to_bytes(10 ** 9, 'big') }}",
+    "indent": "{{ 'x' | indent(10 ** 9) }}",
+    "json indent": "{{ messages | tojson(indent=10 ** 8) }}",
+    "center": "{{ 'a' | center(10 ** 9) }}",
+    "lipsum": "{{ lipsum(10 ** 6) }}",
+    "doubling ~": SIXTEEN + "{% set x = x ~ x %}" * 60,
+    "doubling +": SIXTEEN + "{% set x = x + x %}" * 60,
+    "doubling block": SIXTEEN + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60,
+    "doubling list": "{% set x = [1] %}" + "{% set x = x + x %}" * 60,
+    "replace": MILLION + "{{ x.replace('a', x) }}",
+    "replace filter": MILLION + "{{ x | replace('a', x) }}",
+    "join": MILLION + "{{ x.join(range(99999)) }}",
+    "join filter": MILLION + "{{ range(99999) | join(x) }}",
+    "translate": MILLION + "{{ x.translate({97: x}) }}",
+    "slices": MILLION + "{% for i in range(99999) %}{{ x[1:] }}{% endfor %}",
+    "output": MILLION + "{% for i in range(99) %}{{ x }}{% endfor %}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "recursive loop": "{% for i in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
+    "class": "{{ ''.__class__.__mro__ }}",
+    "globals": "{{ cycler.__init__.__globals__ }}",
+    "mutation": "{{ messages.append(1) }}",
+    "namespace": "{% set ns = namespace(__class__=1) %}",
+    "include": "{% include 'x' %}",
+    "strftime": "{{ strftime_now('%999999d') }}",
+    "undefined": "{{ nothing.x }}",
+    "division": "{{ 1 / 0 }}",
+    "lines": "{{ raise_exception('a\\nb') }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_end_early_in_one_clear_line(name: str) -> None:
+    started = time.process_time()
+    with pytest.raises(TemplateError) as caught:
+        ChatTemplate(HOSTILE[name]).render([USER])
+    assert "\n" not in str(caught.value)
+    assert time.process_time() - started < 4  # they end at a size, long before the time limit
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(9999) if false %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n < 40 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}{% endmacro %}{{ f(0) }}",
+        "{% for i in range(99999) %}{% set y = range(9999) | list | sort %}{% endfor %}",
+    ],
+)
+def test_endless_templates_are_stopped_by_the_clock(source: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(TemplateError, match="did not end in time"):
+        ChatTemplate(source, max_render_s=0.1).render([USER])
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize(
+    "source", ["{% if %}", "{{", "{% nonsense %}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"]
+)
+def test_malformed_templates_are_refused_when_read(source: str) -> None:
+    with pytest.raises(TemplateError, match="malformed"):
+        ChatTemplate(source)
+
+
+def test_a_template_of_megabytes_is_refused() -> None:
+    with pytest.raises(TemplateError, match=f"at most {MAX_SOURCE_CHARS}"):
+        ChatTemplate("x" * (MAX_SOURCE_CHARS + 1))

@@ -1,0 +1,330 @@
+"""Which experts stay, without threads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.offload.window.expert_cache import ExpertCache
+from shoal.offload.window.window import Chunk, Extent, Passage
+from shoal.partition.spec import BlockId
+
+SIZE = 4096
+
+
+def cache_of(slots: int, layers: int, experts: int, ahead: int = 8) -> ExpertCache:
+    blocks = [BlockId("expert", layer, i) for layer in range(layers) for i in range(experts)]
+    return ExpertCache(slots, SIZE, [Extent(block, SIZE * i, SIZE) for i, block in enumerate(blocks)], ahead)
+
+
+class Simulation:
+    """A cache whose reads end at once; counts them."""
+
+    def __init__(self, cache: ExpertCache) -> None:
+        self.cache = cache
+        self.reads = 0
+
+    def read(self, most_bytes: int = SIZE) -> None:
+        while (chunk := self.cache.next_read(most_bytes)) is not None:
+            self.reads += chunk.start == 0
+            chunk.passage.landed += chunk.nbytes
+            self.cache.ended(chunk.passage)
+
+    def use(self, blocks: Sequence[BlockId], together: int, likely: Sequence[BlockId] = ()) -> None:
+        """Expect them, then lease them in order, so many at a time."""
+        self.cache.expect(blocks)
+        self.cache.guess(likely)
+        for start in range(0, len(blocks), together):
+            held: list[Passage] = []
+            for block in blocks[start : start + together]:
+                self.cache.want(block)
+                self.read()
+                passage = self.cache.want(block)
+                assert passage is not None
+                assert passage.here
+                assert passage.block == block
+                passage.leases += 1
+                held.append(passage)
+            assert len({passage.position for passage in held}) == len(held)
+            self.read()
+            for passage in held:
+                passage.leases -= 1
+                self.cache.leave(passage)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    slots=st.integers(1, 9),
+    experts=st.integers(1, 12),
+    layers=st.integers(1, 3),
+    seed=st.integers(0, 999),
+)
+def test_what_is_wanted_always_comes(slots: int, experts: int, layers: int, seed: int) -> None:
+    source = random.Random(seed)
+    simulation = Simulation(cache_of(slots, layers, experts))
+    for _ in range(12):
+        for layer in range(layers):
+            chosen = sorted(source.sample(range(experts), source.randint(1, experts)))
+            blocks = [BlockId("expert", layer, i) for i in chosen]
+            guessed = source.sample(range(experts), source.randint(0, experts))
+            likely = [BlockId("expert", (layer + 1) % layers, i) for i in guessed]
+            if source.random() < 0.1:
+                simulation.cache.expect(blocks)  # a step that failed after routing
+                simulation.cache.guess(likely)
+                simulation.read()
+                continue
+            simulation.use(blocks, source.randint(1, slots), likely)
+
+
+def skewed(source: random.Random, experts: int, count: int) -> list[int]:
+    chosen: set[int] = set()
+    while len(chosen) < count:
+        chosen.add(min(int(source.paretovariate(0.7)) - 1, experts - 1))
+    return sorted(chosen)
+
+
+def test_often_used_experts_stay_even_when_a_prompt_passes_all() -> None:
+    source = random.Random(0)
+    simulation = Simulation(cache_of(20, 2, 32, ahead=4))
+
+    def decode(steps: int) -> int:
+        before = simulation.reads
+        for _ in range(steps):
+            for layer in range(2):
+                blocks = [BlockId("expert", layer, i) for i in skewed(source, 32, 4)]
+                simulation.use(blocks, 2)
+        return simulation.reads - before
+
+    decode(200)
+    usual = decode(200)
+    assert usual < 0.5 * 200 * 2 * 4
+    for layer in range(2):
+        simulation.use([BlockId("expert", layer, i) for i in range(32)], 2)
+    before = simulation.reads
+    for layer in range(2):
+        simulation.use([BlockId("expert", layer, i) for i in range(4)], 2)
+    assert simulation.reads - before <= 2, "the most used ones have stayed"
+
+
+def test_passing_all_again_and_again_keeps_what_fits() -> None:
+    """Equal use of more experts than there are slots: the least recently used would be the worst to let go."""
+    simulation = Simulation(cache_of(6, 1, 8))
+    blocks = [BlockId("expert", 0, i) for i in range(8)]
+    for _ in range(3):
+        simulation.use(blocks, 1)
+    before = simulation.reads
+    for _ in range(10):
+        simulation.use(blocks, 1)
+    assert simulation.reads - before <= 10 * 4
+
+
+def test_older_use_counts_less() -> None:
+    simulation = Simulation(cache_of(1, 1, 2))
+    old, new = BlockId("expert", 0, 0), BlockId("expert", 0, 1)
+    for _ in range(100):
+        simulation.use([old], 1)
+    for _ in range(300):
+        simulation.use([new], 1)
+    assert simulation.reads == 2
+    cache = simulation.cache
+    assert cache._scores[new] > 2 * cache._scores[old]
+
+
+def test_a_failed_expert_is_read_again() -> None:
+    cache = cache_of(2, 1, 4)
+    block = BlockId("expert", 0, 3)
+    cache.expect([block])
+    chunk = cache.next_read(SIZE // 2)
+    assert chunk is not None
+    failed = chunk.passage
+    failed.error = OSError("broken")
+    cache.leave(failed)
+    assert cache.want(block) is None, "its slot is still written to"
+    failed.landed += chunk.nbytes
+    cache.ended(failed)
+    simulation = Simulation(cache)
+    simulation.use([block], 1)
+    assert simulation.reads == 1
+
+
+def test_experts_that_failed_before_anyone_wanted_them_do_not_keep_their_slots() -> None:
+    """A disk that is away for a while: all that was read ahead failed, the step ended at the first of it."""
+    cache = cache_of(4, 1, 12)
+    cache.expect([BlockId("expert", 0, i) for i in range(4)])
+    chunks = [cache.next_read(SIZE) for _ in range(4)]
+    for chunk in chunks[:3]:  # the last read is still under way when the next step begins
+        fail(cache, chunk)
+    first = cache.want(BlockId("expert", 0, 0))
+    assert first is not None
+    assert first.error
+    cache.leave(first)
+    others = [BlockId("expert", 0, i) for i in range(8, 12)]
+    cache.expect(others)
+    fail(cache, chunks[3])
+    simulation = Simulation(cache)
+    simulation.use(others, 4)
+    simulation.use([BlockId("expert", 0, i) for i in range(4)], 4)
+    assert simulation.reads == 8, "what failed is read again, not told again"
+
+
+def fail(cache: ExpertCache, chunk: Chunk | None) -> None:
+    assert chunk is not None
+    chunk.passage.error = OSError("broken")
+    chunk.passage.landed += chunk.nbytes
+    cache.ended(chunk.passage)
+
+
+def experts_of(layer: int, *numbers: int) -> list[BlockId]:
+    return [BlockId("expert", layer, number) for number in numbers]
+
+
+def test_what_is_likely_is_read_once_nothing_else_is_to_be() -> None:
+    simulation = Simulation(cache_of(6, 2, 8))
+    simulation.cache.expect(experts_of(0, 0, 1))
+    simulation.cache.guess(experts_of(1, 5, 3))
+    order = []
+    while (chunk := simulation.cache.next_read(SIZE)) is not None:
+        order.append(chunk.passage.block)
+        chunk.passage.landed += chunk.nbytes
+        simulation.cache.ended(chunk.passage)
+    assert order == [*experts_of(0, 0, 1), *experts_of(1, 5, 3)]
+    simulation.use(experts_of(1, 3, 5), 2)
+    assert simulation.reads == 0, "they were there"
+
+
+def test_what_is_needed_takes_the_place_of_what_is_likely_and_never_the_reverse() -> None:
+    simulation = Simulation(cache_of(3, 2, 8))
+    simulation.cache.expect(experts_of(0, 0, 1))
+    simulation.cache.guess(experts_of(1, 0, 1, 2, 3))
+    simulation.read()
+    assert simulation.reads == 3
+    assert all(simulation.cache.want(block) for block in experts_of(0, 0, 1))
+    simulation.use(experts_of(1, 5, 6, 7), 3)
+    assert all(simulation.cache.want(block) for block in experts_of(1, 5, 6, 7))
+
+
+def test_a_wrong_guess_is_not_read_to_its_end() -> None:
+    simulation = Simulation(cache_of(4, 2, 8))
+    simulation.cache.expect([])
+    simulation.cache.guess(experts_of(1, 0))
+    first = simulation.cache.next_read(SIZE // 4)
+    simulation.cache.expect(experts_of(1, 2))
+    second = simulation.cache.next_read(SIZE // 4)
+    assert first is not None
+    assert second is not None
+    assert second.passage.block == BlockId("expert", 1, 2)
+    for chunk in (first, second):
+        chunk.passage.landed += chunk.nbytes
+        simulation.cache.ended(chunk.passage)
+    simulation.read()
+    simulation.use(experts_of(1, 0, 2), 2)
+
+
+def test_a_guess_that_cannot_be_read_is_not_tried_for_ever() -> None:
+    """Nobody waits for it who could be told."""
+    cache = cache_of(4, 2, 8)
+    cache.expect([])
+    cache.guess(experts_of(1, 0, 1))
+    for _ in range(2):
+        fail(cache, cache.next_read(SIZE))
+    assert cache.next_read(SIZE) is None
+    simulation = Simulation(cache)
+    simulation.use(experts_of(1, 0, 1), 2)
+
+
+def test_a_guess_that_was_given_up_and_is_needed_after_all_is_read_without_being_waited_for() -> None:
+    cache = cache_of(4, 2, 8)
+    cache.expect([])
+    cache.guess(experts_of(1, 0))
+    late = cache.next_read(SIZE // 2)
+    assert late is not None
+    cache.expect(experts_of(0, 2))
+    cache.expect(experts_of(1, 0, 3))
+    assert cache.want(BlockId("expert", 1, 0)) is None
+    late.passage.landed += late.nbytes
+    cache.ended(late.passage)
+    blocks = [chunk.passage.block for chunk in iter(lambda: cache.next_read(SIZE), None)]
+    assert blocks == experts_of(1, 0, 3)
+
+
+def test_guesses_that_do_not_come_true_are_given_up() -> None:
+    simulation = Simulation(cache_of(6, 2, 8))
+    for _ in range(40):
+        for layer in (0, 1):
+            simulation.cache.expect(experts_of(layer, 0))
+            simulation.cache.guess(experts_of(1 - layer, 7))
+            simulation.read()
+    simulation.cache.expect(experts_of(0, 0))
+    simulation.cache.guess(experts_of(1, 6))
+    before = simulation.reads
+    simulation.read()
+    assert simulation.reads == before
+
+
+@settings(deadline=None, max_examples=150)
+@given(slots=st.integers(2, 9), experts=st.integers(2, 12), seed=st.integers(0, 1 << 32))
+def test_what_is_wanted_comes_however_reads_end(slots: int, experts: int, seed: int) -> None:
+    """Several reads at a time, which end in any order and fail at times; guesses of all kinds."""
+    source, layers = random.Random(seed), 3
+    cache = cache_of(slots, layers, experts, ahead=source.randint(1, 8))
+    under_way: list[Chunk] = []
+
+    def begin() -> bool:
+        chunk = cache.next_read(SIZE // 2) if len(under_way) < 4 else None
+        if chunk is not None:
+            positions = {other.passage.position for other in under_way if other.passage is not chunk.passage}
+            assert chunk.passage.position not in positions
+            assert not chunk.passage.leases
+            under_way.append(chunk)
+        return chunk is not None
+
+    def end() -> None:
+        passage, _, nbytes = under_way.pop(source.randrange(len(under_way)))
+        if source.random() < 0.03:
+            passage.error = OSError("broken")
+        passage.landed += nbytes
+        cache.ended(passage)
+
+    def come(block: BlockId) -> Passage:
+        while True:
+            passage = cache.want(block)
+            if passage is not None and (passage.here or passage.error):
+                return passage
+            while begin():
+                pass
+            assert under_way, f"{block} will never come"
+            end()
+
+    def pass_layer(layer: int) -> bool:
+        chosen = experts_of(layer, *sorted(source.sample(range(experts), source.randint(1, experts))))
+        guessed = source.sample(range(experts), source.randint(0, experts))
+        cache.expect(chosen)
+        cache.guess(experts_of((layer + 1) % layers, *guessed))
+        together = source.randint(1, max(1, slots // 2))
+        for start in range(0, len(chosen), together):
+            held: list[Passage] = []
+            for block in chosen[start : start + together]:
+                passage = come(block)
+                if passage.error:
+                    cache.leave(passage)
+                    break
+                passage.leases += 1
+                held.append(passage)
+            for _ in range(source.randrange(6)):
+                if not begin() and under_way:
+                    end()
+            for passage in held:
+                passage.leases -= 1
+                cache.leave(passage)
+            if len(held) < len(chosen[start : start + together]):
+                return False
+        return True
+
+    for _ in range(10):
+        all(pass_layer(layer) for layer in range(layers))
+    while under_way:
+        end()
+    assert len(cache._free) + len(cache._held) == slots
