@@ -21,6 +21,7 @@ import numpy as np
 from engines import kinds
 
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.model import LoadedModel
 from shoal.kernels import set_threads
 from shoal.kernels.arrays import Floats
@@ -44,7 +45,7 @@ def main() -> int:
 
     set_threads(options.threads)
     config = NodeConfig(context_tokens=options.ctx, threads=options.threads)
-    model = LoadedModel.load(options.model.name, options.model, config, Budget(1 << 40))
+    model = Assembly(Budget(1 << 40)).load(options.model.name, options.model, config)
     tokenizer = model.tokenizer
     ids = tokenizer.encode(options.text.read_text(encoding="utf-8"), parse_special=False)
     prefix = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_id]

@@ -5,6 +5,7 @@ Measures what a node computes, sampling and detokenising included; without its t
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import worker
 from shoal import kernels
 from shoal.comm.home import Home
 from shoal.comm.messages import ChatMessage, Generate, Sampling, Token
+from shoal.daemon.answer import Answer
+from shoal.daemon.asking import answer_of, chat_tokens, sequence_of
 from shoal.daemon.backend import Event
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.packs import Packs
-from shoal.daemon.loading.model import LoadedModel
+from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.memory import budget_of
 from shoal.daemon.node import package_version
 from shoal.engine.sequence import Sequence
@@ -58,10 +61,9 @@ class Shoal:
             memory_bytes=memory or None,
             max_guesses=guesses,
         )
-        self._model = LoadedModel.load(
-            "bench", Path(model), config, budget_of(memory or None), packs=Packs(Home.from_env())
-        )
-        self._sequences: list[Sequence] = []
+        assembly = Assembly(budget_of(memory or None), Packs(Home.from_env()))
+        self._model = assembly.load("bench", Path(model), config)
+        self._answers: dict[Sequence, Answer] = {}
         self._counts: list[int] = []
         return {
             "version": package_version(),
@@ -76,7 +78,7 @@ class Shoal:
 
     def begin_chat(self, text: str) -> dict[str, float]:
         """Prefill a conversation that begins with this, up to its first new token."""
-        return self._begin([self._model.chat_tokens([ChatMessage(role="user", content=text)])])
+        return self._begin([chat_tokens(self._model, [ChatMessage(role="user", content=text)])])
 
     def dictate(self, prompt: list[int], answer: list[int]) -> dict[str, float]:
         return self._begin([prompt], Dictated(answer))
@@ -87,16 +89,12 @@ class Shoal:
         for index, prompt in enumerate(prompts):
             self._counts.append(0)
             request = Generate(prompt_tokens=prompt, max_tokens=context, ignore_eos=True, sampling=GREEDY)
-            sequence = self._model.start(
-                request,
-                prompt,
-                lambda event, index=index: self._note(index, event),  # type: ignore[misc]
-                client="",
-                arrived_s=self._model.clock(),
-            )
+            model, arrived_s = self._model, self._model.clock()
+            sequence = sequence_of(model, request, prompt, client="", arrived_s=arrived_s)
             sequence.sampler = sampler or sequence.sampler  # type: ignore[assignment]
-            self._sequences.append(sequence)
-            self._model.engine.submit(sequence)
+            note = functools.partial(self._note, index)
+            self._answers[sequence] = answer_of(model, request, prompt, note)
+            model.engine.submit(sequence)
         while not all(self._counts):
             self._step()
         return {"seconds": time.perf_counter() - started_s, "tokens": sum(map(len, prompts))}
@@ -111,13 +109,16 @@ class Shoal:
         return {"seconds": seconds, "tokens": sum(self._counts) - before, "steps": steps}
 
     def end(self) -> None:
-        for sequence in self._sequences:
-            self._model.engine.cancel(sequence)
-        self._sequences, self._counts = [], []
+        for sequence in self._answers:
+            self._model.engine.end(sequence, "cancelled")
+        self._model.engine.events()
+        self._answers, self._counts = {}, []
 
     def _step(self) -> None:
         if not self._model.engine.step():
             raise RuntimeError("the engine has nothing to do: a sequence ended early")
+        for event in self._model.engine.events():
+            self._answers[event.sequence].take(event)
 
     def _note(self, index: int, event: Event) -> None:
         if isinstance(event, Token):

@@ -20,20 +20,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from shoal.comm.messages import ChatMessage, FinishReason
+from shoal.comm.messages import ChatMessage
+from shoal.daemon.asking import chat_tokens
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.model import LoadedModel
 from shoal.daemon.memory import available_bytes
-from shoal.engine.sequence import Sequence, Times
+from shoal.engine.sequence import Failed, Sequence
 from shoal.kernels import set_threads
-from shoal.models.sampling import Sampled, Sampler, SamplingParams
+from shoal.models.sampling import Sampler, SamplingParams
 from shoal.offload.budget import Budget
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def prompts(quoted: str) -> dict[str, str]:
-    code = (ROOT / "daemon" / "lookup.py").read_text()[:1800]
+    code = (ROOT / "engine" / "guess" / "lookup.py").read_text()[:1800]
     rows = "\n".join(f"- item {k}: name=widget_{k}, price={k * 3}.50, stock={k % 7}" for k in range(1, 20))
     return {
         "copy": f"Repeat the following text word for word:\n\n{quoted}",
@@ -48,36 +50,17 @@ def prompts(quoted: str) -> dict[str, str]:
     }
 
 
-class Collect:
-    """A sink that keeps the tokens and the times."""
-
-    def __init__(self, stop_ids: frozenset[int]) -> None:
-        self._stop_ids = stop_ids
-        self.ids: list[int] = []
-        self.times = Times()
-        self.drafted = self.accepted = 0
-
-    def begin(self, sequence: Sequence) -> None:
-        return None
-
-    def accept(self, sampled: Sampled) -> FinishReason | None:
-        self.ids.append(sampled.token_id)
-        return "stop" if sampled.token_id in self._stop_ids else None
-
-    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
-        self.times = sequence.times
-        self.drafted, self.accepted = sequence.drafted_tokens, sequence.accepted_tokens
-
-    def fail(self, error: Exception) -> None:
-        raise error
-
-
-def run(model: LoadedModel, ids: list[int], new_tokens: int, params: SamplingParams) -> Collect:
-    sink = Collect(model.tokenizer.stop_ids)
-    model.engine.submit(Sequence(list(ids), len(ids) + new_tokens, Sampler(params, ids), sink))
+def run(model: LoadedModel, ids: list[int], new_tokens: int, params: SamplingParams) -> Sequence:
+    """The sequence that was answered."""
+    stop_ids = model.tokenizer.stop_ids
+    sequence = Sequence(list(ids), len(ids) + new_tokens, Sampler(params, ids), stop_ids)
+    model.engine.submit(sequence)
     while model.engine.step():
         pass
-    return sink
+    for event in model.engine.events():
+        if isinstance(event, Failed):
+            raise event.error
+    return sequence
 
 
 def main() -> None:
@@ -98,8 +81,8 @@ def main() -> None:
     config = NodeConfig(threads=threads, context_tokens=2048, max_sequences=1)
     set_threads(threads)
     models = {
-        name: LoadedModel.load(
-            name, options.model, settings, Budget(available_bytes()), draft=draft, clock=clock
+        name: Assembly(Budget(available_bytes()), clock=clock).load(
+            name, options.model, settings, draft=draft
         )
         for name, settings, draft in (
             ("off", replace(config, max_guesses=0), None),
@@ -110,27 +93,29 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     differing = 0
     for kind, text in prompts(options.text.read_text()[:2000]).items():
-        ids = models["on"].chat_tokens([ChatMessage(role="user", content=text)])
+        ids = chat_tokens(models["on"], [ChatMessage(role="user", content=text)])
         speeds: dict[str, list[float]] = {"off": [], "on": []}
         for round_ in range(options.rounds):
-            sinks = {}
+            said: dict[str, list[int]] = {}
+            last = {}
             for name in ("off", "on") if round_ % 2 else ("on", "off"):
-                sinks[name] = sink = run(models[name], ids, options.new_tokens, params)
-                decode_s = sink.times.last_token_s - sink.times.first_token_s
-                speeds[name].append((len(sink.ids) - 1) / decode_s if decode_s else 0.0)
-            differing += sinks["on"].ids != sinks["off"].ids
+                last[name] = asked = run(models[name], ids, options.new_tokens, params)
+                said[name] = asked.tokens[asked.prompt_tokens :]
+                decode_s = asked.times.last_token_s - asked.times.first_token_s
+                speeds[name].append((len(said[name]) - 1) / decode_s if decode_s else 0.0)
+            differing += said["on"] != said["off"]
         ratios = [on / off for on, off in zip(speeds["on"], speeds["off"], strict=True) if off]
         results.append(
             {
                 "kind": kind,
-                "tokens": len(sinks["on"].ids),
-                "drafted": sinks["on"].drafted,
-                "accepted": sinks["on"].accepted,
+                "tokens": len(said["on"]),
+                "drafted": last["on"].drafted_tokens,
+                "accepted": last["on"].accepted_tokens,
                 "off": median(speeds["off"]),
                 "on": median(speeds["on"]),
                 "ratio": median(ratios or [1.0]),
                 "ratio_range": [min(ratios or [1.0]), max(ratios or [1.0])],
-                "same": sinks["on"].ids == sinks["off"].ids,
+                "same": said["on"] == said["off"],
             }
         )
         if not options.json:

@@ -1,24 +1,31 @@
-"""An answer: turns the tokens of one sequence into the messages of one request.
+"""An answer: turns what happens to one sequence into the messages of one request.
 
-Detokenises, watches for stop strings and stop tokens, and reports usage and timings at the end. Emits exactly one
-terminal message. Knows nothing of batches or sockets; `emit` must not block.
+Detokenises, watches for stop strings, and reports usage and timings at the end. Emits exactly one terminal message.
+Knows nothing of batches or sockets; `emit` must not block.
 """
 
 from __future__ import annotations
 
-from shoal.comm.messages import Accepted, Done, FinishReason, Timings, Token, TokenLogprob, Usage
-from shoal.engine.sequence import Sequence
+from shoal.comm.messages import (
+    Accepted,
+    Done,
+    FinishReason,
+    Timings,
+    Token,
+    TokenLogprob,
+    Usage,
+)
+from shoal.engine.sequence import Emitted, Ended, Event, Failed, Queued, Sequence
 from shoal.models.sampling import Sampled
 from shoal.models.tokenizer.detokenizer import Detokenizer, StopMatcher
 from shoal.models.tokenizer.tokenizer import Tokenizer
 
 from .backend import Emit
-from .errors import DaemonError
 from .translate import translated
 
 
 class Answer:
-    """The sink of a sequence. `stop_ids` end it without being part of the text."""
+    """The messages of one request. `over` says that the terminal one has been emitted."""
 
     def __init__(
         self,
@@ -27,39 +34,58 @@ class Answer:
         tokenizer: Tokenizer,
         prompt: list[int],
         *,
-        stop_ids: frozenset[int],
         stop: list[str],
         logprobs: bool,
         context_tokens: int,
     ) -> None:
+        self.over = False
         self._emit = emit
         self._model = model
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, prompt_ids=prompt)
         self._matcher = StopMatcher(stop)
-        self._stop_ids = stop_ids
         self._logprobs = logprobs
         self._context_tokens = context_tokens
         self._prompt_tokens = len(prompt)
         self._completion_tokens = 0
-        self._stopped = False
+        self._last_token_s = 0.0
+        self._stopped = (
+            False  # by a stop string: whatever is heard of the sequence then, the answer is complete
+        )
 
-    def begin(self, sequence: Sequence) -> None:
-        """Emit `accepted`."""
-        self._emit(Accepted(model=self._model, prompt_tokens=self._prompt_tokens))
+    def take(self, event: Event) -> bool:
+        """Emit what an event means. True when a stop string was found, so that the sequence may end."""
+        match event:
+            case Queued():
+                self._emit(Accepted(model=self._model, prompt_tokens=self._prompt_tokens))
+            case Emitted(_, sampled, at_s) if not self._stopped:
+                self._last_token_s = at_s
+                return any(map(self._say, sampled))
+            case Ended(sequence, reason):
+                self._finish("stop" if self._stopped else reason, sequence)
+            case Failed(sequence, error):
+                if self._stopped:
+                    self._finish("stop", sequence)
+                else:
+                    self.fail(error)
+        return False
 
-    def accept(self, sampled: Sampled) -> FinishReason | None:
-        """Emit the token's text, or end at a stop token or stop string."""
-        if sampled.token_id in self._stop_ids:
-            return "stop"
+    def fail(self, error: Exception) -> None:
+        """Emit `error`, unless the answer is over."""
+        if not self.over:
+            self.over = True
+            self._emit(translated(error).to_message())
+
+    def _say(self, sampled: Sampled) -> bool:
+        """Emit the text of a token. True when it completes a stop string."""
         self._completion_tokens += 1
-        text, hit = self._matcher.push(self._detokenizer.push(sampled.token_id))
-        self._stopped = hit
+        text, self._stopped = self._matcher.push(self._detokenizer.push(sampled.token_id))
         self._emit(Token(text=text, ids=[sampled.token_id], logprobs=self._describe(sampled)))
-        return "stop" if hit else None
+        return self._stopped
 
-    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
+    def _finish(self, reason: FinishReason, sequence: Sequence) -> None:
         """Emit what was held back, then `done`."""
+        self.over = True
         if not self._stopped:
             text, hit = self._matcher.push(self._detokenizer.flush())
             if not hit:
@@ -81,17 +107,15 @@ class Answer:
             )
         )
 
-    def fail(self, error: Exception) -> None:
-        """Emit `error`."""
-        self._emit((error if isinstance(error, DaemonError) else translated(error)).to_message())
-
     def _timings(self, sequence: Sequence) -> Timings:
         times = sequence.times
         if not times.first_token_s:
             return Timings(preemptions=sequence.preemptions)
         computed = sequence.prompt_tokens - sequence.cached_tokens
         prefill_s = times.first_token_s - times.admitted_s
-        decode_s = times.last_token_s - times.first_token_s
+        # A stop string is found while the next step may already have been made.
+        last_token_s = self._last_token_s if self._stopped else times.last_token_s
+        decode_s = last_token_s - times.first_token_s
         return Timings(
             queue_s=times.admitted_s - times.arrived_s,
             ttft_s=times.first_token_s - times.arrived_s,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -15,15 +16,15 @@ from statistics import median
 import msgspec
 import numpy as np
 
-from shoal.comm.messages import FinishReason
+from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.model import LoadedModel
 from shoal.daemon.loading.planning import Packs
 from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
-from shoal.engine.sequence import Sequence
+from shoal.engine.sequence import Emitted, Failed, Sequence
 from shoal.kernels import set_threads
 from shoal.kernels.arrays import Floats
-from shoal.models.sampling import Sampled, Sampler, SamplingParams
+from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.step import Step
 
 from .config import NodeConfig
@@ -58,40 +59,12 @@ class PerplexityResult(msgspec.Struct, frozen=True):
     tokens: int  # tokens scored
 
 
-class _Count:
-    """A sink that counts tokens and watches for failure."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.error: Exception | None = None
-
-    def begin(self, sequence: Sequence) -> None:
-        return None
-
-    def accept(self, sampled: Sampled) -> FinishReason | None:
-        self.tokens += 1
-        return None
-
-    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
-        return None
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-
-
 def _load(
     model: Path, config: NodeConfig, progress: Progress, packs: Packs | None, draft: Path | None = None
 ) -> LoadedModel:
     set_threads(config.thread_count)
-    return LoadedModel.load(
-        model.name,
-        model,
-        config,
-        budget_of(config.memory_bytes),
-        draft=draft,
-        packs=packs,
-        progress=progress,
-    )
+    assembly = Assembly(budget_of(config.memory_bytes), packs)
+    return assembly.load(model.name, model, config, draft=draft, progress=progress)
 
 
 def bench(
@@ -145,20 +118,25 @@ def bench(
 def _timed(engine: Engine, prompts: list[list[int]], limit: int) -> tuple[float, int, float]:
     """Answers all prompts to the length `limit`. → seconds until each has its first token, then how many more tokens
     in how many seconds"""
-    sinks = [_Count() for _ in prompts]
-    for prompt, sink in zip(prompts, sinks, strict=True):
-        engine.submit(Sequence(prompt, limit, Sampler(SamplingParams(temperature=0.0), prompt), sink))
+    tokens: Counter[Sequence] = Counter()
+
+    def hear() -> None:
+        for event in engine.events():
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Emitted):
+                tokens[event.sequence] += len(event.sampled)
+
+    for prompt in prompts:
+        engine.submit(Sequence(prompt, limit, Sampler(SamplingParams(temperature=0.0), prompt)))
     began_s = time.monotonic()
-    while not all(sink.tokens for sink in sinks) and engine.step():
-        pass
-    first_s, early = time.monotonic(), sum(sink.tokens for sink in sinks)
+    while len(tokens) < len(prompts) and engine.step():
+        hear()
+    first_s, early = time.monotonic(), tokens.total()
     while engine.step():
-        pass
-    last_s, total = time.monotonic(), sum(sink.tokens for sink in sinks)
-    for sink in sinks:
-        if sink.error is not None:
-            raise sink.error
-    return first_s - began_s, total - early, last_s - first_s
+        hear()
+    last_s = time.monotonic()
+    return first_s - began_s, tokens.total() - early, last_s - first_s
 
 
 def perplexity(

@@ -33,6 +33,7 @@ from shoal.comm.messages import (
     Unload,
 )
 from shoal.daemon.library.kv_files import KvFiles
+from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.loaded import LoadedModels
 from shoal.daemon.loading.loader import Loader
 from shoal.daemon.loading.model import LoadedModel
@@ -41,6 +42,8 @@ from shoal.engine.errors import EngineError
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
+from .answering import Answering
+from .asking import answer_of, chat_tokens, prompt_of, sequence_of
 from .backend import STAGE_S, Cancel, Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
@@ -82,8 +85,10 @@ class Node:
             kv_files = KvFiles(kv_root, config.kv_disk_bytes)
         self._clock = clock
         self._started_s = clock()
+        self._answering = Answering()
         self._models = LoadedModels(self.budget)
-        self._loader = Loader(self._models, self.budget, packs, kv_files, clock, self._check_needed)
+        assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear)
+        self._loader = Loader(self._models, assembly, self._check_needed)
         self._loading = threading.Lock()  # one load or unload at a time
         self._wake = threading.Condition(self._models.lock)  # guards _draining and _closed too
         self._draining = False
@@ -111,8 +116,9 @@ class Node:
         arrived_s = self._clock()
         model = self._model(request.model)
         try:
-            prompt = self._prompt(model, request)
-            sequence = model.start(request, prompt, emit, client=client, arrived_s=arrived_s)
+            prompt = prompt_of(model, request)
+            sequence = sequence_of(model, request, prompt, client=client, arrived_s=arrived_s)
+            answer = answer_of(model, request, prompt, emit)
         except Exception as error:
             raise translated(error) from error
         with self._wake:
@@ -121,13 +127,16 @@ class Node:
                 raise DaemonError(
                     "not_found", f"{model.name} was unloaded meanwhile", "send the request again"
                 )
+            self._answering.open(sequence, answer)
             try:
                 model.engine.submit(sequence)
             except EngineError as error:
+                self._answering.forget(sequence)
                 raise translated(error) from error
+            model.used_s = self._clock()
             self._requests_total += 1
             self._wake.notify_all()
-        return lambda: model.engine.cancel(sequence)
+        return lambda: model.engine.end(sequence, "cancelled")
 
     def stream(self, request: Generate | Chat) -> Generator[Accepted | Stage | Token | Done, None, None]:
         """The events of a request, in process, and while there are none its stage, if `progress` was asked for; closing
@@ -150,8 +159,8 @@ class Node:
 
     def _waited_for(self, request: Generate | Chat) -> Stage | None:
         """What to say when nothing has come for a while, if that was asked for."""
-        if not self._thread.is_alive():
-            raise DaemonError("internal", "the compute thread has died", "see the log")
+        if not (self._thread.is_alive() and self._answering.alive):
+            raise DaemonError("internal", "a thread of the node has died", "see the log")
         return self.stage(request.model) if request.progress else None
 
     def tokenize(self, request: Tokenize) -> Tokens:
@@ -164,7 +173,7 @@ class Node:
                     request.text, add_special=request.add_special, parse_special=request.parse_special
                 )
             elif request.messages is not None:
-                ids = model.chat_tokens(request.messages)
+                ids = chat_tokens(model, request.messages)
             else:
                 ids = list(request.tokens or [])
                 if ids and max(ids) >= tokenizer.vocab_size:
@@ -258,7 +267,9 @@ class Node:
         """Refuse new requests and wait for those running, at most `timeout_s`."""
         with self._wake:
             self._draining = True
+            ends_s = time.monotonic() + timeout_s
             self._wake.wait_for(lambda: not self._busy(), timeout_s)
+        self._answering.wait(max(0.0, ends_s - time.monotonic()))
 
     def close(self) -> None:
         """Stop computing; what still runs ends with `error` shutting_down. Idempotent."""
@@ -272,6 +283,7 @@ class Node:
             model.interrupt(DaemonError("shutting_down", "the daemon is stopping"))
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
+        self._answering.close(timeout_s=60)
         for model in self._models:
             model.release(self.budget)
 
@@ -340,10 +352,3 @@ class Node:
         if model is None:
             raise DaemonError("not_found", f"{name} was unloaded meanwhile", "send the request again")
         return model
-
-    def _prompt(self, model: LoadedModel, request: Generate | Chat) -> list[int]:
-        if isinstance(request, Chat):
-            return model.chat_tokens(request.messages, request.tools, request.template_args)
-        if request.prompt is not None:
-            return model.tokenizer.encode(request.prompt)
-        return list(request.prompt_tokens or [])

@@ -40,7 +40,7 @@ class LoadedModels:
     def tokens_total(self) -> int:
         """Sampled since the beginning."""
         with self.lock:
-            return self._tokens_before + sum(model.engine.tokens_total for model in self)
+            return self._tokens_before + sum(model.engine.scheduler.totals.generated_tokens for model in self)
 
     def add(self, model: LoadedModel) -> None:
         with self.lock:
@@ -78,7 +78,7 @@ class LoadedModels:
         """Its running requests end with `error` shutting_down."""
         with self.lock:
             self._by_name.pop(model.name, None)
-            self._tokens_before += model.engine.tokens_total
+            self._tokens_before += model.engine.scheduler.totals.generated_tokens
         model.interrupt(DaemonError("shutting_down", f"{model.name} was unloaded"))
         model.release(self._budget)
         log.info("unloaded %s", model.name)

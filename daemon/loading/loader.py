@@ -6,22 +6,20 @@ together `model`, who asks for it `node`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from shoal.comm.messages import Stage
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from shoal.offload.budget import Budget
 
+from .assembly import Assembly
 from .loaded import LoadedModels
 from .model import LoadedModel, refusal
-from .planning import Packs, disk_buffer_bytes, plan_within_budget
+from .planning import disk_buffer_bytes, plan_within_budget
 from .runnable import check_vocabulary, least_bytes
 
 
@@ -32,19 +30,13 @@ class Loader:
     def __init__(
         self,
         models: LoadedModels,
-        budget: Budget,
-        packs: Packs | None,
-        kv_files: KvFiles | None,
-        clock: Callable[[], float] = time.monotonic,
+        assembly: Assembly,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.stage: Stage | None = None
         self.name = ""
         self._models = models
-        self._budget = budget
-        self._packs = packs
-        self._kv_files = kv_files
-        self._clock = clock
+        self._assembly = assembly
         self._check = check
 
     def check_reload(self, model: LoadedModel, config: NodeConfig, draft: Path | None) -> None:
@@ -69,8 +61,8 @@ class Loader:
 
         def heard(doing: str, done: int, total: int) -> None:
             self._check()  # packing may take an hour
-            first_s, before = begun.setdefault(doing, (self._clock(), done))
-            speed = (done - before) / max(self._clock() - first_s, 0.1)
+            first_s, before = begun.setdefault(doing, (self._assembly.clock(), done))
+            speed = (done - before) / max(self._assembly.clock() - first_s, 0.1)
             self.name = name
             self.stage = Stage(doing=doing, done=done, total=total, bytes_per_s=speed)
             progress(doing, done, total)
@@ -79,16 +71,12 @@ class Loader:
             return_freed()
             begun: dict[str, tuple[float, int]] = {}  # doing → since when, and with how many bytes
             try:
-                return LoadedModel.load(
+                return self._assembly.load(
                     name,
                     path,
                     config,
-                    self._budget,
                     draft=draft,
-                    packs=self._packs,
                     streaming=not self._models.idle(),
-                    kv_files=self._kv_files,
-                    clock=self._clock,
                     progress=heard,
                 )
             except DaemonError as error:
@@ -104,11 +92,11 @@ class Loader:
     def _check_room(self, name: str, checkpoint: Checkpoint, draft: Path | None, config: NodeConfig) -> None:
         """Raises DaemonError when the model would not fit even without every idle one."""
         idle_bytes = sum(model.peak_bytes for model in self._models.idle())
-        extra_bytes = disk_buffer_bytes(checkpoint, config) if self._kv_files is not None else 0
+        extra_bytes = disk_buffer_bytes(checkpoint, config) if self._assembly.kv_files is not None else 0
         try:
             extra_bytes += least_bytes(draft, config) if draft is not None else 0
             plan_within_budget(
-                checkpoint, config, self._budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
+                checkpoint, config, self._assembly.budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
             )
         except Exception as error:
             raise refusal(error, name) from error

@@ -7,25 +7,22 @@ whether guesses were right too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from shoal.engine.executor import Executor
 from shoal.engine.learn.step_cost import StepCost
+from shoal.engine.order import Order, Segment
+from shoal.engine.rank import Rank
 from shoal.engine.sequence import Sequence
 from shoal.kernels.arrays import Floats
-from shoal.models.step import Step
-from shoal.offload.kv.pool import KvPool
 from shoal.offload.kv.prefix_cache import Holding, PrefixCache
 
 from .draft import Draft
 from .speculation import model_depth
 
 GRADES = 10  # confidence in tenths
-
-Part = tuple[list[int], int, list[int], int]  # token ids, start, pages, rows wanted
 
 
 @dataclass(eq=False)
@@ -41,15 +38,12 @@ class Drafter:
     """Guesses for the sequences of one engine, from its thread. `vocab`: ids from this one on mean nothing to the
     small model: they are never guessed, and texts that have one are not read."""
 
-    def __init__(
-        self, executor: Executor, kv: KvPool, *, vocab: int, chunk_tokens: int, clock: Callable[[], float]
-    ) -> None:
-        self._executor = executor
-        self._kv = kv
+    def __init__(self, rank: Rank, *, vocab: int, chunk_tokens: int, clock: Callable[[], float]) -> None:
+        self._rank = rank
         self._vocab = vocab
         self._chunk_tokens = chunk_tokens
         self._clock = clock
-        self._cache = PrefixCache(kv.table, kv.page_tokens)
+        self._cache = PrefixCache(rank.kv.table, rank.kv.page_tokens)
         self._followed: dict[Sequence, _Followed] = {}
         self._cost = StepCost()
 
@@ -70,7 +64,7 @@ class Drafter:
 
     def _catch_up(self, decoding: list[Sequence]) -> dict[Sequence, Floats]:
         """Read what is new, at most `chunk_tokens` in all; the logits (vocab,) after each text read to its end."""
-        parts: list[Part] = []
+        segments: list[Segment] = []
         reading: list[Sequence] = []
         budget = self._chunk_tokens
         for sequence in decoding:
@@ -81,12 +75,12 @@ class Drafter:
             if ids and max(ids) < self._vocab and self._cache.extend(followed.holding, end):
                 budget -= end - start
                 wanted = int(end == len(sequence.tokens))
-                parts.append((ids, start, followed.holding.pages, wanted))
+                segments.append(Segment(ids, start, followed.holding.pages, wanted))
                 reading.append(sequence)
-        logits = iter(self._run(parts) if parts else ())
-        for sequence, (ids, _, _, _) in zip(reading, parts, strict=True):
-            self._followed[sequence].computed += len(ids)
-        return {s: next(logits) for s, (_, _, _, wanted) in zip(reading, parts, strict=True) if wanted}
+        logits = iter(self._run(segments) if segments else ())
+        for sequence, segment in zip(reading, segments, strict=True):
+            self._followed[sequence].computed += len(segment.tokens)
+        return {s: next(logits) for s, it in zip(reading, segments, strict=True) if it.rows_wanted}
 
     def _guess(self, ready: dict[Sequence, Floats], depth: int, least: float) -> None:
         """Guess token after token of all together, while as many as `least` are expected of one more round."""
@@ -102,10 +96,11 @@ class Drafter:
             ready = {s: row for s, row in ready.items() if self._room(s, count + 1)}
             if count + 1 == depth or sum(chances[sequence] for sequence in ready) < least:
                 break
-            parts = [
-                ([drafts[s][0][-1]], len(s.tokens) + count, self._followed[s].holding.pages, 1) for s in ready
+            segments = [
+                Segment([drafts[s][0][-1]], len(s.tokens) + count, self._followed[s].holding.pages, 1)
+                for s in ready
             ]
-            ready = dict(zip(ready, self._run(parts), strict=True))
+            ready = dict(zip(ready, self._run(segments), strict=True))
             for sequence in ready:
                 self._followed[sequence].ahead.append(drafts[sequence][0][-1])
         for sequence, (tokens, grades) in drafts.items():
@@ -118,7 +113,7 @@ class Drafter:
         if followed is None:
             followed = self._followed[sequence] = _Followed()
             followed.computed = self._cache.adopt(followed.holding, sequence.tokens, 0)
-            self._kv.move(self._cache.take_moves())
+            self._rank.run(Order(moves=self._cache.take_moves()))
         for guess in followed.ahead:
             # The last token is always read again: what follows it is asked for.
             if followed.computed + 1 >= len(sequence.tokens) or sequence.tokens[followed.computed] != guess:
@@ -133,14 +128,12 @@ class Drafter:
         length = len(sequence.tokens) + ahead
         return length < sequence.limit and self._cache.extend(self._followed[sequence].holding, length)
 
-    def _run(self, parts: Iterable[Part]) -> list[Floats]:
+    def _run(self, segments: list[Segment]) -> list[Floats]:
         """One step of the small model: logits (vocab,) of the rows wanted."""
         began_s = self._clock()
-        step = Step.build(parts, self._executor.plan.part_tokens)
-        hidden = self._executor.forward(step)
-        logits = list(self._executor.head(hidden)[:, : self._vocab]) if len(step.rows) else []
-        self._cost.note(len(step.tokens), self._clock() - began_s)
-        return logits
+        logits = self._rank.run(Order(segments)).logits[:, : self._vocab]
+        self._cost.note(sum(len(segment.tokens) for segment in segments), self._clock() - began_s)
+        return list(logits)
 
 
 def _likeliest(logits: Floats) -> tuple[int, int]:

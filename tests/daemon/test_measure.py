@@ -15,7 +15,7 @@ from shoal.daemon import measurement as measure
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.engine.executor import Executor
-from shoal.engine.scheduler import Scheduler
+from shoal.engine.learn.speeds import Speeds
 from shoal.kernels.arrays import Floats
 from shoal.models.tokenizer.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ def test_bench_counts_only_tokens_of_the_time_measured(
     path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
     ticks = count()
     monkeypatch.setattr(measure.time, "monotonic", lambda: float(next(ticks)))
-    monkeypatch.setattr(Scheduler, "_prompt_budget", lambda self, decodes: CONFIG.chunk_tokens)
+    monkeypatch.setattr(Speeds, "prompt_tokens", lambda self, decodes: CONFIG.chunk_tokens)
     result = measure.bench(
         path, prompt_tokens=40, new_tokens=12, batch=4, repeat=2, config=CONFIG, progress=quiet
     )

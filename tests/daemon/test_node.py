@@ -94,7 +94,7 @@ def test_preempted_answers_are_those_given_alone(path: Path, monkeypatch: pytest
         node.load(Load(model=str(path)))
         engine = next(iter(node._models)).engine
         for _ in range(256):
-            engine.scheduler._lengths.note(1)
+            engine.scheduler.admission._lengths.note(1)
         submit, step, everyone, arrived = engine.submit, engine.step, threading.Event(), count(1)
 
         def submitted(sequence: Sequence) -> None:
@@ -216,7 +216,7 @@ def test_a_prompt_longer_than_the_context_is_told_what_would_hold_it(path: Path)
         with pytest.raises(DaemonError) as caught:
             list(node.stream(Generate(prompt_tokens=[1] * 60)))
         assert caught.value.code == "context_overflow"
-        figures = re.search(r"--ctx (\d+), which takes ([\d,]+) MB", caught.value.hint)
+        figures = re.search(r"context_tokens=(\d+), which takes ([\d,]+) MB", caught.value.hint)
         assert figures is not None
         context, needed_bytes = int(figures[1]), int(figures[2].replace(",", "")) * 10**6
         process_bytes = node.budget.held_by(PROCESS)
@@ -242,7 +242,7 @@ def test_a_failing_step_fails_its_requests_and_the_node_serves_on(
         def broken(*arguments: object) -> Floats:
             raise RuntimeError("device on fire")
 
-        patch.setattr(engine._executor, "forward", broken)
+        patch.setattr(engine.rank.executor, "forward", broken)
         with pytest.raises(DaemonError, match="device on fire") as caught:
             list(node.stream(prompt(0)))
         assert caught.value.code == "internal"
@@ -273,6 +273,7 @@ def test_a_step_that_nobody_wants_any_more_is_given_up(node: Node, monkeypatch: 
         cancel = node.submit(prompt(0), ended.append)
         assert began.wait(20)
         cancel()
+        node._answering.wait(20)
         assert isinstance(ended[-1], Done)
         assert ended[-1].finish_reason == "cancelled"
         go_on.set()
@@ -286,8 +287,7 @@ def test_an_emit_that_raises_ends_its_request_and_keeps_nothing(node: Node) -> N
     def emit(event: Event) -> None:
         raise RuntimeError("nobody home")
 
-    with pytest.raises(RuntimeError):
-        node.submit(prompt(0), emit)
+    node.submit(prompt(0), emit)
 
     def emit_later(event: Event) -> None:
         if not isinstance(event, Accepted):
@@ -301,7 +301,7 @@ def test_an_emit_that_raises_ends_its_request_and_keeps_nothing(node: Node) -> N
 
 
 def test_nan_logits_fail_one_request(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = next(iter(node._models)).engine._executor
+    executor = next(iter(node._models)).engine.rank.executor
     head = executor.head
     monkeypatch.setattr(executor, "head", lambda hidden: head(hidden) * float("nan"))
     with pytest.raises(DaemonError, match="logits"):

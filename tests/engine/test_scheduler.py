@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from fakes.fake_engine import PAGE, FakeEngine, Recorder, check_pages, continuation, scheduler, sequence
+from fakes.fake_engine import PAGE, FakeEngine, check_pages, continuation, scheduler, sequence
 
 from shoal.engine.errors import NeverFits, QueueFull
 from shoal.engine.learn.pacing import SLOWDOWN
 from shoal.engine.scheduler import Scheduler
-from shoal.engine.sequence import Sequence
+from shoal.engine.sequence import Ended, Event
 
 
 def ranges(engine: FakeEngine) -> list[tuple[int, int]]:
@@ -62,12 +62,12 @@ def test_alone_a_prompt_gets_the_whole_budget() -> None:
     assert ranges(FakeEngine(subject)) == [(0, 12), (0, 4)]
 
 
-def test_the_limit_and_the_sink_end_a_sequence_and_free_its_pages() -> None:
+def test_the_limit_and_whoever_has_enough_end_a_sequence_and_free_its_pages() -> None:
     subject = scheduler(pages=8)
-    by_limit, by_stop = Recorder(), Recorder(stop_after=2)
-    subject.submit(sequence(2, 3, by_limit))
-    subject.submit(sequence(2, 7, by_stop))
-    FakeEngine(subject).run()
+    engine = FakeEngine(subject)
+    by_limit = engine.submit(sequence(2, 3))
+    by_stop = engine.submit(sequence(2, 7), stop_after=2)
+    engine.run()
     assert (by_limit.ended, len(by_limit.tokens)) == (["length"], 3)
     assert (by_stop.ended, len(by_stop.tokens)) == (["stop"], 2)
     assert subject.cache.used_pages == 0
@@ -102,13 +102,12 @@ def test_who_is_refused_is_told_to_wait_in_proportion_to_the_work() -> None:
 
 def test_one_failing_sampler_fails_one_sequence() -> None:
     subject = scheduler()
-    bad, good = Recorder(), Recorder()
-    subject.submit(sequence(words(2, 1), 3, bad))
-    subject.submit(sequence(words(2, 2), 3, good))
     engine = FakeEngine(subject)
+    bad = engine.submit(sequence(words(2, 1), 3))
+    good = engine.submit(sequence(words(2, 2), 3))
     batch = subject.next(0.0)
     _, second = engine._compute(batch)
-    subject.commit(batch, [ValueError("nan"), second])
+    engine.hear(subject.commit(batch, [ValueError("nan"), second], [], now_s=1.0))
     assert (bad.ended, good.ended, len(good.tokens)) == (["error nan"], [], 1)
     check_pages(subject)
 
@@ -117,7 +116,7 @@ def test_what_failed_is_not_kept() -> None:
     subject = scheduler()
     subject.submit(failing := sequence(words(10), 3))
     FakeEngine(subject).step()
-    subject.fail(failing, ValueError("x"))
+    subject.fail([failing], ValueError("x"))
     subject.submit(again := sequence(words(10), 3))
     subject.next(0.0)
     assert again.cached_tokens <= 8  # what it had shared before, not its last page
@@ -127,28 +126,25 @@ def test_what_failed_is_not_kept() -> None:
 def test_a_deadline_ends_what_runs_and_what_waits() -> None:
     subject = scheduler(sequences=1)
     engine = FakeEngine(subject)
-    sinks = [Recorder(), Recorder(), Recorder()]
-    for sink, deadline_s in zip(sinks, (5.0, 3.0, 1e9), strict=True):
-        subject.submit(sequence(3, 30, sink, deadline_s=deadline_s))
+    heard = [engine.submit(sequence(3, 30, deadline_s=deadline_s)) for deadline_s in (5.0, 3.0, 1e9)]
     engine.run()
-    assert [sink.ended for sink in sinks] == [["deadline"], ["deadline"], ["length"]]
-    assert [len(sink.tokens) for sink in sinks] == [5, 0, 30]
+    assert [one.ended for one in heard] == [["deadline"], ["deadline"], ["length"]]
+    assert [len(one.tokens) for one in heard] == [5, 0, 30]
 
 
 def test_a_higher_priority_goes_first_and_interrupts() -> None:
     subject = scheduler(sequences=1)
     engine = FakeEngine(subject)
-    low, high = Recorder(), Recorder()
-    subject.submit(sequence(words(9, 1), 20, low))
+    low = engine.submit(sequence(words(9, 1), 20))
     for _ in range(5):
         engine.step()
-    subject.submit(sequence(words(9, 2), 4, high, priority=1))
+    high = engine.submit(sequence(words(9, 2), 4, priority=1))
     while not high.ended:
         engine.step()
     assert len(low.tokens) == 5
     engine.run()
     assert low.tokens == continuation(words(9, 1), 20)
-    assert subject.preemptions == 1
+    assert subject.totals.preemptions == 1
     assert engine.rows_total < 9 + 20 + 9 + 4 + 3  # what it had computed was still in the cache
 
 
@@ -157,26 +153,25 @@ def test_equal_priorities_do_not_interrupt() -> None:
     subject.submit(sequence(words(9, 1), 20, priority=1))
     subject.submit(sequence(words(9, 2), 4, priority=1))
     FakeEngine(subject).run()
-    assert subject.preemptions == 0
+    assert subject.totals.preemptions == 0
 
 
 def test_clients_take_turns_whatever_they_queue() -> None:
     subject = scheduler(sequences=1, queue=20)
-    order: list[str] = []
-
-    class Noting(Recorder):
-        def __init__(self, client: str) -> None:
-            super().__init__()
-            self.client = client
-
-        def finish(self, reason: object, sequence: Sequence) -> None:
-            order.append(self.client)
-
+    engine = FakeEngine(subject)
     for number in range(6):
-        subject.submit(sequence(words(8, number), 4, Noting("greedy"), client="greedy"))
+        subject.submit(sequence(words(8, number), 4, client="greedy"))
     for number in range(3):
-        subject.submit(sequence(words(8, 50 + number), 4, Noting("modest"), client="modest"))
-    FakeEngine(subject).run()
+        subject.submit(sequence(words(8, 50 + number), 4, client="modest"))
+    order: list[str] = []
+    hear = engine.hear
+
+    def noting(events: list[Event]) -> None:
+        order.extend(event.sequence.client for event in events if isinstance(event, Ended))
+        hear(events)
+
+    engine.hear = noting  # type: ignore[method-assign,assignment]
+    engine.run()
     assert sorted(order[:6]) == ["greedy"] * 3 + ["modest"] * 3
 
 
@@ -186,8 +181,7 @@ def test_a_long_prompt_does_not_hold_up_the_short_one_of_another() -> None:
     subject.submit(sequence(words(600), 2, client="long"))
     for _ in range(3):
         engine.step()
-    short = Recorder()
-    subject.submit(sequence(words(10, 9), 2, short, client="short"))
+    short = engine.submit(sequence(words(10, 9), 2, client="short"))
     engine.step()
     engine.step()
     assert short.tokens
@@ -198,26 +192,23 @@ def test_a_later_turn_computes_only_what_is_new() -> None:
     engine = FakeEngine(subject)
     text = words(21)
     for turn in range(4):
-        sink = Recorder()
-        subject.submit(asked := sequence(text, 6, sink))
+        heard = engine.submit(asked := sequence(text, 6))
         before = engine.rows_total
         engine.run()
-        assert sink.tokens == continuation(text, 6)
+        assert heard.tokens == continuation(text, 6)
         if turn:
             assert asked.cached_tokens == len(text) - 4  # 3 new, and the last one answered
             assert engine.rows_total - before == 4 + 5
-        text = [*text, *sink.tokens, *words(3, turn)]
+        text = [*text, *heard.tokens, *words(3, turn)]
     check_pages(subject)
 
 
 def test_equal_prompts_at_once_are_computed_once() -> None:
     subject = scheduler(pages=200, chunk=16)
     engine = FakeEngine(subject)
-    sinks = [Recorder() for _ in range(4)]
-    for sink in sinks:
-        subject.submit(sequence(words(101), 3, sink))
+    heard = [engine.submit(sequence(words(101), 3)) for _ in range(4)]
     engine.run()
-    assert all(sink.tokens == continuation(words(101), 3) for sink in sinks)
+    assert all(one.tokens == continuation(words(101), 3) for one in heard)
     assert engine.rows_total < 101 + 4 * 20
 
 
@@ -226,10 +217,9 @@ def test_the_last_token_of_a_known_prompt_is_computed() -> None:
         subject = scheduler()
         engine = FakeEngine(subject)
         for _ in range(2):
-            sink = Recorder()
-            subject.submit(asked := sequence(words(length), 3, sink))
+            heard = engine.submit(asked := sequence(words(length), 3))
             engine.run()
-            assert sink.tokens == continuation(words(length), 3)
+            assert heard.tokens == continuation(words(length), 3)
         assert asked.cached_tokens == length - 1
 
 
@@ -238,12 +228,12 @@ def test_cancelling_a_prompt_frees_its_pages_at_once() -> None:
     engine = FakeEngine(subject)
     subject.submit(asked := sequence(words(60), 4))
     engine.step()
-    engine.step(lambda batch: subject.cancel(asked))
+    engine.step(lambda batch: engine.cancel(asked))
     assert subject.cache.used_pages == 0
     check_pages(subject)
-    subject.submit(again := sequence(words(60), 4, sink := Recorder()))
+    heard = engine.submit(again := sequence(words(60), 4))
     engine.run()
-    assert sink.tokens == continuation(words(60), 4)
+    assert heard.tokens == continuation(words(60), 4)
     assert again.cached_tokens == 16
 
 
@@ -259,22 +249,21 @@ def test_short_answers_let_more_in_than_the_worst_case_would() -> None:
     engine = FakeEngine(subject)
     fill(subject, engine, 40, 4)
     for number in range(6):
-        subject.submit(sequence(words(8, number), 150, Recorder(stop_after=4)))  # 40 pages at worst
+        engine.submit(sequence(words(8, number), 150), stop_after=4)  # 40 pages at worst
     engine.step()
     assert len(subject.running) == 6
     engine.run()
-    assert subject.preemptions == 0
+    assert subject.totals.preemptions == 0
 
 
 def test_a_wrong_guess_is_mended_by_preemption() -> None:
     subject = scheduler(pages=24, sequences=8)
     engine = FakeEngine(subject)
     fill(subject, engine, 40, 4)
-    sinks = [Recorder() for _ in range(5)]
-    for number, sink in enumerate(sinks):
-        subject.submit(sequence(words(8, number), 70, sink))  # 20 pages each: one after the other
+    # 20 pages each: one after the other
+    heard = [engine.submit(sequence(words(8, number), 70)) for number in range(5)]
     engine.run()
-    assert subject.preemptions > 0
-    for number, sink in enumerate(sinks):
-        assert sink.tokens == continuation(words(8, number), 70)
-        assert sink.ended == ["length"]
+    assert subject.totals.preemptions > 0
+    for number, one in enumerate(heard):
+        assert one.tokens == continuation(words(8, number), 70)
+        assert one.ended == ["length"]

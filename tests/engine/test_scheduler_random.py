@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from fakes.fake_engine import FakeDisk, FakeEngine, Recorder, check_pages, continuation, scheduler, sequence
+from fakes.fake_engine import FakeDisk, FakeEngine, check_pages, continuation, scheduler, sequence
+from fakes.listening import Heard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.engine.batch import Batch
 from shoal.engine.errors import EngineError, NeverFits, QueueFull
-from shoal.engine.sequence import Batch, Sequence
+from shoal.engine.sequence import Sequence
 from shoal.offload.kv.disk_index import KvIndex
 
 
@@ -19,7 +21,7 @@ class Asked:
     prompt: list[int]
     new: int
     sequence: Sequence
-    sink: Recorder
+    heard: Heard
     interrupted: bool = False
 
 
@@ -45,34 +47,32 @@ def play(seed: int) -> tuple[int, int, int]:
     asked: list[Asked] = []
 
     def submit() -> None:
-        stem = source.choice([*stems, *(one.prompt + one.sink.tokens for one in asked[-2:])])
+        stem = source.choice([*stems, *(one.prompt + one.heard.tokens for one in asked[-2:])])
         prompt = stem[: source.randint(0, len(stem))] + [
             source.randrange(5) for _ in range(source.randint(1, 9))
         ]
-        new, sink = source.randint(1, 30), Recorder(source.choice([None, None, source.randint(1, 10)]))
+        new, enough = source.randint(1, 30), source.choice([None, None, source.randint(1, 10)])
         one = sequence(
             prompt,
             new,
-            sink,
             client=source.choice("abc"),
             priority=source.choice([0, 0, 0, 1, -1]),
             deadline_s=source.choice([1e9, 1e9, 1e9, engine.now_s + source.random() * 300]),
         )
         try:
-            subject.submit(one)
+            heard = engine.submit(one, enough)
         except EngineError as error:
             refused = type(error)
         else:
-            asked.append(Asked(prompt, new, one, sink))
+            asked.append(Asked(prompt, new, one, heard))
             return
         assert refused == (QueueFull if -(-one.limit // 4) <= pages else NeverFits)
-        assert not sink.begun
 
     def meanwhile(batch: Batch) -> None:
         if asked and source.random() < 0.03:
             victim = source.choice(asked)
-            victim.interrupted = victim.interrupted or not victim.sink.ended
-            subject.cancel(victim.sequence)
+            victim.interrupted = victim.interrupted or not victim.heard.ended
+            engine.cancel(victim.sequence)
 
     for _ in range(source.randint(5, 60)):
         for _ in range(source.choice([0, 0, 0, 1, 1, 5])):
@@ -83,14 +83,14 @@ def play(seed: int) -> tuple[int, int, int]:
     check_pages(subject)
     assert subject.cache.used_pages == 0
     for one in asked:
-        assert len(one.sink.ended) == 1
+        assert len(one.heard.ended) == 1
         truth = continuation(one.prompt, one.new)
-        if one.sink.stop_after is not None:
-            truth = truth[: one.sink.stop_after]
-        if one.interrupted or one.sink.ended == ["deadline"]:
-            truth = truth[: len(one.sink.tokens)]
-        assert one.sink.tokens == truth
-    return subject.preemptions, subject.accepted_tokens, disk.read_pages if disk else 0
+        if one.heard.stop_after is not None:
+            truth = truth[: one.heard.stop_after]
+        if one.interrupted or one.heard.ended == ["deadline"]:
+            truth = truth[: len(one.heard.tokens)]
+        assert one.heard.tokens == truth
+    return subject.totals.preemptions, subject.totals.accepted_tokens, disk.read_pages if disk else 0
 
 
 def test_many_random_workloads() -> None:

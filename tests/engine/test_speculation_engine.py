@@ -6,22 +6,25 @@ import math
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from fakes import tiny
+from fakes.listening import Heard, Listener
 
-from shoal.comm.messages import FinishReason
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.model import LoadedModel
+from shoal.engine.batch import Batch
 from shoal.engine.guess.drafter import _likeliest
-from shoal.engine.sequence import Batch, Sequence
+from shoal.engine.sequence import Sequence
 from shoal.kernels import set_threads
 from shoal.kernels.arrays import Floats
-from shoal.models.sampling import Sampled, Sampler, SamplingParams
+from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.step import Step
 from shoal.offload.budget import Budget
 
@@ -38,29 +41,19 @@ SAMPLINGS = {
 }
 
 
-@dataclass
-class Recorder:
-    stop_at: int | None = None
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    ended: list[str] = field(default_factory=list)
-    drafted: int = 0
-    accepted: int = 0
+class Answer(NamedTuple):
+    ids: list[int]
+    logprobs: list[float]
+    ended: list[str]
+    drafted: int
+    accepted: int
 
-    def begin(self, sequence: Sequence) -> None:
-        return None
-
-    def accept(self, sampled: Sampled) -> FinishReason | None:
-        self.ids.append(sampled.token_id)
-        self.logprobs.append(sampled.logprob)
-        return "stop" if sampled.token_id == self.stop_at else None
-
-    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
-        self.ended.append(reason)
-        self.drafted, self.accepted = sequence.drafted_tokens, sequence.accepted_tokens
-
-    def fail(self, error: Exception) -> None:
-        raise error
+    @classmethod
+    def of(cls, sequence: Sequence, heard: Heard) -> Answer:
+        """`ids` with the token that ended it."""
+        ids = sequence.tokens[sequence.prompt_tokens :]
+        logprobs = [one.logprob for one in heard.sampled]
+        return cls(ids, logprobs, heard.ended, sequence.drafted_tokens, sequence.accepted_tokens)
 
 
 class Clock:
@@ -78,7 +71,7 @@ class Clock:
 def load(path: Path, guesses: int, draft: Path | None = None) -> LoadedModel:
     set_threads(1)
     config = replace(CONFIG, max_guesses=guesses)
-    model = LoadedModel.load("tiny", path, config, Budget(1 << 30), draft=draft, clock=Clock())
+    model = Assembly(Budget(1 << 30), clock=Clock()).load("tiny", path, config, draft=draft)
     if draft is not None:
         model.engine._drafter._clock = Clock(0.01)  # much faster than what it guesses for
     return model
@@ -96,18 +89,17 @@ def answers(
     jobs: Ordered[tuple[list[int], SamplingParams, int | None]],
     new_tokens: int = 70,
     meanwhile: Callable[[], object] = lambda: None,
-) -> tuple[list[Recorder], int]:
+) -> tuple[list[Answer], int]:
     """What each job is answered when all run together, and the steps that it took; `meanwhile` between steps."""
-    sinks = []
+    listener = Listener(model.engine)
+    heard: list[tuple[Sequence, Heard]] = []
     for ids, params, stop_at in jobs:
-        sinks.append(Recorder(stop_at))
-        sequence = Sequence(list(ids), len(ids) + new_tokens, Sampler(params, ids), sinks[-1])
-        model.engine.submit(sequence)
-    steps = 0
-    while model.engine.step():
-        steps += 1
-        meanwhile()
-    return sinks, steps
+        stop_ids = frozenset() if stop_at is None else frozenset([stop_at])
+        sequence = Sequence(list(ids), len(ids) + new_tokens, Sampler(params, ids), stop_ids)
+        heard.append((sequence, listener.submit(sequence)))
+    steps = listener.run(meanwhile)
+    assert not any(one.error for _, one in heard)
+    return [Answer.of(*pair) for pair in heard], steps
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -142,10 +134,10 @@ def test_together_they_say_the_same_in_fewer_steps(tmp_path: Path) -> None:
     jobs += [(prompt(9), GREEDY, None), (prompt(10), GREEDY, None)]
     expected, steps = answers(load(path, 0), jobs)
     found, fewer = answers(load(path, 32), jobs)
-    assert [sink.ids for sink in found] == [sink.ids for sink in expected]
+    assert [one.ids for one in found] == [one.ids for one in expected]
     assert fewer < steps
-    assert all(sink.accepted for sink in found[-2:])
-    assert all(sink.accepted <= min(sink.drafted, len(sink.ids) - 1) for sink in found)
+    assert all(one.accepted for one in found[-2:])
+    assert all(one.accepted <= min(one.drafted, len(one.ids) - 1) for one in found)
 
 
 def test_a_prompt_gets_rows_before_guesses_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +145,7 @@ def test_a_prompt_gets_rows_before_guesses_do(tmp_path: Path, monkeypatch: pytes
     path = tiny.save_gguf(tiny.hf_model("qwen2", seed=8), tmp_path / "m.gguf")
     scheduler = (model := load(path, 32)).engine.scheduler
     ids = [7 * i % 90 for i in range(60)]
-    asked = Sequence(ids, 61, Sampler(GREEDY, ids), Recorder())
+    asked = Sequence(ids, 61, Sampler(GREEDY, ids))
     steps: list[tuple[bool, int]] = []  # is some of the prompt left to read, tokens guessed
     plan = scheduler.next
 
@@ -199,10 +191,10 @@ def test_a_draft_model_changes_no_token(name: str, tmp_path: Path) -> None:
     ahead = load(path, 32, draft=small)
     for _ in range(2):  # again, with what the small model's cache knows by now
         found, fewer = answers(ahead, jobs)
-        assert [sink.ids for sink in found] == [sink.ids for sink in expected]
+        assert [one.ids for one in found] == [one.ids for one in expected]
     if name == "greedy":  # else random weights are too unsure for guesses to be sent
         assert fewer < 0.7 * steps
-        assert sum(sink.drafted for sink in found) > sum(sink.accepted for sink in found) > 0
+        assert sum(one.drafted for one in found) > sum(one.accepted for one in found) > 0
 
 
 def test_a_draft_model_of_another_family_and_length(tmp_path: Path) -> None:
@@ -220,9 +212,9 @@ def test_a_draft_model_of_another_family_and_length(tmp_path: Path) -> None:
             scheduler._preempt(scheduler.running[-1])
 
     found, _ = answers(ahead, jobs, meanwhile=interrupt)
-    assert [sink.ids for sink in found] == [sink.ids for sink in expected]
-    assert scheduler.preemptions == 3
-    assert sum(sink.drafted for sink in found)
+    assert [one.ids for one in found] == [one.ids for one in expected]
+    assert scheduler.totals.preemptions == 3
+    assert sum(one.drafted for one in found)
 
 
 def test_answers_do_without_a_draft_model_that_fails(
@@ -232,17 +224,17 @@ def test_answers_do_without_a_draft_model_that_fails(
     jobs = [(prompt(seed), GREEDY, None) for seed in range(3)]
     expected, _ = answers(load(path, 0), jobs)
     model = load(path, 32, draft=path)
-    executor = model.engine._drafter._executor
+    executor = model.engine._drafter._rank.executor
     forward, steps = executor.forward, iter(range(1000))
 
-    def breaks(step: Step) -> Floats:
+    def breaks(step: Step, wanted: Callable[[], bool]) -> Floats:
         if next(steps) == 4:
             raise MemoryError("no room")
-        return forward(step)
+        return forward(step, wanted)
 
     executor.forward = breaks  # type: ignore[method-assign]
     found, _ = answers(model, jobs)
-    assert [(sink.ids, sink.ended) for sink in found] == [(sink.ids, ["length"]) for sink in expected]
+    assert [(one.ids, one.ended) for one in found] == [(one.ids, ["length"]) for one in expected]
     assert [record.getMessage() for record in caplog.records] == [
         "the draft model failed and is not asked again: MemoryError: no room"
     ]
@@ -262,7 +254,7 @@ def test_tokens_that_a_draft_model_does_not_have(tmp_path: Path) -> None:
     ]
     expected, _ = answers(load(path, 0), jobs)
     found, _ = answers(load(path, 32, draft=small), jobs)
-    assert [sink.ids for sink in found] == [sink.ids for sink in expected]
+    assert [one.ids for one in found] == [one.ids for one in expected]
 
 
 @pytest.mark.parametrize(
@@ -287,6 +279,6 @@ def test_a_draft_model_must_speak_the_same_tokens(tmp_path: Path, monkeypatch: p
     with pytest.raises(
         DaemonError, match=r"other\.gguf has another vocabulary than tiny: token 20"
     ) as caught:
-        LoadedModel.load("tiny", path, CONFIG, budget, draft=other)
+        Assembly(budget).load("tiny", path, CONFIG, draft=other)
     assert caught.value.code == "unsupported"
     assert budget.held_bytes == 0

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
 import pytest
 from fakes import tiny
+from fakes.listening import Heard, Listener
 from fakes.running import Running
 
-from shoal.comm.messages import FinishReason
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.planning import extents
 from shoal.engine.engine import Engine
 from shoal.engine.executor import Alone, Executor
+from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence
 from shoal.kernels.arrays import Floats
@@ -51,28 +52,6 @@ class Witness(Sampler):
     def sample(self, logits: Floats) -> Sampled:
         self.seen.append(blake2b(logits.data, digest_size=8).digest())
         return super().sample(logits)
-
-
-@dataclass
-class Answer:
-    """A sink; `stop_after` tokens it has enough."""
-
-    stop_after: int
-    tokens: list[int] = field(default_factory=list)
-    ended: list[str] = field(default_factory=list)
-
-    def begin(self, sequence: Sequence) -> None:
-        return None
-
-    def accept(self, sampled: Sampled) -> FinishReason | None:
-        self.tokens.append(sampled.token_id)
-        return "stop" if len(self.tokens) >= self.stop_after else None
-
-    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
-        self.ended.append(reason)
-
-    def fail(self, error: Exception) -> None:
-        raise error
 
 
 class World:
@@ -189,7 +168,9 @@ class Streamed:
         )
         executor = Executor(Transformer(spec, CONTEXT), plan, self.store, self.kv, Alone())
         ticks = itertools.count(step=0.001)
-        self.engine = Engine(executor, self.kv, self.scheduler, lambda: next(ticks), None, self.disk)
+        clock = lambda: next(ticks)  # noqa: E731
+        self.engine = Engine(Rank(executor, clock, self.disk), self.scheduler, clock)
+        self.listener = Listener(self.engine)
 
     def close(self) -> None:
         self.engine.close()
@@ -207,32 +188,32 @@ def play(directory: Path, seed: int) -> tuple[int, int, int]:
     for _ in range(2):  # the second time with the KV that the first has left
         plan = world.plan()
         streamed = Streamed(world, plan, slots)
-        asked: list[tuple[list[int], int, Witness, Answer]] = []
+        asked: list[tuple[list[int], int, Witness, Heard]] = []
         for _ in range(source.randint(1, 8)):
             stem = source.choice(stems)
             prompt = stem[: source.randint(0, len(stem))] + [source.randrange(vocab) for _ in range(3)]
             new = source.choice([source.randint(1, 40), source.randint(60, 120)])
-            witness, answer = Witness(prompt), Answer(source.choice([99, source.randint(1, 20)]))
+            witness, enough = Witness(prompt), source.choice([99, source.randint(1, 20)])
             limit = len(prompt) + new
-            sequence = Sequence(list(prompt), limit, witness, answer, priority=source.choice([0, 0, 1]))
-            streamed.engine.submit(sequence)
+            sequence = Sequence(list(prompt), limit, witness, priority=source.choice([0, 0, 1]))
+            answer = streamed.listener.submit(sequence, enough)
             asked.append((prompt, new, witness, answer))
             for _ in range(source.randrange(5)):
-                streamed.engine.step()
+                streamed.listener.step()
             if source.random() < 0.1:
-                streamed.engine.cancel(sequence)
-        while streamed.engine.step():
-            pass
+                streamed.engine.end(sequence, "cancelled")
+        streamed.listener.run()
         streamed.close()
         for prompt, new, witness, answer in asked:
             assert len(answer.ended) == 1
+            assert answer.error is None
             tokens, seen = world.truth(prompt, new)
             count = len(answer.tokens)
-            assert count == min(new, answer.stop_after) or answer.ended == ["cancelled"]
+            assert count == min(new, answer.stop_after or new) or answer.ended == ["cancelled"]
             assert answer.tokens == tokens[:count], (world.what, plan)
             assert witness.seen[:count] == seen[:count], (world.what, plan)
-        preempted += streamed.scheduler.preemptions
-        accepted += streamed.scheduler.accepted_tokens
+        preempted += streamed.scheduler.totals.preemptions
+        accepted += streamed.scheduler.totals.accepted_tokens
         read += streamed.disk.pages_read if streamed.disk else 0
     return preempted, accepted, read
 

@@ -6,11 +6,15 @@ all fingerprints before it, so one page mixed up, not copied or written too earl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
-from shoal.comm.messages import FinishReason
+from fakes.listening import Heard
+
+from shoal.engine.batch import Batch, Chunk, Recall
+from shoal.engine.errors import EngineError
 from shoal.engine.scheduler import Scheduler
-from shoal.engine.sequence import Batch, Chunk, Recall, Sequence
+from shoal.engine.sequence import Event, Sequence
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.offload.kv.disk_index import KvIndex
 from shoal.offload.kv.pages import PageTable
@@ -20,32 +24,10 @@ PAGE = 4
 VOCAB = 50
 
 
-class Recorder:
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.begun = False
-        self.tokens: list[int] = []
-        self.ended: list[str] = []
-        self.stop_after = stop_after
-
-    def begin(self, sequence: Sequence) -> None:
-        self.begun = True
-
-    def accept(self, sampled: Sampled) -> FinishReason | None:
-        self.tokens.append(sampled.token_id)
-        return "stop" if self.stop_after == len(self.tokens) else None
-
-    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
-        self.ended.append(reason)
-
-    def fail(self, error: Exception) -> None:
-        self.ended.append(f"error {error}")
-
-
-def sequence(prompt: int | list[int], new: int, sink: Recorder | None = None, **fields: object) -> Sequence:
+def sequence(prompt: int | list[int], new: int, **fields: object) -> Sequence:
     """A request of `prompt` equal tokens, or of these, for at most `new` more."""
     tokens = [1] * prompt if isinstance(prompt, int) else list(prompt)
-    sampler = Sampler(SamplingParams(), [])
-    return Sequence(tokens, len(tokens) + new, sampler, sink or Recorder(), **fields)  # type: ignore[arg-type]
+    return Sequence(tokens, len(tokens) + new, Sampler(SamplingParams(), []), **fields)  # type: ignore[arg-type]
 
 
 def scheduler(
@@ -115,8 +97,8 @@ class FakeDisk:
 
 
 class FakeEngine:
-    """Steps a scheduler. `clock` is its own: a step takes as many seconds as `cost` of its rows, and `read_s` for each
-    page that is read from disk."""
+    """Steps a scheduler. Its clock is its own: a step takes as many seconds as `cost` of its rows, and `read_s` for
+    each page that is read from disk."""
 
     def __init__(
         self,
@@ -128,25 +110,41 @@ class FakeEngine:
         self.scheduler = subject
         self.disk = disk
         self._read_s = read_s
+        self._heard: defaultdict[Sequence, Heard] = defaultdict(Heard)
         self.now_s = 0.0
         self.rows_total = 0
         self._cost = cost
         self._memory = [[0] * PAGE for _ in range(subject.cache.pages)]
 
+    def submit(self, asked: Sequence, stop_after: int | None = None) -> Heard:
+        heard = self._heard[asked] = Heard(stop_after)
+        try:
+            self.hear(self.scheduler.submit(asked))
+        except EngineError:
+            assert not heard.begun
+            raise
+        return heard
+
+    def cancel(self, asked: Sequence) -> None:
+        self.hear(self.scheduler.end(asked, "cancelled"))
+
+    def hear(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if self._heard[event.sequence].hear(event):
+                self.hear(self.scheduler.end(event.sequence, "stop"))
+
     def step(self, meanwhile: Callable[[Batch], None] = lambda batch: None) -> Batch:
         """One step; `meanwhile` is called while it computes."""
+        self.hear(self.scheduler.expire(self.now_s))
         batch = self.scheduler.next(self.now_s)
         meanwhile(batch)
         if not batch.empty:
             read = self._move(batch)
             results = self._compute(batch)
-            seconds = self._cost(batch.rows) if batch.chunks else 0.0
-            self.now_s += seconds + sum(read) * self._read_s
+            read_s = sum(read) * self._read_s
+            self.now_s += (self._cost(batch.rows) if batch.chunks else 0.0) + read_s
             self.rows_total += batch.rows
-            self.scheduler.commit(batch, results, read)
-            self.scheduler.note(batch, seconds)
-            if any(read):
-                self.scheduler.note_reads(sum(read), sum(read) * self._read_s)
+            self.hear(self.scheduler.commit(batch, results, read, now_s=self.now_s, read_s=read_s))
         return batch
 
     def run(self, limit: int = 10_000) -> None:

@@ -15,9 +15,9 @@ from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
 
 from shoal.comm.messages import Accepted, Done, Load, Sampling, Unload
+from shoal.daemon.asking import DEFAULT_SAMPLING, sampling_of
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.loading.model import DEFAULT_SAMPLING
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
@@ -121,7 +121,7 @@ def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) ->
         with pytest.raises(DaemonError, match=r"needs at least \d+ MB.* budget is \d+ MB") as refused:
             node.load(Load(model=str(large)))
         assert "for the process" in str(refused.value)
-        assert "--memory" in refused.value.hint
+        assert "memory_bytes" in refused.value.hint
         assert [model.name for model in node.status().models] == ["tiny.gguf"]
 
 
@@ -137,7 +137,7 @@ def test_the_budget_that_is_said_to_do_does(
         ) as refused:
             node.load(Load(model=str(path)))
         assert "other models" not in str(refused.value)
-        said = re.search(r"--memory (\d+)MB would do", refused.value.hint)
+        said = re.search(r"memory_bytes=(\d+)MB would do", refused.value.hint)
         assert said is not None
         node.budget.limit_bytes = (int(said[1]) - 2) * 10**6
         with pytest.raises(DaemonError, match="MB for KV-to-disk buffers"):
@@ -157,10 +157,10 @@ def test_sampling_falls_back_from_request_to_authors_to_shoal(path: Path) -> Non
     with Node(CONFIG) as node:
         node.load(Load(model=str(path)))
         model = next(iter(node._models))
-        assert model.sampling(Sampling()).temperature == DEFAULT_SAMPLING["temperature"]
+        assert sampling_of(model, Sampling()).temperature == DEFAULT_SAMPLING["temperature"]
         model.name = "smollm2"
-        assert model.sampling(Sampling()).temperature == 0.2
-        assert model.sampling(Sampling(temperature=0.0)).temperature == 0.0
+        assert sampling_of(model, Sampling()).temperature == 0.2
+        assert sampling_of(model, Sampling(temperature=0.0)).temperature == 0.0
 
 
 def test_a_default_context_shrinks_until_it_fits(path: Path) -> None:

@@ -24,7 +24,7 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
-from shoal.daemon.loading.model import LoadedModel
+from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.planning import make_plan, row_share
 from shoal.daemon.node import Node
 from shoal.kernels.arrays import Bytes
@@ -143,8 +143,8 @@ def test_a_prompt_longer_than_a_chunk_of_memory_passes_once(node: Node, path: Pa
     model = next(iter(node._models))
     assert model.plan.chunk_tokens >= 40 > CONFIG.chunk_tokens
     steps = []
-    step = model.engine._executor.forward
-    model.engine._executor.forward = lambda it, *wanted: steps.append(len(it.tokens)) or step(it, *wanted)  # type: ignore
+    step = model.engine.rank.executor.forward
+    model.engine.rank.executor.forward = lambda it, *wanted: steps.append(len(it.tokens)) or step(it, *wanted)  # type: ignore
     ids(node, asked(5, max_tokens=1))
     assert steps == [40]
 
@@ -195,14 +195,14 @@ def test_a_model_is_streamed_in_the_room_that_a_busy_one_leaves(path: Path, pack
         plan: Plan = make_plan(checkpoint, CONFIG, least(path))
     with Node(CONFIG, packs=packs) as node:
         node.budget.limit_bytes = node.budget.held_bytes + least(path)
-        model = LoadedModel.load("again", path, CONFIG, node.budget, packs=packs)
+        model = Assembly(node.budget, packs).load("again", path, CONFIG)
         assert model.plan.blocks == plan.blocks
         assert node.budget.free_bytes >= 0
         model.release(node.budget)
 
 
 @pytest.mark.parametrize(
-    "part", ["shoal.daemon.loading.model.Scheduler", "shoal.daemon.library.kv_files.KvFiles.open"]
+    "part", ["shoal.daemon.loading.assembly.Scheduler", "shoal.daemon.library.kv_files.KvFiles.open"]
 )
 def test_a_load_that_fails_late_leaves_nothing_behind(
     path: Path, packs: Packs, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
@@ -215,9 +215,7 @@ def test_a_load_that_fails_late_leaves_nothing_behind(
         held, threads = node.budget.held_bytes, threading.active_count()
         monkeypatch.setattr(part, fails)
         with pytest.raises(MemoryError):
-            LoadedModel.load(
-                "late", path, CONFIG, node.budget, packs=packs, kv_files=KvFiles(tmp_path / "kv", None)
-            )
+            Assembly(node.budget, packs, KvFiles(tmp_path / "kv", None)).load("late", path, CONFIG)
         assert (node.budget.held_bytes, threading.active_count()) == (held, threads)
 
 

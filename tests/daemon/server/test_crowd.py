@@ -77,13 +77,13 @@ def test_a_crowd_is_served_or_told_to_come_back(tmp_path: Path, monkeypatch: pyt
     node = Node(CONFIG, resolve=lambda name: path)
     node.load(Load(model="tiny.gguf"))
     engine = next(iter(node._models)).engine
-    forward, gate = engine._executor.forward, threading.Event()
+    forward, gate = engine.rank.executor.forward, threading.Event()
 
     def gated(*arguments: Any) -> object:
         assert gate.wait(PATIENCE_S)
         return forward(*arguments)
 
-    monkeypatch.setattr(engine._executor, "forward", gated)
+    monkeypatch.setattr(engine.rank.executor, "forward", gated)
     server = Server(node, [ipc(tmp_path)])
     server.bind()
     thread = threading.Thread(target=server.serve)

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from fakes.listening import Heard, Listener
 from fakes.running import Running
 from fakes.streaming import Streaming, packed, run, texts
 
-from shoal.comm.messages import FinishReason
 from shoal.daemon.translate import translated
 from shoal.engine.engine import Engine
+from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence
-from shoal.models.sampling import Sampled, Sampler, SamplingParams
+from shoal.models.sampling import Sampler, SamplingParams
 from shoal.offload.direct_io import DirectFile
 from shoal.offload.errors import OffloadError, PackCorrupt, StoreError
 from shoal.offload.kv.prefix_cache import PrefixCache
@@ -93,42 +94,20 @@ def test_what_failed_ahead_of_need_is_tried_again(tied: Case) -> None:
         assert np.array_equal(run(streaming, tied.ids), tied.expected)
 
 
-class Sink:
-    """What one sequence was given."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.error: Exception | None = None
-
-    def begin(self, sequence: Sequence) -> None:
-        return None
-
-    def accept(self, sampled: Sampled) -> FinishReason | None:
-        self.tokens.append(sampled.token_id)
-        return None
-
-    def finish(self, reason: FinishReason, sequence: Sequence) -> None:
-        return None
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-
-
-def answered(engine: Engine, prompt: list[int]) -> Sink:
-    sink = Sink()
-    engine.submit(
-        Sequence(list(prompt), len(prompt) + 6, Sampler(SamplingParams(temperature=0.0), prompt), sink)
+def answered(engine: Engine, prompt: list[int]) -> Heard:
+    listener = Listener(engine)
+    heard = listener.submit(
+        Sequence(list(prompt), len(prompt) + 6, Sampler(SamplingParams(temperature=0.0), prompt))
     )
     with contextlib.suppress(OffloadError):  # the node logs it
-        while engine.step():
-            pass
-    return sink
+        listener.run()
+    return heard
 
 
 def engine_of(running: Running) -> Engine:
     cache = PrefixCache(running.kv.table, running.kv.page_tokens)
     scheduler = Scheduler(cache, sequences=4, queue=4, chunk_tokens=16, guesses=0)
-    return Engine(running.executor, running.kv, scheduler, time.monotonic)
+    return Engine(Rank(running.executor, time.monotonic), scheduler, time.monotonic)
 
 
 def test_a_request_that_meets_a_fault_fails_and_the_next_is_served(tied: Case, faulty: Faulty) -> None:

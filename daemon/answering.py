@@ -1,0 +1,99 @@
+"""Answering: the thread that turns what engines tell of sequences into messages of requests.
+
+It runs beside the compute thread, so that neither a long list of stop strings nor whoever takes the messages lengthens
+a step. Knows which answer belongs to which sequence; not models or sockets.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from shoal.engine.engine import Engine
+from shoal.engine.sequence import Event, Sequence
+
+from .answer import Answer
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 1.0  # how long the thread sleeps before it looks again by itself
+
+
+class Answering:
+    """The answers under way. `hear` is for engines, as their `notify`."""
+
+    def __init__(self) -> None:
+        self._answers: dict[Sequence, Answer] = {}
+        self._engines: dict[Engine, None] = {}  # that have something to tell, each once
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="shoal-answers", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def open(self, sequence: Sequence, answer: Answer) -> None:
+        """`answer` is told from now on what happens to the sequence, which is about to be submitted."""
+        with self._changed:
+            self._answers[sequence] = answer
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence was refused: nothing will happen to it."""
+        with self._changed:
+            self._answers.pop(sequence, None)
+            self._changed.notify_all()
+
+    def hear(self, engine: Engine) -> None:
+        """An engine has something to tell."""
+        with self._changed:
+            self._engines[engine] = None
+            self._changed.notify_all()
+
+    def wait(self, timeout_s: float) -> None:
+        """Until every answer is over, or so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._answers, timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """Tell what is left to be told, then end. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while self._tell_next():
+            pass
+
+    def _tell_next(self) -> bool:
+        """Pass on what one engine has to tell, if one has; False at the end. This is a method of its own because a name
+        in the loop would keep an engine in memory while there is nothing to tell."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._engines or self._closed, IDLE_WAIT_S)
+            if not self._engines:
+                return not self._closed
+            engine = next(iter(self._engines))
+            del self._engines[engine]
+        for event in engine.events():
+            self._tell(engine, event)
+        return True
+
+    def _tell(self, engine: Engine, event: Event) -> None:
+        answer = self._answers.get(event.sequence)
+        if answer is None:
+            return
+        try:
+            if answer.take(event):
+                engine.end(event.sequence, "stop")
+        except Exception as error:  # whatever it was, others are answered
+            log.exception("an answer failed")
+            engine.end(event.sequence, "cancelled")
+            try:
+                answer.fail(error)
+            except Exception:
+                log.exception("and could not say so")
+        if answer.over:
+            self.forget(event.sequence)

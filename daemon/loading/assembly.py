@@ -1,0 +1,112 @@
+"""Putting a model together: checkpoint, tokenizer, plan, rank and engine, within a budget.
+
+Knows how the parts fit. Which models there are and which go for room is `loaded` and `loader`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.library.kv_files import KvFiles
+from shoal.daemon.progress import Progress, no_progress
+from shoal.engine.engine import Engine
+from shoal.engine.guess.drafter import Drafter
+from shoal.engine.rank import Rank
+from shoal.engine.scheduler import Scheduler
+from shoal.offload.budget import Budget
+from shoal.offload.kv.disk import KvDisk
+from shoal.offload.kv.prefix_cache import PrefixCache
+
+from .model import LoadedModel, refusal, release
+from .planning import Packs, row_share
+from .runnable import Runnable, least_bytes, read_draft
+
+
+def _ignore(engine: Engine) -> None:
+    """For who looks at the engine's events by himself."""
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What models are put together from: memory of `budget`, one of `packs` for what does not fit into it, `kv_files`
+    for KV that leaves it. `notify` hears of engines that have events."""
+
+    budget: Budget
+    packs: Packs | None = None
+    kv_files: KvFiles | None = None
+    clock: Callable[[], float] = time.monotonic
+    notify: Callable[[Engine], None] = _ignore
+
+    def load(
+        self,
+        name: str,
+        path: Path,
+        config: NodeConfig,
+        *,
+        draft: Path | None = None,
+        streaming: bool = True,
+        progress: Progress = no_progress,
+    ) -> LoadedModel:
+        """Read a checkpoint into memory, and that of a draft model if there is one; what does not fit is streamed, if
+        `streaming`. Raises DaemonError; what was held in the budget is then released."""
+        with ExitStack() as undo:  # what has been begun ends again when a later part fails
+            undo.callback(release, name, self.budget)
+            try:
+                main = Runnable.read(
+                    f"model {name}",
+                    path,
+                    config,
+                    self.budget,
+                    progress,
+                    packs=self.packs,
+                    streaming=streaming,
+                    reserve_bytes=least_bytes(draft, config) if draft else 0,
+                    kv_on_disk=self.kv_files is not None,
+                )
+            except Exception as error:
+                raise refusal(error, name) from error
+            undo.callback(main.executor.store.close)
+            small = None
+            if draft is not None:
+                try:
+                    small = read_draft(name, main, draft, config, self.budget)
+                except Exception as error:
+                    raise refusal(error, f"draft model {draft.name}") from error
+            disk = None
+            if self.kv_files is not None:
+                disk = self.kv_files.open(name, main.checkpoint, config.quant, main.plan, main.kv)
+            if disk is not None:
+                undo.callback(disk.close, [], main.kv.page)
+            engine = self._engine(main, small, disk, config)
+            made = LoadedModel(name, main, engine, small, config.quant, self.clock, self.clock())
+            undo.pop_all()
+        return made
+
+    def _engine(
+        self, main: Runnable, small: Runnable | None, disk: KvDisk | None, config: NodeConfig
+    ) -> Engine:
+        scheduler = Scheduler(
+            PrefixCache(main.kv.table, main.kv.page_tokens, disk.index if disk else None),
+            sequences=main.plan.sequences,
+            queue=config.max_queue,
+            chunk_tokens=main.plan.chunk_tokens,
+            guesses=main.plan.guesses,
+            row_share=row_share(main.plan, main.read_bytes_per_s),
+            reads=disk.most_reads if disk else 1,
+        )
+        drafter = None
+        if small is not None:
+            vocab = min(main.tokenizer.vocab_size, small.tokenizer.vocab_size, small.checkpoint.spec.vocab)
+            drafter = Drafter(
+                Rank(small.executor, self.clock),
+                vocab=vocab,
+                chunk_tokens=small.plan.chunk_tokens,
+                clock=self.clock,
+            )
+        rank = Rank(main.executor, self.clock, disk)
+        return Engine(rank, scheduler, self.clock, drafter, self.notify)

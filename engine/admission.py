@@ -1,0 +1,101 @@
+"""Admission: who waits, whose turn it is, and whether there is room for one more.
+
+Whose turn it is: priority, then what was preempted, then the client that was given least, then arrival. A sequence is
+admitted when the KV that all are expected to need at once fits (`forecast`). Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+
+from shoal.offload.kv.prefix_cache import PrefixCache
+
+from .errors import NeverFits, QueueFull
+from .learn.fairness import TokenCounters
+from .learn.forecast import AnswerLengths, Growth, peak_tokens
+from .learn.speeds import Speeds
+from .sequence import Sequence
+
+RETRY_S = (0.5, 60.0)  # least and most that a client is told to wait
+FIRST_RETRY_S = 5.0  # while no step has been measured
+
+
+class Admission:
+    """`sequences` run at once, `queue` more wait."""
+
+    def __init__(self, cache: PrefixCache, speeds: Speeds, *, sequences: int, queue: int) -> None:
+        self.waiting: list[Sequence] = []
+        self._cache = cache
+        self._speeds = speeds
+        self._sequences = sequences
+        self._queue = queue
+        self._lengths = AnswerLengths()
+        self._counters = TokenCounters()
+        self._arrivals = 0
+
+    def enter(self, sequence: Sequence, running: Ordered[Sequence]) -> None:
+        """Let it wait. Raises QueueFull, or NeverFits when it could never run."""
+        cache = self._cache
+        if cache.pages_of(sequence.limit) > cache.pages:
+            raise NeverFits(sequence.prompt_tokens, sequence.limit, cache.pages * cache.page_tokens)
+        if (before := len(self.waiting) + len(running)) >= self._queue + self._sequences:
+            raise QueueFull(before, self._sequences, self._queue, self._retry_after_s(running))
+        self._arrivals += 1
+        sequence.number = self._arrivals
+        self._counters.enter(sequence.client)
+        self.waiting.append(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """It has ended."""
+        self._counters.leave(sequence.client)
+
+    def note_length(self, generated: int) -> None:
+        """An answer became so long."""
+        if generated:
+            self._lengths.note(generated)
+
+    def charge(self, sequence: Sequence, prompt_tokens: int, generated: int) -> None:
+        """Its client was given so much."""
+        self._counters.charge(sequence.client, prompt_tokens, generated)
+
+    def turn(self, sequence: Sequence) -> tuple[int, int, float, int]:
+        """Who comes first has the least."""
+        if sequence.preemptions:
+            return -sequence.priority, 0, 0.0, sequence.number
+        return -sequence.priority, 1, self._counters.given(sequence.client), sequence.number
+
+    def fits(self, sequence: Sequence, running: Ordered[Sequence]) -> bool:
+        """Is there a place, and room for the KV that all are expected to need at once?"""
+        if not running:
+            return True
+        if len(running) >= self._sequences:
+            return False
+        cache = self._cache
+        size = cache.page_tokens
+        shared = cache.used_pages - sum(other.holding.own_pages for other in running)
+        growths = [
+            self._growth(other, len(other.holding.pages) - other.holding.own_pages) for other in running
+        ]
+        growths.append(self._growth(sequence, cache.held_pages(sequence.tokens)))
+        return shared * size + peak_tokens(growths) <= cache.pages * size
+
+    def _growth(self, sequence: Sequence, shared_pages: int) -> Growth:
+        size = self._cache.page_tokens
+        # Half a page more, for what its last page leaves empty.
+        own = len(sequence.tokens) - shared_pages * size + size // 2
+        return Growth(own, self._expected(sequence))
+
+    def _expected(self, sequence: Sequence) -> int:
+        """How many more tokens it will probably generate."""
+        expected = self._lengths.expected(sequence.generated) - sequence.generated
+        return min(expected, sequence.limit - len(sequence.tokens))
+
+    def _retry_after_s(self, running: Ordered[Sequence]) -> float:
+        """When about half of what is to be done now will have been done."""
+        everything = [*running, *self.waiting]
+        prompt_tokens = sum(sequence.remaining for sequence in everything)
+        answer_tokens = sum(self._expected(sequence) for sequence in everything)
+        backlog_s = self._speeds.backlog_s(prompt_tokens, answer_tokens, self._sequences)
+        if backlog_s is None:
+            return FIRST_RETRY_S
+        return min(max(backlog_s / 2, RETRY_S[0]), RETRY_S[1])

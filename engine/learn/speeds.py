@@ -1,0 +1,67 @@
+"""How fast steps are, learnt from them, and how much a step may hold by that.
+
+Pure: durations are handed in.
+"""
+
+from __future__ import annotations
+
+from .pacing import Pacer
+from .recalling import ReadCost
+from .step_cost import StepCost
+
+_FOLLOW = 0.2  # how quickly averages follow what is measured
+
+
+class Speeds:
+    """A step holds at most `chunk_tokens` tokens of prompts, and reads at most `reads` pages of KV from disk beside the
+    pages that are free. `row_share`: first guess of what one more row costs, as in `StepCost`."""
+
+    def __init__(self, chunk_tokens: int, row_share: float, reads: int) -> None:
+        self.cost = StepCost(row_share)
+        self._chunk_tokens = chunk_tokens
+        self._reads = reads
+        self._pacer = Pacer(chunk_tokens, row_share)
+        self._read_cost = ReadCost()
+        self._prompt_token_s = 0.0  # time to read one token of a prompt, when nothing else is done
+
+    def note(self, rows: int, decodes: int, prompts: int, seconds: float) -> None:
+        """A step of so many rows, for so many answers and prompts, took so long, not counting reads from disk."""
+        if not rows:
+            return
+        if not prompts:
+            self.cost.note(rows, seconds)
+            self._pacer.rested()
+        elif decodes:
+            self._pacer.note(rows - decodes, seconds / self.cost.seconds(decodes))
+        else:
+            before_s = self._prompt_token_s or seconds / rows
+            self._prompt_token_s = before_s + _FOLLOW * (seconds / rows - before_s)
+
+    def note_reads(self, pages: int, seconds: float) -> None:
+        """Reading so many pages from disk took so long."""
+        if pages:
+            self._read_cost.note(pages, seconds)
+
+    def prompt_tokens(self, decodes: int) -> int:
+        """Tokens of prompts that may go with so many decodes."""
+        if not decodes:
+            return self._chunk_tokens
+        return self._pacer.budget() if self.cost.measured else 0
+
+    def most_reads(self, decodes: int, free_pages: int) -> int:
+        """Pages that may be read from disk beside so many decodes."""
+        if decodes and not self.cost.measured:
+            return 1
+        most = free_pages + self._reads
+        return min(most, self._read_cost.most_pages(self.cost.seconds(decodes) if decodes else 0.0))
+
+    def reading_pays(self, pages: int, tokens: int) -> bool:
+        """Whether it is faster to read so many pages from disk than to compute the tokens in them."""
+        return self._read_cost.pays(pages, tokens, self._prompt_token_s)
+
+    def backlog_s(self, prompt_tokens: int, answer_tokens: int, sequences: int) -> float | None:
+        """How long it takes to read and to answer so much, `sequences` at a time; None while no step was measured."""
+        if not self.cost.measured:
+            return None
+        answers_s = answer_tokens / sequences * self.cost.seconds(sequences)
+        return prompt_tokens * self._prompt_token_s + answers_s
