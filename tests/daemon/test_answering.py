@@ -1,0 +1,181 @@
+"""Answers run beside the engine: who is slow to take them lengthens no step, and what a stop string ends stays so."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from fakes.asking import CONFIG, prompt, text_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.comm.messages import Accepted, Done, Error, Load, Token
+from shoal.daemon.answer import Answer
+from shoal.daemon.answering import Answering
+from shoal.daemon.backend import Event
+from shoal.daemon.node import Node
+from shoal.engine.sequence import Emitted, Ended, Failed, Queued, Sequence
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.sampling import Sampled, Sampler, SamplingParams
+from shoal.models.tokenizer.tokenizer import Tokenizer
+
+PATIENCE_S = 30.0
+
+
+def eventually(met: Callable[[], bool]) -> bool:
+    until_s = time.monotonic() + PATIENCE_S
+    while not met() and time.monotonic() < until_s:
+        time.sleep(0.001)
+    return met()
+
+
+def test_who_takes_messages_slowly_holds_up_no_step(node: Node) -> None:
+    """Both sequences are computed to their ends while nobody has taken the first message."""
+    held = threading.Event()
+    events: list[Event] = []
+
+    def slow(event: Event) -> None:
+        assert held.wait(PATIENCE_S)
+        events.append(event)
+
+    (model,) = node._models
+    for index in range(2):
+        node.submit(prompt(index, new=24), slow)
+    assert eventually(lambda: model.engine.scheduler.totals.generated_tokens == 48 and not model.engine.busy)
+    assert not events
+    held.set()
+    node.drain(PATIENCE_S)
+    assert [type(event) for event in events if not isinstance(event, Token)] == [
+        Accepted,
+        Accepted,
+        Done,
+        Done,
+    ] or (
+        [type(event) for event in events if not isinstance(event, Token)] == [Accepted, Done, Accepted, Done]
+    )
+
+
+def test_an_answer_that_matches_slowly_holds_up_no_step(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a long list of stop strings would."""
+    (model,) = node._models
+    text, ids, _ = text_of(node, prompt(0, new=24))
+    before = model.engine.scheduler.totals.generated_tokens
+    held = threading.Event()
+    say = Answer._say
+
+    def slow(answer: Answer, sampled: Sampled) -> bool:
+        assert held.wait(PATIENCE_S)
+        return say(answer, sampled)
+
+    monkeypatch.setattr(Answer, "_say", slow)
+    threading.Timer(
+        0.0,
+        lambda: (
+            eventually(lambda: model.engine.scheduler.totals.generated_tokens == before + 24) and held.set()
+        ),
+    ).start()
+    assert text_of(node, prompt(0, new=24))[:2] == (text, ids)
+
+
+def test_a_stop_string_ends_the_answer_however_far_the_engine_is(path: Path) -> None:
+    """Up to the stop string it is the answer without one, also when that ends with the very last token."""
+    with Node(replace(CONFIG, max_guesses=8)) as node:
+        node.load(Load(model=str(path)))
+        text, ids, whole = text_of(node, prompt(3, new=24))
+        assert whole.finish_reason == "length"
+        starts = {text.find(text[at : at + 3]) for at in range(len(text) - 2)}
+        for start in sorted(starts)[::3]:
+            stop = text[start : start + 3]
+            found, some, done = text_of(node, prompt(3, new=24, stop=[stop]))
+            assert (found, done.finish_reason) == (text[:start], "stop")
+            assert some == ids[: len(some)]
+            assert done.usage.completion_tokens == len(some)
+        last = text_of(node, prompt(3, new=24, stop=[text[-3:]]))
+        assert last[2].finish_reason == "stop" or text.find(text[-3:]) < len(text) - 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path: Path) -> Tokenizer:
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.tokenizer()
+
+
+def answer(tokenizer: Tokenizer, emitted: list[Event], stop: list[str]) -> Answer:
+    return Answer(emitted.append, "tiny", tokenizer, [5], stop=stop, logprobs=False, context_tokens=96)
+
+
+def sequence() -> Sequence:
+    return Sequence([5], 90, Sampler(SamplingParams(), []))
+
+
+@given(
+    ids=st.lists(st.integers(10, 200), min_size=1, max_size=20),
+    cuts=st.sets(st.integers(0, 20)),
+    stop=st.lists(st.text(min_size=1, max_size=3), max_size=3),
+    failing=st.booleans(),
+)
+def test_steps_of_several_tokens_make_the_same_answer(
+    tokenizer: Tokenizer, ids: list[int], cuts: set[int], stop: list[str], failing: bool
+) -> None:
+    """One token a step, or many as when guesses are right: the same messages, one of them terminal."""
+    bounds = [0, *sorted(cut for cut in cuts if 0 < cut < len(ids)), len(ids)]
+    told = []
+    for steps in (
+        [ids[i : i + 1] for i in range(len(ids))],
+        [ids[a:b] for a, b in pairwise(bounds)],
+    ):
+        emitted: list[Event] = []
+        asked, subject = sequence(), answer(tokenizer, emitted, stop)
+        subject.take(Queued(asked))
+        found = [subject.take(Emitted(asked, [Sampled(id_) for id_ in step], 1.0)) for step in steps]
+        assert sum(found) <= 1
+        subject.take(Failed(asked, ValueError("x")) if failing else Ended(asked, "length"))
+        ends = [event for event in emitted if isinstance(event, Done | Error)]
+        assert len(ends) == 1
+        assert emitted[-1] is ends[0]
+        assert subject.over
+        if any(found):
+            assert isinstance(ends[0], Done)
+            assert ends[0].finish_reason == "stop"
+        else:
+            assert isinstance(ends[0], Error) == failing
+        told.append(emitted)
+    assert told[0] == told[1]
+
+
+def test_an_answer_that_fails_ends_alone(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its request hears of it; who is answered beside it does not."""
+    with Node(CONFIG) as node:
+        node.load(Load(model=str(path)))
+        expected = text_of(node, prompt(1, new=8))[:2]
+        say = Answer._say
+
+        def breaks(subject: Answer, sampled: Sampled) -> bool:
+            if subject._prompt_tokens == 40 and subject._completion_tokens == 3:
+                raise RuntimeError("no words")
+            return say(subject, sampled)
+
+        monkeypatch.setattr(Answer, "_say", breaks)
+        events: list[Event] = []
+        node.submit(prompt(0, new=20), events.append)
+        assert text_of(node, prompt(1, new=8))[:2] == expected
+        node.drain(PATIENCE_S)
+        assert isinstance(events[-1], Error)
+        assert "no words" in events[-1].message
+        assert node.status().models[0].running == 0
+    assert "an answer failed" in caplog.text
+
+
+def test_closing_tells_what_is_left_and_ends_the_thread() -> None:
+    answering = Answering()
+    assert answering.alive
+    answering.close(PATIENCE_S)
+    answering.close(PATIENCE_S)
+    assert not answering.alive
