@@ -34,7 +34,7 @@ from .options import examples, json_option
 from .output import console, facts, print_json, spinner, transfer_bar
 from .paint import printable
 
-State = Literal["ok", "note", "broken"]
+Verdict = Literal["ok", "note", "broken"]
 MIN_PYTHON = (3, 11)
 LOW_DISK_BYTES = 2_000_000_000
 LOW_MEMORY_BYTES = 1_000_000_000
@@ -46,7 +46,7 @@ class Finding:
     """One thing looked at. `broken`: Shoal does not work without it; `note`: it works, with a limit."""
 
     name: str
-    state: State
+    state: Verdict
     found: str
     mend: str = ""  # one command or action, "" when nothing needs mending
 

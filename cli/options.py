@@ -19,8 +19,8 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.model_name import Quant, Reference, ShardName
 from shoal.daemon.sizes import parse_bytes
 
-Verb = Callable[..., Any]
-Decorator = Callable[[Verb], Verb]
+Callback = Callable[..., Any]
+Decorator = Callable[[Callback], Callback]
 
 
 def size(text: str) -> int:
@@ -125,13 +125,13 @@ def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
     """A decorator that adds `options` and passes their values on as one `kind` named `argument`."""
     names = [field.name for field in fields(kind)]
 
-    def decorate(function: Verb) -> Verb:
+    def decorate(function: Callback) -> Callback:
         @wraps(function)
         def collected(**values: Any) -> Any:
             values[argument] = kind(**{name: values.pop(name) for name in names})
             return function(**values)
 
-        wrapped: Verb = collected
+        wrapped: Callback = collected
         for option in reversed(options):
             wrapped = option(wrapped)
         return wrapped
@@ -139,7 +139,7 @@ def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
     return decorate
 
 
-def plan_options(function: Verb) -> Verb:
+def plan_options(function: Callback) -> Callback:
     """Adds --memory, --threads, --ctx, --device, --speculate and --kv-type; the verb gets `plan: PlanOptions`."""
     options: list[Decorator] = [
         click.option("--memory", type=size_or_auto, metavar="SIZE",
@@ -157,7 +157,7 @@ def plan_options(function: Verb) -> Verb:
     return _collect(PlanOptions, "plan", options)(function)
 
 
-def answer_options(function: Verb) -> Verb:
+def answer_options(function: Callback) -> Callback:
     """Adds the sampling options and those that end or hasten an answer; the verb gets `answer: AnswerOptions`."""
     options: list[Decorator] = [
         click.option("--max-tokens", type=click.IntRange(min=1), metavar="N",
@@ -183,7 +183,7 @@ def answer_options(function: Verb) -> Verb:
     return _collect(AnswerOptions, "answer", options)(function)
 
 
-def quant_option(function: Verb) -> Verb:
+def quant_option(function: Callback) -> Callback:
     """Adds --quant, which becomes part of the model's name: the verb gets `model` as it is known everywhere."""
 
     @wraps(function)
@@ -204,7 +204,7 @@ def quant_option(function: Verb) -> Verb:
     )(named)
 
 
-def draft_option(function: Verb) -> Verb:
+def draft_option(function: Callback) -> Callback:
     """Adds --draft; the verb gets `draft: str | None`."""
     return click.option(
         "--draft",
@@ -213,7 +213,7 @@ def draft_option(function: Verb) -> Verb:
     )(function)
 
 
-def json_option(function: Verb) -> Verb:
+def json_option(function: Callback) -> Callback:
     """Adds --json; the verb gets `as_json: bool`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
 

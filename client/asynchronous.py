@@ -13,9 +13,9 @@ from typing import Any, TypeVar, cast
 import zmq
 import zmq.asyncio
 
+from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.errors import CommError, TimedOut
 from shoal.comm.home import Home
-from shoal.comm.keys import ClientKeys
 from shoal.comm.messages import (
     Accepted,
     Done,

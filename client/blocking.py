@@ -16,9 +16,9 @@ from typing import Any
 
 import zmq
 
+from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.errors import CommError, TimedOut
 from shoal.comm.home import Home
-from shoal.comm.keys import ClientKeys
 from shoal.comm.messages import (
     Accepted,
     Done,

@@ -42,7 +42,7 @@ class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 MAX_DEPTH = 32  # of a free-form value; templates and JSON schemas stay far below both
-MAX_ITEMS = 100_000
+MAX_FREE_VALUES = 100_000
 
 
 def check_plain(value: Any, path: str) -> None:
@@ -53,8 +53,8 @@ def check_plain(value: Any, path: str) -> None:
         for item, where in level:
             if isinstance(item, dict | list):
                 seen += len(item)
-                if seen > MAX_ITEMS:
-                    raise ValueError(f"{path}: must hold at most {MAX_ITEMS} values")
+                if seen > MAX_FREE_VALUES:
+                    raise ValueError(f"{path}: must hold at most {MAX_FREE_VALUES} values")
             if isinstance(item, dict):
                 for key, inner in item.items():
                     if not isinstance(key, str):

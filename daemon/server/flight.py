@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 from shoal.comm.messages import Accepted, Done, Error, Message, Stage, Timings, Token, Usage, Waiting
-from shoal.daemon.backend import STAGE_S, Cancel
+from shoal.daemon.backend import STAGE_S, CancelCall
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ class Flight:
         self._terminal: Message | None = None
         self._begun = kind not in ("generate", "chat")  # the backend has it, and ends it when it is asked to
         self._closed = False
-        self._cancel: Cancel | None = None
+        self._cancel: CancelCall | None = None
         self._cancelled = False
         self._held_bytes = 0
 
@@ -89,7 +89,7 @@ class Flight:
         if notify:
             self._ready(self)
 
-    def attach(self, cancel: Cancel) -> None:
+    def attach(self, cancel: CancelCall) -> None:
         """Say how to cancel; done at once if the request was cancelled meanwhile."""
         with self._lock:
             if not self._closed:
