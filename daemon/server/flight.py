@@ -141,7 +141,7 @@ class Flight:
     def cancel(self) -> None:
         """End the request early: its terminal reply still comes, from the backend if that has it already."""
         # A model may be packed for an hour, so who waits for it is answered here.
-        if not self._drop(Error(code="cancelled", message="cancelled before it began"), FlightState.WAITING):
+        if not self._drop(Error(code="cancelled", message="cancelled before it began"), waiting=True):
             with self._lock:
                 cancel = self._take_cancel() if self._enter(FlightState.CANCELLED) else None
             if cancel is not None:
@@ -151,27 +151,27 @@ class Flight:
         """End the request if it is past its deadline and its model is not even loaded; else the backend does."""
         if now_s >= self.deadline_s:
             usage = Usage(prompt_tokens=0, completion_tokens=0)
-            self._drop(Done(finish_reason="deadline", usage=usage, timings=Timings()), FlightState.WAITING)
+            self._drop(Done(finish_reason="deadline", usage=usage, timings=Timings()), waiting=True)
 
     def fail(self, error: Error) -> None:
         """End the request with `error` unless it has ended; tokens that nobody took are dropped."""
-        self._drop(error, FlightState.WAITING, FlightState.RUNNING, FlightState.CANCELLED)
+        self._drop(error)
 
     def abandon(self) -> None:
         """Nobody waits any more: cancel, and take nothing further."""
         self.outgoing.clear()
         try:
-            self._drop(None, FlightState.WAITING, FlightState.RUNNING, FlightState.CANCELLED)
+            self._drop(None)
         finally:
             with self._lock:
                 self._empty()
 
-    def _drop(self, reply: Message | None, *states: FlightState) -> bool:
-        """End the request here with `reply`, if it is in one of `states`, and cancel what the backend has of it."""
+    def _drop(self, reply: Message | None, *, waiting: bool = False) -> bool:
+        """End the request here with `reply`, and have the backend cancel what it has of it. False if it has ended, or
+        with `waiting` if it has begun."""
         with self._lock:
-            if self._state not in states:
+            if (waiting and self._state is not FlightState.WAITING) or not self._enter(FlightState.DROPPED):
                 return False
-            self._enter(FlightState.DROPPED)
             self._tokens, self._held_bytes = [], 0
             self._terminal = reply
             cancel = self._take_cancel()
