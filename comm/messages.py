@@ -277,6 +277,10 @@ class Done(Message):
     context_tokens: int = 0  # context of the session, for a gauge of what is left
 
 
+StreamEvent = Accepted | Stage | Token | Done
+"""What a stream of an answer yields; its `error` is raised."""
+
+
 class Error(Message):
     """Terminal: the request failed."""
 
