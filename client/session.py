@@ -202,10 +202,14 @@ def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:
 
 
 def _with_sampling(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields with those of Sampling moved into `sampling`; one must not give both."""
+    """Fields with those of Sampling moved into `sampling`; one must not give both. RequestFailed beyond a limit."""
     chosen = {name: fields[name] for name in fields if name in Sampling.__struct_fields__}
     if not chosen:
         return fields
     if "sampling" in fields:
         raise TypeError(f"sampling and {', '.join(chosen)}: give one of the two")
-    return {k: v for k, v in fields.items() if k not in chosen} | {"sampling": Sampling(**chosen)}
+    try:
+        sampling = Sampling(**chosen)
+    except ValueError as error:  # as the daemon would answer
+        raise RequestFailed("bad_request", f"sampling.{error}") from error
+    return {k: v for k, v in fields.items() if k not in chosen} | {"sampling": sampling}

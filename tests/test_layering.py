@@ -25,7 +25,7 @@ ALLOWED = {
     "kernels": set(),
 }
 # What the client speaks in, and where it finds the daemon.
-CLI_VOCABULARY = {"comm.messages", "comm.errors", "comm.home"}
+CLI_VOCABULARY = {"comm.messages", "comm.sampling_limits", "comm.errors", "comm.home"}
 # What these folders may know of the rest of their room.
 INNER = {
     "daemon/server": {"daemon.backend", "daemon.errors"},

@@ -18,6 +18,7 @@ from typing import Any
 
 from shoal import kernels
 from shoal.comm.messages import Chat, ChatMessage, Generate, ModelStatus, Sampling, Stage
+from shoal.comm.sampling_limits import check_sampling
 from shoal.daemon.answer import Answer
 from shoal.daemon.backend import Emit
 from shoal.daemon.config import NodeConfig
@@ -293,6 +294,11 @@ class LoadedModel:
             for name, default in defaults.items()
             if name in DEFAULT_SAMPLING
         }
+        try:
+            for name, value in chosen.items():
+                check_sampling(name, value)
+        except ValueError as error:  # a model's files may advise anything
+            raise DaemonError("bad_request", f"what {self.name} advises for sampling: {error}") from error
         return SamplingParams(
             **chosen,
             repetition_penalty=asked.repetition_penalty,
