@@ -33,6 +33,7 @@ from .interrupt import deferred_interrupt
 from .options import examples, json_option
 from .output import console, facts, print_json, spinner, transfer_bar
 from .paint import printable
+from .wording import worded
 
 Verdict = Literal["ok", "note", "broken"]
 MIN_PYTHON = (3, 11)
@@ -80,7 +81,7 @@ def examine(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
         try:
             yield from check()
         except (DaemonError, OSError) as error:
-            yield Finding("check", "broken", str(error), "SHOAL_DEBUG=1 shoal doctor shows where")
+            yield Finding("check", "broken", worded(str(error)), "SHOAL_DEBUG=1 shoal doctor shows where")
 
 
 def _python() -> Iterator[Finding]:
