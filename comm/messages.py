@@ -15,7 +15,7 @@ from .plain_values import check_plain
 from .sampling_limits import MAX_BIASES, TOKEN_IDS, check_sampling
 from .sampling_limits import SAMPLING_LIMITS as LIMITS
 
-VERSION = 1
+PROTOCOL_VERSION = 1
 
 NonNegative = Annotated[int, Meta(ge=0)]
 Name = Annotated[str, Meta(max_length=4096)]
@@ -59,8 +59,8 @@ def check_one_of(message: Message, *names: str) -> None:
 class Hello(Message):
     """First message of a client. Optional, but the only way to learn limits and features."""
 
-    min_version: NonNegative = VERSION
-    max_version: NonNegative = VERSION
+    min_version: NonNegative = PROTOCOL_VERSION
+    max_version: NonNegative = PROTOCOL_VERSION
     client: Name = ""
 
 

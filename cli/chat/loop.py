@@ -3,7 +3,7 @@
     read → (command | trim to the context → ask → paint tokens as they come → remember)
 
 Knows what happens when an answer is stopped, overflows or loses its daemon: it is said, and the conversation is
-kept. Keys are `chat_input`, commands `chat_commands`, the daemon `chat_link`.
+kept. Keys are `line_input`, commands `commands`, the daemon `link`.
 """
 
 from __future__ import annotations

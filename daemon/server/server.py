@@ -1,7 +1,7 @@
 """The daemon's ZeroMQ server: one thread that moves messages between clients and the backend.
 
 Knows listening, admission and its limits, draining and signals. Does not know models or text, nor how
-replies reach slow clients (`server_outbox`); docs/api.md describes what it says on the wire.
+replies reach slow clients (`outbox`); docs/api.md describes what it says on the wire.
 
 Only the thread in `serve` touches the sockets. Everybody else puts things where it will look, and wakes it.
 """

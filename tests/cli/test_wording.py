@@ -104,7 +104,8 @@ def test_errors_of_a_daemon_are_put_into_the_same_words(
     result = shoal("run", str(tmp_path / "m.gguf"), "Why?")
     assert result.exit_code == 3
     assert result.stderr.endswith(
-        "shoal: a prompt of 500 tokens may reach 600, the KV pool holds 256 (shorten it, lower max_tokens, or give the model more --memory)\n"
+        "shoal: a prompt of 500 tokens may reach 600, the KV pool holds 256 "
+        "(shorten it, lower max_tokens, or give the model more --memory)\n"
     )
 
 
