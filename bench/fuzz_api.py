@@ -45,8 +45,7 @@ from shoal.comm.messages import (
     Unload,
     Usage,
 )
-from shoal.daemon.backend import Cancel as CancelCall
-from shoal.daemon.backend import Emit
+from shoal.daemon.backend import CancelCall, Emit
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import resident_bytes
 from shoal.daemon.server.server import Server

@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from shoal.comm.home import Home
 from shoal.comm.messages import (
-    Accepted,
     Chat,
     ChatMessage,
-    Done,
     Generate,
     Load,
     ModelStatus,
-    Stage,
-    Token,
+    StreamEvent,
     Tokenize,
 )
 from shoal.daemon.config import NodeConfig
@@ -35,8 +32,6 @@ from .output import note, spinner, stage_text, transfer_bar
 if TYPE_CHECKING:
     from shoal.client import Client
     from shoal.daemon.node import Node
-
-Event = Accepted | Stage | Token | Done
 
 
 class Answers(Protocol):
@@ -52,7 +47,7 @@ class Answers(Protocol):
         """Tokens of a conversation as the model's template writes it."""
         ...
 
-    def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[Event]]:
+    def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[StreamEvent]]:
         """The events of an answer; leaving the block cancels what is left."""
         ...
 
@@ -85,7 +80,7 @@ class InProcess:
         return len(self._node.tokenize(Tokenize(messages=messages, model=model)).ids)
 
     @contextmanager
-    def stream(self, request: Generate | Chat) -> Iterator[Iterator[Event]]:
+    def stream(self, request: Generate | Chat) -> Iterator[Iterator[StreamEvent]]:
         with closing(self._node.stream(request)) as events:
             yield events
 
@@ -111,10 +106,8 @@ class ThroughDaemon:
         return len(self._client.tokenize(messages=messages, model=model).ids)
 
     @contextmanager
-    def stream(self, request: Generate | Chat) -> Iterator[Iterator[Event]]:
-        fields = {name: getattr(request, name) for name in request.__struct_fields__}
-        ask = self._client.chat if isinstance(request, Chat) else self._client.generate
-        with closing(ask(**fields)) as events:
+    def stream(self, request: Generate | Chat) -> Iterator[Iterator[StreamEvent]]:
+        with closing(self._client.stream(request)) as events:
             yield events
 
 

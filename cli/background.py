@@ -25,12 +25,15 @@ from shoal.daemon.server.socket_lock import holder_pid
 from .errors import Exit
 
 START_LIMIT_S = 300.0  # a large model from a slow disk
-POLL_S = 0.1
+DAEMON_POLL_S = 0.1
 SIGNAL_AGAIN = (0, 10)  # polls after which a second signal means "at once": the first may have come too early
 LOG_LIMIT_BYTES = 10_000_000
 
 Sleep = Callable[[float], None]
-_CODES: dict[int, ErrorCode] = {Exit.USAGE: "bad_request", Exit.REFUSED: "resources"}  # of `serve`'s end
+_CODE_OF_EXIT: dict[int, ErrorCode] = {
+    Exit.USAGE: "bad_request",
+    Exit.REFUSED: "resources",
+}  # of `serve`'s end
 
 
 def log_path(home: Home) -> Path:
@@ -82,16 +85,16 @@ def start(
             start_new_session=True,
         )
     try:
-        for _ in range(int(limit_s / POLL_S)):
+        for _ in range(int(limit_s / DAEMON_POLL_S)):
             if process.poll() is not None:
                 raise DaemonError(
-                    _CODES.get(process.returncode, "internal"),
+                    _CODE_OF_EXIT.get(process.returncode, "internal"),
                     f"the daemon stopped while starting (exit {process.returncode}): {_last_line(path, began)}",
                     f"the whole log is {path}",
                 )
             if running_pid(home) == process.pid and answers(home):  # not one that another start brought up
                 return process.pid
-            sleep(POLL_S)
+            sleep(DAEMON_POLL_S)
         raise DaemonError(
             "internal", f"the daemon did not answer within {limit_s:.0f} s", f"its log is {path}"
         )
@@ -114,10 +117,10 @@ def load(home: Home, pid: int, model: str, draft: str | None, heard: Callable[[S
 def stop(home: Home, pid: int, *, now: bool, limit_s: float, sleep: Sleep = time.sleep) -> None:
     """End the daemon `pid`: it finishes what it answers, or with `now` drops it. Raises DaemonError."""
     _signal(pid)
-    for turn in range(int(limit_s / POLL_S)):
+    for turn in range(int(limit_s / DAEMON_POLL_S)):
         if running_pid(home) != pid:
             return
-        sleep(POLL_S)
+        sleep(DAEMON_POLL_S)
         if now and turn in SIGNAL_AGAIN:
             _signal(pid)
     raise DaemonError(

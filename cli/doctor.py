@@ -33,8 +33,9 @@ from .interrupt import deferred_interrupt
 from .options import examples, json_option
 from .output import console, facts, print_json, spinner, transfer_bar
 from .paint import printable
+from .wording import worded
 
-State = Literal["ok", "note", "broken"]
+Verdict = Literal["ok", "note", "broken"]
 MIN_PYTHON = (3, 11)
 LOW_DISK_BYTES = 2_000_000_000
 LOW_MEMORY_BYTES = 1_000_000_000
@@ -46,7 +47,7 @@ class Finding:
     """One thing looked at. `broken`: Shoal does not work without it; `note`: it works, with a limit."""
 
     name: str
-    state: State
+    state: Verdict
     found: str
     mend: str = ""  # one command or action, "" when nothing needs mending
 
@@ -80,7 +81,7 @@ def examine(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
         try:
             yield from check()
         except (DaemonError, OSError) as error:
-            yield Finding("check", "broken", str(error), "SHOAL_DEBUG=1 shoal doctor shows where")
+            yield Finding("check", "broken", worded(str(error)), "SHOAL_DEBUG=1 shoal doctor shows where")
 
 
 def _python() -> Iterator[Finding]:

@@ -13,6 +13,8 @@ import click
 from shoal.comm.errors import CommError, NoDaemon, RequestFailed, TimedOut
 from shoal.daemon.errors import DaemonError
 
+from .wording import worded
+
 
 class Exit(IntEnum):
     """Exit codes, the same for every verb."""
@@ -73,4 +75,4 @@ def _lower(message: str) -> str:
 
 def _line(message: str, hint: str = "") -> str:
     text = " ".join(message.split())
-    return f"{text} ({' '.join(hint.split())})" if hint else text
+    return worded(f"{text} ({' '.join(hint.split())})" if hint else text)

@@ -1,6 +1,6 @@
 """`shoal bench` and `shoal perplexity`: speed and quality of one model, without a daemon in the way.
 
-Knows options and how results are shown. What is measured, and how, is `daemon.measure`.
+Knows options and how results are shown. What is measured, and how, is `daemon.measurement`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,14 @@ from shoal.daemon.model_name import Reference
 from shoal.daemon.sizes import format_bytes
 
 from .interrupt import deferred_interrupt
-from .options import PlanOptions, draft_option, examples, json_option, plan_options, quant_option
+from .options import Decorator, PlanOptions, draft_option, examples, json_option, plan_options, quant_option
 from .output import console, facts, note, print_json, spinner, steps_bar, table
+
+
+def _count(option: str, default: int, what: str) -> Decorator:
+    return click.option(
+        option, type=click.IntRange(min=1), default=default, show_default=True, metavar="N", help=what
+    )
 
 
 @click.command(
@@ -28,38 +34,10 @@ from .output import console, facts, note, print_json, spinner, steps_bar, table
     )
 )
 @click.argument("model")
-@click.option(
-    "--prompt-tokens",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Prompt length of each sequence.",
-)
-@click.option(
-    "--new-tokens",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    metavar="N",
-    help="Tokens each sequence writes.",
-)
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Sequences at the same time.",
-)
-@click.option(
-    "--repeat",
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    metavar="N",
-    help="Runs, after a warm-up.",
-)
+@_count("--prompt-tokens", 512, "Prompt length of each sequence.")
+@_count("--new-tokens", 64, "Tokens each sequence writes.")
+@_count("--batch", 1, "Sequences at the same time.")
+@_count("--repeat", 3, "Runs, after a warm-up.")
 @quant_option
 @json_option
 @draft_option

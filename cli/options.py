@@ -13,14 +13,15 @@ from typing import Any, get_args
 import click
 import msgspec
 
-from shoal.comm.messages import Generation
+from shoal.comm.messages import Generation, Sampling
+from shoal.comm.sampling_limits import SAMPLING_LIMITS
 from shoal.daemon.config import KvType, NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.model_name import Quant, Reference, ShardName
 from shoal.daemon.sizes import parse_bytes
 
-Verb = Callable[..., Any]
-Decorator = Callable[[Verb], Verb]
+Callback = Callable[..., Any]
+Decorator = Callable[[Callback], Callback]
 
 
 def size(text: str) -> int:
@@ -49,6 +50,14 @@ def shard_name(text: str) -> ShardName:
         return ShardName.parse(text)
     except DaemonError as error:
         raise click.BadParameter(f"{error.message}; {error.hint}.") from error
+
+
+def _sampling(name: str) -> click.IntRange | click.FloatRange:
+    """The type of an option that is the sampling field `name`."""
+    limit = SAMPLING_LIMITS[name]
+    if limit.whole:  # its highest value would only puzzle readers of --help; the request is checked for it
+        return click.IntRange(min=int(limit.low))
+    return click.FloatRange(limit.low, limit.high, min_open=limit.above)
 
 
 @dataclass(frozen=True)
@@ -108,30 +117,30 @@ class AnswerOptions:
         asked["repetition_penalty"] = self.repeat_penalty
         request = {
             "model": model,
-            "sampling": {name: value for name, value in asked.items() if value is not None},
             "max_tokens": self.max_tokens,
             "stop": list(self.stop),
             "priority": self.priority,
             "deadline_s": self.deadline,
         }
         try:
+            sampling = Sampling(**{name: value for name, value in asked.items() if value is not None})
             checked = msgspec.convert(request, Generation)
-        except msgspec.ValidationError as error:
+        except ValueError as error:  # msgspec's are, too
             raise DaemonError("bad_request", f"an option is out of range: {error}") from error
-        return {name: getattr(checked, name) for name in request}
+        return {"sampling": sampling} | {name: getattr(checked, name) for name in request}
 
 
 def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
     """A decorator that adds `options` and passes their values on as one `kind` named `argument`."""
     names = [field.name for field in fields(kind)]
 
-    def decorate(function: Verb) -> Verb:
+    def decorate(function: Callback) -> Callback:
         @wraps(function)
         def collected(**values: Any) -> Any:
             values[argument] = kind(**{name: values.pop(name) for name in names})
             return function(**values)
 
-        wrapped: Verb = collected
+        wrapped: Callback = collected
         for option in reversed(options):
             wrapped = option(wrapped)
         return wrapped
@@ -139,7 +148,7 @@ def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
     return decorate
 
 
-def plan_options(function: Verb) -> Verb:
+def plan_options(function: Callback) -> Callback:
     """Adds --memory, --threads, --ctx, --device, --speculate and --kv-type; the verb gets `plan: PlanOptions`."""
     options: list[Decorator] = [
         click.option("--memory", type=size_or_auto, metavar="SIZE",
@@ -157,7 +166,7 @@ def plan_options(function: Verb) -> Verb:
     return _collect(PlanOptions, "plan", options)(function)
 
 
-def answer_options(function: Verb) -> Verb:
+def answer_options(function: Callback) -> Callback:
     """Adds the sampling options and those that end or hasten an answer; the verb gets `answer: AnswerOptions`."""
     options: list[Decorator] = [
         click.option("--max-tokens", type=click.IntRange(min=1), metavar="N",
@@ -168,22 +177,22 @@ def answer_options(function: Verb) -> Verb:
                      help="End the answer after this time, complete or not."),
         click.option("--priority", type=click.IntRange(-100, 100), default=0, metavar="N",
                      help="Requests with a higher priority go first (default 0)."),
-        click.option("--seed", type=click.IntRange(min=0), metavar="N", help="The same seed gives the same answer."),
-        click.option("--temperature", type=click.FloatRange(0, 100), metavar="X",
+        click.option("--seed", type=_sampling("seed"), metavar="N", help="The same seed gives the same answer."),
+        click.option("--temperature", type=_sampling("temperature"), metavar="X",
                      help="How freely tokens are chosen; 0 always takes the likeliest."),
-        click.option("--top-k", type=click.IntRange(min=0), metavar="K",
+        click.option("--top-k", type=_sampling("top_k"), metavar="K",
                      help="Choose among the K likeliest tokens; 0 = all."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P",
+        click.option("--top-p", type=_sampling("top_p"), metavar="P",
                      help="Choose among the likeliest tokens that together reach probability P."),
-        click.option("--min-p", type=click.FloatRange(0, 1), metavar="P",
+        click.option("--min-p", type=_sampling("min_p"), metavar="P",
                      help="Drop tokens less likely than P times the likeliest."),
-        click.option("--repeat-penalty", type=click.FloatRange(0, 10, min_open=True), metavar="X",
+        click.option("--repeat-penalty", type=_sampling("repetition_penalty"), metavar="X",
                      help="Above 1 discourages repetition."),
     ]  # fmt: skip
     return _collect(AnswerOptions, "answer", options)(function)
 
 
-def quant_option(function: Verb) -> Verb:
+def quant_option(function: Callback) -> Callback:
     """Adds --quant, which becomes part of the model's name: the verb gets `model` as it is known everywhere."""
 
     @wraps(function)
@@ -204,7 +213,7 @@ def quant_option(function: Verb) -> Verb:
     )(named)
 
 
-def draft_option(function: Verb) -> Verb:
+def draft_option(function: Callback) -> Callback:
     """Adds --draft; the verb gets `draft: str | None`."""
     return click.option(
         "--draft",
@@ -213,7 +222,7 @@ def draft_option(function: Verb) -> Verb:
     )(function)
 
 
-def json_option(function: Verb) -> Verb:
+def json_option(function: Callback) -> Callback:
     """Adds --json; the verb gets `as_json: bool`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 PIPE_COLUMNS = 10_000  # a row of a table stays one line for who reads it through a pipe
-_NUMBERS = re.compile(r"(?<=\[)\n[-+.eE\d,\s]+(?=\])")  # no string has a line break unescaped
+_LISTED_NUMBERS = re.compile(r"(?<=\[)\n[-+.eE\d,\s]+(?=\])")  # no string has a line break unescaped
 
 
 def note(text: str) -> None:
@@ -57,7 +57,7 @@ def counted(number: int, what: str) -> str:
 def print_json(value: Any) -> None:
     """A struct, dataclass, dict or list as JSON on stdout, lists of numbers in one line each."""
     text = msgspec.json.format(msgspec.json.encode(value)).decode()
-    click.echo(_NUMBERS.sub(lambda found: " ".join(found[0].split()), text))
+    click.echo(_LISTED_NUMBERS.sub(lambda found: " ".join(found[0].split()), text))
 
 
 def console(*, stderr: bool = False, markup: bool = False) -> Console:

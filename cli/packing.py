@@ -1,6 +1,6 @@
 """`shoal pack`: a model laid out for being read from disk while it runs.
 
-Knows options, the bar and what is printed. Building and verifying are `daemon.packs`.
+Knows options, the bar and what is printed. Building and verifying are `daemon.library.packs`.
 """
 
 from __future__ import annotations

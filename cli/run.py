@@ -22,6 +22,7 @@ from shoal.comm.messages import (
     Generate,
     ModelStatus,
     Stage,
+    StreamEvent,
     Timings,
     Token,
     Usage,
@@ -30,7 +31,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
 from shoal.daemon.memory import peak_memory_bytes
 
-from .answers import Answers, Event, from_daemon, in_process, reference
+from .answers import Answers, from_daemon, in_process, reference
 from .options import (
     AnswerOptions,
     PlanOptions,
@@ -114,7 +115,7 @@ def run(
         else:
             told = [ChatMessage(role="system", content=system)] if system is not None else []
             request = Chat(messages=[*told, ChatMessage(role="user", content=text)], **fields)
-        result = _Result(status)
+        result = _Collected(status)
         with answers.stream(request) as events:
             _take(events, result, painter)
         if as_json:
@@ -123,7 +124,7 @@ def run(
             note(statistics(result.done))
 
 
-def _take(events: Iterator[Event], result: _Result, painter: Painter | None) -> None:
+def _take(events: Iterator[StreamEvent], result: _Collected, painter: Painter | None) -> None:
     """Collects an answer, and shows it as it comes if there is a painter."""
     try:
         for event in events:
@@ -139,7 +140,7 @@ def _take(events: Iterator[Event], result: _Result, painter: Painter | None) -> 
             painter.end()
 
 
-class _Result:
+class _Collected:
     """The events of one answer, put together."""
 
     def __init__(self, model: ModelStatus) -> None:

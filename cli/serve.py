@@ -1,6 +1,6 @@
 """`shoal serve` and `shoal stop`: the daemon's life.
 
-Knows options and what is told to the user. The daemon itself is `daemon.serve`; processes are `cli.background`.
+Knows options and what is told to the user. The daemon itself is `daemon.service`; processes are `cli.background`.
 """
 
 from __future__ import annotations

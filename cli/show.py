@@ -1,6 +1,6 @@
 """`shoal show`: what a model is, and how it would run here.
 
-Knows how facts and the plan are shown: bars before words. Both come from `daemon.facts` and `daemon.outlook`.
+Knows how facts and the plan are shown: bars before words. They come from `description` and `outlook` in `daemon`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The asyncio face of a running daemon: `Client`'s methods to await, and many streams at once.
 
-Knows tasks and waiting. Does not know how replies find their request (`client_session`).
+Knows tasks and waiting. Does not know how replies find their request (`session`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, TypeVar, cast
 import zmq
 import zmq.asyncio
 
+from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.errors import CommError, TimedOut
-from shoal.comm.home import Home
-from shoal.comm.keys import ClientKeys
 from shoal.comm.messages import (
-    Accepted,
+    Chat,
     Done,
+    Generate,
     Load,
     Loaded,
     Message,
@@ -28,34 +28,34 @@ from shoal.comm.messages import (
     Stage,
     Status,
     StatusReply,
-    Token,
+    StreamEvent,
     Tokens,
     Unload,
     Welcome,
 )
 
 from . import connection as link
+from .face import ClientFace
 from .session import (
     HELLO,
     ChatLike,
     Exchange,
     Frames,
     M,
-    Session,
-    chat_request,
     expect_stream,
-    generate_request,
+    text_request,
     tokenize_request,
+    whole_text,
 )
 
 READ_BATCH = 256  # messages sorted before other tasks get a turn
 
-Stream = AsyncGenerator[Accepted | Stage | Token | Done, None]
+AsyncAnswerStream = AsyncGenerator[StreamEvent, None]
 T = TypeVar("T")
 
 
-class AsyncClient:
-    """Talks to the daemon at `address` from one event loop; see `Client` for timeouts and errors.
+class AsyncClient(ClientFace[AsyncAnswerStream]):
+    """Talks to a daemon from one event loop, by the methods of `Client`. Timeouts and errors: `ClientFace`.
 
     `aclose` a stream that is left early (`contextlib.aclosing`): that cancels it at once.
     """
@@ -63,11 +63,8 @@ class AsyncClient:
     def __init__(
         self, address: str | None = None, *, timeout_s: float = 30.0, keys: ClientKeys | None = None
     ) -> None:
-        self.address = address or Home.from_env().address
-        self._timeout_s = timeout_s
-        self._keys = keys
-        self._session = Session()
-        self._events: dict[bytes, asyncio.Event] = {}  # set when something is heard of a request
+        super().__init__(address, timeout_s=timeout_s, keys=keys)
+        self._events: dict[bytes, asyncio.Event] = {}  # of requests that somebody waits for
         self._dealer: zmq.asyncio.Socket | None = None
         self._pump_task: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
@@ -88,26 +85,11 @@ class AsyncClient:
 
     # --- requests ------------------------------------------------------------------------------------------
 
-    def generate(
-        self, prompt: str | None = None, *, prompt_tokens: Sequence[int] | None = None, **fields: Any
-    ) -> Stream:
-        return self._stream(generate_request(prompt, prompt_tokens, fields))
-
-    def chat(self, messages: Sequence[ChatLike], **fields: Any) -> Stream:
-        return self._stream(chat_request(messages, fields))
-
     async def text(
         self, prompt: str | None = None, *, messages: Sequence[ChatLike] | None = None, **fields: Any
     ) -> tuple[str, Done]:
-        stream = self.generate(prompt, **fields) if messages is None else self.chat(messages, **fields)
-        parts: list[str] = []
-        async with contextlib.aclosing(stream):
-            async for message in stream:
-                if isinstance(message, Token):
-                    parts.append(message.text)
-                elif isinstance(message, Done):
-                    return "".join(parts), message
-        raise AssertionError("a stream ends with Done or raises")
+        async with contextlib.aclosing(self.stream(text_request(prompt, messages, fields))) as stream:
+            return whole_text([event async for event in stream])
 
     async def tokenize(
         self,
@@ -162,7 +144,7 @@ class AsyncClient:
         finally:
             self._finish(exchange)
 
-    async def _stream(self, request: Message) -> Stream:
+    async def stream(self, request: Generate | Chat) -> AsyncAnswerStream:
         await self._connect()
         exchange = self._begin(request)
         try:
@@ -176,31 +158,16 @@ class AsyncClient:
         finally:
             self._finish(exchange)
 
-    def _begin(self, request: Message) -> Exchange:
-        exchange, frames = self._session.open(request)
-        self._events[exchange.request_id] = asyncio.Event()
-        self._send(frames)
-        return exchange
-
-    def _finish(self, exchange: Exchange) -> None:
-        """Cancel what has not ended, without awaiting: this runs while tasks are being cancelled, too."""
-        self._events.pop(exchange.request_id, None)
-        frames = self._session.abandon(exchange)
-        if frames is not None and self._dealer is not None:
-            try:
-                self._send(frames)
-            except CommError as error:  # unreachable: the daemon sees the connection close, and cancels
-                self._disconnect(error)
-
     async def _wait(self, exchange: Exchange, timeout_s: float) -> None:
         """Until something is heard of the exchange; TimedOut after `timeout_s` of silence."""
-        event = self._events[exchange.request_id]
-        event.clear()
+        event = self._events[exchange.request_id] = asyncio.Event()
         try:
             async with asyncio.timeout(timeout_s):  # wait_for may swallow a cancellation before Python 3.12
                 await event.wait()
         except TimeoutError:
             raise link.silent(self.address, timeout_s) from None
+        finally:
+            del self._events[exchange.request_id]
 
     # --- the socket ----------------------------------------------------------------------------------------
 
@@ -225,7 +192,6 @@ class AsyncClient:
                 raise
 
     def _disconnect(self, error: CommError) -> None:
-        """Close the socket and end what is in flight with `error`."""
         dealer, self._dealer = self._dealer, None
         if dealer is not None:
             dealer.disable_monitor()

@@ -4,7 +4,7 @@
         for message in client.chat([{"role": "user", "content": "Hi"}], temperature=0):
             ...                                  # Accepted, Token…, then Done
 
-Knows waiting on a socket. Does not know how replies find their request (`client_session`). Imports no model
+Knows waiting on a socket. Does not know how replies find their request (`session`). Imports no model
 code: it starts in a tenth of a second.
 """
 
@@ -17,11 +17,10 @@ from typing import Any
 import zmq
 
 from shoal.comm.errors import CommError, TimedOut
-from shoal.comm.home import Home
-from shoal.comm.keys import ClientKeys
 from shoal.comm.messages import (
-    Accepted,
+    Chat,
     Done,
+    Generate,
     Load,
     Loaded,
     Message,
@@ -31,46 +30,34 @@ from shoal.comm.messages import (
     Stage,
     Status,
     StatusReply,
-    Token,
+    StreamEvent,
     Tokens,
     Unload,
     Welcome,
 )
 
 from . import connection as link
+from .face import ClientFace
 from .session import (
     HELLO,
     ChatLike,
     Exchange,
     Frames,
     M,
-    Session,
-    chat_request,
     expect_stream,
-    generate_request,
+    text_request,
     tokenize_request,
+    whole_text,
 )
 
-Stream = Generator[Accepted | Stage | Token | Done, None, None]
+AnswerStream = Generator[StreamEvent, None, None]
 
 
-class Client:
-    """Talks to the daemon at `address` (default: this user's own), connecting at the first request.
+class Client(ClientFace[AnswerStream]):
+    """Talks to a daemon from one thread; several streams may be read in turns. Timeouts and errors: `ClientFace`."""
 
-    `timeout_s` bounds silence, not work: the daemon says `waiting` every few seconds while it computes.
-    Methods raise NoDaemon, TimedOut, RequestFailed (the daemon's `error`), AddressError or ProtocolError.
-    After NoDaemon the next request connects anew. Use from one thread; several streams may be read in turns.
-    """
-
-    def __init__(
-        self, address: str | None = None, *, timeout_s: float = 30.0, keys: ClientKeys | None = None
-    ) -> None:
-        self.address = address or Home.from_env().address
-        self._timeout_s = timeout_s
-        self._keys = keys
-        self._session = Session()
-        self._dealer: zmq.Socket[bytes] | None = None
-        self._monitor: zmq.Socket[bytes] | None = None
+    _dealer: zmq.Socket[bytes] | None = None
+    _monitor: zmq.Socket[bytes] | None = None
 
     def __enter__(self) -> Client:
         return self
@@ -84,31 +71,11 @@ class Client:
 
     # --- requests ------------------------------------------------------------------------------------------
 
-    def generate(
-        self, prompt: str | None = None, *, prompt_tokens: Sequence[int] | None = None, **fields: Any
-    ) -> Stream:
-        """Continue a prompt: Accepted, Tokens, Done. The request is sent when the first is asked for.
-
-        `fields`: those of `messages.Generation` and `messages.Sampling`. Closing the generator cancels.
-        """
-        return self._stream(generate_request(prompt, prompt_tokens, fields))
-
-    def chat(self, messages: Sequence[ChatLike], **fields: Any) -> Stream:
-        """Answer a conversation, as `generate` does; also takes `tools` and `template_args`."""
-        return self._stream(chat_request(messages, fields))
-
     def text(
         self, prompt: str | None = None, *, messages: Sequence[ChatLike] | None = None, **fields: Any
     ) -> tuple[str, Done]:
         """The whole answer to a prompt, or to a conversation, and how it ended."""
-        stream = self.generate(prompt, **fields) if messages is None else self.chat(messages, **fields)
-        parts: list[str] = []
-        for message in stream:
-            if isinstance(message, Token):
-                parts.append(message.text)
-            elif isinstance(message, Done):
-                return "".join(parts), message
-        raise AssertionError("a stream ends with Done or raises")
+        return whole_text(list(self.stream(text_request(prompt, messages, fields))))
 
     def tokenize(
         self,
@@ -165,7 +132,7 @@ class Client:
         finally:
             self._finish(exchange)
 
-    def _stream(self, request: Message) -> Stream:
+    def stream(self, request: Generate | Chat) -> AnswerStream:
         self._connect()
         exchange = self._begin(request)
         try:
@@ -178,20 +145,6 @@ class Client:
                         return
         finally:
             self._finish(exchange)
-
-    def _begin(self, request: Message) -> Exchange:
-        exchange, frames = self._session.open(request)
-        self._send(frames)
-        return exchange
-
-    def _finish(self, exchange: Exchange) -> None:
-        """Cancel what has not ended. Late replies are dropped as they come."""
-        frames = self._session.abandon(exchange)
-        if frames is not None and self._dealer is not None:
-            try:
-                self._send(frames)
-            except CommError:  # unreachable: the daemon sees the connection close, and cancels
-                self.close()
 
     def _wait(self, exchange: Exchange, timeout_s: float) -> None:
         """Until something is heard of the exchange; TimedOut after `timeout_s` of silence."""

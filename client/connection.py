@@ -11,8 +11,8 @@ from typing import Any
 import zmq
 
 from shoal.comm import endpoint, wire
+from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.errors import CommError, NoDaemon, TimedOut
-from shoal.comm.keys import ClientKeys
 
 CONNECT_S = 0.9  # for the handshake, which ZeroMQ's own thread answers however busy the daemon is
 HELLO_S = 10.0  # for the first answer, which the daemon's server gives

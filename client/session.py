@@ -1,7 +1,7 @@
 """A client's half of the protocol without its I/O: requests out, frames in, replies sorted to their request.
 
 Knows which replies belong to which request and when one is complete. Does not know sockets, threads or
-clocks: `client` and `client_async` are two shells around it.
+clocks: `blocking` and `asynchronous` are two shells around it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from shoal.comm.errors import CommError, ProtocolError, RequestFailed
 from shoal.comm.messages import (
     REPLIES,
     STREAMING,
-    Accepted,
     Cancel,
     Chat,
     ChatMessage,
@@ -26,6 +25,7 @@ from shoal.comm.messages import (
     Message,
     Sampling,
     Stage,
+    StreamEvent,
     Token,
     Tokenize,
     Waiting,
@@ -35,7 +35,7 @@ Frames = list[bytes]
 ChatLike = ChatMessage | dict[str, Any]
 M = TypeVar("M", bound=Message)
 
-HELLO = Hello(client="shoal.client.blocking")
+HELLO = Hello(client="shoal.client")
 
 
 class Exchange:
@@ -153,6 +153,23 @@ def chat_request(messages: Sequence[ChatLike], fields: dict[str, Any]) -> Chat:
     return Chat(messages=_chat_messages(messages), **_with_sampling(fields))
 
 
+def text_request(
+    prompt: str | None, messages: Sequence[ChatLike] | None, fields: dict[str, Any]
+) -> Generate | Chat:
+    """`fields` may have `prompt_tokens`, where neither of the others is given."""
+    if messages is not None:
+        return chat_request(messages, fields)
+    fields = dict(fields)
+    return generate_request(prompt, fields.pop("prompt_tokens", None), fields)
+
+
+def whole_text(events: Sequence[StreamEvent]) -> tuple[str, Done]:
+    """A complete answer's text, and how it ended."""
+    end = events[-1]
+    assert isinstance(end, Done)  # a stream ends with it or raises
+    return "".join(event.text for event in events if isinstance(event, Token)), end
+
+
 def tokenize_request(
     text: str | None,
     tokens: Sequence[int] | None,
@@ -174,8 +191,8 @@ def _expected(message: Message, kind: type[M]) -> M:
     return message
 
 
-def expect_stream(message: Message) -> Accepted | Stage | Token | Done:
-    if not isinstance(message, Accepted | Stage | Token | Done):
+def expect_stream(message: Message) -> StreamEvent:
+    if not isinstance(message, StreamEvent):
         raise ProtocolError(f"reply of type {type(message).__name__} to a streaming request")
     return message
 
@@ -185,10 +202,14 @@ def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:
 
 
 def _with_sampling(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields with those of Sampling moved into `sampling`; one must not give both."""
+    """Fields with those of Sampling moved into `sampling`; one must not give both. RequestFailed beyond a limit."""
     chosen = {name: fields[name] for name in fields if name in Sampling.__struct_fields__}
     if not chosen:
         return fields
     if "sampling" in fields:
         raise TypeError(f"sampling and {', '.join(chosen)}: give one of the two")
-    return {k: v for k, v in fields.items() if k not in chosen} | {"sampling": Sampling(**chosen)}
+    try:
+        sampling = Sampling(**chosen)
+    except ValueError as error:  # as the daemon would answer
+        raise RequestFailed("bad_request", f"sampling.{error}") from error
+    return {k: v for k, v in fields.items() if k not in chosen} | {"sampling": sampling}

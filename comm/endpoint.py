@@ -19,8 +19,8 @@ from typing import Any
 
 import zmq
 
+from .curve_keys import ZAP_DOMAIN, ClientKeys, ServerKeys
 from .errors import AddressError
-from .keys import ZAP_DOMAIN, ClientKeys, ServerKeys
 
 SOCKET_PATH_BYTES = 103  # sockaddr_un.sun_path: 108 on Linux, 104 on macOS, with the closing zero
 _HOST_PORT = re.compile(r"(?P<host>\[[^\[\]]+\]|[A-Za-z0-9._*-]+):(?P<port>\d{1,5}|\*)")
@@ -92,7 +92,7 @@ def _parse_tcp(address: str, rest: str) -> TcpAddress:
 
 
 def bind(socket: Socket, address: str, keys: ServerKeys | None = None) -> str:
-    """Bind and return the real address (with its port). The caller holds `keys.gate` open when keys are given.
+    """Bind and return the real address (with its port). The caller holds `curve_keys.gate` open when keys are given.
 
     AddressError: refused, taken, or not there.
     """

@@ -1,8 +1,8 @@
 """The messages of protocol `shoal/1`, as msgspec structs. docs/api.md describes them for other languages.
 
-Knows fields, types and ranges. Does not know sockets, frames, models or text processing.
+Knows fields, types and ranges (of sampling, `sampling_limits`). Does not know sockets, frames, models or texts.
 Unknown fields are ignored, so that either side may be newer; a missing field takes its default.
-Rules that join several fields are checked on construction and raise ValueError.
+Sampling, and rules that join several fields, are checked on construction and raise ValueError.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from typing import Annotated, Any, Literal, dataclass_transform
 
 from msgspec import Meta, Struct
 
-VERSION = 1
+from .plain_values import check_plain
+from .sampling_limits import MAX_BIASES, TOKEN_IDS, check_sampling
+from .sampling_limits import SAMPLING_LIMITS as LIMITS
+
+PROTOCOL_VERSION = 1
 
 NonNegative = Annotated[int, Meta(ge=0)]
 Name = Annotated[str, Meta(max_length=4096)]
-TokenId = Annotated[int, Meta(ge=0, le=1 << 24)]
+TokenId = Annotated[int, TOKEN_IDS.meta]
 TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 22)]
 
 ErrorCode = Literal[
@@ -41,36 +45,6 @@ class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of all bodies."""
 
 
-MAX_DEPTH = 32  # of a free-form value; templates and JSON schemas stay far below both
-MAX_ITEMS = 100_000
-
-
-def check_plain(value: Any, path: str) -> None:
-    """ValueError unless `value` is what JSON could say, within bounds: free-form fields end up in templates."""
-    seen, level = 1, [(value, path)]
-    for _ in range(MAX_DEPTH + 1):
-        below: list[tuple[Any, str]] = []
-        for item, where in level:
-            if isinstance(item, dict | list):
-                seen += len(item)
-                if seen > MAX_ITEMS:
-                    raise ValueError(f"{path}: must hold at most {MAX_ITEMS} values")
-            if isinstance(item, dict):
-                for key, inner in item.items():
-                    if not isinstance(key, str):
-                        raise ValueError(f"{where}: keys must be str, not {type(key).__name__}")
-                    below.append((inner, f"{where}.{key[:40]!r}"))
-            elif isinstance(item, list):
-                below.extend((inner, f"{where}[{index}]") for index, inner in enumerate(item))
-            elif not (item is None or isinstance(item, bool | int | float | str)):
-                found = type(item).__name__
-                raise ValueError(f"{where}: must be null, bool, number, str, array or map, not {found}")
-        if not below:
-            return
-        level = below
-    raise ValueError(f"{path}: must be nested at most {MAX_DEPTH} deep")
-
-
 def check_one_of(message: Message, *names: str) -> None:
     """ValueError unless exactly one of the fields `names` is given."""
     given = [name for name in names if getattr(message, name) is not None]
@@ -85,24 +59,35 @@ def check_one_of(message: Message, *names: str) -> None:
 class Hello(Message):
     """First message of a client. Optional, but the only way to learn limits and features."""
 
-    min_version: NonNegative = VERSION
-    max_version: NonNegative = VERSION
+    min_version: NonNegative = PROTOCOL_VERSION
+    max_version: NonNegative = PROTOCOL_VERSION
     client: Name = ""
 
 
 class Sampling(Message):
-    """How the next token is chosen. Absent fields take the model's default, else the value given here."""
+    """How the next token is chosen. Absent fields take the model's default, else the value given here.
 
-    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
-    top_k: Annotated[int, Meta(ge=0, le=1 << 24)] | None = None  # 0 = off
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
-    presence_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
-    frequency_penalty: Annotated[float, Meta(ge=-10, le=10)] = 0.0
-    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-1e4, le=1e4)]], Meta(max_length=4096)] = {}
-    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None  # None = off; n = the n most likely besides
+    ValueError, naming field, value and limit, for what is beyond `sampling_limits`.
+    """
+
+    temperature: Annotated[float, LIMITS["temperature"].meta] | None = None
+    top_k: Annotated[int, LIMITS["top_k"].meta] | None = None  # 0 = off
+    top_p: Annotated[float, LIMITS["top_p"].meta] | None = None
+    min_p: Annotated[float, LIMITS["min_p"].meta] | None = None
+    repetition_penalty: Annotated[float, LIMITS["repetition_penalty"].meta] = 1.0
+    presence_penalty: Annotated[float, LIMITS["presence_penalty"].meta] = 0.0
+    frequency_penalty: Annotated[float, LIMITS["frequency_penalty"].meta] = 0.0
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, LIMITS["logit_bias"].meta]], Meta(max_length=MAX_BIASES)
+    ] = {}
+    seed: Annotated[int, LIMITS["seed"].meta] | None = None
+    # None = off; n = the n most likely besides
+    logprobs: Annotated[int, LIMITS["logprobs"].meta] | None = None
+
+    def __post_init__(self) -> None:
+        for name, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True):
+            if (value := getattr(self, name)) is not default:
+                check_sampling(name, value)
 
 
 class Generation(Message):
@@ -275,6 +260,10 @@ class Done(Message):
     usage: Usage
     timings: Timings
     context_tokens: int = 0  # context of the session, for a gauge of what is left
+
+
+StreamEvent = Accepted | Stage | Token | Done
+"""What a stream of an answer yields; its `error` is raised."""
 
 
 class Error(Message):

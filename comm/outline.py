@@ -14,12 +14,12 @@ from msgspec import Meta, Raw, Struct, msgpack
 MAX_FREE_BYTES = 1 << 20  # of all free-form values in a body, texts in content parts not counted
 
 
-Part = Annotated[dict[str, Raw], Meta(max_length=64)]
-Parts = Annotated[list[Part], Meta(max_length=1024)]
+ContentPart = Annotated[dict[str, Raw], Meta(max_length=64)]
+ContentParts = Annotated[list[ContentPart], Meta(max_length=1024)]
 
 
 class _Message(Struct, frozen=True):
-    content: str | Parts | None = None
+    content: str | ContentParts | None = None
     tool_calls: Raw = Raw()
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 
 from shoal import kernels
 from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
+from shoal.comm.sampling_limits import check_sampling
 from shoal.engine.sequence import Sequence, Times
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.partition.plan import Wanted, kv_page_bytes, scratch_bytes
@@ -108,6 +109,11 @@ def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
         for name, default in defaults.items()
         if name in DEFAULT_SAMPLING
     }
+    try:
+        for name, value in chosen.items():
+            check_sampling(name, value)
+    except ValueError as error:  # a model's files may advise anything
+        raise DaemonError("bad_request", f"what {model.name} advises for sampling: {error}") from error
     return SamplingParams(
         **chosen,
         repetition_penalty=asked.repetition_penalty,
@@ -141,7 +147,7 @@ def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
     kv_bytes = -(-context // page) * kv_page_bytes(spec, plan.kv.dtype)
     needed = plan.peak_bytes - plan.kv.nbytes - plan.scratch_bytes + scratch + kv_bytes
     beside = f"takes {needed / 1e6:,.0f} MB beside the process itself"
-    return f"shorten it, or load the model with context_tokens={context}, which {beside}"
+    return f"shorten it, or load the model with `context_tokens={context}`, which {beside}"
 
 
 def _as_dict(message: ChatMessage) -> dict[str, Any]:

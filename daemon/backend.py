@@ -32,14 +32,14 @@ Event = Accepted | Token | Done | Error
 Emit = Callable[[Event], None]
 """Takes one message of a stream; from any thread; never blocks."""
 
-Cancel = Callable[[], None]
+CancelCall = Callable[[], None]
 """Asks a stream to end early; from any thread; idempotent; returns at once."""
 
 
 class Backend(Protocol):
     """All methods may be called from several threads at once, and raise DaemonError to refuse."""
 
-    def submit(self, request: Generate | Chat, emit: Emit, client: str) -> Cancel:
+    def submit(self, request: Generate | Chat, emit: Emit, client: str) -> CancelCall:
         """Queue a request (tokenising it first, so this may take a while) and return how to cancel it.
 
         `client` tells apart whose requests share the machine fairly.

@@ -3,6 +3,11 @@
     DaemonError(code, message, hint)      code is a `comm.messages.ErrorCode`
 
 Errors of other rooms are translated once, where the daemon calls them (`translate`).
+
+Nothing below `cli` knows command lines. A message or hint names what the user can set as the API does, in backticks,
+with a value or without: `context_tokens=4096`, `memory_bytes=512MB`, `link`; None is a value, too. What can be done is
+named by its method: `remove(tiny)`. The command line puts its own words there just before it prints (`cli/wording.py`);
+a name that it has no word for stays as it is.
 """
 
 from __future__ import annotations

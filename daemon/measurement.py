@@ -168,7 +168,7 @@ def perplexity(
         raise DaemonError(
             "bad_request",
             f"{file} has {len(ids)} tokens: must have at least one window of {ctx}",
-            f"use --ctx {max(4, len(ids))} or a longer text",
+            f"use `ctx={max(4, len(ids))}` or a longer text",
         )
     pages = loaded.kv.table.take(-(-ctx // loaded.kv.page_tokens))
     assert pages is not None

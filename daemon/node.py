@@ -44,7 +44,7 @@ from shoal.offload.errors import OffloadError
 
 from .answering import Answering
 from .asking import answer_of, chat_tokens, prompt_of, sequence_of
-from .backend import STAGE_S, Cancel, Emit, Event
+from .backend import STAGE_S, CancelCall, Emit, Event
 from .config import NodeConfig
 from .errors import DaemonError
 from .memory import budget_of, resident_bytes, return_freed
@@ -107,7 +107,7 @@ class Node:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    def submit(self, request: Generate | Chat, emit: Emit, client: str = "") -> Cancel:
+    def submit(self, request: Generate | Chat, emit: Emit, client: str = "") -> CancelCall:
         """Start a request; returns at once with a function that cancels it (idempotent). Clients share fairly.
 
         `emit` is called from other threads with accepted, token… and exactly one of done and error; it must not

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from shoal.comm import keys
+from shoal.comm import curve_keys
 from shoal.comm.errors import KeyFileError
 from shoal.comm.home import Home
 from shoal.comm.messages import Load
@@ -45,7 +45,7 @@ def serve(
     private_dir(home.root)
     private_dir(home.run)
     try:
-        server_keys = keys.load_server(home.keys)
+        server_keys = curve_keys.load_server(home.keys)
     except KeyFileError as error:
         raise DaemonError("bad_request", str(error)) from error
     node = Node(

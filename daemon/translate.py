@@ -52,7 +52,7 @@ def translated(error: Exception, what: str = "") -> DaemonError:
         return DaemonError("busy", str(error), "try again later", retry_after_s=error.retry_after_s)
     if isinstance(error, NeverFits):
         return DaemonError(
-            "resources", str(error), "shorten it, lower max_tokens, or give the model more --memory"
+            "resources", str(error), "shorten it, lower max_tokens, or give the model more `memory_bytes`"
         )
     prefix = f"{what}: " if what else ""
     for kind, code in _CODES:

@@ -7,7 +7,7 @@
     │   └── UnsupportedCheckpoint      well formed, but of a kind that Shoal does not compute
     ├── TokenizerError             the vocabulary or the rules that cut text into tokens
     ├── TemplateError              a chat template that cannot be read, or a conversation that it refuses
-    └── SamplingError              a setting out of its range (also a ValueError), or unusable logits
+    └── SamplingError              logits that no token can be chosen from, or a setting that does not fit the model
 
 Every message is one line: what, which value, which limit, what to do. Errors of libraries (`tokenizers`,
 `jinja2`, JSON, the file system) are translated into these once, where they enter the room.
@@ -43,7 +43,7 @@ class TemplateError(ModelError):
 
 
 class SamplingError(ModelError, ValueError):
-    """A sampling parameter is out of range, or logits that cannot be sampled from."""
+    """Logits that no token can be chosen from, a token id outside the vocabulary, a stop string that cannot be used."""
 
 
 def one_line(error: object, limit_chars: int = 200) -> str:

@@ -25,8 +25,6 @@ from shoal.kernels.arrays import Floats, Ids
 
 from .errors import SamplingError
 
-MAX_LOGPROBS = 20
-MAX_BIASES = 4096
 # Candidates looked at first for top-p: nearly always they hold the mass, and a full sort is avoided.
 _FIRST_CANDIDATES = 1024
 # Below it a temperature leaves only the likeliest token, and dividing by it would leave f32's range.
@@ -35,8 +33,8 @@ _GREEDY_BELOW = 1e-6
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request wants its tokens chosen; raises SamplingError naming field, value and limit. The limits are those
-    of requests (docs/api.md).
+    """How one request wants its tokens chosen. Whoever makes it has checked it: it may have what requests may
+    (comm/sampling_limits.py).
 
     temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: probabilities; 1 and 0 are off.
     repetition_penalty: 1 is off. logit_bias: token id → addend. seed: None for a fresh one. logprobs: how
@@ -54,26 +52,6 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
     seed: int | None = None
     logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _integer("top_k", self.top_k, 0, 1 << 24)
-        _number("top_p", self.top_p, 0.0, 1.0, above=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, above=True)
-        _number("presence_penalty", self.presence_penalty, -10.0, 10.0)
-        _number("frequency_penalty", self.frequency_penalty, -10.0, 10.0)
-        if len(self.logit_bias) > MAX_BIASES:
-            raise SamplingError(
-                f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_BIASES} are allowed"
-            )
-        for token_id, bias in self.logit_bias.items():
-            _integer("logit_bias token id", token_id, 0, 1 << 24)
-            _number(f"logit_bias[{token_id}]", bias, -1e4, 1e4)
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, (1 << 63) - 1)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
 
 
 @dataclass(frozen=True)
@@ -231,17 +209,3 @@ def _check_maximum(maximum: float) -> None:
     """The maximum of logits is finite unless one is NaN or +inf, or all are masked."""
     if not math.isfinite(maximum):
         raise SamplingError(f"the model's logits hold {maximum}: no token can be chosen from them")
-
-
-def _number(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
-    """Refuse what is not a number from low (or only above it) to high."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (above and value == low):
-        raise SamplingError(
-            f"{name} is {value!r}; it must be a number {'above' if above else 'from'} {low} to {high}"
-        )
-
-
-def _integer(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise SamplingError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -25,7 +26,7 @@ ALLOWED = {
     "kernels": set(),
 }
 # What the client speaks in, and where it finds the daemon.
-CLI_VOCABULARY = {"comm.messages", "comm.errors", "comm.home"}
+CLI_VOCABULARY = {"comm.messages", "comm.sampling_limits", "comm.errors", "comm.home"}
 # What these folders may know of the rest of their room.
 INNER = {
     "daemon/server": {"daemon.backend", "daemon.errors"},
@@ -42,6 +43,8 @@ INNER = {
     "engine/learn": set[str](),
 }
 IN_TORCH = {"kernels/attention_reference.py", "kernels/reference.py"}  # and with it 140 MB of memory
+OPTIONS_OF_OTHERS = {"daemon/library/package.py"}  # pip's
+OPTIONS_STILL_NAMED = {"daemon/loading/model.py", "daemon/loading/planning.py"}
 MAX_LINES = 400
 MAX_MODULES = 20
 
@@ -138,6 +141,20 @@ def test_only_the_reference_kernels_use_torch() -> None:
     code = f"import importlib, sys; [importlib.import_module(n) for n in {others!r}]; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert out.stdout.strip() == "False"
+
+
+def texts(path: Path) -> list[str]:
+    """All strings in a module."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_only_the_command_line_knows_its_options() -> None:
+    """Others name settings as the API does (`daemon.errors`), and `cli.wording` puts the option there."""
+    option = re.compile(r"(?<![\w-])--[a-z]")
+    paths = [path for path in everywhere() if path.relative_to(ROOT).parts[0] != "cli"]
+    found = {str(path.relative_to(ROOT)) for path in paths if any(map(option.search, texts(path)))}
+    assert found - OPTIONS_OF_OTHERS - OPTIONS_STILL_NAMED == set()
 
 
 def test_packages_match_the_tree() -> None:

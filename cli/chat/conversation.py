@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 
 from shoal.comm.messages import ChatMessage
 
-FORMAT = 1
+SAVED_FORMAT = 1
 
 
 class Turn(Struct):
@@ -30,7 +30,7 @@ class SavedConversation(Struct):
     turns: list[Turn]
     model: str = ""
     system: str = ""
-    format: Annotated[int, Meta(ge=1, le=FORMAT)] = FORMAT
+    format: Annotated[int, Meta(ge=1, le=SAVED_FORMAT)] = SAVED_FORMAT
 
 
 class Conversation:

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from shoal.cli import background
-from shoal.cli.answers import Answers, Event, ThroughDaemon
+from shoal.cli.answers import Answers, ThroughDaemon
 from shoal.cli.output import note, spinner
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
-from shoal.comm.messages import Chat, ChatMessage, ModelStatus
+from shoal.comm.messages import Chat, ChatMessage, ModelStatus, StreamEvent
 from shoal.daemon.errors import DaemonError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ChatLink:
         return self._answers().count(messages, self.model.name)
 
     @contextmanager
-    def stream(self, request: Chat) -> Iterator[Iterator[Event]]:
+    def stream(self, request: Chat) -> Iterator[Iterator[StreamEvent]]:
         """The events of an answer; leaving the block cancels what is left."""
         with self._answers().stream(request) as events:
             yield events

@@ -3,7 +3,7 @@
     read → (command | trim to the context → ask → paint tokens as they come → remember)
 
 Knows what happens when an answer is stopped, overflows or loses its daemon: it is said, and the conversation is
-kept. Keys are `chat_input`, commands `chat_commands`, the daemon `chat_link`.
+kept. Keys are `line_input`, commands `commands`, the daemon `link`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import chain
 import click
 
 from shoal.cli import background
-from shoal.cli.answers import Event, in_process, reference
+from shoal.cli.answers import in_process, reference
 from shoal.cli.errors import Exit, explain
 from shoal.cli.options import (
     AnswerOptions,
@@ -32,7 +32,7 @@ from shoal.cli.output import note, spinner, stage_text
 from shoal.cli.paint import Painter
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
-from shoal.comm.messages import Accepted, Chat, Done, ModelStatus, Stage, Token
+from shoal.comm.messages import Accepted, Chat, Done, ModelStatus, Stage, StreamEvent, Token
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.registry import DEFAULT_MODEL
@@ -189,9 +189,9 @@ class ChatLoop:
             note(f"dropped the oldest {turns} to fit the context of {context} tokens (/ctx N enlarges it)")
 
 
-def _first(events: Iterator[Event], update: Callable[[str], None]) -> list[Event]:
+def _first(events: Iterator[StreamEvent], update: Callable[[str], None]) -> list[StreamEvent]:
     """Accepted, and what comes next of the answer; meanwhile it is told what that waits for."""
-    found: list[Event] = []
+    found: list[StreamEvent] = []
     for event in events:
         if isinstance(event, Stage):
             update(stage_text(event))

@@ -249,7 +249,7 @@ class Library:
             raise DaemonError(
                 "corrupt",
                 f"the store's copy of {name} is damaged",
-                f"shoal rm --yes {name}, then shoal pull it again",
+                f"`remove({name})`, then `pull` it again",
             )
         return entry
 

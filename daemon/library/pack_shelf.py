@@ -40,7 +40,7 @@ from shoal.partition.slicing import Shard
 from .library import MANIFEST, Library
 from .transfer import disk_errors
 
-State = Literal["ready", "outdated", "unfinished", "damaged"]
+PackState = Literal["ready", "outdated", "unfinished", "damaged"]
 
 
 class PackEntry(NamedTuple):
@@ -51,7 +51,7 @@ class PackEntry(NamedTuple):
     quant: str
     shard: str  # "whole", 2/3 of a rank, "" where its manifest is damaged
     size_bytes: int  # on the disk
-    state: State
+    state: PackState
 
 
 class PackShelf:
@@ -138,7 +138,7 @@ class PackShelf:
         state = self._state(directory, manifest, partial)
         return PackEntry(directory, manifest.source.model, quant, str(manifest.shard), size, state)
 
-    def _state(self, directory: Path, manifest: Manifest, partial: bool) -> State:
+    def _state(self, directory: Path, manifest: Manifest, partial: bool) -> PackState:
         if not self._is_current(manifest.source):
             return "outdated"
         if partial:

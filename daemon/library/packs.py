@@ -193,6 +193,6 @@ def _part_bytes(memory_bytes: int | None) -> int:
         raise DaemonError(
             "resources",
             f"packing needs {format_bytes(held + LEAST_BYTES)} of memory; only {format_bytes(memory_bytes)} is allowed",
-            "give it more --memory",
+            "give it more `memory_bytes`",
         )
     return max(LEAST_PART_BYTES, min(PART_BYTES, (memory_bytes - held - LEAST_BYTES) // 4))

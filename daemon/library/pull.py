@@ -103,7 +103,7 @@ def _known(library: Library, name: str, source: str) -> Entry | None:
         raise DaemonError(
             "bad_request",
             f"the store has another model called {name}, from {entry.manifest.source}",
-            f"give --name, or first: shoal rm {name}",
+            f"give `name`, or first: shoal rm {name}",
         )
     return entry
 
@@ -178,7 +178,7 @@ def _link(source: Path, target: Path, progress: Progress) -> str:
         raise DaemonError(
             "bad_request",
             f"cannot hard-link {source} into the store: {error.strerror}",
-            "leave out --link to copy",
+            "leave out `link` to copy",
         ) from error
     with disk_errors(target.parent, 0, source.name):
         return hash_file(target, progress, source.name)

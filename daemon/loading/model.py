@@ -161,10 +161,12 @@ def refusal(error: Exception, name: str) -> DaemonError:
     if isinstance(error, PlanError):
         least = -(-error.least_bytes // 10**6)
         return DaemonError(
-            "resources", f"{name} {error}", f"memory_bytes={least}MB would do, or a smaller context_tokens"
+            "resources",
+            f"{name} {error}",
+            f"`memory_bytes={least}MB` would do, or a smaller `context_tokens`",
         )
     if isinstance(error, BudgetExceeded):
         return DaemonError(
-            "resources", f"{name} {error}", "give it more memory_bytes or a smaller context_tokens"
+            "resources", f"{name} {error}", "give it more `memory_bytes` or a smaller `context_tokens`"
         )
     return translated(error, "" if isinstance(error, CheckpointError) else name)

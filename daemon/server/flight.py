@@ -11,13 +11,14 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import msgspec
 import zmq
 
 from shoal.comm.messages import Accepted, Done, Error, Message, Stage, Timings, Token, Usage, Waiting
-from shoal.daemon.backend import STAGE_S, Cancel
+from shoal.daemon.backend import STAGE_S, CancelCall
 
 
 @dataclass(eq=False)
@@ -39,10 +40,30 @@ class Peer:
         return sum(flight.held_bytes for flight in self.flights.values())
 
 
+class FlightState(Enum):
+    """Where a request is between its arrival and its end."""
+
+    WAITING = "nobody computes it yet, so it can be ended here at once"
+    RUNNING = "the backend has it, and sends its terminal reply"
+    CANCELLED = "the backend has it and is asked to end it; the terminal reply is still the backend's"
+    ENDED = "the backend has sent the terminal reply"
+    DROPPED = "it was ended here; the backend is to cancel it, and what still comes of it is ignored"
+
+
+NEXT: dict[FlightState, frozenset[FlightState]] = {
+    FlightState.WAITING: frozenset({FlightState.RUNNING, FlightState.ENDED, FlightState.DROPPED}),
+    FlightState.RUNNING: frozenset({FlightState.CANCELLED, FlightState.ENDED, FlightState.DROPPED}),
+    FlightState.CANCELLED: frozenset({FlightState.ENDED, FlightState.DROPPED}),
+    FlightState.ENDED: frozenset(),
+    FlightState.DROPPED: frozenset(),
+}
+"""Which states may follow. The last two have none after them, so the terminal reply of either is the only one."""
+
+
 class Flight:
     """One request, from its arrival to the sending of its terminal reply.
 
-    `emit`, `fail`, `attach` and `cancelled` may be used from any thread, the rest from the server's only.
+    `emit`, `attach` and `cancelled` may be used from any thread, the rest from the server's only.
     Tokens that wait are joined into one, so a slow reader costs text, not messages.
     """
 
@@ -59,104 +80,128 @@ class Flight:
         self.watch: Callable[[], Stage | None] | None = None  # what it waits for, if the client asks
         self._ready = ready
         self._lock = threading.Lock()
-        self._queued = False  # `ready` was called and `take` has not followed yet
+        # Only answers can be ended here: of the other kinds it is not told when the backend has them.
+        self._state = FlightState.WAITING if kind in ("generate", "chat") else FlightState.RUNNING
+        self._cancel: CancelCall | None = None  # known and not called yet
+        self._noted = False  # `ready` was called and `take` has not followed yet
         self._accepted: Accepted | None = None
         self._tokens: list[Token] = []
         self._terminal: Message | None = None
-        self._begun = kind not in ("generate", "chat")  # the backend has it, and ends it when it is asked to
-        self._closed = False
-        self._cancel: Cancel | None = None
-        self._cancelled = False
         self._held_bytes = 0
+
+    def _enter(self, state: FlightState) -> bool:
+        """Change the state if that is allowed. Under the lock."""
+        allowed = state in NEXT[self._state]
+        if allowed:
+            self._state = state
+        return allowed
+
+    def _note(self) -> bool:
+        """Whether `ready` is to be called for what the mailbox has got. Under the lock."""
+        noted, self._noted = self._noted, True
+        return not noted
 
     # --- the backend's side ------------------------------------------------------------------------------
 
     def emit(self, message: Message) -> None:
         """Add a reply. Ignored once there is a terminal one, or nobody who waits."""
         with self._lock:
-            if self._closed:
+            if not NEXT[self._state]:
                 return
             match message:
                 case Accepted():
-                    self._accepted, self._begun = message, True
+                    self._accepted = message
+                    self._enter(FlightState.RUNNING)
                 case Token():
                     self._tokens.append(message)
                     self._held_bytes += _weight(message)
                 case _:
                     self._terminal = message
-                    self._closed = True
-            notify, self._queued = not self._queued, True
+                    self._enter(FlightState.ENDED)
+                    self._take_cancel()  # it holds what holds `emit`: a ring that would keep a model in memory
+            notify = self._note()
         if notify:
             self._ready(self)
 
-    def attach(self, cancel: Cancel) -> None:
-        """Say how to cancel; done at once if the request was cancelled meanwhile."""
+    def attach(self, cancel: CancelCall) -> None:
+        """Say how to cancel; done at once if the request was cancelled or dropped meanwhile."""
         with self._lock:
-            if not self._closed:
-                self._cancel, self._begun = cancel, True
-            cancelled = self._cancelled
+            if self._enter(FlightState.RUNNING) or self._state is FlightState.RUNNING:
+                self._cancel = cancel
+            cancelled = self.cancelled
         if cancelled:
             cancel()
 
     @property
     def cancelled(self) -> bool:
-        return self._cancelled
+        return self._state in (FlightState.CANCELLED, FlightState.DROPPED)
 
     # --- the server's side -------------------------------------------------------------------------------
 
     def cancel(self) -> None:
         """End the request early: its terminal reply still comes, from the backend if that has it already."""
-        with self._lock:
-            self._cancelled = True
-            cancel, begun = self._cancel, self._begun
-        if cancel is not None:
-            cancel()
-        elif not begun:  # its model may be packed for an hour
-            self.emit(Error(code="cancelled", message="cancelled before it began"))
+        # A model may be packed for an hour, so who waits for it is answered here.
+        if not self._drop(Error(code="cancelled", message="cancelled before it began"), waiting=True):
+            with self._lock:
+                cancel = self._take_cancel() if self._enter(FlightState.CANCELLED) else None
+            if cancel is not None:
+                cancel()
 
     def expire(self, now_s: float) -> None:
         """End the request if it is past its deadline and its model is not even loaded; else the backend does."""
-        with self._lock:
-            if self._begun or now_s < self.deadline_s:
-                return
-            self._cancelled = True
-        usage = Usage(prompt_tokens=0, completion_tokens=0)
-        self.emit(Done(finish_reason="deadline", usage=usage, timings=Timings()))
+        if now_s >= self.deadline_s:
+            usage = Usage(prompt_tokens=0, completion_tokens=0)
+            self._drop(Done(finish_reason="deadline", usage=usage, timings=Timings()), waiting=True)
 
     def fail(self, error: Error) -> None:
         """End the request with `error` unless it has ended; tokens that nobody took are dropped."""
-        with self._lock:
-            self._tokens.clear()
-            self._held_bytes = 0
-        self.emit(error)
-        self.cancel()
+        self._drop(error)
 
     def abandon(self) -> None:
         """Nobody waits any more: cancel, and take nothing further."""
-        with self._lock:
-            self._closed = True
-            self._accepted, self._terminal = None, None
-            self._tokens.clear()
-            self._held_bytes = 0
         self.outgoing.clear()
-        self.cancel()
-        self._cancel = None
+        try:
+            self._drop(None)
+        finally:
+            with self._lock:
+                self._empty()
+
+    def _drop(self, reply: Message | None, *, waiting: bool = False) -> bool:
+        """End the request here with `reply`, and have the backend cancel what it has of it. False if it has ended, or
+        with `waiting` if it has begun."""
+        with self._lock:
+            if (waiting and self._state is not FlightState.WAITING) or not self._enter(FlightState.DROPPED):
+                return False
+            self._tokens, self._held_bytes = [], 0
+            self._terminal = reply
+            cancel = self._take_cancel()
+            notify = reply is not None and self._note()
+        if notify:
+            self._ready(self)
+        if cancel is not None:
+            cancel()
+        return True
+
+    def _take_cancel(self) -> CancelCall | None:
+        """What cancels it, which then is called at most once. Under the lock."""
+        cancel, self._cancel = self._cancel, None
+        return cancel
+
+    def _empty(self) -> None:
+        self._accepted, self._terminal = None, None
+        self._tokens, self._held_bytes = [], 0
 
     def take(self) -> None:
         """Move what the mailbox holds to `outgoing`, at most three messages. Call when that is empty."""
         with self._lock:
-            self._queued = False
+            self._noted = False
             if self._accepted is not None:
                 self.outgoing.append(self._accepted)
-                self._accepted = None
             if self._tokens:
                 self.outgoing.append(_join(self._tokens))
-                self._tokens = []
-                self._held_bytes = 0
             if self._terminal is not None:
                 self.outgoing.append(self._terminal)
-                self._terminal = None
-                self._cancel = None  # it holds what holds `emit`: a ring that would keep a model in memory
+            self._empty()
 
     def sign_of_life(self, now_s: float, keepalive_s: float) -> Message | None:
         """What to send to a client that has heard nothing since `sent_s`, if it is time."""

@@ -9,7 +9,7 @@ import importlib.metadata
 from dataclasses import dataclass
 
 from shoal.comm import wire
-from shoal.comm.messages import FEATURES, VERSION, Error, Hello, Welcome
+from shoal.comm.messages import FEATURES, PROTOCOL_VERSION, Error, Hello, Welcome
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class ServerLimits:
 
     def welcome(self, hello: Hello) -> Welcome | Error:
         """The answer to `hello`: what a client may rely on, or that there is no common version."""
-        if not hello.min_version <= VERSION <= hello.max_version:
+        if not hello.min_version <= PROTOCOL_VERSION <= hello.max_version:
             asked = f"{hello.min_version} to {hello.max_version}"
-            return Error(code="version", message=f"protocol versions {asked}: this daemon speaks {VERSION}")
+            return Error(
+                code="version", message=f"protocol versions {asked}: this daemon speaks {PROTOCOL_VERSION}"
+            )
         return Welcome(
-            version=VERSION,
+            version=PROTOCOL_VERSION,
             server=f"shoal {importlib.metadata.version('shoal')}",
             features=sorted(FEATURES),
             limits={

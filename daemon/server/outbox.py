@@ -23,7 +23,7 @@ from .flight import Flight, Peer
 from .limits import ServerLimits
 from .log_rate import SeldomLog
 
-RETRY_S = 0.02  # how often a full queue is tried again: ZeroMQ tells no writability per client
+FULL_QUEUE_RETRY_S = 0.02  # how often a full queue is tried again: ZeroMQ tells no writability per client
 
 log = logging.getLogger("shoal.server")
 
@@ -53,7 +53,7 @@ class Outbox:
     def patience_s(self) -> float:
         """How long nothing but traffic needs attention."""
         if self._blocked:
-            return RETRY_S
+            return FULL_QUEUE_RETRY_S
         return self._limits.keepalive_s / 4 if self._peers else 10.0
 
     def open(self, peer: Peer, request_id: bytes, kind: str, now_s: float) -> Flight:

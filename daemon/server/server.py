@@ -1,7 +1,7 @@
 """The daemon's ZeroMQ server: one thread that moves messages between clients and the backend.
 
 Knows listening, admission and its limits, draining and signals. Does not know models or text, nor how
-replies reach slow clients (`server_outbox`); docs/api.md describes what it says on the wire.
+replies reach slow clients (`outbox`); docs/api.md describes what it says on the wire.
 
 Only the thread in `serve` touches the sockets. Everybody else puts things where it will look, and wakes it.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 import zmq
 
-from shoal.comm import endpoint, keys, wire
+from shoal.comm import curve_keys, endpoint, wire
 from shoal.comm.errors import AddressError, ProtocolError
 from shoal.comm.messages import REQUESTS, Cancel, Error, Hello, Ok, Ping, Pong
 from shoal.comm.waker import Waker
@@ -32,7 +32,7 @@ from .calls import WORK, Dispatcher
 from .flight import Flight, Peer
 from .limits import ServerLimits
 from .log_rate import SeldomLog
-from .outbox import RETRY_S, Outbox
+from .outbox import FULL_QUEUE_RETRY_S, Outbox
 from .socket_lock import SocketLock
 
 NO_ID = b"?"  # in an `error` about a message whose request id could not be read
@@ -53,7 +53,7 @@ class Server:
         backend: Backend,
         addresses: Sequence[str],
         *,
-        server_keys: keys.ServerKeys | None = None,
+        server_keys: curve_keys.ServerKeys | None = None,
         limits: ServerLimits | None = None,
     ) -> None:
         self.addresses: list[str] = list(addresses)
@@ -128,7 +128,7 @@ class Server:
                 context = zmq.Context()
                 stack.callback(context.term)
                 if self._keys is not None and any(isinstance(t, endpoint.TcpAddress) for t in targets):
-                    stack.enter_context(keys.gate(context, self._keys.ring))
+                    stack.enter_context(curve_keys.gate(context, self._keys.ring))
                 self.addresses = [self._listen(context, address, stack) for address in self.addresses]
             except AddressError as error:
                 raise DaemonError("bad_request", str(error)) from error
@@ -174,7 +174,7 @@ class Server:
         self._outbox.fail_all(STOPPING)
         self._outbox.flush()
         while self._outbox.clients and time.monotonic() < deadline_s:
-            time.sleep(RETRY_S)
+            time.sleep(FULL_QUEUE_RETRY_S)
             self._outbox.tick(time.monotonic())
 
     def _close(self) -> None:

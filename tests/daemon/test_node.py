@@ -216,7 +216,7 @@ def test_a_prompt_longer_than_the_context_is_told_what_would_hold_it(path: Path)
         with pytest.raises(DaemonError) as caught:
             list(node.stream(Generate(prompt_tokens=[1] * 60)))
         assert caught.value.code == "context_overflow"
-        figures = re.search(r"context_tokens=(\d+), which takes ([\d,]+) MB", caught.value.hint)
+        figures = re.search(r"`context_tokens=(\d+)`, which takes ([\d,]+) MB", caught.value.hint)
         assert figures is not None
         context, needed_bytes = int(figures[1]), int(figures[2].replace(",", "")) * 10**6
         process_bytes = node.budget.held_by(PROCESS)

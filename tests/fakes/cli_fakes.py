@@ -23,6 +23,7 @@ from shoal.comm.messages import (
     ModelStatus,
     Pong,
     StatusReply,
+    StreamEvent,
     Timings,
     Token,
     Tokens,
@@ -72,7 +73,7 @@ class FakeAnswers:
         return sum(len(str(message.content).split()) for message in messages)
 
     @contextmanager
-    def stream(self, request: Generate | Chat) -> Iterator[Iterator[Accepted | Token | Done]]:
+    def stream(self, request: Generate | Chat) -> Iterator[Iterator[StreamEvent]]:
         self.requests.append(request)
         finished: list[Done] = []
         try:
@@ -80,7 +81,7 @@ class FakeAnswers:
         finally:
             self.cancelled += not finished
 
-    def _events(self, finished: list[Done]) -> Iterator[Accepted | Token | Done]:
+    def _events(self, finished: list[Done]) -> Iterator[StreamEvent]:
         yield Accepted(model=self.status.name, prompt_tokens=7)
         for number, word in enumerate(self.words):
             yield Token(text=word, ids=[number])
@@ -151,12 +152,8 @@ class FakeClient:
         words = sum(len(str(message.content).split()) for message in messages)
         return Tokens(ids=[1] * words, text="")
 
-    def chat(self, messages: list[ChatMessage], **fields: Any) -> Iterator[Accepted | Token | Done]:
-        with self.answers.stream(Chat(messages=messages, **fields)) as events:
-            yield from events
-
-    def generate(self, **fields: Any) -> Iterator[Accepted | Token | Done]:
-        with self.answers.stream(Generate(**fields)) as events:
+    def stream(self, request: Generate | Chat) -> Iterator[StreamEvent]:
+        with self.answers.stream(request) as events:
             yield from events
 
 

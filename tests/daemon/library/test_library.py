@@ -119,7 +119,7 @@ def test_damaged_models_are_told_apart(library: Library, harm: str) -> None:
         (directory / MANIFEST).write_text(manifest.replace("model.gguf", "../out"))
     assert library.list() == ()
     assert library.damaged() == ("tiny",)
-    with pytest.raises(DaemonError, match="shoal rm --yes tiny"):
+    with pytest.raises(DaemonError, match=r"`remove\(tiny\)`, then `pull` it again"):
         library.resolve("tiny")
     put(library, "tiny")  # pulling again replaces it
     assert library.damaged() == ()

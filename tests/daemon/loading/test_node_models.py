@@ -137,7 +137,7 @@ def test_the_budget_that_is_said_to_do_does(
         ) as refused:
             node.load(Load(model=str(path)))
         assert "other models" not in str(refused.value)
-        said = re.search(r"memory_bytes=(\d+)MB would do", refused.value.hint)
+        said = re.search(r"`memory_bytes=(\d+)MB` would do", refused.value.hint)
         assert said is not None
         node.budget.limit_bytes = (int(said[1]) - 2) * 10**6
         with pytest.raises(DaemonError, match="MB for KV-to-disk buffers"):

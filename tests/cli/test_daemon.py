@@ -119,7 +119,7 @@ def test_detached_start_passes_the_options_on(
     monkeypatch.setattr(background, "answers", lambda home: next(looks))
     pids = iter([None, 76, 77, 77, 77, 77])  # none yet, then somebody else's for a moment
     monkeypatch.setattr(background, "running_pid", lambda home: next(pids))
-    monkeypatch.setattr(background, "POLL_S", 0.001)
+    monkeypatch.setattr(background, "DAEMON_POLL_S", 0.001)
     loaded: list[tuple[int, str, str]] = []
     monkeypatch.setattr(
         background, "load", lambda home, pid, model, draft, heard: loaded.append((pid, model, draft))

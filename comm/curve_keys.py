@@ -26,7 +26,7 @@ from .errors import KeyFileError
 Z85_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 ZAP_DOMAIN = b"shoal"
-MAX_FILE_BYTES = 1 << 20
+MAX_KEY_FILE_BYTES = 1 << 20
 
 log = logging.getLogger("shoal.keys")
 
@@ -153,7 +153,7 @@ def _read(path: Path) -> str:
             mode = os.fstat(file.fileno()).st_mode
             if mode & 0o077:
                 raise KeyFileError(f"{path}: open to other users (mode {mode & 0o777:o}): chmod 600 it")
-            return file.read(MAX_FILE_BYTES).decode("ascii")
+            return file.read(MAX_KEY_FILE_BYTES).decode("ascii")
     except OSError as error:
         raise KeyFileError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

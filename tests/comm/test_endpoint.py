@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.comm import endpoint
+from shoal.comm.curve_keys import ClientKeys, KeyRing, load_server
 from shoal.comm.errors import AddressError, KeyFileError
-from shoal.comm.keys import ClientKeys, KeyRing, load_server
 from shoal.comm.waker import Waker
 
 

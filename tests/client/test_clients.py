@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 from fakes.api_fakes import PATIENCE_S, RunningServer, done, ipc, running
@@ -18,7 +19,7 @@ from shoal.client import AsyncClient, Client
 from shoal.client.session import generate_request
 from shoal.comm import wire
 from shoal.comm.errors import NoDaemon, RequestFailed, TimedOut
-from shoal.comm.messages import Accepted, Done, Sampling, Token
+from shoal.comm.messages import Accepted, Chat, ChatMessage, Done, Generate, Message, Sampling, Token
 
 
 @pytest.fixture
@@ -47,6 +48,29 @@ def test_text_of_a_prompt_and_of_a_conversation(client):
     text, end = client.text(messages=[{"role": "user", "content": "c d"}], temperature=0.0)
     assert text == "c d "
     assert end.finish_reason == "stop"
+
+
+def test_a_request_that_exists_already_is_sent_as_it_is(client, daemon):
+    for request in (
+        Generate(prompt="one two", max_tokens=9, sampling=Sampling(seed=1)),
+        Chat(messages=[ChatMessage(role="user", content="one two")], tools=[{"name": "t"}], priority=2),
+    ):
+        with patch.object(daemon.backend, "submit", wraps=daemon.backend.submit) as submit:
+            *_, last = client.stream(request)
+            assert last.usage.completion_tokens == 2
+            assert submit.call_args[0][0] == request
+
+            async def sent_by_the_other(request=request) -> list[Message]:
+                async with AsyncClient(daemon.address, timeout_s=PATIENCE_S) as client:
+                    return [message async for message in client.stream(request)]
+
+            *_, last = asyncio.run(sent_by_the_other())
+            assert last.usage.completion_tokens == 2
+            assert submit.call_args[0][0] == request
+
+
+def test_the_text_of_a_prompt_in_tokens(client, daemon):
+    assert client.text(prompt_tokens=[1, 2], max_tokens=1)[0].strip() == ""
 
 
 def test_the_other_requests(client):

@@ -13,6 +13,7 @@ import pytest
 from fakes.api_fakes import ipc, running
 
 from shoal.comm import messages
+from shoal.comm.sampling_limits import MAX_BIASES, SAMPLING_LIMITS
 from shoal.daemon.server.limits import ServerLimits
 
 TEXT = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
@@ -52,6 +53,17 @@ def test_every_field_is_described_with_its_default(name, side):
             default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
             plain = msgspec.json.encode(default).decode().replace("null", "absent")
             assert shown == plain, key
+
+
+def test_the_limits_of_sampling_are_those_of_the_table():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| \S+ \| .*\|$", section("sampling", ""), re.MULTILINE))
+    for name, limit in SAMPLING_LIMITS.items():
+        low, high = str(limit.low).replace("-", "−"), str(limit.high)
+        high = "2⁶³ − 1" if limit.high == (1 << 63) - 1 else high
+        said = f"{'int' if limit.whole else 'number'}, {'over ' if limit.above else ''}{low} to {high}"
+        if name == "logit_bias":
+            said = f"map ≤ {MAX_BIASES} of token id → {said}"
+        assert rows[name] == said
 
 
 def test_every_error_code_is_described():

@@ -28,8 +28,8 @@ from fakes.api_fakes import (
 )
 
 from shoal.client import Client
+from shoal.comm.curve_keys import KeyRing
 from shoal.comm.errors import NoDaemon, RequestFailed
-from shoal.comm.keys import KeyRing
 from shoal.comm.messages import Done, Generate, Load, Loaded, Ping, Pong, Status, StatusReply, Token
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.server.flight import Flight, Peer
