@@ -254,3 +254,11 @@ def test_mutated_messages(frames, edits, cut):
     if cut < len(mutated[3]):
         del mutated[3][cut:]
     read([bytes(frame) for frame in mutated])
+
+
+@pytest.mark.parametrize("length", [1, 37, 38, 39, 40, 41, 500])
+def test_shortening_keeps_what_fits_and_not_a_character_more(length):
+    """The quotes count: 38 letters fill the 40 characters."""
+    text = wire.shorten("x" * length)
+    assert text == (repr("x" * length) if length <= 38 else "'" + "x" * 38 + "…")
+    assert len(wire.shorten(10 ** (length - 1))) == min(length, 40)

@@ -267,3 +267,16 @@ def test_a_wrong_guess_is_mended_by_preemption() -> None:
     for number, one in enumerate(heard):
         assert one.tokens == continuation(words(8, number), 70)
         assert one.ended == ["length"]
+
+
+@pytest.mark.parametrize(("pages", "together"), [(8, 2), (7, 1)])
+def test_what_fits_exactly_is_let_in(pages: int, together: int) -> None:
+    """Each has six tokens, half a page to spare and eight more to come: 32 slots at the peak, which is eight pages."""
+    subject = scheduler(pages=pages)
+    engine = FakeEngine(subject)
+    heard = [engine.submit(sequence(words(6, seed), 8)) for seed in (1, 2)]
+    engine.step()
+    assert len(subject.running) == together
+    engine.run()
+    assert [one.tokens for one in heard] == [continuation(words(6, seed), 8) for seed in (1, 2)]
+    assert subject.totals.preemptions == 0

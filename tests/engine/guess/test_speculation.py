@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.engine.guess.lookup import LONGEST, SHORTEST, PromptLookup
-from shoal.engine.guess.speculation import Acceptance, Guesser, depths
+from shoal.engine.guess.speculation import Acceptance, Guesser, depths, model_depth
 from shoal.engine.learn.step_cost import StepCost
 
 texts = st.lists(st.integers(0, 3), max_size=60)
@@ -231,3 +231,13 @@ def test_guessing_costs_next_to_nothing_where_it_is_always_wrong(row_share: floa
     text = [token for i in range(300) for token in (1, 2, 10 + i)]
     _, spent = simulate(text, 30, row_share)
     assert spent < 1.03 * (len(text) - 30)
+
+
+def test_a_further_round_of_a_draft_model_must_pay_for_itself_and_its_rows() -> None:
+    """At a cost of 1 for a row and 0.15 for each more; with rounds this dear the model is not asked at all."""
+    cost, draft_cost = StepCost(), StepCost()
+    draft_cost.note(2, 100.0)
+    guessers = [Guesser([1, 2, 3]), Guesser([4, 5, 6])]
+    depth, least = model_depth(guessers, 8, cost, draft_cost)
+    assert depth == 0
+    assert least == pytest.approx(2 / 1.15 * (100.0 + 2 * 0.15))

@@ -79,3 +79,19 @@ def test_what_a_client_was_given_counts_until_nobody_is_left() -> None:
     counters.leave("b")
     counters.enter("a")
     assert counters.given("a") == 0
+
+
+def test_of_those_without_requests_who_left_longest_ago_is_forgotten_first() -> None:
+    counters = TokenCounters()
+    counters.enter("stays")
+    counters.charge("stays", 1, 0)
+    names = [str(number) for number in range(REMEMBERED + 1)]
+    for tokens, name in enumerate(names, 5):
+        counters.enter(name)
+        counters.charge(name, tokens, 0)
+        counters.leave(name)
+    assert list(counters._given) == ["stays", *names[1:]]
+    counters.enter(names[0])  # as a newcomer, at the level of the least served
+    assert counters.given(names[0]) == counters.given("stays") == 1
+    counters.enter(names[1])
+    assert counters.given(names[1]) > 1

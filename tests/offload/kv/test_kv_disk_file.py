@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from shoal.kernels.arrays import Bytes
 from shoal.offload.errors import KvFileError
 from shoal.offload.kv.disk import KvDisk
-from shoal.offload.kv.disk_file import INDEX, PAGES, SYNC_BYTES, KvFile, checksum
+from shoal.offload.kv.disk_file import INDEX, MOST_USED, PAGES, SYNC_BYTES, KvFile, checksum
 from shoal.offload.kv.disk_index import DIGEST_BYTES, Entry, packed
 from shoal.offload.kv.prefix_cache import Save
 
@@ -252,3 +252,15 @@ def test_nothing_of_what_is_read_stays_in_memory(tmp_path: Path, monkeypatch: py
     assert np.array_equal(into, large)
     start = file.page_bytes
     assert told == [(at, SYNC_BYTES, os.POSIX_FADV_DONTNEED) for at in (start, start + SYNC_BYTES)]
+
+
+def test_a_use_that_nobody_counted_to_is_damage(tmp_path: Path) -> None:
+    file = opened(tmp_path)
+    for slot, used in enumerate((MOST_USED - 1, MOST_USED)):
+        one = entry(slot, 6)
+        one.used = used
+        file.write(one, page(6))
+    file.close()
+    again = opened(tmp_path)
+    assert [(one.slot, one.used) for one in again.entries(10)] == [(0, MOST_USED - 1)]
+    again.close()
