@@ -160,7 +160,7 @@ class Engine:
             self._executor.plan.part_tokens,
         )
         hidden = self._executor.forward(step, lambda: not batch.over)
-        if not len(hidden):
+        if not len(step.rows):
             return [[] for _ in batch.chunks]
         rows = iter(self._executor.head(hidden))
         return [_sample(chunk, list(islice(rows, chunk.rows_wanted))) for chunk in batch.chunks]

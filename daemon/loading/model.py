@@ -44,7 +44,8 @@ from shoal.offload.kv.pool import KvPool
 from shoal.offload.kv.prefix_cache import PrefixCache
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import Plan, Wanted, kv_page_bytes, scratch_bytes
+from shoal.partition.memory_layout import kv_page_bytes
+from shoal.partition.plan import Plan, Wanted, scratch_bytes
 
 from .planning import Packs, row_share
 from .runnable import Runnable, least_bytes, read_draft
