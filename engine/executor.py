@@ -8,10 +8,10 @@ after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -46,6 +46,13 @@ class Alone:
         return partial
 
 
+class Placed(NamedTuple):
+    """A block and where it is computed."""
+
+    block: BlockId
+    home: ComputeHome
+
+
 class Executor:
     """Runs steps of one model. Not thread-safe: one step at a time.
 
@@ -67,9 +74,14 @@ class Executor:
         self.kv = kv
         self.collective = collective
         self._wanted: Callable[[], bool] = lambda: True
-        self._homes = {item.block: home_of(item.device) for item in plan.blocks}
-        self._experts = _homes_of_experts(self._homes)
-        self._head = [item.block for item in plan.blocks if item.block.kind == "head"]
+        placed = {item.block: Placed(item.block, home_of(item.device)) for item in plan.blocks}
+        self._embed = placed[BlockId("embed")]
+        self._layers = [
+            (placed[BlockId("attn", layer)], placed[BlockId("router" if kind.moe else "ffn", layer)])
+            for layer, kind in enumerate(model.spec.layers)
+        ]
+        self._experts = _homes_of_experts(placed.values())
+        self._head = [placed[item.block] for item in plan.blocks if item.block.kind == "head"]
         slots = plan.expert_slots
         self._foreseen = _foreseen(plan)
         self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
@@ -80,32 +92,30 @@ class Executor:
         Abandoned soon after `wanted` has become false."""
         self._wanted = wanted
         rotations = [self.model.rotations(part) for part in step.parts]
-        block = BlockId("embed")
-        home = self._homes[block]
+        block, home = self._embed
         hidden = self.model.embed(home, home.place(self.store.rows(block, step.tokens)))
         parts = step.split(len(step.tokens))
-        layers = self.model.spec.layers
-        for layer, kind in enumerate(layers):
-            hidden, home = self._entering(BlockId("attn", layer), hidden, home)
-            self._attend(layer, [home.rows(hidden, part) for part in parts], step, rotations)
-            if layer + 1 == len(layers):
+        last, _ = self._layers[-1]
+        for attention, feeding in self._layers:
+            hidden, home = carried(hidden, home, attention.home), attention.home
+            self._attend(attention, [home.rows(hidden, part) for part in parts], step, rotations)
+            if attention is last:
                 hidden = home.rows(hidden, step.rows)  # the rest is not looked at any more
                 parts = step.split(len(step.rows))
                 if not len(step.rows):
                     break
-            hidden, home = self._entering(BlockId("router" if kind.moe else "ffn", layer), hidden, home)
-            compute = self._mix if kind.moe else self._feed_forward
-            compute(layer, [home.rows(hidden, part) for part in parts])
-        return self._entering(self._head[0], hidden, home)[0]
+            hidden, home = carried(hidden, home, feeding.home), feeding.home
+            compute = self._mix if feeding.block.kind == "router" else self._feed_forward
+            compute(feeding, [home.rows(hidden, part) for part in parts])
+        return carried(hidden, home, self._head[0].home)
 
     def head(self, hidden: Hidden, rows: slice = slice(None)) -> Floats:
         """Hidden states (R, hidden), or some of their rows → logits (R, vocab), of the host."""
-        first = self._homes[self._head[0]]
+        first = self._head[0].home
         hidden = first.rows(hidden, rows)
         logits = np.empty((0, 0), np.float32)
         done = 0
-        for block in self._head:
-            home = self._homes[block]
+        for block, home in self._head:
             with self.store.acquire(block) as weights:
                 part = home.fetch(self.model.head(home, weights, carried(hidden, first, home)))
             if len(self._head) == 1:
@@ -116,38 +126,32 @@ class Executor:
             done += part.shape[1]
         return logits
 
-    def _entering(self, block: BlockId, hidden: Hidden, home: ComputeHome) -> tuple[Hidden, ComputeHome]:
-        """Hidden states of `home` in that of a block, and this."""
-        there = self._homes[block]
-        return carried(hidden, home, there), there
-
     def _attend(
-        self, layer: int, rows: Sequence[Hidden], step: Step, rotations: Sequence[list[Rotation]]
+        self, placed: Placed, rows: Sequence[Hidden], step: Step, rotations: Sequence[list[Rotation]]
     ) -> None:
         """Adds the attention of a layer to hidden (T, hidden), given in the parts of the step."""
-        block, kv = BlockId("attn", layer), self.kv.layers[layer]
-        home = self._homes[block]
+        block, home = placed
+        layer, kv = block.layer, self.kv.layers[block.layer]
         with self.store.acquire(block) as weights:
             for part, hidden, turns in zip(step.parts, rows, rotations, strict=True):
                 self._go_on()
                 partial = self.model.attend(home, layer, weights, hidden, part.segments, turns, kv)
                 home.add(hidden, self.model.leave(home, weights, self.collective.allreduce(partial)))
 
-    def _feed_forward(self, layer: int, rows: Sequence[Hidden]) -> None:
+    def _feed_forward(self, placed: Placed, rows: Sequence[Hidden]) -> None:
         """Adds the dense feed-forward of a layer to hidden (T, hidden), given in parts."""
-        block = BlockId("ffn", layer)
-        home = self._homes[block]
+        block, home = placed
         with self.store.acquire(block) as weights:
             for hidden in rows:
                 self._go_on()
                 partial = self.model.feed_forward(home, weights, hidden)
                 home.add(hidden, self.model.leave(home, weights, self.collective.allreduce(partial)))
 
-    def _mix(self, layer: int, rows: Sequence[Hidden]) -> None:
+    def _mix(self, placed: Placed, rows: Sequence[Hidden]) -> None:
         """Adds the mixture of experts of a layer to hidden (T, hidden), given in parts. Each expert is acquired once
         for all parts."""
-        block = BlockId("router", layer)
-        home, there = self._homes[block], self._experts[layer]
+        block, home = placed
+        layer, there = block.layer, self._experts[block.layer]
         with self.store.acquire(block) as router:
             routed = [self.model.route(home, router, hidden) for hidden in rows]
         normed = [carried(x, home, there) for x, _, _ in routed]
@@ -178,9 +182,9 @@ class Executor:
         """The experts that the next mixture may choose for hidden (T, hidden), where guessing helps."""
         if (router := self._foreseen.get(layer)) is None:
             return []
-        hidden, there = self._entering(router, hidden, home)
+        there = self._layers[router.layer][1].home
         with self.store.acquire(router) as weights:
-            likely = self.model.foresee(there, weights, hidden)
+            likely = self.model.foresee(there, weights, carried(hidden, home, there))
         return [BlockId("expert", router.layer, expert) for expert in likely]
 
 
@@ -190,10 +194,10 @@ def _foreseen(plan: Plan) -> dict[int, BlockId]:
     return {before.block.layer: item.block for before, item in pairwise(routers) if item.tier == "ram"}
 
 
-def _homes_of_experts(homes: Mapping[BlockId, ComputeHome]) -> dict[int, ComputeHome]:
+def _homes_of_experts(blocks: Iterable[Placed]) -> dict[int, ComputeHome]:
     """Where the experts of each layer are computed."""
-    found: dict[int, ComputeHome] = {}
-    for block, home in homes.items():
+    homes: dict[int, ComputeHome] = {}
+    for block, home in blocks:
         if block.kind == "expert":
-            assert found.setdefault(block.layer, home) is home, f"experts of layer {block.layer} are apart"
-    return found
+            assert homes.setdefault(block.layer, home) is home, f"experts of layer {block.layer} are apart"
+    return homes

@@ -111,12 +111,12 @@ class CpuHome:
     ) -> None:
         """`into` lies together."""
         _check_input(x, all[0].enter, None)
-        if into.dtype != FLOAT32 or into.shape != (len(x), all[0].shape[2]) or not into.flags.carray:
+        shape = all[0].shape
+        if into.dtype != FLOAT32 or into.shape != (len(x), shape[2]) or not into.flags.carray:
             raise OperandError(
-                f"experts add to contiguous float32 of shape ({len(x)}, {all[0].shape[2]}), "
-                f"got {into.dtype} {into.shape}"
+                f"experts add to contiguous float32 of shape ({len(x)}, {shape[2]}), got {into.dtype} {into.shape}"
             )
-        if any(layer.shape != all[0].shape for layer in all):
+        if [layer for layer in all if layer.shape != shape]:
             raise OperandError("experts of different shapes cannot be computed together")
         tokens, factors = routes.tokens, routes.factors
         if tokens.dtype != np.int64 or factors.dtype != FLOAT32 or tokens.shape != factors.shape:

@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_char, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +79,9 @@ class _Rotation(ctypes.Structure):
     _fields_ = (("dims", c_int64), ("interleaved", c_int32), ("cos", c_void_p), ("sin", c_void_p))
 
 
+_served: "Native | None" = None  # whose home the library has
+
+
 class Native:
     """The kernels of one home (avx512vnni, avx512, avx2, neon_dot, neon, scalar), or of the best for "".
 
@@ -86,8 +89,6 @@ class Native:
     computed meanwhile, so those of different names must not compute from several threads at once. Raises KernelError if
     the library is missing, does not fit this version, or cannot serve `name` here.
     """
-
-    _serves: "ClassVar[Native | None]" = None  # whose home the library has
 
     def __init__(self, name: str = "") -> None:
         try:
@@ -103,7 +104,7 @@ class Native:
             raise KernelError(f"native kernels for {name!r} do not run on this machine")
         self.name: str = chosen.decode()
         self._choose = lib.shoal_choose
-        Native._serves = self
+        self._serve()
         for function, signature in _SIGNATURES.items():
             getattr(lib, function).argtypes = signature
             getattr(lib, function).restype = c_int
@@ -123,8 +124,9 @@ class Native:
 
     def _serve(self) -> None:
         """Makes the library compute in this home."""
+        global _served
         self._choose(self.name.encode())
-        Native._serves = self
+        _served = self
 
     def interleave(self, kind: WeightType, stored: Bytes, into: Bytes) -> None:
         if not kind.quantised:
@@ -143,7 +145,7 @@ class Native:
         )
 
     def linears(self, x: Floats, all: Linears, norm: Floats | None, eps: float) -> list[Floats]:
-        if Native._serves is not self:
+        if _served is not self:
             self._serve()
         tokens = len(x)
         structures, pointers = all.prepared.get(self) or _prepare(self, all, all)
@@ -164,7 +166,7 @@ class Native:
     def feed_forward(
         self, x: Floats, layer: FeedForward, activation: Activation, norm: Floats | None, eps: float
     ) -> Floats:
-        if Native._serves is not self:
+        if _served is not self:
             self._serve()
         tokens = len(x)
         structures, _ = layer.prepared.get(self) or _prepare(self, layer, layer.enter, layer.leave)
@@ -185,7 +187,7 @@ class Native:
     def experts(
         self, x: Floats, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Floats
     ) -> None:
-        if Native._serves is not self:
+        if _served is not self:
             self._serve()
         layers = [
             (layer.prepared.get(self) or _prepare(self, layer, layer.enter, layer.leave))[0] for layer in all
@@ -210,7 +212,7 @@ class Native:
         return self._gather(w, None, w.rows)
 
     def _gather(self, w: Matrix, ids: Any, count: int) -> Floats:
-        if Native._serves is not self:
+        if _served is not self:
             self._serve()
         out = np.empty((count, w.cols), np.float32)
         if status := self._gather_rows(byref(_structure(w, None)), ids, count, _at(out)):
@@ -218,7 +220,7 @@ class Native:
         return out
 
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
-        if Native._serves is not self:
+        if _served is not self:
             self._serve()
         y = np.empty(x.shape, np.float32)
         self._rms_norm(_at(x), _at(weight), eps, *x.shape, _at(y))
@@ -236,7 +238,7 @@ class Native:
         window: int | None,
         norms: HeadNorms | None,
     ) -> Floats:
-        if Native._serves is not self:
+        if _served is not self:
             self._serve()
         out = np.empty(q.shape, np.float32)
         if status := self._attention(
