@@ -32,7 +32,7 @@ def attend(
     window: int | None,
     norms: HeadNorms | None,
 ) -> Floats:
-    """As `attention.attention`."""
+    """As `ComputeHome.attention`."""
     tokens, dim = segments.tokens, kv.layout.head_dim
     queries, keys, values = (from_numpy(np.ascontiguousarray(x)).view(tokens, -1, dim) for x in (q, k, v))
     if norms is not None:
