@@ -85,9 +85,9 @@ _served: "Native | None" = None  # whose home the library has
 class Native:
     """The kernels of one home (avx512vnni, avx512, avx2, neon_dot, neon, scalar), or of the best for "".
 
-    The library has one home at a time and one thread pool per process: which home, is set again when another Native has
-    computed meanwhile, so those of different names must not compute from several threads at once. Raises KernelError if
-    the library is missing, does not fit this version, or cannot serve `name` here.
+    The library has one thread pool per process and computes in one home at a time. A Native switches it to its own home
+    before it computes, so two of different names must not compute at the same time. Raises KernelError if the library
+    is missing, does not fit this version, or cannot serve `name` here.
     """
 
     def __init__(self, name: str = "") -> None:

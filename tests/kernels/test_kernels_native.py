@@ -309,6 +309,7 @@ def test_without_the_library_the_reference_serves_with_one_warning(
 ) -> None:
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "libshoal.so")
     monkeypatch.setattr("shoal.kernels.homes._cpu", None)
+    monkeypatch.delenv("SHOAL_KERNELS", raising=False)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         w = random_matrix(Q4_K, 3, 256)
