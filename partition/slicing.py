@@ -214,7 +214,7 @@ def _whole_blocks(columns: Range, grain: int) -> Range:
 
 
 def _columns(columns: int, grain: int, shares: Sequence[Fraction]) -> list[Range]:
-    """[0, columns), cut between groups of lanes and whole blocks; only the last group may be smaller."""
+    """[0, columns), cut between bands and whole blocks; only the last group may be smaller."""
     step = lcm(BAND_ROWS, grain)
     parts = (part.times(step) for part in _cut(-(-columns // step), shares))
     return [Range(start, min(stop, columns)) for start, stop in parts]
