@@ -60,15 +60,16 @@ def measure(
     many = np.random.default_rng(0).standard_normal((options.tokens, COLS), np.float32)
     one = many[:1]
     turn = itertools.cycle(matrices)
+    home = kernels.home_of("cpu")
     per_repeat = max(1, len(matrices) // options.repeat)
     nbytes = matrices[0].matrices[0].nbytes
 
     def read() -> float:
-        return per_repeat * nbytes / seconds(lambda: kernels.linears(one, next(turn)), per_repeat) / 1e9
+        return per_repeat * nbytes / seconds(lambda: home.linears(one, next(turn)), per_repeat) / 1e9
 
     def multiply() -> float:
         operations = 2 * ROWS * COLS * options.tokens
-        return operations / seconds(lambda: kernels.linears(many, matrices[0]), 1) / 1e9
+        return operations / seconds(lambda: home.linears(many, matrices[0]), 1) / 1e9
 
     read(), multiply()
     return {

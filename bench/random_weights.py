@@ -6,8 +6,8 @@ nothing: speed and agreement are what such matrices are for.
 
 import numpy as np
 
+from shoal.kernels import from_stored
 from shoal.kernels.arrays import Bytes
-from shoal.kernels.dispatch import from_stored
 from shoal.kernels.matrix import Matrix
 from shoal.kernels.types import BF16, F16, F32, WeightType
 

@@ -16,7 +16,8 @@ from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
 from shoal.comm.sampling_limits import check_sampling
 from shoal.engine.sequence import Sequence, Times
 from shoal.models.sampling import Sampler, SamplingParams
-from shoal.partition.plan import Wanted, kv_page_bytes, scratch_bytes
+from shoal.partition.memory_layout import kv_page_bytes
+from shoal.partition.plan import Wanted, scratch_bytes
 
 from .answer import Answer
 from .backend import Emit

@@ -193,7 +193,7 @@ def _window_loss(executor: Executor, pages: list[int], tokens: list[int]) -> flo
         hidden = executor.forward(step)
         for row in range(max(start, first), end, HEAD_ROWS):
             last = min(row + HEAD_ROWS, end)
-            logits = executor.head(hidden[row - start : last - start])
+            logits = executor.head(hidden, slice(row - start, last - start))
             loss += _cross_entropy(logits, tokens[row + 1 : last + 1])
     return loss
 

@@ -1,21 +1,24 @@
 """The executor: carries one step through the blocks of a plan.
 
-The one data path. Weights come from a store, KV goes to a pool, partial sums through a collective; which of
-each is the plan's choice and invisible here. A step of many rows passes every block once, its parts one after the
-other.
+The one data path. Every block is computed in the home of its device, with weights from a store, KV in a pool, partial
+sums through a collective; which of each is the plan's choice and invisible here, and so is what hidden states are made
+of. They stay in a home until the next block has another. A step of many rows passes every block once, its parts one
+after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from shoal.kernels.arrays import Floats
+from shoal.kernels import ComputeHome, home_of
+from shoal.kernels.arrays import Floats, Hidden
 from shoal.kernels.attention_operands import Rotation
+from shoal.kernels.compute_home import carried
 from shoal.models.step import Step
 from shoal.models.transformer import Transformer
 from shoal.offload.block_store import BlockStore
@@ -33,21 +36,37 @@ class Abandoned(Exception):
 class Collective(Protocol):
     """Sums partials over the ranks of a group."""
 
-    def allreduce(self, partial: Floats) -> Floats: ...
+    def allreduce(self, partial: Hidden) -> Hidden: ...
 
 
 class Alone:
     """The collective of one rank: the identity."""
 
-    def allreduce(self, partial: Floats) -> Floats:
+    def allreduce(self, partial: Hidden) -> Hidden:
         return partial
 
 
+class Placed(NamedTuple):
+    """A block and where it is computed."""
+
+    block: BlockId
+    home: ComputeHome
+
+
 class Executor:
-    """Runs steps of one model. Not thread-safe: one step at a time."""
+    """Runs steps of one model. Not thread-safe: one step at a time.
+
+    `home_of` gives the home of a device; all experts of a layer have one.
+    """
 
     def __init__(
-        self, model: Transformer, plan: Plan, store: BlockStore, kv: KvPool, collective: Collective
+        self,
+        model: Transformer,
+        plan: Plan,
+        store: BlockStore,
+        kv: KvPool,
+        collective: Collective,
+        home_of: Callable[[str], ComputeHome] = home_of,
     ) -> None:
         self.model = model
         self.plan = plan
@@ -55,96 +74,130 @@ class Executor:
         self.kv = kv
         self.collective = collective
         self._wanted: Callable[[], bool] = lambda: True
-        self._head = [item.block for item in plan.blocks if item.block.kind == "head"]
+        placed = {item.block: Placed(item.block, home_of(item.device)) for item in plan.blocks}
+        self._embed = placed[BlockId("embed")]
+        self._layers = [
+            (placed[BlockId("attn", layer)], placed[BlockId("router" if kind.moe else "ffn", layer)])
+            for layer, kind in enumerate(model.spec.layers)
+        ]
+        self._experts = _homes_of_experts(placed.values())
+        self._head = [placed[item.block] for item in plan.blocks if item.block.kind == "head"]
         slots = plan.expert_slots
         self._foreseen = _foreseen(plan)
         self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
 
     @np.errstate(over="ignore", invalid="ignore")  # infinities and NaN are told of where tokens are chosen
-    def forward(self, step: Step, wanted: Callable[[], bool] = lambda: True) -> Floats:
-        """→ hidden states (R, hidden) of the rows the step asks for, before the final norm. Raises Abandoned soon after
-        `wanted` has become false."""
+    def forward(self, step: Step, wanted: Callable[[], bool] = lambda: True) -> Hidden:
+        """→ hidden states (R, hidden) of the rows the step asks for, before the final norm, for `head`. Raises
+        Abandoned soon after `wanted` has become false."""
         self._wanted = wanted
         rotations = [self.model.rotations(part) for part in step.parts]
-        hidden = self.model.embed(self.store.rows(BlockId("embed"), step.tokens))
-        layers = self.model.spec.layers
-        for layer, kind in enumerate(layers):
-            self._attend(layer, hidden, step, rotations)
-            if layer + 1 == len(layers):
-                hidden = hidden[step.rows]  # the rest is not looked at any more
-                if not len(hidden):
+        block, home = self._embed
+        hidden = self.model.embed(home, home.place(self.store.rows(block, step.tokens)))
+        parts = step.split(len(step.tokens))
+        last, _ = self._layers[-1]
+        for attention, feeding in self._layers:
+            hidden, home = carried(hidden, home, attention.home), attention.home
+            self._attend(attention, [home.rows(hidden, part) for part in parts], step, rotations)
+            if attention is last:
+                hidden = home.rows(hidden, step.rows)  # the rest is not looked at any more
+                parts = step.split(len(step.rows))
+                if not len(step.rows):
                     break
-            if kind.moe:
-                self._mix(layer, hidden, step)
-            else:
-                self._feed_forward(layer, hidden, step)
-        return hidden
+            hidden, home = carried(hidden, home, feeding.home), feeding.home
+            compute = self._mix if feeding.block.kind == "router" else self._feed_forward
+            compute(feeding, [home.rows(hidden, part) for part in parts])
+        return carried(hidden, home, self._head[0].home)
 
-    def head(self, hidden: Floats) -> Floats:
-        """hidden (R, hidden) → logits (R, vocab)"""
-        if len(self._head) == 1:
-            with self.store.acquire(self._head[0]) as weights:
-                return self.model.head(weights, hidden)
-        logits = np.empty((len(hidden), self.model.spec.vocab), np.float32)
+    def head(self, hidden: Hidden, rows: slice = slice(None)) -> Floats:
+        """Hidden states (R, hidden), or some of their rows → logits (R, vocab), of the host."""
+        first = self._head[0].home
+        hidden = first.rows(hidden, rows)
+        logits = np.empty((0, 0), np.float32)
         done = 0
-        for block in self._head:
+        for block, home in self._head:
             with self.store.acquire(block) as weights:
-                part = self.model.head(weights, hidden)
+                part = home.fetch(self.model.head(home, weights, carried(hidden, first, home)))
+            if len(self._head) == 1:
+                return part
+            if not done:
+                logits = np.empty((len(part), self.model.spec.vocab), np.float32)
             logits[:, done : done + part.shape[1]] = part
             done += part.shape[1]
         return logits
 
-    def _attend(self, layer: int, hidden: Floats, step: Step, rotations: list[list[Rotation]]) -> None:
-        """Adds the attention of a layer to hidden (T, hidden)."""
-        with self.store.acquire(BlockId("attn", layer)) as weights:
-            for part, rows, turns in zip(step.parts, step.split(hidden), rotations, strict=True):
+    def _attend(
+        self, placed: Placed, rows: Sequence[Hidden], step: Step, rotations: Sequence[list[Rotation]]
+    ) -> None:
+        """Adds the attention of a layer to hidden (T, hidden), given in the parts of the step."""
+        block, home = placed
+        layer, kv = block.layer, self.kv.layers[block.layer]
+        with self.store.acquire(block) as weights:
+            for part, hidden, turns in zip(step.parts, rows, rotations, strict=True):
                 self._go_on()
-                partial = self.model.attend(layer, weights, rows, part.segments, turns, self.kv.layers[layer])
-                rows += self.model.leave(weights, self.collective.allreduce(partial))
+                partial = self.model.attend(home, layer, weights, hidden, part.segments, turns, kv)
+                home.add(hidden, self.model.leave(home, weights, self.collective.allreduce(partial)))
 
-    def _feed_forward(self, layer: int, hidden: Floats, step: Step) -> None:
-        """Adds the dense feed-forward of a layer to hidden (T, hidden)."""
-        with self.store.acquire(BlockId("ffn", layer)) as weights:
-            for rows in step.split(hidden):
+    def _feed_forward(self, placed: Placed, rows: Sequence[Hidden]) -> None:
+        """Adds the dense feed-forward of a layer to hidden (T, hidden), given in parts."""
+        block, home = placed
+        with self.store.acquire(block) as weights:
+            for hidden in rows:
                 self._go_on()
-                partial = self.model.feed_forward(weights, rows)
-                rows += self.model.leave(weights, self.collective.allreduce(partial))
+                partial = self.model.feed_forward(home, weights, hidden)
+                home.add(hidden, self.model.leave(home, weights, self.collective.allreduce(partial)))
 
-    def _mix(self, layer: int, hidden: Floats, step: Step) -> None:
-        """Adds the mixture of experts of a layer to hidden (T, hidden). Each expert is acquired once for all parts."""
-        with self.store.acquire(BlockId("router", layer)) as router:
-            routed = [self.model.route(router, rows) for rows in step.split(hidden)]
-        partials = [np.zeros_like(x) for x, _, _ in routed]
+    def _mix(self, placed: Placed, rows: Sequence[Hidden]) -> None:
+        """Adds the mixture of experts of a layer to hidden (T, hidden), given in parts. Each expert is acquired once
+        for all parts."""
+        block, home = placed
+        layer, there = block.layer, self._experts[block.layer]
+        with self.store.acquire(block) as router:
+            routed = [self.model.route(home, router, hidden) for hidden in rows]
+        normed = [carried(x, home, there) for x, _, _ in routed]
+        partials = [there.zeros_like(x) for x in normed]
         used = sorted({expert for _, routing, _ in routed for expert in routing.used})
         blocks = [BlockId("expert", layer, expert) for expert in used]
         self.store.expect(blocks)
-        self.store.guess(self._likely(layer, step.split(hidden)[0]))
+        self.store.guess(self._likely(layer, rows[0], home))
         for start in range(0, len(blocks), self._together):
             self._go_on()
             group = blocks[start : start + self._together]
             with ExitStack() as held:
                 experts = {block.expert: held.enter_context(self.store.acquire(block)) for block in group}
-                for (x, routing, _), partial in zip(routed, partials, strict=True):
-                    self.model.mix(experts, x, routing, partial)
-        for rows, (_, _, shared), partial in zip(step.split(hidden), routed, partials, strict=True):
+                for x, (_, routing, _), partial in zip(normed, routed, partials, strict=True):
+                    self.model.mix(there, experts, x, routing, partial)
+        for hidden, (_, _, shared), mixed in zip(rows, routed, partials, strict=True):
+            partial = carried(mixed, there, home)
             if shared is not None:
-                partial += shared
-            rows += self.model.leave(router, self.collective.allreduce(partial))
+                home.add(partial, shared)
+            home.add(hidden, self.model.leave(home, router, self.collective.allreduce(partial)))
 
     def _go_on(self) -> None:
         """Raises Abandoned when nobody wants the step any more."""
         if not self._wanted():
             raise Abandoned
 
-    def _likely(self, layer: int, hidden: Floats) -> list[BlockId]:
+    def _likely(self, layer: int, hidden: Hidden, home: ComputeHome) -> list[BlockId]:
         """The experts that the next mixture may choose for hidden (T, hidden), where guessing helps."""
         if (router := self._foreseen.get(layer)) is None:
             return []
+        there = self._layers[router.layer][1].home
         with self.store.acquire(router) as weights:
-            return [BlockId("expert", router.layer, expert) for expert in self.model.foresee(weights, hidden)]
+            likely = self.model.foresee(there, weights, carried(hidden, home, there))
+        return [BlockId("expert", router.layer, expert) for expert in likely]
 
 
 def _foreseen(plan: Plan) -> dict[int, BlockId]:
     """For each layer the router of the next mixture, if that stays in memory and experts do not."""
     routers = [item for item in plan.blocks if item.block.kind == "router"] if plan.expert_slots else []
     return {before.block.layer: item.block for before, item in pairwise(routers) if item.tier == "ram"}
+
+
+def _homes_of_experts(blocks: Iterable[Placed]) -> dict[int, ComputeHome]:
+    """Where the experts of each layer are computed."""
+    homes: dict[int, ComputeHome] = {}
+    for block, home in blocks:
+        if block.kind == "expert":
+            assert homes.setdefault(block.layer, home) is home, f"experts of layer {block.layer} are apart"
+    return homes

@@ -54,6 +54,6 @@ class Rank:
         if segments:
             step = Step.build(segments, self.executor.plan.part_tokens)
             hidden = self.executor.forward(step, wanted)
-            if len(hidden):
+            if len(step.rows):
                 return self.executor.head(hidden)
         return np.empty((0, self.executor.model.spec.vocab), np.float32)

@@ -1,28 +1,20 @@
 """How it is computed fast: one function set over weights in their stored type, several homes.
 
-Knows numbers and layouts only: it imports no other room and does not know what a model is.
+Knows numbers and layouts only and does not know what a model is. Of other rooms it imports only the numbers of
+`partition.memory_layout`.
 """
 
-from shoal.kernels.dispatch import (
-    dequantize,
-    experts,
-    feed_forward,
-    from_stored,
-    gather_rows,
-    home,
-    interleave,
-    linear,
-    linears,
-    rms_norm,
-    set_threads,
-)
+from shoal.kernels.compute_home import ComputeHome
 from shoal.kernels.errors import KernelError, OperandError, UnsupportedTypeError
+from shoal.kernels.homes import home, home_of, set_threads
 from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
+from shoal.kernels.stored_rows import dequantize, from_stored, gather_rows, interleave
 from shoal.kernels.types import WEIGHT_TYPES, WeightType, weight_type
 
 __all__ = [
     "WEIGHT_TYPES",
     "Activation",
+    "ComputeHome",
     "FeedForward",
     "KernelError",
     "Linears",
@@ -32,15 +24,11 @@ __all__ = [
     "UnsupportedTypeError",
     "WeightType",
     "dequantize",
-    "experts",
-    "feed_forward",
     "from_stored",
     "gather_rows",
     "home",
+    "home_of",
     "interleave",
-    "linear",
-    "linears",
-    "rms_norm",
     "set_threads",
     "weight_type",
 ]

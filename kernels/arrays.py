@@ -13,3 +13,7 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
+FLOAT32 = np.dtype(np.float32)
+
+Hidden = Any
+"""Hidden states (T, n) in the home that computes them, which alone knows what they are made of."""

@@ -1,66 +1,27 @@
 """What attention over pages of K and V is given.
 
 Knows how K and V lie in a page and which rows of a step belong to which sequence. Which pages are whose is the caller's
-business; the call is `dispatch.attention`.
+business; the call is `ComputeHome.attention`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from shoal.kernels.arrays import Array, Bytes, Floats
+from shoal.kernels.arrays import FLOAT32, Array, Bytes, Floats
 from shoal.kernels.errors import OperandError, UnsupportedTypeError
-
-PAGE_TOKENS = 64
-
-_F32 = np.dtype(np.float32)
+from shoal.partition.memory_layout import KV_FORMATS, PAGE_TOKENS, KvLayout
 
 
-class KvType(NamedTuple):
-    """How K and V are stored. Numbers of a `scaled` type share an f32 scale per token, head, and K or V."""
-
-    name: str
-    id: int
-    itemsize: int
-    scaled: bool = False
-
-
-KV_TYPES = {
-    kind.name: kind
-    for kind in (
-        KvType("f32", 0, 4),
-        KvType("f16", 1, 2),
-        KvType("bf16", 2, 2),
-        KvType("i8", 3, 1, scaled=True),
-    )
-}
-
-
-class KvLayout(NamedTuple):
-    """Where the K and V of one head lie in a page, in bytes: keys (head_dim, 64), values (64, `wide`), for a scaled
-    type the scales of keys (64,) and of values (64,) in f32."""
-
-    kind: KvType
-    head_dim: int
-    wide: int  # head_dim filled up with zeros to whole vectors
-    values_at: int
-    scales_at: int
-    head_bytes: int
-
-    @classmethod
-    def of(cls, type: str, head_dim: int) -> KvLayout:
-        """UnsupportedTypeError for a type there is not."""
-        if type not in KV_TYPES:
-            raise UnsupportedTypeError(f"KV of type {type!r} is not supported: use {', '.join(KV_TYPES)}")
-        kind = KV_TYPES[type]
-        wide = -(-head_dim // 16) * 16
-        values_at = PAGE_TOKENS * head_dim * kind.itemsize
-        scales_at = values_at + PAGE_TOKENS * wide * kind.itemsize
-        return cls(kind, head_dim, wide, values_at, scales_at, scales_at + 8 * PAGE_TOKENS * kind.scaled)
+def kv_layout(type: str, head_dim: int) -> KvLayout:
+    """Where K and V of heads so long lie; UnsupportedTypeError for a type there is not."""
+    if type not in KV_FORMATS:
+        raise UnsupportedTypeError(f"KV of type {type!r} is not supported: use {', '.join(KV_FORMATS)}")
+    return KvLayout.of(KV_FORMATS[type], head_dim)
 
 
 @dataclass(eq=False)
@@ -75,7 +36,7 @@ class KvPages:
     data: Bytes
     pages: int = field(init=False)
     kv_heads: int = field(init=False)
-    prepared: object = field(default=None, init=False, repr=False)  # the native home's
+    prepared: dict[object, Any] = field(default_factory=dict, init=False, repr=False)  # by home
 
     def __post_init__(self) -> None:
         self.pages, self.kv_heads, head_bytes = self.data.shape
@@ -103,7 +64,7 @@ class Segments:
     pages: Array
     tokens: int
     most_page: int
-    prepared: object = field(default=None, init=False, repr=False)  # the native home's
+    prepared: dict[object, Any] = field(default_factory=dict, init=False, repr=False)  # by home
 
     @classmethod
     def build(cls, segments: Iterable[tuple[int, int, Sequence[int]]]) -> Segments:
@@ -138,11 +99,11 @@ class Rotation:
     interleaved: bool
     cos: Floats
     sin: Floats
-    prepared: object = field(default=None, init=False, repr=False)  # the native home's
+    prepared: dict[object, Any] = field(default_factory=dict, init=False, repr=False)  # by home
 
     def __post_init__(self) -> None:
         for x in (self.cos, self.sin):
-            if x.dtype != _F32 or x.shape != (len(self.cos), self.dims // 2) or not x.flags.c_contiguous:
+            if x.dtype != FLOAT32 or x.shape != (len(self.cos), self.dims // 2) or not x.flags.c_contiguous:
                 raise OperandError(
                     f"angles of {len(self.cos)} rows and {self.dims} dimensions must be contiguous float32, "
                     f"got {x.dtype} {x.shape} with strides {x.strides}"

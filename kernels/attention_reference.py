@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, from_numpy
 
 from shoal.kernels.arrays import Floats
-from shoal.kernels.attention_operands import PAGE_TOKENS, HeadNorms, KvPages, Rotation, Segments
+from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Segments
+from shoal.partition.memory_layout import PAGE_TOKENS
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
 
@@ -31,7 +32,7 @@ def attend(
     window: int | None,
     norms: HeadNorms | None,
 ) -> Floats:
-    """As `attention.attention`."""
+    """As `ComputeHome.attention`."""
     tokens, dim = segments.tokens, kv.layout.head_dim
     queries, keys, values = (from_numpy(np.ascontiguousarray(x)).view(tokens, -1, dim) for x in (q, k, v))
     if norms is not None:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from shoal.kernels.arrays import Bytes
-from shoal.kernels.types import BAND_ROWS, WeightType
+from shoal.kernels.types import WeightType
+from shoal.partition.memory_layout import BAND_ROWS
 
 
 def to_bands(kind: WeightType, stored: Bytes) -> Bytes:

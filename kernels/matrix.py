@@ -23,7 +23,7 @@ TYPE_OF_DTYPE = {np.dtype(np.float32): F32, np.dtype(np.float16): F16}
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Matrix:
     """rows×cols weights stored as `type`; `data` is contiguous uint8 (bytes,): rows of a float type one after the
-    other, of a quantised type in bands (`bands`; `dispatch.from_stored` makes them).
+    other, of a quantised type in bands (`bands`; `stored_rows.from_stored` makes them).
 
     All types, the float ones too, are held as bytes, and no pointer has to be aligned. Matrices compare by identity.
     """
@@ -66,7 +66,7 @@ class Matrix:
 class Linears:
     """Matrices that meet the same input, each with its bias, float32 (rows,) or None: what one call computes.
 
-    `prepared` is what a home needs to know of them, worked out when they are first used.
+    `prepared` is what each home needs to know of them, worked out when it first uses them.
     """
 
     __slots__ = ("biases", "cols", "matrices", "prepared")
@@ -76,7 +76,7 @@ class Linears:
         biases = biases or (None,) * len(self.matrices)
         self.biases = tuple(bias if bias is None else np.ascontiguousarray(bias) for bias in biases)
         self.cols = self.matrices[0].cols
-        self.prepared: Any = None
+        self.prepared: dict[object, Any] = {}
         for matrix, bias in zip(self.matrices, self.biases, strict=True):
             if matrix.cols != self.cols:
                 raise OperandError(f"{self.matrices[0]} and {matrix} cannot meet the same input")
@@ -87,14 +87,14 @@ class Linears:
 
 
 class FeedForward:
-    """A gated feed-forward layer: `enter` is gate and up, `leave` down."""
+    """A gated feed-forward layer: `enter` is gate and up, `leave` down; `prepared` as that of `Linears`."""
 
     __slots__ = ("enter", "leave", "prepared", "shape")
 
     def __init__(self, enter: Linears, leave: Linears) -> None:
         self.enter = enter
         self.leave = leave
-        self.prepared: Any = None
+        self.prepared: dict[object, Any] = {}
         gate, up = enter.matrices
         (down,) = leave.matrices
         self.shape = (enter.cols, gate.rows, down.rows)

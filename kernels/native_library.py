@@ -1,7 +1,7 @@
 """The native kernels, as Python calls them.
 
 Knows where the shared library lies, its C signatures and how an array becomes a pointer. Operands
-have been checked by `dispatch`. Does not know how anything is computed (`native/`), nor what to do
+have been checked by `cpu_home`. Does not know how anything is computed (`native/`), nor what to do
 when there is no library.
 """
 
@@ -20,7 +20,7 @@ from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Route
 from shoal.kernels.types import WeightType
 
 LIBRARY = Path(__file__).with_name("libshoal.so")
-VERSION = 4
+ABI_VERSION = 4
 
 _STATUS = {
     1: "it has no kernel for this weight type",
@@ -42,7 +42,8 @@ class _Linear(ctypes.Structure):
 
 
 _INPUTS = (c_void_p, c_int64, c_int64, c_void_p, c_float)  # x, tokens, cols, norm, eps
-_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+_ACTIVATION_IDS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+_KV_IDS = {"f32": 0, "f16": 1, "bf16": 2, "i8": 3}
 _SIGNATURES = {
     "shoal_linears": (*_INPUTS, c_int, c_void_p, c_void_p),
     "shoal_gated": (*_INPUTS, c_int32, c_void_p, c_void_p),
@@ -78,11 +79,15 @@ class _Rotation(ctypes.Structure):
     _fields_ = (("dims", c_int64), ("interleaved", c_int32), ("cos", c_void_p), ("sin", c_void_p))
 
 
+_served: "Native | None" = None  # whose home the library has
+
+
 class Native:
     """The kernels of one home (avx512vnni, avx512, avx2, neon_dot, neon, scalar), or of the best for "".
 
-    The library has one home and one thread pool per process: the latest Native chosen rules. Raises
-    KernelError if the library is missing, does not fit this version, or cannot serve `name` here.
+    The library has one thread pool per process and computes in one home at a time. A Native switches it to its own home
+    before it computes, so two of different names must not compute at the same time. Raises KernelError if the library
+    is missing, does not fit this version, or cannot serve `name` here.
     """
 
     def __init__(self, name: str = "") -> None:
@@ -91,13 +96,15 @@ class Native:
             version = lib.shoal_version()
         except (OSError, AttributeError) as error:
             raise KernelError(f"native kernels cannot be loaded: {error}") from error
-        if version != VERSION:
-            raise KernelError(f"native kernels are of version {version}, this is {VERSION}")
+        if version != ABI_VERSION:
+            raise KernelError(f"native kernels are of version {version}, this is {ABI_VERSION}")
         lib.shoal_choose.argtypes, lib.shoal_choose.restype = (c_char_p,), c_char_p
         chosen = lib.shoal_choose(name.encode())
         if chosen is None:
             raise KernelError(f"native kernels for {name!r} do not run on this machine")
         self.name: str = chosen.decode()
+        self._choose = lib.shoal_choose
+        self._serve()
         for function, signature in _SIGNATURES.items():
             getattr(lib, function).argtypes = signature
             getattr(lib, function).restype = c_int
@@ -114,6 +121,12 @@ class Native:
 
     def set_threads(self, n: int) -> None:
         self._set_threads(n)
+
+    def _serve(self) -> None:
+        """Makes the library compute in this home."""
+        global _served
+        self._choose(self.name.encode())
+        _served = self
 
     def interleave(self, kind: WeightType, stored: Bytes, into: Bytes) -> None:
         if not kind.quantised:
@@ -132,8 +145,10 @@ class Native:
         )
 
     def linears(self, x: Floats, all: Linears, norm: Floats | None, eps: float) -> list[Floats]:
+        if _served is not self:
+            self._serve()
         tokens = len(x)
-        structures, pointers = all.prepared or _prepare(all, all)
+        structures, pointers = all.prepared.get(self) or _prepare(self, all, all)
         outputs = [np.empty((tokens, w.rows), np.float32) for w in all.matrices]
         if status := self._linears(
             _at(x),
@@ -151,8 +166,10 @@ class Native:
     def feed_forward(
         self, x: Floats, layer: FeedForward, activation: Activation, norm: Floats | None, eps: float
     ) -> Floats:
+        if _served is not self:
+            self._serve()
         tokens = len(x)
-        structures, _ = layer.prepared or _prepare(layer, layer.enter, layer.leave)
+        structures, _ = layer.prepared.get(self) or _prepare(self, layer, layer.enter, layer.leave)
         y = np.empty((tokens, layer.leave.matrices[0].rows), np.float32)
         if status := self._gated(
             _at(x),
@@ -160,7 +177,7 @@ class Native:
             layer.enter.cols,
             norm if norm is None else _at(norm),
             eps,
-            _ACTIVATIONS[activation],
+            _ACTIVATION_IDS[activation],
             structures,
             _at(y),
         ):
@@ -170,11 +187,15 @@ class Native:
     def experts(
         self, x: Floats, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Floats
     ) -> None:
-        layers = [(layer.prepared or _prepare(layer, layer.enter, layer.leave))[0] for layer in all]
+        if _served is not self:
+            self._serve()
+        layers = [
+            (layer.prepared.get(self) or _prepare(self, layer, layer.enter, layer.leave))[0] for layer in all
+        ]
         if status := self._experts(
             _at(x),
             *x.shape,
-            _ACTIVATIONS[activation],
+            _ACTIVATION_IDS[activation],
             len(all),
             (c_void_p * len(all))(*map(addressof, layers)),
             (c_int64 * len(routes.starts))(*routes.starts),
@@ -191,12 +212,16 @@ class Native:
         return self._gather(w, None, w.rows)
 
     def _gather(self, w: Matrix, ids: Any, count: int) -> Floats:
+        if _served is not self:
+            self._serve()
         out = np.empty((count, w.cols), np.float32)
         if status := self._gather_rows(byref(_structure(w, None)), ids, count, _at(out)):
             raise _refusal(status, w)
         return out
 
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
+        if _served is not self:
+            self._serve()
         y = np.empty(x.shape, np.float32)
         self._rms_norm(_at(x), _at(weight), eps, *x.shape, _at(y))
         return y
@@ -213,11 +238,13 @@ class Native:
         window: int | None,
         norms: HeadNorms | None,
     ) -> Floats:
+        if _served is not self:
+            self._serve()
         out = np.empty(q.shape, np.float32)
         if status := self._attention(
-            kv.prepared or _prepare_pages(kv),
-            segments.prepared or _prepare_segments(segments),
-            rotation.prepared or _prepare_rotation(rotation),
+            kv.prepared.get(self) or _prepare_pages(self, kv),
+            segments.prepared.get(self) or _prepare_segments(self, segments),
+            rotation.prepared.get(self) or _prepare_rotation(self, rotation),
             _at(q),
             _at(k),
             _at(v),
@@ -241,10 +268,10 @@ def _at(array: Array) -> Any:
     return _Memory.from_buffer(array if array.flags.carray else array.copy())
 
 
-def _prepare_pages(kv: KvPages) -> object:
-    kv.prepared = byref(
+def _prepare_pages(home: Native, kv: KvPages) -> object:
+    prepared = kv.prepared[home] = byref(
         _KvPages(
-            kv.layout.kind.id,
+            _KV_IDS[kv.layout.kind.name],
             kv.heads,
             kv.kv_heads,
             kv.layout.head_dim,
@@ -252,23 +279,23 @@ def _prepare_pages(kv: KvPages) -> object:
             kv.data.ctypes.data,
         )
     )
-    return kv.prepared
+    return prepared
 
 
-def _prepare_segments(segments: Segments) -> object:
-    segments.prepared = byref(
+def _prepare_segments(home: Native, segments: Segments) -> object:
+    prepared = segments.prepared[home] = byref(
         _Segments(
             len(segments.table), segments.tokens, segments.table.ctypes.data, segments.pages.ctypes.data
         )
     )
-    return segments.prepared
+    return prepared
 
 
-def _prepare_rotation(rotation: Rotation) -> object:
-    rotation.prepared = byref(
+def _prepare_rotation(home: Native, rotation: Rotation) -> object:
+    prepared = rotation.prepared[home] = byref(
         _Rotation(rotation.dims, rotation.interleaved, rotation.cos.ctypes.data, rotation.sin.ctypes.data)
     )
-    return rotation.prepared
+    return prepared
 
 
 def _structure(w: Matrix, bias: Floats | None) -> _Linear:
@@ -276,12 +303,12 @@ def _structure(w: Matrix, bias: Floats | None) -> _Linear:
 
 
 def _prepare(
-    owner: Linears | FeedForward, *parts: Linears
+    home: Native, owner: Linears | FeedForward, *parts: Linears
 ) -> tuple[ctypes.Array[_Linear], type[ctypes.Array[c_void_p]]]:
-    """The structures of all matrices and the type of as many pointers, kept with their owner."""
+    """The structures of all matrices and the type of as many pointers, kept with their owner for this home."""
     pairs = [pair for part in parts for pair in zip(part.matrices, part.biases, strict=True)]
     structures = (_Linear * len(pairs))(*[_structure(w, bias) for w, bias in pairs])
-    owner.prepared = prepared = (structures, c_void_p * len(pairs))
+    owner.prepared[home] = prepared = (structures, c_void_p * len(pairs))
     return prepared
 
 

@@ -24,13 +24,13 @@ from shoal.kernels.bands import from_bands, to_bands
 from shoal.kernels.errors import OperandError
 from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
 from shoal.kernels.types import WeightType
+from shoal.partition.memory_layout import INPUT_GROUP
 
 name = "reference"
 
 TILE_BYTES = 4 << 20
 """Most bytes of float32 weights that exist at once."""
 
-INPUT_GROUP = 32
 SMALLEST_INPUT = 1e-30
 """A group of inputs to a quantised linear counts as zeros if no magnitude in it reaches this."""
 

@@ -11,8 +11,7 @@ In memory the rows of a quantised type lie in bands of sixteen, the last one fil
 from dataclasses import dataclass
 
 from shoal.kernels.errors import OperandError, UnsupportedTypeError
-
-BAND_ROWS = 16
+from shoal.partition.memory_layout import BAND_ROWS
 
 
 @dataclass(frozen=True, slots=True)

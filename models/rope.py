@@ -1,6 +1,6 @@
 """The angles of rotary position embedding, for every published scaling (they are divisors in `RopeSpec`).
 
-Knows frequencies and positions; turning is a part of attention (`kernels.attention`).
+Knows frequencies and positions; turning is a part of attention (`ComputeHome.attention`).
 """
 
 from __future__ import annotations

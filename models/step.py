@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.kernels.arrays import Floats, Ids
+from shoal.kernels.arrays import Ids
 from shoal.kernels.attention_operands import Segments
 
 WHOLE = 1 << 30  # rows: more than any step has
@@ -63,10 +63,10 @@ class Step:
             np.array(rows, np.int64),
         )
 
-    def split(self, rows: Floats) -> list[Floats]:
-        """Views of `rows` (T or fewer, n), as many at a time as are computed together."""
-        starts = range(0, max(len(rows), 1), self.part_tokens)
-        return [rows[start : start + self.part_tokens] for start in starts]
+    def split(self, rows: int) -> list[slice]:
+        """Rows [0, rows) of hidden states, as many at a time as are computed together."""
+        starts = range(0, max(rows, 1), self.part_tokens)
+        return [slice(start, start + self.part_tokens) for start in starts]
 
 
 def _part(segments: Sequence[tuple[int, int, Sequence[int]]]) -> Part:

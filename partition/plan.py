@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from .errors import PlanError
+from .memory_layout import (
+    KERNEL_BYTES,
+    PAGE_TOKENS,
+    SPAN_TOKENS,
+    SPANS_BYTES,
+    THREAD_BYTES,
+    kv_page_bytes,
+)
 from .spec import BlockId, ModelSpec
 
 Tier = Literal["gpu", "ram", "disk"]
 
-KV_TYPE_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1}
-KV_SCALE_BYTES: Mapping[str, int] = {"i8": 4}  # per token, K/V head, and K or V
-KV_VALUE_STEP = 16  # V rows are filled up to whole vectors of so many numbers
-PAGE_TOKENS = 64
-KERNEL_BYTES = 4 << 20  # of the kernels, whatever the model …
-THREAD_BYTES = 1 << 20  # … and for each of their threads
-SPAN_TOKENS = 256  # attention to a long context is computed in spans of so many …
-SPANS_BYTES = 16 << 20  # … whose results take so much at most
 VOCABULARY_BYTES = 300  # of the tokenizer, for each token
 
 
@@ -42,7 +42,7 @@ class KvPlan:
 
     pages: int
     page_tokens: int
-    dtype: str  # a key of KV_TYPE_BYTES
+    dtype: str  # a key of KV_FORMATS
     nbytes: int
 
     @property
@@ -133,13 +133,6 @@ class Wanted(NamedTuple):
     guesses: int
     threads: int
     native: bool = True  # kernels, not the reference
-
-
-def kv_page_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of a page: K and V of PAGE_TOKENS tokens in all layers."""
-    numbers = spec.head_dim + -(-spec.head_dim // KV_VALUE_STEP) * KV_VALUE_STEP
-    head = numbers * KV_TYPE_BYTES[dtype] + 2 * KV_SCALE_BYTES.get(dtype, 0)
-    return PAGE_TOKENS * len(spec.layers) * spec.kv_heads * head
 
 
 def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:

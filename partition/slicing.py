@@ -28,9 +28,8 @@ from math import isfinite, lcm
 from typing import NamedTuple
 
 from .errors import ShardError
+from .memory_layout import BAND_ROWS
 from .spec import ModelSpec
-
-LANES = 16  # rows or columns that kernels take together: FFNs and vocabularies are cut between these
 
 
 class Range(NamedTuple):
@@ -168,14 +167,17 @@ def _limits(spec: ModelSpec, grains: Grains) -> Iterable[tuple[int, str]]:
         ("the shared expert", moe.shared_ffn if moe else 0, grains.shared_ffn),
     ):
         if columns:
-            step = lcm(LANES, grain)
+            step = lcm(BAND_ROWS, grain)
             found.append(
                 (-(-columns // step), f"{name} has {columns} columns, which are cut in groups of {step}")
             )
     if moe:
         found.append((moe.experts, f"there are {moe.experts} experts, which stay whole"))
     found.append(
-        (-(-spec.vocab // LANES), f"the vocabulary has {spec.vocab} rows, which are cut in groups of {LANES}")
+        (
+            -(-spec.vocab // BAND_ROWS),
+            f"the vocabulary has {spec.vocab} rows, which are cut in groups of {BAND_ROWS}",
+        )
     )
     return sorted(found)
 
@@ -212,8 +214,8 @@ def _whole_blocks(columns: Range, grain: int) -> Range:
 
 
 def _columns(columns: int, grain: int, shares: Sequence[Fraction]) -> list[Range]:
-    """[0, columns), cut between groups of lanes and whole blocks; only the last group may be smaller."""
-    step = lcm(LANES, grain)
+    """[0, columns), cut between bands and whole blocks; only the last group may be smaller."""
+    step = lcm(BAND_ROWS, grain)
     parts = (part.times(step) for part in _cut(-(-columns // step), shares))
     return [Range(start, min(stop, columns)) for start, stop in parts]
 

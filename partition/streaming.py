@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from .errors import PlanError
-from .plan import PAGE_TOKENS, BlockPlan, KvPlan, Plan, Wanted, kv_page_bytes, scratch_bytes
+from .memory_layout import PAGE_TOKENS, kv_page_bytes
+from .plan import BlockPlan, KvPlan, Plan, Wanted, scratch_bytes
 from .spec import BlockId, ModelSpec
 
 KV_SHARE = 8  # of memory goes to the KV pool: an eighth, but one context at least

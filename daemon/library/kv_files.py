@@ -24,7 +24,8 @@ from shoal.offload.kv.disk import KvDisk
 from shoal.offload.kv.disk_file import INDEX, KvFile, slots_within
 from shoal.offload.kv.pool import KV_LAYOUT, KvPool
 from shoal.offload.pack.manifest import Quant
-from shoal.partition.plan import PAGE_TOKENS, Plan
+from shoal.partition.memory_layout import PAGE_TOKENS
+from shoal.partition.plan import Plan
 
 log = logging.getLogger(__name__)
 

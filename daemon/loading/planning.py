@@ -29,7 +29,8 @@ from shoal.offload.pack.manifest import Quant
 from shoal.offload.pack.pack import Pack
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import PAGE_TOKENS, Plan, Wanted, kv_page_bytes, plan_in_ram
+from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
+from shoal.partition.plan import Plan, Wanted, plan_in_ram
 from shoal.partition.spec import BlockId
 from shoal.partition.streaming import KV_SHARE, plan_within
 

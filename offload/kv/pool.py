@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from math import prod
 
 from shoal.kernels.arrays import Bytes
-from shoal.kernels.attention_operands import PAGE_TOKENS, KvLayout, KvPages
+from shoal.kernels.attention_operands import KvPages, kv_layout
 from shoal.kernels.huge_pages import mapped
 from shoal.partition.plan import KvPlan
 from shoal.partition.spec import ModelSpec
@@ -26,10 +26,9 @@ class KvPool:
     """K and V of every layer: page after page, in a page layer after layer. `layers`: as attention takes them."""
 
     def __init__(self, spec: ModelSpec, plan: KvPlan) -> None:
-        assert plan.page_tokens == PAGE_TOKENS, plan.page_tokens
         self.page_tokens = plan.page_tokens
         self.table = PageTable(plan.pages)
-        layout = KvLayout.of(plan.dtype, spec.head_dim)
+        layout = kv_layout(plan.dtype, spec.head_dim)
         shape = (plan.pages, len(spec.layers), spec.kv_heads, layout.head_bytes)
         self._pages: Bytes = mapped(prod(shape))[: prod(shape)].reshape(shape)
         self.layers = [KvPages(layout, spec.heads, self._pages[:, i]) for i in range(len(spec.layers))]

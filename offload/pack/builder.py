@@ -19,9 +19,9 @@ from msgspec.structs import replace
 from shoal.kernels import WeightType, dequantize, from_stored
 from shoal.kernels.arrays import Bytes
 from shoal.kernels.quantise import quantise
-from shoal.kernels.types import BAND_ROWS
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.errors import PackError
+from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.spec import BlockId
 
 from .journal import Journal, noted

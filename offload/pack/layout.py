@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import msgspec
 
 from shoal.kernels import WeightType
-from shoal.kernels.types import BAND_ROWS, Q4_0, Q8_0
+from shoal.kernels.types import Q4_0, Q8_0
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
 from shoal.offload.errors import PackPointless
+from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.slicing import Grains, divide
 from shoal.partition.spec import BlockId
 

@@ -67,8 +67,8 @@ def test_perplexity_is_the_mean_over_second_halves(ctx: int, bos: bool, tmp_path
 
 
 def test_a_broken_model_has_no_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def head(self: Executor, hidden: Floats) -> Floats:
-        return np.full((len(hidden), 300), math.inf, np.float32)
+    def head(self: Executor, hidden: Floats, rows: slice) -> Floats:
+        return np.full((len(hidden[rows]), 300), math.inf, np.float32)
 
     monkeypatch.setattr(Executor, "head", head)
     directory = tiny.save_hf(tiny.hf_model("qwen2", seed=1), tmp_path / "m")

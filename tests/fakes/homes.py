@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from shoal.kernels import KernelError
+from shoal.kernels import KernelError, Linears, Matrix
 from shoal.kernels import native_library as library
 from shoal.kernels.arrays import Array, Floats
+from shoal.kernels.homes import cpu
 
 
 def _here() -> list[str]:
@@ -21,6 +22,11 @@ def _here() -> list[str]:
 
 NATIVE = _here()
 HOMES = ["reference", *NATIVE]
+
+
+def linear(x: Floats, w: Matrix, bias: Floats | None = None) -> Floats:
+    """x @ w.T + bias by the kernels chosen last."""
+    return cpu().linears(x, Linears((w,), (bias,)))[0]
 
 
 def randn(*shape: int, seed: int = 0) -> Floats:

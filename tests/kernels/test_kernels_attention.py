@@ -13,19 +13,18 @@ from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, randn, zer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.kernels import OperandError, UnsupportedTypeError, dispatch, set_threads
+from shoal.kernels import OperandError, UnsupportedTypeError, set_threads
 from shoal.kernels.arrays import Floats, Ids
 from shoal.kernels.attention_operands import (
-    KV_TYPES,
-    PAGE_TOKENS,
     HeadNorms,
-    KvLayout,
     KvPages,
     Rotation,
     Segments,
+    kv_layout,
 )
 from shoal.kernels.attention_reference import keys_of, scales_of, values_of
-from shoal.kernels.dispatch import attention
+from shoal.kernels.homes import choose, cpu
+from shoal.partition.memory_layout import KV_FORMATS, PAGE_TOKENS
 
 # What storing rounds by, relative to the greatest number of a head's row.
 ROUNDING = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "i8": 0.5 / 127}
@@ -35,7 +34,7 @@ ROUNDING = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "i8": 0.5 / 127}
 def _best_home_afterwards() -> Iterator[None]:
     set_threads(1)  # torch's own threads, in the reference, are slow on a busy machine
     yield
-    dispatch.choose()
+    choose()
     set_threads(2)
 
 
@@ -52,7 +51,7 @@ class Shape:
 
     def pages(self, count: int) -> KvPages:
         """Every byte 0xff, which is NaN in every float type: what was never stored must not be seen."""
-        layout = KvLayout.of(self.type, self.dim)
+        layout = kv_layout(self.type, self.dim)
         data = np.full((count, self.kv_heads, layout.head_bytes), 255, np.uint8)
         return KvPages(layout, self.kv_heads * self.group, data)
 
@@ -90,7 +89,7 @@ def step(
         np.concatenate([getattr(text, name)[start:end] for text, start, end in parts])
         for name in ("q", "k", "v")
     )
-    out = attention(
+    out = cpu().attention(
         kv,
         Segments.build((end - start, start, text.pages) for text, start, end in parts),
         q,
@@ -136,7 +135,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         kv_heads=draw(st.integers(1, 3)),
         group=draw(st.sampled_from([1, 2, 3, 4, 7, 8])),
         dim=dim,
-        type=draw(st.sampled_from(sorted(KV_TYPES))),
+        type=draw(st.sampled_from(sorted(KV_FORMATS))),
         window=draw(st.sampled_from([None, None, 1, 5, 70])),
         rotated=draw(st.sampled_from([0, dim // 2, dim])),
         interleaved=draw(st.booleans()),
@@ -154,7 +153,7 @@ def test_every_home_computes_the_definition(shape: Shape, length: int, normed: b
     tolerance = 3e-5 + 4 * ROUNDING[shape.type] * (1 + 3 * shape.scale * shape.dim**0.5)
     parts = [part for part in ((0, min(chunk, length)), (min(chunk, length), length)) if part[0] < part[1]]
     for name in HOMES:
-        dispatch.choose(name)
+        choose(name)
         kv = shape.pages(4)
         got = np.concatenate(
             [step(shape, kv, [(text, *part)], norms if normed else None)[0] for part in parts]
@@ -163,14 +162,14 @@ def test_every_home_computes_the_definition(shape: Shape, length: int, normed: b
         assert_close(got, truth, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("type", sorted(KV_TYPES))
+@pytest.mark.parametrize("type", sorted(KV_FORMATS))
 @pytest.mark.parametrize("name", NATIVE)
 def test_homes_store_the_same_and_agree_closely(name: str, type: str) -> None:
     shape = Shape(type=type, dim=24)  # nothing is rotated, so that rounding falls the same way
     text = Text.random(shape, 130, [1, 0, 2], seed=3)
     results = []
     for home in ("reference", name):
-        dispatch.choose(home)
+        choose(home)
         kv = shape.pages(3)
         out = np.concatenate([step(shape, kv, [(text, a, b)])[0] for a, b in ((0, 1), (1, 100), (100, 130))])
         keys, values = keys_of(kv), values_of(kv)
@@ -218,7 +217,7 @@ def pages_for(lengths: list[int], order: list[int]) -> list[list[int]]:
 def test_bits_do_not_depend_on_company_cuts_pages_or_threads(
     name: str, shape: Shape, lengths: list[int], sizes: list[int], seed: int, threads: int
 ) -> None:
-    dispatch.choose(name)
+    choose(name)
     set_threads(1)
     order = np.random.default_rng(seed).permutation(30).tolist()
     texts = [
@@ -241,7 +240,7 @@ def test_bits_do_not_depend_on_company_cuts_pages_or_threads(
 @pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.parametrize("window", [None, 300])
 def test_long_texts_of_many_heads_in_spans(name: str, window: int | None) -> None:
-    dispatch.choose(name)
+    choose(name)
     set_threads(3)
     shape = Shape(kv_heads=1, group=100, dim=16, type="f16", window=window)  # more heads than rows in a tile
     text = Text.random(shape, 1030, list(range(17)), seed=1)
@@ -250,16 +249,16 @@ def test_long_texts_of_many_heads_in_spans(name: str, window: int | None) -> Non
     step(replace(shape, group=1), one_head, [(replace(text, q=text.q[:, : shape.dim]), 0, 1000)])
     late = np.concatenate([step(shape, kv, [(text, at, at + 1)])[0] for at in range(1000, 1030)])
     assert np.array_equal(late, step(shape, kv, [(text, 1000, 1030)])[0])
-    dispatch.choose("reference")
+    choose("reference")
     truth = step(shape, kv, [(text, 1000, 1030)])[0]
     assert_close(late, truth, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("type", sorted(KV_TYPES))
+@pytest.mark.parametrize("type", sorted(KV_FORMATS))
 @pytest.mark.parametrize("name", HOMES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_nan_shows_where_it_is_seen_and_nowhere_else(name: str, type: str, bad: float) -> None:
-    dispatch.choose(name)
+    choose(name)
     shape = Shape(kv_heads=2, group=1, dim=16, type=type)
     for tensor in ("k", "v"):
         text = Text.random(shape, 40, [0], seed=2)
@@ -275,7 +274,7 @@ def test_a_nan_shows_where_it_is_seen_and_nowhere_else(name: str, type: str, bad
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_a_later_nan_does_not_reach_earlier_rows_of_its_step(name: str) -> None:
-    dispatch.choose(name)
+    choose(name)
     shape = Shape(kv_heads=1, group=1, dim=16)
     text = Text.random(shape, 100, [0, 1], seed=2)
     text.v[50] = float("nan")
@@ -286,7 +285,7 @@ def test_a_later_nan_does_not_reach_earlier_rows_of_its_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", HOMES)
 def test_zeros_and_extremes_are_stored_as_bytes(name: str) -> None:
-    dispatch.choose(name)
+    choose(name)
     shape = Shape(kv_heads=1, group=1, dim=16, type="i8")
     text = Text.random(shape, 3, [0], seed=1)
     text.v[0], text.v[1], text.v[2] = 0.0, 1e-35, np.linspace(-1e38, 1e38, 16)
@@ -300,7 +299,7 @@ def test_zeros_and_extremes_are_stored_as_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("name", HOMES)
 def test_operands_need_not_be_contiguous_or_writable(name: str) -> None:
-    dispatch.choose(name)
+    choose(name)
     shape = Shape(rotated=16)
     text = Text.random(shape, 70, [1, 0], seed=1)
     table = rotation(shape, np.arange(70))
@@ -309,7 +308,7 @@ def test_operands_need_not_be_contiguous_or_writable(name: str) -> None:
 
     def attend(q: Floats, k: Floats, v: Floats, norms: HeadNorms, angles: Rotation) -> Floats:
         segments = Segments.build([(70, 0, text.pages)])
-        return attention(
+        return cpu().attention(
             shape.pages(2), segments, q, k, v, rotation=angles, scale=0.2, window=None, norms=norms
         )
 
@@ -324,7 +323,7 @@ def test_what_does_not_fit_is_refused() -> None:
     shape = Shape()
     kv, text = shape.pages(2), Text.random(shape, 3, [0], seed=1)
     with pytest.raises(UnsupportedTypeError, match="q4"):
-        KvLayout.of("q4", 64)
+        kv_layout("q4", 64)
     with pytest.raises(OperandError, match="multiple"):
         KvPages(kv.layout, 3, kv.data)
     with pytest.raises(OperandError, match="read-only"):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, ones, randn, zeros
+from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, linear, ones, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_weights import random_matrix
@@ -17,23 +17,23 @@ from shoal.kernels import (
     OperandError,
     Routes,
     WeightType,
-    dispatch,
     reference,
 )
 from shoal.kernels.arrays import Floats
+from shoal.kernels.homes import choose, cpu
 from shoal.kernels.types import F16, F32, Q4_0, Q4_K, Q6_K, Q8_0
 
 
 @pytest.fixture(autouse=True)
 def _best_home_afterwards() -> Iterator[None]:
     yield
-    dispatch.choose()
+    choose()
     kernels.set_threads(2)
 
 
 @pytest.fixture(params=HOMES)
 def home(request: pytest.FixtureRequest) -> str:
-    dispatch.choose(request.param)
+    choose(request.param)
     return request.param
 
 
@@ -67,11 +67,11 @@ def test_linears_of_one_input_are_those_one_by_one(home: str) -> None:
     norm = randn(768)
     for tokens in (1, 3, 12, 40, 100):
         x = randn(tokens, 768)
-        normal = kernels.rms_norm(x, norm, 1e-5)
-        alone = [kernels.linear(normal, w, bias) for w, bias in zip(matrices, biases, strict=True)]
-        together = kernels.linears(x, Linears(matrices, biases), norm, 1e-5)
+        normal = cpu().rms_norm(x, norm, 1e-5)
+        alone = [linear(normal, w, bias) for w, bias in zip(matrices, biases, strict=True)]
+        together = cpu().linears(x, Linears(matrices, biases), norm, 1e-5)
         assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
-        without = kernels.linears(normal, Linears(matrices, biases))
+        without = cpu().linears(normal, Linears(matrices, biases))
         assert all(np.array_equal(a, b) for a, b in zip(alone, without, strict=True))
 
 
@@ -85,8 +85,8 @@ def test_feed_forward_is_that_of_the_reference(activation: Activation, biases: b
                 x = randn(tokens, 256)
                 truth = reference.feed_forward(x, made, activation, norm, 1e-5)
                 for name in NATIVE:
-                    dispatch.choose(name)
-                    assert_near(kernels.feed_forward(x, made, activation, norm, 1e-5), truth)
+                    choose(name)
+                    assert_near(cpu().feed_forward(x, made, activation, norm, 1e-5), truth)
 
 
 def definition(activation: Activation, gates: Floats) -> Floats:
@@ -107,9 +107,9 @@ def test_activations_at_extremes(home: str, activation: Activation) -> None:
     single = kernels.Matrix.of(ones(n, 1))
     identity = kernels.Matrix.of(np.eye(n, dtype=np.float32))
     made = FeedForward(Linears((column, single)), Linears((identity,)))
-    got = kernels.feed_forward(ones(1, 1), made, activation)
+    got = cpu().feed_forward(ones(1, 1), made, activation)
     assert_close(got, definition(activation, gates)[None], rtol=3e-6, atol=1e-7)
-    assert np.isnan(kernels.feed_forward(np.full((1, 1), np.nan, np.float32), made, activation)).all()
+    assert np.isnan(cpu().feed_forward(np.full((1, 1), np.nan, np.float32), made, activation)).all()
 
 
 @pytest.mark.parametrize("kinds", [(Q4_K, Q4_K, Q6_K), (Q4_0, Q6_K, Q8_0), (Q4_K, Q8_0, Q4_K)])
@@ -117,13 +117,13 @@ def test_activations_at_extremes(home: str, activation: Activation) -> None:
 def test_no_bit_of_a_layer_depends_on_batch_or_threads(
     name: str, kinds: tuple[WeightType, WeightType, WeightType]
 ) -> None:
-    dispatch.choose(name)
+    choose(name)
     made, norm, x = layer(kinds), randn(256), randn(120, 256)
-    alone = np.concatenate([kernels.feed_forward(x[t : t + 1], made, "silu", norm, 1e-5) for t in range(120)])
+    alone = np.concatenate([cpu().feed_forward(x[t : t + 1], made, "silu", norm, 1e-5) for t in range(120)])
     for threads in (1, 2, 3):
         kernels.set_threads(threads)
         for tokens in (1, 2, 4, 5, 9, 16, 17, 97, 120):
-            got = kernels.feed_forward(x[:tokens], made, "silu", norm, 1e-5)
+            got = cpu().feed_forward(x[:tokens], made, "silu", norm, 1e-5)
             assert np.array_equal(got, alone[:tokens])
 
 
@@ -151,22 +151,22 @@ def test_experts_together_are_those_one_by_one(data: st.DataObject, tokens: int,
     truth, cut = zeros(tokens, 64), zeros(tokens, 64)
     reference.experts(x, layers, routes, "silu", truth)
     for name in NATIVE:
-        dispatch.choose(name)
+        choose(name)
         kernels.set_threads(threads)
         got = zeros(tokens, 64)
-        kernels.experts(x, layers, routes, "silu", got)
+        cpu().experts(x, layers, routes, "silu", got)
         assert_near(got, truth)
         cut[:] = 0
         for i, layer_ in enumerate(layers):  # in calls of one each
             mine = slice(routes.starts[i], routes.starts[i + 1])
             some = Routes((0, mine.stop - mine.start), routes.tokens[mine], routes.factors[mine])
-            kernels.experts(x, [layer_], some, "silu", cut)
+            cpu().experts(x, [layer_], some, "silu", cut)
         assert np.array_equal(cut, got)
-        single = [kernels.feed_forward(x, layer, "silu") for layer in layers]
+        single = [cpu().feed_forward(x, layer, "silu") for layer in layers]
         for t in range(min(tokens, 3)):
             own, route = routes_of([choices[t]], factors[t : t + 1])
             alone = zeros(1, 64)
-            kernels.experts(x[t : t + 1], [experts[i] for i in own], route, "silu", alone)
+            cpu().experts(x[t : t + 1], [experts[i] for i in own], route, "silu", alone)
             assert np.array_equal(got[t], alone[0])
             total = zeros(64)
             for expert in own:
@@ -178,31 +178,31 @@ def test_operands_need_not_be_contiguous_or_writable(home: str) -> None:
     made, norm = layer((Q8_0, Q8_0, Q8_0), 64, 96), randn(64, seed=3)
     plain = randn(5, 64)
     routes = Routes((0, 3), np.array([0, 2, 4]), randn(3))
-    truth = kernels.feed_forward(plain, made, "silu", norm, 1e-5)
+    truth = cpu().feed_forward(plain, made, "silu", norm, 1e-5)
     added = zeros(5, 64)
-    kernels.experts(plain, [made], routes, "silu", added)
+    cpu().experts(plain, [made], routes, "silu", added)
     tokens, factors = (frozen(numbers.repeat(2)[::2]) for numbers in (routes.tokens, routes.factors))
     tolerance = 1e-6 if home == "reference" else 0
     for x in layouts(plain):
-        assert_near(kernels.feed_forward(x, made, "silu", frozen(norm), 1e-5), truth, tolerance)
-        assert_near(kernels.feed_forward(x, made, "silu", norm.repeat(2)[::2], 1e-5), truth, tolerance)
+        assert_near(cpu().feed_forward(x, made, "silu", frozen(norm), 1e-5), truth, tolerance)
+        assert_near(cpu().feed_forward(x, made, "silu", norm.repeat(2)[::2], 1e-5), truth, tolerance)
         into = zeros(5, 64)
-        kernels.experts(x, [made], Routes((0, 3), tokens, factors), "silu", into)
+        cpu().experts(x, [made], Routes((0, 3), tokens, factors), "silu", into)
         assert_near(into, added, tolerance)
 
 
 def test_no_tokens(home: str) -> None:
     made, none = layer((Q8_0, Q8_0, Q8_0), 64, 96), zeros(0, 64)
-    assert kernels.feed_forward(none, made, "silu", ones(64), 1e-5).shape == (0, 64)
-    assert [y.shape for y in kernels.linears(none, made.enter, ones(64), 1e-5)] == [(0, 96), (0, 96)]
+    assert cpu().feed_forward(none, made, "silu", ones(64), 1e-5).shape == (0, 64)
+    assert [y.shape for y in cpu().linears(none, made.enter, ones(64), 1e-5)] == [(0, 96), (0, 96)]
     into = zeros(0, 64)
-    kernels.experts(none, [made], Routes((0, 0), np.empty(0, np.int64), zeros(0)), "silu", into)
+    cpu().experts(none, [made], Routes((0, 0), np.empty(0, np.int64), zeros(0)), "silu", into)
 
 
 def test_a_token_without_experts_gets_nothing(home: str) -> None:
     made = layer((Q8_0, Q8_0, Q8_0), 64, 64)
     got = zeros(3, 64)
-    kernels.experts(randn(3, 64), [made], Routes((0, 1), np.array([1]), ones(1)), "silu", got)
+    cpu().experts(randn(3, 64), [made], Routes((0, 1), np.array([1]), ones(1)), "silu", got)
     assert not got[[0, 2]].any()
     assert got[1].all()
 
@@ -218,9 +218,9 @@ def test_what_does_not_fit_is_refused(home: str) -> None:
         Linears((random_matrix(F32, 2, 3),), (zeros(3),))
     for norm in (zeros(63), np.zeros(64), zeros(1, 64)):
         with pytest.raises(OperandError, match="norm"):
-            kernels.linears(x, made.enter, norm, 1e-5)
+            cpu().linears(x, made.enter, norm, 1e-5)
         with pytest.raises(OperandError, match="norm"):
-            kernels.feed_forward(x, made, "silu", norm, 1e-5)
+            cpu().feed_forward(x, made, "silu", norm, 1e-5)
     good = Routes((0, 2), np.array([0, 1]), ones(2))
     for routes in (
         Routes((0, 1), good.tokens, good.factors),
@@ -231,11 +231,11 @@ def test_what_does_not_fit_is_refused(home: str) -> None:
         Routes((0, 2), good.tokens, ones(3)),
     ):
         with pytest.raises(OperandError):
-            kernels.experts(x, [made], routes, "silu", into)
+            cpu().experts(x, [made], routes, "silu", into)
     with pytest.raises(OperandError, match="shapes"):
-        kernels.experts(x, [made, other], Routes((0, 1, 2), good.tokens, good.factors), "silu", into)
+        cpu().experts(x, [made, other], Routes((0, 1, 2), good.tokens, good.factors), "silu", into)
     with pytest.raises((OperandError, IndexError)):
-        kernels.experts(x, [made], Routes((0, 1), np.array([2]), ones(1)), "silu", into)
+        cpu().experts(x, [made], Routes((0, 1), np.array([2]), ones(1)), "silu", into)
     for wrong in (zeros(2, 63), zeros(3, 64), zeros(64, 2).T, np.zeros((2, 64)), frozen(into)):
         with pytest.raises(OperandError, match="add to"):
-            kernels.experts(x, [made], good, "silu", wrong)
+            cpu().experts(x, [made], good, "silu", wrong)

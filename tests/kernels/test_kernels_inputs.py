@@ -4,22 +4,23 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from fakes.homes import HOMES, assert_close, ones, randn, zeros
+from fakes.homes import HOMES, assert_close, linear, ones, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_weights import random_matrix
 
 from shoal import kernels
-from shoal.kernels import WEIGHT_TYPES, WeightType, dispatch, reference
+from shoal.kernels import WEIGHT_TYPES, WeightType, reference
 from shoal.kernels.arrays import Floats
+from shoal.kernels.homes import choose
 from shoal.kernels.types import Q4_K, Q8_0
 
 
 @pytest.fixture(params=HOMES)
 def home(request: pytest.FixtureRequest) -> Iterator[str]:
-    dispatch.choose(request.param)
+    choose(request.param)
     yield request.param
-    dispatch.choose()
+    choose()
 
 
 MOST = 32639
@@ -48,7 +49,7 @@ def test_distance_from_exact_is_that_of_the_rounding(home: str, kind: WeightType
     steps = np.abs(by_group(x)).max(-1, keepdims=True) / MOST
     half_steps = (steps / 2).repeat(32, -1).reshape(5, 1024).astype(float)
     exact = x.astype(float) @ full.T
-    lost = kernels.linear(x, w).astype(float) - exact
+    lost = linear(x, w).astype(float) - exact
     assert (np.abs(lost) <= 1.02 * half_steps @ np.abs(full).T).all()
     # Roundings are independent and uniform: the variance of each is step² / 12.
     expected = np.sqrt(np.square(half_steps * 2) / 12 @ np.square(full).T)
@@ -63,14 +64,14 @@ def test_whole_inputs_are_exact(home: str, kind: WeightType) -> None:
     x[:, ::32] = MOST
     full = reference.dequantize(w).astype(float)
     truth, magnitude = x @ full.T, np.abs(x) @ np.abs(full).T
-    assert (np.abs(kernels.linear(x, w) - truth) <= 2e-6 * magnitude).all()
+    assert (np.abs(linear(x, w) - truth) <= 2e-6 * magnitude).all()
 
 
 def test_halves_round_to_even(home: str) -> None:
     w = random_matrix(Q8_0, 64, 32)
     x = np.array([[MOST, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 125.5] * 4], np.float32)
     rounded = np.array([[MOST, 0, 2, 2, 0, -2, -2, 126] * 4], np.float32)
-    assert_close(kernels.linear(x, w), kernels.linear(rounded, w), rtol=0, atol=0)
+    assert_close(linear(x, w), linear(rounded, w), rtol=0, atol=0)
 
 
 @each_type
@@ -84,22 +85,22 @@ def test_extreme_weights_do_not_overflow(home: str, kind: WeightType) -> None:
         w = kernels.from_stored(kind, 3, 512, stored)
         x = ones(9, 512)
         truth = np.broadcast_to(reference.dequantize(w).astype(float).sum(1), (9, 3))
-        assert_close(kernels.linear(x, w).astype(float), truth, rtol=1e-6, atol=1e-6)
+        assert_close(linear(x, w).astype(float), truth, rtol=1e-6, atol=1e-6)
 
 
 @each_type
 def test_zeros_and_magnitudes_of_any_size(home: str, kind: WeightType) -> None:
     w = random_matrix(kind, 7, 512)
-    assert np.array_equal(kernels.linear(zeros(3, 512), w), zeros(3, 7))
+    assert np.array_equal(linear(zeros(3, 512), w), zeros(3, 7))
     x = randn(2, 512)
-    once = kernels.linear(x, w)
+    once = linear(x, w)
     for exponent in (-90, -30, 30, 100):  # powers of two round nothing
         power = np.float32(2.0**exponent)
-        assert_close(kernels.linear(x * power, w), once * power, rtol=1e-5, atol=1e-30)
-    assert np.array_equal(kernels.linear(x * np.float32(1e-38), w), zeros(2, 7))
+        assert_close(linear(x * power, w), once * power, rtol=1e-5, atol=1e-30)
+    assert np.array_equal(linear(x * np.float32(1e-38), w), zeros(2, 7))
     mixed = x.copy()
     mixed[:, :32] = 0  # a group of zeros beside others
-    assert np.isfinite(kernels.linear(mixed, w)).all()
+    assert np.isfinite(linear(mixed, w)).all()
 
 
 @each_type
@@ -107,13 +108,13 @@ def test_zeros_and_magnitudes_of_any_size(home: str, kind: WeightType) -> None:
 def test_what_is_not_finite_shows_in_its_row_only(home: str, kind: WeightType, bad: float) -> None:
     w = random_matrix(kind, 9, 512)
     x = randn(7, 512)
-    clean = kernels.linear(x, w)
+    clean = linear(x, w)
     x[2, 500], x[4, 0] = bad, bad
-    got = kernels.linear(x, w)
+    got = linear(x, w)
     assert np.isnan(got[[2, 4]]).all()
     kept = [0, 1, 3, 5, 6]
     assert_close(got[kept], clean[kept], rtol=1e-5 if home == "reference" else 0, atol=1e-5)
-    assert np.isnan(kernels.linear(x[2:3], w)).all()
+    assert np.isnan(linear(x[2:3], w)).all()
 
 
 def test_homes_agree_bit_for_bit_where_they_fuse() -> None:
@@ -122,7 +123,7 @@ def test_homes_agree_bit_for_bit_where_they_fuse() -> None:
     w, x = random_matrix(Q4_K, 21, 768), randn(9, 768)
     results = []
     for name in fused:
-        dispatch.choose(name)
-        results.append(kernels.linear(x, w))
-    dispatch.choose()
+        choose(name)
+        results.append(linear(x, w))
+    choose()
     assert all(np.array_equal(result, results[0]) for result in results)

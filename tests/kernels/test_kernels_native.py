@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, ones, randn, zeros
+from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, linear, ones, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_weights import random_matrix, random_rows
@@ -24,11 +24,11 @@ from shoal.kernels import (
     Matrix,
     OperandError,
     WeightType,
-    dispatch,
     reference,
 )
 from shoal.kernels import native_library as library
 from shoal.kernels.arrays import Floats
+from shoal.kernels.homes import choose, cpu
 from shoal.kernels.types import BF16, F16, F32, IQ4_NL, Q4_0, Q4_1, Q4_K, Q6_K, Q8_0
 
 each_type = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
@@ -36,9 +36,9 @@ each_type = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.
 
 @pytest.fixture(params=NATIVE)
 def home(request: pytest.FixtureRequest) -> Iterator[str]:
-    dispatch.choose(request.param)
+    choose(request.param)
     yield request.param
-    dispatch.choose()
+    choose()
     kernels.set_threads(2)
 
 
@@ -65,7 +65,7 @@ def assert_linear_close(x: Floats, w: Matrix, bias: Floats | None) -> None:
     magnitude = np.abs(x_seen) @ np.abs(full).T + (0 if bias is None else np.abs(bias))
     plain = reference.linears(x, Linears((w,), (bias,)), None, 0.0)[0]
     tolerance = 2**-24 * (8 + w.cols**0.5)  # 8e-7 for a block of 32, 4e-6 for the longest rows here
-    for got in (kernels.linear(x, w, bias), plain):
+    for got in (linear(x, w, bias), plain):
         assert got.dtype == np.float32
         assert got.shape == truth.shape
         assert (np.abs(got - truth) <= tolerance * magnitude + 1e-30).all()
@@ -86,7 +86,7 @@ def test_linear_is_that_of_the_reference(
     cols = blocks * kind.block_weights * (7 if kind.block_weights == 1 else 1)
     w = random_matrix(kind, rows, cols, seed=blocks, offset_bytes=offset_bytes)
     for name in NATIVE:
-        dispatch.choose(name)
+        choose(name)
         assert_linear_close(randn(tokens, cols), w, randn(rows) if with_bias else None)
 
 
@@ -102,16 +102,16 @@ def test_no_bit_depends_on_batch_threads_or_rows(home: str, kind: WeightType) ->
     stored = random_rows(kind, 131, 768, seed=3)
     w = kernels.from_stored(kind, 131, 768, stored)
     x, bias = randn(200, 768), randn(131)
-    alone = np.concatenate([kernels.linear(x[t : t + 1], w, bias) for t in range(64)])
+    alone = np.concatenate([linear(x[t : t + 1], w, bias) for t in range(64)])
     for threads in (1, 2, 3):
         kernels.set_threads(threads)
         for tokens in (1, 2, 3, 5, 8, 12, 16, 17, 64, 200):
-            assert np.array_equal(kernels.linear(x[:tokens], w, bias)[:64], alone[:tokens]), (threads, tokens)
-        assert np.array_equal(kernels.linear(x[7:40], w, bias), alone[7:40])
+            assert np.array_equal(linear(x[:tokens], w, bias)[:64], alone[:tokens]), (threads, tokens)
+        assert np.array_equal(linear(x[7:40], w, bias), alone[7:40])
         for start, stop in ((0, 1), (1, 131), (66, 70)):
             part = kernels.from_stored(kind, stop - start, 768, stored[start:stop].copy())
-            assert np.array_equal(kernels.linear(x[:1], part, bias[start:stop]), alone[:1, start:stop])
-            assert np.array_equal(kernels.linear(x[:9], part, bias[start:stop]), alone[:9, start:stop])
+            assert np.array_equal(linear(x[:1], part, bias[start:stop]), alone[:1, start:stop])
+            assert np.array_equal(linear(x[:9], part, bias[start:stop]), alone[:9, start:stop])
 
 
 @pytest.mark.parametrize("kind", [F32, F16, BF16], ids=lambda kind: kind.name)
@@ -121,16 +121,16 @@ def test_float_rows_of_any_length(home: str, kind: WeightType, cols: int) -> Non
     x = randn(11, cols)
     assert np.array_equal(kernels.dequantize(w), reference.dequantize(w))
     assert_linear_close(x, w, None)
-    alone = np.concatenate([kernels.linear(x[t : t + 1], w) for t in range(11)])
-    assert np.array_equal(kernels.linear(x, w), alone)
+    alone = np.concatenate([linear(x[t : t + 1], w) for t in range(11)])
+    assert np.array_equal(linear(x, w), alone)
 
 
 def test_infinite_and_nan_inputs_stay_in_their_row(home: str) -> None:
     w = random_matrix(F32, 8, 70)
     x = randn(7, 70)
-    clean = kernels.linear(x, w)
+    clean = linear(x, w)
     x[2, 69], x[4, 0] = float("nan"), float("inf")
-    got = kernels.linear(x, w)
+    got = linear(x, w)
     assert np.isnan(got[2]).all()
     assert not np.isfinite(got[4]).any()
     kept = [0, 1, 3, 5, 6]
@@ -149,29 +149,29 @@ def test_special_halves(home: str) -> None:
 @pytest.mark.parametrize("cols", [1, 15, 64, 576, 1000])
 def test_norm(home: str, cols: int) -> None:
     x, weight = randn(70, cols) * 3, randn(cols, seed=1)
-    got = kernels.rms_norm(x, weight, 1e-5)
+    got = cpu().rms_norm(x, weight, 1e-5)
     truth = x / np.sqrt(np.square(x.astype(float)).mean(-1, keepdims=True) + 1e-5) * weight
     assert_close(got, truth.astype(np.float32), rtol=2e-6, atol=1e-6)
     for threads in (1, 2):
         kernels.set_threads(threads)
         assert np.array_equal(
-            np.concatenate([kernels.rms_norm(x[t : t + 1], weight, 1e-5) for t in range(70)]), got
+            np.concatenate([cpu().rms_norm(x[t : t + 1], weight, 1e-5) for t in range(70)]), got
         )
 
 
 def test_operands_need_not_be_contiguous_or_writable(home: str) -> None:
     w = random_matrix(Q4_1, 10, 64)
     plain, bias, weight = randn(3, 64), randn(10), randn(64)
-    product, normal = kernels.linear(plain, w, bias), kernels.rms_norm(plain, weight, 1e-5)
+    product, normal = linear(plain, w, bias), cpu().rms_norm(plain, weight, 1e-5)
     for x in layouts(plain):
-        assert np.array_equal(kernels.linear(x, w, bias), product)
-        assert np.array_equal(kernels.rms_norm(x, weight, 1e-5), normal)
+        assert np.array_equal(linear(x, w, bias), product)
+        assert np.array_equal(cpu().rms_norm(x, weight, 1e-5), normal)
     for same in (frozen(bias), bias.repeat(2)[::2], bias[::-1].copy()[::-1]):
-        assert np.array_equal(kernels.linear(plain, w, same), product)
+        assert np.array_equal(linear(plain, w, same), product)
     for same in (frozen(weight), weight.repeat(2)[::2]):
-        assert np.array_equal(kernels.rms_norm(plain, same, 1e-5), normal)
-        (got,) = kernels.linears(plain, Linears((w,), (bias,)), same, 1e-5)
-        assert np.array_equal(got, kernels.linear(normal, w, bias))
+        assert np.array_equal(cpu().rms_norm(plain, same, 1e-5), normal)
+        (got,) = cpu().linears(plain, Linears((w,), (bias,)), same, 1e-5)
+        assert np.array_equal(got, linear(normal, w, bias))
     for ids in (np.arange(10)[::3], frozen(np.arange(0, 10, 3))):
         assert np.array_equal(kernels.gather_rows(w, ids), kernels.dequantize(w)[::3])
 
@@ -180,42 +180,42 @@ def test_operands_need_not_be_contiguous_or_writable(home: str) -> None:
 def test_a_matrix_of_read_only_bytes(home: str, kind: WeightType) -> None:
     stored, x = random_rows(kind, 20, 256), randn(2, 256)
     w = kernels.from_stored(kind, 20, 256, stored)
-    product = kernels.linear(x, w)
+    product = linear(x, w)
     for source in (stored.tobytes(), memoryview(stored.tobytes()), np.frombuffer(stored.tobytes(), np.uint8)):
         same = kernels.from_stored(kind, 20, 256, source)
         assert np.array_equal(same.data, w.data)
-        assert np.array_equal(kernels.linear(x, same), product)
+        assert np.array_equal(linear(x, same), product)
         assert np.array_equal(kernels.gather_rows(same, np.array([19])), kernels.dequantize(w)[19:])
     fixed = Matrix(kind, frozen(w.data), 20, 256)
-    assert np.array_equal(kernels.linear(x, fixed), product)
+    assert np.array_equal(linear(x, fixed), product)
 
 
 @pytest.mark.parametrize("name", HOMES)
 def test_doubles_are_refused_in_one_line(name: str) -> None:
-    dispatch.choose(name)
+    choose(name)
     w, doubles = random_matrix(Q4_0, 4, 64), np.zeros((2, 64))
     for call in (
-        lambda: kernels.linear(doubles, w),
-        lambda: kernels.linear(zeros(2, 64), w, np.zeros(4)),
-        lambda: kernels.linears(zeros(2, 64), Linears((w,)), np.zeros(64), 1e-5),
-        lambda: kernels.rms_norm(doubles, ones(64), 1e-5),
-        lambda: kernels.rms_norm(zeros(2, 64), np.ones(64), 1e-5),
+        lambda: linear(doubles, w),
+        lambda: linear(zeros(2, 64), w, np.zeros(4)),
+        lambda: cpu().linears(zeros(2, 64), Linears((w,)), np.zeros(64), 1e-5),
+        lambda: cpu().rms_norm(doubles, ones(64), 1e-5),
+        lambda: cpu().rms_norm(zeros(2, 64), np.ones(64), 1e-5),
         lambda: Matrix.of(doubles),
     ):
         with pytest.raises(OperandError, match=r"^[^\n]*float32[^\n]*float64[^\n]*$"):
             call()
-    dispatch.choose()
+    choose()
 
 
 def test_calls_from_many_threads_take_turns(home: str) -> None:
     kernels.set_threads(2)
     w = random_matrix(Q4_0, 512, 256)
     inputs = [randn(1 + 7 * (i % 2), 256, seed=i) for i in range(6)]
-    truth = [kernels.linear(x, w) for x in inputs]
+    truth = [linear(x, w) for x in inputs]
     wrong: list[int] = []
 
     def call(i: int) -> None:
-        if not all(np.array_equal(kernels.linear(inputs[i], w), truth[i]) for _ in range(50)):
+        if not all(np.array_equal(linear(inputs[i], w), truth[i]) for _ in range(50)):
             wrong.append(i)
 
     callers = [threading.Thread(target=call, args=(i,)) for i in range(6)]
@@ -228,15 +228,15 @@ def test_calls_from_many_threads_take_turns(home: str) -> None:
 
 @pytest.mark.parametrize("name", HOMES)
 def test_what_does_not_fit_is_refused(name: str) -> None:
-    dispatch.choose(name)
+    choose(name)
     w = random_matrix(Q4_0, 4, 64)
     good = zeros(2, 64)
     for x in (good[:, :32], good[0], good.astype(float), good.astype(np.float16), zeros(1, 2, 64)):
         with pytest.raises(OperandError):
-            kernels.linear(x, w)
+            linear(x, w)
     for bias in (zeros(3), zeros(4, 1), np.zeros(4)):
         with pytest.raises(OperandError):
-            kernels.linear(good, w, bias)
+            linear(good, w, bias)
     for ids in (
         np.array([4]),
         np.array([-1]),
@@ -247,23 +247,23 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
             kernels.gather_rows(w, ids)
     for norm_weight in (zeros(63), np.zeros(64)):
         with pytest.raises(OperandError):
-            kernels.rms_norm(good, norm_weight, 1e-5)
+            cpu().rms_norm(good, norm_weight, 1e-5)
     with pytest.raises(OperandError):
         kernels.set_threads(0)
-    dispatch.choose()
+    choose()
 
 
 @pytest.mark.parametrize("name", HOMES)
 def test_empty_operands(name: str) -> None:
-    dispatch.choose(name)
+    choose(name)
     w = random_matrix(Q6_K, 4, 256)
-    assert kernels.linear(zeros(0, 256), w).shape == (0, 4)
+    assert linear(zeros(0, 256), w).shape == (0, 4)
     none = kernels.from_stored(Q6_K, 0, 256, b"")
-    assert kernels.linear(zeros(2, 256), none).shape == (2, 0)
+    assert linear(zeros(2, 256), none).shape == (2, 0)
     assert kernels.gather_rows(w, np.empty(0, np.int64)).shape == (0, 256)
     assert kernels.dequantize(none).shape == (0, 256)
-    assert kernels.rms_norm(zeros(0, 4), ones(4), 1e-5).shape == (0, 4)
-    dispatch.choose()
+    assert cpu().rms_norm(zeros(0, 4), ones(4), 1e-5).shape == (0, 4)
+    choose()
 
 
 def test_more_jobs_than_one_run_holds() -> None:
@@ -277,11 +277,11 @@ def test_a_forked_child_computes_too() -> None:
     kernels.set_threads(2)
     w = random_matrix(IQ4_NL, 512, 256)
     x = randn(3, 256)
-    truth = kernels.linear(x, w)
+    truth = linear(x, w)
     child = os.fork()
     if child == 0:
         signal.alarm(30)  # a child that hangs is a failure
-        os._exit(0 if np.array_equal(kernels.linear(x, w), truth) else 1)
+        os._exit(0 if np.array_equal(linear(x, w), truth) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -308,21 +308,22 @@ def test_without_the_library_the_reference_serves_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "libshoal.so")
-    monkeypatch.setattr(dispatch, "_home", None)
+    monkeypatch.setattr("shoal.kernels.homes._cpu", None)
+    monkeypatch.delenv("SHOAL_KERNELS", raising=False)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         w = random_matrix(Q4_K, 3, 256)
-        assert kernels.linear(zeros(1, 256), w).shape == (1, 3)
-        kernels.linear(zeros(1, 256), w)
+        assert linear(zeros(1, 256), w).shape == (1, 3)
+        linear(zeros(1, 256), w)
         kernels.set_threads(2)
     assert len(warned) == 1
     assert "install a C++ compiler" in str(warned[0].message)
     assert kernels.home() == "reference"
     with pytest.raises(KernelError, match="cannot be loaded"):
-        dispatch.choose("scalar")
+        choose("scalar")
 
 
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "VERSION", -1)
+    monkeypatch.setattr(library, "ABI_VERSION", -1)
     with pytest.raises(KernelError, match="version"):
         library.Native()

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from shoal.partition.errors import PlanError
-from shoal.partition.plan import PAGE_TOKENS, Plan, Wanted, kv_page_bytes, plan_in_ram, scratch_bytes
+from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
+from shoal.partition.plan import Plan, Wanted, plan_in_ram, scratch_bytes
 from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
 
 SPEC = ModelSpec(

@@ -18,7 +18,7 @@ from fakes import tiny
 from fakes.packing import tiny_checkpoint
 from fakes.running import relative_error
 
-from shoal.kernels import WEIGHT_TYPES, gather_rows
+from shoal.kernels import WEIGHT_TYPES, gather_rows, home_of
 from shoal.kernels.arrays import Bytes, Floats, Ids
 from shoal.kernels.bands import from_bands
 from shoal.kernels.matrix import Matrix
@@ -30,7 +30,8 @@ from shoal.models.weights import Weights
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.pack.layout import grains_of, part_of
 from shoal.partition.errors import ShardError
-from shoal.partition.plan import PAGE_TOKENS, KvPlan
+from shoal.partition.memory_layout import PAGE_TOKENS
+from shoal.partition.plan import KvPlan
 from shoal.partition.slicing import divide
 from shoal.partition.spec import BlockId
 
@@ -46,6 +47,7 @@ class Member:
     """One rank, or one that has the whole model: what it computes of each block."""
 
     def __init__(self, checkpoint: AnyCheckpoint) -> None:
+        self.home = home_of("cpu")
         self.spec = checkpoint.spec
         self.checkpoint = checkpoint
         self.model = Transformer(self.spec, 128)
@@ -62,28 +64,29 @@ class Member:
         mine = (ids >= first) & (ids < first + self.spec.vocab)
         rows = np.zeros((len(ids), self.spec.hidden), np.float32)
         rows[mine] = gather_rows(self.read("embed", -1).matrix["embed"], ids[mine] - first)
-        return self.model.embed(rows)
+        return self.model.embed(self.home, rows)
 
     def attend(self, layer: int, hidden: Floats) -> Floats:
         (part,) = self.step.parts
         rotations, pages = self.model.rotations(part), self.kv.layers[layer]
-        return self.model.attend(layer, self.read("attn", layer), hidden, part.segments, rotations, pages)
+        weights = self.read("attn", layer)
+        return self.model.attend(self.home, layer, weights, hidden, part.segments, rotations, pages)
 
     def feed_forward(self, layer: int, hidden: Floats) -> Floats:
         if not self.spec.layers[layer].moe:
-            return self.model.feed_forward(self.read("ffn", layer), hidden)
+            return self.model.feed_forward(self.home, self.read("ffn", layer), hidden)
         assert self.spec.moe is not None
-        x, routing, shared = self.model.route(self.read("router", layer), hidden)
+        x, routing, shared = self.model.route(self.home, self.read("router", layer), hidden)
         partial = np.zeros_like(x) if shared is None else shared
         experts = {expert: self.read("expert", layer, expert) for expert in self.spec.moe.own}
-        self.model.mix(experts, x, routing, partial)
+        self.model.mix(self.home, experts, x, routing, partial)
         return partial
 
     def head(self, hidden: Floats) -> Floats:
         weights = self.read("head", -1)
         if self.spec.tied:
             weights = Weights({"head": self.read("embed", -1).matrix["embed"]}, weights.vector)
-        return self.model.head(weights, hidden)
+        return self.model.head(self.home, weights, hidden)
 
 
 def group(checkpoint: Checkpoint, ranks: int, shares: Sequence[float] = ()) -> list[Member]:
@@ -110,7 +113,7 @@ def assert_computes_the_model(
             entered = hidden
             total = agreed(lambda member, c=compute, at=layer, x=entered: c(member, at, x))  # type: ignore[misc]
             last = "router" if kind == "ffn" and spec.layers[layer].moe else kind
-            hidden = hidden + whole.model.leave(whole.read(last, layer), total)
+            hidden = hidden + whole.model.leave(whole.home, whole.read(last, layer), total)
     logits = np.concatenate([member.head(hidden) for member in members], 1)
     assert np.array_equal(logits, whole.head(hidden))
 

@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.kernels import home_of
 from shoal.kernels.arrays import Floats
-from shoal.kernels.dispatch import attention
 from shoal.models.rope import Rope
 from shoal.models.step import Step
 from shoal.offload.kv.pages import PageTable
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.kv.prefix_cache import Copy
-from shoal.partition.plan import KV_TYPE_BYTES, PAGE_TOKENS, KvPlan, kv_page_bytes
+from shoal.partition.memory_layout import KV_FORMATS, PAGE_TOKENS, kv_page_bytes
+from shoal.partition.plan import KvPlan
 from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
 
 SPEC = ModelSpec(
@@ -71,10 +72,10 @@ def attend(kv: KvPool, layer: int, pages: list[int], start: int, rows: Floats) -
     q, k, v = np.split(rows, [48, 72], axis=1)
     (part,) = step.parts
     rotation = ROPE.at(part.positions)
-    return attention(kv.layers[layer], part.segments, q, k, v, rotation=rotation, scale=0.5)
+    return home_of("cpu").attention(kv.layers[layer], part.segments, q, k, v, rotation=rotation, scale=0.5)
 
 
-@pytest.mark.parametrize("dtype", sorted(KV_TYPE_BYTES))
+@pytest.mark.parametrize("dtype", sorted(KV_FORMATS))
 def test_a_pool_takes_what_the_plan_says(dtype: str) -> None:
     for spec in (SPEC, replace(SPEC, head_dim=64)):
         taken = KvPool(spec, KvPlan(3, PAGE_TOKENS, dtype, 0)).nbytes
@@ -82,7 +83,7 @@ def test_a_pool_takes_what_the_plan_says(dtype: str) -> None:
     assert kv_page_bytes(replace(SPEC, head_dim=128), "i8") == PAGE_TOKENS * 2 * 2 * (128 + 4)
 
 
-@pytest.mark.parametrize("dtype", sorted(KV_TYPE_BYTES))
+@pytest.mark.parametrize("dtype", sorted(KV_FORMATS))
 def test_a_copied_page_serves_as_the_original(dtype: str) -> None:
     rows = np.random.default_rng(0).standard_normal((PAGE_TOKENS + 9, 96), np.float32)
     kv = pool(4, dtype)

@@ -1,0 +1,71 @@
+"""The homes that there are: which one computes a block, by the name of its device.
+
+Knows which kernels serve the CPU of this process: chosen once, when they are first needed. Arithmetic is not here.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+
+from shoal.kernels.compute_home import ComputeHome
+from shoal.kernels.cpu_home import CpuHome
+from shoal.kernels.errors import KernelError
+from shoal.kernels.native_library import Native
+
+_cpu: CpuHome | None = None
+
+
+def choose(name: str = "") -> CpuHome:
+    """The CPU's home from now on: with the kernels of this name (avx512vnni, avx512, avx2, neon_dot, neon, scalar,
+    reference), or with the best ones for "". KernelError if kernels asked for by name do not run here; where none were
+    asked for and the native library is missing, one warning and the reference.
+    """
+    global _cpu
+    if name == "reference":
+        _cpu = _reference()
+        return _cpu
+    try:
+        _cpu = CpuHome(Native(name))
+    except KernelError as error:
+        if name:
+            raise
+        warnings.warn(
+            f"{error}. Computing with the slow reference kernels; for fast ones install a C++ compiler "
+            "(GCC or Clang) and reinstall shoal",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        _cpu = _reference()
+    return _cpu
+
+
+def _reference() -> CpuHome:
+    from shoal.kernels import reference  # and with it torch: 125 MB that others do without
+
+    return CpuHome(reference)
+
+
+def cpu() -> CpuHome:
+    """The CPU's home; SHOAL_KERNELS names its kernels."""
+    return _cpu or choose(os.environ.get("SHOAL_KERNELS", ""))
+
+
+HOMES: Mapping[str, Callable[[], ComputeHome]] = {"cpu": cpu}
+
+
+def home_of(device: str) -> ComputeHome:
+    """Where blocks of this device (`BlockPlan.device`) are computed. KernelError if there is no such home."""
+    home = HOMES.get(device)
+    if home is None:
+        raise KernelError(f"nothing computes on device {device!r}: use one of {', '.join(HOMES)}")
+    return home()
+
+
+def home() -> str:
+    """Which kernels serve the CPU: avx512vnni, avx512, avx2, neon_dot, neon, scalar or reference."""
+    return cpu().name
+
+
+def set_threads(n: int) -> None:
+    """The CPU computes on `n` threads from now on."""
+    cpu().set_threads(n)

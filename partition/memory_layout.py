@@ -1,0 +1,63 @@
+"""How weights and KV lie in memory: the numbers that the kernels fix, and what plans have to count because of them.
+
+The only owner of these numbers in Python; `kernels/native` has them in C++. Knows sizes in rows, tokens and bytes; not
+arrays, nor what the bytes mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from .spec import ModelSpec
+
+BAND_ROWS = 16  # rows of a quantised matrix that lie together: matrices are cut between bands
+INPUT_GROUP = 32  # columns of an input to quantised weights that are rounded together
+
+PAGE_TOKENS = 64  # positions in a page of KV
+VALUE_STEP = 16  # V rows are filled up to whole vectors of so many numbers
+SCALE_BYTES = 4  # of an f32
+
+KERNEL_BYTES = 4 << 20  # scratch of the kernels, whatever the model …
+THREAD_BYTES = 1 << 20  # … and for each of their threads
+SPAN_TOKENS = 256  # attention to a long context is computed in spans of so many …
+SPANS_BYTES = 16 << 20  # … whose results take so much at most
+
+
+class KvFormat(NamedTuple):
+    """How K and V are stored. Numbers of a `scaled` format share an f32 scale per token, head, and K or V."""
+
+    name: str
+    itemsize: int
+    scaled: bool = False
+
+
+KV_FORMATS: Mapping[str, KvFormat] = {
+    kind.name: kind
+    for kind in (KvFormat("f32", 4), KvFormat("f16", 2), KvFormat("bf16", 2), KvFormat("i8", 1, scaled=True))
+}
+
+
+class KvLayout(NamedTuple):
+    """Where the K and V of one head lie in a page, in bytes: keys (head_dim, 64), values (64, `wide`), for a scaled
+    format the scales of keys (64,) and of values (64,) in f32."""
+
+    kind: KvFormat
+    head_dim: int
+    wide: int  # head_dim filled up with zeros to whole vectors
+    values_at: int
+    scales_at: int
+    head_bytes: int
+
+    @classmethod
+    def of(cls, kind: KvFormat, head_dim: int) -> KvLayout:
+        wide = -(-head_dim // VALUE_STEP) * VALUE_STEP
+        values_at = PAGE_TOKENS * head_dim * kind.itemsize
+        scales_at = values_at + PAGE_TOKENS * wide * kind.itemsize
+        scales = 2 * PAGE_TOKENS * SCALE_BYTES if kind.scaled else 0
+        return cls(kind, head_dim, wide, values_at, scales_at, scales_at + scales)
+
+
+def kv_page_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of a page: K and V of PAGE_TOKENS tokens in all layers. `dtype`: a key of KV_FORMATS."""
+    return len(spec.layers) * spec.kv_heads * KvLayout.of(KV_FORMATS[dtype], spec.head_dim).head_bytes
