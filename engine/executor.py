@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial as bound
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from shoal.kernels import ComputeHome, home_of
-from shoal.kernels.arrays import Floats, Hidden
+from shoal.kernels.arrays import Floats, Hidden, Ids
 from shoal.kernels.attention_operands import Rotation
 from shoal.kernels.compute_home import carried
 from shoal.models.step import Step
@@ -24,26 +25,16 @@ from shoal.models.transformer import Transformer
 from shoal.offload.block_store import BlockStore
 from shoal.offload.kv.pool import KvPool
 from shoal.partition.plan import Plan
+from shoal.partition.slicing import Range
 from shoal.partition.spec import BlockId
+
+from .collective import Collective
 
 EXPERTS_TOGETHER = 4  # of those that come from disk: these are computed while the next are read
 
 
 class Abandoned(Exception):
     """Nobody wants this step any more."""
-
-
-class Collective(Protocol):
-    """Sums partials over the ranks of a group."""
-
-    def allreduce(self, partial: Hidden) -> Hidden: ...
-
-
-class Alone:
-    """The collective of one rank: the identity."""
-
-    def allreduce(self, partial: Hidden) -> Hidden:
-        return partial
 
 
 class Placed(NamedTuple):
@@ -56,7 +47,8 @@ class Placed(NamedTuple):
 class Executor:
     """Runs steps of one model. Not thread-safe: one step at a time.
 
-    `home_of` gives the home of a device; all experts of a layer have one.
+    `home_of` gives the home of a device; all experts of a layer have one. `vocab`: the rows of embedding and head that
+    this rank has, where these are cut.
     """
 
     def __init__(
@@ -67,12 +59,15 @@ class Executor:
         kv: KvPool,
         collective: Collective,
         home_of: Callable[[str], ComputeHome] = home_of,
+        vocab: Range | None = None,
     ) -> None:
         self.model = model
         self.plan = plan
         self.store = store
         self.kv = kv
         self.collective = collective
+        self._vocab = vocab
+        self._own_experts = model.spec.moe.own if model.spec.moe else range(0)
         self._wanted: Callable[[], bool] = lambda: True
         placed = {item.block: Placed(item.block, home_of(item.device)) for item in plan.blocks}
         self._embed = placed[BlockId("embed")]
@@ -92,8 +87,7 @@ class Executor:
         Abandoned soon after `wanted` has become false."""
         self._wanted = wanted
         rotations = [self.model.rotations(part) for part in step.parts]
-        block, home = self._embed
-        hidden = self.model.embed(home, home.place(self.store.rows(block, step.tokens)))
+        hidden, home = self._embedded(step.tokens), self._embed.home
         parts = step.split(len(step.tokens))
         last, _ = self._layers[-1]
         for attention, feeding in self._layers:
@@ -109,22 +103,30 @@ class Executor:
             compute(feeding, [home.rows(hidden, part) for part in parts])
         return carried(hidden, home, self._head[0].home)
 
+    def _embedded(self, tokens: Ids) -> Hidden:
+        """Hidden states (T, hidden) of tokens (T,). A rank that has some of the vocabulary adds zeros for the rest."""
+        block, home = self._embed
+        if self._vocab is None:
+            rows = self.store.rows(block, tokens)
+        else:
+            mine = (tokens >= self._vocab.start) & (tokens < self._vocab.stop)
+            rows = np.zeros((len(tokens), self.model.spec.hidden), np.float32)
+            rows[mine] = self.store.rows(block, tokens[mine] - self._vocab.start)
+        hidden = home.place(rows)
+        if self._vocab is not None:
+            hidden = self.collective.allreduce(home, hidden)
+        return self.model.embed(home, hidden)
+
     def head(self, hidden: Hidden, rows: slice = slice(None)) -> Floats:
-        """Hidden states (R, hidden), or some of their rows → logits (R, vocab), of the host."""
+        """Hidden states (R, hidden), or some of their rows → logits (R, vocab), of the host, on rank 0."""
         first = self._head[0].home
         hidden = first.rows(hidden, rows)
-        logits = np.empty((0, 0), np.float32)
-        done = 0
+        slices = []
         for block, home in self._head:
             with self.store.acquire(block) as weights:
-                part = home.fetch(self.model.head(home, weights, carried(hidden, first, home)))
-            if len(self._head) == 1:
-                return part
-            if not done:
-                logits = np.empty((len(part), self.model.spec.vocab), np.float32)
-            logits[:, done : done + part.shape[1]] = part
-            done += part.shape[1]
-        return logits
+                slices.append(home.fetch(self.model.head(home, weights, carried(hidden, first, home))))
+        logits = slices[0] if len(slices) == 1 else np.concatenate(slices, axis=1)
+        return logits if self._vocab is None else self.collective.gather(logits)
 
     def _attend(
         self, placed: Placed, rows: Sequence[Hidden], step: Step, rotations: Sequence[list[Rotation]]
@@ -135,8 +137,9 @@ class Executor:
         with self.store.acquire(block) as weights:
             for part, hidden, turns in zip(step.parts, rows, rotations, strict=True):
                 self._go_on()
-                partial = self.model.attend(home, layer, weights, hidden, part.segments, turns, kv)
-                home.add(hidden, self.model.leave(home, weights, self.collective.allreduce(partial)))
+                allreduce = bound(self.collective.allreduce, home)
+                partial = self.model.attend(home, layer, weights, hidden, part.segments, turns, kv, allreduce)
+                home.add(hidden, self.model.leave(home, weights, allreduce(partial)))
 
     def _feed_forward(self, placed: Placed, rows: Sequence[Hidden]) -> None:
         """Adds the dense feed-forward of a layer to hidden (T, hidden), given in parts."""
@@ -145,7 +148,7 @@ class Executor:
             for hidden in rows:
                 self._go_on()
                 partial = self.model.feed_forward(home, weights, hidden)
-                home.add(hidden, self.model.leave(home, weights, self.collective.allreduce(partial)))
+                home.add(hidden, self.model.leave(home, weights, self.collective.allreduce(home, partial)))
 
     def _mix(self, placed: Placed, rows: Sequence[Hidden]) -> None:
         """Adds the mixture of experts of a layer to hidden (T, hidden), given in parts. Each expert is acquired once
@@ -156,8 +159,8 @@ class Executor:
             routed = [self.model.route(home, router, hidden) for hidden in rows]
         normed = [carried(x, home, there) for x, _, _ in routed]
         partials = [there.zeros_like(x) for x in normed]
-        used = sorted({expert for _, routing, _ in routed for expert in routing.used})
-        blocks = [BlockId("expert", layer, expert) for expert in used]
+        used = {expert for _, routing, _ in routed for expert in routing.used}
+        blocks = [BlockId("expert", layer, expert) for expert in sorted(used) if expert in self._own_experts]
         self.store.expect(blocks)
         self.store.guess(self._likely(layer, rows[0], home))
         for start in range(0, len(blocks), self._together):
@@ -171,7 +174,7 @@ class Executor:
             partial = carried(mixed, there, home)
             if shared is not None:
                 home.add(partial, shared)
-            home.add(hidden, self.model.leave(home, router, self.collective.allreduce(partial)))
+            home.add(hidden, self.model.leave(home, router, self.collective.allreduce(home, partial)))
 
     def _go_on(self) -> None:
         """Raises Abandoned when nobody wants the step any more."""
@@ -185,7 +188,7 @@ class Executor:
         there = self._layers[router.layer][1].home
         with self.store.acquire(router) as weights:
             likely = self.model.foresee(there, weights, carried(hidden, home, there))
-        return [BlockId("expert", router.layer, expert) for expert in likely]
+        return [BlockId("expert", router.layer, expert) for expert in likely if expert in self._own_experts]
 
 
 def _foreseen(plan: Plan) -> dict[int, BlockId]:

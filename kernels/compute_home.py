@@ -89,6 +89,17 @@ class ComputeHome(Protocol):
         """As `rms_norm`, of every head by itself: x (T, heads * head_dim), weight (head_dim,)."""
         ...
 
+    def squares(self, parts: Sequence[Hidden], counted: Sequence[bool]) -> Hidden:
+        """(T, len(parts)): the sum of the squares of each row of each part (T, n), or 0 for parts that do not count."""
+        ...
+
+    def normed_by(
+        self, x: Hidden, weight: Floats, squares: Hidden, column: int, numbers: int, eps: float
+    ) -> Hidden:
+        """As `rms_norm`, of rows that are parts of longer ones: of `numbers` numbers, whose squares sum to a column of
+        squares (T, m). x (T, n), weight (n,)."""
+        ...
+
     def attention(
         self,
         kv: KvPages,

@@ -145,6 +145,21 @@ class CpuHome:
     def rms_norm_heads(self, x: Floats, weight: Floats, eps: float) -> Floats:
         return self.rms_norm(x.reshape(-1, len(weight)), weight, eps).reshape(x.shape)
 
+    def squares(self, parts: Sequence[Floats], counted: Sequence[bool]) -> Floats:
+        # In f64, rounded at the end: f32's last bit may depend on how many rows there are.
+        found = np.zeros((len(parts[0]), len(parts)), np.float32)
+        for column, (x, counts) in enumerate(zip(parts, counted, strict=True)):
+            if counts:
+                found[:, column] = np.square(x, dtype=np.float64).sum(1)
+        return found
+
+    def normed_by(
+        self, x: Floats, weight: Floats, squares: Floats, column: int, numbers: int, eps: float
+    ) -> Floats:
+        mean = squares[:, column : column + 1].astype(np.float64) / numbers
+        normed: Floats = x * (1 / np.sqrt(mean + eps)).astype(np.float32) * weight
+        return normed
+
     def attention(
         self,
         kv: KvPages,

@@ -10,7 +10,7 @@ Letters in shapes: T tokens of the step, H heads, K kv_heads, D head_dim, C hidd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from shoal.kernels import ComputeHome
 from shoal.kernels.arrays import Floats, Hidden
@@ -47,8 +47,10 @@ class Transformer:
         segments: Segments,
         rotations: list[Rotation],
         kv: KvPages,
+        allreduce: Callable[[Hidden], Hidden],
     ) -> Hidden:
-        """hidden (T, C) → partial (T, C); the new K and V are stored in `kv`, the layer's pages."""
+        """hidden (T, C) → partial (T, C); the new K and V are stored in `kv`, the layer's pages. `allreduce` sums over
+        ranks, where norms over all heads need that."""
         spec, vector = self.spec, weights.vector
         q, k, v = home.linears(  # (T, H*D), (T, K*D) twice
             hidden, weights.linears("q", "k", "v"), self._pre_norm(weights), spec.norm_eps
@@ -56,6 +58,8 @@ class Transformer:
         norms = None
         if spec.qk_norm == "head" and spec.qkv_clip is None:
             norms = HeadNorms(vector["q_norm"], vector["k_norm"], spec.norm_eps)
+        elif spec.norm_share is not None:
+            q, k = self._normed_over_ranks(home, q, k, vector, allreduce)
         elif spec.qk_norm != "none":  # over rows of one head or of all heads, as long as the norm's weight
             q = home.rms_norm_heads(q, vector["q_norm"], spec.norm_eps)
             k = home.rms_norm_heads(k, vector["k_norm"], spec.norm_eps)
@@ -133,6 +137,23 @@ class Transformer:
     def head(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> Hidden:
         """hidden (R, C) → logits (R, vocab)"""
         return home.linears(hidden, weights.linears("head"), weights.vector["norm"], self.spec.norm_eps)[0]
+
+    def _normed_over_ranks(
+        self,
+        home: ComputeHome,
+        q: Hidden,
+        k: Hidden,
+        vector: Mapping[str, Floats],
+        allreduce: Callable[[Hidden], Hidden],
+    ) -> tuple[Hidden, Hidden]:
+        """q (T, H*D) and k (T, K*D), a shard's, normalised over the heads of all ranks."""
+        share, dim, eps = self.spec.norm_share, self.spec.head_dim, self.spec.norm_eps
+        assert share is not None
+        squares = allreduce(home.squares([q, k], [True, share.adds_kv]))  # (T, 2)
+        return (
+            home.normed_by(q, vector["q_norm"], squares, 0, share.heads * dim, eps),
+            home.normed_by(k, vector["k_norm"], squares, 1, share.kv_heads * dim, eps),
+        )
 
     def _pre_norm(self, weights: Weights) -> Floats | None:
         return weights.vector["norm"] if self.spec.pre_norm else None

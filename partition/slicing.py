@@ -12,8 +12,8 @@ zeros to the columns that are the other's (`ModelSpec.o_margins`).
 Every rank has all norms and routers whole. A bias of a matrix that is cut by rows (q, k, v, gate, up) is cut with them;
 one that is added to a sum over columns (o, down) belongs to rank 0 alone, or it would be added once by every rank.
 
-Norms over all heads at once (`qk_norm` "full": OLMo-2, OLMoE) need a sum over ranks in the middle of a block, which
-nothing computes: such models are refused.
+Norms over all heads at once (`qk_norm` "full": OLMo-2, OLMoE) are of the sum of all ranks' squares (`NormShare`), and
+their weights are cut with the heads.
 
 Pure integers: knows no tensors, roles of weights or files. How they are cut by this is `models.checkpoint_shard`.
 """
@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from .errors import ShardError
 from .memory_layout import BAND_ROWS
-from .spec import ModelSpec
+from .spec import ModelSpec, NormShare
 
 
 class Range(NamedTuple):
@@ -130,6 +130,10 @@ def shard_spec(spec: ModelSpec, shard: Shard) -> ModelSpec:
         held = None if own.experts.size == moe.experts else own.experts
         moe = replace(moe, shared_ffn=own.shared_ffn.size, held=held)
     mixed = own.heads.times(spec.head_dim)
+    share = None
+    if spec.qk_norm == "full" and shard.ranks > 1:
+        first = own.heads.start % (spec.heads // spec.kv_heads) == 0  # of those that have the same KV heads
+        share = NormShare(spec.heads, spec.kv_heads, first)
     return replace(
         spec,
         heads=own.heads.size,
@@ -137,6 +141,7 @@ def shard_spec(spec: ModelSpec, shard: Shard) -> ModelSpec:
         ffn=own.ffn.size,
         vocab=own.vocab.size,
         o_margins=(mixed.start - own.o_columns.start, own.o_columns.stop - mixed.stop),
+        norm_share=share,
         moe=moe,
     )
 
@@ -144,11 +149,6 @@ def shard_spec(spec: ModelSpec, shard: Shard) -> ModelSpec:
 def _refuse(spec: ModelSpec, ranks: int, grains: Grains, shares: Sequence[float]) -> None:
     if ranks < 1:
         raise ShardError(f"{ranks} ranks: there must be 1 or more")
-    if ranks > 1 and spec.qk_norm == "full":
-        raise ShardError(
-            f"a model of the family {spec.family} cannot be cut: its q and k are normalised over all heads at once, "
-            "so no rank could compute some of them alone"
-        )
     for most, why in _limits(spec, grains):
         if ranks > most:
             raise ShardError(f"{ranks} ranks are too many: {why}; {most} would do")

@@ -103,6 +103,16 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class NormShare:
+    """How a shard takes part in norms over all heads (`qk_norm` "full"). `heads`, `kv_heads`: of the whole model.
+    `adds_kv`: whether the squares of its KV heads are this shard's to add, since several shards may have the same."""
+
+    heads: int
+    kv_heads: int
+    adds_kv: bool
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One architecture, whole. Sizes are counts, not bytes."""
 
@@ -126,6 +136,7 @@ class ModelSpec:
     qkv_clip: float | None = None  # clamp q, k and v to [-clip, clip]
     tied: bool = False  # head and embed are the same tensor
     o_margins: tuple[int, int] = (0, 0)  # columns that a shard's o has before and behind those of its heads
+    norm_share: NormShare | None = None  # None = all heads that are normalised together are here
     moe: MoeSpec | None = None
 
     def __post_init__(self) -> None:

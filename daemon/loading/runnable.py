@@ -12,7 +12,8 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import bounded, forget_files, return_freed
 from shoal.daemon.progress import Progress, no_progress
-from shoal.engine.executor import Alone, Executor
+from shoal.engine.collective import Alone
+from shoal.engine.executor import Executor
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.models.transformer import Transformer

@@ -13,7 +13,7 @@ from shoal.kernels import Matrix, WeightType
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.models.weights import Weights
 from shoal.partition.slicing import Range, Shard, shard_spec
-from shoal.partition.spec import BlockId, BlockKind
+from shoal.partition.spec import BlockId, BlockKind, ModelSpec
 
 from .checkpoint import Checkpoint
 
@@ -30,7 +30,7 @@ class CheckpointShard:
         self._whole = whole
         self.shard: Literal["whole"] | Shard = shard
         self.spec = shard_spec(whole.spec, shard)
-        self._rows = _rows(shard, whole.spec.head_dim)
+        self._rows = _rows(shard, whole.spec)
         self._columns = _columns(shard)
         self._without = frozenset() if shard.has_sum_biases else _SUMMED
 
@@ -97,11 +97,11 @@ class CheckpointShard:
 AnyCheckpoint = Checkpoint | CheckpointShard
 
 
-def _rows(shard: Shard, head_dim: int) -> dict[tuple[BlockKind, str], Range]:
+def _rows(shard: Shard, spec: ModelSpec) -> dict[tuple[BlockKind, str], Range]:
     """(kind of block, role) → rows of the matrices, and what there is of the vectors, that are cut."""
     own = shard.ranges
-    q, kv = own.heads.times(head_dim), own.kv_heads.times(head_dim)
-    return {
+    q, kv = own.heads.times(spec.head_dim), own.kv_heads.times(spec.head_dim)
+    cut: dict[tuple[BlockKind, str], Range] = {
         ("embed", "embed"): own.vocab,
         ("attn", "q"): q,
         ("attn", "q_bias"): q,
@@ -117,6 +117,9 @@ def _rows(shard: Shard, head_dim: int) -> dict[tuple[BlockKind, str], Range]:
         ("router", "shared_up"): own.shared_ffn,
         ("head", "head"): own.vocab,
     }
+    if spec.qk_norm == "full":
+        cut |= {("attn", "q_norm"): q, ("attn", "k_norm"): kv}
+    return cut
 
 
 def _columns(shard: Shard) -> dict[tuple[BlockKind, str], Range]:

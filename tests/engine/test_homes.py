@@ -15,7 +15,8 @@ from fakes.opaque_home import Opaque, OpaqueHome
 from fakes.running import Running
 from fakes.streaming import Streaming, packed
 
-from shoal.engine.executor import Alone, Executor
+from shoal.engine.collective import Alone
+from shoal.engine.executor import Executor
 from shoal.kernels import KernelError
 from shoal.kernels.arrays import Floats
 from shoal.kernels.homes import cpu

@@ -16,8 +16,9 @@ from fakes.running import Running
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.planning import extents
+from shoal.engine.collective import Alone
 from shoal.engine.engine import Engine
-from shoal.engine.executor import Alone, Executor
+from shoal.engine.executor import Executor
 from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence

@@ -95,6 +95,12 @@ class OpaqueHome:
     def rms_norm_heads(self, x: Opaque, weight: Floats, eps: float) -> Opaque:
         return self._out(self._cpu.rms_norm_heads(self._in(x), weight, eps))
 
+    def squares(self, parts: Sequence[Opaque], counted: Sequence[bool]) -> Opaque:
+        return self._out(self._cpu.squares([self._in(x) for x in parts], counted))
+
+    def normed_by(self, x: Opaque, weight: Floats, squares: Opaque, *how: Any) -> Opaque:
+        return self._out(self._cpu.normed_by(self._in(x), weight, self._in(squares), *how))
+
     def attention(
         self, kv: KvPages, segments: Segments, q: Opaque, k: Opaque, v: Opaque, **how: Any
     ) -> Opaque:

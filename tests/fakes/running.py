@@ -8,7 +8,8 @@ import numpy as np
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.planning import make_plan
-from shoal.engine.executor import Alone, Executor
+from shoal.engine.collective import Alone
+from shoal.engine.executor import Executor
 from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.step import Step

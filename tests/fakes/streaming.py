@@ -10,7 +10,8 @@ import numpy as np
 from fakes import tiny
 from fakes.running import FP32, Running
 
-from shoal.engine.executor import Alone, Executor
+from shoal.engine.collective import Alone
+from shoal.engine.executor import Executor
 from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.transformer import Transformer

@@ -174,7 +174,6 @@ REFUSED: list[tuple[ModelSpec, dict[str, Any], str]] = [
     (replace(SPEC, vocab=20), {"ranks": 3}, "vocabulary has 20 rows, .* groups of 16; 2 would do"),
     (MIXTURE, {"ranks": 7}, "shared expert has 96 columns, .* groups of 16; 6 would do"),
     (replace(MIXTURE, moe=MoeSpec(3, 2, 64, True)), {"ranks": 4}, "there are 3 experts, .*; 3 would do"),
-    (replace(SPEC, qk_norm="full"), {"ranks": 2}, "family llama cannot be cut: its q and k are normalised over all"),
     (SPEC, {"ranks": 2, "shares": (1.0,)}, "1 shares for 2 ranks"),
     (SPEC, {"ranks": 2, "shares": (1.0, 0.0)}, "every one must be positive"),
     (SPEC, {"ranks": 2, "shares": (1.0, float("nan"))}, "every one must be positive"),

@@ -29,7 +29,6 @@ from shoal.models.transformer import Transformer
 from shoal.models.weights import Weights
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.pack.layout import grains_of, part_of
-from shoal.partition.errors import ShardError
 from shoal.partition.memory_layout import PAGE_TOKENS
 from shoal.partition.plan import KvPlan
 from shoal.partition.slicing import divide
@@ -70,7 +69,9 @@ class Member:
         (part,) = self.step.parts
         rotations, pages = self.model.rotations(part), self.kv.layers[layer]
         weights = self.read("attn", layer)
-        return self.model.attend(self.home, layer, weights, hidden, part.segments, rotations, pages)
+        return self.model.attend(
+            self.home, layer, weights, hidden, part.segments, rotations, pages, lambda partial: partial
+        )
 
     def feed_forward(self, layer: int, hidden: Floats) -> Floats:
         if not self.spec.layers[layer].moe:
@@ -216,11 +217,19 @@ def test_biases_of_sums_are_the_first_ranks_and_others_are_cut(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", sorted(NORMED_WHOLE))
-def test_norms_over_all_heads_are_refused(family: str, tmp_path: Path) -> None:
+def test_weights_of_norms_over_all_heads_are_cut_with_the_heads(family: str, tmp_path: Path) -> None:
+    """What they compute is tested where ranks sum in the middle of a block (tests/engine/test_ranks.py)."""
     with tiny_checkpoint(tmp_path, family) as checkpoint:
         assert part_of(checkpoint, "keep", 0, 1) is checkpoint
-        with pytest.raises(ShardError, match="normalised over all heads"):
-            part_of(checkpoint, "keep", 0, 2)
+        block, spec = BlockId("attn", 1), checkpoint.spec
+        whole = checkpoint.read_vectors(block)
+        parts = [part_of(checkpoint, "keep", rank, spec.heads) for rank in range(spec.heads)]
+        read = [part.read_vectors(block) for part in parts]
+        assert np.array_equal(np.concatenate([one["q_norm"] for one in read]), whole["q_norm"])
+        first = [one["k_norm"] for one, part in zip(read, parts, strict=True) if part.spec.norm_share.adds_kv]
+        assert np.array_equal(np.concatenate(first), whole["k_norm"])
+        for one, part in zip(read, parts, strict=True):
+            assert {role: len(vector) for role, vector in one.items()} == part.vector_lengths(block)
 
 
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_1", "Q6_K"])

@@ -1,0 +1,33 @@
+"""Collectives: what the ranks of a group do together in the middle of a step.
+
+Every rank calls the same ones in the same order. Their results are the same bits on every rank that gets one.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from shoal.kernels import ComputeHome
+from shoal.kernels.arrays import Floats, Hidden
+
+
+class Collective(Protocol):
+    """Of one rank's side."""
+
+    def allreduce(self, home: ComputeHome, partial: Hidden) -> Hidden:
+        """The sum over ranks, in the order of ranks, of partials (T, n) that each has in a home of its own."""
+        ...
+
+    def gather(self, columns: Floats) -> Floats:
+        """The columns (R, n) of all ranks side by side, in the order of ranks, on rank 0; elsewhere none, (R, 0)."""
+        ...
+
+
+class Alone:
+    """The collective of one rank: the identity."""
+
+    def allreduce(self, home: ComputeHome, partial: Hidden) -> Hidden:
+        return partial
+
+    def gather(self, columns: Floats) -> Floats:
+        return columns

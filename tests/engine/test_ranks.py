@@ -1,0 +1,94 @@
+"""Ranks of a group compute the model together: bit for bit the same on every rank, and what one rank alone computes.
+
+Sums over ranks are in another order than sums within one, so logits differ by rounding: |Δ| ≤ 1e-3 of their scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import tiny
+from fakes.ranks import Group
+from fakes.running import Running, relative_error
+
+from shoal.engine.order import Order, Segment
+from shoal.kernels.arrays import Floats
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.offload.kv.prefix_cache import Copy
+
+TOLERANCE = 1e-3
+LENGTH = 75  # more than a page
+
+
+def orders(vocab: int, seed: int) -> list[Order]:
+    """Two texts: prompts in chunks, one that turns off from a copied page, then decodes, some with wrong guesses."""
+    source = np.random.default_rng(seed)
+    first, second = (source.integers(vocab, size=LENGTH + 8).tolist() for _ in range(2))
+    second[:40] = first[:40]
+    return [
+        Order([Segment(first[:50], 0, [0, 1], 0)]),
+        Order([Segment(first[50:LENGTH], 50, [0, 1], 1), Segment([], 0, [2], 0)][:1]),
+        Order([Segment(second[40:LENGTH], 40, [2, 3], 3)], moves=[Copy(0, 2)]),
+        *(
+            Order([Segment(first[at : at + 1], at, [0, 1], 1), Segment(second[at : at + 3], at, [2, 3], 3)])
+            for at in range(LENGTH, LENGTH + 5)
+        ),
+    ]
+
+
+def alone(running: Running, work: Sequence[Order]) -> list[Floats]:
+    from shoal.engine.rank import Rank
+
+    rank = Rank(running.executor, clock=lambda: 0.0)
+    return [rank.run(order).logits for order in work]
+
+
+def assert_together_as_alone(
+    path: Path, ranks: int, shares: Sequence[float] = (), part_tokens: int = 1 << 30
+) -> None:
+    running = Running(path)
+    work = orders(running.spec.vocab, seed=ranks)
+    expected = alone(running, work)
+    with open_checkpoint(path) as checkpoint:
+        group = Group(checkpoint, replace(running.plan, part_tokens=part_tokens), ranks, shares)
+        for order, wanted in zip(work, expected, strict=True):
+            first, *others = group.run(order)
+            assert first.logits.shape == wanted.shape
+            if wanted.size:
+                assert relative_error(first.logits, wanted) <= TOLERANCE
+            assert all(not other.logits.size for other in others)
+    assert group.members[0].seen
+    assert all(member.seen == group.members[0].seen for member in group.members)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(("ranks", "shares"), [(2, ()), (3, (1, 5, 2)), (4, ())])
+def test_every_family_is_computed_together(
+    family: str, ranks: int, shares: Sequence[float], tmp_path: Path
+) -> None:
+    """With vocabulary, heads (four ranks share two KV heads), columns and experts divided, evenly and not."""
+    path = tiny.save_gguf(tiny.hf_model(family, seed=3), tmp_path / "m.gguf", type="F16")
+    assert_together_as_alone(path, ranks, shares)
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q8_0", "Q5_1"])
+def test_quantised_weights_are_divided_between_blocks(type: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 64}
+    path = tiny.save_gguf(tiny.hf_model("qwen3_moe", seed=5, **sizes), tmp_path / "m.gguf", type=type)
+    assert_together_as_alone(path, 2)
+
+
+@pytest.mark.parametrize("part_tokens", [1, 16])
+def test_a_step_in_parts_sums_part_by_part(part_tokens: int, tmp_path: Path) -> None:
+    path = tiny.save_gguf(tiny.hf_model("qwen2_moe", seed=5), tmp_path / "m.gguf", type="F16")
+    assert_together_as_alone(path, 2, part_tokens=part_tokens)
+
+
+def test_a_rank_whose_experts_nobody_asks_for_adds_nothing(tmp_path: Path) -> None:
+    """One token has fewer experts than there are ranks."""
+    path = tiny.save_gguf(tiny.hf_model("qwen3_moe", seed=5, num_experts=8), tmp_path / "m.gguf", type="F16")
+    assert_together_as_alone(path, 4)

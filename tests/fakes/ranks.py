@@ -1,0 +1,115 @@
+"""Helper: the ranks of a group in one process, each in a thread, with shards of one checkpoint in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from shoal.engine.executor import Executor
+from shoal.engine.order import Order, Result
+from shoal.engine.rank import Rank
+from shoal.kernels import ComputeHome
+from shoal.kernels.arrays import Floats, Hidden
+from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.checkpoint.shard import CheckpointShard
+from shoal.models.transformer import Transformer
+from shoal.offload.block_store import ResidentStore
+from shoal.offload.kv.pool import KvPool
+from shoal.offload.pack.layout import grains_of
+from shoal.partition.plan import BlockPlan, Plan
+from shoal.partition.slicing import Shard, divide
+
+PATIENCE_S = 60.0
+T = TypeVar("T")
+
+
+class Together:
+    """Where the ranks meet. What each brings to a meeting is there for all, in the order of ranks."""
+
+    def __init__(self, ranks: int) -> None:
+        self._brought: list[Floats] = [np.empty(0, np.float32)] * ranks
+        self._barrier = threading.Barrier(ranks, timeout=PATIENCE_S)
+
+    def meet(self, rank: int, what: Floats) -> list[Floats]:
+        self._brought[rank] = what
+        self._barrier.wait()
+        brought = list(self._brought)
+        self._barrier.wait()  # or the next meeting might begin before everybody has looked
+        return brought
+
+    def leave(self) -> None:
+        """For a rank that failed: nobody waits for it."""
+        self._barrier.abort()
+
+
+class Member:
+    """The collective of one rank. `seen` are the bits of everything that it was given."""
+
+    def __init__(self, together: Together, rank: int) -> None:
+        self._together = together
+        self._rank = rank
+        self.seen: list[bytes] = []
+
+    def allreduce(self, home: ComputeHome, partial: Hidden) -> Hidden:
+        first, *others = self._together.meet(self._rank, home.fetch(partial))
+        total = first.copy()
+        for other in others:
+            total += other
+        self.seen.append(total.tobytes())
+        return home.place(total)
+
+    def gather(self, columns: Floats) -> Floats:
+        brought = self._together.meet(self._rank, columns)
+        return columns[:, :0] if self._rank else np.concatenate(brought, axis=1)
+
+
+class Group:
+    """A checkpoint divided among ranks. `base` has everything else of their plans."""
+
+    def __init__(self, checkpoint: Checkpoint, base: Plan, ranks: int, shares: Sequence[float] = ()) -> None:
+        self._together = Together(ranks)
+        self.members = [Member(self._together, rank) for rank in range(ranks)]
+        shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares)
+        self.ranks = [
+            self._rank(CheckpointShard(checkpoint, shard), shard, base, member)
+            for shard, member in zip(shards, self.members, strict=True)
+        ]
+        self._threads = ThreadPoolExecutor(ranks)
+
+    def _rank(self, part: CheckpointShard, shard: Shard, base: Plan, member: Member) -> Rank:
+        spec = part.spec
+        plan = Plan(
+            blocks=tuple(BlockPlan(block, 0) for block in spec.blocks()),
+            kv=base.kv,
+            context_tokens=base.context_tokens,
+            chunk_tokens=base.chunk_tokens,
+            sequences=base.sequences,
+            guesses=base.guesses,
+            threads=1,
+            scratch_bytes=0,
+            part_tokens=base.part_tokens,
+            ranks=shard.ranks,
+        )
+        store = ResidentStore({block: part.read_block(block) for block in spec.blocks()})
+        transformer = Transformer(spec, base.context_tokens)
+        kv = KvPool(spec, base.kv)
+        executor = Executor(transformer, plan, store, kv, member, vocab=shard.ranges.vocab)
+        return Rank(executor, clock=lambda: 0.0)
+
+    def run(self, order: Order) -> list[Result]:
+        """What every rank makes of an order."""
+        return self._each(lambda rank: rank.run(order))
+
+    def _each(self, do: Callable[[Rank], T]) -> list[T]:
+        def one(rank: Rank) -> T:
+            try:
+                return do(rank)
+            except BaseException:
+                self._together.leave()
+                raise
+
+        return list(self._threads.map(one, self.ranks))
