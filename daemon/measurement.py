@@ -17,7 +17,7 @@ import numpy as np
 
 from shoal.comm.messages import FinishReason
 from shoal.daemon.loading.model import LoadedModel
-from shoal.daemon.loading.planning import Packs
+from shoal.daemon.loading.stores import PackSource
 from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
 from shoal.engine.sequence import Sequence
@@ -80,7 +80,7 @@ class _Count:
 
 
 def _load(
-    model: Path, config: NodeConfig, progress: Progress, packs: Packs | None, draft: Path | None = None
+    model: Path, config: NodeConfig, progress: Progress, packs: PackSource | None, draft: Path | None = None
 ) -> LoadedModel:
     set_threads(config.thread_count)
     return LoadedModel.load(
@@ -104,7 +104,7 @@ def bench(
     repeat: int,
     config: NodeConfig,
     progress: Progress,
-    packs: Packs | None = None,
+    packs: PackSource | None = None,
 ) -> BenchResult:
     """Prefill `prompt_tokens` random tokens, then decode `new_tokens`, for `batch` sequences at once.
 
@@ -168,7 +168,7 @@ def perplexity(
     ctx: int,
     config: NodeConfig,
     progress: Progress,
-    packs: Packs | None = None,
+    packs: PackSource | None = None,
 ) -> PerplexityResult:
     """Perplexity of a text by llama.cpp's method: windows of `ctx` tokens side by side, each on its own.
 

@@ -73,7 +73,7 @@ def budget_of(memory_bytes: int | None) -> Budget:
         raise DaemonError(
             "resources",
             f"a budget of {format_bytes(memory_bytes)} was asked for, but there are {format_bytes(total)} of memory",
-            "--memory auto takes what leaves the machine usable",
+            "memory_bytes=auto takes what leaves the machine usable",
         )
     in_torch = kernels.home() == "reference"  # and then torch has been imported
     own, later = private_bytes(), CODE_BYTES + GROWTH_BYTES + in_torch * TORCH_CODE_BYTES

@@ -19,10 +19,12 @@ from shoal.daemon.progress import Progress
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.offload.budget import Budget
 
+from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
 from .loaded import LoadedModels
 from .model import LoadedModel, refusal
-from .planning import Packs, disk_buffer_bytes, plan_within_budget
-from .runnable import check_vocabulary, least_bytes
+from .planning import least_bytes
+from .runnable import check_vocabulary
+from .stores import PackSource
 
 
 class Loader:
@@ -33,7 +35,7 @@ class Loader:
         self,
         models: LoadedModels,
         budget: Budget,
-        packs: Packs | None,
+        packs: PackSource | None,
         kv_files: KvFiles | None,
         clock: Callable[[], float] = time.monotonic,
         check: Callable[[], None] = lambda: None,
@@ -107,8 +109,9 @@ class Loader:
         extra_bytes = disk_buffer_bytes(checkpoint, config) if self._kv_files is not None else 0
         try:
             extra_bytes += least_bytes(draft, config) if draft is not None else 0
-            plan_within_budget(
+            found = plan_within_budget(
                 checkpoint, config, self._budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
             )
         except Exception as error:
             raise refusal(error, name) from error
+        require_plan(found, name)

@@ -43,11 +43,11 @@ from shoal.offload.kv.disk import KvDisk
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.kv.prefix_cache import PrefixCache
 from shoal.offload.pack.manifest import Quant
-from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan, Wanted, kv_page_bytes, scratch_bytes
 
-from .planning import Packs, row_share
-from .runnable import Runnable, least_bytes, read_draft
+from .planning import least_bytes, row_share
+from .runnable import Runnable, read_draft
+from .stores import PackSource
 
 DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
@@ -80,7 +80,7 @@ class LoadedModel:
         budget: Budget,
         *,
         draft: Path | None = None,
-        packs: Packs | None = None,
+        packs: PackSource | None = None,
         streaming: bool = True,
         kv_files: KvFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -93,6 +93,7 @@ class LoadedModel:
             undo.callback(_release, name, budget)
             try:
                 main = Runnable.read(
+                    name,
                     f"model {name}",
                     path,
                     config,
@@ -355,9 +356,6 @@ def _release(name: str, budget: Budget) -> None:
 
 def refusal(error: Exception, name: str) -> DaemonError:
     """Why a model cannot be loaded. Checkpoint errors name their file themselves."""
-    if isinstance(error, PlanError):
-        least = -(-error.least_bytes // 10**6)
-        return DaemonError("resources", f"{name} {error}", f"--memory {least}MB would do, or a smaller --ctx")
     if isinstance(error, BudgetExceeded):
         return DaemonError("resources", f"{name} {error}", "give it more --memory or a smaller --ctx")
     return translated(error, "" if isinstance(error, CheckpointError) else name)

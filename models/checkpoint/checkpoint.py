@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -127,6 +127,17 @@ class Checkpoint:
             for role, (tensor, first_row, rows) in self._matrices(block).items()
         }
         return Weights(matrices, self.read_vectors(block))
+
+    def read_blocks(self, blocks: Iterable[BlockId]) -> Generator[tuple[BlockId, Weights], None, None]:
+        """Each of the blocks with its weights; a tied head shares the bytes of the embedding, which comes before it.
+        Raises CheckpointError."""
+        for block in blocks:
+            weights = self.read_block(block)
+            if block.kind == "embed":
+                table = weights.matrix["embed"]
+            elif block.kind == "head" and self.spec.tied:
+                weights = Weights({"head": table}, weights.vector)
+            yield block, weights
 
     def matrices(self, block: BlockId) -> dict[str, tuple[WeightType, int, int]]:
         """Role → stored type, rows and columns of each matrix that `read_block` gives, without reading."""
