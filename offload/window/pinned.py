@@ -5,14 +5,14 @@ Knows how they lie in memory: one behind the other, so that the slices of a tied
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from shoal.offload.block_store import Arriving
+from shoal.offload.errors import StoreError
 from shoal.offload.pack.pack import Pack
 from shoal.partition.spec import BlockId
 
 from .fetcher import Fetcher
-from .placement import extents
 from .readers import Readers
 from .window import Extent, Passage
 
@@ -66,3 +66,14 @@ def _passages(extents: Sequence[Extent]) -> list[Passage]:
         passages.append(Passage(block, offset, position, nbytes))
         position += nbytes
     return passages
+
+
+def extents(pack: Pack, blocks: Iterable[BlockId]) -> list[Extent]:
+    """Where in the pack the blocks lie. Raises StoreError when it does not have them."""
+    found = []
+    for block in blocks:
+        packed = pack.blocks.get(block)
+        if packed is None:
+            raise StoreError(f"{pack.path}: the pack has no block {block}")
+        found.append(Extent(block, packed.offset, packed.nbytes))
+    return found

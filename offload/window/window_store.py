@@ -1,8 +1,7 @@
 """The store of a plan that streams: some blocks stay in memory, the others pass through a window, read ahead of need.
 
 Reading goes on during compute, sampling and between steps, from the last block on to the first. Knows which memory a
-plan's blocks use; which lies where is `placement`, what is read when is the policies' business (`window`,
-`expert_cache`), how it is read `readers`'.
+plan's blocks use; what is read when is the policies' business (`window`, `expert_cache`), how it is read `readers`'.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import NamedTuple
 
 from shoal.kernels import gather_rows
 from shoal.kernels.arrays import Floats, Ids
@@ -17,16 +17,39 @@ from shoal.kernels.huge_pages import Arena
 from shoal.models.weights import Weights
 from shoal.offload.block_store import ReadStage, Resident, keep
 from shoal.offload.bytes_done import BytesDone, unheard
+from shoal.offload.errors import StoreError
 from shoal.offload.pack.pack import Pack
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
 from .embedding import Embedding
 from .expert_cache import ExpertCache
-from .pinned import Pinned
-from .placement import placement
+from .pinned import Pinned, extents
 from .readers import Readers, Region
-from .window import Passage, Window
+from .window import Extent, Passage, Window
+
+
+class Placement(NamedTuple):
+    """Which blocks of a plan stay, which pass through the window in every step, which experts share slots; whether rows
+    of the embedding are gathered from disk."""
+
+    pinned: list[BlockId]
+    cycle: list[Extent]
+    experts: list[Extent]
+    gathered: bool
+
+
+def placed(plan: Plan, pack: Pack) -> Placement:
+    """Where the blocks of a plan belong. Raises StoreError when the pack lacks a block, or the plan a place for one."""
+    streamed = [item.block for item in plan.blocks if item.tier == "disk"]
+    cycle = extents(pack, (block for block in streamed if block.kind not in ("embed", "expert")))
+    experts = extents(pack, (block for block in streamed if block.kind == "expert"))
+    if any(extent.nbytes > plan.window_bytes for extent in cycle):
+        raise StoreError(f"a window of {plan.window_bytes} bytes cannot hold the largest block streamed")
+    if experts and not plan.expert_slots:
+        raise StoreError(f"{len(experts)} experts are on disk, but the plan has no slots for them")
+    pinned = [item.block for item in plan.blocks if item.tier == "ram"]
+    return Placement(pinned, cycle, experts, BlockId("embed") in streamed)
 
 
 class _Lease:
@@ -52,7 +75,7 @@ class WindowStore:
 
     def __init__(self, plan: Plan, pack: Pack) -> None:
         """Takes its memory and begins to read what passes through the window. Raises StoreError."""
-        places = placement(plan, pack)
+        places = placed(plan, pack)
         arena = Arena()
         self._pinned = Pinned(pack, places.pinned)
         self._embedding = Embedding(pack) if places.gathered else None
