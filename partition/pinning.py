@@ -9,7 +9,7 @@ place. Pure: knows sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -46,7 +46,11 @@ class Pinnings:
         def pinned_bytes(kind: _Kind, count: int, leads: int) -> int:
             return sum(nbytes for _, nbytes in self._pinned(kind, count, leads))
 
-        self._candidates = [self._candidate(counts, pinned_bytes) for counts in _counts(self._kinds)]
+        self._candidates: list[_Candidate] = []
+        for counts in _counts(self._kinds):
+            each = zip(self._kinds, counts, strict=True)
+            pinned = sum(pinned_bytes(kind, count, counts[self._lead]) for kind, count in each)
+            self._candidates.append(_Candidate(counts, self._dense_bytes - pinned, *self._windows(counts)))
 
     def best(self, room_bytes: int, window_bytes: int) -> Pinning | None:
         """What streams least within `room_bytes`, with a window of `window_bytes` as far as blocks need and have use
@@ -70,14 +74,6 @@ class Pinnings:
             for block, _ in self._pinned(kind, count, counts[self._lead])
         )
         return Pinning(pinned, window, slots, streamed)
-
-    def _candidate(
-        self, counts: tuple[int, ...], pinned_bytes: Callable[[_Kind, int, int], int]
-    ) -> _Candidate:
-        leads = counts[self._lead]
-        each = zip(self._kinds, counts, strict=True)
-        pinned = sum(pinned_bytes(kind, count, leads) for kind, count in each)
-        return _Candidate(counts, self._dense_bytes - pinned, *self._windows(counts))
 
     def _pinned(self, kind: _Kind, count: int, leads: int) -> Sequence[tuple[BlockId, int]]:
         """`count` blocks of a kind, as far apart as they can be. Where `leads`, how many of the largest kind of layers'

@@ -6,7 +6,7 @@ the blocks. A block is one extent, its beginning and size multiples of 4 KiB, of
 `open_pack` reads and keeps. The head is cut into slices of rows, blocks head.0, head.1 …; if it is tied to the
 embedding, the slices follow each other without a gap and the embedding's extent is all of them.
 
-Knows the format and trusts nothing in it. Does not know how a pack is made (`pack_build`) nor where packs are kept.
+Knows the format and trusts nothing in it. Does not know how a pack is made (`builder`) nor where packs are kept.
 """
 
 from __future__ import annotations

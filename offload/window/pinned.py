@@ -27,7 +27,7 @@ class Pinned:
         self._pack = pack
         tables = {block for block in pack.blocks if block.kind in ("embed", "head")}
         self._embed_is_head = pack.tied and tables <= set(blocks)
-        self.extents = extents(pack, [it for it in blocks if not (it == EMBED and self._embed_is_head)])
+        self.extents = located(pack, [it for it in blocks if not (it == EMBED and self._embed_is_head)])
         self._fetcher = Fetcher(sum(extent.nbytes for extent in self.extents), whole=True)
         self.region = self._fetcher.region
 
@@ -68,7 +68,7 @@ def _passages(extents: Sequence[Extent]) -> list[Passage]:
     return passages
 
 
-def extents(pack: Pack, blocks: Iterable[BlockId]) -> list[Extent]:
+def located(pack: Pack, blocks: Iterable[BlockId]) -> list[Extent]:
     """Where in the pack the blocks lie. Raises StoreError when it does not have them."""
     found = []
     for block in blocks:

@@ -24,7 +24,7 @@ from shoal.partition.spec import BlockId
 
 from .embedding import Embedding
 from .expert_cache import ExpertCache
-from .pinned import Pinned, extents
+from .pinned import Pinned, located
 from .readers import Readers, Region
 from .window import Extent, Passage, Window
 
@@ -42,8 +42,8 @@ class Placement(NamedTuple):
 def placed(plan: Plan, pack: Pack) -> Placement:
     """Where the blocks of a plan belong. Raises StoreError when the pack lacks a block, or the plan a place for one."""
     streamed = [item.block for item in plan.blocks if item.tier == "disk"]
-    cycle = extents(pack, (block for block in streamed if block.kind not in ("embed", "expert")))
-    experts = extents(pack, (block for block in streamed if block.kind == "expert"))
+    cycle = located(pack, (block for block in streamed if block.kind not in ("embed", "expert")))
+    experts = located(pack, (block for block in streamed if block.kind == "expert"))
     if any(extent.nbytes > plan.window_bytes for extent in cycle):
         raise StoreError(f"a window of {plan.window_bytes} bytes cannot hold the largest block streamed")
     if experts and not plan.expert_slots:
