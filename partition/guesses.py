@@ -1,7 +1,4 @@
-"""What is assumed of hardware and of users before anything has been measured.
-
-Each guess lives here once. A measured profile will take their place.
-"""
+"""What plans assume before anything has been measured: speeds of hardware, and which shares of memory serve best."""
 
 MEMORY_BYTES_PER_S = 20e9  # weights in memory are read with
 DISK_BYTES_PER_S = 1.5e9  # weights on disk are read with

@@ -20,24 +20,28 @@ EMBED = BlockId("embed")
 
 
 class Pinned:
-    """The memory for some blocks of a pack, and these as they come."""
+    """The memory for some blocks of a pack, and these as they come, once."""
 
     def __init__(self, pack: Pack, blocks: Sequence[BlockId]) -> None:
         """Raises StoreError when the pack does not have them."""
         self._pack = pack
         tables = {block for block in pack.blocks if block.kind in ("embed", "head")}
         self._embed_is_head = pack.tied and tables <= set(blocks)
-        self.extents = located(pack, [it for it in blocks if not (it == EMBED and self._embed_is_head)])
-        self._fetcher = Fetcher(sum(extent.nbytes for extent in self.extents), whole=True)
+        self._passages: list[Passage] = []
+        whole = 0
+        for block, offset, nbytes in located(pack, blocks):
+            if block != EMBED or not self._embed_is_head:
+                self._passages.append(Passage(block, offset, whole, nbytes))
+                whole += nbytes
+        self._fetcher = Fetcher(whole, whole=True)
         self.region = self._fetcher.region
 
     def arriving(self, readers: Readers) -> Arriving:
         """Reads the blocks and gives each as soon as it is here. Raises OffloadError."""
-        passages = _passages(self.extents)
-        for passage in self._fetcher.arriving(readers, passages):
+        for passage in self._fetcher.arriving(readers, self._passages):
             yield passage.block, self.region.weights(self._pack, passage)
         if self._embed_is_head:
-            start = next(passage.position for passage in passages if passage.block.kind == "head")
+            start = next(passage.position for passage in self._passages if passage.block.kind == "head")
             whole = self.region.memory[start : start + self._pack.blocks[EMBED].nbytes]
             yield EMBED, self._pack.weights(EMBED, whole)
 
@@ -56,16 +60,6 @@ class PackReader:
             yield from pinned.arriving(readers)
         finally:
             readers.close()
-
-
-def _passages(extents: Sequence[Extent]) -> list[Passage]:
-    """Of blocks to places one behind the other."""
-    passages: list[Passage] = []
-    position = 0
-    for block, offset, nbytes in extents:
-        passages.append(Passage(block, offset, position, nbytes))
-        position += nbytes
-    return passages
 
 
 def located(pack: Pack, blocks: Iterable[BlockId]) -> list[Extent]:
