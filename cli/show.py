@@ -25,7 +25,7 @@ from .store import described_pack
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from shoal.daemon.loading.outlook import Misfit, Outlook
+    from shoal.daemon.loading.outlook import Outlook, TooLarge
 
 BAR_COLUMNS = 40
 
@@ -56,13 +56,13 @@ def show(model: str, as_json: bool, plan: PlanOptions) -> None:
         with deferred_interrupt():
             from shoal.daemon.description import checkpoint_facts
             from shoal.daemon.library.packs import Packs
-            from shoal.daemon.loading.outlook import Misfit, outlook
+            from shoal.daemon.loading.outlook import TooLarge, outlook
         described = checkpoint_facts(path)
         packs = Packs(home)
         found = outlook(path, config, packs)
         made = packs.shelf.of(packs.shelf.model_of(path))
     if as_json:
-        plan_facts = {"fits": not isinstance(found, Misfit), **msgspec.structs.asdict(found)}
+        plan_facts = {"fits": not isinstance(found, TooLarge), **msgspec.structs.asdict(found)}
         print_json({**described, "plan": plan_facts, "packs": [described_pack(pack) for pack in made]})
         return
     rows = facts()
@@ -76,7 +76,7 @@ def show(model: str, as_json: bool, plan: PlanOptions) -> None:
     screen = console()
     screen.print(rows)
     screen.print()
-    if isinstance(found, Misfit):
+    if isinstance(found, TooLarge):
         screen.print(_misfit(found))
         return
     screen.print(_memory(found))
@@ -134,7 +134,7 @@ def _words(found: Outlook) -> Table:
     return rows
 
 
-def _misfit(found: Misfit) -> Table:
+def _misfit(found: TooLarge) -> Table:
     rows = facts()
     rows.add_row("memory", found.refused)
     rows.add_row("", f"--memory {-(-found.least_bytes // 10**6)}MB would do, or a smaller --ctx")

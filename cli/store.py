@@ -15,7 +15,7 @@ import click
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library import registry
-from shoal.daemon.library.library import Entry, Library, is_path
+from shoal.daemon.library.library import Library, StoredModel, is_path
 from shoal.daemon.library.pack_shelf import PackEntry, PackShelf
 from shoal.daemon.sizes import format_bytes
 
@@ -122,7 +122,7 @@ def _remove_packs(shelf: PackShelf, model: str) -> None:
     note(f"removed the packs of {model} ({format_bytes(shelf.remove(model))})")
 
 
-def _described(entry: Entry, packs: Sequence[PackEntry] = ()) -> dict[str, Any]:
+def _described(entry: StoredModel, packs: Sequence[PackEntry] = ()) -> dict[str, Any]:
     manifest = entry.manifest
     return {
         "name": entry.name,

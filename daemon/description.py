@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal import kernels
-from shoal.daemon.loading.model import refusal
+from shoal.daemon.loading.refusal import refusing
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -20,11 +20,8 @@ def kernel_home() -> str:
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
     """The facts of a checkpoint by name, in reading order; sizes are in bytes. Raises DaemonError."""
-    try:
-        with open_checkpoint(path) as checkpoint:
-            return _facts(path, checkpoint)
-    except Exception as error:
-        raise refusal(error, str(path)) from error
+    with refusing(str(path)), open_checkpoint(path) as checkpoint:
+        return _facts(path, checkpoint)
 
 
 def _facts(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:

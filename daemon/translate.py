@@ -14,7 +14,7 @@ from shoal.models.errors import (
     UnsupportedCheckpoint,
 )
 from shoal.offload.errors import BudgetExceeded, OffloadError, PackError, PackPointless
-from shoal.partition.errors import PlanError, ShardError, SpecError
+from shoal.partition.errors import ShardError, SpecError
 
 from .errors import DaemonError
 
@@ -26,7 +26,6 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (SpecError, "corrupt"),
     (TemplateError, "bad_request"),
     (SamplingError, "bad_request"),
-    (PlanError, "resources"),
     (ShardError, "bad_request"),
     (BudgetExceeded, "resources"),
     (PackPointless, "bad_request"),

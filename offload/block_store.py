@@ -6,8 +6,8 @@ computed with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from typing import NamedTuple, Protocol
 
 from shoal.kernels import gather_rows
@@ -16,8 +16,13 @@ from shoal.models.weights import Weights
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
+from .bytes_done import BytesDone, unheard
 
-class Stage(NamedTuple):
+Arriving = Generator[tuple[BlockId, Weights], None, None]
+"""Blocks, each as soon as it is read. Closing it ends the reading."""
+
+
+class ReadStage(NamedTuple):
     """How far a step is, for people: blocks read of those that a step reads, how fast lately, and at best so far."""
 
     done: int
@@ -55,7 +60,7 @@ class BlockStore(Protocol):
         """These may be acquired after what is expected, the likeliest first."""
         ...
 
-    def stage(self) -> Stage | None:
+    def stage(self) -> ReadStage | None:
         """None when nothing is read while computing. For any thread."""
         ...
 
@@ -65,9 +70,12 @@ class BlockStore(Protocol):
 
 
 class BlockReader(Protocol):
-    """What a store needs of a checkpoint (models.checkpoint has it)."""
+    """Where blocks come from that stay in memory: a checkpoint (models.checkpoint has it), or a pack."""
 
-    def read_block(self, block: BlockId) -> Weights: ...
+    def read_blocks(self, blocks: Sequence[BlockId]) -> Arriving:
+        """All these blocks, in any order; embedding and head share their bytes where they
+        are tied. Raises CheckpointError or OffloadError."""
+        ...
 
 
 class Resident:
@@ -86,36 +94,25 @@ class Resident:
 
 
 class ResidentStore:
-    """Every block of the plan in RAM. A head that is tied to the embedding shares its bytes."""
+    """Every block of a plan in memory. Reads nothing any more, so it never waits and cannot be damaged."""
 
     stall_s = 0.0
     damaged = False
 
-    def __init__(self, blocks: Mapping[BlockId, Weights]) -> None:
-        embed, head = blocks[BlockId("embed")], blocks[BlockId("head")]
-        if "head" not in head.matrix:
-            head = Weights({**head.matrix, "head": embed.matrix["embed"]}, head.vector)
-        self._leases = {block: Resident(weights) for block, weights in blocks.items()}
-        self._leases[BlockId("head")] = Resident(head)
+    def __init__(self, blocks: Mapping[BlockId, Resident]) -> None:
+        self._blocks = blocks
 
     @classmethod
-    def load(
-        cls, plan: Plan, reader: BlockReader, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> ResidentStore:
-        """Read all blocks; `progress(bytes done, bytes in all)` is called after each."""
-        blocks: dict[BlockId, Weights] = {}
-        done = 0
-        for item in plan.blocks:
-            blocks[item.block] = reader.read_block(item.block)
-            done += item.nbytes
-            progress(done, plan.weights_bytes)
-        return cls(blocks)
+    def load(cls, plan: Plan, reader: BlockReader, progress: BytesDone = unheard) -> ResidentStore:
+        """Reads all blocks and tells of each. Raises CheckpointError or OffloadError."""
+        sizes = {item.block: item.nbytes for item in plan.blocks}
+        return cls(keep(reader.read_blocks(list(sizes)), sizes, progress))
 
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
-        return self._leases[block]
+        return self._blocks[block]
 
     def rows(self, block: BlockId, ids: Ids) -> Floats:
-        return gather_rows(self._leases[block].weights.matrix["embed"], ids)
+        return gather_rows(self._blocks[block].weights.matrix["embed"], ids)
 
     def expect(self, blocks: Sequence[BlockId]) -> None:
         """Everything is here."""
@@ -123,8 +120,20 @@ class ResidentStore:
     def guess(self, blocks: Sequence[BlockId]) -> None:
         """Everything is here."""
 
-    def stage(self) -> Stage | None:
+    def stage(self) -> ReadStage | None:
         return None
 
     def close(self) -> None:
         """Nothing runs in the background."""
+
+
+def keep(arriving: Arriving, sizes: Mapping[BlockId, int], progress: BytesDone) -> dict[BlockId, Resident]:
+    """Blocks that stay, as they arrive; `sizes` of all of them, in bytes."""
+    blocks: dict[BlockId, Resident] = {}
+    done, total = 0, sum(sizes.values())
+    with closing(arriving):
+        for block, weights in arriving:
+            blocks[block] = Resident(weights)
+            done += sizes[block]
+            progress(done, total)
+    return blocks

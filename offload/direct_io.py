@@ -19,7 +19,7 @@ from shoal.kernels.arrays import Bytes
 
 from .errors import StoreError
 
-ALIGN_BYTES = 4096
+DIRECT_ALIGN_BYTES = 4096
 
 
 class DirectFile:
@@ -48,7 +48,7 @@ class DirectFile:
             if got <= 0:
                 raise EOFError(f"the file ends at byte {offset + done}")
             done += got
-            if self.direct and done % ALIGN_BYTES and done < len(target):
+            if self.direct and done % DIRECT_ALIGN_BYTES and done < len(target):
                 raise EOFError(f"the file ends at byte {offset + done}")
         if not self.direct:
             forget_cached(self._file, offset, len(target))
@@ -73,7 +73,7 @@ def open_direct(path: Path, flags: int) -> tuple[int, bool]:
         with contextlib.suppress(OSError):  # a file system without it, if not worse
             file = os.open(path, flags | direct, 0o600)
             try:  # some take the flag and refuse the reads
-                with mmap.mmap(-1, ALIGN_BYTES) as page:
+                with mmap.mmap(-1, DIRECT_ALIGN_BYTES) as page:
                     os.preadv(file, [page], 0)
                 return file, True
             except OSError:

@@ -2,7 +2,6 @@
 
 PartitionError
 ├── SpecError      a fact of the architecture is out of range or contradicts another
-├── PlanError      no plan fits (carries the figure that would)
 └── ShardError     a model cannot be cut into so many shards
 """
 
@@ -17,11 +16,3 @@ class SpecError(PartitionError):
 
 class ShardError(PartitionError):
     """A model cannot be cut so; the message gives the number asked for and the one that would do."""
-
-
-class PlanError(PartitionError):
-    """The request cannot be planned within its limits; the message gives the figure needed, as does `least_bytes`."""
-
-    def __init__(self, message: str, least_bytes: int) -> None:
-        super().__init__(message)
-        self.least_bytes = least_bytes

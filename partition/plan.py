@@ -1,16 +1,15 @@
 """`Plan`: pure data that says, for every block, where it lives and computes, and how much a step may hold.
 
 Knows blocks, tiers, devices and sizes. Does not read, allocate or compute; `offload` and the executor carry a plan
-out. Here is the plan that has everything in RAM; those that stream from a disk are made in `streaming`.
+out. Here is the plan that has everything in RAM; one that streams from a disk is made in `streamed_plan`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from .errors import PlanError
 from .memory_layout import (
     KERNEL_BYTES,
     PAGE_TOKENS,
@@ -121,6 +120,13 @@ class Plan:
         return f"{self.ranks} rank, {self.threads} threads, {', '.join(parts)}, {kv}"
 
 
+class Misfit(NamedTuple):
+    """There is no plan for the memory that there is: `least_bytes` would do, for `plan`."""
+
+    least_bytes: int
+    plan: Plan
+
+
 class Wanted(NamedTuple):
     """What is asked of a plan, whatever memory there is. `kv_tokens` None: as memory allows."""
 
@@ -164,37 +170,51 @@ def arena_slack(nbytes: int) -> int:
     return nbytes // 64
 
 
-def plan_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int], *, memory_bytes: int) -> Plan:
-    """The plan "one rank, everything in RAM" within `memory_bytes`. block_bytes: in the order of a step.
+def kv_plan(wanted: Wanted, pages: int) -> KvPlan:
+    return KvPlan(pages, PAGE_TOKENS, wanted.kv_type, pages * kv_page_bytes(wanted.spec, wanted.kv_type))
 
-    `kv_tokens` None gives every sequence a full context as far as half of the memory left allows, so that another
-    model fits beside it; at least one sequence always gets its full context.
-    Raises PlanError with the bytes needed when weights and one full context do not fit.
-    """
-    page_bytes = kv_page_bytes(wanted.spec, wanted.kv_type)
-    weights = sum(block_bytes.values())
-    per_sequence = -(-wanted.context_tokens // PAGE_TOKENS)
-    scratch = arena_slack(weights) + scratch_bytes(wanted)
-    least = weights + scratch + per_sequence * page_bytes
-    if wanted.kv_tokens is not None:
-        pages = -(-wanted.kv_tokens // PAGE_TOKENS)
-        least = weights + scratch + pages * page_bytes
-    else:
-        room = memory_bytes - weights - scratch
-        pages = max(per_sequence, min(per_sequence * wanted.sequences, room // 2 // page_bytes))
-    if least > memory_bytes:
-        raise PlanError(
-            f"needs {least / 1e6:,.0f} MB ({weights / 1e6:,.0f} MB of weights, {pages * PAGE_TOKENS:,} tokens of KV, "
-            f"{scratch / 1e6:,.0f} MB of scratch) but the budget leaves {memory_bytes / 1e6:,.0f} MB",
-            least,
-        )
+
+def least_kv_pages(wanted: Wanted) -> int:
+    """Pages for what was asked for, or for one full context."""
+    tokens = wanted.context_tokens if wanted.kv_tokens is None else wanted.kv_tokens
+    return -(-tokens // PAGE_TOKENS)
+
+
+def least_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int]) -> Plan:
+    """The plan "one rank, everything in RAM" that takes least. block_bytes: in the order of a step."""
     return Plan(
         blocks=tuple(BlockPlan(block, nbytes) for block, nbytes in block_bytes.items()),
-        kv=KvPlan(pages, PAGE_TOKENS, wanted.kv_type, pages * page_bytes),
+        kv=kv_plan(wanted, least_kv_pages(wanted)),
         context_tokens=wanted.context_tokens,
         chunk_tokens=wanted.chunk_tokens,
         sequences=wanted.sequences,
         guesses=wanted.guesses,
         threads=wanted.threads,
-        scratch_bytes=scratch,
+        scratch_bytes=arena_slack(sum(block_bytes.values())) + scratch_bytes(wanted),
     )
+
+
+def plan_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int], *, memory_bytes: int) -> Plan | Misfit:
+    """The plan "one rank, everything in RAM" within `memory_bytes`.
+
+    `kv_tokens` None gives every sequence a full context as far as half of the memory left allows, so that another
+    model fits beside it.
+    """
+    least = least_in_ram(wanted, block_bytes)
+    if least.peak_bytes > memory_bytes:
+        return Misfit(least.peak_bytes, least)
+    if wanted.kv_tokens is not None:
+        return least
+    half = (memory_bytes - least.peak_bytes + least.kv.nbytes) // 2
+    pages = min(least.kv.pages * wanted.sequences, half // kv_page_bytes(wanted.spec, wanted.kv_type))
+    return replace(least, kv=kv_plan(wanted, max(least.kv.pages, pages)))
+
+
+def first_fit(tried: Iterable[Plan | Misfit]) -> Plan | Misfit:
+    """The first plan, or else the misfit that takes least. Nothing is tried after a plan."""
+    misfits = []
+    for made in tried:
+        if isinstance(made, Plan):
+            return made
+        misfits.append(made)
+    return min(misfits, key=lambda misfit: misfit.least_bytes)

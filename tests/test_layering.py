@@ -44,7 +44,6 @@ INNER = {
 }
 IN_TORCH = {"kernels/attention_reference.py", "kernels/reference.py"}  # and with it 140 MB of memory
 OPTIONS_OF_OTHERS = {"daemon/library/package.py"}  # pip's
-OPTIONS_STILL_NAMED = {"daemon/loading/model.py", "daemon/loading/planning.py"}
 MAX_LINES = 400
 MAX_MODULES = 20
 
@@ -156,7 +155,7 @@ def test_only_the_command_line_knows_its_options() -> None:
     option = re.compile(r"(?<![\w-])--[a-z]")
     paths = [path for path in everywhere() if path.relative_to(ROOT).parts[0] != "cli"]
     found = {str(path.relative_to(ROOT)) for path in paths if any(map(option.search, texts(path)))}
-    assert found - OPTIONS_OF_OTHERS - OPTIONS_STILL_NAMED == set()
+    assert found - OPTIONS_OF_OTHERS == set()
 
 
 def test_packages_match_the_tree() -> None:

@@ -31,7 +31,7 @@ from shoal.daemon.progress import Progress, no_progress
 from . import registry
 from .transfer import disk_errors, hash_file, sync, sync_directory
 
-MANIFEST = "manifest.json"
+MODEL_MANIFEST = "manifest.json"
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit"
 _REMOTE = re.compile(r"https?://.*|[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)(:[\w.-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -47,7 +47,7 @@ class ModelFile(Struct, frozen=True):
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class Manifest(Struct, frozen=True):
+class ModelManifest(Struct, frozen=True):
     """What the store knows of a model. `added` is a UTC time in ISO 8601."""
 
     name: str
@@ -57,11 +57,11 @@ class Manifest(Struct, frozen=True):
     added: str
 
 
-class Entry(Struct, frozen=True):
+class StoredModel(Struct, frozen=True):
     """A model in the store."""
 
     directory: Path
-    manifest: Manifest
+    manifest: ModelManifest
 
     @property
     def name(self) -> str:
@@ -102,7 +102,7 @@ class Staging:
         self.path = path
         self._final = final
 
-    def commit(self, kind: Kind, sha256: Mapping[str, str]) -> Entry:
+    def commit(self, kind: Kind, sha256: Mapping[str, str]) -> StoredModel:
         """The files named in `sha256` (name → hash), all below `path`, become the model. Raises DaemonError."""
         with disk_errors(self.path, 0, self.name):
             files = [
@@ -110,9 +110,9 @@ class Staging:
                 for name, digest in sorted(sha256.items())
             ]
             added = datetime.now(UTC).isoformat(timespec="seconds")
-            manifest = Manifest(self.name, kind, files, self.source, added)
+            manifest = ModelManifest(self.name, kind, files, self.source, added)
             self._discard_others(set(sha256))
-            with (self.path / MANIFEST).open("wb") as out:
+            with (self.path / MODEL_MANIFEST).open("wb") as out:
                 out.write(msgspec.json.format(msgspec.json.encode(manifest)))
                 sync(out)
             sync_directory(self.path)
@@ -122,7 +122,7 @@ class Staging:
             self.path.rename(self._final)
             sync_directory(self._final.parent)
             shutil.rmtree(damaged, ignore_errors=True)
-        return Entry(self._final, manifest)
+        return StoredModel(self._final, manifest)
 
     def _discard_others(self, wanted: set[str]) -> None:
         for path in self.path.rglob("*"):
@@ -150,14 +150,14 @@ class Library:
             raise DaemonError("not_found", f"no such file or directory: {model[:300]}", hint)
         raise self._unknown(model)
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> StoredModel:
         """The model of that name or alias. Raises DaemonError `not_found` or `corrupt`."""
         found = self._find(registry.canonical(name))
         if found is None:
             raise self._unknown(name)
         return found
 
-    def list(self) -> tuple[Entry, ...]:
+    def list(self) -> tuple[StoredModel, ...]:
         """All models, by name; damaged ones are left out (see `damaged`)."""
         return tuple(entry for name in self._names() if (entry := self._read(name)) is not None)
 
@@ -165,7 +165,7 @@ class Library:
         """Names of directories in the store without a usable manifest or with missing or cut files."""
         return tuple(name for name in self._names() if self._read(name) is None)
 
-    def verify(self, entry: Entry, progress: Progress = no_progress) -> tuple[str, ...]:
+    def verify(self, entry: StoredModel, progress: Progress = no_progress) -> tuple[str, ...]:
         """Read every byte again: the names of the files that differ from the manifest."""
         return tuple(
             file.name
@@ -241,7 +241,7 @@ class Library:
             raise DaemonError("internal", f"cannot read {self.root}: {error.strerror}") from error
         return tuple(sorted(found))
 
-    def _find(self, name: str) -> Entry | None:
+    def _find(self, name: str) -> StoredModel | None:
         if name not in self._names():
             return None
         entry = self._read(name)
@@ -253,17 +253,17 @@ class Library:
             )
         return entry
 
-    def _read(self, name: str) -> Entry | None:
+    def _read(self, name: str) -> StoredModel | None:
         directory = self.root / name
         try:
-            manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+            manifest = msgspec.json.decode((directory / MODEL_MANIFEST).read_bytes(), type=ModelManifest)
             whole = all(
                 _stays_inside(file.name) and (directory / file.name).stat().st_size == file.size
                 for file in manifest.files
             )
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
-        return Entry(directory, manifest) if whole else None
+        return StoredModel(directory, manifest) if whole else None
 
     def _unknown(self, name: str) -> DaemonError:
         known = sorted({*self._names(), *(model.name for model in registry.MODELS)})

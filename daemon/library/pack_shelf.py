@@ -37,7 +37,7 @@ from shoal.offload.pack.manifest import (
 )
 from shoal.partition.slicing import Shard
 
-from .library import MANIFEST, Library
+from .library import MODEL_MANIFEST, Library
 from .transfer import disk_errors
 
 PackState = Literal["ready", "outdated", "unfinished", "damaged"]
@@ -87,7 +87,7 @@ class PackShelf:
         if name == source.model:
             return source
         try:
-            manifest = (self._library.root / name / MANIFEST).read_bytes()
+            manifest = (self._library.root / name / MODEL_MANIFEST).read_bytes()
         except OSError as error:
             raise DaemonError(
                 "corrupt", f"the store's copy of {name} is damaged: {error.strerror}"
@@ -155,7 +155,7 @@ class PackShelf:
         directory = path if path.is_dir() else path.parent
         try:
             if source.store:
-                manifest = (path / MANIFEST).read_bytes()
+                manifest = (path / MODEL_MANIFEST).read_bytes()
                 if hashlib.sha256(manifest).hexdigest() != source.store:
                     return False
             for file in source.files:

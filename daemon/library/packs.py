@@ -25,12 +25,13 @@ from shoal.kernels import set_threads
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.models.errors import CheckpointError
+from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.errors import PackCorrupt, PackError
 from shoal.offload.pack.builder import PART_BYTES, PackBuilder, partial_of, source_of
 from shoal.offload.pack.layout import part_of
 from shoal.offload.pack.manifest import DAMAGED, Quant
 from shoal.offload.pack.pack import Pack, open_pack
-from shoal.offload.pack.writer import Progress, damaged_blocks, no_progress
+from shoal.offload.pack.writer import damaged_blocks
 from shoal.partition.errors import ShardError
 
 from .pack_shelf import PackShelf
@@ -87,7 +88,7 @@ class Packs:
     def get(
         self,
         checkpoint: AnyCheckpoint,
-        progress: Progress = no_progress,
+        progress: BytesDone = unheard,
         *,
         quant: Quant = "keep",
         memory_bytes: int | None = None,
@@ -109,7 +110,7 @@ class Packs:
         *,
         shard: ShardName = WHOLE,
         memory_bytes: int | None,
-        progress: Progress,
+        progress: BytesDone,
     ) -> Pack:
         """`get` for what a rank holds of the checkpoint at `path`, in a process that does nothing else. Raises
         DaemonError: `bad_request` where the model cannot be cut so."""
@@ -125,7 +126,7 @@ class Packs:
         with self._opened(path, quant, shard) as part:
             return self.shelf.place(model, quant, part.shard)
 
-    def verify(self, directory: Path, progress: Progress = no_progress) -> list[str]:
+    def verify(self, directory: Path, progress: BytesDone = unheard) -> list[str]:
         """Reads all of a pack: the names of its damaged blocks; with any it is not used again. Raises DaemonError when
         it cannot even be opened."""
         try:
@@ -158,7 +159,7 @@ class Packs:
         checkpoint: AnyCheckpoint,
         quant: Quant,
         memory_bytes: int | None,
-        progress: Progress,
+        progress: BytesDone,
     ) -> Pack:
         source = self.shelf.claimed(source_of(checkpoint))
         directory = self.shelf.place(source.model, quant, checkpoint.shard)

@@ -23,7 +23,7 @@ from shoal.daemon.progress import Progress, no_progress
 from . import registry
 from .download import RemoteFile, download
 from .hub import HubModel, checkpoint_files, fetch_hub, gguf_groups
-from .library import Entry, Kind, Library, check_name, existing_path, is_path
+from .library import Kind, Library, StoredModel, check_name, existing_path, is_path
 from .package import fetch_package
 from .transfer import check_space, copy_hashed, disk_errors, hash_file, sync
 
@@ -38,7 +38,7 @@ def pull(
     name: str | None = None,
     link: bool = False,
     progress: Progress = no_progress,
-) -> tuple[Entry, bool]:
+) -> tuple[StoredModel, bool]:
     """The model's entry, and whether it was fetched now (False: the store had it already).
 
     name: what the store calls it, instead of a name made from the reference. link: hard-link a local file
@@ -95,7 +95,7 @@ def store_name(text: str) -> str:
     return check_name(re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:128])
 
 
-def _known(library: Library, name: str, source: str) -> Entry | None:
+def _known(library: Library, name: str, source: str) -> StoredModel | None:
     """The entry if the store has this very model. Raises DaemonError when another one has its name."""
     check_name(name)
     entry = next((entry for entry in library.list() if entry.name == name), None)
@@ -108,7 +108,9 @@ def _known(library: Library, name: str, source: str) -> Entry | None:
     return entry
 
 
-def _pull_url(reference: str, library: Library, name: str | None, progress: Progress) -> tuple[Entry, bool]:
+def _pull_url(
+    reference: str, library: Library, name: str | None, progress: Progress
+) -> tuple[StoredModel, bool]:
     url, fragment = urldefrag(reference)
     sha256 = parse_qs(fragment).get("sha256", [""])[0].lower()
     if fragment and not _SHA256.fullmatch(sha256):
@@ -125,7 +127,9 @@ def _pull_url(reference: str, library: Library, name: str | None, progress: Prog
         return staging.commit("gguf", checked("gguf", staging.path, {local: digest})), True
 
 
-def _pull_hub(model: HubModel, library: Library, name: str | None, progress: Progress) -> tuple[Entry, bool]:
+def _pull_hub(
+    model: HubModel, library: Library, name: str | None, progress: Progress
+) -> tuple[StoredModel, bool]:
     stored = name or store_name(model.files[0].name if model.kind == "gguf" else model.repo)
     if (known := _known(library, stored, model.source)) is not None:
         return known, False
@@ -136,7 +140,7 @@ def _pull_hub(model: HubModel, library: Library, name: str | None, progress: Pro
 
 def _pull_path(
     path: Path, library: Library, name: str | None, link: bool, progress: Progress
-) -> tuple[Entry, bool]:
+) -> tuple[StoredModel, bool]:
     path = path.absolute()
     kind: Kind = "hf" if path.is_dir() else "gguf"
     if kind == "hf":

@@ -22,9 +22,11 @@ from shoal.offload.budget import Budget
 from shoal.offload.kv.disk import KvDisk
 from shoal.offload.kv.prefix_cache import PrefixCache
 
-from .model import LoadedModel, refusal, release
-from .planning import Packs, row_share
-from .runnable import Runnable, least_bytes, read_draft
+from .model import LoadedModel, release
+from .planning import least_bytes, row_share
+from .refusal import refusing
+from .runnable import Runnable, read_draft
+from .stores import PackSource
 
 
 def _ignore(engine: Engine) -> None:
@@ -37,7 +39,7 @@ class Assembly:
     for KV that leaves it. `notify` hears of engines that have events."""
 
     budget: Budget
-    packs: Packs | None = None
+    packs: PackSource | None = None
     kv_files: KvFiles | None = None
     clock: Callable[[], float] = time.monotonic
     notify: Callable[[Engine], None] = _ignore
@@ -56,8 +58,9 @@ class Assembly:
         `streaming`. Raises DaemonError; what was held in the budget is then released."""
         with ExitStack() as undo:  # what has been begun ends again when a later part fails
             undo.callback(release, name, self.budget)
-            try:
+            with refusing(name):
                 main = Runnable.read(
+                    name,
                     f"model {name}",
                     path,
                     config,
@@ -68,15 +71,11 @@ class Assembly:
                     reserve_bytes=least_bytes(draft, config) if draft else 0,
                     kv_on_disk=self.kv_files is not None,
                 )
-            except Exception as error:
-                raise refusal(error, name) from error
             undo.callback(main.executor.store.close)
             small = None
             if draft is not None:
-                try:
+                with refusing(f"draft model {draft.name}"):
                     small = read_draft(name, main, draft, config, self.budget)
-                except Exception as error:
-                    raise refusal(error, f"draft model {draft.name}") from error
             disk = None
             if self.kv_files is not None:
                 disk = self.kv_files.open(name, main.checkpoint, config.quant, main.plan, main.kv)

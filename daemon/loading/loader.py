@@ -17,10 +17,12 @@ from shoal.daemon.progress import Progress
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 from .assembly import Assembly
+from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
 from .loaded import LoadedModels
-from .model import LoadedModel, refusal
-from .planning import disk_buffer_bytes, plan_within_budget
-from .runnable import check_vocabulary, least_bytes
+from .model import LoadedModel
+from .planning import least_bytes
+from .refusal import refusing
+from .runnable import check_vocabulary
 
 
 class Loader:
@@ -48,11 +50,8 @@ class Loader:
             )
         self._check_room(model.name, model.checkpoint, draft, config)
         if draft is not None:
-            try:
-                with open_checkpoint(draft) as small:
-                    check_vocabulary(model.name, model.tokenizer, draft.name, small.tokenizer())
-            except Exception as error:
-                raise refusal(error, f"draft model {draft.name}") from error
+            with refusing(f"draft model {draft.name}"), open_checkpoint(draft) as small:
+                check_vocabulary(model.name, model.tokenizer, draft.name, small.tokenizer())
 
     def load(
         self, name: str, path: Path, draft: Path | None, config: NodeConfig, progress: Progress
@@ -93,10 +92,9 @@ class Loader:
         """Raises DaemonError when the model would not fit even without every idle one."""
         idle_bytes = sum(model.peak_bytes for model in self._models.idle())
         extra_bytes = disk_buffer_bytes(checkpoint, config) if self._assembly.kv_files is not None else 0
-        try:
+        with refusing(name):
             extra_bytes += least_bytes(draft, config) if draft is not None else 0
-            plan_within_budget(
+            found = plan_within_budget(
                 checkpoint, config, self._assembly.budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
             )
-        except Exception as error:
-            raise refusal(error, name) from error
+        require_plan(found, name)

@@ -14,18 +14,14 @@ from pathlib import Path
 from shoal.comm.messages import ModelStatus, Stage
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.model_name import Reference
-from shoal.daemon.translate import translated
 from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
 from shoal.models.chat.template import ChatTemplate
 from shoal.models.checkpoint.checkpoint import Checkpoint
-from shoal.models.errors import CheckpointError
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
-from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.pack.manifest import Quant
-from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan
 
 from .runnable import Runnable
@@ -154,19 +150,3 @@ def release(name: str, budget: Budget) -> None:
     """Give back what a model and the one that guesses for it hold."""
     budget.release(f"model {name}")
     budget.release(f"draft for {name}")
-
-
-def refusal(error: Exception, name: str) -> DaemonError:
-    """Why a model cannot be loaded. Checkpoint errors name their file themselves."""
-    if isinstance(error, PlanError):
-        least = -(-error.least_bytes // 10**6)
-        return DaemonError(
-            "resources",
-            f"{name} {error}",
-            f"`memory_bytes={least}MB` would do, or a smaller `context_tokens`",
-        )
-    if isinstance(error, BudgetExceeded):
-        return DaemonError(
-            "resources", f"{name} {error}", "give it more `memory_bytes` or a smaller `context_tokens`"
-        )
-    return translated(error, "" if isinstance(error, CheckpointError) else name)

@@ -19,11 +19,10 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.offload.pack.builder import source_of
 from shoal.offload.pack.layout import layout
 from shoal.offload.read_speed import read_speed
-from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan
 
-from .model import refusal
-from .planning import disk_buffer_bytes, plan_within_budget
+from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget
+from .refusal import refusing
 
 
 class Uses(Struct, frozen=True):
@@ -56,7 +55,7 @@ class Outlook(Struct, frozen=True):
     step_s: float = 0.0
 
 
-class Misfit(Struct, frozen=True):
+class TooLarge(Struct, frozen=True):
     """It cannot run within the budget: why, and the budget that would do."""
 
     refused: str
@@ -64,23 +63,19 @@ class Misfit(Struct, frozen=True):
     least_bytes: int
 
 
-def outlook(path: Path, config: NodeConfig, packs: Packs) -> Outlook | Misfit:
+def outlook(path: Path, config: NodeConfig, packs: Packs) -> Outlook | TooLarge:
     """How the daemon would run the checkpoint at `path`. Raises DaemonError when it could not for other reasons than
     memory."""
-    try:
-        with open_checkpoint(path) as checkpoint:
-            return _outlook(checkpoint, config, packs)
-    except Exception as error:
-        raise refusal(error, path.name) from error
+    with refusing(path.name), open_checkpoint(path) as checkpoint:
+        return _outlook(checkpoint, config, packs)
 
 
-def _outlook(checkpoint: Checkpoint, config: NodeConfig, packs: Packs) -> Outlook | Misfit:
+def _outlook(checkpoint: Checkpoint, config: NodeConfig, packs: Packs) -> Outlook | TooLarge:
     budget = budget_of(config.memory_bytes)
     on_disk = disk_buffer_bytes(checkpoint, config)
-    try:
-        plan = plan_within_budget(checkpoint, config, budget, extra_bytes=on_disk)
-    except PlanError as error:
-        return Misfit(str(error), budget.limit_bytes, error.least_bytes)
+    plan = plan_within_budget(checkpoint, config, budget, extra_bytes=on_disk)
+    if isinstance(plan, Shortfall):
+        return TooLarge(str(plan), plan.budget_bytes, plan.least_bytes)
     process = budget.held_by(PROCESS)
     uses = Uses(
         weights=plan.pinned_bytes + plan.expert_bytes,

@@ -19,10 +19,10 @@ from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
-from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan
 
-from .planning import Packs, disk_buffer_bytes, make_plan, open_store, plan_within_budget
+from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
+from .stores import PackSource, open_store
 
 
 @dataclass(eq=False)
@@ -40,26 +40,28 @@ class Runnable:
     @classmethod
     def read(
         cls,
+        name: str,
         purpose: str,
         path: Path,
         config: NodeConfig,
         budget: Budget,
         progress: Progress,
         *,
-        packs: Packs | None = None,
+        packs: PackSource | None = None,
         streaming: bool = True,
         reserve_bytes: int = 0,
         kv_on_disk: bool = False,
     ) -> Runnable:
-        """Reads a checkpoint into memory, which is entered in the budget under `purpose` and taken out again if this
-        fails. `reserve_bytes` of the budget are left free. `streaming`: weights may come from disk, from one of
+        """Reads checkpoint `name` into memory, which is entered in the budget under `purpose` and taken out again if
+        this fails. `reserve_bytes` of the budget are left free. `streaming`: weights may come from disk, from one of
         `packs`, as those in fewer bits always do. `kv_on_disk`: KV will be kept on disk, which takes buffers."""
         tight = bounded(config.memory_bytes)
         with open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config) if kv_on_disk else 0
-            plan = plan_within_budget(
+            found = plan_within_budget(
                 checkpoint, config, budget, extra_bytes=reserve_bytes + extra_bytes, streaming=streaming
             )
+            plan = require_plan(found, name)
             tokenizer = checkpoint.tokenizer()
             checkpoint.forget_tokens()
             return_freed()  # before the weights come, so that the peak is theirs alone
@@ -83,7 +85,10 @@ class Runnable:
 def read_draft(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:
     """A second model that can guess for `main`, held in the budget beside it, as its files are."""
     config = replace(config, context_tokens=main.plan.context_tokens, quant="keep")
-    small = Runnable.read(f"draft for {name}", path, config, budget, no_progress, streaming=False)
+    purpose = f"draft for {name}"
+    small = Runnable.read(
+        f"draft model {path.name}", purpose, path, config, budget, no_progress, streaming=False
+    )
     check_vocabulary(name, main.tokenizer, path.name, small.tokenizer)
     return small
 
@@ -98,13 +103,3 @@ def check_vocabulary(name: str, tokenizer: Tokenizer, draft: str, theirs: Tokeni
                 f"draft model {draft} has another vocabulary than {name}: token {token} is {other!r}, not {ours!r}",
                 "take a smaller model of the same family",
             )
-
-
-def least_bytes(draft: Path, config: NodeConfig) -> int:
-    """What a draft model will need at least beside the model that it guesses for. Raises DaemonError."""
-    try:
-        with open_checkpoint(draft) as checkpoint:
-            make_plan(checkpoint, replace(config, quant="keep"), 0, streaming=False)
-    except PlanError as error:
-        return error.least_bytes
-    raise AssertionError("nothing fits into no memory")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -127,6 +127,11 @@ class Checkpoint:
             for role, (tensor, first_row, rows) in self._matrices(block).items()
         }
         return Weights(matrices, self.read_vectors(block))
+
+    def read_blocks(self, blocks: Iterable[BlockId]) -> Generator[tuple[BlockId, Weights], None, None]:
+        """Each of the blocks with its weights; a tied head shares the bytes of the embedding, which comes before it.
+        Raises CheckpointError."""
+        return read_in_turn(self.read_block, blocks, self.spec.tied)
 
     def matrices(self, block: BlockId) -> dict[str, tuple[WeightType, int, int]]:
         """Role → stored type, rows and columns of each matrix that `read_block` gives, without reading."""
@@ -335,3 +340,16 @@ def _check_magic(path: Path) -> None:
         raise UnsupportedCheckpoint(
             f"{path}: is neither a GGUF file nor a directory with config.json and safetensors"
         )
+
+
+def read_in_turn(
+    read: Callable[[BlockId], Weights], blocks: Iterable[BlockId], tied: bool
+) -> Generator[tuple[BlockId, Weights], None, None]:
+    """Blocks as `read` gives them; a tied head is the embedding, which has to come before it."""
+    for block in blocks:
+        weights = read(block)
+        if block.kind == "embed":
+            table = weights.matrix["embed"]
+        elif block.kind == "head" and tied:
+            weights = Weights({"head": table}, weights.vector)
+        yield block, weights

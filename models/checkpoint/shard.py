@@ -6,6 +6,7 @@ taken out of the stored rows, so that no weight is ever rounded anew. What is wh
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from shoal.models.weights import Weights
 from shoal.partition.slicing import Range, Shard, shard_spec
 from shoal.partition.spec import BlockId, BlockKind, ModelSpec
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_in_turn
 
 _SUMMED = frozenset({"o_bias", "down_bias"})  # added to what is summed over ranks
 
@@ -74,6 +75,10 @@ class CheckpointShard:
             role: self.read_rows(block, role, 0, rows) for role, (_, rows, _) in self.matrices(block).items()
         }
         return Weights(matrices, self.read_vectors(block))
+
+    def read_blocks(self, blocks: Iterable[BlockId]) -> Generator[tuple[BlockId, Weights], None, None]:
+        """Raises CheckpointError."""
+        return read_in_turn(self.read_block, blocks, self.spec.tied)
 
     def read_rows(
         self, block: BlockId, role: str, start: int, stop: int, into: Bytes | None = None

@@ -28,7 +28,7 @@ from shoal.offload.errors import KvFileError
 
 from .disk_index import DIGEST_BYTES, TOKEN_BYTES, Entry
 
-MAGIC = b"shoalkv1"
+KV_MAGIC = b"shoalkv1"
 PAGES, INDEX = "pages.kv", "index.kv"
 MOST_USED = 1 << 62  # nobody counts so far
 SYNC_BYTES = 2 << 20  # read or written until the system is told to forget it: so long it is in memory twice
@@ -69,7 +69,7 @@ class KvFile:
         self._slot_bytes = _slot_bytes(page_bytes)
         self._tokens_bytes = page_tokens * TOKEN_BYTES
         self._record_bytes = _record_bytes(page_tokens)
-        header = _HEADER.pack(MAGIC, fingerprint, page_bytes, page_tokens)
+        header = _HEADER.pack(KV_MAGIC, fingerprint, page_bytes, page_tokens)
         self._unsynced_bytes = 0
         self._header = header + _SUM.pack(xxhash.xxh3_64_intdigest(header))
         self._index_path, self._pages_path = directory / INDEX, directory / PAGES

@@ -23,15 +23,15 @@ from .pages import PageTable
 
 
 @dataclass(eq=False, slots=True)
-class Node:
+class PageNode:
     """`users` sequences hold this page; `used` orders pages by when they were last let go; `digest` names the text
     up to its end."""
 
-    parent: Node | None
+    parent: PageNode | None
     tokens: tuple[int, ...]
     page: int
     digest: bytes
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    children: dict[tuple[int, ...], PageNode] = field(default_factory=dict)
     users: int = 0
     used: int = 0
 
@@ -40,7 +40,7 @@ class Node:
 class Holding:
     """The pages of one sequence: a path of shared nodes first, then pages of its own, in order of position."""
 
-    path: list[Node] = field(default_factory=list)
+    path: list[PageNode] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
 
     @property
@@ -92,11 +92,11 @@ class PrefixCache:
         self.page_tokens = page_tokens
         self._table = table
         self._index = index
-        self._root = Node(None, (), -1, NO_TEXT)
+        self._root = PageNode(None, (), -1, NO_TEXT)
         self._nodes = 0
         self._clock = 0
         # A heap, least recently used first; may hold stale entries.
-        self._leaves: list[tuple[int, int, Node]] = []
+        self._leaves: list[tuple[int, int, PageNode]] = []
         self._moves: list[Move] = []
         self.cached_pages = 0
 
@@ -224,7 +224,7 @@ class PrefixCache:
 
     def known(self) -> list[Save]:
         """Every page whose text is known, most recently used first, so that what is before a page precedes it."""
-        nodes, stack = list[Node](), [self._root]
+        nodes, stack = list[PageNode](), [self._root]
         while stack:
             below = stack.pop().children.values()
             nodes += below
@@ -235,10 +235,10 @@ class PrefixCache:
 
     # --- the tree ------------------------------------------------------------------------------------------
 
-    def _end(self, holding: Holding) -> Node:
+    def _end(self, holding: Holding) -> PageNode:
         return holding.path[-1] if holding.path else self._root
 
-    def _walk(self, node: Node, tokens: Sequence[int], start: int) -> Iterator[Node]:
+    def _walk(self, node: PageNode, tokens: Sequence[int], start: int) -> Iterator[PageNode]:
         """Nodes below `node` for the full pages of tokens[start:], as far as known, the last token left out."""
         size = self.page_tokens
         while start + size < len(tokens):
@@ -248,7 +248,7 @@ class PrefixCache:
             yield found
             node, start = found, start + size
 
-    def _nearest(self, parent: Node, wanted: tuple[int, ...]) -> tuple[Node | None, int]:
+    def _nearest(self, parent: PageNode, wanted: tuple[int, ...]) -> tuple[PageNode | None, int]:
         """The child that begins most like `wanted`, and how many tokens they share."""
         best, shared = None, 0
         for child in parent.children.values():
@@ -257,7 +257,7 @@ class PrefixCache:
                 best = child
         return best, shared
 
-    def _add(self, holding: Holding, tokens: tuple[int, ...]) -> Node:
+    def _add(self, holding: Holding, tokens: tuple[int, ...]) -> PageNode:
         """The node of the holding's first page beyond its path: the one there is, or a new one."""
         parent = self._end(holding)
         known = parent.children.get(tokens)
@@ -267,13 +267,13 @@ class PrefixCache:
             if len(child.tokens) < len(tokens) and tokens[: len(child.tokens)] == child.tokens:
                 self._forget(child)
         digest = chained(parent.digest, packed(tokens))
-        node = Node(parent, tokens, holding.pages[len(holding.path)], digest)
+        node = PageNode(parent, tokens, holding.pages[len(holding.path)], digest)
         parent.children[tokens] = node
         self._nodes += 1
         self.cached_pages += 1
         return node
 
-    def _hold(self, node: Node) -> None:
+    def _hold(self, node: PageNode) -> None:
         if not node.users:
             self.cached_pages -= 1
         node.users += 1
@@ -287,13 +287,13 @@ class PrefixCache:
         holding.path.clear()
         holding.pages.clear()
 
-    def _touch(self, node: Node) -> None:
+    def _touch(self, node: PageNode) -> None:
         """Note that it was used just now."""
         self._clock += 1
         node.used = self._clock
         self._offer(node)
 
-    def _offer(self, node: Node) -> None:
+    def _offer(self, node: PageNode) -> None:
         """Let it be evicted when its turn comes, if it is a leaf that nobody holds."""
         if node.users or node.children or node.parent is None:
             return
@@ -314,7 +314,7 @@ class PrefixCache:
                 self._moves.append(save)
         self._forget(node)
 
-    def _forget(self, node: Node) -> None:
+    def _forget(self, node: PageNode) -> None:
         assert not node.users
         assert node.parent is not None
         del node.parent.children[node.tokens]
@@ -325,11 +325,11 @@ class PrefixCache:
         self._offer(parent)
 
 
-def _save(node: Node, parent: Node) -> Save:
+def _save(node: PageNode, parent: PageNode) -> Save:
     return Save(node.page, parent.digest, packed(node.tokens))
 
 
-def _evictable(entry: tuple[int, int, Node]) -> bool:
+def _evictable(entry: tuple[int, int, PageNode]) -> bool:
     """Whether a heap entry still says what is true: nothing has touched, held or extended its node since."""
     used, _, node = entry
     return node.parent is not None and node.used == used and not node.users and not node.children

@@ -20,6 +20,7 @@ from shoal.kernels import WeightType, dequantize, from_stored
 from shoal.kernels.arrays import Bytes
 from shoal.kernels.quantise import quantise
 from shoal.models.checkpoint.shard import AnyCheckpoint
+from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.errors import PackError
 from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.spec import BlockId
@@ -28,7 +29,7 @@ from .journal import Journal, noted
 from .layout import head_origin, layout
 from .manifest import BLOCKS, MANIFEST, PAGE_BYTES, PARTIAL, Manifest, PackedBlock, Quant, Source, SourceFile
 from .pack import Pack, joined, open_pack, tensor_bytes, tensor_type
-from .writer import PackFile, Progress, no_progress
+from .writer import PackFile
 
 PART_BYTES = 16 << 20  # of weights in hand, as float32 where they are transcoded
 SAMPLE_BYTES = 32 << 20  # of each kind of matrix are packed to find out how fast it goes …
@@ -51,7 +52,7 @@ def source_of(checkpoint: AnyCheckpoint) -> Source:
 
 
 def build_pack(
-    checkpoint: AnyCheckpoint, directory: Path, quant: Quant = "keep", progress: Progress = no_progress
+    checkpoint: AnyCheckpoint, directory: Path, quant: Quant = "keep", progress: BytesDone = unheard
 ) -> Pack:
     """Packs a checkpoint into `directory`, which must not exist yet: see `PackBuilder`."""
     return PackBuilder(checkpoint, quant).build(directory, progress)
@@ -80,7 +81,7 @@ class PackBuilder:
     def nbytes(self) -> int:
         return self.manifest.nbytes
 
-    def build(self, directory: Path, progress: Progress = no_progress) -> Pack:
+    def build(self, directory: Path, progress: BytesDone = unheard) -> Pack:
         """Makes `directory`, which must not exist yet, and opens it; `progress(bytes done, bytes in all)`.
 
         Raises PackError, CheckpointError, and OSError when the disk fails or is full; what was written then lies
@@ -146,7 +147,7 @@ class PackBuilder:
                 works[work] = (nbytes + tensor_bytes(tensor), largest, its_role)
         return works
 
-    def _write(self, file: PackFile, journal: Journal, progress: Progress) -> Manifest:
+    def _write(self, file: PackFile, journal: Journal, progress: BytesDone) -> Manifest:
         """Writes all blocks. → the manifest with their checksums"""
         vectors = self.manifest.vectors
         vectors = replace(vectors, checksum=file.write(vectors.offset, vectors.nbytes, self._vectors()))
@@ -224,7 +225,7 @@ def partial_of(directory: Path) -> Path:
     return directory.with_name(directory.name + PARTIAL)
 
 
-def _told(parts: Iterable[Bytes], start: int, total: int, progress: Progress) -> Iterator[Bytes]:
+def _told(parts: Iterable[Bytes], start: int, total: int, progress: BytesDone) -> Iterator[Bytes]:
     """The same parts; `progress` is told of each."""
     done = start
     for part in parts:

@@ -21,9 +21,9 @@ from shoal.partition.slicing import Grains, divide
 from shoal.partition.spec import BlockId
 
 from .manifest import (
-    ALIGN_BYTES,
-    FORMAT,
     KERNEL_LAYOUT,
+    MATRIX_ALIGN_BYTES,
+    PACK_FORMAT,
     PAGE_BYTES,
     Manifest,
     PackedBlock,
@@ -66,7 +66,7 @@ def layout(checkpoint: AnyCheckpoint, quant: Quant, source: Source) -> Manifest:
         "hidden": spec.hidden,
         "vocab": spec.vocab,
     }
-    return Manifest(FORMAT, KERNEL_LAYOUT, source, quant, checkpoint.shard, facts, vectors, blocks)
+    return Manifest(PACK_FORMAT, KERNEL_LAYOUT, source, quant, checkpoint.shard, facts, vectors, blocks)
 
 
 def part_of(checkpoint: Checkpoint, quant: Quant, rank: int, ranks: int) -> AnyCheckpoint:
@@ -112,7 +112,7 @@ def _whole(checkpoint: AnyCheckpoint, block: BlockId, quant: Quant) -> PackedBlo
     at = 0
     for role, (kind, rows, cols) in checkpoint.matrices(block).items():
         tensors[role] = PackedTensor(kept_type(role, kind, cols, quant).name, rows, cols, at)
-        at = rounded(at + tensor_bytes(tensors[role]), ALIGN_BYTES)
+        at = rounded(at + tensor_bytes(tensors[role]), MATRIX_ALIGN_BYTES)
     return _block(block, tensors)
 
 
@@ -128,7 +128,7 @@ def _vectors(checkpoint: AnyCheckpoint) -> PackedVectors:
         places = {}
         for role, length in checkpoint.vector_lengths(block).items():
             places[role] = (at, length)
-            at = rounded(at + 4 * length, ALIGN_BYTES)
+            at = rounded(at + 4 * length, MATRIX_ALIGN_BYTES)
         if places:
             blocks.append((block, places))
     return PackedVectors(0, rounded(at, PAGE_BYTES), UNKNOWN, blocks)

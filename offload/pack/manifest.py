@@ -16,10 +16,10 @@ from shoal.offload.errors import PackCorrupt, PackError
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import BlockId
 
-FORMAT: Literal[1] = 1
+PACK_FORMAT: Literal[1] = 1
 KERNEL_LAYOUT: Literal[1] = 1  # of the bytes of a matrix: bands of sixteen rows (`kernels.bands`)
 PAGE_BYTES = 4096
-ALIGN_BYTES = 64
+MATRIX_ALIGN_BYTES = 64
 MANIFEST = "manifest.json"
 BLOCKS = "blocks.bin"
 DAMAGED = "damaged"  # a file that is there when blocks were found altered
@@ -31,7 +31,7 @@ VECTORS_BYTES = 1 << 30  # nor the norms and biases of one
 Quant = Literal["keep", "q8", "q4"]
 
 _Size = Annotated[int, Meta(ge=0, le=1 << 60)]
-_Count = Annotated[int, Meta(ge=1, le=1 << 40)]
+_Length = Annotated[int, Meta(ge=1, le=1 << 40)]
 _Checksum = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 
 
@@ -39,8 +39,8 @@ class PackedTensor(NamedTuple):
     """One matrix; `offset` counts from the beginning of its block."""
 
     type: str
-    rows: _Count
-    cols: _Count
+    rows: _Length
+    cols: _Length
     offset: _Size
 
 
@@ -60,7 +60,7 @@ class PackedVectors(Struct, frozen=True):
     offset: _Size
     nbytes: Annotated[int, Meta(ge=0, le=VECTORS_BYTES)]
     checksum: _Checksum
-    blocks: list[tuple[BlockId, dict[str, tuple[_Size, _Count]]]]
+    blocks: list[tuple[BlockId, dict[str, tuple[_Size, _Length]]]]
 
 
 class SourceFile(Struct, frozen=True):

@@ -6,7 +6,7 @@ the blocks. A block is one extent, its beginning and size multiples of 4 KiB, of
 `open_pack` reads and keeps. The head is cut into slices of rows, blocks head.0, head.1 …; if it is tied to the
 embedding, the slices follow each other without a gap and the embedding's extent is all of them.
 
-Knows the format and trusts nothing in it. Does not know how a pack is made (`pack_build`) nor where packs are kept.
+Knows the format and trusts nothing in it. Does not know how a pack is made (`builder`) nor where packs are kept.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from shoal.offload.errors import PackCorrupt, PackError
 from shoal.partition.spec import BlockId, ModelSpec
 
 from .manifest import (
-    ALIGN_BYTES,
     BLOCKS,
     DAMAGED,
+    MATRIX_ALIGN_BYTES,
     PAGE_BYTES,
     Manifest,
     PackedBlock,
@@ -201,7 +201,7 @@ def _check_places(path: Path, manifest: Manifest, size: int) -> None:
         end = offset + nbytes
     for block, places in manifest.vectors.blocks:
         for role, (at, length) in places.items():
-            if at % ALIGN_BYTES or at + 4 * length > manifest.vectors.nbytes:
+            if at % MATRIX_ALIGN_BYTES or at + 4 * length > manifest.vectors.nbytes:
                 raise _wrong(path, f"vector {role} of {block} lies outside of its extent")
 
 
@@ -211,7 +211,7 @@ def _check_tensors(path: Path, item: PackedBlock) -> None:
         what = f"{role} of block {item.block}"
         if tensor.type not in _TYPES:
             raise _wrong(path, f"{what} has the unknown type {tensor.type!r}")
-        if tensor.offset % ALIGN_BYTES or tensor.offset < end:
+        if tensor.offset % MATRIX_ALIGN_BYTES or tensor.offset < end:
             raise _wrong(path, f"{what} lies at {tensor.offset}: not aligned, or over what is before it")
         try:
             end = tensor.offset + tensor_bytes(tensor)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,19 +18,14 @@ import numpy as np
 import xxhash
 
 from shoal.kernels.arrays import Bytes
+from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.direct_io import forget_cached, open_direct
 from shoal.partition.spec import BlockId
 
 from .manifest import PAGE_BYTES
 from .pack import Pack
 
-CHUNK_BYTES = 8 << 20
-
-Progress = Callable[[int, int], None]
-
-
-def no_progress(done: int, total: int) -> None:
-    """For callers that do not show any."""
+BUFFER_BYTES = 8 << 20
 
 
 class PackFile:
@@ -41,7 +36,7 @@ class PackFile:
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self._descriptor, self._direct = open_direct(path, os.O_RDWR | os.O_CREAT)
-        self._buffer, self._other = _pages(CHUNK_BYTES), _pages(CHUNK_BYTES)
+        self._buffer, self._other = _pages(BUFFER_BYTES), _pages(BUFFER_BYTES)
         self._thread = ThreadPoolExecutor(1, "pack")
         self._pending: Future[None] | None = None
         try:
@@ -60,10 +55,10 @@ class PackFile:
         done = filled = 0
         for part in parts:
             while len(part):
-                taken = min(len(part), CHUNK_BYTES - filled)
+                taken = min(len(part), BUFFER_BYTES - filled)
                 self._buffer[filled : filled + taken] = part[:taken]
                 part, filled = part[taken:], filled + taken
-                if filled == CHUNK_BYTES:
+                if filled == BUFFER_BYTES:
                     self._flush(offset + done, filled, digest)
                     done, filled = done + filled, 0
         rest = nbytes - done
@@ -126,12 +121,12 @@ def stored_checksum(descriptor: int, direct: bool, buffer: Bytes, offset: int, n
     return digest.hexdigest()
 
 
-def damaged_blocks(pack: Pack, progress: Progress = no_progress) -> list[BlockId]:
+def damaged_blocks(pack: Pack, progress: BytesDone = unheard) -> list[BlockId]:
     """Reads all of a pack: the blocks whose bytes are not those that were written, or cannot be read. `progress(bytes
     done, in all)`. A tied embedding is its head's slices. Raises OSError where it cannot be opened.
     """
     descriptor, direct = open_direct(pack.path, os.O_RDONLY)
-    buffer = _pages(CHUNK_BYTES)
+    buffer = _pages(BUFFER_BYTES)
     damaged = []
     try:
         for item in pack.manifest.blocks:

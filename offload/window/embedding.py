@@ -1,4 +1,4 @@
-"""Rows of an embedding that stays on disk, and other bytes that are wanted at once.
+"""Rows of an embedding that stays on disk.
 
 A prompt needs few rows of a large matrix: only the bands that hold them are read, near ones together, several reads
 at a time through a small memory of their own. Knows one matrix and where it lies; reading is `readers`' work.
@@ -6,7 +6,6 @@ at a time through a small memory of their own. Knows one matrix and where it lie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,49 +13,16 @@ import xxhash
 
 from shoal.kernels import Matrix, OperandError, gather_rows
 from shoal.kernels.arrays import Floats, Ids
-from shoal.kernels.huge_pages import mapped
 from shoal.offload.pack.pack import Pack, PackedBlock, altered, tensor_type
 from shoal.partition.spec import BlockId
 
-from .readers import READERS, Readers, Region
+from .fetcher import Fetcher
+from .readers import READERS, Readers
 from .row_reads import batches, runs
-from .window import Line, Passage
+from .window import Passage
 
 ROWS_BYTES = 4 << 20  # read at a time
 NEAR_BYTES = 32 << 10  # rows this close to each other are read together
-
-
-class Fetcher:
-    """Reads what is wanted at once into `nbytes` of its own. After a failure it takes other memory, as reads under way
-    may still write to this."""
-
-    def __init__(self, nbytes: int, *, whole: bool) -> None:
-        self._line = Line()
-        self.region = Region(self._line, mapped(nbytes)[:nbytes], whole=whole)
-
-    def fetch(
-        self,
-        readers: Readers,
-        passages: Sequence[Passage],
-        each: Callable[[Passage], None] = lambda passage: None,
-    ) -> None:
-        """Reads passages; `each` is called as they are here, in their order. Raises OffloadError."""
-        readers.change(partial(self._line.extend, passages))
-        try:
-            for passage in passages:
-                readers.lease(self.region, partial(_same, passage))
-                each(passage)
-        except BaseException:
-            readers.change(partial(self._abandon, passages))
-            raise
-
-    def _abandon(self, passages: Sequence[Passage]) -> None:
-        for passage in passages:
-            self._line.leave(passage)
-        if not all(passage.quiet for passage in passages):
-            # Reads that are under way still write to this memory.
-            nbytes = len(self.region.memory)
-            self.region.memory = mapped(nbytes)[:nbytes]
 
 
 class Embedding:
@@ -126,7 +92,3 @@ class Embedding:
         if digest.hexdigest() != item.checksum:
             self._pack.condemn()
             raise altered(self._pack.path, item.block)
-
-
-def _same(passage: Passage) -> Passage:
-    return passage

@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 
 from shoal.partition.spec import BlockId
 
-from .window import Chunk, Extent, Passage
+from .window import Extent, Passage, Read
 
 HALF_LIFE_STEPS = 64.0  # a use so many steps ago counts half
 LARGEST_WEIGHT = 1e100
@@ -81,7 +81,7 @@ class ExpertCache:
         self._wanted = self._expected.get(block, -1)
         return None if passage is None or passage.left else passage
 
-    def next_read(self, most_bytes: int) -> Chunk | None:
+    def next_read(self, most_bytes: int) -> Read | None:
         """What to read now; None when nothing is missing or no place is free."""
         if self._reading is None:
             chosen = self._next_missing() or self._next_likely()
@@ -92,10 +92,10 @@ class ExpertCache:
             self._reading = Passage(block, extent.offset, slot * self._slot_bytes, extent.nbytes)
             self._held[block] = self._reading
         passage = self._reading
-        chunk = passage.ask(most_bytes)
+        read = passage.ask(most_bytes)
         if passage.asked == passage.nbytes:
             self._reading = None
-        return chunk
+        return read
 
     def leave(self, passage: Passage) -> None:
         """It has been used for now, or it failed."""

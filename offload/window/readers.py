@@ -22,7 +22,7 @@ from shoal.offload.errors import OffloadError, StoreError
 from shoal.offload.pack.pack import Pack
 from shoal.partition.spec import BlockId
 
-from .window import Chunk, Passage
+from .window import Passage, Read
 
 READERS = 4
 READ_BYTES = 4 << 20  # four such at a time are as fast as anything, and need not wake often (docs/LOG.md)
@@ -36,7 +36,7 @@ CLOSING_S = 2.0
 class Policy(Protocol):
     """Who decides what is read next, and where to."""
 
-    def next_read(self, most_bytes: int) -> Chunk | None:
+    def next_read(self, most_bytes: int) -> Read | None:
         """What to read now, if anything; whoever asks reads it."""
         ...
 
@@ -195,20 +195,20 @@ class Readers:
                 if not self._running:
                     self._file.close()
 
-    def _next(self) -> tuple[Region, Bytes, Chunk] | None:
+    def _next(self) -> tuple[Region, Bytes, Read] | None:
         """What to read now, waiting until there is something; None when closed."""
         with self._lock:
             while not self._closed:
                 for region in self._regions:
-                    if (chunk := region.policy.next_read(READ_BYTES)) is not None:
+                    if (read := region.policy.next_read(READ_BYTES)) is not None:
                         self._work.notify()  # there may be more: each reader wakes the next
-                        return region, region.bytes_of(chunk.passage), chunk
+                        return region, region.bytes_of(read.passage), read
                 self._work.wait(IDLE_S)
         return None
 
-    def _carry(self, region: Region, memory: Bytes, chunk: Chunk) -> None:
-        """Reads a chunk to its place; the one that completes a block checks it."""
-        passage, start, nbytes = chunk
+    def _carry(self, region: Region, memory: Bytes, read: Read) -> None:
+        """Reads a read to its place; the one that completes a block checks it."""
+        passage, start, nbytes = read
         error: Exception | None = None
         written_ns = self._written_ns
         try:
@@ -230,7 +230,7 @@ class Readers:
             complete = passage.landed + nbytes == passage.nbytes and passage.error is None
             check = complete and region.whole and passage.block not in self._checked and not passage.left
             if not check:
-                self._note(region, chunk)
+                self._note(region, read)
         if check:
             try:
                 self.pack.check(passage.block, memory)
@@ -241,7 +241,7 @@ class Readers:
                 passage.error = error
                 if error is None:
                     self._checked.add(passage.block)
-                self._note(region, chunk)
+                self._note(region, read)
 
     def _lately_s(self) -> float:
         """How long ago the first of the latest bytes came, 0 if there are none; older ones are forgotten. The lock is
@@ -259,13 +259,13 @@ class Readers:
             came_bytes = self._latest_bytes - self._latest[0][1]  # since the first of them
             self._best_bytes_per_s = max(self._best_bytes_per_s, came_bytes / span_s)
 
-    def _note(self, region: Region, chunk: Chunk) -> None:
-        """The read of a chunk has ended. The lock is held."""
-        passage = chunk.passage
-        passage.landed += chunk.nbytes
+    def _note(self, region: Region, read: Read) -> None:
+        """The read of a read has ended. The lock is held."""
+        passage = read.passage
+        passage.landed += read.nbytes
         self._landings += 1
         if passage.error is None:
-            self._count(chunk.nbytes)
+            self._count(read.nbytes)
         region.policy.ended(passage)
         if passage.left:
             self._work.notify()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-PAGE_BYTES = 4096
+from shoal.offload.pack.manifest import PAGE_BYTES
 
 
 class Run(NamedTuple):

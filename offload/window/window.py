@@ -40,14 +40,14 @@ class Passage:
         """Nothing is being written to its place."""
         return self.landed == self.asked
 
-    def ask(self, most_bytes: int) -> Chunk:
+    def ask(self, most_bytes: int) -> Read:
         """The next bytes to read."""
         start = self.asked
         self.asked = min(self.nbytes, start + most_bytes)
-        return Chunk(self, start, self.asked - start)
+        return Read(self, start, self.asked - start)
 
 
-class Chunk(NamedTuple):
+class Read(NamedTuple):
     """Bytes [start, start + nbytes) of a passage, to be read now."""
 
     passage: Passage
@@ -72,14 +72,14 @@ class Line:
     def extend(self, passages: Sequence[Passage]) -> None:
         self._waiting.extend(passages)
 
-    def next_read(self, most_bytes: int) -> Chunk | None:
+    def next_read(self, most_bytes: int) -> Read | None:
         if not self._waiting:
             return None
         passage = self._waiting[0]
-        chunk = passage.ask(most_bytes)
+        read = passage.ask(most_bytes)
         if passage.asked == passage.nbytes:
             self._waiting.popleft()
-        return chunk
+        return read
 
     def leave(self, passage: Passage) -> None:
         """What nobody waits for any more is not read."""
@@ -102,8 +102,10 @@ class Window:
         self._next = 0  # of the cycle, to begin with next
         self._passing: list[Passage] = []  # in the order of use
 
-    def next_read(self, most_bytes: int) -> Chunk | None:
-        """What to read now; None while all places are taken."""
+    def next_read(self, most_bytes: int) -> Read | None:
+        """What to read now; None while all places are taken, or if nothing passes."""
+        if not self._cycle:
+            return None
         last = self._passing[-1] if self._passing else None
         if last is None or last.left or last.error or last.asked == last.nbytes:
             last = self._begin(self._next)

@@ -6,24 +6,50 @@ plan's blocks use; what is read when is the policies' business (`window`, `exper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import NamedTuple
 
 from shoal.kernels import gather_rows
 from shoal.kernels.arrays import Floats, Ids
 from shoal.kernels.huge_pages import Arena
 from shoal.models.weights import Weights
-from shoal.offload.block_store import Resident, Stage
+from shoal.offload.block_store import ReadStage, Resident, keep
+from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.errors import StoreError
 from shoal.offload.pack.pack import Pack
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
-from .embedding import Embedding, Fetcher
+from .embedding import Embedding
 from .expert_cache import ExpertCache
+from .pinned import Pinned, located
 from .readers import Readers, Region
 from .window import Extent, Passage, Window
+
+
+class Placement(NamedTuple):
+    """Which blocks of a plan stay, which pass through the window in every step, which experts share slots; whether rows
+    of the embedding are gathered from disk."""
+
+    pinned: list[BlockId]
+    cycle: list[Extent]
+    experts: list[Extent]
+    gathered: bool
+
+
+def placed(plan: Plan, pack: Pack) -> Placement:
+    """Where the blocks of a plan belong. Raises StoreError when the pack lacks a block, or the plan a place for one."""
+    streamed = [item.block for item in plan.blocks if item.tier == "disk"]
+    cycle = located(pack, (block for block in streamed if block.kind not in ("embed", "expert")))
+    experts = located(pack, (block for block in streamed if block.kind == "expert"))
+    if any(extent.nbytes > plan.window_bytes for extent in cycle):
+        raise StoreError(f"a window of {plan.window_bytes} bytes cannot hold the largest block streamed")
+    if experts and not plan.expert_slots:
+        raise StoreError(f"{len(experts)} experts are on disk, but the plan has no slots for them")
+    pinned = [item.block for item in plan.blocks if item.tier == "ram"]
+    return Placement(pinned, cycle, experts, BlockId("embed") in streamed)
 
 
 class _Lease:
@@ -49,51 +75,31 @@ class WindowStore:
 
     def __init__(self, plan: Plan, pack: Pack) -> None:
         """Takes its memory and begins to read what passes through the window. Raises StoreError."""
-        streamed = [item.block for item in plan.blocks if item.tier == "disk"]
-        cycle = _extents(pack, [block for block in streamed if block.kind not in ("embed", "expert")])
-        experts = _extents(pack, [block for block in streamed if block.kind == "expert"])
-        pinned = [item.block for item in plan.blocks if item.tier == "ram"]
-        tables = {block for block in pack.blocks if block.kind in ("embed", "head")}
-        self._embed_is_head = pack.tied and tables <= set(pinned)
-        self._pinned = _extents(
-            pack, [block for block in pinned if block.kind != "embed" or not self._embed_is_head]
-        )
-        if any(extent.nbytes > plan.window_bytes for extent in cycle):
-            raise StoreError(f"a window of {plan.window_bytes} bytes cannot hold the largest block streamed")
-        if experts and not plan.expert_slots:
-            raise StoreError(f"{len(experts)} experts are on disk, but the plan has no slots for them")
+        places = placed(plan, pack)
         arena = Arena()
-        self._pins = Fetcher(sum(extent.nbytes for extent in self._pinned), whole=True)
-        regions = [self._pins.region]
-        self._embedding = Embedding(pack) if BlockId("embed") in streamed else None
-        if self._embedding is not None:
-            regions.insert(0, self._embedding.region)  # what is needed at once goes first
-        if experts:
-            slot_bytes = max(extent.nbytes for extent in experts)
-            self._experts = ExpertCache(plan.expert_slots, slot_bytes, experts)
-            memory = arena.take(plan.expert_slots * slot_bytes)
-            self._slots = Region(self._experts, memory, slots=True)
-            regions.append(self._slots)
-        if cycle:
-            self._window = Window(plan.window_bytes, cycle)
-            self._ring = Region(self._window, arena.take(plan.window_bytes))
-            regions.append(self._ring)
-        self._streams = bool(cycle or experts)
-        self._kept: dict[BlockId, Resident] = {}
+        self._pinned = Pinned(pack, places.pinned)
+        self._embedding = Embedding(pack) if places.gathered else None
+        slot_bytes = max((extent.nbytes for extent in places.experts), default=0)
+        self._experts = ExpertCache(plan.expert_slots, slot_bytes, places.experts)
+        self._slots = Region(self._experts, arena.take(plan.expert_slots * slot_bytes), slots=True)
+        self._window = Window(plan.window_bytes, places.cycle)
+        self._ring = Region(self._window, arena.take(plan.window_bytes))
+        self._streams = bool(places.cycle or places.experts)
+        self._kept: Mapping[BlockId, Resident] = {}
         blocks = [item.block for item in plan.blocks if item.block.kind not in ("embed", "expert")]
         self._place = {block: i + 1 for i, block in enumerate(blocks)}
         self._done = 0  # of these, in this step
-        self._readers = Readers(pack, regions)
+        gathered = [self._embedding.region] if self._embedding is not None else []
+        # What is needed at once goes first.
+        self._readers = Readers(pack, [*gathered, self._pinned.region, self._slots, self._ring])
 
     @classmethod
-    def open(
-        cls, plan: Plan, pack: Pack, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> WindowStore:
-        """With the blocks that stay in memory; `progress(bytes done, bytes in all)` is called after each. Raises
-        OffloadError."""
+    def open(cls, plan: Plan, pack: Pack, progress: BytesDone = unheard) -> WindowStore:
+        """With the blocks that stay in memory; `progress` hears of each. Raises OffloadError."""
         store = cls(plan, pack)
         try:
-            store._pin(pack, progress)
+            sizes = {item.block: item.nbytes for item in plan.blocks if item.tier == "ram"}
+            store._kept = keep(store._pinned.arriving(store._readers), sizes, progress)
             if store._embedding is not None:
                 store._embedding.check(store._readers)
         except BaseException:
@@ -132,38 +138,10 @@ class WindowStore:
             return self._embedding.rows(self._readers, ids)
         return gather_rows(self._kept[block].weights.matrix["embed"], ids)
 
-    def stage(self) -> Stage | None:
+    def stage(self) -> ReadStage | None:
         if not self._streams:
             return None
-        return Stage(self._done, len(self._place), *self._readers.bytes_per_s())
+        return ReadStage(self._done, len(self._place), *self._readers.bytes_per_s())
 
     def close(self) -> None:
         self._readers.close()
-
-    def _pin(self, pack: Pack, progress: Callable[[int, int], None]) -> None:
-        """Reads the blocks that stay."""
-        passages: list[Passage] = []
-        total = 0
-        for block, offset, nbytes in self._pinned:
-            passages.append(Passage(block, offset, total, nbytes))
-            total += nbytes
-
-        def keep(passage: Passage) -> None:
-            self._kept[passage.block] = Resident(self._pins.region.weights(pack, passage))
-            progress(passage.position + passage.nbytes, total)
-
-        self._pins.fetch(self._readers, passages, keep)
-        if self._embed_is_head:  # in its slices, which lie one behind the other
-            start = next(passage.position for passage in passages if passage.block.kind == "head")
-            whole = self._pins.region.memory[start : start + pack.blocks[BlockId("embed")].nbytes]
-            self._kept[BlockId("embed")] = Resident(pack.weights(BlockId("embed"), whole))
-
-
-def _extents(pack: Pack, blocks: Sequence[BlockId]) -> list[Extent]:
-    found = []
-    for block in blocks:
-        packed = pack.blocks.get(block)
-        if packed is None:
-            raise StoreError(f"{pack.path}: the pack has no block {block}")
-        found.append(Extent(block, packed.offset, packed.nbytes))
-    return found

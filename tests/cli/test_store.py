@@ -84,8 +84,8 @@ def test_show_tells_the_facts(tmp_path: Path) -> None:
 
 
 def test_show_tells_how_it_would_run(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.partition.streaming.READING_BYTES", 1 << 18)
-    monkeypatch.setattr("shoal.partition.streaming.SCRATCH_SHARE", 1)
+    monkeypatch.setattr("shoal.partition.streamed_plan.READING_BYTES", 1 << 18)
+    monkeypatch.setattr("shoal.partition.streamed_plan.SCRATCH_SHARE", 1)
     monkeypatch.setattr("shoal.daemon.memory.private_bytes", lambda: 200 << 20)
     model = tiny.hf_model("qwen2", num_hidden_layers=6, hidden_size=512, intermediate_size=4096)
     path = tiny.save_gguf(model, tmp_path / "tiny.gguf", type="F16")

@@ -20,7 +20,7 @@ from shoal.comm.home import Home
 from shoal.daemon import measurement, memory
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.library.library import MANIFEST, Library
+from shoal.daemon.library.library import MODEL_MANIFEST, Library
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.library.pull import pull
 from shoal.daemon.translate import translated
@@ -111,7 +111,7 @@ def test_errors_of_a_daemon_are_put_into_the_same_words(
 
 def test_what_is_said_of_a_damaged_model(home: Home, model: Path) -> None:
     assert shoal("pull", "--name", "tiny", str(model)).exit_code == 0
-    (Library(home).root / "tiny" / MANIFEST).write_bytes(b"{")
+    (Library(home).root / "tiny" / MODEL_MANIFEST).write_bytes(b"{")
     result = shoal("show", "tiny")
     said = "the store's copy of tiny is damaged (shoal rm --yes tiny, then shoal pull it again)"
     assert (result.exit_code, result.stderr) == (1, f"shoal: {said}\n")

@@ -33,9 +33,8 @@ from shoal.offload.kv.prefix_cache import PrefixCache
 from shoal.offload.pack.builder import build_pack
 from shoal.offload.window import readers
 from shoal.offload.window.window_store import WindowStore
-from shoal.partition.errors import PlanError
 from shoal.partition.plan import Plan, Wanted
-from shoal.partition.streaming import plan_within
+from shoal.partition.streamed_plan import plan_streamed
 
 CONTEXT = 320
 GREEDY = SamplingParams(temperature=0.0)
@@ -109,10 +108,8 @@ class World:
         )
 
         def made(memory: int) -> Plan | None:
-            try:
-                return plan_within(wanted, *self.extents, memory_bytes=memory)
-            except PlanError:
-                return None
+            found = plan_streamed(wanted, *self.extents, memory_bytes=memory)
+            return found if isinstance(found, Plan) else None
 
         low, high = 0, 1 << 30
         while low + 1 < high:

@@ -94,7 +94,7 @@ class Group:
             part_tokens=base.part_tokens,
             ranks=shard.ranks,
         )
-        store = ResidentStore({block: part.read_block(block) for block in spec.blocks()})
+        store = ResidentStore.load(plan, part)
         transformer = Transformer(spec, base.context_tokens)
         kv = KvPool(spec, base.kv)
         executor = Executor(transformer, plan, store, kv, member, vocab=shard.ranges.vocab)

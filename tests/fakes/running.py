@@ -11,13 +11,21 @@ from shoal.daemon.loading.planning import make_plan
 from shoal.engine.collective import Alone
 from shoal.engine.executor import Executor
 from shoal.kernels.arrays import Floats
-from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.step import Step
 from shoal.models.transformer import Transformer
 from shoal.offload.block_store import ResidentStore
 from shoal.offload.kv.pool import KvPool
+from shoal.partition.plan import Plan
 
 FP32 = NodeConfig(kv_type="f32", kv_tokens=512, context_tokens=128)
+
+
+def planned(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> Plan:
+    """The plan of a checkpoint for which there is one."""
+    made = make_plan(checkpoint, config, memory_bytes)
+    assert isinstance(made, Plan)
+    return made
 
 
 class Running:
@@ -25,7 +33,7 @@ class Running:
 
     def __init__(self, path: Path, config: NodeConfig = FP32) -> None:
         with open_checkpoint(path) as checkpoint:
-            self.plan = make_plan(checkpoint, config, 1 << 33)
+            self.plan = planned(checkpoint, config, 1 << 33)
             self.spec = checkpoint.spec
             self.kv = KvPool(self.spec, self.plan.kv)
             store = ResidentStore.load(self.plan, checkpoint)

@@ -15,10 +15,12 @@ from shoal.engine.executor import Executor
 from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.transformer import Transformer
+from shoal.offload.block_store import ResidentStore
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.pack.builder import build_pack
 from shoal.offload.pack.manifest import Quant
 from shoal.offload.pack.pack import Pack
+from shoal.offload.window.pinned import PackReader
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.plan import BlockPlan, Plan
 from shoal.partition.spec import BlockId, ModelSpec
@@ -70,8 +72,12 @@ def streaming_plan(
     )
 
 
+def open_packed(plan: Plan, pack: Pack) -> WindowStore | ResidentStore:
+    return WindowStore.open(plan, pack) if plan.streams else ResidentStore.load(plan, PackReader(pack))
+
+
 class Streaming(Running):
-    """A model whose weights come from its pack. Close it."""
+    """A model whose weights come from its pack, all at once if all are pinned. Close it."""
 
     def __init__(self, path: Path, pack: Pack, **choices: object) -> None:
         with open_checkpoint(path) as checkpoint:
@@ -80,7 +86,7 @@ class Streaming(Running):
         self.spec = spec
         self.plan = streaming_plan(base, spec, pack, **choices)  # type: ignore[arg-type]
         self.kv = KvPool(spec, self.plan.kv)
-        self.store = WindowStore.open(self.plan, pack)
+        self.store = open_packed(self.plan, pack)
         model = Transformer(spec, self.plan.context_tokens)
         self.executor = Executor(model, self.plan, self.store, self.kv, Alone())
 

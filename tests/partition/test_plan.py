@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 
-from shoal.partition.errors import PlanError
 from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
-from shoal.partition.plan import Plan, Wanted, plan_in_ram, scratch_bytes
+from shoal.partition.plan import (
+    Misfit,
+    Plan,
+    Wanted,
+    first_fit,
+    least_in_ram,
+    plan_in_ram,
+    scratch_bytes,
+)
 from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
 
 SPEC = ModelSpec(
@@ -37,10 +44,19 @@ WANTED = Wanted(
 )
 
 
+BLOCKS = dict.fromkeys(SPEC.blocks(), BLOCK_BYTES)
+
+
 def plan(memory_bytes: int = 1 << 30, **changes: Any) -> Plan:
-    return plan_in_ram(
-        WANTED._replace(**changes), dict.fromkeys(SPEC.blocks(), BLOCK_BYTES), memory_bytes=memory_bytes
-    )
+    made = plan_in_ram(WANTED._replace(**changes), BLOCKS, memory_bytes=memory_bytes)
+    assert isinstance(made, Plan)
+    return made
+
+
+def misfit(memory_bytes: int = 1 << 30, **changes: Any) -> Misfit:
+    made = plan_in_ram(WANTED._replace(**changes), BLOCKS, memory_bytes=memory_bytes)
+    assert isinstance(made, Misfit)
+    return made
 
 
 def test_the_peak_is_weights_kv_and_scratch() -> None:
@@ -57,14 +73,23 @@ def test_kv_takes_half_of_what_is_left_but_one_context_at_least() -> None:
     fixed = full.weights_bytes + full.scratch_bytes
     assert plan(fixed + 6 * one).kv.nbytes == 3 * one
     assert plan(fixed + one).kv.nbytes == one
-    with pytest.raises(PlanError, match=f"needs {(fixed + one) / 1e6:,.0f} MB .* 1,024 tokens of KV"):
-        plan(fixed + one - 1)
+    least = misfit(fixed + one - 1)
+    assert least == misfit(0)
+    assert (least.least_bytes, least.plan.kv.tokens) == (fixed + one, 1024)
+    assert least.plan == plan(fixed + one) == least_in_ram(WANTED, BLOCKS)
 
 
 def test_kv_asked_for_is_kv_planned() -> None:
     assert plan(kv_tokens=100).kv.tokens == 2 * PAGE_TOKENS
-    with pytest.raises(PlanError, match="6,400,000 tokens of KV"):
-        plan(kv_tokens=6_400_000)
+    assert misfit(kv_tokens=6_400_000).plan.kv.tokens == 6_400_000
+
+
+def test_of_what_is_tried_the_first_that_fits_is_taken_or_what_lacks_least() -> None:
+    made, large, small = plan(), misfit(0), misfit(0, context_tokens=64)
+    untried = iter([large, made, small])
+    assert first_fit(untried) is made
+    assert next(untried) is small
+    assert first_fit([large, small, large]) is small
 
 
 @pytest.mark.parametrize("field", ["hidden", "vocab", "ffn", "kv_heads"])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shoal.comm.home import Home
 from shoal.comm.messages import ErrorCode
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.library.library import MANIFEST, Library, check_name
+from shoal.daemon.library.library import MODEL_MANIFEST, Library, check_name
 from shoal.daemon.sizes import format_bytes, format_duration, parse_bytes
 
 DATA = b"GGUF" + bytes(range(200))
@@ -105,18 +105,18 @@ def test_two_processes_cannot_fetch_one_name(library: Library) -> None:
 def test_damaged_models_are_told_apart(library: Library, harm: str) -> None:
     put(library, "tiny")
     directory = library.root / "tiny"
-    manifest = (directory / MANIFEST).read_text()
+    manifest = (directory / MODEL_MANIFEST).read_text()
     if harm == "no manifest":
-        (directory / MANIFEST).unlink()
+        (directory / MODEL_MANIFEST).unlink()
     elif harm == "bad manifest":
-        (directory / MANIFEST).write_text(manifest.replace('"gguf"', '"zip"'))
+        (directory / MODEL_MANIFEST).write_text(manifest.replace('"gguf"', '"zip"'))
     elif harm == "cut file":
         os.truncate(directory / "model.gguf", 3)
     elif harm == "missing file":
         (directory / "model.gguf").unlink()
     else:
         (library.root / "out").write_bytes(DATA)
-        (directory / MANIFEST).write_text(manifest.replace("model.gguf", "../out"))
+        (directory / MODEL_MANIFEST).write_text(manifest.replace("model.gguf", "../out"))
     assert library.list() == ()
     assert library.damaged() == ("tiny",)
     with pytest.raises(DaemonError, match=r"`remove\(tiny\)`, then `pull` it again"):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from shoal.offload.kv.pages import PageTable
-from shoal.offload.kv.prefix_cache import Copy, Holding, Node, PrefixCache
+from shoal.offload.kv.prefix_cache import Copy, Holding, PageNode, PrefixCache
 
 PAGE = 4
 PAGES = 12
@@ -118,7 +118,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             assert reader.holding.own_pages == len(reader.holding.pages) - len(shared)
 
 
-def everything(node: Node) -> list[Node]:
+def everything(node: PageNode) -> list[PageNode]:
     below = [found for child in node.children.values() for found in everything(child)]
     return below if node.parent is None else [node, *below]
 

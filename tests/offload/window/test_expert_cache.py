@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.offload.window.expert_cache import ExpertCache
-from shoal.offload.window.window import Chunk, Extent, Passage
+from shoal.offload.window.window import Extent, Passage, Read
 from shoal.partition.spec import BlockId
 
 SIZE = 4096
@@ -170,7 +170,7 @@ def test_experts_that_failed_before_anyone_wanted_them_do_not_keep_their_slots()
     assert simulation.reads == 8, "what failed is read again, not told again"
 
 
-def fail(cache: ExpertCache, chunk: Chunk | None) -> None:
+def fail(cache: ExpertCache, chunk: Read | None) -> None:
     assert chunk is not None
     chunk.passage.error = OSError("broken")
     chunk.passage.landed += chunk.nbytes
@@ -270,7 +270,7 @@ def test_what_is_wanted_comes_however_reads_end(slots: int, experts: int, seed: 
     """Several reads at a time, which end in any order and fail at times; guesses of all kinds."""
     source, layers = random.Random(seed), 3
     cache = cache_of(slots, layers, experts, ahead=source.randint(1, 8))
-    under_way: list[Chunk] = []
+    under_way: list[Read] = []
 
     def begin() -> bool:
         chunk = cache.next_read(SIZE // 2) if len(under_way) < 4 else None

@@ -7,7 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.offload.window.window import Chunk, Extent, Line, Passage, Window
+from shoal.offload.window.window import Extent, Line, Passage, Read, Window
 from shoal.partition.spec import BlockId
 
 PAGE = 4096
@@ -23,7 +23,7 @@ class Disk:
     def __init__(self, window: Window, pages: int) -> None:
         self.window = window
         self.memory: list[tuple[BlockId, int] | None] = [None] * pages
-        self.under_way: list[Chunk] = []
+        self.under_way: list[Read] = []
 
     def begin(self, most_pages: int) -> bool:
         chunk = self.window.next_read(most_pages * PAGE)
@@ -134,10 +134,10 @@ def test_a_line_is_first_come_first_served() -> None:
     line = Line()
     passages = [Passage(BlockId("attn", i), 0, 0, 3 * PAGE) for i in range(3)]
     line.extend(passages)
-    assert line.next_read(2 * PAGE) == Chunk(passages[0], 0, 2 * PAGE)
+    assert line.next_read(2 * PAGE) == Read(passages[0], 0, 2 * PAGE)
     line.leave(passages[0])
     line.leave(passages[2])
-    assert line.next_read(4 * PAGE) == Chunk(passages[1], 0, 3 * PAGE)
+    assert line.next_read(4 * PAGE) == Read(passages[1], 0, 3 * PAGE)
     assert line.next_read(PAGE) is None
 
 

@@ -20,7 +20,7 @@ from shoal.models.step import Step
 from shoal.offload.errors import StoreError
 from shoal.offload.pack.pack import Pack
 from shoal.offload.window import embedding, readers
-from shoal.offload.window.window import Chunk, Passage
+from shoal.offload.window.window import Passage, Read
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.spec import BlockId
 
@@ -107,7 +107,7 @@ def test_the_best_speed_is_of_whole_seconds_and_stays(tied: Case, monkeypatch: p
                 now_s += each_s
                 with store._readers._lock:
                     passage = Passage(EMBED, 0, 0, 1 << 40, error=error)
-                    store._readers._note(store._ring, Chunk(passage, 0, nbytes))
+                    store._readers._note(store._ring, Read(passage, 0, nbytes))
 
         def speeds() -> tuple[float, ...]:
             stage = store.stage()

@@ -59,7 +59,7 @@ def test_small_parts_and_chunks_make_the_same_pack(
     small_slices(monkeypatch)
     with tiny_checkpoint(tmp_path, family, "Q8_0") as checkpoint:
         whole = build_pack(checkpoint, tmp_path / "whole")
-        monkeypatch.setattr(pack_file, "CHUNK_BYTES", 4096)
+        monkeypatch.setattr(pack_file, "BUFFER_BYTES", 4096)
         parts = PackBuilder(checkpoint, part_bytes=1000).build(tmp_path / "parts")
         assert_holds(parts, checkpoint)
     assert parts.path.read_bytes() == whole.path.read_bytes()

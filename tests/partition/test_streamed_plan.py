@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.partition.errors import PlanError
-from shoal.partition.plan import Plan, Wanted
+from shoal.partition.plan import Misfit, Plan, Wanted
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
-from shoal.partition.streaming import PART_TOKENS, plan_within
+from shoal.partition.streamed_plan import PART_TOKENS, plan_streamed
 
 MB = 1 << 20
 
@@ -55,9 +53,15 @@ def wanted(model: ModelSpec, **changes: object) -> Wanted:
     return asked._replace(**changes)  # type: ignore[arg-type]
 
 
+def fitting(asked: Wanted, sizes: dict[BlockId, int], memory: int) -> Plan:
+    made = plan_streamed(asked, sizes, MB, memory_bytes=memory)
+    assert isinstance(made, Plan)
+    return made
+
+
 def plan(memory: int, model: ModelSpec | None = None, **changes: object) -> Plan:
     model = model or spec()
-    return plan_within(wanted(model, **changes), extents(model), MB, memory_bytes=memory)
+    return fitting(wanted(model, **changes), extents(model), memory)
 
 
 def test_what_does_not_fit_streams_and_falls_in_a_line_to_nothing() -> None:
@@ -105,7 +109,7 @@ def test_largest_streamed_blocks_are_no_neighbours_unless_the_window_holds_two()
     model = spec()
     sizes = extents(model) | {BlockId("ffn", 0): 160 * MB}
     for memory in range(1000 * MB, 6000 * MB, 222 * MB):
-        made = plan_within(wanted(model), sizes, MB, memory_bytes=memory)
+        made = fitting(wanted(model), sizes, memory)
         cycle = [b.nbytes for b in made.blocks if b.tier == "disk" and b.block.kind != "embed"]
         pairs = [one + next for one, next in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
         assert made.window_bytes >= min(memory // 4, max(pairs, default=0)), memory
@@ -114,17 +118,17 @@ def test_largest_streamed_blocks_are_no_neighbours_unless_the_window_holds_two()
 def test_experts_get_slots_after_everything_else_stays() -> None:
     model = spec(4, MoeSpec(64, 4, 1024, True))
     sizes = extents(model)
-    made = plan_within(wanted(model), sizes, MB, memory_bytes=1600 * MB)
+    made = fitting(wanted(model), sizes, 1600 * MB)
     dense = [b for b in made.blocks if b.block.kind not in ("expert", "embed")]
     assert all(b.tier == "ram" for b in dense)
     assert all(b.tier == "disk" for b in made.blocks if b.block.kind == "expert")
     assert 4 <= made.expert_slots < 256
     assert made.window_bytes == 0
     assert "experts" in made.describe()
-    tight = plan_within(wanted(model), sizes, MB, memory_bytes=700 * MB)
+    tight = fitting(wanted(model), sizes, 700 * MB)
     assert tight.expert_slots == 4
     assert tight.window_bytes > 0
-    roomy = plan_within(wanted(model), sizes, MB, memory_bytes=4000 * MB)
+    roomy = fitting(wanted(model), sizes, 4000 * MB)
     assert roomy.expert_slots == 256
     assert roomy.streamed_bytes == 0
 
@@ -136,13 +140,13 @@ def test_what_the_user_asked_for_wins() -> None:
 
 
 def test_below_the_least_it_says_the_least() -> None:
-    with pytest.raises(PlanError, match=r"needs .* MB at least, even with its weights streamed") as refused:
-        plan(200 * MB)
-    least = refused.value.least_bytes
-    assert f"needs {least / 1e6:,.0f} MB" in str(refused.value)
-    plan(least)
-    with pytest.raises(PlanError):
-        plan(least - MB)
+    model = spec()
+    refused = plan_streamed(wanted(model), extents(model), MB, memory_bytes=200 * MB)
+    assert isinstance(refused, Misfit)
+    assert refused.plan.streams
+    assert plan(refused.least_bytes) == refused.plan
+    less = plan_streamed(wanted(model), extents(model), MB, memory_bytes=refused.least_bytes - MB)
+    assert less == refused
 
 
 models = st.builds(
@@ -173,9 +177,8 @@ def test_never_over_budget_and_more_memory_never_streams_more(
     asked = wanted(model, sequences=sequences, kv_type=kv_type, context_tokens=512)
     before: Plan | None = None
     for memory in sorted(budgets):
-        try:
-            made = plan_within(asked, sizes, MB, memory_bytes=memory * MB)
-        except PlanError:
+        made = plan_streamed(asked, sizes, MB, memory_bytes=memory * MB)
+        if isinstance(made, Misfit):
             assert before is None, "what fits, fits in more memory"
             continue
         assert made.peak_bytes <= memory * MB

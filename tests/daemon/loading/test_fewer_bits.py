@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fakes import tiny
 from fakes.packing import small_slices
+from fakes.running import planned
 from fakes.streaming import Streaming, packed, run, texts
 
 from shoal.comm.home import Home
@@ -17,7 +18,6 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import fingerprint
 from shoal.daemon.library.packs import Packs
-from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.model_name import Quant, Reference
 from shoal.daemon.node import Node
 from shoal.models.checkpoint.checkpoint import open_checkpoint
@@ -74,9 +74,9 @@ def test_from_memory_as_from_disk(
 
 def test_in_memory_it_takes_what_its_plan_says(model: Path) -> None:
     with open_checkpoint(model) as checkpoint:
-        kept = make_plan(checkpoint, CONFIG, 1 << 30)
+        kept = planned(checkpoint, CONFIG, 1 << 30)
         config = NodeConfig(**{**CONFIG.__dict__, "quant": "q4"})
-        fewer = make_plan(checkpoint, config, 1 << 30)
+        fewer = planned(checkpoint, config, 1 << 30)
         assert not fewer.streams
         assert fewer.weights_bytes < kept.weights_bytes
         assert fingerprint(checkpoint, "q4", kept) != fingerprint(checkpoint, "keep", kept)

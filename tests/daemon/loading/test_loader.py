@@ -22,8 +22,7 @@ from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
 from shoal.models.checkpoint.checkpoint import open_checkpoint
-from shoal.partition.errors import PlanError
-from shoal.partition.plan import Plan
+from shoal.partition.plan import Misfit, Plan
 
 
 def test_models_are_loaded_on_demand_and_dropped(node: Node, path: Path) -> None:
@@ -128,7 +127,7 @@ def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) ->
 def test_the_budget_that_is_said_to_do_does(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.daemon.loading.planning.buffer_bytes", lambda page_bytes: 25_000_000)
+    monkeypatch.setattr("shoal.daemon.loading.budgeting.buffer_bytes", lambda page_bytes: 25_000_000)
     monkeypatch.setattr("shoal.daemon.loading.loader.return_freed", lambda: None)
     with Node(NodeConfig(context_tokens=96), kv_root=tmp_path) as node:
         node.budget.limit_bytes = 1
@@ -168,13 +167,19 @@ def test_a_default_context_shrinks_until_it_fits(path: Path) -> None:
         spec = replace(checkpoint.spec, context=8192)
         roomy = SimpleNamespace(spec=spec, block_bytes=checkpoint.block_bytes)
 
-        def planned(memory: int, **options: int) -> Plan:
+        def planned(memory: int, **options: int) -> Plan | Misfit:
             config = NodeConfig(max_sequences=1, **options)
             return make_plan(roomy, config, memory, streaming=False)  # type: ignore[arg-type]
 
-        assert planned(1 << 30).context_tokens == 8192
-        with pytest.raises(PlanError, match="8,192 tokens of KV") as refused:
-            planned(1 << 20, context_tokens=8192)
-        assert 512 <= planned(refused.value.least_bytes - 1).context_tokens < 8192
-        with pytest.raises(PlanError, match="512 tokens of KV"):
-            planned(1 << 20)
+        roomiest = planned(1 << 30)
+        assert isinstance(roomiest, Plan)
+        assert roomiest.context_tokens == 8192
+        refused = planned(1 << 20, context_tokens=8192)
+        assert isinstance(refused, Misfit)
+        assert refused.plan.kv.tokens == 8192
+        shorter = planned(refused.least_bytes - 1)
+        assert isinstance(shorter, Plan)
+        assert 512 <= shorter.context_tokens < 8192
+        refused = planned(1 << 20)
+        assert isinstance(refused, Misfit)
+        assert refused.plan.kv.tokens == 512

@@ -1,0 +1,82 @@
+"""What a budget leaves for a model: its plan there, or how much memory is missing, and for what.
+
+Knows the ledger and what a model takes besides its plan; how a plan is made is `planning`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.memory import PROCESS
+from shoal.daemon.sizes import format_bytes
+from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.offload.budget import Budget
+from shoal.offload.kv.disk import buffer_bytes
+from shoal.partition.memory_layout import kv_page_bytes
+from shoal.partition.plan import Plan
+
+from .planning import make_plan
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """A budget is too small: what it would have to hold together."""
+
+    budget_bytes: int
+    model_bytes: int  # the least that a plan takes
+    extra_bytes: int  # on the way to disk, and of a draft model
+    process_bytes: int
+    others_bytes: int  # of models that stay
+
+    @property
+    def least_bytes(self) -> int:
+        """The budget that would do."""
+        return self.model_bytes + self.extra_bytes + self.process_bytes + self.others_bytes
+
+    def __str__(self) -> str:
+        parts = {
+            "the model": self.model_bytes,
+            "KV-to-disk buffers and any draft model": self.extra_bytes,
+            "the process": self.process_bytes,
+            "other models": self.others_bytes,
+        }
+        needs = ", ".join(f"{nbytes / 1e6:,.0f} MB for {what}" for what, nbytes in parts.items() if nbytes)
+        budget = format_bytes(self.budget_bytes)
+        return f"needs at least {self.least_bytes / 1e6:,.0f} MB: {needs}; the budget is {budget}"
+
+
+def plan_within_budget(
+    checkpoint: Checkpoint,
+    config: NodeConfig,
+    budget: Budget,
+    *,
+    idle_bytes: int = 0,
+    extra_bytes: int = 0,
+    streaming: bool = True,
+) -> Plan | Shortfall:
+    """The plan within what the budget has left, and `idle_bytes` that could be given back, less `extra_bytes` that go
+    with it: for KV on its way to disk and a draft model. Raises as `make_plan`."""
+    free = max(0, budget.free_bytes + idle_bytes - extra_bytes)
+    made = make_plan(checkpoint, config, free, streaming=streaming)
+    if isinstance(made, Plan):
+        return made
+    process = budget.held_by(PROCESS)
+    others = budget.held_bytes - idle_bytes - process
+    return Shortfall(budget.limit_bytes, made.least_bytes, extra_bytes, process, others)
+
+
+def require_plan(found: Plan | Shortfall, name: str) -> Plan:
+    """The plan, if model `name` has one. Raises DaemonError `resources`, naming the budget that would do."""
+    if isinstance(found, Plan):
+        return found
+    least = -(-found.least_bytes // 10**6)
+    hint = f"`memory_bytes={least}MB` would do, or a smaller `context_tokens`"
+    raise DaemonError("resources", f"{name} {found}", hint)
+
+
+def disk_buffer_bytes(checkpoint: Checkpoint, config: NodeConfig) -> int:
+    """Of KV pages on their way to and from disk, where KV is kept there."""
+    page_bytes = kv_page_bytes(checkpoint.spec, config.kv_type)
+    return buffer_bytes(page_bytes) if config.kv_disk_bytes != 0 else 0

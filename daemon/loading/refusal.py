@@ -1,0 +1,25 @@
+"""Why a model cannot be loaded: errors of other rooms as the daemon's, naming the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.translate import translated
+from shoal.models.errors import CheckpointError
+from shoal.offload.errors import BudgetExceeded
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Whatever goes wrong within is raised as DaemonError. Checkpoint errors name their file themselves."""
+    try:
+        yield
+    except DaemonError:
+        raise
+    except BudgetExceeded as error:
+        hint = "give it more `memory_bytes` or a smaller `context_tokens`"
+        raise DaemonError("resources", f"{name} {error}", hint) from error
+    except Exception as error:
+        raise translated(error, "" if isinstance(error, CheckpointError) else name) from error

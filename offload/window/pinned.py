@@ -1,0 +1,73 @@
+"""The blocks of a pack that stay in memory: read once, into one piece of memory, and never again.
+
+Knows how they lie in memory: one behind the other, so that the slices of a tied head are the embedding there, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from shoal.offload.block_store import Arriving
+from shoal.offload.errors import StoreError
+from shoal.offload.pack.pack import Pack
+from shoal.partition.spec import BlockId
+
+from .fetcher import Fetcher
+from .readers import Readers
+from .window import Extent, Passage
+
+EMBED = BlockId("embed")
+
+
+class Pinned:
+    """The memory for some blocks of a pack, and these as they come, once."""
+
+    def __init__(self, pack: Pack, blocks: Sequence[BlockId]) -> None:
+        """Raises StoreError when the pack does not have them."""
+        self._pack = pack
+        tables = {block for block in pack.blocks if block.kind in ("embed", "head")}
+        self._embed_is_head = pack.tied and tables <= set(blocks)
+        self._passages: list[Passage] = []
+        whole = 0
+        for block, offset, nbytes in located(pack, blocks):
+            if block != EMBED or not self._embed_is_head:
+                self._passages.append(Passage(block, offset, whole, nbytes))
+                whole += nbytes
+        self._fetcher = Fetcher(whole, whole=True)
+        self.region = self._fetcher.region
+
+    def arriving(self, readers: Readers) -> Arriving:
+        """Reads the blocks and gives each as soon as it is here. Raises OffloadError."""
+        for passage in self._fetcher.arriving(readers, self._passages):
+            yield passage.block, self.region.weights(self._pack, passage)
+        if self._embed_is_head:
+            start = next(passage.position for passage in self._passages if passage.block.kind == "head")
+            whole = self.region.memory[start : start + self._pack.blocks[EMBED].nbytes]
+            yield EMBED, self._pack.weights(EMBED, whole)
+
+
+class PackReader:
+    """A `BlockReader`: a pack whose blocks are read once, by readers that end with it."""
+
+    def __init__(self, pack: Pack) -> None:
+        self._pack = pack
+
+    def read_blocks(self, blocks: Sequence[BlockId]) -> Arriving:
+        """As `BlockReader`. Raises OffloadError."""
+        pinned = Pinned(self._pack, blocks)
+        readers = Readers(self._pack, [pinned.region])
+        try:
+            yield from pinned.arriving(readers)
+        finally:
+            readers.close()
+
+
+def located(pack: Pack, blocks: Iterable[BlockId]) -> list[Extent]:
+    """Where in the pack the blocks lie. Raises StoreError when it does not have them."""
+    found = []
+    for block in blocks:
+        packed = pack.blocks.get(block)
+        if packed is None:
+            raise StoreError(f"{pack.path}: the pack has no block {block}")
+        found.append(Extent(block, packed.offset, packed.nbytes))
+    return found

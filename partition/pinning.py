@@ -1,0 +1,152 @@
+"""Which blocks stay in memory where not all can, how large the window for the others is, how many slots experts get.
+
+Every token needs every dense block, in the same order, so which of them stay makes no difference to the bytes that are
+read: as many stay as fit, spread evenly, so that what is read passes while pinned neighbours compute. Of the blocks the
+largest kind is pinned first, because the window must hold the largest that streams. Rows of an embedding are
+gathered, so it need not stay. Experts are asked for in no order: they get equal slots after everything else has its
+place. Pure: knows sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+from .spec import BlockId, ModelSpec
+
+
+class Pinning(NamedTuple):
+    """What stays, and what the rest passes through."""
+
+    pinned: frozenset[BlockId]
+    window_bytes: int
+    expert_slots: int
+    streamed_bytes: int  # for one token alone, experts as if all were equally likely
+
+
+class Pinnings:
+    """The ways to pin blocks of one model. extents: bytes of its blocks in a pack."""
+
+    def __init__(self, spec: ModelSpec, extents: Mapping[BlockId, int]) -> None:
+        kinds: dict[str, list[tuple[BlockId, int]]] = {}
+        for block, nbytes in extents.items():
+            if block.kind not in ("embed", "expert"):
+                kinds.setdefault(block.kind, []).append((block, nbytes))
+        self._kinds = sorted(map(_Kind, kinds.values()), key=lambda kind: -kind.largest_bytes)
+        self._lead = next(place for place, kind in enumerate(self._kinds) if kind.of_layers)
+        self._dense_bytes = sum(nbytes for kind in self._kinds for _, nbytes in kind.blocks)
+        experts = [nbytes for block, nbytes in extents.items() if block.kind == "expert"]
+        self._experts, self._expert_bytes = len(experts), max(experts, default=0)
+        self._active = spec.moe.active if spec.moe else 0
+        self._moe_layers = sum(layer.moe for layer in spec.layers)
+
+        @cache
+        def pinned_bytes(kind: _Kind, count: int, leads: int) -> int:
+            return sum(nbytes for _, nbytes in self._pinned(kind, count, leads))
+
+        self._candidates: list[_Candidate] = []
+        for counts in _counts(self._kinds):
+            each = zip(self._kinds, counts, strict=True)
+            pinned = sum(pinned_bytes(kind, count, counts[self._lead]) for kind, count in each)
+            self._candidates.append(_Candidate(counts, self._dense_bytes - pinned, *self._windows(counts)))
+
+    def best(self, room_bytes: int, window_bytes: int) -> Pinning | None:
+        """What streams least within `room_bytes`, with a window of `window_bytes` as far as blocks need and have use
+        for so many; None when nothing fits."""
+        slots = min(self._active, self._experts)
+        room_dense = room_bytes - slots * self._expert_bytes
+        windows = ((it.streamed_bytes, it.window_bytes(window_bytes), it.counts) for it in self._candidates)
+        fitting = (it for it in windows if self._dense_bytes - it[0] + it[1] <= room_dense)
+        best = min(fitting, default=None)
+        if best is None:
+            return None
+        streamed, window, counts = best
+        if self._experts:
+            if not streamed:
+                slots = min(self._experts, (room_bytes - self._dense_bytes) // self._expert_bytes)
+            missed = 1 - slots / self._experts
+            streamed += int(self._moe_layers * self._active * self._expert_bytes * missed)
+        pinned = frozenset(
+            block
+            for kind, count in zip(self._kinds, counts, strict=True)
+            for block, _ in self._pinned(kind, count, counts[self._lead])
+        )
+        return Pinning(pinned, window, slots, streamed)
+
+    def _pinned(self, kind: _Kind, count: int, leads: int) -> Sequence[tuple[BlockId, int]]:
+        """`count` blocks of a kind, as far apart as they can be. Where `leads`, how many of the largest kind of layers'
+        blocks are pinned, are enough, they lie in the layers of these: of those that stream no two become neighbours
+        then."""
+        if kind.of_layers and count <= leads:
+            layers = {block.layer for block, _ in _evenly(self._kinds[self._lead].blocks, leads)}
+            beside = [item for item in kind.blocks if item[0].layer in layers]
+            if len(beside) >= count:
+                return _evenly(beside, count)
+        return _evenly(kind.blocks, count)
+
+    def _windows(self, counts: tuple[int, ...]) -> tuple[int, int]:
+        """Bytes of the largest block that streams, and of the two largest neighbours: with room for them the disk reads
+        while one of them is computed."""
+        each = zip(self._kinds, counts, strict=True)
+        streamed = [(kind, count) for kind, count in each if count < len(kind.blocks)]
+        if not streamed:
+            return 0, 0
+        (first, pinned), *others = streamed
+        apart = pinned == len(first.blocks) - 1  # there is only one
+        if first is self._kinds[self._lead]:
+            apart |= any(kind.of_layers and count <= pinned for kind, count in others)
+        second = others[0][0] if apart and others else first
+        return first.largest_bytes, first.largest_bytes + second.largest_bytes
+
+
+class _Kind:
+    """Blocks of one kind with their bytes, in their order."""
+
+    def __init__(self, blocks: Sequence[tuple[BlockId, int]]) -> None:
+        self.blocks = blocks
+        self.of_layers = blocks[0][0].kind != "head"
+        self.largest_bytes = max(nbytes for _, nbytes in blocks)
+
+
+class _Candidate(NamedTuple):
+    """How many blocks of each kind are pinned, and what follows from it."""
+
+    counts: tuple[int, ...]
+    streamed_bytes: int
+    largest_bytes: int  # of a block that streams
+    neighbours_bytes: int  # of the two largest together
+
+    def window_bytes(self, share_bytes: int) -> int:
+        return min(between(self.largest_bytes, share_bytes, self.neighbours_bytes), self.streamed_bytes)
+
+
+def _counts(kinds: Sequence[_Kind]) -> Iterator[tuple[int, ...]]:
+    """How many of each kind may be pinned: any number of the first and of the others one kind after the other; and when
+    all of the first are, beside some of one kind also as many of the next at most."""
+    first, *others = (len(kind.blocks) for kind in kinds)
+    for count in range(first + 1):
+        for of_others in range(sum(others) + 1):
+            yield count, *_poured(of_others, others)
+    for place, (whole, following) in enumerate(pairwise(others)):
+        for count in range(1, whole):
+            for beside in range(1, min(count, following) + 1):
+                yield first, *others[:place], count, beside, *(0 for _ in others[place + 2 :])
+
+
+def _poured(count: int, sizes: Sequence[int]) -> Iterator[int]:
+    """`count` blocks dealt to kinds of these sizes, each filled before the next."""
+    for size in sizes:
+        yield min(count, size)
+        count -= min(count, size)
+
+
+def _evenly(items: Sequence[tuple[BlockId, int]], count: int) -> Sequence[tuple[BlockId, int]]:
+    """`count` of the items, as far apart as they can be (Bresenham's line)."""
+    whole = len(items)
+    return [item for place, item in enumerate(items) if (place + 1) * count // whole > place * count // whole]
+
+
+def between(least: int, value: int, most: int) -> int:
+    return max(least, min(value, most))
