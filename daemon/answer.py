@@ -9,7 +9,8 @@ from __future__ import annotations
 from shoal.comm.messages import Accepted, Done, FinishReason, Timings, Token, TokenLogprob, Usage
 from shoal.engine.sequence import Sequence
 from shoal.models.sampling import Sampled
-from shoal.models.tokenizer.detokenizer import Detokenizer, StopMatcher
+from shoal.models.tokenizer.detokenizer import Detokenizer
+from shoal.models.tokenizer.stop_strings import StopMatcher
 from shoal.models.tokenizer.tokenizer import Tokenizer
 
 from .backend import Emit

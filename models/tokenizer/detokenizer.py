@@ -7,13 +7,9 @@ spelling (tokenizer) nor when generation ends (the caller's). Both classes are O
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
-
-from shoal.models.errors import SamplingError
+from collections.abc import Iterable
 
 from .tokenizer import Tokenizer
-
-MAX_STOP_CHARS = 1024
 
 
 class Detokenizer:
@@ -38,48 +34,3 @@ class Detokenizer:
     def flush(self) -> str:
         """The end: U+FFFD for a character that never became complete, else ""."""
         return self._utf8.decode(b"", final=True)
-
-
-class StopMatcher:
-    """Finds the first stop string in text that comes in pieces.
-
-    The first is the one whose last character comes first (of several ending there, the longest), so the
-    result does not depend on how the text was cut into pieces. Raises SamplingError for stop strings that
-    are empty or longer than MAX_STOP_CHARS.
-    """
-
-    def __init__(self, stop_strings: Sequence[str] = ()) -> None:
-        for stop in stop_strings:
-            if not 0 < len(stop) <= MAX_STOP_CHARS:
-                raise SamplingError(
-                    f"a stop string has 1 to {MAX_STOP_CHARS} characters, this one has {len(stop)}"
-                )
-        self._stops = tuple(stop_strings)
-        self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """(text that is safe to show, whether a stop string was hit); a hit is the end of the text."""
-        if not self._stops:
-            return text, False
-        text = self._held + text
-        hits = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if hits:
-            _, at = min(hits)
-            self._held = ""
-            return text[:at], True
-        held = self._possible_beginning(text)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
-
-    def flush(self) -> str:
-        """What was held back, when generation has ended without a hit."""
-        held, self._held = self._held, ""
-        return held
-
-    def _possible_beginning(self, text: str) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stops):
-                return length
-        return 0
