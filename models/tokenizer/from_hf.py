@@ -19,7 +19,7 @@ from .parts import Parts
 from .special import SpecialSplitter
 from .spm import SentencePieceBpe
 from .spm_file import read_model
-from .tokenizer_json import read_tokenizer_json
+from .tokenizer_json import parse, read_tokenizer_json
 from .vocabulary import SPACE_MARK, TokenKind, inverse, packed, vocabulary
 
 MAX_TOKENIZER_FILE_BYTES = 256 << 20
@@ -36,7 +36,8 @@ def read_hf(directory: Path) -> Parts:
     ends = _end_ids(directory)
     template = _chat_template(directory, config)
     if (directory / "tokenizer.json").is_file():
-        return read_tokenizer_json(_read_bytes(directory / "tokenizer.json"), names, ends, template)
+        library = parse(_read_bytes(directory / "tokenizer.json"))
+        return read_tokenizer_json(library, names, ends, template)
     if (directory / "tokenizer.model").is_file():
         return _from_sentence_piece(directory / "tokenizer.model", config, names, ends, template)
     raise TokenizerError(

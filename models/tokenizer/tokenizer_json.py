@@ -45,12 +45,20 @@ class LibraryEncoder:
         return ids
 
 
+def parse(data: bytes) -> tokenizers.Tokenizer:
+    """The file as the library holds it; `data`, which is as large, can go then. Raises TokenizerError."""
+    with library_errors("tokenizer.json is not a tokenizer"):
+        return tokenizers.Tokenizer.from_buffer(data)
+
+
 def read_tokenizer_json(
-    data: bytes, names: Mapping[str, str | None], ends: Iterable[int], template: str | None
+    library: tokenizers.Tokenizer,
+    names: Mapping[str, str | None],
+    ends: Iterable[int],
+    template: str | None,
 ) -> Parts:
     """names: texts of the tokens called bos, eos and unk. ends: further end tokens. Raises TokenizerError."""
     with library_errors("tokenizer.json is not a tokenizer"):
-        library = tokenizers.Tokenizer.from_buffer(data)
         library.no_truncation()
         library.no_padding()
         ids = library.get_vocab(with_added_tokens=True)

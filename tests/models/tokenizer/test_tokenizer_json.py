@@ -243,3 +243,19 @@ def test_a_text_that_the_library_refuses_is_refused_in_one_line() -> None:
     assert tokenizer.encode("a") == [0]
     with pytest.raises(TokenizerError, match="cannot be tokenised: WordLevel error"):
         tokenizer.encode("zz")
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_file_is_refused_in_one_line(data: st.DataObject) -> None:
+    whole = word_level(decoders.WordPiece()).to_str().encode()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    damaged = whole[:at] + data.draw(st.binary(max_size=3)) + whole[at + data.draw(st.integers(0, 3)) :]
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "tokenizer.json").write_bytes(damaged)
+        try:
+            tokenizer = Tokenizer.from_hf(Path(directory))
+        except TokenizerError as error:
+            assert "\n" not in str(error)
+        else:
+            assert tokenizer.decode(range(tokenizer.vocab_size)) is not None
