@@ -253,9 +253,10 @@ def test_a_damaged_file_is_refused_in_one_line(data: st.DataObject) -> None:
     damaged = whole[:at] + data.draw(st.binary(max_size=3)) + whole[at + data.draw(st.integers(0, 3)) :]
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "tokenizer.json").write_bytes(damaged)
+        said = ""
         try:
             tokenizer = Tokenizer.from_hf(Path(directory))
+            tokenizer.decode(range(tokenizer.vocab_size))
         except TokenizerError as error:
-            assert "\n" not in str(error)
-        else:
-            assert tokenizer.decode(range(tokenizer.vocab_size)) is not None
+            said = str(error)
+    assert "\n" not in said
