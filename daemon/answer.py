@@ -17,7 +17,8 @@ from shoal.comm.messages import (
 )
 from shoal.engine.sequence import Emitted, Ended, Event, Failed, Queued, Sequence
 from shoal.models.sampling import Sampled
-from shoal.models.tokenizer.detokenizer import Detokenizer, StopMatcher
+from shoal.models.tokenizer.detokenizer import Detokenizer
+from shoal.models.tokenizer.stop_strings import StopMatcher
 from shoal.models.tokenizer.tokenizer import Tokenizer
 
 from .backend import Emit

@@ -4,7 +4,8 @@
     NAME.part.tag    the server's validator (ETag or Last-Modified) of the file they belong to
 
 Knows ranges, retries and the rules by which an old part may be continued. Does not know models, the store
-or the hub.
+or the hub. `huggingface_hub` could fetch the hub's files, but reads them again for their hash (it checks only sizes)
+and warns where the disk is full; what comes from other web servers needs this in any case.
 """
 
 from __future__ import annotations
@@ -155,10 +156,8 @@ class _Attempt:
         if self.remote.size and self.part.stat().st_size > self.remote.size:
             _drop(self.part)
             return
-        with self.part.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                self.digest.update(chunk)
-                self.done += len(chunk)
+        with self.part.open("rb", buffering=0) as file:
+            copy_hashed(file, None, self.digest, self._have)
 
     def _open(self, tag: str) -> http.client.HTTPResponse:
         request = urllib.request.Request(
@@ -215,8 +214,11 @@ class _Attempt:
             )
         return total or self.remote.size
 
-    def _moved(self, done: int, total: int) -> None:
+    def _have(self, done: int) -> None:
         self.done = done
+
+    def _moved(self, done: int, total: int) -> None:
+        self._have(done)
         self.progress(self.remote.name, done, total)
 
 

@@ -6,7 +6,7 @@
     path/to/model.gguf, path/to/hf_directory
 
 Knows the forms of references, and what must be true of a model's files before they enter the store. Does not
-know how bytes are moved (`download`, `pull_hub`, `pull_package`).
+know how bytes are moved (`download`, `hub`, `package`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.progress import Progress, no_progress
 from shoal.daemon.sizes import format_bytes
 
-CHUNK_BYTES = 1 << 20
+COPIED_AT_ONCE_BYTES = 1 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -59,11 +59,14 @@ def disk_errors(directory: Path, needed_bytes: int, what: str) -> Iterator[None]
         raise DaemonError("internal", f"{what}: {place}: {error.strerror or error}") from error
 
 
-def copy_hashed(source: Readable, target: BinaryIO, digest: Hash, copied: Callable[[int], None]) -> None:
-    """Copy to the end of `source`. `copied` is told after every chunk how many bytes that are so far."""
+def copy_hashed(
+    source: Readable, target: BinaryIO | None, digest: Hash, copied: Callable[[int], None]
+) -> None:
+    """Copy to the end of `source`, or only hash. `copied` is told after every chunk how many bytes that are so far."""
     done = 0
-    while chunk := source.read(CHUNK_BYTES):
-        target.write(chunk)
+    while chunk := source.read(COPIED_AT_ONCE_BYTES):
+        if target is not None:
+            target.write(chunk)
         digest.update(chunk)
         done += len(chunk)
         copied(done)
@@ -86,11 +89,7 @@ def sync_directory(path: Path) -> None:
 
 def hash_file(path: Path, progress: Progress = no_progress, what: str = "") -> str:
     """sha256 of a file, in hex. Raises OSError."""
-    digest = hashlib.sha256()
-    total, done = path.stat().st_size, 0
+    digest, total = hashlib.sha256(), path.stat().st_size
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            done += len(chunk)
-            progress(what or path.name, done, total)
+        copy_hashed(file, None, digest, lambda done: progress(what or path.name, done, total))
     return digest.hexdigest()

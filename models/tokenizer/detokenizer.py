@@ -1,19 +1,19 @@
-"""Text as it is generated: token by token, never half a character, never half a stop string.
+"""Text as it is generated: token by token, never half a character.
 
-Knows UTF-8's borders and which text might still become a stop string. Deliberately does not know tokens'
-spelling (tokenizer) nor when generation ends (the caller's). Both classes are O(1) amortised per token.
+Knows UTF-8's borders, and how long a text that the `tokenizers` library puts together can still change. Deliberately
+does not know tokens' spelling (tokenizer) nor when generation ends (stop_strings). O(1) amortised per token.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
-
-from shoal.models.errors import SamplingError
+from collections.abc import Callable, Iterable, Sequence
+from os.path import commonprefix
 
 from .tokenizer import Tokenizer
 
-MAX_STOP_CHARS = 1024
+# A byte that completes no character: behind it everything comes out that a later token could not change.
+_NEXT = "<0xFF>"
 
 
 class Detokenizer:
@@ -22,13 +22,28 @@ class Detokenizer:
     prompt_ids: what stands before; after any text there, a first word keeps its leading space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        join = tokenizer.join
+        self._text = _Bytes(tokenizer, prompt_ids) if join is None else _Joined(tokenizer, join, prompt_ids)
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completes: "" for control tokens and while a character is incomplete."""
+        return self._text.push(token_id)
+
+    def flush(self) -> str:
+        """The end: what was held back, with U+FFFD for a character that never became complete."""
+        return self._text.flush()
+
+
+class _Bytes:
+    """Tokens that have bytes of their own: a character comes with its last byte."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int]) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._drop_space = tokenizer.add_space_prefix and not any(map(tokenizer.token_bytes, prompt_ids))
 
     def push(self, token_id: int) -> str:
-        """Text that this token completes: "" for control tokens and while a character is incomplete."""
         data = self._token_bytes(token_id)
         if data and self._drop_space:
             self._drop_space = False
@@ -36,50 +51,58 @@ class Detokenizer:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """The end: U+FFFD for a character that never became complete, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
-class StopMatcher:
-    """Finds the first stop string in text that comes in pieces.
+class _Joined:
+    """Tokens whose text depends on their neighbours: the last few are joined with and without one more behind them.
 
-    The first is the one whose last character comes first (of several ending there, the longest), so the
-    result does not depend on how the text was cut into pieces. Raises SamplingError for stop strings that
-    are empty or longer than MAX_STOP_CHARS.
+    What is the same both times stays so. `_window` has the tokens whose text is not all shown and, before them, as
+    many as it takes for these not to be the first of a text; of its text the first `_shown` characters are shown.
+    A join that rewrites is shown at the end.
     """
 
-    def __init__(self, stop_strings: Sequence[str] = ()) -> None:
-        for stop in stop_strings:
-            if not 0 < len(stop) <= MAX_STOP_CHARS:
-                raise SamplingError(
-                    f"a stop string has 1 to {MAX_STOP_CHARS} characters, this one has {len(stop)}"
-                )
-        self._stops = tuple(stop_strings)
-        self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
+    def __init__(
+        self, tokenizer: Tokenizer, join: Callable[[list[str]], str], prompt_ids: Sequence[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._join = join
+        self._window: list[str] = []
+        size = len(prompt_ids) if tokenizer.rewrites else 1
+        while not join(self._window) and size < 2 * len(prompt_ids):
+            self._window = self._texts(prompt_ids[-size:])
+            size *= 2
+        self._shown = len(join(self._window))
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """(text that is safe to show, whether a stop string was hit); a hit is the end of the text."""
-        if not self._stops:
-            return text, False
-        text = self._held + text
-        hits = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if hits:
-            _, at = min(hits)
-            self._held = ""
-            return text[:at], True
-        held = self._possible_beginning(text)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
+    def push(self, token_id: int) -> str:
+        texts = self._texts([token_id])
+        self._window += texts
+        if self._tokenizer.rewrites or not texts:
+            return ""
+        text = self._join(self._window)
+        longer = self._join([*self._window, _NEXT])
+        stays = commonprefix([text, longer]).rstrip("\ufffd")  # noqa: RUF071 (texts, no paths)
+        piece = stays[self._shown :]
+        self._shown += len(piece)
+        self._forget(text)
+        return piece
 
     def flush(self) -> str:
-        """What was held back, when generation has ended without a hit."""
-        held, self._held = self._held, ""
-        return held
+        text = self._join(self._window)
+        piece = text[self._shown :]
+        self._shown = len(text)
+        return piece
 
-    def _possible_beginning(self, text: str) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stops):
-                return length
-        return 0
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        return self._tokenizer.texts(ids, skip_special=True)
+
+    def _forget(self, text: str) -> None:
+        """Shorten the window to the fewest tokens that give what is not shown, and something before it."""
+        hidden, size = text[self._shown :], 1
+        while size < len(self._window):
+            short = self._join(self._window[-size:])
+            if len(short) > len(hidden) and short.endswith(hidden):
+                self._window = self._window[-size:]
+                self._shown = len(short) - len(hidden)
+                return
+            size *= 2

@@ -8,7 +8,6 @@ all of it, because it comes from a download.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,25 +15,15 @@ from shoal.models.errors import TokenizerError
 from shoal.models.texts import Texts
 
 from .bpe import PRE_TOKENIZERS, ByteLevelBpe
+from .parts import Parts
+from .special import SpecialSplitter
 from .spm import SentencePieceBpe
 from .vocabulary import TokenKind, Vocabulary, inverse, packed, vocabulary
 
 _PREFIX = "tokenizer.ggml."
 
 
-@dataclass(frozen=True)
-class GgufParts:
-    """What GGUF metadata says about text: vocabulary, merger, and how texts begin and end."""
-
-    vocabulary: Vocabulary
-    merger: ByteLevelBpe | SentencePieceBpe
-    add_bos: bool
-    add_eos: bool
-    strip_after: frozenset[int]
-    chat_template: str | None
-
-
-def read_gguf(metadata: Mapping[str, object]) -> GgufParts:
+def read_gguf(metadata: Mapping[str, object]) -> Parts:
     """Build the parts; raises TokenizerError naming the key that is missing, damaged or unsupported."""
     keys = _Keys(metadata)
     model = keys.text("model")
@@ -47,7 +36,7 @@ def read_gguf(metadata: Mapping[str, object]) -> GgufParts:
     )
 
 
-def _byte_level(keys: _Keys) -> GgufParts:
+def _byte_level(keys: _Keys) -> Parts:
     pre = keys.text("pre", "default")
     rule = PRE_TOKENIZERS.get(pre)
     if rule is None:
@@ -59,7 +48,7 @@ def _byte_level(keys: _Keys) -> GgufParts:
     return _parts(keys, vocab, ByteLevelBpe(ids, keys.texts("merges"), rule), add_bos=rule.add_bos)
 
 
-def _sentence_piece(keys: _Keys) -> GgufParts:
+def _sentence_piece(keys: _Keys) -> Parts:
     tokens, prefix = _tokens(keys), keys.flag("add_space_prefix", True)
     ids = inverse(tokens)
     vocab = _vocabulary(
@@ -73,15 +62,15 @@ def _sentence_piece(keys: _Keys) -> GgufParts:
 
 def _parts(
     keys: _Keys, vocab: Vocabulary, merger: ByteLevelBpe | SentencePieceBpe, *, add_bos: bool
-) -> GgufParts:
-    return GgufParts(
-        vocabulary=vocab,
-        merger=merger,
+) -> Parts:
+    encoder = SpecialSplitter(
+        vocab,
+        merger,
         add_bos=keys.flag("add_bos_token", add_bos),
         add_eos=keys.flag("add_eos_token", False),
         strip_after=_strip_after(keys, vocab),
-        chat_template=keys.optional_text("tokenizer.chat_template"),
     )
+    return Parts(vocab, encoder, keys.optional_text("tokenizer.chat_template"))
 
 
 def _tokens(keys: _Keys) -> Texts:

@@ -1,61 +1,31 @@
 """From a Hugging Face directory to the parts of a tokenizer.
 
-Knows which files say what: `tokenizer.json` (run by the `tokenizers` library exactly as transformers does),
-`tokenizer.model` (SentencePiece BPE, where there is no tokenizer.json), `tokenizer_config.json`,
-`special_tokens_map.json`, `generation_config.json`, `config.json` and `chat_template.jinja`. Deliberately runs
-no code from the directory and reads no weights. Every value is checked: the files come from a download.
+Knows which files say what: `tokenizer.json`, `tokenizer.model` (SentencePiece BPE, where there is no
+tokenizer.json), `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`, `config.json` and
+`chat_template.jinja`. Deliberately runs no code from the directory and reads no weights. Every value is checked:
+the files come from a download.
 """
 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from shoal.models.errors import TokenizerError, one_line
 
-from .bpe import library_errors
+from .parts import Parts
 from .special import SpecialSplitter
 from .spm import SentencePieceBpe
 from .spm_file import read_model
-from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, inverse, packed, vocabulary
+from .tokenizer_json import parse, read_tokenizer_json
+from .vocabulary import SPACE_MARK, TokenKind, inverse, packed, vocabulary
 
-MAX_FILE_BYTES = 256 << 20
-_DECODERS = "supported are ByteLevel and SentencePiece-like decoders (Replace, ByteFallback, Metaspace)"
-
-
-@dataclass(frozen=True)
-class HfParts:
-    """What a directory says about text."""
-
-    vocabulary: Vocabulary
-    encoder: LibraryEncoder | SpecialSplitter
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    chat_template: str | None
+MAX_TOKENIZER_FILE_BYTES = 256 << 20
 
 
-class LibraryEncoder:
-    """A `tokenizer.json` run by the library."""
-
-    def __init__(self, library: tokenizers.Tokenizer) -> None:
-        self._library = library
-        # Whether control tokens are text is a switch of the library's object, not of its call.
-        self._lock = threading.Lock()
-
-    def encode(self, text: str, parse_special: bool) -> list[int]:
-        with self._lock, library_errors("this text cannot be tokenised"):
-            self._library.encode_special_tokens = not parse_special
-            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return ids
-
-
-def read_hf(directory: Path) -> HfParts:
+def read_hf(directory: Path) -> Parts:
     """Build the parts; raises TokenizerError naming the file that is missing, damaged or unsupported."""
     config = _read_json(directory / "tokenizer_config.json")
     special = _read_json(directory / "special_tokens_map.json")
@@ -66,57 +36,13 @@ def read_hf(directory: Path) -> HfParts:
     ends = _end_ids(directory)
     template = _chat_template(directory, config)
     if (directory / "tokenizer.json").is_file():
-        return _from_library(directory / "tokenizer.json", names, ends, template)
+        library = parse(_read_bytes(directory / "tokenizer.json"))
+        return read_tokenizer_json(library, names, ends, template)
     if (directory / "tokenizer.model").is_file():
         return _from_sentence_piece(directory / "tokenizer.model", config, names, ends, template)
     raise TokenizerError(
         f"{directory} has no tokenizer.json and no tokenizer.model; download one of the model's"
     )
-
-
-def _from_library(
-    path: Path, names: Mapping[str, str | None], ends: Iterable[int], template: str | None
-) -> HfParts:
-    data = _read_bytes(path)
-    with library_errors(f"{path.name} is not a tokenizer"):
-        library = tokenizers.Tokenizer.from_buffer(data)
-        del data  # as large as what was made of it
-        library.no_truncation()
-        library.no_padding()
-        ids = library.get_vocab(with_added_tokens=True)
-        added = library.get_added_tokens_decoder()
-        decoder = json.loads(library.decoder.__getstate__()) if library.decoder is not None else {}
-        plain = library.encode("a", add_special_tokens=False).ids
-        whole = library.encode("a", add_special_tokens=True).ids
-    byte_level, add_space_prefix = _spelling(decoder, path)
-    tokens = [f"[EMPTY_{i}]" for i in range(max(ids.values(), default=-1) + 1)]
-    for text, index in ids.items():
-        tokens[index] = text
-    kinds = bytearray([TokenKind.NORMAL]) * len(tokens)
-    if len(ids) != len(tokens):
-        for token_id in set(range(len(tokens))) - set(ids.values()):
-            kinds[token_id] = TokenKind.UNUSED
-    if not byte_level:
-        for byte in range(256):
-            if (byte_id := ids.get(f"<0x{byte:02X}>")) is not None:
-                kinds[byte_id] = TokenKind.BYTE
-    for token_id, token in added.items():
-        kinds[token_id] = TokenKind.CONTROL if token.special else TokenKind.USER_DEFINED
-    vocab = vocabulary(
-        packed(tokens),
-        inverse(tokens),
-        kinds,
-        byte_level=byte_level,
-        add_space_prefix=add_space_prefix,
-        bos_id=_known(ids, names["bos"]),
-        eos_id=_known(ids, names["eos"]),
-        unk_id=_known(ids, names["unk"]),
-        end_ids=[token_id for token_id in ends if token_id < len(tokens)],
-    )
-    # The post-processor, not add_bos_token, decides what stands around a text, as in transformers 5.
-    at = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), len(whole))
-    prefix, suffix = tuple(whole[:at]), tuple(whole[at + len(plain) :])
-    return HfParts(vocab, LibraryEncoder(library), prefix, suffix, template)
 
 
 def _from_sentence_piece(
@@ -125,7 +51,7 @@ def _from_sentence_piece(
     names: Mapping[str, str | None],
     ends: Iterable[int],
     template: str | None,
-) -> HfParts:
+) -> Parts:
     model = read_model(_read_bytes(path))
     tokens, kinds, scores = list(model.tokens), bytearray(model.kinds), list(model.scores)
     _add_tokens(config, tokens, kinds, scores)
@@ -144,11 +70,13 @@ def _from_sentence_piece(
         unk_id=model.unk_id,
         end_ids=[token_id for token_id in ends if token_id < len(tokens)],
     )
-    prefix = (vocab.bos_id,) if vocab.bos_id is not None and config.get("add_bos_token", True) else ()
-    suffix = (vocab.eos_id,) if vocab.eos_id is not None and config.get("add_eos_token", False) else ()
-    return HfParts(
-        vocab, SpecialSplitter(vocab, SentencePieceBpe(vocab, ids, scores)), prefix, suffix, template
+    encoder = SpecialSplitter(
+        vocab,
+        SentencePieceBpe(vocab, ids, scores),
+        add_bos=vocab.bos_id is not None and bool(config.get("add_bos_token", True)),
+        add_eos=vocab.eos_id is not None and bool(config.get("add_eos_token", False)),
     )
+    return Parts(vocab, encoder, template)
 
 
 def _add_tokens(config: Mapping[str, Any], tokens: list[str], kinds: bytearray, scores: list[float]) -> None:
@@ -175,20 +103,6 @@ def _add_tokens(config: Mapping[str, Any], tokens: list[str], kinds: bytearray, 
         elif kinds[token_id] != TokenKind.UNKNOWN:
             tokens[token_id] = text
             kinds[token_id] = kind
-
-
-def _spelling(decoder: Mapping[str, Any], path: Path) -> tuple[bool, bool]:
-    """(tokens are spelled in the byte alphabet, decoding drops a leading space) as the decoder says."""
-    steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
-    kinds = [step.get("type") for step in steps]
-    if "ByteLevel" in kinds:
-        return True, False
-    if "Metaspace" in kinds:
-        step = steps[kinds.index("Metaspace")]
-        return False, step.get("prepend_scheme", "always") != "never"
-    if "ByteFallback" in kinds or "Replace" in kinds:
-        return False, "Strip" in kinds
-    raise TokenizerError(f"{path.name} has the decoder {'+'.join(map(str, kinds))[:60]}; {_DECODERS}")
 
 
 def _known(ids: Mapping[str, int], text: str | None) -> int | None:
@@ -256,8 +170,10 @@ def _decode(data: bytes, path: Path) -> str:
 def _read_bytes(path: Path) -> bytes:
     try:
         size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise TokenizerError(f"{path} has {size} bytes; a tokenizer file has at most {MAX_FILE_BYTES}")
+        if size > MAX_TOKENIZER_FILE_BYTES:
+            raise TokenizerError(
+                f"{path} has {size} bytes; a tokenizer file has at most {MAX_TOKENIZER_FILE_BYTES}"
+            )
         return path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error

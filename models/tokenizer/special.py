@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+from shoal.models.errors import TokenizerError
+
 from .vocabulary import TokenKind, Vocabulary
 
 _SPACES = re.compile(r"[ \t\n\v\f\r]*")
@@ -25,13 +27,22 @@ class Merger(Protocol):
 class SpecialSplitter:
     """Text → ids: special tokens by their text, the merger for what stands between them.
 
-    strip_after: special tokens that swallow the white space behind them.
+    add_bos, add_eos: what stands around a text. strip_after: special tokens that swallow the white space behind
+    them. Raises TokenizerError if BOS or EOS is wanted and the vocabulary names none.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, merger: Merger, strip_after: frozenset[int] = frozenset()
+        self,
+        vocabulary: Vocabulary,
+        merger: Merger,
+        *,
+        add_bos: bool,
+        add_eos: bool,
+        strip_after: frozenset[int] = frozenset(),
     ) -> None:
         self._merger = merger
+        self._prefix = _one("BOS", vocabulary.bos_id) if add_bos else []
+        self._suffix = _one("EOS", vocabulary.eos_id) if add_eos else []
         self._space_prefix = vocabulary.add_space_prefix
         self._strip_after = strip_after
         always = {TokenKind.USER_DEFINED}
@@ -39,8 +50,8 @@ class SpecialSplitter:
         self._always = _Finder(vocabulary, (i for i, kind in enumerate(vocabulary.kinds) if kind in always))
         self._parsed = _Finder(vocabulary, (i for i, kind in enumerate(vocabulary.kinds) if kind in parsed))
 
-    def encode(self, text: str, parse_special: bool) -> list[int]:
-        ids: list[int] = []
+    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        ids = [*self._prefix] if add_special else []
         at = 0
         for start, end, token_id in (self._parsed if parse_special else self._always).find(text):
             self._merge(text[at:start], ids)
@@ -49,12 +60,18 @@ class SpecialSplitter:
             if token_id in self._strip_after and (spaces := _SPACES.match(text, end)):
                 at = spaces.end()
         self._merge(text[at:], ids)
-        return ids
+        return ids + self._suffix if add_special else ids
 
     def _merge(self, text: str, ids: list[int]) -> None:
         """Append a fragment, which stands at the beginning or behind a special token."""
         if text:
             ids += self._merger.encode(" " + text if self._space_prefix else text)
+
+
+def _one(name: str, token_id: int | None) -> list[int]:
+    if token_id is None:
+        raise TokenizerError(f"the model wants a {name} token around texts but its files name none")
+    return [token_id]
 
 
 class _Finder:

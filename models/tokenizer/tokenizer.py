@@ -1,80 +1,51 @@
 """The tokenizer: text → token ids and back, whatever files the model came in.
 
-Knows where special tokens stand in a text, what is put before and after it, and how ids spell text.
-Deliberately does not know file formats (tokenizer_gguf, tokenizer_hf), how words merge (tokenizer_bpe,
-tokenizer_spm), nor conversations (chat_template). Everything here may be called from several threads.
+Knows how ids spell text. Deliberately does not know file formats (from_gguf, from_hf, tokenizer_json), special tokens
+within a text (special), how words merge (bpe, spm), nor conversations (chat). Everything here may be called from
+several threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 from shoal.models.errors import TokenizerError
 
 from .from_gguf import read_gguf
 from .from_hf import read_hf
-from .special import SpecialSplitter
-from .vocabulary import Vocabulary
-
-
-class Encoder(Protocol):
-    """Text → ids, without what is put before and after. parse_special: control tokens are recognised."""
-
-    def encode(self, text: str, parse_special: bool) -> list[int]: ...
+from .parts import Parts
+from .vocabulary import SPECIAL_KINDS, TokenKind
 
 
 class Tokenizer:
     """Text → ids → text for one model. Build it with `from_hf` or `from_gguf`.
 
-    bos_id, eos_id: None where the model has none. stop_ids: every token that ends generation.
-    chat_template: Jinja source, None where the files have none.
+    join, rewrites: as in `Parts`. bos_id, eos_id: None where the model has none. stop_ids: every token that ends
+    generation. chat_template: Jinja source, None where the files have none.
     """
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        encoder: Encoder,
-        *,
-        prefix: tuple[int, ...] = (),
-        suffix: tuple[int, ...] = (),
-        chat_template: str | None = None,
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
+        vocabulary = parts.vocabulary
         self._vocabulary = vocabulary
-        self._encoder = encoder
-        self._prefix = list(prefix)
-        self._suffix = list(suffix)
+        self._encoder = parts.encoder
+        self.join = parts.join
+        self.rewrites = parts.rewrites
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
         self.stop_ids = vocabulary.stop_ids
         self.add_space_prefix = vocabulary.add_space_prefix
-        self.chat_template = chat_template
+        self.chat_template = parts.chat_template
 
     @classmethod
     def from_hf(cls, directory: Path) -> Tokenizer:
         """From a Hugging Face directory (tokenizer.json or tokenizer.model); raises TokenizerError."""
-        parts = read_hf(directory)
-        return cls(
-            parts.vocabulary,
-            parts.encoder,
-            prefix=parts.prefix,
-            suffix=parts.suffix,
-            chat_template=parts.chat_template,
-        )
+        return cls(read_hf(directory))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
         """From GGUF metadata (key → str, int, float, bool, list, Texts or numpy array); raises TokenizerError."""
-        parts = read_gguf(metadata)
-        vocab = parts.vocabulary
-        return cls(
-            vocab,
-            SpecialSplitter(vocab, parts.merger, parts.strip_after),
-            prefix=_one("BOS", vocab.bos_id) if parts.add_bos else (),
-            suffix=_one("EOS", vocab.eos_id) if parts.add_eos else (),
-            chat_template=parts.chat_template,
-        )
+        return cls(read_gguf(metadata))
 
     @property
     def vocab_size(self) -> int:
@@ -88,12 +59,13 @@ class Tokenizer:
         chat template that prints them). parse_special: "<|im_start|>" in the text is that control token;
         False makes it plain text, as is right for what a user typed. Lone surrogates become U+FFFD.
         """
-        ids = self._encoder.encode(_scalar_values(text), parse_special)
-        return self._prefix + ids + self._suffix if add_special else ids
+        return self._encoder.encode(_scalar_values(text), add_special, parse_special)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD. skip_special: leave control tokens out."""
         vocab = self._vocabulary
+        if self.join is not None:
+            return self.join(self.texts(ids, skip_special=skip_special))
         parts = []
         for token_id in ids:
             if not skip_special and vocab.is_special(token_id):
@@ -106,8 +78,19 @@ class Tokenizer:
         return data.decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Exact bytes of one token; b"" for control tokens and for ids outside the vocabulary."""
+        """Exact bytes of one token; b"" for control tokens and for ids outside the vocabulary.
+
+        Where tokens have no bytes of their own (`join`), those of its text when it stands alone.
+        """
+        if self.join is not None:
+            return self.decode([token_id], skip_special=True).encode()
         return self._vocabulary.token_bytes(token_id)
+
+    def texts(self, ids: Iterable[int], *, skip_special: bool) -> list[str]:
+        """Texts of tokens as the files spell them, what `join` takes; ids that are no token are left out."""
+        vocab = self._vocabulary
+        left_out = {TokenKind.UNUSED, *(SPECIAL_KINDS if skip_special else ())}
+        return [vocab.tokens[token_id] for token_id in ids if vocab.kind(token_id) not in left_out]
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is a control token (or the unknown token) rather than text."""
@@ -122,12 +105,6 @@ class Tokenizer:
     def token_to_id(self, text: str) -> int | None:
         """Id of the token that the files spell so, or None. Looks at all of them."""
         return next((i for i, token in enumerate(self._vocabulary.tokens) if token == text), None)
-
-
-def _one(name: str, token_id: int | None) -> tuple[int, ...]:
-    if token_id is None:
-        raise TokenizerError(f"the model wants a {name} token around texts but its files name none")
-    return (token_id,)
 
 
 def _scalar_values(text: str) -> str:

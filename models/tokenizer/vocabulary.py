@@ -2,7 +2,7 @@
 
 Knows the GGUF token kinds, the two spellings of bytes (GPT-2's printable alphabet and SentencePiece's
 "▁" with `<0xNN>` byte tokens), and the texts by which end-of-turn tokens are recognised. Deliberately does
-not know how text is cut into tokens (tokenizer_bpe, tokenizer_spm) nor any file format.
+not know how text is cut into tokens (bpe, spm) nor any file format.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def vocabulary(
 ) -> Vocabulary:
     """Check and complete a vocabulary: end-of-turn tokens are found by text and become control tokens.
 
-    ids: `inverse(tokens)`. end_ids: tokens that the files name as ends besides `eos_id`. Raises TokenizerError if a
-    number differs or an id is outside the vocabulary.
+    ids: text → id of all tokens. end_ids: tokens that the files name as ends besides `eos_id`. Raises TokenizerError
+    if a number differs or an id is outside the vocabulary.
     """
     count = len(tokens)
     if not 0 < count <= MAX_TOKENS:

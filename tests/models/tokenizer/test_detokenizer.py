@@ -1,15 +1,11 @@
-"""Text token by token equals text at once, and stop strings are found however the text is cut."""
+"""Text token by token equals text at once."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.models.errors import SamplingError
-from shoal.models.tokenizer.detokenizer import Detokenizer, StopMatcher
+from shoal.models.tokenizer.detokenizer import Detokenizer
 from shoal.models.tokenizer.tokenizer import Tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -95,49 +91,3 @@ def test_an_unfinished_character_comes_out_at_the_end() -> None:
     assert [detokenizer.push(3 + byte) for byte in "😀".encode()[:3]] == ["", "", ""]
     assert detokenizer.flush() == "\ufffd"
     assert detokenizer.flush() == ""
-
-
-def plain_cut(text: str, stops: list[str]) -> int | None:
-    """Where the text ends by definition: the start of the longest stop string at the earliest end."""
-    for end in range(1, len(text) + 1):
-        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
-        if starts:
-            return min(starts)
-    return None
-
-
-@given(
-    text=st.text(alphabet="abc", max_size=40),
-    stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=3),
-    cuts=st.lists(st.integers(0, 40), max_size=10),
-)
-@settings(max_examples=1000, deadline=None)
-def test_stop_strings_are_found_however_the_text_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
-    matcher, shown, hit = StopMatcher(stops), "", False
-    borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    for start, end in pairwise(borders):
-        emitted, hit = matcher.push(text[start:end])
-        shown += emitted
-        assert text.startswith(shown)
-        if hit:
-            break
-    if not hit:
-        shown += matcher.flush()
-    cut = plain_cut(text, stops)
-    assert hit == (cut is not None)
-    assert shown == (text if cut is None else text[:cut])
-
-
-def test_only_a_possible_beginning_is_held_back() -> None:
-    matcher = StopMatcher(["\nUser:", "###"])
-    assert matcher.push("Hello\nUs") == ("Hello", False)
-    assert matcher.push("ual #") == ("\nUsual ", False)
-    assert matcher.push("#") == ("", False)
-    assert matcher.push("1") == ("##1", False)
-    assert matcher.push(" ok\nUser: x") == (" ok", True)
-
-
-@pytest.mark.parametrize("stop", ["", "x" * 1025])
-def test_unusable_stop_strings_are_refused(stop: str) -> None:
-    with pytest.raises(SamplingError, match="stop string"):
-        StopMatcher(["fine", stop])

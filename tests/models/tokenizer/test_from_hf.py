@@ -176,12 +176,6 @@ def test_a_sentence_piece_file_serves_where_there_is_no_tokenizer_json(tmp_path:
     assert [tokenizer.id_to_token(i) for i in tokenizer.encode("a")] == ["▁a", "</s>"]
 
 
-def word_piece() -> tokenizers.Tokenizer:
-    library = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-    library.decoder = decoders.WordPiece()
-    return library
-
-
 @pytest.mark.parametrize(
     ("library", "files", "message"),
     [
@@ -199,7 +193,6 @@ def word_piece() -> tokenizers.Tokenizer:
             "is not",
         ),
         (None, {"tokenizer__model": b"\xff"}, "tokenizer.model is damaged"),
-        (word_piece(), {}, "has the decoder WordPiece"),
         (byte_level(), {"tokenizer_config__json": "["}, "is not JSON"),
         (byte_level(), {"tokenizer_config__json": "[" * 100_000}, "is not JSON"),
         (byte_level(), {"tokenizer_config__json": []}, "holds a list instead of a JSON object"),

@@ -1,0 +1,139 @@
+"""`tokenizer.json`, run by the `tokenizers` library exactly as transformers does.
+
+Knows which decoders spell a text as the bytes of its tokens one after the other (GPT-2's alphabet, SentencePiece):
+those texts are put together here, so that a character comes as soon as its last byte does. All others are the
+library's. Does not know the other files of a directory.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import tokenizers
+
+from shoal.models.errors import TokenizerError
+
+from .bpe import library_errors
+from .parts import Parts
+from .vocabulary import MAX_TOKENS, SPACE_MARK, TokenKind, packed, vocabulary
+
+# What Gemma's files say, and with the last step Llama 2's.
+_SENTENCE_PIECE = [
+    {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+_WITHOUT_FIRST_SPACE = [*_SENTENCE_PIECE, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+
+
+class LibraryEncoder:
+    """Text → ids by the library."""
+
+    def __init__(self, library: tokenizers.Tokenizer) -> None:
+        self._library = library
+        # Whether control tokens are text is a switch of the library's object, not of its call.
+        self._lock = threading.Lock()
+
+    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        with self._lock, library_errors("this text cannot be tokenised"):
+            self._library.encode_special_tokens = not parse_special
+            # The post-processor, not add_bos_token, decides what stands around a text, as in transformers 5.
+            ids: list[int] = self._library.encode(text, add_special_tokens=add_special).ids
+        return ids
+
+
+def parse(data: bytes) -> tokenizers.Tokenizer:
+    """The file as the library holds it; `data`, which is as large, can go then. Raises TokenizerError."""
+    with library_errors("tokenizer.json is not a tokenizer"):
+        return tokenizers.Tokenizer.from_buffer(data)
+
+
+def read_tokenizer_json(
+    library: tokenizers.Tokenizer,
+    names: Mapping[str, str | None],
+    ends: Iterable[int],
+    template: str | None,
+) -> Parts:
+    """names: texts of the tokens called bos, eos and unk. ends: further end tokens. Raises TokenizerError."""
+    with library_errors("tokenizer.json is not a tokenizer"):
+        library.no_truncation()
+        library.no_padding()
+        ids = library.get_vocab(with_added_tokens=True)
+        # An added token is spelled as the normalizer leaves it, which may be what another token is called.
+        added = {
+            token_id: (token.special, library.id_to_token(token_id) or "")
+            for token_id, token in library.get_added_tokens_decoder().items()
+        }
+        around = library.encode("", add_special_tokens=True).ids
+        decoder = library.decoder
+        steps = list(_steps(json.loads(decoder.__getstate__()))) if decoder is not None else []
+    count = max(ids.values(), default=-1) + 1
+    if count > MAX_TOKENS:
+        raise TokenizerError(f"tokenizer.json has a token {count - 1}; ids are below {MAX_TOKENS}")
+    if outside := [token_id for token_id in around if token_id >= count]:
+        raise TokenizerError(
+            f"tokenizer.json puts the token {outside[0]} around texts, its vocabulary has {count}"
+        )
+    byte_level = [step.get("type") for step in steps] == ["ByteLevel"]
+    tokens = [f"[EMPTY_{i}]" for i in range(count)]
+    for text, index in ids.items():
+        tokens[index] = text
+    kinds = bytearray([TokenKind.NORMAL]) * count
+    if len(ids) != count:
+        for token_id in set(range(count)) - set(ids.values()):
+            kinds[token_id] = TokenKind.UNUSED
+    if not byte_level:
+        for byte in range(256):
+            if (byte_id := ids.get(f"<0x{byte:02X}>")) is not None:
+                kinds[byte_id] = TokenKind.BYTE
+    for token_id, (special, spelled) in added.items():
+        kinds[token_id] = TokenKind.CONTROL if special else TokenKind.USER_DEFINED
+        tokens[token_id] = spelled
+    vocab = vocabulary(
+        packed(tokens),
+        ids,
+        kinds,
+        byte_level=byte_level,
+        add_space_prefix=steps == _WITHOUT_FIRST_SPACE,
+        **{f"{role}_id": ids.get(text) for role, text in names.items() if text is not None},
+        end_ids=[token_id for token_id in ends if token_id < count],
+    )
+    encoder = LibraryEncoder(library)
+    if byte_level or steps in (_SENTENCE_PIECE, _WITHOUT_FIRST_SPACE):
+        return Parts(vocab, encoder, template)
+    return Parts(vocab, encoder, template, _joined_by(decoder), _rewrites(steps))
+
+
+def _steps(decoder: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    """A decoder's steps in order, sequences within sequences unrolled."""
+    if decoder.get("type") == "Sequence":
+        for step in decoder["decoders"]:
+            yield from _steps(step)
+    else:
+        yield decoder
+
+
+def _joined_by(decoder: Any) -> Callable[[list[str]], str]:
+    """The library's way from the texts of tokens to a text; it needs no lock, unlike the tokenizer itself."""
+
+    def join(texts: list[str]) -> str:
+        try:
+            with library_errors("these tokens cannot be put together"):
+                text: str = decoder.decode(texts)
+        except (
+            TokenizerError
+        ):  # its Strip panics where it would take one space from both sides; answers go on
+            return "".join(texts)
+        return text
+
+    return join if decoder is not None else " ".join
+
+
+def _rewrites(steps: list[Mapping[str, Any]]) -> bool:
+    """Whether a step looks at the whole text at once, so that a later token may change what is before it."""
+    kinds = [step.get("type") for step in steps]
+    whole = next((i for i, kind in enumerate(kinds) if kind in ("Fuse", "ByteLevel")), len(kinds))
+    return not {"Fuse", "Strip"}.issuperset(kinds[whole + 1 :])
