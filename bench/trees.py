@@ -18,12 +18,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import worker
 
@@ -34,6 +36,7 @@ from shoal.comm.messages import Done, Token
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 48
 STREAMS = 8
+STOPS = 64
 START_S = 120.0
 VOCAB = 30_000  # token ids that any model here has
 
@@ -123,6 +126,29 @@ def ask_many(address: str, seed: int) -> Figures:
     return {f"{STREAMS} streams, s per token": asyncio.run(run())}
 
 
+def ask_beside_stops(address: str, seed: int) -> Figures:
+    """One answer beside another whose stop strings, long ones, all begin as its text does to the end."""
+    (prompt,) = worker.prompts(1, 32, VOCAB, seed)
+    with Client(address) as client:
+        text, _ = client.text(prompt_tokens=prompt, max_tokens=200, ignore_eos=True, temperature=0.0)
+        stop = [text[:1000] + chr(ord("A") + number) for number in range(STOPS)]
+    held = threading.Thread(target=_answer, args=(address, prompt, 200), kwargs={"stop": stop})
+    held.start()
+    try:
+        time.sleep(0.2)
+        return {f"beside {STOPS} stop strings, s per token": ask(address, seed)["decode, s per token"]}
+    finally:
+        held.join()
+
+
+def _answer(address: str, prompt: list[int], tokens: int, **fields: Any) -> None:
+    with Client(address) as client:
+        for _ in client.generate(
+            prompt_tokens=prompt, max_tokens=tokens, ignore_eos=True, temperature=0.0, **fields
+        ):
+            pass
+
+
 def pairs(before: list[Figures], after: list[Figures]) -> None:
     print(f"{'':28} {'before':>10} {'after':>10}   after ÷ before, median (least–most)")
     for name in before[0]:
@@ -161,6 +187,7 @@ def main() -> None:
                 for side in (0, 1) if round_ % 2 else (1, 0):
                     address = daemons[side].address
                     figures = ask(address, round_) | ask_many(address, 1000 + round_)
+                    figures |= ask_beside_stops(address, 2000 + round_)
                     if round_:  # the first one warms up
                         found[side].append(figures)
             for side, one in enumerate(daemons):

@@ -14,12 +14,12 @@ from fakes.asking import CONFIG, prompt, text_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.comm.messages import Accepted, Done, Error, Load, Token
+from shoal.comm.messages import Accepted, Done, Error, Load, Timings, Token
 from shoal.daemon.answer import Answer
 from shoal.daemon.answering import Answering
 from shoal.daemon.backend import Event
 from shoal.daemon.node import Node
-from shoal.engine.sequence import Emitted, Ended, Failed, Queued, Sequence
+from shoal.engine.sequence import Emitted, Ended, Failed, Queued, Sequence, Times
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.models.tokenizer.tokenizer import Tokenizer
@@ -179,3 +179,38 @@ def test_closing_tells_what_is_left_and_ends_the_thread() -> None:
     answering.close(PATIENCE_S)
     answering.close(PATIENCE_S)
     assert not answering.alive
+
+
+def test_timings_are_those_of_the_clock(tokenizer: Tokenizer) -> None:
+    """A prompt of 12 tokens, 4 of them cached; five tokens of which the last two come together."""
+    emitted: list[Event] = []
+    asked = Sequence(list(range(10, 22)), 90, Sampler(SamplingParams(), []), cached_tokens=4)
+    asked.times = Times(arrived_s=10.0, admitted_s=11.0, first_token_s=13.0, last_token_s=15.0, stall_s=0.5)
+    subject = answer(tokenizer, emitted, [])
+    for ids, at_s in (([30], 13.0), ([31], 13.5), ([32], 14.0), ([33, 34], 15.0)):
+        subject.take(Emitted(asked, [Sampled(id_) for id_ in ids], at_s))
+    subject.take(Ended(asked, "length"))
+    (done,) = (event for event in emitted if isinstance(event, Done))
+    assert done.timings == Timings(
+        queue_s=1.0,
+        ttft_s=3.0,
+        prefill_s=2.0,
+        decode_s=2.0,
+        stall_s=0.5,
+        prefill_tokens_per_s=4.0,
+        decode_tokens_per_s=2.0,
+    )
+
+
+def test_what_was_computed_after_a_stop_string_does_not_count(tokenizer: Tokenizer) -> None:
+    emitted: list[Event] = []
+    asked = sequence()
+    asked.times = Times(arrived_s=1.0, admitted_s=1.0, first_token_s=2.0, last_token_s=9.0)
+    stop = tokenizer.decode([31])
+    subject = answer(tokenizer, emitted, [stop])
+    assert not subject.take(Emitted(asked, [Sampled(30)], 2.0))
+    assert subject.take(Emitted(asked, [Sampled(31), Sampled(32)], 3.0))
+    assert not subject.take(Emitted(asked, [Sampled(33)], 9.0))
+    subject.take(Ended(asked, "length"))
+    (done,) = (event for event in emitted if isinstance(event, Done))
+    assert (done.finish_reason, done.usage.completion_tokens, done.timings.decode_s) == ("stop", 2, 1.0)

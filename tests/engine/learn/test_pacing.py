@@ -1,0 +1,26 @@
+"""How many tokens of prompts go with answers: the first guess, and how it follows what is measured."""
+
+from __future__ import annotations
+
+from shoal.engine.learn.pacing import SLOWDOWN, Pacer
+
+
+def test_the_first_budget_is_what_a_row_is_thought_to_cost() -> None:
+    """Rows at 15% of a step fill the one and a half steps that may be added with ten; cheap ones are bounded."""
+    assert Pacer(64, row_share=0.15).budget() == int((SLOWDOWN - 1) / 0.15) == 10
+    assert Pacer(64, row_share=0.001).budget() == 64
+
+
+def test_too_slow_steps_shrink_it_and_fast_ones_grow_it_up_to_the_most() -> None:
+    pacer = Pacer(64, row_share=0.15)
+    pacer.note(10, 2 * SLOWDOWN)
+    assert pacer.budget() < 10
+    for _ in range(3):
+        pacer.rested()
+        for _ in range(15):
+            pacer.note(pacer.budget(), SLOWDOWN / 2)
+    assert pacer.budget() == 64
+    pacer.note(5, SLOWDOWN / 2)  # few tokens say nothing about more
+    assert pacer.budget() == 0  # time for a step without, to measure what they are compared with
+    pacer.rested()
+    assert pacer.budget() == 64
