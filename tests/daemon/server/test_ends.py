@@ -34,7 +34,7 @@ from shoal.comm.messages import Done, Generate, Load, Loaded, Ping, Pong, Status
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.server.flight import Flight, Peer
 from shoal.daemon.server.server import Server
-from shoal.daemon.server.socket_lock import SocketLock, holder_pid, lock_path
+from shoal.daemon.server.socket_lock import holder_pid, lock_path, socket_lock
 
 
 @pytest.fixture
@@ -201,13 +201,13 @@ def test_a_socket_of_something_else_is_left_alone(tmp_path):
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
         other.listen()
-        with pytest.raises(DaemonError, match="no Shoal daemon listens"):
-            SocketLock(path).acquire()
+        with pytest.raises(DaemonError, match="no Shoal daemon listens"), socket_lock(path):
+            pass
     assert path.exists()
     path.unlink()
     path.write_text("precious")
-    with pytest.raises(DaemonError, match="is not a socket"):
-        SocketLock(path).acquire()
+    with pytest.raises(DaemonError, match="is not a socket"), socket_lock(path):
+        pass
     assert path.read_text() == "precious"
     assert lock_path(path).exists()
 
