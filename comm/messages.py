@@ -40,9 +40,7 @@ ErrorCode = Literal[
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
-@dataclass_transform(
-    frozen_default=True, kw_only_default=True
-)  # subclasses inherit these; type checkers must be told
+@dataclass_transform(frozen_default=True, kw_only_default=True)  # what subclasses inherit, for type checkers
 class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of all bodies."""
 

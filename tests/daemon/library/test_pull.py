@@ -271,8 +271,6 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> registry.Packag
         archive.writestr("shoal_test_model-1.0.dist-info/RECORD", "")
     model = registry.PackagedModel(
         name="tiny",
-        title="Tiny",
-        license="Apache-2.0",
         package="shoal-test-model",
         version="1.0",
         wheel=wheel.name,
