@@ -31,16 +31,11 @@ START_HINT = "`shoal serve` starts one"
 
 def connect(dealer: zmq.Socket[Any], address: str, keys: ClientKeys | None) -> None:
     """Set the socket up and begin to connect. AddressError when the address is refused."""
-    for option, value in {
-        zmq.LINGER: LINGER_MS,
-        zmq.MAXMSGSIZE: wire.MAX_REPLY_BYTES,
-        # When the connection drops the daemon forgets our requests, so reconnecting silently would be no use.
-        zmq.RECONNECT_IVL: -1,
-        zmq.HEARTBEAT_IVL: HEARTBEAT_MS,
-        zmq.HEARTBEAT_TIMEOUT: 3 * HEARTBEAT_MS,
-        zmq.HEARTBEAT_TTL: 3 * HEARTBEAT_MS,
-    }.items():
-        dealer.setsockopt(option, value)
+    dealer.linger = LINGER_MS
+    dealer.maxmsgsize = wire.MAX_REPLY_BYTES
+    # When the connection drops the daemon forgets our requests, so reconnecting silently would be no use.
+    dealer.reconnect_ivl = -1
+    endpoint.set_heartbeat(dealer, HEARTBEAT_MS)
     endpoint.connect(dealer, address, keys)
 
 

@@ -111,6 +111,14 @@ class KeyRing:
             raise KeyFileError(f"name={name[:80]!r}: no such authorised client")
         self._write_authorised(entries)
 
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether a key may connect. pyzmq's authenticator calls this, by this name."""
+        try:
+            return key.decode("ascii") in self.authorised().values()
+        except (KeyFileError, UnicodeDecodeError) as error:
+            log.error("refusing a client: %s", error)
+            return False
+
     def _write_authorised(self, entries: dict[str, str]) -> None:
         text = "".join(f"{name} {key}\n" for name, key in entries.items())
         with self._written(text) as fresh:
@@ -167,20 +175,6 @@ def load_server(directory: Path) -> ServerKeys | None:
     return ring.server_keys() if ring.authorised() else None
 
 
-class _Provider:
-    """The object that pyzmq's authenticator asks whether a key may connect."""
-
-    def __init__(self, ring: KeyRing) -> None:
-        self._ring = ring
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        try:
-            return key.decode("ascii") in self._ring.authorised().values()
-        except (KeyFileError, UnicodeDecodeError) as error:
-            log.error("refusing a client: %s", error)
-            return False
-
-
 @contextmanager
 def gate(context: zmq.Context[zmq.Socket[bytes]], ring: KeyRing) -> Iterator[None]:
     """Within it, CURVE sockets of `context` in ZAP_DOMAIN admit the ring's authorised clients and nobody else."""
@@ -191,7 +185,7 @@ def gate(context: zmq.Context[zmq.Socket[bytes]], ring: KeyRing) -> Iterator[Non
     authenticator = ThreadAuthenticator(context)
     authenticator.start()
     try:
-        authenticator.configure_curve_callback(ZAP_DOMAIN.decode(), _Provider(ring))
+        authenticator.configure_curve_callback(ZAP_DOMAIN.decode(), ring)
         yield
     finally:
         authenticator.stop()

@@ -100,7 +100,7 @@ def bind(socket: Socket, address: str, keys: ServerKeys | None = None) -> str:
         claim_directory(target.path.parent)
     else:
         _secure(socket, target, keys, server=True)
-        socket.setsockopt(zmq.IPV6, ":" in target.host)
+        socket.ipv6 = ":" in target.host
     # With a chmod after bind(2), the socket would be open to others for a moment. TCP ignores the umask.
     mask = os.umask(0o177)
     try:
@@ -119,11 +119,17 @@ def connect(socket: Socket, address: str, keys: ClientKeys | None = None) -> Non
         if target.port == 0 or target.host == "*":
             raise AddressError(f"address={address[:200]!r}: must name a host and a port to connect to")
         _secure(socket, target, keys, server=False)
-        socket.setsockopt(zmq.IPV6, 1)
+        socket.ipv6 = True
     try:
         socket.connect(str(target))
     except zmq.ZMQError as error:
         raise AddressError(f"cannot connect to {target}: {error.strerror}") from error
+
+
+def set_heartbeat(socket: Socket, interval_ms: int) -> None:
+    """Ping the other side at this interval. A connection that is silent for three intervals is dead."""
+    socket.heartbeat_ivl = interval_ms
+    socket.heartbeat_timeout = socket.heartbeat_ttl = 3 * interval_ms
 
 
 def _secure(
@@ -138,14 +144,14 @@ def _secure(
             f"will not {action} {target} in plain text: only 127.0.0.0/8, [::1] and localhost go "
             f"without keys; {remedy} or use ipc://"
         )
-    socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.pair.public.encode())
-    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.pair.secret.encode())
+    socket.curve_publickey = keys.pair.public.encode()
+    socket.curve_secretkey = keys.pair.secret.encode()
     if isinstance(keys, ServerKeys):
-        socket.setsockopt(zmq.CURVE_SERVER, 1)
-        socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a gate nobody is admitted
+        socket.curve_server = 1
+        socket.zap_domain = ZAP_DOMAIN
+        socket.zap_enforce_domain = 1  # without a gate nobody is admitted
     else:
-        socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server.encode())
+        socket.curve_serverkey = keys.server.encode()
 
 
 def claim_directory(path: Path) -> None:

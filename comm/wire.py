@@ -39,7 +39,6 @@ class Envelope:
     kind: str
     request_id: bytes
     body: bytes
-    buffers: tuple[bytes, ...] = ()
 
 
 def encode(message: Message, request_id: bytes, limit_bytes: int = MAX_REPLY_BYTES) -> list[bytes]:
@@ -60,7 +59,7 @@ def split(frames: Sequence[bytes], limit_bytes: int = MAX_REQUEST_BYTES) -> Enve
     if not 4 <= len(frames) <= MAX_FRAMES:
         known = frames[2] if len(frames) > 2 and 1 <= len(frames[2]) <= MAX_ID_BYTES else b""
         raise ProtocolError(f"{len(frames)} frames: must be 4 to {MAX_FRAMES}", request_id=known)
-    protocol, kind, request_id, body, *buffers = frames
+    protocol, kind, request_id, body = frames[:4]  # further frames, raw buffers, have no use yet
     if not 1 <= len(request_id) <= MAX_ID_BYTES:
         raise ProtocolError(f"request id of {len(request_id)} bytes: must be 1 to {MAX_ID_BYTES}")
     if protocol != PROTOCOL:
@@ -74,7 +73,7 @@ def split(frames: Sequence[bytes], limit_bytes: int = MAX_REQUEST_BYTES) -> Enve
             request_id=request_id,
         )
     _check_size(frames, limit_bytes, request_id)
-    return Envelope(kind.decode("ascii"), request_id, body, tuple(buffers))
+    return Envelope(kind.decode("ascii"), request_id, body)
 
 
 def decode(envelope: Envelope, types: Mapping[str, type[Message]]) -> Message:

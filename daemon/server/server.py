@@ -136,20 +136,14 @@ class Server:
             self._resources = stack.pop_all()
 
     def _listen(self, context: zmq.Context[zmq.Socket[Any]], address: str, stack: ExitStack) -> str:
-        heartbeat_ms = int(1000 * self._limits.heartbeat_s)
         router = context.socket(zmq.ROUTER)
         stack.callback(router.close, linger=500)
-        for option, value in {
-            zmq.ROUTER_MANDATORY: 1,  # sending to a client that is gone raises an error
-            zmq.MAXMSGSIZE: self._limits.message_bytes,
-            zmq.RCVHWM: 16,  # messages of up to message_bytes, per client
-            zmq.SNDHWM: self._limits.queue_messages,
-            zmq.BACKLOG: 1024,
-            zmq.HEARTBEAT_IVL: heartbeat_ms,
-            zmq.HEARTBEAT_TIMEOUT: 3 * heartbeat_ms,
-            zmq.HEARTBEAT_TTL: 3 * heartbeat_ms,
-        }.items():
-            router.setsockopt(option, value)
+        router.router_mandatory = 1  # sending to a client that is gone raises an error
+        router.maxmsgsize = self._limits.message_bytes
+        router.rcvhwm = 16  # messages of up to message_bytes, per client
+        router.sndhwm = self._limits.queue_messages
+        router.backlog = 1024
+        endpoint.set_heartbeat(router, int(1000 * self._limits.heartbeat_s))
         bound = endpoint.bind(router, address, self._keys)
         self._routers.append(router)
         return bound
