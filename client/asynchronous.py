@@ -65,7 +65,6 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
         self, address: str | None = None, *, timeout_s: float = 30.0, keys: ClientKeys | None = None
     ) -> None:
         super().__init__(address, timeout_s=timeout_s, keys=keys)
-        self._events: dict[bytes, asyncio.Event] = {}  # by request, of those that somebody waits for
         self._connecting = asyncio.Lock()
 
     async def __aenter__(self) -> AsyncClient:
@@ -159,14 +158,13 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
 
     async def _wait(self, exchange: Exchange, timeout_s: float) -> None:
         """Wait until a reply to the exchange comes. TimedOut after `timeout_s` of silence."""
-        event = self._events[exchange.request_id] = asyncio.Event()
+        news = asyncio.Event()
+        exchange.wake = news.set
         try:
             async with asyncio.timeout(timeout_s):  # before Python 3.12, wait_for may swallow a cancellation
-                await event.wait()
+                await news.wait()
         except TimeoutError:
             raise link.silent(self.address, timeout_s) from None
-        finally:
-            del self._events[exchange.request_id]
 
     # --- the socket ----------------------------------------------------------------------------------------
 
@@ -198,8 +196,6 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
         if self._pump_task is not None and self._pump_task is not asyncio.current_task():
             self._pump_task.cancel()
         self._session.lose(error)
-        for event in self._events.values():
-            event.set()
 
     def _send(self, frames: Frames) -> None:
         assert self._dealer is not None  # every exchange begins with _connect
@@ -229,12 +225,9 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
         """Sort what has come, at most READ_BATCH messages. Returns whether there may be more."""
         for _ in range(READ_BATCH):
             try:
-                frames = _now(dealer.recv_multipart(zmq.NOBLOCK))
+                self._session.feed(_now(dealer.recv_multipart(zmq.NOBLOCK)))
             except zmq.Again:
                 return False
-            exchange = self._session.feed(frames)
-            if exchange is not None and (event := self._events.get(exchange.request_id)) is not None:
-                event.set()
         return True
 
 

@@ -45,6 +45,7 @@ class Exchange:
         self.request_id = request_id
         self.heard = 0  # replies so far, `waiting` included
         self.finished = False  # nothing more will come
+        self.wake: Callable[[], None] = lambda: None  # called when there is news
         self._inbox: deque[Message] = deque()
         self._error: CommError | None = None
 
@@ -59,11 +60,13 @@ class Exchange:
             self._inbox[-1] = message  # the one before was not taken; only the last one counts
         elif not isinstance(message, Waiting):
             self._inbox.append(message)
+        self.wake()
 
     def lose(self, error: CommError) -> None:
         """The connection is gone: the exchange ends with `error`."""
         self.finished = True
         self._error = error
+        self.wake()
 
     def take(self) -> Iterator[Message]:
         """The replies that have come. After the last one it raises the request's error, if it has failed."""
@@ -119,20 +122,19 @@ class Session:
         exchange = self._exchanges[request_id] = Exchange(request_id)
         return exchange, frames
 
-    def feed(self, frames: Sequence[bytes]) -> Exchange | None:
-        """Give one message from the daemon to its exchange, and return that. ProtocolError for a malformed message.
+    def feed(self, frames: Sequence[bytes]) -> None:
+        """Give one message from the daemon to its exchange. ProtocolError for a malformed message.
 
-        None for replies that nobody waits for, and for types of a newer version.
+        Ignores replies that nobody waits for, and types of a newer version.
         """
         envelope = wire.split(frames, wire.MAX_REPLY_BYTES)
         exchange = self._exchanges.get(envelope.request_id)
         if exchange is None or envelope.kind not in REPLIES:
-            return None
+            return
         terminal = envelope.kind not in STREAMING
         if terminal:
             del self._exchanges[envelope.request_id]
         exchange.put(wire.decode(envelope, REPLIES), terminal)
-        return exchange
 
     def abandon(self, exchange: Exchange) -> Frames | None:
         """Stop listening to a request. Returns the frames that cancel it, or None if it has ended."""

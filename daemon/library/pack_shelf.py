@@ -86,12 +86,11 @@ class PackShelf:
         if name == source.model:
             return source
         try:
-            manifest = (self._library.root / name / MODEL_MANIFEST).read_bytes()
+            return Source(name, source.files, _store_digest(self._library.root / name))
         except OSError as error:
             raise DaemonError(
                 "corrupt", f"the store's copy of {name} is damaged: {error.strerror}"
             ) from error
-        return Source(name, source.files, hashlib.sha256(manifest).hexdigest())
 
     def place(self, model: str, quant: Quant, shard: Literal["whole"] | Shard = "whole") -> Path:
         """The directory of a model's pack, or of a shard's. There need not be one."""
@@ -151,10 +150,8 @@ class PackShelf:
         path = self._library.root / source.model if source.store else Path(source.model)
         directory = path if path.is_dir() else path.parent
         try:
-            if source.store:
-                manifest = (path / MODEL_MANIFEST).read_bytes()
-                if hashlib.sha256(manifest).hexdigest() != source.store:
-                    return False
+            if source.store and _store_digest(path) != source.store:
+                return False
             for file in source.files:
                 stat = (directory / file.name).stat()
                 if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
@@ -162,6 +159,11 @@ class PackShelf:
         except (OSError, ValueError):  # ValueError: a name that no file can have
             return False
         return True
+
+
+def _store_digest(model: Path) -> str:
+    """The hash of a model's manifest in the store. Raises OSError."""
+    return hashlib.sha256((model / MODEL_MANIFEST).read_bytes()).hexdigest()
 
 
 def _shard_digest(shard: Shard) -> str:

@@ -150,11 +150,7 @@ class Packs:
             yield part
 
     def _build(
-        self,
-        checkpoint: AnyCheckpoint,
-        quant: Quant,
-        memory_bytes: int | None,
-        progress: BytesDone,
+        self, checkpoint: AnyCheckpoint, quant: Quant, memory_bytes: int | None, progress: BytesDone
     ) -> Pack:
         source = self.shelf.claimed(source_of(checkpoint))
         directory = self.shelf.place(source.model, quant, checkpoint.shard)

@@ -12,11 +12,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.progress import Progress
 from shoal.daemon.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsRead
 
 COPIED_AT_ONCE_BYTES = 1 << 20
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -26,10 +29,6 @@ class Hash(Protocol):
     def update(self, data: bytes, /) -> None: ...
 
     def hexdigest(self) -> str: ...
-
-
-class Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
 
 
 def disk_full(directory: Path, needed_bytes: int, what: str) -> DaemonError:
@@ -67,7 +66,7 @@ def disk_errors(directory: Path, needed_bytes: int, what: str) -> Iterator[None]
 
 
 def copy_hashed(
-    source: Readable, target: BinaryIO | None, copied: Callable[[int], None], digest: Hash | None = None
+    source: SupportsRead[bytes], target: BinaryIO | None, copied: Callable[[int], None], digest: Hash | None = None
 ) -> str:
     """Copy to the end of `source`; without a `target`, only hash it. Returns the sha256 in hex, which goes on from what
     `digest` has had. After each chunk `copied` gets the number of bytes so far."""

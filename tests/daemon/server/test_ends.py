@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,7 +19,6 @@ from fakes.api_fakes import (
     QUICK,
     FakeBackend,
     RawClient,
-    RunningServer,
     alive,
     done,
     ipc,
@@ -35,18 +33,6 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.server.flight import Flight, Peer
 from shoal.daemon.server.server import Server
 from shoal.daemon.server.socket_lock import holder_pid, lock_path, socket_lock
-
-
-@pytest.fixture
-def daemon() -> Iterator[RunningServer]:
-    with running() as it:
-        yield it
-
-
-@pytest.fixture
-def raw(daemon) -> Iterator[RawClient]:
-    with RawClient(daemon.address) as it:
-        yield it
 
 
 def test_draining_lets_requests_end_and_admits_no_new_ones(daemon, raw):
@@ -107,7 +93,7 @@ print("ended")
 ELSEWHERE = """
 import signal, sys, threading
 from shoal.daemon.server.outbox import Outbox
-Outbox.patience_s = 3600.0  # nothing else wakes it
+Outbox.patience_s = 3600.0  # only the signal can wake the server
 
 def interrupt():
     sys.stdin.readline()
@@ -149,7 +135,7 @@ def test_sigterm_drains_and_a_killed_daemon_leaves_nothing_that_matters(tmp_path
     child = spawn(address)
     child.kill()
     child.communicate(timeout=PATIENCE_S)
-    assert path.exists()  # the killed daemon's
+    assert path.exists()  # the killed daemon left it
     assert holder_pid(path) is None
     with pytest.raises(NoDaemon), Client(address) as client:
         client.ping()
@@ -159,7 +145,7 @@ def test_sigterm_drains_and_a_killed_daemon_leaves_nothing_that_matters(tmp_path
 
 
 def test_a_signal_is_heard_at_once_wherever_it_arrives(tmp_path):
-    """Also just before the poll begins, or in another thread: neither interrupts the poll."""
+    """Also when it comes just before the poll begins, or in another thread, where it does not interrupt the poll."""
     child = spawn(ipc(tmp_path), ELSEWHERE + DAEMON)
     with Client(ipc(tmp_path), timeout_s=PATIENCE_S) as client:
         client.ping()
@@ -286,7 +272,7 @@ def test_an_ended_request_holds_nothing_of_its_model(course: str):
             steps[step]()
         return weakref.ref(model)
 
-    gc.disable()  # the collector would find the ring of request and model in its own time, many models later
+    gc.disable()  # the collector would free a cycle of request and model, but many models later
     try:
         assert take_its_course()() is None
     finally:
