@@ -36,15 +36,7 @@ from shoal.comm.messages import (
 
 from . import connection as link
 from .face import ClientFace
-from .session import (
-    HELLO,
-    ChatLike,
-    Exchange,
-    Frames,
-    M,
-    tokenize_request,
-    whole_text,
-)
+from .session import HELLO, ChatLike, Exchange, Frames, M, tokenize_request, whole_text
 
 READ_BATCH = 256  # messages that are sorted before other tasks get a turn
 
@@ -128,11 +120,7 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
         return await self._ask(request, kind, self._timeout_s, heard)
 
     async def _ask(
-        self,
-        request: Message,
-        kind: type[M],
-        timeout_s: float,
-        heard: Callable[[Stage], None] | None = None,
+        self, request: Message, kind: type[M], timeout_s: float, heard: Callable[[Stage], None] | None = None
     ) -> M:
         exchange = self._begin(request)
         try:

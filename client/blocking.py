@@ -38,15 +38,7 @@ from shoal.comm.messages import (
 
 from . import connection as link
 from .face import ClientFace
-from .session import (
-    HELLO,
-    ChatLike,
-    Exchange,
-    Frames,
-    M,
-    tokenize_request,
-    whole_text,
-)
+from .session import HELLO, ChatLike, Exchange, Frames, M, tokenize_request, whole_text
 
 AnswerStream = Generator[StreamEvent, None, None]
 
@@ -116,11 +108,7 @@ class Client(ClientFace[AnswerStream]):
         return self._ask(request, kind, self._timeout_s, heard)
 
     def _ask(
-        self,
-        request: Message,
-        kind: type[M],
-        timeout_s: float,
-        heard: Callable[[Stage], None] | None = None,
+        self, request: Message, kind: type[M], timeout_s: float, heard: Callable[[Stage], None] | None = None
     ) -> M:
         exchange = self._begin(request)
         try:

@@ -64,14 +64,10 @@ def split(frames: Sequence[bytes], limit_bytes: int = MAX_REQUEST_BYTES) -> Enve
         raise ProtocolError(f"request id of {len(request_id)} bytes: must be 1 to {MAX_ID_BYTES}")
     if protocol != PROTOCOL:
         code = "version" if protocol.startswith(b"shoal/") else "bad_request"
-        raise ProtocolError(
-            f"protocol={shorten(protocol)}: must be {PROTOCOL.decode()}", code, request_id=request_id
-        )
+        raise ProtocolError(f"protocol={shorten(protocol)}: must be {PROTOCOL.decode()}", code, request_id)
     if not _TYPE.fullmatch(kind):
-        raise ProtocolError(
-            f"type={shorten(kind)}: must be 1 to {MAX_TYPE_BYTES} characters of a-z, 0-9 and _",
-            request_id=request_id,
-        )
+        problem = f"type={shorten(kind)}: must be 1 to {MAX_TYPE_BYTES} characters of a-z, 0-9 and _"
+        raise ProtocolError(problem, request_id=request_id)
     _check_size(frames, limit_bytes, request_id)
     return Envelope(kind.decode("ascii"), request_id, body)
 

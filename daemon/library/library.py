@@ -242,9 +242,7 @@ class Library:
         entry = self._read(name)
         if entry is None:
             raise DaemonError(
-                "corrupt",
-                f"the store's copy of {name} is damaged",
-                f"`remove({name})`, then `pull` it again",
+                "corrupt", f"the store's copy of {name} is damaged", f"`remove({name})`, then `pull` it again"
             )
         return entry
 

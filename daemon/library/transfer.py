@@ -66,7 +66,10 @@ def disk_errors(directory: Path, needed_bytes: int, what: str) -> Iterator[None]
 
 
 def copy_hashed(
-    source: SupportsRead[bytes], target: BinaryIO | None, copied: Callable[[int], None], digest: Hash | None = None
+    source: SupportsRead[bytes],
+    target: BinaryIO | None,
+    copied: Callable[[int], None],
+    digest: Hash | None = None,
 ) -> str:
     """Copy to the end of `source`; without a `target`, only hash it. Returns the sha256 in hex, which goes on from what
     `digest` has had. After each chunk `copied` gets the number of bytes so far."""
