@@ -17,7 +17,7 @@ __all__ = ["AsyncClient", "Client"]
 
 
 def __getattr__(name: str) -> Any:
-    """`AsyncClient`, imported only by who asks for it: asyncio takes longer to import than all else."""
+    """Import `AsyncClient` only when it is asked for: asyncio takes longer to import than everything else."""
     if name == "AsyncClient":
         from shoal.client.asynchronous import AsyncClient
 

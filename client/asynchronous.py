@@ -1,6 +1,6 @@
-"""The asyncio face of a running daemon: `Client`'s methods to await, and many streams at once.
+"""The asyncio face of a running daemon: `Client`'s methods as coroutines, and many streams at once.
 
-Knows tasks and waiting. Does not know how replies find their request (`session`).
+Knows tasks and how to wait in them. Does not know how replies find their request (`session`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from shoal.comm.curve_keys import ClientKeys
-from shoal.comm.errors import CommError, TimedOut
+from shoal.comm.errors import CommError
 from shoal.comm.messages import (
     Chat,
     Done,
@@ -36,37 +36,27 @@ from shoal.comm.messages import (
 
 from . import connection as link
 from .face import ClientFace
-from .session import (
-    HELLO,
-    ChatLike,
-    Exchange,
-    Frames,
-    M,
-    expect_stream,
-    text_request,
-    tokenize_request,
-    whole_text,
-)
+from .session import HELLO, ChatLike, Exchange, Frames, M, tokenize_request, whole_text
 
-READ_BATCH = 256  # messages sorted before other tasks get a turn
+READ_BATCH = 256  # messages that are sorted before other tasks get a turn
 
 AsyncAnswerStream = AsyncGenerator[StreamEvent, None]
 T = TypeVar("T")
 
 
 class AsyncClient(ClientFace[AsyncAnswerStream]):
-    """Talks to a daemon from one event loop, by the methods of `Client`. Timeouts and errors: `ClientFace`.
+    """Talks to a daemon from one event loop, with the methods of `Client`. Timeouts and errors: `ClientFace`.
 
-    `aclose` a stream that is left early (`contextlib.aclosing`): that cancels it at once.
+    `aclose` a stream that you leave early (`contextlib.aclosing`): that cancels it at once.
     """
+
+    _dealer: zmq.asyncio.Socket | None = None
+    _pump_task: asyncio.Task[None] | None = None
 
     def __init__(
         self, address: str | None = None, *, timeout_s: float = 30.0, keys: ClientKeys | None = None
     ) -> None:
         super().__init__(address, timeout_s=timeout_s, keys=keys)
-        self._events: dict[bytes, asyncio.Event] = {}  # of requests that somebody waits for
-        self._dealer: zmq.asyncio.Socket | None = None
-        self._pump_task: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
 
     async def __aenter__(self) -> AsyncClient:
@@ -76,7 +66,7 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
         await self.close()
 
     async def close(self) -> None:
-        """Drop the connection; the daemon cancels what was in flight. Idempotent."""
+        """Close the connection. The daemon cancels the requests in flight. Idempotent."""
         self._disconnect(link.nobody(self.address))
         task, self._pump_task = self._pump_task, None
         if task is not None:
@@ -88,7 +78,7 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
     async def text(
         self, prompt: str | None = None, *, messages: Sequence[ChatLike] | None = None, **fields: Any
     ) -> tuple[str, Done]:
-        async with contextlib.aclosing(self.stream(text_request(prompt, messages, fields))) as stream:
+        async with contextlib.aclosing(self._answer(prompt, messages, fields)) as stream:
             return whole_text([event async for event in stream])
 
     async def tokenize(
@@ -130,11 +120,7 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
         return await self._ask(request, kind, self._timeout_s, heard)
 
     async def _ask(
-        self,
-        request: Message,
-        kind: type[M],
-        timeout_s: float,
-        heard: Callable[[Stage], None] | None = None,
+        self, request: Message, kind: type[M], timeout_s: float, heard: Callable[[Stage], None] | None = None
     ) -> M:
         exchange = self._begin(request)
         try:
@@ -151,23 +137,22 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
             while True:
                 while exchange.waits:
                     await self._wait(exchange, self._timeout_s)
-                for message in map(expect_stream, exchange.take()):
-                    yield message
-                    if isinstance(message, Done):
+                for event in exchange.events():
+                    yield event
+                    if isinstance(event, Done):
                         return
         finally:
             self._finish(exchange)
 
     async def _wait(self, exchange: Exchange, timeout_s: float) -> None:
-        """Until something is heard of the exchange; TimedOut after `timeout_s` of silence."""
-        event = self._events[exchange.request_id] = asyncio.Event()
+        """Wait until a reply to the exchange comes. TimedOut after `timeout_s` of silence."""
+        news = asyncio.Event()
+        exchange.wake = news.set
         try:
-            async with asyncio.timeout(timeout_s):  # wait_for may swallow a cancellation before Python 3.12
-                await event.wait()
+            async with asyncio.timeout(timeout_s):  # before Python 3.12, wait_for may swallow a cancellation
+                await news.wait()
         except TimeoutError:
             raise link.silent(self.address, timeout_s) from None
-        finally:
-            del self._events[exchange.request_id]
 
     # --- the socket ----------------------------------------------------------------------------------------
 
@@ -199,18 +184,16 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
         if self._pump_task is not None and self._pump_task is not asyncio.current_task():
             self._pump_task.cancel()
         self._session.lose(error)
-        for event in self._events.values():
-            event.set()
 
     def _send(self, frames: Frames) -> None:
         assert self._dealer is not None  # every exchange begins with _connect
         try:
             _now(self._dealer.send_multipart(frames, zmq.NOBLOCK))
         except zmq.Again:
-            raise TimedOut(f"the daemon at {self.address} takes no more requests") from None
+            raise link.full(self.address) from None
 
     async def _pump(self, dealer: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
-        """Sort what comes to its exchange until the connection ends."""
+        """Sort each message that comes to its exchange, until the connection ends."""
         poller = zmq.asyncio.Poller()
         for socket in (dealer, monitor):
             poller.register(socket, zmq.POLLIN)
@@ -221,24 +204,21 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
                 failure = link.verdict(_now(monitor.recv_multipart(zmq.NOBLOCK)), self.address)
             try:
                 while self._read(dealer) and failure is not None:
-                    pass  # what had still come before the connection ended counts
+                    pass  # read all that came before the connection ended
             except CommError as error:  # nothing on this connection can be trusted any more
                 failure = error
         self._disconnect(failure)
 
     def _read(self, dealer: zmq.asyncio.Socket) -> bool:
-        """Sort what has come, at most READ_BATCH messages; whether there may be more."""
+        """Sort what has come, at most READ_BATCH messages. Returns whether there may be more."""
         for _ in range(READ_BATCH):
             try:
-                frames = _now(dealer.recv_multipart(zmq.NOBLOCK))
+                self._session.feed(_now(dealer.recv_multipart(zmq.NOBLOCK)))
             except zmq.Again:
                 return False
-            exchange = self._session.feed(frames)
-            if exchange is not None and (event := self._events.get(exchange.request_id)) is not None:
-                event.set()
         return True
 
 
 def _now(settled: Awaitable[T]) -> T:
-    """The result of a NOBLOCK call, whose future is settled when it is returned."""
+    """The result of a NOBLOCK call: its future has one as soon as it is returned."""
     return cast("asyncio.Future[T]", settled).result()

@@ -4,8 +4,8 @@
         for message in client.chat([{"role": "user", "content": "Hi"}], temperature=0):
             ...                                  # Accepted, Token…, then Done
 
-Knows waiting on a socket. Does not know how replies find their request (`session`). Imports no model
-code: it starts in a tenth of a second.
+Knows how to wait on a socket. Does not know how replies find their request (`session`). Imports no model
+code, so it starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import zmq
 
-from shoal.comm.errors import CommError, TimedOut
+from shoal.comm.errors import CommError
 from shoal.comm.messages import (
     Chat,
     Done,
@@ -38,17 +38,7 @@ from shoal.comm.messages import (
 
 from . import connection as link
 from .face import ClientFace
-from .session import (
-    HELLO,
-    ChatLike,
-    Exchange,
-    Frames,
-    M,
-    expect_stream,
-    text_request,
-    tokenize_request,
-    whole_text,
-)
+from .session import HELLO, ChatLike, Exchange, Frames, M, tokenize_request, whole_text
 
 AnswerStream = Generator[StreamEvent, None, None]
 
@@ -66,7 +56,7 @@ class Client(ClientFace[AnswerStream]):
         self.close()
 
     def close(self) -> None:
-        """Drop the connection; the daemon cancels what was in flight. Idempotent."""
+        """Close the connection. The daemon cancels the requests in flight. Idempotent."""
         self._disconnect(link.nobody(self.address))
 
     # --- requests ------------------------------------------------------------------------------------------
@@ -75,7 +65,7 @@ class Client(ClientFace[AnswerStream]):
         self, prompt: str | None = None, *, messages: Sequence[ChatLike] | None = None, **fields: Any
     ) -> tuple[str, Done]:
         """The whole answer to a prompt, or to a conversation, and how it ended."""
-        return whole_text(list(self.stream(text_request(prompt, messages, fields))))
+        return whole_text(list(self._answer(prompt, messages, fields)))
 
     def tokenize(
         self,
@@ -94,8 +84,8 @@ class Client(ClientFace[AnswerStream]):
         draft: str | None = None,
         heard: Callable[[Stage], None] | None = None,
     ) -> Loaded:
-        """Load a model and wait for it, however long that takes; `draft` is one that guesses for it, `heard` is
-        told each second how far it is."""
+        """Load a model and wait for it, however long that takes. `draft` is a model that guesses ahead for it. Each
+        second `heard` gets how far loading is."""
         request = Load(model=model, context=context, draft=draft, progress=heard is not None)
         return self._call(request, Loaded, heard)
 
@@ -118,11 +108,7 @@ class Client(ClientFace[AnswerStream]):
         return self._ask(request, kind, self._timeout_s, heard)
 
     def _ask(
-        self,
-        request: Message,
-        kind: type[M],
-        timeout_s: float,
-        heard: Callable[[Stage], None] | None = None,
+        self, request: Message, kind: type[M], timeout_s: float, heard: Callable[[Stage], None] | None = None
     ) -> M:
         exchange = self._begin(request)
         try:
@@ -139,15 +125,15 @@ class Client(ClientFace[AnswerStream]):
             while True:
                 while exchange.waits:
                     self._wait(exchange, self._timeout_s)
-                for message in map(expect_stream, exchange.take()):
-                    yield message
-                    if isinstance(message, Done):
+                for event in exchange.events():
+                    yield event
+                    if isinstance(event, Done):
                         return
         finally:
             self._finish(exchange)
 
     def _wait(self, exchange: Exchange, timeout_s: float) -> None:
-        """Until something is heard of the exchange; TimedOut after `timeout_s` of silence."""
+        """Wait until a reply to the exchange comes. TimedOut after `timeout_s` of silence."""
         heard, deadline_s = exchange.heard, time.monotonic() + timeout_s
         while exchange.heard == heard and not exchange.finished:
             left_s = deadline_s - time.monotonic()
@@ -159,7 +145,7 @@ class Client(ClientFace[AnswerStream]):
 
     def _connect(self) -> None:
         if self._dealer is not None:
-            self._watch()  # the daemon may have gone, and another come, since the last request
+            self._watch()  # since the last request the daemon may have ended, and another one started
         if self._dealer is not None:
             return
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -182,7 +168,7 @@ class Client(ClientFace[AnswerStream]):
         monitor, self._monitor = self._monitor, None
         if dealer is not None and monitor is not None:
             dealer.disable_monitor()
-            monitor.close()  # not sooner: an event that nobody takes would hold libzmq's thread, and then this one
+            monitor.close()  # after disabling: libzmq's thread blocks on an event that nobody takes, then this one does
             dealer.close(linger=link.LINGER_MS)
         self._session.lose(error)
 
@@ -191,10 +177,10 @@ class Client(ClientFace[AnswerStream]):
         try:
             self._dealer.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
-            raise TimedOut(f"the daemon at {self.address} takes no more requests") from None
+            raise link.full(self.address) from None
 
     def _pump(self, timeout_s: float) -> None:
-        """Wait for traffic and sort what has come to its exchange."""
+        """Wait for messages, and sort each to its exchange."""
         poller = zmq.Poller()
         for socket in (self._dealer, self._monitor):
             poller.register(socket, zmq.POLLIN)
@@ -214,7 +200,7 @@ class Client(ClientFace[AnswerStream]):
             raise
 
     def _watch(self) -> None:
-        """If the connection is gone, end what is in flight with NoDaemon, after what had still come."""
+        """If the connection is gone, sort what had still come, then end the requests in flight with NoDaemon."""
         assert self._monitor is not None
         while self._monitor is not None and self._monitor.poll(0):
             failure = link.verdict(self._monitor.recv_multipart(), self.address)

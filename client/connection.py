@@ -15,9 +15,9 @@ from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.errors import CommError, NoDaemon, TimedOut
 
 CONNECT_S = 0.9  # for the handshake, which ZeroMQ's own thread answers however busy the daemon is
-HELLO_S = 10.0  # for the first answer, which the daemon's server gives
+HELLO_S = 10.0  # for the reply to `hello`, which comes from the daemon's server thread
 HEARTBEAT_MS = 5000
-LINGER_MS = 200  # lets a last `cancel` leave
+LINGER_MS = 200  # so that a last `cancel` is still sent
 VERDICTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -31,23 +31,18 @@ START_HINT = "`shoal serve` starts one"
 
 def connect(dealer: zmq.Socket[Any], address: str, keys: ClientKeys | None) -> None:
     """Set the socket up and begin to connect. AddressError when the address is refused."""
-    for option, value in {
-        zmq.LINGER: LINGER_MS,
-        zmq.MAXMSGSIZE: wire.MAX_REPLY_BYTES,
-        # The daemon forgets who we are when the connection drops, so coming back silently helps nobody.
-        zmq.RECONNECT_IVL: -1,
-        zmq.HEARTBEAT_IVL: HEARTBEAT_MS,
-        zmq.HEARTBEAT_TIMEOUT: 3 * HEARTBEAT_MS,
-        zmq.HEARTBEAT_TTL: 3 * HEARTBEAT_MS,
-    }.items():
-        dealer.setsockopt(option, value)
+    dealer.linger = LINGER_MS
+    dealer.maxmsgsize = wire.MAX_REPLY_BYTES
+    # When the connection drops the daemon forgets our requests, so reconnecting silently would be no use.
+    dealer.reconnect_ivl = -1
+    endpoint.set_heartbeat(dealer, HEARTBEAT_MS)
     endpoint.connect(dealer, address, keys)
 
 
 def verdict(monitor_frames: list[bytes], address: str) -> CommError | None:
-    """What a monitor event in VERDICTS means: None = connected, else why there is no connection."""
-    # Frame 0 is uint16 event, uint32 value, in machine order (zmq_socket_monitor(3)). pyzmq's own reader
-    # of it imports asyncio.
+    """What a monitor event in VERDICTS means: None when connected, else why there is no connection."""
+    # Frame 0 is uint16 event, uint32 value, in machine order (zmq_socket_monitor(3)). pyzmq's own parser
+    # imports asyncio.
     match int.from_bytes(monitor_frames[0][:2], sys.byteorder):
         case zmq.EVENT_HANDSHAKE_SUCCEEDED:
             return None
@@ -65,6 +60,10 @@ def verdict(monitor_frames: list[bytes], address: str) -> CommError | None:
 
 def nobody(address: str) -> NoDaemon:
     return NoDaemon(f"no daemon answers at {address}; {START_HINT}")
+
+
+def full(address: str) -> TimedOut:
+    return TimedOut(f"the daemon at {address} takes no more requests")
 
 
 def silent(address: str, timeout_s: float) -> TimedOut:

@@ -1,6 +1,6 @@
-"""What both clients share: whom they talk to, and requests as they begin and end.
+"""What both clients share: the daemon's address, and how requests begin and end.
 
-Knows which messages ask for a stream. Does not know waiting: `blocking` and `asynchronous` do, each in its way.
+Knows which messages ask for a stream. Does not wait: `blocking` and `asynchronous` do, each in its way.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from shoal.comm.messages import Chat, Generate, Message
 
 from .session import ChatLike, Exchange, Frames, Session, chat_request, generate_request
 
-S = TypeVar("S")  # how the events of an answer come: to iterate over, or to await
+S = TypeVar("S")  # a stream of an answer's events: a generator, or an asynchronous one
 
 
 class ClientFace(ABC, Generic[S]):
-    """Talks to the daemon at `address` (default: this user's own), connecting at the first request.
+    """Talks to the daemon at `address` (default: this user's own). Connects at the first request.
 
-    `timeout_s` bounds silence, not work: the daemon says `waiting` every few seconds while it computes.
+    `timeout_s` bounds silence, not work: the daemon sends `waiting` every few seconds while it computes.
     Methods raise NoDaemon, TimedOut, RequestFailed (the daemon's `error`), AddressError or ProtocolError.
-    After NoDaemon the next request connects anew.
+    After NoDaemon the next request connects again.
     """
 
     _dealer: zmq.Socket[Any] | None = None
@@ -41,9 +41,9 @@ class ClientFace(ABC, Generic[S]):
 
     @abstractmethod
     def stream(self, request: Generate | Chat) -> S:
-        """The events of an answer: Accepted, Tokens, Done. The request is sent when the first is asked for.
+        """The events of an answer: Accepted, Tokens, Done. Asking for the first one sends the request.
 
-        With `progress` in the request, also Stages. Closing the stream cancels.
+        With `progress` in the request, also Stages. Closing the stream cancels the request.
         """
 
     def generate(
@@ -53,8 +53,12 @@ class ClientFace(ABC, Generic[S]):
         return self.stream(generate_request(prompt, prompt_tokens, fields))
 
     def chat(self, messages: Sequence[ChatLike], **fields: Any) -> S:
-        """Answer a conversation, as `generate` does; also takes `tools` and `template_args`."""
+        """Answer a conversation, as `generate` does. `fields` may also have `tools` and `template_args`."""
         return self.stream(chat_request(messages, fields))
+
+    def _answer(self, prompt: str | None, messages: Sequence[ChatLike] | None, fields: dict[str, Any]) -> S:
+        """What `text` collects: the answer to `messages` if there are any, else to a prompt."""
+        return self.generate(prompt, **fields) if messages is None else self.chat(messages, **fields)
 
     def _begin(self, request: Message) -> Exchange:
         exchange, frames = self._session.open(request)
@@ -62,18 +66,18 @@ class ClientFace(ABC, Generic[S]):
         return exchange
 
     def _finish(self, exchange: Exchange) -> None:
-        """Cancel what has not ended, without waiting. Late replies are dropped as they come."""
+        """Cancel the request if it has not ended. Does not wait; late replies are dropped as they come."""
         frames = self._session.abandon(exchange)
         if frames is not None and self._dealer is not None:
             try:
                 self._send(frames)
-            except CommError as error:  # unreachable: the daemon sees the connection close, and cancels
+            except CommError as error:  # when the connection closes, the daemon cancels the request itself
                 self._disconnect(error)
 
     @abstractmethod
     def _send(self, frames: Frames) -> None:
-        """Hand frames to the socket, at once. TimedOut when it takes no more."""
+        """Give frames to the socket without waiting. TimedOut when it takes no more."""
 
     @abstractmethod
     def _disconnect(self, error: CommError) -> None:
-        """Close the socket, if there is one, and end what is in flight with `error`."""
+        """Close the socket, if there is one, and end the requests in flight with `error`."""

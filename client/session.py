@@ -1,7 +1,7 @@
-"""A client's half of the protocol without its I/O: requests out, frames in, replies sorted to their request.
+"""A client's half of the protocol without its I/O: it makes requests and sorts each reply to its request.
 
-Knows which replies belong to which request and when one is complete. Does not know sockets, threads or
-clocks: `blocking` and `asynchronous` are two shells around it.
+Knows which replies belong to which request, and when a request is complete. Does not know sockets, threads or
+clocks: `blocking` and `asynchronous` do the I/O, each in its way.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ HELLO = Hello(client="shoal.client")
 
 
 class Exchange:
-    """One request and the replies to it that have come and are not yet taken."""
+    """One request, and those of its replies that have come and were not taken yet."""
 
     def __init__(self, request_id: bytes) -> None:
         self.request_id = request_id
-        self.heard = 0  # replies so far, `waiting` included: a sign of life
+        self.heard = 0  # replies so far, `waiting` included
         self.finished = False  # nothing more will come
+        self.wake: Callable[[], None] = lambda: None  # called when there is news
         self._inbox: deque[Message] = deque()
         self._error: CommError | None = None
 
@@ -56,37 +57,48 @@ class Exchange:
                 message.code, message.message, message.hint, retry_after_s=message.retry_after_s
             )
         elif isinstance(message, Stage) and self._inbox and isinstance(self._inbox[-1], Stage):
-            self._inbox[-1] = message  # nobody has looked: only the last one counts
+            self._inbox[-1] = message  # the one before was not taken; only the last one counts
         elif not isinstance(message, Waiting):
             self._inbox.append(message)
+        self.wake()
 
     def lose(self, error: CommError) -> None:
-        """The connection is gone."""
+        """The connection is gone: the exchange ends with `error`."""
         self.finished = True
         self._error = error
+        self.wake()
 
     def take(self) -> Iterator[Message]:
-        """The replies that have come; after the last one raises RequestFailed or NoDaemon if it failed."""
+        """The replies that have come. After the last one it raises the request's error, if it has failed."""
         while self._inbox:
             yield self._inbox.popleft()
         if self._error is not None:
             raise self._error
 
     def reply(self, kind: type[M], heard: Callable[[Stage], None] | None) -> M | None:
-        """The reply that ends the exchange, if it has come; `heard` is told of the stages before it.
+        """The reply that ends the exchange, or None if it has not come. `heard` gets the stages before it.
 
         Raises as `take`, and ProtocolError for a reply of another kind.
         """
         for message in self.take():
+            if isinstance(message, kind):
+                return message
             if not isinstance(message, Stage):
-                return _expected(message, kind)
+                raise ProtocolError(f"reply of type {type(message).__name__}: must be {kind.__name__}")
             if heard is not None:
                 heard(message)
         return None
 
+    def events(self) -> Iterator[StreamEvent]:
+        """The events of an answer that have come. Raises as `take`, and ProtocolError for other replies."""
+        for message in self.take():
+            if not isinstance(message, StreamEvent):
+                raise ProtocolError(f"reply of type {type(message).__name__} to a streaming request")
+            yield message
+
     @property
     def waits(self) -> bool:
-        """Whether there is nothing to take yet."""
+        """Whether nothing can be taken until another reply comes."""
         return not (self._inbox or self.finished)
 
 
@@ -98,12 +110,11 @@ class Session:
         self._count = 0
 
     def open(self, request: Message) -> tuple[Exchange, Frames]:
-        """Begin a request: what will hold its replies, and what to send.
+        """Begin a request. Returns the exchange that will hold its replies, and the frames to send.
 
-        RequestFailed `bad_request`, as the daemon would answer, when it is too large or no message at all.
+        RequestFailed `bad_request`, as the daemon would answer, when it is too large or cannot be encoded.
         """
-        self._count += 1
-        request_id = self._count.to_bytes(8, "big")
+        request_id = self._next_id()
         try:
             frames = wire.encode(request, request_id, wire.MAX_REQUEST_BYTES)
         except ProtocolError as error:
@@ -111,34 +122,35 @@ class Session:
         exchange = self._exchanges[request_id] = Exchange(request_id)
         return exchange, frames
 
-    def feed(self, frames: Sequence[bytes]) -> Exchange | None:
-        """Put one message from the daemon where it belongs. ProtocolError when it makes no sense.
+    def feed(self, frames: Sequence[bytes]) -> None:
+        """Give one message from the daemon to its exchange. ProtocolError for a malformed message.
 
-        None for replies nobody waits for, and for types from a newer version.
+        Ignores replies that nobody waits for, and types of a newer version.
         """
         envelope = wire.split(frames, wire.MAX_REPLY_BYTES)
         exchange = self._exchanges.get(envelope.request_id)
         if exchange is None or envelope.kind not in REPLIES:
-            return None
+            return
         terminal = envelope.kind not in STREAMING
         if terminal:
             del self._exchanges[envelope.request_id]
         exchange.put(wire.decode(envelope, REPLIES), terminal)
-        return exchange
 
     def abandon(self, exchange: Exchange) -> Frames | None:
-        """Stop listening to a request; what to send so that the daemon stops too, if it has not."""
+        """Stop listening to a request. Returns the frames that cancel it, or None if it has ended."""
         if self._exchanges.pop(exchange.request_id, None) is None:
             return None
-        self._count += 1
-        request_id = self._count.to_bytes(8, "big")
-        return wire.encode(Cancel(target=exchange.request_id.hex()), request_id)
+        return wire.encode(Cancel(target=exchange.request_id.hex()), self._next_id())
 
     def lose(self, error: CommError) -> None:
         """The connection is gone: every open request ends with `error`."""
         for exchange in self._exchanges.values():
             exchange.lose(error)
         self._exchanges.clear()
+
+    def _next_id(self) -> bytes:
+        self._count += 1
+        return self._count.to_bytes(8, "big")
 
 
 def generate_request(
@@ -153,20 +165,10 @@ def chat_request(messages: Sequence[ChatLike], fields: dict[str, Any]) -> Chat:
     return Chat(messages=_chat_messages(messages), **_with_sampling(fields))
 
 
-def text_request(
-    prompt: str | None, messages: Sequence[ChatLike] | None, fields: dict[str, Any]
-) -> Generate | Chat:
-    """`fields` may have `prompt_tokens`, where neither of the others is given."""
-    if messages is not None:
-        return chat_request(messages, fields)
-    fields = dict(fields)
-    return generate_request(prompt, fields.pop("prompt_tokens", None), fields)
-
-
 def whole_text(events: Sequence[StreamEvent]) -> tuple[str, Done]:
-    """A complete answer's text, and how it ended."""
+    """The text of a complete answer, and how it ended."""
     end = events[-1]
-    assert isinstance(end, Done)  # a stream ends with it or raises
+    assert isinstance(end, Done)  # a stream ends with Done, or raises
     return "".join(event.text for event in events if isinstance(event, Token)), end
 
 
@@ -184,25 +186,13 @@ def tokenize_request(
     )
 
 
-def _expected(message: Message, kind: type[M]) -> M:
-    """The reply as the type that answers the request."""
-    if not isinstance(message, kind):
-        raise ProtocolError(f"reply of type {type(message).__name__}: must be {kind.__name__}")
-    return message
-
-
-def expect_stream(message: Message) -> StreamEvent:
-    if not isinstance(message, StreamEvent):
-        raise ProtocolError(f"reply of type {type(message).__name__} to a streaming request")
-    return message
-
-
 def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:
     return [m if isinstance(m, ChatMessage) else ChatMessage(**m) for m in messages]
 
 
 def _with_sampling(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields with those of Sampling moved into `sampling`; one must not give both. RequestFailed beyond a limit."""
+    """`fields`, with those of Sampling moved into `sampling`. TypeError when both are given; RequestFailed for a value
+    beyond its limit."""
     chosen = {name: fields[name] for name in fields if name in Sampling.__struct_fields__}
     if not chosen:
         return fields

@@ -4,7 +4,7 @@
     <keys>/authorised               one client per line: name, public key
 
 Knows files and their permissions, and the gate that ZeroMQ asks at every handshake (ZAP, RFC 27).
-Does not know addresses, or where the directory is.
+Does not know addresses, nor where the directory is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger("shoal.keys")
 
 @dataclass(frozen=True)
 class KeyPair:
-    """A CURVE key pair, both halves as 40 characters of Z85."""
+    """A CURVE key pair. Each half is 40 characters of Z85."""
 
     public: str
     secret: str = field(repr=False)
@@ -41,7 +41,7 @@ class KeyPair:
 
 @dataclass(frozen=True)
 class ServerKeys:
-    """What a daemon needs to listen over TCP: its own pair, and the ring that says who may enter."""
+    """What a daemon needs to listen over TCP: its own pair, and the ring that says which clients may connect."""
 
     pair: KeyPair
     ring: KeyRing
@@ -49,7 +49,7 @@ class ServerKeys:
 
 @dataclass(frozen=True)
 class ClientKeys:
-    """What a client needs to connect over TCP: its own pair, and the public key of the daemon it expects."""
+    """What a client needs to connect over TCP: its own pair, and the public key that the daemon must have."""
 
     pair: KeyPair
     server: str
@@ -59,6 +59,7 @@ class ClientKeys:
 
 
 def check_key(text: str, what: str) -> str:
+    """`text`, if it is a key. KeyFileError, naming `what` it is, otherwise."""
     if not Z85_KEY.fullmatch(text):
         raise KeyFileError(f"{what} of {len(text)} characters: must be 40 characters of Z85")
     return text
@@ -85,7 +86,7 @@ class KeyRing:
         return ClientKeys(self.client(), server)
 
     def authorised(self) -> dict[str, str]:
-        """Name → public key of every client that may connect; read anew each time, so changes hold at once."""
+        """Name → public key of every client that may connect. Read anew each time, so changes hold at once."""
         path = self.directory / "authorised"
         if not path.exists():
             return {}
@@ -98,17 +99,25 @@ class KeyRing:
         return entries
 
     def authorise(self, name: str, public: str) -> None:
-        """Let the client with this public key in under `name`, replacing an earlier key of that name."""
+        """Let the client with this public key connect, under `name`. Replaces an earlier key of that name."""
         if not NAME.fullmatch(name):
             raise KeyFileError(f"name={name[:80]!r}: must be 1 to 64 letters, digits or ._@-")
         self._write_authorised(self.authorised() | {name: check_key(public, "public key")})
 
     def revoke(self, name: str) -> None:
-        """Refuse new connections of `name` from now on; those that stand are not cut."""
+        """Refuse new connections of `name` from now on. Connections that are open stay open."""
         entries = self.authorised()
         if entries.pop(name, None) is None:
             raise KeyFileError(f"name={name[:80]!r}: no such authorised client")
         self._write_authorised(entries)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether a key may connect. pyzmq's authenticator calls this, by this name."""
+        try:
+            return key.decode("ascii") in self.authorised().values()
+        except (KeyFileError, UnicodeDecodeError) as error:
+            log.error("refusing a client: %s", error)
+            return False
 
     def _write_authorised(self, entries: dict[str, str]) -> None:
         text = "".join(f"{name} {key}\n" for name, key in entries.items())
@@ -118,7 +127,7 @@ class KeyRing:
     def _pair(self, path: Path) -> KeyPair:
         if not path.exists():
             public, secret = (half.decode("ascii") for half in zmq.curve_keypair())
-            # link, unlike rename, fails when another process was first: then that one's key counts.
+            # Unlike a rename, a link fails when another process was first; then that process's key counts.
             with self._written(f"{public}\n{secret}\n") as fresh, contextlib.suppress(FileExistsError):
                 path.hardlink_to(fresh)
         lines = _read(path).split()
@@ -131,7 +140,7 @@ class KeyRing:
 
     @contextmanager
     def _written(self, text: str) -> Iterator[Path]:
-        """A fresh private file holding `text`, for the body to move into place."""
+        """A new private file that holds `text`; the `with` body moves it into place."""
         fresh = self.directory / f".new-{secrets.token_hex(8)}"
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -161,36 +170,22 @@ def _read(path: Path) -> str:
 
 
 def load_server(directory: Path) -> ServerKeys | None:
-    """The keys to listen with, or None while no client has been authorised: then TCP stays on loopback."""
+    """The keys to listen with. None while no client has been authorised, and then TCP stays on loopback."""
     ring = KeyRing(directory)
     return ring.server_keys() if ring.authorised() else None
 
 
-class _Provider:
-    """What pyzmq's authenticator asks: may this key in?"""
-
-    def __init__(self, ring: KeyRing) -> None:
-        self._ring = ring
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        try:
-            return key.decode("ascii") in self._ring.authorised().values()
-        except (KeyFileError, UnicodeDecodeError) as error:
-            log.error("refusing a client: %s", error)
-            return False
-
-
 @contextmanager
 def gate(context: zmq.Context[zmq.Socket[bytes]], ring: KeyRing) -> Iterator[None]:
-    """While open, CURVE sockets of `context` in ZAP_DOMAIN admit the ring's authorised clients, no others."""
-    from zmq.auth.thread import ThreadAuthenticator  # pulls in asyncio: 50 ms that clients need not pay
+    """Within it, CURVE sockets of `context` in ZAP_DOMAIN admit the ring's authorised clients and nobody else."""
+    from zmq.auth.thread import (
+        ThreadAuthenticator,
+    )  # imports asyncio, which takes 50 ms; clients need neither
 
     authenticator = ThreadAuthenticator(context)
     authenticator.start()
     try:
-        authenticator.configure_curve_callback(
-            domain=ZAP_DOMAIN.decode(), credentials_provider=_Provider(ring)
-        )
+        authenticator.configure_curve_callback(ZAP_DOMAIN.decode(), ring)
         yield
     finally:
         authenticator.stop()

@@ -1,4 +1,4 @@
-"""Addresses: which ones may be bound or connected, and binding them so that nobody else can listen in.
+"""Addresses: which ones may be bound or connected to, and how to bind one so that no other user can connect.
 
     ipc:///absolute/path.sock    this user only: directory 0700, socket 0600
     tcp://127.0.0.1:5555         loopback needs no keys
@@ -38,7 +38,7 @@ class IpcAddress:
 
 @dataclass(frozen=True)
 class TcpAddress:
-    """`host` is canonical: what was checked is exactly what ZeroMQ will see."""
+    """`host` is canonical, so ZeroMQ gets exactly what was checked."""
 
     host: str
     port: int  # 0 = any free one
@@ -50,16 +50,15 @@ class TcpAddress:
 
 
 def parse(address: str) -> IpcAddress | TcpAddress:
-    """AddressError for anything that is not one of the forms above.
+    """The address in `address`. AddressError for anything that is not one of the forms above.
 
     Only literal loopback addresses (and `localhost`, taken as 127.0.0.1) count as loopback: a host name or
     an interface name may resolve to anything.
     """
-    transport, separator, rest = address.partition("://")
-    if separator and transport == "ipc":
-        return _parse_ipc(address, rest)
-    if separator and transport == "tcp":
-        return _parse_tcp(address, rest)
+    if address.startswith("ipc://"):
+        return _parse_ipc(address, address.removeprefix("ipc://"))
+    if address.startswith("tcp://"):
+        return _parse_tcp(address, address.removeprefix("tcp://"))
     raise AddressError(f"address={address[:200]!r}: must begin with ipc:// or tcp://")
 
 
@@ -92,17 +91,17 @@ def _parse_tcp(address: str, rest: str) -> TcpAddress:
 
 
 def bind(socket: Socket, address: str, keys: ServerKeys | None = None) -> str:
-    """Bind and return the real address (with its port). The caller holds `curve_keys.gate` open when keys are given.
+    """Bind, and return the real address (with its port). With `keys`, the caller holds `curve_keys.gate` open.
 
-    AddressError: refused, taken, or not there.
+    AddressError when the address is refused or taken, or is not one of this machine's.
     """
     target = parse(address)
     if isinstance(target, IpcAddress):
         claim_directory(target.path.parent)
     else:
         _secure(socket, target, keys, server=True)
-        socket.setsockopt(zmq.IPV6, ":" in target.host)
-    # The umask closes the moment between bind(2) and a chmod; TCP does not mind it.
+        socket.ipv6 = ":" in target.host
+    # With a chmod after bind(2), the socket would be open to others for a moment. TCP ignores the umask.
     mask = os.umask(0o177)
     try:
         socket.bind(str(target))
@@ -114,17 +113,23 @@ def bind(socket: Socket, address: str, keys: ServerKeys | None = None) -> str:
 
 
 def connect(socket: Socket, address: str, keys: ClientKeys | None = None) -> None:
-    """Begin to connect; how it went is told by the socket's monitor. AddressError when refused."""
+    """Begin to connect; the socket's monitor tells how that went. AddressError when the address is refused."""
     target = parse(address)
     if isinstance(target, TcpAddress):
         if target.port == 0 or target.host == "*":
             raise AddressError(f"address={address[:200]!r}: must name a host and a port to connect to")
         _secure(socket, target, keys, server=False)
-        socket.setsockopt(zmq.IPV6, 1)
+        socket.ipv6 = True
     try:
         socket.connect(str(target))
     except zmq.ZMQError as error:
         raise AddressError(f"cannot connect to {target}: {error.strerror}") from error
+
+
+def set_heartbeat(socket: Socket, interval_ms: int) -> None:
+    """Ping the other side at this interval. A connection that is silent for three intervals is dead."""
+    socket.heartbeat_ivl = interval_ms
+    socket.heartbeat_timeout = socket.heartbeat_ttl = 3 * interval_ms
 
 
 def _secure(
@@ -139,18 +144,18 @@ def _secure(
             f"will not {action} {target} in plain text: only 127.0.0.0/8, [::1] and localhost go "
             f"without keys; {remedy} or use ipc://"
         )
-    socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.pair.public.encode())
-    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.pair.secret.encode())
+    socket.curve_publickey = keys.pair.public.encode()
+    socket.curve_secretkey = keys.pair.secret.encode()
     if isinstance(keys, ServerKeys):
-        socket.setsockopt(zmq.CURVE_SERVER, 1)
-        socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no gate, no entry
+        socket.curve_server = 1
+        socket.zap_domain = ZAP_DOMAIN
+        socket.zap_enforce_domain = 1  # without a gate nobody is admitted
     else:
-        socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server.encode())
+        socket.curve_serverkey = keys.server.encode()
 
 
 def claim_directory(path: Path) -> None:
-    """Make `path` ours alone; refuse a directory that others own or may write to."""
+    """Create the directory `path` for this user alone. AddressError when others own it or may write to it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = path.stat()

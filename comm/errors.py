@@ -19,7 +19,7 @@ class CommError(Exception):
 class ProtocolError(CommError):
     """Frames, sizes or fields that do not follow docs/api.md.
 
-    `code` is the `messages.ErrorCode` to answer with, `request_id` the id it concerns (b"" = unreadable).
+    `code` is the `messages.ErrorCode` to answer with; `request_id` is that of the bad message, b"" if unreadable.
     """
 
     def __init__(self, message: str, code: str = "bad_request", request_id: bytes = b"") -> None:
@@ -29,7 +29,7 @@ class ProtocolError(CommError):
 
 
 class AddressError(CommError):
-    """An address that is malformed, open to others, or taken."""
+    """An address that is malformed, open to other users, or taken."""
 
 
 class KeyFileError(CommError):

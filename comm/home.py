@@ -18,7 +18,7 @@ SOCKET_PATH_LIMIT = 100  # sockaddr_un.sun_path holds 108 bytes on Linux, 104 on
 
 @dataclass(frozen=True)
 class Home:
-    """Paths below one root. Nothing is created here."""
+    """Paths below one root. Creates nothing."""
 
     root: Path
 
@@ -55,7 +55,7 @@ class Home:
 
     @property
     def run(self) -> Path:
-        """Socket and pid file; a short private path when the root's is too long for a socket."""
+        """The directory of the socket and its lock: a short private path when the root's is too long for a socket."""
         path = self.root / "run"
         if len(os.fsencode(path / "daemon.sock")) <= SOCKET_PATH_LIMIT:
             return path

@@ -1,8 +1,8 @@
 """The messages of protocol `shoal/1`, as msgspec structs. docs/api.md describes them for other languages.
 
-Knows fields, types and ranges (of sampling, `sampling_limits`). Does not know sockets, frames, models or texts.
-Unknown fields are ignored, so that either side may be newer; a missing field takes its default.
-Sampling, and rules that join several fields, are checked on construction and raise ValueError.
+Knows fields, types and ranges (those of sampling are in `sampling_limits`). Does not know sockets, frames, models or
+texts. Unknown fields are ignored, so that either side may be newer; a missing field takes its default.
+The constructors check Sampling, and rules about several fields together, and raise ValueError.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ErrorCode = Literal[
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)  # tells type checkers what msgspec inherits
+@dataclass_transform(frozen_default=True, kw_only_default=True)  # what subclasses inherit, for type checkers
 class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of all bodies."""
 
@@ -57,7 +57,7 @@ def check_one_of(message: Message, *names: str) -> None:
 
 
 class Hello(Message):
-    """First message of a client. Optional, but the only way to learn limits and features."""
+    """The first message of a client. It is optional, but no other reply tells limits and features."""
 
     min_version: NonNegative = PROTOCOL_VERSION
     max_version: NonNegative = PROTOCOL_VERSION
@@ -65,9 +65,9 @@ class Hello(Message):
 
 
 class Sampling(Message):
-    """How the next token is chosen. Absent fields take the model's default, else the value given here.
+    """How the next token is chosen. An absent field takes the model's default, or else the one given here.
 
-    ValueError, naming field, value and limit, for what is beyond `sampling_limits`.
+    ValueError, naming field, value and limit, when a value is beyond `sampling_limits`.
     """
 
     temperature: Annotated[float, LIMITS["temperature"].meta] | None = None
@@ -81,7 +81,7 @@ class Sampling(Message):
         dict[TokenId, Annotated[float, LIMITS["logit_bias"].meta]], Meta(max_length=MAX_BIASES)
     ] = {}
     seed: Annotated[int, LIMITS["seed"].meta] | None = None
-    # None = off; n = the n most likely besides
+    # None = off; n = also those of the n most likely tokens
     logprobs: Annotated[int, LIMITS["logprobs"].meta] | None = None
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class Generate(Generation):
 
 
 class ChatMessage(Message):
-    """One turn of a conversation. Unknown keys reach the template untouched only if listed here."""
+    """One turn of a conversation. Keys that are not listed here do not reach the template."""
 
     role: Annotated[str, Meta(min_length=1, max_length=64)]
     content: str | list[dict[str, Any]] | None = None
@@ -199,15 +199,15 @@ class Accepted(Message):
 
 
 class Waiting(Message):
-    """Still queued or computing. Sent after each `keepalive` of silence, to any request but control ones."""
+    """Still queued or computing. Sent after each `keepalive` of silence, for every request but control messages."""
 
     seconds: float  # since the request arrived
 
 
 class Stage(Message):
-    """What a request waits for, where `progress` was asked for: each second of silence, instead of `waiting`.
+    """What a request waits for. Sent each second of silence instead of `waiting`, if `progress` was asked for.
 
-    Bytes, but blocks of the step when weights are read for it.
+    `done` and `total` count bytes, or blocks of the step while weights are read for it.
     """
 
     doing: str  # packing, loading, reading
@@ -225,7 +225,7 @@ class TokenLogprob(Message):
 
 
 class Token(Message):
-    """One or more tokens of the answer. `text` may be empty while half a character is held back."""
+    """One or more tokens of the answer. `text` is empty while half a character is held back."""
 
     text: str
     ids: list[int]
@@ -235,13 +235,13 @@ class Token(Message):
 class Usage(Message):
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = 0  # of the prompt, computed for earlier requests
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
     drafted_tokens: int = 0  # guessed ahead of the answer
-    accepted_tokens: int = 0  # of these, guessed right
+    accepted_tokens: int = 0  # guesses that were right
 
 
 class Timings(Message):
-    """Seconds. `ttft_s` runs from the request's arrival; decode is counted from the second token on."""
+    """Seconds. `ttft_s` is counted from the request's arrival, decode from the second token on."""
 
     queue_s: float = 0.0
     ttft_s: float = 0.0
@@ -259,7 +259,7 @@ class Done(Message):
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
-    context_tokens: int = 0  # context of the session, for a gauge of what is left
+    context_tokens: int = 0  # the model's context, so that a client can show how much is left
 
 
 StreamEvent = Accepted | Stage | Token | Done
@@ -281,7 +281,7 @@ class Tokens(Message):
 
 
 class Ok(Message):
-    """Terminal answer of requests that return nothing (cancel, unload)."""
+    """Terminal: the answer to requests that return nothing (cancel, unload)."""
 
 
 class ModelStatus(Message):
@@ -295,21 +295,21 @@ class ModelStatus(Message):
     kv_used_tokens: int
     kv_total_tokens: int
     plan: str
-    kv_cached_tokens: int = 0  # not in use, kept for prompts that begin alike
+    kv_cached_tokens: int = 0  # in no request's use, kept for prompts that begin alike
     prompt_tokens_total: int = 0  # of all prompts so far
-    cached_tokens_total: int = 0  # of these, found in the prefix cache
+    cached_tokens_total: int = 0  # prompt tokens found in the prefix cache
     preemptions_total: int = 0
     drafted_tokens_total: int = 0  # guessed ahead of answers
-    accepted_tokens_total: int = 0  # of these, guessed right
+    accepted_tokens_total: int = 0  # guesses that were right
     chat_template: bool = True
-    quant: str = "keep"  # what weights are held in: as their files have them, or q8 or q4
-    pinned_bytes: int = 0  # of the weights, that stay in memory
-    streamed_bytes: int = 0  # read from disk for a token alone
-    window_bytes: int = 0  # that weights pass through
-    stage: Stage | None = None  # how far the step is that waits for a disk now
-    step_s: float = 0.0  # what the disk takes for a token alone, as predicted; 0 = nothing
-    kv_disk_bytes: int = 0  # of KV pages kept on disk
-    kv_disk_pages_read_total: int = 0  # read back instead of computed
+    quant: str = "keep"  # the weights' format: keep = as in the model's files, or q8 or q4
+    pinned_bytes: int = 0  # weights that stay in memory
+    streamed_bytes: int = 0  # weights read from disk for a step of one token
+    window_bytes: int = 0  # memory that streamed weights pass through
+    stage: Stage | None = None  # progress of a step that waits for the disk now
+    step_s: float = 0.0  # predicted disk time for a step of one token; 0 = nothing streams
+    kv_disk_bytes: int = 0  # size of the KV pages kept on disk
+    kv_disk_pages_read_total: int = 0  # pages read back instead of computed
     kv_disk_pages_written_total: int = 0
 
 
@@ -327,8 +327,8 @@ class StatusReply(Message):
     models: list[ModelStatus]
     requests_total: int
     tokens_total: int
-    loading: str = ""  # the model that is being loaded, if any …
-    stage: Stage | None = None  # … and how far that is
+    loading: str = ""  # the model that is being loaded, if any
+    stage: Stage | None = None  # how far loading is
     draining: bool = False
 
 
@@ -364,9 +364,9 @@ REPLIES: dict[str, type[Message]] = {
 }
 
 FEATURES = (*REQUESTS, "progress")
-"""What a daemon says it knows: request types, and fields that older daemons ignore."""
+"""What a daemon tells clients that it can do: request types, and fields that older daemons ignore."""
 
 TYPE_NAMES = {kind: name for table in (REQUESTS, REPLIES) for name, kind in table.items()}
 
 STREAMING = frozenset({"accepted", "waiting", "stage", "token"})
-"""Every other reply is terminal: a request gets exactly one of those."""
+"""All other replies are terminal, and a request gets exactly one terminal reply."""

@@ -1,18 +1,17 @@
-"""Large bodies, looked over before they are read: free-form values may not swell.
+"""A first look at a large body, before it is decoded: how much of it free-form values take.
 
-A byte of msgpack can become an object of 60 bytes (an empty array), and reading holds Python's lock: 16 MiB of
-them would stop the daemon for seconds. A map is as bad. Text and token ids do not swell like that and may fill a body.
-Knows which fields are free-form. Does not judge anything else about a body.
+One byte of msgpack can become an object of 60 bytes (an empty array), and decoding holds the GIL: 16 MiB of such
+bytes would stop the daemon for seconds. Maps are as bad. Text and token ids do not grow like that and may fill a body.
+Knows which fields are free-form. Does not check anything else about a body.
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import Meta, Raw, Struct, msgpack
+from msgspec import Meta, Raw, Struct, ValidationError, msgpack
 
-MAX_FREE_BYTES = 1 << 20  # of all free-form values in a body, texts in content parts not counted
-
+MAX_FREE_BYTES = 1 << 20  # of all free-form values in a body; texts in content parts do not count
 
 ContentPart = Annotated[dict[str, Raw], Meta(max_length=64)]
 ContentParts = Annotated[list[ContentPart], Meta(max_length=1024)]
@@ -42,17 +41,19 @@ class _Outline(Struct, frozen=True):
 _DECODER = msgpack.Decoder(_Outline)
 
 
-def free_bytes(body: bytes) -> int:
-    """How many bytes of a request's body could swell; 0 where it is too small to matter. msgspec's errors."""
+def check_free_bytes(body: bytes) -> None:
+    """Raises ValidationError when free-form values take too much of a request's body; also msgspec's other errors."""
     if len(body) <= MAX_FREE_BYTES:
-        return 0
+        return
     outline = _DECODER.decode(body)
     fields = (outline.tools, outline.template_args, outline.sampling.logit_bias)
-    return sum(map(len, fields)) + sum(message.free_bytes for message in outline.messages or [])
+    size = sum(map(len, fields)) + sum(message.free_bytes for message in outline.messages or [])
+    if size > MAX_FREE_BYTES:
+        raise ValidationError(f"free-form values of {size} bytes: must be at most {MAX_FREE_BYTES}")
 
 
 def _weight(value: Raw) -> int:
-    """Bytes of a value that could swell: text does not."""
+    """The bytes of a value that could grow: none if it is text."""
     first = bytes(memoryview(value)[:1])
     is_text = b"\xa0" <= first <= b"\xbf" or b"\xd9" <= first <= b"\xdb"
     return 0 if is_text else len(value)

@@ -1,18 +1,19 @@
-"""Free-form values of messages, which end up in templates: what may be in them, how much, and how deep.
+"""Free-form values of messages, which end up in templates: what may be in them, how many, and how deep.
 
-Knows what JSON can say. Does not know which fields are free-form; `outline` bounds their bytes before they are read.
+Knows what JSON can express. Does not know which fields are free-form; `outline` bounds their bytes before decoding.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-MAX_DEPTH = 32  # of a free-form value; templates and JSON schemas stay far below both
+# Templates and JSON schemas stay far below both.
+MAX_DEPTH = 32
 MAX_FREE_VALUES = 100_000
 
 
 def check_plain(value: Any, path: str) -> None:
-    """ValueError unless `value` is what JSON could say, within bounds: free-form fields end up in templates."""
+    """ValueError, naming the place below `path`, unless `value` is what JSON could express, within the bounds."""
     seen, level = 1, [(value, path)]
     for _ in range(MAX_DEPTH + 1):
         below: list[tuple[Any, str]] = []

@@ -1,7 +1,7 @@
 """What requests may ask of sampling: lowest and highest value of every field, in one table.
 
-Everyone asks this table: `messages.Sampling` refuses by it, wherever it is made, the command line makes its options
-from it, docs/api.md is tested against it, and who fills in what a model's makers advise finds there what is allowed.
+Everyone uses this table: `messages.Sampling` checks its fields by it, wherever one is made; the command line makes its
+options from it; docs/api.md is tested against it; and a value that a model's makers recommend is checked by it.
 Knows numbers. Does not know what the fields do.
 """
 
@@ -32,7 +32,7 @@ class Limit:
 
     @property
     def meta(self) -> Meta:
-        """The same for a decoder of messages."""
+        """The same limit for msgspec's decoder."""
         return Meta(gt=self.low, le=self.high) if self.above else Meta(ge=self.low, le=self.high)
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ SAMPLING_LIMITS: Mapping[str, Limit] = MappingProxyType(
 
 
 def check_sampling(name: str, value: object) -> None:
-    """ValueError, naming field, value and limit, unless the field `name` may have this value."""
+    """ValueError, naming field, value and limit, unless the field `name` may have the value `value`."""
     if name == "logit_bias":
         _check_biases(value)
     elif not SAMPLING_LIMITS[name].allows(value):

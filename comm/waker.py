@@ -1,6 +1,6 @@
-"""A wake-up line from any thread, or a signal handler, to one polling thread.
+"""How any thread, or a signal handler, wakes the one thread that polls.
 
-Knows one bit: something happened. Does not carry what happened; a queue beside it does.
+Carries one bit: something happened. What happened is in a queue beside it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ class Waker:
         return self._receiver.fileno()
 
     def sender_fileno(self) -> int:
-        """A descriptor that wakes by whatever is written to it, for `signal.set_wakeup_fd`."""
+        """A descriptor for `signal.set_wakeup_fd`: any byte written to it wakes the polling thread."""
         return self._sender.fileno()
 
     def wake(self) -> None:
-        """Never blocks; many calls before one `clear` cost one byte."""
+        """Wake the polling thread. Never blocks; many calls before one `clear` send one byte."""
         if not self._awake:
             self._awake = True
-            with contextlib.suppress(OSError):  # full (then it is awake anyway) or closed
+            with contextlib.suppress(OSError):  # full, so that the thread is awake anyway, or closed
                 self._sender.send(b"\0")
 
     def clear(self) -> None:
-        # The flag falls after the read: a wake in between finds its queue item looked at next.
+        # A `wake` between the read and the reset sends no byte, but its item in the queue is looked at next.
         with contextlib.suppress(BlockingIOError):
             self._receiver.recv(4096)
         self._awake = False

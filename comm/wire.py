@@ -1,7 +1,7 @@
 """Messages ↔ frames: `[b"shoal/1", type, request id, msgpack body, raw buffers…]`, checked against limits.
 
 Knows the frame layout, its limits, and how to say in one line what is wrong with a body. Does not know
-sockets, what a message means, or who sent it. Whatever bytes come in, only ProtocolError comes out.
+sockets, what a message means, or who sent it. Whatever bytes come in, it raises no error but ProtocolError.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from msgspec import msgpack
 
 from .errors import ProtocolError
 from .messages import REPLIES, REQUESTS, TYPE_NAMES, Message
-from .outline import MAX_FREE_BYTES, free_bytes
+from .outline import check_free_bytes
 
 PROTOCOL = b"shoal/1"
 MAX_FRAMES = 16
@@ -34,16 +34,15 @@ _ENCODER = msgpack.Encoder()
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """One message whose frames are sound and whose body is not yet read."""
+    """One message whose frames have been checked and whose body has not been decoded."""
 
     kind: str
     request_id: bytes
     body: bytes
-    buffers: tuple[bytes, ...] = ()
 
 
 def encode(message: Message, request_id: bytes, limit_bytes: int = MAX_REPLY_BYTES) -> list[bytes]:
-    """The frames of `message`. ProtocolError when it cannot be said in this protocol."""
+    """The frames of `message`. ProtocolError when it cannot be encoded, or is larger than `limit_bytes`."""
     try:
         body = _ENCODER.encode(message)
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
@@ -56,54 +55,34 @@ def encode(message: Message, request_id: bytes, limit_bytes: int = MAX_REPLY_BYT
 
 
 def split(frames: Sequence[bytes], limit_bytes: int = MAX_REQUEST_BYTES) -> Envelope:
-    """The envelope in `frames`. ProtocolError names what is wrong and, when readable, the request id."""
+    """The envelope in `frames`. ProtocolError says what is wrong, and has the request id if that is readable."""
     if not 4 <= len(frames) <= MAX_FRAMES:
         known = frames[2] if len(frames) > 2 and 1 <= len(frames[2]) <= MAX_ID_BYTES else b""
         raise ProtocolError(f"{len(frames)} frames: must be 4 to {MAX_FRAMES}", request_id=known)
-    protocol, kind, request_id, body, *buffers = frames
+    protocol, kind, request_id, body = frames[:4]  # further frames, raw buffers, have no use yet
     if not 1 <= len(request_id) <= MAX_ID_BYTES:
         raise ProtocolError(f"request id of {len(request_id)} bytes: must be 1 to {MAX_ID_BYTES}")
     if protocol != PROTOCOL:
         code = "version" if protocol.startswith(b"shoal/") else "bad_request"
-        raise ProtocolError(
-            f"protocol={shorten(protocol)}: must be {PROTOCOL.decode()}", code, request_id=request_id
-        )
+        raise ProtocolError(f"protocol={shorten(protocol)}: must be {PROTOCOL.decode()}", code, request_id)
     if not _TYPE.fullmatch(kind):
-        raise ProtocolError(
-            f"type={shorten(kind)}: must be 1 to {MAX_TYPE_BYTES} characters of a-z, 0-9 and _",
-            request_id=request_id,
-        )
+        problem = f"type={shorten(kind)}: must be 1 to {MAX_TYPE_BYTES} characters of a-z, 0-9 and _"
+        raise ProtocolError(problem, request_id=request_id)
     _check_size(frames, limit_bytes, request_id)
-    return Envelope(kind.decode("ascii"), request_id, body, tuple(buffers))
-
-
-def check_type(envelope: Envelope, types: Mapping[str, type[Message]]) -> type[Message]:
-    """The struct for the envelope's type. ProtocolError `unknown_type`."""
-    kind = types.get(envelope.kind)
-    if kind is None:
-        message = f"type={shorten(envelope.kind)}: must be one of {', '.join(types)}"
-        raise ProtocolError(message, "unknown_type", envelope.request_id)
-    return kind
+    return Envelope(kind.decode("ascii"), request_id, body)
 
 
 def decode(envelope: Envelope, types: Mapping[str, type[Message]]) -> Message:
-    """The message in `envelope`, one of `types`. ProtocolError `unknown_type` or `bad_request`."""
-    kind = check_type(envelope, types)
+    """The message in `envelope`, of one of `types`. ProtocolError `unknown_type` or `bad_request`."""
+    if envelope.kind not in types:
+        problem = f"type={shorten(envelope.kind)}: must be one of {', '.join(types)}"
+        raise ProtocolError(problem, "unknown_type", envelope.request_id)
     try:
-        if types is REQUESTS and (size := free_bytes(envelope.body)) > MAX_FREE_BYTES:
-            raise ProtocolError(
-                f"free-form values of {size} bytes: must be at most {MAX_FREE_BYTES}",
-                request_id=envelope.request_id,
-            )
-        message: Message = _DECODERS[kind].decode(envelope.body)
-    except msgspec.ValidationError as error:
-        raise ProtocolError(_explain(str(error), envelope.body), request_id=envelope.request_id) from error
-    except UnicodeDecodeError as error:
-        raise ProtocolError("body: holds text that is not UTF-8", request_id=envelope.request_id) from error
-    except RecursionError as error:
-        raise ProtocolError("body: nested too deep", request_id=envelope.request_id) from error
-    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
-        raise ProtocolError(f"body: not msgpack: {error}", request_id=envelope.request_id) from error
+        if types is REQUESTS:
+            check_free_bytes(envelope.body)
+        message: Message = _DECODERS[types[envelope.kind]].decode(envelope.body)
+    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ProtocolError(_problem(error, envelope.body), request_id=envelope.request_id) from error
     return message
 
 
@@ -125,7 +104,18 @@ def _check_size(frames: Sequence[bytes], limit_bytes: int, request_id: bytes) ->
 
 _COMPLAINT = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
 _STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+)\]")
-_EXPLAIN_BYTES = 64 << 10  # larger bodies are not read a second time just to quote a value
+_EXPLAIN_BYTES = 64 << 10  # a larger body is not decoded a second time just to quote a value
+
+
+def _problem(error: Exception, body: bytes) -> str:
+    """What the decoder's `error` says about the body."""
+    if isinstance(error, msgspec.ValidationError):
+        return _explain(str(error), body)
+    if isinstance(error, UnicodeDecodeError):
+        return "body: holds text that is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "body: nested too deep"
+    return f"body: not msgpack: {error}"
 
 
 def _explain(complaint: str, body: bytes) -> str:
@@ -147,7 +137,7 @@ def _explain(complaint: str, body: bytes) -> str:
 
 
 def _quote(path: str, body: bytes) -> str:
-    """`=value` of the field at `path`, or "" where it cannot be told."""
+    """`=value` of the field at `path`, or "" where the value cannot be found."""
     if len(body) > _EXPLAIN_BYTES or "[...]" in path:
         return ""
     try:

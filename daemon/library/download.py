@@ -1,17 +1,18 @@
-"""One file over HTTP: goes on where it stopped, checked by length and hash.
+"""One file over HTTP: an interrupted download is continued; the whole is checked by length and hash.
 
     NAME.part        the bytes so far
     NAME.part.tag    the server's validator (ETag or Last-Modified) of the file they belong to
 
-Knows ranges, retries and the rules by which an old part may be continued. Does not know models, the store
-or the hub. `huggingface_hub` could fetch the hub's files, but reads them again for their hash (it checks only sizes)
-and warns where the disk is full; what comes from other web servers needs this in any case.
+Knows ranges, retries and when an old part may be continued. Does not know models, the store or the hub.
+`huggingface_hub` could fetch the hub's files, but it checks only sizes, so a file would be read again for its hash, and
+it only warns when the disk is full. Files from other web servers need this module in any case.
 """
 
 from __future__ import annotations
 
 import hashlib
 import http.client
+import re
 import ssl
 import time
 import urllib.error
@@ -31,11 +32,12 @@ TIMEOUT_S = 30.0
 TRIES_WITHOUT_PROGRESS = 4
 _BROKEN = (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError)
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+_RANGE = re.compile(r"bytes (?P<begin>\d+)-\d+/(?P<total>\d+)")
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """Where a file is and what is known of it beforehand. `headers` go to that host only (secrets)."""
+    """Where a file is, and what is known of it beforehand. `headers` are secrets and go to that host only."""
 
     url: str
     name: str
@@ -45,11 +47,11 @@ class RemoteFile:
 
 
 class _Interrupted(Exception):
-    """The connection ended early or the server asks to come back later; `reason` is one line."""
+    """The connection ended early, or the server asks to try again later. The message is one line."""
 
 
 class _SameHostSecrets(urllib.request.HTTPRedirectHandler):
-    """Follows redirects over http(s) only, and sends secret headers nowhere but to the first host."""
+    """Follows redirects over http(s) only, and sends secret headers to the first host only."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
         old, new = urlsplit(req.full_url), urlsplit(newurl)
@@ -74,10 +76,10 @@ def download(
     *,
     wait: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Fetch into `target` (through `target`.part, continued if there is one); returns its sha256 in hex.
+    """Fetch into `target.part`, continuing one that is there, and rename it to `target`. Returns its sha256 in hex.
 
     Raises DaemonError: `not_found`, `resources` (disk full), `corrupt` (wrong hash or length; the part is
-    dropped) or `internal` (no connection; the part is kept).
+    removed) or `internal` (no connection; the part is kept).
     """
     if urlsplit(remote.url).scheme not in ("http", "https"):
         raise DaemonError("bad_request", f"{remote.url}: only http and https are fetched")
@@ -112,7 +114,7 @@ def download(
 
 
 class _Attempt:
-    """One request, from what the part holds to the end."""
+    """One request, for what the part does not hold yet. `done` and `digest` are of what it holds before."""
 
     def __init__(self, remote: RemoteFile, part: Path, progress: Progress) -> None:
         self.remote, self.part, self.progress = remote, part, progress
@@ -120,11 +122,11 @@ class _Attempt:
         self.digest = hashlib.sha256()
 
     def run(self) -> str:
-        """The sha256 of the whole part. Raises _Interrupted or DaemonError."""
+        """Fetch the rest. Returns the sha256 of the whole. Raises _Interrupted or DaemonError."""
         remote, part = self.remote, self.part
         tag = _tag(part).read_text() if _tag(part).is_file() else ""
         if not tag and not remote.sha256:
-            part.unlink(missing_ok=True)  # nothing could tell whether the rest still fits
+            part.unlink(missing_ok=True)  # nothing tells whether the server's file is still the same
         with disk_errors(part.parent, remote.size, remote.name):
             self._reread()
         if remote.size and self.done == remote.size:
@@ -133,31 +135,30 @@ class _Attempt:
             total = self._expected(response)
             with disk_errors(part.parent, total, remote.name):
                 check_space(part.parent, total - self.done, remote.name)
-                begun = self.done
                 if not self.done:
                     _tag(part).write_text(_validator(response))
                 with part.open("ab") as out:
                     try:
-                        copy_hashed(response, out, self.digest, lambda done: self._moved(begun + done, total))
+                        sha256 = copy_hashed(response, out, lambda new: self._moved(new, total), self.digest)
                     except _BROKEN as error:
                         raise _Interrupted(f"the connection broke ({_reason(error)})") from error
                     finally:
                         sync(out)
-        if total and self.done < total:
-            raise _Interrupted(f"the connection ended after {self.done} of {total} bytes")
-        if total and self.done > total:
+        size = _size(part)
+        if total and size < total:
+            raise _Interrupted(f"the connection ended after {size} of {total} bytes")
+        if total and size > total:
             _drop(part)
-            raise DaemonError("corrupt", f"{remote.name}: got {self.done} bytes, expected {total}")
-        return self.digest.hexdigest()
+            raise DaemonError("corrupt", f"{remote.name}: got {size} bytes, expected {total}")
+        return sha256
 
     def _reread(self) -> None:
-        if not self.part.is_file():
-            return
-        if self.remote.size and self.part.stat().st_size > self.remote.size:
+        if self.remote.size and _size(self.part) > self.remote.size:
             _drop(self.part)
-            return
-        with self.part.open("rb", buffering=0) as file:
-            copy_hashed(file, None, self.digest, self._have)
+        if self.part.is_file():
+            self.done = _size(self.part)
+            with self.part.open("rb", buffering=0) as file:
+                self.digest = hashlib.file_digest(file, "sha256")
 
     def _open(self, tag: str) -> http.client.HTTPResponse:
         request = urllib.request.Request(
@@ -193,37 +194,30 @@ class _Attempt:
         return DaemonError("internal", f"{what}: {host} answered {error.code} {error.reason}")
 
     def _expected(self, response: http.client.HTTPResponse) -> int:
-        """Bytes of the whole file, 0 if the server does not say; starts anew where the server does."""
-        length = int(response.headers.get("Content-Length") or 0)
+        """Bytes of the whole file, 0 if the server does not say. Drops the part if the server sends the whole file."""
         if response.status == 206:
-            begin, _, total_text = (
-                response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-            )
-            if begin.partition("-")[0] != str(self.done) or not total_text.isdigit():
+            range_ = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            if range_ is None or int(range_["begin"]) != self.done:
                 _drop(self.part)
                 raise _Interrupted("the server sent another range than asked; starting anew")
-            total = int(total_text)
+            total = int(range_["total"])
         else:
             if self.done:
                 _drop(self.part)
                 self.done, self.digest = 0, hashlib.sha256()
-            total = length
+            total = int(response.headers.get("Content-Length") or 0)
         if self.remote.size and total and total != self.remote.size:
             raise DaemonError(
                 "corrupt", f"{self.remote.name}: the server has {total} bytes, expected {self.remote.size}"
             )
         return total or self.remote.size
 
-    def _have(self, done: int) -> None:
-        self.done = done
-
-    def _moved(self, done: int, total: int) -> None:
-        self._have(done)
-        self.progress(self.remote.name, done, total)
+    def _moved(self, new: int, total: int) -> None:
+        self.progress(self.remote.name, self.done + new, total)
 
 
 def _validator(response: http.client.HTTPResponse) -> str:
-    """What `If-Range` takes: a strong ETag, else the date."""
+    """What `If-Range` takes: a strong ETag, or else the date."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 

@@ -1,8 +1,8 @@
 """Models of the Hugging Face hub: which files of a repository make a checkpoint, and fetching them.
 
-Knows repositories' habits (quantisations side by side, shards, other frameworks' files). The hub's addresses,
-tokens and listings are `huggingface_hub`'s (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE hold); bytes are moved by
-`download`.
+Knows what repositories hold (quantisations side by side, shards, other frameworks' files). `huggingface_hub` knows
+the hub's addresses, tokens and listings, and heeds HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE; `download` moves the
+bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WITH_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.tx
 
 @dataclass(frozen=True)
 class HubModel:
-    """The files to fetch, at one commit. `source` tells them apart from those of any other commit."""
+    """The files of a model, at one commit."""
 
     repo: str
     commit: str
@@ -37,13 +37,13 @@ class HubModel:
 
     @property
     def source(self) -> str:
-        return f"hf:{self.repo}@{self.commit[:12]}" + (
-            f":{self.files[0].name}" if self.kind == "gguf" else ""
-        )
+        """What tells these files apart from others of the repository, and from those of any other commit."""
+        file = f":{self.files[0].name}" if self.kind == "gguf" else ""
+        return f"hf:{self.repo}@{self.commit[:12]}{file}"
 
     @classmethod
     def find(cls, repo: str, wanted: str) -> HubModel:
-        """Ask the hub. wanted: a file or quantisation, "" for the only one. Raises DaemonError."""
+        """Ask the hub. wanted: a file or quantisation, "" when there is only one. Raises DaemonError."""
         from huggingface_hub import HfApi, get_token, hf_hub_url
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -56,7 +56,7 @@ class HubModel:
             raise _refused(repo, error) from error
         except (HFValidationError, ValueError) as error:
             raise DaemonError("bad_request", f"{repo}: {one_line(error)}") from error
-        except Exception as error:  # the HTTP library's own tree, which changed between versions
+        except Exception as error:  # the HTTP library's errors, which are others in each of its versions
             raise DaemonError(
                 "internal",
                 f"cannot reach {endpoint or 'the Hugging Face hub'} for {repo}: {one_line(error)}",
@@ -76,7 +76,7 @@ class HubModel:
 
 
 def choose(repo: str, files: list[str], wanted: str) -> tuple[Kind, list[str]]:
-    """The files that make the checkpoint `wanted` of a repository. Raises DaemonError listing the choices."""
+    """The files of the checkpoint `wanted` in a repository. Raises DaemonError, which lists the choices."""
     top = [file for file in files if "/" not in file]
     groups = gguf_groups(files)
     if not wanted and "config.json" in top and any(file.endswith(".safetensors") for file in top):
@@ -96,7 +96,7 @@ def choose(repo: str, files: list[str], wanted: str) -> tuple[Kind, list[str]]:
 
 
 def gguf_groups(files: list[str]) -> list[list[str]]:
-    """GGUF files, the shards of one model together; image projectors are left out."""
+    """The GGUF files, grouped by model: one with shards has several. Image projectors are left out."""
     groups: dict[str, list[str]] = {}
     for file in files:
         if file.lower().endswith(".gguf") and "mmproj" not in file.lower():
@@ -105,7 +105,7 @@ def gguf_groups(files: list[str]) -> list[list[str]]:
 
 
 def checkpoint_files(top: list[str]) -> list[str]:
-    """Of a directory's file names those of one checkpoint: weights once, configuration, tokenizer, template."""
+    """Those of a directory's file names that make a checkpoint: weights (once), configuration, tokenizer, template."""
     weights = [file for file in top if file.endswith(".safetensors") and not file.startswith("consolidated")]
     if "model.safetensors" in weights:
         weights = ["model.safetensors"]
@@ -115,7 +115,7 @@ def checkpoint_files(top: list[str]) -> list[str]:
 
 
 def fetch_hub(model: HubModel, directory: Path, progress: Progress) -> dict[str, str]:
-    """Fetch the files into `directory`; returns name → sha256. Raises DaemonError."""
+    """Fetch the files into `directory`. Returns name → sha256. Raises DaemonError."""
     total = sum(file.size for file in model.files)
     here = sum(path.stat().st_size for path in directory.iterdir())
     check_space(directory, total - here, model.repo)

@@ -1,7 +1,7 @@
-"""Where KV is kept on disk: a directory for each model, how much it may hold, and which of other models have to go.
+"""Where KV is kept on disk: each model's directory, how much it may hold, and which directories are removed for it.
 
-Knows what KV depends on and what room there is. What is in the files, and when they are written and read, is
-`offload.kv_disk*`.
+Knows what KV depends on, and how much room there is. Does not know what is in the files, nor when they are written and
+read (`offload.kv.disk`, `offload.kv.disk_file`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from shoal.offload.pack.manifest import Quant
 from shoal.partition.memory_layout import PAGE_TOKENS
 from shoal.partition.plan import Plan
 
+from .transfer import disk_bytes
+
 log = logging.getLogger(__name__)
 
 DEFAULT_BYTES = 4_000_000_000
 DEFAULT_SHARE = 0.1  # of the free disk, at most
-MOST_SLOTS = 1 << 16  # of one model: bounds what is remembered of them
+MOST_SLOTS = 1 << 16  # of one model: bounds the memory that its index takes
 
 
 def fingerprint(checkpoint: Checkpoint, quant: Quant, plan: Plan) -> bytes:
-    """Names everything that a page of KV depends on: the model's files, the bits of its weights, the architecture and
-    how it turns positions in this context, and how K and V lie in a page. 32 bytes. Raises OSError."""
+    """32 bytes that differ if anything differs that a page of KV depends on: the model's files, the weights'
+    quantisation, the architecture and its RoPE in this context, and the layout of K and V in a page. Raises OSError."""
     files = [(str(path.resolve()), path.stat()) for path in checkpoint.files]
     facts = (
         KV_LAYOUT,
@@ -51,8 +53,8 @@ def fingerprint(checkpoint: Checkpoint, quant: Quant, plan: Plan) -> bytes:
 
 
 class KvFiles:
-    """What one node keeps of its models' KV below `root`, `limit_bytes` in all; None = DEFAULT_BYTES, or DEFAULT_SHARE
-    of the free disk where that is less. Not thread-safe: one model is opened at a time."""
+    """The KV that one node keeps of its models, below `root`, `limit_bytes` in all. None = DEFAULT_BYTES, or
+    DEFAULT_SHARE of the free disk if that is less. Not thread-safe: one model is opened at a time."""
 
     def __init__(self, root: Path, limit_bytes: int | None) -> None:
         self._root = root
@@ -62,8 +64,8 @@ class KvFiles:
     def open(
         self, name: str, checkpoint: Checkpoint, quant: Quant, plan: Plan, pool: KvPool
     ) -> KvDisk | None:
-        """The pages of a model, or None, with a line in the log, when they cannot be had. All models that are open get
-        equal shares."""
+        """The pages of a model. Logs why and returns None when they cannot be kept. All open models get equal shares
+        of the room."""
         try:
             key = fingerprint(checkpoint, quant, plan)
             directory = private_dir(private_dir(self._root) / key.hex()[:32])
@@ -88,8 +90,8 @@ class KvFiles:
         return disk
 
     def _room_bytes(self, open_: Collection[Path]) -> int:
-        """What the directories `open_` may hold together: what others leave of the limit. Of these, the least recently
-        used are removed until they leave half of it, but for those in use."""
+        """What the directories `open_` may hold together: what the others leave of the limit. The least recently used
+        of the others are removed until they leave half of it; those in use stay."""
         others = sorted((path for path in self._root.iterdir() if path not in open_), key=_used_s)
         sizes = {path: _size_bytes(path) for path in others}
         limit = self._limit_bytes
@@ -109,18 +111,18 @@ def _slots(nbytes: int, page_bytes: int) -> int:
 def _used_s(directory: Path) -> float:
     try:
         return (directory / INDEX).stat().st_mtime
-    except OSError:  # not one of ours, or half removed
+    except OSError:  # half removed, or something else's
         return 0.0
 
 
 def _size_bytes(directory: Path) -> int:
     with contextlib.suppress(OSError):
-        return sum(path.stat().st_blocks * 512 for path in directory.iterdir())
+        return disk_bytes(directory)
     return 0
 
 
 def _remove(directory: Path) -> bool:
-    """Unless it is in use."""
+    """Remove it unless it is in use. Returns whether it is gone."""
     with contextlib.ExitStack() as stack:
         try:
             index = os.open(directory / INDEX, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

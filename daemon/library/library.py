@@ -1,11 +1,11 @@
 """The local model store: one directory per model, with a manifest.
 
-    models/NAME/manifest.json + files      complete, always
-    models/.partial/NAME/                  being fetched; renamed into place when whole
+    models/NAME/manifest.json + files      always complete
+    models/.partial/NAME/                  being fetched; renamed to models/NAME when complete
     models/.locks/NAME                     held (flock) while NAME is fetched or removed
 
 Knows names, manifests and how a model appears and disappears in one step. Does not know where models come
-from (`pull`) nor what is inside their files.
+from (`pull`), nor what is inside their files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -69,7 +69,7 @@ class StoredModel(Struct, frozen=True):
 
     @property
     def path(self) -> Path:
-        """What `open_checkpoint` takes: the (first) GGUF file, or the Hugging Face directory."""
+        """The path for `open_checkpoint`: the (first) GGUF file, or the Hugging Face directory."""
         if self.manifest.kind == "hf":
             return self.directory
         return self.directory / min(file.name for file in self.manifest.files)
@@ -94,7 +94,7 @@ def is_path(model: str) -> bool:
 
 
 class Staging:
-    """A model on its way into the store: files are put below `path`, then `commit` makes them one entry."""
+    """A model that is being fetched: put its files below `path`; then `commit` makes them a model of the store."""
 
     def __init__(self, name: str, source: str, path: Path, final: Path) -> None:
         self.name = name
@@ -103,7 +103,7 @@ class Staging:
         self._final = final
 
     def commit(self, kind: Kind, sha256: Mapping[str, str]) -> StoredModel:
-        """The files named in `sha256` (name → hash), all below `path`, become the model. Raises DaemonError."""
+        """The files in `sha256` (name below `path` → hash) become the model. Others are removed. Raises DaemonError."""
         with disk_errors(self.path, 0, self.name):
             files = [
                 ModelFile(name, (self.path / name).stat().st_size, digest)
@@ -111,7 +111,9 @@ class Staging:
             ]
             added = datetime.now(UTC).isoformat(timespec="seconds")
             manifest = ModelManifest(self.name, kind, files, self.source, added)
-            self._discard_others(set(sha256))
+            for path in self.path.rglob("*"):
+                if path.is_file() and path.relative_to(self.path).as_posix() not in sha256:
+                    path.unlink()
             with (self.path / MODEL_MANIFEST).open("wb") as out:
                 out.write(msgspec.json.format(msgspec.json.encode(manifest)))
                 sync(out)
@@ -123,11 +125,6 @@ class Staging:
             sync_directory(self._final.parent)
             shutil.rmtree(damaged, ignore_errors=True)
         return StoredModel(self._final, manifest)
-
-    def _discard_others(self, wanted: set[str]) -> None:
-        for path in self.path.rglob("*"):
-            if path.is_file() and path.relative_to(self.path).as_posix() not in wanted:
-                path.unlink()
 
 
 class Library:
@@ -162,11 +159,11 @@ class Library:
         return tuple(entry for name in self._names() if (entry := self._read(name)) is not None)
 
     def damaged(self) -> tuple[str, ...]:
-        """Names of directories in the store without a usable manifest or with missing or cut files."""
+        """The names of models whose manifest cannot be used, or whose files are missing or of the wrong size."""
         return tuple(name for name in self._names() if self._read(name) is None)
 
     def verify(self, entry: StoredModel, progress: Progress = no_progress) -> tuple[str, ...]:
-        """Read every byte again: the names of the files that differ from the manifest."""
+        """Read every byte again. Returns the names of the files that differ from the manifest. Raises OSError."""
         return tuple(
             file.name
             for file in entry.manifest.files
@@ -177,10 +174,10 @@ class Library:
 
     @contextmanager
     def stage(self, name: str, source: str) -> Iterator[Staging]:
-        """A directory to fetch `name` into, on the store's own disk; this process alone has it.
+        """A directory to fetch `name` into, on the store's own disk. Only this process uses it.
 
-        What an earlier attempt from the same `source` left there is kept, so that it can go on. After an
-        error the `.part` files stay, except when the disk is full. Raises DaemonError `busy`.
+        What an earlier attempt from the same `source` left there is kept, so that it can be continued. After an
+        error the `.part` files stay, unless the disk is full. Raises DaemonError `busy`.
         """
         check_name(name)
         with self._lock(name):
@@ -198,7 +195,7 @@ class Library:
                     shutil.rmtree(path, ignore_errors=True)
 
     def remove(self, name: str) -> None:
-        """Take a model, whole or damaged, out of the store. Raises DaemonError `not_found` or `busy`."""
+        """Remove a model, complete or damaged, from the store. Raises DaemonError `not_found` or `busy`."""
         name = registry.canonical(name)
         if name not in self._names():
             raise self._unknown(name)
@@ -212,17 +209,15 @@ class Library:
     # --- details ----------------------------------------------------------------------------------------
 
     def _internal(self, name: str) -> Path:
-        private_dir(self.root.parent)  # mkdir makes what lies above as open as everything else
+        private_dir(self.root.parent)  # mkdir would create the directories above with the umask's mode
         private_dir(self.root)
         return private_dir(self.root / name)
 
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        with alone(self._internal(".locks") / name, f"fetching or removing {name}"):
-            yield
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        return alone(self._internal(".locks") / name, f"fetching or removing {name}")
 
     def _claim(self, path: Path, source: str) -> None:
-        """Files left by an attempt from another source must not mix with ours."""
+        """Remove the files that an attempt from another source left in `path`."""
         marker = path / ".source"
         if marker.is_file() and marker.read_text(errors="replace") == source:
             return
@@ -247,9 +242,7 @@ class Library:
         entry = self._read(name)
         if entry is None:
             raise DaemonError(
-                "corrupt",
-                f"the store's copy of {name} is damaged",
-                f"`remove({name})`, then `pull` it again",
+                "corrupt", f"the store's copy of {name} is damaged", f"`remove({name})`, then `pull` it again"
             )
         return entry
 
@@ -281,9 +274,9 @@ class Library:
 
 
 def existing_path(model: str) -> Path | None:
-    """The file or directory that a user wrote as a path, absolute; None when there is none.
+    """The absolute path of the file or directory that a user wrote as a path; None when there is none.
 
-    Raises DaemonError `not_found` for what cannot be looked at, and for pipes and devices, which may never end.
+    Raises DaemonError `not_found` for a path that cannot be read, and for pipes and devices, which may never end.
     """
     try:
         path = Path(model).expanduser()

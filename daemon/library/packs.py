@@ -1,15 +1,14 @@
-"""The packs of this machine's models: found, built where there is none, verified.
+"""Finding, building and verifying the packs of this machine's models.
 
-Knows when a pack may be used and what it takes to build one. Where packs are kept is `pack_shelf`, what they are is
-`offload.pack`.
+Knows when a pack may be used, and what it takes to build one. Does not know where packs are kept (`pack_shelf`), nor
+what is in them (`offload.pack`).
 """
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from msgspec import Struct
@@ -35,15 +34,15 @@ from shoal.offload.pack.writer import damaged_blocks
 from shoal.partition.errors import ShardError
 
 from .pack_shelf import PackShelf
-from .transfer import check_space, disk_errors
+from .transfer import FULL_DISK, check_space, disk_bytes, disk_errors
 
-LEAST_BYTES = 96 << 20  # that building takes beside what the process has already
+LEAST_BYTES = 96 << 20  # that building takes beyond what the process has already
 LEAST_PART_BYTES = 1 << 20
 
 
 class Estimate(Struct, frozen=True):
-    """What building a pack will take. `left_bytes`: what an attempt that was cut off has not written; `free_bytes`: of
-    the disk it goes to."""
+    """What building a pack will take. `left_bytes`: what an attempt that was cut off did not write. `free_bytes`: free
+    space on the disk that the pack will be on."""
 
     nbytes: int
     left_bytes: int
@@ -59,20 +58,19 @@ class Estimate(Struct, frozen=True):
 
 
 def no_estimate(estimate: Estimate) -> None:
-    """For callers that do not show it."""
+    """For callers that do not show the estimate."""
 
 
 class Packs:
-    """The packs under one home. Several processes may use it at once. `begins` is told what building one takes, before
-    it is built."""
+    """The packs under one home. Several processes may use it at once. `begins` gets the estimate before a pack is
+    built."""
 
     def __init__(self, home: Home, begins: Callable[[Estimate], None] = no_estimate) -> None:
         self.shelf = PackShelf(home)
         self._begins = begins
 
     def find(self, checkpoint: AnyCheckpoint, quant: Quant = "keep") -> Pack | None:
-        """The pack of a checkpoint, or of a shard of one, as its files are now. None if there is none, or it is damaged
-        or out of date."""
+        """The pack of a checkpoint, or of a shard of one. None if there is none, or it is damaged or outdated."""
         source = self.shelf.claimed(source_of(checkpoint))
         directory = self.shelf.place(source.model, quant, checkpoint.shard)
         with suppress(PackError):
@@ -93,9 +91,9 @@ class Packs:
         quant: Quant = "keep",
         memory_bytes: int | None = None,
     ) -> Pack:
-        """The pack of a checkpoint, or of a shard of one; built where there is none.
+        """The pack of a checkpoint, or of a shard of one. Builds it if there is none.
 
-        `memory_bytes` bounds the whole process. Raises DaemonError: `resources` when disk or memory do not suffice,
+        `memory_bytes` bounds the whole process. Raises DaemonError: `resources` when disk or memory are too small,
         `busy` while another process builds it.
         """
         try:
@@ -113,22 +111,22 @@ class Packs:
         progress: BytesDone,
     ) -> Pack:
         """`get` for what a rank holds of the checkpoint at `path`, in a process that does nothing else. Raises
-        DaemonError: `bad_request` where the model cannot be cut so."""
+        DaemonError, `bad_request` when the model cannot be cut that way."""
         set_threads(default_threads())
         with self._opened(path, quant, shard) as part:
             return self.get(part, progress, quant=quant, memory_bytes=memory_bytes)
 
     def directory(self, path: Path, quant: Quant, shard: ShardName = WHOLE) -> Path:
-        """Where the pack of what a rank holds of the checkpoint at `path` is, if there is one. Raises DaemonError."""
+        """Where the pack of what a rank holds of the checkpoint at `path` is, or would be. Raises DaemonError."""
         model = self.shelf.model_of(path)
-        if shard == WHOLE:  # also of a model that is gone
+        if shard == WHOLE:  # needs no checkpoint, so it works for a model that is gone
             return self.shelf.place(model, quant)
         with self._opened(path, quant, shard) as part:
             return self.shelf.place(model, quant, part.shard)
 
     def verify(self, directory: Path, progress: BytesDone = unheard) -> list[str]:
-        """Reads all of a pack: the names of its damaged blocks; with any it is not used again. Raises DaemonError when
-        it cannot even be opened."""
+        """Read all of a pack. Returns the names of its damaged blocks; if there are any, the pack is not used again.
+        Raises DaemonError when it cannot be opened."""
         try:
             pack = open_pack(directory)
             if damaged := damaged_blocks(pack, progress):
@@ -142,36 +140,29 @@ class Packs:
 
     @contextmanager
     def _opened(self, path: Path, quant: Quant, shard: ShardName) -> Iterator[AnyCheckpoint]:
-        """What a rank holds of the checkpoint at `path`."""
-        try:
-            checkpoint = open_checkpoint(path)
-        except CheckpointError as error:
-            raise translated(error) from error
-        with checkpoint:
+        """What a rank holds of the checkpoint at `path`. Raises DaemonError."""
+        with ExitStack() as stack:
             try:
+                checkpoint = stack.enter_context(open_checkpoint(path))
                 part = part_of(checkpoint, quant, *shard)
-            except ShardError as error:
+            except (CheckpointError, ShardError) as error:
                 raise translated(error) from error
             yield part
 
     def _build(
-        self,
-        checkpoint: AnyCheckpoint,
-        quant: Quant,
-        memory_bytes: int | None,
-        progress: BytesDone,
+        self, checkpoint: AnyCheckpoint, quant: Quant, memory_bytes: int | None, progress: BytesDone
     ) -> Pack:
         source = self.shelf.claimed(source_of(checkpoint))
         directory = self.shelf.place(source.model, quant, checkpoint.shard)
         builder = PackBuilder(checkpoint, quant, source, _part_bytes(memory_bytes))
         with self.shelf.alone(directory):
-            if (pack := self.find(checkpoint, quant)) is not None:  # another process was faster
+            if (pack := self.find(checkpoint, quant)) is not None:  # another process has just built it
                 return pack
             self.shelf.discard(directory)
             partial = partial_of(directory)
             part = "" if checkpoint.shard == "whole" else f"shard {checkpoint.shard} of "
             what = f"a pack of {part}{source.model}"
-            written = sum(file.stat().st_blocks * 512 for file in partial.glob("*"))
+            written = disk_bytes(partial) if partial.exists() else 0
             check_space(self.shelf.root, builder.nbytes - written, what)
             with disk_errors(self.shelf.root, builder.nbytes, what):
                 try:
@@ -180,13 +171,13 @@ class Packs:
                     self._begins(Estimate(builder.nbytes, left, seconds, free))
                     return builder.build(directory, progress)
                 except OSError as error:
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    if error.errno in FULL_DISK:
                         shutil.rmtree(partial, ignore_errors=True)
                     raise
 
 
 def _part_bytes(memory_bytes: int | None) -> int:
-    """How much of the weights may be in hand at once. Raises DaemonError when the bound is too low for any."""
+    """How many bytes of weights may be in memory at once. Raises DaemonError when `memory_bytes` is too small."""
     if memory_bytes is None:
         return PART_BYTES
     held = resident_bytes()

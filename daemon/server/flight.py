@@ -1,6 +1,6 @@
-"""Requests in flight: a mailbox between the backend's threads and the server's, and who waits for it.
+"""Requests in flight: each is a mailbox between the backend's threads and the server's thread.
 
-Knows how replies of one request are ordered, joined and counted, and that exactly one of them is terminal.
+Knows how the replies to one request are ordered, joined and counted, and that exactly one of them is terminal.
 Does not know sockets, frames or models.
 """
 
@@ -23,16 +23,16 @@ from shoal.daemon.backend import STAGE_S, CancelCall
 
 @dataclass(eq=False)
 class Peer:
-    """One connection with requests in flight. Only the server's thread touches it. `client`: who shares with others,
-    a key or else the connection."""
+    """One connection with requests in flight. Only the server's thread touches it. `client` names whom the machine is
+    shared with fairly: the client's public key, or without CURVE the connection."""
 
     router: zmq.Socket[Any]
     identity: bytes
     client: str
     flights: dict[bytes, Flight] = field(default_factory=dict)
-    blocked_since_s: float = 0.0  # its queue is full, and nothing has gone out, since then
+    blocked_since_s: float = 0.0  # since then its queue has been full, and nothing could be sent
     sent: int = 0  # messages
-    evicted: bool = False  # blocked for too long: its requests were ended
+    evicted: bool = False  # its requests were ended because it was blocked for too long
     gone: bool = False
 
     @property
@@ -43,11 +43,11 @@ class Peer:
 class FlightState(Enum):
     """Where a request is between its arrival and its end."""
 
-    WAITING = "nobody computes it yet, so it can be ended here at once"
-    RUNNING = "the backend has it, and sends its terminal reply"
-    CANCELLED = "the backend has it and is asked to end it; the terminal reply is still the backend's"
+    WAITING = "the backend has not accepted it yet, so it can be ended here at once"
+    RUNNING = "the backend has it and will send its terminal reply"
+    CANCELLED = "the backend has it and was asked to end it; the backend still sends the terminal reply"
     ENDED = "the backend has sent the terminal reply"
-    DROPPED = "it was ended here; the backend is to cancel it, and what still comes of it is ignored"
+    DROPPED = "it was ended here; the backend has to cancel it, and later replies to it are ignored"
 
 
 NEXT: dict[FlightState, frozenset[FlightState]] = {
@@ -57,14 +57,14 @@ NEXT: dict[FlightState, frozenset[FlightState]] = {
     FlightState.ENDED: frozenset(),
     FlightState.DROPPED: frozenset(),
 }
-"""Which states may follow. The last two have none after them, so the terminal reply of either is the only one."""
+"""Which states may follow a state. Nothing follows the last two, so there is only one terminal reply."""
 
 
 class Flight:
-    """One request, from its arrival to the sending of its terminal reply.
+    """One request, from its arrival until its terminal reply is sent.
 
-    `emit`, `attach` and `cancelled` may be used from any thread, the rest from the server's only.
-    Tokens that wait are joined into one, so a slow reader costs text, not messages.
+    `emit`, `attach` and `cancelled` may be used from any thread, all else only from the server's.
+    Tokens that wait are joined into one, so a slow reader costs memory for text but not for messages.
     """
 
     def __init__(
@@ -77,34 +77,34 @@ class Flight:
         self.sent_s = now_s  # when something was last sent
         self.deadline_s = math.inf
         self.outgoing: deque[Message] = deque()  # taken from the mailbox, not yet sent
-        self.watch: Callable[[], Stage | None] | None = None  # what it waits for, if the client asks
+        self.watch: Callable[[], Stage | None] | None = None  # tells what it waits for, if the client asked
+        self.held_bytes = 0  # about what the mailbox takes
         self._ready = ready
         self._lock = threading.Lock()
-        # Only answers can be ended here: of the other kinds it is not told when the backend has them.
+        # Only answers can be ended here: for other kinds nobody tells when the backend has begun.
         self._state = FlightState.WAITING if kind in ("generate", "chat") else FlightState.RUNNING
-        self._cancel: CancelCall | None = None  # known and not called yet
-        self._noted = False  # `ready` was called and `take` has not followed yet
+        self._cancel: CancelCall | None = None  # until it is called
+        self._noted = False  # whether `ready` was called after the last `take`
         self._accepted: Accepted | None = None
         self._tokens: list[Token] = []
         self._terminal: Message | None = None
-        self._held_bytes = 0
 
     def _enter(self, state: FlightState) -> bool:
-        """Change the state if that is allowed. Under the lock."""
+        """Change the state if that is allowed. Call it under the lock."""
         allowed = state in NEXT[self._state]
         if allowed:
             self._state = state
         return allowed
 
     def _note(self) -> bool:
-        """Whether `ready` is to be called for what the mailbox has got. Under the lock."""
+        """Whether `ready` has to be called now that the mailbox holds something. Call it under the lock."""
         noted, self._noted = self._noted, True
         return not noted
 
     # --- the backend's side ------------------------------------------------------------------------------
 
     def emit(self, message: Message) -> None:
-        """Add a reply. Ignored once there is a terminal one, or nobody who waits."""
+        """Add a reply. It is ignored after a terminal one, and when nobody waits any more."""
         with self._lock:
             if not NEXT[self._state]:
                 return
@@ -114,17 +114,17 @@ class Flight:
                     self._enter(FlightState.RUNNING)
                 case Token():
                     self._tokens.append(message)
-                    self._held_bytes += _weight(message)
+                    self.held_bytes += _weight(message)
                 case _:
                     self._terminal = message
                     self._enter(FlightState.ENDED)
-                    self._take_cancel()  # it holds what holds `emit`: a ring that would keep a model in memory
+                    self._take_cancel()  # it refers back to this flight, and the cycle would keep a model in memory
             notify = self._note()
         if notify:
             self._ready(self)
 
     def attach(self, cancel: CancelCall) -> None:
-        """Say how to cancel; done at once if the request was cancelled or dropped meanwhile."""
+        """Set how to cancel the request. Calls `cancel` at once if it was cancelled or dropped meanwhile."""
         with self._lock:
             if self._enter(FlightState.RUNNING) or self._state is FlightState.RUNNING:
                 self._cancel = cancel
@@ -139,8 +139,8 @@ class Flight:
     # --- the server's side -------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """End the request early: its terminal reply still comes, from the backend if that has it already."""
-        # A model may be packed for an hour, so who waits for it is answered here.
+        """End the request early. Its terminal reply still comes, from the backend if that has the request already."""
+        # Packing a model may take an hour, so a request that waits for it is answered here.
         if not self._drop(Error(code="cancelled", message="cancelled before it began"), waiting=True):
             with self._lock:
                 cancel = self._take_cancel() if self._enter(FlightState.CANCELLED) else None
@@ -148,17 +148,17 @@ class Flight:
                 cancel()
 
     def expire(self, now_s: float) -> None:
-        """End the request if it is past its deadline and its model is not even loaded; else the backend does."""
+        """End the request if it is past its deadline and still waits for its model; later the backend does that."""
         if now_s >= self.deadline_s:
             usage = Usage(prompt_tokens=0, completion_tokens=0)
             self._drop(Done(finish_reason="deadline", usage=usage, timings=Timings()), waiting=True)
 
     def fail(self, error: Error) -> None:
-        """End the request with `error` unless it has ended; tokens that nobody took are dropped."""
+        """End the request with `error` unless it has ended. Tokens that were not taken are dropped."""
         self._drop(error)
 
     def abandon(self) -> None:
-        """Nobody waits any more: cancel, and take nothing further."""
+        """The client is gone: cancel the request and hold nothing for it."""
         self.outgoing.clear()
         try:
             self._drop(None)
@@ -167,12 +167,12 @@ class Flight:
                 self._empty()
 
     def _drop(self, reply: Message | None, *, waiting: bool = False) -> bool:
-        """End the request here with `reply`, and have the backend cancel what it has of it. False if it has ended, or
-        with `waiting` if it has begun."""
+        """End the request here with `reply`, and have the backend cancel it. With `waiting`, only if the backend has
+        not accepted it. Returns whether it was ended."""
         with self._lock:
             if (waiting and self._state is not FlightState.WAITING) or not self._enter(FlightState.DROPPED):
                 return False
-            self._tokens, self._held_bytes = [], 0
+            self._tokens, self.held_bytes = [], 0
             self._terminal = reply
             cancel = self._take_cancel()
             notify = reply is not None and self._note()
@@ -183,38 +183,30 @@ class Flight:
         return True
 
     def _take_cancel(self) -> CancelCall | None:
-        """What cancels it, which then is called at most once. Under the lock."""
+        """What cancels the request, at most once. Call it under the lock."""
         cancel, self._cancel = self._cancel, None
         return cancel
 
     def _empty(self) -> None:
         self._accepted, self._terminal = None, None
-        self._tokens, self._held_bytes = [], 0
+        self._tokens, self.held_bytes = [], 0
 
     def take(self) -> None:
-        """Move what the mailbox holds to `outgoing`, at most three messages. Call when that is empty."""
+        """Move what the mailbox holds to `outgoing`, at most three messages. Call it when `outgoing` is empty."""
         with self._lock:
             self._noted = False
-            if self._accepted is not None:
-                self.outgoing.append(self._accepted)
-            if self._tokens:
-                self.outgoing.append(_join(self._tokens))
-            if self._terminal is not None:
-                self.outgoing.append(self._terminal)
+            joined = _join(self._tokens) if self._tokens else None
+            held = (self._accepted, joined, self._terminal)
+            self.outgoing.extend(message for message in held if message is not None)
             self._empty()
 
     def sign_of_life(self, now_s: float, keepalive_s: float) -> Message | None:
-        """What to send to a client that has heard nothing since `sent_s`, if it is time."""
+        """What to send to a client that has heard nothing since `sent_s`; None if it is too early."""
         silent_s = now_s - self.sent_s
         seconds = round(now_s - self.arrived_s, 3)
         if self.watch is not None and silent_s >= STAGE_S and (stage := self.watch()) is not None:
             return msgspec.structs.replace(stage, seconds=seconds)
         return Waiting(seconds=seconds) if silent_s >= keepalive_s else None
-
-    @property
-    def held_bytes(self) -> int:
-        """About what the mailbox costs."""
-        return self._held_bytes
 
 
 def _join(tokens: list[Token]) -> Token:

@@ -1,6 +1,6 @@
-"""What one server bears, and how it tells clients.
+"""The limits of one server, and the `welcome` that tells them to clients.
 
-Knows numbers. Does not know who keeps to them.
+Knows numbers. Does not know who enforces them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from shoal.comm.messages import FEATURES, PROTOCOL_VERSION, Error, Hello, Welcom
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Bounds of one server: counts, `_bytes`, and times in seconds."""
+    """Counts, sizes in bytes (`_bytes`) and times in seconds (`_s`)."""
 
     message_bytes: int = wire.MAX_REQUEST_BYTES
     requests: int = 1024  # in flight, all clients together
@@ -24,14 +24,14 @@ class ServerLimits:
     workers: int = 8
     queue_messages: int = 64  # per client within ZeroMQ; tokens are joined behind it
     outbox_bytes: int = 1 << 20  # joined tokens held for a client that does not read
-    outbox_s: float = 30.0  # a client that reads nothing for so long loses its requests
+    outbox_s: float = 30.0  # a client that has read nothing for this long loses its requests
     keepalive_s: float = 2.0  # silence on a request after which `waiting` is sent
-    heartbeat_s: float = 5.0  # ZMTP pings; a peer silent for three is dead
-    drain_s: float = 30.0  # running requests get so long after the first SIGTERM
-    farewell_s: float = 1.0  # for the last replies to leave
+    heartbeat_s: float = 5.0  # between ZMTP pings; a peer that is silent for three of them is dead
+    drain_s: float = 30.0  # that running requests have after the first SIGTERM
+    farewell_s: float = 1.0  # that the last replies have to be sent
 
     def welcome(self, hello: Hello) -> Welcome | Error:
-        """The answer to `hello`: what a client may rely on, or that there is no common version."""
+        """The reply to `hello`: the limits and features, or an error when there is no common version."""
         if not hello.min_version <= PROTOCOL_VERSION <= hello.max_version:
             asked = f"{hello.min_version} to {hello.max_version}"
             return Error(

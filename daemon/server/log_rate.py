@@ -1,6 +1,6 @@
-"""Log lines that an outsider can cause, at a bounded rate.
+"""A bounded rate for log lines that clients can cause.
 
-Knows a clock and a logger. Does not know what is complained about.
+Knows a clock and a logger. Does not know what the lines are about.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 
 class SeldomLog:
-    """At most one line per `interval_s`; the next one tells how many were swallowed. Thread-safe."""
+    """Logs at most one line per `interval_s`; the next line says how many were left out. Thread-safe."""
 
     def __init__(
         self, log: logging.Logger, interval_s: float = 10.0, now: Callable[[], float] = time.monotonic

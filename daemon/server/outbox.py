@@ -1,7 +1,7 @@
-"""What goes out, to whom: the requests in flight of every client, and clients that read slowly or vanish.
+"""What is sent to whom: every client's requests in flight, and clients that read slowly or vanish.
 
-Knows ROUTER sockets' two refusals (queue full, nobody there), how long each is borne, and keepalives.
-Does not know what comes in. Only the server's thread uses it, but for `notify`.
+Knows why a ROUTER socket refuses a message (the client's queue is full, or the client is gone), what is done about it,
+and keepalives. Does not know what comes in. Only the server's thread uses it, except for `notify`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .flight import Flight, Peer
 from .limits import ServerLimits
 from .log_rate import SeldomLog
 
-FULL_QUEUE_RETRY_S = 0.02  # how often a full queue is tried again: ZeroMQ tells no writability per client
+FULL_QUEUE_RETRY_S = 0.02  # between tries of a full queue: ZeroMQ does not tell which client can take more
 
 log = logging.getLogger("shoal.server")
 
 
 class Outbox:
-    """All flights and the clients they belong to; a client is known only while it has one."""
+    """All flights and the clients they belong to. A client is known only while it has a flight."""
 
     def __init__(self, limits: ServerLimits, waker: Waker) -> None:
         self.in_flight = 0
@@ -42,7 +42,7 @@ class Outbox:
         self._seldom = SeldomLog(log)
 
     def peer(self, router: zmq.Socket[Any], identity: bytes, key: str) -> Peer:
-        """`key`: the public key of a client that comes under one, else ""."""
+        """The client of that connection. `key`: its public key, "" without CURVE."""
         return self._peers.get((id(router), identity)) or Peer(router, identity, key or identity.hex())
 
     @property
@@ -51,34 +51,34 @@ class Outbox:
 
     @property
     def patience_s(self) -> float:
-        """How long nothing but traffic needs attention."""
+        """How long the server may sleep when no message comes."""
         if self._blocked:
             return FULL_QUEUE_RETRY_S
         return self._limits.keepalive_s / 4 if self._peers else 10.0
 
     def open(self, peer: Peer, request_id: bytes, kind: str, now_s: float) -> Flight:
-        """Begin a request; its replies are sent as they are emitted."""
+        """Begin a request. Its replies are sent as they are emitted."""
         flight = peer.flights[request_id] = Flight(peer, request_id, kind, now_s, self.notify)
         self._peers[id(peer.router), peer.identity] = peer
         self.in_flight += 1
         return flight
 
     def notify(self, flight: Flight) -> None:
-        """The flight's mailbox got something. From any thread."""
+        """The flight's mailbox holds something. Any thread may call this."""
         self._ready.append(flight)
         self._waker.wake()
 
     # --- sending -------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Send what has been emitted. Clients whose queue is full are left to `tick`."""
+        """Send what has been emitted, except to clients whose queue is full: `tick` tries those again."""
         for _ in range(len(self._ready)):
             flight = self._ready.popleft()
             if flight.peer not in self._blocked:
                 self._push(flight)
 
     def send(self, peer: Peer, request_id: bytes, message: Message) -> bool:
-        """Try to send. False: the client's queue is full (it is marked blocked), or the client is gone."""
+        """Try to send. False when the client's queue is full (then it is marked blocked), or the client is gone."""
         try:
             frames = wire.encode(message, request_id)
         except ProtocolError as error:
@@ -101,7 +101,7 @@ class Outbox:
 
     def _push(self, flight: Flight) -> None:
         """Send what the flight holds, until its client's queue is full."""
-        # Twice: what was taken before the queue filled up, then what the mailbox has got since.
+        # The first round sends what was taken before the queue filled up, the second what has come since.
         for _ in range(2):
             if not flight.outgoing:
                 flight.take()
@@ -118,7 +118,7 @@ class Outbox:
     # --- time ----------------------------------------------------------------------------------------------
 
     def tick(self, now_s: float) -> None:
-        """Retry full queues, give up on the dead and the deaf, and tell who waits that the daemon lives."""
+        """Retry full queues, drop clients that are gone or do not read, and send keepalives."""
         for peer in list(self._blocked):
             self._retry(peer, now_s)
         if now_s >= self._next_keepalive_s:
@@ -148,8 +148,8 @@ class Outbox:
             self._forget(peer)
 
     def _keep_alive(self, now_s: float) -> None:
-        """`waiting` or `stage` on every silent request. Only sending shows that a client has vanished, too. And the
-        end of those that are too late to begin."""
+        """Send `waiting` or `stage` for every silent request, which also shows whether its client is still there. End
+        requests whose deadline has passed before they began."""
         for peer in list(self._peers.values()):
             for flight in list(peer.flights.values()):
                 flight.expire(now_s)
@@ -165,7 +165,7 @@ class Outbox:
         self._guard(flight.cancel)
 
     def fail_all(self, error: Error) -> None:
-        """End every request that has not ended with `error`."""
+        """End every request in flight with `error`."""
         for peer in list(self._peers.values()):
             for flight in list(peer.flights.values()):
                 self._fail(flight, error)
@@ -175,7 +175,7 @@ class Outbox:
             self._forget(peer)
 
     def _end(self, flight: Flight) -> None:
-        """The terminal reply is out, or nobody is there to get it."""
+        """Forget the flight: its terminal reply is sent, or its client is gone."""
         peer = flight.peer
         if peer.flights.pop(flight.request_id, None) is not None:
             self.in_flight -= 1
@@ -184,7 +184,7 @@ class Outbox:
             self._blocked.discard(peer)
 
     def _forget(self, peer: Peer) -> None:
-        """The client is gone: end its requests, keep nothing of it."""
+        """The client is gone: end its requests and forget it."""
         peer.gone = True
         for flight in list(peer.flights.values()):
             self._guard(flight.abandon)
@@ -196,6 +196,6 @@ class Outbox:
     def _guard(self, act: Callable[[], None]) -> None:
         try:
             act()
-        # A cancel that fails in the backend must not end the server.
+        # When the backend fails to cancel a request, the server must go on.
         except Exception as error:
             self._seldom.warning("cancelling failed: %r", error, error=error)

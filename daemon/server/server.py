@@ -3,7 +3,7 @@
 Knows listening, admission and its limits, draining and signals. Does not know models or text, nor how
 replies reach slow clients (`outbox`); docs/api.md describes what it says on the wire.
 
-Only the thread in `serve` touches the sockets. Everybody else puts things where it will look, and wakes it.
+Only the thread in `serve` touches the sockets. Other threads put things where it will look, and wake it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,17 +22,17 @@ import zmq
 
 from shoal.comm import curve_keys, endpoint, wire
 from shoal.comm.errors import AddressError, ProtocolError
-from shoal.comm.messages import REQUESTS, Cancel, Error, Hello, Ok, Ping, Pong
+from shoal.comm.messages import REQUESTS, Cancel, Error, Hello, Message, Ok, Ping, Pong
 from shoal.comm.waker import Waker
 from shoal.daemon.backend import Backend
 from shoal.daemon.errors import DaemonError
 
 from .calls import WORK, Dispatcher
-from .flight import Flight, Peer
+from .flight import Peer
 from .limits import ServerLimits
 from .log_rate import SeldomLog
 from .outbox import FULL_QUEUE_RETRY_S, Outbox
-from .socket_lock import SocketLock
+from .socket_lock import socket_lock
 
 NO_ID = b"?"  # in an `error` about a message whose request id could not be read
 RECEIVE_BATCH = 64  # messages read before replies are sent again
@@ -43,9 +42,9 @@ log = logging.getLogger("shoal.server")
 
 
 class Server:
-    """Serves `backend` at `addresses` until stopped. `bind` may be called first, to learn the real addresses.
+    """Serves `backend` at `addresses` until stopped. To learn the real addresses, call `bind` before `serve`.
 
-    TCP beyond loopback needs `server_keys`. `serve` closes the backend at its end.
+    TCP beyond loopback needs `server_keys`. `serve` closes the backend when it returns.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Server:
         self._seldom = SeldomLog(log)
 
     def serve(self) -> None:
-        """Run in this thread until `stop`; returns when the last replies are out."""
+        """Run in this thread until `stop`. Returns when the last replies have been sent."""
         try:
             self.bind()
             log.info("serving at %s", ", ".join(self.addresses))
@@ -91,19 +90,20 @@ class Server:
             self._close()
 
     def stop(self) -> None:
-        """First call: admit nothing more, let running requests end. Second: end at once. From any thread."""
+        """The first call admits nothing more and lets running requests end; the second ends at once. Any thread."""
         self._stops += 1
         self._waker.wake()
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """While open, SIGTERM and SIGINT call `stop`. Main thread only."""
+        """Within it, SIGTERM and SIGINT call `stop`. Main thread only."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             self.stop()
 
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        # Python runs a handler between two of its instructions: one that comes just before the poll would wait for it.
+        # Python runs handlers only between its own instructions. A signal that comes just before the poll would go
+        # unnoticed until the poll ends, unless its byte in the descriptor ends the poll.
         descriptor = signal.set_wakeup_fd(self._waker.sender_fileno(), warn_on_full_buffer=False)
         try:
             yield
@@ -115,16 +115,17 @@ class Server:
     # --- begin and end -------------------------------------------------------------------------------------
 
     def bind(self) -> None:
-        """Listen. DaemonError when an address is refused, or taken by another daemon. Once only."""
+        """Listen. DaemonError when an address is refused, or taken by another daemon. Idempotent."""
         if self._routers:
             return
         with self._resources.pop_all() as stack:
             try:
-                # Locks first, so that they are freed last, when nothing listens any more.
+                # Locks are taken first, so that they are freed last, when nothing listens any more.
                 targets = [endpoint.parse(address) for address in self.addresses]
                 for target in targets:
                     if isinstance(target, endpoint.IpcAddress):
-                        stack.callback(_locked(target.path).release)
+                        endpoint.claim_directory(target.path.parent)
+                        stack.enter_context(socket_lock(target.path))
                 context = zmq.Context()
                 stack.callback(context.term)
                 if self._keys is not None and any(isinstance(t, endpoint.TcpAddress) for t in targets):
@@ -135,20 +136,14 @@ class Server:
             self._resources = stack.pop_all()
 
     def _listen(self, context: zmq.Context[zmq.Socket[Any]], address: str, stack: ExitStack) -> str:
-        heartbeat_ms = int(1000 * self._limits.heartbeat_s)
         router = context.socket(zmq.ROUTER)
         stack.callback(router.close, linger=500)
-        for option, value in {
-            zmq.ROUTER_MANDATORY: 1,  # a vanished client is an error, not silence
-            zmq.MAXMSGSIZE: self._limits.message_bytes,
-            zmq.RCVHWM: 16,  # messages of up to message_bytes, per client
-            zmq.SNDHWM: self._limits.queue_messages,
-            zmq.BACKLOG: 1024,
-            zmq.HEARTBEAT_IVL: heartbeat_ms,
-            zmq.HEARTBEAT_TIMEOUT: 3 * heartbeat_ms,
-            zmq.HEARTBEAT_TTL: 3 * heartbeat_ms,
-        }.items():
-            router.setsockopt(option, value)
+        router.router_mandatory = 1  # sending to a client that is gone raises an error
+        router.maxmsgsize = self._limits.message_bytes
+        router.rcvhwm = 16  # messages of up to message_bytes, per client
+        router.sndhwm = self._limits.queue_messages
+        router.backlog = 1024
+        endpoint.set_heartbeat(router, int(1000 * self._limits.heartbeat_s))
         bound = endpoint.bind(router, address, self._keys)
         self._routers.append(router)
         return bound
@@ -167,7 +162,7 @@ class Server:
         threading.Thread(target=wait, name="shoal-drain", daemon=True).start()
 
     def _farewell(self) -> None:
-        """Every request that was read gets its terminal reply, as far as its client reads."""
+        """Give every request that was read its terminal reply, if its client still reads."""
         self._draining = True
         deadline_s = time.monotonic() + self._limits.farewell_s
         self._receive()
@@ -204,7 +199,7 @@ class Server:
         """Begin a flight for one message, or refuse it."""
         try:
             envelope = wire.split(frames, self._limits.message_bytes)
-            wire.check_type(envelope, REQUESTS)
+            control = None if envelope.kind in WORK else wire.decode(envelope, REQUESTS)
         except ProtocolError as error:
             self._seldom.warning("a client sent %s", error)
             self._outbox.send(peer, error.request_id or NO_ID, Error(code=error.code, message=str(error)))
@@ -214,10 +209,10 @@ class Server:
             self._outbox.send(peer, envelope.request_id, refusal)
             return
         flight = self._outbox.open(peer, envelope.request_id, envelope.kind, now_s)
-        if envelope.kind in WORK:
+        if control is None:
             self._dispatcher.start(flight, envelope)
         else:
-            self._control(flight, envelope)
+            flight.emit(self._answer(control, peer))
 
     def _refusal(self, peer: Peer, envelope: wire.Envelope) -> Error | None:
         """Why there is no room for a request, or None."""
@@ -227,7 +222,7 @@ class Server:
             return Error(code="bad_request", message=message)
         if self._draining and work and envelope.kind != "status":
             return STOPPING
-        # Twice the room for control messages: a client must be able to cancel when it has no room left.
+        # Control messages have twice the room, so that a client which has used up its own can still cancel.
         factor = 1 if work else 2
         newcomers = 0 if peer.flights else 1
         for name, wanted, limit in (
@@ -239,39 +234,26 @@ class Server:
                 return Error(code="busy", message=f"{name}: {limit} in flight, the limit", retry_after_s=1.0)
         return None
 
-    def _control(self, flight: Flight, envelope: wire.Envelope) -> None:
-        """Answer what needs no backend, in this thread, however busy the workers are."""
-        try:
-            request = wire.decode(envelope, REQUESTS)
-        except ProtocolError as error:
-            self._seldom.warning("a client sent %s", error)
-            flight.emit(Error(code=error.code, message=str(error)))
-            return
-        match request:
+    def _answer(self, control: Message, peer: Peer) -> Message:
+        """The reply to a control message: it needs no backend, so it does not wait for busy workers."""
+        match control:
             case Ping():
-                flight.emit(Pong(time_s=time.time()))
+                return Pong(time_s=time.time())
             case Hello():
-                flight.emit(self._limits.welcome(request))
+                return self._limits.welcome(control)
             case Cancel():
-                with contextlib.suppress(ValueError):  # what is not hex names no request: nothing to cancel
-                    target = flight.peer.flights.get(bytes.fromhex(request.target))
+                with contextlib.suppress(ValueError):  # a target that is not hex names no request
+                    target = peer.flights.get(bytes.fromhex(control.target))
                     if target is not None:
                         self._outbox.cancel(target)
-                flight.emit(Ok())
+                return Ok()
             case _:
-                raise AssertionError(f"{envelope.kind} is not a control message")
+                raise AssertionError(f"{type(control).__name__} is not a control message")
 
 
 def _key(frame: zmq.Frame) -> str:
-    """Whose message that is: the public key that it came under, "" without CURVE."""
+    """The public key of the client that sent the frame, "" without CURVE."""
     try:
         return str(frame.get("User-Id"))
     except zmq.ZMQError:
         return ""
-
-
-def _locked(socket_path: Path) -> SocketLock:
-    endpoint.claim_directory(socket_path.parent)
-    lock = SocketLock(socket_path)
-    lock.acquire()
-    return lock

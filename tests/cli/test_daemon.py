@@ -29,14 +29,14 @@ from shoal.daemon.private_files import private_dir
 HOLDER = """
 import signal, sys
 from pathlib import Path
-from shoal.daemon.server.socket_lock import SocketLock
+from shoal.daemon.server.socket_lock import socket_lock
 stubborn = sys.argv[2] == "stubborn"
 terms = []
 signal.signal(signal.SIGTERM, lambda *_: terms.append(1) if stubborn and not terms else sys.exit())
-SocketLock(Path(sys.argv[1])).acquire()
-print("up", flush=True)
-while True:
-    signal.pause()
+with socket_lock(Path(sys.argv[1])):
+    print("up", flush=True)
+    while True:
+        signal.pause()
 """
 
 

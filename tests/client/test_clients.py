@@ -201,7 +201,7 @@ def test_a_daemon_that_ends_is_noticed_and_a_new_one_found(tmp_path):
     with running(ipc(tmp_path)):
         client.ping()
     with running(ipc(tmp_path)):
-        with contextlib.suppress(NoDaemon):  # the news of the first one's end may come only now
+        with contextlib.suppress(NoDaemon):  # it may learn only now that the first one has ended
             client.ping()
         client.ping()
     client.close()
@@ -275,7 +275,7 @@ def test_async_no_daemon_and_a_daemon_that_ends(tmp_path):
             with pytest.raises((RequestFailed, NoDaemon)):
                 await task
             with running(ipc(tmp_path)):
-                with contextlib.suppress(NoDaemon):  # the news of the first one's end may come only now
+                with contextlib.suppress(NoDaemon):  # it may learn only now that the first one has ended
                     await client.ping()
                 await client.ping()
 

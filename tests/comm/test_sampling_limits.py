@@ -1,4 +1,4 @@
-"""What sampling may be asked for is the same wherever it is asked: on the wire, from Python, on the command line."""
+"""The limits of sampling are the same on the wire, from Python and on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames and bodies: what is sound passes unchanged, what is not is a ProtocolError that says why."""
+"""Frames and bodies: valid ones pass unchanged; for others there is a ProtocolError that says why."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_sending_keeps_to_the_limits_too(request_id):
 
 
 def read(frames: list[bytes]) -> None:
-    """Decode as a request and as a reply; nothing but ProtocolError may come out."""
+    """Decode as a request and as a reply. No error but ProtocolError may be raised."""
     for types in (REQUESTS, REPLIES):
         try:
             wire.decode(wire.split(frames), types)

@@ -39,7 +39,9 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.server.limits import ServerLimits
 from shoal.daemon.server.server import Server
 
-PATIENCE_S = 20.0  # for what must happen; generous, because nothing waits for its end
+PATIENCE_S = (
+    20.0  # timeout for what must happen; it can be long because a test that passes never waits so long
+)
 QUICK = ServerLimits(keepalive_s=0.1, outbox_s=0.5, farewell_s=2.0, drain_s=PATIENCE_S)
 
 
@@ -52,7 +54,7 @@ def done(reason: str = "stop", tokens: int = 0) -> Done:
 
 
 class Run:
-    """One submitted request; `emit` is the test's to call for prompts that begin with `manual`."""
+    """One submitted request. For prompts that begin with `manual`, the test itself calls `emit`."""
 
     def __init__(self, prompt: str, emit: Callable[[Message], None], client: str) -> None:
         self.prompt = prompt
@@ -68,7 +70,7 @@ class Run:
             self.emit(done("cancelled"))
 
     def echo(self) -> None:
-        """The words of the prompt, one token each; `forever` never ends by itself."""
+        """Emit the words of the prompt, one token each. `forever` never ends by itself."""
         self.emit(Accepted(model="fake", prompt_tokens=len(self.prompt.split())))
         words = self.prompt.split(" ")
         count = 0
@@ -92,7 +94,7 @@ class FakeBackend:
         self.submitted = threading.Condition()
         self.release_load = threading.Event()
         self.loading = threading.Event()
-        self.released = threading.Event()  # lets drain return
+        self.released = threading.Event()  # `drain` returns when this is set
         self.released.set()
         self.drains: list[float] = []
         self.closed = False
@@ -236,7 +238,7 @@ class RawClient:
         self.close()
 
     def close(self) -> None:
-        """Vanish without a word."""
+        """Close the connection without telling the server."""
         self.socket.close(linger=0)
         self.context.term()
 
@@ -247,14 +249,14 @@ class RawClient:
         self.socket.send_multipart(frames)
 
     def receive(self, timeout_s: float = PATIENCE_S) -> tuple[bytes, Message]:
-        """Request id and message of the next reply."""
+        """The request id and the message of the next reply."""
         assert self.socket.poll(int(1000 * timeout_s)), "no reply"
         assert time.monotonic() < self.deadline_s, "nothing but `waiting`"
         envelope = wire.split(self.socket.recv_multipart(), wire.MAX_REPLY_BYTES)
         return envelope.request_id, wire.decode(envelope, REPLIES)
 
     def until(self, kind: type[Message], request_id: bytes = b"1") -> Message:
-        """The next reply of a type to a request; others are dropped."""
+        """The next reply of type `kind` to a request. Other replies are dropped."""
         while True:
             got_id, message = self.receive()
             if got_id == request_id and isinstance(message, kind):
@@ -272,7 +274,7 @@ def alive(daemon: RunningServer) -> bool:
 
 
 def gone(daemon: RunningServer) -> bool:
-    """Whether the server soon remembers nothing of any client."""
+    """Whether the server soon has forgotten all clients."""
     outbox, deadline_s = daemon.server._outbox, time.monotonic() + PATIENCE_S
     with RawClient(daemon.address) as probe:
         while time.monotonic() < deadline_s:

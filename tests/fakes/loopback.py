@@ -1,4 +1,4 @@
-"""A web server on loopback that stands in for the ones models come from: ranges, hub listings, misbehaviour."""
+"""A web server on loopback in place of those that models come from: with ranges, hub listings and misbehaviour."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 
 class Web:
-    """What is served and how; `requests` is what was asked: (path, headers)."""
+    """What is served, and how. `requests` are those that came: (path, headers)."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.redirects: dict[str, str] = {}
         self.json: dict[str, Any] = {}
         self.requests: list[tuple[str, dict[str, str]]] = []
-        self.cuts: list[int] = []  # bodies to end after so many bytes, one per request
-        self.failures: list[int] = []  # statuses to answer with, one per request
+        self.cuts: list[int] = []  # one per request: after how many bytes to end the body
+        self.failures: list[int] = []  # one per request: the status to answer with
         self.ranges = True
         self.tagged = True
         self.address = ""
@@ -100,7 +100,7 @@ def _handler(web: Web) -> type[BaseHTTPRequestHandler]:
 
 @contextmanager
 def serving() -> Iterator[Web]:
-    """A running stand-in on a free port."""
+    """A running server on a free port."""
     web = Web()
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(web))
     server.daemon_threads = True

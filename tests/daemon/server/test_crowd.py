@@ -1,4 +1,4 @@
-"""Two hundred clients at once against a real server and model: some are told to come back, nobody is mixed up."""
+"""Two hundred clients at once, with a real server and model: some are told to retry; each gets its own answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG = NodeConfig(
 
 
 def request(number: int) -> Generate:
-    """Prompts that begin alike in fours."""
+    """Each four prompts begin alike."""
     ids = [(5 * (number // 4) + 11 * i) % 250 for i in range(20)] + [number % 4] * (1 + number % 3)
     return Generate(
         prompt_tokens=ids,
@@ -41,7 +41,7 @@ def request(number: int) -> Generate:
 
 
 class Crowd:
-    """Sockets of one context, read by one thread; replies by client."""
+    """The clients' sockets, which one thread reads, and the replies of each client."""
 
     def __init__(self, address: str) -> None:
         self.context = zmq.Context()
@@ -55,7 +55,7 @@ class Crowd:
             self.sockets.append(socket)
 
     def read(self) -> None:
-        """Take what has come; waits for something."""
+        """Wait for replies, and take one from each socket that has some."""
         ready = dict(self.poller.poll(1000 * PATIENCE_S))
         assert ready, "nobody gets an answer"
         for number, socket in enumerate(self.sockets):

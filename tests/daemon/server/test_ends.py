@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,7 +19,6 @@ from fakes.api_fakes import (
     QUICK,
     FakeBackend,
     RawClient,
-    RunningServer,
     alive,
     done,
     ipc,
@@ -34,19 +32,7 @@ from shoal.comm.messages import Done, Generate, Load, Loaded, Ping, Pong, Status
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.server.flight import Flight, Peer
 from shoal.daemon.server.server import Server
-from shoal.daemon.server.socket_lock import SocketLock, holder_pid, lock_path
-
-
-@pytest.fixture
-def daemon() -> Iterator[RunningServer]:
-    with running() as it:
-        yield it
-
-
-@pytest.fixture
-def raw(daemon) -> Iterator[RawClient]:
-    with RawClient(daemon.address) as it:
-        yield it
+from shoal.daemon.server.socket_lock import holder_pid, lock_path, socket_lock
 
 
 def test_draining_lets_requests_end_and_admits_no_new_ones(daemon, raw):
@@ -107,7 +93,7 @@ print("ended")
 ELSEWHERE = """
 import signal, sys, threading
 from shoal.daemon.server.outbox import Outbox
-Outbox.patience_s = 3600.0  # nothing else wakes it
+Outbox.patience_s = 3600.0  # only the signal can wake the server
 
 def interrupt():
     sys.stdin.readline()
@@ -149,7 +135,7 @@ def test_sigterm_drains_and_a_killed_daemon_leaves_nothing_that_matters(tmp_path
     child = spawn(address)
     child.kill()
     child.communicate(timeout=PATIENCE_S)
-    assert path.exists()  # the killed daemon's
+    assert path.exists()  # the killed daemon left it
     assert holder_pid(path) is None
     with pytest.raises(NoDaemon), Client(address) as client:
         client.ping()
@@ -159,7 +145,7 @@ def test_sigterm_drains_and_a_killed_daemon_leaves_nothing_that_matters(tmp_path
 
 
 def test_a_signal_is_heard_at_once_wherever_it_arrives(tmp_path):
-    """Also just before the poll begins, or in another thread: neither interrupts the poll."""
+    """Also when it comes just before the poll begins, or in another thread, where it does not interrupt the poll."""
     child = spawn(ipc(tmp_path), ELSEWHERE + DAEMON)
     with Client(ipc(tmp_path), timeout_s=PATIENCE_S) as client:
         client.ping()
@@ -201,13 +187,13 @@ def test_a_socket_of_something_else_is_left_alone(tmp_path):
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
         other.listen()
-        with pytest.raises(DaemonError, match="no Shoal daemon listens"):
-            SocketLock(path).acquire()
+        with pytest.raises(DaemonError, match="no Shoal daemon listens"), socket_lock(path):
+            pass
     assert path.exists()
     path.unlink()
     path.write_text("precious")
-    with pytest.raises(DaemonError, match="is not a socket"):
-        SocketLock(path).acquire()
+    with pytest.raises(DaemonError, match="is not a socket"), socket_lock(path):
+        pass
     assert path.read_text() == "precious"
     assert lock_path(path).exists()
 
@@ -286,7 +272,7 @@ def test_an_ended_request_holds_nothing_of_its_model(course: str):
             steps[step]()
         return weakref.ref(model)
 
-    gc.disable()  # the collector would find the ring of request and model in its own time, many models later
+    gc.disable()  # the collector would free a cycle of request and model, but many models later
     try:
         assert take_its_course()() is None
     finally:

@@ -1,4 +1,4 @@
-"""A request in flight: in whatever order things happen, it has one end, and its backend is cancelled if need be."""
+"""A request in flight ends once, in whatever order things happen, and the backend is told to cancel when it must be."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAILED = Error(code="shutting_down", message="the daemon is stopping")
 
 @dataclass
 class Course:
-    """A flight, what has left it, and what its backend was told."""
+    """A flight, the messages taken from it, and how often its backend was told to cancel."""
 
     kind: str = "generate"
     sent: list[Message] = field(default_factory=list)
@@ -80,7 +80,7 @@ EVENTS = st.sampled_from(
 
 @st.composite
 def courses(draw: st.DrawFn) -> list[str]:
-    """Any events in any order; the backend says how to cancel once, if ever."""
+    """Any events in any order, with at most one `attach`."""
     events = draw(st.lists(EVENTS, max_size=12))
     if draw(st.booleans()):
         events.insert(draw(st.integers(0, len(events))), "attach")
@@ -88,7 +88,7 @@ def courses(draw: st.DrawFn) -> list[str]:
 
 
 def position(events: list[str], names: set[str]) -> int:
-    """Where the first event of these is; the end where there is none."""
+    """The index of the first of these events; the number of events if there is none."""
     return next((index for index, event in enumerate(events) if event in names), len(events))
 
 
@@ -99,20 +99,20 @@ def test_any_course_ends_once_and_cancels_its_backend_when_that_is_due(events: l
     assert [name not in STREAMING for name in kinds].count(True) <= 1, "two terminal messages"
     assert all(name in STREAMING for name in kinds[:-1]), "something after the terminal one"
 
-    # The backend is told unless it ended the request first: before it was dropped, or before it said how to cancel.
+    # The backend is told to cancel, unless it ended the request before that was dropped, or before `attach`.
     begun = 0 if kind == "load" else position(events, {"accepted", "attach"})
     ended = position(events, {"done", "refused"})
     cancelled, attached = position(events, {"cancel"}), position(events, {"attach"})
     dropped = position(events, {"fail", "abandon"})
     for early in (cancelled, position(events, {"expire"})):
-        if early < begun:  # the backend does not have it yet, so it is ended here
+        if early < begun:  # the backend has not accepted it yet, so it is ended here
             dropped = min(dropped, early)
     is_dropped = dropped < min(ended, len(events))
     is_told = cancelled < ended and attached < ended
     assert course.cancels == ("attach" in events and (is_dropped or is_told))
     assert course.flight.cancelled == (is_dropped or (cancelled < len(events) == ended))
 
-    # It has a terminal reply as soon as it has ended, unless nobody waits for one.
+    # When it has ended there is a terminal reply, unless the client has gone.
     over = is_dropped or ended < len(events)
     assert "abandon" in events or over == bool(kinds and kinds[-1] not in STREAMING)
 
@@ -125,7 +125,7 @@ def test_whoever_sends_replies_is_told_of_them_once_until_they_are_taken(events:
         before = course.noted
         course.do(event)
         assert course.noted - before <= 1
-        assert not (waiting and course.noted > before), "told again of what was not taken"
+        assert not (waiting and course.noted > before), "told again before it took what there was"
         waiting = (waiting or course.noted > before) and event != "take"
         holds = bool(course.flight._accepted or course.flight._tokens or course.flight._terminal)
         assert waiting or not holds, "a reply that nobody knows of"
@@ -163,7 +163,7 @@ def test_a_course_in_full(events: list[str], reply: list[Message], cancels: int)
 def test_what_has_no_end_of_its_own_here_is_answered_by_who_has_it(kind: str) -> None:
     course = Course(kind).run(["cancel", "expire", "take"])
     assert course.sent == []
-    assert course.flight.cancelled  # who would begin it looks at that
+    assert course.flight.cancelled  # the dispatcher looks at this before it begins
     assert course.run(["refused", "take"]).sent == [Error(code="busy", message="full")]
 
 

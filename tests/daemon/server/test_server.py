@@ -1,15 +1,14 @@
-"""The server with a scripted backend: many clients at once, absent ones and slow ones."""
+"""The server with a scripted backend: many clients at once, clients that vanish, and slow ones."""
 
 from __future__ import annotations
 
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from fakes.api_fakes import PATIENCE_S, QUICK, RawClient, RunningServer, done, gone, running
+from fakes.api_fakes import PATIENCE_S, QUICK, RawClient, done, gone, running
 
 from shoal.client import Client
 from shoal.client.session import Exchange
@@ -35,18 +34,6 @@ from shoal.comm.messages import (
     Waiting,
     Welcome,
 )
-
-
-@pytest.fixture
-def daemon() -> Iterator[RunningServer]:
-    with running() as it:
-        yield it
-
-
-@pytest.fixture
-def raw(daemon) -> Iterator[RawClient]:
-    with RawClient(daemon.address) as it:
-        yield it
 
 
 def test_twenty_clients_get_their_own_texts(daemon):
@@ -128,7 +115,7 @@ def test_cancel_is_idempotent_and_knows_only_own_requests(daemon, raw):
 
 @pytest.mark.parametrize("how", ["cancelled", "deadline"])
 def test_a_request_whose_submit_has_not_returned_ends_at_once(daemon, raw, how):
-    """Its model may be loading for long. The backend is told when it has the request."""
+    """Loading its model may take long. The backend is told to cancel as soon as it has the request."""
     entered, leave = threading.Event(), threading.Event()
     submit = daemon.backend.submit
 
@@ -227,7 +214,7 @@ def test_a_client_killed_while_nothing_is_sent_is_cancelled(daemon):
 
 
 def test_a_slow_reader_stalls_nobody_and_loses_its_requests():
-    """Its tokens are joined while they wait, and after a bound its requests end with an error."""
+    """Tokens that wait for it are joined; when they take too much memory its requests end with an error."""
     limits = replace(QUICK, queue_messages=2, outbox_s=PATIENCE_S, outbox_bytes=1 << 20)
     with running(limits=limits) as daemon, RawClient(daemon.address, RCVHWM=2, RCVBUF=4096) as slow:
         slow.send(Generate(prompt="manual"))
