@@ -144,7 +144,7 @@ def _llama3(dims: int, theta: float, factor: float, low: float, high: float, ori
     """Long waves are stretched, short ones kept, those between get a mean weighted by frequency."""
     divisors = []
     for i in range(dims // 2):
-        wavelength = 2 * math.pi * _base(theta, i, dims)
+        wavelength = 2 * math.pi * theta ** (2 * i / dims)
         if wavelength < original / high:
             divisors.append(1.0)
         elif wavelength > original / low:
@@ -190,7 +190,3 @@ def _yarn_magnitude(parameters: Facts, factor: float) -> float:
 
 def _longrope_magnitude(factor: float, original: int) -> float:
     return 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-
-
-def _base(theta: float, pair: int, dims: int) -> float:
-    return float(theta ** (2 * pair / dims))

@@ -15,15 +15,6 @@ Names = Mapping[BlockKind, Mapping[str, str]]
 """Per kind of block: role → name of its tensor, with {layer} and {expert} left open. `a+b` is one tensor that holds
 the rows of role a followed by those of b. The name of an expert's tensor without {expert} is a stack of them all."""
 
-_BIASES = {
-    "q": "q_bias",
-    "k": "k_bias",
-    "v": "v_bias",
-    "o": "o_bias",
-    "gate": "gate_bias",
-    "up": "up_bias",
-    "down": "down_bias",
-}
 ATTENTION_BIASES = frozenset({"q_bias", "k_bias", "v_bias", "o_bias"})
 QKV_BIASES = frozenset({"q_bias", "k_bias", "v_bias"})
 FFN_BIASES = frozenset({"gate_bias", "up_bias", "down_bias"})
@@ -53,12 +44,10 @@ def shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, tuple[int, ...]]:
             return {"embed": (spec.vocab, c)}
         case "attn":
             found = norms | {"q": (q, c), "k": (kv, c), "v": (kv, c), "o": (c, q + sum(spec.o_margins))}
-            if spec.qk_norm != "none":
-                head = spec.qk_norm == "head"
-                found |= {
-                    "q_norm": (spec.head_dim if head else q,),
-                    "k_norm": (spec.head_dim if head else kv,),
-                }
+            if spec.qk_norm == "head":
+                found |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
+            elif spec.qk_norm == "full":
+                found |= {"q_norm": (q,), "k_norm": (kv,)}
             return found
         case "ffn":
             return norms | _gated(spec.ffn, c)
@@ -81,8 +70,7 @@ def bias_shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, tuple[int, ...]]:
     """Role → shape of the biases that a block of this kind may have."""
     if kind not in ("attn", "ffn"):
         return {}
-    of = shapes(spec, kind)
-    return {bias: of[role][:1] for role, bias in _BIASES.items() if role in of}
+    return {f"{role}_bias": shape[:1] for role, shape in shapes(spec, kind).items() if len(shape) == 2}
 
 
 def chosen(spec: ModelSpec, names: Names, biases: frozenset[str]) -> Names:
