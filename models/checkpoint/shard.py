@@ -7,7 +7,6 @@ taken out of the stored rows, so that no weight is ever rounded anew. What is wh
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from pathlib import Path
 from typing import Literal
 
 from shoal.kernels import Matrix, WeightType
@@ -31,25 +30,11 @@ class CheckpointShard:
         self._whole = whole
         self.shard: Literal["whole"] | Shard = shard
         self.spec = shard_spec(whole.spec, shard)
+        self.path, self.kind = whole.path, whole.kind
+        self.name, self.files = whole.name, whole.files
         self._rows = _rows(shard, whole.spec)
         self._columns = _columns(shard)
         self._without = frozenset() if shard.has_sum_biases else _SUMMED
-
-    @property
-    def path(self) -> Path:
-        return self._whole.path
-
-    @property
-    def kind(self) -> Literal["gguf", "hf"]:
-        return self._whole.kind
-
-    @property
-    def name(self) -> str:
-        return self._whole.name
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._whole.files
 
     def bypass_cache(self) -> None:
         self._whole.bypass_cache()
@@ -57,17 +42,17 @@ class CheckpointShard:
     def matrices(self, block: BlockId) -> dict[str, tuple[WeightType, int, int]]:
         found = {}
         for role, (kind, rows, cols) in self._whole.matrices(block).items():
-            own_rows, own_cols = self._rows.get((block.kind, role)), self._columns.get((block.kind, role))
-            found[role] = (kind, own_rows.size if own_rows else rows, own_cols.size if own_cols else cols)
+            own_rows = self._rows.get((block.kind, role), Range(0, rows))
+            own_columns = self._columns.get((block.kind, role), Range(0, cols))
+            found[role] = (kind, own_rows.size, own_columns.size)
         return found
 
     def vector_lengths(self, block: BlockId) -> dict[str, int]:
-        lengths = {}
-        for role, length in self._whole.vector_lengths(block).items():
-            own = self._rows.get((block.kind, role))
-            if role not in self._without:
-                lengths[role] = own.size if own else length
-        return lengths
+        return {
+            role: self._rows.get((block.kind, role), Range(0, length)).size
+            for role, length in self._whole.vector_lengths(block).items()
+            if role not in self._without
+        }
 
     def read_block(self, block: BlockId) -> Weights:
         """Raises CheckpointError."""
@@ -84,19 +69,17 @@ class CheckpointShard:
         self, block: BlockId, role: str, start: int, stop: int, into: Bytes | None = None
     ) -> Matrix:
         """Raises CheckpointError."""
-        own = self._rows.get((block.kind, role))
-        first = own.start if own else 0
+        first = self._rows.get((block.kind, role), Range(0, stop)).start
         columns = self._columns.get((block.kind, role))
         return self._whole.read_rows(block, role, first + start, first + stop, into, columns)
 
     def read_vectors(self, block: BlockId) -> dict[str, Floats]:
         """Raises CheckpointError."""
-        vectors = {}
-        for role, vector in self._whole.read_vectors(block).items():
-            own = self._rows.get((block.kind, role))
-            if role not in self._without:
-                vectors[role] = vector[slice(*own)] if own else vector
-        return vectors
+        return {
+            role: vector[slice(*self._rows.get((block.kind, role), Range(0, len(vector))))]
+            for role, vector in self._whole.read_vectors(block).items()
+            if role not in self._without
+        }
 
 
 AnyCheckpoint = Checkpoint | CheckpointShard
@@ -109,19 +92,15 @@ def _rows(shard: Shard, spec: ModelSpec) -> dict[tuple[BlockKind, str], Range]:
     cut: dict[tuple[BlockKind, str], Range] = {
         ("embed", "embed"): own.vocab,
         ("attn", "q"): q,
-        ("attn", "q_bias"): q,
         ("attn", "k"): kv,
-        ("attn", "k_bias"): kv,
         ("attn", "v"): kv,
-        ("attn", "v_bias"): kv,
         ("ffn", "gate"): own.ffn,
-        ("ffn", "gate_bias"): own.ffn,
         ("ffn", "up"): own.ffn,
-        ("ffn", "up_bias"): own.ffn,
         ("router", "shared_gate"): own.shared_ffn,
         ("router", "shared_up"): own.shared_ffn,
         ("head", "head"): own.vocab,
     }
+    cut |= {(kind, f"{role}_bias"): rows for (kind, role), rows in cut.items()}
     if spec.qk_norm == "full":
         cut |= {("attn", "q_norm"): q, ("attn", "k_norm"): kv}
     return cut

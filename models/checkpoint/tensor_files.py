@@ -1,6 +1,6 @@
 """Open files that hold tensors, and reads of exact rows from them.
 
-Knows names, types, shapes and places of tensors (found by `gguf_file` or `hf_dir`) and how to bring bytes in: by
+Knows names, types, shapes and places of tensors (found by `gguf_header` or `hf_dir`) and how to bring bytes in: by
 `preadv` into a buffer of exactly the size asked for. Nothing is memory-mapped, because a mapped page that cannot be
 read kills the process, where a failed read is an error of the request that needed it. Does not know what a tensor
 means.
