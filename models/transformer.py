@@ -98,7 +98,7 @@ class Transformer:
         of Mixture-of-Experts Language Models with Offloading", 2023, section 3.2.
         """
         assert self.spec.moe is not None
-        x = self._entering(home, weights, hidden)
+        x = self._normed(home, hidden, self._pre_norm(weights))
         return home.likeliest(home.linears(x, weights.linears("router"))[0], self.spec.moe.active)
 
     def route(
@@ -108,7 +108,7 @@ class Transformer:
         is one."""
         spec, moe = self.spec, self.spec.moe
         assert moe is not None
-        x = self._entering(home, weights, hidden)
+        x = self._normed(home, hidden, self._pre_norm(weights))
         scores = home.linears(x, weights.linears("router"))[0]  # (T, experts)
         routing = home.route(scores, moe.active, moe.normalize)
         if not moe.shared_ffn:
@@ -134,7 +134,7 @@ class Transformer:
             home.experts(x, layers, routing.routes, self.spec.activation, partial)
 
     def leave(self, home: ComputeHome, weights: Weights, total: Hidden) -> Hidden:
-        """What is done to a block's summed output before the residual add."""
+        """total (T, C), a block's output summed over ranks → what is added to the residual stream."""
         return self._normed(home, total, weights.vector["post_norm"]) if self.spec.post_norm else total
 
     def head(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> Hidden:
@@ -161,10 +161,6 @@ class Transformer:
     def _pre_norm(self, weights: Weights) -> Floats | None:
         return weights.vector["norm"] if self.spec.pre_norm else None
 
-    def _entering(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> Hidden:
-        """hidden (T, C) as it enters a block: normalised, if the family does that."""
-        norm = self._pre_norm(weights)
-        return hidden if norm is None else self._normed(home, hidden, norm)
-
-    def _normed(self, home: ComputeHome, x: Hidden, weight: Floats) -> Hidden:
-        return home.rms_norm(x, weight, self.spec.norm_eps)
+    def _normed(self, home: ComputeHome, x: Hidden, weight: Floats | None) -> Hidden:
+        """x (T, C) normalised, or as it is where the family has no norm."""
+        return x if weight is None else home.rms_norm(x, weight, self.spec.norm_eps)

@@ -1,7 +1,7 @@
 """A rank's shard of a checkpoint: it reads like a checkpoint of a smaller model of the same hidden size.
 
-Knows which rows or columns of each role a shard's ranges are. Rows are read as they are; of columns, whole blocks are
-taken out of the stored rows, so that no weight is ever rounded anew. What is whose is decided in `partition.slicing`.
+Knows which rows and columns of each role a shard's ranges are. Rows are read as they are. Of columns, whole blocks of
+the stored rows are taken, so that no weight is rounded anew. `partition.slicing` decides which rank holds what.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from shoal.partition.spec import BlockId, BlockKind, ModelSpec
 
 from .checkpoint import Checkpoint, read_in_turn
 
-_SUMMED = frozenset({"o_bias", "down_bias"})  # added to what is summed over ranks
+# These biases are added to a sum over ranks, so only one rank may add them.
+_SUMMED = frozenset({"o_bias", "down_bias"})
 
 
 class CheckpointShard:
     """What one rank holds of an open checkpoint, whose files and description it shares. `spec`: of the smaller model.
 
-    Its methods are those of `Checkpoint`, their rows and columns counted from the shard's first.
+    Its methods are those of `Checkpoint`; rows and columns are counted from the first that the shard holds.
     """
 
     def __init__(self, whole: Checkpoint, shard: Shard) -> None:
@@ -86,7 +87,7 @@ AnyCheckpoint = Checkpoint | CheckpointShard
 
 
 def _rows(shard: Shard, spec: ModelSpec) -> dict[tuple[BlockKind, str], Range]:
-    """(kind of block, role) → rows of the matrices, and what there is of the vectors, that are cut."""
+    """(kind of block, role) → what the shard has of matrices that are cut by rows, and of vectors that are cut."""
     own = shard.ranges
     q, kv = own.heads.times(spec.head_dim), own.kv_heads.times(spec.head_dim)
     cut: dict[tuple[BlockKind, str], Range] = {
@@ -107,7 +108,7 @@ def _rows(shard: Shard, spec: ModelSpec) -> dict[tuple[BlockKind, str], Range]:
 
 
 def _columns(shard: Shard) -> dict[tuple[BlockKind, str], Range]:
-    """(kind of block, role) → columns of the matrices that are cut."""
+    """(kind of block, role) → what the shard has of the matrices that are cut by columns."""
     own = shard.ranges
     return {
         ("attn", "o"): own.o_columns,

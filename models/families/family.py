@@ -1,7 +1,4 @@
-"""What is peculiar to a family, as data: the type of an entry in `table`.
-
-The functions here are the few rules that several entries share. Files and tensors are unknown here.
-"""
+"""What is peculiar to a family, as data: the type of an entry in `table`. Knows neither files nor tensors."""
 
 from __future__ import annotations
 
@@ -41,10 +38,10 @@ class HfSide:
     biases: Mapping[str, frozenset[str]] = field(default_factory=dict)  # flag in config.json → roles
     windows: Callable[[Facts, int], Windows] = no_windows
     moe: Callable[[Facts, int], Moe] | None = None
-    norm_shift: float = 0.0  # norm weights are stored less this
+    norm_shift: float = 0.0  # what has to be added to stored norm weights
     local_rope: bool = False  # windowed layers have a rope of their own
     longrope_names: tuple[str, ...] = ()  # further names that the family uses for longrope
-    unsupported: tuple[str, ...] = ()  # keys of options that change the arithmetic and must be off
+    unsupported: tuple[str, ...] = ()  # keys of options that change the arithmetic, so that they must be off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +50,7 @@ class GgufSide:
 
     archs: tuple[str, ...]  # general.architecture
     names: Names = field(default_factory=lambda: GGUF_NAMES)
-    interleaved: bool = False  # rows of q and k are permuted so that pairs are neighbours
+    interleaved: bool = False  # rows of q and k are permuted so that the two of a rope pair are neighbours
     windows: Callable[[Facts, int], Windows] = no_windows
     moe: Callable[[Facts, int], Moe] | None = None
     query_scale: Callable[[Facts, int], float] = lambda facts, layers: 0.0
@@ -63,7 +60,7 @@ class GgufSide:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family of architectures. Fields of the same name go into the spec as they are."""
+    """One family of architectures. Fields that `ModelSpec` has too go into the spec as they are."""
 
     name: str
     activation: Literal["silu", "gelu_tanh"] = "silu"  # of GGUF; config.json names its own

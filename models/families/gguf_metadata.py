@@ -1,7 +1,7 @@
 """GGUF metadata → recipe, for any family in the table.
 
-Knows the keys that all architectures share, and the small tensors that hold rope factors; what is peculiar to one
-comes from its `GgufSide`. Defaults of absent keys are llama.cpp's.
+Knows the keys that all architectures share, and the small tensors that hold rope factors. What is peculiar to one
+architecture comes from its `GgufSide`. An absent key has the default that llama.cpp gives it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .tensors import Names, Recipe, chosen
 
 
 class GgufFacts(Facts):
-    """Metadata of one architecture. Sizes may be lists, one per layer: they must all be the same."""
+    """Metadata of one architecture. A size may be a list of one per layer, all of which must be the same."""
 
     def integer(self, key: str, default: Any = REQUIRED) -> int:
         value = self.values.get(self.prefix + key)
@@ -83,7 +83,7 @@ def _vocab(files: TensorFiles) -> int:
 
 
 def _ropes(gguf: GgufSide, facts: Facts, head_dim: int, files: TensorFiles) -> tuple[RopeSpec, ...]:
-    """One rope, or that of all layers followed by that of windowed ones."""
+    """The rope of all layers; if windowed layers have one of their own, that comes second."""
     rope = gguf_rope(
         facts,
         head_dim,
@@ -109,7 +109,7 @@ def _factors(files: TensorFiles, name: str) -> tuple[float, ...]:
 
 
 def _with_fused(names: Names, files: TensorFiles) -> Names:
-    """The names with those tensors fused that the first layer has fused; then every layer must have them so."""
+    """The names, with tensors fused where they are in the first layer; all other layers must be like it."""
     attention = dict(names["attn"])
     for roles, name in GGUF_FUSED.items():
         if name.format(layer=0) in files.tensors:
@@ -120,7 +120,7 @@ def _with_fused(names: Names, files: TensorFiles) -> Names:
 
 
 def _biases(names: Names, files: TensorFiles) -> frozenset[str]:
-    """The biases that the first layer has; then every layer must have them."""
+    """The biases that the first layer has; all other layers must be like it."""
     return frozenset(
         role
         for kind in ("attn", "ffn")

@@ -1,6 +1,6 @@
 """config.json → recipe, for any family in the table.
 
-Knows the keys that transformers gives most families; what is peculiar to one comes from its `HfSide`.
+Knows the keys that transformers gives most families. What is peculiar to one family comes from its `HfSide`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def hf_recipe(
 
 
 def layer_count(facts: Facts, key: str = "num_hidden_layers") -> int:
-    """Checked here, because lists of this length are made before there is a spec."""
+    """The number of layers. It is checked here, because lists of this length are made before there is a spec."""
     count = facts.integer(key)
     if not 1 <= count <= 4096:
         raise facts.wrong(key, count, "from 1 to 4096")
@@ -74,7 +74,7 @@ def layer_count(facts: Facts, key: str = "num_hidden_layers") -> int:
 
 
 def _ropes(hf: HfSide, facts: Facts, head_dim: int) -> tuple[RopeSpec, ...]:
-    """One rope, or that of all layers followed by that of windowed ones."""
+    """The rope of all layers; if windowed layers have one of their own, that comes second."""
     parameters = facts.part("rope_parameters")
     if not hf.local_rope:
         if not parameters.values:

@@ -1,6 +1,6 @@
 """Names of tensors in Hugging Face checkpoints and in GGUF files, by block and role.
 
-The tables here hold for most families; `table` overrides them per family. Only data.
+HF_NAMES and GGUF_NAMES are those of most families; the others differ from them where their families do. Only data.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ GGUF_NAMES: Names = {
     "head": {"norm": "output_norm.weight", "head": "output.weight"},
 }
 
-# Any GGUF may have q, k and v in one tensor, some with biases that are still apart.
+# Any GGUF may have q, k and v in one tensor; the biases may be fused, too, or not.
 GGUF_FUSED = {
     "q+k+v": _BLK + "attn_qkv.weight",
     "q_bias+k_bias+v_bias": _BLK + "attn_qkv.bias",

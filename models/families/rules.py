@@ -1,6 +1,6 @@
 """Rules that several families share: which layers have a window or experts.
 
-Each takes the facts of one checkpoint (and the number of layers) and returns a value; the table names them.
+Each takes the facts of one checkpoint and its number of layers. The entries of `table` name them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def olmoe_moe(config: Facts, layers: int) -> Moe:
 
 
 def qwen_moe(config: Facts, layers: int) -> Moe:
-    """qwen2_moe and qwen3_moe; a shared expert only where its size is given."""
+    """qwen2_moe and qwen3_moe. There is a shared expert only if its size is given."""
     shared = config.integer("shared_expert_intermediate_size", 0)
     spec = _hf_experts(config, "moe_intermediate_size", config.flag("norm_topk_prob", False))
     spec = replace(spec, shared_ffn=shared, shared_gated=shared > 0)
@@ -98,7 +98,7 @@ def gguf_olmoe_moe(metadata: Facts, layers: int) -> Moe:
 
 
 def gguf_qwen2_moe(metadata: Facts, layers: int) -> Moe:
-    """Beside the chosen experts a gated one that is always on."""
+    """Beside the chosen experts there is a gated one that is always on."""
     shared = metadata.integer("expert_shared_feed_forward_length", 0)
     shared = shared or metadata.integer("feed_forward_length")
     spec = _gguf_experts(metadata, _qwen_expert_ffn(metadata), normalize=False)
@@ -110,7 +110,7 @@ def gguf_qwen3_moe(metadata: Facts, layers: int) -> Moe:
 
 
 def gemma3_query_scale(metadata: Facts, layers: int) -> float:
-    """Not stored: only the largest model (62 layers) scales by other than its head size."""
+    """GGUF does not store it. Only the largest model (62 layers) scales by another number than its head size."""
     if layers != 62:
         return 0.0
     query_dim = metadata.integer("embedding_length") // max(metadata.integer("attention.head_count"), 1)
@@ -118,7 +118,7 @@ def gemma3_query_scale(metadata: Facts, layers: int) -> float:
 
 
 def _hf_experts(config: Facts, ffn_key: str, normalize: bool) -> MoeSpec:
-    """Their number has one of two names in any family, depending on the version of transformers that wrote it."""
+    """Any family may call their number by either name, depending on the version of transformers that wrote the file."""
     return MoeSpec(
         experts=config.integer("num_experts" if config.has("num_experts") else "num_local_experts"),
         active=config.integer("num_experts_per_tok"),
@@ -128,7 +128,7 @@ def _hf_experts(config: Facts, ffn_key: str, normalize: bool) -> MoeSpec:
 
 
 def _gguf_experts(metadata: Facts, ffn: int, normalize: bool) -> MoeSpec:
-    """Refuses ways of routing that Shoal does not compute. `normalize`: whether to, if the file does not say."""
+    """The experts; ways of routing that Shoal does not compute are refused. `normalize`: if the file does not say."""
     keys = f"{metadata.origin}: {metadata.prefix}"
     if (function := metadata.integer("expert_gating_func", _SOFTMAX)) != _SOFTMAX:
         raise UnsupportedCheckpoint(
@@ -145,7 +145,7 @@ def _gguf_experts(metadata: Facts, ffn: int, normalize: bool) -> MoeSpec:
 
 
 def _qwen_expert_ffn(metadata: Facts) -> int:
-    """Early files give only the columns of all active experts together."""
+    """Early files say only how many columns all active experts have together."""
     together = metadata.integer("feed_forward_length", 0) // max(metadata.integer("expert_used_count"), 1)
     return metadata.integer("expert_feed_forward_length", together)
 

@@ -1,4 +1,4 @@
-"""The families, one entry each. To add one, add its entry (and a rule to `rules` if it has one of its own)."""
+"""The families, one entry each. To add a family, add its entry here, and rules of its own to `rules`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SentencePiece BPE: equal to the plain definition, also where scores tie; its file; its spaces and bytes."""
+"""SentencePiece BPE: it equals the plain definition, also where scores are equal; its file; its spaces and bytes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def metadata(words: list[str], of_words: list[float], **changes: Any) -> dict[st
 
 
 def plain_merge(text: str, scores: dict[str, float]) -> list[str]:
-    """The definition: again and again the neighbours with the best score, of equals the leftmost."""
+    """The definition: the neighbours with the best score are merged again and again, of equals the leftmost."""
     symbols = list(text)
     while True:
         pairs = [a + b for a, b in pairwise(symbols)]
