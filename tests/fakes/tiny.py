@@ -141,7 +141,6 @@ _ARCHS = {
     "olmoe": gguf.MODEL_ARCH.OLMOE,
 }
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
-GGUF_FAMILIES: tuple[str, ...] = FAMILIES
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Per type: the offset of each scale (f16) in a block → the scale with which random bytes mean weights within about ±1.

@@ -180,7 +180,7 @@ numpy.save(out, numpy.array(model.scores[: len(ids)], numpy.float32))
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("family", tiny.GGUF_FAMILIES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_tiny_files_mean_the_same_to_llama_cpp(family: str, tmp_path: Path) -> None:
     """Checks the writer of GGUF files that the other tests rely on. SHOAL_PEER_PYTHON is a Python that has llama_cpp.
 
