@@ -1,8 +1,8 @@
 """Shards compute the model: the partials of all ranks, added in the order of ranks, are the whole model's.
 
 Their f32 sums have another order, so max |Δ| ≤ 1e-5 of the partial's scale. That holds for quantised weights too:
-inputs are rounded to 16 bits in groups of 32 columns, and a group belongs to one rank. Where it does not (heads that are
-not a multiple of 32 wide) the tolerance is 1e-4. The logits are the whole model's to the bit.
+inputs are rounded to 16 bits in groups of 32 columns, and a group belongs to one rank. Where it does not (the size of
+heads is not a multiple of 32) the tolerance is 1e-4. The logits are the whole model's to the bit.
 """
 
 from __future__ import annotations
