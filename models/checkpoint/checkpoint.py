@@ -1,8 +1,8 @@
 """A checkpoint: the user's files, read block by block.
 
 Knows how blocks are put together from tensors: fused tensors are read apart by rows, one expert is read
-out of a stack, vectors become f32. `gguf_file` and `hf_dir` know the containers,
-`families` the names of tensors and the facts.
+out of a stack, vectors become f32. `gguf_file` and `hf_dir` know the containers, `families` the names of tensors and
+the facts.
 """
 
 from __future__ import annotations
@@ -114,8 +114,10 @@ class Checkpoint:
 
     def block_bytes(self, block: BlockId) -> int:
         """What `read_block(block).nbytes` will be, without reading."""
-        matrices = sum(kind.matrix_bytes(rows, cols) for kind, rows, cols in self.matrices(block).values())
-        return matrices + 4 * sum(self.vector_lengths(block).values())
+        return sum(
+            tensor.type.matrix_bytes(*shape) if len(shape) == 2 else 4 * shape[0]
+            for tensor, _, shape in self._places(block).values()
+        )
 
     def read_block(self, block: BlockId) -> Weights:
         """Reads the tensors of a block, quantised ones into bands. Raises CheckpointError."""

@@ -7,13 +7,13 @@ from .family import Family, GgufSide, HfSide
 from .names import GEMMA3_HF, MIXTRAL_HF, PHI3_GGUF, PHI3_HF
 from .tensors import ATTENTION_BIASES, FFN_BIASES, QKV_BIASES
 
-ATTENTION = {"attention_bias": ATTENTION_BIASES}
+_ATTENTION = {"attention_bias": ATTENTION_BIASES}
 
 FAMILIES = (
     Family(
         name="llama",
         hf=HfSide(
-            types=("llama",), defaults={"rms_norm_eps": 1e-6}, biases=ATTENTION | {"mlp_bias": FFN_BIASES}
+            types=("llama",), defaults={"rms_norm_eps": 1e-6}, biases=_ATTENTION | {"mlp_bias": FFN_BIASES}
         ),
         gguf=GgufSide(archs=("llama",), interleaved=True, windows=rules.gguf_window_everywhere),
     ),
@@ -37,7 +37,7 @@ FAMILIES = (
         hf=HfSide(
             types=("qwen3",),
             defaults={"rms_norm_eps": 1e-6, "head_dim": 128},
-            biases=ATTENTION,
+            biases=_ATTENTION,
             windows=rules.hf_window_from_layer,
         ),
         gguf=GgufSide(archs=("qwen3",)),
@@ -68,7 +68,7 @@ FAMILIES = (
                 "query_pre_attn_scalar": 256,
                 "sliding_window": 4096,
             },
-            biases=ATTENTION,
+            biases=_ATTENTION,
             windows=rules.hf_window_pattern,
             norm_shift=1.0,
             local_rope=True,
@@ -98,7 +98,7 @@ FAMILIES = (
         qk_norm="full",
         pre_norm=False,
         post_norm=True,
-        hf=HfSide(types=("olmo2",), defaults={"rms_norm_eps": 1e-5}, biases=ATTENTION),
+        hf=HfSide(types=("olmo2",), defaults={"rms_norm_eps": 1e-5}, biases=_ATTENTION),
         gguf=GgufSide(archs=("olmo2",), unsupported=("attention.sliding_window",)),
     ),
     Family(
@@ -134,7 +134,7 @@ FAMILIES = (
         hf=HfSide(
             types=("qwen3_moe",),
             defaults={"rms_norm_eps": 1e-6},
-            biases=ATTENTION,
+            biases=_ATTENTION,
             windows=rules.hf_window_if_used,
             moe=rules.qwen_moe,
         ),
@@ -146,7 +146,7 @@ FAMILIES = (
         hf=HfSide(
             types=("olmoe",),
             defaults={"rms_norm_eps": 1e-5},
-            biases=ATTENTION,
+            biases=_ATTENTION,
             moe=rules.olmoe_moe,
         ),
         gguf=GgufSide(archs=("olmoe",), moe=rules.gguf_olmoe_moe),
