@@ -2,7 +2,7 @@
 
     ModelError
     ├── CheckpointError            the files that hold the weights
-    │   ├── MissingCheckpoint          nothing there, or a part of it is absent
+    │   ├── MissingCheckpoint          all or some of them are absent
     │   ├── CorruptCheckpoint          sizes, offsets or types that contradict each other
     │   └── UnsupportedCheckpoint      well formed, but of a kind that Shoal does not compute
     ├── TokenizerError             the vocabulary or the rules that cut text into tokens
@@ -47,5 +47,5 @@ class SamplingError(ModelError, ValueError):
 
 
 def one_line(error: object, limit_chars: int = 200) -> str:
-    """What a foreign error says, as a part of a message."""
+    """What another library's error says, as a part of one of our messages."""
     return (" ".join(str(error).split()) or type(error).__name__)[:limit_chars]

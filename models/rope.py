@@ -1,6 +1,6 @@
 """The angles of rotary position embedding, for every published scaling (they are divisors in `RopeSpec`).
 
-Knows frequencies and positions; turning is a part of attention (`ComputeHome.attention`).
+Knows frequencies and positions. The turning itself is a part of attention (`ComputeHome.attention`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Rope:
     def at(self, positions: Ids) -> Rotation:
         """The rotation of positions (T,)."""
         angle = positions[:, None].astype(np.float32) * self._inverse_frequency  # (T, dims/2)
-        # In f64, rounded after: some machines' f32 differs in its last bit with the number of rows.
+        # Computed in f64 and then rounded: on some machines the last bit in f32 depends on the number of rows.
         cos = np.cos(angle, dtype=np.float64).astype(np.float32)
         sin = np.sin(angle, dtype=np.float64).astype(np.float32)
         if self._magnitude != 1.0:

@@ -1,8 +1,8 @@
 """Choosing the next token from logits.
 
 Knows the order of the steps: logit bias → repetition penalty → presence and frequency penalties →
-temperature → top-k → top-p → min-p → draw. Deliberately does not know text, other sequences of the batch, or
-where logits come from. One `Sampler` belongs to one sequence and is used by one thread at a time.
+temperature → top-k → top-p → min-p → draw. Does not know text, other sequences of the batch, or where logits come
+from. A `Sampler` belongs to one sequence and is used by one thread at a time.
 
 Penalties: the repetition penalty (Keskar et al. 2019, as in transformers) looks at prompt and generated
 tokens; presence and frequency penalties (OpenAI) look at generated tokens only.
@@ -25,21 +25,19 @@ from shoal.kernels.arrays import Floats, Ids
 
 from .errors import SamplingError
 
-# Candidates looked at first for top-p: nearly always they hold the mass, and a full sort is avoided.
+# How many of the likeliest tokens top-p looks at first. They nearly always hold the mass, which saves a full sort.
 _FIRST_CANDIDATES = 1024
-# Below it a temperature leaves only the likeliest token, and dividing by it would leave f32's range.
+# Lower temperatures leave only the likeliest token, and dividing by them would exceed the range of f32.
 _GREEDY_BELOW = 1e-6
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request wants its tokens chosen. Whoever makes it has checked it: it may have what requests may
-    (comm/sampling_limits.py).
+    """How one request wants its tokens chosen. Whoever makes it has checked the values (comm/sampling_limits.py).
 
-    temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: probabilities; 1 and 0 are off.
-    repetition_penalty: 1 is off. logit_bias: token id → addend. seed: None for a fresh one. logprobs: how
-    many alternatives are reported beside the chosen token's log-probability; None for no log-probabilities
-    at all.
+    temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: probabilities; top_p 1 and min_p 0 are off.
+    repetition_penalty: 1 is off. logit_bias: token id → addend. seed: None for a fresh one. logprobs: how many
+    alternatives to report beside the chosen token's log-probability; None for no log-probabilities at all.
     """
 
     temperature: float = 1.0
@@ -77,7 +75,7 @@ class Sampler:
         self._generated: Counter[int] | None = Counter() if counted else None
         self._bias = _sparse(params.logit_bias) if params.logit_bias else None
 
-    @np.errstate(over="ignore")  # what overflows is the least likely, or not finite and refused
+    @np.errstate(over="ignore")  # an overflow makes a token the least likely one, or is refused as not finite
     def sample(self, logits: Floats) -> Sampled:
         """Choose from logits (vocab,); -inf masks a token. Raises SamplingError if none can be chosen."""
         adjusted = self._adjust(logits)
@@ -97,7 +95,7 @@ class Sampler:
             self._generated[token_id] += 1
 
     def _adjust(self, logits: Floats) -> Floats:
-        """Logits after bias and penalties; the very same array where there are none."""
+        """Logits after bias and penalties, in a new array; if there are none, the array itself."""
         params = self._params
         if self._bias is None and not self._seen and not self._generated:
             return logits
@@ -117,7 +115,7 @@ class Sampler:
         return logits
 
     def _greedy(self, logits: Floats) -> int:
-        token_id = int(logits.argmax())  # of equals the first, and a NaN before everything
+        token_id = int(logits.argmax())  # the first of equals; a NaN counts as the largest
         _check_maximum(float(logits[token_id]))
         return token_id
 
@@ -129,7 +127,7 @@ class Sampler:
         if 0 < params.top_k < len(logits):
             ids = _highest(logits, params.top_k)
             logits = logits[ids]
-        # Probabilities relative to the likeliest token, which has 1: (vocab,) or those of top-k.
+        # Probabilities (vocab,) or (top_k,), scaled so that the likeliest token has 1.
         weights = logits - np.float32(maximum)
         weights /= np.float32(params.temperature)
         np.exp(weights, out=weights)
@@ -144,13 +142,13 @@ class Sampler:
             ids = kept if ids is None else ids[kept]
         cumulative = weights.cumsum(dtype=np.float64)
         point = self._random.random() * cumulative[-1]
-        # Rounding may put the point on the end of the line: then it is the last token with any weight.
+        # Rounding may make the point equal to the sum. Then the last token that has any weight is chosen.
         index = min(cumulative.searchsorted(point, side="right"), cumulative.searchsorted(cumulative[-1]))
         return int(index if ids is None else ids[index])
 
 
 def _nucleus(weights: Floats, top_p: float) -> Ids:
-    """Ids, ascending, of the fewest weights (n,) that hold this share of their sum (Holtzman et al. 2019)."""
+    """Ids, ascending, of the fewest of the weights (n,) that hold this share of the sum (Holtzman et al. 2019)."""
     mass = top_p * weights.sum(dtype=np.float64)
     ids = _highest(weights, _FIRST_CANDIDATES)
     best = np.sort(weights[ids])[::-1].astype(np.float64)
@@ -163,12 +161,13 @@ def _nucleus(weights: Floats, top_p: float) -> Ids:
 
 
 def _highest(values: Floats, count: int) -> Ids:
-    """Ids, ascending, of the `count` largest values; of equals, the lowest."""
+    """Ids, ascending, of the `count` largest values. Of equal values those with the lowest ids are taken."""
     if count >= len(values):
         return np.arange(len(values))
     ids: Ids | None = None
     if (groups := 8 * count) < len(values) // 2:
-        # So many groups have a maximum of at least the floor, hence so many values do: few have to be looked at.
+        # `count` groups have a maximum of at least `floor`, so at least `count` values do, and only few have to be
+        # looked at below.
         maxima = values[: len(values) // groups * groups].reshape(-1, groups).max(axis=0)
         floor = np.partition(maxima, groups - count)[groups - count]
         ids = np.flatnonzero(values >= floor)
@@ -206,6 +205,6 @@ def _within(ids: Ids, logits: Floats) -> Ids:
 
 
 def _check_maximum(maximum: float) -> None:
-    """The maximum of logits is finite unless one is NaN or +inf, or all are masked."""
+    """Raises SamplingError unless finite. The maximum is not finite if a logit is NaN or +inf, or if all are masked."""
     if not math.isfinite(maximum):
         raise SamplingError(f"the model's logits hold {maximum}: no token can be chosen from them")

@@ -1,8 +1,8 @@
 """One step's input: which tokens of which sequences pass through the model together.
 
-Pure shape-keeping; the scheduler fills it, the transformer reads it. A long step is cut into parts of rows that are
-computed one after the other inside a block, so that what a block holds besides its result is bounded. Knows nothing of
-queues or text.
+It only keeps arrays in shape: the scheduler decides what is in it, the transformer reads it. The rows of a long step
+are cut into parts, which a block computes one after the other; this bounds the memory that a block takes besides its
+result. Knows nothing of queues or text.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ WHOLE = 1 << 30  # rows: more than any step has
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Consecutive rows of a step. Attention of a part needs the K and V of the parts before it."""
+    """Consecutive rows of a step. A part's attention needs the K and V of the parts before it."""
 
     positions: Ids  # (rows,)
-    segments: Segments  # which rows are of one sequence, and where its KV is
+    segments: Segments  # which rows belong to one sequence, and where its KV is
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Step:
     """A batch of T tokens. Positions are per sequence, from 0."""
 
     tokens: Ids  # (T,)
-    parts: tuple[Part, ...]  # of `part_tokens` rows each, the last one of what is left
+    parts: tuple[Part, ...]  # of `part_tokens` rows each; the last has what is left
     part_tokens: int
     rows: Ids  # (R,): rows whose hidden state is wanted at the end
 
@@ -64,7 +64,7 @@ class Step:
         )
 
     def split(self, rows: int) -> list[slice]:
-        """Rows [0, rows) of hidden states, as many at a time as are computed together."""
+        """Rows [0, rows) of hidden states, cut into slices of as many rows as are computed together."""
         starts = range(0, max(rows, 1), self.part_tokens)
         return [slice(start, start + self.part_tokens) for start in starts]
 

@@ -1,6 +1,6 @@
 """Many texts in one block of memory.
 
-Knows bytes and where each text ends. A vocabulary of 150 000 tokens takes 2 MB here, as a list of `str` it takes 12.
+Knows bytes and where each text ends. A vocabulary of 150 000 tokens takes 2 MB here; as a list of `str` it takes 12.
 Does not know what the texts are.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Texts:
-    """A sequence of texts that are made when they are looked at.
+    """A sequence of texts, each of which becomes a `str` when it is read.
 
     data: their UTF-8, one after the other. lengths: bytes of each. Raises ValueError if one is not valid UTF-8.
     """

@@ -1,9 +1,9 @@
 """One transformer for every family: what each kind of block computes.
 
 Knows the arithmetic, top to bottom; the differences of a family are data in its `ModelSpec`. Holds no weights
-and no KV: both are handed in per block, so the same code serves resident, streamed and sharded weights. What a
-block returns is a *partial*: on several ranks the partials are summed before `leave` and the residual add. Hidden
-states are handed from call to call of the block's home and never looked at.
+and no KV: callers hand in both for each block, so the same code serves resident, streamed and sharded weights. What
+a block returns is a *partial*: on several ranks the partials are summed before `leave` and the residual add. Hidden
+states pass from one call of the block's home to the next, and nothing here looks into them.
 
 Letters in shapes: T tokens of the step, H heads, K kv_heads, D head_dim, C hidden, F ffn columns.
 """
@@ -49,8 +49,8 @@ class Transformer:
         kv: KvPages,
         allreduce: Callable[[Hidden], Hidden],
     ) -> Hidden:
-        """hidden (T, C) → partial (T, C); the new K and V are stored in `kv`, the layer's pages. `allreduce` sums over
-        ranks, where norms over all heads need that."""
+        """hidden (T, C) → partial (T, C); stores the new K and V in `kv`, the layer's pages. `allreduce` sums over
+        ranks, which norms over all heads need."""
         spec, vector = self.spec, weights.vector
         q, k, v = home.linears(  # (T, H*D), (T, K*D) twice
             hidden, weights.linears("q", "k", "v"), self._pre_norm(weights), spec.norm_eps
@@ -60,7 +60,9 @@ class Transformer:
             norms = HeadNorms(vector["q_norm"], vector["k_norm"], spec.norm_eps)
         elif spec.norm_share is not None:
             q, k = self._normed_over_ranks(home, q, k, vector, allreduce)
-        elif spec.qk_norm != "none":  # over rows of one head or of all heads, as long as the norm's weight
+        elif (
+            spec.qk_norm != "none"
+        ):  # over one head or all heads: as many dimensions as the norm's weight has
             q = home.rms_norm_heads(q, vector["q_norm"], spec.norm_eps)
             k = home.rms_norm_heads(k, vector["k_norm"], spec.norm_eps)
         if spec.qkv_clip is not None:
@@ -78,7 +80,7 @@ class Transformer:
             window=kind.window,
             norms=norms,
         )  # (T, H*D)
-        if any(spec.o_margins):  # columns of a shard's o that meet heads of others
+        if any(spec.o_margins):  # a shard's o has columns that belong to heads of other ranks
             mixed = home.pad(mixed, spec.o_margins)
         return home.linears(mixed, weights.linears("o"))[0]
 
@@ -90,22 +92,23 @@ class Transformer:
         )
 
     def foresee(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> list[int]:
-        """Which experts this router will choose if hidden (T, C), of an earlier layer, changes little until then, those
-        of the highest odds first. That it does change little: Eliseev and Mazur, "Fast Inference of Mixture-of-Experts
-        Language Models with Offloading", 2023, section 3.2."""
-        moe, norm = self.spec.moe, self._pre_norm(weights)
-        assert moe is not None
-        x = hidden if norm is None else self._normed(home, hidden, norm)
-        return home.likeliest(home.linears(x, weights.linears("router"))[0], moe.active)
+        """The experts that this router would choose for hidden (T, C) of an earlier layer, the likeliest first.
+
+        The guess is good because hidden states change little from layer to layer: Eliseev and Mazur, "Fast Inference
+        of Mixture-of-Experts Language Models with Offloading", 2023, section 3.2.
+        """
+        assert self.spec.moe is not None
+        x = self._normed(home, hidden, self._pre_norm(weights))
+        return home.likeliest(home.linears(x, weights.linears("router"))[0], self.spec.moe.active)
 
     def route(
         self, home: ComputeHome, weights: Weights, hidden: Hidden
     ) -> tuple[Hidden, Routing, Hidden | None]:
         """MoE router block: hidden (T, C) → normed x (T, C), routing, and the shared expert's partial (T, C) if there
         is one."""
-        spec, moe, norm = self.spec, self.spec.moe, self._pre_norm(weights)
+        spec, moe = self.spec, self.spec.moe
         assert moe is not None
-        x = hidden if norm is None else self._normed(home, hidden, norm)
+        x = self._normed(home, hidden, self._pre_norm(weights))
         scores = home.linears(x, weights.linears("router"))[0]  # (T, experts)
         routing = home.route(scores, moe.active, moe.normalize)
         if not moe.shared_ffn:
@@ -123,15 +126,15 @@ class Transformer:
         routing: Routing,
         partial: Hidden,
     ) -> None:
-        """Adds what these experts make of their tokens, ascending, to partial (T, C); normed x (T, C). `weights`: all
-        experts, or a run of those in use."""
+        """Adds to partial (T, C) what these experts compute for their tokens, expert by expert, ascending. x: normed
+        (T, C). weights: of all experts, or of a run of those in use."""
         routing = routing.among(weights)
         if routing.used:
             layers = [weights[expert].feed_forward() for expert in routing.used]
             home.experts(x, layers, routing.routes, self.spec.activation, partial)
 
     def leave(self, home: ComputeHome, weights: Weights, total: Hidden) -> Hidden:
-        """What is done to a block's summed output before the residual add."""
+        """total (T, C), a block's output summed over ranks → what is added to the residual stream."""
         return self._normed(home, total, weights.vector["post_norm"]) if self.spec.post_norm else total
 
     def head(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> Hidden:
@@ -146,7 +149,7 @@ class Transformer:
         vector: Mapping[str, Floats],
         allreduce: Callable[[Hidden], Hidden],
     ) -> tuple[Hidden, Hidden]:
-        """q (T, H*D) and k (T, K*D), a shard's, normalised over the heads of all ranks."""
+        """A shard's q (T, H*D) and k (T, K*D), normalised over the heads of all ranks."""
         share, dim, eps = self.spec.norm_share, self.spec.head_dim, self.spec.norm_eps
         assert share is not None
         squares = allreduce(home.squares([q, k], [True, share.adds_kv]))  # (T, 2)
@@ -158,5 +161,6 @@ class Transformer:
     def _pre_norm(self, weights: Weights) -> Floats | None:
         return weights.vector["norm"] if self.spec.pre_norm else None
 
-    def _normed(self, home: ComputeHome, x: Hidden, weight: Floats) -> Hidden:
-        return home.rms_norm(x, weight, self.spec.norm_eps)
+    def _normed(self, home: ComputeHome, x: Hidden, weight: Floats | None) -> Hidden:
+        """x (T, C) normalised, or as it is where the family has no norm."""
+        return x if weight is None else home.rms_norm(x, weight, self.spec.norm_eps)

@@ -27,31 +27,30 @@ from shoal.kernels.arrays import Floats
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Matrices stay in their stored type; vectors (norms, biases) are f32 and small.
+    """Matrices have their stored type; vectors (norms, biases) are f32 and small.
 
     Vectors stay valid after the block is released, matrices do not.
     """
 
     matrix: Mapping[str, Matrix] = field(default_factory=dict)
     vector: Mapping[str, Floats] = field(default_factory=dict)
-    _made: dict[tuple[str, ...], Linears | FeedForward] = field(default_factory=dict, init=False, repr=False)
+    _linears: dict[tuple[str, ...], Linears] = field(default_factory=dict, init=False, repr=False)
+    _feed_forward: dict[str, FeedForward] = field(default_factory=dict, init=False, repr=False)
 
     def linears(self, *roles: str) -> Linears:
         """The matrices of these roles, each with its bias if it has one, as kernels take them; made once."""
-        made = self._made.get(roles)
+        made = self._linears.get(roles)
         if made is None:
             biases = [self.vector.get(f"{role}_bias") for role in roles]
-            made = self._made[roles] = Linears([self.matrix[role] for role in roles], biases)
-        assert isinstance(made, Linears)
+            made = self._linears[roles] = Linears([self.matrix[role] for role in roles], biases)
         return made
 
     def feed_forward(self, prefix: str = "") -> FeedForward:
         """Gate, up and down, their roles prefixed, as kernels take them; made once."""
-        made = self._made.get((prefix,))
+        made = self._feed_forward.get(prefix)
         if made is None:
             enter, leave = self.linears(prefix + "gate", prefix + "up"), self.linears(prefix + "down")
-            made = self._made[prefix,] = FeedForward(enter, leave)
-        assert isinstance(made, FeedForward)
+            made = self._feed_forward[prefix] = FeedForward(enter, leave)
         return made
 
     @property

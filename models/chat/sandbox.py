@@ -1,10 +1,11 @@
 """The sandbox in which a stranger's chat template runs.
 
-Knows Jinja's immutable sandbox, what transformers gives to templates, and the limits put on top: time, and the size
-of every text, list and number that a template makes. They are needed because Jinja's sandbox keeps templates
-from reaching out, not from running for hours or filling the memory: loops are counted against the clock, and
-whatever can make something large out of something small is checked before it does. Deliberately does not know
-conversations. What is not bounded: rendering deeply shared nested lists, which takes a hand-made template.
+Knows Jinja's immutable sandbox, what transformers gives to templates, and the limits added to it: time, and the size
+of every text, list and number that a template makes. They are needed because Jinja's sandbox keeps a template from
+reaching out, but not from running for hours or filling the memory. Every round of a loop looks at the clock, and
+operations that can make something large out of something small are checked before they run. Does not know
+conversations. Not bounded is the rendering of nested lists that share their parts, for which somebody has to write a
+template by hand.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ MAX_ITEMS = 1 << 20
 MAX_WIDTH = 1 << 20
 MAX_NUMBER_BITS = 4096
 
-# Useless to chat templates, and each a way to make much out of little.
+# Chat templates have no use for these, and each can make something large out of something small.
 _REMOVED_FILTERS = ("batch", "center", "pprint", "slice", "urlize", "wordwrap", "xmlattr")
 _REMOVED_GLOBALS = ("lipsum",)
 _WIDE_FORMAT = re.compile(r"\d{6}")
@@ -46,7 +47,7 @@ _NESTED_FORMAT = re.compile(r"\{[^{}]*:[^{}]*\{")
 
 @dataclass
 class _Spent:
-    """What one rendering may still take, and has made so far."""
+    """How long one rendering may take, and how many characters it has made so far."""
 
     deadline_s: float
     chars: int = 0
@@ -57,7 +58,7 @@ _spent: ContextVar[_Spent] = ContextVar("spent")
 
 @contextmanager
 def limits(render_s: float) -> Iterator[None]:
-    """Templates compiled and rendered within stop with TemplateError at the limits."""
+    """Templates that are compiled and rendered within this context raise TemplateError at the limits."""
     token = _spent.set(_Spent(time.monotonic() + render_s))
     try:
         yield
@@ -66,14 +67,14 @@ def limits(render_s: float) -> Iterator[None]:
 
 
 def _tick() -> str:
-    """Called in every round of a loop and at every call of a macro."""
+    """Templates call this in every round of a loop and at every call of a macro."""
     if time.monotonic() > _spent.get().deadline_s:
         raise TemplateError("the chat template did not end in time and was stopped")
     return ""
 
 
 def _sized(value: Any) -> Any:
-    """The value itself, if it is within the limits."""
+    """Gives the value back if it is within the limits, else raises TemplateError."""
     if isinstance(value, (str, bytes)):
         _limit("characters", len(value), MAX_CHARS)
         spent = _spent.get()
@@ -107,7 +108,7 @@ def _check_widths(values: Iterator[Any]) -> None:
 
 def _check_replace(text: Any, old: Any, new: Any, *_: Any) -> None:
     if isinstance(text, (str, bytes)) and isinstance(new, (str, bytes)):
-        # An empty `old` matches between all characters; the bound does not need the count of others.
+        # An empty `old` matches between all characters.
         count = len(text) + 1 if not old else text.count(old)
         _limit("characters", len(text) + count * len(new), MAX_CHARS)
 
@@ -167,7 +168,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return _sized(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Every call that a template makes; methods of texts and numbers are those that can grow something."""
+        """Every call that a template makes. Only methods of texts and numbers can make something large."""
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(owner, (str, bytes, int)):
             if name == "translate":
@@ -195,7 +196,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Meter(Extension):
-    """Gives the tree transformer names that a template cannot take over."""
+    """Gives the tree transformer names that a template cannot redefine."""
 
     def tick(self) -> str:
         return _tick()
@@ -229,7 +230,7 @@ class _Metered(NodeTransformer):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; here it only passes them through."""
+    """`{% generation %}` marks the assistant's words for training; here they only pass through it."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own interface)
 
@@ -240,7 +241,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict` for templates: makes one, and has no attributes to climb along (as in transformers)."""
+    """`dict` for templates, without attributes by which a template could leave the sandbox (as in transformers)."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -250,7 +251,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace` without underscored names, by which sandboxes have been left (as in transformers)."""
+    """`namespace` without underscored names, by which templates have left sandboxes (as in transformers)."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *positional = args
@@ -265,7 +266,7 @@ class _Namespace(Namespace):
 
 
 def _checked(function: Callable[..., Any], check: Callable[..., None] | None) -> Callable[..., Any]:
-    """A filter whose arguments are checked before it runs, and its result after."""
+    """A filter whose arguments are checked before it runs, and its result afterwards."""
     skipped = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @wraps(function)

@@ -1,8 +1,7 @@
 """Conversations → the text a model was trained on, by the model's own Jinja template.
 
-Knows the names that published templates read and what conversations look like. Deliberately does not know
-tokens (the result is text, with the special tokens spelled out) nor how a stranger's template is kept within
-bounds (chat_sandbox).
+Knows the names that published templates read and what conversations look like. Does not know tokens (the result is
+text, with the special tokens spelled out), nor how a stranger's template is kept within bounds (sandbox).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from .sandbox import ENVIRONMENT, MAX_RENDER_S, limits, plain
 
 MAX_SOURCE_CHARS = 1 << 20
 
-# What a model without a template gets: the form that most small chat models were trained on.
+# The template of a model that has none: the form that most small chat models were trained on.
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -51,7 +50,7 @@ class ChatTemplate:
         try:
             with limits(max_render_s):
                 self._template = ENVIRONMENT.from_string(source)
-        except Exception as error:  # Jinja's own and, for deep nesting, those of Python's compiler
+        except Exception as error:  # Jinja's own errors and, for deep nesting, those of Python's compiler
             raise TemplateError(f"the chat template is malformed: {one_line(error, 300)}") from error
 
     def render(
@@ -62,12 +61,12 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The conversation as text, ending where the model is to go on if add_generation_prompt.
+        """The conversation as text; with add_generation_prompt it ends where the model's answer begins.
 
-        messages: {"role", "content", ...}; content is text or a list of {"type": "text", "text"}, which a
-        template that knows only text gets joined. tools: JSON schemas as OpenAI has them. variables: whatever
-        else the template reads (enable_thinking). Raises TemplateError if the template refuses the
-        conversation, fails or runs past its limits.
+        messages: {"role", "content", ...}; content is text or a list of {"type": "text", "text"}, whose texts are
+        joined for a template that knows only text. tools: JSON schemas as OpenAI has them. variables: whatever else
+        the template reads (enable_thinking). Raises TemplateError if the template refuses the conversation, fails or
+        runs past its limits.
         """
         conversation = plain(messages)
         if not all(isinstance(message, dict) for message in conversation):

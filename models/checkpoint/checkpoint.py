@@ -1,7 +1,8 @@
 """A checkpoint: the user's files, read block by block.
 
 Knows how blocks are put together from tensors: fused tensors are read apart by rows, one expert is read
-out of a stack, vectors become f32. Container formats are `gguf_file` and `hf_dir`, names and facts `families`.
+out of a stack, vectors become f32. `gguf_file` and `hf_dir` know the containers, `families` the names of tensors and
+the facts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from shoal.models.weights import Weights
 from shoal.partition.slicing import Range, Shard
 from shoal.partition.spec import BlockId, BlockKind
 
-from .gguf_file import MAGIC, open_gguf
+from .gguf_file import open_gguf
+from .gguf_header import MAGIC
 from .hf_dir import open_hf, read_json
 from .tensor_files import StoredTensor, TensorFiles, unreadable
 
@@ -42,16 +44,15 @@ _LONG_LISTS = (
     "tokenizer.ggml.token_type",
 )
 
-_PART_BYTES = 8 << 20  # of quantised weights read at a time
+_PART_BYTES = 8 << 20  # how much of a quantised matrix is read at a time
 
 
-class Piece(NamedTuple):
-    """Rows [first_row, first_row + rows) of a tensor, which hold these roles one below the other."""
+class Place(NamedTuple):
+    """Where a role of a block is stored. Several roles may be one below the other in one tensor."""
 
     tensor: StoredTensor
-    first_row: int
-    rows: int
-    roles: tuple[str, ...]
+    first: int  # the role's first row in the tensor, or its first element in a vector
+    shape: tuple[int, ...]  # of the role: (rows, columns), or (n,) for a vector
 
 
 class Checkpoint:
@@ -60,10 +61,10 @@ class Checkpoint:
     spec: the architecture.  path, name: where it is, what to call it.  kind: "gguf" or "hf".
     nbytes, parameters: stored bytes and number of the weights that the spec uses.
     types: stored type → number of tensors.  metadata: GGUF metadata or config.json.
-    defaults: temperature, top_k and top_p as far as the model's makers advise them.
-    All but reading goes on working after `close`, except that the lists of tokens leave `metadata`.
+    defaults: temperature, top_k and top_p, those of them that the model's makers advise.
+    shard: always "whole"; `CheckpointShard` has what one rank holds.
+    After `close` everything but reading still works, except that `metadata` loses its lists of tokens.
     Where the head is tied to the embedding (`spec.tied`), block `head` has no matrix: use that of `embed`.
-    shard: what of the model it is (`checkpoint_shard` has the others).
     """
 
     shard: Literal["whole"] | Shard = "whole"
@@ -80,7 +81,9 @@ class Checkpoint:
             kind: bias_shapes(self.spec, kind) | shapes(self.spec, kind) for kind in recipe.names
         }
         used = {
-            piece.tensor.name: piece.tensor for block in self.spec.blocks() for piece in self._pieces(block)
+            tensor.name: tensor
+            for block in self.spec.blocks()
+            for tensor, _, _ in self._places(block).values()
         }
         if kind == "gguf":
             self._refuse_unknown(files.tensors.keys() - used.keys())
@@ -111,40 +114,35 @@ class Checkpoint:
 
     def block_bytes(self, block: BlockId) -> int:
         """What `read_block(block).nbytes` will be, without reading."""
-        shapes = self._shapes[block.kind]
-        total = 0
-        for tensor, _, _, roles in self._pieces(block):
-            if len(shapes[roles[0]]) == 1:
-                total += 4 * tensor.weights
-            else:
-                total += sum(tensor.type.matrix_bytes(*shapes[role]) for role in roles)
-        return total
+        return sum(
+            tensor.type.matrix_bytes(*shape) if len(shape) == 2 else 4 * shape[0]
+            for tensor, _, shape in self._places(block).values()
+        )
 
     def read_block(self, block: BlockId) -> Weights:
         """Reads the tensors of a block, quantised ones into bands. Raises CheckpointError."""
         matrices = {
-            role: self._matrix(tensor, first_row, rows)
-            for role, (tensor, first_row, rows) in self._matrices(block).items()
+            role: self.read_rows(block, role, 0, rows) for role, (_, rows, _) in self.matrices(block).items()
         }
         return Weights(matrices, self.read_vectors(block))
 
     def read_blocks(self, blocks: Iterable[BlockId]) -> Generator[tuple[BlockId, Weights], None, None]:
-        """Each of the blocks with its weights; a tied head shares the bytes of the embedding, which comes before it.
-        Raises CheckpointError."""
+        """Each of the blocks with its weights; a tied head shares the embedding's bytes, so the embedding has to come
+        before it. Raises CheckpointError."""
         return read_in_turn(self.read_block, blocks, self.spec.tied)
 
     def matrices(self, block: BlockId) -> dict[str, tuple[WeightType, int, int]]:
         """Role → stored type, rows and columns of each matrix that `read_block` gives, without reading."""
         return {
-            role: (tensor.type, rows, tensor.shape[-1])
-            for role, (tensor, _, rows) in self._matrices(block).items()
+            role: (tensor.type, *shape)
+            for role, (tensor, _, shape) in self._places(block).items()
+            if len(shape) == 2
         }
 
     def vector_lengths(self, block: BlockId) -> dict[str, int]:
         """Role → length of each vector that `read_block` gives, without reading."""
-        shapes = self._shapes[block.kind]
-        roles = (role for piece in self._pieces(block) for role in piece.roles)
-        return {role: shapes[role][0] for role in roles if len(shapes[role]) == 1}
+        places = self._places(block).items()
+        return {role: place.shape[0] for role, place in places if len(place.shape) == 1}
 
     def read_rows(
         self,
@@ -155,24 +153,42 @@ class Checkpoint:
         into: Bytes | None = None,
         columns: Range | None = None,
     ) -> Matrix:
-        """Rows [start, stop) of one matrix of a block, of their columns only those that are asked for, which have to be
-        whole blocks of its type; `into` is memory for them (`matrix_bytes`), by default new. Raises
-        CheckpointError.
+        """Rows [start, stop) of one matrix of a block, as kernels want them. Raises CheckpointError.
+
+        into: uint8 (matrix_bytes,) to read them into, by default new memory. columns: read only these, which have to be
+        whole blocks of the matrix's type. Rows that cannot be read into their place are read in parts and moved there.
         """
-        tensor, first_row, rows = self._matrices(block)[role]
+        tensor, first, (rows, cols) = self._places(block)[role]
         assert 0 <= start <= stop <= rows
-        return self._matrix(tensor, first_row + start, stop - start, into, columns)
+        kind, rows, first = tensor.type, stop - start, first + start
+        columns = columns or Range(0, cols)
+        memory = self._memory.take(kind.matrix_bytes(rows, columns.size)) if into is None else into
+        matrix = Matrix(kind, memory, rows, columns.size)
+        if not kind.quantised and columns.size == cols:
+            self._files.read(tensor, first, rows, memory)
+            return matrix
+        mine = slice(*(kind.bytes_before(column) for column in columns))
+        step = max(1, _PART_BYTES // kind.band_rows // tensor.row_bytes) * kind.band_rows
+        part = Arena().take(min(step, rows) * tensor.row_bytes)  # malloc would keep what is freed
+        for done in range(0, rows, step):
+            count = min(step, rows - done)
+            stored = part[: count * tensor.row_bytes]
+            self._files.read(tensor, first + done, count, stored)
+            bands = memory[
+                kind.matrix_bytes(done, columns.size) : kind.matrix_bytes(done + count, columns.size)
+            ]
+            interleave(kind, np.ascontiguousarray(stored.reshape(count, -1)[:, mine]), bands)
+        return matrix
 
     def read_vectors(self, block: BlockId) -> dict[str, Floats]:
         """The norms and biases of a block, f32 (n,), by role. Raises CheckpointError."""
-        shapes = self._shapes[block.kind]
         vectors: dict[str, Floats] = {}
-        for tensor, first_row, rows, roles in self._pieces(block):
-            if len(shapes[roles[0]]) == 1:
-                stored = self._files.read(tensor, first_row, rows)
-                row = self._vector(roles[0], from_stored(tensor.type, rows, tensor.shape[-1], stored))
-                ends = np.cumsum([shapes[role][0] for role in roles])
-                vectors.update(zip(roles, np.split(row, ends[:-1]), strict=True))
+        for role, (tensor, first, shape) in self._places(block).items():
+            if len(shape) == 1:
+                stored = from_stored(tensor.type, 1, tensor.weights, self._files.read(tensor))
+                vector = dequantize(stored).reshape(-1)[first : first + shape[0]]
+                shift = self._recipe.norm_shift if role in NORMS else 0.0
+                vectors[role] = vector + shift if shift else vector
         return vectors
 
     def bypass_cache(self) -> None:
@@ -189,7 +205,8 @@ class Checkpoint:
         return Tokenizer.from_gguf(self.metadata) if self.kind == "gguf" else Tokenizer.from_hf(self.path)
 
     def forget_tokens(self) -> None:
-        """Frees the lists of tokens in `metadata`, tens of megabytes of a large vocabulary: no `tokenizer` after."""
+        """Frees the lists of tokens in `metadata`, tens of megabytes for a large vocabulary. `tokenizer` needs them, so
+        it cannot be called afterwards."""
         self.metadata = {key: value for key, value in self.metadata.items() if key not in _LONG_LISTS}
         self._files.metadata = self.metadata
 
@@ -204,97 +221,51 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _matrices(self, block: BlockId) -> dict[str, tuple[StoredTensor, int, int]]:
-        """Role → tensor, its first row and number of rows of each matrix of a block."""
+    def _places(self, block: BlockId) -> dict[str, Place]:
+        """Role → where it is stored, for each role of a block; the shapes of tensors are checked against the spec."""
         shapes = self._shapes[block.kind]
-        found = {}
-        for tensor, first_row, _, roles in self._pieces(block):
-            if len(shapes[roles[0]]) == 1:
-                continue
-            for role in roles:
-                found[role] = (tensor, first_row, shapes[role][0])
-                first_row += shapes[role][0]
-        return found
-
-    def _matrix(
-        self,
-        tensor: StoredTensor,
-        first_row: int,
-        rows: int,
-        memory: Bytes | None = None,
-        columns: Range | None = None,
-    ) -> Matrix:
-        """Rows [first_row, first_row + rows) as kernels want them; those that have to move are read in parts."""
-        kind, columns = tensor.type, columns or Range(0, tensor.shape[-1])
-        cols = columns.size
-        if memory is None:
-            memory = self._memory.take(kind.matrix_bytes(rows, cols))
-        if not kind.quantised and cols == tensor.shape[-1]:
-            self._files.read(tensor, first_row, rows, memory)
-            return Matrix(kind, memory, rows, cols)
-        mine = slice(*(kind.bytes_before(column) for column in columns))
-        step = max(1, _PART_BYTES // kind.band_rows // tensor.row_bytes) * kind.band_rows
-        part = Arena().take(min(step, rows) * tensor.row_bytes)  # malloc would keep what is freed
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            stored = part[: (stop - start) * tensor.row_bytes]
-            self._files.read(tensor, first_row + start, stop - start, stored)
-            into = memory[kind.matrix_bytes(start, cols) : kind.matrix_bytes(stop, cols)]
-            interleave(kind, np.ascontiguousarray(stored.reshape(stop - start, -1)[:, mine]), into)
-        return Matrix(kind, memory, rows, cols)
-
-    def _vector(self, role: str, matrix: Matrix) -> Floats:
-        """→ (n,) f32"""
-        values = dequantize(matrix).reshape(-1)
-        return values + self._recipe.norm_shift if role in NORMS and self._recipe.norm_shift else values
-
-    def _pieces(self, block: BlockId) -> list[Piece]:
-        """The rows of tensors that make a block, their shapes checked against the spec."""
-        pieces = []
+        places: dict[str, Place] = {}
         for joined, template in self._recipe.names[block.kind].items():
             name = template.format(layer=block.layer, expert=block.expert)
+            roles = joined.split("+")
+            rows = sum(shapes[role][0] for role in roles)
             stacked = block.expert >= 0 and "{expert}" not in template
-            tensor = self._find(name, block, stacked)
-            roles = tuple(joined.split("+"))
-            pieces.append(self._piece(tensor, block, roles, stacked))
-        return pieces
+            tensor = self._tensor(name, (rows, *shapes[roles[0]][1:]), stacked)
+            first = rows * block.expert if stacked else 0
+            for role in roles:
+                places[role] = Place(tensor, first, shapes[role])
+                first += shapes[role][0]
+        return places
 
-    def _piece(self, tensor: StoredTensor, block: BlockId, roles: tuple[str, ...], stacked: bool) -> Piece:
-        parts = [self._shapes[block.kind][role] for role in roles]
-        shape: tuple[int, ...] = (sum(part[0] for part in parts), *parts[0][1:])
-        rows = shape[0] if len(shape) == 2 else 1
+    def _tensor(self, name: str, shape: tuple[int, ...], stacked: bool) -> StoredTensor:
+        """The tensor with this name and shape; if `stacked`, with this shape for each expert."""
+        single = name.replace("_exps.weight", ".0.weight")
+        if stacked and name not in self._files.tensors and single in self._files.tensors:
+            raise UnsupportedCheckpoint(
+                f"{self.path}: has each expert in a tensor of its own ({single}), an old form of GGUF; "
+                "convert the model again"
+            )
+        tensor = self._files.find(name)
         expected = shape
         if stacked:
             assert self.spec.moe is not None
             expected = (self.spec.moe.experts, *shape)
-        # a matrix of one row is stored as a vector by some writers
+        # Some writers store a matrix of one row as a vector.
         if tensor.shape != expected and not (shape[0] == 1 and tensor.shape == shape[1:]):
             raise CorruptCheckpoint(
                 f"{self._files.paths[tensor.file]}: tensor {tensor.name} has shape {tensor.shape}, "
                 f"the configuration asks for {expected}"
             )
-        return Piece(tensor, rows * block.expert if stacked else 0, rows, roles)
+        return tensor
 
     def _refuse_unknown(self, unused: set[str]) -> None:
-        """A GGUF holds what its model computes with, so a tensor without a place would be a silent error."""
+        """A model computes with everything that its GGUF holds, so its results are wrong if a tensor is left out."""
         unknown = sorted(name for name in unused if "rope_" not in name and "rot_embd" not in name)
         if unknown:
             raise UnsupportedCheckpoint(
                 f"{self.path}: tensor {unknown[0]} has no place in the family {self.spec.family!r} as Shoal computes "
                 f"it ({len(unknown)} such); its results would be wrong"
             )
-
-    def _find(self, name: str, block: BlockId, stacked: bool) -> StoredTensor:
-        try:
-            return self._files.find(name)
-        except MissingCheckpoint:
-            single = name.replace("_exps.weight", ".0.weight")
-            if stacked and single in self._files.tensors:
-                raise UnsupportedCheckpoint(
-                    f"{self.path}: has each expert in a tensor of its own ({single}), an old form of GGUF; "
-                    "convert the model again"
-                ) from None
-            raise
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -320,7 +291,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _check_directory(path: Path) -> None:
-    """Raises MissingCheckpoint, naming what the user may have meant."""
+    """Raises MissingCheckpoint, which names the file that the user may have meant."""
     if os.path.lexists(path / "config.json"):
         return
     inside = sorted(path.glob("*.gguf"))
@@ -345,7 +316,7 @@ def _check_magic(path: Path) -> None:
 def read_in_turn(
     read: Callable[[BlockId], Weights], blocks: Iterable[BlockId], tied: bool
 ) -> Generator[tuple[BlockId, Weights], None, None]:
-    """Blocks as `read` gives them; a tied head is the embedding, which has to come before it."""
+    """Blocks as `read` gives them; a tied head gets the matrix of the embedding, which has to come before it."""
     for block in blocks:
         weights = read(block)
         if block.kind == "embed":

@@ -1,7 +1,7 @@
 """Hugging Face directories: config.json and safetensors, whole or sharded.
 
-Knows where the files are and which dtypes are read. The `safetensors` library judges each file; the bytes are then
-read by `tensor_files`, for the library maps files into memory. Pickled weights are never opened. Does not know what
+Knows where the files are and which dtypes are read. The `safetensors` library checks each file. The bytes are read by
+`tensor_files`, because the library would map files into memory. Pickled weights are never opened. Does not know what
 a key or a tensor means (`models.families`).
 """
 
@@ -33,14 +33,15 @@ def open_hf(directory: Path) -> TensorFiles:
     tensors: dict[str, StoredTensor] = {}
     unsupported: dict[str, str] = {}
     for number, path in enumerate(paths):
-        for name, entry in _header(path).items():
+        data, header = _header(path)
+        for name, entry in header.items():
             if name in tensors or name in unsupported:
                 raise CorruptCheckpoint(f"{path}: tensor {name} is in an earlier shard too")
             kind = _TYPES.get(entry["dtype"])
             if kind is None:
                 unsupported[name] = entry["dtype"]
             else:
-                start = entry["data_offsets"][0]
+                start = data + entry["data_offsets"][0]
                 tensors[name] = StoredTensor(name, kind, tuple(entry["shape"]), number, start)
     return TensorFiles(paths, tensors, config, unsupported)
 
@@ -92,8 +93,8 @@ def _indexed(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(files)]
 
 
-def _header(path: Path) -> dict[str, dict[str, Any]]:
-    """Entries of a safetensors header that the library has judged, `data_offsets` counted from the file's start."""
+def _header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where the data begins, and the entries of the header; the `safetensors` library has found the file sound."""
     try:
         with safe_open(path, framework="np"):  # "pt" would import torch
             pass
@@ -105,6 +106,4 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise unreadable(path, error) from error
     header.pop("__metadata__", None)
-    for entry in header.values():
-        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
-    return header
+    return 8 + length, header

@@ -1,13 +1,12 @@
 """A rank's shard of a checkpoint: it reads like a checkpoint of a smaller model of the same hidden size.
 
-Knows which rows or columns of each role a shard's ranges are. Rows are read as they are; of columns, whole blocks are
-taken out of the stored rows, so that no weight is ever rounded anew. What is whose is decided in `partition.slicing`.
+Knows which rows and columns of each role a shard's ranges are. Rows are read as they are. Of columns, whole blocks of
+the stored rows are taken, so that no weight is rounded anew. `partition.slicing` decides which rank holds what.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from pathlib import Path
 from typing import Literal
 
 from shoal.kernels import Matrix, WeightType
@@ -18,38 +17,25 @@ from shoal.partition.spec import BlockId, BlockKind, ModelSpec
 
 from .checkpoint import Checkpoint, read_in_turn
 
-_SUMMED = frozenset({"o_bias", "down_bias"})  # added to what is summed over ranks
+# These biases are added to a sum over ranks, so only one rank may add them.
+_SUMMED = frozenset({"o_bias", "down_bias"})
 
 
 class CheckpointShard:
     """What one rank holds of an open checkpoint, whose files and description it shares. `spec`: of the smaller model.
 
-    Its methods are those of `Checkpoint`, their rows and columns counted from the shard's first.
+    Its methods are those of `Checkpoint`; rows and columns are counted from the first that the shard holds.
     """
 
     def __init__(self, whole: Checkpoint, shard: Shard) -> None:
         self._whole = whole
         self.shard: Literal["whole"] | Shard = shard
         self.spec = shard_spec(whole.spec, shard)
+        self.path, self.kind = whole.path, whole.kind
+        self.name, self.files = whole.name, whole.files
         self._rows = _rows(shard, whole.spec)
         self._columns = _columns(shard)
         self._without = frozenset() if shard.has_sum_biases else _SUMMED
-
-    @property
-    def path(self) -> Path:
-        return self._whole.path
-
-    @property
-    def kind(self) -> Literal["gguf", "hf"]:
-        return self._whole.kind
-
-    @property
-    def name(self) -> str:
-        return self._whole.name
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._whole.files
 
     def bypass_cache(self) -> None:
         self._whole.bypass_cache()
@@ -57,17 +43,17 @@ class CheckpointShard:
     def matrices(self, block: BlockId) -> dict[str, tuple[WeightType, int, int]]:
         found = {}
         for role, (kind, rows, cols) in self._whole.matrices(block).items():
-            own_rows, own_cols = self._rows.get((block.kind, role)), self._columns.get((block.kind, role))
-            found[role] = (kind, own_rows.size if own_rows else rows, own_cols.size if own_cols else cols)
+            own_rows = self._rows.get((block.kind, role), Range(0, rows))
+            own_columns = self._columns.get((block.kind, role), Range(0, cols))
+            found[role] = (kind, own_rows.size, own_columns.size)
         return found
 
     def vector_lengths(self, block: BlockId) -> dict[str, int]:
-        lengths = {}
-        for role, length in self._whole.vector_lengths(block).items():
-            own = self._rows.get((block.kind, role))
-            if role not in self._without:
-                lengths[role] = own.size if own else length
-        return lengths
+        return {
+            role: self._rows.get((block.kind, role), Range(0, length)).size
+            for role, length in self._whole.vector_lengths(block).items()
+            if role not in self._without
+        }
 
     def read_block(self, block: BlockId) -> Weights:
         """Raises CheckpointError."""
@@ -84,51 +70,45 @@ class CheckpointShard:
         self, block: BlockId, role: str, start: int, stop: int, into: Bytes | None = None
     ) -> Matrix:
         """Raises CheckpointError."""
-        own = self._rows.get((block.kind, role))
-        first = own.start if own else 0
+        first = self._rows.get((block.kind, role), Range(0, stop)).start
         columns = self._columns.get((block.kind, role))
         return self._whole.read_rows(block, role, first + start, first + stop, into, columns)
 
     def read_vectors(self, block: BlockId) -> dict[str, Floats]:
         """Raises CheckpointError."""
-        vectors = {}
-        for role, vector in self._whole.read_vectors(block).items():
-            own = self._rows.get((block.kind, role))
-            if role not in self._without:
-                vectors[role] = vector[slice(*own)] if own else vector
-        return vectors
+        return {
+            role: vector[slice(*self._rows.get((block.kind, role), Range(0, len(vector))))]
+            for role, vector in self._whole.read_vectors(block).items()
+            if role not in self._without
+        }
 
 
 AnyCheckpoint = Checkpoint | CheckpointShard
 
 
 def _rows(shard: Shard, spec: ModelSpec) -> dict[tuple[BlockKind, str], Range]:
-    """(kind of block, role) → rows of the matrices, and what there is of the vectors, that are cut."""
+    """(kind of block, role) → what the shard has of matrices that are cut by rows, and of vectors that are cut."""
     own = shard.ranges
     q, kv = own.heads.times(spec.head_dim), own.kv_heads.times(spec.head_dim)
     cut: dict[tuple[BlockKind, str], Range] = {
         ("embed", "embed"): own.vocab,
         ("attn", "q"): q,
-        ("attn", "q_bias"): q,
         ("attn", "k"): kv,
-        ("attn", "k_bias"): kv,
         ("attn", "v"): kv,
-        ("attn", "v_bias"): kv,
         ("ffn", "gate"): own.ffn,
-        ("ffn", "gate_bias"): own.ffn,
         ("ffn", "up"): own.ffn,
-        ("ffn", "up_bias"): own.ffn,
         ("router", "shared_gate"): own.shared_ffn,
         ("router", "shared_up"): own.shared_ffn,
         ("head", "head"): own.vocab,
     }
+    cut |= {(kind, f"{role}_bias"): rows for (kind, role), rows in cut.items()}
     if spec.qk_norm == "full":
         cut |= {("attn", "q_norm"): q, ("attn", "k_norm"): kv}
     return cut
 
 
 def _columns(shard: Shard) -> dict[tuple[BlockKind, str], Range]:
-    """(kind of block, role) → columns of the matrices that are cut."""
+    """(kind of block, role) → what the shard has of the matrices that are cut by columns."""
     own = shard.ranges
     return {
         ("attn", "o"): own.o_columns,

@@ -1,9 +1,9 @@
 """Open files that hold tensors, and reads of exact rows from them.
 
-Knows names, types, shapes and places of tensors (found by `gguf_file` or `hf_dir`) and how to bring bytes in: by
-`preadv` into a buffer of exactly the size asked for. Nothing is memory-mapped, because a mapped page that cannot be
-read kills the process, where a failed read is an error of the request that needed it. Does not know what a tensor
-means.
+Knows names, types, shapes and places of tensors (which `gguf_header` or `hf_dir` finds) and how to read their bytes: by
+`preadv` into a buffer of exactly the size that is asked for. Nothing is memory-mapped, because a mapped page that
+cannot be read kills the process; a read that fails is an error of only the request that needed it. Does not know what
+a tensor means.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from shoal.kernels import WeightType
 from shoal.kernels.arrays import Bytes
 from shoal.models.errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
 
-_FOLIO_BYTES = 2 << 20  # pages leave the cache in groups of up to so many bytes, and only whole ones
+_FOLIO_BYTES = 2 << 20  # the system drops cached pages in whole groups, which are at most so large
 _READ_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
-_PART_BYTES = 16 << 20  # where page cache is given back after each call
+_PART_BYTES = 16 << 20  # how much to read in one call if page cache is given back after each
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor in its file. `shape` has the outermost dimension first; a row is the innermost one."""
+    """One tensor in its file. `shape` has the outermost dimension first; a row goes along the innermost one."""
 
     name: str
     type: WeightType
@@ -56,9 +56,9 @@ class StoredTensor:
 class TensorFiles:
     """The files of one checkpoint, open for reading until `close`. Reads may come from several threads.
 
-    `metadata` is what the files say about the model (GGUF metadata, or config.json); `unsupported` names the stored
-    type of each tensor that Shoal cannot read, so that it is refused only if it is needed. `drops_pages`: what was read
-    does not stay in the system's page cache.
+    `metadata`: what the files say about the model (GGUF metadata, or config.json). `unsupported`: name → stored type of
+    each tensor that Shoal cannot read; it is refused only if it is needed. `drops_pages`: what has been read does not
+    stay in the system's page cache.
     """
 
     drops_pages = False
@@ -83,7 +83,7 @@ class TensorFiles:
             raise unreadable(path, error) from error
 
     def find(self, name: str) -> StoredTensor:
-        """The tensor with this name; MissingCheckpoint or UnsupportedCheckpoint names it otherwise."""
+        """The tensor with this name. Raises MissingCheckpoint or UnsupportedCheckpoint, which name it."""
         tensor = self.tensors.get(name)
         if tensor is not None:
             return tensor
@@ -97,7 +97,8 @@ class TensorFiles:
     def read(
         self, tensor: StoredTensor, first_row: int = 0, rows: int | None = None, into: Bytes | None = None
     ) -> Bytes:
-        """The bytes of rows [first_row, first_row + rows), all by default, (bytes,): `into`, or new memory."""
+        """The bytes of rows [first_row, first_row + rows), by default of all, uint8 (n,): `into`, or new memory.
+        Raises CheckpointError."""
         rows = tensor.rows - first_row if rows is None else rows
         assert 0 <= first_row <= first_row + rows <= tensor.rows
         buffer = np.empty(rows * tensor.row_bytes, np.uint8) if into is None else into
@@ -140,13 +141,13 @@ class TensorFiles:
 
 
 def _drop(descriptor: int, start: int, stop: int) -> None:
-    """Bytes [start, stop) of a file leave the page cache, as far as the system can; up to its end for stop 0."""
+    """Asks the system to drop bytes [start, stop) of a file from its page cache; stop 0 is the end of the file."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, max(0, stop - start), os.POSIX_FADV_DONTNEED)
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """What the system's refusal to open `path` means to the user."""
+    """The error for a file that the system refuses to open."""
     if isinstance(error, FileNotFoundError):
         return MissingCheckpoint(f"{path}: no such file")
     return CheckpointError(f"{path}: cannot be read: {error.strerror}")

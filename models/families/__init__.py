@@ -1,7 +1,7 @@
 """Families of architectures: from what a checkpoint says to a spec and the names of its tensors.
 
-`table` has one entry per family; `hf` and `gguf` read what is common to all. Only facts are decided here: reading
-blocks is `models.checkpoint`.
+`table` has one entry per family; `hf_config` and `gguf_metadata` read what is common to all. Only facts are decided
+here; `models.checkpoint` reads the blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["FAMILIES", "Names", "Recipe", "bias_shapes", "recipe_from_gguf", "re
 
 
 def recipe_from_hf(config: Mapping[str, Any], origin: str, tensors: Mapping[str, object]) -> Recipe:
-    """The recipe of a Hugging Face directory. `tensors` has the names in its files, `origin` is for messages.
+    """The recipe of a Hugging Face directory. `tensors`: the names in its files. `origin`: the file that messages name.
 
     Raises CorruptCheckpoint or UnsupportedCheckpoint.
     """

@@ -1,7 +1,7 @@
 """Typed reading of facts from config.json or GGUF metadata.
 
-Both are untrusted: a value of the wrong type, a missing or a non-finite one is refused by name. Ranges are checked
-by `ModelSpec`. Does not know what the facts mean.
+Neither is trusted: errors name each value that is missing, not finite or of the wrong type. `ModelSpec` checks
+ranges. Does not know what the facts mean.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ REQUIRED: Any = object()
 class Facts:
     """A mapping from a file. `origin` names the file in messages; `prefix` stands before every key.
 
-    A null counts as absent. Absent keys give their value in `defaults`, else the call's default; with neither,
-    CorruptCheckpoint.
+    A null counts as absent. For an absent key the value in `defaults` is given, else the call's default; if there is
+    neither, CorruptCheckpoint is raised. It is also raised for values that are not what the method promises.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Facts:
         return value
 
     def items(self, key: str, kind: type, default: Any = REQUIRED) -> list[Any]:
-        """A list whose items are all of one type."""
+        """A list whose items all have this type."""
         value = self._get(key, default)
         if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
             raise self.wrong(key, value, f"a list of {kind.__name__}")
@@ -75,7 +75,7 @@ class Facts:
         return tuple(float(item) for item in value)
 
     def part(self, key: str, defaults: Mapping[str, Any] | None = None) -> Facts:
-        """The facts of a nested mapping; none if it is absent."""
+        """The facts of a nested mapping, which is empty if the key is absent."""
         value = self._get(key, {})
         if not isinstance(value, dict):
             raise self.wrong(key, value, "an object")

@@ -1,15 +1,13 @@
-"""What is peculiar to a family, as data: the type of an entry in `table`.
-
-The functions here are the few rules that several entries share. Files and tensors are unknown here.
-"""
+"""What is peculiar to a family, as data: the type of an entry in `table`. Knows neither files nor tensors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shoal.partition.spec import MoeSpec
+from shoal.partition.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec
 
 from .facts import Facts
 from .names import GGUF_NAMES, HF_NAMES
@@ -20,10 +18,6 @@ Windows = list[int | None]  # per layer, as in LayerSpec.window
 
 def no_windows(_: Facts, layers: int) -> Windows:
     return [None] * layers
-
-
-def no_biases(_: Facts) -> frozenset[str]:
-    return frozenset()
 
 
 @dataclass(frozen=True)
@@ -41,13 +35,13 @@ class HfSide:
     types: tuple[str, ...]  # model_type
     names: Names = field(default_factory=lambda: HF_NAMES)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys that may be absent from config.json
-    biases: Callable[[Facts], frozenset[str]] = no_biases
+    biases: Mapping[str, frozenset[str]] = field(default_factory=dict)  # flag in config.json → roles
     windows: Callable[[Facts, int], Windows] = no_windows
     moe: Callable[[Facts, int], Moe] | None = None
-    norm_shift: float = 0.0  # norm weights are stored less this
+    norm_shift: float = 0.0  # what has to be added to stored norm weights
     local_rope: bool = False  # windowed layers have a rope of their own
     longrope_names: tuple[str, ...] = ()  # further names that the family uses for longrope
-    unsupported: tuple[str, ...] = ()  # keys of options that change the arithmetic and must be off
+    unsupported: tuple[str, ...] = ()  # keys of options that change the arithmetic, so that they must be off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +50,7 @@ class GgufSide:
 
     archs: tuple[str, ...]  # general.architecture
     names: Names = field(default_factory=lambda: GGUF_NAMES)
-    interleaved: bool = False  # rows of q and k are permuted so that pairs are neighbours
+    interleaved: bool = False  # rows of q and k are permuted so that the two of a rope pair are neighbours
     windows: Callable[[Facts, int], Windows] = no_windows
     moe: Callable[[Facts, int], Moe] | None = None
     query_scale: Callable[[Facts, int], float] = lambda facts, layers: 0.0
@@ -66,7 +60,7 @@ class GgufSide:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family of architectures. Fields of the same name go into the spec as they are."""
+    """One family of architectures. Fields that `ModelSpec` has too go into the spec as they are."""
 
     name: str
     activation: Literal["silu", "gelu_tanh"] = "silu"  # of GGUF; config.json names its own
@@ -76,3 +70,27 @@ class Family:
     scaled_embed: bool = False  # embeddings are multiplied by sqrt(hidden)
     hf: HfSide
     gguf: GgufSide | None = None
+
+    def spec(
+        self, *, hidden: int, windows: Windows, moe: Moe | None, ropes: tuple[RopeSpec, ...], **sizes: Any
+    ) -> ModelSpec:
+        """The spec of one model of the family. `sizes`: the fields that only its checkpoint knows. Raises SpecError.
+
+        Layers with a window have the last rope, the others the first.
+        """
+        sparse = moe.layers if moe else [False] * len(windows)
+        return ModelSpec(
+            family=self.name,
+            layers=tuple(
+                LayerSpec(window, 0 if window is None else len(ropes) - 1, has_experts)
+                for window, has_experts in zip(windows, sparse, strict=True)
+            ),
+            hidden=hidden,
+            ropes=ropes,
+            qk_norm=self.qk_norm,
+            pre_norm=self.pre_norm,
+            post_norm=self.post_norm,
+            embed_scale=math.sqrt(hidden) if self.scaled_embed and hidden > 0 else 1.0,
+            moe=moe.spec if moe else None,
+            **sizes,
+        )

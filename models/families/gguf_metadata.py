@@ -1,33 +1,29 @@
 """GGUF metadata → recipe, for any family in the table.
 
-Knows the keys that all architectures share, and the small tensors that hold rope factors; what is peculiar to one
-comes from its `GgufSide`. Defaults of absent keys are llama.cpp's.
+Knows the keys that all architectures share, and the small tensors that hold rope factors. What is peculiar to one
+architecture comes from its `GgufSide`. An absent key has the default that llama.cpp gives it.
 """
 
 from __future__ import annotations
 
-import math
-from itertools import chain
 from typing import Any
 
 from shoal.kernels import dequantize, from_stored
 from shoal.models.checkpoint.tensor_files import TensorFiles
 from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from shoal.models.texts import Texts
-from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
+from shoal.partition.spec import RopeSpec
 
 from .facts import REQUIRED, Facts
 from .family import Family, GgufSide
 from .hf_config import layer_count
 from .names import GGUF_FUSED
 from .rope_scaling import gguf_rope
-from .tensors import ATTENTION_BIASES, FFN_BIASES, Names, Recipe, chosen
-
-_SOFTMAX = 1
+from .tensors import Names, Recipe, chosen
 
 
 class GgufFacts(Facts):
-    """Metadata of one architecture. Sizes may be lists, one per layer: they must all be the same."""
+    """Metadata of one architecture. A size may be a list of one per layer, all of which must be the same."""
 
     def integer(self, key: str, default: Any = REQUIRED) -> int:
         value = self.values.get(self.prefix + key)
@@ -54,49 +50,26 @@ def gguf_recipe(family: Family, arch: str, files: TensorFiles) -> Recipe:
     head_dim = facts.integer("attention.key_length", hidden // max(heads, 1))
     if (value_dim := facts.integer("attention.value_length", head_dim)) != head_dim:
         raise UnsupportedCheckpoint(f"{origin}: value_length={value_dim} other than key_length={head_dim}")
-    windows = gguf.windows(facts, count)
-    ropes = _ropes(gguf, facts, head_dim, files)
     moe = gguf.moe(facts, count) if gguf.moe else None
-    sparse = moe.layers if moe else [False] * count
-    spec = ModelSpec(
-        family=family.name,
-        layers=tuple(
-            LayerSpec(windows[i], len(ropes) - 1 if windows[i] is not None else 0, sparse[i])
-            for i in range(count)
-        ),
+    spec = family.spec(
         hidden=hidden,
+        windows=gguf.windows(facts, count),
+        moe=moe,
+        ropes=_ropes(gguf, facts, head_dim, files),
         vocab=_vocab(files),
         context=facts.integer("context_length"),
         heads=heads,
         kv_heads=facts.integer("attention.head_count_kv", heads),
         head_dim=head_dim,
-        ffn=0 if all(sparse) else facts.integer("feed_forward_length"),
-        ropes=ropes,
+        ffn=0 if moe and all(moe.layers) else facts.integer("feed_forward_length"),
         norm_eps=facts.number("attention.layer_norm_rms_epsilon"),
         activation=family.activation,
-        qk_norm=family.qk_norm,
-        pre_norm=family.pre_norm,
-        post_norm=family.post_norm,
-        embed_scale=math.sqrt(hidden) if family.scaled_embed and hidden > 0 else 1.0,
         query_scale=gguf.query_scale(facts, count),
         qkv_clip=facts.number("attention.clamp_kqv", 0.0) or None,
         tied="output.weight" not in files.tensors,
-        moe=moe.spec if moe else None,
     )
     names = _with_fused(gguf.names, files)
     return Recipe(spec, chosen(spec, names, _biases(names, files)))
-
-
-def check_experts(facts: Facts) -> None:
-    """Refuses ways of routing that Shoal does not compute."""
-    if (function := facts.integer("expert_gating_func", _SOFTMAX)) != _SOFTMAX:
-        raise UnsupportedCheckpoint(
-            f"{facts.origin}: {facts.prefix}expert_gating_func={function} is not supported (supported: 1, softmax)"
-        )
-    if (scale := facts.number("expert_weights_scale", 1.0)) not in (0.0, 1.0):
-        raise UnsupportedCheckpoint(
-            f"{facts.origin}: {facts.prefix}expert_weights_scale={scale} is not supported"
-        )
 
 
 def _vocab(files: TensorFiles) -> int:
@@ -110,7 +83,7 @@ def _vocab(files: TensorFiles) -> int:
 
 
 def _ropes(gguf: GgufSide, facts: Facts, head_dim: int, files: TensorFiles) -> tuple[RopeSpec, ...]:
-    """One rope, or that of all layers followed by that of windowed ones."""
+    """The rope of all layers; if windowed layers have one of their own, that comes second."""
     rope = gguf_rope(
         facts,
         head_dim,
@@ -136,7 +109,7 @@ def _factors(files: TensorFiles, name: str) -> tuple[float, ...]:
 
 
 def _with_fused(names: Names, files: TensorFiles) -> Names:
-    """The names with those tensors fused that the first layer has fused; then every layer must have them so."""
+    """The names, with tensors fused where they are in the first layer; all other layers must be like it."""
     attention = dict(names["attn"])
     for roles, name in GGUF_FUSED.items():
         if name.format(layer=0) in files.tensors:
@@ -147,11 +120,12 @@ def _with_fused(names: Names, files: TensorFiles) -> Names:
 
 
 def _biases(names: Names, files: TensorFiles) -> frozenset[str]:
-    """The biases that the first layer has; then every layer must have them."""
-    stored = (
-        roles.split("+")
+    """The biases that the first layer has; all other layers must be like it."""
+    return frozenset(
+        role
         for kind in ("attn", "ffn")
         for roles, name in names[kind].items()
         if name.format(layer=0) in files.tensors
+        for role in roles.split("+")
+        if role.endswith("_bias")
     )
-    return frozenset(chain.from_iterable(stored)) & (ATTENTION_BIASES | FFN_BIASES)

@@ -1,6 +1,6 @@
 """config.json → recipe, for any family in the table.
 
-Knows the keys that transformers gives most families; what is peculiar to one comes from its `HfSide`.
+Knows the keys that transformers gives most families. What is peculiar to one family comes from its `HfSide`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from shoal.models.errors import UnsupportedCheckpoint
-from shoal.partition.spec import LayerSpec, ModelSpec, RopeSpec
+from shoal.partition.spec import RopeSpec
 
 from .facts import Facts
 from .family import Family, HfSide
@@ -41,42 +41,32 @@ def hf_recipe(
     hidden, heads = facts.integer("hidden_size"), facts.integer("num_attention_heads")
     count = layer_count(facts)
     head_dim = facts.integer("head_dim", hidden // max(heads, 1))
-    windows = hf.windows(facts, count)
-    ropes = _ropes(hf, facts, head_dim)
     moe = hf.moe(facts, count) if hf.moe else None
-    sparse = moe.layers if moe else [False] * count
     query_dim = facts.number("query_pre_attn_scalar", head_dim)
-    spec = ModelSpec(
-        family=family.name,
-        layers=tuple(
-            LayerSpec(windows[i], len(ropes) - 1 if windows[i] is not None else 0, sparse[i])
-            for i in range(count)
-        ),
+    spec = family.spec(
         hidden=hidden,
+        windows=hf.windows(facts, count),
+        moe=moe,
+        ropes=_ropes(hf, facts, head_dim),
         vocab=facts.integer("vocab_size"),
         context=facts.integer("max_position_embeddings"),
         heads=heads,
         kv_heads=facts.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        ffn=0 if all(sparse) else facts.integer("intermediate_size"),
-        ropes=ropes,
+        ffn=0 if moe and all(moe.layers) else facts.integer("intermediate_size"),
         norm_eps=facts.number("rms_norm_eps"),
         activation=_activation(facts),
-        qk_norm=family.qk_norm,
-        pre_norm=family.pre_norm,
-        post_norm=family.post_norm,
-        embed_scale=math.sqrt(hidden) if family.scaled_embed and hidden > 0 else 1.0,
         query_scale=0.0 if query_dim == head_dim else _inverse_root(facts, query_dim),
         qkv_clip=facts.number("clip_qkv") if facts.has("clip_qkv") else None,
         tied=facts.flag("tie_word_embeddings", False),
-        moe=moe.spec if moe else None,
     )
-    names = chosen(spec, hf.names, hf.biases(facts))
+    biases = frozenset[str]().union(*(roles for flag, roles in hf.biases.items() if facts.flag(flag, False)))
+    names = chosen(spec, hf.names, biases)
     return Recipe(spec, _with_prefix(names, tensors), hf.norm_shift)
 
 
 def layer_count(facts: Facts, key: str = "num_hidden_layers") -> int:
-    """Checked here, because lists of this length are made before there is a spec."""
+    """The number of layers. It is checked here, because lists of this length are made before there is a spec."""
     count = facts.integer(key)
     if not 1 <= count <= 4096:
         raise facts.wrong(key, count, "from 1 to 4096")
@@ -84,7 +74,7 @@ def layer_count(facts: Facts, key: str = "num_hidden_layers") -> int:
 
 
 def _ropes(hf: HfSide, facts: Facts, head_dim: int) -> tuple[RopeSpec, ...]:
-    """One rope, or that of all layers followed by that of windowed ones."""
+    """The rope of all layers; if windowed layers have one of their own, that comes second."""
     parameters = facts.part("rope_parameters")
     if not hf.local_rope:
         if not parameters.values:

@@ -1,43 +1,41 @@
 """Names of tensors in Hugging Face checkpoints and in GGUF files, by block and role.
 
-The tables here hold for most families; `table` overrides them per family. Only data.
+HF_NAMES and GGUF_NAMES are those of most families; the others differ from them where their families do. Only data.
 """
 
 from __future__ import annotations
 
 from .tensors import Names
 
-_ATTN = "{prefix}layers.{layer}.self_attn."
-_MLP = "{prefix}layers.{layer}.mlp."
+_LAYER = "{prefix}layers.{layer}."
+_ATTN = _LAYER + "self_attn."
+_MLP = _LAYER + "mlp."
+_MIXTRAL = _LAYER + "block_sparse_moe."
+_BLK = "blk.{layer}."
+
+
+def _linears(stem: str, **names: str) -> dict[str, str]:
+    """Role → name of its matrix, then those of their biases."""
+    weights = {role: f"{stem}{name}.weight" for role, name in names.items()}
+    return weights | {f"{role}_bias": f"{stem}{name}.bias" for role, name in names.items()}
+
 
 HF_NAMES: Names = {
     "embed": {"embed": "{prefix}embed_tokens.weight"},
     "attn": {
-        "norm": "{prefix}layers.{layer}.input_layernorm.weight",
-        "q": _ATTN + "q_proj.weight",
-        "k": _ATTN + "k_proj.weight",
-        "v": _ATTN + "v_proj.weight",
-        "o": _ATTN + "o_proj.weight",
-        "q_bias": _ATTN + "q_proj.bias",
-        "k_bias": _ATTN + "k_proj.bias",
-        "v_bias": _ATTN + "v_proj.bias",
-        "o_bias": _ATTN + "o_proj.bias",
+        "norm": _LAYER + "input_layernorm.weight",
+        **_linears(_ATTN, q="q_proj", k="k_proj", v="v_proj", o="o_proj"),
         "q_norm": _ATTN + "q_norm.weight",
         "k_norm": _ATTN + "k_norm.weight",
-        "post_norm": "{prefix}layers.{layer}.post_attention_layernorm.weight",
+        "post_norm": _LAYER + "post_attention_layernorm.weight",
     },
     "ffn": {
-        "norm": "{prefix}layers.{layer}.post_attention_layernorm.weight",
-        "gate": _MLP + "gate_proj.weight",
-        "up": _MLP + "up_proj.weight",
-        "down": _MLP + "down_proj.weight",
-        "gate_bias": _MLP + "gate_proj.bias",
-        "up_bias": _MLP + "up_proj.bias",
-        "down_bias": _MLP + "down_proj.bias",
-        "post_norm": "{prefix}layers.{layer}.post_feedforward_layernorm.weight",
+        "norm": _LAYER + "post_attention_layernorm.weight",
+        **_linears(_MLP, gate="gate_proj", up="up_proj", down="down_proj"),
+        "post_norm": _LAYER + "post_feedforward_layernorm.weight",
     },
     "router": {
-        "norm": "{prefix}layers.{layer}.post_attention_layernorm.weight",
+        "norm": _LAYER + "post_attention_layernorm.weight",
         "router": _MLP + "gate.weight",
         "shared_gate": _MLP + "shared_expert.gate_proj.weight",
         "shared_up": _MLP + "shared_expert.up_proj.weight",
@@ -55,60 +53,48 @@ HF_NAMES: Names = {
 GGUF_NAMES: Names = {
     "embed": {"embed": "token_embd.weight"},
     "attn": {
-        "norm": "blk.{layer}.attn_norm.weight",
-        "q": "blk.{layer}.attn_q.weight",
-        "k": "blk.{layer}.attn_k.weight",
-        "v": "blk.{layer}.attn_v.weight",
-        "o": "blk.{layer}.attn_output.weight",
-        "q_bias": "blk.{layer}.attn_q.bias",
-        "k_bias": "blk.{layer}.attn_k.bias",
-        "v_bias": "blk.{layer}.attn_v.bias",
-        "o_bias": "blk.{layer}.attn_output.bias",
-        "q_norm": "blk.{layer}.attn_q_norm.weight",
-        "k_norm": "blk.{layer}.attn_k_norm.weight",
-        "post_norm": "blk.{layer}.post_attention_norm.weight",
+        "norm": _BLK + "attn_norm.weight",
+        **_linears(_BLK, q="attn_q", k="attn_k", v="attn_v", o="attn_output"),
+        "q_norm": _BLK + "attn_q_norm.weight",
+        "k_norm": _BLK + "attn_k_norm.weight",
+        "post_norm": _BLK + "post_attention_norm.weight",
     },
     "ffn": {
-        "norm": "blk.{layer}.ffn_norm.weight",
-        "gate": "blk.{layer}.ffn_gate.weight",
-        "up": "blk.{layer}.ffn_up.weight",
-        "down": "blk.{layer}.ffn_down.weight",
-        "gate_bias": "blk.{layer}.ffn_gate.bias",
-        "up_bias": "blk.{layer}.ffn_up.bias",
-        "down_bias": "blk.{layer}.ffn_down.bias",
-        "post_norm": "blk.{layer}.post_ffw_norm.weight",
+        "norm": _BLK + "ffn_norm.weight",
+        **_linears(_BLK, gate="ffn_gate", up="ffn_up", down="ffn_down"),
+        "post_norm": _BLK + "post_ffw_norm.weight",
     },
     "router": {
-        "norm": "blk.{layer}.ffn_norm.weight",
-        "router": "blk.{layer}.ffn_gate_inp.weight",
-        "shared_gate": "blk.{layer}.ffn_gate_shexp.weight",
-        "shared_up": "blk.{layer}.ffn_up_shexp.weight",
-        "shared_down": "blk.{layer}.ffn_down_shexp.weight",
-        "shared_scale": "blk.{layer}.ffn_gate_inp_shexp.weight",
+        "norm": _BLK + "ffn_norm.weight",
+        "router": _BLK + "ffn_gate_inp.weight",
+        "shared_gate": _BLK + "ffn_gate_shexp.weight",
+        "shared_up": _BLK + "ffn_up_shexp.weight",
+        "shared_down": _BLK + "ffn_down_shexp.weight",
+        "shared_scale": _BLK + "ffn_gate_inp_shexp.weight",
     },
     "expert": {
-        "gate": "blk.{layer}.ffn_gate_exps.weight",
-        "up": "blk.{layer}.ffn_up_exps.weight",
-        "down": "blk.{layer}.ffn_down_exps.weight",
+        "gate": _BLK + "ffn_gate_exps.weight",
+        "up": _BLK + "ffn_up_exps.weight",
+        "down": _BLK + "ffn_down_exps.weight",
     },
     "head": {"norm": "output_norm.weight", "head": "output.weight"},
 }
 
-# Any GGUF may have q, k and v in one tensor, some with biases that are still apart.
+# Any GGUF may have q, k and v in one tensor; the biases may be fused, too, or not.
 GGUF_FUSED = {
-    "q+k+v": "blk.{layer}.attn_qkv.weight",
-    "q_bias+k_bias+v_bias": "blk.{layer}.attn_qkv.bias",
+    "q+k+v": _BLK + "attn_qkv.weight",
+    "q_bias+k_bias+v_bias": _BLK + "attn_qkv.bias",
 }
 
 PHI3_HF: Names = {
     **HF_NAMES,
     "attn": {
-        "norm": "{prefix}layers.{layer}.input_layernorm.weight",
+        "norm": _LAYER + "input_layernorm.weight",
         "q+k+v": _ATTN + "qkv_proj.weight",
         "o": _ATTN + "o_proj.weight",
     },
     "ffn": {
-        "norm": "{prefix}layers.{layer}.post_attention_layernorm.weight",
+        "norm": _LAYER + "post_attention_layernorm.weight",
         "gate+up": _MLP + "gate_up_proj.weight",
         "down": _MLP + "down_proj.weight",
     },
@@ -117,18 +103,17 @@ PHI3_HF: Names = {
 PHI3_GGUF: Names = {
     **GGUF_NAMES,
     "ffn": {
-        "norm": "blk.{layer}.ffn_norm.weight",
-        "gate+up": "blk.{layer}.ffn_up.weight",
-        "down": "blk.{layer}.ffn_down.weight",
+        "norm": _BLK + "ffn_norm.weight",
+        "gate+up": _BLK + "ffn_up.weight",
+        "down": _BLK + "ffn_down.weight",
     },
 }
 
 GEMMA3_HF: Names = {
     **HF_NAMES,
-    "ffn": {**HF_NAMES["ffn"], "norm": "{prefix}layers.{layer}.pre_feedforward_layernorm.weight"},
+    "ffn": {**HF_NAMES["ffn"], "norm": _LAYER + "pre_feedforward_layernorm.weight"},
 }
 
-_MIXTRAL = "{prefix}layers.{layer}.block_sparse_moe."
 MIXTRAL_HF: Names = {
     **HF_NAMES,
     "router": {**HF_NAMES["router"], "router": _MIXTRAL + "gate.weight"},

@@ -22,7 +22,7 @@ def hf_rope(
 ) -> RopeSpec:
     """The rope of a config.json. `parameters` is its (sub-)dictionary with rope_type, rope_theta and the rest.
 
-    `longrope_names`: further names under which the family stores longrope.
+    `longrope_names`: other names that the family has for longrope.
     """
     theta = parameters.number("rope_theta", config.number("rope_theta", 10000.0))
     partial = parameters.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
@@ -47,7 +47,7 @@ def hf_rope(
             long_magnitude=magnitude,
         )
     match kind:
-        # "dynamic" changes the base only beyond max_position_embeddings, where no context of ours reaches
+        # "dynamic" changes the base only beyond max_position_embeddings, and no context here is longer than that.
         case "default" | "dynamic":
             return RopeSpec(dims, theta)
         case "linear":
@@ -119,7 +119,7 @@ def gguf_rope(
 
 
 def _checked(facts: Facts, dims: int, theta: float) -> int:
-    """`dims`, once it and `theta` are safe to compute with."""
+    """Gives `dims` back if it and `theta` are safe to compute with, else raises CorruptCheckpoint."""
     if not 2 <= dims <= 4096 or dims % 2:
         raise facts.wrong("rotated dimensions of a head", dims, "even and from 2 to 4096")
     if theta <= 0:
@@ -141,10 +141,10 @@ def _factor(parameters: Facts) -> float:
 
 
 def _llama3(dims: int, theta: float, factor: float, low: float, high: float, original: int) -> Divisors:
-    """Long waves are stretched, short ones kept, those between get a mean weighted by frequency."""
+    """Long waves are stretched, short ones are kept, those between get a mean weighted by frequency."""
     divisors = []
     for i in range(dims // 2):
-        wavelength = 2 * math.pi * _base(theta, i, dims)
+        wavelength = 2 * math.pi * theta ** (2 * i / dims)
         if wavelength < original / high:
             divisors.append(1.0)
         elif wavelength > original / low:
@@ -158,7 +158,8 @@ def _llama3(dims: int, theta: float, factor: float, low: float, high: float, ori
 def _yarn(
     dims: int, theta: float, factor: float, original: int, *, fast: float, slow: float, truncate: bool
 ) -> Divisors:
-    """Pairs that turn more than `fast` times within the original context are kept, fewer than `slow` stretched."""
+    """Within the original context, pairs that turn more than `fast` times are kept; those that turn fewer than `slow`
+    times are stretched."""
     if theta <= 1 or factor <= 0 or original < 1 or not 0 < slow < fast:
         raise UnsupportedCheckpoint(
             f"rope scaling yarn with base {theta}, factor {factor}, original context {original}, "
@@ -190,7 +191,3 @@ def _yarn_magnitude(parameters: Facts, factor: float) -> float:
 
 def _longrope_magnitude(factor: float, original: int) -> float:
     return 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-
-
-def _base(theta: float, pair: int, dims: int) -> float:
-    return float(theta ** (2 * pair / dims))

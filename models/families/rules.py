@@ -1,6 +1,6 @@
-"""Rules that several families share: which layers have a window, experts or biases.
+"""Rules that several families share: which layers have a window or experts.
 
-Each takes the facts of one checkpoint (and the number of layers) and returns a value; the table names them.
+Each takes the facts of one checkpoint and its number of layers. The entries of `table` name them.
 """
 
 from __future__ import annotations
@@ -8,27 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from shoal.models.errors import UnsupportedCheckpoint
 from shoal.partition.spec import MoeSpec
 
 from .facts import Facts
 from .family import Moe, Windows
-from .gguf_metadata import check_experts
-from .tensors import ATTENTION_BIASES, FFN_BIASES, QKV_BIASES
 
-_LOCAL = "sliding_attention"
-
-
-def llama_biases(config: Facts) -> frozenset[str]:
-    mlp = FFN_BIASES if config.flag("mlp_bias", False) else frozenset()
-    return attention_biases(config) | mlp
-
-
-def attention_biases(config: Facts) -> frozenset[str]:
-    return ATTENTION_BIASES if config.flag("attention_bias", False) else frozenset()
-
-
-def qkv_biases(config: Facts) -> frozenset[str]:
-    return QKV_BIASES if config.flag("qkv_bias", True) else frozenset()
+_SOFTMAX = 1  # the value of expert_gating_func in GGUF
 
 
 def hf_window_everywhere(config: Facts, layers: int) -> Windows:
@@ -59,7 +45,7 @@ def hf_window_alternating(config: Facts, layers: int) -> Windows:
 def hf_window_pattern(config: Facts, layers: int) -> Windows:
     """gemma3: all but every n-th layer, unless layer_types says which."""
     period = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
-    return _by_type(config, [period < 1 or (i + 1) % period != 0 for i in range(layers)])
+    return _by_type(config, _all_but_every(period, layers))
 
 
 def gguf_window_everywhere(metadata: Facts, layers: int) -> Windows:
@@ -76,42 +62,24 @@ def gguf_window_pattern(metadata: Facts, layers: int) -> Windows:
         if len(local) != layers:
             raise metadata.wrong(key, local, f"a list of {layers}, one for each layer")
     else:
-        period = metadata.integer(key, 6)
-        local = [period < 1 or (i + 1) % period != 0 for i in range(layers)]
+        local = _all_but_every(metadata.integer(key, 6), layers)
     return [window if here else None for here in local]
 
 
 def mixtral_moe(config: Facts, layers: int) -> Moe:
-    spec = MoeSpec(
-        experts=_experts(config),
-        active=config.integer("num_experts_per_tok"),
-        ffn=config.integer("intermediate_size"),
-        normalize=True,
-    )
-    return Moe(spec, [True] * layers)
+    return Moe(_hf_experts(config, "intermediate_size", normalize=True), [True] * layers)
 
 
 def olmoe_moe(config: Facts, layers: int) -> Moe:
-    spec = MoeSpec(
-        experts=_experts(config),
-        active=config.integer("num_experts_per_tok"),
-        ffn=config.integer("intermediate_size"),
-        normalize=config.flag("norm_topk_prob", False),
-    )
-    return Moe(spec, [True] * layers)
+    normalize = config.flag("norm_topk_prob", False)
+    return Moe(_hf_experts(config, "intermediate_size", normalize), [True] * layers)
 
 
 def qwen_moe(config: Facts, layers: int) -> Moe:
-    """qwen2_moe and qwen3_moe; a shared expert only where its size is given."""
+    """qwen2_moe and qwen3_moe. There is a shared expert only if its size is given."""
     shared = config.integer("shared_expert_intermediate_size", 0)
-    spec = MoeSpec(
-        experts=_experts(config),
-        active=config.integer("num_experts_per_tok"),
-        ffn=config.integer("moe_intermediate_size"),
-        normalize=config.flag("norm_topk_prob", False),
-        shared_ffn=shared,
-        shared_gated=shared > 0,
-    )
+    spec = _hf_experts(config, "moe_intermediate_size", config.flag("norm_topk_prob", False))
+    spec = replace(spec, shared_ffn=shared, shared_gated=shared > 0)
     step = config.integer("decoder_sparse_step", 1)
     if step < 1:
         raise config.wrong("decoder_sparse_step", step, "at least 1")
@@ -130,7 +98,7 @@ def gguf_olmoe_moe(metadata: Facts, layers: int) -> Moe:
 
 
 def gguf_qwen2_moe(metadata: Facts, layers: int) -> Moe:
-    """Beside the chosen experts a gated one that is always on."""
+    """Beside the chosen experts there is a gated one that is always on."""
     shared = metadata.integer("expert_shared_feed_forward_length", 0)
     shared = shared or metadata.integer("feed_forward_length")
     spec = _gguf_experts(metadata, _qwen_expert_ffn(metadata), normalize=False)
@@ -142,21 +110,32 @@ def gguf_qwen3_moe(metadata: Facts, layers: int) -> Moe:
 
 
 def gemma3_query_scale(metadata: Facts, layers: int) -> float:
-    """Not stored: only the largest model (62 layers) scales by other than its head size."""
+    """GGUF does not store it. Only the largest model (62 layers) scales by another number than its head size."""
     if layers != 62:
         return 0.0
     query_dim = metadata.integer("embedding_length") // max(metadata.integer("attention.head_count"), 1)
     return 1 / math.sqrt(max(query_dim, 1))
 
 
-def _experts(config: Facts) -> int:
-    """Either name may be on disk, whatever the family, depending on the version that wrote it."""
-    key = "num_experts" if config.has("num_experts") else "num_local_experts"
-    return config.integer(key)
+def _hf_experts(config: Facts, ffn_key: str, normalize: bool) -> MoeSpec:
+    """Any family may call their number by either name, depending on the version of transformers that wrote the file."""
+    return MoeSpec(
+        experts=config.integer("num_experts" if config.has("num_experts") else "num_local_experts"),
+        active=config.integer("num_experts_per_tok"),
+        ffn=config.integer(ffn_key),
+        normalize=normalize,
+    )
 
 
 def _gguf_experts(metadata: Facts, ffn: int, normalize: bool) -> MoeSpec:
-    check_experts(metadata)
+    """The experts; ways of routing that Shoal does not compute are refused. `normalize`: if the file does not say."""
+    keys = f"{metadata.origin}: {metadata.prefix}"
+    if (function := metadata.integer("expert_gating_func", _SOFTMAX)) != _SOFTMAX:
+        raise UnsupportedCheckpoint(
+            f"{keys}expert_gating_func={function} is not supported (supported: 1, softmax)"
+        )
+    if (scale := metadata.number("expert_weights_scale", 1.0)) not in (0.0, 1.0):
+        raise UnsupportedCheckpoint(f"{keys}expert_weights_scale={scale} is not supported")
     return MoeSpec(
         experts=metadata.integer("expert_count"),
         active=metadata.integer("expert_used_count"),
@@ -166,9 +145,13 @@ def _gguf_experts(metadata: Facts, ffn: int, normalize: bool) -> MoeSpec:
 
 
 def _qwen_expert_ffn(metadata: Facts) -> int:
-    """Early files give only the columns of all active experts together."""
+    """Early files say only how many columns all active experts have together."""
     together = metadata.integer("feed_forward_length", 0) // max(metadata.integer("expert_used_count"), 1)
     return metadata.integer("expert_feed_forward_length", together)
+
+
+def _all_but_every(period: int, layers: int) -> list[bool]:
+    return [period < 1 or (i + 1) % period != 0 for i in range(layers)]
 
 
 def _by_type(config: Facts, local: list[bool]) -> Windows:
@@ -177,7 +160,7 @@ def _by_type(config: Facts, local: list[bool]) -> Windows:
         types = config.items("layer_types", str)
         if len(types) != len(local):
             raise config.wrong("layer_types", types, f"a list of {len(local)}, one for each layer")
-        local = [kind == _LOCAL for kind in types]
+        local = [kind == "sliding_attention" for kind in types]
     return [window if here else None for here in local]
 
 

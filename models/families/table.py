@@ -1,15 +1,20 @@
-"""The families, one entry each. To add one, add its entry (and a rule to `rules` if it has one of its own)."""
+"""The families, one entry each. To add a family, add its entry here, and rules of its own to `rules`."""
 
 from __future__ import annotations
 
 from . import rules
 from .family import Family, GgufSide, HfSide
 from .names import GEMMA3_HF, MIXTRAL_HF, PHI3_GGUF, PHI3_HF
+from .tensors import ATTENTION_BIASES, FFN_BIASES, QKV_BIASES
+
+_ATTENTION = {"attention_bias": ATTENTION_BIASES}
 
 FAMILIES = (
     Family(
         name="llama",
-        hf=HfSide(types=("llama",), defaults={"rms_norm_eps": 1e-6}, biases=rules.llama_biases),
+        hf=HfSide(
+            types=("llama",), defaults={"rms_norm_eps": 1e-6}, biases=_ATTENTION | {"mlp_bias": FFN_BIASES}
+        ),
         gguf=GgufSide(archs=("llama",), interleaved=True, windows=rules.gguf_window_everywhere),
     ),
     Family(
@@ -20,8 +25,8 @@ FAMILIES = (
         name="qwen2",
         hf=HfSide(
             types=("qwen2",),
-            defaults={"rms_norm_eps": 1e-6},
-            biases=rules.qkv_biases,
+            defaults={"rms_norm_eps": 1e-6, "qkv_bias": True},
+            biases={"qkv_bias": QKV_BIASES},
             windows=rules.hf_window_from_layer,
         ),
         gguf=GgufSide(archs=("qwen2",)),
@@ -32,7 +37,7 @@ FAMILIES = (
         hf=HfSide(
             types=("qwen3",),
             defaults={"rms_norm_eps": 1e-6, "head_dim": 128},
-            biases=rules.attention_biases,
+            biases=_ATTENTION,
             windows=rules.hf_window_from_layer,
         ),
         gguf=GgufSide(archs=("qwen3",)),
@@ -63,7 +68,7 @@ FAMILIES = (
                 "query_pre_attn_scalar": 256,
                 "sliding_window": 4096,
             },
-            biases=rules.attention_biases,
+            biases=_ATTENTION,
             windows=rules.hf_window_pattern,
             norm_shift=1.0,
             local_rope=True,
@@ -93,7 +98,7 @@ FAMILIES = (
         qk_norm="full",
         pre_norm=False,
         post_norm=True,
-        hf=HfSide(types=("olmo2",), defaults={"rms_norm_eps": 1e-5}, biases=rules.attention_biases),
+        hf=HfSide(types=("olmo2",), defaults={"rms_norm_eps": 1e-5}, biases=_ATTENTION),
         gguf=GgufSide(archs=("olmo2",), unsupported=("attention.sliding_window",)),
     ),
     Family(
@@ -116,8 +121,8 @@ FAMILIES = (
         name="qwen2_moe",
         hf=HfSide(
             types=("qwen2_moe",),
-            defaults={"rms_norm_eps": 1e-6, "shared_expert_intermediate_size": 5632},
-            biases=rules.qkv_biases,
+            defaults={"rms_norm_eps": 1e-6, "shared_expert_intermediate_size": 5632, "qkv_bias": True},
+            biases={"qkv_bias": QKV_BIASES},
             windows=rules.hf_window_alternating,
             moe=rules.qwen_moe,
         ),
@@ -129,7 +134,7 @@ FAMILIES = (
         hf=HfSide(
             types=("qwen3_moe",),
             defaults={"rms_norm_eps": 1e-6},
-            biases=rules.attention_biases,
+            biases=_ATTENTION,
             windows=rules.hf_window_if_used,
             moe=rules.qwen_moe,
         ),
@@ -141,7 +146,7 @@ FAMILIES = (
         hf=HfSide(
             types=("olmoe",),
             defaults={"rms_norm_eps": 1e-5},
-            biases=rules.attention_biases,
+            biases=_ATTENTION,
             moe=rules.olmoe_moe,
         ),
         gguf=GgufSide(archs=("olmoe",), moe=rules.gguf_olmoe_moe),

@@ -1,7 +1,7 @@
 """Which tensors each kind of block needs, by role, and their shapes.
 
-Follows from the `ModelSpec` and the biases that a checkpoint has; the roles are those of `models.weights`. Knows no
-tensor names.
+This follows from the `ModelSpec` and from the biases that a checkpoint has. The roles are those of `models.weights`.
+Knows no tensor names.
 """
 
 from __future__ import annotations
@@ -12,18 +12,10 @@ from dataclasses import dataclass
 from shoal.partition.spec import BlockKind, ModelSpec
 
 Names = Mapping[BlockKind, Mapping[str, str]]
-"""Per kind of block: role → name of its tensor, with {layer} and {expert} left open. `a+b` is one tensor that holds
-the rows of role a followed by those of b. The name of an expert's tensor without {expert} is a stack of them all."""
+"""Per kind of block: role → name of its tensor, in which {layer} and {expert} are to be filled in. `a+b` is one tensor
+that holds the rows of role a, then those of b. If the name of an expert's tensor has no {expert}, the tensor is a stack
+of all experts."""
 
-_BIASES = {
-    "q": "q_bias",
-    "k": "k_bias",
-    "v": "v_bias",
-    "o": "o_bias",
-    "gate": "gate_bias",
-    "up": "up_bias",
-    "down": "down_bias",
-}
 ATTENTION_BIASES = frozenset({"q_bias", "k_bias", "v_bias", "o_bias"})
 QKV_BIASES = frozenset({"q_bias", "k_bias", "v_bias"})
 FFN_BIASES = frozenset({"gate_bias", "up_bias", "down_bias"})
@@ -32,15 +24,15 @@ NORMS = frozenset({"norm", "post_norm", "q_norm", "k_norm"})
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make the blocks of one checkpoint: every tensor in `names` is needed, no other."""
+    """How to make the blocks of one checkpoint. The tensors in `names` are needed, and no others."""
 
     spec: ModelSpec
     names: Names
-    norm_shift: float = 0.0  # added to the weights of every norm
+    norm_shift: float = 0.0  # to be added to the weights of every norm
 
 
 def shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, tuple[int, ...]]:
-    """Role → shape of everything that a block of this kind has without biases."""
+    """Role → shape of everything that a block of this kind has, except biases."""
     c, moe = spec.hidden, spec.moe
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     norms: dict[str, tuple[int, ...]] = {}
@@ -53,12 +45,10 @@ def shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, tuple[int, ...]]:
             return {"embed": (spec.vocab, c)}
         case "attn":
             found = norms | {"q": (q, c), "k": (kv, c), "v": (kv, c), "o": (c, q + sum(spec.o_margins))}
-            if spec.qk_norm != "none":
-                head = spec.qk_norm == "head"
-                found |= {
-                    "q_norm": (spec.head_dim if head else q,),
-                    "k_norm": (spec.head_dim if head else kv,),
-                }
+            if spec.qk_norm == "head":
+                found |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
+            elif spec.qk_norm == "full":
+                found |= {"q_norm": (q,), "k_norm": (kv,)}
             return found
         case "ffn":
             return norms | _gated(spec.ffn, c)
@@ -81,8 +71,7 @@ def bias_shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, tuple[int, ...]]:
     """Role → shape of the biases that a block of this kind may have."""
     if kind not in ("attn", "ffn"):
         return {}
-    of = shapes(spec, kind)
-    return {bias: of[role][:1] for role, bias in _BIASES.items() if role in of}
+    return {f"{role}_bias": shape[:1] for role, shape in shapes(spec, kind).items() if len(shape) == 2}
 
 
 def chosen(spec: ModelSpec, names: Names, biases: frozenset[str]) -> Names:

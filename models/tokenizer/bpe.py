@@ -2,7 +2,7 @@
 
 Knows the pre-tokenizer rules (how a text is cut into words before merging) by the names that GGUF files
 give them. The rules are the published ones of each model, written so that the library's regex engine cuts
-as llama.cpp does. Deliberately does not know special tokens, BOS, files, or how ids turn back into text.
+as llama.cpp does. Does not know special tokens, BOS, files, or how ids become text again.
 """
 
 from __future__ import annotations
@@ -96,21 +96,20 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {name: rule for names, rule in _FAM
 
 @contextmanager
 def library_errors(doing: str) -> Iterator[None]:
-    """Translate what the `tokenizers` library throws, its Rust panics included, into TokenizerError."""
+    """Translate what the `tokenizers` library raises, its Rust panics included, into TokenizerError."""
     try:
         yield
-    except Exception as error:
-        raise TokenizerError(f"{doing}: {one_line(error)}") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # pyo3 derives it from BaseException and exports no name
-            raise
-        raise TokenizerError(f"{doing}: {one_line(error)}") from error
+        # A panic is an exception of pyo3's that derives from BaseException and that no module exports.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise TokenizerError(f"{doing}: {one_line(error)}") from error
+        raise
 
 
 class _Pairs(Sequence[tuple[str, str]]):
-    """Merges as pairs of texts, made one by one: the library copies them, so none needs to stay here.
+    """Merges as pairs of texts, made one by one; the library copies them, so a list of them would be wasted memory.
 
-    bad: the merge at which iteration ended because it is no pair.
+    bad: the merge that ended the iteration because it is not a pair.
     """
 
     def __init__(self, merges: Texts) -> None:
@@ -149,7 +148,7 @@ class ByteLevelBpe:
             ]
             words.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
             if absent := [char for char in BYTE_OF_CHAR if char not in ids]:
-                # Bytes without a token are dropped, but what stands around them must not merge.
+                # Bytes without a token are dropped, but their neighbours must not merge with each other.
                 gap = tokenizers.Regex(f"[{''.join(map(re.escape, absent))}]")
                 words.append(pre_tokenizers.Split(gap, "removed"))
             self._library.pre_tokenizer = pre_tokenizers.Sequence(words)

@@ -1,7 +1,7 @@
 """Text as it is generated: token by token, never half a character.
 
-Knows UTF-8's borders, and how long a text that the `tokenizers` library puts together can still change. Deliberately
-does not know tokens' spelling (tokenizer) nor when generation ends (stop_strings). O(1) amortised per token.
+Knows where characters end in UTF-8, and how long a text that the `tokenizers` library puts together can still change.
+Does not know how tokens are spelled (tokenizer), nor when generation ends (stop_strings). O(1) amortised per token.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from os.path import commonprefix
 
 from .tokenizer import Tokenizer
 
-# A byte that completes no character: behind it everything comes out that a later token could not change.
+# Stands for whatever token comes next: a byte that completes no character. Text that stays the same when it follows
+# cannot be changed by any later token.
 _NEXT = "<0xFF>"
 
 
 class Detokenizer:
     """Ids one by one → text; all pieces together equal `decode(ids, skip_special=True)`.
 
-    prompt_ids: what stands before; after any text there, a first word keeps its leading space.
+    prompt_ids: the tokens before; if they have any text, the answer's first word keeps its leading space.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
@@ -31,12 +32,12 @@ class Detokenizer:
         return self._text.push(token_id)
 
     def flush(self) -> str:
-        """The end: what was held back, with U+FFFD for a character that never became complete."""
+        """At the end: the text that was held back, with U+FFFD for a character that never became complete."""
         return self._text.flush()
 
 
 class _Bytes:
-    """Tokens that have bytes of their own: a character comes with its last byte."""
+    """For tokens that have bytes of their own: a character is given out with its last byte."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int]) -> None:
         self._token_bytes = tokenizer.token_bytes
@@ -55,11 +56,11 @@ class _Bytes:
 
 
 class _Joined:
-    """Tokens whose text depends on their neighbours: the last few are joined with and without one more behind them.
+    """For tokens whose text depends on their neighbours: the last few are joined with and without one more after them.
 
-    What is the same both times stays so. `_window` has the tokens whose text is not all shown and, before them, as
-    many as it takes for these not to be the first of a text; of its text the first `_shown` characters are shown.
-    A join that rewrites is shown at the end.
+    The text that is the same both times will not change any more. `_window` has the tokens whose text is not all
+    shown yet, and before them as many others as are needed for something to stand before that text. Of the window's
+    text the first `_shown` characters have been shown. If the join rewrites, all text comes at the end.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class _Joined:
         return self._tokenizer.texts(ids, skip_special=True)
 
     def _forget(self, text: str) -> None:
-        """Shorten the window to the fewest tokens that give what is not shown, and something before it."""
+        """Shorten the window to about the fewest tokens whose text ends in what is hidden and has more before it."""
         hidden, size = text[self._shown :], 1
         while size < len(self._window):
             short = self._join(self._window[-size:])

@@ -1,13 +1,14 @@
 """From GGUF metadata to the parts of a tokenizer.
 
-Knows the `tokenizer.ggml.*` keys, their defaults per vocabulary model, and which of llama.cpp's quirks are
-needed for equal ids. Deliberately does not read files: it takes the metadata as a plain mapping, and checks
-all of it, because it comes from a download.
+Knows the `tokenizer.ggml.*` keys, their defaults for each vocabulary model, and which of llama.cpp's quirks are
+needed for equal ids. Does not read files: it gets the metadata as a mapping, and checks all of it, because the file
+comes from a download.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from .bpe import PRE_TOKENIZERS, ByteLevelBpe
 from .parts import Parts
 from .special import SpecialSplitter
 from .spm import SentencePieceBpe
-from .vocabulary import TokenKind, Vocabulary, inverse, packed, vocabulary
+from .vocabulary import TokenKind, Vocabulary, completed, inverse, packed
 
 _PREFIX = "tokenizer.ggml."
 
@@ -44,17 +45,18 @@ def _byte_level(keys: _Keys) -> Parts:
         raise TokenizerError(f"the pre-tokenizer {pre[:40]!r} is not supported; supported are {known}")
     tokens = _tokens(keys)
     ids = inverse(tokens)
-    vocab = _vocabulary(keys, tokens, ids, byte_level=True)
+    vocab = _completed(keys, ids, Vocabulary(tokens, b"", byte_level=True))
     return _parts(keys, vocab, ByteLevelBpe(ids, keys.texts("merges"), rule), add_bos=rule.add_bos)
 
 
 def _sentence_piece(keys: _Keys) -> Parts:
     tokens, prefix = _tokens(keys), keys.flag("add_space_prefix", True)
     ids = inverse(tokens)
-    vocab = _vocabulary(
-        keys, tokens, ids, byte_level=False, add_space_prefix=prefix, bos_id=1, eos_id=2, unk_id=0
+    defaults = Vocabulary(
+        tokens, b"", byte_level=False, add_space_prefix=prefix, bos_id=1, eos_id=2, unk_id=0
     )
-    scores = keys.numbers("scores", len(vocab), [0.0] * len(vocab))
+    vocab = _completed(keys, ids, defaults)
+    scores = keys.numbers("scores", len(vocab), 0.0)
     if not np.isfinite(scores).all():
         raise TokenizerError("tokenizer.ggml.scores holds values that are not finite; the file is damaged")
     return _parts(keys, vocab, SentencePieceBpe(vocab, ids, scores), add_bos=True)
@@ -80,38 +82,25 @@ def _tokens(keys: _Keys) -> Texts:
     return packed(text or f"[EMPTY_{i}]" for i, text in enumerate(tokens))
 
 
-def _vocabulary(
-    keys: _Keys,
-    tokens: Texts,
-    ids: Mapping[str, int],
-    *,
-    byte_level: bool,
-    add_space_prefix: bool = False,
-    bos_id: int | None = None,
-    eos_id: int | None = None,
-    unk_id: int | None = None,
-) -> Vocabulary:
-    """The ids of tokens passed in are the defaults of the vocabulary model, for files that do not name them."""
-    kinds = keys.numbers("token_type", len(tokens), [int(TokenKind.NORMAL)] * len(tokens)).astype(np.int64)
+def _completed(keys: _Keys, ids: Mapping[str, int], vocab: Vocabulary) -> Vocabulary:
+    """With the kinds and the ids that the file names; `vocab` has the defaults of its vocabulary model."""
+    kinds = keys.numbers("token_type", len(vocab), TokenKind.NORMAL).astype(np.int64)
     kinds[(kinds < 0) | (kinds > max(TokenKind))] = TokenKind.UNDEFINED
     ends = [keys.token_id(name, None) for name in ("eot_token_id", "eom_token_id")]
-    return vocabulary(
-        tokens,
-        ids,
-        kinds.astype(np.uint8).tobytes(),
-        byte_level=byte_level,
-        add_space_prefix=add_space_prefix,
-        bos_id=keys.token_id("bos_token_id", bos_id),
-        eos_id=keys.token_id("eos_token_id", eos_id),
-        unk_id=keys.token_id("unknown_token_id", unk_id),
-        end_ids=[token_id for token_id in ends if token_id is not None],
+    vocab = replace(
+        vocab,
+        kinds=kinds.astype(np.uint8).tobytes(),
+        bos_id=keys.token_id("bos_token_id", vocab.bos_id),
+        eos_id=keys.token_id("eos_token_id", vocab.eos_id),
+        unk_id=keys.token_id("unknown_token_id", vocab.unk_id),
     )
+    return completed(vocab, ids, [token_id for token_id in ends if token_id is not None])
 
 
 def _strip_after(keys: _Keys, vocab: Vocabulary) -> frozenset[int]:
     """Special tokens that swallow the white space after them.
 
-    Phi-3 was trained so, but GGUF has no field for it: as in llama.cpp the model's name decides.
+    Phi-3 was trained like that. GGUF has no field for it, so the model's name decides, as in llama.cpp.
     """
     name = (keys.optional_text("general.name") or "").lower()
     if "phi-3" not in name and "phi3" not in name:
@@ -146,21 +135,21 @@ class _Keys:
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._metadata.get(_PREFIX + name, default)
-        if not isinstance(value, (bool, np.bool_)):
+        if not isinstance(value, bool):
             raise TokenizerError(
                 f"{_PREFIX + name} is {value!r:.40} instead of true or false; the file is damaged"
             )
-        return bool(value)
+        return value
 
     def token_id(self, name: str, default: int | None) -> int | None:
         value = self._metadata.get(_PREFIX + name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        if isinstance(value, bool) or not isinstance(value, int):
             raise TokenizerError(
                 f"{_PREFIX + name} is {value!r:.40} instead of a token id; the file is damaged"
             )
-        return int(value)
+        return value
 
     def texts(self, name: str) -> Texts:
         value = self._metadata.get(_PREFIX + name)
@@ -168,16 +157,14 @@ class _Keys:
             raise TokenizerError(f"the file has no {_PREFIX + name}: it holds no tokenizer of this kind")
         if isinstance(value, Texts):
             return value
-        if isinstance(value, np.ndarray):
-            value = value.tolist()
-        if not isinstance(value, (list, tuple)) or not set(map(type, value)) <= {str}:
+        if not isinstance(value, list) or not set(map(type, value)) <= {str}:
             raise TokenizerError(f"{_PREFIX + name} is not a list of texts; the file is damaged")
         return packed(value)
 
-    def numbers(self, name: str, count: int, default: Sequence[float]) -> np.ndarray:
+    def numbers(self, name: str, count: int, default: float) -> np.ndarray:
         value = self._metadata.get(_PREFIX + name)
         try:
-            numbers = np.asarray(default if value is None else value)
+            numbers = np.full(count, default) if value is None else np.asarray(value)
         except (ValueError, TypeError) as error:
             raise TokenizerError(f"{_PREFIX + name} is not a list of numbers; the file is damaged") from error
         if numbers.dtype.kind not in "iufb" or numbers.ndim != 1:

@@ -2,8 +2,8 @@
 
 Knows which files say what: `tokenizer.json`, `tokenizer.model` (SentencePiece BPE, where there is no
 tokenizer.json), `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`, `config.json` and
-`chat_template.jinja`. Deliberately runs no code from the directory and reads no weights. Every value is checked:
-the files come from a download.
+`chat_template.jinja`. Runs no code from the directory and reads no weights. Every value is checked, because the files
+come from a download.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .special import SpecialSplitter
 from .spm import SentencePieceBpe
 from .spm_file import read_model
 from .tokenizer_json import parse, read_tokenizer_json
-from .vocabulary import SPACE_MARK, TokenKind, inverse, packed, vocabulary
+from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, completed, inverse, packed
 
 MAX_TOKENIZER_FILE_BYTES = 256 << 20
 
@@ -56,20 +56,19 @@ def _from_sentence_piece(
     tokens, kinds, scores = list(model.tokens), bytearray(model.kinds), list(model.scores)
     _add_tokens(config, tokens, kinds, scores)
     for i, kind in enumerate(kinds):
-        if kind == TokenKind.USER_DEFINED:  # found in the text as it is, before spaces are marked
+        if kind == TokenKind.USER_DEFINED:  # looked for in the text before its spaces are marked
             tokens[i] = tokens[i].replace(SPACE_MARK, " ")
     ids = inverse(tokens)
-    vocab = vocabulary(
+    vocab = Vocabulary(
         packed(tokens),
-        ids,
-        kinds,
+        bytes(kinds),
         byte_level=False,
         add_space_prefix=model.add_space_prefix,
-        bos_id=_known(ids, names["bos"]) if names["bos"] else model.bos_id,
-        eos_id=_known(ids, names["eos"]) if names["eos"] else model.eos_id,
+        bos_id=ids.get(names["bos"]) if names["bos"] else model.bos_id,
+        eos_id=ids.get(names["eos"]) if names["eos"] else model.eos_id,
         unk_id=model.unk_id,
-        end_ids=[token_id for token_id in ends if token_id < len(tokens)],
     )
+    vocab = completed(vocab, ids, [token_id for token_id in ends if token_id < len(tokens)])
     encoder = SpecialSplitter(
         vocab,
         SentencePieceBpe(vocab, ids, scores),
@@ -80,7 +79,7 @@ def _from_sentence_piece(
 
 
 def _add_tokens(config: Mapping[str, Any], tokens: list[str], kinds: bytearray, scores: list[float]) -> None:
-    """Put `added_tokens_decoder` of tokenizer_config.json on top of a SentencePiece vocabulary."""
+    """Add the tokens of tokenizer_config.json's `added_tokens_decoder` to a SentencePiece vocabulary."""
     added = config.get("added_tokens_decoder") or {}
     try:
         entries = sorted(
@@ -103,10 +102,6 @@ def _add_tokens(config: Mapping[str, Any], tokens: list[str], kinds: bytearray, 
         elif kinds[token_id] != TokenKind.UNKNOWN:
             tokens[token_id] = text
             kinds[token_id] = kind
-
-
-def _known(ids: Mapping[str, int], text: str | None) -> int | None:
-    return None if text is None else ids.get(text)
 
 
 def _token_text(*values: object) -> str | None:

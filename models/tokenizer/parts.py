@@ -1,4 +1,4 @@
-"""What the readers of files hand over: the parts of a tokenizer."""
+"""The parts of a tokenizer, which the readers of files make."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .vocabulary import Vocabulary
 class Encoder(Protocol):
     """Text → ids.
 
-    add_special: put before and after what the model wants there. parse_special: control tokens are recognised.
+    add_special: add the tokens that the model wants before and after a text. parse_special: recognise control tokens.
     """
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]: ...
@@ -22,9 +22,9 @@ class Encoder(Protocol):
 class Parts:
     """What a model's files say about text.
 
-    join: texts of tokens → text, for files whose tokens have no bytes of their own (whether there is a space
-    between two depends on both); None where a text is the bytes of its tokens, one after the other.
-    rewrites: `join` may change, at any later token, all that it said before.
+    join: texts of tokens → text, for tokens that have no bytes of their own (whether there is a space between two
+    depends on both). None where a text is the bytes of its tokens, one after the other.
+    rewrites: any later token may make `join` change all of the text before it.
     """
 
     vocabulary: Vocabulary

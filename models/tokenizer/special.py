@@ -1,19 +1,19 @@
 """Cutting a text at its special tokens.
 
 Knows that the leftmost special token wins, and the longest of those that begin there (as in `tokenizers`), and
-which of them are plain text when control tokens are not to be recognised. Deliberately does not know how the
-text between them is merged into tokens: that is the merger's.
+which of them are plain text when control tokens are not to be recognised. Does not know how the text between them
+is merged into tokens: the merger does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 from shoal.models.errors import TokenizerError
 
-from .vocabulary import TokenKind, Vocabulary
+from .vocabulary import SPECIAL_KINDS, TokenKind, Vocabulary
 
 _SPACES = re.compile(r"[ \t\n\v\f\r]*")
 
@@ -27,8 +27,8 @@ class Merger(Protocol):
 class SpecialSplitter:
     """Text → ids: special tokens by their text, the merger for what stands between them.
 
-    add_bos, add_eos: what stands around a text. strip_after: special tokens that swallow the white space behind
-    them. Raises TokenizerError if BOS or EOS is wanted and the vocabulary names none.
+    add_bos, add_eos: whether they stand around a text. strip_after: special tokens that swallow the white space
+    after them. Raises TokenizerError if BOS or EOS is wanted and the vocabulary names none.
     """
 
     def __init__(
@@ -45,10 +45,8 @@ class SpecialSplitter:
         self._suffix = _one("EOS", vocabulary.eos_id) if add_eos else []
         self._space_prefix = vocabulary.add_space_prefix
         self._strip_after = strip_after
-        always = {TokenKind.USER_DEFINED}
-        parsed = {TokenKind.USER_DEFINED, TokenKind.CONTROL, TokenKind.UNKNOWN}
-        self._always = _Finder(vocabulary, (i for i, kind in enumerate(vocabulary.kinds) if kind in always))
-        self._parsed = _Finder(vocabulary, (i for i, kind in enumerate(vocabulary.kinds) if kind in parsed))
+        self._always = _Finder(vocabulary, {TokenKind.USER_DEFINED})
+        self._parsed = _Finder(vocabulary, {TokenKind.USER_DEFINED, *SPECIAL_KINDS})
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         ids = [*self._prefix] if add_special else []
@@ -63,7 +61,7 @@ class SpecialSplitter:
         return ids + self._suffix if add_special else ids
 
     def _merge(self, text: str, ids: list[int]) -> None:
-        """Append a fragment, which stands at the beginning or behind a special token."""
+        """Append the ids of a fragment, which stands at the beginning or after a special token."""
         if text:
             ids += self._merger.encode(" " + text if self._space_prefix else text)
 
@@ -75,10 +73,10 @@ def _one(name: str, token_id: int | None) -> list[int]:
 
 
 class _Finder:
-    """Where given tokens stand in a text, in time proportional to its length however many tokens there are."""
+    """Where tokens of some kinds stand in a text, in time proportional to its length however many tokens there are."""
 
-    def __init__(self, vocabulary: Vocabulary, token_ids: Iterable[int]) -> None:
-        self._ids = {vocabulary.tokens[i]: i for i in token_ids}
+    def __init__(self, vocabulary: Vocabulary, kinds: Collection[int]) -> None:
+        self._ids = {vocabulary.tokens[i]: i for i, kind in enumerate(vocabulary.kinds) if kind in kinds}
         lengths: dict[str, set[int]] = {}
         for token in self._ids:
             lengths.setdefault(token[0], set()).add(len(token))

@@ -1,9 +1,9 @@
 """SentencePiece BPE: text between special tokens → ids, by merging the best-scored neighbours first.
 
-Written here because the `tokenizers` library ranks merges strictly, while SentencePiece lets equal scores
-go to the leftmost pair: on runs of equal characters the two disagree. Knows the scores and the byte
-fallback. Deliberately does not know special tokens, BOS, files, or how ids turn back into text.
-Source of the algorithm: SentencePiece's bpe_model.cc (and llama.cpp's equal one).
+It is written here because the `tokenizers` library gives every merge a rank of its own, while SentencePiece merges
+the leftmost of pairs that have equal scores; on runs of equal characters the two disagree. Knows the scores and the
+byte fallback. Does not know special tokens, BOS, files, or how ids become text again. Source of the algorithm:
+SentencePiece's bpe_model.cc (llama.cpp has the same).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SentencePieceBpe:
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text without special tokens; spaces become "▁" here, a space prefix is the caller's."""
+        """Ids of a text without special tokens. Spaces become "▁" here; the caller adds a space prefix."""
         ids: list[int] = []
         cache = self._cache
         for word in self._words.findall(text.replace(" ", SPACE_MARK)):
@@ -59,7 +59,7 @@ class SentencePieceBpe:
         pieces = list(word)
         count = len(pieces)
         before, after = list(range(-1, count - 1)), [*range(1, count), -1]
-        # (cost, left, right, length of the merged text): equal costs go to the leftmost pair.
+        # (cost, left, right, length of the merged text): of equal costs the leftmost pair comes first.
         heap = [
             (costs[token_id], left, left + 1, 2)
             for left in range(count - 1)
@@ -70,7 +70,7 @@ class SentencePieceBpe:
             _, left, right, length = heappop(heap)
             first, second = pieces[left], pieces[right]
             if not first or not second or len(first) + len(second) != length:
-                continue  # one of the two has merged otherwise since
+                continue  # one of the two has merged with another piece in the meantime
             pieces[left] = merged = first + second
             pieces[right] = ""
             following = after[left] = after[right]
@@ -95,7 +95,7 @@ class SentencePieceBpe:
         return merged_ids
 
     def _fall_back(self, piece: str, ids: list[int]) -> None:
-        """Append an unknown piece as its bytes, or as one unknown token for all of a run."""
+        """Append an unknown piece as its bytes, or as one unknown token for a whole run of such pieces."""
         for byte in piece.encode():
             byte_id = self._byte_ids[byte]
             if byte_id != self._unk_id or ids[-1:] != [byte_id]:
@@ -114,9 +114,9 @@ def _byte_id(ids: Mapping[str, int], unk_id: int | None, byte: int) -> int:
 
 
 def _word_pattern(texts: Mapping[str, int]) -> re.Pattern[str]:
-    """Pattern of the pieces that merge independently: a cut before "▁" wherever no token spans it.
+    """Pattern of the words that merge independently: the text is cut before "▁" wherever no token spans the cut.
 
-    Words are then merged one by one and remembered, which is what makes long prompts fast.
+    Words are then merged one by one and remembered, which makes long prompts fast.
     """
     spans = {
         before

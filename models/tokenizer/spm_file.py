@@ -1,8 +1,8 @@
 """The SentencePiece model file (`tokenizer.model`).
 
 Knows the few protobuf fields that a BPE vocabulary needs (source: sentencepiece_model.proto): pieces with score
-and type, the trainer's model type and special ids, the normaliser's space prefix. Deliberately does not know
-unigram models or character maps: it refuses them, rather than tokenise them wrongly.
+and type, the trainer's model type and special ids, the normaliser's space prefix. Does not know unigram models or
+character maps: it refuses them, because it would tokenise them wrongly.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from shoal.models.errors import TokenizerError
 from .vocabulary import MAX_TOKENS, TokenKind
 
 _BPE = 2
-# Types of ModelProto.SentencePiece happen to be GGUF's token types; GGUF copied them.
+# GGUF copied its token types from ModelProto.SentencePiece, so the numbers are the same.
 _KINDS = {int(kind) for kind in TokenKind} - {TokenKind.UNDEFINED}
 
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """A vocabulary as trained. bos_id, eos_id: None where training had none."""
+    """A vocabulary as it was trained. bos_id, eos_id, unk_id: None where training had none."""
 
     tokens: tuple[str, ...]
     scores: tuple[float, ...]
@@ -85,12 +85,12 @@ def _read_model(data: bytes) -> SentencePieceModel:
 
 
 def _signed(value: int) -> int | None:
-    """Ids are int32 written as 64-bit varints; training writes -1 for "none"."""
+    """An id, which is an int32 written as a 64-bit varint. None for -1, by which training says that there is none."""
     return None if value >= 1 << 31 else value
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message: varints as int, everything else as bytes."""
+    """(field number, value) for each field of a protobuf message; varints become int, everything else bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)

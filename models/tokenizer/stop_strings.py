@@ -1,6 +1,6 @@
 """The place where a stop string ends an answer.
 
-Knows which text might still become a stop string. Does not know tokens, nor who asked for the strings.
+Knows which text may still become a stop string. Does not know tokens, nor who asked for the strings.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ MAX_STOP_CHARS = 1024
 class StopMatcher:
     """Finds the first stop string in text that comes in pieces.
 
-    The first is the one whose last character comes first (of several that end there, the longest), so the
-    result does not depend on how the text was cut into pieces. Raises SamplingError for stop strings that
-    are empty or longer than MAX_STOP_CHARS.
+    The first is the one whose last character comes first; if several end there, it is the longest of them. So the
+    result does not depend on how the text is cut into pieces. Raises SamplingError for stop strings that are empty
+    or longer than MAX_STOP_CHARS.
     """
 
     def __init__(self, stop_strings: Sequence[str] = ()) -> None:
@@ -35,10 +35,10 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text that is safe to show, whether a stop string was hit); a hit is the end of the text."""
+        """(text that is safe to show, whether a stop string was found); the text ends where one is found."""
         if not self._held and not self._first.search(text):
             return text, False
-        # What was held back holds no whole stop string, so one must end in the new text.
+        # There is no whole stop string in what was held back, so one must end in the new text.
         before, text = len(self._held), self._held + text
         hits = [
             (at + len(stop), at)
@@ -54,20 +54,20 @@ class StopMatcher:
         return text[:at], False
 
     def flush(self) -> str:
-        """What was held back, when generation has ended without a hit."""
+        """The text that was held back, for when generation has ended without a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _possible_beginning(self, text: str) -> int:
-        """Where the longest end of the text begins that a stop string begins with.
+        """Where the text's longest suffix begins that is the beginning of a stop string; the text's length if none is.
 
-        A place that is passed over is never looked at again, so a long text costs its length, whatever the strings.
+        No place is looked at twice, so the time is proportional to the text's length, whatever the stop strings are.
         """
         at = max(0, len(text) - self._longest + 1)
         while found := self._first.search(text, at):
             at = found.start()
             end = text[at:]
-            nearest = bisect_left(self._stops, end)  # strings that begin with `end` come first from here on
+            nearest = bisect_left(self._stops, end)  # the first that may begin with `end`
             if nearest < len(self._stops) and self._stops[nearest].startswith(end):
                 return at
             at += 1

@@ -1,8 +1,7 @@
 """The tokenizer: text → token ids and back, whatever files the model came in.
 
-Knows how ids spell text. Deliberately does not know file formats (from_gguf, from_hf, tokenizer_json), special tokens
-within a text (special), how words merge (bpe, spm), nor conversations (chat). Everything here may be called from
-several threads.
+Knows how ids spell text. Does not know file formats (from_gguf, from_hf, tokenizer_json), special tokens within a text
+(special), how words merge (bpe, spm), nor conversations (chat). All methods may be called from several threads.
 """
 
 from __future__ import annotations
@@ -44,25 +43,25 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
-        """From GGUF metadata (key → str, int, float, bool, list, Texts or numpy array); raises TokenizerError."""
+        """From GGUF metadata as `gguf_header` gives it (lists of texts may be `list`); raises TokenizerError."""
         return cls(read_gguf(metadata))
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens; a model's logits may have more rows (padding), which stand for nothing."""
+        """Number of tokens; a model's logits may have more rows, which are padding."""
         return len(self._vocabulary)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Ids of a text.
 
-        add_special: put BOS before and EOS after, where the model wants them (False for a text made by a
-        chat template that prints them). parse_special: "<|im_start|>" in the text is that control token;
-        False makes it plain text, as is right for what a user typed. Lone surrogates become U+FFFD.
+        add_special: put BOS before and EOS after, where the model wants them (False for the text of a chat template,
+        which prints them). parse_special: "<|im_start|>" in the text is that control token; False makes it plain
+        text, which is right for what a user typed. Lone surrogates become U+FFFD.
         """
         return self._encoder.encode(_scalar_values(text), add_special, parse_special)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD. skip_special: leave control tokens out."""
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. skip_special: leave control tokens out."""
         vocab = self._vocabulary
         if self.join is not None:
             return self.join(self.texts(ids, skip_special=skip_special))
@@ -80,14 +79,14 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Exact bytes of one token; b"" for control tokens and for ids outside the vocabulary.
 
-        Where tokens have no bytes of their own (`join`), those of its text when it stands alone.
+        Where tokens have no bytes of their own (`join`), the bytes of its text when it stands alone.
         """
         if self.join is not None:
             return self.decode([token_id], skip_special=True).encode()
         return self._vocabulary.token_bytes(token_id)
 
     def texts(self, ids: Iterable[int], *, skip_special: bool) -> list[str]:
-        """Texts of tokens as the files spell them, what `join` takes; ids that are no token are left out."""
+        """Texts of tokens as the files spell them, for `join`; ids that are not tokens are left out."""
         vocab = self._vocabulary
         left_out = {TokenKind.UNUSED, *(SPECIAL_KINDS if skip_special else ())}
         return [vocab.tokens[token_id] for token_id in ids if vocab.kind(token_id) not in left_out]
@@ -103,12 +102,12 @@ class Tokenizer:
         return self._vocabulary.tokens[token_id]
 
     def token_to_id(self, text: str) -> int | None:
-        """Id of the token that the files spell so, or None. Looks at all of them."""
+        """Id of the token that the files spell like this, or None. Slow: it looks at all tokens."""
         return next((i for i, token in enumerate(self._vocabulary.tokens) if token == text), None)
 
 
 def _scalar_values(text: str) -> str:
-    """The text without lone surrogates, which have no UTF-8 form (JSON can smuggle them in)."""
+    """The text without lone surrogates, which have no UTF-8 form (a text that comes from JSON can have them)."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
 """`tokenizer.json`, run by the `tokenizers` library exactly as transformers does.
 
-Knows which decoders spell a text as the bytes of its tokens one after the other (GPT-2's alphabet, SentencePiece):
-those texts are put together here, so that a character comes as soon as its last byte does. All others are the
-library's. Does not know the other files of a directory.
+Knows which decoders make a text of the bytes of its tokens, one after the other (GPT-2's alphabet, SentencePiece).
+Such texts are put together by us, so that a character comes as soon as its last byte does; all others are put
+together by the library. Does not know the other files of a directory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shoal.models.errors import TokenizerError
 
 from .bpe import library_errors
 from .parts import Parts
-from .vocabulary import MAX_TOKENS, SPACE_MARK, TokenKind, packed, vocabulary
+from .vocabulary import MAX_TOKENS, SPACE_MARK, TokenKind, Vocabulary, completed, packed
 
 # What Gemma's files say, and with the last step Llama 2's.
 _SENTENCE_PIECE = [
@@ -34,7 +34,7 @@ class LibraryEncoder:
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
         self._library = library
-        # Whether control tokens are text is a switch of the library's object, not of its call.
+        # Whether control tokens are text is an attribute of the library's object, not an argument of its `encode`.
         self._lock = threading.Lock()
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
@@ -46,7 +46,7 @@ class LibraryEncoder:
 
 
 def parse(data: bytes) -> tokenizers.Tokenizer:
-    """The file as the library holds it; `data`, which is as large, can go then. Raises TokenizerError."""
+    """The file as the library holds it; `data` is as large and is not needed any more. Raises TokenizerError."""
     with library_errors("tokenizer.json is not a tokenizer"):
         return tokenizers.Tokenizer.from_buffer(data)
 
@@ -62,7 +62,7 @@ def read_tokenizer_json(
         library.no_truncation()
         library.no_padding()
         ids = library.get_vocab(with_added_tokens=True)
-        # An added token is spelled as the normalizer leaves it, which may be what another token is called.
+        # An added token's text is what the normalizer makes of it, and another token may have the same text.
         added = {
             token_id: (token.special, library.id_to_token(token_id) or "")
             for token_id, token in library.get_added_tokens_decoder().items()
@@ -79,12 +79,10 @@ def read_tokenizer_json(
         )
     byte_level = [step.get("type") for step in steps] == ["ByteLevel"]
     tokens = [f"[EMPTY_{i}]" for i in range(count)]
-    for text, index in ids.items():
-        tokens[index] = text
-    kinds = bytearray([TokenKind.NORMAL]) * count
-    if len(ids) != count:
-        for token_id in set(range(count)) - set(ids.values()):
-            kinds[token_id] = TokenKind.UNUSED
+    kinds = bytearray([TokenKind.UNUSED]) * count
+    for text, token_id in ids.items():
+        tokens[token_id] = text
+        kinds[token_id] = TokenKind.NORMAL
     if not byte_level:
         for byte in range(256):
             if (byte_id := ids.get(f"<0x{byte:02X}>")) is not None:
@@ -92,15 +90,17 @@ def read_tokenizer_json(
     for token_id, (special, spelled) in added.items():
         kinds[token_id] = TokenKind.CONTROL if special else TokenKind.USER_DEFINED
         tokens[token_id] = spelled
-    vocab = vocabulary(
+    named = {role: ids.get(text) for role, text in names.items() if text is not None}
+    vocab = Vocabulary(
         packed(tokens),
-        ids,
-        kinds,
+        bytes(kinds),
         byte_level=byte_level,
         add_space_prefix=steps == _WITHOUT_FIRST_SPACE,
-        **{f"{role}_id": ids.get(text) for role, text in names.items() if text is not None},
-        end_ids=[token_id for token_id in ends if token_id < count],
+        bos_id=named.get("bos"),
+        eos_id=named.get("eos"),
+        unk_id=named.get("unk"),
     )
+    vocab = completed(vocab, ids, [token_id for token_id in ends if token_id < count])
     encoder = LibraryEncoder(library)
     if byte_level or steps in (_SENTENCE_PIECE, _WITHOUT_FIRST_SPACE):
         return Parts(vocab, encoder, template)
@@ -117,15 +117,14 @@ def _steps(decoder: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
 
 
 def _joined_by(decoder: Any) -> Callable[[list[str]], str]:
-    """The library's way from the texts of tokens to a text; it needs no lock, unlike the tokenizer itself."""
+    """The library's function from the texts of tokens to a text; unlike the tokenizer itself it needs no lock."""
 
     def join(texts: list[str]) -> str:
         try:
             with library_errors("these tokens cannot be put together"):
                 text: str = decoder.decode(texts)
-        except (
-            TokenizerError
-        ):  # its Strip panics where it would take one space from both sides; answers go on
+        except TokenizerError:
+            # The library's Strip panics where it would take the same space from both sides. Answers go on nevertheless.
             return "".join(texts)
         return text
 
@@ -133,7 +132,7 @@ def _joined_by(decoder: Any) -> Callable[[list[str]], str]:
 
 
 def _rewrites(steps: list[Mapping[str, Any]]) -> bool:
-    """Whether a step looks at the whole text at once, so that a later token may change what is before it."""
+    """Whether a step looks at the whole text at once, so that a later token may change the text before it."""
     kinds = [step.get("type") for step in steps]
     whole = next((i for i, kind in enumerate(kinds) if kind in ("Fuse", "ByteLevel")), len(kinds))
     return not {"Fuse", "Strip"}.issuperset(kinds[whole + 1 :])

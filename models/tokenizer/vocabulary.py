@@ -1,15 +1,15 @@
 """The vocabulary: which texts are tokens, of which kind, what bytes they stand for, which of them end a turn.
 
 Knows the GGUF token kinds, the two spellings of bytes (GPT-2's printable alphabet and SentencePiece's
-"▁" with `<0xNN>` byte tokens), and the texts by which end-of-turn tokens are recognised. Deliberately does
-not know how text is cut into tokens (bpe, spm) nor any file format.
+"▁" with `<0xNN>` byte tokens), and the texts by which end-of-turn tokens are recognised. Does not know how text
+is cut into tokens (bpe, spm), nor any file format.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from shoal.models.errors import TokenizerError
@@ -18,8 +18,8 @@ from shoal.models.texts import Texts
 SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space
 MAX_TOKENS = 4_000_000
 
-# Texts that end a turn wherever they stand in a vocabulary (the same list as llama.cpp's EOG detection,
-# because many files name only one of several end tokens).
+# Tokens with these texts end a turn in every vocabulary. The list is that of llama.cpp's EOG detection. It is needed
+# because many files name only one of several end tokens.
 END_TEXTS = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -44,7 +44,7 @@ END_TEXTS = (
     "<｜end▁of▁sentence｜>",
     "[e~[",
 )
-# Fill-in-the-middle marks: control tokens by nature, and the second group also ends generation.
+# Fill-in-the-middle marks are control tokens, whatever the files say. The second group also ends generation.
 FIM_TEXTS = (
     ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>"),
     ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>"),
@@ -55,7 +55,7 @@ FIM_END_TEXTS = (
     ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     ("<|file_sep|>",),
 )
-# gpt-oss marks its channels inside an answer: they are text to the reader, never the end of it.
+# gpt-oss marks its channels inside an answer: the reader sees them as text, and they never end it.
 VISIBLE_TEXTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -88,9 +88,9 @@ BYTE_OF_CHAR = _printable_bytes()
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """All tokens of a model.
+    """All tokens of a model. Readers of files make it of what these say, and `completed` adds the rest.
 
-    tokens: text of each id, packed. kinds: one `TokenKind` per id, as bytes.
+    tokens: text of each id, packed. kinds: one `TokenKind` per id, as bytes. stop_ids: all tokens that end generation.
     byte_level: texts are in GPT-2's byte alphabet; otherwise they are text with "▁" for spaces.
     add_space_prefix: a text begins with an invisible space that decoding takes away again (SentencePiece).
     """
@@ -141,7 +141,7 @@ class Vocabulary:
 
 
 def inverse(tokens: Texts | list[str]) -> dict[str, int]:
-    """Text → id. Large, so nothing keeps it: mergers are made from it. TokenizerError if two tokens share a text."""
+    """Text → id, for making mergers; too large to keep. Raises TokenizerError if two tokens share a text."""
     ids = {text: token_id for token_id, text in enumerate(tokens)}
     if len(ids) != len(tokens):
         twice = next(text for token_id, text in enumerate(tokens) if ids[text] != token_id)
@@ -150,7 +150,7 @@ def inverse(tokens: Texts | list[str]) -> dict[str, int]:
 
 
 def packed(tokens: Iterable[str]) -> Texts:
-    """The texts of tokens in little memory. Raises TokenizerError for one that is no Unicode text."""
+    """The texts of tokens, packed. Raises TokenizerError for one that is no Unicode text."""
     try:
         return Texts.of(tokens)
     except UnicodeEncodeError as error:
@@ -159,69 +159,38 @@ def packed(tokens: Iterable[str]) -> Texts:
         ) from error
 
 
-def vocabulary(
-    tokens: Texts,
-    ids: Mapping[str, int],
-    kinds: Iterable[int],
-    *,
-    byte_level: bool,
-    add_space_prefix: bool = False,
-    bos_id: int | None = None,
-    eos_id: int | None = None,
-    unk_id: int | None = None,
-    end_ids: Iterable[int] = (),
-) -> Vocabulary:
-    """Check and complete a vocabulary: end-of-turn tokens are found by text and become control tokens.
+def completed(vocabulary: Vocabulary, ids: Mapping[str, int], end_ids: Iterable[int] = ()) -> Vocabulary:
+    """The vocabulary, checked; the tokens that end a turn are found by their text and become control tokens.
 
-    ids: text → id of all tokens. end_ids: tokens that the files name as ends besides `eos_id`. Raises TokenizerError
-    if a number differs or an id is outside the vocabulary.
+    ids: text → id of all its tokens. end_ids: tokens that the files name as ends besides `eos_id`. Raises
+    TokenizerError if there are not as many kinds as tokens or if an id is outside the vocabulary.
     """
-    count = len(tokens)
+    count = len(vocabulary)
     if not 0 < count <= MAX_TOKENS:
         raise TokenizerError(f"a vocabulary has 1 to {MAX_TOKENS} tokens, this one has {count}")
-    kind_of = bytearray(kinds)
-    if len(kind_of) != count:
-        raise TokenizerError(f"the vocabulary has {count} tokens but {len(kind_of)} token types")
-    end_ids = set(end_ids)
-    for name, token_id in [
-        ("BOS", bos_id),
-        ("EOS", eos_id),
-        ("unknown", unk_id),
-        *[("end", i) for i in end_ids],
-    ]:
+    kinds = bytearray(vocabulary.kinds)
+    if len(kinds) != count:
+        raise TokenizerError(f"the vocabulary has {count} tokens but {len(kinds)} token types")
+    named = [("BOS", vocabulary.bos_id), ("EOS", vocabulary.eos_id), ("unknown", vocabulary.unk_id)]
+    ends = set(end_ids)
+    for name, token_id in [*named, *(("end", token_id) for token_id in ends)]:
         if token_id is not None and not 0 <= token_id < count:
             raise TokenizerError(f"the {name} token is {token_id}, outside the vocabulary of {count} tokens")
-    stops = _mark_ends(ids, kind_of) | end_ids
-    if eos_id is not None:
-        stops.add(eos_id)
-    return Vocabulary(
-        tokens=tokens,
-        kinds=bytes(kind_of),
-        byte_level=byte_level,
-        add_space_prefix=add_space_prefix,
-        bos_id=bos_id,
-        eos_id=eos_id,
-        unk_id=unk_id,
-        stop_ids=frozenset(stops),
-    )
+    if vocabulary.eos_id is not None:
+        ends.add(vocabulary.eos_id)
+    ends |= _mark_ends(ids, kinds)
+    return replace(vocabulary, kinds=bytes(kinds), stop_ids=frozenset(ends))
 
 
 def _mark_ends(ids: Mapping[str, int], kinds: bytearray) -> set[int]:
     """Ids of the tokens that end generation by their text; marks them (and FIM marks) as control tokens."""
-    ends = {ids[text] for text in END_TEXTS if text in ids}
-    marks = set()
-    for group in (*FIM_TEXTS, *FIM_END_TEXTS):
-        found = next((ids[text] for text in group if text in ids), None)
-        if found is not None:
-            marks.add(found)
-            if group in FIM_END_TEXTS:
-                ends.add(found)
-    for token_id in ends | marks:
+    present = {text for text in END_TEXTS if text in ids}
+    ends = {ids[text] for text in present} | _firsts(ids, FIM_END_TEXTS)
+    for token_id in ends | _firsts(ids, FIM_TEXTS):
         kinds[token_id] = TokenKind.CONTROL
     for text in VISIBLE_TEXTS:
         if text in ids:
             kinds[ids[text]] = TokenKind.USER_DEFINED
-    present = {text for text in END_TEXTS if text in ids}
     if "<|end|>" in present and (
         {"<|return|>", "<|call|>"} <= present or {"<|calls|>", "<|flush|>"} <= present
     ):
@@ -231,3 +200,8 @@ def _mark_ends(ids: Mapping[str, int], kinds: bytearray) -> set[int]:
         ends.discard(ids["</s>"])  # an HTML tag in that vocabulary
         kinds[ids["</s>"]] = TokenKind.NORMAL
     return ends
+
+
+def _firsts(ids: Mapping[str, int], groups: Iterable[Iterable[str]]) -> set[int]:
+    """Of each group the id of the first text that is a token."""
+    return {ids[found[0]] for group in groups if (found := [text for text in group if text in ids])}

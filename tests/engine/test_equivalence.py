@@ -34,7 +34,7 @@ def test_hf_checkpoint(family: str, seed: int, tmp_path: Path) -> None:
         assert relative_error(running.logits(ids, prefill), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", tiny.GGUF_FAMILIES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_gguf_checkpoint(family: str, tmp_path: Path) -> None:
     model = tiny.hf_model(family, seed=3)
     tiny.save_gguf(model, tmp_path / "m.gguf", type="F32")

@@ -1,7 +1,7 @@
 """Tiny random models of every family, as `transformers` models, Hugging Face directories and GGUF files.
 
-Every parameter is random, norms and biases too, so that a swapped or forgotten tensor shows in the logits. GGUF
-names come from the `gguf` package's own map, not from Shoal's.
+Every parameter is random, norms and biases too, so that a swapped or forgotten tensor shows in the logits. Names in
+GGUF files come from the `gguf` package's own map, not from Shoal's.
 """
 
 from __future__ import annotations
@@ -141,10 +141,9 @@ _ARCHS = {
     "olmoe": gguf.MODEL_ARCH.OLMOE,
 }
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
-GGUF_FAMILIES: tuple[str, ...] = FAMILIES
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# where a block keeps its scales (f16), and their sizes for blocks of random bytes to mean about ±1 around 0
+# Per type: the offset of each scale (f16) in a block → the scale with which random bytes mean weights within about ±1.
 _RANDOM_SCALES: dict[str, dict[int, float]] = {
     "Q2_K": {80: 1 / 12, 82: 1.5 / 12},
     "Q3_K": {108: 1 / 42},
@@ -188,7 +187,7 @@ def logits(model: Any, ids: list[int]) -> Floats:
 
 
 def save_hf(model: Any, directory: Path, sharded: bool = False, type: str = "F32") -> Path:
-    """Writes config.json, safetensors and a small tokenizer. type: F32, F16 or BF16; the model is rounded to it."""
+    """Writes config.json, safetensors and a small tokenizer. type: F32, F16 or BF16, to which the model is rounded."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(_FLOATS[type]).float())
@@ -226,11 +225,11 @@ def save_gguf(
     split_tensors: int = 0,
     edit: Callable[[Tensors], Tensors] = lambda tensors: tensors,
 ) -> Path:
-    """Writes a GGUF file as llama.cpp's converter would, its matrices stored as `type`.
+    """Writes a GGUF file as llama.cpp's converter would, with matrices stored as `type`.
 
     The model's own parameters become what was stored, so that both compute the same. Types that the `gguf` package
-    cannot quantise get random blocks. split_tensors: so many tensors per part; the path of the first part is returned.
-    edit: what to write instead of the converter's tensors, given as rows with their type (None: that of the array).
+    cannot quantise get random blocks. split_tensors: the number of tensors per part; then the path of the first part is
+    returned. edit: makes of the converter's tensors those to write, as rows with their type (None: the array's own).
     """
     config = model.config
     arch = _ARCHS[config.model_type]
@@ -271,7 +270,7 @@ def _stays_f32(name: str, parameter: torch.Tensor) -> bool:
 
 
 def _store(parameter: torch.nn.Parameter, type: str) -> np.ndarray[Any, Any]:
-    """The parameter as stored (f32, f16, or bytes of rows); the parameter becomes what that means."""
+    """The parameter as it is stored (f32, f16, or bytes of rows); the parameter itself is rounded to that."""
     values = parameter.detach().numpy()
     if type == "F32":
         return values.copy()
@@ -298,7 +297,7 @@ def _random_blocks(values: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> 
 
 
 def _parts(name: str, data: np.ndarray[Any, Any], config: Any) -> list[tuple[str, np.ndarray[Any, Any]]]:
-    """The tensors that the converter makes of one: experts apart, rows of q and k permuted where it does so."""
+    """The tensors that the converter makes of one: it parts fused experts, and permutes rows of Llama's q and k."""
     if name.endswith("experts.gate_up_proj"):
         stem, half = name.removesuffix("gate_up_proj"), data.shape[1] // 2
         return [(f"{stem}gate_proj.weight", data[:, :half]), (f"{stem}up_proj.weight", data[:, half:])]
@@ -320,7 +319,7 @@ def _write_facts(writer: GGUFWriter, config: Any) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = config.rope_parameters
     everywhere = rope.get("full_attention", rope)
-    writer.add_name("tiny")  # llama.cpp reads habits of the tokenizer out of some names
+    writer.add_name("tiny")  # some names change how llama.cpp tokenises
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

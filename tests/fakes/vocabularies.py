@@ -16,7 +16,7 @@ CORPUS = [
     "naïve café Straße, Привет мир, γειά σου, 你好世界, こんにちは, 안녕하세요, नमस्ते, مرحبا ١٢٣ 😀🇩🇪",
 ] * 3
 
-# Engines carry tables of different Unicode versions; the rules are compared on what all of them know.
+# Engines have tables of different Unicode versions, so the rules are compared on characters that all of them know.
 known = st.characters(exclude_categories=["Cs", "Cn"]).filter(lambda char: unicodedata.category(char) != "Cn")
 pieces = st.one_of(
     known,
@@ -44,7 +44,7 @@ def trained() -> tuple[dict[str, int], list[str]]:
 
 VOCAB, MERGES = trained()
 
-# The SentencePiece file, written field by field.
+# A SentencePiece file is written field by field.
 
 
 def varint(value: int) -> bytes:

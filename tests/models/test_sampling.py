@@ -1,4 +1,4 @@
-"""Sampling: the fast way equals a plain one, draws follow the distribution, penalties are those of others."""
+"""Sampling: the fast code equals plain code, draws follow the distribution, penalties are those of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed texts: the same as the list they were made of, and nothing but whole characters."""
+"""Packed texts are the same as the list that they are made of, and each consists of whole characters."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_experts_in_single_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_one_expert_is_read_alone(tmp_path: Path) -> None:
-    """A stack of experts in a quantised type: each block has its own slice."""
+    """From a stack of experts in a quantised type, each block gets its own slice."""
     model = tiny.hf_model("qwen3_moe", hidden_size=64, moe_intermediate_size=64)
     path = tiny.save_gguf(model, tmp_path / "m.gguf", type="Q4_0")
     fused = model.state_dict()["model.layers.1.mlp.experts.gate_up_proj"].numpy()
@@ -180,11 +180,11 @@ numpy.save(out, numpy.array(model.scores[: len(ids)], numpy.float32))
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("family", tiny.GGUF_FAMILIES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_tiny_files_mean_the_same_to_llama_cpp(family: str, tmp_path: Path) -> None:
-    """Judges the writer of these tests, on which the others rest. SHOAL_PEER_PYTHON has llama_cpp installed.
+    """Checks the writer of GGUF files that the other tests rely on. SHOAL_PEER_PYTHON is a Python that has llama_cpp.
 
-    llama.cpp ignores the window of Mistral and wants as many KV heads as heads of OLMoE; its GELU is a table of f16.
+    llama.cpp ignores Mistral's window, demands as many KV heads as heads of OLMoE, and looks GELU up in a table of f16.
     """
     overrides = {"mistral": {"sliding_window": None}, "olmoe": {"num_key_value_heads": 4}}.get(family, {})
     model = tiny.hf_model(family, seed=6, **overrides)

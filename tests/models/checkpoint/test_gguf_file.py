@@ -1,4 +1,4 @@
-"""GGUF files: every field read, and every lie refused with one line and little memory."""
+"""GGUF files: every field is read, and every lie is refused with one line of text and little memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def image(
     align: int = 32,
     **lies: int,
 ) -> bytes:
-    """A file made of the given parts. lies: keys=, tensors= claimed instead of the true counts."""
+    """A file made of the given parts. lies: key_count=, tensor_count= to be stored instead of the true counts."""
     keys, tensors = keys or [], tensors or []
     counts = struct.pack(
         "<IQQ", version, lies.get("tensor_count", len(tensors)), lies.get("key_count", len(keys))
@@ -250,7 +250,7 @@ def test_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A valid llama file; its tensors are so small that much of it is header."""
+    """A valid llama file whose tensors are so small that much of it is header."""
     model = tiny.hf_model("llama", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
     return tiny.save_gguf(model, tmp_path_factory.mktemp("whole") / "m.gguf", type="Q8_0")
 
@@ -267,7 +267,7 @@ FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCh
 @FUZZ
 @given(data=st.data())
 def test_flipped_bytes(whole: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """Whatever is wrong in the header, the answer is a checkpoint or a CheckpointError."""
+    """Whatever is wrong in the header, the result is a checkpoint or a CheckpointError."""
     damaged = bytearray(whole.read_bytes())
     header = damaged.index(b"output_norm.weight") + 200
     places = data.draw(st.lists(st.integers(0, header), min_size=1, max_size=4))

@@ -1,4 +1,4 @@
-"""Tensors of GGUF files other than the usual converter's: fused ones are read, unknown ones refused."""
+"""Tensors that the usual converter does not write to GGUF files: fused ones are read, unknown ones are refused."""
 
 from __future__ import annotations
 

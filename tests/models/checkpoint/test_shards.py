@@ -1,8 +1,8 @@
 """Shards compute the model: the partials of all ranks, added in the order of ranks, are the whole model's.
 
-fp32 sums in another order: max |Δ| ≤ 1e-5 of the partial's scale, for quantised weights too, because inputs are rounded
-to 16 bits by 32 columns, and these are of one rank; 1e-4 where they are not (heads that are no multiple of 32). The
-logits' rows are those of the whole to the bit.
+Their f32 sums have another order, so max |Δ| ≤ 1e-5 of the partial's scale. That holds for quantised weights too:
+inputs are rounded to 16 bits in groups of 32 columns, and a group belongs to one rank. Where it does not (the size of
+heads is not a multiple of 32) the tolerance is 1e-4. The logits are the whole model's to the bit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ QUANTISED = [kind.name for kind in WEIGHT_TYPES if kind.quantised]
 
 
 class Member:
-    """One rank, or one that has the whole model: what it computes of each block."""
+    """What one rank, or a process that has the whole model, computes of each block."""
 
     def __init__(self, checkpoint: AnyCheckpoint) -> None:
         self.home = home_of("cpu")
@@ -57,7 +57,7 @@ class Member:
         return self.checkpoint.read_block(BlockId(kind, layer, expert))  # type: ignore[arg-type]
 
     def embed(self, ids: Ids) -> Floats:
-        """Rows that are there, and zeros."""
+        """The rows that this rank has; zeros for the others."""
         shard = self.checkpoint.shard
         first = 0 if shard == "whole" else shard.ranges.vocab.start
         mine = (ids >= first) & (ids < first + self.spec.vocab)
@@ -121,7 +121,7 @@ def assert_computes_the_model(
 
 @contextmanager
 def model(directory: Path, family: str, type: str = "F32") -> Iterator[Checkpoint]:
-    """Quantised ones large enough to be cut between blocks of 256."""
+    """A tiny model; quantised ones are large enough to be cut between blocks of 256."""
     sizes: dict[str, Any] = {}
     if type not in ("F32", "F16", "BF16"):
         sizes = {"hidden_size": 512, "intermediate_size": 768, "head_dim": 256, "num_hidden_layers": 1}
@@ -149,7 +149,7 @@ def test_partials_add_up_to_the_model(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", CUT)
 def test_also_of_hugging_face_directories(family: str, tmp_path: Path) -> None:
-    """Which have other tensors joined, and experts apart."""
+    """They have other tensors fused than GGUF, and each expert in tensors of its own."""
     with tiny_checkpoint(tmp_path, family, hf=True) as checkpoint:
         assert_computes_the_model(checkpoint, 3)
 
@@ -178,7 +178,7 @@ def stored(matrix: Matrix) -> Bytes:
     ],
 )
 def test_bytes_are_those_of_the_whole_model(family: str, type: str, tmp_path: Path) -> None:
-    """Beside each other and one below the other, the bytes of all ranks are the model's: nothing is rounded anew."""
+    """The ranks' bytes, put beside each other or one below the other, are the model's: nothing is rounded anew."""
     beside, below = {"o", "down", "shared_down"}, {"q", "k", "v", "gate", "up", "shared_gate", "shared_up"}
     below |= {"embed", "head"}
     with model(tmp_path, family, type) as checkpoint:
@@ -218,7 +218,7 @@ def test_biases_of_sums_are_the_first_ranks_and_others_are_cut(tmp_path: Path) -
 
 @pytest.mark.parametrize("family", sorted(NORMED_WHOLE))
 def test_weights_of_norms_over_all_heads_are_cut_with_the_heads(family: str, tmp_path: Path) -> None:
-    """What they compute is tested where ranks sum in the middle of a block (tests/engine/test_ranks.py)."""
+    """tests/engine/test_ranks.py tests what they compute, because there ranks sum in the middle of a block."""
     with tiny_checkpoint(tmp_path, family) as checkpoint:
         assert part_of(checkpoint, "keep", 0, 1) is checkpoint
         block, spec = BlockId("attn", 1), checkpoint.spec
@@ -234,7 +234,7 @@ def test_weights_of_norms_over_all_heads_are_cut_with_the_heads(family: str, tmp
 
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_1", "Q6_K"])
 def test_blocks_of_columns_that_two_ranks_need_are_whole_with_both(type: str, tmp_path: Path) -> None:
-    """Each feeds zeros to what is the other's."""
+    """Each rank feeds zeros to the columns of the other."""
     wide = 256 if type == "Q6_K" else 64
     sizes = {
         "hidden_size": wide,

@@ -1,4 +1,4 @@
-"""Byte-level BPE from GGUF metadata: words are cut as the rules say and merged as `tokenizers` does."""
+"""Byte-level BPE from GGUF metadata: words are cut as the rules say and merged as `tokenizers` merges them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def sentence_piece(add_space_prefix: bool) -> Tokenizer:
 WITH_PREFIX, WITHOUT_PREFIX = sentence_piece(True), sentence_piece(False)
 THE = WITH_PREFIX.token_to_id("▁the")
 
-# Bytes of characters, whole and broken, are likelier than any byte, so that runs of them become UTF-8.
+# Bytes of whole and of broken characters are drawn more often than arbitrary bytes, so that runs of them are UTF-8.
 some_ids = st.lists(
     st.one_of(
         st.integers(0, WITH_PREFIX.vocab_size + 2),
@@ -53,7 +53,7 @@ def test_no_piece_holds_half_a_character(text: str, tokenizer: Tokenizer) -> Non
     ids = tokenizer.encode(text, parse_special=False)
     pieces = [detokenizer.push(token_id) for token_id in ids]
     assert "\ufffd" not in "".join(pieces).replace("\ufffd", "", text.count("\ufffd"))
-    # A text that holds the space mark itself comes back with spaces: the spelling cannot tell them apart.
+    # A space mark in the text itself comes back as a space: SentencePiece spells both in the same way.
     assert "".join(pieces) == text.replace("▁", " ")
 
 

@@ -21,7 +21,7 @@ CONTROL = ["<|begin|>", "<|eot_id|>", "<|user|>"]
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """As Llama 3 and Qwen: byte-level, BOS by the post-processor, tokens added behind the vocabulary."""
+    """Like Llama 3 and Qwen: byte-level, the post-processor adds BOS, added tokens come after the vocabulary."""
     library = tokenizers.Tokenizer(models.BPE(VOCAB, [tuple(merge.split(" ")) for merge in MERGES]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -35,7 +35,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def sentence_piece_like() -> tokenizers.Tokenizer:
-    """As Llama 2 and Gemma: spaces marked by the normaliser, bytes as fallback tokens."""
+    """Like Llama 2 and Gemma: the normaliser marks spaces, and unknown characters become tokens for their bytes."""
     words = ["▁", "a", "b", "▁a", "ab", "▁ab", "é", "\n", "h", "t", "e", "th", "▁th", "the", "▁the"]
     tokens = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *words]
     merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("t", "h"), ("▁", "th"), ("th", "e"), ("▁th", "e")]
@@ -55,7 +55,7 @@ def sentence_piece_like() -> tokenizers.Tokenizer:
 
 
 def directory(path: Path, library: tokenizers.Tokenizer | None, **files: Any) -> Path:
-    """A model directory; files are given by their name with "__" for the dot before the suffix."""
+    """A model directory with these files; a file's name has "__" instead of the dot before its suffix."""
     path.mkdir(parents=True, exist_ok=True)
     if library is not None:
         library.save(str(path / "tokenizer.json"))

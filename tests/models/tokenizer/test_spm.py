@@ -1,4 +1,4 @@
-"""SentencePiece BPE: equal to the plain definition, also where scores tie; its file; its spaces and bytes."""
+"""SentencePiece BPE: it equals the plain definition, also where scores are equal; its file; its spaces and bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shoal.models.texts import Texts
 from shoal.models.tokenizer.spm import SentencePieceBpe
 from shoal.models.tokenizer.spm_file import read_model
 from shoal.models.tokenizer.tokenizer import Tokenizer
-from shoal.models.tokenizer.vocabulary import inverse, vocabulary
+from shoal.models.tokenizer.vocabulary import Vocabulary, inverse
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = [
@@ -56,7 +56,7 @@ def metadata(words: list[str], of_words: list[float], **changes: Any) -> dict[st
 
 
 def plain_merge(text: str, scores: dict[str, float]) -> list[str]:
-    """The definition: again and again the neighbours with the best score, of equals the leftmost."""
+    """The definition: the neighbours with the best score are merged again and again, of equals the leftmost."""
     symbols = list(text)
     while True:
         pairs = [a + b for a, b in pairwise(symbols)]
@@ -134,9 +134,9 @@ def test_phi3_special_tokens_swallow_white_space_behind_them() -> None:
 
 def test_unknown_characters_without_byte_tokens_are_one_unknown_token_per_run() -> None:
     tokens = ["<unk>", "a", "▁"]
-    vocab = vocabulary(Texts.of(tokens), inverse(tokens), [2, 1, 1], byte_level=False, unk_id=0)
+    vocab = Vocabulary(Texts.of(tokens), bytes([2, 1, 1]), byte_level=False, unk_id=0)
     assert SentencePieceBpe(vocab, inverse(tokens), [0.0] * 3).encode("a日本a é") == [1, 0, 1, 2, 0]
-    alone = vocabulary(Texts.of(["a"]), {"a": 0}, [1], byte_level=False)
+    alone = Vocabulary(Texts.of(["a"]), bytes([1]), byte_level=False)
     with pytest.raises(TokenizerError, match="no unknown token"):
         SentencePieceBpe(alone, {"a": 0}, [0.0])
 

@@ -111,7 +111,7 @@ def ours(library: tokenizers.Tokenizer) -> Tokenizer:
 def theirs(library: tokenizers.Tokenizer, ids: list[int], skip_special: bool) -> str:
     try:
         text: str = library.decode(ids, skip_special_tokens=skip_special)
-    except BaseException as error:  # the library's Strip panics on a text that is empty
+    except BaseException as error:  # the library's Strip panics on an empty text
         if type(error).__name__ != "PanicException":
             raise
         return ""
@@ -139,7 +139,7 @@ def test_ids_and_texts_are_the_library_s(joiner: str, data: st.DataObject) -> No
         pieces = "".join(map(detokenizer.push, given_ids)) + detokenizer.flush()
         assert pieces == theirs(library, given_ids, True)
         assert detokenizer.flush() == ""
-    # What a prompt leaves open, such as a part of a character, is no text of the answer.
+    # What a prompt leaves unfinished, such as a part of a character, is not text of the answer.
     before, whole = (
         tokenizer.decode(prompt, skip_special=True),
         tokenizer.decode(prompt + ids, skip_special=True),
