@@ -20,12 +20,13 @@ _NEXT = "<0xFF>"
 class Detokenizer:
     """Ids one by one → text; all pieces together equal `decode(ids, skip_special=True)`.
 
-    prompt_ids: the tokens before; if they have any text, the answer's first word keeps its leading space.
+    prompt_ids: the tokens before. If they have any text and tokens have bytes of their own, the answer's first word
+    keeps its leading space.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         join = tokenizer.join
-        self._text = _Bytes(tokenizer, prompt_ids) if join is None else _Joined(tokenizer, join, prompt_ids)
+        self._text = _Bytes(tokenizer, prompt_ids) if join is None else _Joined(tokenizer, join)
 
     def push(self, token_id: int) -> str:
         """Text that this token completes: "" for control tokens and while a character is incomplete."""
@@ -63,17 +64,11 @@ class _Joined:
     text the first `_shown` characters have been shown. If the join rewrites, all text comes at the end.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, join: Callable[[list[str]], str], prompt_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, join: Callable[[list[str]], str]) -> None:
         self._tokenizer = tokenizer
         self._join = join
         self._window: list[str] = []
-        size = len(prompt_ids) if tokenizer.rewrites else 1
-        while not join(self._window) and size < 2 * len(prompt_ids):
-            self._window = self._texts(prompt_ids[-size:])
-            size *= 2
-        self._shown = len(join(self._window))
+        self._shown = 0
 
     def push(self, token_id: int) -> str:
         texts = self._texts([token_id])

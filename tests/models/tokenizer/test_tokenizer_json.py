@@ -139,14 +139,9 @@ def test_ids_and_texts_are_the_library_s(joiner: str, data: st.DataObject) -> No
         pieces = "".join(map(detokenizer.push, given_ids)) + detokenizer.flush()
         assert pieces == theirs(library, given_ids, True)
         assert detokenizer.flush() == ""
-    # What a prompt leaves unfinished, such as a part of a character, is not text of the answer.
-    before, whole = (
-        tokenizer.decode(prompt, skip_special=True),
-        tokenizer.decode(prompt + ids, skip_special=True),
-    )
-    if whole.startswith(before) and not set(BYTES) & set(tokenizer.texts(prompt, skip_special=True)):
+    if tokenizer.join is not None:  # an answer is what the library makes of its ids, whatever was before
         detokenizer = Detokenizer(tokenizer, prompt)
-        assert before + "".join(map(detokenizer.push, ids)) + detokenizer.flush() == whole
+        assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == theirs(library, ids, True)
 
 
 @pytest.mark.parametrize(
