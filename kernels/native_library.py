@@ -8,6 +8,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import addressof, byref, c_char, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,17 +69,17 @@ class _Rotation(ctypes.Structure):
 
 _ACTIVATION_IDS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 _KV_IDS = {"f32": 0, "f16": 1, "bf16": 2, "i8": 3}
-_INPUTS = (c_void_p, c_int64, c_int64, c_void_p, c_float)  # of `_inputs`
+_INPUTS = (c_void_p, c_int64, c_int64, c_void_p, c_float)  # x, tokens, cols, norm, eps
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "shoal_choose": (c_char_p, (c_char_p,)),
-    "shoal_set_threads": (None, (c_int,)),
-    "shoal_interleave": (None, (*(c_int64,) * 5, c_void_p, c_void_p)),
-    "shoal_linears": (c_int, (*_INPUTS, c_int, c_void_p, c_void_p)),
-    "shoal_gated": (c_int, (*_INPUTS, c_int32, c_void_p, c_void_p)),
-    "shoal_experts": (c_int, (c_void_p, c_int64, c_int64, c_int32, c_int64, *(c_void_p,) * 5)),
-    "shoal_gather_rows": (c_int, (c_void_p, c_void_p, c_int64, c_void_p)),
-    "shoal_rms_norm": (c_int, (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p)),
-    "shoal_attention": (c_int, (*(c_void_p,) * 8, c_float, c_float, c_int64, c_void_p)),
+    "choose": (c_char_p, (c_char_p,)),
+    "set_threads": (None, (c_int,)),
+    "interleave": (None, (*(c_int64,) * 5, c_void_p, c_void_p)),
+    "linears": (c_int, (*_INPUTS, c_int, c_void_p, c_void_p)),
+    "gated": (c_int, (*_INPUTS, c_int32, c_void_p, c_void_p)),
+    "experts": (c_int, (c_void_p, c_int64, c_int64, c_int32, c_int64, *(c_void_p,) * 5)),
+    "gather_rows": (c_int, (c_void_p, c_void_p, c_int64, c_void_p)),
+    "rms_norm": (c_int, (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p)),
+    "attention": (c_int, (*(c_void_p,) * 8, c_float, c_float, c_int64, c_void_p)),
 }
 
 _served: "Native | None" = None  # in whose home the library computes
@@ -94,31 +95,31 @@ class Native(CpuHome):
 
     def __init__(self, name: str = "") -> None:
         try:
-            self._lib = ctypes.CDLL(str(LIBRARY))
-            version = self._lib.shoal_version()
+            library = ctypes.CDLL(str(LIBRARY))
+            version = library.shoal_version()
         except (OSError, AttributeError) as error:
             raise KernelError(f"native kernels cannot be loaded: {error}") from error
         if version != ABI_VERSION:
             raise KernelError(f"native kernels are of version {version}, this is {ABI_VERSION}")
-        for function, (result, arguments) in _SIGNATURES.items():
-            getattr(self._lib, function).restype = result
-            getattr(self._lib, function).argtypes = arguments
-        chosen = self._lib.shoal_choose(name.encode())
+        functions = {name: getattr(library, f"shoal_{name}") for name in _SIGNATURES}
+        for function, (result, arguments) in zip(functions.values(), _SIGNATURES.values(), strict=True):
+            function.restype, function.argtypes = result, arguments
+        self._functions = SimpleNamespace(**functions)
+        chosen = self._functions.choose(name.encode())
         if chosen is None:
             raise KernelError(f"native kernels for {name!r} do not run on this machine")
         self.name = chosen.decode()
+        self._switched()
 
-    @property
-    def _library(self) -> ctypes.CDLL:
-        """The library, switched to this home."""
+    def _switched(self) -> SimpleNamespace:
+        """The library's functions, after it has been switched to this home."""
         global _served
-        if _served is not self:
-            self._lib.shoal_choose(self.name.encode())
-            _served = self
-        return self._lib
+        self._functions.choose(self.name.encode())
+        _served = self
+        return self._functions
 
     def set_threads(self, n: int) -> None:
-        self._lib.shoal_set_threads(n)
+        self._functions.set_threads(n)
 
     def interleave(self, kind: WeightType, stored: Bytes, into: Bytes) -> None:
         if not kind.quantised:
@@ -126,14 +127,22 @@ class Native(CpuHome):
             return
         rows, row_bytes = stored.shape
         blocks, halves = row_bytes // kind.block_bytes, (*kind.halves, -1)[:2]
-        self._lib.shoal_interleave(rows, blocks, kind.block_bytes, *halves, stored.ctypes.data, _at(into))
+        self._functions.interleave(rows, blocks, kind.block_bytes, *halves, stored.ctypes.data, _at(into))
 
     def linears(self, x: Floats, all: Linears, norm: Floats | None = None, eps: float = 0.0) -> list[Floats]:
         check_linears(x, all, norm)
         structures, pointers = all.prepared.get(self) or _prepare(self, all)
         outputs = [np.empty((len(x), w.rows), np.float32) for w in all.matrices]
-        if status := self._library.shoal_linears(
-            *_inputs(x, norm, eps), len(outputs), structures, pointers(*[addressof(_at(y)) for y in outputs])
+        native = self._functions if _served is self else self._switched()
+        if status := native.linears(
+            _at(x),
+            len(x),
+            all.cols,
+            norm if norm is None else _at(norm),
+            eps,
+            len(outputs),
+            structures,
+            pointers(*[addressof(_at(y)) for y in outputs]),
         ):
             raise _refusal(status, *all.matrices)
         return outputs
@@ -145,8 +154,16 @@ class Native(CpuHome):
         structures = layer.prepared.get(self) or _prepare(self, layer)
         form = layer.form
         y = np.empty((len(x), form.rows), np.float32)
-        if status := self._library.shoal_gated(
-            *_inputs(x, norm, eps), _ACTIVATION_IDS[form.activation], structures, _at(y)
+        native = self._functions if _served is self else self._switched()
+        if status := native.gated(
+            _at(x),
+            len(x),
+            form.cols,
+            norm if norm is None else _at(norm),
+            eps,
+            _ACTIVATION_IDS[form.activation],
+            structures,
+            _at(y),
         ):
             raise _refusal(status, *layer.enter.matrices, *layer.leave.matrices)
         return y
@@ -154,7 +171,8 @@ class Native(CpuHome):
     def experts(self, x: Floats, all: Sequence[FeedForward], routes: Routes, into: Floats) -> None:
         check_experts(x, all, routes, into)
         layers = [layer.prepared.get(self) or _prepare(self, layer) for layer in all]
-        if status := self._library.shoal_experts(
+        native = self._functions if _served is self else self._switched()
+        if status := native.experts(
             _at(x),
             *x.shape,
             _ACTIVATION_IDS[all[0].form.activation],
@@ -175,14 +193,16 @@ class Native(CpuHome):
 
     def _gather(self, w: Matrix, ids: Any, count: int) -> Floats:
         out = np.empty((count, w.cols), np.float32)
-        if status := self._library.shoal_gather_rows(byref(_structure(w, None)), ids, count, _at(out)):
+        native = self._functions if _served is self else self._switched()
+        if status := native.gather_rows(byref(_structure(w, None)), ids, count, _at(out)):
             raise _refusal(status, w)
         return out
 
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
         check_norm(x, weight)
         y = np.empty(x.shape, np.float32)
-        self._library.shoal_rms_norm(_at(x), _at(weight), eps, *x.shape, _at(y))
+        native = self._functions if _served is self else self._switched()
+        native.rms_norm(_at(x), _at(weight), eps, *x.shape, _at(y))
         return y
 
     def attention(
@@ -191,7 +211,8 @@ class Native(CpuHome):
         check_attention(kv, segments, q, k, v, scoring)
         rotation, scale, window, norms = scoring
         out = np.empty(q.shape, np.float32)
-        if status := self._library.shoal_attention(
+        native = self._functions if _served is self else self._switched()
+        if status := native.attention(
             kv.prepared.get(self) or _prepare(self, kv),
             segments.prepared.get(self) or _prepare(self, segments),
             rotation.prepared.get(self) or _prepare(self, rotation),
@@ -216,11 +237,6 @@ def _at(array: Array) -> Any:
     """Where an array lies, as ctypes takes it; if the array is read-only or not contiguous, where a copy of it lies.
     Three times as fast as `array.ctypes`."""
     return _Memory.from_buffer(array if array.flags.carray else array.copy())
-
-
-def _inputs(x: Floats, norm: Floats | None, eps: float) -> tuple[Any, ...]:
-    """x, tokens, cols, norm, eps, as the library takes them."""
-    return _at(x), *x.shape, norm if norm is None else _at(norm), eps
 
 
 def _prepare(home: Native, operand: Any) -> Any:

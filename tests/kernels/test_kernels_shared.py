@@ -58,3 +58,12 @@ def test_homes_take_turns_with_the_same_operands() -> None:
     for one, other in pairwise(alone):
         for a, b in zip(one, other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_new_home_takes_nothing_from_the_one_in_use() -> None:
+    """The library computes in one home at a time, and making another home switches it."""
+    for first, second in [*pairwise(NATIVE), *pairwise(NATIVE[::-1])]:
+        home, x = Native(first), randn(1, 256)
+        before = home.rms_norm(x, ones(256), 1e-5)
+        Native(second)
+        assert np.array_equal(home.rms_norm(x, ones(256), 1e-5), before)
