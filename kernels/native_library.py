@@ -152,16 +152,16 @@ class Native(CpuHome):
     ) -> Floats:
         check_linears(x, layer.enter, norm)
         structures = layer.prepared.get(self) or _prepare(self, layer)
-        form = layer.form
-        y = np.empty((len(x), form.rows), np.float32)
+        cols, _, rows, activation = layer.form
+        y = np.empty((len(x), rows), np.float32)
         native = self._functions if _served is self else self._switched()
         if status := native.gated(
             _at(x),
             len(x),
-            form.cols,
+            cols,
             norm if norm is None else _at(norm),
             eps,
-            _ACTIVATION_IDS[form.activation],
+            _ACTIVATION_IDS[activation],
             structures,
             _at(y),
         ):

@@ -7,7 +7,7 @@ PartitionError
 
 
 class PartitionError(Exception):
-    """Root of this room's errors."""
+    """Base of this room's errors."""
 
 
 class SpecError(PartitionError):
@@ -15,4 +15,4 @@ class SpecError(PartitionError):
 
 
 class ShardError(PartitionError):
-    """A model cannot be cut so; the message gives the number asked for and the one that would do."""
+    """A model cannot be cut like this; the message gives the number asked for and one that would do."""
