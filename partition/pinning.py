@@ -76,9 +76,9 @@ class Pinnings:
         return Pinning(pinned, window, slots, streamed)
 
     def _pinned(self, kind: _Kind, count: int, leads: int) -> Sequence[tuple[BlockId, int]]:
-        """`count` blocks of a kind, as far apart as they can be. `leads` blocks of the largest kind in layers are pinned.
-        If there are enough of them, the others are pinned in the same layers, so that no two blocks that stream become
-        neighbours."""
+        """`count` blocks of a kind, as far apart as they can be. `leads` blocks of the largest kind in layers are
+        pinned. If they are enough, these are pinned in the same layers, so that no two blocks of the largest kind and
+        this one that stream become neighbours."""
         if kind.of_layers and count <= leads:
             layers = {block.layer for block, _ in _evenly(self._kinds[self._lead].blocks, leads)}
             beside = [item for item in kind.blocks if item[0].layer in layers]

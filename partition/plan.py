@@ -92,7 +92,7 @@ class Plan:
         return held + self.kv.nbytes + self.scratch_bytes
 
     def step_s(self, read_bytes_per_s: float) -> float:
-        """Seconds that the disk takes for one token alone; 0 if nothing is streamed or the disk's speed is unknown (0)."""
+        """Seconds that the disk takes for one token alone; 0 if nothing is streamed or the speed is not known (0)."""
         return self.streamed_bytes / read_bytes_per_s if read_bytes_per_s > 0 else 0.0
 
     def describe(self, read_bytes_per_s: float = 0.0) -> str:

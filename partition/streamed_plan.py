@@ -19,7 +19,7 @@ from .pinning import Pinnings, between
 from .plan import BlockPlan, Misfit, Plan, Wanted, least_kv_pages, plan_of, scratch_bytes
 from .spec import BlockId
 
-PART_TOKENS = (32, 64, 256)  # rows in a block together: least; as many as come before longer steps; most
+PART_TOKENS = (32, 64, 256)  # rows in a block together: at least; before steps get longer instead; at most
 READING_BYTES = 12 << 20  # that reading itself holds: rows of the embedding, ends of huge pages
 _SEARCH_BYTES = 1 << 20  # the least memory is found in steps of so many bytes
 
