@@ -63,7 +63,7 @@ def _best_scale(x: Floats, steps: int) -> Floats:
         np.clip(q, -steps, steps - 1, out=q)
         fit = (x * q).sum(0)
         step = _ratio(fit, np.square(q, out=q).sum(0))
-        gain = fit * step  # by so much `step` times q lessens the sum of the squares of x
+        gain = fit * step  # how much less the sum of squares of x becomes by subtracting step * q
         np.copyto(scale, step, where=gain > best)
         np.maximum(best, gain, out=best)
     scale[best <= 0] = 0.0

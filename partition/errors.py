@@ -2,7 +2,7 @@
 
 PartitionError
 ├── SpecError      a fact of the architecture is out of range or contradicts another
-└── ShardError     a model cannot be cut into so many shards
+└── ShardError     a model cannot be cut into this many shards
 """
 
 

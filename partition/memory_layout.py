@@ -15,13 +15,13 @@ BAND_ROWS = 16  # rows of a quantised matrix that lie together; a matrix is only
 INPUT_GROUP = 32  # columns of an input to quantised weights that are rounded together
 
 PAGE_TOKENS = 64  # positions in a page of KV
-VALUE_STEP = 16  # rows of V are filled up to a multiple of so many numbers: whole vectors
+VALUE_STEP = 16  # rows of V are filled up to multiples of this many numbers: whole vectors
 SCALE_BYTES = 4  # of an f32
 
 KERNEL_BYTES = 4 << 20  # scratch of the kernels for any model, and …
 THREAD_BYTES = 1 << 20  # … for each of their threads besides
-SPAN_TOKENS = 256  # attention to a long context is computed in spans of so many tokens …
-SPANS_BYTES = 16 << 20  # … whose results take at most so much
+SPAN_TOKENS = 256  # attention to a long context is computed in spans of this many tokens …
+SPANS_BYTES = 16 << 20  # … whose results take at most this much
 
 
 class KvFormat(NamedTuple):

@@ -54,7 +54,7 @@ class Pinnings:
 
     def best(self, room_bytes: int, window_bytes: int) -> Pinning | None:
         """The way that streams least within `room_bytes`; None if nothing fits. The window has `window_bytes`, unless
-        blocks need more or have no use for so many."""
+        blocks need more or have no use for them."""
         slots = min(self._active, self._experts)
         room_dense = room_bytes - slots * self._expert_bytes
         windows = ((it.streamed_bytes, it.window_bytes(window_bytes), it.counts) for it in self._candidates)

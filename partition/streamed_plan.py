@@ -21,7 +21,7 @@ from .spec import BlockId
 
 PART_TOKENS = (32, 64, 256)  # rows in a block together: at least; before steps get longer instead; at most
 READING_BYTES = 12 << 20  # that reading itself holds: rows of the embedding, ends of huge pages
-_SEARCH_BYTES = 1 << 20  # the least memory is found in steps of so many bytes
+_SEARCH_BYTES = 1 << 20  # the least memory is found in steps of this many bytes
 
 
 def plan_streamed(

@@ -38,7 +38,7 @@ INLINE void store_rows(float* y, vf v, int64_t rows) {
     if (rows > 0) memcpy(y, &v, (size_t)rows * sizeof(float));
 }
 
-constexpr int AHEAD = 4096;  // weights are fetched so many bytes before their use
+constexpr int AHEAD = 4096;  // weights are fetched this many bytes ahead
 
 // Sums of a run that grow side by side, so that one token does not wait for each product.
 template <int T>

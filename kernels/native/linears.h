@@ -67,7 +67,7 @@ struct Packed {
     int64_t float_bytes, group_bytes;  // of a token
     char* memory;
 
-    // Adds what `type` needs for products with so many tokens.
+    // Adds what `type` needs for products with `tokens` tokens at once.
     void need(const Type& type, int64_t tokens) {
         if (!type.quantised) floats = true;
         else (as_few(type, tokens) ? few : many) = true;
@@ -83,7 +83,7 @@ struct Packed {
     Input* as_groups(int64_t index, bool for_few) const {
         return reinterpret_cast<Input*>(token(index) + float_bytes + (few && !for_few ? group_bytes : 0));
     }
-    // A token as `type` needs it for products with so many.
+    // A token as `type` needs it for products with `tokens` tokens at once.
     const char* as(const Type& type, int64_t index, int64_t tokens) const {
         return type.quantised ? reinterpret_cast<const char*>(as_groups(index, as_few(type, tokens))) : token(index);
     }

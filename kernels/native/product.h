@@ -22,7 +22,7 @@ INLINE T most(T a, T b) {
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t TILE_TOKENS = 96;  // unpacking a row costs as much as multiplying it by some tokens
-constexpr int64_t TILE_ROWS = 64;    // inputs are loaded from outer caches once for so many rows
+constexpr int64_t TILE_ROWS = 64;    // these share one load of inputs from the outer caches
 
 // The inputs of each token, packed as the type of the weights needs them; they may lie anywhere.
 struct Tokens {
@@ -41,7 +41,7 @@ struct Output {
 struct Type {
     bool quantised;
     int block_weights, block_bytes;
-    int64_t few_tokens;  // up to so many tokens `few` is faster than `many`
+    int64_t few_tokens;  // up to this number `few` is faster than `many`
     void (*few)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y);
     void (*many)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* scratch);
     size_t scratch_bytes;  // a thread's working memory for `many`, a multiple of 64
