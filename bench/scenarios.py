@@ -42,7 +42,8 @@ class Sizes:
     cap_gb: float = 0.0  # the limit of a cgroup; or as a share of the model's bytes
     cap_share: float = 0.0
     peer_read_ahead_kb: int = 0  # of the disk, while the peer runs; 0: as the machine has it
-    dictated: bool = False  # decodes random tokens: those of random weights repeat, and so does their routing
+    # Decodes random tokens: a model of random weights repeats its likeliest tokens, and with them its routing.
+    dictated: bool = False
 
     @property
     def engines(self) -> tuple[str, str]:

@@ -88,7 +88,7 @@ class Form(NamedTuple):
     """What experts must have in common to be computed in one call."""
 
     cols: int
-    hidden: int
+    ffn: int
     rows: int
     activation: Activation
 

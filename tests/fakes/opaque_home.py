@@ -13,7 +13,7 @@ from shoal.kernels.routing import Routing
 
 
 class Opaque:
-    """Hidden states of one home. Python refuses its length, its rows and arithmetic, and NumPy to take it."""
+    """Hidden states of one home. It has no length, rows or arithmetic, and NumPy does not accept it."""
 
     __array_ufunc__ = None
 
@@ -29,7 +29,7 @@ class Opaque:
 
 
 class OpaqueHome:
-    """Computes as `cpu` does. Counts what is copied in and out."""
+    """Computes what `cpu` computes, and counts the copies in and out."""
 
     def __init__(self, cpu: CpuHome) -> None:
         self._cpu = cpu

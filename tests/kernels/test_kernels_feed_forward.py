@@ -90,7 +90,7 @@ def test_feed_forward_is_that_of_the_reference(activation: Activation, biases: b
 
 
 def definition(activation: Activation, gates: Floats) -> Floats:
-    """In float64."""
+    """The activation, in float64."""
     x = gates.astype(float)
     if activation == "silu":
         with np.errstate(over="ignore"):

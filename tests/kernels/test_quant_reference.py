@@ -1,4 +1,4 @@
-"""The stored types: what the reference reads from bytes is what the `gguf` package reads."""
+"""The stored types: the reference reads the same weights from bytes as the `gguf` package."""
 
 import gguf
 import numpy as np
