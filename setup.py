@@ -1,7 +1,7 @@
-"""Builds the native kernels: one shared library with the same source compiled for several machines.
+"""Builds the native kernels: one shared library, in which the same source is compiled for several machines.
 
-The library is optional: without a compiler the install succeeds and the reference kernels serve.
-Everything else about the package is in pyproject.toml.
+The library is optional: without a compiler the install succeeds, and the reference kernels compute. Everything else
+about the package is in pyproject.toml.
 """
 
 import os
@@ -14,25 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = "kernels/native"
-HEADERS = (
-    "attention",
-    "attention_span",
-    "bands",
-    "blocks",
-    "cells",
-    "elementwise",
-    "feed_forward",
-    "home",
-    "inputs",
-    "linear_float",
-    "linear_quantised",
-    "linears",
-    "operands",
-    "product",
-    "rope",
-    "simd",
-)
-SHARED = ("interleave", "pool", "shoal")  # of no machine in particular
+SHARED = ("interleave", "pool", "shoal")  # the same for all machines
 FLAGS = [
     "-O1" if "-fsanitize" in os.environ.get("CXXFLAGS", "") else "-O3",  # checks make compiling slow
     "-std=c++17",
@@ -102,7 +84,7 @@ setup(
         Extension(
             "shoal.kernels.libshoal",
             sources=[f"{SOURCE}/{name}.cpp" for name in ("kernels", *SHARED)],
-            depends=[f"{SOURCE}/{name}.h" for name in HEADERS],
+            depends=sorted(map(str, Path(SOURCE).glob("*.h"))),
             language="c++",
             optional=True,
         )

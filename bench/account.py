@@ -1,4 +1,4 @@
-"""Where every MB of Shoal goes while it answers within a budget: kinds of memory, beside the plan.
+"""Where every MB of Shoal goes while it answers within a budget: kinds of memory, compared with the plan.
 
     sudo python bench/account.py MODEL --memory 603MB [--prompt 64] [--new 4] [--streams 1]
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def by_kind(pid: int) -> Counter[str]:
-    """Resident bytes of a process by what they are for."""
+    """Resident bytes of a process, by their purpose."""
     found: Counter[str] = Counter()
     mode, path, kb, resident = "", "", 0, 0
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""An engine in a memory cgroup with a cold page cache, as a fresh process, and what it came to.
+"""An engine as a fresh process in a memory cgroup, with a cold page cache, and what it used.
 
 Knows the order: page cache emptied, disk measured, process started inside the group. Does not know what is asked of
 the engine (`offload_scenarios`).
@@ -24,26 +24,26 @@ from shoal.comm.home import Home
 from shoal.daemon.library.packs import Packs
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 
-SWEEPS = 2  # over a part of the file, to learn what the disk gives
-SLACK = 1.05  # a group's limit over the budget that its engine is told
+SWEEPS = 2  # over a part of the file, to learn how fast the disk is
+SLACK = 1.05  # the group's limit over the budget that its engine is given
 
 
 @dataclass
 class Capped:
-    """A loaded engine in its group. `facts` is what its `load` answered."""
+    """A loaded engine in its group. `facts` is the answer of its `load`."""
 
     process: EngineProcess
     group: Cgroup
     facts: dict[str, Any]
-    file: Path  # that it reads
-    disk_gb_per_s: float  # the most that direct reads of it gave around the run
+    file: Path  # that the engine reads
+    disk_gb_per_s: float  # the fastest direct reads of the file around the run
 
     @property
     def name(self) -> str:
         return self.process.name
 
     def call(self, name: str, **arguments: Any) -> Any:
-        """As `EngineProcess.call`, but a process that the kernel ended for its memory is said to be so."""
+        """As `EngineProcess.call`, but the error says if the kernel ended the process because of its memory."""
         try:
             return self.process.call(name, **arguments)
         except EngineFailed as error:
@@ -52,20 +52,20 @@ class Capped:
             raise
 
     def look_again(self) -> None:
-        """Read the file directly once more: what others do may have slowed the first sweeps."""
+        """Read the file directly once more, because others may have slowed the first sweeps."""
         self.disk_gb_per_s = max(self.disk_gb_per_s, _best(self.file))
 
     def bytes_read(self) -> int:
         return disk.bytes_read(self.process.pid)
 
     def peak_bytes(self) -> int:
-        """The group's peak, and the mapped pages of files (libraries) that another group is charged for."""
+        """The peak of the group, and the mapped pages of files (libraries) for which another group is charged."""
         mapped = machine.memory_of(self.process.pid)["file"]
         return self.group.peak_bytes + max(0, mapped - self.group.mapped_bytes)
 
 
 def budget_of(cap_bytes: int) -> int:
-    """What an engine is told, so that the group's limit leaves it the slack."""
+    """The budget to give an engine, so that the group's limit leaves it the slack."""
     return int(cap_bytes / SLACK)
 
 
@@ -99,13 +99,13 @@ def _best(file: Path) -> float:
 
 
 def packed(model: Path) -> Path:
-    """The file that Shoal streams the model from, made unless it is there. Raises DaemonError, CheckpointError."""
+    """The file that Shoal streams the model from, made if it is not there. Raises DaemonError, CheckpointError."""
     is_hollow = model.name.endswith(hollow.SUFFIX)
     with hollow.filled(model) if is_hollow else open_checkpoint(model) as checkpoint:
         return Packs(Home.from_env()).get(checkpoint, synthetic.bar(f"packing {model.name}")).path
 
 
 def largest_file(model: Path) -> Path:
-    """Of a model that is a directory the file with the most bytes."""
+    """The model's file; of a directory the largest one."""
     files = [model] if model.is_file() else [path for path in model.iterdir() if path.is_file()]
     return max(files, key=lambda path: path.stat().st_size)

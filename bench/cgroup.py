@@ -1,4 +1,4 @@
-"""A memory cgroup around a process: a limit that the kernel enforces, and what the process came to.
+"""A memory cgroup around a process: a limit that the kernel enforces, and what the process used.
 
 Knows version 1 (the memory controller's own tree) and version 2; both want root. All memory that the kernel charges
 counts, the page cache and the kernel's own structures included. Does not know what runs inside.
@@ -15,24 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 V1_ROOT, V2_ROOT = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-END_S = 10.0  # for processes that were killed to be gone
+END_S = 10.0  # until killed processes must be gone
 
 
 class CgroupError(Exception):
-    """There is no memory cgroup to be had here."""
+    """A memory cgroup cannot be made here."""
 
 
 @dataclass(frozen=True)
 class _Files:
-    """What the two versions call the same."""
+    """The names that one of the two versions uses."""
 
     limit: str
     usage: str
     peak: str
     oom: str  # has a line "oom_kill N"
     mapped: str  # the line of memory.stat with mapped pages of files
-    swap: str  # to be limited as well, where there is swap
-    swap_extra: bool  # its limit is swap alone, rather than memory and swap
+    swap: str  # is limited as well if there is swap
+    swap_extra: bool  # whether that limit is for swap alone, not for memory and swap
 
 
 _V1 = _Files(
@@ -50,14 +50,14 @@ _V2 = _Files(
 
 
 class Cgroup:
-    """One group. `enter` in a new process, before it becomes what is measured."""
+    """One group. A new process calls `enter` before it becomes what is measured."""
 
     def __init__(self, path: Path, files: _Files) -> None:
         self.path = path
         self._files = files
 
     def enter(self) -> None:
-        """Move the calling process inside."""
+        """Move the calling process into the group."""
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
 
     @property
@@ -66,7 +66,7 @@ class Cgroup:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was charged so far."""
+        """The most bytes that were charged so far."""
         return self._number(self._files.peak)
 
     @property
@@ -75,7 +75,7 @@ class Cgroup:
 
     @property
     def mapped_bytes(self) -> int:
-        """Mapped pages of files that this group is charged for; pages that were in memory before are not."""
+        """Bytes of mapped pages of files that this group is charged for: not of pages that were in memory before."""
         return self._line("memory.stat", self._files.mapped)
 
     def limit(self, nbytes: int) -> None:
@@ -85,7 +85,7 @@ class Cgroup:
             swap.write_text("0" if self._files.swap_extra else str(nbytes))
 
     def remove(self) -> None:
-        """End what is inside, and the group."""
+        """End the processes in the group, and the group."""
         deadline_s = time.monotonic() + END_S
         while time.monotonic() < deadline_s:
             for pid in (self.path / "cgroup.procs").read_text().split():
@@ -107,7 +107,7 @@ class Cgroup:
 
 @contextmanager
 def limited(nbytes: int, root: Path | None = None) -> Iterator[Cgroup]:
-    """A new group with this limit, gone afterwards with all that runs in it. Raises CgroupError.
+    """A new group with this limit. Afterwards it is gone, with all processes in it. Raises CgroupError.
 
     `root` is the memory controller's tree, by default the one mounted.
     """
@@ -131,7 +131,7 @@ def limited(nbytes: int, root: Path | None = None) -> Iterator[Cgroup]:
 
 
 def _tree(root: Path | None) -> tuple[Path, _Files]:
-    """Where groups are made, and what its files are called."""
+    """Where groups are made, and the names of their files."""
     for tree, files in ((root or V1_ROOT, _V1), (root or V2_ROOT, _V2)):
         if files is _V1 and (tree / files.limit).exists():
             return tree, files

@@ -1,12 +1,12 @@
-"""Perplexity and greedy agreement of a GGUF along a text: Shoal against llama.cpp.
+"""Perplexity and greedy agreement of a GGUF on a text: Shoal against llama.cpp.
 
     python bench/check_quality.py MODEL.gguf TEXT --peer-python PATH [--ctx 512] [--windows 8] [--self]
 
 PATH is a python that has llama-cpp-python. The text is cut into windows of ctx tokens as `shoal perplexity` cuts it;
-in each, positions from ctx/2 on count. Exits with 1 if perplexities differ by more than 1%, or the most likely next
-token agrees at fewer than 97% of the positions. --self adds how often llama.cpp, computing token by token, agrees
-with itself computing whole windows: with quantised weights it rounds activations to int8, so the order of its float
-sums shows, and this is the noise floor of the comparison.
+in each, positions from ctx/2 on count. Exits with 1 if perplexities differ by more than 1%, or if the most likely next
+token agrees at fewer than 97% of the positions. --self adds how often llama.cpp agrees with itself if it computes token
+by token in one case and whole windows in the other. With quantised weights it rounds activations to int8, so the order
+of its float sums shows: this is the noise floor of the comparison.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def logits_of(model: LoadedModel, ids: list[int]) -> Floats:
 
 
 def cross_entropy(logits: Floats, token: int) -> float:
-    """Of one row (vocab,), in nats."""
+    """The cross entropy of one row (vocab,), in nats."""
     shifted = logits.astype(np.float64) - logits.max()
     return float(np.log(np.exp(shifted).sum()) - shifted[token])
 

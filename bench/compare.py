@@ -84,7 +84,7 @@ def main(
 
 
 def measure(row: Row, default_model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One row's results."""
+    """The results of one row."""
     path = model_path(row, default_model, options.models)
     text = options.text.read_text(encoding="utf-8") if options.text else prose()
     only = frozenset(options.engines.split(",")) if options.engines else frozenset()
@@ -108,7 +108,7 @@ def measure(row: Row, default_model: Path, options: argparse.Namespace) -> dict[
 
 
 def model_path(row: Row, default_model: Path, directory: Path) -> Path:
-    """The row's model, written unless it is there. Raises SyntheticError."""
+    """The row's model, written if it is not there. Raises SyntheticError."""
     if row.model == DEFAULT_MODEL:
         return default_model
     if row.model == WIDE_MODEL:
@@ -118,17 +118,17 @@ def model_path(row: Row, default_model: Path, directory: Path) -> Path:
 
 
 def in_order(rows: dict[str, Any], every: Sequence[Row]) -> dict[str, Any]:
-    """Results in the order of `every` row, without those of rows that are no more."""
+    """Results in the order of `every` row, without those of rows that no longer exist."""
     return {row.name: rows[row.name] for row in every if row.name in rows}
 
 
 def stored_bytes(path: Path) -> int:
-    """Of a model's file, or of the files of its directory."""
+    """Bytes of a model's file, or of the files in its directory."""
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
 
 
 def bytes_per_token(path: Path) -> int:
-    """Bytes of weights that one token needs: all matrices but embeddings, of the experts the active ones."""
+    """Bytes of weights that one token needs: all matrices except embeddings, and of the experts the active ones."""
     files = open_hf(path) if path.is_dir() else open_gguf(path)
     arch = files.metadata.get("general.architecture", "")
     experts = files.metadata.get(f"{arch}.expert_count", 1)
@@ -142,19 +142,19 @@ def bytes_per_token(path: Path) -> int:
 
 
 def prose() -> str:
-    """English that every Python carries: the topics of its help."""
+    """English text that every Python has: the topics of its help."""
     return "\n\n".join(pydoc_data.topics.topics.values())
 
 
 def _longest(must: Mapping[str, float], name: str) -> float:
-    """What is set for the longest beginning of a name; 0 for none."""
+    """The value for the longest key with which the name begins; 0 if there is none."""
     return (
         must[max(found, key=len)] if (found := [start for start in must if name.startswith(start)]) else 0.0
     )
 
 
 def _kept(path: Path | None) -> dict[str, Any]:
-    """Earlier results of this machine, or none yet."""
+    """Earlier results of this machine, if there are any."""
     here = {"machine": machine.describe(), "rows": {}}
     if path is None or not path.exists():
         return here

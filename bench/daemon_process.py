@@ -1,4 +1,4 @@
-"""A daemon of its own for a measurement: `shoal serve` with an empty home, gone afterwards.
+"""A daemon for one measurement: `shoal serve` with an empty home, both gone afterwards.
 
 Knows the command and its socket. Does not know what is asked of it.
 """
@@ -31,7 +31,7 @@ class Daemon:
 
 @contextmanager
 def serving(model: Path, context: int, threads: int) -> Iterator[Daemon]:
-    """A daemon with `model` loaded. RuntimeError with its log when it does not come up."""
+    """A daemon with `model` loaded. RuntimeError with its log if it does not start."""
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as root:
         command = [sys.executable, "-m", "shoal.cli.main", "serve", "--model", str(model)]
         command += ["--ctx", str(context), "--threads", str(threads)]

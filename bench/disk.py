@@ -1,4 +1,4 @@
-"""How fast a disk gives a file when nothing stands between: direct reads into huge pages; and a cold page cache.
+"""How fast a disk reads a file at best, directly into huge pages; and how to empty the page cache.
 
     python bench/disk.py FILE [--rounds 3]      GB/s by size and number of reads in flight
 
@@ -22,10 +22,10 @@ from figures import spread
 from shoal.kernels.huge_pages import mapped
 
 READ_BYTES, IN_FLIGHT = 2 << 20, 2  # the fastest here: see docs/LOG.md
-# Read into as much memory as a window has: what lands in one small buffer again and again never leaves the
-# processor's cache and comes a quarter faster than anybody can have it who keeps what is read.
+# As much memory as a window has. Reading into one small buffer again and again never leaves the processor's cache, and
+# is a quarter faster than reading can be for anybody who keeps what is read.
 TARGET_BYTES = 256 << 20
-SAMPLE_BYTES = 2 << 30  # of a file that is read to learn the disk's speed
+SAMPLE_BYTES = 2 << 30  # of a file, read to learn the speed of the disk
 CURVE_BYTES = 1 << 30
 
 
@@ -37,7 +37,7 @@ def read_gb_per_s(
     in_flight: int = IN_FLIGHT,
     seed: int = 0,
 ) -> float:
-    """Of one sweep over consecutive bytes of the file that starts at a random place. Raises OSError."""
+    """GB/s of one sweep over consecutive bytes of the file, from a random place on. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:
         size = os.fstat(descriptor).st_size
@@ -73,14 +73,14 @@ def read_gb_per_s(
 
 
 def forget_pages() -> None:
-    """Empty the page cache of the whole machine; wants root. Mapped pages stay."""
+    """Empty the page cache of the whole machine; needs root. Mapped pages stay."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 @contextmanager
 def read_ahead(path: Path, kilobytes: int) -> Iterator[None]:
-    """While in it, so much is read beyond what is asked of the disk that `path` is on; wants root. OSError."""
+    """Within the context the disk that has `path` reads this far ahead; needs root. Raises OSError."""
     number = path.stat().st_dev
     device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     knob = next(
@@ -95,7 +95,7 @@ def read_ahead(path: Path, kilobytes: int) -> Iterator[None]:
 
 
 def bytes_read(pid: int) -> int:
-    """What a process had the disk read so far, through whatever call."""
+    """Bytes that the disk has read for a process so far, by any call."""
     lines = (line.split() for line in Path(f"/proc/{pid}/io").read_text().splitlines())
     return next(int(value) for head, value in lines if head == "read_bytes:")
 

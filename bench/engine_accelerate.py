@@ -1,4 +1,4 @@
-"""Accelerate's worker: transformers in bfloat16 with the layers that do not fit read from disk for every forward pass.
+"""Accelerate's worker: transformers in bfloat16. Every forward pass reads the layers that do not fit from disk.
 
 What Accelerate offers for a model larger than memory, run by a python that has it: `device_map="auto"` fills the memory
 it is allowed with whole modules in the order of the model and leaves the others in the safetensors file they came
@@ -18,7 +18,7 @@ import worker
 from engine_transformers import Transformers
 from transformers import AutoModelForCausalLM
 
-# torch, transformers, the module in flight and the page cache that it is read through
+# torch, transformers, the module that is being read, and the page cache that it is read through
 OWN_BYTES = 1_200_000_000
 
 

@@ -21,17 +21,17 @@ BATCH = 512
 
 
 class LlamaCpp:
-    """The engine of `worker.Engine`, and what llama.cpp says of a text."""
+    """The engine of `worker.Engine`, and how llama.cpp scores a text."""
 
     def __init__(self, flash: bool) -> None:
         self._flash = flash
         self._silent = llama.llama_log_callback(lambda level, text, data: None)
         llama.llama_log_set(self._silent, None)
         llama.llama_backend_init()
-        self._last: list[int] = []  # the newest token of each sequence, not yet computed
+        self._last: list[int] = []  # the newest token of each sequence, which is not computed yet
         self._lengths: list[int] = []
-        self._rows = BATCH  # of a batch at most
-        self._answer: Iterator[int] | None = None  # what is said whatever the model says
+        self._rows = BATCH  # at most in a batch
+        self._answer: Iterator[int] | None = None  # tokens that replace what the model says
 
     def load(self, model: str, context: int, streams: int, threads: int, memory: int = 0) -> dict[str, Any]:
         how = llama.llama_model_default_params()
@@ -81,7 +81,7 @@ class LlamaCpp:
         return {"seconds": time.perf_counter() - started_s, "tokens": tokens * len(self._last)}
 
     def extend(self, tokens: int, seed: int) -> dict[str, float]:
-        """Prefill that many more random tokens of a sequence that is alone, up to the next new one."""
+        """Prefill that many more random tokens of the only sequence, up to its next new token."""
         (prompt,) = worker.prompts(1, tokens, self._vocab, seed)
         started_s = time.perf_counter()
         self._last = self._prefill([[*self._last, *prompt]])
@@ -92,7 +92,7 @@ class LlamaCpp:
         self._last, self._lengths, self._answer = [], [], None
 
     def score(self, windows: list[list[int]], batch: int) -> list[dict[str, list[float]]]:
-        """Of every token of each text but the last: the most likely next one and the negative log-likelihood of the
+        """For every token of each text but the last: the most likely next token, and the negative log-likelihood of the
         actual one. `batch` tokens are computed at a time, at most BATCH.
         """
         results: list[dict[str, list[float]]] = []
@@ -113,7 +113,7 @@ class LlamaCpp:
         return results
 
     def _prefill(self, pieces: list[list[int]]) -> list[int]:
-        """Computes what comes next of each sequence; the next token of each."""
+        """Computes the next tokens of each sequence; returns the one that follows, of each."""
         rows = []
         for index, piece in enumerate(pieces):
             start = self._lengths[index]
@@ -128,7 +128,7 @@ class LlamaCpp:
         return chosen
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> None:
-        """One batch of (token, position, sequence, whether its logits are wanted)."""
+        """Computes one batch of (token, position, sequence, whether its logits are wanted)."""
         batch = self._batch
         batch.n_tokens = len(rows)
         for i, (token, position, sequence, wanted) in enumerate(rows):
@@ -146,7 +146,7 @@ class LlamaCpp:
         return int(self._logits(row).argmax())
 
     def _logits(self, row: int) -> np.ndarray[Any, Any]:
-        """Of a row of the last batch that wanted them, valid until the next."""
+        """The logits of a row of the last batch that wanted them; valid until the next batch."""
         return np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, row), (self._vocab,))
 
 

@@ -31,7 +31,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class Dictated:
-    """A sampler that says these tokens, whatever the logits are."""
+    """A sampler that returns these tokens, whatever the logits are."""
 
     def __init__(self, ids: list[int]) -> None:
         self._ids = iter(ids)
@@ -52,7 +52,7 @@ class Shoal:
         memory: int = 0,
         guesses: int = 0,
     ) -> dict[str, Any]:
-        """`guesses` ahead in one step at most: the peers guess nothing."""
+        """`guesses` is how many tokens a step may guess ahead. It is 0 by default because peers guess nothing."""
         kernels.set_threads(threads)
         config = NodeConfig(
             threads=threads,
@@ -77,7 +77,7 @@ class Shoal:
         return self._begin(worker.prompts(streams, tokens, vocab, seed))
 
     def begin_chat(self, text: str) -> dict[str, float]:
-        """Prefill a conversation that begins with this, up to its first new token."""
+        """Prefill a conversation that begins with these tokens, up to its first new token."""
         return self._begin([chat_tokens(self._model, [ChatMessage(role="user", content=text)])])
 
     def dictate(self, prompt: list[int], answer: list[int]) -> dict[str, float]:

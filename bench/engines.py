@@ -25,7 +25,7 @@ class EngineFailed(Exception):
 
 @dataclass(frozen=True)
 class EngineKind:
-    """An engine that can be measured: its name in tables, and what runs it."""
+    """An engine that can be measured: its name in tables, and the command that runs it."""
 
     name: str
     script: str
@@ -33,12 +33,12 @@ class EngineKind:
     arguments: tuple[str, ...] = ()
 
     def start(self, enter: Callable[[], None] | None = None) -> EngineProcess:
-        """`enter` is run in the new process before the engine is."""
+        """Starts the engine; the new process first calls `enter`."""
         return EngineProcess(self, enter)
 
 
 def kinds(peer_python: str) -> dict[str, EngineKind]:
-    """Every engine by name; `peer_python` has llama-cpp-python and Accelerate, this python Shoal and transformers."""
+    """All engines by name. `peer_python` has llama-cpp-python and Accelerate, this Python Shoal and transformers."""
     return {
         kind.name: kind
         for kind in (
@@ -52,7 +52,7 @@ def kinds(peer_python: str) -> dict[str, EngineKind]:
 
 
 class EngineProcess:
-    """A running worker; `call` as often as wanted, from one thread."""
+    """A running worker. One thread may `call` it as often as it likes."""
 
     def __init__(self, kind: EngineKind, enter: Callable[[], None] | None = None) -> None:
         self.name = kind.name

@@ -1,4 +1,4 @@
-"""Figures: one quantity, measured of several engines over rounds that took turns.
+"""Figures: one quantity of several engines, measured in rounds in which they took turns.
 
 Pure: values in, medians, ratios and a table's cells out. Does not know how anything is measured.
 """
@@ -15,25 +15,25 @@ Better = Literal["more", "less", "neither"]
 
 @dataclass
 class Figure:
-    """One line of the table. `values` has an engine's value of each round."""
+    """One line of the table. `values` has the value of each engine in each round."""
 
     name: str
     unit: str
     better: Better = "more"
     values: dict[str, list[float]] = field(default_factory=dict)
-    weights_gb_per_s: bool = False  # tokens/s that can be read as weights read from memory
-    at: float = 0.0  # where it is one of several along an axis, its place there
-    must: float = 0.0  # the least ratio that is good enough; 0 where none was set
+    weights_gb_per_s: bool = False  # whether tokens/s say how fast weights are read from memory
+    at: float = 0.0  # its place on an axis if it is one of several along it
+    must: float = 0.0  # the least ratio that is good enough; 0 if none was set
 
     def note(self, engine: str, value: float) -> None:
         self.values.setdefault(engine, []).append(value)
 
     def peer(self) -> str | None:
-        """The engine that Shoal is compared with, if any."""
+        """The engine that Shoal is compared with, if there is one."""
         return next((engine for engine in self.values if engine != "shoal"), None)
 
     def ratios(self) -> list[float]:
-        """Round by round, how many times better Shoal is than the peer; empty when there is nothing to compare."""
+        """How many times better than the peer Shoal is in each round; empty if there is nothing to compare."""
         if self.better == "neither":
             return []
         ours, theirs = self.values.get("shoal", []), self.values.get(self.peer() or "", [])
@@ -49,7 +49,7 @@ class Figure:
 
 
 def spread(values: list[float]) -> str:
-    """The median, and the least and most where they differ."""
+    """The median, and the least and the most if they differ."""
     if not values:
         return ""
     low, high = min(values), max(values)
@@ -59,6 +59,6 @@ def spread(values: list[float]) -> str:
 
 
 def _digits(value: float, count: int) -> str:
-    """With so many digits that count, and none of an integer left out."""
+    """The value with `count` significant digits, but with all digits before the point."""
     before = math.floor(math.log10(abs(value))) + 1 if value else 1
     return f"{value:,.{max(0, count - before)}f}"

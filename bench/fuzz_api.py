@@ -1,6 +1,6 @@
-"""Does the daemon bear rubbish? Sends fuzzed messages to a live one, with honest requests in between.
+"""Does the daemon survive rubbish? Sends fuzzed messages to a live one, and sound requests in between.
 
-    python bench/fuzz_api.py                          a server of its own, with an echo for a model
+    python bench/fuzz_api.py                          a server that this starts, with an echo as its model
     python bench/fuzz_api.py --address ipc:///…       a running daemon (its models may work, or be unloaded)
 
 Prints one JSON object: messages sent, replies by type, probes answered, and the daemon's resident memory
@@ -64,7 +64,7 @@ SEEDS: list[Message] = [
 
 
 class Echo:
-    """A backend that gives the prompt back."""
+    """A backend that answers with the prompt."""
 
     def submit(self, request: Generate | Chat, emit: Emit, client: str) -> CancelCall:
         text = request.prompt if isinstance(request, Generate) else str(request.messages[-1].content)
@@ -98,10 +98,10 @@ class Echo:
         )
 
     def drain(self, timeout_s: float) -> None:
-        """Nothing runs on."""
+        """Nothing is running."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to close."""
 
 
 def mutate(random_: random.Random) -> list[bytes]:
@@ -133,7 +133,7 @@ def fuzz(address: str, messages: int, seed: int) -> dict[str, object]:
     began_s = time.monotonic()
     with Client(address) as probe:
         for n in range(messages):
-            if n % 500 == 0:  # new connections now and then; the old ones vanish without a word
+            if n % 500 == 0:  # new connections now and then; the old ones close without a message
                 for socket in sockets:
                     socket.close(linger=0)
                 sockets = [context.socket(zmq.DEALER) for _ in range(8)]

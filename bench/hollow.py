@@ -1,4 +1,4 @@
-"""A model that is a pack alone: random weights go straight into it, so that the disk need not hold them twice.
+"""A model that exists only as a pack: its random weights go straight into it, so the disk need not hold them twice.
 
 The file has a model's facts, vocabulary and size, but takes no room, as no weight was ever written to it; its pack has
 them. So it can be streamed, and neither read into memory nor by other engines. Needs no more memory than packing does.
@@ -24,7 +24,7 @@ SUFFIX = "-hollow.gguf"
 
 
 class RandomFiles(TensorFiles):
-    """The tensors of a file whose bytes are made up as they are read, the same ones for the same rows."""
+    """The tensors of a file whose bytes are made while they are read; the same rows always get the same bytes."""
 
     def read(
         self, tensor: StoredTensor, first_row: int = 0, rows: int | None = None, into: Bytes | None = None
@@ -41,7 +41,7 @@ class RandomFiles(TensorFiles):
 
 
 def cached(shape: Shape, directory: Path, vocabulary: Path, progress: Progress) -> Path:
-    """The hollow file of a shape in `directory`, written unless it is there."""
+    """The hollow file of a shape in `directory`, written if it is not there."""
     return synthetic.kept(
         directory / f"{shape.name}-{synthetic.digest(shape)}{SUFFIX}",
         lambda path: synthetic.write(shape, path, vocabulary, progress, hollow=True),
@@ -49,7 +49,7 @@ def cached(shape: Shape, directory: Path, vocabulary: Path, progress: Progress) 
 
 
 def filled(path: Path) -> Checkpoint:
-    """The checkpoint of a hollow file, to be packed."""
+    """The checkpoint of a hollow file, for packing."""
     files = open_gguf(path)
     random = RandomFiles(files.paths, files.tensors, files.metadata)
     files.close()

@@ -1,4 +1,4 @@
-"""The machine that figures come from: what it is, how busy it is, and how fast it reads memory just now.
+"""The machine that figures come from: what it is, how busy it is, and how fast it reads memory at the moment.
 
 Knows /proc where there is one. Does not know what is measured.
 """
@@ -37,7 +37,7 @@ _FLAGS = (
 
 
 def describe() -> dict[str, Any]:
-    """What does not change between runs on one machine."""
+    """Facts that do not change between runs on one machine."""
     facts = _cpu_facts()
     flags = set(facts.get("flags", facts.get("Features", "")).split())
     return {
@@ -51,7 +51,7 @@ def describe() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What may change: the commit measured, Python and NumPy, and how this process is scheduled."""
+    """Facts that may change: the measured commit, Python and NumPy, and how this process is scheduled."""
     return {
         "commit": _commit(),
         "python": platform.python_version(),
@@ -61,12 +61,12 @@ def versions() -> dict[str, str]:
 
 
 def busy() -> float:
-    """Load average of the last minute, what is measured included."""
+    """The load average of the last minute, which includes what is being measured."""
     return round(os.getloadavg()[0], 1)
 
 
 def dram_read_gb_per_s(threads: int) -> float:
-    """The best of a few reads of a large buffer, each thread its part. 0 where there is no room for the buffer."""
+    """GB/s of the best of a few reads of a large buffer, of which each thread reads a part; 0 if there is no room."""
     if psutil.virtual_memory().available < 4 * BUFFER_BYTES:
         return 0.0
     parts = np.array_split(_buffer(), threads)
@@ -74,7 +74,7 @@ def dram_read_gb_per_s(threads: int) -> float:
 
 
 def memory_of(pid: int) -> dict[str, int]:
-    """Bytes of a process: the largest resident set so far, and of today's what is anonymous and what a file's."""
+    """Bytes of a process: the largest resident set so far, and how much of the present one is anonymous or of files."""
     names = {"VmHWM": "peak", "VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "file"}
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {names[key]: 1024 * int(rest[0]) for head, *rest in lines if (key := head.rstrip(":")) in names}
@@ -99,7 +99,7 @@ def _commit() -> str:
 
 
 def _scheduling() -> str:
-    """Policy and niceness; where shells are scheduled as groups, the group's niceness is the one that counts."""
+    """Policy and niceness. If shells are scheduled as groups, the niceness of the group is what counts."""
     policies = {getattr(os, f"SCHED_{name}", None): name.lower() for name in ("FIFO", "RR", "OTHER")}
     policy = policies.get(os.sched_getscheduler(0), "other") if hasattr(os, "sched_getscheduler") else "other"
     group = Path("/proc/self/autogroup")

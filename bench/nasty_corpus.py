@@ -148,6 +148,6 @@ def fuzz(count: int, seed: int = 0) -> Iterator[str]:
                 parts.append(rng.choice(_PHRASES))
             else:
                 point = rng.randrange(rng.choice((0x80, 0x800, 0x3000, 0x10000, 0x32000, 0x110000)))
-                # Engines carry tables of different Unicode versions, so only what all of them know.
+                # Engines have tables of different Unicode versions, so only characters that all of them know are used.
                 parts.append(chr(point) if unicodedata.category(chr(point)) not in ("Cn", "Cs") else "\ufffd")
         yield "".join(parts)

@@ -1,4 +1,4 @@
-"""What is measured of models larger than memory: each scenario takes a run and a row's sizes, and gives figures.
+"""Scenarios for models larger than memory: each takes a run and the sizes of a row, and returns figures.
 
 Knows the order of calls and what is timed. The cgroup, the cold cache and the process are `capped`'s.
 """
@@ -19,14 +19,14 @@ from speculation import prompts
 
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 
-SHARES = (0.10, 0.20, 0.30, 0.45, 0.60, 0.75, 0.90, 1.10)  # of the model, as budgets
-TURNS = 10  # times as many tokens where everything is in memory: they are that much faster
+SHARES = (0.10, 0.20, 0.30, 0.45, 0.60, 0.75, 0.90, 1.10)  # of the model's bytes, as budgets
+TURNS = 10  # times as many tokens if everything is in memory, where they are that much faster
 FLOOR, STRAIGHT = "floor", "straight line"
-WARM_TOKENS = 1  # decoded before the clock starts: what a pass leaves behind is then there
+WARM_TOKENS = 1  # decoded before the clock starts, so that what a pass leaves behind is there
 
 
 def disk_bound(run: Run, sizes: Sizes) -> list[Figure]:
-    """A prompt and some tokens in a fresh process each round: time, floor, peak and bytes read, beside a peer's."""
+    """A prompt and some tokens in a fresh process each round: time, floor, peak and bytes read, and a peer's."""
     tuned = f", its disk reading {sizes.peer_read_ahead_kb} KB ahead" if sizes.peer_read_ahead_kb else ""
     per_token = Figure(f"time per token{tuned}", "s", "less")
     floor = Figure("time per token against the disk's floor", "s", "less")
@@ -64,7 +64,7 @@ def disk_bound(run: Run, sizes: Sizes) -> list[Figure]:
 
 
 def budgets(run: Run, sizes: Sizes) -> list[Figure]:
-    """Time per token at budgets from little to more than the model, against the straight line between the ends."""
+    """Time per token at budgets from a little to more than the model, against the straight line between the ends."""
     model_bytes = largest_file(run.model).stat().st_size
     found: dict[float, list[float]] = {share: [] for share in SHARES}
     unbounded: list[float] = []
@@ -99,7 +99,7 @@ def budgets(run: Run, sizes: Sizes) -> list[Figure]:
 
 
 def crowd(run: Run, sizes: Sizes) -> list[Figure]:
-    """Tokens/s of all streams together against those of one alone, disk-bound."""
+    """Tokens/s of all streams together against tokens/s of one alone, disk-bound."""
     figure = Figure(f"{sizes.streams} streams against one", "tokens/s")
     for number in range(run.rounds):
         for streams in (1, sizes.streams) if number % 2 else (sizes.streams, 1):
@@ -145,15 +145,15 @@ def _decode(engine: Capped, tokens: int) -> tuple[float, float]:
 
 
 def _drawn(run: Run, tokens: int) -> list[int]:
-    """Any ids of the model's vocabulary."""
+    """Random ids of the model's vocabulary."""
     with open_checkpoint(run.model) as checkpoint:
         source = random.Random(0)
         return [source.randrange(checkpoint.spec.vocab) for _ in range(tokens)]
 
 
 def _by_turns(one: Capped, other: EngineProcess, tokens: int) -> tuple[float, float]:
-    """Median seconds per token of two engines that live side by side and take turns token by token, because how fast
-    memory is changes by more than a tenth from one minute to the next."""
+    """Median seconds per token of two engines that run side by side and take turns token by token, because the speed of
+    memory changes by more than a tenth from one minute to the next."""
     taken: tuple[list[float], list[float]] = [], []
     for engine in (one, other):
         engine.call("advance", tokens=WARM_TOKENS)

@@ -1,4 +1,4 @@
-"""Figures that were measured at several sizes, as a small SVG: what was found, and the line it should lie on.
+"""Figures that were measured at several sizes, as a small SVG: the values, and the line that they should lie on.
 
 Pure: figures in, text out. Axes begin at zero; bars span the least and the most of the rounds.
 """
@@ -15,7 +15,8 @@ STEPS = 5  # of each axis
 
 
 def svg(figures: Sequence[Figure], across: str, up: str) -> str:
-    """Of figures with `at` set, all with values of shoal and of one other, the line. "" when there are none."""
+    """The SVG of figures with `at` set. All have values of shoal and of one other, which is the line. "" if there are
+    none."""
     points = sorted((figure for figure in figures if figure.at), key=lambda figure: figure.at)
     if not points:
         return ""
@@ -52,6 +53,6 @@ def _lines(points: Sequence[Figure], width: float, height: float, across: str, u
 
 
 def _round_up(value: float) -> float:
-    """To 1, 2 or 5 times a power of ten, in fifths of it that are easy to read."""
+    """Rounds up to an end of the axis whose fifths are easy to read."""
     unit = 10.0 ** len(str(int(value))) if value >= 1 else 1.0
     return next(unit * part for part in (0.1, 0.2, 0.25, 0.5, 0.75, 1.0) if unit * part >= value)

@@ -13,7 +13,7 @@ from shoal.kernels.types import BF16, F16, F32, WeightType
 
 
 def random_rows(kind: WeightType, rows: int, cols: int, seed: int = 0, scale: float = 0.01) -> Bytes:
-    """rows×cols of random weights as files hold them, uint8 (rows, row bytes): those of float types of deviation
+    """rows×cols of random weights as files hold them, uint8 (rows, row bytes): those of float types have deviation
     `scale`, in others with block scales (of either sign) of that deviation.
     """
     generator = np.random.default_rng(seed)

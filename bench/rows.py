@@ -1,4 +1,4 @@
-"""The rows of the comparisons, as data: which scenario, on which model, at which sizes, and what it must come to."""
+"""The rows of the comparisons, as data: which scenario, on which model, at which sizes, and how good it must be."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import offload_scenarios
 import scenarios
 from scenarios import Scenario, Sizes
 
-DEFAULT_MODEL = "smollm2-q4_1"  # from the store; other models are shapes of `shapes`, but for WIDE_MODEL
-WIDE_MODEL = "smollm2-wide"  # the default model made larger by `widen`
+DEFAULT_MODEL = "smollm2-q4_1"  # from the store; the other models are shapes of `shapes`, except WIDE_MODEL
+WIDE_MODEL = "smollm2-wide"  # the default model, made larger by `widen`
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class Row:
     scenario: Scenario
     sizes: Sizes = field(default_factory=Sizes)
     form: Literal["gguf", "directory", "hollow"] = "gguf"
-    must: Mapping[str, float] = field(default_factory=dict)  # least ratios, by how a figure's name begins
+    must: Mapping[str, float] = field(
+        default_factory=dict
+    )  # least ratios, by the beginning of a figure's name
 
 
 ROWS = (
@@ -50,9 +52,8 @@ ROWS = (
 )
 
 
-AHEAD_KB = (
-    128  # that Linux has a disk read ahead unless it is told otherwise; machines in data centres often are
-)
+# What Linux reads ahead by default; machines in data centres often have other settings.
+AHEAD_KB = 128
 _FLOOR = {"time per token against": 1 / 1.15, "peak memory against": 1.0}
 
 OFFLOAD_ROWS = (
@@ -127,8 +128,8 @@ OFFLOAD_ROWS += tuple(
 
 
 def chosen(names: str, rows: Sequence[Row] = ROWS) -> list[Row]:
-    """The rows that are called so (comma-separated), or else those whose name begins so; all for "". ValueError names
-    the rows."""
+    """The rows with these names (comma-separated). A name that no row has stands for all that begin with it, so "" for
+    all rows. ValueError lists the rows."""
     found: set[str] = set()
     for name in map(str.strip, names.split(",")):
         called = {row.name for row in rows if row.name == name} or {

@@ -1,4 +1,4 @@
-"""What a scenario is given: the engines of a row, taking turns, and the state of the machine meanwhile.
+"""What a scenario gets: the engines of a row, which take turns, and the state of the machine meanwhile.
 
 Knows processes and order. Does not know what a scenario measures (`scenarios`) nor which rows there are (`rows`).
 """
@@ -17,7 +17,7 @@ from engines import EngineProcess, kinds
 
 @dataclass
 class Run:
-    """One row's run. `facts`, `dram_gb_per_s` and `load` fill as it goes."""
+    """The run of one row. `facts`, `dram_gb_per_s` and `load` are filled during the run."""
 
     model: Path
     threads: int
@@ -28,7 +28,7 @@ class Run:
     dram_gb_per_s: list[float] = field(default_factory=list)
     disk_gb_per_s: list[float] = field(default_factory=list)
     load: list[float] = field(default_factory=list)
-    only: frozenset[str] = frozenset()  # engines to be measured alone; all where it is empty
+    only: frozenset[str] = frozenset()  # measures only these engines; all of them if empty
 
     @contextmanager
     def engines(
@@ -48,20 +48,20 @@ class Run:
             yield started
 
     def turns(self, engines: list[EngineProcess]) -> Iterator[tuple[int, EngineProcess]]:
-        """(round, engine): every engine once a round, now one first and now the other."""
+        """(round, engine): every engine once in each round, in alternating order."""
         for number in range(self.rounds):
             self.look()
             for engine in engines if number % 2 == 0 else reversed(engines):
                 yield number, engine
 
     def names_in_turn(self, names: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-        """The same of engines that are started anew each time."""
+        """The same for engines that are started anew each time."""
         wanted = [name for name in names if not self.only or name in self.only]
         for number in range(self.rounds):
             for name in wanted if number % 2 == 0 else reversed(wanted):
                 yield number, name
 
     def look(self) -> None:
-        """Note how fast memory is and how busy the machine."""
+        """Note how fast memory and how busy the machine is."""
         self.dram_gb_per_s.append(round(machine.dram_read_gb_per_s(self.threads), 2))
         self.load.append(machine.busy())

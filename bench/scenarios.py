@@ -1,4 +1,4 @@
-"""What is measured: each scenario takes a run and a row's sizes, and gives figures.
+"""Scenarios: each takes a run and the sizes of a row, and returns figures.
 
 Knows the order of calls and what is timed. Engines and daemons are started by `run` and `daemon_process`.
 """
@@ -33,18 +33,17 @@ GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one row, in tokens; `streams` run together."""
+    """The sizes of one row, in tokens; `streams` run together."""
 
     prompt: int = 512
     new: int = 64
     streams: int = 1
     peer: str = PEER  # "" for none
-    cap_gb: float = 0.0  # a cgroup's limit, or the share of the model's bytes that it is
+    cap_gb: float = 0.0  # the limit of a cgroup; or as a share of the model's bytes
     cap_share: float = 0.0
-    peer_read_ahead_kb: int = 0  # the disk's, while the peer runs; 0: as the machine has it
-    dictated: bool = (
-        False  # any tokens of the vocabulary: the likeliest of random weights repeat, as does routing
-    )
+    peer_read_ahead_kb: int = 0  # of the disk, while the peer runs; 0: as the machine has it
+    # Decodes random tokens: a model of random weights repeats its likeliest tokens, and with them its routing.
+    dictated: bool = False
 
     @property
     def engines(self) -> tuple[str, str]:
@@ -55,7 +54,7 @@ Scenario = Callable[[Run, Sizes], list[Figure]]
 
 
 def speed(run: Run, sizes: Sizes) -> list[Figure]:
-    """Prefill and decode, anew each round."""
+    """Prefill and decode, from the beginning in each round."""
     prefill = Figure(f"prefill of {sizes.prompt}", "tokens/s")
     decode = Figure("decode", "tokens/s", weights_gb_per_s=True)
     with run.engines(sizes.engines, context=sizes.prompt + sizes.new + 1) as engines:
@@ -69,7 +68,7 @@ def speed(run: Run, sizes: Sizes) -> list[Figure]:
 
 
 def held(run: Run, sizes: Sizes) -> list[Figure]:
-    """Decode of sequences whose prompts are computed once: each round goes on where the last one ended."""
+    """Decode of sequences whose prompts are computed once: each round continues where the last one ended."""
     what = f"{sizes.streams} streams" if sizes.streams > 1 else f"{sizes.prompt} tokens of context"
     each = f"{sizes.streams} × {sizes.prompt}" if sizes.streams > 1 else f"{sizes.prompt}"
     prefill = Figure(f"prefill of {each}", "tokens/s")
@@ -185,7 +184,7 @@ def memory(run: Run, sizes: Sizes) -> list[Figure]:
 
 
 def quality(run: Run, sizes: Sizes) -> list[Figure]:
-    """Perplexity and greedy agreement along a text."""
+    """Perplexity and greedy agreement on a text."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as text:
         text.write(run.text)
         text.flush()
@@ -207,7 +206,7 @@ def _rate(call: dict[str, float]) -> float:
 
 
 def _pieces(client: Client, text: str, tokens: int, count: int) -> list[str]:
-    """Different parts of a text, each of about so many tokens."""
+    """Different parts of a text, each of about this many tokens."""
     ids = client.tokenize(text[: 8 * tokens * count]).ids
     if len(ids) < tokens * count:
         raise RuntimeError(f"the text has {len(ids)} tokens, {tokens * count} are needed")
@@ -215,7 +214,7 @@ def _pieces(client: Client, text: str, tokens: int, count: int) -> list[str]:
 
 
 def _first_token_s(client: Client, messages: list[dict[str, str]], new: int) -> tuple[float, str]:
-    """(seconds to the first token, the whole answer)"""
+    """(seconds to the first token, the whole answer)."""
     started_s, first_s, parts = time.perf_counter(), 0.0, []
     for message in client.chat(messages, max_tokens=new, **GREEDY):
         if isinstance(message, Token):
@@ -227,7 +226,7 @@ def _first_token_s(client: Client, messages: list[dict[str, str]], new: int) -> 
 async def _gaps_ms(
     address: str, sizes: Sizes, seed: int, beginning: str
 ) -> tuple[list[float], list[float], float]:
-    """Gaps of a stream before another prompt comes, and until that has its first token; seconds that took."""
+    """Gaps of a stream before another prompt comes, and gaps until that has its first token; seconds that this took."""
     long = worker.prompts(1, sizes.prompt, 1000, seed)[0]
     drawn = {"temperature": 1.0, "seed": seed, "ignore_eos": True}
     alone: list[float] = []
@@ -259,5 +258,5 @@ async def _gaps_ms(
             if other is not None and other.done():
                 return alone, disturbed, other.result()
         if other is not None:
-            await other  # its error, if it had one, says more
+            await other  # if it failed, its error says more
         raise RuntimeError("the stream ended before the other prompt was computed")

@@ -1,4 +1,4 @@
-"""Shapes of known models, and which stored type each of their tensors has: data for `synthetic`.
+"""Shapes of known models, and the stored type of each of their tensors: data for `synthetic`.
 
 Knows sizes, tensor names and llama.cpp's rules for the "mixes" (Q4_K_M and the like). Does not know what is in a
 tensor, nor files.
@@ -12,9 +12,11 @@ from typing import Literal, NamedTuple
 
 Mix = Literal["F32", "BF16", "Q4_1", "Q4_K_M", "Q5_K_M"]
 
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not whole blocks of 256
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # if rows are not whole blocks of 256
 
-LOUD = 4.0  # deviation of an embedding beside which layers add little: each token is routed in its own way
+LOUD = (
+    4.0  # deviation of an embedding to which layers add little, so that each token has a routing of its own
+)
 
 
 class TensorShape(NamedTuple):
@@ -23,12 +25,12 @@ class TensorShape(NamedTuple):
     name: str
     sizes: tuple[int, ...]
     type: str
-    loudness: float = 1.0  # how much larger its values are than what keeps sums at their size
+    loudness: float = 1.0  # 1: its values keep sums at their size
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One model's sizes. `ffn` is that of one expert where there are experts."""
+    """The sizes of one model. If there are experts, `ffn` is that of one expert."""
 
     name: str
     arch: str
@@ -44,8 +46,8 @@ class Shape:
     norm_eps: float = 1e-5
     tied: bool = False
     biases: bool = False  # of q, k and v
-    qk_norm: Literal["", "heads", "all"] = ""  # over each head, or over all together
-    head: int = 0  # a head's size, where it is not hidden / heads
+    qk_norm: Literal["", "heads", "all"] = ""  # over each head, or over all heads at once
+    head: int = 0  # the size of a head, if it is not hidden / heads
     experts: int = 0
     active: int = 0
 
@@ -92,7 +94,7 @@ class Shape:
         return (TensorShape(f"{name}.weight", (size,), "F32") for name in names)
 
     def _type(self, name: str, cols: int, layer: int) -> str:
-        """As llama.cpp chooses (llama-quant.cpp), for models that do not have exactly eight experts."""
+        """The type that llama.cpp chooses (llama-quant.cpp) for models that do not have exactly eight experts."""
         head = name == "output" or (name == "token_embd" and self.tied)
         if not self.mix.endswith("_M"):
             return "Q8_0" if head and self.mix.startswith("Q") else self.mix
@@ -105,7 +107,7 @@ class Shape:
 
 
 def _more_bits(layer: int, layers: int) -> bool:
-    """The layers that the mixes give more bits: the first and last eighth, and every third between them."""
+    """Whether the mixes give this layer more bits: those in the first and last eighth, and every third between them."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 

@@ -1,4 +1,4 @@
-"""What guessing ahead is worth: one sequence at a time, with and without it in turn, and the same text both times.
+"""What guessing ahead gains: one sequence at a time, in turn with and without it, and the same text both times.
 
     python bench/speculation.py MODEL [--new-tokens 256] [--rounds 3] [--threads 2]
         [--temperature 0] [--text FILE] [--draft SMALL]
@@ -51,7 +51,7 @@ def prompts(quoted: str) -> dict[str, str]:
 
 
 def run(model: LoadedModel, ids: list[int], new_tokens: int, params: SamplingParams) -> Sequence:
-    """The sequence that was answered."""
+    """The sequence after it was answered."""
     stop_ids = model.tokenizer.stop_ids
     sequence = Sequence(list(ids), len(ids) + new_tokens, Sampler(params, ids), stop_ids)
     model.engine.submit(sequence)

@@ -1,4 +1,4 @@
-"""GGUF files of known shapes with random weights: as large and as slow as the real ones, and no download.
+"""GGUF files of known shapes with random weights: as large and as slow as the real ones, without a download.
 
     python bench/synthetic.py SHAPE OUT.gguf [--vocabulary MODEL.gguf]
 
@@ -28,11 +28,11 @@ from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 
 GGUF_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
-POOL_BYTES = 8 << 20  # of random blocks per type; tensors are cut from it at random places
-SPARE_BYTES = 1 << 30  # left free on the disk
-_BLOCK_FLOATS = {  # byte offsets of the float16 scales in a block, each with its share of the first one
+POOL_BYTES = 8 << 20  # of random blocks for each type; tensors are cut from them at random places
+SPARE_BYTES = 1 << 30  # that stay free on the disk
+_BLOCK_FLOATS = {  # byte offsets of the float16 scales in a block, each with its ratio to the first one
     "Q4_0": ((0, 1.0),),
-    "Q4_1": ((0, 1.0), (2, -7.5)),  # offsets such that the mean is zero
+    "Q4_1": ((0, 1.0), (2, -7.5)),  # a low that makes the mean zero
     "Q5_0": ((0, 1.0),),
     "Q5_1": ((0, 1.0), (2, -15.5)),
     "Q8_0": ((0, 1.0),),
@@ -50,7 +50,7 @@ class SyntheticError(Exception):
 
 
 def cached(shape: Shape, directory: Path, vocabulary: Path, progress: Progress) -> Path:
-    """The file of a shape in `directory`, written unless it is there. Raises SyntheticError."""
+    """The file of a shape in `directory`, written if it is not there. Raises SyntheticError."""
     return kept(
         directory / f"{shape.name}-{digest(shape)}.gguf",
         lambda path: write(shape, path, vocabulary, progress),
@@ -58,12 +58,12 @@ def cached(shape: Shape, directory: Path, vocabulary: Path, progress: Progress) 
 
 
 def digest(shape: Shape) -> str:
-    """Of all that a shape says, for names of files."""
+    """A digest of everything in a shape, for names of files."""
     return hashlib.sha256(repr(shape).encode()).hexdigest()[:8]
 
 
 def kept(path: Path, make: Callable[[Path], None]) -> Path:
-    """`path`, made under another name unless it is there, so that what is there is whole."""
+    """`path`. If it is not there, it is made under another name first, so that it is whole once it has this one."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".part")
@@ -77,7 +77,7 @@ def kept(path: Path, make: Callable[[Path], None]) -> Path:
 
 
 def need_room(shape: Shape, directory: Path, nbytes: int) -> None:
-    """Raises SyntheticError when the disk is too small."""
+    """Raises SyntheticError if the disk is too small."""
     free = shutil.disk_usage(directory).free
     if nbytes + SPARE_BYTES > free:
         raise SyntheticError(
@@ -101,7 +101,7 @@ def write(
     *,
     hollow: bool = False,
 ) -> None:
-    """Write the file; a hollow one has a hole for each tensor. Raises SyntheticError when the disk is too small."""
+    """Write the file; a hollow one has a hole for each tensor. Raises SyntheticError if the disk is too small."""
     tensors = list(shape.tensors())
     total = sum(_nbytes(tensor) for tensor in tensors)
     need_room(shape, path.parent, 0 if hollow else total)
@@ -153,7 +153,7 @@ def _write_facts(writer: GGUFWriter, shape: Shape) -> None:
 
 
 def _vocabulary(source: Path, size: int) -> dict[str, Field]:
-    """The tokenizer's metadata of another model with `size` tokens: the first of its own, or fillers after them.
+    """The metadata of another model's tokenizer, cut or filled up to `size` tokens.
 
     Special tokens that are cut off are none any more.
     """
@@ -182,7 +182,7 @@ def _nbytes(tensor: TensorShape) -> int:
 
 
 def data(tensor: TensorShape, random: np.random.Generator) -> np.ndarray[Any, Any]:
-    """A tensor's bytes: ones for norms, small biases, matrices of deviation loudness/sqrt(columns)."""
+    """The bytes of a tensor: norms are ones, biases small, matrices have deviation loudness/sqrt(columns)."""
     if len(tensor.sizes) == 1:
         norm = tensor.name.endswith("norm.weight")
         values = np.ones(tensor.sizes) if norm else 0.1 * random.standard_normal(tensor.sizes)
@@ -199,7 +199,7 @@ def data(tensor: TensorShape, random: np.random.Generator) -> np.ndarray[Any, An
 
 @cache
 def _pool(type: str, cols: int, loudness: float = 1.0) -> np.ndarray[Any, Any]:
-    """Random blocks (count, bytes of one) whose weights have mean 0 and deviation loudness/sqrt(cols)."""
+    """Random blocks (count, bytes of a block) whose weights have mean 0 and deviation loudness/sqrt(cols)."""
     kind = GGMLQuantizationType[type]
     weights, size = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(cols)
@@ -220,7 +220,7 @@ def _pool(type: str, cols: int, loudness: float = 1.0) -> np.ndarray[Any, Any]:
 
 
 def bar(title: str) -> Progress:
-    """Progress as one line on stderr, where that is a terminal."""
+    """Progress as one line on stderr, if that is a terminal."""
 
     def show(done: int, total: int) -> None:
         if sys.stderr.isatty():

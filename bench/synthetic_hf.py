@@ -38,7 +38,7 @@ _NAMES = {
 
 
 def cached(shape: Shape, directory: Path, vocabulary: Path, progress: Progress) -> Path:
-    """The directory of a shape in `directory`, written unless it is there. Raises SyntheticError."""
+    """The directory of a shape in `directory`, written if it is not there. Raises SyntheticError."""
     return synthetic.kept(
         directory / f"{shape.name}-{synthetic.digest(shape)}",
         lambda path: write(shape, path, vocabulary, progress),
@@ -46,7 +46,7 @@ def cached(shape: Shape, directory: Path, vocabulary: Path, progress: Progress) 
 
 
 def write(shape: Shape, path: Path, vocabulary: Path, progress: Progress = lambda done, total: None) -> None:
-    """Write the directory. Raises SyntheticError when the disk is too small or the shape no plain llama in bf16."""
+    """Write the directory. Raises SyntheticError if the disk is too small or the shape is no plain llama in bf16."""
     if (shape.arch, shape.mix) != ("llama", "BF16") or shape.experts:
         raise SyntheticError(f"{shape.name}: only dense llama shapes in BF16 are written as directories")
     tensors = list(shape.tensors())
@@ -88,7 +88,7 @@ def _config(shape: Shape) -> dict[str, Any]:
 
 
 def _header(tensors: list[TensorShape]) -> bytes:
-    """Names, shapes and places, padded so that the first tensor starts at a multiple of a page."""
+    """The header: names, shapes and places, padded so that the first tensor starts at a multiple of a page."""
     entries, offset = {}, 0
     for tensor in tensors:
         end = offset + _nbytes(tensor)
@@ -118,7 +118,7 @@ def _nbytes(tensor: TensorShape) -> int:
 
 
 def _bfloat16(data: np.ndarray[Any, Any], tensor: TensorShape) -> np.ndarray[Any, Any]:
-    """Of a float32 vector the upper halves; a matrix is in bfloat16 already."""
+    """A float32 vector as its upper halves; a matrix is bfloat16 already."""
     return data if tensor.type == "BF16" else np.ascontiguousarray(data.view(np.uint16)[1::2])
 
 

@@ -1,4 +1,4 @@
-"""The tables of bench/README.md, made of the results that `compare.py` and `offload.py` keep.
+"""The tables of bench/README.md, made from the results that `compare.py` and `offload.py` keep.
 
     python bench/table.py [RESULT.json …]      prints the tables; default: all in bench/results
     python bench/table.py --write              puts them into bench/README.md, between their marks, and draws plots
@@ -25,7 +25,7 @@ MARKS = "<!-- {}: made by table.py -->", "<!-- end of {} -->"
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of one machine's results."""
+    """The results of one machine as Markdown."""
     return "\n".join(_lines(result))
 
 
@@ -68,12 +68,12 @@ def _bandwidth(row: dict[str, Any], figure: Figure) -> str:
 
 
 def _must(row: dict[str, Any], figure: Figure) -> str:
-    """The least ratio that was asked for, beside what the disk gave."""
+    """The least ratio that was asked for, and the speed of the disk."""
     return f"≥ {figure.must:.2f}; {spread(row['disk_gb_per_s'])}" if figure.must else ""
 
 
 def _runs(rows: list[dict[str, Any]]) -> str:
-    """When and with what the rows were measured; where they differ, all of it."""
+    """When and with what the rows were measured; if rows differ, all the values."""
     peers = {facts["version"] for row in rows for name, facts in row["engines"].items() if name != "shoal"}
     parts = (
         {row["date"] for row in rows},
@@ -87,7 +87,7 @@ def _runs(rows: list[dict[str, Any]]) -> str:
 
 
 def write(readme: Path, section: str, text: str) -> None:
-    """Replace what stands between a section's marks."""
+    """Replace the text between the marks of a section."""
     begin, end = (mark.format(section) for mark in MARKS)
     before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
     _, found, after = rest.partition(end)
@@ -97,7 +97,7 @@ def write(readme: Path, section: str, text: str) -> None:
 
 
 def _draw(path: Path) -> None:
-    """Beside a result, a plot of what was measured along an axis."""
+    """Writes a plot beside the results, of figures that were measured along an axis."""
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"].values()
     for row in rows:
         figures = [Figure.from_json(fields) for fields in row["figures"]]

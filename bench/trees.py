@@ -2,9 +2,9 @@
 
     python bench/trees.py BEFORE AFTER MODEL [--rounds 8] [--memory 300MB] [--threads 2] [--starts 5]
 
-BEFORE and AFTER are roots of checkouts whose kernels are built. A daemon of each has the model loaded; they are asked
-in turn, one waiting while the other answers, in alternating order, and what counts is the ratio within a pair. With
---memory both stream what does not fit. Then daemons are started and stopped in turn.
+BEFORE and AFTER are roots of checkouts whose kernels are built. A daemon of each loads the model. They are asked in
+alternating order, and each waits while the other answers; what counts is the ratio within a pair. With --memory both
+stream what does not fit. Then daemons are started and stopped in turn.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROMPT_TOKENS, NEW_TOKENS = 512, 48
 STREAMS = 8
 STOPS = 64
 START_S = 120.0
-VOCAB = 30_000  # token ids that any model here has
+VOCAB = 30_000  # every model here has at least this many tokens
 
 Figures = dict[str, float]
 
@@ -50,7 +50,7 @@ class Daemon:
     start_s: float
 
     def memory_mb(self, field: str) -> float:
-        """VmHWM is the most it had resident, RssAnon what is private now."""
+        """VmHWM is the most that was resident so far, RssAnon what is private now."""
         found = re.search(
             rf"^{field}:\s+(\d+) kB$", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE
         )
@@ -85,7 +85,7 @@ def _loaded(address: str) -> bool:
 
 
 def ask(address: str, seed: int) -> Figures:
-    """One long prompt and what follows it; seconds are those of the client."""
+    """One long prompt and its answer; seconds as the client sees them."""
     (prompt,) = worker.prompts(1, PROMPT_TOKENS, VOCAB, seed)
     times = []
     with Client(address) as client:
@@ -188,7 +188,7 @@ def main() -> None:
                     address = daemons[side].address
                     figures = ask(address, round_) | ask_many(address, 1000 + round_)
                     figures |= ask_beside_stops(address, 2000 + round_)
-                    if round_:  # the first one warms up
+                    if round_:  # the first round warms up
                         found[side].append(figures)
             for side, one in enumerate(daemons):
                 more = {

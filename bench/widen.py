@@ -1,4 +1,4 @@
-"""A larger model that says the same: every FFN of a dense llama GGUF gets columns that do nothing.
+"""A larger model with the same answers: every FFN of a dense llama GGUF gets columns that do nothing.
 
     python bench/widen.py MODEL.gguf OUT.gguf [--times 16]
 
@@ -24,7 +24,7 @@ TYPE = GGMLQuantizationType.Q8_0
 
 
 def cached(source: Path, directory: Path) -> Path:
-    """The widened file in `directory`, written unless it is there."""
+    """The widened file in `directory`, written if it is not there."""
     return kept(directory / f"{source.stem}-x{TIMES}.gguf", lambda path: widen(source, path))
 
 
@@ -62,7 +62,7 @@ def widen(source: Path, target: Path, *, times: int = TIMES, seed: int = 0) -> N
 
 
 def _sizes(tensor: Any, times: int) -> tuple[int, int]:
-    """(rows, columns) of what is written; no rows for a vector."""
+    """(rows, columns) of what is written; a vector has no rows."""
     cols, rows = (*map(int, tensor.shape), 0)[:2]
     if "ffn_down." in tensor.name:
         return rows, times * cols
@@ -79,7 +79,7 @@ def _row_bytes(cols: int) -> int:
 def _padded(
     stored: np.ndarray[Any, Any], name: str, rows: int, cols: int, random: np.random.Generator
 ) -> np.ndarray[Any, Any]:
-    """Stored rows with random ones below and zeros, which are blocks of zero bytes, to the right."""
+    """Stored rows with random rows below them and zeros, as blocks of zero bytes, on their right."""
     height, width = stored.shape
     below = synthetic.data(TensorShape(name, (rows - height, cols), TYPE.name), random)
     right = ((0, 0), (0, _row_bytes(cols) - width))

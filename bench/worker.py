@@ -1,4 +1,4 @@
-"""What the worker of every engine shares: a loop that answers calls, and prompts that are the same for all.
+"""What the workers of all engines share: a loop that answers calls, and prompts that are the same for all.
 
 An engine runs in a process of its own, and stays there over the rounds, so that engines can take turns. Calls come as
 lines of JSON on stdin, {"call": name, "with": {…}}; each is answered by a line on stdout, {"result": …} or
@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 
 class Engine(Protocol):
-    """What the scenarios call. Times are seconds, each with the number of tokens it was spent on."""
+    """What the scenarios call. Times are in seconds, each with the number of tokens that it was spent on."""
 
     def load(self, model: str, context: int, streams: int, threads: int, memory: int = 0) -> dict[str, Any]:
-        """Load a model for `streams` sequences of up to `context` tokens; facts about the engine.
+        """Load a model for `streams` sequences of up to `context` tokens; returns facts about the engine.
 
         `memory` is the bytes it may use, 0 for all there are; an engine that has no such option finds its limit itself.
         """
@@ -32,8 +32,8 @@ class Engine(Protocol):
         ...
 
     def dictate(self, prompt: list[int], answer: list[int]) -> dict[str, float]:
-        """The same of one sequence whose next tokens are those of `answer`, whatever the model says; not all engines
-        can."""
+        """The same for one sequence whose next tokens are those of `answer`, whatever the model says. Not all engines
+        can do this."""
         ...
 
     def advance(self, tokens: int) -> dict[str, float]:
@@ -52,7 +52,7 @@ def prompts(streams: int, tokens: int, vocab: int, seed: int) -> list[list[int]]
 
 
 def serve(engine: object) -> None:
-    """Answer calls with the methods of `engine` until stdin ends. What else is printed goes to stderr."""
+    """Answer calls with the methods of `engine` until stdin ends. Everything else that is printed goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -63,7 +63,7 @@ def serve(engine: object) -> None:
             if isinstance(result, dict):
                 result.setdefault("seconds", time.perf_counter() - started_s)
             answer = {"result": result}
-        except Exception as error:  # whatever it was, the caller decides
+        except Exception as error:  # the caller decides what to do about it
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)

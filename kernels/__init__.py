@@ -1,6 +1,6 @@
-"""How it is computed fast: one function set over weights in their stored type, several homes.
+"""The kernels: one set of functions over weights in their stored type, and several homes that compute them.
 
-Knows numbers and layouts only and does not know what a model is. Of other rooms it imports only the numbers of
+Knows only numbers and layouts, not what a model is. From other rooms it imports only the numbers of
 `partition.memory_layout`.
 """
 

@@ -1,7 +1,7 @@
-"""What weights, KV and hidden states are held in: NumPy arrays.
+"""The NumPy arrays that hold weights, KV and hidden states.
 
-Not torch's tensors: importing torch costs a process 125 MB and more than a second, and the native kernels compute
-without it. The homes that compute in torch wrap these arrays, which copies nothing.
+They are not torch's tensors, because importing torch costs a process 125 MB and more than a second, and the native
+kernels compute without it. Homes that compute in torch wrap these arrays without copying them.
 """
 
 from typing import Any
@@ -16,4 +16,4 @@ Bytes = NDArray[np.uint8]
 FLOAT32 = np.dtype(np.float32)
 
 Hidden = Any
-"""Hidden states (T, n) in the home that computes them, which alone knows what they are made of."""
+"""Hidden states (T, n). Only the home that computes them knows what they are made of."""

@@ -1,7 +1,7 @@
-"""What attention over pages of K and V is given.
+"""The operands of attention over pages of K and V (`ComputeHome.attention`).
 
-Knows how K and V lie in a page and which rows of a step belong to which sequence. Which pages are whose is the caller's
-business; the call is `ComputeHome.attention`.
+Knows how K and V lie in a page and which rows of a step belong to which sequence. The caller decides which pages a
+sequence has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shoal.partition.memory_layout import KV_FORMATS, PAGE_TOKENS, KvLayout
 
 
 def kv_layout(type: str, head_dim: int) -> KvLayout:
-    """Where K and V of heads so long lie; UnsupportedTypeError for a type there is not."""
+    """Where K and V of one head lie in a page; UnsupportedTypeError for a type that is not in KV_FORMATS."""
     if type not in KV_FORMATS:
         raise UnsupportedTypeError(f"KV of type {type!r} is not supported: use {', '.join(KV_FORMATS)}")
     return KvLayout.of(KV_FORMATS[type], head_dim)
@@ -26,9 +26,9 @@ def kv_layout(type: str, head_dim: int) -> KvLayout:
 
 @dataclass(eq=False)
 class KvPages:
-    """K and V of one layer: `data` uint8 (pages, kv_heads, head_bytes), looked at by `heads` query heads.
+    """K and V of one layer, to which `heads` query heads attend: `data` uint8 (pages, kv_heads, head_bytes).
 
-    Pages may lie any distance apart, what is in a page lies together. OperandError where this does not fit.
+    There may be gaps between pages but none within a page. OperandError if sizes or memory do not fit.
     """
 
     layout: KvLayout
@@ -56,8 +56,9 @@ class KvPages:
 class Segments:
     """Which rows of a step are which positions of which sequence. Built once per step, for every layer.
 
-    `table` int32 (S, 4): first row, number of rows, position of the first row, and where in `pages` int32 (N,) the
-    pages of the sequence begin: position p is in the (p // 64)-th. Rows of segments follow each other from 0 on.
+    `table` int32 (S, 4) has for each sequence its first row, its number of rows, the position of the first row, and
+    where its pages begin in `pages` int32 (N,). Position p is in the (p // 64)-th of them. The rows of a sequence
+    follow those of the sequence before, from 0 on.
     """
 
     table: Array
@@ -68,7 +69,8 @@ class Segments:
 
     @classmethod
     def build(cls, segments: Iterable[tuple[int, int, Sequence[int]]]) -> Segments:
-        """From (rows, position of the first, pages) per sequence; there may be more pages than needed, not fewer."""
+        """From (rows, position of the first row, pages) of each sequence. OperandError if it has fewer pages than it
+        needs; it may have more."""
         table: list[tuple[int, int, int, int]] = []
         used: list[int] = []
         tokens = 0
@@ -90,9 +92,8 @@ class Segments:
 
 @dataclass(eq=False)
 class Rotation:
-    """Angles of a step's positions for the first `dims` numbers of a head: cos and sin f32 (T, dims / 2), contiguous.
-
-    Pairs are (2i, 2i + 1) if `interleaved`, else (i, i + dims / 2).
+    """The angles by which a step's rows turn the first `dims` numbers of a head: cos and sin f32 (T, dims / 2),
+    contiguous. The numbers turn in pairs: (2i, 2i + 1) if `interleaved`, else (i, i + dims / 2).
     """
 
     dims: int
@@ -111,8 +112,18 @@ class Rotation:
 
 
 class HeadNorms(NamedTuple):
-    """RMS norms of every head before it is rotated: weights f32 (head_dim,) of q and of k."""
+    """RMS norms of every head before it is rotated: weights f32 (head_dim,) for q and for k."""
 
     q: Floats
     k: Floats
     eps: float
+
+
+class Scoring(NamedTuple):
+    """How a layer turns q and k into scores: normalised if there are norms, rotated, multiplied by `scale`. With a
+    window, position p sees only (p - window, p]."""
+
+    rotation: Rotation
+    scale: float
+    window: int | None = None
+    norms: HeadNorms | None = None

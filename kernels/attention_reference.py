@@ -1,7 +1,7 @@
-"""Attention over pages in plain torch: it defines the truth and serves where nothing faster was built.
+"""Attention over pages in plain torch, for the reference kernels (`reference`).
 
-Knows the arithmetic: rotation, rounding to what is stored, softmax over what a position sees. Operands have been
-checked by `attention`. Does not know how to be fast, nor promises that a row is bitwise the same in another batch.
+Knows the arithmetic: rotation, rounding to what is stored, softmax over what a position sees. Does not know how to be
+fast, nor promises that a row has the same bits in another batch.
 """
 
 from __future__ import annotations
@@ -12,27 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, from_numpy
 
 from shoal.kernels.arrays import Floats
-from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Segments
+from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments
 from shoal.partition.memory_layout import PAGE_TOKENS
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
 
 SMALLEST_CELL = 1e-30
-"""Numbers none of which reaches this magnitude are stored as zeros by a scaled type."""
+"""A scaled type stores the numbers of a head as zeros if none of them reaches this magnitude."""
 
 
-def attend(
-    kv: KvPages,
-    segments: Segments,
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    rotation: Rotation,
-    scale: float,
-    window: int | None,
-    norms: HeadNorms | None,
-) -> Floats:
+def attend(kv: KvPages, segments: Segments, q: Floats, k: Floats, v: Floats, scoring: Scoring) -> Floats:
     """As `ComputeHome.attention`."""
+    rotation, scale, window, norms = scoring
     tokens, dim = segments.tokens, kv.layout.head_dim
     queries, keys, values = (from_numpy(np.ascontiguousarray(x)).view(tokens, -1, dim) for x in (q, k, v))
     if norms is not None:
@@ -48,13 +39,9 @@ def attend(
         mask = torch.ones(rows, start + rows, dtype=torch.bool).tril_(start)
         if window is not None:
             mask.triu_(start - window + 1)
+        looking = queries[own].transpose(0, 1)[None]  # (1, heads, rows, head_dim)
         mixed = F.scaled_dot_product_attention(
-            queries[own].transpose(0, 1)[None],
-            all_keys[None],
-            all_values[None],
-            mask,
-            scale=scale,
-            enable_gqa=True,
+            looking, all_keys[None], all_values[None], mask, scale=scale, enable_gqa=True
         )
         out[own] = mixed[0].transpose(0, 1)
     return out.view(tokens, -1).numpy()
@@ -82,9 +69,8 @@ def _part(kv: KvPages, start: int, end: int, rows: int) -> Tensor:
 
 
 def rotate(rotation: Rotation, x: Tensor) -> Tensor:
-    """(T, heads, head_dim) → the same, its first `dims` dimensions turned: (a, b) to (a cos - b sin, b cos + a sin).
-
-    Source: RoFormer, arXiv 2104.09864.
+    """x (T, heads, head_dim) with its first `dims` dimensions rotated: a pair (a, b) becomes (a cos - b sin, b cos + a
+    sin). Source: RoFormer, arXiv 2104.09864.
     """
     axis = -1 if rotation.interleaved else -2
     cos, sin = from_numpy(rotation.cos)[:, None], from_numpy(rotation.sin)[:, None]  # (T, 1, dims/2)
@@ -96,7 +82,7 @@ def rotate(rotation: Rotation, x: Tensor) -> Tensor:
 
 
 def _store(kv: KvPages, pages: Tensor, start: int, k: Tensor, v: Tensor) -> None:
-    """k, v (T, kv_heads, head_dim) become positions from `start` on."""
+    """Stores k and v (T, kv_heads, head_dim) as positions from `start` on."""
     positions = torch.arange(start, start + len(k))
     size = keys_of(kv).shape[-1]
     page, column = pages[positions // size], positions % size
@@ -110,7 +96,7 @@ def _store(kv: KvPages, pages: Tensor, start: int, k: Tensor, v: Tensor) -> None
 
 
 def _to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (…, head_dim) as whole numbers up to 127, and their scales (…); NaN where x is not finite."""
+    """x (…, head_dim) as whole numbers up to 127, and their scales (…), which are NaN where x is not finite."""
     most = x.abs().amax(-1, keepdim=True)
     zeros = ~(most >= SMALLEST_CELL)
     whole = torch.where(zeros, 0.0, x * (127.0 / most)).round()

@@ -1,9 +1,9 @@
 """Bands: how the rows of a quantised matrix lie in memory.
 
-Sixteen rows make a band. Its blocks follow each other as those of a row do, each holding the same block of sixteen
-rows, cut into pieces of four bytes (of two: its numbers in half precision) with the same piece of all rows side by
-side. So bytes are permuted within sixteen rows and nothing else: what a band holds is a pure function of its rows.
-Knows the permutation; not what the bytes mean.
+Sixteen rows make a band. The first block of a band holds the first blocks of its rows, and so on. These are cut into
+pieces of four bytes (numbers in half precision are pieces of two), and the same pieces of all rows lie side by side. So
+bytes are only permuted within sixteen rows, and a band is a pure function of its rows. Knows the permutation; not what
+the bytes mean.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,8 @@ from shoal.partition.memory_layout import BAND_ROWS
 
 
 def to_bands(kind: WeightType, stored: Bytes) -> Bytes:
-    """Rows as files hold them, uint8 (n, row bytes), in bands, uint8 (n / 16, 16 * row bytes), filled up with zeros."""
+    """Puts rows as files hold them, uint8 (n, row bytes), into bands, uint8 (n / 16, 16 * row bytes); the last band is
+    filled up with zeros. Rows of a float type stay as they are."""
     rows, row_bytes = stored.shape
     if not kind.quantised:
         return stored
@@ -32,7 +33,7 @@ def to_bands(kind: WeightType, stored: Bytes) -> Bytes:
 
 
 def from_bands(kind: WeightType, bands: Bytes) -> Bytes:
-    """The rows (16 * n, row bytes) of bands, uint8 (n, 16 * row bytes): the inverse of `to_bands`."""
+    """The inverse of `to_bands`: bands, uint8 (n, 16 * row bytes), as rows (16 * n, row bytes)."""
     if not kind.quantised:
         return bands
     count, band_bytes = bands.shape
@@ -47,7 +48,7 @@ def from_bands(kind: WeightType, bands: Bytes) -> Bytes:
 
 
 def _runs(kind: WeightType) -> Iterator[tuple[int, int, int]]:
-    """(first byte, end, size) of the runs of pieces of one size in a block."""
+    """Cuts a block into runs of pieces of one size: (first byte, end, size of a piece)."""
     start = 0
     for half in (*kind.halves, kind.block_bytes):
         if start < half:

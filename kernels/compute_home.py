@@ -1,8 +1,8 @@
-"""What a home computes: the one set of functions that a transformer asks of wherever a block is computed.
+"""What a transformer asks of the home that computes a block, e.g. the CPU: one set of functions for every home.
 
-A home is where a block is computed, e.g. the CPU. Hidden states stay in their home: only it knows what they are made
-of, and everybody else hands them on untouched. Weights, norms, pages of KV, angles and ids are the host's arrays; a
-home that needs them in another form keeps that in their `prepared`, under itself.
+Hidden states stay in their home. Only the home knows what they are made of; everybody else hands them on untouched.
+Weights, norms, pages of KV, angles and ids are arrays of the host. A home that needs them in another form keeps that
+form in their `prepared`, under itself.
 
 Letters in shapes: T rows, n numbers in a row.
 """
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from shoal.kernels.arrays import Floats, Hidden, Ids
-from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Segments
-from shoal.kernels.matrix import Activation, FeedForward, Linears, Routes
+from shoal.kernels.attention_operands import KvPages, Scoring, Segments
+from shoal.kernels.matrix import FeedForward, Linears, Routes
 from shoal.kernels.routing import Routing
 
 
 class ComputeHome(Protocol):
-    """Hidden states (T, n) stand for f32. What a row of a result is must not depend on the rows beside it."""
+    """Hidden states (T, n) stand for f32. A row of a result must not depend on the rows beside it."""
 
     def place(self, rows: Floats) -> Hidden:
         """Rows (T, n) of the host as hidden states of this home."""
@@ -28,13 +28,13 @@ class ComputeHome(Protocol):
         ...
 
     def rows(self, x: Hidden, which: slice | Ids) -> Hidden:
-        """Some rows of x: of a slice a view, which writes through to x; of ids int64 (R,) a copy."""
+        """Some rows of x: for a slice a view, so that writing to it writes to x; for ids int64 (R,) a copy."""
         ...
 
     def zeros_like(self, x: Hidden) -> Hidden: ...
 
     def add(self, x: Hidden, y: Hidden) -> None:
-        """x += y, where x is."""
+        """x += y, in place."""
         ...
 
     def scale(self, x: Hidden, factor: float) -> Hidden:
@@ -42,96 +42,78 @@ class ComputeHome(Protocol):
         ...
 
     def clip(self, x: Hidden, limit: float) -> None:
-        """Bounds x to [-limit, limit], where x is."""
+        """Bounds x to [-limit, limit], in place."""
         ...
 
     def gate(self, x: Hidden, gates: Hidden) -> None:
-        """x (T, n) *= sigmoid(gates (T, 1)), where x is."""
+        """x (T, n) *= sigmoid(gates (T, 1)), in place."""
         ...
 
     def pad(self, x: Hidden, margins: tuple[int, int]) -> Hidden:
-        """x (T, n) between so many zeros on its left and on its right."""
+        """x (T, n) with `margins` zeros added on its left and on its right."""
         ...
 
     def linears(self, x: Hidden, all: Linears, norm: Floats | None = None, eps: float = 0.0) -> list[Hidden]:
-        """x @ w.T + bias for every matrix: x (T, cols), first normalised as `rms_norm` does if there is a norm
-        (cols,); (T, rows) each.
+        """x @ w.T + bias for every matrix, (T, rows) each. x (T, cols) is normalised first, as by `rms_norm`, if a norm
+        (cols,) is given.
 
-        Quantised weights meet x rounded to 16 bits (`reference.quantised_inputs`); a NaN or infinity in a row of x
-        makes that row of the result NaN.
+        Quantised weights are multiplied by x rounded to 16 bits (`reference.quantised_inputs`). If a row of x has a NaN
+        or an infinity, that row of the result is NaN.
         """
         ...
 
     def feed_forward(
-        self,
-        x: Hidden,
-        layer: FeedForward,
-        activation: Activation,
-        norm: Floats | None = None,
-        eps: float = 0.0,
+        self, x: Hidden, layer: FeedForward, norm: Floats | None = None, eps: float = 0.0
     ) -> Hidden:
-        """down(act(gate(x)) * up(x)): x (T, cols), first normalised if there is a norm; (T, rows of down)."""
+        """down(act(gate(x)) * up(x)), (T, rows of down). x (T, cols) is normalised first if a norm is given."""
         ...
 
-    def experts(
-        self, x: Hidden, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Hidden
-    ) -> None:
-        """For every token of x (T, cols) adds factor times `feed_forward` of the experts that take it to `into`
-        (T, rows of down), one after the other: so experts may come in several calls. There is at least one expert,
-        and all are of one shape."""
+    def experts(self, x: Hidden, all: Sequence[FeedForward], routes: Routes, into: Hidden) -> None:
+        """For every token of x (T, cols) adds factor times `feed_forward` of each of its experts to `into` (T, rows of
+        down), in the order of `all`, so that experts may be spread over several calls. There is at least one expert,
+        and all have one shape and activation."""
         ...
 
     def rms_norm(self, x: Hidden, weight: Floats, eps: float) -> Hidden:
-        """x / rms(x) * weight row by row: x (T, n), weight (n,)."""
+        """x / rms(x) * weight, row by row: x (T, n), weight (n,)."""
         ...
 
     def rms_norm_heads(self, x: Hidden, weight: Floats, eps: float) -> Hidden:
-        """As `rms_norm`, of every head by itself: x (T, heads * head_dim), weight (head_dim,)."""
+        """`rms_norm` of every head by itself: x (T, heads * head_dim), weight (head_dim,)."""
         ...
 
     def squares(self, parts: Sequence[Hidden], counted: Sequence[bool]) -> Hidden:
-        """(T, len(parts)): the sum of the squares of each row of each part (T, n), or 0 for parts that do not count."""
+        """(T, len(parts)): the sum of the squares of each row of each part (T, n); 0 for parts that are not counted."""
         ...
 
     def normed_by(
         self, x: Hidden, weight: Floats, squares: Hidden, column: int, numbers: int, eps: float
     ) -> Hidden:
-        """As `rms_norm`, of rows that are parts of longer ones: of `numbers` numbers, whose squares sum to a column of
-        squares (T, m). x (T, n), weight (n,)."""
+        """`rms_norm` of rows that are parts of longer rows: x (T, n), weight (n,). The longer rows have `numbers`
+        numbers, and the sums of their squares are a column of `squares` (T, m)."""
         ...
 
     def attention(
-        self,
-        kv: KvPages,
-        segments: Segments,
-        q: Hidden,
-        k: Hidden,
-        v: Hidden,
-        *,
-        rotation: Rotation,
-        scale: float,
-        window: int | None = None,
-        norms: HeadNorms | None = None,
+        self, kv: KvPages, segments: Segments, q: Hidden, k: Hidden, v: Hidden, scoring: Scoring
     ) -> Hidden:
-        """Normalise and rotate q and k, store k and v in their pages, then attend: every row to its sequence up to
-        itself.
+        """Normalises and rotates q and k, stores k and v in their pages, then lets every row attend to its sequence up
+        to its own position; (T, heads * head_dim).
 
-        q (T, heads * head_dim); k, v (T, kv_heads * head_dim); head h uses K/V head h // (heads // kv_heads).
-        With `window`, position p sees (p - window, p]. Returns (T, heads * head_dim). A row of the result does not
-        depend on how its sequence was cut into steps, nor on the pages.
+        q (T, heads * head_dim); k, v (T, kv_heads * head_dim); head h uses K/V head h // (heads // kv_heads). A row of
+        the result depends neither on how its sequence was cut into steps nor on the choice of pages.
         """
         ...
 
     def route(self, scores: Hidden, count: int, normalize: bool) -> Routing:
-        """Each row of scores (T, experts) goes to its `count` best, of equals the lowest; `routing.route`."""
+        """As `routing.route`, of scores (T, experts)."""
         ...
 
     def likeliest(self, scores: Hidden, count: int) -> list[int]:
-        """What the rows of scores (T, experts) choose, `count` each, by the sum of the odds that they give it."""
+        """As `routing.likeliest`, of scores (T, experts)."""
         ...
 
 
 def carried(x: Hidden, source: ComputeHome, target: ComputeHome) -> Hidden:
-    """Hidden states of `source` in `target`: the one place where they are copied between homes. x itself where these
-    are one."""
+    """Hidden states of `source` as hidden states of `target`; x itself if both are the same home. Nothing else copies
+    hidden states between homes."""
     return x if source is target else target.place(source.fetch(x))

@@ -1,9 +1,8 @@
 """The CPU's home: hidden states are NumPy arrays, f32 (T, n).
 
-Checks the operands of every call, once for all kernels, which then compute it. What is left to do to hidden states
-beside them is small and done here, in NumPy. Callers never learn the kernels from results: all agree with `reference`
-to float32 rounding. With native kernels a row of a result is moreover bitwise the same whatever else is in the batch
-and however many threads compute it.
+Has what all kernels of the CPU share: small operations on hidden states, in NumPy, and the checks of operands. All
+kernels agree with `reference` to float32 rounding, so results do not show which ones computed. With native kernels,
+moreover, no bit of a row depends on the rest of the batch or on the number of threads.
 """
 
 from collections.abc import Sequence
@@ -13,55 +12,28 @@ import numpy as np
 
 from shoal.kernels import routing
 from shoal.kernels.arrays import FLOAT32, Bytes, Floats, Ids
-from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Segments
+from shoal.kernels.attention_operands import KvPages, Scoring, Segments
+from shoal.kernels.compute_home import ComputeHome
 from shoal.kernels.errors import OperandError
-from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
+from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.kernels.types import WeightType
 
 
-class CpuKernels(Protocol):
-    """What kernels of the CPU compute; operands have been checked. Arrays may lie any way in memory."""
+class CpuHome(ComputeHome, Protocol):
+    """`ComputeHome` on NumPy arrays, which may lie any way in memory; only what `experts` adds to must be contiguous.
+    OperandError for operands that do not fit together.
 
-    @property
-    def name(self) -> str: ...
-    def interleave(self, kind: WeightType, stored: Bytes, into: Bytes) -> None: ...
-    def linears(self, x: Floats, all: Linears, norm: Floats | None, eps: float) -> list[Floats]: ...
-    def feed_forward(
-        self, x: Floats, layer: FeedForward, activation: Activation, norm: Floats | None, eps: float
-    ) -> Floats: ...
-    def experts(
-        self, x: Floats, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Floats
-    ) -> None: ...
-    def gather_rows(self, w: Matrix, ids: Ids) -> Floats: ...
-    def dequantize(self, w: Matrix) -> Floats: ...
-    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats: ...
-    def attend(
-        self,
-        kv: KvPages,
-        segments: Segments,
-        q: Floats,
-        k: Floats,
-        v: Floats,
-        rotation: Rotation,
-        scale: float,
-        window: int | None,
-        norms: HeadNorms | None,
-    ) -> Floats: ...
+    Kernels derive from this. They check operands and compute what is left open here.
+    """
+
+    name: str
+
     def set_threads(self, n: int) -> None: ...
 
-
-class CpuHome:
-    """`ComputeHome` on NumPy arrays. OperandError for operands that do not fit together."""
-
-    def __init__(self, kernels: CpuKernels) -> None:
-        self.kernels = kernels
-        self.name = kernels.name
-
-    def set_threads(self, n: int) -> None:
-        """Computes on `n` threads from now on."""
-        if n < 1:
-            raise OperandError(f"cannot compute on {n} threads: give 1 or more")
-        self.kernels.set_threads(n)
+    # What is in the memory of a matrix is the same for all kernels; `stored_rows` checks these operands.
+    def interleave(self, kind: WeightType, stored: Bytes, into: Bytes) -> None: ...
+    def gather_rows(self, w: Matrix, ids: Ids) -> Floats: ...
+    def dequantize(self, w: Matrix) -> Floats: ...
 
     def place(self, rows: Floats) -> Floats:
         return rows
@@ -91,59 +63,9 @@ class CpuHome:
     def pad(self, x: Floats, margins: tuple[int, int]) -> Floats:
         return np.pad(x, ((0, 0), margins))
 
-    def linears(self, x: Floats, all: Linears, norm: Floats | None = None, eps: float = 0.0) -> list[Floats]:
-        _check_input(x, all, norm)
-        return self.kernels.linears(x, all, norm, eps)
-
-    def feed_forward(
-        self,
-        x: Floats,
-        layer: FeedForward,
-        activation: Activation,
-        norm: Floats | None = None,
-        eps: float = 0.0,
-    ) -> Floats:
-        _check_input(x, layer.enter, norm)
-        return self.kernels.feed_forward(x, layer, activation, norm, eps)
-
-    def experts(
-        self, x: Floats, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Floats
-    ) -> None:
-        """`into` lies together."""
-        _check_input(x, all[0].enter, None)
-        shape = all[0].shape
-        if into.dtype != FLOAT32 or into.shape != (len(x), shape[2]) or not into.flags.carray:
-            raise OperandError(
-                f"experts add to contiguous float32 of shape ({len(x)}, {shape[2]}), got {into.dtype} {into.shape}"
-            )
-        if [layer for layer in all if layer.shape != shape]:
-            raise OperandError("experts of different shapes cannot be computed together")
-        tokens, factors = routes.tokens, routes.factors
-        if tokens.dtype != np.int64 or factors.dtype != FLOAT32 or tokens.shape != factors.shape:
-            raise OperandError(
-                f"routes need int64 tokens and float32 factors, got {tokens.dtype} and {factors.dtype}"
-            )
-        starts = routes.starts
-        if (
-            len(starts) != len(all) + 1
-            or starts[0]
-            or starts[-1] != len(tokens)
-            or sorted(starts) != list(starts)
-        ):
-            raise OperandError(
-                f"routes that start at {starts} do not share {len(tokens)} out among {len(all)} experts"
-            )
-        self.kernels.experts(x, all, routes, activation, into)
-
-    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
-        if x.dtype != FLOAT32 or x.ndim != 2 or weight.dtype != FLOAT32 or weight.shape != x.shape[1:]:
-            raise OperandError(
-                f"a norm takes float32 (T, d) and (d,), got {x.dtype} {x.shape} and {weight.dtype} {weight.shape}"
-            )
-        return self.kernels.rms_norm(x, weight, eps)
-
     def rms_norm_heads(self, x: Floats, weight: Floats, eps: float) -> Floats:
-        return self.rms_norm(x.reshape(-1, len(weight)), weight, eps).reshape(x.shape)
+        normed: Floats = self.rms_norm(x.reshape(-1, len(weight)), weight, eps)
+        return normed.reshape(x.shape)
 
     def squares(self, parts: Sequence[Floats], counted: Sequence[bool]) -> Floats:
         # In f64, rounded at the end: f32's last bit may depend on how many rows there are.
@@ -160,38 +82,6 @@ class CpuHome:
         normed: Floats = x * (1 / np.sqrt(mean + eps)).astype(np.float32) * weight
         return normed
 
-    def attention(
-        self,
-        kv: KvPages,
-        segments: Segments,
-        q: Floats,
-        k: Floats,
-        v: Floats,
-        *,
-        rotation: Rotation,
-        scale: float,
-        window: int | None = None,
-        norms: HeadNorms | None = None,
-    ) -> Floats:
-        tokens, dim = segments.tokens, kv.layout.head_dim
-        wide, narrow = (tokens, kv.heads * dim), (tokens, kv.kv_heads * dim)
-        if q.shape != wide or k.shape != narrow or v.shape != narrow:
-            raise OperandError(
-                f"{tokens} rows of {kv.heads} heads and {kv.kv_heads} K/V heads of {dim} are q {wide} and "
-                f"k, v {narrow}, got {q.shape}, {k.shape}, {v.shape}"
-            )
-        if q.dtype != FLOAT32 or k.dtype != FLOAT32 or v.dtype != FLOAT32:
-            raise OperandError(f"q, k and v must be float32, got {q.dtype}, {k.dtype}, {v.dtype}")
-        if segments.most_page >= kv.pages:
-            raise OperandError(f"there is no page {segments.most_page}: there are {kv.pages}")
-        if rotation.dims > dim or len(rotation.cos) != tokens:
-            raise OperandError(
-                f"angles of {len(rotation.cos)} rows and {rotation.dims} dimensions for {tokens} rows of heads of {dim}"
-            )
-        if window is not None and window < 1:
-            raise OperandError(f"window={window}: must be at least 1, or none")
-        return self.kernels.attend(kv, segments, q, k, v, rotation, scale, window, norms)
-
     def route(self, scores: Floats, count: int, normalize: bool) -> routing.Routing:
         return routing.route(scores, count, normalize)
 
@@ -199,10 +89,62 @@ class CpuHome:
         return routing.likeliest(scores, count)
 
 
-def _check_input(x: Floats, all: Linears, norm: Floats | None) -> None:
+def check_linears(x: Floats, all: Linears, norm: Floats | None = None) -> None:
     if x.dtype != FLOAT32 or x.ndim != 2 or x.shape[1] != all.cols:
         raise OperandError(
             f"the input of a linear must be float32 of shape (T, {all.cols}), got {x.dtype} {x.shape}"
         )
     if norm is not None and (norm.dtype != FLOAT32 or norm.shape != (all.cols,)):
         raise OperandError(f"a norm must be float32 of shape ({all.cols},), got {norm.dtype} {norm.shape}")
+
+
+def check_experts(x: Floats, all: Sequence[FeedForward], routes: Routes, into: Floats) -> None:
+    check_linears(x, all[0].enter)
+    form = all[0].form
+    shape = (len(x), form.rows)
+    if into.dtype != FLOAT32 or into.shape != shape or not into.flags.carray:
+        raise OperandError(
+            f"experts add to contiguous float32 of shape {shape}, got {into.dtype} {into.shape}"
+        )
+    if [layer for layer in all if layer.form != form]:
+        raise OperandError("experts of different shapes or activations cannot be computed together")
+    starts, tokens, factors = routes.starts, routes.tokens, routes.factors
+    if tokens.dtype != np.int64 or factors.dtype != FLOAT32 or tokens.shape != factors.shape:
+        raise OperandError(
+            f"routes need int64 tokens and float32 factors, got {tokens.dtype} and {factors.dtype}"
+        )
+    whole = len(starts) == len(all) + 1 and starts[0] == 0 and starts[-1] == len(tokens)
+    if not whole or sorted(starts) != list(starts):
+        raise OperandError(
+            f"routes that start at {starts} do not share {len(tokens)} out among {len(all)} experts"
+        )
+
+
+def check_norm(x: Floats, weight: Floats) -> None:
+    if x.dtype != FLOAT32 or x.ndim != 2 or weight.dtype != FLOAT32 or weight.shape != x.shape[1:]:
+        raise OperandError(
+            f"a norm takes float32 (T, d) and (d,), got {x.dtype} {x.shape} and {weight.dtype} {weight.shape}"
+        )
+
+
+def check_attention(
+    kv: KvPages, segments: Segments, q: Floats, k: Floats, v: Floats, scoring: Scoring
+) -> None:
+    rotation, window = scoring.rotation, scoring.window
+    tokens, dim = segments.tokens, kv.layout.head_dim
+    wide, narrow = (tokens, kv.heads * dim), (tokens, kv.kv_heads * dim)
+    if q.shape != wide or k.shape != narrow or v.shape != narrow:
+        raise OperandError(
+            f"{tokens} rows of {kv.heads} heads and {kv.kv_heads} K/V heads of {dim} are q {wide} and "
+            f"k, v {narrow}, got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if q.dtype != FLOAT32 or k.dtype != FLOAT32 or v.dtype != FLOAT32:
+        raise OperandError(f"q, k and v must be float32, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if segments.most_page >= kv.pages:
+        raise OperandError(f"there is no page {segments.most_page}: there are {kv.pages}")
+    if rotation.dims > dim or len(rotation.cos) != tokens:
+        raise OperandError(
+            f"angles of {len(rotation.cos)} rows and {rotation.dims} dimensions for {tokens} rows of heads of {dim}"
+        )
+    if window is not None and window < 1:
+        raise OperandError(f"window={window}: must be at least 1, or none")

@@ -4,7 +4,7 @@
     ├── UnsupportedTypeError    a weight type without kernels (known by name, or unknown)
     └── OperandError            sizes, dtypes or layouts of operands that do not fit together
 
-It does not know who called; the message names the value, the limit and the way out.
+Does not know who called. Messages name the value, the limit and what to do.
 """
 
 

@@ -1,6 +1,6 @@
-"""The homes that there are: which one computes a block, by the name of its device.
+"""The homes that exist: which one computes a block, by the name of its device.
 
-Knows which kernels serve the CPU of this process: chosen once, when they are first needed. Arithmetic is not here.
+Knows which kernels serve the CPU of this process; they are chosen once, when they are first needed. Computes nothing.
 """
 
 import os
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from shoal.kernels.compute_home import ComputeHome
 from shoal.kernels.cpu_home import CpuHome
-from shoal.kernels.errors import KernelError
+from shoal.kernels.errors import KernelError, OperandError
 from shoal.kernels.native_library import Native
 
 _cpu: CpuHome | None = None
@@ -17,15 +17,17 @@ _cpu: CpuHome | None = None
 
 def choose(name: str = "") -> CpuHome:
     """The CPU's home from now on: with the kernels of this name (avx512vnni, avx512, avx2, neon_dot, neon, scalar,
-    reference), or with the best ones for "". KernelError if kernels asked for by name do not run here; where none were
-    asked for and the native library is missing, one warning and the reference.
+    reference), or with the best ones for "". KernelError if kernels that were asked for by name do not run here. If
+    none were asked for and the native library is missing, the reference serves, with one warning.
     """
     global _cpu
-    if name == "reference":
-        _cpu = _reference()
-        return _cpu
+    _cpu = _reference() if name == "reference" else _native(name)
+    return _cpu
+
+
+def _native(name: str) -> CpuHome:
     try:
-        _cpu = CpuHome(Native(name))
+        return Native(name)
     except KernelError as error:
         if name:
             raise
@@ -33,16 +35,15 @@ def choose(name: str = "") -> CpuHome:
             f"{error}. Computing with the slow reference kernels; for fast ones install a C++ compiler "
             "(GCC or Clang) and reinstall shoal",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-        _cpu = _reference()
-    return _cpu
+        return _reference()
 
 
 def _reference() -> CpuHome:
-    from shoal.kernels import reference  # and with it torch: 125 MB that others do without
+    from shoal.kernels.reference import Reference  # and with it torch: 125 MB that others do without
 
-    return CpuHome(reference)
+    return Reference()
 
 
 def cpu() -> CpuHome:
@@ -54,7 +55,7 @@ HOMES: Mapping[str, Callable[[], ComputeHome]] = {"cpu": cpu}
 
 
 def home_of(device: str) -> ComputeHome:
-    """Where blocks of this device (`BlockPlan.device`) are computed. KernelError if there is no such home."""
+    """The home that computes the blocks of this device (`BlockPlan.device`). KernelError if there is none."""
     home = HOMES.get(device)
     if home is None:
         raise KernelError(f"nothing computes on device {device!r}: use one of {', '.join(HOMES)}")
@@ -67,5 +68,7 @@ def home() -> str:
 
 
 def set_threads(n: int) -> None:
-    """The CPU computes on `n` threads from now on."""
+    """The CPU computes on `n` threads from now on. OperandError unless there is at least one."""
+    if n < 1:
+        raise OperandError(f"cannot compute on {n} threads: give 1 or more")
     cpu().set_threads(n)

@@ -1,7 +1,7 @@
 """Memory for weights and KV, in huge pages where the system has them.
 
-Reading at the speed of memory needs huge pages: with pages of 4 KB the processor walks page tables and its
-prefetchers stop at every page's end. Knows how to ask for them; not what the memory is for.
+Only huge pages are read as fast as memory allows: with pages of 4 KB the processor walks page tables, and its
+prefetchers stop at the end of every page. Knows how to ask for huge pages; not what the memory is for.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ ALIGN_BYTES = 64
 
 
 class Arena:
-    """Hands out memory that is taken from the system in large chunks; only what is written costs anything. A chunk
-    is given back when the last array in it goes. For any thread.
+    """Takes memory from the system in large chunks and hands out parts of them. Only memory that is written to costs
+    anything. A chunk is given back when the last array in it is gone. Threads may share an Arena.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Arena:
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> Bytes:
-        """Zeros, uint8 (nbytes,), aligned to lines of the cache."""
+        """Zeros, uint8 (nbytes,), aligned to cache lines."""
         with self._lock:
             if nbytes > len(self._chunk):
                 self._chunk = mapped(max(CHUNK_BYTES, nbytes))
@@ -36,7 +36,8 @@ class Arena:
 
 
 def mapped(nbytes: int) -> Bytes:
-    """Fresh memory, zeros, uint8 (at least `nbytes`,) from a huge page on; only what is written costs anything."""
+    """Fresh memory of zeros, uint8 (at least `nbytes`,), that begins at a huge page. Only memory that is written to
+    costs anything."""
     whole = -(-nbytes // HUGE_BYTES) * HUGE_BYTES
     pages = mmap.mmap(-1, whole + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

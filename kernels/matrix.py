@@ -1,13 +1,12 @@
-"""Weight matrices in their stored type, and those that are computed with in one call.
+"""Weight matrices in their stored type, and the groups of them that one call computes.
 
-Knows how many bytes a matrix has and that there are neither more nor fewer of them than the type asks for. Never
-converts, copies or moves them, and does not know what they mean: that is `bands` (where rows are), `reference`
-(the truth) and `native`.
+Knows how many bytes a matrix must have. Never converts, copies or moves the bytes, and does not know what they mean:
+`bands` knows where rows lie, `reference` and `native` what their bytes stand for.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,10 +21,10 @@ TYPE_OF_DTYPE = {np.dtype(np.float32): F32, np.dtype(np.float16): F16}
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Matrix:
-    """rows×cols weights stored as `type`; `data` is contiguous uint8 (bytes,): rows of a float type one after the
-    other, of a quantised type in bands (`bands`; `stored_rows.from_stored` makes them).
+    """rows×cols weights stored as `type`. `data` is contiguous uint8 (bytes,): the rows of a float type lie one after
+    the other, those of a quantised type in bands (`bands`; made by `stored_rows.from_stored`).
 
-    All types, the float ones too, are held as bytes, and no pointer has to be aligned. Matrices compare by identity.
+    All types, the float ones too, are held as bytes, which need no alignment. Matrices compare by identity.
     """
 
     type: WeightType
@@ -45,7 +44,7 @@ class Matrix:
 
     @classmethod
     def of(cls, weights: Array) -> "Matrix":
-        """Wraps a 2-D float32 or float16 array; zero copy if it is contiguous."""
+        """Wraps a 2-D float32 or float16 array, without a copy if it is contiguous."""
         kind = TYPE_OF_DTYPE.get(weights.dtype)
         if kind is None or weights.ndim != 2:
             raise OperandError(
@@ -56,7 +55,6 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weights take."""
         return self.data.nbytes
 
     def __repr__(self) -> str:
@@ -64,9 +62,9 @@ class Matrix:
 
 
 class Linears:
-    """Matrices that meet the same input, each with its bias, float32 (rows,) or None: what one call computes.
+    """Matrices that one call multiplies by the same input, each with its bias, float32 (rows,), or None.
 
-    `prepared` is what each home needs to know of them, worked out when it first uses them.
+    `prepared` holds what each home works out about them when it first uses them.
     """
 
     __slots__ = ("biases", "cols", "matrices", "prepared")
@@ -86,26 +84,35 @@ class Linears:
                 )
 
 
+class Form(NamedTuple):
+    """What experts must have in common to be computed in one call."""
+
+    cols: int
+    ffn: int
+    rows: int
+    activation: Activation
+
+
 class FeedForward:
-    """A gated feed-forward layer: `enter` is gate and up, `leave` down; `prepared` as that of `Linears`."""
+    """A gated feed-forward layer: `enter` is gate and up, `leave` is down; `prepared` as that of `Linears`."""
 
-    __slots__ = ("enter", "leave", "prepared", "shape")
+    __slots__ = ("enter", "form", "leave", "prepared")
 
-    def __init__(self, enter: Linears, leave: Linears) -> None:
+    def __init__(self, enter: Linears, leave: Linears, activation: Activation) -> None:
         self.enter = enter
         self.leave = leave
         self.prepared: dict[object, Any] = {}
         gate, up = enter.matrices
         (down,) = leave.matrices
-        self.shape = (enter.cols, gate.rows, down.rows)
+        self.form = Form(enter.cols, gate.rows, down.rows, activation)
         if not gate.rows == up.rows == down.cols:
             raise OperandError(f"gate {gate}, up {up} and down {down} do not make a feed-forward layer")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Routes:
-    """Which tokens go to which experts: the i-th takes tokens[starts[i]:starts[i + 1]], each once, its results times
-    `factors`. `tokens` int64 (N,), `factors` float32 (N,), both contiguous.
+    """Which tokens go to which experts. The i-th expert takes tokens[starts[i]:starts[i + 1]], each once, and its
+    results are multiplied by `factors` of the same places. `tokens` int64 (N,), `factors` float32 (N,), contiguous.
     """
 
     starts: tuple[int, ...]

@@ -1,20 +1,21 @@
 """The native kernels, as Python calls them.
 
-Knows where the shared library lies, its C signatures and how an array becomes a pointer. Operands
-have been checked by `cpu_home`. Does not know how anything is computed (`native/`), nor what to do
-when there is no library.
+Knows where the shared library lies, its C signatures and how an array becomes a pointer. Does not know how anything is
+computed (`native/`), nor what to do when there is no library.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import addressof, byref, c_char, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from shoal.kernels.arrays import Array, Bytes, Floats, Ids
-from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Segments
+from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments
+from shoal.kernels.cpu_home import CpuHome, check_attention, check_experts, check_linears, check_norm
 from shoal.kernels.errors import KernelError, OperandError
 from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
 from shoal.kernels.types import WeightType
@@ -39,19 +40,6 @@ class _Linear(ctypes.Structure):
         ("data", c_void_p),
         ("bias", c_void_p),
     )
-
-
-_INPUTS = (c_void_p, c_int64, c_int64, c_void_p, c_float)  # x, tokens, cols, norm, eps
-_ACTIVATION_IDS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
-_KV_IDS = {"f32": 0, "f16": 1, "bf16": 2, "i8": 3}
-_SIGNATURES = {
-    "shoal_linears": (*_INPUTS, c_int, c_void_p, c_void_p),
-    "shoal_gated": (*_INPUTS, c_int32, c_void_p, c_void_p),
-    "shoal_experts": (c_void_p, c_int64, c_int64, c_int32, c_int64, *(c_void_p,) * 5),
-    "shoal_gather_rows": (c_void_p, c_void_p, c_int64, c_void_p),
-    "shoal_rms_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
-    "shoal_attention": (*(c_void_p,) * 8, c_float, c_float, c_int64, c_void_p),
-}
 
 
 class _KvPages(ctypes.Structure):
@@ -79,10 +67,25 @@ class _Rotation(ctypes.Structure):
     _fields_ = (("dims", c_int64), ("interleaved", c_int32), ("cos", c_void_p), ("sin", c_void_p))
 
 
-_served: "Native | None" = None  # whose home the library has
+_ACTIVATION_IDS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+_KV_IDS = {"f32": 0, "f16": 1, "bf16": 2, "i8": 3}
+_INPUTS = (c_void_p, c_int64, c_int64, c_void_p, c_float)  # x, tokens, cols, norm, eps
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "choose": (c_char_p, (c_char_p,)),
+    "set_threads": (None, (c_int,)),
+    "interleave": (None, (*(c_int64,) * 5, c_void_p, c_void_p)),
+    "linears": (c_int, (*_INPUTS, c_int, c_void_p, c_void_p)),
+    "gated": (c_int, (*_INPUTS, c_int32, c_void_p, c_void_p)),
+    "experts": (c_int, (c_void_p, c_int64, c_int64, c_int32, c_int64, *(c_void_p,) * 5)),
+    "gather_rows": (c_int, (c_void_p, c_void_p, c_int64, c_void_p)),
+    "rms_norm": (c_int, (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p)),
+    "attention": (c_int, (*(c_void_p,) * 8, c_float, c_float, c_int64, c_void_p)),
+}
+
+_served: "Native | None" = None  # in whose home the library computes
 
 
-class Native:
+class Native(CpuHome):
     """The kernels of one home (avx512vnni, avx512, avx2, neon_dot, neon, scalar), or of the best for "".
 
     The library has one thread pool per process and computes in one home at a time. A Native switches it to its own home
@@ -92,67 +95,48 @@ class Native:
 
     def __init__(self, name: str = "") -> None:
         try:
-            lib = ctypes.CDLL(str(LIBRARY))
-            version = lib.shoal_version()
+            library = ctypes.CDLL(str(LIBRARY))
+            version = library.shoal_version()
         except (OSError, AttributeError) as error:
             raise KernelError(f"native kernels cannot be loaded: {error}") from error
         if version != ABI_VERSION:
             raise KernelError(f"native kernels are of version {version}, this is {ABI_VERSION}")
-        lib.shoal_choose.argtypes, lib.shoal_choose.restype = (c_char_p,), c_char_p
-        chosen = lib.shoal_choose(name.encode())
+        functions = {name: getattr(library, f"shoal_{name}") for name in _SIGNATURES}
+        for function, (result, arguments) in zip(functions.values(), _SIGNATURES.values(), strict=True):
+            function.restype, function.argtypes = result, arguments
+        self._functions = SimpleNamespace(**functions)
+        chosen = self._functions.choose(name.encode())
         if chosen is None:
             raise KernelError(f"native kernels for {name!r} do not run on this machine")
-        self.name: str = chosen.decode()
-        self._choose = lib.shoal_choose
-        self._serve()
-        for function, signature in _SIGNATURES.items():
-            getattr(lib, function).argtypes = signature
-            getattr(lib, function).restype = c_int
-        lib.shoal_interleave.argtypes = (*(c_int64,) * 5, c_void_p, c_void_p)
-        lib.shoal_interleave.restype = None
-        self._interleave = lib.shoal_interleave
-        self._linears = lib.shoal_linears
-        self._gated = lib.shoal_gated
-        self._experts = lib.shoal_experts
-        self._gather_rows = lib.shoal_gather_rows
-        self._rms_norm = lib.shoal_rms_norm
-        self._attention = lib.shoal_attention
-        self._set_threads = lib.shoal_set_threads
+        self.name = chosen.decode()
+        self._switched()
+
+    def _switched(self) -> SimpleNamespace:
+        """The library's functions, after it has been switched to this home."""
+        global _served
+        self._functions.choose(self.name.encode())
+        _served = self
+        return self._functions
 
     def set_threads(self, n: int) -> None:
-        self._set_threads(n)
-
-    def _serve(self) -> None:
-        """Makes the library compute in this home."""
-        global _served
-        self._choose(self.name.encode())
-        _served = self
+        self._functions.set_threads(n)
 
     def interleave(self, kind: WeightType, stored: Bytes, into: Bytes) -> None:
         if not kind.quantised:
             into[:] = stored.reshape(-1)
             return
         rows, row_bytes = stored.shape
-        first, second = (*kind.halves, -1)[:2]
-        self._interleave(
-            rows,
-            row_bytes // kind.block_bytes,
-            kind.block_bytes,
-            first,
-            second,
-            stored.ctypes.data,
-            _at(into),
-        )
+        blocks, halves = row_bytes // kind.block_bytes, (*kind.halves, -1)[:2]
+        self._functions.interleave(rows, blocks, kind.block_bytes, *halves, stored.ctypes.data, _at(into))
 
-    def linears(self, x: Floats, all: Linears, norm: Floats | None, eps: float) -> list[Floats]:
-        if _served is not self:
-            self._serve()
-        tokens = len(x)
-        structures, pointers = all.prepared.get(self) or _prepare(self, all, all)
-        outputs = [np.empty((tokens, w.rows), np.float32) for w in all.matrices]
-        if status := self._linears(
+    def linears(self, x: Floats, all: Linears, norm: Floats | None = None, eps: float = 0.0) -> list[Floats]:
+        check_linears(x, all, norm)
+        structures, pointers = all.prepared.get(self) or _prepare(self, all)
+        outputs = [np.empty((len(x), w.rows), np.float32) for w in all.matrices]
+        native = self._functions if _served is self else self._switched()
+        if status := native.linears(
             _at(x),
-            tokens,
+            len(x),
             all.cols,
             norm if norm is None else _at(norm),
             eps,
@@ -164,17 +148,17 @@ class Native:
         return outputs
 
     def feed_forward(
-        self, x: Floats, layer: FeedForward, activation: Activation, norm: Floats | None, eps: float
+        self, x: Floats, layer: FeedForward, norm: Floats | None = None, eps: float = 0.0
     ) -> Floats:
-        if _served is not self:
-            self._serve()
-        tokens = len(x)
-        structures, _ = layer.prepared.get(self) or _prepare(self, layer, layer.enter, layer.leave)
-        y = np.empty((tokens, layer.leave.matrices[0].rows), np.float32)
-        if status := self._gated(
+        check_linears(x, layer.enter, norm)
+        structures = layer.prepared.get(self) or _prepare(self, layer)
+        cols, _, rows, activation = layer.form
+        y = np.empty((len(x), rows), np.float32)
+        native = self._functions if _served is self else self._switched()
+        if status := native.gated(
             _at(x),
-            tokens,
-            layer.enter.cols,
+            len(x),
+            cols,
             norm if norm is None else _at(norm),
             eps,
             _ACTIVATION_IDS[activation],
@@ -184,18 +168,14 @@ class Native:
             raise _refusal(status, *layer.enter.matrices, *layer.leave.matrices)
         return y
 
-    def experts(
-        self, x: Floats, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Floats
-    ) -> None:
-        if _served is not self:
-            self._serve()
-        layers = [
-            (layer.prepared.get(self) or _prepare(self, layer, layer.enter, layer.leave))[0] for layer in all
-        ]
-        if status := self._experts(
+    def experts(self, x: Floats, all: Sequence[FeedForward], routes: Routes, into: Floats) -> None:
+        check_experts(x, all, routes, into)
+        layers = [layer.prepared.get(self) or _prepare(self, layer) for layer in all]
+        native = self._functions if _served is self else self._switched()
+        if status := native.experts(
             _at(x),
             *x.shape,
-            _ACTIVATION_IDS[activation],
+            _ACTIVATION_IDS[all[0].form.activation],
             len(all),
             (c_void_p * len(all))(*map(addressof, layers)),
             (c_int64 * len(routes.starts))(*routes.starts),
@@ -212,39 +192,30 @@ class Native:
         return self._gather(w, None, w.rows)
 
     def _gather(self, w: Matrix, ids: Any, count: int) -> Floats:
-        if _served is not self:
-            self._serve()
         out = np.empty((count, w.cols), np.float32)
-        if status := self._gather_rows(byref(_structure(w, None)), ids, count, _at(out)):
+        native = self._functions if _served is self else self._switched()
+        if status := native.gather_rows(byref(_structure(w, None)), ids, count, _at(out)):
             raise _refusal(status, w)
         return out
 
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
-        if _served is not self:
-            self._serve()
+        check_norm(x, weight)
         y = np.empty(x.shape, np.float32)
-        self._rms_norm(_at(x), _at(weight), eps, *x.shape, _at(y))
+        native = self._functions if _served is self else self._switched()
+        native.rms_norm(_at(x), _at(weight), eps, *x.shape, _at(y))
         return y
 
-    def attend(
-        self,
-        kv: KvPages,
-        segments: Segments,
-        q: Floats,
-        k: Floats,
-        v: Floats,
-        rotation: Rotation,
-        scale: float,
-        window: int | None,
-        norms: HeadNorms | None,
+    def attention(
+        self, kv: KvPages, segments: Segments, q: Floats, k: Floats, v: Floats, scoring: Scoring
     ) -> Floats:
-        if _served is not self:
-            self._serve()
+        check_attention(kv, segments, q, k, v, scoring)
+        rotation, scale, window, norms = scoring
         out = np.empty(q.shape, np.float32)
-        if status := self._attention(
-            kv.prepared.get(self) or _prepare_pages(self, kv),
-            segments.prepared.get(self) or _prepare_segments(self, segments),
-            rotation.prepared.get(self) or _prepare_rotation(self, rotation),
+        native = self._functions if _served is self else self._switched()
+        if status := native.attention(
+            kv.prepared.get(self) or _prepare(self, kv),
+            segments.prepared.get(self) or _prepare(self, segments),
+            rotation.prepared.get(self) or _prepare(self, rotation),
             _at(q),
             _at(k),
             _at(v),
@@ -263,53 +234,49 @@ _Memory: Any = c_char * 0  # stubs of Python 3.11 do not know that arrays are bu
 
 
 def _at(array: Array) -> Any:
-    """Where an array lies, as ctypes takes it; of one that does not lie together, or is read-only, a copy. Three times
-    as fast as `array.ctypes`."""
+    """Where an array lies, as ctypes takes it; if the array is read-only or not contiguous, where a copy of it lies.
+    Three times as fast as `array.ctypes`."""
     return _Memory.from_buffer(array if array.flags.carray else array.copy())
 
 
-def _prepare_pages(home: Native, kv: KvPages) -> object:
-    prepared = kv.prepared[home] = byref(
-        _KvPages(
-            _KV_IDS[kv.layout.kind.name],
-            kv.heads,
-            kv.kv_heads,
-            kv.layout.head_dim,
-            kv.data.strides[0],
-            kv.data.ctypes.data,
-        )
-    )
+def _prepare(home: Native, operand: Any) -> Any:
+    """What the library is told of an operand, worked out and kept with it."""
+    prepared = operand.prepared[home] = _PREPARED[type(operand)](operand)
     return prepared
 
 
-def _prepare_segments(home: Native, segments: Segments) -> object:
-    prepared = segments.prepared[home] = byref(
-        _Segments(
-            len(segments.table), segments.tokens, segments.table.ctypes.data, segments.pages.ctypes.data
-        )
-    )
-    return prepared
+def _pages(kv: KvPages) -> Any:
+    heads = kv.heads, kv.kv_heads, kv.layout.head_dim
+    cell = _KV_IDS[kv.layout.kind.name]
+    return byref(_KvPages(cell, *heads, kv.data.strides[0], kv.data.ctypes.data))
 
 
-def _prepare_rotation(home: Native, rotation: Rotation) -> object:
-    prepared = rotation.prepared[home] = byref(
-        _Rotation(rotation.dims, rotation.interleaved, rotation.cos.ctypes.data, rotation.sin.ctypes.data)
-    )
-    return prepared
+def _segments(segments: Segments) -> Any:
+    table, pages = segments.table, segments.pages
+    return byref(_Segments(len(table), segments.tokens, table.ctypes.data, pages.ctypes.data))
+
+
+def _rotation(rotation: Rotation) -> Any:
+    cos, sin = rotation.cos.ctypes.data, rotation.sin.ctypes.data
+    return byref(_Rotation(rotation.dims, rotation.interleaved, cos, sin))
 
 
 def _structure(w: Matrix, bias: Floats | None) -> _Linear:
     return _Linear(w.type.id, w.rows, w.cols, w.data.ctypes.data, bias if bias is None else bias.ctypes.data)
 
 
-def _prepare(
-    home: Native, owner: Linears | FeedForward, *parts: Linears
-) -> tuple[ctypes.Array[_Linear], type[ctypes.Array[c_void_p]]]:
-    """The structures of all matrices and the type of as many pointers, kept with their owner for this home."""
+def _structures(*parts: Linears) -> ctypes.Array[_Linear]:
     pairs = [pair for part in parts for pair in zip(part.matrices, part.biases, strict=True)]
-    structures = (_Linear * len(pairs))(*[_structure(w, bias) for w, bias in pairs])
-    owner.prepared[home] = prepared = (structures, c_void_p * len(pairs))
-    return prepared
+    return (_Linear * len(pairs))(*[_structure(w, bias) for w, bias in pairs])
+
+
+_PREPARED: dict[type, Callable[[Any], Any]] = {
+    KvPages: _pages,
+    Segments: _segments,
+    Rotation: _rotation,
+    Linears: lambda linears: (_structures(linears), c_void_p * len(linears.matrices)),
+    FeedForward: lambda layer: _structures(layer.enter, layer.leave),
+}
 
 
 def _refusal(status: int, *matrices: Matrix) -> KernelError:

@@ -1,8 +1,8 @@
 """Float weights into quantised types, as files hold them: Q8_0 and Q4_0.
 
-The scales of Q4_0 are searched: of a few around that of the largest weight the one is taken whose best multiple leaves
-the least squared error (the idea of ggml's `make_qx_quants`). Works through tiles that stay in the cache. Does not
-know which weights deserve which type.
+The scale of a block of Q4_0 is searched: a few scales around that of the largest weight are tried, and the one that
+leaves the least squared error wins (the idea of ggml's `make_qx_quants`). Works through tiles that stay in the cache.
+Does not know which weights deserve which type.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ _STRETCHES = (1.0, 0.92, 1.08)
 
 
 def quantise(kind: WeightType, values: Floats) -> Bytes:
-    """Rows float32 (n, cols) as rows of `kind`, uint8 (n, row bytes). OperandError for other types than these two,
-    for rows that are not whole blocks, and for weights that no scale in half precision can stand for.
+    """Rows float32 (n, cols) as rows of `kind`, uint8 (n, row bytes). OperandError for any other type, for rows that
+    are not whole blocks, and for weights that are too large for a scale in half precision.
     """
     rows, cols = values.shape
     row_bytes = kind.row_bytes(cols)
@@ -33,7 +33,7 @@ def quantise(kind: WeightType, values: Floats) -> Bytes:
     stored = np.empty((len(blocks), kind.block_bytes), np.uint8)
     step = _TILE_WEIGHTS // kind.block_weights
     for start in range(0, len(blocks), step):
-        # Groups stand in columns: NumPy reduces over rows ten times as fast as within them.
+        # Blocks become columns, because NumPy reduces over rows ten times as fast as within them.
         encode(np.ascontiguousarray(blocks[start : start + step].T), stored[start : start + step])
     return stored.reshape(rows, row_bytes)
 
@@ -51,7 +51,7 @@ def _q4_0(x: Floats, out: Bytes) -> None:
     out[:, 2:] = (q[:16] | (q[16:] << 4)).T
 
 
-@np.errstate(over="ignore")  # weights that large are refused with their scale
+@np.errstate(over="ignore")  # weights that large are refused together with their scale
 def _best_scale(x: Floats, steps: int) -> Floats:
     """The scale for whole numbers from -steps to steps - 1 that leaves the least squared error; (n, N) → (N,)"""
     full = _ratio(np.float32(-steps), _largest(x))  # its inverse: the largest weight becomes -steps
@@ -63,7 +63,7 @@ def _best_scale(x: Floats, steps: int) -> Floats:
         np.clip(q, -steps, steps - 1, out=q)
         fit = (x * q).sum(0)
         step = _ratio(fit, np.square(q, out=q).sum(0))
-        gain = fit * step  # of the squares of x, what `step` times q takes away
+        gain = fit * step  # how much less the sum of squares of x becomes by subtracting step * q
         np.copyto(scale, step, where=gain > best)
         np.maximum(best, gain, out=best)
     scale[best <= 0] = 0.0
@@ -77,21 +77,21 @@ def _ratio(x: Floats | np.float32, y: Floats) -> Floats:
 
 
 def _largest(x: Floats) -> Floats:
-    """Of each group the number of the largest magnitude, with its sign; (n, N) → (N,)"""
+    """The number of the largest magnitude in each block, with its sign; (n, N) → (N,)"""
     most, least = x.max(0), x.min(0)
     larger: Floats = np.where(most >= -least, most, least)
     return larger
 
 
 def _nearest(x: Floats, scale: Floats, low: int, high: int) -> Array:
-    """x (n, N) in whole multiples of `scale` (N,), int8."""
+    """The nearest whole multiples of `scale` (N,) to x (n, N), int8."""
     q = x * _ratio(np.float32(1), scale)
     np.rint(q, out=q)
     return np.clip(q, low, high, out=q).astype(np.int8)
 
 
 def _half(scale: Floats) -> Floats:
-    """`scale` as half precision holds it."""
+    """`scale` rounded to half precision."""
     with np.errstate(over="ignore"):
         rounded = scale.astype(np.float16).astype(np.float32)
     if not np.isfinite(rounded).all():

@@ -1,17 +1,17 @@
 """The kernels in plain torch: they define the truth and serve where nothing faster was built.
 
-Arrays in, arrays out; in between the same memory as tensors. Only this home imports torch.
+Takes and returns arrays, and computes on tensors in the same memory. Only this home imports torch.
 
-Knows what the bytes of every weight type mean (`decode`) and the arithmetic of every kernel, in
-float32; quantised weights meet inputs rounded to 16 bits (`quantised_inputs`). Does not know how to be
-fast, and unlike `native` does not promise that a row's result is bitwise the same whatever is computed
-beside it: torch picks its matmul by shape.
+Knows what the bytes of every weight type mean (`decode`) and the arithmetic of every kernel. Does not know how to be
+fast. Unlike `native` it does not promise that the bits of a row are the same whatever is computed beside it, because
+torch picks its matmul by shape.
 
 Layouts of the types: ggml's block definitions, as documented by `gguf.quants`.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,20 +19,20 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from shoal.kernels.arrays import Array, Bytes, Floats, Ids
-from shoal.kernels.attention_reference import attend as attend
+from shoal.kernels.attention_operands import KvPages, Scoring, Segments
+from shoal.kernels.attention_reference import attend
 from shoal.kernels.bands import from_bands, to_bands
+from shoal.kernels.cpu_home import CpuHome, check_attention, check_experts, check_linears, check_norm
 from shoal.kernels.errors import OperandError
 from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
 from shoal.kernels.types import WeightType
 from shoal.partition.memory_layout import INPUT_GROUP
 
-name = "reference"
-
 TILE_BYTES = 4 << 20
 """Most bytes of float32 weights that exist at once."""
 
 SMALLEST_INPUT = 1e-30
-"""A group of inputs to a quantised linear counts as zeros if no magnitude in it reaches this."""
+"""A group of inputs to quantised weights counts as zeros if no magnitude in it reaches this."""
 
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -41,27 +41,85 @@ IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69
 warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 
+class Reference(CpuHome):
+    """Computes in float32, except that quantised weights are multiplied by `quantised_inputs`."""
+
+    name = "reference"
+
+    def set_threads(self, n: int) -> None:
+        torch.set_num_threads(n)
+
+    def interleave(self, kind: WeightType, stored: Bytes, into: Bytes) -> None:
+        into.reshape(-1, kind.band_rows * stored.shape[1])[:] = to_bands(kind, stored)
+
+    def gather_rows(self, w: Matrix, ids: Ids) -> Floats:
+        """Decodes only the bands that the rows are in."""
+        if len(ids):
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= w.rows:
+                raise OperandError(f"row ids must be within [0, {w.rows}), got {low} to {high}")
+        height = w.type.band_rows
+        rows = from_bands(w.type, _bands(w)[ids // height])
+        return decode(w.type, rows[np.arange(len(ids)) * height + ids % height])
+
+    def dequantize(self, w: Matrix) -> Floats:
+        return torch.cat([torch.empty(0, w.cols), *(tile for _, tile in _tiles(w))]).numpy()
+
+    def linears(self, x: Floats, all: Linears, norm: Floats | None = None, eps: float = 0.0) -> list[Floats]:
+        check_linears(x, all, norm)
+        return [y.numpy() for y in _linears(_tensor(x), all, norm, eps)]
+
+    def feed_forward(
+        self, x: Floats, layer: FeedForward, norm: Floats | None = None, eps: float = 0.0
+    ) -> Floats:
+        check_linears(x, layer.enter, norm)
+        return _feed_forward(_tensor(x), layer, norm, eps).numpy()
+
+    def experts(self, x: Floats, all: Sequence[FeedForward], routes: Routes, into: Floats) -> None:
+        check_experts(x, all, routes, into)
+        hidden, sums = _tensor(x), _tensor(into)
+        tokens, factors = _tensor(routes.tokens), _tensor(routes.factors)
+        for layer, (start, stop) in zip(all, pairwise(routes.starts), strict=True):
+            rows = tokens[start:stop]
+            sums.index_add_(0, rows, _feed_forward(hidden[rows], layer) * factors[start:stop, None])
+
+    def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
+        check_norm(x, weight)
+        return _normed(_tensor(x), weight, eps).numpy()
+
+    def attention(
+        self, kv: KvPages, segments: Segments, q: Floats, k: Floats, v: Floats, scoring: Scoring
+    ) -> Floats:
+        check_attention(kv, segments, q, k, v, scoring)
+        return attend(kv, segments, q, k, v, scoring)
+
+
+def quantised_inputs(x: Floats) -> Floats:
+    """x (T, cols), float32, rounded to 16 bits: every 32 columns become whole multiples, from -32639 to 32639, of
+    1/32639 of their largest magnitude; halves are rounded to even.
+
+    A group with an infinite or NaN input becomes NaN. Native kernels multiply the whole numbers exactly. 32639 is the
+    largest number that a high and a low byte, both signed, stand for: machines differ in what they can multiply.
+    """
+    return _quantised(_tensor(x)).numpy()
+
+
+def decode(kind: WeightType, data: Bytes) -> Floats:
+    """Rows of stored bytes, uint8 (n, row bytes), as float32 (n, cols)."""
+    return _decoded(kind, data).numpy()
+
+
 def _tensor(array: Array) -> Tensor:
-    """The same memory, or a copy where it does not lie together."""
+    """A tensor in the same memory, or in a copy if the array is not contiguous."""
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def set_threads(n: int) -> None:
-    torch.set_num_threads(n)
-
-
-def interleave(kind: WeightType, stored: Bytes, into: Bytes) -> None:
-    """Writes rows as files hold them, uint8 (n, row bytes), into memory as a matrix has them, uint8 (bytes,)."""
-    into.reshape(-1, kind.band_rows * stored.shape[1])[:] = to_bands(kind, stored)
-
-
-def dequantize(w: Matrix) -> Floats:
-    """The weights as float32 (rows, cols). A full-size copy: for tests, norms and small tables."""
-    return torch.cat([torch.empty(0, w.cols), *(tile for _, tile in _tiles(w))]).numpy()
+def _bands(w: Matrix) -> Bytes:
+    return w.data.reshape(-1, w.type.band_rows * w.type.row_bytes(w.cols))
 
 
 def _tiles(w: Matrix) -> Iterator[tuple[int, Tensor]]:
-    """(first row, float32 rows) of one part of the weights after the other."""
+    """(first row, float32 rows) of the weights, one part after the other."""
     bands = _bands(w)
     step = max(1, TILE_BYTES // (4 * w.cols * w.type.band_rows))
     for start in range(0, bands.shape[0], step):
@@ -69,26 +127,14 @@ def _tiles(w: Matrix) -> Iterator[tuple[int, Tensor]]:
         yield row, _decoded(w.type, from_bands(w.type, bands[start : start + step]))[: w.rows - row]
 
 
-def _bands(w: Matrix) -> Bytes:
-    return w.data.reshape(-1, w.type.band_rows * w.type.row_bytes(w.cols))
-
-
-def linears(x: Floats, all: Linears, norm: Floats | None, eps: float) -> list[Floats]:
-    """x (T, cols), normalised if there is a norm (cols,), with every matrix: float32 (T, rows) each."""
-    return [y.numpy() for y in _linears(_tensor(x), all, norm, eps)]
-
-
-def _linears(x: Tensor, all: Linears, norm: Floats | None, eps: float) -> list[Tensor]:
+def _linears(x: Tensor, all: Linears, norm: Floats | None = None, eps: float = 0.0) -> list[Tensor]:
     if norm is not None:
         x = _normed(x, norm, eps)
     return [_linear(x, w, bias) for w, bias in zip(all.matrices, all.biases, strict=True)]
 
 
 def _linear(x: Tensor, w: Matrix, bias: Floats | None) -> Tensor:
-    """x (T, cols) @ w.T + bias (rows,), float32 (T, rows); weights expand tile by tile.
-
-    Of inputs to quantised weights the multiplication sees `quantised_inputs`.
-    """
+    """x (T, cols) @ w.T + bias (rows,), float32 (T, rows); weights are decoded tile by tile."""
     if w.type.quantised:
         x = _quantised(x)
     out = torch.empty(x.shape[0], w.rows)
@@ -97,74 +143,23 @@ def _linear(x: Tensor, w: Matrix, bias: Floats | None) -> Tensor:
     return out if bias is None else out.add_(_tensor(bias))
 
 
-def quantised_inputs(x: Floats) -> Floats:
-    """x (T, cols) as 16 bits would hold it, float32: each 32 columns are whole multiples, -32639 to 32639, of 1/32639
-    of their largest magnitude, rounded half to even.
-
-    A group with an infinite or NaN input becomes NaN. Native kernels multiply the whole numbers exactly. The number
-    is the largest whose high and low byte, both signed, stand for it: machines differ in what they can multiply.
-    """
-    return _quantised(_tensor(x)).numpy()
-
-
 def _quantised(x: Tensor) -> Tensor:
     groups = x.reshape(x.shape[0], x.shape[1] // INPUT_GROUP, INPUT_GROUP)  # (T, cols / 32, 32)
     largest = groups.abs().amax(-1, keepdim=True)
     most = torch.full_like(largest, 32639)  # a tensor: torch may divide by a plain number less exactly
-    scale = (
-        (largest / most).masked_fill(largest < SMALLEST_INPUT, 0).masked_fill(~largest.isfinite(), torch.nan)
-    )
-    inverse = (most / largest).masked_fill(largest < SMALLEST_INPUT, 0)
+    zeros = largest < SMALLEST_INPUT
+    scale = (largest / most).masked_fill(zeros, 0).masked_fill(~largest.isfinite(), torch.nan)
+    inverse = (most / largest).masked_fill(zeros, 0)
     return ((groups * inverse).round() * scale).reshape(x.shape)
 
 
-def feed_forward(
-    x: Floats, layer: FeedForward, activation: Activation, norm: Floats | None, eps: float
-) -> Floats:
-    """down(act(gate(x)) * up(x)); x (T, cols), normalised if there is a norm."""
-    return _fed(_tensor(x), layer, activation, norm, eps).numpy()
-
-
-def _fed(x: Tensor, layer: FeedForward, activation: Activation, norm: Floats | None, eps: float) -> Tensor:
+def _feed_forward(x: Tensor, layer: FeedForward, norm: Floats | None = None, eps: float = 0.0) -> Tensor:
     gate, up = _linears(x, layer.enter, norm, eps)
-    return _linears(_ACTIVATIONS[activation](gate) * up, layer.leave, None, 0.0)[0]
-
-
-def experts(
-    x: Floats, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Floats
-) -> None:
-    """Adds factor times feed-forward of its experts, ascending, to every token's row of `into` (T, rows of down)."""
-    hidden, sums = _tensor(x), _tensor(into)
-    tokens, factors = _tensor(routes.tokens), _tensor(routes.factors)
-    for layer, start, stop in zip(all, routes.starts, routes.starts[1:], strict=False):
-        rows = tokens[start:stop]
-        partial = _fed(hidden[rows], layer, activation, None, 0.0) * factors[start:stop].unsqueeze(1)
-        sums.index_add_(0, rows, partial)
-
-
-def gather_rows(w: Matrix, ids: Ids) -> Floats:
-    """Rows `ids` (int64 (T,)) as float32 (T, cols); only their bands are decoded."""
-    if len(ids):
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= w.rows:
-            raise OperandError(f"row ids must be within [0, {w.rows}), got {low} to {high}")
-    height = w.type.band_rows
-    rows = from_bands(w.type, _bands(w)[ids // height])
-    return decode(w.type, rows[np.arange(len(ids)) * height + ids % height])
-
-
-def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
-    """x (T, d) / rms(x) * weight (d,), each row by itself."""
-    return _normed(_tensor(x), weight, eps).numpy()
+    return _linears(_ACTIVATIONS[layer.form.activation](gate) * up, layer.leave)[0]
 
 
 def _normed(x: Tensor, weight: Floats, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * _tensor(weight)
-
-
-def decode(kind: WeightType, data: Bytes) -> Floats:
-    """Rows of stored bytes, uint8 (n, row bytes), as float32 (n, cols)."""
-    return _decoded(kind, data).numpy()
 
 
 def _decoded(kind: WeightType, data: Bytes) -> Tensor:

@@ -1,7 +1,7 @@
-"""Which tokens go to which experts, from the scores of a router.
+"""Which tokens go to which experts, by the scores of a router.
 
-Knows what is chosen and by which factors, in an order that is the same whoever else is in the batch; not what experts
-compute.
+Knows which experts a token gets and with which factors; neither depends on the rest of the batch. Does not know what
+experts compute.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Which tokens go to which experts: `used` are those chosen by any token, ascending, `routes` their tokens."""
+    """Which tokens go to which experts: `used` are the experts that tokens chose, ascending, `routes` their tokens."""
 
     used: list[int]
     routes: Routes
 
     def among(self, experts: Collection[int]) -> Routing:
-        """Of these experts only: a run of those in use, as far as they are."""
+        """The routing to these experts only. Those of them that are in use must follow each other in `used`."""
         if len(experts) >= len(self.used) and all(map(experts.__contains__, self.used)):
             return self
         first, last = bisect_left(self.used, min(experts)), bisect_right(self.used, max(experts))
@@ -41,8 +41,8 @@ class Routing:
 
     @classmethod
     def of(cls, experts: Ids, factors: Floats) -> Routing:
-        """Row i of `experts` (T, k) are the choices of token i, with the factors `factors` (T, k)."""
-        # Numbers this small are sorted in linear time.
+        """Row i of `experts` (T, k) has the choices of token i, row i of `factors` (T, k) their factors."""
+        # NumPy sorts numbers of 16 bits in linear time.
         pairs = np.argsort(experts.astype(np.uint16), axis=None, kind="stable")
         counts = np.bincount(experts.reshape(-1))
         used = np.flatnonzero(counts)
@@ -51,8 +51,8 @@ class Routing:
 
 
 def route(scores: Floats, count: int, normalize: bool) -> Routing:
-    """Each row of scores (T, n) goes to its `count` best, of equals the lowest, with its softmax as factors: over those
-    chosen if `normalize`, else over all."""
+    """Each row of scores (T, n) goes to its `count` best experts; among equals the lowest are chosen. The factors are
+    the row's softmax, over the chosen ones if `normalize`, else over all."""
     chosen, behind = best(scores, count)
     # In f64, rounded at the end: f32's last bit may depend on how many rows there are.
     odds = np.exp(-behind)
@@ -62,7 +62,8 @@ def route(scores: Floats, count: int, normalize: bool) -> Routing:
 
 
 def likeliest(scores: Floats, count: int) -> list[int]:
-    """What the rows (T, n) choose, `count` each, by the sum of the odds that they give it, highest first."""
+    """The experts that rows (T, n) choose, `count` each, sorted by the sum of the odds that rows give them, the highest
+    first."""
     chosen, behind = best(scores, count)
     odds = np.zeros(scores.shape[1])
     np.add.at(odds, chosen, np.nan_to_num(np.exp(-np.take_along_axis(behind, chosen, -1))))
@@ -71,9 +72,10 @@ def likeliest(scores: Floats, count: int) -> list[int]:
 
 
 def best(scores: Floats, count: int) -> tuple[Ids, Doubles]:
-    """The `count` best of each row (T, n), of equals the lowest, in no order; and how far all are below the best."""
-    with np.errstate(invalid="ignore"):  # rows of NaN, which stay so
+    """The `count` best of each row (T, n), in no order, the lowest among equals; and how far every score is below the
+    best of its row (T, n)."""
+    with np.errstate(invalid="ignore"):  # rows of NaN stay NaN
         behind = (scores.max(-1, keepdims=True) - scores).astype(np.float64)
-    # The bits of what is not negative are ordered as numbers are, and the lowest 29 of an f32 in an f64 are zeros.
+    # Numbers that are not negative sort as their bits do, and an f32 leaves the lowest 29 bits of an f64 zero.
     keys = behind.view(np.int64) | np.arange(scores.shape[1])
     return np.partition(keys, count - 1)[:, :count] & (1 << 29) - 1, behind

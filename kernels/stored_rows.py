@@ -1,7 +1,7 @@
-"""Rows of weights as files hold them, into the memory of a matrix and back into numbers.
+"""From rows of weights as files hold them to a matrix in memory, and from there to numbers.
 
 What is in memory is the same for all kernels of the CPU, so whoever reads, packs or stores weights need not know a
-home. Checks operands; the moving and decoding is done by the kernels of this process.
+home. Checks operands; the kernels of this process move and decode the bytes.
 """
 
 import numpy as np
@@ -16,9 +16,11 @@ from shoal.kernels.types import WeightType
 def from_stored(
     kind: WeightType, rows: int, cols: int, stored: Bytes | bytes | memoryview, into: Bytes | None = None
 ) -> Matrix:
-    """A matrix of rows as files hold them: their bytes as a contiguous uint8 array of any shape, or bytes or a
-    memoryview. `into` is memory for it (uint8, `kind.matrix_bytes`), by default new; where nothing has to move,
-    what is stored is wrapped. OperandError unless its size is exactly that of rows×cols.
+    """A matrix made from rows as files hold them: a contiguous uint8 array of any shape, bytes or a memoryview.
+
+    The matrix is written to `into` (uint8, `kind.matrix_bytes`). Without it a float type wraps `stored`, which it
+    holds as it is, and a quantised type takes new memory. OperandError unless `stored` has exactly the size of
+    rows×cols.
     """
     data = stored if isinstance(stored, np.ndarray) else np.frombuffer(stored, np.uint8)
     row_bytes = kind.row_bytes(cols)
@@ -27,21 +29,18 @@ def from_stored(
             f"{rows}×{cols} {kind.name} takes {max(rows, 0) * row_bytes} contiguous uint8, "
             f"got {data.size} of {data.dtype}; the file may be cut short or mislabelled"
         )
-    if into is None and not kind.quantised:
-        return Matrix(kind, data.reshape(-1), rows, cols)
-    matrix = Matrix(
-        kind,
-        np.empty(kind.matrix_bytes(rows, cols), np.uint8) if into is None else into,
-        rows,
-        cols,
-    )
+    if into is None:
+        if not kind.quantised:
+            return Matrix(kind, data.reshape(-1), rows, cols)
+        into = np.empty(kind.matrix_bytes(rows, cols), np.uint8)
+    matrix = Matrix(kind, into, rows, cols)
     interleave(kind, data.reshape(rows, row_bytes), matrix.data)
     return matrix
 
 
 def interleave(kind: WeightType, stored: Bytes, into: Bytes) -> None:
-    """Writes rows as files hold them, contiguous uint8 (n, row bytes), into the memory of a matrix or of whole bands
-    of it, contiguous uint8 (bytes,); a last band that is not full is filled up with zeros.
+    """Writes rows as files hold them, contiguous uint8 (n, row bytes), to the memory of a matrix or of some of its
+    bands, contiguous uint8 (bytes,). A last band that is not full is filled up with zeros.
     """
     rows, row_bytes = stored.shape
     cols = row_bytes // kind.block_bytes * kind.block_weights
@@ -51,16 +50,16 @@ def interleave(kind: WeightType, stored: Bytes, into: Bytes) -> None:
         raise OperandError(
             "rows as stored and a matrix must each lie together, and a matrix be writable while filled"
         )
-    cpu().kernels.interleave(kind, stored, into)
+    cpu().interleave(kind, stored, into)
 
 
 def gather_rows(w: Matrix, ids: Ids) -> Floats:
     """Rows `ids` (int64 (T,)) of w as float32 (T, cols); OperandError if there is no such row."""
     if ids.dtype != np.int64 or ids.ndim != 1:
         raise OperandError(f"row ids must be int64 of shape (T,), got {ids.dtype} {ids.shape}")
-    return cpu().kernels.gather_rows(w, ids)
+    return cpu().gather_rows(w, ids)
 
 
 def dequantize(w: Matrix) -> Floats:
-    """All weights as float32 (rows, cols): a full-size copy, so only for small matrices and tests."""
-    return cpu().kernels.dequantize(w)
+    """All weights as float32 (rows, cols). This is a full-size copy, so it is for small matrices and tests."""
+    return cpu().dequantize(w)

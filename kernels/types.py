@@ -1,11 +1,11 @@
 """The stored types of weights: GGUF tensor types as data.
 
-Knows ids, names and block geometry of the types Shoal computes with, and the names of those it
-does not, so that a refusal can name them. Knows nothing of tensors, files or arithmetic.
+Knows the ids, names and block geometry of the types that Shoal computes with, and the names of the others, so that a
+refusal can name them. Knows nothing of tensors, files or arithmetic.
 
-Files store a row as whole blocks, one after the other: `block_weights` consecutive weights share
-`block_bytes` bytes. Source of ids and sizes: ggml's type table, as published by the `gguf` package.
-In memory the rows of a quantised type lie in bands of sixteen, the last one filled up (`bands`).
+A row in a file is whole blocks, one after the other: `block_weights` consecutive weights share `block_bytes` bytes.
+Source of ids and sizes: ggml's type table, as published by the `gguf` package. In memory the rows of a quantised type
+lie in bands of sixteen, of which the last is filled up (`bands`).
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from shoal.partition.memory_layout import BAND_ROWS
 
 @dataclass(frozen=True, slots=True)
 class WeightType:
-    """One stored type: its GGUF id and name, the geometry of its blocks, and where in a block of a quantised type
-    numbers in half precision begin.
+    """One stored type: its GGUF id and name, the geometry of its blocks, and for a quantised type the bytes of a block
+    where numbers in half precision begin (`halves`).
     """
 
     id: int
@@ -32,7 +32,7 @@ class WeightType:
 
     @property
     def band_rows(self) -> int:
-        """Rows that lie together in memory: a matrix is whole bands of so many."""
+        """Rows of a band: a matrix in memory is whole bands."""
         return BAND_ROWS if self.quantised else 1
 
     @property
@@ -40,7 +40,7 @@ class WeightType:
         return 8 * self.block_bytes / self.block_weights
 
     def bytes_before(self, col: int) -> int:
-        """Bytes of a row before column `col`, with which a block has to begin, or OperandError."""
+        """Bytes of a row before column `col`; OperandError unless a block begins there."""
         return self.row_bytes(col) if col else 0
 
     def row_bytes(self, cols: int) -> int:
@@ -101,7 +101,7 @@ _BY_ID = {kind.id: kind for kind in WEIGHT_TYPES}
 
 
 def weight_type(id: int) -> WeightType:
-    """The type with this GGUF id; UnsupportedTypeError names the type where the id is known."""
+    """The type with this GGUF id. UnsupportedTypeError if it has no kernels, naming the type if its name is known."""
     kind = _BY_ID.get(id)
     if kind is None:
         name = UNSUPPORTED_NAMES.get(id)

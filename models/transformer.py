@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from shoal.kernels import ComputeHome
 from shoal.kernels.arrays import Floats, Hidden
-from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Segments
+from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Scoring, Segments
 from shoal.kernels.routing import Routing
 from shoal.partition.spec import ModelSpec
 
@@ -69,17 +69,8 @@ class Transformer:
             for x in (q, k, v):
                 home.clip(x, spec.qkv_clip)
         kind = spec.layers[layer]
-        mixed = home.attention(
-            kv,
-            segments,
-            q,
-            k,
-            v,
-            rotation=rotations[kind.rope],
-            scale=spec.attention_scale,
-            window=kind.window,
-            norms=norms,
-        )  # (T, H*D)
+        scoring = Scoring(rotations[kind.rope], spec.attention_scale, kind.window, norms)
+        mixed = home.attention(kv, segments, q, k, v, scoring)  # (T, H*D)
         if any(spec.o_margins):  # a shard's o has columns that belong to heads of other ranks
             mixed = home.pad(mixed, spec.o_margins)
         return home.linears(mixed, weights.linears("o"))[0]
@@ -87,9 +78,8 @@ class Transformer:
     def feed_forward(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> Hidden:
         """Dense block: hidden (T, C) → partial (T, C)."""
         spec = self.spec
-        return home.feed_forward(
-            hidden, weights.feed_forward(), spec.activation, self._pre_norm(weights), spec.norm_eps
-        )
+        layer = weights.feed_forward(spec.activation)
+        return home.feed_forward(hidden, layer, self._pre_norm(weights), spec.norm_eps)
 
     def foresee(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> list[int]:
         """The experts that this router would choose for hidden (T, C) of an earlier layer, the likeliest first.
@@ -113,7 +103,7 @@ class Transformer:
         routing = home.route(scores, moe.active, moe.normalize)
         if not moe.shared_ffn:
             return x, routing, None
-        shared = home.feed_forward(x, weights.feed_forward("shared_"), spec.activation)
+        shared = home.feed_forward(x, weights.feed_forward(spec.activation, "shared_"))
         if moe.shared_gated:
             home.gate(shared, home.linears(x, weights.linears("shared_scale"))[0])  # by (T, 1)
         return x, routing, shared
@@ -130,8 +120,8 @@ class Transformer:
         (T, C). weights: of all experts, or of a run of those in use."""
         routing = routing.among(weights)
         if routing.used:
-            layers = [weights[expert].feed_forward() for expert in routing.used]
-            home.experts(x, layers, routing.routes, self.spec.activation, partial)
+            layers = [weights[expert].feed_forward(self.spec.activation) for expert in routing.used]
+            home.experts(x, layers, routing.routes, partial)
 
     def leave(self, home: ComputeHome, weights: Weights, total: Hidden) -> Hidden:
         """total (T, C), a block's output summed over ranks → what is added to the residual stream."""

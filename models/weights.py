@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from shoal.kernels import FeedForward, Linears, Matrix
+from shoal.kernels import Activation, FeedForward, Linears, Matrix
 from shoal.kernels.arrays import Floats
 
 
@@ -45,12 +45,12 @@ class Weights:
             made = self._linears[roles] = Linears([self.matrix[role] for role in roles], biases)
         return made
 
-    def feed_forward(self, prefix: str = "") -> FeedForward:
+    def feed_forward(self, activation: Activation, prefix: str = "") -> FeedForward:
         """Gate, up and down, their roles prefixed, as kernels take them; made once."""
         made = self._feed_forward.get(prefix)
         if made is None:
             enter, leave = self.linears(prefix + "gate", prefix + "up"), self.linears(prefix + "down")
-            made = self._feed_forward[prefix] = FeedForward(enter, leave)
+            made = self._feed_forward[prefix] = FeedForward(enter, leave, activation)
         return made
 
     @property

@@ -2,12 +2,12 @@
 
 PartitionError
 ├── SpecError      a fact of the architecture is out of range or contradicts another
-└── ShardError     a model cannot be cut into so many shards
+└── ShardError     a model cannot be cut into this many shards
 """
 
 
 class PartitionError(Exception):
-    """Root of this room's errors."""
+    """Base of this room's errors."""
 
 
 class SpecError(PartitionError):
@@ -15,4 +15,4 @@ class SpecError(PartitionError):
 
 
 class ShardError(PartitionError):
-    """A model cannot be cut so; the message gives the number asked for and the one that would do."""
+    """A model cannot be cut like this; the message gives the number asked for and one that would do."""

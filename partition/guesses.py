@@ -1,9 +1,9 @@
-"""What plans assume before anything has been measured: speeds of hardware, and which shares of memory serve best."""
+"""What plans assume before anything has been measured: the speed of hardware, and good shares of memory."""
 
-MEMORY_BYTES_PER_S = 20e9  # weights in memory are read with
-DISK_BYTES_PER_S = 1.5e9  # weights on disk are read with
+MEMORY_BYTES_PER_S = 20e9  # at which weights in memory are read
+DISK_BYTES_PER_S = 1.5e9  # at which weights on disk are read
 
-# Shares of memory that a plan which streams gives to what is no weight (1/n):
-KV_SHARE = 8  # the KV pool, but one context at least
-SCRATCH_SHARE = 12  # long steps
-WINDOW_SHARE = 4  # the window, but from the largest block to the two largest neighbours
+# A plan that streams gives 1/n of memory to each of these:
+KV_SHARE = 8  # the KV pool, which gets at least one context
+SCRATCH_SHARE = 12  # scratch for long steps
+WINDOW_SHARE = 4  # the window, which gets at least the largest block and at most the two largest neighbours

@@ -1,7 +1,7 @@
-"""How weights and KV lie in memory: the numbers that the kernels fix, and what plans have to count because of them.
+"""How weights and KV lie in memory: the numbers that the kernels fix and that plans count with.
 
-The only owner of these numbers in Python; `kernels/native` has them in C++. Knows sizes in rows, tokens and bytes; not
-arrays, nor what the bytes mean.
+In Python these numbers are written here alone; `kernels/native` has them in C++. Knows sizes in rows, tokens and bytes;
+not arrays, nor what the bytes mean.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from typing import NamedTuple
 
 from .spec import ModelSpec
 
-BAND_ROWS = 16  # rows of a quantised matrix that lie together: matrices are cut between bands
+BAND_ROWS = 16  # rows of a quantised matrix that lie together; a matrix is only cut between bands
 INPUT_GROUP = 32  # columns of an input to quantised weights that are rounded together
 
 PAGE_TOKENS = 64  # positions in a page of KV
-VALUE_STEP = 16  # V rows are filled up to whole vectors of so many numbers
+VALUE_STEP = 16  # rows of V are filled up to multiples of this many numbers: whole vectors
 SCALE_BYTES = 4  # of an f32
 
-KERNEL_BYTES = 4 << 20  # scratch of the kernels, whatever the model …
-THREAD_BYTES = 1 << 20  # … and for each of their threads
-SPAN_TOKENS = 256  # attention to a long context is computed in spans of so many …
-SPANS_BYTES = 16 << 20  # … whose results take so much at most
+KERNEL_BYTES = 4 << 20  # scratch of the kernels for any model, and …
+THREAD_BYTES = 1 << 20  # … for each of their threads besides
+SPAN_TOKENS = 256  # attention to a long context is computed in spans of this many tokens …
+SPANS_BYTES = 16 << 20  # … whose results take at most this much
 
 
 class KvFormat(NamedTuple):
-    """How K and V are stored. Numbers of a `scaled` format share an f32 scale per token, head, and K or V."""
+    """How K and V are stored. In a `scaled` format the numbers that one head has for one token share an f32 scale, one
+    for K and one for V."""
 
     name: str
     itemsize: int
@@ -39,8 +40,8 @@ KV_FORMATS: Mapping[str, KvFormat] = {
 
 
 class KvLayout(NamedTuple):
-    """Where the K and V of one head lie in a page, in bytes: keys (head_dim, 64), values (64, `wide`), for a scaled
-    format the scales of keys (64,) and of values (64,) in f32."""
+    """Where the K and V of one head lie in a page, in bytes. First come the keys (head_dim, 64), then the values (64,
+    `wide`), then for a scaled format the scales of the keys (64,) and of the values (64,), f32."""
 
     kind: KvFormat
     head_dim: int

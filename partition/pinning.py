@@ -1,9 +1,9 @@
-"""Which blocks stay in memory where not all can, how large the window for the others is, how many slots experts get.
+"""Which blocks stay in memory if not all fit, how large the window for the others is, and how many slots experts get.
 
-Every token needs every dense block, in the same order, so which of them stay makes no difference to the bytes that are
-read: as many stay as fit, spread evenly, so that what is read passes while pinned neighbours compute. Of the blocks the
-largest kind is pinned first, because the window must hold the largest that streams. Rows of an embedding are
-gathered, so it need not stay. Experts are asked for in no order: they get equal slots after everything else has its
+Every token needs every dense block, in the same order, so the bytes that are read do not depend on which of them stay.
+As many stay as fit, spread evenly, so that blocks are read while their pinned neighbours compute. The largest kind of
+blocks is pinned first, because the window must hold the largest block that streams. An embedding need not stay, because
+its rows are gathered. Experts are not asked for in any order: they get equal slots, after everything else has its
 place. Pure: knows sizes.
 """
 
@@ -18,16 +18,16 @@ from .spec import BlockId, ModelSpec
 
 
 class Pinning(NamedTuple):
-    """What stays, and what the rest passes through."""
+    """Which blocks stay, and what the others pass through."""
 
     pinned: frozenset[BlockId]
     window_bytes: int
     expert_slots: int
-    streamed_bytes: int  # for one token alone, experts as if all were equally likely
+    streamed_bytes: int  # for one token alone, if all experts are equally likely
 
 
 class Pinnings:
-    """The ways to pin blocks of one model. extents: bytes of its blocks in a pack."""
+    """All ways to pin blocks of one model. extents: bytes of its blocks in a pack."""
 
     def __init__(self, spec: ModelSpec, extents: Mapping[BlockId, int]) -> None:
         kinds: dict[str, list[tuple[BlockId, int]]] = {}
@@ -53,8 +53,8 @@ class Pinnings:
             self._candidates.append(_Candidate(counts, self._dense_bytes - pinned, *self._windows(counts)))
 
     def best(self, room_bytes: int, window_bytes: int) -> Pinning | None:
-        """What streams least within `room_bytes`, with a window of `window_bytes` as far as blocks need and have use
-        for so many; None when nothing fits."""
+        """The way that streams least within `room_bytes`; None if nothing fits. The window has `window_bytes`, unless
+        blocks need more or have no use for them."""
         slots = min(self._active, self._experts)
         room_dense = room_bytes - slots * self._expert_bytes
         windows = ((it.streamed_bytes, it.window_bytes(window_bytes), it.counts) for it in self._candidates)
@@ -76,9 +76,9 @@ class Pinnings:
         return Pinning(pinned, window, slots, streamed)
 
     def _pinned(self, kind: _Kind, count: int, leads: int) -> Sequence[tuple[BlockId, int]]:
-        """`count` blocks of a kind, as far apart as they can be. Where `leads`, how many of the largest kind of layers'
-        blocks are pinned, are enough, they lie in the layers of these: of those that stream no two become neighbours
-        then."""
+        """`count` blocks of a kind, as far apart as they can be. `leads` blocks of the largest kind in layers are
+        pinned. If they are enough, these are pinned in the same layers, so that no two blocks of the largest kind and
+        this one that stream become neighbours."""
         if kind.of_layers and count <= leads:
             layers = {block.layer for block, _ in _evenly(self._kinds[self._lead].blocks, leads)}
             beside = [item for item in kind.blocks if item[0].layer in layers]
@@ -87,8 +87,8 @@ class Pinnings:
         return _evenly(kind.blocks, count)
 
     def _windows(self, counts: tuple[int, ...]) -> tuple[int, int]:
-        """Bytes of the largest block that streams, and of the two largest neighbours: with room for them the disk reads
-        while one of them is computed."""
+        """Bytes of the largest block that streams, and of the two largest neighbours: a window that holds both lets the
+        disk read one while the other is computed."""
         each = zip(self._kinds, counts, strict=True)
         streamed = [(kind, count) for kind, count in each if count < len(kind.blocks)]
         if not streamed:
@@ -111,7 +111,7 @@ class _Kind:
 
 
 class _Candidate(NamedTuple):
-    """How many blocks of each kind are pinned, and what follows from it."""
+    """How many blocks of each kind are pinned, and the bytes that follow from it."""
 
     counts: tuple[int, ...]
     streamed_bytes: int
@@ -123,8 +123,8 @@ class _Candidate(NamedTuple):
 
 
 def _counts(kinds: Sequence[_Kind]) -> Iterator[tuple[int, ...]]:
-    """How many of each kind may be pinned: any number of the first and of the others one kind after the other; and when
-    all of the first are, beside some of one kind also as many of the next at most."""
+    """How many blocks of each kind may be pinned. Any number of the first kind, and of the others one kind after the
+    other; and if all of the first kind are pinned, some of one kind and at most as many of the next."""
     first, *others = (len(kind.blocks) for kind in kinds)
     for count in range(first + 1):
         for of_others in range(sum(others) + 1):

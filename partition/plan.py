@@ -1,7 +1,7 @@
-"""`Plan`: pure data that says, for every block, where it lives and computes, and how much a step may hold.
+"""`Plan`: pure data that says where every block lives and is computed, and how much a step may hold.
 
-Knows blocks, tiers, devices and sizes. Does not read, allocate or compute; `offload` and the executor carry a plan
-out. Here is the plan that has everything in RAM; one that streams from a disk is made in `streamed_plan`.
+Knows blocks, tiers, devices and sizes. Does not read, allocate or compute; `offload` and the executor carry a plan out.
+Plans that have everything in RAM are made here, those that stream from a disk in `streamed_plan`.
 """
 
 from __future__ import annotations
@@ -10,24 +10,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from .memory_layout import (
-    KERNEL_BYTES,
-    PAGE_TOKENS,
-    SPAN_TOKENS,
-    SPANS_BYTES,
-    THREAD_BYTES,
-    kv_page_bytes,
-)
+from .memory_layout import KERNEL_BYTES, PAGE_TOKENS, SPAN_TOKENS, SPANS_BYTES, THREAD_BYTES, kv_page_bytes
 from .spec import BlockId, ModelSpec
 
 Tier = Literal["gpu", "ram", "disk"]
 
-VOCABULARY_BYTES = 300  # of the tokenizer, for each token
+VOCABULARY_BYTES = 300  # that the tokenizer takes for each token of the vocabulary
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Where one block lives and computes."""
+    """Where one block lives and is computed."""
 
     block: BlockId
     nbytes: int
@@ -55,16 +48,16 @@ class Plan:
 
     blocks: tuple[BlockPlan, ...]  # in the order of a step
     kv: KvPlan
-    context_tokens: int  # longest sequence
+    context_tokens: int  # of the longest sequence
     chunk_tokens: int  # of prompts in one step, at most
-    sequences: int  # decoded together at most
-    guesses: int  # tokens guessed ahead in a step at most, all sequences together
+    sequences: int  # that decode together, at most
+    guesses: int  # tokens of all sequences that a step guesses ahead, at most
     threads: int
-    scratch_bytes: int  # what a step needs besides weights and KV
+    scratch_bytes: int  # that a step needs besides weights and KV
     part_tokens: int = 1 << 30  # rows of a step that pass a block together: bounds the scratch of long steps
     window_bytes: int = 0  # the ring that streamed blocks pass through; 0 = none is streamed
-    expert_slots: int = 0  # experts of any layer that are in memory together, if they are on disk
-    streamed_bytes: int = 0  # read from disk for one token alone, experts as if all were equally likely
+    expert_slots: int = 0  # how many experts, of any layers, are in memory together if experts are on disk
+    streamed_bytes: int = 0  # that one token alone reads from disk, if all experts are equally likely
     ranks: int = 1
 
     @property
@@ -78,19 +71,19 @@ class Plan:
 
     @property
     def pinned_bytes(self) -> int:
-        """Of the blocks that stay in memory."""
+        """Bytes of the blocks that stay in memory."""
         return sum(block.nbytes for block in self.blocks if block.tier == "ram")
 
     @property
     def cyclic_bytes(self) -> int:
-        """Of the blocks that pass through the window in every step."""
-        kept = ("embed", "expert")  # rows are gathered; experts have slots
-        return sum(it.nbytes for it in self.blocks if it.tier == "disk" and it.block.kind not in kept)
+        """Bytes of the blocks that pass through the window in every step."""
+        others = ("embed", "expert")  # rows of the embedding are gathered, and experts have slots
+        return sum(it.nbytes for it in self.blocks if it.tier == "disk" and it.block.kind not in others)
 
     @property
     def expert_bytes(self) -> int:
-        """Of the slots for experts: all are as large as the largest expert on disk."""
-        sizes = (item.nbytes for item in self.blocks if item.block.kind == "expert" and item.tier == "disk")
+        """Bytes of the slots for experts, which are all as large as the largest expert on disk."""
+        sizes = (it.nbytes for it in self.blocks if it.tier == "disk" and it.block.kind == "expert")
         return self.expert_slots * max(sizes, default=0)
 
     @property
@@ -99,11 +92,11 @@ class Plan:
         return held + self.kv.nbytes + self.scratch_bytes
 
     def step_s(self, read_bytes_per_s: float) -> float:
-        """What the disk takes for one token alone; 0 when nothing is streamed, or the disk's speed is not known (0)."""
+        """Seconds that the disk takes for one token alone; 0 if nothing is streamed or the speed is not known (0)."""
         return self.streamed_bytes / read_bytes_per_s if read_bytes_per_s > 0 else 0.0
 
     def describe(self, read_bytes_per_s: float = 0.0) -> str:
-        """One line for people; with the speed of the disk, if that is known, also what a token takes."""
+        """One line for people. If the speed of the disk is known, it says how long a token takes."""
         kv = f"KV {self.kv.tokens:,} tokens in {self.kv.dtype} ({self.kv.nbytes / 1e6:,.0f} MB)"
         if not self.streams:
             weights = f"{self.weights_bytes / 1e6:,.0f} MB of weights in ram"
@@ -121,37 +114,39 @@ class Plan:
 
 
 class Misfit(NamedTuple):
-    """There is no plan for the memory that there is: `least_bytes` would do, for `plan`."""
+    """No plan fits into the memory that there is. With `least_bytes` of memory it would be `plan`."""
 
     least_bytes: int
     plan: Plan
 
 
 class Wanted(NamedTuple):
-    """What is asked of a plan, whatever memory there is. `kv_tokens` None: as memory allows."""
+    """What a plan is asked for, whatever memory there is. `kv_tokens` None: as many as memory allows."""
 
     spec: ModelSpec
     context_tokens: int
     kv_tokens: int | None
     kv_type: str
-    chunk_tokens: int  # of prompts in one step; where weights are streamed, the least
+    chunk_tokens: int  # of prompts in one step; a plan that streams may have more
     sequences: int
     guesses: int
     threads: int
-    native: bool = True  # kernels, not the reference
+    native: bool = True  # native kernels, not the reference
 
 
 def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:
-    """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and
-    KV, in f32, and the tokenizer; `part_tokens` of its rows are in a block together, all of them if None. The
-    reference kernels copy K and V of a layer and make a mask."""
+    """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and KV,
+    with the tokenizer. `part_tokens` of the step's rows are in a block together; None: all of them. Numbers are f32.
+    The reference kernels copy K and V of a layer and make a mask."""
     spec, moe = wanted.spec, wanted.spec.moe
     ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
-    heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, q rotated, what is mixed, k and v
+    heads = (
+        3 * spec.heads + 2 * spec.kv_heads
+    ) * spec.head_dim  # q, q rotated, the result of attention, k and v
     decoded = wanted.sequences + wanted.guesses
     rows = wanted.chunk_tokens + decoded
     part = rows if part_tokens is None else min(rows, part_tokens)
-    # What enters a block and its sum; all experts' inputs and outputs.
+    # The input of a block and its sum; with experts also the inputs and outputs of all of them.
     whole = (5 if moe else 3) * rows * spec.hidden
     inside = part * (spec.hidden + 3 * ffn + heads)
     logits = decoded * spec.vocab
@@ -166,7 +161,7 @@ def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:
 
 
 def arena_slack(nbytes: int) -> int:
-    """What memory for weights may waste, as it is taken in huge pages."""
+    """Bytes that memory for weights may waste because it is taken in huge pages."""
     return nbytes // 64
 
 
@@ -174,31 +169,38 @@ def kv_plan(wanted: Wanted, pages: int) -> KvPlan:
     return KvPlan(pages, PAGE_TOKENS, wanted.kv_type, pages * kv_page_bytes(wanted.spec, wanted.kv_type))
 
 
-def least_kv_pages(wanted: Wanted) -> int:
-    """Pages for what was asked for, or for one full context."""
-    tokens = wanted.context_tokens if wanted.kv_tokens is None else wanted.kv_tokens
-    return -(-tokens // PAGE_TOKENS)
-
-
-def least_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int]) -> Plan:
-    """The plan "one rank, everything in RAM" that takes least. block_bytes: in the order of a step."""
+def plan_of(wanted: Wanted, blocks: Iterable[BlockPlan], kv_pages: int, scratch_bytes: int) -> Plan:
+    """A plan of one rank, as wanted."""
     return Plan(
-        blocks=tuple(BlockPlan(block, nbytes) for block, nbytes in block_bytes.items()),
-        kv=kv_plan(wanted, least_kv_pages(wanted)),
+        blocks=tuple(blocks),
+        kv=kv_plan(wanted, kv_pages),
         context_tokens=wanted.context_tokens,
         chunk_tokens=wanted.chunk_tokens,
         sequences=wanted.sequences,
         guesses=wanted.guesses,
         threads=wanted.threads,
-        scratch_bytes=arena_slack(sum(block_bytes.values())) + scratch_bytes(wanted),
+        scratch_bytes=scratch_bytes,
     )
+
+
+def least_kv_pages(wanted: Wanted) -> int:
+    """Pages for the tokens that were asked for, or for one full context."""
+    tokens = wanted.context_tokens if wanted.kv_tokens is None else wanted.kv_tokens
+    return -(-tokens // PAGE_TOKENS)
+
+
+def least_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int]) -> Plan:
+    """The plan "one rank, everything in RAM" that takes the least memory. block_bytes: in the order of a step."""
+    blocks = [BlockPlan(block, nbytes) for block, nbytes in block_bytes.items()]
+    scratch = arena_slack(sum(block_bytes.values())) + scratch_bytes(wanted)
+    return plan_of(wanted, blocks, least_kv_pages(wanted), scratch)
 
 
 def plan_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int], *, memory_bytes: int) -> Plan | Misfit:
     """The plan "one rank, everything in RAM" within `memory_bytes`.
 
-    `kv_tokens` None gives every sequence a full context as far as half of the memory left allows, so that another
-    model fits beside it.
+    With `kv_tokens` None every sequence gets a full context, but together they get at most half of the memory that is
+    left, so that another model fits beside this one.
     """
     least = least_in_ram(wanted, block_bytes)
     if least.peak_bytes > memory_bytes:
@@ -211,7 +213,7 @@ def plan_in_ram(wanted: Wanted, block_bytes: Mapping[BlockId, int], *, memory_by
 
 
 def first_fit(tried: Iterable[Plan | Misfit]) -> Plan | Misfit:
-    """The first plan, or else the misfit that takes least. Nothing is tried after a plan."""
+    """The first plan, or else the misfit that needs the least memory. Nothing is tried after a plan."""
     misfits = []
     for made in tried:
         if isinstance(made, Plan):

@@ -1,21 +1,21 @@
 """What each rank of a group holds of every block: its shard, as half-open ranges.
 
-Attention is cut by KV heads, each with the query heads of its group; where ranks outnumber KV heads, several have the
-same one and share its query heads. FFNs (a mixture's shared expert is one) are cut by columns, mixtures by whole
-experts, embedding and head by rows of the vocabulary. So a rank's weights are those of a smaller model of the same
-hidden size (`shard_spec`), and what it computes of a block is a partial: the partials of all ranks, added in the order
-of ranks, are the whole.
+Attention is cut by KV heads, each with the query heads of its group. If there are more ranks than KV heads, several
+ranks have the same KV head and share its query heads. FFNs (a mixture's shared expert is one) are cut by columns,
+mixtures by whole experts, embedding and head by rows of the vocabulary. So a rank's weights are those of a smaller
+model of the same hidden size (`shard_spec`), and what it computes of a block is a partial: the partials of all ranks,
+added in the order of ranks, are the whole.
 
-A cut between heads may fall within a block of quantised columns of o. Then both ranks have that block, and each feeds
-zeros to the columns that are the other's (`ModelSpec.o_margins`).
+A cut between heads may fall into a block of quantised columns of o. Then both ranks have that block, and each feeds
+zeros to the columns of the other (`ModelSpec.o_margins`).
 
-Every rank has all norms and routers whole. A bias of a matrix that is cut by rows (q, k, v, gate, up) is cut with them;
-one that is added to a sum over columns (o, down) belongs to rank 0 alone, or it would be added once by every rank.
+Every rank has all norms and routers whole. A bias of a matrix that is cut by rows (q, k, v, gate, up) is cut with the
+matrix. A bias that is added to a sum over columns (o, down) belongs to rank 0 alone; otherwise every rank would add it.
 
-Norms over all heads at once (`qk_norm` "full": OLMo-2, OLMoE) are of the sum of all ranks' squares (`NormShare`), and
-their weights are cut with the heads.
+Norms over all heads at once (`qk_norm` "full": OLMo-2, OLMoE) use the squares of all ranks (`NormShare`), and their
+weights are cut with the heads.
 
-Pure integers: knows no tensors, roles of weights or files. How they are cut by this is `models.checkpoint_shard`.
+Pure integers: knows no tensors, roles of weights or files. `models.checkpoint.shard` cuts tensors by these ranges.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Range(NamedTuple):
         return self.stop - self.start
 
     def times(self, factor: int) -> Range:
-        """The same range of things that are `factor` smaller."""
+        """The same range, counted in things of which `factor` make one."""
         return Range(self.start * factor, self.stop * factor)
 
 
@@ -52,20 +52,20 @@ NONE = Range(0, 0)
 
 @dataclass(frozen=True)
 class Ranges:
-    """What is held of every block of its kind; `NONE` of what the model does not have."""
+    """What a shard holds of every block; `NONE` where the model has nothing."""
 
     heads: Range  # query heads
     kv_heads: Range
-    o_columns: Range  # whole blocks: of these heads, and what else is in the first and the last
+    o_columns: Range  # those of these heads, and the rest of the first and the last block of columns
     ffn: Range  # columns of a dense FFN: rows of gate and up, columns of down
-    shared_ffn: Range  # the same of the shared expert
-    experts: Range  # whole
+    shared_ffn: Range  # columns of the shared expert
+    experts: Range  # whole ones
     vocab: Range  # rows of embed and head
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What rank `rank` of `ranks`, counted from 0, holds. `str()` counts from 1: 2/3."""
+    """What rank `rank` of `ranks` holds. Ranks are counted from 0, but `str()` counts from 1: 2/3."""
 
     rank: int
     ranks: int
@@ -73,11 +73,11 @@ class Shard:
 
     @property
     def has_sum_biases(self) -> bool:
-        """Whether biases that are added to sums over ranks are this rank's."""
+        """Whether this rank adds the biases of what is summed over ranks."""
         return self.rank == 0
 
     def same_bytes(self, other: Shard) -> bool:
-        """Whether both are of the same weights: so may shards of groups of different sizes."""
+        """Whether both hold the same weights, as shards of groups of different sizes may."""
         return (self.ranges, self.has_sum_biases) == (other.ranges, other.has_sum_biases)
 
     def __str__(self) -> str:
@@ -85,8 +85,8 @@ class Shard:
 
 
 class Grains(NamedTuple):
-    """Columns of o, down and the shared expert's down that cannot be parted, because they are one block of the type
-    that these are stored in: 32, 256, or 1 for floats."""
+    """How many columns of o, down and the shared expert's down cannot be parted, because they are a block of the stored
+    type: 32 or 256, or 1 for floats."""
 
     o: int = 1
     ffn: int = 1
@@ -99,32 +99,31 @@ ANYWHERE = Grains()
 def divide(
     spec: ModelSpec, ranks: int, grains: Grains = ANYWHERE, shares: Sequence[float] = ()
 ) -> tuple[Shard, ...]:
-    """The shards of `ranks` ranks. Sizes are as `shares` (one for each rank, by default equal) to the nearest that can
-    be cut, but nobody gets nothing.
+    """The shards of `ranks` ranks. Their sizes are as near to `shares` (one for each rank, by default equal) as the
+    model can be cut, but every rank gets something.
 
-    Raises ShardError, naming the numbers: there are too many ranks, or the model cannot be cut at all.
+    ShardError, with the numbers, if there are too many ranks or the shares are wrong.
     """
     _refuse(spec, ranks, grains, shares)
     exact = [Fraction(share) for share in shares] or [Fraction(1)] * ranks
     moe = spec.moe
-    nothing = [NONE] * ranks
-    attention = _attention(spec, exact)
-    outputs = [_whole_blocks(heads.times(spec.head_dim), grains.o) for heads, _ in attention]
-    ffn = _columns(spec.ffn, grains.ffn, exact) if spec.ffn else nothing
-    shared = _columns(moe.shared_ffn, grains.shared_ffn, exact) if moe and moe.shared_ffn else nothing
-    experts = _cut(moe.experts, exact) if moe else nothing
-    vocab = _columns(spec.vocab, 1, exact)
-    return tuple(
-        Shard(rank, ranks, Ranges(heads, kv_heads, *others))
-        for rank, ((heads, kv_heads), *others) in enumerate(
-            zip(attention, outputs, ffn, shared, experts, vocab, strict=True)
-        )
+    heads, kv_heads = zip(*_attention(spec, exact), strict=True)
+    parts = zip(
+        heads,
+        kv_heads,
+        [_whole_blocks(own.times(spec.head_dim), grains.o) for own in heads],
+        _columns(spec.ffn, grains.ffn, exact),
+        _columns(moe.shared_ffn if moe else 0, grains.shared_ffn, exact),
+        _cut(moe.experts if moe else 0, exact),
+        _columns(spec.vocab, 1, exact),
+        strict=True,
     )
+    return tuple(Shard(rank, ranks, Ranges(*own)) for rank, own in enumerate(parts))
 
 
 def shard_spec(spec: ModelSpec, shard: Shard) -> ModelSpec:
-    """The smaller model that a shard's weights are of. Its vocabulary and heads count from the shard's first; its
-    experts keep their numbers, and its router chooses among all."""
+    """The smaller model whose weights the shard has. It counts vocabulary and heads from the shard's first; its experts
+    keep their numbers, and its router chooses among all of them."""
     own, moe = shard.ranges, spec.moe
     if moe:
         held = None if own.experts.size == moe.experts else own.experts
@@ -132,7 +131,7 @@ def shard_spec(spec: ModelSpec, shard: Shard) -> ModelSpec:
     mixed = own.heads.times(spec.head_dim)
     share = None
     if spec.qk_norm == "full" and shard.ranks > 1:
-        first = own.heads.start % (spec.heads // spec.kv_heads) == 0  # of those that have the same KV heads
+        first = own.heads.start % (spec.heads // spec.kv_heads) == 0  # of the ranks that have these KV heads
         share = NormShare(spec.heads, spec.kv_heads, first)
     return replace(
         spec,
@@ -159,26 +158,20 @@ def _refuse(spec: ModelSpec, ranks: int, grains: Grains, shares: Sequence[float]
 
 
 def _limits(spec: ModelSpec, grains: Grains) -> Iterable[tuple[int, str]]:
-    """(the most ranks that each get some, why no more) of everything that is cut; the tightest first."""
+    """(how many ranks can each get some of it, why not more) for everything that is cut, the fewest ranks first."""
     moe = spec.moe
     found = [(spec.heads, f"there are {spec.heads} heads")]
-    for name, columns, grain in (
-        ("the FFN", spec.ffn, grains.ffn),
-        ("the shared expert", moe.shared_ffn if moe else 0, grains.shared_ffn),
-    ):
-        if columns:
-            step = lcm(BAND_ROWS, grain)
-            found.append(
-                (-(-columns // step), f"{name} has {columns} columns, which are cut in groups of {step}")
-            )
     if moe:
         found.append((moe.experts, f"there are {moe.experts} experts, which stay whole"))
-    found.append(
-        (
-            -(-spec.vocab // BAND_ROWS),
-            f"the vocabulary has {spec.vocab} rows, which are cut in groups of {BAND_ROWS}",
-        )
-    )
+    for name, count, what, grain in (
+        ("the FFN", spec.ffn, "columns", grains.ffn),
+        ("the shared expert", moe.shared_ffn if moe else 0, "columns", grains.shared_ffn),
+        ("the vocabulary", spec.vocab, "rows", 1),
+    ):
+        if count:
+            step = lcm(BAND_ROWS, grain)
+            why = f"{name} has {count} {what}, which are cut in groups of {step}"
+            found.append((-(-count // step), why))
     return sorted(found)
 
 
@@ -195,7 +188,7 @@ def _attention(spec: ModelSpec, shares: Sequence[Fraction]) -> list[tuple[Range,
 
 
 def _runs(shares: Sequence[Fraction], runs: int, most: int) -> list[Range]:
-    """So many runs of consecutive ranks, 1 to `most` each, the sums of their shares as equal as may be."""
+    """Cuts the ranks into `runs` runs of 1 to `most` consecutive ones, whose shares sum to nearly the same."""
     sums = list(accumulate(shares, initial=Fraction(0)))
     bounds = [0]
     for run in range(1, runs):
@@ -209,19 +202,22 @@ def _runs(shares: Sequence[Fraction], runs: int, most: int) -> list[Range]:
 
 
 def _whole_blocks(columns: Range, grain: int) -> Range:
-    """The blocks that have any of these columns."""
+    """The columns of all blocks that have any of these."""
     return Range(columns.start // grain * grain, -(-columns.stop // grain) * grain)
 
 
 def _columns(columns: int, grain: int, shares: Sequence[Fraction]) -> list[Range]:
-    """[0, columns), cut between bands and whole blocks; only the last group may be smaller."""
+    """[0, columns) cut between bands and between blocks: in groups of both, of which only the last may be smaller."""
     step = lcm(BAND_ROWS, grain)
     parts = (part.times(step) for part in _cut(-(-columns // step), shares))
     return [Range(start, min(stop, columns)) for start, stop in parts]
 
 
 def _cut(units: int, shares: Sequence[Fraction]) -> list[Range]:
-    """[0, units) in consecutive ranges of one unit at least, as large as `shares`, each end to the nearest unit."""
+    """[0, units) cut into consecutive ranges of at least one unit, as large as `shares` to the nearest unit; no ranges
+    but `NONE` if there are no units."""
+    if not units:
+        return [NONE] * len(shares)
     assert len(shares) <= units
     bounds = [0]
     sums = list(accumulate(shares))

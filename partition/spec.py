@@ -1,12 +1,13 @@
 """`ModelSpec`: the frozen facts of an architecture.
 
-Knows sizes, head counts, experts, rope and norms, and which blocks follow from them. Does not know where
-the facts came from (config.json or GGUF metadata: `models.families`), nor tensors, files or devices.
+Knows sizes, head counts, experts, rope and norms, and which blocks follow from them. Does not know where the facts come
+from (config.json or GGUF metadata: `models.families`), nor tensors, files or devices.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from .errors import SpecError
@@ -17,7 +18,7 @@ BlockKind = Literal["embed", "attn", "ffn", "router", "expert", "head"]
 class BlockId(NamedTuple):
     """The unit that is read, moved, split and computed together. `str()` gives its name.
 
-    `expert` counts the slices of a head that is streamed, too.
+    A head that is streamed is cut into slices, which `expert` numbers as well.
     """
 
     kind: BlockKind
@@ -31,7 +32,7 @@ class BlockId(NamedTuple):
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding. Every published scaling reduces to divisors of the base frequencies.
+    """Rotary embedding. Every published scaling amounts to divisors of the base frequencies.
 
     Pair i of a head turns by `position * theta**(-2i/dims) / divisors[i]`; cos and sin are multiplied by
     `magnitude` (YaRN, arXiv 2309.00071; LongRoPE, arXiv 2402.13753).
@@ -59,7 +60,7 @@ class RopeSpec:
                 raise SpecError(f"rope.{name}: every value must be positive")
 
     def for_context(self, context_tokens: int) -> tuple[tuple[float, ...], float]:
-        """(divisors, magnitude) for a session whose context is `context_tokens` long."""
+        """(divisors, magnitude) for a context of `context_tokens`."""
         if self.long_divisors and context_tokens > self.long_from_tokens:
             return self.long_divisors, self.long_magnitude
         return self.divisors, self.magnitude
@@ -78,10 +79,8 @@ class MoeSpec:
     held: tuple[int, int] | None = None  # the half-open range of experts that a shard has; None = all
 
     def __post_init__(self) -> None:
-        for name, low, high in (("experts", 1, 4096), ("active", 1, self.experts), ("ffn", 1, 1 << 20)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise SpecError(f"moe.{name}={value}: must be from {low} to {high}")
+        limits = {"experts": (1, 4096), "active": (1, self.experts), "ffn": (1, 1 << 20)}
+        _check_limits(self, "moe.", limits)
         if self.shared_ffn < 0:
             raise SpecError(f"moe.shared_ffn={self.shared_ffn}: must not be negative")
         if self.held and not 0 <= self.held[0] < self.held[1] <= self.experts:
@@ -89,7 +88,7 @@ class MoeSpec:
 
     @property
     def own(self) -> range:
-        """The experts whose weights are there."""
+        """The experts whose weights are here."""
         return range(*(self.held or (0, self.experts)))
 
 
@@ -104,8 +103,8 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class NormShare:
-    """How a shard takes part in norms over all heads (`qk_norm` "full"). `heads`, `kv_heads`: of the whole model.
-    `adds_kv`: whether the squares of its KV heads are this shard's to add, since several shards may have the same."""
+    """How a shard takes part in norms over all heads (`qk_norm` "full"). `heads` and `kv_heads` are those of the whole
+    model. Several shards may have the same KV heads; `adds_kv` says whether this one adds the squares of its own."""
 
     heads: int
     kv_heads: int
@@ -114,7 +113,7 @@ class NormShare:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One architecture, whole. Sizes are counts, not bytes."""
+    """A whole architecture. Sizes are counts, not bytes."""
 
     family: str
     layers: tuple[LayerSpec, ...]
@@ -128,15 +127,15 @@ class ModelSpec:
     ropes: tuple[RopeSpec, ...]
     norm_eps: float = 1e-5
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    qk_norm: Literal["none", "head", "full"] = "none"  # over one head's, or over all heads' dimensions
+    qk_norm: Literal["none", "head", "full"] = "none"  # over each head, or over all heads at once
     pre_norm: bool = True  # normalise what enters attn and ffn
     post_norm: bool = False  # normalise what leaves them, before it is added to the residual
     embed_scale: float = 1.0
     query_scale: float = 0.0  # 0 means head_dim ** -0.5
     qkv_clip: float | None = None  # clamp q, k and v to [-clip, clip]
     tied: bool = False  # head and embed are the same tensor
-    o_margins: tuple[int, int] = (0, 0)  # columns that a shard's o has before and behind those of its heads
-    norm_share: NormShare | None = None  # None = all heads that are normalised together are here
+    o_margins: tuple[int, int] = (0, 0)  # columns that a shard's o has before and after those of its heads
+    norm_share: NormShare | None = None  # None = this is no shard of heads that are normalised together
     moe: MoeSpec | None = None
 
     def __post_init__(self) -> None:
@@ -149,12 +148,7 @@ class ModelSpec:
             "head_dim": (1, 4096),
             "ffn": (0, 1 << 20),
         }
-        for field in fields(self):
-            if field.name in limits:
-                low, high = limits[field.name]
-                value = getattr(self, field.name)
-                if not low <= value <= high:
-                    raise SpecError(f"{field.name}={value}: must be from {low} to {high}")
+        _check_limits(self, "", limits)
         if not 1 <= len(self.layers) <= 4096:
             raise SpecError(f"layers={len(self.layers)}: must be from 1 to 4096")
         if self.heads % self.kv_heads:
@@ -181,7 +175,7 @@ class ModelSpec:
         return self.query_scale or self.head_dim**-0.5
 
     def ffn_blocks(self, layer: int) -> tuple[BlockId, ...]:
-        """The blocks of a layer's feed-forward part: one, or the router followed by the experts that are there."""
+        """The blocks of a layer's feed-forward part: one, or the router followed by the experts that are here."""
         if not self.layers[layer].moe:
             return (BlockId("ffn", layer),)
         assert self.moe is not None
@@ -192,3 +186,10 @@ class ModelSpec:
         """Every block, in the order of a step."""
         body = (block for i in range(len(self.layers)) for block in (BlockId("attn", i), *self.ffn_blocks(i)))
         return (BlockId("embed"), *body, BlockId("head"))
+
+
+def _check_limits(spec: object, prefix: str, limits: Mapping[str, tuple[int, int]]) -> None:
+    for name, (low, high) in limits.items():
+        value = getattr(spec, name)
+        if not low <= value <= high:
+            raise SpecError(f"{prefix}{name}={value}: must be from {low} to {high}")

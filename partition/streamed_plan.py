@@ -1,32 +1,27 @@
 """Plans for models that do not fit into memory: what KV gets, how long a step may be, and what is left for weights.
 
-More memory never streams more bytes: what grows with memory besides the weights grows by less than memory does.
-Pure: knows sizes. Which weights stay is decided in `pinning`; how a window works is `offload.window`, what a pack is
-`offload.pack`.
+A plan for more memory never streams more bytes, because what it holds besides weights grows by less than memory does.
+Pure: knows sizes. `pinning` decides which weights stay; `offload.window` knows how a window works, `offload.pack` what
+a pack is.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from .guesses import KV_SHARE, SCRATCH_SHARE, WINDOW_SHARE
 from .memory_layout import PAGE_TOKENS, kv_page_bytes
 from .pinning import Pinnings, between
-from .plan import (
-    BlockPlan,
-    Misfit,
-    Plan,
-    Wanted,
-    kv_plan,
-    least_kv_pages,
-    scratch_bytes,
-)
+from .plan import BlockPlan, Misfit, Plan, Wanted, least_kv_pages, plan_of, scratch_bytes
 from .spec import BlockId
 
-PART_TOKENS = (32, 64, 256)  # rows in a block together: least; enough to lengthen steps instead; most
-READING_BYTES = 12 << 20  # what reading itself holds: rows of the embedding, ends of huge pages
-_SEARCH_BYTES = 1 << 20  # how exactly the least memory is told
+PART_TOKENS = (32, 64, 256)  # rows in a block together: at least; before steps get longer instead; at most
+READING_BYTES = 12 << 20  # that reading itself holds: rows of the embedding, ends of huge pages
+_SEARCH_BYTES = 1 << 20  # the least memory is found in steps of this many bytes
 
 
 def plan_streamed(
@@ -34,30 +29,26 @@ def plan_streamed(
 ) -> Plan | Misfit:
     """A plan that streams what does not fit into `memory_bytes`.
 
-    extents: bytes of every block in a pack, in the order of a step, the head in slices; those of an embedding that is
-    tied to the head are 0. vectors_bytes: norms and biases, which stay.
+    extents: bytes of every block in a pack, in the order of a step, the head in slices; 0 for an embedding that is tied
+    to the head. vectors_bytes: those of norms and biases, which stay in memory.
     """
-    pinnings = Pinnings(wanted.spec, extents)
-
-    def plan(memory: int) -> Plan | None:
-        return _plan(wanted, pinnings, extents, vectors_bytes, memory)
-
+    plan = partial(_plan, wanted, Pinnings(wanted.spec, extents), extents, vectors_bytes)
     return plan(memory_bytes) or _least(plan, memory_bytes)
 
 
 def kv_has_room(wanted: Wanted, memory_bytes: int) -> bool:
-    """Whether a full context fits into what KV gets of `memory_bytes`, without taking from the weights."""
+    """Whether a full context fits into the share of `memory_bytes` that KV gets, without taking from weights."""
     context_pages = -(-wanted.context_tokens // PAGE_TOKENS)
     return context_pages * kv_page_bytes(wanted.spec, wanted.kv_type) <= memory_bytes // KV_SHARE
 
 
 def _least(plan: Callable[[int], Plan | None], memory_bytes: int) -> Misfit:
-    """The least memory that `plan` makes a plan for, more than `memory_bytes`, for which it makes none."""
+    """The least memory for which `plan` makes a plan. It makes none for `memory_bytes`."""
     enough = max(memory_bytes, _SEARCH_BYTES)
     while plan(enough) is None:
         enough *= 2
-    short = _most(0, enough // _SEARCH_BYTES, lambda steps: plan(steps * _SEARCH_BYTES) is None)
-    least_bytes = (short + 1) * _SEARCH_BYTES
+    steps = range(_SEARCH_BYTES, enough + _SEARCH_BYTES, _SEARCH_BYTES)
+    least_bytes = steps[bisect_left(steps, True, key=lambda memory: plan(memory) is not None)]
     made = plan(least_bytes)
     assert made is not None
     return Misfit(least_bytes, made)
@@ -66,25 +57,20 @@ def _least(plan: Callable[[int], Plan | None], memory_bytes: int) -> Misfit:
 def _plan(
     wanted: Wanted, pinnings: Pinnings, extents: Mapping[BlockId, int], vectors_bytes: int, memory_bytes: int
 ) -> Plan | None:
-    """None when the least that it needs does not fit."""
+    """None if not even the least fits."""
     fixed = _fixed(wanted, memory_bytes)
     always = vectors_bytes + READING_BYTES
     room = memory_bytes - always - fixed.kv_bytes - fixed.room_bytes
     pinning = pinnings.best(room, memory_bytes // WINDOW_SHARE)
     if pinning is None:
         return None
-    return Plan(
-        blocks=tuple(
-            BlockPlan(block, nbytes, "ram" if block in pinning.pinned else "disk")
-            for block, nbytes in extents.items()
-        ),
-        kv=kv_plan(wanted, fixed.kv_pages),
-        context_tokens=wanted.context_tokens,
-        chunk_tokens=fixed.chunk_tokens,
-        sequences=wanted.sequences,
-        guesses=wanted.guesses,
-        threads=wanted.threads,
-        scratch_bytes=always + fixed.scratch_bytes,
+    blocks = [
+        BlockPlan(block, nbytes, "ram" if block in pinning.pinned else "disk")
+        for block, nbytes in extents.items()
+    ]
+    wanted = wanted._replace(chunk_tokens=fixed.chunk_tokens)
+    return replace(
+        plan_of(wanted, blocks, fixed.kv_pages, always + fixed.scratch_bytes),
         part_tokens=fixed.part_tokens,
         window_bytes=pinning.window_bytes,
         expert_slots=pinning.expert_slots,
@@ -93,8 +79,8 @@ def _plan(
 
 
 class _Fixed(NamedTuple):
-    """What a plan holds besides weights. `kv_bytes` and `room_bytes` are set aside for KV and scratch: they grow
-    with memory without a jump, where pages and tokens come whole."""
+    """What a plan holds besides weights. `kv_bytes` and `room_bytes` are set aside for KV and scratch: they grow evenly
+    with memory, while whole pages and tokens grow in jumps."""
 
     kv_pages: int
     kv_bytes: int
@@ -105,7 +91,7 @@ class _Fixed(NamedTuple):
 
 
 def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
-    """Whole prompts in one step, as far as their share of memory allows; then more of them in a block at once."""
+    """As much of a prompt in one step as its share of memory allows; then as many of its rows in a block together."""
     page_bytes = kv_page_bytes(wanted.spec, wanted.kv_type)
     kv_bytes = least_kv_pages(wanted) * page_bytes
     if wanted.kv_tokens is None:
@@ -126,8 +112,6 @@ def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
 
 
 def _most(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number of [low, high] that fits, if those that do come first; `low` does."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    """The largest number of [low, high] that fits. `low` does, and no number fits that is larger than one that does
+    not."""
+    return low + bisect_left(range(low + 1, high + 1), True, key=lambda number: not fits(number))

@@ -1,7 +1,8 @@
-// Attention of a whole step in one layer: its keys and values go into their pages, then every row looks at its sequence.
+// Attention of a whole step in one layer: stores its keys and values in their pages, then every row attends to its
+// sequence.
 //
-// Knows pages and how the work is cut into jobs: first (page, K/V head) to store, then (tile of rows, K/V head), the
-// large ones apart by span. The arithmetic is in `attention_span.h` and the same however it is cut.
+// Knows pages and how the work is cut into jobs: first to store, by (page, K/V head), then to attend, by (tile of rows,
+// K/V head), large tiles also by span. The arithmetic is in `attention_span.h`; the cut does not change it.
 #pragma once
 #include "attention_span.h"
 #include "elementwise.h"
@@ -9,22 +10,22 @@
 
 namespace {
 
-constexpr int64_t LOOK_ROWS = 96;   // widening a page costs as much as two rows' use of it
-constexpr int64_t THREAD_PARTS = 4;  // a tile of more than such a part of a thread's share is cut into its spans
-constexpr int64_t MOST_PART_FLOATS = 4 << 20;  // as far as memory for this goes
+constexpr int64_t LOOK_ROWS = 96;   // widening a page costs as much as its use by two rows
+constexpr int64_t THREAD_PARTS = 4;  // a tile of more than 1/4 of a thread's share is cut into its spans
+constexpr int64_t MOST_PART_FLOATS = 4 << 20;  // that cut tiles may take
 
-constexpr float LOG2_E = 1.44269504f;  // scores are powers of two
+constexpr float LOG2_E = 1.44269504f;  // so that weights are powers of two
 
-// Tokens of a segment that are stored in one page.
+// Some rows of a segment, all stored in one page.
 struct Piece {
     int32_t segment, from, to;  // rows of the segment
 };
 
-// Rows of a segment that look together, for one K/V head.
+// Rows of a segment that attend together, for one K/V head.
 struct Look {
     int32_t segment, kv_head, from, to;  // rows of the segment
     int64_t first_span, spans, work;
-    float* parts;  // a Result for each span, where spans are jobs of their own; else null
+    float* parts;  // a Result for each span if spans are jobs of their own, else null
 };
 
 struct LookJob {
@@ -58,14 +59,14 @@ struct Attending {
     }
 };
 
-// A head of a token, ready to be looked at or to look: normalised if there is a weight, rotated.
+// Makes a head of a token ready, as a key or as a query: normalised if there is a weight, and rotated.
 INLINE void ready(const Attending& w, const float* x, const float* norm, int64_t token, float* y) {
     if (norm) normalise(x, norm, w.a.norm_eps, w.layout.dim, y);
     else memcpy(y, x, (size_t)w.layout.dim * sizeof(float));
     rotate(w.a.rotation, token, y);
 }
 
-// Row by row (tokens, row_bytes) to dimension by dimension (dim, PAGE).
+// From row by row (tokens, row_bytes) to dimension by dimension (dim, PAGE).
 template <int BYTES>
 void put_columns(const uint8_t* rows, int64_t tokens, int64_t row_bytes, int64_t dim, uint8_t* columns) {
     for (int64_t d = 0; d < dim; d++) {
@@ -75,7 +76,7 @@ void put_columns(const uint8_t* rows, int64_t tokens, int64_t row_bytes, int64_t
     }
 }
 
-// Stores what one page gets for one K/V head, and makes the queries of its group ready.
+// Stores the rows of one page for one K/V head, and makes the queries of its group ready.
 template <class Cell>
 void store_job(const void* context, int64_t index, int worker) {
     const Attending& w = *static_cast<const Attending*>(context);
@@ -110,7 +111,7 @@ void store_job(const void* context, int64_t index, int worker) {
     put_columns<Cell::bytes>(cells, tokens, wide * Cell::bytes, dim, head + column * Cell::bytes);
 }
 
-// Divides what rows saw by their totals and puts it where it belongs.
+// Divides the sums of rows by their totals and writes them to the result.
 void finish(const Attending& w, const Look& l, const Result& result) {
     const int64_t dim = w.layout.dim;
     const Seen* seen = result.seen;
@@ -151,7 +152,7 @@ void look_job(const void* context, int64_t index, int worker) {
     finish(w, l, bench.all);
 }
 
-// Folds the spans that were jobs of their own.
+// Folds spans that were jobs of their own.
 void fold_job(const void* context, int64_t index, int) {
     const Attending& w = *static_cast<const Attending*>(context);
     const Look& l = w.looks[index];
@@ -174,7 +175,7 @@ void each_piece(const Attending& w, Visit visit) {
     }
 }
 
-// Later rows, which see more, first.
+// Later rows come first, because they see more.
 template <class Visit>
 void each_look(const Attending& w, Visit visit) {
     const int32_t tile = (int32_t)(w.group < LOOK_ROWS ? LOOK_ROWS / w.group : 1);
@@ -191,7 +192,7 @@ void each_look(const Attending& w, Visit visit) {
     }
 }
 
-// Consecutive arrays in one piece of memory; without memory, only how much they take.
+// Lays arrays one after the other in one piece of memory. Without memory it only counts how much they take.
 struct Carve {
     char* memory;
     size_t used;
@@ -216,7 +217,7 @@ shoal::Status attend(const shoal::Attention& a, float* out) {
         w.most_rows = most(w.most_rows, w.rows(l));
     });
     const int64_t large = work / (THREAD_PARTS * turn.threads());
-    // What cutting a tile adds to `floats`, 0 if it stays whole.
+    // How many `floats` the parts of a tile take; 0 if it stays whole.
     const auto parts = [&](const Look& l, int64_t floats) {
         if (turn.threads() == 1 || l.spans == 1 || l.work <= large) return (int64_t)0;
         const int64_t more = l.spans * Result::floats(w.rows(l), w.layout.wide);

@@ -1,9 +1,9 @@
 // Attention of a tile of queries over one span of a sequence's keys and values.
 //
-// The contract of the whole: what a query sees does not depend, in any bit, on what is computed beside it. So positions
-// are cut into spans that begin at multiples of SPAN. Within a span every sum runs over dimensions, positions or fixed
-// lanes in ascending order; spans are folded in ascending order (online softmax, arXiv 1805.02867). Which rows share a
-// register tile, and whether a page was widened to floats before, changes nothing.
+// The contract of the whole: no bit of a query's result depends on what is computed beside it. So positions are cut
+// into spans that begin at multiples of SPAN. Within a span every sum runs over dimensions, positions or fixed lanes in
+// ascending order, and spans are folded in ascending order (online softmax, arXiv 1805.02867). It makes no difference
+// which rows share a register tile, nor whether a page was widened to floats before.
 #pragma once
 #include "cells.h"
 #include "product.h"
@@ -11,17 +11,17 @@
 namespace {
 
 constexpr int64_t PAGE = 64;   // positions
-constexpr int64_t SPAN = 256;  // positions; at a long context the unit of work for one new token
-constexpr int64_t SCORES = SPAN + 16;  // no power of two between rows, so that they do not compete for lines of a cache
+constexpr int64_t SPAN = 256;  // positions; in a long context one new token is computed span by span
+constexpr int64_t SCORES = SPAN + 16;  // rows are no power of two apart: they would compete for cache lines
 constexpr int QUERIES = 6;        // queries that share each load of a key or value
 #if defined(__AVX512F__) || defined(__ARM_NEON)
 constexpr int QUERY_VECS = 4;  // 6 * 4 sums, 4 keys, 1 query of 32 registers
 #else
 constexpr int QUERY_VECS = 2;  // 6 * 2 sums, 2 keys, 1 query of 16 registers
 #endif
-constexpr int64_t DIRECT_ROWS = 2 * QUERIES;  // for more, a page is widened to floats once
+constexpr int64_t DIRECT_ROWS = 2 * QUERIES;  // for more rows a page is widened to floats once
 
-// Where things are in a page, in bytes from the beginning of a K/V head's part.
+// Where things are in a page, in bytes from where the K/V head begins.
 struct Layout {
     int64_t dim, wide, values, scales, head_bytes;
 
@@ -49,7 +49,7 @@ struct Queries {
     int64_t page_bytes;
 
     const uint8_t* page(int64_t index) const { return head + pages[index] * page_bytes; }
-    // What each row sees of a span.
+    // The columns of a span that a row sees.
     void look(int64_t span, Columns* columns) const {
         int64_t end = position + 1 - span * SPAN;
         for (int64_t r = 0; r < rows; end++) {
@@ -62,12 +62,12 @@ private:
     static int32_t column(int64_t at) { return (int32_t)(at < 0 ? 0 : at > SPAN ? SPAN : at); }
 };
 
-// What a row has seen of some spans: its greatest score, and the sum of its weights; 0 if nothing.
+// Of the spans that a row has seen so far: its greatest score, and the sum of its weights, 0 if it has seen nothing.
 struct Seen {
     float peak, total;
 };
 
-// What rows have seen of some spans: `out` (rows, wide) is not yet divided by the totals.
+// Results of rows over some spans: `out` (rows, wide) is not yet divided by the totals.
 struct Result {
     Seen* seen;
     float* out;
@@ -76,7 +76,7 @@ struct Result {
         : seen(reinterpret_cast<Seen*>(memory + rows * wide)), out(memory) {}
 };
 
-// A thread's working memory, for at most so many rows.
+// A thread's working memory, for `rows` rows at most.
 struct Bench {
     float *scores, *page, *scales;
     Result part, all;
@@ -93,11 +93,11 @@ struct Bench {
           columns(reinterpret_cast<Columns*>(all.out + Result::floats(rows, wide))) {}
 };
 
-// What to fetch while a block (a page's keys or values of one head) is computed with: what comes half a block later, or
-// all of the next block where this one was widened before. The machine itself stops guessing at every 4 KiB.
+// What to fetch while a block (the keys or values of one head in a page) is in use: the bytes half a block ahead, or
+// all of the next block if this one was widened before. The machine's own prefetchers stop at every 4 KiB.
 struct Ahead {
     int64_t half = 0, row_bytes = 0;
-    const uint8_t *first = nullptr, *second = nullptr;  // where the first rows, up to `half`, and the others lead
+    const uint8_t *first = nullptr, *second = nullptr;  // what rows up to `half` fetch, and what the others do
 
     static Ahead half_a_block(const uint8_t* block, const uint8_t* next, int64_t rows, int64_t row_bytes) {
         const int64_t half = rows / 2;
@@ -112,7 +112,7 @@ struct Ahead {
     }
 };
 
-// scores (R, SCORES) of R queries with V vectors of a page's keys.
+// scores (R, SCORES) of R queries and V vectors of keys of a page.
 template <class Cell, int R, int V>
 INLINE void score_columns(const float* q, int64_t dim, const uint8_t* keys, const Ahead& ahead, float* scores) {
     vf sum[R][V] = {};
@@ -178,7 +178,7 @@ void mix(const float* weights, int64_t from, int64_t to, const uint8_t* values, 
     }
 }
 
-// By number of rows, less one.
+// Indexed by the number of rows minus one.
 template <class Cell>
 struct Kernels {
     static constexpr decltype(&score<Cell, 1>) scores[QUERIES] = {score<Cell, 1>, score<Cell, 2>, score<Cell, 3>,
@@ -191,7 +191,7 @@ INLINE int64_t whole_vectors_down(int64_t n) { return n / LANES * LANES; }
 INLINE int64_t whole_vectors_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 INLINE int64_t between(int64_t low, int64_t n, int64_t high) { return n < low ? low : n > high ? high : n; }
 
-// Columns of the page that begins at column `start` of the span, of those in [first, last) of the span.
+// The columns [first, last) of the span as far as they lie in the page that begins at column `start` of the span.
 struct Part {
     int64_t from, to;
     Part(int64_t first, int64_t last, int64_t start)
@@ -199,7 +199,7 @@ struct Part {
     bool none() const { return from >= to; }
 };
 
-// Scores of one page for all rows.
+// The scores of all rows in one page.
 template <class Cell>
 void score_page(const Queries& q, const Columns* seen, int64_t start, int64_t dim, const uint8_t* keys,
                 const Ahead& ahead, float* scores) {
@@ -213,7 +213,8 @@ void score_page(const Queries& q, const Columns* seen, int64_t start, int64_t di
     }
 }
 
-// Values of one page, weighted, for all rows: those that every row of a register tile sees at once, others row by row.
+// Adds the weighted values of one page for all rows: together for positions that every row of a register tile sees, row
+// by row for the others.
 template <class Cell>
 void mix_page(int64_t all_rows, const Columns* seen, int64_t start, int64_t wide, const uint8_t* values,
               const Ahead& ahead, const float* weights, float* out) {
@@ -247,8 +248,8 @@ void widen(const uint8_t* cells, int64_t count, float* out) {
     for (int64_t i = 0; i < count; i += LANES) store(out + i, Cell::load(cells + i * Cell::bytes));
 }
 
-// 2^x for x <= 0, within 2 units in the last place, at least 2^-126; NaN stays NaN. The polynomial is the best of its
-// degree for [-1/2, 1/2]. Adding `shift` rounds x and leaves its exponent, biased, in the lowest bits.
+// 2^x for x <= 0, within 2 units in the last place, but at least 2^-126; NaN stays NaN. The polynomial is the best of
+// its degree on [-1/2, 1/2]. Adding `shift` rounds x and leaves its exponent, biased, in the lowest bits.
 INLINE vf power_of_two(vf x) {
     const vf shift = splat(0x1.8p23f + 127);
     x = max(splat(-126.0f), x);  // in this order a NaN stays one
@@ -262,7 +263,7 @@ INLINE vf power_of_two(vf x) {
     return p * bits_to_float((vi)shifted << 23);
 }
 
-// Scores in columns [first, last) become weights 2^(score - peak), for scaled cells times the scales of the values.
+// Turns scores in columns [first, last) into weights 2^(score - peak), for scaled cells times the scales of the values.
 template <bool SCALED>
 INLINE Seen soften(float* scores, int64_t first, int64_t last, const float* key_scales, const float* value_scales) {
     const float nothing = -__builtin_inff();
@@ -291,7 +292,7 @@ INLINE Seen soften(float* scores, int64_t first, int64_t last, const float* key_
 
 INLINE float power_of_two(float x) { return power_of_two(splat(x))[0]; }
 
-// Folds what rows saw of a later span into what they saw before.
+// Folds the results of a later span into those so far.
 void fold(const Result& before, const Result& later, int64_t rows, int64_t wide) {
     for (int64_t r = 0; r < rows; r++) {
         Seen& seen = before.seen[r];
@@ -313,7 +314,7 @@ void fold(const Result& before, const Result& later, int64_t rows, int64_t wide)
     }
 }
 
-// What all rows see of one span.
+// The results of all rows over one span.
 template <class Cell>
 void attend_span(const Queries& q, const Layout& l, int64_t span, const Bench& bench, const Result& result) {
     Columns* columns = bench.columns;

@@ -1,18 +1,18 @@
 // Bands: sixteen rows of quantised weights, interleaved; the integer half of the vector layer.
 //
-// A block of a band holds the same block of sixteen rows, cut into pieces of four bytes (of two: its half-precision
-// fields) with the same piece of all rows side by side: what lies `offset` bytes into a row's block begins 16 * offset
-// bytes into the band's. So a lane of a vector is a row, four columns deep, and nothing moves between lanes. Knows how
-// such vectors are loaded; knows nothing of weight types.
+// A block of a band holds the same block of sixteen rows, cut into pieces of four bytes (half-precision fields are
+// pieces of two), and the same pieces of all rows lie side by side: what lies `offset` bytes into a row's block begins
+// 16 * offset bytes into the band's. So a lane of a vector is a row, four columns deep, and nothing moves between
+// lanes. Knows how such vectors are loaded; knows nothing of weight types.
 #pragma once
 #include "simd.h"
 
 namespace {
 
 constexpr int BAND = 16;             // rows
-constexpr int PARTS = BAND / LANES;  // vectors to a line of a band
+constexpr int PARTS = BAND / LANES;  // vectors in a line of a band
 
-// Loops over the lines of a block: unrolled, sums stay in registers; narrow machines have too few of them.
+// Loops over the lines of a block are unrolled, so that sums stay in registers; narrow machines have too few of those.
 #if defined(__AVX2__)
 #define UNROLL_BLOCK _Pragma("GCC unroll 32")
 #else
@@ -23,8 +23,8 @@ typedef uint8_t vb __attribute__((vector_size(LANES * 4)));
 typedef int16_t vw __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vuw __attribute__((vector_size(LANES * 4)));
 
-// One of the PARTS of a band's block: LANES rows of it. What is read is also fetched `ahead` bytes from there, into the
-// second-level cache, unless that is 0.
+// One of the PARTS of a band's block: LANES rows of it. Every read also fetches what lies `ahead` bytes further into
+// the second-level cache, unless `ahead` is 0.
 struct Lines {
     const uint8_t *fours, *twos;
     int ahead;
@@ -39,7 +39,7 @@ struct Lines {
     }
 };
 
-// Each byte moved right by some bits (left if negative) and masked; the mask drops what neighbours leak.
+// Shifts each byte right (left if negative) and masks it; the mask drops bits that come from neighbours.
 INLINE vb bits(vb v, int right, uint8_t mask) {
     return (vb)(right < 0 ? (vuw)v << -right : (vuw)v >> right) & mask;
 }
@@ -59,7 +59,7 @@ INLINE vb repeat16(const void* p) {
 #endif
 }
 
-// Bytes of v by index, within each 16.
+// Looks up bytes of v by index, within each 16.
 #if defined(__AVX512F__)
 INLINE vb shuffle(vb v, vb index) { return (vb)_mm512_shuffle_epi8((__m512i)v, (__m512i)index); }
 #elif defined(__AVX2__)

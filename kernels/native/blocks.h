@@ -1,7 +1,7 @@
 // The weight types: what the bytes of a block mean.
 //
-// A float type is a block of one vector that `decode` widens; its rows lie one after the other. A quantised type comes
-// in bands, of which LANES rows are unpacked at once. Nothing is multiplied here.
+// A block of a float type is one vector, which `decode` widens; the rows lie one after the other. A quantised type
+// comes in bands, of which LANES rows are unpacked at once. Nothing is multiplied here.
 //
 // Layouts: ggml's block definitions.
 #pragma once
@@ -25,16 +25,16 @@ struct BF16 {
     static INLINE vf decode(const uint8_t* b) { return bits_to_float(load_u16(b) << 16); }
 };
 
-// A band's blocks: `unpack` hands `sink(i, q)` the bytes of columns [4 i, 4 i + 4), `scales` hands `sink(run, scale,
-// low)` what a run of columns, one of RUNS equal ones, has in common. A weight is (q - OFFSET) * scale, or q * scale +
-// low for types with HAS_LOW.
+// Blocks of a band: `unpack` calls `sink(i, q)` with the bytes of columns [4 i, 4 i + 4). `scales` calls `sink(run,
+// scale, low)` for each of the RUNS runs of as many columns. A weight is (q - OFFSET) * scale, or q * scale + low for
+// types with HAS_LOW.
 template <int WEIGHTS, int RUNS_, int BYTES, int OFFSET_>
 struct Blocks {
     static constexpr int weights = WEIGHTS, RUNS = RUNS_, bytes = BYTES, OFFSET = OFFSET_;
     static constexpr bool HAS_LOW = OFFSET == 0;
 };
 
-// Blocks of 32 begin with a half-precision scale, and for types with HAS_LOW a half-precision low.
+// Blocks of 32 begin with a half-precision scale; in types with HAS_LOW a half-precision low follows.
 template <int BYTES, int OFFSET>
 struct SmallBlocks : Blocks<32, 1, BYTES, OFFSET> {
     template <class Sink>
@@ -170,8 +170,8 @@ UNROLL_BLOCK
     }
 };
 
-// 6-bit scales and lows of 32 columns each, eight pairs in 12 bytes: four scales, four lows, the low and high
-// nibbles of four more each, whose top bits are those of the first eight bytes.
+// 6-bit scales and lows of 32 columns each, eight pairs in 12 bytes: four scales, four lows, and four bytes whose low
+// and high nibbles are four more of each. The top bits of these are in the first eight bytes.
 template <int BYTES>
 struct PairedBlocks : Blocks<256, 8, BYTES, 0> {
     template <class Sink>

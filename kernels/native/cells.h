@@ -1,6 +1,6 @@
-// What cached keys and values are stored as: single numbers, or bytes that share a scale.
+// How cached keys and values are stored: as single numbers, or as bytes that share a scale.
 //
-// Knows rows of one head of one token. Where rows lie is in `attention.h`.
+// Knows a row: one head of one token. `attention.h` knows where rows lie.
 #pragma once
 #include <string.h>
 
@@ -40,9 +40,10 @@ struct CellI8 {
     static INLINE void store(uint8_t* p, vf v) { store_i8(p, to_int(v)); }
 };
 
-constexpr float SMALLEST_CELL = 1e-30f;  // numbers none of which reaches this are stored as zeros
+constexpr float SMALLEST_CELL = 1e-30f;  // a row is stored as zeros if none of its numbers reaches this
 
-// x as `count` cells, whole vectors. Their scale: NaN if any x is NaN or infinite, so that this is not hidden.
+// Stores x as `count` cells, whole vectors, and returns their scale: NaN if any x is NaN or infinite, so that this
+// shows.
 template <class Cell>
 INLINE float encode(const float* x, int64_t count, uint8_t* cells) {
     float scale = 1.0f, inverse = 1.0f;

@@ -6,7 +6,7 @@
 
 namespace {
 
-// y = x / rms(x) * weight, all of `cols` numbers.
+// y = x / rms(x) * weight; all have `cols` numbers.
 INLINE void normalise(const float* x, const float* weight, float eps, int64_t cols, float* y) {
     const int64_t whole = cols / LANES * LANES;
     vf squares[2] = {};

@@ -1,7 +1,8 @@
-// Gated feed-forward layers, dense and of many experts: act(x @ gate.T) * (x @ up.T), times down.
+// Gated feed-forward layers, dense or of many experts: (act(x @ gate.T) * (x @ up.T)) @ down.T.
 //
-// A job computes some rows of gate and up and packs what they make as inputs of down, so hidden numbers never exist as
-// floats, and a layer is three runs: inputs, gate and up, down. A dense layer is an expert that takes every token.
+// A job computes some rows of gate and up and packs their results at once as inputs of down, so they are never stored
+// as floats. A layer is three runs of jobs: inputs, gate and up, down. A dense layer is an expert that takes every
+// token.
 #pragma once
 #include "linears.h"
 
@@ -9,30 +10,30 @@ namespace {
 
 using shoal::Routing;
 
-// An expert with its tokens: pairs of both are numbered [first, first + count).
+// An expert with its tokens. Pairs of an expert and a token are numbered; its own are [first, first + count).
 struct Expert {
     Product gate, up, down;
     int64_t first, count;
 
     int64_t tiles() const { return ceil_div(count, TILE_TOKENS); }
-    int64_t start(int64_t tile) const { return first + count * tile / tiles(); }  // all as long: none few unless all are
+    int64_t start(int64_t tile) const { return first + count * tile / tiles(); }  // of equal length: short only if all are
 };
 
 struct FeedForward {
     Routing routing;
     shoal::Activation act;
-    Packed inputs;  // of tokens
-    Packed hidden;  // of pairs
+    Packed inputs;  // by token
+    Packed hidden;  // by pair
     float* y;
     int64_t y_rows, down_rows, tokens;
-    char* scratch;  // a thread's part after the other
+    char* scratch;  // one part for each thread
     int64_t scratch_bytes;
     Expert* experts;
 
-    int64_t token_of(int64_t pair) const { return routing.tokens ? routing.tokens[pair] : pair; }  // a dense layer takes all
+    int64_t token_of(int64_t pair) const { return routing.tokens ? routing.tokens[pair] : pair; }  // dense: all tokens
 };
 
-// A job's results before they are packed or added up.
+// The results of a job before they are packed or added up.
 struct alignas(64) Partial {
     float first[TILE_TOKENS * TILE_ROWS], second[TILE_TOKENS * TILE_ROWS];
 };
@@ -91,7 +92,7 @@ void down_job(const void* context, int64_t index, int worker) {
     }
 }
 
-// What the types of an expert's three matrices ask for when so many tokens go to it.
+// Finds out what the types of an expert's three matrices need if `tokens` tokens go to it.
 Status prepare(FeedForward& f, const Linear* three, int64_t tokens) {
     Expert e;
     Product* const products[] = {&e.gate, &e.up, &e.down};
@@ -153,7 +154,7 @@ Status feed_forward(const shoal::Inputs& x, int64_t tokens, shoal::Activation ac
     return shoal::OK;
 }
 
-// A part of the tokens at a time, so that what is hidden stays small.
+// Takes some of the tokens at a time, so that the packed results of gate and up stay small.
 Status gated(const shoal::Inputs& x, int64_t tokens, shoal::Activation act, const Linear* three, float* y) {
     const int64_t parts = ceil_div(tokens, TILE_TOKENS);
     for (int64_t i = 0; i < parts; i++) {

@@ -1,21 +1,21 @@
-// Inputs as quantised weights meet them: groups of 32 columns as whole numbers of 16 bits with one scale.
+// The inputs of quantised weights: groups of 32 columns as whole numbers of 16 bits with one scale.
 //
 // q = round(x * MOST / largest |x|), half to even, scale = largest / MOST: the same for every weight type. A group with
-// an infinite or NaN input has a NaN scale, so that whatever meets it becomes NaN.
+// an infinite or NaN input has a NaN scale, so that all its products become NaN.
 #pragma once
 #include "operands.h"
 
 namespace {
 
 constexpr float MOST = 32639;        // 256 * 127 + 127: both halves of a number fit signed bytes
-constexpr float SMALLEST = 1e-30f;   // a group whose largest magnitude is below counts as zeros
+constexpr float SMALLEST = 1e-30f;   // a group whose largest magnitude is less counts as zeros
 constexpr float LARGEST = 0x1.fffffep127f;
 constexpr int GROUP = 32;            // columns
 
 struct Input {
-    char q[8][8];     // of four columns each, as a scheme arranges them
+    char q[8][8];     // of four columns each, arranged by a scheme (`operands.h`)
     float scale;
-    float low;        // scale times the sum of all q: what a low of 32 weights is multiplied with
+    float low;        // scale times the sum of all q: a low of 32 weights is multiplied by it
     int32_t sums[2];  // of 16 q each
 };
 
@@ -23,7 +23,7 @@ template <class Scheme>
 INLINE void pack_group(const float* x, Input& in) {
     vi most = {};
     for (int k = 0; k < GROUP; k += LANES) {
-        const vi magnitude = read<vi>(x + k) & 0x7fffffff;  // in order even if infinite or NaN
+        const vi magnitude = read<vi>(x + k) & 0x7fffffff;  // sorts as numbers do, even if infinite or NaN
         most = magnitude > most ? magnitude : most;
     }
     const float largest = read_float(greatest(most));

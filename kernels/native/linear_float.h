@@ -1,7 +1,8 @@
-// Float weights times float inputs: what a float matrix is multiplied with stays exact.
+// Float weights times float inputs: inputs of float weights are not rounded.
 //
-// A dot product is LANES running sums over ascending columns, folded by `sum4`; widening as it goes (one
-// token) and multiplying widened tiles (several) do exactly that, so batching, threads and tiling change no bit.
+// A dot product is LANES running sums over ascending columns, folded by `sum4`. One token widens rows as it goes,
+// several multiply tiles that were widened before; both compute exactly that, so batching, threads and tiling change no
+// bit.
 #pragma once
 #include "blocks.h"
 #include "product.h"
@@ -83,7 +84,7 @@ void decode_float(const shoal::Weights& w, int64_t row, float* out) {
     });
 }
 
-// Widened rows lie STRIDE floats apart: no power of two, so that they do not compete for lines of a cache.
+// Widened rows lie STRIDE floats apart: no power of two, or they would compete for cache lines.
 constexpr int64_t FLOAT_CHUNK = 1024;  // columns widened at once
 constexpr int64_t STRIDE = FLOAT_CHUNK + LANES;
 
@@ -126,7 +127,7 @@ void many_tokens_float(const shoal::Weights& w, int64_t row0, int64_t rows, cons
     for (int64_t k = 0; k < w.cols; k += FLOAT_CHUNK) {
         const int64_t cols = least(FLOAT_CHUNK, w.cols - k);
         for (int64_t r = 0; r < rows; r += ROWS) {
-            for (int64_t i = 0; i < ROWS; i++) {  // beyond the last row: that row again, for sums nobody reads
+            for (int64_t i = 0; i < ROWS; i++) {  // after the last row that one again, for sums nobody reads
                 const uint8_t* row = float_row<W>(w, row0 + least(r + i, rows - 1)) + k / LANES * W::bytes;
                 float* out = scratch.rows + i * STRIDE;
                 widen_row<W>(row, cols, [&](int64_t at, vf v) INLINE_LAMBDA { store(out + at, v); });

@@ -1,8 +1,8 @@
 // Quantised weights times inputs of 16 bits (`inputs.h`): sums of products are whole numbers, exact.
 //
-// A run of columns adds one float to each output, (sum of q * input) * (weight scale * input scale), and perhaps a
-// second for the low; runs come in ascending order. Few tokens straight from the stored bytes and many over unpacked
-// tiles both end in `add`, so batching, threads and tiling change no bit.
+// A run of columns adds one float to each output, (sum of q * input) * (weight scale * input scale), and a second one
+// if the type has lows; runs come in ascending order. Few tokens use the stored bytes, many use unpacked tiles. Both
+// end in `add`, so batching, threads and tiling change no bit.
 #pragma once
 #include "blocks.h"
 #include "inputs.h"
@@ -32,13 +32,13 @@ INLINE vf add(vf acc, vi sum, vf scale, vf low, const Input* x, int run) {
     return fma(low, splat(QUADS<W> == 8 ? in.low : in.scale * (float)in.sums[run % 2]), acc);
 }
 
-// Writes those of LANES rows that exist.
+// Writes LANES rows, or as many as there are.
 INLINE void store_rows(float* y, vf v, int64_t rows) {
     if (rows >= LANES) return store(y, v);
     if (rows > 0) memcpy(y, &v, (size_t)rows * sizeof(float));
 }
 
-constexpr int AHEAD = 4096;  // bytes that weights are fetched before their use
+constexpr int AHEAD = 4096;  // weights are fetched this many bytes ahead
 
 // Sums of a run that grow side by side, so that one token does not wait for each product.
 template <int T>
@@ -85,7 +85,7 @@ INLINE void multiply_band(const uint8_t* band, int64_t blocks, const Input* cons
     }
 }
 
-// That share one unpacking in registers, and up to how many that is faster than tiles.
+// DIRECT_TOKENS share one unpacking in registers; up to FEW_TOKENS that is faster than tiles.
 template <class W>
 constexpr bool LIGHT = W::RUNS == 1 && LANES == 16;
 template <class W>
@@ -106,7 +106,7 @@ void few_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Token
         for (int64_t t = 0; t < x.count; t += DIRECT_TOKENS<W>) {
             const Input* in[DIRECT_TOKENS<W>];
             float* out[DIRECT_TOKENS<W>];
-            for (int i = 0; i < DIRECT_TOKENS<W>; i++) {  // beyond the last token that one again, to the same end
+            for (int i = 0; i < DIRECT_TOKENS<W>; i++) {  // after the last token that one again, with the same result
                 const int64_t token = least<int64_t>(t + i, x.count - 1);
                 in[i] = reinterpret_cast<const Input*>(x.packed[token]);
                 out[i] = y.row(token) + r;
@@ -218,7 +218,7 @@ void many_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Toke
     for (int64_t k = 0; k < w.cols; k += CHUNK) {
         const int64_t blocks = least(CHUNK, w.cols - k) / W::weights;
         for (int64_t r = 0; r < rows; r += TILE_STEP) {
-            for (int v = 0; v < VECTORS; v++) {  // beyond the last band that one again, for sums nobody reads
+            for (int v = 0; v < VECTORS; v++) {  // after the last band that one again, for sums nobody reads
                 const int64_t row = least(r + v / PARTS * BAND, (rows - 1) / BAND * BAND);
                 const uint8_t* block = band_of<W>(w, row0 + row) + k / W::weights * BAND * W::bytes;
                 for (int64_t b = 0; b < blocks; b++, block += BAND * W::bytes) {
@@ -242,7 +242,7 @@ void many_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Toke
     }
 }
 
-// As in `reference.py` bit for bit: only one step rounds.
+// The same bits as `reference.py`, because only one step rounds.
 template <class W>
 void decode_quantised(const shoal::Weights& w, int64_t row, float* out) {
     const uint8_t* block = band_of<W>(w, row / BAND * BAND);

@@ -1,4 +1,4 @@
-// Products of the same inputs with one or more matrices: packed once, multiplied in one run of jobs.
+// Products of one or more matrices and the same inputs, which are packed once and multiplied in one run of jobs.
 #pragma once
 #include "elementwise.h"
 #include "linear_float.h"
@@ -24,7 +24,7 @@ const Type* find_type(int32_t id) {
     return &types[id];
 }
 
-constexpr int64_t FEW_JOB_BYTES = 32 << 10;  // of weights: some microseconds, so that threads end together
+constexpr int64_t FEW_JOB_BYTES = 32 << 10;  // of weights: some microseconds, so that threads finish together
 
 int64_t whole_lines(size_t bytes) { return (int64_t)((bytes + 63) / 64 * 64); }
 
@@ -39,7 +39,7 @@ struct Product {
         type = find_type(l.w.type);
         return type ? shoal::OK : shoal::BAD_TYPE;
     }
-    // `tokens` meet it at once; some jobs for each of `threads`.
+    // For products with `tokens` at once: several jobs for each of `threads`.
     void cut(int64_t tokens, int threads, int64_t all_rows) {
         const int64_t rows = linear->w.rows, row_bytes = linear->w.cols / type->block_weights * type->block_bytes;
         const int64_t some = ceil_div(FEW_JOB_BYTES, 2 * BAND * row_bytes) * 2 * BAND;
@@ -59,21 +59,21 @@ struct Product {
     }
 };
 
-// The inputs of some tokens in the forms in which matrices want them: floats, and groups arranged for few tokens at a
-// time and for many.
+// The inputs of some tokens in the forms that matrices need: floats, and groups arranged for few tokens at a time or
+// for many.
 struct Packed {
     int64_t cols;
     bool floats, few, many;
     int64_t float_bytes, group_bytes;  // of a token
     char* memory;
 
-    // What `type` needs, besides what is needed already, to meet so many tokens.
+    // Adds what `type` needs for products with `tokens` tokens at once.
     void need(const Type& type, int64_t tokens) {
         if (!type.quantised) floats = true;
         else (as_few(type, tokens) ? few : many) = true;
     }
     static bool as_few(const Type& type, int64_t tokens) { return ONE_SCHEME || tokens <= type.few_tokens; }
-    int64_t token_bytes() {  // no power of two, so that tokens do not compete for lines of a cache
+    int64_t token_bytes() {  // no power of two, or tokens would compete for cache lines
         float_bytes = floats ? whole_lines((size_t)(ceil_div(cols, 16) * 16) * sizeof(float)) : 0;
         group_bytes = whole_lines((size_t)(cols / GROUP) * sizeof(Input));
         return float_bytes + (few + many) * group_bytes + 64;
@@ -83,7 +83,7 @@ struct Packed {
     Input* as_groups(int64_t index, bool for_few) const {
         return reinterpret_cast<Input*>(token(index) + float_bytes + (few && !for_few ? group_bytes : 0));
     }
-    // As `type` wants a token when it meets so many.
+    // A token as `type` needs it for products with `tokens` tokens at once.
     const char* as(const Type& type, int64_t index, int64_t tokens) const {
         return type.quantised ? reinterpret_cast<const char*>(as_groups(index, as_few(type, tokens))) : token(index);
     }
@@ -101,7 +101,7 @@ struct Packed {
     }
 };
 
-// Tokens as they come in: normalised first if there is a weight to do it with.
+// Packs tokens, which are normalised first if there is a norm.
 struct Packing {
     shoal::Inputs x;
     int64_t token0;
@@ -127,7 +127,7 @@ struct Linears {
     float* const* y;
     int64_t token0, tokens;
     Packed packed;
-    char* scratch;  // a thread's part after the other
+    char* scratch;  // one part for each thread
     int64_t scratch_bytes;
 };
 

@@ -1,15 +1,16 @@
 // Products of whole numbers, exact: bytes of weights times inputs of 16 bits.
 //
-// Weights are unpacked to bytes q from 0 to 255, four columns to a lane, and mean q - OFFSET. Words multiply two columns
-// at a time; Planes four, with each input as 256 * high + low, where a machine multiplies bytes. A vector of weights
-// makes HALVES operands, `arrange` puts inputs as `mac` reads them, eight bytes for every four columns, `start` is where
-// the sum over columns begins whose inputs have a known sum. Both schemes come to the same numbers.
+// Weights are unpacked to bytes q from 0 to 255, four columns in a lane, and mean q - OFFSET. There are two schemes.
+// Words multiply two columns at a time. Planes multiply four, on machines that multiply bytes, and split each input
+// into 256 * high + low. A vector of weights makes HALVES operands; `arrange` orders inputs as `mac` reads them, eight
+// bytes for every four columns; `start` is the first value of a sum over columns, from the known sum of their inputs.
+// Both schemes give the same numbers.
 #pragma once
 #include "bands.h"
 
 namespace {
 
-// Adds, for every lane, the products of two words.
+// Adds the products of two words in every lane.
 INLINE vi dot_words(vi sum, vw a, vw b) {
 #if defined(__AVX512VNNI__)
     return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
@@ -107,8 +108,8 @@ struct Planes {
 
 #endif
 
-// What few tokens straight from stored bytes, and many from unpacked ones, are multiplied by: where both are there,
-// planes unpack faster and words add up faster.
+// The schemes for few tokens, which use the stored bytes, and for many, which use unpacked ones. Where a machine has
+// both, planes unpack faster and words add up faster.
 #if defined(__ARM_FEATURE_DOTPROD)
 using Few = Planes;
 using Many = Planes;

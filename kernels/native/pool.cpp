@@ -34,10 +34,10 @@ void pause_cpu() {
 #endif
 }
 
-// One atomic word says which run is on, how many jobs it has and which is next. A thread that arrives
-// late draws a number beyond the count and so never looks at a run that may be over.
-// There is a word for each thread's share of the jobs, consecutive ones: what a thread fetches ahead is what it computes
-// next. Done with its own, it helps out with the others'.
+// One atomic word says which run is on, how many jobs it has and which is next. A thread that arrives late draws a
+// number beyond the count, and so it never looks at a run that may be over. Each thread has a word of its own, for a
+// share of consecutive jobs, because then it has prefetched what it computes next. When its share is done, it helps
+// with the shares of the others.
 struct Ticket {
     static constexpr int BITS = 20;
     static constexpr uint64_t MASK = (1 << BITS) - 1;
@@ -76,7 +76,7 @@ public:
             const int64_t part = count - first < MOST_JOBS ? count - first : MOST_JOBS;
             undone_.store(part, std::memory_order_relaxed);
             runs_++;
-            for (int i = threads_ - 1; i >= 0; i--) {  // the first last: it is the one that is waited for
+            for (int i = threads_ - 1; i >= 0; i--) {  // the first share last: others wait for its word
                 const int64_t from = part * i / threads_, until = part * (i + 1) / threads_;
                 shares_[(size_t)i].first = first + from;
                 shares_[(size_t)i].ticket.store(runs_ << 2 * Ticket::BITS | (uint64_t)(until - from) << Ticket::BITS);
@@ -128,7 +128,7 @@ private:
         }
     }
 
-    // Waits for a run other than `seen`, spinning first; false when the pool stops.
+    // Waits until a run other than `seen` is on, spinning first; false if the pool stops.
     bool await(uint64_t seen) {
         const auto news = [&] { return stopping_.load() || Ticket{shares_[0].ticket.load()}.run() != seen; };
         const auto until = std::chrono::steady_clock::now() + SPIN;
@@ -149,7 +149,7 @@ private:
             try {
                 workers_.emplace_back([this, i] { work(i); });
             } catch (const std::system_error&) {
-                break;  // the system grants no more threads; fewer do the same work
+                break;  // the system grants no more threads; fewer can do the work
             }
         }
     }
@@ -187,7 +187,7 @@ int default_threads() {
 
 Pool* pool = new Pool(default_threads());
 
-// The parent's workers and locks do not exist in a forked child; its pool is left as it is.
+// The parent's workers and locks do not exist in a forked child, so it leaves the parent's pool as it is.
 const int forked = pthread_atfork(nullptr, nullptr, [] { pool = new Pool(pool->threads()); });
 
 }  // namespace

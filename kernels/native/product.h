@@ -1,4 +1,4 @@
-// What a weight type brings to a matrix product, and what products are made of.
+// What a weight type contributes to a matrix product, and what all products share.
 //
 // Knows rows, tokens and outputs; the two ways to multiply are in `linear_float.h` and `linear_quantised.h`.
 #pragma once
@@ -21,16 +21,16 @@ INLINE T most(T a, T b) {
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t TILE_TOKENS = 96;  // unpacking a row costs as much as multiplying it with some tokens
-constexpr int64_t TILE_ROWS = 64;    // inputs come from afar once for so many rows
+constexpr int64_t TILE_TOKENS = 96;  // unpacking a row costs as much as multiplying it by some tokens
+constexpr int64_t TILE_ROWS = 64;    // these share one load of inputs from the outer caches
 
-// Inputs, packed as the type of the weights wants them, wherever each token's are.
+// The inputs of each token, packed as the type of the weights needs them; they may lie anywhere.
 struct Tokens {
     const char* const* packed;
     int64_t count;
 };
 
-// Where the results of a job go: the first of its rows for token 0, and the way to the next token.
+// Where the results of a job go: its first row for token 0, and the stride from token to token.
 struct Output {
     float* first;
     int64_t stride;
@@ -41,7 +41,7 @@ struct Output {
 struct Type {
     bool quantised;
     int block_weights, block_bytes;
-    int64_t few_tokens;  // up to so many `few` is faster than `many`
+    int64_t few_tokens;  // up to this number `few` is faster than `many`
     void (*few)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y);
     void (*many)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* scratch);
     size_t scratch_bytes;  // a thread's working memory for `many`, a multiple of 64

@@ -1,13 +1,13 @@
 // Rotary position embedding of one head of one token.
 //
-// Knows pairs and angles; where the angles come from is the caller's business. Source: RoFormer, arXiv 2104.09864.
+// Knows pairs and angles; the caller knows where the angles come from. Source: RoFormer, arXiv 2104.09864.
 #pragma once
 #include "home.h"
 #include "simd.h"
 
 namespace {
 
-// Turns the first `r.dims` numbers of x by the angles of the step's row `token`.
+// Rotates the first `r.dims` numbers of x by the angles of row `token` of the step.
 INLINE void rotate(const shoal::Rotation& r, int64_t token, float* x) {
     const int64_t half = r.dims / 2;
     const float *cos = r.cos + token * half, *sin = r.sin + token * half;

@@ -34,7 +34,7 @@ bool runs_here(const Home& home) {
     }
 #elif defined(SHOAL_ARM) && defined(__linux__)
     if (&home == &homes::neon_dot) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
-#elif defined(SHOAL_ARM) && !defined(__APPLE__)  // every Apple of this kind has it
+#elif defined(SHOAL_ARM) && !defined(__APPLE__)  // all Apple machines of this kind have it
     if (&home == &homes::neon_dot) return false;
 #endif
     (void)home;
@@ -62,8 +62,8 @@ const Home* chosen = all[sizeof all / sizeof all[0] - 1];
 // Changes whenever a signature below does; the Python side refuses a library that does not match.
 API int shoal_version() { return 4; }
 
-// Serves from now on by the home with this name, or by the best one for an empty name. Its name, or
-// null if this machine cannot run it.
+// From now on the home with this name computes, or the best one if the name is empty. Returns its name, or null if this
+// machine cannot run it.
 API const char* shoal_choose(const char* name) {
     for (const shoal::Home* home : shoal::all) {
         if ((!*name || !strcmp(name, home->name)) && shoal::runs_here(*home)) {

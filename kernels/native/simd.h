@@ -1,9 +1,9 @@
 // A thin layer over the vector registers of the machine this file is compiled for.
 //
 // Knows lanes, loads, widening and the one order in which lanes are summed. Knows nothing of weight
-// types. Vectors are GCC/Clang vector extensions, so + - * / & | << >> work on them; intrinsics stand
-// only where the extension has no word or compilers do badly. Everything is in an anonymous namespace:
-// the same source is compiled for several machines, and no inline function may be shared by them.
+// types. Vectors are GCC/Clang vector extensions, so + - * / & | << >> work on them; intrinsics are
+// used only where the extension has nothing or compilers do badly. Everything is in an anonymous namespace:
+// the same source is compiled for several machines, which must not share any inline function.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -49,7 +49,7 @@ INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 INLINE vf bits_to_float(vi v) { return (vf)v; }
 
 // IEEE half to float without hardware: the exponent is rebased by a multiplication, which also
-// renormalises subnormals; what was infinite or NaN is made so again.
+// renormalises subnormals; then infinities and NaN are put back.
 INLINE float half_bits_to_float(uint16_t h) {
     uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
     float value = read<float>(&magnitude) * 0x1p112f;
@@ -59,7 +59,7 @@ INLINE float half_bits_to_float(uint16_t h) {
     return read<float>(&bits);
 }
 
-// Float to IEEE half, to the nearest, ties to even: for subnormals the float adder does the rounding.
+// Float to IEEE half, to the nearest, ties to even. For subnormals the float adder rounds.
 INLINE uint16_t float_to_half_bits(float f) {
     uint32_t magnitude = read<uint32_t>(&f) & 0x7fffffff;
     const uint16_t sign = (uint16_t)((read<uint32_t>(&f) & 0x80000000) >> 16);
@@ -94,7 +94,7 @@ INLINE vi load_i8(const uint8_t* p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_
 INLINE void store_u16(uint8_t* p, vi v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v)); }
 INLINE void store_i8(uint8_t* p, vi v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v)); }
 INLINE float greatest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
-// Sums of four vectors; a lane order that does not depend on which of the four a vector is.
+// The sums of four vectors; lanes are added in the same order in each of the four.
 INLINE vf4 sum4(vf a, vf b, vf c, vf d) {
     __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44),
                               _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee));

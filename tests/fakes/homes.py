@@ -8,6 +8,7 @@ from shoal.kernels import KernelError, Linears, Matrix
 from shoal.kernels import native_library as library
 from shoal.kernels.arrays import Array, Floats
 from shoal.kernels.homes import cpu
+from shoal.kernels.reference import Reference
 
 
 def _here() -> list[str]:
@@ -22,10 +23,11 @@ def _here() -> list[str]:
 
 NATIVE = _here()
 HOMES = ["reference", *NATIVE]
+TRUTH = Reference()
 
 
 def linear(x: Floats, w: Matrix, bias: Floats | None = None) -> Floats:
-    """x @ w.T + bias by the kernels chosen last."""
+    """x @ w.T + bias, by the kernels that were chosen last."""
     return cpu().linears(x, Linears((w,), (bias,)))[0]
 
 
@@ -42,20 +44,20 @@ def ones(*shape: int) -> Floats:
 
 
 def frozen(array: Array) -> Array:
-    """The same, read-only: as arrays over the bytes of a file are."""
+    """The same memory, read-only as arrays over the bytes of a file are."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
 def layouts(x: Floats) -> list[Floats]:
-    """The same numbers (T, n), every way they may lie in memory."""
+    """The same numbers (T, n), in every way in which they may lie in memory."""
     rows, columns = x.repeat(2, 0), x.repeat(3, 1)
     off = np.frombuffer(b"odd" + x.tobytes(), np.uint8)[3:].view(np.float32).reshape(x.shape)
     return [x, frozen(x), np.asfortranarray(x), x[::-1].copy()[::-1], rows[::2], columns[:, 1::3], off]
 
 
 def assert_close(got: Array, truth: Array, rtol: float, atol: float, equal_nan: bool = False) -> None:
-    """Of one shape and dtype, and nowhere further apart than atol + rtol * |truth|."""
+    """Shape and dtype are the same, and no numbers are further apart than atol + rtol * |truth|."""
     assert got.dtype == truth.dtype
     np.testing.assert_allclose(got, truth, rtol, atol, equal_nan=equal_nan, strict=True)

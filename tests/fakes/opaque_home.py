@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from shoal.kernels.arrays import Floats, Ids
-from shoal.kernels.attention_operands import KvPages, Segments
+from shoal.kernels.attention_operands import KvPages, Scoring, Segments
 from shoal.kernels.cpu_home import CpuHome
-from shoal.kernels.matrix import Activation, FeedForward, Linears, Routes
+from shoal.kernels.matrix import FeedForward, Linears, Routes
 from shoal.kernels.routing import Routing
 
 
 class Opaque:
-    """Hidden states of one home. Python refuses its length, its rows and arithmetic, and NumPy to take it."""
+    """Hidden states of one home. It has no length, rows or arithmetic, and NumPy does not accept it."""
 
     __array_ufunc__ = None
 
@@ -29,7 +29,7 @@ class Opaque:
 
 
 class OpaqueHome:
-    """Computes as `cpu` does. Counts what is copied in and out."""
+    """Computes what `cpu` computes, and counts the copies in and out."""
 
     def __init__(self, cpu: CpuHome) -> None:
         self._cpu = cpu
@@ -75,19 +75,12 @@ class OpaqueHome:
         return [self._out(y) for y in self._cpu.linears(self._in(x), all, norm, eps)]
 
     def feed_forward(
-        self,
-        x: Opaque,
-        layer: FeedForward,
-        activation: Activation,
-        norm: Floats | None = None,
-        eps: float = 0.0,
+        self, x: Opaque, layer: FeedForward, norm: Floats | None = None, eps: float = 0.0
     ) -> Opaque:
-        return self._out(self._cpu.feed_forward(self._in(x), layer, activation, norm, eps))
+        return self._out(self._cpu.feed_forward(self._in(x), layer, norm, eps))
 
-    def experts(
-        self, x: Opaque, all: Sequence[FeedForward], routes: Routes, activation: Activation, into: Opaque
-    ) -> None:
-        self._cpu.experts(self._in(x), all, routes, activation, self._in(into))
+    def experts(self, x: Opaque, all: Sequence[FeedForward], routes: Routes, into: Opaque) -> None:
+        self._cpu.experts(self._in(x), all, routes, self._in(into))
 
     def rms_norm(self, x: Opaque, weight: Floats, eps: float) -> Opaque:
         return self._out(self._cpu.rms_norm(self._in(x), weight, eps))
@@ -102,9 +95,9 @@ class OpaqueHome:
         return self._out(self._cpu.normed_by(self._in(x), weight, self._in(squares), *how))
 
     def attention(
-        self, kv: KvPages, segments: Segments, q: Opaque, k: Opaque, v: Opaque, **how: Any
+        self, kv: KvPages, segments: Segments, q: Opaque, k: Opaque, v: Opaque, scoring: Scoring
     ) -> Opaque:
-        return self._out(self._cpu.attention(kv, segments, self._in(q), self._in(k), self._in(v), **how))
+        return self._out(self._cpu.attention(kv, segments, self._in(q), self._in(k), self._in(v), scoring))
 
     def route(self, scores: Opaque, count: int, normalize: bool) -> Routing:
         return self._cpu.route(self._in(scores), count, normalize)

@@ -1,4 +1,5 @@
-"""Attention over pages: every home computes a plain definition; natively the bits of a row depend on nothing else."""
+"""Attention over pages: every home computes what a plain definition says, and in native homes the bits of a row depend
+on nothing else."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from shoal.kernels.attention_operands import (
     HeadNorms,
     KvPages,
     Rotation,
+    Scoring,
     Segments,
     kv_layout,
 )
@@ -50,7 +52,7 @@ class Shape:
     scale: float = 0.2
 
     def pages(self, count: int) -> KvPages:
-        """Every byte 0xff, which is NaN in every float type: what was never stored must not be seen."""
+        """Every byte is 0xff, which is NaN in every float type: no row may see what was never stored."""
         layout = kv_layout(self.type, self.dim)
         data = np.full((count, self.kv_heads, layout.head_bytes), 255, np.uint8)
         return KvPages(layout, self.kv_heads * self.group, data)
@@ -65,7 +67,7 @@ def rotation(shape: Shape, positions: Ids) -> Rotation:
 
 @dataclass(frozen=True)
 class Text:
-    """q, k and v of all positions of one sequence, and where its KV is to be."""
+    """q, k and v of all positions of one sequence, and the pages for its KV."""
 
     q: Floats
     k: Floats
@@ -83,7 +85,7 @@ class Text:
 def step(
     shape: Shape, kv: KvPages, parts: list[tuple[Text, int, int]], norms: HeadNorms | None = None
 ) -> list[Floats]:
-    """Positions [start, end) of each text, all in one step."""
+    """Computes positions [start, end) of each text, all in one step."""
     positions = np.concatenate([np.arange(start, end) for _, start, end in parts])
     q, k, v = (
         np.concatenate([getattr(text, name)[start:end] for text, start, end in parts])
@@ -95,10 +97,7 @@ def step(
         q,
         k,
         v,
-        rotation=rotation(shape, positions),
-        scale=shape.scale,
-        window=shape.window,
-        norms=norms,
+        Scoring(rotation(shape, positions), shape.scale, shape.window, norms),
     )
     return np.split(out, np.cumsum([end - start for _, start, end in parts])[:-1])
 
@@ -184,8 +183,8 @@ def test_homes_store_the_same_and_agree_closely(name: str, type: str) -> None:
 
 
 def schedule(lengths: list[int], sizes: list[int]) -> list[list[tuple[int, int, int]]]:
-    """Steps that compute texts of these lengths, in parts of these sizes (0: not in this step), the last three tokens
-    one by one as texts are written: (text, start, end) for each part of a step."""
+    """Steps that compute texts of these lengths in parts of these sizes (0: the text is not in this step), the last
+    three tokens one by one as in an answer. Each step is a list of its parts, (text, start, end)."""
     done, steps, size = [0] * len(lengths), [], cycle([*sizes, 1])
     while done != lengths:
         parts = []
@@ -200,7 +199,7 @@ def schedule(lengths: list[int], sizes: list[int]) -> list[list[tuple[int, int, 
 
 
 def pages_for(lengths: list[int], order: list[int]) -> list[list[int]]:
-    """Pages for texts of these lengths, out of `order`."""
+    """Pages for texts of these lengths, taken from `order`."""
     taken = iter(order)
     return [[next(taken) for _ in range(-(-length // PAGE_TOKENS))] for length in lengths]
 
@@ -308,9 +307,7 @@ def test_operands_need_not_be_contiguous_or_writable(name: str) -> None:
 
     def attend(q: Floats, k: Floats, v: Floats, norms: HeadNorms, angles: Rotation) -> Floats:
         segments = Segments.build([(70, 0, text.pages)])
-        return cpu().attention(
-            shape.pages(2), segments, q, k, v, rotation=angles, scale=0.2, window=None, norms=norms
-        )
+        return cpu().attention(shape.pages(2), segments, q, k, v, Scoring(angles, 0.2, None, norms))
 
     truth = attend(*(x.copy() for x in (text.q, text.k, text.v)), HeadNorms(*weights, 1e-5), table)
     same = HeadNorms(frozen(weights[0]), frozen(weights[1]), 1e-5)

@@ -1,10 +1,10 @@
-"""Several matrices in one call: equal to the same kernels one by one, and bitwise so within a home."""
+"""Several matrices in one call give what the same kernels give one by one, in one home bit for bit."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, linear, ones, randn, zeros
+from fakes.homes import HOMES, NATIVE, TRUTH, assert_close, frozen, layouts, linear, ones, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_weights import random_matrix
@@ -17,7 +17,6 @@ from shoal.kernels import (
     OperandError,
     Routes,
     WeightType,
-    reference,
 )
 from shoal.kernels.arrays import Floats
 from shoal.kernels.homes import choose, cpu
@@ -43,6 +42,7 @@ def layer(
     ffn: int = 512,
     biases: bool = False,
     seed: int = 0,
+    activation: Activation = "silu",
 ) -> FeedForward:
     gate, up, down = (
         random_matrix(kind, rows, cols, seed=seed + i, scale=0.02 if kind.block_weights < 256 else 2e-4)
@@ -51,7 +51,7 @@ def layer(
         )
     )
     made = [randn(w.rows, seed=seed + w.rows) if biases else None for w in (gate, up, down)]
-    return FeedForward(Linears((gate, up), made[:2]), Linears((down,), made[2:]))
+    return FeedForward(Linears((gate, up), made[:2]), Linears((down,), made[2:]), activation)
 
 
 def assert_near(got: Floats, truth: Floats, tolerance: float = 1e-4) -> None:
@@ -79,18 +79,18 @@ def test_linears_of_one_input_are_those_one_by_one(home: str) -> None:
 @pytest.mark.parametrize("biases", [False, True])
 def test_feed_forward_is_that_of_the_reference(activation: Activation, biases: bool) -> None:
     for kinds in ((Q4_K, Q4_K, Q6_K), (Q8_0, Q4_0, F32), (F32, F32, Q8_0), (F16, Q8_0, F16)):
-        made = layer(kinds, biases=biases)
+        made = layer(kinds, biases=biases, activation=activation)
         for norm in (randn(256, seed=9), None):
             for tokens in (1, 5, 100):
                 x = randn(tokens, 256)
-                truth = reference.feed_forward(x, made, activation, norm, 1e-5)
+                truth = TRUTH.feed_forward(x, made, norm, 1e-5)
                 for name in NATIVE:
                     choose(name)
-                    assert_near(cpu().feed_forward(x, made, activation, norm, 1e-5), truth)
+                    assert_near(cpu().feed_forward(x, made, norm, 1e-5), truth)
 
 
 def definition(activation: Activation, gates: Floats) -> Floats:
-    """In float64."""
+    """The activation, in float64."""
     x = gates.astype(float)
     if activation == "silu":
         with np.errstate(over="ignore"):
@@ -100,16 +100,16 @@ def definition(activation: Activation, gates: Floats) -> Floats:
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_activations_at_extremes(home: str, activation: Activation) -> None:
-    """Gates of any size; up is one, so the layer shows the activation itself."""
+    """Gates of any size. Up is one everywhere, so that the layer returns the activation itself."""
     gates = np.array([*np.linspace(-12, 12, 90), 0, 1e-30, 50, 88, 100, 1e4, -20, -100, -1e4], np.float32)
     n = len(gates)
     column = kernels.Matrix.of(gates[:, None])
     single = kernels.Matrix.of(ones(n, 1))
     identity = kernels.Matrix.of(np.eye(n, dtype=np.float32))
-    made = FeedForward(Linears((column, single)), Linears((identity,)))
-    got = cpu().feed_forward(ones(1, 1), made, activation)
+    made = FeedForward(Linears((column, single)), Linears((identity,)), activation)
+    got = cpu().feed_forward(ones(1, 1), made)
     assert_close(got, definition(activation, gates)[None], rtol=3e-6, atol=1e-7)
-    assert np.isnan(cpu().feed_forward(np.full((1, 1), np.nan, np.float32), made, activation)).all()
+    assert np.isnan(cpu().feed_forward(np.full((1, 1), np.nan, np.float32), made)).all()
 
 
 @pytest.mark.parametrize("kinds", [(Q4_K, Q4_K, Q6_K), (Q4_0, Q6_K, Q8_0), (Q4_K, Q8_0, Q4_K)])
@@ -119,11 +119,11 @@ def test_no_bit_of_a_layer_depends_on_batch_or_threads(
 ) -> None:
     choose(name)
     made, norm, x = layer(kinds), randn(256), randn(120, 256)
-    alone = np.concatenate([cpu().feed_forward(x[t : t + 1], made, "silu", norm, 1e-5) for t in range(120)])
+    alone = np.concatenate([cpu().feed_forward(x[t : t + 1], made, norm, 1e-5) for t in range(120)])
     for threads in (1, 2, 3):
         kernels.set_threads(threads)
         for tokens in (1, 2, 4, 5, 9, 16, 17, 97, 120):
-            got = cpu().feed_forward(x[:tokens], made, "silu", norm, 1e-5)
+            got = cpu().feed_forward(x[:tokens], made, norm, 1e-5)
             assert np.array_equal(got, alone[:tokens])
 
 
@@ -149,24 +149,24 @@ def test_experts_together_are_those_one_by_one(data: st.DataObject, tokens: int,
     used, routes = routes_of(choices, factors)
     layers = [experts[i] for i in used]
     truth, cut = zeros(tokens, 64), zeros(tokens, 64)
-    reference.experts(x, layers, routes, "silu", truth)
+    TRUTH.experts(x, layers, routes, truth)
     for name in NATIVE:
         choose(name)
         kernels.set_threads(threads)
         got = zeros(tokens, 64)
-        cpu().experts(x, layers, routes, "silu", got)
+        cpu().experts(x, layers, routes, got)
         assert_near(got, truth)
         cut[:] = 0
         for i, layer_ in enumerate(layers):  # in calls of one each
             mine = slice(routes.starts[i], routes.starts[i + 1])
             some = Routes((0, mine.stop - mine.start), routes.tokens[mine], routes.factors[mine])
-            cpu().experts(x, [layer_], some, "silu", cut)
+            cpu().experts(x, [layer_], some, cut)
         assert np.array_equal(cut, got)
-        single = [cpu().feed_forward(x, layer, "silu") for layer in layers]
+        single = [cpu().feed_forward(x, layer) for layer in layers]
         for t in range(min(tokens, 3)):
             own, route = routes_of([choices[t]], factors[t : t + 1])
             alone = zeros(1, 64)
-            cpu().experts(x[t : t + 1], [experts[i] for i in own], route, "silu", alone)
+            cpu().experts(x[t : t + 1], [experts[i] for i in own], route, alone)
             assert np.array_equal(got[t], alone[0])
             total = zeros(64)
             for expert in own:
@@ -178,31 +178,31 @@ def test_operands_need_not_be_contiguous_or_writable(home: str) -> None:
     made, norm = layer((Q8_0, Q8_0, Q8_0), 64, 96), randn(64, seed=3)
     plain = randn(5, 64)
     routes = Routes((0, 3), np.array([0, 2, 4]), randn(3))
-    truth = cpu().feed_forward(plain, made, "silu", norm, 1e-5)
+    truth = cpu().feed_forward(plain, made, norm, 1e-5)
     added = zeros(5, 64)
-    cpu().experts(plain, [made], routes, "silu", added)
+    cpu().experts(plain, [made], routes, added)
     tokens, factors = (frozen(numbers.repeat(2)[::2]) for numbers in (routes.tokens, routes.factors))
     tolerance = 1e-6 if home == "reference" else 0
     for x in layouts(plain):
-        assert_near(cpu().feed_forward(x, made, "silu", frozen(norm), 1e-5), truth, tolerance)
-        assert_near(cpu().feed_forward(x, made, "silu", norm.repeat(2)[::2], 1e-5), truth, tolerance)
+        assert_near(cpu().feed_forward(x, made, frozen(norm), 1e-5), truth, tolerance)
+        assert_near(cpu().feed_forward(x, made, norm.repeat(2)[::2], 1e-5), truth, tolerance)
         into = zeros(5, 64)
-        cpu().experts(x, [made], Routes((0, 3), tokens, factors), "silu", into)
+        cpu().experts(x, [made], Routes((0, 3), tokens, factors), into)
         assert_near(into, added, tolerance)
 
 
 def test_no_tokens(home: str) -> None:
     made, none = layer((Q8_0, Q8_0, Q8_0), 64, 96), zeros(0, 64)
-    assert cpu().feed_forward(none, made, "silu", ones(64), 1e-5).shape == (0, 64)
+    assert cpu().feed_forward(none, made, ones(64), 1e-5).shape == (0, 64)
     assert [y.shape for y in cpu().linears(none, made.enter, ones(64), 1e-5)] == [(0, 96), (0, 96)]
     into = zeros(0, 64)
-    cpu().experts(none, [made], Routes((0, 0), np.empty(0, np.int64), zeros(0)), "silu", into)
+    cpu().experts(none, [made], Routes((0, 0), np.empty(0, np.int64), zeros(0)), into)
 
 
 def test_a_token_without_experts_gets_nothing(home: str) -> None:
     made = layer((Q8_0, Q8_0, Q8_0), 64, 64)
     got = zeros(3, 64)
-    cpu().experts(randn(3, 64), [made], Routes((0, 1), np.array([1]), ones(1)), "silu", got)
+    cpu().experts(randn(3, 64), [made], Routes((0, 1), np.array([1]), ones(1)), got)
     assert not got[[0, 2]].any()
     assert got[1].all()
 
@@ -213,14 +213,14 @@ def test_what_does_not_fit_is_refused(home: str) -> None:
     with pytest.raises(OperandError, match="cannot meet"):
         Linears((random_matrix(F32, 2, 3), random_matrix(F32, 2, 4)))
     with pytest.raises(OperandError, match="feed-forward"):
-        FeedForward(made.enter, other.leave)
+        FeedForward(made.enter, other.leave, "silu")
     with pytest.raises(OperandError, match="bias"):
         Linears((random_matrix(F32, 2, 3),), (zeros(3),))
     for norm in (zeros(63), np.zeros(64), zeros(1, 64)):
         with pytest.raises(OperandError, match="norm"):
             cpu().linears(x, made.enter, norm, 1e-5)
         with pytest.raises(OperandError, match="norm"):
-            cpu().feed_forward(x, made, "silu", norm, 1e-5)
+            cpu().feed_forward(x, made, norm, 1e-5)
     good = Routes((0, 2), np.array([0, 1]), ones(2))
     for routes in (
         Routes((0, 1), good.tokens, good.factors),
@@ -231,11 +231,12 @@ def test_what_does_not_fit_is_refused(home: str) -> None:
         Routes((0, 2), good.tokens, ones(3)),
     ):
         with pytest.raises(OperandError):
-            cpu().experts(x, [made], routes, "silu", into)
-    with pytest.raises(OperandError, match="shapes"):
-        cpu().experts(x, [made, other], Routes((0, 1, 2), good.tokens, good.factors), "silu", into)
+            cpu().experts(x, [made], routes, into)
+    for unlike in (other, FeedForward(made.enter, made.leave, "gelu_tanh")):
+        with pytest.raises(OperandError, match="shapes"):
+            cpu().experts(x, [made, unlike], Routes((0, 1, 2), good.tokens, good.factors), into)
     with pytest.raises((OperandError, IndexError)):
-        cpu().experts(x, [made], Routes((0, 1), np.array([2]), ones(1)), "silu", into)
+        cpu().experts(x, [made], Routes((0, 1), np.array([2]), ones(1)), into)
     for wrong in (zeros(2, 63), zeros(3, 64), zeros(64, 2).T, np.zeros((2, 64)), frozen(into)):
         with pytest.raises(OperandError, match="add to"):
-            cpu().experts(x, [made], good, "silu", wrong)
+            cpu().experts(x, [made], good, wrong)

@@ -1,10 +1,10 @@
-"""Inputs of quantised weights, rounded to 16 bits: how far from exact, and what extremes become."""
+"""Inputs of quantised weights are rounded to 16 bits: how far that is from exact, and what becomes of extremes."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from fakes.homes import HOMES, assert_close, linear, ones, randn, zeros
+from fakes.homes import HOMES, TRUTH, assert_close, linear, ones, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_weights import random_matrix
@@ -45,7 +45,7 @@ def test_inputs_lose_at_most_half_a_step(seed: int, exponent: int) -> None:
 def test_distance_from_exact_is_that_of_the_rounding(home: str, kind: WeightType) -> None:
     w = random_matrix(kind, 40, 1024)
     x = randn(5, 1024)
-    full = reference.dequantize(w).astype(float)
+    full = TRUTH.dequantize(w).astype(float)
     steps = np.abs(by_group(x)).max(-1, keepdims=True) / MOST
     half_steps = (steps / 2).repeat(32, -1).reshape(5, 1024).astype(float)
     exact = x.astype(float) @ full.T
@@ -62,7 +62,7 @@ def test_whole_inputs_are_exact(home: str, kind: WeightType) -> None:
     w = random_matrix(kind, 9, 512)
     x = np.random.default_rng(1).integers(-MOST, MOST, (3, 512), endpoint=True).astype(np.float32)
     x[:, ::32] = MOST
-    full = reference.dequantize(w).astype(float)
+    full = TRUTH.dequantize(w).astype(float)
     truth, magnitude = x @ full.T, np.abs(x) @ np.abs(full).T
     assert (np.abs(linear(x, w) - truth) <= 2e-6 * magnitude).all()
 
@@ -76,7 +76,7 @@ def test_halves_round_to_even(home: str) -> None:
 
 @each_type
 def test_extreme_weights_do_not_overflow(home: str, kind: WeightType) -> None:
-    """Every byte all ones or all zeros, every input the largest: sums stay whole and exact."""
+    """All bytes are 255 or 0 and every input is the largest: sums stay whole and exact."""
     for byte in (0, 255):
         stored = np.full((3, kind.row_bytes(512)), byte, np.uint8)
         blocks = stored.reshape(-1, kind.block_bytes)
@@ -84,7 +84,7 @@ def test_extreme_weights_do_not_overflow(home: str, kind: WeightType) -> None:
             blocks[:, at : at + 2] = np.array([0.5], np.float16).view(np.uint8)
         w = kernels.from_stored(kind, 3, 512, stored)
         x = ones(9, 512)
-        truth = np.broadcast_to(reference.dequantize(w).astype(float).sum(1), (9, 3))
+        truth = np.broadcast_to(TRUTH.dequantize(w).astype(float).sum(1), (9, 3))
         assert_close(linear(x, w).astype(float), truth, rtol=1e-6, atol=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_what_is_not_finite_shows_in_its_row_only(home: str, kind: WeightType, b
 
 
 def test_homes_agree_bit_for_bit_where_they_fuse() -> None:
-    """Whole sums are exact and a row is a lane everywhere, so vector widths leave no trace."""
+    """Whole sums are exact, and everywhere a lane is a row, so the width of vectors makes no difference."""
     fused = [name for name in HOMES if name not in ("reference", "scalar")]
     w, x = random_matrix(Q4_K, 21, 768), randn(9, 768)
     results = []

@@ -1,4 +1,4 @@
-"""The native kernels: equal to the reference, and bitwise the same whatever is computed beside."""
+"""The native kernels equal the reference, and their bits do not depend on what is computed beside them."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, linear, ones, randn, zeros
+from fakes.homes import HOMES, NATIVE, TRUTH, assert_close, frozen, layouts, linear, ones, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_weights import random_matrix, random_rows
@@ -51,19 +51,19 @@ def test_a_native_home_was_built() -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.01, 1e-6])
 def test_decoding_is_that_of_the_reference(home: str, kind: WeightType, scale: float) -> None:
     w = random_matrix(kind, 5, 512, seed=kind.id, scale=scale, offset_bytes=1)
-    truth = reference.dequantize(w)
+    truth = TRUTH.dequantize(w)
     assert np.array_equal(kernels.dequantize(w), truth)
     ids = np.array([4, 0, 0, 3])
     assert np.array_equal(kernels.gather_rows(w, ids), kernels.dequantize(w)[ids])
 
 
 def assert_linear_close(x: Floats, w: Matrix, bias: Floats | None) -> None:
-    """Against float64, within what roundings make of a float32 sum: they add up like steps of a random walk."""
-    full = reference.dequantize(w).astype(float)
+    """Compares with float64, within what rounding does to a float32 sum: errors add up like steps of a random walk."""
+    full = TRUTH.dequantize(w).astype(float)
     x_seen = reference.quantised_inputs(x) if w.type.quantised else x
     truth = x_seen @ full.T + (0 if bias is None else bias)
     magnitude = np.abs(x_seen) @ np.abs(full).T + (0 if bias is None else np.abs(bias))
-    plain = reference.linears(x, Linears((w,), (bias,)), None, 0.0)[0]
+    plain = TRUTH.linears(x, Linears((w,), (bias,)))[0]
     tolerance = 2**-24 * (8 + w.cols**0.5)  # 8e-7 for a block of 32, 4e-6 for the longest rows here
     for got in (linear(x, w, bias), plain):
         assert got.dtype == np.float32
@@ -119,7 +119,7 @@ def test_no_bit_depends_on_batch_threads_or_rows(home: str, kind: WeightType) ->
 def test_float_rows_of_any_length(home: str, kind: WeightType, cols: int) -> None:
     w = random_matrix(kind, 6, cols, offset_bytes=1)
     x = randn(11, cols)
-    assert np.array_equal(kernels.dequantize(w), reference.dequantize(w))
+    assert np.array_equal(kernels.dequantize(w), TRUTH.dequantize(w))
     assert_linear_close(x, w, None)
     alone = np.concatenate([linear(x[t : t + 1], w) for t in range(11)])
     assert np.array_equal(linear(x, w), alone)
@@ -143,7 +143,7 @@ def test_special_halves(home: str) -> None:
     assert_close(got, values.astype(np.float32), rtol=0, atol=0, equal_nan=True)
     q8 = random_matrix(Q8_0, 1, 32)
     q8.data[:2] = np.array([-6e-8], np.float16).view(np.uint8)
-    assert_close(kernels.dequantize(q8), reference.dequantize(q8), rtol=0, atol=0)
+    assert_close(kernels.dequantize(q8), TRUTH.dequantize(q8), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("cols", [1, 15, 64, 576, 1000])
@@ -270,7 +270,7 @@ def test_more_jobs_than_one_run_holds() -> None:
     kernels.set_threads(2)
     w = random_matrix(F32, 5, 1)
     ids = np.arange(1_100_000) % 5
-    assert np.array_equal(kernels.gather_rows(w, ids), reference.dequantize(w)[ids])
+    assert np.array_equal(kernels.gather_rows(w, ids), TRUTH.dequantize(w)[ids])
 
 
 def test_a_forked_child_computes_too() -> None:

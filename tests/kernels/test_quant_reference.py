@@ -1,9 +1,9 @@
-"""The stored types: what the reference reads from bytes is what the `gguf` package reads."""
+"""The stored types: the reference reads the same weights from bytes as the `gguf` package."""
 
 import gguf
 import numpy as np
 import pytest
-from fakes.homes import assert_close, randn, zeros
+from fakes.homes import TRUTH, assert_close, randn, zeros
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,7 +51,7 @@ def test_decoding_equals_gguf_exactly(kind: WeightType, scale: float, offset: in
     w = random_matrix(kind, 7, 1024, seed=kind.id, scale=scale, offset_bytes=offset)
     stored = random_rows(kind, 7, 1024, seed=kind.id, scale=scale)
     expected = gguf.quants.dequantize(stored, GGMLQuantizationType(kind.id))
-    got = reference.dequantize(w)
+    got = TRUTH.dequantize(w)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, expected.reshape(7, 1024))
 
@@ -62,7 +62,7 @@ def test_quantised_weights_come_back_close(name: str) -> None:
     values = np.random.default_rng(1).standard_normal((4, 256)).astype(np.float32)
     stored = gguf.quants.quantize(values, GGMLQuantizationType(kind.id))
     w = from_stored(kind, 4, 256, memoryview(stored.tobytes()))
-    assert np.abs(reference.dequantize(w) - values).max() < 0.3
+    assert np.abs(TRUTH.dequantize(w) - values).max() < 0.3
 
 
 @kinds
@@ -72,13 +72,13 @@ def test_linear_and_gather_are_those_of_the_decoded_weights(
     monkeypatch.setattr(reference, "TILE_BYTES", 4 * 512 * 2)  # two rows a tile
     w = random_matrix(kind, 9, 512)
     x, bias = randn(3, 512), randn(9)
-    full = reference.dequantize(w)
+    full = TRUTH.dequantize(w)
     seen = reference.quantised_inputs(x) if kind.quantised else x
-    (got,) = reference.linears(x, Linears((w,), (bias,)), None, 0.0)
+    (got,) = TRUTH.linears(x, Linears((w,), (bias,)))
     assert_close(got, seen @ full.T + bias, rtol=1e-4, atol=1e-3)
     ids = np.array([8, 0, 8])
-    assert np.array_equal(reference.gather_rows(w, ids), full[ids])
-    assert reference.gather_rows(w, ids[:0]).shape == (0, 512)
+    assert np.array_equal(TRUTH.gather_rows(w, ids), full[ids])
+    assert TRUTH.gather_rows(w, ids[:0]).shape == (0, 512)
 
 
 @kinds
@@ -101,7 +101,7 @@ def test_arrays_are_wrapped_without_copy(dtype: type[np.float32 | np.float16]) -
     w = Matrix.of(array)
     assert np.shares_memory(w.data, array)
     for other in (array, array.T, np.asfortranarray(array), array[:, ::2], array[::-1]):
-        assert np.array_equal(reference.dequantize(Matrix.of(other)), other)
+        assert np.array_equal(TRUTH.dequantize(Matrix.of(other)), other)
 
 
 def test_float_rows_as_stored_are_wrapped_without_copy() -> None:
@@ -111,7 +111,7 @@ def test_float_rows_as_stored_are_wrapped_without_copy() -> None:
         file = stored.tobytes()
         w = from_stored(kind, 3, 10, file)
         assert np.shares_memory(w.data, np.frombuffer(file, np.uint8))
-        assert np.array_equal(reference.dequantize(w), reference.decode(kind, stored))
+        assert np.array_equal(TRUTH.dequantize(w), reference.decode(kind, stored))
 
 
 @kinds

@@ -1,4 +1,4 @@
-"""Quantising: the bytes mean what the `gguf` package reads from them, close to the weights and closer than its own."""
+"""Quantising: the weights that the `gguf` package reads back are close to ours, closer than with its own rounding."""
 
 from __future__ import annotations
 

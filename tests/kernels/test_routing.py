@@ -1,4 +1,4 @@
-"""Which experts a token goes to: the best, of equals the lowest, whoever else is in the batch."""
+"""A token goes to the best experts, among equals the lowest, whatever else is in the batch."""
 
 from __future__ import annotations
 

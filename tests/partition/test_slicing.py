@@ -1,4 +1,4 @@
-"""What ranks hold: everything once, in order, cut only where it may be; and what is refused."""
+"""Ranks together hold everything once, in order, and cut only where that is possible; and what is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MIXTURE = replace(
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[ModelSpec, Grains, list[float]]:
-    """A spec of odd sizes, the blocks of its types, and shares."""
+    """A spec of odd sizes, its grains, and shares."""
     kv_heads, group = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     head_dim = draw(st.sampled_from([16, 24, 64, 96, 128, 256]))
     columns = kv_heads * group * head_dim
@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn) -> tuple[ModelSpec, Grains, list[float]]:
 
 
 def assert_follow(ranges: list[Range], end: int, grain: int = 1) -> None:
-    """Disjoint, in order, not empty, all of [0, end), and cut at multiples of the grain only."""
+    """The ranges are disjoint, in order and not empty, cover [0, end), and are cut only at multiples of the grain."""
     assert [0, *(own.stop for own in ranges)] == [*(own.start for own in ranges), end]
     assert all(own.start < own.stop and own.start % grain == 0 for own in ranges)
 
@@ -122,7 +122,7 @@ def test_more_ranks_than_kv_heads_share_their_query_heads() -> None:
 
 
 def test_ranks_whose_heads_share_a_block_both_have_it() -> None:
-    """As in a model of 28 heads of 128, 4 of them KV heads, whose o has blocks of 256."""
+    """A model has 28 heads of 128 and 4 KV heads, and its o is stored in blocks of 256."""
     spec = replace(SPEC, heads=28, kv_heads=4, head_dim=128)
     found = [(tuple(s.ranges.heads), tuple(s.ranges.o_columns)) for s in divide(spec, 4, Grains(o=256))]
     assert found == [

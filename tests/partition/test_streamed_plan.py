@@ -1,4 +1,4 @@
-"""Plans that stream: never over budget, more memory never streams more, even spread, and what is refused."""
+"""Plans that stream are never over budget, stream no more with more memory and spread evenly; and what is refused."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def test_whole_prompts_pass_together_and_a_block_takes_them_in_parts() -> None:
 
 
 def test_pinned_blocks_lie_evenly() -> None:
-    """Bytes streamed up to any place are as near to the straight line as whole blocks allow; smaller ones lie beside
-    larger ones."""
+    """Up to any place, the pinned share of a kind is as near to its share of all as whole blocks allow. Smaller blocks
+    are pinned beside larger ones."""
     for memory in range(1400 * MB, 6000 * MB, 333 * MB):
         made = plan(memory)
         cyclic = [b for b in made.blocks if b.block.kind in ("attn", "ffn")]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.kernels import home_of
 from shoal.kernels.arrays import Floats
+from shoal.kernels.attention_operands import Scoring
 from shoal.models.rope import Rope
 from shoal.models.step import Step
 from shoal.offload.kv.pages import PageTable
@@ -72,7 +73,7 @@ def attend(kv: KvPool, layer: int, pages: list[int], start: int, rows: Floats) -
     q, k, v = np.split(rows, [48, 72], axis=1)
     (part,) = step.parts
     rotation = ROPE.at(part.positions)
-    return home_of("cpu").attention(kv.layers[layer], part.segments, q, k, v, rotation=rotation, scale=0.5)
+    return home_of("cpu").attention(kv.layers[layer], part.segments, q, k, v, Scoring(rotation, 0.5))
 
 
 @pytest.mark.parametrize("dtype", sorted(KV_FORMATS))
