@@ -136,7 +136,7 @@ class WindowStore:
         self._done = 0
         if self._embedding is not None:
             return self._embedding.rows(self._readers, ids)
-        return gather_rows(self._kept[block].weights.matrix["embed"], ids)
+        return gather_rows(self._kept[block].enter_result.matrix["embed"], ids)
 
     def stage(self) -> ReadStage | None:
         if not self._streams:
