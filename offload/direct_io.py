@@ -61,7 +61,7 @@ class DirectFile:
 
 
 def open_direct(path: Path, flags: int) -> tuple[int, bool]:
-    """A descriptor, and whether it bypasses the page cache. Only this user can read a file that is made. Raises OSError."""
+    """A descriptor, and whether it bypasses the page cache. A file that is made is private. Raises OSError."""
     flags |= os.O_CLOEXEC
     direct = getattr(os, "O_DIRECT", 0)
     if direct:
