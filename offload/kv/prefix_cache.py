@@ -25,8 +25,8 @@ from .pages import PageTable
 
 @dataclass(eq=False, slots=True)
 class PageNode:
-    """`users` sequences hold this page. `used` orders pages by when they were last let go. `digest` names the text up to
-    the page's end."""
+    """`users` sequences hold this page. `used` orders pages by when they were last let go. `digest` names the text that
+    ends with the page."""
 
     parent: PageNode | None
     tokens: tuple[int, ...]
@@ -147,7 +147,7 @@ class PrefixCache:
         computed = max(computed, len(path) * size)
         if len(pages) > len(path):
             return computed
-        source, shared = self._nearest(self._end(holding), tuple(tokens[computed : computed + size]))
+        source, shared = most_alike(self._end(holding).children, tuple(tokens[computed : computed + size]))
         shared = min(shared, len(tokens) - 1 - computed)
         if source is None or shared < 1:
             return computed
@@ -210,7 +210,7 @@ class PrefixCache:
         self.publish(holding, tokens, computed)
         index = len(holding.path)
         rest = tuple(tokens[index * self.page_tokens : computed])
-        if self._nearest(self._end(holding), rest)[1] < len(rest):
+        if most_alike(self._end(holding).children, rest)[1] < len(rest):
             self._touch(self._add(holding, rest))
             index += 1
         self._table.give_back(holding.pages[index:])
@@ -243,10 +243,6 @@ class PrefixCache:
                 return
             yield found
             node, start = found, start + size
-
-    def _nearest(self, parent: PageNode, wanted: tuple[int, ...]) -> tuple[PageNode | None, int]:
-        """The child that begins most like `wanted`, and how many tokens they share."""
-        return most_alike(parent.children, wanted)
 
     def _add(self, holding: Holding, tokens: tuple[int, ...]) -> PageNode:
         """The node for the holding's first page after its path; a new one if there is none."""

@@ -13,7 +13,10 @@ from fakes import tiny
 from shoal.kernels.arrays import Bytes
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
+from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.pack import layout as pack_layout
+from shoal.offload.pack.builder import PackBuilder
+from shoal.offload.pack.manifest import Quant
 from shoal.offload.pack.pack import Pack
 from shoal.partition.spec import BlockId
 
@@ -30,6 +33,13 @@ def tiny_checkpoint(
         path = tiny.save_gguf(model, directory / "m.gguf", type=type)
     with open_checkpoint(path) as checkpoint:
         yield checkpoint
+
+
+def build_pack(
+    checkpoint: AnyCheckpoint, directory: Path, quant: Quant = "keep", progress: BytesDone = unheard
+) -> Pack:
+    """Packs a checkpoint into `directory`, which must not exist yet."""
+    return PackBuilder(checkpoint, quant).build(directory, progress)
 
 
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:

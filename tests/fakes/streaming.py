@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from fakes import tiny
+from fakes.packing import build_pack
 from fakes.running import FP32, Running
 
 from shoal.engine.collective import Alone
@@ -17,7 +18,6 @@ from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.transformer import Transformer
 from shoal.offload.block_store import ResidentStore
 from shoal.offload.kv.pool import KvPool
-from shoal.offload.pack.builder import build_pack
 from shoal.offload.pack.manifest import Quant
 from shoal.offload.pack.pack import Pack
 from shoal.offload.window.pinned import PackReader

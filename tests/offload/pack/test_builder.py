@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes.packing import assert_holds, memory_of, small_slices, tiny_checkpoint
+from fakes.packing import assert_holds, build_pack, memory_of, small_slices, tiny_checkpoint
 
 from shoal.kernels import dequantize
 from shoal.kernels.arrays import Floats
@@ -20,7 +20,7 @@ from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.offload.errors import PackError, PackPointless
 from shoal.offload.pack import builder as pack_build
 from shoal.offload.pack import writer as pack_file
-from shoal.offload.pack.builder import PackBuilder, build_pack, partial_of
+from shoal.offload.pack.builder import PackBuilder, partial_of
 from shoal.offload.pack.manifest import BLOCKS
 from shoal.offload.pack.pack import Pack
 from shoal.offload.pack.writer import PackFile, damaged_blocks
@@ -133,12 +133,12 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from shoal.models.checkpoint.checkpoint import open_checkpoint
-from shoal.offload.pack.builder import build_pack
+from shoal.offload.pack.builder import PackBuilder
 def progress(done, total):
     if done > total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
 with open_checkpoint(sys.argv[1]) as checkpoint:
-    build_pack(checkpoint, Path(sys.argv[2]), progress=progress)
+    PackBuilder(checkpoint).build(Path(sys.argv[2]), progress)
 """
 
 

@@ -12,14 +12,13 @@ import msgspec
 import numpy as np
 import pytest
 from fakes import tiny
-from fakes.packing import assert_holds, memory_of, small_slices, tiny_checkpoint
+from fakes.packing import assert_holds, build_pack, memory_of, small_slices, tiny_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.kernels import WEIGHT_TYPES
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.offload.errors import PackCorrupt, PackError
-from shoal.offload.pack.builder import build_pack
 from shoal.offload.pack.manifest import BLOCKS, MANIFEST
 from shoal.offload.pack.pack import Pack, open_pack
 from shoal.offload.pack.writer import damaged_blocks

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes.cli_fakes import shoal
-from fakes.packing import assert_holds, memory_of, small_slices, tiny_checkpoint
+from fakes.packing import assert_holds, build_pack, memory_of, small_slices, tiny_checkpoint
 
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
@@ -20,7 +20,6 @@ from shoal.kernels import dequantize
 from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
-from shoal.offload.pack.builder import build_pack
 from shoal.offload.pack.layout import part_of
 from shoal.offload.pack.manifest import MANIFEST
 from shoal.offload.pack.pack import Pack, open_pack
