@@ -70,7 +70,7 @@ def layout(checkpoint: AnyCheckpoint, quant: Quant, source: Source) -> Manifest:
 
 
 def part_of(checkpoint: Checkpoint, quant: Quant, rank: int, ranks: int) -> AnyCheckpoint:
-    """What rank `rank` (from 0) of `ranks` equal ones holds of a checkpoint kept as `quant`; a single rank holds it all.
+    """What rank `rank` (from 0) of `ranks` equal ones holds of a checkpoint kept as `quant`: all of it if alone.
     The shard has bytes of the whole model's rows and columns: nothing is rounded again. Raises ShardError."""
     shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, quant))
     return CheckpointShard(checkpoint, shards[rank]) if ranks > 1 else checkpoint
