@@ -56,8 +56,8 @@ def plan_within_budget(
     extra_bytes: int = 0,
     streaming: bool = True,
 ) -> Plan | Shortfall:
-    """The plan within what the budget has left. `idle_bytes` of other models count as left; `extra_bytes`, for KV on its
-    way to disk and a draft model, do not. Raises as `make_plan` does."""
+    """The plan within what the budget has left. `idle_bytes` of other models count as left; `extra_bytes`, for KV on
+    its way to disk and a draft model, do not. Raises as `make_plan` does."""
     free = max(0, budget.free_bytes + idle_bytes - extra_bytes)
     made = make_plan(checkpoint, config, free, streaming=streaming)
     if isinstance(made, Plan):

@@ -1,4 +1,4 @@
-"""Opens the store of a plan: all blocks in memory, from the checkpoint or a pack, or some of them streamed from a pack."""
+"""Opens the store of a plan: all blocks in memory, from the checkpoint or a pack, or some streamed from a pack."""
 
 from __future__ import annotations
 

@@ -112,8 +112,9 @@ class KvIndex:
                 slot = self._end
                 self._end += 1
             elif self._used:
-                slot, oldest = self._used.popitem(last=False)
+                oldest = next(iter(self._used.values()))
                 self._leave(oldest)
+                slot = oldest.slot
             else:
                 return None
             self._clock += 1
@@ -139,7 +140,6 @@ class KvIndex:
         with self._lock:
             self.slots = slots
             for entry in [entry for entry in self._used.values() if entry.slot >= slots]:
-                del self._used[entry.slot]
                 self._leave(entry)
             self._end = min(self._end, slots)
             self._free = sorted(slot for slot in self._free if slot < slots)
@@ -148,7 +148,6 @@ class KvIndex:
         """Forget a page, if it is still there."""
         with self._lock:
             if self.holds(entry):
-                del self._used[entry.slot]
                 self._leave(entry)
                 heappush(self._free, entry.slot)
 
@@ -160,6 +159,7 @@ class KvIndex:
         self._used[entry.slot] = entry
 
     def _leave(self, entry: Entry) -> None:
+        del self._used[entry.slot]
         siblings = self._children[entry.parent]
         del siblings[entry.tokens]
         if not siblings:

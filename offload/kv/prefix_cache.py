@@ -18,6 +18,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 from .disk_index import NO_TEXT, Entry, KvIndex, chained, most_alike, packed
 from .pages import PageTable
@@ -51,16 +52,14 @@ class Holding:
         return len(self.pages) - bisect_left(self.path, True, key=lambda node: node.users <= 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """Copy page `source` to page `target`."""
 
     source: int
     target: int
 
 
-@dataclass(frozen=True, slots=True)
-class Save:
+class Save(NamedTuple):
     """Save page `page` before somebody else gets it. It holds the KV of `tokens` (packed) after the text of digest
     `parent`."""
 
@@ -72,8 +71,7 @@ class Save:
 Move = Copy | Save
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A page on disk. Once it is read, the KV of the first `computed` tokens of the text is there."""
 
     entry: Entry

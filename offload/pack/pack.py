@@ -72,25 +72,22 @@ class Pack:
 
     def require(self, spec: ModelSpec) -> None:
         """Raises PackCorrupt unless the pack has the blocks of `spec` and all their tensors in the right shapes."""
-        head = [item.block for item in self._slices]
         expected = {block for block in spec.blocks() if block.kind != "head"} | {
-            BlockId("head", -1, number) for number in range(len(head))
+            BlockId("head", -1, number) for number in range(len(self._slices))
         }
-        if not head or self.blocks.keys() != expected:
+        if not self._slices or self.blocks.keys() != expected:
             raise _wrong(self.path, "does not have the blocks of its model")
-        vectors = {block: found for block, found in self.vectors.items() if block not in self.blocks}
-        if vectors.keys() - {BlockId("head")}:
+        if self.vectors.keys() - self.blocks.keys() - {BlockId("head")}:
             raise _wrong(self.path, "has vectors of blocks that are not there")
         rows = 0
         for block, item in self.blocks.items():
-            shaped = {role: (tensor.rows, tensor.cols) for role, tensor in item.tensors.items()}
+            found = {role: (tensor.rows, tensor.cols) for role, tensor in item.tensors.items()}
+            needed = shapes(spec, block.kind)
             if block.kind == "head":
-                rows += item.tensors["head"].rows if "head" in item.tensors else 0
-                right = shaped.keys() == {"head"} and shaped["head"][1] == spec.hidden
-            else:
-                needed = shapes(spec, block.kind)
-                right = shaped == {role: shape for role, shape in needed.items() if len(shape) == 2}
-            if not right:
+                slice_rows = found.get("head", (0, 0))[0]
+                needed = {"head": (slice_rows, spec.hidden)}
+                rows += slice_rows
+            if found != {role: shape for role, shape in needed.items() if len(shape) == 2}:
                 raise _wrong(self.path, f"block {block} does not have the matrices of its model")
         if rows != spec.vocab:
             raise _wrong(self.path, f"the head has {rows} rows, the model {spec.vocab}")

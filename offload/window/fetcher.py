@@ -15,8 +15,8 @@ from .window import Line, Passage
 
 
 class Fetcher:
-    """Reads passages into `nbytes` of its own. After a failure it takes new memory, because reads under way may still write
-    to the old."""
+    """Reads passages into `nbytes` of its own. After a failure it takes new memory, because reads under way may still
+    write to the old."""
 
     def __init__(self, nbytes: int, *, whole: bool) -> None:
         self._line = Line()

@@ -64,10 +64,8 @@ class PackReader:
 
 def located(pack: Pack, blocks: Iterable[BlockId]) -> list[Extent]:
     """Where in the pack the blocks lie. Raises StoreError when it lacks one of them."""
-    found = []
-    for block in blocks:
-        packed = pack.blocks.get(block)
-        if packed is None:
-            raise StoreError(f"{pack.path}: the pack has no block {block}")
-        found.append(Extent(block, packed.offset, packed.nbytes))
-    return found
+    try:
+        items = [pack.blocks[block] for block in blocks]
+    except KeyError as error:
+        raise StoreError(f"{pack.path}: the pack has no block {error.args[0]}") from error
+    return [Extent(item.block, item.offset, item.nbytes) for item in items]

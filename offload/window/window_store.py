@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple
 
 from shoal.kernels import gather_rows
 from shoal.kernels.arrays import Floats, Ids
@@ -27,30 +26,7 @@ from .embedding import Embedding
 from .expert_cache import ExpertCache
 from .pinned import Pinned, located
 from .readers import Readers, Region
-from .window import Extent, Passage, Window
-
-
-class Placement(NamedTuple):
-    """Which blocks of a plan stay in memory, which pass through the window in every step, which experts share slots,
-    and whether rows of the embedding are gathered from disk."""
-
-    pinned: list[BlockId]
-    cycle: list[Extent]
-    experts: list[Extent]
-    gathered: bool
-
-
-def placed(plan: Plan, pack: Pack) -> Placement:
-    """The placement of a plan's blocks. Raises StoreError when the pack lacks a block or the plan has no place for one."""
-    streamed = [item.block for item in plan.blocks if item.tier == "disk"]
-    cycle = located(pack, (block for block in streamed if block.kind not in ("embed", "expert")))
-    experts = located(pack, (block for block in streamed if block.kind == "expert"))
-    if any(extent.nbytes > plan.window_bytes for extent in cycle):
-        raise StoreError(f"a window of {plan.window_bytes} bytes cannot hold the largest block streamed")
-    if experts and not plan.expert_slots:
-        raise StoreError(f"{len(experts)} experts are on disk, but the plan has no slots for them")
-    pinned = [item.block for item in plan.blocks if item.tier == "ram"]
-    return Placement(pinned, cycle, experts, BlockId("embed") in streamed)
+from .window import Passage, Window
 
 
 class _Lease:
@@ -76,17 +52,25 @@ class WindowStore:
     and `close`."""
 
     def __init__(self, plan: Plan, pack: Pack) -> None:
-        """Takes memory and begins to read the blocks that pass through the window. Raises StoreError."""
-        places = placed(plan, pack)
+        """Takes memory and begins to read the blocks that pass through the window. Raises StoreError when the
+        pack lacks a block or the plan has no place for one."""
+        pinned = [item.block for item in plan.blocks if item.tier == "ram"]
+        streamed = [item.block for item in plan.blocks if item.tier == "disk"]
+        cycle = located(pack, (block for block in streamed if block.kind not in ("embed", "expert")))
+        experts = located(pack, (block for block in streamed if block.kind == "expert"))
+        if any(extent.nbytes > plan.window_bytes for extent in cycle):
+            raise StoreError(f"a window of {plan.window_bytes} bytes cannot hold the largest block streamed")
+        if experts and not plan.expert_slots:
+            raise StoreError(f"{len(experts)} experts are on disk, but the plan has no slots for them")
         arena = Arena()
-        self._pinned = Pinned(pack, places.pinned)
-        self._embedding = Embedding(pack) if places.gathered else None
-        slot_bytes = max((extent.nbytes for extent in places.experts), default=0)
-        self._experts = ExpertCache(plan.expert_slots, slot_bytes, places.experts)
+        self._pinned = Pinned(pack, pinned)
+        self._embedding = Embedding(pack) if BlockId("embed") in streamed else None
+        slot_bytes = max((extent.nbytes for extent in experts), default=0)
+        self._experts = ExpertCache(plan.expert_slots, slot_bytes, experts)
         self._slots = Region(self._experts, arena.take(plan.expert_slots * slot_bytes), slots=True)
-        self._window = Window(plan.window_bytes, places.cycle)
+        self._window = Window(plan.window_bytes, cycle)
         self._ring = Region(self._window, arena.take(plan.window_bytes))
-        self._streams = bool(places.cycle or places.experts)
+        self._streams = bool(cycle or experts)
         self._kept: Mapping[BlockId, Resident] = {}
         blocks = [item.block for item in plan.blocks if item.block.kind not in ("embed", "expert")]
         self._place = {block: i + 1 for i, block in enumerate(blocks)}
