@@ -76,14 +76,6 @@ def _outlook(checkpoint: Checkpoint, config: NodeConfig, packs: Packs) -> Outloo
     if isinstance(plan, Shortfall):
         return TooLarge(str(plan), plan.budget_bytes, plan.least_bytes)
     process = budget.held_by(PROCESS)
-    uses = Uses(
-        weights=plan.pinned_bytes + plan.expert_bytes,
-        window=plan.window_bytes,
-        kv=plan.kv.nbytes + on_disk,
-        scratch=plan.scratch_bytes,
-        process=process,
-        free=budget.limit_bytes - process - plan.peak_bytes - on_disk,
-    )
     pack_bytes, packed, speed = 0, False, 0.0
     if plan.streams or config.quant != "keep":
         pack = packs.find(checkpoint, config.quant)
@@ -96,7 +88,14 @@ def _outlook(checkpoint: Checkpoint, config: NodeConfig, packs: Packs) -> Outloo
         plan=plan.describe(speed),
         quant=config.quant,
         budget_bytes=budget.limit_bytes,
-        memory_bytes=uses,
+        memory_bytes=Uses(
+            weights=plan.pinned_bytes + plan.expert_bytes,
+            window=plan.window_bytes,
+            kv=plan.kv.nbytes + on_disk,
+            scratch=plan.scratch_bytes,
+            process=process,
+            free=budget.limit_bytes - process - plan.peak_bytes - on_disk,
+        ),
         weights_bytes=plan.weights_bytes,
         streamed_bytes=plan.streamed_bytes,
         context_tokens=plan.context_tokens,

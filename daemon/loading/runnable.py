@@ -28,7 +28,7 @@ from .stores import open_store
 
 @dataclass(eq=False)
 class Runnable:
-    """A checkpoint that is ready to compute. `read_bytes_per_s`: the disk's speed while loading; 0 if nothing streams."""
+    """A checkpoint that is ready to compute. `read_bytes_per_s`: the disk's speed while loading, 0 if none streams."""
 
     checkpoint: Checkpoint
     plan: Plan

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import msgspec
@@ -118,30 +120,29 @@ class PackBuilder:
         try:
             with PackFile(path, SAMPLE_BYTES) as file:
                 path.unlink()  # so that it goes however this ends
-                for nbytes, item, role in self._works().values():
+                for matrices in self._works():
+                    largest, item, role = max(matrices, key=itemgetter(0))
                     kept = self._stored_type(item, role) is tensor_type(item.tensors[role])
                     most = SAMPLE_BYTES if kept else REWRITTEN_BYTES
-                    sample = min(most, tensor_bytes(item.tensors[role]) // PAGE_BYTES * PAGE_BYTES)
+                    sample = min(most, largest // PAGE_BYTES * PAGE_BYTES)
                     if not sample:
                         continue
                     began_s = time.monotonic()
                     file.write(0, sample, _limited(self._matrix(item, role), sample))
+                    nbytes = sum(size for size, _, _ in matrices)
                     whole_s += (time.monotonic() - began_s) * nbytes / sample
         finally:
             path.unlink(missing_ok=True)
         return whole_s * self.left_bytes(directory) / self.nbytes
 
-    def _works(self) -> dict[tuple[str, str], tuple[int, PackedBlock, str]]:
-        """(stored type, packed type) → bytes that are packed this way; block and role of the largest such matrix."""
-        works: dict[tuple[str, str], tuple[int, PackedBlock, str]] = {}
+    def _works(self) -> Iterable[list[tuple[int, PackedBlock, str]]]:
+        """The matrices that are packed in the same way, from one type to one other: bytes, block and role of each."""
+        works = defaultdict[tuple[str, str], list[tuple[int, PackedBlock, str]]](list)
         for item in self._own:
             for role, tensor in item.tensors.items():
-                work = (self._stored_type(item, role).name, tensor.type)
-                nbytes, largest, its_role = works.get(work, (0, item, role))
-                if tensor_bytes(tensor) > tensor_bytes(largest.tensors[its_role]):
-                    largest, its_role = item, role
-                works[work] = (nbytes + tensor_bytes(tensor), largest, its_role)
-        return works
+                work = self._stored_type(item, role).name, tensor.type
+                works[work].append((tensor_bytes(tensor), item, role))
+        return works.values()
 
     def _write(self, file: PackFile, journal: Journal, progress: BytesDone) -> Manifest:
         """Writes all blocks. → the manifest with their checksums"""

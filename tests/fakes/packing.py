@@ -1,4 +1,4 @@
-"""Packs of tiny models, and what every block of one should be."""
+"""Packs of tiny models, and what each of their blocks should hold."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def build_pack(
 
 
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even a tiny head has several slices."""
+    """Makes slices so small that even a tiny head has several."""
     monkeypatch.setattr(pack_layout, "SLICE_BYTES", 4096)
 
 
@@ -56,7 +56,7 @@ def memory_of(pack: Pack, block: BlockId) -> Bytes:
 
 
 def assert_holds(pack: Pack, checkpoint: AnyCheckpoint) -> None:
-    """Every block of the pack is bitwise that of the checkpoint, or of a shard of one."""
+    """Asserts that every block of the pack is bitwise that of the checkpoint, or of a shard of one."""
     spec = checkpoint.spec
     pack.require(spec)
     for block in spec.blocks():

@@ -1,4 +1,4 @@
-"""Building packs: interrupted, on a full disk, out of order, quantised; and never half made."""
+"""Building packs: interrupted, on a full disk, out of order, quantised. No pack is ever half made."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shoal.partition.spec import BlockId
 
 
 class Stopped(Exception):
-    """What ends a build in the middle."""
+    """Ends a build in the middle."""
 
 
 def stop_at(share: float) -> Any:
@@ -40,7 +40,7 @@ def stop_at(share: float) -> Any:
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[BlockId]:
-    """The blocks that matrices are read of from now on."""
+    """A list that gets the block of every matrix that is read from now on."""
     read: list[BlockId] = []
     original = Checkpoint.read_rows
 
@@ -258,7 +258,7 @@ def test_quantised_packs_are_close_to_the_checkpoint(
     ("stored", "quant", "kept"),
     [
         ("Q8_0", "q8", True),
-        ("Q4_1", "q4", True),  # a tenth less is not worth another rounding
+        ("Q4_1", "q4", True),  # saving a tenth is not worth rounding again
         ("Q4_0", "q8", True),
         ("Q5_0", "q4", False),
         ("Q8_0", "q4", False),

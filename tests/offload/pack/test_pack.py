@@ -1,4 +1,4 @@
-"""Packs: what is in them is what the checkpoint gives; nothing in their files is believed."""
+"""Packs hold what the checkpoint gives, and nothing in their files is trusted."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def test_a_tied_embedding_is_the_heads_slices(tmp_path: Path, monkeypatch: pytes
         pack.check(BlockId("embed"), memory)
 
 
-# --- what is wrong with a pack is told -----------------------------------------------------------------------
+# --- errors say what is wrong with a pack -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the model m.gguf and its pack."""
+    """A directory with a model, m.gguf, and its pack."""
     directory = tmp_path_factory.mktemp("packed")
     with tiny_checkpoint(directory, "qwen2", num_hidden_layers=2) as checkpoint:
         build_pack(checkpoint, directory / "pack")

@@ -1,4 +1,4 @@
-"""Streaming: the same logits, bit for bit, as with everything in memory."""
+"""Streaming gives the same logits, bit for bit, as having everything in memory."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_head_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_steps_that_want_no_rows_leave_blocks_out(tied: Case) -> None:
-    """Prompts in many steps, without the last feed-forward and the head; then a step that needs them."""
+    """Prompts pass in many steps that skip the last feed-forward and the head; then comes a step that needs them."""
     with Streaming(tied.path, tied.pack, spare_bytes=1 << 20) as streaming:
         pages = streaming.kv.table.take(1)
         assert pages is not None
