@@ -1,8 +1,8 @@
 """The second tier of the prefix cache: KV pages on disk.
 
 Pages that leave memory are copied, and a thread writes the copies. Nobody waits for this thread: when it lags, pages
-are dropped. Whoever wants a page again reads it himself, which takes a few milliseconds. No failure here reaches a
-request: the page is computed again, and the log gets a line. This module knows bytes; `prefix_cache` knows what they
+are dropped. The thread that wants a page again reads it itself, which takes a few milliseconds. No failure here reaches
+a request: the page is computed again, and the log gets a line. This module knows bytes; `prefix_cache` knows what they
 mean, and `engine.learn` when reading pays.
 """
 
@@ -49,15 +49,16 @@ class KvDisk:
 
     def __init__(self, file: KvFile, slots: int) -> None:
         self.index = KvIndex(slots, file.entries(slots))
+        self.page_bytes = file.page_bytes
         self.pages_read = 0
         self.pages_written = 0
         self.pages_dropped = 0  # because the writer lagged
         self._file = file
-        self._reading = np.empty(file.page_bytes, np.uint8)
+        self._reading = np.empty(self.page_bytes, np.uint8)
         self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
-        pages = queue_pages(file.page_bytes)
+        pages = queue_pages(self.page_bytes)
         for _ in range(pages):
-            self._free.put(np.empty(file.page_bytes, np.uint8))
+            self._free.put(np.empty(self.page_bytes, np.uint8))
         self._jobs: queue.Queue[_Job] = queue.Queue(pages + 1)
         self._complained = False
         self.closed = False
@@ -66,18 +67,14 @@ class KvDisk:
         self._writer.start()
 
     @property
-    def page_bytes(self) -> int:
-        return self._file.page_bytes
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the pages on disk."""
-        return len(self.index) * self._file.page_bytes
+        return len(self.index) * self.page_bytes
 
     @property
     def most_reads(self) -> int:
         """How many pages one step may read. The pages that they push out of memory must find room to wait."""
-        return max(1, queue_pages(self._file.page_bytes) // 2)
+        return max(1, queue_pages(self.page_bytes) // 2)
 
     def resize(self, slots: int) -> None:
         """Keep at most `slots` pages from now on."""

@@ -264,9 +264,7 @@ class PrefixCache:
         node.users += 1
 
     def _let_go(self, holding: Holding) -> None:
-        for node in reversed(
-            holding.path
-        ):  # children first, so that they are older and go before their parents
+        for node in reversed(holding.path):  # so that children are older than their parents and go first
             node.users -= 1
             if not node.users:
                 self.cached_pages += 1

@@ -72,14 +72,11 @@ class PackBuilder:
         self._part_bytes = part_bytes
         self._stored = np.empty(0, np.uint8)
         self.manifest = layout(checkpoint, quant, source or source_of(checkpoint))
+        self.nbytes = self.manifest.nbytes
         blocks = self.manifest.blocks
         # A tied embedding is the last block, and its bytes are the head's.
         self._own = blocks[:-1] if checkpoint.spec.tied else blocks
         self._slice_rows = next(it.tensors["head"].rows for it in blocks if it.block.kind == "head")
-
-    @property
-    def nbytes(self) -> int:
-        return self.manifest.nbytes
 
     def build(self, directory: Path, progress: BytesDone = unheard) -> Pack:
         """Makes `directory`, which must not exist yet, and opens the pack in it.

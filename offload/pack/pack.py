@@ -54,11 +54,7 @@ class Pack:
     """
 
     def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        vectors: Mapping[BlockId, Mapping[str, Floats]],
-        inode: int | None = None,
+        self, path: Path, manifest: Manifest, vectors: Mapping[BlockId, Mapping[str, Floats]], inode: int
     ) -> None:
         self.path = path
         self.manifest = manifest

@@ -14,9 +14,9 @@ import xxhash
 from shoal.kernels import Matrix, OperandError, gather_rows
 from shoal.kernels.arrays import Floats, Ids
 from shoal.offload.pack.pack import Pack, PackedBlock, altered, tensor_type
-from shoal.partition.spec import BlockId
 
 from .fetcher import Fetcher
+from .pinned import EMBED
 from .readers import READERS, Readers
 from .row_reads import batches, runs
 from .window import Passage
@@ -30,15 +30,14 @@ class Embedding:
 
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
-        self._block = BlockId("embed")
-        self._packed = pack.blocks[self._block]
-        self._tensor = self._packed.tensors["embed"]
+        self._packed = pack.blocks[EMBED]
         self._fetcher = Fetcher(ROWS_BYTES, whole=False)
         self.region = self._fetcher.region
 
     def rows(self, readers: Readers, ids: Ids) -> Floats:
         """Rows `ids` (T,) as (T, cols). Raises OffloadError; OperandError if there is no such row."""
-        tensor, kind = self._tensor, tensor_type(self._tensor)
+        tensor = self._packed.tensors["embed"]
+        kind = tensor_type(tensor)
         where = np.argsort(ids, kind="stable")
         ordered = ids[where]
         if len(ids) and not 0 <= int(ordered[0]) <= int(ordered[-1]) < tensor.rows:
@@ -57,9 +56,8 @@ class Embedding:
         done = 0
         for batch in batches(reads, ROWS_BYTES):
             memory = self.region.memory
-            self._fetcher.fetch(
-                readers, [Passage(self._block, run.offset, position, run.nbytes) for position, run in batch]
-            )
+            passages = [Passage(EMBED, run.offset, position, run.nbytes) for position, run in batch]
+            self._fetcher.fetch(readers, passages)
             for position, run in batch:
                 start, rows = position + run.skip, (run.last + 1 - run.first) * height
                 read = memory[start : start + kind.matrix_bytes(rows, tensor.cols)]

@@ -115,9 +115,8 @@ class ExpertCache:
         elif passage.left or (passage.error is not None and block not in self._expected):
             self._discard(passage)
             if passage.error is not None:
-                self._likely = [
-                    other for other in self._likely if other != block
-                ]  # or it would be tried for ever
+                # Otherwise it would be tried for ever.
+                self._likely = [other for other in self._likely if other != block]
             elif block in self._expected and block not in self._held:
                 self._miss(block)  # a guess that was dropped too soon
 

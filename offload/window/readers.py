@@ -25,9 +25,7 @@ from shoal.partition.spec import BlockId
 from .window import Passage, Read
 
 READERS = 4
-READ_BYTES = (
-    4 << 20
-)  # four such reads at a time are as fast as anything, and threads wake seldom (docs/LOG.md)
+READ_BYTES = 4 << 20  # four such reads at a time are as fast as anything, and wake seldom (docs/LOG.md)
 STUCK_S = 120.0  # when nothing has come for so long, the disk is taken for dead
 IDLE_S = 5.0
 LOOK_S = 1.0

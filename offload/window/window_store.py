@@ -24,7 +24,7 @@ from shoal.partition.spec import BlockId
 
 from .embedding import Embedding
 from .expert_cache import ExpertCache
-from .pinned import Pinned, located
+from .pinned import EMBED, Pinned, located
 from .readers import Readers, Region
 from .window import Passage, Window
 
@@ -64,7 +64,7 @@ class WindowStore:
             raise StoreError(f"{len(experts)} experts are on disk, but the plan has no slots for them")
         arena = Arena()
         self._pinned = Pinned(pack, pinned)
-        self._embedding = Embedding(pack) if BlockId("embed") in streamed else None
+        self._embedding = Embedding(pack) if EMBED in streamed else None
         slot_bytes = max((extent.nbytes for extent in experts), default=0)
         self._experts = ExpertCache(plan.expert_slots, slot_bytes, experts)
         self._slots = Region(self._experts, arena.take(plan.expert_slots * slot_bytes), slots=True)

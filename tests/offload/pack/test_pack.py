@@ -195,7 +195,7 @@ def test_any_garbage_in_the_manifest_is_an_error_or_harmless(packed: Path, data:
 
 
 def changed(pack: Pack, **fields: Any) -> Pack:
-    return Pack(pack.path, msgspec.structs.replace(pack.manifest, **fields), pack.vectors)
+    return Pack(pack.path, msgspec.structs.replace(pack.manifest, **fields), pack.vectors, inode=0)
 
 
 def test_a_pack_of_another_model_is_refused(packed: Path, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_pack_of_another_model_is_refused(packed: Path, tmp_path: Path) -> Non
         pack.require(dataclasses.replace(spec, pre_norm=False, post_norm=True))
     without = {block: found for block, found in pack.vectors.items() if block.kind != "head"}
     with pytest.raises(PackCorrupt, match="block head does not have the vectors"):
-        Pack(pack.path, pack.manifest, without).require(spec)
+        Pack(pack.path, pack.manifest, without, inode=0).require(spec)
     assert pack.vectors[BlockId("head")]["norm"].dtype == np.float32
 
 
