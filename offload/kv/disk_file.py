@@ -147,8 +147,7 @@ class KvFile:
 
     def clear(self, slot: int) -> None:
         """Mark the slot as empty. Raises OSError."""
-        at = self._record_at(slot) + self._record_bytes - _SUM.size
-        write_all(self._index, bytes(_SUM.size), at)
+        write_all(self._index, bytes(_SUM.size), self._record_at(slot + 1) - _SUM.size)
 
     def store_used(self, entry: Entry) -> None:
         """Write down when a page was last used. Raises OSError."""
