@@ -72,9 +72,8 @@ class Assembly:
             if draft is not None:
                 with refusing(f"draft model {draft.name}"):
                     small = read_draft(name, main, draft, config, self.budget)
-            disk = None
+            kv, disk = main.executor.kv, None
             if self.kv_files is not None:
-                kv = main.executor.kv
                 disk = self.kv_files.open(name, main.checkpoint, config.quant, main.plan, kv)
             if disk is not None:
                 undo.callback(disk.close, [], kv.page)
