@@ -90,11 +90,11 @@ def main() -> int:
 
 def logits_of(model: LoadedModel, ids: list[int]) -> Floats:
     """Logits (T, vocab) of all positions."""
-    pages = model.kv.table.take(-(-len(ids) // model.kv.page_tokens))
+    pages = model.executor.kv.table.take(-(-len(ids) // model.executor.kv.page_tokens))
     assert pages is not None
     step = Step.build([(ids, 0, pages, len(ids))])
     logits = model.executor.head(model.executor.forward(step))
-    model.kv.table.give_back(pages)
+    model.executor.kv.table.give_back(pages)
     return logits
 
 

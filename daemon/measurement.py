@@ -16,9 +16,9 @@ from statistics import median
 import msgspec
 import numpy as np
 
+from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.model import LoadedModel
-from shoal.daemon.loading.stores import PackSource
 from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
 from shoal.engine.sequence import Emitted, Failed, Sequence
@@ -60,7 +60,7 @@ class PerplexityResult(msgspec.Struct, frozen=True):
 
 
 def _load(
-    model: Path, config: NodeConfig, progress: Progress, packs: PackSource | None, draft: Path | None = None
+    model: Path, config: NodeConfig, progress: Progress, packs: Packs | None, draft: Path | None = None
 ) -> LoadedModel:
     set_threads(config.thread_count)
     assembly = Assembly(budget_of(config.memory_bytes), packs)
@@ -77,7 +77,7 @@ def bench(
     repeat: int,
     config: NodeConfig,
     progress: Progress,
-    packs: PackSource | None = None,
+    packs: Packs | None = None,
 ) -> BenchResult:
     """Prefill `prompt_tokens` random tokens, then decode `new_tokens`, for `batch` sequences at once.
 
@@ -146,7 +146,7 @@ def perplexity(
     ctx: int,
     config: NodeConfig,
     progress: Progress,
-    packs: PackSource | None = None,
+    packs: Packs | None = None,
 ) -> PerplexityResult:
     """Perplexity of a text by llama.cpp's method: windows of `ctx` tokens side by side, each on its own.
 
@@ -170,7 +170,7 @@ def perplexity(
             f"{file} has {len(ids)} tokens: must have at least one window of {ctx}",
             f"use `ctx={max(4, len(ids))}` or a longer text",
         )
-    pages = loaded.kv.table.take(-(-ctx // loaded.kv.page_tokens))
+    pages = loaded.executor.kv.table.take(-(-ctx // loaded.executor.kv.page_tokens))
     assert pages is not None
     loss = 0.0
     for window in range(windows):

@@ -33,11 +33,11 @@ from shoal.comm.messages import (
     Unload,
 )
 from shoal.daemon.library.kv_files import KvFiles
+from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.loaded import LoadedModels
 from shoal.daemon.loading.loader import Loader
 from shoal.daemon.loading.model import LoadedModel
-from shoal.daemon.loading.stores import PackSource
 from shoal.engine.errors import EngineError
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
@@ -74,7 +74,7 @@ class Node:
         config: NodeConfig,
         resolve: Callable[[str], Path] = Path,
         clock: Callable[[], float] = time.monotonic,
-        packs: PackSource | None = None,
+        packs: Packs | None = None,
         kv_root: Path | None = None,
     ) -> None:
         self.config = config

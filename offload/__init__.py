@@ -1,1 +1,1 @@
-"""Where weights and KV live: block stores, budget, KV pool."""
+"""Where weights and KV live: packs, the window, the KV pool, and the budget for them."""

@@ -1,13 +1,13 @@
 """Block stores: `acquire(block)` lends a block's weights for the length of a `with`.
 
-The resident store keeps every block in RAM and returns at once. Knows blocks and their bytes; not what is
-computed with them.
+The resident store keeps every block in RAM and never waits. This module knows blocks and their bytes; it does not
+know what is computed with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import NamedTuple, Protocol
 
 from shoal.kernels import gather_rows
@@ -19,11 +19,15 @@ from shoal.partition.spec import BlockId
 from .bytes_done import BytesDone, unheard
 
 Arriving = Generator[tuple[BlockId, Weights], None, None]
-"""Blocks, each as soon as it is read. Closing it ends the reading."""
+"""Gives each block as soon as it has been read. Closing the generator ends the reading."""
+
+Resident = nullcontext[Weights]
+"""A lease that costs nothing, because the block never leaves memory."""
 
 
 class ReadStage(NamedTuple):
-    """How far a step is, for people: blocks read of those that a step reads, how fast lately, and at best so far."""
+    """How far a step has come, for people to read: `done` of the `blocks` that it passes, how fast bytes have come
+    lately, and the best speed so far."""
 
     done: int
     blocks: int
@@ -41,7 +45,7 @@ class BlockStore(Protocol):
 
     @property
     def damaged(self) -> bool:
-        """Whether what it reads from was found to be another than was written: it is no good any more."""
+        """Whether the bytes it reads were found to differ from those that were written. It is of no use then."""
         ...
 
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
@@ -53,48 +57,33 @@ class BlockStore(Protocol):
         ...
 
     def expect(self, blocks: Sequence[BlockId]) -> None:
-        """These will be acquired next, in this order: a store that has to read them begins."""
+        """The caller will acquire these blocks next, in this order. A store that has to read them begins to."""
         ...
 
     def guess(self, blocks: Sequence[BlockId]) -> None:
-        """These may be acquired after what is expected, the likeliest first."""
+        """The caller may acquire these blocks after the expected ones; the likeliest comes first."""
         ...
 
     def stage(self) -> ReadStage | None:
-        """None when nothing is read while computing. For any thread."""
+        """How far the step has come; None if nothing is read during compute. Any thread may call it."""
         ...
 
     def close(self) -> None:
-        """Ends what runs in the background; idempotent."""
+        """Ends what runs in the background. Idempotent."""
         ...
 
 
 class BlockReader(Protocol):
-    """Where blocks come from that stay in memory: a checkpoint (models.checkpoint has it), or a pack."""
+    """Reads the blocks that stay in memory, from a checkpoint (`models.checkpoint`) or from a pack."""
 
     def read_blocks(self, blocks: Sequence[BlockId]) -> Arriving:
-        """All these blocks, in any order; embedding and head share their bytes where they
-        are tied. Raises CheckpointError or OffloadError."""
+        """Reads all these blocks, in any order. A tied embedding and head share their bytes.
+        Raises CheckpointError or OffloadError."""
         ...
 
 
-class Resident:
-    """A lease that costs nothing: the block never leaves."""
-
-    __slots__ = ("weights",)
-
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
-
-    def __enter__(self) -> Weights:
-        return self.weights
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
 class ResidentStore:
-    """Every block of a plan in memory. Reads nothing any more, so it never waits and cannot be damaged."""
+    """Keeps every block of a plan in memory. Once loaded it reads nothing, so it never waits and is never damaged."""
 
     stall_s = 0.0
     damaged = False
@@ -104,7 +93,7 @@ class ResidentStore:
 
     @classmethod
     def load(cls, plan: Plan, reader: BlockReader, progress: BytesDone = unheard) -> ResidentStore:
-        """Reads all blocks and tells of each. Raises CheckpointError or OffloadError."""
+        """Reads all blocks and reports progress after each. Raises CheckpointError or OffloadError."""
         sizes = {item.block: item.nbytes for item in plan.blocks}
         return cls(keep(reader.read_blocks(list(sizes)), sizes, progress))
 
@@ -112,7 +101,7 @@ class ResidentStore:
         return self._blocks[block]
 
     def rows(self, block: BlockId, ids: Ids) -> Floats:
-        return gather_rows(self._blocks[block].weights.matrix["embed"], ids)
+        return gather_rows(self._blocks[block].enter_result.matrix["embed"], ids)
 
     def expect(self, blocks: Sequence[BlockId]) -> None:
         """Everything is here."""
@@ -128,7 +117,7 @@ class ResidentStore:
 
 
 def keep(arriving: Arriving, sizes: Mapping[BlockId, int], progress: BytesDone) -> dict[BlockId, Resident]:
-    """Blocks that stay, as they arrive; `sizes` of all of them, in bytes."""
+    """Collects blocks that stay in memory as they arrive. `sizes` gives the bytes of each."""
     blocks: dict[BlockId, Resident] = {}
     done, total = 0, sum(sizes.values())
     with closing(arriving):

@@ -1,7 +1,7 @@
 """The ledger of large allocations: weights, KV, scratch.
 
-Knows bytes by name and one limit. Allocates nothing itself: whoever allocates enters it here first, so the
-peak is held by construction.
+The ledger knows bytes by name and one limit. It allocates nothing itself: whoever allocates enters the bytes here
+first, so the peak cannot pass the limit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .errors import BudgetExceeded
 
 
 class Budget:
-    """Bytes held per purpose, never more than `limit_bytes` together. Thread-safe."""
+    """How many bytes each purpose holds; together never more than `limit_bytes`. Thread-safe."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -45,11 +45,11 @@ class Budget:
             self._held[purpose] = nbytes
 
     def take(self, purpose: str, nbytes: int) -> None:
-        """Enter what is taken already, whether or not that is within the limit."""
+        """Enter bytes that are taken already, even if they exceed the limit."""
         with self._lock:
             self._held[purpose] = nbytes
 
     def release(self, purpose: str) -> None:
-        """Forget `purpose`; unknown ones are ignored, so that clean-up may run twice."""
+        """Forget `purpose`. An unknown one is ignored, so that clean-up may run twice."""
         with self._lock:
             self._held.pop(purpose, None)

@@ -1,10 +1,10 @@
-"""How far something is that moves many bytes, as told to whoever shows it."""
+"""The callback that reports how far a long transfer of bytes has come."""
 
 from collections.abc import Callable
 
 BytesDone = Callable[[int, int], None]
-"""Called with the bytes done so far, and the bytes in all."""
+"""Called with the bytes done so far and the bytes in all."""
 
 
 def unheard(done: int, total: int) -> None:
-    """For callers that do not show any."""
+    """The default, for callers that do not show progress."""

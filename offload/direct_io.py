@@ -1,8 +1,8 @@
-"""Direct reads: bytes of a file into memory past the page cache, so that reading costs no memory but its target.
+"""Reads and writes that bypass the page cache, so that they cost no memory but their target.
 
-Knows O_DIRECT (macOS: F_NOCACHE) and what to do where a file system refuses it: buffered reads whose pages are given
-back at once. Offsets, sizes and addresses are multiples of 4 KiB. `preadv` releases the interpreter lock, so threads
-overlap; which reads are under way together is the caller's business.
+Knows O_DIRECT (macOS: F_NOCACHE). Where a file system refuses it, reads are buffered and their pages are given back at
+once. Offsets, sizes and addresses are multiples of 4 KiB. `preadv` releases the interpreter lock, so threads overlap;
+the caller decides which reads run at the same time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import mmap
 import os
-import threading
 import warnings
 from pathlib import Path
 
@@ -23,11 +22,10 @@ DIRECT_ALIGN_BYTES = 4096
 
 
 class DirectFile:
-    """A file open for direct reads. For any thread. Raises StoreError where it cannot be opened."""
+    """A file that is open for direct reads, for any thread. Raises StoreError when it cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
         try:
             self._file, self.direct = open_direct(path, os.O_RDONLY)
         except OSError as error:
@@ -40,7 +38,7 @@ class DirectFile:
             )
 
     def read(self, offset: int, into: Bytes) -> None:
-        """Fills `into`, (n,), from byte `offset`. Raises OSError; EOFError when the file ends before."""
+        """Fills `into`, (n,), from byte `offset`. Raises OSError, or EOFError when the file ends too early."""
         target = into.data
         done = 0
         while done < len(target):
@@ -54,25 +52,22 @@ class DirectFile:
             forget_cached(self._file, offset, len(target))
 
     def written_ns(self) -> int:
-        """When somebody wrote to it last. Raises OSError."""
+        """When the file was last written to. Raises OSError."""
         return os.fstat(self._file).st_mtime_ns
 
     def close(self) -> None:
-        """Idempotent; no read may be under way."""
-        with self._lock:
-            if self._file >= 0:
-                os.close(self._file)
-                self._file = -1
+        """To be called once, when no read is under way."""
+        os.close(self._file)
 
 
 def open_direct(path: Path, flags: int) -> tuple[int, bool]:
-    """A descriptor, and whether it passes the page cache by; a new file is for this user alone. Raises OSError."""
+    """A descriptor, and whether it bypasses the page cache. A file that is made is private. Raises OSError."""
     flags |= os.O_CLOEXEC
     direct = getattr(os, "O_DIRECT", 0)
     if direct:
-        with contextlib.suppress(OSError):  # a file system without it, if not worse
+        with contextlib.suppress(OSError):  # the file system may not have it
             file = os.open(path, flags | direct, 0o600)
-            try:  # some take the flag and refuse the reads
+            try:  # some file systems take the flag and refuse the reads
                 with mmap.mmap(-1, DIRECT_ALIGN_BYTES) as page:
                     os.preadv(file, [page], 0)
                 return file, True
@@ -86,6 +81,13 @@ def open_direct(path: Path, flags: int) -> tuple[int, bool]:
 
 
 def forget_cached(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:
-    """Bytes of a file leave the page cache, as far as the system can; up to its end for 0 bytes."""
+    """Takes bytes of a file out of the page cache, where the system can do that; 0 bytes mean up to the file's end."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of `data` at byte `offset` of a file. Raises OSError."""
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count

@@ -2,11 +2,11 @@
 
 OffloadError
 ├── BudgetExceeded     an allocation would exceed the budget; nothing was allocated
-├── KvFileError        KV pages on disk cannot be opened or read; they are computed instead
+├── KvFileError        KV pages on disk cannot be opened or read, so they are computed again
 ├── PackError          a pack cannot be made or used
-│   ├── PackCorrupt        its bytes or its manifest are not those that were written
+│   ├── PackCorrupt        its bytes or its manifest differ from what was written
 │   └── PackPointless      fewer bits were asked for, and no matrix has more
-└── StoreError         weights could not be read while they were needed
+└── StoreError         weights could not be read when they were needed
 """
 
 
@@ -15,7 +15,7 @@ class OffloadError(Exception):
 
 
 class BudgetExceeded(OffloadError):
-    """The message gives what was asked for, what is held and the limit, in MB."""
+    """The message says how many MB were asked for, how many are held, and the limit."""
 
 
 class KvFileError(OffloadError):
@@ -27,12 +27,12 @@ class PackError(OffloadError):
 
 
 class PackCorrupt(PackError):
-    """Truncated or altered; the message names the block where it is known. Packing the model again mends it."""
+    """The pack is truncated or was altered. The message names the block if it is known. Packing again mends it."""
 
 
 class PackPointless(PackError):
-    """The message names the types that the weights have."""
+    """The message names the types of the weights."""
 
 
 class StoreError(OffloadError):
-    """The message names the block, the file and the place in it; a later step tries again."""
+    """The message names the block, the file and the place in it. A later step tries again."""

@@ -1,11 +1,10 @@
-"""How fast a disk gives what is streamed: many large direct reads of a file at once, for a moment.
+"""Measures how fast a disk streams weights, by several large direct reads at a time for a moment.
 
-Knows how readers read. Where a figure is kept, and for what, is the caller's business.
+Reads as `window.readers` do. The caller decides what the figure is for.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ SECONDS = 0.5
 
 
 def read_speed(path: Path, seconds: float = SECONDS) -> float:
-    """Bytes per second that reading `path` gives just now; 0 where it is too short to tell. Raises StoreError."""
+    """Bytes per second of reading `path` at this moment; 0 if the file is too short to tell. Raises StoreError."""
     file = DirectFile(path)
     places = path.stat().st_size // READ_BYTES
     stride = max(1, places // READERS)
@@ -41,7 +40,6 @@ def read_speed(path: Path, seconds: float = SECONDS) -> float:
             counts = sum(pool.map(read, range(0, stride * READERS, stride)))
         return counts * READ_BYTES / max(time.monotonic() - began_s, 1e-3)
     except (OSError, EOFError) as error:
-        reason = (isinstance(error, OSError) and os.strerror(error.errno or 0)) or str(error)
-        raise StoreError(f"{path}: cannot be read: {reason}") from error
+        raise StoreError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     finally:
         file.close()

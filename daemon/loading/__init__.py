@@ -1,1 +1,1 @@
-"""Getting models into memory: plans within the budget, what is loaded, what goes for room."""
+"""Gets models into memory: plans within the budget, which models are loaded, which one goes to make room."""

@@ -1,6 +1,6 @@
-"""Putting a model together: checkpoint, tokenizer, plan, rank and engine, within a budget.
+"""Puts a model together from checkpoint, tokenizer, plan, rank and engine, within a budget.
 
-Knows how the parts fit. Which models there are and which go for room is `loaded` and `loader`.
+Knows how the parts fit. `loaded` and `loader` know which models there are and which of them go to make room.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import KvFiles
+from shoal.daemon.library.packs import Packs
 from shoal.daemon.progress import Progress, no_progress
 from shoal.engine.engine import Engine
 from shoal.engine.guess.drafter import Drafter
@@ -26,23 +27,18 @@ from .model import LoadedModel, release
 from .planning import least_bytes, row_share
 from .refusal import refusing
 from .runnable import Runnable, read_draft
-from .stores import PackSource
-
-
-def _ignore(engine: Engine) -> None:
-    """For who looks at the engine's events by himself."""
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """What models are put together from: memory of `budget`, one of `packs` for what does not fit into it, `kv_files`
-    for KV that leaves it. `notify` hears of engines that have events."""
+    """What models are put together from. They take memory from `budget`; what does not fit comes from one of `packs`;
+    `kv_files` keep KV that leaves memory. An engine that has events is given to `notify`."""
 
     budget: Budget
-    packs: PackSource | None = None
+    packs: Packs | None = None
     kv_files: KvFiles | None = None
     clock: Callable[[], float] = time.monotonic
-    notify: Callable[[Engine], None] = _ignore
+    notify: Callable[[Engine], None] = lambda engine: None
 
     def load(
         self,
@@ -54,9 +50,9 @@ class Assembly:
         streaming: bool = True,
         progress: Progress = no_progress,
     ) -> LoadedModel:
-        """Read a checkpoint into memory, and that of a draft model if there is one; what does not fit is streamed, if
-        `streaming`. Raises DaemonError; what was held in the budget is then released."""
-        with ExitStack() as undo:  # what has been begun ends again when a later part fails
+        """Read a checkpoint into memory, and that of a draft model if there is one. If `streaming`, what does not fit
+        is streamed. Raises DaemonError; the budget then holds nothing for the model."""
+        with ExitStack() as undo:  # ends what has begun when a later part fails
             undo.callback(release, name, self.budget)
             with refusing(name):
                 main = Runnable.read(
@@ -76,11 +72,11 @@ class Assembly:
             if draft is not None:
                 with refusing(f"draft model {draft.name}"):
                     small = read_draft(name, main, draft, config, self.budget)
-            disk = None
+            kv, disk = main.executor.kv, None
             if self.kv_files is not None:
-                disk = self.kv_files.open(name, main.checkpoint, config.quant, main.plan, main.kv)
+                disk = self.kv_files.open(name, main.checkpoint, config.quant, main.plan, kv)
             if disk is not None:
-                undo.callback(disk.close, [], main.kv.page)
+                undo.callback(disk.close, [], kv.page)
             engine = self._engine(main, small, disk, config)
             made = LoadedModel(name, main, engine, small, config.quant, self.clock, self.clock())
             undo.pop_all()
@@ -89,8 +85,9 @@ class Assembly:
     def _engine(
         self, main: Runnable, small: Runnable | None, disk: KvDisk | None, config: NodeConfig
     ) -> Engine:
+        kv = main.executor.kv
         scheduler = Scheduler(
-            PrefixCache(main.kv.table, main.kv.page_tokens, disk.index if disk else None),
+            PrefixCache(kv.table, kv.page_tokens, disk.index if disk else None),
             sequences=main.plan.sequences,
             queue=config.max_queue,
             chunk_tokens=main.plan.chunk_tokens,

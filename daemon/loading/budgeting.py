@@ -1,6 +1,6 @@
-"""What a budget leaves for a model: its plan there, or how much memory is missing, and for what.
+"""What a budget leaves for a model: the plan within that, or how much memory is missing, and for what.
 
-Knows the ledger and what a model takes besides its plan; how a plan is made is `planning`.
+Knows the ledger and what a model takes besides its plan; `planning` makes the plan.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .planning import make_plan
 
 @dataclass(frozen=True)
 class Shortfall:
-    """A budget is too small: what it would have to hold together."""
+    """A budget is too small. This is what it would have to hold."""
 
     budget_bytes: int
     model_bytes: int  # the least that a plan takes
-    extra_bytes: int  # on the way to disk, and of a draft model
+    extra_bytes: int  # of KV on its way to disk, and of a draft model
     process_bytes: int
     others_bytes: int  # of models that stay
 
     @property
     def least_bytes(self) -> int:
-        """The budget that would do."""
+        """The smallest budget that would do."""
         return self.model_bytes + self.extra_bytes + self.process_bytes + self.others_bytes
 
     def __str__(self) -> str:
@@ -56,8 +56,8 @@ def plan_within_budget(
     extra_bytes: int = 0,
     streaming: bool = True,
 ) -> Plan | Shortfall:
-    """The plan within what the budget has left, and `idle_bytes` that could be given back, less `extra_bytes` that go
-    with it: for KV on its way to disk and a draft model. Raises as `make_plan`."""
+    """The plan within what the budget has left. `idle_bytes` of other models count as left; `extra_bytes`, for KV on
+    its way to disk and a draft model, do not. Raises as `make_plan` does."""
     free = max(0, budget.free_bytes + idle_bytes - extra_bytes)
     made = make_plan(checkpoint, config, free, streaming=streaming)
     if isinstance(made, Plan):
@@ -77,6 +77,6 @@ def require_plan(found: Plan | Shortfall, name: str) -> Plan:
 
 
 def disk_buffer_bytes(checkpoint: Checkpoint, config: NodeConfig) -> int:
-    """Of KV pages on their way to and from disk, where KV is kept there."""
+    """Memory for KV pages on their way to and from disk, if KV is kept there."""
     page_bytes = kv_page_bytes(checkpoint.spec, config.kv_type)
     return buffer_bytes(page_bytes) if config.kv_disk_bytes != 0 else 0

@@ -1,6 +1,6 @@
 """Which models are in memory, by name and by file, and which of them goes when room is needed.
 
-Thread-safe; who holds `lock` can rely on none coming or going. Does not know how models are loaded, nor requests.
+Thread-safe: while somebody holds `lock`, no model comes or goes. Knows neither how models are loaded nor requests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class LoadedModels:
-    """`budget`: what models give back when they are dropped."""
+    """The models in memory. When one is dropped, it gives its bytes back to `budget`."""
 
     def __init__(self, budget: Budget) -> None:
         self.lock = threading.RLock()
@@ -29,7 +29,7 @@ class LoadedModels:
         self._tokens_before = 0  # of models that were dropped
 
     def __iter__(self) -> Iterator[LoadedModel]:
-        """The models loaded at this moment, whatever comes or goes while they are looked at."""
+        """The models that are loaded now, even if others come or go during the iteration."""
         with self.lock:
             return iter(list(self._by_name.values()))
 
@@ -38,7 +38,7 @@ class LoadedModels:
 
     @property
     def tokens_total(self) -> int:
-        """Sampled since the beginning."""
+        """Tokens sampled since the beginning."""
         with self.lock:
             return self._tokens_before + sum(model.engine.scheduler.totals.generated_tokens for model in self)
 
@@ -47,17 +47,17 @@ class LoadedModels:
             self._by_name[model.name] = model
 
     def pick(self, name: str) -> LoadedModel | None:
-        """The model of that name or path; "" is the one used last."""
+        """The model of that name or path; "" means the one used last."""
         if not name:
             return max(self, key=lambda model: model.used_s, default=None)
         return self._by_name.get(name) or next((m for m in self if str(m.reference) == name), None)
 
     def of(self, reference: Reference) -> LoadedModel | None:
-        """The model of that path and these bits."""
+        """The model of that path in these bits."""
         return next((model for model in self if model.reference == reference), None)
 
     def free_name(self, wanted: Reference, path: Path) -> str:
-        """As it was asked for, a path by its end, or the whole path when another file of that name is loaded."""
+        """The name for a model: as it was asked for; for a path its last part, or all of it if that name is taken."""
         name = str(wanted._replace(model=path.name) if wanted.model == str(path) else wanted)
         return str(wanted._replace(model=str(path))) if name in self._by_name else name
 
@@ -66,7 +66,7 @@ class LoadedModels:
 
     def make_room(self) -> bool:
         """Drop the idle model that was used longest ago; False when there is none."""
-        with self.lock:  # throughout, or it might get a request meanwhile
+        with self.lock:  # throughout, so that the chosen model gets no request meanwhile
             chosen = min(self.idle(), key=lambda model: model.used_s, default=None)
             if chosen is not None:
                 del self._by_name[chosen.name]
@@ -75,7 +75,7 @@ class LoadedModels:
         return chosen is not None
 
     def drop(self, model: LoadedModel) -> None:
-        """Its running requests end with `error` shutting_down."""
+        """Unload a model. Its running requests end with the error `shutting_down`."""
         with self.lock:
             self._by_name.pop(model.name, None)
             self._tokens_before += model.engine.scheduler.totals.generated_tokens

@@ -1,7 +1,7 @@
-"""Getting a model into memory, others out of it, and what is said meanwhile.
+"""Gets a model into memory and others out of it, and says how far it has come.
 
-Knows that idle models make room and when it is better not to begin. Which models there are is `loaded`, how one is put
-together `model`, who asks for it `node`.
+Knows that idle models make room, and when it is better not to begin. `loaded` knows which models there are, `assembly`
+how one is put together, `node` who asks for it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,10 @@ from .runnable import check_vocabulary
 
 
 class Loader:
-    """Loads one model at a time. `check` raises when nobody waits for it any more. `stage` and `name` are of the model
-    that is being loaded."""
+    """Loads one model at a time. `check` raises when nobody waits for it any more. `stage` and `name` belong to the
+    model that is being loaded."""
 
-    def __init__(
-        self,
-        models: LoadedModels,
-        assembly: Assembly,
-        check: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, models: LoadedModels, assembly: Assembly, check: Callable[[], None]) -> None:
         self.stage: Stage | None = None
         self.name = ""
         self._models = models
@@ -42,7 +37,7 @@ class Loader:
         self._check = check
 
     def check_reload(self, model: LoadedModel, config: NodeConfig, draft: Path | None) -> None:
-        """Raises DaemonError when `model` could not be loaded again like this, before it is dropped."""
+        """Before `model` is dropped: raises DaemonError if it could not be loaded again like this."""
         if model.engine.busy:
             hint = "try again when it is idle"
             raise DaemonError(
@@ -56,7 +51,7 @@ class Loader:
     def load(
         self, name: str, path: Path, draft: Path | None, config: NodeConfig, progress: Progress
     ) -> LoadedModel:
-        """In memory if dropping idle models makes enough room, else streamed. Raises DaemonError."""
+        """Load a model into memory if dropping idle ones makes enough room; otherwise stream it. Raises DaemonError."""
 
         def heard(doing: str, done: int, total: int) -> None:
             self._check()  # packing may take an hour
@@ -68,15 +63,11 @@ class Loader:
 
         while True:
             return_freed()
-            begun: dict[str, tuple[float, int]] = {}  # doing → since when, and with how many bytes
+            begun: dict[str, tuple[float, int]] = {}  # what is done → when it began, and at how many bytes
             try:
+                streaming = not self._models.idle()
                 return self._assembly.load(
-                    name,
-                    path,
-                    config,
-                    draft=draft,
-                    streaming=not self._models.idle(),
-                    progress=heard,
+                    name, path, config, draft=draft, streaming=streaming, progress=heard
                 )
             except DaemonError as error:
                 if error.code != "resources":
@@ -89,7 +80,7 @@ class Loader:
                 self.stage, self.name = None, ""
 
     def _check_room(self, name: str, checkpoint: Checkpoint, draft: Path | None, config: NodeConfig) -> None:
-        """Raises DaemonError when the model would not fit even without every idle one."""
+        """Raises DaemonError when the model would not fit even if every idle model were dropped."""
         idle_bytes = sum(model.peak_bytes for model in self._models.idle())
         extra_bytes = disk_buffer_bytes(checkpoint, config) if self._assembly.kv_files is not None else 0
         with refusing(name):

@@ -1,7 +1,6 @@
-"""A loaded model: a checkpoint that answers, and how it is doing.
+"""A loaded model: a checkpoint that answers, and its state.
 
-Knows its parts and how they end; `assembly` puts them together. Does not run anything: whoever owns it calls
-`engine.step`.
+Knows its parts and how they end; `assembly` puts them together. It runs nothing: its owner calls `engine.step`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from shoal.models.chat.template import ChatTemplate
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
-from shoal.offload.kv.pool import KvPool
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.plan import Plan
 
@@ -29,7 +27,8 @@ from .runnable import Runnable
 
 @dataclass(eq=False)
 class LoadedModel:
-    """Everything one model needs to answer. `used_s` is when it was last asked; `draft` the model that guesses."""
+    """Everything that one model needs to answer. `used_s` is when it was last asked; `draft` is the model that guesses
+    for it."""
 
     name: str
     main: Runnable
@@ -56,16 +55,12 @@ class LoadedModel:
         return self.main.executor
 
     @property
-    def kv(self) -> KvPool:
-        return self.main.kv
-
-    @property
     def peak_bytes(self) -> int:
         return self.main.peak_bytes + (self.draft.peak_bytes if self.draft else 0)
 
     @property
     def reference(self) -> Reference:
-        """What it is on this machine, however it was named when it was asked for."""
+        """Which model it is on this machine, however it was named in the request."""
         return Reference(str(self.checkpoint.path), self.quant)
 
     @property
@@ -75,23 +70,23 @@ class LoadedModel:
     @property
     def damaged(self) -> bool:
         """Whether its pack was found altered, so that it has to be loaded again. Requests fail at the step that needs
-        the bytes that are wrong."""
+        the altered bytes."""
         return self.executor.store.damaged
 
     def interrupt(self, error: DaemonError) -> None:
-        """End all that it answers with `error`, and a step that waits for a disk with it. It answers nothing more."""
+        """End all its requests with `error`, even in a step that waits for a disk. It answers nothing after that."""
         self.engine.fail_all(error)
         self.executor.store.close()
 
     def release(self, budget: Budget) -> None:
-        """End a step under way, keep its KV on disk and give the budget back; the memory follows when the last
-        reference goes. Idempotent."""
+        """End a step under way, keep its KV on disk and give the budget back. The memory is freed with the last
+        reference to the model. Idempotent."""
         self.executor.store.close()
         self.engine.close()
         release(self.name, budget)
 
     def stage(self) -> Stage | None:
-        """What a request to it waits for just now; None when that is no disk. For any thread."""
+        """What its requests wait for just now; None if they do not wait for a disk. Any thread may call it."""
         stage = self.executor.store.stage()
         if stage is None or not self.engine.busy:
             return None
@@ -100,9 +95,8 @@ class LoadedModel:
     def status(self) -> ModelStatus:
         scheduler = self.engine.scheduler
         stage = self.executor.store.stage()
-        read_bytes_per_s = max(
-            self.main.read_bytes_per_s, stage.best_bytes_per_s if stage is not None else 0.0
-        )
+        read_bytes_per_s = max(self.main.read_bytes_per_s, stage.best_bytes_per_s if stage else 0.0)
+        drafts = f", drafts by {self.draft_path.name}" if self.draft_path else ""
         totals, cache, disk = scheduler.totals, scheduler.cache, self.engine.rank.disk
         return ModelStatus(
             name=self.name,
@@ -115,8 +109,7 @@ class LoadedModel:
             waiting=len(scheduler.waiting),
             kv_used_tokens=cache.used_pages * cache.page_tokens,
             kv_total_tokens=self.plan.kv.tokens,
-            plan=self.plan.describe(read_bytes_per_s)
-            + (f", drafts by {self.draft_path.name}" if self.draft_path else ""),
+            plan=self.plan.describe(read_bytes_per_s) + drafts,
             chat_template=self.tokenizer.chat_template is not None,
             kv_cached_tokens=cache.cached_pages * cache.page_tokens,
             prompt_tokens_total=totals.prompt_tokens,
@@ -136,7 +129,7 @@ class LoadedModel:
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """ChatML when it has none of its own."""
+        """The model's template, or ChatML if it has none."""
 
         def spelled(token: int | None) -> str:
             return "" if token is None else self.tokenizer.id_to_token(token)
@@ -147,6 +140,6 @@ class LoadedModel:
 
 
 def release(name: str, budget: Budget) -> None:
-    """Give back what a model and the one that guesses for it hold."""
+    """Give back the bytes that a model and its draft model hold."""
     budget.release(f"model {name}")
     budget.release(f"draft for {name}")

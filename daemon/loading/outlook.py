@@ -1,8 +1,7 @@
-"""What would become of a model on this machine if it was loaded: its plan, who takes how much of the memory, how long a
-token waits for the disk.
+"""What loading a model on this machine would give: its plan, who takes how much of the memory, and how long a token
+waits for the disk.
 
-Reads headers and, where weights would be streamed, a little of the disk to see how fast it is. Loads and builds
-nothing.
+Reads headers and, if weights would be streamed, a little of the disk to see how fast it is. Loads and builds nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.offload.pack.builder import source_of
 from shoal.offload.pack.layout import layout
 from shoal.offload.read_speed import read_speed
-from shoal.partition.plan import Plan
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget
 from .refusal import refusing
 
 
 class Uses(Struct, frozen=True):
-    """Bytes of the budget by what they are for. `kv`: with what its way to the disk takes."""
+    """Bytes of the budget by what they are for. `kv` includes the buffers on its way to disk."""
 
     weights: int
     window: int
@@ -37,8 +35,9 @@ class Uses(Struct, frozen=True):
 
 
 class Outlook(Struct, frozen=True):
-    """`plan`: in words. `pack_bytes`: of the pack that its weights come from, 0 = of none; `packed`: it is there.
-    `read_bytes_per_s`, `step_s`: of the disk just now, and what it takes for a token alone; 0 = nothing is streamed."""
+    """How the daemon would run a model. `plan` is in words. `pack_bytes`: size of the pack that its weights would come
+    from, 0 if from none; `packed` says whether this pack exists. `read_bytes_per_s`: speed of the disk just now;
+    `step_s`: what the disk takes for a token. Both are 0 if nothing is streamed."""
 
     plan: str
     quant: Quant
@@ -56,7 +55,7 @@ class Outlook(Struct, frozen=True):
 
 
 class TooLarge(Struct, frozen=True):
-    """It cannot run within the budget: why, and the budget that would do."""
+    """The model cannot run within the budget: why, and the budget that would do."""
 
     refused: str
     budget_bytes: int
@@ -64,7 +63,7 @@ class TooLarge(Struct, frozen=True):
 
 
 def outlook(path: Path, config: NodeConfig, packs: Packs) -> Outlook | TooLarge:
-    """How the daemon would run the checkpoint at `path`. Raises DaemonError when it could not for other reasons than
+    """How the daemon would run the checkpoint at `path`. Raises DaemonError if it could not, for other reasons than
     memory."""
     with refusing(path.name), open_checkpoint(path) as checkpoint:
         return _outlook(checkpoint, config, packs)
@@ -77,32 +76,26 @@ def _outlook(checkpoint: Checkpoint, config: NodeConfig, packs: Packs) -> Outloo
     if isinstance(plan, Shortfall):
         return TooLarge(str(plan), plan.budget_bytes, plan.least_bytes)
     process = budget.held_by(PROCESS)
-    uses = Uses(
-        weights=plan.pinned_bytes + plan.expert_bytes,
-        window=plan.window_bytes,
-        kv=plan.kv.nbytes + on_disk,
-        scratch=plan.scratch_bytes,
-        process=process,
-        free=budget.limit_bytes - process - plan.peak_bytes - on_disk,
-    )
     pack_bytes, packed, speed = 0, False, 0.0
     if plan.streams or config.quant != "keep":
         pack = packs.find(checkpoint, config.quant)
         packed = pack is not None
         pack_bytes = layout(checkpoint, config.quant, source_of(checkpoint)).nbytes
         if plan.streams:
-            speed = read_speed(pack.path if pack else _largest(checkpoint.files))
-    return _described(plan, config, budget.limit_bytes, uses, pack_bytes, packed, speed)
-
-
-def _described(
-    plan: Plan, config: NodeConfig, limit: int, uses: Uses, pack_bytes: int, packed: bool, speed: float
-) -> Outlook:
+            largest = max(checkpoint.files, key=lambda file: file.stat().st_size)
+            speed = read_speed(pack.path if pack else largest)
     return Outlook(
         plan=plan.describe(speed),
         quant=config.quant,
-        budget_bytes=limit,
-        memory_bytes=uses,
+        budget_bytes=budget.limit_bytes,
+        memory_bytes=Uses(
+            weights=plan.pinned_bytes + plan.expert_bytes,
+            window=plan.window_bytes,
+            kv=plan.kv.nbytes + on_disk,
+            scratch=plan.scratch_bytes,
+            process=process,
+            free=budget.limit_bytes - process - plan.peak_bytes - on_disk,
+        ),
         weights_bytes=plan.weights_bytes,
         streamed_bytes=plan.streamed_bytes,
         context_tokens=plan.context_tokens,
@@ -113,7 +106,3 @@ def _described(
         read_bytes_per_s=round(speed),
         step_s=plan.step_s(speed),
     )
-
-
-def _largest(files: tuple[Path, ...]) -> Path:
-    return max(files, key=lambda file: file.stat().st_size)

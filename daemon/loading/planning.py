@@ -1,8 +1,8 @@
 """Which plan a checkpoint gets within so much memory.
 
-In memory if that is possible, even with a shorter context that nobody asked for; else streamed from a pack. Weights in
-fewer bits than the files have come from a pack in either case. Knows checkpoints and configuration; how a plan divides
-memory is `partition`, what a budget leaves for it `budgeting`.
+The plan keeps the model in memory if that is possible, even with a shorter context if none was asked for. Otherwise it
+streams from a pack. Weights in fewer bits than the files have come from a pack in either case. This module knows
+checkpoints and configuration; `partition` divides memory, and `budgeting` knows how much a budget leaves.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from shoal.partition.spec import BlockId, ModelSpec
 from shoal.partition.streamed_plan import kv_has_room, plan_streamed
 
 DEFAULT_CONTEXT_TOKENS = 8192
-LEAST_CONTEXT_TOKENS = 512  # what the default context may shrink to when memory is short
+LEAST_CONTEXT_TOKENS = 512  # the default context shrinks to this at most when memory is short
 
 
 def make_plan(
     checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int, *, streaming: bool = True
 ) -> Plan | Misfit:
-    """The plan for a checkpoint within `memory_bytes`; where no context was asked for, the largest that fits.
-    `streaming`: whether its weights may come from disk.
+    """The plan for a checkpoint within `memory_bytes`. If no context was asked for, it gets the largest that fits.
+    `streaming`: its weights may come from disk.
 
     Raises DaemonError `context_overflow`.
     """
@@ -49,14 +49,14 @@ def make_plan(
 
 
 def least_bytes(draft: Path, config: NodeConfig) -> int:
-    """What a draft model will need at least beside the model that it guesses for. Raises DaemonError."""
+    """The least memory that a draft model needs beside the model that it guesses for. Raises DaemonError."""
     with open_checkpoint(draft) as checkpoint:
         shortest = _wanted(checkpoint.spec, config)[-1]
         return least_in_ram(shortest, _block_bytes(checkpoint, "keep")).peak_bytes
 
 
 def row_share(plan: Plan, read_bytes_per_s: float) -> float:
-    """What one more row of a step probably costs, as a share of a step of one: little, where that waits for a disk."""
+    """What one more row in a step probably costs, as a share of a step of one row: little if that waits for a disk."""
     compute_s = plan.weights_bytes / MEMORY_BYTES_PER_S
     return ROW_SHARE * compute_s / max(compute_s, plan.step_s(read_bytes_per_s))
 
@@ -64,16 +64,15 @@ def row_share(plan: Plan, read_bytes_per_s: float) -> float:
 def extents(checkpoint: Checkpoint, quant: Quant = "keep") -> tuple[dict[BlockId, int], int]:
     """(bytes of every block in a pack, in the order of a step; bytes of the vectors). A tied embedding has none."""
     manifest = layout(checkpoint, quant, source_of(checkpoint))
-    sizes = {item.block: item.nbytes for item in manifest.blocks}
     embed = BlockId("embed")
-    sizes = {embed: 0 if checkpoint.spec.tied else sizes[embed]} | {
-        block: nbytes for block, nbytes in sizes.items() if block != embed
-    }
+    sizes = {embed: 0} | {item.block: item.nbytes for item in manifest.blocks}
+    if checkpoint.spec.tied:
+        sizes[embed] = 0  # its bytes are the head's
     return sizes, manifest.vectors.nbytes
 
 
 def _block_bytes(checkpoint: Checkpoint, quant: Quant) -> dict[BlockId, int]:
-    """Of every block in memory, in the order of a step."""
+    """Bytes of every block in memory, in the order of a step."""
     if quant == "keep":
         return {block: checkpoint.block_bytes(block) for block in checkpoint.spec.blocks()}
     sizes, vectors_bytes = extents(checkpoint, quant)
@@ -82,7 +81,7 @@ def _block_bytes(checkpoint: Checkpoint, quant: Quant) -> dict[BlockId, int]:
 
 
 def _wanted(spec: ModelSpec, config: NodeConfig) -> list[Wanted]:
-    """What the configuration asks for: with its context, or with each that is to be tried, the longest first."""
+    """What the configuration asks for: with its context, or once with each context to try, the longest first."""
     longest = Wanted(
         spec,
         context_tokens=config.context_tokens or min(spec.context, DEFAULT_CONTEXT_TOKENS),

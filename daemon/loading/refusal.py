@@ -1,4 +1,4 @@
-"""Why a model cannot be loaded: errors of other rooms as the daemon's, naming the model."""
+"""Why a model cannot be loaded: turns errors of other rooms into the daemon's, which name the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shoal.offload.errors import BudgetExceeded
 
 @contextmanager
 def refusing(name: str) -> Iterator[None]:
-    """Whatever goes wrong within is raised as DaemonError. Checkpoint errors name their file themselves."""
+    """Raises whatever goes wrong within as DaemonError. Checkpoint errors name their file themselves."""
     try:
         yield
     except DaemonError:

@@ -1,4 +1,4 @@
-"""A checkpoint in memory, ready to compute: what a model and the one that guesses for it have in common.
+"""A checkpoint in memory, ready to compute: what a model and its draft model have in common.
 
 Knows how plan, store, KV and executor are made within a budget. Does not know requests.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import bounded, forget_files, return_freed
 from shoal.daemon.progress import Progress, no_progress
 from shoal.engine.collective import Alone
@@ -22,19 +23,18 @@ from shoal.offload.kv.pool import KvPool
 from shoal.partition.plan import Plan
 
 from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
-from .stores import PackSource, open_store
+from .stores import open_store
 
 
 @dataclass(eq=False)
 class Runnable:
-    """A checkpoint ready to compute. `read_bytes_per_s`: of the disk while it was loaded, 0 when nothing streams."""
+    """A checkpoint that is ready to compute. `read_bytes_per_s`: the disk's speed while loading, 0 if none streams."""
 
     checkpoint: Checkpoint
     plan: Plan
     tokenizer: Tokenizer
     executor: Executor
-    kv: KvPool
-    peak_bytes: int  # with what the KV on disk takes
+    peak_bytes: int  # including the buffers of KV on disk
     read_bytes_per_s: float = 0.0
 
     @classmethod
@@ -47,14 +47,15 @@ class Runnable:
         budget: Budget,
         progress: Progress,
         *,
-        packs: PackSource | None = None,
+        packs: Packs | None = None,
         streaming: bool = True,
         reserve_bytes: int = 0,
         kv_on_disk: bool = False,
     ) -> Runnable:
-        """Reads checkpoint `name` into memory, which is entered in the budget under `purpose` and taken out again if
-        this fails. `reserve_bytes` of the budget are left free. `streaming`: weights may come from disk, from one of
-        `packs`, as those in fewer bits always do. `kv_on_disk`: KV will be kept on disk, which takes buffers."""
+        """Reads checkpoint `name` into memory, which the budget holds under `purpose`; if this fails, the caller has to
+        release that. `reserve_bytes` of the budget are left free. `streaming`: weights may come from disk, from one
+        of `packs`; weights in fewer bits always come from a pack. `kv_on_disk`: KV will be kept on disk, which takes
+        buffers."""
         tight = bounded(config.memory_bytes)
         with open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config) if kv_on_disk else 0
@@ -67,23 +68,20 @@ class Runnable:
             return_freed()  # before the weights come, so that the peak is theirs alone
             peak_bytes = plan.peak_bytes + extra_bytes
             budget.hold(purpose, peak_bytes)
-            try:
-                transformer = Transformer(checkpoint.spec, plan.context_tokens)
-                kv = KvPool(checkpoint.spec, plan.kv)
-                if tight:
-                    forget_files(checkpoint.files)
-                store, speed = open_store(plan, checkpoint, config.quant, packs, progress, bounded=tight)
-            except BaseException:  # Ctrl-C, too
-                budget.release(purpose)
-                raise
+            transformer = Transformer(checkpoint.spec, plan.context_tokens)
+            kv = KvPool(checkpoint.spec, plan.kv)
+            if tight:
+                forget_files(checkpoint.files)
+            store, speed = open_store(plan, checkpoint, config.quant, packs, progress, bounded=tight)
             if tight:
                 forget_files(checkpoint.files)
         executor = Executor(transformer, plan, store, kv, Alone())
-        return cls(checkpoint, plan, tokenizer, executor, kv, peak_bytes, speed)
+        return cls(checkpoint, plan, tokenizer, executor, peak_bytes, speed)
 
 
 def read_draft(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:
-    """A second model that can guess for `main`, held in the budget beside it, as its files are."""
+    """A draft model that guesses for `main`, in the bits of its files. The budget holds it under its own purpose, which
+    the caller has to release if this fails."""
     config = replace(config, context_tokens=main.plan.context_tokens, quant="keep")
     purpose = f"draft for {name}"
     small = Runnable.read(
@@ -94,7 +92,7 @@ def read_draft(name: str, main: Runnable, path: Path, config: NodeConfig, budget
 
 
 def check_vocabulary(name: str, tokenizer: Tokenizer, draft: str, theirs: Tokenizer) -> None:
-    """Raises DaemonError unless the tokens of `draft` mean what those of `name` do, as far as both have them."""
+    """Raises DaemonError unless the tokens that both models have mean the same in `draft` as in `name`."""
     for token in range(min(tokenizer.vocab_size, theirs.vocab_size)):
         ours, other = tokenizer.id_to_token(token), theirs.id_to_token(token)
         if ours != other:

@@ -1,9 +1,9 @@
 """The second tier of the prefix cache: KV pages on disk.
 
-Pages that leave memory are copied and written behind by a thread; when it lags, they are dropped: nobody waits for it.
-Pages that are wanted again are read by whoever asks, in a millisecond or some. Nothing that goes wrong here reaches a
-request: it is a page that has to be computed, and a line in the log. Knows bytes; what they mean, and when reading
-pays, is decided elsewhere (`prefix`, `daemon.recalling`).
+Pages that leave memory are copied, and a thread writes the copies. Nobody waits for this thread: when it lags, pages
+are dropped. The thread that wants a page again reads it itself, which takes a few milliseconds. No failure here reaches
+a request: the page is computed again, and the log gets a line. This module knows bytes; `prefix_cache` knows what they
+mean, and `engine.learn` when reading pays.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 QUEUE_BYTES = 32 << 20  # of pages copied and not written yet
 QUEUE_PAGES = (2, 16)  # least and most
 FLUSH_LIMIT_S = 10.0
-_WAIT_S = 60.0  # for the writer to end: longer, and its disk hangs
+_WAIT_S = 60.0  # for the writer to end; after that we take its disk for hung
 
 _Job = tuple[Bytes, Save] | None  # None ends the writer
 
@@ -40,24 +40,25 @@ def queue_pages(page_bytes: int) -> int:
 
 
 def buffer_bytes(page_bytes: int) -> int:
-    """Memory a `KvDisk` takes: the pages that wait, one that is read, and what the system has yet to write."""
+    """Memory that a `KvDisk` takes: the pages that wait, one that is read, and what the system has yet to write."""
     return (queue_pages(page_bytes) + 1) * page_bytes + 2 * SYNC_BYTES
 
 
 class KvDisk:
-    """Pages in `file`, at most as many as `slots`. `save` and `read` are one thread's, the rest is anybody's."""
+    """At most `slots` pages in `file`. One thread calls `save` and `read`; any thread may call the rest."""
 
     def __init__(self, file: KvFile, slots: int) -> None:
         self.index = KvIndex(slots, file.entries(slots))
+        self.page_bytes = file.page_bytes
         self.pages_read = 0
         self.pages_written = 0
-        self.pages_dropped = 0  # because the writer was behind
+        self.pages_dropped = 0  # because the writer lagged
         self._file = file
-        self._reading = np.empty(file.page_bytes, np.uint8)
+        self._reading = np.empty(self.page_bytes, np.uint8)
         self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
-        pages = queue_pages(file.page_bytes)
+        pages = queue_pages(self.page_bytes)
         for _ in range(pages):
-            self._free.put(np.empty(file.page_bytes, np.uint8))
+            self._free.put(np.empty(self.page_bytes, np.uint8))
         self._jobs: queue.Queue[_Job] = queue.Queue(pages + 1)
         self._complained = False
         self.closed = False
@@ -66,18 +67,14 @@ class KvDisk:
         self._writer.start()
 
     @property
-    def page_bytes(self) -> int:
-        return self._file.page_bytes
-
-    @property
     def nbytes(self) -> int:
-        """Of the pages on disk."""
-        return len(self.index) * self._file.page_bytes
+        """Bytes of the pages on disk."""
+        return len(self.index) * self.page_bytes
 
     @property
     def most_reads(self) -> int:
-        """Pages that one step may push out of memory to read others: they must find room to wait."""
-        return max(1, queue_pages(self._file.page_bytes) // 2)
+        """How many pages one step may read. The pages that they push out of memory must find room to wait."""
+        return max(1, queue_pages(self.page_bytes) // 2)
 
     def resize(self, slots: int) -> None:
         """Keep at most `slots` pages from now on."""
@@ -90,9 +87,10 @@ class KvDisk:
                     self._complain(error)
 
     def save(self, what: Save, page: Bytes, wait_s: float = 0.0) -> bool:
-        """Copy `page`, (bytes of a page,), to be written. False when it is dropped."""
+        """Copy `page`, (bytes of a page,), for the writer. False when the page is dropped, because there was no room
+        for `wait_s`."""
         try:
-            buffer = self._free.get(timeout=wait_s) if wait_s > 0 else self._free.get_nowait()
+            buffer = self._free.get(timeout=wait_s)
         except queue.Empty:
             self.pages_dropped += 1
             return False
@@ -101,25 +99,25 @@ class KvDisk:
         return True
 
     def read(self, entries: Sequence[Entry], into: Sequence[Bytes]) -> int:
-        """Fill pages, (bytes of a page,), with the entries of a text in order until one fails; how many were filled."""
+        """Fill pages, (bytes of a page,) each, with the entries of a text in order, until one fails. Returns how many
+        pages were filled."""
         count = 0
         for entry, page in zip(entries, into, strict=True):
             if not self._read(entry, page):
                 break
             count += 1
-        for entry in reversed(entries[:count]):  # what is before a page is never older
-            self.index.touch(entry.parent, entry.tokens)
+        self._touch(entries[:count])
         self.pages_read += count
         return count
 
     def _read(self, entry: Entry, into: Bytes) -> bool:
-        """False, and `into` is as before, when the page cannot be read."""
+        """False when the page cannot be read; `into` is unchanged then."""
         try:
             self._file.read(entry.slot, self._reading)
             if checksum(self._reading) != entry.checksum:
                 raise KvFileError(f"slot {entry.slot} of the KV pages on disk has been altered")
         except KvFileError as error:
-            if self.index.holds(entry):  # else its slot was just taken for another page
+            if self.index.holds(entry):  # otherwise another page has just taken the slot
                 log.warning("%s; the page is computed again", error)
                 with contextlib.suppress(OSError):
                     self._file.clear(entry.slot)
@@ -131,15 +129,15 @@ class KvDisk:
     def close(
         self, known: Sequence[Save], page: Callable[[int], Bytes], limit_s: float = FLUSH_LIMIT_S
     ) -> None:
-        """Write what is in memory, most recently used first as given, as far as there are slots and time; `page`
-        gives a page by its number. Then let others have the file. Idempotent."""
+        """Write the `known` pages of memory, as far as there are slots and time, and close the file. `known` has the
+        most recently used first; `page` gives a page's bytes by its number. Idempotent."""
         with self._writing:
             if self.closed:
                 return
             self.closed = True
         ends_s = time.monotonic() + limit_s
         kept = known[: self.index.slots]
-        self._touch(kept)  # or writing one might push out another
+        self._touch(kept)  # otherwise writing one might push out another
         for save in kept:
             if self.index.touch(save.parent, save.tokens):
                 continue
@@ -160,9 +158,10 @@ class KvDisk:
             self._complain(error)
         self._file.close()
 
-    def _touch(self, saves: Sequence[Save]) -> None:
-        for save in reversed(saves):
-            self.index.touch(save.parent, save.tokens)
+    def _touch(self, pages: Sequence[Save | Entry]) -> None:
+        """Note that pages were used just now. The last goes first, so that no page is newer than the text before it."""
+        for page in reversed(pages):
+            self.index.touch(page.parent, page.tokens)
 
     # --- the writer ----------------------------------------------------------------------------------------
 
@@ -172,7 +171,7 @@ class KvDisk:
             try:
                 with self._writing:
                     self._write(what, buffer)
-            except Exception:  # our bug: the pages to come are worth a try
+            except Exception:  # our bug, but later pages are worth a try
                 log.exception("a KV page was not written")
             self._free.put(buffer)
 
@@ -191,7 +190,7 @@ class KvDisk:
             self._complain(error)
 
     def _complain(self, error: OSError) -> None:
-        """Once: a disk that is full stays so for a while."""
+        """Warns once, since a full disk stays full for a while."""
         if not self._complained:
             self._complained = True
             log.warning(

@@ -1,12 +1,12 @@
 """The files of KV pages on disk: `pages.kv`, slots of equal size, and `index.kv`, a record for each slot.
 
-Knows bytes and how they may be damaged. A record has a checksum of itself and one of its page, and is cleared before
-its slot is overwritten: whatever a crash, another program or the disk leaves behind, a page that can be read is the one
-that was written. The disk is waited for only so that little of what is written stays in memory. Which page is where,
-and why, is the business of `kv_disk_index`.
+Knows bytes and how they may be damaged. A record has a checksum of itself and one of its page, and it is cleared before
+its slot is overwritten. So whatever a crash, another program or the disk leaves behind, a page that can be read is the
+one that was written. We wait for the disk only to keep little of what is written in memory. `disk_index` decides which
+page lies in which slot.
 
-index.kv: header, then a record of fixed size for each slot, all zeros where there is none (numbers little-endian, token
-ids as the machine has them):
+index.kv has a header, then a record of fixed size for each slot; the record of an empty slot is all zeros. Numbers are
+little-endian, token ids in the machine's order.
     header  magic 8, fingerprint 32, bytes of a page u64, tokens of a page u32, xxh3_64 of these u64
     record  used u64, parent 32, checksum u64, count of tokens u32, tokens i32 each (filled up with zeros), xxh3_64 of
             all after `used` u64
@@ -23,19 +23,18 @@ from pathlib import Path
 import xxhash
 
 from shoal.kernels.arrays import Bytes
-from shoal.offload.direct_io import forget_cached
+from shoal.offload.direct_io import forget_cached, write_all
 from shoal.offload.errors import KvFileError
 
 from .disk_index import DIGEST_BYTES, TOKEN_BYTES, Entry
 
 KV_MAGIC = b"shoalkv1"
 PAGES, INDEX = "pages.kv", "index.kv"
-MOST_USED = 1 << 62  # nobody counts so far
-SYNC_BYTES = 2 << 20  # read or written until the system is told to forget it: so long it is in memory twice
+MOST_USED = 1 << 62  # no counter gets so far: such a record is damaged
+SYNC_BYTES = 2 << 20  # after so many bytes the page cache forgets them; until then they are in memory twice
 _ALIGN = 4096
 _HEADER = struct.Struct(f"<8s{DIGEST_BYTES}sQI")
 _USED = struct.Struct("<Q")
-_FIXED = struct.Struct(f"<{DIGEST_BYTES}sQI")
 _SUM = struct.Struct("<Q")
 
 
@@ -45,7 +44,7 @@ def checksum(page: Bytes) -> int:
 
 
 def slots_within(nbytes: int, page_bytes: int, page_tokens: int) -> int:
-    """How many pages the two files hold in `nbytes` of a disk."""
+    """How many pages the two files can hold in `nbytes` of a disk."""
     return max(0, nbytes - 2 * _ALIGN) // (_slot_bytes(page_bytes) + _record_bytes(page_tokens))
 
 
@@ -53,21 +52,25 @@ def _slot_bytes(page_bytes: int) -> int:
     return -(-page_bytes // _ALIGN) * _ALIGN
 
 
+def _body(page_tokens: int) -> struct.Struct:
+    return struct.Struct(f"<{DIGEST_BYTES}sQI{page_tokens * TOKEN_BYTES}s")
+
+
 def _record_bytes(page_tokens: int) -> int:
-    return _USED.size + _FIXED.size + page_tokens * TOKEN_BYTES + _SUM.size
+    return _USED.size + _body(page_tokens).size + _SUM.size
 
 
 class KvFile:
-    """The two files in `directory`, private and locked as long as they are open. What does not fit is started anew.
+    """The two files in `directory`, private, and locked while they are open. Files with another header are emptied.
 
-    fingerprint: 32 bytes; pages of another model or layout must have another. Raises KvFileError, also when somebody
-    else has them open.
+    fingerprint: 32 bytes, different for every model and layout of pages. Raises KvFileError, also when another process
+    has the files open.
     """
 
     def __init__(self, directory: Path, fingerprint: bytes, page_bytes: int, page_tokens: int) -> None:
         self.page_bytes = page_bytes
         self._slot_bytes = _slot_bytes(page_bytes)
-        self._tokens_bytes = page_tokens * TOKEN_BYTES
+        self._body = _body(page_tokens)
         self._record_bytes = _record_bytes(page_tokens)
         header = _HEADER.pack(KV_MAGIC, fingerprint, page_bytes, page_tokens)
         self._unsynced_bytes = 0
@@ -78,7 +81,7 @@ class KvFile:
                 self._index = _open(self._index_path, stack)
                 self._pages = _open(self._pages_path, stack)
                 if hasattr(os, "posix_fadvise"):
-                    # Reading ahead would fill memory with pages that nobody asked for.
+                    # Read-ahead would fill memory with pages that nobody asked for.
                     os.posix_fadvise(self._pages, 0, 0, os.POSIX_FADV_RANDOM)
                 fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.path.samestat(os.fstat(self._index), self._index_path.stat()):
@@ -95,7 +98,7 @@ class KvFile:
             stack.pop_all()
 
     def entries(self, slots: int) -> list[Entry]:
-        """What the first `slots` slots hold, as far as their records are whole; the file is cut after them."""
+        """What the first `slots` slots hold, where their records are intact. The files are cut off after them."""
         size, begin = self._record_bytes, len(self._header)
         try:
             self.cut(slots)
@@ -112,7 +115,7 @@ class KvFile:
         os.ftruncate(self._pages, min(os.fstat(self._pages).st_size, slots * self._slot_bytes))
 
     def read(self, slot: int, into: Bytes) -> None:
-        """Fill `into`, (page_bytes,), with a slot's page, whatever it is. Raises KvFileError."""
+        """Fill `into`, (page_bytes,), with the bytes in a slot; they are not checked. Raises KvFileError."""
         start = slot * self._slot_bytes
         view = into.data
         done = 0
@@ -127,41 +130,38 @@ class KvFile:
             raise KvFileError(f"{self._pages_path}: slot {slot}: {error.strerror}") from error
 
     def write(self, entry: Entry, page: Bytes) -> None:
-        """Put a page into its slot. Raises OSError, and leaves the slot empty then."""
+        """Put a page into its slot. Raises OSError; the slot is empty then."""
         self.clear(entry.slot)
         start = entry.slot * self._slot_bytes
         for done in range(0, len(page), SYNC_BYTES):
             part = page.data[done : done + SYNC_BYTES]
-            _write(self._pages, part, start + done)
+            write_all(self._pages, part, start + done)
             self._unsynced_bytes += len(part)
             if self._unsynced_bytes >= SYNC_BYTES:
                 self.sync()
-        tokens = entry.tokens
-        body = _FIXED.pack(entry.parent, entry.checksum, len(tokens) // TOKEN_BYTES)
-        body += tokens.ljust(self._tokens_bytes, b"\0")
+        count = len(entry.tokens) // TOKEN_BYTES
+        body = self._body.pack(entry.parent, entry.checksum, count, entry.tokens)
         record = _USED.pack(entry.used) + body + _SUM.pack(xxhash.xxh3_64_intdigest(body))
-        _write(self._index, memoryview(record), self._record_at(entry.slot))
+        write_all(self._index, record, self._record_at(entry.slot))
         entry.stored_used = entry.used
 
     def clear(self, slot: int) -> None:
-        """The slot holds nothing any more. Raises OSError."""
-        at = self._record_at(slot) + self._record_bytes - _SUM.size
-        _write(self._index, memoryview(bytes(_SUM.size)), at)
+        """Mark the slot as empty. Raises OSError."""
+        write_all(self._index, bytes(_SUM.size), self._record_at(slot + 1) - _SUM.size)
 
     def store_used(self, entry: Entry) -> None:
-        """Note when a page was used last. Raises OSError."""
-        _write(self._index, memoryview(_USED.pack(entry.used)), self._record_at(entry.slot))
+        """Write down when a page was last used. Raises OSError."""
+        write_all(self._index, _USED.pack(entry.used), self._record_at(entry.slot))
         entry.stored_used = entry.used
 
     def sync(self) -> None:
-        """Wait until what was written is on the disk, and leave nothing of it in the system's page cache.
-        Raises OSError."""
+        """Wait until all pages are on the disk, and drop them from the page cache. Raises OSError."""
         self._unsynced_bytes = 0
         os.fsync(self._pages)
         forget_cached(self._pages)
 
     def close(self) -> None:
-        """Whatever comes after is an OSError, not another file's trouble."""
+        """Later calls raise OSError; they cannot touch a file that got the same descriptor."""
         for descriptor in (self._pages, self._index):
             os.close(descriptor)
         self._pages = self._index = -1
@@ -170,27 +170,18 @@ class KvFile:
         return len(self._header) + slot * self._record_bytes
 
     def _entry(self, slot: int, record: bytes) -> Entry | None:
-        """None where a record is empty or damaged."""
+        """The entry of a record; None if the record is empty or damaged."""
         body = record[_USED.size : -_SUM.size]
         if _SUM.unpack(record[-_SUM.size :])[0] != xxhash.xxh3_64_intdigest(body):
             return None
-        parent, sum_, count = _FIXED.unpack_from(body)
-        if not 0 < count * TOKEN_BYTES <= self._tokens_bytes:
+        parent, sum_, count, tokens = self._body.unpack(body)
+        used = _USED.unpack_from(record)[0]  # the checksum leaves it out, because it is also written alone
+        if not 0 < count * TOKEN_BYTES <= len(tokens) or used >= MOST_USED:
             return None
-        used = _USED.unpack_from(record)[0]  # not a part of the checksum, as it is written alone
-        if used >= MOST_USED:
-            return None
-        tokens = body[_FIXED.size :][: count * TOKEN_BYTES]
-        return Entry(slot, parent, tokens, sum_, used, used)
+        return Entry(slot, parent, tokens[: count * TOKEN_BYTES], sum_, used, used)
 
 
 def _open(path: Path, stack: contextlib.ExitStack) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     stack.callback(os.close, descriptor)
     return descriptor
-
-
-def _write(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count

@@ -1,7 +1,7 @@
-"""The KV pool: fixed-size pages of K and V, shared by all sequences of a model.
+"""The KV pool: fixed-size pages of K and V that all sequences of a model share.
 
-Knows pages; who may use them is the scheduler's business. A page holds 64 positions of every layer.
-Memory is touched only when written, so a large pool costs nothing until it is used.
+A page holds 64 positions of every layer. Memory is touched only when it is written, so a large pool costs nothing until
+it is used. The pool knows pages; `prefix_cache` decides who may use them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from math import prod
 
 from shoal.kernels.arrays import Bytes
 from shoal.kernels.attention_operands import KvPages, kv_layout
-from shoal.kernels.huge_pages import mapped
+from shoal.kernels.huge_pages import Arena
 from shoal.partition.plan import KvPlan
 from shoal.partition.spec import ModelSpec
 
@@ -19,18 +19,19 @@ from .disk import KvDisk
 from .pages import PageTable
 from .prefix_cache import Copy, Move
 
-KV_LAYOUT = 1  # one more whenever the bytes of a page come to mean something else
+KV_LAYOUT = 1  # add one whenever the meaning of a page's bytes changes
 
 
 class KvPool:
-    """K and V of every layer: page after page, in a page layer after layer. `layers`: as attention takes them."""
+    """K and V of every layer. Memory has page after page, and within a page layer after layer. `layers` are the views
+    that attention takes."""
 
     def __init__(self, spec: ModelSpec, plan: KvPlan) -> None:
         self.page_tokens = plan.page_tokens
         self.table = PageTable(plan.pages)
         layout = kv_layout(plan.dtype, spec.head_dim)
         shape = (plan.pages, len(spec.layers), spec.kv_heads, layout.head_bytes)
-        self._pages: Bytes = mapped(prod(shape))[: prod(shape)].reshape(shape)
+        self._pages: Bytes = Arena().take(prod(shape)).reshape(shape)
         self.layers = [KvPages(layout, spec.heads, self._pages[:, i]) for i in range(len(spec.layers))]
 
     @property
@@ -38,7 +39,7 @@ class KvPool:
         return self._pages.nbytes
 
     def page(self, number: int) -> Bytes:
-        """A page in every layer, (bytes of a page,); a view."""
+        """A view of one page with all its layers, (bytes of a page,)."""
         page: Bytes = self._pages[number].reshape(-1)
         return page
 
@@ -47,7 +48,7 @@ class KvPool:
         return self.nbytes // len(self._pages)
 
     def move(self, moves: Iterable[Move], disk: KvDisk | None = None) -> None:
-        """Copy pages, and save them on `disk`, in this order."""
+        """Carry out moves in their order: copy pages, and save pages on `disk`."""
         for move in moves:
             if isinstance(move, Copy):
                 self._pages[move.target] = self._pages[move.source]

@@ -1,31 +1,33 @@
-"""The prefix cache: KV pages whose tokens are known, found again by those tokens and shared.
+"""The prefix cache: KV pages whose tokens are known, so that sequences find them by those tokens and share them.
 
-A tree. A node is one page and the token ids its KV was computed from; its path from the root is the text before it,
-on which that KV depends. A node is looked up among its parent's children by its token ids themselves, hashed and
-compared, so texts cannot be mixed up, whatever collides. Nodes of less than a page (the end of a text) have no
-children and are only ever copied from, as is a page of which only the beginning is wanted.
+The cache is a tree. A node is one page and the token ids that its KV was computed from. That KV also depends on the
+text before it, which is the node's path from the root. A node is looked up among its parent's children by its token ids
+themselves, hashed and compared, so a collision of hashes cannot mix up texts. Nodes of less than a page (the end of a
+text) have no children. They are only copied from, as is a page of which only the beginning is wanted.
 
-Pages may also be on disk (`kv_disk_index`): evicted ones are saved there, those that continue a text are found there,
-to be read instead of computed. Where on disk is not known here, nor when reading pays.
+Pages may also be on disk (`disk_index`). Evicted pages are saved there, and pages that continue a text are found there,
+so that they are read instead of computed. This module knows neither where they are on disk nor when reading pays.
 
-Pure bookkeeping: knows page numbers and token ids, not arrays. Who owns the memory is told what to move
-(`take_moves`).
+Pure bookkeeping: it knows page numbers and token ids, not arrays. `take_moves` tells the owner of the memory what to
+move.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
-from .disk_index import NO_TEXT, Entry, KvIndex, chained, common_length, packed
+from .disk_index import NO_TEXT, Entry, KvIndex, chained, most_alike, packed
 from .pages import PageTable
 
 
 @dataclass(eq=False, slots=True)
 class PageNode:
-    """`users` sequences hold this page; `used` orders pages by when they were last let go; `digest` names the text
-    up to its end."""
+    """`users` sequences hold this page. `used` orders pages by when they were last let go. `digest` names the text that
+    ends with the page."""
 
     parent: PageNode | None
     tokens: tuple[int, ...]
@@ -38,33 +40,28 @@ class PageNode:
 
 @dataclass(eq=False, slots=True)
 class Holding:
-    """The pages of one sequence: a path of shared nodes first, then pages of its own, in order of position."""
+    """The pages of one sequence in order of position: first those of shared nodes (`path`), then its own."""
 
     path: list[PageNode] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
 
     @property
     def own_pages(self) -> int:
-        """Pages that nobody else holds, so that letting go frees them."""
-        # Whoever holds a node holds its ancestors, so the shared nodes come first.
-        low, high = 0, len(self.path)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self.path[middle].users > 1 else (low, middle)
-        return len(self.pages) - low
+        """How many pages nobody else holds, so that letting go frees them."""
+        # Whoever holds a node holds its ancestors, so the nodes that others hold come first.
+        return len(self.pages) - bisect_left(self.path, True, key=lambda node: node.users <= 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Page `target` shall hold what page `source` holds."""
+class Copy(NamedTuple):
+    """Copy page `source` to page `target`."""
 
     source: int
     target: int
 
 
-@dataclass(frozen=True, slots=True)
-class Save:
-    """Page `page` is given to somebody else: it holds the KV of `tokens` (packed) after the text of digest `parent`."""
+class Save(NamedTuple):
+    """Save page `page` before somebody else gets it. It holds the KV of `tokens` (packed) after the text of digest
+    `parent`."""
 
     page: int
     parent: bytes
@@ -74,9 +71,8 @@ class Save:
 Move = Copy | Save
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A page on disk; when it is read, KV of the first `computed` tokens of the text is there."""
+class Found(NamedTuple):
+    """A page on disk. Once it is read, the KV of the first `computed` tokens of the text is there."""
 
     entry: Entry
     computed: int
@@ -85,7 +81,7 @@ class Found:
 class PrefixCache:
     """Hands out the pages of `table` and remembers what they hold until they are needed for something else.
 
-    Every page is free, cached (a node without users), or used (held by a sequence). `index`: of the pages on disk.
+    Every page is free, cached (a node without users), or used (held by a sequence). `index` knows the pages on disk.
     """
 
     def __init__(self, table: PageTable, page_tokens: int, index: KvIndex | None = None) -> None:
@@ -95,7 +91,7 @@ class PrefixCache:
         self._root = PageNode(None, (), -1, NO_TEXT)
         self._nodes = 0
         self._clock = 0
-        # A heap, least recently used first; may hold stale entries.
+        # A heap with the least recently used first. It may hold stale entries.
         self._leaves: list[tuple[int, int, PageNode]] = []
         self._moves: list[Move] = []
         self.cached_pages = 0
@@ -110,7 +106,7 @@ class PrefixCache:
 
     @property
     def available_pages(self) -> int:
-        """Pages that can be had: free ones, and cached ones at the price of forgetting them."""
+        """Pages that can be had: the free ones, and the cached ones if they are forgotten."""
         return self._table.free_pages + self.cached_pages
 
     @property
@@ -119,7 +115,7 @@ class PrefixCache:
         return self._table.free_pages
 
     def pages_of(self, tokens: int) -> int:
-        """Pages that hold so many tokens."""
+        """How many pages hold so many tokens."""
         return -(-tokens // self.page_tokens)
 
     # --- for sequences -------------------------------------------------------------------------------------
@@ -129,27 +125,27 @@ class PrefixCache:
         return sum(1 for node in self._walk(self._root, tokens, 0) if node.users)
 
     def take_moves(self) -> list[Move]:
-        """What has to be moved since the last call: in this order, before any page is written or read. Then a page
-        that is evicted and taken meanwhile is still whole when it is copied or saved."""
+        """The moves that have come up since the last call. They must be made in this order, before any page is written
+        or read, so that a page that was evicted and taken meanwhile is still intact when it is copied or saved."""
         moves, self._moves = self._moves, []
         return moves
 
     def adopt(self, holding: Holding, tokens: Sequence[int], computed: int) -> int:
-        """Take over what is known of the KV after the first `computed` tokens, but never that of the last token.
+        """Take over the known KV after the first `computed` tokens, but never that of the last token.
 
-        Returns how many are computed now, as soon as the moves are made.
+        Returns how many tokens have their KV as soon as the moves are made.
         """
         path, pages, size = holding.path, holding.pages, self.page_tokens
         for node in self._walk(self._end(holding), tokens, len(path) * size):
             self._hold(node)
-            if len(pages) > len(path):  # its own page, begun but not full
+            if len(pages) > len(path):  # drop its own page, which is not full
                 self._table.give_back([pages.pop(len(path))])
             pages.insert(len(path), node.page)
             path.append(node)
         computed = max(computed, len(path) * size)
         if len(pages) > len(path):
             return computed
-        source, shared = self._nearest(self._end(holding), tuple(tokens[computed : computed + size]))
+        source, shared = most_alike(self._end(holding).children, tuple(tokens[computed : computed + size]))
         shared = min(shared, len(tokens) - 1 - computed)
         if source is None or shared < 1:
             return computed
@@ -161,8 +157,9 @@ class PrefixCache:
         return computed + shared
 
     def on_disk(self, holding: Holding, tokens: Sequence[int], computed: int, most: int) -> list[Found]:
-        """Pages, at most `most`, that continue the holding's shared ones, up to more than `computed` tokens, but never
-        the last. The last found may agree with the text at its beginning only."""
+        """At most `most` pages on disk that continue the holding's shared pages; none if they do not reach beyond the
+        first `computed` tokens. The KV of the last token is never taken. Of the last page, perhaps only the beginning
+        agrees with the text."""
         if self._index is None:
             return []
         size, found = self.page_tokens, list[Found]()
@@ -183,7 +180,7 @@ class PrefixCache:
         return found if found and found[-1].computed > computed else []
 
     def extend(self, holding: Holding, tokens: int) -> bool:
-        """Give the holding pages for so many tokens. False, and nothing changes, when there are too few."""
+        """Give the holding pages for so many tokens. Returns False and changes nothing when there are too few pages."""
         missing = self.pages_of(tokens) - len(holding.pages)
         if missing <= 0:
             return True
@@ -195,7 +192,7 @@ class PrefixCache:
         return True
 
     def publish(self, holding: Holding, tokens: Sequence[int], computed: int) -> None:
-        """Share the holding's full pages; `computed` is how many of the sequence's `tokens` have their KV stored."""
+        """Share the holding's full pages. The first `computed` of the sequence's `tokens` have their KV stored."""
         size = self.page_tokens
         while (len(holding.path) + 1) * size <= computed:
             index = len(holding.path)
@@ -207,31 +204,28 @@ class PrefixCache:
             self._hold(node)
 
     def release(self, holding: Holding, tokens: Sequence[int], computed: int) -> None:
-        """The sequence goes: keep what it computed until its pages are needed. The holding is empty afterwards."""
+        """The sequence ends. Keep what it computed until its pages are needed. The holding is empty afterwards."""
         self.publish(holding, tokens, computed)
         index = len(holding.path)
         rest = tuple(tokens[index * self.page_tokens : computed])
-        if self._nearest(self._end(holding), rest)[1] < len(rest):
+        if most_alike(self._end(holding).children, rest)[1] < len(rest):
             self._touch(self._add(holding, rest))
             index += 1
         self._table.give_back(holding.pages[index:])
         self._let_go(holding)
 
     def drop(self, holding: Holding) -> None:
-        """The sequence goes, and what it did not share yet is not to be relied on."""
+        """The sequence ends, and the pages that it has not shared yet cannot be relied on."""
         self._table.give_back(holding.pages[len(holding.path) :])
         self._let_go(holding)
 
     def known(self) -> list[Save]:
-        """Every page whose text is known, most recently used first, so that what is before a page precedes it."""
-        nodes, stack = list[PageNode](), [self._root]
-        while stack:
-            below = stack.pop().children.values()
-            nodes += below
-            stack += below
-        return [
-            _save(node, node.parent) for node in sorted(nodes, key=lambda node: -node.used) if node.parent
-        ]
+        """Every page whose text is known, the most recently used first, so that a page follows the text before it."""
+        nodes = [self._root]
+        for node in nodes:  # grows meanwhile
+            nodes += node.children.values()
+        nodes.sort(key=lambda node: -node.used)
+        return [_save(node, node.parent) for node in nodes if node.parent]
 
     # --- the tree ------------------------------------------------------------------------------------------
 
@@ -239,7 +233,7 @@ class PrefixCache:
         return holding.path[-1] if holding.path else self._root
 
     def _walk(self, node: PageNode, tokens: Sequence[int], start: int) -> Iterator[PageNode]:
-        """Nodes below `node` for the full pages of tokens[start:], as far as known, the last token left out."""
+        """The known nodes below `node` for the full pages of tokens[start:], without the last token."""
         size = self.page_tokens
         while start + size < len(tokens):
             found = node.children.get(tuple(tokens[start : start + size]))
@@ -248,22 +242,13 @@ class PrefixCache:
             yield found
             node, start = found, start + size
 
-    def _nearest(self, parent: PageNode, wanted: tuple[int, ...]) -> tuple[PageNode | None, int]:
-        """The child that begins most like `wanted`, and how many tokens they share."""
-        best, shared = None, 0
-        for child in parent.children.values():
-            if child.tokens[: shared + 1] == wanted[: shared + 1] and shared < len(wanted):
-                shared = common_length(child.tokens, wanted)
-                best = child
-        return best, shared
-
     def _add(self, holding: Holding, tokens: tuple[int, ...]) -> PageNode:
-        """The node of the holding's first page beyond its path: the one there is, or a new one."""
+        """The node for the holding's first page after its path; a new one if there is none."""
         parent = self._end(holding)
         known = parent.children.get(tokens)
         if known is not None:
             return known
-        for child in list(parent.children.values()):  # ends of texts that the new page contains
+        for child in list(parent.children.values()):  # the new page contains these ends of texts
             if len(child.tokens) < len(tokens) and tokens[: len(child.tokens)] == child.tokens:
                 self._forget(child)
         digest = chained(parent.digest, packed(tokens))
@@ -279,7 +264,7 @@ class PrefixCache:
         node.users += 1
 
     def _let_go(self, holding: Holding) -> None:
-        for node in reversed(holding.path):  # children before parents, so that they are older and go first
+        for node in reversed(holding.path):  # so that children are older than their parents and go first
             node.users -= 1
             if not node.users:
                 self.cached_pages += 1
@@ -294,7 +279,7 @@ class PrefixCache:
         self._offer(node)
 
     def _offer(self, node: PageNode) -> None:
-        """Let it be evicted when its turn comes, if it is a leaf that nobody holds."""
+        """If it is a leaf that nobody holds, enter it among those that may be evicted."""
         if node.users or node.children or node.parent is None:
             return
         if len(self._leaves) > 2 * self._nodes + 64:
@@ -303,7 +288,7 @@ class PrefixCache:
         heappush(self._leaves, (node.used, node.page, node))
 
     def _evict(self) -> None:
-        """Forget the leaf that was used longest ago, or know it on disk only."""
+        """Forget the leaf that was used longest ago, and have it saved if there is a disk."""
         while not _evictable(entry := heappop(self._leaves)):
             pass
         node = entry[2]
@@ -330,6 +315,6 @@ def _save(node: PageNode, parent: PageNode) -> Save:
 
 
 def _evictable(entry: tuple[int, int, PageNode]) -> bool:
-    """Whether a heap entry still says what is true: nothing has touched, held or extended its node since."""
+    """Whether a heap entry is still valid: nothing has touched, held or extended its node since."""
     used, _, node = entry
     return node.parent is not None and node.used == used and not node.users and not node.children

@@ -1,15 +1,18 @@
-"""Building a pack: block by block through small buffers, so that a model of any size is packed in little memory.
+"""Builds packs block by block through small buffers, so that packing a model of any size takes little memory.
 
-A pack is built beside its place, as NAME.partial, and renamed when it is whole and on the disk, so nothing half made
-can be taken for a pack. A journal names the blocks that are written; the next attempt checks and keeps them. Knows how
-a checkpoint's rows become a pack's bytes; not where packs are kept, nor who may build one (`daemon.packs`).
+A pack is built beside its place, as NAME.partial, and renamed when it is whole and on the disk. So nothing half made
+can be taken for a pack. A journal names the blocks that are written; the next attempt checks and keeps them. This
+module knows how a checkpoint's rows become a pack's bytes. `daemon.library` knows where packs are kept and who may
+build one.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import msgspec
@@ -31,9 +34,9 @@ from .manifest import BLOCKS, MANIFEST, PAGE_BYTES, PARTIAL, Manifest, PackedBlo
 from .pack import Pack, joined, open_pack, tensor_bytes, tensor_type
 from .writer import PackFile
 
-PART_BYTES = 16 << 20  # of weights in hand, as float32 where they are transcoded
-SAMPLE_BYTES = 32 << 20  # of each kind of matrix are packed to find out how fast it goes …
-REWRITTEN_BYTES = 4 << 20  # … or so many where they get fewer bits
+PART_BYTES = 16 << 20  # of weights in a buffer, counted as float32 where they get fewer bits
+SAMPLE_BYTES = 32 << 20  # of each kind of matrix are packed to estimate the speed …
+REWRITTEN_BYTES = 4 << 20  # … or this many, where they get fewer bits
 
 
 def source_of(checkpoint: AnyCheckpoint) -> Source:
@@ -51,18 +54,11 @@ def source_of(checkpoint: AnyCheckpoint) -> Source:
     return Source(str(checkpoint.path.absolute()), files)
 
 
-def build_pack(
-    checkpoint: AnyCheckpoint, directory: Path, quant: Quant = "keep", progress: BytesDone = unheard
-) -> Pack:
-    """Packs a checkpoint into `directory`, which must not exist yet: see `PackBuilder`."""
-    return PackBuilder(checkpoint, quant).build(directory, progress)
-
-
 class PackBuilder:
-    """The pack of one checkpoint, or of a shard of it, to be. `nbytes` of its blocks are known before anything is read.
+    """Makes the pack of a checkpoint, or of a shard of one. Its size, `nbytes`, is known before anything is read.
 
-    `source`: what it is made from, if that has a name besides its path. `part_bytes` bounds each of the few buffers
-    that weights pass through.
+    `source` says what it is made from, if that has a name besides its path. `part_bytes` bounds each of the few
+    buffers that weights pass through.
     """
 
     def __init__(
@@ -76,15 +72,16 @@ class PackBuilder:
         self._part_bytes = part_bytes
         self._stored = np.empty(0, np.uint8)
         self.manifest = layout(checkpoint, quant, source or source_of(checkpoint))
-
-    @property
-    def nbytes(self) -> int:
-        return self.manifest.nbytes
+        self.nbytes = self.manifest.nbytes
+        blocks = self.manifest.blocks
+        # A tied embedding is the last block, and its bytes are the head's.
+        self._own = blocks[:-1] if checkpoint.spec.tied else blocks
+        self._slice_rows = next(it.tensors["head"].rows for it in blocks if it.block.kind == "head")
 
     def build(self, directory: Path, progress: BytesDone = unheard) -> Pack:
-        """Makes `directory`, which must not exist yet, and opens it; `progress(bytes done, bytes in all)`.
+        """Makes `directory`, which must not exist yet, and opens the pack in it.
 
-        Raises PackError, CheckpointError, and OSError when the disk fails or is full; what was written then lies
+        Raises PackError, CheckpointError, and OSError when the disk fails or is full. What was written then lies
         beside `directory` for the next attempt (see `partial_of`).
         """
         self._checkpoint.bypass_cache()
@@ -106,69 +103,60 @@ class PackBuilder:
         return open_pack(directory)
 
     def left_bytes(self, directory: Path) -> int:
-        """What `build` will have to write: less than `nbytes` where an attempt was cut off. Raises OSError."""
+        """Bytes that `build` has yet to write: fewer than `nbytes` if an attempt was cut off. Raises OSError."""
         written = noted(partial_of(directory), self.manifest) or {}
         return self.nbytes - sum(item.nbytes for item in self.manifest.blocks if str(item.block) in written)
 
     def seconds(self, directory: Path) -> float:
-        """How long `build` will take, from doing a little of every kind of work in it, into a file beside `directory`
-        that goes again. Raises CheckpointError and OSError.
+        """Estimates how long `build` will take: does a little of every kind of its work, into a file beside `directory`
+        that is removed again. Raises CheckpointError and OSError.
         """
         self._checkpoint.bypass_cache()
         path = directory.with_name(f".speed-{os.getpid()}")
         whole_s = 0.0
         try:
             with PackFile(path, SAMPLE_BYTES) as file:
-                path.unlink()  # nothing stays, however this ends
-                for nbytes, item, role in self._works().values():
+                path.unlink()  # so that it goes however this ends
+                for matrices in self._works():
+                    largest, item, role = max(matrices, key=itemgetter(0))
                     kept = self._stored_type(item, role) is tensor_type(item.tensors[role])
                     most = SAMPLE_BYTES if kept else REWRITTEN_BYTES
-                    sample = min(most, tensor_bytes(item.tensors[role]) // PAGE_BYTES * PAGE_BYTES)
+                    sample = min(most, largest // PAGE_BYTES * PAGE_BYTES)
                     if not sample:
                         continue
                     began_s = time.monotonic()
-                    file.write(0, sample, _limited(self._matrix(item, role, 0), sample))
+                    file.write(0, sample, _limited(self._matrix(item, role), sample))
+                    nbytes = sum(size for size, _, _ in matrices)
                     whole_s += (time.monotonic() - began_s) * nbytes / sample
         finally:
             path.unlink(missing_ok=True)
         return whole_s * self.left_bytes(directory) / self.nbytes
 
-    def _works(self) -> dict[tuple[str, str], tuple[int, PackedBlock, str]]:
-        """(stored type, packed type) → bytes that are packed so, the block and role of the largest such matrix."""
-        works: dict[tuple[str, str], tuple[int, PackedBlock, str]] = {}
-        for item in self.manifest.blocks:
-            if item.block.kind == "embed" and self._checkpoint.spec.tied:  # its bytes are the head's
-                continue
+    def _works(self) -> Iterable[list[tuple[int, PackedBlock, str]]]:
+        """The matrices that are packed in the same way, from one type to one other: bytes, block and role of each."""
+        works = defaultdict[tuple[str, str], list[tuple[int, PackedBlock, str]]](list)
+        for item in self._own:
             for role, tensor in item.tensors.items():
-                work = (self._stored_type(item, role).name, tensor.type)
-                nbytes, largest, its_role = works.get(work, (0, item, role))
-                if tensor_bytes(tensor) > tensor_bytes(largest.tensors[its_role]):
-                    largest, its_role = item, role
-                works[work] = (nbytes + tensor_bytes(tensor), largest, its_role)
-        return works
+                work = self._stored_type(item, role).name, tensor.type
+                works[work].append((tensor_bytes(tensor), item, role))
+        return works.values()
 
     def _write(self, file: PackFile, journal: Journal, progress: BytesDone) -> Manifest:
         """Writes all blocks. → the manifest with their checksums"""
         vectors = self.manifest.vectors
         vectors = replace(vectors, checksum=file.write(vectors.offset, vectors.nbytes, self._vectors()))
         blocks: list[PackedBlock] = []
-        first_row = 0  # of the next slice of the head
-        for item in self.manifest.blocks:
-            head = item.block.kind == "head"
-            if item.block.kind == "embed" and self._checkpoint.spec.tied:  # its bytes are the head's
-                slices = [block.checksum for block in blocks if block.block.kind == "head"]
-                blocks.append(replace(item, checksum=joined(slices)))
-                continue
+        for item in self._own:
             progress(item.offset, self.nbytes)
             found = journal.kept(item, file)
             if found is None:
-                matrices = self._matrices(item, first_row if head else 0)
-                parts = _told(matrices, item.offset, self.nbytes, progress)
+                parts = _told(self._matrices(item), item.offset, self.nbytes, progress)
                 found = file.write(item.offset, item.nbytes, parts)
                 journal.add(item, found)
-            if head:
-                first_row += item.tensors["head"].rows
             blocks.append(replace(item, checksum=found))
+        if self._checkpoint.spec.tied:
+            slices = [item.checksum for item in blocks if item.block.kind == "head"]
+            blocks.append(replace(self.manifest.blocks[-1], checksum=joined(slices)))
         progress(self.nbytes, self.nbytes)
         return replace(self.manifest, vectors=vectors, blocks=blocks)
 
@@ -181,52 +169,50 @@ class PackBuilder:
                 yield values[role].view(np.uint8)
                 at = offset + 4 * length
 
-    def _matrices(self, item: PackedBlock, first_row: int) -> Iterator[Bytes]:
-        """The bytes of a block's matrices, one after the other, each part valid until the next."""
+    def _matrices(self, item: PackedBlock) -> Iterator[Bytes]:
+        """The bytes of a block's matrices in order. Each part is valid until the next."""
         at = 0
         for role, tensor in item.tensors.items():
             yield np.zeros(tensor.offset - at, np.uint8)
-            yield from self._matrix(item, role, first_row)
+            yield from self._matrix(item, role)
             at = tensor.offset + tensor_bytes(tensor)
 
-    def _origin(self, item: PackedBlock, role: str) -> tuple[BlockId, str]:
-        """The block and role of the checkpoint that a matrix is made from."""
-        return head_origin(self._checkpoint) if item.block.kind == "head" else (item.block, role)
+    def _origin(self, item: PackedBlock, role: str) -> tuple[BlockId, str, int]:
+        """Which matrix of the checkpoint a packed one is made from: block, role, and the row where it begins."""
+        if item.block.kind == "head":
+            return *head_origin(self._checkpoint), item.block.expert * self._slice_rows
+        return item.block, role, 0
 
     def _stored_type(self, item: PackedBlock, role: str) -> WeightType:
-        block, theirs = self._origin(item, role)
+        block, theirs, _ = self._origin(item, role)
         return self._checkpoint.matrices(block)[theirs][0]
 
-    def _matrix(self, item: PackedBlock, role: str, first_row: int) -> Iterator[Bytes]:
-        """The bytes of one matrix from a row on, whole bands of rows at a time."""
+    def _matrix(self, item: PackedBlock, role: str) -> Iterator[Bytes]:
+        """The bytes of one matrix, whole bands of rows at a time."""
         tensor, stored = item.tensors[role], self._stored_type(item, role)
         kind, cols = tensor_type(tensor), tensor.cols
-        block, role = self._origin(item, role)
+        block, role, first_row = self._origin(item, role)
         row_bytes = stored.row_bytes(cols) if stored is kind else 4 * cols
         step = max(1, self._part_bytes // row_bytes // BAND_ROWS) * BAND_ROWS
         for start in range(0, tensor.rows, step):
             rows = min(step, tensor.rows - start)
-            memory = self._memory(stored.matrix_bytes(rows, cols))
+            nbytes = stored.matrix_bytes(rows, cols)
+            if nbytes > len(self._stored):
+                self._stored = np.empty(nbytes, np.uint8)
             first = first_row + start
-            matrix = self._checkpoint.read_rows(block, role, first, first + rows, memory)
+            matrix = self._checkpoint.read_rows(block, role, first, first + rows, self._stored[:nbytes])
             if stored is not kind:
-                encoded = quantise(kind, dequantize(matrix))
-                matrix = from_stored(kind, rows, cols, encoded)
+                matrix = from_stored(kind, rows, cols, quantise(kind, dequantize(matrix)))
             yield matrix.data
-
-    def _memory(self, nbytes: int) -> Bytes:
-        if nbytes > len(self._stored):
-            self._stored = np.empty(nbytes, np.uint8)
-        return self._stored[:nbytes]
 
 
 def partial_of(directory: Path) -> Path:
-    """Where the pack `directory` lies while it is built."""
+    """Where the pack of `directory` lies while it is built."""
     return directory.with_name(directory.name + PARTIAL)
 
 
 def _told(parts: Iterable[Bytes], start: int, total: int, progress: BytesDone) -> Iterator[Bytes]:
-    """The same parts; `progress` is told of each."""
+    """Passes the parts on and reports progress after each."""
     done = start
     for part in parts:
         yield part
@@ -244,7 +230,7 @@ def _limited(parts: Iterable[Bytes], nbytes: int) -> Iterator[Bytes]:
 
 
 def _sync(directory: Path) -> None:
-    """Wait until the disk has the names in a directory."""
+    """Waits until the names in a directory are on the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""What an unfinished pack is to be (`DRAFT`), and has already: one line per block that is written, with its checksum.
+"""The journal of an unfinished pack: what it is to be (`DRAFT`), and a line with a checksum for each block written.
 
-Nothing in it is believed: a block is kept only if its bytes still have the checksum, so no line has to be on the disk
-before the next. Does not know what is in a block.
+The next attempt believes none of it: it keeps a block only if its bytes still have the checksum. So no line has to be
+on the disk before the next one. The journal does not know what is in a block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ JOURNAL = "journal"
 
 
 def noted(partial: Path, manifest: Manifest) -> dict[str, str] | None:
-    """Block → checksum of what an attempt at `manifest` says it has written to `partial`; None = there was none."""
+    """Block → checksum, as an earlier attempt at `manifest` noted them in `partial`; None if there was no attempt."""
     draft, journal = partial / DRAFT, partial / JOURNAL
     if not (journal.is_file() and draft.is_file() and draft.read_bytes() == msgspec.json.encode(manifest)):
         return None
@@ -26,31 +26,29 @@ def noted(partial: Path, manifest: Manifest) -> dict[str, str] | None:
 
 
 class Journal:
-    """The journal in the directory `partial` of the pack `manifest`. What is there of another pack is removed."""
+    """The journal of the pack `manifest` in the directory `partial`. The remains of another pack there are removed."""
 
     def __init__(self, partial: Path, manifest: Manifest) -> None:
         self._paths = draft, journal = partial / DRAFT, partial / JOURNAL
-        self._written: dict[str, str] = {}
-        if (written := noted(partial, manifest)) is not None:
-            self._written = written
-        else:
+        written = noted(partial, manifest)
+        self._written = written or {}
+        if written is None:
             (partial / BLOCKS).unlink(missing_ok=True)
             journal.unlink(missing_ok=True)
             draft.write_bytes(msgspec.json.encode(manifest))
         self._file = journal.open("a", buffering=1)
 
     def kept(self, item: PackedBlock, file: PackFile) -> str | None:
-        """The checksum of a block that an earlier attempt wrote, if its bytes are still those."""
+        """The checksum of a block that an earlier attempt wrote, if the file still has its bytes."""
         written = self._written.get(str(item.block))
-        if written is None:
-            return None
-        return written if file.checksum(item.offset, item.nbytes) == written else None
+        intact = written is not None and file.checksum(item.offset, item.nbytes) == written
+        return written if intact else None
 
     def add(self, item: PackedBlock, checksum: str) -> None:
         self._file.write(f"{item.block} {checksum}\n")
 
     def remove(self) -> None:
-        """When the pack is whole."""
+        """Removes the journal, once the pack is whole."""
         for path in self._paths:
             path.unlink()
 

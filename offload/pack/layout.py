@@ -1,7 +1,7 @@
-"""Where every block of a pack will lie, and in which type each matrix is kept: all of a pack but its bytes.
+"""Where every block of a pack will lie, and in which type each matrix is kept: everything but the bytes.
 
-Follows from the checkpoint's shapes and `quant` alone, so the size is known before anything is read, and an attempt
-that was cut off finds its blocks again.
+All this follows from the checkpoint's shapes and `quant` alone. So the size is known before anything is read, and
+after an attempt was cut off the next one finds its blocks again.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from .manifest import (
 from .pack import tensor_bytes
 
 SLICE_BYTES = 64 << 20  # of the head, at most
-_DECISIVE = frozenset({"router", "shared_scale"})  # small, and what they say is chosen by
-_TABLES = frozenset({"embed", "head"})  # hurt most by few bits
-UNKNOWN = "0" * 16  # checksum of what is not written yet
+_DECISIVE = frozenset({"router", "shared_scale"})  # small matrices that decide which experts count
+_TABLES = frozenset({"embed", "head"})  # few bits do the most harm here
+UNKNOWN = "0" * 16  # the checksum of a block that is not written yet
 
 
 def layout(checkpoint: AnyCheckpoint, quant: Quant, source: Source) -> Manifest:
-    """The manifest of the pack to be, its checksums not known yet. Raises PackPointless."""
+    """The manifest of a pack before it is built; its checksums are not known yet. Raises PackPointless."""
     spec = checkpoint.spec
     _require_gain(checkpoint, quant)
     vectors = _vectors(checkpoint)
@@ -70,18 +70,18 @@ def layout(checkpoint: AnyCheckpoint, quant: Quant, source: Source) -> Manifest:
 
 
 def part_of(checkpoint: Checkpoint, quant: Quant, rank: int, ranks: int) -> AnyCheckpoint:
-    """What rank `rank`, counted from 0, of equals holds of a checkpoint that is kept as `quant`: all of it, if it is
-    alone. Its bytes are those of rows and columns of the whole model, nothing is rounded anew. Raises ShardError."""
+    """What rank `rank` (from 0) of `ranks` equal ones holds of a checkpoint kept as `quant`: all of it if alone.
+    The shard has bytes of the whole model's rows and columns: nothing is rounded again. Raises ShardError."""
     shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, quant))
     return CheckpointShard(checkpoint, shards[rank]) if ranks > 1 else checkpoint
 
 
 def grains_of(checkpoint: Checkpoint, quant: Quant) -> Grains:
-    """The columns of each role that are one block, both as they are stored and as they are kept."""
+    """How many columns of each role must stay together, so that no block of weights is cut, stored or kept."""
     grains = dict.fromkeys(("o", "down", "shared_down"), 1)
     for block in checkpoint.spec.blocks():
         if block.kind == "expert":
-            continue  # stays whole
+            continue  # experts are not cut
         for role, (kind, _, cols) in checkpoint.matrices(block).items():
             if role in grains:
                 kept = kept_type(role, kind, cols, quant)
@@ -90,7 +90,7 @@ def grains_of(checkpoint: Checkpoint, quant: Quant) -> Grains:
 
 
 def _head(checkpoint: AnyCheckpoint, quant: Quant) -> Iterator[PackedBlock]:
-    """The head's slices; of whole pages, but for the last, so that nothing is between them."""
+    """The head's slices. All but the last are of whole pages, so that they follow each other without a gap."""
     block, role = head_origin(checkpoint)
     kind, rows, cols = checkpoint.matrices(block)[role]
     kind = kept_type(role, kind, cols, quant)
@@ -103,7 +103,7 @@ def _head(checkpoint: AnyCheckpoint, quant: Quant) -> Iterator[PackedBlock]:
 
 
 def head_origin(checkpoint: AnyCheckpoint) -> tuple[BlockId, str]:
-    """The block and role of the checkpoint that the head's slices are cut from."""
+    """The block and role in the checkpoint of the matrix that the head's slices are cut from."""
     return (BlockId("embed"), "embed") if checkpoint.spec.tied else (BlockId("head"), "head")
 
 
@@ -146,7 +146,7 @@ def _require_gain(checkpoint: AnyCheckpoint, quant: Quant) -> None:
 
 
 def kept_type(role: str, kind: WeightType, cols: int, quant: Quant) -> WeightType:
-    """The type that a matrix gets in a pack: another one only where that saves an eighth of its bytes at least."""
+    """The type that a matrix gets in a pack. It changes only where that saves at least an eighth of its bytes."""
     if quant == "keep" or role in _DECISIVE:
         return kind
     wanted = Q8_0 if quant == "q8" or role in _TABLES else Q4_0

@@ -1,7 +1,7 @@
 """The format of a pack's manifest: what the pack was made from, and where every block lies.
 
-Knows types and ranges of the fields. Whether they agree with the file and with each other is checked by `pack`. Does
-not import what computes, so that packs can be listed quickly.
+Knows the types and ranges of the fields; `pack` checks whether they agree with the file and with each other. Imports
+nothing that computes, so that listing packs is quick.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PAGE_BYTES = 4096
 MATRIX_ALIGN_BYTES = 64
 MANIFEST = "manifest.json"
 BLOCKS = "blocks.bin"
-DAMAGED = "damaged"  # a file that is there when blocks were found altered
-PARTIAL = ".partial"  # ends the name of a directory that is not whole yet
-DRAFT = "draft.json"  # its manifest, without checksums
-MANIFEST_BYTES = 32 << 20  # no model's manifest is larger: enough for 100,000 experts
-VECTORS_BYTES = 1 << 30  # nor the norms and biases of one
+DAMAGED = "damaged"  # this file exists once blocks were found altered
+PARTIAL = ".partial"  # the name of an unfinished pack's directory ends so
+DRAFT = "draft.json"  # the manifest of an unfinished pack, without checksums
+MANIFEST_BYTES = 32 << 20  # no manifest is larger: enough for 100,000 experts
+VECTORS_BYTES = 1 << 30  # no model has more bytes of norms and biases
 
 Quant = Literal["keep", "q8", "q4"]
 
@@ -36,7 +36,7 @@ _Checksum = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 
 
 class PackedTensor(NamedTuple):
-    """One matrix; `offset` counts from the beginning of its block."""
+    """One matrix. `offset` counts from the beginning of its block."""
 
     type: str
     rows: _Length
@@ -55,7 +55,7 @@ class PackedBlock(Struct, frozen=True):
 
 
 class PackedVectors(Struct, frozen=True):
-    """Where the vectors lie: role → (first byte in the extent, length) of each block that has any."""
+    """Where the vectors lie. For each block that has any: role → (first byte in the extent, length)."""
 
     offset: _Size
     nbytes: Annotated[int, Meta(ge=0, le=VECTORS_BYTES)]
@@ -70,7 +70,7 @@ class SourceFile(Struct, frozen=True):
 
 
 class Source(Struct, frozen=True):
-    """What a pack was made from: a path, or the name of a model in the store and the sha256 of its manifest there."""
+    """What a pack was made from: a path, or a model's name in the store with the sha256 of its manifest there."""
 
     model: str
     files: list[SourceFile]
@@ -78,8 +78,8 @@ class Source(Struct, frozen=True):
 
 
 class Manifest(Struct, frozen=True):
-    """All that is known of a pack. `shard`: what of the model its blocks are; the ranks in it are those that it was
-    made for. `model`: facts for people."""
+    """Everything about a pack. `shard` says which part of the model it has, and for which ranks it was made. `model`
+    has facts for people."""
 
     format: Literal[1]
     kernel_layout: Literal[1]
@@ -97,13 +97,13 @@ class Manifest(Struct, frozen=True):
         return max(self.vectors.offset + self.vectors.nbytes, *ends, 0)
 
     def is_of(self, shard: Literal["whole"] | Shard) -> bool:
-        """Whether it has the weights of this shard, or of the whole model; never one for the other."""
+        """Whether the pack has exactly the weights of this shard, or of the whole model."""
         mine = self.shard
         return mine == shard if mine == "whole" or shard == "whole" else mine.same_bytes(shard)
 
 
 def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
-    """The manifest, its types and ranges checked, but not yet against the file. Raises PackError."""
+    """Reads a manifest. Its types and ranges are checked, but not yet against the file. Raises PackError."""
     path = directory / name
     try:
         with path.open("rb") as file:

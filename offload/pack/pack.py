@@ -1,12 +1,14 @@
-"""A pack: the blocks of one model as kernels want them, so that reading a block is one read and no work.
+"""A pack: the blocks of one model as kernels want them, so that a block is ready after a single read.
 
-A directory of two files. `manifest.json` says what the pack was made from and where every block lies; `blocks.bin` has
-the blocks. A block is one extent, its beginning and size multiples of 4 KiB, of its matrices exactly as
-`kernels.Matrix` holds them, each at a multiple of 64 bytes. Vectors of all blocks are one extent of their own, which
-`open_pack` reads and keeps. The head is cut into slices of rows, blocks head.0, head.1 …; if it is tied to the
-embedding, the slices follow each other without a gap and the embedding's extent is all of them.
+A pack is a directory of two files. `manifest.json` says what the pack was made from and where every block lies;
+`blocks.bin` has the blocks. A block is one extent; it begins at a multiple of 4 KiB, and its size is one. It has the
+block's matrices exactly as `kernels.Matrix` holds them, each at a multiple of 64 bytes. The vectors of all blocks are
+one extent of their own, which `open_pack` reads and keeps. The head is cut into slices of rows, the blocks head.0,
+head.1 …; if the head is tied to the embedding, the slices follow each other without a gap, and all of them together
+are the embedding's extent.
 
-Knows the format and trusts nothing in it. Does not know how a pack is made (`builder`) nor where packs are kept.
+This module knows the format and trusts nothing in it. It does not know how a pack is made (`builder`) or where packs
+are kept.
 """
 
 from __future__ import annotations
@@ -43,20 +45,16 @@ _TYPES = {kind.name: kind for kind in WEIGHT_TYPES}
 
 
 class Pack:
-    """An open pack: where its blocks lie, and its vectors. Holds no file open. Made by `open_pack`.
+    """An open pack: where its blocks lie, and its vectors. It keeps no file open. `open_pack` makes one.
 
-    path: of blocks.bin.  blocks: incl. embed (its extent is shared with the head's slices if these are tied).
-    vectors: role → f32 (n,) of every block that has any, resident.  tied: the embedding is the head's slices.
-    damaged: bytes were found altered or missing.  inode: of blocks.bin when it was opened; another pack may have come
-    to its place since.
+    path: of blocks.bin.  blocks: all of them; a tied embedding shares its extent with the head's slices.
+    vectors: role → f32 (n,), in memory, of every block that has any.  tied: the embedding is the head's slices.
+    damaged: bytes were found altered or missing.  inode: of blocks.bin when it was opened, because another pack may
+    have taken its place since.
     """
 
     def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        vectors: Mapping[BlockId, Mapping[str, Floats]],
-        inode: int | None = None,
+        self, path: Path, manifest: Manifest, vectors: Mapping[BlockId, Mapping[str, Floats]], inode: int
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -69,26 +67,23 @@ class Pack:
         self.tied = bool(embed and self._slices and embed.offset == self._slices[0].offset)
 
     def require(self, spec: ModelSpec) -> None:
-        """Raises PackCorrupt unless these are the blocks of `spec`, with all their tensors in the right shapes."""
-        head = [item.block for item in self._slices]
+        """Raises PackCorrupt unless the pack has the blocks of `spec` and all their tensors in the right shapes."""
         expected = {block for block in spec.blocks() if block.kind != "head"} | {
-            BlockId("head", -1, number) for number in range(len(head))
+            BlockId("head", -1, number) for number in range(len(self._slices))
         }
-        if not head or self.blocks.keys() != expected:
+        if not self._slices or self.blocks.keys() != expected:
             raise _wrong(self.path, "does not have the blocks of its model")
-        vectors = {block: found for block, found in self.vectors.items() if block not in self.blocks}
-        if vectors.keys() - {BlockId("head")}:
+        if self.vectors.keys() - self.blocks.keys() - {BlockId("head")}:
             raise _wrong(self.path, "has vectors of blocks that are not there")
         rows = 0
         for block, item in self.blocks.items():
-            shaped = {role: (tensor.rows, tensor.cols) for role, tensor in item.tensors.items()}
+            found = {role: (tensor.rows, tensor.cols) for role, tensor in item.tensors.items()}
+            needed = shapes(spec, block.kind)
             if block.kind == "head":
-                rows += item.tensors["head"].rows if "head" in item.tensors else 0
-                right = shaped.keys() == {"head"} and shaped["head"][1] == spec.hidden
-            else:
-                needed = shapes(spec, block.kind)
-                right = shaped == {role: shape for role, shape in needed.items() if len(shape) == 2}
-            if not right:
+                slice_rows = found.get("head", (0, 0))[0]
+                needed = {"head": (slice_rows, spec.hidden)}
+                rows += slice_rows
+            if found != {role: shape for role, shape in needed.items() if len(shape) == 2}:
                 raise _wrong(self.path, f"block {block} does not have the matrices of its model")
         if rows != spec.vocab:
             raise _wrong(self.path, f"the head has {rows} rows, the model {spec.vocab}")
@@ -99,31 +94,31 @@ class Pack:
                 raise _wrong(self.path, f"block {block} does not have the vectors of its model")
 
     def weights(self, block: BlockId, memory: Bytes) -> Weights:
-        """A block whose bytes are in `memory`, (nbytes,): views of it, and the block's vectors."""
+        """The weights of a block whose bytes are in `memory`, (nbytes,): views of them, and the block's vectors."""
         item = self.blocks[block]
         assert memory.shape == (item.nbytes,), f"{block}: {memory.shape}, not {item.nbytes}"
         matrices = {
-            role: Matrix(_TYPES[it.type], memory[it.offset : it.offset + tensor_bytes(it)], it.rows, it.cols)
+            role: Matrix(tensor_type(it), memory[it.offset : it.offset + tensor_bytes(it)], it.rows, it.cols)
             for role, it in item.tensors.items()
         }
         owner = BlockId("head") if block.kind == "head" else block
         return Weights(matrices, self.vectors.get(owner, {}))
 
     def check(self, block: BlockId, memory: Bytes) -> None:
-        """Raises PackCorrupt unless `memory` (as for `weights`) has the bytes that were written."""
+        """Raises PackCorrupt unless `memory`, as for `weights`, has the bytes that were written."""
         item = self.blocks[block]
-        slices = self._slices if self.tied and block.kind == "embed" else []
-        starts = [part.offset - item.offset for part in slices]
-        found = [
-            checksum(memory[start : start + part.nbytes]) for start, part in zip(starts, slices, strict=True)
-        ]
-        if (joined(found) if slices else checksum(memory)) != item.checksum:
+        if self.tied and block.kind == "embed":
+            slices = ((part.offset - item.offset, part.nbytes) for part in self._slices)
+            found = joined([checksum(memory[start : start + nbytes]) for start, nbytes in slices])
+        else:
+            found = checksum(memory)
+        if found != item.checksum:
             raise altered(self.path, block)
 
     def condemn(self) -> None:
-        """Mark the pack as damaged where it lies, so that it is made anew before it is used again."""
+        """Mark the pack as damaged on the disk, so that it is made again before it is next used."""
         self.damaged = True
-        # It may have been removed meanwhile, or be read-only. The inode of what is open is nobody else's.
+        # The pack may have been removed, be read-only, or have made room for another, whose inode differs.
         with suppress(OSError):
             if self.path.stat().st_ino == self._inode:
                 (self.path.parent / DAMAGED).touch()
@@ -134,8 +129,8 @@ def tensor_type(tensor: PackedTensor) -> WeightType:
 
 
 def tensor_bytes(tensor: PackedTensor) -> int:
-    """Bytes of the matrix in its block."""
-    return _TYPES[tensor.type].matrix_bytes(tensor.rows, tensor.cols)
+    """Bytes that the matrix takes in its block."""
+    return tensor_type(tensor).matrix_bytes(tensor.rows, tensor.cols)
 
 
 def checksum(memory: Bytes) -> str:
@@ -144,14 +139,14 @@ def checksum(memory: Bytes) -> str:
 
 
 def joined(checksums: Sequence[str]) -> str:
-    """The checksum of an embedding whose bytes are slices with these."""
+    """The checksum of an embedding whose slices have these checksums."""
     return xxhash.xxh3_64_hexdigest("".join(checksums).encode())
 
 
 def open_pack(directory: Path) -> Pack:
     """Opens a pack, checks its manifest against the file, and reads the vectors.
 
-    Raises PackError (there is none, or it is of another version) or PackCorrupt, each naming the file.
+    Raises PackError when there is none or it is of another version, and PackCorrupt; each names the file.
     """
     manifest = read_manifest(directory)
     path = directory / BLOCKS
@@ -175,7 +170,7 @@ def open_pack(directory: Path) -> Pack:
 
 
 def _check_places(path: Path, manifest: Manifest, size: int) -> None:
-    """Every extent and tensor lies where it may, and none over another. Raises PackCorrupt."""
+    """Checks that every extent and tensor lies where it may and that none overlap. Raises PackCorrupt."""
     if manifest.nbytes != size:
         raise _wrong(path, f"has {size} bytes, the manifest asks for {manifest.nbytes}")
     extents = [(manifest.vectors.offset, manifest.vectors.nbytes, "vectors")]

@@ -1,25 +1,25 @@
-"""`blocks.bin` while it is written: extent after extent through two buffers, one hashed and written by a thread while
-the other is filled.
+"""Writes `blocks.bin`, extent after extent, through two buffers: a thread hashes and writes one while the other is
+filled.
 
-Writes past the page cache where the system can (O_DIRECT): more than twice as fast as writing and waiting for the disk,
-and nothing stays in memory that a budget would be charged for. Does not know what is in an extent.
+Writing bypasses the page cache where the system can do that (O_DIRECT). This is more than twice as fast as writing and
+then waiting for the disk, and leaves nothing in memory that a budget would be charged for. The module does not know
+what is in an extent.
 """
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from shoal.kernels.arrays import Bytes
+from shoal.kernels.huge_pages import Arena
 from shoal.offload.bytes_done import BytesDone, unheard
-from shoal.offload.direct_io import forget_cached, open_direct
+from shoal.offload.direct_io import forget_cached, open_direct, write_all
 from shoal.partition.spec import BlockId
 
 from .manifest import PAGE_BYTES
@@ -29,14 +29,15 @@ BUFFER_BYTES = 8 << 20
 
 
 class PackFile:
-    """The file at `path`, made if there is none, `nbytes` long and with room for them on the disk.
+    """The file at `path`, made if there is none. It is `nbytes` long, and the disk has room for all of them.
 
-    Everything raises OSError when the disk fails or is full.
+    Every method raises OSError when the disk fails or is full.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self._descriptor, self._direct = open_direct(path, os.O_RDWR | os.O_CREAT)
-        self._buffer, self._other = _pages(BUFFER_BYTES), _pages(BUFFER_BYTES)
+        memory = Arena()
+        self._buffer, self._other = memory.take(BUFFER_BYTES), memory.take(BUFFER_BYTES)
         self._thread = ThreadPoolExecutor(1, "pack")
         self._pending: Future[None] | None = None
         try:
@@ -48,8 +49,8 @@ class PackFile:
             raise
 
     def write(self, offset: int, nbytes: int, parts: Iterable[Bytes]) -> str:
-        """Writes `parts`, one after the other from `offset` on, and zeros after them up to `nbytes`, both
-        multiples of 4096. → xxh3_64 of all in hex
+        """Writes `parts` one after the other from `offset` on, then zeros until there are `nbytes`. Both numbers are
+        multiples of 4096. → xxh3_64 of all these bytes, in hex
         """
         digest = xxhash.xxh3_64()
         done = filled = 0
@@ -69,11 +70,11 @@ class PackFile:
         return digest.hexdigest()
 
     def checksum(self, offset: int, nbytes: int) -> str:
-        """xxh3_64, in hex, of what the file has there. Raises OSError."""
+        """xxh3_64, in hex, of the bytes that the file has there."""
         return stored_checksum(self._descriptor, self._direct, self._buffer, offset, nbytes)
 
     def sync(self) -> None:
-        """Wait until the disk has everything."""
+        """Waits until everything is on the disk."""
         os.fsync(self._descriptor)
 
     def close(self) -> None:
@@ -98,18 +99,15 @@ class PackFile:
             self._pending = None
 
     def _put(self, chunk: Bytes, offset: int, digest: xxhash.xxh3_64) -> None:
-        view = chunk.data
-        digest.update(view)
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self._descriptor, view[done:], offset + done)
+        digest.update(chunk.data)
+        write_all(self._descriptor, chunk.data, offset)
         if not self._direct:
             os.fdatasync(self._descriptor)
-            forget_cached(self._descriptor, offset, len(view))
+            forget_cached(self._descriptor, offset, len(chunk))
 
 
 def stored_checksum(descriptor: int, direct: bool, buffer: Bytes, offset: int, nbytes: int) -> str:
-    """xxh3_64, in hex, of what a file has there, read through `buffer`. Raises OSError."""
+    """xxh3_64, in hex, of the bytes that a file has there. They pass through `buffer`. Raises OSError."""
     digest = xxhash.xxh3_64()
     for start in range(offset, offset + nbytes, len(buffer)):
         view = buffer[: min(len(buffer), offset + nbytes - start)].data
@@ -122,11 +120,11 @@ def stored_checksum(descriptor: int, direct: bool, buffer: Bytes, offset: int, n
 
 
 def damaged_blocks(pack: Pack, progress: BytesDone = unheard) -> list[BlockId]:
-    """Reads all of a pack: the blocks whose bytes are not those that were written, or cannot be read. `progress(bytes
-    done, in all)`. A tied embedding is its head's slices. Raises OSError where it cannot be opened.
+    """Reads all of a pack. → the blocks whose bytes cannot be read or differ from those that were written. A tied
+    embedding is not named besides its head's slices. Raises OSError when the pack cannot be opened.
     """
     descriptor, direct = open_direct(pack.path, os.O_RDONLY)
-    buffer = _pages(BUFFER_BYTES)
+    buffer = Arena().take(BUFFER_BYTES)
     damaged = []
     try:
         for item in pack.manifest.blocks:
@@ -142,8 +140,3 @@ def damaged_blocks(pack: Pack, progress: BytesDone = unheard) -> list[BlockId]:
     finally:
         os.close(descriptor)
     return damaged
-
-
-def _pages(nbytes: int) -> Bytes:
-    """Memory that begins at a page, as direct writes want it."""
-    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)

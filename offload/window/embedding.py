@@ -1,7 +1,7 @@
 """Rows of an embedding that stays on disk.
 
-A prompt needs few rows of a large matrix: only the bands that hold them are read, near ones together, several reads
-at a time through a small memory of their own. Knows one matrix and where it lies; reading is `readers`' work.
+A prompt needs few rows of a large matrix. Only the bands that hold them are read, several reads at a time, through a
+small memory of their own. This module knows one matrix and where it lies; `readers` do the reading.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import xxhash
 from shoal.kernels import Matrix, OperandError, gather_rows
 from shoal.kernels.arrays import Floats, Ids
 from shoal.offload.pack.pack import Pack, PackedBlock, altered, tensor_type
-from shoal.partition.spec import BlockId
 
 from .fetcher import Fetcher
+from .pinned import EMBED
 from .readers import READERS, Readers
 from .row_reads import batches, runs
 from .window import Passage
 
-ROWS_BYTES = 4 << 20  # read at a time
+ROWS_BYTES = 4 << 20  # are read at a time
 NEAR_BYTES = 32 << 10  # rows this close to each other are read together
 
 
@@ -30,15 +30,14 @@ class Embedding:
 
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
-        self._block = BlockId("embed")
-        self._packed = pack.blocks[self._block]
-        self._tensor = self._packed.tensors["embed"]
+        self._packed = pack.blocks[EMBED]
         self._fetcher = Fetcher(ROWS_BYTES, whole=False)
         self.region = self._fetcher.region
 
     def rows(self, readers: Readers, ids: Ids) -> Floats:
         """Rows `ids` (T,) as (T, cols). Raises OffloadError; OperandError if there is no such row."""
-        tensor, kind = self._tensor, tensor_type(self._tensor)
+        tensor = self._packed.tensors["embed"]
+        kind = tensor_type(tensor)
         where = np.argsort(ids, kind="stable")
         ordered = ids[where]
         if len(ids) and not 0 <= int(ordered[0]) <= int(ordered[-1]) < tensor.rows:
@@ -52,19 +51,15 @@ class Embedding:
             most_bytes=ROWS_BYTES // READERS,
         )
         ends = np.array([(run.last + 1) * height for run in reads], np.int64)
-        upto = iter(np.searchsorted(ordered, ends).tolist())  # ids up to the end of each run
+        upto = iter(np.searchsorted(ordered, ends).tolist())  # how many ids lie before the end of each run
         out = np.empty((len(ids), tensor.cols), np.float32)
         done = 0
         for batch in batches(reads, ROWS_BYTES):
             memory = self.region.memory
-            passages: list[Passage] = []
-            position = 0
-            for run in batch:
-                passages.append(Passage(self._block, run.offset, position, run.nbytes))
-                position += run.nbytes
+            passages = [Passage(EMBED, run.offset, position, run.nbytes) for position, run in batch]
             self._fetcher.fetch(readers, passages)
-            for run, passage in zip(batch, passages, strict=True):
-                start, rows = passage.position + run.skip, (run.last + 1 - run.first) * height
+            for position, run in batch:
+                start, rows = position + run.skip, (run.last + 1 - run.first) * height
                 read = memory[start : start + kind.matrix_bytes(rows, tensor.cols)]
                 matrix, end = Matrix(kind, read, rows, tensor.cols), next(upto)
                 out[where[done:end]] = gather_rows(matrix, ordered[done:end] - run.first * height)
@@ -72,8 +67,8 @@ class Embedding:
         return out
 
     def check(self, readers: Readers) -> None:
-        """Reads all of it once, because later only parts are read; if it is tied, as the head's slices. Raises
-        PackCorrupt if it was altered."""
+        """Reads and checks all of the matrix once, because later only parts are read. A tied one is checked as the
+        head's slices. Raises PackCorrupt if it was altered."""
         slices = [item for block, item in self._pack.blocks.items() if block.kind == "head"]
         for item in slices if self._pack.tied else [self._packed]:
             readers.once(item.block, partial(self._check, readers, item))

@@ -1,10 +1,10 @@
-"""The cache of experts: which are in memory, and which goes when another is needed. Pure policy.
+"""The cache of experts: which are in memory, and which one goes when another is needed. Pure policy.
 
-Routing is not cyclic: some experts are chosen far more often than others. An expert's score is how often it was used,
-older uses counting less. The lowest score goes, and of equal ones the one used last, since its layer comes again last:
-so a prompt that passes all experts once leaves the often used ones where they are. Which experts the next layer will
-choose can be guessed; they are read when nothing else is to be, as long as most guesses come true. Knows slots, all of
-one size, and scores; reads nothing and holds no lock.
+Routing is not cyclic: some experts are chosen far more often than others. An expert's score is how often it was used;
+older uses count less. The expert with the lowest score goes. Of equal scores it is the one used last, because its layer
+comes again last. So a prompt that passes all experts once leaves those in place that are used often. The experts of the
+next layer can be guessed; they are read when there is nothing else to read, as long as most guesses come true. This
+module knows slots, all of one size, and scores. It reads nothing and holds no lock.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from shoal.partition.spec import BlockId
 
 from .window import Extent, Passage, Read
 
-HALF_LIFE_STEPS = 64.0  # a use so many steps ago counts half
+HALF_LIFE_STEPS = 64.0  # a use that many steps ago counts half
 LARGEST_WEIGHT = 1e100
-TRUST = 0.5  # so many of the guesses must come true to be read ahead
-TRUST_MEMORY = 0.05  # how far the newest ones move what is thought of them
-AHEAD = 32  # experts of a layer that are leased or read ahead: what is often used need not go for more
+TRUST = 0.5  # the share of guesses that must come true for guesses to be read ahead
+TRUST_MEMORY = 0.05  # the weight of the newest guesses in that share
+AHEAD = 32  # experts of a layer are leased or read ahead; for more, often used ones would have to go
 
 
 class ExpertCache:
@@ -31,31 +31,31 @@ class ExpertCache:
         self._slot_bytes = slot_bytes
         self._free = list(range(slots - 1, -1, -1))
         self._held: dict[BlockId, Passage] = {}
-        self._expected: dict[BlockId, int] = {}  # what will be acquired, in order
-        self._missing: list[BlockId] = []  # of these, what is not on its way yet, the next one last
-        self._likely: list[BlockId] = []  # to be acquired after these, the likeliest first
-        self._trust = 1.0  # share of what was thought likely that came true
+        self._expected: dict[BlockId, int] = {}  # what will be acquired, and its place in that order
+        self._missing: list[BlockId] = []  # expected but not on its way yet; the next one is last
+        self._likely: list[BlockId] = []  # guesses for afterwards, the likeliest first
+        self._trust = 1.0  # the share of guesses that came true
         self._ahead = ahead
-        self._done = 0  # of those expected
-        self._wanted = -1  # the place of that which is waited for
-        self._reading: Passage | None = None  # that has not been asked for to its end
+        self._done = 0  # how many of the expected ones have been used
+        self._wanted = -1  # the place of the one that is waited for
+        self._reading: Passage | None = None  # the one of which only a part has been asked for
         self._scores: dict[BlockId, float] = {}
         self._used: dict[BlockId, int] = {}  # when an expert was used last
-        # Candidates to go; those out of date are passed over.
+        # Candidates to go. Stale entries are passed over.
         self._heap: list[tuple[float, int, BlockId]] = []
         self._clock = 0
-        self._weight = 1.0  # of a use now: growing instead of all others shrinking
+        self._weight = 1.0  # of a use now; it grows, so that older ones need not shrink
         layers = len({extent.block.layer for extent in experts})
         self._growth = 2.0 ** (1 / (HALF_LIFE_STEPS * max(1, layers)))
 
     def expect(self, blocks: Sequence[BlockId]) -> None:
-        """These will be acquired next, in this order; what was expected before will not."""
+        """The caller will acquire these next, in this order, and no others that were expected before."""
         self._weight *= self._growth
         if self._weight > LARGEST_WEIGHT:
             self._rescale()
         for block in self._expected:
             if (passage := self._held.get(block)) is not None and passage.error is not None:
-                self._discard(passage)  # the step that this was read for is over: it is read again
+                self._discard(passage)  # the step that wanted it is over: read it again
         self._expected = {block: i for i, block in enumerate(blocks) if block in self._extents}
         self._done, self._wanted = 0, -1
         for block in self._expected:
@@ -69,11 +69,11 @@ class ExpertCache:
         self._missing = [block for block in reversed(self._expected) if block not in self._held]
 
     def guess(self, blocks: Sequence[BlockId]) -> None:
-        """These may be acquired after what is expected, the likeliest first."""
+        """The caller may acquire these after the expected ones; the likeliest comes first."""
         self._likely = [block for block in blocks if block in self._extents][: self._ahead]
 
     def want(self, block: BlockId) -> Passage | None:
-        """The passage of an expert; None while there is no place for it."""
+        """The passage of an expert; None while there is no slot for it."""
         passage = self._held.get(block)
         if passage is None and block not in self._missing:
             self._expected.setdefault(block, -1)
@@ -82,7 +82,7 @@ class ExpertCache:
         return None if passage is None or passage.left else passage
 
     def next_read(self, most_bytes: int) -> Read | None:
-        """What to read now; None when nothing is missing or no place is free."""
+        """What to read now; None when nothing is missing or no slot is free."""
         if self._reading is None:
             chosen = self._next_missing() or self._next_likely()
             if chosen is None:
@@ -98,7 +98,7 @@ class ExpertCache:
         return read
 
     def leave(self, passage: Passage) -> None:
-        """It has been used for now, or it failed."""
+        """The expert has been used, or its read failed."""
         if passage.error is not None:
             self._discard(passage)
             return
@@ -111,16 +111,17 @@ class ExpertCache:
         """A read of the passage has ended."""
         block = passage.block
         if passage.here:
-            self._offer(block)  # it may never be acquired
+            self._offer(block)  # now, since it may never be acquired
         elif passage.left or (passage.error is not None and block not in self._expected):
             self._discard(passage)
             if passage.error is not None:
-                self._likely = [other for other in self._likely if other != block]  # or it is tried for ever
+                # Otherwise it would be tried for ever.
+                self._likely = [other for other in self._likely if other != block]
             elif block in self._expected and block not in self._held:
-                self._miss(block)  # a guess that was given up too soon
+                self._miss(block)  # a guess that was dropped too soon
 
     def _discard(self, passage: Passage) -> None:
-        """One that failed or is not needed gives its slot back, once no read writes there."""
+        """An expert that failed or is not needed gives its slot back, once no read writes there."""
         passage.left = True
         if passage is self._reading:
             self._reading = None
@@ -128,7 +129,7 @@ class ExpertCache:
             self._evict(passage.block)
 
     def _next_missing(self) -> tuple[BlockId, int] | None:
-        """Of what was asked for the next to read, and a slot for it."""
+        """The next expected expert to read, and a slot for it."""
         if not self._missing:
             return None
         order = self._expected[self._missing[-1]]
@@ -141,7 +142,7 @@ class ExpertCache:
         return (self._missing.pop(), self._free.pop()) if self._free else None
 
     def _next_likely(self) -> tuple[BlockId, int] | None:
-        """Of what may be asked for the next to read, and a slot for it."""
+        """The next guessed expert to read, and a slot for it."""
         block = next((block for block in self._likely if block not in self._held), None)
         if block is None or self._missing or self._trust < TRUST:
             return None
@@ -150,12 +151,12 @@ class ExpertCache:
         return (block, self._free.pop()) if self._free else None
 
     def _let_one_go(self) -> None:
-        """The lowest score of those that are neither expected nor likely, if there is one."""
+        """Evicts the one with the lowest score of those that are neither expected nor likely, if there is one."""
         kept: list[BlockId] = []
         while self._heap:
             score, _, block = heappop(self._heap)
             passage = self._held.get(block)
-            if passage is None or passage.leases or not passage.here:
+            if passage is None or not passage.idle:
                 continue
             if score != self._scores.get(block, 0.0):
                 self._offer(block)
@@ -168,27 +169,25 @@ class ExpertCache:
             self._offer(block)
 
     def _let_later_go(self, order: int) -> None:
-        """Something likely, or else what is needed last and after the `order`-th of those expected."""
+        """Evicts a guess, or else the expected expert that is needed last, if that is after the `order`-th."""
         for block in (*reversed(self._likely), *reversed(self._expected)):
             passage = self._held.get(block)
             later = self._expected.get(block, order + 1) > order
-            if later and passage is not None and passage.here and not passage.leases:
+            if later and passage is not None and passage.idle:
                 self._evict(block)
                 if block in self._expected:
                     self._miss(block)
                 return
 
     def _miss(self, block: BlockId) -> None:
-        """What is expected is not on its way any more."""
+        """An expected expert is not on its way any more."""
         self._missing.append(block)
         self._missing.sort(key=self._expected.__getitem__, reverse=True)
 
     def _offer(self, block: BlockId) -> None:
-        if len(self._heap) > 8 * len(self._held) + 64:
-            self._heap = []  # mostly entries out of date
-            for held, passage in self._held.items():
-                if passage.here and not passage.leases:
-                    self._offer(held)
+        """Enters an expert among the candidates to go."""
+        if len(self._heap) > 8 * len(self._held) + 64:  # most entries are stale
+            self._offer_again()
         heappush(self._heap, (self._scores.get(block, 0.0), -self._used.get(block, 0), block))
 
     def _evict(self, block: BlockId) -> None:
@@ -196,8 +195,11 @@ class ExpertCache:
 
     def _rescale(self) -> None:
         self._scores = {block: score / self._weight for block, score in self._scores.items()}
+        self._weight = 1.0
+        self._offer_again()
+
+    def _offer_again(self) -> None:
         self._heap = []
         for block, passage in self._held.items():
-            if passage.here and not passage.leases:
+            if passage.idle:
                 self._offer(block)
-        self._weight = 1.0

@@ -1,6 +1,6 @@
-"""Bytes that are wanted at once, read into a piece of memory of their own in the order they are asked for.
+"""Fetches bytes that somebody waits for, in the order in which they are asked for, into memory of their own.
 
-Knows one piece of memory and what is on its way there; reading is `readers`' work.
+Knows one piece of memory and what is on its way there; `readers` do the reading.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from functools import partial
 
-from shoal.kernels.huge_pages import mapped
+from shoal.kernels.huge_pages import Arena
 
 from .readers import Readers, Region
 from .window import Line, Passage
 
 
 class Fetcher:
-    """Reads what is wanted at once into `nbytes` of its own. After a failure it takes other memory, as reads under way
-    may still write to this."""
+    """Reads passages into `nbytes` of its own. After a failure it takes new memory, because reads under way may still
+    write to the old."""
 
     def __init__(self, nbytes: int, *, whole: bool) -> None:
         self._line = Line()
-        self.region = Region(self._line, mapped(nbytes)[:nbytes], whole=whole)
+        self.region = Region(self._line, Arena().take(nbytes), whole=whole)
 
     def fetch(self, readers: Readers, passages: Sequence[Passage]) -> None:
         """Reads passages. Raises OffloadError."""
@@ -28,7 +28,7 @@ class Fetcher:
             pass
 
     def arriving(self, readers: Readers, passages: Sequence[Passage]) -> Generator[Passage, None, None]:
-        """Reads passages and gives each as soon as it is here, in their order. Raises OffloadError."""
+        """Reads passages, and gives each as soon as it is here, in order. Raises OffloadError."""
         readers.change(partial(self._line.extend, passages))
         try:
             for passage in passages:
@@ -42,9 +42,8 @@ class Fetcher:
         for passage in passages:
             self._line.leave(passage)
         if not all(passage.quiet for passage in passages):
-            # Reads that are under way still write to this memory.
-            nbytes = len(self.region.memory)
-            self.region.memory = mapped(nbytes)[:nbytes]
+            # Reads that are under way still write to the old memory.
+            self.region.memory = Arena().take(len(self.region.memory))
 
 
 def _same(passage: Passage) -> Passage:

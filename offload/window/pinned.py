@@ -1,6 +1,6 @@
-"""The blocks of a pack that stay in memory: read once, into one piece of memory, and never again.
+"""The blocks of a pack that stay in memory. They are read once, into one piece of memory.
 
-Knows how they lie in memory: one behind the other, so that the slices of a tied head are the embedding there, too.
+They lie one behind the other there, so that the slices of a tied head are the embedding in memory, too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ EMBED = BlockId("embed")
 
 
 class Pinned:
-    """The memory for some blocks of a pack, and these as they come, once."""
+    """Memory for some blocks of a pack, and how they come there."""
 
     def __init__(self, pack: Pack, blocks: Sequence[BlockId]) -> None:
-        """Raises StoreError when the pack does not have them."""
+        """Raises StoreError when the pack lacks one of `blocks`."""
         self._pack = pack
         tables = {block for block in pack.blocks if block.kind in ("embed", "head")}
         self._embed_is_head = pack.tied and tables <= set(blocks)
@@ -47,13 +47,13 @@ class Pinned:
 
 
 class PackReader:
-    """A `BlockReader`: a pack whose blocks are read once, by readers that end with it."""
+    """A `BlockReader` of a pack. Its reader threads end when the blocks have been read."""
 
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
 
     def read_blocks(self, blocks: Sequence[BlockId]) -> Arriving:
-        """As `BlockReader`. Raises OffloadError."""
+        """See `BlockReader`. Raises OffloadError."""
         pinned = Pinned(self._pack, blocks)
         readers = Readers(self._pack, [pinned.region])
         try:
@@ -63,11 +63,9 @@ class PackReader:
 
 
 def located(pack: Pack, blocks: Iterable[BlockId]) -> list[Extent]:
-    """Where in the pack the blocks lie. Raises StoreError when it does not have them."""
-    found = []
-    for block in blocks:
-        packed = pack.blocks.get(block)
-        if packed is None:
-            raise StoreError(f"{pack.path}: the pack has no block {block}")
-        found.append(Extent(block, packed.offset, packed.nbytes))
-    return found
+    """Where in the pack the blocks lie. Raises StoreError when it lacks one of them."""
+    try:
+        items = [pack.blocks[block] for block in blocks]
+    except KeyError as error:
+        raise StoreError(f"{pack.path}: the pack has no block {error.args[0]}") from error
+    return [Extent(item.block, item.offset, item.nbytes) for item in items]

@@ -1,6 +1,6 @@
-"""Which bytes of an embedding on disk hold given rows, and how few reads fetch them. Pure arithmetic.
+"""Which bytes of an embedding on disk hold given rows, and how to fetch them in few reads. Pure arithmetic.
 
-Rows lie in bands; a read is whole pages of 4 KiB. Bands near each other are read together. Knows numbers only.
+Rows lie in bands; a read is of whole pages of 4 KiB. Bands that are near each other are read together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from shoal.offload.pack.manifest import PAGE_BYTES
 
 
 class Run(NamedTuple):
-    """One read of `nbytes` from `offset`, which has bands [first, last] from its byte `skip` on."""
+    """One read of `nbytes` from `offset`. Bands [first, last] begin at its byte `skip`."""
 
     first: int
     last: int
@@ -28,26 +28,23 @@ def runs(bands: Sequence[int], band_bytes: int, base: int, *, near_bytes: int, m
     """
     groups: list[list[int]] = []
     for band in bands:
-        if groups:
-            first, last = groups[-1]
-            if (band - last - 1) * band_bytes <= near_bytes and (
-                (band + 1 - first) * band_bytes + 2 * PAGE_BYTES <= most_bytes
-            ):
-                groups[-1][1] = band
-                continue
-        groups.append([band, band])
+        near = groups and (band - groups[-1][1] - 1) * band_bytes <= near_bytes
+        if near and (band + 1 - groups[-1][0]) * band_bytes + 2 * PAGE_BYTES <= most_bytes:
+            groups[-1][1] = band
+        else:
+            groups.append([band, band])
     return [_run(first, last, band_bytes, base) for first, last in groups]
 
 
-def batches(reads: Sequence[Run], room_bytes: int) -> Iterator[list[Run]]:
-    """The reads in order, as many at a time as fit together."""
-    batch: list[Run] = []
+def batches(reads: Sequence[Run], room_bytes: int) -> Iterator[list[tuple[int, Run]]]:
+    """The reads in order, as many at a time as fit into `room_bytes`, each with its position there."""
+    batch: list[tuple[int, Run]] = []
     held = 0
     for run in reads:
         if batch and held + run.nbytes > room_bytes:
             yield batch
             batch, held = [], 0
-        batch.append(run)
+        batch.append((held, run))
         held += run.nbytes
     if batch:
         yield batch

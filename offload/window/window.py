@@ -1,9 +1,9 @@
 """The window: which block is read next, where to, and when its place may be used again. Pure policy.
 
-Blocks pass through a ring of bytes in the order of a step, lap after lap. Where a block lies is fixed: blocks are
-placed one behind the other, from the beginning again where the next one does not fit and at the first block of the
-cycle. A block may be read as soon as nothing is in its place, piece by piece while its predecessors leave. Knows bytes
-and order; reads nothing, waits for nothing and holds no lock.
+Blocks pass through a ring of bytes in the order of a step, lap after lap. Every block has a fixed place: blocks lie one
+behind the other, and begin at the start of the ring again when the next one does not fit and at the first block of the
+cycle. A block can be read as soon as nothing is in its place, piece by piece while the blocks before it leave. The
+window knows bytes and their order. It reads nothing, waits for nothing and holds no lock.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from shoal.partition.spec import BlockId
 
 @dataclass(eq=False)
 class Passage:
-    """`nbytes` of a block, from byte `offset` of a file to `position` in memory, and how far they have come."""
+    """`nbytes` of a block on their way from byte `offset` of a file to `position` in memory."""
 
     block: BlockId
     offset: int
     position: int
     nbytes: int
-    asked: int = 0  # bytes that reads have been given out for, from the first on
+    asked: int = 0  # bytes, from the first on, that readers have been asked to read
     landed: int = 0  # bytes whose reads have ended
     error: Exception | None = None  # of the first read that failed
     leases: int = 0
-    left: bool = False  # will not be used again
+    left: bool = False  # it will not be used again
 
     @property
     def here(self) -> bool:
@@ -36,12 +36,17 @@ class Passage:
         return self.landed == self.nbytes and self.error is None
 
     @property
+    def idle(self) -> bool:
+        """All of it can be used, and nobody uses it."""
+        return self.here and not self.leases
+
+    @property
     def quiet(self) -> bool:
-        """Nothing is being written to its place."""
+        """No read writes to its place."""
         return self.landed == self.asked
 
     def ask(self, most_bytes: int) -> Read:
-        """The next bytes to read."""
+        """The next bytes to read, at most `most_bytes`."""
         start = self.asked
         self.asked = min(self.nbytes, start + most_bytes)
         return Read(self, start, self.asked - start)
@@ -64,7 +69,7 @@ class Extent(NamedTuple):
 
 
 class Line:
-    """Passages that are wanted at once, in the order they came."""
+    """Passages that somebody waits for; they are read in the order they came."""
 
     def __init__(self) -> None:
         self._waiting: deque[Passage] = deque()
@@ -82,7 +87,7 @@ class Line:
         return read
 
     def leave(self, passage: Passage) -> None:
-        """What nobody waits for any more is not read."""
+        """Nobody waits for the passage any more, so the rest of it is not read."""
         passage.left = True
         if passage in self._waiting:
             self._waiting.remove(passage)
@@ -92,18 +97,18 @@ class Line:
 
 
 class Window:
-    """A ring of `nbytes` that the blocks of `cycle` pass through. `nbytes` are enough for the largest; with those of
-    the two largest neighbours a block is read while the one before it is used."""
+    """A ring of `nbytes` that the blocks of `cycle` pass through. It must hold the largest block. If it holds any two
+    neighbours, a block is read while the one before it is used."""
 
     def __init__(self, nbytes: int, cycle: Sequence[Extent]) -> None:
         self._cycle = cycle
         self._index = {extent.block: i for i, extent in enumerate(cycle)}
         self._positions = _places(nbytes, cycle)
-        self._next = 0  # of the cycle, to begin with next
+        self._next = 0  # the block of the cycle to begin next
         self._passing: list[Passage] = []  # in the order of use
 
     def next_read(self, most_bytes: int) -> Read | None:
-        """What to read now; None while all places are taken, or if nothing passes."""
+        """What to read now; None while its place is taken, or if no blocks pass."""
         if not self._cycle:
             return None
         last = self._passing[-1] if self._passing else None
@@ -117,8 +122,8 @@ class Window:
         return last.ask(most_bytes)
 
     def want(self, block: BlockId) -> Passage:
-        """The passage of a block that is used next. What should have been used before it is left out; if it is not on
-        its way, the window begins with it."""
+        """The passage of the block that is used next. Blocks that should have come before it are skipped. If it is not
+        on its way, the window begins with it."""
         passage = next((p for p in self._passing if p.block == block and not p.left), None)
         passage = passage or self._begin(self._index[block])
         for skipped in self._passing[: self._passing.index(passage)]:
@@ -128,8 +133,8 @@ class Window:
         return passage
 
     def leave(self, passage: Passage) -> None:
-        """It has been used, or it failed: its place is free once no read writes there. What failed with it was read
-        ahead for a step that is over, and is read again."""
+        """The passage has been used, or it failed. Its place is free once no read writes there. If it failed, others
+        that failed leave with it: they were read ahead for a step that is over, and are read again."""
         for other in self._passing:
             if other is passage or (passage.error is not None and other.error is not None):
                 other.left = True

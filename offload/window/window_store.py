@@ -1,7 +1,8 @@
-"""The store of a plan that streams: some blocks stay in memory, the others pass through a window, read ahead of need.
+"""The store of a plan that streams: some blocks stay in memory, the others are read ahead of need through a window.
 
-Reading goes on during compute, sampling and between steps, from the last block on to the first. Knows which memory a
-plan's blocks use; what is read when is the policies' business (`window`, `expert_cache`), how it is read `readers`'.
+Reading goes on during compute, during sampling and between steps; after the last block comes the first. This module
+knows which memory a plan's blocks use. The policies (`window`, `expert_cache`) decide what is read when, and `readers`
+read it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple
 
 from shoal.kernels import gather_rows
 from shoal.kernels.arrays import Floats, Ids
@@ -24,36 +24,13 @@ from shoal.partition.spec import BlockId
 
 from .embedding import Embedding
 from .expert_cache import ExpertCache
-from .pinned import Pinned, located
+from .pinned import EMBED, Pinned, located
 from .readers import Readers, Region
-from .window import Extent, Passage, Window
-
-
-class Placement(NamedTuple):
-    """Which blocks of a plan stay, which pass through the window in every step, which experts share slots; whether rows
-    of the embedding are gathered from disk."""
-
-    pinned: list[BlockId]
-    cycle: list[Extent]
-    experts: list[Extent]
-    gathered: bool
-
-
-def placed(plan: Plan, pack: Pack) -> Placement:
-    """Where the blocks of a plan belong. Raises StoreError when the pack lacks a block, or the plan a place for one."""
-    streamed = [item.block for item in plan.blocks if item.tier == "disk"]
-    cycle = located(pack, (block for block in streamed if block.kind not in ("embed", "expert")))
-    experts = located(pack, (block for block in streamed if block.kind == "expert"))
-    if any(extent.nbytes > plan.window_bytes for extent in cycle):
-        raise StoreError(f"a window of {plan.window_bytes} bytes cannot hold the largest block streamed")
-    if experts and not plan.expert_slots:
-        raise StoreError(f"{len(experts)} experts are on disk, but the plan has no slots for them")
-    pinned = [item.block for item in plan.blocks if item.tier == "ram"]
-    return Placement(pinned, cycle, experts, BlockId("embed") in streamed)
+from .window import Passage, Window
 
 
 class _Lease:
-    """A block of a region, waited for on entering, given back on leaving."""
+    """A lease of a block in a region: entering waits for the block, leaving gives it back."""
 
     __slots__ = ("_passage", "_readers", "_region", "_want")
 
@@ -71,31 +48,40 @@ class _Lease:
 
 
 class WindowStore:
-    """A `BlockStore`. One thread acquires, of the window one block at a time; `stage` and `close` are for any."""
+    """A `BlockStore`. One thread acquires, and it holds one block of the window at a time. Any thread may call `stage`
+    and `close`."""
 
     def __init__(self, plan: Plan, pack: Pack) -> None:
-        """Takes its memory and begins to read what passes through the window. Raises StoreError."""
-        places = placed(plan, pack)
+        """Takes memory and begins to read the blocks that pass through the window. Raises StoreError when the
+        pack lacks a block or the plan has no place for one."""
+        pinned = [item.block for item in plan.blocks if item.tier == "ram"]
+        streamed = [item.block for item in plan.blocks if item.tier == "disk"]
+        cycle = located(pack, (block for block in streamed if block.kind not in ("embed", "expert")))
+        experts = located(pack, (block for block in streamed if block.kind == "expert"))
+        if any(extent.nbytes > plan.window_bytes for extent in cycle):
+            raise StoreError(f"a window of {plan.window_bytes} bytes cannot hold the largest block streamed")
+        if experts and not plan.expert_slots:
+            raise StoreError(f"{len(experts)} experts are on disk, but the plan has no slots for them")
         arena = Arena()
-        self._pinned = Pinned(pack, places.pinned)
-        self._embedding = Embedding(pack) if places.gathered else None
-        slot_bytes = max((extent.nbytes for extent in places.experts), default=0)
-        self._experts = ExpertCache(plan.expert_slots, slot_bytes, places.experts)
+        self._pinned = Pinned(pack, pinned)
+        self._embedding = Embedding(pack) if EMBED in streamed else None
+        slot_bytes = max((extent.nbytes for extent in experts), default=0)
+        self._experts = ExpertCache(plan.expert_slots, slot_bytes, experts)
         self._slots = Region(self._experts, arena.take(plan.expert_slots * slot_bytes), slots=True)
-        self._window = Window(plan.window_bytes, places.cycle)
+        self._window = Window(plan.window_bytes, cycle)
         self._ring = Region(self._window, arena.take(plan.window_bytes))
-        self._streams = bool(places.cycle or places.experts)
+        self._streams = bool(cycle or experts)
         self._kept: Mapping[BlockId, Resident] = {}
         blocks = [item.block for item in plan.blocks if item.block.kind not in ("embed", "expert")]
         self._place = {block: i + 1 for i, block in enumerate(blocks)}
-        self._done = 0  # of these, in this step
+        self._done = 0  # how many of these this step has passed
         gathered = [self._embedding.region] if self._embedding is not None else []
-        # What is needed at once goes first.
+        # Regions that somebody waits for go first.
         self._readers = Readers(pack, [*gathered, self._pinned.region, self._slots, self._ring])
 
     @classmethod
     def open(cls, plan: Plan, pack: Pack, progress: BytesDone = unheard) -> WindowStore:
-        """With the blocks that stay in memory; `progress` hears of each. Raises OffloadError."""
+        """A store that has read the blocks that stay in memory; `progress` hears of each. Raises OffloadError."""
         store = cls(plan, pack)
         try:
             sizes = {item.block: item.nbytes for item in plan.blocks if item.tier == "ram"}
@@ -136,7 +122,7 @@ class WindowStore:
         self._done = 0
         if self._embedding is not None:
             return self._embedding.rows(self._readers, ids)
-        return gather_rows(self._kept[block].weights.matrix["embed"], ids)
+        return gather_rows(self._kept[block].enter_result.matrix["embed"], ids)
 
     def stage(self) -> ReadStage | None:
         if not self._streams:

@@ -20,6 +20,7 @@ import synthetic_hf
 import widen
 from cgroup import Cgroup, CgroupError
 from fakes import tiny
+from fakes.packing import build_pack
 from fakes.running import Running
 from figures import Figure
 from rows import OFFLOAD_ROWS, chosen
@@ -27,7 +28,6 @@ from shapes import SHAPES, Shape
 
 from shoal.daemon.memory import resident_bytes
 from shoal.models.checkpoint.checkpoint import open_checkpoint
-from shoal.offload.pack.builder import build_pack
 
 DENSE = Shape("small", "llama", "BF16", 2, 64, 4, 2, 128, len(tiny.TOKENS), 128, 10000.0, tied=True)
 

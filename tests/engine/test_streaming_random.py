@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fakes import tiny
 from fakes.listening import Heard, Listener
+from fakes.packing import build_pack
 from fakes.running import Running
 
 from shoal.daemon.config import NodeConfig
@@ -30,7 +31,6 @@ from shoal.offload.kv.disk import KvDisk
 from shoal.offload.kv.disk_file import KvFile
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.kv.prefix_cache import PrefixCache
-from shoal.offload.pack.builder import build_pack
 from shoal.offload.window import readers
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.plan import Plan, Wanted

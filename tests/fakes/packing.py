@@ -1,4 +1,4 @@
-"""Packs of tiny models, and what every block of one should be."""
+"""Packs of tiny models, and what each of their blocks should hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from fakes import tiny
 from shoal.kernels.arrays import Bytes
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
+from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.pack import layout as pack_layout
+from shoal.offload.pack.builder import PackBuilder
+from shoal.offload.pack.manifest import Quant
 from shoal.offload.pack.pack import Pack
 from shoal.partition.spec import BlockId
 
@@ -32,8 +35,15 @@ def tiny_checkpoint(
         yield checkpoint
 
 
+def build_pack(
+    checkpoint: AnyCheckpoint, directory: Path, quant: Quant = "keep", progress: BytesDone = unheard
+) -> Pack:
+    """Packs a checkpoint into `directory`, which must not exist yet."""
+    return PackBuilder(checkpoint, quant).build(directory, progress)
+
+
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even a tiny head has several slices."""
+    """Makes slices so small that even a tiny head has several."""
     monkeypatch.setattr(pack_layout, "SLICE_BYTES", 4096)
 
 
@@ -46,7 +56,7 @@ def memory_of(pack: Pack, block: BlockId) -> Bytes:
 
 
 def assert_holds(pack: Pack, checkpoint: AnyCheckpoint) -> None:
-    """Every block of the pack is bitwise that of the checkpoint, or of a shard of one."""
+    """Asserts that every block of the pack is bitwise that of the checkpoint, or of a shard of one."""
     spec = checkpoint.spec
     pack.require(spec)
     for block in spec.blocks():

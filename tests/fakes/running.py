@@ -1,4 +1,4 @@
-"""Helpers: a checkpoint as an executor with a KV pool, and its logits for given tokens."""
+"""Helpers: an executor with a KV pool for a checkpoint, and its logits for given tokens."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ FP32 = NodeConfig(kv_type="f32", kv_tokens=512, context_tokens=128)
 
 
 def planned(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> Plan:
-    """The plan of a checkpoint for which there is one."""
+    """The plan of a checkpoint; there must be one."""
     made = make_plan(checkpoint, config, memory_bytes)
     assert isinstance(made, Plan)
     return made
 
 
 class Running:
-    """One checkpoint ready to compute, without scheduler or text."""
+    """A checkpoint that is ready to compute, without scheduler or text."""
 
     def __init__(self, path: Path, config: NodeConfig = FP32) -> None:
         with open_checkpoint(path) as checkpoint:

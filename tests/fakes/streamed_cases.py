@@ -1,4 +1,4 @@
-"""Helpers: tiny models with their packs and what they give from memory, and a file whose reads fail or take time."""
+"""Helpers: tiny models with their packs and their logits from memory, and a file whose reads fail or take time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tied(cases: dict[str, Case]) -> Case:
 
 
 class Faulty:
-    """Reads of one file: those that touch the bytes `bad` fail with `error`, all take `slow_s` longer."""
+    """Makes reads that touch the bytes `bad` of a file fail with `error`, and all reads take `slow_s` longer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bad: tuple[int, int] | None = None

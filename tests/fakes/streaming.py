@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from fakes import tiny
+from fakes.packing import build_pack
 from fakes.running import FP32, Running
 
 from shoal.engine.collective import Alone
@@ -17,7 +18,6 @@ from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.transformer import Transformer
 from shoal.offload.block_store import ResidentStore
 from shoal.offload.kv.pool import KvPool
-from shoal.offload.pack.builder import build_pack
 from shoal.offload.pack.manifest import Quant
 from shoal.offload.pack.pack import Pack
 from shoal.offload.window.pinned import PackReader
@@ -55,7 +55,7 @@ def streaming_plan(
     slots: int = 4,
     part_tokens: int = 1 << 30,
 ) -> Plan:
-    """All blocks on disk but those that are pinned; the window holds the largest and `spare_bytes`."""
+    """A plan with all blocks on disk except the pinned ones. The window holds the largest, and `spare_bytes` more."""
     body = [block for block in spec.blocks() if block.kind != "head"]
     heads = sorted(block for block in pack.blocks if block.kind == "head")
     blocks = [
@@ -77,7 +77,7 @@ def open_packed(plan: Plan, pack: Pack) -> WindowStore | ResidentStore:
 
 
 class Streaming(Running):
-    """A model whose weights come from its pack, all at once if all are pinned. Close it."""
+    """A model whose weights come from its pack; all at once if all are pinned. To be closed."""
 
     def __init__(self, path: Path, pack: Pack, **choices: object) -> None:
         with open_checkpoint(path) as checkpoint:
@@ -103,5 +103,5 @@ def texts(vocab: int, lengths: Collection[int]) -> list[list[int]]:
 
 
 def run(running: Running, ids: list[int]) -> Floats:
-    """Logits of a prompt in two steps and then three tokens one by one."""
+    """Logits of a prompt in two steps, and then of three tokens one by one."""
     return running.logits(ids, [len(ids) - 13, 10])

@@ -1,4 +1,4 @@
-"""Models in fewer bits than their files have: named, packed, run from memory and from disk, told apart."""
+"""Models in fewer bits than their files have: their names and packs, and runs from memory and from disk."""
 
 from __future__ import annotations
 

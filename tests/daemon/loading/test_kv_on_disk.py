@@ -1,4 +1,4 @@
-"""A node that keeps KV on disk: the same texts with less computing, after restarts, in little memory, with faults."""
+"""A node that keeps KV on disk computes less for the same texts: after restarts, in little memory, with faults."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def started(path: Path, root: Path | None, config: NodeConfig = CONFIG) -> Node:
 
 
 def said(node: Node, prompt: list[int], new: int = 9, model: str = "") -> tuple[list[int], int]:
-    """The greedy answer, and how many tokens of the prompt were known."""
+    """The greedy answer, and how many tokens of the prompt were known before."""
     request = Generate(
         model=model, prompt_tokens=prompt, max_tokens=new, sampling=Sampling(temperature=0.0), ignore_eos=True
     )
@@ -70,7 +70,7 @@ def only_store(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def truth(path: Path) -> Iterator[list[list[int]]]:
-    """What is said without disk: to the text, then to that and a question."""
+    """The answers without a disk: to the text, then to the text with its answer and a question."""
     with started(path, None) as node:
         first = said(node, TEXT)[0]
         yield [first, said(node, [*TEXT, *first, 1, 2, 3])[0], said(node, OTHER)[0]]
@@ -96,10 +96,10 @@ def test_a_conversation_survives_a_restart(path: Path, root: Path, truth: list[l
 def test_texts_take_turns_in_memory(
     path: Path, root: Path, truth: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one pushes out of memory comes back from disk for the other."""
+    """Pages that one pushes out of memory come back from disk for the other."""
     monkeypatch.setattr(
         ReadCost, "pays", lambda *_: True
-    )  # a tiny model may compute sooner than a busy disk reads
+    )  # a tiny model may compute faster than a busy disk reads
     with started(path, root, SMALL) as node:
         for turn in range(3):
             for prompt, expected in ((TEXT, truth[0]), (OTHER, truth[2])):
@@ -200,7 +200,7 @@ def test_the_bound_is_of_all_models_together(path: Path, root: Path, tmp_path: P
     bound = 10 * 25_000 + 2 * 4096  # pages of 24,576 bytes with their records
 
     def kept() -> list[int]:
-        """Pages in each store; all files of all stores are within the bound."""
+        """How many pages each store has. Together their files are within the bound."""
         assert sum(file.stat().st_size for file in root.rglob("*.kv")) <= bound
         return [file.stat().st_size // 24_576 for file in root.rglob(PAGES)]
 

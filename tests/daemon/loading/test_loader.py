@@ -96,7 +96,7 @@ def test_an_unloaded_model_leaves_memory(node: Node) -> None:
 
 
 def leave(node: Node, nbytes: int) -> None:
-    """Let the budget have `nbytes` beside what is held."""
+    """Leaves `nbytes` free in the budget."""
     node.budget.limit_bytes = node.budget.held_bytes + nbytes
 
 

@@ -1,4 +1,4 @@
-"""Models larger than memory, end to end: the same tokens, shared passes, stages, room made, refusals."""
+"""Models larger than memory, end to end: equal tokens, shared passes, stages, making room, refusals."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Packs:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reading takes at most would be more than these weights, and their share for long steps nothing."""
+    """The usual bound of reading is larger than these tiny weights, and their share for long steps would be nothing."""
     monkeypatch.setattr("shoal.partition.streamed_plan.READING_BYTES", 1 << 18)
     monkeypatch.setattr("shoal.partition.streamed_plan.SCRATCH_SHARE", 1)
 
 
 def least(path: Path) -> int:
-    """Bytes for a plan that streams a quarter of the weights."""
+    """Memory for a plan that streams a quarter of the weights."""
     with open_checkpoint(path) as checkpoint:
         high = planned(checkpoint, CONFIG, 1 << 30).peak_bytes
         for memory in range(high - 1, 0, -(1 << 18)):
@@ -131,7 +131,7 @@ def test_streamed_answers_are_those_from_memory(node: Node, path: Path) -> None:
 
 
 def test_who_serves_with_native_kernels_never_loads_torch(path: Path, tmp_path: Path) -> None:
-    """Neither from memory nor from disk, nor what is packed in fewer bits or comes as safetensors."""
+    """Not from memory or from disk, and not for weights that are packed in fewer bits or come as safetensors."""
     directory = tiny.save_hf(tiny.hf_model("olmoe"), tmp_path / "hf", type="BF16")
     command = [sys.executable, "-c", SERVE, path, directory, tmp_path / "home", str(least(path))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -168,7 +168,7 @@ def test_without_a_place_for_packs_it_is_refused(path: Path) -> None:
 
 
 def test_a_stage_is_told_while_nothing_comes(node: Node, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock of its own: every wait for an event ends at once."""
+    """The node has a clock of its own, with which every wait for an event ends at once."""
     monkeypatch.setattr("shoal.daemon.node.STAGE_S", 1e-4)
     monkeypatch.setattr(
         "shoal.offload.window.window_store.WindowStore.stage", lambda self: ReadStage(3, 14, 2e9)
@@ -220,7 +220,7 @@ def test_a_load_that_fails_late_leaves_nothing_behind(
 
 
 def test_the_budget_is_given_back_when_the_last_step_has_ended(path: Path, packs: Packs) -> None:
-    """A model is unloaded in the middle of a pass: the pass ends at its next block, and only then there is room."""
+    """A model is unloaded in the middle of a pass. The pass ends at its next block, and only then is there room."""
     with Node(CONFIG, packs=packs) as node:
         node.budget.limit_bytes = node.budget.held_bytes + least(path)
         node.load(Load(model=str(path)))
@@ -250,7 +250,7 @@ def test_the_budget_is_given_back_when_the_last_step_has_ended(path: Path, packs
 
 
 class Disk:
-    """Every read of a pack waits here while it hangs."""
+    """While this disk hangs, every read of a pack waits here."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.works = threading.Event()
@@ -272,7 +272,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 
 
 def waiting(node: Node, request: Generate) -> queue.SimpleQueue[Event]:
-    """What comes of a request that has been accepted."""
+    """The events of a request that has been accepted."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     node.submit(request, events.put)
     assert isinstance(events.get(timeout=30), Accepted)
@@ -350,7 +350,7 @@ def test_a_pack_that_is_cut_off_while_it_streams_is_made_anew(node: Node, path: 
         pack = packs.get(checkpoint)
     os.truncate(pack.path, pack.manifest.vectors.nbytes)
     for number in range(2, 5):
-        with suppress(DaemonError):  # or it was noticed by reading ahead, between two requests
+        with suppress(DaemonError):  # or reading ahead noticed it between two requests
             ids(node, asked(number))
     assert ids(node, asked(1))[0] == expected
     assert packs.verify(pack.path.parent) == []
@@ -359,7 +359,7 @@ def test_a_pack_that_is_cut_off_while_it_streams_is_made_anew(node: Node, path: 
 
 
 def test_planning_keeps_no_error(path: Path) -> None:
-    """It would keep the caller, and the models that this holds, until the collector comes."""
+    """An error that is kept would keep the caller, and the models that it holds, until the garbage collector runs."""
 
     def errors() -> int:
         return sum(issubclass(type(it), Exception) for it in gc.get_objects())

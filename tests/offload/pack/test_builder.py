@@ -1,4 +1,4 @@
-"""Building packs: interrupted, on a full disk, out of order, quantised; and never half made."""
+"""Building packs: interrupted, on a full disk, out of order, quantised. No pack is ever half made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes.packing import assert_holds, memory_of, small_slices, tiny_checkpoint
+from fakes.packing import assert_holds, build_pack, memory_of, small_slices, tiny_checkpoint
 
 from shoal.kernels import dequantize
 from shoal.kernels.arrays import Floats
@@ -20,7 +20,7 @@ from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.offload.errors import PackError, PackPointless
 from shoal.offload.pack import builder as pack_build
 from shoal.offload.pack import writer as pack_file
-from shoal.offload.pack.builder import PackBuilder, build_pack, partial_of
+from shoal.offload.pack.builder import PackBuilder, partial_of
 from shoal.offload.pack.manifest import BLOCKS
 from shoal.offload.pack.pack import Pack
 from shoal.offload.pack.writer import PackFile, damaged_blocks
@@ -28,7 +28,7 @@ from shoal.partition.spec import BlockId
 
 
 class Stopped(Exception):
-    """What ends a build in the middle."""
+    """Ends a build in the middle."""
 
 
 def stop_at(share: float) -> Any:
@@ -40,7 +40,7 @@ def stop_at(share: float) -> Any:
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[BlockId]:
-    """The blocks that matrices are read of from now on."""
+    """A list that gets the block of every matrix that is read from now on."""
     read: list[BlockId] = []
     original = Checkpoint.read_rows
 
@@ -133,12 +133,12 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from shoal.models.checkpoint.checkpoint import open_checkpoint
-from shoal.offload.pack.builder import build_pack
+from shoal.offload.pack.builder import PackBuilder
 def progress(done, total):
     if done > total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
 with open_checkpoint(sys.argv[1]) as checkpoint:
-    build_pack(checkpoint, Path(sys.argv[2]), progress=progress)
+    PackBuilder(checkpoint).build(Path(sys.argv[2]), progress)
 """
 
 
@@ -258,7 +258,7 @@ def test_quantised_packs_are_close_to_the_checkpoint(
     ("stored", "quant", "kept"),
     [
         ("Q8_0", "q8", True),
-        ("Q4_1", "q4", True),  # a tenth less is not worth another rounding
+        ("Q4_1", "q4", True),  # saving a tenth is not worth rounding again
         ("Q4_0", "q8", True),
         ("Q5_0", "q4", False),
         ("Q8_0", "q4", False),

@@ -1,4 +1,4 @@
-"""Packs: what is in them is what the checkpoint gives; nothing in their files is believed."""
+"""Packs hold what the checkpoint gives, and nothing in their files is trusted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import msgspec
 import numpy as np
 import pytest
 from fakes import tiny
-from fakes.packing import assert_holds, memory_of, small_slices, tiny_checkpoint
+from fakes.packing import assert_holds, build_pack, memory_of, small_slices, tiny_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.kernels import WEIGHT_TYPES
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.offload.errors import PackCorrupt, PackError
-from shoal.offload.pack.builder import build_pack
 from shoal.offload.pack.manifest import BLOCKS, MANIFEST
 from shoal.offload.pack.pack import Pack, open_pack
 from shoal.offload.pack.writer import damaged_blocks
@@ -77,12 +76,12 @@ def test_a_tied_embedding_is_the_heads_slices(tmp_path: Path, monkeypatch: pytes
         pack.check(BlockId("embed"), memory)
 
 
-# --- what is wrong with a pack is told -----------------------------------------------------------------------
+# --- errors say what is wrong with a pack -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the model m.gguf and its pack."""
+    """A directory with a model, m.gguf, and its pack."""
     directory = tmp_path_factory.mktemp("packed")
     with tiny_checkpoint(directory, "qwen2", num_hidden_layers=2) as checkpoint:
         build_pack(checkpoint, directory / "pack")
@@ -196,7 +195,7 @@ def test_any_garbage_in_the_manifest_is_an_error_or_harmless(packed: Path, data:
 
 
 def changed(pack: Pack, **fields: Any) -> Pack:
-    return Pack(pack.path, msgspec.structs.replace(pack.manifest, **fields), pack.vectors)
+    return Pack(pack.path, msgspec.structs.replace(pack.manifest, **fields), pack.vectors, inode=0)
 
 
 def test_a_pack_of_another_model_is_refused(packed: Path, tmp_path: Path) -> None:
@@ -213,7 +212,7 @@ def test_a_pack_of_another_model_is_refused(packed: Path, tmp_path: Path) -> Non
         pack.require(dataclasses.replace(spec, pre_norm=False, post_norm=True))
     without = {block: found for block, found in pack.vectors.items() if block.kind != "head"}
     with pytest.raises(PackCorrupt, match="block head does not have the vectors"):
-        Pack(pack.path, pack.manifest, without).require(spec)
+        Pack(pack.path, pack.manifest, without, inode=0).require(spec)
     assert pack.vectors[BlockId("head")]["norm"].dtype == np.float32
 
 

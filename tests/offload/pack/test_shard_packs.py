@@ -1,4 +1,4 @@
-"""Packs of shards: what is in them, that they are never taken for others, and how the verbs name them."""
+"""Packs of shards: what they hold, that none is taken for another, and how the verbs name them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes.cli_fakes import shoal
-from fakes.packing import assert_holds, memory_of, small_slices, tiny_checkpoint
+from fakes.packing import assert_holds, build_pack, memory_of, small_slices, tiny_checkpoint
 
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
@@ -20,7 +20,6 @@ from shoal.kernels import dequantize
 from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
-from shoal.offload.pack.builder import build_pack
 from shoal.offload.pack.layout import part_of
 from shoal.offload.pack.manifest import MANIFEST
 from shoal.offload.pack.pack import Pack, open_pack
@@ -53,7 +52,7 @@ def matrix(pack: Pack, block: BlockId, role: str) -> Floats:
 
 @pytest.mark.parametrize("quant", ["q8", "q4"])
 def test_in_fewer_bits_it_is_what_the_whole_models_pack_has(quant: str, tmp_path: Path) -> None:
-    """Blocks of 32 are rounded alike, whoever has them, so that a group computes what one machine does."""
+    """Every rank rounds blocks of 32 alike, so that a group computes what one machine computes."""
     with tiny_checkpoint(tmp_path, "qwen2", "F16") as checkpoint:
         whole = build_pack(checkpoint, tmp_path / "whole", quant)  # type: ignore[arg-type]
         halves = [
@@ -102,7 +101,7 @@ def test_groups_of_different_sizes_share_what_is_the_same(home: Home, model: Pat
 
 
 def test_a_shard_is_never_taken_for_the_model_or_another_shard(home: Home, model: Path) -> None:
-    """Not even where one lies in the other's place."""
+    """Not even if one lies in the place of the other."""
     packs = Packs(home)
     with open_checkpoint(model) as checkpoint:
         first, second = (part_of(checkpoint, "keep", rank, 2) for rank in range(2))

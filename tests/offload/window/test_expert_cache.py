@@ -1,4 +1,4 @@
-"""Which experts stay, without threads."""
+"""The policy of the expert cache, without threads: which experts stay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cache_of(slots: int, layers: int, experts: int, ahead: int = 8) -> ExpertCac
 
 
 class Simulation:
-    """A cache whose reads end at once; counts them."""
+    """A cache whose reads end at once. Counts the reads."""
 
     def __init__(self, cache: ExpertCache) -> None:
         self.cache = cache
@@ -34,7 +34,7 @@ class Simulation:
             self.cache.ended(chunk.passage)
 
     def use(self, blocks: Sequence[BlockId], together: int, likely: Sequence[BlockId] = ()) -> None:
-        """Expect them, then lease them in order, so many at a time."""
+        """Expects blocks, then leases them in order, some at a time."""
         self.cache.expect(blocks)
         self.cache.guess(likely)
         for start in range(0, len(blocks), together):
@@ -110,7 +110,7 @@ def test_often_used_experts_stay_even_when_a_prompt_passes_all() -> None:
 
 
 def test_passing_all_again_and_again_keeps_what_fits() -> None:
-    """Equal use of more experts than there are slots: the least recently used would be the worst to let go."""
+    """More experts than slots are used equally often. Then the least recently used is the worst choice to let go."""
     simulation = Simulation(cache_of(6, 1, 8))
     blocks = [BlockId("expert", 0, i) for i in range(8)]
     for _ in range(3):
@@ -151,7 +151,7 @@ def test_a_failed_expert_is_read_again() -> None:
 
 
 def test_experts_that_failed_before_anyone_wanted_them_do_not_keep_their_slots() -> None:
-    """A disk that is away for a while: all that was read ahead failed, the step ended at the first of it."""
+    """A disk is away for a while: every read ahead failed, and the step ended at the first of them."""
     cache = cache_of(4, 1, 12)
     cache.expect([BlockId("expert", 0, i) for i in range(4)])
     chunks = [cache.next_read(SIZE) for _ in range(4)]
@@ -224,7 +224,7 @@ def test_a_wrong_guess_is_not_read_to_its_end() -> None:
 
 
 def test_a_guess_that_cannot_be_read_is_not_tried_for_ever() -> None:
-    """Nobody waits for it who could be told."""
+    """Nobody waits for it who could get the error."""
     cache = cache_of(4, 2, 8)
     cache.expect([])
     cache.guess(experts_of(1, 0, 1))
@@ -267,7 +267,7 @@ def test_guesses_that_do_not_come_true_are_given_up() -> None:
 @settings(deadline=None, max_examples=150)
 @given(slots=st.integers(2, 9), experts=st.integers(2, 12), seed=st.integers(0, 1 << 32))
 def test_what_is_wanted_comes_however_reads_end(slots: int, experts: int, seed: int) -> None:
-    """Several reads at a time, which end in any order and fail at times; guesses of all kinds."""
+    """Several reads at a time end in any order, and some fail; guesses of all kinds come in between."""
     source, layers = random.Random(seed), 3
     cache = cache_of(slots, layers, experts, ahead=source.randint(1, 8))
     under_way: list[Read] = []

@@ -1,4 +1,4 @@
-"""The window's policy, without threads: reads are ended by hand."""
+"""The window's policy, without threads: the test ends the reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def extents(sizes: list[int]) -> list[Extent]:
 
 
 class Disk:
-    """Memory in pages, and reads that end when the test says so. What lies in a page is (block, page of it)."""
+    """Memory in pages, and reads that end when the test says so. A page of memory holds (block, page of the block)."""
 
     def __init__(self, window: Window, pages: int) -> None:
         self.window = window

@@ -1,4 +1,4 @@
-"""The files of KV pages on disk: what is read is what was written, whatever happens to the files in between."""
+"""The files of KV pages on disk: we read what we wrote, whatever happens to the files in between."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 
 
 def check(directory: Path, known: dict[int, list[int]]) -> None:
-    """Whatever can still be read is one of the pages that `known` says were written into its slot."""
+    """Every page that can still be read is one that was written into its slot, as `known` lists them."""
     file = opened(directory)
     into = np.zeros(PAGE_BYTES, np.uint8)
     for one in file.entries(8):
@@ -155,7 +155,7 @@ def test_altered_files_give_no_altered_page(name: str, place: int, flip: int, cu
 def test_a_process_that_dies_anywhere_leaves_a_usable_store(
     slots: list[int], dies_after: int, part: int
 ) -> None:
-    """Slots are written and overwritten until one of the writes stops in the middle."""
+    """Slots are written and overwritten until a write stops in the middle."""
     with TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         file = opened(Path(directory))
         known: dict[int, list[int]] = {slot: [] for slot in range(8)}
@@ -172,7 +172,7 @@ def test_a_process_that_dies_anywhere_leaves_a_usable_store(
 
 
 def dying(after: int, part: int) -> Callable[[int, bytes, int], int]:
-    """pwrite that goes well so many times, and then writes only so many bytes, if there are as many, and fails."""
+    """A pwrite that works `after` times; then it writes at most `part` bytes and fails."""
     pwrite, count = os.pwrite, 0
 
     def write(descriptor: int, data: bytes, offset: int) -> int:
@@ -189,7 +189,7 @@ def dying(after: int, part: int) -> Callable[[int, bytes, int], int]:
 @settings(deadline=None, max_examples=40)
 @given(used=st.integers(0, 2**64 - 1), count=st.integers(0, 2**32 - 1), slot=st.integers(0, 7))
 def test_records_made_up_by_somebody_are_used_or_left_alone(used: int, count: int, slot: int) -> None:
-    """Their checksum is right: anyone can calculate it."""
+    """Their checksums are right, because anybody can calculate one."""
     with TemporaryDirectory() as directory:
         opened(Path(directory)).close()
         body = struct.pack(f"<{DIGEST_BYTES}sQI", bytes(DIGEST_BYTES), checksum(page(0)), count)
@@ -209,7 +209,7 @@ def test_records_made_up_by_somebody_are_used_or_left_alone(used: int, count: in
 def test_little_of_what_is_written_waits_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system keeps what is written in memory until then."""
+    """The system keeps written pages in memory until they are on the disk."""
     waiting, most = 0, 0
     write, sync = os.pwrite, os.fsync
 
@@ -237,7 +237,7 @@ def test_little_of_what_is_written_waits_for_the_disk(
 
 
 def test_nothing_of_what_is_read_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor what the system would read ahead: megabytes beyond each page, in a budget that knows of none."""
+    """The system does not read ahead either: that would be megabytes beyond each page, which no budget counts."""
     told: list[tuple[int, int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *advice: told.append(advice))
     file = KvFile(tmp_path, bytes(32), 3 * SYNC_BYTES // 2, 4)

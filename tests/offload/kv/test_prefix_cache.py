@@ -1,4 +1,4 @@
-"""The prefix cache: what it finds was computed from these very tokens, and no page is lost or owned twice."""
+"""The prefix cache: the KV it finds was computed from the same tokens, and no page is lost or owned twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cache(pages: int = PAGES) -> PrefixCache:
 
 
 class Reader:
-    """A sequence: its tokens, and its pages for the first `computed` of them."""
+    """A sequence: its tokens, and pages for the first `computed` of them."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
@@ -28,7 +28,7 @@ class Reader:
 
 
 class PrefixCacheMachine(RuleBasedStateMachine):
-    """Sequences come, compute, grow and go in any order. A slot of the memory is all text up to its position."""
+    """Sequences come, compute, grow and go in any order. A slot of this memory holds all text up to its position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ TestPrefixCache.settings = settings(deadline=None, max_examples=50, stateful_ste
 
 
 def known(subject: PrefixCache, tokens: list[int]) -> int:
-    """Compute a text and let it go; how many of its tokens were known before."""
+    """Computes a text and lets it go. Returns how many of its tokens were known before."""
     holding = Holding()
     start = subject.adopt(holding, tokens, 0)
     assert subject.extend(holding, len(tokens))
@@ -172,7 +172,7 @@ def test_stale_entries_do_not_pile_up() -> None:
 
 
 def test_texts_whose_hashes_collide_are_told_apart() -> None:
-    """hash(-1) == hash(-2) in Python, and so for the pages made of them."""
+    """hash(-1) == hash(-2) in Python, so pages made of them have equal hashes, too."""
     subject = cache()
     assert hash((-1,) * PAGE) == hash((-2,) * PAGE)
     known(subject, [-1] * 8)

@@ -1,4 +1,4 @@
-"""Streaming from a disk that fails, is slow or gives other bytes: whose error it is, and that the next step works."""
+"""Streaming from a disk that fails, is slow or gives wrong bytes: who gets the error, and that the next step works."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_an_altered_byte_names_its_block(tmp_path: Path, tier: str) -> None:
 
 @pytest.mark.parametrize(("family", "named"), [("qwen2", "embed"), ("llama", "head.0")], ids=["own", "tied"])
 def test_an_altered_embedding_that_is_read_by_rows_is_found(tmp_path: Path, family: str, named: str) -> None:
-    """Before any row of it is used: what is computed from it might be kept."""
+    """This is noticed before any row is used, because results that come from the row might be kept."""
     path, pack = packed(tmp_path, family)
     extent = pack.blocks[EMBED]
     with pack.path.open("r+b") as file:
@@ -224,7 +224,7 @@ def test_a_dead_disk_is_an_error(tied: Case, faulty: Faulty, monkeypatch: pytest
 def test_a_process_that_was_stopped_does_not_take_its_disk_for_dead(
     tied: Case, faulty: Faulty, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock goes on while nobody runs: whoever waits may look at it before the reader comes back."""
+    """The clock goes on while the process is stopped. Whoever waits may look at it before the reader runs again."""
     clock = itertools.count(step=1000)
     monkeypatch.setattr(readers, "LOOK_S", 0.001)
     with Streaming(tied.path, tied.pack) as streaming, monkeypatch.context() as patch:

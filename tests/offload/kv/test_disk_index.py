@@ -17,7 +17,7 @@ Text = tuple[bytes, tuple[int, ...]]
 
 
 class KvIndexMachine(RuleBasedStateMachine):
-    """Against a list of what there should be, least recently used first."""
+    """Compares the index with a list of the pages that it should have, least recently used first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def put(index: KvIndex, parent: bytes, tokens: list[int]) -> Entry:
 
 
 def test_a_chain_of_hashes_names_a_text() -> None:
-    """Digests of all texts of two pages over two tokens, and of one page, differ."""
+    """All texts of one or two pages over two tokens have different digests."""
     ones = [packed([a, b]) for a in range(2) for b in range(2)]
     digests = [chained(chained(NO_TEXT, one), other) for one in ones for other in ones]
     digests += [chained(NO_TEXT, one) for one in ones]

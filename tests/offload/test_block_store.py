@@ -1,4 +1,4 @@
-"""Everything in memory, from a checkpoint or a pack: the same blocks, tied tables shared, nothing left running."""
+"""The resident store, from a checkpoint or a pack: equal blocks, tied tables shared, no thread left running."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EMBED = BlockId("embed")
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Pack, Plan]:
-    """Files, their pack, and a plan that keeps all of it in memory."""
+    """A checkpoint, its pack, and a plan that keeps all of it in memory."""
     family, overrides = MODELS[request.param]
     path, pack = packed(tmp_path_factory.mktemp(request.param), family, **overrides)
     running = Running(path)

@@ -1,4 +1,4 @@
-"""The KV pool: pages never belong to two sequences, hold what the plan says they take, and are copied whole."""
+"""The KV pool: no page belongs to two sequences, pages take the bytes that the plan says, and copies are complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV pages written behind and read back: bitwise the same, within bounds, and no fault is an error."""
+"""KV pages are written in the background and read back bitwise the same, within bounds; no fault becomes an error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def end(disk: KvDisk, known: list[Save] | None = None) -> None:
 
 
 def chain(count: int, first: int = 0) -> list[Save]:
-    """A text of so many pages, which are those of the pool from `first` on."""
+    """A text of that many pages, which are the pool's pages from `first` on."""
     saves, digest = [], NO_TEXT
     for number in range(first, first + count):
         tokens = packed([number, 1, 2, 3])
@@ -54,7 +54,7 @@ def entries(disk: KvDisk, saves: list[Save]) -> list[Entry]:
 
 
 def read(disk: KvDisk, saves: list[Save]) -> int:
-    """How many come back; those that do are what was written."""
+    """How many pages come back. Those that do are as they were written."""
     there = entries(disk, saves)
     into = [np.full(PAGE_BYTES, 77, np.uint8) for _ in there]
     count = disk.read(there, into)
