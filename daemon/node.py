@@ -38,7 +38,6 @@ from shoal.daemon.loading.loaded import LoadedModels
 from shoal.daemon.loading.loader import Loader
 from shoal.daemon.loading.model import LoadedModel
 from shoal.daemon.loading.stores import PackSource
-from shoal.engine.errors import EngineError
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
@@ -130,7 +129,7 @@ class Node:
             self._answering.open(sequence, answer)
             try:
                 model.engine.submit(sequence)
-            except EngineError as error:
+            except Exception as error:
                 self._answering.forget(sequence)
                 raise translated(error) from error
             model.used_s = self._clock()
@@ -218,6 +217,9 @@ class Node:
                 name = self._models.free_name(wanted, path)
             model = self._loader.load(name, path, draft, config, progress)
             self._models.add(model)
+            if self._closed.is_set():  # `close` may have gone through the models before this one came
+                self._models.drop(model)
+                self._check_open()
         log.info("loaded %s: %s", name, model.plan.describe())
         return Loaded(model=model.status(), seconds=self._clock() - began_s)
 

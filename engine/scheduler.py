@@ -241,6 +241,9 @@ class Scheduler:
     ) -> list[Event]:
         """Append what was sampled: for each chunk the tokens that follow it, or what went wrong. `pages_read`: of each
         recall, which took `read_s` of the step; for `stall_s` it waited for weights."""
+        prompts = len(batch.chunks) - batch.decodes
+        self.speeds.note(batch.rows, batch.decodes, prompts, max(0.0, now_s - batch.began_s - read_s))
+        self.speeds.note_reads(sum(pages_read), read_s)
         for recall, pages in zip(batch.recalls, pages_read, strict=True):
             self._recalled(recall, pages, batch.began_s)
         events: list[Event] = []
@@ -250,9 +253,6 @@ class Scheduler:
             times.stall_s += stall_s
             if not chunk.sequence.ended:  # else it was cancelled while the step ran
                 events += self._append(chunk, result, now_s)
-        prompts = len(batch.chunks) - batch.decodes
-        self.speeds.note(batch.rows, batch.decodes, prompts, max(0.0, now_s - batch.began_s - read_s))
-        self.speeds.note_reads(sum(pages_read), read_s)
         return events
 
     def _recalled(self, recall: Recall, pages: int, began_s: float) -> None:

@@ -173,6 +173,23 @@ def test_an_answer_that_fails_ends_alone(
     assert "an answer failed" in caplog.text
 
 
+def test_an_answer_that_fails_at_its_end_says_so(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its terminal message is an error, or its client would wait for ever."""
+    emitted: list[Event] = []
+    asked, subject = sequence(), answer(tokenizer, emitted, [])
+
+    def broken() -> str:
+        raise RuntimeError("no words")
+
+    monkeypatch.setattr(subject._detokenizer, "flush", broken)
+    with pytest.raises(RuntimeError) as raised:
+        subject.take(Ended(asked, "length"))
+    subject.fail(raised.value)
+    assert [type(event) for event in emitted] == [Error]
+
+
 def test_closing_tells_what_is_left_and_ends_the_thread() -> None:
     answering = Answering()
     assert answering.alive

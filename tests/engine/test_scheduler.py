@@ -112,6 +112,24 @@ def test_one_failing_sampler_fails_one_sequence() -> None:
     check_pages(subject)
 
 
+def test_a_step_that_cannot_be_committed_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence that would have ended with this step fails like the others."""
+    subject = scheduler()
+    engine = FakeEngine(subject)
+    heard = [engine.submit(sequence(words(2, seed), new)) for seed, new in ((1, 1), (2, 5))]
+
+    def broken(*arguments: object) -> None:
+        raise ValueError("x")
+
+    monkeypatch.setattr(subject.speeds, "note", broken)
+    batch = subject.next(0.0)
+    with pytest.raises(ValueError, match="x") as raised:
+        subject.commit(batch, engine._compute(batch), [], now_s=1.0)
+    engine.hear(subject.fail(batch.sequences, raised.value))
+    assert [one.ended for one in heard] == [["error x"], ["error x"]]
+    check_pages(subject)
+
+
 def test_what_failed_is_not_kept() -> None:
     subject = scheduler()
     subject.submit(failing := sequence(words(10), 3))
