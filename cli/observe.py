@@ -9,12 +9,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
+from msgspec.structs import asdict
 
 from shoal.comm.home import Home
-from shoal.comm.messages import Message, StatusReply
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.sizes import format_bytes, format_duration
 
@@ -42,7 +41,8 @@ def ps(as_json: bool) -> None:
     with Client(home.address) as client:
         status = client.status()
     if as_json:
-        print_json(_plain(status))
+        models = [asdict(model) for model in status.models]
+        print_json({**asdict(status), "models": models})  # a message alone leaves out what has its default
         return
     screen = console()
     screen.print(
@@ -135,12 +135,3 @@ def followed(path: Path, offset: int, sleep: Callable[[float], None]) -> Iterato
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part // max(1, whole)}%"
-
-
-def _plain(status: StatusReply) -> dict[str, Any]:
-    """Every field, also those that a message leaves out when they have their default."""
-
-    def fields(message: Message) -> dict[str, Any]:
-        return {name: getattr(message, name) for name in message.__struct_fields__}
-
-    return {**fields(status), "models": [fields(model) for model in status.models]}

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from msgspec.structs import asdict
+
 from shoal import kernels
 from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
 from shoal.comm.sampling_limits import check_sampling
@@ -153,5 +155,4 @@ def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
 
 def _as_dict(message: ChatMessage) -> dict[str, Any]:
     """Only the keys that were sent, as templates test for their presence."""
-    pairs = ((name, getattr(message, name)) for name in message.__struct_fields__)
-    return {name: value for name, value in pairs if value is not None}
+    return {name: value for name, value in asdict(message).items() if value is not None}

@@ -86,7 +86,7 @@ def bench(
     """
     context = prompt_tokens + new_tokens
     if config.context_tokens is None:
-        config = config.with_context(context)
+        config = replace(config, context_tokens=context)
     elif context > config.context_tokens:
         raise DaemonError(
             "context_overflow",
