@@ -133,7 +133,7 @@ class AnswerOptions:
 
 
 def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
-    """A decorator that adds `options` and passes their values to the verb as one `kind`, in the parameter `argument`."""
+    """A decorator that adds `options`. The verb gets their values as one `kind`, in its parameter `argument`."""
     names = [field.name for field in fields(kind)]
 
     def decorate(function: Callback) -> Callback:

@@ -106,12 +106,9 @@ def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], e
 
 def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
     """The request's values, else what the model's authors recommend, else Shoal's defaults."""
-    defaults = {**DEFAULT_SAMPLING, **recommended_sampling(model.name), **model.checkpoint.defaults}
-    chosen = {
-        name: default if (value := getattr(asked, name)) is None else value
-        for name, default in defaults.items()
-        if name in DEFAULT_SAMPLING
-    }
+    values = DEFAULT_SAMPLING | recommended_sampling(model.name) | model.checkpoint.defaults
+    values |= {name: value for name, value in asdict(asked).items() if value is not None}
+    chosen = {name: values[name] for name in DEFAULT_SAMPLING}
     try:
         for name, value in chosen.items():
             check_sampling(name, value)

@@ -34,8 +34,8 @@ STEP_LIMIT_S = 60.0  # `close` waits so long for the end of a step
 
 
 class Engine:
-    """`clock` gives seconds; `drafter` guesses, if there is one. `notify` is called when there are events to take: by any
-    thread, also in the middle of a step, but never while the scheduler is locked."""
+    """`clock` gives seconds; `drafter` guesses, if there is one. `notify` is called when there are events to take: by
+    any thread, also in the middle of a step, but never while the scheduler is locked."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Engine:
 
     @contextmanager
     def _changing(self) -> Iterator[list[Event]]:
-        """Lock the scheduler for a change. What it says about that is added to the list, and then others are notified."""
+        """Lock the scheduler for a change. The events of that are added to the list, and somebody is told of them."""
         try:
             with self._lock:
                 yield self._events

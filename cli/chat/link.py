@@ -1,4 +1,4 @@
-"""Who answers a chat: a node in this process, or the daemon, which is started when there is none and again when it died.
+"""Who answers a chat: a node in this process, or the daemon, which is started when there is none, or none any more.
 
 Knows how to start, to connect and to load the model again. Does not know conversations or terminals.
 """
@@ -6,7 +6,7 @@ Knows how to start, to connect and to load the model again. Does not know conver
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from shoal.cli import background
@@ -64,11 +64,9 @@ class ChatLink:
         """Tokens of a conversation as the model's template writes it."""
         return self._answers().count(messages, self.model.name)
 
-    @contextmanager
-    def stream(self, request: Chat) -> Iterator[Iterator[StreamEvent]]:
+    def stream(self, request: Chat) -> AbstractContextManager[Iterator[StreamEvent]]:
         """The events of an answer; leaving the block cancels the rest."""
-        with self._answers().stream(request) as events:
-            yield events
+        return self._answers().stream(request)
 
     def close(self) -> None:
         client, self._client = self._client, None
