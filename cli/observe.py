@@ -107,7 +107,7 @@ def logs(lines: int, follow: bool) -> None:
 
 
 def tail(path: Path, lines: int) -> tuple[str, int]:
-    """The last `lines` lines of a file (of its last MiB), and where they end. Raises OSError."""
+    """The last `lines` lines of a file, but no more than a MiB, and the offset of their end. Raises OSError."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - TAIL_BYTES))
@@ -116,7 +116,7 @@ def tail(path: Path, lines: int) -> tuple[str, int]:
 
 
 def followed(path: Path, offset: int, sleep: Callable[[float], None]) -> Iterator[str]:
-    """What is added after `offset`, for ever; starts over when the file is cut or replaced."""
+    """Yields what is added after `offset`, for ever. Starts over when the file is cut or replaced."""
     while True:
         try:
             with path.open("rb") as file:

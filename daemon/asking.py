@@ -1,4 +1,4 @@
-"""From a request to a sequence: its prompt as token ids, how its tokens are chosen, when it ends.
+"""From a request to a sequence: its prompt as token ids, how tokens are chosen, and when it ends.
 
 Knows a model's tokenizer, template and limits. Does not run anything.
 """
@@ -92,7 +92,7 @@ def sequence_of(
 
 
 def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], emit: Emit) -> Answer:
-    """What turns the sequence of a request into its messages. Raises SamplingError for stop strings that cannot be."""
+    """The Answer that turns the request's sequence into messages. Raises SamplingError for impossible stop strings."""
     return Answer(
         emit,
         model.name,
@@ -126,7 +126,7 @@ def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
 
 
 def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
-    """What helps a prompt that is too long for the model's plan."""
+    """A hint for a prompt that is too long for the model's plan."""
     spec, plan = model.checkpoint.spec, model.plan
     page = plan.kv.page_tokens
     context = min(spec.context, (prompt_tokens // page + 1) * page)

@@ -176,7 +176,7 @@ class Scheduler:
         return Chunk.of(sequence, tokens)
 
     def _decode(self, decoding: list[Sequence], spare: int) -> list[Chunk]:
-        """One token of each, and in all at most `spare` guessed ones after them, as far as there are pages for those."""
+        """One token of each, and after these at most `spare` guesses in all, as far as there are pages for guesses."""
         guessing = [(sequence.guesser, sequence.limit - len(sequence.tokens) - 1) for sequence in decoding]
         chunks = []
         for sequence, draft in zip(decoding, drafts(guessing, spare, self.speeds.cost), strict=True):

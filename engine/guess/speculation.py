@@ -53,8 +53,7 @@ class Acceptance:
 
 
 class Guesser:
-    """Guesses what one sequence says next, and learns how good the guesses are. `tokens`: the sequence's own list, which
-    grows."""
+    """Guesses what one sequence says next, and learns how good the guesses are. `tokens`: the sequence's own list."""
 
     def __init__(self, tokens: list[int]) -> None:
         self._lookup = PromptLookup(tokens)
@@ -93,7 +92,7 @@ class Guesser:
         return self._chosen.tokens[:depth]
 
     def score(self, sampled: Ordered[int]) -> None:
-        """Compare the last guesses with the tokens sampled since, at least one; also guesses that were not sent along."""
+        """Compare the last guesses, also those not sent along, with the tokens sampled since (at least one)."""
         self.typical_model_chance += _FORGET * (_MODEL_PRIOR - self.typical_model_chance)
         found, modelled = self._drafts
         for grade, right in _verdicts(found, sampled):

@@ -1,8 +1,8 @@
 """How much KV the running sequences will need at most, guessed from how long answers were before.
 
 After the Past-Future scheduler (Gong et al. 2025, arXiv 2507.10150): an answer under way is expected to become as long
-as recent answers that came at least as far, and the peak of what all of them need together decides whether one more fits.
-Guesses may be wrong; the scheduler knows what to do then. Pure.
+as recent answers that came at least as far, and the peak of what all of them need together decides whether one more
+fits. Guesses may be wrong; the scheduler knows what to do then. Pure.
 """
 
 from __future__ import annotations

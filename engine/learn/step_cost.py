@@ -1,8 +1,8 @@
 """What a step costs by its rows, learnt from the steps themselves.
 
 seconds(rows) = pace × shape(rows). The pace is how fast the machine is just now and follows every step quickly, as
-neighbours come and go. The shape is what rows cost in proportion: it follows slowly, and is linear between points, which
-lie close together where kernels change their method. So a fast minute cannot make yesterday's long steps look expensive.
+neighbours come and go. The shape is what rows cost in proportion: it follows slowly and is linear between points, which
+lie close together where kernels change their method. So a fast minute cannot make yesterday's long steps look dear.
 Pure: callers measure the durations. Whether the time went into arithmetic, memory or a disk makes no difference.
 """
 
@@ -25,8 +25,8 @@ _ROWS = (*range(1, 9), *(rows << doubling for doubling in range(8) for rows in (
 class StepCost:
     """Cost of steps of one model. `row_share`: first guess of what one more row costs, as a share of a step of one.
 
-    Where weights are streamed from a disk, the share is small and long drafts pay. That would be learnt anyhow, but slow
-    steps are few.
+    Where weights are streamed from a disk, the share is small and long drafts pay. That would be learnt anyhow, but
+    slow steps are few.
     """
 
     def __init__(self, row_share: float = ROW_SHARE) -> None:
@@ -71,8 +71,8 @@ class StepCost:
         self._fill()
 
     def _fill(self) -> None:
-        """Put unknown points on the lines between known ones, and those beyond the last on the line from the first to it.
-        That line never falls: the first may have been measured in a slow moment, and no step takes negative time."""
+        """Put unknown points on the lines between known ones, and those beyond the last on the line from the first to
+        it. That line never falls: the first may have been measured in a slow moment, and no time is negative."""
         known = [point for point, measured in enumerate(self._measured) if measured >= _KNOWN]
         for low, high in pairwise(known):
             self._draw(low, range(low + 1, high), self._slope(low, high))
