@@ -120,9 +120,7 @@ class Scheduler:
         """The next step; an empty one when there is nothing to do."""
         preempted = self.totals.preemptions
         decoding = self._decoding()
-        if (
-            self.totals.preemptions == preempted
-        ):  # or a sequence that was just preempted would come back at once
+        if self.totals.preemptions == preempted:  # else what was preempted would come back at once
             self._admit()
         decodes = sum(sequence.running for sequence in decoding)
         prompts = [s for s in sorted(self.running, key=self.admission.turn) if s not in decoding]

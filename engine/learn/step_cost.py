@@ -56,9 +56,7 @@ class StepCost:
         ends = ((point, 1 - beyond), (point + 1, beyond))
         square = beyond**2 + (1 - beyond) ** 2
         ignorance = 0.0  # how much of the surprise comes from not knowing these points well
-        first, *others = (
-            self._measured
-        )  # the first point is what the pace is measured in, so it is settled once
+        first, *others = self._measured  # the first point sets the pace, so it is settled once
         self._measured = [first, *(measured * _KEPT for measured in others)]
         for end, weight in ends:
             self._measured[end] += weight
