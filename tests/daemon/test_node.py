@@ -1,4 +1,4 @@
-"""The node with a tiny real model: what requests get, alone and together, and what bad ones get."""
+"""The node with a tiny real model: what it answers to requests, alone and together, and to bad ones."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def test_a_step_that_cannot_be_chosen_fails_all_requests_and_the_node_serves_on(
 def test_a_request_that_cannot_be_queued_leaves_no_answer(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or stopping would wait for it."""
+    """Stopping would wait for one that was left."""
     engine = next(iter(node._models)).engine
 
     def broken(sequence: Sequence) -> None:

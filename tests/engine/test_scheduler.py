@@ -28,7 +28,7 @@ def test_a_prompt_is_read_in_chunks() -> None:
 
 @pytest.mark.parametrize("token_s", [0.02, 0.3, 2.0])
 def test_prompts_slow_decodes_only_so_far(token_s: float) -> None:
-    """Whatever a token costs, and it costs more and more: a step takes about as much longer as it may."""
+    """Whatever a token costs, and although it costs more and more, steps get longer by about as much as is allowed."""
     subject = scheduler(pages=500, chunk=64)
     asked = sequence(words(1200), 1)
     engine = FakeEngine(subject, lambda rows: 1.0 + (rows - 1) * token_s * (1 + asked.computed / 600))
@@ -256,7 +256,7 @@ def test_cancelling_a_prompt_frees_its_pages_at_once() -> None:
 
 
 def fill(subject: Scheduler, engine: FakeEngine, answers: int, tokens: int) -> None:
-    """Let it see how long answers are."""
+    """Let it learn how long answers are."""
     for number in range(answers):
         subject.submit(sequence(words(2, 100 + number), tokens))
         engine.run()

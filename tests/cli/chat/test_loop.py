@@ -26,7 +26,7 @@ from shoal.daemon.errors import DaemonError
 
 
 class Daemon:
-    """A daemon that can be there or not, and can be started."""
+    """A daemon that runs or does not, and can be started."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.up = True
@@ -54,7 +54,7 @@ class Daemon:
 
 
 class Script:
-    """A user who says these things and then leaves; functions are called in passing."""
+    """A user who says these texts, calls these functions in between, and then leaves."""
 
     def __init__(self, *said: str | Callable[[], None]) -> None:
         self.said = list(said)
