@@ -175,17 +175,15 @@ class _Collected:
 def statistics(done: Done) -> str:
     """One line: '34 prompt tokens (283/s) · first token after 0.15 s · 120 tokens (98/s), 9 of them guessed'."""
     timings, usage = done.timings, done.usage
-    parts = [
-        f"{usage.prompt_tokens} prompt tokens" + _rate(timings.prefill_tokens_per_s),
-        f"{usage.completion_tokens} tokens{_rate(timings.decode_tokens_per_s)}"
-        + (f", {usage.accepted_tokens} of them guessed" if usage.accepted_tokens else ""),
-    ]
-    if timings.ttft_s:  # else there was none
-        parts.insert(1, f"first token after {timings.ttft_s:.2f} s")
-    if timings.queue_s >= 0.1:
-        parts.insert(1, f"queued {timings.queue_s:.1f} s")
+    parts = [f"{usage.prompt_tokens} prompt tokens{_rate(timings.prefill_tokens_per_s)}"]
     if usage.cached_tokens:
-        parts.insert(1, f"{usage.cached_tokens} of them cached")
+        parts.append(f"{usage.cached_tokens} of them cached")
+    if timings.queue_s >= 0.1:
+        parts.append(f"queued {timings.queue_s:.1f} s")
+    if timings.ttft_s:  # 0 = there was no first token
+        parts.append(f"first token after {timings.ttft_s:.2f} s")
+    guessed = f", {usage.accepted_tokens} of them guessed" if usage.accepted_tokens else ""
+    parts.append(f"{usage.completion_tokens} tokens{_rate(timings.decode_tokens_per_s)}{guessed}")
     if timings.stall_s >= 0.01:
         parts.append(f"waited {timings.stall_s:.2f} s for the disk")
     cut = {"length": "limit", "deadline": "deadline"}

@@ -21,7 +21,7 @@ FIRST_RETRY_S = 5.0  # the wait it is told while no step has been measured
 
 
 class Admission:
-    """At most `sequences` run at once and `queue` more wait. `speeds` are read only."""
+    """At most `sequences` run at once and `queue` more wait. `speeds` says how long a client should wait."""
 
     def __init__(self, cache: PrefixCache, speeds: Speeds, *, sequences: int, queue: int) -> None:
         self.waiting: list[Sequence] = []

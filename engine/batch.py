@@ -79,7 +79,7 @@ class Batch:
     def of(
         cls, began_s: float, decodes: list[Chunk], prompts: Iterable[Chunk | Recall], moves: list[Move]
     ) -> Batch:
-        """Drops the parts of sequences that were preempted after the parts were made."""
+        """Put a batch together, without the parts of sequences that have been preempted since."""
         left = [part for part in prompts if part.sequence.running]
         chunks = [part for part in left if isinstance(part, Chunk)]
         recalls = [part for part in left if isinstance(part, Recall)]
