@@ -1,12 +1,12 @@
 """Where answers come from: a node in this process, or the daemon. Verbs see no difference.
 
-Knows how both are opened and closed. Does not print, but for progress while a model loads.
+Knows how both are opened and closed. Prints nothing but progress while a model loads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -48,7 +48,7 @@ class Answers(Protocol):
         ...
 
     def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[StreamEvent]]:
-        """The events of an answer; leaving the block cancels what is left."""
+        """The events of an answer; leaving the block cancels the rest."""
         ...
 
 
@@ -79,10 +79,8 @@ class InProcess:
     def count(self, messages: list[ChatMessage], model: str) -> int:
         return len(self._node.tokenize(Tokenize(messages=messages, model=model)).ids)
 
-    @contextmanager
-    def stream(self, request: Generate | Chat) -> Iterator[Iterator[StreamEvent]]:
-        with closing(self._node.stream(request)) as events:
-            yield events
+    def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[StreamEvent]]:
+        return closing(self._node.stream(request))
 
 
 class ThroughDaemon:
@@ -105,10 +103,8 @@ class ThroughDaemon:
     def count(self, messages: list[ChatMessage], model: str) -> int:
         return len(self._client.tokenize(messages=messages, model=model).ids)
 
-    @contextmanager
-    def stream(self, request: Generate | Chat) -> Iterator[Iterator[StreamEvent]]:
-        with closing(self._client.stream(request)) as events:
-            yield events
+    def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[StreamEvent]]:
+        return closing(self._client.stream(request))
 
 
 @contextmanager
@@ -131,11 +127,9 @@ def from_daemon(home: Home) -> Iterator[ThroughDaemon | None]:
     from shoal.client import Client
     from shoal.comm.errors import CommError
 
+    answers: ThroughDaemon | None = None
     with Client(home.address) as client:
-        try:
+        with suppress(CommError):
             client.ping()
-        except CommError:
-            answers = None
-        else:
             answers = ThroughDaemon(client)
         yield answers

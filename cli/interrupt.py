@@ -14,7 +14,7 @@ from .errors import Exit
 
 @contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """Ctrl-C inside raises KeyboardInterrupt at the end of the block; a second one ends the process at once.
+    """Ctrl-C within the block raises KeyboardInterrupt at its end; a second one ends the process at once.
 
     For imports of large libraries, which print tracebacks of their own when they are interrupted.
     """

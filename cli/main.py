@@ -26,7 +26,7 @@ def main() -> NoReturn:
     try:
         cli.main()
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # threads may still compute: nobody waits for them after Ctrl-C
+        if end.code == INTERRUPTED:  # after Ctrl-C, threads that still compute are not waited for
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             _flush()
             os._exit(INTERRUPTED)
@@ -34,7 +34,7 @@ def main() -> NoReturn:
 
 
 def _open_closed() -> None:
-    """Standard streams that the caller has closed lead nowhere, instead of to the next file that is opened."""
+    """Open standard streams that the caller has closed on /dev/null, or the next file opened would take their place."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

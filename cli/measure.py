@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,11 +20,25 @@ from .interrupt import deferred_interrupt
 from .options import Decorator, PlanOptions, draft_option, examples, json_option, plan_options, quant_option
 from .output import console, facts, note, print_json, spinner, steps_bar, table
 
+if TYPE_CHECKING:
+    from shoal.daemon.config import NodeConfig
+    from shoal.daemon.library.packs import Packs
+
 
 def _count(option: str, default: int, what: str) -> Decorator:
     return click.option(
         option, type=click.IntRange(min=1), default=default, show_default=True, metavar="N", help=what
     )
+
+
+def _prepared(model: str, plan: PlanOptions) -> tuple[Path, NodeConfig, Packs]:
+    """Where the model is, how it is to run, and packs; before one is made, the user is told what that takes."""
+    wanted, home = Reference.parse(model), Home.from_env()
+    config = plan.config(quant=wanted.quant)
+    path = Library(home).resolve(wanted.model)
+    with spinner("starting"), deferred_interrupt():
+        from shoal.daemon.library.packs import Packs
+    return path, config, Packs(home, lambda estimate: note(estimate.describe()))
 
 
 @click.command(
@@ -57,15 +72,11 @@ def bench(
     Prompts are random and sampling is greedy; speeds count all sequences of a batch together. Guessing ahead is off
     unless --speculate auto or --draft is given, as what it gains depends on the text.
     """
-    wanted, home = Reference.parse(model), Home.from_env()
     plan = replace(plan, speculate=plan.speculate or ("auto" if draft else "off"))
-    config = plan.config(quant=wanted.quant)
-    library = Library(home)
-    path = library.resolve(wanted.model)
-    draft_path = library.resolve(draft) if draft else None
+    path, config, packs = _prepared(model, plan)
+    draft_path = Library(Home.from_env()).resolve(draft) if draft else None
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon import measurement as measure
-        from shoal.daemon.library.packs import Packs
     with steps_bar() as progress:
         result = measure.bench(
             path,
@@ -76,7 +87,7 @@ def bench(
             repeat=repeat,
             config=config,
             progress=progress,
-            packs=Packs(home, lambda estimate: note(estimate.describe())),
+            packs=packs,
         )
     if as_json:
         print_json(result)
@@ -105,21 +116,12 @@ def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None
 
     By llama.cpp's method: adjacent windows of --ctx tokens (default 512), of which the second half is scored.
     """
-    wanted, home = Reference.parse(model), Home.from_env()
-    config = plan.config(quant=wanted.quant)
-    path = Library(home).resolve(wanted.model)
+    path, config, packs = _prepared(model, plan)
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon import measurement as measure
-        from shoal.daemon.library.packs import Packs
+    ctx = plan.ctx or 512
     with steps_bar() as progress:
-        result = measure.perplexity(
-            path,
-            file,
-            ctx=plan.ctx or 512,
-            config=config,
-            progress=progress,
-            packs=Packs(home, lambda estimate: note(estimate.describe())),
-        )
+        result = measure.perplexity(path, file, ctx=ctx, config=config, progress=progress, packs=packs)
     if as_json:
         print_json(result)
         return

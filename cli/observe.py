@@ -9,12 +9,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
+from msgspec.structs import asdict
 
 from shoal.comm.home import Home
-from shoal.comm.messages import Message, StatusReply
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.sizes import format_bytes, format_duration
 
@@ -42,7 +41,8 @@ def ps(as_json: bool) -> None:
     with Client(home.address) as client:
         status = client.status()
     if as_json:
-        print_json(_plain(status))
+        models = [asdict(model) for model in status.models]
+        print_json({**asdict(status), "models": models})  # a message alone leaves out what has its default
         return
     screen = console()
     screen.print(
@@ -107,7 +107,7 @@ def logs(lines: int, follow: bool) -> None:
 
 
 def tail(path: Path, lines: int) -> tuple[str, int]:
-    """The last `lines` lines of a file (of its last MiB), and where they end. Raises OSError."""
+    """The last `lines` lines of a file, but no more than a MiB, and the offset of their end. Raises OSError."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - TAIL_BYTES))
@@ -116,7 +116,7 @@ def tail(path: Path, lines: int) -> tuple[str, int]:
 
 
 def followed(path: Path, offset: int, sleep: Callable[[float], None]) -> Iterator[str]:
-    """What is added after `offset`, for ever; starts over when the file is cut or replaced."""
+    """Yields what is added after `offset`, for ever. Starts over when the file is cut or replaced."""
     while True:
         try:
             with path.open("rb") as file:
@@ -135,12 +135,3 @@ def followed(path: Path, offset: int, sleep: Callable[[float], None]) -> Iterato
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part // max(1, whole)}%"
-
-
-def _plain(status: StatusReply) -> dict[str, Any]:
-    """Every field, also those that a message leaves out when they have their default."""
-
-    def fields(message: Message) -> dict[str, Any]:
-        return {name: getattr(message, name) for name in message.__struct_fields__}
-
-    return {**fields(status), "models": [fields(model) for model in status.models]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import wraps
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import click
 import msgspec
@@ -22,18 +22,23 @@ from shoal.daemon.sizes import parse_bytes
 
 Callback = Callable[..., Any]
 Decorator = Callable[[Callback], Callback]
+Value = TypeVar("Value")
 
 
-def size(text: str) -> int:
-    """An amount of memory, 3GB or 512MiB, as an option's type."""
+def _parsed(parse: Callable[[str], Value], text: str) -> Value:
     try:
-        return parse_bytes(text)
+        return parse(text)
     except DaemonError as error:
         raise click.BadParameter(f"{error.message}; {error.hint}.") from error
 
 
+def size(text: str) -> int:
+    """An amount of memory, 3GB or 512MiB, as an option's type."""
+    return _parsed(parse_bytes, text)
+
+
 def size_or_auto(text: str) -> int | None:
-    """As `size`; None for "auto", which is what is done if nothing is said."""
+    """As `size`; None for "auto", the default."""
     return None if text.lower() == "auto" else size(text)
 
 
@@ -46,10 +51,7 @@ def stop_text(text: str) -> str:
 
 def shard_name(text: str) -> ShardName:
     """One rank's part of a model, 2/3, as an option's type."""
-    try:
-        return ShardName.parse(text)
-    except DaemonError as error:
-        raise click.BadParameter(f"{error.message}; {error.hint}.") from error
+    return _parsed(ShardName.parse, text)
 
 
 def _sampling(name: str) -> click.IntRange | click.FloatRange:
@@ -62,7 +64,7 @@ def _sampling(name: str) -> click.IntRange | click.FloatRange:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options that shape the plan, so a verb given one of them runs in its own process."""
+    """Options that shape the plan. A verb that is given one of them runs in its own process."""
 
     memory: int | None = None
     threads: int | None = None
@@ -77,7 +79,7 @@ class PlanOptions:
 
     @property
     def beyond_context(self) -> bool:
-        """Whether any is given but --ctx, which a daemon takes for each model."""
+        """Whether any other than --ctx is given, which a daemon takes for each model."""
         return replace(self, ctx=None).given
 
     def config(self, **more: Any) -> NodeConfig:
@@ -131,7 +133,7 @@ class AnswerOptions:
 
 
 def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
-    """A decorator that adds `options` and passes their values on as one `kind` named `argument`."""
+    """A decorator that adds `options`. The verb gets their values as one `kind`, in its parameter `argument`."""
     names = [field.name for field in fields(kind)]
 
     def decorate(function: Callback) -> Callback:

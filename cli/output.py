@@ -11,7 +11,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,18 +23,19 @@ from .paint import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import ProgressColumn
     from rich.table import Table
 
     from shoal.comm.messages import Stage
     from shoal.daemon.progress import Progress
 
 
-PIPE_COLUMNS = 10_000  # a row of a table stays one line for who reads it through a pipe
+PIPE_COLUMNS = 10_000  # through a pipe, a row of a table stays one line
 _LISTED_NUMBERS = re.compile(r"(?<=\[)\n[-+.eE\d,\s]+(?=\])")  # no string has a line break unescaped
 
 
 def note(text: str) -> None:
-    """A line beside the result, on stderr; on a terminal broken between words, and dim."""
+    """A line beside the result, on stderr. On a terminal it is broken between words, and dim."""
     text = printable(text)
     if sys.stderr.isatty():
         text = folded(text, shutil.get_terminal_size().columns)
@@ -114,36 +115,27 @@ def spinner(what: str) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-@contextmanager
-def transfer_bar() -> Iterator[Progress]:
+def transfer_bar() -> AbstractContextManager[Progress]:
     """A progress bar for bytes, with speed and time left; on stderr, gone when done."""
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with _bar(columns) as update:
-        yield update
+    return _bar(DownloadColumn(), TransferSpeedColumn())
 
 
-@contextmanager
-def steps_bar() -> Iterator[Progress]:
+def steps_bar() -> AbstractContextManager[Progress]:
     """A progress bar for counted steps."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _bar(columns) as update:
-        yield update
+    return _bar(MofNCompleteColumn())
 
 
 @contextmanager
-def _bar(columns: tuple[Any, ...]) -> Iterator[Progress]:
+def _bar(*amounts: ProgressColumn) -> Iterator[Progress]:
+    """`amounts` stand between the bar and the time that is left."""
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    columns = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
     screen = console(stderr=True)
     with Bars(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bars:
         shown: dict[str, Any] = {}

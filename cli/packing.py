@@ -6,6 +6,7 @@ Knows options, the bar and what is printed. Building and verifying are `daemon.l
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from .output import note, print_json, spinner, transfer_bar
 from .paint import printable
 
 if TYPE_CHECKING:
-    from shoal.daemon.library.packs import Estimate
+    from shoal.daemon.library.packs import Estimate, Packs
 
 
 @click.command(
@@ -55,11 +56,11 @@ def pack(model: str, shard: ShardName, memory: int | None, verify: bool, as_json
     home = Home.from_env()
     wanted, quant = Reference.parse(model)
     path = Library(home).resolve(wanted)
-    if verify:
-        _verify(home, wanted, path, quant, shard, as_json)
-        return
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.library.packs import Packs
+    if verify:
+        _verify(Packs(home), wanted, path, quant, shard, as_json)
+        return
     estimates: list[Estimate] = []
 
     def begins(estimate: Estimate) -> None:
@@ -68,13 +69,8 @@ def pack(model: str, shard: ShardName, memory: int | None, verify: bool, as_json
 
     began_s = time.monotonic()
     with transfer_bar() as bar:
-        made = Packs(home, begins).pack(
-            path,
-            quant,
-            shard=shard,
-            memory_bytes=memory,
-            progress=lambda done, total: bar("packing", done, total),
-        )
+        packs, progress = Packs(home, begins), partial(bar, "packing")
+        made = packs.pack(path, quant, shard=shard, memory_bytes=memory, progress=progress)
     took_s = time.monotonic() - began_s
     directory, nbytes = made.path.parent, made.manifest.nbytes
     if as_json:
@@ -86,30 +82,22 @@ def pack(model: str, shard: ShardName, memory: int | None, verify: bool, as_json
     note(f"{_part(shard)}{printable(model)} {state}: {format_bytes(nbytes)} in {directory}")
 
 
-def _word(shard: ShardName) -> str:
-    return "whole" if shard == WHOLE else str(shard)
-
-
 def _part(shard: ShardName) -> str:
     return "" if shard == WHOLE else f"shard {shard} of "
 
 
-def _verify(home: Home, model: str, path: Path, quant: Quant, shard: ShardName, as_json: bool) -> None:
-    with spinner("starting"), deferred_interrupt():
-        from shoal.daemon.library.packs import Packs
-    packs = Packs(home)
+def _verify(packs: Packs, model: str, path: Path, quant: Quant, shard: ShardName, as_json: bool) -> None:
     directory = packs.directory(path, quant, shard)
     if not directory.is_dir():
         option = "" if shard == WHOLE else f"--shard {shard} "
-        raise DaemonError(
-            "not_found",
-            f"{_part(shard)}{Reference(model, quant)} is not packed yet",
-            f"pack it with: shoal pack {option}{Reference(model, quant)}",
-        )
+        name = Reference(model, quant)
+        hint = f"pack it with: shoal pack {option}{name}"
+        raise DaemonError("not_found", f"{_part(shard)}{name} is not packed yet", hint)
     with transfer_bar() as bar:
-        damaged = packs.verify(directory, lambda done, total: bar("verifying", done, total))
+        damaged = packs.verify(directory, partial(bar, "verifying"))
     if as_json:
-        print_json({"path": str(directory), "quant": quant, "shard": _word(shard), "damaged": damaged})
+        part = "whole" if shard == WHOLE else str(shard)
+        print_json({"path": str(directory), "quant": quant, "shard": part, "damaged": damaged})
     if damaged:
         blocks = ", ".join(damaged[:3]) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
         raise DaemonError(

@@ -1,6 +1,6 @@
 """Painting an answer as it comes: every piece at once, words kept whole on a terminal.
 
-Knows columns and what of a model's text a terminal may be given. Anything but a terminal gets the text unchanged.
+Knows columns, and which characters of a model's text a terminal may get. Anything but a terminal gets it unchanged.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ MAX_WORD_COLUMNS = 40  # longer ones (addresses, hashes) are cut at the edge, wh
 
 
 def printable(text: str) -> str:
-    """A model's text as a terminal may be given it."""
+    """A model's text without what a terminal must not get."""
     return _CONTROLS.sub("", text)
 
 
 class Painter:
-    """Writes one answer to stdout, and while nothing comes what it waits for, on a line of its own that goes again.
+    """Writes one answer to stdout. While nothing comes, a line below says what it waits for, and vanishes again.
     Methods raise BrokenPipeError."""
 
     def __init__(self, out: TextIO | None = None) -> None:
@@ -43,7 +43,7 @@ class Painter:
         self._last = text[-1:] or self._last
 
     def stage(self, text: str) -> None:
-        """Say below the answer what it waits for; nothing where there is no terminal."""
+        """Show below the answer what it waits for; nothing happens where there is no terminal."""
         if self._wrap is None:
             return
         self._hide_stage()

@@ -20,7 +20,6 @@ from shoal.comm.messages import (
     ChatMessage,
     Done,
     Generate,
-    ModelStatus,
     Stage,
     StreamEvent,
     Timings,
@@ -45,8 +44,8 @@ from .options import (
 from .output import note, print_json, stage_text
 from .paint import Painter
 
-STDIN_NOTE_S = 1.0  # after this long without a byte on stdin beside a PROMPT, say what is waited for
-STDIN_LIMIT_S = 10.0  # and after this long go on without it
+STDIN_NOTE_S = 1.0  # if stdin beside a PROMPT is silent for so long, the user is told about it
+STDIN_LIMIT_S = 10.0  # and after so long it is not waited for any more
 
 
 @click.command(
@@ -93,19 +92,16 @@ def run(
     name = reference(model, library)
     guessing = reference(draft, library) if draft else None
     with ExitStack() as stack:
-        daemon = (
-            None if (local or as_json or plan.given) else stack.enter_context(from_daemon(Home.from_env()))
-        )
-        answers: Answers = daemon or stack.enter_context(in_process(config, library))
+        answers: Answers | None = None
+        if not (local or as_json or plan.given):
+            answers = stack.enter_context(from_daemon(Home.from_env()))
+        answers = answers or stack.enter_context(in_process(config, library))
         status = answers.load(name, guessing)
         if not raw and not status.chat_template:
-            note(
-                f"{status.name} has no chat template: it continues the prompt as it is (--raw hides this note)"
-            )
+            lacks = f"{status.name} has no chat template"
+            note(f"{lacks}: it continues the prompt as it is (--raw hides this note)")
             if system is not None:
-                raise DaemonError(
-                    "bad_request", f"{status.name} has no chat template, so --system cannot be used"
-                )
+                raise DaemonError("bad_request", f"{lacks}, so --system cannot be used")
         painter = None if as_json else Painter()
         fields = answer.request_fields(status.name)
         fields["progress"] = painter is not None and painter.shows_stages
@@ -115,17 +111,17 @@ def run(
         else:
             told = [ChatMessage(role="system", content=system)] if system is not None else []
             request = Chat(messages=[*told, ChatMessage(role="user", content=text)], **fields)
-        result = _Collected(status)
+        result = _Collected()
         with answers.stream(request) as events:
             _take(events, result, painter)
         if as_json:
-            print_json(result.as_dict())
+            print_json(result.as_dict(status.plan))
         else:
             note(statistics(result.done))
 
 
 def _take(events: Iterator[StreamEvent], result: _Collected, painter: Painter | None) -> None:
-    """Collects an answer, and shows it as it comes if there is a painter."""
+    """Collect an answer, and show it as it comes if there is a painter."""
     try:
         for event in events:
             if isinstance(event, Stage):
@@ -143,8 +139,7 @@ def _take(events: Iterator[StreamEvent], result: _Collected, painter: Painter | 
 class _Collected:
     """The events of one answer, put together."""
 
-    def __init__(self, model: ModelStatus) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self._texts: list[str] = []
         self._ids: list[int] = []
         nothing = Usage(prompt_tokens=0, completion_tokens=0)
@@ -153,54 +148,47 @@ class _Collected:
     def take(self, event: Accepted | Token | Done) -> None:
         if isinstance(event, Token):
             self._texts.append(event.text)
-            self._ids.extend(event.ids)
+            self._ids += event.ids
         elif isinstance(event, Done):
             self.done = event
 
-    @property
-    def text(self) -> str:
-        return "".join(self._texts)
-
-    def as_dict(self) -> dict[str, Any]:
-        done, timings = self.done, self.done.timings
+    def as_dict(self, plan: str) -> dict[str, Any]:
+        usage, timings = self.done.usage, self.done.timings
         return {
-            "text": self.text,
+            "text": "".join(self._texts),
             "token_ids": self._ids,
-            "prompt_tokens": done.usage.prompt_tokens,
-            "cached_tokens": done.usage.cached_tokens,
-            "completion_tokens": done.usage.completion_tokens,
-            "finish_reason": done.finish_reason,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "finish_reason": self.done.finish_reason,
             "ttft_s": timings.ttft_s,
             "prefill_tokens_per_s": timings.prefill_tokens_per_s,
             "decode_tokens_per_s": timings.decode_tokens_per_s,
             "peak_memory_bytes": peak_memory_bytes(),
             "stall_s": timings.stall_s,
-            "drafted_tokens": done.usage.drafted_tokens,
-            "accepted_tokens": done.usage.accepted_tokens,
-            "plan": self._model.plan,
+            "drafted_tokens": usage.drafted_tokens,
+            "accepted_tokens": usage.accepted_tokens,
+            "plan": plan,
         }
 
 
 def statistics(done: Done) -> str:
     """One line: '34 prompt tokens (283/s) · first token after 0.15 s · 120 tokens (98/s), 9 of them guessed'."""
     timings, usage = done.timings, done.usage
-    parts = [
-        f"{usage.prompt_tokens} prompt tokens" + _rate(timings.prefill_tokens_per_s),
-        f"{usage.completion_tokens} tokens{_rate(timings.decode_tokens_per_s)}"
-        + (f", {usage.accepted_tokens} of them guessed" if usage.accepted_tokens else ""),
-    ]
-    if timings.ttft_s:  # else there was none
-        parts.insert(1, f"first token after {timings.ttft_s:.2f} s")
-    if timings.queue_s >= 0.1:
-        parts.insert(1, f"queued {timings.queue_s:.1f} s")
+    parts = [f"{usage.prompt_tokens} prompt tokens{_rate(timings.prefill_tokens_per_s)}"]
     if usage.cached_tokens:
-        parts.insert(1, f"{usage.cached_tokens} of them cached")
+        parts.append(f"{usage.cached_tokens} of them cached")
+    if timings.queue_s >= 0.1:
+        parts.append(f"queued {timings.queue_s:.1f} s")
+    if timings.ttft_s:  # 0 = there was no first token
+        parts.append(f"first token after {timings.ttft_s:.2f} s")
+    guessed = f", {usage.accepted_tokens} of them guessed" if usage.accepted_tokens else ""
+    parts.append(f"{usage.completion_tokens} tokens{_rate(timings.decode_tokens_per_s)}{guessed}")
     if timings.stall_s >= 0.01:
         parts.append(f"waited {timings.stall_s:.2f} s for the disk")
-    if done.finish_reason == "length":
-        parts.append("cut at the limit")
-    if done.finish_reason == "deadline":
-        parts.append("cut at the deadline")
+    cut = {"length": "limit", "deadline": "deadline"}
+    if done.finish_reason in cut:
+        parts.append(f"cut at the {cut[done.finish_reason]}")
     return " · ".join(parts)
 
 
@@ -218,11 +206,10 @@ def _prompt(given: str | None) -> str:
 
 
 def _piped(optional: bool) -> str:
-    """All of stdin. Beside a PROMPT a pipe that nobody writes to or closes must not block for ever."""
+    """All of stdin. If it is optional, a pipe that nobody writes to or closes must not block for ever."""
     try:
         descriptor = sys.stdin.fileno()
-        silent = optional and not _arrives(descriptor, STDIN_NOTE_S)
-        if silent:
+        if optional and not _arrives(descriptor, STDIN_NOTE_S):
             note("waiting for text on stdin (end with Ctrl-D, or give < /dev/null)")
             if not _arrives(descriptor, STDIN_LIMIT_S - STDIN_NOTE_S):
                 note("nothing came on stdin: going on with PROMPT alone")

@@ -1,6 +1,6 @@
 """`shoal serve` and `shoal stop`: the daemon's life.
 
-Knows options and what is told to the user. The daemon itself is `daemon.service`; processes are `cli.background`.
+Knows options and what the user is told. The daemon itself is `daemon.service`; processes are `cli.background`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .answers import reference
 from .interrupt import deferred_interrupt
 from .options import PlanOptions, draft_option, examples, plan_options, quant_option, size
 from .output import note, spinner, stage_text
+from .wording import WORDS
 
 DRAIN_LIMIT_S = 600.0
 NOW_LIMIT_S = 20.0
@@ -76,8 +77,9 @@ def serve(
         raise click.UsageError("--draft needs the --model that it guesses for")
     home = Home.from_env()
     limits = {"max_sequences": sequences, "max_queue": queue, "kv_disk_bytes": kv_disk}
-    config = plan.config(**{name: value for name, value in limits.items() if value is not None})
-    name = reference(model, Library(home)) if model else None
+    given = {name: value for name, value in limits.items() if value is not None}
+    config = plan.config(**given)
+    wanted = reference(model, Library(home)) if model else None
     guessing = reference(draft, Library(home)) if draft else None
     pid = background.running_pid(home)
     if pid is not None:
@@ -85,19 +87,18 @@ def serve(
     if detach:
         arguments = plan.arguments()
         arguments += [part for place in address for part in ("--address", place)]
-        for option, value in (("--sequences", sequences), ("--queue", queue), ("--kv-disk", kv_disk)):
-            arguments += [option, str(value)] if value is not None else []
+        arguments += [part for name, value in given.items() for part in (WORDS[name], str(value))]
         with spinner("starting the daemon"):
             pid = background.start(home, arguments)
-        if name:
-            with spinner(f"loading {name}") as update:
-                background.load(home, pid, name, guessing, lambda stage: update(stage_text(stage)))
+        if wanted:
+            with spinner(f"loading {wanted}") as update:
+                background.load(home, pid, wanted, guessing, lambda stage: update(stage_text(stage)))
         note(f"the daemon is running (pid {pid}); its log is {background.log_path(home)}")
         return
     with deferred_interrupt():
         from shoal.daemon.service import serve as serve_here
     serve_here(
-        config, home=home, model=name, draft=guessing, addresses=[home.address, *address] if address else ()
+        config, home=home, model=wanted, draft=guessing, addresses=[home.address, *address] if address else ()
     )
 
 

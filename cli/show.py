@@ -5,7 +5,6 @@ Knows how facts and the plan are shown: bars before words. They come from `descr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -70,9 +69,8 @@ def show(model: str, as_json: bool, plan: PlanOptions) -> None:
         rows.add_row(name.replace("_", " "), printable(_human(name, value)))
     for pack in made:
         if pack.shard not in ("whole", ""):
-            rows.add_row(
-                f"shard {pack.shard}", f"{pack.quant}, {format_bytes(pack.size_bytes)}, {pack.state}"
-            )
+            about = f"{pack.quant}, {format_bytes(pack.size_bytes)}, {pack.state}"
+            rows.add_row(f"shard {pack.shard}", about)
     screen = console()
     screen.print(rows)
     screen.print()
@@ -91,19 +89,7 @@ def _memory(found: Outlook) -> Table:
     rows = facts()
     rows.add_column(justify="right")
     rows.add_column()
-    begin = 0
-    for name, nbytes, colour in _uses(found):
-        end = begin + nbytes
-        bar = Bar(found.budget_bytes, begin, end, width=BAR_COLUMNS, color=colour)
-        rows.add_row(name, "", format_bytes(nbytes), bar)
-        begin = end
-    rows.add_row("memory", "", format_bytes(found.budget_bytes), "")
-    return rows
-
-
-def _uses(found: Outlook) -> Iterator[tuple[str, int, str]]:
-    """(what for, bytes, colour) of what takes any."""
-    uses = found.memory_bytes
+    uses, begin = found.memory_bytes, 0
     for name, nbytes, colour in (
         ("weights", uses.weights, "green"),
         ("window", uses.window, "cyan"),
@@ -113,7 +99,11 @@ def _uses(found: Outlook) -> Iterator[tuple[str, int, str]]:
         ("free", uses.free, "bright_black"),
     ):
         if nbytes > 0:
-            yield name, nbytes, colour
+            bar = Bar(found.budget_bytes, begin, begin + nbytes, width=BAR_COLUMNS, color=colour)
+            rows.add_row(name, "", format_bytes(nbytes), bar)
+            begin += nbytes
+    rows.add_row("memory", "", format_bytes(found.budget_bytes), "")
+    return rows
 
 
 def _words(found: Outlook) -> Table:

@@ -72,14 +72,8 @@ def ls(as_json: bool) -> None:
     else:
         rows = table("name", "kind", "size", "added", "source", right=("size",))
         for entry in entries:
-            manifest = entry.manifest
-            rows.add_row(
-                entry.name,
-                manifest.kind,
-                format_bytes(entry.size_bytes),
-                manifest.added[:10],
-                printable(manifest.source),
-            )
+            kind, added, source = entry.manifest.kind, entry.manifest.added, entry.manifest.source
+            rows.add_row(entry.name, kind, format_bytes(entry.size_bytes), added[:10], printable(source))
         console().print(rows)
     if packs:
         rows = table("pack of", "quant", "shard", "size", "state", right=("size",))
@@ -99,10 +93,11 @@ def rm(name: str, yes: bool, only_packs: bool) -> None:
     """Remove the model NAME and its packs from the store. A daemon that has it loaded keeps using it."""
     home = Home.from_env()
     library, shelf = Library(home), PackShelf(home)
-    if only_packs:
-        _remove_packs(
-            shelf, str(Path(name).expanduser().absolute()) if is_path(name) else registry.canonical(name)
-        )
+    if only_packs:  # they can be made again, so nobody is asked
+        model = str(Path(name).expanduser().absolute()) if is_path(name) else registry.canonical(name)
+        if not shelf.of(model):
+            raise DaemonError("not_found", f"there are no packs of {model}", "see shoal ls")
+        note(f"removed the packs of {model} ({format_bytes(shelf.remove(model))})")
         return
     name = registry.canonical(name)
     if name not in library.damaged():
@@ -113,13 +108,6 @@ def rm(name: str, yes: bool, only_packs: bool) -> None:
     shelf.remove(name)  # first: while one is being made, both stay
     library.remove(name)
     note(f"removed {name}")
-
-
-def _remove_packs(shelf: PackShelf, model: str) -> None:
-    """They can be made again, so nobody is asked."""
-    if not shelf.of(model):
-        raise DaemonError("not_found", f"there are no packs of {model}", "see shoal ls")
-    note(f"removed the packs of {model} ({format_bytes(shelf.remove(model))})")
 
 
 def _described(entry: StoredModel, packs: Sequence[PackEntry] = ()) -> dict[str, Any]:
@@ -149,7 +137,7 @@ def described_pack(pack: PackEntry) -> dict[str, Any]:
 
 
 def _ask(question: str) -> None:
-    """Returns on yes. Raises DaemonError when nobody can be asked or the answer is no."""
+    """Returns on yes. Raises click.Abort on no, DaemonError when nobody can be asked."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise DaemonError("bad_request", "there is no terminal to ask on", "--yes removes without asking")
     if not click.confirm(question, err=True):

@@ -73,8 +73,8 @@ class Shoal(click.Group):
         width = max(map(len, VERBS))
         for group in dict.fromkeys(verb.group for verb in VERBS.values()):
             with formatter.section(group):
-                rows = [(name, verb.help) for name, verb in VERBS.items() if verb.group == group]
-                formatter.write_dl([(name.ljust(width), text) for name, text in rows])
+                rows = [(name.ljust(width), verb.help) for name, verb in VERBS.items() if verb.group == group]
+                formatter.write_dl(rows)
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         extra["standalone_mode"] = False

@@ -1,7 +1,7 @@
 """An answer: turns what happens to one sequence into the messages of one request.
 
-Detokenises, watches for stop strings, and reports usage and timings at the end. Emits exactly one terminal message.
-Knows nothing of batches or sockets; `emit` must not block.
+It detokenises, looks for stop strings, and reports usage and timings at the end. It emits exactly one terminal message.
+It knows nothing of batches or sockets; `emit` must not block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .translate import translated
 
 
 class Answer:
-    """The messages of one request. `over` says that the terminal one has been emitted."""
+    """The messages of one request. `over`: the terminal one has been emitted."""
 
     def __init__(
         self,
@@ -50,12 +50,10 @@ class Answer:
         self._prompt_tokens = len(prompt)
         self._completion_tokens = 0
         self._last_token_s = 0.0
-        self._stopped = (
-            False  # by a stop string: whatever is heard of the sequence then, the answer is complete
-        )
+        self._stopped = False  # by a stop string: the answer is complete, whatever the sequence still does
 
     def take(self, event: Event) -> bool:
-        """Emit what an event means. True when a stop string was found, so that the sequence may end."""
+        """Emit the messages of an event. True when a stop string was found, so that the sequence may end."""
         match event:
             case Queued():
                 self._emit(Accepted(model=self._model, prompt_tokens=self._prompt_tokens))
@@ -85,28 +83,24 @@ class Answer:
         return self._stopped
 
     def _finish(self, reason: FinishReason, sequence: Sequence) -> None:
-        """Emit what was held back, then `done`."""
-        self.over = True
+        """Emit the text that was held back, then `done`."""
         if not self._stopped:
             text, hit = self._matcher.push(self._detokenizer.flush())
             if not hit:
                 text += self._matcher.flush()
             if text:
                 self._emit(Token(text=text, ids=[]))
-        self._emit(
-            Done(
-                finish_reason=reason,
-                usage=Usage(
-                    prompt_tokens=self._prompt_tokens,
-                    completion_tokens=self._completion_tokens,
-                    cached_tokens=sequence.cached_tokens,
-                    drafted_tokens=sequence.drafted_tokens,
-                    accepted_tokens=sequence.accepted_tokens,
-                ),
-                timings=self._timings(sequence),
-                context_tokens=self._context_tokens,
-            )
+        usage = Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            cached_tokens=sequence.cached_tokens,
+            drafted_tokens=sequence.drafted_tokens,
+            accepted_tokens=sequence.accepted_tokens,
         )
+        timings = self._timings(sequence)
+        self.over = True  # not before: what fails until here ends the answer with an error
+        context = self._context_tokens
+        self._emit(Done(finish_reason=reason, usage=usage, timings=timings, context_tokens=context))
 
     def _timings(self, sequence: Sequence) -> Timings:
         times = sequence.times
@@ -114,7 +108,7 @@ class Answer:
             return Timings(preemptions=sequence.preemptions)
         computed = sequence.prompt_tokens - sequence.cached_tokens
         prefill_s = times.first_token_s - times.admitted_s
-        # A stop string is found while the next step may already have been made.
+        # When a stop string is found, the engine may be a step further already.
         last_token_s = self._last_token_s if self._stopped else times.last_token_s
         decode_s = last_token_s - times.first_token_s
         return Timings(

@@ -1,7 +1,7 @@
-"""Answering: the thread that turns what engines tell of sequences into messages of requests.
+"""Answering: the thread that turns the events of engines into messages of requests.
 
-It runs beside the compute thread, so that neither a long list of stop strings nor whoever takes the messages lengthens
-a step. Knows which answer belongs to which sequence; not models or sockets.
+It runs beside the compute thread, so that neither a long list of stop strings nor a slow taker of messages lengthens a
+step. Knows which answer belongs to which sequence; not models or sockets.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ IDLE_WAIT_S = 1.0  # how long the thread sleeps before it looks again by itself
 
 
 class Answering:
-    """The answers under way. `hear` is for engines, as their `notify`."""
+    """The answers under way. Engines get `hear` as their `notify`."""
 
     def __init__(self) -> None:
         self._answers: dict[Sequence, Answer] = {}
-        self._engines: dict[Engine, None] = {}  # that have something to tell, each once
+        self._engines: dict[Engine, None] = {}  # with events to take; as a set, but in order
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="shoal-answers", daemon=True)
@@ -35,29 +35,29 @@ class Answering:
         return self._thread.is_alive()
 
     def open(self, sequence: Sequence, answer: Answer) -> None:
-        """`answer` is told from now on what happens to the sequence, which is about to be submitted."""
+        """From now on `answer` gets the events of the sequence, which is about to be submitted."""
         with self._changed:
             self._answers[sequence] = answer
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence was refused: nothing will happen to it."""
+        """The sequence was refused or has ended: it has no more events."""
         with self._changed:
             self._answers.pop(sequence, None)
             self._changed.notify_all()
 
     def hear(self, engine: Engine) -> None:
-        """An engine has something to tell."""
+        """An engine has events to take."""
         with self._changed:
             self._engines[engine] = None
             self._changed.notify_all()
 
     def wait(self, timeout_s: float) -> None:
-        """Until every answer is over, or so long."""
+        """Wait until every answer is over, at most so long."""
         with self._changed:
             self._changed.wait_for(lambda: not self._answers, timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """Tell what is left to be told, then end. Idempotent."""
+        """Pass on the events that are left, then end. Idempotent."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -69,8 +69,10 @@ class Answering:
             pass
 
     def _tell_next(self) -> bool:
-        """Pass on what one engine has to tell, if one has; False at the end. This is a method of its own because a name
-        in the loop would keep an engine in memory while there is nothing to tell."""
+        """Pass on the events of one engine, if one has any; False at the end.
+
+        A method of its own: a variable of the loop would keep the last engine in memory while there are no events.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._engines or self._closed, IDLE_WAIT_S)
             if not self._engines:
@@ -88,7 +90,7 @@ class Answering:
         try:
             if answer.take(event):
                 engine.end(event.sequence, "stop")
-        except Exception as error:  # whatever it was, others are answered
+        except Exception as error:  # the other answers go on
             log.exception("an answer failed")
             engine.end(event.sequence, "cancelled")
             try:

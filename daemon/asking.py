@@ -1,4 +1,4 @@
-"""From a request to a sequence: its prompt as token ids, how its tokens are chosen, when it ends.
+"""From a request to a sequence: its prompt as token ids, how tokens are chosen, and when it ends.
 
 Knows a model's tokenizer, template and limits. Does not run anything.
 """
@@ -10,6 +10,8 @@ import secrets
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
+
+from msgspec.structs import asdict
 
 from shoal import kernels
 from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
@@ -90,7 +92,7 @@ def sequence_of(
 
 
 def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], emit: Emit) -> Answer:
-    """What turns the sequence of a request into its messages. Raises SamplingError for stop strings that cannot be."""
+    """The Answer that turns the request's sequence into messages. Raises SamplingError for impossible stop strings."""
     return Answer(
         emit,
         model.name,
@@ -104,12 +106,9 @@ def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], e
 
 def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
     """The request's values, else what the model's authors recommend, else Shoal's defaults."""
-    defaults = {**DEFAULT_SAMPLING, **recommended_sampling(model.name), **model.checkpoint.defaults}
-    chosen = {
-        name: default if (value := getattr(asked, name)) is None else value
-        for name, default in defaults.items()
-        if name in DEFAULT_SAMPLING
-    }
+    values = DEFAULT_SAMPLING | recommended_sampling(model.name) | model.checkpoint.defaults
+    values |= {name: value for name, value in asdict(asked).items() if value is not None}
+    chosen = {name: values[name] for name in DEFAULT_SAMPLING}
     try:
         for name, value in chosen.items():
             check_sampling(name, value)
@@ -127,7 +126,7 @@ def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
 
 
 def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
-    """What helps a prompt that is too long for the model's plan."""
+    """A hint for a prompt that is too long for the model's plan."""
     spec, plan = model.checkpoint.spec, model.plan
     page = plan.kv.page_tokens
     context = min(spec.context, (prompt_tokens // page + 1) * page)
@@ -153,5 +152,4 @@ def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
 
 def _as_dict(message: ChatMessage) -> dict[str, Any]:
     """Only the keys that were sent, as templates test for their presence."""
-    pairs = ((name, getattr(message, name)) for name in message.__struct_fields__)
-    return {name: value for name, value in pairs if value is not None}
+    return {name: value for name, value in asdict(message).items() if value is not None}

@@ -25,7 +25,7 @@ from shoal.comm.messages import (
     Unload,
 )
 
-STAGE_S = 1.0  # of silence before it is said what a request waits for
+STAGE_S = 1.0  # after so long without an event, a client is told what its request waits for
 
 Event = Accepted | Token | Done | Error
 

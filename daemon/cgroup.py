@@ -1,12 +1,12 @@
-"""What the control groups that this process is in leave it of memory (Linux, v1 and v2; nothing elsewhere).
+"""How much memory the control groups of this process leave it (Linux, v1 and v2; elsewhere there are none).
 
-Every group from its own up to the root may have a limit, and the tightest holds. What a group's page cache has only
-read and not used again goes first when memory is short, so it does not count as taken.
+Every group from its own up to the root may have a limit, and the tightest holds. Pages in the cache that were read once
+and not used again go first when memory is short, so they do not count as taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,16 +27,17 @@ _V1 = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactiv
 
 def room_bytes(mount: Path = MOUNT, membership: Path = MEMBERSHIP) -> int | None:
     """Bytes this process may still take before a group's limit is reached; None when no group has one."""
-    rooms = [room for group, files in _groups(mount, membership) if (room := _room(group, files)) is not None]
-    return min(rooms, default=None)
+    return _tightest(_room, mount, membership)
 
 
 def limit_bytes(mount: Path = MOUNT, membership: Path = MEMBERSHIP) -> int | None:
     """The tightest limit; None when no group has one."""
-    limits = [
-        limit for group, files in _groups(mount, membership) if (limit := _limit(group, files)) is not None
-    ]
-    return min(limits, default=None)
+    return _tightest(_limit, mount, membership)
+
+
+def _tightest(bound: Callable[[Path, _Files], int | None], mount: Path, membership: Path) -> int | None:
+    bounds = [bound(group, files) for group, files in _groups(mount, membership)]
+    return min((number for number in bounds if number is not None), default=None)
 
 
 def _limit(group: Path, files: _Files) -> int | None:

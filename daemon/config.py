@@ -6,7 +6,7 @@ Knows defaults and ranges. Does not know command lines or the environment.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -80,7 +80,3 @@ class NodeConfig:
     @property
     def thread_count(self) -> int:
         return self.threads or default_threads()
-
-    def with_context(self, context_tokens: int) -> NodeConfig:
-        """The same with another context."""
-        return replace(self, context_tokens=context_tokens)

@@ -25,7 +25,7 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
 
 
 def _facts(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    spec, metadata = checkpoint.spec, checkpoint.metadata
+    spec = checkpoint.spec
     given: dict[str, Any] = {
         "name": checkpoint.name,
         "path": str(path),
@@ -46,7 +46,7 @@ def _facts(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     if spec.moe is not None:
         given["experts"] = spec.moe.experts
         given["active_experts"] = spec.moe.active
-    licence = metadata.get("general.license")
+    licence = checkpoint.metadata.get("general.license")
     given["license"] = licence if isinstance(licence, str) else None
     given["chat_template"] = checkpoint.tokenizer().chat_template is not None
     return given

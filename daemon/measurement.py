@@ -86,7 +86,7 @@ def bench(
     """
     context = prompt_tokens + new_tokens
     if config.context_tokens is None:
-        config = config.with_context(context)
+        config = replace(config, context_tokens=context)
     elif context > config.context_tokens:
         raise DaemonError(
             "context_overflow",
@@ -116,8 +116,8 @@ def bench(
 
 
 def _timed(engine: Engine, prompts: list[list[int]], limit: int) -> tuple[float, int, float]:
-    """Answers all prompts to the length `limit`. → seconds until each has its first token, then how many more tokens
-    in how many seconds"""
+    """Answer all prompts up to the length `limit`. → seconds until each has its first token, how many tokens came after
+    that, and in how many seconds"""
     tokens: Counter[Sequence] = Counter()
 
     def hear() -> None:
@@ -156,7 +156,7 @@ def perplexity(
     if ctx < 4:
         raise DaemonError("bad_request", f"ctx={ctx}: must be at least 4")
     try:
-        text = file.read_bytes().decode()  # as it is: line ends count as tokens
+        text = file.read_bytes().decode()  # not as text, which would change line ends
     except (OSError, UnicodeDecodeError) as error:
         raise DaemonError("bad_request", f"cannot read {file}: {error}") from error
     loaded = _load(model, replace(config, context_tokens=ctx, kv_tokens=None), progress, packs)
@@ -198,7 +198,7 @@ def _window_loss(executor: Executor, pages: list[int], tokens: list[int]) -> flo
     return loss
 
 
-@np.errstate(invalid="ignore")  # of infinities it is NaN
+@np.errstate(invalid="ignore")  # infinite logits give NaN
 def _cross_entropy(logits: Floats, wanted: list[int]) -> float:
     """Minus the logarithms of the shares that logits (n, vocab) give the n tokens wanted, summed."""
     below = logits.astype(np.float64)

@@ -1,7 +1,7 @@
-"""This process and memory: how much it may still use (the machine's, or its cgroup's if less), has, and gives back.
+"""This process and memory: how much it may still use (of the machine's or its cgroup's), has, and gives back.
 
-A budget bounds all that a cgroup would be charged for: what is private, pages of libraries that are in use, and the
-page cache of files that were read.
+A budget bounds everything that a cgroup would be charged for: private memory, pages of libraries that are in use, and
+the page cache of files that were read.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from . import cgroup
 from .errors import DaemonError
 from .sizes import format_bytes
 
-LEFT_ALONE_SHARE = 0.1  # of the free memory, by a budget that nobody asked for
-LEFT_ALONE_BYTES = 512 << 20  # and of the whole machine's at least so much …
-MOST_LEFT_ALONE_SHARE = 0.25  # … but not more than this
+LEFT_ALONE_SHARE = 0.1  # of the free memory, if nobody asked for a budget
+LEFT_ALONE_BYTES = 512 << 20  # of the machine's memory at least so much …
+MOST_LEFT_ALONE_SHARE = 0.25  # … but no larger share than this
 CODE_BYTES = 28 << 20  # libraries' code and constants in use, with what the kernel keeps for them
 TORCH_CODE_BYTES = 76 << 20  # … of torch, in which the reference kernels compute
 GROWTH_BYTES = 12 << 20  # of Python and its libraries in a long life: stacks, requests, replies
@@ -45,7 +45,7 @@ def _free_bytes() -> int:
 
 
 def _usable_bytes() -> int:
-    """What is available and leaves others enough: beside a desktop more than within a cgroup, whose limit is meant."""
+    """What is available, without what is left to others. A cgroup's limit is meant for us, so less of it is left."""
     free, room = _free_bytes(), cgroup.room_bytes()
     left = min(max(LEFT_ALONE_SHARE * free, LEFT_ALONE_BYTES), MOST_LEFT_ALONE_SHARE * free)
     usable = free - int(left)
@@ -67,8 +67,8 @@ def bounded(memory_bytes: int | None) -> bool:
 
 
 def budget_of(memory_bytes: int | None) -> Budget:
-    """The ledger of this process: `memory_bytes` in all, or what leaves the machine usable. What the process takes
-    by itself is entered. Raises DaemonError when there is not so much."""
+    """The ledger of this process: `memory_bytes` in all, or as much as leaves the machine usable. What the process
+    itself takes is entered. Raises DaemonError when the machine has less than that."""
     if memory_bytes is not None and memory_bytes > (total := total_bytes()):
         raise DaemonError(
             "resources",
@@ -108,7 +108,7 @@ def peak_memory_bytes() -> int:
 
 
 def return_freed() -> None:
-    """Give back to the system what nothing refers to: glibc keeps freed blocks of up to 32 MB."""
+    """Give memory that nothing refers to back to the system: glibc keeps freed blocks of up to 32 MB."""
     gc.collect()  # a model may hang on the traceback of some error
     trim()
 
@@ -120,8 +120,8 @@ def trim() -> None:
 
 
 def forget_files(more: Iterable[Path] = ()) -> None:
-    """Take what was read of this process's libraries and modules, and of `more`, out of the page cache, but for pages
-    in use by anyone. Imports read 50 MB that way."""
+    """Drop this process's libraries and modules, and the files `more`, from the page cache, except for pages in use.
+    Imports read 50 MB into it."""
     if not hasattr(os, "posix_fadvise"):
         return
     modules = list(sys.modules.values())

@@ -1,7 +1,7 @@
-"""How a model is named: a path or a name in the store, with `:q8` or `:q4` behind it where its weights are wanted in
-fewer bits than its files have; and how a rank's part of it is.
+"""How a model is named: a path or a name in the store, followed by `:q8` or `:q4` if its weights are wanted in fewer
+bits than its files have. Also how a rank's part of it is named.
 
-Knows spelling only. Where a model is found is `library`, what the bits do to it `offload.pack_layout`.
+Knows spelling only. `library.library` finds models; `offload.pack.layout` knows what the bits mean.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Reference(NamedTuple):
 
 
 class ShardName(NamedTuple):
-    """What rank `rank`, counted from 0, of `ranks` holds of a model; in words counted from 1: 2/3. Alone it has all."""
+    """What rank `rank` (from 0) of `ranks` holds of a model; written 2/3, counted from 1. A single rank holds all."""
 
     rank: int = 0
     ranks: int = 1

@@ -38,7 +38,6 @@ from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.loaded import LoadedModels
 from shoal.daemon.loading.loader import Loader
 from shoal.daemon.loading.model import LoadedModel
-from shoal.engine.errors import EngineError
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
@@ -55,7 +54,7 @@ from .translate import translated
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # how long the compute thread sleeps before it looks again by itself
-DEADLINES_S = 0.5  # how often it is looked for what is past its deadline while a step runs
+DEADLINES_S = 0.5  # how often deadlines are looked at, also while a step runs
 
 
 def package_version() -> str:
@@ -67,7 +66,7 @@ def package_version() -> str:
 
 class Node:
     """Runs requests on loaded models; thread-safe. `resolve` turns a model's name into a path. `packs` are needed for
-    models that do not fit into memory; `kv_root` is where KV is kept that leaves memory, None = nowhere."""
+    models that do not fit into memory. KV that leaves memory is kept below `kv_root`; None = it is dropped."""
 
     def __init__(
         self,
@@ -124,13 +123,11 @@ class Node:
         with self._wake:
             self._check_open()
             if model not in self._models:
-                raise DaemonError(
-                    "not_found", f"{model.name} was unloaded meanwhile", "send the request again"
-                )
+                raise _unloaded(model.name)
             self._answering.open(sequence, answer)
             try:
                 model.engine.submit(sequence)
-            except EngineError as error:
+            except Exception as error:
                 self._answering.forget(sequence)
                 raise translated(error) from error
             model.used_s = self._clock()
@@ -139,8 +136,10 @@ class Node:
         return lambda: model.engine.end(sequence, "cancelled")
 
     def stream(self, request: Generate | Chat) -> Generator[Accepted | Stage | Token | Done, None, None]:
-        """The events of a request, in process, and while there are none its stage, if `progress` was asked for; closing
-        the generator cancels. Raises DaemonError."""
+        """The events of a request in this process. While there are none, its stage, if `progress` was asked for.
+
+        Closing the generator cancels the request. Raises DaemonError.
+        """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         cancel = self.submit(request, events.put)
         event: Event | Stage | None = None
@@ -158,7 +157,7 @@ class Node:
             cancel()
 
     def _waited_for(self, request: Generate | Chat) -> Stage | None:
-        """What to say when nothing has come for a while, if that was asked for."""
+        """What a request waits for that has had no event for a while, if it asks for that."""
         if not (self._thread.is_alive() and self._answering.alive):
             raise DaemonError("internal", "a thread of the node has died", "see the log")
         return self.stage(request.model) if request.progress else None
@@ -186,10 +185,10 @@ class Node:
             raise translated(error) from error
 
     def load(self, request: Load, progress: Progress = no_progress) -> Loaded:
-        """Load a model, or find it loaded. Idle models make room when memory is short. Raises DaemonError.
+        """Load a model, unless it is loaded. Idle models make room when memory is short. Raises DaemonError.
 
-        Another context or draft model for a loaded model means loading it again: `busy` while it answers, and what
-        cannot be had leaves it as it was.
+        A loaded model that is to have another context or draft model is loaded again. While it answers, that is refused
+        as `busy`; if it would not fit like that, it stays as it is.
         """
         began_s = self._clock()
         with self._loading:
@@ -198,26 +197,24 @@ class Node:
             path = self._resolve(wanted.model)
             known = self._models.of(Reference(str(path), wanted.quant))
             draft = self._resolve(request.draft) if request.draft is not None else None
-            if known is not None:
-                draft = draft or known.draft_path
-            if (
-                known is not None
-                and request.context in (None, known.plan.context_tokens)
-                and draft == known.draft_path
-                and not known.damaged
-            ):
-                return Loaded(model=known.status(), seconds=0.0)
             context = request.context or self.config.context_tokens
             config = replace(self.config, context_tokens=context, quant=wanted.quant)
-            if known is not None:
+            if known is None:
+                name = self._models.free_name(wanted, path)
+            else:
+                draft = draft or known.draft_path
+                same = request.context in (None, known.plan.context_tokens) and draft == known.draft_path
+                if same and not known.damaged:
+                    return Loaded(model=known.status(), seconds=0.0)
                 self._loader.check_reload(known, config, draft)
                 name = known.name
                 self._models.drop(known)
                 known = None  # or it would stay in memory beside its successor
-            else:
-                name = self._models.free_name(wanted, path)
             model = self._loader.load(name, path, draft, config, progress)
             self._models.add(model)
+            if self._closed.is_set():  # `close` may have gone through the models before this one came
+                self._models.drop(model)
+                self._check_open()
         log.info("loaded %s: %s", name, model.plan.describe())
         return Loaded(model=model.status(), seconds=self._clock() - began_s)
 
@@ -264,7 +261,7 @@ class Node:
     # --- life -------------------------------------------------------------------------------------------
 
     def drain(self, timeout_s: float) -> None:
-        """Refuse new requests and wait for those running, at most `timeout_s`."""
+        """Refuse new requests and wait for the running ones, at most `timeout_s`."""
         with self._wake:
             self._draining = True
             ends_s = time.monotonic() + timeout_s
@@ -272,7 +269,7 @@ class Node:
         self._answering.wait(max(0.0, ends_s - time.monotonic()))
 
     def close(self) -> None:
-        """Stop computing; what still runs ends with `error` shutting_down. Idempotent."""
+        """Stop computing. Requests that still run end with `error` shutting_down. Idempotent."""
         with self._wake:
             if self._closed.is_set():
                 return
@@ -298,11 +295,11 @@ class Node:
             self._step_each()
 
     def _watch(self) -> None:
-        """Until the node is closed: ends what is past its deadline, however long a step takes."""
+        """Until the node is closed, end what is past its deadline, however long a step takes."""
         while not self._closed.wait(DEADLINES_S):
             self._expire_each()
 
-    # Not in the loops, whose names would keep the last model in memory for ever.
+    # These are no part of the loops above: a variable of theirs would keep the last model in memory for ever.
 
     def _step_each(self) -> None:
         """One step of each busy model."""
@@ -310,9 +307,9 @@ class Node:
             try:
                 if model.engine.busy:
                     model.engine.step()
-            except Exception as error:  # the step's own requests have been told; the others go on
-                if model in self._models and not self._closed.is_set():  # else it was interrupted
-                    ours = not isinstance(error, OffloadError)  # a disk's failure is told in one line
+            except Exception as error:  # the step's own requests have ended with it; the others go on
+                if model in self._models and not self._closed.is_set():  # else the step was interrupted
+                    ours = not isinstance(error, OffloadError)  # for a failing disk one line is enough
                     log.error("a step of %s failed: %s", model.name, error, exc_info=ours)
 
     def _expire_each(self) -> None:
@@ -350,5 +347,9 @@ class Node:
             with self._wake:
                 model = self._models.pick(name)
         if model is None:
-            raise DaemonError("not_found", f"{name} was unloaded meanwhile", "send the request again")
+            raise _unloaded(name)
         return model
+
+
+def _unloaded(name: str) -> DaemonError:
+    return DaemonError("not_found", f"{name} was unloaded meanwhile", "send the request again")

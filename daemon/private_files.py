@@ -33,9 +33,9 @@ def private_dir(path: Path) -> Path:
 
 @contextmanager
 def alone(lock: Path, doing: str) -> Iterator[None]:
-    """Nobody else is within the same `lock`, a file that stays.
+    """Within the block no other process holds `lock`, a file that stays afterwards.
 
-    Raises DaemonError `busy`: another process is `doing`.
+    Raises DaemonError `busy` if one does; `doing` says what it does, for the message.
     """
     with lock.open("w") as file:
         try:

@@ -1,11 +1,11 @@
-"""How far something is that takes long, as told to whoever shows it."""
+"""How far something is that takes long, for whoever shows it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is done (a file's name, "loading", "packing"), bytes or steps so far, and in all (0 = not known)."""
+"""Called with what is being done (a file's name, "loading", "packing"), bytes or steps done, and all (0 = unknown)."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:

@@ -1,7 +1,7 @@
 """Admission: who waits, whose turn it is, and whether there is room for one more.
 
-Whose turn it is: priority, then what was preempted, then the client that was given least, then arrival. A sequence is
-admitted when the KV that all are expected to need at once fits (`forecast`). Pure.
+The turn goes by priority, then to what was preempted, then to the client that was given least, then by arrival. A
+sequence is admitted when the KV that all are expected to need at once fits (`learn.forecast`). Pure.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .learn.forecast import AnswerLengths, Growth, peak_tokens
 from .learn.speeds import Speeds
 from .sequence import Sequence
 
-RETRY_S = (0.5, 60.0)  # least and most that a client is told to wait
-FIRST_RETRY_S = 5.0  # while no step has been measured
+RETRY_S = (0.5, 60.0)  # the shortest and the longest wait that a refused client is told
+FIRST_RETRY_S = 5.0  # the wait it is told while no step has been measured
 
 
 class Admission:
-    """`sequences` run at once, `queue` more wait."""
+    """At most `sequences` run at once and `queue` more wait. `speeds` says how long a client should wait."""
 
     def __init__(self, cache: PrefixCache, speeds: Speeds, *, sequences: int, queue: int) -> None:
         self.waiting: list[Sequence] = []
@@ -34,7 +34,7 @@ class Admission:
         self._arrivals = 0
 
     def enter(self, sequence: Sequence, running: Ordered[Sequence]) -> None:
-        """Let it wait. Raises QueueFull, or NeverFits when it could never run."""
+        """Put it in the queue. Raises QueueFull, or NeverFits when it could never run."""
         cache = self._cache
         if cache.pages_of(sequence.limit) > cache.pages:
             raise NeverFits(sequence.prompt_tokens, sequence.limit, cache.pages * cache.page_tokens)
@@ -46,26 +46,26 @@ class Admission:
         self.waiting.append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """It has ended."""
+        """Close the account of a sequence that has ended."""
         self._counters.leave(sequence.client)
 
     def note_length(self, generated: int) -> None:
-        """An answer became so long."""
+        """Remember how long an answer became."""
         if generated:
             self._lengths.note(generated)
 
     def charge(self, sequence: Sequence, prompt_tokens: int, generated: int) -> None:
-        """Its client was given so much."""
+        """Charge its client with the tokens that were read and generated for it."""
         self._counters.charge(sequence.client, prompt_tokens, generated)
 
     def turn(self, sequence: Sequence) -> tuple[int, int, float, int]:
-        """Who comes first has the least."""
+        """A key to sort by: whoever is next has the least."""
         if sequence.preemptions:
             return -sequence.priority, 0, 0.0, sequence.number
         return -sequence.priority, 1, self._counters.given(sequence.client), sequence.number
 
     def fits(self, sequence: Sequence, running: Ordered[Sequence]) -> bool:
-        """Is there a place, and room for the KV that all are expected to need at once?"""
+        """Whether there is a place for it, and room for the KV that all are expected to need at once."""
         if not running:
             return True
         if len(running) >= self._sequences:
@@ -81,7 +81,7 @@ class Admission:
 
     def _growth(self, sequence: Sequence, shared_pages: int) -> Growth:
         size = self._cache.page_tokens
-        # Half a page more, for what its last page leaves empty.
+        # Half a page more, because the last page is half empty on average.
         own = len(sequence.tokens) - shared_pages * size + size // 2
         return Growth(own, self._expected(sequence))
 
@@ -91,7 +91,7 @@ class Admission:
         return min(expected, sequence.limit - len(sequence.tokens))
 
     def _retry_after_s(self, running: Ordered[Sequence]) -> float:
-        """When about half of what is to be done now will have been done."""
+        """How long about half of the present work will take."""
         everything = [*running, *self.waiting]
         prompt_tokens = sum(sequence.remaining for sequence in everything)
         answer_tokens = sum(self._expected(sequence) for sequence in everything)

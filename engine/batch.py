@@ -1,4 +1,4 @@
-"""A batch: what the next step does for which sequences, as the scheduler decides it."""
+"""A batch: what the scheduler has decided to do in the next step, and for which sequences."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .sequence import Sequence
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Part of a step: tokens [start, end) of one sequence, and after them `draft`, which is only guessed.
+    """Part of a step: compute tokens [start, end) of one sequence, and after them `draft`, which is only guessed.
 
-    Has its `pages`: they stay if it is cancelled meanwhile.
+    It has a list of `pages` of its own, because a sequence that is cancelled during the step gives its pages away.
     """
 
     sequence: Sequence
@@ -26,7 +26,7 @@ class Chunk:
 
     @classmethod
     def of(cls, sequence: Sequence, tokens: int, draft: tuple[int, ...] = ()) -> Chunk:
-        """The next so many tokens, then `draft`; the sequence has the pages for them."""
+        """The next `tokens` tokens of a sequence, then `draft`. The sequence has the pages for them."""
         start = sequence.computed
         return cls(sequence, start, start + tokens, tuple(sequence.holding.pages), draft)
 
@@ -36,7 +36,7 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Does this chunk reach the end, so that a next token comes out of it?"""
+        """Whether the chunk reaches the end of the text, so that the next token is sampled after it."""
         return self.end == len(self.sequence.tokens)
 
     @property
@@ -45,13 +45,13 @@ class Chunk:
 
     @property
     def rows_wanted(self) -> int:
-        """How many of its last tokens need logits, because what follows them is sampled."""
+        """After how many of its last tokens logits are needed, to sample from."""
         return 1 + len(self.draft) if self.samples else 0
 
 
 @dataclass(frozen=True, eq=False)
 class Recall:
-    """Part of a step: pages of one sequence that are read from disk, in this order, until one fails."""
+    """Part of a step: read pages of one sequence from disk, in this order, until one fails."""
 
     sequence: Sequence
     found: tuple[Found, ...]
@@ -59,15 +59,15 @@ class Recall:
 
     @classmethod
     def of(cls, sequence: Sequence, found: list[Found]) -> Recall:
-        """What was found to continue the sequence's shared pages; it has the pages for it."""
+        """Read what was found after the sequence's shared pages. The sequence has the pages for it."""
         first = len(sequence.holding.path)
         return cls(sequence, tuple(found), tuple(sequence.holding.pages[first : first + len(found)]))
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A step to be made from the clock reading `began_s` on: first pages are moved, then `recalls` are read, then the
-    chunks are computed, of which the first `decodes` are no prompts."""
+    """A step that begins at the clock reading `began_s`: first pages are moved, then `recalls` are read, then chunks
+    are computed. The first `decodes` chunks belong to answers, the others to prompts."""
 
     began_s: float
     chunks: list[Chunk]
@@ -79,7 +79,7 @@ class Batch:
     def of(
         cls, began_s: float, decodes: list[Chunk], prompts: Iterable[Chunk | Recall], moves: list[Move]
     ) -> Batch:
-        """Without what is for sequences that have lost their pages meanwhile."""
+        """Put a batch together, without the parts of sequences that have been preempted since."""
         left = [part for part in prompts if part.sequence.running]
         chunks = [part for part in left if isinstance(part, Chunk)]
         recalls = [part for part in left if isinstance(part, Recall)]
@@ -87,7 +87,7 @@ class Batch:
 
     @property
     def order(self) -> Order:
-        """What every rank is to do."""
+        """The same step in terms of tokens and pages, for every rank."""
         return Order(
             [Segment(chunk.tokens, chunk.start, chunk.pages, chunk.rows_wanted) for chunk in self.chunks],
             self.moves,
@@ -100,13 +100,13 @@ class Batch:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Those that it is for."""
+        """The sequences that the step is for."""
         parts: list[Chunk | Recall] = [*self.chunks, *self.recalls]
         return [part.sequence for part in parts]
 
     @property
     def over(self) -> bool:
-        """Whether all that it is for has ended meanwhile."""
+        """Whether all of its sequences have ended meanwhile."""
         return all(sequence.ended for sequence in self.sequences)
 
     @property

@@ -12,10 +12,10 @@ from shoal.kernels.arrays import Floats, Hidden
 
 
 class Collective(Protocol):
-    """Of one rank's side."""
+    """One rank's side of them."""
 
     def allreduce(self, home: ComputeHome, partial: Hidden) -> Hidden:
-        """The sum over ranks, in the order of ranks, of partials (T, n) that each has in a home of its own."""
+        """The sum of the partials (T, n) of all ranks, added in the order of ranks. Each is in its own rank's home."""
         ...
 
     def gather(self, columns: Floats) -> Floats:

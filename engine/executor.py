@@ -1,9 +1,9 @@
 """The executor: carries one step through the blocks of a plan.
 
-The one data path. Every block is computed in the home of its device, with weights from a store, KV in a pool, partial
-sums through a collective; which of each is the plan's choice and invisible here, and so is what hidden states are made
-of. They stay in a home until the next block has another. A step of many rows passes every block once, its parts one
-after the other.
+This is the one data path. Every block is computed in the home of its device, with weights from a store, KV in a pool
+and partial sums through a collective. Which ones is the plan's choice and invisible here, and so is what hidden states
+are made of: they stay in one home until the next block has another. A step of many rows passes through every block
+once, one part of it after the other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from shoal.partition.spec import BlockId
 
 from .collective import Collective
 
-EXPERTS_TOGETHER = 4  # of those that come from disk: these are computed while the next are read
+EXPERTS_TOGETHER = (
+    4  # of a plan that reads experts from disk: while these are computed, the next ones are read
+)
 
 
 class Abandoned(Exception):
@@ -47,8 +49,8 @@ class Placed(NamedTuple):
 class Executor:
     """Runs steps of one model. Not thread-safe: one step at a time.
 
-    `home_of` gives the home of a device; all experts of a layer have one. `vocab`: the rows of embedding and head that
-    this rank has, where these are cut.
+    `home_of` gives the home of a device; all experts of a layer share one. `vocab`: the rows of embedding and head that
+    this rank has, if they are cut.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Executor:
         self._foreseen = _foreseen(plan)
         self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
 
-    @np.errstate(over="ignore", invalid="ignore")  # infinities and NaN are told of where tokens are chosen
+    @np.errstate(over="ignore", invalid="ignore")  # whoever samples notices infinities and NaN
     def forward(self, step: Step, wanted: Callable[[], bool] = lambda: True) -> Hidden:
         """→ hidden states (R, hidden) of the rows the step asks for, before the final norm, for `head`. Raises
         Abandoned soon after `wanted` has become false."""
@@ -94,7 +96,7 @@ class Executor:
             hidden, home = carried(hidden, home, attention.home), attention.home
             self._attend(attention, [home.rows(hidden, part) for part in parts], step, rotations)
             if attention is last:
-                hidden = home.rows(hidden, step.rows)  # the rest is not looked at any more
+                hidden = home.rows(hidden, step.rows)  # nobody needs the others any more
                 parts = step.split(len(step.rows))
                 if not len(step.rows):
                     break
@@ -104,7 +106,7 @@ class Executor:
         return carried(hidden, home, self._head[0].home)
 
     def _embedded(self, tokens: Ids) -> Hidden:
-        """Hidden states (T, hidden) of tokens (T,). A rank that has some of the vocabulary adds zeros for the rest."""
+        """Hidden states (T, hidden) of tokens (T,). A rank without a token's row contributes zeros to the sum."""
         block, home = self._embed
         if self._vocab is None:
             rows = self.store.rows(block, tokens)
@@ -118,7 +120,7 @@ class Executor:
         return self.model.embed(home, hidden)
 
     def head(self, hidden: Hidden, rows: slice = slice(None)) -> Floats:
-        """Hidden states (R, hidden), or some of their rows → logits (R, vocab), of the host, on rank 0."""
+        """Hidden states (R, hidden), or some rows of them → logits (R, vocab) on the host, at rank 0."""
         first = self._head[0].home
         hidden = first.rows(hidden, rows)
         slices = []
@@ -131,7 +133,7 @@ class Executor:
     def _attend(
         self, placed: Placed, rows: Sequence[Hidden], step: Step, rotations: Sequence[list[Rotation]]
     ) -> None:
-        """Adds the attention of a layer to hidden (T, hidden), given in the parts of the step."""
+        """Adds the attention of a layer to hidden (T, hidden). `rows` are the parts of hidden, as the step has them."""
         block, home = placed
         layer, kv = block.layer, self.kv.layers[block.layer]
         with self.store.acquire(block) as weights:
@@ -142,7 +144,7 @@ class Executor:
                 home.add(hidden, self.model.leave(home, weights, allreduce(partial)))
 
     def _feed_forward(self, placed: Placed, rows: Sequence[Hidden]) -> None:
-        """Adds the dense feed-forward of a layer to hidden (T, hidden), given in parts."""
+        """Adds the dense feed-forward of a layer to hidden (T, hidden). `rows` are the parts of hidden."""
         block, home = placed
         with self.store.acquire(block) as weights:
             for hidden in rows:
@@ -151,8 +153,8 @@ class Executor:
                 home.add(hidden, self.model.leave(home, weights, self.collective.allreduce(home, partial)))
 
     def _mix(self, placed: Placed, rows: Sequence[Hidden]) -> None:
-        """Adds the mixture of experts of a layer to hidden (T, hidden), given in parts. Each expert is acquired once
-        for all parts."""
+        """Adds the mixture of experts of a layer to hidden (T, hidden). `rows` are the parts of hidden; each expert is
+        acquired once for all of them."""
         block, home = placed
         layer, there = block.layer, self._experts[block.layer]
         with self.store.acquire(block) as router:
@@ -182,7 +184,7 @@ class Executor:
             raise Abandoned
 
     def _likely(self, layer: int, hidden: Hidden, home: ComputeHome) -> list[BlockId]:
-        """The experts that the next mixture may choose for hidden (T, hidden), where guessing helps."""
+        """The experts that the next mixture will probably choose for hidden (T, hidden), where guessing helps."""
         if (router := self._foreseen.get(layer)) is None:
             return []
         there = self._layers[router.layer][1].home
@@ -192,7 +194,7 @@ class Executor:
 
 
 def _foreseen(plan: Plan) -> dict[int, BlockId]:
-    """For each layer the router of the next mixture, if that stays in memory and experts do not."""
+    """For each layer of a mixture the router of the next one, if routers stay in memory and experts do not."""
     routers = [item for item in plan.blocks if item.block.kind == "router"] if plan.expert_slots else []
     return {before.block.layer: item.block for before, item in pairwise(routers) if item.tier == "ram"}
 

@@ -1,6 +1,6 @@
-"""An order: one step as one rank carries it out, and what comes of it.
+"""An order: one step as every rank of a group carries it out, and its result.
 
-Plain data, the same for every rank of a group. Knows token ids, positions and pages; not whose they are.
+Plain data. Knows token ids, positions and pages; not whose they are.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from shoal.offload.kv.prefix_cache import Move
 
 
 class Segment(NamedTuple):
-    """Tokens of one text that follow each other, from position `start` on. K and V are in `pages`, from position 0 on.
-    The logits after the last `rows_wanted` of the tokens are asked for."""
+    """Consecutive tokens of one text, from position `start` on. `pages` hold its K and V from position 0 on. Logits are
+    wanted after the last `rows_wanted` of the tokens."""
 
     tokens: Sequence[int]
     start: int
@@ -25,7 +25,7 @@ class Segment(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """These pages on disk are read into those of the pool, in this order, until one fails."""
+    """Read these entries on disk into these pages of the pool, in this order, until one fails."""
 
     entries: Sequence[Entry]
     pages: Sequence[int]
@@ -41,8 +41,8 @@ class Order:
 
 
 class Result(NamedTuple):
-    """`logits` (R, vocab) of the rows that the segments want, one after the other, on rank 0. `pages_read`: of each
-    reading, how many of its pages. `read_s` seconds were spent on that, `stall_s` on waiting for weights."""
+    """`logits` (R, vocab) of the rows that the segments want, in their order, at rank 0. `pages_read`: how many pages
+    of each reading could be read. That took `read_s` seconds; `stall_s` were spent on waiting for weights."""
 
     logits: Floats
     pages_read: list[int]

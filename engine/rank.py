@@ -1,7 +1,7 @@
 """A rank: what one process of a group holds of a model, and how it carries out an order.
 
-Knows its executor, its pages of KV and those it keeps on disk. Does not know sequences, requests or who gives orders;
-a group of one is a rank alone.
+Knows its executor, its pages of KV and those it keeps on disk. Does not know sequences, requests or who gives orders. A
+rank alone is a group of one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Rank:
         self._clock = clock
 
     def run(self, order: Order, wanted: Callable[[], bool] = lambda: True) -> Result:
-        """Raises Abandoned soon after `wanted` has become false, and whatever keeps a step from being computed."""
+        """Carry out an order. Raises Abandoned soon after `wanted` becomes false, and any error of store or model."""
         store = self.executor.store
         stalled_s = store.stall_s
         self.kv.move(order.moves, self.disk)
@@ -40,7 +40,7 @@ class Rank:
         return Result(logits, pages_read, read_s, store.stall_s - stalled_s)
 
     def close(self, known: Sequence[Save]) -> None:
-        """Keep on disk, if there is one, what of its pages is `known`."""
+        """Keep the pages that are `known` on disk, if there is one."""
         if self.disk is not None:
             self.disk.close(known, self.kv.page)
 
@@ -50,7 +50,7 @@ class Rank:
         return self.disk.read(reading.entries, [self.kv.page(page) for page in reading.pages])
 
     def _compute(self, segments: Sequence[Segment], wanted: Callable[[], bool]) -> Floats:
-        """Logits (R, vocab) of the rows that are wanted. A head that streams is not read where there are none."""
+        """Logits (R, vocab) of the rows that are wanted. If there are none, a streamed head is not read."""
         if segments:
             step = Step.build(segments, self.executor.plan.part_tokens)
             hidden = self.executor.forward(step, wanted)

@@ -1,12 +1,13 @@
 """The scheduler: which tokens of which sequences make the next step.
 
-Decodes go first; prompts follow in chunks that lengthen a step of decodes only so far (`learn.pacing`). Who is let in,
-and when, is `admission`. When the pool runs out of pages nevertheless, the youngest of the lowest priority is
-preempted: its pages go to the prefix cache, and later it is computed again from its tokens, with the same outcome. The
-oldest of the highest priority is never preempted, and what would not fit alone is not queued, so one always gets on.
+Decodes go first. Prompts follow in chunks that may lengthen a step of decodes only so much (`learn.pacing`).
+`admission` decides who is let in, and when. If the pool runs out of pages nevertheless, the youngest of the lowest
+priority is preempted: its pages go to the prefix cache, and later it is computed again from its tokens, with the same
+result. The oldest of the highest priority is never preempted, and a sequence that would not fit alone is not queued, so
+one of them always gets on.
 
-Pure: takes and returns values; no thread, tensor or text, and the clock's reading is handed in. What happens to
-sequences is returned as events, for somebody else to tell.
+Pure: no thread, tensor or text; callers pass the clock's reading. What happens to sequences is returned as events, and
+somebody else passes them on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Results = Ordered[Ordered[Sampled] | Exception]
 
 @dataclass
 class Totals:
-    """Counts since the beginning."""
+    """Counts since the model was loaded."""
 
     preemptions: int = 0
     prompt_tokens: int = 0  # of all prompts admitted
@@ -42,16 +43,16 @@ class Totals:
 
 @dataclass
 class _Room:
-    """What a step has left for prompts."""
+    """What a step can still hold of prompts."""
 
     tokens: int
     reads: int  # pages from disk
 
 
 class Scheduler:
-    """`sequences` run at once, `queue` more wait; a step holds at most `chunk_tokens` tokens of prompts and
-    `guesses` that are guessed ahead, and reads at most `reads` pages of KV from disk. `row_share`: first guess of what
-    one more row costs, as in `StepCost`."""
+    """At most `sequences` run at once and `queue` more wait. A step holds at most `chunk_tokens` tokens of prompts and
+    `guesses` guessed tokens. `reads`: pages of KV that it may read from disk beyond those that are free. `row_share`:
+    first guess of what one more row costs, as in `StepCost`."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class Scheduler:
         return [Queued(sequence)]
 
     def end(self, sequence: Sequence, reason: FinishReason) -> list[Event]:
-        """End a sequence with what it has. Nothing happens when it has ended already."""
+        """End a sequence with what it has, unless it has ended already."""
         if sequence.ended:
             return []
         self.admission.note_length(sequence.generated)
@@ -117,31 +118,30 @@ class Scheduler:
 
     def next(self, now_s: float) -> Batch:
         """The next step; an empty one when there is nothing to do."""
+        preempted = self.totals.preemptions
         decoding = self._decoding()
+        if self.totals.preemptions == preempted:  # else what was preempted would come back at once
+            self._admit()
+        decodes = sum(sequence.running for sequence in decoding)
         prompts = [s for s in sorted(self.running, key=self.admission.turn) if s not in decoding]
-        room = _Room(
-            self.speeds.prompt_tokens(len(decoding)),
-            self.speeds.most_reads(len(decoding), self.cache.free_pages),
-        )
+        reads = self.speeds.most_reads(decodes, self.cache.free_pages)
+        room = _Room(self.speeds.prompt_tokens(decodes), reads)
         parts = [part for sequence in prompts if (part := self._part(sequence, room))]
-        # A row is worth more to who waits for a first token than to who gets one with every step.
+        # Whoever waits for a first token comes before those that get a token with every step.
         spare = min(self.guesses, room.tokens) if prompts else self.guesses
-        decodes = self._decode([sequence for sequence in decoding if sequence.running], spare)
-        return Batch.of(now_s, decodes, parts, self.cache.take_moves())
+        chunks = self._decode([sequence for sequence in decoding if sequence.running], spare)
+        return Batch.of(now_s, chunks, parts, self.cache.take_moves())
 
     def _decoding(self) -> list[Sequence]:
-        """Who has a page for one more token; then others are let in."""
-        preempted = self.totals.preemptions
-        decoding = [
+        """Sequences that are to get their next token, the oldest first; each has a page for it."""
+        return [
             sequence
             for sequence in sorted(self.running, key=_seniority)
             if sequence.remaining == 1 and self._reserve(sequence, sequence.computed + 1)
         ]
-        if self.totals.preemptions == preempted:  # else what made room would come back at once
-            self._admit()
-        return [sequence for sequence in decoding if sequence.running]
 
     def _admit(self) -> None:
+        """Let in whoever is next while there is room, or until somebody has to make room by being preempted."""
         preempted = self.totals.preemptions
         while self.waiting and self.totals.preemptions == preempted:
             sequence = min(self.waiting, key=self.admission.turn)
@@ -158,11 +158,11 @@ class Scheduler:
                 self.totals.prompt_tokens += sequence.prompt_tokens
 
     def _part(self, sequence: Sequence, room: _Room) -> Chunk | Recall | None:
-        """What the step does for a prompt, which is taken out of its room."""
+        """What the step does for a prompt; `room` shrinks by it."""
         if room.tokens <= 0 or not sequence.running:
             return None
         self._adopt(sequence)
-        if found := self._on_disk(sequence, max(room.reads, 1)):  # who may not read now waits until it may
+        if found := self._on_disk(sequence, max(room.reads, 1)):  # if it may not read in this step, it waits
             if room.reads <= 0 or not self._reserve(sequence, found[-1].computed):
                 return None
             room.reads -= len(found)
@@ -174,7 +174,7 @@ class Scheduler:
         return Chunk.of(sequence, tokens)
 
     def _decode(self, decoding: list[Sequence], spare: int) -> list[Chunk]:
-        """One token of each, and at most `spare` guesses at what follows, as far as there are pages for them."""
+        """One token of each, and after these at most `spare` guesses in all, as far as there are pages for guesses."""
         guessing = [(sequence.guesser, sequence.limit - len(sequence.tokens) - 1) for sequence in decoding]
         chunks = []
         for sequence, draft in zip(decoding, drafts(guessing, spare, self.speeds.cost), strict=True):
@@ -185,32 +185,32 @@ class Scheduler:
 
     @property
     def guessing(self) -> list[Sequence]:
-        """Those worth guessing for; nobody while a prompt is read, which gets the rows."""
+        """The sequences that a draft model should guess for: none while a prompt is read, since that needs the rows."""
         return [] if any(s.remaining > 1 for s in self.running) else list(self.running)
 
     # --- pages ---------------------------------------------------------------------------------------------
 
     def _adopt(self, sequence: Sequence) -> None:
-        """Skip what the prefix cache knows by now, also from sequences that run beside it."""
+        """Take over what the prefix cache knows of its text by now, also from sequences that run beside it."""
         computed = self.cache.adopt(sequence.holding, sequence.tokens, sequence.computed)
         self._take_over(sequence, computed)
 
     def _take_over(self, sequence: Sequence, computed: int) -> None:
-        """Count the first `computed` tokens as computed: others did that, or a disk has kept it."""
+        """Count the first `computed` tokens as computed: their KV came from the prefix cache or from disk."""
         if not sequence.preemptions:
             sequence.cached_tokens += computed - sequence.computed
             self.totals.cached_tokens += computed - sequence.computed
         sequence.computed = computed
 
     def _on_disk(self, sequence: Sequence, most: int) -> list[Found]:
-        """Pages, at most `most`, that are better read from disk than computed."""
+        """At most `most` pages of its text that are sooner read from disk than computed."""
         found = self.cache.on_disk(sequence.holding, sequence.tokens, sequence.computed, most)
         if found and self.speeds.reading_pays(len(found), found[-1].computed - sequence.computed):
             return found
         return []
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Pages for so many tokens, if need be from younger sequences; False when it had to go itself."""
+        """Give it pages for so many tokens, if need be by preempting others; False if it was itself preempted."""
         while sequence.running:
             if self.cache.extend(sequence.holding, tokens):
                 return True
@@ -218,7 +218,7 @@ class Scheduler:
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue, to be computed again: what is not evicted meanwhile will be found in the cache."""
+        """Put it back into the queue, to be computed again, except for what it then finds in the prefix cache."""
         self.running.remove(sequence)
         sequence.running = False
         self.cache.release(sequence.holding, sequence.tokens, sequence.computed)
@@ -227,7 +227,7 @@ class Scheduler:
         self.totals.preemptions += 1
         self.waiting.append(sequence)
 
-    # --- what came of a step -------------------------------------------------------------------------------
+    # --- the results of a step -----------------------------------------------------------------------------
 
     def commit(
         self,
@@ -239,8 +239,11 @@ class Scheduler:
         read_s: float = 0.0,
         stall_s: float = 0.0,
     ) -> list[Event]:
-        """Append what was sampled: for each chunk the tokens that follow it, or what went wrong. `pages_read`: of each
-        recall, which took `read_s` of the step; for `stall_s` it waited for weights."""
+        """Append what was sampled. `results`: for each chunk the tokens that follow it, or an error. `pages_read`: how
+        many pages of each recall could be read. That took `read_s` of the step; for `stall_s` it waited for weights."""
+        prompts = len(batch.chunks) - batch.decodes
+        self.speeds.note(batch.rows, batch.decodes, prompts, max(0.0, now_s - batch.began_s - read_s))
+        self.speeds.note_reads(sum(pages_read), read_s)
         for recall, pages in zip(batch.recalls, pages_read, strict=True):
             self._recalled(recall, pages, batch.began_s)
         events: list[Event] = []
@@ -250,9 +253,6 @@ class Scheduler:
             times.stall_s += stall_s
             if not chunk.sequence.ended:  # else it was cancelled while the step ran
                 events += self._append(chunk, result, now_s)
-        prompts = len(batch.chunks) - batch.decodes
-        self.speeds.note(batch.rows, batch.decodes, prompts, max(0.0, now_s - batch.began_s - read_s))
-        self.speeds.note_reads(sum(pages_read), read_s)
         return events
 
     def _recalled(self, recall: Recall, pages: int, began_s: float) -> None:
@@ -263,7 +263,7 @@ class Scheduler:
             self.cache.publish(sequence.holding, sequence.tokens, sequence.computed)
 
     def _append(self, chunk: Chunk, result: Ordered[Sampled] | Exception, now_s: float) -> list[Event]:
-        """What the tokens that follow a chunk mean for its sequence."""
+        """Append to a sequence the tokens that follow its chunk; it may end with them."""
         sequence = chunk.sequence
         if isinstance(result, Exception):
             return self.fail([sequence], result)
@@ -292,10 +292,10 @@ class Scheduler:
         return events
 
     def _account(self, chunk: Chunk, appended: list[int]) -> None:
-        """Who was given what, and which guesses were right."""
+        """Count what the sequence was given, and which guesses were right."""
         sequence, accepted = chunk.sequence, max(0, len(appended) - 1)
         prompt_tokens = 0
-        if not sequence.preemptions:  # what is computed again is nobody's gain
+        if not sequence.preemptions:  # its client is not charged twice
             prompt_tokens = max(0, min(chunk.end, sequence.prompt_tokens) - chunk.start)
         self.admission.charge(sequence, prompt_tokens, len(appended))
         sequence.guesser.score(appended)
@@ -307,5 +307,5 @@ class Scheduler:
 
 
 def _seniority(sequence: Sequence) -> tuple[int, int]:
-    """Who stays longest has the least."""
+    """A key to sort by: whoever is preempted last has the least."""
     return -sequence.priority, sequence.number

@@ -1,6 +1,6 @@
-"""A sequence: one request's tokens on their way through the engine, and what is told of them.
+"""A sequence: one request's tokens on their way through the engine, and the events that say how it goes.
 
-Knows token ids, its sampler and how far it has come. Text, stop strings and messages are somebody else's business.
+Knows token ids, its sampler and how far it has come. Does not know text, stop strings or messages.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Times:
 
 @dataclass(eq=False)
 class Sequence:
-    """`tokens` are the prompt and what was generated; KV of the first `computed` of them is stored.
+    """`tokens` are the prompt and the answer so far; KV of the first `computed` of them is stored.
 
     stop_ids: tokens that end it. client: whose request it is. priority: higher goes first. deadline_s: clock reading at
-    which it ends anyhow.
+    which it ends with what it has.
     """
 
     tokens: list[int]
@@ -47,11 +47,11 @@ class Sequence:
     computed: int = 0
     holding: Holding = field(default_factory=Holding)
     number: int = 0  # in order of arrival
-    cached_tokens: int = 0  # of the prompt, that did not have to be computed
+    cached_tokens: int = 0  # of the prompt; they did not have to be computed
     drafted_tokens: int = 0  # guessed ahead
-    accepted_tokens: int = 0  # of these, guessed right
+    accepted_tokens: int = 0  # guessed right
     preemptions: int = 0
-    running: bool = False  # else it waits, or has ended
+    running: bool = False  # False: it waits, or has ended
     ended: bool = False
     prompt_tokens: int = field(init=False)
     guesser: Guesser = field(init=False)
@@ -77,7 +77,7 @@ class Queued(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """The sequence goes on with these tokens, which were sampled at the clock reading `at_s`."""
+    """These tokens follow; they were sampled at the clock reading `at_s`."""
 
     sequence: Sequence
     sampled: list[Sampled]
@@ -85,14 +85,14 @@ class Emitted(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """Nothing more comes of the sequence."""
+    """The sequence has ended. This is its last event."""
 
     sequence: Sequence
     reason: FinishReason
 
 
 class Failed(NamedTuple):
-    """Nothing more comes of the sequence, because of this error."""
+    """The sequence has ended with an error. This is its last event."""
 
     sequence: Sequence
     error: Exception

@@ -1,6 +1,6 @@
 """The chat's commands: /model, /system, /ctx, /save, /load, /retry, /stats, /help, /clear, /exit.
 
-Knows what each changes. Does not know keys, nor how an answer is made: /retry only says what to ask.
+Knows what each changes. Does not know keys, nor how an answer is made: /retry only returns the question.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .link import ChatLink
 
 @dataclass
 class ChatState:
-    """What commands and the loop share."""
+    """The state that the commands and the loop share."""
 
     home: Home
     link: ChatLink
@@ -49,16 +49,16 @@ class Command(NamedTuple):
     usage: str
     help: str
     act: Callable[[ChatState, str], str | None]
-    choices: Callable[[ChatState], list[str]]
+    choices: Callable[[ChatState], list[str]] = lambda state: []  # of its argument
 
 
 def is_command(line: str) -> bool:
-    """Whether `line` is meant for the chat: it begins with '/', but not with a path such as /etc/hosts."""
+    """Whether `line` is a command: it begins with '/', but not with a path such as /etc/hosts."""
     return line.startswith("/") and "/" not in line.split()[0][1:]
 
 
 def obey(state: ChatState, line: str) -> str | None:
-    """Carry out a command; returns what to ask the model now, if anything.
+    """Carry out a command. Returns a question that the model is to be asked now, if there is one.
 
     Raises DaemonError or CommError.
     """
@@ -83,38 +83,26 @@ def completions(state: ChatState, text: str) -> Iterator[str]:
 
 def _model(state: ChatState, argument: str) -> None:
     if not argument:
-        used = state.link.model.name if state.link.model else ""
-        names = _models(state)
+        used, names = state.link.model.name, _models(state)
         for name in names if used in names else [*names, used]:
             note(f"{'*' if name == used else ' '} {name}")
         note("/model NAME switches to another")
         return
-    name = reference(argument, state.library)
-    before = state.link.reference
-    model = state.link.load(name, state.context)
-    if not model.chat_template:
-        if before:
-            state.link.load(before, state.context)
-        raise DaemonError(
-            "unsupported", f"{model.name} has no chat template", "continue texts with: shoal run"
-        )
+    model = state.link.load(reference(argument, state.library), state.context)
     note(f"{model.name} answers from now on, with a context of {model.context_tokens} tokens")
 
 
 def _system(state: ChatState, argument: str) -> None:
     if argument:
         state.conversation.system = "" if argument == "off" else argument
-    note(
-        f"system: {state.conversation.system or '(none)'}"
-        + ("" if argument else "; /system TEXT sets it, off clears")
-    )
+    more = "" if argument else "; /system TEXT sets it, off clears"
+    note(f"system: {state.conversation.system or '(none)'}{more}")
 
 
 def _ctx(state: ChatState, argument: str) -> None:
-    model = state.link.model
-    assert model is not None
     if not argument:
-        note(f"the context is {model.context_tokens} tokens, {state.used_tokens} in use; /ctx N changes it")
+        context = state.link.model.context_tokens
+        note(f"the context is {context} tokens, {state.used_tokens} in use; /ctx N changes it")
         return
     if not argument.isdigit() or not 1 <= int(argument) <= 1 << 26:
         raise DaemonError("bad_request", f"/ctx {argument[:40]}: must be a number of tokens, such as 4096")
@@ -125,14 +113,13 @@ def _ctx(state: ChatState, argument: str) -> None:
 
 def _save(state: ChatState, argument: str) -> None:
     name = check_name(argument or "last")
-    model = state.link.model.name if state.link.model else ""
     path = _session(state, name)
     private_dir(state.home.root)
     private_dir(state.home.sessions)
     part = path.with_name(f".{path.name}.part")
     try:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-            out.write(state.conversation.to_json(model))
+            out.write(state.conversation.to_json(state.link.model.name))
         part.replace(path)
     except OSError as error:
         raise DaemonError("internal", f"cannot save {path}: {error.strerror}") from error
@@ -141,12 +128,8 @@ def _save(state: ChatState, argument: str) -> None:
 
 def _load(state: ChatState, argument: str) -> None:
     if not argument:
-        names = _sessions(state)
-        note(
-            "saved: " + ", ".join(names)
-            if names
-            else "nothing is saved yet; /save NAME saves this conversation"
-        )
+        names = ", ".join(_sessions(state))
+        note(f"saved: {names}" if names else "nothing is saved yet; /save NAME saves this conversation")
         return
     path = _session(state, check_name(argument))
     try:
@@ -156,11 +139,8 @@ def _load(state: ChatState, argument: str) -> None:
     except msgspec.MsgspecError as error:
         raise DaemonError("corrupt", f"{path} is not a saved conversation: {error}") from error
     state.last, state.used_tokens = None, 0
-    now = state.link.model.name if state.link.model else ""
-    note(
-        f"loaded {argument}, {counted(len(state.conversation.turns), 'turn')}"
-        + (f"; it was held with {model}" if model != now else "")
-    )
+    other = f"; it was held with {model}" if model != state.link.model.name else ""
+    note(f"loaded {argument}, {counted(len(state.conversation.turns), 'turn')}{other}")
 
 
 def _retry(state: ChatState, argument: str) -> str | None:
@@ -172,7 +152,6 @@ def _retry(state: ChatState, argument: str) -> str | None:
 
 def _stats(state: ChatState, argument: str) -> None:
     model = state.link.model
-    assert model is not None
     note(statistics(state.last) if state.last else "nothing has been answered yet")
     note(f"{model.name}: {model.plan}")
     turns = counted(len(state.conversation.turns), "turn")
@@ -208,19 +187,15 @@ def _session(state: ChatState, name: str) -> Path:
     return state.home.sessions / f"{name}.json"
 
 
-def _nothing(state: ChatState) -> list[str]:
-    return []
-
-
 COMMANDS = {
     "/model": Command("/model [NAME]", "list the models, or switch to another", _model, _models),
-    "/system": Command("/system [TEXT]", "show or set the system message; off clears it", _system, _nothing),
-    "/ctx": Command("/ctx [N]", "show the context length, or set it to N tokens", _ctx, _nothing),
+    "/system": Command("/system [TEXT]", "show or set the system message; off clears it", _system),
+    "/ctx": Command("/ctx [N]", "show the context length, or set it to N tokens", _ctx),
     "/save": Command("/save [NAME]", "save the conversation", _save, _sessions),
     "/load": Command("/load [NAME]", "list saved conversations, or continue one", _load, _sessions),
-    "/retry": Command("/retry", "ask the last question again", _retry, _nothing),
-    "/stats": Command("/stats", "show speed, plan and totals", _stats, _nothing),
-    "/clear": Command("/clear", "start a new conversation", _clear, _nothing),
-    "/help": Command("/help", "show this", _help, _nothing),
-    "/exit": Command("/exit", "leave", _exit, _nothing),
+    "/retry": Command("/retry", "ask the last question again", _retry),
+    "/stats": Command("/stats", "show speed, plan and totals", _stats),
+    "/clear": Command("/clear", "start a new conversation", _clear),
+    "/help": Command("/help", "show this", _help),
+    "/exit": Command("/exit", "leave", _exit),
 }

@@ -1,4 +1,4 @@
-"""A conversation as data: turns, what of them still fits the context, and their form on disk.
+"""A conversation as data: its turns, how many of them fit the context, and their form on disk.
 
 Pure: knows no terminal, daemon or file.
 """
@@ -50,7 +50,7 @@ class Conversation:
         return [*found, ChatMessage(role="user", content=asked)]
 
     def answered(self, asked: str, answer: str, *, complete: bool = True) -> None:
-        """Add a turn. Without any answer there is none: templates want user and assistant in turns."""
+        """Add a turn, unless the answer is empty: templates want user and assistant to alternate."""
         if answer:
             self.turns.append(Turn(asked, answer, complete))
             self.unanswered = ""

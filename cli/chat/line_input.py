@@ -116,7 +116,7 @@ class _Slash(Completer):
 
 @contextmanager
 def unechoed() -> Iterator[None]:
-    """Keys pressed inside wait for the next line instead of showing in the middle of an answer."""
+    """Keys that are pressed within the block wait for the next line, instead of showing in the middle of an answer."""
     try:
         descriptor = sys.stdin.fileno()
         before = termios.tcgetattr(descriptor)

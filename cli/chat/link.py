@@ -1,13 +1,12 @@
-"""The chat's hold on what answers: a node in this process, or the daemon, started when there is none and found again
-after it died.
+"""Who answers a chat: a node in this process, or the daemon, which is started when there is none, or none any more.
 
-Knows starting, connecting and loading the model again. Does not know conversations or terminals.
+Knows how to start, to connect and to load the model again. Does not know conversations or terminals.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from shoal.cli import background
@@ -23,21 +22,32 @@ if TYPE_CHECKING:
 
 
 class ChatLink:
-    """`here`: what answers in this process; None = the daemon. Methods raise CommError or DaemonError."""
+    """`here`: the node in this process, None = the daemon answers. Methods raise CommError or DaemonError."""
 
     def __init__(self, home: Home, here: Answers | None = None) -> None:
         self._home = home
         self._here = here
         self._client: Client | None = None  # made anew whenever the daemon behind it is gone
-        self.model: ModelStatus | None = None
         self.reference = ""  # of the model, to load it again
+        self._model: ModelStatus | None = None
         self._context: int | None = None
         self._draft: str | None = None
+
+    @property
+    def model(self) -> ModelStatus:
+        """The model in use; a chat begins with `load`."""
+        assert self._model is not None
+        return self._model
 
     def load(self, reference: str, context: int | None, draft: str | None = None) -> ModelStatus:
         """Use this model from now on. After an error the one before stays in use."""
         model = self._answers().load(reference, draft, context)
-        self.model, self.reference, self._context, self._draft = model, reference, context, draft
+        if not model.chat_template:
+            if self._model is not None:  # the daemon may have dropped it to make room
+                self._answers().load(self.reference, self._draft, self._context)
+            reason = f"{model.name} has no chat template"
+            raise DaemonError("unsupported", reason, "continue texts with: shoal run")
+        self._model, self.reference, self._context, self._draft = model, reference, context, draft
         return model
 
     def models(self) -> list[ModelStatus]:
@@ -46,21 +56,17 @@ class ChatLink:
     def ready(self) -> ModelStatus:
         """The model in use; brings daemon and model back if they are gone."""
         loaded = {model.name: model for model in self.models()}
-        assert self.model is not None  # a chat begins with `load`
         if self.model.name not in loaded:
             return self.load(self.reference, self._context, self._draft)
         return loaded[self.model.name]
 
     def count(self, messages: list[ChatMessage]) -> int:
         """Tokens of a conversation as the model's template writes it."""
-        assert self.model is not None
         return self._answers().count(messages, self.model.name)
 
-    @contextmanager
-    def stream(self, request: Chat) -> Iterator[Iterator[StreamEvent]]:
-        """The events of an answer; leaving the block cancels what is left."""
-        with self._answers().stream(request) as events:
-            yield events
+    def stream(self, request: Chat) -> AbstractContextManager[Iterator[StreamEvent]]:
+        """The events of an answer; leaving the block cancels the rest."""
+        return self._answers().stream(request)
 
     def close(self) -> None:
         client, self._client = self._client, None

@@ -2,8 +2,8 @@
 
     read → (command | trim to the context → ask → paint tokens as they come → remember)
 
-Knows what happens when an answer is stopped, overflows or loses its daemon: it is said, and the conversation is
-kept. Keys are `line_input`, commands `commands`, the daemon `link`.
+Knows what happens when an answer is stopped, overflows or loses its daemon: the user is told, and the conversation is
+kept. Keys are in `line_input`, commands in `commands`, the daemon in `link`.
 """
 
 from __future__ import annotations
@@ -80,16 +80,12 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
         link = ChatLink(home, here)
         stack.callback(link.close)
         state = ChatState(home, link, Conversation(system), plan.ctx)
-        loaded = link.load(named or reference(_default(state), library), plan.ctx, guessing)
-        if not loaded.chat_template:
-            raise DaemonError(
-                "unsupported", f"{loaded.name} has no chat template", "continue texts with: shoal run"
-            )
-        return ChatLoop(state, answer, _reader(state, loaded)).run()
+        link.load(named or reference(_default(state), library), plan.ctx, guessing)
+        return ChatLoop(state, answer, _reader(state)).run()
 
 
 class ChatLoop:
-    """Reads until the end. Errors of one turn are told and end that turn only."""
+    """Reads until the end. An error is told to the user and ends its own turn only."""
 
     def __init__(self, state: ChatState, options: AnswerOptions, reader: Reader) -> None:
         self._state = state
@@ -97,7 +93,7 @@ class ChatLoop:
         self._reader = reader
 
     def run(self) -> int:
-        """The exit code: that of the last turn. Raises KeyboardInterrupt when the user insists on leaving."""
+        """Returns the exit code of the last turn. Raises KeyboardInterrupt when the user insists on leaving."""
         code = Exit.DONE
         while not self._state.leaving and (said := self._reader.read()) is not None:
             if said:
@@ -118,7 +114,7 @@ class ChatLoop:
         return Exit.DONE
 
     def _ask(self, asked: str) -> None:
-        """One turn. Raises DaemonError or CommError after keeping what can be kept."""
+        """One turn. When it raises DaemonError or CommError, the conversation has kept what came of the answer."""
         state, conversation = self._state, self._state.conversation
         conversation.unanswered = asked  # so that /retry works whatever happens
         self._make_room(state.link.ready(), asked)
@@ -140,7 +136,6 @@ class ChatLoop:
     def _paint(self, asked: str, parts: list[str]) -> Done | None:
         """Write the answer as it comes, and into `parts`."""
         state = self._state
-        assert state.link.model is not None
         fields = self._options.request_fields(state.link.model.name)
         painter = Painter()
         request = Chat(messages=state.conversation.messages(asked), progress=painter.shows_stages, **fields)
@@ -190,7 +185,7 @@ class ChatLoop:
 
 
 def _first(events: Iterator[StreamEvent], update: Callable[[str], None]) -> list[StreamEvent]:
-    """Accepted, and what comes next of the answer; meanwhile it is told what that waits for."""
+    """Accepted and the event after it; until then `update` is told what the answer waits for."""
     found: list[StreamEvent] = []
     for event in events:
         if isinstance(event, Stage):
@@ -204,22 +199,18 @@ def _first(events: Iterator[StreamEvent], update: Callable[[str], None]) -> list
 
 def toolbar(state: ChatState) -> str:
     """One line below the prompt: model, speed, how much of the context is used."""
-    model = state.link.model
-    parts: list[str] = []
+    name, context = state.link.model.name, state.link.model.context_tokens
+    rest = f"context {state.used_tokens}/{context} ({100 * state.used_tokens // context}%) · /help"
     if state.last is not None and state.last.timings.decode_tokens_per_s:
-        parts.append(f"{state.last.timings.decode_tokens_per_s:.1f} tokens/s")
-    if model is not None:
-        share = 100 * state.used_tokens // model.context_tokens
-        parts.append(f"context {state.used_tokens}/{model.context_tokens} ({share}%)")
-    rest = " · ".join([*parts, "/help"])
-    name = model.name if model else "no model"
+        rest = f"{state.last.timings.decode_tokens_per_s:.1f} tokens/s · {rest}"
     room = max(8, shutil.get_terminal_size().columns - len(f"  · {rest} "))
     return f" {name if len(name) <= room else name[: room - 1] + '…'} · {rest}"
 
 
-def _reader(state: ChatState, model: ModelStatus) -> Reader:
+def _reader(state: ChatState) -> Reader:
     if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
         return PlainReader()
+    model = state.link.model
     note(
         f"{model.name} · {model.family}, {format_bytes(model.parameters_bytes)}, context {model.context_tokens} · "
         "/help lists commands, Ctrl-D leaves"

@@ -1,6 +1,6 @@
 """A draft: tokens that may come next, each with a grade of the evidence for it.
 
-Grades are small integers whose meaning is the proposer's; how often tokens of a grade turn out right is measured.
+Grades are small integers. Their meaning is up to whoever proposes; how often tokens of a grade are right is measured.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Draft:
-    """Token i is proposed to follow if all before it do; `grades[i]` stands for the evidence for it then."""
+    """Token i is proposed for the case that all before it are right; `grades[i]` says how good the evidence is then."""
 
     tokens: tuple[int, ...] = ()
     grades: tuple[int, ...] = ()

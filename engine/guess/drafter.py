@@ -1,8 +1,8 @@
 """A draft model: a small model that guesses what a large one with the same vocabulary says next, greedily.
 
-Knows how to compute guesses and to keep the small model's KV in step with what was accepted: a wrong guess is
-overwritten, and pages are shared between texts as in any pool. How deep to guess is `speculation`'s business, and
-whether guesses were right too.
+Knows how to compute guesses, and how to keep the small model's KV in step with what was accepted: a wrong guess is
+overwritten, and pages are shared between texts as in any pool. `speculation` decides how deep to guess and finds out
+which guesses were right.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class _Followed:
 
 
 class Drafter:
-    """Guesses for the sequences of one engine, from its thread. `vocab`: ids from this one on mean nothing to the
-    small model: they are never guessed, and texts that have one are not read."""
+    """Guesses for the sequences of one engine, in its thread. The small model knows ids below `vocab`: others are never
+    guessed, and texts that have one are not read."""
 
     def __init__(self, rank: Rank, *, vocab: int, chunk_tokens: int, clock: Callable[[], float]) -> None:
         self._rank = rank
@@ -54,7 +54,7 @@ class Drafter:
             self._cache.release(left.holding, sequence.tokens, left.computed)
         if not (spare and decoding):
             return
-        depth, least = 1, 0.0  # the first time, to see what it takes
+        depth, least = 1, 0.0  # the first time, to measure what a round costs
         if self._cost.measured:
             depth, least = model_depth([s.guesser for s in decoding], spare, cost, self._cost)
         if not depth:
@@ -63,7 +63,7 @@ class Drafter:
         self._guess(ready, depth, least)
 
     def _catch_up(self, decoding: list[Sequence]) -> dict[Sequence, Floats]:
-        """Read what is new, at most `chunk_tokens` in all; the logits (vocab,) after each text read to its end."""
+        """Read what is new, at most `chunk_tokens` in all. → logits (vocab,) after each text read to its end"""
         segments: list[Segment] = []
         reading: list[Sequence] = []
         budget = self._chunk_tokens
@@ -83,39 +83,37 @@ class Drafter:
         return {s: next(logits) for s, it in zip(reading, segments, strict=True) if it.rows_wanted}
 
     def _guess(self, ready: dict[Sequence, Floats], depth: int, least: float) -> None:
-        """Guess token after token of all together, while as many as `least` are expected of one more round."""
-        drafts: dict[Sequence, tuple[list[int], list[int]]] = {sequence: ([], []) for sequence in ready}
+        """Guess one more token of every text in each round, as long as a round promises `least` right guesses."""
+        drafts: dict[Sequence, list[tuple[int, int]]] = {sequence: [] for sequence in ready}  # tokens, grades
         chances = dict.fromkeys(ready, 1.0)
         for count in range(depth):
-            likeliest = [_likeliest(logits) for logits in ready.values()]
-            for sequence, (token, grade) in zip(ready, likeliest, strict=True):
-                tokens, grades = drafts[sequence]
-                tokens.append(token)
-                grades.append(grade)
+            for sequence, logits in ready.items():
+                token, grade = _likeliest(logits)
+                drafts[sequence].append((token, grade))
                 chances[sequence] *= sequence.guesser.model_chance(grade)
             ready = {s: row for s, row in ready.items() if self._room(s, count + 1)}
             if count + 1 == depth or sum(chances[sequence] for sequence in ready) < least:
                 break
-            segments = [
-                Segment([drafts[s][0][-1]], len(s.tokens) + count, self._followed[s].holding.pages, 1)
-                for s in ready
-            ]
-            ready = dict(zip(ready, self._run(segments), strict=True))
+            segments = []
             for sequence in ready:
-                self._followed[sequence].ahead.append(drafts[sequence][0][-1])
-        for sequence, (tokens, grades) in drafts.items():
-            sequence.guesser.offer(Draft(tuple(tokens), tuple(grades)))
+                followed, (token, _) = self._followed[sequence], drafts[sequence][-1]
+                segments.append(Segment([token], len(sequence.tokens) + count, followed.holding.pages, 1))
+                followed.ahead.append(token)
+            ready = dict(zip(ready, self._run(segments), strict=True))
+        for sequence, draft in drafts.items():
+            tokens, grades = zip(*draft, strict=True)
+            sequence.guesser.offer(Draft(tokens, grades))
 
     def _settle(self, sequence: Sequence) -> _Followed:
-        """Where the small model stands, with what was accepted of its last guesses; at the first time, what its
-        cache knows."""
+        """How far the small model has come, counting those of its last guesses that were accepted; for a new sequence,
+        as far as its prefix cache knows the text."""
         followed = self._followed.get(sequence)
         if followed is None:
             followed = self._followed[sequence] = _Followed()
             followed.computed = self._cache.adopt(followed.holding, sequence.tokens, 0)
             self._rank.run(Order(moves=self._cache.take_moves()))
         for guess in followed.ahead:
-            # The last token is always read again: what follows it is asked for.
+            # The last token is always read again, because the logits after it are needed.
             if followed.computed + 1 >= len(sequence.tokens) or sequence.tokens[followed.computed] != guess:
                 break
             followed.computed += 1
@@ -139,6 +137,6 @@ class Drafter:
 def _likeliest(logits: Floats) -> tuple[int, int]:
     """The likeliest token, and how likely it is in tenths (0 to 9)."""
     token = int(logits.argmax())
-    with np.errstate(over="ignore", invalid="ignore"):  # of infinities, whose share is NaN
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite logits give NaN
         share = 1 / float(np.exp(logits - logits[token]).sum())
     return token, min(int(share * GRADES), GRADES - 1) if share == share else 0

@@ -27,7 +27,7 @@ _PRIOR_WEIGHT = 3.0  # observations that the prior stands for
 _HOPELESS = 0.02  # chance at which a draft is cut off
 _MODEL_PRIOR = 0.7  # chance of a draft model's guess, of any confidence, until measured
 _MODEL_RATE = 0.1  # by which one guess of it changes that
-_FORGET = 0.01  # share of what was found about it that is forgotten with every step: it gets another chance
+_FORGET = 0.01  # share of what was learnt about it that each step forgets, so that it gets another chance
 
 
 class Acceptance:
@@ -47,13 +47,13 @@ class Acceptance:
         self._seen[grade] = (before * _DECAY + right, total * _DECAY + 1)
 
     def survival(self, grades: Iterable[int]) -> list[float]:
-        """For each guess of a draft the chance that it and all before it are right, so never rising; as long as there
-        is hope."""
+        """For each guess of a draft the chance that it and all before it are right (never rising). The list ends where
+        that becomes hopeless."""
         return list(takewhile(_HOPELESS.__lt__, accumulate(map(self.chance, grades), mul)))
 
 
 class Guesser:
-    """Guesses what one sequence says next, and learns how good its guesses are. `tokens`: its own list, which grows."""
+    """Guesses what one sequence says next, and learns how good the guesses are. `tokens`: the sequence's own list."""
 
     def __init__(self, tokens: list[int]) -> None:
         self._lookup = PromptLookup(tokens)
@@ -66,19 +66,19 @@ class Guesser:
         self.typical_model_chance = _MODEL_PRIOR
 
     def offer(self, draft: Draft) -> None:
-        """What a draft model says comes next; each grade is its confidence in tenths."""
+        """Take a draft model's guess of what comes next; each grade is its confidence in tenths."""
         self._offered = draft
 
     def model_chance(self, grade: int) -> float:
-        """Chance of a guess of the draft model in which it has this confidence, in tenths."""
+        """Chance that a guess of the draft model is right when its confidence is `grade` tenths."""
         return self._modelled.chance(grade)
 
     def found(self, limit: int) -> list[float]:
-        """Chances of guesses from the text alone, as of `guess`."""
+        """The same as `guess`, but from the text alone and without remembering it."""
         return self._found.survival(self._lookup.propose(limit).grades)
 
     def guess(self, limit: int) -> list[float]:
-        """Guess up to `limit` tokens, whichever way promises more; chances as of `Acceptance.survival`."""
+        """Guess up to `limit` tokens, by whichever source promises more. → their chances, as `Acceptance.survival`"""
         self._drafts = self._lookup.propose(limit), self._offered.first(limit)
         found, modelled = (
             judge.survival(draft.grades)
@@ -92,7 +92,7 @@ class Guesser:
         return self._chosen.tokens[:depth]
 
     def score(self, sampled: Ordered[int]) -> None:
-        """Hold the last guesses against the tokens sampled since, one at least, whether they were sent along or not."""
+        """Compare the last guesses, also those not sent along, with the tokens sampled since (at least one)."""
         self.typical_model_chance += _FORGET * (_MODEL_PRIOR - self.typical_model_chance)
         found, modelled = self._drafts
         for grade, right in _verdicts(found, sampled):
@@ -104,7 +104,7 @@ class Guesser:
 
 
 def _verdicts(draft: Draft, sampled: Ordered[int]) -> Iterator[tuple[int, bool]]:
-    """Grade and truth of each guess, up to the first wrong one."""
+    """The grade of each guess and whether it was right, up to the first wrong one."""
     for token, grade, truth in zip(draft.tokens, draft.grades, sampled, strict=False):
         yield grade, token == truth
         if token != truth:
@@ -126,11 +126,11 @@ def drafts(guessing: Ordered[tuple[Guesser, int]], spare: int, cost: StepCost) -
 def depths(
     chances: Ordered[Ordered[float]], spare: int, cost: StepCost, before_s: float = 0.0
 ) -> tuple[list[int], float]:
-    """How deep to guess for each sequence so that the step's expected tokens per second are most, and how many.
+    """How deep to guess for each sequence so that the step yields the most tokens per second, and how many these are.
 
     chances: per decoding sequence, for each depth the chance that the guess is right that far (never rising).
-    spare: guesses the step has room for. before_s: what making the guesses takes.
-    The n likeliest guesses are the best n, whatever the cost of n; so only n is searched.
+    spare: guesses the step has room for. before_s: how long it takes to make the guesses.
+    Whatever n rows cost, the n likeliest guesses are the best n, so only n is searched for.
     """
     ranked = sorted(
         ((chance, -index, -depth) for index, row in enumerate(chances) for depth, chance in enumerate(row)),
@@ -155,7 +155,7 @@ def model_depth(
 ) -> tuple[int, float]:
     """How many tokens a draft model should guess for each sequence; 0 when the texts' own guesses pay more.
 
-    Also: how many more tokens a further round of it has to promise to be worth its time.
+    Also how many tokens a further round has to promise to be worth its time.
     """
     round_s = draft_cost.seconds(len(guessers))
     found = [guesser.found(min(spare, DEPTH)) for guesser in guessers]

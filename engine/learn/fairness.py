@@ -1,8 +1,9 @@
 """Whose turn it is: how much each client has been given, as virtual token counters.
 
-After VTC (Sheng et al. 2024, arXiv 2401.00588): whoever was given least goes first. A client that comes (back) has at
-least the level of the least served, so that idling saves nothing up, and at least its own, so that asking for one thing
-after the other is no better than asking for all at once. When nobody is left, all accounts are closed. Pure.
+After VTC (Sheng et al. 2024, arXiv 2401.00588): whoever was given least goes first. A client that comes or comes back
+starts at the level of the least served, so that idling earns nothing. If its own old level is higher, it keeps that, so
+that asking for one thing after the other is no better than asking for all at once. When nobody is left, all accounts
+are closed. Pure.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How much KV the running sequences will need at most, guessed from how long answers were before.
 
 After the Past-Future scheduler (Gong et al. 2025, arXiv 2507.10150): an answer under way is expected to become as long
-as recent answers that came at least as far, and the peak over the ends of all of them decides whether one more fits.
-Guesses may be wrong; what happens then is the scheduler's business. Pure.
+as recent answers that came at least as far, and the peak of what all of them need together decides whether one more
+fits. Guesses may be wrong; the scheduler knows what to do then. Pure.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class AnswerLengths:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """A sequence: `tokens` it needs pages of its own for now, and how many more it will generate."""
+    """A sequence: for how many `tokens` it needs pages of its own now, and how many more it will generate."""
 
     tokens: int
     left: int
 
 
 def peak_tokens(sequences: Iterable[Growth]) -> int:
-    """The most that they hold together at any time, when all grow alike and each lets go at its end."""
+    """The most tokens that they hold together at any time, if all grow equally fast and free their pages at the end."""
     peak = held = 0
     for alive, sequence in enumerate(sorted(sequences, key=lambda s: s.left, reverse=True), 1):
-        held += sequence.tokens  # those that are still there when this one ends
+        held += sequence.tokens  # of all sequences that are still there when this one ends
         peak = max(peak, held + alive * sequence.left)
     return peak

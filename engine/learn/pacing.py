@@ -1,8 +1,8 @@
-"""How many tokens of prompts are read beside running answers, so that these do not falter.
+"""How many tokens of prompts are read beside running answers without slowing these down too much.
 
 Stall-free batching (Sarathi-Serve, Agrawal et al. 2024, arXiv 2403.02310), its budget found by feedback: what a token
-of a prompt costs depends on how much text is before it, on the model and on the machine, so it is not predicted but
-followed. Pure: measured slowdowns are handed in.
+of a prompt costs depends on how much text is before it, on the model and on the machine, so it is not predicted.
+Pure: callers measure the slowdowns.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from .step_cost import ROW_SHARE
 
 SLOWDOWN = 2.5  # a step that also reads prompts may take so many times one that does not
-_LOUDEST = (0.5, 1.5)  # least and most by which one measurement changes the budget, before it is damped
-_REST_EVERY = 16  # steps; then one without prompts, to measure again what they are compared with
+_LOUDEST = (0.5, 1.5)  # the least and the most by which one measurement may change the budget, before damping
+_REST_EVERY = 16  # steps with prompts; then comes one without, to measure again what they are compared with
 
 
 class Pacer:
-    """A budget that shrinks when steps take too long and grows when they do not; at most `most` tokens. It begins with
-    what `row_share`, of a step of one for each further row, lets expect."""
+    """A budget that shrinks when steps take too long and grows when they do not; at most `most` tokens. Its first value
+    assumes that every further row costs `row_share` of a step of one row."""
 
     def __init__(self, most: int, row_share: float = ROW_SHARE) -> None:
         self._most = most
@@ -35,5 +35,5 @@ class Pacer:
         """A step with so many tokens beside answers took `slowdown` times one without them."""
         self._since_rest += 1
         change = min(max(SLOWDOWN / max(slowdown, 1e-9), _LOUDEST[0]), _LOUDEST[1])
-        if change < 1 or tokens >= int(self._tokens):  # else it says nothing about more tokens
+        if change < 1 or tokens >= int(self._tokens):  # fewer tokens than allowed say nothing about more
             self._tokens = min(max(self._tokens * change**0.5, 1.0), self._most)

@@ -6,9 +6,14 @@ measured seconds are handed in.
 
 from __future__ import annotations
 
-ALONE_S = 0.1  # of reading in a step when nobody else is answered: so long a newcomer waits
-_FOLLOW = 0.2  # how quickly the average follows what is measured
+ALONE_S = 0.1  # a step may read so long when it answers nobody else; a newcomer waits for that
+_FOLLOW = 0.2  # how quickly averages follow what is measured
 _KEPT = 0.95  # of the average, whenever it says that reading does not pay: it is tried again some day
+
+
+def followed(average: float, measured: float) -> float:
+    """The average after one more measurement; 0 = nothing has been measured before."""
+    return average + _FOLLOW * (measured - average) if average else measured
 
 
 class ReadCost:
@@ -19,8 +24,7 @@ class ReadCost:
 
     def note(self, pages: int, seconds: float) -> None:
         """Reading so many pages took `seconds`."""
-        before_s = self._page_s or seconds / pages
-        self._page_s = before_s + _FOLLOW * (seconds / pages - before_s)
+        self._page_s = followed(self._page_s, seconds / pages)
 
     def pays(self, pages: int, tokens: int, token_s: float) -> bool:
         """Whether so many pages are read sooner than `tokens` tokens are computed; yes while one is not known."""

@@ -1,4 +1,4 @@
-"""How fast steps are, learnt from them, and how much a step may hold by that.
+"""How fast steps are, as the steps themselves teach, and how much the next one may therefore hold.
 
 Pure: durations are handed in.
 """
@@ -6,10 +6,8 @@ Pure: durations are handed in.
 from __future__ import annotations
 
 from .pacing import Pacer
-from .recalling import ReadCost
+from .recalling import ReadCost, followed
 from .step_cost import StepCost
-
-_FOLLOW = 0.2  # how quickly averages follow what is measured
 
 
 class Speeds:
@@ -22,7 +20,9 @@ class Speeds:
         self._reads = reads
         self._pacer = Pacer(chunk_tokens, row_share)
         self._read_cost = ReadCost()
-        self._prompt_token_s = 0.0  # time to read one token of a prompt, when nothing else is done
+        self._prompt_token_s = (
+            0.0  # to read one token of a prompt in a step without answers; 0 = not measured yet
+        )
 
     def note(self, rows: int, decodes: int, prompts: int, seconds: float) -> None:
         """A step of so many rows, for so many answers and prompts, took so long, not counting reads from disk."""
@@ -34,8 +34,7 @@ class Speeds:
         elif decodes:
             self._pacer.note(rows - decodes, seconds / self.cost.seconds(decodes))
         else:
-            before_s = self._prompt_token_s or seconds / rows
-            self._prompt_token_s = before_s + _FOLLOW * (seconds / rows - before_s)
+            self._prompt_token_s = followed(self._prompt_token_s, seconds / rows)
 
     def note_reads(self, pages: int, seconds: float) -> None:
         """Reading so many pages from disk took so long."""

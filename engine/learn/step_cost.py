@@ -1,9 +1,9 @@
 """What a step costs by its rows, learnt from the steps themselves.
 
 seconds(rows) = pace × shape(rows). The pace is how fast the machine is just now and follows every step quickly, as
-neighbours come and go; the shape is what rows cost in proportion, linear between points that lie close where kernels
-change their ways, and follows slowly. So a fast minute cannot make yesterday's long steps look dear. Pure: durations
-are handed in, by whoever has the clock; whether the time went into arithmetic, memory or a disk makes no difference.
+neighbours come and go. The shape is what rows cost in proportion: it follows slowly and is linear between points, which
+lie close together where kernels change their method. So a fast minute cannot make yesterday's long steps look dear.
+Pure: callers measure the durations. Whether the time went into arithmetic, memory or a disk makes no difference.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ROWS = (*range(1, 9), *(rows << doubling for doubling in range(8) for rows in (
 class StepCost:
     """Cost of steps of one model. `row_share`: first guess of what one more row costs, as a share of a step of one.
 
-    For weights that are streamed from a disk the share is small and long drafts pay; it is found out anyhow, but slow
-    steps are few.
+    Where weights are streamed from a disk, the share is small and long drafts pay. That would be learnt anyhow, but
+    slow steps are few.
     """
 
     def __init__(self, row_share: float = ROW_SHARE) -> None:
@@ -55,8 +55,8 @@ class StepCost:
         point, beyond = _place(rows)
         ends = ((point, 1 - beyond), (point + 1, beyond))
         square = beyond**2 + (1 - beyond) ** 2
-        ignorance = 0.0  # how much of the surprise is that these points were not known well
-        first, *others = self._measured  # the first is what the pace is about: it is settled once
+        ignorance = 0.0  # how much of the surprise comes from not knowing these points well
+        first, *others = self._measured  # the first point sets the pace, so it is settled once
         self._measured = [first, *(measured * _KEPT for measured in others)]
         for end, weight in ends:
             self._measured[end] += weight
@@ -69,8 +69,8 @@ class StepCost:
         self._fill()
 
     def _fill(self) -> None:
-        """Points not known yet lie on the lines between those that are; beyond the last, on one from the first, but not
-        falling: the first may have been measured in a slow moment, and no step takes less than nothing."""
+        """Put unknown points on the lines between known ones, and those beyond the last on the line from the first to
+        it. That line never falls: the first may have been measured in a slow moment, and no time is negative."""
         known = [point for point, measured in enumerate(self._measured) if measured >= _KNOWN]
         for low, high in pairwise(known):
             self._draw(low, range(low + 1, high), self._slope(low, high))

@@ -52,7 +52,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 
 @contextmanager
 def holder(home: Home, kind: str = "obedient") -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the daemon's lock, and ends at the first SIGTERM, or the second if stubborn."""
+    """A process that holds the daemon's lock. It ends at the first SIGTERM, a stubborn one at the second."""
     command = [sys.executable, "-c", HOLDER, str(home.socket), kind]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -41,7 +41,7 @@ FIELDS = [
 
 
 class Stage:
-    """Which answers the verb finds: here, and those of a daemon if one is up."""
+    """The answers that the verb finds: in this process, and from a daemon if one is up."""
 
     def __init__(self) -> None:
         self.here = FakeAnswers("Blue", " light.")

@@ -93,7 +93,7 @@ def test_what_is_said_of_a_request_that_never_fits() -> None:
 def test_errors_of_a_daemon_are_put_into_the_same_words(
     home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What came over the wire names settings of the daemon, which the terminal's user knows as options."""
+    """Errors from the wire name the daemon's settings; the user at the terminal knows these as options."""
     (tmp_path / "m.gguf").write_bytes(b"")
     client = FakeClient(model_status("m.gguf"))
     told = translated(NeverFits(500, 600, 256)).to_message()

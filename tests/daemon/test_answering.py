@@ -1,4 +1,4 @@
-"""Answers run beside the engine: who is slow to take them lengthens no step, and what a stop string ends stays so."""
+"""Answers run beside the engine: slow clients lengthen no step, and an answer that a stop string ends has ended."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_who_takes_messages_slowly_holds_up_no_step(node: Node) -> None:
 
 
 def test_an_answer_that_matches_slowly_holds_up_no_step(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a long list of stop strings would."""
+    """A long list of stop strings makes matching slow."""
     (model,) = node._models
     text, ids, _ = text_of(node, prompt(0, new=24))
     before = model.engine.scheduler.totals.generated_tokens
@@ -83,7 +83,7 @@ def test_an_answer_that_matches_slowly_holds_up_no_step(node: Node, monkeypatch:
 
 
 def test_a_stop_string_ends_the_answer_however_far_the_engine_is(path: Path) -> None:
-    """Up to the stop string it is the answer without one, also when that ends with the very last token."""
+    """Up to the stop string it is the same answer as without one, also if the stop string ends with the last token."""
     with Node(replace(CONFIG, max_guesses=8)) as node:
         node.load(Load(model=str(path)))
         text, ids, whole = text_of(node, prompt(3, new=24))
@@ -122,7 +122,7 @@ def sequence() -> Sequence:
 def test_steps_of_several_tokens_make_the_same_answer(
     tokenizer: Tokenizer, ids: list[int], cuts: set[int], stop: list[str], failing: bool
 ) -> None:
-    """One token a step, or many as when guesses are right: the same messages, one of them terminal."""
+    """One token in each step, or many as when guesses are right: the messages are the same, one of them terminal."""
     bounds = [0, *sorted(cut for cut in cuts if 0 < cut < len(ids)), len(ids)]
     told = []
     for steps in (
@@ -151,7 +151,7 @@ def test_steps_of_several_tokens_make_the_same_answer(
 def test_an_answer_that_fails_ends_alone(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its request hears of it; who is answered beside it does not."""
+    """Its own request gets an error; requests beside it notice nothing."""
     with Node(CONFIG) as node:
         node.load(Load(model=str(path)))
         expected = text_of(node, prompt(1, new=8))[:2]
@@ -171,6 +171,23 @@ def test_an_answer_that_fails_ends_alone(
         assert "no words" in events[-1].message
         assert node.status().models[0].running == 0
     assert "an answer failed" in caplog.text
+
+
+def test_an_answer_that_fails_at_its_end_says_so(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its terminal message is an error; without one, its client would wait for ever."""
+    emitted: list[Event] = []
+    asked, subject = sequence(), answer(tokenizer, emitted, [])
+
+    def broken() -> str:
+        raise RuntimeError("no words")
+
+    monkeypatch.setattr(subject._detokenizer, "flush", broken)
+    with pytest.raises(RuntimeError) as raised:
+        subject.take(Ended(asked, "length"))
+    subject.fail(raised.value)
+    assert [type(event) for event in emitted] == [Error]
 
 
 def test_closing_tells_what_is_left_and_ends_the_thread() -> None:

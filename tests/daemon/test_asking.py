@@ -1,4 +1,4 @@
-"""What a model's makers advise for sampling holds, unless no request could ask for it."""
+"""Sampling as a model's makers advise it, unless a request with such values would be refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What control groups leave: nested limits of both versions, and containers that see only their own."""
+"""The memory that control groups leave: nested limits, both versions, and containers that see only their own group."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def test_bench_of_one_new_token_has_no_decode_speed(tmp_path: Path) -> None:
 
 def test_bench_beyond_the_model_is_refused(tmp_path: Path) -> None:
     path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
-    for config in (CONFIG, CONFIG.with_context(100)):
+    for config in (CONFIG, replace(CONFIG, context_tokens=100)):
         with pytest.raises(DaemonError) as caught:
             measure.bench(
                 path, prompt_tokens=120, new_tokens=20, batch=1, repeat=1, config=config, progress=quiet

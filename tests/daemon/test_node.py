@@ -1,4 +1,4 @@
-"""The node with a tiny real model: what requests get, alone and together, and what bad ones get."""
+"""The node with a tiny real model: what it answers to requests, alone and together, and to bad ones."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from shoal.comm.messages import (
 )
 from shoal.daemon.backend import Event
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.loading.model import LoadedModel
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
+from shoal.engine.batch import Batch
 from shoal.engine.sequence import Sequence
 from shoal.kernels.arrays import Floats
 
@@ -247,6 +249,59 @@ def test_a_failing_step_fails_its_requests_and_the_node_serves_on(
             list(node.stream(prompt(0)))
         assert caught.value.code == "internal"
     assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
+
+
+def test_a_step_that_cannot_be_chosen_fails_all_requests_and_the_node_serves_on(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = next(iter(node._models)).engine
+    with monkeypatch.context() as patch:
+
+        def broken(now_s: float) -> Batch:
+            raise RuntimeError("out of order")
+
+        patch.setattr(engine.scheduler, "next", broken)
+        events: list[Event] = []
+        cancel = node.submit(prompt(0), events.append)
+        node._answering.wait(20)
+        cancel()
+        assert isinstance(events[-1], Error)
+        assert "out of order" in events[-1].message
+    assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
+
+
+def test_a_request_that_cannot_be_queued_leaves_no_answer(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopping would wait for one that was left."""
+    engine = next(iter(node._models)).engine
+
+    def broken(sequence: Sequence) -> None:
+        raise RuntimeError("no queue")
+
+    monkeypatch.setattr(engine, "submit", broken)
+    with pytest.raises(DaemonError, match="no queue"):
+        node.submit(prompt(0), lambda event: None)
+    assert not node._answering._answers
+
+
+def test_a_model_that_is_loaded_while_the_node_closes_goes_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Node(CONFIG) as node:
+        load = node._loader.load
+
+        def closing(*arguments: Any) -> LoadedModel:
+            model = load(*arguments)
+            node.close()
+            return model
+
+        monkeypatch.setattr(node._loader, "load", closing)
+        with pytest.raises(DaemonError) as caught:
+            node.load(Load(model=str(path)))
+        assert caught.value.code == "shutting_down"
+        assert not list(node._models)
+        assert node.budget.held_by("model " + path.name) == 0
 
 
 def test_a_step_that_nobody_wants_any_more_is_given_up(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def on(running: Running, device: Device, home: OpaqueHome, part_tokens: int = 1 
 
 
 def logits(running: Running, executor: Executor) -> Floats:
-    """Of two steps: a prompt and a decode of three sequences, of which the second wants no rows; then each goes on."""
+    """Logits of two steps of three sequences: 21 tokens each, then one more each. The second sequence wants none."""
     taken = running.kv.table.take(6)
     assert taken is not None
     generator, results = np.random.default_rng(5), []

@@ -26,7 +26,7 @@ LENGTH = 75  # more than a page
 
 
 def orders(vocab: int, seed: int) -> list[Order]:
-    """Two texts: prompts in chunks, one that turns off from a copied page, then decodes, some with wrong guesses."""
+    """Two texts: prompts in chunks, a text that goes on from a copied page, then decodes, some with wrong guesses."""
     source = np.random.default_rng(seed)
     first, second = (source.integers(vocab, size=LENGTH + 8).tolist() for _ in range(2))
     second[:40] = first[:40]

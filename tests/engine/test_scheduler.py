@@ -28,7 +28,7 @@ def test_a_prompt_is_read_in_chunks() -> None:
 
 @pytest.mark.parametrize("token_s", [0.02, 0.3, 2.0])
 def test_prompts_slow_decodes_only_so_far(token_s: float) -> None:
-    """Whatever a token costs, and it costs more and more: a step takes about as much longer as it may."""
+    """Whatever a token costs, and although it costs more and more, steps get longer by about as much as is allowed."""
     subject = scheduler(pages=500, chunk=64)
     asked = sequence(words(1200), 1)
     engine = FakeEngine(subject, lambda rows: 1.0 + (rows - 1) * token_s * (1 + asked.computed / 600))
@@ -109,6 +109,24 @@ def test_one_failing_sampler_fails_one_sequence() -> None:
     _, second = engine._compute(batch)
     engine.hear(subject.commit(batch, [ValueError("nan"), second], [], now_s=1.0))
     assert (bad.ended, good.ended, len(good.tokens)) == (["error nan"], [], 1)
+    check_pages(subject)
+
+
+def test_a_step_that_cannot_be_committed_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence that would have ended with this step fails like the others."""
+    subject = scheduler()
+    engine = FakeEngine(subject)
+    heard = [engine.submit(sequence(words(2, seed), new)) for seed, new in ((1, 1), (2, 5))]
+
+    def broken(*arguments: object) -> None:
+        raise ValueError("x")
+
+    monkeypatch.setattr(subject.speeds, "note", broken)
+    batch = subject.next(0.0)
+    with pytest.raises(ValueError, match="x") as raised:
+        subject.commit(batch, engine._compute(batch), [], now_s=1.0)
+    engine.hear(subject.fail(batch.sequences, raised.value))
+    assert [one.ended for one in heard] == [["error x"], ["error x"]]
     check_pages(subject)
 
 
@@ -238,7 +256,7 @@ def test_cancelling_a_prompt_frees_its_pages_at_once() -> None:
 
 
 def fill(subject: Scheduler, engine: FakeEngine, answers: int, tokens: int) -> None:
-    """Let it see how long answers are."""
+    """Let it learn how long answers are."""
     for number in range(answers):
         subject.submit(sequence(words(2, 100 + number), tokens))
         engine.run()

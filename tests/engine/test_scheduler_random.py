@@ -26,8 +26,8 @@ class Asked:
 
 
 def play(seed: int) -> tuple[int, int, int]:
-    """One random workload; returns how often something was preempted, how many guesses were right, and how many pages
-    were read from disk."""
+    """One random workload. → how often something was preempted, how many guesses were right, how many pages were read
+    from disk"""
     source = random.Random(seed)
     pages = source.randint(6, 40)
     slots = source.choice([0, 3, 20, 200])

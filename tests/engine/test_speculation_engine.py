@@ -57,7 +57,7 @@ class Answer(NamedTuple):
 
 
 class Clock:
-    """Ticks at every reading: every step takes as long as any other, so guesses are free."""
+    """It ticks at every reading, so all steps take equally long, and guesses cost nothing."""
 
     def __init__(self, tick_s: float = 1.0) -> None:
         self.now_s = 0.0
@@ -73,12 +73,12 @@ def load(path: Path, guesses: int, draft: Path | None = None) -> LoadedModel:
     config = replace(CONFIG, max_guesses=guesses)
     model = Assembly(Budget(1 << 30), clock=Clock()).load("tiny", path, config, draft=draft)
     if draft is not None:
-        model.engine._drafter._clock = Clock(0.01)  # much faster than what it guesses for
+        model.engine._drafter._clock = Clock(0.01)  # much faster than the model that it guesses for
     return model
 
 
 def prompt(seed: int) -> list[int]:
-    """Random phrases, some of them again: what the model makes of it is up to its random weights."""
+    """Random phrases, some of them repeated; the model's random weights decide how it goes on."""
     source = random.Random(seed)
     phrase = [source.randrange(200) for _ in range(9)]
     return phrase + [source.randrange(200) for _ in range(5)] + phrase[: source.randrange(2, 9)]
@@ -90,7 +90,7 @@ def answers(
     new_tokens: int = 70,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> tuple[list[Answer], int]:
-    """What each job is answered when all run together, and the steps that it took; `meanwhile` between steps."""
+    """The answer to each job when all run together, and how many steps that took; `meanwhile` runs between steps."""
     listener = Listener(model.engine)
     heard: list[tuple[Sequence, Heard]] = []
     for ids, params, stop_at in jobs:
@@ -141,7 +141,7 @@ def test_together_they_say_the_same_in_fewer_steps(tmp_path: Path) -> None:
 
 
 def test_a_prompt_gets_rows_before_guesses_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside it are guesses only with the step that reads its end."""
+    """Only the step that reads its end also has guesses."""
     path = tiny.save_gguf(tiny.hf_model("qwen2", seed=8), tmp_path / "m.gguf")
     scheduler = (model := load(path, 32)).engine.scheduler
     ids = [7 * i % 90 for i in range(60)]
@@ -189,7 +189,7 @@ def test_a_draft_model_changes_no_token(name: str, tmp_path: Path) -> None:
     jobs = [(prompt(seed), SAMPLINGS[name], None) for seed in range(3)]
     expected, steps = answers(load(path, 0), jobs)
     ahead = load(path, 32, draft=small)
-    for _ in range(2):  # again, with what the small model's cache knows by now
+    for _ in range(2):  # the second time with what the small model's cache knows by then
         found, fewer = answers(ahead, jobs)
         assert [one.ids for one in found] == [one.ids for one in expected]
     if name == "greedy":  # else random weights are too unsure for guesses to be sent
@@ -242,7 +242,7 @@ def test_answers_do_without_a_draft_model_that_fails(
 
 
 def test_tokens_that_a_draft_model_does_not_have(tmp_path: Path) -> None:
-    """Whose text has one gets no guesses of it; whoever runs beside does."""
+    """A text that has such a token gets no guesses from the small model; texts beside it do."""
     vocab = len(tiny.TOKENS)
     path = tiny.save_gguf(tiny.hf_model("llama", seed=8, vocab_size=vocab + 9), tmp_path / "m.gguf")
     small = tiny.save_gguf(tiny.hf_model("llama", seed=8), tmp_path / "small.gguf")

@@ -94,7 +94,7 @@ class World:
         return tokens[:new], seen[:new]
 
     def plan(self) -> Plan:
-        """For an odd budget: the least, a little more, some more, or more than all blocks need."""
+        """A budget of odd size: the least, a little more, some more, or more than all blocks need."""
         source, spec = self.source, self.alone.spec
         wanted = Wanted(
             spec,
@@ -144,7 +144,7 @@ def sizes(family: str, wide: bool) -> dict[str, object]:
 
 
 class Streamed:
-    """An engine whose weights come from the pack, its KV leaving memory for a disk."""
+    """An engine whose weights come from the pack and whose KV goes to disk when it leaves memory."""
 
     def __init__(self, world: World, plan: Plan, slots: int) -> None:
         spec = world.alone.spec
@@ -183,7 +183,7 @@ def play(directory: Path, seed: int) -> tuple[int, int, int]:
     stems = [[source.randrange(vocab) for _ in range(source.randrange(150))] for _ in range(3)]
     stems.append((stems[0][:5] or [7]) * 30)
     slots = source.choice([0, 3, 200])
-    for _ in range(2):  # the second time with the KV that the first has left
+    for _ in range(2):  # the second time with the KV that the first one left
         plan = world.plan()
         streamed = Streamed(world, plan, slots)
         asked: list[tuple[list[int], int, Witness, Heard]] = []

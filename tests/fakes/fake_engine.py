@@ -53,7 +53,7 @@ def following(fingerprints: list[int]) -> int:
 
 
 def continuation(prompt: list[int], new: int) -> list[int]:
-    """What the model says when nobody else is there."""
+    """What the model says to this prompt when it runs alone."""
     tokens, stored = list(prompt), [0]
     for token in prompt:
         stored.append(fingerprint(stored[-1], token))
@@ -64,7 +64,7 @@ def continuation(prompt: list[int], new: int) -> list[int]:
 
 
 class FakeDisk:
-    """Pages of fingerprints in slots. Writing is a step behind; `fails` says whether the next read or write does."""
+    """Pages of fingerprints in slots. Pages are written one step later; the next read or write fails if `fails()`."""
 
     def __init__(self, index: KvIndex, fails: Callable[[], bool] = lambda: False) -> None:
         self.index = index
@@ -157,7 +157,7 @@ class FakeEngine:
         raise AssertionError("it never ends")
 
     def _move(self, batch: Batch) -> list[int]:
-        """Pages read of each recall."""
+        """How many pages of each recall could be read."""
         for move in batch.moves:
             if isinstance(move, Copy):
                 self._memory[move.target] = list(self._memory[move.source])
@@ -185,7 +185,7 @@ class FakeEngine:
 
 
 def _sampled(chunk: Chunk, stored: list[int]) -> list[Sampled]:
-    """What follows the chunk and every right guess of its draft."""
+    """The tokens that follow the chunk and each right guess of its draft."""
     sampled: list[Sampled] = []
     for rows, guess in enumerate((*chunk.draft, None), len(stored) - len(chunk.draft)):
         sampled.append(Sampled(following(stored[:rows])))

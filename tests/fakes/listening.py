@@ -1,4 +1,4 @@
-"""Helper: what is heard of sequences, and an engine that is stepped in the test's own thread."""
+"""Helper: the events of sequences, put together, and an engine that is stepped in the test's own thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shoal.models.sampling import Sampled
 
 @dataclass(eq=False)
 class Heard:
-    """What is heard of one sequence; after `stop_after` tokens it is enough."""
+    """The events of one sequence, put together. After `stop_after` tokens it has had enough."""
 
     stop_after: int | None = None
     begun: bool = False
@@ -29,7 +29,7 @@ class Heard:
         return len(self.sampled) == self.stop_after
 
     def hear(self, event: Event) -> bool:
-        """True when it has just become enough."""
+        """True when it has just had enough."""
         match event:
             case Queued():
                 self.begun = True
@@ -71,7 +71,7 @@ class Listener:
             self.listen()
 
     def run(self, meanwhile: Callable[[], object] = lambda: None) -> int:
-        """Steps until nothing is left to do, `meanwhile` between them; how many they were."""
+        """Step until nothing is left to do, and call `meanwhile` after each step. → how many steps there were"""
         steps = 0
         while self.step():
             steps += 1

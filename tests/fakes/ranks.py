@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Together:
-    """Where the ranks meet. What each brings to a meeting is there for all, in the order of ranks."""
+    """Where the ranks meet. Each brings an array, and all get all arrays, in the order of ranks."""
 
     def __init__(self, ranks: int) -> None:
         self._brought: list[Floats] = [np.empty(0, np.float32)] * ranks
@@ -42,7 +42,7 @@ class Together:
         return brought
 
     def leave(self) -> None:
-        """For a rank that failed: nobody waits for it."""
+        """A rank that failed calls this, so that nobody waits for it."""
         self._barrier.abort()
 
 
@@ -101,7 +101,7 @@ class Group:
         return Rank(executor, clock=lambda: 0.0)
 
     def run(self, order: Order) -> list[Result]:
-        """What every rank makes of an order."""
+        """The result of an order on every rank."""
         return self._each(lambda rank: rank.run(order))
 
     def _each(self, do: Callable[[Rank], T]) -> list[T]:

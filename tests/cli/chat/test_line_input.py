@@ -15,7 +15,7 @@ from shoal.cli.chat.line_input import LineReader, unechoed
 
 
 def type_keys(tmp_path: Path, keys: str) -> tuple[list[str | None], Path]:
-    """Everything that is read of `keys`, up to the end or Ctrl-C."""
+    """What the reader returns for these keys, up to the end or Ctrl-C."""
     history = tmp_path / "history"
     said: list[str | None] = []
     with create_pipe_input() as pipe:

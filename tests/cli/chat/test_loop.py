@@ -26,7 +26,7 @@ from shoal.daemon.errors import DaemonError
 
 
 class Daemon:
-    """A daemon that can be there or not, and can be started."""
+    """A daemon that runs or does not, and can be started."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.up = True
@@ -54,7 +54,7 @@ class Daemon:
 
 
 class Script:
-    """A user who says these things and then leaves; functions are called in passing."""
+    """A user who says these texts, calls these functions in between, and then leaves."""
 
     def __init__(self, *said: str | Callable[[], None]) -> None:
         self.said = list(said)
@@ -238,7 +238,6 @@ def test_models_are_listed_and_changed(
     daemon.client.models["other"] = model_status("other", chat_template=False)
     talk(state, "/model tiny")
     assert talk(state, "/model other") == 1
-    assert state.link.model is not None
     assert state.link.model.name == "tiny"
 
 
@@ -323,7 +322,7 @@ def test_the_line_below_the_prompt_fits_narrow_terminals(
     daemon: Daemon, state: ChatState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    state.link.model = model_status("A-Model-With-A-Long-Name.Q4_1.gguf")
+    state.link._model = model_status("A-Model-With-A-Long-Name.Q4_1.gguf")
     assert toolbar(state) == " A-Model-… · context 0/100 (0%) · /help"
     assert len(toolbar(state)) < 40
 

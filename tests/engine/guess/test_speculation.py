@@ -1,4 +1,4 @@
-"""Guessing ahead: what is found in the text, what a step costs, and how deep it pays to guess."""
+"""Guessing ahead: what is found in the text, what a step costs, and how deep a guess pays."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_nothing_new_is_made_up(tokens: list[int]) -> None:
 @settings(deadline=None, max_examples=150)
 @given(texts, st.integers(0, 9))
 def test_a_proposal_continues_an_earlier_place_and_misses_none(tokens: list[int], limit: int) -> None:
-    """Fewer places than candidates: the best agreement of all is found, and its text repeats from there."""
+    """Where the text has fewer places than are compared, the best agreement is found, and what followed it repeats."""
     tokens = tokens[:18]
     draft = PromptLookup(tokens).propose(limit)
     best = max((agreement(tokens, place) for place in range(SHORTEST, len(tokens))), default=0)
@@ -197,7 +197,7 @@ def test_dear_rows_buy_nothing_and_cheap_ones_all() -> None:
 
 
 def simulate(text: list[int], prompt: int, row_share: float) -> tuple[int, float]:
-    """Steps and rows' cost of writing `text` after its first `prompt` tokens, on a machine with that cost."""
+    """How many steps it takes to write `text` after its first `prompt` tokens, and what their rows cost."""
     cost, true = StepCost(), StepCost(row_share)
     tokens = text[:prompt]
     guesser = Guesser(tokens)
@@ -227,14 +227,14 @@ def test_repetition_is_found_out_within_a_few_dozen_tokens() -> None:
 
 @pytest.mark.parametrize("row_share", [0.1, 0.3, 1.0])
 def test_guessing_costs_next_to_nothing_where_it_is_always_wrong(row_share: float) -> None:
-    """Pairs of tokens come back all the time, and never with the same token after them."""
+    """Pairs of tokens return all the time, but never with the same token after them."""
     text = [token for i in range(300) for token in (1, 2, 10 + i)]
     _, spent = simulate(text, 30, row_share)
     assert spent < 1.03 * (len(text) - 30)
 
 
 def test_a_further_round_of_a_draft_model_must_pay_for_itself_and_its_rows() -> None:
-    """At a cost of 1 for a row and 0.15 for each more; with rounds this dear the model is not asked at all."""
+    """The first row costs 1, each further one 0.15. If a round costs this much, the model is not asked at all."""
     cost, draft_cost = StepCost(), StepCost()
     draft_cost.note(2, 100.0)
     guessers = [Guesser([1, 2, 3]), Guesser([4, 5, 6])]
