@@ -102,13 +102,13 @@ class Engine:
 
     @contextmanager
     def _changing(self) -> Iterator[list[Event]]:
-        """Lock the scheduler for a change. The events of that are added to the list, and somebody is told of them."""
-        try:
-            with self._lock:
-                yield self._events
-        finally:
-            if self._events:
-                self._notify(self)
+        """Lock the scheduler for a change. Its events are added to the list; if there are any, `notify` is called."""
+        with self._lock:
+            before = len(self._events)
+            yield self._events
+            added = len(self._events) > before
+        if added:
+            self._notify(self)
 
     # --- steps ---------------------------------------------------------------------------------------------
 
