@@ -22,7 +22,7 @@ from engines import kinds
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.assembly import Assembly
-from shoal.daemon.loading.model import LoadedModel
+from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.kernels import set_threads
 from shoal.kernels.arrays import Floats
 from shoal.models.step import Step

@@ -16,13 +16,13 @@ from shoal import kernels
 from shoal.comm.home import Home
 from shoal.comm.messages import ChatMessage, Generate, Sampling, Token
 from shoal.daemon.answer import Answer
-from shoal.daemon.asking import answer_of, chat_tokens, sequence_of
 from shoal.daemon.backend import Event
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.memory import budget_of
 from shoal.daemon.node import package_version
+from shoal.daemon.request import answer_of, chat_tokens, sequence_of
 from shoal.engine.sequence import Sequence
 from shoal.kernels.arrays import Floats
 from shoal.models.sampling import Sampled

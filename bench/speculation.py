@@ -21,11 +21,11 @@ from statistics import median
 from typing import Any
 
 from shoal.comm.messages import ChatMessage
-from shoal.daemon.asking import chat_tokens
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.assembly import Assembly
-from shoal.daemon.loading.model import LoadedModel
+from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.memory import available_bytes
+from shoal.daemon.request import chat_tokens
 from shoal.engine.sequence import Failed, Sequence
 from shoal.kernels import set_threads
 from shoal.models.sampling import Sampler, SamplingParams

@@ -22,7 +22,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
 from shoal.daemon.server.socket_lock import holder_pid
 
-from .errors import Exit
+from .exit_codes import Exit
 
 START_LIMIT_S = 300.0  # a large model from a slow disk
 DAEMON_POLL_S = 0.1

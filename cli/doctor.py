@@ -28,7 +28,7 @@ from shoal.daemon.progress import Progress
 from shoal.daemon.sizes import format_bytes
 
 from . import background
-from .errors import Exit
+from .exit_codes import Exit
 from .interrupt import deferred_interrupt
 from .options import examples, json_option
 from .output import console, facts, print_json, spinner, transfer_bar
@@ -105,7 +105,7 @@ def _python() -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     with spinner("looking at the kernels"), deferred_interrupt():
         try:
-            from shoal.daemon.description import kernel_home
+            from shoal.daemon.checkpoint_facts import kernel_home
         except ImportError as error:
             found = f"cannot be imported: {error}"
             yield Finding("kernels", "broken", found, "pip install --force-reinstall shoal")

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import Exit
+from .exit_codes import Exit
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def show(model: str, as_json: bool, plan: PlanOptions) -> None:
     path = Library(home).resolve(wanted.model)
     with spinner("looking"):
         with deferred_interrupt():
-            from shoal.daemon.description import checkpoint_facts
+            from shoal.daemon.checkpoint_facts import checkpoint_facts
             from shoal.daemon.library.packs import Packs
             from shoal.daemon.loading.outlook import TooLarge, outlook
         described = checkpoint_facts(path)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import click
 
-from .errors import Exit, explain
+from .exit_codes import Exit, explain
 from .output import folded
 from .paint import printable
 

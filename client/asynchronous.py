@@ -35,7 +35,7 @@ from shoal.comm.messages import (
 )
 
 from . import connection as link
-from .face import ClientFace
+from .base import ClientFace
 from .session import HELLO, ChatLike, Exchange, Frames, M, tokenize_request, whole_text
 
 READ_BATCH = 256  # messages that are sorted before other tasks get a turn

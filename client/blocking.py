@@ -37,7 +37,7 @@ from shoal.comm.messages import (
 )
 
 from . import connection as link
-from .face import ClientFace
+from .base import ClientFace
 from .session import HELLO, ChatLike, Exchange, Frames, M, tokenize_request, whole_text
 
 AnswerStream = Generator[StreamEvent, None, None]

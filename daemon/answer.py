@@ -15,14 +15,14 @@ from shoal.comm.messages import (
     TokenLogprob,
     Usage,
 )
-from shoal.engine.sequence import Emitted, Ended, Event, Failed, Queued, Sequence
+from shoal.engine.sequence import Emitted, Ended, Failed, Queued, Sequence, SequenceEvent
 from shoal.models.sampling import Sampled
 from shoal.models.tokenizer.detokenizer import Detokenizer
 from shoal.models.tokenizer.stop_strings import StopMatcher
 from shoal.models.tokenizer.tokenizer import Tokenizer
 
 from .backend import Emit
-from .translate import translated
+from .error_codes import translated
 
 
 class Answer:
@@ -52,7 +52,7 @@ class Answer:
         self._last_token_s = 0.0
         self._stopped = False  # by a stop string: the answer is complete, whatever the sequence still does
 
-    def take(self, event: Event) -> bool:
+    def take(self, event: SequenceEvent) -> bool:
         """Emit the messages of an event. True when a stop string was found, so that the sequence may end."""
         match event:
             case Queued():

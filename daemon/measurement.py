@@ -18,7 +18,7 @@ import numpy as np
 
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
-from shoal.daemon.loading.model import LoadedModel
+from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
 from shoal.engine.sequence import Emitted, Failed, Sequence

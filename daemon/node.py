@@ -35,21 +35,21 @@ from shoal.comm.messages import (
 from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
-from shoal.daemon.loading.loaded import LoadedModels
+from shoal.daemon.loading.loaded_model import LoadedModel
+from shoal.daemon.loading.loaded_models import LoadedModels
 from shoal.daemon.loading.loader import Loader
-from shoal.daemon.loading.model import LoadedModel
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
-from .answering import Answering
-from .asking import answer_of, chat_tokens, prompt_of, sequence_of
+from .answer_thread import Answering
 from .backend import STAGE_S, CancelCall, Emit, Event
 from .config import NodeConfig
+from .error_codes import translated
 from .errors import DaemonError
 from .memory import budget_of, resident_bytes, return_freed
 from .model_name import Reference
 from .progress import Progress, no_progress
-from .translate import translated
+from .request import answer_of, chat_tokens, prompt_of, sequence_of
 
 log = logging.getLogger(__name__)
 

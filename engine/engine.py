@@ -26,7 +26,7 @@ from .guess.drafter import Drafter
 from .order import Result
 from .rank import Rank
 from .scheduler import Scheduler
-from .sequence import Event, FinishReason, Sequence
+from .sequence import EndReason, Sequence, SequenceEvent
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Engine:
         self._notify = notify
         self._clock = clock
         self._drafter = drafter
-        self._events: list[Event] = []
+        self._events: list[SequenceEvent] = []
         self._stepping = threading.Lock()  # held throughout a step
         self._lock = threading.Lock()  # guards scheduler and events; never held while anything is computed
 
@@ -66,7 +66,7 @@ class Engine:
         with self._changing() as events:
             events += self.scheduler.submit(sequence)
 
-    def end(self, sequence: Sequence, reason: FinishReason) -> None:
+    def end(self, sequence: Sequence, reason: EndReason) -> None:
         """End a sequence early; idempotent."""
         with self._changing() as events:
             events += self.scheduler.end(sequence, reason)
@@ -81,7 +81,7 @@ class Engine:
         with self._changing() as events:
             events += self.scheduler.fail_all(error)
 
-    def events(self) -> list[Event]:
+    def events(self) -> list[SequenceEvent]:
         """What has happened to sequences since the last call, in order."""
         with self._lock:
             taken, self._events = self._events, []
@@ -101,7 +101,7 @@ class Engine:
             self._stepping.release()
 
     @contextmanager
-    def _changing(self) -> Iterator[list[Event]]:
+    def _changing(self) -> Iterator[list[SequenceEvent]]:
         """Lock the scheduler for a change. Its events are added to the list; if there are any, `notify` is called."""
         with self._lock:
             before = len(self._events)

@@ -12,7 +12,7 @@ import numpy as np
 
 from shoal.kernels.arrays import Floats
 from shoal.models.step import Step
-from shoal.offload.kv.disk import KvDisk
+from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import Save
 
 from .executor import Executor

@@ -24,7 +24,7 @@ from .batch import Batch, Chunk, Recall
 from .guess.speculation import drafts
 from .learn.speeds import Speeds
 from .learn.step_cost import ROW_SHARE
-from .sequence import Emitted, Ended, Event, Failed, FinishReason, Queued, Sequence
+from .sequence import Emitted, Ended, EndReason, Failed, Queued, Sequence, SequenceEvent
 
 Results = Ordered[Ordered[Sampled] | Exception]
 
@@ -78,12 +78,12 @@ class Scheduler:
 
     # --- requests ------------------------------------------------------------------------------------------
 
-    def submit(self, sequence: Sequence) -> list[Event]:
+    def submit(self, sequence: Sequence) -> list[SequenceEvent]:
         """Queue a sequence. Raises QueueFull, or NeverFits when it could never run."""
         self.admission.enter(sequence, self.running)
         return [Queued(sequence)]
 
-    def end(self, sequence: Sequence, reason: FinishReason) -> list[Event]:
+    def end(self, sequence: Sequence, reason: EndReason) -> list[SequenceEvent]:
         """End a sequence with what it has, unless it has ended already."""
         if sequence.ended:
             return []
@@ -92,7 +92,7 @@ class Scheduler:
         self.cache.release(sequence.holding, sequence.tokens, sequence.computed)
         return [Ended(sequence, reason)]
 
-    def fail(self, sequences: Iterable[Sequence], error: Exception) -> list[Event]:
+    def fail(self, sequences: Iterable[Sequence], error: Exception) -> list[SequenceEvent]:
         """End sequences with an error, those that have not ended already."""
         failing = [sequence for sequence in sequences if not sequence.ended]
         for sequence in failing:
@@ -100,10 +100,10 @@ class Scheduler:
             self.cache.drop(sequence.holding)
         return [Failed(sequence, error) for sequence in failing]
 
-    def fail_all(self, error: Exception) -> list[Event]:
+    def fail_all(self, error: Exception) -> list[SequenceEvent]:
         return self.fail([*self.running, *self.waiting], error)
 
-    def expire(self, now_s: float) -> list[Event]:
+    def expire(self, now_s: float) -> list[SequenceEvent]:
         """End what is past its deadline."""
         late = [s for s in (*self.running, *self.waiting) if s.deadline_s <= now_s]
         return [event for sequence in late for event in self.end(sequence, "deadline")]
@@ -238,7 +238,7 @@ class Scheduler:
         now_s: float,
         read_s: float = 0.0,
         stall_s: float = 0.0,
-    ) -> list[Event]:
+    ) -> list[SequenceEvent]:
         """Append what was sampled. `results`: for each chunk the tokens that follow it, or an error. `pages_read`: how
         many pages of each recall could be read. That took `read_s` of the step; for `stall_s` it waited for weights."""
         prompts = len(batch.chunks) - batch.decodes
@@ -246,7 +246,7 @@ class Scheduler:
         self.speeds.note_reads(sum(pages_read), read_s)
         for recall, pages in zip(batch.recalls, pages_read, strict=True):
             self._recalled(recall, pages, batch.began_s)
-        events: list[Event] = []
+        events: list[SequenceEvent] = []
         for chunk, result in zip(batch.chunks, results, strict=True):
             times = chunk.sequence.times
             times.admitted_s = times.admitted_s or batch.began_s
@@ -262,7 +262,9 @@ class Scheduler:
             self._take_over(sequence, recall.found[pages - 1].computed)
             self.cache.publish(sequence.holding, sequence.tokens, sequence.computed)
 
-    def _append(self, chunk: Chunk, result: Ordered[Sampled] | Exception, now_s: float) -> list[Event]:
+    def _append(
+        self, chunk: Chunk, result: Ordered[Sampled] | Exception, now_s: float
+    ) -> list[SequenceEvent]:
         """Append to a sequence the tokens that follow its chunk; it may end with them."""
         sequence = chunk.sequence
         if isinstance(result, Exception):
@@ -273,7 +275,7 @@ class Scheduler:
         sequence.computed = chunk.end
         before = len(sequence.tokens)
         emitted: list[Sampled] = []
-        reason: FinishReason | None = None
+        reason: EndReason | None = None
         for one in result:
             sequence.computed = len(sequence.tokens)
             sequence.tokens.append(one.token_id)
@@ -285,7 +287,7 @@ class Scheduler:
                 reason = "length"
                 break
         self._account(chunk, sequence.tokens[before:])
-        events: list[Event] = [Emitted(sequence, emitted, now_s)] if emitted else []
+        events: list[SequenceEvent] = [Emitted(sequence, emitted, now_s)] if emitted else []
         if reason is not None:
             return events + self.end(sequence, reason)
         self.cache.publish(sequence.holding, sequence.tokens, sequence.computed)

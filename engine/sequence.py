@@ -14,7 +14,7 @@ from shoal.offload.kv.prefix_cache import Holding
 
 from .guess.speculation import Guesser
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+EndReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Ended(NamedTuple):
     """The sequence has ended. This is its last event."""
 
     sequence: Sequence
-    reason: FinishReason
+    reason: EndReason
 
 
 class Failed(NamedTuple):
@@ -98,4 +98,4 @@ class Failed(NamedTuple):
     error: Exception
 
 
-Event = Queued | Emitted | Ended | Failed
+SequenceEvent = Queued | Emitted | Ended | Failed

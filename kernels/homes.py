@@ -41,9 +41,9 @@ def _native(name: str) -> CpuHome:
 
 
 def _reference() -> CpuHome:
-    from shoal.kernels.reference import Reference  # and with it torch: 125 MB that others do without
+    from shoal.kernels.reference import ReferenceHome  # and with it torch: 125 MB that others do without
 
-    return Reference()
+    return ReferenceHome()
 
 
 def cpu() -> CpuHome:

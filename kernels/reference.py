@@ -21,7 +21,7 @@ from torch.nn.functional import gelu, silu
 from shoal.kernels.arrays import Array, Bytes, Floats, Ids
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
 from shoal.kernels.attention_reference import attend
-from shoal.kernels.bands import from_bands, to_bands
+from shoal.kernels.band_layout import from_bands, to_bands
 from shoal.kernels.cpu_home import CpuHome, check_attention, check_experts, check_linears, check_norm
 from shoal.kernels.errors import OperandError
 from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
@@ -41,7 +41,7 @@ IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69
 warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 
-class Reference(CpuHome):
+class ReferenceHome(CpuHome):
     """Computes in float32, except that quantised weights are multiplied by `quantised_inputs`."""
 
     name = "reference"

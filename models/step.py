@@ -15,7 +15,7 @@ import numpy as np
 from shoal.kernels.arrays import Ids
 from shoal.kernels.attention_operands import Segments
 
-WHOLE = 1 << 30  # rows: more than any step has
+ALL_ROWS = 1 << 30  # rows: more than any step has
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Step:
 
     @classmethod
     def build(
-        cls, chunks: Iterable[tuple[Sequence[int], int, Sequence[int], int]], part_tokens: int = WHOLE
+        cls, chunks: Iterable[tuple[Sequence[int], int, Sequence[int], int]], part_tokens: int = ALL_ROWS
     ) -> Step:
         """From (token ids, start position, KV pages, how many of the last rows are wanted) per sequence."""
         parts: list[list[tuple[int, int, Sequence[int]]]] = [[]]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from .guesses import KV_SHARE, SCRATCH_SHARE, WINDOW_SHARE
+from .hardware_guesses import KV_SHARE, SCRATCH_SHARE, WINDOW_SHARE
 from .memory_layout import PAGE_TOKENS, kv_page_bytes
 from .pinning import Pinnings, between
 from .plan import BlockPlan, Misfit, Plan, Wanted, least_kv_pages, plan_of, scratch_bytes

@@ -38,7 +38,7 @@ INNER = {
         "daemon.private_files",
         "daemon.progress",
         "daemon.sizes",
-        "daemon.translate",
+        "daemon.error_codes",
     },
     "engine/learn": set[str](),
 }
@@ -177,6 +177,24 @@ def test_folders_stay_small_and_names_tell_modules_apart() -> None:
         assert count <= MAX_MODULES, f"{folder.relative_to(ROOT)} has {count} modules"
     stems = Counter(path.stem for path in paths if path.stem != "errors")  # each room has its own errors
     assert {stem: n for stem, n in stems.items() if n > 1} == {}
+
+
+def test_no_two_modules_give_one_name_to_two_things() -> None:
+    """Of public classes, types and constants; names of one's own, such as `_F32`, mislead nobody."""
+    owners: dict[str, set[str]] = {}
+    for path in everywhere():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names: list[str] = []
+            if isinstance(node, ast.ClassDef):
+                names = [node.name]
+            elif isinstance(node, ast.Assign):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names = [node.target.id]
+            for name in names:
+                if name[0].isupper() and len(name) > 1:
+                    owners.setdefault(name, set()).add(dotted(path))
+    assert {name: sorted(found) for name, found in owners.items() if len(found) > 1} == {}
 
 
 def test_tests_lie_as_the_rooms_do() -> None:

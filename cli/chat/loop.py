@@ -18,7 +18,7 @@ import click
 
 from shoal.cli import background
 from shoal.cli.answers import in_process, reference
-from shoal.cli.errors import Exit, explain
+from shoal.cli.exit_codes import Exit, explain
 from shoal.cli.options import (
     AnswerOptions,
     PlanOptions,

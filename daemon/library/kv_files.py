@@ -20,8 +20,8 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.offload.errors import OffloadError
-from shoal.offload.kv.disk import KvDisk
 from shoal.offload.kv.disk_file import INDEX, KvFile, slots_within
+from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.pool import KV_LAYOUT, KvPool
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.memory_layout import PAGE_TOKENS

@@ -15,11 +15,11 @@ from msgspec import Struct
 
 from shoal.comm.home import Home
 from shoal.daemon.config import default_threads
+from shoal.daemon.error_codes import translated
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import resident_bytes
 from shoal.daemon.model_name import WHOLE, ShardName
 from shoal.daemon.sizes import format_bytes, format_duration
-from shoal.daemon.translate import translated
 from shoal.kernels import set_threads
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint

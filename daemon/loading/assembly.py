@@ -20,10 +20,10 @@ from shoal.engine.guess.drafter import Drafter
 from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
 from shoal.offload.budget import Budget
-from shoal.offload.kv.disk import KvDisk
+from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import PrefixCache
 
-from .model import LoadedModel, release
+from .loaded_model import LoadedModel, release
 from .planning import least_bytes, row_share
 from .refusal import refusing
 from .runnable import Runnable, read_draft

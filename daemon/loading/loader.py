@@ -18,8 +18,8 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 from .assembly import Assembly
 from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
-from .loaded import LoadedModels
-from .model import LoadedModel
+from .loaded_model import LoadedModel
+from .loaded_models import LoadedModels
 from .planning import least_bytes
 from .refusal import refusing
 from .runnable import check_vocabulary

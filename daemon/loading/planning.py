@@ -18,7 +18,7 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.offload.pack.builder import source_of
 from shoal.offload.pack.layout import layout
 from shoal.offload.pack.manifest import Quant
-from shoal.partition.guesses import MEMORY_BYTES_PER_S
+from shoal.partition.hardware_guesses import MEMORY_BYTES_PER_S
 from shoal.partition.plan import Misfit, Plan, Wanted, first_fit, least_in_ram, plan_in_ram
 from shoal.partition.spec import BlockId, ModelSpec
 from shoal.partition.streamed_plan import kv_has_room, plan_streamed

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from shoal.daemon.error_codes import translated
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.translate import translated
 from shoal.models.errors import CheckpointError
 from shoal.offload.errors import BudgetExceeded
 

@@ -13,7 +13,7 @@ from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.pack.manifest import Quant
 from shoal.offload.window.pinned import PackReader
 from shoal.offload.window.window_store import WindowStore
-from shoal.partition.guesses import DISK_BYTES_PER_S
+from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
 from shoal.partition.plan import Plan
 
 MEASURED_BYTES = 64 << 20  # loading fewer bytes says nothing about the disk's speed

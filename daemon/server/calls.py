@@ -18,7 +18,7 @@ from shoal.comm.messages import REQUESTS, Chat, Error, Generate, Load, Message, 
 from shoal.daemon.backend import Backend
 from shoal.daemon.errors import DaemonError
 
-from .flight import Flight
+from .in_flight import Flight
 from .log_rate import SeldomLog
 
 WORK = frozenset({"generate", "chat", "tokenize", "load", "unload", "status"})

@@ -19,7 +19,7 @@ from shoal.comm.errors import ProtocolError
 from shoal.comm.messages import STREAMING, TYPE_NAMES, Error, Message
 from shoal.comm.waker import Waker
 
-from .flight import Flight, Peer
+from .in_flight import Flight, Peer
 from .limits import ServerLimits
 from .log_rate import SeldomLog
 

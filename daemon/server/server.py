@@ -28,7 +28,7 @@ from shoal.daemon.backend import Backend
 from shoal.daemon.errors import DaemonError
 
 from .calls import WORK, Dispatcher
-from .flight import Peer
+from .in_flight import Peer
 from .limits import ServerLimits
 from .log_rate import SeldomLog
 from .outbox import FULL_QUEUE_RETRY_S, Outbox

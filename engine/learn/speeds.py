@@ -5,8 +5,8 @@ Pure: durations are handed in.
 
 from __future__ import annotations
 
+from .kv_read_cost import ReadCost, followed
 from .pacing import Pacer
-from .recalling import ReadCost, followed
 from .step_cost import StepCost
 
 

@@ -15,7 +15,7 @@ from shoal.kernels.huge_pages import Arena
 from shoal.partition.plan import KvPlan
 from shoal.partition.spec import ModelSpec
 
-from .disk import KvDisk
+from .disk_pages import KvDisk
 from .pages import PageTable
 from .prefix_cache import Copy, Move
 

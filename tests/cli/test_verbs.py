@@ -16,7 +16,7 @@ import pytest
 from fakes.cli_fakes import shoal, shoal_process
 
 from shoal.cli import verbs
-from shoal.cli.errors import explain
+from shoal.cli.exit_codes import explain
 from shoal.cli.interrupt import deferred_interrupt
 from shoal.cli.options import AnswerOptions, PlanOptions
 from shoal.cli.output import print_json

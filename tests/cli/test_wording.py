@@ -12,18 +12,18 @@ from fakes import tiny
 from fakes.cli_fakes import FakeClient, model_status, shoal
 
 from shoal import client as client_room
-from shoal.cli.errors import explain
+from shoal.cli.exit_codes import explain
 from shoal.cli.verbs import VERBS, cli
 from shoal.cli.wording import NONE_WORDS, WORDS, worded
 from shoal.comm.errors import RequestFailed
 from shoal.comm.home import Home
 from shoal.daemon import measurement, memory
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.error_codes import translated
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import MODEL_MANIFEST, Library
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.library.pull import pull
-from shoal.daemon.translate import translated
 from shoal.engine.errors import NeverFits
 
 

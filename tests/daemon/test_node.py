@@ -28,7 +28,7 @@ from shoal.comm.messages import (
 )
 from shoal.daemon.backend import Event
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.loading.model import LoadedModel
+from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
 from shoal.engine.batch import Batch

@@ -8,7 +8,7 @@ from fakes.fake_engine import PAGE, FakeEngine, check_pages, continuation, sched
 from shoal.engine.errors import NeverFits, QueueFull
 from shoal.engine.learn.pacing import SLOWDOWN
 from shoal.engine.scheduler import Scheduler
-from shoal.engine.sequence import Ended, Event
+from shoal.engine.sequence import Ended, SequenceEvent
 
 
 def ranges(engine: FakeEngine) -> list[tuple[int, int]]:
@@ -184,7 +184,7 @@ def test_clients_take_turns_whatever_they_queue() -> None:
     order: list[str] = []
     hear = engine.hear
 
-    def noting(events: list[Event]) -> None:
+    def noting(events: list[SequenceEvent]) -> None:
         order.extend(event.sequence.client for event in events if isinstance(event, Ended))
         hear(events)
 

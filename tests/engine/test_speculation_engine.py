@@ -18,7 +18,7 @@ from fakes.listening import Heard, Listener
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.assembly import Assembly
-from shoal.daemon.loading.model import LoadedModel
+from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.batch import Batch
 from shoal.engine.guess.drafter import _likeliest
 from shoal.engine.sequence import Sequence

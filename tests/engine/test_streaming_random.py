@@ -27,8 +27,8 @@ from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.models.transformer import Transformer
-from shoal.offload.kv.disk import KvDisk
 from shoal.offload.kv.disk_file import KvFile
+from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.kv.prefix_cache import PrefixCache
 from shoal.offload.window import readers

@@ -14,7 +14,7 @@ from fakes.listening import Heard
 from shoal.engine.batch import Batch, Chunk, Recall
 from shoal.engine.errors import EngineError
 from shoal.engine.scheduler import Scheduler
-from shoal.engine.sequence import Event, Sequence
+from shoal.engine.sequence import Sequence, SequenceEvent
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.offload.kv.disk_index import KvIndex
 from shoal.offload.kv.pages import PageTable
@@ -128,7 +128,7 @@ class FakeEngine:
     def cancel(self, asked: Sequence) -> None:
         self.hear(self.scheduler.end(asked, "cancelled"))
 
-    def hear(self, events: Iterable[Event]) -> None:
+    def hear(self, events: Iterable[SequenceEvent]) -> None:
         for event in events:
             if self._heard[event.sequence].hear(event):
                 self.hear(self.scheduler.end(event.sequence, "stop"))

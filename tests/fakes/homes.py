@@ -8,7 +8,7 @@ from shoal.kernels import KernelError, Linears, Matrix
 from shoal.kernels import native_library as library
 from shoal.kernels.arrays import Array, Floats
 from shoal.kernels.homes import cpu
-from shoal.kernels.reference import Reference
+from shoal.kernels.reference import ReferenceHome
 
 
 def _here() -> list[str]:
@@ -23,7 +23,7 @@ def _here() -> list[str]:
 
 NATIVE = _here()
 HOMES = ["reference", *NATIVE]
-TRUTH = Reference()
+TRUTH = ReferenceHome()
 
 
 def linear(x: Floats, w: Matrix, bias: Floats | None = None) -> Floats:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shoal.engine.engine import Engine
-from shoal.engine.sequence import Emitted, Ended, Event, Failed, Queued, Sequence
+from shoal.engine.sequence import Emitted, Ended, Failed, Queued, Sequence, SequenceEvent
 from shoal.models.sampling import Sampled
 
 
@@ -28,7 +28,7 @@ class Heard:
     def enough(self) -> bool:
         return len(self.sampled) == self.stop_after
 
-    def hear(self, event: Event) -> bool:
+    def hear(self, event: SequenceEvent) -> bool:
         """True when it has just had enough."""
         match event:
             case Queued():

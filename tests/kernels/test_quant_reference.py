@@ -21,7 +21,7 @@ from shoal.kernels import (
     reference,
     weight_type,
 )
-from shoal.kernels.bands import from_bands, to_bands
+from shoal.kernels.band_layout import from_bands, to_bands
 from shoal.kernels.types import BF16, F16, F32, Q4_0, Q6_K, UNSUPPORTED_NAMES
 
 kinds = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)

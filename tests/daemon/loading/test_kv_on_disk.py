@@ -16,7 +16,7 @@ from shoal.comm.messages import Done, Generate, Load, ModelStatus, Sampling, Tok
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.node import Node
-from shoal.engine.learn.recalling import ReadCost
+from shoal.engine.learn.kv_read_cost import ReadCost
 from shoal.offload.kv.disk_file import INDEX, PAGES
 
 CONFIG = NodeConfig(

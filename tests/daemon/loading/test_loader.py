@@ -15,12 +15,12 @@ from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
 
 from shoal.comm.messages import Accepted, Done, Load, Sampling, Unload
-from shoal.daemon.asking import DEFAULT_SAMPLING, sampling_of
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
+from shoal.daemon.request import DEFAULT_SAMPLING, sampling_of
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.partition.plan import Misfit, Plan
 

@@ -30,7 +30,7 @@ from shoal.comm.curve_keys import KeyRing
 from shoal.comm.errors import NoDaemon, RequestFailed
 from shoal.comm.messages import Done, Generate, Load, Loaded, Ping, Pong, Status, StatusReply, Token
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.server.flight import Flight, Peer
+from shoal.daemon.server.in_flight import Flight, Peer
 from shoal.daemon.server.server import Server
 from shoal.daemon.server.socket_lock import holder_pid, lock_path, socket_lock
 

@@ -272,7 +272,7 @@ def test_a_slow_but_reading_client_gets_everything():
 
 
 def test_a_stage_is_told_to_who_asked_for_it(monkeypatch):
-    monkeypatch.setattr("shoal.daemon.server.flight.STAGE_S", 0.0)
+    monkeypatch.setattr("shoal.daemon.server.in_flight.STAGE_S", 0.0)
     heard = []
     with running() as daemon, Client(daemon.address, timeout_s=PATIENCE_S) as client:
         assert "progress" in client.hello().features

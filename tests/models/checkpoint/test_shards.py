@@ -20,7 +20,7 @@ from fakes.running import relative_error
 
 from shoal.kernels import WEIGHT_TYPES, gather_rows, home_of
 from shoal.kernels.arrays import Bytes, Floats, Ids
-from shoal.kernels.bands import from_bands
+from shoal.kernels.band_layout import from_bands
 from shoal.kernels.matrix import Matrix
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from shoal.kernels.arrays import Bytes
 from shoal.offload.errors import KvFileError
-from shoal.offload.kv.disk import KvDisk
 from shoal.offload.kv.disk_file import INDEX, MOST_USED, PAGES, SYNC_BYTES, KvFile, checksum
 from shoal.offload.kv.disk_index import DIGEST_BYTES, Entry, packed
+from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import Save
 
 KEY = bytes(range(32))

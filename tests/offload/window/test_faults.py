@@ -18,7 +18,7 @@ from fakes.listening import Heard, Listener
 from fakes.running import Running
 from fakes.streaming import Streaming, packed, run, texts
 
-from shoal.daemon.translate import translated
+from shoal.daemon.error_codes import translated
 from shoal.engine.engine import Engine
 from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler

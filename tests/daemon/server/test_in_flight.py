@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.comm.messages import STREAMING, TYPE_NAMES, Accepted, Error, Message, Token
-from shoal.daemon.server.flight import NEXT, Flight, FlightState, Peer
+from shoal.daemon.server.in_flight import NEXT, Flight, FlightState, Peer
 
 DEADLINE_S = 5.0
 ACCEPTED = Accepted(model="m", prompt_tokens=1)

@@ -14,7 +14,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.model_name import Reference
 from shoal.offload.budget import Budget
 
-from .model import LoadedModel
+from .loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
 

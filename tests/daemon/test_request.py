@@ -8,9 +8,9 @@ import pytest
 from fakes.asking import CONFIG
 
 from shoal.comm.messages import Load, Sampling
-from shoal.daemon.asking import sampling_of
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
+from shoal.daemon.request import sampling_of
 
 
 def test_advice_beyond_the_limits_is_refused_with_field_value_and_limit(path: Path) -> None:

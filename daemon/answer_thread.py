@@ -10,13 +10,13 @@ import logging
 import threading
 
 from shoal.engine.engine import Engine
-from shoal.engine.sequence import Event, Sequence
+from shoal.engine.sequence import Sequence, SequenceEvent
 
 from .answer import Answer
 
 log = logging.getLogger(__name__)
 
-IDLE_WAIT_S = 1.0  # how long the thread sleeps before it looks again by itself
+QUIET_S = 1.0  # how long the thread sleeps before it looks again by itself
 
 
 class Answering:
@@ -74,7 +74,7 @@ class Answering:
         A method of its own: a variable of the loop would keep the last engine in memory while there are no events.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._engines or self._closed, IDLE_WAIT_S)
+            self._changed.wait_for(lambda: self._engines or self._closed, QUIET_S)
             if not self._engines:
                 return not self._closed
             engine = next(iter(self._engines))
@@ -83,7 +83,7 @@ class Answering:
             self._tell(engine, event)
         return True
 
-    def _tell(self, engine: Engine, event: Event) -> None:
+    def _tell(self, engine: Engine, event: SequenceEvent) -> None:
         answer = self._answers.get(event.sequence)
         if answer is None:
             return

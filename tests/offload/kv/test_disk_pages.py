@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from shoal.kernels.arrays import Bytes
-from shoal.offload.kv.disk import KvDisk, buffer_bytes, queue_pages
 from shoal.offload.kv.disk_file import PAGES, SYNC_BYTES, KvFile
 from shoal.offload.kv.disk_index import NO_TEXT, Entry, chained, packed
+from shoal.offload.kv.disk_pages import KvDisk, buffer_bytes, queue_pages
 from shoal.offload.kv.prefix_cache import Save
 
 PAGE_BYTES = 3 << 20  # ten of them may wait

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from shoal.comm.messages import Accepted, Done, Error, Load, Timings, Token
 from shoal.daemon.answer import Answer
-from shoal.daemon.answering import Answering
+from shoal.daemon.answer_thread import Answering
 from shoal.daemon.backend import Event
 from shoal.daemon.node import Node
 from shoal.engine.sequence import Emitted, Ended, Failed, Queued, Sequence, Times

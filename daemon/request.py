@@ -16,6 +16,8 @@ from msgspec.structs import asdict
 from shoal import kernels
 from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
 from shoal.comm.sampling_limits import check_sampling
+from shoal.daemon.library.registry import recommended_sampling
+from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.partition.memory_layout import kv_page_bytes
@@ -24,8 +26,6 @@ from shoal.partition.plan import Wanted, scratch_bytes
 from .answer import Answer
 from .backend import Emit
 from .errors import DaemonError
-from .library.registry import recommended_sampling
-from .loading.model import LoadedModel
 
 DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
