@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.node import Node
 from shoal.engine.learn.kv_read_cost import ReadCost
 from shoal.offload.kv.disk_file import INDEX, PAGES
+from shoal.offload.kv.disk_pages import queue_pages
 
 CONFIG = NodeConfig(
     context_tokens=256, kv_tokens=1024, max_sequences=4, max_queue=16, chunk_tokens=64, memory_bytes=3 << 30
@@ -63,6 +65,16 @@ def status(node: Node) -> ModelStatus:
     return node.status().models[0]
 
 
+def written(node: Node) -> bool:
+    """Whether the pages that have left memory are on disk: the writer may lag on a busy machine."""
+    disk = node._models.pick("").engine.rank.disk  # type: ignore[union-attr]
+    assert disk is not None
+    until_s = time.monotonic() + 30
+    while disk._free.qsize() < queue_pages(disk.page_bytes) and time.monotonic() < until_s:
+        time.sleep(0.001)
+    return disk._free.qsize() == queue_pages(disk.page_bytes)
+
+
 def only_store(root: Path) -> Path:
     (directory,) = root.iterdir()
     return directory
@@ -106,6 +118,7 @@ def test_texts_take_turns_in_memory(
                 answer, cached = said(node, prompt)
                 assert answer == expected
                 assert cached == (len(prompt) - 1 if turn else 0)
+                assert written(node)
         assert status(node).kv_disk_pages_read_total >= 12
         assert status(node).kv_disk_pages_written_total <= 8
 
