@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from shoal.offload.kv.prefix_cache import Found, Move
 
@@ -98,9 +99,9 @@ class Batch:
     def empty(self) -> bool:
         return not (self.chunks or self.moves or self.recalls)
 
-    @property
+    @cached_property
     def sequences(self) -> list[Sequence]:
-        """The sequences that the step is for."""
+        """The sequences that the step is for. `over` is asked for twice in every layer, so they are gathered once."""
         parts: list[Chunk | Recall] = [*self.chunks, *self.recalls]
         return [part.sequence for part in parts]
 
