@@ -1,6 +1,6 @@
 """Two trees of Shoal against each other: did a change make anything slower or larger?
 
-    python bench/trees.py BEFORE AFTER MODEL [--rounds 8] [--memory 300MB] [--threads 2] [--starts 5]
+    python bench/trees.py BEFORE AFTER MODEL [--rounds 8] [--new 48] [--memory 300MB] [--threads 2] [--starts 5]
 
 BEFORE and AFTER are roots of checkouts whose kernels are built. A daemon of each loads the model. They are asked in
 alternating order, and each waits while the other answers; what counts is the ratio within a pair. With --memory both
@@ -84,14 +84,14 @@ def _loaded(address: str) -> bool:
     return False
 
 
-def ask(address: str, seed: int) -> Figures:
+def ask(address: str, seed: int, new: int = NEW_TOKENS) -> Figures:
     """One long prompt and its answer; seconds as the client sees them."""
     (prompt,) = worker.prompts(1, PROMPT_TOKENS, VOCAB, seed)
     times = []
     with Client(address) as client:
         began_s = time.perf_counter()
         for event in client.generate(
-            prompt_tokens=prompt, max_tokens=NEW_TOKENS, ignore_eos=True, temperature=0.0, stop=["\0never"]
+            prompt_tokens=prompt, max_tokens=new, ignore_eos=True, temperature=0.0, stop=["\0never"]
         ):
             if isinstance(event, Token):
                 times.append(time.perf_counter())
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--new", type=int, default=NEW_TOKENS, help="tokens of an answer")
     parser.add_argument("--memory", default="")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -186,8 +187,10 @@ def main() -> None:
             for round_ in range(options.rounds + 1):
                 for side in (0, 1) if round_ % 2 else (1, 0):
                     address = daemons[side].address
-                    figures = ask(address, round_) | ask_many(address, 1000 + round_)
-                    figures |= ask_beside_stops(address, 2000 + round_)
+                    figures = ask(address, round_, options.new)
+                    if not options.memory:  # passes that wait for a disk are too slow for more
+                        figures |= ask_many(address, 1000 + round_)
+                        figures |= ask_beside_stops(address, 2000 + round_)
                     if round_:  # the first round warms up
                         found[side].append(figures)
             for side, one in enumerate(daemons):
