@@ -7,9 +7,11 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.partition.hardware_guesses import KV_SHARE
+from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Misfit, Plan, Wanted
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
-from shoal.partition.streamed_plan import PART_TOKENS, plan_streamed
+from shoal.partition.streamed_plan import PART_TOKENS, kv_has_room, plan_streamed
 
 MB = 1 << 20
 
@@ -193,3 +195,13 @@ def test_never_over_budget_and_more_memory_never_streams_more(
             assert made.kv.pages >= before.kv.pages
             assert made.expert_slots >= before.expert_slots
         before = made
+
+
+def test_a_context_has_room_where_its_pages_are_an_eighth_of_memory() -> None:
+    """130 tokens take three pages; a byte less than eight times their bytes is too little."""
+    model = spec()
+    asked = wanted(model, context_tokens=130)
+    enough = KV_SHARE * 3 * kv_page_bytes(model, asked.kv_type)
+    assert kv_has_room(asked, enough)
+    assert not kv_has_room(asked, enough - 1)
+    assert not kv_has_room(wanted(model, context_tokens=193), enough)
