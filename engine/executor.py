@@ -30,9 +30,8 @@ from shoal.partition.spec import BlockId
 
 from .collective import Collective
 
-EXPERTS_TOGETHER = (
-    4  # of a plan that reads experts from disk: while these are computed, the next ones are read
-)
+# Of a plan that reads experts from disk: while these are computed, the next ones are read.
+EXPERTS_TOGETHER = 4
 
 
 class Abandoned(Exception):
@@ -204,5 +203,6 @@ def _homes_of_experts(blocks: Iterable[Placed]) -> dict[int, ComputeHome]:
     homes: dict[int, ComputeHome] = {}
     for block, home in blocks:
         if block.kind == "expert":
-            assert homes.setdefault(block.layer, home) is home, f"experts of layer {block.layer} are apart"
+            first = homes.setdefault(block.layer, home)
+            assert first is home, f"experts of layer {block.layer} are apart"
     return homes
