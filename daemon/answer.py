@@ -49,6 +49,7 @@ class Answer:
         self._context_tokens = context_tokens
         self._prompt_tokens = len(prompt)
         self._completion_tokens = 0
+        self._accepted_tokens = 0  # of these, guessed right
         self._last_token_s = 0.0
         self._stopped = False  # by a stop string: the answer is complete, whatever the sequence still does
 
@@ -59,7 +60,10 @@ class Answer:
                 self._emit(Accepted(model=self._model, prompt_tokens=self._prompt_tokens))
             case Emitted(_, sampled, at_s) if not self._stopped:
                 self._last_token_s = at_s
-                return any(map(self._say, sampled))
+                before = self._completion_tokens
+                found = any(map(self._say, sampled))
+                self._accepted_tokens += self._completion_tokens - before - 1  # the first was not guessed
+                return found
             case Ended(sequence, reason):
                 self._finish("stop" if self._stopped else reason, sequence)
             case Failed(sequence, error):
@@ -90,12 +94,15 @@ class Answer:
                 text += self._matcher.flush()
             if text:
                 self._emit(Token(text=text, ids=[]))
+        accepted = sequence.accepted_tokens
+        if self._stopped:  # then the engine may be further already
+            accepted = min(accepted, self._accepted_tokens)
         usage = Usage(
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             cached_tokens=sequence.cached_tokens,
             drafted_tokens=sequence.drafted_tokens,
-            accepted_tokens=sequence.accepted_tokens,
+            accepted_tokens=accepted,
         )
         timings = self._timings(sequence)
         self.over = True  # not before: what fails until here ends the answer with an error

@@ -2,7 +2,7 @@
 
     DaemonError(code, message, hint)      code is a `comm.messages.ErrorCode`
 
-Errors of other rooms are translated once, where the daemon calls them (`translate`).
+Errors of other rooms are translated once, where the daemon calls them (`error_codes`).
 
 Nothing below `cli` knows command lines. A message or hint names what the user can set as the API does, in backticks,
 with a value or without: `context_tokens=4096`, `memory_bytes=512MB`, `link`; None is a value, too. What can be done is

@@ -103,12 +103,17 @@ class Engine:
     @contextmanager
     def _changing(self) -> Iterator[list[SequenceEvent]]:
         """Lock the scheduler for a change. Its events are added to the list; if there are any, `notify` is called."""
-        with self._lock:
-            before = len(self._events)
-            yield self._events
-            added = len(self._events) > before
-        if added:
-            self._notify(self)
+        added = False
+        try:
+            with self._lock:
+                before = len(self._events)
+                try:
+                    yield self._events
+                finally:
+                    added = len(self._events) > before
+        finally:  # also if the change failed halfway: what has ended until then has ended
+            if added:
+                self._notify(self)
 
     # --- steps ---------------------------------------------------------------------------------------------
 
@@ -144,7 +149,7 @@ class Engine:
         sampled = _sampled(batch, result.logits)
         times = {"now_s": self._clock(), "read_s": result.read_s, "stall_s": result.stall_s}
         with self._changing() as events:
-            events += self.scheduler.commit(batch, sampled, result.pages_read, **times)
+            events.extend(self.scheduler.commit(batch, sampled, result.pages_read, **times))
 
     def _draft(self) -> None:
         """Let the draft model guess what the decoding sequences say next. If it fails, it is not asked again."""

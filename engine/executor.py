@@ -30,9 +30,8 @@ from shoal.partition.spec import BlockId
 
 from .collective import Collective
 
-EXPERTS_TOGETHER = (
-    4  # of a plan that reads experts from disk: while these are computed, the next ones are read
-)
+# Of a plan that reads experts from disk: while these are computed, the next ones are read.
+EXPERTS_TOGETHER = 4
 
 
 class Abandoned(Exception):
@@ -123,11 +122,18 @@ class Executor:
         """Hidden states (R, hidden), or some rows of them → logits (R, vocab) on the host, at rank 0."""
         first = self._head[0].home
         hidden = first.rows(hidden, rows)
-        slices = []
+        logits = np.empty((0, 0), np.float32)
+        done = 0
         for block, home in self._head:
             with self.store.acquire(block) as weights:
-                slices.append(home.fetch(self.model.head(home, weights, carried(hidden, first, home))))
-        logits = slices[0] if len(slices) == 1 else np.concatenate(slices, axis=1)
+                part = home.fetch(self.model.head(home, weights, carried(hidden, first, home)))
+            if len(self._head) == 1:
+                logits = part
+            else:  # one array is filled: all slices and their whole would take twice the memory
+                if not done:
+                    logits = np.empty((len(part), self.model.spec.vocab), np.float32)
+                logits[:, done : done + part.shape[1]] = part
+                done += part.shape[1]
         return logits if self._vocab is None else self.collective.gather(logits)
 
     def _attend(
@@ -204,5 +210,6 @@ def _homes_of_experts(blocks: Iterable[Placed]) -> dict[int, ComputeHome]:
     homes: dict[int, ComputeHome] = {}
     for block, home in blocks:
         if block.kind == "expert":
-            assert homes.setdefault(block.layer, home) is home, f"experts of layer {block.layer} are apart"
+            first = homes.setdefault(block.layer, home)
+            assert first is home, f"experts of layer {block.layer} are apart"
     return homes

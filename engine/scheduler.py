@@ -12,7 +12,7 @@ somebody else passes them on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
@@ -88,8 +88,10 @@ class Scheduler:
         if sequence.ended:
             return []
         self.admission.note_length(sequence.generated)
-        self._leave(sequence)
         self.cache.release(sequence.holding, sequence.tokens, sequence.computed)
+        self._leave(
+            sequence
+        )  # last: if anything before fails, it has not ended, and whoever fails it tells its client
         return [Ended(sequence, reason)]
 
     def fail(self, sequences: Iterable[Sequence], error: Exception) -> list[SequenceEvent]:
@@ -150,8 +152,8 @@ class Scheduler:
                 if victim.priority >= sequence.priority:
                     return
                 self._preempt(victim)
+            self.running.append(sequence)  # before it leaves the others: `busy` is asked for without the lock
             self.waiting.remove(sequence)
-            self.running.append(sequence)
             sequence.running = True
             self._adopt(sequence)
             if not sequence.preemptions:
@@ -219,13 +221,13 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Put it back into the queue, to be computed again, except for what it then finds in the prefix cache."""
+        self.waiting.append(sequence)  # before it leaves the others, as in `_admit`
         self.running.remove(sequence)
         sequence.running = False
         self.cache.release(sequence.holding, sequence.tokens, sequence.computed)
         sequence.computed = 0
         sequence.preemptions += 1
         self.totals.preemptions += 1
-        self.waiting.append(sequence)
 
     # --- the results of a step -----------------------------------------------------------------------------
 
@@ -238,22 +240,22 @@ class Scheduler:
         now_s: float,
         read_s: float = 0.0,
         stall_s: float = 0.0,
-    ) -> list[SequenceEvent]:
+    ) -> Iterator[SequenceEvent]:
         """Append what was sampled. `results`: for each chunk the tokens that follow it, or an error. `pages_read`: how
-        many pages of each recall could be read. That took `read_s` of the step; for `stall_s` it waited for weights."""
+        many pages of each recall could be read. That took `read_s` of the step; for `stall_s` it waited for weights.
+
+        Works while events are taken from it, so that those before a failure are not lost: they have happened."""
         prompts = len(batch.chunks) - batch.decodes
         self.speeds.note(batch.rows, batch.decodes, prompts, max(0.0, now_s - batch.began_s - read_s))
         self.speeds.note_reads(sum(pages_read), read_s)
         for recall, pages in zip(batch.recalls, pages_read, strict=True):
             self._recalled(recall, pages, batch.began_s)
-        events: list[SequenceEvent] = []
         for chunk, result in zip(batch.chunks, results, strict=True):
             times = chunk.sequence.times
             times.admitted_s = times.admitted_s or batch.began_s
             times.stall_s += stall_s
             if not chunk.sequence.ended:  # else it was cancelled while the step ran
-                events += self._append(chunk, result, now_s)
-        return events
+                yield from self._append(chunk, result, now_s)
 
     def _recalled(self, recall: Recall, pages: int, began_s: float) -> None:
         sequence = recall.sequence

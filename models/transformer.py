@@ -60,9 +60,8 @@ class Transformer:
             norms = HeadNorms(vector["q_norm"], vector["k_norm"], spec.norm_eps)
         elif spec.norm_share is not None:
             q, k = self._normed_over_ranks(home, q, k, vector, allreduce)
-        elif (
-            spec.qk_norm != "none"
-        ):  # over one head or all heads: as many dimensions as the norm's weight has
+        elif spec.qk_norm != "none":
+            # Over one head or all heads: as many dimensions as the norm's weight has.
             q = home.rms_norm_heads(q, vector["q_norm"], spec.norm_eps)
             k = home.rms_norm_heads(k, vector["k_norm"], spec.norm_eps)
         if spec.qkv_clip is not None:

@@ -140,9 +140,8 @@ def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:
     The reference kernels copy K and V of a layer and make a mask."""
     spec, moe = wanted.spec, wanted.spec.moe
     ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
-    heads = (
-        3 * spec.heads + 2 * spec.kv_heads
-    ) * spec.head_dim  # q, q rotated, the result of attention, k and v
+    # q, q rotated and the result of attention; k and v.
+    heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
     decoded = wanted.sequences + wanted.guesses
     rows = wanted.chunk_tokens + decoded
     part = rows if part_tokens is None else min(rows, part_tokens)

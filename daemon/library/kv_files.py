@@ -1,7 +1,7 @@
 """Where KV is kept on disk: each model's directory, how much it may hold, and which directories are removed for it.
 
 Knows what KV depends on, and how much room there is. Does not know what is in the files, nor when they are written and
-read (`offload.kv.disk`, `offload.kv.disk_file`).
+read (`offload.kv.disk_pages`, `offload.kv.disk_file`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Collection
+from dataclasses import fields
 from hashlib import blake2b
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -26,6 +27,7 @@ from shoal.offload.kv.pool import KV_LAYOUT, KvPool
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.memory_layout import PAGE_TOKENS
 from shoal.partition.plan import Plan
+from shoal.partition.spec import ModelSpec
 
 from .transfer import disk_bytes
 
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_BYTES = 4_000_000_000
 DEFAULT_SHARE = 0.1  # of the free disk, at most
+LATER_FIELDS = frozenset({"norm_share"})  # that `ModelSpec` got after the first KV was kept on disk
 MOST_SLOTS = 1 << 16  # of one model: bounds the memory that its index takes
 
 
@@ -41,15 +44,23 @@ def fingerprint(checkpoint: Checkpoint, quant: Quant, plan: Plan) -> bytes:
     quantisation, the architecture and its RoPE in this context, and the layout of K and V in a page. Raises OSError."""
     files = [(str(path.resolve()), path.stat()) for path in checkpoint.files]
     facts = (
-        KV_LAYOUT,
-        quant,
-        plan.kv.dtype,
-        plan.kv.page_tokens,
-        [(name, info.st_size, info.st_mtime_ns) for name, info in files],
-        checkpoint.spec,
-        [rope.for_context(plan.context_tokens) for rope in checkpoint.spec.ropes],
+        repr(KV_LAYOUT),
+        repr(quant),
+        repr(plan.kv.dtype),
+        repr(plan.kv.page_tokens),
+        repr([(name, info.st_size, info.st_mtime_ns) for name, info in files]),
+        spelled(checkpoint.spec),
+        repr([rope.for_context(plan.context_tokens) for rope in checkpoint.spec.ropes]),
     )
-    return blake2b(repr(facts).encode(), digest_size=32).digest()
+    return blake2b(f"({', '.join(facts)})".encode(), digest_size=32).digest()
+
+
+def spelled(spec: ModelSpec) -> str:
+    """A spec in words that stay the same when `ModelSpec` gets another field, or else no KV that is on disk would be
+    found again: of LATER_FIELDS only those are named that differ from their default."""
+    named = [field for field in fields(spec) if field.name not in LATER_FIELDS]
+    named += [it for it in fields(spec) if it.name in LATER_FIELDS and getattr(spec, it.name) != it.default]
+    return f"ModelSpec({', '.join(f'{field.name}={getattr(spec, field.name)!r}' for field in named)})"
 
 
 class KvFiles:

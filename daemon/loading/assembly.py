@@ -1,6 +1,6 @@
 """Puts a model together from checkpoint, tokenizer, plan, rank and engine, within a budget.
 
-Knows how the parts fit. `loaded` and `loader` know which models there are and which of them go to make room.
+Knows how the parts fit. `loaded_models` and `loader` know which models there are and which of them go to make room.
 """
 
 from __future__ import annotations

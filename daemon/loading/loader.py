@@ -1,7 +1,7 @@
 """Gets a model into memory and others out of it, and says how far it has come.
 
-Knows that idle models make room, and when it is better not to begin. `loaded` knows which models there are, `assembly`
-how one is put together, `node` who asks for it.
+Knows that idle models make room, and when it is better not to begin. `loaded_models` knows which models there are,
+`assembly` how one is put together, `node` who asks for it.
 """
 
 from __future__ import annotations

@@ -20,9 +20,8 @@ class Speeds:
         self._reads = reads
         self._pacer = Pacer(chunk_tokens, row_share)
         self._read_cost = ReadCost()
-        self._prompt_token_s = (
-            0.0  # to read one token of a prompt in a step without answers; 0 = not measured yet
-        )
+        # To read one token of a prompt in a step without answers; 0 = not measured yet.
+        self._prompt_token_s = 0.0
 
     def note(self, rows: int, decodes: int, prompts: int, seconds: float) -> None:
         """A step of so many rows, for so many answers and prompts, took so long, not counting reads from disk."""

@@ -17,7 +17,7 @@ from shoal.partition.slicing import Shard
 from shoal.partition.spec import BlockId
 
 PACK_FORMAT: Literal[1] = 1
-KERNEL_LAYOUT: Literal[1] = 1  # of the bytes of a matrix: bands of sixteen rows (`kernels.bands`)
+KERNEL_LAYOUT: Literal[1] = 1  # of the bytes of a matrix: bands of sixteen rows (`kernels.band_layout`)
 PAGE_BYTES = 4096
 MATRIX_ALIGN_BYTES = 64
 MANIFEST = "manifest.json"

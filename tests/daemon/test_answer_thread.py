@@ -231,3 +231,16 @@ def test_what_was_computed_after_a_stop_string_does_not_count(tokenizer: Tokeniz
     subject.take(Ended(asked, "length"))
     (done,) = (event for event in emitted if isinstance(event, Done))
     assert (done.finish_reason, done.usage.completion_tokens, done.timings.decode_s) == ("stop", 2, 1.0)
+
+
+def test_guesses_after_a_stop_string_do_not_count(tokenizer: Tokenizer) -> None:
+    """Of the tokens of a step the first was not guessed; those after the stop string are not part of the answer."""
+    emitted: list[Event] = []
+    asked = sequence()
+    subject = answer(tokenizer, emitted, [tokenizer.decode([32])])
+    assert not subject.take(Emitted(asked, [Sampled(30)], 2.0))
+    assert subject.take(Emitted(asked, [Sampled(31), Sampled(32), Sampled(33), Sampled(34)], 3.0))
+    asked.drafted_tokens = asked.accepted_tokens = 9
+    subject.take(Ended(asked, "length"))
+    (done,) = (event for event in emitted if isinstance(event, Done))
+    assert (done.usage.completion_tokens, done.usage.accepted_tokens) == (3, 1)

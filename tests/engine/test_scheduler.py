@@ -107,7 +107,7 @@ def test_one_failing_sampler_fails_one_sequence() -> None:
     good = engine.submit(sequence(words(2, 2), 3))
     batch = subject.next(0.0)
     _, second = engine._compute(batch)
-    engine.hear(subject.commit(batch, [ValueError("nan"), second], [], now_s=1.0))
+    engine.hear(list(subject.commit(batch, [ValueError("nan"), second], [], now_s=1.0)))
     assert (bad.ended, good.ended, len(good.tokens)) == (["error nan"], [], 1)
     check_pages(subject)
 
@@ -124,9 +124,29 @@ def test_a_step_that_cannot_be_committed_leaves_nobody_waiting(monkeypatch: pyte
     monkeypatch.setattr(subject.speeds, "note", broken)
     batch = subject.next(0.0)
     with pytest.raises(ValueError, match="x") as raised:
-        subject.commit(batch, engine._compute(batch), [], now_s=1.0)
+        list(subject.commit(batch, engine._compute(batch), [], now_s=1.0))
     engine.hear(subject.fail(batch.sequences, raised.value))
     assert [one.ended for one in heard] == [["error x"], ["error x"]]
+    check_pages(subject)
+
+
+def test_who_has_ended_before_a_commit_fails_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first sequence ends with this step; the second breaks it. Nobody is left without a last event."""
+    subject = scheduler()
+    engine = FakeEngine(subject)
+    asked = [sequence(words(2, seed), new) for seed, new in ((1, 1), (2, 5))]
+    heard = [engine.submit(one) for one in asked]
+
+    def broken(*arguments: object) -> None:
+        raise ValueError("x")
+
+    monkeypatch.setattr(asked[1].guesser, "score", broken)
+    batch = subject.next(0.0)
+    events: list[SequenceEvent] = []
+    with pytest.raises(ValueError, match="x") as raised:
+        events.extend(subject.commit(batch, engine._compute(batch), [], now_s=1.0))
+    engine.hear([*events, *subject.fail(batch.sequences, raised.value)])
+    assert [one.ended for one in heard] == [["length"], ["error x"]]
     check_pages(subject)
 
 

@@ -144,7 +144,7 @@ class FakeEngine:
             read_s = sum(read) * self._read_s
             self.now_s += (self._cost(batch.rows) if batch.chunks else 0.0) + read_s
             self.rows_total += batch.rows
-            self.hear(self.scheduler.commit(batch, results, read, now_s=self.now_s, read_s=read_s))
+            self.hear(list(self.scheduler.commit(batch, results, read, now_s=self.now_s, read_s=read_s)))
         return batch
 
     def run(self, limit: int = 10_000) -> None:

@@ -15,16 +15,25 @@ from fakes import tiny
 
 from shoal.comm.messages import Done, Generate, Load, ModelStatus, Sampling, Token, Unload
 from shoal.daemon.config import NodeConfig
-from shoal.daemon.library.kv_files import KvFiles
+from shoal.daemon.library.kv_files import KvFiles, spelled
 from shoal.daemon.node import Node
 from shoal.engine.learn.kv_read_cost import ReadCost
 from shoal.offload.kv.disk_file import INDEX, PAGES
 from shoal.offload.kv.disk_pages import queue_pages
+from shoal.partition.spec import LayerSpec, ModelSpec, NormShare, RopeSpec
 
 CONFIG = NodeConfig(
     context_tokens=256, kv_tokens=1024, max_sequences=4, max_queue=16, chunk_tokens=64, memory_bytes=3 << 30
 )
 SMALL = replace(CONFIG, kv_tokens=256)  # one sequence at full length
+# A spec as it was spelled when KV was first kept on disk.
+SPELLED = (
+    "ModelSpec(family='olmo2', layers=(LayerSpec(window=None, rope=0, moe=False), LayerSpec(window=64, rope=0, "
+    "moe=False)), hidden=64, vocab=256, context=512, heads=4, kv_heads=2, head_dim=16, ffn=128, ropes=(RopeSpec("
+    "dims=16, theta=10000.0, interleaved=False, divisors=(), long_divisors=(), long_from_tokens=0, magnitude=1.0, "
+    "long_magnitude=1.0),), norm_eps=1e-05, activation='silu', qk_norm='full', pre_norm=True, post_norm=False, "
+    "embed_scale=1.0, query_scale=0.0, qkv_clip=None, tied=False, o_margins=(0, 0), moe=None)"
+)
 TEXT = [7 * i % 53 for i in range(200)]
 OTHER = [(11 * i + 5) % 53 for i in range(201)]
 
@@ -231,3 +240,22 @@ def test_the_bound_is_of_all_models_together(path: Path, root: Path, tmp_path: P
 def truths(path: Path, texts: list[list[int]]) -> list[list[int]]:
     with started(path, None) as node:
         return [said(node, text)[0] for text in texts]
+
+
+def test_kv_is_found_again_when_a_spec_gets_another_field() -> None:
+    """What names a store of KV is part of SHOAL_HOME: the words below are those of the first version."""
+    spec = ModelSpec(
+        "olmo2",
+        (LayerSpec(), LayerSpec(64)),
+        64,
+        256,
+        512,
+        4,
+        2,
+        16,
+        128,
+        (RopeSpec(16, 1e4),),
+        qk_norm="full",
+    )
+    assert spelled(spec) == SPELLED
+    assert spelled(replace(spec, norm_share=NormShare(4, 2, True))) != SPELLED
