@@ -7,7 +7,6 @@ the facts.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -19,7 +18,7 @@ import numpy as np
 from shoal.kernels import Matrix, WeightType, dequantize, from_stored, interleave
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.huge_pages import Arena
-from shoal.models.errors import CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
+from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from shoal.models.families import Recipe, bias_shapes, recipe_from_gguf, recipe_from_hf, shapes
 from shoal.models.families.tensors import NORMS
 from shoal.models.tokenizer.tokenizer import Tokenizer
@@ -27,10 +26,10 @@ from shoal.models.weights import Weights
 from shoal.partition.slicing import Range, Shard
 from shoal.partition.spec import BlockId, BlockKind
 
+from .foreign import check_directory, check_file, check_gguf
 from .gguf_file import open_gguf
-from .gguf_header import MAGIC
 from .hf_dir import open_hf, read_json
-from .tensor_files import StoredTensor, TensorFiles, unreadable
+from .tensor_files import StoredTensor, TensorFiles
 
 _SAMPLING = {
     "temperature": "general.sampling.temp",
@@ -62,6 +61,7 @@ class Checkpoint:
     nbytes, parameters: stored bytes and number of the weights that the spec uses.
     types: stored type → number of tensors.  metadata: GGUF metadata or config.json.
     defaults: temperature, top_k and top_p, those of them that the model's makers advise.
+    warnings: what is odd about the files, each in one line that names one of them.
     shard: always "whole"; `CheckpointShard` has what one rank holds.
     After `close` everything but reading still works, except that `metadata` loses its lists of tokens.
     Where the head is tied to the embedding (`spec.tied`), block `head` has no matrix: use that of `embed`.
@@ -73,6 +73,7 @@ class Checkpoint:
         self.path = path
         self.kind = kind
         self.spec = recipe.spec
+        self.warnings = list(recipe.warnings)
         self.metadata: Mapping[str, Any] = files.metadata
         self._files = files
         self._memory = Arena()
@@ -275,42 +276,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        _check_directory(path)
+        check_directory(path)
         files = open_hf(path)
     else:
-        _check_magic(path)
+        check_file(path)
         files = open_gguf(path)
     try:
         if path.is_dir():
-            recipe = recipe_from_hf(files.metadata, str(path / "config.json"), files.tensors)
+            recipe = recipe_from_hf(files.metadata, str(path / "config.json"), files.names, files.same)
             return Checkpoint(path, "hf", files, recipe)
+        check_gguf(path, files.metadata, files.tensors)
         return Checkpoint(path, "gguf", files, recipe_from_gguf(files))
     except BaseException:
         files.close()
         raise
-
-
-def _check_directory(path: Path) -> None:
-    """Raises MissingCheckpoint, which names the file that the user may have meant."""
-    if os.path.lexists(path / "config.json"):
-        return
-    inside = sorted(path.glob("*.gguf"))
-    instead = f"; give the GGUF file itself: {inside[0]}" if inside else ""
-    raise MissingCheckpoint(f"{path}: is not a model directory: it has no config.json{instead}")
-
-
-def _check_magic(path: Path) -> None:
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(len(MAGIC))
-    except FileNotFoundError as error:
-        raise MissingCheckpoint(f"{path}: there is no such file or directory") from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if start != MAGIC:
-        raise UnsupportedCheckpoint(
-            f"{path}: is neither a GGUF file nor a directory with config.json and safetensors"
-        )
 
 
 def read_in_turn(

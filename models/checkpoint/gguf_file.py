@@ -6,6 +6,7 @@ Knows how the parts of a split file are named and numbered, and that they must a
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,6 @@ def _other_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
         )
     others = [path.with_name(f"{stem[1]}-{i:05}-of-{count:05}.gguf") for i in range(2, count + 1)]
     for other in others:
-        if not other.is_file():
+        if not os.path.lexists(other):
             raise MissingCheckpoint(f"{other}: this part of the split model is missing")
     return others
