@@ -1,4 +1,4 @@
-"""Opening files whose paths somebody gave, or that were found beside them: only regular files, and only so much of them.
+"""Opening files whose paths somebody gave, or that were found beside them: only regular ones, and only so much of them.
 
 A pipe may never say anything, a device may never end, and opening one can already do something. Knows the file system;
 not what is in a file.
@@ -10,8 +10,9 @@ import errno
 import json
 import os
 import stat
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from shoal.models.errors import one_line
 
@@ -32,14 +33,14 @@ class FileTooLong(OSError):
     """It has more bytes than a file of its kind."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> FileIO:
     """The file, open for reading and unbuffered. Never waits for another process. Raises OSError."""
-    _require_regular(os.stat(path).st_mode)
+    _require_regular(path.stat().st_mode)
     # Another process may have put a pipe there meanwhile. Some files of /proc would wait, too.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         _require_regular(os.fstat(descriptor).st_mode)
-        return os.fdopen(descriptor, "rb", buffering=0)
+        return FileIO(descriptor)
     except BaseException:
         os.close(descriptor)
         raise

@@ -32,6 +32,7 @@ from shoal.offload.pack.manifest import (
     Manifest,
     Quant,
     Source,
+    SourceFile,
     read_manifest,
 )
 from shoal.partition.slicing import Shard
@@ -85,8 +86,9 @@ class PackShelf:
         name = self.model_of(Path(source.model))
         if name == source.model:
             return source
+        files = [SourceFile(file.name, file.size, file.mtime_ns) for file in source.files]
         try:
-            return Source(name, source.files, _store_digest(self._library.root / name))
+            return Source(name, files, _store_digest(self._library.root / name))
         except OSError as error:
             raise DaemonError(
                 "corrupt", f"the store's copy of {name} is damaged: {error.strerror}"
@@ -153,8 +155,12 @@ class PackShelf:
             if source.store and _store_digest(path) != source.store:
                 return False
             for file in source.files:
-                stat = (directory / file.name).stat()
-                if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+                where = directory / file.name
+                info = where.stat()
+                now = SourceFile(
+                    file.name, info.st_size, info.st_mtime_ns, info.st_ctime_ns, str(where.resolve())
+                )
+                if not file.is_still(now):
                     return False
         except (OSError, ValueError):  # ValueError: a name that no file can have
             return False

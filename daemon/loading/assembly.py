@@ -46,12 +46,13 @@ class Assembly:
         path: Path,
         config: NodeConfig,
         *,
+        named: str | None = None,
         draft: Path | None = None,
         streaming: bool = True,
         progress: Progress = no_progress,
     ) -> LoadedModel:
         """Read a checkpoint into memory, and that of a draft model if there is one. If `streaming`, what does not fit
-        is streamed. Raises DaemonError; the budget then holds nothing for the model."""
+        is streamed. `named`: how the model was asked for, if not by its path. Raises DaemonError; the budget then holds nothing for it."""
         with ExitStack() as undo:  # ends what has begun when a later part fails
             undo.callback(release, name, self.budget)
             with refusing(name):
@@ -78,7 +79,9 @@ class Assembly:
             if disk is not None:
                 undo.callback(disk.close, [], kv.page)
             engine = self._engine(main, small, disk, config)
-            made = LoadedModel(name, main, engine, small, config.quant, self.clock, self.clock())
+            asked, now = config.context_tokens, self.clock()
+            called = named or str(path)
+            made = LoadedModel(name, called, main, engine, small, config.quant, asked, self.clock, now)
             undo.pop_all()
         return made
 

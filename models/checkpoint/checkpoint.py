@@ -18,7 +18,7 @@ import numpy as np
 from shoal.kernels import Matrix, WeightType, dequantize, from_stored, interleave
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.huge_pages import Arena
-from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from shoal.models.errors import CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint
 from shoal.models.families import Recipe, bias_shapes, recipe_from_gguf, recipe_from_hf, shapes
 from shoal.models.families.tensors import NORMS
 from shoal.models.tokenizer.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ from shoal.partition.spec import BlockId, BlockKind
 from .foreign import check_directory, check_file, check_gguf
 from .gguf_file import open_gguf
 from .hf_dir import open_hf, read_json
+from .identity import Stamps, replaced
 from .tensor_files import StoredTensor, TensorFiles
 
 _SAMPLING = {
@@ -201,9 +202,24 @@ class Checkpoint:
         """The files that hold the weights."""
         return self._files.paths
 
+    @property
+    def stamps(self) -> Stamps:
+        """All files that say something about the model, as they were before they were read."""
+        return self._files.stamps
+
+    def replaced(self) -> Path | None:
+        """One of its files in whose place is another now; None if they are the same."""
+        return replaced(self._files.stamps)
+
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises TokenizerError."""
-        return Tokenizer.from_gguf(self.metadata) if self.kind == "gguf" else Tokenizer.from_hf(self.path)
+        """The model's tokenizer. Raises TokenizerError, which names a file."""
+        try:
+            gguf = self.kind == "gguf"
+            return Tokenizer.from_gguf(self.metadata) if gguf else Tokenizer.from_hf(self.path)
+        except TokenizerError as error:
+            raise (
+                error if str(self.path) in str(error) else TokenizerError(f"{self.path}: {error}")
+            ) from error
 
     def forget_tokens(self) -> None:
         """Frees the lists of tokens in `metadata`, tens of megabytes for a large vocabulary. `tokenizer` needs them, so

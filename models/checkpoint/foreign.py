@@ -20,7 +20,10 @@ _BEGINNING_BYTES = 512
 _PICKLED = "has its weights in a pickle, which can run code when opened; use its safetensors or a GGUF file"
 _OLD = "is in a form of ggml that is older than GGUF; fetch or convert the model again"
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned"),
+    (
+        b"version https://git-lfs",
+        "is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned",
+    ),
     (b"<!doctype", "is a web page, not a model; the download went wrong"),
     (b"<html", "is a web page, not a model; the download went wrong"),
     (b"pk\3\4", _PICKLED),  # what torch.save writes is a zip archive
@@ -35,7 +38,9 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"(\xb5/\xfd", "is compressed by zstd; unpack it first"),
 )
 _MERGE = "is a LoRA adapter, not a model; merge it into its base model first"
-_MMPROJ = "is the part of a model that sees or hears (mmproj), not the language model; give the other GGUF file"
+_MMPROJ = (
+    "is the part of a model that sees or hears (mmproj), not the language model; give the other GGUF file"
+)
 _TYPES = {
     "adapter": _MERGE,
     "lora": _MERGE,

@@ -14,6 +14,7 @@ from typing import Any
 from shoal.models.errors import CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
 
 from .gguf_header import read_header
+from .identity import stamped
 from .tensor_files import TensorFiles
 
 _PARTS = 1 << 10
@@ -24,9 +25,11 @@ def open_gguf(path: Path) -> TensorFiles:
 
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint.
     """
+    stamps = stamped([path])
     metadata, tensors = read_header(path, 0)
     paths = [path]
     for number, other in enumerate(_other_parts(path, metadata), start=1):
+        stamps |= stamped([other])
         more_metadata, more_tensors = read_header(other, number)
         if more_metadata.get("split.no") != number:
             raise CorruptCheckpoint(
@@ -41,13 +44,13 @@ def open_gguf(path: Path) -> TensorFiles:
         raise CorruptCheckpoint(
             f"{path}: the parts hold {len(tensors)} tensors, split.tensors.count is {expected}"
         )
-    return TensorFiles(paths, tensors, metadata)
+    return TensorFiles(paths, tensors, metadata, stamps=stamps)
 
 
 def _other_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
     """Paths of parts 2..N of a split file, given its first part."""
     count, number = metadata.get("split.count", 1), metadata.get("split.no", 0)
-    if not isinstance(count, int) or not 0 <= count <= _PARTS:
+    if type(count) is not int or not 0 <= count <= _PARTS:
         raise CorruptCheckpoint(f"{path}: split.count={count!r}: must be from 1 to {_PARTS}")
     if count <= 1:
         return []

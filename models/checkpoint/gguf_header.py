@@ -2,7 +2,8 @@
 
 Knows what a file has before its weights: header, metadata and tensor table. Every count, length and offset is checked
 against the size of the file before memory is allocated for it. Arrays of numbers become lists, long ones NumPy arrays,
-arrays of strings `Texts`. Does not know what a key or a tensor means (`models.families`). Layout: docs/gguf.md of the ggml project.
+arrays of strings `Texts`. Does not know what a key or a tensor means (`models.families`). Layout: docs/gguf.md of the
+ggml project.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,9 @@ _STRING_BYTES = 16 << 20
 _KEY_BYTES = 1 << 16
 _NAME_BYTES = 256
 _ARRAY_ITEMS = 1 << 22
-_LIST_ITEMS = 1 << 12  # longer arrays of numbers stay arrays, because as a list of objects they take ten times as much
+_LIST_ITEMS = (
+    1 << 12
+)  # longer arrays of numbers stay arrays, because as a list of objects they take ten times as much
 _KEYS = 1 << 16
 _TENSORS = 1 << 17
 _ALIGNMENT = 1 << 20
@@ -70,8 +73,10 @@ def read_header(path: Path, file: int) -> tuple[dict[str, Any], dict[str, Stored
 class _Header:
     """One pass over the header of one file."""
 
-    def __init__(self, stream: BinaryIO, path: Path, size: int) -> None:
-        self._read: Callable[[int], bytes] = lambda count: stream.read(count) or b""  # None where it would wait
+    def __init__(self, stream: io.BufferedReader[io.FileIO], path: Path, size: int) -> None:
+        self._read: Callable[[int], bytes] = lambda count: (
+            stream.read(count) or b""
+        )  # None where it would wait
         self._path = path
         self._size = size
         self._end = min(size, _HEADER_BYTES)
@@ -89,7 +94,7 @@ class _Header:
                 raise self._corrupt(f"metadata key {key!r} appears twice")
             metadata[key] = self._value(self._integer("<I"), key)
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= _ALIGNMENT or alignment & (alignment - 1):
+        if type(alignment) is not int or not 1 <= alignment <= _ALIGNMENT or alignment & (alignment - 1):
             raise self._corrupt(f"general.alignment={alignment!r}: must be a power of two up to {_ALIGNMENT}")
         tensors = [self._tensor(file) for _ in range(tensor_count)]
         data = -(-self._at // alignment) * alignment

@@ -1,8 +1,9 @@
 """Hugging Face directories: config.json and safetensors, whole or sharded.
 
 Knows where the files are and which dtypes are read, and checks the header of each file before its tensors are believed
-(docs of the safetensors project, "Format"). The library of that name would map files into memory, and takes thirty times
-the size of a header. Pickled weights are never opened. Does not know what a key or a tensor means (`models.families`).
+(docs of the safetensors project, "Format"). The library of that name would map files into memory, and a page that
+cannot be read would kill the process. Pickled weights are never opened. Does not know what a key or a tensor means
+(`models.families`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,30 @@ import msgspec
 from msgspec import Meta, Struct
 
 from shoal.kernels import WeightType, weight_type
-from shoal.models.errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint, one_line
+from shoal.models.errors import (
+    CheckpointError,
+    CorruptCheckpoint,
+    MissingCheckpoint,
+    UnsupportedCheckpoint,
+    one_line,
+)
 from shoal.models.regular_files import FileTooLong, open_regular, read_object, read_regular
 
 from .foreign import pickle_in, strange
+from .identity import COMPANIONS, stamped
 from .tensor_files import StoredTensor, TensorFiles, unreadable
 
 _TYPES: dict[str, WeightType] = {"F32": weight_type(0), "F16": weight_type(1), "BF16": weight_type(30)}
-_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+}
 _BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
 _BITS |= {"I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _JSON_BYTES = 4 << 20  # of a configuration; in memory it may become twenty times as much
@@ -37,8 +54,10 @@ def open_hf(directory: Path) -> TensorFiles:
 
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint.
     """
+    stamps = stamped(directory / name for name in COMPANIONS)
     config = read_json(directory / "config.json")
     paths = _shards(directory)
+    stamps |= stamped(path for path in paths if path not in stamps)
     tensors: dict[str, StoredTensor] = {}
     unsupported: dict[str, str] = {}
     for number, path in enumerate(paths):
@@ -52,7 +71,7 @@ def open_hf(directory: Path) -> TensorFiles:
             else:
                 start = data + entry.data_offsets[0]
                 tensors[name] = StoredTensor(name, kind, tuple(entry.shape), number, start)
-    return TensorFiles(paths, tensors, config, unsupported)
+    return TensorFiles(paths, tensors, config, unsupported, stamps)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,7 +91,9 @@ def _shards(directory: Path) -> list[Path]:
     if os.path.lexists(directory / _INDEX):
         return _indexed(directory)
     if (directory / "adapter_model.safetensors").exists():
-        raise UnsupportedCheckpoint(f"{directory}: holds a LoRA adapter and no model; merge it into its base model first")
+        raise UnsupportedCheckpoint(
+            f"{directory}: holds a LoRA adapter and no model; merge it into its base model first"
+        )
     if pickled := pickle_in(directory):
         raise UnsupportedCheckpoint(
             f"{directory}: has its weights in {pickled}, a pickle, which can run code when opened; "
@@ -133,7 +154,9 @@ def _header(path: Path) -> tuple[int, dict[str, _Entry]]:
                 raise UnsupportedCheckpoint(f"{path}: {said}")
             file.seek(8)
             if size < 8 or length > size - 8:
-                raise _unsound(path, f"it has {size} bytes, its header alone would have {length}; it was cut short")
+                raise _unsound(
+                    path, f"it has {size} bytes, its header alone would have {length}; it was cut short"
+                )
             if length > _HEADER_BYTES:
                 raise FileTooLong(0, f"its header has {length} bytes, and at most {_HEADER_BYTES} are read")
             stored = file.read(length) or b""
@@ -149,12 +172,16 @@ def _header(path: Path) -> tuple[int, dict[str, _Entry]]:
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         start, stop = entry.data_offsets
         if start != end:
-            raise _unsound(path, f"tensor {name} begins at byte {start} of the data, the one before it ends at {end}")
+            raise _unsound(
+                path, f"tensor {name} begins at byte {start} of the data, the one before it ends at {end}"
+            )
         if stop - start != entry.nbytes:
             raise _unsound(path, f"tensor {name}, {entry.dtype} {entry.shape}, has {stop - start} bytes")
         end = stop
     if end != size - 8 - length:
-        raise _unsound(path, f"it has {size - 8 - length} bytes of data, its tensors take {end}; was it cut short?")
+        raise _unsound(
+            path, f"it has {size - 8 - length} bytes of data, its tensors take {end}; was it cut short?"
+        )
     return 8 + length, entries
 
 

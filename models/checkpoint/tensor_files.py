@@ -22,6 +22,8 @@ from shoal.kernels.arrays import Bytes
 from shoal.models.errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
 from shoal.models.regular_files import FileTooLong, open_regular
 
+from .identity import FileStamp, Stamps, stamped
+
 _FOLIO_BYTES = 2 << 20  # the system drops cached pages in whole groups, which are at most so large
 _READ_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
 _PART_BYTES = 16 << 20  # how much to read in one call if page cache is given back after each
@@ -59,7 +61,7 @@ class TensorFiles:
 
     `metadata`: what the files say about the model (GGUF metadata, or config.json). `unsupported`: name → stored type of
     each tensor that Shoal cannot read; it is refused only if it is needed. `drops_pages`: what has been read does not
-    stay in the system's page cache.
+    stay in the system's page cache. `stamps`: all files that the model was made of, as they were before they were read.
     """
 
     drops_pages = False
@@ -70,19 +72,26 @@ class TensorFiles:
         tensors: Mapping[str, StoredTensor],
         metadata: Mapping[str, Any],
         unsupported: Mapping[str, str] | None = None,
+        stamps: Stamps | None = None,
     ) -> None:
         self.paths = tuple(paths)
         self.tensors = tensors
         self.metadata = metadata
+        self.stamps = stamps or stamped(self.paths)
         self._unsupported = unsupported or {}
         self._descriptors: list[int] = []
         try:
             for path in self.paths:
                 with open_regular(path) as file:
                     self._descriptors.append(os.dup(file.fileno()))
+                    if FileStamp.of(os.fstat(file.fileno())) != self.stamps[path]:
+                        raise CheckpointError(f"{path}: was changed while it was opened; try again")
         except OSError as error:
             self.close()
             raise unreadable(path, error) from error
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def names(self) -> frozenset[str]:

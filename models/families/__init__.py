@@ -6,7 +6,7 @@ here; `models.checkpoint` reads the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ __all__ = ["FAMILIES", "Names", "Recipe", "bias_shapes", "recipe_from_gguf", "re
 
 
 def recipe_from_hf(
-    config: Mapping[str, Any], origin: str, tensors: Mapping[str, object], same: Same = all_differ
+    config: Mapping[str, Any], origin: str, tensors: Collection[str], same: Same = all_differ
 ) -> Recipe:
     """The recipe of a Hugging Face directory. `tensors`: the names in its files. `origin`: the file that messages name.
     `same`: whether two tensors hold the same bytes.

@@ -53,7 +53,11 @@ def find_ends(tensors: Collection[str], claims_tied: bool, origin: str, same: Sa
     if head and embed not in tensors and claims_tied:
         return Ends(prefix, head, head, (f"{said} hold {head} and no {embed}; it serves as both",))
     if not head:
-        saying = () if claims_tied or embed not in tensors else (f"{said} hold no {heads[0]}; {embed} serves as both",)
+        saying = (
+            ()
+            if claims_tied or embed not in tensors
+            else (f"{said} hold no {heads[0]}; {embed} serves as both",)
+        )
         return Ends(prefix, embed, embed, saying)
     if not claims_tied:
         return Ends(prefix, embed, head)
@@ -90,14 +94,20 @@ def check_layers(tensors: Iterable[str], pattern: str, count: int, claim: str) -
     return max(there, default=count - 1) + 1
 
 
-def unused(tensors: Collection[str], used: Collection[str], prefix: str, count: int, origin: str) -> tuple[str, ...]:
+def unused(
+    tensors: Collection[str], used: Collection[str], prefix: str, count: int, origin: str
+) -> tuple[str, ...]:
     """A warning if the decoder of a Hugging Face checkpoint has tensors that its configuration gives no place."""
     own = (f"{prefix}layers.", f"{prefix}norm.", f"{prefix}embed", "lm_head.", "score.")
     buffers = ("rotary_emb.inv_freq", "masked_bias")
-    left = [name for name in tensors if name not in used and name.startswith(own) and not name.endswith(buffers)]
+    left = [
+        name for name in tensors if name not in used and name.startswith(own) and not name.endswith(buffers)
+    ]
     layers = check_layers(left, re.escape(prefix) + r"layers\.(\d{1,6})\.", 0, origin)
     if layers > count:
-        return (f"{origin}: num_hidden_layers={count}, but the files hold {layers} layers; the others are not used",)
+        return (
+            f"{origin}: num_hidden_layers={count}, but the files hold {layers} layers; the others are not used",
+        )
     if not left:
         return ()
     return (f"{origin}: gives {len(left)} tensors of the files no place ({_some(left)}); they are not used",)
@@ -109,7 +119,8 @@ def _prefix(tensors: Collection[str]) -> str:
         return known
     first = "layers.0.input_layernorm.weight"
     others = sorted(
-        (name.removesuffix(end) for name in tensors for end in (_EMBED, first) if name.endswith("." + end)), key=len
+        (name.removesuffix(end) for name in tensors for end in (_EMBED, first) if name.endswith("." + end)),
+        key=len,
     )
     return others[0] if others else _PREFIXES[0]
 

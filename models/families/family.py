@@ -36,7 +36,9 @@ class HfSide:
     types: tuple[str, ...]  # model_type
     names: Names = field(default_factory=lambda: HF_NAMES)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys that may be absent from config.json
-    biases: Mapping[str, frozenset[str]] = field(default_factory=dict)  # flag in config.json, or ALWAYS → roles
+    biases: Mapping[str, frozenset[str]] = field(
+        default_factory=dict
+    )  # flag in config.json, or ALWAYS → roles
     windows: Callable[[Facts, int], Windows] = no_windows
     moe: Callable[[Facts, int], Moe] | None = None
     norm_shift: float = 0.0  # what has to be added to stored norm weights

@@ -64,9 +64,18 @@ class PackedVectors(Struct, frozen=True):
 
 
 class SourceFile(Struct, frozen=True):
+    """One file. `ctime_ns` also tells of a write that has set `mtime_ns` back; `target` is where links lead. A file of
+    the store, whose content is known, has neither, and no file has them in packs of older versions."""
+
     name: str
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
+    target: str = ""
+
+    def is_still(self, now: SourceFile) -> bool:
+        mine, its = ((it.name, it.size, it.mtime_ns, it.ctime_ns, it.target) for it in (self, now))
+        return mine == its if self.ctime_ns else mine[:3] == its[:3]
 
 
 class Source(Struct, frozen=True):
@@ -75,6 +84,12 @@ class Source(Struct, frozen=True):
     model: str
     files: list[SourceFile]
     store: str = ""
+
+    def is_still(self, now: Source) -> bool:
+        """Whether these are the files that `now` describes."""
+        if (self.model, self.store, len(self.files)) != (now.model, now.store, len(now.files)):
+            return False
+        return all(then.is_still(file) for then, file in zip(self.files, now.files, strict=True))
 
 
 class Manifest(Struct, frozen=True):
