@@ -156,7 +156,7 @@ def perplexity(
     if ctx < 4:
         raise DaemonError("bad_request", f"ctx={ctx}: must be at least 4")
     try:
-        text = file.read_bytes().decode()  # not as text, which would change line ends
+        text = read_regular(file, TEXT_BYTES).decode()  # not as text, which would change line ends
     except (OSError, UnicodeDecodeError) as error:
         raise DaemonError("bad_request", f"cannot read {file}: {error}") from error
     loaded = _load(model, replace(config, context_tokens=ctx, kv_tokens=None), progress, packs)

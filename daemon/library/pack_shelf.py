@@ -23,6 +23,7 @@ import msgspec
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import alone, private_dir
+from shoal.models.regular_files import read_regular
 from shoal.offload.errors import PackError
 from shoal.offload.pack.manifest import (
     BLOCKS,
@@ -37,7 +38,7 @@ from shoal.offload.pack.manifest import (
 )
 from shoal.partition.slicing import Shard
 
-from .library import MODEL_MANIFEST, Library
+from .library import MODEL_MANIFEST, MODEL_MANIFEST_BYTES, Library
 from .transfer import disk_bytes, disk_errors
 
 PackState = Literal["ready", "outdated", "unfinished", "damaged"]
@@ -169,7 +170,7 @@ class PackShelf:
 
 def _store_digest(model: Path) -> str:
     """The hash of a model's manifest in the store. Raises OSError."""
-    return hashlib.sha256((model / MODEL_MANIFEST).read_bytes()).hexdigest()
+    return hashlib.sha256(read_regular(model / MODEL_MANIFEST, MODEL_MANIFEST_BYTES)).hexdigest()
 
 
 def _shard_digest(shard: Shard) -> str:

@@ -52,7 +52,8 @@ class Assembly:
         progress: Progress = no_progress,
     ) -> LoadedModel:
         """Read a checkpoint into memory, and that of a draft model if there is one. If `streaming`, what does not fit
-        is streamed. `named`: how the model was asked for, if not by its path. Raises DaemonError; the budget then holds nothing for it."""
+        is streamed.
+        `named`: how the model was asked for, if not by its path. Raises DaemonError; the budget then holds nothing."""
         with ExitStack() as undo:  # ends what has begun when a later part fails
             undo.callback(release, name, self.budget)
             with refusing(name):

@@ -26,8 +26,7 @@ from .planning import least_bytes
 from .refusal import refusing
 from .runnable import check_vocabulary
 
-
-STUCK_S = 300.0  # without coming further, a load counts as stuck
+MOTIONLESS_S = 300.0  # without coming further, a load counts as stuck
 
 
 class Loader:
@@ -49,9 +48,10 @@ class Loader:
         system may hang."""
         while not self._lock.acquire(timeout=1.0):
             self._check()
-            if self._assembly.clock() - self._moved_s > STUCK_S:
-                message = f"{self.name or 'another model'} is being loaded and has not come further for {STUCK_S:.0f} s"
-                raise DaemonError("busy", message, "its disk may be dead", retry_after_s=STUCK_S)
+            if self._assembly.clock() - self._moved_s > MOTIONLESS_S:
+                name = self.name or "another model"
+                message = f"{name} is being loaded and has not come further for {MOTIONLESS_S:.0f} s"
+                raise DaemonError("busy", message, "its disk may be dead", retry_after_s=MOTIONLESS_S)
         try:
             self._moved_s = self._assembly.clock()
             yield

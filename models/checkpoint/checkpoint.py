@@ -7,6 +7,7 @@ the facts.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -110,7 +111,7 @@ class Checkpoint:
             given = {ours: self.metadata.get(theirs) for ours, theirs in _SAMPLING.items()}
         else:
             path = self.path / "generation_config.json"
-            config = read_json(path) if path.is_file() else {}
+            config = read_json(path) if os.path.lexists(path) else {}
             given = {key: config.get(key) for key in _SAMPLING} if config.get("do_sample") is True else {}
         return {k: v for k, v in given.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 

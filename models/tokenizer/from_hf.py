@@ -9,11 +9,13 @@ come from a download.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from shoal.models.errors import TokenizerError, one_line
+from shoal.models.regular_files import FileTooLong, read_regular
 
 from .parts import Parts
 from .special import SpecialSplitter
@@ -23,6 +25,7 @@ from .tokenizer_json import parse, read_tokenizer_json
 from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, completed, inverse, packed
 
 MAX_TOKENIZER_FILE_BYTES = 256 << 20
+MAX_SETTINGS_FILE_BYTES = 8 << 20  # as JSON it may become twenty times as much in memory
 
 
 def read_hf(directory: Path) -> Parts:
@@ -35,10 +38,10 @@ def read_hf(directory: Path) -> Parts:
     }
     ends = _end_ids(directory)
     template = _chat_template(directory, config)
-    if (directory / "tokenizer.json").is_file():
+    if os.path.lexists(directory / "tokenizer.json"):
         library = parse(_read_bytes(directory / "tokenizer.json"))
         return read_tokenizer_json(library, names, ends, template)
-    if (directory / "tokenizer.model").is_file():
+    if os.path.lexists(directory / "tokenizer.model"):
         return _from_sentence_piece(directory / "tokenizer.model", config, names, ends, template)
     raise TokenizerError(
         f"{directory} has no tokenizer.json and no tokenizer.model; download one of the model's"
@@ -129,7 +132,7 @@ def _end_ids(directory: Path) -> list[int]:
 
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
-    if path.is_file():
+    if os.path.lexists(path):
         return _decode(_read_bytes(path), path)
     template = config.get("chat_template")
     if isinstance(template, list):
@@ -144,10 +147,10 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, {} if there is no such file."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        value = json.loads(_decode(_read_bytes(path), path))
+        value = json.loads(_decode(_read_bytes(path, MAX_SETTINGS_FILE_BYTES), path))
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
@@ -162,13 +165,10 @@ def _decode(data: bytes, path: Path) -> str:
         raise TokenizerError(f"{path} is not UTF-8 text: {one_line(error)}") from error
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, limit_bytes: int = MAX_TOKENIZER_FILE_BYTES) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MAX_TOKENIZER_FILE_BYTES:
-            raise TokenizerError(
-                f"{path} has {size} bytes; a tokenizer file has at most {MAX_TOKENIZER_FILE_BYTES}"
-            )
-        return path.read_bytes()
+        return read_regular(path, limit_bytes)
+    except FileTooLong as error:
+        raise TokenizerError(f"{path} is refused: {error.strerror}") from error
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta, Struct
 
+from shoal.models.regular_files import read_regular
 from shoal.offload.errors import PackCorrupt, PackError
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import BlockId
@@ -121,8 +122,7 @@ def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
     """Reads a manifest. Its types and ranges are checked, but not yet against the file. Raises PackError."""
     path = directory / name
     try:
-        with path.open("rb") as file:
-            text = file.read(MANIFEST_BYTES + 1)
+        text = read_regular(path, MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise PackError(f"{directory}: is no pack: it has no {name}") from error
     except OSError as error:
