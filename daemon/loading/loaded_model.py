@@ -6,7 +6,7 @@ Knows its parts and how they end; `assembly` puts them together. It runs nothing
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -22,13 +22,14 @@ from shoal.offload.budget import Budget
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.plan import Plan
 
+from .advice import Advice
 from .runnable import Runnable
 
 
 @dataclass(eq=False)
 class LoadedModel:
     """Everything that one model needs to answer. `used_s` is when it was last asked; `draft` is the model that guesses
-    for it."""
+    for it; `advice` is what its makers say of sampling."""
 
     name: str
     main: Runnable
@@ -37,6 +38,7 @@ class LoadedModel:
     quant: Quant
     clock: Callable[[], float]
     used_s: float
+    advice: Advice = field(default_factory=Advice)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -179,8 +179,10 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
         entries = [entry for entry in stored if isinstance(entry, Mapping)]
         stored = {str(entry.get("name")): entry.get("template") for entry in entries}
     templates = stored if isinstance(stored, dict) else {DEFAULT_TEMPLATE: stored}
-    paths = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    if (alone := directory / "chat_template.jinja").is_file():
+    # In the store all files of a model lie in one directory.
+    found = [*sorted(directory.glob("*.jinja")), *sorted(directory.glob("additional_chat_templates/*.jinja"))]
+    paths = {path.stem: path for path in found}
+    if (alone := paths.pop("chat_template", None)) is not None:
         paths[DEFAULT_TEMPLATE] = alone
         templates = {}
     if len(paths) > MAX_TEMPLATES:
