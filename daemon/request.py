@@ -15,8 +15,6 @@ from msgspec.structs import asdict
 
 from shoal import kernels
 from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
-from shoal.comm.sampling_limits import check_sampling
-from shoal.daemon.library.registry import recommended_sampling
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
 from shoal.models.sampling import Sampler, SamplingParams
@@ -27,7 +25,15 @@ from .answer import Answer
 from .backend import Emit
 from .errors import DaemonError
 
-DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+DEFAULT_SAMPLING = {
+    "temperature": 0.7,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.05,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 
 def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
@@ -105,24 +111,15 @@ def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], e
 
 
 def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
-    """The request's values, else what the model's authors recommend, else Shoal's defaults."""
-    values = DEFAULT_SAMPLING | recommended_sampling(model.name) | model.checkpoint.defaults
-    values |= {name: value for name, value in asdict(asked).items() if value is not None}
-    chosen = {name: values[name] for name in DEFAULT_SAMPLING}
-    try:
-        for name, value in chosen.items():
-            check_sampling(name, value)
-    except ValueError as error:  # a model's files may advise anything
-        raise DaemonError("bad_request", f"what {model.name} advises for sampling: {error}") from error
-    return SamplingParams(
-        **chosen,
-        repetition_penalty=asked.repetition_penalty,
-        presence_penalty=asked.presence_penalty,
-        frequency_penalty=asked.frequency_penalty,
-        logit_bias=asked.logit_bias,
-        seed=secrets.randbits(63) if asked.seed is None else asked.seed,
-        logprobs=asked.logprobs,
-    )
+    """The request's values, else what the model's makers advise, else Shoal's defaults."""
+    given, advised = asdict(asked), model.advice.values
+    for name, default in DEFAULT_SAMPLING.items():
+        if given[name] is None:
+            given[name] = advised.get(name, default)
+    given["logit_bias"] = advised.get("logit_bias", {}) | asked.logit_bias
+    if asked.seed is None:
+        given["seed"] = secrets.randbits(63)
+    return SamplingParams(**given)
 
 
 def _way_out(model: LoadedModel, prompt_tokens: int) -> str:

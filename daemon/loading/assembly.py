@@ -5,6 +5,7 @@ Knows how the parts fit. `loaded_models` and `loader` know which models there ar
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,10 +24,13 @@ from shoal.offload.budget import Budget
 from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import PrefixCache
 
+from .advice import advice_of
 from .loaded_model import LoadedModel, release
 from .planning import least_bytes, row_share
 from .refusal import refusing
 from .runnable import Runnable, read_draft
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,14 @@ class Assembly:
             if disk is not None:
                 undo.callback(disk.close, [], kv.page)
             engine = self._engine(main, small, disk, config)
+            advice = advice_of(main.checkpoint)
+            for warning in (*main.checkpoint.warnings, *advice.warnings):
+                log.warning("%s", warning)
             asked, now = config.context_tokens, self.clock()
             called = named or str(path)
-            made = LoadedModel(name, called, main, engine, small, config.quant, asked, self.clock, now)
+            made = LoadedModel(
+                name, called, main, engine, small, config.quant, asked, self.clock, now, advice
+            )
             undo.pop_all()
         return made
 

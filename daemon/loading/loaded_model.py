@@ -6,7 +6,7 @@ Knows its parts and how they end; `assembly` puts them together. It runs nothing
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from shoal.offload.budget import Budget
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.plan import Plan
 
+from .advice import Advice
 from .runnable import Runnable
 
 
@@ -30,7 +31,8 @@ class LoadedModel:
     """Everything that one model needs to answer.
 
     named: what it was called when it was loaded, a path or a name in the store. asked_context: the context that was
-    asked for then. used_s: when it was last asked. draft: the model that guesses for it.
+    asked for then. used_s: when it was last asked. draft: the model that guesses for it. advice: what its makers say of
+    sampling.
     """
 
     name: str
@@ -42,6 +44,7 @@ class LoadedModel:
     asked_context: int | None
     clock: Callable[[], float]
     used_s: float
+    advice: Advice = field(default_factory=Advice)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -33,11 +33,7 @@ from .hf_dir import open_hf, read_json
 from .identity import Stamps, replaced
 from .tensor_files import StoredTensor, TensorFiles
 
-_SAMPLING = {
-    "temperature": "general.sampling.temp",
-    "top_k": "general.sampling.top_k",
-    "top_p": "general.sampling.top_p",
-}
+_SAMPLING = "general.sampling."
 _LONG_LISTS = (
     "tokenizer.ggml.tokens",
     "tokenizer.ggml.merges",
@@ -56,13 +52,21 @@ class Place(NamedTuple):
     shape: tuple[int, ...]  # of the role: (rows, columns), or (n,) for a vector
 
 
+class SamplingAdvice(NamedTuple):
+    """As it stands in a file, unchecked: `values` by key, without the keys' prefix."""
+
+    origin: str
+    prefix: str
+    values: Mapping[str, Any]
+
+
 class Checkpoint:
     """An open checkpoint; close it (or use `with`) when all blocks are read. Made by `open_checkpoint`.
 
     spec: the architecture.  path, name: where it is, what to call it.  kind: "gguf" or "hf".
     nbytes, parameters: stored bytes and number of the weights that the spec uses.
     types: stored type → number of tensors.  metadata: GGUF metadata or config.json.
-    defaults: temperature, top_k and top_p, those of them that the model's makers advise.
+    advice: what the model's makers advise for sampling.
     warnings: what is odd about the files, each in one line that names one of them.
     shard: always "whole"; `CheckpointShard` has what one rank holds.
     After `close` everything but reading still works, except that `metadata` loses its lists of tokens.
@@ -93,7 +97,7 @@ class Checkpoint:
         self.nbytes = sum(tensor.nbytes for tensor in used.values())
         self.parameters = sum(tensor.weights for tensor in used.values())
         self.types: Mapping[str, int] = Counter(tensor.type.name for tensor in used.values())
-        self.defaults = self._advised_sampling()
+        self.advice = self._advised_sampling()
 
     @property
     def name(self) -> str:
@@ -106,14 +110,13 @@ class Checkpoint:
         hub = re.fullmatch(r"models--(.+)", self.path.absolute().parent.parent.name)
         return hub[1].replace("--", "/") if hub else self.path.absolute().name
 
-    def _advised_sampling(self) -> dict[str, Any]:
+    def _advised_sampling(self) -> SamplingAdvice:
         if self.kind == "gguf":
-            given = {ours: self.metadata.get(theirs) for ours, theirs in _SAMPLING.items()}
-        else:
-            path = self.path / "generation_config.json"
-            config = read_json(path) if os.path.lexists(path) else {}
-            given = {key: config.get(key) for key in _SAMPLING} if config.get("do_sample") is True else {}
-        return {k: v for k, v in given.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+            keys = (key for key in self.metadata if key.startswith(_SAMPLING))
+            given = {key.removeprefix(_SAMPLING): self.metadata[key] for key in keys}
+            return SamplingAdvice(str(self.path), _SAMPLING, given)
+        path = self.path / "generation_config.json"
+        return SamplingAdvice(str(path), "", read_json(path) if os.path.lexists(path) else {})
 
     def block_bytes(self, block: BlockId) -> int:
         """What `read_block(block).nbytes` will be, without reading."""
