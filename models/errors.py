@@ -7,6 +7,7 @@
     │   └── UnsupportedCheckpoint      well formed, but of a kind that Shoal does not compute
     ├── TokenizerError             the vocabulary or the rules that cut text into tokens
     ├── TemplateError              a chat template that cannot be read, or a conversation that it refuses
+    ├── Overloaded                 more work of one kind than is done at a time; worth trying again
     └── SamplingError              logits that no token can be chosen from, or a setting that does not fit the model
 
 Every message is one line: what, which value, which limit, what to do. Errors of libraries (`tokenizers`,
@@ -40,6 +41,10 @@ class TokenizerError(ModelError):
 
 class TemplateError(ModelError):
     """The chat template is malformed, runs past its limits, or refuses the conversation."""
+
+
+class Overloaded(ModelError):
+    """More work of one kind is wanted than is done at a time; it is worth trying again."""
 
 
 class SamplingError(ModelError, ValueError):
