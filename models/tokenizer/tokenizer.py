@@ -13,7 +13,7 @@ from shoal.models.errors import TokenizerError
 
 from .from_gguf import read_gguf
 from .from_hf import read_hf
-from .parts import Parts
+from .parts import DEFAULT_TEMPLATE, Parts
 from .vocabulary import SPECIAL_KINDS, TokenKind
 
 
@@ -21,7 +21,8 @@ class Tokenizer:
     """Text → ids → text for one model. Build it with `from_hf` or `from_gguf`.
 
     join, rewrites: as in `Parts`. bos_id, eos_id: None where the model has none. stop_ids: every token that ends
-    generation. chat_template: Jinja source, None where the files have none.
+    generation. chat_templates: Jinja sources by name; chat_template: the one for conversations without tools, None
+    where the files have none. template_tokens: role (`pad_token`) → text of tokens that templates may ask for.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -34,7 +35,10 @@ class Tokenizer:
         self.eos_id = vocabulary.eos_id
         self.stop_ids = vocabulary.stop_ids
         self.add_space_prefix = vocabulary.add_space_prefix
-        self.chat_template = parts.chat_template
+        self.chat_templates = parts.chat_templates
+        self.chat_template = next(iter(parts.chat_templates.values()), None)
+        self.chat_template = parts.chat_templates.get(DEFAULT_TEMPLATE, self.chat_template)
+        self.template_tokens = parts.template_tokens
 
     @classmethod
     def from_hf(cls, directory: Path) -> Tokenizer:

@@ -17,7 +17,7 @@ import tokenizers
 from shoal.models.errors import TokenizerError
 
 from .bpe import library_errors
-from .parts import Parts
+from .parts import Parts, Stated
 from .vocabulary import MAX_TOKENS, SPACE_MARK, TokenKind, Vocabulary, completed, packed
 
 # What Gemma's files say, and with the last step Llama 2's.
@@ -51,21 +51,19 @@ def parse(data: bytes) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_buffer(data)
 
 
-def read_tokenizer_json(
-    library: tokenizers.Tokenizer,
-    names: Mapping[str, str | None],
-    ends: Iterable[int],
-    template: str | None,
-) -> Parts:
-    """names: texts of the tokens called bos, eos and unk. ends: further end tokens. Raises TokenizerError."""
+def read_tokenizer_json(library: tokenizers.Tokenizer, stated: Stated) -> Parts:
+    """The parts, without chat templates. Raises TokenizerError."""
     with library_errors("tokenizer.json is not a tokenizer"):
         library.no_truncation()
         library.no_padding()
+        special = _special_ids(library)  # the library goes on taking them for that, whatever comes later
+        _add_stated(library, stated)
+        special |= _special_ids(library)
         ids = library.get_vocab(with_added_tokens=True)
         # An added token's text is what the normalizer makes of it, and another token may have the same text.
         added = {
-            token_id: (token.special, library.id_to_token(token_id) or "")
-            for token_id, token in library.get_added_tokens_decoder().items()
+            token_id: (token_id in special, library.id_to_token(token_id) or "")
+            for token_id in library.get_added_tokens_decoder()
         }
         around = library.encode("", add_special_tokens=True).ids
         decoder = library.decoder
@@ -87,24 +85,43 @@ def read_tokenizer_json(
         for byte in range(256):
             if (byte_id := ids.get(f"<0x{byte:02X}>")) is not None:
                 kinds[byte_id] = TokenKind.BYTE
-    for token_id, (special, spelled) in added.items():
-        kinds[token_id] = TokenKind.CONTROL if special else TokenKind.USER_DEFINED
+    for token_id, (control, spelled) in added.items():
+        kinds[token_id] = TokenKind.CONTROL if control else TokenKind.USER_DEFINED
         tokens[token_id] = spelled
-    named = {role: ids.get(text) for role, text in names.items() if text is not None}
+    named = {role: ids.get(text) for role, text in stated.names.items()}
     vocab = Vocabulary(
         packed(tokens),
         bytes(kinds),
         byte_level=byte_level,
         add_space_prefix=steps == _WITHOUT_FIRST_SPACE,
-        bos_id=named.get("bos"),
-        eos_id=named.get("eos"),
-        unk_id=named.get("unk"),
+        bos_id=named.get("bos_token"),
+        eos_id=named.get("eos_token"),
+        unk_id=named.get("unk_token"),
     )
-    vocab = completed(vocab, ids, [token_id for token_id in ends if token_id < count])
+    vocab = completed(vocab, ids, [token_id for token_id in stated.ends if token_id < count])
     encoder = LibraryEncoder(library)
     if byte_level or steps in (_SENTENCE_PIECE, _WITHOUT_FIRST_SPACE):
-        return Parts(vocab, encoder, template)
-    return Parts(vocab, encoder, template, _joined_by(decoder), _rewrites(steps))
+        return Parts(vocab, encoder)
+    return Parts(vocab, encoder, _joined_by(decoder), _rewrites(steps))
+
+
+def _special_ids(library: tokenizers.Tokenizer) -> set[int]:
+    return {token_id for token_id, token in library.get_added_tokens_decoder().items() if token.special}
+
+
+def _add_stated(library: tokenizers.Tokenizer, stated: Stated) -> None:
+    """Have the library look for tokens that stand in other files only, or differently there, as transformers does.
+
+    Tokens that would get a new id are left out: the model has no row for them.
+    """
+    known = {token.content for token in library.get_added_tokens_decoder().values()}
+    added = {token.content: token for token in stated.added}
+    for token in added.values():
+        token.special = token.special or token.content in stated.names.values()
+    for token in stated.extra:
+        if token.content not in known:
+            added.setdefault(token.content, token)
+    library.add_tokens([token for text, token in added.items() if library.token_to_id(text) is not None])
 
 
 def _steps(decoder: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
