@@ -223,7 +223,8 @@ class _Child:
             kind, text = ("", "") if answered else json.loads(data)
             if kind == "MemoryError":
                 raise LimitPassed(f"took more than {limits.memory_bytes >> 20} MB of memory and was stopped")
-            fine = kind != _PANIC and len(job) + len(data) < LARGE_JOB_BYTES
+            large = self.begun and len(job) + len(data) > LARGE_JOB_BYTES
+            fine = kind != _PANIC and not large
         finally:
             if not fine:
                 self.end()

@@ -18,16 +18,15 @@ from tokenizers import AddedToken
 
 from shoal.models.errors import TokenizerError, one_line
 
-from .parts import DEFAULT_TEMPLATE, Parts, Stated
+from .parts import DEFAULT_TEMPLATE, TOKEN_FLAGS, Parts, Stated
 from .special import Edges, SpecialSplitter
 from .spm import SentencePieceBpe
 from .spm_file import read_model
-from .tokenizer_json import parse, read_tokenizer_json
+from .tokenizer_json import read_tokenizer_json
 from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, completed, inverse, packed
 
 MAX_TOKENIZER_FILE_BYTES = 256 << 20
 MAX_TEMPLATES = 64
-_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 def read_hf(directory: Path) -> Parts:
@@ -38,8 +37,7 @@ def read_hf(directory: Path) -> Parts:
     stated = Stated(_named(config, special), added, _extra(config, special), _end_ids(directory))
     templates = _chat_templates(directory, config)
     if (directory / "tokenizer.json").is_file():
-        library = parse(_read_bytes(directory / "tokenizer.json"))
-        parts = read_tokenizer_json(library, stated)
+        parts = read_tokenizer_json(_read_bytes(directory / "tokenizer.json"), stated)
     elif (directory / "tokenizer.model").is_file():
         parts = _from_sentence_piece(directory / "tokenizer.model", config, stated)
     else:
@@ -140,7 +138,7 @@ def _added_by_id(config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
 
 
 def _added_token(entry: Mapping[str, Any]) -> AddedToken:
-    flags = {name: bool(entry[name]) for name in _FLAGS if name in entry}
+    flags = {name: bool(entry[name]) for name in TOKEN_FLAGS if name in entry}
     return AddedToken(str(entry["content"]), **flags)
 
 
