@@ -8,6 +8,7 @@ from shoal.models.errors import (
     CorruptCheckpoint,
     MissingCheckpoint,
     ModelError,
+    Overloaded,
     SamplingError,
     TemplateError,
     TokenizerError,
@@ -53,6 +54,8 @@ def translated(error: Exception, what: str = "") -> DaemonError:
         return DaemonError(
             "resources", str(error), "shorten it, lower max_tokens, or give the model more `memory_bytes`"
         )
+    if isinstance(error, Overloaded):
+        return DaemonError("busy", str(error), "try again later", retry_after_s=1.0)
     prefix = f"{what}: " if what else ""
     for kind, code in _CODES:
         if isinstance(error, kind):

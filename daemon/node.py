@@ -217,6 +217,8 @@ class Node:
                 known = None  # or it would stay in memory beside its successor
             model = self._loader.load(name, wanted.model, path, draft, config, progress)
             self._models.add(model)
+            if model.tokenizer.chat_template is not None:
+                threading.Thread(target=model.warm_up, name="shoal-template", daemon=True).start()
             if self._closed.is_set():  # `close` may have gone through the models before this one came
                 self._models.drop(model)
                 self._check_open()

@@ -7,8 +7,9 @@
     │   └── UnsupportedCheckpoint      well formed, but of a kind that Shoal does not compute
     ├── TokenizerError             the vocabulary or the rules that cut text into tokens
     ├── TemplateError              a chat template that cannot be read, or a conversation that it refuses
-    ├── LogitsError                logits that no token can be chosen from, because the weights are unusable
+    ├── Overloaded                 more work of one kind than is done at a time; worth trying again
     └── SamplingError              a setting that does not fit the model
+        └── LogitsError                logits that no token can be chosen from, because the weights are unusable
 
 Every message is one line: what, which value, which limit, what to do. Errors of libraries (`tokenizers`,
 `jinja2`, JSON, the file system) are translated into these once, where they enter the room.
@@ -43,12 +44,16 @@ class TemplateError(ModelError):
     """The chat template is malformed, runs past its limits, or refuses the conversation."""
 
 
-class LogitsError(ModelError):
-    """The model's own logits are no numbers, so that no token can be chosen from them."""
+class Overloaded(ModelError):
+    """More work of one kind is wanted than is done at a time; it is worth trying again."""
 
 
 class SamplingError(ModelError, ValueError):
     """Logits that the request has masked, a token id outside the vocabulary, a stop string that cannot be used."""
+
+
+class LogitsError(SamplingError):
+    """The model's own logits are no numbers, so that no token can be chosen from them, whatever was asked for."""
 
 
 def one_line(error: object, limit_chars: int = 200) -> str:

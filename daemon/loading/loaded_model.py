@@ -5,9 +5,10 @@ Knows its parts and how they end; `assembly` puts them together. It runs nothing
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from shoal.comm.messages import ModelStatus, Stage
@@ -17,6 +18,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
 from shoal.models.chat.template import ChatTemplate
 from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.errors import ModelError, TemplateError
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
 from shoal.offload.pack.manifest import Quant
@@ -45,6 +47,8 @@ class LoadedModel:
     clock: Callable[[], float]
     used_s: float
     advice: Advice = field(default_factory=Advice)
+    _compiling: threading.Lock = field(default_factory=threading.Lock)
+    _template: ChatTemplate | TemplateError | None = None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -156,16 +160,31 @@ class LoadedModel:
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
         )
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate:
-        """The model's template, or ChatML if it has none."""
+        """The model's template, or ChatML if it has none; it is compiled once. Raises TemplateError and Overloaded."""
+        with self._compiling:
+            if self._template is None:
+                try:
+                    self._template = self._compiled()
+                except TemplateError as error:
+                    self._template = error
+        if isinstance(self._template, TemplateError):
+            raise self._template.with_traceback(None)
+        return self._template
 
+    def _compiled(self) -> ChatTemplate:
         def spelled(token: int | None) -> str:
             return "" if token is None else self.tokenizer.id_to_token(token)
 
-        return ChatTemplate(
-            self.tokenizer.chat_template or "", spelled(self.tokenizer.bos_id), spelled(self.tokenizer.eos_id)
-        )
+        bos, eos = spelled(self.tokenizer.bos_id), spelled(self.tokenizer.eos_id)
+        return ChatTemplate(self.tokenizer.chat_template or "", bos, eos, of=self.name)
+
+    def warm_up(self) -> None:
+        """Compile the chat template, so that the first conversation does not wait for it. What is wrong with it is told
+        to who uses it."""
+        with contextlib.suppress(ModelError):
+            _ = self.chat_template
 
 
 def release(name: str, budget: Budget) -> None:

@@ -20,17 +20,16 @@ from tokenizers import AddedToken
 from shoal.models.errors import TokenizerError, one_line
 from shoal.models.regular_files import FileTooLong, read_regular
 
-from .parts import DEFAULT_TEMPLATE, Parts, Stated
+from .parts import DEFAULT_TEMPLATE, TOKEN_FLAGS, Parts, Stated
 from .special import Edges, SpecialSplitter
 from .spm import SentencePieceBpe
 from .spm_file import read_model
-from .tokenizer_json import parse, read_tokenizer_json
+from .tokenizer_json import read_tokenizer_json
 from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, completed, inverse, packed
 
 MAX_TOKENIZER_FILE_BYTES = 256 << 20
 MAX_SETTINGS_FILE_BYTES = 8 << 20  # as JSON it may become twenty times as much in memory
 MAX_TEMPLATES = 64
-_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 def read_hf(directory: Path) -> Parts:
@@ -41,8 +40,7 @@ def read_hf(directory: Path) -> Parts:
     stated = Stated(_named(config, special), added, _extra(config, special), _end_ids(directory))
     templates = _chat_templates(directory, config)
     if os.path.lexists(directory / "tokenizer.json"):
-        library = parse(_read_bytes(directory / "tokenizer.json"))
-        parts = read_tokenizer_json(library, stated)
+        parts = read_tokenizer_json(_read_bytes(directory / "tokenizer.json"), stated)
     elif os.path.lexists(directory / "tokenizer.model"):
         parts = _from_sentence_piece(directory / "tokenizer.model", config, stated)
     else:
@@ -143,7 +141,7 @@ def _added_by_id(config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
 
 
 def _added_token(entry: Mapping[str, Any]) -> AddedToken:
-    flags = {name: bool(entry[name]) for name in _FLAGS if name in entry}
+    flags = {name: bool(entry[name]) for name in TOKEN_FLAGS if name in entry}
     return AddedToken(str(entry["content"]), **flags)
 
 

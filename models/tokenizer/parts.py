@@ -12,6 +12,8 @@ from .vocabulary import Vocabulary
 
 DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"  # names that transformers gives to chat templates
 
+TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an AddedToken
+
 
 class Encoder(Protocol):
     """Text → ids.
