@@ -24,6 +24,7 @@ from shoal.engine.executor import Executor
 from shoal.engine.sequence import Emitted, Failed, Sequence
 from shoal.kernels import set_threads
 from shoal.kernels.arrays import Floats
+from shoal.models.regular_files import read_regular
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.step import Step
 
@@ -32,6 +33,7 @@ from .errors import DaemonError
 from .memory import budget_of, peak_memory_bytes
 from .progress import Progress
 
+TEXT_BYTES = 1 << 30  # longer texts are not read
 HEAD_ROWS = 32  # logits rows computed at a time, so that a large vocabulary stays within scratch
 
 

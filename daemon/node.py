@@ -174,10 +174,11 @@ class Node:
                 ids = chat_tokens(model, request.messages)
             else:
                 ids = list(request.tokens or [])
-                if ids and max(ids) >= tokenizer.vocab_size:
+                # A model may have more rows than tokens, and say them.
+                size = max(tokenizer.vocab_size, model.checkpoint.spec.vocab)
+                if ids and max(ids) >= size:
                     raise DaemonError(
-                        "bad_request",
-                        f"token {max(ids)}: must be below the vocabulary's {tokenizer.vocab_size}",
+                        "bad_request", f"token {max(ids)}: must be below the vocabulary's {size}"
                     )
             return Tokens(ids=ids, text=tokenizer.decode(ids))
         except Exception as error:

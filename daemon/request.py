@@ -17,6 +17,7 @@ from shoal import kernels
 from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
+from shoal.models.errors import TemplateError, TemplateRefusal
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Wanted, scratch_bytes
@@ -34,6 +35,8 @@ DEFAULT_SAMPLING = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+
+PROBE = [{"role": "user", "content": "Hello"}]  # a template that fails for this one is to blame itself
 
 
 def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
@@ -57,10 +60,28 @@ def chat_tokens(
     """
     if taken := template_args.keys() & {"messages", "tools"}:
         raise DaemonError("bad_request", f"template_args has {sorted(taken)}: these are fields of their own")
-    rendered = model.chat_template.render(
-        [_as_dict(message) for message in messages], tools=tools or None, **template_args
-    )
+    conversation = [_as_dict(message) for message in messages]
+    try:
+        rendered = model.chat_template.render(conversation, tools=tools or None, **template_args)
+    except TemplateRefusal:
+        raise
+    except TemplateError as error:
+        if _renders(model, PROBE):
+            raise
+        hint = "send a prompt instead, or mend the template"
+        raise DaemonError("corrupt", f"{model.checkpoint.path}: {error}", hint) from error
     return model.tokenizer.encode(rendered, add_special=False)
+
+
+def _renders(model: LoadedModel, conversation: list[dict[str, Any]]) -> bool:
+    """Whether the model's chat template is sound as far as this conversation shows."""
+    try:
+        model.chat_template.render(conversation)
+    except TemplateRefusal:
+        pass
+    except TemplateError:
+        return False
+    return True
 
 
 def sequence_of(
@@ -71,6 +92,13 @@ def sequence_of(
     if not prompt:
         raise DaemonError("bad_request", "the prompt is empty: it must have at least one token")
     if max(prompt) >= vocab:
+        if isinstance(request, Chat) or request.prompt is not None:
+            path, size = model.checkpoint.path, model.tokenizer.vocab_size
+            raise DaemonError(
+                "corrupt",
+                f"{path}: its tokenizer makes token {max(prompt)} of this text, its embedding has {vocab} rows",
+                f"the tokenizer has {size} tokens: take the one that belongs to the model",
+            )
         raise DaemonError(
             "bad_request", f"prompt token {max(prompt)}: must be below the vocabulary's {vocab}"
         )
@@ -107,6 +135,7 @@ def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], e
         stop=list(request.stop),
         logprobs=request.sampling.logprobs is not None,
         context_tokens=model.plan.context_tokens,
+        path=model.checkpoint.path,
     )
 
 

@@ -6,7 +6,8 @@
     │   ├── CorruptCheckpoint          sizes, offsets or types that contradict each other
     │   └── UnsupportedCheckpoint      well formed, but of a kind that Shoal does not compute
     ├── TokenizerError             the vocabulary or the rules that cut text into tokens
-    ├── TemplateError              a chat template that cannot be read, or a conversation that it refuses
+    ├── TemplateError              a chat template that cannot be read, or fails
+    │   └── TemplateRefusal            a conversation that it refuses
     ├── Overloaded                 more work of one kind than is done at a time; worth trying again
     └── SamplingError              a setting that does not fit the model
         └── LogitsError                logits that no token can be chosen from, because the weights are unusable
@@ -42,6 +43,10 @@ class TokenizerError(ModelError):
 
 class TemplateError(ModelError):
     """The chat template is malformed, runs past its limits, or refuses the conversation."""
+
+
+class TemplateRefusal(TemplateError):
+    """The chat template is sound and refuses this conversation, in its own words."""
 
 
 class Overloaded(ModelError):

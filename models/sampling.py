@@ -212,7 +212,9 @@ def _check_own(logits: Floats) -> None:
     """Raises LogitsError if the model's own logits have no finite maximum."""
     maximum = float(logits.max())
     if not math.isfinite(maximum):
-        raise LogitsError(f"the model's logits hold {maximum}: its weights are damaged, or too large to compute with")
+        raise LogitsError(
+            f"the model's logits hold {maximum}: its weights are damaged, or too large to compute with"
+        )
 
 
 def _check_maximum(maximum: float) -> None:

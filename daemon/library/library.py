@@ -27,6 +27,7 @@ from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import alone, private_dir
 from shoal.daemon.progress import Progress, no_progress
+from shoal.models.regular_files import read_regular
 
 from . import registry
 from .transfer import disk_errors, hash_file, sync, sync_directory

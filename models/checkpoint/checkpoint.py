@@ -216,14 +216,24 @@ class Checkpoint:
         return replaced(self._files.stamps)
 
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises TokenizerError, which names a file."""
+        """The model's tokenizer; what is odd about it is added to `warnings`. Raises TokenizerError, which names a
+        file."""
         try:
             gguf = self.kind == "gguf"
-            return Tokenizer.from_gguf(self.metadata) if gguf else Tokenizer.from_hf(self.path)
+            made = Tokenizer.from_gguf(self.metadata) if gguf else Tokenizer.from_hf(self.path)
         except TokenizerError as error:
-            raise (
-                error if str(self.path) in str(error) else TokenizerError(f"{self.path}: {error}")
-            ) from error
+            raise TokenizerError(self._with_path(str(error))) from error
+        odd = [*map(self._with_path, made.warnings)]
+        if made.vocab_size > (rows := self.spec.vocab):
+            odd.append(
+                f"{self.path}: the tokenizer has {made.vocab_size} tokens, the embedding {rows} rows; texts that need "
+                "others are refused"
+            )
+        self.warnings += [said for said in odd if said not in self.warnings]
+        return made
+
+    def _with_path(self, message: str) -> str:
+        return message if str(self.path) in message else f"{self.path}: {message}"
 
     def forget_tokens(self) -> None:
         """Frees the lists of tokens in `metadata`, tens of megabytes for a large vocabulary. `tokenizer` needs them, so

@@ -37,7 +37,10 @@ def read_hf(directory: Path) -> Parts:
     config = _read_json(directory / "tokenizer_config.json")
     special = _read_json(directory / "special_tokens_map.json")
     added = [token for _, token in _added_by_id(config)]
-    stated = Stated(_named(config, special), added, _extra(config, special), _end_ids(directory))
+    ends, origin = _end_ids(directory)
+    stated = Stated(
+        _named(config, special), added, _extra(config, special), [end for end in ends if end >= 0]
+    )
     templates = _chat_templates(directory, config)
     if os.path.lexists(directory / "tokenizer.json"):
         parts = read_tokenizer_json(_read_bytes(directory / "tokenizer.json"), stated)
@@ -47,7 +50,13 @@ def read_hf(directory: Path) -> Parts:
         raise TokenizerError(
             f"{directory} has no tokenizer.json and no tokenizer.model; download one of the model's"
         )
-    return replace(parts, chat_templates=templates, template_tokens=stated.names)
+    count = len(parts.vocabulary)
+    warnings = tuple(
+        f"{directory}: eos_token_id={end} of {origin} is outside the vocabulary of {count} tokens; it is not used"
+        for end in ends
+        if not 0 <= end < count
+    )
+    return replace(parts, chat_templates=templates, template_tokens=stated.names, warnings=warnings)
 
 
 def _from_sentence_piece(path: Path, config: Mapping[str, Any], stated: Stated) -> Parts:
@@ -155,8 +164,9 @@ def _token_text(*values: object) -> str | None:
     return None
 
 
-def _end_ids(directory: Path) -> list[int]:
-    """`eos_token_id`, one or several, of generation_config.json, or of config.json where there is none."""
+def _end_ids(directory: Path) -> tuple[list[int], str]:
+    """`eos_token_id`, one or several, of generation_config.json, or of config.json where there is none, and which it
+    was. They may be outside the vocabulary."""
     config = _read_json(directory / "config.json")
     for name, found in (
         ("generation_config.json", _read_json(directory / "generation_config.json")),
@@ -167,10 +177,10 @@ def _end_ids(directory: Path) -> list[int]:
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise TokenizerError(f"eos_token_id of {name} is {value!r:.60}; it must be token ids")
-        return ids
-    return []
+        return ids, name
+    return [], ""
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

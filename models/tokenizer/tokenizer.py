@@ -34,6 +34,7 @@ class Tokenizer:
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
         self.stop_ids = vocabulary.stop_ids
+        self.warnings = parts.warnings
         self.add_space_prefix = vocabulary.add_space_prefix
         self.chat_templates = parts.chat_templates
         self.chat_template = next(iter(parts.chat_templates.values()), None)
