@@ -35,6 +35,7 @@ class Ends(NamedTuple):
     embed: str
     head: str
     warnings: tuple[str, ...] = ()
+    spare: str = ""  # a stored head that equals the embedding
 
     @property
     def tied(self) -> bool:
@@ -62,7 +63,7 @@ def find_ends(tensors: Collection[str], claims_tied: bool, origin: str, same: Sa
     if not claims_tied:
         return Ends(prefix, embed, head)
     if same(embed, head):
-        return Ends(prefix, embed, embed)
+        return Ends(prefix, embed, embed, spare=head)
     return Ends(prefix, embed, head, (f"{said} hold {head} with values of its own; it is used",))
 
 
