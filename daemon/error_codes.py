@@ -11,6 +11,7 @@ from shoal.models.errors import (
     Overloaded,
     SamplingError,
     TemplateError,
+    TextTooLarge,
     TokenizerError,
     UnsupportedCheckpoint,
 )
@@ -27,6 +28,7 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (SpecError, "corrupt"),
     (TemplateError, "bad_request"),
     (SamplingError, "bad_request"),
+    (TextTooLarge, "resources"),
     (ShardError, "bad_request"),
     (BudgetExceeded, "resources"),
     (PackPointless, "bad_request"),

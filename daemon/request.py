@@ -19,6 +19,7 @@ from shoal.comm.sampling_limits import check_sampling
 from shoal.daemon.library.registry import recommended_sampling
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
+from shoal.models.errors import TooManyTokens
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Wanted, scratch_bytes
@@ -31,11 +32,15 @@ DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.0
 
 
 def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
-    """The prompt's token ids. Raises DaemonError, or the models room's TemplateError or TokenizerError."""
-    if isinstance(request, Chat):
-        return chat_tokens(model, request.messages, request.tools, request.template_args)
-    if request.prompt is not None:
-        return model.tokenizer.encode(request.prompt)
+    """The prompt's token ids. Raises DaemonError, or what the models room says of templates, tokenizers and texts."""
+    most = model.plan.context_tokens - 1
+    try:
+        if isinstance(request, Chat):
+            return chat_tokens(model, request.messages, request.tools, request.template_args, most)
+        if request.prompt is not None:
+            return model.tokenizer.encode(request.prompt, most=most)
+    except TooManyTokens as error:
+        raise _overflow(model, error.least, "at least ") from error
     return list(request.prompt_tokens or [])
 
 
@@ -44,17 +49,18 @@ def chat_tokens(
     messages: list[ChatMessage],
     tools: list[dict[str, Any]] | None = None,
     template_args: Mapping[str, Any] = MappingProxyType({}),
+    most: int | None = None,
 ) -> list[int]:
     """A conversation as prompt ids, by the model's chat template (ChatML when it has none).
 
-    Raises DaemonError or the models room's TemplateError.
+    most: as in `Tokenizer.encode`. Raises DaemonError or the models room's TemplateError, TextTooLarge or Overloaded.
     """
     if taken := template_args.keys() & {"messages", "tools"}:
         raise DaemonError("bad_request", f"template_args has {sorted(taken)}: these are fields of their own")
     rendered = model.chat_template.render(
         [_as_dict(message) for message in messages], tools=tools or None, **template_args
     )
-    return model.tokenizer.encode(rendered, add_special=False)
+    return model.tokenizer.encode(rendered, add_special=False, most=most)
 
 
 def sequence_of(
@@ -69,11 +75,7 @@ def sequence_of(
             "bad_request", f"prompt token {max(prompt)}: must be below the vocabulary's {vocab}"
         )
     if len(prompt) >= context:
-        raise DaemonError(
-            "context_overflow",
-            f"the prompt has {len(prompt)} tokens, the context holds {context} and needs room for an answer",
-            _way_out(model, len(prompt)),
-        )
+        raise _overflow(model, len(prompt))
     if request.max_tokens is not None:
         limit = min(context, len(prompt) + request.max_tokens)
     else:
@@ -122,6 +124,15 @@ def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
         logit_bias=asked.logit_bias,
         seed=secrets.randbits(63) if asked.seed is None else asked.seed,
         logprobs=asked.logprobs,
+    )
+
+
+def _overflow(model: LoadedModel, tokens: int, about: str = "") -> DaemonError:
+    context = model.plan.context_tokens
+    return DaemonError(
+        "context_overflow",
+        f"the prompt has {about}{tokens} tokens, the context holds {context} and needs room for an answer",
+        "shorten it" if about and tokens < model.checkpoint.spec.context else _way_out(model, tokens),
     )
 
 

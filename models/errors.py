@@ -7,6 +7,8 @@
     │   └── UnsupportedCheckpoint      well formed, but of a kind that Shoal does not compute
     ├── TokenizerError             the vocabulary or the rules that cut text into tokens
     ├── TemplateError              a chat template that cannot be read, or a conversation that it refuses
+    ├── TextTooLarge               a text that cannot be tokenised in the time and memory that one text gets
+    │   └── TooManyTokens              it has far more tokens than are wanted
     ├── Overloaded                 more work of one kind than is done at a time; worth trying again
     └── SamplingError              logits that no token can be chosen from, or a setting that does not fit the model
 
@@ -41,6 +43,18 @@ class TokenizerError(ModelError):
 
 class TemplateError(ModelError):
     """The chat template is malformed, runs past its limits, or refuses the conversation."""
+
+
+class TextTooLarge(ModelError):
+    """A text cannot be tokenised in the time and memory that one text gets."""
+
+
+class TooManyTokens(TextTooLarge):
+    """A text has far more tokens than are wanted. least: it has so many at least."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__(f"the text has at least {least} tokens")
+        self.least = least
 
 
 class Overloaded(ModelError):

@@ -34,6 +34,11 @@ class Texts:
         parts = [text.encode() for text in texts]
         return cls(b"".join(parts), [len(part) for part in parts])
 
+    @property
+    def longest_bytes(self) -> int:
+        """Bytes of the longest text; 0 if there are none."""
+        return int(np.diff(self._ends, prepend=0).max(initial=0))
+
     def __len__(self) -> int:
         return len(self._ends)
 
