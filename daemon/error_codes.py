@@ -6,6 +6,7 @@ from shoal.comm.messages import ErrorCode
 from shoal.engine.errors import NeverFits, QueueFull
 from shoal.models.errors import (
     CorruptCheckpoint,
+    LogitsError,
     MissingCheckpoint,
     ModelError,
     Overloaded,
@@ -27,6 +28,7 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (TokenizerError, "corrupt"),
     (SpecError, "corrupt"),
     (TemplateError, "bad_request"),
+    (LogitsError, "corrupt"),
     (SamplingError, "bad_request"),
     (TextTooLarge, "resources"),
     (ShardError, "bad_request"),

@@ -88,7 +88,6 @@ class Node:
         self._models = LoadedModels(self.budget)
         assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear)
         self._loader = Loader(self._models, assembly, self._check_needed)
-        self._loading = threading.Lock()  # one load or unload at a time
         self._wake = threading.Condition(self._models.lock)  # guards _draining and _closed too
         self._draining = False
         self._closed = threading.Event()
@@ -175,10 +174,11 @@ class Node:
                 ids = chat_tokens(model, request.messages)
             else:
                 ids = list(request.tokens or [])
-                if ids and max(ids) >= tokenizer.vocab_size:
+                # A model may have more rows than tokens, and say them.
+                size = max(tokenizer.vocab_size, model.checkpoint.spec.vocab)
+                if ids and max(ids) >= size:
                     raise DaemonError(
-                        "bad_request",
-                        f"token {max(ids)}: must be below the vocabulary's {tokenizer.vocab_size}",
+                        "bad_request", f"token {max(ids)}: must be below the vocabulary's {size}"
                     )
             return Tokens(ids=ids, text=tokenizer.decode(ids))
         except Exception as error:
@@ -191,16 +191,22 @@ class Node:
         as `busy`; if it would not fit like that, it stays as it is.
         """
         began_s = self._clock()
-        with self._loading:
+        with self._loader.alone():
             self._check_open()
             wanted = Reference.parse(request.model)
             path = self._resolve(wanted.model)
-            known = self._models.of(Reference(str(path), wanted.quant))
+            known = self._models.of(wanted, path)
             draft = self._resolve(request.draft) if request.draft is not None else None
             context = request.context or self.config.context_tokens
             config = replace(self.config, context_tokens=context, quant=wanted.quant)
             if known is None:
                 name = self._models.free_name(wanted, path)
+            elif (what := known.stale(self._resolve)) is not None:
+                log.info("%s: there is another file now, so %s is loaded again", what, known.name)
+                name, draft = known.name, draft or known.draft_path
+                config = replace(config, context_tokens=context or known.asked_context)
+                self._models.retire(known)
+                known = None
             else:
                 draft = draft or known.draft_path
                 same = request.context in (None, known.plan.context_tokens) and draft == known.draft_path
@@ -210,7 +216,7 @@ class Node:
                 name = known.name
                 self._models.drop(known)
                 known = None  # or it would stay in memory beside its successor
-            model = self._loader.load(name, path, draft, config, progress)
+            model = self._loader.load(name, wanted.model, path, draft, config, progress)
             self._models.add(model)
             if model.tokenizer.chat_template is not None:
                 threading.Thread(target=model.warm_up, name="shoal-template", daemon=True).start()
@@ -222,7 +228,7 @@ class Node:
 
     def unload(self, request: Unload) -> Ok:
         """Drop a model; its running requests end with `error` shutting_down. Raises DaemonError `not_found`."""
-        with self._loading:
+        with self._loader.alone():
             known = self._models.pick(request.model)
             if known is None:
                 raise DaemonError(
@@ -234,9 +240,9 @@ class Node:
         return Ok()
 
     def has(self, model: str) -> bool:
-        """Whether it is loaded and sound, so that requests to it begin at once. Never blocks."""
+        """Whether it is loaded and sound, so that requests to it begin at once."""
         known = self._models.pick(model)
-        return known is not None and not known.damaged
+        return known is not None and not known.damaged and known.stale(self._resolve) is None
 
     def stage(self, model: str) -> Stage | None:
         """What a request to `model` waits for just now: that one is loaded, or a disk. Never blocks for long."""
@@ -315,6 +321,7 @@ class Node:
                     log.error("a step of %s failed: %s", model.name, error, exc_info=ours)
 
     def _expire_each(self) -> None:
+        self._models.sweep()
         for model in self._models:
             model.engine.expire()
 
@@ -339,10 +346,15 @@ class Node:
             model = self._models.pick(name)
         if model is None and not name:
             raise DaemonError("not_found", "no model is loaded", "name one, or load one first")
-        if model is None or (model.damaged and not model.engine.busy):
+        if (
+            model is None
+            or (model.damaged and not model.engine.busy)
+            or model.stale(self._resolve) is not None
+        ):
             load = Load(model=name)
             if model is not None:
-                load = Load(model=str(model.reference), context=model.plan.context_tokens)
+                again = Reference(model.named, model.quant)
+                load = Load(model=str(again), context=model.plan.context_tokens if model.damaged else None)
                 name = model.name
                 model = None  # or it would stay in memory beside its successor
             self.load(load)

@@ -6,10 +6,13 @@ Does not know what the texts are.
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+
+_PART_BYTES = 1 << 20
 
 
 class Texts:
@@ -68,8 +71,12 @@ class Texts:
 
 
 def _is_text(data: bytes) -> bool:
+    """In parts, because a single emoji makes a `str` take four bytes for each character."""
+    decoder = getincrementaldecoder("utf-8")()
     try:
-        data.decode()
+        for start in range(0, len(data), _PART_BYTES):
+            decoder.decode(data[start : start + _PART_BYTES])
+        decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         return False
     return True

@@ -27,11 +27,13 @@ from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import alone, private_dir
 from shoal.daemon.progress import Progress, no_progress
+from shoal.models.regular_files import read_regular
 
 from . import registry
 from .transfer import disk_errors, hash_file, sync, sync_directory
 
 MODEL_MANIFEST = "manifest.json"
+MODEL_MANIFEST_BYTES = 16 << 20
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit"
 _REMOTE = re.compile(r"https?://.*|[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)(:[\w.-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -249,7 +251,8 @@ class Library:
     def _read(self, name: str) -> StoredModel | None:
         directory = self.root / name
         try:
-            manifest = msgspec.json.decode((directory / MODEL_MANIFEST).read_bytes(), type=ModelManifest)
+            text = read_regular(directory / MODEL_MANIFEST, MODEL_MANIFEST_BYTES)
+            manifest = msgspec.json.decode(text, type=ModelManifest)
             whole = all(
                 _stays_inside(file.name) and (directory / file.name).stat().st_size == file.size
                 for file in manifest.files

@@ -24,7 +24,7 @@ from shoal.daemon.progress import Progress, no_progress
 
 from . import registry
 from .download import RemoteFile, download
-from .hub import HubModel, checkpoint_files, fetch_hub, gguf_groups
+from .hub import TEMPLATES, HubModel, checkpoint_files, fetch_hub, gguf_groups
 from .library import Kind, Library, StoredModel, check_name, existing_path, is_path
 from .package import fetch_package
 from .transfer import check_space, copy_hashed, disk_errors, hash_file, sync
@@ -125,7 +125,7 @@ def _at_path(path: Path, link: bool) -> Fetchable:
     if path.is_dir():
         kind: Kind = "hf"
         names = checkpoint_files(sorted(file.name for file in path.iterdir() if file.is_file()))
-        files = [path / name for name in names]
+        files = [path / name for name in names] + sorted(path.glob(TEMPLATES))
     else:
         kind = "gguf"
         groups = gguf_groups(sorted(file.name for file in path.parent.glob("*.gguf") if file.is_file()))

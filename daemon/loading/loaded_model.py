@@ -24,21 +24,29 @@ from shoal.offload.budget import Budget
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.plan import Plan
 
+from .advice import Advice
 from .runnable import Runnable
 
 
 @dataclass(eq=False)
 class LoadedModel:
-    """Everything that one model needs to answer. `used_s` is when it was last asked; `draft` is the model that guesses
-    for it."""
+    """Everything that one model needs to answer.
+
+    named: what it was called when it was loaded, a path or a name in the store. asked_context: the context that was
+    asked for then. used_s: when it was last asked. draft: the model that guesses for it. advice: what its makers say of
+    sampling.
+    """
 
     name: str
+    named: str
     main: Runnable
     engine: Engine
     draft: Runnable | None
     quant: Quant
+    asked_context: int | None
     clock: Callable[[], float]
     used_s: float
+    advice: Advice = field(default_factory=Advice)
     _compiling: threading.Lock = field(default_factory=threading.Lock)
     _template: ChatTemplate | TemplateError | None = None
 
@@ -76,6 +84,27 @@ class LoadedModel:
         """Whether its pack was found altered, so that it has to be loaded again. Requests fail at the step that needs
         the altered bytes."""
         return self.executor.store.damaged
+
+    def stale(self, resolve: Callable[[str], Path]) -> Path | None:
+        """A file in whose place is another than the model, or its draft model, was loaded from. None if they are the
+        same, or gone, so that there is nothing else to load. `resolve` finds models by name. Raises DaemonError if what
+        is there now is damaged."""
+        try:
+            path = resolve(self.named)
+        except DaemonError as error:
+            if error.code != "not_found":
+                raise
+            return None
+        if path != self.checkpoint.path:
+            return path
+        theirs = self.draft.checkpoint.replaced() if self.draft else None
+        return self.checkpoint.replaced() or theirs
+
+    def rename(self, name: str, budget: Budget) -> None:
+        """Call it something else from now on."""
+        for before, after in zip(_purposes(self.name), _purposes(name), strict=True):
+            budget.rename(before, after)
+        self.name = name
 
     def interrupt(self, error: DaemonError) -> None:
         """End all its requests with `error`, even in a step that waits for a disk. It answers nothing after that."""
@@ -160,5 +189,9 @@ class LoadedModel:
 
 def release(name: str, budget: Budget) -> None:
     """Give back the bytes that a model and its draft model hold."""
-    budget.release(f"model {name}")
-    budget.release(f"draft for {name}")
+    for purpose in _purposes(name):
+        budget.release(purpose)
+
+
+def _purposes(name: str) -> tuple[str, str]:
+    return f"model {name}", f"draft for {name}"

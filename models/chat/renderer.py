@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.models.children import ChildKind, Confined, JobFailed, LimitPassed, Limits
-from shoal.models.errors import TemplateError, one_line
+from shoal.models.errors import TemplateError, TemplateRefusal, one_line
 
 MAX_RENDER_S = 5.0
 MAX_SOURCE_CHARS = 1 << 20
@@ -60,7 +60,7 @@ class Renderer:
             text = self._confined.do(job, Limits(memory_bytes, self._seconds))
         except JobFailed as error:
             if error.kind == "Refusal":
-                raise TemplateError(f"{self._name} refuses this conversation: {error}") from error
+                raise TemplateRefusal(f"{self._name} refuses this conversation: {error}") from error
             raise TemplateError(f"{self._name} failed: {error}") from error
         except LimitPassed as error:
             raise TemplateError(f"{self._name} {error}") from error

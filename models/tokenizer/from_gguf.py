@@ -89,6 +89,7 @@ def _parts(
         encoder.longest_bytes,
         chat_templates=keys.templates(),
         template_tokens=keys.named_tokens(vocab),
+        warnings=tuple(dict.fromkeys(keys.warnings)),
     )
 
 
@@ -103,14 +104,15 @@ def _completed(keys: _Keys, ids: Mapping[str, int], vocab: Vocabulary) -> Vocabu
     """With the kinds and the ids that the file names; `vocab` has the defaults of its vocabulary model."""
     kinds = keys.numbers("token_type", len(vocab), TokenKind.UNDEFINED).astype(np.int64)
     kinds[(kinds < 0) | (kinds > max(TokenKind))] = TokenKind.UNDEFINED
-    named = [keys.token_id(name, None) for name in ("eot_token_id", "eom_token_id")]
+    count = len(vocab)
+    named = [keys.token_id(name, None, count) for name in ("eot_token_id", "eom_token_id")]
     ends = [token_id for token_id in named if token_id is not None]
     vocab = replace(
         vocab,
         kinds=kinds.astype(np.uint8).tobytes(),
-        bos_id=keys.token_id("bos_token_id", vocab.bos_id),
-        eos_id=keys.token_id("eos_token_id", vocab.eos_id),
-        unk_id=keys.token_id("unknown_token_id", vocab.unk_id),
+        bos_id=keys.token_id("bos_token_id", vocab.bos_id, count),
+        eos_id=keys.token_id("eos_token_id", vocab.eos_id, count),
+        unk_id=keys.token_id("unknown_token_id", vocab.unk_id, count),
     )
     return completed(vocab, ids, ends, marked=True)
 
@@ -136,6 +138,7 @@ class _Keys:
 
     def __init__(self, metadata: Mapping[str, object]) -> None:
         self._metadata = metadata
+        self.warnings: list[str] = []
 
     def optional_text(self, key: str) -> str | None:
         value = self._metadata.get(key)
@@ -159,7 +162,9 @@ class _Keys:
             )
         return value
 
-    def token_id(self, name: str, default: int | None) -> int | None:
+    def token_id(self, name: str, default: int | None, count: int) -> int | None:
+        """An id in a vocabulary of `count` tokens. Where the file names one outside, as some converters do for "none",
+        the default counts, as in llama.cpp."""
         value = self._metadata.get(_PREFIX + name)
         if value is None:
             return default
@@ -167,6 +172,11 @@ class _Keys:
             raise TokenizerError(
                 f"{_PREFIX + name} is {value!r:.40} instead of a token id; the file is damaged"
             )
+        if not 0 <= value < count:
+            self.warnings.append(
+                f"{_PREFIX + name}={value} is outside the vocabulary of {count} tokens; it is not used"
+            )
+            return default
         return value
 
     def templates(self) -> dict[str, str]:
@@ -183,8 +193,7 @@ class _Keys:
         """Role → text of the tokens that templates may ask for, with transformers' names for the roles."""
         found: dict[str, str] = {}
         for role, name in _ROLES.items():
-            token_id = self.token_id(name, None)
-            if token_id is not None and 0 <= token_id < len(vocab):
+            if (token_id := self.token_id(name, None, len(vocab))) is not None:
                 found[role] = vocab.tokens[token_id]
         return found
 

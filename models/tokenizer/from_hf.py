@@ -9,6 +9,7 @@ value is checked, because the files come from a download.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from shoal.models.errors import TokenizerError, one_line
+from shoal.models.regular_files import FileTooLong, read_regular
 
 from .parts import DEFAULT_TEMPLATE, TOKEN_FLAGS, Parts, Stated
 from .special import Edges, SpecialSplitter
@@ -26,6 +28,7 @@ from .tokenizer_json import read_tokenizer_json
 from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, completed, inverse, packed
 
 MAX_TOKENIZER_FILE_BYTES = 256 << 20
+MAX_SETTINGS_FILE_BYTES = 8 << 20  # as JSON it may become twenty times as much in memory
 MAX_TEMPLATES = 64
 
 
@@ -34,17 +37,26 @@ def read_hf(directory: Path) -> Parts:
     config = _read_json(directory / "tokenizer_config.json")
     special = _read_json(directory / "special_tokens_map.json")
     added = [token for _, token in _added_by_id(config)]
-    stated = Stated(_named(config, special), added, _extra(config, special), _end_ids(directory))
+    ends, origin = _end_ids(directory)
+    stated = Stated(
+        _named(config, special), added, _extra(config, special), [end for end in ends if end >= 0]
+    )
     templates = _chat_templates(directory, config)
-    if (directory / "tokenizer.json").is_file():
+    if os.path.lexists(directory / "tokenizer.json"):
         parts = read_tokenizer_json(_read_bytes(directory / "tokenizer.json"), stated)
-    elif (directory / "tokenizer.model").is_file():
+    elif os.path.lexists(directory / "tokenizer.model"):
         parts = _from_sentence_piece(directory / "tokenizer.model", config, stated)
     else:
         raise TokenizerError(
             f"{directory} has no tokenizer.json and no tokenizer.model; download one of the model's"
         )
-    return replace(parts, chat_templates=templates, template_tokens=stated.names)
+    count = len(parts.vocabulary)
+    warnings = tuple(
+        f"{directory}: eos_token_id={end} of {origin} is outside the vocabulary of {count} tokens; it is not used"
+        for end in ends
+        if not 0 <= end < count
+    )
+    return replace(parts, chat_templates=templates, template_tokens=stated.names, warnings=warnings)
 
 
 def _from_sentence_piece(path: Path, config: Mapping[str, Any], stated: Stated) -> Parts:
@@ -152,8 +164,9 @@ def _token_text(*values: object) -> str | None:
     return None
 
 
-def _end_ids(directory: Path) -> list[int]:
-    """`eos_token_id`, one or several, of generation_config.json, or of config.json where there is none."""
+def _end_ids(directory: Path) -> tuple[list[int], str]:
+    """`eos_token_id`, one or several, of generation_config.json, or of config.json where there is none, and which it
+    was. They may be outside the vocabulary."""
     config = _read_json(directory / "config.json")
     for name, found in (
         ("generation_config.json", _read_json(directory / "generation_config.json")),
@@ -164,10 +177,10 @@ def _end_ids(directory: Path) -> list[int]:
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise TokenizerError(f"eos_token_id of {name} is {value!r:.60}; it must be token ids")
-        return ids
-    return []
+        return ids, name
+    return [], ""
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -177,8 +190,10 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
         entries = [entry for entry in stored if isinstance(entry, Mapping)]
         stored = {str(entry.get("name")): entry.get("template") for entry in entries}
     templates = stored if isinstance(stored, dict) else {DEFAULT_TEMPLATE: stored}
-    paths = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    if (alone := directory / "chat_template.jinja").is_file():
+    # In the store all files of a model lie in one directory.
+    found = [*sorted(directory.glob("*.jinja")), *sorted(directory.glob("additional_chat_templates/*.jinja"))]
+    paths = {path.stem: path for path in found}
+    if (alone := paths.pop("chat_template", None)) is not None:
         paths[DEFAULT_TEMPLATE] = alone
         templates = {}
     if len(paths) > MAX_TEMPLATES:
@@ -194,10 +209,10 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, {} if there is no such file."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        value = json.loads(_decode(_read_bytes(path), path))
+        value = json.loads(_decode(_read_bytes(path, MAX_SETTINGS_FILE_BYTES), path))
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
@@ -212,13 +227,10 @@ def _decode(data: bytes, path: Path) -> str:
         raise TokenizerError(f"{path} is not UTF-8 text: {one_line(error)}") from error
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, limit_bytes: int = MAX_TOKENIZER_FILE_BYTES) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MAX_TOKENIZER_FILE_BYTES:
-            raise TokenizerError(
-                f"{path} has {size} bytes; a tokenizer file has at most {MAX_TOKENIZER_FILE_BYTES}"
-            )
-        return path.read_bytes()
+        return read_regular(path, limit_bytes)
+    except FileTooLong as error:
+        raise TokenizerError(f"{path} is refused: {error.strerror}") from error
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error

@@ -15,7 +15,7 @@ from .vocabulary import SPACE_MARK
 
 PIECE_CHARS = 1 << 15  # which take some tens of milliseconds
 STRETCH_CHARS = 1 << 16  # what cannot be cut and is longer than this is tokenised in a child process
-UNLIMITED = 1 << 62  # tokens
+ANY_NUMBER = 1 << 62  # of tokens
 
 # Of the largest scripts.
 _LETTERS = "A-Za-z\u0430-\u044f\u0410-\u042f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"

@@ -49,6 +49,7 @@ class Parts:
     depends on both). None where a text is the bytes of its tokens, one after the other.
     rewrites: any later token may make `join` change all of the text before it.
     chat_templates: Jinja sources by name. template_tokens: role → text of the tokens that templates may ask for.
+    warnings: what the files say and cannot mean, each in one line.
     """
 
     vocabulary: Vocabulary
@@ -58,3 +59,4 @@ class Parts:
     rewrites: bool = False
     chat_templates: Mapping[str, str] = field(default_factory=dict)
     template_tokens: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from shoal.models.errors import TokenizerError, TooManyTokens
 
-from .long_texts import PIECE_CHARS, STRETCH_CHARS, UNLIMITED, pieces
+from .long_texts import PIECE_CHARS, STRETCH_CHARS, ANY_NUMBER, pieces
 from .vocabulary import SPECIAL_KINDS, TokenKind, Vocabulary
 
 MAX_SPECIAL_CHARS = 4096
@@ -82,7 +82,7 @@ class SpecialSplitter:
             {vocabulary.tokens[i]: i for i, kind in enumerate(vocabulary.kinds) if kind in _SPLITTING}
         )
 
-    def encode(self, text: str, add_special: bool, parse_special: bool, limit: int = UNLIMITED) -> list[int]:
+    def encode(self, text: str, add_special: bool, parse_special: bool, limit: int = ANY_NUMBER) -> list[int]:
         ids = [*self._prefix] if add_special else []
         at = 0
         for start, end, token_id in self._finder.find(text):

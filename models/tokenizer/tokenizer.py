@@ -13,7 +13,7 @@ from shoal.models.errors import TokenizerError, TooManyTokens
 
 from .from_gguf import read_gguf
 from .from_hf import read_hf
-from .long_texts import PIECE_CHARS, UNLIMITED, far_beyond
+from .long_texts import PIECE_CHARS, ANY_NUMBER, far_beyond
 from .parts import DEFAULT_TEMPLATE, Parts
 from .vocabulary import SPECIAL_KINDS, TokenKind
 
@@ -36,6 +36,7 @@ class Tokenizer:
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
         self.stop_ids = vocabulary.stop_ids
+        self.warnings = parts.warnings
         self.add_space_prefix = vocabulary.add_space_prefix
         self.chat_templates = parts.chat_templates
         self.chat_template = next(iter(parts.chat_templates.values()), None)
@@ -68,7 +69,7 @@ class Tokenizer:
         more, TooManyTokens is raised. Else they may still be more. Lone surrogates become U+FFFD. Raises TextTooLarge.
         """
         text = _scalar_values(text)
-        limit = UNLIMITED if most is None else far_beyond(most)
+        limit = ANY_NUMBER if most is None else far_beyond(most)
         if most is not None and (least := self._least_tokens(text)) > most:
             raise TooManyTokens(least)
         return self._encoder.encode(text, add_special, parse_special, limit)

@@ -24,6 +24,7 @@ import xxhash
 from shoal.kernels import WEIGHT_TYPES, KernelError, Matrix, WeightType
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.models.families import bias_shapes, shapes
+from shoal.models.regular_files import open_regular
 from shoal.models.weights import Weights
 from shoal.offload.errors import PackCorrupt, PackError
 from shoal.partition.spec import BlockId, ModelSpec
@@ -151,7 +152,7 @@ def open_pack(directory: Path) -> Pack:
     manifest = read_manifest(directory)
     path = directory / BLOCKS
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             stat = os.fstat(file.fileno())
             _check_places(path, manifest, stat.st_size)
             stored = np.empty(manifest.vectors.nbytes, np.uint8)
