@@ -44,7 +44,8 @@ def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
     most = model.plan.context_tokens - 1
     try:
         if isinstance(request, Chat):
-            return chat_tokens(model, request.messages, request.tools, request.template_args, most)
+            text = chat_text(model, request.messages, request.tools, request.template_args)
+            return model.tokenizer.encode(text, add_special=False, most=most)
         if request.prompt is not None:
             return model.tokenizer.encode(request.prompt, most=most)
     except TooManyTokens as error:
@@ -52,22 +53,21 @@ def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
     return list(request.prompt_tokens or [])
 
 
-def chat_tokens(
+def chat_text(
     model: LoadedModel,
     messages: list[ChatMessage],
     tools: list[dict[str, Any]] | None = None,
     template_args: Mapping[str, Any] = MappingProxyType({}),
-    most: int | None = None,
-) -> list[int]:
-    """A conversation as prompt ids, by the model's chat template (ChatML when it has none).
+) -> str:
+    """A conversation as a prompt, by the model's chat template (ChatML when it has none).
 
-    most: as in `Tokenizer.encode`. Raises DaemonError or the models room's TemplateError, TextTooLarge or Overloaded.
+    Raises DaemonError or the models room's TemplateError and Overloaded.
     """
     if taken := template_args.keys() & {"messages", "tools"}:
         raise DaemonError("bad_request", f"template_args has {sorted(taken)}: these are fields of their own")
     conversation = [_as_dict(message) for message in messages]
     try:
-        rendered = model.chat_template.render(conversation, tools=tools or None, **template_args)
+        return model.chat_template.render(conversation, tools=tools or None, **template_args)
     except TemplateRefusal:
         raise
     except TemplateError as error:
@@ -75,7 +75,6 @@ def chat_tokens(
             raise
         hint = "send a prompt instead, or mend the template"
         raise DaemonError("corrupt", f"{model.checkpoint.path}: {error}", hint) from error
-    return model.tokenizer.encode(rendered, add_special=False, most=most)
 
 
 def _renders(model: LoadedModel, conversation: list[dict[str, Any]]) -> bool:

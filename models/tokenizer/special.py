@@ -17,7 +17,7 @@ from typing import Protocol
 
 from shoal.models.errors import TokenizerError, TooManyTokens
 
-from .long_texts import PIECE_CHARS, STRETCH_CHARS, ANY_NUMBER, pieces
+from .long_texts import ANY_NUMBER, PIECE_CHARS, STRETCH_CHARS, pieces
 from .vocabulary import SPECIAL_KINDS, TokenKind, Vocabulary
 
 MAX_SPECIAL_CHARS = 4096

@@ -6,14 +6,14 @@ Knows how ids spell text. Does not know file formats (from_gguf, from_hf, tokeni
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shoal.models.errors import TokenizerError, TooManyTokens
 
 from .from_gguf import read_gguf
 from .from_hf import read_hf
-from .long_texts import PIECE_CHARS, ANY_NUMBER, far_beyond
+from .long_texts import ANY_NUMBER, PIECE_CHARS, far_beyond
 from .parts import DEFAULT_TEMPLATE, Parts
 from .vocabulary import SPECIAL_KINDS, TokenKind
 
@@ -95,6 +95,10 @@ class Tokenizer:
         if vocab.add_space_prefix and data.startswith(b" "):
             data = data[1:]
         return data.decode(errors="replace")
+
+    def text_bytes(self, ids: Sequence[int]) -> int:
+        """About how long the text of ids is, in bytes, without making it."""
+        return self._vocabulary.tokens.bytes_of(ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Exact bytes of one token; b"" for control tokens and for ids outside the vocabulary.
