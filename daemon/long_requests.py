@@ -15,7 +15,7 @@ from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.offload.budget import Budget
 
 from .errors import DaemonError
-from .memory import trim
+from .memory import return_freed
 from .request import chat_text
 from .sizes import format_bytes
 
@@ -54,7 +54,7 @@ class LongRequests:
     def look(self) -> None:
         if self._freed_s is not None and time.monotonic() - self._freed_s > _SETTLE_S:
             self._freed_s = None
-            trim()
+            return_freed()  # a refused text hangs on its error's traceback
 
 
 def _is_long(request: Generate | Chat | Tokenize) -> bool:

@@ -52,7 +52,8 @@ class HfLibrary:
 
     def facts(self) -> dict[str, Any]:
         """ids: text → id. added: [id, whether it is special, text] of each added token. swallowing: texts of those that
-        take the white space after them. touching: whether some take white space at all. around: ids that stand around
+        take the white space after them. touching: whether some take white space at all. single: whether some are only
+        tokens where no letter touches them. around: ids that stand around
         an empty text. normalizer, pre_tokenizer, decoder: their JSON, or None. fallback: whether the model is a BPE
         that takes bytes for what is no token."""
         added = self._library.get_added_tokens_decoder()
@@ -61,6 +62,7 @@ class HfLibrary:
             # An added token's text is what the normalizer makes of it, and another token may have the same text.
             "added": [[i, i in self._special, self._library.id_to_token(i) or ""] for i in added],
             "swallowing": [token.content for token in added.values() if token.rstrip],
+            "single": any(token.single_word for token in added.values()),
             "touching": any(token.lstrip or token.rstrip for token in added.values()),
             "around": self.encode("", True, True),
             "normalizer": _state(self._library.normalizer),

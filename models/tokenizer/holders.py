@@ -103,9 +103,11 @@ class Here:
         """Where texts can be cut, and the tokens that stand before and after a text."""
         facts = self._library.facts()
         special = [text for _, _, text in facts["added"]]
-        cut = file_cut(
-            facts["normalizer"], facts["pre_tokenizer"], facts["ids"], special, facts["swallowing"]
-        )
+        cut = None
+        if not facts["single"]:
+            cut = file_cut(
+                facts["normalizer"], facts["pre_tokenizer"], facts["ids"], special, facts["swallowing"]
+            )
         bare, around = (self._library.encode("a", add_special, True) for add_special in (False, True))
         at = next((at for at in range(len(around)) if around[at : at + len(bare)] == bare), 0)
         return cut, around[:at], around[at + len(bare) :]
@@ -135,7 +137,8 @@ class _InChild:
     def encode(self, text: str, add_special: bool, parse_special: bool, limit: int) -> list[int]:
         memory_bytes = min(_TEXT_BYTES + _TEXT_BYTES_PER_CHAR * len(text), _MAX_TEXT_BYTES)
         limits = Limits(memory_bytes, _TEXT_S + len(text) / _CHARS_PER_S)
-        with _child_errors("this text cannot be tokenised", of_text=len(text) > STRETCH_CHARS):
+        long = len(text) if len(text) > STRETCH_CHARS else 0
+        with _child_errors("this text cannot be tokenised", long):
             ids = self._do(limits, "encode_within", text, add_special, parse_special, limit)
         if isinstance(ids, int):
             raise TooManyTokens(ids)
@@ -159,13 +162,14 @@ class _InChild:
 
 
 @contextmanager
-def _child_errors(doing: str, of_text: bool = False) -> Iterator[None]:
-    """of_text: what passes the limits is the fault of a long text, else that of the file."""
+def _child_errors(doing: str, chars: int = 0) -> Iterator[None]:
+    """chars: of a long text. What passes the limits is its fault, else that of the file."""
     try:
         yield
     except JobFailed as error:
         raise TokenizerError(f"{doing}: {error}") from error
     except LimitPassed as error:
-        if of_text:
-            raise TextTooLarge(f"{doing}: without a place to cut it, it {error}") from error
+        if chars:
+            what = f"tokenising {chars} characters without a place to cut them"
+            raise TextTooLarge(f"{what} {error}; put spaces or line ends in") from error
         raise TokenizerError(f"{doing}: the tokenizer of tokenizer.json {error}") from error
