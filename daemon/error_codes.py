@@ -12,6 +12,7 @@ from shoal.models.errors import (
     Overloaded,
     SamplingError,
     TemplateError,
+    TextTooLarge,
     TokenizerError,
     UnsupportedCheckpoint,
 )
@@ -29,6 +30,7 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (TemplateError, "bad_request"),
     (LogitsError, "corrupt"),
     (SamplingError, "bad_request"),
+    (TextTooLarge, "resources"),
     (ShardError, "bad_request"),
     (BudgetExceeded, "resources"),
     (PackPointless, "bad_request"),

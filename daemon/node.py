@@ -46,10 +46,11 @@ from .backend import STAGE_S, CancelCall, Emit, Event
 from .config import NodeConfig
 from .error_codes import translated
 from .errors import DaemonError
+from .long_requests import LongRequests, tokenized
 from .memory import budget_of, resident_bytes, return_freed
 from .model_name import Reference
 from .progress import Progress, no_progress
-from .request import answer_of, chat_tokens, prompt_of, sequence_of
+from .request import answer_of, prompt_of, sequence_of
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Node:
     ) -> None:
         self.config = config
         self.budget = budget_of(config.memory_bytes)
+        self._long = LongRequests(self.budget)
         self._resolve = resolve
         kv_files = None
         if kv_root is not None and config.kv_disk_bytes != 0:
@@ -119,6 +121,8 @@ class Node:
             answer = answer_of(model, request, prompt, emit)
         except Exception as error:
             raise translated(error) from error
+        finally:
+            self._long.ended(request)
         with self._wake:
             self._check_open()
             if model not in self._models:
@@ -164,25 +168,12 @@ class Node:
     def tokenize(self, request: Tokenize) -> Tokens:
         """Text, messages or ids → ids and text. Raises DaemonError."""
         model = self._model(request.model)
-        tokenizer = model.tokenizer
         try:
-            if request.text is not None:
-                ids = tokenizer.encode(
-                    request.text, add_special=request.add_special, parse_special=request.parse_special
-                )
-            elif request.messages is not None:
-                ids = chat_tokens(model, request.messages)
-            else:
-                ids = list(request.tokens or [])
-                # A model may have more rows than tokens, and say them.
-                size = max(tokenizer.vocab_size, model.checkpoint.spec.vocab)
-                if ids and max(ids) >= size:
-                    raise DaemonError(
-                        "bad_request", f"token {max(ids)}: must be below the vocabulary's {size}"
-                    )
-            return Tokens(ids=ids, text=tokenizer.decode(ids))
+            return tokenized(model, request, self._long)
         except Exception as error:
             raise translated(error) from error
+        finally:
+            self._long.ended(request)
 
     def load(self, request: Load, progress: Progress = no_progress) -> Loaded:
         """Load a model, unless it is loaded. Idle models make room when memory is short. Raises DaemonError.
@@ -322,6 +313,7 @@ class Node:
 
     def _expire_each(self) -> None:
         self._models.sweep()
+        self._long.look()
         for model in self._models:
             model.engine.expire()
 

@@ -17,7 +17,7 @@ from shoal import kernels
 from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
-from shoal.models.errors import TemplateError, TemplateRefusal
+from shoal.models.errors import TemplateError, TemplateRefusal, TooManyTokens
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Wanted, scratch_bytes
@@ -40,29 +40,34 @@ PROBE = [{"role": "user", "content": "Hello"}]  # a template that fails for this
 
 
 def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
-    """The prompt's token ids. Raises DaemonError, or the models room's TemplateError or TokenizerError."""
-    if isinstance(request, Chat):
-        return chat_tokens(model, request.messages, request.tools, request.template_args)
-    if request.prompt is not None:
-        return model.tokenizer.encode(request.prompt)
+    """The prompt's token ids. Raises DaemonError, or what the models room says of templates, tokenizers and texts."""
+    most = model.plan.context_tokens - 1
+    try:
+        if isinstance(request, Chat):
+            text = chat_text(model, request.messages, request.tools, request.template_args)
+            return model.tokenizer.encode(text, add_special=False, most=most)
+        if request.prompt is not None:
+            return model.tokenizer.encode(request.prompt, most=most)
+    except TooManyTokens as error:
+        raise _overflow(model, error.least, "at least ") from error
     return list(request.prompt_tokens or [])
 
 
-def chat_tokens(
+def chat_text(
     model: LoadedModel,
     messages: list[ChatMessage],
     tools: list[dict[str, Any]] | None = None,
     template_args: Mapping[str, Any] = MappingProxyType({}),
-) -> list[int]:
-    """A conversation as prompt ids, by the model's chat template (ChatML when it has none).
+) -> str:
+    """A conversation as a prompt, by the model's chat template (ChatML when it has none).
 
-    Raises DaemonError or the models room's TemplateError.
+    Raises DaemonError or the models room's TemplateError and Overloaded.
     """
     if taken := template_args.keys() & {"messages", "tools"}:
         raise DaemonError("bad_request", f"template_args has {sorted(taken)}: these are fields of their own")
     conversation = [_as_dict(message) for message in messages]
     try:
-        rendered = model.chat_template.render(conversation, tools=tools or None, **template_args)
+        return model.chat_template.render(conversation, tools=tools or None, **template_args)
     except TemplateRefusal:
         raise
     except TemplateError as error:
@@ -70,7 +75,6 @@ def chat_tokens(
             raise
         hint = "send a prompt instead, or mend the template"
         raise DaemonError("corrupt", f"{model.checkpoint.path}: {error}", hint) from error
-    return model.tokenizer.encode(rendered, add_special=False)
 
 
 def _renders(model: LoadedModel, conversation: list[dict[str, Any]]) -> bool:
@@ -103,11 +107,7 @@ def sequence_of(
             "bad_request", f"prompt token {max(prompt)}: must be below the vocabulary's {vocab}"
         )
     if len(prompt) >= context:
-        raise DaemonError(
-            "context_overflow",
-            f"the prompt has {len(prompt)} tokens, the context holds {context} and needs room for an answer",
-            _way_out(model, len(prompt)),
-        )
+        raise _overflow(model, len(prompt))
     if request.max_tokens is not None:
         limit = min(context, len(prompt) + request.max_tokens)
     else:
@@ -149,6 +149,15 @@ def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
     if asked.seed is None:
         given["seed"] = secrets.randbits(63)
     return SamplingParams(**given)
+
+
+def _overflow(model: LoadedModel, tokens: int, about: str = "") -> DaemonError:
+    context = model.plan.context_tokens
+    return DaemonError(
+        "context_overflow",
+        f"the prompt has {about}{tokens} tokens, the context holds {context} and needs room for an answer",
+        "shorten it" if about and tokens < model.checkpoint.spec.context else _way_out(model, tokens),
+    )
 
 
 def _way_out(model: LoadedModel, prompt_tokens: int) -> str:

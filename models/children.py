@@ -222,7 +222,7 @@ class _Child:
             answered, data = self._receive(limits, began_s)
             kind, text = ("", "") if answered else json.loads(data)
             if kind == "MemoryError":
-                raise LimitPassed(f"took more than {limits.memory_bytes >> 20} MB of memory and was stopped")
+                raise _hungry(limits)
             large = self.begun and len(job) + len(data) > LARGE_JOB_BYTES
             fine = kind != _PANIC and not large
         finally:
@@ -281,12 +281,18 @@ class _Child:
         code = self._process.returncode
         if code == -signal.SIGXCPU:
             return _late(limits)
+        if code == -signal.SIGABRT:  # how a library in Rust ends that gets no memory
+            return _hungry(limits)
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
         return _Died(f"ended its process {how}")
 
 
 def _late(limits: Limits) -> LimitPassed:
     return LimitPassed(f"did not end in time ({limits.seconds:g} s) and was stopped")
+
+
+def _hungry(limits: Limits) -> LimitPassed:
+    return LimitPassed(f"took more than {limits.memory_bytes >> 20} MB of memory and was stopped")
 
 
 def _origin(package: str) -> str:

@@ -8,6 +8,8 @@
     ├── TokenizerError             the vocabulary or the rules that cut text into tokens
     ├── TemplateError              a chat template that cannot be read, or fails
     │   └── TemplateRefusal            a conversation that it refuses
+    ├── TextTooLarge               a text that cannot be tokenised in the time and memory that one text gets
+    │   └── TooManyTokens              it has far more tokens than are wanted
     ├── Overloaded                 more work of one kind than is done at a time; worth trying again
     └── SamplingError              a setting that does not fit the model
         └── LogitsError                logits that no token can be chosen from, because the weights are unusable
@@ -47,6 +49,18 @@ class TemplateError(ModelError):
 
 class TemplateRefusal(TemplateError):
     """The chat template is sound and refuses this conversation, in its own words."""
+
+
+class TextTooLarge(ModelError):
+    """A text cannot be tokenised in the time and memory that one text gets."""
+
+
+class TooManyTokens(TextTooLarge):
+    """A text has far more tokens than are wanted. least: it has so many at least."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__(f"the text has at least {least} tokens")
+        self.least = least
 
 
 class Overloaded(ModelError):

@@ -37,6 +37,17 @@ class Texts:
         parts = [text.encode() for text in texts]
         return cls(b"".join(parts), [len(part) for part in parts])
 
+    @property
+    def longest_bytes(self) -> int:
+        """Bytes of the longest text; 0 if there are none."""
+        return int(np.diff(self._ends, prepend=0).max(initial=0))
+
+    def bytes_of(self, indices: Any) -> int:
+        """Bytes of the texts at these indices together; those out of range count nothing."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        wanted = wanted[(wanted >= 0) & (wanted < len(self))]
+        return int(np.diff(self._ends, prepend=0)[wanted].sum(dtype=np.int64))
+
     def __len__(self) -> int:
         return len(self._ends)
 

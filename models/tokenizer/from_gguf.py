@@ -15,11 +15,12 @@ import numpy as np
 from shoal.models.errors import TokenizerError
 from shoal.models.texts import Texts
 
-from .bpe import PRE_TOKENIZERS, ByteLevelBpe
+from .bpe import ByteLevelBpe
 from .parts import DEFAULT_TEMPLATE, Parts
 from .special import Edges, SpecialSplitter
 from .spm import SentencePieceBpe
 from .vocabulary import TokenKind, Vocabulary, completed, inverse, packed
+from .word_rules import PRE_TOKENIZERS
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
@@ -85,6 +86,7 @@ def _parts(
     return Parts(
         vocab,
         encoder,
+        encoder.longest_bytes,
         chat_templates=keys.templates(),
         template_tokens=keys.named_tokens(vocab),
         warnings=tuple(keys.outside.values()),

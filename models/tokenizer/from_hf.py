@@ -85,7 +85,7 @@ def _from_sentence_piece(path: Path, config: Mapping[str, Any], stated: Stated) 
         add_eos=vocab.eos_id is not None and bool(config.get("add_eos_token", False)),
         edges=edges,
     )
-    return Parts(vocab, encoder)
+    return Parts(vocab, encoder, encoder.longest_bytes)
 
 
 def _add_tokens(

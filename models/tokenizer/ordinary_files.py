@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from .bpe import PRE_TOKENIZERS
 from .vocabulary import MAX_TOKENS
+from .word_rules import REGEXES
 
 _MAX_STEPS = 12  # of one of the four parts
 _MAX_REWRITES = 2  # of these, steps that put texts in place of others …
@@ -44,43 +44,11 @@ _PARTS = {
     },
 }
 _REWRITES = {"Replace", "Prepend"}
-# The published rules of each family in the words of its tokenizer.json. All are linear in the text.
-_ENDINGS = "'s|'t|'re|'ve|'m|'ll|'d"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{{0}}"
-_REST_CASED = _REST.replace(r"[\r\n]*", r"[\r\n/]*")
-REGEXES = frozenset(
-    {
-        *(split for rule in PRE_TOKENIZERS.values() for split in rule.splits),
-        *(
-            rf"(?i:{_ENDINGS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|{_REST}"
-            for digits in ("", "{1,2}", "{1,3}")
-        ),
-        rf"(?i:{_ENDINGS})|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
-        + _REST.replace(r"\p{L}", r"\p{L}\p{M}"),
-        *(
-            f"{_CASED.replace('{0}', endings)}|{digits}|{_REST_CASED}"
-            for endings in ("", f"(?i:{_ENDINGS})?")
-            for digits in (r"\p{N}", r"\p{N}{1,3}")
-        ),
-        *(r"\p{N}{1,3}", r"\d", r"\d{1,3}", "[0-9]", "[0-9][0-9][0-9]", r"\s+", " ", r"[\r\n]"),
-    }
-)
 
 
 class _Added(msgspec.Struct):
     id: int
     content: str
-
-
-class _Outline(msgspec.Struct):
-    model: msgspec.Raw
-    normalizer: Any = None
-    pre_tokenizer: Any = None
-    post_processor: Any = None
-    decoder: Any = None
-    added_tokens: list[_Added] = []
 
 
 class _Model(msgspec.Struct):
@@ -93,13 +61,22 @@ class _Model(msgspec.Struct):
     merges: msgspec.Raw = msgspec.Raw(b"[]")
 
 
+class _Outline(msgspec.Struct):
+    model: _Model
+    normalizer: Any = None
+    pre_tokenizer: Any = None
+    post_processor: Any = None
+    decoder: Any = None
+    added_tokens: list[_Added] = []
+
+
 def is_ordinary(data: bytes) -> bool:
     """Whether a file has nothing but known parts, within bounds."""
     if len(data) > _MAX_BYTES:
         return False
     try:
         file = msgspec.json.decode(data, type=_Outline)
-        model = msgspec.json.decode(file.model, type=_Model)
+        model = file.model
         lengths, ids = _vocabulary(model)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return False

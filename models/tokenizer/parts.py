@@ -19,9 +19,10 @@ class Encoder(Protocol):
     """Text → ids.
 
     add_special: add the tokens that the model wants before and after a text. parse_special: recognise control tokens.
+    Raises TooManyTokens, if it can be told early that there are more than `limit`, and TextTooLarge.
     """
 
-    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]: ...
+    def encode(self, text: str, add_special: bool, parse_special: bool, limit: int) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Stated:
 class Parts:
     """What a model's files say about text.
 
+    longest_bytes: of a text, in UTF-8, no token stands for more; None where that is not known, because white space or
+    unknown characters may be dropped.
     join: texts of tokens → text, for tokens that have no bytes of their own (whether there is a space between two
     depends on both). None where a text is the bytes of its tokens, one after the other.
     rewrites: any later token may make `join` change all of the text before it.
@@ -51,6 +54,7 @@ class Parts:
 
     vocabulary: Vocabulary
     encoder: Encoder
+    longest_bytes: int | None = None
     join: Callable[[list[str]], str] | None = None
     rewrites: bool = False
     chat_templates: Mapping[str, str] = field(default_factory=dict)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
-from shoal.models.errors import TokenizerError
+from shoal.models.errors import TokenizerError, TooManyTokens
 
+from .long_texts import ANY_NUMBER, PIECE_CHARS, STRETCH_CHARS, pieces
 from .vocabulary import SPECIAL_KINDS, TokenKind, Vocabulary
 
 MAX_SPECIAL_CHARS = 4096
@@ -28,9 +29,18 @@ _WORD = re.compile(r"\w")
 
 
 class Merger(Protocol):
-    """Text without special tokens → ids."""
+    """Text without special tokens → ids.
+
+    falls_back: every byte of a text is in some token. cut: where texts can be cut without changing any id. encode_long:
+    of a text that cannot be cut; raises TextTooLarge or TooManyTokens.
+    """
+
+    falls_back: bool
+    cut: re.Pattern[str] | None
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_long(self, text: str, limit: int) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,9 @@ class Edges:
 class SpecialSplitter:
     """Text → ids: special tokens by their text, the merger for what stands between them.
 
-    add_bos, add_eos: whether they stand around a text. edges: by token id, of those that want something. Raises
-    TokenizerError if BOS or EOS is wanted and the vocabulary names none, or if a special token is too long.
+    longest_bytes: as in `Parts`. add_bos, add_eos: whether they stand around a text. edges: by token id, of those that
+    want something. Raises TokenizerError if BOS or EOS is wanted and the vocabulary names none, or if a special token
+    is too long.
     """
 
     def __init__(
@@ -64,12 +75,14 @@ class SpecialSplitter:
         self._suffix = _one("EOS", vocabulary.eos_id) if add_eos else []
         self._space_prefix = vocabulary.add_space_prefix
         self._edges = edges
+        dropping = not merger.falls_back or any(edge.lstrip or edge.rstrip for edge in edges.values())
+        self.longest_bytes = None if dropping else vocabulary.tokens.longest_bytes
         self._is_special = vocabulary.is_special
         self._finder = SpecialFinder(
             {vocabulary.tokens[i]: i for i, kind in enumerate(vocabulary.kinds) if kind in _SPLITTING}
         )
 
-    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+    def encode(self, text: str, add_special: bool, parse_special: bool, limit: int = ANY_NUMBER) -> list[int]:
         ids = [*self._prefix] if add_special else []
         at = 0
         for start, end, token_id in self._finder.find(text):
@@ -83,16 +96,27 @@ class SpecialSplitter:
                     start = max(at, _before_spaces(text, start))
                 if edges.rstrip:
                     end = _after_spaces(text, end)
-            self._merge(text[at:start], ids)
+            self._merge(text[at:start], ids, limit)
             ids.append(token_id)
+            if len(ids) > limit:
+                raise TooManyTokens(len(ids))
             at = end
-        self._merge(text[at:], ids)
+        self._merge(text[at:], ids, limit)
         return ids + self._suffix if add_special else ids
 
-    def _merge(self, text: str, ids: list[int]) -> None:
+    def _merge(self, text: str, ids: list[int], limit: int) -> None:
         """Append the ids of a fragment, which stands at the beginning or after a special token."""
-        if text:
-            ids += self._merger.encode(" " + text if self._space_prefix else text)
+        if not text:
+            return
+        text = " " + text if self._space_prefix else text
+        if len(text) <= PIECE_CHARS:
+            ids += self._merger.encode(text)
+        else:
+            for piece in pieces(text, self._merger.cut):
+                long = len(piece) > STRETCH_CHARS
+                ids += self._merger.encode_long(piece, limit) if long else self._merger.encode(piece)
+                if len(ids) > limit:
+                    raise TooManyTokens(len(ids))
 
 
 def _one(name: str, token_id: int | None) -> list[int]:

@@ -15,8 +15,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from shoal.models.errors import TokenizerError
 from shoal.models.texts import Texts
-from shoal.models.tokenizer.bpe import PRE_TOKENIZERS, ByteLevelBpe
+from shoal.models.tokenizer.bpe import ByteLevelBpe
 from shoal.models.tokenizer.tokenizer import Tokenizer
+from shoal.models.tokenizer.word_rules import PRE_TOKENIZERS
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 USER_DEFINED = ["<think>", "    "]

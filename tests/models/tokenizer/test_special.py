@@ -28,8 +28,14 @@ typed = st.text(alphabet="ab< \u3000_é", max_size=40)
 class Characters:
     """A merger that makes every character token 0."""
 
+    falls_back = True
+    cut = None
+
     def encode(self, text: str) -> list[int]:
         return [0] * len(text)
+
+    def encode_long(self, text: str, limit: int) -> list[int]:
+        return self.encode(text)
 
 
 @given(

@@ -18,7 +18,7 @@ _HEAD = struct.Struct("<I")
 
 
 def first_job(data: bytes, tokens: dict[str, Any]) -> bytes:
-    """What `begin` reads: the file and the tokens that `Library` is to add."""
+    """What `begin` reads: the file and the tokens that `HfLibrary` is to add."""
     head = json.dumps(tokens).encode()
     return _HEAD.pack(len(head)) + head + data
 
@@ -27,7 +27,7 @@ def begin(first: bytes) -> Callable[[bytes], bytes]:
     """A library for the first job. Later ones are JSON: the name of a method and its arguments; so are the answers."""
     (size,) = _HEAD.unpack_from(first)
     start = _HEAD.size + size
-    library = Library(first[start:], json.loads(first[_HEAD.size : start]))
+    library = HfLibrary(first[start:], json.loads(first[_HEAD.size : start]))
 
     def work(job: bytes) -> bytes:
         name, *arguments = json.loads(job)
@@ -36,7 +36,7 @@ def begin(first: bytes) -> Callable[[bytes], bytes]:
     return work
 
 
-class Library:
+class HfLibrary:
     """data: the file. tokens: `names`, `added`, `extra` as `parts.Stated` has them, tokens as their fields."""
 
     def __init__(self, data: bytes, tokens: dict[str, Any]) -> None:
@@ -52,16 +52,29 @@ class Library:
 
     def facts(self) -> dict[str, Any]:
         """ids: text → id. added: [id, whether it is special, text] of each added token. swallowing: texts of those that
-        take the white space after them. around: ids that stand around an empty text. decoder: its JSON, or None."""
+        take the white space after them. touching: whether some take white space at all. single: whether some are only
+        tokens where no letter touches them. around: ids that stand around
+        an empty text. normalizer, pre_tokenizer, decoder: their JSON, or None. fallback: whether the model is a BPE
+        that takes bytes for what is no token."""
         added = self._library.get_added_tokens_decoder()
         return {
             "ids": self._library.get_vocab(with_added_tokens=True),
             # An added token's text is what the normalizer makes of it, and another token may have the same text.
             "added": [[i, i in self._special, self._library.id_to_token(i) or ""] for i in added],
             "swallowing": [token.content for token in added.values() if token.rstrip],
+            "single": any(token.single_word for token in added.values()),
+            "touching": any(token.lstrip or token.rstrip for token in added.values()),
             "around": self.encode("", True, True),
-            "decoder": json.loads(self._decoder.__getstate__()) if self._decoder is not None else None,
+            "normalizer": _state(self._library.normalizer),
+            "pre_tokenizer": _state(self._library.pre_tokenizer),
+            "decoder": _state(self._decoder),
+            "fallback": bool(getattr(self._library.model, "byte_fallback", False)),
         }
+
+    def to_json(self) -> bytes:
+        """The file anew, with all that was added."""
+        text: str = self._library.to_str()
+        return text.encode()
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         with self._lock:
@@ -69,6 +82,11 @@ class Library:
             # The post-processor, not add_bos_token, decides what stands around a text, as in transformers 5.
             ids: list[int] = self._library.encode(text, add_special_tokens=add_special).ids
         return ids
+
+    def encode_within(self, text: str, add_special: bool, parse_special: bool, limit: int) -> list[int] | int:
+        """The ids, or how many there are if there are more than `limit`."""
+        ids = self.encode(text, add_special, parse_special)
+        return ids if len(ids) <= limit else len(ids)
 
     def join(self, texts: list[str]) -> str:
         """Texts of tokens → text. Unlike the tokenizer itself the decoder needs no lock."""
@@ -104,3 +122,7 @@ class Library:
                 wanted.setdefault(fields["content"], tokenizers.AddedToken(**fields))
         present = [token for text, token in wanted.items() if self._library.token_to_id(text) is not None]
         self._library.add_tokens(present)
+
+
+def _state(part: Any) -> Any:
+    return None if part is None else json.loads(part.__getstate__())
