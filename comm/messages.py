@@ -65,7 +65,7 @@ class Hello(Message):
 
 
 class Sampling(Message):
-    """How the next token is chosen. An absent field takes the model's default, or else the one given here.
+    """How the next token is chosen. An absent field takes the model's default: what its makers advise, else Shoal's.
 
     ValueError, naming field, value and limit, when a value is beyond `sampling_limits`.
     """
@@ -74,9 +74,9 @@ class Sampling(Message):
     top_k: Annotated[int, LIMITS["top_k"].meta] | None = None  # 0 = off
     top_p: Annotated[float, LIMITS["top_p"].meta] | None = None
     min_p: Annotated[float, LIMITS["min_p"].meta] | None = None
-    repetition_penalty: Annotated[float, LIMITS["repetition_penalty"].meta] = 1.0
-    presence_penalty: Annotated[float, LIMITS["presence_penalty"].meta] = 0.0
-    frequency_penalty: Annotated[float, LIMITS["frequency_penalty"].meta] = 0.0
+    repetition_penalty: Annotated[float, LIMITS["repetition_penalty"].meta] | None = None
+    presence_penalty: Annotated[float, LIMITS["presence_penalty"].meta] | None = None
+    frequency_penalty: Annotated[float, LIMITS["frequency_penalty"].meta] | None = None
     logit_bias: Annotated[
         dict[TokenId, Annotated[float, LIMITS["logit_bias"].meta]], Meta(max_length=MAX_BIASES)
     ] = {}
@@ -311,6 +311,7 @@ class ModelStatus(Message):
     kv_disk_bytes: int = 0  # size of the KV pages kept on disk
     kv_disk_pages_read_total: int = 0  # pages read back instead of computed
     kv_disk_pages_written_total: int = 0
+    warnings: list[str] = []  # what is odd about its files, one line each
 
 
 class Loaded(Message):

@@ -6,6 +6,8 @@ It knows nothing of batches or sockets; `emit` must not block.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from shoal.comm.messages import (
     Accepted,
     Done,
@@ -16,6 +18,7 @@ from shoal.comm.messages import (
     Usage,
 )
 from shoal.engine.sequence import Emitted, Ended, Failed, Queued, Sequence, SequenceEvent
+from shoal.models.errors import LogitsError
 from shoal.models.sampling import Sampled
 from shoal.models.tokenizer.detokenizer import Detokenizer
 from shoal.models.tokenizer.stop_strings import StopMatcher
@@ -26,7 +29,7 @@ from .error_codes import translated
 
 
 class Answer:
-    """The messages of one request. `over`: the terminal one has been emitted."""
+    """The messages of one request. `over`: the terminal one has been emitted. `path`: where the model's files are."""
 
     def __init__(
         self,
@@ -38,7 +41,9 @@ class Answer:
         stop: list[str],
         logprobs: bool,
         context_tokens: int,
+        path: Path = Path(),
     ) -> None:
+        self._path = path
         self.over = False
         self._emit = emit
         self._model = model
@@ -77,7 +82,8 @@ class Answer:
         """Emit `error`, unless the answer is over."""
         if not self.over:
             self.over = True
-            self._emit(translated(error).to_message())
+            what = str(self._path) if isinstance(error, LogitsError) else ""
+            self._emit(translated(error, what).to_message())
 
     def _say(self, sampled: Sampled) -> bool:
         """Emit the text of a token. True when it completes a stop string."""

@@ -46,10 +46,11 @@ from .backend import STAGE_S, CancelCall, Emit, Event
 from .config import NodeConfig
 from .error_codes import translated
 from .errors import DaemonError
+from .long_requests import LongRequests, tokenized
 from .memory import budget_of, resident_bytes, return_freed
 from .model_name import Reference
 from .progress import Progress, no_progress
-from .request import answer_of, chat_tokens, prompt_of, sequence_of
+from .request import answer_of, prompt_of, sequence_of
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Node:
     ) -> None:
         self.config = config
         self.budget = budget_of(config.memory_bytes)
+        self._long = LongRequests(self.budget)
         self._resolve = resolve
         kv_files = None
         if kv_root is not None and config.kv_disk_bytes != 0:
@@ -88,7 +90,6 @@ class Node:
         self._models = LoadedModels(self.budget)
         assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear)
         self._loader = Loader(self._models, assembly, self._check_needed)
-        self._loading = threading.Lock()  # one load or unload at a time
         self._wake = threading.Condition(self._models.lock)  # guards _draining and _closed too
         self._draining = False
         self._closed = threading.Event()
@@ -120,6 +121,8 @@ class Node:
             answer = answer_of(model, request, prompt, emit)
         except Exception as error:
             raise translated(error) from error
+        finally:
+            self._long.ended(request)
         with self._wake:
             self._check_open()
             if model not in self._models:
@@ -165,24 +168,12 @@ class Node:
     def tokenize(self, request: Tokenize) -> Tokens:
         """Text, messages or ids → ids and text. Raises DaemonError."""
         model = self._model(request.model)
-        tokenizer = model.tokenizer
         try:
-            if request.text is not None:
-                ids = tokenizer.encode(
-                    request.text, add_special=request.add_special, parse_special=request.parse_special
-                )
-            elif request.messages is not None:
-                ids = chat_tokens(model, request.messages)
-            else:
-                ids = list(request.tokens or [])
-                if ids and max(ids) >= tokenizer.vocab_size:
-                    raise DaemonError(
-                        "bad_request",
-                        f"token {max(ids)}: must be below the vocabulary's {tokenizer.vocab_size}",
-                    )
-            return Tokens(ids=ids, text=tokenizer.decode(ids))
+            return tokenized(model, request, self._long)
         except Exception as error:
             raise translated(error) from error
+        finally:
+            self._long.ended(request)
 
     def load(self, request: Load, progress: Progress = no_progress) -> Loaded:
         """Load a model, unless it is loaded. Idle models make room when memory is short. Raises DaemonError.
@@ -191,16 +182,22 @@ class Node:
         as `busy`; if it would not fit like that, it stays as it is.
         """
         began_s = self._clock()
-        with self._loading:
+        with self._loader.alone():
             self._check_open()
             wanted = Reference.parse(request.model)
             path = self._resolve(wanted.model)
-            known = self._models.of(Reference(str(path), wanted.quant))
+            known = self._models.of(wanted, path)
             draft = self._resolve(request.draft) if request.draft is not None else None
             context = request.context or self.config.context_tokens
             config = replace(self.config, context_tokens=context, quant=wanted.quant)
             if known is None:
                 name = self._models.free_name(wanted, path)
+            elif (what := known.stale(self._resolve)) is not None:
+                log.info("%s: there is another file now, so %s is loaded again", what, known.name)
+                name, draft = known.name, draft or known.draft_path
+                config = replace(config, context_tokens=context or known.asked_context)
+                self._models.retire(known)
+                known = None
             else:
                 draft = draft or known.draft_path
                 same = request.context in (None, known.plan.context_tokens) and draft == known.draft_path
@@ -210,8 +207,10 @@ class Node:
                 name = known.name
                 self._models.drop(known)
                 known = None  # or it would stay in memory beside its successor
-            model = self._loader.load(name, path, draft, config, progress)
+            model = self._loader.load(name, wanted.model, path, draft, config, progress)
             self._models.add(model)
+            if model.tokenizer.chat_template is not None:
+                threading.Thread(target=model.warm_up, name="shoal-template", daemon=True).start()
             if self._closed.is_set():  # `close` may have gone through the models before this one came
                 self._models.drop(model)
                 self._check_open()
@@ -220,7 +219,7 @@ class Node:
 
     def unload(self, request: Unload) -> Ok:
         """Drop a model; its running requests end with `error` shutting_down. Raises DaemonError `not_found`."""
-        with self._loading:
+        with self._loader.alone():
             known = self._models.pick(request.model)
             if known is None:
                 raise DaemonError(
@@ -232,9 +231,9 @@ class Node:
         return Ok()
 
     def has(self, model: str) -> bool:
-        """Whether it is loaded and sound, so that requests to it begin at once. Never blocks."""
+        """Whether it is loaded and sound, so that requests to it begin at once."""
         known = self._models.pick(model)
-        return known is not None and not known.damaged
+        return known is not None and not known.damaged and known.stale(self._resolve) is None
 
     def stage(self, model: str) -> Stage | None:
         """What a request to `model` waits for just now: that one is loaded, or a disk. Never blocks for long."""
@@ -313,6 +312,8 @@ class Node:
                     log.error("a step of %s failed: %s", model.name, error, exc_info=ours)
 
     def _expire_each(self) -> None:
+        self._models.sweep()
+        self._long.look()
         for model in self._models:
             model.engine.expire()
 
@@ -337,10 +338,15 @@ class Node:
             model = self._models.pick(name)
         if model is None and not name:
             raise DaemonError("not_found", "no model is loaded", "name one, or load one first")
-        if model is None or (model.damaged and not model.engine.busy):
+        if (
+            model is None
+            or (model.damaged and not model.engine.busy)
+            or model.stale(self._resolve) is not None
+        ):
             load = Load(model=name)
             if model is not None:
-                load = Load(model=str(model.reference), context=model.plan.context_tokens)
+                again = Reference(model.named, model.quant)
+                load = Load(model=str(again), context=model.plan.context_tokens if model.damaged else None)
                 name = model.name
                 model = None  # or it would stay in memory beside its successor
             self.load(load)

@@ -15,10 +15,9 @@ from msgspec.structs import asdict
 
 from shoal import kernels
 from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
-from shoal.comm.sampling_limits import check_sampling
-from shoal.daemon.library.registry import recommended_sampling
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
+from shoal.models.errors import TemplateError, TemplateRefusal, TooManyTokens
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Wanted, scratch_bytes
@@ -27,34 +26,66 @@ from .answer import Answer
 from .backend import Emit
 from .errors import DaemonError
 
-DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+DEFAULT_SAMPLING = {
+    "temperature": 0.7,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.05,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+PROBE = [{"role": "user", "content": "Hello"}]  # a template that fails for this one is to blame itself
 
 
 def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
-    """The prompt's token ids. Raises DaemonError, or the models room's TemplateError or TokenizerError."""
-    if isinstance(request, Chat):
-        return chat_tokens(model, request.messages, request.tools, request.template_args)
-    if request.prompt is not None:
-        return model.tokenizer.encode(request.prompt)
+    """The prompt's token ids. Raises DaemonError, or what the models room says of templates, tokenizers and texts."""
+    most = model.plan.context_tokens - 1
+    try:
+        if isinstance(request, Chat):
+            text = chat_text(model, request.messages, request.tools, request.template_args)
+            return model.tokenizer.encode(text, add_special=False, most=most)
+        if request.prompt is not None:
+            return model.tokenizer.encode(request.prompt, most=most)
+    except TooManyTokens as error:
+        raise _overflow(model, error.least, "at least ") from error
     return list(request.prompt_tokens or [])
 
 
-def chat_tokens(
+def chat_text(
     model: LoadedModel,
     messages: list[ChatMessage],
     tools: list[dict[str, Any]] | None = None,
     template_args: Mapping[str, Any] = MappingProxyType({}),
-) -> list[int]:
-    """A conversation as prompt ids, by the model's chat template (ChatML when it has none).
+) -> str:
+    """A conversation as a prompt, by the model's chat template (ChatML when it has none).
 
-    Raises DaemonError or the models room's TemplateError.
+    Raises DaemonError or the models room's TemplateError and Overloaded.
     """
     if taken := template_args.keys() & {"messages", "tools"}:
         raise DaemonError("bad_request", f"template_args has {sorted(taken)}: these are fields of their own")
-    rendered = model.chat_template.render(
-        [_as_dict(message) for message in messages], tools=tools or None, **template_args
-    )
-    return model.tokenizer.encode(rendered, add_special=False)
+    conversation = [_as_dict(message) for message in messages]
+    try:
+        return model.chat_template.render(conversation, tools=tools or None, **template_args)
+    except TemplateRefusal:
+        raise
+    except TemplateError as error:
+        if _renders(model, PROBE):
+            raise
+        hint = "send a prompt instead, or mend the template"
+        raise DaemonError("corrupt", f"{model.checkpoint.path}: {error}", hint) from error
+
+
+def _renders(model: LoadedModel, conversation: list[dict[str, Any]]) -> bool:
+    """Whether the model's chat template is sound as far as this conversation shows."""
+    try:
+        model.chat_template.render(conversation)
+    except TemplateRefusal:
+        pass
+    except TemplateError:
+        return False
+    return True
 
 
 def sequence_of(
@@ -65,15 +96,18 @@ def sequence_of(
     if not prompt:
         raise DaemonError("bad_request", "the prompt is empty: it must have at least one token")
     if max(prompt) >= vocab:
+        if isinstance(request, Chat) or request.prompt is not None:
+            path, size = model.checkpoint.path, model.tokenizer.vocab_size
+            raise DaemonError(
+                "corrupt",
+                f"{path}: its tokenizer makes token {max(prompt)} of this text, its embedding has {vocab} rows",
+                f"the tokenizer has {size} tokens: take the one that belongs to the model",
+            )
         raise DaemonError(
             "bad_request", f"prompt token {max(prompt)}: must be below the vocabulary's {vocab}"
         )
     if len(prompt) >= context:
-        raise DaemonError(
-            "context_overflow",
-            f"the prompt has {len(prompt)} tokens, the context holds {context} and needs room for an answer",
-            _way_out(model, len(prompt)),
-        )
+        raise _overflow(model, len(prompt))
     if request.max_tokens is not None:
         limit = min(context, len(prompt) + request.max_tokens)
     else:
@@ -101,27 +135,28 @@ def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], e
         stop=list(request.stop),
         logprobs=request.sampling.logprobs is not None,
         context_tokens=model.plan.context_tokens,
+        path=model.checkpoint.path,
     )
 
 
 def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
-    """The request's values, else what the model's authors recommend, else Shoal's defaults."""
-    values = DEFAULT_SAMPLING | recommended_sampling(model.name) | model.checkpoint.defaults
-    values |= {name: value for name, value in asdict(asked).items() if value is not None}
-    chosen = {name: values[name] for name in DEFAULT_SAMPLING}
-    try:
-        for name, value in chosen.items():
-            check_sampling(name, value)
-    except ValueError as error:  # a model's files may advise anything
-        raise DaemonError("bad_request", f"what {model.name} advises for sampling: {error}") from error
-    return SamplingParams(
-        **chosen,
-        repetition_penalty=asked.repetition_penalty,
-        presence_penalty=asked.presence_penalty,
-        frequency_penalty=asked.frequency_penalty,
-        logit_bias=asked.logit_bias,
-        seed=secrets.randbits(63) if asked.seed is None else asked.seed,
-        logprobs=asked.logprobs,
+    """The request's values, else what the model's makers advise, else Shoal's defaults."""
+    given, advised = asdict(asked), model.advice.values
+    for name, default in DEFAULT_SAMPLING.items():
+        if given[name] is None:
+            given[name] = advised.get(name, default)
+    given["logit_bias"] = advised.get("logit_bias", {}) | asked.logit_bias
+    if asked.seed is None:
+        given["seed"] = secrets.randbits(63)
+    return SamplingParams(**given)
+
+
+def _overflow(model: LoadedModel, tokens: int, about: str = "") -> DaemonError:
+    context = model.plan.context_tokens
+    return DaemonError(
+        "context_overflow",
+        f"the prompt has {about}{tokens} tokens, the context holds {context} and needs room for an answer",
+        "shorten it" if about and tokens < model.checkpoint.spec.context else _way_out(model, tokens),
     )
 
 

@@ -50,14 +50,17 @@ class RopeSpec:
     def __post_init__(self) -> None:
         if self.dims <= 0 or self.dims % 2:
             raise SpecError(f"rope.dims={self.dims}: must be positive and even")
-        if not self.theta > 0:
-            raise SpecError(f"rope.theta={self.theta}: must be positive")
+        # Published ones are up to 1e11; divisors are up to 1000 and at least 0.1, magnitudes near 1.
+        _check_limits(
+            self, "rope.", {"theta": (1e-3, 1e18), "magnitude": (1e-3, 1e3), "long_magnitude": (1e-3, 1e3)}
+        )
         for name in ("divisors", "long_divisors"):
             values = getattr(self, name)
             if values and len(values) != self.dims // 2:
                 raise SpecError(f"rope.{name} has {len(values)} values: must have dims/2={self.dims // 2}")
-            if not all(v > 0 for v in values):
-                raise SpecError(f"rope.{name}: every value must be positive")
+            wrong = next((v for v in values if not 1e-6 <= v <= 1e9), None)
+            if wrong is not None:
+                raise SpecError(f"rope.{name} has {wrong}: every value must be from 1e-06 to 1e+09")
 
     def for_context(self, context_tokens: int) -> tuple[tuple[float, ...], float]:
         """(divisors, magnitude) for a context of `context_tokens`."""
@@ -81,8 +84,8 @@ class MoeSpec:
     def __post_init__(self) -> None:
         limits = {"experts": (1, 4096), "active": (1, self.experts), "ffn": (1, 1 << 20)}
         _check_limits(self, "moe.", limits)
-        if self.shared_ffn < 0:
-            raise SpecError(f"moe.shared_ffn={self.shared_ffn}: must not be negative")
+        if not 0 <= self.shared_ffn <= 1 << 20:
+            raise SpecError(f"moe.shared_ffn={self.shared_ffn}: must be from 0 to {1 << 20}")
         if self.held and not 0 <= self.held[0] < self.held[1] <= self.experts:
             raise SpecError(f"moe.held={self.held}: must be some of the {self.experts} experts")
 
@@ -155,8 +158,12 @@ class ModelSpec:
             raise SpecError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
         if min(self.o_margins) < 0:
             raise SpecError(f"o_margins={self.o_margins}: must not be negative")
-        if not 0 < self.norm_eps < 1:
-            raise SpecError(f"norm_eps={self.norm_eps}: must be between 0 and 1")
+        if not 1e-20 <= self.norm_eps < 1:  # less is nothing in f32
+            raise SpecError(f"norm_eps={self.norm_eps}: must be from 1e-20 to 1")
+        if not 0 <= self.query_scale <= 1e6:
+            raise SpecError(f"query_scale={self.query_scale}: must be from 0 to 1e+06")
+        if self.qkv_clip is not None and not 1e-6 <= self.qkv_clip <= 1e9:
+            raise SpecError(f"qkv_clip={self.qkv_clip}: must be from 1e-06 to 1e+09")
         for rope in self.ropes:
             if rope.dims > self.head_dim:
                 raise SpecError(f"rope.dims={rope.dims}: must not exceed head_dim={self.head_dim}")
@@ -167,8 +174,8 @@ class ModelSpec:
                 raise SpecError(f"layers[{i}] is MoE but the spec has no experts")
             if not layer.moe and self.ffn == 0:
                 raise SpecError(f"layers[{i}] is dense but ffn=0")
-            if layer.window is not None and layer.window < 1:
-                raise SpecError(f"layers[{i}].window={layer.window}: must be positive")
+            if layer.window is not None and not 1 <= layer.window <= 1 << 48:
+                raise SpecError(f"layers[{i}].window={layer.window}: must be from 1 to {1 << 48}")
 
     @property
     def attention_scale(self) -> float:
@@ -188,7 +195,7 @@ class ModelSpec:
         return (BlockId("embed"), *body, BlockId("head"))
 
 
-def _check_limits(spec: object, prefix: str, limits: Mapping[str, tuple[int, int]]) -> None:
+def _check_limits(spec: object, prefix: str, limits: Mapping[str, tuple[float, float]]) -> None:
     for name, (low, high) in limits.items():
         value = getattr(spec, name)
         if not low <= value <= high:

@@ -61,6 +61,7 @@ def hf_rope(
         case "yarn":
             factor = parameters.number("factor", context / max(original, 1))
             divisors = _yarn(
+                config.origin,
                 dims,
                 theta,
                 factor,
@@ -90,6 +91,7 @@ def gguf_rope(
     kind = metadata.text("rope.scaling.type", "linear")
     if kind == "yarn":
         divisors = _yarn(
+            metadata.origin,
             dims,
             theta,
             factor,
@@ -156,13 +158,21 @@ def _llama3(dims: int, theta: float, factor: float, low: float, high: float, ori
 
 
 def _yarn(
-    dims: int, theta: float, factor: float, original: int, *, fast: float, slow: float, truncate: bool
+    origin: str,
+    dims: int,
+    theta: float,
+    factor: float,
+    original: int,
+    *,
+    fast: float,
+    slow: float,
+    truncate: bool,
 ) -> Divisors:
     """Within the original context, pairs that turn more than `fast` times are kept; those that turn fewer than `slow`
     times are stretched."""
     if theta <= 1 or factor <= 0 or original < 1 or not 0 < slow < fast:
         raise UnsupportedCheckpoint(
-            f"rope scaling yarn with base {theta}, factor {factor}, original context {original}, "
+            f"{origin}: rope scaling yarn with base {theta}, factor {factor}, original context {original}, "
             f"beta_slow {slow} and beta_fast {fast}: base must exceed 1, the others be positive, slow below fast"
         )
 

@@ -17,6 +17,8 @@ from fakes.asking import CONFIG, prompt, text_of
 from shoal.comm.messages import Accepted, Done, Load, Sampling, Unload
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library import registry
+from shoal.daemon.loading.advice import advice_of
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
@@ -152,12 +154,18 @@ def test_too_little_memory_is_refused_with_the_figure(path: Path) -> None:
         assert caught.value.code == "resources"
 
 
-def test_sampling_falls_back_from_request_to_authors_to_shoal(path: Path) -> None:
+def test_sampling_falls_back_from_request_to_authors_to_shoal(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Node(CONFIG) as node:
         node.load(Load(model=str(path)))
         model = next(iter(node._models))
         assert sampling_of(model, Sampling()).temperature == DEFAULT_SAMPLING["temperature"]
-        model.name = "smollm2"
+        # A model is known by its file, not by what somebody calls it.
+        monkeypatch.setattr(
+            registry, "MODELS", [replace(registry.MODELS[0], member_bytes=path.stat().st_size)]
+        )
+        model.advice = advice_of(model.checkpoint)
         assert sampling_of(model, Sampling()).temperature == 0.2
         assert sampling_of(model, Sampling(temperature=0.0)).temperature == 0.0
 
