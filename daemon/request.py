@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
+from collections.abc import Sequence as Sequenced
 from types import MappingProxyType
 from typing import Any
 
 from msgspec.structs import asdict
 
 from shoal import kernels
-from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
+from shoal.comm.messages import Chat, Generate, Sampling
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
 from shoal.models.sampling import Sampler, SamplingParams
@@ -34,6 +35,7 @@ DEFAULT_SAMPLING = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
@@ -47,7 +49,7 @@ def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
 
 def chat_tokens(
     model: LoadedModel,
-    messages: list[ChatMessage],
+    messages: Sequenced[Mapping[str, Any]],
     tools: list[dict[str, Any]] | None = None,
     template_args: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[int]:
@@ -57,9 +59,16 @@ def chat_tokens(
     """
     if taken := template_args.keys() & {"messages", "tools"}:
         raise DaemonError("bad_request", f"template_args has {sorted(taken)}: these are fields of their own")
-    rendered = model.chat_template.render(
-        [_as_dict(message) for message in messages], tools=tools or None, **template_args
-    )
+    template = model.tool_template if tools else model.chat_template
+    messages = [_with_reasoning(message) for message in messages]
+    variables = {"documents": None, **model.tokenizer.template_tokens, **template_args}
+    rendered = template.render(messages, tools=tools or None, **variables)
+    if tools and rendered == template.render(messages, **variables):
+        raise DaemonError(
+            "unsupported",
+            f"the chat template of {model.name} does not read `tools`, so the model would not see them",
+            "leave them out, describe them in a message, or take a model that was trained to use tools",
+        )
     return model.tokenizer.encode(rendered, add_special=False)
 
 
@@ -147,6 +156,10 @@ def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
     return f"shorten it, or load the model with `context_tokens={context}`, which {beside}"
 
 
-def _as_dict(message: ChatMessage) -> dict[str, Any]:
-    """Only the keys that were sent, as templates test for their presence."""
-    return {name: value for name, value in asdict(message).items() if value is not None}
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its reasoning under the names that templates read it by, as in transformers."""
+    found = (message[name] for name in _REASONING if message.get(name) is not None)
+    reasoning = next(found, None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}

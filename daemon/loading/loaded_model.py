@@ -17,6 +17,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
 from shoal.models.chat.template import ChatTemplate
 from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.tokenizer.parts import TOOL_TEMPLATE
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
 from shoal.offload.pack.manifest import Quant
@@ -132,13 +133,19 @@ class LoadedModel:
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The model's template, or ChatML if it has none."""
+        return self._template(self.tokenizer.chat_template)
 
+    @cached_property
+    def tool_template(self) -> ChatTemplate:
+        """The template for conversations with tools, where the model has one of its own for these."""
+        source = self.tokenizer.chat_templates.get(TOOL_TEMPLATE)
+        return self.chat_template if source is None else self._template(source)
+
+    def _template(self, source: str | None) -> ChatTemplate:
         def spelled(token: int | None) -> str:
             return "" if token is None else self.tokenizer.id_to_token(token)
 
-        return ChatTemplate(
-            self.tokenizer.chat_template or "", spelled(self.tokenizer.bos_id), spelled(self.tokenizer.eos_id)
-        )
+        return ChatTemplate(source, spelled(self.tokenizer.bos_id), spelled(self.tokenizer.eos_id))
 
 
 def release(name: str, budget: Budget) -> None:
