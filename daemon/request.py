@@ -135,9 +135,9 @@ def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
     """A hint for a prompt that is too long for the model's plan."""
     spec, plan = model.checkpoint.spec, model.plan
     page = plan.kv.page_tokens
-    context = min(spec.context, (prompt_tokens // page + 1) * page)
+    context = min(spec.longest, (prompt_tokens // page + 1) * page)
     if context <= prompt_tokens:
-        return f"shorten it: the model was made for {spec.context}"
+        return f"shorten it: the model was made for {spec.longest}"
     wanted = Wanted(
         spec,
         context_tokens=context,
