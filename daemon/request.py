@@ -18,6 +18,7 @@ from shoal import kernels
 from shoal.comm.messages import Chat, Generate, Sampling
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
+from shoal.models.chat.continuing import before_mark, marked
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Wanted, scratch_bytes
@@ -60,16 +61,19 @@ def chat_tokens(
     if taken := template_args.keys() & {"messages", "tools"}:
         raise DaemonError("bad_request", f"template_args has {sorted(taken)}: these are fields of their own")
     template = model.tool_template if tools else model.chat_template
-    messages = [_with_reasoning(message) for message in messages]
+    told = [_with_reasoning(message) for message in messages]
     variables = {"documents": None, **model.tokenizer.template_tokens, **template_args}
-    rendered = template.render(messages, tools=tools or None, **variables)
-    if tools and rendered == template.render(messages, **variables):
+    if field := variables.pop("continue_final_message", False):
+        told = marked(told, field if isinstance(field, str) else "content")
+        variables["add_generation_prompt"] = False
+    rendered = template.render(told, tools=tools or None, **variables)
+    if tools and rendered == template.render(told, **variables):
         raise DaemonError(
             "unsupported",
             f"the chat template of {model.name} does not read `tools`, so the model would not see them",
             "leave them out, describe them in a message, or take a model that was trained to use tools",
         )
-    return model.tokenizer.encode(rendered, add_special=False)
+    return model.tokenizer.encode(before_mark(rendered) if field else rendered, add_special=False)
 
 
 def sequence_of(
