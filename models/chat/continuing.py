@@ -1,7 +1,7 @@
 """Conversations whose last message the model is to go on with instead of answering it.
 
-Knows how transformers does it: a mark at the end of that message shows where its text ends in the rendered text. Does not
-know templates.
+Knows how transformers does it: a mark at the end of that message shows where its text ends in the rendered text. Does
+not know templates.
 """
 
 from __future__ import annotations

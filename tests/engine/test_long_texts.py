@@ -117,23 +117,34 @@ def test_without_a_scaling_the_limit_stays(made: Callable[..., tuple[Any, Path]]
         node.load(Load(model=str(path), context=65))
 
 
-@pytest.fixture
-def phi3(made: Callable[..., tuple[Any, Path]]) -> tuple[Any, Path]:
-    """A model with a long context whose factors for long texts differ much from those for short ones."""
-    parameters = {
+PHI3: dict[str, Any] = {
+    "rope_parameters": {
         "rope_type": "longrope",
         "rope_theta": 10_000.0,
         "partial_rotary_factor": 0.5,
         "short_factor": [1.0, 1.1, 1.3, 1.7],
         "long_factor": [2.0, 4.0, 9.0, 20.0],
-    }
-    return made(
-        "phi3",
-        rope_parameters=parameters,
-        original_max_position_embeddings=ORIGINAL,
-        max_position_embeddings=512,
-        sliding_window=None,
-    )
+    },
+    "original_max_position_embeddings": ORIGINAL,
+    "max_position_embeddings": 512,
+    "sliding_window": None,
+}
+
+
+@pytest.fixture
+def phi3(made: Callable[..., tuple[Any, Path]]) -> tuple[Any, Path]:
+    """A model with a long context whose factors for long texts differ much from those for short ones."""
+    return made("phi3", **PHI3)
+
+
+def test_a_gguf_file_says_the_same(tmp_path: Path) -> None:
+    model = tiny.hf_model("phi3", seed=9, **PHI3)
+    path = tiny.save_gguf(model, tmp_path / "m.gguf", type="F32")
+    with Node(CONFIG) as node:
+        node.load(Load(model=str(path)))
+        for length in (40, 62, 150):
+            ((seen, _),) = answers(node, request(ids(6, length), 5))
+            check(seen, truth(model, ids(6, length), 5))
 
 
 def test_each_text_is_computed_with_the_factors_of_its_own_length(phi3: tuple[Any, Path]) -> None:
