@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, dataclass_transform
 
 from msgspec import Meta, Struct
+from msgspec.structs import force_setattr
 
+from .chat_message import ChatMessage as ChatMessage
+from .chat_message import ChatMessages, checked
 from .plain_values import check_plain
 from .sampling_limits import MAX_BIASES, TOKEN_IDS, check_sampling
 from .sampling_limits import SAMPLING_LIMITS as LIMITS
@@ -114,28 +117,15 @@ class Generate(Generation):
         check_one_of(self, "prompt", "prompt_tokens")
 
 
-class ChatMessage(Message):
-    """One turn of a conversation. Keys that are not listed here do not reach the template."""
-
-    role: Annotated[str, Meta(min_length=1, max_length=64)]
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-
-    def __post_init__(self) -> None:
-        check_plain(self.content, "content")
-        check_plain(self.tool_calls, "tool_calls")
-
-
 class Chat(Generation, kw_only=True):
     """Answer a conversation; the model's chat template turns it into a prompt."""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)]
+    messages: ChatMessages
     tools: Annotated[list[dict[str, Any]], Meta(max_length=256)] = []
     template_args: dict[str, Any] = {}  # extra template variables, e.g. enable_thinking
 
     def __post_init__(self) -> None:
+        force_setattr(self, "messages", checked(self.messages))
         check_plain(self.tools, "tools")
         check_plain(self.template_args, "template_args")
 
@@ -146,12 +136,14 @@ class Tokenize(Message):
     model: Name = ""
     text: str | None = None
     tokens: TokenIds | None = None
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)] | None = None
+    messages: ChatMessages | None = None
     add_special: bool = True
     parse_special: bool = True
 
     def __post_init__(self) -> None:
         check_one_of(self, "text", "tokens", "messages")
+        if self.messages is not None:
+            force_setattr(self, "messages", checked(self.messages))
 
 
 class Cancel(Message):

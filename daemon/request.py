@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
+from collections.abc import Sequence as Sequenced
 from types import MappingProxyType
 from typing import Any
 
 from msgspec.structs import asdict
 
 from shoal import kernels
-from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
+from shoal.comm.messages import Chat, Generate, Sampling
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
+from shoal.models.chat.continuing import before_mark, marked
 from shoal.models.errors import TemplateError, TemplateRefusal, TooManyTokens
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.partition.memory_layout import kv_page_bytes
@@ -35,6 +37,7 @@ DEFAULT_SAMPLING = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 PROBE = [{"role": "user", "content": "Hello"}]  # a template that fails for this one is to blame itself
 
@@ -55,7 +58,7 @@ def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
 
 def chat_text(
     model: LoadedModel,
-    messages: list[ChatMessage],
+    messages: Sequenced[Mapping[str, Any]],
     tools: list[dict[str, Any]] | None = None,
     template_args: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
@@ -65,22 +68,35 @@ def chat_text(
     """
     if taken := template_args.keys() & {"messages", "tools"}:
         raise DaemonError("bad_request", f"template_args has {sorted(taken)}: these are fields of their own")
-    conversation = [_as_dict(message) for message in messages]
+    template = model.tool_template if tools else model.chat_template
+    told = [_with_reasoning(message) for message in messages]
+    variables = {"documents": None, **model.tokenizer.template_tokens, **template_args}
+    if field := variables.pop("continue_final_message", False):
+        told = marked(told, field if isinstance(field, str) else "content")
+        variables["add_generation_prompt"] = False
     try:
-        return model.chat_template.render(conversation, tools=tools or None, **template_args)
+        rendered = template.render(told, tools=tools or None, **variables)
+        unread = bool(tools) and rendered == template.render(told, **variables)
     except TemplateRefusal:
         raise
     except TemplateError as error:
-        if _renders(model, PROBE):
+        if _renders(template):
             raise
         hint = "send a prompt instead, or mend the template"
         raise DaemonError("corrupt", f"{model.checkpoint.path}: {error}", hint) from error
+    if unread:
+        raise DaemonError(
+            "unsupported",
+            f"the chat template of {model.name} does not read `tools`, so the model would not see them",
+            "leave them out, describe them in a message, or take a model that was trained to use tools",
+        )
+    return before_mark(rendered) if field else rendered
 
 
-def _renders(model: LoadedModel, conversation: list[dict[str, Any]]) -> bool:
-    """Whether the model's chat template is sound as far as this conversation shows."""
+def _renders(template: ChatTemplate) -> bool:
+    """Whether a template is sound as far as the simplest conversation shows."""
     try:
-        model.chat_template.render(conversation)
+        template.render(PROBE)
     except TemplateRefusal:
         pass
     except TemplateError:
@@ -156,7 +172,7 @@ def _overflow(model: LoadedModel, tokens: int, about: str = "") -> DaemonError:
     return DaemonError(
         "context_overflow",
         f"the prompt has {about}{tokens} tokens, the context holds {context} and needs room for an answer",
-        "shorten it" if about and tokens < model.checkpoint.spec.context else _way_out(model, tokens),
+        "shorten it" if about and tokens < model.checkpoint.spec.longest else _way_out(model, tokens),
     )
 
 
@@ -164,9 +180,9 @@ def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
     """A hint for a prompt that is too long for the model's plan."""
     spec, plan = model.checkpoint.spec, model.plan
     page = plan.kv.page_tokens
-    context = min(spec.context, (prompt_tokens // page + 1) * page)
+    context = min(spec.longest, (prompt_tokens // page + 1) * page)
     if context <= prompt_tokens:
-        return f"shorten it: the model was made for {spec.context}"
+        return f"shorten it: the model was made for {spec.longest}"
     wanted = Wanted(
         spec,
         context_tokens=context,
@@ -185,6 +201,10 @@ def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
     return f"shorten it, or load the model with `context_tokens={context}`, which {beside}"
 
 
-def _as_dict(message: ChatMessage) -> dict[str, Any]:
-    """Only the keys that were sent, as templates test for their presence."""
-    return {name: value for name, value in asdict(message).items() if value is not None}
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its reasoning under the names that templates read it by, as in transformers."""
+    found = (message[name] for name in _REASONING if message.get(name) is not None)
+    reasoning = next(found, None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}

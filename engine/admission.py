@@ -60,7 +60,7 @@ class Admission:
 
     def turn(self, sequence: Sequence) -> tuple[int, int, float, int]:
         """A key to sort by: whoever is next has the least."""
-        if sequence.preemptions:
+        if sequence.restarts:
             return -sequence.priority, 0, 0.0, sequence.number
         return -sequence.priority, 1, self._counters.given(sequence.client), sequence.number
 
@@ -76,7 +76,7 @@ class Admission:
         growths = [
             self._growth(other, len(other.holding.pages) - other.holding.own_pages) for other in running
         ]
-        growths.append(self._growth(sequence, cache.held_pages(sequence.tokens)))
+        growths.append(self._growth(sequence, cache.held_pages(sequence.holding, sequence.tokens)))
         return shared * size + peak_tokens(growths) <= cache.pages * size
 
     def _growth(self, sequence: Sequence, shared_pages: int) -> Growth:

@@ -23,13 +23,15 @@ class Chunk:
     start: int
     end: int
     pages: tuple[int, ...]
+    length: int  # that the ropes of its keys are chosen for
     draft: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, sequence: Sequence, tokens: int, draft: tuple[int, ...] = ()) -> Chunk:
         """The next `tokens` tokens of a sequence, then `draft`. The sequence has the pages for them."""
         start = sequence.computed
-        return cls(sequence, start, start + tokens, tuple(sequence.holding.pages), draft)
+        holding = sequence.holding
+        return cls(sequence, start, start + tokens, tuple(holding.pages), holding.length, draft)
 
     @property
     def tokens(self) -> list[int]:
@@ -90,7 +92,7 @@ class Batch:
     def order(self) -> Order:
         """The same step in terms of tokens and pages, for every rank."""
         return Order(
-            [Segment(chunk.tokens, chunk.start, chunk.pages, chunk.rows_wanted) for chunk in self.chunks],
+            [Segment(it.tokens, it.start, it.pages, it.rows_wanted, it.length) for it in self.chunks],
             self.moves,
             [Reading([found.entry for found in recall.found], recall.pages) for recall in self.recalls],
         )

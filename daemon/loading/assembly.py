@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ class Assembly:
                 undo.callback(disk.close, [], kv.page)
             engine = self._engine(main, small, disk, config)
             advice = advice_of(main.checkpoint)
-            for warning in (*main.checkpoint.warnings, *advice.warnings):
+            for warning in (*main.checkpoint.warnings, *advice.warnings, *_beyond(main)):
                 log.warning("%s", warning)
             asked, now = config.context_tokens, self.clock()
             called = named or str(path)
@@ -107,6 +107,7 @@ class Assembly:
             guesses=main.plan.guesses,
             row_share=row_share(main.plan, main.read_bytes_per_s),
             reads=disk.most_reads if disk else 1,
+            ropes=main.checkpoint.spec.ropes,
         )
         drafter = None
         if small is not None:
@@ -119,3 +120,13 @@ class Assembly:
             )
         rank = Rank(main.executor, self.clock, disk)
         return Engine(rank, scheduler, self.clock, drafter, self.notify)
+
+
+def _beyond(main: Runnable) -> Iterator[str]:
+    """A warning if the context is longer than the model was made for, as its rope scaling allows."""
+    spec, context = main.checkpoint.spec, main.plan.context_tokens
+    if context > spec.context:
+        yield (
+            f"{main.checkpoint.path}: the model was made for {spec.context} tokens. "
+            f"Its rope scaling extends that to {spec.longest}, so it is loaded with {context}"
+        )

@@ -19,6 +19,7 @@ from shoal.engine.executor import Executor
 from shoal.models.chat.template import ChatTemplate
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.errors import ModelError, TemplateError
+from shoal.models.tokenizer.parts import TOOL_TEMPLATE
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
 from shoal.offload.pack.manifest import Quant
@@ -48,7 +49,7 @@ class LoadedModel:
     used_s: float
     advice: Advice = field(default_factory=Advice)
     _compiling: threading.Lock = field(default_factory=threading.Lock)
-    _template: ChatTemplate | TemplateError | None = None
+    _templates: dict[str, ChatTemplate | TemplateError] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -164,22 +165,32 @@ class LoadedModel:
     @property
     def chat_template(self) -> ChatTemplate:
         """The model's template, or ChatML if it has none; it is compiled once. Raises TemplateError and Overloaded."""
-        with self._compiling:
-            if self._template is None:
-                try:
-                    self._template = self._compiled()
-                except TemplateError as error:
-                    self._template = error
-        if isinstance(self._template, TemplateError):
-            raise self._template.with_traceback(None)
-        return self._template
+        return self._template(self.tokenizer.chat_template or "")
 
-    def _compiled(self) -> ChatTemplate:
+    @property
+    def tool_template(self) -> ChatTemplate:
+        """The template for conversations with tools, where the model has one of its own for these. Raises as above."""
+        source = self.tokenizer.chat_templates.get(TOOL_TEMPLATE)
+        return self.chat_template if source is None else self._template(source)
+
+    def _template(self, source: str) -> ChatTemplate:
+        with self._compiling:
+            if source not in self._templates:
+                try:
+                    self._templates[source] = self._compiled(source)
+                except TemplateError as error:
+                    self._templates[source] = error
+            template = self._templates[source]
+        if isinstance(template, TemplateError):
+            raise template.with_traceback(None)
+        return template
+
+    def _compiled(self, source: str) -> ChatTemplate:
         def spelled(token: int | None) -> str:
             return "" if token is None else self.tokenizer.id_to_token(token)
 
         bos, eos = spelled(self.tokenizer.bos_id), spelled(self.tokenizer.eos_id)
-        return ChatTemplate(self.tokenizer.chat_template or "", bos, eos, of=self.name)
+        return ChatTemplate(source, bos, eos, of=self.name)
 
     def warm_up(self) -> None:
         """Compile the chat template, so that the first conversation does not wait for it. What is wrong with it is told

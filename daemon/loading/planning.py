@@ -93,11 +93,14 @@ def _wanted(spec: ModelSpec, config: NodeConfig) -> list[Wanted]:
         threads=config.thread_count,
         native=kernels.home() != "reference",
     )
-    if longest.context_tokens > spec.context:
+    if longest.context_tokens > spec.longest:
+        made = f"was made for {spec.context}"
+        if spec.longest > spec.context:
+            made += f", and its rope scaling extends that to {spec.longest}"
         raise DaemonError(
             "context_overflow",
-            f"a context of {longest.context_tokens} tokens was asked for, the model was made for {spec.context}",
-            f"use `context_tokens={spec.context}` or less",
+            f"a context of {longest.context_tokens} tokens was asked for, the model {made}",
+            f"use `context_tokens={spec.longest}` or less",
         )
     wanted = [longest]
     while config.context_tokens is None and (context := wanted[-1].context_tokens) > LEAST_CONTEXT_TOKENS:
