@@ -16,6 +16,7 @@ from shoal.comm.home import Home
 from shoal.comm.messages import Load
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
+from shoal.daemon.server.descriptors import raise_limit
 from shoal.daemon.server.server import Server
 
 from .config import NodeConfig
@@ -42,6 +43,7 @@ def serve(
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    raise_limit()
     private_dir(home.root)
     private_dir(home.run)
     try:
