@@ -22,13 +22,15 @@ from shoal.comm.waker import Waker
 from .descriptors import Reserve
 from .limits import ServerLimits
 from .log_rate import SeldomLog
-from .zmtp_meter import ZmtpMeter
+from .zmtp_meter import ZmtpMeter, weight
 
 CHUNK_BYTES = 1 << 16
 ACCEPTS = 16  # in a row, before bytes are passed on again
 PAUSE_S = 0.1  # in which nobody is accepted, when a descriptor was missing
 FAREWELL_S = 0.5  # that the last bytes have to reach clients
 IDLE_S = 10.0
+QUIET_S = 1.0  # without a byte from a client, after which the server has surely taken all that it sent
+AHEAD_BYTES = 1 << 18  # weight of the messages that libzmq holds for a client, besides one that is larger
 READ, WRITE, GONE = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
 ONCE = select.EPOLLET  # an end that is not read and has gone is reported once, not without end
 
@@ -52,6 +54,9 @@ class Link:
     met: bool = False  # libzmq has accepted it
     to_client: bytes = b""  # read already, and not taken yet
     to_server: bytes = b""
+    heard: int = 0  # weight of the messages that the server has taken
+    ahead: bool = False  # it has sent more than that, and waits
+    forwarded_s: float = 0.0
     begun_s: float = 0.0  # when its unfinished message began
     armed: dict[int, int] = field(default_factory=dict)  # what is waited for, per descriptor
 
@@ -129,6 +134,13 @@ class Front:
             if end is not None:
                 end.detach()  # it is libzmq's
 
+    def heard(self, link: Link, frames: int, content_bytes: int, now_s: float) -> None:
+        """The server has taken a message of a client."""
+        link.used_s = now_s
+        link.heard += weight(frames, content_bytes)
+        if link.ahead:
+            self._tell(link)
+
     def pause(self, link: Link, paused: bool) -> None:
         """Whether to stop reading from a client."""
         if link.paused != paused:
@@ -177,7 +189,8 @@ class Front:
         """Wait for what a connection can do next: each side is read only while the other side takes it."""
         if link.inner.fileno() < 0:
             return
-        reads_client = not (link.to_server or link.paused)
+        link.ahead = link.meter.weight - link.heard > AHEAD_BYTES
+        reads_client = not (link.to_server or link.paused or link.ahead)
         for end, events in (
             (link.client, (READ if reads_client else ONCE) | (WRITE if link.to_client else 0)),
             (link.inner, (ONCE if link.to_client else READ) | (WRITE if link.to_server else 0)),
@@ -221,7 +234,7 @@ class Front:
             self._close(idle)
         client.setblocking(False)
         if client.family != socket.AF_UNIX:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._tune(client)
         try:
             # libzmq needs one, too, for each that it has not accepted yet, and does not survive without.
             self._reserve.check(2 + self._strangers)
@@ -244,6 +257,18 @@ class Front:
         self._watch(client.fileno(), READ, lambda events: self._on_client(link, events))
         self._watch(inner.fileno(), READ, lambda events: self._on_inner(link, events))
         return True
+
+    def _tune(self, client: socket.socket) -> None:
+        """Small messages go at once; a host that vanished without closing is noticed."""
+        beat_s = max(1, round(self._limits.heartbeat_s))
+        for option, value in (
+            (socket.TCP_NODELAY, 1),
+            (socket.TCP_KEEPIDLE, beat_s),
+            (socket.TCP_KEEPINTVL, beat_s),
+            (socket.TCP_KEEPCNT, 2),
+        ):
+            client.setsockopt(socket.IPPROTO_TCP, option, value)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def _want(self, error: OSError) -> None:
         """The rest of the daemon has all descriptors. Give it those of an idle connection."""
@@ -289,7 +314,7 @@ class Front:
         try:
             if events & WRITE:
                 link.to_client = link.to_client[link.client.send(link.to_client) :]
-            if events & READ and not (link.to_server or link.paused):
+            if events & READ and not (link.to_server or link.paused or link.ahead):
                 self._forward(link, link.client.recv(CHUNK_BYTES))
             elif events & GONE:
                 self._close(link)
@@ -301,7 +326,7 @@ class Front:
 
     def _forward(self, link: Link, data: bytes) -> None:
         """Give bytes of a client to libzmq, if they are not too many."""
-        before = link.meter.unfinished_bytes
+        before, weight_before = link.meter.unfinished_bytes, link.meter.weight
         problem = link.meter.take(data)
         unfinished = link.meter.unfinished_bytes
         self._unfinished_bytes += unfinished - before
@@ -310,8 +335,12 @@ class Front:
         if problem is not None or not data:
             self._close(link)
             return
+        now_s = time.monotonic()
         if unfinished <= before:
-            link.begun_s = time.monotonic()
+            link.begun_s = now_s
+        if link.meter.encrypted and now_s > link.forwarded_s + QUIET_S:
+            link.heard = weight_before  # else the pings of all its days would count as messages not read yet
+        link.forwarded_s = now_s
         link.to_server = _rest_of(link.inner, data)
         if self._unfinished_bytes > self._limits.unfinished_bytes:
             slowest = min(

@@ -33,7 +33,7 @@ class ServerLimits:
     outbox_s: float = 30.0  # a client that has read nothing for this long loses its requests
     keepalive_s: float = 2.0  # silence on a request after which `waiting` is sent
     handshake_s: float = 5.0  # that a connection has to say what it is
-    heartbeat_s: float = 5.0  # between ZMTP pings; a peer that is silent for three of them is dead
+    heartbeat_s: float = 5.0  # between probes of a silent host; one that misses two of them is dead
     drain_s: float = 30.0  # that running requests have after the first SIGTERM
     farewell_s: float = 1.0  # that the last replies have to be sent
 

@@ -44,14 +44,12 @@ class Outbox:
         self._next_keepalive_s = 0.0
         self._seldom = SeldomLog(log)
 
-    def peer(self, router: zmq.Socket[Any], identity: bytes, frame: zmq.Frame, now_s: float) -> Peer:
+    def peer(self, router: zmq.Socket[Any], identity: bytes, frame: zmq.Frame) -> Peer:
         """The client of that connection, which has sent `frame`."""
         peer = self._peers.get((id(router), identity))
         if peer is None:
             link = self._front.link(int(frame.get("__fd")))
             peer = Peer(router, identity, _key(frame) or identity.hex(), link)
-        if peer.link is not None:
-            peer.link.used_s = now_s
         return peer
 
     @property

@@ -151,12 +151,13 @@ class Server:
         stack.callback(router.close, linger=500)
         router.router_mandatory = 1  # sending to a client that is gone raises an error
         router.maxmsgsize = self._limits.message_bytes
-        router.rcvhwm = 4  # messages of up to message_bytes, per client
+        # The front gives it little more than was taken. If a client went while its queue here is full, libzmq would end
+        # the process at its next ping (stream_engine_base.cpp: !_io_error). So it sends none: the front finds the dead.
+        router.rcvhwm = 0
         router.sndhwm = self._limits.queue_messages
         router.backlog = self._limits.connections
         router.handshake_ivl = int(1000 * self._limits.handshake_s)
         router.ipc_filter_pid = os.getpid()  # the front alone comes in
-        endpoint.set_heartbeat(router, int(1000 * self._limits.heartbeat_s))
         if keys is not None:
             endpoint.require_keys(router, keys)
         router.bind(inner)
@@ -208,7 +209,10 @@ class Server:
                 except zmq.Again:
                     break
                 identity, *frames = (frame.bytes for frame in message)
-                self._admit(self._outbox.peer(router, identity, message[-1], now_s), frames, now_s)
+                peer = self._outbox.peer(router, identity, message[-1])
+                if peer.link is not None:
+                    self._front.heard(peer.link, len(frames), sum(map(len, frames)), now_s)
+                self._admit(peer, frames, now_s)
 
     def _admit(self, peer: Peer, frames: list[bytes], now_s: float) -> None:
         """Begin a flight for one message, or refuse it."""

@@ -1,7 +1,7 @@
-"""How large the ZMTP message is that a client is sending, before libzmq has all of it.
+"""How large the ZMTP messages are that a client is sending, before libzmq has given them out.
 
-libzmq bounds a frame, but collects any number of frames before it gives out their message. Frames are countable also
-under CURVE, where each is encrypted and every one looks like the last of its message.
+libzmq bounds a frame, but collects any number of frames before it gives out their message. Frames can be counted also
+under CURVE, where each is encrypted and looks like the last of its message.
 Knows the framing of ZMTP 3 (RFC 23). Does not keep or change any bytes.
 """
 
@@ -9,15 +9,19 @@ from __future__ import annotations
 
 GREETING_BYTES = 64
 MORE, LONG, COMMAND = 1, 2, 4  # flags of a frame
-FRAME_OVERHEAD_BYTES = 256  # what CURVE adds, rounded up
+CURVE_BYTES = 33  # that encryption adds to a frame
+FRAME_BYTES = 64  # that libzmq takes for a frame besides its content
 MAX_MESSAGE_FRAMES = 64  # the protocol has fewer; who exceeds those a little is told so
 
 
 class ZmtpMeter:
-    """Walks over what one client sends. `unfinished_bytes`: what has come of a message whose end has not."""
+    """Walks over what one client sends. `unfinished_bytes`: what has come of a message whose end has not. `weight`:
+    what libzmq has taken for all other messages, since the beginning. `encrypted`: weight includes commands."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.unfinished_bytes = 0
+        self.weight = 0
+        self.encrypted = False
         self._limit_bytes = (
             limit_bytes  # of a frame; a message may have twice as much, and is then refused by name
         )
@@ -41,6 +45,7 @@ class ZmtpMeter:
             if self._skip:
                 break
             if not self._more:
+                self.weight += weight(self._frames, self._announced_bytes)
                 self._frames = self._announced_bytes = 0
             if at == len(data):
                 break
@@ -61,15 +66,19 @@ class ZmtpMeter:
         return 9 if first & LONG else 2
 
     def _begin(self, header: bytes) -> str | None:
+        """Take a frame's header, or the greeting."""
         if not self._greeted:
             self._greeted = True
+            self.encrypted = header[12:17] == b"CURVE"
             good = header[0] == 0xFF and header[9] == 0x7F and header[10] >= 3
-            return None if good else "not ZeroMQ, or older than ZMTP 3"
+            return None if good else "something else than ZeroMQ, or a version before 4.0"
         flags, size = header[0], int.from_bytes(header[1:], "big")
-        self._skip = size
         if flags & ~(MORE | LONG | COMMAND):
             return "malformed frames"
-        if size > self._limit_bytes + FRAME_OVERHEAD_BYTES:
+        self._skip = size
+        if self.encrypted:
+            size = max(0, size - CURVE_BYTES)
+        if size > self._limit_bytes:
             return f"a frame of {size} bytes: must be at most {self._limit_bytes}"
         if flags & COMMAND:
             return None
@@ -79,3 +88,8 @@ class ZmtpMeter:
         if self._frames > MAX_MESSAGE_FRAMES or self._announced_bytes > 2 * self._limit_bytes:
             return f"a message of {self._frames} frames, {self._announced_bytes} bytes"
         return None
+
+
+def weight(frames: int, content_bytes: int) -> int:
+    """What libzmq takes for a message."""
+    return FRAME_BYTES * frames + content_bytes
