@@ -189,6 +189,7 @@ class Front:
         """Wait for what a connection can do next: each side is read only while the other side takes it."""
         if link.inner.fileno() < 0:
             return
+        link.ahead = True  # before looking, or the server could hear the last of it in between and not say so
         link.ahead = link.meter.weight - link.heard > AHEAD_BYTES
         reads_client = not (link.to_server or link.paused or link.ahead)
         for end, events in (

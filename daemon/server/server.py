@@ -155,7 +155,7 @@ class Server:
         # the process at its next ping (stream_engine_base.cpp: !_io_error). So it sends none: the front finds the dead.
         router.rcvhwm = 0
         router.sndhwm = self._limits.queue_messages
-        router.backlog = self._limits.connections
+        router.backlog = 1024
         router.handshake_ivl = int(1000 * self._limits.handshake_s)
         router.ipc_filter_pid = os.getpid()  # the front alone comes in
         if keys is not None:
