@@ -5,6 +5,7 @@ Knows limits and numbers. Does not know what descriptors are used for.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Iterator
@@ -29,6 +30,11 @@ def soft_limit() -> int:
     """How many the process may have now."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return USEFUL if soft == resource.RLIM_INFINITY else soft
+
+
+def margin(limit: int) -> int:
+    """How many have to be free when libzmq is to take one: it does that a moment later, and must not fail."""
+    return min(64, limit // 8)
 
 
 def left_for_clients(limit: int) -> int:
@@ -65,9 +71,11 @@ class Reserve:
 
     def check(self, count: int) -> None:
         """OSError unless the process can have so many besides."""
+        if not self.fill():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         with ExitStack() as probe:
             for _ in range(count):
-                probe.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+                probe.callback(os.close, os.dup(self._spare[0]))
 
     def close(self) -> None:
         while self._spare:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from shoal.comm.waker import Waker
 
-from .descriptors import Reserve
+from .descriptors import Reserve, margin, soft_limit
 from .limits import ServerLimits
 from .log_rate import SeldomLog
 from .zmtp_meter import ZmtpMeter, weight
@@ -92,6 +92,7 @@ class Front:
         self._epoll = select.epoll()
         self._waker = Waker()
         self._reserve = Reserve(4)
+        self._margin = margin(soft_limit())
         self._closing_s = 0.0  # when to end at the latest
         self._seldom = SeldomLog(log)
         self._watch(self._waker.fileno(), READ, lambda events: self._waker.clear())
@@ -238,7 +239,7 @@ class Front:
             self._tune(client)
         try:
             # libzmq needs one, too, for each that it has not accepted yet, and does not survive without.
-            self._reserve.check(2 + self._strangers)
+            self._reserve.check(self._margin + self._strangers)
             inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
             self._want(error)

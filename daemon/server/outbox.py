@@ -61,7 +61,7 @@ class Outbox:
         """How long the server may sleep when no message comes."""
         if self._blocked:
             return FULL_QUEUE_RETRY_S
-        return self._limits.keepalive_s / 4 if self._peers else 10.0
+        return self._limits.keepalive_s / 4 if self._peers else 1.0
 
     def open(self, peer: Peer, request_id: bytes, kind: str, now_s: float) -> Flight:
         """Begin a request. Its replies are sent as they are emitted."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -39,6 +40,7 @@ from .socket_lock import socket_lock
 
 NO_ID = b"?"  # in an `error` about a message whose request id could not be read
 RECEIVE_BATCH = 64  # messages read before replies are sent again
+HANG_S = 2.0  # after which a backend that should have drained hangs
 STOPPING = Error(code="shutting_down", message="the daemon is stopping", hint="start it again")
 
 log = logging.getLogger("shoal.server")
@@ -47,7 +49,8 @@ log = logging.getLogger("shoal.server")
 class Server:
     """Serves `backend` at `addresses` until stopped. To learn the real addresses, call `bind` before `serve`.
 
-    TCP beyond loopback needs `server_keys`. `serve` closes the backend when it returns.
+    TCP beyond loopback needs `server_keys`. `closing` is called when nothing is admitted any more. `serve` closes the
+    backend when it returns.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Server:
         *,
         server_keys: curve_keys.ServerKeys | None = None,
         limits: ServerLimits | None = None,
+        closing: Callable[[], None] = lambda: None,
     ) -> None:
         self.addresses: list[str] = list(addresses)
         self._backend = backend
@@ -68,8 +72,10 @@ class Server:
         self._front = Front(self._limits)
         self._outbox = Outbox(self._limits, self._waker, self._front)
         self._dispatcher = Dispatcher(backend, self._limits.workers, self._limits.pending_bytes)
+        self._closing = closing
         self._stops = 0
         self._draining = False
+        self._ends_s = math.inf  # then draining is over, even if the backend hangs
         self._drained = threading.Event()
         self._seldom = SeldomLog(log)
 
@@ -81,7 +87,7 @@ class Server:
             poller = zmq.Poller()
             for socket in (*self._routers, self._waker.fileno()):
                 poller.register(socket, zmq.POLLIN)
-            while self._stops < 2 and not self._drained.is_set():
+            while self._stops < 2 and not self._drained.is_set() and time.monotonic() < self._ends_s:
                 poller.poll(int(1000 * self._outbox.patience_s))
                 self._waker.clear()
                 self._receive()
@@ -167,6 +173,7 @@ class Server:
     def _drain(self) -> None:
         log.info("stopping: %d requests in flight", self._outbox.in_flight)
         self._draining = self._dispatcher.draining = True
+        self._ends_s = time.monotonic() + self._limits.drain_s + HANG_S
 
         def wait() -> None:
             try:
@@ -179,6 +186,7 @@ class Server:
 
     def _farewell(self) -> None:
         """Give every request that was read its terminal reply, if its client still reads."""
+        self._closing()
         self._draining = True
         deadline_s = time.monotonic() + self._limits.farewell_s
         self._receive()

@@ -300,6 +300,7 @@ def test_a_daemon_without_descriptors_lives_and_serves_who_is_connected(tmp_path
             for _ in range(300):
                 crowd.enter_context(stranger(tcp))
             friend.ping()
+            time.sleep(0.3)  # until libzmq has accepted those
             tell("take")
             for address in (tcp, ipc(tmp_path)) * 20:
                 crowd.enter_context(stranger(address))
