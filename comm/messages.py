@@ -36,6 +36,7 @@ ErrorCode = Literal[
     "resources",  # would not fit into memory
     "busy",  # queue full: try again after retry_after_s
     "cancelled",
+    "unloaded",  # the model was unloaded while the request ran
     "shutting_down",
     "internal",  # a bug or a failing device; the daemon's log has more
 ]

@@ -63,7 +63,12 @@ def _is_long(request: Generate | Chat | Tokenize) -> bool:
     if isinstance(request, Tokenize) and request.messages is None:
         return len(request.text or request.tokens or ()) >= LONG_BYTES
     messages = request.messages or []
-    return len(messages) > 1000 or any(len(message.content or ()) >= LONG_BYTES // 8 for message in messages)
+    return len(messages) > 1000 or any(
+        len(value) >= LONG_BYTES // 8
+        for message in messages
+        for value in message.values()
+        if isinstance(value, (str, list, dict))
+    )
 
 
 def tokenized(model: LoadedModel, request: Tokenize, long: LongRequests) -> Tokens:

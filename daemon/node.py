@@ -36,7 +36,7 @@ from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.loaded_model import LoadedModel
-from shoal.daemon.loading.loaded_models import LoadedModels
+from shoal.daemon.loading.loaded_models import LoadedModels, unloaded
 from shoal.daemon.loading.loader import Loader
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
@@ -126,7 +126,7 @@ class Node:
         with self._wake:
             self._check_open()
             if model not in self._models:
-                raise _unloaded(model.name)
+                raise unloaded(model.name)
             self._answering.open(sequence, answer)
             try:
                 model.engine.submit(sequence)
@@ -218,7 +218,7 @@ class Node:
         return Loaded(model=model.status(), seconds=self._clock() - began_s)
 
     def unload(self, request: Unload) -> Ok:
-        """Drop a model; its running requests end with `error` shutting_down. Raises DaemonError `not_found`."""
+        """Drop a model; its running requests end with `error` unloaded. Raises DaemonError `not_found`."""
         with self._loader.alone():
             known = self._models.pick(request.model)
             if known is None:
@@ -353,9 +353,5 @@ class Node:
             with self._wake:
                 model = self._models.pick(name)
         if model is None:
-            raise _unloaded(name)
+            raise unloaded(name)
         return model
-
-
-def _unloaded(name: str) -> DaemonError:
-    return DaemonError("not_found", f"{name} was unloaded meanwhile", "send the request again")

@@ -19,6 +19,7 @@ from shoal.comm.messages import Chat, Generate, Sampling
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
 from shoal.models.chat.continuing import before_mark, marked
+from shoal.models.chat.template import ChatTemplate
 from shoal.models.errors import TemplateError, TemplateRefusal, TooManyTokens
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.partition.memory_layout import kv_page_bytes

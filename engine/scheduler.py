@@ -85,8 +85,11 @@ class Scheduler:
     def submit(self, sequence: Sequence) -> list[SequenceEvent]:
         """Queue a sequence. Raises QueueFull, or NeverFits when it could never run."""
         sequence.holding.length = length_class(self._ropes, len(sequence.tokens))
-        self.admission.enter(sequence, self.running)
-        return [Queued(sequence)]
+        displaced = self.admission.enter(sequence, self.running)
+        events: list[SequenceEvent] = [Queued(sequence)]
+        if displaced is not None:
+            events += self.fail([displaced[0]], displaced[1])
+        return events
 
     def end(self, sequence: Sequence, reason: EndReason) -> list[SequenceEvent]:
         """End a sequence with what it has, unless it has ended already."""

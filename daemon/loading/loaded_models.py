@@ -19,6 +19,11 @@ from .loaded_model import LoadedModel
 log = logging.getLogger(__name__)
 
 
+def unloaded(name: str) -> DaemonError:
+    """Why a request to a model ends, or does not begin, that somebody has unloaded."""
+    return DaemonError("unloaded", f"{name} was unloaded meanwhile", "send the request again to load it anew")
+
+
 class LoadedModels:
     """The models in memory. When one is dropped, it gives its bytes back to `budget`."""
 
@@ -105,11 +110,11 @@ class LoadedModels:
             threading.Thread(target=self.drop, args=(model,), name="shoal-drop", daemon=True).start()
 
     def drop(self, model: LoadedModel) -> None:
-        """Unload a model. Its running requests end with the error `shutting_down`."""
+        """Unload a model. Its running requests end with the error `unloaded`."""
         with self.lock:
             self._forget(model)
             self._tokens_before += model.engine.scheduler.totals.generated_tokens
-        model.interrupt(DaemonError("shutting_down", f"{model.name} was unloaded"))
+        model.interrupt(unloaded(model.name))
         model.release(self._budget)
         log.info("unloaded %s", model.name)
 

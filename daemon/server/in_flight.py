@@ -20,6 +20,8 @@ import zmq
 from shoal.comm.messages import Accepted, Done, Error, Message, Stage, Timings, Token, Usage, Waiting
 from shoal.daemon.backend import STAGE_S, CancelCall
 
+from .front import Link
+
 
 @dataclass(eq=False)
 class Peer:
@@ -29,7 +31,11 @@ class Peer:
     router: zmq.Socket[Any]
     identity: bytes
     client: str
+    link: Link | None = None  # its connection, while there is one
     flights: dict[bytes, Flight] = field(default_factory=dict)
+    refusals: deque[tuple[bytes, Message]] = field(
+        default_factory=deque
+    )  # request ids and answers, not yet sent
     blocked_since_s: float = 0.0  # since then its queue has been full, and nothing could be sent
     sent: int = 0  # messages
     evicted: bool = False  # its requests were ended because it was blocked for too long

@@ -51,6 +51,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[TemplateMessage],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,

@@ -19,10 +19,12 @@ from fakes.cli_fakes import FakeClient, model_status, shoal, shoal_process
 
 from shoal import client as client_room
 from shoal.cli import background
+from shoal.cli import serve as serve_verbs
 from shoal.cli.observe import followed, tail
+from shoal.client import Client
 from shoal.comm.errors import RequestFailed
 from shoal.comm.home import Home
-from shoal.comm.messages import Stage
+from shoal.comm.messages import Stage, Tokenize
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
 
@@ -33,9 +35,15 @@ from shoal.daemon.server.socket_lock import socket_lock
 stubborn = sys.argv[2] == "stubborn"
 terms = []
 signal.signal(signal.SIGTERM, lambda *_: terms.append(1) if stubborn and not terms else sys.exit())
-with socket_lock(Path(sys.argv[1])):
-    print("up", flush=True)
-    while True:
+if sys.argv[2] == "deaf":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+try:
+    with socket_lock(Path(sys.argv[1])):
+        print("up", flush=True)
+        while True:
+            signal.pause()
+finally:
+    while sys.argv[2] == "lingering":
         signal.pause()
 """
 
@@ -78,6 +86,64 @@ def test_stop_ends_the_process_that_holds_the_lock(home: Home, kind: str, argume
         assert result.exit_code == 0, result.stderr
         assert process.wait(timeout=10) == 0
     assert background.running_pid(home) is None
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [("lingering", ["stop"]), ("deaf", ["stop", "--now"])])
+def test_stop_ends_what_does_not_end_by_itself_and_says_so(
+    home: Home, monkeypatch: pytest.MonkeyPatch, kind: str, arguments: list[str]
+) -> None:
+    """A daemon that has let go of its lock and stays, and one that hears no signal."""
+    monkeypatch.setattr(background, "CLOSED_LIMIT_S", 0.5)
+    monkeypatch.setattr(serve_verbs, "NOW_LIMIT_S", 1.5)
+    with holder(home, kind) as process:
+        result = shoal(*arguments)
+        assert process.wait(timeout=1) == -signal.SIGKILL
+    assert result.exit_code == 0
+    assert f"the daemon (pid {process.pid}) did not end by itself and was killed" in result.stderr
+    assert shoal("stop").exit_code == 4
+
+
+STUCK = """
+import sys, threading
+from shoal.comm.home import Home
+from shoal.daemon import service
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.node import Node
+
+def tokenize(self, request):
+    if request.text == "keep the lock":
+        10 ** 10 ** 8
+    threading.Event().wait()
+
+Node.tokenize = tokenize
+service.CLOSING_S, service.THREADS_S = 3.0, 0.5
+service.serve(NodeConfig(threads=1), home=Home.from_env())
+"""
+
+
+@pytest.mark.parametrize(("text", "words"), [("wait", "has stopped"), ("keep the lock", "was killed")])
+def test_a_daemon_ends_whatever_its_threads_do(
+    home: Home, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    """A worker that never returns is left alone. One that keeps Python's lock lets nobody hear the signal."""
+    monkeypatch.setattr(serve_verbs, "NOW_LIMIT_S", 40.0 if text == "wait" else 2.0)
+    with subprocess.Popen([sys.executable, "-c", STUCK], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not background.answers(home):
+                assert process.poll() is None
+            with Client(home.address) as client:
+                client.ping()
+                exchange = client._begin(Tokenize(text=text))
+                client._pump(0.5)
+                assert not exchange.finished
+                result = shoal("stop", "--now")
+            assert result.exit_code == 0
+            assert words in result.stderr
+            assert process.stderr is not None
+            assert text != "wait" or "is stuck; the process ends without it" in process.stderr.read()
+            assert process.wait(timeout=5) is not None
+        finally:
+            process.kill()
 
 
 def test_stop_that_takes_too_long_says_what_to_do(home: Home) -> None:

@@ -87,6 +87,8 @@ def play(seed: int) -> tuple[int, int, int]:
         truth = continuation(one.prompt, one.new)
         if one.heard.stop_after is not None:
             truth = truth[: one.heard.stop_after]
+        if isinstance(one.heard.error, QueueFull):  # it went for a client with fewer requests
+            truth = []
         if one.interrupted or one.heard.ended == ["deadline"]:
             truth = truth[: len(one.heard.tokens)]
         assert one.heard.tokens == truth
