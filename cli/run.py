@@ -41,7 +41,7 @@ from .options import (
     plan_options,
     quant_option,
 )
-from .output import note, print_json, stage_text
+from .output import note, per_second, print_json, stage_text
 from .paint import Painter
 
 STDIN_NOTE_S = 1.0  # if stdin beside a PROMPT is silent for so long, the user is told about it
@@ -102,9 +102,9 @@ def run(
             note(f"{lacks}: it continues the prompt as it is (--raw hides this note)")
             if system is not None:
                 raise DaemonError("bad_request", f"{lacks}, so --system cannot be used")
-        painter = None if as_json else Painter()
+        painter = Painter(quiet=as_json)
         fields = answer.request_fields(status.name)
-        fields["progress"] = painter is not None and painter.shows_stages
+        fields["progress"] = painter.shows_stages
         request: Generate | Chat
         if raw or not status.chat_template:
             request = Generate(prompt=text, **fields)
@@ -120,20 +120,18 @@ def run(
             note(statistics(result.done))
 
 
-def _take(events: Iterator[StreamEvent], result: _Collected, painter: Painter | None) -> None:
-    """Collect an answer, and show it as it comes if there is a painter."""
+def _take(events: Iterator[StreamEvent], result: _Collected, painter: Painter) -> None:
+    """Collect an answer, and show it as it comes."""
     try:
         for event in events:
             if isinstance(event, Stage):
-                if painter:
-                    painter.stage(stage_text(event))
+                painter.stage(stage_text(event))
                 continue
             result.take(event)
-            if painter and isinstance(event, Token):
+            if isinstance(event, Token):
                 painter.write(event.text)
     finally:
-        if painter:
-            painter.end()
+        painter.end()
 
 
 class _Collected:
@@ -193,7 +191,7 @@ def statistics(done: Done) -> str:
 
 
 def _rate(tokens_per_s: float) -> str:
-    return f" ({tokens_per_s:.3g}/s)" if tokens_per_s else ""
+    return f" ({per_second(tokens_per_s)})" if tokens_per_s else ""
 
 
 def _prompt(given: str | None) -> str:

@@ -207,13 +207,15 @@ class Waiting(Message):
 class Stage(Message):
     """What a request waits for. Sent each second of silence instead of `waiting`, if `progress` was asked for.
 
-    `done` and `total` count bytes, or blocks of the step while weights are read for it.
+    `done` and `total` count bytes; tokens of a `prompt`; blocks of the step while weights are read for it (`reading`).
+    While it is `queued` they are its place and how many wait.
     """
 
-    doing: str  # packing, loading, reading
+    doing: str  # packing, loading, queued, prompt, reading
     done: int
     total: int
     bytes_per_s: float = 0.0
+    tokens_per_s: float = 0.0
     seconds: float = 0.0  # since the request arrived
 
 

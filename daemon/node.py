@@ -42,7 +42,7 @@ from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
 from .answer_thread import Answering
-from .backend import STAGE_S, CancelCall, Emit, Event
+from .backend import STAGE_S, Emit, Event
 from .config import NodeConfig
 from .error_codes import translated
 from .errors import DaemonError
@@ -50,6 +50,7 @@ from .memory import budget_of, resident_bytes, return_freed
 from .model_name import Reference
 from .progress import Progress, no_progress
 from .request import answer_of, chat_tokens, prompt_of, sequence_of
+from .underway import Underway
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +107,8 @@ class Node:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    def submit(self, request: Generate | Chat, emit: Emit, client: str = "") -> CancelCall:
-        """Start a request; returns at once with a function that cancels it (idempotent). Clients share fairly.
+    def submit(self, request: Generate | Chat, emit: Emit, client: str = "") -> Underway:
+        """Start a request; returns at once with what cancels it and tells its stage. Clients share fairly.
 
         `emit` is called from other threads with accepted, token… and exactly one of done and error; it must not
         block. Raises DaemonError instead of emitting when the request cannot start. The model is loaded if needed.
@@ -133,7 +134,7 @@ class Node:
             model.used_s = self._clock()
             self._requests_total += 1
             self._wake.notify_all()
-        return lambda: model.engine.end(sequence, "cancelled")
+        return Underway(model, sequence)
 
     def stream(self, request: Generate | Chat) -> Generator[Accepted | Stage | Token | Done, None, None]:
         """The events of a request in this process. While there are none, its stage, if `progress` was asked for.
@@ -141,26 +142,26 @@ class Node:
         Closing the generator cancels the request. Raises DaemonError.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        cancel = self.submit(request, events.put)
+        underway = self.submit(request, events.put)
         event: Event | Stage | None = None
         try:
             while not isinstance(event, Done):
                 try:
                     event = events.get(timeout=STAGE_S)
                 except queue.Empty:
-                    event = self._waited_for(request)
+                    self._check_threads()
+                    event = underway.stage() if request.progress else None
                 if isinstance(event, Error):
                     raise DaemonError.of(event)
                 if event is not None:
                     yield event
         finally:
-            cancel()
+            underway.cancel()
 
-    def _waited_for(self, request: Generate | Chat) -> Stage | None:
-        """What a request waits for that has had no event for a while, if it asks for that."""
+    def _check_threads(self) -> None:
+        """Raises DaemonError if nothing will come any more."""
         if not (self._thread.is_alive() and self._answering.alive):
             raise DaemonError("internal", "a thread of the node has died", "see the log")
-        return self.stage(request.model) if request.progress else None
 
     def tokenize(self, request: Tokenize) -> Tokens:
         """Text, messages or ids → ids and text. Raises DaemonError."""
@@ -237,7 +238,8 @@ class Node:
         return known is not None and not known.damaged
 
     def stage(self, model: str) -> Stage | None:
-        """What a request to `model` waits for just now: that one is loaded, or a disk. Never blocks for long."""
+        """What a request to `model` waits for before it is submitted: that one is loaded, or a disk. Never blocks for
+        long."""
         if (stage := self._loader.stage) is not None:
             return stage
         loaded = self._models.pick(model)
