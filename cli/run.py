@@ -28,7 +28,6 @@ from shoal.comm.messages import (
 )
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
-from shoal.daemon.memory import peak_memory_bytes
 
 from .answers import Answers, from_daemon, in_process, reference
 from .options import (
@@ -81,7 +80,8 @@ def run(
     """Answer one PROMPT with MODEL, a path or a name in the store.
 
     The answer goes to stdout as it is made, statistics to stderr. Text on stdin follows the PROMPT, or replaces it. A
-    running daemon answers, unless --json, --local or an option from --memory on is given: then this process does.
+    running daemon answers, unless --local, --memory, --threads, --device, --speculate or --kv-type is given: then this
+    process does.
     """
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template that --raw leaves out")
@@ -93,10 +93,10 @@ def run(
     guessing = reference(draft, library) if draft else None
     with ExitStack() as stack:
         answers: Answers | None = None
-        if not (local or as_json or plan.given):
+        if not (local or plan.beyond_context):
             answers = stack.enter_context(from_daemon(Home.from_env()))
         answers = answers or stack.enter_context(in_process(config, library))
-        status = answers.load(name, guessing)
+        status = answers.load(name, guessing, plan.ctx)
         if not raw and not status.chat_template:
             lacks = f"{status.name} has no chat template"
             note(f"{lacks}: it continues the prompt as it is (--raw hides this note)")
@@ -104,7 +104,7 @@ def run(
                 raise DaemonError("bad_request", f"{lacks}, so --system cannot be used")
         painter = Painter(quiet=as_json)
         fields = answer.request_fields(status.name)
-        fields["progress"] = painter.shows_stages
+        fields |= {"progress": painter.shows_stages, "context_tokens": plan.ctx}
         request: Generate | Chat
         if raw or not status.chat_template:
             request = Generate(prompt=text, **fields)
@@ -115,7 +115,7 @@ def run(
         with answers.stream(request) as events:
             _take(events, result, painter)
         if as_json:
-            print_json(result.as_dict(status.plan))
+            print_json(result.as_dict(status.plan, answers.peak_memory_bytes()))
         else:
             note(statistics(result.done))
 
@@ -150,7 +150,7 @@ class _Collected:
         elif isinstance(event, Done):
             self.done = event
 
-    def as_dict(self, plan: str) -> dict[str, Any]:
+    def as_dict(self, plan: str, peak_memory_bytes: int) -> dict[str, Any]:
         usage, timings = self.done.usage, self.done.timings
         return {
             "text": "".join(self._texts),
@@ -162,7 +162,7 @@ class _Collected:
             "ttft_s": timings.ttft_s,
             "prefill_tokens_per_s": timings.prefill_tokens_per_s,
             "decode_tokens_per_s": timings.decode_tokens_per_s,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes,
             "stall_s": timings.stall_s,
             "drafted_tokens": usage.drafted_tokens,
             "accepted_tokens": usage.accepted_tokens,

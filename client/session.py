@@ -22,6 +22,7 @@ from shoal.comm.messages import (
     Error,
     Generate,
     Hello,
+    Load,
     Message,
     Sampling,
     Stage,
@@ -184,6 +185,18 @@ def tokenize_request(
         messages=None if messages is None else _chat_messages(messages),
         **fields,
     )
+
+
+def load_request(
+    model: str,
+    context: int | None,
+    least_context: int | None,
+    draft: str | None,
+    heard: Callable[[Stage], None] | None,
+) -> Load:
+    """Asks for stages if somebody hears them."""
+    progress = heard is not None
+    return Load(model=model, context=context, least_context=least_context, draft=draft, progress=progress)
 
 
 def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:

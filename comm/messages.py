@@ -96,6 +96,9 @@ class Generation(Message):
     model: Name = ""  # "" = the one that is loaded
     sampling: Sampling = Sampling()
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # None = up to the context's end
+    context_tokens: Annotated[int, Meta(ge=1, le=1 << 26)] | None = (
+        None  # of this request; None = the model's
+    )
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(max_length=64)] = []
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
     ignore_eos: bool = False
@@ -164,9 +167,14 @@ class Load(Message):
     """Load a model: a path on the daemon's machine or a name in its store."""
 
     model: Annotated[str, Meta(min_length=1, max_length=4096)]
-    context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None
+    context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model is loaded anew with it
+    least_context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model stays as it is
     draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None  # a model that guesses ahead
     progress: bool = False  # send `stage` meanwhile
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.least_context is not None:
+            raise ValueError("least_context: give this or context, not both")
 
 
 class Unload(Message):
@@ -261,7 +269,7 @@ class Done(Message):
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
-    context_tokens: int = 0  # the model's context, so that a client can show how much is left
+    context_tokens: int = 0  # the request's, or else the model's, so that a client can show how much is left
 
 
 StreamEvent = Accepted | Stage | Token | Done
@@ -332,6 +340,7 @@ class StatusReply(Message):
     loading: str = ""  # the model that is being loaded, if any
     stage: Stage | None = None  # how far loading is
     draining: bool = False
+    peak_memory_bytes: int = 0  # the largest resident set since the start
 
 
 class Pong(Message):

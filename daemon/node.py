@@ -46,7 +46,7 @@ from .backend import STAGE_S, Emit, Event
 from .config import NodeConfig
 from .error_codes import translated
 from .errors import DaemonError
-from .memory import budget_of, resident_bytes, return_freed
+from .memory import budget_of, peak_memory_bytes, resident_bytes, return_freed
 from .model_name import Reference
 from .progress import Progress, no_progress
 from .request import answer_of, chat_tokens, prompt_of, sequence_of
@@ -114,7 +114,7 @@ class Node:
         block. Raises DaemonError instead of emitting when the request cannot start. The model is loaded if needed.
         """
         arrived_s = self._clock()
-        model = self._model(request.model)
+        model = self._model(request.model, request.context_tokens)
         try:
             prompt = prompt_of(model, request)
             sequence = sequence_of(model, request, prompt, client=client, arrived_s=arrived_s)
@@ -188,8 +188,8 @@ class Node:
     def load(self, request: Load, progress: Progress = no_progress) -> Loaded:
         """Load a model, unless it is loaded. Idle models make room when memory is short. Raises DaemonError.
 
-        A loaded model that is to have another context or draft model is loaded again. While it answers, that is refused
-        as `busy`; if it would not fit like that, it stays as it is.
+        A loaded model that is to have another `context` or draft model is loaded again. While it answers, that is
+        refused as `busy`; if it would not fit like that, it stays as it is.
         """
         began_s = self._clock()
         with self._loading:
@@ -198,8 +198,12 @@ class Node:
             path = self._resolve(wanted.model)
             known = self._models.of(Reference(str(path), wanted.quant))
             draft = self._resolve(request.draft) if request.draft is not None else None
-            context = request.context or self.config.context_tokens
-            config = replace(self.config, context_tokens=context, quant=wanted.quant)
+            config = replace(
+                self.config,
+                context_tokens=request.context or self.config.context_tokens,
+                least_context_tokens=request.least_context or 1,
+                quant=wanted.quant,
+            )
             if known is None:
                 name = self._models.free_name(wanted, path)
             else:
@@ -258,6 +262,7 @@ class Node:
             loading=self._loader.name,
             stage=self._loader.stage,
             draining=self._draining,
+            peak_memory_bytes=peak_memory_bytes(),
         )
 
     # --- life -------------------------------------------------------------------------------------------
@@ -332,7 +337,7 @@ class Node:
 
     # --- models -----------------------------------------------------------------------------------------
 
-    def _model(self, name: str) -> LoadedModel:
+    def _model(self, name: str, least_context: int | None = None) -> LoadedModel:
         """The loaded model of that name, loading it if it is not. "" is the one used last."""
         with self._wake:
             self._check_open()
@@ -340,7 +345,7 @@ class Node:
         if model is None and not name:
             raise DaemonError("not_found", "no model is loaded", "name one, or load one first")
         if model is None or (model.damaged and not model.engine.busy):
-            load = Load(model=name)
+            load = Load(model=name, least_context=least_context)
             if model is not None:
                 load = Load(model=str(model.reference), context=model.plan.context_tokens)
                 name = model.name

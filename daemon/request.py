@@ -61,7 +61,7 @@ def sequence_of(
     model: LoadedModel, request: Generate | Chat, prompt: list[int], *, client: str, arrived_s: float
 ) -> Sequence:
     """A sequence for a request whose prompt has been tokenised. Raises DaemonError."""
-    vocab, context = model.checkpoint.spec.vocab, model.plan.context_tokens
+    vocab, context = model.checkpoint.spec.vocab, context_of(model, request)
     if not prompt:
         raise DaemonError("bad_request", "the prompt is empty: it must have at least one token")
     if max(prompt) >= vocab:
@@ -72,7 +72,7 @@ def sequence_of(
         raise DaemonError(
             "context_overflow",
             f"the prompt has {len(prompt)} tokens, the context holds {context} and needs room for an answer",
-            _way_out(model, len(prompt)),
+            _way_out(model, len(prompt), context),
         )
     if request.max_tokens is not None:
         limit = min(context, len(prompt) + request.max_tokens)
@@ -91,6 +91,18 @@ def sequence_of(
     )
 
 
+def context_of(model: LoadedModel, request: Generate | Chat) -> int:
+    """The longest sequence of a request. Raises DaemonError when it asks for more than the model is loaded with."""
+    asked, context = request.context_tokens, model.plan.context_tokens
+    if asked is not None and asked > context:
+        raise DaemonError(
+            "context_overflow",
+            f"a context of {asked} tokens was asked for, {model.name} is loaded with {context}, for all who use it",
+            f"ask for at most `context_tokens={context}`, or have it loaded anew with more",
+        )
+    return asked or context
+
+
 def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], emit: Emit) -> Answer:
     """The Answer that turns the request's sequence into messages. Raises SamplingError for impossible stop strings."""
     return Answer(
@@ -100,7 +112,7 @@ def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], e
         prompt,
         stop=list(request.stop),
         logprobs=request.sampling.logprobs is not None,
-        context_tokens=model.plan.context_tokens,
+        context_tokens=context_of(model, request),
     )
 
 
@@ -125,9 +137,11 @@ def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
     )
 
 
-def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
-    """A hint for a prompt that is too long for the model's plan."""
+def _way_out(model: LoadedModel, prompt_tokens: int, asked: int) -> str:
+    """A hint for a prompt that is too long for the context that was asked for, or for the model's plan."""
     spec, plan = model.checkpoint.spec, model.plan
+    if asked <= prompt_tokens < plan.context_tokens:
+        return f"shorten it, or ask for more: up to `context_tokens={plan.context_tokens}`"
     page = plan.kv.page_tokens
     context = min(spec.context, (prompt_tokens // page + 1) * page)
     if context <= prompt_tokens:

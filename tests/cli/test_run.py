@@ -162,10 +162,12 @@ def test_a_model_without_template_continues_the_prompt_and_says_so(stage: Stage)
         ([], True),
         (["--seed", "1", "--max-tokens", "3"], True),
         (["--local"], False),
-        (["--json"], False),
+        (["--json"], True),
+        (["--json", "--local"], False),
         (["--threads", "1"], False),
         (["--memory", "1GB"], False),
-        (["--ctx", "64"], False),
+        (["--ctx", "64"], True),
+        (["--ctx", "64", "--kv-type", "i8"], False),
         (["--device", "cpu"], False),
     ],
 )
@@ -175,6 +177,11 @@ def test_a_daemon_is_used_unless_the_plan_is_shaped(stage: Stage, options: list[
     assert result.exit_code == 0
     assert bool(stage.daemon.requests) == daemon
     assert bool(stage.here.requests) != daemon
+    used = stage.daemon if daemon else stage.here
+    context = 64 if "--ctx" in options else None
+    assert (used.contexts, used.requests[0].context_tokens) == ([context], context)
+    if "--json" in options:
+        assert json.loads(result.stdout)["text"] == "".join(used.words)
 
 
 def test_options_reach_the_node(stage: Stage) -> None:

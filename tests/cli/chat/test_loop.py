@@ -137,7 +137,8 @@ def test_a_daemon_that_dies_is_announced_and_started_again(
     daemon.client.answers.fails = None
     assert talk(state, "/retry") == 0
     assert daemon.starts == 1
-    assert daemon.client.loads == [("tiny", None), ("tiny", None)]
+    assert daemon.client.asked == [("tiny", None), ("tiny", None)]
+    assert daemon.client.loads == []
     assert "started the daemon (pid 43)" in capsys.readouterr().err
     assert [turn.user for turn in state.conversation.turns] == ["Hi"]
 
@@ -245,10 +246,34 @@ def test_the_context_can_be_changed(
     daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(state, "tiny")
-    assert talk(state, "/ctx", "/ctx 64") == 0
-    assert "the context is 64 tokens" in capsys.readouterr().err
-    assert daemon.client.loads[-1] == ("tiny", 64)
-    assert [talk(state, f"/ctx {wrong}") for wrong in ("many", "0", "-1")] == [2, 2, 2]
+    assert talk(state, "/ctx", "/ctx 64", "Hi", "/ctx") == 0
+    said = capsys.readouterr().err
+    assert "a context of 100 tokens, 0 in use; /ctx N changes it\n" in said
+    assert "this conversation has a context of 64 tokens from now on" in said
+    assert "a context of 64 tokens, 9 in use; /ctx N changes it; tiny holds 100\n" in said
+    assert daemon.client.answers.requests[-1].context_tokens == 64
+    assert toolbar(state).endswith("context 9/64 (14%) · /help")
+    wrong = ("many", "0", "-1", "²", "9" * 5000)
+    assert [talk(state, f"/ctx {number}") for number in wrong] == [2] * len(wrong)
+    assert "must be a number of tokens, from 1 to 100" in capsys.readouterr().err
+    assert state.link.context_tokens == 64
+
+
+def test_a_conversation_cannot_change_the_model_of_others(
+    daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More than the model is loaded with is refused, and the act that changes it for all is named."""
+    put(state, "other")
+    assert talk(state, "/ctx 64", "/ctx 101") == 3
+    said = capsys.readouterr().err
+    assert "tiny is loaded with 100 tokens of context, for all who use the daemon; 101 are more" in said
+    assert "(shoal load tiny --ctx 101 loads it anew, for all of them)" in said
+    assert state.link.context_tokens == 64
+    daemon.client.load("tiny", 50)  # somebody does so, with less
+    talk(state, "Hi", "/model other", "And?")
+    assert [request.context_tokens for request in daemon.client.answers.requests] == [50, 100]
+    assert state.link.context is None
+    assert daemon.client.loads == [("tiny", 50)]
 
 
 def test_conversations_are_saved_privately_and_loaded(
@@ -300,7 +325,8 @@ def test_a_model_in_fewer_bits_keeps_them(daemon: Daemon, state: ChatState) -> N
     put(state, "plain")
     daemon.client.models["plain"] = model_status("plain", chat_template=False)
     assert talk(state, "/model tiny:q4", "/ctx 64", "/model plain") == 1
-    assert daemon.client.loads[-4:] == [("tiny:q4", None), ("tiny:q4", 64), ("plain", 64), ("tiny:q4", 64)]
+    assert daemon.client.asked[-3:] == [("tiny:q4", None), ("plain", None), ("tiny:q4", 64)]
+    assert daemon.client.loads == []
 
 
 # --- the verb ---------------------------------------------------------------------------------------------
@@ -341,7 +367,8 @@ def test_without_a_daemon_one_is_started(daemon: Daemon, state: ChatState) -> No
     result = shoal("chat", "--ctx", "64", stdin="Hi\n")
     assert result.exit_code == 0, result.stderr
     assert daemon.starts == 1
-    assert daemon.client.loads[-1] == ("other", 64)
+    assert daemon.client.asked[-1] == ("other", 64)
+    assert daemon.client.answers.requests[-1].context_tokens == 64
 
 
 def test_a_daemon_that_another_process_started_first_is_taken(
@@ -383,11 +410,28 @@ def test_options_that_shape_the_plan_keep_the_chat_in_this_process(
 
     monkeypatch.setattr(chat_module, "in_process", in_process)
     put(state, "tiny")
-    loads = list(daemon.client.loads)
+    loads = list(daemon.client.asked)
     result = shoal("chat", "tiny", "--memory", "3GB", "--kv-type", "i8", stdin="Hi\nAnd?\n")
     assert (result.exit_code, result.stdout) == (0, "Here.\nHere.\n"), result.stderr
     assert (configs[0].memory_bytes, configs[0].kv_type) == (3 * 10**9, "i8")
-    assert daemon.client.loads == loads
+    assert (configs[0].context_tokens, daemon.client.asked) == (None, loads)
     assert shoal("chat", "tiny", "--ctx", "64", stdin="Hi\n").stdout == "Hello there.\n"
-    assert daemon.client.loads[len(loads) :] == [("tiny", 64)]
+    assert daemon.client.asked[len(loads) :] == [("tiny", 64)]
     assert len(configs) == 1
+
+
+def test_a_chat_of_its_own_gets_more_context_at_once(state: ChatState) -> None:
+    """Nobody else uses its model. Going over to another begins with that model's own context."""
+    here = FakeAnswers("Here.")
+    link = ChatLink(state.home, here)  # type: ignore[arg-type]
+    mine = ChatState(state.home, link, Conversation())
+    link.load("tiny", 80)
+    put(state, "other")
+    here.status = model_status(context_tokens=200)
+    assert talk(mine, "/ctx 60", "/ctx 150") == 0
+    assert here.contexts == [80]
+    here.status = model_status(context_tokens=100)
+    assert talk(mine, "/ctx 150") == 3  # what a real one would refuse itself
+    assert here.contexts == [80, 150]
+    assert talk(mine, "/model other") == 0
+    assert here.contexts == [80, 150, None]
