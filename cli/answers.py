@@ -74,7 +74,10 @@ def reference(model: str, library: Library) -> str:
 
 def check_context(model: str, status: ModelStatus, context: int | None) -> None:
     """Raises DaemonError `context_overflow`, which names the way out, if a loaded model holds less than `context`."""
-    loaded = status.context_tokens
+    loaded, limit = status.context_tokens, status.context_limit_tokens
+    if context is not None and 0 < limit < context:
+        made = f"a context of {context} tokens was asked for, {status.name} was made for {limit}"
+        raise DaemonError("context_overflow", made, f"ask for at most {limit}")
     if context is not None and context > loaded:
         raise DaemonError(
             "context_overflow",

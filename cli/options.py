@@ -108,6 +108,7 @@ class AnswerOptions:
     stop: tuple[str, ...] = ()
     priority: int = 0
     deadline: float | None = None
+    keep_repeating: bool = False
 
     def request_fields(self, model: str) -> dict[str, Any]:
         """The fields that `generate` and `chat` share. Raises DaemonError `bad_request`."""
@@ -119,6 +120,7 @@ class AnswerOptions:
             "stop": list(self.stop),
             "priority": self.priority,
             "deadline_s": self.deadline,
+            "stop_repeating": not self.keep_repeating,
         }
         try:
             sampling = Sampling(**{name: value for name, value in asked.items() if value is not None})
@@ -171,6 +173,8 @@ def answer_options(function: Callback) -> Callback:
                      help="End the answer after this many tokens."),
         click.option("--stop", multiple=True, type=stop_text, metavar="TEXT",
                      help="End the answer at this text; repeatable."),
+        click.option("--keep-repeating", is_flag=True,
+                     help="Let an answer go on that only repeats itself, instead of ending it."),
         click.option("--deadline", type=click.FloatRange(0, 1e6, min_open=True), metavar="SECONDS",
                      help="End the answer after this time, complete or not."),
         click.option("--priority", type=click.IntRange(-100, 100), default=0, metavar="N",

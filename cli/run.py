@@ -46,6 +46,12 @@ from .paint import Painter
 STDIN_NOTE_S = 1.0  # if stdin beside a PROMPT is silent for so long, the user is told about it
 STDIN_LIMIT_S = 10.0  # and after so long it is not waited for any more
 
+ENDS = {
+    "length": "cut at the limit",
+    "deadline": "cut at the deadline",
+    "repetition": "ended because it only repeated itself (--keep-repeating lets it go on)",
+}
+
 
 @click.command(
     epilog=examples(
@@ -184,9 +190,8 @@ def statistics(done: Done) -> str:
     parts.append(f"{usage.completion_tokens} tokens{_rate(timings.decode_tokens_per_s)}{guessed}")
     if timings.stall_s >= 0.01:
         parts.append(f"waited {timings.stall_s:.2f} s for the disk")
-    cut = {"length": "limit", "deadline": "deadline"}
-    if done.finish_reason in cut:
-        parts.append(f"cut at the {cut[done.finish_reason]}")
+    if done.finish_reason in ENDS:
+        parts.append(ENDS[done.finish_reason])
     return " · ".join(parts)
 
 

@@ -37,7 +37,7 @@ ErrorCode = Literal[
     "internal",  # a bug or a failing device; the daemon's log has more
 ]
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "repetition"]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)  # what subclasses inherit, for type checkers
@@ -102,6 +102,7 @@ class Generation(Message):
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(max_length=64)] = []
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
     ignore_eos: bool = False
+    stop_repeating: bool = False  # end an answer that only repeats itself
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0  # higher goes first
     deadline_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None  # after arrival; None = no deadline
     progress: bool = False  # send `stage` while nothing else comes
@@ -321,6 +322,7 @@ class ModelStatus(Message):
     kv_disk_bytes: int = 0  # size of the KV pages kept on disk
     kv_disk_pages_read_total: int = 0  # pages read back instead of computed
     kv_disk_pages_written_total: int = 0
+    context_limit_tokens: int = 0  # what it was made for
 
 
 class Loaded(Message):

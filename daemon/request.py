@@ -20,6 +20,7 @@ from shoal.daemon.library.registry import recommended_sampling
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
 from shoal.models.sampling import Sampler, SamplingParams
+from shoal.models.tokenizer.repetition import Repetition
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Wanted, scratch_bytes
 
@@ -105,6 +106,7 @@ def context_of(model: LoadedModel, request: Generate | Chat) -> int:
 
 def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], emit: Emit) -> Answer:
     """The Answer that turns the request's sequence into messages. Raises SamplingError for impossible stop strings."""
+    context = context_of(model, request)
     return Answer(
         emit,
         model.name,
@@ -112,7 +114,8 @@ def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], e
         prompt,
         stop=list(request.stop),
         logprobs=request.sampling.logprobs is not None,
-        context_tokens=context_of(model, request),
+        context_tokens=context,
+        repetition=Repetition(context // 2) if request.stop_repeating else None,
     )
 
 

@@ -170,6 +170,10 @@ class ChatLoop:
         state.last = done
         state.used_tokens = done.usage.prompt_tokens + done.usage.completion_tokens
         state.tokens_total += done.usage.completion_tokens
+        if done.finish_reason == "repetition":
+            note(
+                "the answer only repeated itself, so it was ended (shoal chat --keep-repeating lets it go on)"
+            )
         if done.finish_reason == "length" and self._options.max_tokens != done.usage.completion_tokens:
             note(
                 "the context is full, so the answer was cut; the next turn drops the oldest (/ctx N enlarges it)"

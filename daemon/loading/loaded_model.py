@@ -125,6 +125,7 @@ class LoadedModel:
             kv_disk_bytes=disk.nbytes if disk else 0,
             kv_disk_pages_read_total=disk.pages_read if disk else 0,
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
+            context_limit_tokens=self.checkpoint.spec.context,
         )
 
     @cached_property

@@ -146,6 +146,18 @@ def test_priority_and_deadline_are_passed_on_and_told(stage: Stage) -> None:
     assert line == "9 prompt tokens · 5 of them cached · 2 tokens · cut at the deadline"
 
 
+def test_an_answer_that_only_repeats_itself_is_ended_and_that_is_told(stage: Stage) -> None:
+    stage.here.reason = "repetition"
+    result = shoal("run", "m.gguf", "Once")
+    assert result.exit_code == 0
+    assert result.stderr.endswith(
+        "· ended because it only repeated itself (--keep-repeating lets it go on)\n"
+    )
+    assert json.loads(shoal("run", "--json", "m.gguf", "Once").stdout)["finish_reason"] == "repetition"
+    shoal("run", "--keep-repeating", "m.gguf", "Once")
+    assert [request.stop_repeating for request in stage.here.requests] == [True, True, False]
+
+
 def test_a_model_without_template_continues_the_prompt_and_says_so(stage: Stage) -> None:
     stage.here = FakeAnswers("x", chat_template=False)
     result = shoal("run", "m.gguf", "Once")

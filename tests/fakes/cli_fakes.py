@@ -18,6 +18,7 @@ from shoal.comm.messages import (
     Chat,
     ChatMessage,
     Done,
+    FinishReason,
     Generate,
     Loaded,
     ModelStatus,
@@ -61,6 +62,7 @@ class FakeAnswers:
         self.contexts: list[int | None] = []
         self.requests: list[Generate | Chat] = []
         self.cancelled = 0
+        self.reason: FinishReason = "stop"
 
     def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
         self.loaded.append(model)
@@ -93,7 +95,7 @@ class FakeAnswers:
         if self.fails is not None:
             raise self.fails
         usage = Usage(prompt_tokens=7, completion_tokens=len(self.words))
-        finished.append(Done(finish_reason="stop", usage=usage, timings=TIMINGS, context_tokens=100))
+        finished.append(Done(finish_reason=self.reason, usage=usage, timings=TIMINGS, context_tokens=100))
         yield finished[0]
 
 

@@ -111,6 +111,18 @@ def test_every_turn_carries_the_ones_before(
     assert toolbar(state) == " tiny · 12.5 tokens/s · context 9/100 (9%) · /help"
 
 
+def test_an_answer_that_only_repeats_itself_is_ended_and_the_chat_goes_on(
+    daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon.client.answers.reason = "repetition"
+    assert talk(state, "Hi") == 0
+    said = "the answer only repeated itself, so it was ended (shoal chat --keep-repeating lets it go on)\n"
+    assert capsys.readouterr().err == said
+    assert [turn.complete for turn in state.conversation.turns] == [True]
+    talk(state, "And?", keep_repeating=True)
+    assert [request.stop_repeating for request in daemon.client.answers.requests] == [True, False]
+
+
 def test_ctrl_c_ends_the_turn_and_keeps_what_was_said(
     daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,6 +281,9 @@ def test_a_conversation_cannot_change_the_model_of_others(
     assert "tiny is loaded with 100 tokens of context, for all who use the daemon; 101 are more" in said
     assert "(shoal load tiny --ctx 101 loads it anew, for all of them)" in said
     assert state.link.context_tokens == 64
+    daemon.client.models["tiny"] = model_status(context_limit_tokens=100)
+    assert talk(state, "/ctx 101") == 3
+    assert "tiny was made for 100 (ask for at most 100)" in capsys.readouterr().err
     daemon.client.load("tiny", 50)  # somebody does so, with less
     talk(state, "Hi", "/model other", "And?")
     assert [request.context_tokens for request in daemon.client.answers.requests] == [50, 100]
