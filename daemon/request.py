@@ -115,7 +115,7 @@ def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], e
         stop=list(request.stop),
         logprobs=request.sampling.logprobs is not None,
         context_tokens=context,
-        repetition=Repetition(context // 2) if request.stop_repeating else None,
+        repetition=Repetition(context) if request.stop_repeating else None,
     )
 
 

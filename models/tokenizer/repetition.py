@@ -8,17 +8,18 @@ from __future__ import annotations
 REPEATED_BYTES = (
     4000  # 50 equal lines of 80 characters: more than drawings, tables and lists of zeros usually have
 )
+REPEATED_TOKENS = 2048  # of digits and signs, which are a byte or two each
 REPEATED_TIMES = 5
 LONGEST_TOKENS = 512  # of the piece that is repeated
 LOOK_TOKENS = 64  # how often it is looked at, which takes less than a millisecond
 
 
 class Repetition:
-    """Finds the end of a text to be one piece over and over: the very same tokens at least REPEATED_TIMES, and in all at
-    least REPEATED_BYTES of text or `enough_tokens`."""
+    """Finds the end of a text to be one piece over and over: the very same tokens at least REPEATED_TIMES, in all at
+    least REPEATED_BYTES of text, or REPEATED_TOKENS, or half of the context."""
 
-    def __init__(self, enough_tokens: int) -> None:
-        self._enough_tokens = enough_tokens
+    def __init__(self, context_tokens: int) -> None:
+        self._enough_tokens = min(REPEATED_TOKENS, context_tokens // 2)
         self._ids: list[int] = []
         self._sizes: list[int] = []
 
