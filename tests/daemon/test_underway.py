@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,6 +16,7 @@ from shoal.daemon.backend import STAGE_S
 from shoal.daemon.node import Node
 from shoal.daemon.server.in_flight import Flight, Peer
 from shoal.daemon.underway import Underway
+from shoal.engine.executor import Executor
 
 
 class FakeModel:
@@ -82,8 +84,10 @@ def test_a_disk_is_told_where_one_pass_takes_the_whole_prompt() -> None:
 
 
 def test_a_node_tells_it_to_who_asks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every wait for an event ends at once. What came before in the conversation counts as read."""
+    """Steps take long, and waits for events end at once. What came before in the conversation counts as read."""
     monkeypatch.setattr("shoal.daemon.node.STAGE_S", 1e-4)
+    go_on = Executor._go_on
+    monkeypatch.setattr(Executor, "_go_on", lambda executor: (time.sleep(0.01), go_on(executor)))
     with Node(CONFIG) as node:
         node.load(Load(model=str(path)))
         text_of(node, prompt(0, tokens=80, new=1))
