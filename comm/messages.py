@@ -376,7 +376,7 @@ REPLIES: dict[str, type[Message]] = {
     "pong": Pong,
 }
 
-FEATURES = (*REQUESTS, "progress")
+FEATURES = (*REQUESTS, "progress", "context_tokens", "stop_repeating")
 """What a daemon tells clients that it can do: request types, and fields that older daemons ignore."""
 
 TYPE_NAMES = {kind: name for table in (REQUESTS, REPLIES) for name, kind in table.items()}
