@@ -111,18 +111,6 @@ def test_every_turn_carries_the_ones_before(
     assert toolbar(state) == " tiny · 12.5 tokens/s · context 9/100 (9%) · /help"
 
 
-def test_an_answer_that_only_repeats_itself_is_ended_and_the_chat_goes_on(
-    daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
-) -> None:
-    daemon.client.answers.reason = "repetition"
-    assert talk(state, "Hi") == 0
-    said = "the answer only repeated itself, so it was ended (shoal chat --keep-repeating lets it go on)\n"
-    assert capsys.readouterr().err == said
-    assert [turn.complete for turn in state.conversation.turns] == [True]
-    talk(state, "And?", keep_repeating=True)
-    assert [request.stop_repeating for request in daemon.client.answers.requests] == [True, False]
-
-
 def test_ctrl_c_ends_the_turn_and_keeps_what_was_said(
     daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,43 +240,6 @@ def test_models_are_listed_and_changed(
     talk(state, "/model tiny")
     assert talk(state, "/model other") == 1
     assert state.link.model.name == "tiny"
-
-
-def test_the_context_can_be_changed(
-    daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
-) -> None:
-    put(state, "tiny")
-    assert talk(state, "/ctx", "/ctx 64", "Hi", "/ctx") == 0
-    said = capsys.readouterr().err
-    assert "a context of 100 tokens, 0 in use; /ctx N changes it\n" in said
-    assert "this conversation has a context of 64 tokens from now on" in said
-    assert "a context of 64 tokens, 9 in use; /ctx N changes it; tiny holds 100\n" in said
-    assert daemon.client.answers.requests[-1].context_tokens == 64
-    assert toolbar(state).endswith("context 9/64 (14%) · /help")
-    wrong = ("many", "0", "-1", "²", "9" * 5000)
-    assert [talk(state, f"/ctx {number}") for number in wrong] == [2] * len(wrong)
-    assert "must be a number of tokens, from 1 to 100" in capsys.readouterr().err
-    assert state.link.context_tokens == 64
-
-
-def test_a_conversation_cannot_change_the_model_of_others(
-    daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """More than the model is loaded with is refused, and the act that changes it for all is named."""
-    put(state, "other")
-    assert talk(state, "/ctx 64", "/ctx 101") == 3
-    said = capsys.readouterr().err
-    assert "tiny is loaded with 100 tokens of context, for all who use the daemon; 101 are more" in said
-    assert "(shoal load tiny --ctx 101 loads it anew, for all of them)" in said
-    assert state.link.context_tokens == 64
-    daemon.client.models["tiny"] = model_status(context_limit_tokens=100)
-    assert talk(state, "/ctx 101") == 3
-    assert "tiny was made for 100 (ask for at most 100)" in capsys.readouterr().err
-    daemon.client.load("tiny", 50)  # somebody does so, with less
-    talk(state, "Hi", "/model other", "And?")
-    assert [request.context_tokens for request in daemon.client.answers.requests] == [50, 100]
-    assert state.link.context is None
-    assert daemon.client.loads == [("tiny", 50)]
 
 
 def test_conversations_are_saved_privately_and_loaded(
@@ -433,20 +384,3 @@ def test_options_that_shape_the_plan_keep_the_chat_in_this_process(
     assert shoal("chat", "tiny", "--ctx", "64", stdin="Hi\n").stdout == "Hello there.\n"
     assert daemon.client.asked[len(loads) :] == [("tiny", 64)]
     assert len(configs) == 1
-
-
-def test_a_chat_of_its_own_gets_more_context_at_once(state: ChatState) -> None:
-    """Nobody else uses its model. Going over to another begins with that model's own context."""
-    here = FakeAnswers("Here.")
-    link = ChatLink(state.home, here)  # type: ignore[arg-type]
-    mine = ChatState(state.home, link, Conversation())
-    link.load("tiny", 80)
-    put(state, "other")
-    here.status = model_status(context_tokens=200)
-    assert talk(mine, "/ctx 60", "/ctx 150") == 0
-    assert here.contexts == [80]
-    here.status = model_status(context_tokens=100)
-    assert talk(mine, "/ctx 150") == 3  # what a real one would refuse itself
-    assert here.contexts == [80, 150]
-    assert talk(mine, "/model other") == 0
-    assert here.contexts == [80, 150, None]
