@@ -1,4 +1,4 @@
-"""`shoal serve` and `shoal stop`: the daemon's life.
+"""`shoal serve` and `shoal stop`, the daemon's life; `shoal load` and `shoal unload`, what it has in memory.
 
 Knows options and what the user is told. The daemon itself is `daemon.service`; processes are `cli.background`.
 """
@@ -12,7 +12,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
 
 from . import background
-from .answers import reference
+from .answers import from_daemon, reference
 from .interrupt import deferred_interrupt
 from .options import PlanOptions, draft_option, examples, plan_options, quant_option, size
 from .output import note, spinner, stage_text
@@ -100,6 +100,46 @@ def serve(
     serve_here(
         config, home=home, model=wanted, draft=guessing, addresses=[home.address, *address] if address else ()
     )
+
+
+@click.command(epilog=examples("shoal load smollm2", "shoal load smollm2 --ctx 4096"))
+@click.argument("model")
+@click.option(
+    "--ctx", type=click.IntRange(min=1), metavar="N", help="Context length in tokens, at most the model's."
+)
+@quant_option
+@draft_option
+def load(model: str, ctx: int | None, draft: str | None) -> None:
+    """Load MODEL into the daemon, or load it anew with another context or draft model.
+
+    This holds for everybody who uses the daemon. While the model answers, it stays as it is. (run and chat load a model
+    by themselves; their --ctx is one conversation's.)
+    """
+    home = Home.from_env()
+    library = Library(home)
+    name, guessing = reference(model, library), reference(draft, library) if draft else None
+    with from_daemon(home) as answers:
+        if answers is None:
+            raise background.nobody()
+        status = answers.load_for_all(name, guessing, ctx)
+    note(
+        f"{status.name} is loaded with a context of {status.context_tokens} tokens, for all who use the daemon"
+    )
+
+
+@click.command(epilog=examples("shoal unload smollm2"))
+@click.argument("model")
+def unload(model: str) -> None:
+    """Take MODEL, a path or a name that shoal ps shows, out of the daemon's memory. What it is answering ends."""
+    home = Home.from_env()
+    if background.running_pid(home) is None:
+        raise background.nobody()
+    from shoal.client import Client
+
+    with Client(home.address) as client:
+        shown = model in {loaded.name for loaded in client.status().models}
+        client.unload(model if shown else reference(model, Library(home)))
+    note(f"{model} is unloaded")
 
 
 @click.command(epilog=examples("shoal stop", "shoal stop --now"))

@@ -23,6 +23,7 @@ from shoal.comm.messages import (
     Error,
     Generate,
     Hello,
+    Load,
     Message,
     Sampling,
     Stage,
@@ -197,6 +198,18 @@ def _as_the_daemon() -> Iterator[None]:
         yield
     except ValueError as error:
         raise RequestFailed("bad_request", str(error)) from error
+
+
+def load_request(
+    model: str,
+    context: int | None,
+    least_context: int | None,
+    draft: str | None,
+    heard: Callable[[Stage], None] | None,
+) -> Load:
+    """Asks for stages if somebody hears them."""
+    progress = heard is not None
+    return Load(model=model, context=context, least_context=least_context, draft=draft, progress=progress)
 
 
 def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:

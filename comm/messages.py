@@ -41,7 +41,7 @@ ErrorCode = Literal[
     "internal",  # a bug or a failing device; the daemon's log has more
 ]
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "repetition"]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)  # what subclasses inherit, for type checkers
@@ -100,9 +100,13 @@ class Generation(Message):
     model: Name = ""  # "" = the one that is loaded
     sampling: Sampling = Sampling()
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # None = up to the context's end
+    context_tokens: Annotated[int, Meta(ge=1, le=1 << 26)] | None = (
+        None  # of this request; None = the model's
+    )
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(max_length=64)] = []
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
     ignore_eos: bool = False
+    stop_repeating: bool = False  # end an answer that only repeats itself
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0  # higher goes first
     deadline_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None  # after arrival; None = no deadline
     progress: bool = False  # send `stage` while nothing else comes
@@ -157,9 +161,14 @@ class Load(Message):
     """Load a model: a path on the daemon's machine or a name in its store."""
 
     model: Annotated[str, Meta(min_length=1, max_length=4096)]
-    context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None
+    context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model is loaded anew with it
+    least_context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model stays as it is
     draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None  # a model that guesses ahead
     progress: bool = False  # send `stage` meanwhile
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.least_context is not None:
+            raise ValueError("least_context: give this or context, not both")
 
 
 class Unload(Message):
@@ -200,13 +209,15 @@ class Waiting(Message):
 class Stage(Message):
     """What a request waits for. Sent each second of silence instead of `waiting`, if `progress` was asked for.
 
-    `done` and `total` count bytes, or blocks of the step while weights are read for it.
+    `done` and `total` count bytes; tokens of a `prompt`; blocks of the step while weights are read for it (`reading`).
+    While it is `queued` they are its place and how many wait.
     """
 
-    doing: str  # packing, loading, reading
+    doing: str  # packing, loading, queued, prompt, reading
     done: int
     total: int
     bytes_per_s: float = 0.0
+    tokens_per_s: float = 0.0
     seconds: float = 0.0  # since the request arrived
 
 
@@ -252,7 +263,7 @@ class Done(Message):
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
-    context_tokens: int = 0  # the model's context, so that a client can show how much is left
+    context_tokens: int = 0  # the request's, or else the model's, so that a client can show how much is left
 
 
 StreamEvent = Accepted | Stage | Token | Done
@@ -305,6 +316,7 @@ class ModelStatus(Message):
     kv_disk_pages_read_total: int = 0  # pages read back instead of computed
     kv_disk_pages_written_total: int = 0
     warnings: list[str] = []  # what is odd about its files, one line each
+    context_limit_tokens: int = 0  # what it was made for
 
 
 class Loaded(Message):
@@ -324,6 +336,7 @@ class StatusReply(Message):
     loading: str = ""  # the model that is being loaded, if any
     stage: Stage | None = None  # how far loading is
     draining: bool = False
+    peak_memory_bytes: int = 0  # the largest resident set since the start
 
 
 class Pong(Message):
@@ -357,7 +370,7 @@ REPLIES: dict[str, type[Message]] = {
     "pong": Pong,
 }
 
-FEATURES = (*REQUESTS, "progress")
+FEATURES = (*REQUESTS, "progress", "context_tokens", "stop_repeating")
 """What a daemon tells clients that it can do: request types, and fields that older daemons ignore."""
 
 TYPE_NAMES = {kind: name for table in (REQUESTS, REPLIES) for name, kind in table.items()}

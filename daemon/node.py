@@ -42,15 +42,16 @@ from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
 from .answer_thread import Answering
-from .backend import STAGE_S, CancelCall, Emit, Event
+from .backend import STAGE_S, Emit, Event
 from .config import NodeConfig
 from .error_codes import translated
 from .errors import DaemonError
 from .long_requests import LongRequests, tokenized
-from .memory import budget_of, resident_bytes, return_freed
+from .memory import budget_of, peak_memory_bytes, resident_bytes, return_freed
 from .model_name import Reference
 from .progress import Progress, no_progress
 from .request import answer_of, prompt_of, sequence_of
+from .underway import Underway
 
 log = logging.getLogger(__name__)
 
@@ -107,14 +108,14 @@ class Node:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    def submit(self, request: Generate | Chat, emit: Emit, client: str = "") -> CancelCall:
-        """Start a request; returns at once with a function that cancels it (idempotent). Clients share fairly.
+    def submit(self, request: Generate | Chat, emit: Emit, client: str = "") -> Underway:
+        """Start a request; returns at once with what cancels it and tells its stage. Clients share fairly.
 
         `emit` is called from other threads with accepted, token… and exactly one of done and error; it must not
         block. Raises DaemonError instead of emitting when the request cannot start. The model is loaded if needed.
         """
         arrived_s = self._clock()
-        model = self._model(request.model)
+        model = self._model(request.model, request.context_tokens)
         try:
             prompt = prompt_of(model, request)
             sequence = sequence_of(model, request, prompt, client=client, arrived_s=arrived_s)
@@ -136,7 +137,7 @@ class Node:
             model.used_s = self._clock()
             self._requests_total += 1
             self._wake.notify_all()
-        return lambda: model.engine.end(sequence, "cancelled")
+        return Underway(model, sequence)
 
     def stream(self, request: Generate | Chat) -> Generator[Accepted | Stage | Token | Done, None, None]:
         """The events of a request in this process. While there are none, its stage, if `progress` was asked for.
@@ -144,26 +145,26 @@ class Node:
         Closing the generator cancels the request. Raises DaemonError.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        cancel = self.submit(request, events.put)
+        underway = self.submit(request, events.put)
         event: Event | Stage | None = None
         try:
             while not isinstance(event, Done):
                 try:
                     event = events.get(timeout=STAGE_S)
                 except queue.Empty:
-                    event = self._waited_for(request)
+                    self._check_threads()
+                    event = underway.stage() if request.progress else None
                 if isinstance(event, Error):
                     raise DaemonError.of(event)
                 if event is not None:
                     yield event
         finally:
-            cancel()
+            underway.cancel()
 
-    def _waited_for(self, request: Generate | Chat) -> Stage | None:
-        """What a request waits for that has had no event for a while, if it asks for that."""
+    def _check_threads(self) -> None:
+        """Raises DaemonError if nothing will come any more."""
         if not (self._thread.is_alive() and self._answering.alive):
             raise DaemonError("internal", "a thread of the node has died", "see the log")
-        return self.stage(request.model) if request.progress else None
 
     def tokenize(self, request: Tokenize) -> Tokens:
         """Text, messages or ids → ids and text. Raises DaemonError."""
@@ -178,8 +179,8 @@ class Node:
     def load(self, request: Load, progress: Progress = no_progress) -> Loaded:
         """Load a model, unless it is loaded. Idle models make room when memory is short. Raises DaemonError.
 
-        A loaded model that is to have another context or draft model is loaded again. While it answers, that is refused
-        as `busy`; if it would not fit like that, it stays as it is.
+        A loaded model that is to have another `context` or draft model is loaded again. While it answers, that is
+        refused as `busy`; if it would not fit like that, it stays as it is.
         """
         began_s = self._clock()
         with self._loader.alone():
@@ -188,14 +189,18 @@ class Node:
             path = self._resolve(wanted.model)
             known = self._models.of(wanted, path)
             draft = self._resolve(request.draft) if request.draft is not None else None
-            context = request.context or self.config.context_tokens
-            config = replace(self.config, context_tokens=context, quant=wanted.quant)
+            config = replace(
+                self.config,
+                context_tokens=request.context or self.config.context_tokens,
+                least_context_tokens=request.least_context or 1,
+                quant=wanted.quant,
+            )
             if known is None:
                 name = self._models.free_name(wanted, path)
             elif (what := known.stale(self._resolve)) is not None:
                 log.info("%s: there is another file now, so %s is loaded again", what, known.name)
                 name, draft = known.name, draft or known.draft_path
-                config = replace(config, context_tokens=context or known.asked_context)
+                config = replace(config, context_tokens=request.context or known.asked_context)
                 self._models.retire(known)
                 known = None
             else:
@@ -236,7 +241,8 @@ class Node:
         return known is not None and not known.damaged and known.stale(self._resolve) is None
 
     def stage(self, model: str) -> Stage | None:
-        """What a request to `model` waits for just now: that one is loaded, or a disk. Never blocks for long."""
+        """What a request to `model` waits for before it is submitted: that one is loaded, or a disk. Never blocks for
+        long."""
         if (stage := self._loader.stage) is not None:
             return stage
         loaded = self._models.pick(model)
@@ -255,6 +261,7 @@ class Node:
             loading=self._loader.name,
             stage=self._loader.stage,
             draining=self._draining,
+            peak_memory_bytes=peak_memory_bytes(),
         )
 
     # --- life -------------------------------------------------------------------------------------------
@@ -331,7 +338,7 @@ class Node:
 
     # --- models -----------------------------------------------------------------------------------------
 
-    def _model(self, name: str) -> LoadedModel:
+    def _model(self, name: str, least_context: int | None = None) -> LoadedModel:
         """The loaded model of that name, loading it if it is not. "" is the one used last."""
         with self._wake:
             self._check_open()
@@ -343,10 +350,12 @@ class Node:
             or (model.damaged and not model.engine.busy)
             or model.stale(self._resolve) is not None
         ):
-            load = Load(model=name)
+            load = Load(model=name, least_context=least_context)
             if model is not None:
-                again = Reference(model.named, model.quant)
-                load = Load(model=str(again), context=model.plan.context_tokens if model.damaged else None)
+                again = str(Reference(model.named, model.quant))
+                load = Load(model=again, least_context=least_context)
+                if model.damaged:
+                    load = Load(model=again, context=model.plan.context_tokens)
                 name = model.name
                 model = None  # or it would stay in memory beside its successor
             self.load(load)

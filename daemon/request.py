@@ -22,6 +22,7 @@ from shoal.models.chat.continuing import before_mark, marked
 from shoal.models.chat.template import ChatTemplate
 from shoal.models.errors import TemplateError, TemplateRefusal, TooManyTokens
 from shoal.models.sampling import Sampler, SamplingParams
+from shoal.models.tokenizer.repetition import Repetition
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Wanted, scratch_bytes
 
@@ -45,7 +46,8 @@ PROBE = [{"role": "user", "content": "Hello"}]  # a template that fails for this
 
 def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
     """The prompt's token ids. Raises DaemonError, or what the models room says of templates, tokenizers and texts."""
-    most = model.plan.context_tokens - 1
+    context = context_of(model, request)
+    most = context - 1
     try:
         if isinstance(request, Chat):
             text = chat_text(model, request.messages, request.tools, request.template_args)
@@ -53,7 +55,7 @@ def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
         if request.prompt is not None:
             return model.tokenizer.encode(request.prompt, most=most)
     except TooManyTokens as error:
-        raise _overflow(model, error.least, "at least ") from error
+        raise _overflow(model, context, error.least, "at least ") from error
     return list(request.prompt_tokens or [])
 
 
@@ -109,7 +111,7 @@ def sequence_of(
     model: LoadedModel, request: Generate | Chat, prompt: list[int], *, client: str, arrived_s: float
 ) -> Sequence:
     """A sequence for a request whose prompt has been tokenised. Raises DaemonError."""
-    vocab, context = model.checkpoint.spec.vocab, model.plan.context_tokens
+    vocab, context = model.checkpoint.spec.vocab, context_of(model, request)
     if not prompt:
         raise DaemonError("bad_request", "the prompt is empty: it must have at least one token")
     if max(prompt) >= vocab:
@@ -124,7 +126,7 @@ def sequence_of(
             "bad_request", f"prompt token {max(prompt)}: must be below the vocabulary's {vocab}"
         )
     if len(prompt) >= context:
-        raise _overflow(model, len(prompt))
+        raise _overflow(model, context, len(prompt))
     if request.max_tokens is not None:
         limit = min(context, len(prompt) + request.max_tokens)
     else:
@@ -142,8 +144,21 @@ def sequence_of(
     )
 
 
+def context_of(model: LoadedModel, request: Generate | Chat) -> int:
+    """The longest sequence of a request. Raises DaemonError when it asks for more than the model is loaded with."""
+    asked, context = request.context_tokens, model.plan.context_tokens
+    if asked is not None and asked > context:
+        raise DaemonError(
+            "context_overflow",
+            f"a context of {asked} tokens was asked for, {model.name} is loaded with {context}, for all who use it",
+            f"ask for at most `context_tokens={context}`, or have it loaded anew with more",
+        )
+    return asked or context
+
+
 def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], emit: Emit) -> Answer:
     """The Answer that turns the request's sequence into messages. Raises SamplingError for impossible stop strings."""
+    context = context_of(model, request)
     return Answer(
         emit,
         model.name,
@@ -151,8 +166,9 @@ def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], e
         prompt,
         stop=list(request.stop),
         logprobs=request.sampling.logprobs is not None,
-        context_tokens=model.plan.context_tokens,
+        context_tokens=context,
         path=model.checkpoint.path,
+        repetition=Repetition(context) if request.stop_repeating else None,
     )
 
 
@@ -168,18 +184,22 @@ def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
     return SamplingParams(**given)
 
 
-def _overflow(model: LoadedModel, tokens: int, about: str = "") -> DaemonError:
-    context = model.plan.context_tokens
+def _overflow(model: LoadedModel, context: int, tokens: int, about: str = "") -> DaemonError:
+    roomy = (
+        bool(about) and tokens < model.checkpoint.spec.longest
+    )  # how long it is exactly, nobody has counted
     return DaemonError(
         "context_overflow",
         f"the prompt has {about}{tokens} tokens, the context holds {context} and needs room for an answer",
-        "shorten it" if about and tokens < model.checkpoint.spec.longest else _way_out(model, tokens),
+        "shorten it" if roomy else _way_out(model, tokens, context),
     )
 
 
-def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
-    """A hint for a prompt that is too long for the model's plan."""
+def _way_out(model: LoadedModel, prompt_tokens: int, asked: int) -> str:
+    """A hint for a prompt that is too long for the context that was asked for, or for the model's plan."""
     spec, plan = model.checkpoint.spec, model.plan
+    if asked <= prompt_tokens < plan.context_tokens:
+        return f"shorten it, or ask for more: up to `context_tokens={plan.context_tokens}`"
     page = plan.kv.page_tokens
     context = min(spec.longest, (prompt_tokens // page + 1) * page)
     if context <= prompt_tokens:

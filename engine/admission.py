@@ -86,6 +86,11 @@ class Admission:
             return -sequence.priority, 0, 0.0, sequence.number
         return -sequence.priority, 1, self._counters.given(sequence.client), sequence.number
 
+    def place(self, sequence: Sequence) -> int:
+        """Its place in the queue, 1 = next."""
+        own = self.turn(sequence)
+        return 1 + sum(self.turn(other) < own for other in self.waiting)
+
     def fits(self, sequence: Sequence, running: Ordered[Sequence]) -> bool:
         """Whether there is a place for it, and room for the KV that all are expected to need at once."""
         if not running:

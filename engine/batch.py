@@ -88,6 +88,11 @@ class Batch:
         recalls = [part for part in left if isinstance(part, Recall)]
         return cls(began_s, [*decodes, *chunks], recalls, moves, len(decodes))
 
+    def done(self, sequence: Sequence, share: float) -> int:
+        """How many tokens of a sequence are computed when that share of the step is; 0 if it has no chunk here."""
+        chunk = next((chunk for chunk in self.chunks if chunk.sequence is sequence), None)
+        return chunk.start + int(share * (chunk.end - chunk.start)) if chunk else 0
+
     @property
     def order(self) -> Order:
         """The same step in terms of tokens and pages, for every rank."""

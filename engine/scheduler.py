@@ -25,7 +25,7 @@ from .batch import Batch, Chunk, Recall
 from .guess.speculation import drafts
 from .learn.speeds import Speeds
 from .learn.step_cost import ROW_SHARE
-from .sequence import Emitted, Ended, EndReason, Failed, Queued, Sequence, SequenceEvent
+from .sequence import Emitted, Ended, EndReason, Failed, Queued, Sequence, SequenceEvent, Standing
 
 Results = Ordered[Ordered[Sampled] | Exception]
 
@@ -101,6 +101,13 @@ class Scheduler:
             sequence
         )  # last: if anything before fails, it has not ended, and whoever fails it tells its client
         return [Ended(sequence, reason)]
+
+    def standing(self, sequence: Sequence) -> Standing:
+        """How far it is. What is known from earlier texts counts as done once it runs."""
+        place = 0 if sequence.running or sequence.ended else self.admission.place(sequence)
+        if place == 1 and not self.running:  # the next step takes it
+            place = 0
+        return Standing(place, len(self.waiting), sequence.computed, len(sequence.tokens))
 
     def fail(self, sequences: Iterable[Sequence], error: Exception) -> list[SequenceEvent]:
         """End sequences with an error, those that have not ended already."""

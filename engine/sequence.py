@@ -73,6 +73,19 @@ class Sequence:
         return len(self.tokens) - self.computed
 
 
+class Standing(NamedTuple):
+    """How far a sequence is on its way to its next token.
+
+    place: in the queue, 1 = next; 0 = it runs, or is about to. waiting: how many are in the queue. done, total: tokens
+    of its text, which is the prompt until the first token has come.
+    """
+
+    place: int
+    waiting: int
+    done: int
+    total: int
+
+
 class Queued(NamedTuple):
     """The sequence waits for its turn."""
 

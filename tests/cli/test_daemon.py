@@ -334,3 +334,25 @@ def test_a_model_that_does_not_load_ends_the_detached_daemon(home: Home, tmp_pat
     assert result.exit_code == 1
     assert "bad.gguf" in result.stderr
     assert shoal("stop").exit_code == 4
+
+
+def test_a_model_is_loaded_for_everybody_and_unloaded(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """These are the acts that concern others, so they say so."""
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    assert [shoal(*verb).exit_code for verb in (("load", str(file)), ("unload", str(file)))] == [4, 4]
+    client = FakeClient(model_status("m", path=str(file)))
+    monkeypatch.setattr(client_room, "Client", client)
+    monkeypatch.setattr(background, "running_pid", lambda home: 42)
+    home.run.mkdir(parents=True, exist_ok=True)
+    home.socket.touch()
+    result = shoal("load", str(file), "--ctx", "64")
+    assert (result.exit_code, client.loads) == (0, [(str(file), 64)])
+    assert result.stderr == "m is loaded with a context of 64 tokens, for all who use the daemon\n"
+    assert shoal("unload", "m").exit_code == 0
+    assert shoal("unload", str(file)).exit_code == 0
+    assert client.unloaded == ["m", str(file)]
+    assert shoal("unload", "nothing").exit_code == 1
+    assert shoal("load", str(file), "--ctx", "0").exit_code == 2

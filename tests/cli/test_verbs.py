@@ -182,9 +182,9 @@ def test_options_become_requests_and_command_lines() -> None:
     sampling = fields["sampling"]
     assert (sampling.seed, sampling.temperature, sampling.repetition_penalty) == (3, 0.0, 1.5)
     assert sampling.top_k is None
-    assert not PlanOptions().given
+    assert not PlanOptions(ctx=9).beyond_context
     plan = PlanOptions(memory=3_000_000_000, threads=1)
-    assert plan.given
+    assert plan.beyond_context
     assert plan.arguments() == ["--memory", "3000000000", "--threads", "1"]
     assert plan.config().memory_bytes == 3_000_000_000
 

@@ -191,3 +191,32 @@ def test_a_default_context_shrinks_until_it_fits(path: Path) -> None:
         refused = planned(1 << 20)
         assert isinstance(refused, Misfit)
         assert refused.plan.kv.tokens == 512
+
+
+def test_a_request_has_a_context_of_its_own(node: Node, path: Path) -> None:
+    """It ends there; the model and other requests keep theirs. More than the model has is refused."""
+    whole = text_of(node, prompt(0, new=50))
+    short = text_of(node, prompt(0, new=50, context_tokens=60))
+    assert (short[2].finish_reason, short[2].context_tokens) == ("length", 60)
+    assert (short[1], short[2].usage.completion_tokens) == (whole[1][:20], 20)
+    with pytest.raises(DaemonError, match="40 tokens, the context holds 30") as caught:
+        list(node.stream(prompt(0, context_tokens=30)))
+    assert (caught.value.code, "`context_tokens=96`" in caught.value.hint) == ("context_overflow", True)
+    with pytest.raises(DaemonError, match=r"97 tokens was asked for, tiny.gguf is loaded with 96") as caught:
+        list(node.stream(prompt(0, context_tokens=97)))
+    assert caught.value.code == "context_overflow"
+    assert node.status().models[0].context_tokens == 96
+    assert text_of(node, prompt(0, new=50))[:2] == whole[:2]
+
+
+def test_a_model_is_loaded_with_room_for_who_asks_first(path: Path) -> None:
+    """What a conversation asks for never makes the model smaller for others, nor loads it anew."""
+    with Node(replace(CONFIG, context_tokens=48)) as node:
+        assert text_of(node, prompt(0, new=50, model=str(path), context_tokens=64))[2].context_tokens == 64
+        for least, context in ((32, 64), (96, 64)):
+            loaded = node.load(Load(model=str(path), least_context=least))
+            assert (loaded.model.context_tokens, loaded.seconds) == (context, 0.0)
+        node.unload(Unload())
+        assert node.load(Load(model=str(path), least_context=16)).model.context_tokens == 48
+    with pytest.raises(ValueError, match="not both"):
+        Load(model=str(path), context=16, least_context=32)
