@@ -1,13 +1,14 @@
-"""Ctrl-C where Python must not be interrupted."""
+"""The keyboard while a verb works: Ctrl-C where Python must not be interrupted, and keys that are not to show."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import termios
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from .exit_codes import Exit
 
@@ -39,3 +40,22 @@ def deferred_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if pressed:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def unechoed() -> Iterator[None]:
+    """Keys that are pressed within the block wait for whoever reads next, instead of showing in what is printed."""
+    try:
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (AttributeError, OSError, ValueError, termios.error):  # no terminal
+        yield
+        return
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        with suppress(termios.error):  # it may be gone
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

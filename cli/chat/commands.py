@@ -5,7 +5,6 @@ Knows what each changes. Does not know keys, nor how an answer is made: /retry o
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import msgspec
 from shoal.cli.answers import reference
 from shoal.cli.output import counted, note
 from shoal.cli.run import statistics
+from shoal.cli.wording import nearest
 from shoal.comm.home import Home
 from shoal.comm.messages import Done
 from shoal.daemon.errors import DaemonError
@@ -53,8 +53,17 @@ class Command(NamedTuple):
 
 
 def is_command(line: str) -> bool:
-    """Whether `line` is a command: it begins with '/', but not with a path such as /etc/hosts."""
-    return line.startswith("/") and "/" not in line.split()[0][1:]
+    """Whether a typed line is a command: its first word is one, or is meant to be one. A path such as /etc/hosts is
+    not, nor are words after a name that resembles no command."""
+    name, *more = line.split(maxsplit=1)
+    if not line.startswith("/") or "/" in name[1:]:
+        return False
+    return name in COMMANDS or not more or bool(meant(name))
+
+
+def meant(name: str) -> str:
+    """The command that somebody means who wrote `name`; "" when it is none."""
+    return nearest(name, COMMANDS, _OTHER_NAMES)
 
 
 def obey(state: ChatState, line: str) -> str | None:
@@ -62,13 +71,18 @@ def obey(state: ChatState, line: str) -> str | None:
 
     Raises DaemonError or CommError.
     """
-    name, _, argument = line.partition(" ")
+    name, *more = line.split(maxsplit=1)
     command = COMMANDS.get(name)
     if command is None:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise DaemonError("bad_request", f"there is no command {name}", f"{meant}/help lists them")
-    return command.act(state, argument.strip())
+        hint = f"did you mean {near}? " if (near := meant(name)) else ""
+        raise DaemonError(
+            "bad_request",
+            f"there is no command {name}",
+            f"{hint}/help lists them; a space before it makes it text",
+        )
+    if more and command.usage == name:
+        raise DaemonError("bad_request", f"{name} takes no more words", "a space before it makes it text")
+    return command.act(state, more[0].strip() if more else "")
 
 
 def completions(state: ChatState, text: str) -> Iterator[str]:
@@ -199,3 +213,12 @@ COMMANDS = {
     "/help": Command("/help", "show this", _help),
     "/exit": Command("/exit", "leave", _exit),
 }
+_OTHER_NAMES = {
+    "/bye": "/exit",
+    "/quit": "/exit",
+    "/q": "/exit",
+    "/new": "/clear",
+    "/reset": "/clear",
+    "/?": "/help",
+}
+"""What other programs call these commands."""

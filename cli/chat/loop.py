@@ -42,7 +42,7 @@ from shoal.daemon.sizes import format_bytes
 
 from .commands import ChatState, completions, is_command, obey
 from .conversation import Conversation
-from .line_input import LineReader, PlainReader, Reader, unechoed
+from .line_input import LineReader, PlainReader, Reader, Said
 from .link import ChatLink
 
 ANSWER_ROOM_TOKENS = 512  # kept free in the context for an answer, but at most a quarter of it
@@ -81,7 +81,7 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
         stack.callback(link.close)
         state = ChatState(home, link, Conversation(system), plan.ctx)
         link.load(named or reference(_default(state), library), plan.ctx, guessing)
-        return ChatLoop(state, answer, _reader(state)).run()
+        return ChatLoop(state, answer, _reader(state, stack)).run()
 
 
 class ChatLoop:
@@ -96,21 +96,24 @@ class ChatLoop:
         """Returns the exit code of the last turn. Raises KeyboardInterrupt when the user insists on leaving."""
         code = Exit.DONE
         while not self._state.leaving and (said := self._reader.read()) is not None:
-            if said:
+            if said.text.strip():
                 code = self._turn(said)
         return code
 
-    def _turn(self, said: str) -> Exit:
+    def _turn(self, said: Said) -> Exit:
         try:
-            asked = obey(self._state, said) if is_command(said) else said
-            if asked:
-                self._ask(asked)
-        except (DaemonError, CommError) as error:
+            with self._reader.listening():
+                asked: str | None = said.text
+                if not said.literal and is_command(said.text):
+                    asked = obey(self._state, said.text)
+                if asked:
+                    self._ask(asked)
+        except KeyboardInterrupt:
+            note("stopped")
+        except Exception as error:  # of whatever kind: a conversation must not be lost by one of its turns
             line, code = explain(error)
             note(line)
             return code
-        except KeyboardInterrupt:
-            note("stopped")
         return Exit.DONE
 
     def _ask(self, asked: str) -> None:
@@ -141,7 +144,7 @@ class ChatLoop:
         request = Chat(messages=state.conversation.messages(asked), progress=painter.shows_stages, **fields)
         done: Done | None = None
         try:
-            with unechoed(), state.link.stream(request) as events:
+            with state.link.stream(request) as events:
                 with spinner("reading") as update:
                     first = _first(events, update)
                 for event in chain(first, events):
@@ -207,7 +210,7 @@ def toolbar(state: ChatState) -> str:
     return f" {name if len(name) <= room else name[: room - 1] + '…'} · {rest}"
 
 
-def _reader(state: ChatState) -> Reader:
+def _reader(state: ChatState, stack: ExitStack) -> Reader:
     if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
         return PlainReader()
     model = state.link.model
@@ -216,7 +219,9 @@ def _reader(state: ChatState) -> Reader:
         "/help lists commands, Ctrl-D leaves"
     )
     history = private_dir(state.home.root) / "chat_history"
-    return LineReader(history, lambda text: completions(state, text), lambda: toolbar(state))
+    reader = LineReader(history, lambda text: completions(state, text), lambda: toolbar(state))
+    stack.enter_context(reader.opened())
+    return reader
 
 
 def _default(state: ChatState) -> str:

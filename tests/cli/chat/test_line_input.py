@@ -11,7 +11,8 @@ import pytest
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from shoal.cli.chat.line_input import LineReader, unechoed
+from shoal.cli.chat.line_input import LineReader
+from shoal.cli.interrupt import unechoed
 
 
 def type_keys(tmp_path: Path, keys: str) -> tuple[list[str | None], Path]:
@@ -23,7 +24,8 @@ def type_keys(tmp_path: Path, keys: str) -> tuple[list[str | None], Path]:
         reader = LineReader(history, lambda text: [], lambda: "bar", input=pipe, output=DummyOutput())
         try:
             while not said or said[-1] is not None:
-                said.append(reader.read())
+                line = reader.read()
+                said.append(line and line.text)
         except KeyboardInterrupt:
             said.append("left by Ctrl-C")
     return said, history

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from shoal.cli import background
 from shoal.cli.chat import loop as chat_module
 from shoal.cli.chat.commands import COMMANDS, ChatState, completions, obey
 from shoal.cli.chat.conversation import Conversation, finished, unfinished
+from shoal.cli.chat.line_input import Said
 from shoal.cli.chat.link import ChatLink
 from shoal.cli.chat.loop import ChatLoop, toolbar
 from shoal.cli.options import AnswerOptions
@@ -56,16 +57,21 @@ class Daemon:
 class Script:
     """A user who says these texts, calls these functions in between, and then leaves."""
 
-    def __init__(self, *said: str | Callable[[], None]) -> None:
+    def __init__(self, *said: str | Said | Callable[[], None]) -> None:
         self.said = list(said)
 
-    def read(self) -> str | None:
+    def read(self) -> Said | None:
         while self.said:
             said = self.said.pop(0)
-            if isinstance(said, str):
+            if isinstance(said, Said):
                 return said
+            if isinstance(said, str):
+                return Said(said)
             said()
         return None
+
+    def listening(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @pytest.fixture
@@ -82,7 +88,7 @@ def state(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ch
     return made
 
 
-def talk(state: ChatState, *said: str | Callable[[], None], **options: Any) -> int:
+def talk(state: ChatState, *said: str | Said | Callable[[], None], **options: Any) -> int:
     return ChatLoop(state, AnswerOptions(**options), Script(*said)).run()
 
 
