@@ -43,6 +43,24 @@ def deferred_interrupt() -> Iterator[None]:
 
 
 @contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that was closed, raise SystemExit within the block, so that it can tidy up."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, was in before.items():
+        if was is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)
+
+
+@contextmanager
 def unechoed() -> Iterator[None]:
     """Keys that are pressed within the block wait for whoever reads next, instead of showing in what is printed."""
     try:

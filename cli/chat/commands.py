@@ -18,9 +18,10 @@ from shoal.cli.output import counted, note
 from shoal.cli.run import statistics
 from shoal.cli.wording import nearest
 from shoal.comm.home import Home
-from shoal.comm.messages import Done
+from shoal.comm.messages import Done, ErrorCode
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library, check_name
+from shoal.daemon.library.transfer import FULL_DISK
 from shoal.daemon.private_files import private_dir
 
 from .conversation import Conversation
@@ -39,6 +40,9 @@ class ChatState:
     used_tokens: int = 0
     tokens_total: int = 0
     leaving: bool = False
+    known: set[str] = field(
+        default_factory=set
+    )  # names of saved conversations that this one was saved as, or is
     library: Library = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,19 +129,37 @@ def _ctx(state: ChatState, argument: str) -> None:
     note(f"the context is {model.context_tokens} tokens")
 
 
-def _save(state: ChatState, argument: str) -> None:
-    name = check_name(argument or "last")
+def save(state: ChatState, name: str) -> bool:
+    """Save the conversation; returns whether another one of that name was there, which is `NAME.older` then.
+
+    One that this chat has saved or loaded is the same one, and is written over. Raises DaemonError.
+    """
     path = _session(state, name)
     private_dir(state.home.root)
     private_dir(state.home.sessions)
     part = path.with_name(f".{path.name}.part")
+    another = path.is_file() and name not in state.known
     try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-            out.write(state.conversation.to_json(state.link.model.name))
-        part.replace(path)
+        try:
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+                out.write(state.conversation.to_json(state.link.model.name))
+            if another:
+                path.replace(_session(state, f"{name}.older"))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
-        raise DaemonError("internal", f"cannot save {path}: {error.strerror}") from error
-    note(f"saved as {name}; /load {name} brings it back")
+        code: ErrorCode = "resources" if error.errno in FULL_DISK else "internal"
+        reason = f"not saved: {path}: {error.strerror}"
+        raise DaemonError(code, reason, "the conversation goes on; mend that, then /save again") from error
+    state.known.add(name)
+    return another
+
+
+def _save(state: ChatState, argument: str) -> None:
+    name = check_name(argument or "last")
+    older = f"; the one before is {name}.older now" if save(state, name) else ""
+    note(f"saved as {name}; /load {name} brings it back{older}")
 
 
 def _load(state: ChatState, argument: str) -> None:
@@ -147,12 +169,17 @@ def _load(state: ChatState, argument: str) -> None:
         return
     path = _session(state, check_name(argument))
     try:
+        if path.exists() and not path.is_file():
+            raise DaemonError("corrupt", f"{path} is not a file", "/load lists what is saved")
         model = state.conversation.load_json(path.read_bytes())
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DaemonError("not_found", f"no saved conversation {argument}", "/load lists them") from error
-    except msgspec.MsgspecError as error:
+    except OSError as error:
+        raise DaemonError("internal", f"cannot read {path}: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DaemonError("corrupt", f"{path} is not a saved conversation: {error}") from error
     state.last, state.used_tokens = None, 0
+    state.known = {argument}
     other = f"; it was held with {model}" if model != state.link.model.name else ""
     note(f"loaded {argument}, {counted(len(state.conversation.turns), 'turn')}{other}")
 
@@ -181,6 +208,7 @@ def _help(state: ChatState, argument: str) -> None:
 
 def _clear(state: ChatState, argument: str) -> None:
     state.conversation.clear()
+    state.known.clear()
     state.last, state.used_tokens = None, 0
     note("a new conversation; the old one is forgotten")
 

@@ -101,7 +101,7 @@ class Listener:
     def __init__(self, keys: Input, screen: Output) -> None:
         self._keys = keys
         self._screen = screen
-        self._interrupted_s = 0.0
+        self._pressed_s = -AGAIN_S
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -140,10 +140,17 @@ class Listener:
 
     def _interrupt(self) -> None:
         clear_typeahead(self._keys)
-        now = time.monotonic()
-        again, self._interrupted_s = now - self._interrupted_s < AGAIN_S, now
-        if not again:
+        if not self.still_stopping():
+            self._pressed_s = time.monotonic()
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def still_stopping(self) -> bool:
+        """Ctrl-C is pressed: whether that belongs to the last one that stopped an answer, as when the key is held."""
+        now = time.monotonic()
+        same = now - self._pressed_s < AGAIN_S
+        if same:
+            self._pressed_s = now
+        return same
 
     def _suspend(self) -> None:
         """As the terminal does on Ctrl-Z; returns when the shell lets this process go on."""

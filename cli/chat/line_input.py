@@ -122,7 +122,9 @@ class LineReader:
             except EOFError:
                 return None
             except KeyboardInterrupt:
-                if self._session.default_buffer.text:  # it clears the line first
+                if (
+                    self._session.default_buffer.text or self._listener.still_stopping()
+                ):  # it clears the line first
                     self._warned = False
                 elif self._warned:
                     raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain
 
 import click
@@ -19,6 +19,7 @@ import click
 from shoal.cli import background
 from shoal.cli.answers import in_process, reference
 from shoal.cli.exit_codes import Exit, explain
+from shoal.cli.interrupt import ended_by_signals
 from shoal.cli.options import (
     AnswerOptions,
     PlanOptions,
@@ -40,11 +41,12 @@ from shoal.daemon.model_name import Reference
 from shoal.daemon.private_files import private_dir
 from shoal.daemon.sizes import format_bytes
 
-from .commands import ChatState, completions, is_command, obey
+from .commands import ChatState, completions, is_command, obey, save
 from .conversation import Conversation
 from .line_input import LineReader, PlainReader, Reader, Said
 from .link import ChatLink
 
+RESCUED = "rescued"  # what a conversation is saved as whose chat ends without its user's doing
 ANSWER_ROOM_TOKENS = 512  # kept free in the context for an answer, but at most a quarter of it
 
 
@@ -79,6 +81,7 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
         here = stack.enter_context(in_process(config, library)) if plan.beyond_context else None
         link = ChatLink(home, here)
         stack.callback(link.close)
+        stack.enter_context(ended_by_signals())
         state = ChatState(home, link, Conversation(system), plan.ctx)
         link.load(named or reference(_default(state), library), plan.ctx, guessing)
         return ChatLoop(state, answer, _reader(state, stack)).run()
@@ -93,7 +96,24 @@ class ChatLoop:
         self._reader = reader
 
     def run(self) -> int:
-        """Returns the exit code of the last turn. Raises KeyboardInterrupt when the user insists on leaving."""
+        """Returns the exit code of the last turn. Raises KeyboardInterrupt when the user insists on leaving.
+
+        What ends it otherwise is raised after the conversation has been saved.
+        """
+        try:
+            return self._turns()
+        except (Exception, SystemExit):
+            self._rescue()
+            raise
+
+    def _rescue(self) -> None:
+        if not self._state.conversation.turns:
+            return
+        with suppress(DaemonError, OSError):  # nothing else can be done; the terminal may be gone, too
+            save(self._state, RESCUED)
+            note(f"the conversation is kept: /load {RESCUED} in a new chat goes on with it")
+
+    def _turns(self) -> int:
         code = Exit.DONE
         while not self._state.leaving and (said := self._reader.read()) is not None:
             if said.text.strip():
