@@ -2,159 +2,29 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
-from fakes.cli_fakes import FakeAnswers, FakeClient, model_status, shoal
+from fakes.chat_fakes import Daemon, asked, put, talk
+from fakes.cli_fakes import FakeAnswers, model_status, shoal
 
-from shoal import client as client_room
 from shoal.cli import background
 from shoal.cli.chat import loop as chat_module
 from shoal.cli.chat.commands import COMMANDS, ChatState, completions, obey
 from shoal.cli.chat.conversation import Conversation, finished, unfinished
-from shoal.cli.chat.line_input import Said
-from shoal.cli.chat.link import ChatLink
-from shoal.cli.chat.loop import ChatLoop, toolbar
-from shoal.cli.options import AnswerOptions
-from shoal.cli.verbs import cli
+from shoal.cli.chat.loop import toolbar
 from shoal.comm.errors import NoDaemon, RequestFailed
 from shoal.comm.home import Home
-from shoal.comm.messages import Chat
 from shoal.daemon.errors import DaemonError
-
-
-class Daemon:
-    """A daemon that runs or does not, and can be started."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.up = True
-        self.starts = 0
-        self.client = FakeClient(model_status("tiny"))
-        monkeypatch.setattr(client_room, "Client", self.connect)
-        monkeypatch.setattr(background, "running_pid", lambda home: 42 if self.up else None)
-        monkeypatch.setattr(background, "start", self.start)
-
-    def connect(self, *_: Any, **__: Any) -> FakeClient:
-        if not self.up:
-            raise NoDaemon("no daemon answers")
-        return self.client
-
-    def start(self, home: Home, arguments: list[str]) -> int:
-        self.starts += 1
-        self.up = True
-        self.client.fails = None
-        self.client.models.clear()
-        return 43
-
-    def die(self) -> None:
-        self.up = False
-        self.client.fails = NoDaemon("the daemon went away")
-
-
-class Script:
-    """A user who says these texts, calls these functions in between, and then leaves."""
-
-    def __init__(self, *said: str | Said | Callable[[], None]) -> None:
-        self.said = list(said)
-
-    def read(self) -> Said | None:
-        while self.said:
-            said = self.said.pop(0)
-            if isinstance(said, Said):
-                return said
-            if isinstance(said, str):
-                return Said(said)
-            said()
-        return None
-
-    def listening(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-@pytest.fixture
-def daemon(monkeypatch: pytest.MonkeyPatch) -> Daemon:
-    return Daemon(monkeypatch)
-
-
-@pytest.fixture
-def state(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChatState:
-    home = Home(tmp_path / "home")
-    monkeypatch.setenv("SHOAL_HOME", str(home.root))
-    made = ChatState(home, ChatLink(home), Conversation())
-    made.link.load("tiny", None)
-    return made
-
-
-def talk(state: ChatState, *said: str | Said | Callable[[], None], **options: Any) -> int:
-    return ChatLoop(state, AnswerOptions(**options), Script(*said)).run()
-
-
-def asked(daemon: Daemon) -> list[list[tuple[str, Any]]]:
-    requests = daemon.client.answers.requests
-    return [
-        [(m.role, m.content) for m in request.messages] for request in requests if isinstance(request, Chat)
-    ]
 
 
 def test_a_path_is_no_command(daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]) -> None:
     talk(state, "/etc/hosts is what?", "/etc")
     assert asked(daemon) == [[("user", "/etc/hosts is what?")]]
     assert "there is no command /etc (" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "text", ["/tmp is full", "/etc/hosts", " /clear", "/", "// a comment", "/usr/bin/env is what?", "/save/"]
-)
-def test_text_that_begins_as_a_command_does(daemon: Daemon, state: ChatState, text: str) -> None:
-    talk(state, Said(text, literal=text == "/"), Said("/exit", literal=True))
-    assert [messages[-1] for messages in asked(daemon)] == [("user", text), ("user", "/exit")]
-
-
-@pytest.mark.parametrize(
-    ("typed", "said"),
-    [
-        ("/quit", "there is no command /quit (did you mean /exit?"),
-        ("/cler", "there is no command /cler (did you mean /clear?"),
-        ("/modle other", "there is no command /modle (did you mean /model?"),
-        ("/stop", "there is no command /stop (/help lists them; a space before it makes it text)"),
-        ("/clear the floor", "/clear takes no more words (a space before it makes it text)"),
-    ],
-)
-def test_what_looks_like_a_command_changes_nothing(
-    daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str], typed: str, said: str
-) -> None:
-    assert talk(state, "Hi", typed) == 2
-    assert said in capsys.readouterr().err
-    assert len(state.conversation.turns) == len(asked(daemon)) == 1
-
-
-def test_an_error_of_any_kind_ends_its_own_turn_only(
-    daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
-) -> None:
-    daemon.client.answers.fails = ZeroDivisionError("oops")
-    assert talk(state, "Hi", lambda: setattr(daemon.client.answers, "fails", None), "And?") == 0
-    assert "unexpected error: ZeroDivisionError: oops" in capsys.readouterr().err
-    assert [turn.user for turn in state.conversation.turns] == ["Hi", "And?"]
-
-
-@pytest.mark.parametrize("end", [OSError(5, "Input/output error"), SystemExit(129)])
-def test_a_chat_that_its_user_does_not_end_keeps_the_conversation(state: ChatState, end: BaseException) -> None:
-    def cut() -> None:
-        raise end
-
-    with pytest.raises(type(end)):
-        talk(state, "Hi", cut)
-    with pytest.raises(KeyboardInterrupt):
-        talk(state, "Again", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    talk(state, "/load rescued")
-    assert [turn.user for turn in state.conversation.turns] == ["Hi"]
 
 
 def test_every_turn_carries_the_ones_before(
@@ -276,12 +146,6 @@ def test_several_lines_are_one_message(typed: str, open_: bool, meant: str | Non
 # --- commands ---------------------------------------------------------------------------------------------
 
 
-def put(state: ChatState, name: str) -> None:
-    with state.library.stage(name, "test") as staging:
-        (staging.path / f"{name}.gguf").write_bytes(b"GGUF")
-        staging.commit("gguf", {f"{name}.gguf": "0" * 64})
-
-
 def test_models_are_listed_and_changed(
     daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,58 +186,6 @@ def test_conversations_are_saved_privately_and_loaded(
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.write_text("{")
     assert [talk(state, f"/{line}") for line in ("load mine", "load gone", "save ../x")] == [1, 1, 2]
-
-
-@pytest.mark.parametrize("trouble", ["full", "directory", "closed", "no directory"])
-def test_a_conversation_that_cannot_be_saved_goes_on(
-    state: ChatState, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trouble: str
-) -> None:
-    sessions = state.home.sessions
-    code = {"full": 3, "no directory": 3}.get(trouble, 1)
-    if trouble == "no directory":
-        sessions.parent.mkdir(parents=True)
-        sessions.write_bytes(b"")
-    else:
-        (sessions / "mine.json").mkdir(parents=True)
-    if trouble in ("full", "closed"):
-
-        def refuse(*_: object) -> None:
-            raise OSError(errno.ENOSPC if trouble == "full" else errno.EACCES, trouble)
-
-        monkeypatch.setattr(os, "open", refuse)
-    assert talk(state, "Hi", "/save mine") == code
-    monkeypatch.undo()
-    assert "mine" in capsys.readouterr().err or trouble == "no directory"
-    assert [turn.user for turn in state.conversation.turns] == ["Hi"]
-    if trouble != "no directory":
-        assert [path.name for path in sessions.iterdir()] == ["mine.json"]
-
-
-def test_what_is_no_saved_conversation_is_not_loaded(
-    state: ChatState, capsys: pytest.CaptureFixture[str]
-) -> None:
-    state.home.sessions.mkdir(parents=True)
-    place = state.home.sessions / "odd.json"
-    for data in (b"{", b'{"turns":[{"user":"\xff","assistant":""}]}', b'{"turns":[{"user":"\\ud800"}]}'):
-        place.write_bytes(data)
-        assert talk(state, "/load odd") == 1
-        assert f"{place} is not a saved conversation" in capsys.readouterr().err
-    place.unlink()
-    os.mkfifo(place)  # it would be waited for
-    assert talk(state, "Hi", "/load odd") == 1
-    assert f"{place} is not a file" in capsys.readouterr().err
-    assert len(state.conversation.turns) == 1
-
-
-def test_another_conversation_of_the_same_name_is_kept(
-    state: ChatState, capsys: pytest.CaptureFixture[str]
-) -> None:
-    talk(state, "one", "/save mine", "two", "/save mine", "/clear")
-    assert "older" not in capsys.readouterr().err
-    talk(state, "three", "/save mine")
-    assert "the one before is mine.older now" in capsys.readouterr().err
-    talk(state, "/load mine.older")
-    assert [turn.user for turn in state.conversation.turns] == ["one", "two"]
 
 
 def test_retry_stats_help_clear_and_exit(
@@ -426,15 +238,6 @@ def test_lines_from_a_pipe(daemon: Daemon, state: ChatState) -> None:
         ("assistant", "Hello there."),
         ("user", "two\nlines"),
     ]
-
-
-def test_bytes_from_a_pipe_that_are_no_utf8_end_nothing(daemon: Daemon, state: ChatState) -> None:
-    put(state, "tiny")
-    piped = "caf\udce9\n  two \\\n\tlines \n/clear\n".encode("utf-8", "surrogateescape")
-    result = CliRunner().invoke(cli, ["chat", "tiny"], input=piped, prog_name="shoal")
-    assert result.exit_code == 0
-    assert [messages[-1][1] for messages in asked(daemon)] == ["caf\ufffd", "  two \n\tlines "]
-    assert "no UTF-8 text" in result.stderr
 
 
 def test_the_line_below_the_prompt_fits_narrow_terminals(
