@@ -41,8 +41,9 @@ from .options import (
     plan_options,
     quant_option,
 )
-from .output import note, print_json, stage_text
+from .output import counted, note, print_json, stage_text
 from .paint import Painter
+from .store import reference_or_fetch
 
 STDIN_NOTE_S = 1.0  # if stdin beside a PROMPT is silent for so long, the user is told about it
 STDIN_LIMIT_S = 10.0  # and after so long it is not waited for any more
@@ -89,7 +90,7 @@ def run(
     config = plan.config()
     answer.request_fields("")  # wrong options are told before a model is loaded
     library = Library(Home.from_env())
-    name = reference(model, library)
+    name = reference_or_fetch(model, library)
     guessing = reference(draft, library) if draft else None
     with ExitStack() as stack:
         answers: Answers | None = None
@@ -175,7 +176,7 @@ class _Collected:
 def statistics(done: Done) -> str:
     """One line: '34 prompt tokens (283/s) · first token after 0.15 s · 120 tokens (98/s), 9 of them guessed'."""
     timings, usage = done.timings, done.usage
-    parts = [f"{usage.prompt_tokens} prompt tokens{_rate(timings.prefill_tokens_per_s)}"]
+    parts = [counted(usage.prompt_tokens, "prompt token") + _rate(timings.prefill_tokens_per_s)]
     if usage.cached_tokens:
         parts.append(f"{usage.cached_tokens} of them cached")
     if timings.queue_s >= 0.1:
@@ -183,12 +184,14 @@ def statistics(done: Done) -> str:
     if timings.ttft_s:  # 0 = there was no first token
         parts.append(f"first token after {timings.ttft_s:.2f} s")
     guessed = f", {usage.accepted_tokens} of them guessed" if usage.accepted_tokens else ""
-    parts.append(f"{usage.completion_tokens} tokens{_rate(timings.decode_tokens_per_s)}{guessed}")
+    parts.append(counted(usage.completion_tokens, "token") + _rate(timings.decode_tokens_per_s) + guessed)
     if timings.stall_s >= 0.01:
         parts.append(f"waited {timings.stall_s:.2f} s for the disk")
     cut = {"length": "limit", "deadline": "deadline"}
     if done.finish_reason in cut:
         parts.append(f"cut at the {cut[done.finish_reason]}")
+    elif done.finish_reason == "cancelled":
+        parts.append("stopped")
     return " · ".join(parts)
 
 
@@ -199,14 +202,14 @@ def _rate(tokens_per_s: float) -> str:
 def _prompt(given: str | None) -> str:
     """The argument, stdin, or both with an empty line between. Raises UsageError when there is neither."""
     piped = "" if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty() else _piped(given is not None)
-    parts = [part for part in (given, piped.rstrip("\n")) if part]
+    parts = [part for part in (given, piped.removesuffix("\n").removesuffix("\r")) if part]
     if not parts:
         raise click.UsageError("there is no prompt: give one as PROMPT or on stdin")
     return "\n\n".join(parts)
 
 
 def _piped(optional: bool) -> str:
-    """All of stdin. If it is optional, a pipe that nobody writes to or closes must not block for ever."""
+    """All of stdin, as it is. If it is optional, a pipe that nobody writes to or closes must not block for ever."""
     try:
         descriptor = sys.stdin.fileno()
         if optional and not _arrives(descriptor, STDIN_NOTE_S):
@@ -217,9 +220,14 @@ def _piped(optional: bool) -> str:
     except (OSError, ValueError):  # stdin is no real file, as in tests
         pass
     try:
-        return sys.stdin.read()
+        return sys.stdin.buffer.read().decode(sys.stdin.encoding)
     except UnicodeDecodeError as error:
-        raise DaemonError("bad_request", f"stdin is not {error.encoding} text") from error
+        byte = f"byte {error.start + 1} is {error.object[error.start]:#04x}"
+        raise DaemonError(
+            "bad_request",
+            f"stdin is not {error.encoding} text: {byte}",
+            f"iconv -f … -t {error.encoding} converts it from another encoding",
+        ) from error
 
 
 def _arrives(descriptor: int, seconds: float) -> bool:

@@ -56,10 +56,10 @@ def nearest(written: str, names: Iterable[str], others: Mapping[str, str] | None
 
     Names differ by a character in length at most: of short ones, nearly every word has all letters.
     """
-    word, known = written.lower().lstrip("/"), {name.lstrip("/"): name for name in names}
-    for other, name in (others or {}).items():
-        if word == other.lstrip("/"):
-            return name
+    word = written.lower().lstrip("/")
+    known = {name.lstrip("/"): name for name in names} | {
+        k.lstrip("/"): name for k, name in (others or {}).items()
+    }
     near = [name for name in known if abs(len(name) - len(word)) <= 1]
     found = difflib.get_close_matches(word, near, n=1, cutoff=ALIKE)
     return known[found[0]] if found else ""

@@ -38,6 +38,7 @@ class ChatState:
     context: int | None = None  # asked for with --ctx or /ctx; None = the model's default
     last: Done | None = None
     used_tokens: int = 0
+    answers_total: int = 0
     tokens_total: int = 0
     leaving: bool = False
     known: set[str] = field(
@@ -192,11 +193,12 @@ def _retry(state: ChatState, argument: str) -> str | None:
 
 
 def _stats(state: ChatState, argument: str) -> None:
-    model = state.link.model
-    note(statistics(state.last) if state.last else "nothing has been answered yet")
+    model, turns = state.link.model, counted(len(state.conversation.turns), "turn")
+    if state.last:
+        note(f"last answer: {statistics(state.last)}")
     note(f"{model.name}: {model.plan}")
-    turns = counted(len(state.conversation.turns), "turn")
-    note(f"this chat so far: {turns}, {counted(state.tokens_total, 'token')} of answers")
+    answers = counted(state.answers_total, "answer")
+    note(f"this conversation: {turns}; this chat: {answers} of {counted(state.tokens_total, 'token')}")
 
 
 def _help(state: ChatState, argument: str) -> None:

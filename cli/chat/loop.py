@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from itertools import chain
@@ -31,9 +32,20 @@ from shoal.cli.options import (
 )
 from shoal.cli.output import note, spinner, stage_text
 from shoal.cli.paint import Painter
+from shoal.cli.store import asks, reference_or_fetch
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
-from shoal.comm.messages import Accepted, Chat, Done, ModelStatus, Stage, StreamEvent, Token
+from shoal.comm.messages import (
+    Accepted,
+    Chat,
+    Done,
+    ModelStatus,
+    Stage,
+    StreamEvent,
+    Timings,
+    Token,
+    Usage,
+)
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.registry import DEFAULT_MODEL
@@ -75,7 +87,7 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
     library = Library(home)
     config = plan.config()
     answer.request_fields("")  # wrong options are told before a model is loaded
-    named = reference(model, library) if model else None
+    named = reference_or_fetch(model, library) if model else None
     guessing = reference(draft, library) if draft else None
     with ExitStack() as stack:
         here = stack.enter_context(in_process(config, library)) if plan.beyond_context else None
@@ -83,7 +95,7 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
         stack.callback(link.close)
         stack.enter_context(ended_by_signals())
         state = ChatState(home, link, Conversation(system), plan.ctx)
-        link.load(named or reference(_default(state), library), plan.ctx, guessing)
+        link.load(named or reference_or_fetch(_default(state), library), plan.ctx, guessing)
         return ChatLoop(state, answer, _reader(state, stack)).run()
 
 
@@ -143,8 +155,9 @@ class ChatLoop:
         self._make_room(state.link.ready(), asked)
         parts: list[str] = []
         done: Done | None = None
+        meter = _Meter()
         try:
-            done = self._paint(asked, parts)
+            done = self._paint(asked, parts, meter)
         except KeyboardInterrupt:
             note("stopped; the conversation goes on")
         except (DaemonError, CommError):
@@ -153,10 +166,9 @@ class ChatLoop:
             raise
         finally:
             conversation.answered(asked, "".join(parts), complete=done is not None)
-        if done is not None:
-            self._remember(done)
+            self._remember(done or meter.stopped())
 
-    def _paint(self, asked: str, parts: list[str]) -> Done | None:
+    def _paint(self, asked: str, parts: list[str], meter: _Meter) -> Done | None:
         """Write the answer as it comes, and into `parts`."""
         state = self._state
         fields = self._options.request_fields(state.link.model.name)
@@ -168,6 +180,7 @@ class ChatLoop:
                 with spinner("reading") as update:
                     first = _first(events, update)
                 for event in chain(first, events):
+                    meter.take(event)
                     if isinstance(event, Stage):
                         painter.stage(stage_text(event))
                     elif isinstance(event, Accepted):
@@ -184,7 +197,10 @@ class ChatLoop:
 
     def _remember(self, done: Done) -> None:
         state = self._state
+        if not done.usage.completion_tokens:
+            return
         state.last = done
+        state.answers_total += 1
         state.used_tokens = done.usage.prompt_tokens + done.usage.completion_tokens
         state.tokens_total += done.usage.completion_tokens
         if done.finish_reason == "length" and self._options.max_tokens != done.usage.completion_tokens:
@@ -205,6 +221,33 @@ class ChatLoop:
         if dropped:
             turns = "turn" if dropped == 1 else f"{dropped} turns"
             note(f"dropped the oldest {turns} to fit the context of {context} tokens (/ctx N enlarges it)")
+
+
+class _Meter:
+    """What an answer takes, as it looks from here: for one that is stopped, and so never comes to say it."""
+
+    def __init__(self) -> None:
+        self._asked_s = time.monotonic()
+        self._first_s = self._last_s = self._asked_s
+        self._prompt_tokens = self._tokens = self._first_tokens = 0
+
+    def take(self, event: StreamEvent) -> None:
+        if isinstance(event, Accepted):
+            self._prompt_tokens = event.prompt_tokens
+        elif isinstance(event, Token):
+            self._last_s = time.monotonic()
+            if not self._tokens:
+                self._first_s, self._first_tokens = self._last_s, len(event.ids)
+            self._tokens += len(event.ids)
+
+    def stopped(self) -> Done:
+        took_s = self._last_s - self._first_s
+        speed = (self._tokens - self._first_tokens) / took_s if took_s else 0.0
+        return Done(
+            finish_reason="cancelled",
+            usage=Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._tokens),
+            timings=Timings(ttft_s=self._first_s - self._asked_s, decode_tokens_per_s=speed),
+        )
 
 
 def _first(events: Iterator[StreamEvent], update: Callable[[str], None]) -> list[StreamEvent]:
@@ -250,6 +293,6 @@ def _default(state: ChatState) -> str:
     if background.running_pid(state.home) is not None and (loaded := state.link.models()):
         known, first = Reference.parse(loaded[0].name), loaded[0]
         return first.name if known.model in names else str(known._replace(model=first.path))
-    if not names:
+    if not names and not asks():
         raise DaemonError("not_found", "there is no model yet", f"get one with: shoal pull {DEFAULT_MODEL}")
-    return DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]
+    return names[0] if names and DEFAULT_MODEL not in names else DEFAULT_MODEL
