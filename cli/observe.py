@@ -18,7 +18,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.sizes import format_bytes, format_duration
 
 from . import background
-from .options import examples, json_option
+from .options import Whole, examples, json_option
 from .output import console, counted, note, print_json, stage_text, table
 
 FOLLOW_S = 0.25
@@ -85,7 +85,8 @@ def ps(as_json: bool) -> None:
 @click.option(
     "-n",
     "--lines",
-    type=click.IntRange(min=0),
+    metavar="N",
+    type=Whole(min=0),
     default=50,
     show_default=True,
     help="Show this many lines from the end.",
