@@ -14,7 +14,7 @@ import click
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
-from shoal.daemon.sizes import format_bytes
+from shoal.daemon.sizes import counted, format_bytes
 
 from .interrupt import deferred_interrupt
 from .options import (
@@ -105,7 +105,8 @@ def bench(
         rows.add_row(name, f"{speed.median:.1f}", f"{speed.min:.1f}", f"{speed.max:.1f}")
     screen.print(rows)
     screen.print(
-        f"{prompt_tokens} + {new_tokens} tokens, batch {batch}, {repeat} runs, {result.threads} threads, "
+        f"{prompt_tokens} + {new_tokens} tokens, batch {batch}, {counted(repeat, 'run')}, "
+        f"{counted(result.threads, 'thread')}, "
         f"peak {format_bytes(result.peak_memory_bytes)}"
     )
 

@@ -50,11 +50,6 @@ def folded(text: str, columns: int) -> str:
     return "\n".join("\n".join(fold.wrap(line)) for line in text.split("\n"))
 
 
-def counted(number: int, what: str) -> str:
-    """'1 turn', '2,000 tokens'."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
-
-
 def print_json(value: Any) -> None:
     """A struct, dataclass, dict or list as JSON on stdout, lists of numbers in one line each."""
     text = msgspec.json.format(msgspec.json.encode(value)).decode()

@@ -29,6 +29,7 @@ from shoal.comm.messages import (
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
 from shoal.daemon.memory import peak_memory_bytes
+from shoal.daemon.sizes import counted
 
 from .answers import Answers, from_daemon, in_process, reference
 from .options import (
@@ -41,7 +42,7 @@ from .options import (
     plan_options,
     quant_option,
 )
-from .output import counted, note, print_json, stage_text
+from .output import note, print_json, stage_text
 from .paint import Painter
 from .store import reference_or_fetch
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from shoal.cli.answers import reference
-from shoal.cli.output import counted, note
+from shoal.cli.output import note
 from shoal.cli.run import statistics
 from shoal.cli.wording import nearest
 from shoal.comm.home import Home
@@ -23,6 +23,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library, check_name
 from shoal.daemon.library.transfer import FULL_DISK
 from shoal.daemon.private_files import private_dir
+from shoal.daemon.sizes import counted
 
 from .conversation import Conversation
 from .link import ChatLink

@@ -29,7 +29,7 @@ from shoal.partition.spec import BlockId, BlockKind
 
 from .gguf_file import open_gguf
 from .gguf_header import MAGIC
-from .hf_dir import open_hf, read_json
+from .hf_dir import open_hf, read_json, shards
 from .tensor_files import StoredTensor, TensorFiles, unreadable
 
 _SAMPLING = {
@@ -274,12 +274,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint, each with one line that says what and where.
     """
     path = Path(path)
-    if path.is_dir():
-        _check_directory(path)
-        files = open_hf(path)
-    else:
-        _check_magic(path)
-        files = open_gguf(path)
+    check_place(path)
+    files = open_hf(path) if path.is_dir() else open_gguf(path)
     try:
         if path.is_dir():
             recipe = recipe_from_hf(files.metadata, str(path / "config.json"), files.tensors)
@@ -288,6 +284,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except BaseException:
         files.close()
         raise
+
+
+def check_place(path: Path) -> None:
+    """Raises as `open_checkpoint` where a look from outside shows that no checkpoint is there."""
+    if not path.is_dir():
+        _check_magic(path)
+        return
+    _check_directory(path)
+    shards(path)
 
 
 def _check_directory(path: Path) -> None:
@@ -309,7 +314,7 @@ def _check_magic(path: Path) -> None:
         raise unreadable(path, error) from error
     if start != MAGIC:
         raise UnsupportedCheckpoint(
-            f"{path}: is neither a GGUF file nor a directory with config.json and safetensors"
+            f"{path}: is neither a GGUF file nor a directory with config.json and safetensors: it begins with {start!r}"
         )
 
 

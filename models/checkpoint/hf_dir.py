@@ -29,7 +29,7 @@ def open_hf(directory: Path) -> TensorFiles:
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint.
     """
     config = read_json(directory / "config.json")
-    paths = _shards(directory)
+    paths = shards(directory)
     tensors: dict[str, StoredTensor] = {}
     unsupported: dict[str, str] = {}
     for number, path in enumerate(paths):
@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shards(directory: Path) -> list[Path]:
+def shards(directory: Path) -> list[Path]:
     """The safetensors files of the directory, each checked to be there."""
     if (directory / _SINGLE).is_file():
         return [directory / _SINGLE]
