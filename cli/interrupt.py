@@ -9,8 +9,11 @@ import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from .exit_codes import Exit
+
+_quieted: list[tuple[int, list[Any]]] = []  # terminals that do not echo just now, and their modes before
 
 
 @contextmanager
@@ -31,6 +34,8 @@ def deferred_interrupt() -> Iterator[None]:
             if sys.stderr.isatty():
                 sys.stderr.write("\x1b[?25h\n")  # a spinner may have hidden the cursor
                 sys.stderr.flush()
+            for descriptor, modes in reversed(_quieted):
+                termios.tcsetattr(descriptor, termios.TCSADRAIN, modes)
             os._exit(Exit.INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, remember)
@@ -65,15 +70,25 @@ def unechoed() -> Iterator[None]:
     """Keys that are pressed within the block wait for whoever reads next, instead of showing in what is printed."""
     try:
         descriptor = sys.stdin.fileno()
-        before = termios.tcgetattr(descriptor)
+        before = termios.tcgetattr(descriptor) if _in_front(descriptor) else None
     except (AttributeError, OSError, ValueError, termios.error):  # no terminal
+        before = None
+    if before is None:
         yield
         return
     quiet = [*before]
     quiet[3] &= ~termios.ECHO
+    _quieted.append((descriptor, before))
     termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
     try:
         yield
     finally:
-        with suppress(termios.error):  # it may be gone
-            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        _quieted.pop()
+        with suppress(OSError, termios.error):  # it may be gone
+            if _in_front(descriptor):
+                termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _in_front(descriptor: int) -> bool:
+    """Whether the terminal is this job's now: one in the background would be stopped for changing it."""
+    return os.tcgetpgrp(descriptor) == os.getpgrp()

@@ -32,6 +32,7 @@ from shoal.daemon.memory import peak_memory_bytes
 from shoal.daemon.sizes import counted
 
 from .answers import Answers, from_daemon, in_process, reference
+from .interrupt import unechoed
 from .options import (
     AnswerOptions,
     PlanOptions,
@@ -114,7 +115,7 @@ def run(
             told = [ChatMessage(role="system", content=system)] if system is not None else []
             request = Chat(messages=[*told, ChatMessage(role="user", content=text)], **fields)
         result = _Collected()
-        with answers.stream(request) as events:
+        with unechoed(), answers.stream(request) as events:
             _take(events, result, painter)
         if as_json:
             print_json(result.as_dict(status.plan))
