@@ -91,4 +91,7 @@ def unechoed() -> Iterator[None]:
 
 def _in_front(descriptor: int) -> bool:
     """Whether the terminal is this job's now: one in the background would be stopped for changing it."""
-    return os.tcgetpgrp(descriptor) == os.getpgrp()
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:  # it is not the terminal of this session, so it stops nobody
+        return True

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import os
 import re
+import sys
+import termios
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cli.output import folded, stage_text
+from shoal.cli.output import folded, spinner, stage_text, steps_bar, transfer_bar
 from shoal.cli.paint import Painter, Wrap, printable
 from shoal.comm.messages import Stage
 
@@ -118,3 +120,18 @@ def test_a_stage_in_words() -> None:
     packing = Stage(doing="packing", done=600_000_000, total=1_000_000_000, bytes_per_s=1e8)
     assert stage_text(packing) == "packing 600 MB of 1 GB, 100 MB/s, 4 s left"
     assert stage_text(Stage(doing="loading", done=0, total=1000)) == "loading 0 B of 1 kB"
+
+
+def test_keys_pressed_while_something_loads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    with os.fdopen(master, "rb"), os.fdopen(slave, "w", buffering=1) as terminal:
+        for name in ("stdin", "stderr"):
+            monkeypatch.setattr(sys, name, terminal)
+
+        def echoes() -> bool:
+            return bool(termios.tcgetattr(slave)[3] & termios.ECHO)
+
+        for showing in (spinner("loading"), transfer_bar(), steps_bar()):
+            with showing:
+                assert not echoes()
+            assert echoes()

@@ -12,6 +12,7 @@ from fakes.chat_fakes import Daemon, asked, put, talk
 from shoal.cli.chat.commands import ChatState
 from shoal.cli.chat.line_input import Said
 from shoal.cli.verbs import cli
+from shoal.comm.errors import NoDaemon
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,24 @@ def test_another_conversation_of_the_same_name_is_kept(
     assert "the one before is mine.older now" in capsys.readouterr().err
     talk(state, "/load mine.older")
     assert [turn.user for turn in state.conversation.turns] == ["one", "two"]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), NoDaemon("gone")])
+def test_an_answer_that_was_stopped_counts(
+    daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str], end: BaseException
+) -> None:
+    talk(state, "/stats")
+    assert "last answer" not in capsys.readouterr().err
+    daemon.client.answers.fails = end
+    talk(state, "Hi", lambda: setattr(daemon.client.answers, "fails", None), "/stats")
+    said = capsys.readouterr().err
+    assert "last answer: 7 prompt tokens · first token after 0.0" in said
+    assert "2 tokens" in said
+    assert " · stopped\n" in said
+    assert "this conversation: 1 turn; this chat: 1 answer of 2 tokens\n" in said
+    daemon.client.answers.words = ()
+    talk(state, "Nothing comes", "/stats")
+    assert "this conversation: 1 turn; this chat: 1 answer of 2 tokens\n" in capsys.readouterr().err
 
 
 def test_bytes_from_a_pipe_that_are_no_utf8_end_nothing(daemon: Daemon, state: ChatState) -> None:
