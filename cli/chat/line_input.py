@@ -122,9 +122,8 @@ class LineReader:
             except EOFError:
                 return None
             except KeyboardInterrupt:
-                if (
-                    self._session.default_buffer.text or self._listener.still_stopping()
-                ):  # it clears the line first
+                # The first one clears the line; one that stopped an answer is not the first of the two that leave.
+                if self._session.default_buffer.text or self._listener.still_stopping():
                     self._warned = False
                 elif self._warned:
                     raise
@@ -156,11 +155,13 @@ class _Line:
         self._place = 1  # of the line in the history, from its end: older ones come in while one types
         self.literal = False  # its first character was pasted
         self.block = False  # it began with quotation marks as they are typed
+        self._pasted_quotes = 0  # they end no block
 
-    def pasted(self, buffer: Buffer) -> None:
-        """Something is about to be pasted."""
+    def pasted(self, buffer: Buffer, text: str) -> None:
+        """`text` is about to be pasted."""
         if not buffer.document.text_before_cursor.strip():
             self.literal, self.block = True, False
+        self._pasted_quotes += text.count(QUOTES)
 
     def changed(self, buffer: Buffer) -> None:
         place = len(buffer._working_lines) - buffer.working_index
@@ -176,7 +177,7 @@ class _Line:
         """Whether Enter is to end a line of a text that has more; it removes the mark that says so."""
         buffer, before = event.current_buffer, event.previous_key_sequence
         if self.block:
-            return unfinished(buffer.text)
+            return (buffer.text.count(QUOTES) - self._pasted_quotes) % 2 == 1
         if not (before and before[-1].key == "\\" and buffer.document.char_before_cursor == "\\"):
             return False
         buffer.delete_before_cursor()
@@ -258,9 +259,10 @@ def _keys(line: _Line) -> KeyBindings:
 
     @keys.add(Keys.BracketedPaste, filter=~is_searching)
     def _(event: KeyPressEvent) -> None:
-        line.pasted(event.current_buffer)
         # Terminals send a carriage return for the end of a line, some of them both characters.
-        event.current_buffer.insert_text(event.data.replace("\r\n", "\n").replace("\r", "\n"))
+        text = event.data.replace("\r\n", "\n").replace("\r", "\n")
+        line.pasted(event.current_buffer, text)
+        event.current_buffer.insert_text(text)
 
     return keys
 

@@ -115,11 +115,13 @@ def test_typed_and_pasted_text_in_one_message(tmp_path: Path) -> None:
 
 
 def test_a_block_is_text_and_ends_where_it_was_typed(tmp_path: Path) -> None:
-    keys = b'"""\r/clear\r' + paste(b"x \\\ry") + b'\r"""\r"""in a line"""\r"""a""" and more\r\x04'
+    keys = b'"""\r/clear\r' + paste(b"x \\\ry") + b'\r"""\r"""in a line"""\r"""a""" and more\r'
+    keys += b'"""\r' + paste(b'a = """doc') + b'\r"""\r\x04'
     assert say(tmp_path, keys)[0] == [
         Said("/clear\nx \\\ny", literal=True),
         Said("in a line", literal=True),
         Said('"""a""" and more'),
+        Said('a = """doc', literal=True),
         None,
     ]
 
