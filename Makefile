@@ -77,7 +77,8 @@ distclean: clean ## remove .venv and the built kernels too
 
 .venv/.installed: $(SOURCES) | .venv/bin/python
 	@echo 'Installing Shoal and what it needs into .venv (once; a few minutes)'
-	@$(PIP) install -e . -c constraints-dev.txt
+	@: >.venv/build.log; tail -f .venv/build.log & trap "kill $$!" EXIT; \
+		SHOAL_BUILD_LOG='$(CURDIR)/.venv/build.log' $(PIP) install -e . -c constraints-dev.txt
 	@touch $@
 
 # The tools alone: installing Shoal once more as `.[dev]` would build the kernels again.

@@ -7,7 +7,8 @@ about the package is in pyproject.toml.
 import os
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -48,31 +49,46 @@ else:
     DEFINES, HOMES = [], {"scalar": []}
 
 
+def tell(text: str) -> None:
+    """How far building is. pip keeps what its builds print to itself (but for `-v`), so `make` names a file that it
+    shows meanwhile."""
+    print(text, file=sys.stderr, flush=True)
+    if place := os.environ.get("SHOAL_BUILD_LOG"):
+        with Path(place).open("a", encoding="utf-8") as log:
+            log.write(f"{text}\n")
+
+
 class BuildKernels(build_ext):
-    """Compiles `kernels.cpp` once per home, the rest once, and links them under a fixed name."""
+    """Compiles `kernels.cpp` once per home, the rest once, and links them under a fixed name; tells how far it is."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        temporary = Path(self.build_temp)
-        rest = [f"{SOURCE}/{name}.cpp" for name in SHARED]
-        objects = self.compiler.compile(
-            rest, str(temporary), DEFINES, extra_postargs=FLAGS, depends=ext.depends
-        )
+        parts = [(f"{SOURCE}/{name}.cpp", name, DEFINES, []) for name in SHARED]
+        parts += [
+            (f"{SOURCE}/kernels.cpp", home, [*DEFINES, ("SHOAL_HOME", home)], flags)
+            for home, flags in HOMES.items()
+        ]
+        began_s = time.monotonic()
+        tell(f"compiling the kernels: {len(parts)} parts for {MACHINE}, a minute or two")
 
-        def compile_home(home: str) -> list[str]:
+        def compile_part(
+            source: str, name: str, defines: list[tuple[str, str]], flags: list[str]
+        ) -> list[str]:
+            place = str(Path(self.build_temp) / name)
             return self.compiler.compile(
-                [f"{SOURCE}/kernels.cpp"],
-                str(temporary / home),
-                [*DEFINES, ("SHOAL_HOME", home)],
-                extra_postargs=[*FLAGS, *HOMES[home]],
-                depends=ext.depends,
+                [source], place, defines, extra_postargs=[*FLAGS, *flags], depends=ext.depends
             )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for compiled in pool.map(compile_home, HOMES):
-                objects += compiled
+            names = {pool.submit(compile_part, *part): part[1] for part in parts}
+            for number, done in enumerate(as_completed(names), 1):
+                if done.exception() is None:
+                    took_s = time.monotonic() - began_s
+                    tell(f"compiled {number} of {len(parts)}: {names[done]}, after {took_s:.0f} s")
+        # In this order: of what several parts have, the linker takes the first, and that has to run on any machine.
+        objects = [compiled for part in names for compiled in part.result()]
         threads = [] if sys.platform == "darwin" else ["-pthread"]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=threads, target_lang="c++"

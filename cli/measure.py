@@ -14,10 +14,19 @@ import click
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
-from shoal.daemon.sizes import format_bytes
+from shoal.daemon.sizes import counted, format_bytes
 
 from .interrupt import deferred_interrupt
-from .options import Decorator, PlanOptions, draft_option, examples, json_option, plan_options, quant_option
+from .options import (
+    Decorator,
+    PlanOptions,
+    Whole,
+    draft_option,
+    examples,
+    json_option,
+    plan_options,
+    quant_option,
+)
 from .output import console, facts, note, print_json, spinner, steps_bar, table
 
 if TYPE_CHECKING:
@@ -26,9 +35,7 @@ if TYPE_CHECKING:
 
 
 def _count(option: str, default: int, what: str) -> Decorator:
-    return click.option(
-        option, type=click.IntRange(min=1), default=default, show_default=True, metavar="N", help=what
-    )
+    return click.option(option, type=Whole(min=1), default=default, show_default=True, metavar="N", help=what)
 
 
 def _prepared(model: str, plan: PlanOptions) -> tuple[Path, NodeConfig, Packs]:
@@ -98,7 +105,8 @@ def bench(
         rows.add_row(name, f"{speed.median:.1f}", f"{speed.min:.1f}", f"{speed.max:.1f}")
     screen.print(rows)
     screen.print(
-        f"{prompt_tokens} + {new_tokens} tokens, batch {batch}, {repeat} runs, {result.threads} threads, "
+        f"{prompt_tokens} + {new_tokens} tokens, batch {batch}, {counted(repeat, 'run')}, "
+        f"{counted(result.threads, 'thread')}, "
         f"peak {format_bytes(result.peak_memory_bytes)}"
     )
 

@@ -15,11 +15,11 @@ from msgspec.structs import asdict
 
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.sizes import format_bytes, format_duration
+from shoal.daemon.sizes import counted, format_bytes, format_duration
 
 from . import background
-from .options import examples, json_option
-from .output import console, counted, note, print_json, stage_text, table
+from .options import Whole, examples, json_option
+from .output import console, note, print_json, stage_text, table
 
 FOLLOW_S = 0.25
 TAIL_BYTES = 1 << 20
@@ -47,7 +47,7 @@ def ps(as_json: bool) -> None:
     screen = console()
     screen.print(
         f"daemon {status.version} · pid {status.pid} · up {format_duration(status.uptime_s)} · "
-        f"{status.threads} threads · {format_bytes(status.memory_bytes)} resident · "
+        f"{counted(status.threads, 'thread')} · {format_bytes(status.memory_bytes)} resident · "
         f"{counted(status.requests_total, 'request')} · {counted(status.tokens_total, 'token')}"
         + (" · stopping" if status.draining else ""),
     )
@@ -76,8 +76,8 @@ def ps(as_json: bool) -> None:
             )
         if model.kv_disk_bytes:
             screen.print(
-                f"KV on disk: {format_bytes(model.kv_disk_bytes)}, {model.kv_disk_pages_written_total} pages written, "
-                f"{model.kv_disk_pages_read_total} read",
+                f"KV on disk: {format_bytes(model.kv_disk_bytes)}, "
+                f"{counted(model.kv_disk_pages_written_total, 'page')} written, {model.kv_disk_pages_read_total} read",
             )
 
 
@@ -85,7 +85,8 @@ def ps(as_json: bool) -> None:
 @click.option(
     "-n",
     "--lines",
-    type=click.IntRange(min=0),
+    metavar="N",
+    type=Whole(min=0),
     default=50,
     show_default=True,
     help="Show this many lines from the end.",

@@ -5,6 +5,7 @@ Knows names, types and helps. Ranges are checked where they are defined: `NodeCo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -54,12 +55,42 @@ def shard_name(text: str) -> ShardName:
     return _parsed(ShardName.parse, text)
 
 
-def _sampling(name: str) -> click.IntRange | click.FloatRange:
+class Whole(click.IntRange):
+    """As its base; what is no number at all is told the range, too."""
+
+    name = "whole number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            int(value)
+        except ValueError:
+            self.fail(
+                f"{value!r:.40} is not a whole number in the range {self._describe_range()}.", param, ctx
+            )
+        return super().convert(value, param, ctx)
+
+
+class Real(click.FloatRange):
+    """As its base; what is no number at all, and NaN, is told the range, too."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            known = not math.isnan(float(value))
+        except ValueError:
+            known = False
+        if not known:
+            self.fail(f"{value!r:.40} is not a number in the range {self._describe_range()}.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _sampling(name: str) -> Whole | Real:
     """The type of an option that is the sampling field `name`."""
     limit = SAMPLING_LIMITS[name]
     if limit.whole:  # its highest value would only puzzle readers of --help; the request is checked for it
-        return click.IntRange(min=int(limit.low))
-    return click.FloatRange(limit.low, limit.high, min_open=limit.above)
+        return Whole(min=int(limit.low))
+    return Real(limit.low, limit.high, min_open=limit.above)
 
 
 @dataclass(frozen=True)
@@ -154,8 +185,8 @@ def plan_options(function: Callback) -> Callback:
         click.option("--memory", type=size_or_auto, metavar="SIZE",
                      help="Use at most this much memory, e.g. 3GB; what does not fit is streamed from disk. auto, the "
                           "default, leaves the machine usable."),
-        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads (default: all)."),
-        click.option("--ctx", type=click.IntRange(min=1), metavar="N",
+        click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads (default: all)."),
+        click.option("--ctx", type=Whole(1, 1 << 26), metavar="N",
                      help="Context length in tokens, at most the model's."),
         click.option("--device", metavar="NAME", help="Where to compute: only cpu in this version."),
         click.option("--speculate", type=click.Choice(["auto", "off"]),
@@ -169,15 +200,15 @@ def plan_options(function: Callback) -> Callback:
 def answer_options(function: Callback) -> Callback:
     """Adds the sampling options and those that end or hasten an answer; the verb gets `answer: AnswerOptions`."""
     options: list[Decorator] = [
-        click.option("--max-tokens", type=click.IntRange(min=1), metavar="N",
+        click.option("--max-tokens", type=Whole(1, 1 << 26), metavar="N",
                      help="End the answer after this many tokens."),
         click.option("--stop", multiple=True, type=stop_text, metavar="TEXT",
                      help="End the answer at this text; repeatable."),
         click.option("--keep-repeating", is_flag=True,
                      help="Let an answer go on that only repeats itself, instead of ending it."),
-        click.option("--deadline", type=click.FloatRange(0, 1e6, min_open=True), metavar="SECONDS",
+        click.option("--deadline", type=Real(0, 1e6, min_open=True), metavar="SECONDS",
                      help="End the answer after this time, complete or not."),
-        click.option("--priority", type=click.IntRange(-100, 100), default=0, metavar="N",
+        click.option("--priority", type=Whole(-100, 100), default=0, metavar="N",
                      help="Requests with a higher priority go first (default 0)."),
         click.option("--seed", type=_sampling("seed"), metavar="N", help="The same seed gives the same answer."),
         click.option("--temperature", type=_sampling("temperature"), metavar="X",

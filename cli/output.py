@@ -11,7 +11,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +19,7 @@ import msgspec
 
 from shoal.daemon.sizes import format_bytes, format_duration
 
+from .interrupt import unechoed
 from .paint import printable
 
 if TYPE_CHECKING:
@@ -48,11 +49,6 @@ def folded(text: str, columns: int) -> str:
     """Lines of at most `columns` characters, but for words that are longer."""
     fold = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
     return "\n".join("\n".join(fold.wrap(line)) for line in text.split("\n"))
-
-
-def counted(number: int, what: str) -> str:
-    """'1 turn', '2,000 tokens'."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def print_json(value: Any) -> None:
@@ -122,7 +118,7 @@ def spinner(what: str) -> Iterator[Callable[[str], None]]:
     if not screen.is_terminal:
         yield lambda text: None
         return
-    with screen.status(what, spinner="dots") as status:
+    with unechoed(), screen.status(what, spinner="dots") as status:
         yield status.update
 
 
@@ -148,7 +144,8 @@ def _bar(*amounts: ProgressColumn) -> Iterator[Progress]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
     screen = console(stderr=True)
-    with Bars(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bars:
+    bars = Bars(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+    with unechoed() if screen.is_terminal else nullcontext(), bars:
         shown: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:

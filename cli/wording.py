@@ -3,12 +3,14 @@
     `context_tokens=4096` or less       --ctx 4096 or less
     `remove(tiny)`, then …              shoal rm --yes tiny, then …
 
-Knows which option or verb is meant. Does not know errors.
+Knows which option or verb is meant, also by a name that somebody got wrong. Does not know errors.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable, Mapping
 
 WORDS = {
     # Fields of NodeConfig and of load
@@ -30,6 +32,7 @@ WORDS = {
     "remove": "shoal rm --yes",
 }
 NONE_WORDS = {"memory_bytes": "auto"}
+ALIKE = 0.6  # of difflib's ratio
 
 _NAMED = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]+)|\((?P<argument>[^`]+)\))?`")
 
@@ -46,3 +49,17 @@ def _said(named: re.Match[str]) -> str:
     if value == "None":
         value = NONE_WORDS.get(name, value)
     return f"{WORDS[name]} {value}" if value else WORDS[name]
+
+
+def nearest(written: str, names: Iterable[str], others: Mapping[str, str] | None = None) -> str:
+    """The one of `names` that `written` is a slip of; "" when it resembles none. others: further names → which it is.
+
+    Names differ by a character in length at most: of short ones, nearly every word has all letters.
+    """
+    word = written.lower().lstrip("/")
+    known = {name.lstrip("/"): name for name in names} | {
+        k.lstrip("/"): name for k, name in (others or {}).items()
+    }
+    near = [name for name in known if abs(len(name) - len(word)) <= 1]
+    found = difflib.get_close_matches(word, near, n=1, cutoff=ALIKE)
+    return known[found[0]] if found else ""

@@ -3,17 +3,21 @@
 from shoal.client import Client
 
 with Client() as client:
-    print(client.text("Why is the sky blue?"))
+    answer, done = client.text(messages=[{"role": "user", "content": "Why is the sky blue?"}])
+
+What goes wrong is raised as a ShoalError: NoDaemon where none runs, RequestFailed (with a stable code) for what the
+daemon refuses, TimedOut.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from shoal.client.blocking import Client
+from shoal.comm.errors import NoDaemon, RequestFailed, ShoalError, TimedOut
 
 if TYPE_CHECKING:
     from shoal.client.asynchronous import AsyncClient
 
-__all__ = ["AsyncClient", "Client"]
+__all__ = ["AsyncClient", "Client", "NoDaemon", "RequestFailed", "ShoalError", "TimedOut"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ VERDICTS = (
     | zmq.EVENT_CLOSED
     | zmq.EVENT_DISCONNECTED
 )
-START_HINT = "`shoal serve` starts one"
+START_HINT = "start one with: shoal serve --detach"
 
 
 def connect(dealer: zmq.Socket[Any], address: str, keys: ClientKeys | None) -> None:
@@ -59,7 +59,7 @@ def verdict(monitor_frames: list[bytes], address: str) -> CommError | None:
 
 
 def nobody(address: str) -> NoDaemon:
-    return NoDaemon(f"no daemon answers at {address}; {START_HINT}")
+    return NoDaemon(f"no daemon answers at {address} ({START_HINT})")
 
 
 def full(address: str) -> TimedOut:

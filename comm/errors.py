@@ -1,6 +1,6 @@
 """Errors of the comm room.
 
-CommError
+ShoalError → CommError
 ├── RequestFailed   the other side answered `error` (code, message, hint)
 ├── ProtocolError   bytes that are not this protocol
 ├── AddressError    an address that cannot be used, or not without keys
@@ -12,7 +12,11 @@ CommError
 from __future__ import annotations
 
 
-class CommError(Exception):
+class ShoalError(Exception):
+    """Root of the errors that reach a user of `shoal.client`, or of the daemon in his own process."""
+
+
+class CommError(ShoalError):
     """Root of this room's errors."""
 
 

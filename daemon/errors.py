@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from typing import cast
 
+from shoal.comm.errors import ShoalError
 from shoal.comm.messages import Error, ErrorCode
 
 
-class DaemonError(Exception):
+class DaemonError(ShoalError):
     """A request that cannot be served; becomes `error` on the wire and an exit code in the CLI."""
 
     def __init__(self, code: ErrorCode, message: str, hint: str = "", *, retry_after_s: float = 0.0) -> None:

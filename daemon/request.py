@@ -23,6 +23,7 @@ from shoal.models.chat.template import ChatTemplate
 from shoal.models.errors import TemplateError, TemplateRefusal, TooManyTokens
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.tokenizer.repetition import Repetition
+from shoal.partition.amounts import format_bytes
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Wanted, scratch_bytes
 
@@ -218,7 +219,7 @@ def _way_out(model: LoadedModel, prompt_tokens: int, asked: int) -> str:
     scratch = scratch_bytes(wanted, plan.part_tokens)
     kv_bytes = -(-context // page) * kv_page_bytes(spec, plan.kv.dtype)
     needed = plan.peak_bytes - plan.kv.nbytes - plan.scratch_bytes + scratch + kv_bytes
-    beside = f"takes {needed / 1e6:,.0f} MB beside the process itself"
+    beside = f"takes {format_bytes(needed)} beside the process itself"
     return f"shorten it, or load the model with `context_tokens={context}`, which {beside}"
 
 

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import re
 
+from shoal.partition.amounts import counted, format_bytes
+
 from .errors import DaemonError
+
+__all__ = ["counted", "format_bytes", "format_duration", "parse_bytes"]
 
 _UNITS = {
     "": 1,
@@ -26,16 +30,6 @@ def parse_bytes(text: str) -> int:
             "bad_request", f"{text!r} is not an amount of memory", "write 3GB, 512MiB or 1000000"
         )
     return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-def format_bytes(count: int) -> str:
-    """Three digits and a decimal unit: '98.4 MB'."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if value < 999.5 or unit == "PB":
-            break
-        value /= 1000
-    return f"{int(value)} B" if unit == "B" else f"{value:.3g} {unit}"
 
 
 def format_duration(seconds: float) -> str:

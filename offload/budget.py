@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 
+from shoal.partition.amounts import format_bytes
+
 from .errors import BudgetExceeded
 
 
@@ -39,8 +41,8 @@ class Budget:
             held = sum(self._held.values())
             if held + nbytes > self.limit_bytes:
                 raise BudgetExceeded(
-                    f"{purpose} needs {nbytes / 1e6:,.0f} MB, but {held / 1e6:,.0f} MB of the budget of "
-                    f"{self.limit_bytes / 1e6:,.0f} MB are taken"
+                    f"{purpose} needs {format_bytes(nbytes)}, but {format_bytes(held)} of the budget of "
+                    f"{format_bytes(self.limit_bytes)} are taken"
                 )
             self._held[purpose] = nbytes
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from .amounts import counted, format_bytes
 from .memory_layout import KERNEL_BYTES, PAGE_TOKENS, SPAN_TOKENS, SPANS_BYTES, THREAD_BYTES, kv_page_bytes
 from .spec import BlockId, ModelSpec
 
@@ -97,20 +98,20 @@ class Plan:
 
     def describe(self, read_bytes_per_s: float = 0.0) -> str:
         """One line for people. If the speed of the disk is known, it says how long a token takes."""
-        kv = f"KV {self.kv.tokens:,} tokens in {self.kv.dtype} ({self.kv.nbytes / 1e6:,.0f} MB)"
+        kv = f"KV {self.kv.tokens:,} tokens in {self.kv.dtype} ({format_bytes(self.kv.nbytes)})"
+        by = f"{counted(self.ranks, 'rank')}, {counted(self.threads, 'thread')}"
         if not self.streams:
-            weights = f"{self.weights_bytes / 1e6:,.0f} MB of weights in ram"
-            return f"{self.ranks} rank, {self.threads} threads, {weights}, {kv}"
-        held = (self.pinned_bytes + self.expert_bytes) / 1e9
-        parts = [f"{held:.1f} of {self.weights_bytes / 1e9:.1f} GB stay in memory"]
+            return f"{by}, {format_bytes(self.weights_bytes)} of weights in ram, {kv}"
+        held, whole = format_bytes(self.pinned_bytes + self.expert_bytes), format_bytes(self.weights_bytes)
+        parts = [f"{held} of {whole} stay in memory"]
         if self.expert_slots:
-            parts.append(f"{self.expert_slots:,} experts among them, whichever are asked for")
+            parts.append(f"{counted(self.expert_slots, 'expert')} among them, whichever are asked for")
         if self.window_bytes:
-            through = f"through a window of {self.window_bytes / 1e6:,.0f} MB each step"
-            parts.append(f"{self.cyclic_bytes / 1e9:.1f} GB pass {through}")
+            through = f"through a window of {format_bytes(self.window_bytes)} each step"
+            parts.append(f"{format_bytes(self.cyclic_bytes)} pass {through}")
         if step_s := self.step_s(read_bytes_per_s):
-            parts.append(f"about {step_s:.2g} s per token at {read_bytes_per_s / 1e9:.1f} GB/s")
-        return f"{self.ranks} rank, {self.threads} threads, {', '.join(parts)}, {kv}"
+            parts.append(f"about {step_s:.2g} s per token at {format_bytes(read_bytes_per_s)}/s")
+        return f"{by}, {', '.join(parts)}, {kv}"
 
 
 class Misfit(NamedTuple):

@@ -5,7 +5,6 @@ Knows what each changes. Does not know keys, nor how an answer is made: /retry o
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,13 +14,16 @@ from typing import NamedTuple
 import msgspec
 
 from shoal.cli.answers import reference
-from shoal.cli.output import counted, note
+from shoal.cli.output import note
 from shoal.cli.run import statistics
+from shoal.cli.wording import nearest
 from shoal.comm.home import Home
-from shoal.comm.messages import Done
+from shoal.comm.messages import Done, ErrorCode
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library, check_name
+from shoal.daemon.library.transfer import FULL_DISK
 from shoal.daemon.private_files import private_dir
+from shoal.daemon.sizes import counted
 
 from .conversation import Conversation
 from .link import ChatLink
@@ -36,8 +38,12 @@ class ChatState:
     conversation: Conversation
     last: Done | None = None
     used_tokens: int = 0
+    answers_total: int = 0
     tokens_total: int = 0
     leaving: bool = False
+    known: set[str] = field(
+        default_factory=set
+    )  # names of saved conversations that this one was saved as, or is
     library: Library = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,8 +58,17 @@ class Command(NamedTuple):
 
 
 def is_command(line: str) -> bool:
-    """Whether `line` is a command: it begins with '/', but not with a path such as /etc/hosts."""
-    return line.startswith("/") and "/" not in line.split()[0][1:]
+    """Whether a typed line is a command: its first word is one, or is meant to be one. A path such as /etc/hosts is
+    not, nor are words after a name that resembles no command."""
+    name, *more = line.split(maxsplit=1)
+    if not line.startswith("/") or "/" in name[1:]:
+        return False
+    return name in COMMANDS or not more or bool(meant(name))
+
+
+def meant(name: str) -> str:
+    """The command that somebody means who wrote `name`; "" when it is none."""
+    return nearest(name, COMMANDS, _OTHER_NAMES)
 
 
 def obey(state: ChatState, line: str) -> str | None:
@@ -61,13 +76,18 @@ def obey(state: ChatState, line: str) -> str | None:
 
     Raises DaemonError or CommError.
     """
-    name, _, argument = line.partition(" ")
+    name, *more = line.split(maxsplit=1)
     command = COMMANDS.get(name)
     if command is None:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise DaemonError("bad_request", f"there is no command {name}", f"{meant}/help lists them")
-    return command.act(state, argument.strip())
+        hint = f"did you mean {near}? " if (near := meant(name)) else ""
+        raise DaemonError(
+            "bad_request",
+            f"there is no command {name}",
+            f"{hint}/help lists them; a space before it makes it text",
+        )
+    if more and command.usage == name:
+        raise DaemonError("bad_request", f"{name} takes no more words", "a space before it makes it text")
+    return command.act(state, more[0].strip() if more else "")
 
 
 def completions(state: ChatState, text: str) -> Iterator[str]:
@@ -116,19 +136,37 @@ def _ctx(state: ChatState, argument: str) -> None:
     note(f"this conversation has a context of {link.context_tokens} tokens from now on")
 
 
-def _save(state: ChatState, argument: str) -> None:
-    name = check_name(argument or "last")
+def save(state: ChatState, name: str) -> bool:
+    """Save the conversation; returns whether another one of that name was there, which is `NAME.older` then.
+
+    One that this chat has saved or loaded is the same one, and is written over. Raises DaemonError.
+    """
     path = _session(state, name)
     private_dir(state.home.root)
     private_dir(state.home.sessions)
     part = path.with_name(f".{path.name}.part")
+    another = path.is_file() and name not in state.known
     try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-            out.write(state.conversation.to_json(state.link.model.name))
-        part.replace(path)
+        try:
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+                out.write(state.conversation.to_json(state.link.model.name))
+            if another:
+                path.replace(_session(state, f"{name}.older"))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
-        raise DaemonError("internal", f"cannot save {path}: {error.strerror}") from error
-    note(f"saved as {name}; /load {name} brings it back")
+        code: ErrorCode = "resources" if error.errno in FULL_DISK else "internal"
+        reason = f"not saved: {path}: {error.strerror}"
+        raise DaemonError(code, reason, "the conversation goes on; mend that, then /save again") from error
+    state.known.add(name)
+    return another
+
+
+def _save(state: ChatState, argument: str) -> None:
+    name = check_name(argument or "last")
+    older = f"; the one before is {name}.older now" if save(state, name) else ""
+    note(f"saved as {name}; /load {name} brings it back{older}")
 
 
 def _load(state: ChatState, argument: str) -> None:
@@ -138,12 +176,17 @@ def _load(state: ChatState, argument: str) -> None:
         return
     path = _session(state, check_name(argument))
     try:
+        if path.exists() and not path.is_file():
+            raise DaemonError("corrupt", f"{path} is not a file", "/load lists what is saved")
         model = state.conversation.load_json(path.read_bytes())
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DaemonError("not_found", f"no saved conversation {argument}", "/load lists them") from error
-    except msgspec.MsgspecError as error:
+    except OSError as error:
+        raise DaemonError("internal", f"cannot read {path}: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DaemonError("corrupt", f"{path} is not a saved conversation: {error}") from error
     state.last, state.used_tokens = None, 0
+    state.known = {argument}
     other = f"; it was held with {model}" if model != state.link.model.name else ""
     note(f"loaded {argument}, {counted(len(state.conversation.turns), 'turn')}{other}")
 
@@ -156,11 +199,12 @@ def _retry(state: ChatState, argument: str) -> str | None:
 
 
 def _stats(state: ChatState, argument: str) -> None:
-    model = state.link.model
-    note(statistics(state.last) if state.last else "nothing has been answered yet")
+    model, turns = state.link.model, counted(len(state.conversation.turns), "turn")
+    if state.last:
+        note(f"last answer: {statistics(state.last)}")
     note(f"{model.name}: {model.plan}")
-    turns = counted(len(state.conversation.turns), "turn")
-    note(f"this chat so far: {turns}, {counted(state.tokens_total, 'token')} of answers")
+    answers = counted(state.answers_total, "answer")
+    note(f"this conversation: {turns}; this chat: {answers} of {counted(state.tokens_total, 'token')}")
 
 
 def _help(state: ChatState, argument: str) -> None:
@@ -172,6 +216,7 @@ def _help(state: ChatState, argument: str) -> None:
 
 def _clear(state: ChatState, argument: str) -> None:
     state.conversation.clear()
+    state.known.clear()
     state.last, state.used_tokens = None, 0
     note("a new conversation; the old one is forgotten")
 
@@ -204,3 +249,12 @@ COMMANDS = {
     "/help": Command("/help", "show this", _help),
     "/exit": Command("/exit", "leave", _exit),
 }
+_OTHER_NAMES = {
+    "/bye": "/exit",
+    "/quit": "/exit",
+    "/q": "/exit",
+    "/new": "/clear",
+    "/reset": "/clear",
+    "/?": "/help",
+}
+"""What other programs call these commands."""

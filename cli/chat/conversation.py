@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 from shoal.comm.messages import ChatMessage
 
 SAVED_FORMAT = 1
+QUOTES = '"""'  # begins and ends a block of lines
 
 
 class Turn(Struct):
@@ -94,16 +95,30 @@ class Conversation:
         return saved.model
 
 
+def quoted(text: str) -> bool:
+    """Whether typed lines are a block between three quotation marks, or the beginning of one."""
+    text = text.strip()
+    return text.startswith(QUOTES) and (text.endswith(QUOTES) or text.count(QUOTES) % 2 == 1)
+
+
 def unfinished(text: str) -> bool:
     """Whether typed lines ask for another: an open \"\"\" block, or a backslash at the end."""
-    if text.lstrip().startswith('"""'):
-        return text.count('"""') % 2 == 1
-    return text.endswith("\\")
+    return text.count(QUOTES) % 2 == 1 if quoted(text) else text.endswith("\\")
 
 
 def finished(text: str) -> str:
-    """Typed lines as the text that is meant: without the marks of `unfinished`."""
-    stripped = text.strip()
-    if stripped.startswith('"""'):
-        return stripped.removeprefix('"""').removesuffix('"""').strip("\n")
-    return text.replace("\\\n", "\n").strip()
+    """Typed lines as the text that is meant: without the marks of `unfinished`, and otherwise as it is."""
+    if not quoted(text):
+        return text.replace("\\\n", "\n")
+    inner = text.strip().removeprefix(QUOTES).removesuffix(QUOTES)
+    return inner.removeprefix("\n").removesuffix("\n")
+
+
+def encodable(text: str) -> str:
+    """`text` with U+FFFD for each part of a character that stands alone, as bytes that are no UTF-8 are read by Python
+    and `\\ud800` by JSON: neither a message nor a file can have it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

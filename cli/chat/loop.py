@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import chain
 
@@ -20,6 +21,7 @@ import click
 from shoal.cli import background
 from shoal.cli.answers import in_process, reference
 from shoal.cli.exit_codes import Exit, explain
+from shoal.cli.interrupt import ended_by_signals
 from shoal.cli.options import (
     AnswerOptions,
     PlanOptions,
@@ -31,9 +33,19 @@ from shoal.cli.options import (
 )
 from shoal.cli.output import note, spinner, stage_text
 from shoal.cli.paint import Painter
+from shoal.cli.store import asks, reference_or_fetch
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
-from shoal.comm.messages import Accepted, Chat, Done, Stage, StreamEvent, Token
+from shoal.comm.messages import (
+    Accepted,
+    Chat,
+    Done,
+    Stage,
+    StreamEvent,
+    Timings,
+    Token,
+    Usage,
+)
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.registry import DEFAULT_MODEL
@@ -41,11 +53,12 @@ from shoal.daemon.model_name import Reference
 from shoal.daemon.private_files import private_dir
 from shoal.daemon.sizes import format_bytes
 
-from .commands import ChatState, completions, is_command, obey
+from .commands import ChatState, completions, is_command, obey, save
 from .conversation import Conversation
-from .line_input import LineReader, PlainReader, Reader, unechoed
+from .line_input import LineReader, PlainReader, Reader, Said
 from .link import ChatLink
 
+RESCUED = "rescued"  # what a conversation is saved as whose chat ends without its user's doing
 ANSWER_ROOM_TOKENS = 512  # kept free in the context for an answer, but at most a quarter of it
 
 
@@ -74,7 +87,7 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
     library = Library(home)
     config = plan.config()
     answer.request_fields("")  # wrong options are told before a model is loaded
-    named = reference(model, library) if model else None
+    named = reference_or_fetch(model, library) if model else None
     guessing = reference(draft, library) if draft else None
     with ExitStack() as stack:
         own = replace(
@@ -83,9 +96,10 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
         here = stack.enter_context(in_process(own, library)) if plan.beyond_context else None
         link = ChatLink(home, here)
         stack.callback(link.close)
+        stack.enter_context(ended_by_signals())
         state = ChatState(home, link, Conversation(system))
-        link.load(named or reference(_default(state), library), plan.ctx, guessing)
-        return ChatLoop(state, answer, _reader(state)).run()
+        link.load(named or reference_or_fetch(_default(state), library), plan.ctx, guessing)
+        return ChatLoop(state, answer, _reader(state, stack)).run()
 
 
 class ChatLoop:
@@ -97,24 +111,44 @@ class ChatLoop:
         self._reader = reader
 
     def run(self) -> int:
-        """Returns the exit code of the last turn. Raises KeyboardInterrupt when the user insists on leaving."""
+        """Returns the exit code of the last turn. Raises KeyboardInterrupt when the user insists on leaving.
+
+        What ends it otherwise is raised after the conversation has been saved.
+        """
+        try:
+            return self._turns()
+        except (Exception, SystemExit):
+            self._rescue()
+            raise
+
+    def _rescue(self) -> None:
+        if not self._state.conversation.turns:
+            return
+        with suppress(DaemonError, OSError):  # nothing else can be done; the terminal may be gone, too
+            save(self._state, RESCUED)
+            note(f"the conversation is kept: /load {RESCUED} in a new chat goes on with it")
+
+    def _turns(self) -> int:
         code = Exit.DONE
         while not self._state.leaving and (said := self._reader.read()) is not None:
-            if said:
+            if said.text.strip():
                 code = self._turn(said)
         return code
 
-    def _turn(self, said: str) -> Exit:
+    def _turn(self, said: Said) -> Exit:
         try:
-            asked = obey(self._state, said) if is_command(said) else said
-            if asked:
-                self._ask(asked)
-        except (DaemonError, CommError) as error:
+            with self._reader.listening():
+                asked: str | None = said.text
+                if not said.literal and is_command(said.text):
+                    asked = obey(self._state, said.text)
+                if asked:
+                    self._ask(asked)
+        except KeyboardInterrupt:
+            note("stopped")
+        except Exception as error:  # of whatever kind: a conversation must not be lost by one of its turns
             line, code = explain(error)
             note(line)
             return code
-        except KeyboardInterrupt:
-            note("stopped")
         return Exit.DONE
 
     def _ask(self, asked: str) -> None:
@@ -125,8 +159,9 @@ class ChatLoop:
         self._make_room(asked)
         parts: list[str] = []
         done: Done | None = None
+        meter = _Meter()
         try:
-            done = self._paint(asked, parts)
+            done = self._paint(asked, parts, meter)
         except KeyboardInterrupt:
             note("stopped; the conversation goes on")
         except (DaemonError, CommError):
@@ -135,10 +170,9 @@ class ChatLoop:
             raise
         finally:
             conversation.answered(asked, "".join(parts), complete=done is not None)
-        if done is not None:
-            self._remember(done)
+            self._remember(done or meter.stopped())
 
-    def _paint(self, asked: str, parts: list[str]) -> Done | None:
+    def _paint(self, asked: str, parts: list[str], meter: _Meter) -> Done | None:
         """Write the answer as it comes, and into `parts`."""
         state = self._state
         fields = self._options.request_fields(state.link.model.name)
@@ -147,10 +181,11 @@ class ChatLoop:
         request = Chat(messages=state.conversation.messages(asked), **fields)
         done: Done | None = None
         try:
-            with unechoed(), state.link.stream(request) as events:
+            with state.link.stream(request) as events:
                 with spinner("reading") as update:
                     first = _first(events, update)
                 for event in chain(first, events):
+                    meter.take(event)
                     if isinstance(event, Stage):
                         painter.stage(stage_text(event))
                     elif isinstance(event, Accepted):
@@ -167,7 +202,10 @@ class ChatLoop:
 
     def _remember(self, done: Done) -> None:
         state = self._state
+        if not done.usage.completion_tokens:
+            return
         state.last = done
+        state.answers_total += 1
         state.used_tokens = done.usage.prompt_tokens + done.usage.completion_tokens
         state.tokens_total += done.usage.completion_tokens
         if done.finish_reason == "repetition":
@@ -194,6 +232,33 @@ class ChatLoop:
             note(f"dropped the oldest {turns} to fit the context of {context} tokens (/ctx N enlarges it)")
 
 
+class _Meter:
+    """What an answer takes, as it looks from here: for one that is stopped, and so never comes to say it."""
+
+    def __init__(self) -> None:
+        self._asked_s = time.monotonic()
+        self._first_s = self._last_s = self._asked_s
+        self._prompt_tokens = self._tokens = self._first_tokens = 0
+
+    def take(self, event: StreamEvent) -> None:
+        if isinstance(event, Accepted):
+            self._prompt_tokens = event.prompt_tokens
+        elif isinstance(event, Token):
+            self._last_s = time.monotonic()
+            if not self._tokens:
+                self._first_s, self._first_tokens = self._last_s, len(event.ids)
+            self._tokens += len(event.ids)
+
+    def stopped(self) -> Done:
+        took_s = self._last_s - self._first_s
+        speed = (self._tokens - self._first_tokens) / took_s if took_s else 0.0
+        return Done(
+            finish_reason="cancelled",
+            usage=Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._tokens),
+            timings=Timings(ttft_s=self._first_s - self._asked_s, decode_tokens_per_s=speed),
+        )
+
+
 def _first(events: Iterator[StreamEvent], update: Callable[[str], None]) -> list[StreamEvent]:
     """Accepted and the event after it; until then `update` is told what the answer waits for."""
     found: list[StreamEvent] = []
@@ -217,7 +282,7 @@ def toolbar(state: ChatState) -> str:
     return f" {name if len(name) <= room else name[: room - 1] + '…'} · {rest}"
 
 
-def _reader(state: ChatState) -> Reader:
+def _reader(state: ChatState, stack: ExitStack) -> Reader:
     if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
         return PlainReader()
     model = state.link.model
@@ -226,7 +291,9 @@ def _reader(state: ChatState) -> Reader:
         "/help lists commands, Ctrl-D leaves"
     )
     history = private_dir(state.home.root) / "chat_history"
-    return LineReader(history, lambda text: completions(state, text), lambda: toolbar(state))
+    reader = LineReader(history, lambda text: completions(state, text), lambda: toolbar(state))
+    stack.enter_context(reader.opened())
+    return reader
 
 
 def _default(state: ChatState) -> str:
@@ -235,6 +302,6 @@ def _default(state: ChatState) -> str:
     if background.running_pid(state.home) is not None and (loaded := state.link.models()):
         known, first = Reference.parse(loaded[0].name), loaded[0]
         return first.name if known.model in names else str(known._replace(model=first.path))
-    if not names:
+    if not names and not asks():
         raise DaemonError("not_found", "there is no model yet", f"get one with: shoal pull {DEFAULT_MODEL}")
-    return DEFAULT_MODEL if DEFAULT_MODEL in names else names[0]
+    return names[0] if names and DEFAULT_MODEL not in names else DEFAULT_MODEL

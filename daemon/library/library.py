@@ -99,6 +99,11 @@ def is_path(model: str) -> bool:
     return os.sep in model or model.lower().endswith(".gguf") or model.startswith("~") or model in (".", "..")
 
 
+def fetchable(model: str) -> bool:
+    """Whether `pull` knows where to look for `model`: the built-in table has it, or it is written as an address."""
+    return registry.find(model) is not None or _REMOTE.fullmatch(model) is not None
+
+
 class Staging:
     """A model that is being fetched: put its files below `path`; then `commit` makes them a model of the store."""
 
@@ -151,7 +156,7 @@ class Library:
         if path is not None:
             return path
         if is_path(model):
-            hint = f"to fetch it: shoal pull {model[:300]}" if _REMOTE.fullmatch(model) else "see shoal ls"
+            hint = f"to fetch it: shoal pull {model[:300]}" if fetchable(model) else "see shoal ls"
             raise DaemonError("not_found", f"no such file or directory: {model[:300]}", hint)
         raise self._unknown(model)
 

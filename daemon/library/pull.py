@@ -19,8 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
 
+from shoal.daemon.error_codes import translated
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.progress import Progress, no_progress
+from shoal.models.errors import ModelError
 
 from . import registry
 from .download import RemoteFile, download
@@ -132,7 +134,14 @@ def _at_url(reference: str) -> Fetchable:
 
 
 def _at_path(path: Path, link: bool) -> Fetchable:
+    """Raises DaemonError for what cannot be loaded either, in the same words."""
+    from shoal.models.checkpoint.checkpoint import check_place
+
     path = path.absolute()
+    try:
+        check_place(path)
+    except ModelError as error:
+        raise translated(error) from error
     if path.is_dir():
         kind: Kind = "hf"
         names = checkpoint_files(sorted(file.name for file in path.iterdir() if file.is_file()))

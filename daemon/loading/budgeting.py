@@ -42,9 +42,9 @@ class Shortfall:
             "the process": self.process_bytes,
             "other models": self.others_bytes,
         }
-        needs = ", ".join(f"{nbytes / 1e6:,.0f} MB for {what}" for what, nbytes in parts.items() if nbytes)
+        needs = ", ".join(f"{format_bytes(nbytes)} for {what}" for what, nbytes in parts.items() if nbytes)
         budget = format_bytes(self.budget_bytes)
-        return f"needs at least {self.least_bytes / 1e6:,.0f} MB: {needs}; the budget is {budget}"
+        return f"needs at least {format_bytes(self.least_bytes)}: {needs}; the budget is {budget}"
 
 
 def plan_within_budget(

@@ -57,7 +57,7 @@ def open_hf(directory: Path) -> TensorFiles:
     """
     stamps = stamped(directory / name for name in COMPANIONS)
     config = read_json(directory / "config.json")
-    paths = _shards(directory)
+    paths = shards(directory)
     stamps |= stamped(path for path in paths if path not in stamps)
     tensors: dict[str, StoredTensor] = {}
     unsupported: dict[str, str] = {}
@@ -85,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CorruptCheckpoint(f"{path}: {error}") from error
 
 
-def _shards(directory: Path) -> list[Path]:
+def shards(directory: Path) -> list[Path]:
     """The safetensors files of the directory, each checked to be there."""
     if os.path.lexists(directory / _SINGLE):
         return [directory / _SINGLE]

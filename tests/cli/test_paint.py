@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import os
 import re
+import sys
+import termios
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cli.output import folded, per_second, stage_text
+from shoal.cli.output import folded, per_second, spinner, stage_text, steps_bar, transfer_bar
 from shoal.cli.paint import Painter, Wrap, printable
 from shoal.comm.messages import Stage
 
@@ -137,3 +139,18 @@ def test_a_stage_is_on_stderr_where_the_answer_goes_elsewhere(monkeypatch: pytes
         painter.write("Hello")
         painter.end()
         assert (out.getvalue(), screen.getvalue()) == (written, "reading the prompt\r\x1b[K")
+
+
+def test_keys_pressed_while_something_loads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    with os.fdopen(master, "rb"), os.fdopen(slave, "w", buffering=1) as terminal:
+        for name in ("stdin", "stderr"):
+            monkeypatch.setattr(sys, name, terminal)
+
+        def echoes() -> bool:
+            return bool(termios.tcgetattr(slave)[3] & termios.ECHO)
+
+        for showing in (spinner("loading"), transfer_bar(), steps_bar()):
+            with showing:
+                assert not echoes()
+            assert echoes()

@@ -11,16 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 from fakes import tiny
 from fakes.cli_fakes import TIMINGS, FakeAnswers, shoal
 
 from shoal.cli import run as run_verb
 from shoal.cli.options import PlanOptions
 from shoal.cli.run import _piped, statistics
+from shoal.cli.verbs import cli
 from shoal.comm.errors import NoDaemon, RequestFailed
 from shoal.comm.messages import Chat, Done, Generate, Timings, Usage
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.library import Library
 
 FIELDS = [
     "text",
@@ -125,6 +129,52 @@ def test_prompts_come_from_the_argument_stdin_or_both(stage: Stage) -> None:
     result = shoal("run", "m.gguf", stdin="")
     assert result.exit_code == 2
     assert "there is no prompt" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("piped", "prompt"),
+    [
+        (b"a\r\nb\rc\n", "a\r\nb\rc"),
+        (b"  a\t\n\n\n", "  a\t\n\n"),
+        (b"a\0b\x1b[31m\r\n", "a\0b\x1b[31m"),
+        ("\ufeffgrüße 👩‍👧\u2028".encode(), "\ufeffgrüße 👩‍👧\u2028"),
+    ],
+)
+def test_stdin_is_taken_as_it_is(stage: Stage, piped: bytes, prompt: str) -> None:
+    CliRunner().invoke(cli, ["run", "--raw", "m.gguf"], input=piped, prog_name="shoal")
+    (request,) = stage.here.requests
+    assert isinstance(request, Generate)
+    assert request.prompt == prompt
+
+
+@pytest.mark.parametrize("piped", [b"caf\xe9", b"\xed\xa0\x80", b"a\xff\xfeb\n", b"half \xc3"])
+def test_stdin_that_is_no_utf8_is_refused_with_its_place(stage: Stage, piped: bytes) -> None:
+    result = CliRunner().invoke(cli, ["run", "--raw", "m.gguf", "Shorten:"], input=piped, prog_name="shoal")
+    assert result.exit_code == 2
+    number = next(i for i, byte in enumerate(piped) if byte > 127)
+    assert f"stdin is not utf-8 text: byte {number + 1} is {piped[number]:#x} (iconv" in result.stderr
+    assert stage.here.loaded == []
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_known_model_that_is_not_there_is_offered_at_a_terminal(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bool
+) -> None:
+    def fetch(model: str, library: Library, **_: Any) -> tuple[Any, bool]:
+        with library.stage(model.rpartition("/")[2], "test") as staging:
+            (staging.path / "x.gguf").write_bytes(b"GGUF")
+            return staging.commit("gguf", {"x.gguf": "0" * 64}), True
+
+    asked: list[str] = []
+    monkeypatch.setattr("shoal.cli.store.asks", lambda: True)
+    monkeypatch.setattr("shoal.daemon.library.pull.pull", fetch)
+    monkeypatch.setattr(click, "confirm", lambda question, **_: asked.append(question) or answer)
+    for model in ("smollm2:q8", "org/tiny"):
+        assert shoal("run", model, "Why?").exit_code == (0 if answer else 1)
+    assert asked == ["Fetch smollm2 (92.9 MB) now?", "Fetch org/tiny now?"]
+    assert stage.here.loaded == (["smollm2:q8", "tiny"] if answer else [])
+    assert shoal("run", "unknown", "Why?").exit_code == shoal("run", "./no.gguf", "Why?").exit_code == 1
+    assert len(asked) == 2
 
 
 def test_raw_feeds_the_prompt_as_it_is(stage: Stage) -> None:

@@ -31,6 +31,25 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("what", ["an empty directory", "no weights", "a pickle", "text", "a GGUF inside"])
+def test_what_is_no_model_is_refused_in_the_same_words(home: object, tmp_path: Path, what: str) -> None:
+    place = tmp_path / "model"
+    if what == "text":
+        place.write_text("hello")
+    else:
+        place.mkdir()
+    if what in ("no weights", "a pickle"):
+        (place / "config.json").write_text("{}")
+    if what == "a pickle":
+        (place / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    if what == "a GGUF inside":
+        (place / "x.gguf").write_bytes(b"GGUF")
+    results = [shoal(verb, str(place)) for verb in ("pull", "show", "pack")]
+    assert len({(result.exit_code, result.stderr) for result in results}) == 1
+    assert results[0].exit_code == 1
+    assert str(place) in results[0].stderr
+
+
 def test_a_model_is_pulled_listed_and_removed(model: Path) -> None:
     result = shoal("ls")
     assert (result.exit_code, result.stdout) == (0, "")

@@ -87,6 +87,27 @@ def test_version_and_unknown_verbs() -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("sevre", "serve"), ("lst", "ls"), ("list", "ls"), ("delete", "rm"), ("download", "pull"), ("top", "ps"),
+        ("staus", "ps"), ("start", "serve"), ("RUN", "run"), ("quit", "stop"), ("perplexiti", "perplexity"),
+        ("unload", ""), ("cp", ""), ("copy", ""), ("create", ""), ("push", ""), ("x", ""), ("naïve", ""),
+    ],
+)  # fmt: skip
+def test_only_a_verb_that_may_be_meant_is_suggested(written: str, meant: str) -> None:
+    result = shoal(written)
+    assert result.exit_code == 2
+    said = f"; did you mean {meant}?" if meant else ""
+    assert result.stderr == f"shoal: there is no verb {written!r}{said} (see shoal --help)\n"
+
+
+def test_help_is_a_verb_too() -> None:
+    assert shoal("help").stdout == shoal("help", "help").stdout == shoal("--help").stdout
+    assert shoal("help", "run").stdout == shoal("run", "--help").stdout
+    assert "there is no verb 'nothing'" in shoal("help", "nothing").stderr
+
+
+@pytest.mark.parametrize(
     ("error", "line", "code"),
     [
         (DaemonError("bad_request", "x=1: must be 2"), "x=1: must be 2", 2),
@@ -144,6 +165,16 @@ def test_json_has_lists_of_numbers_in_one_line(capsys: pytest.CaptureFixture[str
         (["run", "--threads", "99999", "m", "p"], "threads=99999: must be from 1 to"),
         (["run", "--stop", "", "m", "p"], "'--stop': an empty text would end every answer at once (see"),
         (["run", "--top-p", "2", "m", "p"], "2.0 is not in the range 0<x<=1"),
+        (["run", "--ctx", "99999999", "m", "p"], "99999999 is not in the range 1<=x<=67108864"),
+        (["run", "--ctx", "4k", "m", "p"], "'4k' is not a whole number in the range 1<=x<=67108864"),
+        (["run", "--max-tokens", "99999999", "m", "p"], "99999999 is not in the range 1<=x<=67108864"),
+        (["run", "--max-tokens", "9" * 5000, "m", "p"], "is not a whole number in the range 1<=x<=67108864"),
+        (["run", "--temperature", "warm", "m", "p"], "'warm' is not a number in the range 0<=x<=100"),
+        (["run", "--deadline", "nan", "m", "p"], "'nan' is not a number in the range 0<x<=1000000.0"),
+        (["serve", "--sequences", "many"], "'many' is not a whole number in the range x>=1"),
+        (["serve", "--queue", "99999999"], "max_queue=99999999: must be from 0 to 16384"),
+        (["bench", "--repeat", "1.5", "m"], "'1.5' is not a whole number in the range x>=1"),
+        (["logs", "-n", "all"], "'all' is not a whole number in the range x>=0"),
         (["run", "--raw", "--system", "s", "m", "p"], "--system needs the chat template"),
         (["run", "--seed", str(1 << 70), "m", "p"], "an option is out of range"),
     ],

@@ -31,6 +31,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
+from shoal.daemon.sizes import parse_bytes
 from shoal.engine.batch import Batch
 from shoal.engine.sequence import Sequence
 from shoal.kernels.arrays import Floats
@@ -218,9 +219,9 @@ def test_a_prompt_longer_than_the_context_is_told_what_would_hold_it(path: Path)
         with pytest.raises(DaemonError) as caught:
             list(node.stream(Generate(prompt_tokens=[1] * 60)))
         assert caught.value.code == "context_overflow"
-        figures = re.search(r"`context_tokens=(\d+)`, which takes ([\d,]+) MB", caught.value.hint)
+        figures = re.search(r"`context_tokens=(\d+)`, which takes ([\d.]+ [MG]B) ", caught.value.hint)
         assert figures is not None
-        context, needed_bytes = int(figures[1]), int(figures[2].replace(",", "")) * 10**6
+        context, needed_bytes = int(figures[1]), parse_bytes(figures[2])
         process_bytes = node.budget.held_by(PROCESS)
         with pytest.raises(DaemonError, match="the context holds") as caught:
             list(node.stream(Generate(prompt_tokens=[1] * 9000)))

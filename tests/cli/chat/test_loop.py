@@ -3,94 +3,22 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.cli_fakes import FakeAnswers, FakeClient, model_status, shoal
+from fakes.chat_fakes import Daemon, asked, put, talk
+from fakes.cli_fakes import FakeAnswers, model_status, shoal
 
-from shoal import client as client_room
 from shoal.cli import background
 from shoal.cli.chat import loop as chat_module
 from shoal.cli.chat.commands import COMMANDS, ChatState, completions, obey
 from shoal.cli.chat.conversation import Conversation, finished, unfinished
-from shoal.cli.chat.link import ChatLink
-from shoal.cli.chat.loop import ChatLoop, toolbar
-from shoal.cli.options import AnswerOptions
+from shoal.cli.chat.loop import toolbar
 from shoal.comm.errors import NoDaemon, RequestFailed
 from shoal.comm.home import Home
-from shoal.comm.messages import Chat
 from shoal.daemon.errors import DaemonError
-
-
-class Daemon:
-    """A daemon that runs or does not, and can be started."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.up = True
-        self.starts = 0
-        self.client = FakeClient(model_status("tiny"))
-        monkeypatch.setattr(client_room, "Client", self.connect)
-        monkeypatch.setattr(background, "running_pid", lambda home: 42 if self.up else None)
-        monkeypatch.setattr(background, "start", self.start)
-
-    def connect(self, *_: Any, **__: Any) -> FakeClient:
-        if not self.up:
-            raise NoDaemon("no daemon answers")
-        return self.client
-
-    def start(self, home: Home, arguments: list[str]) -> int:
-        self.starts += 1
-        self.up = True
-        self.client.fails = None
-        self.client.models.clear()
-        return 43
-
-    def die(self) -> None:
-        self.up = False
-        self.client.fails = NoDaemon("the daemon went away")
-
-
-class Script:
-    """A user who says these texts, calls these functions in between, and then leaves."""
-
-    def __init__(self, *said: str | Callable[[], None]) -> None:
-        self.said = list(said)
-
-    def read(self) -> str | None:
-        while self.said:
-            said = self.said.pop(0)
-            if isinstance(said, str):
-                return said
-            said()
-        return None
-
-
-@pytest.fixture
-def daemon(monkeypatch: pytest.MonkeyPatch) -> Daemon:
-    return Daemon(monkeypatch)
-
-
-@pytest.fixture
-def state(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChatState:
-    home = Home(tmp_path / "home")
-    monkeypatch.setenv("SHOAL_HOME", str(home.root))
-    made = ChatState(home, ChatLink(home), Conversation())
-    made.link.load("tiny", None)
-    return made
-
-
-def talk(state: ChatState, *said: str | Callable[[], None], **options: Any) -> int:
-    return ChatLoop(state, AnswerOptions(**options), Script(*said)).run()
-
-
-def asked(daemon: Daemon) -> list[list[tuple[str, Any]]]:
-    requests = daemon.client.answers.requests
-    return [
-        [(m.role, m.content) for m in request.messages] for request in requests if isinstance(request, Chat)
-    ]
 
 
 def test_a_path_is_no_command(daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,12 +145,6 @@ def test_several_lines_are_one_message(typed: str, open_: bool, meant: str | Non
 
 
 # --- commands ---------------------------------------------------------------------------------------------
-
-
-def put(state: ChatState, name: str) -> None:
-    with state.library.stage(name, "test") as staging:
-        (staging.path / f"{name}.gguf").write_bytes(b"GGUF")
-        staging.commit("gguf", {f"{name}.gguf": "0" * 64})
 
 
 def test_models_are_listed_and_changed(

@@ -119,7 +119,9 @@ def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) ->
     with Node(NodeConfig(context_tokens=96, kv_tokens=768)) as node:
         node.load(Load(model=str(path)))
         leave(node, 6 << 20)
-        with pytest.raises(DaemonError, match=r"needs at least \d+ MB.* budget is \d+ MB") as refused:
+        with pytest.raises(
+            DaemonError, match=r"needs at least [\d.]+ [MG]B: .* budget is [\d.]+ [MG]B"
+        ) as refused:
             node.load(Load(model=str(large)))
         assert "for the process" in str(refused.value)
         assert "memory_bytes" in refused.value.hint
@@ -149,7 +151,7 @@ def test_the_budget_that_is_said_to_do_does(
 
 def test_too_little_memory_is_refused_with_the_figure(path: Path) -> None:
     with Node(NodeConfig(context_tokens=96, memory_bytes=32 << 20)) as node:
-        with pytest.raises(DaemonError, match=r"needs at least \d+ MB.* budget is 33.6 MB") as caught:
+        with pytest.raises(DaemonError, match=r"needs at least [\d.]+ MB: .* budget is 33.6 MB") as caught:
             node.load(Load(model=str(path)))
         assert caught.value.code == "resources"
 
