@@ -249,9 +249,8 @@ class Scheduler:
         self.totals.preemptions += 1
 
     def _restart(self, sequence: Sequence) -> None:
-        """Have it computed again from its first token, with the ropes of its present length."""
+        """Have it computed again from its first token, except for what it then finds in the prefix cache."""
         self.cache.release(sequence.holding, sequence.tokens, sequence.computed)
-        sequence.holding.length = length_class(self._ropes, len(sequence.tokens))
         sequence.computed = 0
         sequence.restarts += 1
 
@@ -320,7 +319,8 @@ class Scheduler:
             return events + self.end(sequence, reason)
         self.cache.publish(sequence.holding, sequence.tokens, sequence.computed)
         if len(sequence.tokens) > grows_to(self._ropes, sequence.holding.length):
-            self._restart(sequence)  # with all keys turned anew, as transformers does
+            self._restart(sequence)  # so that all keys are turned anew, as transformers does
+            sequence.holding.length = length_class(self._ropes, len(sequence.tokens))
         return events
 
     def _account(self, chunk: Chunk, appended: list[int]) -> None:
