@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,7 @@ def start(
     private_dir(home.root)
     private_dir(home.logs)
     path = log_path(home)
+    _check_disk(path.parent)
     _rotate(path)
     with path.open("ab") as log:
         began = log.tell()
@@ -92,6 +94,7 @@ def start(
     try:
         for _ in range(int(limit_s / DAEMON_POLL_S)):
             if process.poll() is not None:
+                _check_disk(path.parent)
                 raise DaemonError(
                     _CODE_OF_EXIT.get(process.returncode, "internal"),
                     f"the daemon stopped while starting (exit {process.returncode}): {_last_line(path, began)}",
@@ -166,6 +169,18 @@ def _signal(process: int, pid: int, number: signal.Signals) -> None:
 def _gone(process: int, limit_s: float = 0.0) -> bool:
     """Whether a process has ended, at the latest after so long."""
     return bool(select.select([process], [], [], limit_s)[0])
+
+
+def _check_disk(directory: Path) -> None:
+    """Raises DaemonError when nothing can be written there: then a daemon cannot say why it stopped."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b" " * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        hint = "free some space, or set SHOAL_HOME to another disk"
+        raise DaemonError("resources", f"cannot write into {directory}: {error.strerror}", hint) from error
 
 
 def _rotate(path: Path) -> None:

@@ -10,6 +10,7 @@ import click
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
+from shoal.daemon.model_name import Reference
 
 from . import background
 from .answers import from_daemon, reference
@@ -53,6 +54,11 @@ NOW_LIMIT_S = 40.0
     metavar="SIZE",
     help="Disk space for the KV of conversations (default: 4GB, at most a tenth of the free disk); 0 keeps none.",
 )
+@click.option(
+    "--models-only",
+    is_flag=True,
+    help="Load only models of the store: requests cannot name or probe any path.",
+)
 @quant_option
 @draft_option
 @plan_options
@@ -64,6 +70,7 @@ def serve(
     sequences: int | None,
     queue: int | None,
     kv_disk: int | None,
+    models_only: bool,
     plan: PlanOptions,
 ) -> None:
     """Run the daemon, in the foreground unless --detach is given.
@@ -74,6 +81,9 @@ def serve(
     if draft and not model:
         raise click.UsageError("--draft needs the --model that it guesses for")
     home = Home.from_env()
+    if models_only:
+        for name in filter(None, (model, draft)):
+            Library(home).resolve_stored(Reference.parse(name).model)
     limits = {"max_sequences": sequences, "max_queue": queue, "kv_disk_bytes": kv_disk}
     given = {name: value for name, value in limits.items() if value is not None}
     config = plan.config(**given)
@@ -86,6 +96,7 @@ def serve(
         arguments = plan.arguments()
         arguments += [part for place in address for part in ("--address", place)]
         arguments += [part for name, value in given.items() for part in (WORDS[name], str(value))]
+        arguments += ["--models-only"] * models_only
         with spinner("starting the daemon"):
             pid = background.start(home, arguments)
         if wanted:
@@ -96,7 +107,12 @@ def serve(
     with deferred_interrupt():
         from shoal.daemon.service import serve as serve_here
     serve_here(
-        config, home=home, model=wanted, draft=guessing, addresses=[home.address, *address] if address else ()
+        config,
+        home=home,
+        model=wanted,
+        draft=guessing,
+        addresses=[home.address, *address] if address else (),
+        models_only=models_only,
     )
 
 

@@ -27,7 +27,7 @@ from .errors import DaemonError
 from .node import Node
 from .private_files import private_dir
 
-CLOSING_S = 25.0  # KV is written to disk for at most 10 s of that
+ENDING_S = 25.0  # KV is written to disk for at most 10 s of that
 THREADS_S = 2.0  # that threads have to end when everything is closed
 
 log = logging.getLogger(__name__)
@@ -40,10 +40,12 @@ def serve(
     model: str | None = None,
     draft: str | None = None,
     addresses: Sequence[str] = (),
+    models_only: bool = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT; the first lets running requests end, the second stops at once.
 
     `addresses` default to the home's private socket. `model` is loaded meanwhile, with `draft` to guess for it.
+    With `models_only` nobody can name a path, only models of the store.
     Raises DaemonError when an address is taken or refused, or the model cannot be loaded.
     """
     logging.basicConfig(
@@ -56,9 +58,10 @@ def serve(
         server_keys = curve_keys.load_server(home.keys)
     except KeyFileError as error:
         raise DaemonError("bad_request", str(error)) from error
+    library = Library(home)
     node = Node(
         config,
-        Library(home).resolve,
+        library.resolve_stored if models_only else library.resolve,
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
     )
@@ -88,8 +91,8 @@ def serve(
 
 
 def _end_in_time() -> None:
-    """From now on the process ends within `CLOSING_S`, whatever its threads do, even one that keeps Python's lock."""
-    faulthandler.dump_traceback_later(CLOSING_S, exit=True)
+    """From now on the process ends within `ENDING_S`, whatever its threads do, even one that keeps Python's lock."""
+    faulthandler.dump_traceback_later(ENDING_S, exit=True)
 
 
 def _leave_threads() -> None:

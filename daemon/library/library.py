@@ -160,6 +160,19 @@ class Library:
             raise DaemonError("not_found", f"no such file or directory: {model[:300]}", hint)
         raise self._unknown(model)
 
+    def resolve_stored(self, model: str) -> Path:
+        """`resolve` for who may name only models of the store: nothing is told of other files, not even which exist.
+        Raises DaemonError `not_found` or `corrupt`."""
+        found = self._find(registry.canonical(model)) or next(
+            (entry for entry in self.list() if str(entry.path) == model), None
+        )
+        if found is None:
+            message = (
+                f"{model[:140]!r} is no model of this daemon's store, and it loads no others (`models_only`)"
+            )
+            raise DaemonError("not_found", message, "`shoal ls` on its machine lists them")
+        return found.path
+
     def entry(self, name: str) -> StoredModel:
         """The model of that name or alias. Raises DaemonError `not_found` or `corrupt`."""
         found = self._find(registry.canonical(name))
@@ -195,7 +208,8 @@ class Library:
         check_name(name)
         with self._lock(name):
             path = private_dir(self._internal(".partial") / name)
-            self._claim(path, source)
+            with disk_errors(self.root, 0, name):
+                self._claim(path, source)
             staging = Staging(name, source, path, self.root / name)
             try:
                 yield staging

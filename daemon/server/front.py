@@ -24,12 +24,12 @@ from .limits import ServerLimits
 from .log_rate import SeldomLog
 from .zmtp_meter import ZmtpMeter, weight
 
-CHUNK_BYTES = 1 << 16
+PASSED_BYTES = 1 << 16
 ACCEPTS = 16  # in a row, before bytes are passed on again
 PAUSE_S = 0.1  # in which nobody is accepted, when a descriptor was missing
 FAREWELL_S = 0.5  # that the last bytes have to reach clients
-IDLE_S = 10.0
-QUIET_S = 1.0  # without a byte from a client, after which the server has surely taken all that it sent
+NAP_S = 10.0
+TAKEN_S = 1.0  # without a byte from a client, after which the server has surely taken all that it sent
 AHEAD_BYTES = 1 << 18  # weight of the messages that libzmq holds for a client, besides one that is larger
 READ, WRITE, GONE = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
 ONCE = select.EPOLLET  # an end that is not read and has gone is reported once, not without end
@@ -180,7 +180,7 @@ class Front:
     def _patience_s(self) -> float:
         if self._closing_s:
             return 0.02
-        return PAUSE_S if self._resting_s else IDLE_S
+        return PAUSE_S if self._resting_s else NAP_S
 
     def _watch(self, descriptor: int, events: int, handler: Callable[[int], None]) -> None:
         self._handlers[descriptor] = handler
@@ -245,7 +245,7 @@ class Front:
             self._want(error)
             return False
         try:
-            inner.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHUNK_BYTES // 2)
+            inner.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PASSED_BYTES // 2)
             inner.bind("")  # the kernel finds a name
             inner.connect("\0" + listener.inner.removeprefix("ipc://@"))
         except OSError:  # the server is closing, or libzmq has too many to accept
@@ -317,7 +317,7 @@ class Front:
             if events & WRITE:
                 link.to_client = link.to_client[link.client.send(link.to_client) :]
             if events & READ and not (link.to_server or link.paused or link.ahead):
-                self._forward(link, link.client.recv(CHUNK_BYTES))
+                self._forward(link, link.client.recv(PASSED_BYTES))
             elif events & GONE:
                 self._close(link)
         except BlockingIOError:
@@ -340,7 +340,7 @@ class Front:
         now_s = time.monotonic()
         if unfinished <= before:
             link.begun_s = now_s
-        if link.meter.encrypted and now_s > link.forwarded_s + QUIET_S:
+        if link.meter.encrypted and now_s > link.forwarded_s + TAKEN_S:
             link.heard = weight_before  # else the pings of all its days would count as messages not read yet
         link.forwarded_s = now_s
         link.to_server = _rest_of(link.inner, data)
@@ -359,7 +359,7 @@ class Front:
             if events & WRITE:
                 link.to_server = link.to_server[link.inner.send(link.to_server) :]
             if events & READ and not link.to_client:
-                data = link.inner.recv(CHUNK_BYTES)
+                data = link.inner.recv(PASSED_BYTES)
                 self._meet(link)
                 if data:
                     link.to_client = _rest_of(link.client, data)

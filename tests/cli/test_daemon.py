@@ -116,7 +116,7 @@ def tokenize(self, request):
     threading.Event().wait()
 
 Node.tokenize = tokenize
-service.CLOSING_S, service.THREADS_S = 3.0, 0.5
+service.ENDING_S, service.THREADS_S = 3.0, 0.5
 service.serve(NodeConfig(threads=1), home=Home.from_env())
 """
 
@@ -217,6 +217,50 @@ def test_a_daemon_that_dies_while_starting_is_told_with_its_last_words(
         background.start(home, [])
     assert caught.value.code == "resources"
     assert "no room for it" in shoal("logs").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"), [(["serve"], "run/daemon.sock.lock"), (["serve", "--detach"], "logs")]
+)
+def test_a_disk_without_room_is_told_with_the_file_and_what_to_do(
+    home: Home, arguments: list[str], file: str
+) -> None:
+    """Here no file may grow; on a full disk the words are others."""
+    limit = "import resource as r, os, sys; r.setrlimit(r.RLIMIT_FSIZE, (0, 0)); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", limit, sys.executable, "-m", "shoal.cli.main", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert f"{home.root / file}: File too large (free some space, or set SHOAL_HOME" in done.stderr
+
+
+def test_a_daemon_for_models_of_the_store_only_loads_no_path(home: Home, tmp_path: Path) -> None:
+    model = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "tiny.gguf")
+    assert shoal("pull", "--name", "mine", str(model)).exit_code == 0
+    refused = shoal("serve", "--models-only", "--model", str(model))
+    assert refused.exit_code == 1
+    assert "is no model of this daemon's store, and it loads no others (--models-only)" in refused.stderr
+    started = shoal_process("", "serve", "--detach", "--models-only", "--model", "mine", "--threads", "1")
+    try:
+        assert started.returncode == 0, started.stderr
+        with Client(home.address) as client:
+            client.unload()
+            for path in (str(model), str(tmp_path / "missing"), "/etc/passwd"):
+                for ask in (
+                    lambda path=path: client.load(path),
+                    lambda path=path: client.load("mine", draft=path),
+                    lambda path=path: client.text("a", model=path),
+                    lambda path=path: client.text(
+                        messages=[{"role": "user", "content": "a"}], model=path + ":q4"
+                    ),
+                    lambda path=path: client.tokenize("a", model=path),
+                ):
+                    with pytest.raises(RequestFailed, match="no model of this daemon's store") as caught:
+                        ask()
+                    assert caught.value.code == "not_found"
+            assert client.text("a", model="mine", max_tokens=2)[1].usage.completion_tokens > 0
+    finally:
+        stopped = shoal("stop", "--now")
+    assert stopped.exit_code == 0, stopped.stderr
 
 
 def test_ctrl_c_while_a_daemon_starts_ends_it(

@@ -126,7 +126,11 @@ def test_help_is_a_verb_too() -> None:
         (KeyboardInterrupt(), "interrupted", 130),
         (click.Abort(), "interrupted", 130),
         (FileNotFoundError(2, "No such file", "x"), "x: No such file", 1),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", 3),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "No space left on device (free some space, or set SHOAL_HOME to another disk)",
+            3,
+        ),
         (OSError(errno.EIO, "Input/output error"), "Input/output error", 1),
         (
             KeyError("k"),
