@@ -93,9 +93,12 @@ class ThroughDaemon:
         wanted = Reference.parse(model)
         name = wanted._replace(model=Path(wanted.model).name)
         with spinner(f"loading {name}") as update:
-            return self._client.load(
+            loaded = self._client.load(
                 model, context, draft, lambda stage: update(f"{name}: {stage_text(stage)}")
             ).model
+        for warning in loaded.warnings:  # in this process the log says them
+            note(warning)
+        return loaded
 
     def models(self) -> list[ModelStatus]:
         return self._client.status().models

@@ -311,6 +311,7 @@ class ModelStatus(Message):
     kv_disk_bytes: int = 0  # size of the KV pages kept on disk
     kv_disk_pages_read_total: int = 0  # pages read back instead of computed
     kv_disk_pages_written_total: int = 0
+    warnings: list[str] = []  # what is odd about its files, one line each
 
 
 class Loaded(Message):

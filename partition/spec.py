@@ -158,8 +158,8 @@ class ModelSpec:
             raise SpecError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
         if min(self.o_margins) < 0:
             raise SpecError(f"o_margins={self.o_margins}: must not be negative")
-        if not 0 < self.norm_eps < 1:
-            raise SpecError(f"norm_eps={self.norm_eps}: must be between 0 and 1")
+        if not 1e-20 <= self.norm_eps < 1:  # less is nothing in f32
+            raise SpecError(f"norm_eps={self.norm_eps}: must be from 1e-20 to 1")
         if not 0 <= self.query_scale <= 1e6:
             raise SpecError(f"query_scale={self.query_scale}: must be from 0 to 1e+06")
         if self.qkv_clip is not None and not 1e-6 <= self.qkv_clip <= 1e9:

@@ -11,6 +11,7 @@ from (`pull`), nor what is inside their files.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import shutil
@@ -27,10 +28,13 @@ from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import alone, private_dir
 from shoal.daemon.progress import Progress, no_progress
+from shoal.models.checkpoint.identity import FileStamp
 from shoal.models.regular_files import read_regular
 
 from . import registry
 from .transfer import disk_errors, hash_file, sync, sync_directory
+
+log = logging.getLogger(__name__)
 
 MODEL_MANIFEST = "manifest.json"
 MODEL_MANIFEST_BYTES = 16 << 20
@@ -134,12 +138,14 @@ class Library:
 
     def __init__(self, home: Home) -> None:
         self.root = home.models
+        self._read_again: dict[Path, FileStamp] = {}  # files that were touched, and still are what was pulled
 
     # --- reading ----------------------------------------------------------------------------------------
 
     def resolve(self, model: str) -> Path:
         """The checkpoint's path for a path or a name. Raises DaemonError `not_found`."""
         if not is_path(model) and (found := self._find(registry.canonical(model))) is not None:
+            self._require_unaltered(found)
             return found.path
         path = existing_path(model) if model else None
         if path is not None:
@@ -260,6 +266,29 @@ class Library:
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
         return StoredModel(directory, manifest) if whole else None
+
+    def _require_unaltered(self, entry: StoredModel) -> None:
+        """Raises DaemonError `corrupt` if a file is not the one that was pulled. Files that nobody has touched since
+        are not read."""
+        manifest = entry.directory / MODEL_MANIFEST
+        try:
+            pulled_ns = manifest.stat().st_mtime_ns
+            for file in entry.manifest.files:
+                path = entry.directory / file.name
+                stamp = FileStamp.of(path.stat())
+                touched = max(stamp.written_ns, stamp.changed_ns) > pulled_ns
+                if not touched or self._read_again.get(path) == stamp:
+                    continue
+                log.info("%s was touched since it was pulled, so it is read again", path)
+                if hash_file(path, no_progress, file.name) != file.sha256:
+                    raise DaemonError(
+                        "corrupt",
+                        f"{path} is not the file that was pulled as {entry.name}",
+                        f"`remove({entry.name})`, then `pull` it again",
+                    )
+                self._read_again[path] = stamp
+        except OSError as error:
+            raise DaemonError("corrupt", f"{entry.name}: {error.filename}: {error.strerror}") from error
 
     def _unknown(self, name: str) -> DaemonError:
         known = sorted({*self._names(), *(model.name for model in registry.MODELS)})

@@ -160,6 +160,7 @@ class LoadedModel:
             kv_disk_bytes=disk.nbytes if disk else 0,
             kv_disk_pages_read_total=disk.pages_read if disk else 0,
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
+            warnings=[*self.checkpoint.warnings, *self.advice.warnings],
         )
 
     @property

@@ -19,7 +19,7 @@ import numpy as np
 from shoal.kernels import Matrix, WeightType, dequantize, from_stored, interleave
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.huge_pages import Arena
-from shoal.models.errors import CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint
+from shoal.models.errors import CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint, one_line
 from shoal.models.families import Recipe, bias_shapes, recipe_from_gguf, recipe_from_hf, shapes
 from shoal.models.families.tensors import NORMS
 from shoal.models.tokenizer.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ class Checkpoint:
         self.path = path
         self.kind = kind
         self.spec = recipe.spec
-        self.warnings = list(recipe.warnings)
+        self.warnings = [one_line(said, 500) for said in recipe.warnings]
         self.metadata: Mapping[str, Any] = files.metadata
         self._files = files
         self._memory = Arena()

@@ -233,6 +233,8 @@ class _Header:
 
     def _take(self, count: int, what: str) -> bytes:
         if self._at + count > self._end:
+            if self._end < self._size:
+                raise self._corrupt(f"its header has more than {self._end} bytes, and no more are read")
             raise self._corrupt(
                 f"{what} needs bytes up to {self._at + count}, the header ends at {self._end}; "
                 "the file was cut short, fetch it again"

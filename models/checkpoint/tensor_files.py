@@ -20,7 +20,7 @@ import numpy as np
 from shoal.kernels import WeightType
 from shoal.kernels.arrays import Bytes
 from shoal.models.errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
-from shoal.models.regular_files import FileTooLong, open_regular
+from shoal.models.regular_files import FileTooLong, NotRegular, open_regular
 
 from .identity import FileStamp, Stamps, stamped
 
@@ -180,4 +180,8 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
         return MissingCheckpoint(f"{path}: no such file")
     if isinstance(error, FileTooLong):
         return CorruptCheckpoint(f"{path}: is refused: {error.strerror}")
+    if isinstance(error, NotRegular):
+        return CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}")
+    if isinstance(error, PermissionError):
+        return MissingCheckpoint(f"{path}: cannot be read: {error.strerror}")
     return CheckpointError(f"{path}: cannot be read: {error.strerror}")

@@ -32,18 +32,20 @@ def recipe_from_hf(
 
     Raises CheckpointError.
     """
-    if isinstance(quantization := config.get("quantization_config"), Mapping):
-        method = quantization.get("quant_method", "unknown")
-        raise UnsupportedCheckpoint(
-            f"{origin}: the weights are quantised by {method!r}, which Shoal does not read; "
-            "use the original weights or a GGUF file"
-        )
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        if isinstance(quantization := part.get("quantization_config"), Mapping):
+            method = quantization.get("quant_method", "unknown")
+            raise UnsupportedCheckpoint(
+                f"{origin}: the weights are quantised by {str(method)[:40]!r}, which Shoal does not read; "
+                "use the original weights or a GGUF file"
+            )
     name = Facts(config, origin).text("model_type")
     family = next((f for f in FAMILIES if name in f.hf.types), None)
     if family is None:
         known = ", ".join(t for f in FAMILIES for t in f.hf.types)
         raise UnsupportedCheckpoint(f"{origin}: model_type {name!r} is not supported (supported: {known})")
-    if isinstance(text := config.get("text_config"), Mapping):
+    if isinstance(text, Mapping):
         config = text
     with _numbers_of(origin):
         return hf_recipe(family, config, origin, tensors, same)

@@ -35,6 +35,7 @@ class Ends(NamedTuple):
     embed: str
     head: str
     warnings: tuple[str, ...] = ()
+    spare: str = ""  # a stored head that equals the embedding
 
     @property
     def tied(self) -> bool:
@@ -62,7 +63,7 @@ def find_ends(tensors: Collection[str], claims_tied: bool, origin: str, same: Sa
     if not claims_tied:
         return Ends(prefix, embed, head)
     if same(embed, head):
-        return Ends(prefix, embed, embed)
+        return Ends(prefix, embed, embed, spare=head)
     return Ends(prefix, embed, head, (f"{said} hold {head} with values of its own; it is used",))
 
 
@@ -103,14 +104,19 @@ def unused(
     left = [
         name for name in tensors if name not in used and name.startswith(own) and not name.endswith(buffers)
     ]
-    layers = check_layers(left, re.escape(prefix) + r"layers\.(\d{1,6})\.", 0, origin)
-    if layers > count:
-        return (
-            f"{origin}: num_hidden_layers={count}, but the files hold {layers} layers; the others are not used",
+    numbered = re.compile(re.escape(prefix) + r"layers\.(\d{1,6})\.")
+    beyond = [name for name in left if (found := numbered.match(name)) and int(found[1]) >= count]
+    said: list[str] = []
+    if beyond:
+        layers = check_layers(beyond, numbered.pattern, 0, origin)
+        said.append(
+            f"{origin}: num_hidden_layers={count}, but the files hold {layers} layers; the others are not used"
         )
-    if not left:
-        return ()
-    return (f"{origin}: gives {len(left)} tensors of the files no place ({_some(left)}); they are not used",)
+    if rest := set(left) - set(beyond):
+        said.append(
+            f"{origin}: gives {len(rest)} tensors of the files no place ({_some(rest)}); they are not used"
+        )
+    return tuple(said)
 
 
 def _prefix(tensors: Collection[str]) -> str:
@@ -127,4 +133,5 @@ def _prefix(tensors: Collection[str]) -> str:
 
 def _some(names: Iterable[str]) -> str:
     ordered = sorted(names)
-    return ", ".join(ordered[:_NAMED]) + (", …" if len(ordered) > _NAMED else "")
+    shown = (name if name.isprintable() else ascii(name) for name in ordered[:_NAMED])
+    return ", ".join(name[:100] for name in shown) + (", …" if len(ordered) > _NAMED else "")

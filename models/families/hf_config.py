@@ -70,7 +70,7 @@ def hf_recipe(
     claimed = {role: flag == ALWAYS or facts.flag(flag, False) for role, flag in flags.items()}
     biases, without = claimed_biases(names, tensors, claimed, count, origin)
     names = chosen(spec, names, biases)
-    left = unused(tensors, _used(spec, names), ends.prefix, count, origin)
+    left = unused(tensors, _used(spec, names) | {ends.spare}, ends.prefix, count, origin)
     return Recipe(spec, names, hf.norm_shift, ends.warnings + without + left)
 
 

@@ -79,8 +79,8 @@ def _parts(
     encoder = SpecialSplitter(
         vocab,
         merger,
-        add_bos=keys.flag("add_bos_token", add_bos),
-        add_eos=keys.flag("add_eos_token", False),
+        add_bos=keys.flag("add_bos_token", add_bos) and not keys.lacks("bos_token_id", vocab.bos_id),
+        add_eos=keys.flag("add_eos_token", False) and not keys.lacks("eos_token_id", vocab.eos_id),
         edges=_edges(keys, vocab),
     )
     return Parts(
@@ -89,7 +89,7 @@ def _parts(
         encoder.longest_bytes,
         chat_templates=keys.templates(),
         template_tokens=keys.named_tokens(vocab),
-        warnings=tuple(dict.fromkeys(keys.warnings)),
+        warnings=tuple(keys.outside.values()),
     )
 
 
@@ -138,7 +138,7 @@ class _Keys:
 
     def __init__(self, metadata: Mapping[str, object]) -> None:
         self._metadata = metadata
-        self.warnings: list[str] = []
+        self.outside: dict[str, str] = {}  # ids that are none, and a warning of each
 
     def optional_text(self, key: str) -> str | None:
         value = self._metadata.get(key)
@@ -173,7 +173,7 @@ class _Keys:
                 f"{_PREFIX + name} is {value!r:.40} instead of a token id; the file is damaged"
             )
         if not 0 <= value < count:
-            self.warnings.append(
+            self.outside[name] = (
                 f"{_PREFIX + name}={value} is outside the vocabulary of {count} tokens; it is not used"
             )
             return default
@@ -196,6 +196,10 @@ class _Keys:
             if (token_id := self.token_id(name, None, len(vocab))) is not None:
                 found[role] = vocab.tokens[token_id]
         return found
+
+    def lacks(self, name: str, used: int | None) -> bool:
+        """Whether there is no such token because the file names one outside the vocabulary."""
+        return used is None and name in self.outside
 
     def texts(self, name: str) -> Texts:
         value = self._metadata.get(_PREFIX + name)

@@ -17,7 +17,7 @@ from shoal.models.errors import TokenizerError
 from shoal.models.texts import Texts
 
 SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space
-MAX_TOKENS = 4_000_000
+MAX_TOKENS = 1 << 20  # the largest published vocabularies have 262,000
 
 # Control tokens with these texts end a turn. The list is that of llama.cpp's EOG detection. It is needed because many
 # files name only one of several end tokens. Tokens that a file marks as text are text, whatever they spell: Gemma 3 has
@@ -145,6 +145,8 @@ class Vocabulary:
 
 def inverse(tokens: Texts | list[str]) -> dict[str, int]:
     """Text → id, for making mergers; too large to keep. Raises TokenizerError if two tokens share a text."""
+    if len(tokens) > MAX_TOKENS:
+        raise TokenizerError(f"a vocabulary has 1 to {MAX_TOKENS} tokens, this one has {len(tokens)}")
     ids = {text: token_id for token_id, text in enumerate(tokens)}
     if len(ids) != len(tokens):
         twice = next(text for token_id, text in enumerate(tokens) if ids[text] != token_id)
