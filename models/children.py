@@ -109,11 +109,14 @@ class ChildKind:
             self._changed.notify_all()
 
     def forget(self, owner: object) -> None:
-        """End the children of an owner that is no more."""
+        """End the children of an owner, also those that work."""
         with self._changed:
             for child in [child for child in self._idle if child.owner is owner]:
                 self._idle.remove(child)
                 child.end()
+            for child in self._working:
+                if child.owner is owner:
+                    child.kill()
 
     def _available(self, owner: object) -> _Child | None:
         if sum(child.owner is owner for child in self._working) >= MOST_OF_ONE:
@@ -154,6 +157,7 @@ class Confined:
         self._first = first
         self._limits = limits
         self._owner = object()
+        self._closed = False
         weakref.finalize(self, kind.forget, self._owner)
         self._with_child(lambda child: b"")
 
@@ -161,19 +165,28 @@ class Confined:
         """The answer to a job. Raises LimitPassed, JobFailed, or Overloaded when it would have to wait for long."""
         return self._with_child(lambda child: child.do(job, limits))
 
+    def close(self) -> None:
+        """End the jobs that are under way, and refuse later ones with Overloaded. Idempotent."""
+        self._closed = True
+        self._kind.forget(self._owner)
+
     def _with_child(self, act: Callable[[_Child], bytes]) -> bytes:
         while True:
             child = self._kind.take(self._owner)
             fresh = not child.begun
             try:
+                if self._closed:  # perhaps while it waited for its turn
+                    raise Overloaded("the model is being unloaded")
                 if fresh:
                     child.begin(self._first, self._limits)
                 return act(child)
             except _Died as error:
-                if fresh:  # else it may have died before, and another does the job
+                if fresh and not self._closed:  # else it may have died before, and another does the job
                     raise LimitPassed(str(error)) from error
             finally:
                 self._kind.give_back(child)
+                if self._closed:
+                    self._kind.forget(self._owner)
 
 
 class _Child:
@@ -236,8 +249,12 @@ class _Child:
         """Idempotent."""
         self.alive = False
         self._socket.close()
-        self._process.kill()
+        self.kill()
         self._process.wait()
+
+    def kill(self) -> None:
+        """End the process while a thread waits for its answer."""
+        self._process.kill()
 
     def _send(self, data: bytes, limits: Limits) -> None:
         self._socket.settimeout(limits.seconds)

@@ -111,6 +111,8 @@ class LoadedModel:
         """End all its requests with `error`, even in a step that waits for a disk. It answers nothing after that."""
         self.engine.fail_all(error)
         self.executor.store.close()
+        if isinstance(self._template, ChatTemplate):
+            self._template.close()
 
     def release(self, budget: Budget) -> None:
         """End a step under way, keep its KV on disk and give the budget back. The memory is freed with the last

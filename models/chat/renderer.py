@@ -65,3 +65,7 @@ class Renderer:
         except LimitPassed as error:
             raise TemplateError(f"{self._name} {error}") from error
         return text.decode("utf-8", "surrogatepass")
+
+    def close(self) -> None:
+        """End the renderings that are under way, and refuse later ones with Overloaded."""
+        self._confined.close()

@@ -77,6 +77,10 @@ class ChatTemplate:
             conversation,
         )
 
+    def close(self) -> None:
+        """End the renderings that are under way, and refuse later ones with Overloaded."""
+        self._renderer.close()
+
     def _render(self, variables: dict[str, Any], conversation: list[dict[str, Any]]) -> str:
         return self._renderer.render({**self._tokens, **variables, "messages": conversation})
 

@@ -24,7 +24,7 @@ from .ordinary_files import is_ordinary
 _FILE_BYTES, _FILE_BYTES_PER_BYTE, _FILE_S = 128 << 20, 16, 60.0
 _TEXT_BYTES, _TEXT_BYTES_PER_CHAR, _TEXT_S = 64 << 20, 400, 10.0
 _MAX_FILE_BYTES, _MAX_TEXT_BYTES = 1 << 30, 512 << 20
-_CHARS_PER_S = 100_000  # beyond the first seconds
+_CHARS_PER_S, _MAX_TEXT_S = 100_000, 30.0  # beyond the first seconds, and in all
 _JOIN_S, _LATE_S = 0.02, 2.0  # for putting a few tokens together, and how much longer it may take in all
 _SCRIPT = Path(__file__).with_name("hf_library.py")
 _CHILDREN, _JOINING_CHILDREN = ChildKind(_SCRIPT, ("tokenizers",)), ChildKind(_SCRIPT, ("tokenizers",))
@@ -136,7 +136,7 @@ class _InChild:
 
     def encode(self, text: str, add_special: bool, parse_special: bool, limit: int) -> list[int]:
         memory_bytes = min(_TEXT_BYTES + _TEXT_BYTES_PER_CHAR * len(text), _MAX_TEXT_BYTES)
-        limits = Limits(memory_bytes, _TEXT_S + len(text) / _CHARS_PER_S)
+        limits = Limits(memory_bytes, min(_TEXT_S + len(text) / _CHARS_PER_S, _MAX_TEXT_S))
         long = len(text) if len(text) > STRETCH_CHARS else 0
         with _child_errors("this text cannot be tokenised", long):
             ids = self._do(limits, "encode_within", text, add_special, parse_special, limit)

@@ -18,6 +18,7 @@ from .word_rules import REGEXES
 _MAX_STEPS = 12  # of one of the four parts
 _MAX_REWRITES = 2  # of these, steps that put texts in place of others …
 _MAX_CONTENT_CHARS = 4  # … which are no longer than this
+_MAX_PART_BYTES = 64 << 10
 _MAX_NODES = 400  # values within one part
 _MAX_TEXT_CHARS = 64
 _MAX_LIST = 32
@@ -63,10 +64,10 @@ class _Model(msgspec.Struct):
 
 class _Outline(msgspec.Struct):
     model: _Model
-    normalizer: Any = None
-    pre_tokenizer: Any = None
-    post_processor: Any = None
-    decoder: Any = None
+    normalizer: msgspec.Raw = msgspec.Raw(b"null")
+    pre_tokenizer: msgspec.Raw = msgspec.Raw(b"null")
+    post_processor: msgspec.Raw = msgspec.Raw(b"null")
+    decoder: msgspec.Raw = msgspec.Raw(b"null")
     added_tokens: list[_Added] = []
 
 
@@ -78,19 +79,20 @@ def is_ordinary(data: bytes) -> bool:
         file = msgspec.json.decode(data, type=_Outline)
         model = file.model
         lengths, ids = _vocabulary(model)
+        known = all(_is_known(getattr(file, part), types) for part, types in _PARTS.items())
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return False
     affixes = (model.continuing_subword_prefix or "", model.end_of_word_suffix or "")
     added_chars = max((len(token.content) for token in file.added_tokens), default=0)
     return (
-        not model.dropout
+        known
+        and not model.dropout
         and max(map(len, affixes)) <= _MAX_TEXT_CHARS
         and 0 <= model.max_input_chars_per_word <= _MAX_WORD_CHARS
         and max(lengths, default=0) <= _MAX_TOKEN_CHARS >= added_chars
         and all(0 <= token_id < MAX_TOKENS for token_id in ids)
         and len(file.added_tokens) <= _MAX_ADDED
         and all(0 <= token.id < MAX_TOKENS for token in file.added_tokens)
-        and all(_is_known(getattr(file, part), types) for part, types in _PARTS.items())
     )
 
 
@@ -103,7 +105,10 @@ def _vocabulary(model: _Model) -> tuple[Iterator[int], Iterator[int]]:
     return map(len, vocab), iter(vocab.values())
 
 
-def _is_known(part: Any, types: set[str]) -> bool:
+def _is_known(written: msgspec.Raw, types: set[str]) -> bool:
+    if len(written) > _MAX_PART_BYTES:
+        return False
+    part = msgspec.json.decode(written)
     if part is None:
         return True
     nodes: list[Any] = [part]

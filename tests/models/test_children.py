@@ -135,6 +135,29 @@ def test_there_are_few_children_and_a_slow_owner_holds_up_nobody(kind: ChildKind
     assert len(failures) == 7 - children.MOST_OF_ONE - 2  # two may wait
 
 
+def test_closing_ends_what_is_under_way(kind: ChildKind) -> None:
+    work, failures = confined(kind), list[Exception]()
+
+    def wait() -> None:
+        try:
+            work.do(b"time.sleep(4)", LIMITS)
+        except Overloaded as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=wait) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    work.close()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - started < 2
+    assert len(failures) == 4
+    with pytest.raises(Overloaded, match="unloaded"):
+        work.do(b"1", LIMITS)
+
+
 def test_idle_children_end(kind: ChildKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "IDLE_CHILD_S", 0.2)
     work = confined(kind)
