@@ -21,7 +21,7 @@ from shoal.comm.messages import REQUESTS, Chat, ChatMessage, Load, Tokenize
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.node import Node
-from shoal.daemon.request import chat_tokens
+from shoal.daemon.request import chat_text
 from shoal.models.errors import TemplateError
 
 ASK = [{"role": "user", "content": "hi"}]
@@ -60,7 +60,7 @@ def loaded(saved: Path) -> Callable[..., Any]:
 
 
 def rendered(model: LoadedModel, messages: Any = ASK, tools: Any = None, **args: Any) -> str:
-    return model.tokenizer.decode(chat_tokens(model, messages, tools, args))
+    return chat_text(model, messages, tools, args)
 
 
 NAMED = [{"name": "default", "template": PLAIN}, {"name": "tool_use", "template": USING}]
