@@ -30,7 +30,7 @@ from shoal.partition.spec import BlockId, BlockKind
 from .foreign import check_directory, check_file, check_gguf
 from .gguf_file import open_gguf
 from .hf_dir import open_hf, read_json, shards
-from .identity import Stamps, replaced
+from .identity import Stamps, companions, replaced
 from .tensor_files import StoredTensor, TensorFiles
 
 _SAMPLING = "general.sampling."
@@ -213,7 +213,7 @@ class Checkpoint:
 
     def replaced(self) -> Path | None:
         """One of its files in whose place is another now; None if they are the same."""
-        return replaced(self._files.stamps)
+        return replaced(self._files.stamps, companions(self.path) if self.kind == "hf" else ())
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; what is odd about it is added to `warnings`. Raises TokenizerError, which names a

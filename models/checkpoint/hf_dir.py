@@ -27,7 +27,7 @@ from shoal.models.errors import (
 from shoal.models.regular_files import FileTooLong, open_regular, read_object, read_regular
 
 from .foreign import pickle_in, strange
-from .identity import COMPANIONS, stamped
+from .identity import companions, stamped
 from .tensor_files import StoredTensor, TensorFiles, unreadable
 
 _TYPES: dict[str, WeightType] = {"F32": weight_type(0), "F16": weight_type(1), "BF16": weight_type(30)}
@@ -55,7 +55,7 @@ def open_hf(directory: Path) -> TensorFiles:
 
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint.
     """
-    stamps = stamped(directory / name for name in COMPANIONS)
+    stamps = stamped(companions(directory))
     config = read_json(directory / "config.json")
     paths = shards(directory)
     stamps |= stamped(path for path in paths if path not in stamps)

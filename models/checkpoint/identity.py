@@ -11,11 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-# What a Hugging Face directory may say a model with, beside its weights.
-COMPANIONS = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
+# A Hugging Face directory says a model with these. Without the first ones there is nothing to load.
+_ESSENTIAL = ("config.json", "model.safetensors", "model.safetensors.index.json")
+_OPTIONAL = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -23,9 +21,8 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
 )
+_TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
 
 
 class FileStamp(NamedTuple):
@@ -52,14 +49,21 @@ def stamped(paths: Iterable[Path]) -> dict[Path, FileStamp | None]:
     return {path: _stamp(path) for path in paths}
 
 
-def replaced(stamps: Stamps) -> Path | None:
-    """The first file that is another now, or that has come or gone. What a model cannot be loaded without is not looked
-    for again once it is gone: there is nothing else to load, and what is in memory still answers."""
+def companions(directory: Path) -> list[Path]:
+    """What may say something about the model in a Hugging Face directory beside its shards; some may not exist."""
+    templates = (path for pattern in _TEMPLATES for path in directory.glob(pattern))
+    return list(dict.fromkeys([*(directory / name for name in (*_ESSENTIAL, *_OPTIONAL)), *templates]))
+
+
+def replaced(stamps: Stamps, now: Iterable[Path] = ()) -> Path | None:
+    """The first file that is another now, or that has come or gone; `now`: files that would be looked at now. What a
+    model cannot be loaded without is not missed once it is gone: there is nothing else to load, and what is in memory
+    still answers."""
     for path, before in stamps.items():
-        now = _stamp(path)
-        if now != before and (now is not None or path.name in COMPANIONS[3:]):
+        stamp = _stamp(path)
+        if stamp != before and (stamp is not None or path.name in _OPTIONAL or path.suffix == ".jinja"):
             return path
-    return None
+    return next((path for path in now if path not in stamps), None)
 
 
 def _stamp(path: Path) -> FileStamp | None:

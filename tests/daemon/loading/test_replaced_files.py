@@ -166,6 +166,13 @@ def test_tokenizer_template_and_advice(node: Node, directories: list[Path], tmp_
     assert chat() == "Bhi"
     (path / "chat_template.jinja").unlink()
     assert "<|im_start|>" in chat()
+    (model,) = node._models
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("C")
+    assert not node.has(str(path))
+    chat()
+    assert node.has(str(path))
+    assert list(node._models) != [model]
     before = node.tokenize(Tokenize(model=str(path), text="the")).ids
     text = (path / "tokenizer.json").read_text().replace('"t h"', '"t z"').replace('["t", "h"]', '["t", "z"]')
     (path / "tokenizer.json").write_text(text.replace('"th"', '"tz"').replace('"th e"', '"tz e"'))
