@@ -18,6 +18,7 @@ from shoal.models.errors import TokenizerError
 
 from .bpe import library_errors
 from .parts import Parts, Stated
+from .special import longest_of
 from .vocabulary import MAX_TOKENS, SPACE_MARK, TokenKind, Vocabulary, completed, packed
 
 # What Gemma's files say, and with the last step Llama 2's.
@@ -59,6 +60,7 @@ def read_tokenizer_json(library: tokenizers.Tokenizer, stated: Stated) -> Parts:
         special = _special_ids(library)  # the library goes on taking them for that, whatever comes later
         _add_stated(library, stated)
         special |= _special_ids(library)
+        longest_of(token.content for token in library.get_added_tokens_decoder().values())
         ids = library.get_vocab(with_added_tokens=True)
         # An added token's text is what the normalizer makes of it, and another token may have the same text.
         added = {
