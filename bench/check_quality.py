@@ -25,8 +25,9 @@ from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.kernels import set_threads
 from shoal.kernels.arrays import Floats
-from shoal.models.step import Step
+from shoal.models.step import Segment, Step
 from shoal.offload.budget import Budget
+from shoal.partition.spec import length_class
 
 PEER_BATCH = 512  # tokens that llama.cpp computes at a time
 
@@ -92,7 +93,8 @@ def logits_of(model: LoadedModel, ids: list[int]) -> Floats:
     """Logits (T, vocab) of all positions."""
     pages = model.executor.kv.table.take(-(-len(ids) // model.executor.kv.page_tokens))
     assert pages is not None
-    step = Step.build([(ids, 0, pages, len(ids))])
+    length = length_class(model.checkpoint.spec.ropes, len(ids))
+    step = Step.build([Segment(ids, 0, pages, len(ids), length)])
     logits = model.executor.head(model.executor.forward(step))
     model.executor.kv.table.give_back(pages)
     return logits

@@ -187,7 +187,7 @@ def plan_options(function: Callback) -> Callback:
                           "default, leaves the machine usable."),
         click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads (default: all)."),
         click.option("--ctx", type=Whole(1, 1 << 26), metavar="N",
-                     help="Context length in tokens, at most the model's."),
+                     help="Context length in tokens, at most what the model's files say."),
         click.option("--device", metavar="NAME", help="Where to compute: only cpu in this version."),
         click.option("--speculate", type=click.Choice(["auto", "off"]),
                      help="Guess tokens ahead where that is faster (the default); the answer stays the same."),

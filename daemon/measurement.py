@@ -26,7 +26,8 @@ from shoal.kernels import set_threads
 from shoal.kernels.arrays import Floats
 from shoal.models.regular_files import read_regular
 from shoal.models.sampling import Sampler, SamplingParams
-from shoal.models.step import Step
+from shoal.models.step import Segment, Step
+from shoal.partition.spec import length_class
 
 from .config import NodeConfig
 from .errors import DaemonError
@@ -188,10 +189,12 @@ def perplexity(
 def _window_loss(executor: Executor, pages: list[int], tokens: list[int]) -> float:
     """The cross entropy, summed, of the tokens of a window that are scored."""
     first, stop, chunk = len(tokens) // 2, len(tokens) - 1, executor.plan.chunk_tokens
+    length = length_class(executor.model.spec.ropes, len(tokens))
     loss = 0.0
     for start in range(0, stop, chunk):
         end = min(start + chunk, stop)
-        step = Step.build([(tokens[start:end], start, pages, end - start)], executor.plan.part_tokens)
+        segment = Segment(tokens[start:end], start, pages, end - start, length)
+        step = Step.build([segment], executor.plan.part_tokens)
         hidden = executor.forward(step)
         for row in range(max(start, first), end, HEAD_ROWS):
             last = min(row + HEAD_ROWS, end)

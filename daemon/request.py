@@ -73,11 +73,11 @@ def chat_text(
     if taken := template_args.keys() & {"messages", "tools"}:
         raise DaemonError("bad_request", f"template_args has {sorted(taken)}: these are fields of their own")
     template = model.tool_template if tools else model.chat_template
-    told = [_with_reasoning(message) for message in messages]
     variables = {"documents": None, **model.tokenizer.template_tokens, **template_args}
     if field := variables.pop("continue_final_message", False):
-        told = marked(told, field if isinstance(field, str) else "content")
+        messages = marked(messages, field if isinstance(field, str) else "content")
         variables["add_generation_prompt"] = False
+    told = [_with_reasoning(message) for message in messages]
     try:
         rendered = template.render(told, tools=tools or None, **variables)
         unread = bool(tools) and rendered == template.render(told, **variables)

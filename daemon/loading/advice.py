@@ -96,7 +96,8 @@ def advice_of(checkpoint: Checkpoint) -> Advice:
                 warn(key, value, f"is not used: must be {SAMPLING_LIMITS[known.name]}")
         elif key == "suppress_tokens" and value:
             if isinstance(value, list) and len(value) <= MAX_BIASES and all(map(TOKEN_IDS.allows, value)):
-                values["logit_bias"] = dict.fromkeys(value, SAMPLING_LIMITS["logit_bias"].low)
+                known_ids = [token_id for token_id in value if token_id < checkpoint.spec.vocab]
+                values["logit_bias"] = dict.fromkeys(known_ids, SAMPLING_LIMITS["logit_bias"].low)
             else:
                 warn(key, value, f"is not used: must be a list of at most {MAX_BIASES} token ids")
         elif key in _LACKING and value and (isinstance(value, bool) or value not in _LACKING[key]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -136,6 +136,17 @@ def _after_spaces(text: str, start: int) -> int:
     return spaces.end() if spaces else start
 
 
+def longest_of(texts: Iterable[str]) -> int:
+    """The length of the longest special token. Raises TokenizerError if it is so long that the search for it, which may
+    compare all of it at every character of a text, would take long."""
+    longest = max(map(len, texts), default=0)
+    if longest > MAX_SPECIAL_CHARS:
+        raise TokenizerError(
+            f"a special token has {longest} characters; at most {MAX_SPECIAL_CHARS} are allowed"
+        )
+    return longest
+
+
 class SpecialFinder:
     """Where tokens stand in a text: the leftmost, and of those the longest; no two overlap.
 
@@ -150,11 +161,7 @@ class SpecialFinder:
     def __init__(self, ids: Mapping[str, int]) -> None:
         self._texts = sorted(text for text in ids if text)
         self._ids = array("q", (ids[text] for text in self._texts))
-        self._longest = max(map(len, self._texts), default=0)
-        if self._longest > MAX_SPECIAL_CHARS:
-            raise TokenizerError(
-                f"a special token has {self._longest} characters; at most {MAX_SPECIAL_CHARS} are allowed"
-            )
+        self._longest = longest_of(self._texts)
         # By position in `_texts`; -1 = none.
         self._parents, self._jumps = self._ancestors()
         firsts = "".join(map(re.escape, dict.fromkeys(text[0] for text in self._texts)))

@@ -18,6 +18,7 @@ from shoal.models.errors import TokenizerError
 from .holders import Here, holder, joiner
 from .long_texts import shrinking, steps_of
 from .parts import TOKEN_FLAGS, Parts, Stated
+from .special import longest_of
 from .vocabulary import BYTE_OF_CHAR, MAX_TOKENS, SPACE_MARK, TokenKind, Vocabulary, completed, packed
 
 # What Gemma's files say, and with the last step Llama 2's.
@@ -40,6 +41,7 @@ def read_tokenizer_json(data: bytes, stated: Stated) -> Parts:
     del data
     facts = library.facts()
     ids, added, around, decoder = (facts[name] for name in ("ids", "added", "around", "decoder"))
+    longest_of(text for _, _, text in added)
     steps = steps_of(decoder)
     count = max(ids.values(), default=-1) + 1
     if count > MAX_TOKENS:

@@ -144,6 +144,8 @@ def test_files_and_directories_are_copied_or_linked(library: Library, tmp_path: 
         "pytorch_model.bin",
     ):
         (checkpoint / name).write_bytes(b"{}")
+    (checkpoint / "additional_chat_templates").mkdir()
+    (checkpoint / "additional_chat_templates" / "tool_use.jinja").write_bytes(b"tools")
     entry, _ = pull(str(checkpoint), library, link=link)
     assert entry.path == library.root / "hf"
     assert sorted(file.name for file in entry.manifest.files) == [
@@ -151,6 +153,7 @@ def test_files_and_directories_are_copied_or_linked(library: Library, tmp_path: 
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tool_use.jinja",
     ]
 
 

@@ -23,7 +23,7 @@ from shoal.models.checkpoint.checkpoint import SamplingAdvice
 
 def advised(tmp_path: Path, prefix: str = "", **values: Any) -> Any:
     given = SamplingAdvice("FILE", prefix, values)
-    return advice_of(SimpleNamespace(advice=given, path=tmp_path))  # type: ignore[arg-type]
+    return advice_of(SimpleNamespace(advice=given, path=tmp_path, spec=SimpleNamespace(vocab=100)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def advised(tmp_path: Path, prefix: str = "", **values: Any) -> Any:
             {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.2},
             {"temperature": 0, "repetition_penalty": 1.2},
         ),
-        ({"suppress_tokens": [3, 5]}, {"logit_bias": {3: -10_000, 5: -10_000}}),
+        ({"suppress_tokens": [3, 5, 100]}, {"logit_bias": {3: -10_000, 5: -10_000}}),  # there is no token 100
         ({"suppress_tokens": []}, {}),
         ({"temp": 0.5, "penalty_repeat": 1.1}, {"temperature": 0.5, "repetition_penalty": 1.1}),
         ({"penalty_repeat": 1.1, "penalty_last_n": 0}, {}),

@@ -17,8 +17,10 @@ from transformers import AutoTokenizer
 
 from shoal.models.errors import TokenizerError
 from shoal.models.texts import Texts
+from shoal.models.tokenizer.parts import Stated
 from shoal.models.tokenizer.special import Edges, SpecialFinder, SpecialSplitter
 from shoal.models.tokenizer.tokenizer import Tokenizer
+from shoal.models.tokenizer.tokenizer_json import read_tokenizer_json
 from shoal.models.tokenizer.vocabulary import TokenKind, Vocabulary
 
 spelled = st.text(alphabet="ab<", min_size=1, max_size=5)
@@ -98,6 +100,10 @@ def test_any_tokens_are_looked_for_in_linear_time(tokens: list[str], text: str) 
 def test_a_special_token_has_a_greatest_length() -> None:
     with pytest.raises(TokenizerError, match="has 5000 characters; at most 4096"):
         SpecialFinder({"a" * 5000: 0})
+    library = tokenizers.Tokenizer(models.BPE(vocab=VOCAB, merges=[]))
+    library.add_tokens(["a" * 5000])
+    with pytest.raises(TokenizerError, match="has 5000 characters; at most 4096"):
+        read_tokenizer_json(library, Stated({}, [], [], []))
 
 
 # --- what files say of tokens in several places ---------------------------------------------------------
