@@ -22,7 +22,7 @@ from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.memory import budget_of
 from shoal.daemon.node import package_version
-from shoal.daemon.request import answer_of, chat_tokens, sequence_of
+from shoal.daemon.request import answer_of, chat_text, sequence_of
 from shoal.engine.sequence import Sequence
 from shoal.kernels.arrays import Floats
 from shoal.models.sampling import Sampled
@@ -78,7 +78,8 @@ class Shoal:
 
     def begin_chat(self, text: str) -> dict[str, float]:
         """Prefill a conversation that begins with these tokens, up to its first new token."""
-        return self._begin([chat_tokens(self._model, [ChatMessage(role="user", content=text)])])
+        prompt = chat_text(self._model, [ChatMessage(role="user", content=text)])
+        return self._begin([self._model.tokenizer.encode(prompt, add_special=False)])
 
     def dictate(self, prompt: list[int], answer: list[int]) -> dict[str, float]:
         return self._begin([prompt], Dictated(answer))

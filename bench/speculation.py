@@ -25,7 +25,7 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.memory import available_bytes
-from shoal.daemon.request import chat_tokens
+from shoal.daemon.request import chat_text
 from shoal.engine.sequence import Failed, Sequence
 from shoal.kernels import set_threads
 from shoal.models.sampling import Sampler, SamplingParams
@@ -93,7 +93,8 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     differing = 0
     for kind, text in prompts(options.text.read_text()[:2000]).items():
-        ids = chat_tokens(models["on"], [ChatMessage(role="user", content=text)])
+        prompt = chat_text(models["on"], [ChatMessage(role="user", content=text)])
+        ids = models["on"].tokenizer.encode(prompt, add_special=False)
         speeds: dict[str, list[float]] = {"off": [], "on": []}
         for round_ in range(options.rounds):
             said: dict[str, list[int]] = {}

@@ -5,7 +5,8 @@ Knows how both are opened and closed. Prints nothing but progress while a model 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,15 @@ from shoal.comm.messages import (
     Generate,
     Load,
     ModelStatus,
+    Stage,
     StreamEvent,
     Tokenize,
 )
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library, is_path
 from shoal.daemon.library.registry import canonical
+from shoal.daemon.memory import peak_memory_bytes
 from shoal.daemon.model_name import Reference
 
 from .interrupt import deferred_interrupt
@@ -38,7 +42,12 @@ class Answers(Protocol):
     """What `run` and `chat` need of either. Methods raise DaemonError or CommError."""
 
     def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
-        """`draft`: a model that guesses for it. None: as it is."""
+        """Have a model that can hold a conversation of `context` tokens. What others use stays as it is for them.
+        `draft`: a model that guesses for it. None: as it is."""
+        ...
+
+    def peak_memory_bytes(self) -> int:
+        """Of the process that computes."""
         ...
 
     def models(self) -> list[ModelStatus]: ...
@@ -63,6 +72,26 @@ def reference(model: str, library: Library) -> str:
     return str(wanted._replace(model=canonical(wanted.model) if in_store else str(path)))
 
 
+def check_context(model: str, status: ModelStatus, context: int | None) -> None:
+    """Raises DaemonError `context_overflow`, which names the way out, if a loaded model holds less than `context`."""
+    loaded, limit = status.context_tokens, status.context_limit_tokens
+    if context is not None and 0 < limit < context:
+        made = f"a context of {context} tokens was asked for, {status.name} was made for {limit}"
+        raise DaemonError("context_overflow", made, f"ask for at most {limit}")
+    if context is not None and context > loaded:
+        raise DaemonError(
+            "context_overflow",
+            f"{status.name} is loaded with {loaded} tokens of context, for all who use the daemon; {context} are more",
+            f"shoal load {shlex.quote(model)} --ctx {context} loads it anew, for all of them",
+        )
+
+
+def _note_warnings(status: ModelStatus) -> None:
+    """Say what is odd about a model that a daemon has. (In this process the log says it.)"""
+    for warning in status.warnings:
+        note(warning)
+
+
 class InProcess:
     """A node in this process."""
 
@@ -72,6 +101,9 @@ class InProcess:
     def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
         with transfer_bar() as update:
             return self._node.load(Load(model=model, draft=draft, context=context), update).model
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes()
 
     def models(self) -> list[ModelStatus]:
         return self._node.status().models
@@ -90,12 +122,29 @@ class ThroughDaemon:
         self._client = client
 
     def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
+        with self._loading(model) as heard:
+            status = self._client.load(model, None, draft, heard, least_context=context).model
+        _note_warnings(status)
+        check_context(model, status, context)
+        return status
+
+    def load_for_all(self, model: str, draft: str | None, context: int | None) -> ModelStatus:
+        """Load a model, or load it anew with another context or draft model, for everybody who uses the daemon."""
+        with self._loading(model) as heard:
+            status = self._client.load(model, context, draft, heard).model
+        _note_warnings(status)
+        return status
+
+    @contextmanager
+    def _loading(self, model: str) -> Iterator[Callable[[Stage], None]]:
+        """Show how far loading is."""
         wanted = Reference.parse(model)
         name = wanted._replace(model=Path(wanted.model).name)
         with spinner(f"loading {name}") as update:
-            return self._client.load(
-                model, context, draft, lambda stage: update(f"{name}: {stage_text(stage)}")
-            ).model
+            yield lambda stage: update(f"{name}: {stage_text(stage)}")
+
+    def peak_memory_bytes(self) -> int:
+        return self._client.status().peak_memory_bytes
 
     def models(self) -> list[ModelStatus]:
         return self._client.status().models

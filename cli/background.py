@@ -7,9 +7,11 @@ Knows the pid behind the socket's lock, the log file, and how to wait with a lim
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,10 @@ from .exit_codes import Exit
 START_LIMIT_S = 300.0  # a large model from a slow disk
 DAEMON_POLL_S = 0.1
 SIGNAL_AGAIN = (0, 10)  # polls after which a second signal means "at once": the first may have come too early
+CLOSED_LIMIT_S = (
+    10.0  # for a daemon that has closed everything to be gone; it ends itself within half of that
+)
+KILLED_LIMIT_S = 10.0
 LOG_LIMIT_BYTES = 10_000_000
 
 Sleep = Callable[[float], None]
@@ -72,6 +78,7 @@ def start(
     private_dir(home.root)
     private_dir(home.logs)
     path = log_path(home)
+    _check_disk(path.parent)
     _rotate(path)
     with path.open("ab") as log:
         began = log.tell()
@@ -87,6 +94,7 @@ def start(
     try:
         for _ in range(int(limit_s / DAEMON_POLL_S)):
             if process.poll() is not None:
+                _check_disk(path.parent)
                 raise DaemonError(
                     _CODE_OF_EXIT.get(process.returncode, "internal"),
                     f"the daemon stopped while starting (exit {process.returncode}): {_last_line(path, began)}",
@@ -114,29 +122,65 @@ def load(home: Home, pid: int, model: str, draft: str | None, heard: Callable[[S
         raise
 
 
-def stop(home: Home, pid: int, *, now: bool, limit_s: float, sleep: Sleep = time.sleep) -> None:
-    """End the daemon `pid`: it finishes what it answers, or with `now` drops it. Raises DaemonError."""
-    _signal(pid)
-    for turn in range(int(limit_s / DAEMON_POLL_S)):
-        if running_pid(home) != pid:
-            return
-        sleep(DAEMON_POLL_S)
-        if now and turn in SIGNAL_AGAIN:
-            _signal(pid)
-    raise DaemonError(
-        "busy",
-        f"the daemon (pid {pid}) still runs after {limit_s:.0f} s",
-        "shoal stop --now drops its requests",
-    )
+def stop(home: Home, pid: int, *, now: bool, limit_s: float, sleep: Sleep = time.sleep) -> bool:
+    """End the daemon `pid`, and wait until its process is gone: it finishes what it answers, or with `now` drops it.
 
-
-def _signal(pid: int) -> None:
+    Returns False when it had to be killed: with `now` after `limit_s`, and else when it has closed everything and does
+    not go. Raises DaemonError.
+    """
     try:
-        os.kill(pid, signal.SIGTERM)
+        process = os.pidfd_open(pid)  # a pid may be another process's a moment later, this may not
+    except ProcessLookupError:
+        return True
+    try:
+        _signal(process, pid, signal.SIGTERM)
+        closed_s = 0.0  # how long it has had nothing to do any more
+        for turn in range(int(limit_s / DAEMON_POLL_S)):
+            if _gone(process):
+                return True
+            sleep(DAEMON_POLL_S)
+            if running_pid(home) != pid:
+                closed_s += DAEMON_POLL_S
+                if closed_s > CLOSED_LIMIT_S:
+                    break
+            elif now and turn in SIGNAL_AGAIN:
+                _signal(process, pid, signal.SIGTERM)
+        else:
+            if not now:
+                hint = "shoal stop --now drops its requests"
+                raise DaemonError("busy", f"the daemon (pid {pid}) still runs after {limit_s:.0f} s", hint)
+        _signal(process, pid, signal.SIGKILL)
+        if not _gone(process, KILLED_LIMIT_S):
+            raise DaemonError("internal", f"the daemon (pid {pid}) is dead and waits for a device")
+        return False
+    finally:
+        os.close(process)
+
+
+def _signal(process: int, pid: int, number: signal.Signals) -> None:
+    try:
+        signal.pidfd_send_signal(process, number)
     except ProcessLookupError:
         return
     except PermissionError as error:
         raise DaemonError("bad_request", f"the daemon (pid {pid}) belongs to another user") from error
+
+
+def _gone(process: int, limit_s: float = 0.0) -> bool:
+    """Whether a process has ended, at the latest after so long."""
+    return bool(select.select([process], [], [], limit_s)[0])
+
+
+def _check_disk(directory: Path) -> None:
+    """Raises DaemonError when nothing can be written there: then a daemon cannot say why it stopped."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b" " * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        hint = "free some space, or set SHOAL_HOME to another disk"
+        raise DaemonError("resources", f"cannot write into {directory}: {error.strerror}", hint) from error
 
 
 def _rotate(path: Path) -> None:

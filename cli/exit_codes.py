@@ -57,8 +57,11 @@ def explain(error: BaseException) -> tuple[str, Exit]:
         return _line("out of memory", "give --memory or a smaller --ctx"), Exit.REFUSED
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{where}{error.strerror}", Exit.REFUSED if full else Exit.FAILED
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _line(
+                f"{where}{error.strerror}", "free some space, or set SHOAL_HOME to another disk"
+            ), Exit.REFUSED
+        return f"{where}{error.strerror}", Exit.FAILED
     what = f"{type(error).__name__}: {_text(error)}"
     return _line(f"unexpected error: {what}", "SHOAL_DEBUG=1 shows where; please report it"), Exit.FAILED
 

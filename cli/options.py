@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, TypeVar, get_args
 
@@ -95,7 +95,7 @@ def _sampling(name: str) -> Whole | Real:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options that shape the plan. A verb that is given one of them runs in its own process."""
+    """Options that shape the plan. A verb that is given one beyond --ctx runs in its own process."""
 
     memory: int | None = None
     threads: int | None = None
@@ -105,13 +105,9 @@ class PlanOptions:
     kv_type: str | None = None
 
     @property
-    def given(self) -> bool:
-        return any(getattr(self, field.name) is not None for field in fields(self))
-
-    @property
     def beyond_context(self) -> bool:
-        """Whether any other than --ctx is given, which a daemon takes for each model."""
-        return replace(self, ctx=None).given
+        """Whether any other than --ctx is given, which a daemon takes for each request."""
+        return any(getattr(self, field.name) is not None for field in fields(self) if field.name != "ctx")
 
     def config(self, **more: Any) -> NodeConfig:
         """Raises DaemonError `bad_request`, or `unsupported` for a device that is not there yet."""
@@ -143,6 +139,7 @@ class AnswerOptions:
     stop: tuple[str, ...] = ()
     priority: int = 0
     deadline: float | None = None
+    keep_repeating: bool = False
 
     def request_fields(self, model: str) -> dict[str, Any]:
         """The fields that `generate` and `chat` share. Raises DaemonError `bad_request`."""
@@ -154,6 +151,7 @@ class AnswerOptions:
             "stop": list(self.stop),
             "priority": self.priority,
             "deadline_s": self.deadline,
+            "stop_repeating": not self.keep_repeating,
         }
         try:
             sampling = Sampling(**{name: value for name, value in asked.items() if value is not None})
@@ -206,6 +204,8 @@ def answer_options(function: Callback) -> Callback:
                      help="End the answer after this many tokens."),
         click.option("--stop", multiple=True, type=stop_text, metavar="TEXT",
                      help="End the answer at this text; repeatable."),
+        click.option("--keep-repeating", is_flag=True,
+                     help="Let an answer go on that only repeats itself, instead of ending it."),
         click.option("--deadline", type=Real(0, 1e6, min_open=True), metavar="SECONDS",
                      help="End the answer after this time, complete or not."),
         click.option("--priority", type=Whole(-100, 100), default=0, metavar="N",

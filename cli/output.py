@@ -88,16 +88,27 @@ def facts() -> Table:
     return made
 
 
+def per_second(count: float) -> str:
+    """'35.2/s', '1,260/s'."""
+    return f"{count:,.0f}/s" if count >= 100 else f"{count:.3g}/s"
+
+
 def stage_text(stage: Stage) -> str:
-    """What an answer waits for: 'reading 41/80 blocks, 1.9 GB/s', 'packing 0.5 GB of 1.1 GB, 0.4 GB/s, 2 s left'."""
-    parts = [f"reading {stage.done}/{stage.total} blocks"]
-    if stage.doing != "reading":
-        parts = [f"{stage.doing} {format_bytes(stage.done)} of {format_bytes(stage.total)}"]
-    if stage.bytes_per_s:
-        parts.append(f"{format_bytes(int(stage.bytes_per_s))}/s")
-        if stage.doing != "reading":
-            parts.append(f"{format_duration((stage.total - stage.done) / stage.bytes_per_s)} left")
-    return ", ".join(parts)
+    """What an answer waits for: 'reading 41/80 blocks, 1.9 GB/s', 'packing 0.5 GB of 1.1 GB, 0.4 GB/s, 2 s left',
+    'reading the prompt, 1,024 of 4,100 tokens, 35/s, 1 min 27 s left'."""
+    done, total, left = stage.done, stage.total, stage.total - stage.done
+    bytes_speed = f", {format_bytes(int(stage.bytes_per_s))}/s" if stage.bytes_per_s else ""
+    match stage.doing:
+        case "queued":
+            return f"waiting for its turn, place {done} of {total} in the queue"
+        case "prompt":
+            speed = stage.tokens_per_s
+            ends = f", {per_second(speed)}, {format_duration(left / speed)} left" if speed else ""
+            return f"reading the prompt, {done:,} of {total:,} tokens{ends}{bytes_speed}"
+        case "reading":
+            return f"reading {done}/{total} blocks{bytes_speed}"
+    ends = f", {format_duration(left / stage.bytes_per_s)} left" if stage.bytes_per_s else ""
+    return f"{stage.doing} {format_bytes(done)} of {format_bytes(total)}{bytes_speed}{ends}"
 
 
 @contextmanager

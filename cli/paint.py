@@ -22,35 +22,41 @@ def printable(text: str) -> str:
 
 
 class Painter:
-    """Writes one answer to stdout. While nothing comes, a line below says what it waits for, and vanishes again.
-    Methods raise BrokenPipeError."""
+    """Writes one answer to stdout, or nothing if it is `quiet`. While nothing comes, a line below says what it waits
+    for, and vanishes again; it is on stderr if only that is a terminal. Methods raise BrokenPipeError."""
 
-    def __init__(self, out: TextIO | None = None) -> None:
+    def __init__(self, out: TextIO | None = None, *, quiet: bool = False) -> None:
         self._out = out or sys.stdout
-        self._wrap = Wrap(shutil.get_terminal_size().columns) if self._out.isatty() else None
+        self._quiet = quiet
+        self._columns = shutil.get_terminal_size().columns
+        self._wrap = Wrap(self._columns) if self._out.isatty() and not quiet else None
+        screens = [screen for screen in (self._out, sys.stderr) if screen.isatty()]
+        self._screen = screens[0] if screens else None
         self._last = "\n"
         self._stage_shown = False
 
     @property
     def shows_stages(self) -> bool:
-        return self._wrap is not None
+        return self._screen is not None
 
     def write(self, text: str) -> None:
         """Show the next piece now."""
         self._hide_stage()
+        if self._quiet:
+            return
         self._out.write(self._wrap.add(printable(text)) if self._wrap else text)
         self._out.flush()
         self._last = text[-1:] or self._last
 
     def stage(self, text: str) -> None:
         """Show below the answer what it waits for; nothing happens where there is no terminal."""
-        if self._wrap is None:
+        if self._screen is None:
             return
         self._hide_stage()
-        line = text[: self._wrap.width]
+        line = text[: self._columns - 1]
         dim = line if os.environ.get("NO_COLOR") else f"\x1b[2m{line}\x1b[0m"
-        self._out.write(("\n" if self._wrap.column else "") + dim)
-        self._out.flush()
+        self._screen.write(("\n" if self._column else "") + dim)
+        self._screen.flush()
         self._stage_shown = True
 
     def end(self) -> None:
@@ -61,11 +67,16 @@ class Painter:
 
     def _hide_stage(self) -> None:
         """Back to where the answer ends."""
-        if self._stage_shown and self._wrap is not None:
-            column = self._wrap.column
-            self._out.write("\r\x1b[K" + (f"\x1b[A\x1b[{column}C" if column else ""))
-            self._out.flush()
+        if self._stage_shown and self._screen is not None:
+            column = self._column
+            self._screen.write("\r\x1b[K" + (f"\x1b[A\x1b[{column}C" if column else ""))
+            self._screen.flush()
         self._stage_shown = False
+
+    @property
+    def _column(self) -> int:
+        """Where the answer ends on the screen."""
+        return self._wrap.column if self._wrap else 0
 
 
 class Wrap:

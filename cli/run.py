@@ -28,7 +28,6 @@ from shoal.comm.messages import (
 )
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
-from shoal.daemon.memory import peak_memory_bytes
 from shoal.daemon.sizes import counted
 
 from .answers import Answers, from_daemon, in_process, reference
@@ -43,12 +42,19 @@ from .options import (
     plan_options,
     quant_option,
 )
-from .output import note, print_json, stage_text
+from .output import note, per_second, print_json, stage_text
 from .paint import Painter
 from .store import reference_or_fetch
 
 STDIN_NOTE_S = 1.0  # if stdin beside a PROMPT is silent for so long, the user is told about it
 STDIN_LIMIT_S = 10.0  # and after so long it is not waited for any more
+
+ENDS = {
+    "length": "cut at the limit",
+    "deadline": "cut at the deadline",
+    "cancelled": "stopped",
+    "repetition": "ended because it only repeated itself (--keep-repeating lets it go on)",
+}
 
 
 @click.command(
@@ -84,7 +90,8 @@ def run(
     """Answer one PROMPT with MODEL, a path or a name in the store.
 
     The answer goes to stdout as it is made, statistics to stderr. Text on stdin follows the PROMPT, or replaces it. A
-    running daemon answers, unless --json, --local or an option from --memory on is given: then this process does.
+    running daemon answers, unless --local, --memory, --threads, --device, --speculate or --kv-type is given: then this
+    process does. --ctx bounds this answer and changes nothing for others who use the daemon.
     """
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template that --raw leaves out")
@@ -97,18 +104,18 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(unechoed())
         answers: Answers | None = None
-        if not (local or as_json or plan.given):
+        if not (local or plan.beyond_context):
             answers = stack.enter_context(from_daemon(Home.from_env()))
         answers = answers or stack.enter_context(in_process(config, library))
-        status = answers.load(name, guessing)
+        status = answers.load(name, guessing, plan.ctx)
         if not raw and not status.chat_template:
             lacks = f"{status.name} has no chat template"
             note(f"{lacks}: it continues the prompt as it is (--raw hides this note)")
             if system is not None:
                 raise DaemonError("bad_request", f"{lacks}, so --system cannot be used")
-        painter = None if as_json else Painter()
+        painter = Painter(quiet=as_json)
         fields = answer.request_fields(status.name)
-        fields["progress"] = painter is not None and painter.shows_stages
+        fields |= {"progress": painter.shows_stages, "context_tokens": plan.ctx}
         request: Generate | Chat
         if raw or not status.chat_template:
             request = Generate(prompt=text, **fields)
@@ -119,25 +126,23 @@ def run(
         with answers.stream(request) as events:
             _take(events, result, painter)
         if as_json:
-            print_json(result.as_dict(status.plan))
+            print_json(result.as_dict(status.plan, answers.peak_memory_bytes()))
         else:
             note(statistics(result.done))
 
 
-def _take(events: Iterator[StreamEvent], result: _Collected, painter: Painter | None) -> None:
-    """Collect an answer, and show it as it comes if there is a painter."""
+def _take(events: Iterator[StreamEvent], result: _Collected, painter: Painter) -> None:
+    """Collect an answer, and show it as it comes."""
     try:
         for event in events:
             if isinstance(event, Stage):
-                if painter:
-                    painter.stage(stage_text(event))
+                painter.stage(stage_text(event))
                 continue
             result.take(event)
-            if painter and isinstance(event, Token):
+            if isinstance(event, Token):
                 painter.write(event.text)
     finally:
-        if painter:
-            painter.end()
+        painter.end()
 
 
 class _Collected:
@@ -156,7 +161,7 @@ class _Collected:
         elif isinstance(event, Done):
             self.done = event
 
-    def as_dict(self, plan: str) -> dict[str, Any]:
+    def as_dict(self, plan: str, peak_memory_bytes: int) -> dict[str, Any]:
         usage, timings = self.done.usage, self.done.timings
         return {
             "text": "".join(self._texts),
@@ -168,7 +173,7 @@ class _Collected:
             "ttft_s": timings.ttft_s,
             "prefill_tokens_per_s": timings.prefill_tokens_per_s,
             "decode_tokens_per_s": timings.decode_tokens_per_s,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes,
             "stall_s": timings.stall_s,
             "drafted_tokens": usage.drafted_tokens,
             "accepted_tokens": usage.accepted_tokens,
@@ -190,16 +195,13 @@ def statistics(done: Done) -> str:
     parts.append(counted(usage.completion_tokens, "token") + _rate(timings.decode_tokens_per_s) + guessed)
     if timings.stall_s >= 0.01:
         parts.append(f"waited {timings.stall_s:.2f} s for the disk")
-    cut = {"length": "limit", "deadline": "deadline"}
-    if done.finish_reason in cut:
-        parts.append(f"cut at the {cut[done.finish_reason]}")
-    elif done.finish_reason == "cancelled":
-        parts.append("stopped")
+    if done.finish_reason in ENDS:
+        parts.append(ENDS[done.finish_reason])
     return " · ".join(parts)
 
 
 def _rate(tokens_per_s: float) -> str:
-    return f" ({tokens_per_s:.3g}/s)" if tokens_per_s else ""
+    return f" ({per_second(tokens_per_s)})" if tokens_per_s else ""
 
 
 def _prompt(given: str | None) -> str:

@@ -1,4 +1,4 @@
-"""`shoal serve` and `shoal stop`: the daemon's life.
+"""`shoal serve` and `shoal stop`, the daemon's life; `shoal load` and `shoal unload`, what it has in memory.
 
 Knows options and what the user is told. The daemon itself is `daemon.service`; processes are `cli.background`.
 """
@@ -10,16 +10,17 @@ import click
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
+from shoal.daemon.model_name import Reference
 
 from . import background
-from .answers import reference
+from .answers import from_daemon, reference
 from .interrupt import deferred_interrupt
 from .options import PlanOptions, Whole, draft_option, examples, plan_options, quant_option, size
 from .output import note, spinner, stage_text
 from .wording import WORDS
 
-DRAIN_LIMIT_S = 600.0
-NOW_LIMIT_S = 20.0
+DRAIN_LIMIT_S = 90.0  # a daemon gives its requests 30 s, and ends within 30 more
+NOW_LIMIT_S = 40.0
 
 
 @click.command(
@@ -53,6 +54,11 @@ NOW_LIMIT_S = 20.0
     metavar="SIZE",
     help="Disk space for the KV of conversations (default: 4GB, at most a tenth of the free disk); 0 keeps none.",
 )
+@click.option(
+    "--models-only",
+    is_flag=True,
+    help="Load only models of the store: requests cannot name or probe any path.",
+)
 @quant_option
 @draft_option
 @plan_options
@@ -64,6 +70,7 @@ def serve(
     sequences: int | None,
     queue: int | None,
     kv_disk: int | None,
+    models_only: bool,
     plan: PlanOptions,
 ) -> None:
     """Run the daemon, in the foreground unless --detach is given.
@@ -74,6 +81,9 @@ def serve(
     if draft and not model:
         raise click.UsageError("--draft needs the --model that it guesses for")
     home = Home.from_env()
+    if models_only:
+        for name in filter(None, (model, draft)):
+            Library(home).resolve_stored(Reference.parse(name).model)
     limits = {"max_sequences": sequences, "max_queue": queue, "kv_disk_bytes": kv_disk}
     given = {name: value for name, value in limits.items() if value is not None}
     config = plan.config(**given)
@@ -86,6 +96,7 @@ def serve(
         arguments = plan.arguments()
         arguments += [part for place in address for part in ("--address", place)]
         arguments += [part for name, value in given.items() for part in (WORDS[name], str(value))]
+        arguments += ["--models-only"] * models_only
         with spinner("starting the daemon"):
             pid = background.start(home, arguments)
         if wanted:
@@ -96,8 +107,53 @@ def serve(
     with deferred_interrupt():
         from shoal.daemon.service import serve as serve_here
     serve_here(
-        config, home=home, model=wanted, draft=guessing, addresses=[home.address, *address] if address else ()
+        config,
+        home=home,
+        model=wanted,
+        draft=guessing,
+        addresses=[home.address, *address] if address else (),
+        models_only=models_only,
     )
+
+
+@click.command(epilog=examples("shoal load smollm2", "shoal load smollm2 --ctx 4096"))
+@click.argument("model")
+@click.option(
+    "--ctx", type=click.IntRange(min=1), metavar="N", help="Context length in tokens, at most the model's."
+)
+@quant_option
+@draft_option
+def load(model: str, ctx: int | None, draft: str | None) -> None:
+    """Load MODEL into the daemon, or load it anew with another context or draft model.
+
+    This holds for everybody who uses the daemon. While the model answers, it stays as it is. (run and chat load a model
+    by themselves; their --ctx is one conversation's.)
+    """
+    home = Home.from_env()
+    library = Library(home)
+    name, guessing = reference(model, library), reference(draft, library) if draft else None
+    with from_daemon(home) as answers:
+        if answers is None:
+            raise background.nobody()
+        status = answers.load_for_all(name, guessing, ctx)
+    note(
+        f"{status.name} is loaded with a context of {status.context_tokens} tokens, for all who use the daemon"
+    )
+
+
+@click.command(epilog=examples("shoal unload smollm2"))
+@click.argument("model")
+def unload(model: str) -> None:
+    """Take MODEL, a path or a name that shoal ps shows, out of the daemon's memory. What it is answering ends."""
+    home = Home.from_env()
+    if background.running_pid(home) is None:
+        raise background.nobody()
+    from shoal.client import Client
+
+    with Client(home.address) as client:
+        shown = model in {loaded.name for loaded in client.status().models}
+        client.unload(model if shown else reference(model, Library(home)))
+    note(f"{model} is unloaded")
 
 
 @click.command(epilog=examples("shoal stop", "shoal stop --now"))
@@ -109,5 +165,11 @@ def stop(now: bool) -> None:
     if pid is None:
         raise background.nobody()
     with spinner("stopping the daemon" if now else "waiting for running requests to end"):
-        background.stop(home, pid, now=now, limit_s=NOW_LIMIT_S if now else DRAIN_LIMIT_S)
-    note("the daemon has stopped")
+        limit_s = NOW_LIMIT_S if now else DRAIN_LIMIT_S
+        by_itself = background.stop(home, pid, now=now, limit_s=limit_s)
+    if by_itself:
+        note("the daemon has stopped")
+    else:
+        note(
+            f"the daemon (pid {pid}) did not end by itself and was killed; the next one finds all it needs on disk"
+        )

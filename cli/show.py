@@ -136,6 +136,8 @@ def _human(name: str, value: Any) -> str:
         return "not stated"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return "; ".join(value) or "none"
     if name == "bytes":
         return format_bytes(value)
     if name == "parameters":

@@ -38,6 +38,8 @@ VERBS = {
     "pack": Verb("packing", "Lay a model out for reading from disk.", "Models"),
     "serve": Verb("serve", "Run the daemon.", "Daemon"),
     "stop": Verb("serve", "Stop the daemon.", "Daemon"),
+    "load": Verb("serve", "Load a model into the daemon.", "Daemon"),
+    "unload": Verb("serve", "Take a model out of the daemon.", "Daemon"),
     "ps": Verb("observe", "Show what the daemon runs.", "Daemon"),
     "logs": Verb("observe", "Show the daemon's log.", "Daemon"),
     "bench": Verb("measure", "Measure prefill and decode speed.", "Measure"),

@@ -20,6 +20,7 @@ WORDS = {
     "kv_type": "--kv-type",
     "max_queue": "--queue",
     "max_sequences": "--sequences",
+    "models_only": "--models-only",
     "memory_bytes": "--memory",
     "quant": "--quant",
     "threads": "--threads",

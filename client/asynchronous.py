@@ -19,7 +19,6 @@ from shoal.comm.messages import (
     Chat,
     Done,
     Generate,
-    Load,
     Loaded,
     Message,
     Ok,
@@ -36,7 +35,7 @@ from shoal.comm.messages import (
 
 from . import connection as link
 from .base import ClientFace
-from .session import HELLO, ChatLike, Exchange, Frames, M, tokenize_request, whole_text
+from .session import HELLO, ChatLike, Exchange, Frames, M, load_request, tokenize_request, whole_text
 
 READ_BATCH = 256  # messages that are sorted before other tasks get a turn
 
@@ -97,9 +96,10 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
         context: int | None = None,
         draft: str | None = None,
         heard: Callable[[Stage], None] | None = None,
+        *,
+        least_context: int | None = None,
     ) -> Loaded:
-        request = Load(model=model, context=context, draft=draft, progress=heard is not None)
-        return await self._call(request, Loaded, heard)
+        return await self._call(load_request(model, context, least_context, draft, heard), Loaded, heard)
 
     async def unload(self, model: str = "") -> None:
         await self._call(Unload(model=model), Ok)

@@ -21,7 +21,6 @@ from shoal.comm.messages import (
     Chat,
     Done,
     Generate,
-    Load,
     Loaded,
     Message,
     Ok,
@@ -38,7 +37,7 @@ from shoal.comm.messages import (
 
 from . import connection as link
 from .base import ClientFace
-from .session import HELLO, ChatLike, Exchange, Frames, M, tokenize_request, whole_text
+from .session import HELLO, ChatLike, Exchange, Frames, M, load_request, tokenize_request, whole_text
 
 AnswerStream = Generator[StreamEvent, None, None]
 
@@ -83,11 +82,13 @@ class Client(ClientFace[AnswerStream]):
         context: int | None = None,
         draft: str | None = None,
         heard: Callable[[Stage], None] | None = None,
+        *,
+        least_context: int | None = None,
     ) -> Loaded:
-        """Load a model and wait for it, however long that takes. `draft` is a model that guesses ahead for it. Each
-        second `heard` gets how far loading is."""
-        request = Load(model=model, context=context, draft=draft, progress=heard is not None)
-        return self._call(request, Loaded, heard)
+        """Load a model and wait for it, however long that takes. A loaded one is loaded anew if its context is another
+        than `context`; it stays as it is whatever `least_context` says. `draft` is a model that guesses ahead for it.
+        Each second `heard` gets how far loading is."""
+        return self._call(load_request(model, context, least_context, draft, heard), Loaded, heard)
 
     def unload(self, model: str = "") -> None:
         self._call(Unload(model=model), Ok)

@@ -7,7 +7,8 @@ clocks: `blocking` and `asynchronous` do the I/O, each in its way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from shoal.comm import wire
@@ -22,6 +23,7 @@ from shoal.comm.messages import (
     Error,
     Generate,
     Hello,
+    Load,
     Message,
     Sampling,
     Stage,
@@ -32,7 +34,7 @@ from shoal.comm.messages import (
 )
 
 Frames = list[bytes]
-ChatLike = ChatMessage | dict[str, Any]
+ChatLike = Mapping[str, Any]
 M = TypeVar("M", bound=Message)
 
 HELLO = Hello(client="shoal.client")
@@ -162,7 +164,9 @@ def generate_request(
 
 
 def chat_request(messages: Sequence[ChatLike], fields: dict[str, Any]) -> Chat:
-    return Chat(messages=_chat_messages(messages), **_with_sampling(fields))
+    fields = _with_sampling(fields)
+    with _as_the_daemon():
+        return Chat(messages=_chat_messages(messages), **fields)
 
 
 def whole_text(events: Sequence[StreamEvent]) -> tuple[str, Done]:
@@ -178,16 +182,38 @@ def tokenize_request(
     messages: Sequence[ChatLike] | None,
     fields: dict[str, Any],
 ) -> Tokenize:
-    return Tokenize(
-        text=text,
-        tokens=None if tokens is None else list(tokens),
-        messages=None if messages is None else _chat_messages(messages),
-        **fields,
-    )
+    with _as_the_daemon():
+        return Tokenize(
+            text=text,
+            tokens=None if tokens is None else list(tokens),
+            messages=None if messages is None else _chat_messages(messages),
+            **fields,
+        )
+
+
+@contextmanager
+def _as_the_daemon() -> Iterator[None]:
+    """What a request's constructor refuses is refused as the daemon would."""
+    try:
+        yield
+    except ValueError as error:
+        raise RequestFailed("bad_request", str(error)) from error
+
+
+def load_request(
+    model: str,
+    context: int | None,
+    least_context: int | None,
+    draft: str | None,
+    heard: Callable[[Stage], None] | None,
+) -> Load:
+    """Asks for stages if somebody hears them."""
+    progress = heard is not None
+    return Load(model=model, context=context, least_context=least_context, draft=draft, progress=progress)
 
 
 def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:
-    return [m if isinstance(m, ChatMessage) else ChatMessage(**m) for m in messages]
+    return [ChatMessage(message) for message in messages]
 
 
 def _with_sampling(fields: dict[str, Any]) -> dict[str, Any]:

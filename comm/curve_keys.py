@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -158,8 +159,11 @@ class KeyRing:
 
 def _read(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        with os.fdopen(descriptor, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise KeyFileError(f"{path}: must be a file")
             if mode & 0o077:
                 raise KeyFileError(f"{path}: open to other users (mode {mode & 0o777:o}): chmod 600 it")
             return file.read(MAX_KEY_FILE_BYTES).decode("ascii")

@@ -1,4 +1,4 @@
-"""Addresses: which ones may be bound or connected to, and how to bind one so that no other user can connect.
+"""Addresses: which ones may be listened at or connected to, and how to listen so that no other user can connect.
 
     ipc:///absolute/path.sock    this user only: directory 0700, socket 0600
     tcp://127.0.0.1:5555         loopback needs no keys
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import zmq
 
-from .curve_keys import ZAP_DOMAIN, ClientKeys, ServerKeys
+from .curve_keys import ZAP_DOMAIN, ClientKeys, KeyPair, ServerKeys
 from .errors import AddressError
 
 SOCKET_PATH_BYTES = 103  # sockaddr_un.sun_path: 108 on Linux, 104 on macOS, with the closing zero
@@ -90,68 +91,88 @@ def _parse_tcp(address: str, rest: str) -> TcpAddress:
     return TcpAddress(str(ip), port, ip.is_loopback)
 
 
-def bind(socket: Socket, address: str, keys: ServerKeys | None = None) -> str:
-    """Bind, and return the real address (with its port). With `keys`, the caller holds `curve_keys.gate` open.
+def listen(address: str, *, keyed: bool = False, backlog: int = 1024) -> socket.socket:
+    """A socket that listens there. `keyed`: whoever speaks over it uses CURVE keys, so it may be reached from anywhere.
 
     AddressError when the address is refused or taken, or is not one of this machine's.
     """
     target = parse(address)
     if isinstance(target, IpcAddress):
         claim_directory(target.path.parent)
+        family = socket.AF_UNIX
+        place: str | tuple[str, int] = str(target.path)
+    elif keyed or target.loopback:
+        family = socket.AF_INET6 if ":" in target.host else socket.AF_INET
+        place = ("" if target.host == "*" else target.host, target.port)
     else:
-        _secure(socket, target, keys, server=True)
-        socket.ipv6 = ":" in target.host
+        remedy = "authorise a client's CURVE key (Security in docs/api.md)"
+        raise AddressError(_in_plain_text("listen at", target, remedy))
+    public = socket.socket(family, socket.SOCK_STREAM)
     # With a chmod after bind(2), the socket would be open to others for a moment. TCP ignores the umask.
     mask = os.umask(0o177)
     try:
-        socket.bind(str(target))
-    except zmq.ZMQError as error:
+        if family != socket.AF_UNIX:
+            public.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        public.bind(place)
+        public.listen(backlog)
+    except OSError as error:
+        public.close()
         raise AddressError(f"cannot listen at {target}: {error.strerror}") from error
     finally:
         os.umask(mask)
-    return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+    return public
 
 
-def connect(socket: Socket, address: str, keys: ClientKeys | None = None) -> None:
+def address_of(public: socket.socket) -> str:
+    """Where a socket of `listen` can be reached, with its real port."""
+    place = public.getsockname()
+    if isinstance(place, str):
+        return f"ipc://{place}"
+    return str(TcpAddress(place[0], place[1], loopback=False))
+
+
+def require_keys(router: Socket, keys: ServerKeys) -> None:
+    """Have a socket admit only clients with an authorised key. The caller holds `curve_keys.gate` open."""
+    _give_pair(router, keys.pair)
+    router.curve_server = 1
+    router.zap_domain = ZAP_DOMAIN
+    router.zap_enforce_domain = 1  # without a gate nobody is admitted
+
+
+def connect(dealer: Socket, address: str, keys: ClientKeys | None = None) -> None:
     """Begin to connect; the socket's monitor tells how that went. AddressError when the address is refused."""
     target = parse(address)
     if isinstance(target, TcpAddress):
         if target.port == 0 or target.host == "*":
             raise AddressError(f"address={address[:200]!r}: must name a host and a port to connect to")
-        _secure(socket, target, keys, server=False)
-        socket.ipv6 = True
+        if keys is not None:
+            _give_pair(dealer, keys.pair)
+            dealer.curve_serverkey = keys.server.encode()
+        elif not target.loopback:
+            raise AddressError(_in_plain_text("send prompts to", target, "give CURVE keys"))
+        dealer.ipv6 = True
     try:
-        socket.connect(str(target))
+        dealer.connect(str(target))
     except zmq.ZMQError as error:
         raise AddressError(f"cannot connect to {target}: {error.strerror}") from error
 
 
-def set_heartbeat(socket: Socket, interval_ms: int) -> None:
+def set_heartbeat(peer: Socket, interval_ms: int) -> None:
     """Ping the other side at this interval. A connection that is silent for three intervals is dead."""
-    socket.heartbeat_ivl = interval_ms
-    socket.heartbeat_timeout = socket.heartbeat_ttl = 3 * interval_ms
+    peer.heartbeat_ivl = interval_ms
+    peer.heartbeat_timeout = peer.heartbeat_ttl = 3 * interval_ms
 
 
-def _secure(
-    socket: Socket, target: TcpAddress, keys: ServerKeys | ClientKeys | None, *, server: bool
-) -> None:
-    if keys is None:
-        if target.loopback:
-            return
-        action = "listen at" if server else "send prompts to"
-        remedy = "authorise a client's CURVE key (Security in docs/api.md)" if server else "give CURVE keys"
-        raise AddressError(
-            f"will not {action} {target} in plain text: only 127.0.0.0/8, [::1] and localhost go "
-            f"without keys; {remedy} or use ipc://"
-        )
-    socket.curve_publickey = keys.pair.public.encode()
-    socket.curve_secretkey = keys.pair.secret.encode()
-    if isinstance(keys, ServerKeys):
-        socket.curve_server = 1
-        socket.zap_domain = ZAP_DOMAIN
-        socket.zap_enforce_domain = 1  # without a gate nobody is admitted
-    else:
-        socket.curve_serverkey = keys.server.encode()
+def _give_pair(peer: Socket, pair: KeyPair) -> None:
+    peer.curve_publickey = pair.public.encode()
+    peer.curve_secretkey = pair.secret.encode()
+
+
+def _in_plain_text(action: str, target: TcpAddress, remedy: str) -> str:
+    return (
+        f"will not {action} {target} in plain text: only 127.0.0.0/8, [::1] and localhost go "
+        f"without keys; {remedy} or use ipc://"
+    )
 
 
 def claim_directory(path: Path) -> None:

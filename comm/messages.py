@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, dataclass_transform
 
 from msgspec import Meta, Struct
+from msgspec.structs import force_setattr
 
+from .chat_message import ChatMessage as ChatMessage
+from .chat_message import ChatMessages, checked
 from .plain_values import check_plain
 from .sampling_limits import MAX_BIASES, TOKEN_IDS, check_sampling
 from .sampling_limits import SAMPLING_LIMITS as LIMITS
@@ -33,11 +36,12 @@ ErrorCode = Literal[
     "resources",  # would not fit into memory
     "busy",  # queue full: try again after retry_after_s
     "cancelled",
+    "unloaded",  # the model was unloaded while the request ran
     "shutting_down",
     "internal",  # a bug or a failing device; the daemon's log has more
 ]
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "repetition"]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)  # what subclasses inherit, for type checkers
@@ -65,7 +69,7 @@ class Hello(Message):
 
 
 class Sampling(Message):
-    """How the next token is chosen. An absent field takes the model's default, or else the one given here.
+    """How the next token is chosen. An absent field takes the model's default: what its makers advise, else Shoal's.
 
     ValueError, naming field, value and limit, when a value is beyond `sampling_limits`.
     """
@@ -74,9 +78,9 @@ class Sampling(Message):
     top_k: Annotated[int, LIMITS["top_k"].meta] | None = None  # 0 = off
     top_p: Annotated[float, LIMITS["top_p"].meta] | None = None
     min_p: Annotated[float, LIMITS["min_p"].meta] | None = None
-    repetition_penalty: Annotated[float, LIMITS["repetition_penalty"].meta] = 1.0
-    presence_penalty: Annotated[float, LIMITS["presence_penalty"].meta] = 0.0
-    frequency_penalty: Annotated[float, LIMITS["frequency_penalty"].meta] = 0.0
+    repetition_penalty: Annotated[float, LIMITS["repetition_penalty"].meta] | None = None
+    presence_penalty: Annotated[float, LIMITS["presence_penalty"].meta] | None = None
+    frequency_penalty: Annotated[float, LIMITS["frequency_penalty"].meta] | None = None
     logit_bias: Annotated[
         dict[TokenId, Annotated[float, LIMITS["logit_bias"].meta]], Meta(max_length=MAX_BIASES)
     ] = {}
@@ -96,9 +100,13 @@ class Generation(Message):
     model: Name = ""  # "" = the one that is loaded
     sampling: Sampling = Sampling()
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # None = up to the context's end
+    context_tokens: Annotated[int, Meta(ge=1, le=1 << 26)] | None = (
+        None  # of this request; None = the model's
+    )
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(max_length=64)] = []
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
     ignore_eos: bool = False
+    stop_repeating: bool = False  # end an answer that only repeats itself
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0  # higher goes first
     deadline_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None  # after arrival; None = no deadline
     progress: bool = False  # send `stage` while nothing else comes
@@ -114,28 +122,15 @@ class Generate(Generation):
         check_one_of(self, "prompt", "prompt_tokens")
 
 
-class ChatMessage(Message):
-    """One turn of a conversation. Keys that are not listed here do not reach the template."""
-
-    role: Annotated[str, Meta(min_length=1, max_length=64)]
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-
-    def __post_init__(self) -> None:
-        check_plain(self.content, "content")
-        check_plain(self.tool_calls, "tool_calls")
-
-
 class Chat(Generation, kw_only=True):
     """Answer a conversation; the model's chat template turns it into a prompt."""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)]
+    messages: ChatMessages
     tools: Annotated[list[dict[str, Any]], Meta(max_length=256)] = []
     template_args: dict[str, Any] = {}  # extra template variables, e.g. enable_thinking
 
     def __post_init__(self) -> None:
+        force_setattr(self, "messages", checked(self.messages))
         check_plain(self.tools, "tools")
         check_plain(self.template_args, "template_args")
 
@@ -146,12 +141,14 @@ class Tokenize(Message):
     model: Name = ""
     text: str | None = None
     tokens: TokenIds | None = None
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)] | None = None
+    messages: ChatMessages | None = None
     add_special: bool = True
     parse_special: bool = True
 
     def __post_init__(self) -> None:
         check_one_of(self, "text", "tokens", "messages")
+        if self.messages is not None:
+            force_setattr(self, "messages", checked(self.messages))
 
 
 class Cancel(Message):
@@ -164,9 +161,14 @@ class Load(Message):
     """Load a model: a path on the daemon's machine or a name in its store."""
 
     model: Annotated[str, Meta(min_length=1, max_length=4096)]
-    context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None
+    context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model is loaded anew with it
+    least_context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model stays as it is
     draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None  # a model that guesses ahead
     progress: bool = False  # send `stage` meanwhile
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.least_context is not None:
+            raise ValueError("least_context: give this or context, not both")
 
 
 class Unload(Message):
@@ -207,13 +209,15 @@ class Waiting(Message):
 class Stage(Message):
     """What a request waits for. Sent each second of silence instead of `waiting`, if `progress` was asked for.
 
-    `done` and `total` count bytes, or blocks of the step while weights are read for it.
+    `done` and `total` count bytes; tokens of a `prompt`; blocks of the step while weights are read for it (`reading`).
+    While it is `queued` they are its place and how many wait.
     """
 
-    doing: str  # packing, loading, reading
+    doing: str  # packing, loading, queued, prompt, reading
     done: int
     total: int
     bytes_per_s: float = 0.0
+    tokens_per_s: float = 0.0
     seconds: float = 0.0  # since the request arrived
 
 
@@ -259,7 +263,7 @@ class Done(Message):
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
-    context_tokens: int = 0  # the model's context, so that a client can show how much is left
+    context_tokens: int = 0  # the request's, or else the model's, so that a client can show how much is left
 
 
 StreamEvent = Accepted | Stage | Token | Done
@@ -311,6 +315,8 @@ class ModelStatus(Message):
     kv_disk_bytes: int = 0  # size of the KV pages kept on disk
     kv_disk_pages_read_total: int = 0  # pages read back instead of computed
     kv_disk_pages_written_total: int = 0
+    warnings: list[str] = []  # what is odd about its files, one line each
+    context_limit_tokens: int = 0  # what it was made for
 
 
 class Loaded(Message):
@@ -330,6 +336,7 @@ class StatusReply(Message):
     loading: str = ""  # the model that is being loaded, if any
     stage: Stage | None = None  # how far loading is
     draining: bool = False
+    peak_memory_bytes: int = 0  # the largest resident set since the start
 
 
 class Pong(Message):
@@ -363,7 +370,7 @@ REPLIES: dict[str, type[Message]] = {
     "pong": Pong,
 }
 
-FEATURES = (*REQUESTS, "progress")
+FEATURES = (*REQUESTS, "progress", "context_tokens", "stop_repeating")
 """What a daemon tells clients that it can do: request types, and fields that older daemons ignore."""
 
 TYPE_NAMES = {kind: name for table in (REQUESTS, REPLIES) for name, kind in table.items()}

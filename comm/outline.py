@@ -17,14 +17,8 @@ ContentPart = Annotated[dict[str, Raw], Meta(max_length=64)]
 ContentParts = Annotated[list[ContentPart], Meta(max_length=1024)]
 
 
-class _Message(Struct, frozen=True):
+class _Content(Struct, frozen=True):
     content: str | ContentParts | None = None
-    tool_calls: Raw = Raw()
-
-    @property
-    def free_bytes(self) -> int:
-        parts = self.content if isinstance(self.content, list) else []
-        return len(self.tool_calls) + sum(_weight(value) for part in parts for value in part.values())
 
 
 class _Sampling(Struct, frozen=True):
@@ -32,13 +26,15 @@ class _Sampling(Struct, frozen=True):
 
 
 class _Outline(Struct, frozen=True):
-    messages: Annotated[list[_Message], Meta(max_length=10_000)] | None = None
+    messages: Annotated[list[Raw], Meta(max_length=10_000)] | None = None
     sampling: _Sampling = _Sampling()
     tools: Raw = Raw()
     template_args: Raw = Raw()
 
 
 _DECODER = msgpack.Decoder(_Outline)
+_CONTENT = msgpack.Decoder(_Content)
+_MESSAGE = msgpack.Decoder(Annotated[dict[str, Raw], Meta(max_length=1024)])
 
 
 def check_free_bytes(body: bytes) -> None:
@@ -47,9 +43,17 @@ def check_free_bytes(body: bytes) -> None:
         return
     outline = _DECODER.decode(body)
     fields = (outline.tools, outline.template_args, outline.sampling.logit_bias)
-    size = sum(map(len, fields)) + sum(message.free_bytes for message in outline.messages or [])
+    size = sum(map(len, fields)) + sum(map(_free_bytes, outline.messages or []))
     if size > MAX_FREE_BYTES:
         raise ValidationError(f"free-form values of {size} bytes: must be at most {MAX_FREE_BYTES}")
+
+
+def _free_bytes(message: Raw) -> int:
+    """How much of a message could grow: all but texts, also those in the parts of its content."""
+    content = _CONTENT.decode(message).content
+    parts = content if isinstance(content, list) else []
+    fields = [value for key, value in _MESSAGE.decode(message).items() if key != "content"]
+    return sum(map(_weight, [*fields, *(value for part in parts for value in part.values())]))
 
 
 def _weight(value: Raw) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import msgpack
 
+from .complaints import explained, shorten
 from .errors import ProtocolError
 from .messages import REPLIES, REQUESTS, TYPE_NAMES, Message
 from .outline import check_free_bytes
@@ -30,6 +31,7 @@ _DECODERS: dict[type[Message], msgpack.Decoder[Any]] = {
     kind: msgpack.Decoder(kind) for kind in (*REQUESTS.values(), *REPLIES.values())
 }
 _ENCODER = msgpack.Encoder()
+_EXPLAIN_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,31 +88,16 @@ def decode(envelope: Envelope, types: Mapping[str, type[Message]]) -> Message:
     return message
 
 
-def shorten(value: object, limit: int = 40) -> str:
-    """`repr(value)` in at most `limit` characters, control characters escaped."""
-    if isinstance(value, str | bytes):
-        value = value[: limit + 1]
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
 def _check_size(frames: Sequence[bytes], limit_bytes: int, request_id: bytes) -> None:
     size = sum(map(len, frames))
     if size > limit_bytes:
         raise ProtocolError(f"message of {size} bytes: must be at most {limit_bytes}", request_id=request_id)
 
 
-# --- what is wrong with a body, in one line -------------------------------------------------------------
-
-_COMPLAINT = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
-_STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+)\]")
-_EXPLAIN_BYTES = 64 << 10  # a larger body is not decoded a second time just to quote a value
-
-
 def _problem(error: Exception, body: bytes) -> str:
-    """What the decoder's `error` says about the body."""
+    """What the decoder's `error` says about the body, in one line."""
     if isinstance(error, msgspec.ValidationError):
-        return _explain(str(error), body)
+        return explained(str(error), _quotable(body))
     if isinstance(error, UnicodeDecodeError):
         return "body: holds text that is not UTF-8"
     if isinstance(error, RecursionError):
@@ -118,32 +105,11 @@ def _problem(error: Exception, body: bytes) -> str:
     return f"body: not msgpack: {error}"
 
 
-def _explain(complaint: str, body: bytes) -> str:
-    """`max_tokens=0: must be int >= 1` from msgspec's "Expected `int` >= 1 - at `$.max_tokens`"."""
-    match = _COMPLAINT.fullmatch(complaint)
-    assert match is not None  # `what` alone matches anything
-    what, path = match["what"].replace("`", ""), (match["path"] or "").lstrip(".")
-    if what.startswith("Object missing required field "):
-        field = what.removeprefix("Object missing required field ")
-        return f"{path}.{field}: is required" if path else f"{field}: is required"
-    if not what.startswith("Expected "):  # from a check in messages.py, which names its field itself
-        return f"{path}.{what}" if path else what
-    must = what.removeprefix("Expected ").replace(", got ", ", not ")
-    if match["key"]:
-        return f"{path or 'body'}: its keys must be {must}"
-    if not path:
-        return f"body: must be {must}"
-    return f"{path}{_quote(match['path'], body)}: must be {must}"
-
-
-def _quote(path: str, body: bytes) -> str:
-    """`=value` of the field at `path`, or "" where the value cannot be found."""
-    if len(body) > _EXPLAIN_BYTES or "[...]" in path:
-        return ""
+def _quotable(body: bytes) -> Any:
+    """The body's value, unless it is too large to be decoded a second time just to be quoted."""
+    if len(body) > _EXPLAIN_BYTES:
+        return None
     try:
-        value = msgpack.decode(body)
-        for step in _STEP.finditer(path):
-            value = value[step["name"] if step["name"] is not None else int(step["index"])]
-    except (ValueError, TypeError, LookupError, RecursionError, msgspec.MsgspecError):
-        return ""
-    return f"={shorten(value)}"
+        return msgpack.decode(body)
+    except (ValueError, RecursionError, msgspec.MsgspecError):
+        return None

@@ -1,10 +1,12 @@
 """An answer: turns what happens to one sequence into the messages of one request.
 
-It detokenises, looks for stop strings, and reports usage and timings at the end. It emits exactly one terminal message.
-It knows nothing of batches or sockets; `emit` must not block.
+It detokenises, looks for stop strings and repetition, and reports usage and timings at the end. It emits exactly one
+terminal message. It knows nothing of batches or sockets; `emit` must not block.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from shoal.comm.messages import (
     Accepted,
@@ -16,8 +18,10 @@ from shoal.comm.messages import (
     Usage,
 )
 from shoal.engine.sequence import Emitted, Ended, Failed, Queued, Sequence, SequenceEvent
+from shoal.models.errors import LogitsError
 from shoal.models.sampling import Sampled
 from shoal.models.tokenizer.detokenizer import Detokenizer
+from shoal.models.tokenizer.repetition import Repetition
 from shoal.models.tokenizer.stop_strings import StopMatcher
 from shoal.models.tokenizer.tokenizer import Tokenizer
 
@@ -26,7 +30,7 @@ from .error_codes import translated
 
 
 class Answer:
-    """The messages of one request. `over`: the terminal one has been emitted."""
+    """The messages of one request. `over`: the terminal one has been emitted. `path`: where the model's files are."""
 
     def __init__(
         self,
@@ -38,7 +42,10 @@ class Answer:
         stop: list[str],
         logprobs: bool,
         context_tokens: int,
+        path: Path = Path(),
+        repetition: Repetition | None = None,
     ) -> None:
+        self._path = path
         self.over = False
         self._emit = emit
         self._model = model
@@ -51,10 +58,12 @@ class Answer:
         self._completion_tokens = 0
         self._accepted_tokens = 0  # of these, guessed right
         self._last_token_s = 0.0
-        self._stopped = False  # by a stop string: the answer is complete, whatever the sequence still does
+        self._repetition = repetition
+        # By a stop string or by repetition: the answer is complete, whatever the sequence still does.
+        self._stopped: FinishReason | None = None
 
     def take(self, event: SequenceEvent) -> bool:
-        """Emit the messages of an event. True when a stop string was found, so that the sequence may end."""
+        """Emit the messages of an event. True when the answer is complete, so that the sequence may end."""
         match event:
             case Queued():
                 self._emit(Accepted(model=self._model, prompt_tokens=self._prompt_tokens))
@@ -65,10 +74,10 @@ class Answer:
                 self._accepted_tokens += self._completion_tokens - before - 1  # the first was not guessed
                 return found
             case Ended(sequence, reason):
-                self._finish("stop" if self._stopped else reason, sequence)
+                self._finish(self._stopped or reason, sequence)
             case Failed(sequence, error):
                 if self._stopped:
-                    self._finish("stop", sequence)
+                    self._finish(self._stopped, sequence)
                 else:
                     self.fail(error)
         return False
@@ -77,18 +86,24 @@ class Answer:
         """Emit `error`, unless the answer is over."""
         if not self.over:
             self.over = True
-            self._emit(translated(error).to_message())
+            what = str(self._path) if isinstance(error, LogitsError) else ""
+            self._emit(translated(error, what).to_message())
 
     def _say(self, sampled: Sampled) -> bool:
-        """Emit the text of a token. True when it completes a stop string."""
+        """Emit the text of a token. True when the answer is complete with it."""
         self._completion_tokens += 1
-        text, self._stopped = self._matcher.push(self._detokenizer.push(sampled.token_id))
+        piece = self._detokenizer.push(sampled.token_id)
+        text, found = self._matcher.push(piece)
         self._emit(Token(text=text, ids=[sampled.token_id], logprobs=self._describe(sampled)))
-        return self._stopped
+        if found:
+            self._stopped = "stop"
+        elif self._repetition is not None and self._repetition.push(sampled.token_id, len(piece.encode())):
+            self._stopped = "repetition"
+        return self._stopped is not None
 
     def _finish(self, reason: FinishReason, sequence: Sequence) -> None:
         """Emit the text that was held back, then `done`."""
-        if not self._stopped:
+        if self._stopped != "stop":
             text, hit = self._matcher.push(self._detokenizer.flush())
             if not hit:
                 text += self._matcher.flush()

@@ -36,11 +36,21 @@ CancelCall = Callable[[], None]
 """Asks a stream to end early; from any thread; idempotent; returns at once."""
 
 
+class Submitted(Protocol):
+    """A request that the backend has."""
+
+    def cancel(self) -> None:
+        """Ask it to end early; from any thread; idempotent; returns at once."""
+
+    def stage(self) -> Stage | None:
+        """What it waits for just now; None = the next token, or it has ended. Returns at once."""
+
+
 class Backend(Protocol):
     """All methods may be called from several threads at once, and raise DaemonError to refuse."""
 
-    def submit(self, request: Generate | Chat, emit: Emit, client: str) -> CancelCall:
-        """Queue a request (tokenising it first, so this may take a while) and return how to cancel it.
+    def submit(self, request: Generate | Chat, emit: Emit, client: str) -> Submitted:
+        """Queue a request (tokenising it first, so this may take a while).
 
         `client` tells apart whose requests share the machine fairly.
         `emit` gets one Accepted, any Tokens, then exactly one Done or Error: also after a cancel.
@@ -57,7 +67,8 @@ class Backend(Protocol):
         """Whether requests to that model need not wait until it is loaded. Returns at once."""
 
     def stage(self, model: str) -> Stage | None:
-        """What a request to that model waits for just now; None when it is no disk. Returns at once."""
+        """What a request to that model waits for before it is submitted; None when nothing is loaded. Returns at
+        once."""
 
     def status(self) -> StatusReply:
         """Cheap: it is asked often."""

@@ -49,4 +49,5 @@ def _facts(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     licence = checkpoint.metadata.get("general.license")
     given["license"] = licence if isinstance(licence, str) else None
     given["chat_template"] = checkpoint.tokenizer().chat_template is not None
+    given["warnings"] = list(checkpoint.warnings)
     return given

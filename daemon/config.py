@@ -35,7 +35,8 @@ class NodeConfig:
     """How one node runs models.
 
     `memory_bytes` bounds weights + KV + scratch; None leaves a tenth of the free memory alone.
-    `context_tokens` is the longest sequence a request may reach; None takes min(the model's, 8192).
+    `context_tokens` is the longest sequence a request may reach; None takes min(the model's, 8192), or less where
+    memory is short, but at least `least_context_tokens`.
     `kv_tokens` is the KV pool shared by all sequences; None sizes it for all
     sequences at full context, within memory. `kv_type` is what K and V are rounded to; i8, with a scale per token
     and head, takes about half the memory of f16. `kv_disk_bytes` bounds the KV kept on disk, where a node is given a
@@ -45,6 +46,7 @@ class NodeConfig:
     threads: int | None = None  # None = default_threads()
     memory_bytes: int | None = None
     context_tokens: int | None = None
+    least_context_tokens: int = 1
     kv_tokens: int | None = None
     kv_type: KvType = "f16"
     kv_disk_bytes: int | None = None
@@ -59,6 +61,7 @@ class NodeConfig:
             "threads": (1, os.cpu_count() or 1),
             "memory_bytes": (1, 1 << 50),
             "context_tokens": (1, 1 << 26),
+            "least_context_tokens": (1, 1 << 26),
             "kv_tokens": (1, 1 << 32),
             "kv_disk_bytes": (0, 1 << 50),
             "max_sequences": (1, 1024),

@@ -6,10 +6,13 @@ from shoal.comm.messages import ErrorCode
 from shoal.engine.errors import NeverFits, QueueFull
 from shoal.models.errors import (
     CorruptCheckpoint,
+    LogitsError,
     MissingCheckpoint,
     ModelError,
+    Overloaded,
     SamplingError,
     TemplateError,
+    TextTooLarge,
     TokenizerError,
     UnsupportedCheckpoint,
 )
@@ -25,7 +28,9 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (TokenizerError, "corrupt"),
     (SpecError, "corrupt"),
     (TemplateError, "bad_request"),
+    (LogitsError, "corrupt"),
     (SamplingError, "bad_request"),
+    (TextTooLarge, "resources"),
     (ShardError, "bad_request"),
     (BudgetExceeded, "resources"),
     (PackPointless, "bad_request"),
@@ -53,6 +58,8 @@ def translated(error: Exception, what: str = "") -> DaemonError:
         return DaemonError(
             "resources", str(error), "shorten it, lower max_tokens, or give the model more `memory_bytes`"
         )
+    if isinstance(error, Overloaded):
+        return DaemonError("busy", str(error), "try again later", retry_after_s=1.0)
     prefix = f"{what}: " if what else ""
     for kind, code in _CODES:
         if isinstance(error, kind):

@@ -24,6 +24,7 @@ from shoal.engine.executor import Executor
 from shoal.engine.sequence import Emitted, Failed, Sequence
 from shoal.kernels import set_threads
 from shoal.kernels.arrays import Floats
+from shoal.models.regular_files import read_regular
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.step import Step
 
@@ -32,6 +33,7 @@ from .errors import DaemonError
 from .memory import budget_of, peak_memory_bytes
 from .progress import Progress
 
+TEXT_BYTES = 1 << 30  # longer texts are not read
 HEAD_ROWS = 32  # logits rows computed at a time, so that a large vocabulary stays within scratch
 
 
@@ -156,7 +158,7 @@ def perplexity(
     if ctx < 4:
         raise DaemonError("bad_request", f"ctx={ctx}: must be at least 4")
     try:
-        text = file.read_bytes().decode()  # not as text, which would change line ends
+        text = read_regular(file, TEXT_BYTES).decode()  # not as text, which would change line ends
     except (OSError, UnicodeDecodeError) as error:
         raise DaemonError("bad_request", f"cannot read {file}: {error}") from error
     loaded = _load(model, replace(config, context_tokens=ctx, kv_tokens=None), progress, packs)

@@ -29,6 +29,7 @@ MOST_LEFT_ALONE_SHARE = 0.25  # … but no larger share than this
 CODE_BYTES = 28 << 20  # libraries' code and constants in use, with what the kernel keeps for them
 TORCH_CODE_BYTES = 76 << 20  # … of torch, in which the reference kernels compute
 GROWTH_BYTES = 12 << 20  # of Python and its libraries in a long life: stacks, requests, replies
+CHILD_BYTES = 12 << 20  # a process that renders chat templates
 PROCESS = "this process"  # in the ledger
 
 
@@ -76,7 +77,7 @@ def budget_of(memory_bytes: int | None) -> Budget:
             "`memory_bytes=None` takes what leaves the machine usable",
         )
     in_torch = kernels.home() == "reference"  # and then torch has been imported
-    own, later = private_bytes(), CODE_BYTES + GROWTH_BYTES + in_torch * TORCH_CODE_BYTES
+    own, later = private_bytes(), CODE_BYTES + GROWTH_BYTES + CHILD_BYTES + in_torch * TORCH_CODE_BYTES
     if memory_bytes is None:
         memory_bytes = own + max(later, _usable_bytes())
     budget = Budget(memory_bytes)

@@ -1,11 +1,13 @@
 """How a model is named: a path or a name in the store, followed by `:q8` or `:q4` if its weights are wanted in fewer
 bits than its files have. Also how a rank's part of it is named.
 
-Knows spelling only. `library.library` finds models; `offload.pack.layout` knows what the bits mean.
+Knows spelling, and that what is there under a name is what it means. `library.library` finds models;
+`offload.pack.layout` knows what the bits mean.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from shoal.offload.pack.manifest import Quant
@@ -25,9 +27,20 @@ class Reference(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Reference:
+        """Raises DaemonError `bad_request` where a file is called like another one in fewer bits."""
         model, _, suffix = text.rpartition(":")
         quant = _SUFFIXES.get(suffix)
-        return cls(text) if quant is None or not model else cls(model, quant)
+        if quant is None or not model:
+            return cls(text)
+        if not _is_there(text):
+            return cls(model, quant)
+        if _is_there(model):
+            raise DaemonError(
+                "bad_request",
+                f"{text[:300]} is a file, and {model[:300]} in {quant[1]} bits is called the same",
+                "give one of the two another name",
+            )
+        return cls(text)
 
     def __str__(self) -> str:
         return self.model if self.quant == "keep" else f"{self.model}:{self.quant}"
@@ -61,6 +74,13 @@ class ShardName(NamedTuple):
 
 
 WHOLE = ShardName()
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _is_number(text: str) -> bool:

@@ -36,20 +36,22 @@ from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.loaded_model import LoadedModel
-from shoal.daemon.loading.loaded_models import LoadedModels
+from shoal.daemon.loading.loaded_models import LoadedModels, unloaded
 from shoal.daemon.loading.loader import Loader
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
 from .answer_thread import Answering
-from .backend import STAGE_S, CancelCall, Emit, Event
+from .backend import STAGE_S, Emit, Event
 from .config import NodeConfig
 from .error_codes import translated
 from .errors import DaemonError
-from .memory import budget_of, resident_bytes, return_freed
+from .long_requests import LongRequests, tokenized
+from .memory import budget_of, peak_memory_bytes, resident_bytes, return_freed
 from .model_name import Reference
 from .progress import Progress, no_progress
-from .request import answer_of, chat_tokens, prompt_of, sequence_of
+from .request import answer_of, prompt_of, sequence_of
+from .underway import Underway
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class Node:
     ) -> None:
         self.config = config
         self.budget = budget_of(config.memory_bytes)
+        self._long = LongRequests(self.budget)
         self._resolve = resolve
         kv_files = None
         if kv_root is not None and config.kv_disk_bytes != 0:
@@ -88,7 +91,6 @@ class Node:
         self._models = LoadedModels(self.budget)
         assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear)
         self._loader = Loader(self._models, assembly, self._check_needed)
-        self._loading = threading.Lock()  # one load or unload at a time
         self._wake = threading.Condition(self._models.lock)  # guards _draining and _closed too
         self._draining = False
         self._closed = threading.Event()
@@ -106,24 +108,26 @@ class Node:
 
     # --- requests ---------------------------------------------------------------------------------------
 
-    def submit(self, request: Generate | Chat, emit: Emit, client: str = "") -> CancelCall:
-        """Start a request; returns at once with a function that cancels it (idempotent). Clients share fairly.
+    def submit(self, request: Generate | Chat, emit: Emit, client: str = "") -> Underway:
+        """Start a request; returns at once with what cancels it and tells its stage. Clients share fairly.
 
         `emit` is called from other threads with accepted, token… and exactly one of done and error; it must not
         block. Raises DaemonError instead of emitting when the request cannot start. The model is loaded if needed.
         """
         arrived_s = self._clock()
-        model = self._model(request.model)
+        model = self._model(request.model, request.context_tokens)
         try:
             prompt = prompt_of(model, request)
             sequence = sequence_of(model, request, prompt, client=client, arrived_s=arrived_s)
             answer = answer_of(model, request, prompt, emit)
         except Exception as error:
             raise translated(error) from error
+        finally:
+            self._long.ended(request)
         with self._wake:
             self._check_open()
             if model not in self._models:
-                raise _unloaded(model.name)
+                raise unloaded(model.name)
             self._answering.open(sequence, answer)
             try:
                 model.engine.submit(sequence)
@@ -133,7 +137,7 @@ class Node:
             model.used_s = self._clock()
             self._requests_total += 1
             self._wake.notify_all()
-        return lambda: model.engine.end(sequence, "cancelled")
+        return Underway(model, sequence)
 
     def stream(self, request: Generate | Chat) -> Generator[Accepted | Stage | Token | Done, None, None]:
         """The events of a request in this process. While there are none, its stage, if `progress` was asked for.
@@ -141,66 +145,64 @@ class Node:
         Closing the generator cancels the request. Raises DaemonError.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        cancel = self.submit(request, events.put)
+        underway = self.submit(request, events.put)
         event: Event | Stage | None = None
         try:
             while not isinstance(event, Done):
                 try:
                     event = events.get(timeout=STAGE_S)
                 except queue.Empty:
-                    event = self._waited_for(request)
+                    self._check_threads()
+                    event = underway.stage() if request.progress else None
                 if isinstance(event, Error):
                     raise DaemonError.of(event)
                 if event is not None:
                     yield event
         finally:
-            cancel()
+            underway.cancel()
 
-    def _waited_for(self, request: Generate | Chat) -> Stage | None:
-        """What a request waits for that has had no event for a while, if it asks for that."""
+    def _check_threads(self) -> None:
+        """Raises DaemonError if nothing will come any more."""
         if not (self._thread.is_alive() and self._answering.alive):
             raise DaemonError("internal", "a thread of the node has died", "see the log")
-        return self.stage(request.model) if request.progress else None
 
     def tokenize(self, request: Tokenize) -> Tokens:
         """Text, messages or ids → ids and text. Raises DaemonError."""
         model = self._model(request.model)
-        tokenizer = model.tokenizer
         try:
-            if request.text is not None:
-                ids = tokenizer.encode(
-                    request.text, add_special=request.add_special, parse_special=request.parse_special
-                )
-            elif request.messages is not None:
-                ids = chat_tokens(model, request.messages)
-            else:
-                ids = list(request.tokens or [])
-                if ids and max(ids) >= tokenizer.vocab_size:
-                    raise DaemonError(
-                        "bad_request",
-                        f"token {max(ids)}: must be below the vocabulary's {tokenizer.vocab_size}",
-                    )
-            return Tokens(ids=ids, text=tokenizer.decode(ids))
+            return tokenized(model, request, self._long)
         except Exception as error:
             raise translated(error) from error
+        finally:
+            self._long.ended(request)
 
     def load(self, request: Load, progress: Progress = no_progress) -> Loaded:
         """Load a model, unless it is loaded. Idle models make room when memory is short. Raises DaemonError.
 
-        A loaded model that is to have another context or draft model is loaded again. While it answers, that is refused
-        as `busy`; if it would not fit like that, it stays as it is.
+        A loaded model that is to have another `context` or draft model is loaded again. While it answers, that is
+        refused as `busy`; if it would not fit like that, it stays as it is.
         """
         began_s = self._clock()
-        with self._loading:
+        with self._loader.alone():
             self._check_open()
             wanted = Reference.parse(request.model)
             path = self._resolve(wanted.model)
-            known = self._models.of(Reference(str(path), wanted.quant))
+            known = self._models.of(wanted, path)
             draft = self._resolve(request.draft) if request.draft is not None else None
-            context = request.context or self.config.context_tokens
-            config = replace(self.config, context_tokens=context, quant=wanted.quant)
+            config = replace(
+                self.config,
+                context_tokens=request.context or self.config.context_tokens,
+                least_context_tokens=request.least_context or 1,
+                quant=wanted.quant,
+            )
             if known is None:
                 name = self._models.free_name(wanted, path)
+            elif (what := known.stale(self._resolve)) is not None:
+                log.info("%s: there is another file now, so %s is loaded again", what, known.name)
+                name, draft = known.name, draft or known.draft_path
+                config = replace(config, context_tokens=request.context or known.asked_context)
+                self._models.retire(known)
+                known = None
             else:
                 draft = draft or known.draft_path
                 same = request.context in (None, known.plan.context_tokens) and draft == known.draft_path
@@ -210,8 +212,10 @@ class Node:
                 name = known.name
                 self._models.drop(known)
                 known = None  # or it would stay in memory beside its successor
-            model = self._loader.load(name, path, draft, config, progress)
+            model = self._loader.load(name, wanted.model, path, draft, config, progress)
             self._models.add(model)
+            if model.tokenizer.chat_template is not None:
+                threading.Thread(target=model.warm_up, name="shoal-template", daemon=True).start()
             if self._closed.is_set():  # `close` may have gone through the models before this one came
                 self._models.drop(model)
                 self._check_open()
@@ -219,8 +223,8 @@ class Node:
         return Loaded(model=model.status(), seconds=self._clock() - began_s)
 
     def unload(self, request: Unload) -> Ok:
-        """Drop a model; its running requests end with `error` shutting_down. Raises DaemonError `not_found`."""
-        with self._loading:
+        """Drop a model; its running requests end with `error` unloaded. Raises DaemonError `not_found`."""
+        with self._loader.alone():
             known = self._models.pick(request.model)
             if known is None:
                 raise DaemonError(
@@ -232,12 +236,13 @@ class Node:
         return Ok()
 
     def has(self, model: str) -> bool:
-        """Whether it is loaded and sound, so that requests to it begin at once. Never blocks."""
+        """Whether it is loaded and sound, so that requests to it begin at once."""
         known = self._models.pick(model)
-        return known is not None and not known.damaged
+        return known is not None and not known.damaged and known.stale(self._resolve) is None
 
     def stage(self, model: str) -> Stage | None:
-        """What a request to `model` waits for just now: that one is loaded, or a disk. Never blocks for long."""
+        """What a request to `model` waits for before it is submitted: that one is loaded, or a disk. Never blocks for
+        long."""
         if (stage := self._loader.stage) is not None:
             return stage
         loaded = self._models.pick(model)
@@ -256,6 +261,7 @@ class Node:
             loading=self._loader.name,
             stage=self._loader.stage,
             draining=self._draining,
+            peak_memory_bytes=peak_memory_bytes(),
         )
 
     # --- life -------------------------------------------------------------------------------------------
@@ -313,6 +319,8 @@ class Node:
                     log.error("a step of %s failed: %s", model.name, error, exc_info=ours)
 
     def _expire_each(self) -> None:
+        self._models.sweep()
+        self._long.look()
         for model in self._models:
             model.engine.expire()
 
@@ -330,26 +338,29 @@ class Node:
 
     # --- models -----------------------------------------------------------------------------------------
 
-    def _model(self, name: str) -> LoadedModel:
+    def _model(self, name: str, least_context: int | None = None) -> LoadedModel:
         """The loaded model of that name, loading it if it is not. "" is the one used last."""
         with self._wake:
             self._check_open()
             model = self._models.pick(name)
         if model is None and not name:
             raise DaemonError("not_found", "no model is loaded", "name one, or load one first")
-        if model is None or (model.damaged and not model.engine.busy):
-            load = Load(model=name)
+        if (
+            model is None
+            or (model.damaged and not model.engine.busy)
+            or model.stale(self._resolve) is not None
+        ):
+            load = Load(model=name, least_context=least_context)
             if model is not None:
-                load = Load(model=str(model.reference), context=model.plan.context_tokens)
+                again = str(Reference(model.named, model.quant))
+                load = Load(model=again, least_context=least_context)
+                if model.damaged:
+                    load = Load(model=again, context=model.plan.context_tokens)
                 name = model.name
                 model = None  # or it would stay in memory beside its successor
             self.load(load)
             with self._wake:
                 model = self._models.pick(name)
         if model is None:
-            raise _unloaded(name)
+            raise unloaded(name)
         return model
-
-
-def _unloaded(name: str) -> DaemonError:
-    return DaemonError("not_found", f"{name} was unloaded meanwhile", "send the request again")

@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
+from collections.abc import Sequence as Sequenced
 from types import MappingProxyType
 from typing import Any
 
 from msgspec.structs import asdict
 
 from shoal import kernels
-from shoal.comm.messages import Chat, ChatMessage, Generate, Sampling
-from shoal.comm.sampling_limits import check_sampling
-from shoal.daemon.library.registry import recommended_sampling
+from shoal.comm.messages import Chat, Generate, Sampling
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
+from shoal.models.chat.continuing import before_mark, marked
+from shoal.models.chat.template import ChatTemplate
+from shoal.models.errors import TemplateError, TemplateRefusal, TooManyTokens
 from shoal.models.sampling import Sampler, SamplingParams
+from shoal.models.tokenizer.repetition import Repetition
 from shoal.partition.amounts import format_bytes
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Wanted, scratch_bytes
@@ -28,53 +31,103 @@ from .answer import Answer
 from .backend import Emit
 from .errors import DaemonError
 
-DEFAULT_SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+DEFAULT_SAMPLING = {
+    "temperature": 0.7,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.05,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+PROBE = [{"role": "user", "content": "Hello"}]  # a template that fails for this one is to blame itself
 
 
 def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
-    """The prompt's token ids. Raises DaemonError, or the models room's TemplateError or TokenizerError."""
-    if isinstance(request, Chat):
-        return chat_tokens(model, request.messages, request.tools, request.template_args)
-    if request.prompt is not None:
-        return model.tokenizer.encode(request.prompt)
+    """The prompt's token ids. Raises DaemonError, or what the models room says of templates, tokenizers and texts."""
+    context = context_of(model, request)
+    most = context - 1
+    try:
+        if isinstance(request, Chat):
+            text = chat_text(model, request.messages, request.tools, request.template_args)
+            return model.tokenizer.encode(text, add_special=False, most=most)
+        if request.prompt is not None:
+            return model.tokenizer.encode(request.prompt, most=most)
+    except TooManyTokens as error:
+        raise _overflow(model, context, error.least, "at least ") from error
     return list(request.prompt_tokens or [])
 
 
-def chat_tokens(
+def chat_text(
     model: LoadedModel,
-    messages: list[ChatMessage],
+    messages: Sequenced[Mapping[str, Any]],
     tools: list[dict[str, Any]] | None = None,
     template_args: Mapping[str, Any] = MappingProxyType({}),
-) -> list[int]:
-    """A conversation as prompt ids, by the model's chat template (ChatML when it has none).
+) -> str:
+    """A conversation as a prompt, by the model's chat template (ChatML when it has none).
 
-    Raises DaemonError or the models room's TemplateError.
+    Raises DaemonError or the models room's TemplateError and Overloaded.
     """
     if taken := template_args.keys() & {"messages", "tools"}:
         raise DaemonError("bad_request", f"template_args has {sorted(taken)}: these are fields of their own")
-    rendered = model.chat_template.render(
-        [_as_dict(message) for message in messages], tools=tools or None, **template_args
-    )
-    return model.tokenizer.encode(rendered, add_special=False)
+    template = model.tool_template if tools else model.chat_template
+    told = [_with_reasoning(message) for message in messages]
+    variables = {"documents": None, **model.tokenizer.template_tokens, **template_args}
+    if field := variables.pop("continue_final_message", False):
+        told = marked(told, field if isinstance(field, str) else "content")
+        variables["add_generation_prompt"] = False
+    try:
+        rendered = template.render(told, tools=tools or None, **variables)
+        unread = bool(tools) and rendered == template.render(told, **variables)
+    except TemplateRefusal:
+        raise
+    except TemplateError as error:
+        if _renders(template):
+            raise
+        hint = "send a prompt instead, or mend the template"
+        raise DaemonError("corrupt", f"{model.checkpoint.path}: {error}", hint) from error
+    if unread:
+        raise DaemonError(
+            "unsupported",
+            f"the chat template of {model.name} does not read `tools`, so the model would not see them",
+            "leave them out, describe them in a message, or take a model that was trained to use tools",
+        )
+    return before_mark(rendered) if field else rendered
+
+
+def _renders(template: ChatTemplate) -> bool:
+    """Whether a template is sound as far as the simplest conversation shows."""
+    try:
+        template.render(PROBE)
+    except TemplateRefusal:
+        pass
+    except TemplateError:
+        return False
+    return True
 
 
 def sequence_of(
     model: LoadedModel, request: Generate | Chat, prompt: list[int], *, client: str, arrived_s: float
 ) -> Sequence:
     """A sequence for a request whose prompt has been tokenised. Raises DaemonError."""
-    vocab, context = model.checkpoint.spec.vocab, model.plan.context_tokens
+    vocab, context = model.checkpoint.spec.vocab, context_of(model, request)
     if not prompt:
         raise DaemonError("bad_request", "the prompt is empty: it must have at least one token")
     if max(prompt) >= vocab:
+        if isinstance(request, Chat) or request.prompt is not None:
+            path, size = model.checkpoint.path, model.tokenizer.vocab_size
+            raise DaemonError(
+                "corrupt",
+                f"{path}: its tokenizer makes token {max(prompt)} of this text, its embedding has {vocab} rows",
+                f"the tokenizer has {size} tokens: take the one that belongs to the model",
+            )
         raise DaemonError(
             "bad_request", f"prompt token {max(prompt)}: must be below the vocabulary's {vocab}"
         )
     if len(prompt) >= context:
-        raise DaemonError(
-            "context_overflow",
-            f"the prompt has {len(prompt)} tokens, the context holds {context} and needs room for an answer",
-            _way_out(model, len(prompt)),
-        )
+        raise _overflow(model, context, len(prompt))
     if request.max_tokens is not None:
         limit = min(context, len(prompt) + request.max_tokens)
     else:
@@ -92,8 +145,21 @@ def sequence_of(
     )
 
 
+def context_of(model: LoadedModel, request: Generate | Chat) -> int:
+    """The longest sequence of a request. Raises DaemonError when it asks for more than the model is loaded with."""
+    asked, context = request.context_tokens, model.plan.context_tokens
+    if asked is not None and asked > context:
+        raise DaemonError(
+            "context_overflow",
+            f"a context of {asked} tokens was asked for, {model.name} is loaded with {context}, for all who use it",
+            f"ask for at most `context_tokens={context}`, or have it loaded anew with more",
+        )
+    return asked or context
+
+
 def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], emit: Emit) -> Answer:
     """The Answer that turns the request's sequence into messages. Raises SamplingError for impossible stop strings."""
+    context = context_of(model, request)
     return Answer(
         emit,
         model.name,
@@ -101,38 +167,44 @@ def answer_of(model: LoadedModel, request: Generate | Chat, prompt: list[int], e
         prompt,
         stop=list(request.stop),
         logprobs=request.sampling.logprobs is not None,
-        context_tokens=model.plan.context_tokens,
+        context_tokens=context,
+        path=model.checkpoint.path,
+        repetition=Repetition(context) if request.stop_repeating else None,
     )
 
 
 def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
-    """The request's values, else what the model's authors recommend, else Shoal's defaults."""
-    values = DEFAULT_SAMPLING | recommended_sampling(model.name) | model.checkpoint.defaults
-    values |= {name: value for name, value in asdict(asked).items() if value is not None}
-    chosen = {name: values[name] for name in DEFAULT_SAMPLING}
-    try:
-        for name, value in chosen.items():
-            check_sampling(name, value)
-    except ValueError as error:  # a model's files may advise anything
-        raise DaemonError("bad_request", f"what {model.name} advises for sampling: {error}") from error
-    return SamplingParams(
-        **chosen,
-        repetition_penalty=asked.repetition_penalty,
-        presence_penalty=asked.presence_penalty,
-        frequency_penalty=asked.frequency_penalty,
-        logit_bias=asked.logit_bias,
-        seed=secrets.randbits(63) if asked.seed is None else asked.seed,
-        logprobs=asked.logprobs,
+    """The request's values, else what the model's makers advise, else Shoal's defaults."""
+    given, advised = asdict(asked), model.advice.values
+    for name, default in DEFAULT_SAMPLING.items():
+        if given[name] is None:
+            given[name] = advised.get(name, default)
+    given["logit_bias"] = advised.get("logit_bias", {}) | asked.logit_bias
+    if asked.seed is None:
+        given["seed"] = secrets.randbits(63)
+    return SamplingParams(**given)
+
+
+def _overflow(model: LoadedModel, context: int, tokens: int, about: str = "") -> DaemonError:
+    roomy = (
+        bool(about) and tokens < model.checkpoint.spec.longest
+    )  # how long it is exactly, nobody has counted
+    return DaemonError(
+        "context_overflow",
+        f"the prompt has {about}{tokens} tokens, the context holds {context} and needs room for an answer",
+        "shorten it" if roomy else _way_out(model, tokens, context),
     )
 
 
-def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
-    """A hint for a prompt that is too long for the model's plan."""
+def _way_out(model: LoadedModel, prompt_tokens: int, asked: int) -> str:
+    """A hint for a prompt that is too long for the context that was asked for, or for the model's plan."""
     spec, plan = model.checkpoint.spec, model.plan
+    if asked <= prompt_tokens < plan.context_tokens:
+        return f"shorten it, or ask for more: up to `context_tokens={plan.context_tokens}`"
     page = plan.kv.page_tokens
-    context = min(spec.context, (prompt_tokens // page + 1) * page)
+    context = min(spec.longest, (prompt_tokens // page + 1) * page)
     if context <= prompt_tokens:
-        return f"shorten it: the model was made for {spec.context}"
+        return f"shorten it: the model was made for {spec.longest}"
     wanted = Wanted(
         spec,
         context_tokens=context,
@@ -151,6 +223,10 @@ def _way_out(model: LoadedModel, prompt_tokens: int) -> str:
     return f"shorten it, or load the model with `context_tokens={context}`, which {beside}"
 
 
-def _as_dict(message: ChatMessage) -> dict[str, Any]:
-    """Only the keys that were sent, as templates test for their presence."""
-    return {name: value for name, value in asdict(message).items() if value is not None}
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its reasoning under the names that templates read it by, as in transformers."""
+    found = (message[name] for name in _REASONING if message.get(name) is not None)
+    reasoning = next(found, None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -5,9 +5,12 @@ Knows how configuration, store, node and server are put together, and logging. E
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 
 from shoal.comm import curve_keys
@@ -16,12 +19,16 @@ from shoal.comm.home import Home
 from shoal.comm.messages import Load
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
+from shoal.daemon.server.descriptors import raise_limit
 from shoal.daemon.server.server import Server
 
 from .config import NodeConfig
 from .errors import DaemonError
 from .node import Node
 from .private_files import private_dir
+
+ENDING_S = 25.0  # KV is written to disk for at most 10 s of that
+THREADS_S = 2.0  # that threads have to end when everything is closed
 
 log = logging.getLogger(__name__)
 
@@ -33,28 +40,32 @@ def serve(
     model: str | None = None,
     draft: str | None = None,
     addresses: Sequence[str] = (),
+    models_only: bool = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT; the first lets running requests end, the second stops at once.
 
     `addresses` default to the home's private socket. `model` is loaded meanwhile, with `draft` to guess for it.
+    With `models_only` nobody can name a path, only models of the store.
     Raises DaemonError when an address is taken or refused, or the model cannot be loaded.
     """
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    raise_limit()
     private_dir(home.root)
     private_dir(home.run)
     try:
         server_keys = curve_keys.load_server(home.keys)
     except KeyFileError as error:
         raise DaemonError("bad_request", str(error)) from error
+    library = Library(home)
     node = Node(
         config,
-        Library(home).resolve,
+        library.resolve_stored if models_only else library.resolve,
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
     )
-    server = Server(node, addresses or [home.address], server_keys=server_keys)
+    server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_end_in_time)
     failures: list[DaemonError] = []
 
     def load(name: str) -> None:
@@ -76,3 +87,21 @@ def serve(
         server.serve()
     if failures:
         raise failures[0]
+    _leave_threads()
+
+
+def _end_in_time() -> None:
+    """From now on the process ends within `ENDING_S`, whatever its threads do, even one that keeps Python's lock."""
+    faulthandler.dump_traceback_later(ENDING_S, exit=True)
+
+
+def _leave_threads() -> None:
+    """All is closed and on disk. Python would wait for every thread at its end: end without those that are stuck."""
+    ends_s = time.monotonic() + THREADS_S
+    others = [thread for thread in threading.enumerate() if not thread.daemon]
+    for thread in set(others) - {threading.main_thread(), threading.current_thread()}:
+        thread.join(max(0.0, ends_s - time.monotonic()))
+        if thread.is_alive():
+            log.warning("%s is stuck; the process ends without it", thread.name)
+            logging.shutdown()
+            os._exit(0)

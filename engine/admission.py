@@ -6,6 +6,7 @@ sequence is admitted when the KV that all are expected to need at once fits (`le
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Ordered
 
 from shoal.offload.kv.prefix_cache import PrefixCache
@@ -33,17 +34,38 @@ class Admission:
         self._counters = TokenCounters()
         self._arrivals = 0
 
-    def enter(self, sequence: Sequence, running: Ordered[Sequence]) -> None:
-        """Put it in the queue. Raises QueueFull, or NeverFits when it could never run."""
+    def enter(self, sequence: Sequence, running: Ordered[Sequence]) -> tuple[Sequence, QueueFull] | None:
+        """Put it in the queue. Raises QueueFull, or NeverFits when it could never run.
+
+        Into a full queue one may come whose client has fewer requests than another: → who has to go for it, and why.
+        """
         cache = self._cache
         if cache.pages_of(sequence.limit) > cache.pages:
             raise NeverFits(sequence.prompt_tokens, sequence.limit, cache.pages * cache.page_tokens)
+        displaced = None
         if (before := len(self.waiting) + len(running)) >= self._queue + self._sequences:
-            raise QueueFull(before, self._sequences, self._queue, self._retry_after_s(running))
+            full = QueueFull(before, self._sequences, self._queue, self._retry_after_s(running))
+            if (greedy := self._greediest(sequence, running)) is None:
+                raise full
+            displaced = greedy, full
         self._arrivals += 1
         sequence.number = self._arrivals
         self._counters.enter(sequence.client)
         self.waiting.append(sequence)
+        return displaced
+
+    def _greediest(self, newcomer: Sequence, running: Ordered[Sequence]) -> Sequence | None:
+        """The last waiting sequence of the client that has most, if the newcomer has fewer even with this one. Nothing
+        of a higher priority goes for it, and nothing that has begun."""
+        counts = Counter(one.client for one in (*running, *self.waiting))
+        last = max(
+            (one for one in self.waiting if not one.preemptions and one.priority <= newcomer.priority),
+            key=lambda one: (counts[one.client], one.number),
+            default=None,
+        )
+        if last is None or counts[last.client] <= counts[newcomer.client] + 1:
+            return None
+        return last
 
     def leave(self, sequence: Sequence) -> None:
         """Close the account of a sequence that has ended."""
@@ -60,9 +82,14 @@ class Admission:
 
     def turn(self, sequence: Sequence) -> tuple[int, int, float, int]:
         """A key to sort by: whoever is next has the least."""
-        if sequence.preemptions:
+        if sequence.restarts:
             return -sequence.priority, 0, 0.0, sequence.number
         return -sequence.priority, 1, self._counters.given(sequence.client), sequence.number
+
+    def place(self, sequence: Sequence) -> int:
+        """Its place in the queue, 1 = next."""
+        own = self.turn(sequence)
+        return 1 + sum(self.turn(other) < own for other in self.waiting)
 
     def fits(self, sequence: Sequence, running: Ordered[Sequence]) -> bool:
         """Whether there is a place for it, and room for the KV that all are expected to need at once."""
@@ -76,7 +103,7 @@ class Admission:
         growths = [
             self._growth(other, len(other.holding.pages) - other.holding.own_pages) for other in running
         ]
-        growths.append(self._growth(sequence, cache.held_pages(sequence.tokens)))
+        growths.append(self._growth(sequence, cache.held_pages(sequence.holding, sequence.tokens)))
         return shared * size + peak_tokens(growths) <= cache.pages * size
 
     def _growth(self, sequence: Sequence, shared_pages: int) -> Growth:

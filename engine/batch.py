@@ -23,13 +23,15 @@ class Chunk:
     start: int
     end: int
     pages: tuple[int, ...]
+    length: int  # that the ropes of its keys are chosen for
     draft: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, sequence: Sequence, tokens: int, draft: tuple[int, ...] = ()) -> Chunk:
         """The next `tokens` tokens of a sequence, then `draft`. The sequence has the pages for them."""
         start = sequence.computed
-        return cls(sequence, start, start + tokens, tuple(sequence.holding.pages), draft)
+        holding = sequence.holding
+        return cls(sequence, start, start + tokens, tuple(holding.pages), holding.length, draft)
 
     @property
     def tokens(self) -> list[int]:
@@ -86,11 +88,16 @@ class Batch:
         recalls = [part for part in left if isinstance(part, Recall)]
         return cls(began_s, [*decodes, *chunks], recalls, moves, len(decodes))
 
+    def done(self, sequence: Sequence, share: float) -> int:
+        """How many tokens of a sequence are computed when that share of the step is; 0 if it has no chunk here."""
+        chunk = next((chunk for chunk in self.chunks if chunk.sequence is sequence), None)
+        return chunk.start + int(share * (chunk.end - chunk.start)) if chunk else 0
+
     @property
     def order(self) -> Order:
         """The same step in terms of tokens and pages, for every rank."""
         return Order(
-            [Segment(chunk.tokens, chunk.start, chunk.pages, chunk.rows_wanted) for chunk in self.chunks],
+            [Segment(it.tokens, it.start, it.pages, it.rows_wanted, it.length) for it in self.chunks],
             self.moves,
             [Reading([found.entry for found in recall.found], recall.pages) for recall in self.recalls],
         )

@@ -26,7 +26,7 @@ from .guess.drafter import Drafter
 from .order import Result
 from .rank import Rank
 from .scheduler import Scheduler
-from .sequence import EndReason, Sequence, SequenceEvent
+from .sequence import EndReason, Sequence, SequenceEvent, Standing
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Engine:
         self._clock = clock
         self._drafter = drafter
         self._events: list[SequenceEvent] = []
+        self._under_way: tuple[Batch, float] | None = None  # the step, and which share of it is done
         self._stepping = threading.Lock()  # held throughout a step
         self._lock = threading.Lock()  # guards scheduler and events; never held while anything is computed
 
@@ -80,6 +81,15 @@ class Engine:
         """End everything with an error, for instance because the model is unloaded."""
         with self._changing() as events:
             events += self.scheduler.fail_all(error)
+
+    def standing(self, sequence: Sequence) -> Standing:
+        """How far a sequence is, with what the step under way has done for it. Never waits for a step."""
+        with self._lock:
+            found, step = self.scheduler.standing(sequence), self._under_way
+            if step is None or not sequence.running:
+                return found
+            batch, share = step
+            return found._replace(done=max(found.done, batch.done(sequence, share)))
 
     def events(self) -> list[SequenceEvent]:
         """What has happened to sequences since the last call, in order."""
@@ -125,7 +135,7 @@ class Engine:
             if batch.empty:
                 return False
             try:
-                result = self.rank.run(batch.order, lambda: not batch.over)
+                result = self.rank.run(batch.order, lambda share: self._goes_on(batch, share))
                 self._commit(batch, result)
             except Abandoned:  # all of its sequences have ended, so nobody is told anything
                 pass
@@ -133,7 +143,14 @@ class Engine:
                 with self._changing() as events:
                     events += self.scheduler.fail(batch.sequences, error)
                 raise
+            finally:
+                self._under_way = None
             return True
+
+    def _goes_on(self, batch: Batch, share: float) -> bool:
+        """Note which share of the step is done. → whether anybody still wants it"""
+        self._under_way = batch, share
+        return not batch.over
 
     def _next(self) -> Batch:
         """The next batch. If the scheduler fails, all sequences do: none of them would ever get on."""

@@ -34,6 +34,10 @@ from .collective import Collective
 EXPERTS_TOGETHER = 4
 
 
+StillWanted = Callable[[float], bool]
+"""Is told which share of a step is done, many times in it; False when nobody wants the step any more."""
+
+
 class Abandoned(Exception):
     """Nobody wants this step any more."""
 
@@ -69,7 +73,8 @@ class Executor:
         self.collective = collective
         self._vocab = vocab
         self._own_experts = model.spec.moe.own if model.spec.moe else range(0)
-        self._wanted: Callable[[], bool] = lambda: True
+        self._wanted: StillWanted = lambda share: True
+        self._share = 0.0  # of the step, done
         placed = {item.block: Placed(item.block, home_of(item.device)) for item in plan.blocks}
         self._embed = placed[BlockId("embed")]
         self._layers = [
@@ -83,7 +88,7 @@ class Executor:
         self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
 
     @np.errstate(over="ignore", invalid="ignore")  # whoever samples notices infinities and NaN
-    def forward(self, step: Step, wanted: Callable[[], bool] = lambda: True) -> Hidden:
+    def forward(self, step: Step, wanted: StillWanted = lambda share: True) -> Hidden:
         """→ hidden states (R, hidden) of the rows the step asks for, before the final norm, for `head`. Raises
         Abandoned soon after `wanted` has become false."""
         self._wanted = wanted
@@ -91,7 +96,8 @@ class Executor:
         hidden, home = self._embedded(step.tokens), self._embed.home
         parts = step.split(len(step.tokens))
         last, _ = self._layers[-1]
-        for attention, feeding in self._layers:
+        for done, (attention, feeding) in enumerate(self._layers):
+            self._share = done / len(self._layers)
             hidden, home = carried(hidden, home, attention.home), attention.home
             self._attend(attention, [home.rows(hidden, part) for part in parts], step, rotations)
             if attention is last:
@@ -186,7 +192,7 @@ class Executor:
 
     def _go_on(self) -> None:
         """Raises Abandoned when nobody wants the step any more."""
-        if not self._wanted():
+        if not self._wanted(self._share):
             raise Abandoned
 
     def _likely(self, layer: int, hidden: Hidden, home: ComputeHome) -> list[BlockId]:

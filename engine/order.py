@@ -10,18 +10,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from shoal.kernels.arrays import Floats
+from shoal.models.step import Segment
 from shoal.offload.kv.disk_index import Entry
 from shoal.offload.kv.prefix_cache import Move
 
-
-class Segment(NamedTuple):
-    """Consecutive tokens of one text, from position `start` on. `pages` hold its K and V from position 0 on. Logits are
-    wanted after the last `rows_wanted` of the tokens."""
-
-    tokens: Sequence[int]
-    start: int
-    pages: Sequence[int]
-    rows_wanted: int
+__all__ = ["Order", "Reading", "Result", "Segment"]
 
 
 class Reading(NamedTuple):

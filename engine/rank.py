@@ -15,7 +15,7 @@ from shoal.models.step import Step
 from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import Save
 
-from .executor import Executor
+from .executor import Executor, StillWanted
 from .order import Order, Reading, Result, Segment
 
 
@@ -28,7 +28,7 @@ class Rank:
         self.kv = executor.kv
         self._clock = clock
 
-    def run(self, order: Order, wanted: Callable[[], bool] = lambda: True) -> Result:
+    def run(self, order: Order, wanted: StillWanted = lambda share: True) -> Result:
         """Carry out an order. Raises Abandoned soon after `wanted` becomes false, and any error of store or model."""
         store = self.executor.store
         stalled_s = store.stall_s
@@ -49,7 +49,7 @@ class Rank:
         assert self.disk is not None
         return self.disk.read(reading.entries, [self.kv.page(page) for page in reading.pages])
 
-    def _compute(self, segments: Sequence[Segment], wanted: Callable[[], bool]) -> Floats:
+    def _compute(self, segments: Sequence[Segment], wanted: StillWanted) -> Floats:
         """Logits (R, vocab) of the rows that are wanted. If there are none, a streamed head is not read."""
         if segments:
             step = Step.build(segments, self.executor.plan.part_tokens)

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 
 from shoal.models.sampling import Sampled
 from shoal.offload.kv.prefix_cache import Found, PrefixCache
+from shoal.partition.spec import RopeSpec, grows_to, length_class
 
 from .admission import Admission
 from .batch import Batch, Chunk, Recall
 from .guess.speculation import drafts
 from .learn.speeds import Speeds
 from .learn.step_cost import ROW_SHARE
-from .sequence import Emitted, Ended, EndReason, Failed, Queued, Sequence, SequenceEvent
+from .sequence import Emitted, Ended, EndReason, Failed, Queued, Sequence, SequenceEvent, Standing
 
 Results = Ordered[Ordered[Sampled] | Exception]
 
@@ -52,7 +53,8 @@ class _Room:
 class Scheduler:
     """At most `sequences` run at once and `queue` more wait. A step holds at most `chunk_tokens` tokens of prompts and
     `guesses` guessed tokens. `reads`: pages of KV that it may read from disk beyond those that are free. `row_share`:
-    first guess of what one more row costs, as in `StepCost`."""
+    first guess of what one more row costs, as in `StepCost`. `ropes`: those of the model. They may depend on how long a
+    text is."""
 
     def __init__(
         self,
@@ -64,8 +66,10 @@ class Scheduler:
         guesses: int,
         row_share: float = ROW_SHARE,
         reads: int = 1,
+        ropes: Ordered[RopeSpec] = (),
     ) -> None:
         self.cache = cache
+        self._ropes = [rope for rope in ropes if rope.by_length]
         self.guesses = guesses
         self.speeds = Speeds(chunk_tokens, row_share, reads)
         self.admission = Admission(cache, self.speeds, sequences=sequences, queue=queue)
@@ -80,8 +84,12 @@ class Scheduler:
 
     def submit(self, sequence: Sequence) -> list[SequenceEvent]:
         """Queue a sequence. Raises QueueFull, or NeverFits when it could never run."""
-        self.admission.enter(sequence, self.running)
-        return [Queued(sequence)]
+        sequence.holding.length = length_class(self._ropes, len(sequence.tokens))
+        displaced = self.admission.enter(sequence, self.running)
+        events: list[SequenceEvent] = [Queued(sequence)]
+        if displaced is not None:
+            events += self.fail([displaced[0]], displaced[1])
+        return events
 
     def end(self, sequence: Sequence, reason: EndReason) -> list[SequenceEvent]:
         """End a sequence with what it has, unless it has ended already."""
@@ -93,6 +101,13 @@ class Scheduler:
             sequence
         )  # last: if anything before fails, it has not ended, and whoever fails it tells its client
         return [Ended(sequence, reason)]
+
+    def standing(self, sequence: Sequence) -> Standing:
+        """How far it is. What is known from earlier texts counts as done once it runs."""
+        place = 0 if sequence.running or sequence.ended else self.admission.place(sequence)
+        if place == 1 and not self.running:  # the next step takes it
+            place = 0
+        return Standing(place, len(self.waiting), sequence.computed, len(sequence.tokens))
 
     def fail(self, sequences: Iterable[Sequence], error: Exception) -> list[SequenceEvent]:
         """End sequences with an error, those that have not ended already."""
@@ -156,7 +171,7 @@ class Scheduler:
             self.waiting.remove(sequence)
             sequence.running = True
             self._adopt(sequence)
-            if not sequence.preemptions:
+            if not sequence.restarts:
                 self.totals.prompt_tokens += sequence.prompt_tokens
 
     def _part(self, sequence: Sequence, room: _Room) -> Chunk | Recall | None:
@@ -177,13 +192,18 @@ class Scheduler:
 
     def _decode(self, decoding: list[Sequence], spare: int) -> list[Chunk]:
         """One token of each, and after these at most `spare` guesses in all, as far as there are pages for guesses."""
-        guessing = [(sequence.guesser, sequence.limit - len(sequence.tokens) - 1) for sequence in decoding]
+        guessing = [(sequence.guesser, self._most_guesses(sequence)) for sequence in decoding]
         chunks = []
         for sequence, draft in zip(decoding, drafts(guessing, spare, self.speeds.cost), strict=True):
             if not self.cache.extend(sequence.holding, len(sequence.tokens) + len(draft)):
                 draft = ()  # nobody makes room for guesses
             chunks.append(Chunk.of(sequence, 1, draft))
         return chunks
+
+    def _most_guesses(self, sequence: Sequence) -> int:
+        """How many guesses could all be right: the text must not get too long with them, nor need other ropes."""
+        ends = min(sequence.limit - 1, grows_to(self._ropes, sequence.holding.length))
+        return ends - len(sequence.tokens)
 
     @property
     def guessing(self) -> list[Sequence]:
@@ -199,7 +219,7 @@ class Scheduler:
 
     def _take_over(self, sequence: Sequence, computed: int) -> None:
         """Count the first `computed` tokens as computed: their KV came from the prefix cache or from disk."""
-        if not sequence.preemptions:
+        if not sequence.restarts:
             sequence.cached_tokens += computed - sequence.computed
             self.totals.cached_tokens += computed - sequence.computed
         sequence.computed = computed
@@ -224,10 +244,15 @@ class Scheduler:
         self.waiting.append(sequence)  # before it leaves the others, as in `_admit`
         self.running.remove(sequence)
         sequence.running = False
-        self.cache.release(sequence.holding, sequence.tokens, sequence.computed)
-        sequence.computed = 0
+        self._restart(sequence)
         sequence.preemptions += 1
         self.totals.preemptions += 1
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Have it computed again from its first token, except for what it then finds in the prefix cache."""
+        self.cache.release(sequence.holding, sequence.tokens, sequence.computed)
+        sequence.computed = 0
+        sequence.restarts += 1
 
     # --- the results of a step -----------------------------------------------------------------------------
 
@@ -293,13 +318,16 @@ class Scheduler:
         if reason is not None:
             return events + self.end(sequence, reason)
         self.cache.publish(sequence.holding, sequence.tokens, sequence.computed)
+        if len(sequence.tokens) > grows_to(self._ropes, sequence.holding.length):
+            self._restart(sequence)  # so that all keys are turned anew, as transformers does
+            sequence.holding.length = length_class(self._ropes, len(sequence.tokens))
         return events
 
     def _account(self, chunk: Chunk, appended: list[int]) -> None:
         """Count what the sequence was given, and which guesses were right."""
         sequence, accepted = chunk.sequence, max(0, len(appended) - 1)
         prompt_tokens = 0
-        if not sequence.preemptions:  # its client is not charged twice
+        if not sequence.restarts:  # its client is not charged twice
             prompt_tokens = max(0, min(chunk.end, sequence.prompt_tokens) - chunk.start)
         self.admission.charge(sequence, prompt_tokens, len(appended))
         sequence.guesser.score(appended)

@@ -51,6 +51,9 @@ class Sequence:
     drafted_tokens: int = 0  # guessed ahead
     accepted_tokens: int = 0  # guessed right
     preemptions: int = 0
+    restarts: int = (
+        0  # how often it was computed anew from its first token: after preemptions, or with other ropes
+    )
     running: bool = False  # False: it waits, or has ended
     ended: bool = False
     prompt_tokens: int = field(init=False)
@@ -68,6 +71,19 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens that have to pass through the model before the next one can be sampled."""
         return len(self.tokens) - self.computed
+
+
+class Standing(NamedTuple):
+    """How far a sequence is on its way to its next token.
+
+    place: in the queue, 1 = next; 0 = it runs, or is about to. waiting: how many are in the queue. done, total: tokens
+    of its text, which is the prompt until the first token has come.
+    """
+
+    place: int
+    waiting: int
+    done: int
+    total: int
 
 
 class Queued(NamedTuple):

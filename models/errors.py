@@ -6,8 +6,13 @@
     │   ├── CorruptCheckpoint          sizes, offsets or types that contradict each other
     │   └── UnsupportedCheckpoint      well formed, but of a kind that Shoal does not compute
     ├── TokenizerError             the vocabulary or the rules that cut text into tokens
-    ├── TemplateError              a chat template that cannot be read, or a conversation that it refuses
-    └── SamplingError              logits that no token can be chosen from, or a setting that does not fit the model
+    ├── TemplateError              a chat template that cannot be read, or fails
+    │   └── TemplateRefusal            a conversation that it refuses
+    ├── TextTooLarge               a text that cannot be tokenised in the time and memory that one text gets
+    │   └── TooManyTokens              it has far more tokens than are wanted
+    ├── Overloaded                 more work of one kind than is done at a time; worth trying again
+    └── SamplingError              a setting that does not fit the model
+        └── LogitsError                logits that no token can be chosen from, because the weights are unusable
 
 Every message is one line: what, which value, which limit, what to do. Errors of libraries (`tokenizers`,
 `jinja2`, JSON, the file system) are translated into these once, where they enter the room.
@@ -42,8 +47,32 @@ class TemplateError(ModelError):
     """The chat template is malformed, runs past its limits, or refuses the conversation."""
 
 
+class TemplateRefusal(TemplateError):
+    """The chat template is sound and refuses this conversation, in its own words."""
+
+
+class TextTooLarge(ModelError):
+    """A text cannot be tokenised in the time and memory that one text gets."""
+
+
+class TooManyTokens(TextTooLarge):
+    """A text has far more tokens than are wanted. least: it has so many at least."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__(f"the text has at least {least} tokens")
+        self.least = least
+
+
+class Overloaded(ModelError):
+    """More work of one kind is wanted than is done at a time; it is worth trying again."""
+
+
 class SamplingError(ModelError, ValueError):
-    """Logits that no token can be chosen from, a token id outside the vocabulary, a stop string that cannot be used."""
+    """Logits that the request has masked, a token id outside the vocabulary, a stop string that cannot be used."""
+
+
+class LogitsError(SamplingError):
+    """The model's own logits are no numbers, so that no token can be chosen from them, whatever was asked for."""
 
 
 def one_line(error: object, limit_chars: int = 200) -> str:

@@ -13,13 +13,13 @@ from shoal.partition.spec import RopeSpec
 
 
 class Rope:
-    """Inverse frequencies of one `RopeSpec` in a session of `context_tokens`."""
+    """Inverse frequencies of one `RopeSpec` for texts of `tokens` tokens."""
 
-    def __init__(self, spec: RopeSpec, context_tokens: int) -> None:
-        divisors, self._magnitude = spec.for_context(context_tokens)
+    def __init__(self, spec: RopeSpec, tokens: int) -> None:
+        theta, divisors, self._magnitude = spec.turning(tokens)
         exponent = np.arange(0, spec.dims, 2, dtype=np.float32) / spec.dims
         self._spec = spec
-        self._inverse_frequency = (spec.theta ** -exponent.astype(np.float64)).astype(np.float32)  # (dims/2,)
+        self._inverse_frequency = (theta ** -exponent.astype(np.float64)).astype(np.float32)  # (dims/2,)
         if divisors:
             self._inverse_frequency /= np.array(divisors, np.float32)
 
@@ -32,3 +32,13 @@ class Rope:
         if self._magnitude != 1.0:
             cos, sin = cos * self._magnitude, sin * self._magnitude
         return Rotation(self._spec.dims, self._spec.interleaved, cos, sin)
+
+
+def joined(rotations: list[Rotation]) -> Rotation:
+    """The rotation of all their rows, in this order; they have the same dimensions."""
+    first = rotations[0]
+    if len(rotations) == 1:
+        return first
+    cos = np.concatenate([rotation.cos for rotation in rotations])
+    sin = np.concatenate([rotation.sin for rotation in rotations])
+    return Rotation(first.dims, first.interleaved, cos, sin)

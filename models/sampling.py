@@ -23,7 +23,7 @@ import numpy as np
 
 from shoal.kernels.arrays import Floats, Ids
 
-from .errors import SamplingError
+from .errors import LogitsError, SamplingError
 
 # How many of the likeliest tokens top-p looks at first. They nearly always hold the mass, which saves a full sort.
 _FIRST_CANDIDATES = 1024
@@ -77,11 +77,15 @@ class Sampler:
 
     @np.errstate(over="ignore")  # an overflow makes a token the least likely one, or is refused as not finite
     def sample(self, logits: Floats) -> Sampled:
-        """Choose from logits (vocab,); -inf masks a token. Raises SamplingError if none can be chosen."""
+        """Choose from logits (vocab,); -inf masks a token. Raises LogitsError if none can be chosen from them, and
+        SamplingError if none is left by what the request asks for."""
         adjusted = self._adjust(logits)
-        token_id = (
-            self._greedy(adjusted) if self._params.temperature < _GREEDY_BELOW else self._draw(adjusted)
-        )
+        greedy = self._params.temperature < _GREEDY_BELOW
+        try:
+            token_id = self._greedy(adjusted) if greedy else self._draw(adjusted)
+        except SamplingError:
+            _check_own(logits)
+            raise
         self.accept(token_id)
         if self._params.logprobs is None:
             return Sampled(token_id)
@@ -202,6 +206,15 @@ def _within(ids: Ids, logits: Floats) -> Ids:
     if highest >= len(logits):
         raise SamplingError(f"token id {highest} is outside the model's vocabulary of {len(logits)} tokens")
     return ids
+
+
+def _check_own(logits: Floats) -> None:
+    """Raises LogitsError if the model's own logits have no finite maximum."""
+    maximum = float(logits.max())
+    if not math.isfinite(maximum):
+        raise LogitsError(
+            f"the model's logits hold {maximum}: its weights are damaged, or too large to compute with"
+        )
 
 
 def _check_maximum(maximum: float) -> None:

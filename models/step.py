@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,11 +20,26 @@ from shoal.kernels.attention_operands import Segments
 ALL_ROWS = 1 << 30  # rows: more than any step has
 
 
+class Segment(NamedTuple):
+    """Consecutive tokens of one text, from position `start` on. `pages` hold its K and V from position 0 on. Logits are
+    wanted after the last `rows_wanted` of the tokens. `length`: for which length of text the ropes of its keys are
+    chosen (`partition.spec.length_class`)."""
+
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    rows_wanted: int
+    length: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """Consecutive rows of a step. A part's attention needs the K and V of the parts before it."""
 
     positions: Ids  # (rows,)
+    lengths: list[
+        tuple[int, int]
+    ]  # runs of rows: for which length of text their ropes are chosen, how many rows
     segments: Segments  # which rows belong to one sequence, and where its KV is
 
 
@@ -37,14 +54,16 @@ class Step:
 
     @classmethod
     def build(
-        cls, chunks: Iterable[tuple[Sequence[int], int, Sequence[int], int]], part_tokens: int = ALL_ROWS
+        cls,
+        segments: Iterable[Segment | tuple[Sequence[int], int, Sequence[int], int]],
+        part_tokens: int = ALL_ROWS,
     ) -> Step:
-        """From (token ids, start position, KV pages, how many of the last rows are wanted) per sequence."""
-        parts: list[list[tuple[int, int, Sequence[int]]]] = [[]]
+        """From the segments of a step, one for each sequence."""
+        parts: list[list[_Rows]] = [[]]
         room = part_tokens
         tokens: list[int] = []
         rows: list[int] = []
-        for ids, start, pages, wanted in chunks:
+        for ids, start, pages, wanted, length in (Segment(*segment) for segment in segments):
             tokens += ids
             rows += range(len(tokens) - wanted, len(tokens))
             done = 0
@@ -53,7 +72,7 @@ class Step:
                     parts.append([])
                     room = part_tokens
                 count = min(room, len(ids) - done)
-                parts[-1].append((count, start + done, pages))
+                parts[-1].append(_Rows(count, start + done, pages, length))
                 done += count
                 room -= count
         return cls(
@@ -69,6 +88,18 @@ class Step:
         return [slice(start, start + self.part_tokens) for start in starts]
 
 
-def _part(segments: Sequence[tuple[int, int, Sequence[int]]]) -> Part:
-    positions = [np.arange(start, start + count, dtype=np.int64) for count, start, _ in segments]
-    return Part(np.concatenate(positions), Segments.build(segments))
+class _Rows(NamedTuple):
+    """Rows of one segment."""
+
+    rows: int
+    start: int
+    pages: Sequence[int]
+    length: int
+
+
+def _part(rows: Sequence[_Rows]) -> Part:
+    positions = [np.arange(it.start, it.start + it.rows, dtype=np.int64) for it in rows]
+    runs = groupby(rows, key=lambda it: it.length)
+    lengths = [(length, sum(it.rows for it in run)) for length, run in runs]
+    segments = Segments.build([(it.rows, it.start, it.pages) for it in rows])
+    return Part(np.concatenate(positions), lengths, segments)

@@ -6,10 +6,13 @@ Does not know what the texts are.
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+
+_PART_BYTES = 1 << 20
 
 
 class Texts:
@@ -33,6 +36,17 @@ class Texts:
         """The texts packed. Raises UnicodeEncodeError for a lone surrogate, which has no UTF-8 form."""
         parts = [text.encode() for text in texts]
         return cls(b"".join(parts), [len(part) for part in parts])
+
+    @property
+    def longest_bytes(self) -> int:
+        """Bytes of the longest text; 0 if there are none."""
+        return int(np.diff(self._ends, prepend=0).max(initial=0))
+
+    def bytes_of(self, indices: Any) -> int:
+        """Bytes of the texts at these indices together; those out of range count nothing."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        wanted = wanted[(wanted >= 0) & (wanted < len(self))]
+        return int(np.diff(self._ends, prepend=0)[wanted].sum(dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -63,8 +77,12 @@ class Texts:
 
 
 def _is_text(data: bytes) -> bool:
+    """In parts, because a single emoji makes a `str` take four bytes for each character."""
+    decoder = getincrementaldecoder("utf-8")()
     try:
-        data.decode()
+        for start in range(0, len(data), _PART_BYTES):
+            decoder.decode(data[start : start + _PART_BYTES])
+        decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         return False
     return True

@@ -18,21 +18,36 @@ from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Scori
 from shoal.kernels.routing import Routing
 from shoal.partition.spec import ModelSpec
 
-from .rope import Rope
+from .rope import Rope, joined
 from .step import Part
 from .weights import Weights
+
+_KEPT_LENGTHS = 64  # dynamic NTK has a rope for every length of text
 
 
 class Transformer:
     """Computes the blocks of one spec."""
 
-    def __init__(self, spec: ModelSpec, context_tokens: int) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        self._ropes = [Rope(rope, context_tokens) for rope in spec.ropes]
+        self._ropes: dict[int, list[Rope]] = {}  # by the length of the text that they are for
 
     def rotations(self, part: Part) -> list[Rotation]:
         """cos/sin of a part's positions, one per rope of the spec; computed once, used by every layer."""
-        return [rope.at(part.positions) for rope in self._ropes]
+        turned, start = [], 0
+        for length, rows in part.lengths:
+            positions = part.positions[start : start + rows]
+            turned.append([rope.at(positions) for rope in self._ropes_for(length)])
+            start += rows
+        return [joined(list(runs)) for runs in zip(*turned, strict=True)]
+
+    def _ropes_for(self, length: int) -> list[Rope]:
+        known = self._ropes.get(length)
+        if known is None:
+            if len(self._ropes) >= _KEPT_LENGTHS:
+                self._ropes.clear()
+            known = self._ropes[length] = [Rope(rope, length) for rope in self.spec.ropes]
+        return known
 
     def embed(self, home: ComputeHome, rows: Hidden) -> Hidden:
         """Rows of the embedding (T, C) → hidden (T, C)"""

@@ -51,6 +51,12 @@ class Budget:
         with self._lock:
             self._held[purpose] = nbytes
 
+    def rename(self, purpose: str, new: str) -> None:
+        """From now on `purpose`, if there is one, is called `new`."""
+        with self._lock:
+            if purpose in self._held:
+                self._held[new] = self._held.pop(purpose)
+
     def release(self, purpose: str) -> None:
         """Forget `purpose`. An unknown one is ignored, so that clean-up may run twice."""
         with self._lock:

@@ -36,7 +36,6 @@ class ChatState:
     home: Home
     link: ChatLink
     conversation: Conversation
-    context: int | None = None  # asked for with --ctx or /ctx; None = the model's default
     last: Done | None = None
     used_tokens: int = 0
     answers_total: int = 0
@@ -108,7 +107,7 @@ def _model(state: ChatState, argument: str) -> None:
             note(f"{'*' if name == used else ' '} {name}")
         note("/model NAME switches to another")
         return
-    model = state.link.load(reference(argument, state.library), state.context)
+    model = state.link.load(reference(argument, state.library), None)
     note(f"{model.name} answers from now on, with a context of {model.context_tokens} tokens")
 
 
@@ -120,15 +119,21 @@ def _system(state: ChatState, argument: str) -> None:
 
 
 def _ctx(state: ChatState, argument: str) -> None:
+    link = state.link
     if not argument:
-        context = state.link.model.context_tokens
-        note(f"the context is {context} tokens, {state.used_tokens} in use; /ctx N changes it")
+        held = f"; {link.model.name} holds {link.model.context_tokens}" if link.context else ""
+        note(
+            f"this conversation has a context of {link.context_tokens} tokens, {state.used_tokens} in use; "
+            f"/ctx N changes it{held}"
+        )
         return
-    if not argument.isdigit() or not 1 <= int(argument) <= 1 << 26:
-        raise DaemonError("bad_request", f"/ctx {argument[:40]}: must be a number of tokens, such as 4096")
-    model = state.link.load(state.link.reference, int(argument))
-    state.context = int(argument)
-    note(f"the context is {model.context_tokens} tokens")
+    if not argument.isdecimal() or not 1 <= int(argument[:20]) <= 1 << 26:
+        most = link.model.context_tokens
+        raise DaemonError(
+            "bad_request", f"/ctx {argument[:40]}: must be a number of tokens, from 1 to {most}"
+        )
+    link.limit(int(argument))
+    note(f"this conversation has a context of {link.context_tokens} tokens from now on")
 
 
 def save(state: ChatState, name: str) -> bool:
@@ -235,7 +240,7 @@ def _session(state: ChatState, name: str) -> Path:
 COMMANDS = {
     "/model": Command("/model [NAME]", "list the models, or switch to another", _model, _models),
     "/system": Command("/system [TEXT]", "show or set the system message; off clears it", _system),
-    "/ctx": Command("/ctx [N]", "show the context length, or set it to N tokens", _ctx),
+    "/ctx": Command("/ctx [N]", "show this conversation's context, or set it to N tokens", _ctx),
     "/save": Command("/save [NAME]", "save the conversation", _save, _sessions),
     "/load": Command("/load [NAME]", "list saved conversations, or continue one", _load, _sessions),
     "/retry": Command("/retry", "ask the last question again", _retry),

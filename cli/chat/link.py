@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from shoal.cli import background
-from shoal.cli.answers import Answers, ThroughDaemon
+from shoal.cli.answers import Answers, ThroughDaemon, check_context
 from shoal.cli.output import note, spinner
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
@@ -29,8 +29,8 @@ class ChatLink:
         self._here = here
         self._client: Client | None = None  # made anew whenever the daemon behind it is gone
         self.reference = ""  # of the model, to load it again
+        self.context: int | None = None  # the conversation's; None = the model's
         self._model: ModelStatus | None = None
-        self._context: int | None = None
         self._draft: str | None = None
 
     @property
@@ -39,15 +39,28 @@ class ChatLink:
         assert self._model is not None
         return self._model
 
+    @property
+    def context_tokens(self) -> int:
+        """The conversation's context. Others may have had the model loaded anew with less."""
+        return min(self.context or self.model.context_tokens, self.model.context_tokens)
+
+    def limit(self, context: int) -> None:
+        """Give the conversation a context. A daemon's model stays as it is: more than it holds is refused."""
+        model = self.ready()
+        if self._here is not None and context > model.context_tokens:  # nobody else uses it
+            self.load(self.reference, context, self._draft)
+        check_context(self.reference, self.model, context)
+        self.context = context
+
     def load(self, reference: str, context: int | None, draft: str | None = None) -> ModelStatus:
         """Use this model from now on. After an error the one before stays in use."""
         model = self._answers().load(reference, draft, context)
         if not model.chat_template:
             if self._model is not None:  # the daemon may have dropped it to make room
-                self._answers().load(self.reference, self._draft, self._context)
+                self._answers().load(self.reference, self._draft, self.context)
             reason = f"{model.name} has no chat template"
             raise DaemonError("unsupported", reason, "continue texts with: shoal run")
-        self._model, self.reference, self._context, self._draft = model, reference, context, draft
+        self._model, self.reference, self.context, self._draft = model, reference, context, draft
         return model
 
     def models(self) -> list[ModelStatus]:
@@ -57,8 +70,9 @@ class ChatLink:
         """The model in use; brings daemon and model back if they are gone."""
         loaded = {model.name: model for model in self.models()}
         if self.model.name not in loaded:
-            return self.load(self.reference, self._context, self._draft)
-        return loaded[self.model.name]
+            return self.load(self.reference, self.context, self._draft)
+        self._model = loaded[self.model.name]
+        return self._model
 
     def count(self, messages: list[ChatMessage]) -> int:
         """Tokens of a conversation as the model's template writes it."""

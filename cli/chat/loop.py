@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from itertools import chain
 
 import click
@@ -39,7 +40,6 @@ from shoal.comm.messages import (
     Accepted,
     Chat,
     Done,
-    ModelStatus,
     Stage,
     StreamEvent,
     Timings,
@@ -80,8 +80,8 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
     """Hold a conversation with MODEL, a path or a name in the store.
 
     Without MODEL: the one that the daemon has loaded, else one from the store. A daemon is started if none is running;
-    with --memory, --threads, --device, --speculate or --kv-type the model runs in this process instead. Type /help for
-    commands; Ctrl-C stops an answer, Ctrl-D leaves.
+    with --memory, --threads, --device, --speculate or --kv-type the model runs in this process instead. --ctx bounds
+    this conversation and changes nothing for others. Type /help for commands; Ctrl-C stops an answer, Ctrl-D leaves.
     """
     home = Home.from_env()
     library = Library(home)
@@ -90,11 +90,14 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
     named = reference_or_fetch(model, library) if model else None
     guessing = reference(draft, library) if draft else None
     with ExitStack() as stack:
-        here = stack.enter_context(in_process(config, library)) if plan.beyond_context else None
+        own = replace(
+            config, context_tokens=None
+        )  # --ctx is the conversation's, not that of a model chosen later
+        here = stack.enter_context(in_process(own, library)) if plan.beyond_context else None
         link = ChatLink(home, here)
         stack.callback(link.close)
         stack.enter_context(ended_by_signals())
-        state = ChatState(home, link, Conversation(system), plan.ctx)
+        state = ChatState(home, link, Conversation(system))
         wanted = named or reference_or_fetch(_default(state), library)
         stack.enter_context(unechoed())
         link.load(wanted, plan.ctx, guessing)
@@ -154,7 +157,8 @@ class ChatLoop:
         """One turn. When it raises DaemonError or CommError, the conversation has kept what came of the answer."""
         state, conversation = self._state, self._state.conversation
         conversation.unanswered = asked  # so that /retry works whatever happens
-        self._make_room(state.link.ready(), asked)
+        state.link.ready()
+        self._make_room(asked)
         parts: list[str] = []
         done: Done | None = None
         meter = _Meter()
@@ -175,7 +179,8 @@ class ChatLoop:
         state = self._state
         fields = self._options.request_fields(state.link.model.name)
         painter = Painter()
-        request = Chat(messages=state.conversation.messages(asked), progress=painter.shows_stages, **fields)
+        fields |= {"progress": painter.shows_stages, "context_tokens": state.link.context_tokens}
+        request = Chat(messages=state.conversation.messages(asked), **fields)
         done: Done | None = None
         try:
             with state.link.stream(request) as events:
@@ -205,13 +210,17 @@ class ChatLoop:
         state.answers_total += 1
         state.used_tokens = done.usage.prompt_tokens + done.usage.completion_tokens
         state.tokens_total += done.usage.completion_tokens
+        if done.finish_reason == "repetition":
+            note(
+                "the answer only repeated itself, so it was ended (shoal chat --keep-repeating lets it go on)"
+            )
         if done.finish_reason == "length" and self._options.max_tokens != done.usage.completion_tokens:
             note(
                 "the context is full, so the answer was cut; the next turn drops the oldest (/ctx N enlarges it)"
             )
 
-    def _make_room(self, model: ModelStatus, asked: str) -> None:
-        context = model.context_tokens
+    def _make_room(self, asked: str) -> None:
+        context = self._state.link.context_tokens
         room = context - min(ANSWER_ROOM_TOKENS, context // 4)
         dropped = self._state.conversation.fit(asked, self._state.link.count, room)
         if dropped is None:
@@ -267,7 +276,7 @@ def _first(events: Iterator[StreamEvent], update: Callable[[str], None]) -> list
 
 def toolbar(state: ChatState) -> str:
     """One line below the prompt: model, speed, how much of the context is used."""
-    name, context = state.link.model.name, state.link.model.context_tokens
+    name, context = state.link.model.name, state.link.context_tokens
     rest = f"context {state.used_tokens}/{context} ({100 * state.used_tokens // context}%) · /help"
     if state.last is not None and state.last.timings.decode_tokens_per_s:
         rest = f"{state.last.timings.decode_tokens_per_s:.1f} tokens/s · {rest}"
@@ -280,7 +289,7 @@ def _reader(state: ChatState, stack: ExitStack) -> Reader:
         return PlainReader()
     model = state.link.model
     note(
-        f"{model.name} · {model.family}, {format_bytes(model.parameters_bytes)}, context {model.context_tokens} · "
+        f"{model.name} · {model.family}, {format_bytes(model.parameters_bytes)}, context {state.link.context_tokens} · "
         "/help lists commands, Ctrl-D leaves"
     )
     history = private_dir(state.home.root) / "chat_history"

@@ -23,6 +23,7 @@ from .transfer import check_space
 
 LIST_TIMEOUT_S = 30.0
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.(gguf|safetensors)$)", re.IGNORECASE)
+TEMPLATES = "additional_chat_templates/*.jinja"  # in the store they lie beside the other files
 _WITH_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 
 
@@ -80,7 +81,7 @@ def choose(repo: str, files: list[str], wanted: str) -> tuple[Kind, list[str]]:
     top = [file for file in files if "/" not in file]
     groups = gguf_groups(files)
     if not wanted and "config.json" in top and any(file.endswith(".safetensors") for file in top):
-        return "hf", checkpoint_files(top)
+        return "hf", checkpoint_files(top) + [file for file in files if fnmatchcase(file, TEMPLATES)]
     matches = [group for group in groups if _matches(group[0], wanted)]
     if len(matches) == 1:
         return "gguf", matches[0]

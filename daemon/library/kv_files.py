@@ -41,16 +41,25 @@ MOST_SLOTS = 1 << 16  # of one model: bounds the memory that its index takes
 
 def fingerprint(checkpoint: Checkpoint, quant: Quant, plan: Plan) -> bytes:
     """32 bytes that differ if anything differs that a page of KV depends on: the model's files, the weights'
-    quantisation, the architecture and its RoPE in this context, and the layout of K and V in a page. Raises OSError."""
-    files = [(str(path.resolve()), path.stat()) for path in checkpoint.files]
+    quantisation, the architecture and its ropes, and the layout of K and V in a page. (For which length of text ropes
+    are chosen is part of a page's digest.) Raises OSError."""
+    ropes = checkpoint.spec.ropes
+    files = [(str(path.resolve()), checkpoint.stamps[path]) for path in checkpoint.files]
     facts = (
         repr(KV_LAYOUT),
         repr(quant),
         repr(plan.kv.dtype),
         repr(plan.kv.page_tokens),
-        repr([(name, info.st_size, info.st_mtime_ns) for name, info in files]),
+        repr(
+            [(name, stamp and stamp[2:]) for name, stamp in files]
+        ),  # devices get other numbers at each start
         spelled(checkpoint.spec),
-        repr([rope.for_context(plan.context_tokens) for rope in checkpoint.spec.ropes]),
+        repr([(rope.divisors, rope.magnitude) for rope in ropes]),
+        *(
+            f"dynamic {rope.dynamic_factor!r} {rope.dynamic_from_tokens}"
+            for rope in ropes
+            if rope.dynamic_factor
+        ),
     )
     return blake2b(f"({', '.join(facts)})".encode(), digest_size=32).digest()
 

@@ -11,6 +11,7 @@ from (`pull`), nor what is inside their files.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import shutil
@@ -27,11 +28,16 @@ from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import alone, private_dir
 from shoal.daemon.progress import Progress, no_progress
+from shoal.models.checkpoint.identity import FileStamp
+from shoal.models.regular_files import read_regular
 
 from . import registry
 from .transfer import disk_errors, hash_file, sync, sync_directory
 
+log = logging.getLogger(__name__)
+
 MODEL_MANIFEST = "manifest.json"
+MODEL_MANIFEST_BYTES = 16 << 20
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 128, starting with a letter or digit"
 _REMOTE = re.compile(r"https?://.*|[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)(:[\w.-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -137,12 +143,14 @@ class Library:
 
     def __init__(self, home: Home) -> None:
         self.root = home.models
+        self._read_again: dict[Path, FileStamp] = {}  # files that were touched, and still are what was pulled
 
     # --- reading ----------------------------------------------------------------------------------------
 
     def resolve(self, model: str) -> Path:
         """The checkpoint's path for a path or a name. Raises DaemonError `not_found`."""
         if not is_path(model) and (found := self._find(registry.canonical(model))) is not None:
+            self._require_unaltered(found)
             return found.path
         path = existing_path(model) if model else None
         if path is not None:
@@ -151,6 +159,19 @@ class Library:
             hint = f"to fetch it: shoal pull {model[:300]}" if fetchable(model) else "see shoal ls"
             raise DaemonError("not_found", f"no such file or directory: {model[:300]}", hint)
         raise self._unknown(model)
+
+    def resolve_stored(self, model: str) -> Path:
+        """`resolve` for who may name only models of the store: nothing is told of other files, not even which exist.
+        Raises DaemonError `not_found` or `corrupt`."""
+        found = self._find(registry.canonical(model)) or next(
+            (entry for entry in self.list() if str(entry.path) == model), None
+        )
+        if found is None:
+            message = (
+                f"{model[:140]!r} is no model of this daemon's store, and it loads no others (`models_only`)"
+            )
+            raise DaemonError("not_found", message, "`shoal ls` on its machine lists them")
+        return found.path
 
     def entry(self, name: str) -> StoredModel:
         """The model of that name or alias. Raises DaemonError `not_found` or `corrupt`."""
@@ -187,7 +208,8 @@ class Library:
         check_name(name)
         with self._lock(name):
             path = private_dir(self._internal(".partial") / name)
-            self._claim(path, source)
+            with disk_errors(self.root, 0, name):
+                self._claim(path, source)
             staging = Staging(name, source, path, self.root / name)
             try:
                 yield staging
@@ -254,7 +276,8 @@ class Library:
     def _read(self, name: str) -> StoredModel | None:
         directory = self.root / name
         try:
-            manifest = msgspec.json.decode((directory / MODEL_MANIFEST).read_bytes(), type=ModelManifest)
+            text = read_regular(directory / MODEL_MANIFEST, MODEL_MANIFEST_BYTES)
+            manifest = msgspec.json.decode(text, type=ModelManifest)
             whole = all(
                 _stays_inside(file.name) and (directory / file.name).stat().st_size == file.size
                 for file in manifest.files
@@ -262,6 +285,29 @@ class Library:
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
         return StoredModel(directory, manifest) if whole else None
+
+    def _require_unaltered(self, entry: StoredModel) -> None:
+        """Raises DaemonError `corrupt` if a file is not the one that was pulled. Files that nobody has touched since
+        are not read."""
+        manifest = entry.directory / MODEL_MANIFEST
+        try:
+            pulled_ns = manifest.stat().st_mtime_ns
+            for file in entry.manifest.files:
+                path = entry.directory / file.name
+                stamp = FileStamp.of(path.stat())
+                touched = max(stamp.written_ns, stamp.changed_ns) > pulled_ns
+                if not touched or self._read_again.get(path) == stamp:
+                    continue
+                log.info("%s was touched since it was pulled, so it is read again", path)
+                if hash_file(path, no_progress, file.name) != file.sha256:
+                    raise DaemonError(
+                        "corrupt",
+                        f"{path} is not the file that was pulled as {entry.name}",
+                        f"`remove({entry.name})`, then `pull` it again",
+                    )
+                self._read_again[path] = stamp
+        except OSError as error:
+            raise DaemonError("corrupt", f"{entry.name}: {error.filename}: {error.strerror}") from error
 
     def _unknown(self, name: str) -> DaemonError:
         known = sorted({*self._names(), *(model.name for model in registry.MODELS)})

@@ -23,6 +23,7 @@ import msgspec
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import alone, private_dir
+from shoal.models.regular_files import read_regular
 from shoal.offload.errors import PackError
 from shoal.offload.pack.manifest import (
     BLOCKS,
@@ -32,11 +33,12 @@ from shoal.offload.pack.manifest import (
     Manifest,
     Quant,
     Source,
+    SourceFile,
     read_manifest,
 )
 from shoal.partition.slicing import Shard
 
-from .library import MODEL_MANIFEST, Library
+from .library import MODEL_MANIFEST, MODEL_MANIFEST_BYTES, Library
 from .transfer import disk_bytes, disk_errors
 
 PackState = Literal["ready", "outdated", "unfinished", "damaged"]
@@ -85,8 +87,9 @@ class PackShelf:
         name = self.model_of(Path(source.model))
         if name == source.model:
             return source
+        files = [SourceFile(file.name, file.size, file.mtime_ns) for file in source.files]
         try:
-            return Source(name, source.files, _store_digest(self._library.root / name))
+            return Source(name, files, _store_digest(self._library.root / name))
         except OSError as error:
             raise DaemonError(
                 "corrupt", f"the store's copy of {name} is damaged: {error.strerror}"
@@ -153,8 +156,12 @@ class PackShelf:
             if source.store and _store_digest(path) != source.store:
                 return False
             for file in source.files:
-                stat = (directory / file.name).stat()
-                if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+                where = directory / file.name
+                info = where.stat()
+                now = SourceFile(
+                    file.name, info.st_size, info.st_mtime_ns, info.st_ctime_ns, str(where.resolve())
+                )
+                if not file.is_still(now):
                     return False
         except (OSError, ValueError):  # ValueError: a name that no file can have
             return False
@@ -163,7 +170,7 @@ class PackShelf:
 
 def _store_digest(model: Path) -> str:
     """The hash of a model's manifest in the store. Raises OSError."""
-    return hashlib.sha256((model / MODEL_MANIFEST).read_bytes()).hexdigest()
+    return hashlib.sha256(read_regular(model / MODEL_MANIFEST, MODEL_MANIFEST_BYTES)).hexdigest()
 
 
 def _shard_digest(shard: Shard) -> str:

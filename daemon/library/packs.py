@@ -78,7 +78,8 @@ class Packs:
             if (directory / DAMAGED).exists():
                 return None
             manifest = pack.manifest
-            if (manifest.source, manifest.quant) == (source, quant) and manifest.is_of(checkpoint.shard):
+            current = manifest.source.is_still(source) and manifest.quant == quant
+            if current and manifest.is_of(checkpoint.shard):
                 pack.require(checkpoint.spec)
                 return pack
         return None

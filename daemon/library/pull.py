@@ -26,8 +26,8 @@ from shoal.models.errors import ModelError
 
 from . import registry
 from .download import RemoteFile, download
-from .hub import HubModel, checkpoint_files, fetch_hub, gguf_groups
-from .library import Kind, Library, StoredModel, check_name, existing_path, is_path
+from .hub import TEMPLATES, HubModel, checkpoint_files, fetch_hub, gguf_groups
+from .library import MODEL_MANIFEST, Kind, Library, StoredModel, check_name, existing_path, is_path
 from .package import fetch_package
 from .transfer import check_space, copy_hashed, disk_errors, hash_file, sync
 
@@ -36,13 +36,15 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Fetchable(NamedTuple):
-    """The model that a reference leads to. `source` tells it apart from every other model; `fetch` puts its files into
-    a directory named after the model and returns file name → sha256."""
+    """The model that a reference leads to. `source` tells where it is from; `fetch` puts its files into a directory
+    named after the model and returns file name → sha256. `is_still` tells whether that would give what the store has
+    from there."""
 
     kind: Kind
     name: str  # a name of the store can be made from it
     source: str
     fetch: Callable[[Path, Progress], dict[str, str]]
+    is_still: Callable[[StoredModel], bool] = lambda entry: True
 
 
 def pull(
@@ -70,6 +72,12 @@ def pull(
         raise DaemonError(
             "bad_request",
             f"the store has another model called {stored}, from {entry.manifest.source}",
+            f"give `name`, or first: shoal rm {stored}",
+        )
+    if not found.is_still(entry):
+        raise DaemonError(
+            "bad_request",
+            f"{found.source} has changed since it was pulled as {stored}",
             f"give `name`, or first: shoal rm {stored}",
         )
     return entry, False
@@ -119,7 +127,10 @@ def _at_url(reference: str) -> Fetchable:
         local = f"{directory.name}.gguf"
         return {local: download(RemoteFile(url, file, sha256=sha256), directory / local, progress)}
 
-    return Fetchable("gguf", file, url, fetch)
+    def is_still(entry: StoredModel) -> bool:
+        return not sha256 or sha256 in {file.sha256 for file in entry.manifest.files}
+
+    return Fetchable("gguf", file, url, fetch, is_still)
 
 
 def _at_path(path: Path, link: bool) -> Fetchable:
@@ -134,7 +145,7 @@ def _at_path(path: Path, link: bool) -> Fetchable:
     if path.is_dir():
         kind: Kind = "hf"
         names = checkpoint_files(sorted(file.name for file in path.iterdir() if file.is_file()))
-        files = [path / name for name in names]
+        files = [path / name for name in names] + sorted(path.glob(TEMPLATES))
     else:
         kind = "gguf"
         groups = gguf_groups(sorted(file.name for file in path.parent.glob("*.gguf") if file.is_file()))
@@ -147,7 +158,21 @@ def _at_path(path: Path, link: bool) -> Fetchable:
         place = _link if link else _copy
         return {file.name: place(file, directory / file.name, progress) for file in files}
 
-    return Fetchable(kind, path.name, str(path), fetch)
+    def is_still(entry: StoredModel) -> bool:
+        stored = {file.name: file for file in entry.manifest.files}
+        pulled_s = (entry.directory / MODEL_MANIFEST).stat().st_mtime
+        with disk_errors(path, 0, path.name):
+            for file in files:
+                info = file.stat()
+                kept = stored.pop(file.name, None)
+                if kept is None or kept.size != info.st_size:
+                    return False
+                touched = max(info.st_mtime, info.st_ctime) > pulled_s
+                if touched and hash_file(file, no_progress, file.name) != kept.sha256:
+                    return False
+        return not stored
+
+    return Fetchable(kind, path.name, str(path), fetch, is_still)
 
 
 def _check_files(kind: Kind, directory: Path, names: Collection[str]) -> None:

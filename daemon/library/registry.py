@@ -6,6 +6,7 @@ A built-in table. Fetches nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 DEFAULT_MODEL = "smollm2"
 
@@ -66,6 +67,10 @@ def canonical(name: str) -> str:
     return model.name if model else name
 
 
-def recommended_sampling(name: str) -> dict[str, float]:
-    """What the authors of the model called `name` recommend; empty when nothing is known."""
-    return dict(next((model.sampling for model in MODELS if model.name == name), ()))
+def recommended_sampling(path: Path) -> dict[str, float]:
+    """What the authors of the model in this file recommend, by whatever name it goes; empty when nothing is known.
+
+    The file is known by its size, which no other model shares by chance. To hash it would take too long.
+    """
+    nbytes = path.stat().st_size if path.is_file() else -1
+    return dict(next((model.sampling for model in MODELS if model.member_bytes == nbytes), ()))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.progress import Progress
 from shoal.daemon.sizes import format_bytes
+from shoal.models.regular_files import open_regular
 
 if TYPE_CHECKING:
     from _typeshed import SupportsRead
@@ -102,5 +103,5 @@ def sync_directory(path: Path) -> None:
 def hash_file(path: Path, progress: Progress, what: str) -> str:
     """The sha256 of a file, in hex. `what` is what `progress` calls it. Raises OSError."""
     total = path.stat().st_size
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         return copy_hashed(file, None, lambda done: progress(what, done, total))

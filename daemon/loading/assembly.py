@@ -5,8 +5,9 @@ Knows how the parts fit. `loaded_models` and `loader` know which models there ar
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,13 @@ from shoal.offload.budget import Budget
 from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import PrefixCache
 
+from .advice import advice_of
 from .loaded_model import LoadedModel, release
 from .planning import least_bytes, row_share
 from .refusal import refusing
 from .runnable import Runnable, read_draft
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ class Assembly:
         path: Path,
         config: NodeConfig,
         *,
+        named: str | None = None,
         draft: Path | None = None,
         streaming: bool = True,
         progress: Progress = no_progress,
     ) -> LoadedModel:
         """Read a checkpoint into memory, and that of a draft model if there is one. If `streaming`, what does not fit
-        is streamed. Raises DaemonError; the budget then holds nothing for the model."""
+        is streamed.
+        `named`: how the model was asked for, if not by its path. Raises DaemonError; the budget then holds nothing."""
         with ExitStack() as undo:  # ends what has begun when a later part fails
             undo.callback(release, name, self.budget)
             with refusing(name):
@@ -78,7 +84,14 @@ class Assembly:
             if disk is not None:
                 undo.callback(disk.close, [], kv.page)
             engine = self._engine(main, small, disk, config)
-            made = LoadedModel(name, main, engine, small, config.quant, self.clock, self.clock())
+            advice = advice_of(main.checkpoint)
+            for warning in (*main.checkpoint.warnings, *advice.warnings, *_beyond(main)):
+                log.warning("%s", warning)
+            asked, now = config.context_tokens, self.clock()
+            called = named or str(path)
+            made = LoadedModel(
+                name, called, main, engine, small, config.quant, asked, self.clock, now, advice
+            )
             undo.pop_all()
         return made
 
@@ -94,6 +107,7 @@ class Assembly:
             guesses=main.plan.guesses,
             row_share=row_share(main.plan, main.read_bytes_per_s),
             reads=disk.most_reads if disk else 1,
+            ropes=main.checkpoint.spec.ropes,
         )
         drafter = None
         if small is not None:
@@ -106,3 +120,13 @@ class Assembly:
             )
         rank = Rank(main.executor, self.clock, disk)
         return Engine(rank, scheduler, self.clock, drafter, self.notify)
+
+
+def _beyond(main: Runnable) -> Iterator[str]:
+    """A warning if the context is longer than the model was made for, as its rope scaling allows."""
+    spec, context = main.checkpoint.spec, main.plan.context_tokens
+    if context > spec.context:
+        yield (
+            f"{main.checkpoint.path}: the model was made for {spec.context} tokens. "
+            f"Its rope scaling extends that to {spec.longest}, so it is loaded with {context}"
+        )

@@ -5,9 +5,10 @@ Knows its parts and how they end; `assembly` puts them together. It runs nothing
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shoal.comm.messages import ModelStatus, Stage
@@ -17,26 +18,38 @@ from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
 from shoal.models.chat.template import ChatTemplate
 from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.errors import ModelError, TemplateError
+from shoal.models.tokenizer.parts import TOOL_TEMPLATE
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.plan import Plan
 
+from .advice import Advice
 from .runnable import Runnable
 
 
 @dataclass(eq=False)
 class LoadedModel:
-    """Everything that one model needs to answer. `used_s` is when it was last asked; `draft` is the model that guesses
-    for it."""
+    """Everything that one model needs to answer.
+
+    named: what it was called when it was loaded, a path or a name in the store. asked_context: the context that was
+    asked for then. used_s: when it was last asked. draft: the model that guesses for it. advice: what its makers say of
+    sampling.
+    """
 
     name: str
+    named: str
     main: Runnable
     engine: Engine
     draft: Runnable | None
     quant: Quant
+    asked_context: int | None
     clock: Callable[[], float]
     used_s: float
+    advice: Advice = field(default_factory=Advice)
+    _compiling: threading.Lock = field(default_factory=threading.Lock)
+    _templates: dict[str, ChatTemplate | TemplateError] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -73,10 +86,33 @@ class LoadedModel:
         the altered bytes."""
         return self.executor.store.damaged
 
+    def stale(self, resolve: Callable[[str], Path]) -> Path | None:
+        """A file in whose place is another than the model, or its draft model, was loaded from. None if they are the
+        same, or gone, so that there is nothing else to load. `resolve` finds models by name. Raises DaemonError if what
+        is there now is damaged."""
+        try:
+            path = resolve(self.named)
+        except DaemonError as error:
+            if error.code != "not_found":
+                raise
+            return None
+        if path != self.checkpoint.path:
+            return path
+        theirs = self.draft.checkpoint.replaced() if self.draft else None
+        return self.checkpoint.replaced() or theirs
+
+    def rename(self, name: str, budget: Budget) -> None:
+        """Call it something else from now on."""
+        for before, after in zip(_purposes(self.name), _purposes(name), strict=True):
+            budget.rename(before, after)
+        self.name = name
+
     def interrupt(self, error: DaemonError) -> None:
         """End all its requests with `error`, even in a step that waits for a disk. It answers nothing after that."""
         self.engine.fail_all(error)
         self.executor.store.close()
+        if isinstance(self._template, ChatTemplate):
+            self._template.close()
 
     def release(self, budget: Budget) -> None:
         """End a step under way, keep its KV on disk and give the budget back. The memory is freed with the last
@@ -125,21 +161,52 @@ class LoadedModel:
             kv_disk_bytes=disk.nbytes if disk else 0,
             kv_disk_pages_read_total=disk.pages_read if disk else 0,
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
+            warnings=[*self.checkpoint.warnings, *self.advice.warnings],
+            context_limit_tokens=self.checkpoint.spec.longest,
         )
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate:
-        """The model's template, or ChatML if it has none."""
+        """The model's template, or ChatML if it has none; it is compiled once. Raises TemplateError and Overloaded."""
+        return self._template(self.tokenizer.chat_template or "")
 
+    @property
+    def tool_template(self) -> ChatTemplate:
+        """The template for conversations with tools, where the model has one of its own for these. Raises as above."""
+        source = self.tokenizer.chat_templates.get(TOOL_TEMPLATE)
+        return self.chat_template if source is None else self._template(source)
+
+    def _template(self, source: str) -> ChatTemplate:
+        with self._compiling:
+            if source not in self._templates:
+                try:
+                    self._templates[source] = self._compiled(source)
+                except TemplateError as error:
+                    self._templates[source] = error
+            template = self._templates[source]
+        if isinstance(template, TemplateError):
+            raise template.with_traceback(None)
+        return template
+
+    def _compiled(self, source: str) -> ChatTemplate:
         def spelled(token: int | None) -> str:
             return "" if token is None else self.tokenizer.id_to_token(token)
 
-        return ChatTemplate(
-            self.tokenizer.chat_template or "", spelled(self.tokenizer.bos_id), spelled(self.tokenizer.eos_id)
-        )
+        bos, eos = spelled(self.tokenizer.bos_id), spelled(self.tokenizer.eos_id)
+        return ChatTemplate(source, bos, eos, of=self.name)
+
+    def warm_up(self) -> None:
+        """Compile the chat template, so that the first conversation does not wait for it. What is wrong with it is told
+        to who uses it."""
+        with contextlib.suppress(ModelError):
+            _ = self.chat_template
 
 
 def release(name: str, budget: Budget) -> None:
     """Give back the bytes that a model and its draft model hold."""
-    budget.release(f"model {name}")
-    budget.release(f"draft for {name}")
+    for purpose in _purposes(name):
+        budget.release(purpose)
+
+
+def _purposes(name: str) -> tuple[str, str]:
+    return f"model {name}", f"draft for {name}"

@@ -19,6 +19,11 @@ from .loaded_model import LoadedModel
 log = logging.getLogger(__name__)
 
 
+def unloaded(name: str) -> DaemonError:
+    """Why a request to a model ends, or does not begin, that somebody has unloaded."""
+    return DaemonError("unloaded", f"{name} was unloaded meanwhile", "send the request again to load it anew")
+
+
 class LoadedModels:
     """The models in memory. When one is dropped, it gives its bytes back to `budget`."""
 
@@ -26,15 +31,18 @@ class LoadedModels:
         self.lock = threading.RLock()
         self._budget = budget
         self._by_name: dict[str, LoadedModel] = {}
+        self._retired: list[
+            LoadedModel
+        ] = []  # other files are in the place of theirs; they end what they have begun
         self._tokens_before = 0  # of models that were dropped
 
     def __iter__(self) -> Iterator[LoadedModel]:
         """The models that are loaded now, even if others come or go during the iteration."""
         with self.lock:
-            return iter(list(self._by_name.values()))
+            return iter([*self._by_name.values(), *self._retired])
 
     def __contains__(self, model: LoadedModel) -> bool:
-        return self._by_name.get(model.name) is model
+        return self._by_name.get(model.name) is model or model in self._retired
 
     @property
     def tokens_total(self) -> int:
@@ -48,13 +56,19 @@ class LoadedModels:
 
     def pick(self, name: str) -> LoadedModel | None:
         """The model of that name or path; "" means the one used last."""
+        with self.lock:
+            current = list(self._by_name.values())
         if not name:
-            return max(self, key=lambda model: model.used_s, default=None)
-        return self._by_name.get(name) or next((m for m in self if str(m.reference) == name), None)
+            return max(current, key=lambda model: model.used_s, default=None)
+        return self._by_name.get(name) or next((m for m in current if str(m.reference) == name), None)
 
-    def of(self, reference: Reference) -> LoadedModel | None:
-        """The model of that path in these bits."""
-        return next((model for model in self if model.reference == reference), None)
+    def of(self, wanted: Reference, path: Path) -> LoadedModel | None:
+        """The model that is at `path`, or was named as `wanted` when it was loaded, in these bits."""
+        with self.lock:
+            current = list(self._by_name.values())
+        here = Reference(str(path), wanted.quant)
+        named = (model for model in current if (model.named, model.quant) == wanted)
+        return next((model for model in current if model.reference == here), None) or next(named, None)
 
     def free_name(self, wanted: Reference, path: Path) -> str:
         """The name for a model: as it was asked for; for a path its last part, or all of it if that name is taken."""
@@ -69,16 +83,43 @@ class LoadedModels:
         with self.lock:  # throughout, so that the chosen model gets no request meanwhile
             chosen = min(self.idle(), key=lambda model: model.used_s, default=None)
             if chosen is not None:
-                del self._by_name[chosen.name]
+                self._forget(chosen)
         if chosen is not None:
             self.drop(chosen)
         return chosen is not None
 
-    def drop(self, model: LoadedModel) -> None:
-        """Unload a model. Its running requests end with the error `shutting_down`."""
+    def retire(self, model: LoadedModel) -> None:
+        """Another model takes the place of this one, which goes as soon as it has ended its requests."""
+        if not model.engine.busy:
+            self.drop(model)
+            return
         with self.lock:
-            self._by_name.pop(model.name, None)
+            self._forget(model)
+            taken = {it.name for it in self}
+            names = (f"{model.name} (replaced{n})" for n in ("", *(f" {i}" for i in range(2, 1 << 10))))
+            model.rename(next(name for name in names if name not in taken), self._budget)
+            self._retired.append(model)
+
+    def sweep(self) -> None:
+        """Drop the retired models that have ended their requests, in threads of their own: keeping KV takes seconds."""
+        with self.lock:
+            ended = [model for model in self._retired if not model.engine.busy]
+            for model in ended:
+                self._retired.remove(model)
+        for model in ended:
+            threading.Thread(target=self.drop, args=(model,), name="shoal-drop", daemon=True).start()
+
+    def drop(self, model: LoadedModel) -> None:
+        """Unload a model. Its running requests end with the error `unloaded`."""
+        with self.lock:
+            self._forget(model)
             self._tokens_before += model.engine.scheduler.totals.generated_tokens
-        model.interrupt(DaemonError("shutting_down", f"{model.name} was unloaded"))
+        model.interrupt(unloaded(model.name))
         model.release(self._budget)
         log.info("unloaded %s", model.name)
+
+    def _forget(self, model: LoadedModel) -> None:
+        if self._by_name.get(model.name) is model:
+            del self._by_name[model.name]
+        if model in self._retired:
+            self._retired.remove(model)

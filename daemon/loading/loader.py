@@ -6,7 +6,9 @@ Knows that idle models make room, and when it is better not to begin. `loaded_mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shoal.comm.messages import Stage
@@ -24,6 +26,8 @@ from .planning import least_bytes
 from .refusal import refusing
 from .runnable import check_vocabulary
 
+MOTIONLESS_S = 300.0  # without coming further, a load counts as stuck
+
 
 class Loader:
     """Loads one model at a time. `check` raises when nobody waits for it any more. `stage` and `name` belong to the
@@ -35,6 +39,24 @@ class Loader:
         self._models = models
         self._assembly = assembly
         self._check = check
+        self._lock = threading.Lock()
+        self._moved_s = 0.0  # when what is being loaded last came further
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it nobody else loads or unloads. Raises DaemonError `busy` if the other does not come further: a file
+        system may hang."""
+        while not self._lock.acquire(timeout=1.0):
+            self._check()
+            if self._assembly.clock() - self._moved_s > MOTIONLESS_S:
+                name = self.name or "another model"
+                message = f"{name} is being loaded and has not come further for {MOTIONLESS_S:.0f} s"
+                raise DaemonError("busy", message, "its disk may be dead", retry_after_s=MOTIONLESS_S)
+        try:
+            self._moved_s = self._assembly.clock()
+            yield
+        finally:
+            self._lock.release()
 
     def check_reload(self, model: LoadedModel, config: NodeConfig, draft: Path | None) -> None:
         """Before `model` is dropped: raises DaemonError if it could not be loaded again like this."""
@@ -49,12 +71,20 @@ class Loader:
                 check_vocabulary(model.name, model.tokenizer, draft.name, small.tokenizer())
 
     def load(
-        self, name: str, path: Path, draft: Path | None, config: NodeConfig, progress: Progress
+        self,
+        name: str,
+        named: str,
+        path: Path,
+        draft: Path | None,
+        config: NodeConfig,
+        progress: Progress,
     ) -> LoadedModel:
-        """Load a model into memory if dropping idle ones makes enough room; otherwise stream it. Raises DaemonError."""
+        """Load a model, asked for as `named`, into memory if dropping idle ones makes enough room; otherwise stream it.
+        Raises DaemonError."""
 
         def heard(doing: str, done: int, total: int) -> None:
             self._check()  # packing may take an hour
+            self._moved_s = self._assembly.clock()
             first_s, before = begun.setdefault(doing, (self._assembly.clock(), done))
             speed = (done - before) / max(self._assembly.clock() - first_s, 0.1)
             self.name = name
@@ -67,7 +97,7 @@ class Loader:
             try:
                 streaming = not self._models.idle()
                 return self._assembly.load(
-                    name, path, config, draft=draft, streaming=streaming, progress=heard
+                    name, path, config, named=named, draft=draft, streaming=streaming, progress=heard
                 )
             except DaemonError as error:
                 if error.code != "resources":

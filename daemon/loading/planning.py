@@ -82,9 +82,11 @@ def _block_bytes(checkpoint: Checkpoint, quant: Quant) -> dict[BlockId, int]:
 
 def _wanted(spec: ModelSpec, config: NodeConfig) -> list[Wanted]:
     """What the configuration asks for: with its context, or once with each context to try, the longest first."""
+    usual = config.context_tokens or min(spec.context, DEFAULT_CONTEXT_TOKENS)
+    least = max(LEAST_CONTEXT_TOKENS, config.least_context_tokens)
     longest = Wanted(
         spec,
-        context_tokens=config.context_tokens or min(spec.context, DEFAULT_CONTEXT_TOKENS),
+        context_tokens=max(usual, config.least_context_tokens),
         kv_tokens=config.kv_tokens,
         kv_type=config.kv_type,
         chunk_tokens=config.chunk_tokens,
@@ -93,13 +95,16 @@ def _wanted(spec: ModelSpec, config: NodeConfig) -> list[Wanted]:
         threads=config.thread_count,
         native=kernels.home() != "reference",
     )
-    if longest.context_tokens > spec.context:
+    if longest.context_tokens > spec.longest:
+        made = f"was made for {spec.context}"
+        if spec.longest > spec.context:
+            made += f", and its rope scaling extends that to {spec.longest}"
         raise DaemonError(
             "context_overflow",
-            f"a context of {longest.context_tokens} tokens was asked for, the model was made for {spec.context}",
-            f"use `context_tokens={spec.context}` or less",
+            f"a context of {longest.context_tokens} tokens was asked for, the model {made}",
+            f"use `context_tokens={spec.longest}` or less",
         )
     wanted = [longest]
-    while config.context_tokens is None and (context := wanted[-1].context_tokens) > LEAST_CONTEXT_TOKENS:
-        wanted.append(longest._replace(context_tokens=max(LEAST_CONTEXT_TOKENS, context // 2)))
+    while config.context_tokens is None and (context := wanted[-1].context_tokens) > least:
+        wanted.append(longest._replace(context_tokens=max(least, context // 2)))
     return wanted

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 from shoal.daemon.error_codes import translated
 from shoal.daemon.errors import DaemonError
-from shoal.models.errors import CheckpointError
+from shoal.models.errors import CheckpointError, TokenizerError
 from shoal.offload.errors import BudgetExceeded
 
 
 @contextmanager
 def refusing(name: str) -> Iterator[None]:
-    """Raises whatever goes wrong within as DaemonError. Checkpoint errors name their file themselves."""
+    """Raises whatever goes wrong within as DaemonError. Errors of a checkpoint name their file themselves."""
     try:
         yield
     except DaemonError:
@@ -22,4 +22,5 @@ def refusing(name: str) -> Iterator[None]:
         hint = "give it more `memory_bytes` or a smaller `context_tokens`"
         raise DaemonError("resources", f"{name} {error}", hint) from error
     except Exception as error:
-        raise translated(error, "" if isinstance(error, CheckpointError) else name) from error
+        named = isinstance(error, CheckpointError | TokenizerError)
+        raise translated(error, "" if named else name) from error

@@ -68,7 +68,7 @@ class Runnable:
             return_freed()  # before the weights come, so that the peak is theirs alone
             peak_bytes = plan.peak_bytes + extra_bytes
             budget.hold(purpose, peak_bytes)
-            transformer = Transformer(checkpoint.spec, plan.context_tokens)
+            transformer = Transformer(checkpoint.spec)
             kv = KvPool(checkpoint.spec, plan.kv)
             if tight:
                 forget_files(checkpoint.files)

@@ -105,7 +105,8 @@ class Dispatcher:
     def _answer(self, flight: Flight, request: Message) -> None:
         match request:
             case Generate() | Chat():
-                flight.attach(self._backend.submit(request, flight.emit, flight.peer.client))
+                submitted = self._backend.submit(request, flight.emit, flight.peer.client)
+                flight.attach(submitted.cancel, submitted.stage if request.progress else None)
             case Tokenize():
                 flight.emit(self._backend.tokenize(request))
             case Load():

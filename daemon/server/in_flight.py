@@ -20,6 +20,8 @@ import zmq
 from shoal.comm.messages import Accepted, Done, Error, Message, Stage, Timings, Token, Usage, Waiting
 from shoal.daemon.backend import STAGE_S, CancelCall
 
+from .front import Link
+
 
 @dataclass(eq=False)
 class Peer:
@@ -29,7 +31,11 @@ class Peer:
     router: zmq.Socket[Any]
     identity: bytes
     client: str
+    link: Link | None = None  # its connection, while there is one
     flights: dict[bytes, Flight] = field(default_factory=dict)
+    refusals: deque[tuple[bytes, Message]] = field(
+        default_factory=deque
+    )  # request ids and answers, not yet sent
     blocked_since_s: float = 0.0  # since then its queue has been full, and nothing could be sent
     sent: int = 0  # messages
     evicted: bool = False  # its requests were ended because it was blocked for too long
@@ -118,16 +124,20 @@ class Flight:
                 case _:
                     self._terminal = message
                     self._enter(FlightState.ENDED)
-                    self._take_cancel()  # it refers back to this flight, and the cycle would keep a model in memory
+                    # They refer back to this flight, and the cycle would keep a model in memory.
+                    self._take_cancel()
+                    self.watch = None
             notify = self._note()
         if notify:
             self._ready(self)
 
-    def attach(self, cancel: CancelCall) -> None:
-        """Set how to cancel the request. Calls `cancel` at once if it was cancelled or dropped meanwhile."""
+    def attach(self, cancel: CancelCall, watch: Callable[[], Stage | None] | None = None) -> None:
+        """Set how to cancel the request, and from now on `watch`. Calls `cancel` at once if it was cancelled or dropped
+        meanwhile."""
         with self._lock:
+            self.watch = None
             if self._enter(FlightState.RUNNING) or self._state is FlightState.RUNNING:
-                self._cancel = cancel
+                self._cancel, self.watch = cancel, watch
             cancelled = self.cancelled
         if cancelled:
             cancel()
@@ -204,7 +214,8 @@ class Flight:
         """What to send to a client that has heard nothing since `sent_s`; None if it is too early."""
         silent_s = now_s - self.sent_s
         seconds = round(now_s - self.arrived_s, 3)
-        if self.watch is not None and silent_s >= STAGE_S and (stage := self.watch()) is not None:
+        watch = self.watch
+        if watch is not None and silent_s >= STAGE_S and (stage := watch()) is not None:
             return msgspec.structs.replace(stage, seconds=seconds)
         return Waiting(seconds=seconds) if silent_s >= keepalive_s else None
 

@@ -6,10 +6,14 @@ Knows numbers. Does not know who enforces them.
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.comm import wire
 from shoal.comm.messages import FEATURES, PROTOCOL_VERSION, Error, Hello, Welcome
+
+from .descriptors import left_for_clients
+
+LINK_DESCRIPTORS = 3  # of a connection: the client's, and both ends of that between the front and libzmq
 
 
 @dataclass(frozen=True)
@@ -20,15 +24,24 @@ class ServerLimits:
     requests: int = 1024  # in flight, all clients together
     requests_per_client: int = 64
     clients: int = 256  # with requests in flight
+    connections: int = 1024  # where the process may have as many descriptors
+    unfinished_bytes: int = 64 << 20  # of messages whose end has not come
     pending_bytes: int = 256 << 20  # request bodies that wait for a worker
     workers: int = 8
     queue_messages: int = 64  # per client within ZeroMQ; tokens are joined behind it
     outbox_bytes: int = 1 << 20  # joined tokens held for a client that does not read
     outbox_s: float = 30.0  # a client that has read nothing for this long loses its requests
     keepalive_s: float = 2.0  # silence on a request after which `waiting` is sent
-    heartbeat_s: float = 5.0  # between ZMTP pings; a peer that is silent for three of them is dead
+    handshake_s: float = 5.0  # that a connection has to say what it is
+    heartbeat_s: float = 5.0  # between probes of a silent host; one that misses two of them is dead
     drain_s: float = 30.0  # that running requests have after the first SIGTERM
     farewell_s: float = 1.0  # that the last replies have to be sent
+
+    def within(self, descriptors: int) -> ServerLimits:
+        """These limits for a process with so many descriptors. At most half of the connections may have requests in
+        flight, so that there always are some whose place another can have."""
+        connections = min(self.connections, max(4, left_for_clients(descriptors) // LINK_DESCRIPTORS))
+        return replace(self, connections=connections, clients=min(self.clients, connections // 2))
 
     def welcome(self, hello: Hello) -> Welcome | Error:
         """The reply to `hello`: the limits and features, or an error when there is no common version."""

@@ -19,10 +19,12 @@ from shoal.comm.errors import ProtocolError
 from shoal.comm.messages import STREAMING, TYPE_NAMES, Error, Message
 from shoal.comm.waker import Waker
 
+from .front import Front
 from .in_flight import Flight, Peer
 from .limits import ServerLimits
 from .log_rate import SeldomLog
 
+MAX_REFUSALS = 10_000  # that wait for a client; what it had sent before reading stopped gives fewer
 FULL_QUEUE_RETRY_S = 0.02  # between tries of a full queue: ZeroMQ does not tell which client can take more
 
 log = logging.getLogger("shoal.server")
@@ -31,19 +33,24 @@ log = logging.getLogger("shoal.server")
 class Outbox:
     """All flights and the clients they belong to. A client is known only while it has a flight."""
 
-    def __init__(self, limits: ServerLimits, waker: Waker) -> None:
+    def __init__(self, limits: ServerLimits, waker: Waker, front: Front) -> None:
         self.in_flight = 0
         self._limits = limits
         self._waker = waker
+        self._front = front
         self._peers: dict[tuple[int, bytes], Peer] = {}
         self._ready: deque[Flight] = deque()  # flights whose mailbox holds something
         self._blocked: set[Peer] = set()
         self._next_keepalive_s = 0.0
         self._seldom = SeldomLog(log)
 
-    def peer(self, router: zmq.Socket[Any], identity: bytes, key: str) -> Peer:
-        """The client of that connection. `key`: its public key, "" without CURVE."""
-        return self._peers.get((id(router), identity)) or Peer(router, identity, key or identity.hex())
+    def peer(self, router: zmq.Socket[Any], identity: bytes, frame: zmq.Frame) -> Peer:
+        """The client of that connection, which has sent `frame`."""
+        peer = self._peers.get((id(router), identity))
+        if peer is None:
+            link = self._front.link(int(frame.get("__fd")))
+            peer = Peer(router, identity, _key(frame) or identity.hex(), link)
+        return peer
 
     @property
     def clients(self) -> int:
@@ -54,14 +61,29 @@ class Outbox:
         """How long the server may sleep when no message comes."""
         if self._blocked:
             return FULL_QUEUE_RETRY_S
-        return self._limits.keepalive_s / 4 if self._peers else 10.0
+        return self._limits.keepalive_s / 4 if self._peers else 1.0
 
     def open(self, peer: Peer, request_id: bytes, kind: str, now_s: float) -> Flight:
         """Begin a request. Its replies are sent as they are emitted."""
         flight = peer.flights[request_id] = Flight(peer, request_id, kind, now_s, self.notify)
-        self._peers[id(peer.router), peer.identity] = peer
+        self._know(peer)
         self.in_flight += 1
         return flight
+
+    def refuse(self, peer: Peer, request_id: bytes, error: Error) -> None:
+        """Answer a request that gets no flight. Who does not read is not read from any more, so that few such answers
+        wait; their order is kept."""
+        if peer.refusals or not (self.send(peer, request_id, error) or peer.gone):
+            peer.refusals.append((request_id, error))
+            self._know(peer)
+            if len(peer.refusals) > MAX_REFUSALS:
+                self._seldom.warning("closing the connection of a client that sends and does not read")
+                self._forget(peer)
+
+    def _know(self, peer: Peer) -> None:
+        self._peers[id(peer.router), peer.identity] = peer
+        if peer.link is not None:
+            peer.link.busy = True
 
     def notify(self, flight: Flight) -> None:
         """The flight's mailbox holds something. Any thread may call this."""
@@ -87,9 +109,9 @@ class Outbox:
         try:
             peer.router.send_multipart([peer.identity, *frames], zmq.NOBLOCK)
         except zmq.Again:
-            if peer.flights and peer not in self._blocked:
+            if peer not in self._blocked:
                 peer.blocked_since_s = time.monotonic()
-                self._blocked.add(peer)
+                self._block(peer, True)
             return False
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
@@ -128,11 +150,9 @@ class Outbox:
     def _retry(self, peer: Peer, now_s: float) -> None:
         since_s, sent = peer.blocked_since_s, peer.sent
         self._blocked.discard(peer)
-        for flight in list(peer.flights.values()):
-            self._push(flight)
-            if peer in self._blocked or peer.gone:
-                break
+        self._push_all(peer)
         if peer not in self._blocked or peer.sent > sent:
+            self._block(peer, peer in self._blocked)
             return
         peer.blocked_since_s = since_s
         unread_s = now_s - since_s
@@ -146,6 +166,27 @@ class Outbox:
                 self._fail(flight, Error(code="cancelled", message=reason, hint="read faster"))
         elif unread_s > 2 * self._limits.outbox_s:
             self._forget(peer)
+
+    def _push_all(self, peer: Peer) -> None:
+        """Send what waits for a client, until its queue is full."""
+        while peer.refusals:
+            if not self.send(peer, *peer.refusals[0]):
+                return
+            peer.refusals.popleft()
+        for flight in list(peer.flights.values()):
+            self._push(flight)
+            if peer in self._blocked or peer.gone:
+                return
+        self._leave(peer)
+
+    def _block(self, peer: Peer, blocked: bool) -> None:
+        """Note whether a client's queue is full. While it is, nothing more is read from the client."""
+        if blocked:
+            self._blocked.add(peer)
+        else:
+            self._blocked.discard(peer)
+        if peer.link is not None:
+            self._front.pause(peer.link, blocked)
 
     def _keep_alive(self, now_s: float) -> None:
         """Send `waiting` or `stage` for every silent request, which also shows whether its client is still there. End
@@ -179,16 +220,26 @@ class Outbox:
         peer = flight.peer
         if peer.flights.pop(flight.request_id, None) is not None:
             self.in_flight -= 1
-        if not peer.flights:
+        self._leave(peer)
+
+    def _leave(self, peer: Peer) -> None:
+        """Forget a client that nothing waits for."""
+        if not (peer.flights or peer.refusals):
             self._peers.pop((id(peer.router), peer.identity), None)
-            self._blocked.discard(peer)
+            self._block(peer, False)
+            if peer.link is not None:
+                peer.link.busy = False
 
     def _forget(self, peer: Peer) -> None:
-        """The client is gone: end its requests and forget it."""
+        """The client is gone, or has to go: end its requests, forget it and close its connection."""
         peer.gone = True
+        peer.refusals.clear()
         for flight in list(peer.flights.values()):
             self._guard(flight.abandon)
             self._end(flight)
+        self._leave(peer)
+        if peer.link is not None:
+            self._front.drop(peer.link)
 
     def _fail(self, flight: Flight, error: Error) -> None:
         self._guard(lambda: flight.fail(error))
@@ -199,3 +250,11 @@ class Outbox:
         # When the backend fails to cancel a request, the server must go on.
         except Exception as error:
             self._seldom.warning("cancelling failed: %r", error, error=error)
+
+
+def _key(frame: zmq.Frame) -> str:
+    """The public key of the client that sent the frame, "" without CURVE."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -28,6 +30,8 @@ from shoal.daemon.backend import Backend
 from shoal.daemon.errors import DaemonError
 
 from .calls import WORK, Dispatcher
+from .descriptors import soft_limit
+from .front import Front, private_address
 from .in_flight import Peer
 from .limits import ServerLimits
 from .log_rate import SeldomLog
@@ -36,6 +40,7 @@ from .socket_lock import socket_lock
 
 NO_ID = b"?"  # in an `error` about a message whose request id could not be read
 RECEIVE_BATCH = 64  # messages read before replies are sent again
+HANG_S = 2.0  # after which a backend that should have drained hangs
 STOPPING = Error(code="shutting_down", message="the daemon is stopping", hint="start it again")
 
 log = logging.getLogger("shoal.server")
@@ -44,7 +49,8 @@ log = logging.getLogger("shoal.server")
 class Server:
     """Serves `backend` at `addresses` until stopped. To learn the real addresses, call `bind` before `serve`.
 
-    TCP beyond loopback needs `server_keys`. `serve` closes the backend when it returns.
+    TCP beyond loopback needs `server_keys`. `closing` is called when nothing is admitted any more. `serve` closes the
+    backend when it returns.
     """
 
     def __init__(
@@ -54,18 +60,22 @@ class Server:
         *,
         server_keys: curve_keys.ServerKeys | None = None,
         limits: ServerLimits | None = None,
+        closing: Callable[[], None] = lambda: None,
     ) -> None:
         self.addresses: list[str] = list(addresses)
         self._backend = backend
         self._keys = server_keys
-        self._limits = limits or ServerLimits()
+        self._limits = (limits or ServerLimits()).within(soft_limit())
         self._routers: list[zmq.Socket[Any]] = []
         self._resources = ExitStack()
         self._waker = Waker()
-        self._outbox = Outbox(self._limits, self._waker)
+        self._front = Front(self._limits)
+        self._outbox = Outbox(self._limits, self._waker, self._front)
         self._dispatcher = Dispatcher(backend, self._limits.workers, self._limits.pending_bytes)
+        self._closing = closing
         self._stops = 0
         self._draining = False
+        self._ends_s = math.inf  # then draining is over, even if the backend hangs
         self._drained = threading.Event()
         self._seldom = SeldomLog(log)
 
@@ -77,7 +87,7 @@ class Server:
             poller = zmq.Poller()
             for socket in (*self._routers, self._waker.fileno()):
                 poller.register(socket, zmq.POLLIN)
-            while self._stops < 2 and not self._drained.is_set():
+            while self._stops < 2 and not self._drained.is_set() and time.monotonic() < self._ends_s:
                 poller.poll(int(1000 * self._outbox.patience_s))
                 self._waker.clear()
                 self._receive()
@@ -126,31 +136,44 @@ class Server:
                     if isinstance(target, endpoint.IpcAddress):
                         endpoint.claim_directory(target.path.parent)
                         stack.enter_context(socket_lock(target.path))
+                stack.callback(self._front.close)  # after ZeroMQ, as it passes on what that still has to send
                 context = zmq.Context()
                 stack.callback(context.term)
                 if self._keys is not None and any(isinstance(t, endpoint.TcpAddress) for t in targets):
                     stack.enter_context(curve_keys.gate(context, self._keys.ring))
                 self.addresses = [self._listen(context, address, stack) for address in self.addresses]
+                self._front.start()
             except AddressError as error:
                 raise DaemonError("bad_request", str(error)) from error
             self._resources = stack.pop_all()
 
     def _listen(self, context: zmq.Context[zmq.Socket[Any]], address: str, stack: ExitStack) -> str:
+        """Have the front listen at `address`, and a ZeroMQ socket behind it. Returns the real address."""
+        keys = self._keys if isinstance(endpoint.parse(address), endpoint.TcpAddress) else None
+        public = endpoint.listen(address, keyed=keys is not None)
+        bound, inner = endpoint.address_of(public), private_address()
+        self._front.add(public, inner)
         router = context.socket(zmq.ROUTER)
         stack.callback(router.close, linger=500)
         router.router_mandatory = 1  # sending to a client that is gone raises an error
         router.maxmsgsize = self._limits.message_bytes
-        router.rcvhwm = 16  # messages of up to message_bytes, per client
+        # The front gives it little more than was taken. If a client went while its queue here is full, libzmq would end
+        # the process at its next ping (stream_engine_base.cpp: !_io_error). So it sends none: the front finds the dead.
+        router.rcvhwm = 0
         router.sndhwm = self._limits.queue_messages
         router.backlog = 1024
-        endpoint.set_heartbeat(router, int(1000 * self._limits.heartbeat_s))
-        bound = endpoint.bind(router, address, self._keys)
+        router.handshake_ivl = int(1000 * self._limits.handshake_s)
+        router.ipc_filter_pid = os.getpid()  # the front alone comes in
+        if keys is not None:
+            endpoint.require_keys(router, keys)
+        router.bind(inner)
         self._routers.append(router)
         return bound
 
     def _drain(self) -> None:
         log.info("stopping: %d requests in flight", self._outbox.in_flight)
         self._draining = self._dispatcher.draining = True
+        self._ends_s = time.monotonic() + self._limits.drain_s + HANG_S
 
         def wait() -> None:
             try:
@@ -163,6 +186,7 @@ class Server:
 
     def _farewell(self) -> None:
         """Give every request that was read its terminal reply, if its client still reads."""
+        self._closing()
         self._draining = True
         deadline_s = time.monotonic() + self._limits.farewell_s
         self._receive()
@@ -193,7 +217,10 @@ class Server:
                 except zmq.Again:
                     break
                 identity, *frames = (frame.bytes for frame in message)
-                self._admit(self._outbox.peer(router, identity, _key(message[-1])), frames, now_s)
+                peer = self._outbox.peer(router, identity, message[-1])
+                if peer.link is not None:
+                    self._front.heard(peer.link, len(frames), sum(map(len, frames)), now_s)
+                self._admit(peer, frames, now_s)
 
     def _admit(self, peer: Peer, frames: list[bytes], now_s: float) -> None:
         """Begin a flight for one message, or refuse it."""
@@ -202,11 +229,11 @@ class Server:
             control = None if envelope.kind in WORK else wire.decode(envelope, REQUESTS)
         except ProtocolError as error:
             self._seldom.warning("a client sent %s", error)
-            self._outbox.send(peer, error.request_id or NO_ID, Error(code=error.code, message=str(error)))
+            self._outbox.refuse(peer, error.request_id or NO_ID, Error(code=error.code, message=str(error)))
             return
         refusal = self._refusal(peer, envelope)
         if refusal is not None:
-            self._outbox.send(peer, envelope.request_id, refusal)
+            self._outbox.refuse(peer, envelope.request_id, refusal)
             return
         flight = self._outbox.open(peer, envelope.request_id, envelope.kind, now_s)
         if control is None:
@@ -222,8 +249,8 @@ class Server:
             return Error(code="bad_request", message=message)
         if self._draining and work and envelope.kind != "status":
             return STOPPING
-        # Control messages have twice the room, so that a client which has used up its own can still cancel.
-        factor = 1 if work else 2
+        # These have twice the room: who has used up its own can still cancel, and one can see what others do.
+        factor = 1 if work and envelope.kind != "status" else 2
         newcomers = 0 if peer.flights else 1
         for name, wanted, limit in (
             ("requests_per_client", len(peer.flights) + 1, limits.requests_per_client * factor),
@@ -249,11 +276,3 @@ class Server:
                 return Ok()
             case _:
                 raise AssertionError(f"{type(control).__name__} is not a control message")
-
-
-def _key(frame: zmq.Frame) -> str:
-    """The public key of the client that sent the frame, "" without CURVE."""
-    try:
-        return str(frame.get("User-Id"))
-    except zmq.ZMQError:
-        return ""

@@ -36,8 +36,12 @@ def socket_lock(socket_path: Path) -> Iterator[None]:
     try:
         _lock(descriptor, socket_path)
         _clear_stale_socket(socket_path)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            hint = "free some space, or set SHOAL_HOME to another disk"
+            raise DaemonError("resources", f"cannot write {path}: {error.strerror}", hint) from error
         try:
             yield
         finally:

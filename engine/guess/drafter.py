@@ -18,6 +18,7 @@ from shoal.engine.rank import Rank
 from shoal.engine.sequence import Sequence
 from shoal.kernels.arrays import Floats
 from shoal.offload.kv.prefix_cache import Holding, PrefixCache
+from shoal.partition.spec import grows_to, length_class
 
 from .draft import Draft
 from .speculation import model_depth
@@ -40,6 +41,7 @@ class Drafter:
 
     def __init__(self, rank: Rank, *, vocab: int, chunk_tokens: int, clock: Callable[[], float]) -> None:
         self._rank = rank
+        self._ropes = rank.executor.model.spec.ropes
         self._vocab = vocab
         self._chunk_tokens = chunk_tokens
         self._clock = clock
@@ -75,7 +77,8 @@ class Drafter:
             if ids and max(ids) < self._vocab and self._cache.extend(followed.holding, end):
                 budget -= end - start
                 wanted = int(end == len(sequence.tokens))
-                segments.append(Segment(ids, start, followed.holding.pages, wanted))
+                holding = followed.holding
+                segments.append(Segment(ids, start, holding.pages, wanted, holding.length))
                 reading.append(sequence)
         logits = iter(self._run(segments) if segments else ())
         for sequence, segment in zip(reading, segments, strict=True):
@@ -97,7 +100,8 @@ class Drafter:
             segments = []
             for sequence in ready:
                 followed, (token, _) = self._followed[sequence], drafts[sequence][-1]
-                segments.append(Segment([token], len(sequence.tokens) + count, followed.holding.pages, 1))
+                start, holding = len(sequence.tokens) + count, followed.holding
+                segments.append(Segment([token], start, holding.pages, 1, holding.length))
                 followed.ahead.append(token)
             ready = dict(zip(ready, self._run(segments), strict=True))
         for sequence, draft in drafts.items():
@@ -107,9 +111,13 @@ class Drafter:
     def _settle(self, sequence: Sequence) -> _Followed:
         """How far the small model has come, counting those of its last guesses that were accepted; for a new sequence,
         as far as its prefix cache knows the text."""
-        followed = self._followed.get(sequence)
+        followed, length = self._followed.get(sequence), len(sequence.tokens)
+        if followed is not None and length > grows_to(self._ropes, followed.holding.length):
+            self._cache.release(followed.holding, sequence.tokens, followed.computed)
+            followed = None
         if followed is None:
             followed = self._followed[sequence] = _Followed()
+            followed.holding.length = length_class(self._ropes, length)
             followed.computed = self._cache.adopt(followed.holding, sequence.tokens, 0)
             self._rank.run(Order(moves=self._cache.take_moves()))
         for guess in followed.ahead:

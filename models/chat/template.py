@@ -1,20 +1,17 @@
 """Conversations → the text a model was trained on, by the model's own Jinja template.
 
 Knows the names that published templates read and what conversations look like. Does not know tokens (the result is
-text, with the special tokens spelled out), nor how a stranger's template is kept within bounds (sandbox).
+text, with the special tokens spelled out), nor how a stranger's template is kept within bounds (renderer, sandbox).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
-from shoal.models.errors import TemplateError, one_line
+from shoal.models.errors import TemplateError
 
-from .sandbox import ENVIRONMENT, MAX_RENDER_S, limits, plain
-
-MAX_SOURCE_CHARS = 1 << 20
+from .renderer import MAX_RENDER_S, Renderer
 
 # The template of a model that has none: the form that most small chat models were trained on.
 CHATML = (
@@ -33,29 +30,28 @@ TemplateMessage = Mapping[str, Any]
 class ChatTemplate:
     """One model's template.
 
-    source: Jinja text; None or an empty text for ChatML. bos, eos: texts of those tokens, or "".
-    max_render_s: how long one conversation may take. Raises TemplateError if the source is malformed or too long.
+    source: Jinja text; None or an empty text for ChatML. bos, eos: texts of those tokens, or "". of: the model's name,
+    for messages. max_render_s: how long one conversation may take. Raises TemplateError if the source is malformed or
+    too long, and Overloaded if it cannot be compiled now.
     """
 
     def __init__(
-        self, source: str | None, bos: str = "", eos: str = "", *, max_render_s: float = MAX_RENDER_S
+        self,
+        source: str | None,
+        bos: str = "",
+        eos: str = "",
+        *,
+        of: str = "",
+        max_render_s: float = MAX_RENDER_S,
     ) -> None:
-        source = source or CHATML
-        if len(source) > MAX_SOURCE_CHARS:
-            raise TemplateError(
-                f"the chat template has {len(source)} characters; at most {MAX_SOURCE_CHARS} are read"
-            )
-        self._max_render_s = max_render_s
         self._tokens = {"bos_token": bos, "eos_token": eos}
-        try:
-            with limits(max_render_s):
-                self._template = ENVIRONMENT.from_string(source)
-        except Exception as error:  # Jinja's own errors and, for deep nesting, those of Python's compiler
-            raise TemplateError(f"the chat template is malformed: {one_line(error, 300)}") from error
+        self._takes_parts: bool | None = None
+        self._renderer = Renderer(source or CHATML, of, max_render_s)
 
     def render(
         self,
         messages: Sequence[TemplateMessage],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -66,14 +62,14 @@ class ChatTemplate:
         messages: {"role", "content", ...}; content is text or a list of {"type": "text", "text"}, whose texts are
         joined for a template that knows only text. tools: JSON schemas as OpenAI has them. variables: whatever else
         the template reads (enable_thinking). Raises TemplateError if the template refuses the conversation, fails or
-        runs past its limits.
+        runs past its limits, and Overloaded if it would have to wait for long.
         """
         conversation = plain(messages)
         if not all(isinstance(message, dict) for message in conversation):
             raise TemplateError("a conversation is a list of messages, each an object with role and content")
         if (
             any(isinstance(message.get("content"), list) for message in conversation)
-            and not self._reads_parts
+            and not self._reads_parts()
         ):
             conversation = [_joined(message) for message in conversation]
         return self._render(
@@ -81,18 +77,20 @@ class ChatTemplate:
             conversation,
         )
 
-    def _render(self, variables: dict[str, Any], conversation: list[dict[str, Any]]) -> str:
-        try:
-            with limits(self._max_render_s):
-                return self._template.render({**self._tokens, **variables, "messages": conversation})
-        except TemplateError:
-            raise
-        except Exception as error:
-            raise TemplateError(f"the chat template failed: {one_line(error, 300)}") from error
+    def close(self) -> None:
+        """End the renderings that are under way, and refuse later ones with Overloaded."""
+        self._renderer.close()
 
-    @cached_property
+    def _render(self, variables: dict[str, Any], conversation: list[dict[str, Any]]) -> str:
+        return self._renderer.render({**self._tokens, **variables, "messages": conversation})
+
     def _reads_parts(self) -> bool:
-        """Whether the template takes content in parts, found out by trying."""
+        """Whether the template takes content in parts, found out by trying once."""
+        if self._takes_parts is None:  # without a lock: several threads may try, and find the same
+            self._takes_parts = self._tried_parts()
+        return self._takes_parts
+
+    def _tried_parts(self) -> bool:
         parts = [{"type": "text", "text": "probe"}]
         try:
             text = self._render({"add_generation_prompt": False}, [{"role": "user", "content": parts}])
@@ -110,3 +108,14 @@ def _joined(message: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise TemplateError("a message's content is text or a list of {'type': 'text', 'text': ...}")
     return {**message, "content": "".join(part["text"] for part in content)}
+
+
+def plain(value: Any) -> Any:
+    """The value as plain JSON types; else TemplateError."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    raise TemplateError(f"a conversation holds JSON values only, not {type(value).__name__}")

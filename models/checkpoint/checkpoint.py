@@ -19,7 +19,7 @@ import numpy as np
 from shoal.kernels import Matrix, WeightType, dequantize, from_stored, interleave
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.huge_pages import Arena
-from shoal.models.errors import CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
+from shoal.models.errors import CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint, one_line
 from shoal.models.families import Recipe, bias_shapes, recipe_from_gguf, recipe_from_hf, shapes
 from shoal.models.families.tensors import NORMS
 from shoal.models.tokenizer.tokenizer import Tokenizer
@@ -27,16 +27,13 @@ from shoal.models.weights import Weights
 from shoal.partition.slicing import Range, Shard
 from shoal.partition.spec import BlockId, BlockKind
 
+from .foreign import check_directory, check_file, check_gguf
 from .gguf_file import open_gguf
-from .gguf_header import MAGIC
 from .hf_dir import open_hf, read_json, shards
-from .tensor_files import StoredTensor, TensorFiles, unreadable
+from .identity import Stamps, replaced
+from .tensor_files import StoredTensor, TensorFiles
 
-_SAMPLING = {
-    "temperature": "general.sampling.temp",
-    "top_k": "general.sampling.top_k",
-    "top_p": "general.sampling.top_p",
-}
+_SAMPLING = "general.sampling."
 _LONG_LISTS = (
     "tokenizer.ggml.tokens",
     "tokenizer.ggml.merges",
@@ -55,13 +52,22 @@ class Place(NamedTuple):
     shape: tuple[int, ...]  # of the role: (rows, columns), or (n,) for a vector
 
 
+class SamplingAdvice(NamedTuple):
+    """As it stands in a file, unchecked: `values` by key, without the keys' prefix."""
+
+    origin: str
+    prefix: str
+    values: Mapping[str, Any]
+
+
 class Checkpoint:
     """An open checkpoint; close it (or use `with`) when all blocks are read. Made by `open_checkpoint`.
 
     spec: the architecture.  path, name: where it is, what to call it.  kind: "gguf" or "hf".
     nbytes, parameters: stored bytes and number of the weights that the spec uses.
     types: stored type → number of tensors.  metadata: GGUF metadata or config.json.
-    defaults: temperature, top_k and top_p, those of them that the model's makers advise.
+    advice: what the model's makers advise for sampling.
+    warnings: what is odd about the files, each in one line that names one of them.
     shard: always "whole"; `CheckpointShard` has what one rank holds.
     After `close` everything but reading still works, except that `metadata` loses its lists of tokens.
     Where the head is tied to the embedding (`spec.tied`), block `head` has no matrix: use that of `embed`.
@@ -73,6 +79,7 @@ class Checkpoint:
         self.path = path
         self.kind = kind
         self.spec = recipe.spec
+        self.warnings = [one_line(said, 500) for said in recipe.warnings]
         self.metadata: Mapping[str, Any] = files.metadata
         self._files = files
         self._memory = Arena()
@@ -90,7 +97,7 @@ class Checkpoint:
         self.nbytes = sum(tensor.nbytes for tensor in used.values())
         self.parameters = sum(tensor.weights for tensor in used.values())
         self.types: Mapping[str, int] = Counter(tensor.type.name for tensor in used.values())
-        self.defaults = self._advised_sampling()
+        self.advice = self._advised_sampling()
 
     @property
     def name(self) -> str:
@@ -103,14 +110,13 @@ class Checkpoint:
         hub = re.fullmatch(r"models--(.+)", self.path.absolute().parent.parent.name)
         return hub[1].replace("--", "/") if hub else self.path.absolute().name
 
-    def _advised_sampling(self) -> dict[str, Any]:
+    def _advised_sampling(self) -> SamplingAdvice:
         if self.kind == "gguf":
-            given = {ours: self.metadata.get(theirs) for ours, theirs in _SAMPLING.items()}
-        else:
-            path = self.path / "generation_config.json"
-            config = read_json(path) if path.is_file() else {}
-            given = {key: config.get(key) for key in _SAMPLING} if config.get("do_sample") is True else {}
-        return {k: v for k, v in given.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+            keys = (key for key in self.metadata if key.startswith(_SAMPLING))
+            given = {key.removeprefix(_SAMPLING): self.metadata[key] for key in keys}
+            return SamplingAdvice(str(self.path), _SAMPLING, given)
+        path = self.path / "generation_config.json"
+        return SamplingAdvice(str(path), "", read_json(path) if os.path.lexists(path) else {})
 
     def block_bytes(self, block: BlockId) -> int:
         """What `read_block(block).nbytes` will be, without reading."""
@@ -200,9 +206,34 @@ class Checkpoint:
         """The files that hold the weights."""
         return self._files.paths
 
+    @property
+    def stamps(self) -> Stamps:
+        """All files that say something about the model, as they were before they were read."""
+        return self._files.stamps
+
+    def replaced(self) -> Path | None:
+        """One of its files in whose place is another now; None if they are the same."""
+        return replaced(self._files.stamps)
+
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises TokenizerError."""
-        return Tokenizer.from_gguf(self.metadata) if self.kind == "gguf" else Tokenizer.from_hf(self.path)
+        """The model's tokenizer; what is odd about it is added to `warnings`. Raises TokenizerError, which names a
+        file."""
+        try:
+            gguf = self.kind == "gguf"
+            made = Tokenizer.from_gguf(self.metadata) if gguf else Tokenizer.from_hf(self.path)
+        except TokenizerError as error:
+            raise TokenizerError(self._with_path(str(error))) from error
+        odd = [*map(self._with_path, made.warnings)]
+        if made.vocab_size > (rows := self.spec.vocab):
+            odd.append(
+                f"{self.path}: the tokenizer has {made.vocab_size} tokens, the embedding {rows} rows; texts that need "
+                "others are refused"
+            )
+        self.warnings += [said for said in odd if said not in self.warnings]
+        return made
+
+    def _with_path(self, message: str) -> str:
+        return message if str(self.path) in message else f"{self.path}: {message}"
 
     def forget_tokens(self) -> None:
         """Frees the lists of tokens in `metadata`, tens of megabytes for a large vocabulary. `tokenizer` needs them, so
@@ -278,8 +309,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     files = open_hf(path) if path.is_dir() else open_gguf(path)
     try:
         if path.is_dir():
-            recipe = recipe_from_hf(files.metadata, str(path / "config.json"), files.tensors)
+            recipe = recipe_from_hf(files.metadata, str(path / "config.json"), files.names, files.same)
             return Checkpoint(path, "hf", files, recipe)
+        check_gguf(path, files.metadata, files.tensors)
         return Checkpoint(path, "gguf", files, recipe_from_gguf(files))
     except BaseException:
         files.close()
@@ -288,34 +320,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def check_place(path: Path) -> None:
     """Raises as `open_checkpoint` where a look from outside shows that no checkpoint is there."""
-    if not path.is_dir():
-        _check_magic(path)
-        return
-    _check_directory(path)
-    shards(path)
-
-
-def _check_directory(path: Path) -> None:
-    """Raises MissingCheckpoint, which names the file that the user may have meant."""
-    if os.path.lexists(path / "config.json"):
-        return
-    inside = sorted(path.glob("*.gguf"))
-    instead = f"; give the GGUF file itself: {inside[0]}" if inside else ""
-    raise MissingCheckpoint(f"{path}: is not a model directory: it has no config.json{instead}")
-
-
-def _check_magic(path: Path) -> None:
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(len(MAGIC))
-    except FileNotFoundError as error:
-        raise MissingCheckpoint(f"{path}: there is no such file or directory") from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if start != MAGIC:
-        raise UnsupportedCheckpoint(
-            f"{path}: is neither a GGUF file nor a directory with config.json and safetensors: it begins with {start!r}"
-        )
+    if path.is_dir():
+        check_directory(path)
+        shards(path)
+    else:
+        check_file(path)
 
 
 def read_in_turn(

@@ -6,6 +6,7 @@ Knows how the parts of a split file are named and numbered, and that they must a
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from shoal.models.errors import CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
 
 from .gguf_header import read_header
+from .identity import stamped
 from .tensor_files import TensorFiles
 
 _PARTS = 1 << 10
@@ -23,9 +25,11 @@ def open_gguf(path: Path) -> TensorFiles:
 
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint.
     """
+    stamps = stamped([path])
     metadata, tensors = read_header(path, 0)
     paths = [path]
     for number, other in enumerate(_other_parts(path, metadata), start=1):
+        stamps |= stamped([other])
         more_metadata, more_tensors = read_header(other, number)
         if more_metadata.get("split.no") != number:
             raise CorruptCheckpoint(
@@ -40,13 +44,13 @@ def open_gguf(path: Path) -> TensorFiles:
         raise CorruptCheckpoint(
             f"{path}: the parts hold {len(tensors)} tensors, split.tensors.count is {expected}"
         )
-    return TensorFiles(paths, tensors, metadata)
+    return TensorFiles(paths, tensors, metadata, stamps=stamps)
 
 
 def _other_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
     """Paths of parts 2..N of a split file, given its first part."""
     count, number = metadata.get("split.count", 1), metadata.get("split.no", 0)
-    if not isinstance(count, int) or not 0 <= count <= _PARTS:
+    if type(count) is not int or not 0 <= count <= _PARTS:
         raise CorruptCheckpoint(f"{path}: split.count={count!r}: must be from 1 to {_PARTS}")
     if count <= 1:
         return []
@@ -61,6 +65,6 @@ def _other_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
         )
     others = [path.with_name(f"{stem[1]}-{i:05}-of-{count:05}.gguf") for i in range(2, count + 1)]
     for other in others:
-        if not other.is_file():
+        if not os.path.lexists(other):
             raise MissingCheckpoint(f"{other}: this part of the split model is missing")
     return others

@@ -1,34 +1,41 @@
 """The reader of GGUF headers, versions 2 and 3, little endian.
 
 Knows what a file has before its weights: header, metadata and tensor table. Every count, length and offset is checked
-against the size of the file before memory is allocated for it. Arrays of numbers become lists, arrays of strings
-`Texts`. Does not know what a key or a tensor means (`models.families`). Layout: docs/gguf.md of the ggml project.
+against the size of the file before memory is allocated for it. Arrays of numbers become lists, long ones NumPy arrays,
+arrays of strings `Texts`. Does not know what a key or a tensor means (`models.families`). Layout: docs/gguf.md of the
+ggml project.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import struct
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from shoal.kernels import OperandError, UnsupportedTypeError, weight_type
 from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from shoal.models.regular_files import open_regular
 from shoal.models.texts import Texts
 
 from .tensor_files import StoredTensor, unreadable
 
 MAGIC = b"GGUF"
-_HEADER_BYTES = 128 << 20  # a vocabulary of 260 000 tokens with its merges takes about 15 MiB
+_HEADER_BYTES = 64 << 20  # a vocabulary of 260 000 tokens with its merges takes about 15 MiB
 _STRING_BYTES = 16 << 20
 _KEY_BYTES = 1 << 16
 _NAME_BYTES = 256
-_ARRAY_ITEMS = 1 << 23
+_ARRAY_ITEMS = 1 << 22
+_LIST_ITEMS = (
+    1 << 12
+)  # longer arrays of numbers stay arrays, because as a list of objects they take ten times as much
 _KEYS = 1 << 16
 _TENSORS = 1 << 17
 _ALIGNMENT = 1 << 20
@@ -57,8 +64,8 @@ def read_header(path: Path, file: int) -> tuple[dict[str, Any], dict[str, Stored
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint.
     """
     try:
-        with path.open("rb") as stream:
-            return _Header(stream, path, path.stat().st_size).read(file)
+        with io.BufferedReader(open_regular(path)) as stream:
+            return _Header(stream, path, os.fstat(stream.fileno()).st_size).read(file)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -66,8 +73,10 @@ def read_header(path: Path, file: int) -> tuple[dict[str, Any], dict[str, Stored
 class _Header:
     """One pass over the header of one file."""
 
-    def __init__(self, stream: BinaryIO, path: Path, size: int) -> None:
-        self._read = stream.read
+    def __init__(self, stream: io.BufferedReader[io.FileIO], path: Path, size: int) -> None:
+        self._read: Callable[[int], bytes] = lambda count: (
+            stream.read(count) or b""
+        )  # None where it would wait
         self._path = path
         self._size = size
         self._end = min(size, _HEADER_BYTES)
@@ -85,7 +94,7 @@ class _Header:
                 raise self._corrupt(f"metadata key {key!r} appears twice")
             metadata[key] = self._value(self._integer("<I"), key)
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= _ALIGNMENT or alignment & (alignment - 1):
+        if type(alignment) is not int or not 1 <= alignment <= _ALIGNMENT or alignment & (alignment - 1):
             raise self._corrupt(f"general.alignment={alignment!r}: must be a power of two up to {_ALIGNMENT}")
         tensors = [self._tensor(file) for _ in range(tensor_count)]
         data = -(-self._at // alignment) * alignment
@@ -149,32 +158,35 @@ class _Header:
             return self._string(_STRING_BYTES, key)
         if kind == _ARRAY:
             return self._array(key)
-        return self._numbers(kind, 1, key)[0]
+        return self._numbers(kind, 1, key).tolist()[0]
 
-    def _array(self, key: str) -> list[Any] | Texts:
+    def _array(self, key: str) -> list[Any] | Texts | np.ndarray:
         kind = self._integer("<I")
         count = self._count(f"items of {key}", _ARRAY_ITEMS)
         if kind == _ARRAY:
             raise UnsupportedCheckpoint(
                 f"{self._path}: {key} is an array of arrays, which Shoal does not read"
             )
-        return self._strings(count, key) if kind == _STRING else self._numbers(kind, count, key)
+        if kind == _STRING:
+            return self._strings(count, key)
+        values = self._numbers(kind, count, key)
+        return values if count > _LIST_ITEMS else list(values.tolist())
 
-    def _numbers(self, kind: int, count: int, key: str) -> list[Any]:
+    def _numbers(self, kind: int, count: int, key: str) -> np.ndarray:
         dtype = _NUMBERS.get(kind)
         if dtype is None:
             raise UnsupportedCheckpoint(f"{self._path}: {key} has the unknown value type {kind}")
         values = np.frombuffer(self._take(count * dtype.itemsize, key), dtype)
         if kind != _BOOL:
-            return list(values.tolist())
+            return values
         if (values > 1).any():
             raise self._corrupt(f"{key} is a boolean that is neither 0 nor 1")
-        return list(values.astype(bool).tolist())
+        return values.astype(bool)
 
     def _strings(self, count: int, key: str) -> Texts:
         """A vocabulary has more than 100 000 of these, so the loop is written out and keeps no object for each."""
         data, lengths = bytearray(), array("I")
-        read: Callable[[int], bytes] = self._read
+        read = self._read
         unpack = struct.Struct("<Q").unpack
         at, end = self._at, self._end
         try:
@@ -221,6 +233,8 @@ class _Header:
 
     def _take(self, count: int, what: str) -> bytes:
         if self._at + count > self._end:
+            if self._end < self._size:
+                raise self._corrupt(f"its header has more than {self._end} bytes, and no more are read")
             raise self._corrupt(
                 f"{what} needs bytes up to {self._at + count}, the header ends at {self._end}; "
                 "the file was cut short, fetch it again"

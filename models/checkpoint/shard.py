@@ -32,7 +32,7 @@ class CheckpointShard:
         self.shard: Literal["whole"] | Shard = shard
         self.spec = shard_spec(whole.spec, shard)
         self.path, self.kind = whole.path, whole.kind
-        self.name, self.files = whole.name, whole.files
+        self.name, self.files, self.stamps = whole.name, whole.files, whole.stamps
         self._rows = _rows(shard, whole.spec)
         self._columns = _columns(shard)
         self._without = frozenset() if shard.has_sum_biases else _SUMMED

@@ -20,6 +20,9 @@ import numpy as np
 from shoal.kernels import WeightType
 from shoal.kernels.arrays import Bytes
 from shoal.models.errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
+from shoal.models.regular_files import FileTooLong, NotRegular, open_regular
+
+from .identity import FileStamp, Stamps, stamped
 
 _FOLIO_BYTES = 2 << 20  # the system drops cached pages in whole groups, which are at most so large
 _READ_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
@@ -58,7 +61,7 @@ class TensorFiles:
 
     `metadata`: what the files say about the model (GGUF metadata, or config.json). `unsupported`: name → stored type of
     each tensor that Shoal cannot read; it is refused only if it is needed. `drops_pages`: what has been read does not
-    stay in the system's page cache.
+    stay in the system's page cache. `stamps`: all files that the model was made of, as they were before they were read.
     """
 
     drops_pages = False
@@ -69,18 +72,43 @@ class TensorFiles:
         tensors: Mapping[str, StoredTensor],
         metadata: Mapping[str, Any],
         unsupported: Mapping[str, str] | None = None,
+        stamps: Stamps | None = None,
     ) -> None:
         self.paths = tuple(paths)
         self.tensors = tensors
         self.metadata = metadata
+        self.stamps = stamps or stamped(self.paths)
         self._unsupported = unsupported or {}
         self._descriptors: list[int] = []
         try:
             for path in self.paths:
-                self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                with open_regular(path) as file:
+                    self._descriptors.append(os.dup(file.fileno()))
+                    if FileStamp.of(os.fstat(file.fileno())) != self.stamps[path]:
+                        raise CheckpointError(f"{path}: was changed while it was opened; try again")
         except OSError as error:
             self.close()
             raise unreadable(path, error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all tensors, also of those that Shoal cannot read."""
+        return frozenset(self.tensors.keys() | self._unsupported.keys())
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values. Reads both, up to the first difference. Raises CheckpointError."""
+        a, b = self.find(one), self.find(other)
+        if (a.type, a.shape) != (b.type, b.shape):
+            return False
+        step = max(1, _PART_BYTES // max(1, a.row_bytes))
+        return all(
+            np.array_equal(self.read(a, row, rows), self.read(b, row, rows))
+            for row in range(0, a.rows, step)
+            for rows in [min(step, a.rows - row)]
+        )
 
     def find(self, name: str) -> StoredTensor:
         """The tensor with this name. Raises MissingCheckpoint or UnsupportedCheckpoint, which name it."""
@@ -150,4 +178,10 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     """The error for a file that the system refuses to open."""
     if isinstance(error, FileNotFoundError):
         return MissingCheckpoint(f"{path}: no such file")
+    if isinstance(error, FileTooLong):
+        return CorruptCheckpoint(f"{path}: is refused: {error.strerror}")
+    if isinstance(error, NotRegular):
+        return CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}")
+    if isinstance(error, PermissionError):
+        return MissingCheckpoint(f"{path}: cannot be read: {error.strerror}")
     return CheckpointError(f"{path}: cannot be read: {error.strerror}")

@@ -14,6 +14,7 @@ from .names import GGUF_NAMES, HF_NAMES
 from .tensors import Names
 
 Windows = list[int | None]  # per layer, as in LayerSpec.window
+ALWAYS = ""  # stands for a flag where a family has these biases whatever its config.json says
 
 
 def no_windows(_: Facts, layers: int) -> Windows:
@@ -35,7 +36,9 @@ class HfSide:
     types: tuple[str, ...]  # model_type
     names: Names = field(default_factory=lambda: HF_NAMES)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys that may be absent from config.json
-    biases: Mapping[str, frozenset[str]] = field(default_factory=dict)  # flag in config.json → roles
+    biases: Mapping[str, frozenset[str]] = field(
+        default_factory=dict
+    )  # flag in config.json, or ALWAYS → roles
     windows: Callable[[Facts, int], Windows] = no_windows
     moe: Callable[[Facts, int], Moe] | None = None
     norm_shift: float = 0.0  # what has to be added to stored norm weights

@@ -14,6 +14,7 @@ from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from shoal.models.texts import Texts
 from shoal.partition.spec import RopeSpec
 
+from .claims import check_layers
 from .facts import REQUIRED, Facts
 from .family import Family, GgufSide
 from .hf_config import layer_count
@@ -68,6 +69,9 @@ def gguf_recipe(family: Family, arch: str, files: TensorFiles) -> Recipe:
         qkv_clip=facts.number("attention.clamp_kqv", 0.0) or None,
         tied="output.weight" not in files.tensors,
     )
+    layers = check_layers(files.tensors, r"blk\.(\d{1,6})\.", count, f"{origin}: {arch}.block_count")
+    if layers > count:
+        raise CorruptCheckpoint(f"{origin}: {arch}.block_count={count}, but the file holds {layers} layers")
     names = _with_fused(gguf.names, files)
     return Recipe(spec, chosen(spec, names, _biases(names, files)))
 

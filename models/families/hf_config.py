@@ -6,14 +6,16 @@ Knows the keys that transformers gives most families. What is peculiar to one fa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from shoal.models.errors import UnsupportedCheckpoint
-from shoal.partition.spec import RopeSpec
+from shoal.partition.spec import ModelSpec, RopeSpec
 
+from .claims import Ends, Same, check_layers, claimed_biases, find_ends, unused
 from .facts import Facts
-from .family import Family, HfSide
+from .family import ALWAYS, Family, HfSide
 from .rope_scaling import hf_rope
 from .tensors import Names, Recipe, chosen
 
@@ -23,15 +25,15 @@ _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 
 
 def hf_recipe(
-    family: Family, config: Mapping[str, Any], origin: str, tensors: Mapping[str, object]
+    family: Family, config: Mapping[str, Any], origin: str, tensors: Collection[str], same: Same
 ) -> Recipe:
-    """The recipe of a checkpoint whose (text) configuration is `config`; `tensors` has the names in its files.
+    """The recipe of a checkpoint whose (text) configuration is `config`; `tensors` has the names in its files, and
+    `same` says whether two of them hold the same bytes.
 
-    Raises CorruptCheckpoint, UnsupportedCheckpoint or SpecError.
+    Raises CheckpointError or SpecError.
     """
     hf = family.hf
     facts = Facts(config, origin, defaults=hf.defaults)
@@ -40,6 +42,9 @@ def hf_recipe(
             raise UnsupportedCheckpoint(f"{origin}: {option}={config[option]!r} is not supported")
     hidden, heads = facts.integer("hidden_size"), facts.integer("num_attention_heads")
     count = layer_count(facts)
+    ends = find_ends(tensors, facts.flag("tie_word_embeddings", False), origin, same)
+    numbered = re.escape(ends.prefix) + r"layers\.(\d{1,6})\."
+    check_layers(tensors, numbered, count, f"{origin}: num_hidden_layers")
     head_dim = facts.integer("head_dim", hidden // max(heads, 1))
     moe = hf.moe(facts, count) if hf.moe else None
     query_dim = facts.number("query_pre_attn_scalar", head_dim)
@@ -58,11 +63,15 @@ def hf_recipe(
         activation=_activation(facts),
         query_scale=0.0 if query_dim == head_dim else _inverse_root(facts, query_dim),
         qkv_clip=facts.number("clip_qkv") if facts.has("clip_qkv") else None,
-        tied=facts.flag("tie_word_embeddings", False),
+        tied=ends.tied,
     )
-    biases = frozenset[str]().union(*(roles for flag, roles in hf.biases.items() if facts.flag(flag, False)))
-    names = chosen(spec, hf.names, biases)
-    return Recipe(spec, _with_prefix(names, tensors), hf.norm_shift)
+    names = _filled(hf.names, ends)
+    flags = {role: flag for flag, roles in hf.biases.items() for role in roles}
+    claimed = {role: flag == ALWAYS or facts.flag(flag, False) for role, flag in flags.items()}
+    biases, without = claimed_biases(names, tensors, claimed, count, origin)
+    names = chosen(spec, names, biases)
+    left = unused(tensors, _used(spec, names) | {ends.spare}, ends.prefix, count, origin)
+    return Recipe(spec, names, hf.norm_shift, ends.warnings + without + left)
 
 
 def layer_count(facts: Facts, key: str = "num_hidden_layers") -> int:
@@ -100,14 +109,16 @@ def _inverse_root(facts: Facts, query_dim: float) -> float:
     return 1 / math.sqrt(query_dim)
 
 
-def _with_prefix(names: Names, tensors: Mapping[str, object]) -> Names:
-    """The same names with the prefix that this checkpoint puts before those of the decoder."""
-    prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in tensors), _PREFIXES[0])
-    head = "language_model." if prefix == "language_model.model." else ""
-    return {
-        kind: {
-            roles: name.replace("{prefix}", prefix).replace("{head_prefix}", head)
-            for roles, name in of.items()
-        }
+def _filled(names: Names, ends: Ends) -> Names:
+    """The names as this checkpoint has them, up to the numbers of layers and experts."""
+    filled = {
+        kind: {roles: name.replace("{prefix}", ends.prefix) for roles, name in of.items()}
         for kind, of in names.items()
     }
+    filled["embed"]["embed"], filled["head"]["head"] = ends.embed, ends.head
+    return filled
+
+
+def _used(spec: ModelSpec, names: Names) -> set[str]:
+    blocks = spec.blocks()
+    return {name.format(layer=b.layer, expert=b.expert) for b in blocks for name in names[b.kind].values()}

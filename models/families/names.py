@@ -47,7 +47,7 @@ HF_NAMES: Names = {
         "up": _MLP + "experts.{expert}.up_proj.weight",
         "down": _MLP + "experts.{expert}.down_proj.weight",
     },
-    "head": {"norm": "{prefix}norm.weight", "head": "{head_prefix}lm_head.weight"},
+    "head": {"norm": "{prefix}norm.weight", "head": "lm_head.weight"},
 }
 
 GGUF_NAMES: Names = {

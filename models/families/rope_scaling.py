@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from shoal.models.errors import UnsupportedCheckpoint
-from shoal.partition.spec import RopeSpec
+from shoal.partition.spec import MAX_CONTEXT, RopeSpec
 
 from .facts import Facts
 
@@ -45,22 +45,36 @@ def hf_rope(
             long_from_tokens=original,
             magnitude=magnitude,
             long_magnitude=magnitude,
+            extends_to=_extended(factor, original),
         )
     match kind:
-        # "dynamic" changes the base only beyond max_position_embeddings, and no context here is longer than that.
-        case "default" | "dynamic":
+        case "default":
             return RopeSpec(dims, theta)
+        case "dynamic":
+            factor = _factor(parameters)
+            return RopeSpec(
+                dims,
+                theta,
+                dynamic_factor=factor,
+                dynamic_from_tokens=context,
+                extends_to=_extended(factor, context),
+            )
         case "linear":
-            return RopeSpec(dims, theta, divisors=(_factor(parameters),) * (dims // 2))
+            factor = _factor(parameters)
+            return RopeSpec(
+                dims, theta, divisors=(factor,) * (dims // 2), extends_to=_extended(factor, original)
+            )
         case "llama3":
             low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
             if not 0 < low < high:
                 raise parameters.wrong("low_freq_factor", low, f"positive and below high_freq_factor={high}")
-            divisors = _llama3(dims, theta, _factor(parameters), low, high, original)
-            return RopeSpec(dims, theta, divisors=divisors)
+            factor = _factor(parameters)
+            divisors = _llama3(dims, theta, factor, low, high, original)
+            return RopeSpec(dims, theta, divisors=divisors, extends_to=_extended(factor, original))
         case "yarn":
             factor = parameters.number("factor", context / max(original, 1))
             divisors = _yarn(
+                config.origin,
                 dims,
                 theta,
                 factor,
@@ -70,7 +84,9 @@ def hf_rope(
                 truncate=parameters.flag("truncate", True),
             )
             magnitude = parameters.number("attention_factor", _yarn_magnitude(parameters, factor))
-            return RopeSpec(dims, theta, divisors=divisors, magnitude=magnitude)
+            return RopeSpec(
+                dims, theta, divisors=divisors, magnitude=magnitude, extends_to=_extended(factor, original)
+            )
     raise UnsupportedCheckpoint(
         f"{config.origin}: rope scaling {kind!r} is not supported "
         "(supported: default, linear, dynamic, llama3, yarn, longrope)"
@@ -90,6 +106,7 @@ def gguf_rope(
     kind = metadata.text("rope.scaling.type", "linear")
     if kind == "yarn":
         divisors = _yarn(
+            metadata.origin,
             dims,
             theta,
             factor,
@@ -99,7 +116,14 @@ def gguf_rope(
             truncate=True,
         )
         magnitude *= metadata.number("rope.scaling.yarn_attn_factor", _mscale(factor))
-        return RopeSpec(dims, theta, interleaved, divisors=divisors, magnitude=magnitude)
+        return RopeSpec(
+            dims,
+            theta,
+            interleaved,
+            divisors=divisors,
+            magnitude=magnitude,
+            extends_to=_extended(factor, original),
+        )
     if kind not in ("none", "linear", "longrope"):
         raise UnsupportedCheckpoint(
             f"{metadata.origin}: rope scaling {kind!r} is not supported (supported: none, linear, yarn, longrope)"
@@ -115,7 +139,13 @@ def gguf_rope(
         long_from_tokens=original if long and not freqs else 0,
         magnitude=magnitude,
         long_magnitude=magnitude,
+        extends_to=_extended(factor, original),
     )
+
+
+def _extended(factor: float, original: int) -> int:
+    """The longest text that a scaling is meant for."""
+    return int(min(factor * original, MAX_CONTEXT))
 
 
 def _checked(facts: Facts, dims: int, theta: float) -> int:
@@ -156,13 +186,21 @@ def _llama3(dims: int, theta: float, factor: float, low: float, high: float, ori
 
 
 def _yarn(
-    dims: int, theta: float, factor: float, original: int, *, fast: float, slow: float, truncate: bool
+    origin: str,
+    dims: int,
+    theta: float,
+    factor: float,
+    original: int,
+    *,
+    fast: float,
+    slow: float,
+    truncate: bool,
 ) -> Divisors:
     """Within the original context, pairs that turn more than `fast` times are kept; those that turn fewer than `slow`
     times are stretched."""
     if theta <= 1 or factor <= 0 or original < 1 or not 0 < slow < fast:
         raise UnsupportedCheckpoint(
-            f"rope scaling yarn with base {theta}, factor {factor}, original context {original}, "
+            f"{origin}: rope scaling yarn with base {theta}, factor {factor}, original context {original}, "
             f"beta_slow {slow} and beta_fast {fast}: base must exceed 1, the others be positive, slow below fast"
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import rules
-from .family import Family, GgufSide, HfSide
+from .family import ALWAYS, Family, GgufSide, HfSide
 from .names import GEMMA3_HF, MIXTRAL_HF, PHI3_GGUF, PHI3_HF
 from .tensors import ATTENTION_BIASES, FFN_BIASES, QKV_BIASES
 
@@ -25,8 +25,8 @@ FAMILIES = (
         name="qwen2",
         hf=HfSide(
             types=("qwen2",),
-            defaults={"rms_norm_eps": 1e-6, "qkv_bias": True},
-            biases={"qkv_bias": QKV_BIASES},
+            defaults={"rms_norm_eps": 1e-6},
+            biases={ALWAYS: QKV_BIASES},
             windows=rules.hf_window_from_layer,
         ),
         gguf=GgufSide(archs=("qwen2",)),

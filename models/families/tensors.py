@@ -24,11 +24,15 @@ NORMS = frozenset({"norm", "post_norm", "q_norm", "k_norm"})
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make the blocks of one checkpoint. The tensors in `names` are needed, and no others."""
+    """How to make the blocks of one checkpoint. The tensors in `names` are needed, and no others.
+
+    warnings: what the configuration claims and the files contradict, each in one line.
+    """
 
     spec: ModelSpec
     names: Names
     norm_shift: float = 0.0  # to be added to the weights of every norm
+    warnings: tuple[str, ...] = ()
 
 
 def shapes(spec: ModelSpec, kind: BlockKind) -> dict[str, tuple[int, ...]]:

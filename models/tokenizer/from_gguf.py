@@ -15,13 +15,24 @@ import numpy as np
 from shoal.models.errors import TokenizerError
 from shoal.models.texts import Texts
 
-from .bpe import PRE_TOKENIZERS, ByteLevelBpe
-from .parts import Parts
-from .special import SpecialSplitter
+from .bpe import ByteLevelBpe
+from .parts import DEFAULT_TEMPLATE, Parts
+from .special import Edges, SpecialSplitter
 from .spm import SentencePieceBpe
 from .vocabulary import TokenKind, Vocabulary, completed, inverse, packed
+from .word_rules import PRE_TOKENIZERS
 
 _PREFIX = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
+_ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",  # as GGUF spells it
+    "pad_token": "padding_token_id",
+    "cls_token": "cls_token_id",
+    "mask_token": "mask_token_id",
+}
 
 
 def read_gguf(metadata: Mapping[str, object]) -> Parts:
@@ -68,11 +79,18 @@ def _parts(
     encoder = SpecialSplitter(
         vocab,
         merger,
-        add_bos=keys.flag("add_bos_token", add_bos),
-        add_eos=keys.flag("add_eos_token", False),
-        strip_after=_strip_after(keys, vocab),
+        add_bos=keys.flag("add_bos_token", add_bos) and not keys.lacks("bos_token_id", vocab.bos_id),
+        add_eos=keys.flag("add_eos_token", False) and not keys.lacks("eos_token_id", vocab.eos_id),
+        edges=_edges(keys, vocab),
     )
-    return Parts(vocab, encoder, keys.optional_text("tokenizer.chat_template"))
+    return Parts(
+        vocab,
+        encoder,
+        encoder.longest_bytes,
+        chat_templates=keys.templates(),
+        template_tokens=keys.named_tokens(vocab),
+        warnings=tuple(keys.outside.values()),
+    )
 
 
 def _tokens(keys: _Keys) -> Texts:
@@ -84,33 +102,35 @@ def _tokens(keys: _Keys) -> Texts:
 
 def _completed(keys: _Keys, ids: Mapping[str, int], vocab: Vocabulary) -> Vocabulary:
     """With the kinds and the ids that the file names; `vocab` has the defaults of its vocabulary model."""
-    kinds = keys.numbers("token_type", len(vocab), TokenKind.NORMAL).astype(np.int64)
+    kinds = keys.numbers("token_type", len(vocab), TokenKind.UNDEFINED).astype(np.int64)
     kinds[(kinds < 0) | (kinds > max(TokenKind))] = TokenKind.UNDEFINED
-    ends = [keys.token_id(name, None) for name in ("eot_token_id", "eom_token_id")]
+    count = len(vocab)
+    named = [keys.token_id(name, None, count) for name in ("eot_token_id", "eom_token_id")]
+    ends = [token_id for token_id in named if token_id is not None]
     vocab = replace(
         vocab,
         kinds=kinds.astype(np.uint8).tobytes(),
-        bos_id=keys.token_id("bos_token_id", vocab.bos_id),
-        eos_id=keys.token_id("eos_token_id", vocab.eos_id),
-        unk_id=keys.token_id("unknown_token_id", vocab.unk_id),
+        bos_id=keys.token_id("bos_token_id", vocab.bos_id, count),
+        eos_id=keys.token_id("eos_token_id", vocab.eos_id, count),
+        unk_id=keys.token_id("unknown_token_id", vocab.unk_id, count),
     )
-    return completed(vocab, ids, [token_id for token_id in ends if token_id is not None])
+    return completed(vocab, ids, ends, marked=True)
 
 
-def _strip_after(keys: _Keys, vocab: Vocabulary) -> frozenset[int]:
-    """Special tokens that swallow the white space after them.
+def _edges(keys: _Keys, vocab: Vocabulary) -> dict[int, Edges]:
+    """Phi-3 was trained with special tokens that swallow the white space after them.
 
-    Phi-3 was trained like that. GGUF has no field for it, so the model's name decides, as in llama.cpp.
+    GGUF has no field for it, so the model's name decides, as in llama.cpp.
     """
     name = (keys.optional_text("general.name") or "").lower()
     if "phi-3" not in name and "phi3" not in name:
-        return frozenset()
+        return {}
     kinds = {TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.USER_DEFINED}
-    return frozenset(
-        token_id
+    return {
+        token_id: Edges(rstrip=True)
         for token_id, kind in enumerate(vocab.kinds)
         if kind in kinds and vocab.tokens[token_id] not in ("<unk>", "<s>", "<|endoftext|>")
-    )
+    }
 
 
 class _Keys:
@@ -118,6 +138,7 @@ class _Keys:
 
     def __init__(self, metadata: Mapping[str, object]) -> None:
         self._metadata = metadata
+        self.outside: dict[str, str] = {}  # ids that are none, and a warning of each
 
     def optional_text(self, key: str) -> str | None:
         value = self._metadata.get(key)
@@ -141,7 +162,9 @@ class _Keys:
             )
         return value
 
-    def token_id(self, name: str, default: int | None) -> int | None:
+    def token_id(self, name: str, default: int | None, count: int) -> int | None:
+        """An id in a vocabulary of `count` tokens. Where the file names one outside, as some converters do for "none",
+        the default counts, as in llama.cpp."""
         value = self._metadata.get(_PREFIX + name)
         if value is None:
             return default
@@ -149,7 +172,34 @@ class _Keys:
             raise TokenizerError(
                 f"{_PREFIX + name} is {value!r:.40} instead of a token id; the file is damaged"
             )
+        if not 0 <= value < count:
+            self.outside[name] = (
+                f"{_PREFIX + name}={value} is outside the vocabulary of {count} tokens; it is not used"
+            )
+            return default
         return value
+
+    def templates(self) -> dict[str, str]:
+        """Chat templates by name."""
+        found: dict[str, str] = {}
+        for key in self._metadata:
+            if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."):
+                name = key.removeprefix(_TEMPLATE).removeprefix(".") or DEFAULT_TEMPLATE
+                if (template := self.optional_text(key)) is not None:
+                    found[name] = template
+        return found
+
+    def named_tokens(self, vocab: Vocabulary) -> dict[str, str]:
+        """Role → text of the tokens that templates may ask for, with transformers' names for the roles."""
+        found: dict[str, str] = {}
+        for role, name in _ROLES.items():
+            if (token_id := self.token_id(name, None, len(vocab))) is not None:
+                found[role] = vocab.tokens[token_id]
+        return found
+
+    def lacks(self, name: str, used: int | None) -> bool:
+        """Whether there is no such token because the file names one outside the vocabulary."""
+        return used is None and name in self.outside
 
     def texts(self, name: str) -> Texts:
         value = self._metadata.get(_PREFIX + name)

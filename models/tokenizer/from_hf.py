@@ -1,100 +1,106 @@
 """From a Hugging Face directory to the parts of a tokenizer.
 
 Knows which files say what: `tokenizer.json`, `tokenizer.model` (SentencePiece BPE, where there is no
-tokenizer.json), `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`, `config.json` and
-`chat_template.jinja`. Runs no code from the directory and reads no weights. Every value is checked, because the files
-come from a download.
+tokenizer.json), `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`, `config.json`,
+`chat_template.jinja` and `additional_chat_templates/`. Runs no code from the directory and reads no weights. Every
+value is checked, because the files come from a download.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shoal.models.errors import TokenizerError, one_line
+from tokenizers import AddedToken
 
-from .parts import Parts
-from .special import SpecialSplitter
+from shoal.models.errors import TokenizerError, one_line
+from shoal.models.regular_files import FileTooLong, read_regular
+
+from .parts import DEFAULT_TEMPLATE, TOKEN_FLAGS, Parts, Stated
+from .special import Edges, SpecialSplitter
 from .spm import SentencePieceBpe
 from .spm_file import read_model
-from .tokenizer_json import parse, read_tokenizer_json
+from .tokenizer_json import read_tokenizer_json
 from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, completed, inverse, packed
 
 MAX_TOKENIZER_FILE_BYTES = 256 << 20
+MAX_SETTINGS_FILE_BYTES = 8 << 20  # as JSON it may become twenty times as much in memory
+MAX_TEMPLATES = 64
 
 
 def read_hf(directory: Path) -> Parts:
     """Build the parts; raises TokenizerError naming the file that is missing, damaged or unsupported."""
     config = _read_json(directory / "tokenizer_config.json")
     special = _read_json(directory / "special_tokens_map.json")
-    names = {
-        role: _token_text(config.get(f"{role}_token"), special.get(f"{role}_token"))
-        for role in ("bos", "eos", "unk")
-    }
-    ends = _end_ids(directory)
-    template = _chat_template(directory, config)
-    if (directory / "tokenizer.json").is_file():
-        library = parse(_read_bytes(directory / "tokenizer.json"))
-        return read_tokenizer_json(library, names, ends, template)
-    if (directory / "tokenizer.model").is_file():
-        return _from_sentence_piece(directory / "tokenizer.model", config, names, ends, template)
-    raise TokenizerError(
-        f"{directory} has no tokenizer.json and no tokenizer.model; download one of the model's"
+    added = [token for _, token in _added_by_id(config)]
+    ends, origin = _end_ids(directory)
+    stated = Stated(
+        _named(config, special), added, _extra(config, special), [end for end in ends if end >= 0]
     )
+    templates = _chat_templates(directory, config)
+    if os.path.lexists(directory / "tokenizer.json"):
+        parts = read_tokenizer_json(_read_bytes(directory / "tokenizer.json"), stated)
+    elif os.path.lexists(directory / "tokenizer.model"):
+        parts = _from_sentence_piece(directory / "tokenizer.model", config, stated)
+    else:
+        raise TokenizerError(
+            f"{directory} has no tokenizer.json and no tokenizer.model; download one of the model's"
+        )
+    count = len(parts.vocabulary)
+    warnings = tuple(
+        f"{directory}: eos_token_id={end} of {origin} is outside the vocabulary of {count} tokens; it is not used"
+        for end in ends
+        if not 0 <= end < count
+    )
+    return replace(parts, chat_templates=templates, template_tokens=stated.names, warnings=warnings)
 
 
-def _from_sentence_piece(
-    path: Path,
-    config: Mapping[str, Any],
-    names: Mapping[str, str | None],
-    ends: Iterable[int],
-    template: str | None,
-) -> Parts:
+def _from_sentence_piece(path: Path, config: Mapping[str, Any], stated: Stated) -> Parts:
     model = read_model(_read_bytes(path))
     tokens, kinds, scores = list(model.tokens), bytearray(model.kinds), list(model.scores)
-    _add_tokens(config, tokens, kinds, scores)
+    edges = _add_tokens(config, tokens, kinds, scores)
     for i, kind in enumerate(kinds):
         if kind == TokenKind.USER_DEFINED:  # looked for in the text before its spaces are marked
             tokens[i] = tokens[i].replace(SPACE_MARK, " ")
     ids = inverse(tokens)
+    bos, eos = stated.names.get("bos_token"), stated.names.get("eos_token")
     vocab = Vocabulary(
         packed(tokens),
         bytes(kinds),
         byte_level=False,
         add_space_prefix=model.add_space_prefix,
-        bos_id=ids.get(names["bos"]) if names["bos"] else model.bos_id,
-        eos_id=ids.get(names["eos"]) if names["eos"] else model.eos_id,
+        bos_id=ids.get(bos) if bos else model.bos_id,
+        eos_id=ids.get(eos) if eos else model.eos_id,
         unk_id=model.unk_id,
     )
-    vocab = completed(vocab, ids, [token_id for token_id in ends if token_id < len(tokens)])
+    vocab = completed(vocab, ids, [token_id for token_id in stated.ends if token_id < len(tokens)])
     encoder = SpecialSplitter(
         vocab,
         SentencePieceBpe(vocab, ids, scores),
         add_bos=vocab.bos_id is not None and bool(config.get("add_bos_token", True)),
         add_eos=vocab.eos_id is not None and bool(config.get("add_eos_token", False)),
+        edges=edges,
     )
-    return Parts(vocab, encoder, template)
+    return Parts(vocab, encoder, encoder.longest_bytes)
 
 
-def _add_tokens(config: Mapping[str, Any], tokens: list[str], kinds: bytearray, scores: list[float]) -> None:
-    """Add the tokens of tokenizer_config.json's `added_tokens_decoder` to a SentencePiece vocabulary."""
-    added = config.get("added_tokens_decoder") or {}
-    try:
-        entries = sorted(
-            (int(key), str(token["content"]), bool(token.get("special"))) for key, token in added.items()
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TokenizerError(
-            f"added_tokens_decoder of tokenizer_config.json is damaged: {one_line(error)}"
-        ) from error
-    for token_id, text, is_control in entries:
+def _add_tokens(
+    config: Mapping[str, Any], tokens: list[str], kinds: bytearray, scores: list[float]
+) -> dict[int, Edges]:
+    """Add the tokens of tokenizer_config.json's `added_tokens_decoder` to a SentencePiece vocabulary. Returns the edges
+    of those that have any."""
+    edges: dict[int, Edges] = {}
+    for token_id, token in _added_by_id(config):
+        text = token.content
         if not 0 <= token_id <= len(tokens):
             raise TokenizerError(
                 f"the added token {text[:40]!r} has id {token_id}; the next free one is {len(tokens)}"
             )
-        kind = TokenKind.CONTROL if is_control else TokenKind.USER_DEFINED
+        kind = TokenKind.CONTROL if token.special else TokenKind.USER_DEFINED
         if token_id == len(tokens):
             tokens.append(text)
             kinds.append(kind)
@@ -102,6 +108,50 @@ def _add_tokens(config: Mapping[str, Any], tokens: list[str], kinds: bytearray, 
         elif kinds[token_id] != TokenKind.UNKNOWN:
             tokens[token_id] = text
             kinds[token_id] = kind
+        if token.lstrip or token.rstrip or token.single_word:
+            edges[token_id] = Edges(token.lstrip, token.rstrip, token.single_word)
+    return edges
+
+
+def _named(*files: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of the tokens that the files name (`bos_token`, `pad_token`, `image_token` …), as templates get them.
+    What an earlier file says counts."""
+    keys = dict.fromkeys(key for file in files for key in file if key.endswith("_token"))
+    texts = {key: _token_text(*(file.get(key) for file in files)) for key in keys}
+    return {key: text for key, text in texts.items() if text is not None}
+
+
+def _extra(*files: Mapping[str, Any]) -> list[AddedToken]:
+    """The control tokens that the files name or list."""
+    found: dict[str, AddedToken] = {}
+    for file in files:
+        listed = file.get("extra_special_tokens", file.get("additional_special_tokens"))
+        values = (
+            listed.values() if isinstance(listed, Mapping) else listed if isinstance(listed, list) else ()
+        )
+        for value in (*(value for key, value in file.items() if key.endswith("_token")), *values):
+            if (text := _token_text(value)) is not None:
+                flags = value if isinstance(value, Mapping) else {"normalized": False}
+                found.setdefault(text, _added_token({**flags, "content": text, "special": True}))
+    return list(found.values())
+
+
+def _added_by_id(config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
+    try:
+        entries = [
+            (int(key), _added_token(token))
+            for key, token in (config.get("added_tokens_decoder") or {}).items()
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(
+            f"added_tokens_decoder of tokenizer_config.json is damaged: {one_line(error)}"
+        ) from error
+    return sorted(entries, key=lambda entry: entry[0])
+
+
+def _added_token(entry: Mapping[str, Any]) -> AddedToken:
+    flags = {name: bool(entry[name]) for name in TOKEN_FLAGS if name in entry}
+    return AddedToken(str(entry["content"]), **flags)
 
 
 def _token_text(*values: object) -> str | None:
@@ -114,40 +164,55 @@ def _token_text(*values: object) -> str | None:
     return None
 
 
-def _end_ids(directory: Path) -> list[int]:
-    """`eos_token_id`, one or several, of generation_config.json, or of config.json where there is none."""
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(directory / name).get("eos_token_id")
+def _end_ids(directory: Path) -> tuple[list[int], str]:
+    """`eos_token_id`, one or several, of generation_config.json, or of config.json where there is none, and which it
+    was. They may be outside the vocabulary."""
+    config = _read_json(directory / "config.json")
+    for name, found in (
+        ("generation_config.json", _read_json(directory / "generation_config.json")),
+        ("config.json", config),
+        ("text_config of config.json", config.get("text_config")),
+    ):
+        value = found.get("eos_token_id") if isinstance(found, Mapping) else None
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise TokenizerError(f"eos_token_id of {name} is {value!r:.60}; it must be token ids")
-        return ids
-    return []
+        return ids, name
+    return [], ""
 
 
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return _decode(_read_bytes(path), path)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-        template = named.get("default", next(iter(named.values()), None))
-    if template is not None and not isinstance(template, str):
-        raise TokenizerError(
-            f"chat_template of tokenizer_config.json is a {type(template).__name__} instead of a text"
-        )
-    return template
+def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Jinja sources by name. Files of their own count more than tokenizer_config.json."""
+    stored = config.get("chat_template")
+    if isinstance(stored, list):
+        entries = [entry for entry in stored if isinstance(entry, Mapping)]
+        stored = {str(entry.get("name")): entry.get("template") for entry in entries}
+    templates = stored if isinstance(stored, dict) else {DEFAULT_TEMPLATE: stored}
+    # In the store all files of a model lie in one directory.
+    found = [*sorted(directory.glob("*.jinja")), *sorted(directory.glob("additional_chat_templates/*.jinja"))]
+    paths = {path.stem: path for path in found}
+    if (alone := paths.pop("chat_template", None)) is not None:
+        paths[DEFAULT_TEMPLATE] = alone
+        templates = {}
+    if len(paths) > MAX_TEMPLATES:
+        raise TokenizerError(f"{directory} has {len(paths)} chat templates; at most {MAX_TEMPLATES} are read")
+    templates = templates | {name: _decode(_read_bytes(path), path) for name, path in paths.items()}
+    for template in templates.values():
+        if template is not None and not isinstance(template, str):
+            raise TokenizerError(
+                f"chat_template of tokenizer_config.json is a {type(template).__name__} instead of a text"
+            )
+    return {name: template for name, template in templates.items() if template is not None}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, {} if there is no such file."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        value = json.loads(_decode(_read_bytes(path), path))
+        value = json.loads(_decode(_read_bytes(path, MAX_SETTINGS_FILE_BYTES), path))
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
@@ -162,13 +227,10 @@ def _decode(data: bytes, path: Path) -> str:
         raise TokenizerError(f"{path} is not UTF-8 text: {one_line(error)}") from error
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, limit_bytes: int = MAX_TOKENIZER_FILE_BYTES) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MAX_TOKENIZER_FILE_BYTES:
-            raise TokenizerError(
-                f"{path} has {size} bytes; a tokenizer file has at most {MAX_TOKENIZER_FILE_BYTES}"
-            )
-        return path.read_bytes()
+        return read_regular(path, limit_bytes)
+    except FileTooLong as error:
+        raise TokenizerError(f"{path} is refused: {error.strerror}") from error
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error

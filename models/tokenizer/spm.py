@@ -14,19 +14,22 @@ from collections.abc import Iterable, Mapping
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
-from shoal.models.errors import TokenizerError
+from shoal.models.errors import TextTooLarge, TokenizerError, TooManyTokens
 
+from .long_texts import space_cut
 from .vocabulary import SPACE_MARK, TokenKind, Vocabulary
 
 _MERGEABLE = frozenset({TokenKind.NORMAL, TokenKind.USER_DEFINED, TokenKind.UNUSED, TokenKind.UNDEFINED})
 _CACHED_WORDS = 1 << 16
 _CACHED_WORD_CHARS = 64
+_MAX_CHARS = 1 << 18  # that merge with each other; they take 80 MB and some seconds
 
 
 class SentencePieceBpe:
     """The merger. ids: token text → id. scores: one float per token, higher merges first.
 
-    Control and byte tokens never merge.
+    Control and byte tokens never merge. falls_back: whether every
+    text has tokens of its own, if need be those of its bytes.
     """
 
     def __init__(self, vocabulary: Vocabulary, ids: Mapping[str, int], scores: Iterable[float]) -> None:
@@ -36,8 +39,10 @@ class SentencePieceBpe:
         self._costs = array("d", (-score for score in scores))
         self._byte_ids = [_byte_id(ids, vocabulary.unk_id, byte) for byte in range(256)]
         self._unk_id = vocabulary.unk_id
+        self.falls_back = self._unk_id not in self._byte_ids
         self._words = _word_pattern(self._ids)
         self._cache: dict[str, list[int]] = {}
+        self.cut = space_cut(self._ids)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special tokens. Spaces become "▁" here; the caller adds a space prefix."""
@@ -52,6 +57,27 @@ class SentencePieceBpe:
                         cache.clear()
                     cache[word] = known
             ids.extend(known)
+        return ids
+
+    def encode_long(self, text: str, limit: int) -> list[int]:
+        """The same for a text that cannot be cut before spaces: it is cut between characters that no token has side by
+        side. Raises TextTooLarge or TooManyTokens."""
+        text = text.replace(" ", SPACE_MARK)
+        pairs = {a + b for token in self._ids for a, b in pairwise(token)}
+        ids: list[int] = []
+        start = 0
+        for end in range(1, len(text) + 1):
+            if end - start > _MAX_CHARS:
+                raise TextTooLarge(
+                    f"the text has more than {_MAX_CHARS} characters without a place to cut it, as spaces and line "
+                    "ends are; put some in"
+                )
+            # A run of characters that are no tokens is one unknown token, unless bytes stand for them.
+            if end == len(text) or (self.falls_back and text[end - 1 : end + 1] not in pairs):
+                ids += self._merge(text[start:end])
+                start = end
+                if len(ids) > limit:
+                    raise TooManyTokens(len(ids))
         return ids
 
     def _merge(self, word: str) -> list[int]:

@@ -6,14 +6,15 @@ Knows how ids spell text. Does not know file formats (from_gguf, from_hf, tokeni
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from shoal.models.errors import TokenizerError
+from shoal.models.errors import TokenizerError, TooManyTokens
 
 from .from_gguf import read_gguf
 from .from_hf import read_hf
-from .parts import Parts
+from .long_texts import ANY_NUMBER, PIECE_CHARS, far_beyond
+from .parts import DEFAULT_TEMPLATE, Parts
 from .vocabulary import SPECIAL_KINDS, TokenKind
 
 
@@ -21,20 +22,26 @@ class Tokenizer:
     """Text → ids → text for one model. Build it with `from_hf` or `from_gguf`.
 
     join, rewrites: as in `Parts`. bos_id, eos_id: None where the model has none. stop_ids: every token that ends
-    generation. chat_template: Jinja source, None where the files have none.
+    generation. chat_templates: Jinja sources by name; chat_template: the one for conversations without tools, None
+    where the files have none. template_tokens: role (`pad_token`) → text of tokens that templates may ask for.
     """
 
     def __init__(self, parts: Parts) -> None:
         vocabulary = parts.vocabulary
         self._vocabulary = vocabulary
         self._encoder = parts.encoder
+        self._longest_bytes = parts.longest_bytes
         self.join = parts.join
         self.rewrites = parts.rewrites
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
         self.stop_ids = vocabulary.stop_ids
+        self.warnings = parts.warnings
         self.add_space_prefix = vocabulary.add_space_prefix
-        self.chat_template = parts.chat_template
+        self.chat_templates = parts.chat_templates
+        self.chat_template = next(iter(parts.chat_templates.values()), None)
+        self.chat_template = parts.chat_templates.get(DEFAULT_TEMPLATE, self.chat_template)
+        self.template_tokens = parts.template_tokens
 
     @classmethod
     def from_hf(cls, directory: Path) -> Tokenizer:
@@ -51,14 +58,27 @@ class Tokenizer:
         """Number of tokens; a model's logits may have more rows, which are padding."""
         return len(self._vocabulary)
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = True, most: int | None = None
+    ) -> list[int]:
         """Ids of a text.
 
         add_special: put BOS before and EOS after, where the model wants them (False for the text of a chat template,
         which prints them). parse_special: "<|im_start|>" in the text is that control token; False makes it plain
-        text, which is right for what a user typed. Lone surrogates become U+FFFD.
+        text, which is right for what a user typed. most: how many ids are wanted; if it is clear early that there are
+        more, TooManyTokens is raised. Else they may still be more. Lone surrogates become U+FFFD. Raises TextTooLarge.
         """
-        return self._encoder.encode(_scalar_values(text), add_special, parse_special)
+        text = _scalar_values(text)
+        limit = ANY_NUMBER if most is None else far_beyond(most)
+        if most is not None and (least := self._least_tokens(text)) > most:
+            raise TooManyTokens(least)
+        return self._encoder.encode(text, add_special, parse_special, limit)
+
+    def _least_tokens(self, text: str) -> int:
+        """How many tokens a text has at least, without a look at it."""
+        if self._longest_bytes is None or len(text) <= PIECE_CHARS:
+            return 0
+        return -(-len(text.encode()) // max(1, self._longest_bytes))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. skip_special: leave control tokens out."""
@@ -75,6 +95,10 @@ class Tokenizer:
         if vocab.add_space_prefix and data.startswith(b" "):
             data = data[1:]
         return data.decode(errors="replace")
+
+    def text_bytes(self, ids: Sequence[int]) -> int:
+        """About how long the text of ids is, in bytes, without making it."""
+        return self._vocabulary.tokens.bytes_of(ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Exact bytes of one token; b"" for control tokens and for ids outside the vocabulary.

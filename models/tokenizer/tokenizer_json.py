@@ -2,23 +2,23 @@
 
 Knows which decoders make a text of the bytes of its tokens, one after the other (GPT-2's alphabet, SentencePiece).
 Such texts are put together by us, so that a character comes as soon as its last byte does; all others are put
-together by the library. Does not know the other files of a directory.
+together by the library. Files of unusual parts are run in a child process. Does not know the other files of a
+directory.
 """
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import tokenizers
+from tokenizers import AddedToken
 
 from shoal.models.errors import TokenizerError
 
-from .bpe import library_errors
-from .parts import Parts
-from .vocabulary import MAX_TOKENS, SPACE_MARK, TokenKind, Vocabulary, completed, packed
+from .holders import Here, holder, joiner
+from .long_texts import shrinking, steps_of
+from .parts import TOKEN_FLAGS, Parts, Stated
+from .vocabulary import BYTE_OF_CHAR, MAX_TOKENS, SPACE_MARK, TokenKind, Vocabulary, completed, packed
 
 # What Gemma's files say, and with the last step Llama 2's.
 _SENTENCE_PIECE = [
@@ -29,47 +29,18 @@ _SENTENCE_PIECE = [
 _WITHOUT_FIRST_SPACE = [*_SENTENCE_PIECE, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
 
 
-class LibraryEncoder:
-    """Text → ids by the library."""
-
-    def __init__(self, library: tokenizers.Tokenizer) -> None:
-        self._library = library
-        # Whether control tokens are text is an attribute of the library's object, not an argument of its `encode`.
-        self._lock = threading.Lock()
-
-    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
-        with self._lock, library_errors("this text cannot be tokenised"):
-            self._library.encode_special_tokens = not parse_special
-            # The post-processor, not add_bos_token, decides what stands around a text, as in transformers 5.
-            ids: list[int] = self._library.encode(text, add_special_tokens=add_special).ids
-        return ids
-
-
-def parse(data: bytes) -> tokenizers.Tokenizer:
-    """The file as the library holds it; `data` is as large and is not needed any more. Raises TokenizerError."""
-    with library_errors("tokenizer.json is not a tokenizer"):
-        return tokenizers.Tokenizer.from_buffer(data)
-
-
-def read_tokenizer_json(
-    library: tokenizers.Tokenizer,
-    names: Mapping[str, str | None],
-    ends: Iterable[int],
-    template: str | None,
-) -> Parts:
-    """names: texts of the tokens called bos, eos and unk. ends: further end tokens. Raises TokenizerError."""
-    with library_errors("tokenizer.json is not a tokenizer"):
-        library.no_truncation()
-        library.no_padding()
-        ids = library.get_vocab(with_added_tokens=True)
-        # An added token's text is what the normalizer makes of it, and another token may have the same text.
-        added = {
-            token_id: (token.special, library.id_to_token(token_id) or "")
-            for token_id, token in library.get_added_tokens_decoder().items()
-        }
-        around = library.encode("", add_special_tokens=True).ids
-        decoder = library.decoder
-        steps = list(_steps(json.loads(decoder.__getstate__()))) if decoder is not None else []
+def read_tokenizer_json(data: bytes, stated: Stated) -> Parts:
+    """The parts of a file, without chat templates. Raises TokenizerError."""
+    stated_tokens = {
+        "names": [*stated.names.values()],
+        "added": [*map(_fields, stated.added)],
+        "extra": [*map(_fields, stated.extra)],
+    }
+    library = holder(data, stated_tokens)
+    del data
+    facts = library.facts()
+    ids, added, around, decoder = (facts[name] for name in ("ids", "added", "around", "decoder"))
+    steps = steps_of(decoder)
     count = max(ids.values(), default=-1) + 1
     if count > MAX_TOKENS:
         raise TokenizerError(f"tokenizer.json has a token {count - 1}; ids are below {MAX_TOKENS}")
@@ -87,48 +58,41 @@ def read_tokenizer_json(
         for byte in range(256):
             if (byte_id := ids.get(f"<0x{byte:02X}>")) is not None:
                 kinds[byte_id] = TokenKind.BYTE
-    for token_id, (special, spelled) in added.items():
-        kinds[token_id] = TokenKind.CONTROL if special else TokenKind.USER_DEFINED
+    for token_id, control, spelled in added:
+        kinds[token_id] = TokenKind.CONTROL if control else TokenKind.USER_DEFINED
         tokens[token_id] = spelled
-    named = {role: ids.get(text) for role, text in names.items() if text is not None}
+    named = {role: ids.get(text) for role, text in stated.names.items()}
     vocab = Vocabulary(
         packed(tokens),
         bytes(kinds),
         byte_level=byte_level,
         add_space_prefix=steps == _WITHOUT_FIRST_SPACE,
-        bos_id=named.get("bos"),
-        eos_id=named.get("eos"),
-        unk_id=named.get("unk"),
+        bos_id=named.get("bos_token"),
+        eos_id=named.get("eos_token"),
+        unk_id=named.get("unk_token"),
     )
-    vocab = completed(vocab, ids, [token_id for token_id in ends if token_id < count])
-    encoder = LibraryEncoder(library)
+    vocab = completed(vocab, ids, [token_id for token_id in stated.ends if token_id < count])
+    longest = _longest_bytes(facts, vocab)
     if byte_level or steps in (_SENTENCE_PIECE, _WITHOUT_FIRST_SPACE):
-        return Parts(vocab, encoder, template)
-    return Parts(vocab, encoder, template, _joined_by(decoder), _rewrites(steps))
+        return Parts(vocab, library, longest)
+    joining = library if isinstance(library, Here) else joiner(decoder)
+    return Parts(vocab, library, longest, joining.join, _rewrites(steps))
 
 
-def _steps(decoder: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """A decoder's steps in order, sequences within sequences unrolled."""
-    if decoder.get("type") == "Sequence":
-        for step in decoder["decoders"]:
-            yield from _steps(step)
-    else:
-        yield decoder
+def _fields(token: AddedToken) -> dict[str, Any]:
+    return {name: getattr(token, name) for name in ("content", *TOKEN_FLAGS)}
 
 
-def _joined_by(decoder: Any) -> Callable[[list[str]], str]:
-    """The library's function from the texts of tokens to a text; unlike the tokenizer itself it needs no lock."""
-
-    def join(texts: list[str]) -> str:
-        try:
-            with library_errors("these tokens cannot be put together"):
-                text: str = decoder.decode(texts)
-        except TokenizerError:
-            # The library's Strip panics where it would take the same space from both sides. Answers go on nevertheless.
-            return "".join(texts)
-        return text
-
-    return join if decoder is not None else " ".join
+def _longest_bytes(facts: Mapping[str, Any], vocab: Vocabulary) -> int | None:
+    """As in `Parts`."""
+    ids = facts["ids"]
+    byte_level = any(step["type"] == "ByteLevel" for step in steps_of(facts["pre_tokenizer"]))
+    whole = byte_level and all(char in ids for char in BYTE_OF_CHAR)
+    whole |= facts["fallback"] and all(f"<0x{byte:02X}>" in ids for byte in range(256))
+    factor = shrinking(facts["normalizer"], facts["pre_tokenizer"])
+    if factor is None or not whole or facts["touching"]:
+        return None
+    return factor * vocab.tokens.longest_bytes
 
 
 def _rewrites(steps: list[Mapping[str, Any]]) -> bool:

@@ -11,15 +11,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from itertools import chain
 
 from shoal.models.errors import TokenizerError
 from shoal.models.texts import Texts
 
 SPACE_MARK = "▁"  # U+2581: how SentencePiece writes a space
-MAX_TOKENS = 4_000_000
+MAX_TOKENS = 1 << 20  # the largest published vocabularies have 262,000
 
-# Tokens with these texts end a turn in every vocabulary. The list is that of llama.cpp's EOG detection. It is needed
-# because many files name only one of several end tokens.
+# Control tokens with these texts end a turn. The list is that of llama.cpp's EOG detection. It is needed because many
+# files name only one of several end tokens. Tokens that a file marks as text are text, whatever they spell: Gemma 3 has
+# "</s>" for HTML, and Qwen2.5 has it because it is frequent in programs.
 END_TEXTS = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -44,7 +46,7 @@ END_TEXTS = (
     "<｜end▁of▁sentence｜>",
     "[e~[",
 )
-# Fill-in-the-middle marks are control tokens, whatever the files say. The second group also ends generation.
+# Marks for filling in the middle. Those of the second group end generation, too.
 FIM_TEXTS = (
     ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>"),
     ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>"),
@@ -57,6 +59,7 @@ FIM_END_TEXTS = (
 )
 # gpt-oss marks its channels inside an answer: the reader sees them as text, and they never end it.
 VISIBLE_TEXTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+_KNOWN_TEXTS = (*END_TEXTS, *chain(*FIM_TEXTS, *FIM_END_TEXTS), *VISIBLE_TEXTS)
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -142,6 +145,8 @@ class Vocabulary:
 
 def inverse(tokens: Texts | list[str]) -> dict[str, int]:
     """Text → id, for making mergers; too large to keep. Raises TokenizerError if two tokens share a text."""
+    if len(tokens) > MAX_TOKENS:
+        raise TokenizerError(f"a vocabulary has 1 to {MAX_TOKENS} tokens, this one has {len(tokens)}")
     ids = {text: token_id for token_id, text in enumerate(tokens)}
     if len(ids) != len(tokens):
         twice = next(text for token_id, text in enumerate(tokens) if ids[text] != token_id)
@@ -159,11 +164,15 @@ def packed(tokens: Iterable[str]) -> Texts:
         ) from error
 
 
-def completed(vocabulary: Vocabulary, ids: Mapping[str, int], end_ids: Iterable[int] = ()) -> Vocabulary:
-    """The vocabulary, checked; the tokens that end a turn are found by their text and become control tokens.
+def completed(
+    vocabulary: Vocabulary, ids: Mapping[str, int], end_ids: Iterable[int] = (), *, marked: bool = False
+) -> Vocabulary:
+    """The vocabulary, checked, with all tokens that end a turn: those that its files name, and control tokens that are
+    known by their text.
 
-    ids: text → id of all its tokens. end_ids: tokens that the files name as ends besides `eos_id`. Raises
-    TokenizerError if there are not as many kinds as tokens or if an id is outside the vocabulary.
+    ids: text → id of all its tokens. end_ids: tokens that the files name as ends besides `eos_id`. marked: those are to
+    be recognised in texts like `eos_id`. Raises TokenizerError if there are not as many kinds as tokens or if an id is
+    outside the vocabulary.
     """
     count = len(vocabulary)
     if not 0 < count <= MAX_TOKENS:
@@ -176,32 +185,36 @@ def completed(vocabulary: Vocabulary, ids: Mapping[str, int], end_ids: Iterable[
     for name, token_id in [*named, *(("end", token_id) for token_id in ends)]:
         if token_id is not None and not 0 <= token_id < count:
             raise TokenizerError(f"the {name} token is {token_id}, outside the vocabulary of {count} tokens")
+    recognised = ends if marked else set[int]()
     if vocabulary.eos_id is not None:
-        ends.add(vocabulary.eos_id)
-    ends |= _mark_ends(ids, kinds)
+        recognised = recognised | {vocabulary.eos_id}
+    for token_id in recognised:
+        if kinds[token_id] in (TokenKind.NORMAL, TokenKind.UNDEFINED):
+            kinds[token_id] = TokenKind.CONTROL
+    ends |= recognised | _known_ends(ids, kinds)
     return replace(vocabulary, kinds=bytes(kinds), stop_ids=frozenset(ends))
 
 
-def _mark_ends(ids: Mapping[str, int], kinds: bytearray) -> set[int]:
-    """Ids of the tokens that end generation by their text; marks them (and FIM marks) as control tokens."""
-    present = {text for text in END_TEXTS if text in ids}
-    ends = {ids[text] for text in present} | _firsts(ids, FIM_END_TEXTS)
-    for token_id in ends | _firsts(ids, FIM_TEXTS):
-        kinds[token_id] = TokenKind.CONTROL
-    for text in VISIBLE_TEXTS:
-        if text in ids:
-            kinds[ids[text]] = TokenKind.USER_DEFINED
+def _known_ends(ids: Mapping[str, int], kinds: bytearray) -> set[int]:
+    """Ids of the control tokens that end generation by their text.
+
+    Where the file says no kind, these texts (and FIM marks) make control tokens.
+    """
+    for text in _KNOWN_TEXTS:
+        if text in ids and kinds[ids[text]] == TokenKind.UNDEFINED:
+            kinds[ids[text]] = TokenKind.CONTROL
+    control = {text for text in _KNOWN_TEXTS if text in ids and kinds[ids[text]] == TokenKind.CONTROL}
+    present = control.intersection(END_TEXTS)
+    firsts = (next((text for text in group if text in control), None) for group in FIM_END_TEXTS)
+    ends = present.union(text for text in firsts if text is not None)
+    for text in control.intersection(VISIBLE_TEXTS):
+        kinds[ids[text]] = TokenKind.USER_DEFINED
     if "<|end|>" in present and (
         {"<|return|>", "<|call|>"} <= present or {"<|calls|>", "<|flush|>"} <= present
     ):
-        ends.discard(ids["<|end|>"])  # there it closes a message, not the answer
+        ends.discard("<|end|>")  # there it closes a message, not the answer
         kinds[ids["<|end|>"]] = TokenKind.USER_DEFINED
-    if "</s>" in present and "<|tool_response>" in present:
-        ends.discard(ids["</s>"])  # an HTML tag in that vocabulary
+    if {"</s>", "<|tool_response>"} <= present:
+        ends.discard("</s>")  # an HTML tag in that vocabulary
         kinds[ids["</s>"]] = TokenKind.NORMAL
-    return ends
-
-
-def _firsts(ids: Mapping[str, int], groups: Iterable[Iterable[str]]) -> set[int]:
-    """Of each group the id of the first text that is a token."""
-    return {ids[found[0]] for group in groups if (found := [text for text in group if text in ids])}
+    return {ids[text] for text in ends}

@@ -1,9 +1,10 @@
 """The prefix cache: KV pages whose tokens are known, so that sequences find them by those tokens and share them.
 
-The cache is a tree. A node is one page and the token ids that its KV was computed from. That KV also depends on the
-text before it, which is the node's path from the root. A node is looked up among its parent's children by its token ids
-themselves, hashed and compared, so a collision of hashes cannot mix up texts. Nodes of less than a page (the end of a
-text) have no children. They are only copied from, as is a page of which only the beginning is wanted.
+The cache is a tree. (It is one for each length that ropes are chosen for, where that matters.) A node is one page and
+the token ids that its KV was computed from. That KV also depends on the text before it, which is the node's path from
+the root. A node is looked up among its parent's children by its token ids themselves, hashed and compared, so a
+collision of hashes cannot mix up texts. Nodes of less than a page (the end of a text) have no children. They are only
+copied from, as is a page of which only the beginning is wanted.
 
 Pages may also be on disk (`disk_index`). Evicted pages are saved there, and pages that continue a text are found there,
 so that they are read instead of computed. This module knows neither where they are on disk nor when reading pays.
@@ -40,10 +41,12 @@ class PageNode:
 
 @dataclass(eq=False, slots=True)
 class Holding:
-    """The pages of one sequence in order of position: first those of shared nodes (`path`), then its own."""
+    """The pages of one sequence in order of position: first those of shared nodes (`path`), then its own. `length`: for
+    which length of text the ropes of its keys were chosen; keys with different ropes are never shared."""
 
     path: list[PageNode] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    length: int = 0
 
     @property
     def own_pages(self) -> int:
@@ -89,6 +92,7 @@ class PrefixCache:
         self._table = table
         self._index = index
         self._root = PageNode(None, (), -1, NO_TEXT)
+        self._roots = {0: self._root}  # by the length that the ropes of the keys below are chosen for
         self._nodes = 0
         self._clock = 0
         # A heap with the least recently used first. It may hold stale entries.
@@ -120,9 +124,9 @@ class PrefixCache:
 
     # --- for sequences -------------------------------------------------------------------------------------
 
-    def held_pages(self, tokens: Sequence[int]) -> int:
-        """How many of the first pages of a text somebody holds already."""
-        return sum(1 for node in self._walk(self._root, tokens, 0) if node.users)
+    def held_pages(self, holding: Holding, tokens: Sequence[int]) -> int:
+        """How many of the first pages of a text, for whose sequence `holding` is, somebody holds already."""
+        return sum(1 for node in self._walk(self._tree(holding.length), tokens, 0) if node.users)
 
     def take_moves(self) -> list[Move]:
         """The moves that have come up since the last call. They must be made in this order, before any page is written
@@ -221,7 +225,7 @@ class PrefixCache:
 
     def known(self) -> list[Save]:
         """Every page whose text is known, the most recently used first, so that a page follows the text before it."""
-        nodes = [self._root]
+        nodes = list(self._roots.values())
         for node in nodes:  # grows meanwhile
             nodes += node.children.values()
         nodes.sort(key=lambda node: -node.used)
@@ -230,7 +234,17 @@ class PrefixCache:
     # --- the tree ------------------------------------------------------------------------------------------
 
     def _end(self, holding: Holding) -> PageNode:
-        return holding.path[-1] if holding.path else self._root
+        return holding.path[-1] if holding.path else self._tree(holding.length)
+
+    def _tree(self, length: int) -> PageNode:
+        """The root of what was computed with the ropes for that length."""
+        root = self._roots.get(length)
+        if root is None:
+            used = {known: node for known, node in self._roots.items() if node.children or not known}
+            digest = chained(NO_TEXT, packed([-1, length]))  # no text has a token -1
+            root = PageNode(None, (), -1, digest)
+            self._roots = used | {length: root}
+        return root
 
     def _walk(self, node: PageNode, tokens: Sequence[int], start: int) -> Iterator[PageNode]:
         """The known nodes below `node` for the full pages of tokens[start:], without the last token."""

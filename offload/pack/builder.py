@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from shoal.kernels import WeightType, dequantize, from_stored
 from shoal.kernels.arrays import Bytes
 from shoal.kernels.quantise import quantise
+from shoal.models.checkpoint.identity import stamped
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.errors import PackError
@@ -40,18 +41,20 @@ REWRITTEN_BYTES = 4 << 20  # … or this many, where they get fewer bits
 
 
 def source_of(checkpoint: AnyCheckpoint) -> Source:
-    """What identifies the files of a checkpoint. Raises PackError."""
-    paths = list(checkpoint.files)
-    if checkpoint.kind == "hf":
-        paths.append(checkpoint.path / "config.json")
-    try:
-        stats = [path.stat() for path in paths]
-    except OSError as error:
-        raise PackError(f"{checkpoint.path}: cannot be looked at: {error.strerror}") from error
-    files = [
-        SourceFile(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)
-    ]
+    """What identifies the files of a checkpoint, as they were when it was opened."""
+    files = []
+    for path in _paths(checkpoint):
+        stamp = checkpoint.stamps[path]
+        assert stamp is not None  # it was read
+        files.append(
+            SourceFile(path.name, stamp.nbytes, stamp.written_ns, stamp.changed_ns, str(path.resolve()))
+        )
     return Source(str(checkpoint.path.absolute()), files)
+
+
+def _paths(checkpoint: AnyCheckpoint) -> list[Path]:
+    """The files that a pack depends on."""
+    return [*checkpoint.files, *([checkpoint.path / "config.json"] if checkpoint.kind == "hf" else [])]
 
 
 class PackBuilder:
@@ -90,7 +93,7 @@ class PackBuilder:
         with Journal(partial, self.manifest) as journal, PackFile(partial / BLOCKS, self.nbytes) as file:
             manifest = self._write(file, journal, progress)
             file.sync()
-        if source_of(self._checkpoint).files != manifest.source.files:
+        if stamped(_paths(self._checkpoint)).items() - self._checkpoint.stamps.items():
             raise PackError(f"{self._checkpoint.path}: was changed while it was packed; pack it again")
         with (partial / MANIFEST).open("wb") as out:
             out.write(msgspec.json.encode(manifest))

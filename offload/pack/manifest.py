@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta, Struct
 
+from shoal.models.regular_files import read_regular
 from shoal.offload.errors import PackCorrupt, PackError
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import BlockId
@@ -64,9 +65,18 @@ class PackedVectors(Struct, frozen=True):
 
 
 class SourceFile(Struct, frozen=True):
+    """One file. `ctime_ns` also tells of a write that has set `mtime_ns` back; `target` is where links lead. A file of
+    the store, whose content is known, has neither, and no file has them in packs of older versions."""
+
     name: str
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
+    target: str = ""
+
+    def is_still(self, now: SourceFile) -> bool:
+        mine, its = ((it.name, it.size, it.mtime_ns, it.ctime_ns, it.target) for it in (self, now))
+        return mine == its if self.ctime_ns else mine[:3] == its[:3]
 
 
 class Source(Struct, frozen=True):
@@ -75,6 +85,12 @@ class Source(Struct, frozen=True):
     model: str
     files: list[SourceFile]
     store: str = ""
+
+    def is_still(self, now: Source) -> bool:
+        """Whether these are the files that `now` describes."""
+        if (self.model, self.store, len(self.files)) != (now.model, now.store, len(now.files)):
+            return False
+        return all(then.is_still(file) for then, file in zip(self.files, now.files, strict=True))
 
 
 class Manifest(Struct, frozen=True):
@@ -106,8 +122,7 @@ def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
     """Reads a manifest. Its types and ranges are checked, but not yet against the file. Raises PackError."""
     path = directory / name
     try:
-        with path.open("rb") as file:
-            text = file.read(MANIFEST_BYTES + 1)
+        text = read_regular(path, MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise PackError(f"{directory}: is no pack: it has no {name}") from error
     except OSError as error:

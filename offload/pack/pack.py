@@ -24,6 +24,7 @@ import xxhash
 from shoal.kernels import WEIGHT_TYPES, KernelError, Matrix, WeightType
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.models.families import bias_shapes, shapes
+from shoal.models.regular_files import open_regular
 from shoal.models.weights import Weights
 from shoal.offload.errors import PackCorrupt, PackError
 from shoal.partition.spec import BlockId, ModelSpec
@@ -71,7 +72,7 @@ class Pack:
         expected = {block for block in spec.blocks() if block.kind != "head"} | {
             BlockId("head", -1, number) for number in range(len(self._slices))
         }
-        if not self._slices or self.blocks.keys() != expected:
+        if not self._slices or self.blocks.keys() != expected or self.tied != spec.tied:
             raise _wrong(self.path, "does not have the blocks of its model")
         if self.vectors.keys() - self.blocks.keys() - {BlockId("head")}:
             raise _wrong(self.path, "has vectors of blocks that are not there")
@@ -151,7 +152,7 @@ def open_pack(directory: Path) -> Pack:
     manifest = read_manifest(directory)
     path = directory / BLOCKS
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             stat = os.fstat(file.fileno())
             _check_places(path, manifest, stat.st_size)
             stored = np.empty(manifest.vectors.nbytes, np.uint8)

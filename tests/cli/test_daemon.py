@@ -19,10 +19,12 @@ from fakes.cli_fakes import FakeClient, model_status, shoal, shoal_process
 
 from shoal import client as client_room
 from shoal.cli import background
+from shoal.cli import serve as serve_verbs
 from shoal.cli.observe import followed, tail
+from shoal.client import Client
 from shoal.comm.errors import RequestFailed
 from shoal.comm.home import Home
-from shoal.comm.messages import Stage
+from shoal.comm.messages import Stage, Tokenize
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
 
@@ -33,9 +35,15 @@ from shoal.daemon.server.socket_lock import socket_lock
 stubborn = sys.argv[2] == "stubborn"
 terms = []
 signal.signal(signal.SIGTERM, lambda *_: terms.append(1) if stubborn and not terms else sys.exit())
-with socket_lock(Path(sys.argv[1])):
-    print("up", flush=True)
-    while True:
+if sys.argv[2] == "deaf":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+try:
+    with socket_lock(Path(sys.argv[1])):
+        print("up", flush=True)
+        while True:
+            signal.pause()
+finally:
+    while sys.argv[2] == "lingering":
         signal.pause()
 """
 
@@ -78,6 +86,64 @@ def test_stop_ends_the_process_that_holds_the_lock(home: Home, kind: str, argume
         assert result.exit_code == 0, result.stderr
         assert process.wait(timeout=10) == 0
     assert background.running_pid(home) is None
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [("lingering", ["stop"]), ("deaf", ["stop", "--now"])])
+def test_stop_ends_what_does_not_end_by_itself_and_says_so(
+    home: Home, monkeypatch: pytest.MonkeyPatch, kind: str, arguments: list[str]
+) -> None:
+    """A daemon that has let go of its lock and stays, and one that hears no signal."""
+    monkeypatch.setattr(background, "CLOSED_LIMIT_S", 0.5)
+    monkeypatch.setattr(serve_verbs, "NOW_LIMIT_S", 1.5)
+    with holder(home, kind) as process:
+        result = shoal(*arguments)
+        assert process.wait(timeout=1) == -signal.SIGKILL
+    assert result.exit_code == 0
+    assert f"the daemon (pid {process.pid}) did not end by itself and was killed" in result.stderr
+    assert shoal("stop").exit_code == 4
+
+
+STUCK = """
+import sys, threading
+from shoal.comm.home import Home
+from shoal.daemon import service
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.node import Node
+
+def tokenize(self, request):
+    if request.text == "keep the lock":
+        10 ** 10 ** 8
+    threading.Event().wait()
+
+Node.tokenize = tokenize
+service.ENDING_S, service.THREADS_S = 3.0, 0.5
+service.serve(NodeConfig(threads=1), home=Home.from_env())
+"""
+
+
+@pytest.mark.parametrize(("text", "words"), [("wait", "has stopped"), ("keep the lock", "was killed")])
+def test_a_daemon_ends_whatever_its_threads_do(
+    home: Home, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    """A worker that never returns is left alone. One that keeps Python's lock lets nobody hear the signal."""
+    monkeypatch.setattr(serve_verbs, "NOW_LIMIT_S", 40.0 if text == "wait" else 2.0)
+    with subprocess.Popen([sys.executable, "-c", STUCK], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not background.answers(home):
+                assert process.poll() is None
+            with Client(home.address) as client:
+                client.ping()
+                exchange = client._begin(Tokenize(text=text))
+                client._pump(0.5)
+                assert not exchange.finished
+                result = shoal("stop", "--now")
+            assert result.exit_code == 0
+            assert words in result.stderr
+            assert process.stderr is not None
+            assert text != "wait" or "is stuck; the process ends without it" in process.stderr.read()
+            assert process.wait(timeout=5) is not None
+        finally:
+            process.kill()
 
 
 def test_stop_that_takes_too_long_says_what_to_do(home: Home) -> None:
@@ -151,6 +217,50 @@ def test_a_daemon_that_dies_while_starting_is_told_with_its_last_words(
         background.start(home, [])
     assert caught.value.code == "resources"
     assert "no room for it" in shoal("logs").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"), [(["serve"], "run/daemon.sock.lock"), (["serve", "--detach"], "logs")]
+)
+def test_a_disk_without_room_is_told_with_the_file_and_what_to_do(
+    home: Home, arguments: list[str], file: str
+) -> None:
+    """Here no file may grow; on a full disk the words are others."""
+    limit = "import resource as r, os, sys; r.setrlimit(r.RLIMIT_FSIZE, (0, 0)); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", limit, sys.executable, "-m", "shoal.cli.main", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert f"{home.root / file}: File too large (free some space, or set SHOAL_HOME" in done.stderr
+
+
+def test_a_daemon_for_models_of_the_store_only_loads_no_path(home: Home, tmp_path: Path) -> None:
+    model = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "tiny.gguf")
+    assert shoal("pull", "--name", "mine", str(model)).exit_code == 0
+    refused = shoal("serve", "--models-only", "--model", str(model))
+    assert refused.exit_code == 1
+    assert "is no model of this daemon's store, and it loads no others (--models-only)" in refused.stderr
+    started = shoal_process("", "serve", "--detach", "--models-only", "--model", "mine", "--threads", "1")
+    try:
+        assert started.returncode == 0, started.stderr
+        with Client(home.address) as client:
+            client.unload()
+            for path in (str(model), str(tmp_path / "missing"), "/etc/passwd"):
+                for ask in (
+                    lambda path=path: client.load(path),
+                    lambda path=path: client.load("mine", draft=path),
+                    lambda path=path: client.text("a", model=path),
+                    lambda path=path: client.text(
+                        messages=[{"role": "user", "content": "a"}], model=path + ":q4"
+                    ),
+                    lambda path=path: client.tokenize("a", model=path),
+                ):
+                    with pytest.raises(RequestFailed, match="no model of this daemon's store") as caught:
+                        ask()
+                    assert caught.value.code == "not_found"
+            assert client.text("a", model="mine", max_tokens=2)[1].usage.completion_tokens > 0
+    finally:
+        stopped = shoal("stop", "--now")
+    assert stopped.exit_code == 0, stopped.stderr
 
 
 def test_ctrl_c_while_a_daemon_starts_ends_it(
@@ -268,3 +378,25 @@ def test_a_model_that_does_not_load_ends_the_detached_daemon(home: Home, tmp_pat
     assert result.exit_code == 1
     assert "bad.gguf" in result.stderr
     assert shoal("stop").exit_code == 4
+
+
+def test_a_model_is_loaded_for_everybody_and_unloaded(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """These are the acts that concern others, so they say so."""
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    assert [shoal(*verb).exit_code for verb in (("load", str(file)), ("unload", str(file)))] == [4, 4]
+    client = FakeClient(model_status("m", path=str(file)))
+    monkeypatch.setattr(client_room, "Client", client)
+    monkeypatch.setattr(background, "running_pid", lambda home: 42)
+    home.run.mkdir(parents=True, exist_ok=True)
+    home.socket.touch()
+    result = shoal("load", str(file), "--ctx", "64")
+    assert (result.exit_code, client.loads) == (0, [(str(file), 64)])
+    assert result.stderr == "m is loaded with a context of 64 tokens, for all who use the daemon\n"
+    assert shoal("unload", "m").exit_code == 0
+    assert shoal("unload", str(file)).exit_code == 0
+    assert client.unloaded == ["m", str(file)]
+    assert shoal("unload", "nothing").exit_code == 1
+    assert shoal("load", str(file), "--ctx", "0").exit_code == 2

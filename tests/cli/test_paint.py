@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cli.output import folded, spinner, stage_text, steps_bar, transfer_bar
+from shoal.cli.output import folded, per_second, spinner, stage_text, steps_bar, transfer_bar
 from shoal.cli.paint import Painter, Wrap, printable
 from shoal.comm.messages import Stage
 
@@ -120,6 +120,25 @@ def test_a_stage_in_words() -> None:
     packing = Stage(doing="packing", done=600_000_000, total=1_000_000_000, bytes_per_s=1e8)
     assert stage_text(packing) == "packing 600 MB of 1 GB, 100 MB/s, 4 s left"
     assert stage_text(Stage(doing="loading", done=0, total=1000)) == "loading 0 B of 1 kB"
+    prompt = Stage(doing="prompt", done=1024, total=4100, tokens_per_s=35.2)
+    assert stage_text(prompt) == "reading the prompt, 1,024 of 4,100 tokens, 35.2/s, 1 min 27 s left"
+    assert stage_text(Stage(doing="prompt", done=0, total=4100)) == "reading the prompt, 0 of 4,100 tokens"
+    queued = Stage(doing="queued", done=2, total=5)
+    assert stage_text(queued) == "waiting for its turn, place 2 of 5 in the queue"
+    assert [per_second(speed) for speed in (0.512, 35.24, 1260.4)] == ["0.512/s", "35.2/s", "1,260/s"]
+
+
+def test_a_stage_is_on_stderr_where_the_answer_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    for quiet, written in ((False, "Hello\n"), (True, "")):
+        out, screen = io.StringIO(), Terminal()
+        monkeypatch.setattr("sys.stderr", screen)
+        painter = Painter(out, quiet=quiet)
+        assert painter.shows_stages
+        painter.stage("reading the prompt")
+        painter.write("Hello")
+        painter.end()
+        assert (out.getvalue(), screen.getvalue()) == (written, "reading the prompt\r\x1b[K")
 
 
 def test_keys_pressed_while_something_loads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,18 @@ def test_priority_and_deadline_are_passed_on_and_told(stage: Stage) -> None:
     assert line == "9 prompt tokens · 5 of them cached · 2 tokens · cut at the deadline"
 
 
+def test_an_answer_that_only_repeats_itself_is_ended_and_that_is_told(stage: Stage) -> None:
+    stage.here.reason = "repetition"
+    result = shoal("run", "m.gguf", "Once")
+    assert result.exit_code == 0
+    assert result.stderr.endswith(
+        "· ended because it only repeated itself (--keep-repeating lets it go on)\n"
+    )
+    assert json.loads(shoal("run", "--json", "m.gguf", "Once").stdout)["finish_reason"] == "repetition"
+    shoal("run", "--keep-repeating", "m.gguf", "Once")
+    assert [request.stop_repeating for request in stage.here.requests] == [True, True, False]
+
+
 def test_a_model_without_template_continues_the_prompt_and_says_so(stage: Stage) -> None:
     stage.here = FakeAnswers("x", chat_template=False)
     result = shoal("run", "m.gguf", "Once")
@@ -212,10 +224,12 @@ def test_a_model_without_template_continues_the_prompt_and_says_so(stage: Stage)
         ([], True),
         (["--seed", "1", "--max-tokens", "3"], True),
         (["--local"], False),
-        (["--json"], False),
+        (["--json"], True),
+        (["--json", "--local"], False),
         (["--threads", "1"], False),
         (["--memory", "1GB"], False),
-        (["--ctx", "64"], False),
+        (["--ctx", "64"], True),
+        (["--ctx", "64", "--kv-type", "i8"], False),
         (["--device", "cpu"], False),
     ],
 )
@@ -225,6 +239,11 @@ def test_a_daemon_is_used_unless_the_plan_is_shaped(stage: Stage, options: list[
     assert result.exit_code == 0
     assert bool(stage.daemon.requests) == daemon
     assert bool(stage.here.requests) != daemon
+    used = stage.daemon if daemon else stage.here
+    context = 64 if "--ctx" in options else None
+    assert (used.contexts, used.requests[0].context_tokens) == ([context], context)
+    if "--json" in options:
+        assert json.loads(result.stdout)["text"] == "".join(used.words)
 
 
 def test_options_reach_the_node(stage: Stage) -> None:

@@ -126,7 +126,11 @@ def test_help_is_a_verb_too() -> None:
         (KeyboardInterrupt(), "interrupted", 130),
         (click.Abort(), "interrupted", 130),
         (FileNotFoundError(2, "No such file", "x"), "x: No such file", 1),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", 3),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "No space left on device (free some space, or set SHOAL_HOME to another disk)",
+            3,
+        ),
         (OSError(errno.EIO, "Input/output error"), "Input/output error", 1),
         (
             KeyError("k"),
@@ -213,9 +217,9 @@ def test_options_become_requests_and_command_lines() -> None:
     sampling = fields["sampling"]
     assert (sampling.seed, sampling.temperature, sampling.repetition_penalty) == (3, 0.0, 1.5)
     assert sampling.top_k is None
-    assert not PlanOptions().given
+    assert not PlanOptions(ctx=9).beyond_context
     plan = PlanOptions(memory=3_000_000_000, threads=1)
-    assert plan.given
+    assert plan.beyond_context
     assert plan.arguments() == ["--memory", "3000000000", "--threads", "1"]
     assert plan.config().memory_bytes == 3_000_000_000
 

@@ -13,6 +13,7 @@ import pytest
 from fakes.api_fakes import ipc, running
 
 from shoal.comm import messages
+from shoal.comm.chat_message import KnownFields
 from shoal.comm.sampling_limits import MAX_BIASES, SAMPLING_LIMITS
 from shoal.daemon.server.limits import ServerLimits
 
@@ -22,7 +23,7 @@ STRUCTS = (
     {(name, "request"): kind for name, kind in messages.REQUESTS.items()}
     | {(name, "reply"): kind for name, kind in messages.REPLIES.items()}
     | {
-        ("chat message", ""): messages.ChatMessage,
+        ("chat message", ""): KnownFields,
         ("generation", ""): messages.Generation,
         ("sampling", ""): messages.Sampling,
         ("token logprob", ""): messages.TokenLogprob,

@@ -52,7 +52,7 @@ def test_everything_else_is_not_loopback_and_refused_without_keys(host, router):
     address = f"tcp://{host}:5555"
     assert not endpoint.parse(address).loopback
     with pytest.raises(AddressError, match="in plain text"):
-        endpoint.bind(router, address)
+        endpoint.listen(address)
     with pytest.raises(AddressError):
         endpoint.connect(router, address)
 
@@ -78,10 +78,11 @@ def test_any_text_parses_or_is_refused(text, prefix):
     assert str(parsed).startswith(("tcp://", "ipc:///"))
 
 
-def test_ipc_sockets_are_private(tmp_path, router):
+def test_ipc_sockets_are_private(tmp_path):
     before = os.umask(0)
     try:
-        bound = endpoint.bind(router, f"ipc://{tmp_path}/run/d.sock")
+        with endpoint.listen(f"ipc://{tmp_path}/run/d.sock") as public:
+            bound = endpoint.address_of(public)
         assert os.umask(0) == 0  # as it was
     finally:
         os.umask(before)
@@ -90,17 +91,16 @@ def test_ipc_sockets_are_private(tmp_path, router):
     assert mode(tmp_path / "run" / "d.sock") == 0o600
 
 
-def test_ipc_in_a_directory_others_can_write_to_is_refused(tmp_path, router):
+def test_ipc_in_a_directory_others_can_write_to_is_refused(tmp_path):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     with pytest.raises(AddressError, match="writable by nobody else"):
-        endpoint.bind(router, f"ipc://{tmp_path}/open/d.sock")
+        endpoint.listen(f"ipc://{tmp_path}/open/d.sock")
 
 
-def test_a_taken_port_is_told(router):
-    bound = endpoint.bind(router, "tcp://127.0.0.1:0")
-    with pytest.raises(AddressError, match="cannot listen"):
-        endpoint.bind(router, bound)
+def test_a_taken_port_is_told():
+    with endpoint.listen("tcp://127.0.0.1:0") as public, pytest.raises(AddressError, match="cannot listen"):
+        endpoint.listen(endpoint.address_of(public))
 
 
 # --- keys -----------------------------------------------------------------------------------------------

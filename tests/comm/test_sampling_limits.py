@@ -69,7 +69,7 @@ def test_limits_hold_for_messages_made_here_and_read_from_the_wire(name: str) ->
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("repetition_penalty", 0.0),
-        ("repetition_penalty", None),
+        ("repetition_penalty", "1"),
         ("presence_penalty", 10.1),
         ("frequency_penalty", math.inf),
         ("logit_bias", {1: 10001.0}),

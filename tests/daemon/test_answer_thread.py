@@ -244,3 +244,24 @@ def test_guesses_after_a_stop_string_do_not_count(tokenizer: Tokenizer) -> None:
     subject.take(Ended(asked, "length"))
     (done,) = (event for event in emitted if isinstance(event, Done))
     assert (done.usage.completion_tokens, done.usage.accepted_tokens) == (3, 1)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_answer_that_only_repeats_itself_ends_if_that_is_asked_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """It has what was said until then, and the engine is told."""
+    monkeypatch.setattr("shoal.models.tokenizer.repetition.LOOK_TOKENS", 4)
+    monkeypatch.setattr(
+        "shoal.engine.engine._following", lambda chunk, logits: [Sampled(65)] if chunk.samples else []
+    )
+    with Node(replace(CONFIG, max_guesses=0)) as node:
+        node.load(Load(model=str(path)))
+        text, ids, done = text_of(node, prompt(0, new=50, stop_repeating=asked, context_tokens=60))
+        assert (done.finish_reason, len(ids)) == ("length", 20)
+        text, ids, done = text_of(node, prompt(0, tokens=10, new=80, stop_repeating=asked))
+        assert (done.finish_reason, len(ids)) == (("repetition", 48) if asked else ("length", 80))
+        assert (ids, done.usage.completion_tokens) == ([65] * len(ids), len(ids))
+        assert text == node._models.pick("").tokenizer.decode(ids)  # type: ignore[union-attr]
+        node.drain(PATIENCE_S)
+        assert node.status().models[0].running == 0

@@ -67,7 +67,10 @@ def test_a_budget_holds_the_process_and_leaves_the_machine_usable(monkeypatch) -
     monkeypatch.setattr(memory, "private_bytes", lambda: 150 * MB)
     asked = memory.budget_of(1000 * MB)
     assert asked.limit_bytes == 1000 * MB
-    assert asked.held_by(memory.PROCESS) == 150 * MB + memory.CODE_BYTES + memory.GROWTH_BYTES
+    assert (
+        asked.held_by(memory.PROCESS)
+        == 150 * MB + memory.CODE_BYTES + memory.GROWTH_BYTES + memory.CHILD_BYTES
+    )
     assert memory.budget_of(None).limit_bytes == 150 * MB + 7200 * MB
     monkeypatch.setattr(kernels, "home", lambda: "reference")
     held = memory.budget_of(1000 * MB).held_by(memory.PROCESS)

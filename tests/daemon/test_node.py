@@ -187,7 +187,7 @@ def test_cancel_twice_gives_one_terminal_message(node: Node) -> None:
         if isinstance(event, Done | Error):
             ended.set()
 
-    cancel = node.submit(prompt(0, new=50), emit)
+    cancel = node.submit(prompt(0, new=50), emit).cancel
     cancel()
     cancel()
     assert ended.wait(30)
@@ -263,7 +263,7 @@ def test_a_step_that_cannot_be_chosen_fails_all_requests_and_the_node_serves_on(
 
         patch.setattr(engine.scheduler, "next", broken)
         events: list[Event] = []
-        cancel = node.submit(prompt(0), events.append)
+        cancel = node.submit(prompt(0), events.append).cancel
         node._answering.wait(20)
         cancel()
         assert isinstance(events[-1], Error)
@@ -326,7 +326,7 @@ def test_a_step_that_nobody_wants_any_more_is_given_up(node: Node, monkeypatch: 
         patch.setattr(transformer, "attend", slow)
         patch.setattr(transformer, "feed_forward", noted)
         ended: list[Event] = []
-        cancel = node.submit(prompt(0), ended.append)
+        cancel = node.submit(prompt(0), ended.append).cancel
         assert began.wait(20)
         cancel()
         node._answering.wait(20)

@@ -84,6 +84,28 @@ def test_queue_full_and_too_long_are_refused_with_the_figures() -> None:
         subject.submit(sequence(2, 2))
 
 
+def test_a_full_queue_has_a_place_for_a_client_with_fewer_requests() -> None:
+    subject = scheduler(sequences=1, queue=4)
+    engine = FakeEngine(subject)
+    running = engine.submit(sequence(words(2), 30, client="greedy"))
+    engine.step()
+    important = engine.submit(sequence(words(3), 2, client="greedy", priority=1))
+    mine = [engine.submit(sequence(words(4 + n), 2, client="greedy")) for n in range(3)]
+    for client in ("a", "b"):
+        engine.submit(sequence(words(9), 2, client=client))
+    assert [one.ended[0][:5] if one.ended else "" for one in mine] == ["", "error", "error"]
+    assert isinstance(mine[2].error, QueueFull)
+    assert not important.ended
+    assert not running.ended
+    engine.submit(sequence(words(9), 2, client="a"))
+    assert isinstance(mine[0].error, QueueFull)
+    for client in ("a", "greedy"):  # nobody else has more than these and one
+        with pytest.raises(QueueFull):
+            engine.submit(sequence(words(9), 2, client=client))
+    engine.run()
+    check_pages(subject)
+
+
 def test_who_is_refused_is_told_to_wait_in_proportion_to_the_work() -> None:
     waits = []
     for backlog in (2, 8):

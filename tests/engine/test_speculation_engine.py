@@ -227,7 +227,7 @@ def test_answers_do_without_a_draft_model_that_fails(
     executor = model.engine._drafter._rank.executor
     forward, steps = executor.forward, iter(range(1000))
 
-    def breaks(step: Step, wanted: Callable[[], bool]) -> Floats:
+    def breaks(step: Step, wanted: Callable[[float], bool]) -> Floats:
         if next(steps) == 4:
             raise MemoryError("no room")
         return forward(step, wanted)

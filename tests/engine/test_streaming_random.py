@@ -164,7 +164,7 @@ class Streamed:
             row_share=world.source.choice([0.001, 0.15]),
             reads=self.disk.most_reads if self.disk else 1,
         )
-        executor = Executor(Transformer(spec, CONTEXT), plan, self.store, self.kv, Alone())
+        executor = Executor(Transformer(spec), plan, self.store, self.kv, Alone())
         ticks = itertools.count(step=0.001)
         clock = lambda: next(ticks)  # noqa: E731
         self.engine = Engine(Rank(executor, clock, self.disk), self.scheduler, clock)

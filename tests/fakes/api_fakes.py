@@ -69,6 +69,9 @@ class Run:
         if self.prompt.startswith("manual"):
             self.emit(done("cancelled"))
 
+    def stage(self) -> Stage | None:
+        return Stage(doing="prompt", done=2, total=5, tokens_per_s=4.0)
+
     def echo(self) -> None:
         """Emit the words of the prompt, one token each. `forever` never ends by itself."""
         self.emit(Accepted(model="fake", prompt_tokens=len(self.prompt.split())))
@@ -106,9 +109,7 @@ class FakeBackend:
             assert self.submitted.wait_for(lambda: prompt in self.runs, PATIENCE_S), f"no request {prompt!r}"
             return self.runs[prompt]
 
-    def submit(
-        self, request: Generate | Chat, emit: Callable[[Message], None], client: str
-    ) -> Callable[[], None]:
+    def submit(self, request: Generate | Chat, emit: Callable[[Message], None], client: str) -> Run:
         prompt = request.prompt if isinstance(request, Generate) else str(request.messages[-1].content)
         prompt = prompt or ""
         if prompt.startswith("refuse"):
@@ -123,7 +124,7 @@ class FakeBackend:
                 self._threads.append(thread)
             self.runs[prompt] = run
             self.submitted.notify_all()
-        return run.cancel
+        return run
 
     def tokenize(self, request: Tokenize) -> Tokens:
         if request.text is None:

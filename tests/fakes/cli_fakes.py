@@ -18,6 +18,7 @@ from shoal.comm.messages import (
     Chat,
     ChatMessage,
     Done,
+    FinishReason,
     Generate,
     Loaded,
     ModelStatus,
@@ -58,13 +59,19 @@ class FakeAnswers:
         self.status = model_status(**status)
         self.loaded: list[str] = []
         self.drafts: list[str | None] = []
+        self.contexts: list[int | None] = []
         self.requests: list[Generate | Chat] = []
         self.cancelled = 0
+        self.reason: FinishReason = "stop"
 
     def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
         self.loaded.append(model)
         self.drafts.append(draft)
+        self.contexts.append(context)
         return self.status
+
+    def peak_memory_bytes(self) -> int:
+        return 5_000_000
 
     def models(self) -> list[ModelStatus]:
         return [self.status]
@@ -88,12 +95,15 @@ class FakeAnswers:
         if self.fails is not None:
             raise self.fails
         usage = Usage(prompt_tokens=7, completion_tokens=len(self.words))
-        finished.append(Done(finish_reason="stop", usage=usage, timings=TIMINGS, context_tokens=100))
+        finished.append(Done(finish_reason=self.reason, usage=usage, timings=TIMINGS, context_tokens=100))
         yield finished[0]
 
 
 class FakeClient:
-    """A daemon's client: one per daemon, however often it is opened. A message counts a token per word."""
+    """A daemon's client: one per daemon, however often it is opened. A message counts a token per word.
+
+    `loads` are loads for everybody, (model, context); `asked` are those of one conversation, (model, least context).
+    """
 
     def __init__(self, *models: ModelStatus, words: tuple[str, ...] = ("Hello", " there.")) -> None:
         self.models = {model.name: model for model in models}
@@ -101,6 +111,8 @@ class FakeClient:
         self.fails: Exception | None = None
         self.drafts: list[str | None] = []
         self.loads: list[tuple[str, int | None]] = []
+        self.asked: list[tuple[str, int | None]] = []
+        self.unloaded: list[str] = []
         self.changed: dict[str, Any] = {}  # of its status
 
     def __call__(self, address: str | None = None, **options: Any) -> FakeClient:
@@ -135,11 +147,19 @@ class FakeClient:
         )
 
     def load(
-        self, model: str, context: int | None = None, draft: str | None = None, heard: Any = None
+        self,
+        model: str,
+        context: int | None = None,
+        draft: str | None = None,
+        heard: Any = None,
+        *,
+        least_context: int | None = None,
     ) -> Loaded:
-        self.loads.append((model, context))
+        (self.asked if context is None else self.loads).append((model, context or least_context))
         self.drafts.append(draft)
         name = Path(model).stem
+        if name not in self.models and least_context is not None:
+            context = max(100, least_context)
         found = self.models.get(name, model_status(name, path=model))
         if context is not None:
             found = model_status(
@@ -147,6 +167,9 @@ class FakeClient:
             )
         self.models[name] = found
         return Loaded(model=found, seconds=0.1)
+
+    def unload(self, model: str = "") -> None:
+        self.unloaded.append(model)
 
     def tokenize(self, *, messages: list[ChatMessage], model: str) -> Tokens:
         words = sum(len(str(message.content).split()) for message in messages)

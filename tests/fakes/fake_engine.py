@@ -7,7 +7,7 @@ all fingerprints before it, so one page mixed up, not copied or written too earl
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from fakes.listening import Heard
 
@@ -19,6 +19,7 @@ from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.offload.kv.disk_index import KvIndex
 from shoal.offload.kv.pages import PageTable
 from shoal.offload.kv.prefix_cache import Copy, PrefixCache, Save
+from shoal.partition.spec import RopeSpec, grows_to, length_class
 
 PAGE = 4
 VOCAB = 50
@@ -37,9 +38,12 @@ def scheduler(
     chunk: int = 16,
     guesses: int = 0,
     index: KvIndex | None = None,
+    ropes: Collection[RopeSpec] = (),
 ) -> Scheduler:
     cache = PrefixCache(PageTable(pages), PAGE, index)
-    return Scheduler(cache, sequences=sequences, queue=queue, chunk_tokens=chunk, guesses=guesses, reads=3)
+    return Scheduler(
+        cache, sequences=sequences, queue=queue, chunk_tokens=chunk, guesses=guesses, reads=3, ropes=[*ropes]
+    )
 
 
 def fingerprint(before: int, token: int) -> int:
@@ -52,14 +56,24 @@ def following(fingerprints: list[int]) -> int:
     return len(fingerprints) % 7 if whole % 4 else whole // 4 % VOCAB
 
 
-def continuation(prompt: list[int], new: int) -> list[int]:
-    """What the model says to this prompt when it runs alone."""
-    tokens, stored = list(prompt), [0]
-    for token in prompt:
+def stored_of(tokens: list[int], length: int) -> list[int]:
+    """The fingerprints of a text whose keys have the ropes for `length`."""
+    stored = [length]
+    for token in tokens:
         stored.append(fingerprint(stored[-1], token))
+    return stored
+
+
+def continuation(prompt: list[int], new: int, ropes: Collection[RopeSpec] = ()) -> list[int]:
+    """What the model says to this prompt when it runs alone."""
+    tokens, length = list(prompt), length_class(ropes, len(prompt))
+    stored = stored_of(tokens, length)
     for _ in range(new):
         tokens.append(following(stored))
         stored.append(fingerprint(stored[-1], tokens[-1]))
+        if len(tokens) > grows_to(ropes, length):
+            length = length_class(ropes, len(tokens))
+            stored = stored_of(tokens, length)
     return tokens[len(prompt) :]
 
 
@@ -173,7 +187,7 @@ class FakeEngine:
     def _compute(self, batch: Batch) -> list[list[Sampled]]:
         results: list[list[Sampled]] = []
         for chunk in batch.chunks:
-            stored = [0] + [self._slot(chunk.pages, position) for position in range(chunk.start)]
+            stored = [chunk.length] + [self._slot(chunk.pages, position) for position in range(chunk.start)]
             for position, token in enumerate(chunk.tokens, chunk.start):
                 stored.append(fingerprint(stored[-1], token))
                 self._memory[chunk.pages[position // PAGE]][position % PAGE] = stored[-1]
@@ -198,7 +212,7 @@ def check_pages(subject: Scheduler) -> None:
     """Every page is free, cached or used, and nobody has a page that is somebody else's."""
     cache = subject.cache
     nodes, users = {}, {}
-    stack = [cache._root]
+    stack = list(cache._roots.values())
     while stack:
         node = stack.pop()
         for tokens, child in node.children.items():

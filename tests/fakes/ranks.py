@@ -95,7 +95,7 @@ class Group:
             ranks=shard.ranks,
         )
         store = ResidentStore.load(plan, part)
-        transformer = Transformer(spec, base.context_tokens)
+        transformer = Transformer(spec)
         kv = KvPool(spec, base.kv)
         executor = Executor(transformer, plan, store, kv, member, vocab=shard.ranges.vocab)
         return Rank(executor, clock=lambda: 0.0)

@@ -12,11 +12,12 @@ from shoal.engine.collective import Alone
 from shoal.engine.executor import Executor
 from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from shoal.models.step import Step
+from shoal.models.step import Segment, Step
 from shoal.models.transformer import Transformer
 from shoal.offload.block_store import ResidentStore
 from shoal.offload.kv.pool import KvPool
 from shoal.partition.plan import Plan
+from shoal.partition.spec import length_class
 
 FP32 = NodeConfig(kv_type="f32", kv_tokens=512, context_tokens=128)
 
@@ -37,14 +38,14 @@ class Running:
             self.spec = checkpoint.spec
             self.kv = KvPool(self.spec, self.plan.kv)
             store = ResidentStore.load(self.plan, checkpoint)
-        model = Transformer(self.spec, self.plan.context_tokens)
+        model = Transformer(self.spec)
         self.executor = Executor(model, self.plan, store, self.kv, Alone())
 
     def step(self, *parts: tuple[list[int], int, list[int]]) -> Floats:
         """(token ids, start position, pages) per sequence → logits (T, vocab) of every row."""
-        step = Step.build(
-            ((ids, start, pages, len(ids)) for ids, start, pages in parts), self.plan.part_tokens
-        )
+        length = length_class(self.spec.ropes, self.plan.context_tokens)
+        segments = (Segment(ids, start, pages, len(ids), length) for ids, start, pages in parts)
+        step = Step.build(segments, self.plan.part_tokens)
         return self.executor.head(self.executor.forward(step))
 
     def logits(self, ids: list[int], prefill: list[int]) -> Floats:

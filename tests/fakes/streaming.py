@@ -87,7 +87,7 @@ class Streaming(Running):
         self.plan = streaming_plan(base, spec, pack, **choices)  # type: ignore[arg-type]
         self.kv = KvPool(spec, self.plan.kv)
         self.store = open_packed(self.plan, pack)
-        model = Transformer(spec, self.plan.context_tokens)
+        model = Transformer(spec)
         self.executor = Executor(model, self.plan, self.store, self.kv, Alone())
 
     def __enter__(self) -> Streaming:

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
 from shoal.models.families import FAMILIES, bias_shapes, recipe_from_hf, shapes
-from shoal.partition.spec import BlockId, ModelSpec
+from shoal.partition.spec import ANY_LENGTH, BlockId, ModelSpec, RopeSpec, grows_to, length_class
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -150,7 +150,35 @@ def test_clip() -> None:
 def test_dynamic_rope_is_plain_within_the_context() -> None:
     plain = spec_of(small("llama", rope_parameters={"rope_type": "default", "rope_theta": 100.0}))
     dynamic = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
-    assert spec_of(small("llama", rope_parameters=dynamic)) == plain
+    scaled = spec_of(small("llama", rope_parameters=dynamic))
+    (rope,), (other,) = scaled.ropes, plain.ropes
+    assert all(rope.turning(tokens) == other.turning(tokens) for tokens in (1, 64, 128))
+    assert rope.turning(129).theta > other.turning(129).theta == 100.0
+    assert (scaled.context, scaled.longest, plain.longest) == (128, 256, 128)
+    assert repr(scaled) == repr(plain)  # or KV on disk of older versions would not be found
+
+
+@pytest.mark.parametrize("factor", [0.5, 1e300, 1e7])
+def test_a_dynamic_factor_has_limits(factor: float) -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": factor}
+    with pytest.raises(CorruptCheckpoint, match="dynamic_factor"):
+        spec_of(small("llama", rope_parameters=dynamic))
+
+
+def test_ropes_are_chosen_by_the_length_of_a_text() -> None:
+    short, long = (1.0, 2.0), (3.0, 4.0)
+    longrope = RopeSpec(4, 100.0, divisors=short, long_divisors=long, long_from_tokens=64, long_magnitude=2.0)
+    dynamic = RopeSpec(4, 100.0, dynamic_factor=2.0, dynamic_from_tokens=100)
+    assert longrope.turning(64) == (100.0, short, 1.0)
+    assert longrope.turning(65) == (100.0, long, 2.0)
+    assert [length_class([longrope], tokens) for tokens in (1, 64, 65, 1000)] == [0, 0, 65, 65]
+    assert [length_class([dynamic], tokens) for tokens in (1, 100, 101, 1000)] == [0, 0, 101, 1000]
+    assert [length_class([longrope, dynamic], tokens) for tokens in (64, 65, 101)] == [0, 65, 101]
+    assert (grows_to([longrope], 0), grows_to([dynamic], 0), grows_to([dynamic], 800)) == (64, 100, 900)
+    assert grows_to([longrope], 65) == grows_to([RopeSpec(4, 100.0)], 0) == ANY_LENGTH
+    for tokens in range(1, 300):
+        for ropes in ([longrope], [dynamic], []):
+            assert grows_to(ropes, length_class(ropes, tokens)) >= tokens
 
 
 def small(family: str, **changes: Any) -> dict[str, Any]:

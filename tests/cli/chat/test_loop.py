@@ -65,7 +65,8 @@ def test_a_daemon_that_dies_is_announced_and_started_again(
     daemon.client.answers.fails = None
     assert talk(state, "/retry") == 0
     assert daemon.starts == 1
-    assert daemon.client.loads == [("tiny", None), ("tiny", None)]
+    assert daemon.client.asked == [("tiny", None), ("tiny", None)]
+    assert daemon.client.loads == []
     assert "started the daemon (pid 43)" in capsys.readouterr().err
     assert [turn.user for turn in state.conversation.turns] == ["Hi"]
 
@@ -163,16 +164,6 @@ def test_models_are_listed_and_changed(
     assert state.link.model.name == "tiny"
 
 
-def test_the_context_can_be_changed(
-    daemon: Daemon, state: ChatState, capsys: pytest.CaptureFixture[str]
-) -> None:
-    put(state, "tiny")
-    assert talk(state, "/ctx", "/ctx 64") == 0
-    assert "the context is 64 tokens" in capsys.readouterr().err
-    assert daemon.client.loads[-1] == ("tiny", 64)
-    assert [talk(state, f"/ctx {wrong}") for wrong in ("many", "0", "-1")] == [2, 2, 2]
-
-
 def test_conversations_are_saved_privately_and_loaded(
     state: ChatState, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,7 +213,8 @@ def test_a_model_in_fewer_bits_keeps_them(daemon: Daemon, state: ChatState) -> N
     put(state, "plain")
     daemon.client.models["plain"] = model_status("plain", chat_template=False)
     assert talk(state, "/model tiny:q4", "/ctx 64", "/model plain") == 1
-    assert daemon.client.loads[-4:] == [("tiny:q4", None), ("tiny:q4", 64), ("plain", 64), ("tiny:q4", 64)]
+    assert daemon.client.asked[-3:] == [("tiny:q4", None), ("plain", None), ("tiny:q4", 64)]
+    assert daemon.client.loads == []
 
 
 # --- the verb ---------------------------------------------------------------------------------------------
@@ -263,7 +255,8 @@ def test_without_a_daemon_one_is_started(daemon: Daemon, state: ChatState) -> No
     result = shoal("chat", "--ctx", "64", stdin="Hi\n")
     assert result.exit_code == 0, result.stderr
     assert daemon.starts == 1
-    assert daemon.client.loads[-1] == ("other", 64)
+    assert daemon.client.asked[-1] == ("other", 64)
+    assert daemon.client.answers.requests[-1].context_tokens == 64
 
 
 def test_a_daemon_that_another_process_started_first_is_taken(
@@ -305,11 +298,11 @@ def test_options_that_shape_the_plan_keep_the_chat_in_this_process(
 
     monkeypatch.setattr(chat_module, "in_process", in_process)
     put(state, "tiny")
-    loads = list(daemon.client.loads)
+    loads = list(daemon.client.asked)
     result = shoal("chat", "tiny", "--memory", "3GB", "--kv-type", "i8", stdin="Hi\nAnd?\n")
     assert (result.exit_code, result.stdout) == (0, "Here.\nHere.\n"), result.stderr
     assert (configs[0].memory_bytes, configs[0].kv_type) == (3 * 10**9, "i8")
-    assert daemon.client.loads == loads
+    assert (configs[0].context_tokens, daemon.client.asked) == (None, loads)
     assert shoal("chat", "tiny", "--ctx", "64", stdin="Hi\n").stdout == "Hello there.\n"
-    assert daemon.client.loads[len(loads) :] == [("tiny", 64)]
+    assert daemon.client.asked[len(loads) :] == [("tiny", 64)]
     assert len(configs) == 1

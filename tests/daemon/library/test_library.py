@@ -220,3 +220,24 @@ def test_amounts_are_written_as_people_do() -> None:
         "3 GB",
     ]
     assert [format_duration(s) for s in (0.4, 61, 3600, 90061)] == ["0 s", "1 min 1 s", "1 h", "1 d 1 h"]
+
+
+def test_who_may_name_only_models_of_the_store_learns_nothing_of_other_files(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.gguf").write_bytes(b"GGUF")
+    (tmp_path / "there").mkdir()
+    with library.stage("mine", "a source") as staging:
+        (staging.path / "m.gguf").write_bytes(b"GGUF")
+        stored = staging.commit("gguf", {"m.gguf": hashlib.sha256(b"GGUF").hexdigest()})
+    assert library.resolve_stored("mine") == library.resolve_stored(str(stored.path)) == stored.path
+    for name in ("there", "there.gguf", str(tmp_path / "there.gguf"), "missing", str(tmp_path / "missing"), "/dev/null",
+                 "../x", "~", "~root/.bashrc", ".", "", "a\0b", str(stored.path.parent), "x" * 5000):  # fmt: skip
+        with pytest.raises(DaemonError) as caught:
+            library.resolve_stored(name)
+        told = caught.value.message.replace(repr(name[:140]), "NAME")
+        assert (caught.value.code, told) == (
+            "not_found",
+            "NAME is no model of this daemon's store, and it loads no others (`models_only`)",
+        )

@@ -17,6 +17,8 @@ from fakes.asking import CONFIG, prompt, text_of
 from shoal.comm.messages import Accepted, Done, Load, Sampling, Unload
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library import registry
+from shoal.daemon.loading.advice import advice_of
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
@@ -154,12 +156,18 @@ def test_too_little_memory_is_refused_with_the_figure(path: Path) -> None:
         assert caught.value.code == "resources"
 
 
-def test_sampling_falls_back_from_request_to_authors_to_shoal(path: Path) -> None:
+def test_sampling_falls_back_from_request_to_authors_to_shoal(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Node(CONFIG) as node:
         node.load(Load(model=str(path)))
         model = next(iter(node._models))
         assert sampling_of(model, Sampling()).temperature == DEFAULT_SAMPLING["temperature"]
-        model.name = "smollm2"
+        # A model is known by its file, not by what somebody calls it.
+        monkeypatch.setattr(
+            registry, "MODELS", [replace(registry.MODELS[0], member_bytes=path.stat().st_size)]
+        )
+        model.advice = advice_of(model.checkpoint)
         assert sampling_of(model, Sampling()).temperature == 0.2
         assert sampling_of(model, Sampling(temperature=0.0)).temperature == 0.0
 
@@ -185,3 +193,32 @@ def test_a_default_context_shrinks_until_it_fits(path: Path) -> None:
         refused = planned(1 << 20)
         assert isinstance(refused, Misfit)
         assert refused.plan.kv.tokens == 512
+
+
+def test_a_request_has_a_context_of_its_own(node: Node, path: Path) -> None:
+    """It ends there; the model and other requests keep theirs. More than the model has is refused."""
+    whole = text_of(node, prompt(0, new=50))
+    short = text_of(node, prompt(0, new=50, context_tokens=60))
+    assert (short[2].finish_reason, short[2].context_tokens) == ("length", 60)
+    assert (short[1], short[2].usage.completion_tokens) == (whole[1][:20], 20)
+    with pytest.raises(DaemonError, match="40 tokens, the context holds 30") as caught:
+        list(node.stream(prompt(0, context_tokens=30)))
+    assert (caught.value.code, "`context_tokens=96`" in caught.value.hint) == ("context_overflow", True)
+    with pytest.raises(DaemonError, match=r"97 tokens was asked for, tiny.gguf is loaded with 96") as caught:
+        list(node.stream(prompt(0, context_tokens=97)))
+    assert caught.value.code == "context_overflow"
+    assert node.status().models[0].context_tokens == 96
+    assert text_of(node, prompt(0, new=50))[:2] == whole[:2]
+
+
+def test_a_model_is_loaded_with_room_for_who_asks_first(path: Path) -> None:
+    """What a conversation asks for never makes the model smaller for others, nor loads it anew."""
+    with Node(replace(CONFIG, context_tokens=48)) as node:
+        assert text_of(node, prompt(0, new=50, model=str(path), context_tokens=64))[2].context_tokens == 64
+        for least, context in ((32, 64), (96, 64)):
+            loaded = node.load(Load(model=str(path), least_context=least))
+            assert (loaded.model.context_tokens, loaded.seconds) == (context, 0.0)
+        node.unload(Unload())
+        assert node.load(Load(model=str(path), least_context=16)).model.context_tokens == 48
+    with pytest.raises(ValueError, match="not both"):
+        Load(model=str(path), context=16, least_context=32)

@@ -286,6 +286,23 @@ def test_a_stage_is_told_to_who_asked_for_it(monkeypatch):
     assert heard[0].seconds > 0
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_progress_of_a_prompt_is_told_to_who_asked_for_it(monkeypatch, asked):
+    """Everybody else gets `waiting`, as clients that are older do."""
+    monkeypatch.setattr("shoal.daemon.server.in_flight.STAGE_S", 0.0)
+    with running() as daemon, RawClient(daemon.address) as client:
+        client.send(Generate(prompt="manual", progress=asked))
+        run = daemon.backend.run("manual")
+        run.emit(Accepted(model="m", prompt_tokens=5))
+        told = client.until(Stage if asked else Waiting)
+        assert told.seconds > 0
+        if asked:
+            assert (told.doing, told.done, told.total, told.tokens_per_s) == ("prompt", 2, 5, 4.0)
+        run.emit(done())
+        while not isinstance(message := client.receive()[1], Done):
+            assert type(message) in (Accepted, Stage if asked else Waiting)
+
+
 def test_stages_nobody_reads_are_one():
     exchange = Exchange(b"1")
     for number in range(5):

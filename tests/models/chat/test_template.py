@@ -6,14 +6,16 @@ The templates in chat_templates are the published ones of SmolLM2, Qwen2.5, Qwen
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from shoal.models.chat.template import MAX_SOURCE_CHARS, ChatTemplate
-from shoal.models.errors import TemplateError
+from shoal.models.chat.renderer import MAX_SOURCE_CHARS
+from shoal.models.chat.template import ChatTemplate
+from shoal.models.errors import ModelError, TemplateError
 
 PUBLISHED = {
     path.stem: path.read_text() for path in (Path(__file__).parent / "chat_templates").glob("*.jinja")
@@ -184,6 +186,10 @@ def test_conversations_that_are_none_are_refused(messages: list[object]) -> None
 
 
 SIXTEEN = "{% set x = 'aaaaaaaaaaaaaaaa' %}"
+SHARED = (
+    "{% set ns = namespace(a=[1], b=[1]) %}"
+    "{% for i in range(50) %}{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}"
+)
 MILLION = "{% set x = 'a' * 1000000 %}"
 HOSTILE = {
     "range": "{% for i in range(10 ** 9) %}{% endfor %}",
@@ -195,7 +201,6 @@ HOSTILE = {
     "percent star": "{{ '%*d' % (10 ** 9, 1) }}",
     "format width": "{{ '{:999999999}'.format(1) }}",
     "format nested": "{{ '{0[0]:{0[1]}}'.format([1, 10 ** 9]) }}",
-    "format map": "{{ '{x}'.format_map({'x': 1}) }}",
     "format filter": "{{ '%999999999d' | format(1) }}",
     "ljust": "{{ 'a'.ljust(10 ** 9) }}",
     "to_bytes": "{{ (1).to_bytes(10 ** 9, 'big') }}",
@@ -221,7 +226,22 @@ HOSTILE = {
     "mutation": "{{ messages.append(1) }}",
     "namespace": "{% set ns = namespace(__class__=1) %}",
     "include": "{% include 'x' %}",
-    "strftime": "{{ strftime_now('%999999d') }}",
+    "percent": "{{ '%1000000000s' % 'x' }}",
+    "centred": "{{ 'x'.center(10 ** 10) }}",
+    "tabs": "{{ ('\t' * 1000).expandtabs(10 ** 7) }}",
+    "zeros": "{{ '1'.zfill(10 ** 10) }}",
+    "joined lists": MILLION + "{{ [x] * 4000 | length }}{{ x | list | join(x) }}",
+    "words": MILLION + "{{ x | wordwrap(1, true, x) }}",
+    "batches": "{{ range(9) | batch(10 ** 9, 'x') | list }}",
+    "slices of nothing": "{{ [] | slice(10 ** 9) | list }}",
+    "attributes": "{{ {'a': 'x' * 10 ** 8} | xmlattr }}",
+    "bytes": "{{ ('a' * 10 ** 7).encode('utf-32') }}",
+    "tuple keys": "{{ {('a',) * 10 ** 8: 1} }}",
+    "whole numbers": "{{ 7 ** (10 ** 6) }}",
+    "long numbers": "{{ " + "9" * 900_000 + " }}",
+    "printed": SHARED + "{{ ns.a | pprint }}",
+    "nested as JSON": SHARED + "{{ ns.a | tojson }}",
+    "nested as text": SHARED + "{{ ns.a }}",
     "undefined": "{{ nothing.x }}",
     "division": "{{ 1 / 0 }}",
     "lines": "{{ raise_exception('a\\nb') }}",
@@ -244,6 +264,16 @@ def test_hostile_templates_end_early_in_one_clear_line(name: str) -> None:
         "{% for i in range(99999) %}{% for j in range(9999) if false %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n < 40 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}{% endmacro %}{{ f(0) }}",
         "{% for i in range(99999) %}{% set y = range(9999) | list | sort %}{% endfor %}",
+        SHARED + "{{ ns.a == ns.b }}",
+        SHARED + "{{ ns.a in [ns.b] }}",
+        SHARED + "{{ [ns.a, ns.b] | sort }}",
+        SHARED + "{{ [ns.a, ns.b] | max }}",
+        "{{ range(99999) | map('string') | map('list') | map('sort') | list | sum(start=[]) }}",
+        "{% for i in range(99999) if range(99999) | sum < 0 %}{% endfor %}",
+        "{{ (7 ** (10 ** 8)) % 3 }}",
+        "{{ messages | tojson }}" * 30_000,
+        "{{ [" + "1," * 400_000 + "] }}",
+        "{{ " + " ~ ".join(["a"] * 100_000) + " }}",
     ],
 )
 def test_endless_templates_are_stopped_by_the_clock(source: str) -> None:
@@ -251,6 +281,47 @@ def test_endless_templates_are_stopped_by_the_clock(source: str) -> None:
     with pytest.raises(TemplateError, match="did not end in time"):
         ChatTemplate(source, max_render_s=0.1).render([USER])
     assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ '{x}'.format_map({'x': 1}) }}", "{{ strftime_now('%999999d')[:0] }}", "{{ 'ab' | center(9) }}"],
+)
+def test_what_takes_little_is_allowed(source: str) -> None:
+    theirs = render_jinja_template(conversations=[[USER]], chat_template=source)[0][0]
+    assert ChatTemplate(source).render([USER]) == theirs
+
+
+def test_a_template_that_was_stopped_hurts_no_other_rendering() -> None:
+    slow = ChatTemplate(
+        SHARED + "{% if messages | length > 1 %}{{ ns.a == ns.b }}{% endif %}ok", max_render_s=2
+    )
+    other = ChatTemplate(MISTRAL)
+    failures: list[str] = []
+
+    def attack() -> None:
+        try:
+            slow.render([USER, USER])
+        except ModelError as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=attack) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    started = time.monotonic()
+    assert "Is 1 < 2" in other.render([USER])
+    assert time.monotonic() - started < 1.5
+    for thread in threads:
+        thread.join()
+    assert len(failures) == 6
+    assert slow.render([USER]) == "ok"
+
+
+def test_messages_name_the_model() -> None:
+    for source in ("{{ nothing.x }}", "{{ 'x' * 10 ** 9 }}", "{{ raise_exception('no') }}"):
+        with pytest.raises(TemplateError, match=r"the chat template of tiny\.gguf"):
+            ChatTemplate(source, of="tiny.gguf").render([USER])
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_facts_and_their_defaults(tmp_path: Path) -> None:
         assert spec.ropes[0].interleaved
         assert spec.ropes[0].divisors == (2.0,) * 8
         assert spec.layers[0].window is None
-        assert checkpoint.defaults == {"temperature": 0.5, "top_k": 7}
+        assert checkpoint.advice == (str(checkpoint.path), "general.sampling.", {"temp": 0.5, "top_k": 7})
         assert checkpoint.name == "tiny"
         assert checkpoint.types == {"F32": 3 * 9 + 3}
         assert checkpoint.kind == "gguf"

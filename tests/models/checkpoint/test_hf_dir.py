@@ -70,16 +70,15 @@ def test_blocks_hold_the_parameters(type: str, shards: bool, tmp_path: Path) -> 
     assert weights.vector["norm"].dtype == np.float32
 
 
-def test_tokenizer_and_defaults(whole: Path) -> None:
-    (whole / "generation_config.json").write_text(
-        json.dumps({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": None})
-    )
+def test_tokenizer_and_advice(whole: Path) -> None:
+    stated = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": None}
+    (whole / "generation_config.json").write_text(json.dumps(stated))
     with open_checkpoint(whole) as checkpoint:
         assert checkpoint.tokenizer().decode(checkpoint.tokenizer().encode("the ring")) == "the ring"
-    assert checkpoint.defaults == {"temperature": 0.6, "top_p": 0.9}
-    edit_json(whole / "generation_config.json", lambda config: config.update(do_sample=False))
+    assert checkpoint.advice == (str(whole / "generation_config.json"), "", stated)
+    (whole / "generation_config.json").unlink()
     with open_checkpoint(whole) as checkpoint:
-        assert checkpoint.defaults == {}
+        assert checkpoint.advice.values == {}
 
 
 def test_name_of_a_hub_snapshot(whole: Path, tmp_path: Path) -> None:

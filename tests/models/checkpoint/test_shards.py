@@ -49,7 +49,7 @@ class Member:
         self.home = home_of("cpu")
         self.spec = checkpoint.spec
         self.checkpoint = checkpoint
-        self.model = Transformer(self.spec, 128)
+        self.model = Transformer(self.spec)
         self.kv = KvPool(self.spec, KvPlan(2, PAGE_TOKENS, "f32", 0))
         self.step = Step.build([([0] * LENGTH, 0, [0, 1], 1)])
 

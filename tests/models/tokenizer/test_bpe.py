@@ -15,8 +15,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from shoal.models.errors import TokenizerError
 from shoal.models.texts import Texts
-from shoal.models.tokenizer.bpe import PRE_TOKENIZERS, ByteLevelBpe
+from shoal.models.tokenizer.bpe import ByteLevelBpe
 from shoal.models.tokenizer.tokenizer import Tokenizer
+from shoal.models.tokenizer.word_rules import PRE_TOKENIZERS
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 USER_DEFINED = ["<think>", "    "]
@@ -185,9 +186,6 @@ def test_ids_outside_the_vocabulary_stand_for_nothing() -> None:
         ({"merges": ["th"]}, "is not two texts"),
         ({"merges": ["qq zz"]}, "merges do not fit"),
         ({"merges": [7]}, "not a list of texts"),
-        ({"bos_token_id": 1 << 40}, "outside the vocabulary"),
-        ({"eos_token_id": -1}, "outside the vocabulary"),
-        ({"eot_token_id": 99999}, "outside the vocabulary"),
         ({"eos_token_id": "x"}, "instead of a token id"),
         ({"add_bos_token": "yes"}, "instead of true or false"),
         ({"add_bos_token": True, "bos_token_id": None}, "wants a BOS token"),
@@ -197,6 +195,19 @@ def test_damaged_metadata_is_refused_in_one_line(changes: dict[str, Any], messag
     with pytest.raises(TokenizerError, match=message) as caught:
         Tokenizer.from_gguf(metadata(**changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "eot", "eom", "unknown", "padding"])
+@pytest.mark.parametrize("value", [-1, 99_999, 1 << 40])
+def test_a_special_id_outside_the_vocabulary_is_no_token(name: str, value: int) -> None:
+    """Some converters write one for "none"; llama.cpp warns and goes on."""
+    sound = Tokenizer.from_gguf(metadata())
+    odd = Tokenizer.from_gguf(metadata(**{f"{name}_token_id": value, "add_bos_token": name == "bos"}))
+    (said,) = odd.warnings
+    assert f"{name}_token_id={value} is outside the vocabulary" in said
+    assert odd.encode("the ring") == sound.encode("the ring", add_special=False)
+    assert odd.bos_id == (None if name == "bos" else sound.bos_id)
+    assert odd.eos_id == (None if name == "eos" else sound.eos_id)
 
 
 def test_a_chat_template_is_handed_on() -> None:

@@ -199,7 +199,6 @@ def test_a_sentence_piece_file_serves_where_there_is_no_tokenizer_json(tmp_path:
         (byte_level(), {"tokenizer_config__json": b"\xff"}, "is not UTF-8"),
         (byte_level(), {"tokenizer_config__json": {"chat_template": 7}}, "is a int instead of a text"),
         (byte_level(), {"generation_config__json": {"eos_token_id": "x"}}, "must be token ids"),
-        (byte_level(), {"generation_config__json": {"eos_token_id": [-1]}}, "must be token ids"),
         (
             None,
             {"tokenizer__model": model_file(), "tokenizer_config__json": {"added_tokens_decoder": {"x": 1}}},
@@ -221,3 +220,15 @@ def test_damaged_directories_are_refused_in_one_line(
     with pytest.raises(TokenizerError, match=message) as caught:
         Tokenizer.from_hf(directory(tmp_path, library, **files))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ends", [-1, [-1], 99_999, [99_999, 1 << 40]])
+@pytest.mark.parametrize("name", ["generation_config", "config"])
+def test_ends_outside_the_vocabulary_are_not_used(tmp_path: Path, ends: Any, name: str) -> None:
+    tokenizer = Tokenizer.from_hf(
+        directory(tmp_path, byte_level(), **{f"{name}__json": {"eos_token_id": ends}})
+    )
+    count = len(ends) if isinstance(ends, list) else 1
+    assert len(tokenizer.warnings) == count
+    assert all(f"of {name}.json is outside the vocabulary" in said for said in tokenizer.warnings)
+    assert all(0 <= end < tokenizer.vocab_size for end in tokenizer.stop_ids)

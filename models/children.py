@@ -1,0 +1,320 @@
+"""Child processes that do what strangers' files ask for, within limits of memory and time.
+
+Rules inside one interpreter are never complete: a single call can fill the memory, or keep everybody else from
+running. So such work is done in a child (`child_main`). A job that passes its limits ends its child, and the next one
+gets another. Knows processes, deadlines and whose turn it is. Does not know what jobs are about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from .child_main import JOB, REPLY
+from .errors import Overloaded, one_line
+
+MOST_CHILDREN = 4  # of one kind: half as many as there are threads that wait for them
+MOST_OF_ONE = 2  # that work for one owner
+IDLE_CHILD_S = 600.0  # a child that had nothing to do for so long is ended
+LARGE_JOB_BYTES = 4 << 20  # a child would keep the memory of such a job, so it is ended after it
+_START_S = 30.0  # for a child to start on a busy machine
+_LONG_S = 0.5  # where jobs take longer than this …
+_MOST_WAITING = 2  # … only so many may wait behind them
+_LOOK_S = 0.1
+_END_S = 2.0  # from the end of a child's connection to its own
+_PANIC = "PanicException"  # of a Rust library, whose state nobody knows afterwards
+_MAIN = Path(__file__).with_name("child_main.py")
+# All that a child knows of this process's environment: what times are told by, and where libraries lie.
+_PASSED_ON = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+# Libraries with one thread and one arena: what is limited is address space.
+_PLAIN = {"MALLOC_ARENA_MAX": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one job may take: bytes of memory, seconds, and bytes of its answer."""
+
+    memory_bytes: int
+    seconds: float
+    answer_bytes: int = 64 << 20
+
+
+class LimitPassed(Exception):
+    """A job took more than it may; the text says of what, as in "did not end in time …"."""
+
+
+class JobFailed(Exception):
+    """The script raised an exception. kind: its class; the text is its own, as one line."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(one_line(text, 300) if text else kind)
+        self.kind = kind
+
+
+class _Died(Exception):
+    """The child ended by itself; it may have been idle for long."""
+
+
+class ChildKind:
+    """The children that run one script, MOST_CHILDREN at most, each for one owner. Those used least recently go first.
+
+    script: the module that has `begin`. packages: what it imports besides the standard library.
+    """
+
+    def __init__(self, script: Path, packages: Sequence[str]) -> None:
+        folders = {str(Path(_origin(name)).parent.parent): None for name in packages}
+        # -I -S: neither the user's packages nor .pth files, which would take longer to read than all else.
+        self._command = [sys.executable, "-I", "-S", str(_MAIN), str(script), *folders]
+        self._changed = threading.Condition()
+        self._idle: list[_Child] = []
+        self._working: list[_Child] = []
+        self._waiting = 0
+        self._watched = False
+
+    def take(self, owner: object) -> _Child:
+        """An idle child of `owner`, or a new one; waits for its turn. Raises Overloaded."""
+        with self._changed:
+            while (child := self._available(owner)) is None:
+                oldest_s = min(child.since_s for child in self._working)
+                if self._waiting >= _MOST_WAITING and time.monotonic() - oldest_s > _LONG_S:
+                    raise Overloaded("others' templates or texts take long; this one would have to wait")
+                self._waiting += 1
+                self._changed.wait(_LOOK_S)
+                self._waiting -= 1
+            child.since_s = time.monotonic()
+            self._working.append(child)
+        return child
+
+    def give_back(self, child: _Child) -> None:
+        with self._changed:
+            self._working.remove(child)
+            if child.alive:
+                child.since_s = time.monotonic()
+                self._idle.append(child)
+                if not self._watched:
+                    self._watched = True
+                    threading.Thread(target=self._watch, name="shoal-children", daemon=True).start()
+            self._changed.notify_all()
+
+    def forget(self, owner: object) -> None:
+        """End the children of an owner, also those that work."""
+        with self._changed:
+            for child in [child for child in self._idle if child.owner is owner]:
+                self._idle.remove(child)
+                child.end()
+            for child in self._working:
+                if child.owner is owner:
+                    child.kill()
+
+    def _available(self, owner: object) -> _Child | None:
+        if sum(child.owner is owner for child in self._working) >= MOST_OF_ONE:
+            return None
+        for child in reversed(self._idle):
+            if child.owner is owner:
+                self._idle.remove(child)
+                return child
+        if len(self._idle) + len(self._working) >= MOST_CHILDREN:
+            if not self._idle:
+                return None
+            self._idle.pop(0).end()
+        try:
+            return _Child(self._command, owner)
+        except OSError as error:
+            raise Overloaded(f"no process can be started: {error.strerror}") from error
+
+    def _watch(self) -> None:
+        """Ends children that have been idle for long, until there are none."""
+        while True:
+            time.sleep(IDLE_CHILD_S / 10)
+            with self._changed:
+                while self._idle and time.monotonic() - self._idle[0].since_s > IDLE_CHILD_S:
+                    self._idle.pop(0).end()
+                if not self._idle and not self._working:
+                    self._watched = False
+                    return
+
+
+class Confined:
+    """What children of one kind make of a first job, kept there to do more jobs. Any thread may call it.
+
+    Raises as `do` does, for the first job.
+    """
+
+    def __init__(self, kind: ChildKind, first: bytes, limits: Limits) -> None:
+        self._kind = kind
+        self._first = first
+        self._limits = limits
+        self._owner = object()
+        self._closed = False
+        weakref.finalize(self, kind.forget, self._owner)
+        self._with_child(lambda child: b"")
+
+    def do(self, job: bytes, limits: Limits) -> bytes:
+        """The answer to a job. Raises LimitPassed, JobFailed, or Overloaded when it would have to wait for long."""
+        return self._with_child(lambda child: child.do(job, limits))
+
+    def close(self) -> None:
+        """End the jobs that are under way, and refuse later ones with Overloaded. Idempotent."""
+        self._closed = True
+        self._kind.forget(self._owner)
+
+    def _with_child(self, act: Callable[[_Child], bytes]) -> bytes:
+        while True:
+            child = self._kind.take(self._owner)
+            fresh = not child.begun
+            try:
+                if self._closed:  # perhaps while it waited for its turn
+                    raise Overloaded("the model is being unloaded")
+                if fresh:
+                    child.begin(self._first, self._limits)
+                return act(child)
+            except _Died as error:
+                if fresh and not self._closed:  # else it may have died before, and another does the job
+                    raise LimitPassed(str(error)) from error
+            finally:
+                self._kind.give_back(child)
+                if self._closed:
+                    self._kind.forget(self._owner)
+
+
+class _Child:
+    """One process. since_s: when it was taken or given back. begun: it has done the first job. alive: it can do
+    more."""
+
+    def __init__(self, command: Sequence[str], owner: object) -> None:
+        self.owner = owner
+        self.since_s = time.monotonic()
+        self.begun = False
+        self.alive = True
+        self._socket, theirs = socket.socketpair()
+        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        try:
+            # In a session of its own, so that no Ctrl-C of a terminal reaches it.
+            self._process = subprocess.Popen(
+                command,
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment | _PLAIN,
+                cwd="/",
+                start_new_session=True,
+            )
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
+
+    def begin(self, first: bytes, limits: Limits) -> None:
+        """Wait until the process has started, and have it do the first job. If that fails, the process ends."""
+        try:
+            self._receive(Limits(0, _START_S, 0), time.monotonic())
+            self.do(first, limits)
+        except BaseException:
+            self.end()
+            raise
+        self.begun = True
+
+    def do(self, job: bytes, limits: Limits) -> bytes:
+        """The answer to a job. The process ends with anything but an answer or an ordinary error of the script."""
+        began_s, fine = time.monotonic(), False
+        try:
+            self._send(JOB.pack(len(job), limits.memory_bytes, limits.seconds) + job, limits)
+            answered, data = self._receive(limits, began_s)
+            kind, text = ("", "") if answered else json.loads(data)
+            if kind == "MemoryError":
+                raise _hungry(limits)
+            large = self.begun and len(job) + len(data) > LARGE_JOB_BYTES
+            fine = kind != _PANIC and not large
+        finally:
+            if not fine:
+                self.end()
+        if not answered:
+            raise JobFailed(kind, text)
+        return data
+
+    def end(self) -> None:
+        """Idempotent."""
+        self.alive = False
+        self._socket.close()
+        self.kill()
+        self._process.wait()
+
+    def kill(self) -> None:
+        """End the process while a thread waits for its answer."""
+        self._process.kill()
+
+    def _send(self, data: bytes, limits: Limits) -> None:
+        self._socket.settimeout(limits.seconds)
+        try:
+            self._socket.sendall(data)
+        except TimeoutError as error:
+            raise _late(limits) from error
+        except OSError as error:
+            raise self._died(limits) from error
+
+    def _receive(self, limits: Limits, began_s: float) -> tuple[bool, bytes]:
+        """Whether it is an answer, and its bytes."""
+        ends_s = began_s + limits.seconds
+        answered, size = REPLY.unpack(self._read(REPLY.size, limits, ends_s))
+        if size > limits.answer_bytes:
+            raise LimitPassed(f"made more than {limits.answer_bytes >> 20} MB and was stopped")
+        return bool(answered), self._read(size, limits, ends_s)
+
+    def _read(self, size: int, limits: Limits, ends_s: float) -> bytes:
+        data = bytearray(size)
+        view, at = memoryview(data), 0
+        while at < size:
+            left_s = ends_s - time.monotonic()
+            if left_s <= 0:
+                raise _late(limits)
+            self._socket.settimeout(left_s)
+            try:
+                count = self._socket.recv_into(view[at:])
+            except TimeoutError as error:
+                raise _late(limits) from error
+            except OSError as error:
+                raise self._died(limits) from error
+            if not count:
+                raise self._died(limits)
+            at += count
+        return bytes(data)
+
+    def _died(self, limits: Limits) -> Exception:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
+        code = self._process.returncode
+        if code == -signal.SIGXCPU:
+            return _late(limits)
+        if code == -signal.SIGABRT:  # how a library in Rust ends that gets no memory
+            return _hungry(limits)
+        how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+        return _Died(f"ended its process {how}")
+
+
+def _late(limits: Limits) -> LimitPassed:
+    return LimitPassed(f"did not end in time ({limits.seconds:g} s) and was stopped")
+
+
+def _hungry(limits: Limits) -> LimitPassed:
+    return LimitPassed(f"took more than {limits.memory_bytes >> 20} MB of memory and was stopped")
+
+
+def _origin(package: str) -> str:
+    """The file of a package, which is not imported."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"there is no package {package}")
+    return spec.origin

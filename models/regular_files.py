@@ -1,0 +1,78 @@
+"""Opening files whose paths somebody gave, or that were found beside them: only regular ones, and only so much of them.
+
+A pipe may never say anything, a device may never end, and opening one can already do something. Knows the file system;
+not what is in a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from shoal.models.errors import one_line
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class NotRegular(OSError):
+    """It is no file with a beginning and an end."""
+
+
+class FileTooLong(OSError):
+    """It has more bytes than a file of its kind."""
+
+
+def open_regular(path: Path) -> FileIO:
+    """The file, open for reading and unbuffered. Never waits for another process. Raises OSError."""
+    _require_regular(path.stat().st_mode)
+    # Another process may have put a pipe there meanwhile. Some files of /proc would wait, too.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        _require_regular(os.fstat(descriptor).st_mode)
+        return FileIO(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Path, limit_bytes: int) -> bytes:
+    """All bytes of the file. Raises OSError, also if it has more than `limit_bytes`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit_bytes:
+            raise FileTooLong(
+                errno.EFBIG, f"it has {size} bytes, and a file of its kind has at most {limit_bytes}"
+            )
+        data = bytearray()
+        while len(data) < size and (part := file.read(size - len(data))):
+            data += part
+        return bytes(data)
+
+
+def read_object(path: Path, limit_bytes: int) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises OSError, and ValueError with what is wrong with it."""
+    data = read_regular(path, limit_bytes)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not valid JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"must hold a JSON object, holds a {type(value).__name__}")
+    return value
+
+
+def _require_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for matches, name in _KINDS if matches(mode)), "something else")
+        raise NotRegular(errno.EINVAL, f"it is {kind}, not a file")

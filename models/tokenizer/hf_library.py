@@ -1,0 +1,128 @@
+"""A `tokenizer.json` as the `tokenizers` library holds it, in this process or as a script for child processes.
+
+Knows how the library is asked, and what transformers tells it from other files. Does not know which files are fit for
+this process (`ordinary_files`). Imports nothing else of Shoal, because a child should start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tokenizers
+
+_HEAD = struct.Struct("<I")
+
+
+def first_job(data: bytes, tokens: dict[str, Any]) -> bytes:
+    """What `begin` reads: the file and the tokens that `HfLibrary` is to add."""
+    head = json.dumps(tokens).encode()
+    return _HEAD.pack(len(head)) + head + data
+
+
+def begin(first: bytes) -> Callable[[bytes], bytes]:
+    """A library for the first job. Later ones are JSON: the name of a method and its arguments; so are the answers."""
+    (size,) = _HEAD.unpack_from(first)
+    start = _HEAD.size + size
+    library = HfLibrary(first[start:], json.loads(first[_HEAD.size : start]))
+
+    def work(job: bytes) -> bytes:
+        name, *arguments = json.loads(job)
+        return json.dumps(getattr(library, name)(*arguments)).encode()
+
+    return work
+
+
+class HfLibrary:
+    """data: the file. tokens: `names`, `added`, `extra` as `parts.Stated` has them, tokens as their fields."""
+
+    def __init__(self, data: bytes, tokens: dict[str, Any]) -> None:
+        self._library = tokenizers.Tokenizer.from_buffer(data)
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._special = self._special_ids()  # the library goes on taking them for that, whatever comes later
+        self._add(**tokens)
+        self._special |= self._special_ids()
+        self._decoder = self._library.decoder
+        # Whether control tokens are text is an attribute of the library's object, not an argument of its `encode`.
+        self._lock = threading.Lock()
+
+    def facts(self) -> dict[str, Any]:
+        """ids: text → id. added: [id, whether it is special, text] of each added token. swallowing: texts of those that
+        take the white space after them. touching: whether some take white space at all. single: whether some are only
+        tokens where no letter touches them. around: ids that stand around
+        an empty text. normalizer, pre_tokenizer, decoder: their JSON, or None. fallback: whether the model is a BPE
+        that takes bytes for what is no token."""
+        added = self._library.get_added_tokens_decoder()
+        return {
+            "ids": self._library.get_vocab(with_added_tokens=True),
+            # An added token's text is what the normalizer makes of it, and another token may have the same text.
+            "added": [[i, i in self._special, self._library.id_to_token(i) or ""] for i in added],
+            "swallowing": [token.content for token in added.values() if token.rstrip],
+            "single": any(token.single_word for token in added.values()),
+            "touching": any(token.lstrip or token.rstrip for token in added.values()),
+            "around": self.encode("", True, True),
+            "normalizer": _state(self._library.normalizer),
+            "pre_tokenizer": _state(self._library.pre_tokenizer),
+            "decoder": _state(self._decoder),
+            "fallback": bool(getattr(self._library.model, "byte_fallback", False)),
+        }
+
+    def to_json(self) -> bytes:
+        """The file anew, with all that was added."""
+        text: str = self._library.to_str()
+        return text.encode()
+
+    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        with self._lock:
+            self._library.encode_special_tokens = not parse_special
+            # The post-processor, not add_bos_token, decides what stands around a text, as in transformers 5.
+            ids: list[int] = self._library.encode(text, add_special_tokens=add_special).ids
+        return ids
+
+    def encode_within(self, text: str, add_special: bool, parse_special: bool, limit: int) -> list[int] | int:
+        """The ids, or how many there are if there are more than `limit`."""
+        ids = self.encode(text, add_special, parse_special)
+        return ids if len(ids) <= limit else len(ids)
+
+    def join(self, texts: list[str]) -> str:
+        """Texts of tokens → text. Unlike the tokenizer itself the decoder needs no lock."""
+        if self._decoder is None:
+            return " ".join(texts)
+        try:
+            text: str = self._decoder.decode(texts)
+        except BaseException as error:
+            # The library's Strip panics where it would take the same space from both sides, with an exception that no
+            # module exports. Answers go on nevertheless.
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                return "".join(texts)
+            raise
+        return text
+
+    def _special_ids(self) -> set[int]:
+        added = self._library.get_added_tokens_decoder()
+        return {token_id for token_id, token in added.items() if token.special}
+
+    def _add(
+        self, names: Sequence[str], added: Sequence[dict[str, Any]], extra: Sequence[dict[str, Any]]
+    ) -> None:
+        """Have the library look for tokens that stand in other files only, or differently there, as transformers does.
+
+        Tokens that would get a new id are left out: the model has no row for them.
+        """
+        known = {token.content for token in self._library.get_added_tokens_decoder().values()}
+        wanted = {token["content"]: tokenizers.AddedToken(**token) for token in added}
+        for text, token in wanted.items():
+            token.special = token.special or text in names
+        for fields in extra:
+            if fields["content"] not in known:
+                wanted.setdefault(fields["content"], tokenizers.AddedToken(**fields))
+        present = [token for text, token in wanted.items() if self._library.token_to_id(text) is not None]
+        self._library.add_tokens(present)
+
+
+def _state(part: Any) -> Any:
+    return None if part is None else json.loads(part.__getstate__())
