@@ -102,6 +102,7 @@ def run(
     name = reference_or_fetch(model, library)
     guessing = reference(draft, library) if draft else None
     with ExitStack() as stack:
+        stack.enter_context(unechoed())
         answers: Answers | None = None
         if not (local or plan.beyond_context):
             answers = stack.enter_context(from_daemon(Home.from_env()))
@@ -122,7 +123,7 @@ def run(
             told = [ChatMessage(role="system", content=system)] if system is not None else []
             request = Chat(messages=[*told, ChatMessage(role="user", content=text)], **fields)
         result = _Collected()
-        with unechoed(), answers.stream(request) as events:
+        with answers.stream(request) as events:
             _take(events, result, painter)
         if as_json:
             print_json(result.as_dict(status.plan, answers.peak_memory_bytes()))

@@ -33,7 +33,7 @@ WORDS = {
     "remove": "shoal rm --yes",
 }
 NONE_WORDS = {"memory_bytes": "auto"}
-ALIKE = 0.6  # of difflib's ratio
+ALIKE = 0.7  # of difflib's ratio
 
 _NAMED = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>[^`]+)|\((?P<argument>[^`]+)\))?`")
 

@@ -26,7 +26,7 @@ VERDICTS = (
     | zmq.EVENT_CLOSED
     | zmq.EVENT_DISCONNECTED
 )
-START_HINT = "start one with: shoal serve --detach"
+START_HINT = "start one with: shoal serve"
 
 
 def connect(dealer: zmq.Socket[Any], address: str, keys: ClientKeys | None) -> None:

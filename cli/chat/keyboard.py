@@ -94,7 +94,7 @@ def keep_pastes_whole(keys: Input) -> None:
     keys.vt100_parser = PasteParser(keys.vt100_parser.feed_key_callback, follows)
 
 
-class Listener:
+class Keyboard:
     """Reads the keyboard while an answer comes, so that nothing fills up: what is typed or pasted waits for the next
     line. Ctrl-C interrupts the main thread, and drops what was waiting."""
 

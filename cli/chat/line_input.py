@@ -32,7 +32,7 @@ from shoal.cli.interrupt import unechoed
 from shoal.cli.output import note
 
 from .conversation import QUOTES, encodable, finished, quoted, unfinished
-from .keyboard import Listener, keep_pastes_whole
+from .keyboard import Keyboard, keep_pastes_whole
 
 Complete = Callable[[str], Iterable[str]]
 """Everything that may stand in place of the text so far, which begins with '/'."""
@@ -112,7 +112,7 @@ class LineReader:
         self._session.default_buffer.on_text_changed += self._line.changed
         self._input = self._session.input
         keep_pastes_whole(self._input)
-        self._listener = Listener(self._input, self._session.output)
+        self._keyboard = Keyboard(self._input, self._session.output)
 
     def read(self) -> Said | None:
         while True:
@@ -123,7 +123,7 @@ class LineReader:
                 return None
             except KeyboardInterrupt:
                 # The first one clears the line; one that stopped an answer is not the first of the two that leave.
-                if self._session.default_buffer.text or self._listener.still_stopping():
+                if self._session.default_buffer.text or self._keyboard.still_stopping():
                     self._warned = False
                 elif self._warned:
                     raise
@@ -135,7 +135,7 @@ class LineReader:
             return Said(text, self._line.literal)
 
     def listening(self) -> AbstractContextManager[None]:
-        return self._listener.listening()
+        return self._keyboard.listening()
 
     @contextmanager
     def opened(self) -> Iterator[None]:

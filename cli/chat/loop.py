@@ -21,7 +21,7 @@ import click
 from shoal.cli import background
 from shoal.cli.answers import in_process, reference
 from shoal.cli.exit_codes import Exit, explain
-from shoal.cli.interrupt import ended_by_signals
+from shoal.cli.interrupt import ended_by_signals, unechoed
 from shoal.cli.options import (
     AnswerOptions,
     PlanOptions,
@@ -98,7 +98,9 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
         stack.callback(link.close)
         stack.enter_context(ended_by_signals())
         state = ChatState(home, link, Conversation(system))
-        link.load(named or reference_or_fetch(_default(state), library), plan.ctx, guessing)
+        wanted = named or reference_or_fetch(_default(state), library)
+        stack.enter_context(unechoed())
+        link.load(wanted, plan.ctx, guessing)
         return ChatLoop(state, answer, _reader(state, stack)).run()
 
 

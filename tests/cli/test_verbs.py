@@ -91,7 +91,7 @@ def test_version_and_unknown_verbs() -> None:
     [
         ("sevre", "serve"), ("lst", "ls"), ("list", "ls"), ("delete", "rm"), ("download", "pull"), ("top", "ps"),
         ("staus", "ps"), ("start", "serve"), ("RUN", "run"), ("quit", "stop"), ("perplexiti", "perplexity"),
-        ("unload", ""), ("cp", ""), ("copy", ""), ("create", ""), ("push", ""), ("x", ""), ("naïve", ""),
+        ("embed", ""), ("cp", ""), ("copy", ""), ("create", ""), ("push", ""), ("x", ""), ("naïve", ""),
     ],
 )  # fmt: skip
 def test_only_a_verb_that_may_be_meant_is_suggested(written: str, meant: str) -> None:

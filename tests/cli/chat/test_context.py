@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from fakes.chat_fakes import put, talk
 from fakes.cli_fakes import FakeAnswers, FakeClient, model_status
 
 from shoal import client as client_room
@@ -14,23 +13,8 @@ from shoal.cli import background
 from shoal.cli.chat.commands import ChatState
 from shoal.cli.chat.conversation import Conversation
 from shoal.cli.chat.link import ChatLink
-from shoal.cli.chat.loop import ChatLoop, toolbar
-from shoal.cli.options import AnswerOptions
+from shoal.cli.chat.loop import toolbar
 from shoal.comm.home import Home
-
-
-class Says:
-    """A user who says these texts and then leaves."""
-
-    def __init__(self, texts: tuple[str, ...]) -> None:
-        self._texts: Iterator[str] = iter(texts)
-
-    def read(self) -> str | None:
-        return next(self._texts, None)
-
-
-def talk(state: ChatState, *said: str, **options: Any) -> int:
-    return ChatLoop(state, AnswerOptions(**options), Says(said)).run()
 
 
 @pytest.fixture
@@ -49,13 +33,6 @@ def state(client: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     made = ChatState(home, ChatLink(home), Conversation())
     made.link.load("tiny", None)
     return made
-
-
-def put(state: ChatState, name: str) -> None:
-    """A model in the store."""
-    with state.library.stage(name, "test") as staging:
-        (staging.path / f"{name}.gguf").write_bytes(b"GGUF")
-        staging.commit("gguf", {f"{name}.gguf": "0" * 64})
 
 
 def test_the_context_can_be_changed(
