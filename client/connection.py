@@ -14,7 +14,9 @@ from shoal.comm import endpoint, wire
 from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.errors import CommError, NoDaemon, TimedOut
 
-CONNECT_S = 0.9  # for the handshake, which ZeroMQ's own thread answers however busy the daemon is
+CONNECT_S = (
+    3.0  # for the handshake, which threads answer that compute nothing; where nobody listens it fails at once
+)
 HELLO_S = 10.0  # for the reply to `hello`, which comes from the daemon's server thread
 HEARTBEAT_MS = 5000
 LINGER_MS = 200  # so that a last `cancel` is still sent
