@@ -14,9 +14,11 @@ from shoal.comm import endpoint, wire
 from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.errors import CommError, NoDaemon, TimedOut
 
-CONNECT_S = 0.9  # for the handshake, which ZeroMQ's own thread answers however busy the daemon is
+CONNECT_S = (
+    3.0  # for the handshake, which threads answer that compute nothing; where nobody listens it fails at once
+)
 HELLO_S = 10.0  # for the reply to `hello`, which comes from the daemon's server thread
-HEARTBEAT_MS = 5000
+HEARTBEAT_MS = 10_000  # three of these are the silence after which a daemon counts as dead anyway
 LINGER_MS = 200  # so that a last `cancel` is still sent
 VERDICTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED

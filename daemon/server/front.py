@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from shoal.comm.waker import Waker
 
@@ -25,12 +26,13 @@ from .log_rate import SeldomLog
 from .zmtp_meter import ZmtpMeter, weight
 
 PASSED_BYTES = 1 << 16
+UNKNOWN_BYTES = 1 << 12  # read at once where many frames may begin: each takes time, and others wait
 ACCEPTS = 16  # in a row, before bytes are passed on again
 PAUSE_S = 0.1  # in which nobody is accepted, when a descriptor was missing
 FAREWELL_S = 0.5  # that the last bytes have to reach clients
 NAP_S = 10.0
 TAKEN_S = 1.0  # without a byte from a client, after which the server has surely taken all that it sent
-AHEAD_BYTES = 1 << 18  # weight of the messages that libzmq holds for a client, besides one that is larger
+AHEAD_BYTES = 1 << 16  # weight of the messages that libzmq holds for a client, besides one that is larger
 READ, WRITE, GONE = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
 ONCE = select.EPOLLET  # an end that is not read and has gone is reported once, not without end
 
@@ -110,7 +112,10 @@ class Front:
         self._thread.start()
 
     def close(self) -> None:
-        """Accept nobody, pass on what ZeroMQ has sent before its sockets were closed, and close all connections."""
+        """Accept nobody, pass on what ZeroMQ has sent before its sockets were closed, and close all connections.
+        Idempotent."""
+        if self._epoll.closed:
+            return
         self._closing_s = time.monotonic() + FAREWELL_S
         self._waker.wake()
         if self._thread.is_alive():
@@ -124,16 +129,18 @@ class Front:
         self._reserve.close()
 
     def link(self, descriptor: int) -> Link | None:
-        """The connection behind one of libzmq's descriptors; None when it is gone."""
+        """The connection behind the descriptor that libzmq names in a message; None when it is gone."""
         end = None
         try:
             end = socket.socket(fileno=descriptor)
-            return self._links.get(end.getpeername())
+            link = self._links.get(end.getpeername())
         except OSError:
             return None
         finally:
             if end is not None:
                 end.detach()  # it is libzmq's
+        # The descriptor may be a new connection's by now. That has sent nothing, or nothing that was not taken.
+        return link if link is not None and link.meter.weight > link.heard else None
 
     def heard(self, link: Link, frames: int, content_bytes: int, now_s: float) -> None:
         """The server has taken a message of a client."""
@@ -162,20 +169,28 @@ class Front:
     def _run(self) -> None:
         while not self._closing_s or (self._links and time.monotonic() < self._closing_s):
             ready = self._epoll.poll(self._patience_s())
-            for descriptor, events in ready:
-                if handler := self._handlers.get(descriptor):
-                    try:
-                        handler(events)
-                    except Exception as error:  # who is connected goes on being served
-                        self._seldom.warning("a connection failed: %r", error, error=error)
-            while self._changed:
-                link = self._changed.popleft()
-                if link.dropped:
-                    self._close(link)
-                else:
-                    self._arm(link)
-            if self._resting_s and time.monotonic() >= self._resting_s:
-                self._rest(0.0)
+            # All at once: while they are handled, another connection may get the descriptor of one that is closed.
+            acts: list[Callable[[], None]] = [
+                partial(self._handlers[descriptor], events) for descriptor, events in ready
+            ]
+            for act in (*acts, self._heed, self._resume):
+                try:
+                    act()
+                except Exception as error:  # the others go on being served
+                    self._seldom.warning("a connection failed: %r", error, error=error)
+
+    def _heed(self) -> None:
+        """Do what the server has said."""
+        while self._changed:
+            link = self._changed.popleft()
+            if link.dropped:
+                self._close(link)
+            else:
+                self._arm(link)
+
+    def _resume(self) -> None:
+        if self._resting_s and time.monotonic() >= self._resting_s:
+            self._rest(0.0)
 
     def _patience_s(self) -> float:
         if self._closing_s:
@@ -317,7 +332,8 @@ class Front:
             if events & WRITE:
                 link.to_client = link.to_client[link.client.send(link.to_client) :]
             if events & READ and not (link.to_server or link.paused or link.ahead):
-                self._forward(link, link.client.recv(PASSED_BYTES))
+                size = min(PASSED_BYTES, max(UNKNOWN_BYTES, link.meter.expected_bytes))
+                self._forward(link, link.client.recv(size))
             elif events & GONE:
                 self._close(link)
         except BlockingIOError:

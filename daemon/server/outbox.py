@@ -78,7 +78,7 @@ class Outbox:
             self._know(peer)
             if len(peer.refusals) > MAX_REFUSALS:
                 self._seldom.warning("closing the connection of a client that sends and does not read")
-                self._forget(peer)
+                self._part(peer)
 
     def _know(self, peer: Peer) -> None:
         self._peers[id(peer.router), peer.identity] = peer
@@ -165,7 +165,7 @@ class Outbox:
             for flight in peer.flights.values():
                 self._fail(flight, Error(code="cancelled", message=reason, hint="read faster"))
         elif unread_s > 2 * self._limits.outbox_s:
-            self._forget(peer)
+            self._part(peer)
 
     def _push_all(self, peer: Peer) -> None:
         """Send what waits for a client, until its queue is full."""
@@ -231,13 +231,17 @@ class Outbox:
                 peer.link.busy = False
 
     def _forget(self, peer: Peer) -> None:
-        """The client is gone, or has to go: end its requests, forget it and close its connection."""
+        """The client is gone: end its requests and forget it."""
         peer.gone = True
         peer.refusals.clear()
         for flight in list(peer.flights.values()):
             self._guard(flight.abandon)
             self._end(flight)
         self._leave(peer)
+
+    def _part(self, peer: Peer) -> None:
+        """The client has to go."""
+        self._forget(peer)
         if peer.link is not None:
             self._front.drop(peer.link)
 

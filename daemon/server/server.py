@@ -203,6 +203,7 @@ class Server:
             self._backend.close()
         finally:
             self._resources.close()
+            self._front.close()
             self._waker.close()
             log.info("stopped")
 

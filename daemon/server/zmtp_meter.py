@@ -22,12 +22,12 @@ class ZmtpMeter:
         self.unfinished_bytes = 0
         self.weight = 0
         self.encrypted = False
+        self.expected_bytes = 0  # until the next header
         self._limit_bytes = (
             limit_bytes  # of a frame; a message may have twice as much, and is then refused by name
         )
         self._header = b""  # the beginning of one whose end has not come
         self._greeted = False
-        self._skip = 0  # bytes until the next header
         self._frames = 0  # of this message, with the one that is coming
         self._announced_bytes = 0  # of this message, likewise
         self._more = False
@@ -39,10 +39,10 @@ class ZmtpMeter:
             data = self._header + data
             self._header = b""
         while True:
-            step = min(self._skip, len(data) - at)
+            step = min(self.expected_bytes, len(data) - at)
             at += step
-            self._skip -= step
-            if self._skip:
+            self.expected_bytes -= step
+            if self.expected_bytes:
                 break
             if not self._more:
                 self.weight += weight(self._frames, self._announced_bytes)
@@ -57,7 +57,7 @@ class ZmtpMeter:
             if problem is not None:
                 return problem
             at += size
-        self.unfinished_bytes = self._announced_bytes - self._skip
+        self.unfinished_bytes = self._announced_bytes - self.expected_bytes
         return None
 
     def _header_bytes(self, first: int) -> int:
@@ -75,7 +75,7 @@ class ZmtpMeter:
         flags, size = header[0], int.from_bytes(header[1:], "big")
         if flags & ~(MORE | LONG | COMMAND):
             return "malformed frames"
-        self._skip = size
+        self.expected_bytes = size
         if self.encrypted:
             size = max(0, size - CURVE_BYTES)
         if size > self._limit_bytes:
