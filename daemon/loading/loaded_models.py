@@ -90,15 +90,16 @@ class LoadedModels:
 
     def retire(self, model: LoadedModel) -> None:
         """Another model takes the place of this one, which goes as soon as it has ended its requests."""
-        if not model.engine.busy:
-            self.drop(model)
-            return
-        with self.lock:
+        with self.lock:  # throughout, so that it gets no request meanwhile
             self._forget(model)
-            taken = {it.name for it in self}
-            names = (f"{model.name} (replaced{n})" for n in ("", *(f" {i}" for i in range(2, 1 << 10))))
-            model.rename(next(name for name in names if name not in taken), self._budget)
-            self._retired.append(model)
+            busy = model.engine.busy
+            if busy:
+                taken = {it.name for it in self}
+                names = (f"{model.name} (replaced{n})" for n in ("", *(f" {i}" for i in range(2, 1 << 10))))
+                model.rename(next(name for name in names if name not in taken), self._budget)
+                self._retired.append(model)
+        if not busy:
+            self.drop(model)
 
     def sweep(self) -> None:
         """Drop the retired models that have ended their requests, in threads of their own: keeping KV takes seconds."""

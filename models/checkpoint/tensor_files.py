@@ -84,7 +84,9 @@ class TensorFiles:
             for path in self.paths:
                 with open_regular(path) as file:
                     self._descriptors.append(os.dup(file.fileno()))
-                    if FileStamp.of(os.fstat(file.fileno())) != self.stamps[path]:
+                    now, before = FileStamp.of(os.fstat(file.fileno())), self.stamps[path]
+                    # Some file systems give an open file another device or inode than its path.
+                    if before is None or (now.nbytes, now.written_ns) != (before.nbytes, before.written_ns):
                         raise CheckpointError(f"{path}: was changed while it was opened; try again")
         except OSError as error:
             self.close()
