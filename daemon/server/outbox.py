@@ -31,7 +31,7 @@ log = logging.getLogger("shoal.server")
 
 
 class Outbox:
-    """All flights and the clients they belong to. A client is known only while it has a flight."""
+    """All flights and the clients they belong to. A client is known only while something is still to be said to it."""
 
     def __init__(self, limits: ServerLimits, waker: Waker, front: Front) -> None:
         self.in_flight = 0
