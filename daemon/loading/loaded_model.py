@@ -111,8 +111,9 @@ class LoadedModel:
         """End all its requests with `error`, even in a step that waits for a disk. It answers nothing after that."""
         self.engine.fail_all(error)
         self.executor.store.close()
-        if isinstance(self._template, ChatTemplate):
-            self._template.close()
+        for template in [*self._templates.values()]:
+            if isinstance(template, ChatTemplate):
+                template.close()
 
     def release(self, budget: Budget) -> None:
         """End a step under way, keep its KV on disk and give the budget back. The memory is freed with the last
