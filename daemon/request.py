@@ -72,7 +72,10 @@ def chat_text(
     """
     if taken := template_args.keys() & {"messages", "tools"}:
         raise DaemonError("bad_request", f"template_args has {sorted(taken)}: these are fields of their own")
-    template = model.tool_template if tools else model.chat_template
+    try:
+        template = model.tool_template if tools else model.chat_template
+    except TemplateError as error:
+        raise _unsound(model, error) from error
     variables = {"documents": None, **model.tokenizer.template_tokens, **template_args}
     if field := variables.pop("continue_final_message", False):
         messages = marked(messages, field if isinstance(field, str) else "content")
@@ -86,8 +89,7 @@ def chat_text(
     except TemplateError as error:
         if _renders(template):
             raise
-        hint = "send a prompt instead, or mend the template"
-        raise DaemonError("corrupt", f"{model.checkpoint.path}: {error}", hint) from error
+        raise _unsound(model, error) from error
     if unread:
         raise DaemonError(
             "unsupported",
@@ -95,6 +97,11 @@ def chat_text(
             "leave them out, describe them in a message, or take a model that was trained to use tools",
         )
     return before_mark(rendered) if field else rendered
+
+
+def _unsound(model: LoadedModel, error: TemplateError) -> DaemonError:
+    hint = "send a prompt instead, or mend the template"
+    return DaemonError("corrupt", f"{model.checkpoint.path}: {error}", hint)
 
 
 def _renders(template: ChatTemplate) -> bool:

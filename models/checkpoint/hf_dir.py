@@ -152,10 +152,9 @@ def _header(path: Path) -> tuple[int, dict[str, _Entry]]:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8) or b"", "little")
-            if said := strange(length.to_bytes(8, "little") + (file.read(16) or b"")):
-                raise UnsupportedCheckpoint(f"{path}: {said}")
-            file.seek(8)
-            if size < 8 or length > size - 8:
+            if size < 8 or length > size - 8:  # only then: any bytes may be the beginning of a sound length
+                if said := strange(length.to_bytes(8, "little") + (file.read(16) or b"")):
+                    raise UnsupportedCheckpoint(f"{path}: {said}")
                 raise _unsound(
                     path, f"it has {size} bytes, its header alone would have {length}; it was cut short"
                 )

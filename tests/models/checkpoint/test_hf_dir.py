@@ -231,3 +231,20 @@ def test_flipped_bytes(saved: Path, tmp_path: Path, data: st.DataObject) -> None
     with contextlib.suppress(CheckpointError), open_checkpoint(directory) as checkpoint:
         for block in checkpoint.spec.blocks()[:4]:
             checkpoint.read_block(block)
+
+
+@pytest.mark.parametrize("beginning", [b"\x80\x02", b"\x80\x04", b"PK"])
+def test_the_length_of_a_header_may_look_like_the_beginning_of_another_file(
+    tmp_path: Path, beginning: bytes
+) -> None:
+    path = tiny.save_hf(tiny.hf_model("llama"), tmp_path / "m")
+    weights = path / "model.safetensors"
+    data = weights.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    longer = int.from_bytes(beginning, "little")
+    while longer < length:
+        longer += 1 << 16
+    header = data[8 : 8 + length].ljust(longer)
+    weights.write_bytes(longer.to_bytes(8, "little") + header + data[8 + length :])
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.spec.layers
