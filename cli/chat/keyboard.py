@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prompt_toolkit.input import Input
-from prompt_toolkit.input.typeahead import clear_typeahead, store_typeahead
+from prompt_toolkit.input.typeahead import clear_typeahead, get_typeahead, store_typeahead
 from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyPress
@@ -109,17 +109,22 @@ class Keyboard:
         with self._keys.raw_mode():
             self._pastes(True)
             thread = threading.Thread(target=self._listen, args=(wake,), name="keyboard", daemon=True)
-            thread.start()
             try:
+                thread.start()
                 yield
             finally:
                 os.close(waker)  # its other end can be read now, which ends the thread
-                thread.join()
-                os.close(wake)
-                self._pastes(False)
+                try:
+                    thread.join()
+                finally:  # it may have passed on a last Ctrl-C
+                    thread.join()
+                    os.close(wake)
+                    self._pastes(False)
 
     def _listen(self, wake: int) -> None:
         keyboard = self._keys.fileno()
+        for key in get_typeahead(self._keys):  # read by the prompt, behind the line that it returned
+            self._take(key)
         while True:
             ready, _, _ = select.select([keyboard, wake], [], [], ESCAPE_S)
             if wake in ready:

@@ -237,6 +237,20 @@ def test_ctrl_c_stops_an_answer_whatever_waits(typist: Typist, waiting: bytes) -
     assert typist.said(1) == ["next"]
 
 
+def test_ctrl_c_behind_lines_that_were_read_early_stops_the_next_answer(typist: Typist) -> None:
+    typist.type(b"one\rtwo\rthree\r\x03")
+    assert typist.said(1) == ["one"]
+
+    def answer() -> None:
+        with typist.reader.listening():
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        answer()
+    typist.type(b"next\r")
+    assert typist.said(1) == ["next"]
+
+
 def test_keys_pressed_during_an_answer_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     master, slave = os.openpty()
     with os.fdopen(master, "rb"), os.fdopen(slave, "r") as terminal:
