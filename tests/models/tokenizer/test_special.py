@@ -103,7 +103,7 @@ def test_a_special_token_has_a_greatest_length() -> None:
     library = tokenizers.Tokenizer(models.BPE(vocab=VOCAB, merges=[]))
     library.add_tokens(["a" * 5000])
     with pytest.raises(TokenizerError, match="has 5000 characters; at most 4096"):
-        read_tokenizer_json(library, Stated({}, [], [], []))
+        read_tokenizer_json(library.to_str().encode(), Stated({}, [], [], []))
 
 
 # --- what files say of tokens in several places ---------------------------------------------------------
