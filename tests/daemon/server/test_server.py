@@ -295,7 +295,7 @@ def test_the_progress_of_a_prompt_is_told_to_who_asked_for_it(monkeypatch, asked
         run = daemon.backend.run("manual")
         run.emit(Accepted(model="m", prompt_tokens=5))
         told = client.until(Stage if asked else Waiting)
-        assert told.seconds > 0
+        assert told.seconds >= 0  # in thousandths, and it may be told at once
         if asked:
             assert (told.doing, told.done, told.total, told.tokens_per_s) == ("prompt", 2, 5, 4.0)
         run.emit(done())
