@@ -16,6 +16,7 @@ from fakes.asking import CONFIG, GREEDY
 from shoal.comm.messages import Chat, Done, Generate, Load, Tokenize
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
+from shoal.models.chat.renderer import MAX_RENDER_S
 
 SLOW = (
     "{% set ns = namespace(a=[1], b=[1]) %}"
@@ -63,6 +64,16 @@ def test_others_are_served_while_a_template_runs_and_the_node_ends(path: Path, s
         thread.join()
     assert time.monotonic() - started < 4
     assert len(failures) == 6
+
+
+def test_a_slow_template_is_the_model_s_fault_after_one_deadline(slow: Path) -> None:
+    with Node(CONFIG) as node:
+        node.load(Load(model=str(slow)))
+        started = time.monotonic()
+        with pytest.raises(DaemonError, match="did not end in time") as caught:
+            list(node.stream(chat(slow)))
+        assert time.monotonic() - started < 2 * MAX_RENDER_S
+    assert caught.value.code == "corrupt"
 
 
 def test_what_a_tokenizer_explodes_is_the_model_s_fault(slow: Path) -> None:
