@@ -120,6 +120,9 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+_forgotten: set[str] = set()  # modules' files: each is read once, at its import
+
+
 def forget_files(more: Iterable[Path] = ()) -> None:
     """Drop this process's libraries and modules, and the files `more`, from the page cache, except for pages in use.
     Imports read 50 MB into it."""
@@ -127,8 +130,9 @@ def forget_files(more: Iterable[Path] = ()) -> None:
         return
     modules = list(sys.modules.values())
     found = [getattr(module, name, None) for module in modules for name in ("__file__", "__cached__")]
-    files = {path for path in found if isinstance(path, str)} | set(_mapped_files()) | set(map(str, more))
-    for path in files:
+    imported = {path for path in found if isinstance(path, str)} - _forgotten
+    _forgotten.update(imported)
+    for path in imported | set(_mapped_files()) | set(map(str, more)):
         with contextlib.suppress(OSError, ValueError):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:

@@ -20,7 +20,7 @@ from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.sequence import Sequence, Times
 from shoal.models.chat.continuing import before_mark, marked
 from shoal.models.chat.template import ChatTemplate
-from shoal.models.errors import TemplateError, TemplateRefusal, TooManyTokens
+from shoal.models.errors import TemplateError, TemplateRefusal, TemplateTooCostly, TooManyTokens
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.tokenizer.repetition import Repetition
 from shoal.partition.amounts import format_bytes
@@ -83,13 +83,14 @@ def chat_text(
     told = [_with_reasoning(message) for message in messages]
     try:
         rendered = template.render(told, tools=tools or None, **variables)
-        unread = bool(tools) and rendered == template.render(told, **variables)
+        unread = bool(tools) and template.ignores_tools(rendered, told, **variables)
     except TemplateRefusal:
         raise
     except TemplateError as error:
-        if _renders(template):
-            raise
-        raise _unsound(model, error) from error
+        # What a rendering may take grows with its conversation, so a template that takes more is to blame itself.
+        if isinstance(error, TemplateTooCostly) or not _renders(template):
+            raise _unsound(model, error) from error
+        raise
     if unread:
         raise DaemonError(
             "unsupported",

@@ -7,7 +7,8 @@
     │   └── UnsupportedCheckpoint      well formed, but of a kind that Shoal does not compute
     ├── TokenizerError             the vocabulary or the rules that cut text into tokens
     ├── TemplateError              a chat template that cannot be read, or fails
-    │   └── TemplateRefusal            a conversation that it refuses
+    │   ├── TemplateRefusal            a conversation that it refuses
+    │   └── TemplateTooCostly          it takes more time or memory than a template gets
     ├── TextTooLarge               a text that cannot be tokenised in the time and memory that one text gets
     │   └── TooManyTokens              it has far more tokens than are wanted
     ├── Overloaded                 more work of one kind than is done at a time; worth trying again
@@ -49,6 +50,10 @@ class TemplateError(ModelError):
 
 class TemplateRefusal(TemplateError):
     """The chat template is sound and refuses this conversation, in its own words."""
+
+
+class TemplateTooCostly(TemplateError):
+    """The chat template takes more time or memory than one gets, and was stopped."""
 
 
 class TextTooLarge(ModelError):

@@ -5,6 +5,7 @@ Besides: fixtures that several files use.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 if build := os.environ.get("SHOAL_TEST_LIBRARY"):
     library.LIBRARY = Path(build).resolve(strict=True)
+
+
+def pytest_collection_finish() -> None:
+    """Each load of a model looks for garbage. It need not look through torch and transformers, which stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

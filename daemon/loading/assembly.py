@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,14 +85,14 @@ class Assembly:
                 undo.callback(disk.close, [], kv.page)
             engine = self._engine(main, small, disk, config)
             advice = advice_of(main.checkpoint)
-            for warning in (*main.checkpoint.warnings, *advice.warnings, *_beyond(main)):
-                log.warning("%s", warning)
             asked, now = config.context_tokens, self.clock()
             called = named or str(path)
             made = LoadedModel(
                 name, called, main, engine, small, config.quant, asked, self.clock, now, advice
             )
             undo.pop_all()
+        for warning in made.warnings:
+            log.warning("%s", warning)
         return made
 
     def _engine(
@@ -120,13 +120,3 @@ class Assembly:
             )
         rank = Rank(main.executor, self.clock, disk)
         return Engine(rank, scheduler, self.clock, drafter, self.notify)
-
-
-def _beyond(main: Runnable) -> Iterator[str]:
-    """A warning if the context is longer than the model was made for, as its rope scaling allows."""
-    spec, context = main.checkpoint.spec, main.plan.context_tokens
-    if context > spec.context:
-        yield (
-            f"{main.checkpoint.path}: the model was made for {spec.context} tokens. "
-            f"Its rope scaling extends that to {spec.longest}, so it is loaded with {context}"
-        )

@@ -81,6 +81,18 @@ class LoadedModel:
         return self.draft.checkpoint.path if self.draft else None
 
     @property
+    def warnings(self) -> list[str]:
+        """What is odd about the model's files and how it is loaded, each in one line."""
+        spec, context = self.checkpoint.spec, self.plan.context_tokens
+        said = [*self.checkpoint.warnings, *self.advice.warnings]
+        if context > spec.context:
+            said.append(
+                f"{self.checkpoint.path}: the model was made for {spec.context} tokens. "
+                f"Its rope scaling extends that to {spec.longest}, so it is loaded with {context}"
+            )
+        return said
+
+    @property
     def damaged(self) -> bool:
         """Whether its pack was found altered, so that it has to be loaded again. Requests fail at the step that needs
         the altered bytes."""
@@ -162,7 +174,7 @@ class LoadedModel:
             kv_disk_bytes=disk.nbytes if disk else 0,
             kv_disk_pages_read_total=disk.pages_read if disk else 0,
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
-            warnings=[*self.checkpoint.warnings, *self.advice.warnings],
+            warnings=self.warnings,
             context_limit_tokens=self.checkpoint.spec.longest,
         )
 

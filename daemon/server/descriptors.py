@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 USEFUL = 1 << 16  # more would help nobody
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # why the system gives none
 KEPT = 512  # for models, packs, stores and logs, where the limit allows it
 
 

@@ -2,25 +2,31 @@
 
 libzmq accepts whoever comes until there are no descriptors left, and then ends the process. It cannot close one
 connection, nor stop reading from one. So its sockets listen at a private address, where this thread is the only caller.
+Needs Linux (epoll, addresses that are no files); elsewhere `no_front` stands in.
 Knows descriptors, hosts and bytes. Does not know messages (`zmtp_meter` knows their lengths), keys or requests.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import select
 import socket
+import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
+
+import zmq
 
 from shoal.comm.waker import Waker
 
-from .descriptors import Reserve, margin, soft_limit
+from .descriptors import SHORTAGES, Reserve, margin, soft_limit
 from .limits import ServerLimits
 from .log_rate import SeldomLog
 from .zmtp_meter import ZmtpMeter, weight
@@ -33,8 +39,9 @@ FAREWELL_S = 0.5  # that the last bytes have to reach clients
 NAP_S = 10.0
 TAKEN_S = 1.0  # without a byte from a client, after which the server has surely taken all that it sent
 AHEAD_BYTES = 1 << 16  # weight of the messages that libzmq holds for a client, besides one that is larger
-READ, WRITE, GONE = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
-ONCE = select.EPOLLET  # an end that is not read and has gone is reported once, not without end
+if sys.platform == "linux":
+    READ, WRITE, GONE = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP | select.EPOLLERR
+    ONCE = select.EPOLLET  # an end that is not read and has gone is reported once, not without end
 
 log = logging.getLogger("shoal.server")
 
@@ -71,12 +78,6 @@ class Listener:
     inner: str
 
 
-def private_address() -> str:
-    """An address for a ZeroMQ socket behind the front. It is no file, so a dead daemon leaves nothing. Others can see
-    it: the socket has to refuse callers that are not this process (`IPC_FILTER_PID`)."""
-    return f"ipc://@shoal-{secrets.token_hex(16)}"
-
-
 class Front:
     """Listens for the server, from `start` to `close`. Thread-safe except for these two and `add`."""
 
@@ -102,8 +103,12 @@ class Front:
 
     # --- the server's side ---------------------------------------------------------------------------------
 
-    def add(self, public: socket.socket, inner: str) -> None:
-        """Listen at a public socket, which is then the front's; `inner` is the ZeroMQ socket's private address."""
+    def add(self, public: socket.socket, router: zmq.Socket[Any]) -> None:
+        """Listen at a public socket, which is then the front's, and have `router` listen behind it."""
+        inner = f"ipc://@shoal-{secrets.token_hex(16)}"  # no file, so a dead daemon leaves nothing
+        router.ipc_filter_pid = os.getpid()  # others can see the address
+        router.rcvhwm = 0  # it is given little more than was taken
+        router.bind(inner)
         public.setblocking(False)
         self._listeners[public.fileno()] = Listener(public, inner)
         self._watch(public.fileno(), READ, lambda events: self._accept(public.fileno()))
@@ -170,9 +175,7 @@ class Front:
         while not self._closing_s or (self._links and time.monotonic() < self._closing_s):
             ready = self._epoll.poll(self._patience_s())
             # All at once: while they are handled, another connection may get the descriptor of one that is closed.
-            acts: list[Callable[[], None]] = [
-                partial(self._handlers[descriptor], events) for descriptor, events in ready
-            ]
+            acts: list[Callable[[], None]] = [partial(self._handlers[end], events) for end, events in ready]
             for act in (*acts, self._heed, self._resume):
                 try:
                     act()
@@ -224,10 +227,9 @@ class Front:
             try:
                 with self._reserve.lent():
                     client, address = listener.public.accept()
-            except BlockingIOError:
-                return
             except OSError as error:
-                self._want(error)
+                if error.errno in SHORTAGES:  # else there is nobody, or he has gone
+                    self._want(error)
                 return
             if not self._admit(listener, client, address):
                 client.close()

@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +31,11 @@ from shoal.daemon.errors import DaemonError
 
 from .calls import WORK, Dispatcher
 from .descriptors import soft_limit
-from .front import Front, private_address
+from .front import Front
 from .in_flight import Peer
 from .limits import ServerLimits
 from .log_rate import SeldomLog
+from .no_front import NoFront
 from .outbox import FULL_QUEUE_RETRY_S, Outbox
 from .socket_lock import socket_lock
 
@@ -69,7 +70,7 @@ class Server:
         self._routers: list[zmq.Socket[Any]] = []
         self._resources = ExitStack()
         self._waker = Waker()
-        self._front = Front(self._limits)
+        self._front = (Front if sys.platform == "linux" else NoFront)(self._limits)
         self._outbox = Outbox(self._limits, self._waker, self._front)
         self._dispatcher = Dispatcher(backend, self._limits.workers, self._limits.pending_bytes)
         self._closing = closing
@@ -151,22 +152,19 @@ class Server:
         """Have the front listen at `address`, and a ZeroMQ socket behind it. Returns the real address."""
         keys = self._keys if isinstance(endpoint.parse(address), endpoint.TcpAddress) else None
         public = endpoint.listen(address, keyed=keys is not None)
-        bound, inner = endpoint.address_of(public), private_address()
-        self._front.add(public, inner)
+        bound = endpoint.address_of(public)
         router = context.socket(zmq.ROUTER)
         stack.callback(router.close, linger=500)
         router.router_mandatory = 1  # sending to a client that is gone raises an error
         router.maxmsgsize = self._limits.message_bytes
-        # The front gives it little more than was taken. If a client went while its queue here is full, libzmq would end
-        # the process at its next ping (stream_engine_base.cpp: !_io_error). So it sends none: the front finds the dead.
-        router.rcvhwm = 0
+        # If a client went while its queue here is full, libzmq would end the process at its next ping
+        # (stream_engine_base.cpp: !_io_error). So it sends none, and TCP finds the dead.
         router.sndhwm = self._limits.queue_messages
         router.backlog = 1024
         router.handshake_ivl = int(1000 * self._limits.handshake_s)
-        router.ipc_filter_pid = os.getpid()  # the front alone comes in
         if keys is not None:
             endpoint.require_keys(router, keys)
-        router.bind(inner)
+        self._front.add(public, router)
         self._routers.append(router)
         return bound
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.models.children import ChildKind, Confined, JobFailed, LimitPassed, Limits
-from shoal.models.errors import TemplateError, TemplateRefusal, one_line
+from shoal.models.errors import TemplateError, TemplateRefusal, TemplateTooCostly, one_line
 
 MAX_RENDER_S = 5.0
 MAX_SOURCE_CHARS = 1 << 20
@@ -45,7 +45,7 @@ class Renderer:
         except JobFailed as error:
             raise TemplateError(f"{self._name} is malformed: {error}") from error
         except LimitPassed as error:
-            raise TemplateError(f"{self._name} {error}") from error
+            raise TemplateTooCostly(f"{self._name} {error}") from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The text for these variables, which are JSON values. Raises TemplateError and Overloaded."""
@@ -63,7 +63,7 @@ class Renderer:
                 raise TemplateRefusal(f"{self._name} refuses this conversation: {error}") from error
             raise TemplateError(f"{self._name} failed: {error}") from error
         except LimitPassed as error:
-            raise TemplateError(f"{self._name} {error}") from error
+            raise TemplateTooCostly(f"{self._name} {error}") from error
         return text.decode("utf-8", "surrogatepass")
 
     def close(self) -> None:

@@ -46,6 +46,7 @@ class ChatTemplate:
     ) -> None:
         self._tokens = {"bos_token": bos, "eos_token": eos}
         self._takes_parts: bool | None = None
+        self._reads_tools = False  # as far as is known
         self._renderer = Renderer(source or CHATML, of, max_render_s)
 
     def render(
@@ -76,6 +77,13 @@ class ChatTemplate:
             {**plain(variables), "tools": plain(tools), "add_generation_prompt": add_generation_prompt},
             conversation,
         )
+
+    def ignores_tools(self, rendered: str, messages: Sequence[TemplateMessage], /, **variables: Any) -> bool:
+        """Whether the text that it made of a conversation with tools is the same without them. A template that has
+        read tools once is not tried again. Raises as `render`."""
+        if not self._reads_tools:
+            self._reads_tools = rendered != self.render(messages, **variables)
+        return not self._reads_tools
 
     def close(self) -> None:
         """End the renderings that are under way, and refuse later ones with Overloaded."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fakes.asking import CONFIG, GREEDY
 from shoal.comm.messages import Chat, Done, Generate, Load, Tokenize
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
+from shoal.models.chat.renderer import Renderer
 
 SLOW = (
     "{% set ns = namespace(a=[1], b=[1]) %}"
@@ -63,6 +65,24 @@ def test_others_are_served_while_a_template_runs_and_the_node_ends(path: Path, s
         thread.join()
     assert time.monotonic() - started < 4
     assert len(failures) == 6
+
+
+def test_a_slow_template_is_the_model_s_fault_after_one_deadline(
+    slow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[Renderer] = []
+    render = Renderer.render
+
+    def short(self: Renderer, variables: Mapping[str, Any]) -> str:
+        tries.append(self)
+        self._seconds = 0.5
+        return render(self, variables)
+
+    monkeypatch.setattr(Renderer, "render", short)
+    with Node(CONFIG) as node, pytest.raises(DaemonError, match="did not end in time") as caught:
+        list(node.stream(chat(slow)))
+    assert caught.value.code == "corrupt"
+    assert len(tries) == 1
 
 
 def test_what_a_tokenizer_explodes_is_the_model_s_fault(slow: Path) -> None:

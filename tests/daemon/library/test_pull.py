@@ -171,7 +171,10 @@ def test_what_is_no_checkpoint_stays_out(library: Library, tmp_path: Path) -> No
     (tmp_path / "text.gguf").write_text("hello")
     for path, said in [
         ("empty", "empty: is not a model directory: it has no config.json"),
-        ("text.gguf", "neither a GGUF file nor a directory with .* it begins with b'hell'"),
+        (
+            "text.gguf",
+            "neither a GGUF file nor a directory with config.json and safetensors: it begins with b'hell'$",
+        ),
         ("gone.gguf", "no such file"),
     ]:
         with pytest.raises(DaemonError, match=said):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from collections import Counter
 from dataclasses import replace
 
 import pytest
-from fakes.api_fakes import PATIENCE_S, QUICK, RawClient, done, gone, running
+from fakes.api_fakes import PATIENCE_S, QUICK, RawClient, done, gone, ipc, running
 
 from shoal.client import Client
 from shoal.client.session import Exchange
@@ -34,6 +36,8 @@ from shoal.comm.messages import (
     Waiting,
     Welcome,
 )
+from shoal.daemon.server import server
+from shoal.daemon.server.no_front import NoFront
 
 
 def test_twenty_clients_get_their_own_texts(daemon):
@@ -51,6 +55,30 @@ def test_twenty_clients_get_their_own_texts(daemon):
     expected = [["".join(f"{n}.{t}.{i} " for i in range(30)) for t in range(3)] for n in range(20)]
     assert [texts[n] for n in range(20)] == expected
     assert gone(daemon)
+
+
+def test_where_there_is_no_front(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "Front", NoFront)
+    with running("tcp://127.0.0.1:0", ipc(tmp_path)) as daemon:
+        for address in daemon.server.addresses:
+            with Client(address, timeout_s=PATIENCE_S) as client:
+                assert client.text("a b c")[0] == "a b c "
+            with RawClient(address) as raw:
+                raw.send(Generate(prompt="forever"))
+                raw.until(Token)
+        assert gone(daemon)
+    assert not list(tmp_path.glob("**/*.sock"))
+
+
+def test_the_server_can_be_imported_where_there_is_no_epoll():
+    code = (
+        "import asyncio, select, sys, msgspec, numpy, psutil, zmq; "
+        "[delattr(select, name) for name in dir(select) if name.lower().startswith('epoll')]; "
+        "sys.platform = 'darwin'; "
+        "from shoal.daemon.server import server; import shoal.daemon.service; "
+        "print(type(server.Server(None, [])._front).__name__)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "NoFront"
 
 
 def test_hello_agrees_on_a_version_or_says_why_not(raw):
