@@ -240,7 +240,8 @@ class _Child:
         """The answer to a job. The process ends with anything but an answer or an ordinary error of the script."""
         began_s, fine = time.monotonic(), False
         try:
-            self._send(JOB.pack(len(job), limits.memory_bytes, limits.seconds) + job, limits)
+            self._send(JOB.pack(len(job), limits.memory_bytes, limits.seconds), limits)
+            self._send(job, limits)
             answered, data = self._receive(limits, began_s)
             kind, text = ("", "") if answered else json.loads(data)
             if kind == "MemoryError":
