@@ -46,7 +46,7 @@ class Envelope:
 def encode(message: Message, request_id: bytes, limit_bytes: int = MAX_REPLY_BYTES) -> list[bytes]:
     """The frames of `message`. ProtocolError when it cannot be encoded, or is larger than `limit_bytes`."""
     try:
-        body = _ENCODER.encode(message)
+        body = _encoded(message)
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
         raise ProtocolError(f"cannot encode: {error}", request_id=request_id) from error
     if not 1 <= len(request_id) <= MAX_ID_BYTES:
@@ -54,6 +54,29 @@ def encode(message: Message, request_id: bytes, limit_bytes: int = MAX_REPLY_BYT
     frames = [PROTOCOL, TYPE_NAMES[type(message)].encode(), request_id, body]
     _check_size(frames, limit_bytes, request_id)
     return frames
+
+
+def _encoded(message: Message) -> bytes:
+    """The body. What others wrote (a file's name, a template's complaint) can have lone surrogates, which no UTF-8 has:
+    a reply says them as U+FFFD. A request must not be altered."""
+    try:
+        return _ENCODER.encode(message)
+    except UnicodeEncodeError:
+        if type(message) not in REPLIES.values():
+            raise
+        return _ENCODER.encode(_speakable(msgspec.to_builtins(message)))
+
+
+def _speakable(value: Any) -> Any:
+    """A value of maps, lists and texts without lone surrogates."""
+    match value:
+        case str():
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        case list() | tuple():
+            return [_speakable(item) for item in value]
+        case dict():
+            return {_speakable(key): _speakable(item) for key, item in value.items()}
+    return value
 
 
 def split(frames: Sequence[bytes], limit_bytes: int = MAX_REQUEST_BYTES) -> Envelope:

@@ -64,7 +64,12 @@ class JobFailed(Exception):
 
 
 class _Died(Exception):
-    """The child ended by itself; it may have been idle for long."""
+    """The child ended by itself; it may have been idle for long. killed: somebody else ended it, mostly a system that
+    is short of memory."""
+
+    def __init__(self, text: str, killed: bool) -> None:
+        super().__init__(text)
+        self.killed = killed
 
 
 class ChildKind:
@@ -182,6 +187,10 @@ class Confined:
                 return act(child)
             except _Died as error:
                 if fresh and not self._closed:  # else it may have died before, and another does the job
+                    if error.killed:
+                        raise Overloaded(
+                            "the system ended a process of this request; it may be short of memory"
+                        ) from error
                     raise LimitPassed(str(error)) from error
             finally:
                 self._kind.give_back(child)
@@ -231,7 +240,8 @@ class _Child:
         """The answer to a job. The process ends with anything but an answer or an ordinary error of the script."""
         began_s, fine = time.monotonic(), False
         try:
-            self._send(JOB.pack(len(job), limits.memory_bytes, limits.seconds) + job, limits)
+            self._send(JOB.pack(len(job), limits.memory_bytes, limits.seconds), limits)
+            self._send(job, limits)
             answered, data = self._receive(limits, began_s)
             kind, text = ("", "") if answered else json.loads(data)
             if kind == "MemoryError":
@@ -301,7 +311,7 @@ class _Child:
         if code == -signal.SIGABRT:  # how a library in Rust ends that gets no memory
             return _hungry(limits)
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-        return _Died(f"ended its process {how}")
+        return _Died(f"ended its process {how}", killed=code == -signal.SIGKILL)
 
 
 def _late(limits: Limits) -> LimitPassed:

@@ -8,6 +8,7 @@ a tensor means.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ from shoal.models.regular_files import FileTooLong, NotRegular, open_regular
 from .identity import FileStamp, Stamps, stamped
 
 _FOLIO_BYTES = 2 << 20  # the system drops cached pages in whole groups, which are at most so large
+_ASTRAY = (
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,
+)  # of a path or link that leads to no file
 _READ_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
 _PART_BYTES = 16 << 20  # how much to read in one call if page cache is given back after each
 
@@ -184,6 +191,6 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
         return CorruptCheckpoint(f"{path}: is refused: {error.strerror}")
     if isinstance(error, NotRegular):
         return CorruptCheckpoint(f"{path}: cannot be read: {error.strerror}")
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or error.errno in _ASTRAY:
         return MissingCheckpoint(f"{path}: cannot be read: {error.strerror}")
     return CheckpointError(f"{path}: cannot be read: {error.strerror}")

@@ -27,7 +27,9 @@ from .spm_file import read_model
 from .tokenizer_json import read_tokenizer_json
 from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, completed, inverse, packed
 
-MAX_TOKENIZER_FILE_BYTES = 256 << 20
+MAX_TOKENIZER_FILE_BYTES = (
+    64 << 20
+)  # four times as much is held for a moment; the largest published has 34 MB
 MAX_SETTINGS_FILE_BYTES = 8 << 20  # as JSON it may become twenty times as much in memory
 MAX_TEMPLATES = 64
 

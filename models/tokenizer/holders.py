@@ -57,7 +57,9 @@ class Holder(Protocol):
 
 def holder(data: bytes, tokens: dict[str, Any]) -> Holder:
     """For a file, with `tokens` as `HfLibrary` has them."""
-    return Here(data, tokens) if is_ordinary(data) else _InChild(_CHILDREN, data, tokens)
+    if is_ordinary(data, [*tokens["added"], *tokens["extra"]]):
+        return Here(data, tokens)
+    return _InChild(_CHILDREN, data, tokens)
 
 
 def joiner(decoder: dict[str, Any] | None) -> Holder:

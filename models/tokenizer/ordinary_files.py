@@ -7,7 +7,7 @@ format. Decides only: it reads no text, and whatever is malformed is simply not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -23,8 +23,9 @@ _MAX_NODES = 400  # values within one part
 _MAX_TEXT_CHARS = 64
 _MAX_LIST = 32
 _MAX_TOKEN_CHARS = 4096
+_MAX_PIECE_CHARS = 64  # of Unigram, which takes every piece that goes on from a place, at each place
 _MAX_ADDED = 200_000
-_MAX_WORD_CHARS = 1000
+_MAX_WORD_CHARS = 128  # of WordPiece, which tries all parts of a word, longest first
 _MAX_BYTES = (
     48 << 20
 )  # the library takes about ten times as much for a moment; the largest published file has 34 MB
@@ -50,6 +51,8 @@ _REWRITES = {"Replace", "Prepend"}
 class _Added(msgspec.Struct):
     id: int
     content: str
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 class _Model(msgspec.Struct):
@@ -71,8 +74,8 @@ class _Outline(msgspec.Struct):
     added_tokens: list[_Added] = []
 
 
-def is_ordinary(data: bytes) -> bool:
-    """Whether a file has nothing but known parts, within bounds."""
+def is_ordinary(data: bytes, added: Sequence[Mapping[str, Any]] = ()) -> bool:
+    """Whether a file has nothing but known parts, within bounds. added: fields of tokens that other files add."""
     if len(data) > _MAX_BYTES:
         return False
     try:
@@ -80,19 +83,23 @@ def is_ordinary(data: bytes) -> bool:
         model = file.model
         lengths, ids = _vocabulary(model)
         known = all(_is_known(getattr(file, part), types) for part, types in _PARTS.items())
+        tokens = file.added_tokens + [msgspec.convert({"id": 0, **fields}, _Added) for fields in added]
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return False
     affixes = (model.continuing_subword_prefix or "", model.end_of_word_suffix or "")
-    added_chars = max((len(token.content) for token in file.added_tokens), default=0)
+    added_chars = max((len(token.content) for token in tokens), default=0)
+    most_chars = _MAX_PIECE_CHARS if model.type == "Unigram" else _MAX_TOKEN_CHARS
     return (
         known
         and not model.dropout
         and max(map(len, affixes)) <= _MAX_TEXT_CHARS
         and 0 <= model.max_input_chars_per_word <= _MAX_WORD_CHARS
-        and max(lengths, default=0) <= _MAX_TOKEN_CHARS >= added_chars
+        and max(lengths, default=0) <= most_chars
+        and added_chars <= _MAX_TOKEN_CHARS
+        and not any(token.content.isspace() and (token.lstrip or token.rstrip) for token in tokens)
         and all(0 <= token_id < MAX_TOKENS for token_id in ids)
-        and len(file.added_tokens) <= _MAX_ADDED
-        and all(0 <= token.id < MAX_TOKENS for token in file.added_tokens)
+        and len(tokens) <= _MAX_ADDED
+        and all(0 <= token.id < MAX_TOKENS for token in tokens)
     )
 
 

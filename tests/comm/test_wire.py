@@ -71,6 +71,23 @@ def test_replies_come_back_unchanged():
         assert wire.decode(wire.split(wire.encode(message, b"1")), REPLIES) == message
 
 
+def test_a_reply_says_what_has_no_utf8_form_and_a_request_is_not_altered():
+    for message in (
+        Error(code="corrupt", message="a\ud800b", hint="\udcff"),
+        Token(
+            text="\ud800",
+            ids=[1],
+            logprobs=[TokenLogprob(id=1, text="a", logprob=-0.5, top=[(2, "\udfff", -1.0)])],
+        ),
+    ):
+        said = wire.decode(wire.split(wire.encode(message, b"1")), REPLIES)
+        assert "\ufffd" in repr(said) or "\ufffd" in str(msgspec.to_builtins(said))
+    said = wire.decode(wire.split(wire.encode(Error(code="corrupt", message="😀\ud83d\n"), b"1")), REPLIES)
+    assert said == Error(code="corrupt", message="😀\ufffd\n")
+    with pytest.raises(ProtocolError, match="cannot encode"):
+        wire.encode(Generate(prompt="\ud800"), b"1")
+
+
 def test_every_type_has_one_name_and_terminals_are_the_rest():
     assert len(TYPE_NAMES) == len(REQUESTS) + len(REPLIES)
     assert set(REPLIES) >= STREAMING

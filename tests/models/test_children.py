@@ -99,6 +99,13 @@ def test_who_was_killed_while_idle_is_replaced(kind: ChildKind) -> None:
     assert work.do(b"1 + 1", LIMITS) == b"2"
 
 
+def test_who_is_killed_from_outside_is_no_job_s_fault(kind: ChildKind) -> None:
+    work = confined(kind)
+    with pytest.raises(Overloaded, match="short of memory"):
+        work.do(b"os.kill(os.getpid(), 9)", LIMITS)
+    assert work.do(b"1 + 1", LIMITS) == b"2"
+
+
 def test_children_end_with_their_owner_and_after_large_jobs(
     kind: ChildKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from fakes import tiny
 
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.gguf_file import open_gguf
-from shoal.models.errors import CheckpointError, TokenizerError, UnsupportedCheckpoint
+from shoal.models.errors import CheckpointError, MissingCheckpoint, TokenizerError, UnsupportedCheckpoint
 from shoal.models.tokenizer.tokenizer import Tokenizer
 
 from .test_gguf_facts import edit
@@ -186,3 +186,20 @@ def test_vocabularies_are_bounded_and_large_ones_load(tmp_path: Path) -> None:
     metadata = {**open_gguf(tmp_path / "n.gguf").metadata, "tokenizer.ggml.model": "gpt2"}
     with pytest.raises(TokenizerError, match="a vocabulary has 1 to 1048576 tokens, this one has 2097152"):
         Tokenizer.from_gguf(metadata)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+def test_a_link_that_leads_nowhere_is_the_directory_s_fault(name: str, tmp_path: Path) -> None:
+    path = tiny.save_hf(tiny.hf_model("llama"), tmp_path / "m")
+    for target in (name, f"tokenizer.json/{name}", "n" * 300):
+        (path / name).unlink(missing_ok=True)
+        (path / name).symlink_to(target)
+        with pytest.raises(MissingCheckpoint, match=f"m/{name}: cannot be read"):
+            open_checkpoint(path)
+
+
+def test_how_an_unknown_file_begins_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"hello")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path / "m.gguf")
+    assert str(caught.value).count("begins") == 1

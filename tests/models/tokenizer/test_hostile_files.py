@@ -188,6 +188,44 @@ def test_what_people_use_is_ordinary() -> None:
     assert is_ordinary(json.dumps(ordinary()).encode())
 
 
+# Each would keep the interpreter's lock for 4 s to minutes, for a text of 65,536 characters that cannot be cut.
+SLOW: dict[str, Callable[[dict[str, Any]], object]] = {
+    "words of a thousand characters": lambda f: f.update(
+        model={
+            "type": "WordPiece",
+            "unk_token": "!",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 1000,
+            "vocab": {"!": 0, "a": 1, "##a": 2, **{f"##{i}": 3 + i for i in range(300)}},
+        }
+    ),
+    "pieces that begin alike": lambda f: f.update(
+        model={
+            "type": "Unigram",
+            "unk_id": 0,
+            "vocab": [["?", 0.0], *(["a" * i, -1.0] for i in range(1, 3000))],
+        }
+    ),
+    "a space that takes spaces": lambda f: f["added_tokens"].append(
+        {**f["added_tokens"][0], "id": 258, "content": " ", "lstrip": True, "rstrip": True}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_takes_the_square_of_a_text_is_not_ordinary(name: str) -> None:
+    file = ordinary()
+    SLOW[name](file)
+    assert not is_ordinary(json.dumps(file).encode())
+
+
+def test_tokens_that_other_files_add_are_looked_at_too() -> None:
+    data = json.dumps(ordinary()).encode()
+    assert is_ordinary(data, [{"content": " "}, {"content": "<x>", "rstrip": True, "special": True}])
+    for fields in ({"content": "\t\n", "lstrip": True}, {"content": "a" * 10_000}, {"content": None}):
+        assert not is_ordinary(data, [fields])
+
+
 # --- vocabularies of GGUF files ------------------------------------------------------------------------
 
 
