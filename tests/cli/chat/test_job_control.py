@@ -61,4 +61,4 @@ def test_keys_do_not_show_after_a_stop() -> None:
         watchdog.cancel()
         os.close(master)
     process.wait()
-    assert got.count(b"quiet") == 3 and b"echoes" not in got, got.decode()
+    assert got.decode().split() == ["answering", "quiet", "quiet", "quiet"]
