@@ -13,7 +13,7 @@ import click
 from shoal.comm.errors import CommError, NoDaemon, RequestFailed, TimedOut
 from shoal.daemon.errors import DaemonError
 
-from .wording import worded
+from .wording import nearest, worded
 
 
 class Exit(IntEnum):
@@ -47,6 +47,9 @@ def explain(error: BaseException) -> tuple[str, Exit]:
     if isinstance(error, CommError):
         return _line(f"talking to the daemon failed: {_text(error)}", "see shoal logs"), Exit.FAILED
     if isinstance(error, click.UsageError):
+        if isinstance(error, click.NoSuchOption) and error.ctx:
+            near = _options_like(error.option_name, error.ctx)
+            error = click.NoSuchOption(error.option_name, possibilities=near, ctx=error.ctx)
         path = error.ctx.command_path if error.ctx else "shoal"
         return _line(_lower(error.format_message()), f"see {path} --help"), Exit.USAGE
     if isinstance(error, click.ClickException):
@@ -64,6 +67,17 @@ def explain(error: BaseException) -> tuple[str, Exit]:
         return f"{where}{error.strerror}", Exit.FAILED
     what = f"{type(error).__name__}: {_text(error)}"
     return _line(f"unexpected error: {what}", "SHOAL_DEBUG=1 shows where; please report it"), Exit.FAILED
+
+
+def _options_like(written: str, context: click.Context) -> list[str]:
+    """The options of a verb that somebody may have meant: those that begin so, else the nearest."""
+    names = [
+        name for option in context.command.get_params(context) for name in option.opts if name[:2] == "--"
+    ]
+    if begun := [name for name in names if name.startswith(written)]:
+        return begun
+    near = nearest(written, names)
+    return [near] if near else []
 
 
 def _text(error: BaseException) -> str:

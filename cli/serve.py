@@ -119,7 +119,7 @@ def serve(
 @click.command(epilog=examples("shoal load smollm2", "shoal load smollm2 --ctx 4096"))
 @click.argument("model")
 @click.option(
-    "--ctx", type=click.IntRange(min=1), metavar="N", help="Context length in tokens, at most the model's."
+    "--ctx", type=Whole(1, 1 << 26), metavar="N", help="Context length in tokens, at most the model's."
 )
 @quant_option
 @draft_option

@@ -158,4 +158,6 @@ def _guarded(call: Callable[[], object]) -> int:
             said = f"shoal: {printable(line)}"
             columns = shutil.get_terminal_size().columns
             click.echo(folded(said, columns) if sys.stderr.isatty() else said, err=True)
+        elif isinstance(error, click.Abort):  # at a question, whose line is still open
+            click.echo(err=True)
         return code

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import zmq
 
 from shoal.comm.curve_keys import ClientKeys
-from shoal.comm.errors import CommError
+from shoal.comm.errors import CommError, RequestFailed
 from shoal.comm.home import Home
 from shoal.comm.messages import Chat, Generate, Message
 
@@ -57,7 +57,11 @@ class ClientFace(ABC, Generic[S]):
         return self.stream(chat_request(messages, fields))
 
     def _answer(self, prompt: str | None, messages: Sequence[ChatLike] | None, fields: dict[str, Any]) -> S:
-        """What `text` collects: the answer to `messages` if there are any, else to a prompt."""
+        """What `text` collects: the answer to a prompt or to `messages`."""
+        if prompt is not None and messages is not None:
+            raise RequestFailed(
+                "bad_request", "prompt, messages: exactly one of them must be given, not both"
+            )
         return self.generate(prompt, **fields) if messages is None else self.chat(messages, **fields)
 
     def _begin(self, request: Message) -> Exchange:

@@ -213,6 +213,10 @@ def load_request(
 
 
 def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:
+    for place, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            wanted = 'must be a message, {"role": …, "content": …}'
+            raise ValueError(f"messages[{place}]={repr(message)[:40]}: {wanted}")
     return [ChatMessage(message) for message in messages]
 
 

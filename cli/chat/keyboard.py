@@ -25,6 +25,7 @@ PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 BURST_S = 0.02  # what follows the end of a paste within this time was not typed
 ESCAPE_S = 0.5  # a lone Escape that nothing follows for so long is the key
 AGAIN_S = 1.0  # Ctrl-C within this time of the last one means the same
+STOP_S = 0.5  # a process that stops itself has done so within this time
 BURST_CHARACTERS = 1 << 16
 
 
@@ -162,6 +163,9 @@ class Keyboard:
         self._pastes(False)
         with self._keys.cooked_mode():
             os.kill(0, signal.SIGTSTP)  # the whole job
+            # The main thread takes the signal, so this one may come here before all are stopped: it would change the
+            # terminal first, and find it changed back when the job goes on.
+            time.sleep(STOP_S)
         self._pastes(True)
 
     def _pastes(self, marked: bool) -> None:

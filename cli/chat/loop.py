@@ -100,8 +100,12 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
         state = ChatState(home, link, Conversation(system))
         wanted = named or reference_or_fetch(_default(state), library)
         stack.enter_context(unechoed())
-        link.load(wanted, plan.ctx, guessing)
-        return ChatLoop(state, answer, _reader(state, stack)).run()
+        reader = _reader(state, stack)
+        with reader.listening():  # what is typed or pasted now is for the first line
+            link.load(wanted, plan.ctx, guessing)
+        if isinstance(reader, LineReader):
+            _greet(link)
+        return ChatLoop(state, answer, reader).run()
 
 
 class ChatLoop:
@@ -284,14 +288,17 @@ def toolbar(state: ChatState) -> str:
     return f" {name if len(name) <= room else name[: room - 1] + '…'} · {rest}"
 
 
+def _greet(link: ChatLink) -> None:
+    model = link.model
+    note(
+        f"{model.name} · {model.family}, {format_bytes(model.parameters_bytes)}, context {link.context_tokens} · "
+        "/help lists commands, Ctrl-D leaves"
+    )
+
+
 def _reader(state: ChatState, stack: ExitStack) -> Reader:
     if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
         return PlainReader()
-    model = state.link.model
-    note(
-        f"{model.name} · {model.family}, {format_bytes(model.parameters_bytes)}, context {state.link.context_tokens} · "
-        "/help lists commands, Ctrl-D leaves"
-    )
     history = private_dir(state.home.root) / "chat_history"
     reader = LineReader(history, lambda text: completions(state, text), lambda: toolbar(state))
     stack.enter_context(reader.opened())

@@ -169,12 +169,26 @@ def test_a_known_model_that_is_not_there_is_offered_at_a_terminal(
     monkeypatch.setattr("shoal.cli.store.asks", lambda: True)
     monkeypatch.setattr("shoal.daemon.library.pull.pull", fetch)
     monkeypatch.setattr(click, "confirm", lambda question, **_: asked.append(question) or answer)
-    for model in ("smollm2:q8", "org/tiny"):
-        assert shoal("run", model, "Why?").exit_code == (0 if answer else 1)
+    for model, name in (("smollm2:q8", "smollm2"), ("org/tiny", "org/tiny")):
+        result = shoal("run", model, "Why?")
+        assert result.exit_code == (0 if answer else 1)
+        assert result.stderr.startswith(f"{name} is not in the store yet\n")
     assert asked == ["Fetch smollm2 (92.9 MB) now?", "Fetch org/tiny now?"]
     assert stage.here.loaded == (["smollm2:q8", "tiny"] if answer else [])
     assert shoal("run", "unknown", "Why?").exit_code == shoal("run", "./no.gguf", "Why?").exit_code == 1
     assert len(asked) == 2
+
+
+def test_ctrl_c_at_a_question_ends_its_line(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(question: str, **_: Any) -> bool:
+        click.echo(f"{question} ", nl=False, err=True)
+        raise click.Abort
+
+    monkeypatch.setattr("shoal.cli.store.asks", lambda: True)
+    monkeypatch.setattr(click, "confirm", interrupted)
+    result = shoal("run", "org/tiny", "Why?")
+    assert result.exit_code == 130
+    assert result.stderr.endswith("Fetch org/tiny now? \n")
 
 
 def test_raw_feeds_the_prompt_as_it_is(stage: Stage) -> None:

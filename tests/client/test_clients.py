@@ -50,6 +50,18 @@ def test_text_of_a_prompt_and_of_a_conversation(client):
     assert end.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("messages", ["hi", ["hi"], {"role": "user", "content": "hi"}, [None], [5]])
+def test_what_is_no_list_of_messages(client, messages):
+    with pytest.raises(RequestFailed, match=r"^messages\[0\]=.*: must be a message, \{") as failed:
+        client.text(messages=messages)
+    assert failed.value.code == "bad_request"
+
+
+def test_a_prompt_beside_messages_is_not_dropped(client):
+    with pytest.raises(RequestFailed, match="exactly one of them must be given, not both"):
+        client.text("a", messages=[{"role": "user", "content": "b"}])
+
+
 def test_a_request_that_exists_already_is_sent_as_it_is(client, daemon):
     for request in (
         Generate(prompt="one two", max_tokens=9, sampling=Sampling(seed=1)),

@@ -15,6 +15,8 @@ from shoal.cli import background
 from shoal.cli.chat import loop as chat_module
 from shoal.cli.chat.commands import COMMANDS, ChatState, completions, obey
 from shoal.cli.chat.conversation import Conversation, finished, unfinished
+from shoal.cli.chat.line_input import PlainReader, Said
+from shoal.cli.chat.link import ChatLink
 from shoal.cli.chat.loop import toolbar
 from shoal.comm.errors import NoDaemon, RequestFailed
 from shoal.comm.home import Home
@@ -257,6 +259,30 @@ def test_without_a_daemon_one_is_started(daemon: Daemon, state: ChatState) -> No
     assert daemon.starts == 1
     assert daemon.client.asked[-1] == ("other", 64)
     assert daemon.client.answers.requests[-1].context_tokens == 64
+
+
+def test_the_keyboard_is_read_while_the_model_loads(
+    daemon: Daemon, state: ChatState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    class Quiet(PlainReader):
+        @contextmanager
+        def listening(self) -> Iterator[None]:
+            order.append("listens")
+            yield
+            order.append("ends")
+
+        def read(self) -> Said | None:
+            order.append("reads")
+            return None
+
+    load = ChatLink.load
+    monkeypatch.setattr(ChatLink, "load", lambda *given: (order.append("loads"), load(*given))[1])
+    monkeypatch.setattr(chat_module, "PlainReader", Quiet)
+    put(state, "tiny")
+    assert shoal("chat", "tiny").exit_code == 0
+    assert order == ["listens", "loads", "ends", "reads"]
 
 
 def test_a_daemon_that_another_process_started_first_is_taken(
