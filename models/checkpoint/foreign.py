@@ -84,8 +84,6 @@ def check_file(path: Path) -> None:
         said = f"is neither a GGUF file nor a directory with config.json and safetensors: it begins with {start[:4]!r}"
         if path.suffix == ".safetensors" or path.name == "config.json":
             said += f"; give the directory: {path.parent}"
-        else:
-            said += f": it begins with {start[:4]!r}"
     raise UnsupportedCheckpoint(f"{path}: {said}")
 
 
