@@ -109,7 +109,9 @@ def test_tools_that_a_template_does_not_read_are_refused(
 )
 def test_a_template_may_need_tools(loaded: Callable[..., Any], template: str) -> None:
     """Templates named `tool_use` go through the tools without asking whether there are any."""
-    with loaded([{"name": "default", "template": PLAIN}, {"name": "tool_use", "template": template}]) as model:
+    with loaded(
+        [{"name": "default", "template": PLAIN}, {"name": "tool_use", "template": template}]
+    ) as model:
         assert rendered(model, tools=TOOLS) == "look"
         assert rendered(model) == rendered(model, tools=[])
 
