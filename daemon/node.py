@@ -115,18 +115,33 @@ class Node:
         block. Raises DaemonError instead of emitting when the request cannot start. The model is loaded if needed.
         """
         arrived_s = self._clock()
-        model = self._model(request.model, request.context_tokens)
+        try:
+            while True:
+                model = self._model(request.model, request.context_tokens)
+                underway = self._begun(model, request, emit, client, arrived_s)
+                if underway is not None:
+                    return underway
+        finally:
+            self._long.ended(request)
+
+    def _begun(
+        self, model: LoadedModel, request: Generate | Chat, emit: Emit, client: str, arrived_s: float
+    ) -> Underway | None:
+        """Start a request. None if other files took the place of the model's before it began, so that it is to begin
+        with these. Raises DaemonError."""
         try:
             prompt = prompt_of(model, request)
             sequence = sequence_of(model, request, prompt, client=client, arrived_s=arrived_s)
             answer = answer_of(model, request, prompt, emit)
         except Exception as error:
+            if model.retired and model not in self._models:
+                return None
             raise translated(error) from error
-        finally:
-            self._long.ended(request)
         with self._wake:
             self._check_open()
             if model not in self._models:
+                if model.retired:
+                    return None
                 raise unloaded(model.name)
             self._answering.open(sequence, answer)
             try:

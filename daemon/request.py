@@ -80,7 +80,7 @@ def chat_text(
     if field := variables.pop("continue_final_message", False):
         messages = marked(messages, field if isinstance(field, str) else "content")
         variables["add_generation_prompt"] = False
-    told = [_with_reasoning(message) for message in messages]
+    told = [_as_told(message) for message in messages]
     try:
         rendered = template.render(told, tools=tools or None, **variables)
         unread = bool(tools) and template.ignores_tools(rendered, told, **variables)
@@ -231,10 +231,11 @@ def _way_out(model: LoadedModel, prompt_tokens: int, asked: int) -> str:
     return f"shorten it, or load the model with `context_tokens={context}`, which {beside}"
 
 
-def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with its reasoning under the names that templates read it by, as in transformers."""
-    found = (message[name] for name in _REASONING if message.get(name) is not None)
-    reasoning = next(found, None)
+def _as_told(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message as transformers gives it to templates: without keys that are null, which many templates would spell
+    as "None", and with its reasoning under the names that templates read it by."""
+    told = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((told[name] for name in _REASONING if name in told), None)
     if reasoning is None:
-        return message
-    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        return told
+    return {"thinking": reasoning, **told, "reasoning_content": reasoning}

@@ -35,7 +35,7 @@ class LoadedModel:
 
     named: what it was called when it was loaded, a path or a name in the store. asked_context: the context that was
     asked for then. used_s: when it was last asked. draft: the model that guesses for it. advice: what its makers say of
-    sampling.
+    sampling. retired: another model has taken its place, and it only ends what it has begun.
     """
 
     name: str
@@ -48,6 +48,7 @@ class LoadedModel:
     clock: Callable[[], float]
     used_s: float
     advice: Advice = field(default_factory=Advice)
+    retired: bool = False
     _compiling: threading.Lock = field(default_factory=threading.Lock)
     _templates: dict[str, ChatTemplate | TemplateError] = field(default_factory=dict)
 

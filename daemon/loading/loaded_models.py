@@ -92,6 +92,7 @@ class LoadedModels:
         """Another model takes the place of this one, which goes as soon as it has ended its requests."""
         with self.lock:  # throughout, so that it gets no request meanwhile
             self._forget(model)
+            model.retired = True
             busy = model.engine.busy
             if busy:
                 taken = {it.name for it in self}

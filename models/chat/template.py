@@ -79,10 +79,13 @@ class ChatTemplate:
         )
 
     def ignores_tools(self, rendered: str, messages: Sequence[TemplateMessage], /, **variables: Any) -> bool:
-        """Whether the text that it made of a conversation with tools is the same without them. A template that has
-        read tools once is not tried again. Raises as `render`."""
+        """Whether the text that it made of a conversation with tools is the same without them. A template that fails
+        or refuses then reads them, too. One that has read tools once is not tried again. Raises Overloaded."""
         if not self._reads_tools:
-            self._reads_tools = rendered != self.render(messages, **variables)
+            try:
+                self._reads_tools = rendered != self.render(messages, **variables)
+            except TemplateError:
+                self._reads_tools = True
         return not self._reads_tools
 
     def close(self) -> None:

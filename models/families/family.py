@@ -29,6 +29,15 @@ class Moe:
     layers: list[bool]
 
 
+# Keys of config.json that transformers reads for some families only → the value that changes nothing.
+PECULIAR: Mapping[str, Any] = {
+    "clip_qkv": None,
+    "hidden_activation": None,
+    "partial_rotary_factor": 1,
+    "query_pre_attn_scalar": None,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class HfSide:
     """How a family's config.json and safetensors are read."""
@@ -44,6 +53,7 @@ class HfSide:
     norm_shift: float = 0.0  # what has to be added to stored norm weights
     local_rope: bool = False  # windowed layers have a rope of their own
     longrope_names: tuple[str, ...] = ()  # further names that the family uses for longrope
+    peculiar: tuple[str, ...] = ()  # keys of PECULIAR that the family has; others are not used
     unsupported: tuple[str, ...] = ()  # keys of options that change the arithmetic, so that they must be off
 
 

@@ -15,7 +15,7 @@ from shoal.partition.spec import ModelSpec, RopeSpec
 
 from .claims import Ends, Same, check_layers, claimed_biases, find_ends, unused
 from .facts import Facts
-from .family import ALWAYS, Family, HfSide
+from .family import ALWAYS, PECULIAR, Family, HfSide
 from .rope_scaling import hf_rope
 from .tensors import Names, Recipe, chosen
 
@@ -36,6 +36,8 @@ def hf_recipe(
     Raises CheckpointError or SpecError.
     """
     hf = family.hf
+    strange = {key: PECULIAR[key] for key in PECULIAR if key not in hf.peculiar}
+    config, unread = _without(strange, config)
     facts = Facts(config, origin, defaults=hf.defaults)
     for option in hf.unsupported:
         if config.get(option):
@@ -71,7 +73,22 @@ def hf_recipe(
     biases, without = claimed_biases(names, tensors, claimed, count, origin)
     names = chosen(spec, names, biases)
     left = unused(tensors, _used(spec, names) | {ends.spare}, ends.prefix, count, origin)
-    return Recipe(spec, names, hf.norm_shift, ends.warnings + without + left)
+    said = tuple(f"{origin}: {claim} is not used: {family.name} has no such thing" for claim in unread)
+    return Recipe(spec, names, hf.norm_shift, said + ends.warnings + without + left)
+
+
+def _without(
+    strange: Mapping[str, Any], config: Mapping[str, Any], depth: int = 3
+) -> tuple[dict[str, Any], list[str]]:
+    """What is left of a configuration and its parts (rope_parameters and those of its layers) without the strange keys,
+    and what these claim, where it is not what they say by themselves."""
+    claims = [f"{key}={config[key]!r:.40}" for key in strange if config.get(key) not in (None, strange[key])]
+    kept = {key: value for key, value in config.items() if key not in strange}
+    for key in ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention"):
+        if depth and isinstance(part := kept.get(key), Mapping):
+            kept[key], more = _without(strange, part, depth - 1)
+            claims += more
+    return kept, claims
 
 
 def layer_count(facts: Facts, key: str = "num_hidden_layers") -> int:
@@ -84,12 +101,11 @@ def layer_count(facts: Facts, key: str = "num_hidden_layers") -> int:
 
 def _ropes(hf: HfSide, facts: Facts, head_dim: int) -> tuple[RopeSpec, ...]:
     """The rope of all layers; if windowed layers have one of their own, that comes second."""
-    parameters = facts.part("rope_parameters")
-    if not hf.local_rope:
-        if not parameters.values:
-            parameters = facts.part("rope_scaling")
-        return (hf_rope(facts, head_dim, parameters, hf.longrope_names),)
-    everywhere = parameters.part("full_attention") if parameters.values else facts.part("rope_scaling")
+    parameters, scaling = facts.part("rope_parameters"), facts.part("rope_scaling")
+    if not hf.local_rope:  # where a file has both, the older key counts in transformers
+        return (hf_rope(facts, head_dim, scaling if scaling.values else parameters, hf.longrope_names),)
+    everywhere = parameters.part("full_attention")
+    everywhere = Facts({**everywhere.values, **scaling.values}, facts.origin)
     local = parameters.part("sliding_attention", {"rope_theta": facts.number("rope_local_base_freq")})
     return hf_rope(facts, head_dim, everywhere), hf_rope(facts, head_dim, local)
 

@@ -160,6 +160,11 @@ def _by_type(config: Facts, local: list[bool]) -> Windows:
         types = config.items("layer_types", str)
         if len(types) != len(local):
             raise config.wrong("layer_types", types, f"a list of {len(local)}, one for each layer")
+        if unknown := {*types} - {"sliding_attention", "full_attention"}:
+            raise UnsupportedCheckpoint(
+                f"{config.origin}: layer_types has {min(unknown)!r:.60}, which is not supported "
+                "(supported: full_attention, sliding_attention)"
+            )
         local = [kind == "sliding_attention" for kind in types]
     return [window if here else None for here in local]
 

@@ -72,6 +72,7 @@ FAMILIES = (
             windows=rules.hf_window_pattern,
             norm_shift=1.0,
             local_rope=True,
+            peculiar=("hidden_activation", "query_pre_attn_scalar"),
             unsupported=("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"),
         ),
         gguf=GgufSide(
@@ -90,6 +91,7 @@ FAMILIES = (
             defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
             windows=rules.hf_window_everywhere,
             longrope_names=("yarn",),
+            peculiar=("partial_rotary_factor",),
         ),
         gguf=GgufSide(archs=("phi3",), names=PHI3_GGUF, windows=rules.gguf_window_everywhere),
     ),
@@ -148,6 +150,7 @@ FAMILIES = (
             defaults={"rms_norm_eps": 1e-5},
             biases=_ATTENTION,
             moe=rules.olmoe_moe,
+            peculiar=("clip_qkv",),
         ),
         gguf=GgufSide(archs=("olmoe",), moe=rules.gguf_olmoe_moe),
     ),

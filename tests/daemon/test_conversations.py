@@ -99,6 +99,31 @@ def test_tools_that_a_template_does_not_read_are_refused(
 
 
 @pytest.mark.parametrize(
+    "template",
+    [
+        "{% for tool in tools %}{{ tool.function.name }}{% endfor %}",
+        "{{ tools[0].function.name }}",
+        "{% macro told(tool) %}{{ tool.function.name }}{% endmacro %}{{ told(tools | first) }}",
+        "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}{{ tools[-1].function.name }}",
+    ],
+)
+def test_a_template_may_need_tools(loaded: Callable[..., Any], template: str) -> None:
+    """Templates named `tool_use` go through the tools without asking whether there are any."""
+    with loaded(
+        [{"name": "default", "template": PLAIN}, {"name": "tool_use", "template": template}]
+    ) as model:
+        assert rendered(model, tools=TOOLS) == "look"
+        assert rendered(model) == rendered(model, tools=[])
+
+
+@pytest.mark.parametrize("key", ["content", "tool_calls", "name"])
+def test_keys_with_null_do_not_reach_the_template(loaded: Callable[..., Any], key: str) -> None:
+    template = f"{{% for m in messages %}}{{{{ m.{key} }}}}{{{{ '{key}' in m }}}}{{% endfor %}}"
+    with loaded(template) as model:
+        assert rendered(model, [{"role": "assistant", key: None}]) == "False"
+
+
+@pytest.mark.parametrize(
     "message",
     [
         {"role": "user", "content": "a"},
@@ -126,7 +151,8 @@ def test_every_field_of_a_message_passes_wire_and_client(
         if not isinstance(
             message.get("content"), list
         ):  # this template shows it, but does not read its texts
-            assert json.loads(rendered(model, sent.messages)) == message
+            told = {key: value for key, value in message.items() if value is not None}  # as in transformers
+            assert json.loads(rendered(model, sent.messages)) == told
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])

@@ -232,6 +232,33 @@ def test_who_is_answered_is_not_disturbed(
     assert held == {"model m.gguf"}
 
 
+@pytest.mark.parametrize("kind", ["chat", "prompt"])
+def test_a_request_whose_model_goes_before_it_begins(
+    node: Node, ggufs: list[Path], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a request is tokenised, other files may take the place of the model's: it is answered from these."""
+    path = tmp_path / "m.gguf"
+    shutil.copy(ggufs[0], path)
+    said(node, path)
+    asked, came = node._model, threading.Event()
+
+    def replaced_meanwhile(name: str, least_context: int | None = None) -> Any:
+        found = asked(name, least_context)
+        if not came.is_set():
+            came.set()
+            moved_over(path, ggufs[1])
+            said(node, path)
+            assert found not in node._models
+        return found
+
+    monkeypatch.setattr(node, "_model", replaced_meanwhile)
+    if kind == "prompt":
+        assert said(node, path) == alone(ggufs[1])
+        return
+    ask = Chat(model=str(path), messages=[ChatMessage(role="user", content="hi")], max_tokens=2)
+    assert isinstance([*node.stream(ask)][-1], Done)
+
+
 def test_a_file_that_is_gone_leaves_the_model(node: Node, ggufs: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     shutil.copy(ggufs[0], path)

@@ -268,3 +268,61 @@ def test_numbers_of_a_gguf_file(key: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(edit(path, change, (f"llama.{key}",)))
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("claims", "said"),
+    [
+        ({"clip_qkv": 0.5}, "clip_qkv=0.5 is not used"),
+        (
+            {
+                "partial_rotary_factor": 0.5,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+            },
+            "partial_rotary_factor=0.5 is not used",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 5000.0,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            "partial_rotary_factor=0.5 is not used",
+        ),
+        ({"query_pre_attn_scalar": 100}, "query_pre_attn_scalar=100 is not used"),
+        ({"hidden_activation": "gelu_pytorch_tanh"}, "hidden_activation='gelu_pytorch_tanh' is not used"),
+        ({"partial_rotary_factor": 1.0, "clip_qkv": None}, None),
+    ],
+)
+def test_what_other_families_have_is_not_used(
+    family: str, claims: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    path = made(tmp_path / "m", family, lambda tensors: None, claims)
+    as_in_transformers(path)
+    found = warnings(path)
+    assert len(found) == (said is not None) and all(str(said) in warning for warning in found)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 4.0, "rope_theta": 50.0}},
+        {"rope_scaling": {}},
+        {"rope_scaling": None},
+    ],
+)
+def test_of_two_ropes_the_one_counts_that_counts_in_transformers(
+    family: str, claims: dict[str, Any], tmp_path: Path
+) -> None:
+    as_in_transformers(made(tmp_path / "m", family, lambda tensors: None, claims))
+
+
+def test_kinds_of_layers_that_nobody_knows_are_refused(tmp_path: Path) -> None:
+    claims = {"layer_types": ["sliding_attention", "chunked_attention", "full_attention", "full_attention"]}
+    with pytest.raises(CheckpointError, match=r"config\.json: layer_types has 'chunked_attention'"):
+        warnings(made(tmp_path / "m", "gemma3", lambda tensors: None, claims))
