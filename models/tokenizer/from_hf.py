@@ -40,9 +40,9 @@ def read_hf(directory: Path) -> Parts:
     special = _read_json(directory / "special_tokens_map.json")
     added = [token for _, token in _added_by_id(config)]
     ends, origin = _end_ids(directory)
-    stated = Stated(
-        _named(config, special), added, _extra(config, special), [end for end in ends if end >= 0]
-    )
+    # as in transformers: a tokenizer_config.json without added_tokens_decoder is older and says less
+    files = (config, special) if "added_tokens_decoder" in config else (special, config)
+    stated = Stated(_named(*files), added, _extra(config, special), [end for end in ends if end >= 0])
     templates = _chat_templates(directory, config)
     if os.path.lexists(directory / "tokenizer.json"):
         parts = read_tokenizer_json(_read_bytes(directory / "tokenizer.json"), stated)
@@ -118,9 +118,17 @@ def _add_tokens(
 def _named(*files: Mapping[str, Any]) -> dict[str, str]:
     """The texts of the tokens that the files name (`bos_token`, `pad_token`, `image_token` …), as templates get them.
     What an earlier file says counts."""
-    keys = dict.fromkeys(key for file in files for key in file if key.endswith("_token"))
-    texts = {key: _token_text(*(file.get(key) for file in files)) for key in keys}
+    told = [_by_role(file) for file in files]
+    keys = dict.fromkeys(key for file in told for key in file)
+    texts = {key: _token_text(*(file.get(key) for file in told)) for key in keys}
     return {key: text for key, text in texts.items() if text is not None}
+
+
+def _by_role(file: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of tokens by their role. Roles of the model's own (`boi_token`) may lie one level deeper."""
+    deeper = [file.get(key) for key in ("model_specific_special_tokens", "extra_special_tokens")]
+    own = {key: token for it in deeper if isinstance(it, Mapping) for key, token in it.items()}
+    return own | {key: token for key, token in file.items() if key.endswith("_token")}
 
 
 def _extra(*files: Mapping[str, Any]) -> list[AddedToken]:

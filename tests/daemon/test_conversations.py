@@ -116,6 +116,21 @@ def test_a_template_may_need_tools(loaded: Callable[..., Any], template: str) ->
         assert rendered(model) == rendered(model, tools=[])
 
 
+@pytest.mark.parametrize("key", ["extra_special_tokens", "model_specific_special_tokens"])
+def test_templates_read_tokens_that_only_this_model_names(loaded: Callable[..., Any], key: str) -> None:
+    tokens = {"boi_token": "<|im_start|>", "eoi_token": {"content": "<|im_end|>"}}
+    with loaded("{{ boi_token }}{{ eoi_token }}", **{key: tokens}) as model:
+        assert rendered(model) == "<|im_start|><|im_end|>"
+
+
+def test_an_older_tokenizer_config_gives_way_to_the_special_tokens_map(loaded: Callable[..., Any]) -> None:
+    files = {"special_tokens_map.json": json.dumps({"bos_token": "<|im_start|>"})}
+    with loaded("{{ bos_token }}", files) as model:
+        assert rendered(model) == "<|im_start|>"
+    with loaded("{{ bos_token }}", files, added_tokens_decoder={}) as model:
+        assert rendered(model) == "<|endoftext|>"
+
+
 @pytest.mark.parametrize("key", ["content", "tool_calls", "name"])
 def test_keys_with_null_do_not_reach_the_template(loaded: Callable[..., Any], key: str) -> None:
     template = f"{{% for m in messages %}}{{{{ m.{key} }}}}{{{{ '{key}' in m }}}}{{% endfor %}}"
