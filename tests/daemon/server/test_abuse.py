@@ -150,5 +150,5 @@ def test_a_backend_bug_is_internal_and_told_without_details(daemon, raw):
 def test_a_reply_that_cannot_be_encoded_is_internal(daemon, raw):
     raw.send(Generate(prompt="manual"))
     run = daemon.backend.run("manual")
-    run.emit(Error(code="internal", message="\ud800"))
+    run.emit(Error(code="internal", message="too long a time", retry_after_s=1 << 80))
     assert raw.error().message == "the reply cannot be sent"
