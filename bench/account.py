@@ -13,8 +13,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from capped import SLACK, capped
-from run import Run
+from harness.capped import SLACK, capped
+from harness.run import Run
 
 from shoal.daemon.sizes import parse_bytes
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from engines import kinds
+from engines.engine_process import kinds
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.assembly import Assembly

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from gguf import GGUFReader
-from nasty_corpus import TEXTS, fuzz
+from inputs.nasty_corpus import TEXTS, fuzz
 
 from shoal.models.tokenizer.tokenizer import Tokenizer
 

@@ -18,16 +18,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import hollow
-import machine
 import synthetic
 import synthetic_hf
 import widen
-from cgroup import CgroupError
-from engines import EngineFailed
-from rows import DEFAULT_MODEL, ROWS, WIDE_MODEL, Row, chosen
-from run import Run
-from shapes import SHAPES
+from engines.engine_process import EngineFailed
+from harness import machine
+from harness.cgroup import CgroupError
+from harness.rows import DEFAULT_MODEL, ROWS, WIDE_MODEL, Row, chosen
+from harness.run import Run
+from inputs import hollow
+from inputs.shapes import SHAPES
 from synthetic import SyntheticError
 from table import table
 

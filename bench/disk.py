@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from figures import spread
+from harness.figures import spread
 
 from shoal.kernels.huge_pages import mapped
 

@@ -16,7 +16,7 @@ import statistics
 import time
 
 import numpy as np
-from random_weights import random_matrix
+from inputs.random_weights import random_matrix
 
 from shoal import kernels
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix, WeightType

@@ -14,8 +14,8 @@ from __future__ import annotations
 import sys
 
 import compare
-from cgroup import CgroupError, limited
-from rows import OFFLOAD_ROWS
+from harness.cgroup import CgroupError, limited
+from harness.rows import OFFLOAD_ROWS
 
 PROBE_BYTES = 64 << 20
 

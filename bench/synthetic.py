@@ -22,7 +22,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
-from shapes import SHAPES, Shape, TensorShape
+from inputs.shapes import SHAPES, Shape, TensorShape
 
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library

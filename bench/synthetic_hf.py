@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import synthetic
-from shapes import SHAPES, Shape, TensorShape
+from inputs.shapes import SHAPES, Shape, TensorShape
 from synthetic import Progress, SyntheticError
 from transformers import AutoTokenizer
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from figures import Figure, spread
-from plot import svg
+from harness.figures import Figure, spread
+from harness.plot import svg
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"

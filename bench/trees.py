@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import worker
+from engines import worker
 
 from shoal.client import AsyncClient, Client
 from shoal.comm.errors import CommError

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import synthetic
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
-from shapes import TensorShape
+from inputs.shapes import TensorShape
 from synthetic import kept
 
 TIMES = 16

@@ -179,6 +179,16 @@ def test_folders_stay_small_and_names_tell_modules_apart() -> None:
     assert {stem: n for stem, n in stems.items() if n > 1} == {}
 
 
+def test_the_bench_is_as_tidy() -> None:
+    paths = [path for path in (ROOT / "bench").rglob("*.py") if ".venv" not in path.parts]
+    for folder, count in Counter(path.parent for path in paths).items():
+        assert count <= MAX_MODULES, f"{folder.relative_to(ROOT)} has {count} modules"
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no docstring"
+        assert text.count("\n") <= MAX_LINES, f"{path.relative_to(ROOT)} is too long"
+
+
 def test_no_two_modules_give_one_name_to_two_things() -> None:
     """Of public classes, types and constants; names of one's own, such as `_F32`, mislead nobody."""
     owners: dict[str, set[str]] = {}

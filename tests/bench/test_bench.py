@@ -7,20 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import machine
 import pytest
 import table
-import worker
-from engine_shoal import Shoal
-from engines import EngineFailed, EngineKind
+from engines import worker
+from engines.engine_process import EngineFailed, EngineKind
+from engines.engine_shoal import Shoal
 from fakes import tiny
-from figures import Figure, spread
-from rows import DEFAULT_MODEL, ROWS, chosen
-from run import Run
-from shapes import SHAPES
+from harness import machine
+from harness.figures import Figure, spread
+from harness.rows import DEFAULT_MODEL, ROWS, chosen
+from harness.run import Run
+from inputs.shapes import SHAPES
 
 ECHO = """
-import worker
+from engines import worker
 
 class Echo:
     def repeat(self, text, times):

@@ -7,24 +7,23 @@ import os
 from pathlib import Path
 
 import account
-import cgroup
 import compare
 import disk
 import gguf
-import hollow
 import numpy as np
-import plot
 import pytest
 import synthetic
 import synthetic_hf
 import widen
-from cgroup import Cgroup, CgroupError
 from fakes import tiny
 from fakes.packing import build_pack
 from fakes.running import Running
-from figures import Figure
-from rows import OFFLOAD_ROWS, chosen
-from shapes import SHAPES, Shape
+from harness import cgroup, plot
+from harness.cgroup import Cgroup, CgroupError
+from harness.figures import Figure
+from harness.rows import OFFLOAD_ROWS, chosen
+from inputs import hollow
+from inputs.shapes import SHAPES, Shape
 
 from shoal.daemon.memory import resident_bytes
 from shoal.models.checkpoint.checkpoint import open_checkpoint

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import synthetic
 from compare import bytes_per_token
-from engines import kinds
+from engines.engine_process import kinds
 from fakes import tiny
 from fakes.running import Running
-from shapes import SHAPES, Shape
+from inputs.shapes import SHAPES, Shape
 
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 

@@ -7,7 +7,7 @@ import pytest
 from fakes.homes import HOMES, TRUTH, assert_close, linear, ones, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_weights import random_matrix
+from inputs.random_weights import random_matrix
 
 from shoal import kernels
 from shoal.kernels import WEIGHT_TYPES, WeightType, reference

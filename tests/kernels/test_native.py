@@ -14,7 +14,7 @@ import pytest
 from fakes.homes import HOMES, NATIVE, TRUTH, assert_close, frozen, layouts, linear, ones, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_weights import random_matrix, random_rows
+from inputs.random_weights import random_matrix, random_rows
 
 from shoal import kernels
 from shoal.kernels import (

@@ -7,7 +7,7 @@ from fakes.homes import TRUTH, assert_close, randn, zeros
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_weights import random_matrix, random_rows
+from inputs.random_weights import random_matrix, random_rows
 
 from shoal.kernels import (
     WEIGHT_TYPES,

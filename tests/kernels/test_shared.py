@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from fakes.homes import NATIVE, TRUTH, ones, randn, zeros
-from random_weights import random_matrix
+from inputs.random_weights import random_matrix
 
 from shoal.kernels import FeedForward, Linears, Routes
 from shoal.kernels.arrays import Floats

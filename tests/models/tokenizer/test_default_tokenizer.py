@@ -1,5 +1,5 @@
 """The default model's tokenizer gives the ids that llama.cpp gave (smollm2_ids.json, made from the corpus in
-bench/nasty_corpus.py); `bench/check_tokenizer.py` makes the comparison for any GGUF."""
+bench/inputs/nasty_corpus.py); `bench/check_tokenizer.py` makes the comparison for any GGUF."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import llama_cpp as llama
 import numpy as np
-import worker
+from engines import worker
 
 BATCH = 512
 

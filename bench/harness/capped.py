@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import disk
-import hollow
-import machine
 import synthetic
-from cgroup import Cgroup, limited
-from engines import EngineFailed, EngineProcess, kinds
-from run import Run
+from engines.engine_process import EngineFailed, EngineProcess, kinds
+from harness import machine
+from harness.cgroup import Cgroup, limited
+from harness.run import Run
+from inputs import hollow
 
 from shoal.comm.home import Home
 from shoal.daemon.library.packs import Packs

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-import worker
+from engines import worker
 from transformers import AutoConfig, AutoModelForCausalLM
 
 

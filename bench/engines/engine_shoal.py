@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import worker
+from engines import worker
 
 from shoal import kernels
 from shoal.comm.home import Home

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import offload_scenarios
-import scenarios
-from scenarios import Scenario, Sizes
+from harness import offload_scenarios, scenarios
+from harness.scenarios import Scenario, Sizes
 
 DEFAULT_MODEL = "smollm2-q4_1"  # from the store; the other models are shapes of `shapes`, except WIDE_MODEL
 WIDE_MODEL = "smollm2-wide"  # the default model, made larger by `widen`

@@ -6,6 +6,7 @@ Knows which python and script serves which engine. Does not know what is measure
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 CALL_S = 1800.0  # the longest a call may take
 CLOSE_S = 30.0
+BENCH = Path(__file__).parent.parent
 
 
 class EngineFailed(Exception):
@@ -57,6 +59,7 @@ class EngineProcess:
     def __init__(self, kind: EngineKind, enter: Callable[[], None] | None = None) -> None:
         self.name = kind.name
         script = Path(__file__).parent / kind.script
+        found = [str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
             self._process = subprocess.Popen(
                 [kind.python, str(script), *kind.arguments],
@@ -66,6 +69,7 @@ class EngineProcess:
                 text=True,
                 encoding="utf-8",
                 preexec_fn=enter,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(found)},
             )
         except OSError as error:
             raise EngineFailed(f"{kind.python} for {self.name}: {error.strerror}") from error

@@ -14,8 +14,8 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-import worker
-from engine_transformers import Transformers
+from engines import worker
+from engines.engine_transformers import Transformers
 from transformers import AutoModelForCausalLM
 
 # torch, transformers, the module that is being read, and the page cache that it is read through

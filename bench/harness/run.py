@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import machine
-from engines import EngineProcess, kinds
+from engines.engine_process import EngineProcess, kinds
+from harness import machine
 
 
 @dataclass

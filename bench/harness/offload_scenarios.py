@@ -10,11 +10,11 @@ from contextlib import ExitStack, nullcontext
 from statistics import median
 
 import disk
-from capped import Capped, budget_of, capped, largest_file
-from engines import EngineProcess
-from figures import Figure
-from run import Run
-from scenarios import Sizes
+from engines.engine_process import EngineProcess
+from harness.capped import Capped, budget_of, capped, largest_file
+from harness.figures import Figure
+from harness.run import Run
+from harness.scenarios import Sizes
 from speculation import prompts
 
 from shoal.models.checkpoint.checkpoint import open_checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import synthetic
-from shapes import Shape, TensorShape
+from inputs.shapes import Shape, TensorShape
 from synthetic import Progress
 
 from shoal.kernels.arrays import Bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from figures import Figure
+from harness.figures import Figure
 
 WIDTH, HEIGHT, LEFT, BELOW, ROOM = 560, 300, 52, 40, 16
 STEPS = 5  # of each axis

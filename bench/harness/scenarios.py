@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-import machine
-import worker
-from daemon_process import serving
-from figures import Figure
-from run import Run
+from engines import worker
+from engines.daemon_process import serving
+from harness import machine
+from harness.figures import Figure
+from harness.run import Run
 
 from shoal.client import AsyncClient, Client
 from shoal.comm.messages import Token
@@ -188,7 +188,7 @@ def quality(run: Run, sizes: Sizes) -> list[Figure]:
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as text:
         text.write(run.text)
         text.flush()
-        script = str(Path(__file__).with_name("check_quality.py"))
+        script = str(Path(__file__).parent.parent / "check_quality.py")
         command = [sys.executable, script, str(run.model), text.name, "--peer-python", run.peer_python]
         command += ["--threads", str(run.threads), "--windows", "4", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
