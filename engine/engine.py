@@ -20,7 +20,10 @@ from shoal.kernels.arrays import Floats
 from shoal.models.errors import SamplingError
 from shoal.models.sampling import Sampled
 
+from shoal.offload.kv.prefix_cache import PrefixCache
+
 from .batch import Batch, Chunk
+from .errors import RankLost
 from .executor import Abandoned
 from .guess.drafter import Drafter
 from .order import Result
@@ -110,6 +113,12 @@ class Engine:
         finally:
             self._stepping.release()
 
+    def start_anew(self, rank: Rank, cache: PrefixCache) -> None:
+        """Go on with another rank 0 and its pages: the KV of all texts is gone and will be computed again."""
+        with self._stepping, self._changing() as events:
+            self.rank = rank
+            events += self.scheduler.start_anew(cache)
+
     @contextmanager
     def _changing(self) -> Iterator[list[SequenceEvent]]:
         """Lock the scheduler for a change. Its events are added to the list; if there are any, `notify` is called."""
@@ -139,6 +148,8 @@ class Engine:
                 self._commit(batch, result)
             except Abandoned:  # all of its sequences have ended, so nobody is told anything
                 pass
+            except RankLost:  # the others are to go on without it: see `start_anew`
+                raise
             except Exception as error:
                 with self._changing() as events:
                     events += self.scheduler.fail(batch.sequences, error)
