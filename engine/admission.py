@@ -27,7 +27,7 @@ class Admission:
     def __init__(self, cache: PrefixCache, speeds: Speeds, *, sequences: int, queue: int) -> None:
         self.waiting: list[Sequence] = []
         self.cache = cache
-        self._speeds = speeds
+        self.speeds = speeds
         self._sequences = sequences
         self._queue = queue
         self._lengths = AnswerLengths()
@@ -128,7 +128,7 @@ class Admission:
         everything = [*running, *self.waiting]
         prompt_tokens = sum(sequence.remaining for sequence in everything)
         answer_tokens = sum(self._expected(sequence) for sequence in everything)
-        backlog_s = self._speeds.backlog_s(prompt_tokens, answer_tokens, self._sequences)
+        backlog_s = self.speeds.backlog_s(prompt_tokens, answer_tokens, self._sequences)
         if backlog_s is None:
             return FIRST_RETRY_S
         return min(max(backlog_s / 2, RETRY_S[0]), RETRY_S[1])

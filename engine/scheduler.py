@@ -254,11 +254,13 @@ class Scheduler:
         sequence.computed = 0
         sequence.restarts += 1
 
-    def start_anew(self, cache: PrefixCache) -> list[SequenceEvent]:
+    def start_anew(self, cache: PrefixCache, speeds: Speeds, guesses: int) -> list[SequenceEvent]:
         """The KV of all texts is gone, and from now on pages are those of `cache`. Whoever runs waits to be computed
-        again; nothing that was emitted changes. What would not fit even alone fails."""
-        self.cache = cache
-        self.admission.cache = cache
+        again; nothing that was emitted changes. What would not fit even alone fails. What was learnt of speeds is
+        forgotten, too."""
+        self.cache = self.admission.cache = cache
+        self.speeds = self.admission.speeds = speeds
+        self.guesses = guesses
         for sequence in [*self.running]:
             self.waiting.append(sequence)
             self.running.remove(sequence)

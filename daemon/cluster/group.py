@@ -123,6 +123,10 @@ class Group:
         return [seat.member.name for seat in self.seats]
 
     @property
+    def plans(self) -> list[Plan]:
+        return [seat.plan for seat in self.seats]
+
+    @property
     def whole(self) -> bool:
         """Whether all members are still there."""
         return not any(seat.member.reason for seat in self.seats)

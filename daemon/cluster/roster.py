@@ -44,6 +44,7 @@ class Roster:
         self._clock = clock
         self._members: dict[str, Member] = {}
         self._groups: dict[int, Joining] = {}
+        self.arrivals = 0  # how many members have come
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._look, name="shoal-roster", daemon=True).start()
@@ -93,6 +94,7 @@ class Roster:
         member = Member(channel, attach, self._left, self._clock)
         with self._lock:
             self._members[channel.peer] = member
+            self.arrivals += 1
         if self._closed.is_set():
             member.leave("the head is stopping")
         log.info("%s is attached (%s, %d threads)", member.name, channel.remote, attach.threads)

@@ -49,6 +49,7 @@ class LoadedModel:
     used_s: float
     advice: Advice = field(default_factory=Advice)
     retired: bool = False
+    arrivals: int = 0  # of machines, until it was last considered whether they should take part
     _compiling: threading.Lock = field(default_factory=threading.Lock)
     _templates: dict[str, ChatTemplate | TemplateError] = field(default_factory=dict)
 
@@ -123,7 +124,7 @@ class LoadedModel:
     def interrupt(self, error: DaemonError) -> None:
         """End all its requests with `error`, even in a step that waits for a disk. It answers nothing after that."""
         self.engine.fail_all(error)
-        self.executor.store.close()
+        self.main.close()
         for template in [*self._templates.values()]:
             if isinstance(template, ChatTemplate):
                 template.close()
@@ -131,12 +132,15 @@ class LoadedModel:
     def release(self, budget: Budget) -> None:
         """End a step under way, keep its KV on disk and give the budget back. The memory is freed with the last
         reference to the model. Idempotent."""
-        self.executor.store.close()
+        self.main.close()
         self.engine.close()
         release(self.name, budget)
 
     def stage(self) -> Stage | None:
-        """What its requests wait for just now; None if they do not wait for a disk. Any thread may call it."""
+        """What its requests wait for just now; None if they wait for neither disk nor other machines. Any thread may
+        call it."""
+        if self.engine.lost is not None:
+            return Stage(doing="regrouping", done=0, total=0)
         stage = self.executor.store.stage()
         if stage is None or not self.engine.busy:
             return None
