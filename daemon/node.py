@@ -35,9 +35,9 @@ from shoal.comm.messages import (
 from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
+from shoal.daemon.loading.grouping import Grouping
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.loading.loaded_models import LoadedModels, unloaded
-from shoal.daemon.loading.grouping import Grouping
 from shoal.daemon.loading.loader import Loader
 from shoal.engine.errors import RankLost
 from shoal.kernels import set_threads
@@ -52,13 +52,13 @@ from .long_requests import LongRequests, tokenized
 from .memory import budget_of, peak_memory_bytes, resident_bytes, return_freed
 from .model_name import Reference
 from .progress import Progress, no_progress
+from .regrouping import Regrouping
 from .request import answer_of, prompt_of, sequence_of
 from .underway import Underway
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # how long the compute thread sleeps before it looks again by itself
-MOST_ATTEMPTS = 5  # to load a model with who is left: more may be lost meanwhile
 DEADLINES_S = 0.5  # how often deadlines are looked at, also while a step runs
 
 
@@ -93,9 +93,9 @@ class Node:
         self._started_s = clock()
         self._answering = Answering()
         self._models = LoadedModels(self.budget)
-        self._grouping = grouping
-        self._assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear, grouping)
-        self._loader = Loader(self._models, self._assembly, self._check_needed)
+        assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear, grouping)
+        self._loader = Loader(self._models, assembly, self._check_needed)
+        self._regrouping = Regrouping(self._models, self._loader, assembly, config)
         self._wake = threading.Condition(self._models.lock)  # guards _draining and _closed too
         self._draining = False
         self._closed = threading.Event()
@@ -335,7 +335,7 @@ class Node:
                     model.engine.step()
             except RankLost as error:
                 log.warning("%s: %s; it goes on with who is left", model.name, error)
-                self._regroup_soon(model)
+                self._regrouping.begin(model)
             except Exception as error:  # the step's own requests have ended with it; the others go on
                 if model in self._models and not self._closed.is_set():  # else the step was interrupted
                     ours = not isinstance(error, OffloadError)  # for a failing disk one line is enough
@@ -343,65 +343,13 @@ class Node:
 
     def _expire_each(self) -> None:
         self._models.sweep()
-        self._join_newcomers()
+        self._regrouping.look()
         self._long.look()
         for model in self._models:
             model.engine.expire()
 
     def _busy(self) -> bool:
         return any(model.engine.busy and model.engine.lost is None for model in self._models)
-
-    # --- groups -----------------------------------------------------------------------------------------
-
-    def _regroup_soon(self, model: LoadedModel) -> None:
-        """Load it anew with who is there, in a thread of its own: others are computed meanwhile."""
-        threading.Thread(target=self._regroup, args=(model,), name="shoal-regroup", daemon=True).start()
-
-    def _regroup(self, model: LoadedModel) -> None:
-        """Its requests wait meanwhile, and go on; only if nothing can be loaded at all, they end with an error."""
-        for attempt in range(1, MOST_ATTEMPTS + 1):
-            try:
-                with self._loader.alone():
-                    if self._closed.is_set() or model not in self._models:
-                        return
-                    limits = [s.limit for s in model.engine.scheduler.running + model.engine.scheduler.waiting]
-                    config = replace(
-                        self.config,
-                        context_tokens=model.asked_context,
-                        least_context_tokens=max([1, *limits]),
-                        quant=model.quant,
-                    )
-                    began_s = self._clock()
-                    self._assembly.regroup(model, config)
-                    log.info("%s goes on after %.1f s: %s", model.name, self._clock() - began_s, model.plan.describe())
-                    break
-            except DaemonError as error:
-                log.warning("%s: %s", model.name, error)
-                if error.code != "busy" or attempt == MOST_ATTEMPTS:
-                    model.engine.fail_all(error)
-                    self._models.drop(model)
-                    return
-            except Exception as error:
-                log.exception("%s cannot be loaded again", model.name)
-                model.engine.fail_all(translated(error))
-                self._models.drop(model)
-                return
-        with self._wake:
-            self._wake.notify_all()
-
-    def _join_newcomers(self) -> None:
-        """Let machines that have come take part in idle models, where that is better."""
-        grouping = self._grouping
-        if grouping is None:
-            return
-        for model in self._models:
-            arrivals = grouping.arrivals
-            if model.arrivals == arrivals or model.engine.busy or model.engine.lost or model.retired:
-                continue
-            model.arrivals = arrivals
-            if grouping.better(self.config, model.main.group):
-                model.engine.suspend(RankLost(0, "other machines have come"))
-                self._regroup_soon(model)
 
     def _check_open(self) -> None:
         if self._draining:

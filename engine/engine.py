@@ -19,7 +19,6 @@ from itertools import islice
 from shoal.kernels.arrays import Floats
 from shoal.models.errors import SamplingError
 from shoal.models.sampling import Sampled
-
 from shoal.offload.kv.prefix_cache import PrefixCache
 
 from .batch import Batch, Chunk

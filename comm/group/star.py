@@ -40,7 +40,7 @@ class Frames:
         self._head = bytearray(HEADER.size)
 
     def send(self, kind: Kind, number: int, place: int, payload: Bytes | bytes = b"") -> None:
-        data = memoryview(payload).cast("B")
+        data = memoryview(payload.data if isinstance(payload, np.ndarray) else payload).cast("B")
         header = Header(kind, self.epoch, number, place, data.nbytes)
         self._stream.send(header.packed(), data)
 
@@ -49,7 +49,7 @@ class Frames:
         return Header.of(self._head)
 
     def payload(self, into: Bytes, timeout_s: float) -> None:
-        self._stream.receive_into(memoryview(into), timeout_s)
+        self._stream.receive_into(into.data, timeout_s)
 
     def skip(self, nbytes: int, most: int, timeout_s: float) -> None:
         """Passes over a payload of at most `most` bytes."""
@@ -189,9 +189,7 @@ MAX_COLUMNS = 1 << 22
 class Spoke:
     """Another rank's side. Raises GivenUp when the hub gives the order up, and Departed when the hub is gone."""
 
-    def __init__(
-        self, stream: Stream, epoch: int, wire: WireType = "f32", patience_s: float = 600.0
-    ) -> None:
+    def __init__(self, stream: Stream, epoch: int, wire: WireType = "f32", patience_s: float = 600.0) -> None:
         self._hub = Frames(stream, epoch)
         self._wire = wire
         self._patience_s = patience_s

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.wire_types import WireType
-from shoal.daemon.sizes import format_bytes
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.group_planning import RankSeat, TooTight, rank_plans
 from shoal.daemon.loading.grouping import FormedGroup, Seated
+from shoal.daemon.sizes import format_bytes
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
 from shoal.offload.pack.layout import grains_of
@@ -50,7 +50,7 @@ class Forming:
             there = ", ".join(member.name for member in members) or "nobody"
             raise DaemonError(
                 "resources",
-                f"{ranks} ranks were asked for, but only {len(members) + 1} machines are there (besides this one {there})",
+                f"{ranks} ranks were asked for, and besides this machine there is {there}",
                 "see shoal cluster nodes",
             )
         return self._seated(name, checkpoint, config, members[: ranks - 1], free_bytes)
@@ -66,7 +66,12 @@ class Forming:
         return wanted > 1 + (len(group.names) if group is not None else 0)
 
     def _seated(
-        self, name: str, checkpoint: Checkpoint, config: NodeConfig, members: Sequence[Member], free_bytes: int
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        members: Sequence[Member],
+        free_bytes: int,
     ) -> Seated | None:
         insists = config.ranks is not None
         try:
@@ -87,11 +92,16 @@ class Forming:
             if not insists:
                 return None
             who = members[plans.rank - 1].name if plans.rank else "this machine"
-            raise DaemonError("resources", f"{name}: {who} needs {format_bytes(plans.least_bytes)} for its part")
+            raise DaemonError(
+                "resources", f"{name}: {who} needs {format_bytes(plans.least_bytes)} for its part"
+            )
         group = Group(
             self._roster,
             name,
-            [Seat(*it) for it in zip(members, shards[1:], [p.spec for p in parts[1:]], plans[1:], strict=True)],
+            [
+                Seat(*it)
+                for it in zip(members, shards[1:], [p.spec for p in parts[1:]], plans[1:], strict=True)
+            ],
             config.quant,
             self._wire,
             self._serving(checkpoint, config.quant),

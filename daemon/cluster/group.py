@@ -53,7 +53,7 @@ SendWeights = Callable[[Channel, Shard], None]
 
 
 class Group:
-    """Ranks 1, 2, … are `seats`. Until `form` returns, members load; after that `collective` and `others` are rank 0's."""
+    """Ranks 1, 2, … are `seats`. Members load until `form` returns; then `collective` and `others` are rank 0's."""
 
     def __init__(
         self,
@@ -110,7 +110,9 @@ class Group:
                 progress("sending", done, sum(state.total for state in loading))
             if time.monotonic() - moved_s > MOTIONLESS_S:
                 late = ", ".join(m.name for m, state in states if not isinstance(state, Ready))
-                raise DaemonError("busy", f"{late} loads its part and has not come further for {MOTIONLESS_S:.0f} s")
+                raise DaemonError(
+                    "busy", f"{late} loads its part and has not come further for {MOTIONLESS_S:.0f} s"
+                )
             with self._arrived:
                 self._arrived.wait(LOOK_S)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]

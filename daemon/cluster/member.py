@@ -36,7 +36,11 @@ class Member:
     """`lost` is called once, when the member is gone for whatever reason. Any thread may call the methods."""
 
     def __init__(
-        self, channel: Channel, attach: Attach, lost: Callable[[Member, str], None], clock: Callable[[], float]
+        self,
+        channel: Channel,
+        attach: Attach,
+        lost: Callable[[Member, str], None],
+        clock: Callable[[], float],
     ) -> None:
         assert channel.peer is not None
         self.fingerprint = channel.peer
@@ -94,7 +98,9 @@ class Member:
         """Hear it until it is gone; the caller's thread is used for that."""
         try:
             while not self.reason:
-                message = self._control.receive_message(FromWorker, timeout_s=SILENT_S, limit_bytes=CONTROL_BYTES)
+                message = self._control.receive_message(
+                    FromWorker, timeout_s=SILENT_S, limit_bytes=CONTROL_BYTES
+                )
                 self._heard_s = self._clock()
                 if isinstance(message, Beat):
                     self.beat = message
@@ -134,5 +140,3 @@ class Member:
         """Until something is heard from it, or the time is over."""
         with self._state:
             self._state.wait(timeout_s)
-
-

@@ -90,7 +90,9 @@ class Roster:
     def _attach(self, channel: Channel) -> None:
         attach = channel.receive_message(Attach, timeout_s=FIRST_WORD_S, limit_bytes=CONTROL_BYTES)
         assert channel.peer is not None
-        self.dismiss(channel.peer, "it has attached again")  # it may have restarted before its loss was noticed
+        self.dismiss(
+            channel.peer, "it has attached again"
+        )  # it may have restarted before its loss was noticed
         member = Member(channel, attach, self._left, self._clock)
         with self._lock:
             self._members[channel.peer] = member

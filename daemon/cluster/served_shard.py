@@ -102,7 +102,9 @@ class ServedShard:
         plan, spec = self.request.plan, self.request.spec
         page_bytes = kv_page_bytes(spec, plan.kv.dtype)
         if plan.kv.nbytes != plan.kv.pages * page_bytes:
-            raise DaemonError("bad_request", f"a plan with {plan.kv.nbytes} bytes of KV: {plan.kv.pages} pages differ")
+            raise DaemonError(
+                "bad_request", f"a plan with {plan.kv.nbytes} bytes of KV: {plan.kv.pages} pages differ"
+            )
         self._budget.hold(self.purpose, plan.peak_bytes)
         store = self._store = self._open_shard(self.request, self._dialled, self._progress)
         data = self._dialled("data")

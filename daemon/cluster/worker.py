@@ -82,7 +82,9 @@ class Worker:
         beating.start()
         try:
             while not self._closed.is_set():
-                message = control.receive_message(FromHead, timeout_s=HEAD_SILENT_S, limit_bytes=CONTROL_BYTES)
+                message = control.receive_message(
+                    FromHead, timeout_s=HEAD_SILENT_S, limit_bytes=CONTROL_BYTES
+                )
                 self._do(message)
         finally:
             gone.set()

@@ -37,21 +37,27 @@ def rank_plans(seats: Sequence[RankSeat]) -> list[Plan] | TooTight:
     free = _each(seats)
     if isinstance(free, TooTight):
         return free
-    tight = {
-        "context_tokens": min(plan.context_tokens for plan in free),
-        "kv_tokens": min(plan.kv.tokens for plan in free),
-    }
-    bound = _each([seat._replace(config=replace(seat.config, **tight)) for seat in seats])
+    context = min(plan.context_tokens for plan in free)
+    tokens = min(plan.kv.tokens for plan in free)
+    bound = _each(
+        [
+            seat._replace(config=replace(seat.config, context_tokens=context, kv_tokens=tokens))
+            for seat in seats
+        ]
+    )
     if isinstance(bound, TooTight):
         return bound
-    alike = {
-        "chunk_tokens": min(plan.chunk_tokens for plan in bound),
-        "part_tokens": min(plan.part_tokens for plan in bound),
-        "sequences": min(plan.sequences for plan in bound),
-        "guesses": min(plan.guesses for plan in bound),
-        "ranks": len(bound),
-    }
-    return [replace(plan, **alike) for plan in bound]
+    return [
+        replace(
+            plan,
+            chunk_tokens=min(plan.chunk_tokens for plan in bound),
+            part_tokens=min(plan.part_tokens for plan in bound),
+            sequences=min(plan.sequences for plan in bound),
+            guesses=min(plan.guesses for plan in bound),
+            ranks=len(bound),
+        )
+        for plan in bound
+    ]
 
 
 def _each(seats: Sequence[RankSeat]) -> list[Plan] | TooTight:
