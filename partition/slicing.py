@@ -2,9 +2,9 @@
 
 Attention is cut by KV heads, each with the query heads of its group. If there are more ranks than KV heads, several
 ranks have the same KV head and share its query heads. FFNs (a mixture's shared expert is one) are cut by columns,
-mixtures by whole experts, embedding and head by rows of the vocabulary. So a rank's weights are those of a smaller
-model of the same hidden size (`shard_spec`), and what it computes of a block is a partial: the partials of all ranks,
-added in the order of ranks, are the whole.
+mixtures by whole experts. Rank 0 has all of embedding and head, or they are cut by rows of the vocabulary. So a rank's
+weights are those of a smaller model of the same hidden size (`shard_spec`), and what it computes of a block is a
+partial: the partials of all ranks, added in the order of ranks, are the whole.
 
 A cut between heads may fall into a block of quantised columns of o. Then both ranks have that block, and each feeds
 zeros to the columns of the other (`ModelSpec.o_margins`).
@@ -60,7 +60,7 @@ class Ranges:
     ffn: Range  # columns of a dense FFN: rows of gate and up, columns of down
     shared_ffn: Range  # columns of the shared expert
     experts: Range  # whole ones
-    vocab: Range  # rows of embed and head
+    vocab: Range  # rows of embed and head; `NONE` where rank 0 has them all
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,20 @@ ANYWHERE = Grains()
 
 
 def divide(
-    spec: ModelSpec, ranks: int, grains: Grains = ANYWHERE, shares: Sequence[float] = ()
+    spec: ModelSpec,
+    ranks: int,
+    grains: Grains = ANYWHERE,
+    shares: Sequence[float] = (),
+    *,
+    cut_vocabulary: bool = False,
 ) -> tuple[Shard, ...]:
     """The shards of `ranks` ranks. Their sizes are as near to `shares` (one for each rank, by default equal) as the
-    model can be cut, but every rank gets something.
+    model can be cut, but every rank gets something. Embedding and head are all rank 0's unless `cut_vocabulary`: then
+    each rank keeps rows, and every token costs a sum and a gathering more.
 
     ShardError, with the numbers, if there are too many ranks or the shares are wrong.
     """
-    _refuse(spec, ranks, grains, shares)
+    _refuse(spec, ranks, grains, shares, cut_vocabulary)
     exact = [Fraction(share) for share in shares] or [Fraction(1)] * ranks
     moe = spec.moe
     heads, kv_heads = zip(*_attention(spec, exact), strict=True)
@@ -115,7 +121,7 @@ def divide(
         _columns(spec.ffn, grains.ffn, exact),
         _columns(moe.shared_ffn if moe else 0, grains.shared_ffn, exact),
         _cut(moe.experts if moe else 0, exact),
-        _columns(spec.vocab, 1, exact),
+        _columns(spec.vocab, 1, exact) if cut_vocabulary else [Range(0, spec.vocab), *[NONE] * (ranks - 1)],
         strict=True,
     )
     return tuple(Shard(rank, ranks, Ranges(*own)) for rank, own in enumerate(parts))
@@ -139,16 +145,25 @@ def shard_spec(spec: ModelSpec, shard: Shard) -> ModelSpec:
         kv_heads=own.kv_heads.size,
         ffn=own.ffn.size,
         vocab=own.vocab.size,
+        tied=spec.tied and own.vocab.size > 0,
         o_margins=(mixed.start - own.o_columns.start, own.o_columns.stop - mixed.stop),
         norm_share=share,
         moe=moe,
     )
 
 
-def _refuse(spec: ModelSpec, ranks: int, grains: Grains, shares: Sequence[float]) -> None:
+def cut_rows(spec: ModelSpec, shard: Shard) -> Range | None:
+    """The rows of embedding and head that a shard of this model has, if they are cut; None if they are all rank 0's."""
+    own = shard.ranges.vocab
+    return own if 0 < own.size < spec.vocab else None
+
+
+def _refuse(
+    spec: ModelSpec, ranks: int, grains: Grains, shares: Sequence[float], cut_vocabulary: bool
+) -> None:
     if ranks < 1:
         raise ShardError(f"{ranks} ranks: there must be 1 or more")
-    for most, why in _limits(spec, grains):
+    for most, why in _limits(spec, grains, cut_vocabulary):
         if ranks > most:
             raise ShardError(f"{ranks} ranks are too many: {why}; {most} would do")
     if shares and len(shares) != ranks:
@@ -157,7 +172,7 @@ def _refuse(spec: ModelSpec, ranks: int, grains: Grains, shares: Sequence[float]
         raise ShardError(f"shares {list(shares)}: every one must be positive")
 
 
-def _limits(spec: ModelSpec, grains: Grains) -> Iterable[tuple[int, str]]:
+def _limits(spec: ModelSpec, grains: Grains, cut_vocabulary: bool) -> Iterable[tuple[int, str]]:
     """(how many ranks can each get some of it, why not more) for everything that is cut, the fewest ranks first."""
     moe = spec.moe
     found = [(spec.heads, f"there are {spec.heads} heads")]
@@ -166,7 +181,7 @@ def _limits(spec: ModelSpec, grains: Grains) -> Iterable[tuple[int, str]]:
     for name, count, what, grain in (
         ("the FFN", spec.ffn, "columns", grains.ffn),
         ("the shared expert", moe.shared_ffn if moe else 0, "columns", grains.shared_ffn),
-        ("the vocabulary", spec.vocab, "rows", 1),
+        ("the vocabulary", spec.vocab if cut_vocabulary else 0, "rows", 1),
     ):
         if count:
             step = lcm(BAND_ROWS, grain)

@@ -69,10 +69,12 @@ def layout(checkpoint: AnyCheckpoint, quant: Quant, source: Source) -> Manifest:
     return Manifest(PACK_FORMAT, KERNEL_LAYOUT, source, quant, checkpoint.shard, facts, vectors, blocks)
 
 
-def part_of(checkpoint: Checkpoint, quant: Quant, rank: int, ranks: int) -> AnyCheckpoint:
+def part_of(
+    checkpoint: Checkpoint, quant: Quant, rank: int, ranks: int, *, cut_vocabulary: bool = False
+) -> AnyCheckpoint:
     """What rank `rank` (from 0) of `ranks` equal ones holds of a checkpoint kept as `quant`: all of it if alone.
     The shard has bytes of the whole model's rows and columns: nothing is rounded again. Raises ShardError."""
-    shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, quant))
+    shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, quant), cut_vocabulary=cut_vocabulary)
     return CheckpointShard(checkpoint, shards[rank]) if ranks > 1 else checkpoint
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,13 +48,13 @@ def alone(running: Running, work: Sequence[Order]) -> list[Floats]:
 
 
 def assert_together_as_alone(
-    path: Path, ranks: int, shares: Sequence[float] = (), part_tokens: int = 1 << 30
+    path: Path, ranks: int, shares: Sequence[float] = (), part_tokens: int = 1 << 30, **how: Any
 ) -> None:
     running = Running(path)
     work = orders(running.spec.vocab, seed=ranks)
     expected = alone(running, work)
     with open_checkpoint(path) as checkpoint:
-        group = Group(checkpoint, replace(running.plan, part_tokens=part_tokens), ranks, shares)
+        group = Group(checkpoint, replace(running.plan, part_tokens=part_tokens), ranks, shares, **how)
         for order, wanted in zip(work, expected, strict=True):
             first, *others = group.run(order)
             assert len(first.logits) == len(wanted)
@@ -69,9 +70,11 @@ def assert_together_as_alone(
 def test_every_family_is_computed_together(
     family: str, ranks: int, shares: Sequence[float], tmp_path: Path
 ) -> None:
-    """With vocabulary, heads (four ranks share two KV heads), columns and experts divided, evenly and not."""
+    """With heads (four ranks share two KV heads), columns and experts divided, evenly and not. Rank 0 has embedding and
+    head, and the others do not see the token ids; or these are divided, too."""
     path = tiny.save_gguf(tiny.hf_model(family, seed=3), tmp_path / "m.gguf", type="F16")
     assert_together_as_alone(path, ranks, shares)
+    assert_together_as_alone(path, ranks, shares, cut_vocabulary=True)
 
 
 @pytest.mark.parametrize("type", ["Q4_0", "Q8_0", "Q5_1"])

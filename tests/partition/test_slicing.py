@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.partition.errors import ShardError, SpecError
-from shoal.partition.slicing import NONE, Grains, Range, Shard, divide, shard_spec
+from shoal.partition.slicing import NONE, Grains, Range, Shard, cut_rows, divide, shard_spec
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
 
 SPEC = ModelSpec(
@@ -61,11 +62,14 @@ def assert_follow(ranges: list[Range], end: int, grain: int = 1) -> None:
     assert all(own.start < own.stop and own.start % grain == 0 for own in ranges)
 
 
-def assert_whole(shards: tuple[Shard, ...], spec: ModelSpec, grains: Grains) -> None:
+def assert_whole(shards: tuple[Shard, ...], spec: ModelSpec, grains: Grains, cut_vocabulary: bool) -> None:
     own = [shard.ranges for shard in shards]
     group = spec.heads // spec.kv_heads
     assert_follow([item.heads for item in own], spec.heads)
-    assert_follow([item.vocab for item in own], spec.vocab, 16)
+    if cut_vocabulary:
+        assert_follow([item.vocab for item in own], spec.vocab, 16)
+    else:
+        assert [item.vocab for item in own] == [Range(0, spec.vocab), *[NONE] * (len(own) - 1)]
     if spec.ffn:
         assert_follow([item.ffn for item in own], spec.ffn, grains.ffn)
     moe = spec.moe
@@ -84,23 +88,32 @@ def assert_whole(shards: tuple[Shard, ...], spec: ModelSpec, grains: Grains) -> 
         assert 0 <= before < grains.o > behind >= 0
         assert outputs.start % grains.o == 0 == outputs.stop % grains.o
         smaller = shard_spec(spec, shard)
+        tables = {block.kind for block in smaller.blocks()} & {"embed", "head"}
+        assert len(tables) == (2 if cut_vocabulary or rank == 0 else 0)
+        assert cut_rows(spec, shard) == (shard.ranges.vocab if cut_vocabulary and len(shards) > 1 else None)
         assert smaller.o_margins == (before, behind)
         assert (smaller.heads, smaller.kv_heads, smaller.hidden) == (heads.size, kv_heads.size, spec.hidden)
 
 
 @settings(deadline=None, max_examples=300)
-@given(cases())
-def test_shards_are_all_of_the_model_once(case: tuple[ModelSpec, Grains, list[float]]) -> None:
+@given(cases(), st.booleans())
+def test_shards_are_all_of_the_model_once(
+    case: tuple[ModelSpec, Grains, list[float]], cut_vocabulary: bool
+) -> None:
     spec, grains, shares = case
+
+    def divided(ranks: int, shares: Sequence[float] = ()) -> tuple[Shard, ...]:
+        return divide(spec, ranks, grains, shares, cut_vocabulary=cut_vocabulary)
+
     with pytest.raises(ShardError, match=r"^1000000 ranks are too many: .* \d+ would do$") as caught:
-        divide(spec, 10**6, grains)
+        divided(10**6)
     most = int(str(caught.value).split()[-3])
     for ranks in range(1, most + 1):
-        assert_whole(divide(spec, ranks, grains), spec, grains)
+        assert_whole(divided(ranks), spec, grains, cut_vocabulary)
     with pytest.raises(ShardError, match=f"^{most + 1} ranks are too many"):
-        divide(spec, most + 1, grains)
+        divided(most + 1)
     if len(shares) <= most:
-        assert_whole(divide(spec, len(shares), grains, shares), spec, grains)
+        assert_whole(divided(len(shares), shares), spec, grains, cut_vocabulary)
 
 
 @settings(deadline=None, max_examples=100)
@@ -171,7 +184,7 @@ REFUSED: list[tuple[ModelSpec, dict[str, Any], str]] = [
     (SPEC, {"ranks": 9}, "9 ranks are too many: there are 8 heads; 8 would do"),
     (SPEC, {"ranks": 10**12}, "8 would do"),
     (SPEC, {"ranks": 3, "grains": Grains(ffn=256)}, "FFN has 512 columns, .* groups of 256; 2 would do"),
-    (replace(SPEC, vocab=20), {"ranks": 3}, "vocabulary has 20 rows, .* groups of 16; 2 would do"),
+    (replace(SPEC, vocab=20), {"ranks": 3, "cut_vocabulary": True}, "20 rows, .* groups of 16; 2 would do"),
     (MIXTURE, {"ranks": 7}, "shared expert has 96 columns, .* groups of 16; 6 would do"),
     (replace(MIXTURE, moe=MoeSpec(3, 2, 64, True)), {"ranks": 4}, "there are 3 experts, .*; 3 would do"),
     (SPEC, {"ranks": 2, "shares": (1.0,)}, "1 shares for 2 ranks"),

@@ -58,6 +58,8 @@ class Member:
 
     def embed(self, ids: Ids) -> Floats:
         """The rows that this rank has; zeros for the others."""
+        if not self.spec.vocab:
+            return np.zeros((len(ids), self.spec.hidden), np.float32)
         shard = self.checkpoint.shard
         first = 0 if shard == "whole" else shard.ranges.vocab.start
         mine = (ids >= first) & (ids < first + self.spec.vocab)
@@ -84,21 +86,27 @@ class Member:
         return partial
 
     def head(self, hidden: Floats) -> Floats:
+        if not self.spec.vocab:
+            return np.empty((len(hidden), 0), np.float32)
         weights = self.read("head", -1)
         if self.spec.tied:
             weights = Weights({"head": self.read("embed", -1).matrix["embed"]}, weights.vector)
         return self.model.head(self.home, weights, hidden)
 
 
-def group(checkpoint: Checkpoint, ranks: int, shares: Sequence[float] = ()) -> list[Member]:
-    shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares)
+def group(checkpoint: Checkpoint, ranks: int, shares: Sequence[float] = (), **how: Any) -> list[Member]:
+    shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares, **how)
     return [Member(CheckpointShard(checkpoint, shard)) for shard in shards]
 
 
 def assert_computes_the_model(
-    checkpoint: Checkpoint, ranks: int, shares: Sequence[float] = (), tolerance: float = TOLERANCE
+    checkpoint: Checkpoint,
+    ranks: int,
+    shares: Sequence[float] = (),
+    tolerance: float = TOLERANCE,
+    **how: Any,
 ) -> None:
-    whole, members = Member(checkpoint), group(checkpoint, ranks, shares)
+    whole, members = Member(checkpoint), group(checkpoint, ranks, shares, **how)
 
     def agreed(compute: Callable[[Member], Floats]) -> Floats:
         expected = compute(whole)
@@ -144,7 +152,8 @@ def test_partials_add_up_to_the_model(family: str, tmp_path: Path) -> None:
     with tiny_checkpoint(tmp_path, family, "F16") as checkpoint:
         assert checkpoint.spec.kv_heads == 2
         for ranks, shares in ((2, ()), (2, (5, 2)), (3, ()), (4, (1, 1, 2, 2))):
-            assert_computes_the_model(checkpoint, ranks, shares)
+            for cut in (False, True):
+                assert_computes_the_model(checkpoint, ranks, shares, cut_vocabulary=cut)
 
 
 @pytest.mark.parametrize("family", CUT)
@@ -152,6 +161,7 @@ def test_also_of_hugging_face_directories(family: str, tmp_path: Path) -> None:
     """They have other tensors fused than GGUF, and each expert in tensors of its own."""
     with tiny_checkpoint(tmp_path, family, hf=True) as checkpoint:
         assert_computes_the_model(checkpoint, 3)
+        assert_computes_the_model(checkpoint, 3, cut_vocabulary=True)
 
 
 @pytest.mark.parametrize(("family", "ranks"), [("qwen3", 3), ("qwen2_moe", 2)])
@@ -182,7 +192,7 @@ def test_bytes_are_those_of_the_whole_model(family: str, type: str, tmp_path: Pa
     beside, below = {"o", "down", "shared_down"}, {"q", "k", "v", "gate", "up", "shared_gate", "shared_up"}
     below |= {"embed", "head"}
     with model(tmp_path, family, type) as checkpoint:
-        ranks = [part_of(checkpoint, "keep", rank, 2) for rank in range(2)]
+        ranks = [part_of(checkpoint, "keep", rank, 2, cut_vocabulary=True) for rank in range(2)]
         for block in checkpoint.spec.blocks():
             whole = checkpoint.read_block(block).matrix
             holders = [part.read_block(block).matrix for part in ranks if block in part.spec.blocks()]
