@@ -103,6 +103,7 @@ class PlanOptions:
     device: str | None = None
     speculate: str | None = None
     kv_type: str | None = None
+    ranks: int | None = None
 
     @property
     def beyond_context(self) -> bool:
@@ -117,7 +118,7 @@ class PlanOptions:
             more["max_guesses"] = 0
         if self.kv_type is not None:
             more["kv_type"] = self.kv_type
-        return NodeConfig(threads=self.threads, memory_bytes=self.memory, context_tokens=self.ctx, **more)
+        return NodeConfig(threads=self.threads, memory_bytes=self.memory, context_tokens=self.ctx, ranks=self.ranks, **more)
 
     def arguments(self) -> list[str]:
         """The same options for a command line."""
@@ -193,6 +194,8 @@ def plan_options(function: Callback) -> Callback:
                      help="Guess tokens ahead where that is faster (the default); the answer stays the same."),
         click.option("--kv-type", type=click.Choice(get_args(KvType)),
                      help="Type of the KV cache: f16 is the default, i8 takes about half as much memory."),
+        click.option("--ranks", type=Whole(1, 256), metavar="N",
+                     help="How many machines of the cluster compute together (default: as many as make it faster)."),
     ]  # fmt: skip
     return _collect(PlanOptions, "plan", options)(function)
 

@@ -7,21 +7,22 @@ The constructors check Sampling, and rules about several fields together, and ra
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, dataclass_transform
+from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 from msgspec.structs import force_setattr
 
 from .chat_message import ChatMessage as ChatMessage
 from .chat_message import ChatMessages, checked
+from .cluster_messages import Forget, Invitation, Invite, Nodes, NodesReply, Rejoin
+from .message import Message as Message
+from .message import Name, NonNegative
 from .plain_values import check_plain
 from .sampling_limits import MAX_BIASES, TOKEN_IDS, check_sampling
 from .sampling_limits import SAMPLING_LIMITS as LIMITS
 
 PROTOCOL_VERSION = 1
 
-NonNegative = Annotated[int, Meta(ge=0)]
-Name = Annotated[str, Meta(max_length=4096)]
 TokenId = Annotated[int, TOKEN_IDS.meta]
 TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 22)]
 
@@ -42,11 +43,6 @@ ErrorCode = Literal[
 ]
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "repetition"]
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)  # what subclasses inherit, for type checkers
-class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base of all bodies."""
 
 
 def check_one_of(message: Message, *names: str) -> None:
@@ -353,6 +349,10 @@ REQUESTS: dict[str, type[Message]] = {
     "unload": Unload,
     "status": Status,
     "ping": Ping,
+    "invite": Invite,
+    "nodes": Nodes,
+    "forget": Forget,
+    "rejoin": Rejoin,
 }
 
 REPLIES: dict[str, type[Message]] = {
@@ -368,6 +368,8 @@ REPLIES: dict[str, type[Message]] = {
     "loaded": Loaded,
     "status": StatusReply,
     "pong": Pong,
+    "invitation": Invitation,
+    "nodes_reply": NodesReply,
 }
 
 FEATURES = (*REQUESTS, "progress", "context_tokens", "stop_repeating")

@@ -44,7 +44,7 @@ from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
 from .answer_thread import Answering
-from .backend import STAGE_S, Emit, Event
+from .backend import STAGE_S, ClusterReply, ClusterRequest, Emit, Event
 from .config import NodeConfig
 from .error_codes import translated
 from .errors import DaemonError
@@ -91,6 +91,7 @@ class Node:
             kv_files = KvFiles(kv_root, config.kv_disk_bytes)
         self._clock = clock
         self._started_s = clock()
+        self.membership: Membership | None = None  # of a cluster; its owner sets it
         self._answering = Answering()
         self._models = LoadedModels(self.budget)
         assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear, grouping)
@@ -267,6 +268,12 @@ class Node:
             return stage
         loaded = self._models.pick(model)
         return None if loaded is None else loaded.stage()
+
+    def cluster(self, request: ClusterRequest) -> ClusterReply:
+        """What concerns other machines. Raises DaemonError."""
+        if self.membership is None:
+            raise DaemonError("unsupported", "this node was started without a cluster")
+        return self.membership.answer(request)
 
     def status(self) -> StatusReply:
         return StatusReply(

@@ -59,12 +59,17 @@ def serve(
     except KeyFileError as error:
         raise DaemonError("bad_request", str(error)) from error
     library = Library(home)
+    roster = Roster()
     node = Node(
         config,
         library.resolve_stored if models_only else library.resolve,
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
+        grouping=Forming(roster, send_weights),
     )
+    membership = Membership(home.cluster, config, node.budget, roster, open_shards(home))
+    node.membership = membership
+    membership.start()
     server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_end_in_time)
     failures: list[DaemonError] = []
 

@@ -1,29 +1,43 @@
-"""Errors of a group.
+"""Errors between the machines of a group.
 
 CommError
-├── Departed             another rank failed, or is gone
-├── GivenUp              rank 0 gave the order up
-└── GroupProtocolError   bytes that are not what was to come
+└── GroupError
+    ├── ChannelError        a connection that failed or ended, or what came over it is not what was agreed
+    │   └── ChannelTimeout  nothing came, or nothing could be sent, within the stated time
+    ├── NotPaired           a node that is not, or is no longer, known here or there
+    ├── VersionMismatch     two nodes whose ranges of the protocol do not overlap
+    └── PairingRefused      a join code that is wrong, used or expired, or somebody in the middle
+Files of keys and nodes that cannot be used raise `comm.errors.KeyFileError`.
 """
 
 from __future__ import annotations
 
-from shoal.comm.errors import CommError
+from ..errors import CommError
 
 
-class Departed(CommError):
-    """A rank that the group cannot go on with. `failed`: it said so itself."""
+class GroupError(CommError):
+    """Root of this folder's errors."""
 
-    def __init__(self, rank: int, reason: str, failed: bool = False) -> None:
-        super().__init__(f"rank {rank}: {reason}")
-        self.rank = rank
+
+class ChannelError(GroupError):
+    """The channel failed, was closed by either side, or got bytes that it must not get. It is of no further use."""
+
+
+class ChannelTimeout(ChannelError):
+    """Not within the stated time. If no byte of what was awaited has come, the channel can be used further."""
+
+
+class NotPaired(GroupError):
+    """One of the two nodes does not know the other."""
+
+
+class VersionMismatch(GroupError):
+    """No version of the protocol is spoken by both nodes."""
+
+
+class PairingRefused(GroupError):
+    """Pairing failed, and nothing was stored. `reason` is stable: code, used, expired, often, proof, stored or peer."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
         self.reason = reason
-        self.failed = failed
-
-
-class GivenUp(CommError):
-    """Nobody goes on with this order."""
-
-
-class GroupProtocolError(CommError):
-    """A frame or message of the wrong kind, size or place."""

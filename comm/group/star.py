@@ -14,8 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from .errors import Departed, GivenUp, GroupProtocolError
+from .errors import ChannelError, ChannelTimeout
 from .frames import HEADER, MAX_ORDER_BYTES, MAX_REASON_BYTES, WRAP, Header, Kind
+from .star_errors import Departed, GivenUp
 from .wire_types import Bytes, Floats, WireType, decode, encode, wire_bytes
 
 
@@ -54,7 +55,7 @@ class Frames:
     def skip(self, nbytes: int, most: int, timeout_s: float) -> None:
         """Passes over a payload of at most `most` bytes."""
         if nbytes > most:
-            raise GroupProtocolError(f"a frame of {nbytes} bytes: at most {most} were to come")
+            raise ChannelError(f"a frame of {nbytes} bytes: at most {most} were to come")
         room = np.empty(min(nbytes, 1 << 20), np.uint8)
         while nbytes:
             part = room[: min(nbytes, len(room))]
@@ -111,7 +112,7 @@ class Hub:
         for spoke in self._spokes:
             try:
                 spoke.send(Kind.GIVE_UP, self._number, self._place)
-            except OSError:
+            except (OSError, ChannelError):
                 continue
 
     def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
@@ -151,7 +152,7 @@ class Hub:
         for rank, spoke in enumerate(self._spokes, 1):
             try:
                 spoke.send(kind, self._number, self._place, payload)
-            except OSError as error:
+            except (OSError, ChannelError) as error:
                 raise Departed(rank, str(error)) from error
 
     def _part(self, rank: int, spoke: Frames, nbytes: int | None, row_bytes: int = 0) -> Bytes:
@@ -168,18 +169,18 @@ class Hub:
                     spoke.skip(header.nbytes, self._largest, self._patience_s)
                     continue
                 if header.place != self._place:
-                    raise GroupProtocolError(f"exchange {header.place} came, {self._place} was to come")
+                    raise ChannelError(f"exchange {header.place} came, {self._place} was to come")
                 if nbytes is None:
                     if row_bytes and (header.nbytes % row_bytes or header.nbytes > row_bytes * MAX_COLUMNS):
-                        raise GroupProtocolError(f"columns of {header.nbytes} bytes in rows of {row_bytes}")
+                        raise ChannelError(f"columns of {header.nbytes} bytes in rows of {row_bytes}")
                     nbytes = header.nbytes
                 elif header.nbytes != nbytes:
-                    raise GroupProtocolError(f"a part of {header.nbytes} bytes: {nbytes} were to come")
+                    raise ChannelError(f"a part of {header.nbytes} bytes: {nbytes} were to come")
                 self._largest = max(self._largest, nbytes)
                 data = self._room.take(nbytes)
                 spoke.payload(data, self._patience_s)
                 return data
-        except (OSError, GroupProtocolError) as error:
+        except (OSError, ChannelError) as error:
             raise Departed(rank, str(error)) from error
 
 
@@ -201,19 +202,27 @@ class Spoke:
         """Waits for the next order."""
         try:
             while True:
-                header = self._hub.receive(self._patience_s)
+                header = self._awaited()
                 if header.epoch != self._hub.epoch:
-                    raise GroupProtocolError(f"epoch {header.epoch} came, this is {self._hub.epoch}")
+                    raise ChannelError(f"epoch {header.epoch} came, this is {self._hub.epoch}")
                 if header.kind == Kind.GIVE_UP and not header.nbytes:
                     continue  # it came after this rank was done with the order
                 if header.kind != Kind.ORDER or header.nbytes > MAX_ORDER_BYTES:
-                    raise GroupProtocolError(f"a frame {header}: an order was to come")
+                    raise ChannelError(f"a frame {header}: an order was to come")
                 self._number, self._place = header.number, 0
                 data = np.empty(header.nbytes, np.uint8)
                 self._hub.payload(data, self._patience_s)
                 return data.tobytes()
-        except (OSError, GroupProtocolError) as error:
+        except (OSError, ChannelError) as error:
             raise Departed(0, str(error)) from error
+
+    def _awaited(self) -> Header:
+        """The next header, however long the hub has nothing to do."""
+        while True:
+            try:
+                return self._hub.receive(self._patience_s)
+            except ChannelTimeout:  # nothing has come; whether the hub is alive is somebody else's concern
+                continue
 
     def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
         """The rows (T, n) of rank 0."""
@@ -245,7 +254,7 @@ class Spoke:
     def _send(self, kind: Kind, payload: Bytes | bytes) -> None:
         try:
             self._hub.send(kind, self._number, self._place, payload)
-        except OSError as error:
+        except (OSError, ChannelError) as error:
             raise Departed(0, str(error)) from error
 
     def _receive(self, kind: Kind, into: Bytes) -> None:
@@ -256,8 +265,8 @@ class Spoke:
             if header == due._replace(kind=Kind.GIVE_UP, place=header.place, nbytes=0):
                 raise GivenUp
             if header != due:
-                raise GroupProtocolError(f"a frame {header}: {due} was to come")
+                raise ChannelError(f"a frame {header}: {due} was to come")
             self._hub.payload(into, self._patience_s)
-        except (OSError, GroupProtocolError) as error:
+        except (OSError, ChannelError) as error:
             raise Departed(0, str(error)) from error
         self._place += 1

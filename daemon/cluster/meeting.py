@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from shoal.comm.group.errors import Departed
+from shoal.comm.group.star_errors import Departed
 from shoal.comm.group.star import Hub
 from shoal.engine.errors import RankLost
 from shoal.kernels import ComputeHome

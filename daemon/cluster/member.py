@@ -61,6 +61,11 @@ class Member:
         return self.facts.name
 
     @property
+    def address(self) -> str:
+        """At which it is, as the system says."""
+        return self._control.remote[0]
+
+    @property
     def silent_s(self) -> float:
         """For how long nothing has been heard from it."""
         return self._clock() - self._heard_s

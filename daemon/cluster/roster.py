@@ -38,7 +38,9 @@ class Roster:
     """`changed` is called, from any thread, when a member came or is gone; with the reason if it is gone."""
 
     def __init__(
-        self, changed: Callable[[Member, str], None], clock: Callable[[], float] = time.monotonic
+        self,
+        changed: Callable[[Member, str], None] = lambda member, reason: None,
+        clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._changed = changed
         self._clock = clock
@@ -99,7 +101,7 @@ class Roster:
             self.arrivals += 1
         if self._closed.is_set():
             member.leave("the head is stopping")
-        log.info("%s is attached (%s, %d threads)", member.name, channel.remote, attach.threads)
+        log.info("%s is attached (%s, %d threads)", member.name, member.address, attach.threads)
         self._changed(member, "")
         member.run()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.peers import Peer
 from shoal.daemon.memory import resident_bytes
 from shoal.offload.budget import Budget
 
@@ -28,9 +29,10 @@ class Worker:
     """Attached while it lives, or trying to. `attach` makes the facts anew for each attempt."""
 
     def __init__(
-        self, head: str, dial: Dial, attach: Callable[[], Attach], open_shard: OpenShard, budget: Budget
+        self, head: Peer, dial: Dial, attach: Callable[[], Attach], open_shard: OpenShard, budget: Budget
     ) -> None:
-        self.head = head  # its name, for people
+        self.head = head.name
+        self.fingerprint = head.fingerprint  # the head's
         self.attached = False
         self.trouble = ""  # why it is not attached
         self._dial = dial
@@ -62,7 +64,7 @@ class Worker:
                 control = self._control = self._dial("control")
                 with control:
                     control.send_message(self._attach())
-                    log.info("attached to %s (%s)", self.head, control.remote)
+                    log.info("attached to %s (%s)", self.head, control.remote[0])
                     self.attached, self.trouble, pause_s = True, "", RETRY_S[0]
                     self._listen(control)
             except (OSError, CommError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fakes.streams import PairStream, stream_pair
 
-from shoal.comm.group.errors import Departed, GivenUp
+from shoal.comm.group.star_errors import Departed, GivenUp
 from shoal.comm.group.frames import Header, Kind
 from shoal.comm.group.star import Hub, Spoke
 from shoal.comm.group.wire_types import WireType, decode, encode, wire_bytes
