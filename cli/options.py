@@ -118,7 +118,9 @@ class PlanOptions:
             more["max_guesses"] = 0
         if self.kv_type is not None:
             more["kv_type"] = self.kv_type
-        return NodeConfig(threads=self.threads, memory_bytes=self.memory, context_tokens=self.ctx, ranks=self.ranks, **more)
+        return NodeConfig(
+            threads=self.threads, memory_bytes=self.memory, context_tokens=self.ctx, ranks=self.ranks, **more
+        )
 
     def arguments(self) -> list[str]:
         """The same options for a command line."""

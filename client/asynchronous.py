@@ -13,8 +13,8 @@ from typing import Any, TypeVar, cast
 import zmq
 import zmq.asyncio
 
-from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.cluster_messages import Forget, Invitation, Invite, Nodes, NodesReply, Rejoin
+from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.errors import CommError
 from shoal.comm.messages import (
     Chat,

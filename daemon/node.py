@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Protocol
 
 from shoal.comm.messages import (
     Accepted,
@@ -48,6 +48,7 @@ from .backend import STAGE_S, ClusterReply, ClusterRequest, Emit, Event
 from .config import NodeConfig
 from .error_codes import translated
 from .errors import DaemonError
+from .installed import package_version
 from .long_requests import LongRequests, tokenized
 from .memory import budget_of, peak_memory_bytes, resident_bytes, return_freed
 from .model_name import Reference
@@ -62,11 +63,10 @@ IDLE_WAIT_S = 1.0  # how long the compute thread sleeps before it looks again by
 DEADLINES_S = 0.5  # how often deadlines are looked at, also while a step runs
 
 
-def package_version() -> str:
-    try:
-        return version("shoal")
-    except PackageNotFoundError:  # run from a source tree
-        return "0"
+class AnswersCluster(Protocol):
+    """What knows of other machines."""
+
+    def answer(self, request: ClusterRequest) -> ClusterReply: ...
 
 
 class Node:
@@ -91,7 +91,7 @@ class Node:
             kv_files = KvFiles(kv_root, config.kv_disk_bytes)
         self._clock = clock
         self._started_s = clock()
-        self.membership: Membership | None = None  # of a cluster; its owner sets it
+        self.membership: AnswersCluster | None = None  # of a cluster; its owner sets it
         self._answering = Answering()
         self._models = LoadedModels(self.budget)
         assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear, grouping)

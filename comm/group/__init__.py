@@ -1,1 +1,1 @@
-"""Bytes between the machines of a group: who they are, how they are connected, and what they compute together."""
+"""Bytes between the machines of a group: who they are, how they came to trust each other, and their channels."""

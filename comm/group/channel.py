@@ -6,7 +6,6 @@ may send while another receives; several that send take turns. No wait is withou
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
@@ -86,17 +85,20 @@ class Channel:
         body = _ENCODER.encode(message)
         self.send(len(body).to_bytes(4, "little"), body, timeout_s=timeout_s)
 
-    def receive_message(self, types: Any, timeout_s: float, limit_bytes: int = MESSAGE_BYTES) -> Any:
+    def receive_message(
+        self, types: Any, timeout_s: float, limit_bytes: int = MESSAGE_BYTES, rest_s: float = WAIT_S
+    ) -> Any:
         """The next message, which must be of `types`: a struct, or a union of tagged ones; and at most `limit_bytes`.
 
         ChannelTimeout when none has begun within `timeout_s`: then the channel is as it was. Once a message has begun,
-        its rest may take 10 s. All else is a ChannelError, and closes the channel.
+        its rest may take `rest_s`, or what is left of `timeout_s`. All else is a ChannelError, and closes the channel.
         """
         head = memoryview(bytearray(4))
+        deadline = time.monotonic() + timeout_s
         with self._receiving:
-            self._receive(head[:1], time.monotonic() + timeout_s)
+            self._receive(head[:1], deadline)
             try:
-                return self._message(head, types, time.monotonic() + max(timeout_s, WAIT_S), limit_bytes)
+                return self._message(head, types, max(deadline, time.monotonic() + rest_s), limit_bytes)
             except BaseException:
                 self._stream.abort()
                 raise
@@ -106,13 +108,6 @@ class Channel:
         self._stream.abort()
         with self._sending, self._receiving:
             self._stream.close()
-
-    def part(self, wait_s: float = 0.5) -> None:
-        """Close after the last message has been read: a `close` alone could overtake it."""
-        self._stream.finish()
-        with contextlib.suppress(ChannelError):
-            self.receive_into(bytearray(JOIN_BYTES), wait_s)
-        self.close()
 
     def __enter__(self) -> Channel:
         return self

@@ -29,7 +29,11 @@ class Speaks(msgspec.Struct, frozen=True):
     features: Annotated[tuple[_Short, ...], msgspec.Meta(max_length=32)] = ()
 
     def __str__(self) -> str:
-        return f"version {self.newest}" if self.oldest == self.newest else f"versions {self.oldest} to {self.newest}"
+        return (
+            f"version {self.newest}"
+            if self.oldest == self.newest
+            else f"versions {self.oldest} to {self.newest}"
+        )
 
 
 class Agreed(msgspec.Struct, frozen=True):

@@ -55,8 +55,10 @@ class NodeIdentity:
             raise KeyFileError(f"{file}: must hold a private key and a certificate: {remedy}")
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(file, password="")  # or an encrypted key would be asked about on the terminal
-            certificate = check_certificate(ssl.PEM_cert_to_DER_cert(found[0]))
+            context.load_cert_chain(
+                file, password=""
+            )  # or an encrypted key would be asked about on the terminal
+            certificate = ssl.PEM_cert_to_DER_cert(found[0])
         except (OSError, ValueError) as error:  # SSLError is an OSError
             raise KeyFileError(f"{file}: its key and certificate cannot be used: {remedy}") from error
         return cls(node_name(name or socket.gethostname()), certificate, file)
@@ -70,6 +72,17 @@ def fingerprint(certificate: bytes) -> str:
 def node_name(text: str) -> str:
     """`text` as a node's name: what is neither letter, digit, dot nor dash becomes a dash. Never empty, 64 at most."""
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip(".-")[:NODE_NAME_CHARACTERS] or "node"
+
+
+def check_readable(der: bytes) -> None:
+    """ValueError unless `der` is one certificate that OpenSSL can read."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cadata=der)
+    except (ssl.SSLError, ValueError) as error:
+        raise ValueError("a certificate that cannot be read") from error
+    if context.cert_store_stats()["x509"] != 1 or len(der) > MAX_CERTIFICATE_BYTES:
+        raise ValueError("more than one certificate")
 
 
 def check_certificate(der: bytes) -> bytes:

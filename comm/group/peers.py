@@ -21,7 +21,7 @@ import msgspec
 from .. import key_files
 from ..errors import KeyFileError
 from .errors import ChannelError, NotPaired
-from .node_identity import MAX_CERTIFICATE_BYTES, fingerprint, node_name
+from .node_identity import check_readable, fingerprint, node_name
 from .streams import Address
 
 MAX_PEERS = 64
@@ -151,12 +151,16 @@ class Peers:
         text = key_files.read(self.file)
         try:
             peers = msgspec.json.decode(text, type=_PeersFile).peers
-        except (msgspec.MsgspecError, RecursionError) as error:
+            for peer in peers:
+                check_readable(peer.certificate)
+        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             raise self._unusable(str(error)) from error
-        if len({peer.certificate for peer in peers}) < len(peers) or len({peer.name for peer in peers}) < len(peers):
+        if len({peer.certificate for peer in peers}) < len(peers) or len({peer.name for peer in peers}) < len(
+            peers
+        ):
             raise self._unusable("a node is there twice")
-        if any(not 0 < len(peer.certificate) <= MAX_CERTIFICATE_BYTES for peer in peers) or len(peers) > MAX_PEERS:
-            raise self._unusable("too much, or too little, to be nodes")
+        if len(peers) > MAX_PEERS:
+            raise self._unusable(f"{len(peers)} nodes: must be at most {MAX_PEERS}")
         return tuple(peers)
 
     def _take(self, peers: tuple[Peer, ...], stamp: tuple[int, ...]) -> None:
@@ -175,7 +179,9 @@ class Peers:
         return found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode
 
     def _unusable(self, why: str) -> KeyFileError:
-        return KeyFileError(f"{self.file}: {why}: restore it from a copy, or remove it and pair all nodes again")
+        return KeyFileError(
+            f"{self.file}: {why}: restore it from a copy, or remove it and pair all nodes again"
+        )
 
 
 def _free_name(name: str, taken: set[str]) -> str:

@@ -9,7 +9,9 @@ round trip of `ssl.SSLSocket`. Deadlines are those of `time.monotonic`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 import select
 import socket
 import ssl
@@ -22,6 +24,7 @@ from .errors import ChannelError, ChannelTimeout, NotPaired
 Address = tuple[str, int]  # host and port
 
 READ_BYTES = 128 << 10  # taken from the socket at a time
+PARTING_READS = 8
 SEAL_BYTES = 256 << 10  # given to TLS, and then to the socket, at a time
 
 # Linux; elsewhere the default of the system holds. A peer that is gone is noticed by the group much earlier.
@@ -49,9 +52,6 @@ class Stream(Protocol):
     def receive(self, view: memoryview, deadline: float) -> int:
         """Into `view`, at least one byte; how many. ChannelTimeout when there was none, ChannelError at the end."""
 
-    def finish(self) -> None:
-        """Tell the other side that nothing more will be sent."""
-
     def abort(self) -> None:
         """Wake whoever waits. Nothing can be sent or received any more, but the descriptor is still there."""
 
@@ -77,6 +77,15 @@ class SocketStream:
         self._readable.register(connected, select.POLLIN)
         self._writable.register(connected, select.POLLOUT)
         self.closed = False
+
+    def connect(self, target: tuple[str | int, ...], deadline: float) -> None:
+        """To a socket address; for a stream whose socket is not connected. ChannelTimeout, ChannelError."""
+        problem = self._socket.connect_ex(target)
+        if problem == errno.EINPROGRESS:
+            self._wait(self._writable, deadline, "no answer")
+            problem = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if problem:
+            raise self._broken(OSError(problem, os.strerror(problem)))
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -121,11 +130,18 @@ class SocketStream:
     def _broken(self, error: OSError | None) -> ChannelError:
         if self.closed:
             return ChannelError("the channel was closed here")
-        return ChannelError(f"the connection failed: {error.strerror}" if error else "the other side closed the channel")
+        return ChannelError(f"{error.strerror or error}" if error else "the other side closed the channel")
 
-    def finish(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
+    def part(self, wait_s: float = 0.5) -> None:
+        """Close so that the other side still gets what was sent. With bytes unread, `close` would take that back."""
+        with contextlib.suppress(OSError, ChannelError):
+            if not self.closed:
+                self._socket.shutdown(socket.SHUT_WR)
+                deadline, heard = time.monotonic() + wait_s, memoryview(bytearray(READ_BYTES))
+                for _ in range(PARTING_READS):
+                    self.receive(heard, deadline)
+        self.abort()
+        self.close()
 
     def abort(self) -> None:
         self.closed = True
@@ -146,7 +162,7 @@ class TlsStream:
         self._lock = threading.Lock()  # for the three above
         self._buffer = memoryview(bytearray(READ_BYTES))
         self.fileno, self.ends = below.fileno, below.ends
-        self.finish, self.abort, self.close = below.finish, below.abort, below.close
+        self.abort, self.close = below.abort, below.close
 
     @property
     def closed(self) -> bool:

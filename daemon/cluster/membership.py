@@ -12,18 +12,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shoal import kernels
-from shoal.comm.cluster_messages import Forget, Invitation, Invite, Nodes, NodesReply, NodeStatus, Rejoin, Role
+from shoal.comm.cluster_messages import (
+    Forget,
+    Invitation,
+    Invite,
+    Nodes,
+    NodesReply,
+    NodeStatus,
+    Rejoin,
+    Role,
+)
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.dialing import dial
+from shoal.comm.group.group_protocol import Purpose
 from shoal.comm.group.join_code import CODE_S, Codes
-from shoal.comm.group.listener import Listener, dial
+from shoal.comm.group.listener import Listener
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import Peer, Peers
 from shoal.comm.messages import Ok
 from shoal.daemon.backend import ClusterReply, ClusterRequest
 from shoal.daemon.config import NodeConfig
-from shoal.daemon.error_codes import package_version
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.installed import package_version
 from shoal.daemon.memory import resident_bytes
 from shoal.daemon.private_files import private_dir
 from shoal.offload.budget import Budget
@@ -38,6 +49,7 @@ from .worker import Worker
 log = logging.getLogger(__name__)
 
 DIAL_S = 5.0
+ACCEPT_S = 1.0
 
 
 class Membership:
@@ -128,11 +140,22 @@ class Membership:
             self._listener.close()
             self._listener = None
         identity = self._identity()
-        self._listener = Listener(
-            identity, self._peers, [parse_address(text) for text in wanted], self._roster.take, self._codes
-        )
+        listener = Listener(identity, self._peers, [parse_address(text) for text in wanted], self._codes)
+        self._listener = listener
+        threading.Thread(target=self._accept, args=(listener,), name="shoal-accept", daemon=True).start()
         (self._directory / "listen").write_text("".join(f"{text}\n" for text in wanted))
-        log.info("machines may attach at %s", ", ".join(f"{host}:{port}" for host, port in self._listener.addresses))
+        log.info(
+            "machines may attach at %s",
+            ", ".join(f"{host}:{port}" for host, port in self._listener.addresses),
+        )
+
+    def _accept(self, listener: Listener) -> None:
+        """Give every channel that comes a thread of its own, as long as the listener is the current one."""
+        while self._listener is listener:
+            if (channel := listener.accept(ACCEPT_S)) is not None:
+                threading.Thread(
+                    target=self._roster.take, args=(channel,), name="shoal-channel", daemon=True
+                ).start()
 
     def _listens(self) -> list[str]:
         try:
@@ -166,9 +189,8 @@ class Membership:
             if head is not None and self._worker is None:
                 identity, fingerprint = self._identity(), head.fingerprint
 
-                def dialled(purpose: str) -> Channel:
-                    peer = self._peers.get(fingerprint)
-                    return dial(identity, peer, peer.addresses, purpose, DIAL_S)
+                def dialled(purpose: Purpose) -> Channel:
+                    return dial(identity, self._peers, fingerprint, purpose, timeout_s=DIAL_S)
 
                 self._worker = Worker(head, dialled, self._attach, self._open_shard, self._budget)
             elif head is None and self._listens() and self._listener is None:
@@ -199,9 +221,7 @@ class Membership:
             trouble=worker.trouble if worker is not None else "",
         )
         members = {member.fingerprint: member for member in self._roster.members}
-        others = [
-            self._status(peer, members.get(peer.fingerprint)) for peer in self._peers.listed()
-        ]
+        others = [self._status(peer, members.get(peer.fingerprint)) for peer in self._peers.listed()]
         listener = self._listener
         listening = [f"{host}:{port}" for host, port in listener.addresses] if listener is not None else []
         return NodesReply(role=self.role, nodes=[own, *others], listening=listening)

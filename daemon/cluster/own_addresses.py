@@ -64,10 +64,27 @@ def own_hosts() -> list[str]:
     return [host for _, host in sorted(ranked, key=lambda it: it[0])]
 
 
-_MADE_UP = ("docker", "br-", "veth", "virbr", "vmnet", "vboxnet", "tun", "tap", "wg", "utun", "tailscale", "zt")
+_MADE_UP = (
+    "docker",
+    "br-",
+    "veth",
+    "virbr",
+    "vmnet",
+    "vboxnet",
+    "tun",
+    "tap",
+    "wg",
+    "utun",
+    "tailscale",
+    "zt",
+)
 
 
 def _rank(name: str, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
     if ip.is_loopback:
         return 9
-    return (4 if name.startswith(_MADE_UP) else 0) + (2 if name.startswith(("wl", "wifi")) else 0) + (ip.version == 6)
+    return (
+        (4 if name.startswith(_MADE_UP) else 0)
+        + (2 if name.startswith(("wl", "wifi")) else 0)
+        + (ip.version == 6)
+    )

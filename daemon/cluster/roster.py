@@ -40,7 +40,7 @@ class Roster:
     def __init__(
         self,
         changed: Callable[[Member, str], None] = lambda member, reason: None,
-        clock: Callable[[], float] = time.monotonic
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._changed = changed
         self._clock = clock

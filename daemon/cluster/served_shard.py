@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.group_protocol import Purpose
 from shoal.comm.group.star import Spoke
 from shoal.daemon.error_codes import translated
 from shoal.daemon.errors import DaemonError
@@ -31,7 +32,7 @@ from .pulse import Pulse
 
 log = logging.getLogger(__name__)
 
-Dial = Callable[[str], Channel]
+Dial = Callable[[Purpose], Channel]
 """A new channel to the head for a purpose: "data" or "weights". Raises OSError or CommError."""
 
 OpenShard = Callable[[Serve, Dial, Progress], BlockStore]
@@ -113,7 +114,7 @@ class ServedShard:
         self._follower = Follower(Rank(executor, lambda: 0.0), spoke, self.pulse, self._ended)
         self._follower.start()
 
-    def _dialled(self, purpose: str) -> Channel:
+    def _dialled(self, purpose: Purpose) -> Channel:
         channel = self._dial(purpose)
         with self._lock:
             self._channels.append(channel)

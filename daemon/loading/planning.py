@@ -74,7 +74,7 @@ def extents(checkpoint: AnyCheckpoint, quant: Quant = "keep") -> tuple[dict[Bloc
 
 def _block_bytes(checkpoint: AnyCheckpoint, quant: Quant) -> dict[BlockId, int]:
     """Bytes of every block in memory, in the order of a step."""
-    if quant == "keep" and isinstance(checkpoint, Checkpoint):
+    if quant == "keep":
         return {block: checkpoint.block_bytes(block) for block in checkpoint.spec.blocks()}
     sizes, vectors_bytes = extents(checkpoint, quant)
     sizes[BlockId("embed")] += vectors_bytes  # of all blocks: they are read at once

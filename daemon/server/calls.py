@@ -45,7 +45,9 @@ class Dispatcher:
         self._patient = ThreadPoolExecutor(workers, thread_name_prefix="shoal-patient")
         loads = ThreadPoolExecutor(1, thread_name_prefix="shoal-load")
         status = ThreadPoolExecutor(1, thread_name_prefix="shoal-status")
-        self._pools = {"load": loads, "unload": loads, "status": status} | dict.fromkeys(("nodes", *OWN_USERS), status)
+        self._pools = {"load": loads, "unload": loads, "status": status} | dict.fromkeys(
+            ("nodes", *OWN_USERS), status
+        )
         self._pools |= dict.fromkeys(("generate", "chat", "tokenize"), prompts)
         self._limit_bytes = pending_bytes
         self._lock = threading.Lock()

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from fakes.streams import PairStream, stream_pair
 
-from shoal.comm.group.star_errors import Departed, GivenUp
 from shoal.comm.group.frames import Header, Kind
 from shoal.comm.group.star import Hub, Spoke
+from shoal.comm.group.star_errors import Departed, GivenUp
 from shoal.comm.group.wire_types import WireType, decode, encode, wire_bytes
 
 PATIENCE_S = 10.0
@@ -126,7 +126,7 @@ def test_an_order_is_given_up_in_the_middle_and_the_next_is_sound(before: int) -
     def spoke(rank: int) -> Any:
         one = star.spokes[rank - 1]
         assert one.next() == b"first"
-        with pytest.raises(GivenUp):
+        with pytest.raises(GivenUp):  # noqa: PT012
             while True:
                 one.allreduce(parts[rank])
         assert one.next() == b"second"
