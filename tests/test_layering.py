@@ -35,6 +35,7 @@ CLI_VOCABULARY = {
 }
 # What these folders may know of the rest of their room.
 INNER = {
+    "comm/group": {"comm.errors", "comm.key_files"},
     "daemon/server": {"daemon.backend", "daemon.errors"},
     "daemon/library": {
         "daemon.config",

@@ -20,13 +20,13 @@ from .greeting import greet
 from .group_protocol import OURS, Purpose, Speaks
 from .node_identity import NodeIdentity
 from .pairing import join
-from .peers import MAX_ADDRESSES, Peer, Peers
+from .peers import MAX_ADDRESSES, PairedNode, Peers
 from .streams import Address, SocketStream, TlsStream
 from .tls import client_context, stranger_context
 
 DIAL_S = 10.0
 
-Found = tuple[Address, TlsStream, bytes]  # where, and the certificate that was shown
+Reached = tuple[Address, TlsStream, bytes]  # where, and the certificate that was shown
 
 
 def dial(
@@ -67,7 +67,7 @@ def pair(
     addresses: Sequence[Address],
     timeout_s: float = DIAL_S,
     speaks: Speaks = OURS,
-) -> tuple[Peer, str]:
+) -> tuple[PairedNode, str]:
     """Join the group of the head at one of `addresses`: the head as it is remembered, and this node's name there.
 
     What answers need not be the head: so each node that does is asked, once. PairingRefused, VersionMismatch,
@@ -103,7 +103,7 @@ class _Race:
         self._over = False
         self._running = self._started = 0
         self._under_way: set[SocketStream] = set()
-        self._ended: queue.SimpleQueue[Found | tuple[Address, Exception] | None] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[Reached | tuple[Address, Exception] | None] = queue.SimpleQueue()
         self._failures: list[tuple[Address, Exception]] = []
         for address in addresses[:MAX_ADDRESSES]:
             self._start(lambda address=address: self._resolve(address))  # type: ignore[misc]
@@ -123,7 +123,7 @@ class _Race:
                 if ended is not None and len(ended) == 3:
                     _dispose(ended[1])
 
-    def found(self) -> Iterator[Found]:
+    def found(self) -> Iterator[Reached]:
         """Connections as they come to be, until there are no more attempts, or no more time."""
         while self._running:
             try:
@@ -151,7 +151,7 @@ class _Race:
         kind = ChannelTimeout if late else ChannelError
         return kind(f"the node cannot be reached ({'; '.join(told) or 'no answer in time'})")
 
-    def _start(self, act: Callable[[], Found | tuple[Address, Exception] | None]) -> None:
+    def _start(self, act: Callable[[], Reached | tuple[Address, Exception] | None]) -> None:
         def run() -> None:
             ended = act()
             with self._lock:
@@ -177,7 +177,7 @@ class _Race:
             self._start(lambda family=family, target=target: self._attempt(family, target))  # type: ignore[misc]
         return None
 
-    def _attempt(self, family: int, target: tuple[str, int]) -> Found | tuple[Address, Exception]:
+    def _attempt(self, family: int, target: tuple[str, int]) -> Reached | tuple[Address, Exception]:
         address = target[0], target[1]
         below: SocketStream | None = None
         try:
@@ -197,7 +197,7 @@ class _Race:
             return address, error
         finally:
             with self._lock:
-                self._under_way.discard(below)  # type: ignore[arg-type]
+                self._under_way.discard(below)
 
 
 def _dispose(stream: SocketStream | TlsStream) -> None:

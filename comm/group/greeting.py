@@ -7,40 +7,50 @@ from typing import get_args
 
 from .channel import Channel
 from .errors import ChannelError, VersionMismatch
-from .group_protocol import HELLO_BYTES, PURPOSES, Hello, Purpose, Speaks, Turned, Welcome, agree, turned_away
+from .group_protocol import (
+    OPENING_BYTES,
+    PURPOSES,
+    Opening,
+    Purpose,
+    Speaks,
+    Declined,
+    Accepted,
+    agree,
+    declined,
+)
 
 
 def greet(channel: Channel, purpose: Purpose, ours: Speaks, deadline: float) -> None:
     """Say what `channel` is for and hear whether that is welcome. NotPaired, VersionMismatch, ChannelError."""
-    channel.send_message(Hello(purpose, ours), _left(deadline))
-    answer: Welcome | Turned = channel.receive_message(
-        Welcome | Turned, _left(deadline), HELLO_BYTES, rest_s=0
+    channel.send_message(Opening(purpose, ours), _left(deadline))
+    answer: Accepted | Declined = channel.receive_message(
+        Accepted | Declined, _left(deadline), OPENING_BYTES, rest_s=0
     )
-    if isinstance(answer, Turned):
-        raise turned_away(ours, answer)
+    if isinstance(answer, Declined):
+        raise declined(ours, answer)
     channel.purpose, channel.agreed = purpose, agree(ours, answer.speaks)
 
 
 def welcome(channel: Channel, ours: Speaks, deadline: float, refusal: str = "") -> None:
     """Hear what `channel` is for and answer, with `refusal` if there is one. Raises when the other is turned away."""
-    hello: Hello = channel.receive_message(Hello, _left(deadline), HELLO_BYTES, rest_s=0)
-    if reason := _objection(channel, hello, ours) or refusal:
-        channel.send_message(Turned(reason, ours), _left(deadline))
-        raise ChannelError(f"{hello.purpose[:64]!r} channel of {hello.speaks}: {reason}")
-    channel.purpose = next(purpose for purpose in get_args(Purpose) if purpose == hello.purpose)
-    channel.agreed = agree(ours, hello.speaks)
-    channel.send_message(Welcome(ours), _left(deadline))
+    opening: Opening = channel.receive_message(Opening, _left(deadline), OPENING_BYTES, rest_s=0)
+    if reason := _objection(channel, opening, ours) or refusal:
+        channel.send_message(Declined(reason, ours), _left(deadline))
+        raise ChannelError(f"{opening.purpose[:64]!r} channel of {opening.speaks}: {reason}")
+    channel.purpose = next(purpose for purpose in get_args(Purpose) if purpose == opening.purpose)
+    channel.agreed = agree(ours, opening.speaks)
+    channel.send_message(Accepted(ours), _left(deadline))
 
 
-def _objection(channel: Channel, hello: Hello, ours: Speaks) -> str:
-    """A reason of `Turned`. A stranger learns which versions there are and nothing else."""
+def _objection(channel: Channel, opening: Opening, ours: Speaks) -> str:
+    """A reason of `Declined`. A stranger learns which versions there are and nothing else."""
     try:
-        agree(ours, hello.speaks)
+        agree(ours, opening.speaks)
     except VersionMismatch:
         return "version"
-    if channel.peer is None and hello.purpose != "pair":
+    if channel.peer is None and opening.purpose != "pair":
         return "unpaired"
-    if hello.purpose not in PURPOSES or (channel.peer is not None and hello.purpose == "pair"):
+    if opening.purpose not in PURPOSES or (channel.peer is not None and opening.purpose == "pair"):
         return "purpose"
     return ""
 

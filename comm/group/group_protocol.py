@@ -1,7 +1,7 @@
 """What two nodes of a group say to each other first: what a channel is for, and which versions each speaks (pure).
 
 A node speaks a range of versions and names the features that it has beyond them. The highest common version and the
-common features hold for the channel. `Hello`, `Welcome` and `Turned` may gain fields and never lose any, since nodes
+common features hold for the channel. `Opening`, `Accepted` and `Declined` may gain fields and never lose any, since nodes
 of all versions must understand them.
 """
 
@@ -15,7 +15,7 @@ from .errors import ChannelError, GroupError, NotPaired, VersionMismatch
 
 Purpose = Literal["control", "data", "weights", "pair"]
 PURPOSES: frozenset[str] = frozenset(get_args(Purpose))
-HELLO_BYTES = 4096
+OPENING_BYTES = 4096
 
 _Short = Annotated[str, msgspec.Meta(max_length=64)]
 _Version = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
@@ -26,7 +26,7 @@ class Speaks(msgspec.Struct, frozen=True):
 
     oldest: _Version = 1
     newest: _Version = 1
-    features: Annotated[tuple[_Short, ...], msgspec.Meta(max_length=32)] = ()
+    features: Annotated[tuple[_Short, ...], msgspec.Meta(max_length=128)] = ()
 
     def __str__(self) -> str:
         return (
@@ -44,20 +44,20 @@ class Agreed(msgspec.Struct, frozen=True):
     theirs: Speaks = Speaks()
 
 
-class Hello(msgspec.Struct, frozen=True, tag="hello"):
+class Opening(msgspec.Struct, frozen=True, tag="opening"):
     """The first message, by the node that dialled."""
 
     purpose: _Short
     speaks: Speaks
 
 
-class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     """The answer."""
 
     speaks: Speaks
 
 
-class Turned(msgspec.Struct, frozen=True, tag="turned"):
+class Declined(msgspec.Struct, frozen=True, tag="declined"):
     """The other answer. The node that reads it has its own words for the reasons."""
 
     reason: _Short  # version, unpaired, purpose or full
@@ -77,7 +77,7 @@ def agree(ours: Speaks, theirs: Speaks) -> Agreed:
     return Agreed(version, frozenset(ours.features) & frozenset(theirs.features), theirs)
 
 
-def turned_away(ours: Speaks, answer: Turned) -> GroupError:
+def declined(ours: Speaks, answer: Declined) -> GroupError:
     """What `answer` means here."""
     if answer.reason == "version":
         try:

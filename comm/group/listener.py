@@ -26,7 +26,7 @@ from .group_protocol import OURS, Speaks
 from .join_code import Codes
 from .node_identity import NodeIdentity, fingerprint
 from .pairing import admit
-from .peers import Peer, Peers
+from .peers import PairedNode, Peers
 from .streams import Address, SocketStream, TlsStream
 from .tls import server_context
 
@@ -34,12 +34,12 @@ HANDSHAKE_S = 5.0
 MAX_NEWCOMERS = 32
 MAX_WAITING = 64  # channels that nobody has taken yet
 CHECK_S = 1.0  # how soon a change of the peers' file by another process is seen
-PAUSE_S = 0.1  # when there are no descriptors
+REST_S = 0.1  # when there are no descriptors
 
 log = logging.getLogger("shoal.group")
 
 
-class Listener:
+class GroupListener:
     """Listens at `addresses` as long as it is open. A port 0 is any free one, the same at all of them.
 
     AddressError if one cannot be had. Without `codes` nobody can be paired.
@@ -61,7 +61,7 @@ class Listener:
         ] = {}  # in the order in which they came
         self._lock = threading.Lock()  # for the newcomers
         self._ready: queue.Queue[Channel] = queue.Queue(MAX_WAITING)
-        self._context: tuple[tuple[Peer, ...], ssl.SSLContext] | None = None
+        self._context: tuple[tuple[PairedNode, ...], ssl.SSLContext] | None = None
         self._wake, self._woken = socket.socketpair()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shoal-group-listener", daemon=True)
@@ -96,7 +96,7 @@ class Listener:
         while (channel := self.accept(0)) is not None:
             channel.close()
 
-    def __enter__(self) -> Listener:
+    def __enter__(self) -> GroupListener:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -124,7 +124,7 @@ class Listener:
             return
         except OSError as error:  # no descriptors, or the other side has gone already
             log.debug("cannot accept a connection: %s", error.strerror)
-            self._closing.wait(PAUSE_S)
+            self._closing.wait(REST_S)
             return
         try:
             self._make_room()

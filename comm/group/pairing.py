@@ -16,7 +16,7 @@ from __future__ import annotations
 import hmac
 import secrets
 import time
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -25,11 +25,13 @@ from .channel import Channel
 from .errors import NotPaired, PairingRefused
 from .join_code import Codes, read_code
 from .node_identity import MAX_CERTIFICATE_BYTES, NodeIdentity, check_certificate, node_name
-from .peers import Peer, Peers
+from .peers import PairedNode, Peers
 
 NONCE_BYTES = 32
 PAIRING_BYTES = 4096  # the longest message
 PAIR_S = 5.0
+
+S = TypeVar("S", bound=msgspec.Struct)
 
 _Bytes32 = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -73,7 +75,7 @@ _REASONS = {
 
 def join(
     channel: Channel, server: bytes, identity: NodeIdentity, peers: Peers, code: str
-) -> tuple[Peer, str]:
+) -> tuple[PairedNode, str]:
     """As worker, over a channel for pairing whose other side showed the certificate `server`.
 
     The head as it was stored, and this node's name there. PairingRefused, ChannelError, KeyFileError: nothing stored.
@@ -81,21 +83,21 @@ def join(
     plain, deadline = read_code(code), time.monotonic() + PAIR_S
     claim = Claim(secrets.token_bytes(NONCE_BYTES), identity.certificate, identity.name)
     channel.send_message(claim)
-    challenge = _answer(channel, Challenge | Denied, deadline)
+    challenge = _receive(channel, Challenge, deadline)
     said = _said(channel, claim, challenge, server)
     channel.send_message(Proof(_hmac(plain, b"worker", said)))
-    paired = _answer(channel, Paired | Denied, deadline)
+    paired = _receive(channel, Paired, deadline)
     if not hmac.compare_digest(paired.hmac, _hmac(plain, b"head", said, paired.known_as)):
         raise PairingRefused("proof", "the other node does not have this join code: is it the right address?")
     try:
         certificate = check_certificate(server)
     except ValueError as error:
         raise PairingRefused("proof", f"the other node is no node of a group: {error}") from error
-    head = Peer(node_name(challenge.name), "head", certificate, (channel.remote,))
+    head = PairedNode(node_name(challenge.name), "head", certificate, (channel.remote,))
     return peers.add(head), node_name(paired.known_as)
 
 
-def admit(channel: Channel, identity: NodeIdentity, peers: Peers, codes: Codes) -> Peer:
+def admit(channel: Channel, identity: NodeIdentity, peers: Peers, codes: Codes) -> PairedNode:
     """As head: the worker as it was stored. PairingRefused, ChannelError, KeyFileError: nothing stored."""
     deadline = time.monotonic() + PAIR_S
     claim = _receive(channel, Claim, deadline)
@@ -121,9 +123,9 @@ def admit(channel: Channel, identity: NodeIdentity, peers: Peers, codes: Codes) 
     return peer
 
 
-def _stored(peers: Peers, claim: Claim) -> Peer:
+def _stored(peers: Peers, claim: Claim) -> PairedNode:
     try:
-        return peers.add(Peer(claim.name, "worker", check_certificate(claim.certificate)))
+        return peers.add(PairedNode(claim.name, "worker", check_certificate(claim.certificate)))
     except (KeyFileError, NotPaired, ValueError) as error:
         raise PairingRefused("stored", str(error)) from error
 
@@ -141,13 +143,10 @@ def _hmac(code: str, role: bytes, said: bytes, known_as: str = "") -> bytes:
     return hmac.digest(code.encode(), b"shoal pairing, " + role + b"\0" + said + known_as.encode(), "sha256")
 
 
-def _receive(channel: Channel, types: object, deadline: float) -> msgspec.Struct:
+def _receive(channel: Channel, kind: type[S], deadline: float) -> S:
+    """The next message. PairingRefused if it is `Denied` instead."""
     left_s = max(0.0, deadline - time.monotonic())
-    return channel.receive_message(types, left_s, PAIRING_BYTES, rest_s=0)  # type: ignore[no-any-return]
-
-
-def _answer(channel: Channel, types: object, deadline: float) -> msgspec.Struct:
-    answer = _receive(channel, types, deadline)
-    if isinstance(answer, Denied):
-        raise PairingRefused(answer.reason, _REASONS.get(answer.reason, "the head refuses to pair"))
-    return answer
+    message: S | Denied = channel.receive_message(kind | Denied, left_s, PAIRING_BYTES, rest_s=0)
+    if isinstance(message, Denied):
+        raise PairingRefused(message.reason, _REASONS.get(message.reason, "the head refuses to pair"))
+    return message

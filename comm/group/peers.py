@@ -31,7 +31,7 @@ MAX_CHANNELS = 64  # open at a time with one node
 Role = Literal["head", "worker"]
 
 
-class Peer(msgspec.Struct, frozen=True):
+class PairedNode(msgspec.Struct, frozen=True):
     """A node that this one trusts, and what it is to this one."""
 
     name: str
@@ -54,7 +54,7 @@ class Closable(Protocol):
 
 
 class _PeersFile(msgspec.Struct):
-    peers: list[Peer]
+    peers: list[PairedNode]
 
 
 class Peers:
@@ -63,32 +63,32 @@ class Peers:
     def __init__(self, directory: Path) -> None:
         self.file = directory / "peers.json"
         self._lock = threading.RLock()
-        self._peers: tuple[Peer, ...] = ()
+        self._peers: tuple[PairedNode, ...] = ()
         self._stamp: tuple[int, ...] = ()
         self._channels: dict[str, weakref.WeakSet[Closable]] = {}
 
-    def listed(self) -> tuple[Peer, ...]:
+    def listed(self) -> tuple[PairedNode, ...]:
         """All of them, in the order in which they were paired. The same object as long as nothing has changed."""
         with self._lock:
             if (stamp := self._stamp_now()) != self._stamp:
                 self._take(self._read(), stamp)
             return self._peers
 
-    def get(self, fingerprint: str) -> Peer:
+    def get(self, fingerprint: str) -> PairedNode:
         """NotPaired if there is none."""
         for peer in self.listed():
             if peer.fingerprint == fingerprint:
                 return peer
         raise NotPaired("this node is not paired here, or no longer")
 
-    def named(self, name: str) -> Peer:
+    def named(self, name: str) -> PairedNode:
         """The node with this name or fingerprint. NotPaired if there is none."""
         for peer in self.listed():
             if name in (peer.name, peer.fingerprint):
                 return peer
         raise NotPaired(f"node={name[:80]!r}: no node of this name is paired here")
 
-    def add(self, peer: Peer) -> Peer:
+    def add(self, peer: PairedNode) -> PairedNode:
         """Remember `peer` and return it as it is known from now on: names are told apart by a number.
 
         A node that is known already is replaced. NotPaired if there are too many.
@@ -116,7 +116,7 @@ class Peers:
                 ]
             )
 
-    def forget(self, name: str) -> Peer:
+    def forget(self, name: str) -> PairedNode:
         """Trust the node with this name or fingerprint no longer. Its channels are closed when this returns."""
         with self._changing() as peers:
             gone = self.named(name)
@@ -133,19 +133,19 @@ class Peers:
             held.add(channel)
 
     @contextmanager
-    def _changing(self) -> Iterator[list[Peer]]:
+    def _changing(self) -> Iterator[list[PairedNode]]:
         """What is there; within the block no other thread or process changes it."""
         with self._lock:
             with _opened(self.file.with_suffix(".lock")):
                 yield list(self.listed())
             self.listed()
 
-    def _write(self, peers: list[Peer]) -> None:
+    def _write(self, peers: list[PairedNode]) -> None:
         text = msgspec.json.format(msgspec.json.encode(_PeersFile(peers)), indent=1).decode("ascii")
         with key_files.written(self.file.parent, text + "\n") as fresh:
             fresh.replace(self.file)
 
-    def _read(self) -> tuple[Peer, ...]:
+    def _read(self) -> tuple[PairedNode, ...]:
         if not self.file.exists():
             return ()
         text = key_files.read(self.file)
@@ -163,7 +163,7 @@ class Peers:
             raise self._unusable(f"{len(peers)} nodes: must be at most {MAX_PEERS}")
         return tuple(peers)
 
-    def _take(self, peers: tuple[Peer, ...], stamp: tuple[int, ...]) -> None:
+    def _take(self, peers: tuple[PairedNode, ...], stamp: tuple[int, ...]) -> None:
         gone = {peer.fingerprint for peer in self._peers} - {peer.fingerprint for peer in peers}
         self._peers, self._stamp = peers, stamp
         for channel in [channel for one in gone for channel in self._channels.pop(one, ())]:

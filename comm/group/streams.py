@@ -23,7 +23,7 @@ from .errors import ChannelError, ChannelTimeout, NotPaired
 
 Address = tuple[str, int]  # host and port
 
-READ_BYTES = 128 << 10  # taken from the socket at a time
+TAKE_BYTES = 128 << 10  # taken from the socket at a time
 PARTING_READS = 8
 SEAL_BYTES = 256 << 10  # given to TLS, and then to the socket, at a time
 
@@ -123,6 +123,8 @@ class SocketStream:
             return count
 
     def _wait(self, poll: select.poll, deadline: float, problem: str) -> None:
+        if self.closed:  # then the number of the descriptor may be that of another
+            raise self._broken(None)
         left_s = deadline - time.monotonic()
         if not poll.poll(math.ceil(left_s * 1000) if left_s > 0 else 0):
             raise ChannelTimeout(problem)
@@ -137,7 +139,7 @@ class SocketStream:
         with contextlib.suppress(OSError, ChannelError):
             if not self.closed:
                 self._socket.shutdown(socket.SHUT_WR)
-                deadline, heard = time.monotonic() + wait_s, memoryview(bytearray(READ_BYTES))
+                deadline, heard = time.monotonic() + wait_s, memoryview(bytearray(TAKE_BYTES))
                 for _ in range(PARTING_READS):
                     self.receive(heard, deadline)
         self.abort()
@@ -160,7 +162,7 @@ class TlsStream:
         self._arrived, self._leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._arrived, self._leaving, server_side=server_side)
         self._lock = threading.Lock()  # for the three above
-        self._buffer = memoryview(bytearray(READ_BYTES))
+        self._buffer = memoryview(bytearray(TAKE_BYTES))
         self.fileno, self.ends = below.fileno, below.ends
         self.abort, self.close = below.abort, below.close
 
@@ -204,7 +206,7 @@ class TlsStream:
             if self.buffered:
                 try:
                     with self._lock:
-                        if count := self._tls.read(len(view), view):  # type: ignore[arg-type]
+                        if count := int(self._tls.read(len(view), view)):  # typeshed says bytes
                             return count
                     raise ChannelError("the other side closed the channel")
                 except ssl.SSLWantReadError:
