@@ -1,0 +1,265 @@
+"""What a part of a model weighs: bytes, multiplications, and the memory that a rank needs for it.
+
+A part is given as shares of what is cut (`Piece`): those of a shard, of some of the layers, or any that one wants to
+know about. Whether a rank's part has to be streamed is estimated as `streamed_plan` would divide memory, but without
+trying where each block goes, and never to its favour.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from .hardware_guesses import KV_SHARE, SCRATCH_SHARE, WINDOW_SHARE
+from .machines import Machine
+from .memory_layout import PAGE_TOKENS, kv_page_bytes
+from .pinning import between
+from .plan import Wanted, arena_slack, least_kv_pages, scratch_bytes
+from .slicing import Shard, shard_spec
+from .spec import BlockId, ModelSpec
+from .streamed_plan import PART_TOKENS, READING_BYTES
+
+class Piece(NamedTuple):
+    """A rank's shares of everything that is cut, each in [0, 1]. `expert_columns` are those of every expert, as it is
+    cut in memory; `experts` are whole ones, as they are dealt out where they stream. The piece of rank 0 has
+    embedding and head besides."""
+
+    heads: float
+    kv_heads: float
+    ffn: float
+    shared_ffn: float
+    expert_columns: float
+    experts: float
+    first: bool
+    spec: Callable[[], ModelSpec]  # the smaller model that it is; making it takes longer than most questions
+
+    @classmethod
+    def even(cls, spec: ModelSpec, share: float, first: bool = True) -> Piece:
+        """The same share of everything."""
+        return cls(*[share] * 6, first, lambda: spec)
+
+    @classmethod
+    def of_shard(cls, spec: ModelSpec, shard: Shard, columns: float) -> Piece:
+        """`columns`: its share of the columns of every expert."""
+        own, moe, first = shard.ranges, spec.moe, shard.rank == 0
+
+        def smaller() -> ModelSpec:
+            # Embedding and head, and the texts of tokens, are rank 0's alone.
+            return replace(shard_spec(spec, shard), vocab=spec.vocab if first else 1)
+
+        return cls(
+            own.heads.size / spec.heads,
+            own.kv_heads.size / spec.kv_heads,
+            own.ffn.size / spec.ffn if spec.ffn else columns,
+            own.shared_ffn.size / moe.shared_ffn if moe and moe.shared_ffn else 0.0,
+            columns,
+            own.experts.size / moe.experts if moe else 0.0,
+            first,
+            smaller,
+        )
+
+    @classmethod
+    def of_layers(cls, spec: ModelSpec, start: int, stop: int, first: bool) -> Piece:
+        """Some of the layers."""
+
+        def smaller() -> ModelSpec:
+            return replace(spec, layers=spec.layers[start:stop], vocab=spec.vocab if first else 1)
+
+        return cls(*[(stop - start) / len(spec.layers)] * 6, first, smaller)
+
+
+class Sizes(NamedTuple):
+    """Bytes of a whole model, all layers together, by what is cut how; and its largest blocks."""
+
+    queries: int  # q and o: cut by query heads
+    keys: int  # k and v: cut by KV heads
+    ffn: int
+    routers: int  # whole on every rank
+    shared_ffn: int
+    experts: int
+    embed: int
+    head: int
+    largest_attn: int
+    largest_ffn: int  # or shared expert
+    largest_expert: int
+    largest_slice: int  # of the head
+
+    @classmethod
+    def of(cls, spec: ModelSpec, block_bytes: Mapping[BlockId, int]) -> Sizes:
+        """`block_bytes`: of every block; the head may be in slices."""
+        sums: Counter[str] = Counter()
+        largest: Counter[str] = Counter()
+        for block, nbytes in block_bytes.items():
+            sums[block.kind] += nbytes
+            largest[block.kind] = max(largest[block.kind], nbytes)
+        moe = spec.moe
+        queries = spec.heads / (spec.heads + spec.kv_heads)
+        shared = 3 * moe.shared_ffn / (3 * moe.shared_ffn + moe.experts) if moe else 0.0
+        return cls(
+            queries=int(sums["attn"] * queries),
+            keys=sums["attn"] - int(sums["attn"] * queries),
+            ffn=sums["ffn"],
+            routers=sums["router"] - int(sums["router"] * shared),
+            shared_ffn=int(sums["router"] * shared),
+            experts=sums["expert"],
+            embed=sums["embed"],
+            head=sums["head"],
+            largest_attn=largest["attn"],
+            largest_ffn=max(largest["ffn"], largest["router"]),
+            largest_expert=largest["expert"],
+            largest_slice=largest["head"],
+        )
+
+    @property
+    def cut(self) -> int:
+        """Bytes of what is cut."""
+        return self.queries + self.keys + self.ffn + self.shared_ffn + self.experts
+
+    def attn_of(self, piece: Piece) -> float:
+        return self.queries * piece.heads + self.keys * piece.kv_heads
+
+    def ffn_of(self, piece: Piece) -> float:
+        """Dense FFNs, shared experts and routers."""
+        return self.ffn * piece.ffn + self.shared_ffn * piece.shared_ffn + self.routers
+
+    def head_of(self, piece: Piece) -> int:
+        return self.head if piece.first else 0
+
+
+class Work(NamedTuple):
+    """Multiplications and additions of a whole model for one token; attention by the tokens attended to, all layers
+    together."""
+
+    queries: float
+    keys: float
+    ffn: float
+    shared_ffn: float
+    routers: float
+    experts: float  # the active ones
+    head: float
+    scores: float  # for each token that one layer attends to
+    kv_bytes: float  # likewise
+
+    @classmethod
+    def of(cls, spec: ModelSpec, kv_type: str) -> Work:
+        moe, hidden = spec.moe, spec.hidden
+        sparse = sum(layer.moe for layer in spec.layers)
+        dense = len(spec.layers) - sparse
+        each_head = 4 * hidden * spec.head_dim * len(spec.layers)  # two matrices, two operations a weight
+        return cls(
+            queries=each_head * spec.heads,
+            keys=each_head * spec.kv_heads,
+            ffn=6 * hidden * spec.ffn * dense,
+            shared_ffn=6 * hidden * moe.shared_ffn * sparse if moe else 0,
+            routers=2 * hidden * moe.experts * sparse if moe else 0,
+            experts=6 * hidden * moe.ffn * moe.active * sparse if moe else 0,
+            head=2 * hidden * spec.vocab,
+            scores=4 * spec.heads * spec.head_dim,
+            kv_bytes=kv_page_bytes(spec, kv_type) / PAGE_TOKENS / len(spec.layers),
+        )
+
+
+class Held(NamedTuple):
+    """What a rank has in memory for its piece, and what it streams."""
+
+    needed_bytes: int
+    streamed_bytes: int  # in every step
+    missing_experts: float  # share of its experts that are not in memory
+    chunk_tokens: int  # of the longest step that its memory allows
+
+    @property
+    def streams(self) -> bool:
+        return self.streamed_bytes > 0 or self.missing_experts > 0
+
+
+class Memory:
+    """Whether pieces of one model fit into the memory of machines."""
+
+    def __init__(self, wanted: Wanted, sizes: Sizes) -> None:
+        self._wanted = wanted
+        self._sizes = sizes
+        self._kv_bytes = least_kv_pages(wanted) * kv_page_bytes(wanted.spec, wanted.kv_type)
+        self._kv_tokens = least_kv_pages(wanted) * PAGE_TOKENS
+
+    def whole_bytes(self) -> int:
+        """The least that one machine needs for all of it."""
+        return self._resident(Piece.even(self._wanted.spec, 1.0), self._wanted)
+
+    def share_bytes(self) -> float:
+        """What all that is cut takes, with its KV: a rank's share of it takes this in proportion."""
+        return self._sizes.cut + arena_slack(self._sizes.cut) + self._kv_bytes
+
+    def fixed_bytes(self, machine: Machine, first: bool) -> float:
+        """What a rank needs besides its share, at most."""
+        scratch = scratch_bytes(self._wanted._replace(threads=machine.threads))
+        vocabulary = self._sizes.embed + self._sizes.head if first else 0
+        return scratch + vocabulary + self._sizes.routers
+
+    def held(self, piece: Piece, machine: Machine) -> Held | int:
+        """How the machine would hold the piece: all in memory, or else streamed; or the least memory it would need."""
+        rough = self._wanted._replace(threads=machine.threads)
+        needed = self._resident(piece, rough)
+        if needed > machine.memory_bytes:  # perhaps only because scratch was counted as for the whole model
+            rough = rough._replace(spec=piece.spec())
+            needed = self._resident(piece, rough)
+        if needed <= machine.memory_bytes:
+            row_bytes = self._row_bytes(rough, rough.chunk_tokens)
+            longer = int((machine.memory_bytes - needed) // row_bytes)
+            return Held(needed, 0, 0.0, min(rough.chunk_tokens + longer, self._longest))
+        return self._streamed(piece, rough, machine, needed)
+
+    @property
+    def _longest(self) -> int:
+        return max(self._wanted.chunk_tokens, self._kv_tokens)
+
+    def _resident(self, piece: Piece, wanted: Wanted) -> int:
+        sizes = self._sizes
+        weights = sizes.attn_of(piece) + sizes.ffn_of(piece)
+        weights += sizes.experts * piece.expert_columns + sizes.head_of(piece)
+        weights += sizes.embed if piece.first else 0
+        kv = self._kv_bytes * piece.kv_heads
+        return int(weights + arena_slack(int(weights)) + kv + scratch_bytes(wanted)) + 1
+
+    def _streamed(self, piece: Piece, wanted: Wanted, machine: Machine, resident: int) -> Held | int:
+        sizes, memory = self._sizes, machine.memory_bytes
+        kv = self._kv_bytes * piece.kv_heads
+        if wanted.kv_tokens is None:
+            kv = max(kv, min(memory / KV_SHARE, kv * wanted.sequences))
+        least_part, _, most_part = PART_TOKENS
+        shortest, longest = wanted.chunk_tokens, self._longest
+        least_scratch = scratch_bytes(wanted, least_part)
+        most_scratch = scratch_bytes(wanted._replace(chunk_tokens=longest), most_part)
+        scratch = between(least_scratch, memory // SCRATCH_SHARE, most_scratch)
+        row_bytes = self._row_bytes(wanted, least_part)
+        chunk = min(longest, shortest + int((scratch - least_scratch) // row_bytes))
+        blocks = (
+            sizes.largest_attn * max(piece.heads, piece.kv_heads),
+            sizes.largest_ffn * max(piece.ffn, piece.shared_ffn),
+            sizes.largest_slice * piece.first,
+        )
+        first, second, _ = sorted(map(int, blocks), reverse=True)
+        window = between(first, memory // WINDOW_SHARE, first + second)
+        dense = int(sizes.attn_of(piece) + sizes.ffn_of(piece) + sizes.head_of(piece))
+        whole_experts, slots = 0, 0
+        if self._wanted.spec.moe and sizes.largest_expert:
+            whole_experts = round(sizes.experts / sizes.largest_expert * piece.experts)
+            slots = min(self._wanted.spec.moe.active, whole_experts)
+        # Blocks are pinned whole, so up to the largest of them is left free.
+        room = memory - READING_BYTES - sizes.routers // 8 - kv - scratch
+        room_dense = room - slots * sizes.largest_expert
+        if room_dense < window or not machine.disk_bytes_per_s:
+            least = memory - room_dense + window if machine.disk_bytes_per_s else resident
+            return min(resident, int(least) + 1)
+        streamed = max(0, min(dense, dense - (room_dense - window) + first))
+        if room_dense >= dense + first:  # only rows of the embedding, and experts, come from disk
+            streamed = 0
+            slots = min(whole_experts, int((room - dense) // max(1, sizes.largest_expert)))
+        missing = 1 - slots / whole_experts if whole_experts else 0.0
+        return Held(memory, streamed, missing, chunk)
+
+    def _row_bytes(self, wanted: Wanted, part: int) -> float:
+        """Memory that one more row in a step takes."""
+        longer = wanted._replace(chunk_tokens=2 * wanted.chunk_tokens)
+        return max(1.0, (scratch_bytes(longer, part) - scratch_bytes(wanted, part)) / wanted.chunk_tokens)
