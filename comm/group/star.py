@@ -20,7 +20,7 @@ from .star_errors import Departed, GivenUp
 from .wire_types import Bytes, Floats, WireType, decode, encode, wire_bytes
 
 
-class Stream(Protocol):
+class FrameStream(Protocol):
     """A connection to one other rank. Both calls raise ChannelError when it ends or takes too long."""
 
     def send(self, *buffers: memoryview | bytes | bytearray) -> None:
@@ -35,7 +35,7 @@ class Stream(Protocol):
 class Frames:
     """Frames over one stream, with memory that is used again and again."""
 
-    def __init__(self, stream: Stream, epoch: int) -> None:
+    def __init__(self, stream: FrameStream, epoch: int) -> None:
         self._stream = stream
         self.epoch = epoch
         self._head = bytearray(HEADER.size)
@@ -82,7 +82,7 @@ class Hub:
     """
 
     def __init__(
-        self, streams: Sequence[Stream], epoch: int, wire: WireType = "f32", patience_s: float = 60.0
+        self, streams: Sequence[FrameStream], epoch: int, wire: WireType = "f32", patience_s: float = 60.0
     ) -> None:
         self._spokes = [Frames(stream, epoch) for stream in streams]
         self._wire = wire
@@ -190,7 +190,7 @@ MAX_COLUMNS = 1 << 22
 class Spoke:
     """Another rank's side. Raises GivenUp when the hub gives the order up, and Departed when the hub is gone."""
 
-    def __init__(self, stream: Stream, epoch: int, wire: WireType = "f32", patience_s: float = 600.0) -> None:
+    def __init__(self, stream: FrameStream, epoch: int, wire: WireType = "f32", patience_s: float = 600.0) -> None:
         self._hub = Frames(stream, epoch)
         self._wire = wire
         self._patience_s = patience_s

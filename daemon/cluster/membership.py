@@ -27,9 +27,9 @@ from shoal.comm.group.channel import Channel
 from shoal.comm.group.dialing import dial
 from shoal.comm.group.group_protocol import Purpose
 from shoal.comm.group.join_code import CODE_S, Codes
-from shoal.comm.group.listener import Listener
+from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.node_identity import NodeIdentity
-from shoal.comm.group.peers import Peer, Peers
+from shoal.comm.group.peers import PairedNode, Peers
 from shoal.comm.messages import Ok
 from shoal.daemon.backend import ClusterReply, ClusterRequest
 from shoal.daemon.config import NodeConfig
@@ -72,7 +72,7 @@ class Membership:
         self._serving = serving
         self._lock = threading.RLock()
         self._codes = Codes()
-        self._listener: Listener | None = None
+        self._listener: GroupListener | None = None
         self._worker: Worker | None = None
         self._closed = False
         self._peers = Peers(directory)
@@ -140,7 +140,7 @@ class Membership:
             self._listener.close()
             self._listener = None
         identity = self._identity()
-        listener = Listener(identity, self._peers, [parse_address(text) for text in wanted], self._codes)
+        listener = GroupListener(identity, self._peers, [parse_address(text) for text in wanted], self._codes)
         self._listener = listener
         threading.Thread(target=self._accept, args=(listener,), name="shoal-accept", daemon=True).start()
         (self._directory / "listen").write_text("".join(f"{text}\n" for text in wanted))
@@ -149,7 +149,7 @@ class Membership:
             ", ".join(f"{host}:{port}" for host, port in self._listener.addresses),
         )
 
-    def _accept(self, listener: Listener) -> None:
+    def _accept(self, listener: GroupListener) -> None:
         """Give every channel that comes a thread of its own, as long as the listener is the current one."""
         while self._listener is listener:
             if (channel := listener.accept(ACCEPT_S)) is not None:
@@ -165,7 +165,7 @@ class Membership:
 
     # --- a worker ------------------------------------------------------------------------------------------
 
-    def _head(self) -> Peer | None:
+    def _head(self) -> PairedNode | None:
         return next((peer for peer in self._peers.listed() if peer.role == "head"), None)
 
     def _attach(self) -> Attach:
@@ -226,7 +226,7 @@ class Membership:
         listening = [f"{host}:{port}" for host, port in listener.addresses] if listener is not None else []
         return NodesReply(role=self.role, nodes=[own, *others], listening=listening)
 
-    def _status(self, peer: Peer, member: Member | None) -> NodeStatus:
+    def _status(self, peer: PairedNode, member: Member | None) -> NodeStatus:
         if member is None:
             attached = peer.role == "head" and self._worker is not None and self._worker.attached
             return NodeStatus(name=peer.name, fingerprint=peer.fingerprint, role=peer.role, attached=attached)

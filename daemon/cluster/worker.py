@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.peers import Peer
+from shoal.comm.group.peers import PairedNode
 from shoal.daemon.memory import resident_bytes
 from shoal.offload.budget import Budget
 
@@ -29,7 +29,7 @@ class Worker:
     """Attached while it lives, or trying to. `attach` makes the facts anew for each attempt."""
 
     def __init__(
-        self, head: Peer, dial: Dial, attach: Callable[[], Attach], open_shard: OpenShard, budget: Budget
+        self, head: PairedNode, dial: Dial, attach: Callable[[], Attach], open_shard: OpenShard, budget: Budget
     ) -> None:
         self.head = head.name
         self.fingerprint = head.fingerprint  # the head's
