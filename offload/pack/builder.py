@@ -19,17 +19,17 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from shoal.kernels import WeightType, dequantize, from_stored
+from shoal.kernels import WeightType
 from shoal.kernels.arrays import Bytes
-from shoal.kernels.quantise import quantise
 from shoal.models.checkpoint.identity import stamped
-from shoal.models.checkpoint.shard import AnyCheckpoint
+from shoal.models.checkpoint.weight_source import Piece, WeightSource
 from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.errors import PackError
 from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.spec import BlockId
 
 from .journal import Journal, noted
+from .kept import KeptMatrices
 from .layout import head_origin, layout
 from .manifest import BLOCKS, MANIFEST, PAGE_BYTES, PARTIAL, Manifest, PackedBlock, Quant, Source, SourceFile
 from .pack import Pack, joined, open_pack, tensor_bytes, tensor_type
@@ -40,7 +40,7 @@ SAMPLE_BYTES = 32 << 20  # of each kind of matrix are packed to estimate the spe
 REWRITTEN_BYTES = 4 << 20  # … or this many, where they get fewer bits
 
 
-def source_of(checkpoint: AnyCheckpoint) -> Source:
+def source_of(checkpoint: WeightSource) -> Source:
     """What identifies the files of a checkpoint, as they were when it was opened."""
     files = []
     for path in _paths(checkpoint):
@@ -52,7 +52,7 @@ def source_of(checkpoint: AnyCheckpoint) -> Source:
     return Source(str(checkpoint.path.absolute()), files)
 
 
-def _paths(checkpoint: AnyCheckpoint) -> list[Path]:
+def _paths(checkpoint: WeightSource) -> list[Path]:
     """The files that a pack depends on."""
     return [*checkpoint.files, *([checkpoint.path / "config.json"] if checkpoint.kind == "hf" else [])]
 
@@ -66,14 +66,15 @@ class PackBuilder:
 
     def __init__(
         self,
-        checkpoint: AnyCheckpoint,
+        checkpoint: WeightSource,
         quant: Quant = "keep",
         source: Source | None = None,
         part_bytes: int = PART_BYTES,
     ) -> None:
         self._checkpoint = checkpoint
+        self._kept = KeptMatrices(checkpoint, quant)
         self._part_bytes = part_bytes
-        self._stored = np.empty(0, np.uint8)
+        self._part = np.empty(0, np.uint8)
         self.manifest = layout(checkpoint, quant, source or source_of(checkpoint))
         self.nbytes = self.manifest.nbytes
         blocks = self.manifest.blocks
@@ -146,6 +147,8 @@ class PackBuilder:
 
     def _write(self, file: PackFile, journal: Journal, progress: BytesDone) -> Manifest:
         """Writes all blocks. → the manifest with their checksums"""
+        missing = [item for item in self._own if not journal.has(item)]
+        self._checkpoint.expect(self._expected(missing, vectors=True))
         vectors = self.manifest.vectors
         vectors = replace(vectors, checksum=file.write(vectors.offset, vectors.nbytes, self._vectors()))
         blocks: list[PackedBlock] = []
@@ -153,6 +156,9 @@ class PackBuilder:
             progress(item.offset, self.nbytes)
             found = journal.kept(item, file)
             if found is None:
+                if journal.has(item):  # but it was altered since
+                    later = [it for it in missing if it.offset > item.offset]
+                    self._checkpoint.expect(self._expected([item, *later], vectors=False))
                 parts = _told(self._matrices(item), item.offset, self.nbytes, progress)
                 found = file.write(item.offset, item.nbytes, parts)
                 journal.add(item, found)
@@ -192,21 +198,29 @@ class PackBuilder:
 
     def _matrix(self, item: PackedBlock, role: str) -> Iterator[Bytes]:
         """The bytes of one matrix, whole bands of rows at a time."""
+        kind, cols = tensor_type(item.tensors[role]), item.tensors[role].cols
+        for block, own, start, stop in self._pieces(item, role):
+            nbytes = kind.matrix_bytes(stop - start, cols)
+            if nbytes > len(self._part):
+                self._part = np.empty(nbytes, np.uint8)
+            yield self._kept.read_rows(block, own, start, stop, self._part[:nbytes]).data
+
+    def _pieces(self, item: PackedBlock, role: str) -> Iterator[Piece]:
+        """What is read for one matrix, in order: whole bands of rows."""
         tensor, stored = item.tensors[role], self._stored_type(item, role)
-        kind, cols = tensor_type(tensor), tensor.cols
-        block, role, first_row = self._origin(item, role)
-        row_bytes = stored.row_bytes(cols) if stored is kind else 4 * cols
+        block, own, first = self._origin(item, role)
+        row_bytes = stored.row_bytes(tensor.cols) if stored is tensor_type(tensor) else 4 * tensor.cols
         step = max(1, self._part_bytes // row_bytes // BAND_ROWS) * BAND_ROWS
         for start in range(0, tensor.rows, step):
-            rows = min(step, tensor.rows - start)
-            nbytes = stored.matrix_bytes(rows, cols)
-            if nbytes > len(self._stored):
-                self._stored = np.empty(nbytes, np.uint8)
-            first = first_row + start
-            matrix = self._checkpoint.read_rows(block, role, first, first + rows, self._stored[:nbytes])
-            if stored is not kind:
-                matrix = from_stored(kind, rows, cols, quantise(kind, dequantize(matrix)))
-            yield matrix.data
+            yield Piece(block, own, first + start, first + min(start + step, tensor.rows))
+
+    def _expected(self, items: Iterable[PackedBlock], vectors: bool) -> Iterator[Piece]:
+        """What is read for these blocks, in order, and before them for all vectors."""
+        for block, places in self.manifest.vectors.blocks if vectors else ():
+            yield from (Piece(block, role, 0, length) for role, (_, length) in places.items())
+        for item in items:
+            for role in item.tensors:
+                yield from self._pieces(item, role)
 
 
 def partial_of(directory: Path) -> Path:

@@ -38,6 +38,10 @@ class Journal:
             draft.write_bytes(msgspec.json.encode(manifest))
         self._file = journal.open("a", buffering=1)
 
+    def has(self, item: PackedBlock) -> bool:
+        """Whether an earlier attempt wrote the block. It may have been altered since."""
+        return str(item.block) in self._written
+
     def kept(self, item: PackedBlock, file: PackFile) -> str | None:
         """The checksum of a block that an earlier attempt wrote, if the file still has its bytes."""
         written = self._written.get(str(item.block))
