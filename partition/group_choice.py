@@ -117,7 +117,9 @@ def choose(
     """
     check_machines(machines, links)
     means = [Means(topology, wire) for topology in sorted(topologies) for wire in wires]
-    search = _Search(wanted, Sizes.of(wanted.spec, block_bytes), machines, links, workload, grains, splits, means)
+    search = _Search(
+        wanted, Sizes.of(wanted.spec, block_bytes), machines, links, workload, grains, splits, means
+    )
     free = search.freely()
     found = free if ranks is None else search.of_size(ranks)
     if found is None:
@@ -183,7 +185,9 @@ class _Search:
         if not 1 <= ranks <= len(self._machines):
             return None
         if len(self._machines) > EXACT_MACHINES:
-            others = sorted(others, key=lambda place: self._promise((0, place)))[: max(ranks, EXACT_MACHINES) - 1]
+            others = sorted(others, key=lambda place: self._promise((0, place)))[
+                : max(ranks, EXACT_MACHINES) - 1
+            ]
             others = sorted(others)
         best = None
         for places in self._by_promise(((0, *rest) for rest in combinations(others, ranks - 1)), None, None):
@@ -368,7 +372,9 @@ class _Search:
         weighed = [self._sizes.attn_of(it.piece) + self._sizes.ffn_of(it.piece) for it in found.parts]
         experts = any(part.held.missing_experts for part in found.parts)
         for rank, part in enumerate(found.parts):
-            weighed[rank] += self._sizes.experts * (part.piece.experts if experts else part.piece.expert_columns)
+            weighed[rank] += self._sizes.experts * (
+                part.piece.experts if experts else part.piece.expert_columns
+            )
         for rank, (place, part) in enumerate(zip(found.places, found.parts, strict=True)):
             held = part.held
             yield RankPlan(
@@ -418,7 +424,11 @@ def _share_within(machine: Machine, in_memory: float, cut_bytes: int) -> Callabl
     there. Where it streams, about half of its memory goes to other things."""
 
     def within(seconds: float) -> float:
-        streamed = (in_memory / 2 + seconds * machine.disk_bytes_per_s / cut_bytes) if machine.disk_bytes_per_s else 0.0
+        streamed = (
+            (in_memory / 2 + seconds * machine.disk_bytes_per_s / cut_bytes)
+            if machine.disk_bytes_per_s
+            else 0.0
+        )
         return min(1.0, seconds * machine.memory_bytes_per_s / cut_bytes, max(in_memory, streamed))
 
     return within

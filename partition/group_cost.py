@@ -71,7 +71,9 @@ class Cost:
     def tensor(self, parts: Sequence[Part], network: Network, means: Sequence[Means]) -> Figures:
         """Every layer is divided among these ranks. `means`: how several ranks may make sums."""
         chunk = self._chunk(parts)
-        return self._divided(network, means, chunk, lambda rows, context: self._compute_s(parts, rows, context))
+        return self._divided(
+            network, means, chunk, lambda rows, context: self._compute_s(parts, rows, context)
+        )
 
     def bound(self, machines: Sequence[Machine], network: Network, means: Sequence[Means]) -> Figures:
         """No group of exactly these machines takes less, whatever their shares: as if their memory, processors and
@@ -106,7 +108,9 @@ class Cost:
             """(seconds of each rank's part and of sending what it gives; of the slowest disk)"""
             each = [self._compute_s([part], rows, context) for part in parts]
             hops = (network.hop_s(*pair, width * rows) or 0.0 for pair in ring)
-            return [chain + hop for (chain, _), hop in zip(each, hops, strict=True)], max(disk for _, disk in each)
+            return [chain + hop for (chain, _), hop in zip(each, hops, strict=True)], max(
+                disk for _, disk in each
+            )
 
         def step_s(rows: int, context: float) -> float:
             chains, disk = stages(rows, context)
@@ -119,7 +123,11 @@ class Cost:
         return self._figures(self._chunk(parts), step_s, next_s, None, None)
 
     def _divided(
-        self, network: Network, means: Sequence[Means], chunk: int, compute: Callable[[int, float], tuple[float, float]]
+        self,
+        network: Network,
+        means: Sequence[Means],
+        chunk: int,
+        compute: Callable[[int, float], tuple[float, float]],
     ) -> Figures:
         decode, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
 
@@ -180,7 +188,12 @@ class Cost:
             attn_s = max(attn_s, nbytes / pace, rows * count / flops)
             expert_bytes = sizes.experts * experts * touched
             nbytes = sizes.ffn_of(piece) + expert_bytes
-            count = work.ffn * piece.ffn + work.shared_ffn * piece.shared_ffn + work.routers + work.experts * experts
+            count = (
+                work.ffn * piece.ffn
+                + work.shared_ffn * piece.shared_ffn
+                + work.routers
+                + work.experts * experts
+            )
             ffn_s = max(ffn_s, nbytes / pace, rows * count / flops)
             if held.streams:
                 streamed = held.streamed_bytes + expert_bytes * held.missing_experts
@@ -196,7 +209,9 @@ class Cost:
             return 0.0
         spec = self._wanted.spec
         layers = len(spec.layers)
-        seconds = 2 * layers * network.sum_s(means, rows, spec.hidden) + network.broadcast_s(rows, spec.hidden)
+        seconds = 2 * layers * network.sum_s(means, rows, spec.hidden) + network.broadcast_s(
+            rows, spec.hidden
+        )
         if spec.qk_norm == "full":  # the squares of q and of k
             seconds += layers * network.sum_s(means._replace(wire="f32"), rows, 2)
         return seconds
@@ -217,7 +232,9 @@ def crowding(experts: int, active: int, ranks: int) -> float:
     choices = comb(experts, active)
     busiest, before = 0.0, 0
     for most in range(active + 1):
-        ways = [1] + [0] * active  # to have chosen so many experts of the ranks so far, none of which has more
+        ways = [1] + [
+            0
+        ] * active  # to have chosen so many experts of the ranks so far, none of which has more
         for size in own:
             ways = [
                 sum(ways[total - few] * comb(size, few) for few in range(min(most, size, total) + 1))

@@ -21,6 +21,7 @@ from .slicing import Shard, shard_spec
 from .spec import BlockId, ModelSpec
 from .streamed_plan import PART_TOKENS, READING_BYTES
 
+
 class Piece(NamedTuple):
     """A rank's shares of everything that is cut, each in [0, 1]. `expert_columns` are those of every expert, as it is
     cut in memory; `experts` are whole ones, as they are dealt out where they stream. The piece of rank 0 has

@@ -190,7 +190,9 @@ MAX_COLUMNS = 1 << 22
 class Spoke:
     """Another rank's side. Raises GivenUp when the hub gives the order up, and Departed when the hub is gone."""
 
-    def __init__(self, stream: FrameStream, epoch: int, wire: WireType = "f32", patience_s: float = 600.0) -> None:
+    def __init__(
+        self, stream: FrameStream, epoch: int, wire: WireType = "f32", patience_s: float = 600.0
+    ) -> None:
         self._hub = Frames(stream, epoch)
         self._wire = wire
         self._patience_s = patience_s

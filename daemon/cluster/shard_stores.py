@@ -38,13 +38,17 @@ def open_shards(directory: Path) -> OpenShard:
 
         channels = [dial("weights") for _ in range(CHANNELS)]
         try:
-            with fetch_shard(channels, cache, lambda done, total: progress("fetching", done, total)) as weights:
+            with fetch_shard(
+                channels, cache, lambda done, total: progress("fetching", done, total)
+            ) as weights:
                 if weights.spec != request.spec or weights.shard != request.shard:
                     raise DaemonError("bad_request", "the head sends another shard than it asked for")
                 if not request.plan.streams:
                     return ResidentStore.load(request.plan, weights.reader, loading)
                 if weights.pack is None:
-                    raise DaemonError("resources", f"a shard that streams needs room on a disk: {weights.warning}")
+                    raise DaemonError(
+                        "resources", f"a shard that streams needs room on a disk: {weights.warning}"
+                    )
                 return WindowStore.open(request.plan, weights.pack, loading)
         finally:
             for channel in channels:

@@ -29,7 +29,12 @@ class Worker:
     """Attached while it lives, or trying to. `attach` makes the facts anew for each attempt."""
 
     def __init__(
-        self, head: PairedNode, dial: Dial, attach: Callable[[], Attach], open_shard: OpenShard, budget: Budget
+        self,
+        head: PairedNode,
+        dial: Dial,
+        attach: Callable[[], Attach],
+        open_shard: OpenShard,
+        budget: Budget,
     ) -> None:
         self.head = head.name
         self.fingerprint = head.fingerprint  # the head's
