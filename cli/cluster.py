@@ -60,7 +60,7 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
         return
     screen = console()
     screen.print(
-        f"join code   [bold]{invitation.code}[/bold]   for one machine, {format_duration(invitation.seconds)}"
+        f"join code   {invitation.code}   for one machine, {format_duration(invitation.seconds)}"
     )
     screen.print("on that machine type:")
     screen.print(f"    shoal cluster join {invitation.code} --address {invitation.addresses[0]}")
