@@ -59,9 +59,7 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
         print_json({"code": invitation.code, "address": invitation.addresses[0], **asdict(invitation)})
         return
     screen = console()
-    screen.print(
-        f"join code   {invitation.code}   for one machine, {format_duration(invitation.seconds)}"
-    )
+    screen.print(f"join code   {invitation.code}   for one machine, {format_duration(invitation.seconds)}")
     screen.print("on that machine type:")
     screen.print(f"    shoal cluster join {invitation.code} --address {invitation.addresses[0]}")
     if invitation.addresses[1:]:

@@ -95,7 +95,7 @@ def _sampling(name: str) -> Whole | Real:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options that shape the plan. A verb that is given one beyond --ctx runs in its own process."""
+    """Options that shape the plan. A verb that is given one beyond --ctx and --ranks runs in its own process."""
 
     memory: int | None = None
     threads: int | None = None
@@ -107,8 +107,9 @@ class PlanOptions:
 
     @property
     def beyond_context(self) -> bool:
-        """Whether any other than --ctx is given, which a daemon takes for each request."""
-        return any(getattr(self, field.name) is not None for field in fields(self) if field.name != "ctx")
+        """Whether any is given beside --ctx and --ranks, which a daemon takes."""
+        others = (field.name for field in fields(self) if field.name not in ("ctx", "ranks"))
+        return any(getattr(self, name) is not None for name in others)
 
     def config(self, **more: Any) -> NodeConfig:
         """Raises DaemonError `bad_request`, or `unsupported` for a device that is not there yet."""

@@ -160,6 +160,9 @@ class Load(Message):
     context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model is loaded anew with it
     least_context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model stays as it is
     draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None  # a model that guesses ahead
+    ranks: Annotated[int, Meta(ge=1, le=256)] | None = (
+        None  # machines that compute it; loaded anew with another number
+    )
     progress: bool = False  # send `stage` meanwhile
 
     def __post_init__(self) -> None:
@@ -313,6 +316,9 @@ class ModelStatus(Message):
     kv_disk_pages_written_total: int = 0
     warnings: list[str] = []  # what is odd about its files, one line each
     context_limit_tokens: int = 0  # what it was made for
+    ranks: int = 1  # machines that compute it together
+    rank_bytes: list[int] = []  # what each of them holds: weights, KV and scratch
+    machines: list[str] = []  # names of the others, by rank
 
 
 class Loaded(Message):

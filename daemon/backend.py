@@ -40,6 +40,14 @@ CancelCall = Callable[[], None]
 """Asks a stream to end early; from any thread; idempotent; returns at once."""
 
 
+class AnswersCluster(Protocol):
+    """What knows of other machines."""
+
+    def answer(self, request: ClusterRequest) -> ClusterReply:
+        """May take seconds. Raises DaemonError."""
+        ...
+
+
 class Submitted(Protocol):
     """A request that the backend has."""
 

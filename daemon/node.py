@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from shoal.comm.messages import (
     Accepted,
@@ -44,7 +43,7 @@ from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
 from .answer_thread import Answering
-from .backend import STAGE_S, ClusterReply, ClusterRequest, Emit, Event
+from .backend import STAGE_S, AnswersCluster, ClusterReply, ClusterRequest, Emit, Event
 from .config import NodeConfig
 from .error_codes import translated
 from .errors import DaemonError
@@ -61,12 +60,6 @@ log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # how long the compute thread sleeps before it looks again by itself
 DEADLINES_S = 0.5  # how often deadlines are looked at, also while a step runs
-
-
-class AnswersCluster(Protocol):
-    """What knows of other machines."""
-
-    def answer(self, request: ClusterRequest) -> ClusterReply: ...
 
 
 class Node:
@@ -214,6 +207,7 @@ class Node:
                 self.config,
                 context_tokens=request.context or self.config.context_tokens,
                 least_context_tokens=request.least_context or 1,
+                ranks=request.ranks or self.config.ranks,
                 quant=wanted.quant,
             )
             if known is None:
@@ -221,12 +215,17 @@ class Node:
             elif (what := known.stale(self._resolve)) is not None:
                 log.info("%s: there is another file now, so %s is loaded again", what, known.name)
                 name, draft = known.name, draft or known.draft_path
-                config = replace(config, context_tokens=request.context or known.asked_context)
+                config = replace(
+                    config,
+                    context_tokens=request.context or known.asked_context,
+                    ranks=request.ranks or known.asked_ranks,
+                )
                 self._models.retire(known)
                 known = None
             else:
                 draft = draft or known.draft_path
                 same = request.context in (None, known.plan.context_tokens) and draft == known.draft_path
+                same = same and request.ranks in (None, known.plan.ranks)
                 if same and not known.damaged:
                     return Loaded(model=known.status(), seconds=0.0)
                 self._loader.check_reload(known, config, draft)

@@ -50,7 +50,7 @@ class Regrouping:
             came, model.arrivals = model.arrivals != arrivals, arrivals
             if group is not None and not group.whole:
                 why = "a machine is gone"
-            elif came and grouping.better(self._config, group):
+            elif came and grouping.better(replace(self._config, ranks=model.asked_ranks), group):
                 why = "machines have come"
             else:
                 continue
@@ -78,10 +78,12 @@ class Regrouping:
     def _wanted(self, model: LoadedModel) -> NodeConfig:
         """As it was asked for, with a context in which all of its requests can end."""
         scheduler = model.engine.scheduler
+        asked, grouping = model.asked_ranks, self._assembly.grouping
         limits = [sequence.limit for sequence in (*scheduler.running, *scheduler.waiting)]
         return replace(
             self._config,
             context_tokens=model.asked_context,
             least_context_tokens=max([1, *limits]),
             quant=model.quant,
+            ranks=None if asked is None or grouping is None else min(asked, grouping.machines),
         )

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from .errors import ShardError
 from .group_cost import Cost, Figures, Part
-from .machines import LinkSpeed, Links, Machine, Workload, check_machines, link_between
+from .machines import Links, LinkSpeed, Machine, Workload, check_machines, link_between
 from .plan import Wanted
 from .rank_sizes import Memory, Piece, Sizes
 from .shares import level, level_by

@@ -16,7 +16,7 @@ from itertools import permutations
 from typing import Literal, NamedTuple
 
 from .hardware_guesses import ADD_S, DECODE_S, ENCODE_S, MESSAGE_S
-from .machines import LinkSpeed, Links, Machine, link_between
+from .machines import Links, LinkSpeed, Machine, link_between
 
 Topology = Literal["star", "exchange", "sliced"]
 Wire = Literal["f32", "bf16", "int8"]

@@ -10,11 +10,11 @@ from .errors import ChannelError, VersionMismatch
 from .group_protocol import (
     OPENING_BYTES,
     PURPOSES,
+    Accepted,
+    Declined,
     Opening,
     Purpose,
     Speaks,
-    Declined,
-    Accepted,
     agree,
     declined,
 )

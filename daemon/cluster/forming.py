@@ -56,6 +56,10 @@ class Forming:
         return self._seated(name, checkpoint, config, members[: ranks - 1], free_bytes)
 
     @property
+    def machines(self) -> int:
+        return len(self._roster.members) + 1
+
+    @property
     def arrivals(self) -> int:
         return self._roster.arrivals
 

@@ -86,7 +86,7 @@ class Membership:
     def start(self) -> None:
         """Begin with what the files say. What cannot be done is logged: the daemon serves alone then."""
         try:
-            self._follow_files()
+            self.follow_files()
         except (DaemonError, CommError, OSError) as error:
             log.error("the cluster is not joined: %s", error)
 
@@ -103,7 +103,7 @@ class Membership:
                     self._roster.dismiss(gone.fingerprint, "it was forgotten")
                     return Ok()
                 case Rejoin():
-                    self._follow_files()
+                    self.follow_files()
                     return Ok()
         except (CommError, OSError) as error:
             raise DaemonError("bad_request", str(error)) from error
@@ -177,8 +177,9 @@ class Membership:
             memory_bytes=max(0, self._budget.free_bytes),
         )
 
-    def _follow_files(self) -> None:
-        """Be what the files say: they change when this machine joins or leaves."""
+    def follow_files(self) -> None:
+        """Be what the files say: they change when this machine joins or leaves. Raises DaemonError, CommError and
+        OSError."""
         with self._lock:
             if self._closed:
                 return

@@ -94,7 +94,7 @@ class Assembly:
             asked, now = config.context_tokens, self.clock()
             called = named or str(path)
             made = LoadedModel(
-                name, called, main, engine, small, config.quant, asked, self.clock, now, advice
+                name, called, main, engine, small, config.quant, asked, config.ranks, self.clock, now, advice
             )
             undo.pop_all()
         for warning in made.warnings:

@@ -71,6 +71,11 @@ class Grouping(Protocol):
         ...
 
     @property
+    def machines(self) -> int:
+        """How many are there now, this one included."""
+        ...
+
+    @property
     def arrivals(self) -> int:
         """How many machines have come since the beginning."""
         ...

@@ -33,7 +33,7 @@ from .runnable import Runnable
 class LoadedModel:
     """Everything that one model needs to answer.
 
-    named: what it was called when it was loaded, a path or a name in the store. asked_context: the context that was
+    named: what it was called when it was loaded, a path or a name in the store. asked_context, asked_ranks: what was
     asked for then. used_s: when it was last asked. draft: the model that guesses for it. advice: what its makers say of
     sampling. retired: another model has taken its place, and it only ends what it has begun.
     """
@@ -45,6 +45,7 @@ class LoadedModel:
     draft: Runnable | None
     quant: Quant
     asked_context: int | None
+    asked_ranks: int | None
     clock: Callable[[], float]
     used_s: float
     advice: Advice = field(default_factory=Advice)
@@ -151,6 +152,7 @@ class LoadedModel:
         stage = self.executor.store.stage()
         read_bytes_per_s = max(self.main.read_bytes_per_s, stage.best_bytes_per_s if stage else 0.0)
         drafts = f", drafts by {self.draft_path.name}" if self.draft_path else ""
+        group = self.main.group
         totals, cache, disk = scheduler.totals, scheduler.cache, self.engine.rank.disk
         return ModelStatus(
             name=self.name,
@@ -181,6 +183,9 @@ class LoadedModel:
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
             warnings=self.warnings,
             context_limit_tokens=self.checkpoint.spec.longest,
+            ranks=self.plan.ranks,
+            rank_bytes=[plan.peak_bytes for plan in (self.plan, *(group.plans if group else ()))],
+            machines=list(group.names) if group else [],
         )
 
     @property

@@ -14,7 +14,7 @@ from shoal import kernels
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.engine.learn.step_cost import ROW_SHARE
-from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.pack.builder import source_of
 from shoal.offload.pack.layout import layout

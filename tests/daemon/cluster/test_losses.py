@@ -95,9 +95,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stream_goes_on_when_a_machine_is_lost(
-    way: str, cluster: Cluster, alone: list[list[int]]
-) -> None:
+def test_a_stream_goes_on_when_a_machine_is_lost(way: str, cluster: Cluster, alone: list[list[int]]) -> None:
     stream = cluster.node.stream(prompt(0))
     events = [next(stream) for _ in range(4)]
     WAYS[way](cluster, 1)
