@@ -18,6 +18,7 @@ from .channel import Channel
 from .errors import ChannelError, ChannelTimeout, GroupError, NotPaired, PairingRefused
 from .greeting import greet
 from .group_protocol import OURS, Purpose, Speaks
+from .join_code import read_code
 from .node_identity import NodeIdentity
 from .pairing import join
 from .peers import MAX_ADDRESSES, PairedNode, Peers
@@ -25,6 +26,7 @@ from .streams import Address, SocketStream, TlsStream
 from .tls import client_context, stranger_context
 
 DIAL_S = 10.0
+GREET_S = 3.0  # for one that may not be the head, so that others get their turn
 
 Reached = tuple[Address, TlsStream, bytes]  # where, and the certificate that was shown
 
@@ -73,6 +75,7 @@ def pair(
     What answers need not be the head: so each node that does is asked, once. PairingRefused, VersionMismatch,
     ChannelTimeout, ChannelError, KeyFileError; then nothing was remembered.
     """
+    read_code(code)  # before anybody is bothered
     deadline = time.monotonic() + timeout_s
     refusal: GroupError | None = None
     asked: set[bytes] = set()
@@ -82,7 +85,7 @@ def pair(
                 with Channel(stream) as channel:
                     if shown not in asked:
                         asked.add(shown)
-                        greet(channel, "pair", speaks, deadline)
+                        greet(channel, "pair", speaks, min(deadline, time.monotonic() + GREET_S))
                         return join(channel, shown, identity, peers, code)
             except GroupError as error:
                 refusal = _clearer(refusal, error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
-import select
+import selectors
 import socket
 import ssl
 import threading
@@ -104,18 +104,21 @@ class GroupListener:
 
     def _run(self) -> None:
         complained = ""
-        while not self._closing.is_set():
-            ready, _, _ = select.select([*self._sockets, self._woken], [], [], CHECK_S)
-            try:
-                self._peers.listed()  # closes the channels of those who are gone
-                complained = ""
-            except KeyFileError as error:
-                if str(error) != complained:
-                    log.error("no node can connect: %s", error)
-                complained = str(error)
-            for one in ready:
-                if one is not self._woken:
-                    self._take(one)
+        with selectors.DefaultSelector() as selector:
+            for one in (*self._sockets, self._woken):
+                selector.register(one, selectors.EVENT_READ, one)
+            while not self._closing.is_set():
+                ready = [key.data for key, _ in selector.select(CHECK_S)]
+                try:
+                    self._peers.listed()  # closes the channels of those who are gone
+                    complained = ""
+                except KeyFileError as error:
+                    if str(error) != complained:
+                        log.error("no node can connect: %s", error)
+                    complained = str(error)
+                for one in ready:
+                    if one is not self._woken:
+                        self._take(one)
 
     def _take(self, listening: socket.socket) -> None:
         try:

@@ -18,6 +18,7 @@ import ssl
 import struct
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from .errors import ChannelError, ChannelTimeout, NotPaired
@@ -94,10 +95,7 @@ class SocketStream:
         return self._socket.fileno()
 
     def ends(self) -> tuple[Address, Address]:
-        try:
-            return _address(self._socket.getpeername()), _address(self._socket.getsockname())
-        except OSError as error:
-            raise self._broken(error) from error
+        return _address(self._socket.getpeername), _address(self._socket.getsockname)
 
     def send(self, data: memoryview, deadline: float) -> None:
         while True:
@@ -253,9 +251,12 @@ class TlsStream:
             self._below.send(memoryview(data), deadline)
 
 
-def _address(name: object) -> Address:
-    """What the system calls an end, of which a pair of sockets has none."""
-    return (str(name[0]), int(name[1])) if isinstance(name, tuple) else ("", 0)
+def _address(ask: Callable[[], object]) -> Address:
+    """What the system calls an end. A pair of sockets has no names, nor has an end that is gone."""
+    with contextlib.suppress(OSError):
+        if isinstance(name := ask(), tuple):
+            return str(name[0]), int(name[1])
+    return "", 0
 
 
 def _explained(error: ssl.SSLError) -> ChannelError | NotPaired:
