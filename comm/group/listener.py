@@ -32,6 +32,7 @@ from .tls import server_context
 
 HANDSHAKE_S = 5.0
 MAX_NEWCOMERS = 32
+BACKLOG = 128  # connections that the system keeps until they are looked at
 MAX_WAITING = 64  # channels that nobody has taken yet
 CHECK_S = 1.0  # how soon a change of the peers' file by another process is seen
 REST_S = 0.1  # when there are no descriptors
@@ -228,7 +229,7 @@ def _listening(addresses: Sequence[Address]) -> list[socket.socket]:
                 if family == socket.AF_INET6:
                     one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 one.bind((address[0], port or free, *address[2:]))
-                one.listen(MAX_NEWCOMERS)
+                one.listen(BACKLOG)
                 one.setblocking(False)
                 free = free or one.getsockname()[1]
     except OSError as error:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.dialing import dial
 from shoal.comm.group.join_code import Codes
@@ -42,7 +44,9 @@ class Machine:
     def listening(self, **options: object) -> GroupListener:
         return GroupListener(self.identity, self.peers, LOOPBACK, self.codes, **options)
 
-    def dial(self, other: Machine, addresses: tuple[Address, ...], purpose: str = "control", **options) -> Channel:
+    def dial(
+        self, other: Machine, addresses: tuple[Address, ...], purpose: str = "control", **options
+    ) -> Channel:
         return dial(self.identity, self.peers, other.fingerprint, purpose, addresses, **options)
 
 
@@ -63,6 +67,11 @@ def joined(directory: Path) -> Iterator[tuple[Channel, Channel]]:
         assert at_head is not None
         with at_head:
             yield at_head, at_worker
+
+
+def footprint() -> tuple[int, int]:
+    """Threads and descriptors of this process."""
+    return threading.active_count(), psutil.Process().num_fds()
 
 
 def tls(address: Address, context: ssl.SSLContext) -> Channel:

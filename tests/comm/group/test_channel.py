@@ -59,7 +59,18 @@ def test_messages_go_both_ways(ends):
     assert one.peer != other.peer
 
 
-SIZES = [0, 1, 16383, 16384, 16385, JOIN_BYTES - 1, JOIN_BYTES, JOIN_BYTES + 1, SEAL_BYTES + 1, 3 * SEAL_BYTES + 7]
+SIZES = [
+    0,
+    1,
+    16383,
+    16384,
+    16385,
+    JOIN_BYTES - 1,
+    JOIN_BYTES,
+    JOIN_BYTES + 1,
+    SEAL_BYTES + 1,
+    3 * SEAL_BYTES + 7,
+]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -84,7 +95,9 @@ def test_arrays_of_any_type(ends):
 
 
 @settings(max_examples=60)
-@given(pieces=st.lists(st.binary(max_size=70_000), max_size=5), cuts=st.lists(st.integers(1, 80_000), max_size=6))
+@given(
+    pieces=st.lists(st.binary(max_size=70_000), max_size=5), cuts=st.lists(st.integers(1, 80_000), max_size=6)
+)
 def test_the_bytes_are_those_that_were_sent_however_they_are_cut(over_tls, pieces, cuts):
     whole = b"".join(pieces)
     for (one, other), close in (((channel_pair()), True), (over_tls, False)):

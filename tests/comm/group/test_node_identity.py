@@ -37,7 +37,9 @@ def test_it_is_self_signed_and_valid_also_on_a_machine_without_a_clock(tmp_path)
 
 def test_threads_that_make_it_at_once_have_the_same(tmp_path):
     found: list[bytes] = []
-    threads = [threading.Thread(target=lambda: found.append(NodeIdentity.of(tmp_path).certificate)) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: found.append(NodeIdentity.of(tmp_path).certificate)) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -46,27 +48,23 @@ def test_threads_that_make_it_at_once_have_the_same(tmp_path):
     assert len(set(found)) == 1
 
 
-def damage(kind: str, text: str, other: str) -> str:
-    key, certificate = text.split("-----BEGIN CERT")
-    return {
-        "empty": "",
-        "cut off": text[: len(text) - 40],
-        "no certificate": key,
-        "no key": "-----BEGIN CERT" + certificate,
-        "two certificates": text + "-----BEGIN CERT" + certificate,
-        "another's certificate": key + "-----BEGIN CERT" + other.split("-----BEGIN CERT")[1],
-        "rubbish": "\x00rubbish\n",
-        "not ASCII": text + "é",
-    }[kind]
+BEGIN = "-----BEGIN CERT"
+DAMAGE = {
+    "empty": lambda text, other: "",
+    "cut off": lambda text, other: text[:-40],
+    "no certificate": lambda text, other: text.split(BEGIN)[0],
+    "no key": lambda text, other: BEGIN + text.split(BEGIN)[1],
+    "two certificates": lambda text, other: text + BEGIN + text.split(BEGIN)[1],
+    "another's certificate": lambda text, other: text.split(BEGIN)[0] + BEGIN + other.split(BEGIN)[1],
+    "rubbish": lambda text, other: "\x00rubbish\n",
+    "not ASCII": lambda text, other: text + "é",
+}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["empty", "cut off", "no certificate", "no key", "two certificates", "another's certificate", "rubbish", "not ASCII"],
-)  # fmt: skip
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_file_is_told_of_and_kept(tmp_path, kind):
     file, other = NodeIdentity.of(tmp_path / "a").file, NodeIdentity.of(tmp_path / "b").file
-    damaged = damage(kind, file.read_text(), other.read_text())
+    damaged = DAMAGE[kind](file.read_text(), other.read_text())
     file.write_text(damaged, encoding="utf-8")
     with pytest.raises(KeyFileError, match=r"node\.pem"):
         NodeIdentity.of(tmp_path / "a")
@@ -122,7 +120,9 @@ def test_only_certificates_as_nodes_have_them_are_taken(tmp_path):
 
     def signed(key, by, name="x") -> bytes:
         named = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        builder = x509.CertificateBuilder().subject_name(named).issuer_name(named).public_key(key.public_key())
+        builder = (
+            x509.CertificateBuilder().subject_name(named).issuer_name(named).public_key(key.public_key())
+        )
         builder = builder.serial_number(1).not_valid_before(datetime.datetime(2020, 1, 1))
         done = builder.not_valid_after(datetime.datetime(2120, 1, 1)).sign(by, hashes.SHA256())
         return done.public_bytes(serialization.Encoding.DER)
@@ -130,7 +130,14 @@ def test_only_certificates_as_nodes_have_them_are_taken(tmp_path):
     key, other = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP384R1())
     assert check_certificate(signed(key, key))
     good = Machine.at(tmp_path, "a").identity.certificate
-    for bad in (signed(other, other), signed(key, other), signed(key, key, "x" * 60)[:-1], b"", b"rubbish", good * 9):
+    for bad in (
+        signed(other, other),
+        signed(key, other),
+        signed(key, key, "x" * 60)[:-1],
+        b"",
+        b"rubbish",
+        good * 9,
+    ):
         with pytest.raises(ValueError):
             check_certificate(bad)
     assert len(fingerprint(good)) == 64

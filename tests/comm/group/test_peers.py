@@ -75,7 +75,9 @@ def test_addresses_are_remembered(tmp_path, certificates):
 
 def test_what_another_process_forgets_is_forgotten_here(tmp_path, certificates):
     here, there = Peers(tmp_path), Peers(tmp_path)
-    one, other = (here.add(node(certificate, name)) for certificate, name in zip(certificates, "ab", strict=False))
+    one, other = (
+        here.add(node(certificate, name)) for certificate, name in zip(certificates, "ab", strict=False)
+    )
     channels = [Held(), Held()]
     here.hold(one.fingerprint, channels[0])
     here.hold(other.fingerprint, channels[1])
