@@ -9,6 +9,7 @@ build one.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import xxhash
 from msgspec.structs import replace
 
 from shoal.kernels import WeightType
@@ -28,10 +30,22 @@ from shoal.offload.errors import PackError
 from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.spec import BlockId
 
-from .journal import Journal, noted
+from .journal import Journal, note, noted
 from .kept import KeptMatrices
-from .layout import head_origin, layout
-from .manifest import BLOCKS, MANIFEST, PAGE_BYTES, PARTIAL, Manifest, PackedBlock, Quant, Source, SourceFile
+from .layout import UNKNOWN, head_origin, layout
+from .manifest import (
+    BLOCKS,
+    DAMAGED,
+    MANIFEST,
+    PAGE_BYTES,
+    PARTIAL,
+    Manifest,
+    PackedBlock,
+    Quant,
+    Source,
+    SourceFile,
+    read_manifest,
+)
 from .pack import Pack, joined, open_pack, tensor_bytes, tensor_type
 from .writer import PackFile
 
@@ -43,7 +57,7 @@ REWRITTEN_BYTES = 4 << 20  # … or this many, where they get fewer bits
 def source_of(checkpoint: WeightSource) -> Source:
     """What identifies the files of a checkpoint, as they were when it was opened."""
     files = []
-    for path in _paths(checkpoint):
+    for path in files_of(checkpoint):
         stamp = checkpoint.stamps[path]
         assert stamp is not None  # it was read
         files.append(
@@ -52,7 +66,7 @@ def source_of(checkpoint: WeightSource) -> Source:
     return Source(str(checkpoint.path.absolute()), files)
 
 
-def _paths(checkpoint: WeightSource) -> list[Path]:
+def files_of(checkpoint: WeightSource) -> list[Path]:
     """The files that a pack depends on."""
     return [*checkpoint.files, *([checkpoint.path / "config.json"] if checkpoint.kind == "hf" else [])]
 
@@ -94,7 +108,7 @@ class PackBuilder:
         with Journal(partial, self.manifest) as journal, PackFile(partial / BLOCKS, self.nbytes) as file:
             manifest = self._write(file, journal, progress)
             file.sync()
-        if stamped(_paths(self._checkpoint)).items() - self._checkpoint.stamps.items():
+        if stamped(files_of(self._checkpoint)).items() - self._checkpoint.stamps.items():
             raise PackError(f"{self._checkpoint.path}: was changed while it was packed; pack it again")
         with (partial / MANIFEST).open("wb") as out:
             out.write(msgspec.json.encode(manifest))
@@ -105,6 +119,43 @@ class PackBuilder:
         partial.rename(directory)
         _sync(directory.parent)
         return open_pack(directory)
+
+    def reopen(self, directory: Path) -> bool:
+        """Takes the pack in `directory`, which was found damaged, for an unfinished one. So `build` makes only what is
+        wrong with it anew. False if there is none, or one of other blocks. Raises OSError."""
+        try:
+            found = read_manifest(directory)
+        except PackError:
+            return False
+        draft = self.manifest
+        unknown = replace(
+            found,
+            source=draft.source,
+            vectors=replace(found.vectors, checksum=UNKNOWN),
+            blocks=[replace(item, checksum=UNKNOWN) for item in found.blocks],
+        )
+        if unknown != draft:
+            return False
+        shutil.rmtree(partial_of(directory), ignore_errors=True)
+        note(directory, draft, found.blocks)
+        for name in (MANIFEST, DAMAGED):
+            (directory / name).unlink(missing_ok=True)
+        directory.rename(partial_of(directory))
+        return True
+
+    def checksum(self, block: BlockId | None) -> str:
+        """The checksum that a block of the pack has, or (None) that the vectors have. Reads them and writes nothing.
+        Raises CheckpointError, and PackError when the pack has no such block."""
+        item = next((it for it in self._own if it.block == block), None)
+        if block is not None and item is None:
+            raise PackError(f"the pack has no block {block} of its own")
+        nbytes = item.nbytes if item else self.manifest.vectors.nbytes
+        digest = xxhash.xxh3_64()
+        for part in self._matrices(item) if item else self._vectors():
+            digest.update(np.ascontiguousarray(part).data)
+            nbytes -= len(part)
+        digest.update(bytes(nbytes))
+        return digest.hexdigest()
 
     def left_bytes(self, directory: Path) -> int:
         """Bytes that `build` has yet to write: fewer than `nbytes` if an attempt was cut off. Raises OSError."""

@@ -6,6 +6,7 @@ on the disk before the next one. The journal does not know what is in a block.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,12 @@ def noted(partial: Path, manifest: Manifest) -> dict[str, str] | None:
         return None
     lines = journal.read_text(errors="replace").splitlines()
     return {name: found for name, _, found in (line.partition(" ") for line in lines)}
+
+
+def note(directory: Path, manifest: Manifest, blocks: Iterable[PackedBlock]) -> None:
+    """Makes it look as if an attempt at `manifest` had written these blocks, with the checksums that they have."""
+    (directory / DRAFT).write_bytes(msgspec.json.encode(manifest))
+    (directory / JOURNAL).write_text("".join(_line(item, item.checksum) for item in blocks))
 
 
 class Journal:
@@ -49,7 +56,7 @@ class Journal:
         return written if intact else None
 
     def add(self, item: PackedBlock, checksum: str) -> None:
-        self._file.write(f"{item.block} {checksum}\n")
+        self._file.write(_line(item, checksum))
 
     def remove(self) -> None:
         """Removes the journal, once the pack is whole."""
@@ -61,3 +68,7 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _line(item: PackedBlock, checksum: str) -> str:
+    return f"{item.block} {checksum}\n"

@@ -6,8 +6,10 @@ import numpy as np
 
 from shoal.kernels import Matrix, WeightType, dequantize, from_stored
 from shoal.kernels.arrays import Bytes
+from shoal.kernels.errors import OperandError
 from shoal.kernels.quantise import quantise
 from shoal.models.checkpoint.weight_source import WeightSource
+from shoal.offload.errors import PackError
 from shoal.partition.spec import BlockId
 
 from .layout import kept_type
@@ -30,11 +32,15 @@ class KeptMatrices:
         }
 
     def read_rows(self, block: BlockId, role: str, start: int, stop: int, into: Bytes) -> Matrix:
-        """Rows [start, stop), read into `into`, uint8 (matrix_bytes,). Raises CheckpointError."""
+        """Rows [start, stop), read into `into`, uint8 (matrix_bytes,). Raises CheckpointError and
+        PackError."""
         stored, _, cols = self._source.matrices(block)[role]
         kept = kept_type(role, stored, cols, self._quant)
         if kept is stored:
             return self._source.read_rows(block, role, start, stop, into)
         memory = np.empty(stored.matrix_bytes(stop - start, cols), np.uint8)
         matrix = self._source.read_rows(block, role, start, stop, memory)
-        return from_stored(kept, stop - start, cols, quantise(kept, dequantize(matrix)), into)
+        try:
+            return from_stored(kept, stop - start, cols, quantise(kept, dequantize(matrix)), into)
+        except OperandError as error:  # numbers that fewer bits cannot hold
+            raise PackError(f"{self._source.path}: {role} of block {block}: {error}") from error
