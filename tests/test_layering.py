@@ -29,6 +29,7 @@ ALLOWED = {
 CLI_VOCABULARY = {"comm.messages", "comm.sampling_limits", "comm.errors", "comm.home"}
 # What these folders may know of the rest of their room.
 INNER = {
+    "comm/group": {"comm.errors", "comm.key_files"},
     "daemon/server": {"daemon.backend", "daemon.errors"},
     "daemon/library": {
         "daemon.config",
