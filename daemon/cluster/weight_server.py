@@ -34,15 +34,15 @@ from shoal.partition.spec import BlockId
 from .shard_facts import ShardFacts, described
 from .weight_messages import (
     ANSWER_S,
-    IDLE_S,
+    CHANNEL_IDLE_S,
     QUESTION_BYTES,
-    Answer,
     BlockChecksum,
     Describe,
     PieceFollows,
-    Question,
     Refused,
     WantChecksum,
+    WeightAnswer,
+    WeightQuestion,
 )
 
 
@@ -74,7 +74,7 @@ class WeightServer:
         serving = _Serving(self._checkpoint, self._quant, self._source, shard)
         while True:
             try:
-                question = channel.receive_message(Question, IDLE_S, QUESTION_BYTES)
+                question = channel.receive_message(WeightQuestion, CHANNEL_IDLE_S, QUESTION_BYTES)
             except ChannelTimeout:
                 if channel.closed:
                     return
@@ -110,7 +110,7 @@ class _Serving:
         self._vectors: tuple[BlockId, dict[str, Floats]] | None = None
         self._builder: PackBuilder | None = None
 
-    def answer(self, question: Question) -> tuple[Answer, Bytes | None]:
+    def answer(self, question: WeightQuestion) -> tuple[WeightAnswer, Bytes | None]:
         """The answer and the bytes that follow it. Raises DaemonError, CheckpointError or OffloadError."""
         if isinstance(question, Describe):
             self._require_versions(question)
@@ -122,7 +122,7 @@ class _Serving:
                 "both must run the same version of Shoal",
             )
         if isinstance(question, WantChecksum):
-            found: Answer = BlockChecksum(self._checksum(question.block))
+            found: WeightAnswer = BlockChecksum(self._checksum(question.block))
             self._require_unchanged()
             return found, None
         piece = Piece(question.block, question.role, question.start, question.stop)

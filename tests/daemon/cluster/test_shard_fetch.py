@@ -149,20 +149,26 @@ WORKER = """
 import os, signal, socket, sys
 from pathlib import Path
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.errors import GroupError
 from shoal.comm.group.streams import SocketStream
 from shoal.daemon.cluster import shard_facts
 from shoal.daemon.cluster.shard_cache import ShardCache
-from shoal.daemon.cluster.shard_fetch import ShardWeights, fetch_shard
+from shoal.daemon.cluster.shard_fetch import fetch_shard
+from shoal.offload.pack import layout
 shard_facts.PIECE_BYTES = layout.SLICE_BYTES = 4096
 root, share, *ends = sys.argv[1:]
 def progress(done, total):
     if done > float(share) * total:
         os.kill(os.getpid(), signal.SIGKILL)
-fetch_shard([Channel(SocketStream(socket.socket(fileno=int(end)))) for end in ends], ShardCache(Path(root)), progress)
+channels = [Channel(SocketStream(socket.socket(fileno=int(end)))) for end in ends]
+try:
+    fetch_shard(channels, ShardCache(Path(root)), progress)
+except GroupError:
+    sys.exit(3)
 """
 
 HEAD = """
-import os, signal, socket, sys, threading
+import itertools, os, signal, socket, sys, threading
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.streams import SocketStream
 from shoal.daemon.cluster import weight_server
@@ -172,12 +178,11 @@ from shoal.offload.pack.layout import grains_of
 from shoal.offload.window.pinned import PackReader
 from shoal.partition.slicing import divide
 path, answers, *ends = sys.argv[1:]
-left = [None] * int(answers)
+number = itertools.count()
 original = weight_server._Serving.answer
 def answer(self, question):
-    if not left:
+    if next(number) == int(answers):
         os.kill(os.getpid(), signal.SIGKILL)
-    left.pop()
     return original(self, question)
 weight_server._Serving.answer = answer
 checkpoint = open_checkpoint(path)
@@ -193,7 +198,7 @@ def started(code: str, *args: object, ends: list[socket.socket]) -> subprocess.P
     """A process that has these sockets, which are closed here."""
     numbers = [str(end.fileno()) for end in ends]
     command = [sys.executable, "-c", code, *map(str, args), *numbers]
-    process = subprocess.Popen(command, pass_fds=[end.fileno() for end in ends], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, pass_fds=[end.fileno() for end in ends])
     for end in ends:
         end.close()
     return process
@@ -208,7 +213,7 @@ def test_processes_that_are_killed_at_either_side(
         share, answers = (chance.uniform(0.2, 0.6), 10_000) if attempt % 2 else (2, chance.randrange(12, 25))
         head = started(HEAD, checkpoint.path, answers, ends=[theirs for _, theirs in pairs])
         worker = started(WORKER, cache.root, share, ends=[mine for mine, _ in pairs])
-        assert worker.wait(60) == (-signal.SIGKILL if attempt % 2 else 1)
+        assert worker.wait(60) == (-signal.SIGKILL if attempt % 2 else 3)
         assert head.wait(60) == (0 if attempt % 2 else -signal.SIGKILL)
         assert [shard.complete for shard in cache.list()] == [False]
     pieces = asked(monkeypatch)
@@ -344,7 +349,6 @@ def test_the_least_recently_used_go_first_and_none_in_use(checkpoint: Checkpoint
     root = tmp_path / "shards"
     with served(WeightServer(checkpoint, "q8"), shard_of(checkpoint)) as channels:
         fetch_shard(channels, ShardCache(root)).close()
-    (small,) = ShardCache(root).list()
     first, second = (fetched(checkpoint, ShardCache(root), rank=rank) for rank in range(2))
     sizes = {shard.directory: shard.nbytes for shard in ShardCache(root).list()}
     limit = sum(sizes.values())  # so one as small as the first has to go
