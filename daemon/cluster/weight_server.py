@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -69,30 +70,29 @@ class WeightServer:
             checkpoint.bypass_cache()
 
     def serve(self, channel: Channel, shard: Shard) -> None:
-        """Answers the questions of the worker that has this shard, until the channel is closed by either side. Raises
-        DaemonError if the shard cannot be described."""
-        serving = _Serving(self._checkpoint, self._quant, self._source, shard)
-        while True:
-            try:
-                question = channel.receive_message(WeightQuestion, CHANNEL_IDLE_S, QUESTION_BYTES)
-            except ChannelTimeout:
-                if channel.closed:
-                    return
-                continue
-            except GroupError:
-                return
-            try:
-                with self._working:
-                    answer, piece = serving.answer(question)
-            except (DaemonError, CheckpointError, OffloadError) as error:
-                failed = translated(error)
-                answer, piece = Refused(failed.code, str(failed)[:1000]), None
-            try:
-                channel.send_message(answer, ANSWER_S)
-                if piece is not None:
-                    channel.send(piece, timeout_s=ANSWER_S)
-            except GroupError:
-                return
+        """Answers the questions of the worker that has this shard, until either side closes the channel. Raises
+        DaemonError if the shard is none of this model."""
+        try:
+            serving = _Serving(self._checkpoint, self._quant, self._source, shard)
+            while not channel.closed:
+                with suppress(ChannelTimeout):  # it is idle
+                    question = channel.receive_message(WeightQuestion, CHANNEL_IDLE_S, QUESTION_BYTES)
+                    answer, piece = self._answered(serving, question)
+                    channel.send_message(answer, ANSWER_S)
+                    if piece is not None:
+                        channel.send(piece, timeout_s=ANSWER_S)
+        except GroupError:
+            pass
+        finally:
+            channel.close()
+
+    def _answered(self, serving: _Serving, question: WeightQuestion) -> tuple[WeightAnswer, Bytes | None]:
+        try:
+            with self._working:
+                return serving.answer(question)
+        except (DaemonError, CheckpointError, OffloadError) as error:
+            failed = translated(error)
+            return Refused(failed.code, str(failed)[:1000]), None
 
 
 class _Serving:
