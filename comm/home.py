@@ -37,6 +37,11 @@ class Home:
         return self.root / "packs"
 
     @property
+    def shards(self) -> Path:
+        """Packs of what this machine holds of models that others have."""
+        return self.root / "shards"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

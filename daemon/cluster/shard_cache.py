@@ -115,8 +115,8 @@ class ShardCache:
         return None
 
     def make_room(self, place: Path, nbytes: int) -> str:
-        """Removes what was not used for longest and is not in use, until `nbytes` fit at `place`. → why they do not (and
-        nothing was removed), or "". Raises OSError."""
+        """Removes what was not used for longest and is not in use, until `nbytes` fit at `place`. → "", or why they do
+        not fit; then nothing was removed. Raises OSError."""
         for trash in self.root.glob(".*.removed"):
             shutil.rmtree(trash, ignore_errors=True)
         shards = self.list()

@@ -26,7 +26,7 @@ from shoal.offload.window.pinned import PackReader
 from .remote_shard import RemoteShard
 from .shard_cache import ShardCache, ShardLock
 
-PART_BYTES = 4 << 20  # that are put into the pack at a time
+ADDED_BYTES = 4 << 20  # that are put into the pack at a time
 NO_ROOM = FULL_DISK | {errno.EFBIG}  # a file system, or a limit of this process, may bound a single file
 
 log = logging.getLogger("shoal.cluster")
@@ -105,7 +105,7 @@ def _made(
     facts = remote.facts
     if (pack := cache.find(place, facts) or _adopted(remote, cache, place, progress)) is not None:
         return pack, ""
-    builder = PackBuilder(remote, "keep", Source(remote.name, [], facts.content), PART_BYTES)
+    builder = PackBuilder(remote, "keep", Source(remote.name, [], facts.content), ADDED_BYTES)
     try:
         if not builder.reopen(place):
             cache.discard(place)
