@@ -66,30 +66,37 @@ class Cost:
         self._work = Work.of(spec, wanted.kv_type)
         self._windows = Counter(layer.window for layer in spec.layers)
         longest = max(1, wanted.context_tokens - 1)
-        self.prompts = tuple(min(tokens, longest) for tokens in (workload.prompt_tokens, *PROMPTS))
+        prompts = (min(tokens, longest) for tokens in (workload.prompt_tokens, *PROMPTS))
+        self.prompts = tuple(dict.fromkeys(prompts))
 
     def tensor(self, parts: Sequence[Part], network: Network, means: Sequence[Means]) -> Figures:
-        """Every layer is divided among these ranks. `means`: how several ranks may make sums."""
+        """Every layer is divided among these ranks. `means`: how several ranks can make sums."""
         chunk = self._chunk(parts)
-        return self._divided(network, means, chunk, lambda rows, context: self._compute_s(parts, rows, context))
+        return self._divided(
+            network, means, chunk, lambda rows, context: self._compute_s(parts, rows, context)
+        )
 
-    def bound(self, machines: Sequence[Machine], network: Network, means: Sequence[Means]) -> Figures:
+    def bound(
+        self, machines: Sequence[Machine], network: Network, means: Sequence[Means], *, layered: bool = False
+    ) -> Figures:
         """No group of exactly these machines takes less, whatever their shares: as if their memory, processors and
-        disks were one machine's, and prompts were read in one step. Only the head computes the last of it."""
+        disks were one machine's, and prompts were read in one step. Only the head computes the last of it. `layered`:
+        the layers are divided among them, so that nothing is added, but a token has to wait for one after the other."""
         memory = sum(machine.memory_bytes for machine in machines)
+        paces = [machine.memory_bytes_per_s for machine in machines]
         together = Machine(
             "all of them",
             memory,
-            sum(machine.memory_bytes_per_s for machine in machines),
+            max(paces) if layered else sum(paces),
             sum(machine.flops for machine in machines),
             sum(machine.disk_bytes_per_s for machine in machines),
         )
         beyond = max(0, self._sizes.cut + self._sizes.head - memory)
-        streamed = beyond if not self._sizes.experts else max(0, beyond - self._sizes.experts)
+        streamed = max(0, beyond - self._sizes.experts)
         part = Part(together, Piece.even(self._wanted.spec, 1.0), Held(0, streamed, 0.0, max(self.prompts)))
         return self._divided(
             network,
-            means,
+            () if layered else means,
             max(self.prompts),
             lambda rows, context: self._compute_s([part], rows, context, machines[0]),
         )
@@ -106,7 +113,9 @@ class Cost:
             """(seconds of each rank's part and of sending what it gives; of the slowest disk)"""
             each = [self._compute_s([part], rows, context) for part in parts]
             hops = (network.hop_s(*pair, width * rows) or 0.0 for pair in ring)
-            return [chain + hop for (chain, _), hop in zip(each, hops, strict=True)], max(disk for _, disk in each)
+            return [chain + hop for (chain, _), hop in zip(each, hops, strict=True)], max(
+                disk for _, disk in each
+            )
 
         def step_s(rows: int, context: float) -> float:
             chains, disk = stages(rows, context)
@@ -116,10 +125,14 @@ class Cost:
             chains, disk = stages(rows, context)
             return max(*chains, disk)
 
-        return self._figures(self._chunk(parts), step_s, next_s, None, None)
+        return self._figures(self._chunk(parts), step_s, next_s)
 
     def _divided(
-        self, network: Network, means: Sequence[Means], chunk: int, compute: Callable[[int, float], tuple[float, float]]
+        self,
+        network: Network,
+        means: Sequence[Means],
+        chunk: int,
+        compute: Callable[[int, float], tuple[float, float]],
     ) -> Figures:
         decode, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
 
@@ -141,8 +154,8 @@ class Cost:
         chunk: int,
         step_s: Callable[[int, float], float],
         next_s: Callable[[int, float], float],
-        decode: Means | None,
-        prompt: Means | None,
+        decode: Means | None = None,
+        prompt: Means | None = None,
     ) -> Figures:
         """`next_s`: what a step takes that follows another one of its prompt."""
 
@@ -150,7 +163,9 @@ class Cost:
             whole, rest = divmod(tokens, chunk)
             steps = [(chunk, whole, whole * chunk / 2), (rest, 1 if rest else 0, whole * chunk + rest / 2)]
             (rows, count, context), *others = [step for step in steps if step[1]]
-            seconds = step_s(rows, context) + (count - 1) * next_s(rows, context)
+            seconds = step_s(rows, context)
+            if count > 1:
+                seconds += (count - 1) * next_s(rows, context)
             return seconds + sum(count * next_s(rows, context) for rows, count, context in others)
 
         workload = self._workload
@@ -180,7 +195,12 @@ class Cost:
             attn_s = max(attn_s, nbytes / pace, rows * count / flops)
             expert_bytes = sizes.experts * experts * touched
             nbytes = sizes.ffn_of(piece) + expert_bytes
-            count = work.ffn * piece.ffn + work.shared_ffn * piece.shared_ffn + work.routers + work.experts * experts
+            count = (
+                work.ffn * piece.ffn
+                + work.shared_ffn * piece.shared_ffn
+                + work.routers
+                + work.experts * experts
+            )
             ffn_s = max(ffn_s, nbytes / pace, rows * count / flops)
             if held.streams:
                 streamed = held.streamed_bytes + expert_bytes * held.missing_experts
@@ -196,7 +216,9 @@ class Cost:
             return 0.0
         spec = self._wanted.spec
         layers = len(spec.layers)
-        seconds = 2 * layers * network.sum_s(means, rows, spec.hidden) + network.broadcast_s(rows, spec.hidden)
+        seconds = 2 * layers * network.sum_s(means, rows, spec.hidden) + network.broadcast_s(
+            rows, spec.hidden
+        )
         if spec.qk_norm == "full":  # the squares of q and of k
             seconds += layers * network.sum_s(means._replace(wire="f32"), rows, 2)
         return seconds
@@ -206,7 +228,9 @@ class Cost:
         if network.ranks == 1:
             return None
         possible = (item for item in means if network.can(item.topology))
-        return min(possible, key=lambda item: self._sums_s(network, item, rows))
+        return min(
+            possible, key=lambda item: network.sum_s(item, rows, self._wanted.spec.hidden), default=None
+        )
 
 
 @cache
@@ -217,7 +241,9 @@ def crowding(experts: int, active: int, ranks: int) -> float:
     choices = comb(experts, active)
     busiest, before = 0.0, 0
     for most in range(active + 1):
-        ways = [1] + [0] * active  # to have chosen so many experts of the ranks so far, none of which has more
+        ways = [1] + [
+            0
+        ] * active  # to have chosen so many experts of the ranks so far, none of which has more
         for size in own:
             ways = [
                 sum(ways[total - few] * comb(size, few) for few in range(min(most, size, total) + 1))

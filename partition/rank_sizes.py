@@ -21,6 +21,7 @@ from .slicing import Shard, shard_spec
 from .spec import BlockId, ModelSpec
 from .streamed_plan import PART_TOKENS, READING_BYTES
 
+
 class Piece(NamedTuple):
     """A rank's shares of everything that is cut, each in [0, 1]. `expert_columns` are those of every expert, as it is
     cut in memory; `experts` are whole ones, as they are dealt out where they stream. The piece of rank 0 has
@@ -38,7 +39,7 @@ class Piece(NamedTuple):
     @classmethod
     def even(cls, spec: ModelSpec, share: float, first: bool = True) -> Piece:
         """The same share of everything."""
-        return cls(*[share] * 6, first, lambda: spec)
+        return cls(share, share, share, share, share, share, first, lambda: spec)
 
     @classmethod
     def of_shard(cls, spec: ModelSpec, shard: Shard, columns: float) -> Piece:
@@ -67,7 +68,7 @@ class Piece(NamedTuple):
         def smaller() -> ModelSpec:
             return replace(spec, layers=spec.layers[start:stop], vocab=spec.vocab if first else 1)
 
-        return cls(*[(stop - start) / len(spec.layers)] * 6, first, smaller)
+        return cls.even(spec, (stop - start) / len(spec.layers), first)._replace(spec=smaller)
 
 
 class Sizes(NamedTuple):
@@ -124,6 +125,11 @@ class Sizes(NamedTuple):
         """Dense FFNs, shared experts and routers."""
         return self.ffn * piece.ffn + self.shared_ffn * piece.shared_ffn + self.routers
 
+    def held_of(self, piece: Piece, *, whole_experts: bool) -> float:
+        """All but embedding and head."""
+        experts = piece.experts if whole_experts else piece.expert_columns
+        return self.attn_of(piece) + self.ffn_of(piece) + self.experts * experts
+
     def head_of(self, piece: Piece) -> int:
         return self.head if piece.first else 0
 
@@ -179,6 +185,9 @@ class Memory:
 
     def __init__(self, wanted: Wanted, sizes: Sizes) -> None:
         self._wanted = wanted
+        self._without = wanted._replace(
+            spec=replace(wanted.spec, vocab=1)
+        )  # of ranks without embedding and head
         self._sizes = sizes
         self._kv_bytes = least_kv_pages(wanted) * kv_page_bytes(wanted.spec, wanted.kv_type)
         self._kv_tokens = least_kv_pages(wanted) * PAGE_TOKENS
@@ -193,22 +202,26 @@ class Memory:
 
     def fixed_bytes(self, machine: Machine, first: bool) -> float:
         """What a rank needs besides its share, at most."""
-        scratch = scratch_bytes(self._wanted._replace(threads=machine.threads))
+        scratch = scratch_bytes(self._rough(machine, first))
         vocabulary = self._sizes.embed + self._sizes.head if first else 0
         return scratch + vocabulary + self._sizes.routers
 
-    def held(self, piece: Piece, machine: Machine) -> Held | int:
-        """How the machine would hold the piece: all in memory, or else streamed; or the least memory it would need."""
-        rough = self._wanted._replace(threads=machine.threads)
-        needed = self._resident(piece, rough)
-        if needed > machine.memory_bytes:  # perhaps only because scratch was counted as for the whole model
-            rough = rough._replace(spec=piece.spec())
-            needed = self._resident(piece, rough)
+    def held(self, piece: Piece, machine: Machine, *, exact: bool = False) -> Held | int:
+        """How the machine would hold the piece: all in memory, or else streamed; or the least memory it would need.
+        Unless `exact`, or memory is short, scratch is counted as for the whole model."""
+        wanted = self._rough(machine, piece.first)
+        needed = self._resident(piece, wanted)
+        if exact or needed > machine.memory_bytes:
+            wanted = wanted._replace(spec=piece.spec())
+            needed = self._resident(piece, wanted)
         if needed <= machine.memory_bytes:
-            row_bytes = self._row_bytes(rough, rough.chunk_tokens)
+            row_bytes = self._row_bytes(wanted, wanted.chunk_tokens)
             longer = int((machine.memory_bytes - needed) // row_bytes)
-            return Held(needed, 0, 0.0, min(rough.chunk_tokens + longer, self._longest))
-        return self._streamed(piece, rough, machine, needed)
+            return Held(needed, 0, 0.0, min(wanted.chunk_tokens + longer, self._longest))
+        return self._streamed(piece, wanted, machine, needed)
+
+    def _rough(self, machine: Machine, first: bool) -> Wanted:
+        return (self._wanted if first else self._without)._replace(threads=machine.threads)
 
     @property
     def _longest(self) -> int:
@@ -216,8 +229,7 @@ class Memory:
 
     def _resident(self, piece: Piece, wanted: Wanted) -> int:
         sizes = self._sizes
-        weights = sizes.attn_of(piece) + sizes.ffn_of(piece)
-        weights += sizes.experts * piece.expert_columns + sizes.head_of(piece)
+        weights = sizes.held_of(piece, whole_experts=False) + sizes.head_of(piece)
         weights += sizes.embed if piece.first else 0
         kv = self._kv_bytes * piece.kv_heads
         return int(weights + arena_slack(int(weights)) + kv + scratch_bytes(wanted)) + 1
@@ -257,7 +269,7 @@ class Memory:
             streamed = 0
             slots = min(whole_experts, int((room - dense) // max(1, sizes.largest_expert)))
         missing = 1 - slots / whole_experts if whole_experts else 0.0
-        return Held(memory, streamed, missing, chunk)
+        return Held(memory, int(streamed), missing, chunk)
 
     def _row_bytes(self, wanted: Wanted, part: int) -> float:
         """Memory that one more row in a step takes."""

@@ -16,12 +16,16 @@ from itertools import permutations
 from typing import Literal, NamedTuple
 
 from .hardware_guesses import ADD_S, DECODE_S, ENCODE_S, MESSAGE_S
-from .machines import LinkSpeed, Links, Machine, link_between
+from .machines import Links, LinkSpeed, Machine, link_between
 
 Topology = Literal["star", "exchange", "sliced"]
 Wire = Literal["f32", "bf16", "int8"]
 
-WIRE_BYTES: dict[Wire, float] = {"f32": 4, "bf16": 2, "int8": 1 + 4 / 32}  # of a number, with its part of a scale
+WIRE_BYTES: dict[Wire, float] = {
+    "f32": 4,
+    "bf16": 2,
+    "int8": 1 + 4 / 32,
+}  # of a number, with its part of a scale
 
 
 class Means(NamedTuple):

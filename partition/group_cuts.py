@@ -1,0 +1,160 @@
+"""How a model may be cut for the machines of one group: every layer divided, or the layers dealt out.
+
+Shares are first what would make all machines ready at once, then what can really be cut (`slicing`), then changed a
+little where a part does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from .errors import ShardError
+from .group_cost import Part
+from .machines import Machine
+from .plan import Wanted
+from .rank_sizes import Memory, Piece, Sizes
+from .shares import level, level_by
+from .slicing import Grains, divide
+from .spec import LayerSpec
+
+_REPAIRS = 4  # times shares are changed because a part does not fit
+_GRAIN = 1000  # shares are whole numbers of about this sum
+
+Layers = tuple[tuple[int, int], ...]  # of each rank, half-open
+
+
+class Cuts:
+    """All that is tried for one model."""
+
+    def __init__(self, wanted: Wanted, sizes: Sizes, memory: Memory, grains: Grains) -> None:
+        self._wanted, self._sizes, self._memory, self._grains = wanted, sizes, memory, grains
+        self._pieces: dict[tuple[float, ...], list[Piece] | str] = {}
+
+    def divided(
+        self, machines: Sequence[Machine], *, all_wishes: bool
+    ) -> Iterator[tuple[tuple[float, ...], tuple[Part, ...]]]:
+        """Every layer divided: (shares as `divide` takes them, the ranks). `all_wishes`: shares for prompts, for answers
+        and between; otherwise those between alone."""
+        tried = set()
+        for shares in self._wishes(machines, all_wishes):
+            for _ in range(_REPAIRS):
+                whole = _rounded(shares)
+                if whole in tried:
+                    break
+                tried.add(whole)
+                pieces = self.pieces_of(whole)
+                if isinstance(pieces, str):
+                    break
+                parts, over = self._parts(machines, pieces)
+                if parts:
+                    yield whole, parts
+                if not over:
+                    break
+                shares = [share * factor for share, factor in zip(shares, over, strict=True)]
+
+    def _parts(
+        self, machines: Sequence[Machine], pieces: Sequence[Piece]
+    ) -> tuple[tuple[Part, ...], list[float]]:
+        """(the ranks, or none if one does not fit; what to multiply shares by for a better fit, or none)"""
+        parts, over = [], [1.0] * len(machines)
+        for rank, (machine, piece) in enumerate(zip(machines, pieces, strict=True)):
+            held = self._memory.held(piece, machine)
+            if isinstance(held, int):
+                over[rank] = 0.95 * machine.memory_bytes / max(held, 1)
+            else:
+                parts.append(Part(machine, piece, held))
+        if len(parts) < len(machines):
+            return (), over if len(machines) > 1 and min(over) > 0 else []
+        return tuple(parts), []
+
+    def _wishes(self, machines: Sequence[Machine], all_wishes: bool) -> Iterator[Sequence[float]]:
+        """Shares with which all are ready at once: with a token, with a prompt, and between; and where they stream."""
+        share_bytes = self._memory.share_bytes()
+        most = []
+        for rank, machine in enumerate(machines):
+            room = machine.memory_bytes - self._memory.fixed_bytes(machine, rank == 0)
+            most.append(min(1.0, max(0.0, room / share_bytes)))
+        by_memory = [1 / machine.memory_bytes_per_s for machine in machines]
+        by_flops = [1 / machine.flops for machine in machines]
+        between = [(one * other) ** 0.5 for one, other in zip(by_memory, by_flops, strict=True)]
+        costs = (by_memory, by_flops, between) if all_wishes else (between,)
+        fitting = [level(each, most) for each in costs]
+        yield from (shares for shares in fitting if shares)
+        if not fitting[0] or any(machine.disk_bytes_per_s for machine in machines):
+            weights = self._sizes.cut
+            streaming = level_by(
+                [_share_within(machine, part, weights) for machine, part in zip(machines, most, strict=True)]
+            )
+            if streaming:
+                yield streaming
+
+    def pieces_of(self, shares: tuple[float, ...]) -> list[Piece] | str:
+        """What each rank has with these shares, or why there is no such division."""
+        if shares not in self._pieces:
+            self._pieces[shares] = self._cut(shares)
+        return self._pieces[shares]
+
+    def _cut(self, shares: tuple[float, ...]) -> list[Piece] | str:
+        spec, ranks = self._wanted.spec, len(shares)
+        if ranks == 1:
+            return [Piece.even(spec, 1.0)]
+        try:
+            shards = divide(spec, ranks, self._grains, shares)
+            columns = [1.0 / ranks] * ranks
+            if spec.moe:  # experts in memory are cut like an FFN of their size
+                like = replace(spec, ffn=spec.moe.ffn, moe=None, layers=(LayerSpec(),))
+                columns = [it.ranges.ffn.size / like.ffn for it in divide(like, ranks, self._grains, shares)]
+        except ShardError as error:
+            return str(error)
+        return [Piece.of_shard(spec, shard, part) for shard, part in zip(shards, columns, strict=True)]
+
+    def layered(
+        self, machines: Sequence[Machine]
+    ) -> Iterator[tuple[tuple[tuple[int, int], ...], tuple[Part, ...]]]:
+        """Layers in the order of ranks: as many on the fastest as fit there, or as long prompts take equally long."""
+        spec = self._wanted.spec
+        layers, share_bytes = len(spec.layers), self._memory.share_bytes()
+        if layers < len(machines):
+            return
+        most = []
+        for rank, machine in enumerate(machines):
+            room = machine.memory_bytes - self._memory.fixed_bytes(machine, rank == 0)
+            most.append(min(layers - len(machines) + 1, int(room / share_bytes * layers)))
+        if min(most) < 1 or sum(most) < layers:
+            return
+        counts = [1] * len(machines)
+        for rank in sorted(range(len(machines)), key=lambda rank: -machines[rank].memory_bytes_per_s):
+            counts[rank] += min(most[rank] - 1, layers - sum(counts))
+        even = [1] * len(machines)
+        while sum(even) < layers:
+            open_ranks = [rank for rank in range(len(machines)) if even[rank] < most[rank]]
+            even[min(open_ranks, key=lambda rank: (even[rank] + 1) / machines[rank].flops)] += 1
+        for division in dict.fromkeys((tuple(counts), tuple(even))):
+            stops = [sum(division[: rank + 1]) for rank in range(len(machines))]
+            bounds = tuple(zip((0, *stops), stops, strict=False))
+            pieces = [Piece.of_layers(spec, *own, rank == 0) for rank, own in enumerate(bounds)]
+            parts, _ = self._parts(machines, pieces)
+            if parts:
+                yield bounds, parts
+
+
+def _share_within(machine: Machine, in_memory: float, cut_bytes: int) -> Callable[[float], float]:
+    """The largest share of what is cut that a machine gets through in a time. `in_memory`: the most that it can have
+    there. Where it streams, about half of its memory goes to other things."""
+
+    def within(seconds: float) -> float:
+        streamed = (
+            (in_memory / 2 + seconds * machine.disk_bytes_per_s / cut_bytes)
+            if machine.disk_bytes_per_s
+            else 0.0
+        )
+        return min(1.0, seconds * machine.memory_bytes_per_s / cut_bytes, max(in_memory, streamed))
+
+    return within
+
+
+def _rounded(shares: Sequence[float]) -> tuple[float, ...]:
+    """Shares as whole numbers, so that nearly equal ones are equal and dividing by them is quick."""
+    whole = sum(shares)
+    return tuple(max(1, round(_GRAIN * share / whole)) for share in shares)
