@@ -18,10 +18,10 @@ from .shares import level, level_by
 from .slicing import Grains, divide
 from .spec import LayerSpec
 
-_REPAIRS = 4  # times shares are changed because a part does not fit
+_REPAIRS = 3  # times shares are changed because a part does not fit
 _GRAIN = 1000  # shares are whole numbers of about this sum
 
-Layers = tuple[tuple[int, int], ...]  # of each rank, half-open
+Layers = tuple[tuple[int, int], ...]  # each rank's, half-open
 
 
 class Cuts:
@@ -34,8 +34,8 @@ class Cuts:
     def divided(
         self, machines: Sequence[Machine], *, all_wishes: bool
     ) -> Iterator[tuple[tuple[float, ...], tuple[Part, ...]]]:
-        """Every layer divided: (shares as `divide` takes them, the ranks). `all_wishes`: shares for prompts, for answers
-        and between; otherwise those between alone."""
+        """Every layer divided: (shares as `divide` takes them, the ranks). `all_wishes`: shares for prompts, for
+        answers and between; otherwise those between alone."""
         tried = set()
         for shares in self._wishes(machines, all_wishes):
             for _ in range(_REPAIRS):
@@ -70,24 +70,25 @@ class Cuts:
 
     def _wishes(self, machines: Sequence[Machine], all_wishes: bool) -> Iterator[Sequence[float]]:
         """Shares with which all are ready at once: with a token, with a prompt, and between; and where they stream."""
-        share_bytes = self._memory.share_bytes()
-        most = []
-        for rank, machine in enumerate(machines):
-            room = machine.memory_bytes - self._memory.fixed_bytes(machine, rank == 0)
-            most.append(min(1.0, max(0.0, room / share_bytes)))
+        most = self._most(machines)
         by_memory = [1 / machine.memory_bytes_per_s for machine in machines]
         by_flops = [1 / machine.flops for machine in machines]
         between = [(one * other) ** 0.5 for one, other in zip(by_memory, by_flops, strict=True)]
         costs = (by_memory, by_flops, between) if all_wishes else (between,)
         fitting = [level(each, most) for each in costs]
         yield from (shares for shares in fitting if shares)
-        if not fitting[0] or any(machine.disk_bytes_per_s for machine in machines):
-            weights = self._sizes.cut
-            streaming = level_by(
-                [_share_within(machine, part, weights) for machine, part in zip(machines, most, strict=True)]
-            )
-            if streaming:
+        if not fitting[0]:
+            cut = self._sizes.cut
+            within = [_share_within(*pair, cut) for pair in zip(machines, most, strict=True)]
+            if streaming := level_by(within):
                 yield streaming
+
+    def _most(self, machines: Sequence[Machine]) -> list[float]:
+        """The largest share of what is cut that each machine can have in memory."""
+        rooms = (
+            it.memory_bytes - self._memory.fixed_bytes(it, rank == 0) for rank, it in enumerate(machines)
+        )
+        return [min(1.0, max(0.0, room / self._memory.share_bytes())) for room in rooms]
 
     def pieces_of(self, shares: tuple[float, ...]) -> list[Piece] | str:
         """What each rank has with these shares, or why there is no such division."""
@@ -109,18 +110,11 @@ class Cuts:
             return str(error)
         return [Piece.of_shard(spec, shard, part) for shard, part in zip(shards, columns, strict=True)]
 
-    def layered(
-        self, machines: Sequence[Machine]
-    ) -> Iterator[tuple[tuple[tuple[int, int], ...], tuple[Part, ...]]]:
+    def layered(self, machines: Sequence[Machine]) -> Iterator[tuple[Layers, tuple[Part, ...]]]:
         """Layers in the order of ranks: as many on the fastest as fit there, or as long prompts take equally long."""
         spec = self._wanted.spec
-        layers, share_bytes = len(spec.layers), self._memory.share_bytes()
-        if layers < len(machines):
-            return
-        most = []
-        for rank, machine in enumerate(machines):
-            room = machine.memory_bytes - self._memory.fixed_bytes(machine, rank == 0)
-            most.append(min(layers - len(machines) + 1, int(room / share_bytes * layers)))
+        layers = len(spec.layers)
+        most = [min(layers - len(machines) + 1, int(share * layers)) for share in self._most(machines)]
         if min(most) < 1 or sum(most) < layers:
             return
         counts = [1] * len(machines)
@@ -144,12 +138,10 @@ def _share_within(machine: Machine, in_memory: float, cut_bytes: int) -> Callabl
     there. Where it streams, about half of its memory goes to other things."""
 
     def within(seconds: float) -> float:
-        streamed = (
-            (in_memory / 2 + seconds * machine.disk_bytes_per_s / cut_bytes)
-            if machine.disk_bytes_per_s
-            else 0.0
-        )
-        return min(1.0, seconds * machine.memory_bytes_per_s / cut_bytes, max(in_memory, streamed))
+        share = in_memory
+        if machine.disk_bytes_per_s:
+            share = max(share, in_memory / 2 + seconds * machine.disk_bytes_per_s / cut_bytes)
+        return min(1.0, seconds * machine.memory_bytes_per_s / cut_bytes, share)
 
     return within
 

@@ -189,7 +189,9 @@ class _Search:
         """What a usual request takes at least with these machines, if nothing takes too long against the floor."""
         network, means = self._network(places)
         machines = [self._machines[place] for place in places]
-        bounds = []
+        bounds: list[Figures] = []
+        if not self._memory.may_hold(machines):
+            return inf
         if "tensor" in self._splits and means:
             bounds.append(self.cost.bound(machines, network, means))
         if "pipeline" in self._splits and network.reached:
@@ -206,7 +208,9 @@ class _Search:
     def _ways(self, places: Places) -> list[_Found]:
         """All ways that were tried for these machines to run the model."""
         if places not in self._found:
-            self._found[places] = [*self._tensor(places), *self._pipeline(places)]
+            divided = list(self._tensor(places))
+            quickest_s = min((found.figures.total_s for found in divided), default=inf)
+            self._found[places] = [*divided, *self._pipeline(places, quickest_s)]
         return self._found[places]
 
     def _tensor(self, places: Places) -> Iterator[_Found]:
@@ -218,12 +222,17 @@ class _Search:
                 figures = self.cost.tensor(parts, network, means)
                 yield _Found(places, "tensor", () if alone else shares, parts, figures)
 
-    def _pipeline(self, places: Places) -> Iterator[_Found]:
+    def _pipeline(self, places: Places, quickest_s: float) -> Iterator[_Found]:
+        """Only if it may be quicker than that."""
         network, _ = self._network(places)
-        if len(places) > 1 and "pipeline" in self._splits and network.reached:
-            for layers, parts in self._cuts.layered([self._machines[place] for place in places]):
-                if figures := self.cost.pipeline(parts, network):
-                    yield _Found(places, "pipeline", (), parts, figures, layers)
+        if len(places) == 1 or "pipeline" not in self._splits or not network.reached:
+            return
+        machines = [self._machines[place] for place in places]
+        if self.cost.bound(machines, network, (), layered=True).total_s >= quickest_s:
+            return
+        for layers, parts in self._cuts.layered(machines):
+            if figures := self.cost.pipeline(parts, network):
+                yield _Found(places, "pipeline", (), parts, figures, layers)
 
     def _network(self, places: Places) -> tuple[Network, list[Means]]:
         """The links among these machines, and how they can make sums."""

@@ -8,8 +8,9 @@ trying where each block goes, and never to its favour.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 from .hardware_guesses import KV_SHARE, SCRATCH_SHARE, WINDOW_SHARE
@@ -46,6 +47,7 @@ class Piece(NamedTuple):
         """`columns`: its share of the columns of every expert."""
         own, moe, first = shard.ranges, spec.moe, shard.rank == 0
 
+        @cache
         def smaller() -> ModelSpec:
             # Embedding and head, and the texts of tokens, are rank 0's alone.
             return replace(shard_spec(spec, shard), vocab=spec.vocab if first else 1)
@@ -65,6 +67,7 @@ class Piece(NamedTuple):
     def of_layers(cls, spec: ModelSpec, start: int, stop: int, first: bool) -> Piece:
         """Some of the layers."""
 
+        @cache
         def smaller() -> ModelSpec:
             return replace(spec, layers=spec.layers[start:stop], vocab=spec.vocab if first else 1)
 
@@ -195,6 +198,14 @@ class Memory:
     def whole_bytes(self) -> int:
         """The least that one machine needs for all of it."""
         return self._resident(Piece.even(self._wanted.spec, 1.0), self._wanted)
+
+    def may_hold(self, machines: Sequence[Machine]) -> bool:
+        """False if these machines, the head first, cannot hold the model however it is cut."""
+        sizes, head = self._sizes, machines[0]
+        if any(machine.disk_bytes_per_s for machine in machines):
+            return bool(head.disk_bytes_per_s) or head.memory_bytes > sizes.embed + sizes.head
+        memory = sum(machine.memory_bytes for machine in machines)
+        return head.memory_bytes > sizes.embed + sizes.head and memory > sizes.cut + sizes.embed + sizes.head
 
     def share_bytes(self) -> float:
         """What all that is cut takes, with its KV: a rank's share of it takes this in proportion."""
