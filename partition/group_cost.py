@@ -19,13 +19,13 @@ from typing import NamedTuple
 from .hardware_guesses import STEP_S
 from .machines import Machine, Workload
 from .plan import Wanted
-from .rank_sizes import Held, Piece, Sizes, Work
+from .rank_sizes import Held, Operations, Piece, Sizes
 from .sum_cost import Means, Network
 
 PROMPTS = (512, 4000)  # tokens of prompts whose first token nobody should wait longer for
 
 
-class Part(NamedTuple):
+class Placement(NamedTuple):
     """One rank: its machine, its piece of the model, and how it holds it."""
 
     machine: Machine
@@ -63,13 +63,13 @@ class Cost:
     def __init__(self, wanted: Wanted, sizes: Sizes, workload: Workload) -> None:
         spec = wanted.spec
         self._wanted, self._sizes, self._workload = wanted, sizes, workload
-        self._work = Work.of(spec, wanted.kv_type)
+        self._work = Operations.of(spec, wanted.kv_type)
         self._windows = Counter(layer.window for layer in spec.layers)
         longest = max(1, wanted.context_tokens - 1)
         prompts = (min(tokens, longest) for tokens in (workload.prompt_tokens, *PROMPTS))
         self.prompts = tuple(dict.fromkeys(prompts))
 
-    def tensor(self, parts: Sequence[Part], network: Network, means: Sequence[Means]) -> Figures:
+    def tensor(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> Figures:
         """Every layer is divided among these ranks. `means`: how several ranks can make sums."""
         chunk = self._chunk(parts)
         return self._divided(
@@ -93,7 +93,9 @@ class Cost:
         )
         beyond = max(0, self._sizes.cut + self._sizes.head - memory)
         streamed = max(0, beyond - self._sizes.experts)
-        part = Part(together, Piece.even(self._wanted.spec, 1.0), Held(0, streamed, 0.0, max(self.prompts)))
+        part = Placement(
+            together, Piece.even(self._wanted.spec, 1.0), Held(0, streamed, 0.0, max(self.prompts))
+        )
         return self._divided(
             network,
             () if layered else means,
@@ -101,7 +103,7 @@ class Cost:
             lambda rows, context: self._compute_s([part], rows, context, machines[0]),
         )
 
-    def pipeline(self, parts: Sequence[Part], network: Network) -> Figures | None:
+    def pipeline(self, parts: Sequence[Placement], network: Network) -> Figures | None:
         """The layers are divided among these ranks, one after the other; None if they cannot reach each other. The
         chunks of a prompt follow each other through the ranks."""
         ranks, width = len(parts), 4 * self._wanted.spec.hidden
@@ -143,7 +145,7 @@ class Cost:
 
         return self._figures(chunk, step_s, step_s, decode, prompt)
 
-    def _chunk(self, parts: Sequence[Part]) -> int:
+    def _chunk(self, parts: Sequence[Placement]) -> int:
         """Tokens of a prompt in one step. Steps get longer where weights stream, as far as everybody's memory goes."""
         if not any(part.held.streams for part in parts):
             return self._wanted.chunk_tokens
@@ -175,7 +177,7 @@ class Cost:
         return Figures(token_s, (usual, *others), total_s, decode, prompt, chunk)
 
     def _compute_s(
-        self, parts: Sequence[Part], rows: int, context: float, head: Machine | None = None
+        self, parts: Sequence[Placement], rows: int, context: float, head: Machine | None = None
     ) -> tuple[float, float]:
         """(seconds of computing `rows` tokens that attend to `context` others, of the slowest disk)"""
         sizes, work, moe = self._sizes, self._work, self._wanted.spec.moe

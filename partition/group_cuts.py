@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from .errors import ShardError
-from .group_cost import Part
+from .group_cost import Placement
 from .machines import Machine
 from .plan import Wanted
 from .rank_sizes import Memory, Piece, Sizes
@@ -33,7 +33,7 @@ class Cuts:
 
     def divided(
         self, machines: Sequence[Machine], *, all_wishes: bool
-    ) -> Iterator[tuple[tuple[float, ...], tuple[Part, ...]]]:
+    ) -> Iterator[tuple[tuple[float, ...], tuple[Placement, ...]]]:
         """Every layer divided: (shares as `divide` takes them, the ranks). `all_wishes`: shares for prompts, for
         answers and between; otherwise those between alone."""
         tried = set()
@@ -55,7 +55,7 @@ class Cuts:
 
     def _parts(
         self, machines: Sequence[Machine], pieces: Sequence[Piece]
-    ) -> tuple[tuple[Part, ...], list[float]]:
+    ) -> tuple[tuple[Placement, ...], list[float]]:
         """(the ranks, or none if one does not fit; what to multiply shares by for a better fit, or none)"""
         parts, over = [], [1.0] * len(machines)
         for rank, (machine, piece) in enumerate(zip(machines, pieces, strict=True)):
@@ -63,7 +63,7 @@ class Cuts:
             if isinstance(held, int):
                 over[rank] = 0.95 * machine.memory_bytes / max(held, 1)
             else:
-                parts.append(Part(machine, piece, held))
+                parts.append(Placement(machine, piece, held))
         if len(parts) < len(machines):
             return (), over if len(machines) > 1 and min(over) > 0 else []
         return tuple(parts), []
@@ -110,7 +110,7 @@ class Cuts:
             return str(error)
         return [Piece.of_shard(spec, shard, part) for shard, part in zip(shards, columns, strict=True)]
 
-    def layered(self, machines: Sequence[Machine]) -> Iterator[tuple[Layers, tuple[Part, ...]]]:
+    def layered(self, machines: Sequence[Machine]) -> Iterator[tuple[Layers, tuple[Placement, ...]]]:
         """Layers in the order of ranks: as many on the fastest as fit there, or as long prompts take equally long."""
         spec = self._wanted.spec
         layers = len(spec.layers)

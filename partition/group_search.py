@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from .amounts import format_bytes
 from .group_choice import Choice, NoGroup, RankPlan, Split, Unused
-from .group_cost import Cost, Figures, Part
+from .group_cost import Cost, Figures, Placement
 from .group_cuts import Cuts
 from .machines import Links, Machine, Workload, check_machines, link_between
 from .plan import Wanted
@@ -44,7 +44,7 @@ class _Found(NamedTuple):
     places: Places
     split: Split
     shares: tuple[float, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[Placement, ...]
     figures: Figures
     layers: tuple[tuple[int, int], ...] = ()
 

@@ -137,7 +137,7 @@ class Sizes(NamedTuple):
         return self.head if piece.first else 0
 
 
-class Work(NamedTuple):
+class Operations(NamedTuple):
     """Multiplications and additions of a whole model for one token; attention by the tokens attended to, all layers
     together."""
 
@@ -152,7 +152,7 @@ class Work(NamedTuple):
     kv_bytes: float  # likewise
 
     @classmethod
-    def of(cls, spec: ModelSpec, kv_type: str) -> Work:
+    def of(cls, spec: ModelSpec, kv_type: str) -> Operations:
         moe, hidden = spec.moe, spec.hidden
         sparse = sum(layer.moe for layer in spec.layers)
         dense = len(spec.layers) - sparse
