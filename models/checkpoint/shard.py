@@ -97,6 +97,8 @@ def _rows(shard: Shard, spec: ModelSpec) -> dict[tuple[BlockKind, str], Range]:
         ("attn", "v"): kv,
         ("ffn", "gate"): own.ffn,
         ("ffn", "up"): own.ffn,
+        ("expert", "gate"): own.expert_ffn,
+        ("expert", "up"): own.expert_ffn,
         ("router", "shared_gate"): own.shared_ffn,
         ("router", "shared_up"): own.shared_ffn,
         ("head", "head"): own.vocab,
@@ -113,5 +115,6 @@ def _columns(shard: Shard) -> dict[tuple[BlockKind, str], Range]:
     return {
         ("attn", "o"): own.o_columns,
         ("ffn", "down"): own.ffn,
+        ("expert", "down"): own.expert_ffn,
         ("router", "shared_down"): own.shared_ffn,
     }

@@ -79,7 +79,8 @@ class PackBuilder:
         blocks = self.manifest.blocks
         # A tied embedding is the last block, and its bytes are the head's.
         self._own = blocks[:-1] if checkpoint.spec.tied else blocks
-        self._slice_rows = next(it.tensors["head"].rows for it in blocks if it.block.kind == "head")
+        slices = (it.tensors["head"].rows for it in blocks if it.block.kind == "head")
+        self._slice_rows = next(slices, 0)  # a shard may have no head
 
     def build(self, directory: Path, progress: BytesDone = unheard) -> Pack:
         """Makes `directory`, which must not exist yet, and opens the pack in it.
