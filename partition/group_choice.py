@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 from .amounts import counted
 from .group_cost import Figures
 from .machines import LinkSpeed
+from .slicing import CutOfExperts
 
 Split = Literal["tensor", "pipeline"]
 
@@ -53,13 +54,14 @@ class Unused(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A group, and why it is this one. `shares` are what `divide` gets; () where it would be one rank, or a pipeline.
+    """A group, and why it is this one. `shares` and `experts` are what `divide` gets; () for one rank or a pipeline.
     `alone`: what the head would do by itself, `freely`: what would have been chosen if no number had been asked for;
     None if that cannot be."""
 
     split: Split
     ranks: tuple[RankPlan, ...]
     shares: tuple[float, ...]
+    experts: CutOfExperts
     figures: Figures
     prompts: tuple[int, ...]  # tokens of the prompts in `figures.first_token_s`
     machines: int  # that there were

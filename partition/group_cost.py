@@ -19,17 +19,17 @@ from typing import NamedTuple
 from .hardware_guesses import STEP_S
 from .machines import Machine, Workload
 from .plan import Wanted
-from .rank_sizes import Held, Operations, Piece, Sizes
+from .rank_sizes import Held, Operations, Portion, Sizes
 from .sum_cost import Means, Network
 
 PROMPTS = (512, 4000)  # tokens of prompts whose first token nobody should wait longer for
 
 
 class Placement(NamedTuple):
-    """One rank: its machine, its piece of the model, and how it holds it."""
+    """One rank: its machine, its portion of the model, and how it holds it."""
 
     machine: Machine
-    piece: Piece
+    portion: Portion
     held: Held
 
 
@@ -94,7 +94,7 @@ class Cost:
         beyond = max(0, self._sizes.cut + self._sizes.head - memory)
         streamed = max(0, beyond - self._sizes.experts)
         part = Placement(
-            together, Piece.even(self._wanted.spec, 1.0), Held(0, streamed, 0.0, max(self.prompts))
+            together, Portion.even(self._wanted.spec, 1.0), Held(0, streamed, 0.0, max(self.prompts))
         )
         return self._divided(
             network,
@@ -183,23 +183,22 @@ class Cost:
         sizes, work, moe = self._sizes, self._work, self._wanted.spec.moe
         attended = sum(count * min(context, window or context) for window, count in self._windows.items())
         touched, crowd = 1.0, 1.0
-        whole_experts = moe is not None and any(part.held.missing_experts for part in parts)
         if moe:
             touched = 1 - (1 - moe.active / moe.experts) ** rows
-            if whole_experts and rows == 1:
+            if parts[0].portion.whole_experts and rows == 1:
                 crowd = crowding(moe.experts, moe.active, min(len(parts), moe.experts))
         attn_s = ffn_s = disk_s = head_s = 0.0
-        for machine, piece, held in parts:
+        for machine, portion, held in parts:
             pace, flops = machine.memory_bytes_per_s, machine.flops
-            experts = crowd * piece.experts if whole_experts else piece.expert_columns
-            nbytes = sizes.attn_of(piece) + work.kv_bytes * attended * piece.kv_heads
-            count = (work.queries + work.scores * attended) * piece.heads + work.keys * piece.kv_heads
+            experts = crowd * portion.experts
+            nbytes = sizes.attn_of(portion) + work.kv_bytes * attended * portion.kv_heads
+            count = (work.queries + work.scores * attended) * portion.heads + work.keys * portion.kv_heads
             attn_s = max(attn_s, nbytes / pace, rows * count / flops)
             expert_bytes = sizes.experts * experts * touched
-            nbytes = sizes.ffn_of(piece) + expert_bytes
+            nbytes = sizes.ffn_of(portion) + expert_bytes
             count = (
-                work.ffn * piece.ffn
-                + work.shared_ffn * piece.shared_ffn
+                work.ffn * portion.ffn
+                + work.shared_ffn * portion.shared_ffn
                 + work.routers
                 + work.experts * experts
             )
@@ -207,7 +206,7 @@ class Cost:
             if held.streams:
                 streamed = held.streamed_bytes + expert_bytes * held.missing_experts
                 disk_s = max(disk_s, streamed / max(machine.disk_bytes_per_s, 1.0))
-            if piece.first:
+            if portion.first:
                 own = head or machine
                 head_s = max(sizes.head / own.memory_bytes_per_s, work.head / own.flops)
         return attn_s + ffn_s + head_s, disk_s

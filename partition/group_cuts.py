@@ -7,20 +7,19 @@ little where a part does not fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 from .errors import ShardError
 from .group_cost import Placement
 from .machines import Machine
 from .plan import Wanted
-from .rank_sizes import Memory, Piece, Sizes
+from .rank_sizes import Memory, Portion, Sizes
 from .shares import level, level_by
-from .slicing import Grains, divide
-from .spec import LayerSpec
+from .slicing import CutOfExperts, Grains, divide
 
 _REPAIRS = 3  # times shares are changed because a part does not fit
 _GRAIN = 1000  # shares are whole numbers of about this sum
 
+EXPERT_CUTS: tuple[CutOfExperts, ...] = ("columns", "whole")
 Layers = tuple[tuple[int, int], ...]  # each rank's, half-open
 
 
@@ -29,7 +28,7 @@ class Cuts:
 
     def __init__(self, wanted: Wanted, sizes: Sizes, memory: Memory, grains: Grains) -> None:
         self._wanted, self._sizes, self._memory, self._grains = wanted, sizes, memory, grains
-        self._pieces: dict[tuple[float, ...], list[Piece] | str] = {}
+        self._portions: dict[tuple[tuple[float, ...], CutOfExperts], list[Portion] | str] = {}
 
     def divided(
         self, machines: Sequence[Machine], *, all_wishes: bool
@@ -43,27 +42,42 @@ class Cuts:
                 if whole in tried:
                     break
                 tried.add(whole)
-                pieces = self.pieces_of(whole)
-                if isinstance(pieces, str):
-                    break
-                parts, over = self._parts(machines, pieces)
+                parts, over = self._as_shared(machines, whole)
                 if parts:
                     yield whole, parts
                 if not over:
                     break
                 shares = [share * factor for share, factor in zip(shares, over, strict=True)]
 
+    def _as_shared(
+        self, machines: Sequence[Machine], shares: tuple[float, ...]
+    ) -> tuple[tuple[Placement, ...], list[float]]:
+        """As `_parts`. Experts are cut by columns, so that every rank has as much to do whatever is chosen; but where
+        some stream, whole ones are dealt out."""
+        for experts in EXPERT_CUTS:
+            portions = self.portions_of(shares, experts)
+            if isinstance(portions, str):
+                break
+            parts, over = self._parts(machines, portions)
+            if (
+                len(machines) == 1
+                or experts == "whole"
+                or not any(part.held.missing_experts for part in parts)
+            ):
+                return parts, over
+        return (), []
+
     def _parts(
-        self, machines: Sequence[Machine], pieces: Sequence[Piece]
+        self, machines: Sequence[Machine], portions: Sequence[Portion]
     ) -> tuple[tuple[Placement, ...], list[float]]:
         """(the ranks, or none if one does not fit; what to multiply shares by for a better fit, or none)"""
         parts, over = [], [1.0] * len(machines)
-        for rank, (machine, piece) in enumerate(zip(machines, pieces, strict=True)):
-            held = self._memory.held(piece, machine)
+        for rank, (machine, portion) in enumerate(zip(machines, portions, strict=True)):
+            held = self._memory.held(portion, machine)
             if isinstance(held, int):
                 over[rank] = 0.95 * machine.memory_bytes / max(held, 1)
             else:
-                parts.append(Placement(machine, piece, held))
+                parts.append(Placement(machine, portion, held))
         if len(parts) < len(machines):
             return (), over if len(machines) > 1 and min(over) > 0 else []
         return tuple(parts), []
@@ -90,25 +104,22 @@ class Cuts:
         )
         return [min(1.0, max(0.0, room / self._memory.share_bytes())) for room in rooms]
 
-    def pieces_of(self, shares: tuple[float, ...]) -> list[Piece] | str:
+    def portions_of(self, shares: tuple[float, ...], experts: CutOfExperts) -> list[Portion] | str:
         """What each rank has with these shares, or why there is no such division."""
-        if shares not in self._pieces:
-            self._pieces[shares] = self._cut(shares)
-        return self._pieces[shares]
+        key = shares, experts
+        if key not in self._portions:
+            self._portions[key] = self._cut(shares, experts)
+        return self._portions[key]
 
-    def _cut(self, shares: tuple[float, ...]) -> list[Piece] | str:
+    def _cut(self, shares: tuple[float, ...], experts: CutOfExperts) -> list[Portion] | str:
         spec, ranks = self._wanted.spec, len(shares)
         if ranks == 1:
-            return [Piece.even(spec, 1.0)]
+            return [Portion.even(spec, 1.0)]
         try:
-            shards = divide(spec, ranks, self._grains, shares)
-            columns = [1.0 / ranks] * ranks
-            if spec.moe:  # experts in memory are cut like an FFN of their size
-                like = replace(spec, ffn=spec.moe.ffn, moe=None, layers=(LayerSpec(),))
-                columns = [it.ranges.ffn.size / like.ffn for it in divide(like, ranks, self._grains, shares)]
+            shards = divide(spec, ranks, self._grains, shares, experts=experts)
         except ShardError as error:
             return str(error)
-        return [Piece.of_shard(spec, shard, part) for shard, part in zip(shards, columns, strict=True)]
+        return [Portion.of_shard(spec, shard) for shard in shards]
 
     def layered(self, machines: Sequence[Machine]) -> Iterator[tuple[Layers, tuple[Placement, ...]]]:
         """Layers in the order of ranks: as many on the fastest as fit there, or as long prompts take equally long."""
@@ -127,8 +138,8 @@ class Cuts:
         for division in dict.fromkeys((tuple(counts), tuple(even))):
             stops = [sum(division[: rank + 1]) for rank in range(len(machines))]
             bounds = tuple(zip((0, *stops), stops, strict=False))
-            pieces = [Piece.of_layers(spec, *own, rank == 0) for rank, own in enumerate(bounds)]
-            parts, _ = self._parts(machines, pieces)
+            portions = [Portion.of_layers(spec, *own, rank == 0) for rank, own in enumerate(bounds)]
+            parts, _ = self._parts(machines, portions)
             if parts:
                 yield bounds, parts
 

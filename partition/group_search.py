@@ -86,6 +86,7 @@ def choose(
         split=found.split,
         ranks=tuple(search.rank_plans(found)),
         shares=found.shares,
+        experts="whole" if found.parts[0].portion.whole_experts else "columns",
         figures=found.figures,
         prompts=search.cost.prompts,
         machines=len(machines),
@@ -242,10 +243,9 @@ class _Search:
     # --- what is said ---------------------------------------------------------------------------------------
 
     def rank_plans(self, found: _Found) -> Iterator[RankPlan]:
-        streams = any(part.held.missing_experts for part in found.parts)
-        bytes_of = [self._sizes.held_of(part.piece, whole_experts=streams) for part in found.parts]
-        for rank, (machine, piece, held) in enumerate(found.parts):
-            exact = self._memory.held(piece, machine, exact=True)
+        bytes_of = [self._sizes.held_of(part.portion) for part in found.parts]
+        for rank, (machine, portion, held) in enumerate(found.parts):
+            exact = self._memory.held(portion, machine, exact=True)
             yield RankPlan(
                 machine.name,
                 found.places[rank],
@@ -280,7 +280,7 @@ class _Search:
         """Why these machines together can do nothing."""
         if not Network(self._machines, self._links, places).reached:
             return "the head does not reach it"
-        if isinstance(refused := self._cuts.pieces_of((1,) * len(places)), str):
+        if isinstance(refused := self._cuts.portions_of((1,) * len(places), "columns"), str):
             return refused
         machines = [self._machines[place] for place in places]
         fixed = [self._memory.fixed_bytes(machine, rank == 0) for rank, machine in enumerate(machines)]

@@ -24,7 +24,7 @@ def figures(tokens_per_s: float, first_token_s: float = 2.0) -> Figures:
 
 def choice(ranks: int, machines: int, chosen: Figures, *unused: Unused, **more: Any) -> Choice:
     plans = tuple(RankPlan(f"pi{rank + 1}", rank, 1 / ranks, 1, 0, 0.0) for rank in range(ranks))
-    return Choice("tensor", plans, (), chosen, PROMPTS, machines, unused, **more)
+    return Choice("tensor", plans, (), "columns", chosen, PROMPTS, machines, unused, **more)
 
 
 WIFI = LinkSpeed(0.027, 4e6, "Wi-Fi")
