@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
-import secrets
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,12 +19,12 @@ from pathlib import Path
 
 import zmq
 
+from . import key_files
 from .errors import KeyFileError
 
 Z85_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 ZAP_DOMAIN = b"shoal"
-MAX_KEY_FILE_BYTES = 1 << 20
 
 log = logging.getLogger("shoal.keys")
 
@@ -92,7 +89,7 @@ class KeyRing:
         if not path.exists():
             return {}
         entries: dict[str, str] = {}
-        for number, line in enumerate(_read(path).splitlines(), 1):
+        for number, line in enumerate(key_files.read(path).splitlines(), 1):
             name, _, key = line.strip().partition(" ")
             if not NAME.fullmatch(name) or not Z85_KEY.fullmatch(key.strip()):
                 raise KeyFileError(f"{path}, line {number}: must be a name and a public key")
@@ -122,55 +119,25 @@ class KeyRing:
 
     def _write_authorised(self, entries: dict[str, str]) -> None:
         text = "".join(f"{name} {key}\n" for name, key in entries.items())
-        with self._written(text) as fresh:
+        with key_files.written(self.directory, text) as fresh:
             fresh.replace(self.directory / "authorised")
 
     def _pair(self, path: Path) -> KeyPair:
         if not path.exists():
             public, secret = (half.decode("ascii") for half in zmq.curve_keypair())
             # Unlike a rename, a link fails when another process was first; then that process's key counts.
-            with self._written(f"{public}\n{secret}\n") as fresh, contextlib.suppress(FileExistsError):
+            with (
+                key_files.written(self.directory, f"{public}\n{secret}\n") as fresh,
+                contextlib.suppress(FileExistsError),
+            ):
                 path.hardlink_to(fresh)
-        lines = _read(path).split()
+        lines = key_files.read(path).split()
         if len(lines) != 2:
             raise KeyFileError(f"{path}: must hold a public and a secret key, one a line")
         pair = KeyPair(check_key(lines[0], f"{path}: public key"), check_key(lines[1], f"{path}: secret key"))
         if zmq.curve_public(pair.secret.encode()).decode() != pair.public:
             raise KeyFileError(f"{path}: the public key does not belong to the secret one")
         return pair
-
-    @contextmanager
-    def _written(self, text: str) -> Iterator[Path]:
-        """A new private file that holds `text`; the `with` body moves it into place."""
-        fresh = self.directory / f".new-{secrets.token_hex(8)}"
-        try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            yield fresh
-        except OSError as error:
-            raise KeyFileError(f"cannot write into {self.directory}: {error.strerror}") from error
-        finally:
-            fresh.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> str:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        with os.fdopen(descriptor, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                raise KeyFileError(f"{path}: must be a file")
-            if mode & 0o077:
-                raise KeyFileError(f"{path}: open to other users (mode {mode & 0o777:o}): chmod 600 it")
-            return file.read(MAX_KEY_FILE_BYTES).decode("ascii")
-    except OSError as error:
-        raise KeyFileError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise KeyFileError(f"{path}: must be ASCII text") from error
 
 
 def load_server(directory: Path) -> ServerKeys | None:

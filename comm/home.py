@@ -49,6 +49,16 @@ class Home:
         return self.root / "sessions"
 
     @property
+    def cluster(self) -> Path:
+        """Who this machine is among others: its key, its certificate, and with whom it is paired."""
+        return self.root / "cluster"
+
+    @property
+    def shards(self) -> Path:
+        """Weights that a head sent to this machine."""
+        return self.root / "shards"
+
+    @property
     def kv(self) -> Path:
         """KV pages of conversations, a directory for each model."""
         return self.root / "kv"

@@ -22,7 +22,7 @@ from shoal.kernels.attention_operands import Rotation
 from shoal.kernels.compute_home import carried
 from shoal.models.step import Step
 from shoal.models.transformer import Transformer
-from shoal.offload.block_store import BlockStore
+from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.kv.pool import KvPool
 from shoal.partition.plan import Plan
 from shoal.partition.slicing import Range
@@ -86,6 +86,12 @@ class Executor:
         slots = plan.expert_slots
         self._foreseen = _foreseen(plan)
         self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
+
+    def let_go(self) -> None:
+        """Give the memory of weights and KV back. It runs no step any more."""
+        self.store.close()
+        self.store = ResidentStore({})
+        self.kv.let_go()
 
     @np.errstate(over="ignore", invalid="ignore")  # whoever samples notices infinities and NaN
     def forward(self, step: Step, wanted: StillWanted = lambda share: True) -> Hidden:

@@ -32,6 +32,7 @@ from .gguf_file import open_gguf
 from .hf_dir import open_hf, read_json, shards
 from .identity import Stamps, companions, replaced
 from .tensor_files import StoredTensor, TensorFiles
+from .weight_source import Piece
 
 _SAMPLING = "general.sampling."
 _LONG_LISTS = (
@@ -124,6 +125,9 @@ class Checkpoint:
             tensor.type.matrix_bytes(*shape) if len(shape) == 2 else 4 * shape[0]
             for tensor, _, shape in self._places(block).values()
         )
+
+    def expect(self, pieces: Iterable[Piece]) -> None:
+        """Files are read when they are asked for."""
 
     def read_block(self, block: BlockId) -> Weights:
         """Reads the tensors of a block, quantised ones into bands. Raises CheckpointError."""

@@ -16,6 +16,7 @@ from shoal.partition.slicing import Range, Shard, shard_spec
 from shoal.partition.spec import BlockId, BlockKind, ModelSpec
 
 from .checkpoint import Checkpoint, read_in_turn
+from .weight_source import Piece
 
 # These biases are added to a sum over ranks, so only one rank may add them.
 _SUMMED = frozenset({"o_bias", "down_bias"})
@@ -54,6 +55,14 @@ class CheckpointShard:
             for role, length in self._whole.vector_lengths(block).items()
             if role not in self._without
         }
+
+    def block_bytes(self, block: BlockId) -> int:
+        """What `read_block(block).nbytes` will be, without reading."""
+        matrices = sum(kind.matrix_bytes(rows, cols) for kind, rows, cols in self.matrices(block).values())
+        return matrices + 4 * sum(self.vector_lengths(block).values())
+
+    def expect(self, pieces: Iterable[Piece]) -> None:
+        """Files are read when they are asked for."""
 
     def read_block(self, block: BlockId) -> Weights:
         """Raises CheckpointError."""

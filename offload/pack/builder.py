@@ -9,6 +9,7 @@ build one.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -17,21 +18,34 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import xxhash
 from msgspec.structs import replace
 
-from shoal.kernels import WeightType, dequantize, from_stored
+from shoal.kernels import WeightType
 from shoal.kernels.arrays import Bytes
-from shoal.kernels.quantise import quantise
 from shoal.models.checkpoint.identity import stamped
-from shoal.models.checkpoint.shard import AnyCheckpoint
+from shoal.models.checkpoint.weight_source import Piece, WeightSource
 from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.errors import PackError
 from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.spec import BlockId
 
-from .journal import Journal, noted
-from .layout import head_origin, layout
-from .manifest import BLOCKS, MANIFEST, PAGE_BYTES, PARTIAL, Manifest, PackedBlock, Quant, Source, SourceFile
+from .journal import Journal, note, noted
+from .kept import KeptMatrices
+from .layout import UNKNOWN, head_origin, layout
+from .manifest import (
+    BLOCKS,
+    DAMAGED,
+    MANIFEST,
+    PAGE_BYTES,
+    PARTIAL,
+    Manifest,
+    PackedBlock,
+    Quant,
+    Source,
+    SourceFile,
+    read_manifest,
+)
 from .pack import Pack, joined, open_pack, tensor_bytes, tensor_type
 from .writer import PackFile
 
@@ -40,10 +54,10 @@ SAMPLE_BYTES = 32 << 20  # of each kind of matrix are packed to estimate the spe
 REWRITTEN_BYTES = 4 << 20  # … or this many, where they get fewer bits
 
 
-def source_of(checkpoint: AnyCheckpoint) -> Source:
+def source_of(checkpoint: WeightSource) -> Source:
     """What identifies the files of a checkpoint, as they were when it was opened."""
     files = []
-    for path in _paths(checkpoint):
+    for path in files_of(checkpoint):
         stamp = checkpoint.stamps[path]
         assert stamp is not None  # it was read
         files.append(
@@ -52,7 +66,7 @@ def source_of(checkpoint: AnyCheckpoint) -> Source:
     return Source(str(checkpoint.path.absolute()), files)
 
 
-def _paths(checkpoint: AnyCheckpoint) -> list[Path]:
+def files_of(checkpoint: WeightSource) -> list[Path]:
     """The files that a pack depends on."""
     return [*checkpoint.files, *([checkpoint.path / "config.json"] if checkpoint.kind == "hf" else [])]
 
@@ -66,21 +80,21 @@ class PackBuilder:
 
     def __init__(
         self,
-        checkpoint: AnyCheckpoint,
+        checkpoint: WeightSource,
         quant: Quant = "keep",
         source: Source | None = None,
         part_bytes: int = PART_BYTES,
     ) -> None:
         self._checkpoint = checkpoint
+        self._kept = KeptMatrices(checkpoint, quant)
         self._part_bytes = part_bytes
-        self._stored = np.empty(0, np.uint8)
+        self._part = np.empty(0, np.uint8)
         self.manifest = layout(checkpoint, quant, source or source_of(checkpoint))
         self.nbytes = self.manifest.nbytes
         blocks = self.manifest.blocks
         # A tied embedding is the last block, and its bytes are the head's.
         self._own = blocks[:-1] if checkpoint.spec.tied else blocks
-        slices = (it.tensors["head"].rows for it in blocks if it.block.kind == "head")
-        self._slice_rows = next(slices, 0)  # a shard may have no head
+        self._slice_rows = next((it.tensors["head"].rows for it in blocks if it.block.kind == "head"), 0)
 
     def build(self, directory: Path, progress: BytesDone = unheard) -> Pack:
         """Makes `directory`, which must not exist yet, and opens the pack in it.
@@ -94,7 +108,7 @@ class PackBuilder:
         with Journal(partial, self.manifest) as journal, PackFile(partial / BLOCKS, self.nbytes) as file:
             manifest = self._write(file, journal, progress)
             file.sync()
-        if stamped(_paths(self._checkpoint)).items() - self._checkpoint.stamps.items():
+        if stamped(files_of(self._checkpoint)).items() - self._checkpoint.stamps.items():
             raise PackError(f"{self._checkpoint.path}: was changed while it was packed; pack it again")
         with (partial / MANIFEST).open("wb") as out:
             out.write(msgspec.json.encode(manifest))
@@ -105,6 +119,43 @@ class PackBuilder:
         partial.rename(directory)
         _sync(directory.parent)
         return open_pack(directory)
+
+    def reopen(self, directory: Path) -> bool:
+        """Takes the pack in `directory`, which was found damaged, for an unfinished one. So `build` makes only what is
+        wrong with it anew. False if there is none, or one of other blocks. Raises OSError."""
+        try:
+            found = read_manifest(directory)
+        except PackError:
+            return False
+        draft = self.manifest
+        unknown = replace(
+            found,
+            source=draft.source,
+            vectors=replace(found.vectors, checksum=UNKNOWN),
+            blocks=[replace(item, checksum=UNKNOWN) for item in found.blocks],
+        )
+        if unknown != draft:
+            return False
+        shutil.rmtree(partial_of(directory), ignore_errors=True)
+        note(directory, draft, found.blocks)
+        for name in (MANIFEST, DAMAGED):
+            (directory / name).unlink(missing_ok=True)
+        directory.rename(partial_of(directory))
+        return True
+
+    def checksum(self, block: BlockId | None) -> str:
+        """The checksum that a block of the pack has, or (None) that the vectors have. Reads them and writes nothing.
+        Raises CheckpointError, and PackError when the pack has no such block."""
+        item = next((it for it in self._own if it.block == block), None)
+        if block is not None and item is None:
+            raise PackError(f"the pack has no block {block} of its own")
+        nbytes = item.nbytes if item else self.manifest.vectors.nbytes
+        digest = xxhash.xxh3_64()
+        for part in self._matrices(item) if item else self._vectors():
+            digest.update(np.ascontiguousarray(part).data)
+            nbytes -= len(part)
+        digest.update(bytes(nbytes))
+        return digest.hexdigest()
 
     def left_bytes(self, directory: Path) -> int:
         """Bytes that `build` has yet to write: fewer than `nbytes` if an attempt was cut off. Raises OSError."""
@@ -147,6 +198,8 @@ class PackBuilder:
 
     def _write(self, file: PackFile, journal: Journal, progress: BytesDone) -> Manifest:
         """Writes all blocks. → the manifest with their checksums"""
+        missing = [item for item in self._own if not journal.has(item)]
+        self._checkpoint.expect(self._expected(missing, vectors=True))
         vectors = self.manifest.vectors
         vectors = replace(vectors, checksum=file.write(vectors.offset, vectors.nbytes, self._vectors()))
         blocks: list[PackedBlock] = []
@@ -154,6 +207,9 @@ class PackBuilder:
             progress(item.offset, self.nbytes)
             found = journal.kept(item, file)
             if found is None:
+                if journal.has(item):  # but it was altered since
+                    later = [it for it in missing if it.offset > item.offset]
+                    self._checkpoint.expect(self._expected([item, *later], vectors=False))
                 parts = _told(self._matrices(item), item.offset, self.nbytes, progress)
                 found = file.write(item.offset, item.nbytes, parts)
                 journal.add(item, found)
@@ -193,21 +249,29 @@ class PackBuilder:
 
     def _matrix(self, item: PackedBlock, role: str) -> Iterator[Bytes]:
         """The bytes of one matrix, whole bands of rows at a time."""
+        kind, cols = tensor_type(item.tensors[role]), item.tensors[role].cols
+        for block, own, start, stop in self._pieces(item, role):
+            nbytes = kind.matrix_bytes(stop - start, cols)
+            if nbytes > len(self._part):
+                self._part = np.empty(nbytes, np.uint8)
+            yield self._kept.read_rows(block, own, start, stop, self._part[:nbytes]).data
+
+    def _pieces(self, item: PackedBlock, role: str) -> Iterator[Piece]:
+        """What is read for one matrix, in order: whole bands of rows."""
         tensor, stored = item.tensors[role], self._stored_type(item, role)
-        kind, cols = tensor_type(tensor), tensor.cols
-        block, role, first_row = self._origin(item, role)
-        row_bytes = stored.row_bytes(cols) if stored is kind else 4 * cols
+        block, own, first = self._origin(item, role)
+        row_bytes = stored.row_bytes(tensor.cols) if stored is tensor_type(tensor) else 4 * tensor.cols
         step = max(1, self._part_bytes // row_bytes // BAND_ROWS) * BAND_ROWS
         for start in range(0, tensor.rows, step):
-            rows = min(step, tensor.rows - start)
-            nbytes = stored.matrix_bytes(rows, cols)
-            if nbytes > len(self._stored):
-                self._stored = np.empty(nbytes, np.uint8)
-            first = first_row + start
-            matrix = self._checkpoint.read_rows(block, role, first, first + rows, self._stored[:nbytes])
-            if stored is not kind:
-                matrix = from_stored(kind, rows, cols, quantise(kind, dequantize(matrix)))
-            yield matrix.data
+            yield Piece(block, own, first + start, first + min(start + step, tensor.rows))
+
+    def _expected(self, items: Iterable[PackedBlock], vectors: bool) -> Iterator[Piece]:
+        """What is read for these blocks, in order, and before them for all vectors."""
+        for block, places in self.manifest.vectors.blocks if vectors else ():
+            yield from (Piece(block, role, 0, length) for role, (_, length) in places.items())
+        for item in items:
+            for role in item.tensors:
+                yield from self._pieces(item, role)
 
 
 def partial_of(directory: Path) -> Path:

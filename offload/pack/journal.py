@@ -6,6 +6,7 @@ on the disk before the next one. The journal does not know what is in a block.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -25,6 +26,12 @@ def noted(partial: Path, manifest: Manifest) -> dict[str, str] | None:
     return {name: found for name, _, found in (line.partition(" ") for line in lines)}
 
 
+def note(directory: Path, manifest: Manifest, blocks: Iterable[PackedBlock]) -> None:
+    """Makes it look as if an attempt at `manifest` had written these blocks, with the checksums that they have."""
+    (directory / DRAFT).write_bytes(msgspec.json.encode(manifest))
+    (directory / JOURNAL).write_text("".join(_line(item, item.checksum) for item in blocks))
+
+
 class Journal:
     """The journal of the pack `manifest` in the directory `partial`. The remains of another pack there are removed."""
 
@@ -38,6 +45,10 @@ class Journal:
             draft.write_bytes(msgspec.json.encode(manifest))
         self._file = journal.open("a", buffering=1)
 
+    def has(self, item: PackedBlock) -> bool:
+        """Whether an earlier attempt wrote the block. It may have been altered since."""
+        return str(item.block) in self._written
+
     def kept(self, item: PackedBlock, file: PackFile) -> str | None:
         """The checksum of a block that an earlier attempt wrote, if the file still has its bytes."""
         written = self._written.get(str(item.block))
@@ -45,7 +56,7 @@ class Journal:
         return written if intact else None
 
     def add(self, item: PackedBlock, checksum: str) -> None:
-        self._file.write(f"{item.block} {checksum}\n")
+        self._file.write(_line(item, checksum))
 
     def remove(self) -> None:
         """Removes the journal, once the pack is whole."""
@@ -57,3 +68,7 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _line(item: PackedBlock, checksum: str) -> str:
+    return f"{item.block} {checksum}\n"

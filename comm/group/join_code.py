@@ -1,0 +1,98 @@
+"""Join codes: 65 random bits as 13 characters, each good for one node and for ten minutes; kept in memory only.
+
+Knows how a code is written, and when one counts. Does not know how a node proves that it has one (`pairing.py`).
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .errors import PairingRefused
+
+ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
+CODE_CHARACTERS = 13
+CODE_S = 600.0
+MAX_CODES = 16  # good ones, or ones that are remembered to say what became of them
+TRIES_S, TRIES, TRIES_BY_ONE = 60.0, 60, 6  # failed ones: within so many seconds, of all addresses and of one
+
+T = TypeVar("T")
+
+
+def new_code() -> str:
+    """A fresh code, as it is shown: `7K3M-Q9TX-2BD4F`."""
+    bits = secrets.randbits(5 * CODE_CHARACTERS)
+    text = "".join(ALPHABET[bits >> 5 * place & 31] for place in range(CODE_CHARACTERS))
+    return f"{text[:4]}-{text[4:8]}-{text[8:]}"
+
+
+def read_code(text: str) -> str:
+    """The 13 characters in what somebody typed: capital or not, grouped in any way, O for 0, I and L for 1.
+
+    PairingRefused `code` if they are not 13, or if one of them is in no code.
+    """
+    plain = re.sub(r"[\s_.\-‐‑‒–—]+", "", text[:200]).upper().translate(str.maketrans("OIL", "011"))
+    if strange := sorted(set(plain) - set(ALPHABET)):
+        raise PairingRefused("code", f"code: has {strange[0]!r}, which is in no join code")
+    if len(plain) != CODE_CHARACTERS:
+        raise PairingRefused("code", f"code of {len(plain)} characters: must be {CODE_CHARACTERS}")
+    return plain
+
+
+@dataclass
+class _Issued:
+    code: str
+    until: float
+    used: bool = False
+
+
+class Codes:
+    """The codes that this node gave out lately. All methods may be called from any thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._issued: deque[_Issued] = deque(maxlen=MAX_CODES)
+        self._failed: deque[tuple[float, str]] = deque(maxlen=TRIES)
+
+    def new(self) -> str:
+        """A fresh code, as it is shown. Of more than 16 the oldest no longer counts."""
+        code = new_code()
+        with self._lock:
+            self._issued.append(_Issued(read_code(code), self._clock() + CODE_S))
+        return code
+
+    def redeem(self, tried_by: str, proven: Callable[[str], bool], store: Callable[[], T]) -> T:
+        """Use up the code that is `proven`, once `store` has returned; what that returned.
+
+        PairingRefused `code`, `used`, `expired`, or `often` if too many tries failed lately; they cost no code.
+        `tried_by` is the address that tries. All codes are tried, so the time says nothing of which one it was.
+        """
+        with self._lock:
+            self._check_rate(tried_by)
+            found = [issued for issued in self._issued if proven(issued.code)]
+            try:
+                if not found:
+                    raise PairingRefused("code", "no such join code")
+                if found[0].used:
+                    raise PairingRefused("used", "this join code was used already")
+                if self._clock() >= found[0].until:
+                    raise PairingRefused("expired", "this join code has expired")
+            except PairingRefused:
+                self._failed.append((self._clock(), tried_by))
+                raise
+            stored = store()
+            found[0].used = True
+            return stored
+
+    def _check_rate(self, tried_by: str) -> None:
+        since = self._clock() - TRIES_S
+        lately = [address for at, address in self._failed if at > since]
+        if len(lately) >= TRIES or lately.count(tried_by) >= TRIES_BY_ONE:
+            raise PairingRefused("often", "too many tries with wrong join codes")

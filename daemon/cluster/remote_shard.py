@@ -1,0 +1,143 @@
+"""A worker's shard of a checkpoint that another machine has. It reads like a shard of one's own.
+
+Whatever is read in the order that `expect` was told, or within one call, travels ahead of the reader. Matrices have
+the types that the head keeps, so nothing is rounded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+from msgspec import Struct
+
+from shoal.comm.group.channel import Channel
+from shoal.daemon.errors import DaemonError
+from shoal.kernels import Matrix, WeightType
+from shoal.kernels.arrays import Bytes, Floats
+from shoal.kernels.huge_pages import Arena
+from shoal.models.checkpoint.checkpoint import read_in_turn
+from shoal.models.checkpoint.identity import Stamps
+from shoal.models.checkpoint.weight_source import Piece
+from shoal.models.weights import Weights
+from shoal.offload.pack.manifest import KERNEL_LAYOUT, PACK_FORMAT
+from shoal.partition.slicing import Shard
+from shoal.partition.spec import BlockId
+
+from .piece_stream import PieceStream
+from .shard_facts import ShardFacts
+from .weight_messages import (
+    ANSWER_BYTES,
+    ANSWER_S,
+    DESCRIPTION_BYTES,
+    BlockChecksum,
+    Describe,
+    Description,
+    Refused,
+    WantChecksum,
+)
+
+T = TypeVar("T", bound=Struct)
+
+
+class RemoteShard:
+    """See `WeightSource`. One thread reads at a time. `close` it when everything is read.
+
+    What is read raises ChannelError where a channel fails, and DaemonError where the head refuses.
+    """
+
+    kind: Literal["gguf"] = "gguf"
+    files: tuple[Path, ...] = ()
+
+    def __init__(self, channels: Sequence[Channel]) -> None:
+        """Asks the head what the shard is. Raises ChannelError, and DaemonError if that cannot be."""
+        self._channels = channels
+        asked = Describe(PACK_FORMAT, KERNEL_LAYOUT)
+        self.facts = facts = ShardFacts(self._ask(asked, Description, DESCRIPTION_BYTES))
+        self.spec, self.name, self.path = facts.spec, facts.name, Path(facts.name)
+        self.shard: Literal["whole"] | Shard = facts.shard
+        self.stamps: Stamps = {}
+        self._stream: PieceStream | None = None
+        self._memory = Arena()
+
+    def close(self) -> None:
+        """Ends the reading. Idempotent."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def bypass_cache(self) -> None:
+        """Nothing of it is in this machine's page cache."""
+
+    def matrices(self, block: BlockId) -> dict[str, tuple[WeightType, int, int]]:
+        return self.facts.matrices(block)
+
+    def vector_lengths(self, block: BlockId) -> dict[str, int]:
+        return self.facts.vector_lengths(block)
+
+    def expect(self, pieces: Iterable[Piece]) -> None:
+        self._ahead(pieces)
+
+    def _ahead(self, pieces: Iterable[Piece]) -> PieceStream:
+        if self._stream is None:
+            self._stream = PieceStream(self._channels, self.facts.content, self.facts.piece_bytes)
+        self._stream.expect(small for piece in pieces for small in self.facts.cut(piece))
+        return self._stream
+
+    def read_rows(
+        self, block: BlockId, role: str, start: int, stop: int, into: Bytes | None = None
+    ) -> Matrix:
+        kind, _, cols = self.facts.matrices(block)[role]
+        nbytes = kind.matrix_bytes(stop - start, cols)
+        memory = self._memory.take(nbytes) if into is None else into
+        self._fill(Piece(block, role, start, stop), memory)
+        return Matrix(kind, memory, stop - start, cols)
+
+    def read_vectors(self, block: BlockId) -> dict[str, Floats]:
+        found = {role: np.empty(length, np.float32) for role, length in self.vector_lengths(block).items()}
+        for role, vector in found.items():
+            self._fill(Piece(block, role, 0, len(vector)), vector.view(np.uint8))
+        return found
+
+    def read_block(self, block: BlockId) -> Weights:
+        matrices = {
+            role: self.read_rows(block, role, 0, rows) for role, (_, rows, _) in self.matrices(block).items()
+        }
+        return Weights(matrices, self.read_vectors(block))
+
+    def read_blocks(self, blocks: Iterable[BlockId]) -> Generator[tuple[BlockId, Weights], None, None]:
+        order = list(blocks)
+        self.expect(piece for block in order for piece in self._pieces(block))
+        return read_in_turn(self.read_block, order, self.spec.tied)
+
+    def checksum(self, block: BlockId | None) -> str:
+        """What the head says is the checksum of a packed block, or (None) of all vectors; not to be called while
+        something is expected."""
+        assert self._stream is None
+        return self._ask(WantChecksum(self.facts.content, block), BlockChecksum, ANSWER_BYTES).checksum
+
+    def _ask(self, question: Struct, type: type[T], limit_bytes: int) -> T:
+        channel = self._channels[0]
+        channel.send_message(question)
+        answer: T | Refused = channel.receive_message(type | Refused, ANSWER_S, limit_bytes)
+        if isinstance(answer, Refused):
+            raise DaemonError(answer.code, f"the head cannot send its model: {answer.reason}")
+        return answer
+
+    def _pieces(self, block: BlockId) -> Iterable[Piece]:
+        """In the order in which `read_block` reads them."""
+        yield from (Piece(block, role, 0, rows) for role, (_, rows, _) in self.matrices(block).items())
+        yield from (Piece(block, role, 0, length) for role, length in self.vector_lengths(block).items())
+
+    def _fill(self, piece: Piece, memory: Bytes) -> None:
+        small = list(self.facts.cut(piece))
+        stream = self._stream
+        if stream is None or not stream.expects(small[0]):
+            stream = self._ahead([piece])
+        at = 0
+        for part in small:
+            nbytes = self.facts.piece_bytes(part)
+            stream.take(part, memory[at : at + nbytes])
+            at += nbytes

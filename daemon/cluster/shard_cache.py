@@ -1,0 +1,167 @@
+"""The packs of shards that this machine keeps for others' models: bounded, the least recently used go first.
+
+    shards/STEM.FORM.KEY/             always complete
+    shards/STEM.FORM.KEY.partial/     being fetched, or left by an attempt that was cut off
+    shards/.locks/STEM.FORM.KEY       held shared while the pack is used, alone while it is made or removed
+
+FORM names all that decides about a shard's bytes except the model's files, and KEY the files. Knows names, sizes and
+locks. Does not know where bytes come from.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.private_files import private_dir
+from shoal.daemon.sizes import format_bytes
+from shoal.offload.errors import PackError
+from shoal.offload.pack.builder import partial_of
+from shoal.offload.pack.manifest import DAMAGED, PARTIAL
+from shoal.offload.pack.pack import Pack, open_pack
+
+from .shard_facts import ShardFacts
+
+FREE_SHARE = 4  # the cache takes at most one part in so many of what is free without it
+STEM_CHARS = 40
+
+
+class ShardLock:
+    """A claim on one place in the cache, until `release`; the system releases it when the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self._file = path.open("w")
+
+    def share(self) -> None:
+        """From now on nobody removes it. Raises DaemonError `busy` while somebody makes or removes it."""
+        self._claim(fcntl.LOCK_SH)
+
+    def exclude(self) -> None:
+        """From now on nobody else uses it. Raises DaemonError `busy` while somebody does."""
+        self._claim(fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        """Idempotent."""
+        self._file.close()
+
+    def _claim(self, kind: int) -> None:
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DaemonError(
+                "busy", f"another process fetches, uses or removes {self.name}", "try again when it is done"
+            ) from error
+
+
+class CachedShard(NamedTuple):
+    """One place in the cache. `used_ns`: when it was last taken."""
+
+    directory: Path
+    nbytes: int  # on the disk
+    used_ns: int
+    complete: bool
+
+
+class ShardCache:
+    """The packs of shards below `root`. Several processes may use it at once. limit_bytes: of all together; None is a
+    quarter of what the disk has free without them."""
+
+    def __init__(self, root: Path, limit_bytes: int | None = None) -> None:
+        self.root = root
+        self._limit_bytes = limit_bytes
+
+    def list(self) -> tuple[CachedShard, ...]:
+        """What there is, the least recently used first."""
+        found = []
+        with suppress(FileNotFoundError):
+            for path in self.root.iterdir():
+                with suppress(OSError):  # another process has just removed it
+                    if path.is_dir() and path.name[0] != ".":
+                        complete = not path.name.endswith(PARTIAL)
+                        found.append(CachedShard(path, _disk_bytes(path), path.stat().st_mtime_ns, complete))
+        return tuple(sorted(found, key=lambda shard: shard.used_ns))
+
+    def place(self, facts: ShardFacts) -> Path:
+        """Where the pack of a shard is, or would be."""
+        stem = "".join(letter if letter.isalnum() else "-" for letter in facts.name[:STEM_CHARS])
+        return private_dir(self.root) / f"{stem}.{facts.content}"
+
+    def relatives(self, facts: ShardFacts) -> Iterator[Path]:
+        """Packs that differ from the shard's in nothing but the files that they were made of, latest first."""
+        for shard in reversed(self.list()):
+            if shard.complete and shard.directory.name.split(".")[-2:-1] == [facts.form]:
+                yield shard.directory
+
+    def lock(self, place: Path) -> ShardLock:
+        """A lock on a place, not yet claimed."""
+        return ShardLock(private_dir(self.root / ".locks") / place.name.removesuffix(PARTIAL))
+
+    def find(self, place: Path, facts: ShardFacts) -> Pack | None:
+        """The pack there, from now on the most recently used; None if there is none or it is damaged."""
+        with suppress(PackError):
+            if not (place / DAMAGED).exists():
+                pack = open_pack(place)
+                if pack.manifest.is_of(facts.shard):
+                    pack.require(facts.spec)
+                    os.utime(place)
+                    return pack
+        return None
+
+    def make_room(self, place: Path, nbytes: int) -> str:
+        """Removes what was not used for longest and is not in use, until `nbytes` fit at `place`. → why they do not (and
+        nothing was removed), or "". Raises OSError."""
+        for trash in self.root.glob(".*.removed"):
+            shutil.rmtree(trash, ignore_errors=True)
+        shards = self.list()
+        mine = sum(it.nbytes for it in shards if it.directory in (place, partial_of(place)))
+        others = [it for it in shards if it.directory not in (place, partial_of(place))]
+        free = shutil.disk_usage(self.root).free
+        held = sum(it.nbytes for it in others)
+        limit = self._limit_bytes
+        if limit is None:
+            limit = (free + mine + held) // FREE_SHARE
+        if nbytes > limit:
+            return f"the cache of shards may hold {format_bytes(limit)}, and it takes {format_bytes(nbytes)}"
+        excess = max(held + nbytes - limit, nbytes - mine - free)
+        going: list[tuple[ShardLock, Path]] = []
+        try:
+            for shard in others:
+                lock = self.lock(shard.directory)
+                if excess > 0:
+                    with suppress(DaemonError):
+                        lock.exclude()
+                        going.append((lock, shard.directory))
+                        excess -= shard.nbytes
+                        continue
+                lock.release()
+            if excess > 0:
+                return (
+                    f"it takes {format_bytes(nbytes)}, the disk of {self.root} has {format_bytes(free)} free, and the "
+                    "cache of shards has not enough that is not in use"
+                )
+            for _, directory in going:
+                self.discard(directory)
+        finally:
+            for lock, _ in going:
+                lock.release()
+        return ""
+
+    def discard(self, directory: Path) -> None:
+        """Removes a pack or what an attempt has left, in one step for other processes. The caller holds its lock
+        alone. Raises OSError."""
+        trash = directory.with_name(f".{directory.name}.removed")
+        shutil.rmtree(trash, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            directory.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _disk_bytes(directory: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in directory.iterdir() if file.is_file())

@@ -1,0 +1,162 @@
+"""Fetching a worker's shard: the cache's pack of it, made from what the head sends; or its weights alone, where no disk
+has room for a pack.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from shoal.comm.group.channel import Channel
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.transfer import FULL_DISK
+from shoal.daemon.memory import available_bytes
+from shoal.daemon.sizes import format_bytes
+from shoal.offload.block_store import BlockReader
+from shoal.offload.bytes_done import BytesDone, unheard
+from shoal.offload.errors import PackError
+from shoal.offload.pack.builder import PackBuilder, partial_of
+from shoal.offload.pack.manifest import Manifest, Source, read_manifest
+from shoal.offload.pack.pack import Pack
+from shoal.offload.window.pinned import PackReader
+
+from .remote_shard import RemoteShard
+from .shard_cache import ShardCache, ShardLock
+
+PART_BYTES = 4 << 20  # that are put into the pack at a time
+NO_ROOM = FULL_DISK | {errno.EFBIG}  # a file system, or a limit of this process, may bound a single file
+
+log = logging.getLogger("shoal.cluster")
+
+
+class ShardWeights:
+    """A worker's weights. `close` it when they are loaded or not used any more.
+
+    spec: of the smaller model.  pack: on this machine's disk; None if they have to be loaded from the head each time,
+    and then `warning` says why.  reader: what a resident store loads from.
+    """
+
+    def __init__(self, remote: RemoteShard, pack: Pack | None, lock: ShardLock, warning: str = "") -> None:
+        self.spec, self.shard = remote.spec, remote.facts.shard
+        self.pack = pack
+        self.warning = warning
+        self.reader: BlockReader = PackReader(pack) if pack else remote
+        self._remote = remote
+        self._lock = lock
+
+    def close(self) -> None:
+        """From now on the pack may be removed from the cache. Idempotent."""
+        self._remote.close()
+        self._lock.release()
+
+    def __enter__(self) -> ShardWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def fetch_shard(
+    channels: Sequence[Channel],
+    cache: ShardCache,
+    progress: BytesDone = unheard,
+    memory_bytes: int | None = None,
+) -> ShardWeights:
+    """The weights of the shard that the head serves on `channels`, of which the cache then has a pack. What an earlier
+    attempt has left of it, or the same weights under another name at the head, is not sent again.
+
+    memory_bytes: what the weights may take, if the disk has no room; None = what is available.
+    Raises GroupError when the channels fail: they are closed then, and the next attempt goes on. Raises DaemonError:
+    `resources` when neither disk nor memory have room, `busy` while another process fetches the same, and what the
+    head refuses with.
+    """
+    remote = RemoteShard(channels)
+    lock: ShardLock | None = None
+    try:
+        place = cache.place(remote.facts)
+        lock = cache.lock(place)
+        lock.share()
+        pack = cache.find(place, remote.facts)
+        refusal = ""
+        if pack is None:
+            lock.exclude()
+            pack, refusal = _made(remote, cache, place, progress)
+            lock.share()
+            if pack and not pack.path.exists():
+                raise DaemonError("busy", f"another process has just removed {place}", "try again")
+        if pack is None:
+            refusal = _require_memory(remote, refusal, memory_bytes)
+            log.warning("%s", refusal)
+        return ShardWeights(remote, pack, lock, refusal)
+    except BaseException:
+        remote.close()
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _made(
+    remote: RemoteShard, cache: ShardCache, place: Path, progress: BytesDone
+) -> tuple[Pack | None, str]:
+    """Finds or fetches the pack at `place`, whose lock is held alone. → it; or None, and why there is no room for it"""
+    facts = remote.facts
+    if (pack := cache.find(place, facts) or _adopted(remote, cache, place, progress)) is not None:
+        return pack, ""
+    builder = PackBuilder(remote, "keep", Source(remote.name, [], facts.content), PART_BYTES)
+    try:
+        if not builder.reopen(place):
+            cache.discard(place)
+        if refusal := cache.make_room(place, builder.nbytes):
+            return None, refusal
+        return builder.build(place, progress), ""
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise DaemonError("internal", f"{error.filename or place}: {error.strerror or error}") from error
+        with suppress(OSError):
+            cache.discard(partial_of(place))
+        return None, f"{place.parent}: {error.strerror}"
+
+
+def _adopted(remote: RemoteShard, cache: ShardCache, place: Path, progress: BytesDone) -> Pack | None:
+    """A pack that was fetched when the head's files had another name or time, if it has the same weights. It becomes
+    the one at `place`. The head reads its files to compare; weights are not sent."""
+    for found in cache.relatives(remote.facts):
+        lock = cache.lock(found)
+        try:
+            with suppress(DaemonError, PackError, OSError):  # in use, or damaged
+                lock.exclude()
+                manifest = read_manifest(found)
+                if _same(remote, manifest, progress):
+                    cache.discard(place)
+                    found.rename(place)
+                    return cache.find(place, remote.facts)
+        finally:
+            lock.release()
+    return None
+
+
+def _same(remote: RemoteShard, manifest: Manifest, progress: BytesDone) -> bool:
+    """Whether the head has the weights of which `manifest` is."""
+    if remote.checksum(None) != manifest.vectors.checksum:
+        return False
+    for item in manifest.blocks[:-1] if remote.spec.tied else manifest.blocks:
+        progress(item.offset, manifest.nbytes)
+        if remote.checksum(item.block) != item.checksum:
+            return False
+    return True
+
+
+def _require_memory(remote: RemoteShard, refusal: str, memory_bytes: int | None) -> str:
+    """A warning that the weights are only kept in memory. Raises DaemonError if there is not enough of it."""
+    needed, there = remote.facts.nbytes, available_bytes() if memory_bytes is None else memory_bytes
+    what = f"{remote.name}: shard {remote.shard} cannot be kept on this machine's disk: {refusal}"
+    if needed > there:
+        raise DaemonError(
+            "resources",
+            f"{what}; in memory it takes {format_bytes(needed)}, and {format_bytes(there)} are left",
+            "free some space on the disk",
+        )
+    return f"{what}; it is loaded from the head each time"
