@@ -19,17 +19,17 @@ from typing import NamedTuple
 from .hardware_guesses import STEP_S
 from .machines import Machine, Workload
 from .plan import Wanted
-from .rank_sizes import Held, Piece, Sizes, Work
+from .rank_sizes import Held, Operations, Portion, Sizes
 from .sum_cost import Means, Network
 
 PROMPTS = (512, 4000)  # tokens of prompts whose first token nobody should wait longer for
 
 
-class Part(NamedTuple):
-    """One rank: its machine, its piece of the model, and how it holds it."""
+class Placement(NamedTuple):
+    """One rank: its machine, its portion of the model, and how it holds it."""
 
     machine: Machine
-    piece: Piece
+    portion: Portion
     held: Held
 
 
@@ -63,40 +63,47 @@ class Cost:
     def __init__(self, wanted: Wanted, sizes: Sizes, workload: Workload) -> None:
         spec = wanted.spec
         self._wanted, self._sizes, self._workload = wanted, sizes, workload
-        self._work = Work.of(spec, wanted.kv_type)
+        self._work = Operations.of(spec, wanted.kv_type)
         self._windows = Counter(layer.window for layer in spec.layers)
         longest = max(1, wanted.context_tokens - 1)
-        self.prompts = tuple(min(tokens, longest) for tokens in (workload.prompt_tokens, *PROMPTS))
+        prompts = (min(tokens, longest) for tokens in (workload.prompt_tokens, *PROMPTS))
+        self.prompts = tuple(dict.fromkeys(prompts))
 
-    def tensor(self, parts: Sequence[Part], network: Network, means: Sequence[Means]) -> Figures:
-        """Every layer is divided among these ranks. `means`: how several ranks may make sums."""
+    def tensor(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> Figures:
+        """Every layer is divided among these ranks. `means`: how several ranks can make sums."""
         chunk = self._chunk(parts)
         return self._divided(
             network, means, chunk, lambda rows, context: self._compute_s(parts, rows, context)
         )
 
-    def bound(self, machines: Sequence[Machine], network: Network, means: Sequence[Means]) -> Figures:
+    def bound(
+        self, machines: Sequence[Machine], network: Network, means: Sequence[Means], *, layered: bool = False
+    ) -> Figures:
         """No group of exactly these machines takes less, whatever their shares: as if their memory, processors and
-        disks were one machine's, and prompts were read in one step. Only the head computes the last of it."""
+        disks were one machine's, and prompts were read in one step. Only the head computes the last of it. `layered`:
+        the layers are divided among them, so that nothing is added, but a token has to wait for one after the other."""
         memory = sum(machine.memory_bytes for machine in machines)
+        paces = [machine.memory_bytes_per_s for machine in machines]
         together = Machine(
             "all of them",
             memory,
-            sum(machine.memory_bytes_per_s for machine in machines),
+            max(paces) if layered else sum(paces),
             sum(machine.flops for machine in machines),
             sum(machine.disk_bytes_per_s for machine in machines),
         )
         beyond = max(0, self._sizes.cut + self._sizes.head - memory)
-        streamed = beyond if not self._sizes.experts else max(0, beyond - self._sizes.experts)
-        part = Part(together, Piece.even(self._wanted.spec, 1.0), Held(0, streamed, 0.0, max(self.prompts)))
+        streamed = max(0, beyond - self._sizes.experts)
+        part = Placement(
+            together, Portion.even(self._wanted.spec, 1.0), Held(0, streamed, 0.0, max(self.prompts))
+        )
         return self._divided(
             network,
-            means,
+            () if layered else means,
             max(self.prompts),
             lambda rows, context: self._compute_s([part], rows, context, machines[0]),
         )
 
-    def pipeline(self, parts: Sequence[Part], network: Network) -> Figures | None:
+    def pipeline(self, parts: Sequence[Placement], network: Network) -> Figures | None:
         """The layers are divided among these ranks, one after the other; None if they cannot reach each other. The
         chunks of a prompt follow each other through the ranks."""
         ranks, width = len(parts), 4 * self._wanted.spec.hidden
@@ -120,7 +127,7 @@ class Cost:
             chains, disk = stages(rows, context)
             return max(*chains, disk)
 
-        return self._figures(self._chunk(parts), step_s, next_s, None, None)
+        return self._figures(self._chunk(parts), step_s, next_s)
 
     def _divided(
         self,
@@ -138,7 +145,7 @@ class Cost:
 
         return self._figures(chunk, step_s, step_s, decode, prompt)
 
-    def _chunk(self, parts: Sequence[Part]) -> int:
+    def _chunk(self, parts: Sequence[Placement]) -> int:
         """Tokens of a prompt in one step. Steps get longer where weights stream, as far as everybody's memory goes."""
         if not any(part.held.streams for part in parts):
             return self._wanted.chunk_tokens
@@ -149,8 +156,8 @@ class Cost:
         chunk: int,
         step_s: Callable[[int, float], float],
         next_s: Callable[[int, float], float],
-        decode: Means | None,
-        prompt: Means | None,
+        decode: Means | None = None,
+        prompt: Means | None = None,
     ) -> Figures:
         """`next_s`: what a step takes that follows another one of its prompt."""
 
@@ -158,7 +165,9 @@ class Cost:
             whole, rest = divmod(tokens, chunk)
             steps = [(chunk, whole, whole * chunk / 2), (rest, 1 if rest else 0, whole * chunk + rest / 2)]
             (rows, count, context), *others = [step for step in steps if step[1]]
-            seconds = step_s(rows, context) + (count - 1) * next_s(rows, context)
+            seconds = step_s(rows, context)
+            if count > 1:
+                seconds += (count - 1) * next_s(rows, context)
             return seconds + sum(count * next_s(rows, context) for rows, count, context in others)
 
         workload = self._workload
@@ -168,29 +177,28 @@ class Cost:
         return Figures(token_s, (usual, *others), total_s, decode, prompt, chunk)
 
     def _compute_s(
-        self, parts: Sequence[Part], rows: int, context: float, head: Machine | None = None
+        self, parts: Sequence[Placement], rows: int, context: float, head: Machine | None = None
     ) -> tuple[float, float]:
         """(seconds of computing `rows` tokens that attend to `context` others, of the slowest disk)"""
         sizes, work, moe = self._sizes, self._work, self._wanted.spec.moe
         attended = sum(count * min(context, window or context) for window, count in self._windows.items())
         touched, crowd = 1.0, 1.0
-        whole_experts = moe is not None and any(part.held.missing_experts for part in parts)
         if moe:
             touched = 1 - (1 - moe.active / moe.experts) ** rows
-            if whole_experts and rows == 1:
+            if parts[0].portion.whole_experts and rows == 1:
                 crowd = crowding(moe.experts, moe.active, min(len(parts), moe.experts))
         attn_s = ffn_s = disk_s = head_s = 0.0
-        for machine, piece, held in parts:
+        for machine, portion, held in parts:
             pace, flops = machine.memory_bytes_per_s, machine.flops
-            experts = crowd * piece.experts if whole_experts else piece.expert_columns
-            nbytes = sizes.attn_of(piece) + work.kv_bytes * attended * piece.kv_heads
-            count = (work.queries + work.scores * attended) * piece.heads + work.keys * piece.kv_heads
+            experts = crowd * portion.experts
+            nbytes = sizes.attn_of(portion) + work.kv_bytes * attended * portion.kv_heads
+            count = (work.queries + work.scores * attended) * portion.heads + work.keys * portion.kv_heads
             attn_s = max(attn_s, nbytes / pace, rows * count / flops)
             expert_bytes = sizes.experts * experts * touched
-            nbytes = sizes.ffn_of(piece) + expert_bytes
+            nbytes = sizes.ffn_of(portion) + expert_bytes
             count = (
-                work.ffn * piece.ffn
-                + work.shared_ffn * piece.shared_ffn
+                work.ffn * portion.ffn
+                + work.shared_ffn * portion.shared_ffn
                 + work.routers
                 + work.experts * experts
             )
@@ -198,7 +206,7 @@ class Cost:
             if held.streams:
                 streamed = held.streamed_bytes + expert_bytes * held.missing_experts
                 disk_s = max(disk_s, streamed / max(machine.disk_bytes_per_s, 1.0))
-            if piece.first:
+            if portion.first:
                 own = head or machine
                 head_s = max(sizes.head / own.memory_bytes_per_s, work.head / own.flops)
         return attn_s + ffn_s + head_s, disk_s
@@ -221,7 +229,9 @@ class Cost:
         if network.ranks == 1:
             return None
         possible = (item for item in means if network.can(item.topology))
-        return min(possible, key=lambda item: self._sums_s(network, item, rows))
+        return min(
+            possible, key=lambda item: network.sum_s(item, rows, self._wanted.spec.hidden), default=None
+        )
 
 
 @cache
