@@ -59,11 +59,6 @@ class Home:
         return self.root / "cluster"
 
     @property
-    def shards(self) -> Path:
-        """Weights that a head sent to this machine."""
-        return self.root / "shards"
-
-    @property
     def kv(self) -> Path:
         """KV pages of conversations, a directory for each model."""
         return self.root / "kv"

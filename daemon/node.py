@@ -38,6 +38,7 @@ from shoal.daemon.loading.grouping import Grouping
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.loading.loaded_models import LoadedModels, unloaded
 from shoal.daemon.loading.loader import Loader
+from shoal.daemon.loading.regrouping import Regrouping
 from shoal.engine.errors import RankLost
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
@@ -52,7 +53,6 @@ from .long_requests import LongRequests, tokenized
 from .memory import budget_of, peak_memory_bytes, resident_bytes, return_freed
 from .model_name import Reference
 from .progress import Progress, no_progress
-from .regrouping import Regrouping
 from .request import answer_of, prompt_of, sequence_of
 from .underway import Underway
 

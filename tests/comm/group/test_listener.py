@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from fakes.nodes import Machine, footprint, paired, tls
+from fakes.group.nodes import Machine, footprint, paired, tls
 
 from shoal.comm.errors import AddressError, KeyFileError
 from shoal.comm.group.channel import Channel

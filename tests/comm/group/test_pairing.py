@@ -9,7 +9,7 @@ import time
 
 import msgspec
 import pytest
-from fakes.nodes import Machine, relay, tls
+from fakes.group.nodes import Machine, relay, tls
 
 from shoal.comm.errors import KeyFileError
 from shoal.comm.group.channel import Channel, channel_pair
