@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shoal.comm.messages import Stage
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress
@@ -23,7 +24,6 @@ from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
 from .loaded_model import LoadedModel
 from .loaded_models import LoadedModels
 from .planning import least_bytes
-from .refusal import refusing
 from .runnable import check_vocabulary
 
 MOTIONLESS_S = 300.0  # without coming further, a load counts as stuck

@@ -29,7 +29,7 @@ from shoal.partition.spec import BlockId, BlockKind
 
 from .foreign import check_directory, check_file, check_gguf
 from .gguf_file import open_gguf
-from .hf_dir import open_hf, read_json, shards
+from .hf_dir import open_hf, read_json
 from .identity import Stamps, companions, replaced
 from .tensor_files import StoredTensor, TensorFiles
 
@@ -305,10 +305,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint, each with one line that says what and where.
     """
     path = Path(path)
-    check_place(path)
-    files = open_hf(path) if path.is_dir() else open_gguf(path)
+    if is_directory := path.is_dir():
+        check_directory(path)
+        files = open_hf(path)
+    else:
+        check_file(path)
+        files = open_gguf(path)
     try:
-        if path.is_dir():
+        if is_directory:
             recipe = recipe_from_hf(files.metadata, str(path / "config.json"), files.names, files.same)
             return Checkpoint(path, "hf", files, recipe)
         check_gguf(path, files.metadata, files.tensors)
@@ -316,15 +320,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except BaseException:
         files.close()
         raise
-
-
-def check_place(path: Path) -> None:
-    """Raises as `open_checkpoint` where a look from outside shows that no checkpoint is there."""
-    if path.is_dir():
-        check_directory(path)
-        shards(path)
-    else:
-        check_file(path)
 
 
 def read_in_turn(
