@@ -33,6 +33,7 @@ from shoal.cli.options import (
 )
 from shoal.cli.output import note, spinner, stage_text
 from shoal.cli.paint import Painter
+from shoal.cli.standard_output import OutputFailed
 from shoal.cli.store import asks, reference_or_fetch
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
@@ -151,6 +152,8 @@ class ChatLoop:
                     self._ask(asked)
         except KeyboardInterrupt:
             note("stopped")
+        except (OutputFailed, BrokenPipeError):  # nothing that follows could be shown
+            raise
         except Exception as error:  # of whatever kind: a conversation must not be lost by one of its turns
             line, code = explain(error)
             note(line)
