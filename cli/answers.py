@@ -118,7 +118,7 @@ class ThroughDaemon:
 
     def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
         with self._loading(model) as heard:
-            status = self._client.load(model, None, draft, heard, least_context=context).model
+            status = self._client.load(model, None, draft, heard, least_context=context, keep=True).model
         _note_warnings(status)
         check_context(model, status, context)
         return status

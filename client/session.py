@@ -208,11 +208,19 @@ def load_request(
     least_context: int | None,
     draft: str | None,
     heard: Callable[[Stage], None] | None,
+    keep: bool,
 ) -> Load:
     """Asks for stages if somebody hears them."""
     progress = heard is not None
     with _as_the_daemon():
-        return Load(model=model, context=context, least_context=least_context, draft=draft, progress=progress)
+        return Load(
+            model=model,
+            context=context,
+            least_context=least_context,
+            draft=draft,
+            progress=progress,
+            keep=keep,
+        )
 
 
 def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:

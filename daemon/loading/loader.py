@@ -39,6 +39,7 @@ class Loader:
         self._models = models
         self._assembly = assembly
         self._check = check
+        self._coming: list[str] = []
         self._lock = threading.Lock()
         self._moved_s = 0.0  # when what is being loaded last came further
 
@@ -57,6 +58,20 @@ class Loader:
             yield
         finally:
             self._lock.release()
+
+    @contextmanager
+    def announced(self, model: str) -> Iterator[None]:
+        """Within it, somebody has that model loaded, or waits until others are."""
+        self._coming.append(model)
+        try:
+            yield
+        finally:
+            self._coming.remove(model)
+
+    @property
+    def coming(self) -> str:
+        """The model that is being loaded, as it was asked for; "" if there is none."""
+        return next(iter(self._coming), "")
 
     def check_reload(self, model: LoadedModel, config: NodeConfig, draft: Path | None) -> None:
         """Before `model` is dropped: raises DaemonError if it could not be loaded again like this."""
@@ -93,6 +108,7 @@ class Loader:
 
         while True:
             return_freed()
+            self.name = name
             begun: dict[str, tuple[float, int]] = {}  # what is done → when it began, and at how many bytes
             try:
                 streaming = not self._models.idle()
