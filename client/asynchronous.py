@@ -98,8 +98,11 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
         heard: Callable[[Stage], None] | None = None,
         *,
         least_context: int | None = None,
+        keep: bool = False,
     ) -> Loaded:
-        return await self._call(load_request(model, context, least_context, draft, heard), Loaded, heard)
+        return await self._call(
+            load_request(model, context, least_context, draft, heard, keep), Loaded, heard
+        )
 
     async def unload(self, model: str = "") -> None:
         await self._call(Unload(model=model), Ok)

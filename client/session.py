@@ -160,7 +160,9 @@ def generate_request(
 ) -> Generate:
     """`fields` are those of Generation and, directly, those of Sampling."""
     tokens = None if prompt_tokens is None else list(prompt_tokens)
-    return Generate(prompt=prompt, prompt_tokens=tokens, **_with_sampling(fields))
+    fields = _with_sampling(fields)
+    with _as_the_daemon():
+        return Generate(prompt=prompt, prompt_tokens=tokens, **fields)
 
 
 def chat_request(messages: Sequence[ChatLike], fields: dict[str, Any]) -> Chat:
@@ -206,10 +208,19 @@ def load_request(
     least_context: int | None,
     draft: str | None,
     heard: Callable[[Stage], None] | None,
+    keep: bool,
 ) -> Load:
     """Asks for stages if somebody hears them."""
     progress = heard is not None
-    return Load(model=model, context=context, least_context=least_context, draft=draft, progress=progress)
+    with _as_the_daemon():
+        return Load(
+            model=model,
+            context=context,
+            least_context=least_context,
+            draft=draft,
+            progress=progress,
+            keep=keep,
+        )
 
 
 def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:

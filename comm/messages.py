@@ -165,6 +165,7 @@ class Load(Message):
     least_context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model stays as it is
     draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None  # a model that guesses ahead
     progress: bool = False  # send `stage` meanwhile
+    keep: bool = False  # a model that would have to be loaded anew stays as it is, and this is refused
 
     def __post_init__(self) -> None:
         if self.context is not None and self.least_context is not None:

@@ -33,6 +33,7 @@ from .config import NodeConfig
 from .errors import DaemonError
 from .memory import budget_of, peak_memory_bytes
 from .progress import Progress
+from .sizes import counted
 
 TEXT_BYTES = 1 << 30  # longer texts are not read
 HEAD_ROWS = 32  # logits rows computed at a time, so that a large vocabulary stays within scratch
@@ -170,7 +171,7 @@ def perplexity(
     if windows == 0:
         raise DaemonError(
             "bad_request",
-            f"{file} has {len(ids)} tokens: must have at least one window of {ctx}",
+            f"{file} has {counted(len(ids), 'token')}: must have at least one window of {ctx}",
             f"use `ctx={max(4, len(ids))}` or a longer text",
         )
     pages = loaded.executor.kv.table.take(-(-ctx // loaded.executor.kv.page_tokens))

@@ -29,6 +29,7 @@ from shoal.partition.plan import Wanted, scratch_bytes
 
 from .answer import Answer
 from .backend import Emit
+from .config import beyond_what_is_loaded
 from .errors import DaemonError
 
 DEFAULT_SAMPLING = {
@@ -157,11 +158,8 @@ def context_of(model: LoadedModel, request: Generate | Chat) -> int:
     """The longest sequence of a request. Raises DaemonError when it asks for more than the model is loaded with."""
     asked, context = request.context_tokens, model.plan.context_tokens
     if asked is not None and asked > context:
-        raise DaemonError(
-            "context_overflow",
-            f"a context of {asked} tokens was asked for, {model.name} is loaded with {context}, for all who use it",
-            f"ask for at most `context_tokens={context}`, or have it loaded anew with more",
-        )
+        hint = f"ask for at most `context_tokens={context}`, or have it loaded anew with more"
+        raise beyond_what_is_loaded(asked, model.name, context, hint)
     return asked or context
 
 

@@ -6,6 +6,7 @@ not what is in a file.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -62,7 +63,29 @@ def read_regular(path: Path, limit_bytes: int) -> bytes:
 
 def read_object(path: Path, limit_bytes: int) -> dict[str, Any]:
     """The object that a JSON file holds. Raises OSError, and ValueError with what is wrong with it."""
-    data = read_regular(path, limit_bytes)
+    return _object(read_regular(path, limit_bytes))
+
+
+def read_advice(path: Path, limit_bytes: int) -> tuple[dict[str, Any], list[str]]:
+    """The object in a JSON file that only advises, and what is odd about the file, each in one line. {} if there is no
+    such file or it holds none. Raises OSError."""
+    if not os.path.lexists(path):
+        return {}, []
+    data, odd = without_mark(read_regular(path, limit_bytes), path)
+    try:
+        return _object(data), odd
+    except ValueError as error:
+        return {}, [f"{path}: {error}; it is not used"]
+
+
+def without_mark(data: bytes, path: Path) -> tuple[bytes, list[str]]:
+    """JSON text without the byte order mark that some editors put before it, and what to say about that."""
+    if not data.startswith(codecs.BOM_UTF8):
+        return data, []
+    return data[len(codecs.BOM_UTF8) :], [f"{path}: begins with a byte order mark, which is no part of JSON"]
+
+
+def _object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shoal.comm.messages import Stage
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress
@@ -23,7 +24,6 @@ from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
 from .loaded_model import LoadedModel
 from .loaded_models import LoadedModels
 from .planning import least_bytes
-from .refusal import refusing
 from .runnable import check_vocabulary
 
 MOTIONLESS_S = 300.0  # without coming further, a load counts as stuck
@@ -39,6 +39,7 @@ class Loader:
         self._models = models
         self._assembly = assembly
         self._check = check
+        self._coming: list[str] = []
         self._lock = threading.Lock()
         self._moved_s = 0.0  # when what is being loaded last came further
 
@@ -57,6 +58,20 @@ class Loader:
             yield
         finally:
             self._lock.release()
+
+    @contextmanager
+    def announced(self, model: str) -> Iterator[None]:
+        """Within it, somebody has that model loaded, or waits until others are."""
+        self._coming.append(model)
+        try:
+            yield
+        finally:
+            self._coming.remove(model)
+
+    @property
+    def coming(self) -> str:
+        """The model that is being loaded, as it was asked for; "" if there is none."""
+        return next(iter(self._coming), "")
 
     def check_reload(self, model: LoadedModel, config: NodeConfig, draft: Path | None) -> None:
         """Before `model` is dropped: raises DaemonError if it could not be loaded again like this."""
@@ -93,6 +108,7 @@ class Loader:
 
         while True:
             return_freed()
+            self.name = name
             begun: dict[str, tuple[float, int]] = {}  # what is done → when it began, and at how many bytes
             try:
                 streaming = not self._models.idle()

@@ -12,6 +12,7 @@ from shoal.kernels import dequantize, from_stored
 from shoal.models.checkpoint.tensor_files import TensorFiles
 from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from shoal.models.texts import Texts
+from shoal.partition.amounts import counted
 from shoal.partition.spec import RopeSpec
 
 from .claims import check_layers
@@ -71,7 +72,9 @@ def gguf_recipe(family: Family, arch: str, files: TensorFiles) -> Recipe:
     )
     layers = check_layers(files.tensors, r"blk\.(\d{1,6})\.", count, f"{origin}: {arch}.block_count")
     if layers > count:
-        raise CorruptCheckpoint(f"{origin}: {arch}.block_count={count}, but the file holds {layers} layers")
+        raise CorruptCheckpoint(
+            f"{origin}: {arch}.block_count={count}, but the file holds {counted(layers, 'layer')}"
+        )
     names = _with_fused(gguf.names, files)
     return Recipe(spec, chosen(spec, names, _biases(names, files)))
 
@@ -81,7 +84,7 @@ def _vocab(files: TensorFiles) -> int:
     tokens = files.metadata.get("tokenizer.ggml.tokens", [])
     if isinstance(tokens, Texts) and len(tokens) > rows:
         raise CorruptCheckpoint(
-            f"{files.paths[0]}: {len(tokens)} tokens, but token_embd.weight has {rows} rows"
+            f"{files.paths[0]}: {counted(len(tokens), 'token')}, but token_embd.weight has {counted(rows, 'row')}"
         )
     return rows
 

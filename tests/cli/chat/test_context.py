@@ -58,12 +58,15 @@ def test_a_conversation_cannot_change_the_model_of_others(
     put(state, "other")
     assert talk(state, "/ctx 64", "/ctx 101") == 3
     said = capsys.readouterr().err
-    assert "tiny is loaded with 100 tokens of context, for all who use the daemon; 101 are more" in said
+    assert "a context of 101 tokens was asked for, tiny is loaded with 100, for all who use it" in said
     assert "(shoal load tiny --ctx 101 loads it anew, for all of them)" in said
     assert state.link.context_tokens == 64
     client.models["tiny"] = model_status(context_limit_tokens=100)
     assert talk(state, "/ctx 101") == 3
-    assert "tiny was made for 100 (ask for at most 100)" in capsys.readouterr().err
+    assert (
+        "a context of 101 tokens was asked for, the model was made for 100 (use --ctx 100 or less)"
+        in capsys.readouterr().err
+    )
     client.load("tiny", 50)  # somebody does so, with less
     talk(state, "Hi", "/model other", "And?")
     assert [request.context_tokens for request in client.answers.requests] == [50, 100]

@@ -112,7 +112,7 @@ EXTRA: dict[str, tuple[str, Change, dict[str, Any], str]] = {
         "llama",
         lambda it: it.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(64)}),
         {},
-        "no place (model.layers.1.self_attn.q_proj.bias)",
+        "gives 1 tensor of the files no place (model.layers.1.self_attn.q_proj.bias); it is not used",
     ),
     "biases of a family without": (
         "mistral",

@@ -18,7 +18,7 @@ from gguf import GGUFWriter
 
 from shoal.kernels import dequantize
 from shoal.models.checkpoint.checkpoint import open_checkpoint
-from shoal.models.errors import CheckpointError, CorruptCheckpoint, MissingCheckpoint, UnsupportedCheckpoint
+from shoal.models.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
 from shoal.partition.spec import BlockId
 
 
@@ -92,8 +92,8 @@ def test_sizes_that_differ_by_layer(tmp_path: Path) -> None:
 
 REFUSED: list[tuple[str, Callable[[GGUFWriter], None], tuple[str, ...], type[CheckpointError], str]] = [
     ("llama", lambda w: None, ("llama.block_count",), CorruptCheckpoint, "llama.block_count is missing"),
-    ("llama", lambda w: None, ("blk.1.attn_k.weight",), MissingCheckpoint, "blk.1.attn_k.weight is missing"),
-    ("llama", lambda w: None, ("token_embd.weight",), MissingCheckpoint, "token_embd.weight is missing"),
+    ("llama", lambda w: None, ("blk.1.attn_k.weight",), CorruptCheckpoint, "blk.1.attn_k.weight is missing"),
+    ("llama", lambda w: None, ("token_embd.weight",), CorruptCheckpoint, "token_embd.weight is missing"),
     (
         "llama",
         lambda w: w.add_value_length(8),
