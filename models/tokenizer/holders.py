@@ -6,7 +6,6 @@ Knows what a text and a file may take. Which files are fit for this process is `
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ _TEXT_BYTES, _TEXT_BYTES_PER_CHAR, _TEXT_S = 64 << 20, 400, 10.0
 _MAX_FILE_BYTES, _MAX_TEXT_BYTES = 1 << 30, 512 << 20
 _CHARS_PER_S, _MAX_TEXT_S = 100_000, 30.0  # beyond the first seconds, and in all
 _JOIN_S, _LATE_S = 0.02, 2.0  # for putting a few tokens together, and how much longer it may take in all
+_JOIN_SLACK_S = 8.0
 _SCRIPT = Path(__file__).with_name("hf_library.py")
 _CHILDREN, _JOINING_CHILDREN = ChildKind(_SCRIPT, ("tokenizers",)), ChildKind(_SCRIPT, ("tokenizers",))
 _NO_TOKENS: dict[str, Any] = {"names": [], "added": [], "extra": []}
@@ -148,19 +148,26 @@ class _InChild:
 
     def join(self, texts: list[str]) -> str:
         """Those who wait for other answers wait for this, too, so it may not take long again and again."""
-        if self._late_s > _LATE_S:
+        if self._late_s >= _LATE_S:
             raise TokenizerError(f"the decoder of tokenizer.json takes more than {_JOIN_S:g} s for a token")
-        began_s = time.monotonic()
-        memory_bytes = _TEXT_BYTES + _TEXT_BYTES_PER_CHAR * sum(map(len, texts))
-        try:
-            with _child_errors("these tokens cannot be put together"):
-                text: str = self._do(Limits(min(memory_bytes, _MAX_TEXT_BYTES), _LATE_S), "join", texts)
-        finally:
-            self._late_s = max(0.0, self._late_s + time.monotonic() - began_s - _JOIN_S)
-        return text
+        memory_bytes = min(_TEXT_BYTES + _TEXT_BYTES_PER_CHAR * sum(map(len, texts)), _MAX_TEXT_BYTES)
+        limits = Limits(memory_bytes, _LATE_S, slack_s=_JOIN_SLACK_S)
+        with _child_errors("these tokens cannot be put together"):
+            try:
+                text, took_s = self._timed(limits, "join", texts)
+            except LimitPassed:
+                self._late_s += _LATE_S
+                raise
+        self._late_s = max(0.0, self._late_s + took_s - _JOIN_S)
+        return str(text)
 
     def _do(self, limits: Limits, *job: Any) -> Any:
-        return json.loads(self._confined.do(json.dumps(job).encode(), limits))
+        return self._timed(limits, *job)[0]
+
+    def _timed(self, limits: Limits, *job: Any) -> tuple[Any, float]:
+        """What a method returned, and the seconds of processor time that it took."""
+        made, seconds = json.loads(self._confined.do(json.dumps(job).encode(), limits))
+        return made, float(seconds)
 
 
 @contextmanager
