@@ -25,7 +25,7 @@ def first_job(data: bytes, tokens: dict[str, Any]) -> bytes:
 
 
 def begin(first: bytes) -> Callable[[bytes], bytes]:
-    """A library for the first job. Later ones are JSON: the name of a method and its arguments; so are the answers: what
+    """A library for the first job. Later ones are JSON: the name of a method and its arguments. So are answers: what
     it returned, and the seconds of processor time that it took."""
     (size,) = _HEAD.unpack_from(first)
     start = _HEAD.size + size

@@ -16,7 +16,7 @@ from shoal.models.children import ChildKind, Confined, JobFailed, LimitPassed, L
 from shoal.models.errors import ModelError, TextTooLarge, TokenizerError, TooManyTokens, one_line
 
 from .hf_library import HfLibrary, first_job
-from .long_texts import PIECE_CHARS, STRETCH_CHARS, file_cut, pieces
+from .long_texts import PIECE_CHARS, STRETCH_CHARS, encode_in_turn, file_cut, pieces
 from .ordinary_files import is_ordinary
 
 # A child that holds a file takes about ten times its bytes; a text takes a few hundred times its characters.
@@ -85,7 +85,7 @@ class Here:
     def encode(self, text: str, add_special: bool, parse_special: bool, limit: int) -> list[int]:
         with library_errors("this text cannot be tokenised"):
             if len(text) <= 2 * PIECE_CHARS:
-                return self._library.encode(text, add_special, parse_special)
+                return encode_in_turn(lambda it: self._library.encode(it, add_special, parse_special), text)
             if self._cut is None:
                 self._cut = self._cutting()
             cut, before, after = self._cut
@@ -98,7 +98,7 @@ class Here:
 
     def _piece(self, piece: str, parse_special: bool, limit: int) -> list[int]:
         if len(piece) <= STRETCH_CHARS:
-            return self._library.encode(piece, False, parse_special)
+            return encode_in_turn(lambda it: self._library.encode(it, False, parse_special), piece)
         return encode_in_child(self._library.to_json(), piece, parse_special, limit)
 
     def _cutting(self) -> tuple[Pattern[str] | None, list[int], list[int]]:

@@ -7,14 +7,17 @@ memory is taken nor the interpreter's lock kept for long. Does not tokenise.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
+
+from shoal.models.turns import FairLock
 
 from .vocabulary import SPACE_MARK
 
 PIECE_CHARS = 1 << 15  # which take some tens of milliseconds
 STRETCH_CHARS = 1 << 16  # what cannot be cut and is longer than this is tokenised in a child process
+TURN_CHARS = 1 << 12  # what is longer is tokenised one after another
 ANY_NUMBER = 1 << 62  # of tokens
 
 # Of the largest scripts.
@@ -31,6 +34,16 @@ _TO_MARKS = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MAR
 _MARK_BEFORE = {"type": "Prepend", "prepend": SPACE_MARK}
 
 _Part = Mapping[str, Any] | None
+_TURNS = FairLock()
+
+
+def encode_in_turn(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """The ids of a text. Of long ones, one is worked on at a time, and clients take turns: the interpreter's lock is
+    kept meanwhile, so several at once would not end sooner, and all else would have to wait for each of them."""
+    if len(text) <= TURN_CHARS:
+        return encode(text)
+    with _TURNS.held():
+        return encode(text)
 
 
 def far_beyond(most: int) -> int:

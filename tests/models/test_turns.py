@@ -125,8 +125,12 @@ def test_waiting_ends_when_a_look_says_so() -> None:
     def look() -> None:
         raise TimeoutError
 
+    def wait() -> None:
+        with pytest.raises(TimeoutError), lock.held(look):
+            pass
+
     with lock.held():
-        thread = threading.Thread(target=lambda: pytest.raises(TimeoutError, lock.held(look).__enter__))
+        thread = threading.Thread(target=wait)
         thread.start()
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
