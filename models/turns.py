@@ -7,6 +7,7 @@ client's own wishes are met in their order. Knows clients as names. Does not kno
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -88,14 +89,17 @@ class Turns:
     ) -> None:
         """Return when `may` is true and it is this thread's turn. Call it under `changed`, with a function of its own.
 
-        look: called now and then while it waits, with how many of the same client wait for longer; what it raises ends
-        the waiting.
+        look: called every `look_s` while it waits, with how many of the same client wait for longer; what it raises
+        ends the waiting.
         """
         client = CLIENT.get()
         self._waiting.put(client, may)
         try:
+            look_at_s = time.monotonic() + look_s
             while (turn := self._waiting.next(lambda _, one: one())) is None or turn[1] is not may:
-                look(self._waiting.before(client, may))
+                if time.monotonic() >= look_at_s:
+                    look(self._waiting.before(client, may))
+                    look_at_s += look_s
                 self.changed.wait(look_s)
         finally:
             self._waiting.take(client, may)

@@ -54,7 +54,7 @@ class Loader:
                 message = f"{name} is being loaded and has not come further for {MOTIONLESS_S:.0f} s"
                 raise DaemonError("busy", message, "its disk may be dead", retry_after_s=MOTIONLESS_S)
 
-        with self._turns.held(look):
+        with self._turns.held(look, 1.0):
             self._moved_s = self._assembly.clock()
             yield
 
