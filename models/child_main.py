@@ -100,6 +100,9 @@ def _until_hung_up(parent: socket.socket) -> Iterator[None]:
     flags = fcntl.fcntl(parent, fcntl.F_GETFL)
     fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(parent, fcntl.F_SETFL, flags | os.O_ASYNC)
+    with contextlib.suppress(BlockingIOError):  # perhaps it has hung up just before
+        if not parent.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            os._exit(1)
     try:
         yield
     finally:

@@ -94,12 +94,15 @@ class ChildKind:
         self._idle: list[_Child] = []
         self._working: list[_Child] = []
         self._watched = False
+        _KINDS.add(self)
 
     def take(self, owner: object) -> _Child:
         """An idle child of `owner`, or a new one; waits for its turn. Raises Overloaded."""
         client = CLIENT.get()
         with self._changed:
-            self._turns.wait(lambda: self._has_room(owner, client), self._look)
+            self._turns.wait(lambda: _ENDING.is_set() or self._has_room(owner, client), self._look)
+            if _ENDING.is_set():
+                raise Overloaded("the daemon is stopping")
             child = self._next(owner)
             child.since_s, child.client = time.monotonic(), client
             self._working.append(child)
@@ -125,6 +128,15 @@ class ChildKind:
             for child in self._working:
                 if child.owner is owner:
                     child.kill()
+
+    def end(self) -> None:
+        """End all its children, also those that work."""
+        with self._changed:
+            while self._idle:
+                self._idle.pop().end()
+            for child in self._working:
+                child.kill()
+            self._changed.notify_all()
 
     def _has_room(self, owner: object, client: str) -> bool:
         for_owner = [child.client for child in self._working if child.owner is owner]
@@ -159,6 +171,18 @@ class ChildKind:
                 if not self._idle and not self._working:
                     self._watched = False
                     return
+
+
+_KINDS = weakref.WeakSet[ChildKind]()
+_ENDING = threading.Event()
+
+
+def end_children() -> None:
+    """End all children, and start no more: this process is about to end. A child that is stopped, or in the middle of a
+    long call, would outlive it otherwise."""
+    _ENDING.set()
+    for kind in [*_KINDS]:
+        kind.end()
 
 
 class Confined:
@@ -197,7 +221,9 @@ class Confined:
                     child.begin(self._first, self._limits)
                 return act(child)
             except _Died as error:
-                if fresh and not self._closed:  # else it may have died before, and another does the job
+                if (
+                    fresh and not self._closed and not _ENDING.is_set()
+                ):  # else it may have died before, and another does the job
                     if error.killed:
                         raise Overloaded(
                             "the system ended a process of this request; it may be short of memory"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from shoal.models import children
+from shoal.models.child_main import JOB
 from shoal.models.children import ChildKind, Confined, JobFailed, LimitPassed, Limits
 from shoal.models.errors import Overloaded
 from shoal.models.turns import on_behalf_of
@@ -24,6 +26,8 @@ import os, time
 def begin(first):
     if first == b"bad":
         raise ValueError("no\\nsuch thing")
+    if first == b"long":
+        time.sleep(60)
     def work(job):
         return str(eval(job, {"os": os, "time": time, "first": first})).encode()
     return work
@@ -211,6 +215,51 @@ def test_closing_ends_what_is_under_way(kind: ChildKind) -> None:
     assert len(failures) == 4
     with pytest.raises(Overloaded, match="unloaded"):
         work.do(b"1", LIMITS)
+
+
+def test_a_parent_that_ends_leaves_no_child(kind: ChildKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle, at work, or stopped, so that it would hear of nothing."""
+    monkeypatch.setattr(children, "_ENDING", threading.Event())
+    idle, busy, failures = confined(kind, b"a"), confined(kind, b"b"), list[str]()
+    pids = [int(work.do(b"os.getpid()", LIMITS)) for work in (idle, busy)]
+
+    def wait(client: str, job: bytes) -> None:
+        with on_behalf_of(client):
+            try:
+                busy.do(job, Limits(64 << 20, 60.0))
+            except Overloaded as error:
+                failures.append(str(error))
+
+    jobs = [(str(number), b"time.sleep(60)") for number in range(4)]
+    threads = [threading.Thread(target=wait, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    while len(kind._working) < children.MOST_OF_ONE:
+        time.sleep(0.01)
+    pids += [child._process.pid for child in kind._working]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    children.end_children()
+    for thread in threads:
+        thread.join(10)
+    assert len(failures) == 4
+    assert "stopping" in failures[-1]
+    assert not any(map(running, pids))
+    with pytest.raises(Overloaded, match="stopping"):
+        idle.do(b"1", LIMITS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SIGIO")
+def test_a_child_ends_whose_parent_hung_up_before_it_began(kind: ChildKind) -> None:
+    parent, theirs = socket.socketpair()
+    process = subprocess.Popen(kind._command, stdin=theirs.fileno())
+    theirs.close()
+    parent.sendall(JOB.pack(4, 1 << 30, 60.0) + b"long")
+    parent.close()
+    try:
+        process.wait(20)
+    finally:
+        process.kill()
 
 
 def test_idle_children_end(kind: ChildKind, monkeypatch: pytest.MonkeyPatch) -> None:
