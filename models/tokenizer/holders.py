@@ -16,7 +16,16 @@ from shoal.models.children import ChildKind, Confined, JobFailed, LimitPassed, L
 from shoal.models.errors import ModelError, TextTooLarge, TokenizerError, TooManyTokens, one_line
 
 from .hf_library import HfLibrary, first_job
-from .long_texts import PIECE_CHARS, STRETCH_CHARS, encode_in_turn, file_cut, pieces
+from .long_texts import (
+    NORMALISED_CHARS,
+    PIECE_CHARS,
+    SHORT_CHARS,
+    STRETCH_CHARS,
+    encode_in_turn,
+    file_cut,
+    normalised_chars,
+    pieces,
+)
 from .ordinary_files import is_ordinary
 
 # A child that holds a file takes about ten times its bytes; a text takes a few hundred times its characters.
@@ -75,6 +84,7 @@ class Here:
     def __init__(self, data: bytes, tokens: dict[str, Any]) -> None:
         with library_errors("tokenizer.json is not a tokenizer"):
             self._library = HfLibrary(data, tokens)
+            self._normalizer = json.loads(data).get("normalizer")
         self._cut: tuple[Pattern[str] | None, list[int], list[int]] | None = None
         self.join = self._library.join
 
@@ -84,7 +94,7 @@ class Here:
 
     def encode(self, text: str, add_special: bool, parse_special: bool, limit: int) -> list[int]:
         with library_errors("this text cannot be tokenised"):
-            if len(text) <= 2 * PIECE_CHARS:
+            if len(text) <= 2 * PIECE_CHARS and self._normalised_chars(text) <= NORMALISED_CHARS:
                 return encode_in_turn(lambda it: self._library.encode(it, add_special, parse_special), text)
             if self._cut is None:
                 self._cut = self._cutting()
@@ -97,9 +107,13 @@ class Here:
             return ids + after if add_special else ids
 
     def _piece(self, piece: str, parse_special: bool, limit: int) -> list[int]:
-        if len(piece) <= STRETCH_CHARS:
+        chars = self._normalised_chars(piece)
+        if len(piece) <= STRETCH_CHARS and chars <= NORMALISED_CHARS:
             return encode_in_turn(lambda it: self._library.encode(it, False, parse_special), piece)
-        return encode_in_child(self._library.to_json(), piece, parse_special, limit)
+        return encode_in_child(self._library.to_json(), piece, parse_special, limit, chars)
+
+    def _normalised_chars(self, text: str) -> int:
+        return normalised_chars(text, self._normalizer) if len(text) > SHORT_CHARS else len(text)
 
     def _cutting(self) -> tuple[Pattern[str] | None, list[int], list[int]]:
         """Where texts can be cut, and the tokens that stand before and after a text."""
@@ -115,10 +129,11 @@ class Here:
         return cut, around[:at], around[at + len(bare) :]
 
 
-def encode_in_child(data: bytes, text: str, parse_special: bool, limit: int) -> list[int]:
+def encode_in_child(data: bytes, text: str, parse_special: bool, limit: int, chars: int = 0) -> list[int]:
     """Ids of a text that cannot be cut, without special tokens around it, by a tokenizer.json that serves just this
-    once: the interpreter's lock is not kept meanwhile, and the memory is gone afterwards."""
-    return _InChild(_CHILDREN, data, _NO_TOKENS).encode(text, False, parse_special, limit)
+    once: the interpreter's lock is not kept meanwhile, and the memory is gone afterwards. chars: of the normalised
+    text, if these are more."""
+    return _InChild(_CHILDREN, data, _NO_TOKENS).encode(text, False, parse_special, limit, chars)
 
 
 class _InChild:
@@ -136,10 +151,13 @@ class _InChild:
             found: dict[str, Any] = self._do(Limits(_MAX_TEXT_BYTES, _TEXT_S), "facts")
         return found
 
-    def encode(self, text: str, add_special: bool, parse_special: bool, limit: int) -> list[int]:
-        memory_bytes = min(_TEXT_BYTES + _TEXT_BYTES_PER_CHAR * len(text), _MAX_TEXT_BYTES)
-        limits = Limits(memory_bytes, min(_TEXT_S + len(text) / _CHARS_PER_S, _MAX_TEXT_S))
-        long = len(text) if len(text) > STRETCH_CHARS else 0
+    def encode(
+        self, text: str, add_special: bool, parse_special: bool, limit: int, normalised_chars: int = 0
+    ) -> list[int]:
+        chars = max(len(text), normalised_chars)
+        memory_bytes = min(_TEXT_BYTES + _TEXT_BYTES_PER_CHAR * chars, _MAX_TEXT_BYTES)
+        limits = Limits(memory_bytes, min(_TEXT_S + chars / _CHARS_PER_S, _MAX_TEXT_S))
+        long = chars if chars > STRETCH_CHARS else 0
         with _child_errors("this text cannot be tokenised", long):
             ids = self._do(limits, "encode_within", text, add_special, parse_special, limit)
         if isinstance(ids, int):
