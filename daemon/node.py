@@ -40,6 +40,7 @@ from shoal.daemon.loading.loaded_models import LoadedModels, kept, unloaded
 from shoal.daemon.loading.loader import Loader
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
+from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
 
 from .answer_thread import Answering
 from .backend import STAGE_S, Emit, Event
@@ -304,8 +305,9 @@ class Node:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
         self._answering.close(timeout_s=60)
+        ends_s = time.monotonic() + FLUSH_LIMIT_S  # for the KV of all of them
         for model in self._models:
-            model.release(self.budget)
+            model.release(self.budget, max(0.0, ends_s - time.monotonic()))
 
     def _compute(self) -> None:
         """The compute thread: one step of each busy model in turn."""

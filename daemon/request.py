@@ -41,6 +41,7 @@ DEFAULT_SAMPLING = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+_NO_CONTENT = "has no attribute 'content'"  # as Jinja says it
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 PROBE = [{"role": "user", "content": "Hello"}]  # a template that fails for this one is to blame itself
@@ -91,7 +92,7 @@ def chat_text(
         # What a rendering may take grows with its conversation, so a template that takes more is to blame itself.
         if isinstance(error, TemplateTooCostly) or not _renders(template):
             raise _unsound(model, error) from error
-        raise
+        raise _unfit(told, error) from error
     if unread:
         raise DaemonError(
             "unsupported",
@@ -104,6 +105,17 @@ def chat_text(
 def _unsound(model: LoadedModel, error: TemplateError) -> DaemonError:
     hint = "send a prompt instead, or mend the template"
     return DaemonError("corrupt", f"{model.checkpoint.path}: {error}", hint)
+
+
+def _unfit(messages: Sequenced[Mapping[str, Any]], error: TemplateError) -> Exception:
+    """Why a sound template fails for these messages: mostly it reads the content of one that has none. Where it takes
+    a message with tool calls without, it is another one."""
+    without = [index for index, message in enumerate(messages) if "content" not in message]
+    if not without or _NO_CONTENT not in str(error):
+        return error
+    index = min(without, key=lambda index: bool(messages[index].get("tool_calls")))
+    hint = "give it one; an empty text will do"
+    return DaemonError("bad_request", f"messages[{index}] has no `content`: {error}", hint)
 
 
 def _renders(template: ChatTemplate) -> bool:

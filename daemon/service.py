@@ -21,6 +21,7 @@ from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.server.descriptors import raise_limit
 from shoal.daemon.server.server import Server
+from shoal.models.children import end_children
 
 from .config import NodeConfig
 from .errors import DaemonError
@@ -65,7 +66,7 @@ def serve(
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
     )
-    server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_end_in_time)
+    server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_begin_to_end)
     failures: list[DaemonError] = []
 
     def load(name: str) -> None:
@@ -90,9 +91,11 @@ def serve(
     _leave_threads()
 
 
-def _end_in_time() -> None:
-    """From now on the process ends within `ENDING_S`, whatever its threads do, even one that keeps Python's lock."""
+def _begin_to_end() -> None:
+    """From now on the process ends within `ENDING_S`, whatever its threads do, even one that keeps Python's lock. Those
+    that wait for child processes need not, as nobody waits for them."""
     faulthandler.dump_traceback_later(ENDING_S, exit=True)
+    end_children()
 
 
 def _leave_threads() -> None:

@@ -6,7 +6,6 @@ Knows that idle models make room, and when it is better not to begin. `loaded_mo
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.turns import FairLock
 
 from .assembly import Assembly
 from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
@@ -40,24 +40,24 @@ class Loader:
         self._assembly = assembly
         self._check = check
         self._coming: list[str] = []
-        self._lock = threading.Lock()
+        self._turns = FairLock()
         self._moved_s = 0.0  # when what is being loaded last came further
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Within it nobody else loads or unloads. Raises DaemonError `busy` if the other does not come further: a file
         system may hang."""
-        while not self._lock.acquire(timeout=1.0):
+
+        def look() -> None:
             self._check()
             if self._assembly.clock() - self._moved_s > MOTIONLESS_S:
                 name = self.name or "another model"
                 message = f"{name} is being loaded and has not come further for {MOTIONLESS_S:.0f} s"
                 raise DaemonError("busy", message, "its disk may be dead", retry_after_s=MOTIONLESS_S)
-        try:
+
+        with self._turns.held(look, 1.0):
             self._moved_s = self._assembly.clock()
             yield
-        finally:
-            self._lock.release()
 
     @contextmanager
     def announced(self, model: str) -> Iterator[None]:

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from fakes.chat_fakes import put, talk
+from fakes.chat_fakes import Daemon, put, talk
 from fakes.cli_fakes import FakeAnswers, FakeClient, model_status
 
-from shoal import client as client_room
-from shoal.cli import background
 from shoal.cli.chat.commands import ChatState
 from shoal.cli.chat.conversation import Conversation
 from shoal.cli.chat.link import ChatLink
 from shoal.cli.chat.loop import toolbar
-from shoal.comm.home import Home
 
 
 @pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+def client(daemon: Daemon) -> FakeClient:
     """Of a daemon that has "tiny" with a context of 100 tokens."""
-    made = FakeClient(model_status("tiny"))
-    monkeypatch.setattr(client_room, "Client", made)
-    monkeypatch.setattr(background, "running_pid", lambda home: 42)
-    return made
-
-
-@pytest.fixture
-def state(client: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChatState:
-    home = Home(tmp_path / "home")
-    monkeypatch.setenv("SHOAL_HOME", str(home.root))
-    made = ChatState(home, ChatLink(home), Conversation())
-    made.link.load("tiny", None)
-    return made
+    return daemon.client
 
 
 def test_the_context_can_be_changed(
