@@ -26,7 +26,7 @@ from .test_gguf_facts import edit
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors], object]
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-IDS = [random.Random(3).randrange(len(tiny.TOKENS)) for _ in range(24)]
+IDS = random.Random(3).choices(range(len(tiny.TOKENS)), k=24)
 
 
 def made(directory: Path, family: str, change: Change, claims: dict[str, Any], **overrides: Any) -> Path:

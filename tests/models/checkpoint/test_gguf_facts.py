@@ -189,7 +189,7 @@ def test_tiny_files_mean_the_same_to_llama_cpp(family: str, tmp_path: Path) -> N
     overrides = {"mistral": {"sliding_window": None}, "olmoe": {"num_key_value_heads": 4}}.get(family, {})
     model = tiny.hf_model(family, seed=6, **overrides)
     path = tiny.save_gguf(model, tmp_path / "m.gguf")
-    ids = [random.Random(6).randrange(len(tiny.TOKENS)) for _ in range(45)]
+    ids = random.Random(6).choices(range(len(tiny.TOKENS)), k=45)
     python = os.environ["SHOAL_PEER_PYTHON"]
     out = tmp_path / "logits.npy"
     subprocess.run(
