@@ -23,6 +23,7 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+MAX_OBJECT_BYTES = 8 << 20  # of a configuration; as objects it may become twenty times as much in memory
 
 
 class NotRegular(OSError):
@@ -60,9 +61,9 @@ def read_regular(path: Path, limit_bytes: int) -> bytes:
         return bytes(data)
 
 
-def read_object(path: Path, limit_bytes: int) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds. Raises OSError, and ValueError with what is wrong with it."""
-    data = read_regular(path, limit_bytes)
+    data = read_regular(path, MAX_OBJECT_BYTES)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

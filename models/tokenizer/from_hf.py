@@ -8,7 +8,6 @@ value is checked, because the files come from a download.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,8 +17,9 @@ from typing import Any
 from tokenizers import AddedToken
 
 from shoal.models.errors import TokenizerError, one_line
-from shoal.models.regular_files import FileTooLong, read_regular
+from shoal.models.regular_files import FileTooLong, read_object, read_regular
 
+from .file_costs import MAX_TOKENIZER_FILE_BYTES
 from .parts import DEFAULT_TEMPLATE, TOKEN_FLAGS, Parts, Stated
 from .special import Edges, SpecialSplitter
 from .spm import SentencePieceBpe
@@ -27,10 +27,6 @@ from .spm_file import read_model
 from .tokenizer_json import read_tokenizer_json
 from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, completed, inverse, packed
 
-MAX_TOKENIZER_FILE_BYTES = (
-    64 << 20
-)  # four times as much is held for a moment; the largest published has 34 MB
-MAX_SETTINGS_FILE_BYTES = 8 << 20  # as JSON it may become twenty times as much in memory
 MAX_TEMPLATES = 64
 
 
@@ -222,12 +218,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     try:
-        value = json.loads(_decode(_read_bytes(path, MAX_SETTINGS_FILE_BYTES), path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not JSON: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a {type(value).__name__} instead of a JSON object")
-    return value
+        return read_object(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except ValueError as error:
+        raise TokenizerError(f"{path}: {error}") from error
 
 
 def _decode(data: bytes, path: Path) -> str:
@@ -237,10 +232,13 @@ def _decode(data: bytes, path: Path) -> str:
         raise TokenizerError(f"{path} is not UTF-8 text: {one_line(error)}") from error
 
 
-def _read_bytes(path: Path, limit_bytes: int = MAX_TOKENIZER_FILE_BYTES) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
-        return read_regular(path, limit_bytes)
-    except FileTooLong as error:
-        raise TokenizerError(f"{path} is refused: {error.strerror}") from error
+        return read_regular(path, MAX_TOKENIZER_FILE_BYTES)
     except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> TokenizerError:
+    failed = "is refused" if isinstance(error, FileTooLong) else "cannot be read"
+    return TokenizerError(f"{path} {failed}: {error.strerror or one_line(error)}")
