@@ -59,7 +59,10 @@ def test_it_is_held_while_it_is_read(kind: str, tmp_path: Path, monkeypatch: pyt
 def test_what_does_not_fit_is_refused_before_it_is_read(kind: str, tmp_path: Path) -> None:
     path = with_vocabulary(tmp_path / "m", kind, 20_000)
     budget = Budget(5_000_000)
-    with open_checkpoint(path) as checkpoint, pytest.raises(BudgetExceeded, match="reading the tokenizer of m"):
+    with (
+        open_checkpoint(path) as checkpoint,
+        pytest.raises(BudgetExceeded, match="reading the tokenizer of m"),
+    ):
         read_tokenizer("m", checkpoint, budget)
     assert budget.held_bytes == 0
     with pytest.raises(DaemonError) as caught:
