@@ -15,7 +15,7 @@ from msgspec.structs import asdict
 
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.sizes import counted, format_bytes, format_duration
+from shoal.partition.amounts import counted, format_bytes, format_duration
 
 from . import background
 from .options import Whole, examples, json_option

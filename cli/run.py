@@ -28,7 +28,7 @@ from shoal.comm.messages import (
 )
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
-from shoal.daemon.sizes import counted
+from shoal.partition.amounts import counted
 
 from .answers import Answers, from_daemon, in_process, reference
 from .interrupt import unechoed

@@ -18,7 +18,7 @@ from shoal.daemon.library import registry
 from shoal.daemon.library.library import Library, StoredModel, fetchable, is_path
 from shoal.daemon.library.pack_shelf import PackEntry, PackShelf
 from shoal.daemon.model_name import Reference, misplaced_suffix
-from shoal.daemon.sizes import format_bytes
+from shoal.partition.amounts import format_bytes
 
 from .answers import reference
 from .options import examples, json_option

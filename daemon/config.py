@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from shoal.offload.pack.manifest import Quant
+from shoal.partition.amounts import format_bytes
 
 from .errors import DaemonError
-from .sizes import format_bytes
 
 KvType = Literal["f32", "f16", "bf16", "i8"]
 

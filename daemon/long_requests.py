@@ -13,11 +13,11 @@ from itertools import count
 from shoal.comm.messages import Chat, Generate, Tokenize, Tokens
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.offload.budget import Budget
+from shoal.partition.amounts import format_bytes
 
 from .errors import DaemonError
 from .memory import return_freed
 from .request import chat_text
-from .sizes import format_bytes
 
 LONG_BYTES = 1 << 20  # what is shorter fits in what a process is given for its growth
 ID_BYTES = 48  # of memory for a token: its id as Python has it, and in the reply

@@ -27,13 +27,13 @@ from shoal.kernels.arrays import Floats
 from shoal.models.regular_files import read_regular
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.step import Segment, Step
+from shoal.partition.amounts import counted
 from shoal.partition.spec import length_class
 
 from .config import NodeConfig
 from .errors import DaemonError
 from .memory import budget_of, peak_memory_bytes
 from .progress import Progress
-from .sizes import counted
 
 TEXT_BYTES = 1 << 30  # longer texts are not read
 HEAD_ROWS = 32  # logits rows computed at a time, so that a large vocabulary stays within scratch

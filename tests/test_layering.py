@@ -25,8 +25,8 @@ ALLOWED = {
     "comm": set(),
     "kernels": {"partition"},  # of it the numbers that kernels fix and plans count with
 }
-# What the client speaks in, and where it finds the daemon.
-CLI_VOCABULARY = {"comm.messages", "comm.sampling_limits", "comm.errors", "comm.home"}
+# How amounts are said, what the client speaks in, and where it finds the daemon.
+CLI_VOCABULARY = {"partition.amounts", "comm.messages", "comm.sampling_limits", "comm.errors", "comm.home"}
 # What these folders may know of the rest of their room.
 INNER = {
     "daemon/server": {"daemon.backend", "daemon.errors"},
@@ -37,7 +37,6 @@ INNER = {
         "daemon.model_name",
         "daemon.private_files",
         "daemon.progress",
-        "daemon.sizes",
         "daemon.error_codes",
     },
     "engine/learn": set[str](),

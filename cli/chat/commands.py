@@ -23,7 +23,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library, check_name
 from shoal.daemon.library.transfer import FULL_DISK
 from shoal.daemon.private_files import private_dir
-from shoal.daemon.sizes import counted
+from shoal.partition.amounts import counted
 
 from .conversation import Conversation
 from .link import ChatLink

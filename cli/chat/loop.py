@@ -52,7 +52,7 @@ from shoal.daemon.library.library import Library
 from shoal.daemon.library.registry import DEFAULT_MODEL
 from shoal.daemon.model_name import Reference
 from shoal.daemon.private_files import private_dir
-from shoal.daemon.sizes import format_bytes
+from shoal.partition.amounts import format_bytes
 
 from .commands import ChatState, completions, is_command, obey, save
 from .conversation import Conversation

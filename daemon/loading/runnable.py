@@ -20,7 +20,7 @@ from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
-from shoal.partition.plan import Plan
+from shoal.partition.plan import VOCABULARY_BYTES, Plan
 
 from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
 from .stores import open_store
@@ -59,13 +59,17 @@ class Runnable:
         tight = bounded(config.memory_bytes)
         with open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config) if kv_on_disk else 0
-            found = plan_within_budget(
-                checkpoint, config, budget, extra_bytes=reserve_bytes + extra_bytes, streaming=streaming
-            )
-            plan = require_plan(found, name)
-            tokenizer = checkpoint.tokenizer()
-            checkpoint.forget_tokens()
-            return_freed()  # before the weights come, so that the peak is theirs alone
+
+            def planned() -> Plan:
+                extra = reserve_bytes + extra_bytes
+                found = plan_within_budget(checkpoint, config, budget, extra_bytes=extra, streaming=streaming)
+                return require_plan(found, name)
+
+            plan = planned()
+            tokenizer = read_tokenizer(name, checkpoint, budget)
+            if more := max(0, tokenizer.nbytes - VOCABULARY_BYTES * checkpoint.spec.vocab):
+                extra_bytes += more
+                plan = planned()
             peak_bytes = plan.peak_bytes + extra_bytes
             budget.hold(purpose, peak_bytes)
             transformer = Transformer(checkpoint.spec)
@@ -77,6 +81,20 @@ class Runnable:
                 forget_files(checkpoint.files)
         executor = Executor(transformer, plan, store, kv, Alone())
         return cls(checkpoint, plan, tokenizer, executor, peak_bytes, speed)
+
+
+def read_tokenizer(name: str, checkpoint: Checkpoint, budget: Budget) -> Tokenizer:
+    """The tokenizer of a checkpoint, which takes much more memory while it is read than afterwards. That is before the
+    weights come, so that the two peaks do not add up. Raises BudgetExceeded or TokenizerError."""
+    purpose = f"reading the tokenizer of {name}"
+    budget.hold(purpose, checkpoint.tokenizer_reading_bytes())
+    try:
+        tokenizer = checkpoint.tokenizer()
+        checkpoint.forget_tokens()
+        return_freed()
+    finally:
+        budget.release(purpose)
+    return tokenizer
 
 
 def read_draft(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:

@@ -8,7 +8,6 @@ value is checked, because the files come from a download.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -18,8 +17,16 @@ from typing import Any
 from tokenizers import AddedToken
 
 from shoal.models.errors import TokenizerError, one_line
-from shoal.models.regular_files import FileTooLong, read_advice, read_regular, without_mark
+from shoal.models.regular_files import (
+    MAX_OBJECT_BYTES,
+    FileTooLong,
+    object_of,
+    read_advice,
+    read_regular,
+    without_mark,
+)
 
+from .file_costs import MAX_TOKENIZER_FILE_BYTES
 from .parts import DEFAULT_TEMPLATE, TOKEN_FLAGS, Parts, Stated
 from .special import Edges, SpecialSplitter
 from .spm import SentencePieceBpe
@@ -27,10 +34,6 @@ from .spm_file import read_model
 from .tokenizer_json import read_tokenizer_json
 from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, completed, inverse, packed
 
-MAX_TOKENIZER_FILE_BYTES = (
-    64 << 20
-)  # four times as much is held for a moment; the largest published has 34 MB
-MAX_SETTINGS_FILE_BYTES = 8 << 20  # as JSON it may become twenty times as much in memory
 MAX_TEMPLATES = 64
 _ROLES = frozenset(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
@@ -197,7 +200,7 @@ def _end_ids(directory: Path, odd: list[str]) -> tuple[list[int], str]:
     was. They may be outside the vocabulary. What cannot be an id is left out, and told in `odd`."""
     file = directory / "generation_config.json"
     try:
-        generation, said = read_advice(file, MAX_SETTINGS_FILE_BYTES)
+        generation, said = read_advice(file)
     except OSError as error:
         raise _unreadable(file, error) from error
     odd += said
@@ -257,15 +260,12 @@ def _read_json(path: Path, odd: list[str]) -> dict[str, Any]:
     """A JSON object, {} if there is no such file. What is odd about the file is told in `odd`."""
     if not os.path.lexists(path):
         return {}
-    data, said = without_mark(_read_bytes(path, MAX_SETTINGS_FILE_BYTES), path)
+    data, said = without_mark(_read_bytes(path, MAX_OBJECT_BYTES), path)
     odd += said
     try:
-        value = json.loads(_decode(data, path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not JSON: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a {type(value).__name__} instead of a JSON object")
-    return value
+        return object_of(data)
+    except ValueError as error:
+        raise TokenizerError(f"{path}: {error}") from error
 
 
 def _decode(data: bytes, path: Path) -> str:
@@ -283,6 +283,5 @@ def _read_bytes(path: Path, limit_bytes: int = MAX_TOKENIZER_FILE_BYTES) -> byte
 
 
 def _unreadable(path: Path, error: OSError) -> TokenizerError:
-    if isinstance(error, FileTooLong):
-        return TokenizerError(f"{path} is refused: {error.strerror}")
-    return TokenizerError(f"{path} cannot be read: {error.strerror or one_line(error)}")
+    failed = "is refused" if isinstance(error, FileTooLong) else "cannot be read"
+    return TokenizerError(f"{path} {failed}: {error.strerror or one_line(error)}")

@@ -15,7 +15,7 @@ from shoal.cli import background
 from shoal.comm.errors import TimedOut
 from shoal.daemon import measurement as measure
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.sizes import format_bytes
+from shoal.partition.amounts import format_bytes
 
 
 @pytest.fixture(autouse=True)
