@@ -19,7 +19,7 @@ from shoal.partition.amounts import counted, format_bytes, format_duration
 
 from . import background
 from .options import Whole, examples, json_option
-from .output import console, note, print_json, stage_text, table
+from .terminal.output import console, note, print_json, stage_text, table
 
 FOLLOW_S = 0.25
 TAIL_BYTES = 1 << 20
