@@ -13,7 +13,7 @@ from collections.abc import Callable
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 
-from .messages import (
+from .control_messages import (
     CONTROL_BYTES,
     FROZEN_S,
     SILENT_S,

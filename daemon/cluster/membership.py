@@ -39,8 +39,8 @@ from shoal.daemon.memory import resident_bytes
 from shoal.daemon.private_files import private_dir
 from shoal.offload.budget import Budget
 
+from .control_messages import Attach
 from .member import Member
-from .messages import Attach
 from .own_addresses import DEFAULT_LISTEN, parse_address, reachable
 from .roster import Roster
 from .served_shard import OpenShard

@@ -15,8 +15,8 @@ from typing import Protocol
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 
+from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch
 from .member import Member
-from .messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from shoal.comm.group.peers import PairedNode
 from shoal.daemon.memory import resident_bytes
 from shoal.offload.budget import Budget
 
-from .messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Beat, Drop, FromHead, FromWorker, Serve
+from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Beat, Drop, FromHead, FromWorker, Serve
 from .served_shard import Dial, OpenShard, ServedShard
 
 log = logging.getLogger(__name__)
