@@ -170,14 +170,15 @@ class Membership:
         return next((peer for peer in self._peers.listed() if peer.role == "head"), None)
 
     def _attach(self) -> Attach:
-        threads = self._config.thread_count
-        speed = node_speed(threads, self._directory / "speed.json", self._directory)
+        threads, free_bytes = self._config.thread_count, max(0, self._budget.free_bytes)
+        kept = self._directory / "speed.json"
+        speed = node_speed(threads, kept, self._directory, memory_bytes=free_bytes // 2)
         return Attach(
             name=self._identity().name,
             version=package_version(),
             kernels=kernels.home(),
             threads=threads,
-            memory_bytes=max(0, self._budget.free_bytes),
+            memory_bytes=free_bytes,
             memory_bytes_per_s=speed.memory_bytes_per_s,
             flops=speed.flops,
             disk_bytes_per_s=speed.disk_bytes_per_s,

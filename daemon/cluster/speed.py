@@ -25,6 +25,7 @@ from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
 from shoal.kernels.huge_pages import Arena
 from shoal.offload.errors import OffloadError
 from shoal.offload.read_speed import read_speed
+from shoal.partition.memory_layout import BAND_ROWS
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +62,14 @@ _measuring = threading.Lock()  # two at a time would measure each other
 _known: dict[str, NodeSpeed] = {}  # in this process
 
 
-def node_speed(threads: int, kept: Path | None = None, directory: Path | None = None) -> NodeSpeed:
+def node_speed(
+    threads: int, kept: Path | None = None, directory: Path | None = None, *, memory_bytes: int = MEMORY_BYTES
+) -> NodeSpeed:
     """The speed of this machine on so many threads, and of the disk that `directory` is on. It is taken from the file
     `kept` if it was measured on the same hardware with the same kernels, and put there otherwise.
 
-    Computes on all these threads: to be called when nothing else does.
+    Computes on all these threads: to be called when nothing else does. Takes `memory_bytes` for a moment, or
+    `MEMORY_BYTES` if that is less; with little memory, caches make it look quicker than it is.
     """
     key = _key(threads, directory)
     with _measuring:
@@ -75,7 +79,7 @@ def node_speed(threads: int, kept: Path | None = None, directory: Path | None = 
             kernels.set_threads(threads)
             home = kernels.home_of("cpu")
             disk = disk_speed(directory) if directory else 0.0
-            speed = NodeSpeed(_memory_speed(home), _long_speed(home), disk)
+            speed = NodeSpeed(_memory_speed(home, memory_bytes), _long_speed(home), disk)
             log.info("measured the speed of this machine in %.1f s: %s", time.monotonic() - began_s, speed)
         _known[key] = speed
     if kept and _read(kept, key) != speed:
@@ -99,10 +103,10 @@ def disk_speed(directory: Path) -> float:
         return 0.0
 
 
-def _memory_speed(home: kernels.ComputeHome) -> float:
+def _memory_speed(home: kernels.ComputeHome, memory_bytes: int) -> float:
     """Bytes per second of weights, one row of input at a time."""
-    row_bytes = TYPE.matrix_bytes(16, COLS) // 16
-    linear = _linear(MEMORY_BYTES // row_bytes // 16 * 16)
+    bands = min(memory_bytes, MEMORY_BYTES) // TYPE.matrix_bytes(BAND_ROWS, COLS)
+    linear = _linear(max(1, bands) * BAND_ROWS)
     nbytes = linear.matrices[0].nbytes
     x = home.place(np.ones((1, COLS), np.float32))
     return nbytes / _best_s(lambda: home.linears(x, linear))

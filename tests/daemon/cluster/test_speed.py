@@ -28,7 +28,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Measuring takes no time; → a list that grows by one each time."""
     times: list[int] = []
 
-    def memory_speed(home: kernels.ComputeHome) -> float:
+    def memory_speed(home: kernels.ComputeHome, memory_bytes: int) -> float:
         times.append(1)
         return 2e10
 
@@ -46,6 +46,13 @@ def test_figures_are_those_of_a_computer(tmp_path: Path) -> None:
     assert 1e8 < found.flops < 1e14
     assert 1e5 < found.disk_bytes_per_s < 1e11
     assert list(tmp_path.iterdir()) == [], "what was written to be read is gone"
+
+
+def test_little_memory_will_do() -> None:
+    for little in (1 << 20, 0):
+        found = node_speed(1, memory_bytes=little)
+        assert found.memory_bytes_per_s > 1e8
+        assert found.disk_bytes_per_s == 0
 
 
 def test_it_is_measured_once(tmp_path: Path, quickly: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
