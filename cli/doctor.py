@@ -25,7 +25,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library import registry
 from shoal.daemon.library.library import Library
 from shoal.daemon.progress import Progress
-from shoal.daemon.sizes import format_bytes
+from shoal.partition.amounts import format_bytes
 
 from . import background
 from .exit_codes import Exit

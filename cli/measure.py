@@ -14,7 +14,7 @@ import click
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
-from shoal.daemon.sizes import counted, format_bytes
+from shoal.partition.amounts import counted, format_bytes
 
 from .answers import machines
 from .interrupt import deferred_interrupt

@@ -15,7 +15,7 @@ from msgspec.structs import asdict
 
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.sizes import counted, format_bytes, format_duration
+from shoal.partition.amounts import counted, format_bytes, format_duration
 
 from . import background
 from .options import Whole, examples, json_option
@@ -51,10 +51,10 @@ def ps(as_json: bool) -> None:
         f"{counted(status.requests_total, 'request')} · {counted(status.tokens_total, 'token')}"
         + (" · stopping" if status.draining else ""),
     )
-    if status.loading and status.stage is not None:
-        screen.print(f"{status.loading}: {stage_text(status.stage)}")
+    if status.loading:
+        screen.print(f"{status.loading}: {stage_text(status.stage) if status.stage else 'loading'}")
     if not status.models:
-        note("no model is loaded")
+        note("no other model is loaded yet" if status.loading else "no model is loaded")
         return
     numbers = ("size", "context", "running", "waiting", "KV in use")
     rows = table("model", "family", *numbers, right=numbers)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from shoal.daemon.sizes import format_bytes, format_duration
+from shoal.partition.amounts import format_bytes, format_duration
 
 from .interrupt import unechoed
 from .paint import printable

@@ -16,7 +16,7 @@ from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import WHOLE, Quant, Reference, ShardName
-from shoal.daemon.sizes import format_bytes, format_duration
+from shoal.partition.amounts import format_bytes, format_duration
 
 from .interrupt import deferred_interrupt
 from .options import examples, json_option, quant_option, shard_name, size

@@ -13,7 +13,7 @@ import msgspec
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
-from shoal.daemon.sizes import format_bytes
+from shoal.partition.amounts import format_bytes
 
 from .interrupt import deferred_interrupt
 from .options import PlanOptions, examples, json_option, plan_options, quant_option

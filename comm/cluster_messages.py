@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from .message import Message, Name, NonNegative
 
-Role = Literal["alone", "head", "worker"]
+NodeRole = Literal["alone", "head", "worker"]
 
 
 class Invite(Message):
@@ -38,7 +38,7 @@ class NodeStatus(Message):
 
     name: str
     fingerprint: str
-    role: Role
+    role: NodeRole
     attached: bool
     address: str = ""  # in use
     version: str = ""
@@ -57,7 +57,7 @@ class NodeStatus(Message):
 
 
 class NodesReply(Message):
-    role: Role
+    role: NodeRole
     nodes: list[NodeStatus]  # this machine first
     listening: list[str] = []
 

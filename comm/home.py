@@ -37,6 +37,11 @@ class Home:
         return self.root / "packs"
 
     @property
+    def shards(self) -> Path:
+        """Packs of what this machine holds of models that others have."""
+        return self.root / "shards"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -52,11 +57,6 @@ class Home:
     def cluster(self) -> Path:
         """Who this machine is among others: its key, its certificate, and with whom it is paired."""
         return self.root / "cluster"
-
-    @property
-    def shards(self) -> Path:
-        """Weights that a head sent to this machine."""
-        return self.root / "shards"
 
     @property
     def kv(self) -> Path:

@@ -5,6 +5,7 @@ Knows permissions and atomic replacement. Does not know what is in the files.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
@@ -32,7 +33,8 @@ def written(directory: Path, text: str) -> Iterator[Path]:
     except OSError as error:
         raise KeyFileError(f"cannot write into {directory}: {error.strerror}") from error
     finally:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink()
 
 
 def read(path: Path) -> str:

@@ -25,6 +25,7 @@ from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.server.descriptors import raise_limit
 from shoal.daemon.server.server import Server
+from shoal.models.children import end_children
 
 from .config import NodeConfig
 from .errors import DaemonError
@@ -74,7 +75,7 @@ def serve(
     membership = Membership(home.cluster, config, node.budget, roster, open_shards(home.shards))
     node.membership = membership
     membership.start()
-    server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_end_in_time)
+    server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_begin_to_end)
     failures: list[DaemonError] = []
 
     def load(name: str) -> None:
@@ -90,18 +91,24 @@ def serve(
             server.bind()
         except BaseException:
             node.close()
+            membership.close()
             raise
         if model:
             threading.Thread(target=load, args=(model,), name="shoal-load", daemon=True).start()
-        server.serve()
+        try:
+            server.serve()
+        finally:
+            membership.close()
     if failures:
         raise failures[0]
     _leave_threads()
 
 
-def _end_in_time() -> None:
-    """From now on the process ends within `ENDING_S`, whatever its threads do, even one that keeps Python's lock."""
+def _begin_to_end() -> None:
+    """From now on the process ends within `ENDING_S`, whatever its threads do, even one that keeps Python's lock. Those
+    that wait for child processes need not, as nobody waits for them."""
     faulthandler.dump_traceback_later(ENDING_S, exit=True)
+    end_children()
 
 
 def _leave_threads() -> None:

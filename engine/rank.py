@@ -39,10 +39,10 @@ class Rank:
         logits = self._compute(order.segments, wanted)
         return Result(logits, pages_read, read_s, store.stall_s - stalled_s)
 
-    def close(self, known: Sequence[Save]) -> None:
-        """Keep the pages that are `known` on disk, if there is one."""
+    def close(self, known: Sequence[Save], keep_s: float) -> None:
+        """Keep the pages that are `known` on disk, if there is one, as far as that goes in so many seconds."""
         if self.disk is not None:
-            self.disk.close(known, self.kv.page)
+            self.disk.close(known, self.kv.page, keep_s)
 
     def _read(self, reading: Reading) -> int:
         """How many pages could be read."""

@@ -25,8 +25,9 @@ ALLOWED = {
     "comm": set(),
     "kernels": {"partition"},  # of it the numbers that kernels fix and plans count with
 }
-# What the client speaks in, and where it finds the daemon.
+# How amounts are said, what the client speaks in, and where it finds the daemon.
 CLI_VOCABULARY = {
+    "partition.amounts",
     "comm.messages",
     "comm.cluster_messages",
     "comm.sampling_limits",
@@ -44,7 +45,6 @@ INNER = {
         "daemon.model_name",
         "daemon.private_files",
         "daemon.progress",
-        "daemon.sizes",
         "daemon.error_codes",
     },
     "engine/learn": set[str](),
@@ -220,3 +220,36 @@ def test_tests_lie_as_the_rooms_do() -> None:
     assert [f for f in folders if str(f) not in own and not (ROOT / f / "__init__.py").exists()] == []
     for folder, count in Counter(path.parent for path in (ROOT / "tests").rglob("*.py")).items():
         assert count <= MAX_MODULES, f"{folder.relative_to(ROOT)} has {count} modules"
+
+
+RUNS_BYTES = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "multiprocessing",
+}
+RUNS_TEXT = {"eval", "exec", "compile", "__import__"}
+LOADERS = {"torch", "np", "numpy", "yaml"}  # whose `load` may open a pickle
+IMPORTS_BY_NAME = {"models/child_main.py": {"__import__"}}  # a module of ours, as the parent names it
+
+
+def test_nothing_that_comes_in_can_be_code() -> None:
+    """No pickle and nothing like it, from files or from the network."""
+    for path in everywhere():
+        name = str(path.relative_to(ROOT))
+        assert packages(path) & RUNS_BYTES == set(), f"{name} imports what opens pickles"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=ast.Name(id=called)):
+                    assert called not in RUNS_TEXT - IMPORTS_BY_NAME.get(name, set()), (
+                        f"{name} runs what it reads"
+                    )
+                case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr="load")):
+                    assert owner not in LOADERS, f"{name} loads what may be a pickle"
+                case ast.keyword(arg="allow_pickle"):
+                    pytest.fail(f"{name} allows pickles")

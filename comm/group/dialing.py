@@ -18,6 +18,7 @@ from .channel import Channel
 from .errors import ChannelError, ChannelTimeout, GroupError, NotPaired, PairingRefused
 from .greeting import greet
 from .group_protocol import OURS, Purpose, Speaks
+from .join_code import read_code
 from .node_identity import NodeIdentity
 from .pairing import join
 from .peers import MAX_ADDRESSES, PairedNode, Peers
@@ -25,6 +26,8 @@ from .streams import Address, SocketStream, TlsStream
 from .tls import client_context, stranger_context
 
 DIAL_S = 10.0
+OTHERS_S = 1.5  # for those who have not answered yet when a node has refused to be paired
+GREET_S = 3.0  # for one that may not be the head, so that others get their turn
 
 Reached = tuple[Address, TlsStream, bytes]  # where, and the certificate that was shown
 
@@ -73,6 +76,7 @@ def pair(
     What answers need not be the head: so each node that does is asked, once. PairingRefused, VersionMismatch,
     ChannelTimeout, ChannelError, KeyFileError; then nothing was remembered.
     """
+    read_code(code)  # before anybody is bothered
     deadline = time.monotonic() + timeout_s
     refusal: GroupError | None = None
     asked: set[bytes] = set()
@@ -82,10 +86,12 @@ def pair(
                 with Channel(stream) as channel:
                     if shown not in asked:
                         asked.add(shown)
-                        greet(channel, "pair", speaks, deadline)
+                        greet(channel, "pair", speaks, min(deadline, time.monotonic() + GREET_S))
                         return join(channel, shown, identity, peers, code)
             except GroupError as error:
                 refusal = _clearer(refusal, error)
+                if isinstance(refusal, PairingRefused):
+                    race.deadline = min(race.deadline, time.monotonic() + OTHERS_S)
     raise refusal or race.failure()
 
 
@@ -98,7 +104,7 @@ class _Race:
     """Attempts at all addresses at once, each in a thread, none of which outlives the deadline."""
 
     def __init__(self, addresses: Sequence[Address], context: ssl.SSLContext, deadline: float) -> None:
-        self._context, self._deadline = context, deadline
+        self._context, self.deadline = context, deadline
         self._lock = threading.Lock()
         self._over = False
         self._running = self._started = 0
@@ -127,7 +133,7 @@ class _Race:
         """Connections as they come to be, until there are no more attempts, or no more time."""
         while self._running:
             try:
-                ended = self._ended.get(timeout=max(0.0, self._deadline - time.monotonic()))
+                ended = self._ended.get(timeout=max(0.0, self.deadline - time.monotonic()))
             except queue.Empty:
                 return
             with self._lock:
@@ -169,6 +175,8 @@ class _Race:
 
     def _resolve(self, address: Address) -> tuple[Address, Exception] | None:
         """Start an attempt at each address that a name stands for."""
+        if not 0 < address[1] < 1 << 16:
+            return address, ChannelError("no such port")
         try:
             found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
@@ -186,9 +194,9 @@ class _Race:
                 self._under_way.add(below)
                 if self._over:
                     below.abort()
-            below.connect(target, self._deadline)
+            below.connect(target, self.deadline)
             stream = TlsStream(below, self._context, server_side=False)
-            if (shown := stream.handshake(self._deadline)) is None:
+            if (shown := stream.handshake(self.deadline)) is None:
                 raise ChannelError("the other side shows no certificate")
             return address, stream, shown
         except (GroupError, OSError) as error:

@@ -1,6 +1,6 @@
 """Frames of the data channel between rank 0 and another rank: a header of fixed size, then bytes.
 
-    kind      what it is (`Kind`)
+    kind      what it is (`FrameKind`)
     epoch     which grouping of machines it belongs to; a frame of another epoch is never used
     number    of the order that it belongs to
     place     the how-manieth exchange of that order it is, from 0
@@ -21,7 +21,7 @@ MAX_REASON_BYTES = 2000
 WRAP = 1 << 32
 
 
-class Kind(IntEnum):
+class FrameKind(IntEnum):
     ORDER = 1  # rank 0 → others: an order begins
     ROWS = 2  # rank 0 → others: rows that only rank 0 had
     PART = 3  # others → rank 0: a partial sum, or columns

@@ -10,8 +10,8 @@ from .errors import ChannelError, VersionMismatch
 from .group_protocol import (
     OPENING_BYTES,
     PURPOSES,
-    Accepted,
     Declined,
+    Opened,
     Opening,
     Purpose,
     Speaks,
@@ -23,8 +23,8 @@ from .group_protocol import (
 def greet(channel: Channel, purpose: Purpose, ours: Speaks, deadline: float) -> None:
     """Say what `channel` is for and hear whether that is welcome. NotPaired, VersionMismatch, ChannelError."""
     channel.send_message(Opening(purpose, ours), _left(deadline))
-    answer: Accepted | Declined = channel.receive_message(
-        Accepted | Declined, _left(deadline), OPENING_BYTES, rest_s=0
+    answer: Opened | Declined = channel.receive_message(
+        Opened | Declined, _left(deadline), OPENING_BYTES, rest_s=0
     )
     if isinstance(answer, Declined):
         raise declined(ours, answer)
@@ -39,7 +39,7 @@ def welcome(channel: Channel, ours: Speaks, deadline: float, refusal: str = "") 
         raise ChannelError(f"{opening.purpose[:64]!r} channel of {opening.speaks}: {reason}")
     channel.purpose = next(purpose for purpose in get_args(Purpose) if purpose == opening.purpose)
     channel.agreed = agree(ours, opening.speaks)
-    channel.send_message(Accepted(ours), _left(deadline))
+    channel.send_message(Opened(ours), _left(deadline))
 
 
 def _objection(channel: Channel, opening: Opening, ours: Speaks) -> str:

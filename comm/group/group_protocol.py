@@ -1,8 +1,8 @@
 """What two nodes of a group say to each other first: what a channel is for, and which versions each speaks (pure).
 
 A node speaks a range of versions and names the features that it has beyond them. The highest common version and the
-common features hold for the channel. `Opening`, `Accepted` and `Declined` may gain fields and never lose any, since nodes
-of all versions must understand them.
+common features hold for the channel. The three messages here may gain fields and never lose any, since nodes of all
+versions must understand them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Opening(msgspec.Struct, frozen=True, tag="opening"):
     speaks: Speaks
 
 
-class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+class Opened(msgspec.Struct, frozen=True, tag="opened"):
     """The answer."""
 
     speaks: Speaks

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
-import select
+import selectors
 import socket
 import ssl
 import threading
@@ -32,6 +32,7 @@ from .tls import server_context
 
 HANDSHAKE_S = 5.0
 MAX_NEWCOMERS = 32
+BACKLOG = 128  # connections that the system keeps until they are looked at
 MAX_WAITING = 64  # channels that nobody has taken yet
 CHECK_S = 1.0  # how soon a change of the peers' file by another process is seen
 REST_S = 0.1  # when there are no descriptors
@@ -104,18 +105,21 @@ class GroupListener:
 
     def _run(self) -> None:
         complained = ""
-        while not self._closing.is_set():
-            ready, _, _ = select.select([*self._sockets, self._woken], [], [], CHECK_S)
-            try:
-                self._peers.listed()  # closes the channels of those who are gone
-                complained = ""
-            except KeyFileError as error:
-                if str(error) != complained:
-                    log.error("no node can connect: %s", error)
-                complained = str(error)
-            for one in ready:
-                if one is not self._woken:
-                    self._take(one)
+        with selectors.DefaultSelector() as selector:
+            for one in (*self._sockets, self._woken):
+                selector.register(one, selectors.EVENT_READ, one)
+            while not self._closing.is_set():
+                ready = [key.data for key, _ in selector.select(CHECK_S)]
+                try:
+                    self._peers.listed()  # closes the channels of those who are gone
+                    complained = ""
+                except KeyFileError as error:
+                    if str(error) != complained:
+                        log.error("no node can connect: %s", error)
+                    complained = str(error)
+                for one in ready:
+                    if one is not self._woken:
+                        self._take(one)
 
     def _take(self, listening: socket.socket) -> None:
         try:
@@ -225,7 +229,7 @@ def _listening(addresses: Sequence[Address]) -> list[socket.socket]:
                 if family == socket.AF_INET6:
                     one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 one.bind((address[0], port or free, *address[2:]))
-                one.listen(MAX_NEWCOMERS)
+                one.listen(BACKLOG)
                 one.setblocking(False)
                 free = free or one.getsockname()[1]
     except OSError as error:

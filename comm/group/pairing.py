@@ -115,7 +115,7 @@ def admit(channel: Channel, identity: NodeIdentity, peers: Peers, codes: Codes) 
                 used.append(code)
             return same
 
-        peer = codes.redeem(channel.remote[0], proven, lambda: _stored(peers, claim))
+        peer = codes.redeem(channel.remote[0], proven, lambda: _stored(peers, claim, identity.name))
     except PairingRefused as error:
         channel.send_message(Denied(error.reason))
         raise
@@ -123,9 +123,9 @@ def admit(channel: Channel, identity: NodeIdentity, peers: Peers, codes: Codes) 
     return peer
 
 
-def _stored(peers: Peers, claim: Claim) -> PairedNode:
+def _stored(peers: Peers, claim: Claim, own_name: str) -> PairedNode:
     try:
-        return peers.add(PairedNode(claim.name, "worker", check_certificate(claim.certificate)))
+        return peers.add(PairedNode(claim.name, "worker", check_certificate(claim.certificate)), own_name)
     except (KeyFileError, NotPaired, ValueError) as error:
         raise PairingRefused("stored", str(error)) from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from .streams import Address
 
 MAX_PEERS = 64
 MAX_ADDRESSES = 16  # kept of each node
+LOCK_S = 5.0
 MAX_CHANNELS = 64  # open at a time with one node
 
 Role = Literal["head", "worker"]
@@ -71,7 +73,7 @@ class Peers:
         """All of them, in the order in which they were paired. The same object as long as nothing has changed."""
         with self._lock:
             if (stamp := self._stamp_now()) != self._stamp:
-                self._take(self._read(), stamp)
+                self._take(self._read() if stamp else (), stamp)
             return self._peers
 
     def get(self, fingerprint: str) -> PairedNode:
@@ -88,8 +90,8 @@ class Peers:
                 return peer
         raise NotPaired(f"node={name[:80]!r}: no node of this name is paired here")
 
-    def add(self, peer: PairedNode) -> PairedNode:
-        """Remember `peer` and return it as it is known from now on: names are told apart by a number.
+    def add(self, peer: PairedNode, own_name: str = "") -> PairedNode:
+        """Remember `peer` and return it as it is known from now on: names, this node's too, are told apart by a number.
 
         A node that is known already is replaced. NotPaired if there are too many.
         """
@@ -97,7 +99,7 @@ class Peers:
             others = [other for other in peers if other.certificate != peer.certificate]
             if len(others) >= MAX_PEERS:
                 raise NotPaired(f"{MAX_PEERS} nodes are paired, which is the most: forget one first")
-            name = _free_name(node_name(peer.name), {other.name for other in others})
+            name = _free_name(node_name(peer.name), {own_name, *(other.name for other in others)})
             added = msgspec.structs.replace(peer, name=name, addresses=peer.addresses[:MAX_ADDRESSES])
             self._write([*others, added])
         return added
@@ -146,8 +148,6 @@ class Peers:
             fresh.replace(self.file)
 
     def _read(self) -> tuple[PairedNode, ...]:
-        if not self.file.exists():
-            return ()
         text = key_files.read(self.file)
         try:
             peers = msgspec.json.decode(text, type=_PeersFile).peers
@@ -195,12 +195,20 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 @contextmanager
 def _opened(lock: Path) -> Iterator[None]:
-    """Within the block this process has `lock`; others wait for the moment that a change takes."""
+    """Within the block no other process has `lock`. A change takes a moment, unless a process is stopped in it."""
     try:
         lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = lock.open("w")
     except OSError as error:
         raise KeyFileError(f"cannot write into {lock.parent}: {error.strerror}") from error
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise KeyFileError(f"{lock}: another process does not let go of it") from error
+                time.sleep(0.01)
         yield

@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from .errors import ChannelError, ChannelTimeout
-from .frames import HEADER, MAX_ORDER_BYTES, MAX_REASON_BYTES, WRAP, Header, Kind
+from .frames import HEADER, MAX_ORDER_BYTES, MAX_REASON_BYTES, WRAP, FrameKind, Header
 from .star_errors import Departed, GivenUp
-from .wire_types import Bytes, Floats, WireType, decode, encode, wire_bytes
+from .wire_types import F32Rows, Octets, WireType, decode, encode, wire_bytes
 
 
 class FrameStream(Protocol):
@@ -32,15 +32,15 @@ class FrameStream(Protocol):
         ...
 
 
-class Frames:
-    """Frames over one stream, with memory that is used again and again."""
+class Framed:
+    """Framed over one stream, with memory that is used again and again."""
 
     def __init__(self, stream: FrameStream, epoch: int) -> None:
         self._stream = stream
         self.epoch = epoch
         self._head = bytearray(HEADER.size)
 
-    def send(self, kind: Kind, number: int, place: int, payload: Bytes | bytes = b"") -> None:
+    def send(self, kind: FrameKind, number: int, place: int, payload: Octets | bytes = b"") -> None:
         data = memoryview(payload.data if isinstance(payload, np.ndarray) else payload).cast("B")
         header = Header(kind, self.epoch, number, place, data.nbytes)
         self._stream.send(header.packed(), data)
@@ -49,7 +49,7 @@ class Frames:
         self._stream.receive_into(memoryview(self._head), timeout_s)
         return Header.of(self._head)
 
-    def payload(self, into: Bytes, timeout_s: float) -> None:
+    def payload(self, into: Octets, timeout_s: float) -> None:
         self._stream.receive_into(into.data, timeout_s)
 
     def skip(self, nbytes: int, most: int, timeout_s: float) -> None:
@@ -67,9 +67,9 @@ class _Room:
     """Memory for the payload of one frame, which grows to the largest that came."""
 
     def __init__(self) -> None:
-        self._bytes: Bytes = np.empty(0, np.uint8)
+        self._bytes: Octets = np.empty(0, np.uint8)
 
-    def take(self, nbytes: int) -> Bytes:
+    def take(self, nbytes: int) -> Octets:
         if len(self._bytes) < nbytes:
             self._bytes = np.empty(nbytes, np.uint8)
         return self._bytes[:nbytes]
@@ -84,7 +84,7 @@ class Hub:
     def __init__(
         self, streams: Sequence[FrameStream], epoch: int, wire: WireType = "f32", patience_s: float = 60.0
     ) -> None:
-        self._spokes = [Frames(stream, epoch) for stream in streams]
+        self._spokes = [Framed(stream, epoch) for stream in streams]
         self._wire = wire
         self._patience_s = patience_s
         self._number = 0
@@ -98,7 +98,7 @@ class Hub:
         self._number = (self._number + 1) % WRAP
         self._place = 0
         self._open = True
-        self._tell(Kind.ORDER, order)
+        self._tell(FrameKind.ORDER, order)
 
     def end(self) -> None:
         """The order is carried out."""
@@ -111,18 +111,18 @@ class Hub:
         self._open = False
         for spoke in self._spokes:
             try:
-                spoke.send(Kind.GIVE_UP, self._number, self._place)
+                spoke.send(FrameKind.GIVE_UP, self._number, self._place)
             except (OSError, ChannelError):
                 continue
 
-    def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
+    def broadcast(self, rows: F32Rows | None, shape: tuple[int, int]) -> F32Rows:
         """Rows (T, n) that only this rank has; all get the same bits, exactly."""
         assert rows is not None
-        self._tell(Kind.ROWS, np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+        self._tell(FrameKind.ROWS, np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
         self._place += 1
         return rows
 
-    def allreduce(self, partial: Floats) -> Floats:
+    def allreduce(self, partial: F32Rows) -> F32Rows:
         """The sum (T, n) of all partials, as the wire rounds it."""
         shape = partial.shape
         nbytes = wire_bytes(self._wire, shape)
@@ -133,13 +133,13 @@ class Hub:
             total += theirs
         data = self._room.take(nbytes)
         encode(self._wire, total, data)
-        self._tell(Kind.SUM, data)
+        self._tell(FrameKind.SUM, data)
         self._place += 1
         if self._wire != "f32":
             decode(self._wire, data, total)
         return total
 
-    def gather(self, columns: Floats) -> Floats:
+    def gather(self, columns: F32Rows) -> F32Rows:
         """Columns (R, n) of all ranks side by side. Every rank has its own number of them, which it says."""
         brought = [columns]
         for rank, spoke in enumerate(self._spokes, 1):
@@ -148,24 +148,24 @@ class Hub:
         self._place += 1
         return np.concatenate(brought, axis=1)
 
-    def _tell(self, kind: Kind, payload: Bytes | bytes) -> None:
+    def _tell(self, kind: FrameKind, payload: Octets | bytes) -> None:
         for rank, spoke in enumerate(self._spokes, 1):
             try:
                 spoke.send(kind, self._number, self._place, payload)
             except (OSError, ChannelError) as error:
                 raise Departed(rank, str(error)) from error
 
-    def _part(self, rank: int, spoke: Frames, nbytes: int | None, row_bytes: int = 0) -> Bytes:
+    def _part(self, rank: int, spoke: Framed, nbytes: int | None, row_bytes: int = 0) -> Octets:
         """The payload of a spoke's next frame of this order; what is left of older orders is passed over."""
         try:
             while True:
                 header = spoke.receive(self._patience_s)
                 current = (header.epoch, header.number) == (spoke.epoch, self._number)
-                if header.kind == Kind.FAILED and current:
+                if header.kind == FrameKind.FAILED and current:
                     why = self._room.take(min(header.nbytes, MAX_REASON_BYTES))
                     spoke.payload(why, self._patience_s)
                     raise Departed(rank, why.tobytes().decode("utf-8", "replace"), failed=True)
-                if header.kind != Kind.PART or not current:
+                if header.kind != FrameKind.PART or not current:
                     spoke.skip(header.nbytes, self._largest, self._patience_s)
                     continue
                 if header.place != self._place:
@@ -193,7 +193,7 @@ class Spoke:
     def __init__(
         self, stream: FrameStream, epoch: int, wire: WireType = "f32", patience_s: float = 600.0
     ) -> None:
-        self._hub = Frames(stream, epoch)
+        self._hub = Framed(stream, epoch)
         self._wire = wire
         self._patience_s = patience_s
         self._number = 0
@@ -207,9 +207,9 @@ class Spoke:
                 header = self._awaited()
                 if header.epoch != self._hub.epoch:
                     raise ChannelError(f"epoch {header.epoch} came, this is {self._hub.epoch}")
-                if header.kind == Kind.GIVE_UP and not header.nbytes:
+                if header.kind == FrameKind.GIVE_UP and not header.nbytes:
                     continue  # it came after this rank was done with the order
-                if header.kind != Kind.ORDER or header.nbytes > MAX_ORDER_BYTES:
+                if header.kind != FrameKind.ORDER or header.nbytes > MAX_ORDER_BYTES:
                     raise ChannelError(f"a frame {header}: an order was to come")
                 self._number, self._place = header.number, 0
                 data = np.empty(header.nbytes, np.uint8)
@@ -226,45 +226,45 @@ class Spoke:
             except ChannelTimeout:  # nothing has come; whether the hub is alive is somebody else's concern
                 continue
 
-    def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
+    def broadcast(self, rows: F32Rows | None, shape: tuple[int, int]) -> F32Rows:
         """The rows (T, n) of rank 0."""
         result = np.empty(shape, np.float32)
-        self._receive(Kind.ROWS, result.reshape(-1).view(np.uint8))
+        self._receive(FrameKind.ROWS, result.reshape(-1).view(np.uint8))
         return result
 
-    def allreduce(self, partial: Floats) -> Floats:
+    def allreduce(self, partial: F32Rows) -> F32Rows:
         """The sum (T, n) of all partials."""
         nbytes = wire_bytes(self._wire, partial.shape)
         data = self._room.take(nbytes)
         encode(self._wire, partial, data)
-        self._send(Kind.PART, data)
-        self._receive(Kind.SUM, data)
+        self._send(FrameKind.PART, data)
+        self._receive(FrameKind.SUM, data)
         total = np.empty(partial.shape, np.float32)
         decode(self._wire, data, total)
         return total
 
-    def gather(self, columns: Floats) -> Floats:
+    def gather(self, columns: F32Rows) -> F32Rows:
         """Sends the columns (R, n). → (R, 0)"""
-        self._send(Kind.PART, np.ascontiguousarray(columns).reshape(-1).view(np.uint8))
+        self._send(FrameKind.PART, np.ascontiguousarray(columns).reshape(-1).view(np.uint8))
         self._place += 1
         return columns[:, :0]
 
     def fail(self, reason: str) -> None:
         """This rank cannot go on with the order."""
-        self._send(Kind.FAILED, reason.encode()[:MAX_REASON_BYTES])
+        self._send(FrameKind.FAILED, reason.encode()[:MAX_REASON_BYTES])
 
-    def _send(self, kind: Kind, payload: Bytes | bytes) -> None:
+    def _send(self, kind: FrameKind, payload: Octets | bytes) -> None:
         try:
             self._hub.send(kind, self._number, self._place, payload)
         except (OSError, ChannelError) as error:
             raise Departed(0, str(error)) from error
 
-    def _receive(self, kind: Kind, into: Bytes) -> None:
+    def _receive(self, kind: FrameKind, into: Octets) -> None:
         """The payload of the hub's next frame, which must be this one."""
         try:
             header = self._hub.receive(self._patience_s)
             due = Header(kind, self._hub.epoch, self._number, self._place, len(into))
-            if header == due._replace(kind=Kind.GIVE_UP, place=header.place, nbytes=0):
+            if header == due._replace(kind=FrameKind.GIVE_UP, place=header.place, nbytes=0):
                 raise GivenUp
             if header != due:
                 raise ChannelError(f"a frame {header}: {due} was to come")

@@ -14,15 +14,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
+F32Rows = npt.NDArray[np.float32]
+Octets = npt.NDArray[np.uint8]
 WireType = Literal["f32", "bf16", "int8"]
 
 INT8_GROUP = 32
 
 
 def wire_bytes(kind: WireType, shape: tuple[int, int]) -> int:
-    """Bytes of rows of this shape on the wire."""
+    """Octets of rows of this shape on the wire."""
     rows, columns = shape
     if kind == "f32":
         return 4 * rows * columns
@@ -31,7 +31,7 @@ def wire_bytes(kind: WireType, shape: tuple[int, int]) -> int:
     return rows * (columns + 4 * -(-columns // INT8_GROUP))
 
 
-def encode(kind: WireType, values: Floats, into: Bytes) -> None:
+def encode(kind: WireType, values: F32Rows, into: Octets) -> None:
     """Writes values (T, n) to `into`, (wire_bytes,)."""
     if kind == "f32":
         into.view(np.float32).reshape(values.shape)[...] = values
@@ -41,7 +41,7 @@ def encode(kind: WireType, values: Floats, into: Bytes) -> None:
         _to_int8(values, into)
 
 
-def decode(kind: WireType, data: Bytes, into: Floats) -> None:
+def decode(kind: WireType, data: Octets, into: F32Rows) -> None:
     """Writes what `encode` wrote, (wire_bytes,), to `into` (T, n)."""
     if kind == "f32":
         into[...] = data.view(np.float32).reshape(into.shape)
@@ -52,7 +52,7 @@ def decode(kind: WireType, data: Bytes, into: Floats) -> None:
         _from_int8(data, into)
 
 
-def _to_bf16(values: Floats, into: Bytes) -> None:
+def _to_bf16(values: F32Rows, into: Octets) -> None:
     bits = np.ascontiguousarray(values).view(np.uint32).reshape(-1)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     nan = (bits & 0x7FFFFFFF) > 0x7F800000  # rounding could make an infinity of it
@@ -60,7 +60,7 @@ def _to_bf16(values: Floats, into: Bytes) -> None:
 
 
 @np.errstate(invalid="ignore", over="ignore")  # NaN and infinities travel as a NaN scale
-def _to_int8(values: Floats, into: Bytes) -> None:
+def _to_int8(values: F32Rows, into: Octets) -> None:
     rows, columns = values.shape
     groups = -(-columns // INT8_GROUP)
     padded = np.zeros((rows, groups * INT8_GROUP), np.float32)
@@ -75,15 +75,15 @@ def _to_int8(values: Floats, into: Bytes) -> None:
     numbers[...] = whole.reshape(rows, -1)[:, :columns]
 
 
-def _from_int8(data: Bytes, into: Floats) -> None:
+def _from_int8(data: Octets, into: F32Rows) -> None:
     rows, columns = into.shape
     scales, numbers = _int8_parts(data, rows, columns)
     into[...] = numbers
     into *= np.repeat(scales, INT8_GROUP, axis=1)[:, :columns]
 
 
-def _int8_parts(data: Bytes, rows: int, columns: int) -> tuple[Floats, npt.NDArray[Any]]:
+def _int8_parts(data: Octets, rows: int, columns: int) -> tuple[F32Rows, npt.NDArray[Any]]:
     """Views of the scales (T, groups) and the numbers (T, n)."""
     end = 4 * rows * -(-columns // INT8_GROUP)
-    scales: Floats = data[:end].view(np.float32).reshape(rows, -1)
+    scales: F32Rows = data[:end].view(np.float32).reshape(rows, -1)
     return scales, data[end:].view(np.int8).reshape(rows, columns)

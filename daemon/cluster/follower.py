@@ -19,7 +19,7 @@ from .pulse import Pulse
 
 log = logging.getLogger(__name__)
 
-ENDING_S = 10.0
+FOLLOWER_END_S = 10.0
 
 
 class Follower:
@@ -39,7 +39,7 @@ class Follower:
         """Wait for the thread, whose stream the caller has closed."""
         self._rank.executor.store.close()  # a step that waits for a disk ends
         if self._thread is not threading.current_thread() and self._thread.ident is not None:
-            self._thread.join(ENDING_S)
+            self._thread.join(FOLLOWER_END_S)
 
     def _run(self) -> None:
         reason = "it ended"

@@ -14,11 +14,11 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.group_planning import RankSeat, TooTight, rank_plans
 from shoal.daemon.loading.grouping import FormedGroup, Seated
-from shoal.daemon.sizes import format_bytes
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
 from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
+from shoal.partition.amounts import format_bytes
 from shoal.partition.errors import ShardError
 from shoal.partition.plan import Plan
 from shoal.partition.slicing import Shard, divide

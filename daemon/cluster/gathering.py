@@ -20,8 +20,8 @@ from .membership import Membership
 from .roster import Roster
 from .shard_stores import open_shards, send_weights
 
-PATIENCE_S = 10.0
-LOOK_S = 0.05
+GATHER_S = 10.0
+GATHER_LOOK_S = 0.05
 
 
 @contextmanager
@@ -38,9 +38,9 @@ def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
         raise DaemonError("resources", f"{config.ranks} ranks were asked for: this machine is no head", hint)
     try:
         membership.follow_files()
-        ends_s = time.monotonic() + PATIENCE_S
+        ends_s = time.monotonic() + GATHER_S
         while len(roster.members) < config.ranks - 1 and time.monotonic() < ends_s:
-            time.sleep(LOOK_S)
+            time.sleep(GATHER_LOOK_S)
         yield Forming(roster, send_weights)
     finally:
         membership.close()

@@ -26,14 +26,16 @@ from shoal.partition.spec import ModelSpec
 
 from .meeting import Led, Meeting
 from .member import Member
-from .messages import Loading, Ready, Refused, Serve
+from .messages import Loading, Ready, Serve, ShardRefused
 from .pulse import Pulse
 from .roster import Roster
 
 log = logging.getLogger(__name__)
 
-MOTIONLESS_S = 60.0  # a worker that loads a shard and has not come further for so long is not waited for
-LOOK_S = 0.2
+SHARD_MOTIONLESS_S = (
+    60.0  # a worker that loads a shard and has not come further for so long is not waited for
+)
+FORM_LOOK_S = 0.2
 
 _epochs = count(1 + secrets.randbelow(1 << 30))  # so that those of an earlier process are not met again
 
@@ -99,7 +101,7 @@ class Group:
             for member, state in states:
                 if state is None:
                     raise DaemonError("busy", f"{member.name} was lost: {member.reason}", retry_after_s=1.0)
-                if isinstance(state, Refused):
+                if isinstance(state, ShardRefused):
                     raise DaemonError("resources", f"{member.name} cannot take its part: {state.reason}")
             loading = [state for _, state in states if isinstance(state, Loading)]
             done = sum(state.done for state in loading)
@@ -108,13 +110,13 @@ class Group:
             if done != before or not loading:
                 moved_s, before = time.monotonic(), done
                 progress("sending", done, sum(state.total for state in loading))
-            if time.monotonic() - moved_s > MOTIONLESS_S:
+            if time.monotonic() - moved_s > SHARD_MOTIONLESS_S:
                 late = ", ".join(m.name for m, state in states if not isinstance(state, Ready))
                 raise DaemonError(
-                    "busy", f"{late} loads its part and has not come further for {MOTIONLESS_S:.0f} s"
+                    "busy", f"{late} loads its part and has not come further for {SHARD_MOTIONLESS_S:.0f} s"
                 )
             with self._arrived:
-                self._arrived.wait(LOOK_S)
+                self._arrived.wait(FORM_LOOK_S)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
         hub = Hub(streams, self.epoch, self.wire)
         self.collective = Meeting(hub, self.pulse)

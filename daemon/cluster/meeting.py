@@ -18,7 +18,7 @@ from shoal.kernels.arrays import Floats, Hidden
 from .pulse import Pulse
 
 
-class Exchange(Protocol):
+class RankExchange(Protocol):
     """What hub and spoke have in common."""
 
     def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats: ...
@@ -31,7 +31,7 @@ class Exchange(Protocol):
 class Meeting:
     """A collective for the executor. `pulse` shows when this rank waits for others. Raises RankLost."""
 
-    def __init__(self, exchange: Exchange, pulse: Pulse) -> None:
+    def __init__(self, exchange: RankExchange, pulse: Pulse) -> None:
         self._exchange = exchange
         self._pulse = pulse
 

@@ -24,8 +24,8 @@ from .messages import (
     FromWorker,
     Loading,
     Ready,
-    Refused,
     Serve,
+    ShardRefused,
 )
 from .pulse import Watched
 
@@ -54,7 +54,7 @@ class Member:
         self._heard_s = clock()
         self._watched = Watched()
         self._state = threading.Condition()
-        self._answers: dict[int, Loading | Ready | Refused] = {}
+        self._answers: dict[int, Loading | Ready | ShardRefused] = {}
 
     @property
     def name(self) -> str:
@@ -136,7 +136,7 @@ class Member:
             self._answers.pop(epoch, None)
         self.send(Drop(epoch=epoch))
 
-    def loading(self, epoch: int) -> Loading | Ready | Refused | None:
+    def loading(self, epoch: int) -> Loading | Ready | ShardRefused | None:
         """How far it is with a shard; None if it is gone."""
         with self._state:
             return None if self.reason else self._answers.get(epoch)

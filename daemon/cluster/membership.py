@@ -16,11 +16,11 @@ from shoal.comm.cluster_messages import (
     Forget,
     Invitation,
     Invite,
+    NodeRole,
     Nodes,
     NodesReply,
     NodeStatus,
     Rejoin,
-    Role,
 )
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
@@ -49,7 +49,7 @@ from .worker import Worker
 
 log = logging.getLogger(__name__)
 
-DIAL_S = 5.0
+HEAD_DIAL_S = 5.0
 ACCEPT_S = 1.0
 
 
@@ -79,7 +79,7 @@ class Membership:
         self._peers = Peers(directory)
 
     @property
-    def role(self) -> Role:
+    def role(self) -> NodeRole:
         if self._head() is not None:
             return "worker"
         return "head" if self._listens() else "alone"
@@ -198,7 +198,7 @@ class Membership:
                 identity, fingerprint = self._identity(), head.fingerprint
 
                 def dialled(purpose: Purpose) -> Channel:
-                    return dial(identity, self._peers, fingerprint, purpose, timeout_s=DIAL_S)
+                    return dial(identity, self._peers, fingerprint, purpose, timeout_s=HEAD_DIAL_S)
 
                 self._worker = Worker(head, dialled, self._attach, self._open_shard, self._budget)
             elif head is None and self._listens() and self._listener is None:

@@ -74,7 +74,7 @@ class Ready(Struct, tag=True, frozen=True, kw_only=True):
     peak_bytes: Count
 
 
-class Refused(Struct, tag=True, frozen=True, kw_only=True):
+class ShardRefused(Struct, tag=True, frozen=True, kw_only=True):
     """The worker does not serve that shard, or not any more."""
 
     epoch: Count
@@ -98,5 +98,5 @@ class Epoch(Struct, tag=True, frozen=True, kw_only=True):
     epoch: Count
 
 
-FromWorker = Attach | Beat | Loading | Ready | Refused
+FromWorker = Attach | Beat | Loading | Ready | ShardRefused
 FromHead = Serve | Drop | Alive

@@ -9,11 +9,11 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 
+from shoal.comm.group.streams import Address
 from shoal.daemon.errors import DaemonError
 
 DEFAULT_PORT = 7447
 DEFAULT_LISTEN = f":{DEFAULT_PORT}"
-Address = tuple[str, int]
 
 
 def parse_address(text: str) -> Address:

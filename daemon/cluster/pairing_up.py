@@ -17,7 +17,7 @@ from shoal.daemon.private_files import private_dir
 
 from .own_addresses import parse_address
 
-PAIR_S = 10.0
+JOIN_S = 10.0
 
 
 def pair_with_head(home: Home, code: str, address: str | None) -> str:
@@ -37,7 +37,7 @@ def pair_with_head(home: Home, code: str, address: str | None) -> str:
             raise DaemonError(
                 "bad_request", "the head was not found on the local network", "name its `address`"
             )
-        head, _ = pair(NodeIdentity.of(home.cluster), peers, code, [parse_address(address)], PAIR_S)
+        head, _ = pair(NodeIdentity.of(home.cluster), peers, code, [parse_address(address)], JOIN_S)
     except PairingRefused as error:
         hint = "shoal cluster init on the head gives a code"
         raise DaemonError("bad_request", f"not paired: {error}", hint) from error

@@ -21,7 +21,7 @@ from .messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch
 log = logging.getLogger(__name__)
 
 FIRST_WORD_S = 5.0
-LOOK_S = 0.25
+ROSTER_LOOK_S = 0.25
 
 
 class Joining(Protocol):
@@ -127,7 +127,7 @@ class Roster:
     def _look(self) -> None:
         """Send beats, and look for members that are silent or frozen."""
         told_s = 0.0
-        while not self._closed.wait(LOOK_S):
+        while not self._closed.wait(ROSTER_LOOK_S):
             members = self.members
             for member in members:
                 member.look()

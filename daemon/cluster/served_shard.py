@@ -27,7 +27,7 @@ from shoal.partition.memory_layout import kv_page_bytes
 
 from .follower import Follower
 from .meeting import Meeting
-from .messages import Epoch, FromWorker, Loading, Ready, Refused, Serve
+from .messages import Epoch, FromWorker, Loading, Ready, Serve, ShardRefused
 from .pulse import Pulse
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class ServedShard:
             refusal = translated(error)
             if not self._closed:
                 log.warning("the shard of %s cannot be served: %s", self.request.model, refusal)
-                self._tell(Refused(epoch=epoch, code=refusal.code, reason=str(refusal)[:2000]))
+                self._tell(ShardRefused(epoch=epoch, code=refusal.code, reason=str(refusal)[:2000]))
 
     def _start(self) -> None:
         plan, spec = self.request.plan, self.request.spec
@@ -130,4 +130,4 @@ class ServedShard:
 
     def _ended(self, reason: str) -> None:
         if not self._closed:
-            self._tell(Refused(epoch=self.request.epoch, code="internal", reason=reason[:2000]))
+            self._tell(ShardRefused(epoch=self.request.epoch, code="internal", reason=reason[:2000]))

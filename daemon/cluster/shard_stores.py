@@ -16,9 +16,9 @@ from shoal.partition.slicing import Shard
 
 from .messages import Serve
 from .served_shard import Dial, OpenShard
-from .shard_cache import ShardCache
-from .shard_fetch import fetch_shard
-from .weight_server import WeightServer
+from .weights.shard_cache import ShardCache
+from .weights.shard_fetch import fetch_shard
+from .weights.weight_server import WeightServer
 
 CHANNELS = 2  # on which one worker gets weights
 

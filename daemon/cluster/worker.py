@@ -22,7 +22,7 @@ from .served_shard import Dial, OpenShard, ServedShard
 log = logging.getLogger(__name__)
 
 HEAD_SILENT_S = 5.0
-RETRY_S = (0.2, 2.0)  # between attempts to reach the head: the first, and the longest
+REDIAL_S = (0.2, 2.0)  # between attempts to reach the head: the first, and the longest
 
 
 class Worker:
@@ -63,7 +63,7 @@ class Worker:
         self._thread.join(timeout=15)
 
     def _run(self) -> None:
-        pause_s = RETRY_S[0]
+        pause_s = REDIAL_S[0]
         while not self._closed.is_set():
             try:
                 facts = self._attach()  # before the head waits for them: they may have to be measured
@@ -71,7 +71,7 @@ class Worker:
                 with control:
                     control.send_message(facts)
                     log.info("attached to %s (%s)", self.head, control.remote[0])
-                    self.attached, self.trouble, pause_s = True, "", RETRY_S[0]
+                    self.attached, self.trouble, pause_s = True, "", REDIAL_S[0]
                     self._listen(control)
             except (OSError, CommError) as error:
                 if str(error) != self.trouble and not self._closed.is_set():
@@ -81,7 +81,7 @@ class Worker:
                 self.attached = False
                 self._drop_all()
             self._closed.wait(pause_s)
-            pause_s = min(2 * pause_s, RETRY_S[1])
+            pause_s = min(2 * pause_s, REDIAL_S[1])
 
     def _listen(self, control: Channel) -> None:
         """Do as the head says until it is gone. Raises OSError or CommError."""

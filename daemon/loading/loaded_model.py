@@ -22,6 +22,7 @@ from shoal.models.errors import ModelError, TemplateError
 from shoal.models.tokenizer.parts import TOOL_TEMPLATE
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
+from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.plan import Plan
 
@@ -130,11 +131,11 @@ class LoadedModel:
             if isinstance(template, ChatTemplate):
                 template.close()
 
-    def release(self, budget: Budget) -> None:
-        """End a step under way, keep its KV on disk and give the budget back. The memory is freed with the last
-        reference to the model. Idempotent."""
+    def release(self, budget: Budget, keep_s: float = FLUSH_LIMIT_S) -> None:
+        """End a step under way, keep its KV on disk, which takes `keep_s` at most, and give the budget back. The memory
+        is freed with the last reference to the model. Idempotent."""
         self.main.close()
-        self.engine.close()
+        self.engine.close(keep_s)
         release(self.name, budget)
 
     def stage(self) -> Stage | None:

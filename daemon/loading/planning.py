@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shoal import kernels
-from shoal.daemon.config import NodeConfig
-from shoal.daemon.errors import DaemonError
+from shoal.daemon.config import NodeConfig, beyond_the_model
 from shoal.engine.learn.step_cost import ROW_SHARE
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
@@ -97,14 +96,7 @@ def _wanted(spec: ModelSpec, config: NodeConfig) -> list[Wanted]:
         native=kernels.home() != "reference",
     )
     if longest.context_tokens > spec.longest:
-        made = f"was made for {spec.context}"
-        if spec.longest > spec.context:
-            made += f", and its rope scaling extends that to {spec.longest}"
-        raise DaemonError(
-            "context_overflow",
-            f"a context of {longest.context_tokens} tokens was asked for, the model {made}",
-            f"use `context_tokens={spec.longest}` or less",
-        )
+        raise beyond_the_model(longest.context_tokens, spec.longest, spec.context)
     wanted = [longest]
     while config.context_tokens is None and (context := wanted[-1].context_tokens) > least:
         wanted.append(longest._replace(context_tokens=max(least, context // 2)))

@@ -64,7 +64,9 @@ class FakeAnswers:
         self.cancelled = 0
         self.reason: FinishReason = "stop"
 
-    def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
+    def load(
+        self, model: str, draft: str | None, context: int | None = None, ranks: int | None = None
+    ) -> ModelStatus:
         self.loaded.append(model)
         self.drafts.append(draft)
         self.contexts.append(context)
@@ -112,6 +114,7 @@ class FakeClient:
         self.drafts: list[str | None] = []
         self.loads: list[tuple[str, int | None]] = []
         self.asked: list[tuple[str, int | None]] = []
+        self.kept: list[bool] = []  # per load: whether a loaded model is to stay as it is
         self.unloaded: list[str] = []
         self.changed: dict[str, Any] = {}  # of its status
 
@@ -153,10 +156,13 @@ class FakeClient:
         draft: str | None = None,
         heard: Any = None,
         *,
+        ranks: int | None = None,
         least_context: int | None = None,
+        keep: bool = False,
     ) -> Loaded:
         (self.asked if context is None else self.loads).append((model, context or least_context))
         self.drafts.append(draft)
+        self.kept.append(keep)
         name = Path(model).stem
         if name not in self.models and least_context is not None:
             context = max(100, least_context)

@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from fakes.group_cases import CABLE, GB, WIFI, all_linked, block_bytes, machine, mixture, model, small, wanted
+from fakes.group.group_cases import (
+    CABLE,
+    GB,
+    WIFI,
+    all_linked,
+    block_bytes,
+    machine,
+    mixture,
+    model,
+    small,
+    wanted,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

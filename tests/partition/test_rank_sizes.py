@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fakes.group_cases import GB, block_bytes, machine, mixture, model, small, wanted
+from fakes.group.group_cases import GB, block_bytes, machine, mixture, model, small, wanted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fakes.group_cases import CABLE, WIFI, all_linked, machine
+from fakes.group.group_cases import CABLE, WIFI, all_linked, machine
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes.streams import PairStream, stream_pair
+from fakes.group.streams import PairStream, stream_pair
 
-from shoal.comm.group.frames import Header, Kind
+from shoal.comm.group.frames import FrameKind, Header
 from shoal.comm.group.star import Hub, Spoke
 from shoal.comm.group.star_errors import Departed, GivenUp
 from shoal.comm.group.wire_types import WireType, decode, encode, wire_bytes
@@ -210,11 +210,11 @@ def test_whoever_says_nothing_is_waited_for_only_so_long() -> None:
 
 
 LIES = {
-    "another epoch": Header(Kind.SUM, EPOCH + 1, 1, 0, 32),
-    "another order": Header(Kind.SUM, EPOCH, 2, 0, 32),
-    "another place": Header(Kind.SUM, EPOCH, 1, 1, 32),
-    "too large": Header(Kind.SUM, EPOCH, 1, 0, 1 << 31),
-    "another kind": Header(Kind.ROWS, EPOCH, 1, 0, 32),
+    "another epoch": Header(FrameKind.SUM, EPOCH + 1, 1, 0, 32),
+    "another order": Header(FrameKind.SUM, EPOCH, 2, 0, 32),
+    "another place": Header(FrameKind.SUM, EPOCH, 1, 1, 32),
+    "too large": Header(FrameKind.SUM, EPOCH, 1, 0, 1 << 31),
+    "another kind": Header(FrameKind.ROWS, EPOCH, 1, 0, 32),
     "no kind": Header(99, EPOCH, 1, 0, 32),
 }
 
@@ -223,7 +223,7 @@ LIES = {
 def test_a_spoke_believes_no_size_and_no_epoch(lie: str) -> None:
     near, far = stream_pair()
     spoke = Spoke(far, EPOCH, patience_s=1.0)
-    near.send(Header(Kind.ORDER, EPOCH, 1, 0, 1).packed(), b"x")
+    near.send(Header(FrameKind.ORDER, EPOCH, 1, 0, 1).packed(), b"x")
     spoke.next()
     near.send(LIES[lie].packed(), bytes(32))
     with pytest.raises(Departed):
@@ -233,10 +233,10 @@ def test_a_spoke_believes_no_size_and_no_epoch(lie: str) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        Header(Kind.ORDER, EPOCH, 1, 0, 1 << 30),
-        Header(Kind.ORDER, EPOCH - 1, 1, 0, 1),
-        Header(Kind.SUM, EPOCH, 0, 0, 1),
-        Header(Kind.GIVE_UP, EPOCH, 0, 0, 4),
+        Header(FrameKind.ORDER, EPOCH, 1, 0, 1 << 30),
+        Header(FrameKind.ORDER, EPOCH - 1, 1, 0, 1),
+        Header(FrameKind.SUM, EPOCH, 0, 0, 1),
+        Header(FrameKind.GIVE_UP, EPOCH, 0, 0, 4),
     ],
 )
 def test_a_spoke_takes_orders_only(header: Header) -> None:
@@ -249,12 +249,12 @@ def test_a_spoke_takes_orders_only(header: Header) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        Header(Kind.PART, EPOCH, 1, 0, 1 << 31),
-        Header(Kind.PART, EPOCH, 1, 5, 32),
+        Header(FrameKind.PART, EPOCH, 1, 0, 1 << 31),
+        Header(FrameKind.PART, EPOCH, 1, 5, 32),
         Header(
-            Kind.PART, EPOCH, 9, 0, 1 << 20
+            FrameKind.PART, EPOCH, 9, 0, 1 << 20
         ),  # of no order that was: larger than anything that was to come
-        Header(Kind.FAILED, EPOCH, 1, 0, 1 << 31),
+        Header(FrameKind.FAILED, EPOCH, 1, 0, 1 << 31),
         Header(0, 0, 0, 0, 0xFFFFFFFF),
     ],
 )

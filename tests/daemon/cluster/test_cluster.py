@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
-from fakes.clusters import Cluster, wait_for
+from fakes.group.clusters import Cluster, wait_for
 
 from shoal.comm.messages import Load
 from shoal.daemon.node import Node

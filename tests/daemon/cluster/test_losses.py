@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
-from fakes.clusters import Cluster, wait_for
+from fakes.group.clusters import Cluster, wait_for
 
 from shoal.comm.messages import Load, Token
 from shoal.daemon.cluster import member

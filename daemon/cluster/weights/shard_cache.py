@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
-from shoal.daemon.sizes import format_bytes
 from shoal.offload.errors import PackError
 from shoal.offload.pack.builder import partial_of
 from shoal.offload.pack.manifest import DAMAGED, PARTIAL
 from shoal.offload.pack.pack import Pack, open_pack
+from shoal.partition.amounts import format_bytes
 
 from .shard_facts import ShardFacts
 
@@ -115,8 +115,8 @@ class ShardCache:
         return None
 
     def make_room(self, place: Path, nbytes: int) -> str:
-        """Removes what was not used for longest and is not in use, until `nbytes` fit at `place`. → why they do not (and
-        nothing was removed), or "". Raises OSError."""
+        """Removes what was not used for longest and is not in use, until `nbytes` fit at `place`. → "", or why they do
+        not fit; then nothing was removed. Raises OSError."""
         for trash in self.root.glob(".*.removed"):
             shutil.rmtree(trash, ignore_errors=True)
         shards = self.list()

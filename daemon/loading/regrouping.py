@@ -10,15 +10,15 @@ import logging
 import threading
 from dataclasses import replace
 
-from shoal.daemon.loading.assembly import Assembly
-from shoal.daemon.loading.loaded_model import LoadedModel
-from shoal.daemon.loading.loaded_models import LoadedModels
-from shoal.daemon.loading.loader import Loader
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.error_codes import translated
+from shoal.daemon.errors import DaemonError
 from shoal.engine.errors import RankLost
 
-from .config import NodeConfig
-from .error_codes import translated
-from .errors import DaemonError
+from .assembly import Assembly
+from .loaded_model import LoadedModel
+from .loaded_models import LoadedModels
+from .loader import Loader
 
 log = logging.getLogger(__name__)
 

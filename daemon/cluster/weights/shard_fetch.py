@@ -14,7 +14,6 @@ from shoal.comm.group.channel import Channel
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.transfer import FULL_DISK
 from shoal.daemon.memory import available_bytes
-from shoal.daemon.sizes import format_bytes
 from shoal.offload.block_store import BlockReader
 from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.errors import PackError
@@ -22,11 +21,12 @@ from shoal.offload.pack.builder import PackBuilder, partial_of
 from shoal.offload.pack.manifest import Manifest, Source, read_manifest
 from shoal.offload.pack.pack import Pack
 from shoal.offload.window.pinned import PackReader
+from shoal.partition.amounts import format_bytes
 
 from .remote_shard import RemoteShard
 from .shard_cache import ShardCache, ShardLock
 
-PART_BYTES = 4 << 20  # that are put into the pack at a time
+ADDED_BYTES = 4 << 20  # that are put into the pack at a time
 NO_ROOM = FULL_DISK | {errno.EFBIG}  # a file system, or a limit of this process, may bound a single file
 
 log = logging.getLogger("shoal.cluster")
@@ -105,7 +105,7 @@ def _made(
     facts = remote.facts
     if (pack := cache.find(place, facts) or _adopted(remote, cache, place, progress)) is not None:
         return pack, ""
-    builder = PackBuilder(remote, "keep", Source(remote.name, [], facts.content), PART_BYTES)
+    builder = PackBuilder(remote, "keep", Source(remote.name, [], facts.content), ADDED_BYTES)
     try:
         if not builder.reopen(place):
             cache.discard(place)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -34,15 +35,15 @@ from shoal.partition.spec import BlockId
 from .shard_facts import ShardFacts, described
 from .weight_messages import (
     ANSWER_S,
-    IDLE_S,
+    CHANNEL_IDLE_S,
     QUESTION_BYTES,
-    Answer,
     BlockChecksum,
     Describe,
     PieceFollows,
-    Question,
     Refused,
     WantChecksum,
+    WeightAnswer,
+    WeightQuestion,
 )
 
 
@@ -69,30 +70,29 @@ class WeightServer:
             checkpoint.bypass_cache()
 
     def serve(self, channel: Channel, shard: Shard) -> None:
-        """Answers the questions of the worker that has this shard, until the channel is closed by either side. Raises
-        DaemonError if the shard cannot be described."""
-        serving = _Serving(self._checkpoint, self._quant, self._source, shard)
-        while True:
-            try:
-                question = channel.receive_message(Question, IDLE_S, QUESTION_BYTES)
-            except ChannelTimeout:
-                if channel.closed:
-                    return
-                continue
-            except GroupError:
-                return
-            try:
-                with self._working:
-                    answer, piece = serving.answer(question)
-            except (DaemonError, CheckpointError, OffloadError) as error:
-                failed = translated(error)
-                answer, piece = Refused(failed.code, str(failed)[:1000]), None
-            try:
-                channel.send_message(answer, ANSWER_S)
-                if piece is not None:
-                    channel.send(piece, timeout_s=ANSWER_S)
-            except GroupError:
-                return
+        """Answers the questions of the worker that has this shard, until either side closes the channel. Raises
+        DaemonError if the shard is none of this model."""
+        try:
+            serving = _Serving(self._checkpoint, self._quant, self._source, shard)
+            while not channel.closed:
+                with suppress(ChannelTimeout):  # it is idle
+                    question = channel.receive_message(WeightQuestion, CHANNEL_IDLE_S, QUESTION_BYTES)
+                    answer, piece = self._answered(serving, question)
+                    channel.send_message(answer, ANSWER_S)
+                    if piece is not None:
+                        channel.send(piece, timeout_s=ANSWER_S)
+        except GroupError:
+            pass
+        finally:
+            channel.close()
+
+    def _answered(self, serving: _Serving, question: WeightQuestion) -> tuple[WeightAnswer, Bytes | None]:
+        try:
+            with self._working:
+                return serving.answer(question)
+        except (DaemonError, CheckpointError, OffloadError) as error:
+            failed = translated(error)
+            return Refused(failed.code, str(failed)[:1000]), None
 
 
 class _Serving:
@@ -110,7 +110,7 @@ class _Serving:
         self._vectors: tuple[BlockId, dict[str, Floats]] | None = None
         self._builder: PackBuilder | None = None
 
-    def answer(self, question: Question) -> tuple[Answer, Bytes | None]:
+    def answer(self, question: WeightQuestion) -> tuple[WeightAnswer, Bytes | None]:
         """The answer and the bytes that follow it. Raises DaemonError, CheckpointError or OffloadError."""
         if isinstance(question, Describe):
             self._require_versions(question)
@@ -122,7 +122,7 @@ class _Serving:
                 "both must run the same version of Shoal",
             )
         if isinstance(question, WantChecksum):
-            found: Answer = BlockChecksum(self._checksum(question.block))
+            found: WeightAnswer = BlockChecksum(self._checksum(question.block))
             self._require_unchanged()
             return found, None
         piece = Piece(question.block, question.role, question.start, question.stop)

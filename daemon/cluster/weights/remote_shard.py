@@ -23,6 +23,7 @@ from shoal.models.checkpoint.identity import Stamps
 from shoal.models.checkpoint.weight_source import Piece
 from shoal.models.weights import Weights
 from shoal.offload.pack.manifest import KERNEL_LAYOUT, PACK_FORMAT
+from shoal.partition.errors import PartitionError
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import BlockId
 
@@ -55,7 +56,10 @@ class RemoteShard:
         """Asks the head what the shard is. Raises ChannelError, and DaemonError if that cannot be."""
         self._channels = channels
         asked = Describe(PACK_FORMAT, KERNEL_LAYOUT)
-        self.facts = facts = ShardFacts(self._ask(asked, Description, DESCRIPTION_BYTES))
+        try:
+            self.facts = facts = ShardFacts(self._ask(asked, Description, DESCRIPTION_BYTES))
+        except PartitionError as error:  # a spec that cannot be is noticed while it is decoded
+            raise DaemonError("corrupt", f"the head described a shard that cannot be: {error}") from error
         self.spec, self.name, self.path = facts.spec, facts.name, Path(facts.name)
         self.shard: Literal["whole"] | Shard = facts.shard
         self.stamps: Stamps = {}

@@ -20,10 +20,10 @@ PIECE_BYTES = 1 << 20  # that a worker asks for at a time
 MOST_PIECE_BYTES = 8 << 20  # that the head sends at a time, unless a single band of rows is larger
 QUESTION_BYTES = 1 << 10
 ANSWER_BYTES = 4 << 10
-DESCRIPTION_BYTES = 2 << 20
+DESCRIPTION_BYTES = 1 << 20
 MOST_BLOCKS = 1 << 18
 MOST_FORMS = 1 << 10
-IDLE_S = 30.0  # after which the head looks again whether a channel is still there
+CHANNEL_IDLE_S = 30.0  # after which the head looks again whether a channel is still there
 ANSWER_S = 60.0  # that a worker waits for an answer; the head's disk may have to wake up
 
 _Row = Annotated[int, Meta(ge=0, le=1 << 40)]
@@ -97,5 +97,5 @@ class Refused(Struct, frozen=True, tag=True):
     reason: Annotated[str, Meta(max_length=1000)]
 
 
-Question = Describe | WantPiece | WantChecksum
-Answer = Description | PieceFollows | BlockChecksum | Refused
+WeightQuestion = Describe | WantPiece | WantChecksum
+WeightAnswer = Description | PieceFollows | BlockChecksum | Refused
