@@ -17,7 +17,7 @@ from .shares import level, level_by
 from .slicing import CutOfExperts, Grains, divide
 
 _REPAIRS = 3  # times shares are changed because a part does not fit
-_GRAIN = 1000  # shares are whole numbers of about this sum
+_GRAIN = 256  # shares are whole numbers of about this sum
 
 EXPERT_CUTS: tuple[CutOfExperts, ...] = ("columns", "whole")
 Layers = tuple[tuple[int, int], ...]  # each rank's, half-open

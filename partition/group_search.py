@@ -48,9 +48,11 @@ class _Found(NamedTuple):
     figures: Figures
     layers: tuple[tuple[int, int], ...] = ()
 
-    def is_better(self, other: _Found) -> bool:
-        worth = WORTH if len(self.places) > len(other.places) else 1.0
-        return self.figures.total_s < worth * other.figures.total_s
+
+def _is_better(total_s: float, places: Places, best: _Found) -> bool:
+    """Whether to take these machines if a usual request takes so long with them."""
+    worth = WORTH if len(places) > len(best.places) else 1.0
+    return total_s < worth * best.figures.total_s
 
 
 def choose(
@@ -128,12 +130,12 @@ class _Search:
         for newest in range(1, len(self._machines)):
             groups = self._by_promise(self._groups_with(newest, best), floor)
             for total_s, places in groups if newest < EXACT_MACHINES else groups[:_FEW]:
-                if best and total_s >= best.figures.total_s:
-                    break
+                if best and not _is_better(total_s, places, best):
+                    continue
                 for found in self._ways(places):
                     if floor and not found.figures.within(floor, TOLERANCE):
                         continue
-                    if best is None or found.is_better(best):
+                    if best is None or _is_better(found.figures.total_s, places, best):
                         best = found
             if best:
                 floor = best.figures.best_of(floor) if floor else best.figures

@@ -48,8 +48,9 @@ class Portion(NamedTuple):
             whole = own.experts.size < moe.experts
             experts = own.experts.size * own.expert_ffn.size / (moe.experts * moe.ffn)
             shared = own.shared_ffn.size / max(1, moe.shared_ffn)
+        o_columns = own.o_columns.size / spec.head_dim  # some may be another rank's as well
         return cls(
-            own.heads.size / spec.heads,
+            (own.heads.size + o_columns) / (2 * spec.heads),
             own.kv_heads.size / spec.kv_heads,
             own.ffn.size / max(1, spec.ffn),
             shared,

@@ -44,6 +44,7 @@ from .member import Member
 from .own_addresses import DEFAULT_LISTEN, parse_address, reachable
 from .roster import Roster
 from .served_shard import OpenShard
+from .speed import node_speed
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -169,12 +170,18 @@ class Membership:
         return next((peer for peer in self._peers.listed() if peer.role == "head"), None)
 
     def _attach(self) -> Attach:
+        threads, free_bytes = self._config.thread_count, max(0, self._budget.free_bytes)
+        kept = self._directory / "speed.json"
+        speed = node_speed(threads, kept, self._directory, memory_bytes=free_bytes // 2)
         return Attach(
             name=self._identity().name,
             version=package_version(),
             kernels=kernels.home(),
-            threads=self._config.thread_count,
-            memory_bytes=max(0, self._budget.free_bytes),
+            threads=threads,
+            memory_bytes=free_bytes,
+            memory_bytes_per_s=speed.memory_bytes_per_s,
+            flops=speed.flops,
+            disk_bytes_per_s=speed.disk_bytes_per_s,
         )
 
     def follow_files(self) -> None:

@@ -66,9 +66,10 @@ class Worker:
         pause_s = REDIAL_S[0]
         while not self._closed.is_set():
             try:
+                facts = self._attach()  # before the head waits for them: they may have to be measured
                 control = self._control = self._dial("control")
                 with control:
-                    control.send_message(self._attach())
+                    control.send_message(facts)
                     log.info("attached to %s (%s)", self.head, control.remote[0])
                     self.attached, self.trouble, pause_s = True, "", REDIAL_S[0]
                     self._listen(control)

@@ -24,12 +24,14 @@ from hypothesis import strategies as st
 
 from shoal.partition.errors import MachineError
 from shoal.partition.group_choice import Choice, NoGroup
-from shoal.partition.group_cost import crowding
+from shoal.partition.group_cost import Cost, crowding
+from shoal.partition.group_cuts import Cuts
 from shoal.partition.group_search import EXACT_MACHINES, TOLERANCE, choose
 from shoal.partition.machines import LinkSpeed, Machine, Workload
-from shoal.partition.slicing import divide
+from shoal.partition.rank_sizes import Memory, Sizes
+from shoal.partition.slicing import ANYWHERE, divide
 from shoal.partition.spec import ModelSpec
-from shoal.partition.sum_cost import Means
+from shoal.partition.sum_cost import Means, Network
 
 MODELS = {"8b": model(), "small": small(), "mixture": mixture()}
 SIZES = {name: block_bytes(spec) for name, spec in MODELS.items()}
@@ -64,7 +66,7 @@ def test_alone_a_token_takes_as_long_as_its_bytes() -> None:
 def test_two_equal_machines_at_a_cable_take_half_each() -> None:
     found = chosen(model(), [machine("head"), machine("other")], all_linked(2, CABLE))
     assert names(found) == ["head", "other"]
-    assert found.shares == (500, 500)
+    assert found.shares == (128, 128)
     shards = divide(model(), 2, shares=found.shares)
     assert [shard.ranges.kv_heads.size for shard in shards] == [4, 4]
     # Half of 3.9 GB of layers, the head's 0.3 GB, and 65 times 0.2 ms and a little over the cable.
@@ -157,6 +159,19 @@ def test_layers_are_divided_where_delay_is_too_long_for_sums() -> None:
     assert layers[0] is not None
     assert layers[1] is not None
     assert (layers[0][0], layers[0][1], layers[1][1]) == (0, layers[1][0], len(model().layers))
+
+
+def test_experts_are_cut_by_columns_and_whole_where_they_stream() -> None:
+    roomy = chosen(mixture(), [machine("a"), machine("b")], all_linked(2, CABLE), ranks=2)
+    assert roomy.experts == "columns"
+    assert not any(rank.missing_experts for rank in roomy.ranks)
+    tight = chosen(
+        mixture(), [machine("a", 1.2, disk=1), machine("b", 1.2, disk=1)], all_linked(2, CABLE), ranks=2
+    )
+    assert tight.experts == "whole"
+    assert all(0 < rank.missing_experts < 1 for rank in tight.ranks)
+    # Of 8 experts in each of 16 layers, 3.5 MB each, the busier rank reads some more than half.
+    assert tight.figures.token_s > 16 * 4 * 3.5e6 * min(rank.missing_experts for rank in tight.ranks) / 1e9
 
 
 def test_whole_experts_crowd_on_some_rank() -> None:
@@ -320,6 +335,27 @@ def test_a_faster_link_never_makes_a_group_slower(
     if isinstance(before, Choice):
         assert isinstance(after, Choice)
         assert after.figures.total_s <= before.figures.total_s + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(clusters())
+def test_no_group_is_faster_than_its_bound(cluster: tuple[str, list[Machine], Pairs, dict[str, Any]]) -> None:
+    """Or good groups would not be looked at."""
+    name, machines, links, more = cluster
+    asked, sizes = wanted(MODELS[name]), Sizes.of(MODELS[name], SIZES[name])
+    cost, cuts = Cost(asked, sizes, Workload()), Cuts(asked, sizes, Memory(asked, sizes), ANYWHERE)
+    network = Network(machines, links, range(len(machines)))
+    means = [
+        Means(topology, wire) for topology in more.get("topologies", ["star"]) for wire in ("f32", "int8")
+    ]
+    bound = cost.bound(machines, network, means)
+    for _, parts in cuts.divided(machines, all_wishes=True):
+        assert bound.within(cost.tensor(parts, network, means), 1 + 1e-9)
+    layered = cost.bound(machines, network, (), layered=True)
+    for _, parts in cuts.layered(machines):
+        figures = cost.pipeline(parts, network)
+        assert figures
+        assert layered.within(figures, 1 + 1e-9)
 
 
 @settings(max_examples=80, deadline=None)
