@@ -217,9 +217,10 @@ class TlsStream:
             try:
                 with self._lock:
                     self._tls.write(data[start : start + SEAL_BYTES])
+                    sealed = self._leaving.read()
             except ssl.SSLError as error:
                 raise _explained(error) from error
-            self._flush(deadline)
+            self._below.send(memoryview(sealed), deadline)
 
     def receive(self, view: memoryview, deadline: float) -> int:
         while not (count := self._read(view)):
