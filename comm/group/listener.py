@@ -204,7 +204,8 @@ class GroupListener:
         try:
             peer = admit(channel, self._identity, self._peers, self._codes)
         except PairingRefused as error:
-            log.warning("%s was not paired: %s", channel.remote[0], error)
+            level = logging.DEBUG if error.reason == "often" else logging.WARNING  # which bounds the log, too
+            log.log(level, "%s was not paired: %s", channel.remote[0], error)
             raise
         log.info("paired with %s at %s", peer.name, channel.remote[0])
 

@@ -29,8 +29,9 @@ TAKE_BYTES = 128 << 10  # taken from the socket at a time
 PARTING_READS = 8
 SEAL_BYTES = 256 << 10  # given to TLS, and then to the socket, at a time
 
-# Linux; elsewhere the default of the system holds. A peer that is gone is noticed by the group much earlier.
-_OPTIONS = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
+# Linux; elsewhere the default of the system holds. The group notices earlier that a machine is gone, and closes. There
+# is no TCP_USER_TIMEOUT: it would also end the connection to one that computes for long and reads nothing meanwhile.
+_OPTIONS = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 
 
 class Stream(Protocol):
