@@ -143,8 +143,6 @@ class SocketStream:
         return 0
 
     def _wait(self, poll: select.poll, deadline: float, problem: str) -> None:
-        if self.closed:  # then the number of the descriptor may be that of another
-            raise self._broken(None)
         left_s = deadline - time.monotonic()
         if not poll.poll(math.ceil(left_s * 1000) if left_s > 0 else 0):
             raise ChannelTimeout(problem)
