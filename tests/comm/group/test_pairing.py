@@ -207,7 +207,33 @@ def test_other_machines_at_the_addresses_do_not_matter(head, worker, tmp_path, m
             )
             assert by(worker, head.codes.new(), addresses)[0].fingerprint == head.fingerprint
             assert refused(worker, WRONG, addresses) == "code"
+            assert len(head.codes._failed) == 1  # though it is at two addresses
     assert nothing_stored(other)
+
+
+def test_a_server_of_tls_that_says_nothing_holds_up_for_a_moment_only(worker, tmp_path, monkeypatch):
+    monkeypatch.setattr("shoal.comm.group.dialing.GREET_S", 0.2)
+    mute = Machine.at(tmp_path, "mute")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            near = TlsStream(
+                SocketStream(server.accept()[0]), server_context(mute.identity, []), server_side=True
+            )
+            near.handshake(time.monotonic() + 5)
+            with contextlib.suppress(ChannelError):
+                while True:
+                    near.receive(memoryview(bytearray(100)), time.monotonic() + 5)
+            near.abort()
+            near.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        started = time.monotonic()
+        with pytest.raises(ChannelError):
+            by(worker, WRONG, [server.getsockname()])
+        assert time.monotonic() - started < 2
+        thread.join(5)
 
 
 # --- attacks
