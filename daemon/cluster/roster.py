@@ -96,6 +96,7 @@ class Roster:
             channel.peer, "it has attached again"
         )  # it may have restarted before its loss was noticed
         member = Member(channel, attach, self._left, self._clock)
+        member.measure()
         with self._lock:
             self._members[channel.peer] = member
             self.arrivals += 1

@@ -187,6 +187,7 @@ class LoadedModel:
             ranks=self.plan.ranks,
             rank_bytes=[plan.peak_bytes for plan in (self.plan, *(group.plans if group else ()))],
             machines=list(group.names) if group else [],
+            machines_why=self.main.why,
         )
 
     @property
