@@ -80,6 +80,7 @@ class Membership:
         self._worker: Worker | None = None
         self._closed = False
         self._peers = Peers(directory)
+        roster.name_of = lambda fingerprint: self._peers.get(fingerprint).name
 
     @property
     def role(self) -> NodeRole:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 
@@ -47,6 +49,9 @@ class Roster:
         self._members: dict[str, Member] = {}
         self._groups: dict[int, Joining] = {}
         self.arrivals = 0  # how many members have come
+        self.name_of: Callable[[str], str] = lambda fingerprint: (
+            ""
+        )  # as this head calls it; "" = as it calls itself
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._look, name="shoal-roster", daemon=True).start()
@@ -95,6 +100,8 @@ class Roster:
         self.dismiss(
             channel.peer, "it has attached again"
         )  # it may have restarted before its loss was noticed
+        if name := self.name_of(channel.peer):
+            attach = replace(attach, name=name)
         member = Member(channel, attach, self._left, self._clock)
         member.measure()
         with self._lock:
