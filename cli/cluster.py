@@ -15,11 +15,12 @@ from shoal.client import Client
 from shoal.comm.cluster_messages import NodesReply, NodeStatus
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
-from shoal.partition.amounts import format_bytes, format_duration
+from shoal.partition.amounts import format_bytes, format_delay, format_duration
 
 from . import background
 from .interrupt import deferred_interrupt
 from .options import Whole, examples, json_option, size_or_auto
+from .terminal.link_table import show_links
 from .terminal.output import console, note, print_json, spinner, table
 
 
@@ -28,6 +29,7 @@ from .terminal.output import console, note, print_json, spinner, table
         "shoal cluster init                     # on the machine that has the models: prints a join code",
         "shoal cluster join 7K3M-Q9TX-2BD4F     # on each other machine",
         "shoal cluster nodes",
+        "shoal cluster test                     # which of them the others wait for",
     )
 )
 def cluster() -> None:
@@ -149,9 +151,26 @@ def nodes(as_json: bool) -> None:
     _show(found)
 
 
+@cluster.command("test", epilog=examples("shoal cluster test", "shoal cluster test --json"))
+@json_option
+def test_links(as_json: bool) -> None:
+    """Measure the links to all workers, and name the one that the others wait for.
+
+    Delay there and back, bytes per second each way, and from all workers at once. It takes a second or two for each
+    worker. Requests go on meanwhile. While a model computes, the head also knows how long it waits for each worker.
+    """
+    home = Home.from_env()
+    with _client(home) as client, spinner("measuring the links"):
+        found = client.measure_links()
+    if as_json:
+        print_json({**asdict(found), "links": [asdict(link) for link in found.links]})
+    else:
+        show_links(found)
+
+
 def _show(found: NodesReply) -> None:
     screen = console()
-    numbers = ("threads", "memory free")
+    numbers = ("threads", "memory free", "waited for")
     rows = table("machine", "role", "state", "address", *numbers, "computes", right=numbers)
     for number, node in enumerate(found.nodes):
         name = node.name + (" (this)" if number == 0 else "")
@@ -163,6 +182,7 @@ def _show(found: NodesReply) -> None:
             node.address,
             str(node.threads) if known else "",
             f"{format_bytes(node.free_bytes)} of {format_bytes(node.memory_bytes)}" if known else "",
+            format_delay(node.wait_s) if node.wait_s else "",
             ", ".join(_computes(node)),
         )
     screen.print(rows)

@@ -13,7 +13,16 @@ from typing import Any, TypeVar, cast
 import zmq
 import zmq.asyncio
 
-from shoal.comm.cluster_messages import Forget, Invitation, Invite, Nodes, NodesReply, Rejoin
+from shoal.comm.cluster_messages import (
+    Forget,
+    Invitation,
+    Invite,
+    LinksReply,
+    MeasureLinks,
+    Nodes,
+    NodesReply,
+    Rejoin,
+)
 from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.errors import CommError
 from shoal.comm.messages import (
@@ -112,6 +121,10 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
     async def nodes(self) -> NodesReply:
         """Who is in the cluster."""
         return await self._call(Nodes(), NodesReply)
+
+    async def measure_links(self) -> LinksReply:
+        """Measure the links to all workers; takes a second or two for each."""
+        return await self._call(MeasureLinks(), LinksReply)
 
     async def invite(self, listen: Sequence[str] = ()) -> Invitation:
         """A code with which one more machine can join. From now on the daemon is a head that listens there."""

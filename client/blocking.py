@@ -16,7 +16,16 @@ from typing import Any
 
 import zmq
 
-from shoal.comm.cluster_messages import Forget, Invitation, Invite, Nodes, NodesReply, Rejoin
+from shoal.comm.cluster_messages import (
+    Forget,
+    Invitation,
+    Invite,
+    LinksReply,
+    MeasureLinks,
+    Nodes,
+    NodesReply,
+    Rejoin,
+)
 from shoal.comm.errors import CommError
 from shoal.comm.messages import (
     Chat,
@@ -103,6 +112,10 @@ class Client(ClientFace[AnswerStream]):
     def nodes(self) -> NodesReply:
         """Who is in the cluster."""
         return self._call(Nodes(), NodesReply)
+
+    def measure_links(self) -> LinksReply:
+        """Measure the links to all workers; takes a second or two for each."""
+        return self._call(MeasureLinks(), LinksReply)
 
     def invite(self, listen: Sequence[str] = ()) -> Invitation:
         """A code with which one more machine can join. From now on the daemon is a head that listens there."""

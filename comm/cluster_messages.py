@@ -13,6 +13,9 @@ from .message import Message, Name, NonNegative
 
 NodeRole = Literal["alone", "head", "worker"]
 
+LinkVerdict = Literal["good", "far", "thin", "unsteady", "computes slowly", "lost"]
+"""What holds others up: the delay, the bytes per second, single long delays, or the time that it computes."""
+
 
 class Invite(Message):
     """Let one more machine join: from now on this daemon is a head. `listen`: addresses to listen on for machines,
@@ -54,12 +57,47 @@ class NodeStatus(Message):
     models: list[str] = []  # in which it takes part
     shares: list[float] = []  # of these models' weights
     trouble: str = ""  # why it is away
+    wait_s: float = 0.0  # how long the head has waited for its part of a sum, the median of the latest
+    longest_wait_s: float = 0.0  # of these
 
 
 class NodesReply(Message):
     role: NodeRole
     nodes: list[NodeStatus]  # this machine first
     listening: list[str] = []
+
+
+class MeasureLinks(Message):
+    """Measure the links to all workers that are attached; takes a second or two for each.
+    Computing goes on meanwhile."""
+
+
+class LinkStatus(Message):
+    """What was measured of one worker's link. 0 = it could not be."""
+
+    name: str
+    address: str = ""
+    trips: NonNegative = 0  # small messages there and back
+    rtt_s: float = 0.0  # their median
+    rtt_p99_s: float = 0.0
+    to_bytes_per_s: float = 0.0  # from the head to it
+    from_bytes_per_s: float = 0.0
+    incast_bytes_per_s: float = 0.0  # from it, while all others send to the head, too
+    waits: NonNegative = 0  # parts of sums that the head waited for lately, while a model computed
+    wait_s: float = 0.0  # for how long: the median
+    longest_wait_s: float = 0.0
+    part_bytes: NonNegative = 0  # of such a part
+    verdict: LinkVerdict = "good"
+    why: str = ""  # if it is not good
+
+
+class LinksReply(Message):
+    links: list[LinkStatus]
+    incast_bytes_per_s: float = 0.0  # of all workers together; 0 with fewer than two
+    culprit: str = ""  # the name of the worker that others wait for, if one stands out
+    why: str = ""  # or why there is none
+    computing: list[str] = []  # models that computed meanwhile, which makes links look slower
+    seconds: float = 0.0  # that measuring took
 
 
 class Forget(Message):

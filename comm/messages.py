@@ -14,7 +14,16 @@ from msgspec.structs import force_setattr
 
 from .chat_message import ChatMessage as ChatMessage
 from .chat_message import ChatMessages, checked
-from .cluster_messages import Forget, Invitation, Invite, Nodes, NodesReply, Rejoin
+from .cluster_messages import (
+    Forget,
+    Invitation,
+    Invite,
+    LinksReply,
+    MeasureLinks,
+    Nodes,
+    NodesReply,
+    Rejoin,
+)
 from .message import Message as Message
 from .message import Name, NonNegative
 from .plain_values import check_plain
@@ -357,6 +366,7 @@ REQUESTS: dict[str, type[Message]] = {
     "ping": Ping,
     "invite": Invite,
     "nodes": Nodes,
+    "measure_links": MeasureLinks,
     "forget": Forget,
     "rejoin": Rejoin,
 }
@@ -376,6 +386,7 @@ REPLIES: dict[str, type[Message]] = {
     "pong": Pong,
     "invitation": Invitation,
     "nodes_reply": NodesReply,
+    "links_reply": LinksReply,
 }
 
 FEATURES = (*REQUESTS, "progress", "context_tokens", "stop_repeating")

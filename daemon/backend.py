@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from shoal.comm.cluster_messages import Forget, Invitation, Invite, Nodes, NodesReply, Rejoin
+from shoal.comm.cluster_messages import (
+    Forget,
+    Invitation,
+    Invite,
+    LinksReply,
+    MeasureLinks,
+    Nodes,
+    NodesReply,
+    Rejoin,
+)
 from shoal.comm.messages import (
     Accepted,
     Chat,
@@ -33,8 +42,8 @@ Event = Accepted | Token | Done | Error
 Emit = Callable[[Event], None]
 """Takes one message of a stream; from any thread; never blocks."""
 
-ClusterRequest = Invite | Nodes | Forget | Rejoin
-ClusterReply = Invitation | NodesReply | Ok
+ClusterRequest = Invite | Nodes | MeasureLinks | Forget | Rejoin
+ClusterReply = Invitation | NodesReply | LinksReply | Ok
 
 CancelCall = Callable[[], None]
 """Asks a stream to end early; from any thread; idempotent; returns at once."""

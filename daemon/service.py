@@ -75,7 +75,15 @@ def serve(
         kv_root=home.kv,
         grouping=Forming(roster, send_weights, speed),
     )
-    membership = Membership(home.cluster, config, node.budget, roster, open_shards(home.shards), speed)
+    membership = Membership(
+        home.cluster,
+        config,
+        node.budget,
+        roster,
+        open_shards(home.shards),
+        speed,
+        lambda: [model.name for model in node.status().models if model.running],
+    )
     node.membership = membership
     membership.start()
     server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_begin_to_end)

@@ -18,6 +18,14 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
+def format_delay(seconds: float) -> str:
+    """Of milliseconds what counts: '0.21 ms', '54 ms', '1.2 s'."""
+    if seconds >= 1:
+        return f"{seconds:.2g} s"
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:.0f} ms" if milliseconds >= 9.95 else f"{milliseconds:.2g} ms"
+
+
 def format_duration(seconds: float) -> str:
     """'45 s', '3 min 20 s', '2 h 5 min', '4 d 3 h'."""
     whole = max(0, int(seconds))

@@ -9,6 +9,7 @@ Knows arrays of f32 and frames; not what is computed, nor who is at the other en
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from .errors import ChannelError, ChannelTimeout
 from .frames import HEADER, MAX_ORDER_BYTES, MAX_REASON_BYTES, WRAP, FrameKind, Header
+from .part_waits import PartWaits
 from .star_errors import Departed, GivenUp
 from .wire_types import F32Rows, Octets, WireType, decode, encode, wire_bytes
 
@@ -85,6 +87,7 @@ class Hub:
         self, streams: Sequence[FrameStream], epoch: int, wire: WireType = "f32", patience_s: float = 60.0
     ) -> None:
         self._spokes = [Framed(stream, epoch) for stream in streams]
+        self.waits = [PartWaits() for _ in streams]  # for parts of ranks 1, 2, …, in this order
         self._wire = wire
         self._patience_s = patience_s
         self._number = 0
@@ -157,6 +160,7 @@ class Hub:
 
     def _part(self, rank: int, spoke: Framed, nbytes: int | None, row_bytes: int = 0) -> Octets:
         """The payload of a spoke's next frame of this order; what is left of older orders is passed over."""
+        began_s = time.perf_counter()
         try:
             while True:
                 header = spoke.receive(self._patience_s)
@@ -179,6 +183,7 @@ class Hub:
                 self._largest = max(self._largest, nbytes)
                 data = self._room.take(nbytes)
                 spoke.payload(data, self._patience_s)
+                self.waits[rank - 1].note(time.perf_counter() - began_s, nbytes)
                 return data
         except (OSError, ChannelError) as error:
             raise Departed(rank, str(error)) from error

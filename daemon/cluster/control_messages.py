@@ -94,14 +94,16 @@ class Alive(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Probe(Struct, tag=True, frozen=True, kw_only=True):
-    """The head measures the link. The worker answers at once."""
+    """The head measures the link. The worker answers at once, with `reply_bytes` bytes."""
 
     number: Count
     data: Annotated[bytes, Meta(max_length=PROBE_BYTES)] = b""
+    reply_bytes: Annotated[int, Meta(ge=0, le=PROBE_BYTES)] = 0
 
 
 class Probed(Struct, tag=True, frozen=True, kw_only=True):
     number: Count
+    data: Annotated[bytes, Meta(max_length=PROBE_BYTES)] = b""
 
 
 class Epoch(Struct, tag=True, frozen=True, kw_only=True):

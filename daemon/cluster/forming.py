@@ -170,6 +170,7 @@ class Forming:
             config.quant,
             self._wires[0],
             self._serving(checkpoint, config.quant),
+            plans[0].weights_bytes,
         )
         group.begin()
         return Seated(parts[0], plans[0], group, choice.describe())

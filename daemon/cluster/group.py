@@ -28,7 +28,7 @@ from .control_messages import Loading, Ready, Serve, ShardRefused
 from .meeting import Led, Meeting
 from .member import Member
 from .pulse import Pulse
-from .roster import Roster
+from .roster import Contribution, Roster
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,10 @@ SendWeights = Callable[[Channel, Shard], None]
 
 
 class Group:
-    """Ranks 1, 2, … are `seats`. Members load until `form` returns; then `collective` and `others` are rank 0's."""
+    """Ranks 1, 2, … are `seats`. Members load until `form` returns; then `collective` and `others` are rank 0's.
+
+    `own_bytes` are the weights of rank 0.
+    """
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Group:
         quant: Quant,
         wire: WireType,
         send_weights: SendWeights,
+        own_bytes: int = 0,
     ) -> None:
         self.epoch = next(_epochs)
         self.seats = seats
@@ -73,6 +77,8 @@ class Group:
         self._model = model
         self._quant = quant
         self._send_weights = send_weights
+        self._own_bytes = own_bytes
+        self._hub: Hub | None = None
         self._data: dict[str, Channel] = {}
         self._arrived = threading.Condition()
         self._closed = False
@@ -118,7 +124,7 @@ class Group:
             with self._arrived:
                 self._arrived.wait(FORM_LOOK_S)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
-        hub = Hub(streams, self.epoch, self.wire)
+        hub = self._hub = Hub(streams, self.epoch, self.wire)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)
 
@@ -147,6 +153,14 @@ class Group:
             channel.close()
         for seat in self.seats:
             seat.member.drop(self.epoch)
+
+    def contribution(self, member: Member) -> Contribution | None:
+        seat = self._seat(member)
+        if seat is None:
+            return None
+        whole = self._own_bytes + sum(it.plan.weights_bytes for it in self.seats)
+        waits = self._hub.waits[self.seats.index(seat)].summary() if self._hub is not None else None
+        return Contribution(self._model, seat.plan.weights_bytes / max(1, whole), waits)
 
     def data(self, member: Member, channel: Channel) -> None:
         with self._arrived:

@@ -25,12 +25,12 @@ from .control_messages import (
     FromHead,
     FromWorker,
     Loading,
-    Probe,
     Probed,
     Ready,
     Serve,
     ShardRefused,
 )
+from .links.link_probes import Probes
 from .pulse import Watched
 
 TRIPS = 8
@@ -56,13 +56,13 @@ class Member:
         self.beat = Beat()
         self.link = LinkSpeed(0.0, 1.0)  # once it is measured
         self.reason = ""  # why it is gone
+        self.probes = Probes(channel.send_message, lambda: self.reason, clock)
         self._control = channel
         self._channels: list[Channel] = [channel]
         self._lost = lost
         self._clock = clock
         self._heard_s = clock()
         self._watched = Watched()
-        self._probes = 0
         self._state = threading.Condition()
         self._answers: dict[int, Loading | Ready | ShardRefused] = {}
 
@@ -107,6 +107,7 @@ class Member:
             self._state.notify_all()
         for channel in channels:
             channel.close()
+        self.probes.wake()
         self._lost(self, reason)
 
     def measure(self) -> None:
@@ -131,29 +132,28 @@ class Member:
         except (OSError, CommError) as error:
             self.leave(str(error))
 
-    def _hear(self) -> FromWorker:
-        """Its next message. Raises OSError or CommError."""
+    def _hear(self) -> None:
+        """Take in its next message. Raises OSError or CommError."""
         message: FromWorker = self._control.receive_message(
             FromWorker, timeout_s=SILENT_S, limit_bytes=CONTROL_BYTES
         )
         self._heard_s = self._clock()
         if isinstance(message, Beat):
             self.beat = message
-        elif not isinstance(message, Attach | Probed):
+        elif isinstance(message, Probed):
+            self.probes.heard(message)
+        elif not isinstance(message, Attach):
             with self._state:
                 if message.epoch in self._answers:
                     self._answers[message.epoch] = message
                 self._state.notify_all()
-        return message
 
     def _probe(self, data: bytes) -> float:
         """Seconds until it has answered to so many bytes."""
-        self._probes += 1
-        began_s = self._clock()
-        self._control.send_message(Probe(number=self._probes, data=data))
-        while self._hear() != Probed(number=self._probes):
-            pass
-        return self._clock() - began_s
+        number = self.probes.begin(data)
+        while not self.probes.answered(number):
+            self._hear()
+        return self.probes.took_s(number)
 
     def send(self, message: FromHead) -> None:
         """Never raises: if it cannot be sent, the member is gone."""

@@ -16,6 +16,7 @@ from shoal.comm.cluster_messages import (
     Forget,
     Invitation,
     Invite,
+    MeasureLinks,
     NodeRole,
     Nodes,
     NodesReply,
@@ -40,6 +41,7 @@ from shoal.daemon.private_files import private_dir
 from shoal.offload.budget import Budget
 
 from .control_messages import Attach
+from .links.link_test import longest_waits, measure_links
 from .member import Member
 from .own_addresses import DEFAULT_LISTEN, parse_address, reachable
 from .roster import Roster
@@ -54,8 +56,8 @@ ACCEPT_S = 1.0
 
 
 class Membership:
-    """`directory` holds key, certificate and peers. `speed` measures this machine. `serving` tells in which groups a
-    member is (for people)."""
+    """`directory` holds key, certificate and peers. `speed` measures this machine. `computing` names the models that
+    compute now (for people)."""
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class Membership:
         roster: Roster,
         open_shard: OpenShard,
         speed: Callable[[], NodeSpeed],
-        serving: Callable[[Member], list[tuple[str, float]]] = lambda member: [],
+        computing: Callable[[], Sequence[str]] = lambda: (),
     ) -> None:
         self._directory = directory
         self._config = config
@@ -73,7 +75,7 @@ class Membership:
         self._roster = roster
         self._open_shard = open_shard
         self._speed = speed
-        self._serving = serving
+        self._computing = computing
         self._lock = threading.RLock()
         self._codes = Codes()
         self._listener: GroupListener | None = None
@@ -103,6 +105,9 @@ class Membership:
                     return self._invite(request.listen)
                 case Nodes():
                     return self._nodes()
+                case MeasureLinks():
+                    self._check_head()
+                    return measure_links(self._roster, self._computing)
                 case Forget():
                     gone = self._peers.forget(self._peers.named(request.node).name)
                     self._roster.dismiss(gone.fingerprint, "it was forgotten")
@@ -139,6 +144,13 @@ class Membership:
             return Invitation(
                 code=self._codes.new(), addresses=reachable(self._listener.addresses), seconds=CODE_S
             )
+
+    def _check_head(self) -> None:
+        if self.role == "worker":
+            raise DaemonError("bad_request", "this machine is a worker: its head measures links")
+        if self.role == "alone":
+            hint = "shoal cluster init makes it the head of one"
+            raise DaemonError("bad_request", "this machine is in no cluster", hint)
 
     def _listen(self, wanted: Sequence[str]) -> None:
         if self._listener is not None:
@@ -240,7 +252,7 @@ class Membership:
         if member is None:
             attached = peer.role == "head" and self._worker is not None and self._worker.attached
             return NodeStatus(name=peer.name, fingerprint=peer.fingerprint, role=peer.role, attached=attached)
-        part = self._serving(member)
+        part, waits = self._roster.contributions(member), longest_waits(self._roster, member)
         return NodeStatus(
             name=peer.name,
             fingerprint=peer.fingerprint,
@@ -257,6 +269,8 @@ class Membership:
             resident_bytes=member.beat.resident_bytes,
             silent_s=member.silent_s,
             steps=member.beat.steps,
-            models=[name for name, _ in part],
-            shares=[share for _, share in part],
+            models=[it.model for it in part],
+            shares=[it.share for it in part],
+            wait_s=waits.median_s if waits is not None else 0.0,
+            longest_wait_s=waits.longest_s if waits is not None else 0.0,
         )

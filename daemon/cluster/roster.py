@@ -10,12 +10,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from msgspec.structs import replace
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.part_waits import WaitSummary
 
 from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch
 from .member import Member
@@ -26,8 +27,20 @@ FIRST_WORD_S = 5.0
 ROSTER_LOOK_S = 0.25
 
 
+class Contribution(NamedTuple):
+    """What a member does in a group. `share` is of the model's weights; `waits` is how long the head waits for its
+    parts, None if it has not."""
+
+    model: str
+    share: float
+    waits: WaitSummary | None
+
+
 class Joining(Protocol):
-    """A group whose members dial in. Both take over the channel."""
+    """A group whose members dial in. `data` and `weights` take over the channel."""
+
+    def contribution(self, member: Member) -> Contribution | None:
+        """None if it has no part in the group."""
 
     def data(self, member: Member, channel: Channel) -> None:
         """Orders and sums of this member go over the channel."""
@@ -70,6 +83,12 @@ class Roster:
     def forget_group(self, epoch: int) -> None:
         with self._lock:
             self._groups.pop(epoch, None)
+
+    def contributions(self, member: Member) -> list[Contribution]:
+        """In which groups it takes part."""
+        with self._lock:
+            groups = list(self._groups.values())
+        return [found for group in groups if (found := group.contribution(member)) is not None]
 
     def take(self, channel: Channel) -> None:
         """Serve a channel of a paired worker until it ends, in the caller's thread."""

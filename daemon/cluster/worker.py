@@ -113,7 +113,7 @@ class Worker:
         if isinstance(message, Alive):
             return
         if isinstance(message, Probe):
-            self._tell(Probed(number=message.number))
+            self._tell(Probed(number=message.number, data=bytes(message.reply_bytes)))
         if isinstance(message, Serve):
             for other in [*self._shards.values()]:
                 if other.request.model == message.model:  # its successor comes

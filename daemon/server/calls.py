@@ -13,7 +13,7 @@ from collections.abc import Callable
 import msgspec
 
 from shoal.comm import wire
-from shoal.comm.cluster_messages import Forget, Invite, Nodes, Rejoin
+from shoal.comm.cluster_messages import Forget, Invite, MeasureLinks, Nodes, Rejoin
 from shoal.comm.errors import ProtocolError
 from shoal.comm.messages import REQUESTS, Chat, Error, Generate, Load, Message, Status, Tokenize, Unload
 from shoal.daemon.backend import Backend
@@ -23,8 +23,8 @@ from shoal.models.turns import TurnPool
 from .in_flight import Flight
 from .log_rate import SeldomLog
 
-OWN_USERS = frozenset({"invite", "forget", "rejoin"})
-"""The request types that change who may compute with this machine."""
+OWN_USERS = frozenset({"invite", "forget", "rejoin", "measure_links"})
+"""The request types that change who may compute with this machine, or keep its network busy."""
 
 WORK = frozenset({"generate", "chat", "tokenize", "load", "unload", "status", "nodes"}) | OWN_USERS
 """The request types that need the backend. The server answers the others by itself."""
@@ -34,8 +34,8 @@ log = logging.getLogger("shoal.server")
 
 class Dispatcher:
     """Runs backend calls: prompts on `workers` threads, prompts whose model is not loaded yet on as many other threads,
-    loading on one thread and status on one. So no request waits behind another that waits for a model to load, unless
-    it needs one loaded, too. Clients take turns in all of them.
+    loading, status and measuring links on one thread each. So no request waits behind another that waits for a model to
+    load, unless it needs one loaded, too. Clients take turns in all of them.
 
     `pending_bytes` bounds the bodies that wait for a worker; beyond it requests are answered `busy`. For clients that
     have none among them there is half as much besides.
@@ -49,6 +49,7 @@ class Dispatcher:
         status = TurnPool(1, "shoal-status")
         self._pools = {"load": loads, "unload": loads, "status": status}
         self._pools |= dict.fromkeys(("nodes", *OWN_USERS), status)
+        self._pools["measure_links"] = TurnPool(1, "shoal-links")
         self._pools |= dict.fromkeys(("generate", "chat", "tokenize"), prompts)
         self._limit_bytes = pending_bytes
         self._lock = threading.Lock()
@@ -132,7 +133,7 @@ class Dispatcher:
                 status = self._backend.status()
                 draining = self.draining or status.draining
                 flight.emit(msgspec.structs.replace(status, draining=draining))
-            case Invite() | Nodes() | Forget() | Rejoin():
+            case Invite() | Nodes() | MeasureLinks() | Forget() | Rejoin():
                 flight.emit(self._backend.cluster(request))
             case _:
                 raise AssertionError(f"{type(request).__name__} is not the backend's")

@@ -1,0 +1,1 @@
+"""`shoal cluster launch`: workers on machines that ssh reaches."""

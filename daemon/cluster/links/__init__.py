@@ -1,0 +1,1 @@
+"""The links between a head and its workers: measured when somebody asks, and what the figures mean."""
