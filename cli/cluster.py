@@ -5,8 +5,11 @@ Knows what is typed and what is shown. Pairing is `comm.group`'s, everything tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 from msgspec.structs import asdict
@@ -15,13 +18,18 @@ from shoal.client import Client
 from shoal.comm.cluster_messages import NodesReply, NodeStatus
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
-from shoal.partition.amounts import format_bytes, format_delay, format_duration
+from shoal.daemon.errors import DaemonError
+from shoal.partition.amounts import counted, format_bytes, format_delay, format_duration
 
 from . import background
+from .exit_codes import Exit
 from .interrupt import deferred_interrupt
-from .options import Whole, examples, json_option, size_or_auto
+from .options import Real, Whole, examples, json_option, size_or_auto
 from .terminal.link_table import show_links
 from .terminal.output import console, note, print_json, spinner, table
+from .terminal.paint import printable
+
+STDIN_CODE_BYTES = 200
 
 
 @click.group(
@@ -76,17 +84,34 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
 )
 @click.argument("code")
 @click.option(
-    "--address", metavar="HOST:PORT", help="Where the head is (default: found on the local network)."
+    "--address",
+    "addresses",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="Where the head is (default: found on the local network); repeatable, the first that answers is used.",
+)
+@click.option(
+    "--head", metavar="FINGERPRINT", help="If this machine is paired with this head already, that is fine."
 )
 @click.option(
     "--memory", type=size_or_auto, metavar="SIZE", help="Lend at most this much memory (default: auto)."
 )
 @click.option("--threads", type=Whole(min=1), metavar="N", help="Lend so many CPU threads (default: all).")
 @click.option("--detach", "--background", is_flag=True, help="Run in the background.")
-def join(code: str, address: str | None, memory: int | None, threads: int | None, detach: bool) -> None:
+@json_option
+def join(
+    code: str,
+    addresses: tuple[str, ...],
+    head: str | None,
+    memory: int | None,
+    threads: int | None,
+    detach: bool,
+    as_json: bool,
+) -> None:
     """Lend this machine to the head that gave CODE.
 
-    It needs no model files. The pairing is remembered: from now on every shoal serve on this machine attaches to the
+    With - for CODE it is read from standard input, so that nobody sees it in the list of processes. This machine needs
+    no model files. The pairing is remembered: from now on every shoal serve on this machine attaches to the
     head, and waits for it while it is away. shoal cluster leave ends that.
     """
     NodeConfig(threads=threads, memory_bytes=memory)  # raises what is wrong with them before anything is done
@@ -94,8 +119,10 @@ def join(code: str, address: str | None, memory: int | None, threads: int | None
     with spinner("pairing"):
         from shoal.daemon.cluster.pairing_up import pair_with_head
 
-        head = pair_with_head(home, code, address)
-    note(f"paired with {head}")
+        paired = pair_with_head(home, code if code != "-" else _code_from_stdin(), addresses, head)
+    if as_json:
+        print_json({"head": paired.head, "fingerprint": paired.fingerprint, "before": paired.before})
+    note(f"paired with {paired.head}" + " already" * paired.before)
     if background.running_pid(home) is not None:
         with Client(home.address) as client:
             client.rejoin()
@@ -110,6 +137,55 @@ def join(code: str, address: str | None, memory: int | None, threads: int | None
     with deferred_interrupt():
         from shoal.daemon.service import serve
     serve(NodeConfig(threads=threads, memory_bytes=memory), home=home)
+
+
+@cluster.command(
+    epilog=examples("shoal cluster launch hosts.toml", "shoal cluster launch hosts.toml --dry-run")
+)
+@click.argument("hosts", metavar="HOSTS.TOML", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Only print the commands.")
+@click.option(
+    "--timeout",
+    type=Real(1, 600),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long one machine may take to be reached and to join.",
+)
+@click.pass_context
+def launch(ctx: click.Context, hosts: Path, dry_run: bool, timeout: float) -> None:
+    """Start workers on the machines in HOSTS.TOML over ssh, several at once.
+
+    Each needs Shoal and an ssh that lets you in without asking; your configuration of ssh holds. The file has a
+    [[host]] for each machine: its address, and if need be name, user, shoal (the command there), memory, threads and
+    home. A machine that has joined before is fine. The daemon is started if none runs here.
+    """
+    from .launch.hosts_file import read_hosts
+    from .launch.launching import Launch, planned
+
+    found, home = read_hosts(hosts), Home.from_env()
+    if dry_run:
+        for command in planned(found, home, background.running_pid(home) is not None):
+            click.echo(shlex.join(command))
+        return
+    _require_daemon(home)
+    left, failed = [host.name for host in found], 0
+    with spinner(_waiting(left)) as update:
+        for outcome, said in Launch(home, timeout).run(found):
+            left.remove(outcome.host.name)
+            failed += bool(outcome.trouble)
+            click.echo(printable(f"{outcome.host.name}: {said}"))
+            update(_waiting(left))
+    if failed:
+        note(
+            f"{counted(failed, 'machine')} of {len(found)} failed; to try again, type the same command again"
+        )
+        ctx.exit(Exit.FAILED)
+
+
+def _waiting(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"waiting for {', '.join(names[:4])}{more}"
 
 
 @cluster.command(epilog=examples("shoal cluster leave"))
@@ -203,6 +279,13 @@ def _computes(node: NodeStatus) -> Iterator[str]:
     shares = [*node.shares, *[0.0] * len(node.models)]
     for model, share in zip(node.models, shares, strict=False):
         yield f"{100 * share:.0f}% of {model}" if share else model
+
+
+def _code_from_stdin() -> str:
+    line = sys.stdin.buffer.readline(STDIN_CODE_BYTES).decode(errors="replace").strip()
+    if not line:
+        raise DaemonError("bad_request", "no join code came on standard input")
+    return line
 
 
 @contextmanager

@@ -5,7 +5,10 @@ Decimal units (1 GB = 10⁹ bytes) as disks and networks have them, and binary o
 
 from __future__ import annotations
 
+import math
 import re
+
+from shoal.comm.complaints import shorten
 
 from .errors import DaemonError
 
@@ -21,8 +24,10 @@ _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 def parse_bytes(text: str) -> int:
     """'3GB', '512 MiB' or '1000000' as bytes. Raises DaemonError `bad_request`."""
     match = _PATTERN.fullmatch(text)
-    if match is None or match[2].lower() not in _UNITS:
-        raise DaemonError(
-            "bad_request", f"{text!r} is not an amount of memory", "write 3GB, 512MiB or 1000000"
-        )
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    if match is not None and match[2].lower() in _UNITS:
+        amount = float(match[1]) * _UNITS[match[2].lower()]
+        if amount < math.inf:
+            return int(amount)
+    raise DaemonError(
+        "bad_request", f"{shorten(text)} is not an amount of memory", "write 3GB, 512MiB or 1000000"
+    )

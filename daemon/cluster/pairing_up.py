@@ -5,6 +5,9 @@ A daemon that runs has to be told to read them anew.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from shoal.comm.errors import CommError
 from shoal.comm.group.dialing import pair
 from shoal.comm.group.errors import PairingRefused
@@ -20,30 +23,42 @@ from .own_addresses import parse_address
 JOIN_S = 10.0
 
 
-def pair_with_head(home: Home, code: str, address: str | None) -> str:
-    """Pairs this machine with the head that gave `code`. → the head's name. Raises DaemonError."""
+class Paired(NamedTuple):
+    """`fingerprint` is this machine's own. `before`: it was paired already."""
+
+    head: str
+    fingerprint: str
+    before: bool
+
+
+def pair_with_head(home: Home, code: str, addresses: Sequence[str], head: str | None = None) -> Paired:
+    """Pairs this machine with the head that gave `code`. If it is paired already with the head whose fingerprint is
+    `head`, it stays so. Raises DaemonError."""
     private_dir(home.root)
     private_dir(home.cluster)
     try:
         read_code(code)
         peers = Peers(home.cluster)
         for peer in peers.listed():
+            if peer.role == "head" and peer.fingerprint == head:
+                return Paired(peer.name, NodeIdentity.of(home.cluster).fingerprint, before=True)
             raise DaemonError(
                 "bad_request",
                 f"this machine is paired with {peer.name} already",
                 "shoal cluster leave ends that",
             )
-        if address is None:
+        if not addresses:
             raise DaemonError(
                 "bad_request", "the head was not found on the local network", "name its `address`"
             )
-        head, _ = pair(NodeIdentity.of(home.cluster), peers, code, [parse_address(address)], JOIN_S)
+        identity = NodeIdentity.of(home.cluster)
+        found, _ = pair(identity, peers, code, [parse_address(it) for it in addresses], JOIN_S)
     except PairingRefused as error:
         hint = "shoal cluster init on the head gives a code"
         raise DaemonError("bad_request", f"not paired: {error}", hint) from error
     except (CommError, OSError) as error:
         raise DaemonError("not_found", f"not paired: {error}") from error
-    return head.name
+    return Paired(found.name, identity.fingerprint, before=False)
 
 
 def unpair(home: Home) -> list[str]:

@@ -93,7 +93,7 @@ class Cluster:
     def join(self, number: int) -> None:
         """A new machine is paired, and attaches."""
         invitation = self.invite()
-        pair_with_head(self.home(number), invitation.code, invitation.addresses[0])
+        pair_with_head(self.home(number), invitation.code, invitation.addresses[:1])
         self.start(number)
 
     def start(self, number: int) -> None:
