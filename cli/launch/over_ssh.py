@@ -24,7 +24,7 @@ from shoal.daemon.errors import DaemonError
 
 from .hosts_file import Host
 
-CONNECT_S = 15
+SSH_CONNECT_S = 15
 SSH_LOOK_S = 0.05
 SSH_FAILED = 255
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
@@ -47,7 +47,7 @@ def ssh_command(host: Host, addresses: Sequence[str], head: str) -> list[str]:
         "ssh",
         "-T",
         *("-o", "BatchMode=yes"),
-        *("-o", f"ConnectTimeout={CONNECT_S}"),
+        *("-o", f"ConnectTimeout={SSH_CONNECT_S}"),
         *("-o", "ClearAllForwardings=yes"),
         *(("-l", host.user) if host.user else ()),
         "--",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from statistics import median, quantiles
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from .verdicts import culprit, judged
 TRIPS_AT_MOST = 200
 TRIPS_S = 0.6
 WAY_S = 0.4  # for all probes that go one way
-FIRST_BYTES = 4 << 10
+FIRST_BYTES, LEAST_BYTES = 4 << 10, 1 << 10
 PROBE_BURST_S = 0.2  # that many bytes may take at once, and while a model computes
 COMPUTING_BURST_S = 0.03
 INCASTS = 3
@@ -114,34 +115,32 @@ class _Incast(NamedTuple):
 def _with_incast(
     members: Sequence[Member], links: Sequence[LinkStatus], computing: bool
 ) -> tuple[list[LinkStatus], float]:
-    """All members send as many bytes to the head at once; the best of several. Members that are gone send nothing."""
+    """All members send to the head at once, each as much as would take them equally long alone; the best of several.
+    Members that are gone send nothing."""
     burst_s = COMPUTING_BURST_S if computing else PROBE_BURST_S
     alive = [place for place, link in enumerate(links) if link.from_bytes_per_s > 0]
     if len(alive) < 2:
         return list(links), 0.0
-    slowest = min(links[place].from_bytes_per_s for place in alive)
-    size = int(min(PROBE_BYTES, max(FIRST_BYTES, slowest * burst_s / len(alive))))
-    best = _Incast(0.0, [0.0] * len(links))
-    for _ in range(INCASTS):
-        seconds = [0.0] * len(links)
-        begun: list[tuple[int, int]] = []
-        for place in alive:
-            try:
-                begun.append((place, members[place].probes.begin(reply_bytes=size)))
-            except (OSError, CommError):
-                continue  # its verdict comes from its own link
-        for place, number in begun:
-            try:
-                took_s = members[place].probes.took_s(number, size)
-            except (OSError, CommError):
-                continue
-            seconds[place] = max(took_s - links[place].rtt_s, 1e-6)
-        longest_s = max(seconds)
-        if longest_s > 0:
-            came = sum(1 for it in seconds if it > 0)
-            best = max(best, _Incast(came * size / longest_s, [size / it if it else 0.0 for it in seconds]))
+    share_s = min(burst_s / len(alive), PROBE_BYTES / max(link.from_bytes_per_s for link in links))
+    sizes = [max(LEAST_BYTES, int(link.from_bytes_per_s * share_s)) for link in links]
+    best = max((_incast(members, links, alive, sizes) for _ in range(INCASTS)), key=lambda it: it.total)
     together = [replace(link, incast_bytes_per_s=it) for link, it in zip(links, best.each, strict=True)]
     return together, best.total
+
+
+def _incast(
+    members: Sequence[Member], links: Sequence[LinkStatus], alive: Sequence[int], sizes: Sequence[int]
+) -> _Incast:
+    begun: list[tuple[int, int]] = []
+    for place in alive:
+        with suppress(OSError, CommError):  # its verdict comes from its own link
+            begun.append((place, members[place].probes.begin(reply_bytes=sizes[place])))
+    each = [0.0] * len(links)
+    for place, number in begun:
+        with suppress(OSError, CommError):
+            beyond_s = members[place].probes.took_s(number, sizes[place]) - links[place].rtt_s
+            each[place] = sizes[place] / max(beyond_s, sizes[place] / links[place].from_bytes_per_s)
+    return _Incast(sum(each), each)
 
 
 def _with_waits(link: LinkStatus, roster: Roster, member: Member) -> LinkStatus:
