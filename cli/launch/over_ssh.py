@@ -28,7 +28,7 @@ SSH_CONNECT_S = 15
 SSH_LOOK_S = 0.05
 SSH_FAILED = 255
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
-READ_BYTES = 64 << 10  # of what a host says, from its end
+SAID_BYTES = 64 << 10  # of what a host says, from its end
 
 
 @dataclass(frozen=True)
@@ -188,5 +188,5 @@ def _last_line(text: str) -> str:
 
 def _tail(file: BinaryIO) -> str:
     size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - READ_BYTES))
-    return file.read(READ_BYTES).decode(errors="replace")
+    file.seek(max(0, size - SAID_BYTES))
+    return file.read(SAID_BYTES).decode(errors="replace")

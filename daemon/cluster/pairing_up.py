@@ -23,7 +23,7 @@ from .own_addresses import parse_address
 JOIN_S = 10.0
 
 
-class Paired(NamedTuple):
+class NowPaired(NamedTuple):
     """`fingerprint` is this machine's own. `before`: it was paired already."""
 
     head: str
@@ -31,7 +31,7 @@ class Paired(NamedTuple):
     before: bool
 
 
-def pair_with_head(home: Home, code: str, addresses: Sequence[str], head: str | None = None) -> Paired:
+def pair_with_head(home: Home, code: str, addresses: Sequence[str], head: str | None = None) -> NowPaired:
     """Pairs this machine with the head that gave `code`. If it is paired already with the head whose fingerprint is
     `head`, it stays so. Raises DaemonError."""
     private_dir(home.root)
@@ -41,7 +41,7 @@ def pair_with_head(home: Home, code: str, addresses: Sequence[str], head: str | 
         peers = Peers(home.cluster)
         for peer in peers.listed():
             if peer.role == "head" and peer.fingerprint == head:
-                return Paired(peer.name, NodeIdentity.of(home.cluster).fingerprint, before=True)
+                return NowPaired(peer.name, NodeIdentity.of(home.cluster).fingerprint, before=True)
             raise DaemonError(
                 "bad_request",
                 f"this machine is paired with {peer.name} already",
@@ -58,7 +58,7 @@ def pair_with_head(home: Home, code: str, addresses: Sequence[str], head: str | 
         raise DaemonError("bad_request", f"not paired: {error}", hint) from error
     except (CommError, OSError) as error:
         raise DaemonError("not_found", f"not paired: {error}") from error
-    return Paired(found.name, identity.fingerprint, before=False)
+    return NowPaired(found.name, identity.fingerprint, before=False)
 
 
 def unpair(home: Home) -> list[str]:

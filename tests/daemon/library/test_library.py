@@ -206,7 +206,9 @@ def test_sizes_are_read(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "3XB", "-1GB", "1e9", "3 G B", "0x10"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "3XB", "-1GB", "1e9", "3 G B", "0x10", "9" * 400, "9" * 308 + "GB"]
+)
 def test_wrong_sizes_are_refused(text: str) -> None:
     with pytest.raises(DaemonError, match="is not an amount of memory"):
         parse_bytes(text)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
@@ -204,3 +205,28 @@ def test_a_head_without_workers_says_so(tmp_path: Path) -> None:
 
 def measured_s(cluster: Cluster) -> float:
     return pytest.approx(0.0, abs=1.0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "Probe", "number": 1, "reply_bytes": PROBE_BYTES + 1},
+        {"type": "Probe", "number": 1, "reply_bytes": -1},
+        {"type": "Probe", "number": 1, "data": bytes(PROBE_BYTES + 1)},
+        {"type": "Probed", "number": 1, "data": bytes(PROBE_BYTES + 1)},
+        {"type": "Probed", "number": -1},
+    ],
+)
+def test_no_side_is_made_to_send_or_keep_more_than_a_probe(message: dict[str, Any]) -> None:
+    data = msgspec.msgpack.encode(message)
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(data, type=Probe if message["type"] == "Probe" else Probed)
+
+
+def test_answers_that_nobody_asked_for_are_not_kept(two: Cluster) -> None:
+    probes = two.roster.members[0].probes
+    for number in range(1000):
+        probes.heard(Probed(number=number + 10_000, data=bytes(10)))
+    assert probes._ended == {}
+    assert measured(two).links[0].verdict == "good"
+    assert (probes._ended, probes._began_s) == ({}, {})
