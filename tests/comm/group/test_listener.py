@@ -16,7 +16,7 @@ from shoal.comm.group.channel import Channel
 from shoal.comm.group.dialing import dial
 from shoal.comm.group.errors import ChannelError, ChannelTimeout, GroupError, NotPaired, VersionMismatch
 from shoal.comm.group.greeting import greet
-from shoal.comm.group.group_protocol import OURS, Agreed, Opening, Speaks, agree
+from shoal.comm.group.group_protocol import OURS, Agreed, Declined, Opening, Speaks, agree
 from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.peers import PairedNode
 from shoal.comm.group.tls import client_context, server_context, stranger_context
@@ -108,6 +108,15 @@ def test_who_shows_no_certificate_gets_no_channel(machines):
             with tls(listener.addresses[0], stranger_context()) as channel, pytest.raises(NotPaired):
                 greet(channel, purpose, OURS, time.monotonic() + 5)
         assert listener.accept(0.05) is None
+
+
+def test_who_is_turned_away_hears_it_whatever_he_still_sends(machines):
+    """A connection that is closed with bytes unread is reset, and what was sent last may be lost with it."""
+    head, _ = machines
+    with head.listening() as listener, tls(listener.addresses[0], stranger_context()) as channel:
+        channel.send_message(Opening("control", OURS))
+        channel.send(bytes(500_000))
+        assert channel.receive_message(Declined, 5).reason == "unpaired"
 
 
 def test_a_paired_node_cannot_vouch_for_another(machines, tmp_path):
