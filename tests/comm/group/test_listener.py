@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from fakes.nodes import Machine, footprint, paired, tls
+from fakes.nodes import Machine, back_to, footprint, paired, tls
 
 from shoal.comm.errors import AddressError, KeyFileError
 from shoal.comm.group.channel import Channel
@@ -72,7 +72,7 @@ def test_an_address_that_is_taken(machines):
 
 def test_a_listener_that_closes_leaves_channels_and_no_threads(machines):
     head, worker = machines
-    before = threading.active_count()
+    before = footprint()
     with head.listening() as listener:
         at_worker = worker.dial(head, listener.addresses)
         at_head = listener.accept(5)
@@ -83,7 +83,7 @@ def test_a_listener_that_closes_leaves_channels_and_no_threads(machines):
     assert at_head.receive_exactly(1, 5) == b"x"
     for channel in (at_worker, at_head, untaken):
         channel.close()
-    assert threading.active_count() == before
+    assert back_to(before)
     with pytest.raises(ChannelError, match="refused"):
         worker.dial(head, listener.addresses)
 
@@ -365,10 +365,10 @@ def test_the_first_address_that_is_the_node_wins(machines, tmp_path):
     """Whatever the others are: nobody, somebody silent, another node, a name that leads nowhere, a bad port."""
     head, worker = machines
     with head.listening() as listener, Machine.at(tmp_path, "other").listening() as other, silent() as mute:
-        decoys = (("127.0.0.1", 1), mute, *other.addresses, ("name.invalid", 7000), ("127.0.0.1", 70_000))
+        decoys = (("127.0.0.1", 1), mute, *other.addresses, ("x" * 64, 7000), ("127.0.0.1", 70_000))
         started = time.monotonic()
         with worker.dial(head, (*decoys, *listener.addresses)) as channel:
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 5
             assert channel.remote == listener.addresses[0]
             listener.accept(5).close()
         assert listener.accept(0.05) is None  # one channel, not one for each address
@@ -391,10 +391,7 @@ def test_dialling_leaves_no_thread_and_no_descriptor(machines):
         for _ in range(3):
             with pytest.raises(ChannelTimeout):
                 worker.dial(head, (mute,), timeout_s=0.05)
-        deadline = time.monotonic() + 5
-        while footprint() != before and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert footprint() == before
+        assert back_to(before)
 
 
 def test_a_node_is_dialled_where_it_was_reached_last(machines):
