@@ -95,13 +95,15 @@ class Sizes(NamedTuple):
             largest[block.kind] = max(largest[block.kind], nbytes)
         moe = spec.moe
         queries = spec.heads / (spec.heads + spec.kv_heads)
-        shared = 3 * moe.shared_ffn / (3 * moe.shared_ffn + moe.experts) if moe else 0.0
+        routers = sums["router"]
+        if moe and moe.shared_ffn:  # beside a shared expert; they are f32 at most
+            routers = min(routers, 4 * spec.hidden * moe.experts * sum(layer.moe for layer in spec.layers))
         return cls(
             queries=int(sums["attn"] * queries),
             keys=sums["attn"] - int(sums["attn"] * queries),
             ffn=sums["ffn"],
-            routers=sums["router"] - int(sums["router"] * shared),
-            shared_ffn=int(sums["router"] * shared),
+            routers=routers,
+            shared_ffn=sums["router"] - routers,
             experts=sums["expert"],
             embed=sums["embed"],
             head=sums["head"],
