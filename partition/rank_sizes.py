@@ -22,6 +22,8 @@ from .slicing import Shard, shard_spec
 from .spec import BlockId, ModelSpec
 from .streamed_plan import PART_TOKENS, READING_BYTES
 
+_VECTORS = 4  # norms and biases of a layer, each as long as a hidden state
+
 
 class Portion(NamedTuple):
     """A rank's shares of everything that is cut, each in [0, 1]. That of rank 0 has embedding and head besides."""
@@ -268,7 +270,8 @@ class Memory:
             count = round(count * portion.experts) if portion.whole_experts else count
             slots = min(self._wanted.spec.moe.active, count)
         # Blocks are pinned whole, so up to the largest of them is left free.
-        room = memory - READING_BYTES - sizes.routers // 8 - kv - scratch
+        vectors = _VECTORS * 4 * wanted.spec.hidden * len(wanted.spec.layers)
+        room = memory - READING_BYTES - vectors - kv - scratch
         room_dense = room - slots * expert
         if room_dense < window or not machine.disk_bytes_per_s:
             least = memory - room_dense + window if machine.disk_bytes_per_s else resident
