@@ -69,8 +69,8 @@ def choose(
     ranks: int | None = None,
 ) -> Choice | NoGroup:
     """The group for a model. `machines[0]` is the head. `block_bytes`: of all blocks, the head of the vocabulary in
-    slices if weights may stream (`plan_streamed`'s extents). `splits`, `topologies`, `wires`: what there is; of wires
-    that are equally fast the first is taken. `ranks`: somebody insists on so many.
+    slices if weights may stream (`plan_streamed`'s extents). `splits`, `topologies`, `wires`: what may be used; the
+    fastest is, whatever a wire rounds away, and of equally fast wires the first. `ranks`: somebody insists on so many.
 
     Raises MachineError for figures that cannot be true.
     """
@@ -286,14 +286,11 @@ class _Search:
             return refused
         machines = [self._machines[place] for place in places]
         fixed = [self._memory.fixed_bytes(machine, rank == 0) for rank, machine in enumerate(machines)]
-        short = next(
-            (it for it, needed in zip(machines, fixed, strict=True) if it.memory_bytes < needed), None
-        )
-        if short:
-            needed = fixed[machines.index(short)]
-            what = "embedding, head and scratch" if short is machines[0] else "scratch"
-            has = format_bytes(short.memory_bytes)
-            return f"{short.name} has {has} of memory, {what} alone take {format_bytes(needed)}"
+        for rank, (machine, needed) in enumerate(zip(machines, fixed, strict=True)):
+            if machine.memory_bytes < needed:
+                has = format_bytes(machine.memory_bytes)
+                what = "scratch takes" if rank else "embedding, head and scratch take"
+                return f"{machine.name} has {has} of memory, and {what} {format_bytes(needed)}"
         needed = sum(fixed) + self._memory.share_bytes()
         memory = sum(machine.memory_bytes for machine in machines)
         if needed > memory:

@@ -186,9 +186,8 @@ class Memory:
 
     def __init__(self, wanted: Wanted, sizes: Sizes) -> None:
         self._wanted = wanted
-        self._without = wanted._replace(
-            spec=replace(wanted.spec, vocab=0)
-        )  # of ranks without embedding and head
+        # Of ranks without embedding and head:
+        self._without = wanted._replace(spec=replace(wanted.spec, vocab=0))
         self._sizes = sizes
         self._kv_bytes = least_kv_pages(wanted) * kv_page_bytes(wanted.spec, wanted.kv_type)
         self._kv_tokens = least_kv_pages(wanted) * PAGE_TOKENS
