@@ -79,13 +79,10 @@ def node_speed(
     key = _key(threads, directory)
     with _measuring:
         if key not in _known:
-            found = (_read(kept) if kept else None) or _Kept(key, _NOTHING, 0)
-            if found.key != key:
-                found = _Kept(key, _NOTHING, 0)
+            found = _read(kept, key) if kept else _Kept(key, _NOTHING, 0)
             if found.measured < STARTS:
-                found = _Kept(
-                    key, _best_of(found.speed, _measure(threads, directory, memory_bytes)), found.measured + 1
-                )
+                best = _best_of(found.speed, _measure(threads, directory, memory_bytes))
+                found = _Kept(key, best, found.measured + 1)
                 if kept:
                     _write(kept, found)
             _known[key] = found.speed
@@ -226,11 +223,12 @@ def _library_version() -> str:
     return f"{package_version()} {library.stat().st_mtime_ns if library.exists() else 0}"
 
 
-def _read(kept: Path) -> _Kept | None:
+def _read(kept: Path, key: str) -> _Kept:
     try:
-        return msgspec.json.decode(kept.read_bytes(), type=_Kept)
+        found = msgspec.json.decode(kept.read_bytes(), type=_Kept)
     except (OSError, msgspec.MsgspecError):
-        return None
+        return _Kept(key, _NOTHING, 0)
+    return found if found.key == key else _Kept(key, _NOTHING, 0)
 
 
 def _write(kept: Path, found: _Kept) -> None:
