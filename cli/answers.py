@@ -32,7 +32,7 @@ from shoal.daemon.model_name import Reference
 
 from .background import running_pid
 from .interrupt import deferred_interrupt
-from .output import note, spinner, stage_text, transfer_bar
+from .terminal.output import note, spinner, stage_text, transfer_bar
 
 if TYPE_CHECKING:
     from shoal.client import Client

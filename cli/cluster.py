@@ -20,7 +20,7 @@ from shoal.partition.amounts import format_bytes, format_duration
 from . import background
 from .interrupt import deferred_interrupt
 from .options import Whole, examples, json_option, size_or_auto
-from .output import console, note, print_json, spinner, table
+from .terminal.output import console, note, print_json, spinner, table
 
 
 @click.group(

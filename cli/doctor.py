@@ -31,8 +31,8 @@ from . import background
 from .exit_codes import Exit
 from .interrupt import deferred_interrupt
 from .options import examples, json_option
-from .output import console, facts, print_json, spinner, transfer_bar
-from .paint import printable
+from .terminal.output import console, facts, print_json, spinner, transfer_bar
+from .terminal.paint import printable
 from .wording import worded
 
 Verdict = Literal["ok", "note", "broken"]

@@ -13,7 +13,7 @@ import click
 from shoal.comm.errors import CommError, NoDaemon, RequestFailed, TimedOut
 from shoal.daemon.errors import DaemonError
 
-from .standard_output import OutputFailed
+from .terminal.standard_output import OutputFailed
 from .wording import nearest, worded
 
 

@@ -17,7 +17,7 @@ def main() -> NoReturn:
     """Run the verb in sys.argv and exit."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # while importing nothing needs tidying
     _open_closed()
-    from .standard_output import named_stdout
+    from .terminal.standard_output import named_stdout
     from .verbs import cli
 
     for stream, errors in ((sys.stdin, "strict"), (sys.stderr, "replace")):

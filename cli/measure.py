@@ -28,7 +28,7 @@ from .options import (
     plan_options,
     quant_option,
 )
-from .output import console, facts, note, print_json, spinner, steps_bar, table
+from .terminal.output import console, facts, note, print_json, spinner, steps_bar, table
 
 if TYPE_CHECKING:
     from shoal.daemon.config import NodeConfig

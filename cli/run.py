@@ -43,9 +43,9 @@ from .options import (
     plan_options,
     quant_option,
 )
-from .output import note, per_second, print_json, stage_text
-from .paint import Painter
 from .store import reference_or_fetch
+from .terminal.output import note, per_second, print_json, stage_text
+from .terminal.paint import Painter
 
 STDIN_NOTE_S = 1.0  # if stdin beside a PROMPT is silent for so long, the user is told about it
 STDIN_LIMIT_S = 10.0  # and after so long it is not waited for any more

@@ -22,8 +22,8 @@ from shoal.partition.amounts import format_bytes
 
 from .answers import reference
 from .options import examples, json_option
-from .output import console, note, print_json, table, transfer_bar
-from .paint import printable
+from .terminal.output import console, note, print_json, table, transfer_bar
+from .terminal.paint import printable
 
 
 @click.command(

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from .exit_codes import Exit, explain
-from .output import folded
-from .paint import printable
-from .standard_output import OutputFailed
+from .terminal.output import folded
+from .terminal.paint import printable
+from .terminal.standard_output import OutputFailed
 from .wording import nearest
 
 

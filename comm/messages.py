@@ -318,6 +318,7 @@ class ModelStatus(Message):
     ranks: int = 1  # machines that compute it together
     rank_bytes: list[int] = []  # what each of them holds: weights, KV and scratch
     machines: list[str] = []  # names of the others, by rank
+    machines_why: str = ""  # why these, if there are others
 
 
 class Loaded(Message):

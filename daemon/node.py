@@ -325,7 +325,7 @@ class Node:
         while True:
             with self._wake:
                 self._wake.notify_all()  # for drain
-                self._wake.wait_for(lambda: self._closed.is_set() or self._busy(), IDLE_WAIT_S)
+                self._wake.wait_for(lambda: self._closed.is_set() or self._models.due(), IDLE_WAIT_S)
                 if self._closed.is_set():
                     return
             self._step_each()
@@ -359,7 +359,7 @@ class Node:
             model.engine.expire()
 
     def _busy(self) -> bool:
-        return any(model.engine.busy and model.engine.lost is None for model in self._models)
+        return any(model.engine.busy for model in self._models)
 
     def _check_open(self) -> None:
         if self._draining:
@@ -373,8 +373,7 @@ class Node:
     # --- models -----------------------------------------------------------------------------------------
 
     def _model(self, name: str, least_context: int | None = None) -> LoadedModel:
-        """The loaded model of that name, loading it if it is not. "" is the one used last,
-        or the first that is being loaded."""
+        """The model of that name, loaded if it is not yet. "" is the one used last, or that is being loaded."""
         with self._wake:
             self._check_open()
             model = self._models.pick(name)

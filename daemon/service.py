@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from shoal.comm import curve_keys
 from shoal.comm.errors import KeyFileError
@@ -21,6 +22,7 @@ from shoal.daemon.cluster.forming import Forming
 from shoal.daemon.cluster.membership import Membership
 from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
+from shoal.daemon.cluster.speed import node_speed
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.server.descriptors import raise_limit
@@ -65,14 +67,15 @@ def serve(
         raise DaemonError("bad_request", str(error)) from error
     library = Library(home)
     roster = Roster()
+    speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
     node = Node(
         config,
         library.resolve_stored if models_only else library.resolve,
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
-        grouping=Forming(roster, send_weights),
+        grouping=Forming(roster, send_weights, speed),
     )
-    membership = Membership(home.cluster, config, node.budget, roster, open_shards(home.shards))
+    membership = Membership(home.cluster, config, node.budget, roster, open_shards(home.shards), speed)
     node.membership = membership
     membership.start()
     server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_begin_to_end)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import msgspec
 
 from shoal.cli.answers import reference
-from shoal.cli.output import note
 from shoal.cli.run import statistics
+from shoal.cli.terminal.output import note
 from shoal.cli.wording import nearest
 from shoal.comm.home import Home
 from shoal.comm.messages import Done, ErrorCode

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from shoal.cli import background
 from shoal.cli.answers import Answers, ThroughDaemon, check_context
-from shoal.cli.output import note, spinner, stage_text
+from shoal.cli.terminal.output import note, spinner, stage_text
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
 from shoal.comm.messages import Chat, ChatMessage, ModelStatus, StreamEvent

@@ -31,10 +31,10 @@ from shoal.cli.options import (
     plan_options,
     quant_option,
 )
-from shoal.cli.output import note, spinner, stage_text
-from shoal.cli.paint import Painter
-from shoal.cli.standard_output import OutputFailed
 from shoal.cli.store import asks, reference_or_fetch
+from shoal.cli.terminal.output import note, spinner, stage_text
+from shoal.cli.terminal.paint import Painter
+from shoal.cli.terminal.standard_output import OutputFailed
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
 from shoal.comm.messages import (

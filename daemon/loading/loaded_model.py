@@ -154,13 +154,14 @@ class LoadedModel:
         read_bytes_per_s = max(self.main.read_bytes_per_s, stage.best_bytes_per_s if stage else 0.0)
         drafts = f", drafts by {self.draft_path.name}" if self.draft_path else ""
         group = self.main.group
+        plans = [self.plan, *(group.plans if group else ())]
         totals, cache, disk = scheduler.totals, scheduler.cache, self.engine.rank.disk
         return ModelStatus(
             name=self.name,
             path=str(self.checkpoint.path),
             family=self.checkpoint.spec.family,
             quant=self.quant,
-            parameters_bytes=self.plan.weights_bytes,
+            parameters_bytes=sum(plan.weights_bytes for plan in plans),
             context_tokens=self.plan.context_tokens,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -185,8 +186,9 @@ class LoadedModel:
             warnings=self.warnings,
             context_limit_tokens=self.checkpoint.spec.longest,
             ranks=self.plan.ranks,
-            rank_bytes=[plan.peak_bytes for plan in (self.plan, *(group.plans if group else ()))],
+            rank_bytes=[plan.peak_bytes for plan in plans],
             machines=list(group.names) if group else [],
+            machines_why=self.main.why,
         )
 
     @property

@@ -88,6 +88,10 @@ class LoadedModels:
         name = str(wanted._replace(model=path.name) if wanted.model == str(path) else wanted)
         return str(wanted._replace(model=str(path))) if name in self._by_name else name
 
+    def due(self) -> bool:
+        """Whether any has a step to do now."""
+        return any(model.engine.busy and model.engine.lost is None for model in self)
+
     def idle(self) -> list[LoadedModel]:
         return [model for model in self if not model.engine.busy]
 

@@ -35,7 +35,7 @@ def make_plan(
 
     Raises DaemonError `context_overflow`.
     """
-    wanted = _wanted(checkpoint.spec, config)
+    wanted = wanted_of(checkpoint.spec, config)
     block_bytes = _block_bytes(checkpoint, config.quant)
 
     def tried() -> Iterator[Plan | Misfit]:
@@ -51,7 +51,7 @@ def make_plan(
 def least_bytes(draft: Path, config: NodeConfig) -> int:
     """The least memory that a draft model needs beside the model that it guesses for. Raises DaemonError."""
     with open_checkpoint(draft) as checkpoint:
-        shortest = _wanted(checkpoint.spec, config)[-1]
+        shortest = wanted_of(checkpoint.spec, config)[-1]
         return least_in_ram(shortest, _block_bytes(checkpoint, "keep")).peak_bytes
 
 
@@ -80,7 +80,7 @@ def _block_bytes(checkpoint: AnyCheckpoint, quant: Quant) -> dict[BlockId, int]:
     return sizes
 
 
-def _wanted(spec: ModelSpec, config: NodeConfig) -> list[Wanted]:
+def wanted_of(spec: ModelSpec, config: NodeConfig) -> list[Wanted]:
     """What the configuration asks for: with its context, or once with each context to try, the longest first."""
     usual = config.context_tokens or min(spec.context, DEFAULT_CONTEXT_TOKENS)
     least = max(LEAST_CONTEXT_TOKENS, config.least_context_tokens)

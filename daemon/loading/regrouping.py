@@ -16,6 +16,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.engine.errors import RankLost
 
 from .assembly import Assembly
+from .grouping import Grouping
 from .loaded_model import LoadedModel
 from .loaded_models import LoadedModels
 from .loader import Loader
@@ -50,13 +51,18 @@ class Regrouping:
             came, model.arrivals = model.arrivals != arrivals, arrivals
             if group is not None and not group.whole:
                 why = "a machine is gone"
-            elif came and grouping.better(replace(self._config, ranks=model.asked_ranks), group):
+            elif came and self._better(grouping, model):
                 why = "machines have come"
             else:
                 continue
             model.engine.suspend(RankLost(0, why))
             log.info("%s is loaded again: %s", model.name, why)
             self.begin(model)
+
+    def _better(self, grouping: Grouping, model: LoadedModel) -> bool:
+        config = self._wanted(model)
+        free_bytes = self._assembly.budget.free_bytes + model.peak_bytes
+        return grouping.better(model.checkpoint, config, model.main.group, free_bytes)
 
     def _regroup(self, model: LoadedModel) -> None:
         for attempt in range(1, MOST_ATTEMPTS + 1):

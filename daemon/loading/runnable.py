@@ -25,7 +25,7 @@ from shoal.offload.kv.pool import KvPool
 from shoal.partition.plan import VOCABULARY_BYTES, Plan
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
-from .grouping import FormedGroup, Grouping
+from .grouping import FormedGroup, Grouping, Seated, Unseated
 from .stores import open_store
 
 
@@ -39,6 +39,7 @@ class Runnable:
     executor: Executor
     peak_bytes: int  # including the buffers of KV on disk
     group: FormedGroup | None = None  # if other machines compute with this one
+    why: str = ""  # they do or do not
     read_bytes_per_s: float = 0.0
 
     @classmethod
@@ -77,17 +78,16 @@ class Runnable:
                 extra_bytes += more
                 found = planned()
             part: AnyCheckpoint = checkpoint
-            seated = None
+            seated: Seated | Unseated = Unseated("")
             if grouping is not None:
-                alone = found if isinstance(found, Plan) else None
-                free_bytes = budget.free_bytes - reserve_bytes - more
-                seated = grouping.seat(name, checkpoint, config, alone, free_bytes)
-            if seated is not None:
-                part, plan, group = seated
+                seated = grouping.seat(name, checkpoint, config, budget.free_bytes - reserve_bytes - more)
+            group: FormedGroup | None = None
+            if isinstance(seated, Seated):
+                part, plan, group, _ = seated
                 undo.callback(group.close)
                 extra_bytes = more  # what others hold of KV is not kept on disk
             else:
-                plan, group = require_plan(found, name), None
+                plan = require_plan(found, name)
             peak_bytes = plan.peak_bytes + extra_bytes
             budget.hold(purpose, peak_bytes)
             transformer = Transformer(part.spec)
@@ -103,7 +103,7 @@ class Runnable:
             undo.pop_all()
         collective = group.collective if group is not None else Alone()
         executor = Executor(transformer, plan, store, kv, collective)
-        return cls(checkpoint, plan, tokenizer, executor, peak_bytes, group, speed)
+        return cls(checkpoint, plan, tokenizer, executor, peak_bytes, group, seated.why, speed)
 
     def close(self) -> None:
         """End what runs in the background, here and on other machines. Idempotent."""

@@ -20,7 +20,7 @@ from shoal.cli import verbs
 from shoal.cli.exit_codes import explain
 from shoal.cli.interrupt import deferred_interrupt
 from shoal.cli.options import AnswerOptions, PlanOptions
-from shoal.cli.output import print_json
+from shoal.cli.terminal.output import print_json
 from shoal.cli.verbs import VERBS
 from shoal.comm.errors import NoDaemon, ProtocolError, RequestFailed, TimedOut
 from shoal.daemon.errors import DaemonError

@@ -13,6 +13,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from shoal.cli.verbs import cli
+from shoal.comm.cluster_messages import NodesReply
 from shoal.comm.messages import (
     Accepted,
     Chat,
@@ -134,6 +135,10 @@ class FakeClient:
         if self.fails is not None:
             raise self.fails
         return Pong(time_s=0.0)
+
+    def nodes(self) -> NodesReply:
+        self.ping()
+        return NodesReply(role="alone", nodes=[])
 
     def status(self) -> StatusReply:
         self.ping()
