@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from shoal import kernels
 from shoal.daemon.installed import package_version
+from shoal.daemon.memory import available_bytes
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
 from shoal.kernels.huge_pages import Arena
 from shoal.offload.errors import OffloadError
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 TYPE = next(kind for kind in WEIGHT_TYPES if kind.name == "Q4_K")  # as most models come
 COLS = 4096
-MEMORY_BYTES = 96 << 20  # of weights that one token reads: beyond what caches hold
+MEMORY_BYTES = 64 << 20  # of weights that one token reads: beyond what most caches hold
 LONG_ROWS = 256  # of a long step
 LONG_MATRIX_ROWS = 8192  # of the weights that it meets, at most
 FIRST_ROWS = 256  # of weights, before it is known how quick a machine is
@@ -68,20 +69,21 @@ _NOTHING = NodeSpeed(0.0, 0.0)
 
 
 def node_speed(
-    threads: int, kept: Path | None = None, directory: Path | None = None, *, memory_bytes: int = MEMORY_BYTES
+    threads: int, kept: Path | None = None, directory: Path | None = None, *, memory_bytes: int | None = None
 ) -> NodeSpeed:
     """The speed of this machine on so many threads, and of the disk that `directory` is on. `kept`: the file of what
     was measured on the same hardware with the same kernels.
 
-    Computes on all these threads: to be called when nothing else does. Takes `memory_bytes` for a moment, or
-    `MEMORY_BYTES` if that is less; with little memory, caches make it look quicker than it is.
+    Computes on all these threads: to be called when nothing else does. Takes `MEMORY_BYTES` for a moment, but at most
+    `memory_bytes`, or a quarter of what is available. With little memory, caches make it look quicker than it is.
     """
     key = _key(threads, directory)
     with _measuring:
         if key not in _known:
             found = _read(kept, key) if kept else _Kept(key, _NOTHING, 0)
             if found.measured < STARTS:
-                best = _best_of(found.speed, _measure(threads, directory, memory_bytes))
+                most = available_bytes() // 4 if memory_bytes is None else memory_bytes
+                best = _best_of(found.speed, _measure(threads, directory, most))
                 found = _Kept(key, best, found.measured + 1)
                 if kept:
                     _write(kept, found)
@@ -195,7 +197,7 @@ def _fill(path: Path) -> None:
 
 def _key(threads: int, directory: Path | None) -> str:
     """What speed depends on, as text."""
-    disk = directory.stat().st_dev if directory else None
+    disk = directory.stat().st_dev if directory and directory.exists() else None
     parts = (
         platform.machine(),
         _processor(),

@@ -239,18 +239,28 @@ def test_a_machine_that_the_head_does_not_reach() -> None:
         {"port_bytes_per_s": 1e30},
     ],
 )
-def test_figures_that_cannot_be_true(wrong: dict[str, Any]) -> None:
-    """They come from other machines."""
+def test_a_machine_that_says_what_cannot_be_true_is_left_out(wrong: dict[str, Any]) -> None:
+    """Figures come from other machines; a wrong one keeps nobody else from being used."""
+    machines = [machine("a"), machine("b")._replace(**wrong), machine("c")]
+    found = chosen(model(), machines, all_linked(3, CABLE))
+    assert names(found) == ["a", "c"]
+    assert [(unused.machine, unused.with_it) for unused in found.unused] == [("b", None)]
+    assert next(iter(wrong)) in found.describe()
     with pytest.raises(MachineError, match=next(iter(wrong))):
-        chosen(model(), [machine("a"), machine("b")._replace(**wrong)], all_linked(2, CABLE))
+        chosen(model(), machines[1:], all_linked(2, CABLE))
+    refused = choose(wanted(model()), SIZES["8b"], machines, all_linked(3, CABLE), ranks=3)
+    assert isinstance(refused, NoGroup)
+    assert next(iter(wrong)) in refused.why
 
 
 @pytest.mark.parametrize("link", [LinkSpeed(float("nan"), 1e6), LinkSpeed(-1, 1e6), LinkSpeed(0, 0)])
-def test_links_that_cannot_be_true(link: LinkSpeed) -> None:
-    with pytest.raises(MachineError):
-        chosen(model(), [machine("a"), machine("b")], {(0, 1): link})
-    with pytest.raises(MachineError, match="there are 2"):
-        chosen(model(), [machine("a"), machine("b")], {(0, 2): CABLE})
+def test_a_link_that_cannot_be_true_is_none(link: LinkSpeed) -> None:
+    assert names(chosen(model(), [machine("a"), machine("b")], {(0, 1): link})) == ["a"]
+
+
+def test_there_may_be_too_many() -> None:
+    with pytest.raises(MachineError, match="65 machines"):
+        chosen(model(), [machine("a")] * 65, {})
 
 
 def test_sixteen_machines_are_chosen_from_in_a_moment() -> None:

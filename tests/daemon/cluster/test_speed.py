@@ -114,6 +114,7 @@ def test_where_nothing_can_be_kept_it_still_is_measured(tmp_path: Path, quickly:
 
 def test_disks_that_cannot_be_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert disk_speed(tmp_path / "missing") == 0
+    assert node_speed(1, directory=tmp_path / "missing").disk_bytes_per_s == 0
     assert disk_speed(Path("/proc/self/task")) == 0
     assert "not known" in caplog.text
 
