@@ -24,7 +24,7 @@ from shoal.partition.amounts import format_bytes
 from shoal.partition.group_choice import Choice, NoGroup
 from shoal.partition.group_search import choose
 from shoal.partition.machines import Links, Machine
-from shoal.partition.plan import Wanted
+from shoal.partition.plan import Plan, Wanted, plan_in_ram
 from shoal.partition.slicing import Grains, Shard, divide
 from shoal.partition.spec import BlockId
 
@@ -129,7 +129,12 @@ class Forming:
         links = {(0, place): member.link for place, member in enumerate(members, 1)}
         sizes, _ = extents(checkpoint, config.quant)
         grains = grains_of(checkpoint, config.quant)
-        wanted = wanted_of(checkpoint.spec, config)[0]
+        # If no context was asked for, a shorter one may keep it in memory alone: that is what groups are compared with.
+        contexts = wanted_of(checkpoint.spec, config)
+        resident = (
+            it for it in contexts if isinstance(plan_in_ram(it, sizes, memory_bytes=free_bytes), Plan)
+        )
+        wanted = next(resident, contexts[0])
         choice = self._choosing(
             wanted, sizes, machines, links, grains=grains, wires=self._wires, ranks=config.ranks
         )
