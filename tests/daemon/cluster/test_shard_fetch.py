@@ -242,20 +242,22 @@ def test_a_file_that_was_copied_or_touched_is_not_sent_again(
     assert len(cache.list()) == 1
 
 
+@pytest.mark.parametrize("role", ["norm", "gate"])
 def test_other_weights_of_the_same_form_are_sent(
-    checkpoint: Checkpoint, cache: ShardCache, tmp_path: Path
+    role: str, checkpoint: Checkpoint, cache: ShardCache, tmp_path: Path
 ) -> None:
     before = fetched(checkpoint, cache)
     (tmp_path / "tuned").mkdir()
     tuned = tmp_path / "tuned" / checkpoint.path.name
     data = bytearray(checkpoint.path.read_bytes())
-    data[-1] ^= 1  # a single weight
+    tensor = checkpoint._places(BlockId("ffn", 2))[role].tensor
+    data[tensor.offset + tensor.nbytes - 2] ^= 1  # a single weight, of the last rank
     tuned.write_bytes(data)
-    for rank in range(2):
-        with open_checkpoint(tuned) as other:
-            pack = fetched(other, cache, rank=rank)
-            assert_holds(pack, CheckpointShard(other, shard_of(other, rank)))
-    assert before.path.exists()
+    with open_checkpoint(tuned) as other:
+        pack = fetched(other, cache)
+        assert_holds(pack, CheckpointShard(other, shard_of(other)))
+    assert pack.path != before.path
+    assert_holds(before, CheckpointShard(checkpoint, shard_of(checkpoint)))
 
 
 def test_a_file_that_changes_while_it_is_sent_makes_no_pack(
