@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -30,20 +30,25 @@ from shoal.daemon.library.registry import canonical
 from shoal.daemon.memory import peak_memory_bytes
 from shoal.daemon.model_name import Reference
 
+from .background import running_pid
 from .interrupt import deferred_interrupt
 from .output import note, spinner, stage_text, transfer_bar
 
 if TYPE_CHECKING:
     from shoal.client import Client
+    from shoal.daemon.loading.grouping import Grouping
     from shoal.daemon.node import Node
 
 
 class Answers(Protocol):
     """What `run` and `chat` need of either. Methods raise DaemonError or CommError."""
 
-    def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
+    def load(
+        self, model: str, draft: str | None, context: int | None = None, ranks: int | None = None
+    ) -> ModelStatus:
         """Have a model that can hold a conversation of `context` tokens. What others use stays as it is for them.
-        `draft`: a model that guesses for it. None: as it is."""
+        `draft`: a model that guesses for it. `ranks`: so many machines compute it, for all who use it. None: as it
+        is."""
         ...
 
     def peak_memory_bytes(self) -> int:
@@ -98,9 +103,11 @@ class InProcess:
     def __init__(self, node: Node) -> None:
         self._node = node
 
-    def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
+    def load(
+        self, model: str, draft: str | None, context: int | None = None, ranks: int | None = None
+    ) -> ModelStatus:
         with transfer_bar() as update:
-            return self._node.load(Load(model=model, draft=draft, context=context), update).model
+            return self._node.load(Load(model=model, draft=draft, context=context, ranks=ranks), update).model
 
     def peak_memory_bytes(self) -> int:
         return peak_memory_bytes()
@@ -121,9 +128,11 @@ class ThroughDaemon:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
+    def load(
+        self, model: str, draft: str | None, context: int | None = None, ranks: int | None = None
+    ) -> ModelStatus:
         with self._loading(model) as heard:
-            status = self._client.load(model, None, draft, heard, least_context=context).model
+            status = self._client.load(model, None, draft, heard, least_context=context, ranks=ranks).model
         _note_warnings(status)
         check_context(model, status, context)
         return status
@@ -162,9 +171,32 @@ def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.library.packs import Packs
         from shoal.daemon.node import Node
-    packs = Packs(Home.from_env(), lambda estimate: note(estimate.describe()))
-    with Node(replace(config, max_sequences=1), resolve=library.resolve, packs=packs) as node:
+    home = Home.from_env()
+    packs = Packs(home, lambda estimate: note(estimate.describe()))
+    config = replace(config, max_sequences=1)
+    with (
+        machines(home, config) as grouping,
+        Node(config, resolve=library.resolve, packs=packs, grouping=grouping) as node,
+    ):
         yield InProcess(node)
+
+
+@contextmanager
+def machines(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
+    """The machines of the cluster that compute with this process, if `config` wants any."""
+    if config.ranks in (None, 1):
+        yield None
+        return
+    if home.socket.exists() and (pid := running_pid(home)) is not None:
+        message = f"{config.ranks} ranks were asked for, and the daemon (pid {pid}) has the other machines"
+        raise DaemonError("busy", message, "let it answer, or shoal stop first")
+    from shoal.daemon.cluster.gathering import gathered
+
+    with spinner("waiting for the other machines"), ExitStack() as stack:
+        grouping = stack.enter_context(gathered(home, config))
+        stack = stack.pop_all()
+    with stack:
+        yield grouping
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
 from shoal.daemon.sizes import counted, format_bytes
 
+from .answers import machines
 from .interrupt import deferred_interrupt
 from .options import (
     Decorator,
@@ -84,7 +85,7 @@ def bench(
     draft_path = Library(Home.from_env()).resolve(draft) if draft else None
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon import measurement as measure
-    with steps_bar() as progress:
+    with machines(Home.from_env(), config) as grouping, steps_bar() as progress:
         result = measure.bench(
             path,
             draft=draft_path,
@@ -95,6 +96,7 @@ def bench(
             config=config,
             progress=progress,
             packs=packs,
+            grouping=grouping,
         )
     if as_json:
         print_json(result)
@@ -106,7 +108,7 @@ def bench(
     screen.print(rows)
     screen.print(
         f"{prompt_tokens} + {new_tokens} tokens, batch {batch}, {counted(repeat, 'run')}, "
-        f"{counted(result.threads, 'thread')}, "
+        f"{counted(result.threads, 'thread')}, {counted(result.ranks, 'machine')}, "
         f"peak {format_bytes(result.peak_memory_bytes)}"
     )
 

@@ -95,7 +95,7 @@ def _sampling(name: str) -> Whole | Real:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options that shape the plan. A verb that is given one beyond --ctx runs in its own process."""
+    """Options that shape the plan. A verb that is given one beyond --ctx and --ranks runs in its own process."""
 
     memory: int | None = None
     threads: int | None = None
@@ -103,11 +103,13 @@ class PlanOptions:
     device: str | None = None
     speculate: str | None = None
     kv_type: str | None = None
+    ranks: int | None = None
 
     @property
     def beyond_context(self) -> bool:
-        """Whether any other than --ctx is given, which a daemon takes for each request."""
-        return any(getattr(self, field.name) is not None for field in fields(self) if field.name != "ctx")
+        """Whether any is given beside --ctx and --ranks, which a daemon takes."""
+        others = (field.name for field in fields(self) if field.name not in ("ctx", "ranks"))
+        return any(getattr(self, name) is not None for name in others)
 
     def config(self, **more: Any) -> NodeConfig:
         """Raises DaemonError `bad_request`, or `unsupported` for a device that is not there yet."""
@@ -117,7 +119,9 @@ class PlanOptions:
             more["max_guesses"] = 0
         if self.kv_type is not None:
             more["kv_type"] = self.kv_type
-        return NodeConfig(threads=self.threads, memory_bytes=self.memory, context_tokens=self.ctx, **more)
+        return NodeConfig(
+            threads=self.threads, memory_bytes=self.memory, context_tokens=self.ctx, ranks=self.ranks, **more
+        )
 
     def arguments(self) -> list[str]:
         """The same options for a command line."""
@@ -193,6 +197,8 @@ def plan_options(function: Callback) -> Callback:
                      help="Guess tokens ahead where that is faster (the default); the answer stays the same."),
         click.option("--kv-type", type=click.Choice(get_args(KvType)),
                      help="Type of the KV cache: f16 is the default, i8 takes about half as much memory."),
+        click.option("--ranks", type=Whole(1, 256), metavar="N",
+                     help="How many machines of the cluster compute together (default: as many as make it faster)."),
     ]  # fmt: skip
     return _collect(PlanOptions, "plan", options)(function)
 

@@ -107,6 +107,8 @@ def stage_text(stage: Stage) -> str:
             return f"reading the prompt, {done:,} of {total:,} tokens{ends}{bytes_speed}"
         case "reading":
             return f"reading {done}/{total} blocks{bytes_speed}"
+        case "regrouping":
+            return "the machines that compute it have changed: it is loaded again"
     ends = f", {format_duration(left / stage.bytes_per_s)} left" if stage.bytes_per_s else ""
     return f"{stage.doing} {format_bytes(done)} of {format_bytes(total)}{bytes_speed}{ends}"
 

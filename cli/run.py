@@ -20,6 +20,7 @@ from shoal.comm.messages import (
     ChatMessage,
     Done,
     Generate,
+    ModelStatus,
     Stage,
     StreamEvent,
     Timings,
@@ -107,7 +108,7 @@ def run(
         if not (local or plan.beyond_context):
             answers = stack.enter_context(from_daemon(Home.from_env()))
         answers = answers or stack.enter_context(in_process(config, library))
-        status = answers.load(name, guessing, plan.ctx)
+        status = answers.load(name, guessing, plan.ctx, plan.ranks)
         if not raw and not status.chat_template:
             lacks = f"{status.name} has no chat template"
             note(f"{lacks}: it continues the prompt as it is (--raw hides this note)")
@@ -126,7 +127,7 @@ def run(
         with answers.stream(request) as events:
             _take(events, result, painter)
         if as_json:
-            print_json(result.as_dict(status.plan, answers.peak_memory_bytes()))
+            print_json(result.as_dict(status, answers.peak_memory_bytes()))
         else:
             note(statistics(result.done))
 
@@ -161,7 +162,7 @@ class _Collected:
         elif isinstance(event, Done):
             self.done = event
 
-    def as_dict(self, plan: str, peak_memory_bytes: int) -> dict[str, Any]:
+    def as_dict(self, model: ModelStatus, peak_memory_bytes: int) -> dict[str, Any]:
         usage, timings = self.done.usage, self.done.timings
         return {
             "text": "".join(self._texts),
@@ -177,7 +178,9 @@ class _Collected:
             "stall_s": timings.stall_s,
             "drafted_tokens": usage.drafted_tokens,
             "accepted_tokens": usage.accepted_tokens,
-            "plan": plan,
+            "plan": model.plan,
+            "ranks": model.ranks,
+            "rank_bytes": model.rank_bytes,
         }
 
 

@@ -42,6 +42,7 @@ VERBS = {
     "unload": Verb("serve", "Take a model out of the daemon.", "Daemon"),
     "ps": Verb("observe", "Show what the daemon runs.", "Daemon"),
     "logs": Verb("observe", "Show the daemon's log.", "Daemon"),
+    "cluster": Verb("cluster", "Compute on several machines together.", "Cluster"),
     "bench": Verb("measure", "Measure prefill and decode speed.", "Measure"),
     "perplexity": Verb("measure", "Measure a model's quality on a text.", "Measure"),
     "doctor": Verb("doctor", "Check this installation.", "Measure"),

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import zmq
 import zmq.asyncio
 
+from shoal.comm.cluster_messages import Forget, Invitation, Invite, Nodes, NodesReply, Rejoin
 from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.errors import CommError
 from shoal.comm.messages import (
@@ -98,11 +99,30 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
         heard: Callable[[Stage], None] | None = None,
         *,
         least_context: int | None = None,
+        ranks: int | None = None,
     ) -> Loaded:
-        return await self._call(load_request(model, context, least_context, draft, heard), Loaded, heard)
+        return await self._call(
+            load_request(model, context, least_context, draft, heard, ranks), Loaded, heard
+        )
 
     async def unload(self, model: str = "") -> None:
         await self._call(Unload(model=model), Ok)
+
+    async def nodes(self) -> NodesReply:
+        """Who is in the cluster."""
+        return await self._call(Nodes(), NodesReply)
+
+    async def invite(self, listen: Sequence[str] = ()) -> Invitation:
+        """A code with which one more machine can join. From now on the daemon is a head that listens there."""
+        return await self._call(Invite(listen=list(listen)), Invitation)
+
+    async def forget(self, node: str) -> None:
+        """Let a machine attach no more."""
+        await self._call(Forget(node=node), Ok)
+
+    async def rejoin(self) -> None:
+        """Have the daemon read anew with whom its machine is paired."""
+        await self._call(Rejoin(), Ok)
 
     async def status(self) -> StatusReply:
         return await self._call(Status(), StatusReply)

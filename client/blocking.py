@@ -16,6 +16,7 @@ from typing import Any
 
 import zmq
 
+from shoal.comm.cluster_messages import Forget, Invitation, Invite, Nodes, NodesReply, Rejoin
 from shoal.comm.errors import CommError
 from shoal.comm.messages import (
     Chat,
@@ -84,14 +85,32 @@ class Client(ClientFace[AnswerStream]):
         heard: Callable[[Stage], None] | None = None,
         *,
         least_context: int | None = None,
+        ranks: int | None = None,
     ) -> Loaded:
         """Load a model and wait for it, however long that takes. A loaded one is loaded anew if its context is another
-        than `context`; it stays as it is whatever `least_context` says. `draft` is a model that guesses ahead for it.
+        than `context`; it stays as it is whatever `least_context` says. `draft` is a model that guesses ahead for it,
+        `ranks` how many machines of the cluster compute it together.
         Each second `heard` gets how far loading is."""
-        return self._call(load_request(model, context, least_context, draft, heard), Loaded, heard)
+        return self._call(load_request(model, context, least_context, draft, heard, ranks), Loaded, heard)
 
     def unload(self, model: str = "") -> None:
         self._call(Unload(model=model), Ok)
+
+    def nodes(self) -> NodesReply:
+        """Who is in the cluster."""
+        return self._call(Nodes(), NodesReply)
+
+    def invite(self, listen: Sequence[str] = ()) -> Invitation:
+        """A code with which one more machine can join. From now on the daemon is a head that listens there."""
+        return self._call(Invite(listen=list(listen)), Invitation)
+
+    def forget(self, node: str) -> None:
+        """Let a machine attach no more."""
+        self._call(Forget(node=node), Ok)
+
+    def rejoin(self) -> None:
+        """Have the daemon read anew with whom its machine is paired."""
+        self._call(Rejoin(), Ok)
 
     def status(self) -> StatusReply:
         return self._call(Status(), StatusReply)

@@ -206,10 +206,17 @@ def load_request(
     least_context: int | None,
     draft: str | None,
     heard: Callable[[Stage], None] | None,
+    ranks: int | None,
 ) -> Load:
     """Asks for stages if somebody hears them."""
-    progress = heard is not None
-    return Load(model=model, context=context, least_context=least_context, draft=draft, progress=progress)
+    return Load(
+        model=model,
+        context=context,
+        least_context=least_context,
+        draft=draft,
+        ranks=ranks,
+        progress=heard is not None,
+    )
 
 
 def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:

@@ -54,6 +54,11 @@ class Home:
         return self.root / "sessions"
 
     @property
+    def cluster(self) -> Path:
+        """Who this machine is among others: its key, its certificate, and with whom it is paired."""
+        return self.root / "cluster"
+
+    @property
     def kv(self) -> Path:
         """KV pages of conversations, a directory for each model."""
         return self.root / "kv"

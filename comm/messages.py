@@ -7,21 +7,22 @@ The constructors check Sampling, and rules about several fields together, and ra
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, dataclass_transform
+from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 from msgspec.structs import force_setattr
 
 from .chat_message import ChatMessage as ChatMessage
 from .chat_message import ChatMessages, checked
+from .cluster_messages import Forget, Invitation, Invite, Nodes, NodesReply, Rejoin
+from .message import Message as Message
+from .message import Name, NonNegative
 from .plain_values import check_plain
 from .sampling_limits import MAX_BIASES, TOKEN_IDS, check_sampling
 from .sampling_limits import SAMPLING_LIMITS as LIMITS
 
 PROTOCOL_VERSION = 1
 
-NonNegative = Annotated[int, Meta(ge=0)]
-Name = Annotated[str, Meta(max_length=4096)]
 TokenId = Annotated[int, TOKEN_IDS.meta]
 TokenIds = Annotated[list[TokenId], Meta(max_length=1 << 22)]
 
@@ -42,11 +43,6 @@ ErrorCode = Literal[
 ]
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "repetition"]
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)  # what subclasses inherit, for type checkers
-class Message(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base of all bodies."""
 
 
 def check_one_of(message: Message, *names: str) -> None:
@@ -164,6 +160,9 @@ class Load(Message):
     context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model is loaded anew with it
     least_context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model stays as it is
     draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None  # a model that guesses ahead
+    ranks: Annotated[int, Meta(ge=1, le=256)] | None = (
+        None  # machines that compute it; loaded anew with another number
+    )
     progress: bool = False  # send `stage` meanwhile
 
     def __post_init__(self) -> None:
@@ -317,6 +316,9 @@ class ModelStatus(Message):
     kv_disk_pages_written_total: int = 0
     warnings: list[str] = []  # what is odd about its files, one line each
     context_limit_tokens: int = 0  # what it was made for
+    ranks: int = 1  # machines that compute it together
+    rank_bytes: list[int] = []  # what each of them holds: weights, KV and scratch
+    machines: list[str] = []  # names of the others, by rank
 
 
 class Loaded(Message):
@@ -353,6 +355,10 @@ REQUESTS: dict[str, type[Message]] = {
     "unload": Unload,
     "status": Status,
     "ping": Ping,
+    "invite": Invite,
+    "nodes": Nodes,
+    "forget": Forget,
+    "rejoin": Rejoin,
 }
 
 REPLIES: dict[str, type[Message]] = {
@@ -368,6 +374,8 @@ REPLIES: dict[str, type[Message]] = {
     "loaded": Loaded,
     "status": StatusReply,
     "pong": Pong,
+    "invitation": Invitation,
+    "nodes_reply": NodesReply,
 }
 
 FEATURES = (*REQUESTS, "progress", "context_tokens", "stop_repeating")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from shoal.comm.cluster_messages import Forget, Invitation, Invite, Nodes, NodesReply, Rejoin
 from shoal.comm.messages import (
     Accepted,
     Chat,
@@ -32,8 +33,19 @@ Event = Accepted | Token | Done | Error
 Emit = Callable[[Event], None]
 """Takes one message of a stream; from any thread; never blocks."""
 
+ClusterRequest = Invite | Nodes | Forget | Rejoin
+ClusterReply = Invitation | NodesReply | Ok
+
 CancelCall = Callable[[], None]
 """Asks a stream to end early; from any thread; idempotent; returns at once."""
+
+
+class AnswersCluster(Protocol):
+    """What knows of other machines."""
+
+    def answer(self, request: ClusterRequest) -> ClusterReply:
+        """May take seconds. Raises DaemonError."""
+        ...
 
 
 class Submitted(Protocol):
@@ -69,6 +81,10 @@ class Backend(Protocol):
     def stage(self, model: str) -> Stage | None:
         """What a request to that model waits for before it is submitted; None when nothing is loaded. Returns at
         once."""
+
+    def cluster(self, request: ClusterRequest) -> ClusterReply:
+        """What concerns other machines. May take seconds."""
+        ...
 
     def status(self) -> StatusReply:
         """Cheap: it is asked often."""

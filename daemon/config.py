@@ -54,6 +54,7 @@ class NodeConfig:
     max_queue: int = 64  # waiting requests; one more is answered `busy`
     chunk_tokens: int = 256  # of prompts in one step, at most
     max_guesses: int = 32  # tokens guessed ahead in one step, where that pays; 0 = never
+    ranks: int | None = None  # machines that compute a model together; None = as many as make it faster
     quant: Quant = "keep"  # of a model that is loaded: what its weights are held in
 
     def __post_init__(self) -> None:
@@ -68,6 +69,7 @@ class NodeConfig:
             "max_queue": (0, 1 << 14),
             "chunk_tokens": (16, 1 << 16),
             "max_guesses": (0, 1024),
+            "ranks": (1, 256),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)

@@ -18,6 +18,7 @@ import numpy as np
 
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
+from shoal.daemon.loading.grouping import Grouping
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
@@ -55,6 +56,7 @@ class BenchResult(msgspec.Struct, frozen=True):
     decode_tokens_per_s: Spread
     peak_memory_bytes: int
     threads: int
+    ranks: int = 1
 
 
 class PerplexityResult(msgspec.Struct, frozen=True):
@@ -63,10 +65,15 @@ class PerplexityResult(msgspec.Struct, frozen=True):
 
 
 def _load(
-    model: Path, config: NodeConfig, progress: Progress, packs: Packs | None, draft: Path | None = None
+    model: Path,
+    config: NodeConfig,
+    progress: Progress,
+    packs: Packs | None,
+    draft: Path | None = None,
+    grouping: Grouping | None = None,
 ) -> LoadedModel:
     set_threads(config.thread_count)
-    assembly = Assembly(budget_of(config.memory_bytes), packs)
+    assembly = Assembly(budget_of(config.memory_bytes), packs, grouping=grouping)
     return assembly.load(model.name, model, config, draft=draft, progress=progress)
 
 
@@ -81,6 +88,7 @@ def bench(
     config: NodeConfig,
     progress: Progress,
     packs: Packs | None = None,
+    grouping: Grouping | None = None,
 ) -> BenchResult:
     """Prefill `prompt_tokens` random tokens, then decode `new_tokens`, for `batch` sequences at once.
 
@@ -96,7 +104,7 @@ def bench(
             f"{prompt_tokens} + {new_tokens} tokens exceed the context of {config.context_tokens}",
         )
     config = replace(config, max_sequences=max(batch, config.max_sequences), kv_tokens=None)
-    loaded = _load(model, config, progress, packs, draft)
+    loaded = _load(model, config, progress, packs, draft, grouping)
     vocab = loaded.checkpoint.spec.vocab
     prefill: list[float] = []
     decode: list[float] = []
@@ -115,6 +123,7 @@ def bench(
         decode_tokens_per_s=Spread.of(decode or [0.0]),
         peak_memory_bytes=peak_memory_bytes(),
         threads=config.thread_count,
+        ranks=loaded.plan.ranks,
     )
 
 

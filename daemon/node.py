@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from shoal.comm.messages import (
@@ -35,17 +34,21 @@ from shoal.comm.messages import (
 from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
+from shoal.daemon.loading.grouping import Grouping
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.loading.loaded_models import LoadedModels, unloaded
 from shoal.daemon.loading.loader import Loader
+from shoal.daemon.loading.regrouping import Regrouping
+from shoal.engine.errors import RankLost
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
 
 from .answer_thread import Answering
-from .backend import STAGE_S, Emit, Event
+from .backend import STAGE_S, AnswersCluster, ClusterReply, ClusterRequest, Emit, Event
 from .config import NodeConfig
 from .error_codes import translated
 from .errors import DaemonError
+from .installed import package_version
 from .long_requests import LongRequests, tokenized
 from .memory import budget_of, peak_memory_bytes, resident_bytes, return_freed
 from .model_name import Reference
@@ -59,13 +62,6 @@ IDLE_WAIT_S = 1.0  # how long the compute thread sleeps before it looks again by
 DEADLINES_S = 0.5  # how often deadlines are looked at, also while a step runs
 
 
-def package_version() -> str:
-    try:
-        return version("shoal")
-    except PackageNotFoundError:  # run from a source tree
-        return "0"
-
-
 class Node:
     """Runs requests on loaded models; thread-safe. `resolve` turns a model's name into a path. `packs` are needed for
     models that do not fit into memory. KV that leaves memory is kept below `kv_root`; None = it is dropped."""
@@ -77,6 +73,7 @@ class Node:
         clock: Callable[[], float] = time.monotonic,
         packs: Packs | None = None,
         kv_root: Path | None = None,
+        grouping: Grouping | None = None,
     ) -> None:
         self.config = config
         self.budget = budget_of(config.memory_bytes)
@@ -87,10 +84,12 @@ class Node:
             kv_files = KvFiles(kv_root, config.kv_disk_bytes)
         self._clock = clock
         self._started_s = clock()
+        self.membership: AnswersCluster | None = None  # of a cluster; its owner sets it
         self._answering = Answering()
         self._models = LoadedModels(self.budget)
-        assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear)
+        assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear, grouping)
         self._loader = Loader(self._models, assembly, self._check_needed)
+        self._regrouping = Regrouping(self._models, self._loader, assembly, config)
         self._wake = threading.Condition(self._models.lock)  # guards _draining and _closed too
         self._draining = False
         self._closed = threading.Event()
@@ -208,6 +207,7 @@ class Node:
                 self.config,
                 context_tokens=request.context or self.config.context_tokens,
                 least_context_tokens=request.least_context or 1,
+                ranks=request.ranks or self.config.ranks,
                 quant=wanted.quant,
             )
             if known is None:
@@ -215,12 +215,17 @@ class Node:
             elif (what := known.stale(self._resolve)) is not None:
                 log.info("%s: there is another file now, so %s is loaded again", what, known.name)
                 name, draft = known.name, draft or known.draft_path
-                config = replace(config, context_tokens=request.context or known.asked_context)
+                config = replace(
+                    config,
+                    context_tokens=request.context or known.asked_context,
+                    ranks=request.ranks or known.asked_ranks,
+                )
                 self._models.retire(known)
                 known = None
             else:
                 draft = draft or known.draft_path
                 same = request.context in (None, known.plan.context_tokens) and draft == known.draft_path
+                same = same and request.ranks in (None, known.plan.ranks)
                 if same and not known.damaged:
                     return Loaded(model=known.status(), seconds=0.0)
                 self._loader.check_reload(known, config, draft)
@@ -262,6 +267,12 @@ class Node:
             return stage
         loaded = self._models.pick(model)
         return None if loaded is None else loaded.stage()
+
+    def cluster(self, request: ClusterRequest) -> ClusterReply:
+        """What concerns other machines. Raises DaemonError."""
+        if self.membership is None:
+            raise DaemonError("unsupported", "this node was started without a cluster")
+        return self.membership.answer(request)
 
     def status(self) -> StatusReply:
         return StatusReply(
@@ -328,6 +339,9 @@ class Node:
             try:
                 if model.engine.busy:
                     model.engine.step()
+            except RankLost as error:
+                log.warning("%s: %s; it goes on with who is left", model.name, error)
+                self._regrouping.begin(model)
             except Exception as error:  # the step's own requests have ended with it; the others go on
                 if model in self._models and not self._closed.is_set():  # else the step was interrupted
                     ours = not isinstance(error, OffloadError)  # for a failing disk one line is enough
@@ -335,12 +349,13 @@ class Node:
 
     def _expire_each(self) -> None:
         self._models.sweep()
+        self._regrouping.look()
         self._long.look()
         for model in self._models:
             model.engine.expire()
 
     def _busy(self) -> bool:
-        return any(model.engine.busy for model in self._models)
+        return any(model.engine.busy and model.engine.lost is None for model in self._models)
 
     def _check_open(self) -> None:
         if self._draining:

@@ -17,6 +17,10 @@ from shoal.comm import curve_keys
 from shoal.comm.errors import KeyFileError
 from shoal.comm.home import Home
 from shoal.comm.messages import Load
+from shoal.daemon.cluster.forming import Forming
+from shoal.daemon.cluster.membership import Membership
+from shoal.daemon.cluster.roster import Roster
+from shoal.daemon.cluster.shard_stores import open_shards, send_weights
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.server.descriptors import raise_limit
@@ -59,12 +63,17 @@ def serve(
     except KeyFileError as error:
         raise DaemonError("bad_request", str(error)) from error
     library = Library(home)
+    roster = Roster()
     node = Node(
         config,
         library.resolve_stored if models_only else library.resolve,
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
+        grouping=Forming(roster, send_weights),
     )
+    membership = Membership(home.cluster, config, node.budget, roster, open_shards(home.shards))
+    node.membership = membership
+    membership.start()
     server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_end_in_time)
     failures: list[DaemonError] = []
 

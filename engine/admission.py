@@ -26,8 +26,8 @@ class Admission:
 
     def __init__(self, cache: PrefixCache, speeds: Speeds, *, sequences: int, queue: int) -> None:
         self.waiting: list[Sequence] = []
-        self._cache = cache
-        self._speeds = speeds
+        self.cache = cache
+        self.speeds = speeds
         self._sequences = sequences
         self._queue = queue
         self._lengths = AnswerLengths()
@@ -39,9 +39,8 @@ class Admission:
 
         Into a full queue one may come whose client has fewer requests than another: → who has to go for it, and why.
         """
-        cache = self._cache
-        if cache.pages_of(sequence.limit) > cache.pages:
-            raise NeverFits(sequence.prompt_tokens, sequence.limit, cache.pages * cache.page_tokens)
+        if (error := self.unfit(sequence)) is not None:
+            raise error
         displaced = None
         if (before := len(self.waiting) + len(running)) >= self._queue + self._sequences:
             full = QueueFull(before, self._sequences, self._queue, self._retry_after_s(running))
@@ -53,6 +52,13 @@ class Admission:
         self._counters.enter(sequence.client)
         self.waiting.append(sequence)
         return displaced
+
+    def unfit(self, sequence: Sequence) -> NeverFits | None:
+        """Why it could never run, if so."""
+        cache = self.cache
+        if cache.pages_of(sequence.limit) <= cache.pages:
+            return None
+        return NeverFits(sequence.prompt_tokens, sequence.limit, cache.pages * cache.page_tokens)
 
     def _greediest(self, newcomer: Sequence, running: Ordered[Sequence]) -> Sequence | None:
         """The last waiting sequence of the client that has most, if the newcomer has fewer even with this one. Nothing
@@ -97,7 +103,7 @@ class Admission:
             return True
         if len(running) >= self._sequences:
             return False
-        cache = self._cache
+        cache = self.cache
         size = cache.page_tokens
         shared = cache.used_pages - sum(other.holding.own_pages for other in running)
         growths = [
@@ -107,7 +113,7 @@ class Admission:
         return shared * size + peak_tokens(growths) <= cache.pages * size
 
     def _growth(self, sequence: Sequence, shared_pages: int) -> Growth:
-        size = self._cache.page_tokens
+        size = self.cache.page_tokens
         # Half a page more, because the last page is half empty on average.
         own = len(sequence.tokens) - shared_pages * size + size // 2
         return Growth(own, self._expected(sequence))
@@ -122,7 +128,7 @@ class Admission:
         everything = [*running, *self.waiting]
         prompt_tokens = sum(sequence.remaining for sequence in everything)
         answer_tokens = sum(self._expected(sequence) for sequence in everything)
-        backlog_s = self._speeds.backlog_s(prompt_tokens, answer_tokens, self._sequences)
+        backlog_s = self.speeds.backlog_s(prompt_tokens, answer_tokens, self._sequences)
         if backlog_s is None:
             return FIRST_RETRY_S
         return min(max(backlog_s / 2, RETRY_S[0]), RETRY_S[1])

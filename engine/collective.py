@@ -1,6 +1,7 @@
 """Collectives: what the ranks of a group do together in the middle of a step.
 
-Every rank calls the same ones in the same order. Their results are the same bits on every rank that gets one.
+Every rank calls the same ones in the same order. Their results are the same bits on every rank that gets one, and the
+caller may write to them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ class Collective(Protocol):
         """The columns (R, n) of all ranks side by side, in the order of ranks, on rank 0; elsewhere none, (R, 0)."""
         ...
 
+    def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
+        """The rows of rank 0, f32 of this shape, on every rank. The other ranks bring none."""
+        ...
+
 
 class Alone:
     """The collective of one rank: the identity."""
@@ -31,3 +36,7 @@ class Alone:
 
     def gather(self, columns: Floats) -> Floats:
         return columns
+
+    def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
+        assert rows is not None
+        return rows

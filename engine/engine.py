@@ -19,10 +19,13 @@ from itertools import islice
 from shoal.kernels.arrays import Floats
 from shoal.models.errors import SamplingError
 from shoal.models.sampling import Sampled
+from shoal.offload.kv.prefix_cache import PrefixCache
 
 from .batch import Batch, Chunk
+from .errors import RankLost
 from .executor import Abandoned
 from .guess.drafter import Drafter
+from .learn.speeds import Speeds
 from .order import Result
 from .rank import Rank
 from .scheduler import Scheduler
@@ -51,6 +54,7 @@ class Engine:
         self._clock = clock
         self._drafter = drafter
         self._events: list[SequenceEvent] = []
+        self.lost: RankLost | None = None  # until `start_anew` there are no steps
         self._under_way: tuple[Batch, float] | None = None  # the step, and which share of it is done
         self._stepping = threading.Lock()  # held throughout a step
         self._lock = threading.Lock()  # guards scheduler and events; never held while anything is computed
@@ -110,6 +114,18 @@ class Engine:
         finally:
             self._stepping.release()
 
+    def suspend(self, why: RankLost) -> None:
+        """After the step under way there is none until `start_anew`."""
+        with self._stepping:
+            self.lost = why
+
+    def start_anew(self, rank: Rank, cache: PrefixCache, speeds: Speeds) -> None:
+        """Go on with another rank 0 and its pages: the KV of all texts is gone and will be computed again."""
+        with self._stepping, self._changing() as events:
+            self.rank = rank
+            self.lost = None
+            events += self.scheduler.start_anew(cache, speeds, rank.executor.plan.guesses)
+
     @contextmanager
     def _changing(self) -> Iterator[list[SequenceEvent]]:
         """Lock the scheduler for a change. Its events are added to the list; if there are any, `notify` is called."""
@@ -130,6 +146,8 @@ class Engine:
     def step(self) -> bool:
         """One forward pass. False when there was nothing to do. A failing pass fails its own sequences only."""
         with self._stepping:
+            if self.lost is not None:
+                return False
             self._draft()
             batch = self._next()
             if batch.empty:
@@ -139,6 +157,9 @@ class Engine:
                 self._commit(batch, result)
             except Abandoned:  # all of its sequences have ended, so nobody is told anything
                 pass
+            except RankLost as error:  # its texts go on with who is left: see `start_anew`
+                self.lost = error
+                raise
             except Exception as error:
                 with self._changing() as events:
                     events += self.scheduler.fail(batch.sequences, error)

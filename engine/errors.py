@@ -2,7 +2,9 @@
 
 EngineError
 ├── NeverFits    its KV could not be held even alone
-└── QueueFull    too many run or wait
+├── QueueFull    too many run or wait
+├── OrderError   an order that no sound rank 0 gives
+└── RankLost     a rank of the group is gone, and with it its part of all KV
 """
 
 from __future__ import annotations
@@ -27,3 +29,16 @@ class QueueFull(EngineError):
     def __init__(self, before: int, sequences: int, queue: int, retry_after_s: float) -> None:
         super().__init__(f"{before} requests run or wait, the limit is {sequences} and {queue}")
         self.retry_after_s = retry_after_s
+
+
+class OrderError(EngineError):
+    """An order whose numbers do not fit the plan."""
+
+
+class RankLost(EngineError):
+    """A rank of the group failed or is gone: the step cannot be completed, and what the ranks hold is of no use."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank} is lost: {reason}")
+        self.rank = rank
+        self.reason = reason

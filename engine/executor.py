@@ -22,7 +22,7 @@ from shoal.kernels.attention_operands import Rotation
 from shoal.kernels.compute_home import carried
 from shoal.models.step import Step
 from shoal.models.transformer import Transformer
-from shoal.offload.block_store import BlockStore
+from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.kv.pool import KvPool
 from shoal.partition.plan import Plan
 from shoal.partition.slicing import Range
@@ -52,8 +52,8 @@ class Placed(NamedTuple):
 class Executor:
     """Runs steps of one model. Not thread-safe: one step at a time.
 
-    `home_of` gives the home of a device; all experts of a layer share one. `vocab`: the rows of embedding and head that
-    this rank has, if they are cut.
+    `home_of` gives the home of a device; all experts of a layer share one. Of several ranks, rank 0 alone has embedding
+    and head, or they are cut: then `vocab` are the rows that this rank has. A rank without them needs no token ids.
     """
 
     def __init__(
@@ -76,16 +76,22 @@ class Executor:
         self._wanted: StillWanted = lambda share: True
         self._share = 0.0  # of the step, done
         placed = {item.block: Placed(item.block, home_of(item.device)) for item in plan.blocks}
-        self._embed = placed[BlockId("embed")]
         self._layers = [
             (placed[BlockId("attn", layer)], placed[BlockId("router" if kind.moe else "ffn", layer)])
             for layer, kind in enumerate(model.spec.layers)
         ]
         self._experts = _homes_of_experts(placed.values())
+        self._embed = placed.get(BlockId("embed"), self._layers[0][0])
         self._head = [placed[item.block] for item in plan.blocks if item.block.kind == "head"]
         slots = plan.expert_slots
         self._foreseen = _foreseen(plan)
         self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
+
+    def let_go(self) -> None:
+        """Give the memory of weights and KV back. It runs no step any more."""
+        self.store.close()
+        self.store = ResidentStore({})
+        self.kv.let_go()
 
     @np.errstate(over="ignore", invalid="ignore")  # whoever samples notices infinities and NaN
     def forward(self, step: Step, wanted: StillWanted = lambda share: True) -> Hidden:
@@ -108,24 +114,28 @@ class Executor:
             hidden, home = carried(hidden, home, feeding.home), feeding.home
             compute = self._mix if feeding.block.kind == "router" else self._feed_forward
             compute(feeding, [home.rows(hidden, part) for part in parts])
-        return carried(hidden, home, self._head[0].home)
+        return carried(hidden, home, self._head[0].home) if self._head else hidden
 
     def _embedded(self, tokens: Ids) -> Hidden:
-        """Hidden states (T, hidden) of tokens (T,). A rank without a token's row contributes zeros to the sum."""
+        """Hidden states (T, hidden) of tokens (T,). Where the embedding is cut, a rank without a token's row
+        contributes zeros to the sum."""
         block, home = self._embed
+        shape = len(tokens), self.model.spec.hidden
         if self._vocab is None:
-            rows = self.store.rows(block, tokens)
+            found = self.store.rows(block, tokens) if block.kind == "embed" else None
+            hidden = home.place(self.collective.broadcast(found, shape))
         else:
             mine = (tokens >= self._vocab.start) & (tokens < self._vocab.stop)
-            rows = np.zeros((len(tokens), self.model.spec.hidden), np.float32)
+            rows = np.zeros(shape, np.float32)
             rows[mine] = self.store.rows(block, tokens[mine] - self._vocab.start)
-        hidden = home.place(rows)
-        if self._vocab is not None:
-            hidden = self.collective.allreduce(home, hidden)
+            hidden = self.collective.allreduce(home, home.place(rows))
         return self.model.embed(home, hidden)
 
     def head(self, hidden: Hidden, rows: slice = slice(None)) -> Floats:
-        """Hidden states (R, hidden), or some rows of them → logits (R, vocab) on the host, at rank 0."""
+        """Hidden states (R, hidden), or some rows of them → logits (R, vocab) on the host, at rank 0; (0, 0) on a rank
+        without a head."""
+        if not self._head:
+            return np.empty((0, 0), np.float32)
         first = self._head[0].home
         hidden = first.rows(hidden, rows)
         logits = np.empty((0, 0), np.float32)

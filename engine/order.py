@@ -26,7 +26,10 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """First pages are moved, in this order; then pages are read from disk; then the segments are computed."""
+    """First pages are moved, in this order; then pages are read from disk; then the segments are computed.
+
+    A rank without an embedding uses only the number of the segments' tokens: for it, any will do.
+    """
 
     segments: Sequence[Segment] = ()
     moves: Sequence[Move] = ()
@@ -34,8 +37,9 @@ class Order:
 
 
 class Result(NamedTuple):
-    """`logits` (R, vocab) of the rows that the segments want, in their order, at rank 0. `pages_read`: how many pages
-    of each reading could be read. That took `read_s` seconds; `stall_s` were spent on waiting for weights."""
+    """`logits` (R, vocab) of the rows that the segments want, in their order, at rank 0, elsewhere none. `pages_read`:
+    how many pages of each reading could be read. That took `read_s` seconds; `stall_s` were spent on waiting for
+    weights."""
 
     logits: Floats
     pages_read: list[int]

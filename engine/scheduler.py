@@ -17,7 +17,7 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
 from shoal.models.sampling import Sampled
-from shoal.offload.kv.prefix_cache import Found, PrefixCache
+from shoal.offload.kv.prefix_cache import Found, Holding, PrefixCache
 from shoal.partition.spec import RopeSpec, grows_to, length_class
 
 from .admission import Admission
@@ -253,6 +253,27 @@ class Scheduler:
         self.cache.release(sequence.holding, sequence.tokens, sequence.computed)
         sequence.computed = 0
         sequence.restarts += 1
+
+    def start_anew(self, cache: PrefixCache, speeds: Speeds, guesses: int) -> list[SequenceEvent]:
+        """The KV of all texts is gone, and from now on pages are those of `cache`. Whoever runs waits to be computed
+        again; nothing that was emitted changes. What would not fit even alone fails. What was learnt of speeds is
+        forgotten, too."""
+        self.cache = self.admission.cache = cache
+        self.speeds = self.admission.speeds = speeds
+        self.guesses = guesses
+        for sequence in [*self.running]:
+            self.waiting.append(sequence)
+            self.running.remove(sequence)
+            sequence.running = False
+            sequence.restarts += 1
+        for sequence in self.waiting:
+            sequence.holding = Holding(length=sequence.holding.length)
+            sequence.computed = 0
+        events: list[SequenceEvent] = []
+        for sequence in [*self.waiting]:
+            if (error := self.admission.unfit(sequence)) is not None:
+                events += self.fail([sequence], error)
+        return events
 
     # --- the results of a step -----------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 PartitionError
 ├── SpecError      a fact of the architecture is out of range or contradicts another
-└── ShardError     a model cannot be cut into this many shards
+├── ShardError     a model cannot be cut into this many shards
+└── MachineError   a measured figure of a machine or link cannot be true
 """
 
 
@@ -16,3 +17,7 @@ class SpecError(PartitionError):
 
 class ShardError(PartitionError):
     """A model cannot be cut like this; the message gives the number asked for and one that would do."""
+
+
+class MachineError(PartitionError):
+    """A figure of a machine or link is out of range; the message gives machine, figure, value and limits."""

@@ -1,10 +1,12 @@
 """What each rank of a group holds of every block: its shard, as half-open ranges.
 
 Attention is cut by KV heads, each with the query heads of its group. If there are more ranks than KV heads, several
-ranks have the same KV head and share its query heads. FFNs (a mixture's shared expert is one) are cut by columns,
-mixtures by whole experts, embedding and head by rows of the vocabulary. So a rank's weights are those of a smaller
-model of the same hidden size (`shard_spec`), and what it computes of a block is a partial: the partials of all ranks,
-added in the order of ranks, are the whole.
+ranks have the same KV head and share its query heads. FFNs (a mixture's shared expert is one) are cut by columns.
+Mixtures are cut by columns of every expert, so that all ranks have the same work whatever tokens choose, or by whole
+experts, so that a rank that streams them reads fewer of them, in one piece each. Rank 0 has all of embedding and head,
+or they are cut by rows of the vocabulary. So a rank's weights are those of a smaller model of the same hidden size
+(`shard_spec`), and what it computes of a block is a partial: the partials of all ranks, added in the order of ranks,
+are the whole.
 
 A cut between heads may fall into a block of quantised columns of o. Then both ranks have that block, and each feeds
 zeros to the columns of the other (`ModelSpec.o_margins`).
@@ -25,11 +27,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from math import isfinite, lcm
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .errors import ShardError
 from .memory_layout import BAND_ROWS
-from .spec import ModelSpec, NormShare
+from .spec import ModelSpec, MoeSpec, NormShare
 
 
 class Range(NamedTuple):
@@ -48,6 +50,7 @@ class Range(NamedTuple):
 
 
 NONE = Range(0, 0)
+CutOfExperts = Literal["columns", "whole"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ class Ranges:
     o_columns: Range  # those of these heads, and the rest of the first and the last block of columns
     ffn: Range  # columns of a dense FFN: rows of gate and up, columns of down
     shared_ffn: Range  # columns of the shared expert
-    experts: Range  # whole ones
-    vocab: Range  # rows of embed and head
+    experts: Range  # that this rank has any of
+    expert_ffn: Range  # columns of each of these
+    vocab: Range  # rows of embed and head; `NONE` where rank 0 has them all
 
 
 @dataclass(frozen=True)
@@ -85,26 +89,34 @@ class Shard:
 
 
 class Grains(NamedTuple):
-    """How many columns of o, down and the shared expert's down cannot be parted, because they are a block of the stored
-    type: 32 or 256, or 1 for floats."""
+    """How many columns of o and of the down of FFN, shared expert and experts cannot be parted, because they are a
+    block of the stored type: 32 or 256, or 1 for floats."""
 
     o: int = 1
     ffn: int = 1
     shared_ffn: int = 1
+    expert_ffn: int = 1
 
 
 ANYWHERE = Grains()
 
 
 def divide(
-    spec: ModelSpec, ranks: int, grains: Grains = ANYWHERE, shares: Sequence[float] = ()
+    spec: ModelSpec,
+    ranks: int,
+    grains: Grains = ANYWHERE,
+    shares: Sequence[float] = (),
+    *,
+    cut_vocabulary: bool = False,
+    experts: CutOfExperts = "columns",
 ) -> tuple[Shard, ...]:
     """The shards of `ranks` ranks. Their sizes are as near to `shares` (one for each rank, by default equal) as the
-    model can be cut, but every rank gets something.
+    model can be cut, but every rank gets something. Embedding and head are all rank 0's unless `cut_vocabulary`: then
+    each rank keeps rows, and every token costs a sum and a gathering more.
 
     ShardError, with the numbers, if there are too many ranks or the shares are wrong.
     """
-    _refuse(spec, ranks, grains, shares)
+    _refuse(ranks, _limits(spec, grains, cut_vocabulary, experts), shares)
     exact = [Fraction(share) for share in shares] or [Fraction(1)] * ranks
     moe = spec.moe
     heads, kv_heads = zip(*_attention(spec, exact), strict=True)
@@ -114,8 +126,8 @@ def divide(
         [_whole_blocks(own.times(spec.head_dim), grains.o) for own in heads],
         _columns(spec.ffn, grains.ffn, exact),
         _columns(moe.shared_ffn if moe else 0, grains.shared_ffn, exact),
-        _cut(moe.experts if moe else 0, exact),
-        _columns(spec.vocab, 1, exact),
+        *_experts(moe, grains.expert_ffn, exact, experts),
+        _columns(spec.vocab, 1, exact) if cut_vocabulary else [Range(0, spec.vocab), *[NONE] * (ranks - 1)],
         strict=True,
     )
     return tuple(Shard(rank, ranks, Ranges(*own)) for rank, own in enumerate(parts))
@@ -127,7 +139,7 @@ def shard_spec(spec: ModelSpec, shard: Shard) -> ModelSpec:
     own, moe = shard.ranges, spec.moe
     if moe:
         held = None if own.experts.size == moe.experts else own.experts
-        moe = replace(moe, shared_ffn=own.shared_ffn.size, held=held)
+        moe = replace(moe, ffn=own.expert_ffn.size, shared_ffn=own.shared_ffn.size, held=held)
     mixed = own.heads.times(spec.head_dim)
     share = None
     if spec.qk_norm == "full" and shard.ranks > 1:
@@ -139,16 +151,23 @@ def shard_spec(spec: ModelSpec, shard: Shard) -> ModelSpec:
         kv_heads=own.kv_heads.size,
         ffn=own.ffn.size,
         vocab=own.vocab.size,
+        tied=spec.tied and own.vocab.size > 0,
         o_margins=(mixed.start - own.o_columns.start, own.o_columns.stop - mixed.stop),
         norm_share=share,
         moe=moe,
     )
 
 
-def _refuse(spec: ModelSpec, ranks: int, grains: Grains, shares: Sequence[float]) -> None:
+def cut_rows(spec: ModelSpec, shard: Shard) -> Range | None:
+    """The rows of embedding and head that a shard of this model has, if they are cut; None if they are all rank 0's."""
+    own = shard.ranges.vocab
+    return own if 0 < own.size < spec.vocab else None
+
+
+def _refuse(ranks: int, limits: Iterable[tuple[int, str]], shares: Sequence[float]) -> None:
     if ranks < 1:
         raise ShardError(f"{ranks} ranks: there must be 1 or more")
-    for most, why in _limits(spec, grains):
+    for most, why in limits:
         if ranks > most:
             raise ShardError(f"{ranks} ranks are too many: {why}; {most} would do")
     if shares and len(shares) != ranks:
@@ -157,16 +176,19 @@ def _refuse(spec: ModelSpec, ranks: int, grains: Grains, shares: Sequence[float]
         raise ShardError(f"shares {list(shares)}: every one must be positive")
 
 
-def _limits(spec: ModelSpec, grains: Grains) -> Iterable[tuple[int, str]]:
+def _limits(
+    spec: ModelSpec, grains: Grains, cut_vocabulary: bool, experts: CutOfExperts
+) -> Iterable[tuple[int, str]]:
     """(how many ranks can each get some of it, why not more) for everything that is cut, the fewest ranks first."""
     moe = spec.moe
     found = [(spec.heads, f"there are {spec.heads} heads")]
-    if moe:
+    if moe and experts == "whole":
         found.append((moe.experts, f"there are {moe.experts} experts, which stay whole"))
     for name, count, what, grain in (
         ("the FFN", spec.ffn, "columns", grains.ffn),
         ("the shared expert", moe.shared_ffn if moe else 0, "columns", grains.shared_ffn),
-        ("the vocabulary", spec.vocab, "rows", 1),
+        ("every expert", moe.ffn if moe and experts == "columns" else 0, "columns", grains.expert_ffn),
+        ("the vocabulary", spec.vocab if cut_vocabulary else 0, "rows", 1),
     ):
         if count:
             step = lcm(BAND_ROWS, grain)
@@ -199,6 +221,17 @@ def _runs(shares: Sequence[Fraction], runs: int, most: int) -> list[Range]:
         _, nearest = min((abs(sums[bound] - wanted), bound) for bound in range(lowest, highest + 1))
         bounds.append(nearest)
     return [Range(*pair) for pair in pairwise([*bounds, len(shares)])]
+
+
+def _experts(
+    moe: MoeSpec | None, grain: int, shares: Sequence[Fraction], cut: CutOfExperts
+) -> tuple[list[Range], list[Range]]:
+    """Which experts each rank has, and which of their columns."""
+    if moe is None:
+        return [NONE] * len(shares), [NONE] * len(shares)
+    if cut == "whole":
+        return _cut(moe.experts, shares), [Range(0, moe.ffn)] * len(shares)
+    return [Range(0, moe.experts)] * len(shares), _columns(moe.ffn, grain, shares)
 
 
 def _whole_blocks(columns: Range, grain: int) -> Range:

@@ -179,7 +179,7 @@ class ModelSpec:
     family: str
     layers: tuple[LayerSpec, ...]
     hidden: int
-    vocab: int
+    vocab: int  # 0 in a shard without embedding and head
     context: int  # longest sequence the model was made for, in tokens
     heads: int
     kv_heads: int
@@ -202,7 +202,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         limits = {
             "hidden": (1, 1 << 17),
-            "vocab": (1, 1 << 22),
+            "vocab": (0, 1 << 22),
             "context": (1, MAX_CONTEXT),
             "heads": (1, 4096),
             "kv_heads": (1, self.heads),
@@ -255,7 +255,7 @@ class ModelSpec:
     def blocks(self) -> tuple[BlockId, ...]:
         """Every block, in the order of a step."""
         body = (block for i in range(len(self.layers)) for block in (BlockId("attn", i), *self.ffn_blocks(i)))
-        return (BlockId("embed"), *body, BlockId("head"))
+        return (BlockId("embed"), *body, BlockId("head")) if self.vocab else tuple(body)
 
 
 def _check_limits(spec: object, prefix: str, limits: Mapping[str, tuple[float, float]]) -> None:

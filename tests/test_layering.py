@@ -26,7 +26,13 @@ ALLOWED = {
     "kernels": {"partition"},  # of it the numbers that kernels fix and plans count with
 }
 # What the client speaks in, and where it finds the daemon.
-CLI_VOCABULARY = {"comm.messages", "comm.sampling_limits", "comm.errors", "comm.home"}
+CLI_VOCABULARY = {
+    "comm.messages",
+    "comm.cluster_messages",
+    "comm.sampling_limits",
+    "comm.errors",
+    "comm.home",
+}
 # What these folders may know of the rest of their room.
 INNER = {
     "comm/group": {"comm.errors", "comm.key_files"},

@@ -18,10 +18,10 @@ from shoal.comm.messages import ChatMessage, Generate, Sampling, Token
 from shoal.daemon.answer import Answer
 from shoal.daemon.backend import Event
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.installed import package_version
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.memory import budget_of
-from shoal.daemon.node import package_version
 from shoal.daemon.request import answer_of, chat_text, sequence_of
 from shoal.engine.sequence import Sequence
 from shoal.kernels.arrays import Floats

@@ -52,9 +52,11 @@ class ChatLink:
         check_context(self.reference, self.model, context)
         self.context = context
 
-    def load(self, reference: str, context: int | None, draft: str | None = None) -> ModelStatus:
+    def load(
+        self, reference: str, context: int | None, draft: str | None = None, ranks: int | None = None
+    ) -> ModelStatus:
         """Use this model from now on. After an error the one before stays in use."""
-        model = self._answers().load(reference, draft, context)
+        model = self._answers().load(reference, draft, context, ranks)
         if not model.chat_template:
             if self._model is not None:  # the daemon may have dropped it to make room
                 self._answers().load(self.reference, self._draft, self.context)

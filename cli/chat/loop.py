@@ -102,7 +102,7 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
         stack.enter_context(unechoed())
         reader = _reader(state, stack)
         with reader.listening():  # what is typed or pasted now is for the first line
-            link.load(wanted, plan.ctx, guessing)
+            link.load(wanted, plan.ctx, guessing, plan.ranks)
         if isinstance(reader, LineReader):
             _greet(link)
         return ChatLoop(state, answer, reader).run()

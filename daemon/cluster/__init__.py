@@ -1,1 +1,1 @@
-"""Machines that run one model together: here, how weights come to those that have no files of it."""
+"""Several machines, one model: who is there, what each of them computes, and what happens when one is lost."""

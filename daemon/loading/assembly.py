@@ -15,9 +15,12 @@ from pathlib import Path
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
+from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress, no_progress
 from shoal.engine.engine import Engine
 from shoal.engine.guess.drafter import Drafter
+from shoal.engine.leader import Leader
+from shoal.engine.learn.speeds import Speeds
 from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
 from shoal.offload.budget import Budget
@@ -25,6 +28,7 @@ from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import PrefixCache
 
 from .advice import advice_of
+from .grouping import Grouping
 from .loaded_model import LoadedModel, release
 from .planning import least_bytes, row_share
 from .refusal import refusing
@@ -43,6 +47,7 @@ class Assembly:
     kv_files: KvFiles | None = None
     clock: Callable[[], float] = time.monotonic
     notify: Callable[[Engine], None] = lambda engine: None
+    grouping: Grouping | None = None
 
     def load(
         self,
@@ -72,14 +77,15 @@ class Assembly:
                     streaming=streaming,
                     reserve_bytes=least_bytes(draft, config) if draft else 0,
                     kv_on_disk=self.kv_files is not None,
+                    grouping=self.grouping if draft is None else None,
                 )
-            undo.callback(main.executor.store.close)
+            undo.callback(main.close)
             small = None
             if draft is not None:
                 with refusing(f"draft model {draft.name}"):
                     small = read_draft(name, main, draft, config, self.budget)
             kv, disk = main.executor.kv, None
-            if self.kv_files is not None:
+            if self.kv_files is not None and main.group is None:
                 disk = self.kv_files.open(name, main.checkpoint, config.quant, main.plan, kv)
             if disk is not None:
                 undo.callback(disk.close, [], kv.page)
@@ -88,12 +94,39 @@ class Assembly:
             asked, now = config.context_tokens, self.clock()
             called = named or str(path)
             made = LoadedModel(
-                name, called, main, engine, small, config.quant, asked, self.clock, now, advice
+                name, called, main, engine, small, config.quant, asked, config.ranks, self.clock, now, advice
             )
             undo.pop_all()
         for warning in made.warnings:
             log.warning("%s", warning)
         return made
+
+    def regroup(self, model: LoadedModel, config: NodeConfig, progress: Progress = no_progress) -> None:
+        """Load a model's weights anew, computed by whoever is there now. Its requests go on with them. The engine has
+        to be suspended. Raises DaemonError; the model is then of no use any more."""
+        name, path = model.name, model.checkpoint.path
+        model.main.close()
+        model.executor.let_go()
+        release(name, self.budget)
+        return_freed()
+        with refusing(name):
+            main = Runnable.read(
+                name,
+                f"model {name}",
+                path,
+                config,
+                self.budget,
+                progress,
+                packs=self.packs,
+                grouping=self.grouping,
+            )
+        model.main = main
+        kv = main.executor.kv
+        cache = PrefixCache(kv.table, kv.page_tokens)
+        model.engine.start_anew(self._rank(main), cache, self._speeds(main))
+
+    def _speeds(self, main: Runnable, reads: int = 1) -> Speeds:
+        return Speeds(main.plan.chunk_tokens, row_share(main.plan, main.read_bytes_per_s), reads)
 
     def _engine(
         self, main: Runnable, small: Runnable | None, disk: KvDisk | None, config: NodeConfig
@@ -118,5 +151,9 @@ class Assembly:
                 chunk_tokens=small.plan.chunk_tokens,
                 clock=self.clock,
             )
-        rank = Rank(main.executor, self.clock, disk)
-        return Engine(rank, scheduler, self.clock, drafter, self.notify)
+        return Engine(self._rank(main, disk), scheduler, self.clock, drafter, self.notify)
+
+    def _rank(self, main: Runnable, disk: KvDisk | None = None) -> Rank:
+        if main.group is not None:
+            return Leader(main.executor, self.clock, main.group.others)
+        return Rank(main.executor, self.clock, disk)

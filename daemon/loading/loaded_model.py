@@ -33,7 +33,7 @@ from .runnable import Runnable
 class LoadedModel:
     """Everything that one model needs to answer.
 
-    named: what it was called when it was loaded, a path or a name in the store. asked_context: the context that was
+    named: what it was called when it was loaded, a path or a name in the store. asked_context, asked_ranks: what was
     asked for then. used_s: when it was last asked. draft: the model that guesses for it. advice: what its makers say of
     sampling. retired: another model has taken its place, and it only ends what it has begun.
     """
@@ -45,10 +45,12 @@ class LoadedModel:
     draft: Runnable | None
     quant: Quant
     asked_context: int | None
+    asked_ranks: int | None
     clock: Callable[[], float]
     used_s: float
     advice: Advice = field(default_factory=Advice)
     retired: bool = False
+    arrivals: int = 0  # of machines, until it was last considered whether they should take part
     _compiling: threading.Lock = field(default_factory=threading.Lock)
     _templates: dict[str, ChatTemplate | TemplateError] = field(default_factory=dict)
 
@@ -123,7 +125,7 @@ class LoadedModel:
     def interrupt(self, error: DaemonError) -> None:
         """End all its requests with `error`, even in a step that waits for a disk. It answers nothing after that."""
         self.engine.fail_all(error)
-        self.executor.store.close()
+        self.main.close()
         for template in [*self._templates.values()]:
             if isinstance(template, ChatTemplate):
                 template.close()
@@ -131,12 +133,15 @@ class LoadedModel:
     def release(self, budget: Budget) -> None:
         """End a step under way, keep its KV on disk and give the budget back. The memory is freed with the last
         reference to the model. Idempotent."""
-        self.executor.store.close()
+        self.main.close()
         self.engine.close()
         release(self.name, budget)
 
     def stage(self) -> Stage | None:
-        """What its requests wait for just now; None if they do not wait for a disk. Any thread may call it."""
+        """What its requests wait for just now; None if they wait for neither disk nor other machines. Any thread may
+        call it."""
+        if self.engine.lost is not None:
+            return Stage(doing="regrouping", done=0, total=0)
         stage = self.executor.store.stage()
         if stage is None or not self.engine.busy:
             return None
@@ -147,6 +152,7 @@ class LoadedModel:
         stage = self.executor.store.stage()
         read_bytes_per_s = max(self.main.read_bytes_per_s, stage.best_bytes_per_s if stage else 0.0)
         drafts = f", drafts by {self.draft_path.name}" if self.draft_path else ""
+        group = self.main.group
         totals, cache, disk = scheduler.totals, scheduler.cache, self.engine.rank.disk
         return ModelStatus(
             name=self.name,
@@ -177,6 +183,9 @@ class LoadedModel:
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
             warnings=self.warnings,
             context_limit_tokens=self.checkpoint.spec.longest,
+            ranks=self.plan.ranks,
+            rank_bytes=[plan.peak_bytes for plan in (self.plan, *(group.plans if group else ()))],
+            machines=list(group.names) if group else [],
         )
 
     @property

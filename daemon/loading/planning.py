@@ -14,7 +14,8 @@ from shoal import kernels
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.engine.learn.step_cost import ROW_SHARE
-from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.pack.builder import source_of
 from shoal.offload.pack.layout import layout
 from shoal.offload.pack.manifest import Quant
@@ -28,7 +29,7 @@ LEAST_CONTEXT_TOKENS = 512  # the default context shrinks to this at most when m
 
 
 def make_plan(
-    checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int, *, streaming: bool = True
+    checkpoint: AnyCheckpoint, config: NodeConfig, memory_bytes: int, *, streaming: bool = True
 ) -> Plan | Misfit:
     """The plan for a checkpoint within `memory_bytes`. If no context was asked for, it gets the largest that fits.
     `streaming`: its weights may come from disk.
@@ -61,7 +62,7 @@ def row_share(plan: Plan, read_bytes_per_s: float) -> float:
     return ROW_SHARE * compute_s / max(compute_s, plan.step_s(read_bytes_per_s))
 
 
-def extents(checkpoint: Checkpoint, quant: Quant = "keep") -> tuple[dict[BlockId, int], int]:
+def extents(checkpoint: AnyCheckpoint, quant: Quant = "keep") -> tuple[dict[BlockId, int], int]:
     """(bytes of every block in a pack, in the order of a step; bytes of the vectors). A tied embedding has none."""
     manifest = layout(checkpoint, quant, source_of(checkpoint))
     embed = BlockId("embed")
@@ -71,7 +72,7 @@ def extents(checkpoint: Checkpoint, quant: Quant = "keep") -> tuple[dict[BlockId
     return sizes, manifest.vectors.nbytes
 
 
-def _block_bytes(checkpoint: Checkpoint, quant: Quant) -> dict[BlockId, int]:
+def _block_bytes(checkpoint: AnyCheckpoint, quant: Quant) -> dict[BlockId, int]:
     """Bytes of every block in memory, in the order of a step."""
     if quant == "keep":
         return {block: checkpoint.block_bytes(block) for block in checkpoint.spec.blocks()}

@@ -5,6 +5,7 @@ Knows how plan, store, KV and executor are made within a budget. Does not know r
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shoal.daemon.progress import Progress, no_progress
 from shoal.engine.collective import Alone
 from shoal.engine.executor import Executor
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
@@ -23,6 +25,7 @@ from shoal.offload.kv.pool import KvPool
 from shoal.partition.plan import Plan
 
 from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
+from .grouping import FormedGroup, Grouping
 from .stores import open_store
 
 
@@ -35,6 +38,7 @@ class Runnable:
     tokenizer: Tokenizer
     executor: Executor
     peak_bytes: int  # including the buffers of KV on disk
+    group: FormedGroup | None = None  # if other machines compute with this one
     read_bytes_per_s: float = 0.0
 
     @classmethod
@@ -51,32 +55,54 @@ class Runnable:
         streaming: bool = True,
         reserve_bytes: int = 0,
         kv_on_disk: bool = False,
+        grouping: Grouping | None = None,
     ) -> Runnable:
         """Reads checkpoint `name` into memory, which the budget holds under `purpose`; if this fails, the caller has to
         release that. `reserve_bytes` of the budget are left free. `streaming`: weights may come from disk, from one
         of `packs`; weights in fewer bits always come from a pack. `kv_on_disk`: KV will be kept on disk, which takes
-        buffers."""
+        buffers. `grouping` decides whether other machines take part."""
         tight = bounded(config.memory_bytes)
-        with open_checkpoint(path) as checkpoint:
+        with ExitStack() as undo, open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config) if kv_on_disk else 0
             found = plan_within_budget(
                 checkpoint, config, budget, extra_bytes=reserve_bytes + extra_bytes, streaming=streaming
             )
-            plan = require_plan(found, name)
+            part: AnyCheckpoint = checkpoint
+            seated = None
+            if grouping is not None:
+                alone = found if isinstance(found, Plan) else None
+                seated = grouping.seat(name, checkpoint, config, alone, budget.free_bytes - reserve_bytes)
+            if seated is not None:
+                part, plan, group = seated
+                undo.callback(group.close)
+                extra_bytes = 0  # what others hold of KV is not kept on disk
+            else:
+                plan, group = require_plan(found, name), None
             tokenizer = checkpoint.tokenizer()
             checkpoint.forget_tokens()
             return_freed()  # before the weights come, so that the peak is theirs alone
             peak_bytes = plan.peak_bytes + extra_bytes
             budget.hold(purpose, peak_bytes)
-            transformer = Transformer(checkpoint.spec)
-            kv = KvPool(checkpoint.spec, plan.kv)
+            transformer = Transformer(part.spec)
+            kv = KvPool(part.spec, plan.kv)
             if tight:
                 forget_files(checkpoint.files)
-            store, speed = open_store(plan, checkpoint, config.quant, packs, progress, bounded=tight)
+            store, speed = open_store(plan, part, config.quant, packs, progress, bounded=tight)
+            undo.callback(store.close)
+            if group is not None:
+                group.form(progress)
             if tight:
                 forget_files(checkpoint.files)
-        executor = Executor(transformer, plan, store, kv, Alone())
-        return cls(checkpoint, plan, tokenizer, executor, peak_bytes, speed)
+            undo.pop_all()
+        collective = group.collective if group is not None else Alone()
+        executor = Executor(transformer, plan, store, kv, collective)
+        return cls(checkpoint, plan, tokenizer, executor, peak_bytes, group, speed)
+
+    def close(self) -> None:
+        """End what runs in the background, here and on other machines. Idempotent."""
+        self.executor.store.close()
+        if self.group is not None:
+            self.group.close()
 
 
 def read_draft(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:

@@ -8,7 +8,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import trim
 from shoal.daemon.progress import Progress
-from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.pack.manifest import Quant
 from shoal.offload.window.pinned import PackReader
@@ -21,7 +21,7 @@ MEASURED_BYTES = 64 << 20  # loading fewer bytes says nothing about the disk's s
 
 def open_store(
     plan: Plan,
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     quant: Quant,
     packs: Packs | None,
     progress: Progress,

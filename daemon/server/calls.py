@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import msgspec
 
 from shoal.comm import wire
+from shoal.comm.cluster_messages import Forget, Invite, Nodes, Rejoin
 from shoal.comm.errors import ProtocolError
 from shoal.comm.messages import REQUESTS, Chat, Error, Generate, Load, Message, Status, Tokenize, Unload
 from shoal.daemon.backend import Backend
@@ -21,7 +22,10 @@ from shoal.daemon.errors import DaemonError
 from .in_flight import Flight
 from .log_rate import SeldomLog
 
-WORK = frozenset({"generate", "chat", "tokenize", "load", "unload", "status"})
+OWN_USERS = frozenset({"invite", "forget", "rejoin"})
+"""The request types that change who may compute with this machine."""
+
+WORK = frozenset({"generate", "chat", "tokenize", "load", "unload", "status", "nodes"}) | OWN_USERS
 """The request types that need the backend. The server answers the others by itself."""
 
 log = logging.getLogger("shoal.server")
@@ -41,7 +45,9 @@ class Dispatcher:
         self._patient = ThreadPoolExecutor(workers, thread_name_prefix="shoal-patient")
         loads = ThreadPoolExecutor(1, thread_name_prefix="shoal-load")
         status = ThreadPoolExecutor(1, thread_name_prefix="shoal-status")
-        self._pools = {"load": loads, "unload": loads, "status": status}
+        self._pools = {"load": loads, "unload": loads, "status": status} | dict.fromkeys(
+            ("nodes", *OWN_USERS), status
+        )
         self._pools |= dict.fromkeys(("generate", "chat", "tokenize"), prompts)
         self._limit_bytes = pending_bytes
         self._lock = threading.Lock()
@@ -117,5 +123,7 @@ class Dispatcher:
                 status = self._backend.status()
                 draining = self.draining or status.draining
                 flight.emit(msgspec.structs.replace(status, draining=draining))
+            case Invite() | Nodes() | Forget() | Rejoin():
+                flight.emit(self._backend.cluster(request))
             case _:
                 raise AssertionError(f"{type(request).__name__} is not the backend's")

@@ -29,7 +29,7 @@ from shoal.comm.waker import Waker
 from shoal.daemon.backend import Backend
 from shoal.daemon.errors import DaemonError
 
-from .calls import WORK, Dispatcher
+from .calls import OWN_USERS, WORK, Dispatcher
 from .descriptors import soft_limit
 from .front import Front
 from .in_flight import Peer
@@ -68,6 +68,7 @@ class Server:
         self._keys = server_keys
         self._limits = (limits or ServerLimits()).within(soft_limit())
         self._routers: list[zmq.Socket[Any]] = []
+        self._private: set[zmq.Socket[Any]] = set()  # of these, those that only the daemon's user can reach
         self._resources = ExitStack()
         self._waker = Waker()
         self._front = (Front if sys.platform == "linux" else NoFront)(self._limits)
@@ -166,6 +167,8 @@ class Server:
             endpoint.require_keys(router, keys)
         self._front.add(public, router)
         self._routers.append(router)
+        if isinstance(endpoint.parse(address), endpoint.IpcAddress):
+            self._private.add(router)
         return bound
 
     def _drain(self) -> None:
@@ -248,6 +251,9 @@ class Server:
             return Error(code="bad_request", message=message)
         if self._draining and work and envelope.kind != "status":
             return STOPPING
+        if envelope.kind in OWN_USERS and peer.router not in self._private:
+            message = f"{envelope.kind} is for the user of this machine, over the daemon's own socket"
+            return Error(code="bad_request", message=message)
         # These have twice the room: who has used up its own can still cancel, and one can see what others do.
         factor = 1 if work and envelope.kind != "status" else 2
         newcomers = 0 if peer.flights else 1

@@ -56,6 +56,11 @@ class CheckpointShard:
             if role not in self._without
         }
 
+    def block_bytes(self, block: BlockId) -> int:
+        """What `read_block(block).nbytes` will be, without reading."""
+        matrices = sum(kind.matrix_bytes(rows, cols) for kind, rows, cols in self.matrices(block).values())
+        return matrices + 4 * sum(self.vector_lengths(block).values())
+
     def expect(self, pieces: Iterable[Piece]) -> None:
         """Files are read when they are asked for."""
 
@@ -101,6 +106,8 @@ def _rows(shard: Shard, spec: ModelSpec) -> dict[tuple[BlockKind, str], Range]:
         ("attn", "v"): kv,
         ("ffn", "gate"): own.ffn,
         ("ffn", "up"): own.ffn,
+        ("expert", "gate"): own.expert_ffn,
+        ("expert", "up"): own.expert_ffn,
         ("router", "shared_gate"): own.shared_ffn,
         ("router", "shared_up"): own.shared_ffn,
         ("head", "head"): own.vocab,
@@ -117,5 +124,6 @@ def _columns(shard: Shard) -> dict[tuple[BlockKind, str], Range]:
     return {
         ("attn", "o"): own.o_columns,
         ("ffn", "down"): own.ffn,
+        ("expert", "down"): own.expert_ffn,
         ("router", "shared_down"): own.shared_ffn,
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from shoal.partition.errors import SpecError
 from shoal.partition.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec
 
 from .facts import Facts
@@ -91,6 +92,8 @@ class Family:
 
         Layers with a window have the last rope, the others the first.
         """
+        if sizes["vocab"] < 1:  # only shards of models have none
+            raise SpecError(f"vocab={sizes['vocab']}: must be 1 or more")
         sparse = moe.layers if moe else [False] * len(windows)
         return ModelSpec(
             family=self.name,

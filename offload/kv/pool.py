@@ -47,6 +47,11 @@ class KvPool:
     def page_bytes(self) -> int:
         return self.nbytes // len(self._pages)
 
+    def let_go(self) -> None:
+        """Give the memory back; there are no pages any more."""
+        self._pages = self._pages[:0].copy()
+        self.layers = []
+
     def move(self, moves: Iterable[Move], disk: KvDisk | None = None) -> None:
         """Carry out moves in their order: copy pages, and save pages on `disk`."""
         for move in moves:

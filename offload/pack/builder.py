@@ -94,7 +94,7 @@ class PackBuilder:
         blocks = self.manifest.blocks
         # A tied embedding is the last block, and its bytes are the head's.
         self._own = blocks[:-1] if checkpoint.spec.tied else blocks
-        self._slice_rows = next(it.tensors["head"].rows for it in blocks if it.block.kind == "head")
+        self._slice_rows = next((it.tensors["head"].rows for it in blocks if it.block.kind == "head"), 0)
 
     def build(self, directory: Path, progress: BytesDone = unheard) -> Pack:
         """Makes `directory`, which must not exist yet, and opens the pack in it.

@@ -18,7 +18,7 @@ from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
 from shoal.models.checkpoint.weight_source import WeightSource
 from shoal.offload.errors import PackPointless
 from shoal.partition.memory_layout import BAND_ROWS
-from shoal.partition.slicing import Grains, divide
+from shoal.partition.slicing import CutOfExperts, Grains, divide
 from shoal.partition.spec import BlockId
 
 from .manifest import (
@@ -70,23 +70,31 @@ def layout(checkpoint: WeightSource, quant: Quant, source: Source) -> Manifest:
     return Manifest(PACK_FORMAT, KERNEL_LAYOUT, source, quant, checkpoint.shard, facts, vectors, blocks)
 
 
-def part_of(checkpoint: Checkpoint, quant: Quant, rank: int, ranks: int) -> AnyCheckpoint:
+def part_of(
+    checkpoint: Checkpoint,
+    quant: Quant,
+    rank: int,
+    ranks: int,
+    *,
+    cut_vocabulary: bool = False,
+    experts: CutOfExperts = "whole",
+) -> AnyCheckpoint:
     """What rank `rank` (from 0) of `ranks` equal ones holds of a checkpoint kept as `quant`: all of it if alone.
-    The shard has bytes of the whole model's rows and columns: nothing is rounded again. Raises ShardError."""
-    shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, quant))
+    The shard has bytes of the whole model's rows and columns: nothing is rounded again. Experts stay whole unless it is
+    asked for otherwise, because packs are mostly streamed. Raises ShardError."""
+    grains = grains_of(checkpoint, quant)
+    shards = divide(checkpoint.spec, ranks, grains, cut_vocabulary=cut_vocabulary, experts=experts)
     return CheckpointShard(checkpoint, shards[rank]) if ranks > 1 else checkpoint
 
 
 def grains_of(checkpoint: Checkpoint, quant: Quant) -> Grains:
     """How many columns of each role must stay together, so that no block of weights is cut, stored or kept."""
-    grains = dict.fromkeys(("o", "down", "shared_down"), 1)
+    grains = dict.fromkeys((("attn", "o"), ("ffn", "down"), ("router", "shared_down"), ("expert", "down")), 1)
     for block in checkpoint.spec.blocks():
-        if block.kind == "expert":
-            continue  # experts are not cut
         for role, (kind, _, cols) in checkpoint.matrices(block).items():
-            if role in grains:
+            if (place := (block.kind, role)) in grains:
                 kept = kept_type(role, kind, cols, quant)
-                grains[role] = math.lcm(grains[role], kind.block_weights, kept.block_weights)
+                grains[place] = math.lcm(grains[place], kind.block_weights, kept.block_weights)
     return Grains(*grains.values())
 
 

@@ -72,7 +72,7 @@ class Pack:
         expected = {block for block in spec.blocks() if block.kind != "head"} | {
             BlockId("head", -1, number) for number in range(len(self._slices))
         }
-        if not self._slices or self.blocks.keys() != expected or self.tied != spec.tied:
+        if bool(self._slices) != bool(spec.vocab) or self.blocks.keys() != expected or self.tied != spec.tied:
             raise _wrong(self.path, "does not have the blocks of its model")
         if self.vectors.keys() - self.blocks.keys() - {BlockId("head")}:
             raise _wrong(self.path, "has vectors of blocks that are not there")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from shoal.engine.rank import Rank
 from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.offload.kv.prefix_cache import Copy
+from shoal.offload.pack.layout import grains_of
+from shoal.partition.slicing import divide
 
 TOLERANCE = 1e-3
 LENGTH = 75  # more than a page
@@ -47,13 +50,13 @@ def alone(running: Running, work: Sequence[Order]) -> list[Floats]:
 
 
 def assert_together_as_alone(
-    path: Path, ranks: int, shares: Sequence[float] = (), part_tokens: int = 1 << 30
+    path: Path, ranks: int, shares: Sequence[float] = (), part_tokens: int = 1 << 30, **how: Any
 ) -> None:
     running = Running(path)
     work = orders(running.spec.vocab, seed=ranks)
     expected = alone(running, work)
     with open_checkpoint(path) as checkpoint:
-        group = Group(checkpoint, replace(running.plan, part_tokens=part_tokens), ranks, shares)
+        group = Group(checkpoint, replace(running.plan, part_tokens=part_tokens), ranks, shares, **how)
         for order, wanted in zip(work, expected, strict=True):
             first, *others = group.run(order)
             assert len(first.logits) == len(wanted)
@@ -69,15 +72,32 @@ def assert_together_as_alone(
 def test_every_family_is_computed_together(
     family: str, ranks: int, shares: Sequence[float], tmp_path: Path
 ) -> None:
-    """With vocabulary, heads (four ranks share two KV heads), columns and experts divided, evenly and not."""
-    path = tiny.save_gguf(tiny.hf_model(family, seed=3), tmp_path / "m.gguf", type="F16")
+    """With heads (four ranks share two KV heads) and columns divided, evenly and not. Rank 0 has embedding and head,
+    and the others do not see the token ids; or these are divided, too. Experts are cut by columns, or stay whole."""
+    sizes = {tiny.EXPERT_SIZES[family]: 64} if family in tiny.EXPERT_SIZES else {}  # four times 16 columns
+    path = tiny.save_gguf(tiny.hf_model(family, seed=3, **sizes), tmp_path / "m.gguf", type="F16")
     assert_together_as_alone(path, ranks, shares)
+    assert_together_as_alone(path, ranks, shares, cut_vocabulary=True, experts="whole")
 
 
-@pytest.mark.parametrize("type", ["Q4_0", "Q8_0", "Q5_1"])
-def test_quantised_weights_are_divided_between_blocks(type: str, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 64}
-    path = tiny.save_gguf(tiny.hf_model("qwen3_moe", seed=5, **sizes), tmp_path / "m.gguf", type=type)
+@pytest.mark.parametrize("experts", ["columns", "whole"])
+@pytest.mark.parametrize("type", ["Q4_0", "Q8_0", "Q5_1", "IQ4_NL"])
+@pytest.mark.parametrize("family", tiny.EXPERT_SIZES)
+def test_quantised_weights_are_divided_between_blocks(
+    family: str, type: str, experts: str, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 192, tiny.EXPERT_SIZES[family]: 96}
+    path = tiny.save_gguf(tiny.hf_model(family, seed=5, **sizes), tmp_path / "m.gguf", type=type)
+    assert_together_as_alone(path, 2, experts=experts)
+
+
+def test_experts_of_large_blocks_are_divided_between_them(tmp_path: Path) -> None:
+    """Three blocks of 256 columns for two ranks: one has two of them."""
+    sizes = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 768, "num_hidden_layers": 1}
+    path = tiny.save_gguf(tiny.hf_model("qwen3_moe", seed=5, **sizes), tmp_path / "m.gguf", type="Q4_K")
+    with open_checkpoint(path) as checkpoint:
+        parts = divide(checkpoint.spec, 2, grains_of(checkpoint, "keep"))
+        assert [part.ranges.expert_ffn.size for part in parts] == [512, 256]
     assert_together_as_alone(path, 2)
 
 
@@ -90,4 +110,4 @@ def test_a_step_in_parts_sums_part_by_part(part_tokens: int, tmp_path: Path) -> 
 def test_a_rank_whose_experts_nobody_asks_for_adds_nothing(tmp_path: Path) -> None:
     """One token has fewer experts than there are ranks."""
     path = tiny.save_gguf(tiny.hf_model("qwen3_moe", seed=5, num_experts=8), tmp_path / "m.gguf", type="F16")
-    assert_together_as_alone(path, 4)
+    assert_together_as_alone(path, 4, experts="whole")

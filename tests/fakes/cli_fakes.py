@@ -64,7 +64,9 @@ class FakeAnswers:
         self.cancelled = 0
         self.reason: FinishReason = "stop"
 
-    def load(self, model: str, draft: str | None, context: int | None = None) -> ModelStatus:
+    def load(
+        self, model: str, draft: str | None, context: int | None = None, ranks: int | None = None
+    ) -> ModelStatus:
         self.loaded.append(model)
         self.drafts.append(draft)
         self.contexts.append(context)
@@ -153,6 +155,7 @@ class FakeClient:
         draft: str | None = None,
         heard: Any = None,
         *,
+        ranks: int | None = None,
         least_context: int | None = None,
     ) -> Loaded:
         (self.asked if context is None else self.loads).append((model, context or least_context))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,7 +22,8 @@ from shoal.offload.block_store import ResidentStore
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.pack.layout import grains_of
 from shoal.partition.plan import BlockPlan, Plan
-from shoal.partition.slicing import Shard, divide
+from shoal.partition.slicing import Shard, cut_rows, divide
+from shoal.partition.spec import ModelSpec
 
 PATIENCE_S = 60.0
 T = TypeVar("T")
@@ -66,21 +68,32 @@ class Member:
         brought = self._together.meet(self._rank, columns)
         return columns[:, :0] if self._rank else np.concatenate(brought, axis=1)
 
+    def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
+        assert (rows is None) == (self._rank > 0)
+        first, *_ = self._together.meet(self._rank, np.empty(0, np.float32) if rows is None else rows)
+        assert first.shape == shape
+        self.seen.append(first.tobytes())
+        return first.copy()
+
 
 class Group:
-    """A checkpoint divided among ranks. `base` has everything else of their plans."""
+    """A checkpoint divided among ranks. `base` has everything else of their plans; `how` says how it is divided."""
 
-    def __init__(self, checkpoint: Checkpoint, base: Plan, ranks: int, shares: Sequence[float] = ()) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, base: Plan, ranks: int, shares: Sequence[float] = (), **how: Any
+    ) -> None:
         self._together = Together(ranks)
         self.members = [Member(self._together, rank) for rank in range(ranks)]
-        shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares)
+        shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares, **how)
         self.ranks = [
-            self._rank(CheckpointShard(checkpoint, shard), shard, base, member)
+            self._rank(CheckpointShard(checkpoint, shard), shard, base, member, checkpoint.spec)
             for shard, member in zip(shards, self.members, strict=True)
         ]
         self._threads = ThreadPoolExecutor(ranks)
 
-    def _rank(self, part: CheckpointShard, shard: Shard, base: Plan, member: Member) -> Rank:
+    def _rank(
+        self, part: CheckpointShard, shard: Shard, base: Plan, member: Member, whole: ModelSpec
+    ) -> Rank:
         spec = part.spec
         plan = Plan(
             blocks=tuple(BlockPlan(block, 0) for block in spec.blocks()),
@@ -97,12 +110,13 @@ class Group:
         store = ResidentStore.load(plan, part)
         transformer = Transformer(spec)
         kv = KvPool(spec, base.kv)
-        executor = Executor(transformer, plan, store, kv, member, vocab=shard.ranges.vocab)
+        executor = Executor(transformer, plan, store, kv, member, vocab=cut_rows(whole, shard))
         return Rank(executor, clock=lambda: 0.0)
 
     def run(self, order: Order) -> list[Result]:
-        """The result of an order on every rank."""
-        return self._each(lambda rank: rank.run(order))
+        """The result of an order on every rank. A rank without an embedding does not get to see the token ids."""
+        hidden = replace(order, segments=[it._replace(tokens=[-1] * len(it.tokens)) for it in order.segments])
+        return self._each(lambda rank: rank.run(order if rank.executor.model.spec.vocab else hidden))
 
     def _each(self, do: Callable[[Rank], T]) -> list[T]:
         def one(rank: Rank) -> T:

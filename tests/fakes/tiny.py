@@ -141,6 +141,12 @@ _ARCHS = {
     "olmoe": gguf.MODEL_ARCH.OLMOE,
 }
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
+EXPERT_SIZES = {  # of mixtures: what the configuration calls the columns of an expert
+    "mixtral": "intermediate_size",
+    "qwen2_moe": "moe_intermediate_size",
+    "qwen3_moe": "moe_intermediate_size",
+    "olmoe": "intermediate_size",
+}
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Per type: the offset of each scale (f16) in a block → the scale with which random bytes mean weights within about ±1.

@@ -210,6 +210,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[CheckpointError], str]] = [
     ("llama", {"head_dim": 7}, CorruptCheckpoint, "rotated dimensions of a head=7"),
     ("llama", {"rms_norm_eps": float("nan")}, CorruptCheckpoint, "finite"),
     ("llama", {"vocab_size": 10**400}, CorruptCheckpoint, "vocab_size"),
+    ("llama", {"vocab_size": 0}, CorruptCheckpoint, "vocab=0: must be 1 or more"),
     ("llama", {"tie_word_embeddings": "yes"}, CorruptCheckpoint, "true or false"),
     ("llama", {"rope_parameters": {"rope_type": "mrope"}}, UnsupportedCheckpoint, "rope scaling 'mrope'"),
     ("llama", {"rope_parameters": {"rope_type": "linear"}}, CorruptCheckpoint, "factor is missing"),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import msgspec
 import numpy as np
 import pytest
-from fakes.nodes import joined
+from fakes.group.nodes import joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

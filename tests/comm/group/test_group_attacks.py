@@ -13,7 +13,7 @@ from collections import Counter
 import msgspec
 import psutil
 import pytest
-from fakes.nodes import Machine, footprint, paired, tls
+from fakes.group.nodes import Machine, footprint, paired, tls
 
 from shoal.comm.group import listener as listening
 from shoal.comm.group.channel import Channel, channel_pair

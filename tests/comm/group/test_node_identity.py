@@ -8,7 +8,7 @@ import stat
 import threading
 
 import pytest
-from fakes.nodes import Machine
+from fakes.group.nodes import Machine
 
 from shoal.comm.errors import KeyFileError
 from shoal.comm.group.node_identity import NodeIdentity, check_certificate, fingerprint, node_name

@@ -9,7 +9,7 @@ import time
 
 import msgspec
 import pytest
-from fakes.nodes import Machine, relay, tls
+from fakes.group.nodes import Machine, relay, tls
 
 from shoal.comm.errors import KeyFileError
 from shoal.comm.group.channel import Channel, channel_pair
@@ -60,7 +60,8 @@ def test_both_sides_know_each_other_afterwards(head, worker):
         ]
         with worker.dial(head, listener.addresses) as channel:
             assert channel.peer == head.fingerprint
-            assert listener.accept(5).peer == worker.fingerprint
+            with listener.accept(5) as at_head:
+                assert at_head.peer == worker.fingerprint
 
 
 def test_machines_of_one_name_are_told_apart(head, tmp_path):

@@ -6,7 +6,7 @@ import stat
 import threading
 
 import pytest
-from fakes.nodes import Machine
+from fakes.group.nodes import Machine
 
 from shoal.comm.errors import KeyFileError
 from shoal.comm.group.errors import ChannelError, NotPaired

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import tiny
+from fakes.group.weights import served
 from fakes.packing import assert_holds, build_pack, small_slices, tiny_checkpoint
-from fakes.weights import served
 
-from shoal.daemon.cluster import shard_facts
-from shoal.daemon.cluster.remote_shard import RemoteShard
-from shoal.daemon.cluster.weight_server import WeightServer
+from shoal.daemon.cluster.weights import shard_facts
+from shoal.daemon.cluster.weights.remote_shard import RemoteShard
+from shoal.daemon.cluster.weights.weight_server import WeightServer
 from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
 from shoal.offload.pack.builder import PackBuilder
 from shoal.offload.pack.layout import grains_of

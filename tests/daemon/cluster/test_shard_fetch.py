@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes.group.weights import asked, served
 from fakes.packing import assert_holds, build_pack, small_slices, tiny_checkpoint
-from fakes.weights import asked, served
 
 from shoal.comm.group.errors import GroupError
-from shoal.daemon.cluster import shard_facts
-from shoal.daemon.cluster.shard_cache import ShardCache
-from shoal.daemon.cluster.shard_fetch import ShardWeights, fetch_shard
-from shoal.daemon.cluster.weight_server import WeightServer
+from shoal.daemon.cluster.weights import shard_facts
+from shoal.daemon.cluster.weights.shard_cache import ShardCache
+from shoal.daemon.cluster.weights.shard_fetch import ShardWeights, fetch_shard
+from shoal.daemon.cluster.weights.weight_server import WeightServer
 from shoal.daemon.errors import DaemonError
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
@@ -151,9 +151,9 @@ from pathlib import Path
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.errors import GroupError
 from shoal.comm.group.streams import SocketStream
-from shoal.daemon.cluster import shard_facts
-from shoal.daemon.cluster.shard_cache import ShardCache
-from shoal.daemon.cluster.shard_fetch import fetch_shard
+from shoal.daemon.cluster.weights import shard_facts
+from shoal.daemon.cluster.weights.shard_cache import ShardCache
+from shoal.daemon.cluster.weights.shard_fetch import fetch_shard
 from shoal.offload.pack import layout
 shard_facts.PIECE_BYTES = layout.SLICE_BYTES = 4096
 root, share, *ends = sys.argv[1:]
@@ -171,7 +171,7 @@ HEAD = """
 import itertools, os, signal, socket, sys, threading
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.streams import SocketStream
-from shoal.daemon.cluster import weight_server
+from shoal.daemon.cluster.weights import weight_server
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.offload.errors import PackCorrupt
 from shoal.offload.pack.layout import grains_of

@@ -14,18 +14,18 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from fakes.group.weights import served
 from fakes.packing import tiny_checkpoint
-from fakes.weights import served
 from msgspec.structs import replace
 
 from shoal.comm.group.channel import Channel, channel_pair
 from shoal.comm.group.errors import ChannelError, GroupError
-from shoal.daemon.cluster import piece_stream, remote_shard, shard_facts, weight_server
-from shoal.daemon.cluster.remote_shard import RemoteShard
-from shoal.daemon.cluster.shard_cache import ShardCache
-from shoal.daemon.cluster.shard_facts import described
-from shoal.daemon.cluster.shard_fetch import fetch_shard
-from shoal.daemon.cluster.weight_messages import (
+from shoal.daemon.cluster.weights import piece_stream, remote_shard, shard_facts, weight_server
+from shoal.daemon.cluster.weights.remote_shard import RemoteShard
+from shoal.daemon.cluster.weights.shard_cache import ShardCache
+from shoal.daemon.cluster.weights.shard_facts import described
+from shoal.daemon.cluster.weights.shard_fetch import fetch_shard
+from shoal.daemon.cluster.weights.weight_messages import (
     BlockForm,
     Describe,
     Description,
@@ -34,7 +34,7 @@ from shoal.daemon.cluster.weight_messages import (
     WantChecksum,
     WantPiece,
 )
-from shoal.daemon.cluster.weight_server import WeightServer
+from shoal.daemon.cluster.weights.weight_server import WeightServer
 from shoal.daemon.errors import DaemonError
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard

@@ -58,6 +58,8 @@ class Member:
 
     def embed(self, ids: Ids) -> Floats:
         """The rows that this rank has; zeros for the others."""
+        if not self.spec.vocab:
+            return np.zeros((len(ids), self.spec.hidden), np.float32)
         shard = self.checkpoint.shard
         first = 0 if shard == "whole" else shard.ranges.vocab.start
         mine = (ids >= first) & (ids < first + self.spec.vocab)
@@ -84,21 +86,27 @@ class Member:
         return partial
 
     def head(self, hidden: Floats) -> Floats:
+        if not self.spec.vocab:
+            return np.empty((len(hidden), 0), np.float32)
         weights = self.read("head", -1)
         if self.spec.tied:
             weights = Weights({"head": self.read("embed", -1).matrix["embed"]}, weights.vector)
         return self.model.head(self.home, weights, hidden)
 
 
-def group(checkpoint: Checkpoint, ranks: int, shares: Sequence[float] = ()) -> list[Member]:
-    shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares)
+def group(checkpoint: Checkpoint, ranks: int, shares: Sequence[float] = (), **how: Any) -> list[Member]:
+    shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares, **how)
     return [Member(CheckpointShard(checkpoint, shard)) for shard in shards]
 
 
 def assert_computes_the_model(
-    checkpoint: Checkpoint, ranks: int, shares: Sequence[float] = (), tolerance: float = TOLERANCE
+    checkpoint: Checkpoint,
+    ranks: int,
+    shares: Sequence[float] = (),
+    tolerance: float = TOLERANCE,
+    **how: Any,
 ) -> None:
-    whole, members = Member(checkpoint), group(checkpoint, ranks, shares)
+    whole, members = Member(checkpoint), group(checkpoint, ranks, shares, **how)
 
     def agreed(compute: Callable[[Member], Floats]) -> Floats:
         expected = compute(whole)
@@ -125,7 +133,7 @@ def model(directory: Path, family: str, type: str = "F32") -> Iterator[Checkpoin
     sizes: dict[str, Any] = {}
     if type not in ("F32", "F16", "BF16"):
         sizes = {"hidden_size": 512, "intermediate_size": 768, "head_dim": 256, "num_hidden_layers": 1}
-        sizes |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 512}
+        sizes |= {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
         known = vars(tiny.config(family))
         sizes = {name: size for name, size in sizes.items() if known.get(name)}
         sizes |= {} if "head_dim" in sizes else {"hidden_size": 1024}
@@ -144,14 +152,17 @@ def test_partials_add_up_to_the_model(family: str, tmp_path: Path) -> None:
     with tiny_checkpoint(tmp_path, family, "F16") as checkpoint:
         assert checkpoint.spec.kv_heads == 2
         for ranks, shares in ((2, ()), (2, (5, 2)), (3, ()), (4, (1, 1, 2, 2))):
-            assert_computes_the_model(checkpoint, ranks, shares)
+            assert_computes_the_model(checkpoint, ranks, shares, experts="whole")
+            if ranks == 2 or not checkpoint.spec.moe:  # the smallest experts have 32 columns
+                assert_computes_the_model(checkpoint, ranks, shares, cut_vocabulary=True)
 
 
 @pytest.mark.parametrize("family", CUT)
 def test_also_of_hugging_face_directories(family: str, tmp_path: Path) -> None:
     """They have other tensors fused than GGUF, and each expert in tensors of its own."""
     with tiny_checkpoint(tmp_path, family, hf=True) as checkpoint:
-        assert_computes_the_model(checkpoint, 3)
+        assert_computes_the_model(checkpoint, 3, experts="whole")
+        assert_computes_the_model(checkpoint, 2, cut_vocabulary=True)
 
 
 @pytest.mark.parametrize(("family", "ranks"), [("qwen3", 3), ("qwen2_moe", 2)])
@@ -159,6 +170,7 @@ def test_also_of_hugging_face_directories(family: str, tmp_path: Path) -> None:
 def test_also_of_quantised_files(type: str, family: str, ranks: int, tmp_path: Path) -> None:
     with model(tmp_path, family, type) as checkpoint:
         assert_computes_the_model(checkpoint, ranks)
+        assert_computes_the_model(checkpoint, ranks, experts="whole")
 
 
 def stored(matrix: Matrix) -> Bytes:
@@ -178,18 +190,20 @@ def stored(matrix: Matrix) -> Bytes:
     ],
 )
 def test_bytes_are_those_of_the_whole_model(family: str, type: str, tmp_path: Path) -> None:
-    """The ranks' bytes, put beside each other or one below the other, are the model's: nothing is rounded anew."""
+    """The ranks' bytes, put beside each other or one below the other, are the model's: nothing is rounded anew. Every
+    rank has columns of all experts."""
     beside, below = {"o", "down", "shared_down"}, {"q", "k", "v", "gate", "up", "shared_gate", "shared_up"}
     below |= {"embed", "head"}
     with model(tmp_path, family, type) as checkpoint:
-        ranks = [part_of(checkpoint, "keep", rank, 2) for rank in range(2)]
+        how: Any = {"cut_vocabulary": True, "experts": "columns"}
+        ranks = [part_of(checkpoint, "keep", rank, 2, **how) for rank in range(2)]
         for block in checkpoint.spec.blocks():
             whole = checkpoint.read_block(block).matrix
             holders = [part.read_block(block).matrix for part in ranks if block in part.spec.blocks()]
-            assert len(holders) == (1 if block.kind == "expert" else 2)
+            assert len(holders) == 2
             for role, matrix in whole.items():
                 parts = [stored(holder[role]) for holder in holders]
-                if block.kind == "expert" or role in ("router", "shared_scale"):
+                if role in ("router", "shared_scale"):
                     assert all(np.array_equal(part, stored(matrix)) for part in parts)
                 else:
                     assert role in beside | below
@@ -266,8 +280,8 @@ def test_blocks_of_columns_that_two_ranks_need_are_whole_with_both(type: str, tm
 
 def test_blocks_are_not_cut_where_the_pack_has_them(tmp_path: Path) -> None:
     with tiny_checkpoint(tmp_path, "qwen2", "F16") as checkpoint:  # 4 heads of 16, FFN of 96
-        assert grains_of(checkpoint, "keep") == (1, 1, 1)
-        assert grains_of(checkpoint, "q8") == (32, 32, 1)
+        assert grains_of(checkpoint, "keep") == (1, 1, 1, 1)
+        assert grains_of(checkpoint, "q8") == (32, 32, 1, 1)
         assert [part_of(checkpoint, "q4", rank, 2).spec.ffn for rank in range(2)] == [64, 32]
         assert part_of(checkpoint, "q8", 0, 3).spec.o_margins == (0, 0)
         assert part_of(checkpoint, "q8", 1, 3).spec.o_margins == (0, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,9 @@ def test_blocks_are_bitwise_those_of_the_shard(
 ) -> None:
     small_slices(monkeypatch)
     with tiny_checkpoint(tmp_path, family, hf=hf) as checkpoint:
-        for rank in range(3):
-            part = part_of(checkpoint, "keep", rank, 3)
-            pack = build_pack(part, tmp_path / f"pack{rank}")
+        for rank, cut in product(range(3), (False, True)):
+            part = part_of(checkpoint, "keep", rank, 3, cut_vocabulary=cut)
+            pack = build_pack(part, tmp_path / f"pack{rank}{cut}")
             assert_holds(pack, part)
             assert damaged_blocks(pack) == []
             assert pack.manifest.shard == part.shard
@@ -56,8 +57,9 @@ def test_in_fewer_bits_it_is_what_the_whole_models_pack_has(quant: str, tmp_path
     with tiny_checkpoint(tmp_path, "qwen2", "F16") as checkpoint:
         whole = build_pack(checkpoint, tmp_path / "whole", quant)  # type: ignore[arg-type]
         halves = [
-            build_pack(part_of(checkpoint, quant, rank, 2), tmp_path / f"{rank}", quant)  # type: ignore[arg-type]
+            build_pack(part, tmp_path / f"{rank}", quant)  # type: ignore[arg-type]
             for rank in range(2)
+            for part in [part_of(checkpoint, quant, rank, 2, cut_vocabulary=True)]  # type: ignore[arg-type]
         ]
     for block, role, axis in (
         (BlockId("attn", 1), "o", 1),

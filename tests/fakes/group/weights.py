@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from shoal.comm.group.channel import Channel, channel_pair
-from shoal.daemon.cluster import weight_server
-from shoal.daemon.cluster.weight_messages import WantPiece
-from shoal.daemon.cluster.weight_server import WeightServer
+from shoal.daemon.cluster.weights import weight_server
+from shoal.daemon.cluster.weights.weight_messages import WantPiece
+from shoal.daemon.cluster.weights.weight_server import WeightServer
 from shoal.partition.slicing import Shard
 
 

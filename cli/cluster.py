@@ -1,0 +1,212 @@
+"""`shoal cluster`: several machines that compute together. Init and join, leave and forget, nodes.
+
+Knows what is typed and what is shown. Pairing is `comm.group`'s, everything that runs is the daemon's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+from msgspec.structs import asdict
+
+from shoal.client import Client
+from shoal.comm.cluster_messages import NodesReply, NodeStatus
+from shoal.comm.home import Home
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.sizes import format_bytes, format_duration
+
+from . import background
+from .interrupt import deferred_interrupt
+from .options import Whole, examples, json_option, size_or_auto
+from .output import console, note, print_json, spinner, table
+
+
+@click.group(
+    epilog=examples(
+        "shoal cluster init                     # on the machine that has the models: prints a join code",
+        "shoal cluster join 7K3M-Q9TX-2BD4F     # on each other machine",
+        "shoal cluster nodes",
+    )
+)
+def cluster() -> None:
+    """Compute on several machines together.
+
+    One is the head: it has the models, the texts and the daemon that one talks to. The others lend it memory and
+    processors. All traffic between them is encrypted, and only machines that were paired with a join code can attach.
+    """
+
+
+@cluster.command(epilog=examples("shoal cluster init", "shoal cluster init --listen 192.168.1.5:7447"))
+@click.option(
+    "--listen",
+    multiple=True,
+    metavar="ADDR:PORT",
+    help="Listen here for other machines (default: port 7447 of all interfaces); repeatable.",
+)
+@json_option
+def init(listen: tuple[str, ...], as_json: bool) -> None:
+    """Make this machine a head, and print a join code for one more machine.
+
+    A code is good for one machine and for ten minutes; ask again for the next. The daemon is started if none runs.
+    """
+    home = Home.from_env()
+    _require_daemon(home)
+    with Client(home.address) as client:
+        invitation = client.invite(listen)
+    if as_json:
+        print_json({"code": invitation.code, "address": invitation.addresses[0], **asdict(invitation)})
+        return
+    screen = console()
+    screen.print(f"join code   {invitation.code}   for one machine, {format_duration(invitation.seconds)}")
+    screen.print("on that machine type:")
+    screen.print(f"    shoal cluster join {invitation.code} --address {invitation.addresses[0]}")
+    if invitation.addresses[1:]:
+        screen.print(f"this machine is also at {', '.join(invitation.addresses[1:])}")
+
+
+@cluster.command(
+    epilog=examples(
+        "shoal cluster join 7K3M-Q9TX-2BD4F",
+        "shoal cluster join 7K3M-Q9TX-2BD4F --address 192.168.1.5:7447 --memory 6GB --detach",
+    )
+)
+@click.argument("code")
+@click.option(
+    "--address", metavar="HOST:PORT", help="Where the head is (default: found on the local network)."
+)
+@click.option(
+    "--memory", type=size_or_auto, metavar="SIZE", help="Lend at most this much memory (default: auto)."
+)
+@click.option("--threads", type=Whole(min=1), metavar="N", help="Lend so many CPU threads (default: all).")
+@click.option("--detach", "--background", is_flag=True, help="Run in the background.")
+def join(code: str, address: str | None, memory: int | None, threads: int | None, detach: bool) -> None:
+    """Lend this machine to the head that gave CODE.
+
+    It needs no model files. The pairing is remembered: from now on every shoal serve on this machine attaches to the
+    head, and waits for it while it is away. shoal cluster leave ends that.
+    """
+    NodeConfig(threads=threads, memory_bytes=memory)  # raises what is wrong with them before anything is done
+    home = Home.from_env()
+    with spinner("pairing"):
+        from shoal.daemon.cluster.pairing_up import pair_with_head
+
+        head = pair_with_head(home, code, address)
+    note(f"paired with {head}")
+    if background.running_pid(home) is not None:
+        with Client(home.address) as client:
+            client.rejoin()
+        note("the daemon that runs here attaches to it now" + _ignored(memory, threads))
+        return
+    arguments = _arguments(memory, threads)
+    if detach:
+        with spinner("starting the daemon"):
+            pid = background.start(home, arguments)
+        note(f"the daemon is running (pid {pid}); its log is {background.log_path(home)}")
+        return
+    with deferred_interrupt():
+        from shoal.daemon.service import serve
+    serve(NodeConfig(threads=threads, memory_bytes=memory), home=home)
+
+
+@cluster.command(epilog=examples("shoal cluster leave"))
+def leave() -> None:
+    """Lend this machine to its head no more, or let go of all workers if it is a head."""
+    from shoal.daemon.cluster.pairing_up import unpair
+
+    home = Home.from_env()
+    names = unpair(home)
+    if background.running_pid(home) is not None:
+        with Client(home.address) as client:
+            client.rejoin()
+    note(f"this machine has left {', '.join(names)}" if names else "this machine was in no cluster")
+
+
+@cluster.command(epilog=examples("shoal cluster forget pi3"))
+@click.argument("node")
+def forget(node: str) -> None:
+    """Let the machine NODE attach no more; it would need a new join code."""
+    home = Home.from_env()
+    with _client(home) as client:
+        client.forget(node)
+    note(f"{node} is forgotten")
+
+
+@cluster.command(epilog=examples("shoal cluster nodes", "shoal cluster nodes --json"))
+@json_option
+def nodes(as_json: bool) -> None:
+    """Show the machines of the cluster, what they lend and what they do."""
+    home = Home.from_env()
+    with _client(home) as client:
+        found = client.nodes()
+    if as_json:
+        print_json({**asdict(found), "nodes": [asdict(node) for node in found.nodes]})
+        return
+    if found.role == "alone":
+        note("this machine is in no cluster; shoal cluster init makes it the head of one")
+        return
+    _show(found)
+
+
+def _show(found: NodesReply) -> None:
+    screen = console()
+    numbers = ("threads", "memory free")
+    rows = table("machine", "role", "state", "address", *numbers, "computes", right=numbers)
+    for number, node in enumerate(found.nodes):
+        name = node.name + (" (this)" if number == 0 else "")
+        known = node.threads > 0
+        rows.add_row(
+            name,
+            node.role,
+            _state(node),
+            node.address,
+            str(node.threads) if known else "",
+            f"{format_bytes(node.free_bytes)} of {format_bytes(node.memory_bytes)}" if known else "",
+            ", ".join(_computes(node)),
+        )
+    screen.print(rows)
+    if found.listening:
+        screen.print(f"other machines attach at {', '.join(found.listening)}")
+    for node in found.nodes:
+        if node.trouble:
+            note(f"{node.name} is not attached: {node.trouble}")
+
+
+def _state(node: NodeStatus) -> str:
+    if not node.attached:
+        return "away"
+    return "attached" if node.silent_s < 2 else f"silent for {node.silent_s:.0f} s"
+
+
+def _computes(node: NodeStatus) -> Iterator[str]:
+    shares = [*node.shares, *[0.0] * len(node.models)]
+    for model, share in zip(node.models, shares, strict=False):
+        yield f"{100 * share:.0f}% of {model}" if share else model
+
+
+@contextmanager
+def _client(home: Home) -> Iterator[Client]:
+    if background.running_pid(home) is None:
+        raise background.nobody()
+    with Client(home.address) as client:
+        yield client
+
+
+def _require_daemon(home: Home) -> None:
+    if background.running_pid(home) is not None:
+        return
+    with spinner("starting the daemon"):
+        pid = background.start(home, [])
+    note(f"started the daemon (pid {pid}); its log is {background.log_path(home)}")
+
+
+def _arguments(memory: int | None, threads: int | None) -> list[str]:
+    given = (("--memory", memory), ("--threads", threads))
+    return [part for name, value in given if value is not None for part in (name, str(value))]
+
+
+def _ignored(memory: int | None, threads: int | None) -> str:
+    if not _arguments(memory, threads):
+        return ""
+    return "; it keeps the memory and threads that it was started with"

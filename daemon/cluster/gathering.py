@@ -1,0 +1,46 @@
+"""A cluster's machines for a command that computes in its own process, while no daemon does.
+
+Workers look for their head all the time, so they come by themselves within seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from shoal.comm.home import Home
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.loading.grouping import Grouping
+from shoal.offload.budget import Budget
+
+from .forming import Forming
+from .membership import Membership
+from .roster import Roster
+from .shard_stores import open_shards, send_weights
+
+GATHER_S = 10.0
+GATHER_LOOK_S = 0.05
+
+
+@contextmanager
+def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
+    """The machines that `config` wants to take part; None if it wants this one alone. Raises DaemonError when they do
+    not come."""
+    if config.ranks is None or config.ranks == 1:
+        yield None
+        return
+    roster = Roster()
+    membership = Membership(home.cluster, config, Budget(0), roster, open_shards(home.shards))
+    if membership.role != "head":
+        hint = "shoal cluster init on the machine that has the model"
+        raise DaemonError("resources", f"{config.ranks} ranks were asked for: this machine is no head", hint)
+    try:
+        membership.follow_files()
+        ends_s = time.monotonic() + GATHER_S
+        while len(roster.members) < config.ranks - 1 and time.monotonic() < ends_s:
+            time.sleep(GATHER_LOOK_S)
+        yield Forming(roster, send_weights)
+    finally:
+        membership.close()

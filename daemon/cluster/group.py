@@ -1,0 +1,171 @@
+"""A group: this machine and some workers that compute one model together, each a rank with its shard.
+
+Forms it (asks every worker to load its shard, sends it the weights that it lacks, waits for its data channel) and ends
+it. Knows shards and plans as data; what chose them, and what is done when a member is lost, is elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from shoal.comm.group.channel import Channel
+from shoal.comm.group.star import Hub
+from shoal.comm.group.wire_types import WireType
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.progress import Progress
+from shoal.offload.pack.manifest import Quant
+from shoal.partition.plan import Plan
+from shoal.partition.slicing import Shard
+from shoal.partition.spec import ModelSpec
+
+from .meeting import Led, Meeting
+from .member import Member
+from .messages import Loading, Ready, Serve, ShardRefused
+from .pulse import Pulse
+from .roster import Roster
+
+log = logging.getLogger(__name__)
+
+SHARD_MOTIONLESS_S = (
+    60.0  # a worker that loads a shard and has not come further for so long is not waited for
+)
+FORM_LOOK_S = 0.2
+
+_epochs = count(1 + secrets.randbelow(1 << 30))  # so that those of an earlier process are not met again
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What one member is to be in a group. `spec` and `plan` are those of its shard."""
+
+    member: Member
+    shard: Shard
+    spec: ModelSpec
+    plan: Plan
+
+
+SendWeights = Callable[[Channel, Shard], None]
+"""Answers a worker's requests for the weights of its shard until the channel ends."""
+
+
+class Group:
+    """Ranks 1, 2, … are `seats`. Members load until `form` returns; then `collective` and `others` are rank 0's."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        model: str,
+        seats: Sequence[Seat],
+        quant: Quant,
+        wire: WireType,
+        send_weights: SendWeights,
+    ) -> None:
+        self.epoch = next(_epochs)
+        self.seats = seats
+        self.wire = wire
+        self._roster = roster
+        self._model = model
+        self._quant = quant
+        self._send_weights = send_weights
+        self._data: dict[str, Channel] = {}
+        self._arrived = threading.Condition()
+        self._closed = False
+        self.pulse = Pulse(self.epoch)
+
+    def begin(self) -> None:
+        """Ask all members to load their shards."""
+        self._roster.expect(self.epoch, self)
+        for seat in self.seats:
+            request = Serve(
+                epoch=self.epoch,
+                model=self._model,
+                shard=seat.shard,
+                spec=seat.spec,
+                plan=seat.plan,
+                quant=self._quant,
+                wire=self.wire,
+            )
+            seat.member.serve(request)
+
+    def form(self, progress: Progress) -> None:
+        """Wait until all members are ready. Raises DaemonError when one is gone, refuses or does not come further."""
+        moved_s, before = time.monotonic(), -1
+        while True:
+            states = [(seat.member, seat.member.loading(self.epoch)) for seat in self.seats]
+            for member, state in states:
+                if state is None:
+                    raise DaemonError("busy", f"{member.name} was lost: {member.reason}", retry_after_s=1.0)
+                if isinstance(state, ShardRefused):
+                    raise DaemonError("resources", f"{member.name} cannot take its part: {state.reason}")
+            loading = [state for _, state in states if isinstance(state, Loading)]
+            done = sum(state.done for state in loading)
+            if not loading and self._complete():
+                break
+            if done != before or not loading:
+                moved_s, before = time.monotonic(), done
+                progress("sending", done, sum(state.total for state in loading))
+            if time.monotonic() - moved_s > SHARD_MOTIONLESS_S:
+                late = ", ".join(m.name for m, state in states if not isinstance(state, Ready))
+                raise DaemonError(
+                    "busy", f"{late} loads its part and has not come further for {SHARD_MOTIONLESS_S:.0f} s"
+                )
+            with self._arrived:
+                self._arrived.wait(FORM_LOOK_S)
+        streams = [self._data[seat.member.fingerprint] for seat in self.seats]
+        hub = Hub(streams, self.epoch, self.wire)
+        self.collective = Meeting(hub, self.pulse)
+        self.others = Led(hub)
+
+    @property
+    def names(self) -> list[str]:
+        return [seat.member.name for seat in self.seats]
+
+    @property
+    def plans(self) -> list[Plan]:
+        return [seat.plan for seat in self.seats]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all members are still there."""
+        return not any(seat.member.reason for seat in self.seats)
+
+    def close(self) -> None:
+        """End it: members drop their shards. Idempotent."""
+        with self._arrived:
+            if self._closed:
+                return
+            self._closed = True
+            channels = list(self._data.values())
+        self._roster.forget_group(self.epoch)
+        for channel in channels:
+            channel.close()
+        for seat in self.seats:
+            seat.member.drop(self.epoch)
+
+    def data(self, member: Member, channel: Channel) -> None:
+        with self._arrived:
+            if not self._closed and member.fingerprint not in self._data and self._seat(member):
+                self._data[member.fingerprint] = channel
+                self._arrived.notify_all()
+                return
+        channel.close()
+
+    def weights(self, member: Member, channel: Channel) -> None:
+        seat = self._seat(member)
+        if seat is None or self._closed:
+            channel.close()
+            return
+        self._send_weights(channel, seat.shard)
+
+    def _seat(self, member: Member) -> Seat | None:
+        return next((seat for seat in self.seats if seat.member is member), None)
+
+    def _complete(self) -> bool:
+        with self._arrived:
+            return len(self._data) == len(self.seats)

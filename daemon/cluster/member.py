@@ -1,0 +1,147 @@
+"""A member: one worker as its head sees it. What it has, whether it comes on, and how far it is with a shard.
+
+Knows its control channel and every other channel to the same machine, so that all can be closed at once. Does not know
+what is computed, nor the other members.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from shoal.comm.errors import CommError
+from shoal.comm.group.channel import Channel
+
+from .messages import (
+    CONTROL_BYTES,
+    FROZEN_S,
+    SILENT_S,
+    Attach,
+    Beat,
+    Drop,
+    FromHead,
+    FromWorker,
+    Loading,
+    Ready,
+    Serve,
+    ShardRefused,
+)
+from .pulse import Watched
+
+log = logging.getLogger(__name__)
+
+
+class Member:
+    """`lost` is called once, when the member is gone for whatever reason. Any thread may call the methods."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        attach: Attach,
+        lost: Callable[[Member, str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        assert channel.peer is not None
+        self.fingerprint = channel.peer
+        self.facts = attach
+        self.beat = Beat()
+        self.reason = ""  # why it is gone
+        self._control = channel
+        self._channels: list[Channel] = [channel]
+        self._lost = lost
+        self._clock = clock
+        self._heard_s = clock()
+        self._watched = Watched()
+        self._state = threading.Condition()
+        self._answers: dict[int, Loading | Ready | ShardRefused] = {}
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
+
+    @property
+    def address(self) -> str:
+        """At which it is, as the system says."""
+        return self._control.remote[0]
+
+    @property
+    def silent_s(self) -> float:
+        """For how long nothing has been heard from it."""
+        return self._clock() - self._heard_s
+
+    def add(self, channel: Channel) -> None:
+        """Another channel to the same machine, to be closed with it."""
+        with self._state:
+            if not self.reason:
+                self._channels.append(channel)
+                return
+        channel.close()
+
+    def look(self) -> None:
+        """Give it up if it is silent, or its compute thread is frozen."""
+        beat = self.beat
+        pulse = (beat.epoch, beat.steps, beat.blocks, beat.at_work)
+        if self.silent_s > SILENT_S:
+            self.leave(f"nothing has been heard from it for {self.silent_s:.1f} s")
+        elif self._watched.frozen_s(pulse, self._clock()) > FROZEN_S:
+            self.leave(f"it has not come further for {FROZEN_S:.1f} s in the middle of a step")
+
+    def leave(self, reason: str) -> None:
+        """Close every channel to it. Idempotent."""
+        with self._state:
+            if self.reason:
+                return
+            self.reason = reason
+            channels, self._channels = self._channels, []
+            self._state.notify_all()
+        for channel in channels:
+            channel.close()
+        self._lost(self, reason)
+
+    def run(self) -> None:
+        """Hear it until it is gone; the caller's thread is used for that."""
+        try:
+            while not self.reason:
+                message = self._control.receive_message(
+                    FromWorker, timeout_s=SILENT_S, limit_bytes=CONTROL_BYTES
+                )
+                self._heard_s = self._clock()
+                if isinstance(message, Beat):
+                    self.beat = message
+                elif not isinstance(message, Attach):
+                    with self._state:
+                        if message.epoch in self._answers:
+                            self._answers[message.epoch] = message
+                        self._state.notify_all()
+        except (OSError, CommError) as error:
+            self.leave(str(error))
+
+    def send(self, message: FromHead) -> None:
+        """Never raises: if it cannot be sent, the member is gone."""
+        try:
+            self._control.send_message(message)
+        except (OSError, CommError) as error:
+            self.leave(str(error))
+
+    def serve(self, request: Serve) -> None:
+        """Ask it to load a shard; `wait_ready` tells how that goes."""
+        with self._state:
+            self._answers[request.epoch] = Loading(epoch=request.epoch, done=0, total=0)
+        self.send(request)
+
+    def drop(self, epoch: int) -> None:
+        """It need not serve that shard any more."""
+        with self._state:
+            self._answers.pop(epoch, None)
+        self.send(Drop(epoch=epoch))
+
+    def loading(self, epoch: int) -> Loading | Ready | ShardRefused | None:
+        """How far it is with a shard; None if it is gone."""
+        with self._state:
+            return None if self.reason else self._answers.get(epoch)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until something is heard from it, or the time is over."""
+        with self._state:
+            self._state.wait(timeout_s)

@@ -1,0 +1,251 @@
+"""This machine's place in a cluster: alone, its head, or a worker; and what users ask and are told about that.
+
+Knows who it is and with whom it is paired (files below the home), and starts what follows from that: a listener and a
+roster for a head, an attached worker for a worker. Nothing of it exists until somebody says `shoal cluster`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from shoal import kernels
+from shoal.comm.cluster_messages import (
+    Forget,
+    Invitation,
+    Invite,
+    NodeRole,
+    Nodes,
+    NodesReply,
+    NodeStatus,
+    Rejoin,
+)
+from shoal.comm.errors import CommError
+from shoal.comm.group.channel import Channel
+from shoal.comm.group.dialing import dial
+from shoal.comm.group.group_protocol import Purpose
+from shoal.comm.group.join_code import CODE_S, Codes
+from shoal.comm.group.listener import GroupListener
+from shoal.comm.group.node_identity import NodeIdentity
+from shoal.comm.group.peers import PairedNode, Peers
+from shoal.comm.messages import Ok
+from shoal.daemon.backend import ClusterReply, ClusterRequest
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.installed import package_version
+from shoal.daemon.memory import resident_bytes
+from shoal.daemon.private_files import private_dir
+from shoal.offload.budget import Budget
+
+from .member import Member
+from .messages import Attach
+from .own_addresses import DEFAULT_LISTEN, parse_address, reachable
+from .roster import Roster
+from .served_shard import OpenShard
+from .worker import Worker
+
+log = logging.getLogger(__name__)
+
+HEAD_DIAL_S = 5.0
+ACCEPT_S = 1.0
+
+
+class Membership:
+    """`directory` holds key, certificate and peers. `serving` tells in which groups a member is (for people)."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: NodeConfig,
+        budget: Budget,
+        roster: Roster,
+        open_shard: OpenShard,
+        serving: Callable[[Member], list[tuple[str, float]]] = lambda member: [],
+    ) -> None:
+        self._directory = directory
+        self._config = config
+        self._budget = budget
+        self._roster = roster
+        self._open_shard = open_shard
+        self._serving = serving
+        self._lock = threading.RLock()
+        self._codes = Codes()
+        self._listener: GroupListener | None = None
+        self._worker: Worker | None = None
+        self._closed = False
+        self._peers = Peers(directory)
+
+    @property
+    def role(self) -> NodeRole:
+        if self._head() is not None:
+            return "worker"
+        return "head" if self._listens() else "alone"
+
+    def start(self) -> None:
+        """Begin with what the files say. What cannot be done is logged: the daemon serves alone then."""
+        try:
+            self.follow_files()
+        except (DaemonError, CommError, OSError) as error:
+            log.error("the cluster is not joined: %s", error)
+
+    def answer(self, request: ClusterRequest) -> ClusterReply:
+        """Raises DaemonError."""
+        try:
+            match request:
+                case Invite():
+                    return self._invite(request.listen)
+                case Nodes():
+                    return self._nodes()
+                case Forget():
+                    gone = self._peers.forget(self._peers.named(request.node).name)
+                    self._roster.dismiss(gone.fingerprint, "it was forgotten")
+                    return Ok()
+                case Rejoin():
+                    self.follow_files()
+                    return Ok()
+        except (CommError, OSError) as error:
+            raise DaemonError("bad_request", str(error)) from error
+
+    def close(self) -> None:
+        """Leave everybody. Idempotent."""
+        with self._lock:
+            self._closed = True
+            worker, self._worker = self._worker, None
+            listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
+        self._roster.close()
+        if worker is not None:
+            worker.close()
+
+    # --- the head ------------------------------------------------------------------------------------------
+
+    def _invite(self, listen: Sequence[str]) -> Invitation:
+        with self._lock:
+            if (head := self._head()) is not None:
+                hint = "shoal cluster leave first"
+                raise DaemonError("bad_request", f"this machine is a worker of {head.name}", hint)
+            wanted = list(listen) or self._listens() or [DEFAULT_LISTEN]
+            if self._listener is None or (listen and wanted != self._listens()):
+                self._listen(wanted)
+            assert self._listener is not None
+            return Invitation(
+                code=self._codes.new(), addresses=reachable(self._listener.addresses), seconds=CODE_S
+            )
+
+    def _listen(self, wanted: Sequence[str]) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        identity = self._identity()
+        listener = GroupListener(identity, self._peers, [parse_address(text) for text in wanted], self._codes)
+        self._listener = listener
+        threading.Thread(target=self._accept, args=(listener,), name="shoal-accept", daemon=True).start()
+        (self._directory / "listen").write_text("".join(f"{text}\n" for text in wanted))
+        log.info(
+            "machines may attach at %s",
+            ", ".join(f"{host}:{port}" for host, port in self._listener.addresses),
+        )
+
+    def _accept(self, listener: GroupListener) -> None:
+        """Give every channel that comes a thread of its own, as long as the listener is the current one."""
+        while self._listener is listener:
+            if (channel := listener.accept(ACCEPT_S)) is not None:
+                threading.Thread(
+                    target=self._roster.take, args=(channel,), name="shoal-channel", daemon=True
+                ).start()
+
+    def _listens(self) -> list[str]:
+        try:
+            return (self._directory / "listen").read_text().split()
+        except OSError:
+            return []
+
+    # --- a worker ------------------------------------------------------------------------------------------
+
+    def _head(self) -> PairedNode | None:
+        return next((peer for peer in self._peers.listed() if peer.role == "head"), None)
+
+    def _attach(self) -> Attach:
+        return Attach(
+            name=self._identity().name,
+            version=package_version(),
+            kernels=kernels.home(),
+            threads=self._config.thread_count,
+            memory_bytes=max(0, self._budget.free_bytes),
+        )
+
+    def follow_files(self) -> None:
+        """Be what the files say: they change when this machine joins or leaves. Raises DaemonError, CommError and
+        OSError."""
+        with self._lock:
+            if self._closed:
+                return
+            head = self._head()
+            if self._worker is not None and (head is None or head.fingerprint != self._worker.fingerprint):
+                self._worker.close()
+                self._worker = None
+            if head is not None and self._worker is None:
+                identity, fingerprint = self._identity(), head.fingerprint
+
+                def dialled(purpose: Purpose) -> Channel:
+                    return dial(identity, self._peers, fingerprint, purpose, timeout_s=HEAD_DIAL_S)
+
+                self._worker = Worker(head, dialled, self._attach, self._open_shard, self._budget)
+            elif head is None and self._listens() and self._listener is None:
+                self._listen(self._listens())
+
+    # --- both ----------------------------------------------------------------------------------------------
+
+    def _identity(self) -> NodeIdentity:
+        private_dir(self._directory)
+        return NodeIdentity.of(self._directory)
+
+    def _nodes(self) -> NodesReply:
+        if self.role == "alone":
+            return NodesReply(role="alone", nodes=[])
+        identity, worker = self._identity(), self._worker
+        own = NodeStatus(
+            name=identity.name,
+            fingerprint=identity.fingerprint,
+            role=self.role,
+            attached=worker.attached if worker is not None else True,
+            version=package_version(),
+            kernels=kernels.home(),
+            threads=self._config.thread_count,
+            memory_bytes=self._budget.limit_bytes,
+            free_bytes=max(0, self._budget.free_bytes),
+            resident_bytes=resident_bytes(),
+            models=[shard.request.model for shard in worker.shards] if worker is not None else [],
+            trouble=worker.trouble if worker is not None else "",
+        )
+        members = {member.fingerprint: member for member in self._roster.members}
+        others = [self._status(peer, members.get(peer.fingerprint)) for peer in self._peers.listed()]
+        listener = self._listener
+        listening = [f"{host}:{port}" for host, port in listener.addresses] if listener is not None else []
+        return NodesReply(role=self.role, nodes=[own, *others], listening=listening)
+
+    def _status(self, peer: PairedNode, member: Member | None) -> NodeStatus:
+        if member is None:
+            attached = peer.role == "head" and self._worker is not None and self._worker.attached
+            return NodeStatus(name=peer.name, fingerprint=peer.fingerprint, role=peer.role, attached=attached)
+        part = self._serving(member)
+        return NodeStatus(
+            name=peer.name,
+            fingerprint=peer.fingerprint,
+            role=peer.role,
+            attached=True,
+            address=member.address,
+            version=member.facts.version,
+            kernels=member.facts.kernels,
+            threads=member.facts.threads,
+            memory_bytes=member.facts.memory_bytes,
+            free_bytes=member.beat.free_bytes,
+            resident_bytes=member.beat.resident_bytes,
+            silent_s=member.silent_s,
+            steps=member.beat.steps,
+            models=[name for name, _ in part],
+            shares=[share for _, share in part],
+        )

@@ -1,0 +1,102 @@
+"""What head and workers say to each other on control channels, as msgspec structs.
+
+A worker begins with `Attach` and then sends a `Beat` twice a second. The head asks it to `Serve` a shard, hears how far
+that is, and tells it to `Drop` it. Other channels begin with the `Epoch` of the group that they are for.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from shoal.comm.group.wire_types import WireType
+from shoal.offload.pack.manifest import Quant
+from shoal.partition.plan import Plan
+from shoal.partition.slicing import Shard
+from shoal.partition.spec import ModelSpec
+
+Text = Annotated[str, Meta(max_length=4096)]
+Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+Speed = Annotated[float, Meta(ge=0, le=1e18)]
+
+BEAT_S = 0.5
+SILENT_S = 2.5  # without a beat, a node is lost
+FROZEN_S = 2.5  # computing without coming further, it is lost, too
+CONTROL_BYTES = 1 << 20  # of one message
+
+
+class Attach(Struct, tag=True, frozen=True, kw_only=True):
+    """A worker is there. Bytes and speeds are what it has for shards."""
+
+    name: Text
+    version: Text
+    kernels: Text
+    threads: Count
+    memory_bytes: Count
+    memory_bytes_per_s: Speed = 0.0
+    flops: Speed = 0.0
+    disk_bytes_per_s: Speed = 0.0
+
+
+class Beat(Struct, tag=True, frozen=True, kw_only=True):
+    """How far a worker's compute thread is. `at_work`: it computes, and does not wait for the head. `epoch`: the group
+    that it computes for, 0 = none."""
+
+    epoch: Count = 0
+    steps: Count = 0
+    blocks: Count = 0
+    at_work: bool = False
+    free_bytes: Count = 0
+    resident_bytes: Count = 0
+
+
+class Serve(Struct, tag=True, frozen=True, kw_only=True):
+    """Be a rank of a group: load this shard and follow."""
+
+    epoch: Count
+    model: Text  # for people
+    shard: Shard
+    spec: ModelSpec  # of the shard
+    plan: Plan
+    quant: Quant
+    wire: WireType
+
+
+class Loading(Struct, tag=True, frozen=True, kw_only=True):
+    epoch: Count
+    done: Count
+    total: Count
+
+
+class Ready(Struct, tag=True, frozen=True, kw_only=True):
+    epoch: Count
+    peak_bytes: Count
+
+
+class ShardRefused(Struct, tag=True, frozen=True, kw_only=True):
+    """The worker does not serve that shard, or not any more."""
+
+    epoch: Count
+    code: Text
+    reason: Text
+
+
+class Drop(Struct, tag=True, frozen=True, kw_only=True):
+    epoch: Count
+
+
+class Alive(Struct, tag=True, frozen=True, kw_only=True):
+    """The head's beat."""
+
+    nodes: Count = 0
+
+
+class Epoch(Struct, tag=True, frozen=True, kw_only=True):
+    """The first message of a channel for data or weights."""
+
+    epoch: Count
+
+
+FromWorker = Attach | Beat | Loading | Ready | ShardRefused
+FromHead = Serve | Drop | Alive

@@ -1,0 +1,137 @@
+"""The roster: which workers are attached to this head now.
+
+Channels come from the listener, which has checked who is at their other end. Those for control make a member. Those for
+data and weights belong to a group that is being formed, and are handed to it. A thread looks whether members come on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from shoal.comm.errors import CommError
+from shoal.comm.group.channel import Channel
+
+from .member import Member
+from .messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch
+
+log = logging.getLogger(__name__)
+
+FIRST_WORD_S = 5.0
+ROSTER_LOOK_S = 0.25
+
+
+class Joining(Protocol):
+    """A group whose members dial in. Both take over the channel."""
+
+    def data(self, member: Member, channel: Channel) -> None:
+        """Orders and sums of this member go over the channel."""
+
+    def weights(self, member: Member, channel: Channel) -> None:
+        """Answers the member's requests for weights until the channel ends."""
+
+
+class Roster:
+    """`changed` is called, from any thread, when a member came or is gone; with the reason if it is gone."""
+
+    def __init__(
+        self,
+        changed: Callable[[Member, str], None] = lambda member, reason: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._changed = changed
+        self._clock = clock
+        self._members: dict[str, Member] = {}
+        self._groups: dict[int, Joining] = {}
+        self.arrivals = 0  # how many members have come
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        threading.Thread(target=self._look, name="shoal-roster", daemon=True).start()
+
+    @property
+    def members(self) -> list[Member]:
+        """In the order in which they attached."""
+        with self._lock:
+            return list(self._members.values())
+
+    def expect(self, epoch: int, group: Joining) -> None:
+        """Channels of this epoch are the group's."""
+        with self._lock:
+            self._groups[epoch] = group
+
+    def forget_group(self, epoch: int) -> None:
+        with self._lock:
+            self._groups.pop(epoch, None)
+
+    def take(self, channel: Channel) -> None:
+        """Serve a channel of a paired worker until it ends, in the caller's thread."""
+        try:
+            if channel.purpose == "control":
+                self._attach(channel)
+            else:
+                self._hand_over(channel)
+        except (OSError, CommError) as error:
+            log.info("a channel ended early: %s", error)
+            channel.close()
+
+    def dismiss(self, fingerprint: str, reason: str) -> None:
+        """Close every channel to a worker, if it is attached."""
+        with self._lock:
+            member = self._members.get(fingerprint)
+        if member is not None:
+            member.leave(reason)
+
+    def close(self) -> None:
+        self._closed.set()
+        for member in self.members:
+            member.leave("the head is stopping")
+
+    def _attach(self, channel: Channel) -> None:
+        attach = channel.receive_message(Attach, timeout_s=FIRST_WORD_S, limit_bytes=CONTROL_BYTES)
+        assert channel.peer is not None
+        self.dismiss(
+            channel.peer, "it has attached again"
+        )  # it may have restarted before its loss was noticed
+        member = Member(channel, attach, self._left, self._clock)
+        with self._lock:
+            self._members[channel.peer] = member
+            self.arrivals += 1
+        if self._closed.is_set():
+            member.leave("the head is stopping")
+        log.info("%s is attached (%s, %d threads)", member.name, member.address, attach.threads)
+        self._changed(member, "")
+        member.run()
+
+    def _hand_over(self, channel: Channel) -> None:
+        word = channel.receive_message(Epoch, timeout_s=FIRST_WORD_S, limit_bytes=CONTROL_BYTES)
+        with self._lock:
+            member = self._members.get(channel.peer or "")
+            group = self._groups.get(word.epoch)
+        if member is None or group is None:
+            log.info("a channel for epoch %d, which is not current, is refused", word.epoch)
+            channel.close()
+            return
+        member.add(channel)
+        (group.data if channel.purpose == "data" else group.weights)(member, channel)
+
+    def _left(self, member: Member, reason: str) -> None:
+        with self._lock:
+            if self._members.get(member.fingerprint) is member:
+                del self._members[member.fingerprint]
+        log.warning("%s is gone: %s", member.name, reason)
+        self._changed(member, reason)
+
+    def _look(self) -> None:
+        """Send beats, and look for members that are silent or frozen."""
+        told_s = 0.0
+        while not self._closed.wait(ROSTER_LOOK_S):
+            members = self.members
+            for member in members:
+                member.look()
+            if self._clock() - told_s >= BEAT_S:
+                told_s = self._clock()
+                for member in members:
+                    member.send(Alive(nodes=len(members) + 1))

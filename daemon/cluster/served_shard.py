@@ -1,0 +1,133 @@
+"""What a worker does for one group: it gets its shard's weights, opens them, and follows the head until the group ends.
+
+Knows how a rank is put together from a request. How the head is dialled, and where weights are kept, is the caller's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from shoal.comm.errors import CommError
+from shoal.comm.group.channel import Channel
+from shoal.comm.group.group_protocol import Purpose
+from shoal.comm.group.star import Spoke
+from shoal.daemon.error_codes import translated
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.memory import return_freed
+from shoal.daemon.progress import Progress
+from shoal.engine.executor import Executor
+from shoal.engine.rank import Rank
+from shoal.models.transformer import Transformer
+from shoal.offload.block_store import BlockStore
+from shoal.offload.budget import Budget
+from shoal.offload.kv.pool import KvPool
+from shoal.partition.memory_layout import kv_page_bytes
+
+from .follower import Follower
+from .meeting import Meeting
+from .messages import Epoch, FromWorker, Loading, Ready, Serve, ShardRefused
+from .pulse import Pulse
+
+log = logging.getLogger(__name__)
+
+Dial = Callable[[Purpose], Channel]
+"""A new channel to the head for a purpose: "data" or "weights". Raises OSError or CommError."""
+
+OpenShard = Callable[[Serve, Dial, Progress], BlockStore]
+"""The weights of a shard, ready to compute. Raises DaemonError, OSError, and errors of offload and models."""
+
+
+class ServedShard:
+    """Loads in a thread of its own, then follows in another. `tell` sends a message to the head; it never raises."""
+
+    def __init__(
+        self,
+        request: Serve,
+        dial: Dial,
+        open_shard: OpenShard,
+        budget: Budget,
+        tell: Callable[[FromWorker], None],
+    ) -> None:
+        self.request = request
+        self.pulse = Pulse(request.epoch)
+        self._dial = dial
+        self._open_shard = open_shard
+        self._budget = budget
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._closed = False
+        self._channels: list[Channel] = []
+        self._store: BlockStore | None = None
+        self._follower: Follower | None = None
+        self._thread = threading.Thread(target=self._load, name="shoal-shard", daemon=True)
+        self._thread.start()
+
+    @property
+    def purpose(self) -> str:
+        """In the ledger."""
+        return f"shard {self.request.epoch} of {self.request.model}"
+
+    def close(self) -> None:
+        """Stop loading or following, and give the memory back. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            channels = list(self._channels)
+        for channel in channels:
+            channel.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        if self._follower is not None:
+            self._follower.close()
+        elif self._store is not None:
+            self._store.close()
+        self._follower = self._store = None
+        self._budget.release(self.purpose)
+        return_freed()
+
+    def _load(self) -> None:
+        epoch = self.request.epoch
+        try:
+            self._start()
+            self._tell(Ready(epoch=epoch, peak_bytes=self.request.plan.peak_bytes))
+        except Exception as error:
+            refusal = translated(error)
+            if not self._closed:
+                log.warning("the shard of %s cannot be served: %s", self.request.model, refusal)
+                self._tell(ShardRefused(epoch=epoch, code=refusal.code, reason=str(refusal)[:2000]))
+
+    def _start(self) -> None:
+        plan, spec = self.request.plan, self.request.spec
+        page_bytes = kv_page_bytes(spec, plan.kv.dtype)
+        if plan.kv.nbytes != plan.kv.pages * page_bytes:
+            raise DaemonError(
+                "bad_request", f"a plan with {plan.kv.nbytes} bytes of KV: {plan.kv.pages} pages differ"
+            )
+        self._budget.hold(self.purpose, plan.peak_bytes)
+        store = self._store = self._open_shard(self.request, self._dialled, self._progress)
+        data = self._dialled("data")
+        spoke = Spoke(data, self.request.epoch, self.request.wire)
+        executor = Executor(Transformer(spec), plan, store, KvPool(spec, plan.kv), Meeting(spoke, self.pulse))
+        self._follower = Follower(Rank(executor, lambda: 0.0), spoke, self.pulse, self._ended)
+        self._follower.start()
+
+    def _dialled(self, purpose: Purpose) -> Channel:
+        channel = self._dial(purpose)
+        with self._lock:
+            self._channels.append(channel)
+            closed = self._closed
+        if closed:
+            channel.close()
+            raise CommError("the group has ended")
+        channel.send_message(Epoch(epoch=self.request.epoch))
+        return channel
+
+    def _progress(self, doing: str, done: int, total: int) -> None:
+        self._tell(Loading(epoch=self.request.epoch, done=done, total=total))
+
+    def _ended(self, reason: str) -> None:
+        if not self._closed:
+            self._tell(ShardRefused(epoch=self.request.epoch, code="internal", reason=reason[:2000]))

@@ -1,0 +1,57 @@
+"""Weights of shards: how a head sends them, and how a worker opens what it got."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal.comm.group.channel import Channel
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.progress import Progress
+from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.offload.block_store import BlockStore, ResidentStore
+from shoal.offload.pack.manifest import Quant
+from shoal.offload.window.window_store import WindowStore
+from shoal.partition.slicing import Shard
+
+from .messages import Serve
+from .served_shard import Dial, OpenShard
+from .weights.shard_cache import ShardCache
+from .weights.shard_fetch import fetch_shard
+from .weights.weight_server import WeightServer
+
+CHANNELS = 2  # on which one worker gets weights
+
+
+def send_weights(checkpoint: Checkpoint, quant: Quant) -> Callable[[Channel, Shard], None]:
+    """What answers requests for the weights of shards of an open checkpoint."""
+    return WeightServer(checkpoint, quant).serve
+
+
+def open_shards(directory: Path) -> OpenShard:
+    """Opens shards whose weights are kept in `directory`."""
+    cache = ShardCache(directory)
+
+    def open_shard(request: Serve, dial: Dial, progress: Progress) -> BlockStore:
+        def loading(done: int, total: int) -> None:
+            progress("loading", done, total)
+
+        channels = [dial("weights") for _ in range(CHANNELS)]
+        try:
+            with fetch_shard(
+                channels, cache, lambda done, total: progress("fetching", done, total)
+            ) as weights:
+                if weights.spec != request.spec or weights.shard != request.shard:
+                    raise DaemonError("bad_request", "the head sends another shard than it asked for")
+                if not request.plan.streams:
+                    return ResidentStore.load(request.plan, weights.reader, loading)
+                if weights.pack is None:
+                    raise DaemonError(
+                        "resources", f"a shard that streams needs room on a disk: {weights.warning}"
+                    )
+                return WindowStore.open(request.plan, weights.pack, loading)
+        finally:
+            for channel in channels:
+                channel.close()
+
+    return open_shard

@@ -1,0 +1,144 @@
+"""A worker: keeps this machine attached to its head, and serves the shards that the head asks for.
+
+It dials the head, again and again while that is away, and says twice a second how far it is. When the head is gone,
+shards are dropped; their weights stay in the cache on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from shoal.comm.errors import CommError
+from shoal.comm.group.channel import Channel
+from shoal.comm.group.peers import PairedNode
+from shoal.daemon.memory import resident_bytes
+from shoal.offload.budget import Budget
+
+from .messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Beat, Drop, FromHead, FromWorker, Serve
+from .served_shard import Dial, OpenShard, ServedShard
+
+log = logging.getLogger(__name__)
+
+HEAD_SILENT_S = 5.0
+REDIAL_S = (0.2, 2.0)  # between attempts to reach the head: the first, and the longest
+
+
+class Worker:
+    """Attached while it lives, or trying to. `attach` makes the facts anew for each attempt."""
+
+    def __init__(
+        self,
+        head: PairedNode,
+        dial: Dial,
+        attach: Callable[[], Attach],
+        open_shard: OpenShard,
+        budget: Budget,
+    ) -> None:
+        self.head = head.name
+        self.fingerprint = head.fingerprint  # the head's
+        self.attached = False
+        self.trouble = ""  # why it is not attached
+        self._dial = dial
+        self._attach = attach
+        self._open_shard = open_shard
+        self._budget = budget
+        self._closed = threading.Event()
+        self._control: Channel | None = None
+        self._sending = threading.Lock()
+        self._shards: dict[int, ServedShard] = {}
+        self._thread = threading.Thread(target=self._run, name="shoal-worker", daemon=True)
+        self._thread.start()
+
+    @property
+    def shards(self) -> list[ServedShard]:
+        return list(self._shards.values())
+
+    def close(self) -> None:
+        """Leave the head. Idempotent."""
+        self._closed.set()
+        if (control := self._control) is not None:
+            control.close()
+        self._thread.join(timeout=15)
+
+    def _run(self) -> None:
+        pause_s = REDIAL_S[0]
+        while not self._closed.is_set():
+            try:
+                control = self._control = self._dial("control")
+                with control:
+                    control.send_message(self._attach())
+                    log.info("attached to %s (%s)", self.head, control.remote[0])
+                    self.attached, self.trouble, pause_s = True, "", REDIAL_S[0]
+                    self._listen(control)
+            except (OSError, CommError) as error:
+                if str(error) != self.trouble and not self._closed.is_set():
+                    log.warning("not attached to %s: %s", self.head, error)
+                self.trouble = str(error)
+            finally:
+                self.attached = False
+                self._drop_all()
+            self._closed.wait(pause_s)
+            pause_s = min(2 * pause_s, REDIAL_S[1])
+
+    def _listen(self, control: Channel) -> None:
+        """Do as the head says until it is gone. Raises OSError or CommError."""
+        gone = threading.Event()
+        beating = threading.Thread(target=self._beat, args=(gone,), name="shoal-beat", daemon=True)
+        beating.start()
+        try:
+            while not self._closed.is_set():
+                message = control.receive_message(
+                    FromHead, timeout_s=HEAD_SILENT_S, limit_bytes=CONTROL_BYTES
+                )
+                self._do(message)
+        finally:
+            gone.set()
+
+    def _do(self, message: FromHead) -> None:
+        if isinstance(message, Alive):
+            return
+        if isinstance(message, Serve):
+            for other in [*self._shards.values()]:
+                if other.request.model == message.model:  # its successor comes
+                    self._drop(other.request.epoch)
+            self._shards[message.epoch] = ServedShard(
+                message, self._dial, self._open_shard, self._budget, self._tell
+            )
+        elif isinstance(message, Drop):
+            self._drop(message.epoch)
+
+    def _drop(self, epoch: int) -> None:
+        if (shard := self._shards.pop(epoch, None)) is not None:
+            shard.close()
+
+    def _drop_all(self) -> None:
+        for epoch in [*self._shards]:
+            self._drop(epoch)
+
+    def _beat(self, gone: threading.Event) -> None:
+        while not gone.wait(BEAT_S):
+            pulse = next((shard.pulse for shard in self.shards if shard.pulse.at_work), None)
+            found = pulse or next((shard.pulse for shard in self.shards), None)
+            self._tell(
+                Beat(
+                    epoch=found.epoch if found else 0,
+                    steps=found.steps if found else 0,
+                    blocks=found.blocks if found else 0,
+                    at_work=found.at_work if found else False,
+                    free_bytes=max(0, self._budget.free_bytes),
+                    resident_bytes=resident_bytes(),
+                )
+            )
+
+    def _tell(self, message: FromWorker) -> None:
+        """Never raises: if the head is gone, the thread that listens notices."""
+        control = self._control
+        if control is None:
+            return
+        try:
+            with self._sending:
+                control.send_message(message)
+        except (OSError, CommError):
+            control.close()

@@ -1,0 +1,85 @@
+"""What loading needs of a group of machines: a seam, so that `daemon.cluster` stays out of the loading of models.
+
+Has no code of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.progress import Progress
+from shoal.engine.collective import Collective
+from shoal.engine.leader import Others
+from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.checkpoint.shard import AnyCheckpoint
+from shoal.partition.plan import Plan
+
+
+class FormedGroup(Protocol):
+    """A group of which this node is rank 0. Its members load since it was made."""
+
+    @property
+    def collective(self) -> Collective:
+        """Once it is complete."""
+        ...
+
+    @property
+    def others(self) -> Others:
+        """Once it is complete."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the other machines, by rank."""
+        ...
+
+    @property
+    def plans(self) -> Sequence[Plan]:
+        """Of the other machines, by rank."""
+        ...
+
+    @property
+    def whole(self) -> bool:
+        """Whether nobody has been lost."""
+        ...
+
+    def form(self, progress: Progress) -> None:
+        """Wait until it is complete. Raises DaemonError."""
+
+    def close(self) -> None:
+        """End it. Idempotent."""
+
+
+class Seated(NamedTuple):
+    """This node's part in a group: its shard of the checkpoint and its plan."""
+
+    part: AnyCheckpoint
+    plan: Plan
+    group: FormedGroup
+
+
+class Grouping(Protocol):
+    """Decides whether others take part in running a model, and asks them to."""
+
+    def seat(
+        self, name: str, checkpoint: Checkpoint, config: NodeConfig, alone: Plan | None, free_bytes: int
+    ) -> Seated | None:
+        """This node's part in a group for an open checkpoint; None if it had better run alone. `alone`: its plan then,
+        if it has one. Raises DaemonError when a number of ranks was asked for that cannot be had."""
+        ...
+
+    @property
+    def machines(self) -> int:
+        """How many are there now, this one included."""
+        ...
+
+    @property
+    def arrivals(self) -> int:
+        """How many machines have come since the beginning."""
+        ...
+
+    def better(self, config: NodeConfig, group: FormedGroup | None) -> bool:
+        """Whether a model would be computed by others than now if it were loaded anew."""
+        ...

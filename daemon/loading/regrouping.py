@@ -1,0 +1,89 @@
+"""Loads a model anew when the machines that compute it have changed, while its requests wait.
+
+A machine may be lost in the middle of a step, or while nothing runs; another may come. What was emitted never changes:
+texts are computed again from their tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.error_codes import translated
+from shoal.daemon.errors import DaemonError
+from shoal.engine.errors import RankLost
+
+from .assembly import Assembly
+from .loaded_model import LoadedModel
+from .loaded_models import LoadedModels
+from .loader import Loader
+
+log = logging.getLogger(__name__)
+
+MOST_ATTEMPTS = 5  # more machines may be lost meanwhile
+
+
+class Regrouping:
+    """For the models of one node. Any thread may call it."""
+
+    def __init__(self, models: LoadedModels, loader: Loader, assembly: Assembly, config: NodeConfig) -> None:
+        self._models = models
+        self._loader = loader
+        self._assembly = assembly
+        self._config = config
+
+    def begin(self, model: LoadedModel) -> None:
+        """Load a suspended model with who is there, in a thread of its own: others are computed meanwhile."""
+        threading.Thread(target=self._regroup, args=(model,), name="shoal-regroup", daemon=True).start()
+
+    def look(self) -> None:
+        """Begin with idle models that lost a machine, or that machines which have come would make faster."""
+        grouping = self._assembly.grouping
+        if grouping is None:
+            return
+        for model in self._models:
+            if model.engine.busy or model.engine.lost is not None or model.retired:
+                continue
+            group, arrivals = model.main.group, grouping.arrivals
+            came, model.arrivals = model.arrivals != arrivals, arrivals
+            if group is not None and not group.whole:
+                why = "a machine is gone"
+            elif came and grouping.better(replace(self._config, ranks=model.asked_ranks), group):
+                why = "machines have come"
+            else:
+                continue
+            model.engine.suspend(RankLost(0, why))
+            log.info("%s is loaded again: %s", model.name, why)
+            self.begin(model)
+
+    def _regroup(self, model: LoadedModel) -> None:
+        for attempt in range(1, MOST_ATTEMPTS + 1):
+            try:
+                with self._loader.alone():
+                    if model in self._models:
+                        self._assembly.regroup(model, self._wanted(model))
+                        log.info("%s goes on: %s", model.name, model.plan.describe())
+                return
+            except Exception as error:
+                failed = translated(error)
+                again = failed.code == "busy" and attempt < MOST_ATTEMPTS
+                log.warning("%s: %s", model.name, failed, exc_info=not isinstance(error, DaemonError))
+            if not again:
+                model.engine.fail_all(failed)
+                self._models.drop(model)
+                return
+
+    def _wanted(self, model: LoadedModel) -> NodeConfig:
+        """As it was asked for, with a context in which all of its requests can end."""
+        scheduler = model.engine.scheduler
+        asked, grouping = model.asked_ranks, self._assembly.grouping
+        limits = [sequence.limit for sequence in (*scheduler.running, *scheduler.waiting)]
+        return replace(
+            self._config,
+            context_tokens=model.asked_context,
+            least_context_tokens=max([1, *limits]),
+            quant=model.quant,
+            ranks=None if asked is None or grouping is None else min(asked, grouping.machines),
+        )

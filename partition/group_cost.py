@@ -1,0 +1,255 @@
+"""Predicts how fast a group would be: seconds for a token of an answer, and until the first token of a prompt.
+
+A step of one token reads all of a rank's weights; one of many tokens computes. Whatever takes longer counts, block by
+block for the slowest rank, because all wait for the sum after every block. Then come the sums themselves, what each
+step costs anyhow, and the head of the vocabulary, which rank 0 has alone. A disk reads ahead all the time, so a step
+takes as long as the slower of the disk and everything else.
+
+Ranks divide every layer (tensor parallel), or the layers among them (a pipeline). Pure.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import comb
+from typing import NamedTuple
+
+from .hardware_guesses import STEP_S
+from .machines import Machine, Workload
+from .plan import Wanted
+from .rank_sizes import Held, Operations, Portion, Sizes
+from .sum_cost import Means, Network
+
+PROMPTS = (512, 4000)  # tokens of prompts whose first token nobody should wait longer for
+
+
+class Placement(NamedTuple):
+    """One rank: its machine, its portion of the model, and how it holds it."""
+
+    machine: Machine
+    portion: Portion
+    held: Held
+
+
+class Figures(NamedTuple):
+    """What a group is predicted to do. `first_token_s`: for the prompts of `Cost.prompts`, in their order."""
+
+    token_s: float
+    first_token_s: tuple[float, ...]
+    total_s: float  # of a usual request
+    decode: Means | None  # how sums are made when answers are decoded, and …
+    prompt: Means | None  # … when prompts are read; None where there are none
+    chunk_tokens: int  # of a prompt, in one step
+
+    def within(self, other: Figures, factor: float) -> bool:
+        """Whether nothing takes longer than `factor` times what it takes there."""
+        return all(mine <= factor * theirs for mine, theirs in zip(self.times, other.times, strict=True))
+
+    def best_of(self, other: Figures) -> Figures:
+        """The shorter of every time."""
+        token_s, *first = map(min, self.times, other.times)
+        return self._replace(token_s=token_s, first_token_s=tuple(first))
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        return self.token_s, *self.first_token_s
+
+
+class Cost:
+    """Predicts for one model and what it is wanted for."""
+
+    def __init__(self, wanted: Wanted, sizes: Sizes, workload: Workload) -> None:
+        spec = wanted.spec
+        self._wanted, self._sizes, self._workload = wanted, sizes, workload
+        self._work = Operations.of(spec, wanted.kv_type)
+        self._windows = Counter(layer.window for layer in spec.layers)
+        longest = max(1, wanted.context_tokens - 1)
+        prompts = (min(tokens, longest) for tokens in (workload.prompt_tokens, *PROMPTS))
+        self.prompts = tuple(dict.fromkeys(prompts))
+
+    def tensor(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> Figures:
+        """Every layer is divided among these ranks. `means`: how several ranks can make sums."""
+        chunk = self._chunk(parts)
+        return self._divided(
+            network, means, chunk, lambda rows, context: self._compute_s(parts, rows, context)
+        )
+
+    def bound(
+        self, machines: Sequence[Machine], network: Network, means: Sequence[Means], *, layered: bool = False
+    ) -> Figures:
+        """No group of exactly these machines takes less, whatever their shares: as if their memory, processors and
+        disks were one machine's, and prompts were read in one step. Only the head computes the last of it. `layered`:
+        the layers are divided among them, so that nothing is added, but a token has to wait for one after the other."""
+        memory = sum(machine.memory_bytes for machine in machines)
+        paces = [machine.memory_bytes_per_s for machine in machines]
+        together = Machine(
+            "all of them",
+            memory,
+            max(paces) if layered else sum(paces),
+            sum(machine.flops for machine in machines),
+            sum(machine.disk_bytes_per_s for machine in machines),
+        )
+        beyond = max(0, self._sizes.cut + self._sizes.head - memory)
+        streamed = max(0, beyond - self._sizes.experts)
+        part = Placement(
+            together, Portion.even(self._wanted.spec, 1.0), Held(0, streamed, 0.0, max(self.prompts))
+        )
+        return self._divided(
+            network,
+            () if layered else means,
+            max(self.prompts),
+            lambda rows, context: self._compute_s([part], rows, context, machines[0]),
+        )
+
+    def pipeline(self, parts: Sequence[Placement], network: Network) -> Figures | None:
+        """The layers are divided among these ranks, one after the other; None if they cannot reach each other. The
+        chunks of a prompt follow each other through the ranks."""
+        ranks, width = len(parts), 4 * self._wanted.spec.hidden
+        ring = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
+        if any(network.hop_s(*pair, 0) is None for pair in ring):
+            return None
+
+        def stages(rows: int, context: float) -> tuple[list[float], float]:
+            """(seconds of each rank's part and of sending what it gives; of the slowest disk)"""
+            each = [self._compute_s([part], rows, context) for part in parts]
+            hops = (network.hop_s(*pair, width * rows) or 0.0 for pair in ring)
+            return [chain + hop for (chain, _), hop in zip(each, hops, strict=True)], max(
+                disk for _, disk in each
+            )
+
+        def step_s(rows: int, context: float) -> float:
+            chains, disk = stages(rows, context)
+            return max(sum(chains), disk) + STEP_S
+
+        def next_s(rows: int, context: float) -> float:
+            chains, disk = stages(rows, context)
+            return max(*chains, disk)
+
+        return self._figures(self._chunk(parts), step_s, next_s)
+
+    def _divided(
+        self,
+        network: Network,
+        means: Sequence[Means],
+        chunk: int,
+        compute: Callable[[int, float], tuple[float, float]],
+    ) -> Figures:
+        decode, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
+
+        def step_s(rows: int, context: float) -> float:
+            chain_s, disk_s = compute(rows, context)
+            sums_s = self._sums_s(network, decode if rows == 1 else prompt, rows)
+            return max(chain_s + sums_s, disk_s) + STEP_S
+
+        return self._figures(chunk, step_s, step_s, decode, prompt)
+
+    def _chunk(self, parts: Sequence[Placement]) -> int:
+        """Tokens of a prompt in one step. Steps get longer where weights stream, as far as everybody's memory goes."""
+        if not any(part.held.streams for part in parts):
+            return self._wanted.chunk_tokens
+        return min(part.held.chunk_tokens for part in parts)
+
+    def _figures(
+        self,
+        chunk: int,
+        step_s: Callable[[int, float], float],
+        next_s: Callable[[int, float], float],
+        decode: Means | None = None,
+        prompt: Means | None = None,
+    ) -> Figures:
+        """`next_s`: what a step takes that follows another one of its prompt."""
+
+        def first_token_s(tokens: int) -> float:
+            whole, rest = divmod(tokens, chunk)
+            steps = [(chunk, whole, whole * chunk / 2), (rest, 1 if rest else 0, whole * chunk + rest / 2)]
+            (rows, count, context), *others = [step for step in steps if step[1]]
+            seconds = step_s(rows, context)
+            if count > 1:
+                seconds += (count - 1) * next_s(rows, context)
+            return seconds + sum(count * next_s(rows, context) for rows, count, context in others)
+
+        workload = self._workload
+        token_s = step_s(1, min(workload.context_tokens, self._wanted.context_tokens))
+        usual, *others = (first_token_s(tokens) for tokens in self.prompts)
+        total_s = usual + workload.answer_tokens * token_s
+        return Figures(token_s, (usual, *others), total_s, decode, prompt, chunk)
+
+    def _compute_s(
+        self, parts: Sequence[Placement], rows: int, context: float, head: Machine | None = None
+    ) -> tuple[float, float]:
+        """(seconds of computing `rows` tokens that attend to `context` others, of the slowest disk)"""
+        sizes, work, moe = self._sizes, self._work, self._wanted.spec.moe
+        attended = sum(count * min(context, window or context) for window, count in self._windows.items())
+        touched, crowd = 1.0, 1.0
+        if moe:
+            touched = 1 - (1 - moe.active / moe.experts) ** rows
+            if parts[0].portion.whole_experts and rows == 1:
+                crowd = crowding(moe.experts, moe.active, min(len(parts), moe.experts))
+        attn_s = ffn_s = disk_s = head_s = 0.0
+        for machine, portion, held in parts:
+            pace, flops = machine.memory_bytes_per_s, machine.flops
+            experts = crowd * portion.experts
+            nbytes = sizes.attn_of(portion) + work.kv_bytes * attended * portion.kv_heads
+            count = (work.queries + work.scores * attended) * portion.heads + work.keys * portion.kv_heads
+            attn_s = max(attn_s, nbytes / pace, rows * count / flops)
+            expert_bytes = sizes.experts * experts * touched
+            nbytes = sizes.ffn_of(portion) + expert_bytes
+            count = (
+                work.ffn * portion.ffn
+                + work.shared_ffn * portion.shared_ffn
+                + work.routers
+                + work.experts * experts
+            )
+            ffn_s = max(ffn_s, nbytes / pace, rows * count / flops)
+            if held.streams:
+                streamed = held.streamed_bytes + expert_bytes * held.missing_experts
+                disk_s = max(disk_s, streamed / max(machine.disk_bytes_per_s, 1.0))
+            if portion.first:
+                own = head or machine
+                head_s = max(sizes.head / own.memory_bytes_per_s, work.head / own.flops)
+        return attn_s + ffn_s + head_s, disk_s
+
+    def _sums_s(self, network: Network, means: Means | None, rows: int) -> float:
+        """Seconds of all that goes over the network in a step, with the work it makes."""
+        if means is None:
+            return 0.0
+        spec = self._wanted.spec
+        layers = len(spec.layers)
+        seconds = 2 * layers * network.sum_s(means, rows, spec.hidden) + network.broadcast_s(
+            rows, spec.hidden
+        )
+        if spec.qk_norm == "full":  # the squares of q and of k
+            seconds += layers * network.sum_s(means._replace(wire="f32"), rows, 2)
+        return seconds
+
+    def _best(self, network: Network, means: Sequence[Means], rows: int) -> Means | None:
+        """The fastest means for steps of so many tokens; of equal ones the first."""
+        if network.ranks == 1:
+            return None
+        possible = (item for item in means if network.can(item.topology))
+        return min(
+            possible, key=lambda item: network.sum_s(item, rows, self._wanted.spec.hidden), default=None
+        )
+
+
+@cache
+def crowding(experts: int, active: int, ranks: int) -> float:
+    """How many times its share of the active experts the busiest rank has on average, if whole experts are dealt to
+    ranks evenly and every choice is equally likely."""
+    own = [experts // ranks + (rank < experts % ranks) for rank in range(ranks)]
+    choices = comb(experts, active)
+    busiest, before = 0.0, 0
+    for most in range(active + 1):
+        ways = [1] + [
+            0
+        ] * active  # to have chosen so many experts of the ranks so far, none of which has more
+        for size in own:
+            ways = [
+                sum(ways[total - few] * comb(size, few) for few in range(min(most, size, total) + 1))
+                for total in range(active + 1)
+            ]
+        busiest += most * (ways[active] - before) / choices
+        before = ways[active]
+    return busiest * ranks / active

@@ -1,0 +1,163 @@
+"""How a model may be cut for the machines of one group: every layer divided, or the layers dealt out.
+
+Shares are first what would make all machines ready at once, then what can really be cut (`slicing`), then changed a
+little where a part does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from .errors import ShardError
+from .group_cost import Placement
+from .machines import Machine
+from .plan import Wanted
+from .rank_sizes import Memory, Portion, Sizes
+from .shares import level, level_by
+from .slicing import CutOfExperts, Grains, divide
+
+_REPAIRS = 3  # times shares are changed because a part does not fit
+_GRAIN = 1000  # shares are whole numbers of about this sum
+
+EXPERT_CUTS: tuple[CutOfExperts, ...] = ("columns", "whole")
+Layers = tuple[tuple[int, int], ...]  # each rank's, half-open
+
+
+class Cuts:
+    """All that is tried for one model."""
+
+    def __init__(self, wanted: Wanted, sizes: Sizes, memory: Memory, grains: Grains) -> None:
+        self._wanted, self._sizes, self._memory, self._grains = wanted, sizes, memory, grains
+        self._portions: dict[tuple[tuple[float, ...], CutOfExperts], list[Portion] | str] = {}
+
+    def divided(
+        self, machines: Sequence[Machine], *, all_wishes: bool
+    ) -> Iterator[tuple[tuple[float, ...], tuple[Placement, ...]]]:
+        """Every layer divided: (shares as `divide` takes them, the ranks). `all_wishes`: shares for prompts, for
+        answers and between; otherwise those between alone."""
+        tried = set()
+        for shares in self._wishes(machines, all_wishes):
+            for _ in range(_REPAIRS):
+                whole = _rounded(shares)
+                if whole in tried:
+                    break
+                tried.add(whole)
+                parts, over = self._as_shared(machines, whole)
+                if parts:
+                    yield whole, parts
+                if not over:
+                    break
+                shares = [share * factor for share, factor in zip(shares, over, strict=True)]
+
+    def _as_shared(
+        self, machines: Sequence[Machine], shares: tuple[float, ...]
+    ) -> tuple[tuple[Placement, ...], list[float]]:
+        """As `_parts`. Experts are cut by columns, so that every rank has as much to do whatever is chosen; but where
+        some stream, whole ones are dealt out."""
+        for experts in EXPERT_CUTS:
+            portions = self.portions_of(shares, experts)
+            if isinstance(portions, str):
+                break
+            parts, over = self._parts(machines, portions)
+            if (
+                len(machines) == 1
+                or experts == "whole"
+                or not any(part.held.missing_experts for part in parts)
+            ):
+                return parts, over
+        return (), []
+
+    def _parts(
+        self, machines: Sequence[Machine], portions: Sequence[Portion]
+    ) -> tuple[tuple[Placement, ...], list[float]]:
+        """(the ranks, or none if one does not fit; what to multiply shares by for a better fit, or none)"""
+        parts, over = [], [1.0] * len(machines)
+        for rank, (machine, portion) in enumerate(zip(machines, portions, strict=True)):
+            held = self._memory.held(portion, machine)
+            if isinstance(held, int):
+                over[rank] = 0.95 * machine.memory_bytes / max(held, 1)
+            else:
+                parts.append(Placement(machine, portion, held))
+        if len(parts) < len(machines):
+            return (), over if len(machines) > 1 and min(over) > 0 else []
+        return tuple(parts), []
+
+    def _wishes(self, machines: Sequence[Machine], all_wishes: bool) -> Iterator[Sequence[float]]:
+        """Shares with which all are ready at once: with a token, with a prompt, and between; and where they stream."""
+        most = self._most(machines)
+        by_memory = [1 / machine.memory_bytes_per_s for machine in machines]
+        by_flops = [1 / machine.flops for machine in machines]
+        between = [(one * other) ** 0.5 for one, other in zip(by_memory, by_flops, strict=True)]
+        costs = (by_memory, by_flops, between) if all_wishes else (between,)
+        fitting = [level(each, most) for each in costs]
+        yield from (shares for shares in fitting if shares)
+        if not fitting[0]:
+            cut = self._sizes.cut
+            within = [_share_within(*pair, cut) for pair in zip(machines, most, strict=True)]
+            if streaming := level_by(within):
+                yield streaming
+
+    def _most(self, machines: Sequence[Machine]) -> list[float]:
+        """The largest share of what is cut that each machine can have in memory."""
+        rooms = (
+            it.memory_bytes - self._memory.fixed_bytes(it, rank == 0) for rank, it in enumerate(machines)
+        )
+        return [min(1.0, max(0.0, room / self._memory.share_bytes())) for room in rooms]
+
+    def portions_of(self, shares: tuple[float, ...], experts: CutOfExperts) -> list[Portion] | str:
+        """What each rank has with these shares, or why there is no such division."""
+        key = shares, experts
+        if key not in self._portions:
+            self._portions[key] = self._cut(shares, experts)
+        return self._portions[key]
+
+    def _cut(self, shares: tuple[float, ...], experts: CutOfExperts) -> list[Portion] | str:
+        spec, ranks = self._wanted.spec, len(shares)
+        if ranks == 1:
+            return [Portion.even(spec, 1.0)]
+        try:
+            shards = divide(spec, ranks, self._grains, shares, experts=experts)
+        except ShardError as error:
+            return str(error)
+        return [Portion.of_shard(spec, shard) for shard in shards]
+
+    def layered(self, machines: Sequence[Machine]) -> Iterator[tuple[Layers, tuple[Placement, ...]]]:
+        """Layers in the order of ranks: as many on the fastest as fit there, or as long prompts take equally long."""
+        spec = self._wanted.spec
+        layers = len(spec.layers)
+        most = [min(layers - len(machines) + 1, int(share * layers)) for share in self._most(machines)]
+        if min(most) < 1 or sum(most) < layers:
+            return
+        counts = [1] * len(machines)
+        for rank in sorted(range(len(machines)), key=lambda rank: -machines[rank].memory_bytes_per_s):
+            counts[rank] += min(most[rank] - 1, layers - sum(counts))
+        even = [1] * len(machines)
+        while sum(even) < layers:
+            open_ranks = [rank for rank in range(len(machines)) if even[rank] < most[rank]]
+            even[min(open_ranks, key=lambda rank: (even[rank] + 1) / machines[rank].flops)] += 1
+        for division in dict.fromkeys((tuple(counts), tuple(even))):
+            stops = [sum(division[: rank + 1]) for rank in range(len(machines))]
+            bounds = tuple(zip((0, *stops), stops, strict=False))
+            portions = [Portion.of_layers(spec, *own, rank == 0) for rank, own in enumerate(bounds)]
+            parts, _ = self._parts(machines, portions)
+            if parts:
+                yield bounds, parts
+
+
+def _share_within(machine: Machine, in_memory: float, cut_bytes: int) -> Callable[[float], float]:
+    """The largest share of what is cut that a machine gets through in a time. `in_memory`: the most that it can have
+    there. Where it streams, about half of its memory goes to other things."""
+
+    def within(seconds: float) -> float:
+        share = in_memory
+        if machine.disk_bytes_per_s:
+            share = max(share, in_memory / 2 + seconds * machine.disk_bytes_per_s / cut_bytes)
+        return min(1.0, seconds * machine.memory_bytes_per_s / cut_bytes, share)
+
+    return within
+
+
+def _rounded(shares: Sequence[float]) -> tuple[float, ...]:
+    """Shares as whole numbers, so that nearly equal ones are equal and dividing by them is quick."""
+    whole = sum(shares)
+    return tuple(max(1, round(_GRAIN * share / whole)) for share in shares)

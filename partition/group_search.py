@@ -1,0 +1,299 @@
+"""Finds which machines should run a model together, what each of them has of it, and how they add their sums.
+
+The head may run it alone. Further machines are looked at in the order in which they joined; each is taken, perhaps
+instead of others, if usual requests get faster by what it is `WORTH` and nothing costs more than `TOLERANCE`: neither a
+token of an answer nor the first token of a prompt, against anything that was chosen without it. So another machine
+never makes anything slower by more than that. Of the first `EXACT_MACHINES` all groups are compared; with each that
+joins later, only those near the last choice.
+
+Pure, and deterministic: the same figures give the same choice. `group_cost` predicts, `group_choice` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
+from math import inf
+from typing import NamedTuple
+
+from .amounts import format_bytes
+from .group_choice import Choice, NoGroup, RankPlan, Split, Unused
+from .group_cost import Cost, Figures, Placement
+from .group_cuts import Cuts
+from .machines import Links, Machine, Workload, check_machines, link_between
+from .plan import Wanted
+from .rank_sizes import Held, Memory, Sizes
+from .slicing import ANYWHERE, Grains
+from .spec import BlockId
+from .sum_cost import Means, Network, Topology, Wire
+
+WORTH = 0.97  # of the time of a usual request is left, at most, where a group takes more machines
+TOLERANCE = 1.05  # times what anything may take with one machine more
+EXACT_MACHINES = 6
+_FEW = 2  # groups that are looked at closely with each machine after these
+
+# What exists already. The rest can be predicted.
+AVAILABLE_SPLITS: tuple[Split, ...] = ("tensor",)
+AVAILABLE_TOPOLOGIES: tuple[Topology, ...] = ("star",)
+AVAILABLE_WIRES: tuple[Wire, ...] = ("f32", "bf16", "int8")
+
+Places = tuple[int, ...]  # of machines, ascending: those of ranks 0, 1, …
+
+
+class _Found(NamedTuple):
+    places: Places
+    split: Split
+    shares: tuple[float, ...]
+    parts: tuple[Placement, ...]
+    figures: Figures
+    layers: tuple[tuple[int, int], ...] = ()
+
+    def is_better(self, other: _Found) -> bool:
+        worth = WORTH if len(self.places) > len(other.places) else 1.0
+        return self.figures.total_s < worth * other.figures.total_s
+
+
+def choose(
+    wanted: Wanted,
+    block_bytes: Mapping[BlockId, int],
+    machines: Sequence[Machine],
+    links: Links,
+    workload: Workload = Workload(),  # noqa: B008 it is frozen
+    *,
+    grains: Grains = ANYWHERE,
+    splits: Collection[Split] = AVAILABLE_SPLITS,
+    topologies: Collection[Topology] = AVAILABLE_TOPOLOGIES,
+    wires: Sequence[Wire] = AVAILABLE_WIRES,
+    ranks: int | None = None,
+) -> Choice | NoGroup:
+    """The group for a model. `machines[0]` is the head. `block_bytes`: of all blocks, the head of the vocabulary in
+    slices if weights may stream (`plan_streamed`'s extents). `splits`, `topologies`, `wires`: what there is; of wires
+    that are equally fast the first is taken. `ranks`: somebody insists on so many.
+
+    Raises MachineError for figures that cannot be true.
+    """
+    check_machines(machines, links)
+    means = [Means(topology, wire) for topology in sorted(topologies) for wire in wires]
+    search = _Search(
+        wanted, Sizes.of(wanted.spec, block_bytes), machines, links, workload, grains, splits, means
+    )
+    free = search.freely()
+    found = free if ranks is None else search.of_size(ranks)
+    if found is None:
+        return search.nothing(ranks)
+    alone = search.best((0,))
+    return Choice(
+        split=found.split,
+        ranks=tuple(search.rank_plans(found)),
+        shares=found.shares,
+        experts="whole" if found.parts[0].portion.whole_experts else "columns",
+        figures=found.figures,
+        prompts=search.cost.prompts,
+        machines=len(machines),
+        unused=tuple(search.unused(found)) if ranks is None else (),
+        alone=alone and alone.figures,
+        freely=free.figures if free and ranks is not None else None,
+        freely_ranks=len(free.places) if free and ranks is not None else 0,
+    )
+
+
+class _Search:
+    """All groups of some machines for one model. Remembers what it has worked out."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        sizes: Sizes,
+        machines: Sequence[Machine],
+        links: Links,
+        workload: Workload,
+        grains: Grains,
+        splits: Collection[Split],
+        means: Sequence[Means],
+    ) -> None:
+        self.cost = Cost(wanted, sizes, workload)
+        self._sizes = sizes
+        self._machines, self._links = machines, links
+        self._splits, self._means = splits, means
+        self._memory = Memory(wanted, sizes)
+        self._cuts = Cuts(wanted, sizes, self._memory, grains)
+        self._found: dict[Places, list[_Found]] = {}
+
+    # --- which groups ---------------------------------------------------------------------------------------
+
+    def freely(self) -> _Found | None:
+        """The best group, by the rules of this module."""
+        best = self.best((0,))
+        floor = best.figures if best else None
+        for newest in range(1, len(self._machines)):
+            groups = self._by_promise(self._groups_with(newest, best), floor)
+            for total_s, places in groups if newest < EXACT_MACHINES else groups[:_FEW]:
+                if best and total_s >= best.figures.total_s:
+                    break
+                for found in self._ways(places):
+                    if floor and not found.figures.within(floor, TOLERANCE):
+                        continue
+                    if best is None or found.is_better(best):
+                        best = found
+            if best:
+                floor = best.figures.best_of(floor) if floor else best.figures
+        return best
+
+    def of_size(self, ranks: int) -> _Found | None:
+        """The best group of so many machines. Of many machines, those are tried that go best with the head, and those
+        with most memory."""
+        others = list(range(1, len(self._machines)))
+        if not 1 <= ranks <= len(self._machines):
+            return None
+        if len(self._machines) <= EXACT_MACHINES:
+            groups = [(0, *rest) for rest in combinations(others, ranks - 1)]
+        else:
+            quick = sorted(others, key=lambda place: self._promise((0, place)))
+            roomy = sorted(others, key=lambda place: -self._machines[place].memory_bytes)
+            groups = [(0, *sorted(best_first[: ranks - 1])) for best_first in (quick, roomy)]
+        best = None
+        for total_s, places in self._by_promise(groups, None):
+            if best and total_s >= best.figures.total_s:
+                break
+            found = self.best(places)
+            if found and (best is None or found.figures.total_s < best.figures.total_s):
+                best = found
+        return best
+
+    def _groups_with(self, newest: int, best: _Found | None) -> Iterator[Places]:
+        """Groups of the head, this machine and machines before it."""
+        if newest < EXACT_MACHINES:
+            for count in range(newest):
+                for between in combinations(range(1, newest), count):
+                    yield (0, *between, newest)
+            return
+        if best is None:
+            yield tuple(range(newest + 1))
+            yield 0, newest
+            return
+        yield (*best.places, newest)
+        if len(best.places) > 1:
+            yield 0, newest
+        for left in best.places[1:]:
+            yield (*(place for place in best.places if place != left), newest)
+
+    def _by_promise(self, groups: Iterable[Places], floor: Figures | None) -> list[tuple[float, Places]]:
+        """The groups that may keep within the floor, with what a usual request takes at least, the shortest first."""
+        promising = []
+        for places in dict.fromkeys(groups):
+            total_s = self._promise(places, floor)
+            if total_s < inf:
+                promising.append((total_s, places))
+        return sorted(promising)
+
+    def _promise(self, places: Places, floor: Figures | None = None) -> float:
+        """What a usual request takes at least with these machines, if nothing takes too long against the floor."""
+        network, means = self._network(places)
+        machines = [self._machines[place] for place in places]
+        bounds: list[Figures] = []
+        if not self._memory.may_hold(machines):
+            return inf
+        if "tensor" in self._splits and means:
+            bounds.append(self.cost.bound(machines, network, means))
+        if "pipeline" in self._splits and network.reached:
+            bounds.append(self.cost.bound(machines, network, (), layered=True))
+        kept = (bound.total_s for bound in bounds if floor is None or bound.within(floor, TOLERANCE))
+        return min(kept, default=inf)
+
+    # --- one group ------------------------------------------------------------------------------------------
+
+    def best(self, places: Places) -> _Found | None:
+        """The best way for these machines to run the model; None if there is none."""
+        return min(self._ways(places), key=lambda found: found.figures.total_s, default=None)
+
+    def _ways(self, places: Places) -> list[_Found]:
+        """All ways that were tried for these machines to run the model."""
+        if places not in self._found:
+            divided = list(self._tensor(places))
+            quickest_s = min((found.figures.total_s for found in divided), default=inf)
+            self._found[places] = [*divided, *self._pipeline(places, quickest_s)]
+        return self._found[places]
+
+    def _tensor(self, places: Places) -> Iterator[_Found]:
+        network, means = self._network(places)
+        alone = len(places) == 1
+        if alone or ("tensor" in self._splits and means):
+            machines = [self._machines[place] for place in places]
+            for shares, parts in self._cuts.divided(machines, all_wishes=places[-1] < EXACT_MACHINES):
+                figures = self.cost.tensor(parts, network, means)
+                yield _Found(places, "tensor", () if alone else shares, parts, figures)
+
+    def _pipeline(self, places: Places, quickest_s: float) -> Iterator[_Found]:
+        """Only if it may be quicker than that."""
+        network, _ = self._network(places)
+        if len(places) == 1 or "pipeline" not in self._splits or not network.reached:
+            return
+        machines = [self._machines[place] for place in places]
+        if self.cost.bound(machines, network, (), layered=True).total_s >= quickest_s:
+            return
+        for layers, parts in self._cuts.layered(machines):
+            if figures := self.cost.pipeline(parts, network):
+                yield _Found(places, "pipeline", (), parts, figures, layers)
+
+    def _network(self, places: Places) -> tuple[Network, list[Means]]:
+        """The links among these machines, and how they can make sums."""
+        network = Network(self._machines, self._links, places)
+        return network, [it for it in self._means if network.reached and network.can(it.topology)]
+
+    # --- what is said ---------------------------------------------------------------------------------------
+
+    def rank_plans(self, found: _Found) -> Iterator[RankPlan]:
+        bytes_of = [self._sizes.held_of(part.portion) for part in found.parts]
+        for rank, (machine, portion, held) in enumerate(found.parts):
+            exact = self._memory.held(portion, machine, exact=True)
+            yield RankPlan(
+                machine.name,
+                found.places[rank],
+                bytes_of[rank] / sum(bytes_of),
+                exact.needed_bytes if isinstance(exact, Held) else held.needed_bytes,
+                held.streamed_bytes,
+                held.missing_experts,
+                found.layers[rank] if found.layers else None,
+            )
+
+    def unused(self, chosen: _Found) -> Iterator[Unused]:
+        """Every machine that is not used, with the best group of the chosen ones and it."""
+        for place, machine in enumerate(self._machines):
+            if place in chosen.places:
+                continue
+            places = tuple(sorted((*chosen.places, place)))
+            link = link_between(self._links, 0, place)
+            found = self.best(places)
+            why = "" if found else self._why_not(places)
+            yield Unused(machine.name, link, found and found.figures, len(places), why)
+
+    def nothing(self, ranks: int | None) -> NoGroup:
+        there = len(self._machines)
+        if ranks is not None and not 1 <= ranks <= there:
+            why = f"`ranks={ranks}` was asked for: must be from 1 to {there}, the number of machines"
+        else:
+            why = self._why_not(tuple(range(ranks or there)))
+        memory = sum(machine.memory_bytes for machine in self._machines)
+        return NoGroup(why, self._memory.whole_bytes(), memory)
+
+    def _why_not(self, places: Places) -> str:
+        """Why these machines together can do nothing."""
+        if not Network(self._machines, self._links, places).reached:
+            return "the head does not reach it"
+        if isinstance(refused := self._cuts.portions_of((1,) * len(places), "columns"), str):
+            return refused
+        machines = [self._machines[place] for place in places]
+        fixed = [self._memory.fixed_bytes(machine, rank == 0) for rank, machine in enumerate(machines)]
+        short = next(
+            (it for it, needed in zip(machines, fixed, strict=True) if it.memory_bytes < needed), None
+        )
+        if short:
+            needed = fixed[machines.index(short)]
+            what = "embedding, head and scratch" if short is machines[0] else "scratch"
+            has = format_bytes(short.memory_bytes)
+            return f"{short.name} has {has} of memory, {what} alone take {format_bytes(needed)}"
+        needed = sum(fixed) + self._memory.share_bytes()
+        memory = sum(machine.memory_bytes for machine in machines)
+        if needed > memory:
+            return f"it takes about {format_bytes(needed)} of memory, there are {format_bytes(memory)}"
+        return "it cannot be cut so that every part fits into the memory of its machine"

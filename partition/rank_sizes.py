@@ -1,0 +1,283 @@
+"""What a part of a model weighs: bytes, multiplications, and the memory that a rank needs for it.
+
+A part is given as shares of what is cut (`Portion`): those of a shard, of some of the layers, or any that one wants to
+know about. Whether a rank's part has to be streamed is estimated as `streamed_plan` would divide memory, but without
+trying where each block goes, and never to its favour.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+from .hardware_guesses import KV_SHARE, SCRATCH_SHARE, WINDOW_SHARE
+from .machines import Machine
+from .memory_layout import PAGE_TOKENS, kv_page_bytes
+from .pinning import between
+from .plan import Wanted, arena_slack, least_kv_pages, scratch_bytes
+from .slicing import Shard, shard_spec
+from .spec import BlockId, ModelSpec
+from .streamed_plan import PART_TOKENS, READING_BYTES
+
+
+class Portion(NamedTuple):
+    """A rank's shares of everything that is cut, each in [0, 1]. That of rank 0 has embedding and head besides."""
+
+    heads: float
+    kv_heads: float
+    ffn: float
+    shared_ffn: float
+    experts: float  # columns of every expert, or …
+    whole_experts: bool  # … some of the experts
+    first: bool
+    spec: Callable[[], ModelSpec]  # the smaller model that it is; making it takes longer than most questions
+
+    @classmethod
+    def even(cls, spec: ModelSpec, share: float, first: bool = True) -> Portion:
+        """The same share of everything."""
+        return cls(share, share, share, share, share, False, first, lambda: spec)
+
+    @classmethod
+    def of_shard(cls, spec: ModelSpec, shard: Shard) -> Portion:
+        own, moe = shard.ranges, spec.moe
+        experts, shared, whole = 0.0, 0.0, False
+        if moe:
+            whole = own.experts.size < moe.experts
+            experts = own.experts.size * own.expert_ffn.size / (moe.experts * moe.ffn)
+            shared = own.shared_ffn.size / max(1, moe.shared_ffn)
+        return cls(
+            own.heads.size / spec.heads,
+            own.kv_heads.size / spec.kv_heads,
+            own.ffn.size / max(1, spec.ffn),
+            shared,
+            experts,
+            whole,
+            shard.rank == 0,
+            cache(lambda: shard_spec(spec, shard)),
+        )
+
+    @classmethod
+    def of_layers(cls, spec: ModelSpec, start: int, stop: int, first: bool) -> Portion:
+        """Some of the layers."""
+        even = cls.even(spec, (stop - start) / len(spec.layers), first)
+        vocab = spec.vocab if first else 0
+        layers = spec.layers[start:stop]
+        return even._replace(spec=cache(lambda: replace(spec, layers=layers, vocab=vocab)))
+
+
+class Sizes(NamedTuple):
+    """Bytes of a whole model, all layers together, by what is cut how; and its largest blocks."""
+
+    queries: int  # q and o: cut by query heads
+    keys: int  # k and v: cut by KV heads
+    ffn: int
+    routers: int  # whole on every rank
+    shared_ffn: int
+    experts: int
+    embed: int
+    head: int
+    largest_attn: int
+    largest_ffn: int  # or shared expert
+    largest_expert: int
+    largest_slice: int  # of the head
+
+    @classmethod
+    def of(cls, spec: ModelSpec, block_bytes: Mapping[BlockId, int]) -> Sizes:
+        """`block_bytes`: of every block; the head may be in slices."""
+        sums: Counter[str] = Counter()
+        largest: Counter[str] = Counter()
+        for block, nbytes in block_bytes.items():
+            sums[block.kind] += nbytes
+            largest[block.kind] = max(largest[block.kind], nbytes)
+        moe = spec.moe
+        queries = spec.heads / (spec.heads + spec.kv_heads)
+        shared = 3 * moe.shared_ffn / (3 * moe.shared_ffn + moe.experts) if moe else 0.0
+        return cls(
+            queries=int(sums["attn"] * queries),
+            keys=sums["attn"] - int(sums["attn"] * queries),
+            ffn=sums["ffn"],
+            routers=sums["router"] - int(sums["router"] * shared),
+            shared_ffn=int(sums["router"] * shared),
+            experts=sums["expert"],
+            embed=sums["embed"],
+            head=sums["head"],
+            largest_attn=largest["attn"],
+            largest_ffn=max(largest["ffn"], largest["router"]),
+            largest_expert=largest["expert"],
+            largest_slice=largest["head"],
+        )
+
+    @property
+    def cut(self) -> int:
+        """Bytes of what is cut."""
+        return self.queries + self.keys + self.ffn + self.shared_ffn + self.experts
+
+    def attn_of(self, portion: Portion) -> float:
+        return self.queries * portion.heads + self.keys * portion.kv_heads
+
+    def ffn_of(self, portion: Portion) -> float:
+        """Dense FFNs, shared experts and routers."""
+        return self.ffn * portion.ffn + self.shared_ffn * portion.shared_ffn + self.routers
+
+    def held_of(self, portion: Portion) -> float:
+        """All but embedding and head."""
+        return self.attn_of(portion) + self.ffn_of(portion) + self.experts * portion.experts
+
+    def head_of(self, portion: Portion) -> int:
+        return self.head if portion.first else 0
+
+
+class Operations(NamedTuple):
+    """Multiplications and additions of a whole model for one token; attention by the tokens attended to, all layers
+    together."""
+
+    queries: float
+    keys: float
+    ffn: float
+    shared_ffn: float
+    routers: float
+    experts: float  # the active ones
+    head: float
+    scores: float  # for each token that one layer attends to
+    kv_bytes: float  # likewise
+
+    @classmethod
+    def of(cls, spec: ModelSpec, kv_type: str) -> Operations:
+        moe, hidden = spec.moe, spec.hidden
+        sparse = sum(layer.moe for layer in spec.layers)
+        dense = len(spec.layers) - sparse
+        each_head = 4 * hidden * spec.head_dim * len(spec.layers)  # two matrices, two operations a weight
+        return cls(
+            queries=each_head * spec.heads,
+            keys=each_head * spec.kv_heads,
+            ffn=6 * hidden * spec.ffn * dense,
+            shared_ffn=6 * hidden * moe.shared_ffn * sparse if moe else 0,
+            routers=2 * hidden * moe.experts * sparse if moe else 0,
+            experts=6 * hidden * moe.ffn * moe.active * sparse if moe else 0,
+            head=2 * hidden * spec.vocab,
+            scores=4 * spec.heads * spec.head_dim,
+            kv_bytes=kv_page_bytes(spec, kv_type) / PAGE_TOKENS / len(spec.layers),
+        )
+
+
+class Held(NamedTuple):
+    """What a rank has in memory for its portion, and what it streams."""
+
+    needed_bytes: int
+    streamed_bytes: int  # in every step
+    missing_experts: float  # share of its experts that are not in memory
+    chunk_tokens: int  # of the longest step that its memory allows
+
+    @property
+    def streams(self) -> bool:
+        return self.streamed_bytes > 0 or self.missing_experts > 0
+
+
+class Memory:
+    """Whether portions of one model fit into the memory of machines."""
+
+    def __init__(self, wanted: Wanted, sizes: Sizes) -> None:
+        self._wanted = wanted
+        self._without = wanted._replace(
+            spec=replace(wanted.spec, vocab=0)
+        )  # of ranks without embedding and head
+        self._sizes = sizes
+        self._kv_bytes = least_kv_pages(wanted) * kv_page_bytes(wanted.spec, wanted.kv_type)
+        self._kv_tokens = least_kv_pages(wanted) * PAGE_TOKENS
+
+    def whole_bytes(self) -> int:
+        """The least that one machine needs for all of it."""
+        return self._resident(Portion.even(self._wanted.spec, 1.0), self._wanted)
+
+    def may_hold(self, machines: Sequence[Machine]) -> bool:
+        """False if these machines, the head first, cannot hold the model however it is cut."""
+        sizes, head = self._sizes, machines[0]
+        if any(machine.disk_bytes_per_s for machine in machines):
+            return bool(head.disk_bytes_per_s) or head.memory_bytes > sizes.embed + sizes.head
+        memory = sum(machine.memory_bytes for machine in machines)
+        return head.memory_bytes > sizes.embed + sizes.head and memory > sizes.cut + sizes.embed + sizes.head
+
+    def share_bytes(self) -> float:
+        """What all that is cut takes, with its KV: a rank's share of it takes this in proportion."""
+        return self._sizes.cut + arena_slack(self._sizes.cut) + self._kv_bytes
+
+    def fixed_bytes(self, machine: Machine, first: bool) -> float:
+        """What a rank needs besides its share, at most."""
+        scratch = scratch_bytes(self._rough(machine, first))
+        vocabulary = self._sizes.embed + self._sizes.head if first else 0
+        return scratch + vocabulary + self._sizes.routers
+
+    def held(self, portion: Portion, machine: Machine, *, exact: bool = False) -> Held | int:
+        """How the machine would hold the portion: all in memory, or else streamed; or the least memory it would need.
+        Unless `exact`, or memory is short, scratch is counted as for the whole model."""
+        wanted = self._rough(machine, portion.first)
+        needed = self._resident(portion, wanted)
+        if exact or needed > machine.memory_bytes:
+            wanted = wanted._replace(spec=portion.spec())
+            needed = self._resident(portion, wanted)
+        if needed <= machine.memory_bytes:
+            row_bytes = self._row_bytes(wanted, wanted.chunk_tokens)
+            longer = int((machine.memory_bytes - needed) // row_bytes)
+            return Held(needed, 0, 0.0, min(wanted.chunk_tokens + longer, self._longest))
+        return self._streamed(portion, wanted, machine, needed)
+
+    def _rough(self, machine: Machine, first: bool) -> Wanted:
+        return (self._wanted if first else self._without)._replace(threads=machine.threads)
+
+    @property
+    def _longest(self) -> int:
+        return max(self._wanted.chunk_tokens, self._kv_tokens)
+
+    def _resident(self, portion: Portion, wanted: Wanted) -> int:
+        sizes = self._sizes
+        weights = sizes.held_of(portion) + sizes.head_of(portion)
+        weights += sizes.embed if portion.first else 0
+        kv = self._kv_bytes * portion.kv_heads
+        return int(weights + arena_slack(int(weights)) + kv + scratch_bytes(wanted)) + 1
+
+    def _streamed(self, portion: Portion, wanted: Wanted, machine: Machine, resident: int) -> Held | int:
+        sizes, memory = self._sizes, machine.memory_bytes
+        kv = self._kv_bytes * portion.kv_heads
+        if wanted.kv_tokens is None:
+            kv = max(kv, min(memory / KV_SHARE, kv * wanted.sequences))
+        least_part, _, most_part = PART_TOKENS
+        shortest, longest = wanted.chunk_tokens, self._longest
+        least_scratch = scratch_bytes(wanted, least_part)
+        most_scratch = scratch_bytes(wanted._replace(chunk_tokens=longest), most_part)
+        scratch = between(least_scratch, memory // SCRATCH_SHARE, most_scratch)
+        row_bytes = self._row_bytes(wanted, least_part)
+        chunk = min(longest, shortest + int((scratch - least_scratch) // row_bytes))
+        blocks = (
+            sizes.largest_attn * max(portion.heads, portion.kv_heads),
+            sizes.largest_ffn * max(portion.ffn, portion.shared_ffn),
+            sizes.largest_slice * portion.first,
+        )
+        first = int(max(blocks))
+        window = between(first, memory // WINDOW_SHARE, 2 * first)
+        dense = int(sizes.attn_of(portion) + sizes.ffn_of(portion) + sizes.head_of(portion))
+        count, slots, expert = 0, 0, 1
+        if self._wanted.spec.moe and sizes.experts:
+            count = round(sizes.experts / sizes.largest_expert)
+            expert = int(sizes.largest_expert * (1 if portion.whole_experts else portion.experts))
+            count = round(count * portion.experts) if portion.whole_experts else count
+            slots = min(self._wanted.spec.moe.active, count)
+        # Blocks are pinned whole, so up to the largest of them is left free.
+        room = memory - READING_BYTES - sizes.routers // 8 - kv - scratch
+        room_dense = room - slots * expert
+        if room_dense < window or not machine.disk_bytes_per_s:
+            least = memory - room_dense + window if machine.disk_bytes_per_s else resident
+            return min(resident, int(least) + 1)
+        streamed = max(0, min(dense, dense - (room_dense - window) + first))
+        if room_dense >= dense + first:  # only rows of the embedding, and experts, come from disk
+            streamed = 0
+            slots = min(count, int((room - dense) // expert))
+        missing = 1 - slots / count if count else 0.0
+        return Held(memory, int(streamed), missing, chunk)
+
+    def _row_bytes(self, wanted: Wanted, part: int) -> float:
+        """Memory that one more row in a step takes."""
+        longer = wanted._replace(chunk_tokens=2 * wanted.chunk_tokens)
+        return max(1.0, (scratch_bytes(longer, part) - scratch_bytes(wanted, part)) / wanted.chunk_tokens)

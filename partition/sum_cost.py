@@ -1,0 +1,127 @@
+"""What it costs ranks to add their partials, by how they do it and what goes over the wire.
+
+    star       everybody sends to rank 0, which adds and sends the sum back: one round trip, and all bytes pass the
+               port of rank 0
+    exchange   everybody sends to everybody and adds: one way, and all bytes pass every port
+    sliced     each rank adds some of the rows: two ways, but only two parts of the bytes pass each port. For prompts
+
+Every cost is a latency and a time per byte; a link or a port that is shared is as fast as what it has to carry all
+together. Pure arithmetic over measured figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Literal, NamedTuple
+
+from .hardware_guesses import ADD_S, DECODE_S, ENCODE_S, MESSAGE_S
+from .machines import Links, LinkSpeed, Machine, link_between
+
+Topology = Literal["star", "exchange", "sliced"]
+Wire = Literal["f32", "bf16", "int8"]
+
+WIRE_BYTES: dict[Wire, float] = {
+    "f32": 4,
+    "bf16": 2,
+    "int8": 1 + 4 / 32,
+}  # of a number, with its part of a scale
+
+
+class Means(NamedTuple):
+    """How sums are made, and their numbers sent."""
+
+    topology: Topology
+    wire: Wire
+
+
+class Network:
+    """The links among the machines of one group. `places`: which machines are ranks 0, 1, …
+
+    Not every pair need have been measured: a star needs only the links of rank 0, exchange and sliced need all.
+    """
+
+    def __init__(self, machines: Sequence[Machine], links: Links, places: Sequence[int]) -> None:
+        self.ranks = len(places)
+        between = {
+            (one, other): link_between(links, places[one], places[other])
+            for one, other in permutations(range(self.ranks), 2)
+        }
+        self.reached = all(between[0, rank] for rank in range(1, self.ranks))
+        self._whole = all(between.values())
+        self._links = {pair: link for pair, link in between.items() if link}
+        self._ports = [
+            machines[place].port_bytes_per_s
+            or max((link.bytes_per_s for pair, link in self._links.items() if pair[0] == rank), default=1.0)
+            for rank, place in enumerate(places)
+        ]
+        self._from_hub = self._way([(0, rank) for rank in range(1, self.ranks)])
+        self._to_all = self._way([pair for pair in between if self._whole])
+
+    def can(self, topology: Topology) -> bool:
+        """Whether the links that it needs are known."""
+        return self.reached if topology == "star" else self._whole
+
+    def network_s(self, topology: Topology, nbytes: float, rows: int = 1) -> float:
+        """Seconds that partials of `nbytes` each, in so many rows, are on their way until all have the sum."""
+        others = self.ranks - 1
+        if topology == "star":
+            way = self._from_hub
+            return 2 * (way.latency_s + way.seconds(nbytes, others))
+        way = self._to_all
+        if topology == "exchange":
+            return way.latency_s + way.seconds(nbytes, others)
+        slice_bytes = nbytes * -(-rows // self.ranks) / rows
+        return 2 * (way.latency_s + way.seconds(slice_bytes, others))
+
+    def sum_s(self, means: Means, rows: int, numbers: int) -> float:
+        """Seconds of one sum of partials (rows, numbers), with the work that it makes."""
+        others, count = self.ranks - 1, rows * numbers
+        encode_s, decode_s = ENCODE_S[means.wire], DECODE_S[means.wire]
+        if means.topology == "star":  # a spoke encodes; the hub decodes, adds, encodes; all decode
+            work = 2 * encode_s + others * (decode_s + ADD_S) + decode_s
+            messages = 2 * others
+        elif means.topology == "exchange":
+            work = encode_s + others * (decode_s + ADD_S) + decode_s
+            messages = 2 * others
+        else:
+            share = -(-rows // self.ranks) / rows
+            work = (1 + share) * encode_s + others * share * (decode_s + ADD_S) + decode_s
+            messages = 4 * others
+        network_s = self.network_s(means.topology, WIRE_BYTES[means.wire] * count, rows)
+        return network_s + messages * MESSAGE_S + count * work
+
+    def broadcast_s(self, rows: int, numbers: int) -> float:
+        """Seconds until all have rows that rank 0 had, in f32."""
+        others = self.ranks - 1
+        way = self._from_hub
+        return way.latency_s + way.seconds(4 * rows * numbers, others) + 2 * others * MESSAGE_S
+
+    def hop_s(self, sender: int, receiver: int, nbytes: float) -> float | None:
+        """Seconds of a message from one rank to another; None if they cannot reach each other."""
+        link = self._links.get((sender, receiver))
+        return link and link.latency_s + nbytes / link.bytes_per_s + 2 * MESSAGE_S
+
+    def round_trip(self, rank: int) -> LinkSpeed | None:
+        """The link of a rank to rank 0."""
+        return self._links.get((0, rank))
+
+    def _way(self, pairs: Sequence[tuple[int, int]]) -> _Way:
+        """Messages of one size along all these links at once."""
+        links = [self._links[pair] for pair in pairs if pair in self._links]
+        ports = [self._ports[pair[0]] for pair in pairs]
+        return _Way(
+            max((link.latency_s for link in links), default=0.0),
+            max((1 / link.bytes_per_s for link in links), default=0.0),
+            max((1 / port for port in ports), default=0.0),
+        )
+
+
+class _Way(NamedTuple):
+    latency_s: float
+    link_byte_s: float  # of the slowest link
+    port_byte_s: float  # of the slowest port
+
+    def seconds(self, nbytes: float, messages: int) -> float:
+        """Of one message over each link, `messages` of them through one port."""
+        return nbytes * max(self.link_byte_s, messages * self.port_byte_s)

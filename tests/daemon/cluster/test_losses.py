@@ -1,0 +1,167 @@
+"""Machines that are lost in every way: requests go on with who is left, and what was emitted stays."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import tiny
+from fakes.asking import CONFIG, prompt, text_of
+from fakes.group.clusters import Cluster, wait_for
+
+from shoal.comm.messages import Load, Token
+from shoal.daemon.cluster import member
+from shoal.daemon.cluster.served_shard import ServedShard
+from shoal.daemon.node import Node
+
+SHORT_S = 0.8
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_gguf(tiny.hf_model("llama"), tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def alone(path: Path) -> list[list[int]]:
+    """What one machine answers to some prompts."""
+    with Node(CONFIG) as node:
+        node.load(Load(model=str(path)))
+        return [text_of(node, prompt(i))[1] for i in range(6)]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setattr(member, "SILENT_S", SHORT_S)
+    monkeypatch.setattr(member, "FROZEN_S", SHORT_S)
+    with Cluster(tmp_path, CONFIG, workers=2) as cluster:
+        cluster.node.load(Load(model=str(path)))
+        assert ranks(cluster) == 3
+        yield cluster
+
+
+def ranks(cluster: Cluster) -> int:
+    (model,) = cluster.node._models
+    return model.plan.ranks
+
+
+def shard(cluster: Cluster, number: int) -> ServedShard:
+    worker = cluster.workers[number]._worker
+    assert worker is not None
+    (found,) = worker.shards
+    return found
+
+
+def stop_beating(cluster: Cluster, number: int) -> None:
+    """Its sockets stay open, but it says nothing any more: as if the machine were frozen."""
+    worker = cluster.workers[number]._worker
+    assert worker is not None
+    worker._tell = lambda message: None  # type: ignore[method-assign]
+
+
+def freeze(cluster: Cluster, number: int) -> None:
+    """Its compute thread never ends a block again, while beats go on."""
+    follower = shard(cluster, number)._follower
+    assert follower is not None
+    follower._rank.executor.head = follower._rank.executor.forward = _never  # type: ignore[assignment]
+
+
+def _never(*_: Any) -> Any:
+    threading.Event().wait(20)
+
+
+def fail(cluster: Cluster, number: int) -> None:
+    """Its next step fails, as when its disk does."""
+
+    def broken(*_: Any) -> Any:
+        raise OSError("the disk is on fire")
+
+    follower = shard(cluster, number)._follower
+    assert follower is not None
+    follower._rank.executor.forward = broken  # type: ignore[assignment]
+
+
+WAYS = {
+    "the process ends": Cluster.stop,
+    "it says nothing": stop_beating,
+    "its compute thread is frozen": freeze,
+    "its step fails": fail,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stream_goes_on_when_a_machine_is_lost(way: str, cluster: Cluster, alone: list[list[int]]) -> None:
+    stream = cluster.node.stream(prompt(0))
+    events = [next(stream) for _ in range(4)]
+    WAYS[way](cluster, 1)
+    events += list(stream)
+    assert [token for event in events if isinstance(event, Token) for token in event.ids] == alone[0]
+    wait_for(lambda: ranks(cluster) in (2, 3))  # 3 again if it has come back by itself
+    assert text_of(cluster.node, prompt(1))[1] == alone[1]
+
+
+def test_many_streams_go_on_while_machines_come_and_go(cluster: Cluster, alone: list[list[int]]) -> None:
+    ended = threading.Event()
+
+    def churn() -> None:
+        number = 1
+        while not ended.is_set():
+            cluster.stop(number)
+            time.sleep(0.3)
+            cluster.start(number)
+            number = 3 - number
+            time.sleep(0.7)
+
+    churning = threading.Thread(target=churn)
+    churning.start()
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            for _ in range(3):
+                found = threads.map(lambda i: text_of(cluster.node, prompt(i))[1], range(6))
+                assert list(found) == alone
+    finally:
+        ended.set()
+        churning.join()
+
+
+def test_all_machines_lost_at_once(cluster: Cluster, alone: list[list[int]]) -> None:
+    stream = cluster.node.stream(prompt(0))
+    events = [next(stream) for _ in range(4)]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(cluster.stop, [1, 2]))
+    events += list(stream)
+    assert [token for event in events if isinstance(event, Token) for token in event.ids] == alone[0]
+    assert ranks(cluster) == 1
+
+
+def test_a_machine_lost_while_nothing_runs(cluster: Cluster, alone: list[list[int]]) -> None:
+    cluster.stop(1)
+    wait_for(lambda: ranks(cluster) == 2)
+    assert text_of(cluster.node, prompt(1))[1] == alone[1]
+
+
+def test_a_forgotten_machine_leaves_at_once_and_cannot_come_back(
+    cluster: Cluster, alone: list[list[int]]
+) -> None:
+    from shoal.comm.cluster_messages import Forget
+
+    gone = cluster.nodes()[1]
+    cluster.head.answer(Forget(node=gone.name))
+    wait_for(lambda: ranks(cluster) == 2)
+    assert text_of(cluster.node, prompt(1))[1] == alone[1]
+    time.sleep(1.0)
+    assert len(cluster.roster.members) == 1
+
+
+def test_a_cancelled_request_gives_its_step_up_everywhere(cluster: Cluster, alone: list[list[int]]) -> None:
+    for number in range(6):
+        stream = cluster.node.stream(prompt(number))
+        next(stream)
+        stream.close()
+    assert text_of(cluster.node, prompt(2))[1] == alone[2]
+    assert ranks(cluster) == 3

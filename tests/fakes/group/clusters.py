@@ -1,0 +1,92 @@
+"""Helper: a head and workers in one process, over TLS on loopback, each with a home and a budget of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal.comm.cluster_messages import Invitation, Invite, NodesReply, NodeStatus
+from shoal.comm.cluster_messages import Nodes as AskNodes
+from shoal.comm.home import Home
+from shoal.daemon.cluster.forming import Forming
+from shoal.daemon.cluster.membership import Membership
+from shoal.daemon.cluster.pairing_up import pair_with_head
+from shoal.daemon.cluster.roster import Roster
+from shoal.daemon.cluster.shard_stores import open_shards, send_weights
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.library.packs import Packs
+from shoal.daemon.node import Node
+from shoal.offload.budget import Budget
+
+PATIENCE_S = 20.0
+WORKER_BYTES = 1 << 30
+
+
+class Cluster:
+    """`workers` may be stopped and started again by number."""
+
+    def __init__(self, directory: Path, config: NodeConfig, workers: int) -> None:
+        self._directory = directory
+        self._config = config
+        self.roster = Roster()
+        head = Home(directory / "head")
+        self.node = Node(
+            config, packs=Packs(head), kv_root=head.kv, grouping=Forming(self.roster, send_weights)
+        )
+        self.head = Membership(head.cluster, config, self.node.budget, self.roster, open_shards(head.shards))
+        self.node.membership = self.head
+        self.workers: dict[int, Membership] = {}
+        for number in range(1, workers + 1):
+            self.join(number)
+        self.wait(workers)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.node.close()
+        self.head.close()
+        for worker in self.workers.values():
+            worker.close()
+
+    def home(self, number: int) -> Home:
+        return Home(self._directory / f"worker{number}")
+
+    def invite(self) -> Invitation:
+        invitation = self.head.answer(Invite(listen=["127.0.0.1:0"] if self.head.role == "alone" else []))
+        assert isinstance(invitation, Invitation)
+        return invitation
+
+    def join(self, number: int) -> None:
+        """A new machine is paired, and attaches."""
+        invitation = self.invite()
+        pair_with_head(self.home(number), invitation.code, invitation.addresses[0])
+        self.start(number)
+
+    def start(self, number: int) -> None:
+        home = self.home(number)
+        worker = Membership(
+            home.cluster, self._config, Budget(WORKER_BYTES), Roster(), open_shards(home.shards)
+        )
+        worker.start()
+        self.workers[number] = worker
+
+    def stop(self, number: int) -> None:
+        self.workers.pop(number).close()
+
+    def nodes(self) -> list[NodeStatus]:
+        found = self.head.answer(AskNodes())
+        assert isinstance(found, NodesReply)
+        return found.nodes
+
+    def wait(self, members: int) -> None:
+        """Until so many are attached."""
+        wait_for(lambda: len(self.roster.members) == members)
+
+
+def wait_for(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    ends_s = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < ends_s
+        time.sleep(0.01)

@@ -1,0 +1,86 @@
+"""What sums cost: figures worked out by hand, and what holds for all links."""
+
+from __future__ import annotations
+
+import pytest
+from fakes.group.group_cases import CABLE, WIFI, all_linked, machine
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.partition.machines import LinkSpeed
+from shoal.partition.sum_cost import WIRE_BYTES, Means, Network, Topology, Wire
+
+ROUNDS, HIDDEN = 64, 4096  # of a model of 8 billion weights
+
+
+def network(ranks: int, link: LinkSpeed = CABLE) -> Network:
+    return Network([machine(str(rank)) for rank in range(ranks)], all_linked(ranks, link), range(ranks))
+
+
+@pytest.mark.parametrize(
+    ("topology", "wire", "ms"), [("star", "f32", 63), ("exchange", "f32", 32), ("exchange", "int8", 13)]
+)
+def test_a_token_of_four_ranks(topology: Topology, wire: Wire, ms: float) -> None:
+    """1 Gb/s, 0.2 ms there and back. A star: 6 messages of 16 KiB pass the hub's port, 0.79 ms, and a round trip; an
+    exchange: 3 pass each port, and one way."""
+    nbytes = WIRE_BYTES[wire] * HIDDEN
+    assert 1000 * ROUNDS * network(4).network_s(topology, nbytes) == pytest.approx(ms, abs=0.6)
+
+
+def test_a_prompt_of_four_ranks() -> None:
+    """512 rows of 16 KiB: a star's hub passes on six times 8.4 MB for each sum, with slices each port one and a half
+    times as much."""
+    nbytes = 4 * HIDDEN * 512
+    star, sliced = (ROUNDS * network(4).network_s(how, nbytes, 512) for how in ("star", "sliced"))  # type: ignore[arg-type]
+    assert star == pytest.approx(26, abs=0.3)
+    assert sliced == pytest.approx(6.4, abs=0.1)
+
+
+def test_a_link_or_port_that_is_shared_is_the_limit() -> None:
+    slow = machine("hub")._replace(port_bytes_per_s=25e6)
+    links = all_linked(4, CABLE)
+    hub = Network([slow, *[machine("spoke")] * 3], links, range(4))
+    assert hub.network_s("star", 25e6) == pytest.approx(2 * (CABLE.latency_s + 3))
+    one_far = Network([machine("a")] * 4, links | {(0, 2): WIFI}, range(4))
+    assert one_far.network_s("star", 4e6) == pytest.approx(2 * (WIFI.latency_s + 1))
+    assert one_far.broadcast_s(1, 10**6) >= WIFI.latency_s + 1
+
+
+def test_what_a_topology_needs_to_know() -> None:
+    three = [machine(str(rank)) for rank in range(3)]
+    spokes = {(0, 1): CABLE, (0, 2): CABLE}
+    star = Network(three, spokes, range(3))
+    assert star.reached
+    assert star.can("star")
+    assert not star.can("exchange")
+    assert not star.can("sliced")
+    assert not Network(three, {(0, 1): CABLE}, range(3)).reached
+    assert Network(three, {(1, 0): CABLE}, (0, 1)).reached, "links may be given in either order"
+
+
+def test_rounding_for_the_wire_takes_time_too() -> None:
+    """So on a fast link numbers travel as they are."""
+    wires: tuple[Wire, ...] = ("f32", "bf16", "int8")
+    fast = network(2, LinkSpeed(20e-6, 5e9))
+    slow = network(2, LinkSpeed(20e-6, 5e6))
+    assert min(wires, key=lambda wire: fast.sum_s(Means("star", wire), 1, HIDDEN)) == "f32"
+    assert min(wires, key=lambda wire: slow.sum_s(Means("star", wire), 1, HIDDEN)) == "int8"
+
+
+@given(
+    ranks=st.integers(2, 6),
+    topology=st.sampled_from(["star", "exchange", "sliced"]),
+    wire=st.sampled_from(["f32", "bf16", "int8"]),
+    rows=st.integers(1, 600),
+    latency_s=st.floats(0, 0.1),
+    bytes_per_s=st.floats(1e4, 1e10),
+    faster=st.floats(1, 100),
+)
+def test_a_faster_link_and_fewer_rows_never_take_longer(
+    ranks: int, topology: Topology, wire: Wire, rows: int, latency_s: float, bytes_per_s: float, faster: float
+) -> None:
+    means = Means(topology, wire)
+    now = network(ranks, LinkSpeed(latency_s, bytes_per_s)).sum_s(means, rows, HIDDEN)
+    assert network(ranks, LinkSpeed(latency_s / faster, bytes_per_s)).sum_s(means, rows, HIDDEN) <= now
+    assert network(ranks, LinkSpeed(latency_s, bytes_per_s * faster)).sum_s(means, rows, HIDDEN) <= now
+    assert network(ranks, LinkSpeed(latency_s, bytes_per_s)).sum_s(means, rows + 1, HIDDEN) >= now
