@@ -26,9 +26,9 @@ from round_trip import Nodes
 from shoal.comm.group.dialing import dial
 from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.streams import Address
-from shoal.daemon.cluster.shard_cache import ShardCache
-from shoal.daemon.cluster.shard_fetch import fetch_shard
-from shoal.daemon.cluster.weight_server import WeightServer
+from shoal.daemon.cluster.weights.shard_cache import ShardCache
+from shoal.daemon.cluster.weights.shard_fetch import fetch_shard
+from shoal.daemon.cluster.weights.weight_server import WeightServer
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
