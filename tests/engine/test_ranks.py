@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fakes import tiny
-from fakes.ranks import Group
+from fakes.homes import NATIVE
+from fakes.ranks import Group, Turns
 from fakes.running import Running, relative_error
 
 from shoal.engine.order import Order, Segment
@@ -105,6 +108,36 @@ def test_experts_of_large_blocks_are_divided_between_them(tmp_path: Path) -> Non
 def test_a_step_in_parts_sums_part_by_part(part_tokens: int, tmp_path: Path) -> None:
     path = tiny.save_gguf(tiny.hf_model("qwen2_moe", seed=5), tmp_path / "m.gguf", type="F16")
     assert_together_as_alone(path, 2, part_tokens=part_tokens)
+
+
+def nearly_equal_experts(model: Any) -> None:
+    """Makes all experts score alike but for rounding."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            weight = layer.mlp.gate.weight
+            weight.copy_(weight[:1] * (1 + 6e-8 * torch.arange(len(weight))[:, None]))
+
+
+@pytest.mark.parametrize("family", tiny.EXPERT_SIZES)
+def test_ranks_with_other_kernels_choose_the_same_experts(family: str, tmp_path: Path) -> None:
+    """Though each decides by itself, and only rounding tells experts apart."""
+    model = tiny.hf_model(family, seed=5)
+    nearly_equal_experts(model)
+    path = tiny.save_hf(model, tmp_path / "m")
+    running = Running(path)
+    machines = [NATIVE[-1], NATIVE[0], *NATIVE[1:-1], "reference"]  # the plainest first
+    with open_checkpoint(path) as checkpoint:
+        for kernels in pairwise(machines):
+            homes: list[Any] = [Turns(name) for name in kernels]
+            group = Group(checkpoint, running.plan, 2, homes=homes)
+            for order in orders(running.spec.vocab, seed=2):
+                group.run(order)
+            mine, others = (home.chosen for home in homes)
+            assert mine == others
+            assert {expert for used, _ in mine for expert in used} != set(mine[0][0][:2]), (
+                "not all choose the same"
+            )
+            assert group.members[0].seen == group.members[1].seen
 
 
 def test_a_rank_whose_experts_nobody_asks_for_adds_nothing(tmp_path: Path) -> None:

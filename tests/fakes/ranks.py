@@ -13,8 +13,12 @@ import numpy as np
 from shoal.engine.executor import Executor
 from shoal.engine.order import Order, Result
 from shoal.engine.rank import Rank
-from shoal.kernels import ComputeHome
+from shoal.kernels import ComputeHome, home_of
 from shoal.kernels.arrays import Floats, Hidden
+from shoal.kernels.cpu_home import CpuHome
+from shoal.kernels.native_library import Native
+from shoal.kernels.reference import ReferenceHome
+from shoal.kernels.routing import Routing
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
 from shoal.models.transformer import Transformer
@@ -76,12 +80,50 @@ class Member:
         return first.copy()
 
 
+class Turns:
+    """A home that computes only while no other does: the native library serves one instruction set at a time."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, kernels: str) -> None:
+        self._home = _of_kernels(kernels)
+        self.chosen: list[
+            tuple[list[int], list[int]]
+        ] = []  # experts that tokens were sent to, and these tokens
+
+    def route(self, scores: Floats, count: int, normalize: bool) -> Routing:
+        routing = self._home.route(scores, count, normalize)
+        self.chosen.append((routing.used, routing.routes.tokens.tolist()))
+        return routing
+
+    def __getattr__(self, name: str) -> Any:
+        does = getattr(self._home, name)
+
+        def alone(*operands: Any, **more: Any) -> Any:
+            with self._lock:
+                return does(*operands, **more)
+
+        return alone
+
+
+def _of_kernels(name: str) -> CpuHome:
+    return ReferenceHome() if name == "reference" else Native(name)
+
+
 class Group:
-    """A checkpoint divided among ranks. `base` has everything else of their plans; `how` says how it is divided."""
+    """A checkpoint divided among ranks. `base` has everything else of their plans; `how` says how it is divided.
+    `homes`: where each rank computes, by default all in the home of this process."""
 
     def __init__(
-        self, checkpoint: Checkpoint, base: Plan, ranks: int, shares: Sequence[float] = (), **how: Any
+        self,
+        checkpoint: Checkpoint,
+        base: Plan,
+        ranks: int,
+        shares: Sequence[float] = (),
+        homes: Sequence[ComputeHome] = (),
+        **how: Any,
     ) -> None:
+        self._homes = homes
         self._together = Together(ranks)
         self.members = [Member(self._together, rank) for rank in range(ranks)]
         shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares, **how)
@@ -110,7 +152,8 @@ class Group:
         store = ResidentStore.load(plan, part)
         transformer = Transformer(spec)
         kv = KvPool(spec, base.kv)
-        executor = Executor(transformer, plan, store, kv, member, vocab=cut_rows(whole, shard))
+        devices = (lambda _: self._homes[shard.rank]) if self._homes else home_of
+        executor = Executor(transformer, plan, store, kv, member, devices, cut_rows(whole, shard))
         return Rank(executor, clock=lambda: 0.0)
 
     def run(self, order: Order) -> list[Result]:
