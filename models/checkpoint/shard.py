@@ -55,6 +55,11 @@ class CheckpointShard:
             if role not in self._without
         }
 
+    def block_bytes(self, block: BlockId) -> int:
+        """What `read_block(block).nbytes` will be, without reading."""
+        matrices = (kind.matrix_bytes(rows, cols) for kind, rows, cols in self.matrices(block).values())
+        return sum(matrices) + 4 * sum(self.vector_lengths(block).values())
+
     def read_block(self, block: BlockId) -> Weights:
         """Raises CheckpointError."""
         matrices = {

@@ -11,40 +11,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from fakes import tiny
 from fakes.homes import NATIVE
-from fakes.ranks import Group, Turns
+from fakes.ranks import Group, Turns, orders
 from fakes.running import Running, relative_error
 
-from shoal.engine.order import Order, Segment
+from shoal.engine.order import Order
 from shoal.engine.rank import Rank
 from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
-from shoal.offload.kv.prefix_cache import Copy
 from shoal.offload.pack.layout import grains_of
 from shoal.partition.slicing import divide
 
 TOLERANCE = 1e-3
-LENGTH = 75  # more than a page
-
-
-def orders(vocab: int, seed: int) -> list[Order]:
-    """Two texts: prompts in chunks, a text that goes on from a copied page, then decodes, some with wrong guesses."""
-    source = np.random.default_rng(seed)
-    first, second = (source.integers(vocab, size=LENGTH + 8).tolist() for _ in range(2))
-    second[:40] = first[:40]
-    return [
-        Order([Segment(first[:50], 0, [0, 1], 0)]),
-        Order([Segment(first[50:LENGTH], 50, [0, 1], 1)]),
-        Order([Segment(second[40:LENGTH], 40, [2, 3], 3)], moves=[Copy(0, 2)]),
-        *(
-            Order([Segment(first[at : at + 1], at, [0, 1], 1), Segment(second[at : at + 3], at, [2, 3], 3)])
-            for at in range(LENGTH, LENGTH + 5)
-        ),
-    ]
 
 
 def alone(running: Running, work: Sequence[Order]) -> list[Floats]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from shoal.engine.executor import Executor
-from shoal.engine.order import Order, Result
+from shoal.engine.order import Order, Result, Segment
 from shoal.engine.rank import Rank
 from shoal.kernels import ComputeHome, home_of
 from shoal.kernels.arrays import Floats, Hidden
@@ -22,14 +22,16 @@ from shoal.kernels.routing import Routing
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
 from shoal.models.transformer import Transformer
-from shoal.offload.block_store import ResidentStore
+from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.kv.pool import KvPool
+from shoal.offload.kv.prefix_cache import Copy
 from shoal.offload.pack.layout import grains_of
 from shoal.partition.plan import BlockPlan, Plan
 from shoal.partition.slicing import Shard, cut_rows, divide
 from shoal.partition.spec import ModelSpec
 
 PATIENCE_S = 60.0
+LENGTH = 75  # more than a page
 T = TypeVar("T")
 
 
@@ -110,9 +112,19 @@ def _of_kernels(name: str) -> CpuHome:
     return ReferenceHome() if name == "reference" else Native(name)
 
 
+Opened = Callable[[CheckpointShard, Plan], tuple[Plan, BlockStore]]
+
+
+def resident(part: CheckpointShard, base: Plan) -> tuple[Plan, BlockStore]:
+    """The plan of a rank that has everything in memory, and its store. `base` has the rest of the plan."""
+    plan = replace(base, blocks=tuple(BlockPlan(block, 0) for block in part.spec.blocks()))
+    return plan, ResidentStore.load(plan, part)
+
+
 class Group:
     """A checkpoint divided among ranks. `base` has everything else of their plans; `how` says how it is divided.
-    `homes`: where each rank computes, by default all in the home of this process."""
+    `homes`: where each rank computes, by default all in the home of this process. `opened`: where its weights come
+    from."""
 
     def __init__(
         self,
@@ -121,9 +133,12 @@ class Group:
         ranks: int,
         shares: Sequence[float] = (),
         homes: Sequence[ComputeHome] = (),
+        opened: Opened = resident,
         **how: Any,
     ) -> None:
+        self._opened = opened
         self._homes = homes
+        self._stores: list[BlockStore] = []
         self._together = Together(ranks)
         self.members = [Member(self._together, rank) for rank in range(ranks)]
         shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares, **how)
@@ -136,22 +151,10 @@ class Group:
     def _rank(
         self, part: CheckpointShard, shard: Shard, base: Plan, member: Member, whole: ModelSpec
     ) -> Rank:
-        spec = part.spec
-        plan = Plan(
-            blocks=tuple(BlockPlan(block, 0) for block in spec.blocks()),
-            kv=base.kv,
-            context_tokens=base.context_tokens,
-            chunk_tokens=base.chunk_tokens,
-            sequences=base.sequences,
-            guesses=base.guesses,
-            threads=1,
-            scratch_bytes=0,
-            part_tokens=base.part_tokens,
-            ranks=shard.ranks,
-        )
-        store = ResidentStore.load(plan, part)
-        transformer = Transformer(spec)
-        kv = KvPool(spec, base.kv)
+        plan, store = self._opened(part, replace(base, threads=1, ranks=shard.ranks))
+        self._stores.append(store)
+        transformer = Transformer(part.spec)
+        kv = KvPool(part.spec, plan.kv)
         devices = (lambda _: self._homes[shard.rank]) if self._homes else home_of
         executor = Executor(transformer, plan, store, kv, member, devices, cut_rows(whole, shard))
         return Rank(executor, clock=lambda: 0.0)
@@ -160,6 +163,10 @@ class Group:
         """The result of an order on every rank. A rank without an embedding does not get to see the token ids."""
         hidden = replace(order, segments=[it._replace(tokens=[-1] * len(it.tokens)) for it in order.segments])
         return self._each(lambda rank: rank.run(order if rank.executor.model.spec.vocab else hidden))
+
+    def close(self) -> None:
+        for store in self._stores:
+            store.close()
 
     def _each(self, do: Callable[[Rank], T]) -> list[T]:
         def one(rank: Rank) -> T:
@@ -170,3 +177,19 @@ class Group:
                 raise
 
         return list(self._threads.map(one, self.ranks))
+
+
+def orders(vocab: int, seed: int) -> list[Order]:
+    """Two texts: prompts in chunks, a text that goes on from a copied page, then decodes, some with wrong guesses."""
+    source = np.random.default_rng(seed)
+    first, second = (source.integers(vocab, size=LENGTH + 8).tolist() for _ in range(2))
+    second[:40] = first[:40]
+    return [
+        Order([Segment(first[:50], 0, [0, 1], 0)]),
+        Order([Segment(first[50:LENGTH], 50, [0, 1], 1)]),
+        Order([Segment(second[40:LENGTH], 40, [2, 3], 3)], moves=[Copy(0, 2)]),
+        *(
+            Order([Segment(first[at : at + 1], at, [0, 1], 1), Segment(second[at : at + 3], at, [2, 3], 3)])
+            for at in range(LENGTH, LENGTH + 5)
+        ),
+    ]
