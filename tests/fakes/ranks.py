@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from shoal.engine.executor import Executor
-from shoal.engine.order import Order, Result, Segment
+from shoal.engine.order import Order, Reading, Result, Segment
 from shoal.engine.rank import Rank
 from shoal.kernels import ComputeHome, home_of
 from shoal.kernels.arrays import Floats, Hidden
@@ -23,8 +23,9 @@ from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
 from shoal.models.transformer import Transformer
 from shoal.offload.block_store import BlockStore, ResidentStore
+from shoal.offload.kv.disk_index import Entry, Slot
 from shoal.offload.kv.pool import KvPool
-from shoal.offload.kv.prefix_cache import Copy
+from shoal.offload.kv.prefix_cache import Copy, Save
 from shoal.offload.pack.layout import grains_of
 from shoal.partition.plan import BlockPlan, Plan
 from shoal.partition.slicing import Shard, cut_rows, divide
@@ -160,9 +161,18 @@ class Group:
         return Rank(executor, clock=lambda: 0.0)
 
     def run(self, order: Order) -> list[Result]:
-        """The result of an order on every rank. A rank without an embedding does not get to see the token ids."""
-        hidden = replace(order, segments=[it._replace(tokens=[-1] * len(it.tokens)) for it in order.segments])
-        return self._each(lambda rank: rank.run(order if rank.executor.model.spec.vocab else hidden))
+        """The result of an order on every rank. A rank without an embedding does not get to see the token ids, and
+        ranks other than 0 not where texts are found on disk."""
+        order = self.ranks[0].placed(order)
+        told = replace(order, readings=[Reading(_slots(it.entries), it.pages) for it in order.readings])
+        blind = replace(told, segments=[it._replace(tokens=[-1] * len(it.tokens)) for it in order.segments])
+
+        def run(rank: Rank) -> Result:
+            if rank is self.ranks[0]:
+                return rank.run(order)
+            return rank.run(told if rank.executor.model.spec.vocab else blind)
+
+        return self._each(run)
 
     def close(self) -> None:
         for store in self._stores:
@@ -177,6 +187,26 @@ class Group:
                 raise
 
         return list(self._threads.map(one, self.ranks))
+
+
+def _slots(entries: Sequence[Entry | Slot]) -> list[Slot]:
+    return [Slot(entry.slot, entry.digest) for entry in entries]
+
+
+class Leader:
+    """A group as an engine has it: rank 0, whose orders the others carry out, too."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def run(self, order: Order, wanted: object = None) -> Result:
+        return self.group.run(order)[0]
+
+    def close(self, known: Sequence[Save]) -> None:
+        for order in self.group.ranks[0].keeping(known, wait_s=PATIENCE_S):
+            self.group.run(order)
+        for rank in self.group.ranks:
+            rank.close([])
 
 
 def orders(vocab: int, seed: int) -> list[Order]:
