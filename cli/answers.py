@@ -23,7 +23,7 @@ from shoal.comm.messages import (
     StreamEvent,
     Tokenize,
 )
-from shoal.daemon.config import NodeConfig
+from shoal.daemon.config import NodeConfig, beyond_the_model, beyond_what_is_loaded
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library, is_path
 from shoal.daemon.library.registry import canonical
@@ -32,7 +32,7 @@ from shoal.daemon.model_name import Reference
 
 from .background import running_pid
 from .interrupt import deferred_interrupt
-from .output import note, spinner, stage_text, transfer_bar
+from .terminal.output import note, spinner, stage_text, transfer_bar
 
 if TYPE_CHECKING:
     from shoal.client import Client
@@ -81,14 +81,10 @@ def check_context(model: str, status: ModelStatus, context: int | None) -> None:
     """Raises DaemonError `context_overflow`, which names the way out, if a loaded model holds less than `context`."""
     loaded, limit = status.context_tokens, status.context_limit_tokens
     if context is not None and 0 < limit < context:
-        made = f"a context of {context} tokens was asked for, {status.name} was made for {limit}"
-        raise DaemonError("context_overflow", made, f"ask for at most {limit}")
+        raise beyond_the_model(context, limit)
     if context is not None and context > loaded:
-        raise DaemonError(
-            "context_overflow",
-            f"{status.name} is loaded with {loaded} tokens of context, for all who use the daemon; {context} are more",
-            f"shoal load {shlex.quote(model)} --ctx {context} loads it anew, for all of them",
-        )
+        hint = f"shoal load {shlex.quote(model)} --ctx {context} loads it anew, for all of them"
+        raise beyond_what_is_loaded(context, status.name, loaded, hint)
 
 
 def _note_warnings(status: ModelStatus) -> None:
@@ -132,7 +128,9 @@ class ThroughDaemon:
         self, model: str, draft: str | None, context: int | None = None, ranks: int | None = None
     ) -> ModelStatus:
         with self._loading(model) as heard:
-            status = self._client.load(model, None, draft, heard, least_context=context, ranks=ranks).model
+            status = self._client.load(
+                model, None, draft, heard, least_context=context, ranks=ranks, keep=ranks is None
+            ).model
         _note_warnings(status)
         check_context(model, status, context)
         return status

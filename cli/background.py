@@ -7,7 +7,6 @@ Knows the pid behind the socket's lock, the log file, and how to wait with a lim
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from shoal.daemon.private_files import private_dir
 from shoal.daemon.server.socket_lock import holder_pid
 
 from .exit_codes import Exit
+from .other_process import OtherProcess, find_process
 
 START_LIMIT_S = 300.0  # a large model from a slow disk
 DAEMON_POLL_S = 0.1
@@ -129,14 +129,14 @@ def stop(home: Home, pid: int, *, now: bool, limit_s: float, sleep: Sleep = time
     not go. Raises DaemonError.
     """
     try:
-        process = os.pidfd_open(pid)  # a pid may be another process's a moment later, this may not
+        process = find_process(pid)
     except ProcessLookupError:
         return True
     try:
         _signal(process, pid, signal.SIGTERM)
         closed_s = 0.0  # how long it has had nothing to do any more
         for turn in range(int(limit_s / DAEMON_POLL_S)):
-            if _gone(process):
+            if process.gone():
                 return True
             sleep(DAEMON_POLL_S)
             if running_pid(home) != pid:
@@ -150,25 +150,20 @@ def stop(home: Home, pid: int, *, now: bool, limit_s: float, sleep: Sleep = time
                 hint = "shoal stop --now drops its requests"
                 raise DaemonError("busy", f"the daemon (pid {pid}) still runs after {limit_s:.0f} s", hint)
         _signal(process, pid, signal.SIGKILL)
-        if not _gone(process, KILLED_LIMIT_S):
+        if not process.gone(KILLED_LIMIT_S):
             raise DaemonError("internal", f"the daemon (pid {pid}) is dead and waits for a device")
         return False
     finally:
-        os.close(process)
+        process.close()
 
 
-def _signal(process: int, pid: int, number: signal.Signals) -> None:
+def _signal(process: OtherProcess, pid: int, number: signal.Signals) -> None:
     try:
-        signal.pidfd_send_signal(process, number)
+        process.signal(number)
     except ProcessLookupError:
         return
     except PermissionError as error:
         raise DaemonError("bad_request", f"the daemon (pid {pid}) belongs to another user") from error
-
-
-def _gone(process: int, limit_s: float = 0.0) -> bool:
-    """Whether a process has ended, at the latest after so long."""
-    return bool(select.select([process], [], [], limit_s)[0])
 
 
 def _check_disk(directory: Path) -> None:

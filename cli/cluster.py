@@ -15,12 +15,12 @@ from shoal.client import Client
 from shoal.comm.cluster_messages import NodesReply, NodeStatus
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
-from shoal.daemon.sizes import format_bytes, format_duration
+from shoal.partition.amounts import format_bytes, format_duration
 
 from . import background
 from .interrupt import deferred_interrupt
 from .options import Whole, examples, json_option, size_or_auto
-from .output import console, note, print_json, spinner, table
+from .terminal.output import console, note, print_json, spinner, table
 
 
 @click.group(

@@ -25,14 +25,14 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library import registry
 from shoal.daemon.library.library import Library
 from shoal.daemon.progress import Progress
-from shoal.daemon.sizes import format_bytes
+from shoal.partition.amounts import format_bytes
 
 from . import background
 from .exit_codes import Exit
 from .interrupt import deferred_interrupt
 from .options import examples, json_option
-from .output import console, facts, print_json, spinner, transfer_bar
-from .paint import printable
+from .terminal.output import console, facts, print_json, spinner, transfer_bar
+from .terminal.paint import printable
 from .wording import worded
 
 Verdict = Literal["ok", "note", "broken"]

@@ -13,6 +13,7 @@ import click
 from shoal.comm.errors import CommError, NoDaemon, RequestFailed, TimedOut
 from shoal.daemon.errors import DaemonError
 
+from .terminal.standard_output import OutputFailed
 from .wording import nearest, worded
 
 
@@ -34,6 +35,9 @@ _BY_CODE = {
     "busy": Exit.REFUSED,
     "cancelled": Exit.INTERRUPTED,
 }
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def explain(error: BaseException) -> tuple[str, Exit]:
@@ -58,9 +62,13 @@ def explain(error: BaseException) -> tuple[str, Exit]:
         return "interrupted", Exit.INTERRUPTED
     if isinstance(error, MemoryError):
         return _line("out of memory", "give --memory or a smaller --ctx"), Exit.REFUSED
+    if isinstance(error, OutputFailed):
+        return f"standard output could not be written: {error.strerror}", (
+            Exit.REFUSED if error.errno in _FULL else Exit.FAILED
+        )
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             return _line(
                 f"{where}{error.strerror}", "free some space, or set SHOAL_HOME to another disk"
             ), Exit.REFUSED

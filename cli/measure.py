@@ -14,7 +14,7 @@ import click
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
-from shoal.daemon.sizes import counted, format_bytes
+from shoal.partition.amounts import counted, format_bytes
 
 from .answers import machines
 from .interrupt import deferred_interrupt
@@ -28,7 +28,7 @@ from .options import (
     plan_options,
     quant_option,
 )
-from .output import console, facts, note, print_json, spinner, steps_bar, table
+from .terminal.output import console, facts, note, print_json, spinner, steps_bar, table
 
 if TYPE_CHECKING:
     from shoal.daemon.config import NodeConfig

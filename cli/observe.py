@@ -13,13 +13,14 @@ from pathlib import Path
 import click
 from msgspec.structs import asdict
 
+from shoal.comm.cluster_messages import NodesReply
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.sizes import counted, format_bytes, format_duration
+from shoal.partition.amounts import counted, format_bytes, format_duration
 
 from . import background
 from .options import Whole, examples, json_option
-from .output import console, note, print_json, stage_text, table
+from .terminal.output import console, note, print_json, stage_text, table
 
 FOLLOW_S = 0.25
 TAIL_BYTES = 1 << 20
@@ -39,7 +40,7 @@ def ps(as_json: bool) -> None:
     if background.running_pid(home) is None:
         raise background.nobody()
     with Client(home.address) as client:
-        status = client.status()
+        status, cluster = client.status(), client.nodes()
     if as_json:
         models = [asdict(model) for model in status.models]
         print_json({**asdict(status), "models": models})  # a message alone leaves out what has its default
@@ -51,10 +52,12 @@ def ps(as_json: bool) -> None:
         f"{counted(status.requests_total, 'request')} · {counted(status.tokens_total, 'token')}"
         + (" · stopping" if status.draining else ""),
     )
-    if status.loading and status.stage is not None:
-        screen.print(f"{status.loading}: {stage_text(status.stage)}")
+    if status.loading:
+        screen.print(f"{status.loading}: {stage_text(status.stage) if status.stage else 'loading'}")
+    if cluster.role == "worker":
+        screen.print(_lent(cluster))
     if not status.models:
-        note("no model is loaded")
+        note("no other model is loaded yet" if status.loading else "no model is loaded")
         return
     numbers = ("size", "context", "running", "waiting", "KV in use")
     rows = table("model", "family", *numbers, right=numbers)
@@ -65,6 +68,12 @@ def ps(as_json: bool) -> None:
     screen.print(rows)
     for model in status.models:
         screen.print(f"{model.name}: {model.plan}")
+        if model.machines:
+            held = (format_bytes(nbytes) for nbytes in model.rank_bytes)
+            parts = zip(("this machine", *model.machines), held, strict=False)
+            screen.print("computed by " + ", ".join(f"{name} ({nbytes})" for name, nbytes in parts))
+        if model.machines_why:
+            screen.print(model.machines_why)
         if model.stage is not None:
             screen.print(f"now {stage_text(model.stage)}")
         if model.prompt_tokens_total:
@@ -79,6 +88,14 @@ def ps(as_json: bool) -> None:
                 f"KV on disk: {format_bytes(model.kv_disk_bytes)}, "
                 f"{counted(model.kv_disk_pages_written_total, 'page')} written, {model.kv_disk_pages_read_total} read",
             )
+
+
+def _lent(cluster: NodesReply) -> str:
+    """What a worker does for its head."""
+    own, head = cluster.nodes[0], next(node for node in cluster.nodes if node.role == "head")
+    if not own.attached:
+        return f"lent to {head.name}, which is away: {own.trouble}"
+    return f"lent to {head.name}" + (f", computes part of {', '.join(own.models)}" if own.models else "")
 
 
 @click.command(epilog=examples("shoal logs -n 20", "shoal logs -f"))

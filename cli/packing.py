@@ -16,12 +16,12 @@ from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import WHOLE, Quant, Reference, ShardName
-from shoal.daemon.sizes import format_bytes, format_duration
+from shoal.partition.amounts import format_bytes, format_duration
 
 from .interrupt import deferred_interrupt
 from .options import examples, json_option, quant_option, shard_name, size
-from .output import note, print_json, spinner, transfer_bar
-from .paint import printable
+from .terminal.output import note, print_json, spinner, transfer_bar
+from .terminal.paint import printable
 
 if TYPE_CHECKING:
     from shoal.daemon.library.packs import Estimate, Packs

@@ -29,7 +29,7 @@ from shoal.comm.messages import (
 )
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
-from shoal.daemon.sizes import counted
+from shoal.partition.amounts import counted
 
 from .answers import Answers, from_daemon, in_process, reference
 from .interrupt import unechoed
@@ -43,9 +43,9 @@ from .options import (
     plan_options,
     quant_option,
 )
-from .output import note, per_second, print_json, stage_text
-from .paint import Painter
 from .store import reference_or_fetch
+from .terminal.output import note, per_second, print_json, stage_text
+from .terminal.paint import Painter
 
 STDIN_NOTE_S = 1.0  # if stdin beside a PROMPT is silent for so long, the user is told about it
 STDIN_LIMIT_S = 10.0  # and after so long it is not waited for any more
@@ -92,7 +92,8 @@ def run(
 
     The answer goes to stdout as it is made, statistics to stderr. Text on stdin follows the PROMPT, or replaces it. A
     running daemon answers, unless --local, --memory, --threads, --device, --speculate or --kv-type is given: then this
-    process does. --ctx bounds this answer and changes nothing for others who use the daemon.
+    process does. --ctx bounds this answer and changes nothing for others who use the daemon. --draft is refused where
+    it would; shoal load --draft loads the model anew for all.
     """
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template that --raw leaves out")

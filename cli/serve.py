@@ -16,7 +16,7 @@ from . import background
 from .answers import from_daemon, reference
 from .interrupt import deferred_interrupt
 from .options import PlanOptions, Whole, draft_option, examples, plan_options, quant_option, size
-from .output import note, spinner, stage_text
+from .terminal.output import note, spinner, stage_text
 from .wording import WORDS
 
 DRAIN_LIMIT_S = 90.0  # a daemon gives its requests 30 s, and ends within 30 more

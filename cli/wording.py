@@ -31,6 +31,8 @@ WORDS = {
     # What may be done with the store
     "pull": "shoal pull",
     "remove": "shoal rm --yes",
+    # What may be done with a daemon
+    "load": "shoal load",
 }
 NONE_WORDS = {"memory_bytes": "auto"}
 ALIKE = 0.7  # of difflib's ratio

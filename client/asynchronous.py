@@ -100,9 +100,10 @@ class AsyncClient(ClientFace[AsyncAnswerStream]):
         *,
         least_context: int | None = None,
         ranks: int | None = None,
+        keep: bool = False,
     ) -> Loaded:
         return await self._call(
-            load_request(model, context, least_context, draft, heard, ranks), Loaded, heard
+            load_request(model, context, least_context, draft, heard, ranks, keep), Loaded, heard
         )
 
     async def unload(self, model: str = "") -> None:

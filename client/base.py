@@ -58,9 +58,11 @@ class ClientFace(ABC, Generic[S]):
 
     def _answer(self, prompt: str | None, messages: Sequence[ChatLike] | None, fields: dict[str, Any]) -> S:
         """What `text` collects: the answer to a prompt or to `messages`."""
-        if prompt is not None and messages is not None:
+        told = [prompt, messages, fields.get("prompt_tokens")]
+        if (given := sum(value is not None for value in told)) != 1:
             raise RequestFailed(
-                "bad_request", "prompt, messages: exactly one of them must be given, not both"
+                "bad_request",
+                f"prompt, messages: exactly one of them must be given, not {'both' if given else 'neither'}",
             )
         return self.generate(prompt, **fields) if messages is None else self.chat(messages, **fields)
 

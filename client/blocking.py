@@ -86,12 +86,16 @@ class Client(ClientFace[AnswerStream]):
         *,
         least_context: int | None = None,
         ranks: int | None = None,
+        keep: bool = False,
     ) -> Loaded:
         """Load a model and wait for it, however long that takes. A loaded one is loaded anew if its context is another
         than `context`; it stays as it is whatever `least_context` says. `draft` is a model that guesses ahead for it,
         `ranks` how many machines of the cluster compute it together.
+        With `keep`, a loaded model is not loaded anew: what would need that is refused.
         Each second `heard` gets how far loading is."""
-        return self._call(load_request(model, context, least_context, draft, heard, ranks), Loaded, heard)
+        return self._call(
+            load_request(model, context, least_context, draft, heard, ranks, keep), Loaded, heard
+        )
 
     def unload(self, model: str = "") -> None:
         self._call(Unload(model=model), Ok)

@@ -160,7 +160,9 @@ def generate_request(
 ) -> Generate:
     """`fields` are those of Generation and, directly, those of Sampling."""
     tokens = None if prompt_tokens is None else list(prompt_tokens)
-    return Generate(prompt=prompt, prompt_tokens=tokens, **_with_sampling(fields))
+    fields = _with_sampling(fields)
+    with _as_the_daemon():
+        return Generate(prompt=prompt, prompt_tokens=tokens, **fields)
 
 
 def chat_request(messages: Sequence[ChatLike], fields: dict[str, Any]) -> Chat:
@@ -207,16 +209,20 @@ def load_request(
     draft: str | None,
     heard: Callable[[Stage], None] | None,
     ranks: int | None,
+    keep: bool,
 ) -> Load:
     """Asks for stages if somebody hears them."""
-    return Load(
-        model=model,
-        context=context,
-        least_context=least_context,
-        draft=draft,
-        ranks=ranks,
-        progress=heard is not None,
-    )
+    progress = heard is not None
+    with _as_the_daemon():
+        return Load(
+            model=model,
+            context=context,
+            least_context=least_context,
+            draft=draft,
+            ranks=ranks,
+            progress=progress,
+            keep=keep,
+        )
 
 
 def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:

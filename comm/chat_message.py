@@ -47,6 +47,8 @@ def checked(messages: ChatMessages) -> list[ChatMessage]:
             convert(message, KnownFields)
         except ValidationError as error:
             raise ValueError(explained(str(error), message, where)) from error
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: its keys must be text without lone surrogates") from error
         for key, value in message.items():
             check_plain(value, f"{where}.{key:.40}")
     return [ChatMessage(message) for message in messages]

@@ -160,10 +160,9 @@ class Load(Message):
     context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model is loaded anew with it
     least_context: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # a loaded model stays as it is
     draft: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None  # a model that guesses ahead
-    ranks: Annotated[int, Meta(ge=1, le=256)] | None = (
-        None  # machines that compute it; loaded anew with another number
-    )
+    ranks: Annotated[int, Meta(ge=1, le=256)] | None = None  # how many machines compute it together
     progress: bool = False  # send `stage` meanwhile
+    keep: bool = False  # a model that would have to be loaded anew stays as it is, and this is refused
 
     def __post_init__(self) -> None:
         if self.context is not None and self.least_context is not None:
@@ -319,6 +318,7 @@ class ModelStatus(Message):
     ranks: int = 1  # machines that compute it together
     rank_bytes: list[int] = []  # what each of them holds: weights, KV and scratch
     machines: list[str] = []  # names of the others, by rank
+    machines_why: str = ""  # why these, if there are others
 
 
 class Loaded(Message):

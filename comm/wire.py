@@ -7,12 +7,12 @@ sockets, what a message means, or who sent it. Whatever bytes come in, it raises
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from msgspec import msgpack
+from msgspec import Struct, msgpack
 
 from .complaints import explained, shorten
 from .errors import ProtocolError
@@ -31,6 +31,8 @@ _DECODERS: dict[type[Message], msgpack.Decoder[Any]] = {
     kind: msgpack.Decoder(kind) for kind in (*REQUESTS.values(), *REPLIES.values())
 }
 _ENCODER = msgpack.Encoder()
+_UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
+_NAMED_LEVELS = 8  # of values within values, in a complaint
 _EXPLAIN_BYTES = 64 << 10
 
 
@@ -47,8 +49,8 @@ def encode(message: Message, request_id: bytes, limit_bytes: int = MAX_REPLY_BYT
     """The frames of `message`. ProtocolError when it cannot be encoded, or is larger than `limit_bytes`."""
     try:
         body = _encoded(message)
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-        raise ProtocolError(f"cannot encode: {error}", request_id=request_id) from error
+    except _UNENCODABLE as error:
+        raise ProtocolError(f"cannot encode: {_complaint(message, error)}", request_id=request_id) from error
     if not 1 <= len(request_id) <= MAX_ID_BYTES:
         raise ProtocolError(f"request id of {len(request_id)} bytes: must be 1 to {MAX_ID_BYTES}")
     frames = [PROTOCOL, TYPE_NAMES[type(message)].encode(), request_id, body]
@@ -65,6 +67,34 @@ def _encoded(message: Message) -> bytes:
         if type(message) not in REPLIES.values():
             raise
         return _ENCODER.encode(_speakable(msgspec.to_builtins(message)))
+
+
+def _complaint(value: Any, error: Exception) -> str:
+    """What is wrong with the innermost value that cannot be encoded, and where it is."""
+    path = ""
+    for _ in range(_NAMED_LEVELS):
+        for step, part in _parts(value):
+            try:
+                _ENCODER.encode(part)
+            except _UNENCODABLE as worse:
+                path, value, error = path + step, part, worse
+                break
+        else:
+            break
+    where = f"{path.lstrip('.')}={shorten(value)}: " if path else ""
+    lone = isinstance(error, UnicodeEncodeError)
+    return f"{where}{'must be text without lone surrogates, which no UTF-8 has' if lone else error}"
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    match value:
+        case Struct():
+            yield from ((f".{name}", getattr(value, name)) for name in value.__struct_fields__)
+        case Mapping():
+            yield from ((f".{shorten(key)}", key) for key in value)
+            yield from ((f".{key}", part) for key, part in value.items())
+        case list() | tuple():
+            yield from ((f"[{place}]", part) for place, part in enumerate(value))
 
 
 def _speakable(value: Any) -> Any:

@@ -18,7 +18,7 @@ from shoal.comm.messages import (
     Usage,
 )
 from shoal.engine.sequence import Emitted, Ended, Failed, Queued, Sequence, SequenceEvent
-from shoal.models.errors import LogitsError
+from shoal.models.errors import LogitsError, TokenizerError
 from shoal.models.sampling import Sampled
 from shoal.models.tokenizer.detokenizer import Detokenizer
 from shoal.models.tokenizer.repetition import Repetition
@@ -86,7 +86,7 @@ class Answer:
         """Emit `error`, unless the answer is over."""
         if not self.over:
             self.over = True
-            what = str(self._path) if isinstance(error, LogitsError) else ""
+            what = str(self._path) if isinstance(error, LogitsError | TokenizerError) else ""
             self._emit(translated(error, what).to_message())
 
     def _say(self, sampled: Sampled) -> bool:

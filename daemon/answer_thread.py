@@ -12,6 +12,7 @@ from queue import SimpleQueue
 
 from shoal.engine.engine import Engine
 from shoal.engine.sequence import Sequence, SequenceEvent
+from shoal.models.errors import ModelError
 
 from .answer import Answer
 
@@ -81,7 +82,10 @@ class Answering:
             if answer.take(event):
                 engine.end(event.sequence, "stop")
         except Exception as error:  # the other answers go on
-            log.exception("an answer failed")
+            if isinstance(error, ModelError):  # the fault of the model's files
+                log.warning("an answer failed: %s", error)
+            else:
+                log.exception("an answer failed")
             engine.end(event.sequence, "cancelled")
             try:
                 answer.fail(error)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal import kernels
-from shoal.daemon.loading.refusal import refusing
+from shoal.daemon.error_codes import refusing
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from shoal.offload.pack.manifest import Quant
+from shoal.partition.amounts import format_bytes
 
 from .errors import DaemonError
-from .sizes import format_bytes
 
 KvType = Literal["f32", "f16", "bf16", "i8"]
 
@@ -85,3 +85,22 @@ class NodeConfig:
     @property
     def thread_count(self) -> int:
         return self.threads or default_threads()
+
+
+def beyond_the_model(asked: int, longest: int, made_for: int | None = None) -> DaemonError:
+    """A context was asked for that the model cannot have. made_for: where its rope scaling extends that to `longest`.
+    In tokens."""
+    made = f"was made for {made_for or longest}"
+    if made_for is not None and longest > made_for:
+        made += f", and its rope scaling extends that to {longest}"
+    return DaemonError(
+        "context_overflow",
+        f"a context of {asked} tokens was asked for, the model {made}",
+        f"use `context_tokens={longest}` or less",
+    )
+
+
+def beyond_what_is_loaded(asked: int, name: str, loaded: int, hint: str) -> DaemonError:
+    """A request asked for more context than the model has, which is the same for all. In tokens."""
+    said = f"a context of {asked} tokens was asked for, {name} is loaded with {loaded}, for all who use it"
+    return DaemonError("context_overflow", said, hint)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from shoal.comm.messages import ErrorCode
 from shoal.engine.errors import NeverFits, QueueFull
 from shoal.models.errors import (
+    CheckpointError,
     CorruptCheckpoint,
     LogitsError,
     MissingCheckpoint,
@@ -67,3 +71,19 @@ def translated(error: Exception, what: str = "") -> DaemonError:
     return DaemonError(
         "internal", prefix + describe(error), "this is a bug in Shoal; the log has the details"
     )
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Raises whatever goes wrong with a model within as DaemonError. Errors of a checkpoint name their file themselves,
+    others get the model's `name`."""
+    try:
+        yield
+    except DaemonError:
+        raise
+    except BudgetExceeded as error:
+        hint = "give it more `memory_bytes` or a smaller `context_tokens`"
+        raise DaemonError("resources", f"{name} {error}", hint) from error
+    except Exception as error:
+        named = isinstance(error, CheckpointError | TokenizerError)
+        raise translated(error, "" if named else name) from error

@@ -13,11 +13,11 @@ from itertools import count
 from shoal.comm.messages import Chat, Generate, Tokenize, Tokens
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.offload.budget import Budget
+from shoal.partition.amounts import format_bytes
 
 from .errors import DaemonError
 from .memory import return_freed
 from .request import chat_text
-from .sizes import format_bytes
 
 LONG_BYTES = 1 << 20  # what is shorter fits in what a process is given for its growth
 ID_BYTES = 48  # of memory for a token: its id as Python has it, and in the reply
@@ -34,13 +34,13 @@ class LongRequests:
         self._freed_s: float | None = None
 
     @contextmanager
-    def holding(self, nbytes: int) -> Iterator[None]:
-        """While the ledger holds so many bytes, if that is much. Raises BudgetExceeded."""
+    def holding(self, nbytes: int, what: str) -> Iterator[None]:
+        """While the ledger holds so many bytes, if that is much. Raises BudgetExceeded, which says what for."""
         if nbytes < LONG_BYTES * ID_BYTES:
             yield
             return
-        purpose = f"tokenising text {next(self._numbers)}"
-        self._budget.hold(purpose, nbytes)
+        purpose = f"long request {next(self._numbers)}"
+        self._budget.hold(purpose, nbytes, what)
         try:
             yield
         finally:
@@ -84,13 +84,13 @@ def tokenized(model: LoadedModel, request: Tokenize, long: LongRequests) -> Toke
         if nbytes > MAX_TEXT_BYTES:
             problem = f"the text of these {len(ids)} tokens has {format_bytes(nbytes)}"
             raise DaemonError("bad_request", f"{problem}: must be at most {format_bytes(MAX_TEXT_BYTES)}")
-        with long.holding(3 * nbytes + 8 * len(ids)):
+        with long.holding(3 * nbytes + 8 * len(ids), f"making text of {len(ids)} tokens"):
             return Tokens(ids=ids, text=tokenizer.decode(ids))
     add_special, parse_special = request.add_special, request.parse_special
     if request.messages is not None:
         text, add_special, parse_special = chat_text(model, request.messages), False, True
     else:
         text = request.text or ""
-    with long.holding(ID_BYTES * len(text)):
+    with long.holding(ID_BYTES * len(text), f"tokenising text of {len(text)} characters"):
         ids = tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
         return Tokens(ids=ids, text=tokenizer.decode(ids))

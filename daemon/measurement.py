@@ -28,6 +28,7 @@ from shoal.kernels.arrays import Floats
 from shoal.models.regular_files import read_regular
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.step import Segment, Step
+from shoal.partition.amounts import counted
 from shoal.partition.spec import length_class
 
 from .config import NodeConfig
@@ -179,7 +180,7 @@ def perplexity(
     if windows == 0:
         raise DaemonError(
             "bad_request",
-            f"{file} has {len(ids)} tokens: must have at least one window of {ctx}",
+            f"{file} has {counted(len(ids), 'token')}: must have at least one window of {ctx}",
             f"use `ctx={max(4, len(ids))}` or a longer text",
         )
     pages = loaded.executor.kv.table.take(-(-ctx // loaded.executor.kv.page_tokens))

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from shoal import kernels
 from shoal.offload.budget import Budget
+from shoal.partition.amounts import format_bytes
 
 from . import cgroup
 from .errors import DaemonError
-from .sizes import format_bytes
 
 LEFT_ALONE_SHARE = 0.1  # of the free memory, if nobody asked for a budget
 LEFT_ALONE_BYTES = 512 << 20  # of the machine's memory at least so much …

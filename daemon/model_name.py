@@ -7,6 +7,7 @@ Knows spelling, and that what is there under a name is what it means. `library.l
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from shoal.offload.pack.manifest import Quant
 
 from .errors import DaemonError
 
-__all__ = ["Quant", "Reference", "ShardName"]
+__all__ = ["Quant", "Reference", "ShardName", "misplaced_suffix"]
 
 _SUFFIXES: dict[str, Quant] = {"q8": "q8", "q4": "q4"}
 
@@ -44,6 +45,18 @@ class Reference(NamedTuple):
 
     def __str__(self) -> str:
         return self.model if self.quant == "keep" else f"{self.model}:{self.quant}"
+
+
+def misplaced_suffix(text: str, names: Collection[str] = ()) -> str:
+    """What to say of a name or path that nothing is called, where something is called so without what follows its
+    colon: one of `names`, or a file. "" if nothing is."""
+    model, _, suffix = text.rpartition(":")
+    if not model or not (model in names or _is_there(model)):
+        return ""
+    if suffix in _SUFFIXES:
+        return f"there is {model[:300]}, which is named without :{suffix} here"
+    what = "a name" if model in names else model[:300]
+    return f"only {' and '.join(f':{known}' for known in _SUFFIXES)} can follow {what}"
 
 
 class ShardName(NamedTuple):

@@ -36,12 +36,13 @@ from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.grouping import Grouping
 from shoal.daemon.loading.loaded_model import LoadedModel
-from shoal.daemon.loading.loaded_models import LoadedModels, unloaded
+from shoal.daemon.loading.loaded_models import LoadedModels, kept, unloaded
 from shoal.daemon.loading.loader import Loader
 from shoal.daemon.loading.regrouping import Regrouping
 from shoal.engine.errors import RankLost
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
+from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
 
 from .answer_thread import Answering
 from .backend import STAGE_S, AnswersCluster, ClusterReply, ClusterRequest, Emit, Event
@@ -194,10 +195,10 @@ class Node:
         """Load a model, unless it is loaded. Idle models make room when memory is short. Raises DaemonError.
 
         A loaded model that is to have another `context` or draft model is loaded again. While it answers, that is
-        refused as `busy`; if it would not fit like that, it stays as it is.
+        refused as `busy`; if it would not fit like that, it stays as it is. With `keep` it always does.
         """
         began_s = self._clock()
-        with self._loader.alone():
+        with self._loader.announced(request.model), self._loader.alone():
             self._check_open()
             wanted = Reference.parse(request.model)
             path = self._resolve(wanted.model)
@@ -228,6 +229,8 @@ class Node:
                 same = same and request.ranks in (None, known.plan.ranks)
                 if same and not known.damaged:
                     return Loaded(model=known.status(), seconds=0.0)
+                if request.keep and not same:
+                    raise kept(known, request)
                 self._loader.check_reload(known, config, draft)
                 name = known.name
                 self._models.drop(known)
@@ -313,15 +316,16 @@ class Node:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
         self._answering.close(timeout_s=60)
+        ends_s = time.monotonic() + FLUSH_LIMIT_S  # for the KV of all of them
         for model in self._models:
-            model.release(self.budget)
+            model.release(self.budget, max(0.0, ends_s - time.monotonic()))
 
     def _compute(self) -> None:
         """The compute thread: one step of each busy model in turn."""
         while True:
             with self._wake:
                 self._wake.notify_all()  # for drain
-                self._wake.wait_for(lambda: self._closed.is_set() or self._busy(), IDLE_WAIT_S)
+                self._wake.wait_for(lambda: self._closed.is_set() or self._models.due(), IDLE_WAIT_S)
                 if self._closed.is_set():
                     return
             self._step_each()
@@ -355,7 +359,7 @@ class Node:
             model.engine.expire()
 
     def _busy(self) -> bool:
-        return any(model.engine.busy and model.engine.lost is None for model in self._models)
+        return any(model.engine.busy for model in self._models)
 
     def _check_open(self) -> None:
         if self._draining:
@@ -369,11 +373,11 @@ class Node:
     # --- models -----------------------------------------------------------------------------------------
 
     def _model(self, name: str, least_context: int | None = None) -> LoadedModel:
-        """The loaded model of that name, loading it if it is not. "" is the one used last."""
+        """The model of that name, loaded if it is not yet. "" is the one used last, or that is being loaded."""
         with self._wake:
             self._check_open()
             model = self._models.pick(name)
-        if model is None and not name:
+        if model is None and not name and not (name := self._loader.coming):
             raise DaemonError("not_found", "no model is loaded", "name one, or load one first")
         if (
             model is None

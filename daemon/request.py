@@ -29,6 +29,7 @@ from shoal.partition.plan import Wanted, scratch_bytes
 
 from .answer import Answer
 from .backend import Emit
+from .config import beyond_what_is_loaded
 from .errors import DaemonError
 
 DEFAULT_SAMPLING = {
@@ -40,6 +41,7 @@ DEFAULT_SAMPLING = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+_NO_CONTENT = "has no attribute 'content'"  # as Jinja says it
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 PROBE = [{"role": "user", "content": "Hello"}]  # a template that fails for this one is to blame itself
@@ -90,7 +92,7 @@ def chat_text(
         # What a rendering may take grows with its conversation, so a template that takes more is to blame itself.
         if isinstance(error, TemplateTooCostly) or not _renders(template):
             raise _unsound(model, error) from error
-        raise
+        raise _unfit(told, error) from error
     if unread:
         raise DaemonError(
             "unsupported",
@@ -103,6 +105,17 @@ def chat_text(
 def _unsound(model: LoadedModel, error: TemplateError) -> DaemonError:
     hint = "send a prompt instead, or mend the template"
     return DaemonError("corrupt", f"{model.checkpoint.path}: {error}", hint)
+
+
+def _unfit(messages: Sequenced[Mapping[str, Any]], error: TemplateError) -> Exception:
+    """Why a sound template fails for these messages: mostly it reads the content of one that has none. Where it takes
+    a message with tool calls without, it is another one."""
+    without = [index for index, message in enumerate(messages) if "content" not in message]
+    if not without or _NO_CONTENT not in str(error):
+        return error
+    index = min(without, key=lambda index: bool(messages[index].get("tool_calls")))
+    hint = "give it one; an empty text will do"
+    return DaemonError("bad_request", f"messages[{index}] has no `content`: {error}", hint)
 
 
 def _renders(template: ChatTemplate) -> bool:
@@ -157,11 +170,8 @@ def context_of(model: LoadedModel, request: Generate | Chat) -> int:
     """The longest sequence of a request. Raises DaemonError when it asks for more than the model is loaded with."""
     asked, context = request.context_tokens, model.plan.context_tokens
     if asked is not None and asked > context:
-        raise DaemonError(
-            "context_overflow",
-            f"a context of {asked} tokens was asked for, {model.name} is loaded with {context}, for all who use it",
-            f"ask for at most `context_tokens={context}`, or have it loaded anew with more",
-        )
+        hint = f"ask for at most `context_tokens={context}`, or have it loaded anew with more"
+        raise beyond_what_is_loaded(asked, model.name, context, hint)
     return asked or context
 
 

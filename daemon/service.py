@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from shoal.comm import curve_keys
 from shoal.comm.errors import KeyFileError
@@ -21,10 +22,12 @@ from shoal.daemon.cluster.forming import Forming
 from shoal.daemon.cluster.membership import Membership
 from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
+from shoal.daemon.cluster.speed import node_speed
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.server.descriptors import raise_limit
 from shoal.daemon.server.server import Server
+from shoal.models.children import end_children
 
 from .config import NodeConfig
 from .errors import DaemonError
@@ -64,17 +67,18 @@ def serve(
         raise DaemonError("bad_request", str(error)) from error
     library = Library(home)
     roster = Roster()
+    speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
     node = Node(
         config,
         library.resolve_stored if models_only else library.resolve,
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
-        grouping=Forming(roster, send_weights),
+        grouping=Forming(roster, send_weights, speed),
     )
-    membership = Membership(home.cluster, config, node.budget, roster, open_shards(home.shards))
+    membership = Membership(home.cluster, config, node.budget, roster, open_shards(home.shards), speed)
     node.membership = membership
     membership.start()
-    server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_end_in_time)
+    server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_begin_to_end)
     failures: list[DaemonError] = []
 
     def load(name: str) -> None:
@@ -90,18 +94,24 @@ def serve(
             server.bind()
         except BaseException:
             node.close()
+            membership.close()
             raise
         if model:
             threading.Thread(target=load, args=(model,), name="shoal-load", daemon=True).start()
-        server.serve()
+        try:
+            server.serve()
+        finally:
+            membership.close()
     if failures:
         raise failures[0]
     _leave_threads()
 
 
-def _end_in_time() -> None:
-    """From now on the process ends within `ENDING_S`, whatever its threads do, even one that keeps Python's lock."""
+def _begin_to_end() -> None:
+    """From now on the process ends within `ENDING_S`, whatever its threads do, even one that keeps Python's lock. Those
+    that wait for child processes need not, as nobody waits for them."""
     faulthandler.dump_traceback_later(ENDING_S, exit=True)
+    end_children()
 
 
 def _leave_threads() -> None:

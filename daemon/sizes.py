@@ -1,4 +1,4 @@
-"""Amounts of bytes and seconds as people write and read them.
+"""Amounts of memory as people write them; `partition.amounts` has how they are said.
 
 Decimal units (1 GB = 10⁹ bytes) as disks and networks have them, and binary ones (1 GiB = 2³⁰).
 """
@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import re
 
-from shoal.partition.amounts import counted, format_bytes
-
 from .errors import DaemonError
-
-__all__ = ["counted", "format_bytes", "format_duration", "parse_bytes"]
 
 _UNITS = {
     "": 1,
@@ -30,17 +26,3 @@ def parse_bytes(text: str) -> int:
             "bad_request", f"{text!r} is not an amount of memory", "write 3GB, 512MiB or 1000000"
         )
     return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-def format_duration(seconds: float) -> str:
-    """'45 s', '3 min 20 s', '2 h 5 min', '4 d 3 h'."""
-    whole = max(0, int(seconds))
-    for unit, size, lower, lower_size in (
-        ("d", 86400, "h", 3600),
-        ("h", 3600, "min", 60),
-        ("min", 60, "s", 1),
-    ):
-        if whole >= size:
-            rest = whole % size // lower_size
-            return f"{whole // size} {unit} {rest} {lower}" if rest else f"{whole // size} {unit}"
-    return f"{whole} s"

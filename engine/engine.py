@@ -19,6 +19,7 @@ from itertools import islice
 from shoal.kernels.arrays import Floats
 from shoal.models.errors import SamplingError
 from shoal.models.sampling import Sampled
+from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
 from shoal.offload.kv.prefix_cache import PrefixCache
 
 from .batch import Batch, Chunk
@@ -101,16 +102,16 @@ class Engine:
             taken, self._events = self._events, []
         return taken
 
-    def close(self) -> None:
-        """Wait for the end of a step under way and keep the prefix cache on disk, if there is one. Nothing may be
-        submitted any more. Idempotent."""
+    def close(self, keep_s: float = FLUSH_LIMIT_S) -> None:
+        """Wait for the end of a step under way and keep the prefix cache on disk, if there is one, as far as it can be
+        written in `keep_s`. Nothing may be submitted any more. Idempotent."""
         if not self._stepping.acquire(timeout=STEP_LIMIT_S):
             log.warning("a step does not end: its model's KV is not kept on disk")
             return
         try:
             with self._lock:
                 known = self.scheduler.cache.known()
-            self.rank.close(known)
+            self.rank.close(known, keep_s)
         finally:
             self._stepping.release()
 

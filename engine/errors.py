@@ -9,6 +9,8 @@ EngineError
 
 from __future__ import annotations
 
+from shoal.partition.amounts import counted
+
 
 class EngineError(Exception):
     """Root of this room's errors."""
@@ -19,7 +21,7 @@ class NeverFits(EngineError):
 
     def __init__(self, prompt_tokens: int, limit: int, pool_tokens: int) -> None:
         super().__init__(
-            f"a prompt of {prompt_tokens} tokens may reach {limit}, the KV pool holds {pool_tokens}"
+            f"a prompt of {counted(prompt_tokens, 'token')} may reach {limit}, the KV pool holds {pool_tokens}"
         )
 
 

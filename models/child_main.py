@@ -12,10 +12,10 @@ import fcntl
 import json
 import os
 import resource
+import signal
 import socket
 import struct
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -75,13 +75,14 @@ def _receive(parent: socket.socket, size: int) -> bytes:
 @contextlib.contextmanager
 def _limits(address_space_bytes: int, cpu_s: float) -> Iterator[None]:
     """Allocating more raises MemoryError (or ends the process, where a library cannot bear it); more processor time
-    ends the process. A system without such a limit, such as macOS, goes without it."""
-    last_s = int(time.process_time() + cpu_s) + 1
-    _set(resource.RLIMIT_CPU, last_s)
+    ends the process by SIGPROF, which nobody handles. A system without a limit of memory, such as macOS, goes without
+    it."""
     _set(resource.RLIMIT_AS, address_space_bytes)
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
         _set(resource.RLIMIT_AS, resource.RLIM_INFINITY)
 
 
@@ -99,6 +100,9 @@ def _until_hung_up(parent: socket.socket) -> Iterator[None]:
     flags = fcntl.fcntl(parent, fcntl.F_GETFL)
     fcntl.fcntl(parent, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(parent, fcntl.F_SETFL, flags | os.O_ASYNC)
+    with contextlib.suppress(BlockingIOError):  # perhaps it has hung up just before
+        if not parent.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            os._exit(1)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -17,13 +18,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from .child_main import JOB, REPLY
 from .errors import Overloaded, one_line
+from .turns import CLIENT, Turns, free_for
 
 MOST_CHILDREN = 4  # of one kind: half as many as there are threads that wait for them
 MOST_OF_ONE = 2  # that work for one owner
@@ -31,8 +33,7 @@ IDLE_CHILD_S = 600.0  # a child that had nothing to do for so long is ended
 LARGE_JOB_BYTES = 4 << 20  # a child would keep the memory of such a job, so it is ended after it
 _START_S = 30.0  # for a child to start on a busy machine
 _LONG_S = 0.5  # where jobs take longer than this …
-_MOST_WAITING = 2  # … only so many may wait behind them
-_LOOK_S = 0.1
+_MOST_WAITING = 2  # … only so many of one client may wait behind them
 _END_S = 2.0  # from the end of a child's connection to its own
 _PANIC = "PanicException"  # of a Rust library, whose state nobody knows afterwards
 _MAIN = Path(__file__).with_name("child_main.py")
@@ -44,11 +45,17 @@ _PLAIN = {"MALLOC_ARENA_MAX": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLE
 
 @dataclass(frozen=True)
 class Limits:
-    """What one job may take: bytes of memory, seconds, and bytes of its answer."""
+    """What one job may take: bytes of memory, seconds of processor time, and bytes of its answer. slack_s: how much
+    longer it may last where the machine is busy with other things, which is not the job's fault."""
 
     memory_bytes: int
     seconds: float
     answer_bytes: int = 64 << 20
+    slack_s: float = 25.0
+
+    def last_s(self) -> float:
+        """When a job that begins now has to have ended."""
+        return time.monotonic() + self.seconds + self.slack_s
 
 
 class LimitPassed(Exception):
@@ -82,23 +89,22 @@ class ChildKind:
         folders = {str(Path(_origin(name)).parent.parent): None for name in packages}
         # -I -S: neither the user's packages nor .pth files, which would take longer to read than all else.
         self._command = [sys.executable, "-I", "-S", str(_MAIN), str(script), *folders]
-        self._changed = threading.Condition()
+        self._turns = Turns()
+        self._changed = self._turns.changed
         self._idle: list[_Child] = []
         self._working: list[_Child] = []
-        self._waiting = 0
         self._watched = False
+        _KINDS.add(self)
 
     def take(self, owner: object) -> _Child:
         """An idle child of `owner`, or a new one; waits for its turn. Raises Overloaded."""
+        client = CLIENT.get()
         with self._changed:
-            while (child := self._available(owner)) is None:
-                oldest_s = min(child.since_s for child in self._working)
-                if self._waiting >= _MOST_WAITING and time.monotonic() - oldest_s > _LONG_S:
-                    raise Overloaded("others' templates or texts take long; this one would have to wait")
-                self._waiting += 1
-                self._changed.wait(_LOOK_S)
-                self._waiting -= 1
-            child.since_s = time.monotonic()
+            self._turns.wait(lambda: _ENDING.is_set() or self._has_room(owner, client), self._look)
+            if _ENDING.is_set():
+                raise Overloaded("the daemon is stopping")
+            child = self._next(owner)
+            child.since_s, child.client = time.monotonic(), client
             self._working.append(child)
         return child
 
@@ -111,7 +117,7 @@ class ChildKind:
                 if not self._watched:
                     self._watched = True
                     threading.Thread(target=self._watch, name="shoal-children", daemon=True).start()
-            self._changed.notify_all()
+            self._turns.served(child.client)
 
     def forget(self, owner: object) -> None:
         """End the children of an owner, also those that work."""
@@ -123,16 +129,32 @@ class ChildKind:
                 if child.owner is owner:
                     child.kill()
 
-    def _available(self, owner: object) -> _Child | None:
-        if sum(child.owner is owner for child in self._working) >= MOST_OF_ONE:
-            return None
+    def end(self) -> None:
+        """End all its children, also those that work."""
+        with self._changed:
+            while self._idle:
+                self._idle.pop().end()
+            for child in self._working:
+                child.kill()
+            self._changed.notify_all()
+
+    def _has_room(self, owner: object, client: str) -> bool:
+        for_owner = [child.client for child in self._working if child.owner is owner]
+        for_all = [child.client for child in self._working]
+        return free_for(client, for_owner, MOST_OF_ONE) and free_for(client, for_all, MOST_CHILDREN)
+
+    def _look(self, before: int) -> None:
+        """Whether to go on waiting behind so many of one's own."""
+        oldest_s = min((child.since_s for child in self._working), default=math.inf)
+        if before >= _MOST_WAITING and time.monotonic() - oldest_s > _LONG_S:
+            raise Overloaded("others' templates or texts take long; this one would have to wait")
+
+    def _next(self, owner: object) -> _Child:
         for child in reversed(self._idle):
             if child.owner is owner:
                 self._idle.remove(child)
                 return child
         if len(self._idle) + len(self._working) >= MOST_CHILDREN:
-            if not self._idle:
-                return None
             self._idle.pop(0).end()
         try:
             return _Child(self._command, owner)
@@ -151,10 +173,23 @@ class ChildKind:
                     return
 
 
+_KINDS = weakref.WeakSet[ChildKind]()
+_ENDING = threading.Event()
+
+
+def end_children() -> None:
+    """End all children, and start no more: this process is about to end. A child that is stopped, or in the middle of a
+    long call, would outlive it otherwise."""
+    _ENDING.set()
+    for kind in [*_KINDS]:
+        kind.end()
+
+
 class Confined:
     """What children of one kind make of a first job, kept there to do more jobs. Any thread may call it.
 
-    Raises as `do` does, for the first job.
+    Raises as `do` does, for the first job. What a job may take is counted in processor time: on a machine that is busy
+    with other things it lasts longer, and only then is Overloaded.
     """
 
     def __init__(self, kind: ChildKind, first: bytes, limits: Limits) -> None:
@@ -186,7 +221,9 @@ class Confined:
                     child.begin(self._first, self._limits)
                 return act(child)
             except _Died as error:
-                if fresh and not self._closed:  # else it may have died before, and another does the job
+                if (
+                    fresh and not self._closed and not _ENDING.is_set()
+                ):  # else it may have died before, and another does the job
                     if error.killed:
                         raise Overloaded(
                             "the system ended a process of this request; it may be short of memory"
@@ -199,11 +236,12 @@ class Confined:
 
 
 class _Child:
-    """One process. since_s: when it was taken or given back. begun: it has done the first job. alive: it can do
-    more."""
+    """One process. client: whom it works for, or did last. since_s: when it was taken or given back. begun: it has done
+    the first job. alive: it can do more."""
 
     def __init__(self, command: Sequence[str], owner: object) -> None:
         self.owner = owner
+        self.client = ""
         self.since_s = time.monotonic()
         self.begun = False
         self.alive = True
@@ -229,7 +267,7 @@ class _Child:
     def begin(self, first: bytes, limits: Limits) -> None:
         """Wait until the process has started, and have it do the first job. If that fails, the process ends."""
         try:
-            self._receive(Limits(0, _START_S, 0), time.monotonic())
+            self._receive(Limits(0, 0.0, 0), time.monotonic() + _START_S)
             self.do(first, limits)
         except BaseException:
             self.end()
@@ -238,11 +276,10 @@ class _Child:
 
     def do(self, job: bytes, limits: Limits) -> bytes:
         """The answer to a job. The process ends with anything but an answer or an ordinary error of the script."""
-        began_s, fine = time.monotonic(), False
+        last_s, fine = limits.last_s(), False
         try:
-            self._send(JOB.pack(len(job), limits.memory_bytes, limits.seconds), limits)
-            self._send(job, limits)
-            answered, data = self._receive(limits, began_s)
+            self._send(JOB.pack(len(job), limits.memory_bytes, limits.seconds) + job, limits, last_s)
+            answered, data = self._receive(limits, last_s)
             kind, text = ("", "") if answered else json.loads(data)
             if kind == "MemoryError":
                 raise _hungry(limits)
@@ -266,47 +303,47 @@ class _Child:
         """End the process while a thread waits for its answer."""
         self._process.kill()
 
-    def _send(self, data: bytes, limits: Limits) -> None:
-        self._socket.settimeout(limits.seconds)
-        try:
+    def _send(self, data: bytes, limits: Limits, last_s: float) -> None:
+        with self._talking(limits, last_s):
             self._socket.sendall(data)
-        except TimeoutError as error:
-            raise _late(limits) from error
-        except OSError as error:
-            raise self._died(limits) from error
 
-    def _receive(self, limits: Limits, began_s: float) -> tuple[bool, bytes]:
+    def _receive(self, limits: Limits, last_s: float) -> tuple[bool, bytes]:
         """Whether it is an answer, and its bytes."""
-        ends_s = began_s + limits.seconds
-        answered, size = REPLY.unpack(self._read(REPLY.size, limits, ends_s))
+        answered, size = REPLY.unpack(self._read(REPLY.size, limits, last_s))
         if size > limits.answer_bytes:
             raise LimitPassed(f"made more than {limits.answer_bytes >> 20} MB and was stopped")
-        return bool(answered), self._read(size, limits, ends_s)
+        return bool(answered), self._read(size, limits, last_s)
 
-    def _read(self, size: int, limits: Limits, ends_s: float) -> bytes:
+    def _read(self, size: int, limits: Limits, last_s: float) -> bytes:
         data = bytearray(size)
         view, at = memoryview(data), 0
         while at < size:
-            left_s = ends_s - time.monotonic()
-            if left_s <= 0:
-                raise _late(limits)
-            self._socket.settimeout(left_s)
-            try:
+            with self._talking(limits, last_s):
                 count = self._socket.recv_into(view[at:])
-            except TimeoutError as error:
-                raise _late(limits) from error
-            except OSError as error:
-                raise self._died(limits) from error
             if not count:
                 raise self._died(limits)
             at += count
         return bytes(data)
 
+    @contextlib.contextmanager
+    def _talking(self, limits: Limits, last_s: float) -> Iterator[None]:
+        """While the socket is used, until `last_s`."""
+        left_s = last_s - time.monotonic()
+        try:
+            if left_s <= 0:
+                raise TimeoutError
+            self._socket.settimeout(left_s)
+            yield
+        except TimeoutError as error:
+            raise Overloaded("the machine is too busy: a child process got no time to do its work") from error
+        except OSError as error:
+            raise self._died(limits) from error
+
     def _died(self, limits: Limits) -> Exception:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
         code = self._process.returncode
-        if code == -signal.SIGXCPU:
+        if code == -signal.SIGPROF:
             return _late(limits)
         if code == -signal.SIGABRT:  # how a library in Rust ends that gets no memory
             return _hungry(limits)

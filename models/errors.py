@@ -3,7 +3,7 @@
     ModelError
     ├── CheckpointError            the files that hold the weights
     │   ├── MissingCheckpoint          all or some of them are absent
-    │   ├── CorruptCheckpoint          sizes, offsets or types that contradict each other
+    │   ├── CorruptCheckpoint          tensors that are missing, sizes, offsets or types that contradict each other
     │   └── UnsupportedCheckpoint      well formed, but of a kind that Shoal does not compute
     ├── TokenizerError             the vocabulary or the rules that cut text into tokens
     ├── TemplateError              a chat template that cannot be read, or fails
@@ -33,7 +33,7 @@ class MissingCheckpoint(CheckpointError):
 
 
 class CorruptCheckpoint(CheckpointError):
-    """The checkpoint contradicts itself: truncated, overlapping, wrong sizes or types."""
+    """The checkpoint contradicts itself: truncated, overlapping, lacking tensors, of wrong sizes or types."""
 
 
 class UnsupportedCheckpoint(CheckpointError):

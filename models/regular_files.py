@@ -6,6 +6,7 @@ not what is in a file.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -23,6 +24,7 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+MAX_OBJECT_BYTES = 8 << 20  # of a configuration; as objects it may become twenty times as much in memory
 
 
 class NotRegular(OSError):
@@ -60,9 +62,32 @@ def read_regular(path: Path, limit_bytes: int) -> bytes:
         return bytes(data)
 
 
-def read_object(path: Path, limit_bytes: int) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds. Raises OSError, and ValueError with what is wrong with it."""
-    data = read_regular(path, limit_bytes)
+    return object_of(read_regular(path, MAX_OBJECT_BYTES))
+
+
+def read_advice(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The object in a JSON file that only advises, and what is odd about the file, each in one line. {} if there is no
+    such file or it holds none. Raises OSError."""
+    if not os.path.lexists(path):
+        return {}, []
+    data, odd = without_mark(read_regular(path, MAX_OBJECT_BYTES), path)
+    try:
+        return object_of(data), odd
+    except ValueError as error:
+        return {}, [f"{path}: {error}; it is not used"]
+
+
+def without_mark(data: bytes, path: Path) -> tuple[bytes, list[str]]:
+    """JSON text without the byte order mark that some editors put before it, and what to say about that."""
+    if not data.startswith(codecs.BOM_UTF8):
+        return data, []
+    return data[len(codecs.BOM_UTF8) :], [f"{path}: begins with a byte order mark, which is no part of JSON"]
+
+
+def object_of(data: bytes) -> dict[str, Any]:
+    """The object that JSON text is. Raises ValueError with what is wrong with it."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

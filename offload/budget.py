@@ -34,14 +34,15 @@ class Budget:
     def free_bytes(self) -> int:
         return self.limit_bytes - self.held_bytes
 
-    def hold(self, purpose: str, nbytes: int) -> None:
-        """Enter `nbytes` under a new `purpose`. Raises BudgetExceeded and changes nothing when it does not fit."""
+    def hold(self, purpose: str, nbytes: int, what: str = "") -> None:
+        """Enter `nbytes` under a new `purpose`. Raises BudgetExceeded, which says `what` needs them (or the purpose),
+        and changes nothing when they do not fit."""
         with self._lock:
             assert purpose not in self._held, purpose
             held = sum(self._held.values())
             if held + nbytes > self.limit_bytes:
                 raise BudgetExceeded(
-                    f"{purpose} needs {format_bytes(nbytes)}, but {format_bytes(held)} of the budget of "
+                    f"{what or purpose} needs {format_bytes(nbytes)}, but {format_bytes(held)} of the budget of "
                     f"{format_bytes(self.limit_bytes)} are taken"
                 )
             self._held[purpose] = nbytes

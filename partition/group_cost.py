@@ -16,7 +16,7 @@ from functools import cache
 from math import comb
 from typing import NamedTuple
 
-from .hardware_guesses import STEP_S
+from .hardware_guesses import LAYER_S, STEP_S
 from .machines import Machine, Workload
 from .plan import Wanted
 from .rank_sizes import Held, Operations, Portion, Sizes
@@ -111,13 +111,19 @@ class Cost:
         if any(network.hop_s(*pair, 0) is None for pair in ring):
             return None
 
+        calls_s = LAYER_S * len(self._wanted.spec.layers)
+
         def stages(rows: int, context: float) -> tuple[list[float], float]:
             """(seconds of each rank's part and of sending what it gives; of the slowest disk)"""
-            each = [self._compute_s([part], rows, context) for part in parts]
-            hops = (network.hop_s(*pair, width * rows) or 0.0 for pair in ring)
-            return [chain + hop for (chain, _), hop in zip(each, hops, strict=True)], max(
-                disk for _, disk in each
-            )
+            chains, disk = [], 0.0
+            for part, pair in zip(parts, ring, strict=True):
+                chain_s, disk_s = self._compute_s([part], rows, context)
+                hop_s = network.hop_s(*pair, width * rows) or 0.0
+                chains.append(
+                    chain_s + calls_s * part.portion.heads + hop_s
+                )  # it has that share of the layers
+                disk = max(disk, disk_s)
+            return chains, disk
 
         def step_s(rows: int, context: float) -> float:
             chains, disk = stages(rows, context)
@@ -136,12 +142,13 @@ class Cost:
         chunk: int,
         compute: Callable[[int, float], tuple[float, float]],
     ) -> Figures:
+        calls_s = LAYER_S * len(self._wanted.spec.layers)
         decode, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
 
         def step_s(rows: int, context: float) -> float:
             chain_s, disk_s = compute(rows, context)
             sums_s = self._sums_s(network, decode if rows == 1 else prompt, rows)
-            return max(chain_s + sums_s, disk_s) + STEP_S
+            return max(chain_s + sums_s + calls_s, disk_s) + STEP_S
 
         return self._figures(chunk, step_s, step_s, decode, prompt)
 

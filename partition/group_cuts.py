@@ -17,7 +17,7 @@ from .shares import level, level_by
 from .slicing import CutOfExperts, Grains, divide
 
 _REPAIRS = 3  # times shares are changed because a part does not fit
-_GRAIN = 1000  # shares are whole numbers of about this sum
+_GRAIN = 256  # shares are whole numbers of about this sum
 
 EXPERT_CUTS: tuple[CutOfExperts, ...] = ("columns", "whole")
 Layers = tuple[tuple[int, int], ...]  # each rank's, half-open
@@ -59,11 +59,7 @@ class Cuts:
             if isinstance(portions, str):
                 break
             parts, over = self._parts(machines, portions)
-            if (
-                len(machines) == 1
-                or experts == "whole"
-                or not any(part.held.missing_experts for part in parts)
-            ):
+            if experts == "whole" or not any(part.held.missing_experts for part in parts):
                 return parts, over
         return (), []
 
@@ -99,10 +95,10 @@ class Cuts:
 
     def _most(self, machines: Sequence[Machine]) -> list[float]:
         """The largest share of what is cut that each machine can have in memory."""
-        rooms = (
-            it.memory_bytes - self._memory.fixed_bytes(it, rank == 0) for rank, it in enumerate(machines)
-        )
-        return [min(1.0, max(0.0, room / self._memory.share_bytes())) for room in rooms]
+        fixed = (self._memory.fixed_bytes(machine, rank == 0) for rank, machine in enumerate(machines))
+        whole = self._memory.share_bytes()
+        each = zip(machines, fixed, strict=True)
+        return [min(1.0, max(0.0, (it.memory_bytes - needed) / whole)) for it, needed in each]
 
     def portions_of(self, shares: tuple[float, ...], experts: CutOfExperts) -> list[Portion] | str:
         """What each rank has with these shares, or why there is no such division."""

@@ -9,7 +9,8 @@ SCRATCH_SHARE = 12  # scratch for long steps
 WINDOW_SHARE = 4  # the window, which gets at least the largest block and at most the two largest neighbours
 
 # What ranks do for each other besides computing, in an interpreter on a machine of 2026:
-STEP_S = 1e-3  # a step begins and ends: order, sampling, bookkeeping
+STEP_S = 0.5e-3  # a step begins and ends: order, sampling, bookkeeping
+LAYER_S = 60e-6  # the calls of one layer begin and end
 MESSAGE_S = 20e-6  # a message is sent or received, and encrypted
 ADD_S = 0.15e-9  # a number of a partial is added
 ENCODE_S = {"f32": 0.2e-9, "bf16": 7e-9, "int8": 12e-9}  # a number is made ready for the wire …

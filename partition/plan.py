@@ -16,7 +16,7 @@ from .spec import BlockId, ModelSpec
 
 Tier = Literal["gpu", "ram", "disk"]
 
-VOCABULARY_BYTES = 300  # that the tokenizer takes for each token of the vocabulary
+VOCABULARY_BYTES = 450  # that the tokenizer takes for each token of the vocabulary
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ ALLOWED = {
     "comm": set(),
     "kernels": {"partition"},  # of it the numbers that kernels fix and plans count with
 }
-# What the client speaks in, and where it finds the daemon.
+# How amounts are said, what the client speaks in, and where it finds the daemon.
 CLI_VOCABULARY = {
+    "partition.amounts",
     "comm.messages",
     "comm.cluster_messages",
     "comm.sampling_limits",
@@ -44,7 +45,6 @@ INNER = {
         "daemon.model_name",
         "daemon.private_files",
         "daemon.progress",
-        "daemon.sizes",
         "daemon.error_codes",
     },
     "engine/learn": set[str](),

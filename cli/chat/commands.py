@@ -14,8 +14,8 @@ from typing import NamedTuple
 import msgspec
 
 from shoal.cli.answers import reference
-from shoal.cli.output import note
 from shoal.cli.run import statistics
+from shoal.cli.terminal.output import note
 from shoal.cli.wording import nearest
 from shoal.comm.home import Home
 from shoal.comm.messages import Done, ErrorCode
@@ -23,10 +23,12 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library, check_name
 from shoal.daemon.library.transfer import FULL_DISK
 from shoal.daemon.private_files import private_dir
-from shoal.daemon.sizes import counted
+from shoal.partition.amounts import counted
 
 from .conversation import Conversation
 from .link import ChatLink
+
+_ENDING = ".json"  # of the files of conversations: their names are without it
 
 
 @dataclass
@@ -127,7 +129,7 @@ def _ctx(state: ChatState, argument: str) -> None:
             f"/ctx N changes it{held}"
         )
         return
-    if not argument.isdecimal() or not 1 <= int(argument[:20]) <= 1 << 26:
+    if not (argument.isascii() and argument.isdecimal() and len(argument) <= 12 and int(argument)):
         most = link.model.context_tokens
         raise DaemonError(
             "bad_request", f"/ctx {argument[:40]}: must be a number of tokens, from 1 to {most}"
@@ -164,7 +166,7 @@ def save(state: ChatState, name: str) -> bool:
 
 
 def _save(state: ChatState, argument: str) -> None:
-    name = check_name(argument or "last")
+    name = check_name(argument or "last").removesuffix(_ENDING)
     older = f"; the one before is {name}.older now" if save(state, name) else ""
     note(f"saved as {name}; /load {name} brings it back{older}")
 
@@ -174,7 +176,9 @@ def _load(state: ChatState, argument: str) -> None:
         names = ", ".join(_sessions(state))
         note(f"saved: {names}" if names else "nothing is saved yet; /save NAME saves this conversation")
         return
-    path = _session(state, check_name(argument))
+    if not _session(state, check_name(argument)).exists():
+        argument = argument.removesuffix(_ENDING)
+    path = _session(state, argument)
     try:
         if path.exists() and not path.is_file():
             raise DaemonError("corrupt", f"{path} is not a file", "/load lists what is saved")
@@ -230,11 +234,11 @@ def _models(state: ChatState) -> list[str]:
 
 
 def _sessions(state: ChatState) -> list[str]:
-    return sorted(path.stem for path in state.home.sessions.glob("[!.]*.json"))
+    return sorted(path.stem for path in state.home.sessions.glob(f"[!.]*{_ENDING}"))
 
 
 def _session(state: ChatState, name: str) -> Path:
-    return state.home.sessions / f"{name}.json"
+    return state.home.sessions / f"{name}{_ENDING}"
 
 
 COMMANDS = {

@@ -29,7 +29,7 @@ from prompt_toolkit.search import accept_search
 from prompt_toolkit.styles import Style
 
 from shoal.cli.interrupt import unechoed
-from shoal.cli.output import note
+from shoal.cli.terminal.output import note
 
 from .conversation import QUOTES, encodable, finished, quoted, unfinished
 from .keyboard import Keyboard, keep_pastes_whole

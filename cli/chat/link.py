@@ -5,13 +5,14 @@ Knows how to start, to connect and to load the model again. Does not know conver
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from shoal.cli import background
 from shoal.cli.answers import Answers, ThroughDaemon, check_context
-from shoal.cli.output import note, spinner
+from shoal.cli.terminal.output import note, spinner, stage_text
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
 from shoal.comm.messages import Chat, ChatMessage, ModelStatus, StreamEvent
@@ -19,6 +20,9 @@ from shoal.daemon.errors import DaemonError
 
 if TYPE_CHECKING:
     from shoal.client import Client
+
+
+LOADING_LOOK_S = 0.2  # between two looks at what the daemon loads
 
 
 class ChatLink:
@@ -67,6 +71,16 @@ class ChatLink:
 
     def models(self) -> list[ModelStatus]:
         return self._answers().models()
+
+    def loaded(self) -> list[ModelStatus]:
+        """What a running daemon has loaded. If it has none yet and is loading one, this waits for that."""
+        client = self._connected()
+        with spinner("waiting for the daemon") as update:
+            while not (status := client.status()).models and status.loading:
+                stage = f": {stage_text(status.stage)}" if status.stage else ""
+                update(f"{status.loading}{stage}")
+                time.sleep(LOADING_LOOK_S)
+        return status.models
 
     def ready(self) -> ModelStatus:
         """The model in use; brings daemon and model back if they are gone."""

@@ -31,9 +31,10 @@ from shoal.cli.options import (
     plan_options,
     quant_option,
 )
-from shoal.cli.output import note, spinner, stage_text
-from shoal.cli.paint import Painter
 from shoal.cli.store import asks, reference_or_fetch
+from shoal.cli.terminal.output import note, spinner, stage_text
+from shoal.cli.terminal.paint import Painter
+from shoal.cli.terminal.standard_output import OutputFailed
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
 from shoal.comm.messages import (
@@ -51,7 +52,7 @@ from shoal.daemon.library.library import Library
 from shoal.daemon.library.registry import DEFAULT_MODEL
 from shoal.daemon.model_name import Reference
 from shoal.daemon.private_files import private_dir
-from shoal.daemon.sizes import format_bytes
+from shoal.partition.amounts import format_bytes
 
 from .commands import ChatState, completions, is_command, obey, save
 from .conversation import Conversation
@@ -81,7 +82,8 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
 
     Without MODEL: the one that the daemon has loaded, else one from the store. A daemon is started if none is running;
     with --memory, --threads, --device, --speculate or --kv-type the model runs in this process instead. --ctx bounds
-    this conversation and changes nothing for others. Type /help for commands; Ctrl-C stops an answer, Ctrl-D leaves.
+    this conversation and changes nothing for others; --draft is refused where it would. Type /help for commands; Ctrl-C
+    stops an answer, Ctrl-D leaves.
     """
     home = Home.from_env()
     library = Library(home)
@@ -151,6 +153,8 @@ class ChatLoop:
                     self._ask(asked)
         except KeyboardInterrupt:
             note("stopped")
+        except (OutputFailed, BrokenPipeError):  # nothing that follows could be shown
+            raise
         except Exception as error:  # of whatever kind: a conversation must not be lost by one of its turns
             line, code = explain(error)
             note(line)
@@ -308,7 +312,7 @@ def _reader(state: ChatState, stack: ExitStack) -> Reader:
 def _default(state: ChatState) -> str:
     """The model to talk to when none is named. Raises DaemonError when there is none."""
     names = [entry.name for entry in state.library.list()]
-    if background.running_pid(state.home) is not None and (loaded := state.link.models()):
+    if background.running_pid(state.home) is not None and (loaded := state.link.loaded()):
         known, first = Reference.parse(loaded[0].name), loaded[0]
         return first.name if known.model in names else str(known._replace(model=first.path))
     if not names and not asks():

@@ -21,7 +21,8 @@ from .streams import SocketStream, Stream
 
 JOIN_BYTES = 64 << 10  # shorter buffers are copied into one, longer ones sent as they are
 MESSAGE_BYTES = 1 << 20
-WAIT_S = 10.0  # for a send, and for the rest of a message that has begun to come
+SEND_S = 60.0  # the other side may be computing, and reads nothing meanwhile
+REST_OF_MESSAGE_S = 10.0  # once it has begun to come
 
 _ENCODER = msgspec.msgpack.Encoder()
 
@@ -54,7 +55,7 @@ class Channel:
     def fileno(self) -> int:
         return self._stream.fileno()
 
-    def send(self, *buffers: Any, timeout_s: float = WAIT_S) -> None:
+    def send(self, *buffers: Any, timeout_s: float = SEND_S) -> None:
         """The bytes of `buffers` (contiguous, of any type and shape), one behind the other: if few, in one send.
 
         ChannelTimeout and ChannelError close the channel, since the other side has half of it.
@@ -80,13 +81,17 @@ class Channel:
         self.receive_into(data, timeout_s)
         return data
 
-    def send_message(self, message: msgspec.Struct, timeout_s: float = WAIT_S) -> None:
+    def send_message(self, message: msgspec.Struct, timeout_s: float = SEND_S) -> None:
         """A struct that has a tag if the other side expects one of several. Otherwise as `send`."""
         body = _ENCODER.encode(message)
         self.send(len(body).to_bytes(4, "little"), body, timeout_s=timeout_s)
 
     def receive_message(
-        self, types: Any, timeout_s: float, limit_bytes: int = MESSAGE_BYTES, rest_s: float = WAIT_S
+        self,
+        types: Any,
+        timeout_s: float,
+        limit_bytes: int = MESSAGE_BYTES,
+        rest_s: float = REST_OF_MESSAGE_S,
     ) -> Any:
         """The next message, which must be of `types`: a struct, or a union of tagged ones; and at most `limit_bytes`.
 

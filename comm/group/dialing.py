@@ -171,7 +171,10 @@ class _Race:
                 return
             self._running += 1
             self._started += 1
-        threading.Thread(target=run, name="shoal-dial", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="shoal-dial", daemon=True).start()
+        except RuntimeError as error:  # the system has no more
+            self._ended.put((("", 0), error))
 
     def _resolve(self, address: Address) -> tuple[Address, Exception] | None:
         """Start an attempt at each address that a name stands for."""

@@ -57,9 +57,8 @@ class GroupListener:
         self._identity, self._peers, self._codes, self._speaks = identity, peers, codes, speaks
         self._sockets = _listening(addresses)
         self.addresses: tuple[Address, ...] = tuple(one.getsockname()[:2] for one in self._sockets)
-        self._newcomers: dict[
-            SocketStream, tuple[str, threading.Thread]
-        ] = {}  # in the order in which they came
+        # In the order in which they came.
+        self._newcomers: dict[SocketStream, tuple[str, threading.Thread]] = {}
         self._lock = threading.Lock()  # for the newcomers
         self._ready: queue.Queue[Channel] = queue.Queue(MAX_WAITING)
         self._context: tuple[tuple[PairedNode, ...], ssl.SSLContext] | None = None
@@ -165,8 +164,11 @@ class GroupListener:
             if channel.purpose == "pair":
                 self._pair(channel)
             else:
-                self._ready.put_nowait(channel)
-                kept = True
+                with self._lock:  # whoever is let in is no newcomer: it cannot lose its place any more
+                    if not self._closing.is_set():
+                        self._ready.put_nowait(channel)
+                        del self._newcomers[stream]
+                        kept = True
         except queue.Full:
             log.warning("%s: channels come faster than they are taken", address)
         except (CommError, OSError) as error:
@@ -177,7 +179,7 @@ class GroupListener:
             if not kept:
                 stream.part()
             with self._lock:
-                del self._newcomers[stream]
+                self._newcomers.pop(stream, None)
 
     def _known(self, below: SocketStream) -> Channel:
         """The channel of a paired node, or of one that may be paired and no more."""
@@ -202,7 +204,8 @@ class GroupListener:
         try:
             peer = admit(channel, self._identity, self._peers, self._codes)
         except PairingRefused as error:
-            log.warning("%s was not paired: %s", channel.remote[0], error)
+            level = logging.DEBUG if error.reason == "often" else logging.WARNING  # which bounds the log, too
+            log.log(level, "%s was not paired: %s", channel.remote[0], error)
             raise
         log.info("paired with %s at %s", peer.name, channel.remote[0])
 

@@ -29,8 +29,9 @@ TAKE_BYTES = 128 << 10  # taken from the socket at a time
 PARTING_READS = 8
 SEAL_BYTES = 256 << 10  # given to TLS, and then to the socket, at a time
 
-# Linux; elsewhere the default of the system holds. A peer that is gone is noticed by the group much earlier.
-_OPTIONS = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
+# Linux; elsewhere the default of the system holds. The group notices earlier that a machine is gone, and closes. There
+# is no TCP_USER_TIMEOUT: it would also end the connection to one that computes for long and reads nothing meanwhile.
+_OPTIONS = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 
 
 class Stream(Protocol):
@@ -78,6 +79,7 @@ class SocketStream:
         self._writable = select.poll()
         self._writable.register(connected, select.POLLOUT)
         self._limit_s = 0.0  # that of `recv` as it is set; 0 is none
+        self._ending = threading.Lock()  # so that none ends a descriptor that is another's by now
         self.closed = False
 
     def connect(self, target: tuple[str | int, ...], deadline: float) -> None:
@@ -134,13 +136,13 @@ class SocketStream:
             self._limit_s = left_s * 1.0625
             seconds, rest_s = divmod(self._limit_s, 1)
             limit = struct.pack("@ll", int(seconds), int(rest_s * 1e6) + 1)
-            with contextlib.suppress(OSError):  # it is closed, and `recv` will say so
+            try:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            except OSError as error:  # never go on: the `recv` would have no end
+                raise self._broken(error) from error
         return 0
 
     def _wait(self, poll: select.poll, deadline: float, problem: str) -> None:
-        if self.closed:  # then the number of the descriptor may be that of another
-            raise self._broken(None)
         left_s = deadline - time.monotonic()
         if not poll.poll(math.ceil(left_s * 1000) if left_s > 0 else 0):
             raise ChannelTimeout(problem)
@@ -163,11 +165,12 @@ class SocketStream:
 
     def abort(self) -> None:
         self.closed = True
-        with contextlib.suppress(OSError):
+        with self._ending, contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._socket.close()
+        with self._ending:
+            self._socket.close()
 
 
 class TlsStream:
@@ -213,9 +216,10 @@ class TlsStream:
             try:
                 with self._lock:
                     self._tls.write(data[start : start + SEAL_BYTES])
+                    sealed = self._leaving.read()
             except ssl.SSLError as error:
                 raise _explained(error) from error
-            self._flush(deadline)
+            self._below.send(memoryview(sealed), deadline)
 
     def receive(self, view: memoryview, deadline: float) -> int:
         while not (count := self._read(view)):
@@ -231,7 +235,9 @@ class TlsStream:
                     if not (
                         count := int(self._tls.read(len(view) - filled, view[filled:]))
                     ):  # typeshed says bytes
-                        raise ChannelError("the other side closed the channel")
+                        if not filled:
+                            raise ChannelError("the other side closed the channel")
+                        break
                     filled += count
         except ssl.SSLWantReadError:  # a part of a record
             pass
@@ -254,8 +260,13 @@ class TlsStream:
 def _address(ask: Callable[[], object]) -> Address:
     """What the system calls an end. A pair of sockets has no names, nor has an end that is gone."""
     with contextlib.suppress(OSError):
-        if isinstance(name := ask(), tuple):
-            return str(name[0]), int(name[1])
+        match ask():
+            case (str(host), int(port), _, int(scope)) if (
+                scope
+            ):  # link-local: of no use without the interface
+                return f"{host}%{socket.if_indextoname(scope)}", port
+            case (str(host), int(port), *_):
+                return host, port
     return "", 0
 
 

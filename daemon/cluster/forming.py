@@ -5,55 +5,72 @@ Knows members and their facts, and how a model can be cut. How a group lives is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.wire_types import WireType
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.loading.group_planning import RankSeat, TooTight, rank_plans
-from shoal.daemon.loading.grouping import FormedGroup, Seated
-from shoal.daemon.sizes import format_bytes
+from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated
+from shoal.daemon.loading.planning import extents, rank_part, wanted_of
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
 from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
-from shoal.partition.errors import ShardError
-from shoal.partition.plan import Plan
-from shoal.partition.slicing import Shard, divide
+from shoal.partition.amounts import format_bytes
+from shoal.partition.group_choice import Choice, NoGroup
+from shoal.partition.group_search import choose
+from shoal.partition.machines import Links, Machine
+from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
+from shoal.partition.rank_plans import RankPart, rank_plans
+from shoal.partition.slicing import Grains, Shard, divide
+from shoal.partition.spec import BlockId
 
 from .group import Group, Seat
 from .member import Member
 from .roster import Roster
+from .speed import NodeSpeed
+
+log = logging.getLogger(__name__)
 
 Serving = Callable[[Checkpoint, Quant], Callable[[Channel, Shard], None]]
 """Makes what answers requests for the weights of shards of a checkpoint."""
 
 
-class Forming:
-    """For the head of a cluster. `serving`: how weights are sent."""
+class Choosing(Protocol):
+    """See `partition.group_search.choose`."""
 
-    def __init__(self, roster: Roster, serving: Serving, wire: WireType = "f32") -> None:
+    def __call__(
+        self,
+        wanted: Wanted,
+        block_bytes: Mapping[BlockId, int],
+        machines: Sequence[Machine],
+        links: Links,
+        *,
+        grains: Grains,
+        wires: Sequence[WireType],
+        ranks: int | None,
+    ) -> Choice | NoGroup: ...
+
+
+class Forming:
+    """For the head of a cluster. `serving`: how weights are sent. `speed` measures this machine."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        serving: Serving,
+        speed: Callable[[], NodeSpeed],
+        choosing: Choosing = choose,
+        wires: Sequence[WireType] = ("f32",),
+    ) -> None:
         self._roster = roster
         self._serving = serving
-        self._wire = wire
-
-    def seat(
-        self, name: str, checkpoint: Checkpoint, config: NodeConfig, alone: Plan | None, free_bytes: int
-    ) -> Seated | None:
-        members = self._roster.members
-        ranks = config.ranks if config.ranks is not None else len(members) + 1
-        if ranks == 1:
-            return None
-        if ranks > len(members) + 1:
-            there = ", ".join(member.name for member in members) or "nobody"
-            raise DaemonError(
-                "resources",
-                f"{ranks} ranks were asked for, and besides this machine there is {there}",
-                "see shoal cluster nodes",
-            )
-        return self._seated(name, checkpoint, config, members[: ranks - 1], free_bytes)
+        self._speed = speed
+        self._choosing = choosing
+        self._wires = wires
 
     @property
     def machines(self) -> int:
@@ -63,11 +80,66 @@ class Forming:
     def arrivals(self) -> int:
         return self._roster.arrivals
 
-    def better(self, config: NodeConfig, group: FormedGroup | None) -> bool:
-        wanted = len(self._roster.members) + 1
-        if config.ranks is not None:
-            wanted = min(wanted, config.ranks)
-        return wanted > 1 + (len(group.names) if group is not None else 0)
+    def seat(
+        self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int
+    ) -> Seated | Unseated:
+        members = self._roster.members
+        if config.ranks is not None and config.ranks > len(members) + 1:
+            there = ", ".join(member.name for member in members) or "nobody"
+            message = f"{config.ranks} ranks were asked for, and besides this machine there is {there}"
+            raise DaemonError("resources", message, "see shoal cluster nodes")
+        if not members or config.ranks == 1:
+            return Unseated("")
+        choice = self._choice(checkpoint, config, members, free_bytes)
+        if isinstance(choice, NoGroup):
+            if config.ranks is not None:
+                raise DaemonError("resources", f"{name}: {choice.describe()}")
+            return Unseated(choice.describe())
+        if len(choice.ranks) == 1:
+            return Unseated(choice.describe())
+        return self._seated(name, checkpoint, config, members, choice, free_bytes)
+
+    def better(
+        self, checkpoint: Checkpoint, config: NodeConfig, group: FormedGroup | None, free_bytes: int
+    ) -> bool:
+        members = self._roster.members
+        now = list(group.names) if group is not None else []
+        if not members:
+            return bool(now)
+        choice = self._choice(checkpoint, config, members, free_bytes)
+        if isinstance(choice, NoGroup):
+            return False
+        return sorted(it.machine for it in choice.ranks[1:]) != sorted(now)
+
+    def _choice(
+        self, checkpoint: Checkpoint, config: NodeConfig, members: Sequence[Member], free_bytes: int
+    ) -> Choice | NoGroup:
+        own = self._speed()
+        machines = [
+            Machine(
+                "this machine",
+                free_bytes,
+                own.memory_bytes_per_s,
+                own.flops,
+                own.disk_bytes_per_s,
+                config.thread_count,
+            ),
+            *map(_machine, members),
+        ]
+        links = {(0, place): member.link for place, member in enumerate(members, 1)}
+        sizes, _ = extents(checkpoint, config.quant)
+        grains = grains_of(checkpoint, config.quant)
+        # If no context was asked for, a shorter one may keep it in memory alone: that is what groups are compared with.
+        contexts = wanted_of(checkpoint.spec, config)
+        resident = (
+            it for it in contexts if isinstance(plan_in_ram(it, sizes, memory_bytes=free_bytes), Plan)
+        )
+        wanted = next(resident, contexts[0])
+        choice = self._choosing(
+            wanted, sizes, machines, links, grains=grains, wires=self._wires, ranks=config.ranks
+        )
+        log.info("%s: %s", checkpoint.name, choice.describe())
+        return choice
 
     def _seated(
         self,
@@ -75,40 +147,70 @@ class Forming:
         checkpoint: Checkpoint,
         config: NodeConfig,
         members: Sequence[Member],
+        choice: Choice,
         free_bytes: int,
-    ) -> Seated | None:
-        insists = config.ranks is not None
-        try:
-            shards = divide(checkpoint.spec, len(members) + 1, grains_of(checkpoint, config.quant))
-        except ShardError as error:
-            if insists:
-                raise DaemonError("unsupported", f"{name} cannot be cut that way: {error}") from error
-            return None
+    ) -> Seated | Unseated:
+        chosen = [members[rank.place - 1] for rank in choice.ranks[1:]]
+        grains = grains_of(checkpoint, config.quant)
+        shards = divide(checkpoint.spec, len(choice.ranks), grains, choice.shares, experts=choice.experts)
         parts: list[AnyCheckpoint] = [CheckpointShard(checkpoint, shard) for shard in shards]
-        rooms = [free_bytes, *(member.beat.free_bytes or member.facts.memory_bytes for member in members)]
-        threads = [config.threads, *(member.facts.threads for member in members)]
-        seats = [
-            RankSeat(part, replace(config, threads=own), room)
-            for part, own, room in zip(parts, threads, rooms, strict=True)
+        rooms = [free_bytes, *map(_room, chosen)]
+        threads = [config.thread_count, *(member.facts.threads for member in chosen)]
+        needs = [
+            rank_part(part, config.quant, room, own)
+            for part, room, own in zip(parts, rooms, threads, strict=True)
         ]
-        plans = rank_plans(seats)
+        plans = _plans(wanted_of(checkpoint.spec, config), needs)
         if isinstance(plans, TooTight):
-            if not insists:
-                return None
-            who = members[plans.rank - 1].name if plans.rank else "this machine"
-            raise DaemonError(
-                "resources", f"{name}: {who} needs {format_bytes(plans.least_bytes)} for its part"
-            )
+            who = chosen[plans.rank - 1].name if plans.rank else "this machine"
+            said = f"{who} needs {format_bytes(plans.least_bytes)} for its part of {name}"
+            if config.ranks is not None:
+                raise DaemonError("resources", said)
+            return Unseated(said)
+        specs = [part.spec for part in parts[1:]]
         group = Group(
             self._roster,
             name,
-            [
-                Seat(*it)
-                for it in zip(members, shards[1:], [p.spec for p in parts[1:]], plans[1:], strict=True)
-            ],
+            [Seat(*it) for it in zip(chosen, shards[1:], specs, plans[1:], strict=True)],
             config.quant,
-            self._wire,
+            self._wires[0],
             self._serving(checkpoint, config.quant),
         )
         group.begin()
-        return Seated(parts[0], plans[0], group)
+        return Seated(parts[0], plans[0], group, choice.describe())
+
+
+def _machine(member: Member) -> Machine:
+    facts = member.facts
+    return Machine(
+        member.name,
+        _room(member),
+        facts.memory_bytes_per_s,
+        facts.flops,
+        facts.disk_bytes_per_s,
+        max(1, facts.threads),
+    )
+
+
+def _room(member: Member) -> int:
+    """Bytes that it has for a shard. What it holds for a group that is being replaced counts as free."""
+    return member.facts.memory_bytes
+
+
+class TooTight(NamedTuple):
+    """A rank that has no plan, and the memory that would do."""
+
+    rank: int
+    least_bytes: int
+
+
+def _plans(wanted: Sequence[Wanted], parts: Sequence[RankPart]) -> Sequence[Plan] | TooTight:
+    """Plans in memory for the longest context with which there are some; else plans that stream."""
+    for streaming in (False, True):
+        for shorter in wanted:
+            made = rank_plans(shorter, parts, streaming=streaming)
+            plans = [plan for plan in made if isinstance(plan, Plan)]
+            if len(plans) == len(made):
+                return plans
+    rank, misfit = next((rank, it) for rank, it in enumerate(made) if isinstance(it, Misfit))
+    return TooTight(rank, misfit.least_bytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
@@ -19,6 +20,7 @@ from .forming import Forming
 from .membership import Membership
 from .roster import Roster
 from .shard_stores import open_shards, send_weights
+from .speed import node_speed
 
 GATHER_S = 10.0
 GATHER_LOOK_S = 0.05
@@ -32,7 +34,8 @@ def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
         yield None
         return
     roster = Roster()
-    membership = Membership(home.cluster, config, Budget(0), roster, open_shards(home.shards))
+    speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
+    membership = Membership(home.cluster, config, Budget(0), roster, open_shards(home.shards), speed)
     if membership.role != "head":
         hint = "shoal cluster init on the machine that has the model"
         raise DaemonError("resources", f"{config.ranks} ranks were asked for: this machine is no head", hint)
@@ -41,6 +44,6 @@ def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
         ends_s = time.monotonic() + GATHER_S
         while len(roster.members) < config.ranks - 1 and time.monotonic() < ends_s:
             time.sleep(GATHER_LOOK_S)
-        yield Forming(roster, send_weights)
+        yield Forming(roster, send_weights, speed)
     finally:
         membership.close()

@@ -24,9 +24,9 @@ from shoal.partition.plan import Plan
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import ModelSpec
 
+from .control_messages import Loading, Ready, Serve, ShardRefused
 from .meeting import Led, Meeting
 from .member import Member
-from .messages import Loading, Ready, Serve, ShardRefused
 from .pulse import Pulse
 from .roster import Roster
 

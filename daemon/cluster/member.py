@@ -12,10 +12,12 @@ from collections.abc import Callable
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
+from shoal.partition.machines import LinkSpeed
 
-from .messages import (
+from .control_messages import (
     CONTROL_BYTES,
     FROZEN_S,
+    PROBE_BYTES,
     SILENT_S,
     Attach,
     Beat,
@@ -23,11 +25,17 @@ from .messages import (
     FromHead,
     FromWorker,
     Loading,
+    Probe,
+    Probed,
     Ready,
     Serve,
     ShardRefused,
 )
 from .pulse import Watched
+
+TRIPS = 8
+FIRST_PROBE_BYTES = 16 << 10
+PROBE_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +54,7 @@ class Member:
         self.fingerprint = channel.peer
         self.facts = attach
         self.beat = Beat()
+        self.link = LinkSpeed(0.0, 1.0)  # once it is measured
         self.reason = ""  # why it is gone
         self._control = channel
         self._channels: list[Channel] = [channel]
@@ -53,6 +62,7 @@ class Member:
         self._clock = clock
         self._heard_s = clock()
         self._watched = Watched()
+        self._probes = 0
         self._state = threading.Condition()
         self._answers: dict[int, Loading | Ready | ShardRefused] = {}
 
@@ -99,23 +109,51 @@ class Member:
             channel.close()
         self._lost(self, reason)
 
+    def measure(self) -> None:
+        """Find out how long a small message takes to it, and how fast many bytes are sent. Before `run`. Raises OSError
+        or CommError."""
+        trips = [self._probe(b"") for _ in range(TRIPS)]
+        latency_s = min(trips) / 2
+        size, speed, ends_s = FIRST_PROBE_BYTES, 0.0, self._clock() + PROBE_S
+        while self._clock() < ends_s:
+            took_s = self._probe(bytes(size))
+            speed = max(speed, size / max(took_s - 2 * latency_s, 1e-6))
+            if size == PROBE_BYTES and took_s < PROBE_S / 8:
+                break  # it is fast enough for one more to say nothing new
+            size = min(PROBE_BYTES, 4 * size)
+        self.link = LinkSpeed(latency_s, speed)
+
     def run(self) -> None:
         """Hear it until it is gone; the caller's thread is used for that."""
         try:
             while not self.reason:
-                message = self._control.receive_message(
-                    FromWorker, timeout_s=SILENT_S, limit_bytes=CONTROL_BYTES
-                )
-                self._heard_s = self._clock()
-                if isinstance(message, Beat):
-                    self.beat = message
-                elif not isinstance(message, Attach):
-                    with self._state:
-                        if message.epoch in self._answers:
-                            self._answers[message.epoch] = message
-                        self._state.notify_all()
+                self._hear()
         except (OSError, CommError) as error:
             self.leave(str(error))
+
+    def _hear(self) -> FromWorker:
+        """Its next message. Raises OSError or CommError."""
+        message: FromWorker = self._control.receive_message(
+            FromWorker, timeout_s=SILENT_S, limit_bytes=CONTROL_BYTES
+        )
+        self._heard_s = self._clock()
+        if isinstance(message, Beat):
+            self.beat = message
+        elif not isinstance(message, Attach | Probed):
+            with self._state:
+                if message.epoch in self._answers:
+                    self._answers[message.epoch] = message
+                self._state.notify_all()
+        return message
+
+    def _probe(self, data: bytes) -> float:
+        """Seconds until it has answered to so many bytes."""
+        self._probes += 1
+        began_s = self._clock()
+        self._control.send_message(Probe(number=self._probes, data=data))
+        while self._hear() != Probed(number=self._probes):
+            pass
+        return self._clock() - began_s
 
     def send(self, message: FromHead) -> None:
         """Never raises: if it cannot be sent, the member is gone."""

@@ -39,11 +39,12 @@ from shoal.daemon.memory import resident_bytes
 from shoal.daemon.private_files import private_dir
 from shoal.offload.budget import Budget
 
+from .control_messages import Attach
 from .member import Member
-from .messages import Attach
 from .own_addresses import DEFAULT_LISTEN, parse_address, reachable
 from .roster import Roster
 from .served_shard import OpenShard
+from .speed import NodeSpeed
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ ACCEPT_S = 1.0
 
 
 class Membership:
-    """`directory` holds key, certificate and peers. `serving` tells in which groups a member is (for people)."""
+    """`directory` holds key, certificate and peers. `speed` measures this machine. `serving` tells in which groups a
+    member is (for people)."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class Membership:
         budget: Budget,
         roster: Roster,
         open_shard: OpenShard,
+        speed: Callable[[], NodeSpeed],
         serving: Callable[[Member], list[tuple[str, float]]] = lambda member: [],
     ) -> None:
         self._directory = directory
@@ -69,6 +72,7 @@ class Membership:
         self._budget = budget
         self._roster = roster
         self._open_shard = open_shard
+        self._speed = speed
         self._serving = serving
         self._lock = threading.RLock()
         self._codes = Codes()
@@ -76,6 +80,7 @@ class Membership:
         self._worker: Worker | None = None
         self._closed = False
         self._peers = Peers(directory)
+        roster.name_of = lambda fingerprint: self._peers.get(fingerprint).name
 
     @property
     def role(self) -> NodeRole:
@@ -169,12 +174,16 @@ class Membership:
         return next((peer for peer in self._peers.listed() if peer.role == "head"), None)
 
     def _attach(self) -> Attach:
+        speed = self._speed()
         return Attach(
             name=self._identity().name,
             version=package_version(),
             kernels=kernels.home(),
             threads=self._config.thread_count,
             memory_bytes=max(0, self._budget.free_bytes),
+            memory_bytes_per_s=speed.memory_bytes_per_s,
+            flops=speed.flops,
+            disk_bytes_per_s=speed.disk_bytes_per_s,
         )
 
     def follow_files(self) -> None:
@@ -238,6 +247,8 @@ class Membership:
             role=peer.role,
             attached=True,
             address=member.address,
+            rtt_s=2 * member.link.latency_s,
+            bytes_per_s=member.link.bytes_per_s,
             version=member.facts.version,
             kernels=member.facts.kernels,
             threads=member.facts.threads,

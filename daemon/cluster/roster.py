@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 
+from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch
 from .member import Member
-from .messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,9 @@ class Roster:
         self._members: dict[str, Member] = {}
         self._groups: dict[int, Joining] = {}
         self.arrivals = 0  # how many members have come
+        self.name_of: Callable[[str], str] = lambda fingerprint: (
+            ""
+        )  # as this head calls it; "" = as it calls itself
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._look, name="shoal-roster", daemon=True).start()
@@ -95,7 +100,10 @@ class Roster:
         self.dismiss(
             channel.peer, "it has attached again"
         )  # it may have restarted before its loss was noticed
+        if name := self.name_of(channel.peer):
+            attach = replace(attach, name=name)
         member = Member(channel, attach, self._left, self._clock)
+        member.measure()
         with self._lock:
             self._members[channel.peer] = member
             self.arrivals += 1

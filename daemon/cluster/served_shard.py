@@ -25,9 +25,9 @@ from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
 from shoal.partition.memory_layout import kv_page_bytes
 
+from .control_messages import Epoch, FromWorker, Loading, Ready, Serve, ShardRefused
 from .follower import Follower
 from .meeting import Meeting
-from .messages import Epoch, FromWorker, Loading, Ready, Serve, ShardRefused
 from .pulse import Pulse
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from shoal.offload.pack.manifest import Quant
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.slicing import Shard
 
-from .messages import Serve
+from .control_messages import Serve
 from .served_shard import Dial, OpenShard
 from .weights.shard_cache import ShardCache
 from .weights.shard_fetch import fetch_shard

@@ -16,7 +16,19 @@ from shoal.comm.group.peers import PairedNode
 from shoal.daemon.memory import resident_bytes
 from shoal.offload.budget import Budget
 
-from .messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Beat, Drop, FromHead, FromWorker, Serve
+from .control_messages import (
+    BEAT_S,
+    CONTROL_BYTES,
+    Alive,
+    Attach,
+    Beat,
+    Drop,
+    FromHead,
+    FromWorker,
+    Probe,
+    Probed,
+    Serve,
+)
 from .served_shard import Dial, OpenShard, ServedShard
 
 log = logging.getLogger(__name__)
@@ -66,9 +78,10 @@ class Worker:
         pause_s = REDIAL_S[0]
         while not self._closed.is_set():
             try:
+                facts = self._attach()  # before the head waits for them: they may have to be measured
                 control = self._control = self._dial("control")
                 with control:
-                    control.send_message(self._attach())
+                    control.send_message(facts)
                     log.info("attached to %s (%s)", self.head, control.remote[0])
                     self.attached, self.trouble, pause_s = True, "", REDIAL_S[0]
                     self._listen(control)
@@ -99,6 +112,8 @@ class Worker:
     def _do(self, message: FromHead) -> None:
         if isinstance(message, Alive):
             return
+        if isinstance(message, Probe):
+            self._tell(Probed(number=message.number))
         if isinstance(message, Serve):
             for other in [*self._shards.values()]:
                 if other.request.model == message.model:  # its successor comes

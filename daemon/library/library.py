@@ -26,6 +26,7 @@ from msgspec import Meta, Struct
 
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.model_name import misplaced_suffix
 from shoal.daemon.private_files import alone, private_dir
 from shoal.daemon.progress import Progress, no_progress
 from shoal.models.checkpoint.identity import FileStamp
@@ -156,7 +157,8 @@ class Library:
         if path is not None:
             return path
         if is_path(model):
-            hint = f"to fetch it: shoal pull {model[:300]}" if fetchable(model) else "see shoal ls"
+            fetch = f"to fetch it: shoal pull {model[:300]}" if fetchable(model) else "see shoal ls"
+            hint = misplaced_suffix(model) or fetch
             raise DaemonError("not_found", f"no such file or directory: {model[:300]}", hint)
         raise self._unknown(model)
 
@@ -187,6 +189,10 @@ class Library:
     def damaged(self) -> tuple[str, ...]:
         """The names of models whose manifest cannot be used, or whose files are missing or of the wrong size."""
         return tuple(name for name in self._names() if self._read(name) is None)
+
+    def known_names(self) -> tuple[str, ...]:
+        """Names of the store and of the built-in table, in order."""
+        return tuple(sorted({*self._names(), *(model.name for model in registry.MODELS)}))
 
     def verify(self, entry: StoredModel, progress: Progress = no_progress) -> tuple[str, ...]:
         """Read every byte again. Returns the names of the files that differ from the manifest. Raises OSError."""
@@ -310,15 +316,17 @@ class Library:
             raise DaemonError("corrupt", f"{entry.name}: {error.filename}: {error.strerror}") from error
 
     def _unknown(self, name: str) -> DaemonError:
-        known = sorted({*self._names(), *(model.name for model in registry.MODELS)})
+        known = self.known_names()
         if registry.find(name):
             return DaemonError(
                 "not_found", f"{name} is not in the store yet", f"get it with: shoal pull {name}"
             )
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        if name.rpartition(":")[0] in known:
-            hint += "only :q8 and :q4 can follow a name; "
+        if said := misplaced_suffix(name, known):
+            hint += f"{said}; "
+        elif is_path(name):
+            hint = "it is a path, and models of the store have names; "
         return DaemonError(
             "not_found", f"no model called {name[:140]!r}", f"{hint}see shoal ls; shoal pull fetches models"
         )

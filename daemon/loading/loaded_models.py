@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from shoal.comm.messages import Load
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.model_name import Reference
 from shoal.offload.budget import Budget
@@ -22,6 +23,18 @@ log = logging.getLogger(__name__)
 def unloaded(name: str) -> DaemonError:
     """Why a request to a model ends, or does not begin, that somebody has unloaded."""
     return DaemonError("unloaded", f"{name} was unloaded meanwhile", "send the request again to load it anew")
+
+
+def kept(model: LoadedModel, wanted: Load) -> DaemonError:
+    """Why a model that others use is not loaded anew for who asks for it otherwise."""
+    draft = f"draft model {model.draft_path.name}" if model.draft_path else "no draft model"
+    has = draft if wanted.context is None else f"a context of {model.plan.context_tokens} tokens and {draft}"
+    asked = f" `draft={wanted.draft}`" if wanted.draft else ""
+    return DaemonError(
+        "bad_request",
+        f"{model.name} is loaded with {has}, for all who use it",
+        f"`load({wanted.model})`{asked} loads it anew, for all of them",
+    )
 
 
 class LoadedModels:
@@ -74,6 +87,10 @@ class LoadedModels:
         """The name for a model: as it was asked for; for a path its last part, or all of it if that name is taken."""
         name = str(wanted._replace(model=path.name) if wanted.model == str(path) else wanted)
         return str(wanted._replace(model=str(path))) if name in self._by_name else name
+
+    def due(self) -> bool:
+        """Whether any has a step to do now."""
+        return any(model.engine.busy and model.engine.lost is None for model in self)
 
     def idle(self) -> list[LoadedModel]:
         return [model for model in self if not model.engine.busy]

@@ -6,24 +6,24 @@ Knows that idle models make room, and when it is better not to begin. `loaded_mo
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from shoal.comm.messages import Stage
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.turns import FairLock
 
 from .assembly import Assembly
 from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
 from .loaded_model import LoadedModel
 from .loaded_models import LoadedModels
 from .planning import least_bytes
-from .refusal import refusing
 from .runnable import check_vocabulary
 
 MOTIONLESS_S = 300.0  # without coming further, a load counts as stuck
@@ -39,24 +39,39 @@ class Loader:
         self._models = models
         self._assembly = assembly
         self._check = check
-        self._lock = threading.Lock()
+        self._coming: list[str] = []
+        self._turns = FairLock()
         self._moved_s = 0.0  # when what is being loaded last came further
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Within it nobody else loads or unloads. Raises DaemonError `busy` if the other does not come further: a file
         system may hang."""
-        while not self._lock.acquire(timeout=1.0):
+
+        def look() -> None:
             self._check()
             if self._assembly.clock() - self._moved_s > MOTIONLESS_S:
                 name = self.name or "another model"
                 message = f"{name} is being loaded and has not come further for {MOTIONLESS_S:.0f} s"
                 raise DaemonError("busy", message, "its disk may be dead", retry_after_s=MOTIONLESS_S)
-        try:
+
+        with self._turns.held(look, 1.0):
             self._moved_s = self._assembly.clock()
             yield
+
+    @contextmanager
+    def announced(self, model: str) -> Iterator[None]:
+        """Within it, somebody has that model loaded, or waits until others are."""
+        self._coming.append(model)
+        try:
+            yield
         finally:
-            self._lock.release()
+            self._coming.remove(model)
+
+    @property
+    def coming(self) -> str:
+        """The model that is being loaded, as it was asked for; "" if there is none."""
+        return next(iter(self._coming), "")
 
     def check_reload(self, model: LoadedModel, config: NodeConfig, draft: Path | None) -> None:
         """Before `model` is dropped: raises DaemonError if it could not be loaded again like this."""
@@ -93,6 +108,7 @@ class Loader:
 
         while True:
             return_freed()
+            self.name = name
             begun: dict[str, tuple[float, int]] = {}  # what is done → when it began, and at how many bytes
             try:
                 streaming = not self._models.idle()

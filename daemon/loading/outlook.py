@@ -11,6 +11,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.error_codes import refusing
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import PROCESS, budget_of
 from shoal.daemon.model_name import Quant
@@ -20,7 +21,6 @@ from shoal.offload.pack.layout import layout
 from shoal.offload.read_speed import read_speed
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget
-from .refusal import refusing
 
 
 class Uses(Struct, frozen=True):

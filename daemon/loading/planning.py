@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shoal import kernels
-from shoal.daemon.config import NodeConfig
-from shoal.daemon.errors import DaemonError
+from shoal.daemon.config import NodeConfig, beyond_the_model
 from shoal.engine.learn.step_cost import ROW_SHARE
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
@@ -21,6 +20,7 @@ from shoal.offload.pack.layout import layout
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.hardware_guesses import MEMORY_BYTES_PER_S
 from shoal.partition.plan import Misfit, Plan, Wanted, first_fit, least_in_ram, plan_in_ram
+from shoal.partition.rank_plans import RankPart
 from shoal.partition.spec import BlockId, ModelSpec
 from shoal.partition.streamed_plan import kv_has_room, plan_streamed
 
@@ -36,7 +36,7 @@ def make_plan(
 
     Raises DaemonError `context_overflow`.
     """
-    wanted = _wanted(checkpoint.spec, config)
+    wanted = wanted_of(checkpoint.spec, config)
     block_bytes = _block_bytes(checkpoint, config.quant)
 
     def tried() -> Iterator[Plan | Misfit]:
@@ -52,7 +52,7 @@ def make_plan(
 def least_bytes(draft: Path, config: NodeConfig) -> int:
     """The least memory that a draft model needs beside the model that it guesses for. Raises DaemonError."""
     with open_checkpoint(draft) as checkpoint:
-        shortest = _wanted(checkpoint.spec, config)[-1]
+        shortest = wanted_of(checkpoint.spec, config)[-1]
         return least_in_ram(shortest, _block_bytes(checkpoint, "keep")).peak_bytes
 
 
@@ -62,11 +62,18 @@ def row_share(plan: Plan, read_bytes_per_s: float) -> float:
     return ROW_SHARE * compute_s / max(compute_s, plan.step_s(read_bytes_per_s))
 
 
+def rank_part(checkpoint: AnyCheckpoint, quant: Quant, memory_bytes: int, threads: int) -> RankPart:
+    """What a rank needs for its part of a checkpoint, to be planned with the others of its group."""
+    block_bytes = _block_bytes(checkpoint, quant)
+    return RankPart(checkpoint.spec, block_bytes, *extents(checkpoint, quant), memory_bytes, threads)
+
+
 def extents(checkpoint: AnyCheckpoint, quant: Quant = "keep") -> tuple[dict[BlockId, int], int]:
     """(bytes of every block in a pack, in the order of a step; bytes of the vectors). A tied embedding has none."""
     manifest = layout(checkpoint, quant, source_of(checkpoint))
     embed = BlockId("embed")
-    sizes = {embed: 0} | {item.block: item.nbytes for item in manifest.blocks}
+    sizes = {embed: 0} if checkpoint.spec.vocab else {}
+    sizes |= {item.block: item.nbytes for item in manifest.blocks}
     if checkpoint.spec.tied:
         sizes[embed] = 0  # its bytes are the head's
     return sizes, manifest.vectors.nbytes
@@ -77,11 +84,11 @@ def _block_bytes(checkpoint: AnyCheckpoint, quant: Quant) -> dict[BlockId, int]:
     if quant == "keep":
         return {block: checkpoint.block_bytes(block) for block in checkpoint.spec.blocks()}
     sizes, vectors_bytes = extents(checkpoint, quant)
-    sizes[BlockId("embed")] += vectors_bytes  # of all blocks: they are read at once
+    sizes[next(iter(sizes))] += vectors_bytes  # of all blocks: they are read at once
     return sizes
 
 
-def _wanted(spec: ModelSpec, config: NodeConfig) -> list[Wanted]:
+def wanted_of(spec: ModelSpec, config: NodeConfig) -> list[Wanted]:
     """What the configuration asks for: with its context, or once with each context to try, the longest first."""
     usual = config.context_tokens or min(spec.context, DEFAULT_CONTEXT_TOKENS)
     least = max(LEAST_CONTEXT_TOKENS, config.least_context_tokens)
@@ -97,14 +104,7 @@ def _wanted(spec: ModelSpec, config: NodeConfig) -> list[Wanted]:
         native=kernels.home() != "reference",
     )
     if longest.context_tokens > spec.longest:
-        made = f"was made for {spec.context}"
-        if spec.longest > spec.context:
-            made += f", and its rope scaling extends that to {spec.longest}"
-        raise DaemonError(
-            "context_overflow",
-            f"a context of {longest.context_tokens} tokens was asked for, the model {made}",
-            f"use `context_tokens={spec.longest}` or less",
-        )
+        raise beyond_the_model(longest.context_tokens, spec.longest, spec.context)
     wanted = [longest]
     while config.context_tokens is None and (context := wanted[-1].context_tokens) > least:
         wanted.append(longest._replace(context_tokens=max(least, context // 2)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import replace
 
 from shoal.daemon.config import NodeConfig
@@ -16,12 +17,14 @@ from shoal.daemon.errors import DaemonError
 from shoal.engine.errors import RankLost
 
 from .assembly import Assembly
+from .grouping import Grouping
 from .loaded_model import LoadedModel
 from .loaded_models import LoadedModels
 from .loader import Loader
 
 log = logging.getLogger(__name__)
 
+PAUSE_S = 0.5
 MOST_ATTEMPTS = 5  # more machines may be lost meanwhile
 
 
@@ -50,13 +53,18 @@ class Regrouping:
             came, model.arrivals = model.arrivals != arrivals, arrivals
             if group is not None and not group.whole:
                 why = "a machine is gone"
-            elif came and grouping.better(replace(self._config, ranks=model.asked_ranks), group):
+            elif came and self._better(grouping, model):
                 why = "machines have come"
             else:
                 continue
             model.engine.suspend(RankLost(0, why))
             log.info("%s is loaded again: %s", model.name, why)
             self.begin(model)
+
+    def _better(self, grouping: Grouping, model: LoadedModel) -> bool:
+        config = self._wanted(model)
+        free_bytes = self._assembly.budget.free_bytes + model.peak_bytes
+        return grouping.better(model.checkpoint, config, model.main.group, free_bytes)
 
     def _regroup(self, model: LoadedModel) -> None:
         for attempt in range(1, MOST_ATTEMPTS + 1):
@@ -68,12 +76,14 @@ class Regrouping:
                 return
             except Exception as error:
                 failed = translated(error)
-                again = failed.code == "busy" and attempt < MOST_ATTEMPTS
+                # A machine may have been lost that was still counted on.
+                again = failed.code in ("busy", "resources") and attempt < MOST_ATTEMPTS
                 log.warning("%s: %s", model.name, failed, exc_info=not isinstance(error, DaemonError))
             if not again:
                 model.engine.fail_all(failed)
                 self._models.drop(model)
                 return
+            time.sleep(PAUSE_S)
 
     def _wanted(self, model: LoadedModel) -> NodeConfig:
         """As it was asked for, with a context in which all of its requests can end."""

@@ -22,10 +22,10 @@ from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
-from shoal.partition.plan import Plan
+from shoal.partition.plan import VOCABULARY_BYTES, Plan
 
-from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
-from .grouping import FormedGroup, Grouping
+from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
+from .grouping import FormedGroup, Grouping, Seated, Unseated
 from .stores import open_store
 
 
@@ -39,6 +39,7 @@ class Runnable:
     executor: Executor
     peak_bytes: int  # including the buffers of KV on disk
     group: FormedGroup | None = None  # if other machines compute with this one
+    why: str = ""  # they do or do not
     read_bytes_per_s: float = 0.0
 
     @classmethod
@@ -64,23 +65,29 @@ class Runnable:
         tight = bounded(config.memory_bytes)
         with ExitStack() as undo, open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config) if kv_on_disk else 0
-            found = plan_within_budget(
-                checkpoint, config, budget, extra_bytes=reserve_bytes + extra_bytes, streaming=streaming
-            )
+
+            def planned() -> Plan | Shortfall:
+                extra = reserve_bytes + extra_bytes
+                return plan_within_budget(checkpoint, config, budget, extra_bytes=extra, streaming=streaming)
+
+            found = planned()
+            if grouping is None:
+                require_plan(found, name)
+            tokenizer = read_tokenizer(name, checkpoint, budget)
+            if more := max(0, tokenizer.nbytes - VOCABULARY_BYTES * checkpoint.spec.vocab):
+                extra_bytes += more
+                found = planned()
             part: AnyCheckpoint = checkpoint
-            seated = None
+            seated: Seated | Unseated = Unseated("")
             if grouping is not None:
-                alone = found if isinstance(found, Plan) else None
-                seated = grouping.seat(name, checkpoint, config, alone, budget.free_bytes - reserve_bytes)
-            if seated is not None:
-                part, plan, group = seated
+                seated = grouping.seat(name, checkpoint, config, budget.free_bytes - reserve_bytes - more)
+            group: FormedGroup | None = None
+            if isinstance(seated, Seated):
+                part, plan, group, _ = seated
                 undo.callback(group.close)
-                extra_bytes = 0  # what others hold of KV is not kept on disk
+                extra_bytes = more  # what others hold of KV is not kept on disk
             else:
-                plan, group = require_plan(found, name), None
-            tokenizer = checkpoint.tokenizer()
-            checkpoint.forget_tokens()
-            return_freed()  # before the weights come, so that the peak is theirs alone
+                plan = require_plan(found, name)
             peak_bytes = plan.peak_bytes + extra_bytes
             budget.hold(purpose, peak_bytes)
             transformer = Transformer(part.spec)
@@ -96,13 +103,27 @@ class Runnable:
             undo.pop_all()
         collective = group.collective if group is not None else Alone()
         executor = Executor(transformer, plan, store, kv, collective)
-        return cls(checkpoint, plan, tokenizer, executor, peak_bytes, group, speed)
+        return cls(checkpoint, plan, tokenizer, executor, peak_bytes, group, seated.why, speed)
 
     def close(self) -> None:
         """End what runs in the background, here and on other machines. Idempotent."""
         self.executor.store.close()
         if self.group is not None:
             self.group.close()
+
+
+def read_tokenizer(name: str, checkpoint: Checkpoint, budget: Budget) -> Tokenizer:
+    """The tokenizer of a checkpoint, which takes much more memory while it is read than afterwards. That is before the
+    weights come, so that the two peaks do not add up. Raises BudgetExceeded or TokenizerError."""
+    purpose = f"reading the tokenizer of {name}"
+    budget.hold(purpose, checkpoint.tokenizer_reading_bytes())
+    try:
+        tokenizer = checkpoint.tokenizer()
+        checkpoint.forget_tokens()
+        return_freed()
+    finally:
+        budget.release(purpose)
+    return tokenizer
 
 
 def read_draft(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:

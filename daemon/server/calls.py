@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
 
@@ -18,6 +18,7 @@ from shoal.comm.errors import ProtocolError
 from shoal.comm.messages import REQUESTS, Chat, Error, Generate, Load, Message, Status, Tokenize, Unload
 from shoal.daemon.backend import Backend
 from shoal.daemon.errors import DaemonError
+from shoal.models.turns import TurnPool
 
 from .in_flight import Flight
 from .log_rate import SeldomLog
@@ -34,51 +35,59 @@ log = logging.getLogger("shoal.server")
 class Dispatcher:
     """Runs backend calls: prompts on `workers` threads, prompts whose model is not loaded yet on as many other threads,
     loading on one thread and status on one. So no request waits behind another that waits for a model to load, unless
-    it needs one loaded, too.
+    it needs one loaded, too. Clients take turns in all of them.
 
-    `pending_bytes` bounds the bodies that wait for a worker; beyond it requests are answered `busy`.
+    `pending_bytes` bounds the bodies that wait for a worker; beyond it requests are answered `busy`. For clients that
+    have none among them there is half as much besides.
     """
 
     def __init__(self, backend: Backend, workers: int, pending_bytes: int) -> None:
         self._backend = backend
-        prompts = ThreadPoolExecutor(workers, thread_name_prefix="shoal-prompt")
-        self._patient = ThreadPoolExecutor(workers, thread_name_prefix="shoal-patient")
-        loads = ThreadPoolExecutor(1, thread_name_prefix="shoal-load")
-        status = ThreadPoolExecutor(1, thread_name_prefix="shoal-status")
-        self._pools = {"load": loads, "unload": loads, "status": status} | dict.fromkeys(
-            ("nodes", *OWN_USERS), status
-        )
+        prompts = TurnPool(workers, "shoal-prompt")
+        self._patient = TurnPool(workers, "shoal-patient")
+        loads = TurnPool(1, "shoal-load")
+        status = TurnPool(1, "shoal-status")
+        self._pools = {"load": loads, "unload": loads, "status": status}
+        self._pools |= dict.fromkeys(("nodes", *OWN_USERS), status)
         self._pools |= dict.fromkeys(("generate", "chat", "tokenize"), prompts)
         self._limit_bytes = pending_bytes
         self._lock = threading.Lock()
-        self._pending_bytes = 0
+        self._pending_bytes = Counter[str]()  # by client
         self._seldom = SeldomLog(log)
         self.draining = False
 
     def start(self, flight: Flight, envelope: wire.Envelope) -> None:
         """Queue the request; its replies come through `flight.emit`. Never blocks."""
-        size = len(envelope.body)
+        size, client = len(envelope.body), flight.peer.client
         with self._lock:
-            if self._pending_bytes and self._pending_bytes + size > self._limit_bytes:
-                flight.emit(Error(code="busy", message="too many bytes of requests wait", retry_after_s=1.0))
-                return
+            total = self._pending_bytes.total()
+            limit = self._limit_bytes if client in self._pending_bytes else self._limit_bytes * 3 // 2
+        if total and total + size > limit:
+            flight.emit(Error(code="busy", message="too many bytes of requests wait", retry_after_s=1.0))
+            return
         self._queue(self._pools[envelope.kind], flight, lambda: self._run(flight, envelope), size)
 
     def close(self) -> None:
         """Start nothing more. Calls that are running go on in their threads."""
         for pool in (*self._pools.values(), self._patient):
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.close()
 
-    def _queue(self, pool: ThreadPoolExecutor, flight: Flight, act: Callable[[], None], size: int) -> None:
+    def _queue(self, pool: TurnPool, flight: Flight, act: Callable[[], None], size: int) -> None:
         """Have `pool` call `act`. Until it returns, `size` bytes count as pending."""
+        client = flight.peer.client
         with self._lock:
-            self._pending_bytes += size
+            self._pending_bytes[client] += size
 
-        def settle(future: Future[None]) -> None:
-            with self._lock:
-                self._pending_bytes -= size
+        def call() -> None:
+            try:
+                self._call(flight, act)
+            finally:
+                with self._lock:
+                    self._pending_bytes[client] -= size
+                    if not self._pending_bytes[client]:
+                        del self._pending_bytes[client]
 
-        pool.submit(self._call, flight, act).add_done_callback(settle)
+        pool.submit(client, call)
 
     def _call(self, flight: Flight, act: Callable[[], None]) -> None:
         try:

@@ -72,7 +72,7 @@ class ChatTemplate:
             any(isinstance(message.get("content"), list) for message in conversation)
             and not self._reads_parts()
         ):
-            conversation = [_joined(message) for message in conversation]
+            conversation = [_joined(message, f"messages[{at}]") for at, message in enumerate(conversation)]
         return self._render(
             {**plain(variables), "tools": plain(tools), "add_generation_prompt": add_generation_prompt},
             conversation,
@@ -110,14 +110,17 @@ class ChatTemplate:
         return "probe" in text and "'text'" not in text and '"text"' not in text
 
 
-def _joined(message: dict[str, Any]) -> dict[str, Any]:
+def _joined(message: dict[str, Any], where: str) -> dict[str, Any]:
     """The message with its parts as one text."""
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    for part in content:
+    for at, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise TemplateError("a message's content is text or a list of {'type': 'text', 'text': ...}")
+            raise TemplateError(
+                f"{where}.content[{at}] is {part!r:.80}: a message's content is text or a list of "
+                "{'type': 'text', 'text': ...}"
+            )
     return {**message, "content": "".join(part["text"] for part in content)}
 
 

@@ -7,7 +7,6 @@ the facts.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -22,6 +21,7 @@ from shoal.kernels.huge_pages import Arena
 from shoal.models.errors import CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint, one_line
 from shoal.models.families import Recipe, bias_shapes, recipe_from_gguf, recipe_from_hf, shapes
 from shoal.models.families.tensors import NORMS
+from shoal.models.tokenizer.file_costs import reading_bytes
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.models.weights import Weights
 from shoal.partition.slicing import Range, Shard
@@ -29,7 +29,7 @@ from shoal.partition.spec import BlockId, BlockKind
 
 from .foreign import check_directory, check_file, check_gguf
 from .gguf_file import open_gguf
-from .hf_dir import open_hf, read_json, shards
+from .hf_dir import open_hf, read_advised
 from .identity import Stamps, companions, replaced
 from .tensor_files import StoredTensor, TensorFiles
 from .weight_source import Piece
@@ -117,7 +117,9 @@ class Checkpoint:
             given = {key.removeprefix(_SAMPLING): self.metadata[key] for key in keys}
             return SamplingAdvice(str(self.path), _SAMPLING, given)
         path = self.path / "generation_config.json"
-        return SamplingAdvice(str(path), "", read_json(path) if os.path.lexists(path) else {})
+        given, odd = read_advised(path)
+        self._warn(odd)
+        return SamplingAdvice(str(path), "", given)
 
     def block_bytes(self, block: BlockId) -> int:
         """What `read_block(block).nbytes` will be, without reading."""
@@ -233,8 +235,15 @@ class Checkpoint:
                 f"{self.path}: the tokenizer has {made.vocab_size} tokens, the embedding {rows} rows; texts that need "
                 "others are refused"
             )
-        self.warnings += [said for said in odd if said not in self.warnings]
+        self._warn(odd)
         return made
+
+    def _warn(self, odd: Iterable[str]) -> None:
+        self.warnings += [said for said in odd if said not in self.warnings]
+
+    def tokenizer_reading_bytes(self) -> int:
+        """What `tokenizer` takes of memory for a moment, beside what stays; 0 where that is little."""
+        return reading_bytes(self.path, self.spec.vocab) if self.kind == "hf" else 0
 
     def _with_path(self, message: str) -> str:
         return message if str(self.path) in message else f"{self.path}: {message}"
@@ -309,10 +318,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint, each with one line that says what and where.
     """
     path = Path(path)
-    check_place(path)
-    files = open_hf(path) if path.is_dir() else open_gguf(path)
+    if is_directory := path.is_dir():
+        check_directory(path)
+        files = open_hf(path)
+    else:
+        check_file(path)
+        files = open_gguf(path)
     try:
-        if path.is_dir():
+        if is_directory:
             recipe = recipe_from_hf(files.metadata, str(path / "config.json"), files.names, files.same)
             return Checkpoint(path, "hf", files, recipe)
         check_gguf(path, files.metadata, files.tensors)
@@ -320,15 +333,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except BaseException:
         files.close()
         raise
-
-
-def check_place(path: Path) -> None:
-    """Raises as `open_checkpoint` where a look from outside shows that no checkpoint is there."""
-    if path.is_dir():
-        check_directory(path)
-        shards(path)
-    else:
-        check_file(path)
 
 
 def read_in_turn(

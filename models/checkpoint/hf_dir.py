@@ -24,7 +24,7 @@ from shoal.models.errors import (
     UnsupportedCheckpoint,
     one_line,
 )
-from shoal.models.regular_files import FileTooLong, open_regular, read_object, read_regular
+from shoal.models.regular_files import FileTooLong, open_regular, read_advice, read_object, read_regular
 
 from .foreign import pickle_in, strange
 from .identity import companions, stamped
@@ -43,7 +43,6 @@ _BITS = {
 }
 _BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
 _BITS |= {"I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-_JSON_BYTES = 4 << 20  # of a configuration; in memory it may become twenty times as much
 _INDEX_BYTES = 32 << 20  # of the largest models it has 15 MB
 _HEADER_BYTES = 32 << 20
 _TENSORS = 1 << 17
@@ -78,11 +77,19 @@ def open_hf(directory: Path) -> TensorFiles:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError."""
     try:
-        return read_object(path, _JSON_BYTES)
+        return read_object(path)
     except OSError as error:
         raise unreadable(path, error) from error
     except ValueError as error:
         raise CorruptCheckpoint(f"{path}: {error}") from error
+
+
+def read_advised(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """As `read_advice`. Raises CheckpointError where the file cannot be read."""
+    try:
+        return read_advice(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def shards(directory: Path) -> list[Path]:

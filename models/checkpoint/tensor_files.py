@@ -120,7 +120,7 @@ class TensorFiles:
         )
 
     def find(self, name: str) -> StoredTensor:
-        """The tensor with this name. Raises MissingCheckpoint or UnsupportedCheckpoint, which name it."""
+        """The tensor with this name. Raises CorruptCheckpoint or UnsupportedCheckpoint, which name it."""
         tensor = self.tensors.get(name)
         if tensor is not None:
             return tensor
@@ -129,7 +129,7 @@ class TensorFiles:
                 f"{self.paths[0].parent}: tensor {name} has type {self._unsupported[name]}, "
                 "which Shoal does not read from safetensors (supported: F32, F16, BF16)"
             )
-        raise MissingCheckpoint(f"{self.paths[0]}: tensor {name} is missing")
+        raise CorruptCheckpoint(f"{self.paths[0]}: tensor {name} is missing")
 
     def read(
         self, tensor: StoredTensor, first_row: int = 0, rows: int | None = None, into: Bytes | None = None

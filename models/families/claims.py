@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from shoal.models.errors import CorruptCheckpoint
+from shoal.partition.amounts import counted
 
 from .tensors import Names
 
@@ -91,7 +92,7 @@ def check_layers(tensors: Iterable[str], pattern: str, count: int, claim: str) -
     its tensors; `claim` names the file and the key that say `count`. Raises CorruptCheckpoint if there are fewer."""
     there = {int(found[1]) for name in tensors if (found := re.match(pattern, name))}
     if there and max(there) + 1 < count:
-        raise CorruptCheckpoint(f"{claim}={count}, but the files hold {max(there) + 1} layers")
+        raise CorruptCheckpoint(f"{claim}={count}, but the files hold {counted(max(there) + 1, 'layer')}")
     return max(there, default=count - 1) + 1
 
 
@@ -110,11 +111,13 @@ def unused(
     if beyond:
         layers = check_layers(beyond, numbered.pattern, 0, origin)
         said.append(
-            f"{origin}: num_hidden_layers={count}, but the files hold {layers} layers; the others are not used"
+            f"{origin}: num_hidden_layers={count}, but the files hold {counted(layers, 'layer')}; "
+            "the others are not used"
         )
     if rest := set(left) - set(beyond):
         said.append(
-            f"{origin}: gives {len(rest)} tensors of the files no place ({_some(rest)}); they are not used"
+            f"{origin}: gives {counted(len(rest), 'tensor')} of the files no place ({_some(rest)}); "
+            f"{'it is' if len(rest) == 1 else 'they are'} not used"
         )
     return tuple(said)
 

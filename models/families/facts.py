@@ -1,7 +1,7 @@
 """Typed reading of facts from config.json or GGUF metadata.
 
 Neither is trusted: errors name each value that is missing, not finite or of the wrong type. `ModelSpec` checks
-ranges. Does not know what the facts mean.
+ranges. Knows which values nobody asked for. Does not know what the facts mean.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from shoal.models.errors import CorruptCheckpoint
+from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from shoal.models.texts import Texts
 
 REQUIRED: Any = object()
+# A GGUF file says no more than the original configuration, so what transformers does with that is what the model means.
+UNLIKE_LLAMA_CPP = "is used, as in transformers; llama.cpp does not use it with this architecture"
 
 
 class Facts:
@@ -20,6 +23,8 @@ class Facts:
 
     A null counts as absent. For an absent key the value in `defaults` is given, else the call's default; if there is
     neither, CorruptCheckpoint is raised. It is also raised for values that are not what the method promises.
+
+    said: what is odd about the values, each in one line; `part` shares it.
     """
 
     def __init__(
@@ -28,13 +33,17 @@ class Facts:
         origin: str,
         prefix: str = "",
         defaults: Mapping[str, Any] | None = None,
+        said: list[str] | None = None,
     ) -> None:
         self.values = values
         self.origin = origin
         self.prefix = prefix
         self.defaults = defaults or {}
+        self.said = [] if said is None else said
+        self._asked: set[str] = set()
 
     def has(self, key: str) -> bool:
+        self._asked.add(key)
         return self.values.get(self.prefix + key) is not None
 
     def integer(self, key: str, default: Any = REQUIRED) -> int:
@@ -79,15 +88,33 @@ class Facts:
         value = self._get(key, {})
         if not isinstance(value, dict):
             raise self.wrong(key, value, "an object")
-        return Facts(value, self.origin, defaults=defaults)
+        return Facts(value, self.origin, defaults=defaults, said=self.said)
+
+    def unasked(self) -> dict[str, Any]:
+        """The values, without the prefix, that no method was asked for."""
+        own = {key.removeprefix(self.prefix): key for key in self.values if key.startswith(self.prefix)}
+        return {
+            key: self.values[name]
+            for key, name in own.items()
+            if key not in self._asked and self.values[name] is not None
+        }
+
+    def say(self, key: str, what: str) -> None:
+        """Adds a line about this value to `said`."""
+        shown = _shown(self.values.get(self.prefix + key))
+        self.said.append(f"{self.origin}: {self.prefix}{key}={shown} {what}")
 
     def wrong(self, key: str, value: object, must_be: str) -> CorruptCheckpoint:
         """The error for a value that is not what it must be."""
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        return CorruptCheckpoint(f"{self.origin}: {self.prefix}{key}={shown}: must be {must_be}")
+        return CorruptCheckpoint(f"{self.origin}: {self.prefix}{key}={_shown(value)}: must be {must_be}")
+
+    def unsupported(self, key: str) -> UnsupportedCheckpoint:
+        """The error for a value with which Shoal cannot compute."""
+        shown = _shown(self.values.get(self.prefix + key))
+        return UnsupportedCheckpoint(f"{self.origin}: {self.prefix}{key}={shown} is not supported")
 
     def _get(self, key: str, default: Any) -> Any:
+        self._asked.add(key)
         value = self.values.get(self.prefix + key)
         if value is not None:
             return value
@@ -96,6 +123,11 @@ class Facts:
         if default is REQUIRED:
             raise CorruptCheckpoint(f"{self.origin}: {self.prefix}{key} is missing")
         return default
+
+
+def _shown(value: object) -> str:
+    shown = f"{len(value)} strings" if isinstance(value, Texts) else repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _integer(value: object) -> bool:

@@ -30,12 +30,67 @@ class Moe:
     layers: list[bool]
 
 
-# Keys of config.json that transformers reads for some families only → the value that changes nothing.
+# Keys of config.json that transformers reads for some families only, be they Shoal's or not → the value that changes
+# nothing. Of a list, each item.
 PECULIAR: Mapping[str, Any] = {
+    "attention_chunk_size": None,
+    "attention_multiplier": 1,
+    "attention_scale": None,
+    "attn_logit_softcapping": None,
+    "attn_temperature_tuning": False,
     "clip_qkv": None,
+    "embedding_multiplier": 1,
+    "embedding_scale": 1,
+    "final_logit_softcapping": None,
     "hidden_activation": None,
+    "lm_head_bias": False,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "n_group": 1,
+    "no_rope_layers": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 0,
     "partial_rotary_factor": 1,
     "query_pre_attn_scalar": None,
+    "residual_multiplier": 1,
+    "residual_scale": 1,
+    "routed_scaling_factor": 1,
+    "router_logit_softcapping": None,
+    "scale_depth": None,
+    "scale_emb": 1,
+    "scoring_func": "softmax",
+    "_sliding_window_pattern": None,
+    "sliding_window_pattern": None,
+    "topk_group": 1,
+    "use_bidirectional_attention": False,
+}
+WINDOWED: Mapping[str, Any] = {
+    "layer_types": "full_attention",
+    "sliding_window": None,
+}  # where there are windows
+
+# Options that change the arithmetic of every family → the values that change nothing.
+UNSUPPORTED_HF: Mapping[str, tuple[Any, ...]] = {"is_causal": (True,)}
+UNSUPPORTED_GGUF: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "expert_group_count": (0, 1),
+    "nextn_predict_layers": (0,),
+}
+
+# Keys of GGUF that change nothing whatever they say, or nothing with this value; llama.cpp uses no others that Shoal
+# does not ask for, as far as these families go.
+WITHOUT_EFFECT = frozenset(
+    {"expert_shared_count", "pooling_type", "rope.scaling.finetuned", "tensor_data_layout", "vocab_size"}
+)
+OFF: Mapping[str, Any] = {
+    "attention.output_scale": 1,
+    "attention.value_scale": 1,
+    "embedding_scale": 1,
+    "expert_group_used_count": 1,
+    "expert_weights_scale": 1,
+    "logit_scale": 1,
+    "residual_scale": 1,
+    "rope.scaling.yarn_ext_factor": 1,
 }
 
 
@@ -55,7 +110,8 @@ class HfSide:
     local_rope: bool = False  # windowed layers have a rope of their own
     longrope_names: tuple[str, ...] = ()  # further names that the family uses for longrope
     peculiar: tuple[str, ...] = ()  # keys of PECULIAR that the family has; others are not used
-    unsupported: tuple[str, ...] = ()  # keys of options that change the arithmetic, so that they must be off
+    # Further keys as in UNSUPPORTED_HF.
+    unsupported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +125,13 @@ class GgufSide:
     moe: Callable[[Facts, int], Moe] | None = None
     query_scale: Callable[[Facts, int], float] = lambda facts, layers: 0.0
     local_rope: bool = False  # windowed layers have an unscaled rope of their own
-    unsupported: tuple[str, ...] = ()
+    partial_rope: bool = False  # fewer dimensions of a head than it has may be rotated
+    clip: bool = False  # q, k and v may be clipped
+    head: Literal["tied", "own", "either"] = (
+        "either"  # what llama.cpp, or the family, expects of output.weight
+    )
+    # Further keys as in UNSUPPORTED_GGUF.
+    unsupported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

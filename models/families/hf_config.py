@@ -15,7 +15,7 @@ from shoal.partition.spec import ModelSpec, RopeSpec
 
 from .claims import Ends, Same, check_layers, claimed_biases, find_ends, unused
 from .facts import Facts
-from .family import ALWAYS, PECULIAR, Family, HfSide
+from .family import ALWAYS, PECULIAR, UNSUPPORTED_HF, WINDOWED, Family, HfSide, no_windows
 from .rope_scaling import hf_rope
 from .tensors import Names, Recipe, chosen
 
@@ -36,12 +36,13 @@ def hf_recipe(
     Raises CheckpointError or SpecError.
     """
     hf = family.hf
-    strange = {key: PECULIAR[key] for key in PECULIAR if key not in hf.peculiar}
+    known = {**PECULIAR, **(WINDOWED if hf.windows is no_windows else {})}
+    strange = {key: known[key] for key in known if key not in hf.peculiar}
     config, unread = _without(strange, config)
     facts = Facts(config, origin, defaults=hf.defaults)
-    for option in hf.unsupported:
-        if config.get(option):
-            raise UnsupportedCheckpoint(f"{origin}: {option}={config[option]!r} is not supported")
+    for option, off in {**UNSUPPORTED_HF, **hf.unsupported}.items():
+        if config.get(option) not in (None, *off):
+            raise facts.unsupported(option)
     hidden, heads = facts.integer("hidden_size"), facts.integer("num_attention_heads")
     count = layer_count(facts)
     ends = find_ends(tensors, facts.flag("tie_word_embeddings", False), origin, same)
@@ -73,7 +74,10 @@ def hf_recipe(
     biases, without = claimed_biases(names, tensors, claimed, count, origin)
     names = chosen(spec, names, biases)
     left = unused(tensors, _used(spec, names) | {ends.spare}, ends.prefix, count, origin)
-    said = tuple(f"{origin}: {claim} is not used: {family.name} has no such thing" for claim in unread)
+    said = (
+        *(f"{origin}: {claim} is not used: {family.name} has no such thing" for claim in unread),
+        *facts.said,
+    )
     return Recipe(spec, names, hf.norm_shift, said + ends.warnings + without + left)
 
 
@@ -82,13 +86,18 @@ def _without(
 ) -> tuple[dict[str, Any], list[str]]:
     """What is left of a configuration and its parts (rope_parameters and those of its layers) without the strange keys,
     and what these claim, where it is not what they say by themselves."""
-    claims = [f"{key}={config[key]!r:.40}" for key in strange if config.get(key) not in (None, strange[key])]
+    claims = [f"{key}={config[key]!r:.40}" for key in strange if _says(config.get(key), strange[key])]
     kept = {key: value for key, value in config.items() if key not in strange}
     for key in ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention"):
         if depth and isinstance(part := kept.get(key), Mapping):
             kept[key], more = _without(strange, part, depth - 1)
             claims += more
     return kept, claims
+
+
+def _says(value: object, nothing: object) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return any(item is not None and item != nothing for item in items)
 
 
 def layer_count(facts: Facts, key: str = "num_hidden_layers") -> int:
@@ -103,9 +112,11 @@ def _ropes(hf: HfSide, facts: Facts, head_dim: int) -> tuple[RopeSpec, ...]:
     """The rope of all layers; if windowed layers have one of their own, that comes second."""
     parameters, scaling = facts.part("rope_parameters"), facts.part("rope_scaling")
     if not hf.local_rope:  # where a file has both, the older key counts in transformers
+        if scaling.values and parameters.values and scaling.values != parameters.values:
+            facts.say("rope_parameters", "is not used: rope_scaling is there, too")
         return (hf_rope(facts, head_dim, scaling if scaling.values else parameters, hf.longrope_names),)
     everywhere = parameters.part("full_attention")
-    everywhere = Facts({**everywhere.values, **scaling.values}, facts.origin)
+    everywhere = Facts({**everywhere.values, **scaling.values}, facts.origin, said=facts.said)
     local = parameters.part("sliding_attention", {"rope_theta": facts.number("rope_local_base_freq")})
     return hf_rope(facts, head_dim, everywhere), hf_rope(facts, head_dim, local)
 

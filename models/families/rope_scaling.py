@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import math
 
-from shoal.models.errors import UnsupportedCheckpoint
+from shoal.models.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from shoal.partition.spec import MAX_CONTEXT, RopeSpec
 
-from .facts import Facts
+from .facts import UNLIKE_LLAMA_CPP, Facts
 
 Divisors = tuple[float, ...]
+_YARN_DEFAULTS = {
+    "rope.scaling.yarn_attn_factor": 0,
+    "rope.scaling.yarn_beta_fast": 32,
+    "rope.scaling.yarn_beta_slow": 1,
+}
 
 
 def hf_rope(
@@ -22,8 +27,16 @@ def hf_rope(
 ) -> RopeSpec:
     """The rope of a config.json. `parameters` is its (sub-)dictionary with rope_type, rope_theta and the rest.
 
-    `longrope_names`: other names that the family has for longrope.
+    `longrope_names`: other names that the family has for longrope. Parameters that the kind of scaling does not have
+    are said to be unused.
     """
+    rope = _hf_rope(config, head_dim, parameters, longrope_names)
+    for key in parameters.unasked():
+        parameters.say(key, "is not used by this kind of rope scaling")
+    return rope
+
+
+def _hf_rope(config: Facts, head_dim: int, parameters: Facts, longrope_names: tuple[str, ...]) -> RopeSpec:
     theta = parameters.number("rope_theta", config.number("rope_theta", 10000.0))
     partial = parameters.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     if not 0 < partial <= 1:
@@ -31,6 +44,8 @@ def hf_rope(
     dims = _checked(config, int(head_dim * partial), theta)
     context = config.integer("max_position_embeddings")
     kind = parameters.text("rope_type", parameters.text("type", "default"))
+    if kind == "default":
+        return RopeSpec(dims, theta)
     original = config.integer(
         "original_max_position_embeddings", parameters.integer("original_max_position_embeddings", context)
     )
@@ -48,8 +63,6 @@ def hf_rope(
             extends_to=_extended(factor, original),
         )
     match kind:
-        case "default":
-            return RopeSpec(dims, theta)
         case "dynamic":
             factor = _factor(parameters)
             return RopeSpec(
@@ -72,6 +85,8 @@ def hf_rope(
             divisors = _llama3(dims, theta, factor, low, high, original)
             return RopeSpec(dims, theta, divisors=divisors, extends_to=_extended(factor, original))
         case "yarn":
+            if "factor" not in parameters.values:  # a null is what transformers computes as below
+                raise CorruptCheckpoint(f"{config.origin}: factor of rope scaling 'yarn' is missing")
             factor = parameters.number("factor", context / max(original, 1))
             divisors = _yarn(
                 config.origin,
@@ -101,10 +116,26 @@ def gguf_rope(
     dims = _checked(metadata, metadata.integer("rope.dimension_count", head_dim), theta)
     context = metadata.integer("context_length")
     original = metadata.integer("rope.scaling.original_context_length", context)
-    factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0)) or 1.0
     magnitude = metadata.number("rope.scaling.attn_factor", 1.0)
     kind = metadata.text("rope.scaling.type", "linear")
+    factor = 1.0
+    if kind != "none":
+        stretch = "rope.scaling.factor" if metadata.has("rope.scaling.factor") else "rope.scale_linear"
+        factor = metadata.number(stretch, 1.0) or 1.0
+    if (
+        metadata.has("rope.scaling.type")
+        and kind != "none"
+        and factor == 1.0
+        and not (freqs or short or long)
+    ):
+        metadata.say(
+            "rope.scaling.type",
+            "changes nothing: there is neither rope.scaling.factor nor a tensor of factors",
+        )
     if kind == "yarn":
+        for key, default in _YARN_DEFAULTS.items():
+            if metadata.number(key, default) != default:
+                metadata.say(key, UNLIKE_LLAMA_CPP)
         divisors = _yarn(
             metadata.origin,
             dims,
@@ -115,7 +146,7 @@ def gguf_rope(
             slow=metadata.number("rope.scaling.yarn_beta_slow", 1),
             truncate=True,
         )
-        magnitude *= metadata.number("rope.scaling.yarn_attn_factor", _mscale(factor))
+        magnitude *= metadata.number("rope.scaling.yarn_attn_factor", 0.0) or _mscale(factor)
         return RopeSpec(
             dims,
             theta,
@@ -128,8 +159,6 @@ def gguf_rope(
         raise UnsupportedCheckpoint(
             f"{metadata.origin}: rope scaling {kind!r} is not supported (supported: none, linear, yarn, longrope)"
         )
-    if kind == "none":
-        factor = 1.0
     return RopeSpec(
         dims,
         theta,

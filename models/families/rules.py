@@ -11,25 +11,30 @@ from dataclasses import replace
 from shoal.models.errors import UnsupportedCheckpoint
 from shoal.partition.spec import MoeSpec
 
-from .facts import Facts
+from .facts import UNLIKE_LLAMA_CPP, Facts
 from .family import Moe, Windows
 
 _SOFTMAX = 1  # the value of expert_gating_func in GGUF
 
 
 def hf_window_everywhere(config: Facts, layers: int) -> Windows:
-    return [_window(config)] * layers
+    return _everywhere(config, _window(config), layers)
+
+
+def hf_window_by_type(config: Facts, layers: int) -> Windows:
+    """mistral: all layers, unless layer_types says which (in transformers such a model is a Ministral)."""
+    return _by_type(config, [True] * layers)
 
 
 def hf_window_if_used(config: Facts, layers: int) -> Windows:
     """qwen3_moe: one switch for all layers."""
-    return [_window(config) if config.flag("use_sliding_window", False) else None] * layers
+    return _everywhere(config, _window(config) if config.flag("use_sliding_window", False) else None, layers)
 
 
 def hf_window_from_layer(config: Facts, layers: int) -> Windows:
     """qwen2, qwen3: layers from max_window_layers on, unless layer_types says which."""
     if not config.flag("use_sliding_window", False):
-        return [None] * layers
+        return _everywhere(config, None, layers)
     first = config.integer("max_window_layers", 28)
     return _by_type(config, [i >= first for i in range(layers)])
 
@@ -37,19 +42,27 @@ def hf_window_from_layer(config: Facts, layers: int) -> Windows:
 def hf_window_alternating(config: Facts, layers: int) -> Windows:
     """qwen2_moe: every other of the layers before max_window_layers, unless layer_types says which."""
     if not config.flag("use_sliding_window", False):
-        return [None] * layers
+        return _everywhere(config, None, layers)
     last = config.integer("max_window_layers", 28)
     return _by_type(config, [i % 2 == 0 and i < last for i in range(layers)])
 
 
 def hf_window_pattern(config: Facts, layers: int) -> Windows:
     """gemma3: all but every n-th layer, unless layer_types says which."""
-    period = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
-    return _by_type(config, _all_but_every(period, layers))
+    windows = _by_type(config, _all_but_every(config.integer("sliding_window_pattern", 6), layers))
+    local = [window is not None for window in windows]
+    # Beside layer_types transformers writes the second one, true or not.
+    unread = "sliding_window_pattern" if config.has("layer_types") else "_sliding_window_pattern"
+    if config.has(unread) and any(local) and _all_but_every(config.integer(unread), layers) != local:
+        config.say(unread, "is not used, as in transformers")
+    return windows
 
 
 def gguf_window_everywhere(metadata: Facts, layers: int) -> Windows:
-    return [metadata.integer("attention.sliding_window", 0) or None] * layers
+    window = metadata.integer("attention.sliding_window", 0) or None
+    if window and window < metadata.integer("context_length"):
+        metadata.say("attention.sliding_window", UNLIKE_LLAMA_CPP)
+    return [window] * layers
 
 
 def gguf_window_pattern(metadata: Facts, layers: int) -> Windows:
@@ -58,9 +71,9 @@ def gguf_window_pattern(metadata: Facts, layers: int) -> Windows:
     key = "attention.sliding_window_pattern"
     stored = metadata.values.get(metadata.prefix + key)
     if isinstance(stored, list):
-        local = metadata.items(key, bool)
-        if len(local) != layers:
-            raise metadata.wrong(key, local, f"a list of {layers}, one for each layer")
+        local = metadata.items(key, int)  # or bool
+        if len(local) != layers or not {*local} <= {0, 1}:
+            raise metadata.wrong(key, local, f"a list of {layers}, one for each layer, true or false")
     else:
         local = _all_but_every(metadata.integer(key, 6), layers)
     return [window if here else None for here in local]
@@ -136,6 +149,8 @@ def _gguf_experts(metadata: Facts, ffn: int, normalize: bool) -> MoeSpec:
         )
     if (scale := metadata.number("expert_weights_scale", 1.0)) not in (0.0, 1.0):
         raise UnsupportedCheckpoint(f"{keys}expert_weights_scale={scale} is not supported")
+    if metadata.flag("expert_weights_norm", normalize) != normalize:
+        metadata.say("expert_weights_norm", UNLIKE_LLAMA_CPP)
     return MoeSpec(
         experts=metadata.integer("expert_count"),
         active=metadata.integer("expert_used_count"),
@@ -154,6 +169,13 @@ def _all_but_every(period: int, layers: int) -> list[bool]:
     return [period < 1 or (i + 1) % period != 0 for i in range(layers)]
 
 
+def _everywhere(config: Facts, window: int | None, layers: int) -> Windows:
+    kind = "full_attention" if window is None else "sliding_attention"
+    if config.has("layer_types") and {*config.items("layer_types", str)} != {kind}:
+        config.say("layer_types", "is not used, as in transformers")
+    return [window] * layers
+
+
 def _by_type(config: Facts, local: list[bool]) -> Windows:
     window = _window(config)
     if config.has("layer_types"):
@@ -166,8 +188,13 @@ def _by_type(config: Facts, local: list[bool]) -> Windows:
                 "(supported: full_attention, sliding_attention)"
             )
         local = [kind == "sliding_attention" for kind in types]
+        if window is None and any(local):
+            raise config.wrong("sliding_window", window, "a number, since layer_types has sliding_attention")
     return [window if here else None for here in local]
 
 
 def _window(config: Facts) -> int | None:
+    """A null says that there is none; what is absent may have a default."""
+    if "sliding_window" in config.values and not config.has("sliding_window"):
+        return None
     return config.integer("sliding_window", 0) or None

@@ -8,6 +8,7 @@ from .names import GEMMA3_HF, MIXTRAL_HF, PHI3_GGUF, PHI3_HF
 from .tensors import ATTENTION_BIASES, FFN_BIASES, QKV_BIASES
 
 _ATTENTION = {"attention_bias": ATTENTION_BIASES}
+_WINDOWED = {"rms_norm_eps": 1e-6, "sliding_window": 4096}
 
 FAMILIES = (
     Family(
@@ -19,13 +20,13 @@ FAMILIES = (
     ),
     Family(
         name="mistral",
-        hf=HfSide(types=("mistral",), defaults={"rms_norm_eps": 1e-6}, windows=rules.hf_window_everywhere),
+        hf=HfSide(types=("mistral",), defaults=_WINDOWED, windows=rules.hf_window_by_type),
     ),
     Family(
         name="qwen2",
         hf=HfSide(
             types=("qwen2",),
-            defaults={"rms_norm_eps": 1e-6},
+            defaults=_WINDOWED,
             biases={ALWAYS: QKV_BIASES},
             windows=rules.hf_window_from_layer,
         ),
@@ -36,7 +37,7 @@ FAMILIES = (
         qk_norm="head",
         hf=HfSide(
             types=("qwen3",),
-            defaults={"rms_norm_eps": 1e-6, "head_dim": 128},
+            defaults=_WINDOWED | {"head_dim": 128},
             biases=_ATTENTION,
             windows=rules.hf_window_from_layer,
         ),
@@ -72,15 +73,24 @@ FAMILIES = (
             windows=rules.hf_window_pattern,
             norm_shift=1.0,
             local_rope=True,
-            peculiar=("hidden_activation", "query_pre_attn_scalar"),
-            unsupported=("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"),
+            peculiar=(
+                "final_logit_softcapping",
+                "hidden_activation",
+                "query_pre_attn_scalar",
+                "_sliding_window_pattern",
+                "sliding_window_pattern",
+                "use_bidirectional_attention",
+            ),
+            unsupported={"final_logit_softcapping": (), "use_bidirectional_attention": (False,)},
         ),
         gguf=GgufSide(
             archs=("gemma3",),
             windows=rules.gguf_window_pattern,
             query_scale=rules.gemma3_query_scale,
             local_rope=True,
-            unsupported=("final_logit_softcapping",),
+            partial_rope=True,
+            head="tied",
+            unsupported={"final_logit_softcapping": (0,)},
         ),
     ),
     Family(
@@ -93,7 +103,9 @@ FAMILIES = (
             longrope_names=("yarn",),
             peculiar=("partial_rotary_factor",),
         ),
-        gguf=GgufSide(archs=("phi3",), names=PHI3_GGUF, windows=rules.gguf_window_everywhere),
+        gguf=GgufSide(
+            archs=("phi3",), names=PHI3_GGUF, windows=rules.gguf_window_everywhere, partial_rope=True
+        ),
     ),
     Family(
         name="olmo2",
@@ -101,7 +113,7 @@ FAMILIES = (
         pre_norm=False,
         post_norm=True,
         hf=HfSide(types=("olmo2",), defaults={"rms_norm_eps": 1e-5}, biases=_ATTENTION),
-        gguf=GgufSide(archs=("olmo2",), unsupported=("attention.sliding_window",)),
+        gguf=GgufSide(archs=("olmo2",), head="own", unsupported={"attention.sliding_window": (0,)}),
     ),
     Family(
         name="mixtral",
@@ -123,22 +135,24 @@ FAMILIES = (
         name="qwen2_moe",
         hf=HfSide(
             types=("qwen2_moe",),
-            defaults={"rms_norm_eps": 1e-6, "shared_expert_intermediate_size": 5632, "qkv_bias": True},
+            defaults=_WINDOWED | {"shared_expert_intermediate_size": 5632, "qkv_bias": True},
             biases={"qkv_bias": QKV_BIASES},
             windows=rules.hf_window_alternating,
             moe=rules.qwen_moe,
+            peculiar=("norm_topk_prob",),
         ),
-        gguf=GgufSide(archs=("qwen2moe",), moe=rules.gguf_qwen2_moe),
+        gguf=GgufSide(archs=("qwen2moe",), moe=rules.gguf_qwen2_moe, head="own"),
     ),
     Family(
         name="qwen3_moe",
         qk_norm="head",
         hf=HfSide(
             types=("qwen3_moe",),
-            defaults={"rms_norm_eps": 1e-6},
+            defaults=_WINDOWED,
             biases=_ATTENTION,
             windows=rules.hf_window_if_used,
             moe=rules.qwen_moe,
+            peculiar=("norm_topk_prob",),
         ),
         gguf=GgufSide(archs=("qwen3moe",), moe=rules.gguf_qwen3_moe),
     ),
@@ -150,8 +164,8 @@ FAMILIES = (
             defaults={"rms_norm_eps": 1e-5},
             biases=_ATTENTION,
             moe=rules.olmoe_moe,
-            peculiar=("clip_qkv",),
+            peculiar=("clip_qkv", "norm_topk_prob"),
         ),
-        gguf=GgufSide(archs=("olmoe",), moe=rules.gguf_olmoe_moe),
+        gguf=GgufSide(archs=("olmoe",), moe=rules.gguf_olmoe_moe, clip=True, head="own"),
     ),
 )

@@ -8,9 +8,8 @@ value is checked, because the files come from a download.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,16 @@ from typing import Any
 from tokenizers import AddedToken
 
 from shoal.models.errors import TokenizerError, one_line
-from shoal.models.regular_files import FileTooLong, read_regular
+from shoal.models.regular_files import (
+    MAX_OBJECT_BYTES,
+    FileTooLong,
+    object_of,
+    read_advice,
+    read_regular,
+    without_mark,
+)
 
+from .file_costs import MAX_TOKENIZER_FILE_BYTES
 from .parts import DEFAULT_TEMPLATE, TOKEN_FLAGS, Parts, Stated
 from .special import Edges, SpecialSplitter
 from .spm import SentencePieceBpe
@@ -27,25 +34,28 @@ from .spm_file import read_model
 from .tokenizer_json import read_tokenizer_json
 from .vocabulary import SPACE_MARK, TokenKind, Vocabulary, completed, inverse, packed
 
-MAX_TOKENIZER_FILE_BYTES = (
-    64 << 20
-)  # four times as much is held for a moment; the largest published has 34 MB
-MAX_SETTINGS_FILE_BYTES = 8 << 20  # as JSON it may become twenty times as much in memory
 MAX_TEMPLATES = 64
+_ROLES = frozenset(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 
 
 def read_hf(directory: Path) -> Parts:
     """Build the parts; raises TokenizerError naming the file that is missing, damaged or unsupported."""
-    config = _read_json(directory / "tokenizer_config.json")
-    special = _read_json(directory / "special_tokens_map.json")
+    odd: list[str] = []
+    config = _read_json(directory / "tokenizer_config.json", odd)
+    special = _read_json(directory / "special_tokens_map.json", odd)
+    odd += _odd_tokens(directory / "tokenizer_config.json", config)
+    odd += _odd_tokens(directory / "special_tokens_map.json", special)
     added = [token for _, token in _added_by_id(config)]
-    ends, origin = _end_ids(directory)
+    ends, origin = _end_ids(directory, odd)
     # as in transformers: a tokenizer_config.json without added_tokens_decoder is older and says less
     files = (config, special) if "added_tokens_decoder" in config else (special, config)
     stated = Stated(_named(*files), added, _extra(config, special), [end for end in ends if end >= 0])
     templates = _chat_templates(directory, config)
-    if os.path.lexists(directory / "tokenizer.json"):
-        parts = read_tokenizer_json(_read_bytes(directory / "tokenizer.json"), stated)
+    if os.path.lexists(file := directory / "tokenizer.json"):
+        data, marked = without_mark(_read_bytes(file), file)
+        odd += marked
+        parts = read_tokenizer_json(data, stated)
     elif os.path.lexists(directory / "tokenizer.model"):
         parts = _from_sentence_piece(directory / "tokenizer.model", config, stated)
     else:
@@ -53,12 +63,12 @@ def read_hf(directory: Path) -> Parts:
             f"{directory} has no tokenizer.json and no tokenizer.model; download one of the model's"
         )
     count = len(parts.vocabulary)
-    warnings = tuple(
+    odd += (
         f"{directory}: eos_token_id={end} of {origin} is outside the vocabulary of {count} tokens; it is not used"
         for end in ends
         if not 0 <= end < count
     )
-    return replace(parts, chat_templates=templates, template_tokens=stated.names, warnings=warnings)
+    return replace(parts, chat_templates=templates, template_tokens=stated.names, warnings=tuple(odd))
 
 
 def _from_sentence_piece(path: Path, config: Mapping[str, Any], stated: Stated) -> Parts:
@@ -174,23 +184,52 @@ def _token_text(*values: object) -> str | None:
     return None
 
 
-def _end_ids(directory: Path) -> tuple[list[int], str]:
-    """`eos_token_id`, one or several, of generation_config.json, or of config.json where there is none, and which it
-    was. They may be outside the vocabulary."""
-    config = _read_json(directory / "config.json")
+def _odd_tokens(path: Path, file: Mapping[str, Any]) -> Iterator[str]:
+    """What a file says of its tokens and cannot mean, each in one line."""
+    for key, value in file.items():
+        if key in _ROLES and value is not None and _token_text(value) is None:
+            yield f"{path}: {key}={value!r:.60} is not used: must be a token's text"
+        if key in _LISTS and value is not None:
+            tokens = value.values() if isinstance(value, Mapping) else value
+            if not isinstance(value, Mapping | list) or any(_token_text(token) is None for token in tokens):
+                yield f"{path}: {key}={value!r:.60} is used only where it names tokens by their texts"
+
+
+def _end_ids(directory: Path, odd: list[str]) -> tuple[list[int], str]:
+    """`eos_token_id`, one or several, of generation_config.json, or of config.json where that names none, and which it
+    was. They may be outside the vocabulary. What cannot be an id is left out, and told in `odd`."""
+    file = directory / "generation_config.json"
+    try:
+        generation, said = read_advice(file)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    odd += said
+    config = _read_json(directory / "config.json", odd)
     for name, found in (
-        ("generation_config.json", _read_json(directory / "generation_config.json")),
+        ("generation_config.json", generation),
         ("config.json", config),
         ("text_config of config.json", config.get("text_config")),
     ):
         value = found.get("eos_token_id") if isinstance(found, Mapping) else None
         if value is None:
             continue
-        ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise TokenizerError(f"eos_token_id of {name} is {value!r:.60}; it must be token ids")
-        return ids, name
+        told = value if isinstance(value, list) else [value]
+        ids = [token_id for each in told if (token_id := _whole(each)) is not None]
+        if any(type(each) is not int for each in told):
+            used = f"{ids!r:.60}" if ids else "nothing"
+            odd.append(
+                f"{directory}: eos_token_id={value!r:.60} of {name} must be token ids; {used} of it is used"
+            )
+        if ids:
+            return ids, name
     return [], ""
+
+
+def _whole(value: object) -> int | None:
+    """A number as a whole one; some writers know only floats. None if it is no number, or has a fraction."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -217,17 +256,16 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     return {name: template for name, template in templates.items() if template is not None}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} if there is no such file."""
+def _read_json(path: Path, odd: list[str]) -> dict[str, Any]:
+    """A JSON object, {} if there is no such file. What is odd about the file is told in `odd`."""
     if not os.path.lexists(path):
         return {}
+    data, said = without_mark(_read_bytes(path, MAX_OBJECT_BYTES), path)
+    odd += said
     try:
-        value = json.loads(_decode(_read_bytes(path, MAX_SETTINGS_FILE_BYTES), path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not JSON: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a {type(value).__name__} instead of a JSON object")
-    return value
+        return object_of(data)
+    except ValueError as error:
+        raise TokenizerError(f"{path}: {error}") from error
 
 
 def _decode(data: bytes, path: Path) -> str:
@@ -240,7 +278,10 @@ def _decode(data: bytes, path: Path) -> str:
 def _read_bytes(path: Path, limit_bytes: int = MAX_TOKENIZER_FILE_BYTES) -> bytes:
     try:
         return read_regular(path, limit_bytes)
-    except FileTooLong as error:
-        raise TokenizerError(f"{path} is refused: {error.strerror}") from error
     except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> TokenizerError:
+    failed = "is refused" if isinstance(error, FileTooLong) else "cannot be read"
+    return TokenizerError(f"{path} {failed}: {error.strerror or one_line(error)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,14 +25,17 @@ def first_job(data: bytes, tokens: dict[str, Any]) -> bytes:
 
 
 def begin(first: bytes) -> Callable[[bytes], bytes]:
-    """A library for the first job. Later ones are JSON: the name of a method and its arguments; so are the answers."""
+    """A library for the first job. Later ones are JSON: the name of a method and its arguments. So are answers: what
+    it returned, and the seconds of processor time that it took."""
     (size,) = _HEAD.unpack_from(first)
     start = _HEAD.size + size
     library = HfLibrary(first[start:], json.loads(first[_HEAD.size : start]))
 
     def work(job: bytes) -> bytes:
+        began_s = time.process_time()
         name, *arguments = json.loads(job)
-        return json.dumps(getattr(library, name)(*arguments)).encode()
+        made = getattr(library, name)(*arguments)
+        return json.dumps([made, time.process_time() - began_s]).encode()
 
     return work
 

@@ -6,7 +6,6 @@ Knows what a text and a file may take. Which files are fit for this process is `
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,16 @@ from shoal.models.children import ChildKind, Confined, JobFailed, LimitPassed, L
 from shoal.models.errors import ModelError, TextTooLarge, TokenizerError, TooManyTokens, one_line
 
 from .hf_library import HfLibrary, first_job
-from .long_texts import PIECE_CHARS, STRETCH_CHARS, file_cut, pieces
+from .long_texts import (
+    NORMALISED_CHARS,
+    PIECE_CHARS,
+    SHORT_CHARS,
+    STRETCH_CHARS,
+    encode_in_turn,
+    file_cut,
+    normalised_chars,
+    pieces,
+)
 from .ordinary_files import is_ordinary
 
 # A child that holds a file takes about ten times its bytes; a text takes a few hundred times its characters.
@@ -26,6 +34,7 @@ _TEXT_BYTES, _TEXT_BYTES_PER_CHAR, _TEXT_S = 64 << 20, 400, 10.0
 _MAX_FILE_BYTES, _MAX_TEXT_BYTES = 1 << 30, 512 << 20
 _CHARS_PER_S, _MAX_TEXT_S = 100_000, 30.0  # beyond the first seconds, and in all
 _JOIN_S, _LATE_S = 0.02, 2.0  # for putting a few tokens together, and how much longer it may take in all
+_JOIN_SLACK_S = 3.0
 _SCRIPT = Path(__file__).with_name("hf_library.py")
 _CHILDREN, _JOINING_CHILDREN = ChildKind(_SCRIPT, ("tokenizers",)), ChildKind(_SCRIPT, ("tokenizers",))
 _NO_TOKENS: dict[str, Any] = {"names": [], "added": [], "extra": []}
@@ -75,6 +84,7 @@ class Here:
     def __init__(self, data: bytes, tokens: dict[str, Any]) -> None:
         with library_errors("tokenizer.json is not a tokenizer"):
             self._library = HfLibrary(data, tokens)
+            self._normalizer = json.loads(data).get("normalizer")
         self._cut: tuple[Pattern[str] | None, list[int], list[int]] | None = None
         self.join = self._library.join
 
@@ -84,8 +94,8 @@ class Here:
 
     def encode(self, text: str, add_special: bool, parse_special: bool, limit: int) -> list[int]:
         with library_errors("this text cannot be tokenised"):
-            if len(text) <= 2 * PIECE_CHARS:
-                return self._library.encode(text, add_special, parse_special)
+            if len(text) <= 2 * PIECE_CHARS and self._normalised_chars(text) <= NORMALISED_CHARS:
+                return encode_in_turn(lambda it: self._library.encode(it, add_special, parse_special), text)
             if self._cut is None:
                 self._cut = self._cutting()
             cut, before, after = self._cut
@@ -97,9 +107,13 @@ class Here:
             return ids + after if add_special else ids
 
     def _piece(self, piece: str, parse_special: bool, limit: int) -> list[int]:
-        if len(piece) <= STRETCH_CHARS:
-            return self._library.encode(piece, False, parse_special)
-        return encode_in_child(self._library.to_json(), piece, parse_special, limit)
+        chars = self._normalised_chars(piece)
+        if len(piece) <= STRETCH_CHARS and chars <= NORMALISED_CHARS:
+            return encode_in_turn(lambda it: self._library.encode(it, False, parse_special), piece)
+        return encode_in_child(self._library.to_json(), piece, parse_special, limit, chars)
+
+    def _normalised_chars(self, text: str) -> int:
+        return normalised_chars(text, self._normalizer) if len(text) > SHORT_CHARS else len(text)
 
     def _cutting(self) -> tuple[Pattern[str] | None, list[int], list[int]]:
         """Where texts can be cut, and the tokens that stand before and after a text."""
@@ -115,10 +129,11 @@ class Here:
         return cut, around[:at], around[at + len(bare) :]
 
 
-def encode_in_child(data: bytes, text: str, parse_special: bool, limit: int) -> list[int]:
+def encode_in_child(data: bytes, text: str, parse_special: bool, limit: int, chars: int = 0) -> list[int]:
     """Ids of a text that cannot be cut, without special tokens around it, by a tokenizer.json that serves just this
-    once: the interpreter's lock is not kept meanwhile, and the memory is gone afterwards."""
-    return _InChild(_CHILDREN, data, _NO_TOKENS).encode(text, False, parse_special, limit)
+    once: the interpreter's lock is not kept meanwhile, and the memory is gone afterwards. chars: of the normalised
+    text, if these are more."""
+    return _InChild(_CHILDREN, data, _NO_TOKENS).encode(text, False, parse_special, limit, chars)
 
 
 class _InChild:
@@ -136,10 +151,13 @@ class _InChild:
             found: dict[str, Any] = self._do(Limits(_MAX_TEXT_BYTES, _TEXT_S), "facts")
         return found
 
-    def encode(self, text: str, add_special: bool, parse_special: bool, limit: int) -> list[int]:
-        memory_bytes = min(_TEXT_BYTES + _TEXT_BYTES_PER_CHAR * len(text), _MAX_TEXT_BYTES)
-        limits = Limits(memory_bytes, min(_TEXT_S + len(text) / _CHARS_PER_S, _MAX_TEXT_S))
-        long = len(text) if len(text) > STRETCH_CHARS else 0
+    def encode(
+        self, text: str, add_special: bool, parse_special: bool, limit: int, normalised_chars: int = 0
+    ) -> list[int]:
+        chars = max(len(text), normalised_chars)
+        memory_bytes = min(_TEXT_BYTES + _TEXT_BYTES_PER_CHAR * chars, _MAX_TEXT_BYTES)
+        limits = Limits(memory_bytes, min(_TEXT_S + chars / _CHARS_PER_S, _MAX_TEXT_S))
+        long = chars if chars > STRETCH_CHARS else 0
         with _child_errors("this text cannot be tokenised", long):
             ids = self._do(limits, "encode_within", text, add_special, parse_special, limit)
         if isinstance(ids, int):
@@ -148,19 +166,26 @@ class _InChild:
 
     def join(self, texts: list[str]) -> str:
         """Those who wait for other answers wait for this, too, so it may not take long again and again."""
-        if self._late_s > _LATE_S:
+        if self._late_s >= _LATE_S:
             raise TokenizerError(f"the decoder of tokenizer.json takes more than {_JOIN_S:g} s for a token")
-        began_s = time.monotonic()
-        memory_bytes = _TEXT_BYTES + _TEXT_BYTES_PER_CHAR * sum(map(len, texts))
-        try:
-            with _child_errors("these tokens cannot be put together"):
-                text: str = self._do(Limits(min(memory_bytes, _MAX_TEXT_BYTES), _LATE_S), "join", texts)
-        finally:
-            self._late_s = max(0.0, self._late_s + time.monotonic() - began_s - _JOIN_S)
-        return text
+        memory_bytes = min(_TEXT_BYTES + _TEXT_BYTES_PER_CHAR * sum(map(len, texts)), _MAX_TEXT_BYTES)
+        limits = Limits(memory_bytes, _LATE_S, slack_s=_JOIN_SLACK_S)
+        with _child_errors("these tokens cannot be put together"):
+            try:
+                text, took_s = self._timed(limits, "join", texts)
+            except LimitPassed:
+                self._late_s += _LATE_S
+                raise
+        self._late_s = max(0.0, self._late_s + took_s - _JOIN_S)
+        return str(text)
 
     def _do(self, limits: Limits, *job: Any) -> Any:
-        return json.loads(self._confined.do(json.dumps(job).encode(), limits))
+        return self._timed(limits, *job)[0]
+
+    def _timed(self, limits: Limits, *job: Any) -> tuple[Any, float]:
+        """What a method returned, and the seconds of processor time that it took."""
+        made, seconds = json.loads(self._confined.do(json.dumps(job).encode(), limits))
+        return made, float(seconds)
 
 
 @contextmanager

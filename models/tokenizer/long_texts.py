@@ -7,14 +7,21 @@ memory is taken nor the interpreter's lock kept for long. Does not tokenise.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
+
+from shoal.models.turns import FairLock
 
 from .vocabulary import SPACE_MARK
 
 PIECE_CHARS = 1 << 15  # which take some tens of milliseconds
 STRETCH_CHARS = 1 << 16  # what cannot be cut and is longer than this is tokenised in a child process
+SHORT_CHARS = 1 << 12  # whatever a normalizer makes of these, it is soon done
+NORMALISED_CHARS = 1 << 18  # whose normalised form is longer is tokenised in a child process, too
+MOST_CHARS = 1 << 21
+TURN_CHARS = 1 << 12  # what is longer is tokenised one after another
 ANY_NUMBER = 1 << 62  # of tokens
 
 # Of the largest scripts.
@@ -31,6 +38,16 @@ _TO_MARKS = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MAR
 _MARK_BEFORE = {"type": "Prepend", "prepend": SPACE_MARK}
 
 _Part = Mapping[str, Any] | None
+_TURNS = FairLock()
+
+
+def encode_in_turn(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """The ids of a text. Of long ones, one is worked on at a time, and clients take turns: the interpreter's lock is
+    kept meanwhile, so several at once would not end sooner, and all else would have to wait for each of them."""
+    if len(text) <= TURN_CHARS:
+        return encode(text)
+    with _TURNS.held():
+        return encode(text)
 
 
 def far_beyond(most: int) -> int:
@@ -82,6 +99,22 @@ def steps_of(part: _Part) -> list[Mapping[str, Any]]:
         return [part]
     inner = next(value for key, value in part.items() if key != "type")
     return [step for each in inner for step in steps_of(each)]
+
+
+def normalised_chars(text: str, normalizer: _Part) -> int:
+    """How many characters an ordinary normalizer makes of a text; no more than MOST_CHARS are counted. Compatibility
+    forms make 18 of some, replacements four of one, and a text takes the time and memory of its normalised form."""
+    for step in steps_of(normalizer):
+        match step["type"]:
+            case "NFC" | "NFD" | "NFKC" | "NFKD" as form if not text.isascii():
+                text = unicodedata.normalize(form, text)
+            case "Replace" if "String" in step["pattern"]:
+                text = text.replace(step["pattern"]["String"], step["content"])
+            case "ByteLevel" if not text.isascii():
+                text = text.encode().decode("latin-1")
+        if len(text) > MOST_CHARS:
+            return MOST_CHARS
+    return len(text)
 
 
 def file_cut(

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from .long_texts import steps_of
 from .vocabulary import MAX_TOKENS
 from .word_rules import REGEXES
 
@@ -83,6 +84,7 @@ def is_ordinary(data: bytes, added: Sequence[Mapping[str, Any]] = ()) -> bool:
         model = file.model
         lengths, ids = _vocabulary(model)
         known = all(_is_known(getattr(file, part), types) for part, types in _PARTS.items())
+        known = known and _normalises_once(file.normalizer)
         tokens = file.added_tokens + [msgspec.convert({"id": 0, **fields}, _Added) for fields in added]
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return False
@@ -149,6 +151,12 @@ def _is_known(written: msgspec.Raw, types: set[str]) -> bool:
             if (pattern is not None and pattern not in REGEXES) or node.get("String") == "":
                 return False
     return steps <= _MAX_STEPS and rewrites <= _MAX_REWRITES
+
+
+def _normalises_once(written: msgspec.Raw) -> bool:
+    """Whether only replacements come more than once: of two, one may make more of what the other has made."""
+    kinds = [step["type"] for step in steps_of(msgspec.json.decode(written)) if step["type"] != "Replace"]
+    return len(kinds) == len(set(kinds))
 
 
 def _says_a_text_once(template: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from shoal.models.errors import TokenizerError, TooManyTokens
 
-from .long_texts import ANY_NUMBER, PIECE_CHARS, STRETCH_CHARS, pieces
+from .long_texts import ANY_NUMBER, PIECE_CHARS, STRETCH_CHARS, encode_in_turn, pieces
 from .vocabulary import SPECIAL_KINDS, TokenKind, Vocabulary
 
 MAX_SPECIAL_CHARS = 4096
@@ -110,11 +110,14 @@ class SpecialSplitter:
             return
         text = " " + text if self._space_prefix else text
         if len(text) <= PIECE_CHARS:
-            ids += self._merger.encode(text)
+            ids += encode_in_turn(self._merger.encode, text)
         else:
             for piece in pieces(text, self._merger.cut):
                 long = len(piece) > STRETCH_CHARS
-                ids += self._merger.encode_long(piece, limit) if long else self._merger.encode(piece)
+                if long:
+                    ids += self._merger.encode_long(piece, limit)
+                else:
+                    ids += encode_in_turn(self._merger.encode, piece)
                 if len(ids) > limit:
                     raise TooManyTokens(len(ids))
 

@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 
 from shoal.models.errors import TokenizerError
 
+from .file_costs import file_cost
 from .holders import Here, holder, joiner
 from .long_texts import shrinking, steps_of
 from .parts import TOKEN_FLAGS, Parts, Stated
@@ -37,6 +38,7 @@ def read_tokenizer_json(data: bytes, stated: Stated) -> Parts:
         "added": [*map(_fields, stated.added)],
         "extra": [*map(_fields, stated.extra)],
     }
+    token_bytes = file_cost(data).token
     library = holder(data, stated_tokens)
     del data
     facts = library.facts()
@@ -76,9 +78,9 @@ def read_tokenizer_json(data: bytes, stated: Stated) -> Parts:
     vocab = completed(vocab, ids, [token_id for token_id in stated.ends if token_id < count])
     longest = _longest_bytes(facts, vocab)
     if byte_level or steps in (_SENTENCE_PIECE, _WITHOUT_FIRST_SPACE):
-        return Parts(vocab, library, longest)
+        return Parts(vocab, library, longest, token_bytes=token_bytes)
     joining = library if isinstance(library, Here) else joiner(decoder)
-    return Parts(vocab, library, longest, joining.join, _rewrites(steps))
+    return Parts(vocab, library, longest, joining.join, _rewrites(steps), token_bytes=token_bytes)
 
 
 def _fields(token: AddedToken) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fakes import tiny
 from fakes.cli_fakes import FakeClient, model_status, shoal, shoal_process
@@ -142,6 +144,65 @@ def test_a_daemon_ends_whatever_its_threads_do(
             assert process.stderr is not None
             assert text != "wait" or "is stuck; the process ends without it" in process.stderr.read()
             assert process.wait(timeout=5) is not None
+        finally:
+            process.kill()
+
+
+CHILDREN = """
+import os, signal, sys
+from pathlib import Path
+from shoal.comm.home import Home
+from shoal.daemon import service
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.node import Node
+from shoal.models.children import ChildKind, Confined, Limits
+
+KIND = ChildKind(Path(sys.argv[1]), ())
+
+def tokenize(self, request):
+    work = Confined(KIND, b"", Limits(64 << 20, 30.0))
+    print(work.do(b"pid", Limits(64 << 20, 30.0)).decode(), flush=True)
+    work.do(request.text.encode(), Limits(64 << 20, 30.0))
+
+Node.tokenize = tokenize
+service.serve(NodeConfig(threads=1), home=Home.from_env())
+"""
+SCRIPT = """
+import os, signal
+def begin(first):
+    def work(job):
+        if job == b"stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while job == b"work":
+            pass
+        return str(os.getpid()).encode()
+    return work
+"""
+
+
+@pytest.mark.parametrize("job", ["stop", "work"])
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_daemon_that_ends_leaves_no_child(home: Home, tmp_path: Path, job: str, signals: int) -> None:
+    (tmp_path / "some_jobs.py").write_text(SCRIPT)
+    command = [sys.executable, "-c", CHILDREN, str(tmp_path / "some_jobs.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            while not background.answers(home):
+                assert process.poll() is None
+            with Client(home.address) as client:
+                client.ping()
+                exchange = client._begin(Tokenize(text=job))
+                assert process.stdout is not None
+                child = psutil.Process(int(process.stdout.readline()))
+                client._pump(0.3)
+                assert not exchange.finished
+                started = time.monotonic()
+                for _ in range(signals):
+                    process.terminate()
+                assert process.wait(timeout=10) == 0
+            assert time.monotonic() - started < 6
+            _, left = psutil.wait_procs([child], timeout=5)
+            assert left == []
         finally:
             process.kill()
 

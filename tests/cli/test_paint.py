@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cli.output import folded, per_second, spinner, stage_text, steps_bar, transfer_bar
-from shoal.cli.paint import Painter, Wrap, printable
+from shoal.cli.terminal.output import folded, per_second, spinner, stage_text, steps_bar, transfer_bar
+from shoal.cli.terminal.paint import Painter, Wrap, printable
 from shoal.comm.messages import Stage
 
 COLUMNS = 20

@@ -173,7 +173,7 @@ def test_a_known_model_that_is_not_there_is_offered_at_a_terminal(
         result = shoal("run", model, "Why?")
         assert result.exit_code == (0 if answer else 1)
         assert result.stderr.startswith(f"{name} is not in the store yet\n")
-    assert asked == ["Fetch smollm2 (92.9 MB) now?", "Fetch org/tiny now?"]
+    assert asked == ["Fetch smollm2 (98.4 MB) now?", "Fetch org/tiny now?"]
     assert stage.here.loaded == (["smollm2:q8", "tiny"] if answer else [])
     assert shoal("run", "unknown", "Why?").exit_code == shoal("run", "./no.gguf", "Why?").exit_code == 1
     assert len(asked) == 2

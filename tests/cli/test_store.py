@@ -15,6 +15,7 @@ from shoal.cli import background
 from shoal.comm.errors import TimedOut
 from shoal.daemon import measurement as measure
 from shoal.daemon.errors import DaemonError
+from shoal.partition.amounts import format_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +27,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.gguf"
-    path.write_bytes(b"GGUF" + bytes(10_000))
-    return path
+    model = tiny.hf_model("qwen2", num_hidden_layers=1, hidden_size=16, intermediate_size=16)
+    return tiny.save_gguf(model, tmp_path / "tiny.gguf")
+
+
+def size_of(path: Path) -> str:
+    return format_bytes(path.stat().st_size)
 
 
 @pytest.mark.parametrize("what", ["an empty directory", "no weights", "a pickle", "text", "a GGUF inside"])
@@ -56,15 +60,15 @@ def test_a_model_is_pulled_listed_and_removed(model: Path) -> None:
     assert result.stderr == "the store is empty; try: shoal pull smollm2\n"
     result = shoal("pull", str(model))
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == "tiny (10 kB) is in the store; try: shoal chat tiny\n"
+    assert result.stderr == f"tiny ({size_of(model)}) is in the store; try: shoal chat tiny\n"
     assert "is in the store already" in shoal("pull", str(model)).stderr
     listed = shoal("ls").stdout
     assert "tiny" in listed
-    assert "10 kB" in listed
+    assert size_of(model) in listed
     assert str(model) in listed, "a row of a table is folded where it is piped"
     (entry,) = json.loads(shoal("ls", "--json").stdout)
     assert list(entry) == ["name", "kind", "bytes", "path", "source", "added", "packs"]
-    assert (entry["name"], entry["kind"], entry["bytes"]) == ("tiny", "gguf", 10_004)
+    assert (entry["name"], entry["kind"], entry["bytes"]) == ("tiny", "gguf", model.stat().st_size)
     refused = shoal("rm", "tiny")
     assert refused.exit_code == 2
     assert "there is no terminal to ask on (--yes removes without asking)" in refused.stderr
@@ -73,6 +77,31 @@ def test_a_model_is_pulled_listed_and_removed(model: Path) -> None:
     gone = shoal("rm", "--yes", "tiny")
     assert gone.exit_code == 1
     assert "no model called 'tiny'" in gone.stderr
+
+
+@pytest.mark.parametrize("verb", ["pull", "rm", "rm --packs", "show", "pack", "run", "draft"])
+@pytest.mark.parametrize(
+    "written", ["./tiny.gguf", "tiny.gguf", "sub/tiny.gguf", "./hf", "stored", "smollm2"]
+)
+def test_a_suffix_that_cannot_be_there_is_told_with_what_is_there(
+    model: Path, monkeypatch: pytest.MonkeyPatch, verb: str, written: str
+) -> None:
+    monkeypatch.chdir(model.parent)
+    for name in ("sub", "hf"):
+        (model.parent / name).mkdir()
+    (model.parent / "sub" / "tiny.gguf").write_bytes(model.read_bytes())
+    shoal("pull", "--name", "stored", str(model))
+    if verb in ("show", "pack", "run"):  # these take :q4
+        suffix, said = ":Q4_K_M", f"only :q8 and :q4 can follow {written if 'gguf' in written else ''}"
+    else:
+        suffix, said = ":q4", f"{written}, which is named without :q4 here"
+    if (verb, written) == ("draft", "smollm2"):
+        said = "smollm2 is not in the store yet"
+    before = {"draft": ["run", "--local", str(model), "hi", "--draft"]}.get(verb, verb.split())
+    result = shoal(*before, f"{written}{suffix}", *(["hi"] if verb == "run" else []))
+    assert result.exit_code == 1
+    assert said.removeprefix("./") in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_pull_as_json_and_under_another_name(model: Path) -> None:
@@ -139,6 +168,7 @@ def test_show_tells_how_it_would_run(tmp_path: Path, home: Path, monkeypatch: py
 
 
 def test_show_of_what_is_no_model(model: Path) -> None:
+    model.write_bytes(b"GGUF" + bytes(10_000))
     result = shoal("show", str(model))
     assert result.exit_code == 1
     assert result.stderr.startswith(f"shoal: {model}: ")
@@ -245,9 +275,9 @@ def test_doctor_survives_a_failing_check(monkeypatch: pytest.MonkeyPatch) -> Non
     assert findings()[1]["check"]["found"] == "cannot look"
 
 
-def test_texts_of_files_reach_no_terminal_as_they_are(tmp_path: Path) -> None:
-    evil = tmp_path / "[red]\x1b[2Jevil.gguf"
-    evil.write_bytes(b"GGUF" + bytes(100))
+def test_texts_of_files_reach_no_terminal_as_they_are(model: Path) -> None:
+    evil = model.rename(model.with_name("[red]\x1b[2Jevil.gguf"))
     shoal("pull", "--name", "evil", str(evil))
     assert "[red][2Jevil.gguf" in shoal("ls").stdout
+    evil.write_bytes(b"GGUF" + bytes(100))
     assert "\x1b" not in shoal("show", str(evil)).stderr

@@ -13,13 +13,14 @@ from typing import Any
 
 import click
 import pytest
+from fakes import tiny
 from fakes.cli_fakes import shoal, shoal_process
 
 from shoal.cli import verbs
 from shoal.cli.exit_codes import explain
 from shoal.cli.interrupt import deferred_interrupt
 from shoal.cli.options import AnswerOptions, PlanOptions
-from shoal.cli.output import print_json
+from shoal.cli.terminal.output import print_json
 from shoal.cli.verbs import VERBS
 from shoal.comm.errors import NoDaemon, ProtocolError, RequestFailed, TimedOut
 from shoal.daemon.errors import DaemonError
@@ -274,3 +275,30 @@ def test_a_reader_that_has_had_enough_ends_it_quietly() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 1
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["--help", "help run", "--version", "ls --json", "doctor", "doctor --json", "run", "run --json"],
+)
+def test_an_output_that_cannot_be_written_is_not_the_home_s_fault(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full says what a full disk says. A reader that has gone is told nothing."""
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
+    arguments = verb.split()
+    if arguments[0] == "run":
+        path = tiny.save_gguf(tiny.hf_model("qwen2"), tmp_path / "tiny.gguf")
+        arguments += ["--raw", "--local", "--threads", "1", "--max-tokens", "40", str(path), "hi"]
+    command = [sys.executable, "-m", "shoal.cli.main", *arguments]
+    reading, writing = os.pipe()
+    os.close(reading)
+    for output, expected in ((os.open("/dev/full", os.O_WRONLY), (3, True)), (writing, (1, False))):
+        done = subprocess.run(
+            command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60, stdin=subprocess.DEVNULL
+        )
+        os.close(output)
+        full = "shoal: standard output could not be written: No space left on device\n"
+        assert (done.returncode, done.stderr == full) == expected
+        assert "Traceback" not in done.stderr
+    assert done.stderr == ""

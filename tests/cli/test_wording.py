@@ -159,3 +159,21 @@ def test_what_is_said_of_a_text_shorter_than_a_window(home: Home, tmp_path: Path
         measurement.perplexity(
             model, tmp_path / "text", ctx=64, config=NodeConfig(), progress=lambda *_: None
         )
+
+
+def test_only_load_changes_a_model_for_all(home: Home, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FakeClient(model_status("tiny.gguf"))
+    monkeypatch.setattr(client_room, "Client", client)
+    home.run.mkdir(parents=True)
+    home.socket.touch()
+    for verb in ("run", "load"):
+        shoal(verb, str(model), "--draft", str(model), *(["Why?"] if verb == "run" else []))
+    assert client.kept == [True, False]
+    client.load = lambda *given, **more: (_ for _ in ()).throw(  # type: ignore[method-assign]
+        RequestFailed(
+            "bad_request", "tiny is loaded", "`load(a b.gguf)` `draft=c` loads it anew, for all of them"
+        )
+    )
+    result = shoal("run", str(model), "--draft", str(model), "Why?")
+    assert result.exit_code == 2
+    assert "(shoal load a b.gguf --draft c loads it anew, for all of them)" in result.stderr

@@ -21,6 +21,7 @@ from shoal.daemon.backend import Event
 from shoal.daemon.node import Node
 from shoal.engine.sequence import Emitted, Ended, Failed, Queued, Sequence, Times
 from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.errors import LogitsError, Overloaded, TokenizerError
 from shoal.models.sampling import Sampled, Sampler, SamplingParams
 from shoal.models.tokenizer.tokenizer import Tokenizer
 
@@ -148,10 +149,23 @@ def test_steps_of_several_tokens_make_the_same_answer(
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize(
+    ("failure", "ours"),
+    [
+        (RuntimeError("no words"), True),
+        (TokenizerError("no words"), False),
+        (Overloaded("no words"), False),
+        (LogitsError("no words"), False),
+    ],
+)
 def test_an_answer_that_fails_ends_alone(
-    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failure: Exception,
+    ours: bool,
 ) -> None:
-    """Its own request gets an error; requests beside it notice nothing."""
+    """Its own request gets an error; requests beside it notice nothing. Only faults of ours have a traceback."""
     with Node(CONFIG) as node:
         node.load(Load(model=str(path)))
         expected = text_of(node, prompt(1, new=8))[:2]
@@ -159,7 +173,7 @@ def test_an_answer_that_fails_ends_alone(
 
         def breaks(subject: Answer, sampled: Sampled) -> bool:
             if subject._prompt_tokens == 40 and subject._completion_tokens == 3:
-                raise RuntimeError("no words")
+                raise failure
             return say(subject, sampled)
 
         monkeypatch.setattr(Answer, "_say", breaks)
@@ -171,6 +185,7 @@ def test_an_answer_that_fails_ends_alone(
         assert "no words" in events[-1].message
         assert node.status().models[0].running == 0
     assert "an answer failed" in caplog.text
+    assert ("Traceback" in caplog.text) == ours
 
 
 def test_an_answer_that_fails_at_its_end_says_so(

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,48 @@ def test_chat_templates(path: Path, node: Node, template: str, code: str, messag
     assert (said.code, message in said.message) == (code, True), said
     assert (str(path) in said.message) == (code == "corrupt")
     list(node.stream(Generate(model=str(path), prompt_tokens=[1, 2], max_tokens=1)))  # does without
+
+
+PLUS = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+STRIP = "{% for m in messages %}{{ m.role }}{{ m.content.strip() }}{% endfor %}"
+CALLS = "{% for m in messages %}{% if m.tool_calls %}CALL{% else %}{{ m.role + m.content }}{% endif %}{% endfor %}"
+USER, CALL = {"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": {}}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "said"),
+    [
+        (PLUS, [USER, {"role": "assistant"}, USER], "messages[1] has no `content`"),
+        (STRIP, [{"role": "user", "content": None}], "messages[0] has no `content`"),
+        (STRIP, [USER, {"role": "assistant", "reasoning_content": "b"}], "messages[1] has no `content`"),
+        (PLUS, [USER, CALL], "messages[1] has no `content`"),  # this template knows no tool calls
+        (CALLS, [USER, CALL, {"role": "tool", "content": "b"}], None),
+        (CALLS, [USER, CALL, {"role": "tool"}], "messages[2] has no `content`"),
+        (CALLS, [USER, {"role": "assistant", "tool_calls": []}], "messages[1] has no `content`"),
+        (PLUS, [USER, {"role": "user", "content": ""}], None),
+        (PLUS, [USER, {"role": "user", "content": [{"type": "text", "text": "b"}]}], None),
+        (
+            PLUS,
+            [USER, {"role": "user", "content": [{"type": "image"}]}],
+            "messages[1].content[0] is {'type': ",
+        ),
+        (
+            PLUS,
+            [USER, {"role": "user", "content": [{"type": "text"}]}],
+            "messages[1].content[0] is {'type': ",
+        ),
+    ],
+)
+def test_messages_that_a_template_has_no_use_for(
+    path: Path, node: Node, template: str, messages: list[dict[str, Any]], said: str | None
+) -> None:
+    (path / "chat_template.jinja").write_text(template)
+    request = Chat(model=str(path), messages=messages, max_tokens=1)
+    if said is None:
+        list(node.stream(request))
+        return
+    error = refused(node, request)
+    assert (error.code, said in error.message) == ("bad_request", True), error
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

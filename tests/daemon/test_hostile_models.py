@@ -107,7 +107,7 @@ def test_a_prompt_that_cannot_fit_takes_neither_time_nor_memory(node: Node, text
 
 def test_what_the_ledger_has_no_room_for_is_refused(node: Node) -> None:
     node.budget.hold("others", node.budget.free_bytes - (10 << 20))
-    with pytest.raises(DaemonError, match="tokenising text") as caught:
+    with pytest.raises(DaemonError, match="tokenising text of 10000000 characters needs") as caught:
         node.tokenize(Tokenize(text="word " * 2_000_000))
     assert caught.value.code == "resources"
     assert len(node.tokenize(Tokenize(text="word " * 100)).ids) > 100

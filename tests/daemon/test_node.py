@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
 from shoal.daemon.sizes import parse_bytes
 from shoal.engine.batch import Batch
+from shoal.engine.engine import Engine
 from shoal.engine.sequence import Sequence
 from shoal.kernels.arrays import Floats
 
@@ -337,6 +340,23 @@ def test_a_step_that_nobody_wants_any_more_is_given_up(node: Node, monkeypatch: 
         model.engine._stepping.release()
         assert not blocks
     assert text_of(node, prompt(1, new=3))[0] == expected
+
+
+def test_all_models_together_get_a_bounded_time_to_keep_their_kv(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    def close(engine: Engine, keep_s: float) -> None:
+        given.append(keep_s)
+        time.sleep(0.2)
+
+    with Node(CONFIG) as node:
+        for name in ("one", "two", "three"):
+            node.load(Load(model=str(shutil.copy(path, tmp_path / f"{name}.gguf"))))
+        monkeypatch.setattr(Engine, "close", close)
+    assert len(given) == 3
+    assert all(later <= earlier - 0.2 for earlier, later in pairwise(given))
 
 
 def test_an_emit_that_raises_ends_its_request_and_keeps_nothing(node: Node) -> None:

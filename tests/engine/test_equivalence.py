@@ -19,7 +19,7 @@ LENGTH = 45
 
 
 def tokens(vocab: int, seed: int, length: int = LENGTH) -> list[int]:
-    return [random.Random(seed).randrange(vocab) for _ in range(length)]
+    return random.Random(seed).choices(range(vocab), k=length)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

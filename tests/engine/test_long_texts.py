@@ -37,7 +37,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 
 def ids(seed: int, count: int) -> list[int]:
-    return [random.Random(seed).randrange(200) for _ in range(count)]
+    return random.Random(seed).choices(range(200), k=count)
 
 
 def truth(model: Any, prompt: list[int], count: int) -> list[tuple[int, float]]:

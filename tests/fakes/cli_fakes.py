@@ -13,6 +13,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from shoal.cli.verbs import cli
+from shoal.comm.cluster_messages import NodesReply
 from shoal.comm.messages import (
     Accepted,
     Chat,
@@ -114,6 +115,7 @@ class FakeClient:
         self.drafts: list[str | None] = []
         self.loads: list[tuple[str, int | None]] = []
         self.asked: list[tuple[str, int | None]] = []
+        self.kept: list[bool] = []  # per load: whether a loaded model is to stay as it is
         self.unloaded: list[str] = []
         self.changed: dict[str, Any] = {}  # of its status
 
@@ -133,6 +135,10 @@ class FakeClient:
         if self.fails is not None:
             raise self.fails
         return Pong(time_s=0.0)
+
+    def nodes(self) -> NodesReply:
+        self.ping()
+        return NodesReply(role="alone", nodes=[])
 
     def status(self) -> StatusReply:
         self.ping()
@@ -157,9 +163,11 @@ class FakeClient:
         *,
         ranks: int | None = None,
         least_context: int | None = None,
+        keep: bool = False,
     ) -> Loaded:
         (self.asked if context is None else self.loads).append((model, context or least_context))
         self.drafts.append(draft)
+        self.kept.append(keep)
         name = Path(model).stem
         if name not in self.models and least_context is not None:
             context = max(100, least_context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,14 +16,18 @@ from pathlib import Path
 import pytest
 
 from shoal.models import children
+from shoal.models.child_main import JOB
 from shoal.models.children import ChildKind, Confined, JobFailed, LimitPassed, Limits
 from shoal.models.errors import Overloaded
+from shoal.models.turns import on_behalf_of
 
 SCRIPT = """
 import os, time
 def begin(first):
     if first == b"bad":
         raise ValueError("no\\nsuch thing")
+    if first == b"long":
+        time.sleep(60)
     def work(job):
         return str(eval(job, {"os": os, "time": time, "first": first})).encode()
     return work
@@ -63,7 +68,6 @@ def test_a_child_stays_for_the_next_job(kind: ChildKind) -> None:
     [
         (b"len(b'x' * (1 << 30))", LIMITS, "64 MB of memory"),
         (b"7 ** (10 ** 8)", Limits(64 << 20, 0.3), r"did not end in time \(0.3 s\)"),
-        (b"time.sleep(9)", Limits(64 << 20, 0.3), "did not end in time"),
         (b"'x' * (2 << 20)", LIMITS, "made more than 1 MB"),
         (b"os._exit(3)", LIMITS, "exit code 3"),
         (b"os.kill(os.getpid(), 11)", LIMITS, "signal 11"),
@@ -119,28 +123,75 @@ def test_children_end_with_their_owner_and_after_large_jobs(
     assert not running(pid)
 
 
+def test_what_lasts_long_without_taking_processor_time_is_nobody_s_fault(kind: ChildKind) -> None:
+    """A machine that is busy with other things, a child that is stopped: whatever keeps it from working."""
+    work = confined(kind)
+    before = int(work.do(b"os.getpid()", LIMITS))
+    assert work.do(b"time.sleep(0.4)", Limits(64 << 20, 0.1)) == b"None"
+    for job in (b"time.sleep(9)", b"os.kill(os.getpid(), 19)"):
+        with pytest.raises(Overloaded, match="the machine is too busy"):
+            work.do(job, Limits(64 << 20, 0.1, slack_s=0.3))
+        assert not running(before)
+        before = int(work.do(b"os.getpid()", LIMITS))
+    os.kill(before, signal.SIGSTOP)  # it does not even read
+    with pytest.raises(Overloaded, match="the machine is too busy"):
+        work.do(b"1" + b" " * (8 << 20), Limits(64 << 20, 0.1, slack_s=0.3))
+    assert work.do(b"1 + 1", LIMITS) == b"2"
+
+
+def test_processor_time_is_counted_for_each_job(kind: ChildKind) -> None:
+    work = confined(kind)
+    pid = work.do(b"os.getpid()", LIMITS)
+    for _ in range(4):
+        work.do(b"sum(range(5_000_000))", Limits(64 << 20, 1.0))
+    assert work.do(b"os.getpid()", LIMITS) == pid
+
+
 def test_there_are_few_children_and_a_slow_owner_holds_up_nobody(kind: ChildKind) -> None:
     slow, others = confined(kind), [confined(kind, bytes([i])) for i in range(9)]
 
-    def wait() -> None:
-        with contextlib.suppress(Overloaded):
+    def wait(client: str) -> None:
+        with contextlib.suppress(Overloaded), on_behalf_of(client):
             slow.do(b"time.sleep(500)", Limits(64 << 20, 500.0))
 
-    threads = [threading.Thread(target=wait) for _ in range(7)]
+    threads = [threading.Thread(target=wait, args=(client,)) for client in "abaabbbaa"]
     for thread in threads:
         thread.start()
     for other in others:
         assert other.do(b"1", LIMITS) == b"1"
-    refused = 7 - children.MOST_OF_ONE - 2  # two may wait
+    refused = len(threads) - children.MOST_OF_ONE - 2 * 2  # two of each client may wait
     deadline = time.monotonic() + 60
-    while sum(thread.is_alive() for thread in threads) > 7 - refused and time.monotonic() < deadline:
+    while (
+        sum(thread.is_alive() for thread in threads) > len(threads) - refused and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
-    assert sum(thread.is_alive() for thread in threads) == 7 - refused
+    assert sum(thread.is_alive() for thread in threads) == len(threads) - refused
     assert len(kind._working) + len(kind._idle) <= children.MOST_CHILDREN
     slow.close()
     for thread in threads:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_client_with_many_costly_jobs_leaves_room_for_others(kind: ChildKind) -> None:
+    work = confined(kind)
+
+    def flood() -> None:
+        with contextlib.suppress(Overloaded), on_behalf_of("greedy"):
+            work.do(b"time.sleep(500)", Limits(64 << 20, 500.0))
+
+    threads = [threading.Thread(target=flood) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    with on_behalf_of("modest"):
+        for _ in range(5):
+            started = time.monotonic()
+            assert work.do(b"1 + 1", LIMITS) == b"2"
+            assert time.monotonic() - started < 2
+    work.close()
+    for thread in threads:
+        thread.join(60)
 
 
 def test_closing_ends_what_is_under_way(kind: ChildKind) -> None:
@@ -164,6 +215,51 @@ def test_closing_ends_what_is_under_way(kind: ChildKind) -> None:
     assert len(failures) == 4
     with pytest.raises(Overloaded, match="unloaded"):
         work.do(b"1", LIMITS)
+
+
+def test_a_parent_that_ends_leaves_no_child(kind: ChildKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle, at work, or stopped, so that it would hear of nothing."""
+    monkeypatch.setattr(children, "_ENDING", threading.Event())
+    idle, busy, failures = confined(kind, b"a"), confined(kind, b"b"), list[str]()
+    pids = [int(work.do(b"os.getpid()", LIMITS)) for work in (idle, busy)]
+
+    def wait(client: str, job: bytes) -> None:
+        with on_behalf_of(client):
+            try:
+                busy.do(job, Limits(64 << 20, 60.0))
+            except Overloaded as error:
+                failures.append(str(error))
+
+    jobs = [(str(number), b"time.sleep(60)") for number in range(4)]
+    threads = [threading.Thread(target=wait, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    while len(kind._working) < children.MOST_OF_ONE:
+        time.sleep(0.01)
+    pids += [child._process.pid for child in kind._working]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    children.end_children()
+    for thread in threads:
+        thread.join(10)
+    assert len(failures) == 4
+    assert "stopping" in failures[-1]
+    assert not any(map(running, pids))
+    with pytest.raises(Overloaded, match="stopping"):
+        idle.do(b"1", LIMITS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SIGIO")
+def test_a_child_ends_whose_parent_hung_up_before_it_began(kind: ChildKind) -> None:
+    parent, theirs = socket.socketpair()
+    process = subprocess.Popen(kind._command, stdin=theirs.fileno())
+    theirs.close()
+    parent.sendall(JOB.pack(4, 1 << 30, 60.0) + b"long")
+    parent.close()
+    try:
+        process.wait(20)
+    finally:
+        process.kill()
 
 
 def test_idle_children_end(kind: ChildKind, monkeypatch: pytest.MonkeyPatch) -> None:

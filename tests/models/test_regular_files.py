@@ -83,7 +83,7 @@ def test_only_so_much_is_read(tmp_path: Path) -> None:
     assert read_regular(Path("/proc/self/status"), 100) == b""  # says that it has none
     path.write_text("[1]")
     with pytest.raises(ValueError, match="must hold a JSON object, holds a list"):
-        read_object(path, 100)
+        read_object(path)
 
 
 @pytest.fixture(scope="module")

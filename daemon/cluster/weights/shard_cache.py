@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
-from shoal.daemon.sizes import format_bytes
 from shoal.offload.errors import PackError
 from shoal.offload.pack.builder import partial_of
 from shoal.offload.pack.manifest import BLOCKS, DAMAGED, MANIFEST, PARTIAL
 from shoal.offload.pack.pack import Pack, open_pack
+from shoal.partition.amounts import format_bytes
 
 from .shard_facts import ShardFacts
 

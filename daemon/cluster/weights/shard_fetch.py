@@ -14,7 +14,6 @@ from shoal.comm.group.channel import Channel
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.transfer import FULL_DISK
 from shoal.daemon.memory import available_bytes
-from shoal.daemon.sizes import format_bytes
 from shoal.offload.block_store import BlockReader
 from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.errors import PackError
@@ -22,6 +21,7 @@ from shoal.offload.pack.builder import PackBuilder, partial_of
 from shoal.offload.pack.manifest import Manifest, Source, read_manifest
 from shoal.offload.pack.pack import Pack
 from shoal.offload.window.pinned import PackReader
+from shoal.partition.amounts import format_bytes
 
 from .remote_shard import RemoteShard
 from .shard_cache import ShardCache, ShardLock

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from fakes.chat_fakes import put, talk
+from fakes.chat_fakes import Daemon, put, talk
 from fakes.cli_fakes import FakeAnswers, FakeClient, model_status
 
-from shoal import client as client_room
-from shoal.cli import background
 from shoal.cli.chat.commands import ChatState
 from shoal.cli.chat.conversation import Conversation
 from shoal.cli.chat.link import ChatLink
 from shoal.cli.chat.loop import toolbar
-from shoal.comm.home import Home
 
 
 @pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+def client(daemon: Daemon) -> FakeClient:
     """Of a daemon that has "tiny" with a context of 100 tokens."""
-    made = FakeClient(model_status("tiny"))
-    monkeypatch.setattr(client_room, "Client", made)
-    monkeypatch.setattr(background, "running_pid", lambda home: 42)
-    return made
-
-
-@pytest.fixture
-def state(client: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChatState:
-    home = Home(tmp_path / "home")
-    monkeypatch.setenv("SHOAL_HOME", str(home.root))
-    made = ChatState(home, ChatLink(home), Conversation())
-    made.link.load("tiny", None)
-    return made
+    return daemon.client
 
 
 def test_the_context_can_be_changed(
@@ -58,12 +41,15 @@ def test_a_conversation_cannot_change_the_model_of_others(
     put(state, "other")
     assert talk(state, "/ctx 64", "/ctx 101") == 3
     said = capsys.readouterr().err
-    assert "tiny is loaded with 100 tokens of context, for all who use the daemon; 101 are more" in said
+    assert "a context of 101 tokens was asked for, tiny is loaded with 100, for all who use it" in said
     assert "(shoal load tiny --ctx 101 loads it anew, for all of them)" in said
     assert state.link.context_tokens == 64
     client.models["tiny"] = model_status(context_limit_tokens=100)
     assert talk(state, "/ctx 101") == 3
-    assert "tiny was made for 100 (ask for at most 100)" in capsys.readouterr().err
+    assert (
+        "a context of 101 tokens was asked for, the model was made for 100 (use --ctx 100 or less)"
+        in capsys.readouterr().err
+    )
     client.load("tiny", 50)  # somebody does so, with less
     talk(state, "Hi", "/model other", "And?")
     assert [request.context_tokens for request in client.answers.requests] == [50, 100]

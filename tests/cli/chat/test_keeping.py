@@ -142,3 +142,15 @@ def test_bytes_from_a_pipe_that_are_no_utf8_end_nothing(daemon: Daemon, state: C
     assert result.exit_code == 0
     assert [messages[-1][1] for messages in asked(daemon)] == ["caf\ufffd", "  two \n\tlines "]
     assert "no UTF-8 text" in result.stderr
+
+
+def test_the_ending_of_the_file_is_no_part_of_the_name(
+    state: ChatState, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(state, "one", "/save a.json", "/clear", "/load a", "/load a.json", "/load")
+    assert [path.name for path in state.home.sessions.iterdir()] == ["a.json"]
+    assert len(state.conversation.turns) == 1
+    said = capsys.readouterr().err
+    assert "saved as a; /load a brings it back" in said
+    assert said.count("loaded a, 1 turn") == 2
+    assert talk(state, "/save .json", "/save ../a.json") == 2

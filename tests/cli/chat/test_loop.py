@@ -20,6 +20,7 @@ from shoal.cli.chat.link import ChatLink
 from shoal.cli.chat.loop import toolbar
 from shoal.comm.errors import NoDaemon, RequestFailed
 from shoal.comm.home import Home
+from shoal.comm.messages import Stage
 from shoal.daemon.errors import DaemonError
 
 
@@ -248,6 +249,7 @@ def test_without_a_model_the_loaded_one_is_taken(daemon: Daemon, state: ChatStat
     state.home.root.mkdir(exist_ok=True)
     (state.home.root / "big.gguf").write_bytes(b"GGUF")
     assert shoal("chat", stdin="Hi\n").exit_code == 0
+    assert daemon.client.kept[-1] is True
     assert daemon.client.answers.requests[0].model == "big"
 
 
@@ -332,3 +334,27 @@ def test_options_that_shape_the_plan_keep_the_chat_in_this_process(
     assert shoal("chat", "tiny", "--ctx", "64", stdin="Hi\n").stdout == "Hello there.\n"
     assert daemon.client.asked[len(loads) :] == [("tiny", 64)]
     assert len(configs) == 1
+
+
+def test_a_chat_waits_for_the_model_that_the_daemon_is_loading(
+    state: ChatState, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not have another one loaded beside it."""
+    client, big = daemon.client, state.home.root / "big.gguf"
+    state.home.root.mkdir(exist_ok=True)
+    big.write_bytes(b"GGUF")
+    client.models.clear()
+    client.asked.clear()
+    client.changed = {"loading": "big", "stage": Stage(doing="loading", done=1, total=2)}
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            client.models["big"] = model_status("big", path=str(big))
+            client.changed = {}
+
+    monkeypatch.setattr("shoal.cli.chat.link.time.sleep", sleep)
+    assert shoal("chat", stdin="Hi\n").exit_code == 0
+    assert len(looks) == 3
+    assert [model for model, _ in client.asked] == [str(big)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from shoal.comm.group.channel import JOIN_BYTES, Channel, channel_pair
 from shoal.comm.group.errors import ChannelError, ChannelTimeout
-from shoal.comm.group.streams import SEAL_BYTES
+from shoal.comm.group.streams import SEAL_BYTES, _address
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping"):
@@ -291,3 +292,11 @@ def test_no_frame_raises_anything_else(body, whole):
             assert isinstance(message, Ping | Pong)
         except ChannelError:
             pass
+
+
+def test_a_link_local_address_is_kept_with_its_interface():
+    index, name = socket.if_nameindex()[0]
+    assert _address(lambda: ("fe80::1", 7000, 0, index)) == (f"fe80::1%{name}", 7000)
+    assert _address(lambda: ("2001:db8::1", 7000, 0, 0)) == ("2001:db8::1", 7000)
+    assert _address(lambda: ("10.0.0.1", 7000)) == ("10.0.0.1", 7000)
+    assert _address(lambda: "") == ("", 0)

@@ -12,14 +12,17 @@ import pytest
 from fakes.group.nodes import Machine, relay, tls
 
 from shoal.comm.errors import KeyFileError
+from shoal.comm.group import pairing
 from shoal.comm.group.channel import Channel, channel_pair
 from shoal.comm.group.dialing import pair
 from shoal.comm.group.errors import ChannelError, GroupError, PairingRefused, VersionMismatch
 from shoal.comm.group.greeting import greet
 from shoal.comm.group.group_protocol import OURS, Speaks
-from shoal.comm.group.join_code import CODE_S, TRIES_BY_ONE, Codes
+from shoal.comm.group.join_code import CODE_S, TRIES_BY_ONE, Codes, read_code
+from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.pairing import Challenge, Claim, Denied, Paired, Proof, admit, join
-from shoal.comm.group.tls import stranger_context
+from shoal.comm.group.streams import SocketStream, TlsStream
+from shoal.comm.group.tls import server_context, stranger_context
 
 WRONG = "0000-0000-00000"
 
@@ -143,8 +146,6 @@ def test_of_two_that_use_a_code_at_once_one_is_paired(head, tmp_path):
 
 
 def test_a_listener_without_codes_pairs_nobody(head, worker):
-    from shoal.comm.group.listener import GroupListener
-
     with (
         GroupListener(head.identity, head.peers, [("127.0.0.1", 0)]) as listener,
         pytest.raises(ChannelError),
@@ -206,7 +207,33 @@ def test_other_machines_at_the_addresses_do_not_matter(head, worker, tmp_path, m
             )
             assert by(worker, head.codes.new(), addresses)[0].fingerprint == head.fingerprint
             assert refused(worker, WRONG, addresses) == "code"
+            assert len(head.codes._failed) == 1  # though it is at two addresses
     assert nothing_stored(other)
+
+
+def test_a_server_of_tls_that_says_nothing_holds_up_for_a_moment_only(worker, tmp_path, monkeypatch):
+    monkeypatch.setattr("shoal.comm.group.dialing.GREET_S", 0.2)
+    mute = Machine.at(tmp_path, "mute")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            near = TlsStream(
+                SocketStream(server.accept()[0]), server_context(mute.identity, []), server_side=True
+            )
+            near.handshake(time.monotonic() + 5)
+            with contextlib.suppress(ChannelError):
+                while True:
+                    near.receive(memoryview(bytearray(100)), time.monotonic() + 5)
+            near.abort()
+            near.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        started = time.monotonic()
+        with pytest.raises(ChannelError):
+            by(worker, WRONG, [server.getsockname()])
+        assert time.monotonic() - started < 5
+        thread.join(5)
 
 
 # --- attacks
@@ -237,9 +264,6 @@ def test_somebody_in_the_middle_gets_nothing(head, worker, tmp_path):
 @contextlib.contextmanager
 def interposed(middle: Machine, target):
     """TLS ends here, and another begins."""
-    from shoal.comm.group.streams import SocketStream, TlsStream
-    from shoal.comm.group.tls import server_context
-
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def run() -> None:
@@ -301,13 +325,23 @@ def test_a_proof_cannot_be_replayed(head, worker):
 
 def proven(code: str, head: Machine, worker: Machine, challenge: Challenge) -> bytes:
     """What a worker with the code would say: computed by its own functions."""
-    from shoal.comm.group import pairing
-    from shoal.comm.group.join_code import read_code
-
     one, other = channel_pair("pair")
     with one, other:
         said = pairing._said(one, claim_of(worker), challenge, head.identity.certificate)
     return pairing._hmac(read_code(code), b"worker", said)
+
+
+def test_the_two_sides_prove_different_things():
+    assert (
+        len(
+            {
+                pairing._hmac("0" * 13, role, b"said", name)
+                for role in (b"worker", b"head")
+                for name in ("", "x")
+            }
+        )
+        == 4
+    )
 
 
 def test_that_proof_would_do_in_its_own_session(head, worker):
@@ -346,9 +380,6 @@ def test_a_certificate_that_is_none_is_not_stored(head, worker, certificate):
         claim = msgspec.structs.replace(claim_of(worker), certificate=certificate)
         channel.send_message(claim)
         challenge = channel.receive_message(Challenge, 5)
-        from shoal.comm.group import pairing
-        from shoal.comm.group.join_code import read_code
-
         said = pairing._said(channel, claim, challenge, head.identity.certificate)
         channel.send_message(Proof(pairing._hmac(read_code(code), b"worker", said)))
         assert channel.receive_message(Denied | Paired, 5) == Denied("stored")

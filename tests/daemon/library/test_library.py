@@ -16,7 +16,8 @@ from shoal.comm.home import Home
 from shoal.comm.messages import ErrorCode
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import MODEL_MANIFEST, Library, check_name
-from shoal.daemon.sizes import format_bytes, format_duration, parse_bytes
+from shoal.daemon.sizes import parse_bytes
+from shoal.partition.amounts import format_bytes, format_duration
 
 DATA = b"GGUF" + bytes(range(200))
 SHA = hashlib.sha256(DATA).hexdigest()

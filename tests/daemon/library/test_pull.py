@@ -13,8 +13,10 @@ from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from fakes import tiny
 from fakes.loopback import Web, serving
 
 from shoal.comm.home import Home
@@ -25,7 +27,22 @@ from shoal.daemon.library.hub import checkpoint_files, choose
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.pull import pull, store_name
 
-DATA = b"GGUF" + random.Random(0).randbytes(300_000)
+
+def made_as(form: str) -> dict[str, bytes]:
+    """The files of a tiny model: name → bytes."""
+    with TemporaryDirectory() as place:
+        directory = Path(place)
+        model = tiny.hf_model("qwen2")
+        if form == "hf":
+            tiny.save_hf(model, directory, sharded=True)
+        else:
+            tiny.save_gguf(model, directory / "tiny.gguf", form, split_tensors=20 if form == "F32" else 0)
+        return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+DATA = made_as("F16")["tiny.gguf"]
+DATA += random.Random(0).randbytes(300_004 - len(DATA))
+HF = made_as("hf")
 SHA = hashlib.sha256(DATA).hexdigest()
 
 
@@ -90,7 +107,7 @@ def test_a_url_becomes_a_model_once(web: Web, library: Library) -> None:
 def test_urls_that_cannot_be_models(web: Web, library: Library) -> None:
     web.files["/page.gguf"] = b"<html>Not found</html>"
     for reference, said in [
-        ("/page.gguf", "not a GGUF file: it begins with '<htm'"),
+        ("/page.gguf", rf"{web.url('/page.gguf')}: is a web page, not a model"),
         ("/model.zip", "must lead to a .gguf"),
         ("/model.gguf#sha256=123", "64 hex digits"),
         (f"/model.gguf#sha256={'0' * 64}", "expected 000"),
@@ -136,13 +153,10 @@ def test_files_and_directories_are_copied_or_linked(library: Library, tmp_path: 
     assert entry.path.samefile(source) == link
     checkpoint = tmp_path / "hf"
     checkpoint.mkdir()
-    for name in (
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "chat_template.jinja",
-        "pytorch_model.bin",
-    ):
+    tiny.save_hf(tiny.hf_model("qwen2"), checkpoint)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (checkpoint / name).unlink()
+    for name in ("chat_template.jinja", "pytorch_model.bin"):
         (checkpoint / name).write_bytes(b"{}")
     (checkpoint / "additional_chat_templates").mkdir()
     (checkpoint / "additional_chat_templates" / "tool_use.jinja").write_bytes(b"tools")
@@ -158,12 +172,13 @@ def test_files_and_directories_are_copied_or_linked(library: Library, tmp_path: 
 
 
 def test_shards_are_taken_together(library: Library, tmp_path: Path) -> None:
-    for shard in (1, 2):
-        (tmp_path / f"big-0000{shard}-of-00002.gguf").write_bytes(DATA)
+    for name, data in made_as("F32").items():
+        (tmp_path / name.replace("tiny", "big")).write_bytes(data)
     entry, _ = pull(str(tmp_path / "big-00001-of-00002.gguf"), library)
     assert entry.name == "big"
     assert entry.path.name == "big-00001-of-00002.gguf"
-    assert entry.size_bytes == 2 * len(DATA)
+    assert entry.size_bytes == sum(path.stat().st_size for path in tmp_path.glob("big-*"))
+    assert len(entry.manifest.files) == 2
 
 
 def test_what_is_no_checkpoint_stays_out(library: Library, tmp_path: Path) -> None:
@@ -194,8 +209,9 @@ def test_names_are_made_from_files() -> None:
 
 
 def test_a_safetensors_repository(web: Web, library: Library) -> None:
-    shards = {f"model-0000{n}-of-00002.safetensors": random.Random(n).randbytes(5000) for n in (1, 2)}
-    small = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": b"{}"}
+    shards = {name: data for name, data in HF.items() if name.endswith(".safetensors")}
+    small = {name: data for name, data in HF.items() if name.endswith(".json")}
+    assert len(shards) > 2
     web.hub_repo(
         "org/tiny", {**shards, **small, "README.md": b"x", "onnx/model.onnx": b"x", "model.bin": b"x"}
     )

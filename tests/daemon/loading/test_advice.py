@@ -13,7 +13,7 @@ import pytest
 from fakes import tiny
 from fakes.asking import CONFIG
 
-from shoal.comm.messages import Load, Sampling
+from shoal.comm.messages import Done, Generate, Load, Sampling
 from shoal.comm.sampling_limits import SAMPLING_LIMITS
 from shoal.daemon.loading.advice import _FIELDS, _LACKING, advice_of
 from shoal.daemon.node import Node
@@ -137,3 +137,22 @@ def test_requests_obey_advice_where_they_say_nothing(
         asked = sampling_of(model, Sampling(top_k=9, repetition_penalty=1.0, logit_bias={7: 0.0, 8: 1.0}))
         assert (asked.top_k, asked.repetition_penalty, asked.logit_bias) == (9, 1.0, {7: 0.0, 8: 1.0})
     assert [warning.removeprefix(f"{file}: ").split("=")[0] for warning in warned] == ["top_p", "typical_p"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b'{"top_k": 4', b"\xef\xbb\xbf{}", b'{"eos_token_id": "5"}']
+)
+def test_a_file_that_only_advises_is_never_in_the_way(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its fault is told once, though two read it; transformers goes on without it, too."""
+    path = tiny.save_hf(tiny.hf_model("llama"), tmp_path / "m")
+    (path / "generation_config.json").write_bytes(content)
+    with Node(CONFIG) as node, caplog.at_level(logging.WARNING):
+        status = node.load(Load(model=str(path))).model
+        (warning,) = status.warnings
+        assert str(path) in warning
+        assert "generation_config.json" in warning
+        assert [warning] == [record.getMessage() for record in caplog.records]
+        done = [*node.stream(Generate(prompt="hi", model=status.name, max_tokens=2))][-1]
+        assert isinstance(done, Done)

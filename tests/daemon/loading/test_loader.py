@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import gc
 import re
+import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
 
-from shoal.comm.messages import Accepted, Done, Load, Sampling, Unload
+from shoal.comm.messages import Accepted, Done, Generate, Load, Sampling, Tokenize, Unload
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library import registry
 from shoal.daemon.loading.advice import advice_of
+from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
@@ -85,6 +89,74 @@ def test_a_draft_model_stays_until_another_is_asked_for(node: Node, path: Path, 
     assert "drafts by small.gguf" in node.status().models[0].plan
     node.unload(Unload())
     assert node.budget.held_bytes == node.budget.held_by(PROCESS)
+
+
+def test_a_loaded_model_can_be_kept(node: Node, path: Path, tmp_path: Path) -> None:
+    """Who only wants an answer does not change the model for others."""
+    small = tiny.save_gguf(tiny.hf_model("llama", seed=12), tmp_path / "small.gguf")
+    node.load(Load(model=str(path), keep=True))
+    for wanted, has in (
+        (Load(model=str(path), draft=str(small), keep=True), "no draft model"),
+        (Load(model=str(path), context=48, keep=True), "a context of 96 tokens and no draft model"),
+    ):
+        with pytest.raises(DaemonError, match=f"is loaded with {has}, for all who use it") as caught:
+            node.load(wanted)
+        assert caught.value.code == "bad_request"
+        assert f"`load({path})`" in caught.value.hint
+    node.load(Load(model=str(path), draft=str(small)))
+    for wanted in (
+        Load(model=str(path), draft=str(small), keep=True),
+        Load(model=str(path), least_context=500, keep=True),
+        Load(model=str(path), context=96, keep=True),
+    ):
+        assert node.load(wanted).model.plan.endswith(", drafts by small.gguf")
+    with pytest.raises(DaemonError, match=r"is loaded with draft model small\.gguf, for all"):
+        node.load(Load(model=str(path), draft=str(path), keep=True))
+
+
+def test_who_names_no_model_waits_for_the_one_that_is_being_loaded(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+    real = Assembly.load
+
+    def slow(self: Assembly, *given: Any, **more: Any) -> Any:
+        began.set()
+        assert go_on.wait(30)
+        return real(self, *given, **more)
+
+    monkeypatch.setattr(Assembly, "load", slow)
+    with Node(CONFIG) as node, ThreadPoolExecutor() as pool:
+        with pytest.raises(DaemonError, match="no model is loaded"):
+            node.tokenize(Tokenize(text="hi"))
+        loading = pool.submit(node.load, Load(model=str(path)))
+        assert began.wait(30)
+        assert node.status().loading == path.name
+        asked = [
+            pool.submit(text_of, node, Generate(prompt="hi", max_tokens=2)),
+            pool.submit(node.tokenize, Tokenize(text="hi")),
+        ]
+        time.sleep(0.1)
+        assert not any(future.done() for future in asked)
+        go_on.set()
+        for future in asked:
+            assert future.result(30)
+        assert loading.result(30).model.name == path.name
+        assert len(node.status().models) == 1
+        node.unload(Unload())
+        with pytest.raises(DaemonError, match="no model is loaded"):
+            node.tokenize(Tokenize(text="hi"))
+
+
+def test_who_names_no_model_is_told_of_the_one_that_cannot_be_loaded(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF")
+    with (
+        Node(CONFIG) as node,
+        node._loader.announced(str(broken)),
+        pytest.raises(DaemonError, match=r"broken\.gguf"),
+    ):
+        node.tokenize(Tokenize(text="hi"))
 
 
 def test_an_unloaded_model_leaves_memory(node: Node) -> None:

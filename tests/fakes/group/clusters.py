@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shoal.comm.cluster_messages import Invitation, Invite, NodesReply, NodeStatus
 from shoal.comm.cluster_messages import Nodes as AskNodes
+from shoal.comm.group.wire_types import WireType
 from shoal.comm.home import Home
 from shoal.daemon.cluster.forming import Forming
 from shoal.daemon.cluster.membership import Membership
 from shoal.daemon.cluster.pairing_up import pair_with_head
 from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
+from shoal.daemon.cluster.speed import NodeSpeed
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.node import Node
 from shoal.offload.budget import Budget
+from shoal.partition.group_choice import Choice, NoGroup
+from shoal.partition.group_search import choose
+from shoal.partition.machines import Links, Machine
+from shoal.partition.plan import Wanted
+from shoal.partition.slicing import Grains
+from shoal.partition.spec import BlockId
 
 PATIENCE_S = 20.0
 WORKER_BYTES = 1 << 30
+
+
+SPEED = NodeSpeed(1e10, 1e11, 1e9)
+
+
+def everybody(
+    wanted: Wanted,
+    block_bytes: Mapping[BlockId, int],
+    machines: Sequence[Machine],
+    links: Links,
+    *,
+    grains: Grains,
+    wires: Sequence[WireType],
+    ranks: int | None,
+) -> Choice | NoGroup:
+    """All machines take part, which would make no small model faster."""
+    return choose(
+        wanted, block_bytes, machines, links, grains=grains, wires=wires, ranks=ranks or len(machines)
+    )
 
 
 class Cluster:
@@ -32,9 +59,14 @@ class Cluster:
         self.roster = Roster()
         head = Home(directory / "head")
         self.node = Node(
-            config, packs=Packs(head), kv_root=head.kv, grouping=Forming(self.roster, send_weights)
+            config,
+            packs=Packs(head),
+            kv_root=head.kv,
+            grouping=Forming(self.roster, send_weights, lambda: SPEED, everybody),
         )
-        self.head = Membership(head.cluster, config, self.node.budget, self.roster, open_shards(head.shards))
+        self.head = Membership(
+            head.cluster, config, self.node.budget, self.roster, open_shards(head.shards), lambda: SPEED
+        )
         self.node.membership = self.head
         self.workers: dict[int, Membership] = {}
         for number in range(1, workers + 1):
@@ -67,7 +99,12 @@ class Cluster:
     def start(self, number: int) -> None:
         home = self.home(number)
         worker = Membership(
-            home.cluster, self._config, Budget(WORKER_BYTES), Roster(), open_shards(home.shards)
+            home.cluster,
+            self._config,
+            Budget(WORKER_BYTES),
+            Roster(),
+            open_shards(home.shards),
+            lambda: SPEED,
         )
         worker.start()
         self.workers[number] = worker

@@ -26,7 +26,7 @@ from .test_gguf_facts import edit
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors], object]
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-IDS = [random.Random(3).randrange(len(tiny.TOKENS)) for _ in range(24)]
+IDS = random.Random(3).choices(range(len(tiny.TOKENS)), k=24)
 
 
 def made(directory: Path, family: str, change: Change, claims: dict[str, Any], **overrides: Any) -> Path:
@@ -112,7 +112,7 @@ EXTRA: dict[str, tuple[str, Change, dict[str, Any], str]] = {
         "llama",
         lambda it: it.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(64)}),
         {},
-        "no place (model.layers.1.self_attn.q_proj.bias)",
+        "gives 1 tensor of the files no place (model.layers.1.self_attn.q_proj.bias); it is not used",
     ),
     "biases of a family without": (
         "mistral",
@@ -321,6 +321,80 @@ def test_of_two_ropes_the_one_counts_that_counts_in_transformers(
     family: str, claims: dict[str, Any], tmp_path: Path
 ) -> None:
     as_in_transformers(made(tmp_path / "m", family, lambda tensors: None, claims))
+
+
+def outcome(path: Path) -> str:
+    """ "used", or what is said about the file: a warning or a refusal."""
+    try:
+        return " ".join(warnings(path)) or "used"
+    except CheckpointError as error:
+        return f"refused: {error}"
+
+
+@pytest.mark.parametrize(
+    ("family", "claims", "expected"),
+    [
+        ("llama", {"logit_scale": 0.5}, "logit_scale=0.5 is not used"),
+        ("qwen3", {"residual_multiplier": 0.5}, "residual_multiplier=0.5 is not used"),
+        ("mixtral", {"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 is not used"),
+        ("olmo2", {"attention_multiplier": 0.1}, "attention_multiplier=0.1 is not used"),
+        ("mistral", {"final_logit_softcapping": 3.0}, "final_logit_softcapping=3.0 is not used"),
+        ("gemma3", {"final_logit_softcapping": 3.0}, "refused: final_logit_softcapping=3.0 is not supported"),
+        ("gemma3", {"attn_logit_softcapping": 3.0}, "attn_logit_softcapping=3.0 is not used"),
+        ("olmo2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not used"),
+        ("llama", {"is_causal": False}, "refused: is_causal=False is not supported"),
+        ("gemma3", {"is_causal": False}, "refused: is_causal=False is not supported"),
+        ("olmoe", {"is_causal": True}, "used"),
+        ("llama", {"sliding_window": 8}, "sliding_window=8 is not used"),
+        ("llama", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 8}, "layer_types"),
+        ("mixtral", {"sliding_window": 8, "layer_types": ["full_attention"] * 3}, "layer_types"),
+        (
+            "mistral",
+            {
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            "used",
+        ),
+        ("mistral", {"sliding_window": None}, "used"),
+        ("gemma3", {"sliding_window_pattern": 2}, "sliding_window_pattern=2 is not used"),
+        ("gemma3", {"sliding_window_pattern": 2, "layer_types": None}, "used"),
+        (
+            "gemma3",
+            {"_sliding_window_pattern": 2, "layer_types": None},
+            "_sliding_window_pattern=2 is not used",
+        ),
+        ("qwen2", {"sliding_window_pattern": 2}, "sliding_window_pattern=2 is not used"),
+        ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob=False is not used"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "used"),
+        ("qwen2_moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5 is not used"),
+        ("qwen3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers=[1, 0, 1] is not used"),
+        ("qwen3", {"no_rope_layers": [1, 1, 1], "n_group": 1, "logit_scale": 1.0}, "used"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "factor": 4.0}}, "factor=4.0 is not used"),
+        ("llama", {"rope_parameters": {**YARN, "low_freq_factor": 2.0}}, "low_freq_factor=2.0 is not used"),
+        ("qwen2", {"rope_parameters": {**YARN, "factor": None}}, "used"),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn"}}, "refused: factor of rope scaling 'yarn'"),
+        ("olmo2", {"rope_scaling": {"type": "linear"}}, "refused: factor is missing"),
+        ("mistral", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters"),
+    ],
+)
+def test_claims_are_used_or_said_or_refused(
+    family: str, claims: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    path = made(tmp_path / "m", family, lambda tensors: None, claims)
+    assert all(part in outcome(path) for part in expected.split(": "))
+    if not expected.startswith("refused"):
+        as_in_transformers(path)
+
+
+def test_a_window_that_config_json_leaves_out_is_that_of_the_family(tmp_path: Path) -> None:
+    path = made(tmp_path / "m", "mistral", lambda tensors: None, {})
+    config = json.loads((path / "config.json").read_text())
+    for change, window in (({"sliding_window": None}, None), ({}, 4096)):
+        del config["sliding_window"]
+        config |= change
+        (path / "config.json").write_text(json.dumps(config))
+        assert {layer.window for layer in open_checkpoint(path).spec.layers} == {window}
 
 
 def test_kinds_of_layers_that_nobody_knows_are_refused(tmp_path: Path) -> None:

@@ -193,12 +193,11 @@ def test_a_sentence_piece_file_serves_where_there_is_no_tokenizer_json(tmp_path:
             "is not",
         ),
         (None, {"tokenizer__model": b"\xff"}, "tokenizer.model is damaged"),
-        (byte_level(), {"tokenizer_config__json": "["}, "is not JSON"),
-        (byte_level(), {"tokenizer_config__json": "[" * 100_000}, "is not JSON"),
-        (byte_level(), {"tokenizer_config__json": []}, "holds a list instead of a JSON object"),
-        (byte_level(), {"tokenizer_config__json": b"\xff"}, "is not UTF-8"),
+        (byte_level(), {"tokenizer_config__json": "["}, "is not valid JSON"),
+        (byte_level(), {"tokenizer_config__json": "[" * 100_000}, "is not valid JSON"),
+        (byte_level(), {"tokenizer_config__json": []}, "must hold a JSON object, holds a list"),
+        (byte_level(), {"tokenizer_config__json": b"\xff"}, "is not valid JSON: .utf-8. codec"),
         (byte_level(), {"tokenizer_config__json": {"chat_template": 7}}, "is a int instead of a text"),
-        (byte_level(), {"generation_config__json": {"eos_token_id": "x"}}, "must be token ids"),
         (
             None,
             {"tokenizer__model": model_file(), "tokenizer_config__json": {"added_tokens_decoder": {"x": 1}}},
@@ -232,3 +231,89 @@ def test_ends_outside_the_vocabulary_are_not_used(tmp_path: Path, ends: Any, nam
     assert len(tokenizer.warnings) == count
     assert all(f"of {name}.json is outside the vocabulary" in said for said in tokenizer.warnings)
     assert all(0 <= end < tokenizer.vocab_size for end in tokenizer.stop_ids)
+
+
+@pytest.mark.parametrize(
+    ("given", "ends"),
+    [
+        ("5", set()),
+        (True, set()),
+        (1.5, set()),
+        (float("inf"), set()),
+        ({}, set()),
+        ([[5]], set()),
+        (5.0, {5}),
+        ([1, None], {1}),
+        ([5.0, "7", 6], {5, 6}),
+    ],
+)
+@pytest.mark.parametrize("name", ["generation_config", "config"])
+def test_ends_that_are_no_ids_are_not_used(tmp_path: Path, given: Any, ends: set[int], name: str) -> None:
+    files = {f"{name}__json": {"eos_token_id": given}}
+    if name == "generation_config":
+        files["config__json"] = {"eos_token_id": [8]}  # where the other names none
+        ends = ends or {8}
+    tokenizer = Tokenizer.from_hf(directory(tmp_path, byte_level(), **files))
+    (warning,) = tokenizer.warnings
+    assert f"eos_token_id={given!r} of {name}.json must be token ids" in warning
+    assert tokenizer.stop_ids == {tokenizer.token_to_id("<|eot_id|>"), *ends}
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"generation_config__json": b""}, "generation_config.json: is not valid JSON"),
+        ({"generation_config__json": b'{"eos_token_id": 5'}, "generation_config.json: is not valid JSON"),
+        ({"generation_config__json": b'{"a": "\xff"}'}, "generation_config.json: is not valid JSON"),
+        ({"generation_config__json": "[" * 100_000}, "generation_config.json: is not valid JSON"),
+        ({"generation_config__json": []}, "generation_config.json: must hold a JSON object, holds a list"),
+        ({"generation_config__json": b"null"}, "generation_config.json: must hold a JSON object"),
+        ({"generation_config__json": MARK + b"{}"}, "generation_config.json: begins with a byte order mark"),
+        ({"tokenizer_config__json": MARK + b"{}"}, "tokenizer_config.json: begins with a byte order mark"),
+        (
+            {"special_tokens_map__json": MARK + b"{}"},
+            "special_tokens_map.json: begins with a byte order mark",
+        ),
+        ({"config__json": MARK + b"{}"}, "config.json: begins with a byte order mark"),
+        ({"special_tokens_map__json": {"pad_token": 5}}, "special_tokens_map.json: pad_token=5 is not used"),
+        ({"tokenizer_config__json": {"eos_token": 5}}, "tokenizer_config.json: eos_token=5 is not used"),
+        ({"tokenizer_config__json": {"bos_token": True}}, "bos_token=True is not used"),
+        ({"tokenizer_config__json": {"unk_token": ["<unk>"]}}, "unk_token=['<unk>'] is not used"),
+        ({"tokenizer_config__json": {"eos_token": {"content": 5}}}, "eos_token={'content': 5} is not used"),
+        ({"tokenizer_config__json": {"additional_special_tokens": 5}}, "additional_special_tokens=5 is used"),
+        ({"tokenizer_config__json": {"extra_special_tokens": ["a", 5]}}, "extra_special_tokens=['a', 5] is"),
+    ],
+)
+def test_what_only_advises_is_a_warning(tmp_path: Path, files: dict[str, Any], said: str) -> None:
+    tokenizer = Tokenizer.from_hf(directory(tmp_path, byte_level(), **files))
+    (warning,) = tokenizer.warnings
+    assert said in warning
+    assert str(tmp_path) in warning
+    assert "\n" not in warning
+    assert tokenizer.encode("ab")
+
+
+def test_a_mark_before_the_file_changes_nothing(tmp_path: Path) -> None:
+    files = {"generation_config__json": MARK + b'{"eos_token_id": 5}'}
+    tokenizer = Tokenizer.from_hf(directory(tmp_path, byte_level(), **files))
+    assert 5 in tokenizer.stop_ids
+    (tmp_path / "tokenizer.json").write_bytes(MARK + (tmp_path / "tokenizer.json").read_bytes())
+    again = Tokenizer.from_hf(tmp_path)
+    assert again.encode("some text") == tokenizer.encode("some text")
+    assert len(again.warnings) == 2
+
+
+def test_what_is_usual_is_no_warning(tmp_path: Path) -> None:
+    config = {
+        "add_bos_token": True,
+        "bos_token": None,
+        "eos_token": {"content": "<|eot_id|>", "lstrip": False},
+        "extra_special_tokens": {},
+        "additional_special_tokens": ["<|user|>", {"content": "<|eot_id|>"}],
+        "image_token": "<|user|>",
+    }
+    tokenizer = Tokenizer.from_hf(directory(tmp_path, byte_level(), tokenizer_config__json=config))
+    assert tokenizer.warnings == ()

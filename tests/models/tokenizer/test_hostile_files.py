@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from shoal.models.errors import ModelError
 from shoal.models.texts import Texts
+from shoal.models.tokenizer import holders
 from shoal.models.tokenizer.detokenizer import Detokenizer
 from shoal.models.tokenizer.ordinary_files import is_ordinary
 from shoal.models.tokenizer.tokenizer import Tokenizer
@@ -217,6 +218,58 @@ def test_what_takes_the_square_of_a_text_is_not_ordinary(name: str) -> None:
     file = ordinary()
     SLOW[name](file)
     assert not is_ordinary(json.dumps(file).encode())
+
+
+def normalizing(*steps: Any) -> dict[str, Any]:
+    made = [{"type": step} if isinstance(step, str) else step for step in steps]
+    return {**ordinary(), "normalizer": {"type": "Sequence", "normalizers": made}}
+
+
+def replace(old: str, new: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+@pytest.mark.parametrize(
+    ("steps", "text", "in_child"),
+    [
+        (["NFKD"], "\ufdfa" * 20_000, True),  # one makes eighteen
+        (["NFKC", "Lowercase"], "\ufdfa" * 20_000, True),
+        ([replace("a", "bbbb"), replace("b", "cccc")], "a" * 20_000, True),
+        (["NFKD", replace(" ", "____")], "\ufdfa" * 10_000, True),
+        (["NFKD", replace("a", "bbbb")], "a" * 20_000, False),
+        (["NFC"], "\uac01" * 40_000, False),
+        (["NFKD"], "\u4e00" * 40_000, False),
+        (["NFKD"], "\ufdfa" * 1000, False),
+        (["ByteLevel"], "\u4e00" * 40_000, False),
+    ],
+)
+def test_what_a_normalizer_makes_long_is_tokenised_in_a_child(
+    steps: list[Any], text: str, in_child: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = json.dumps(normalizing(*steps))
+    assert is_ordinary(file.encode())
+    (tmp_path / "tokenizer.json").write_text(file)
+    used: list[int] = []
+    encode = holders.encode_in_child
+
+    def noted(data: bytes, text: str, parse_special: bool, limit: int, chars: int) -> list[int]:
+        used.append(chars)
+        return encode(data, text, parse_special, limit, chars)
+
+    monkeypatch.setattr(holders, "encode_in_child", noted)
+    made = Tokenizer.from_hf(tmp_path).encode(text)
+    assert made == Reference.from_str(file).encode(text).ids
+    assert bool(used) == in_child
+
+
+@pytest.mark.parametrize(
+    "steps", [["ByteLevel"] * 2, ["NFKD", "NFKD"], ["ByteLevel", "NFC", "ByteLevel"], ["BertNormalizer"] * 2]
+)
+def test_what_makes_more_of_what_it_has_made_is_not_ordinary(steps: list[Any]) -> None:
+    plain = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+    made = [{"type": step, **(plain if step == "BertNormalizer" else {})} for step in steps]
+    assert not is_ordinary(json.dumps(normalizing(*made)).encode())
+    assert is_ordinary(json.dumps(normalizing(made[0])).encode())
 
 
 def test_tokens_that_other_files_add_are_looked_at_too() -> None:

@@ -23,7 +23,8 @@ Speed = Annotated[float, Meta(ge=0, le=1e18)]
 BEAT_S = 0.5
 SILENT_S = 2.5  # without a beat, a node is lost
 FROZEN_S = 2.5  # computing without coming further, it is lost, too
-CONTROL_BYTES = 1 << 20  # of one message
+PROBE_BYTES = 1 << 20  # that a link is measured with, at most
+CONTROL_BYTES = PROBE_BYTES + (64 << 10)  # of one message
 
 
 class Attach(Struct, tag=True, frozen=True, kw_only=True):
@@ -92,11 +93,22 @@ class Alive(Struct, tag=True, frozen=True, kw_only=True):
     nodes: Count = 0
 
 
+class Probe(Struct, tag=True, frozen=True, kw_only=True):
+    """The head measures the link. The worker answers at once."""
+
+    number: Count
+    data: Annotated[bytes, Meta(max_length=PROBE_BYTES)] = b""
+
+
+class Probed(Struct, tag=True, frozen=True, kw_only=True):
+    number: Count
+
+
 class Epoch(Struct, tag=True, frozen=True, kw_only=True):
     """The first message of a channel for data or weights."""
 
     epoch: Count
 
 
-FromWorker = Attach | Beat | Loading | Ready | ShardRefused
-FromHead = Serve | Drop | Alive
+FromWorker = Attach | Beat | Loading | Ready | ShardRefused | Probed
+FromHead = Serve | Drop | Alive | Probe

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from shoal.daemon.sizes import format_bytes, format_duration
+from shoal.cli.interrupt import unechoed
+from shoal.partition.amounts import format_bytes, format_duration
 
-from .interrupt import unechoed
 from .paint import printable
 
 if TYPE_CHECKING:

@@ -1,0 +1,82 @@
+"""Reading a tokenizer.json takes memory, which the ledger holds or refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fakes import tiny
+
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.loading.assembly import Assembly
+from shoal.daemon.loading.runnable import read_tokenizer
+from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.tokenizer.tokenizer import Tokenizer
+from shoal.offload.budget import Budget
+from shoal.offload.errors import BudgetExceeded
+from shoal.partition.plan import VOCABULARY_BYTES
+
+CONFIG = NodeConfig(context_tokens=128)
+
+
+def with_vocabulary(directory: Path, kind: str, tokens: int) -> Path:
+    """A tiny model whose tokenizer.json has so many tokens more."""
+    path = tiny.save_hf(tiny.hf_model("llama"), directory)
+    file = json.loads((path / "tokenizer.json").read_text())
+    texts = [f"x{i}" for i in range(tokens)]
+    if kind == "Unigram":
+        file["model"] = {"type": kind, "unk_id": 0, "vocab": [[text, -1.0] for text in ["<unk>", *texts]]}
+    else:
+        file["model"]["vocab"] |= {text: 1000 + i for i, text in enumerate(texts)}
+    (path / "tokenizer.json").write_text(json.dumps(file))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_it_is_held_while_it_is_read(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = with_vocabulary(tmp_path / "m", kind, 5000)
+    size = (path / "tokenizer.json").stat().st_size
+    budget = Budget(1 << 30)
+    held = 0
+    read = Checkpoint.tokenizer
+
+    def watched(self: Checkpoint) -> Tokenizer:
+        nonlocal held
+        held = budget.held_bytes
+        return read(self)
+
+    monkeypatch.setattr(Checkpoint, "tokenizer", watched)
+    with open_checkpoint(path) as checkpoint:
+        tokenizer = read_tokenizer("m", checkpoint, budget)
+    assert held == (50 if kind == "Unigram" else 22) * size
+    assert budget.held_bytes == 0
+    assert tokenizer.nbytes == tokenizer.vocab_size * (1500 if kind == "Unigram" else VOCABULARY_BYTES)
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_what_does_not_fit_is_refused_before_it_is_read(kind: str, tmp_path: Path) -> None:
+    path = with_vocabulary(tmp_path / "m", kind, 20_000)
+    budget = Budget(5_000_000)
+    with (
+        open_checkpoint(path) as checkpoint,
+        pytest.raises(BudgetExceeded, match="reading the tokenizer of m"),
+    ):
+        read_tokenizer("m", checkpoint, budget)
+    assert budget.held_bytes == 0
+    with pytest.raises(DaemonError) as caught:
+        Assembly(budget).load("m", path, CONFIG)
+    assert caught.value.code == "resources"
+    assert budget.held_bytes == 0
+
+
+def test_tokens_without_rows_count_too(tmp_path: Path) -> None:
+    budget = Budget(1 << 30)
+    sizes = []
+    for tokens in (0, 20_000):
+        path = with_vocabulary(tmp_path / str(tokens), "BPE", tokens)
+        model = Assembly(budget).load(str(tokens), path, CONFIG)
+        sizes.append(budget.held_by(f"model {tokens}"))
+        model.main.executor.store.close()
+    assert sizes[1] - sizes[0] >= 20_000 * VOCABULARY_BYTES
