@@ -19,7 +19,7 @@ from typing import NamedTuple
 from .amounts import format_bytes
 from .group_choice import Choice, NoGroup, RankPlan, Split, Unused
 from .group_cost import Cost, Figures, Placement
-from .group_cuts import Cuts
+from .group_cuts import EXPERT_CUTS, Cuts
 from .machines import Links, Machine, Workload, check_machines, link_between
 from .plan import Wanted
 from .rank_sizes import Held, Memory, Sizes
@@ -287,8 +287,9 @@ class _Search:
             return self._wrong[place]
         if not Network(self._machines, self._links, places).reached:
             return "the head does not reach it"
-        if isinstance(refused := self._cuts.portions_of((1,) * len(places), "columns"), str):
-            return refused
+        refused = [self._cuts.portions_of((1,) * len(places), experts) for experts in EXPERT_CUTS]
+        if all(isinstance(it, str) for it in refused):
+            return str(refused[0])
         machines = [self._machines[place] for place in places]
         fixed = [self._memory.fixed_bytes(machine, rank == 0) for rank, machine in enumerate(machines)]
         for rank, (machine, needed) in enumerate(zip(machines, fixed, strict=True)):

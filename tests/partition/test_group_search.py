@@ -25,8 +25,8 @@ from shoal.partition.group_choice import Choice, NoGroup
 from shoal.partition.group_cost import crowding
 from shoal.partition.group_search import choose
 from shoal.partition.machines import LinkSpeed, Machine, Workload
-from shoal.partition.slicing import divide
-from shoal.partition.spec import ModelSpec
+from shoal.partition.slicing import Grains, divide
+from shoal.partition.spec import LayerSpec, ModelSpec, MoeSpec
 from shoal.partition.sum_cost import Means
 
 MODELS = {"8b": model(), "small": small(), "mixture": mixture()}
@@ -165,6 +165,16 @@ def test_experts_are_cut_by_columns_and_whole_where_they_stream() -> None:
     assert all(0 < rank.missing_experts < 1 for rank in tight.ranks)
     # Of 8 experts in each of 16 layers, 3.5 MB each, the busier rank reads some more than half.
     assert tight.figures.token_s > 16 * 4 * 3.5e6 * min(rank.missing_experts for rank in tight.ranks) / 1e9
+
+
+def test_experts_of_few_blocks_are_dealt_out_whole() -> None:
+    """768 columns in blocks of 256 are 3 parts at most."""
+    moe = MoeSpec(128, 8, 768, True)
+    spec = model(moe, layers=(LayerSpec(moe=True),) * 48, hidden=2048, vocab=151936, kv_heads=4)
+    four = [machine(str(rank)) for rank in range(4)]
+    found = chosen(spec, four, all_linked(4, CABLE), ranks=4, grains=Grains(256, 256, 256, 256))
+    assert found.experts == "whole"
+    assert [rank.share for rank in found.ranks] == pytest.approx([0.25] * 4, abs=0.02)
 
 
 def test_whole_experts_crowd_on_some_rank() -> None:
