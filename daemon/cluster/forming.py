@@ -15,6 +15,7 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated
 from shoal.daemon.loading.planning import extents, rank_part, wanted_of
+from shoal.daemon.memory import bounded
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
 from shoal.offload.pack.layout import grains_of
@@ -35,8 +36,13 @@ from .speed import NodeSpeed
 
 log = logging.getLogger(__name__)
 
-Serving = Callable[[Checkpoint, Quant], Callable[[Channel, Shard], None]]
-"""Makes what answers requests for the weights of shards of a checkpoint."""
+
+class Serving(Protocol):
+    """See `shard_stores.send_weights`."""
+
+    def __call__(
+        self, checkpoint: Checkpoint, quant: Quant, *, bounded: bool
+    ) -> Callable[[Channel, Shard], None]: ...
 
 
 class Choosing(Protocol):
@@ -174,7 +180,7 @@ class Forming:
             [Seat(*it) for it in zip(chosen, shards[1:], specs, plans[1:], strict=True)],
             config.quant,
             self._wires[0],
-            self._serving(checkpoint, config.quant),
+            self._serving(checkpoint, config.quant, bounded=bounded(config.memory_bytes)),
         )
         group.begin()
         return Seated(parts[0], plans[0], group, choice.describe())

@@ -165,7 +165,7 @@ def test_json_has_lists_of_numbers_in_one_line(capsys: pytest.CaptureFixture[str
         (["run", "--frobnicate", "m"], "no such option '--frobnicate' (see"),
         (["run", "--temp", "1", "m", "p"], "no such option '--temp'. Did you mean '--temperature'? (see"),
         (["chat", "--memry", "1GB"], "no such option '--memry'. Did you mean '--memory'? (see"),
-        (["bench", "--runs", "3", "m"], "no such option '--runs' (see"),
+        (["bench", "--tries", "3", "m"], "no such option '--tries' (see"),
         (["load", "--ctx", "99999999", "m"], "99999999 is not in the range 1<=x<=67108864"),
         (["run", "--memory", "3XB", "m", "p"], "'3XB' is not an amount of memory; write 3GB"),
         (["run", "--memory", "0", "m", "p"], "memory=0 B: must be from 1 B to 1.13 PB"),
