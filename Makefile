@@ -5,6 +5,7 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 
 MODEL = smollm2
 ROWS =
 ROUNDS = 5
+TRIALS = 2
 PROMPT = Explain in two sentences how a lighthouse works.
 
 BIN := .venv/bin
@@ -13,7 +14,7 @@ SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-peer test-aarch64 sanitize check bench bench-offload clean distclean
+.PHONY: help setup run test test-peer test-cluster test-aarch64 sanitize check bench bench-offload clean distclean
 
 help: ## show this
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -33,11 +34,14 @@ run: .venv/.installed ## answer PROMPT="…" with the default model, fetching wh
 	@echo 'Stop with     $(SHOAL) stop'
 
 test: .venv/.installed-dev ## run the tests
-	@$(BIN)/python -m pytest -m 'not peer' </dev/null
+	@$(BIN)/python -m pytest -m 'not peer and not cluster' </dev/null
 
 test-peer: .venv/.installed-dev bench/.venv/.installed ## run the tests that need llama.cpp or the default model
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@SHOAL_PEER_PYTHON='$(CURDIR)/bench/.venv/bin/python' $(BIN)/python -m pytest -m peer </dev/null
+
+test-cluster: .venv/.installed-dev ## run a cluster of processes that are killed and frozen; TRIALS=5 for more
+	@TRIALS='$(TRIALS)' $(BIN)/python -m pytest -m cluster </dev/null
 
 test-aarch64: .venv/.installed-dev ## run the kernel tests on an emulated ARM machine (Debian, qemu-user)
 	@tests/aarch64.sh

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import replace
 
 from shoal.daemon.config import NodeConfig
@@ -23,6 +24,7 @@ from .loader import Loader
 
 log = logging.getLogger(__name__)
 
+REGROUP_PAUSE_S = 0.5
 MOST_ATTEMPTS = 5  # more machines may be lost meanwhile
 
 
@@ -74,12 +76,14 @@ class Regrouping:
                 return
             except Exception as error:
                 failed = translated(error)
-                again = failed.code == "busy" and attempt < MOST_ATTEMPTS
+                # A machine may have been lost that was still counted on.
+                again = failed.code in ("busy", "resources") and attempt < MOST_ATTEMPTS
                 log.warning("%s: %s", model.name, failed, exc_info=not isinstance(error, DaemonError))
             if not again:
                 model.engine.fail_all(failed)
                 self._models.drop(model)
                 return
+            time.sleep(REGROUP_PAUSE_S)
 
     def _wanted(self, model: LoadedModel) -> NodeConfig:
         """As it was asked for, with a context in which all of its requests can end."""

@@ -1,0 +1,174 @@
+"""A head and two workers as processes on loopback, through the commands that people type, with machines lost in the
+middle of answers. Run by `make test-cluster`; TRIALS says how often each way is tried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from fakes import tiny
+from fakes.group.clusters import wait_for
+
+from shoal.client import Client
+from shoal.comm.home import Home
+from shoal.comm.messages import Token
+
+pytestmark = pytest.mark.cluster
+
+TRIALS = int(os.environ.get("TRIALS", "2"))
+NEW = 80
+PORT = 17447
+LONGEST_GAP_S = 10.0
+
+
+class Processes:
+    """Homes below one directory, and the daemons that run with them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.pids: dict[str, int] = {}
+
+    def home(self, name: str) -> Home:
+        return Home(self._directory / name)
+
+    def shoal(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "shoal.cli.main", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"SHOAL_HOME": str(self.home(name).root)},
+            check=True,
+        )
+
+    def start(self, name: str) -> None:
+        self._note(name, self.shoal(name, "serve", "--detach", "--threads", "1"))
+
+    def join(self, name: str) -> None:
+        made = json.loads(
+            self.shoal("head", "cluster", "init", "--listen", f"127.0.0.1:{PORT}", "--json").stdout
+        )
+        joined = ("cluster", "join", made["code"], "--address", made["address"], "--threads", "1", "--detach")
+        self._note(name, self.shoal(name, *joined))
+
+    def kill(self, name: str, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pids[name], number)
+
+    def _note(self, name: str, done: subprocess.CompletedProcess[str]) -> None:
+        found = re.search(r"pid (\d+)", done.stderr)
+        assert found, done.stderr
+        self.pids[name] = int(found[1])
+
+    def close(self) -> None:
+        for name in self.pids:
+            self.kill(name, signal.SIGCONT)
+            self.kill(name, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    made = Processes(tmp_path_factory.mktemp("cluster"))
+    try:
+        made.start("head")
+        for name in ("w1", "w2"):
+            made.join(name)
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def client(processes: Processes) -> Iterator[Client]:
+    with Client(processes.home("head").address, timeout_s=60) as client:
+        wait_for(lambda: sum(node.attached for node in client.nodes().nodes[1:]) == 2)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(client: Client, tmp_path_factory: pytest.TempPathFactory) -> str:
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8}
+    path = tiny.save_gguf(
+        tiny.hf_model("llama", **sizes), tmp_path_factory.mktemp("model") / "m.gguf", type="Q8_0"
+    )
+    loaded = client.load(str(path), ranks=3).model
+    assert loaded.ranks == 3
+    return loaded.name
+
+
+def generate(client: Client, model: str, when: Callable[[], None] = lambda: None) -> tuple[list[int], float]:
+    """The ids of an answer, and the longest wait for one of them. `when` is called after some."""
+    ids: list[int] = []
+    gap_s, last_s = 0.0, time.monotonic()
+    for event in client.generate(
+        prompt_tokens=list(range(40)), model=model, max_tokens=NEW, temperature=0, ignore_eos=True
+    ):
+        if isinstance(event, Token):
+            now_s = time.monotonic()
+            gap_s, last_s = max(gap_s, now_s - last_s), now_s
+            if len(ids) < 8 <= len(ids) + len(event.ids):
+                when()
+            ids += event.ids
+    return ids, gap_s
+
+
+def flap(processes: Processes, name: str) -> None:
+    for _ in range(3):
+        processes.kill(name, signal.SIGSTOP)
+        time.sleep(0.3)
+        processes.kill(name, signal.SIGCONT)
+        time.sleep(0.2)
+
+
+WAYS: dict[str, Callable[[Processes, str], None]] = {
+    "killed": lambda processes, name: processes.kill(name, signal.SIGKILL),
+    "frozen": lambda processes, name: processes.kill(name, signal.SIGSTOP),
+    "stopped": lambda processes, name: processes.kill(name, signal.SIGTERM),
+    "flapping": flap,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_answer_goes_on_with_who_is_left(
+    way: str, processes: Processes, client: Client, model: str
+) -> None:
+    wanted, _ = generate(client, model)
+    source = random.Random(way)
+    for _ in range(TRIALS):
+        name = source.choice(["w1", "w2"])
+        pause_s = source.random() * 0.3
+
+        def lose(name: str = name, pause_s: float = pause_s) -> None:
+            time.sleep(pause_s)
+            WAYS[way](processes, name)
+
+        losing = threading.Thread(target=lose)
+        ids, gap_s = generate(client, model, losing.start)
+        losing.join()
+        assert ids == wanted
+        assert gap_s < LONGEST_GAP_S
+        if way != "flapping":
+            processes.kill(name, signal.SIGKILL)
+            time.sleep(0.5)
+            processes.start(name)
+        wait_for(lambda: [it.ranks for it in client.status().models] == [3], 40)
+
+
+def test_a_head_that_restarts_finds_its_workers_again(processes: Processes) -> None:
+    processes.kill("head", signal.SIGKILL)
+    time.sleep(0.5)
+    processes.start("head")
+    with Client(processes.home("head").address, timeout_s=60) as client:
+        wait_for(lambda: sum(node.attached for node in client.nodes().nodes[1:]) == 2, 30)
