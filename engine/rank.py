@@ -13,6 +13,7 @@ import numpy as np
 
 from shoal.kernels.arrays import Floats
 from shoal.models.step import Step
+from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
 from shoal.offload.kv.pool import KvShelf
 from shoal.offload.kv.prefix_cache import Move, Save
 
@@ -65,7 +66,7 @@ class Rank:
             if order.moves:
                 yield order
 
-    def close(self, known: Sequence[Save], keep_s: float) -> None:
+    def close(self, known: Sequence[Save], keep_s: float = FLUSH_LIMIT_S) -> None:
         """Keep the pages that are `known` on disk, if there is one, as far as that goes in so many seconds."""
         if self.disk is not None:
             self.disk.close(known, self.kv.page, keep_s)

@@ -202,7 +202,7 @@ class Leader:
     def run(self, order: Order, wanted: object = None) -> Result:
         return self.group.run(order)[0]
 
-    def close(self, known: Sequence[Save]) -> None:
+    def close(self, known: Sequence[Save], keep_s: float = 10.0) -> None:
         for order in self.group.ranks[0].keeping(known, wait_s=PATIENCE_S):
             self.group.run(order)
         for rank in self.group.ranks:
