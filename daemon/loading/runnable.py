@@ -66,11 +66,13 @@ class Runnable:
                 return require_plan(found, name)
 
             plan = planned()
+            expected = checkpoint.tokenizer_memory().more
             tokenizer = read_tokenizer(name, checkpoint, budget)
-            if more := max(0, tokenizer.nbytes - VOCABULARY_BYTES * checkpoint.spec.vocab):
-                extra_bytes += more
+            more = max(0, tokenizer.nbytes - VOCABULARY_BYTES * checkpoint.spec.vocab)
+            if more != expected:
+                extra_bytes += more - expected
                 plan = planned()
-            peak_bytes = plan.peak_bytes + extra_bytes
+            peak_bytes = plan.peak_bytes + extra_bytes + expected
             budget.hold(purpose, peak_bytes)
             transformer = Transformer(checkpoint.spec)
             kv = KvPool(checkpoint.spec, plan.kv)
@@ -87,7 +89,7 @@ def read_tokenizer(name: str, checkpoint: Checkpoint, budget: Budget) -> Tokeniz
     """The tokenizer of a checkpoint, which takes much more memory while it is read than afterwards. That is before the
     weights come, so that the two peaks do not add up. Raises BudgetExceeded or TokenizerError."""
     purpose = f"reading the tokenizer of {name}"
-    budget.hold(purpose, checkpoint.tokenizer_reading_bytes())
+    budget.hold(purpose, checkpoint.tokenizer_memory().reading)
     try:
         tokenizer = checkpoint.tokenizer()
         checkpoint.forget_tokens()

@@ -34,13 +34,24 @@ def file_cost(data: bytes) -> FileCost:
     return _UNIGRAM if b'"Unigram"' in data else _USUAL
 
 
-def reading_bytes(directory: Path, tokens: int) -> int:
-    """What reading the tokenizer.json of a directory takes at the peak, if it has so many tokens; 0 if there is none
-    that can be read."""
+class TokenizerMemory(NamedTuple):
+    """In bytes. `reading`: for a moment, while it is read. `more`: that stays, beside the `VOCABULARY_BYTES` of each
+    token that every plan counts."""
+
+    reading: int = 0
+    more: int = 0
+
+
+def tokenizer_memory(directory: Path, tokens: int) -> TokenizerMemory:
+    """What the tokenizer.json of a directory takes, if it has so many tokens; nothing if there is none that can be
+    read."""
     path = directory / "tokenizer.json"
     try:
         data = read_regular(path, MAX_TOKENIZER_FILE_BYTES) if os.path.lexists(path) else b""
     except OSError:
-        return 0
+        data = b""
+    if not data:
+        return TokenizerMemory()
     cost = file_cost(data)
-    return max(cost.reading * len(data), cost.reading_token * tokens) if data else 0
+    reading = max(cost.reading * len(data), cost.reading_token * tokens)
+    return TokenizerMemory(reading, (cost.token - VOCABULARY_BYTES) * tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,18 @@ from shoal.partition.plan import VOCABULARY_BYTES
 CONFIG = NodeConfig(context_tokens=128)
 
 
-def with_vocabulary(directory: Path, kind: str, tokens: int) -> Path:
-    """A tiny model whose tokenizer.json has so many tokens more."""
-    path = tiny.save_hf(tiny.hf_model("llama"), directory)
+def with_vocabulary(
+    directory: Path, kind: str, tokens: int, rows: int = len(tiny.TOKENS), width: int = 1
+) -> Path:
+    """A tiny model with an embedding of so many rows, whose tokenizer.json has so many tokens more,
+    each of `width` digits or more."""
+    path = tiny.save_hf(tiny.hf_model("llama", vocab_size=rows), directory)
     file = json.loads((path / "tokenizer.json").read_text())
-    texts = [f"x{i}" for i in range(tokens)]
+    texts = [f"x{i:0{width}}" for i in range(tokens)]
     if kind == "Unigram":
         file["model"] = {"type": kind, "unk_id": 0, "vocab": [[text, -1.0] for text in ["<unk>", *texts]]}
     else:
-        file["model"]["vocab"] |= {text: 1000 + i for i, text in enumerate(texts)}
+        file["model"]["vocab"] |= {text: 300 + i for i, text in enumerate(texts)}
     (path / "tokenizer.json").write_text(json.dumps(file))
     return path
 
@@ -69,6 +73,24 @@ def test_what_does_not_fit_is_refused_before_it_is_read(kind: str, tmp_path: Pat
         Assembly(budget).load("m", path, CONFIG)
     assert caught.value.code == "resources"
     assert budget.held_bytes == 0
+
+
+@pytest.mark.parametrize(("width", "megabytes"), [(1, 1), (200, 1), (200, 50)])
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_the_budget_that_is_named_does(kind: str, width: int, megabytes: int, tmp_path: Path) -> None:
+    """The first refusal names it already, whichever takes more: the model, or reading its tokenizer."""
+    path = with_vocabulary(tmp_path / "m", kind, 20_000, rows=20_480, width=width)
+    budget = Budget(megabytes * 10**6)
+    with pytest.raises(DaemonError) as caught:
+        Assembly(budget).load("m", path, CONFIG)
+    assert caught.value.code == "resources"
+    assert ("for reading the tokenizer" in caught.value.message) == (width > 1)
+    assert ("context_tokens" in caught.value.hint) == (width == 1)  # it changes nothing about the tokenizer
+    named = re.search(r"memory_bytes=(\d+)MB", caught.value.hint)
+    assert named is not None
+    budget = Budget(int(named[1]) * 10**6)
+    Assembly(budget).load("m", path, CONFIG).main.executor.store.close()
+    assert 0 < budget.held_bytes <= budget.limit_bytes
 
 
 def test_tokens_without_rows_count_too(tmp_path: Path) -> None:
