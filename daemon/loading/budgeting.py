@@ -70,12 +70,11 @@ def plan_within_budget(
     its way to disk and a draft model, do not. Reading the tokenizer, which comes first, has to fit, too. Raises as
     `make_plan` does."""
     tokenizer = checkpoint.tokenizer_memory()
-    extra_bytes += tokenizer.more
     free = budget.free_bytes + idle_bytes
-    made = make_plan(checkpoint, config, max(0, free - extra_bytes), streaming=streaming)
+    made = make_plan(checkpoint, config, max(0, free - extra_bytes - tokenizer.more), streaming=streaming)
     if isinstance(made, Plan) and tokenizer.reading <= free:
         return made
-    least = made.peak_bytes if isinstance(made, Plan) else made.least_bytes
+    least = tokenizer.more + (made.peak_bytes if isinstance(made, Plan) else made.least_bytes)
     process = budget.held_by(PROCESS)
     others = budget.held_bytes - idle_bytes - process
     return Shortfall(budget.limit_bytes, least, extra_bytes, process, others, tokenizer.reading)

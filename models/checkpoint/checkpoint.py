@@ -80,6 +80,7 @@ class Checkpoint:
         self.kind = kind
         self.spec = recipe.spec
         self.warnings = [one_line(said, 500) for said in recipe.warnings]
+        self._tokenizer_memory: TokenizerMemory | None = None
         self.metadata: Mapping[str, Any] = files.metadata
         self._files = files
         self._memory = Arena()
@@ -239,7 +240,10 @@ class Checkpoint:
 
     def tokenizer_memory(self) -> TokenizerMemory:
         """What `tokenizer` takes of memory, as far as its file tells; nothing where that is little."""
-        return tokenizer_memory(self.path, self.spec.vocab) if self.kind == "hf" else TokenizerMemory()
+        if self._tokenizer_memory is None:
+            hf = self.kind == "hf"
+            self._tokenizer_memory = tokenizer_memory(self.path, self.spec.vocab) if hf else TokenizerMemory()
+        return self._tokenizer_memory
 
     def _with_path(self, message: str) -> str:
         return message if str(self.path) in message else f"{self.path}: {message}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from random import Random
 
 import pytest
 from fakes import tiny
@@ -14,6 +15,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.runnable import read_tokenizer
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.tokenizer.file_costs import file_cost
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
@@ -91,6 +93,19 @@ def test_the_budget_that_is_named_does(kind: str, width: int, megabytes: int, tm
     budget = Budget(int(named[1]) * 10**6)
     Assembly(budget).load("m", path, CONFIG).main.executor.store.close()
     assert 0 < budget.held_bytes <= budget.limit_bytes
+
+
+def test_a_tree_of_tokens_that_share_little_counts_whole() -> None:
+    """By its nodes: a byte of a token that no other begins with is one."""
+    usual = b'{"model": {"type": "Unigram", "vocab": [%s]}}'
+    alike = b",".join(b'["aaaa%04d", -1.0]' % i for i in range(5000))
+    random = Random(1)
+    unlike = b",".join(b'["%s", -1.0]' % random.randbytes(20).hex().encode() for _ in range(5000))
+    assert file_cost(usual % alike).token == 1500
+    cost = file_cost(usual % unlike)
+    assert 36 * 380 < cost.token < 41 * 380
+    assert cost.reading_token > cost.token
+    assert file_cost(b'{"model": {"type": "Unigram"}}').token == 1500
 
 
 def test_tokens_without_rows_count_too(tmp_path: Path) -> None:
