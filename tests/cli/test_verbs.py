@@ -302,3 +302,30 @@ def test_an_output_that_cannot_be_written_is_not_the_home_s_fault(
         assert (done.returncode, done.stderr == full) == expected
         assert "Traceback" not in done.stderr
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("sink", ["full", "gone"])
+@pytest.mark.parametrize(
+    ("verb", "code"), [("ls", 0), ("run", 0), ("run --json", 0), ("run --ctx 99999", 3), ("ls --nonsense", 2)]
+)
+def test_what_is_said_beside_a_result_never_decides_about_it(
+    verb: str, code: int, sink: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard error on a full disk, or without a reader: results and exit codes are the same."""
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
+    arguments = verb.split()
+    if arguments[0] == "run":
+        path = tiny.save_gguf(tiny.hf_model("qwen2"), tmp_path / "tiny.gguf")
+        arguments += ["--raw", "--local", "--threads", "1", "--max-tokens", "4", str(path), "hi"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    if sink == "full":
+        os.dup2(full := os.open("/dev/full", os.O_WRONLY), writing)
+        os.close(full)
+    command = [sys.executable, "-m", "shoal.cli.main", *arguments]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=writing, timeout=60, stdin=subprocess.DEVNULL
+    )
+    os.close(writing)
+    assert done.returncode == code
+    assert bool(done.stdout) == (arguments[0] == "run" and not code)
