@@ -17,13 +17,12 @@ def main() -> NoReturn:
     """Run the verb in sys.argv and exit."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # while importing nothing needs tidying
     _open_closed()
-    from .terminal.standard_output import named_stdout
+    from .terminal.standard_output import named_stdout, unfailing_stderr
     from .verbs import cli
 
-    for stream, errors in ((sys.stdin, "strict"), (sys.stderr, "replace")):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)
-    sys.stdout = named_stdout(sys.stdout)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="strict")
+    sys.stdout, sys.stderr = named_stdout(sys.stdout), unfailing_stderr(sys.stderr)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         cli.main()

@@ -46,10 +46,14 @@ def pull(source: str, name: str | None, link: bool, as_json: bool) -> None:
     GGUF files), the URL of a .gguf file, or a local file or directory. A download that was interrupted goes on
     where it stopped; hashes are checked wherever the source states them.
     """
+    from shoal.daemon.checkpoint_facts import checkpoint_facts
     from shoal.daemon.library.pull import pull as fetch
 
     with transfer_bar() as progress:
         entry, fetched = fetch(source, Library(Home.from_env()), name=name, link=link, progress=progress)
+    if fetched:
+        for warning in checkpoint_facts(entry.path)["warnings"]:
+            note(warning)
     if as_json:
         print_json(_described(entry))
         return

@@ -10,6 +10,7 @@ from typing import Any
 
 from shoal import kernels
 from shoal.daemon.error_codes import refusing
+from shoal.daemon.loading.advice import advice_of
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -49,5 +50,5 @@ def _facts(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     licence = checkpoint.metadata.get("general.license")
     given["license"] = licence if isinstance(licence, str) else None
     given["chat_template"] = checkpoint.tokenizer().chat_template is not None
-    given["warnings"] = list(checkpoint.warnings)
+    given["warnings"] = [*checkpoint.warnings, *advice_of(checkpoint).warnings]
     return given

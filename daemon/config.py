@@ -6,7 +6,7 @@ Knows defaults and ranges. Does not know command lines or the environment.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -81,12 +81,6 @@ class NodeConfig:
             raise DaemonError(
                 "bad_request", f"kv_type={self.kv_type}: must be one of {', '.join(get_args(KvType))}"
             )
-
-    def on_threads(self, threads: int | None) -> NodeConfig:
-        """The same on a machine that may have more processors than this one."""
-        other = replace(self, threads=None)
-        object.__setattr__(other, "threads", threads)  # the limit is that machine's
-        return other
 
     @property
     def thread_count(self) -> int:

@@ -11,16 +11,17 @@ from typing import NamedTuple
 
 from shoal.kernels.arrays import Floats
 from shoal.models.step import Segment
-from shoal.offload.kv.disk_index import Entry
+from shoal.offload.kv.disk_index import Entry, Slot
 from shoal.offload.kv.prefix_cache import Move
 
 __all__ = ["Order", "Reading", "Result", "Segment"]
 
 
 class Reading(NamedTuple):
-    """Read these entries on disk into these pages of the pool, in this order, until one fails."""
+    """Read these entries on disk into these pages of the pool, in this order, until one fails. Ranks other than 0 are
+    told their places alone."""
 
-    entries: Sequence[Entry]
+    entries: Sequence[Entry | Slot]
     pages: Sequence[int]
 
 

@@ -6,23 +6,27 @@ rank alone is a group of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from shoal.kernels.arrays import Floats
 from shoal.models.step import Step
-from shoal.offload.kv.disk_pages import KvDisk
-from shoal.offload.kv.prefix_cache import Save
+from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
+from shoal.offload.kv.pool import KvShelf
+from shoal.offload.kv.prefix_cache import Move, Save
 
 from .executor import Executor, StillWanted
 from .order import Order, Reading, Result, Segment
+
+DISK_WAIT_S = 1.0  # a page waits so long for room to be copied, if nobody waits for the step
 
 
 class Rank:
     """Carries out one order at a time. `clock` gives seconds; `disk` keeps KV that leaves memory, if there is one."""
 
-    def __init__(self, executor: Executor, clock: Callable[[], float], disk: KvDisk | None = None) -> None:
+    def __init__(self, executor: Executor, clock: Callable[[], float], disk: KvShelf | None = None) -> None:
         self.executor = executor
         self.disk = disk
         self.kv = executor.kv
@@ -32,21 +36,59 @@ class Rank:
         """Carry out an order. Raises Abandoned soon after `wanted` becomes false, and any error of store or model."""
         store = self.executor.store
         stalled_s = store.stall_s
-        self.kv.move(order.moves, self.disk)
+        order = self.placed(order)
+        self.kv.move(order.moves, self.disk, 0.0 if order.segments else DISK_WAIT_S)
         moved_s = self._clock()
-        pages_read = [self._read(reading) for reading in order.readings]
+        pages_read = self._read_by_all(order.readings)
         read_s = self._clock() - moved_s
         logits = self._compute(order.segments, wanted)
         return Result(logits, pages_read, read_s, store.stall_s - stalled_s)
 
-    def close(self, known: Sequence[Save], keep_s: float) -> None:
+    def placed(self, order: Order, wait_s: float = 0.0) -> Order:
+        """The same order, in which it is decided where on disk saved pages will lie; those that need not be saved are
+        left out. In a group, rank 0 decides, and the others are sent what it has decided. It then has to be run."""
+        if not any(isinstance(move, Save) for move in order.moves):
+            return order
+        assert self.disk is not None
+        moves: list[Move] = []
+        for move in order.moves:
+            if not isinstance(move, Save):
+                moves.append(move)
+            elif (put := self.disk.place(move, wait_s)) is not None:
+                moves.append(put)
+        return replace(order, moves=moves)
+
+    def keeping(self, known: Sequence[Save], wait_s: float) -> Iterator[Order]:
+        """Orders that keep the `known` pages on the disks of all ranks, before these are closed: each waits at most
+        `wait_s` for room, and has to be run before the next is made."""
+        for save in known if self.disk is not None else ():
+            order = self.placed(Order(moves=[save]), wait_s)
+            if order.moves:
+                yield order
+
+    def close(self, known: Sequence[Save], keep_s: float = FLUSH_LIMIT_S) -> None:
         """Keep the pages that are `known` on disk, if there is one, as far as that goes in so many seconds."""
         if self.disk is not None:
             self.disk.close(known, self.kv.page, keep_s)
 
+    def _read_by_all(self, readings: Sequence[Reading]) -> list[int]:
+        """How many pages of each reading every rank could read, at rank 0; elsewhere, how many this one could."""
+        if not readings:
+            return []
+        mine = [self._read(reading) for reading in readings]
+        counts = self.executor.collective.gather(np.array(mine, np.float32)[:, None])  # (readings, ranks)
+        if not counts.size:
+            return mine
+        least = [int(count) for count in counts.min(1)]
+        for reading, own, all_ in zip(readings, mine, least, strict=True):
+            if all_ < own and self.disk is not None:  # otherwise it would be looked for again and again
+                self.disk.disown(reading.entries[all_])
+        return least
+
     def _read(self, reading: Reading) -> int:
         """How many pages could be read."""
-        assert self.disk is not None
+        if self.disk is None:
+            return 0
         return self.disk.read(reading.entries, [self.kv.page(page) for page in reading.pages])
 
     def _compute(self, segments: Sequence[Segment], wanted: StillWanted) -> Floats:

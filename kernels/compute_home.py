@@ -75,7 +75,7 @@ class ComputeHome(Protocol):
         ...
 
     def rms_norm(self, x: Hidden, weight: Floats, eps: float) -> Hidden:
-        """x / rms(x) * weight, row by row: x (T, n), weight (n,)."""
+        """x / rms(x) * weight, row by row: x (T, n), weight (n,). Every home gives the same bits (`fixed_order`)."""
         ...
 
     def rms_norm_heads(self, x: Hidden, weight: Floats, eps: float) -> Hidden:
@@ -102,6 +102,11 @@ class ComputeHome(Protocol):
         q (T, heads * head_dim); k, v (T, kv_heads * head_dim); head h uses K/V head h // (heads // kv_heads). A row of
         the result depends neither on how its sequence was cut into steps nor on the choice of pages.
         """
+        ...
+
+    def scores(self, x: Hidden, router: Linears) -> Hidden:
+        """x @ w.T + bias of a router's one matrix, (T, rows). Every home gives the same bits (`fixed_order`), so that
+        all ranks of a group choose the same experts. Inputs of quantised weights are not rounded."""
         ...
 
     def route(self, scores: Hidden, count: int, normalize: bool) -> Routing:

@@ -21,7 +21,7 @@ from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Route
 from shoal.kernels.types import WeightType
 
 LIBRARY = Path(__file__).with_name("libshoal.so")
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _STATUS = {
     1: "it has no kernel for this weight type",
@@ -77,6 +77,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "linears": (c_int, (*_INPUTS, c_int, c_void_p, c_void_p)),
     "gated": (c_int, (*_INPUTS, c_int32, c_void_p, c_void_p)),
     "experts": (c_int, (c_void_p, c_int64, c_int64, c_int32, c_int64, *(c_void_p,) * 5)),
+    "scores": (c_int, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
     "gather_rows": (c_int, (c_void_p, c_void_p, c_int64, c_void_p)),
     "rms_norm": (c_int, (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p)),
     "attention": (c_int, (*(c_void_p,) * 8, c_float, c_float, c_int64, c_void_p)),
@@ -184,6 +185,16 @@ class Native(CpuHome):
             _at(into),
         ):
             raise _refusal(status, *all[0].enter.matrices, *all[0].leave.matrices)
+
+    def scores(self, x: Floats, router: Linears) -> Floats:
+        check_linears(x, router)
+        structures, _ = router.prepared.get(self) or _prepare(self, router)
+        (matrix,) = router.matrices
+        y = np.empty((len(x), matrix.rows), np.float32)
+        native = self._functions if _served is self else self._switched()
+        if status := native.scores(_at(x), *x.shape, structures, _at(y)):
+            raise _refusal(status, matrix)
+        return y
 
     def gather_rows(self, w: Matrix, ids: Ids) -> Floats:
         return self._gather(w, _at(ids), len(ids))

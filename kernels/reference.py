@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from shoal.kernels import fixed_order
 from shoal.kernels.arrays import Array, Bytes, Floats, Ids
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
 from shoal.kernels.attention_reference import attend
@@ -85,7 +86,12 @@ class ReferenceHome(CpuHome):
 
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
         check_norm(x, weight)
-        return _normed(_tensor(x), weight, eps).numpy()
+        return fixed_order.rms_norm(x, weight, eps)
+
+    def scores(self, x: Floats, router: Linears) -> Floats:
+        check_linears(x, router)
+        (matrix,), (bias,) = router.matrices, router.biases
+        return fixed_order.scores(x, self.dequantize(matrix), bias)
 
     def attention(
         self, kv: KvPages, segments: Segments, q: Floats, k: Floats, v: Floats, scoring: Scoring
@@ -159,7 +165,7 @@ def _feed_forward(x: Tensor, layer: FeedForward, norm: Floats | None = None, eps
 
 
 def _normed(x: Tensor, weight: Floats, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * _tensor(weight)
+    return _tensor(fixed_order.rms_norm(x.numpy(), weight, eps))
 
 
 def _decoded(kind: WeightType, data: Bytes) -> Tensor:

@@ -72,10 +72,12 @@ def likeliest(scores: Floats, count: int) -> list[int]:
 
 
 def best(scores: Floats, count: int) -> tuple[Ids, Doubles]:
-    """The `count` best of each row (T, n), in no order, the lowest among equals; and how far every score is below the
-    best of its row (T, n)."""
+    """The `count` best of each row (T, n), the best first, the lowest among equals; and how far every score is below
+    the best of its row (T, n)."""
     with np.errstate(invalid="ignore"):  # rows of NaN stay NaN
         behind = (scores.max(-1, keepdims=True) - scores).astype(np.float64)
     # Numbers that are not negative sort as their bits do, and an f32 leaves the lowest 29 bits of an f64 zero.
     keys = behind.view(np.int64) | np.arange(scores.shape[1])
-    return np.partition(keys, count - 1)[:, :count] & (1 << 29) - 1, behind
+    first = np.partition(keys, count - 1)[:, :count]
+    first.sort()  # how NumPy leaves them depends on the machine, and so would sums of their odds
+    return first & (1 << 29) - 1, behind

@@ -103,7 +103,7 @@ class Transformer:
         """
         assert self.spec.moe is not None
         x = self._normed(home, hidden, self._pre_norm(weights))
-        return home.likeliest(home.linears(x, weights.linears("router"))[0], self.spec.moe.active)
+        return home.likeliest(home.scores(x, weights.linears("router")), self.spec.moe.active)
 
     def route(
         self, home: ComputeHome, weights: Weights, hidden: Hidden
@@ -113,7 +113,7 @@ class Transformer:
         spec, moe = self.spec, self.spec.moe
         assert moe is not None
         x = self._normed(home, hidden, self._pre_norm(weights))
-        scores = home.linears(x, weights.linears("router"))[0]  # (T, experts)
+        scores = home.scores(x, weights.linears("router"))  # (T, experts)
         routing = home.route(scores, moe.active, moe.normalize)
         if not moe.shared_ffn:
             return x, routing, None

@@ -81,7 +81,7 @@ class Choice(NamedTuple):
         if ranks == self.machines:
             every = "both" if ranks == 2 else f"all {ranks}"
             return f"using {every} machines{layers}: {_speed(self.figures)}{self._otherwise()}"
-        return f"using {ranks} of {self.machines} machines{layers}: {self._others()}"
+        return f"using {ranks} of {self.machines} machines{layers}: {self._others() or _speed(self.figures)}"
 
     def _alone(self) -> str:
         tried = [unused for unused in self.unused if unused.with_it]

@@ -7,6 +7,7 @@ little where a part does not fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 from .errors import ShardError
 from .group_cost import Placement
@@ -33,16 +34,17 @@ class Cuts:
     def divided(
         self, machines: Sequence[Machine], *, all_wishes: bool
     ) -> Iterator[tuple[tuple[float, ...], tuple[Placement, ...]]]:
-        """Every layer divided: (shares as `divide` takes them, the ranks). `all_wishes`: shares for prompts, for
-        answers and between; otherwise those between alone."""
+        """Every layer divided: (shares as `divide` takes them, the ranks, whose portions tell how experts are cut).
+        `all_wishes`: shares for prompts, for answers and between; otherwise those between alone."""
         tried = set()
-        for shares in self._wishes(machines, all_wishes):
+        cuts = EXPERT_CUTS if self._wanted.spec.moe and len(machines) > 1 else EXPERT_CUTS[:1]
+        for shares, experts in product(self._wishes(machines, all_wishes), cuts):
             for _ in range(_REPAIRS):
                 whole = _rounded(shares)
-                if whole in tried:
+                if (whole, experts) in tried:
                     break
-                tried.add(whole)
-                parts, over = self._as_shared(machines, whole)
+                tried.add((whole, experts))
+                parts, over = self._as_shared(machines, whole, experts)
                 if parts:
                     yield whole, parts
                 if not over:
@@ -50,22 +52,17 @@ class Cuts:
                 shares = [share * factor for share, factor in zip(shares, over, strict=True)]
 
     def _as_shared(
-        self, machines: Sequence[Machine], shares: tuple[float, ...]
+        self, machines: Sequence[Machine], shares: tuple[float, ...], experts: CutOfExperts
     ) -> tuple[tuple[Placement, ...], list[float]]:
-        """As `_parts`. Experts are cut by columns, so that every rank has as much to do whatever is chosen; but where
-        some stream, whole ones are dealt out."""
-        for experts in EXPERT_CUTS:
-            portions = self.portions_of(shares, experts)
-            if isinstance(portions, str):
-                break
-            parts, over = self._parts(machines, portions)
-            if (
-                len(machines) == 1
-                or experts == "whole"
-                or not any(part.held.missing_experts for part in parts)
-            ):
-                return parts, over
-        return (), []
+        """As `_parts`. Columns of every expert give every rank as much to do whatever is chosen, but there may be few
+        blocks of them; and where experts stream, whole ones are dealt out."""
+        portions = self.portions_of(shares, experts)
+        if isinstance(portions, str):
+            return (), []
+        parts, over = self._parts(machines, portions)
+        if len(machines) > 1 and experts == "columns" and any(part.held.missing_experts for part in parts):
+            return (), []
+        return parts, over
 
     def _parts(
         self, machines: Sequence[Machine], portions: Sequence[Portion]
@@ -99,10 +96,10 @@ class Cuts:
 
     def _most(self, machines: Sequence[Machine]) -> list[float]:
         """The largest share of what is cut that each machine can have in memory."""
-        rooms = (
-            it.memory_bytes - self._memory.fixed_bytes(it, rank == 0) for rank, it in enumerate(machines)
-        )
-        return [min(1.0, max(0.0, room / self._memory.share_bytes())) for room in rooms]
+        fixed = (self._memory.fixed_bytes(machine, rank == 0) for rank, machine in enumerate(machines))
+        whole = self._memory.share_bytes()
+        each = zip(machines, fixed, strict=True)
+        return [min(1.0, max(0.0, (it.memory_bytes - needed) / whole)) for it, needed in each]
 
     def portions_of(self, shares: tuple[float, ...], experts: CutOfExperts) -> list[Portion] | str:
         """What each rank has with these shares, or why there is no such division."""

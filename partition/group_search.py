@@ -19,7 +19,7 @@ from typing import NamedTuple
 from .amounts import format_bytes
 from .group_choice import Choice, NoGroup, RankPlan, Split, Unused
 from .group_cost import Cost, Figures, Placement
-from .group_cuts import Cuts
+from .group_cuts import EXPERT_CUTS, Cuts
 from .machines import Links, Machine, Workload, check_machines, link_between
 from .plan import Wanted
 from .rank_sizes import Held, Memory, Sizes
@@ -69,15 +69,15 @@ def choose(
     ranks: int | None = None,
 ) -> Choice | NoGroup:
     """The group for a model. `machines[0]` is the head. `block_bytes`: of all blocks, the head of the vocabulary in
-    slices if weights may stream (`plan_streamed`'s extents). `splits`, `topologies`, `wires`: what there is; of wires
-    that are equally fast the first is taken. `ranks`: somebody insists on so many.
+    slices if weights may stream (`plan_streamed`'s extents). `splits`, `topologies`, `wires`: what may be used; the
+    fastest is, whatever a wire rounds away, and of equally fast wires the first. `ranks`: somebody insists on so many.
 
-    Raises MachineError for figures that cannot be true.
+    A worker whose figures cannot be true is not used. Raises MachineError if it is the head.
     """
-    check_machines(machines, links)
+    wrong = check_machines(machines)
     means = [Means(topology, wire) for topology in sorted(topologies) for wire in wires]
     search = _Search(
-        wanted, Sizes.of(wanted.spec, block_bytes), machines, links, workload, grains, splits, means
+        wanted, Sizes.of(wanted.spec, block_bytes), machines, links, workload, grains, splits, means, wrong
     )
     free = search.freely()
     found = free if ranks is None else search.of_size(ranks)
@@ -112,11 +112,13 @@ class _Search:
         grains: Grains,
         splits: Collection[Split],
         means: Sequence[Means],
+        wrong: Mapping[int, str],
     ) -> None:
         self.cost = Cost(wanted, sizes, workload)
         self._sizes = sizes
         self._machines, self._links = machines, links
         self._splits, self._means = splits, means
+        self._wrong = wrong  # machines that are not to be used, and why
         self._memory = Memory(wanted, sizes)
         self._cuts = Cuts(wanted, sizes, self._memory, grains)
         self._found: dict[Places, list[_Found]] = {}
@@ -239,7 +241,8 @@ class _Search:
 
     def _network(self, places: Places) -> tuple[Network, list[Means]]:
         """The links among these machines, and how they can make sums."""
-        network = Network(self._machines, self._links, places)
+        links = {} if self._wrong.keys() & places else self._links
+        network = Network(self._machines, links, places)
         return network, [it for it in self._means if network.reached and network.can(it.topology)]
 
     # --- what is said ---------------------------------------------------------------------------------------
@@ -280,20 +283,20 @@ class _Search:
 
     def _why_not(self, places: Places) -> str:
         """Why these machines together can do nothing."""
+        for place in self._wrong.keys() & places:
+            return self._wrong[place]
         if not Network(self._machines, self._links, places).reached:
             return "the head does not reach it"
-        if isinstance(refused := self._cuts.portions_of((1,) * len(places), "columns"), str):
-            return refused
+        refused = [self._cuts.portions_of((1,) * len(places), experts) for experts in EXPERT_CUTS]
+        if all(isinstance(it, str) for it in refused):
+            return str(refused[0])
         machines = [self._machines[place] for place in places]
         fixed = [self._memory.fixed_bytes(machine, rank == 0) for rank, machine in enumerate(machines)]
-        short = next(
-            (it for it, needed in zip(machines, fixed, strict=True) if it.memory_bytes < needed), None
-        )
-        if short:
-            needed = fixed[machines.index(short)]
-            what = "embedding, head and scratch" if short is machines[0] else "scratch"
-            has = format_bytes(short.memory_bytes)
-            return f"{short.name} has {has} of memory, {what} alone take {format_bytes(needed)}"
+        for rank, (machine, needed) in enumerate(zip(machines, fixed, strict=True)):
+            if machine.memory_bytes < needed:
+                has = format_bytes(machine.memory_bytes)
+                what = "scratch takes" if rank else "embedding, head and scratch take"
+                return f"{machine.name} has {has} of memory, and {what} {format_bytes(needed)}"
         needed = sum(fixed) + self._memory.share_bytes()
         memory = sum(machine.memory_bytes for machine in machines)
         if needed > memory:

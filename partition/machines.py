@@ -1,6 +1,7 @@
 """The machines that a group may be made of, as they were measured, and what they are wanted for.
 
-Figures come from other machines, so they are checked here before anybody computes with them.
+Figures come from other machines, so they are checked here before anybody computes with them. A machine that says what
+cannot be true is left out; it does not keep others from being used.
 """
 
 from __future__ import annotations
@@ -59,27 +60,27 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
 MAX_MACHINES = 64
 
 
-def check_machines(machines: Sequence[Machine], links: Links) -> None:
-    """Raises MachineError, with the figure and its limits, if one cannot be true."""
+def check_machines(machines: Sequence[Machine]) -> Mapping[int, str]:
+    """Which machines, by their place, say of themselves what cannot be true, and what: these are not to be used. Raises
+    MachineError if it is the head, or if there are too many."""
     if not 1 <= len(machines) <= MAX_MACHINES:
         raise MachineError(f"{len(machines)} machines: must be from 1 to {MAX_MACHINES}")
-    for machine in machines:
-        _check(machine.name, machine._asdict())
-    for (one, other), link in links.items():
-        if one == other or not (0 <= one < len(machines) and 0 <= other < len(machines)):
-            raise MachineError(f"a link between machines {one} and {other}: there are {len(machines)}")
-        _check(f"{machines[one].name} – {machines[other].name}", link._asdict())
+    wrong = {place: fault for place, it in enumerate(machines) if (fault := _fault(it._asdict()))}
+    if 0 in wrong:
+        raise MachineError(f"{machines[0].name}: {wrong[0]}")
+    return wrong
 
 
 def link_between(links: Links, one: int, other: int) -> LinkSpeed | None:
-    """None if they were not measured, or cannot reach each other."""
-    return links.get((one, other)) or links.get((other, one))
+    """None if they were not measured, or wrongly, or cannot reach each other."""
+    link = links.get((one, other)) or links.get((other, one))
+    return None if link is None or _fault(link._asdict()) else link
 
 
-def _check(name: str, figures: Mapping[str, object]) -> None:
-    for field, value in figures.items():
-        if field not in _LIMITS:
-            continue
-        low, high = _LIMITS[field]
+def _fault(figures: Mapping[str, object]) -> str:
+    """The first figure that cannot be true, and its limits; "" if there is none."""
+    for field, (low, high) in _LIMITS.items():
+        value = figures.get(field, low)
         if not (isinstance(value, int | float) and low <= value <= high):
-            raise MachineError(f"{name}: {field}={value}: must be from {low:g} to {high:g}")
+            return f"{field}={value}: must be from {low:g} to {high:g}"
+    return ""

@@ -22,6 +22,8 @@ from .slicing import Shard, shard_spec
 from .spec import BlockId, ModelSpec
 from .streamed_plan import PART_TOKENS, READING_BYTES
 
+_VECTORS = 4  # norms and biases of a layer, each as long as a hidden state
+
 
 class Portion(NamedTuple):
     """A rank's shares of everything that is cut, each in [0, 1]. That of rank 0 has embedding and head besides."""
@@ -95,13 +97,15 @@ class Sizes(NamedTuple):
             largest[block.kind] = max(largest[block.kind], nbytes)
         moe = spec.moe
         queries = spec.heads / (spec.heads + spec.kv_heads)
-        shared = 3 * moe.shared_ffn / (3 * moe.shared_ffn + moe.experts) if moe else 0.0
+        routers = sums["router"]
+        if moe and moe.shared_ffn:  # beside a shared expert; they are f32 at most
+            routers = min(routers, 4 * spec.hidden * moe.experts * sum(layer.moe for layer in spec.layers))
         return cls(
             queries=int(sums["attn"] * queries),
             keys=sums["attn"] - int(sums["attn"] * queries),
             ffn=sums["ffn"],
-            routers=sums["router"] - int(sums["router"] * shared),
-            shared_ffn=int(sums["router"] * shared),
+            routers=routers,
+            shared_ffn=sums["router"] - routers,
             experts=sums["expert"],
             embed=sums["embed"],
             head=sums["head"],
@@ -182,9 +186,8 @@ class Memory:
 
     def __init__(self, wanted: Wanted, sizes: Sizes) -> None:
         self._wanted = wanted
-        self._without = wanted._replace(
-            spec=replace(wanted.spec, vocab=0)
-        )  # of ranks without embedding and head
+        # Of ranks without embedding and head:
+        self._without = wanted._replace(spec=replace(wanted.spec, vocab=0))
         self._sizes = sizes
         self._kv_bytes = least_kv_pages(wanted) * kv_page_bytes(wanted.spec, wanted.kv_type)
         self._kv_tokens = least_kv_pages(wanted) * PAGE_TOKENS
@@ -266,7 +269,8 @@ class Memory:
             count = round(count * portion.experts) if portion.whole_experts else count
             slots = min(self._wanted.spec.moe.active, count)
         # Blocks are pinned whole, so up to the largest of them is left free.
-        room = memory - READING_BYTES - sizes.routers // 8 - kv - scratch
+        vectors = _VECTORS * 4 * wanted.spec.hidden * len(wanted.spec.layers)
+        room = memory - READING_BYTES - vectors - kv - scratch
         room_dense = room - slots * expert
         if room_dense < window or not machine.disk_bytes_per_s:
             least = memory - room_dense + window if machine.disk_bytes_per_s else resident

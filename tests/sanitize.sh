@@ -19,7 +19,7 @@ check() { # "PRELOADED RUNTIMES…" OPTIONS…
     for name in $1; do preload+="$($CXX -print-file-name="lib$name.so") "; done
     shift
     # TSan needs an address space that is laid out as it expects.
-    LD_PRELOAD="$preload" setarch -R $PYTHON -m pytest -p no:cacheprovider "$@" tests/kernels/test_{attention,feed_forward,inputs,native,shared}.py </dev/null
+    LD_PRELOAD="$preload" setarch -R $PYTHON -m pytest -p no:cacheprovider "$@" tests/kernels/test_{attention,feed_forward,fixed_order,inputs,native,shared}.py </dev/null
 }
 
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0

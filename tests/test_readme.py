@@ -35,6 +35,9 @@ def shoal_calls() -> list[list[str]]:
 @pytest.mark.parametrize("arguments", shoal_calls(), ids=" ".join)
 def test_commands_are_accepted(arguments: list[str]) -> None:
     command = cli.get_command(click.Context(cli), arguments[0])
+    if isinstance(command, click.Group):
+        group, arguments = command, arguments[1:]
+        command = group.get_command(click.Context(group), arguments[0])
     assert command is not None
     # resilient: values such as files need not exist, but options must be known
     with command.make_context(arguments[0], arguments[1:], resilient_parsing=True):

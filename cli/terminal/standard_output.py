@@ -1,4 +1,5 @@
-"""The process's standard output, whose errors are told from those of other files.
+"""The process's standard output, whose errors are told from those of other files, and its standard error, which has
+none.
 
 Imports nothing of Shoal.
 """
@@ -27,6 +28,25 @@ class _Stdout(FileIO):
             raise
         except OSError as error:
             raise OutputFailed(error.errno, error.strerror) from error
+
+
+class _Stderr(FileIO):
+    """Takes what cannot be written, too: what is said beside a result never decides whether there is one."""
+
+    def __init__(self, stderr: TextIO) -> None:
+        super().__init__(stderr.fileno(), "w", closefd=False)
+        self._stderr = stderr
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def unfailing_stderr(stderr: TextIO) -> TextIO:
+    """A stream in place of `stderr` whose writing never fails."""
+    return TextIOWrapper(BufferedWriter(_Stderr(stderr)), stderr.encoding, "replace", line_buffering=True)
 
 
 def named_stdout(stdout: TextIO) -> TextIO:

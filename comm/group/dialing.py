@@ -153,7 +153,7 @@ class _Race:
         if errors and all(isinstance(error, NotPaired) for error in errors):
             return NotPaired(str(errors[0]))
         told = [f"{_written(address)}: {error}" for address, error in self._failures[:MAX_ADDRESSES]]
-        late = self._running or all(isinstance(error, ChannelTimeout) for error in errors)
+        late = self._running or any(isinstance(error, ChannelTimeout) for error in errors)
         kind = ChannelTimeout if late else ChannelError
         return kind(f"the node cannot be reached ({'; '.join(told) or 'no answer in time'})")
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.wire_types import WireType
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.loading.group_planning import RankSeat, TooTight, rank_plans
 from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated
-from shoal.daemon.loading.planning import extents, wanted_of
+from shoal.daemon.loading.planning import extents, rank_part, wanted_of
+from shoal.daemon.memory import bounded
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
 from shoal.offload.pack.layout import grains_of
@@ -24,7 +24,8 @@ from shoal.partition.amounts import format_bytes
 from shoal.partition.group_choice import Choice, NoGroup
 from shoal.partition.group_search import choose
 from shoal.partition.machines import Links, Machine
-from shoal.partition.plan import Wanted
+from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
+from shoal.partition.rank_plans import RankPart, rank_plans
 from shoal.partition.slicing import Grains, Shard, divide
 from shoal.partition.spec import BlockId
 
@@ -35,8 +36,13 @@ from .speed import NodeSpeed
 
 log = logging.getLogger(__name__)
 
-Serving = Callable[[Checkpoint, Quant], Callable[[Channel, Shard], None]]
-"""Makes what answers requests for the weights of shards of a checkpoint."""
+
+class Serving(Protocol):
+    """See `shard_stores.send_weights`."""
+
+    def __call__(
+        self, checkpoint: Checkpoint, quant: Quant, *, bounded: bool
+    ) -> Callable[[Channel, Shard], None]: ...
 
 
 class Choosing(Protocol):
@@ -129,7 +135,12 @@ class Forming:
         links = {(0, place): member.link for place, member in enumerate(members, 1)}
         sizes, _ = extents(checkpoint, config.quant)
         grains = grains_of(checkpoint, config.quant)
-        wanted = wanted_of(checkpoint.spec, config)[0]
+        # If no context was asked for, a shorter one may keep it in memory alone: that is what groups are compared with.
+        contexts = wanted_of(checkpoint.spec, config)
+        resident = (
+            it for it in contexts if isinstance(plan_in_ram(it, sizes, memory_bytes=free_bytes), Plan)
+        )
+        wanted = next(resident, contexts[0])
         choice = self._choosing(
             wanted, sizes, machines, links, grains=grains, wires=self._wires, ranks=config.ranks
         )
@@ -150,12 +161,12 @@ class Forming:
         shards = divide(checkpoint.spec, len(choice.ranks), grains, choice.shares, experts=choice.experts)
         parts: list[AnyCheckpoint] = [CheckpointShard(checkpoint, shard) for shard in shards]
         rooms = [free_bytes, *map(_room, chosen)]
-        threads = [config.threads, *(member.facts.threads for member in chosen)]
-        seats = [
-            RankSeat(part, _for_machine(config, own), room)
-            for part, own, room in zip(parts, threads, rooms, strict=True)
+        threads = [config.thread_count, *(member.facts.threads for member in chosen)]
+        needs = [
+            rank_part(part, config.quant, room, own)
+            for part, room, own in zip(parts, rooms, threads, strict=True)
         ]
-        plans = rank_plans(seats)
+        plans = _plans(wanted_of(checkpoint.spec, config), needs)
         if isinstance(plans, TooTight):
             who = chosen[plans.rank - 1].name if plans.rank else "this machine"
             said = f"{who} needs {format_bytes(plans.least_bytes)} for its part of {name}"
@@ -169,7 +180,7 @@ class Forming:
             [Seat(*it) for it in zip(chosen, shards[1:], specs, plans[1:], strict=True)],
             config.quant,
             self._wires[0],
-            self._serving(checkpoint, config.quant),
+            self._serving(checkpoint, config.quant, bounded=bounded(config.memory_bytes)),
             plans[0].weights_bytes,
         )
         group.begin()
@@ -193,6 +204,20 @@ def _room(member: Member) -> int:
     return member.facts.memory_bytes
 
 
-def _for_machine(config: NodeConfig, threads: int | None) -> NodeConfig:
-    """The configuration with another machine's threads, of which it may have more than this one."""
-    return config.on_threads(threads)
+class TooTight(NamedTuple):
+    """A rank that has no plan, and the memory that would do."""
+
+    rank: int
+    least_bytes: int
+
+
+def _plans(wanted: Sequence[Wanted], parts: Sequence[RankPart]) -> Sequence[Plan] | TooTight:
+    """Plans in memory for the longest context with which there are some; else plans that stream."""
+    for streaming in (False, True):
+        for shorter in wanted:
+            made = rank_plans(shorter, parts, streaming=streaming)
+            plans = [plan for plan in made if isinstance(plan, Plan)]
+            if len(plans) == len(made):
+                return plans
+    rank, misfit = next((rank, it) for rank, it in enumerate(made) if isinstance(it, Misfit))
+    return TooTight(rank, misfit.least_bytes)

@@ -23,9 +23,12 @@ from .weights.weight_server import WeightServer
 CHANNELS = 2  # on which one worker gets weights
 
 
-def send_weights(checkpoint: Checkpoint, quant: Quant) -> Callable[[Channel, Shard], None]:
-    """What answers requests for the weights of shards of an open checkpoint."""
-    return WeightServer(checkpoint, quant).serve
+def send_weights(
+    checkpoint: Checkpoint, quant: Quant, *, bounded: bool = False
+) -> Callable[[Channel, Shard], None]:
+    """What answers requests for the weights of shards of an open checkpoint. `bounded`: memory is limited, so that
+    reading must leave nothing behind in it."""
+    return WeightServer(checkpoint, quant, bounded=bounded).serve
 
 
 def open_shards(directory: Path) -> OpenShard:

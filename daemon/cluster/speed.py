@@ -1,7 +1,8 @@
 """How fast this machine is at what ranks do: reading weights from memory, multiplying, and reading from a disk.
 
-Measured by the kernels that compute, for at most two seconds, and kept in a file: the next start measures nothing
-unless something has changed that speed depends on. Whoever chooses a group asks (`partition.group_search`).
+Measured by the kernels that compute, in less than two seconds, and kept in a file. Since something else may run just
+then, the first `STARTS` starts measure, and the best of each figure holds; later ones measure nothing unless something
+has changed that speed depends on. Whoever chooses a group asks (`partition.group_search`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from msgspec import Struct
 
 from shoal import kernels
 from shoal.daemon.installed import package_version
+from shoal.daemon.memory import available_bytes
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
 from shoal.kernels.huge_pages import Arena
 from shoal.offload.errors import OffloadError
@@ -31,11 +33,13 @@ log = logging.getLogger(__name__)
 
 TYPE = next(kind for kind in WEIGHT_TYPES if kind.name == "Q4_K")  # as most models come
 COLS = 4096
-MEMORY_BYTES = 96 << 20  # of weights that one token reads: beyond what caches hold
+MEMORY_BYTES = 64 << 20  # of weights that one token reads: beyond what most caches hold
 LONG_ROWS = 256  # of a long step
-LONG_MATRIX_ROWS = 256  # at first; a quick machine gets more of them
-LONG_MATRIX_MOST = 8192
-MEASURE_S = 0.35  # of each
+LONG_MATRIX_ROWS = 8192  # of the weights that it meets, at most
+FIRST_ROWS = 256  # of weights, before it is known how quick a machine is
+ENOUGH_S = 0.05  # for one call
+MEASURE_S = 0.4  # of each
+STARTS = 3
 DISK_S = 0.3
 DISK_FILE_BYTES = 64 << 20  # that is written where nothing can be read, at most
 DISK_PIECE = 4 << 20
@@ -52,39 +56,57 @@ class NodeSpeed(Struct, frozen=True):
 
 
 class _Kept(Struct, frozen=True):
-    """What is in the file: a speed, and what it was measured with."""
+    """What is in the file: the best of several measurements, and what they depend on."""
 
     key: str
     speed: NodeSpeed
+    measured: int
 
 
 _measuring = threading.Lock()  # two at a time would measure each other
 _known: dict[str, NodeSpeed] = {}  # in this process
+_NOTHING = NodeSpeed(0.0, 0.0)
 
 
 def node_speed(
-    threads: int, kept: Path | None = None, directory: Path | None = None, *, memory_bytes: int = MEMORY_BYTES
+    threads: int, kept: Path | None = None, directory: Path | None = None, *, memory_bytes: int | None = None
 ) -> NodeSpeed:
-    """The speed of this machine on so many threads, and of the disk that `directory` is on. It is taken from the file
-    `kept` if it was measured on the same hardware with the same kernels, and put there otherwise.
+    """The speed of this machine on so many threads, and of the disk that `directory` is on. `kept`: the file of what
+    was measured on the same hardware with the same kernels.
 
-    Computes on all these threads: to be called when nothing else does. Takes `memory_bytes` for a moment, or
-    `MEMORY_BYTES` if that is less; with little memory, caches make it look quicker than it is.
+    Computes on all these threads: to be called when nothing else does. Takes `MEMORY_BYTES` for a moment, but at most
+    `memory_bytes`, or a quarter of what is available. With little memory, caches make it look quicker than it is.
     """
     key = _key(threads, directory)
     with _measuring:
-        speed = _known.get(key) or (kept and _read(kept, key))
-        if not speed:
-            began_s = time.monotonic()
-            kernels.set_threads(threads)
-            home = kernels.home_of("cpu")
-            disk = disk_speed(directory) if directory else 0.0
-            speed = NodeSpeed(_memory_speed(home, memory_bytes), _long_speed(home), disk)
-            log.info("measured the speed of this machine in %.1f s: %s", time.monotonic() - began_s, speed)
-        _known[key] = speed
-    if kept and _read(kept, key) != speed:
-        _write(kept, _Kept(key, speed))
+        if key not in _known:
+            found = _read(kept, key) if kept else _Kept(key, _NOTHING, 0)
+            if found.measured < STARTS:
+                most = available_bytes() // 4 if memory_bytes is None else memory_bytes
+                best = _best_of(found.speed, _measure(threads, directory, most))
+                found = _Kept(key, best, found.measured + 1)
+                if kept:
+                    _write(kept, found)
+            _known[key] = found.speed
+        return _known[key]
+
+
+def _measure(threads: int, directory: Path | None, memory_bytes: int) -> NodeSpeed:
+    began_s = time.monotonic()
+    kernels.set_threads(threads)
+    home = kernels.home_of("cpu")
+    disk = disk_speed(directory) if directory else 0.0
+    speed = NodeSpeed(_memory_speed(home, memory_bytes), _long_speed(home), disk)
+    log.info("measured the speed of this machine in %.1f s: %s", time.monotonic() - began_s, speed)
     return speed
+
+
+def _best_of(one: NodeSpeed, other: NodeSpeed) -> NodeSpeed:
+    return NodeSpeed(
+        max(one.memory_bytes_per_s, other.memory_bytes_per_s),
+        max(one.flops, other.flops),
+        max(one.disk_bytes_per_s, other.disk_bytes_per_s),
+    )
 
 
 def disk_speed(directory: Path) -> float:
@@ -106,23 +128,28 @@ def disk_speed(directory: Path) -> float:
 def _memory_speed(home: kernels.ComputeHome, memory_bytes: int) -> float:
     """Bytes per second of weights, one row of input at a time."""
     bands = min(memory_bytes, MEMORY_BYTES) // TYPE.matrix_bytes(BAND_ROWS, COLS)
-    linear = _linear(max(1, bands) * BAND_ROWS)
-    nbytes = linear.matrices[0].nbytes
-    x = home.place(np.ones((1, COLS), np.float32))
-    return nbytes / _best_s(lambda: home.linears(x, linear))
+    weights, seconds = _timed(home, 1, max(1, bands) * BAND_ROWS)
+    return weights.nbytes / seconds
 
 
 def _long_speed(home: kernels.ComputeHome) -> float:
-    """Operations per second with many rows of input. A quick machine gets more weights, so that beginning and end of a
-    call do not count for much."""
-    x = home.place(np.ones((LONG_ROWS, COLS), np.float32))
-    rows = LONG_MATRIX_ROWS
+    """Operations per second with many rows of input."""
+    weights, seconds = _timed(home, LONG_ROWS, LONG_MATRIX_ROWS)
+    return 2 * LONG_ROWS * weights.rows * COLS / seconds
+
+
+def _timed(home: kernels.ComputeHome, inputs: int, most_rows: int) -> tuple[Matrix, float]:
+    """(weights, seconds of multiplying them by so many rows of input). A quick machine gets more of them, so that
+    caches do not hold them, and beginning and end of a call do not count for much."""
+    x = home.place(np.ones((inputs, COLS), np.float32))
+    rows = min(FIRST_ROWS, most_rows)
     while True:
         linear = _linear(rows)
-        seconds = _best_s(lambda linear=linear: home.linears(x, linear), MEASURE_S / 3)  # type: ignore[misc]
-        if seconds > MEASURE_S / 8 or rows >= LONG_MATRIX_MOST:
-            return 2 * LONG_ROWS * rows * COLS / seconds
-        rows *= 4
+        once_s = _best_s(lambda linear=linear: home.linears(x, linear), 0.0)  # type: ignore[misc]
+        if once_s > ENOUGH_S or rows == most_rows:
+            break
+        rows = min(4 * rows, most_rows)
+    return linear.matrices[0], min(once_s, _best_s(lambda: home.linears(x, linear), MEASURE_S - once_s))
 
 
 def _linear(rows: int) -> Linears:
@@ -132,9 +159,8 @@ def _linear(rows: int) -> Linears:
     return Linears((Matrix(TYPE, data, rows, COLS),))
 
 
-def _best_s(call: Callable[[], object], seconds: float = MEASURE_S) -> float:
-    """The second least of what calls took, or of a slow machine the only one: neither luck nor an interruption."""
-    call()
+def _best_s(call: Callable[[], object], seconds: float) -> float:
+    """The second least of what calls took in a time, or what the only one took: neither luck nor an interruption."""
     took: list[float] = []
     until_s = time.monotonic() + seconds
     while not took or time.monotonic() < until_s:
@@ -171,7 +197,7 @@ def _fill(path: Path) -> None:
 
 def _key(threads: int, directory: Path | None) -> str:
     """What speed depends on, as text."""
-    disk = directory.stat().st_dev if directory else None
+    disk = directory.stat().st_dev if directory and directory.exists() else None
     parts = (
         platform.machine(),
         _processor(),
@@ -199,12 +225,12 @@ def _library_version() -> str:
     return f"{package_version()} {library.stat().st_mtime_ns if library.exists() else 0}"
 
 
-def _read(kept: Path, key: str) -> NodeSpeed | None:
+def _read(kept: Path, key: str) -> _Kept:
     try:
         found = msgspec.json.decode(kept.read_bytes(), type=_Kept)
     except (OSError, msgspec.MsgspecError):
-        return None
-    return found.speed if found.key == key else None
+        return _Kept(key, _NOTHING, 0)
+    return found if found.key == key else _Kept(key, _NOTHING, 0)
 
 
 def _write(kept: Path, found: _Kept) -> None:

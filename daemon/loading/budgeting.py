@@ -29,19 +29,29 @@ class Shortfall:
     extra_bytes: int  # of KV on its way to disk, and of a draft model
     process_bytes: int
     others_bytes: int  # of models that stay
+    reading_bytes: int = 0  # of the tokenizer, before the model is there
+
+    @property
+    def by_reading(self) -> bool:
+        """Reading the tokenizer takes more than the model afterwards."""
+        return self.reading_bytes > self.model_bytes + self.extra_bytes
 
     @property
     def least_bytes(self) -> int:
         """The smallest budget that would do."""
-        return self.model_bytes + self.extra_bytes + self.process_bytes + self.others_bytes
+        own = max(self.model_bytes + self.extra_bytes, self.reading_bytes)
+        return own + self.process_bytes + self.others_bytes
 
     def __str__(self) -> str:
-        parts = {
-            "the model": self.model_bytes,
-            "KV-to-disk buffers and any draft model": self.extra_bytes,
-            "the process": self.process_bytes,
-            "other models": self.others_bytes,
-        }
+        parts = (
+            {"reading the tokenizer": self.reading_bytes}
+            if self.by_reading
+            else {
+                "the model": self.model_bytes,
+                "KV-to-disk buffers and any draft model": self.extra_bytes,
+            }
+        )
+        parts |= {"the process": self.process_bytes, "other models": self.others_bytes}
         needs = ", ".join(f"{format_bytes(nbytes)} for {what}" for what, nbytes in parts.items() if nbytes)
         budget = format_bytes(self.budget_bytes)
         return f"needs at least {format_bytes(self.least_bytes)}: {needs}; the budget is {budget}"
@@ -57,14 +67,17 @@ def plan_within_budget(
     streaming: bool = True,
 ) -> Plan | Shortfall:
     """The plan within what the budget has left. `idle_bytes` of other models count as left; `extra_bytes`, for KV on
-    its way to disk and a draft model, do not. Raises as `make_plan` does."""
-    free = max(0, budget.free_bytes + idle_bytes - extra_bytes)
-    made = make_plan(checkpoint, config, free, streaming=streaming)
-    if isinstance(made, Plan):
+    its way to disk and a draft model, do not. Reading the tokenizer, which comes first, has to fit, too. Raises as
+    `make_plan` does."""
+    tokenizer = checkpoint.tokenizer_memory()
+    free = budget.free_bytes + idle_bytes
+    made = make_plan(checkpoint, config, max(0, free - extra_bytes - tokenizer.more), streaming=streaming)
+    if isinstance(made, Plan) and tokenizer.reading <= free:
         return made
+    least = tokenizer.more + (made.peak_bytes if isinstance(made, Plan) else made.least_bytes)
     process = budget.held_by(PROCESS)
     others = budget.held_bytes - idle_bytes - process
-    return Shortfall(budget.limit_bytes, made.least_bytes, extra_bytes, process, others)
+    return Shortfall(budget.limit_bytes, least, extra_bytes, process, others, tokenizer.reading)
 
 
 def require_plan(found: Plan | Shortfall, name: str) -> Plan:
@@ -72,7 +85,9 @@ def require_plan(found: Plan | Shortfall, name: str) -> Plan:
     if isinstance(found, Plan):
         return found
     least = -(-found.least_bytes // 10**6)
-    hint = f"`memory_bytes={least}MB` would do, or a smaller `context_tokens`"
+    hint = f"`memory_bytes={least}MB` would do" + (
+        "" if found.by_reading else ", or a smaller `context_tokens`"
+    )
     raise DaemonError("resources", f"{name} {found}", hint)
 
 

@@ -116,7 +116,7 @@ class Loader:
                     name, path, config, named=named, draft=draft, streaming=streaming, progress=heard
                 )
             except DaemonError as error:
-                if error.code != "resources":
+                if error.code != "resources" or not self._models.idle():
                     raise
                 with open_checkpoint(path) as checkpoint:
                     self._check_room(name, checkpoint, draft, config)

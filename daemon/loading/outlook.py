@@ -75,7 +75,7 @@ def _outlook(checkpoint: Checkpoint, config: NodeConfig, packs: Packs) -> Outloo
     plan = plan_within_budget(checkpoint, config, budget, extra_bytes=on_disk)
     if isinstance(plan, Shortfall):
         return TooLarge(str(plan), plan.budget_bytes, plan.least_bytes)
-    process = budget.held_by(PROCESS)
+    process, more = budget.held_by(PROCESS), checkpoint.tokenizer_memory().more
     pack_bytes, packed, speed = 0, False, 0.0
     if plan.streams or config.quant != "keep":
         pack = packs.find(checkpoint, config.quant)
@@ -92,9 +92,9 @@ def _outlook(checkpoint: Checkpoint, config: NodeConfig, packs: Packs) -> Outloo
             weights=plan.pinned_bytes + plan.expert_bytes,
             window=plan.window_bytes,
             kv=plan.kv.nbytes + on_disk,
-            scratch=plan.scratch_bytes,
+            scratch=plan.scratch_bytes + more,
             process=process,
-            free=budget.limit_bytes - process - plan.peak_bytes - on_disk,
+            free=budget.limit_bytes - process - plan.peak_bytes - on_disk - more,
         ),
         weights_bytes=plan.weights_bytes,
         streamed_bytes=plan.streamed_bytes,

@@ -20,6 +20,7 @@ from shoal.offload.pack.layout import layout
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.hardware_guesses import MEMORY_BYTES_PER_S
 from shoal.partition.plan import Misfit, Plan, Wanted, first_fit, least_in_ram, plan_in_ram
+from shoal.partition.rank_plans import RankPart
 from shoal.partition.spec import BlockId, ModelSpec
 from shoal.partition.streamed_plan import kv_has_room, plan_streamed
 
@@ -61,11 +62,18 @@ def row_share(plan: Plan, read_bytes_per_s: float) -> float:
     return ROW_SHARE * compute_s / max(compute_s, plan.step_s(read_bytes_per_s))
 
 
+def rank_part(checkpoint: AnyCheckpoint, quant: Quant, memory_bytes: int, threads: int) -> RankPart:
+    """What a rank needs for its part of a checkpoint, to be planned with the others of its group."""
+    block_bytes = _block_bytes(checkpoint, quant)
+    return RankPart(checkpoint.spec, block_bytes, *extents(checkpoint, quant), memory_bytes, threads)
+
+
 def extents(checkpoint: AnyCheckpoint, quant: Quant = "keep") -> tuple[dict[BlockId, int], int]:
     """(bytes of every block in a pack, in the order of a step; bytes of the vectors). A tied embedding has none."""
     manifest = layout(checkpoint, quant, source_of(checkpoint))
     embed = BlockId("embed")
-    sizes = {embed: 0} | {item.block: item.nbytes for item in manifest.blocks}
+    sizes = {embed: 0} if checkpoint.spec.vocab else {}
+    sizes |= {item.block: item.nbytes for item in manifest.blocks}
     if checkpoint.spec.tied:
         sizes[embed] = 0  # its bytes are the head's
     return sizes, manifest.vectors.nbytes
@@ -76,7 +84,7 @@ def _block_bytes(checkpoint: AnyCheckpoint, quant: Quant) -> dict[BlockId, int]:
     if quant == "keep":
         return {block: checkpoint.block_bytes(block) for block in checkpoint.spec.blocks()}
     sizes, vectors_bytes = extents(checkpoint, quant)
-    sizes[BlockId("embed")] += vectors_bytes  # of all blocks: they are read at once
+    sizes[next(iter(sizes))] += vectors_bytes  # of all blocks: they are read at once
     return sizes
 
 

@@ -24,7 +24,7 @@ from .loader import Loader
 
 log = logging.getLogger(__name__)
 
-PAUSE_S = 0.5
+REGROUP_PAUSE_S = 0.5
 MOST_ATTEMPTS = 5  # more machines may be lost meanwhile
 
 
@@ -83,7 +83,7 @@ class Regrouping:
                 model.engine.fail_all(failed)
                 self._models.drop(model)
                 return
-            time.sleep(PAUSE_S)
+            time.sleep(REGROUP_PAUSE_S)
 
     def _wanted(self, model: LoadedModel) -> NodeConfig:
         """As it was asked for, with a context in which all of its requests can end."""

@@ -73,9 +73,11 @@ class Runnable:
             found = planned()
             if grouping is None:
                 require_plan(found, name)
+            expected = checkpoint.tokenizer_memory().more
             tokenizer = read_tokenizer(name, checkpoint, budget)
-            if more := max(0, tokenizer.nbytes - VOCABULARY_BYTES * checkpoint.spec.vocab):
-                extra_bytes += more
+            more = max(0, tokenizer.nbytes - VOCABULARY_BYTES * checkpoint.spec.vocab)
+            if more != expected:
+                extra_bytes += more - expected
                 found = planned()
             part: AnyCheckpoint = checkpoint
             seated: Seated | Unseated = Unseated("")
@@ -85,10 +87,10 @@ class Runnable:
             if isinstance(seated, Seated):
                 part, plan, group, _ = seated
                 undo.callback(group.close)
-                extra_bytes = more  # what others hold of KV is not kept on disk
+                peak_bytes = plan.peak_bytes + more  # what others hold of KV is not kept on disk
             else:
                 plan = require_plan(found, name)
-            peak_bytes = plan.peak_bytes + extra_bytes
+                peak_bytes = plan.peak_bytes + extra_bytes + expected
             budget.hold(purpose, peak_bytes)
             transformer = Transformer(part.spec)
             kv = KvPool(part.spec, plan.kv)
@@ -116,7 +118,7 @@ def read_tokenizer(name: str, checkpoint: Checkpoint, budget: Budget) -> Tokeniz
     """The tokenizer of a checkpoint, which takes much more memory while it is read than afterwards. That is before the
     weights come, so that the two peaks do not add up. Raises BudgetExceeded or TokenizerError."""
     purpose = f"reading the tokenizer of {name}"
-    budget.hold(purpose, checkpoint.tokenizer_reading_bytes())
+    budget.hold(purpose, checkpoint.tokenizer_memory().reading)
     try:
         tokenizer = checkpoint.tokenizer()
         checkpoint.forget_tokens()

@@ -3,21 +3,14 @@
 #include "home.h"
 #include "product.h"
 #include "simd.h"
+#include "strands.h"
 
 namespace {
 
-// y = x / rms(x) * weight; all have `cols` numbers.
+// y = x / rms(x) * weight; all have `cols` numbers. The same bits on every machine.
 INLINE void normalise(const float* x, const float* weight, float eps, int64_t cols, float* y) {
     const int64_t whole = cols / LANES * LANES;
-    vf squares[2] = {};
-    for (int64_t k = 0; k < whole; k += LANES) {
-        const vf v = load(x + k);
-        squares[k / LANES % 2] = fma(v, v, squares[k / LANES % 2]);
-    }
-    const vf4 sums = sum4(squares[0], squares[1], vf{}, vf{});
-    float square = sums[0] + sums[1];
-    for (int64_t k = whole; k < cols; k++) square += x[k] * x[k];
-    const float scale = 1.0f / __builtin_sqrtf(square / (float)cols + eps);
+    const float scale = 1.0f / __builtin_sqrtf(sum_of_squares(x, cols) / (float)cols + eps);
     for (int64_t k = 0; k < whole; k += LANES) store(y + k, load(x + k) * splat(scale) * load(weight + k));
     for (int64_t k = whole; k < cols; k++) y[k] = x[k] * scale * weight[k];
 }

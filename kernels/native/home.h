@@ -93,8 +93,11 @@ struct Home {
     // y (tokens, rows of down) += the results of every token's experts, ascending; all[i] are gate, up, down of one.
     Status (*experts)(const Inputs& x, int64_t tokens, Activation act, const Linear* const* all, const Routing& routing,
                       float* y);
+    // y (tokens, rows) = x @ router.w.T + router.bias, in an order that is the same in every home: the same bits.
+    Status (*scores)(const Inputs& x, int64_t tokens, const Linear& router, float* y);
     // out (count, cols): the rows `ids`, or the first `count` rows if ids is null. NO_ROW if an id is out of range.
     Status (*gather_rows)(const Weights& w, const int64_t* ids, int64_t count, float* out);
+    // The same bits in every home.
     Status (*rms_norm)(const float* x, const float* weight, float eps, int64_t rows, int64_t cols, float* y);
     // Stores the step's keys and values, then lets every position attend to its sequence: out (tokens, heads *
     // head_dim).

@@ -10,6 +10,6 @@
 namespace shoal {
 namespace homes {
 extern const Home SHOAL_HOME;
-const Home SHOAL_HOME = {NAME(SHOAL_HOME), linears, gated, experts, gather_rows, rms_norm, attention};
+const Home SHOAL_HOME = {NAME(SHOAL_HOME), linears, gated, experts, scores, gather_rows, rms_norm, attention};
 }  // namespace homes
 }  // namespace shoal

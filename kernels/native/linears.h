@@ -181,6 +181,24 @@ Status linears(const shoal::Inputs& x, int64_t tokens, int count, const Linear* 
     return shoal::OK;
 }
 
+// y (tokens, rows) = x @ router, the same bits on every machine. Inputs of quantised weights are not rounded.
+Status scores(const shoal::Inputs& x, int64_t tokens, const Linear& router, float* y) {
+    const Type* type = find_type(router.w.type);
+    if (!type) return shoal::BAD_TYPE;
+    const shoal::Weights& w = router.w;
+    const int64_t row_jobs = ceil_div(w.rows, SCORE_JOB_ROWS), jobs = row_jobs * ceil_div(tokens, SCORE_JOB_TOKENS);
+    const ScoresOf multiply = w.type == 30 ? scores_of<BF16> : w.type == 1 ? scores_of<F16> : scores_of<F32>;
+    Scores s{router, *type, multiply, x.x, tokens, row_jobs, y, nullptr, 0};
+    shoal::Turn turn;
+    if (type->quantised) {
+        s.scratch_bytes = whole_lines((size_t)(SCORE_JOB_ROWS * w.cols) * sizeof(float));
+        s.scratch = static_cast<char*>(turn.reserve((size_t)(turn.threads() * s.scratch_bytes)));
+        if (!s.scratch) return shoal::NO_MEMORY;
+    }
+    turn.run(jobs, tokens * w.rows * w.cols, scores_job, &s);
+    return shoal::OK;
+}
+
 struct Gather {
     const shoal::Weights& w;
     const Type& type;

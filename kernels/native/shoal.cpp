@@ -60,7 +60,7 @@ const Home* chosen = all[sizeof all / sizeof all[0] - 1];
 #define API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; the Python side refuses a library that does not match.
-API int shoal_version() { return 4; }
+API int shoal_version() { return 5; }
 
 // From now on the home with this name computes, or the best one if the name is empty. Returns its name, or null if this
 // machine cannot run it.
@@ -96,6 +96,10 @@ API int shoal_experts(const float* x, int64_t tokens, int64_t cols, int32_t act,
                       const float* factors, float* y) {
     return shoal::chosen->experts({x, cols, nullptr, 0}, tokens, (shoal::Activation)act, all,
                                   {experts, starts, routed, factors}, y);
+}
+
+API int shoal_scores(const float* x, int64_t tokens, int64_t cols, const shoal::Linear* router, float* y) {
+    return shoal::chosen->scores({x, cols, nullptr, 0}, tokens, *router, y);
 }
 
 API int shoal_gather_rows(const shoal::Linear* linear, const int64_t* ids, int64_t count, float* out) {

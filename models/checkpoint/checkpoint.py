@@ -21,7 +21,7 @@ from shoal.kernels.huge_pages import Arena
 from shoal.models.errors import CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint, one_line
 from shoal.models.families import Recipe, bias_shapes, recipe_from_gguf, recipe_from_hf, shapes
 from shoal.models.families.tensors import NORMS
-from shoal.models.tokenizer.file_costs import reading_bytes
+from shoal.models.tokenizer.file_costs import TokenizerMemory, tokenizer_memory
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.models.weights import Weights
 from shoal.partition.slicing import Range, Shard
@@ -81,6 +81,7 @@ class Checkpoint:
         self.kind = kind
         self.spec = recipe.spec
         self.warnings = [one_line(said, 500) for said in recipe.warnings]
+        self._tokenizer_memory: TokenizerMemory | None = None
         self.metadata: Mapping[str, Any] = files.metadata
         self._files = files
         self._memory = Arena()
@@ -241,9 +242,12 @@ class Checkpoint:
     def _warn(self, odd: Iterable[str]) -> None:
         self.warnings += [said for said in odd if said not in self.warnings]
 
-    def tokenizer_reading_bytes(self) -> int:
-        """What `tokenizer` takes of memory for a moment, beside what stays; 0 where that is little."""
-        return reading_bytes(self.path, self.spec.vocab) if self.kind == "hf" else 0
+    def tokenizer_memory(self) -> TokenizerMemory:
+        """What `tokenizer` takes of memory, as far as its file tells; nothing where that is little."""
+        if self._tokenizer_memory is None:
+            hf = self.kind == "hf"
+            self._tokenizer_memory = tokenizer_memory(self.path, self.spec.vocab) if hf else TokenizerMemory()
+        return self._tokenizer_memory
 
     def _with_path(self, message: str) -> str:
         return message if str(self.path) in message else f"{self.path}: {message}"

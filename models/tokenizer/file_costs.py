@@ -2,12 +2,15 @@
 
 Measured with the `tokenizers` library on vocabularies of 50,000 to 250,000 tokens. BPE kept 330 to 400 bytes a token
 and took 820 to 1000 at the peak, or up to 20 times its file; WordPiece took less. Unigram has a tree of the bytes of
-its tokens: it kept 700 to 1500 bytes a token and took 970 to 1650, or up to 50 times its file.
+its tokens, of 360 bytes a node: with 2 to 4 nodes a token, as published ones have, it kept 700 to 1500 bytes a token
+and took 970 to 1650, or up to 50 times its file. With long tokens that share little it was ten times as much.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,18 +32,51 @@ class FileCost(NamedTuple):
 _USUAL, _UNIGRAM = FileCost(22, 1100, VOCABULARY_BYTES), FileCost(50, 1700, 1500)
 
 
+_NODE_BYTES, _LEAF_BYTES = 380, 300  # of the tree of a Unigram vocabulary, and of each token besides
+_MAX_COUNTED = 1 << 20  # no vocabulary has more tokens
+_PIECE = re.compile(rb'\[\s*"((?:[^"\\]|\\.)*)"')
+
+
 def file_cost(data: bytes) -> FileCost:
     """Of a file with these bytes."""
-    return _UNIGRAM if b'"Unigram"' in data else _USUAL
+    if b'"Unigram"' not in data:
+        return _USUAL
+    tokens, nodes = _tree(data)
+    token = nodes * _NODE_BYTES // max(1, tokens) + _LEAF_BYTES
+    return FileCost(_UNIGRAM.reading, max(_UNIGRAM.reading_token, token + 200), max(_UNIGRAM.token, token))
 
 
-def reading_bytes(directory: Path, tokens: int) -> int:
-    """What reading the tokenizer.json of a directory takes at the peak, if it has so many tokens; 0 if there is none
-    that can be read."""
+def _tree(data: bytes) -> tuple[int, int]:
+    """Tokens of a Unigram vocabulary, and nodes of the tree of their bytes. Nothing is parsed: an escaped character
+    counts as it is written."""
+    pieces = sorted(found[1] for found in islice(_PIECE.finditer(data), _MAX_COUNTED))
+    nodes, before = 0, b""
+    for piece in pieces:
+        shared = min(len(piece), len(before))
+        differ = int.from_bytes(piece[:shared]) ^ int.from_bytes(before[:shared])
+        nodes += len(piece) - shared + (differ.bit_length() + 7) // 8
+        before = piece
+    return len(pieces), nodes
+
+
+class TokenizerMemory(NamedTuple):
+    """In bytes. `reading`: for a moment, while it is read. `more`: that stays, beside the `VOCABULARY_BYTES` of each
+    token that every plan counts."""
+
+    reading: int = 0
+    more: int = 0
+
+
+def tokenizer_memory(directory: Path, tokens: int) -> TokenizerMemory:
+    """What the tokenizer.json of a directory takes, if it has so many tokens; nothing if there is none that can be
+    read."""
     path = directory / "tokenizer.json"
     try:
         data = read_regular(path, MAX_TOKENIZER_FILE_BYTES) if os.path.lexists(path) else b""
     except OSError:
-        return 0
+        data = b""
+    if not data:
+        return TokenizerMemory()
     cost = file_cost(data)
-    return max(cost.reading * len(data), cost.reading_token * tokens) if data else 0
+    reading = max(cost.reading * len(data), cost.reading_token * tokens)
+    return TokenizerMemory(reading, (cost.token - VOCABULARY_BYTES) * tokens)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from shoal.models.children import ChildKind, Confined, JobFailed, LimitPassed, Limits
 from shoal.models.errors import ModelError, TextTooLarge, TokenizerError, TooManyTokens, one_line
 
+from .file_costs import file_cost
 from .hf_library import HfLibrary, first_job
 from .long_texts import (
     NORMALISED_CHARS,
@@ -28,8 +29,8 @@ from .long_texts import (
 )
 from .ordinary_files import is_ordinary
 
-# A child that holds a file takes about ten times its bytes; a text takes a few hundred times its characters.
-_FILE_BYTES, _FILE_BYTES_PER_BYTE, _FILE_S = 128 << 20, 16, 60.0
+# A child takes this beside what `file_cost` says of its file; a text takes a few hundred times its characters.
+_FILE_BYTES, _FILE_S = 128 << 20, 60.0
 _TEXT_BYTES, _TEXT_BYTES_PER_CHAR, _TEXT_S = 64 << 20, 400, 10.0
 _MAX_FILE_BYTES, _MAX_TEXT_BYTES = 1 << 30, 512 << 20
 _CHARS_PER_S, _MAX_TEXT_S = 100_000, 30.0  # beyond the first seconds, and in all
@@ -141,7 +142,7 @@ class _InChild:
 
     def __init__(self, kind: ChildKind, data: bytes, tokens: dict[str, Any]) -> None:
         first = first_job(data, tokens)
-        memory_bytes = min(_FILE_BYTES + _FILE_BYTES_PER_BYTE * len(first), _MAX_FILE_BYTES)
+        memory_bytes = min(_FILE_BYTES + file_cost(data).reading * len(first), _MAX_FILE_BYTES)
         self._late_s = 0.0
         with _child_errors("tokenizer.json is not a tokenizer"):
             self._confined = Confined(kind, first, Limits(memory_bytes, _FILE_S))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from heapq import heappop, heappush
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 TOKEN_BYTES = 4
 DIGEST_BYTES = 32
@@ -34,6 +34,13 @@ def chained(parent: bytes, tokens: bytes) -> bytes:
     return blake2b(parent + tokens, digest_size=DIGEST_BYTES).digest()
 
 
+class Slot(NamedTuple):
+    """Where a page lies, for ranks that know no texts: its slot, and the digest of what it holds."""
+
+    slot: int
+    digest: bytes
+
+
 @dataclass(eq=False, slots=True)
 class Entry:
     """A page in a slot. It holds `tokens` (packed) after the text whose digest is `parent`.
@@ -47,6 +54,11 @@ class Entry:
     checksum: int
     used: int = 0
     stored_used: int = 0
+
+    @property
+    def digest(self) -> bytes:
+        """Of the text that ends with this page."""
+        return chained(self.parent, self.tokens)
 
 
 class KvIndex:
@@ -126,6 +138,12 @@ class KvIndex:
             if claimed.slot == self._end - 1:
                 self._end -= 1
             self.slots = min(self.slots, self._end)
+
+    def release(self, claimed: Entry) -> None:
+        """The slot is not needed after all."""
+        with self._lock:
+            if claimed.slot < self.slots:
+                heappush(self._free, claimed.slot)
 
     def add(self, claimed: Entry) -> None:
         """The slot has been written. Forget pages whose tokens are the beginning of this one's."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,21 +21,14 @@ from shoal.offload.errors import KvFileError
 
 from .disk_file import SYNC_BYTES, KvFile, checksum
 from .disk_index import Entry, KvIndex
-from .prefix_cache import Save
+from .prefix_cache import Put, Save
+from .write_behind import WriteBehind, queue_pages
+
+__all__ = ["KvDisk", "buffer_bytes", "queue_pages"]
 
 log = logging.getLogger(__name__)
 
-QUEUE_BYTES = 32 << 20  # of pages copied and not written yet
-QUEUE_PAGES = (2, 16)  # least and most
 FLUSH_LIMIT_S = 10.0
-_WAIT_S = 60.0  # for the writer to end; after that we take its disk for hung
-
-_Job = tuple[Bytes, Save] | None  # None ends the writer
-
-
-def queue_pages(page_bytes: int) -> int:
-    """How many pages may wait to be written."""
-    return min(max(QUEUE_BYTES // page_bytes, QUEUE_PAGES[0]), QUEUE_PAGES[1])
 
 
 def buffer_bytes(page_bytes: int) -> int:
@@ -45,7 +37,7 @@ def buffer_bytes(page_bytes: int) -> int:
 
 
 class KvDisk:
-    """At most `slots` pages in `file`. One thread calls `save` and `read`; any thread may call the rest."""
+    """At most `slots` pages in `file`. One thread places, puts, saves and reads; any thread may call the rest."""
 
     def __init__(self, file: KvFile, slots: int) -> None:
         self.index = KvIndex(slots, file.entries(slots))
@@ -55,16 +47,11 @@ class KvDisk:
         self.pages_dropped = 0  # because the writer lagged
         self._file = file
         self._reading = np.empty(self.page_bytes, np.uint8)
-        self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
-        pages = queue_pages(self.page_bytes)
-        for _ in range(pages):
-            self._free.put(np.empty(self.page_bytes, np.uint8))
-        self._jobs: queue.Queue[_Job] = queue.Queue(pages + 1)
+        self._placed: dict[int, tuple[Entry, Bytes]] = {}  # by slot: what will be put there, and room for it
         self._complained = False
         self.closed = False
         self._writing = threading.Lock()  # held while the files change size
-        self._writer = threading.Thread(target=self._write_all, name="shoal-kv-disk", daemon=True)
-        self._writer.start()
+        self._behind = WriteBehind[Save | Entry](self.page_bytes, self._write)
 
     @property
     def nbytes(self) -> int:
@@ -86,17 +73,37 @@ class KvDisk:
                 except OSError as error:
                     self._complain(error)
 
+    def place(self, what: Save, wait_s: float = 0.0) -> Put | None:
+        """Decide where a page will lie, so that every rank of a group can put its part of it there. None when it is
+        there already, or dropped because there was no room for `wait_s`. What is placed has to be `put`."""
+        if self.index.touch(what.parent, what.tokens):
+            return None
+        if (buffer := self._behind.buffer(wait_s)) is None:
+            self.pages_dropped += 1
+            return None
+        if (entry := self.index.claim(what.parent, what.tokens, 0)) is None:
+            self._behind.give_back(buffer)
+            return None
+        self._placed[entry.slot] = entry, buffer
+        return Put(what.page, entry.slot, entry.digest)
+
+    def put(self, put: Put, page: Bytes, wait_s: float = 0.0) -> None:
+        """Copy `page`, (bytes of a page,), for the writer: it was placed, so there is room."""
+        entry, buffer = self._placed.pop(put.slot)
+        self._behind.push(entry, page, buffer)
+
     def save(self, what: Save, page: Bytes, wait_s: float = 0.0) -> bool:
-        """Copy `page`, (bytes of a page,), for the writer. False when the page is dropped, because there was no room
-        for `wait_s`."""
-        try:
-            buffer = self._free.get(timeout=wait_s)
-        except queue.Empty:
+        """Copy `page`, (bytes of a page,), for the writer, who finds a place for it. False when the page is dropped,
+        because there was no room for `wait_s`."""
+        if (buffer := self._behind.buffer(wait_s)) is None:
             self.pages_dropped += 1
             return False
-        buffer[:] = page
-        self._jobs.put_nowait((buffer, what))
+        self._behind.push(what, page, buffer)
         return True
+
+    def disown(self, entry: Entry) -> None:
+        """Forget a page that another rank could not read."""
+        self.index.forget(entry)
 
     def read(self, entries: Sequence[Entry], into: Sequence[Bytes]) -> int:
         """Fill pages, (bytes of a page,) each, with the entries of a text in order, until one fails. Returns how many
@@ -143,10 +150,7 @@ class KvDisk:
                 continue
             if not self.save(save, page(save.page), max(0.0, ends_s - time.monotonic())):
                 break
-        self._jobs.put_nowait(None)
-        self._writer.join(_WAIT_S)
-        if self._writer.is_alive():
-            log.warning("writing KV pages to disk does not end; what has been written is kept")
+        if not self._behind.end():
             return
         self._touch(kept)
         try:
@@ -165,29 +169,26 @@ class KvDisk:
 
     # --- the writer ----------------------------------------------------------------------------------------
 
-    def _write_all(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            buffer, what = job
+    def _write(self, what: Save | Entry, page: Bytes) -> None:
+        with self._writing:
+            known = self.index.touch(what.parent, what.tokens)
+            if isinstance(what, Entry):
+                entry: Entry | None = what
+                what.checksum = checksum(page)
+                if known or what.slot >= self.index.slots:
+                    self.index.release(what)
+                    return
+            else:
+                entry = None if known else self.index.claim(what.parent, what.tokens, checksum(page))
+            if entry is None:
+                return
             try:
-                with self._writing:
-                    self._write(what, buffer)
-            except Exception:  # our bug, but later pages are worth a try
-                log.exception("a KV page was not written")
-            self._free.put(buffer)
-
-    def _write(self, what: Save, page: Bytes) -> None:
-        if self.index.touch(what.parent, what.tokens):
-            return
-        entry = self.index.claim(what.parent, what.tokens, checksum(page))
-        if entry is None:
-            return
-        try:
-            self._file.write(entry, page)
-            self.index.add(entry)
-            self.pages_written += 1
-        except OSError as error:
-            self.index.refuse(entry)
-            self._complain(error)
+                self._file.write(entry, page)
+                self.index.add(entry)
+                self.pages_written += 1
+            except OSError as error:
+                self.index.refuse(entry)
+                self._complain(error)
 
     def _complain(self, error: OSError) -> None:
         """Warns once, since a full disk stays full for a while."""

@@ -6,8 +6,9 @@ it is used. The pool knows pages; `prefix_cache` decides who may use them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
+from typing import Any, Protocol
 
 from shoal.kernels.arrays import Bytes
 from shoal.kernels.attention_operands import KvPages, kv_layout
@@ -15,11 +16,26 @@ from shoal.kernels.huge_pages import Arena
 from shoal.partition.plan import KvPlan
 from shoal.partition.spec import ModelSpec
 
-from .disk_pages import KvDisk
 from .pages import PageTable
-from .prefix_cache import Copy, Move
+from .prefix_cache import Copy, Move, Put, Save
 
 KV_LAYOUT = 1  # add one whenever the meaning of a page's bytes changes
+
+
+class KvShelf(Protocol):
+    """Where a rank keeps pages besides its pool. `KvDisk` decides where they lie, `KvSlots` is told."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def pages_read(self) -> int: ...
+    @property
+    def pages_written(self) -> int: ...
+    def place(self, what: Save, wait_s: float = 0.0) -> Put | None: ...
+    def put(self, put: Put, page: Bytes, wait_s: float = 0.0) -> None: ...
+    def read(self, entries: Sequence[Any], into: Sequence[Bytes]) -> int: ...
+    def disown(self, entry: Any) -> None: ...
+    def close(self, known: Sequence[Save], page: Callable[[int], Bytes], limit_s: float = ...) -> None: ...
 
 
 class KvPool:
@@ -52,10 +68,12 @@ class KvPool:
         self._pages = self._pages[:0].copy()
         self.layers = []
 
-    def move(self, moves: Iterable[Move], disk: KvDisk | None = None) -> None:
-        """Carry out moves in their order: copy pages, and save pages on `disk`."""
+    def move(self, moves: Iterable[Move], shelf: KvShelf | None = None, wait_s: float = 0.0) -> None:
+        """Carry out moves in their order: copy pages, and put pages on `shelf`, where it must be decided where they go.
+        Each may wait for `wait_s` until there is room."""
         for move in moves:
             if isinstance(move, Copy):
                 self._pages[move.target] = self._pages[move.source]
-            elif disk is not None:
-                disk.save(move, self.page(move.page))
+            elif shelf is not None:
+                assert isinstance(move, Put), move
+                shelf.put(move, self.page(move.page), wait_s)

@@ -71,7 +71,16 @@ class Save(NamedTuple):
     tokens: bytes
 
 
-Move = Copy | Save
+class Put(NamedTuple):
+    """Save page `page` in a slot: what a `Save` becomes once rank 0 has decided where, the same for all ranks. `digest`
+    is of the text that ends with the page."""
+
+    page: int
+    slot: int
+    digest: bytes
+
+
+Move = Copy | Save | Put
 
 
 class Found(NamedTuple):

@@ -51,7 +51,7 @@ class Pack:
     path: of blocks.bin.  blocks: all of them; a tied embedding shares its extent with the head's slices.
     vectors: role → f32 (n,), in memory, of every block that has any.  tied: the embedding is the head's slices.
     damaged: bytes were found altered or missing.  inode: of blocks.bin when it was opened, because another pack may
-    have taken its place since.
+    have taken its place since.  claim: what keeps others from removing the pack as long as it is used, if they would.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Pack:
         self.path = path
         self.manifest = manifest
         self.damaged = False
+        self.claim: object = None
         self._inode = inode
         self.blocks: Mapping[BlockId, PackedBlock] = {item.block: item for item in manifest.blocks}
         self.vectors = vectors
@@ -119,6 +120,7 @@ class Pack:
     def condemn(self) -> None:
         """Mark the pack as damaged on the disk, so that it is made again before it is next used."""
         self.damaged = True
+        self.claim = None
         # The pack may have been removed, be read-only, or have made room for another, whose inode differs.
         with suppress(OSError):
             if self.path.stat().st_ino == self._inode:

@@ -170,3 +170,31 @@ def test_a_part_of_a_model_from_the_web_is_no_model(home: Home, web: Web, tmp_pa
     assert result.exit_code == 1
     assert "is the first of 2 parts" in result.stderr
     assert stored(home) == []
+
+
+ODD: dict[str, tuple[str, bytes, str]] = {
+    "advice out of range": ("generation_config.json", b'{"temperature": -1}', "temperature=-1 is not used"),
+    "advice that Shoal lacks": ("generation_config.json", b'{"num_beams": 4}', "num_beams=4 is not used"),
+    "advice that is no JSON": ("generation_config.json", b"{", "is not valid JSON"),
+    "an end outside": ("generation_config.json", b'{"eos_token_id": 99999}', "eos_token_id=99999"),
+    "a byte order mark": ("special_tokens_map.json", b"\xef\xbb\xbf{}", "byte order mark"),
+    "a token that is none": ("special_tokens_map.json", b'{"unk_token": 5}', "unk_token=5 is not used"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_is_odd_is_said_by_every_verb(case: str, home: Home, hf_files: dict[str, bytes]) -> None:
+    path = home.root.parent / "m"
+    path.mkdir()
+    file, data, said = ODD[case]
+    for name, content in (hf_files | {file: data}).items():
+        (path / name).write_bytes(content)
+    pulled = shoal("pull", str(path))
+    assert pulled.exit_code == 0
+    assert file in pulled.stderr
+    assert said in pulled.stderr
+    for model in ("m", str(path)):
+        shown = json.loads(shoal("show", "--json", model).stdout)["warnings"]
+        assert any(file in warning and said in warning for warning in shown)
+        ran = shoal("run", "--local", "--max-tokens", "1", model, "hi")
+        assert ran.exit_code == 0

@@ -41,6 +41,8 @@ FIELDS = [
     "drafted_tokens",
     "accepted_tokens",
     "plan",
+    "ranks",
+    "rank_bytes",
 ]
 
 

@@ -196,6 +196,7 @@ def test_bench_passes_its_options_and_prints_its_fields(model: Path, monkeypatch
         "decode_tokens_per_s": {"median": 20.0, "min": 10.0, "max": 30.0},
         "peak_memory_bytes": 5_000_000,
         "threads": 1,
+        "ranks": 1,
     }
     assert asked["path"] == model
     assert (asked["prompt_tokens"], asked["new_tokens"], asked["batch"], asked["repeat"]) == (8, 4, 2, 1)

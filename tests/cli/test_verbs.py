@@ -165,7 +165,7 @@ def test_json_has_lists_of_numbers_in_one_line(capsys: pytest.CaptureFixture[str
         (["run", "--frobnicate", "m"], "no such option '--frobnicate' (see"),
         (["run", "--temp", "1", "m", "p"], "no such option '--temp'. Did you mean '--temperature'? (see"),
         (["chat", "--memry", "1GB"], "no such option '--memry'. Did you mean '--memory'? (see"),
-        (["bench", "--runs", "3", "m"], "no such option '--runs' (see"),
+        (["bench", "--tries", "3", "m"], "no such option '--tries' (see"),
         (["load", "--ctx", "99999999", "m"], "99999999 is not in the range 1<=x<=67108864"),
         (["run", "--memory", "3XB", "m", "p"], "'3XB' is not an amount of memory; write 3GB"),
         (["run", "--memory", "0", "m", "p"], "memory=0 B: must be from 1 B to 1.13 PB"),
@@ -302,3 +302,30 @@ def test_an_output_that_cannot_be_written_is_not_the_home_s_fault(
         assert (done.returncode, done.stderr == full) == expected
         assert "Traceback" not in done.stderr
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("sink", ["full", "gone"])
+@pytest.mark.parametrize(
+    ("verb", "code"), [("ls", 0), ("run", 0), ("run --json", 0), ("run --ctx 99999", 3), ("ls --nonsense", 2)]
+)
+def test_what_is_said_beside_a_result_never_decides_about_it(
+    verb: str, code: int, sink: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard error on a full disk, or without a reader: results and exit codes are the same."""
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
+    arguments = verb.split()
+    if arguments[0] == "run":
+        path = tiny.save_gguf(tiny.hf_model("qwen2"), tmp_path / "tiny.gguf")
+        arguments += ["--raw", "--local", "--threads", "1", "--max-tokens", "4", str(path), "hi"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    if sink == "full":
+        os.dup2(full := os.open("/dev/full", os.O_WRONLY), writing)
+        os.close(full)
+    command = [sys.executable, "-m", "shoal.cli.main", *arguments]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=writing, timeout=60, stdin=subprocess.DEVNULL
+    )
+    os.close(writing)
+    assert done.returncode == code
+    assert bool(done.stdout) == (arguments[0] == "run" and not code)

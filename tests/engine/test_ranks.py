@@ -7,41 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from fakes import tiny
-from fakes.ranks import Group
+from fakes.homes import NATIVE
+from fakes.ranks import Group, Turns, orders
 from fakes.running import Running, relative_error
 
-from shoal.engine.order import Order, Segment
+from shoal.engine.order import Order
 from shoal.engine.rank import Rank
 from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
-from shoal.offload.kv.prefix_cache import Copy
 from shoal.offload.pack.layout import grains_of
 from shoal.partition.slicing import divide
 
 TOLERANCE = 1e-3
-LENGTH = 75  # more than a page
-
-
-def orders(vocab: int, seed: int) -> list[Order]:
-    """Two texts: prompts in chunks, a text that goes on from a copied page, then decodes, some with wrong guesses."""
-    source = np.random.default_rng(seed)
-    first, second = (source.integers(vocab, size=LENGTH + 8).tolist() for _ in range(2))
-    second[:40] = first[:40]
-    return [
-        Order([Segment(first[:50], 0, [0, 1], 0)]),
-        Order([Segment(first[50:LENGTH], 50, [0, 1], 1)]),
-        Order([Segment(second[40:LENGTH], 40, [2, 3], 3)], moves=[Copy(0, 2)]),
-        *(
-            Order([Segment(first[at : at + 1], at, [0, 1], 1), Segment(second[at : at + 3], at, [2, 3], 3)])
-            for at in range(LENGTH, LENGTH + 5)
-        ),
-    ]
 
 
 def alone(running: Running, work: Sequence[Order]) -> list[Floats]:
@@ -105,6 +89,36 @@ def test_experts_of_large_blocks_are_divided_between_them(tmp_path: Path) -> Non
 def test_a_step_in_parts_sums_part_by_part(part_tokens: int, tmp_path: Path) -> None:
     path = tiny.save_gguf(tiny.hf_model("qwen2_moe", seed=5), tmp_path / "m.gguf", type="F16")
     assert_together_as_alone(path, 2, part_tokens=part_tokens)
+
+
+def nearly_equal_experts(model: Any) -> None:
+    """Makes all experts score alike but for rounding."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            weight = layer.mlp.gate.weight
+            weight.copy_(weight[:1] * (1 + 6e-8 * torch.arange(len(weight))[:, None]))
+
+
+@pytest.mark.parametrize("family", tiny.EXPERT_SIZES)
+def test_ranks_with_other_kernels_choose_the_same_experts(family: str, tmp_path: Path) -> None:
+    """Though each decides by itself, and only rounding tells experts apart."""
+    model = tiny.hf_model(family, seed=5)
+    nearly_equal_experts(model)
+    path = tiny.save_hf(model, tmp_path / "m")
+    running = Running(path)
+    machines = [NATIVE[-1], NATIVE[0], *NATIVE[1:-1], "reference"]  # the plainest first
+    with open_checkpoint(path) as checkpoint:
+        for kernels in pairwise(machines):
+            homes: list[Any] = [Turns(name) for name in kernels]
+            group = Group(checkpoint, running.plan, 2, homes=homes)
+            for order in orders(running.spec.vocab, seed=2):
+                group.run(order)
+            mine, others = (home.chosen for home in homes)
+            assert mine == others
+            assert {expert for used, _ in mine for expert in used} != set(mine[0][0][:2]), (
+                "not all choose the same"
+            )
+            assert group.members[0].seen == group.members[1].seen
 
 
 def test_a_rank_whose_experts_nobody_asks_for_adds_nothing(tmp_path: Path) -> None:

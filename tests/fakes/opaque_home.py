@@ -82,6 +82,9 @@ class OpaqueHome:
     def experts(self, x: Opaque, all: Sequence[FeedForward], routes: Routes, into: Opaque) -> None:
         self._cpu.experts(self._in(x), all, routes, self._in(into))
 
+    def scores(self, x: Opaque, router: Linears) -> Opaque:
+        return self._out(self._cpu.scores(self._in(x), router))
+
     def rms_norm(self, x: Opaque, weight: Floats, eps: float) -> Opaque:
         return self._out(self._cpu.rms_norm(self._in(x), weight, eps))
 

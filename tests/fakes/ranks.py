@@ -11,21 +11,28 @@ from typing import Any, TypeVar
 import numpy as np
 
 from shoal.engine.executor import Executor
-from shoal.engine.order import Order, Result
+from shoal.engine.order import Order, Reading, Result, Segment
 from shoal.engine.rank import Rank
-from shoal.kernels import ComputeHome
+from shoal.kernels import ComputeHome, home_of
 from shoal.kernels.arrays import Floats, Hidden
+from shoal.kernels.cpu_home import CpuHome
+from shoal.kernels.native_library import Native
+from shoal.kernels.reference import ReferenceHome
+from shoal.kernels.routing import Routing
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
 from shoal.models.transformer import Transformer
-from shoal.offload.block_store import ResidentStore
+from shoal.offload.block_store import BlockStore, ResidentStore
+from shoal.offload.kv.disk_index import Entry, Slot
 from shoal.offload.kv.pool import KvPool
+from shoal.offload.kv.prefix_cache import Copy, Save
 from shoal.offload.pack.layout import grains_of
 from shoal.partition.plan import BlockPlan, Plan
 from shoal.partition.slicing import Shard, cut_rows, divide
 from shoal.partition.spec import ModelSpec
 
 PATIENCE_S = 60.0
+LENGTH = 75  # more than a page
 T = TypeVar("T")
 
 
@@ -76,12 +83,63 @@ class Member:
         return first.copy()
 
 
+class Turns:
+    """A home that computes only while no other does: the native library serves one instruction set at a time."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, kernels: str) -> None:
+        self._home = _of_kernels(kernels)
+        self.chosen: list[
+            tuple[list[int], list[int]]
+        ] = []  # experts that tokens were sent to, and these tokens
+
+    def route(self, scores: Floats, count: int, normalize: bool) -> Routing:
+        routing = self._home.route(scores, count, normalize)
+        self.chosen.append((routing.used, routing.routes.tokens.tolist()))
+        return routing
+
+    def __getattr__(self, name: str) -> Any:
+        does = getattr(self._home, name)
+
+        def alone(*operands: Any, **more: Any) -> Any:
+            with self._lock:
+                return does(*operands, **more)
+
+        return alone
+
+
+def _of_kernels(name: str) -> CpuHome:
+    return ReferenceHome() if name == "reference" else Native(name)
+
+
+Opened = Callable[[CheckpointShard, Plan], tuple[Plan, BlockStore]]
+
+
+def resident(part: CheckpointShard, base: Plan) -> tuple[Plan, BlockStore]:
+    """The plan of a rank that has everything in memory, and its store. `base` has the rest of the plan."""
+    plan = replace(base, blocks=tuple(BlockPlan(block, 0) for block in part.spec.blocks()))
+    return plan, ResidentStore.load(plan, part)
+
+
 class Group:
-    """A checkpoint divided among ranks. `base` has everything else of their plans; `how` says how it is divided."""
+    """A checkpoint divided among ranks. `base` has everything else of their plans; `how` says how it is divided.
+    `homes`: where each rank computes, by default all in the home of this process. `opened`: where its weights come
+    from."""
 
     def __init__(
-        self, checkpoint: Checkpoint, base: Plan, ranks: int, shares: Sequence[float] = (), **how: Any
+        self,
+        checkpoint: Checkpoint,
+        base: Plan,
+        ranks: int,
+        shares: Sequence[float] = (),
+        homes: Sequence[ComputeHome] = (),
+        opened: Opened = resident,
+        **how: Any,
     ) -> None:
+        self._opened = opened
+        self._homes = homes
+        self._stores: list[BlockStore] = []
         self._together = Together(ranks)
         self.members = [Member(self._together, rank) for rank in range(ranks)]
         shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares, **how)
@@ -94,29 +152,31 @@ class Group:
     def _rank(
         self, part: CheckpointShard, shard: Shard, base: Plan, member: Member, whole: ModelSpec
     ) -> Rank:
-        spec = part.spec
-        plan = Plan(
-            blocks=tuple(BlockPlan(block, 0) for block in spec.blocks()),
-            kv=base.kv,
-            context_tokens=base.context_tokens,
-            chunk_tokens=base.chunk_tokens,
-            sequences=base.sequences,
-            guesses=base.guesses,
-            threads=1,
-            scratch_bytes=0,
-            part_tokens=base.part_tokens,
-            ranks=shard.ranks,
-        )
-        store = ResidentStore.load(plan, part)
-        transformer = Transformer(spec)
-        kv = KvPool(spec, base.kv)
-        executor = Executor(transformer, plan, store, kv, member, vocab=cut_rows(whole, shard))
+        plan, store = self._opened(part, replace(base, threads=1, ranks=shard.ranks))
+        self._stores.append(store)
+        transformer = Transformer(part.spec)
+        kv = KvPool(part.spec, plan.kv)
+        devices = (lambda _: self._homes[shard.rank]) if self._homes else home_of
+        executor = Executor(transformer, plan, store, kv, member, devices, cut_rows(whole, shard))
         return Rank(executor, clock=lambda: 0.0)
 
     def run(self, order: Order) -> list[Result]:
-        """The result of an order on every rank. A rank without an embedding does not get to see the token ids."""
-        hidden = replace(order, segments=[it._replace(tokens=[-1] * len(it.tokens)) for it in order.segments])
-        return self._each(lambda rank: rank.run(order if rank.executor.model.spec.vocab else hidden))
+        """The result of an order on every rank. A rank without an embedding does not get to see the token ids, and
+        ranks other than 0 not where texts are found on disk."""
+        order = self.ranks[0].placed(order)
+        told = replace(order, readings=[Reading(_slots(it.entries), it.pages) for it in order.readings])
+        blind = replace(told, segments=[it._replace(tokens=[-1] * len(it.tokens)) for it in order.segments])
+
+        def run(rank: Rank) -> Result:
+            if rank is self.ranks[0]:
+                return rank.run(order)
+            return rank.run(told if rank.executor.model.spec.vocab else blind)
+
+        return self._each(run)
+
+    def close(self) -> None:
+        for store in self._stores:
+            store.close()
 
     def _each(self, do: Callable[[Rank], T]) -> list[T]:
         def one(rank: Rank) -> T:
@@ -127,3 +187,39 @@ class Group:
                 raise
 
         return list(self._threads.map(one, self.ranks))
+
+
+def _slots(entries: Sequence[Entry | Slot]) -> list[Slot]:
+    return [Slot(entry.slot, entry.digest) for entry in entries]
+
+
+class Leader:
+    """A group as an engine has it: rank 0, whose orders the others carry out, too."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def run(self, order: Order, wanted: object = None) -> Result:
+        return self.group.run(order)[0]
+
+    def close(self, known: Sequence[Save], keep_s: float = 10.0) -> None:
+        for order in self.group.ranks[0].keeping(known, wait_s=PATIENCE_S):
+            self.group.run(order)
+        for rank in self.group.ranks:
+            rank.close([])
+
+
+def orders(vocab: int, seed: int) -> list[Order]:
+    """Two texts: prompts in chunks, a text that goes on from a copied page, then decodes, some with wrong guesses."""
+    source = np.random.default_rng(seed)
+    first, second = (source.integers(vocab, size=LENGTH + 8).tolist() for _ in range(2))
+    second[:40] = first[:40]
+    return [
+        Order([Segment(first[:50], 0, [0, 1], 0)]),
+        Order([Segment(first[50:LENGTH], 50, [0, 1], 1)]),
+        Order([Segment(second[40:LENGTH], 40, [2, 3], 3)], moves=[Copy(0, 2)]),
+        *(
+            Order([Segment(first[at : at + 1], at, [0, 1], 1), Segment(second[at : at + 3], at, [2, 3], 3)])
+            for at in range(LENGTH, LENGTH + 5)
+        ),
+    ]

@@ -22,7 +22,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
 from shoal.offload.errors import PackError
 from shoal.offload.pack.builder import partial_of
-from shoal.offload.pack.manifest import DAMAGED, PARTIAL
+from shoal.offload.pack.manifest import BLOCKS, DAMAGED, MANIFEST, PARTIAL
 from shoal.offload.pack.pack import Pack, open_pack
 from shoal.partition.amounts import format_bytes
 
@@ -33,11 +33,11 @@ STEM_CHARS = 40
 
 
 class ShardLock:
-    """A claim on one place in the cache, until `release`; the system releases it when the process ends."""
+    """A claim on one place in the cache. It ends with `release`, with this object, or with the process."""
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
-        self._file = path.open("w")
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def share(self) -> None:
         """From now on nobody removes it. Raises DaemonError `busy` while somebody makes or removes it."""
@@ -49,7 +49,12 @@ class ShardLock:
 
     def release(self) -> None:
         """Idempotent."""
-        self._file.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __del__(self) -> None:
+        self.release()
 
     def _claim(self, kind: int) -> None:
         try:
@@ -114,6 +119,15 @@ class ShardCache:
                     return pack
         return None
 
+    def link(self, found: Path, place: Path) -> None:
+        """Has the pack at `found` at `place`, too. They share their bytes. Raises OSError."""
+        partial = partial_of(place)
+        self.discard(partial)
+        partial.mkdir(mode=0o700)
+        for name in (BLOCKS, MANIFEST):
+            os.link(found / name, partial / name)
+        partial.rename(place)
+
     def make_room(self, place: Path, nbytes: int) -> str:
         """Removes what was not used for longest and is not in use, until `nbytes` fit at `place`. → "", or why they do
         not fit; then nothing was removed. Raises OSError."""
@@ -164,4 +178,6 @@ class ShardCache:
 
 
 def _disk_bytes(directory: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in directory.iterdir() if file.is_file())
+    """What a directory takes on the disk, of files that are in several its part."""
+    infos = [file.stat() for file in directory.iterdir() if file.is_file()]
+    return sum(info.st_blocks * 512 // max(1, info.st_nlink) for info in infos)

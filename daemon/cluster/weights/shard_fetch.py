@@ -33,24 +33,22 @@ log = logging.getLogger("shoal.cluster")
 
 
 class ShardWeights:
-    """A worker's weights. `close` it when they are loaded or not used any more.
+    """A worker's weights. `close` it when they are loaded; the pack stays in the cache as long as anybody has `pack`.
 
     spec: of the smaller model.  pack: on this machine's disk; None if they have to be loaded from the head each time,
     and then `warning` says why.  reader: what a resident store loads from.
     """
 
-    def __init__(self, remote: RemoteShard, pack: Pack | None, lock: ShardLock, warning: str = "") -> None:
+    def __init__(self, remote: RemoteShard, pack: Pack | None, warning: str = "") -> None:
         self.spec, self.shard = remote.spec, remote.facts.shard
         self.pack = pack
         self.warning = warning
         self.reader: BlockReader = PackReader(pack) if pack else remote
         self._remote = remote
-        self._lock = lock
 
     def close(self) -> None:
-        """From now on the pack may be removed from the cache. Idempotent."""
+        """Ends the reading over channels. Idempotent."""
         self._remote.close()
-        self._lock.release()
 
     def __enter__(self) -> ShardWeights:
         return self
@@ -74,28 +72,39 @@ def fetch_shard(
     head refuses with.
     """
     remote = RemoteShard(channels)
-    lock: ShardLock | None = None
     try:
         place = cache.place(remote.facts)
         lock = cache.lock(place)
-        lock.share()
-        pack = cache.find(place, remote.facts)
-        refusal = ""
-        if pack is None:
-            lock.exclude()
-            pack, refusal = _made(remote, cache, place, progress)
-            lock.share()
-            if pack and not pack.path.exists():
-                raise DaemonError("busy", f"another process has just removed {place}", "try again")
-        if pack is None:
-            refusal = _require_memory(remote, refusal, memory_bytes)
-            log.warning("%s", refusal)
-        return ShardWeights(remote, pack, lock, refusal)
+        try:
+            pack, refusal = _had(remote, cache, place, lock, progress)
+        except BaseException:
+            lock.release()  # at once, though who catches this may keep it
+            raise
+        if pack is not None:
+            pack.claim = lock
+            return ShardWeights(remote, pack)
+        lock.release()
+        warning = _require_memory(remote, refusal, memory_bytes)
+        log.warning("%s", warning)
+        return ShardWeights(remote, None, warning)
     except BaseException:
         remote.close()
-        if lock is not None:
-            lock.release()
         raise
+
+
+def _had(
+    remote: RemoteShard, cache: ShardCache, place: Path, lock: ShardLock, progress: BytesDone
+) -> tuple[Pack | None, str]:
+    """The pack at `place`, which nobody removes as long as `lock` lives; or None, and why there is no room for it."""
+    lock.share()
+    if (pack := cache.find(place, remote.facts)) is not None:
+        return pack, ""
+    lock.exclude()
+    pack, refusal = _made(remote, cache, place, progress)
+    lock.share()
+    if pack is not None and not pack.path.exists():
+        raise DaemonError("busy", f"another process has just removed {place}", "try again")
+    return pack, refusal
 
 
 def _made(
@@ -121,17 +130,18 @@ def _made(
 
 
 def _adopted(remote: RemoteShard, cache: ShardCache, place: Path, progress: BytesDone) -> Pack | None:
-    """A pack that was fetched when the head's files had another name or time, if it has the same weights. It becomes
-    the one at `place`. The head reads its files to compare; weights are not sent."""
+    """The pack at `place`, made of one that was fetched when the head's files had another name or time, if that has the
+    same weights. The head reads its files to compare; weights are not sent."""
     for found in cache.relatives(remote.facts):
         lock = cache.lock(found)
         try:
-            with suppress(DaemonError, PackError, OSError):  # in use, or damaged
-                lock.exclude()
-                manifest = read_manifest(found)
-                if _same(remote, manifest, progress):
+            with suppress(
+                DaemonError, PackError, OSError
+            ):  # being removed, damaged, or on a disk without links
+                lock.share()
+                if _same(remote, read_manifest(found), progress):
                     cache.discard(place)
-                    found.rename(place)
+                    cache.link(found, place)
                     return cache.find(place, remote.facts)
         finally:
             lock.release()

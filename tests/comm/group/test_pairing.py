@@ -232,7 +232,7 @@ def test_a_server_of_tls_that_says_nothing_holds_up_for_a_moment_only(worker, tm
         started = time.monotonic()
         with pytest.raises(ChannelError):
             by(worker, WRONG, [server.getsockname()])
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5
         thread.join(5)
 
 

@@ -24,18 +24,19 @@ def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Measuring takes no time; → a list that grows by one each time."""
-    times: list[int] = []
-
-    def memory_speed(home: kernels.ComputeHome, memory_bytes: int) -> float:
-        times.append(1)
-        return 2e10
-
-    monkeypatch.setattr(speed, "_memory_speed", memory_speed)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Measuring takes no time; → the bytes per second that memory turns out to have, one measurement after the other
+    from the end of the list."""
+    paces = [1e10] * 10
+    monkeypatch.setattr(speed, "_memory_speed", lambda home, memory_bytes: paces.pop())
     monkeypatch.setattr(speed, "_long_speed", lambda home: 3e11)
     monkeypatch.setattr(speed, "disk_speed", lambda directory: 1e9)
-    return times
+    return paces
+
+
+def start_again() -> None:
+    """As in the next process."""
+    speed._known.clear()
 
 
 def test_figures_are_those_of_a_computer(tmp_path: Path) -> None:
@@ -55,22 +56,31 @@ def test_little_memory_will_do() -> None:
         assert found.disk_bytes_per_s == 0
 
 
-def test_it_is_measured_once(tmp_path: Path, quickly: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_measured_once_in_a_process(tmp_path: Path, quickly: list[float]) -> None:
     kept = tmp_path / "home" / "speed.json"
-    first = node_speed(1, kept, tmp_path)
-    assert node_speed(1, kept, tmp_path) == first == NodeSpeed(2e10, 3e11, 1e9)
-    monkeypatch.setattr(speed, "_known", {})  # the next process
-    assert node_speed(1, kept, tmp_path) == first
-    assert len(quickly) == 1
+    assert node_speed(1, kept, tmp_path) == node_speed(1, kept, tmp_path) == NodeSpeed(1e10, 3e11, 1e9)
+    assert len(quickly) == 9
+
+
+def test_the_best_of_the_first_starts_is_kept(tmp_path: Path, quickly: list[float]) -> None:
+    """Something else may have been running during one of them."""
+    kept, found = tmp_path / "speed.json", []
+    quickly[:] = [9e10, 1e10, 3e10, 2e10]
+    for _ in range(5):
+        found.append(node_speed(1, kept).memory_bytes_per_s)
+        start_again()
+    assert found == [2e10, 3e10, 3e10, 3e10, 3e10]
+    assert quickly == [9e10]
 
 
 @pytest.mark.parametrize("changed", ["threads", "kernels", "library", "processor", "disk"])
 def test_what_changes_the_speed_has_it_measured_again(
-    tmp_path: Path, quickly: list[int], monkeypatch: pytest.MonkeyPatch, changed: str
+    tmp_path: Path, quickly: list[float], monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     kept, threads, directory = tmp_path / "speed.json", 1, tmp_path
-    node_speed(threads, kept, directory)
-    monkeypatch.setattr(speed, "_known", {})
+    for _ in range(3):
+        node_speed(threads, kept, directory)
+        start_again()
     if changed == "threads":
         threads = 2
     elif changed == "kernels":
@@ -82,29 +92,29 @@ def test_what_changes_the_speed_has_it_measured_again(
     else:
         directory = Path("/proc")
     node_speed(threads, kept, directory)
-    assert len(quickly) == 2
+    assert len(quickly) == 10 - 4
 
 
 @pytest.mark.parametrize(
     "damage", [b"", b"{", b"null", b'{"key": 1}', b"\xff\xfe", b'{"key":"x","speed":{}}']
 )
-def test_a_damaged_file_is_measured_again(tmp_path: Path, quickly: list[int], damage: bytes) -> None:
+def test_a_damaged_file_is_measured_again(tmp_path: Path, quickly: list[float], damage: bytes) -> None:
     kept = tmp_path / "speed.json"
     kept.write_bytes(damage)
     node_speed(1, kept)
-    assert len(quickly) == 1
+    assert len(quickly) == 9
     assert msgspec.json.decode(kept.read_bytes())["speed"]["flops"] == 3e11
 
 
-def test_where_nothing_can_be_kept_it_still_is_measured(tmp_path: Path, quickly: list[int]) -> None:
+def test_where_nothing_can_be_kept_it_still_is_measured(tmp_path: Path, quickly: list[float]) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert node_speed(1, tmp_path / "file" / "speed.json").flops == 3e11
-    assert node_speed(1, tmp_path / "file" / "speed.json").flops == 3e11
-    assert len(quickly) == 1
+    assert len(quickly) == 9
 
 
 def test_disks_that_cannot_be_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert disk_speed(tmp_path / "missing") == 0
+    assert node_speed(1, directory=tmp_path / "missing").disk_bytes_per_s == 0
     assert disk_speed(Path("/proc/self/task")) == 0
     assert "not known" in caplog.text
 

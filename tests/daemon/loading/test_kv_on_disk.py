@@ -19,7 +19,6 @@ from shoal.daemon.library.kv_files import KvFiles, spelled
 from shoal.daemon.node import Node
 from shoal.engine.learn.kv_read_cost import ReadCost
 from shoal.offload.kv.disk_file import INDEX, PAGES
-from shoal.offload.kv.disk_pages import queue_pages
 from shoal.partition.spec import LayerSpec, ModelSpec, NormShare, RopeSpec
 
 CONFIG = NodeConfig(
@@ -79,9 +78,9 @@ def written(node: Node) -> bool:
     disk = node._models.pick("").engine.rank.disk  # type: ignore[union-attr]
     assert disk is not None
     until_s = time.monotonic() + 30
-    while disk._free.qsize() < queue_pages(disk.page_bytes) and time.monotonic() < until_s:
+    while not disk._behind.idle and time.monotonic() < until_s:
         time.sleep(0.001)
-    return disk._free.qsize() == queue_pages(disk.page_bytes)
+    return disk._behind.idle
 
 
 def only_store(root: Path) -> Path:

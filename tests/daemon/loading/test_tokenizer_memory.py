@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from random import Random
 
 import pytest
 from fakes import tiny
@@ -13,6 +15,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.runnable import read_tokenizer
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.models.tokenizer.file_costs import file_cost
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
@@ -21,15 +24,18 @@ from shoal.partition.plan import VOCABULARY_BYTES
 CONFIG = NodeConfig(context_tokens=128)
 
 
-def with_vocabulary(directory: Path, kind: str, tokens: int) -> Path:
-    """A tiny model whose tokenizer.json has so many tokens more."""
-    path = tiny.save_hf(tiny.hf_model("llama"), directory)
+def with_vocabulary(
+    directory: Path, kind: str, tokens: int, rows: int = len(tiny.TOKENS), width: int = 1
+) -> Path:
+    """A tiny model with an embedding of so many rows, whose tokenizer.json has so many tokens more,
+    each of `width` digits or more."""
+    path = tiny.save_hf(tiny.hf_model("llama", vocab_size=rows), directory)
     file = json.loads((path / "tokenizer.json").read_text())
-    texts = [f"x{i}" for i in range(tokens)]
+    texts = [f"x{i:0{width}}" for i in range(tokens)]
     if kind == "Unigram":
         file["model"] = {"type": kind, "unk_id": 0, "vocab": [[text, -1.0] for text in ["<unk>", *texts]]}
     else:
-        file["model"]["vocab"] |= {text: 1000 + i for i, text in enumerate(texts)}
+        file["model"]["vocab"] |= {text: 300 + i for i, text in enumerate(texts)}
     (path / "tokenizer.json").write_text(json.dumps(file))
     return path
 
@@ -69,6 +75,37 @@ def test_what_does_not_fit_is_refused_before_it_is_read(kind: str, tmp_path: Pat
         Assembly(budget).load("m", path, CONFIG)
     assert caught.value.code == "resources"
     assert budget.held_bytes == 0
+
+
+@pytest.mark.parametrize(("width", "megabytes"), [(1, 1), (200, 1), (200, 50)])
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_the_budget_that_is_named_does(kind: str, width: int, megabytes: int, tmp_path: Path) -> None:
+    """The first refusal names it already, whichever takes more: the model, or reading its tokenizer."""
+    path = with_vocabulary(tmp_path / "m", kind, 20_000, rows=20_480, width=width)
+    budget = Budget(megabytes * 10**6)
+    with pytest.raises(DaemonError) as caught:
+        Assembly(budget).load("m", path, CONFIG)
+    assert caught.value.code == "resources"
+    assert ("for reading the tokenizer" in caught.value.message) == (width > 1)
+    assert ("context_tokens" in caught.value.hint) == (width == 1)  # it changes nothing about the tokenizer
+    named = re.search(r"memory_bytes=(\d+)MB", caught.value.hint)
+    assert named is not None
+    budget = Budget(int(named[1]) * 10**6)
+    Assembly(budget).load("m", path, CONFIG).main.executor.store.close()
+    assert 0 < budget.held_bytes <= budget.limit_bytes
+
+
+def test_a_tree_of_tokens_that_share_little_counts_whole() -> None:
+    """By its nodes: a byte of a token that no other begins with is one."""
+    usual = b'{"model": {"type": "Unigram", "vocab": [%s]}}'
+    alike = b",".join(b'["aaaa%04d", -1.0]' % i for i in range(5000))
+    random = Random(1)
+    unlike = b",".join(b'["%s", -1.0]' % random.randbytes(20).hex().encode() for _ in range(5000))
+    assert file_cost(usual % alike).token == 1500
+    cost = file_cost(usual % unlike)
+    assert 36 * 380 < cost.token < 41 * 380
+    assert cost.reading_token > cost.token
+    assert file_cost(b'{"model": {"type": "Unigram"}}').token == 1500
 
 
 def test_tokens_without_rows_count_too(tmp_path: Path) -> None:

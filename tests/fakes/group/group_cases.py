@@ -57,7 +57,7 @@ def block_bytes(spec: ModelSpec, weight_bytes: float = 0.5625) -> Mapping[BlockI
         "embed": hidden * spec.vocab,
         "attn": 2 * hidden * spec.head_dim * (spec.heads + spec.kv_heads),
         "ffn": 3 * hidden * spec.ffn,
-        "router": hidden * moe.experts * 4 + 3 * hidden * moe.shared_ffn if moe else 0,
+        "router": 4 * hidden * moe.experts / weight_bytes + 3 * hidden * moe.shared_ffn if moe else 0,
         "expert": 3 * hidden * moe.ffn if moe else 0,
     }
     blocks = {it: int(weights[it.kind] * weight_bytes) for it in spec.blocks() if it.kind != "head"}

@@ -74,6 +74,16 @@ def footprint() -> tuple[int, int]:
     return threading.active_count(), psutil.Process().num_fds()
 
 
+def back_to(before: tuple[int, int]) -> bool:
+    """Whether there are soon no more threads and descriptors than `before`. Those of an earlier test may have gone."""
+    deadline = time.monotonic() + 5
+    while any(now > then for now, then in zip(footprint(), before, strict=True)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def tls(address: Address, context: ssl.SSLContext) -> Channel:
     """A channel without a word said, by any context."""
     below = SocketStream(socket.create_connection(address, timeout=5))

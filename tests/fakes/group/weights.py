@@ -11,9 +11,17 @@ import pytest
 
 from shoal.comm.group.channel import Channel, channel_pair
 from shoal.daemon.cluster.weights import weight_server
+from shoal.daemon.cluster.weights.shard_cache import ShardCache
+from shoal.daemon.cluster.weights.shard_fetch import fetch_shard
 from shoal.daemon.cluster.weights.weight_messages import WantPiece
 from shoal.daemon.cluster.weights.weight_server import WeightServer
-from shoal.partition.slicing import Shard
+from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.offload.bytes_done import BytesDone, unheard
+from shoal.offload.pack.layout import grains_of
+from shoal.offload.pack.pack import Pack
+from shoal.partition.slicing import Shard, divide
+
+VECTORS = {"norm", "q_bias", "k_bias", "v_bias"}  # few bytes, which are sent at every attempt
 
 
 @contextmanager
@@ -46,3 +54,22 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[WantPiece]:
 
     monkeypatch.setattr(weight_server._Serving, "answer", answer)
     return pieces
+
+
+class Cut(Exception):
+    """Ends a fetch in the middle."""
+
+
+def shard_of(checkpoint: Checkpoint, rank: int = 1, ranks: int = 2) -> Shard:
+    return divide(checkpoint.spec, ranks, grains_of(checkpoint, "q4"))[rank]
+
+
+def fetched(checkpoint: Checkpoint, cache: ShardCache, progress: BytesDone = unheard, rank: int = 1) -> Pack:
+    """The pack in the cache after a fetch from a head that has just opened its files."""
+    shard = shard_of(checkpoint, rank)
+    with (
+        served(WeightServer(checkpoint), shard) as channels,
+        fetch_shard(channels, cache, progress) as weights,
+    ):
+        assert weights.pack is not None
+        return weights.pack

@@ -1,0 +1,78 @@
+"""Plans for the ranks of a group: each fits into its own memory, and they agree where ranks must.
+
+Every page of KV has the same number on every rank, because rank 0 keeps the books for all. Sums over ranks have the
+same rows everywhere, so the length of a step and of its parts is one for all. The tightest rank decides both. Which
+blocks stay in memory is each rank's own business: if not all ranks keep everything, each streams what it has to. Pure:
+knows sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from .memory_layout import PAGE_TOKENS
+from .plan import BlockPlan, Misfit, Plan, Wanted, arena_slack, kv_plan, plan_in_ram
+from .spec import BlockId, ModelSpec
+from .streamed_plan import plan_streamed
+
+
+class RankPart(NamedTuple):
+    """What one rank has of a model, and where. `spec`: of its shard. `block_bytes`: of its blocks in memory, in the
+    order of a step. `extents` and `vectors_bytes`: of its pack, as for `plan_streamed`."""
+
+    spec: ModelSpec
+    block_bytes: Mapping[BlockId, int]
+    extents: Mapping[BlockId, int]
+    vectors_bytes: int
+    memory_bytes: int
+    threads: int
+
+
+def rank_plans(
+    wanted: Wanted, parts: Sequence[RankPart], *, streaming: bool = True
+) -> tuple[Plan | Misfit, ...]:
+    """A plan for each rank, in their order; if one of them is a misfit, there are no plans for the group. `wanted` says
+    what the group is asked for; each rank puts in its own shard and threads. `streaming`: weights may come from disk.
+    """
+    asked = [wanted._replace(spec=part.spec, threads=part.threads) for part in parts]
+    made = [_in_ram(*each) for each in zip(asked, parts, strict=True)]
+    streams = streaming and any(isinstance(plan, Misfit) for plan in made)
+    if streams:
+        made = [_streamed(*each) for each in zip(asked, parts, strict=True)]
+    found = [plan for plan in made if isinstance(plan, Plan)]
+    if len(found) < len(made):
+        return tuple(made)
+    pages = min(plan.kv.pages for plan in found)
+    # What the tightest rank leaves to the others they can use for weights.
+    asked = [each._replace(kv_tokens=pages * PAGE_TOKENS) for each in asked]
+    if streams:
+        again = [_streamed(*each) for each in zip(asked, parts, strict=True)]
+        found = [plan for plan in again if isinstance(plan, Plan)]
+        assert len(found) == len(again), "less KV needs less memory"
+    chunk = min(plan.chunk_tokens for plan in found)
+    part = min(plan.part_tokens for plan in found)
+    return tuple(
+        replace(plan, kv=kv_plan(each, pages), chunk_tokens=chunk, part_tokens=part, ranks=len(parts))
+        for plan, each in zip(found, asked, strict=True)
+    )
+
+
+def _in_ram(wanted: Wanted, part: RankPart) -> Plan | Misfit:
+    return plan_in_ram(wanted, part.block_bytes, memory_bytes=part.memory_bytes)
+
+
+def _streamed(wanted: Wanted, part: RankPart) -> Plan | Misfit:
+    made = plan_streamed(wanted, part.extents, part.vectors_bytes, memory_bytes=part.memory_bytes)
+    if isinstance(made, Misfit) or made.streamed_bytes:
+        return made
+    # If its embedding finds room as well, all of it stays, and need not come from a pack.
+    stays = replace(
+        made,
+        blocks=tuple(BlockPlan(*item) for item in part.block_bytes.items()),
+        window_bytes=0,
+        expert_slots=0,
+        scratch_bytes=made.scratch_bytes + arena_slack(sum(part.block_bytes.values())),
+    )
+    return stays if stays.peak_bytes <= part.memory_bytes else made
