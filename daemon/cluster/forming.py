@@ -177,7 +177,6 @@ class Forming:
         group = Group(
             self._roster,
             name,
-            plans[0],
             [Seat(*it) for it in zip(chosen, shards[1:], specs, plans[1:], strict=True)],
             config.quant,
             self._wires[0],

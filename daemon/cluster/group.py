@@ -64,7 +64,6 @@ class Group:
         self,
         roster: Roster,
         model: str,
-        head_plan: Plan,
         seats: Sequence[Seat],
         quant: Quant,
         wire: WireType,
@@ -73,7 +72,6 @@ class Group:
     ) -> None:
         self.epoch = next(_epochs)
         self.seats = seats
-        self._head_plan = head_plan
         self.wire = wire
         self._roster = roster
         self._model = model
@@ -89,9 +87,7 @@ class Group:
     def begin(self) -> None:
         """Ask all members to load their shards."""
         self._roster.expect(self.epoch, self)
-        whole = sum(plan.weights_bytes for plan in (self._head_plan, *self.plans))
         for seat in self.seats:
-            seat.member.takes_part[self._model] = seat.plan.weights_bytes / max(1, whole)
             request = Serve(
                 epoch=self.epoch,
                 model=self._model,
@@ -156,7 +152,6 @@ class Group:
         for channel in channels:
             channel.close()
         for seat in self.seats:
-            seat.member.takes_part.pop(self._model, None)
             seat.member.drop(self.epoch)
 
     def contribution(self, member: Member) -> Contribution | None:

@@ -56,7 +56,6 @@ class Member:
         self.beat = Beat()
         self.link = LinkSpeed(0.0, 1.0)  # once it is measured
         self.reason = ""  # why it is gone
-        self.takes_part: dict[str, float] = {}  # in which models, with which share of their weights
         self.probes = Probes(channel.send_message, lambda: self.reason, clock)
         self._control = channel
         self._channels: list[Channel] = [channel]
