@@ -61,7 +61,12 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
     screen = console()
     screen.print(f"join code   {invitation.code}   for one machine, {format_duration(invitation.seconds)}")
     screen.print("on that machine type:")
-    screen.print(f"    shoal cluster join {invitation.code} --address {invitation.addresses[0]}")
+    address = f"--address {invitation.addresses[0]}"
+    if not invitation.announced:
+        screen.print(f"    shoal cluster join {invitation.code} {address}")
+    else:
+        screen.print(f"    shoal cluster join {invitation.code}")
+        screen.print(f"if that does not find this machine: {address}")
     if invitation.addresses[1:]:
         screen.print(f"this machine is also at {', '.join(invitation.addresses[1:])}")
 
@@ -89,7 +94,7 @@ def join(code: str, address: str | None, memory: int | None, threads: int | None
     """
     NodeConfig(threads=threads, memory_bytes=memory)  # raises what is wrong with them before anything is done
     home = Home.from_env()
-    with spinner("pairing"):
+    with spinner("pairing" if address else "looking for the head on the local network"):
         from shoal.daemon.cluster.pairing_up import pair_with_head
 
         head = pair_with_head(home, code, address)
@@ -152,7 +157,7 @@ def nodes(as_json: bool) -> None:
 def _show(found: NodesReply) -> None:
     screen = console()
     numbers = ("threads", "memory free")
-    rows = table("machine", "role", "state", "address", *numbers, "computes", right=numbers)
+    rows = table("machine", "role", "state", "address", "link", *numbers, "computes", right=numbers)
     for number, node in enumerate(found.nodes):
         name = node.name + (" (this)" if number == 0 else "")
         known = node.threads > 0
@@ -161,6 +166,7 @@ def _show(found: NodesReply) -> None:
             node.role,
             _state(node),
             node.address,
+            _link(node),
             str(node.threads) if known else "",
             f"{format_bytes(node.free_bytes)} of {format_bytes(node.memory_bytes)}" if known else "",
             ", ".join(_computes(node)),
@@ -177,6 +183,14 @@ def _state(node: NodeStatus) -> str:
     if not node.attached:
         return "away"
     return "attached" if node.silent_s < 2 else f"silent for {node.silent_s:.0f} s"
+
+
+def _link(node: NodeStatus) -> str:
+    """Why this address: `0.2 ms, 117 MB/s, best of 3`."""
+    if not node.bytes_per_s:
+        return ""
+    best = f", best of {node.routes}" if node.routes > 1 else ""
+    return f"{1000 * node.rtt_s:.2g} ms, {format_bytes(int(node.bytes_per_s))}/s{best}"
 
 
 def _computes(node: NodeStatus) -> Iterator[str]:

@@ -24,6 +24,9 @@ WORDS = {
     "memory_bytes": "--memory",
     "quant": "--quant",
     "threads": "--threads",
+    # Of the cluster
+    "address": "--address",
+    "init": "shoal cluster init",
     # Arguments of perplexity and of pull
     "ctx": "--ctx",
     "link": "--link",

@@ -19,6 +19,7 @@ from shoal.comm.errors import KeyFileError
 from shoal.comm.home import Home
 from shoal.comm.messages import Load
 from shoal.daemon.cluster.forming import Forming
+from shoal.daemon.cluster.local_network import LocalNetwork
 from shoal.daemon.cluster.membership import Membership
 from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
@@ -75,7 +76,9 @@ def serve(
         kv_root=home.kv,
         grouping=Forming(roster, send_weights, speed),
     )
-    membership = Membership(home.cluster, config, node.budget, roster, open_shards(home.shards), speed)
+    membership = Membership(
+        home.cluster, config, node.budget, roster, open_shards(home.shards), speed, network=LocalNetwork()
+    )
     node.membership = membership
     membership.start()
     server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_begin_to_end)

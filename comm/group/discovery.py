@@ -99,7 +99,9 @@ def described(head: FoundHead) -> ServiceInfo:
     )
 
 
-def read_head(port: int | None, hosts: Sequence[str], properties: Mapping[bytes, bytes | None]) -> FoundHead | None:
+def read_head(
+    port: int | None, hosts: Sequence[str], properties: Mapping[bytes, bytes | None]
+) -> FoundHead | None:
     """What was announced, as far as it can be meant; None if there is no address to ask at."""
     if port is None or not 0 < port < 1 << 16:
         return None
@@ -114,7 +116,9 @@ def read_head(port: int | None, hosts: Sequence[str], properties: Mapping[bytes,
 
     oldest, newest = (int(said(key, "[0-9]{1,4}", "1")) for key in (b"oldest", b"newest"))
     name = node_name((properties.get(b"name") or b"")[:256].decode("utf-8", "replace"))
-    return FoundHead(name, said(b"fp", f"[0-9a-f]{{{FINGERPRINT_DIGITS}}}"), addresses, Speaks(oldest, newest))
+    return FoundHead(
+        name, said(b"fp", f"[0-9a-f]{{{FINGERPRINT_DIGITS}}}"), addresses, Speaks(oldest, newest)
+    )
 
 
 def _allowed(text: str) -> str:
@@ -125,7 +129,12 @@ def _allowed(text: str) -> str:
         return ""
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
         ip = ip.ipv4_mapped
-    if ip.is_loopback or ip.is_unspecified or ip.is_multicast or ip == ipaddress.ip_address("255.255.255.255"):
+    if (
+        ip.is_loopback
+        or ip.is_unspecified
+        or ip.is_multicast
+        or ip == ipaddress.ip_address("255.255.255.255")
+    ):
         return ""
     if ip.version == 4:
         return "" if int(ip) < 1 << 24 or ip in ipaddress.ip_network("240.0.0.0/4") else str(ip)
@@ -140,7 +149,9 @@ def _opened(interfaces: Sequence[str]) -> Zeroconf:
     failure: Exception = OSError("no interface is up")
     for chosen in _choices(interfaces):
         versions = {ipaddress.ip_address(host).version for host in chosen}
-        version = IPVersion.All if len(versions) > 1 else IPVersion.V6Only if 6 in versions else IPVersion.V4Only
+        version = (
+            IPVersion.All if len(versions) > 1 else IPVersion.V6Only if 6 in versions else IPVersion.V4Only
+        )
         try:
             return Zeroconf(interfaces=chosen, ip_version=version)
         except (Error, OSError, RuntimeError, ValueError) as error:

@@ -16,7 +16,7 @@ HEAR_S = 0.6
 
 def hears_itself(hosts: Sequence[str], seconds: float = HEAR_S) -> dict[str, str]:
     """For each numeric IPv4 address of this machine: why it does not hear what it sends, "" if it does."""
-    found = {host: "what is sent is not heard" for host in hosts}
+    found = dict.fromkeys(hosts, "what is sent is not heard")
     waiting: dict[socket.socket, tuple[str, bytes]] = {}
     with selectors.DefaultSelector() as selector:
         try:
@@ -29,7 +29,9 @@ def hears_itself(hosts: Sequence[str], seconds: float = HEAR_S) -> dict[str, str
                 waiting[listening] = host, question
                 selector.register(listening, selectors.EVENT_READ)
             ends_s = time.monotonic() + seconds
-            while any(found[host] for host, _ in waiting.values()) and (left_s := ends_s - time.monotonic()) > 0:
+            while (
+                any(found[host] for host, _ in waiting.values()) and (left_s := ends_s - time.monotonic()) > 0
+            ):
                 for key, _ in selector.select(left_s):
                     assert isinstance(key.fileobj, socket.socket)
                     host, question = waiting[key.fileobj]
