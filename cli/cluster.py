@@ -20,6 +20,7 @@ from shoal.partition.amounts import format_bytes, format_duration
 from . import background
 from .interrupt import deferred_interrupt
 from .options import Whole, examples, json_option, size_or_auto
+from .terminal.link_text import link_text
 from .terminal.output import console, note, print_json, spinner, table
 
 
@@ -166,7 +167,7 @@ def _show(found: NodesReply) -> None:
             node.role,
             _state(node),
             node.address,
-            _link(node),
+            link_text(node),
             str(node.threads) if known else "",
             f"{format_bytes(node.free_bytes)} of {format_bytes(node.memory_bytes)}" if known else "",
             ", ".join(_computes(node)),
@@ -183,14 +184,6 @@ def _state(node: NodeStatus) -> str:
     if not node.attached:
         return "away"
     return "attached" if node.silent_s < 2 else f"silent for {node.silent_s:.0f} s"
-
-
-def _link(node: NodeStatus) -> str:
-    """Why this address: `0.2 ms, 117 MB/s, best of 3`."""
-    if not node.bytes_per_s:
-        return ""
-    best = f", best of {node.routes}" if node.routes > 1 else ""
-    return f"{1000 * node.rtt_s:.2g} ms, {format_bytes(int(node.bytes_per_s))}/s{best}"
 
 
 def _computes(node: NodeStatus) -> Iterator[str]:
