@@ -17,8 +17,8 @@ from .. import background
 from ..terminal.link_text import link_text
 from .finding import Finding
 
-ANSWER_S = 1.5
-DEFAULT_PORT = "7447"
+NODES_S = 1.5
+_PORT = "7447"
 _KINDS = {"wifi": "Wi-Fi", "mobile": "a mobile link", "vpn": "a VPN"}
 _OPEN: dict[Firewall, tuple[str, str]] = {  # for heads, who listen; and for workers, who only look for them
     "ufw": ("sudo ufw allow {port}/tcp && sudo ufw allow 5353/udp", "sudo ufw allow 5353/udp"),
@@ -45,7 +45,7 @@ def look_at_cluster(home: Home) -> Iterator[Finding]:
         yield from findings(NodesReply(role=role, nodes=[]), look_around([], {}))
         return
     try:
-        with Client(home.address, timeout_s=ANSWER_S) as client:
+        with Client(home.address, timeout_s=NODES_S) as client:
             reply = client.nodes()
     except CommError as error:
         yield Finding("cluster", "note", f"the daemon says nothing about it: {error}", "shoal logs")
@@ -60,7 +60,7 @@ def findings(reply: NodesReply, around: Surroundings) -> Iterator[Finding]:
     if reply.nodes:
         yield _place(reply, others)
     if reply.role == "head" and reply.nodes:
-        yield from _listening(reply, around)
+        yield from _listening(reply, around, others)
     yield from _system(reply, around, others)
     yield from _multicast(around)
     yield from _interfaces(around)
@@ -96,7 +96,7 @@ def _place(reply: NodesReply, others: list[NodeStatus]) -> Finding:
     return Finding("cluster", "note", f"lent to {head.name}, but not attached: {trouble}", mend)
 
 
-def _listening(reply: NodesReply, around: Surroundings) -> Iterator[Finding]:
+def _listening(reply: NodesReply, around: Surroundings, others: list[NodeStatus]) -> Iterator[Finding]:
     if not reply.listening:
         found = "this head does not listen for other machines; shoal logs shows why"
         yield Finding("port", "broken", found, "shoal cluster init --listen :7448")
@@ -107,10 +107,10 @@ def _listening(reply: NodesReply, around: Surroundings) -> Iterator[Finding]:
         yield Finding("port", "note", f"{text} cannot be reached even from here: {trouble}", mend)
     loopback = {one.host for one in around.addresses if one.kind == "loopback"} | {"127.0.0.1", "::1"}
     outside = [text for text in around.tried if _host(text) not in loopback]
-    if not outside:
+    if not outside and not others:
         found = f"listens at {', '.join(reply.listening)} only, where no other machine reaches it"
         yield Finding("port", "note", found, "shoal cluster init --listen :7447")
-    elif good := [text for text in outside if text not in around.closed]:
+    elif good := [text for text in outside or around.tried if text not in around.closed]:
         yield Finding("port", "ok", f"answers at {', '.join(good)}")
 
 
@@ -176,4 +176,4 @@ def _host(text: str) -> str:
 
 
 def _port(reply: NodesReply) -> str:
-    return reply.listening[0].rpartition(":")[2] if reply.listening else DEFAULT_PORT
+    return reply.listening[0].rpartition(":")[2] if reply.listening else _PORT

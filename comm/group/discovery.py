@@ -83,7 +83,7 @@ def described(head: FoundHead) -> ServiceInfo:
     port = head.addresses[0][1]
     return ServiceInfo(
         SERVICE,
-        f"{head.name[:40]} {digits}.{SERVICE}",
+        f"{node_name(head.name)[:40]} {digits}.{SERVICE}",
         port=port,
         # A name of its own: the host's may be announced by the system already, with other addresses.
         server=f"shoal-{digits}.local.",

@@ -23,14 +23,14 @@ ANNOUNCE_LOOK_S = 10.0  # between looks whether addresses have changed
 log = logging.getLogger(__name__)
 
 
-class Closable(Protocol):
+class Spoken(Protocol):
     def close(self) -> None: ...
 
 
 class LocalNetwork:
     """The real one. Both methods raise OSError where there is no multicast."""
 
-    def announce(self, head: FoundHead) -> Closable:
+    def announce(self, head: FoundHead) -> Spoken:
         return Announcement(head, [host for host, _ in head.addresses])
 
     def find(self) -> list[FoundHead]:
@@ -56,7 +56,7 @@ class Announcer:
 
     def _run(self) -> None:
         said: tuple[Address, ...] = ()
-        now: Closable | None = None
+        now: Spoken | None = None
         complained = ""
         while True:
             wanted = announced(self._addresses())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
+from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.partition.machines import LinkSpeed
 
@@ -12,7 +14,8 @@ from .control_messages import CONTROL_BYTES, PROBE_BYTES, HeadAt, Probe, Probed
 
 TRIPS = 8
 FIRST_PROBE_BYTES = 16 << 10
-ANSWER_S = 2.0  # that an answer may take
+MEASURING_S = 30.0  # until a question comes: other addresses are measured first, one after the other
+PROBED_S = 2.0  # that an answer may take
 MAX_PROBES = 256  # that are answered on one channel
 
 
@@ -44,8 +47,8 @@ def measured(channel: Channel, seconds: float) -> LinkSpeed:
         nonlocal number
         number += 1
         began_s = time.monotonic()
-        channel.send_message(Probe(number=number, data=data), ANSWER_S)
-        while channel.receive_message(Probed, ANSWER_S).number != number:
+        channel.send_message(Probe(number=number, data=data), PROBED_S)
+        while channel.receive_message(Probed, PROBED_S).number != number:
             pass
         return time.monotonic() - began_s
 
@@ -53,13 +56,9 @@ def measured(channel: Channel, seconds: float) -> LinkSpeed:
 
 
 def answer_probes(channel: Channel, here: HeadAt) -> None:
-    """Say where this head is, and answer until the other side has had enough. Raises CommError and OSError."""
-    with channel:
-        channel.send_message(here, ANSWER_S)
+    """Say where this head is, and answer until the other side has had enough and closes the channel."""
+    with channel, suppress(OSError, CommError):
+        channel.send_message(here, PROBED_S)
         for _ in range(MAX_PROBES):
-            # The other addresses are measured first, each in its turn.
             probe: Probe = channel.receive_message(Probe, MEASURING_S, CONTROL_BYTES)
-            channel.send_message(Probed(number=probe.number), ANSWER_S)
-
-
-MEASURING_S = 30.0
+            channel.send_message(Probed(number=probe.number), PROBED_S)

@@ -25,12 +25,12 @@ from shoal.daemon.errors import DaemonError
 
 from .control_messages import CONTROL_BYTES, HeadAt
 from .own_addresses import parse_address, spelled
-from .probing import ANSWER_S, measured
+from .probing import PROBED_S, measured
 
 HEAD_DIAL_S = 5.0
 MEASURE_ROUTE_S = 0.25  # for each of the two figures
 SUM_BYTES = 16 << 10  # of a sum of one token's hidden states: what is sent most often
-ALIKE = 1.15  # routes whose times differ by less are equally good
+ROUTES_ALIKE = 1.15  # routes whose times differ by less are equally good
 LOOK_AGAIN_S = 30.0  # between searches for a head that is at none of its addresses
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class HeadRoute:
             for channel in channels:
                 channel.close()
         least_s = min(route.sum_s for route in routes)
-        best = next(route for route in routes if route.sum_s <= ALIKE * least_s)
+        best = next(route for route in routes if route.sum_s <= ROUTES_ALIKE * least_s)
         others = [route.address for route in sorted(routes, key=lambda route: route.sum_s)]
         self._remember(list(dict.fromkeys([best.address, *others, *told, *remembered]))[:MAX_ADDRESSES])
         if best.compared > 1:
@@ -141,7 +141,7 @@ class HeadRoute:
     def _hear(self, channel: Channel, here: dict[Address, HeadAt]) -> None:
         """Where the head is, as it says itself."""
         try:
-            here[channel.remote] = channel.receive_message(HeadAt, ANSWER_S, CONTROL_BYTES)
+            here[channel.remote] = channel.receive_message(HeadAt, PROBED_S, CONTROL_BYTES)
         except (CommError, OSError) as error:
             log.debug("%s does not answer: %s", spelled(channel.remote), error)
 

@@ -23,8 +23,8 @@ from shoal.daemon.errors import DaemonError
 
 from .own_addresses import OwnAddress, own_addresses, parse_address, reachable, towards
 
-CONNECT_S = 0.5
-TOOL_S = 1.0
+OWN_CONNECT_S = 0.5
+SYSTEM_TOOL_S = 1.0
 MOST_ADDRESSES = 32
 WITH_MULTICAST = ("cable", "wifi", "link-local")
 
@@ -117,7 +117,7 @@ def firewalls(root: Path = Path("/")) -> tuple[Firewall, ...]:
 def _trouble(text: str) -> str:
     """Why nobody answers at an own address; "" if somebody does."""
     try:
-        with socket.create_connection(parse_address(text), CONNECT_S):
+        with socket.create_connection(parse_address(text), OWN_CONNECT_S):
             return ""
     except TimeoutError:
         return "no answer"
@@ -128,7 +128,7 @@ def _trouble(text: str) -> str:
 def _says(*command: str) -> str:
     """What a tool of the system prints; "" if it is not there, or takes long."""
     try:
-        done = subprocess.run(command, capture_output=True, timeout=TOOL_S, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, timeout=SYSTEM_TOOL_S, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout[:4096].decode("utf-8", "replace").lower()

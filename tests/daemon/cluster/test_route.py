@@ -116,7 +116,7 @@ def test_it_stays_where_it_is_while_that_works(head: Head) -> None:
 
 
 def test_equally_good_ones_do_not_take_turns(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(route, "ALIKE", 1e9)
+    monkeypatch.setattr(route, "ROUTES_ALIKE", 1e9)
     with slow_road(head.address, delay_s=0) as other:
         for known in ([other, head.address], [head.address, other]):
             way = head.route(*known)
