@@ -106,10 +106,11 @@ def kind_of(name: str, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Lin
 def towards(host: str) -> OwnAddress | None:
     """The address from which this machine sends to the numeric address `host`; None if there is no way."""
     try:
+        ipaddress.ip_address(host)
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, DEFAULT_PORT))  # sends nothing
             used = probe.getsockname()[0].split("%")[0]
-    except OSError:
+    except (OSError, ValueError):
         return None
     return next((one for one in own_addresses() if one.host == used), None)
 

@@ -73,7 +73,7 @@ def test_the_right_head_is_found_among_others(
         pair_with_head(home, code, None, network)
         (peer,) = Peers(home.cluster).listed()
         assert peer.certificate == head._identity().certificate
-        with pytest.raises(DaemonError, match="paired with .* already"):
+        with pytest.raises(DaemonError, match=r"paired with .* already"):
             pair_with_head(home, code, None, network)
     wrong = Home(tmp_path / "wrong")
     with pytest.raises(DaemonError, match="not paired: no such join code"):
@@ -89,7 +89,7 @@ def test_nothing_found_is_said_in_one_line(tmp_path: Path) -> None:
 
 
 def test_no_multicast_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DaemonError, match="cannot be looked for .*: Network is unreachable") as raised:
+    with pytest.raises(DaemonError, match=r"cannot be looked for .*: Network is unreachable") as raised:
         pair_with_head(Home(tmp_path), CODE, None, FakeNetwork(trouble="Network is unreachable"))
     assert "`address=HOST:PORT`" in raised.value.hint
 
@@ -108,7 +108,7 @@ def test_a_head_is_announced_while_it_listens(heads: list[Membership], network: 
     wait_for(lambda: len(network.heads) == 1)
     (said,) = network.heads
     assert said.fingerprint == head._identity().fingerprint
-    invite(head, "127.0.0.1:0")
+    invite(head, "127.0.0.2:0")
     wait_for(lambda: len(network.heads) == 1 and network.heads[0].addresses != said.addresses)
     head.close()
     assert network.heads == []

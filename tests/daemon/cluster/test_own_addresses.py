@@ -90,22 +90,40 @@ def test_what_listens_everywhere_is_reached_at_each(machine: None) -> None:
     assert reachable([]) == []
 
 
+NAMED = {
+    "cable": ("eth0", "enp1s0", "eno1", "en0", "br0", "vmbr0", "bond0", "usb0", "nothing-like-it"),
+    "wifi": ("wlan0", "wlp3s0", "wlx00", "wifi0", "ath0"),
+    "mobile": ("wwan0", "wwp0s20f0u6"),
+    "vpn": (
+        "tun0",
+        "tap3",
+        "wg0",
+        "utun4",
+        "tailscale0",
+        "zt7nn",
+        "ppp0",
+        "ipsec0",
+        "nordlynx",
+        "CloudflareWARP",
+    ),
+    "bridge": (
+        *("docker0", "br-12ab", "veth1", "virbr0", "vmnet8", "vboxnet0", "podman1", "bridge100"),
+        *("cni0", "flannel.1", "cali12", "lxcbr0", "incusbr0", "vEthernet (WSL)"),
+    ),
+}
+
+
 @pytest.mark.parametrize(
     ("name", "host", "kind"),
     [
-        *((name, "192.0.2.1", "cable") for name in ("eth0", "enp1s0", "eno1", "en0", "br0", "vmbr0", "bond0", "usb0")),
-        *((name, "192.0.2.1", "wifi") for name in ("wlan0", "wlp3s0", "wlx00", "wifi0", "ath0")),
-        *((name, "192.0.2.1", "vpn") for name in ("tun0", "tap3", "wg0", "utun4", "tailscale0", "zt7nn", "ppp0", "ipsec0")),
-        *((name, "192.0.2.1", "bridge") for name in ("docker0", "br-12ab", "veth1", "virbr0", "vmnet8", "vboxnet0", "podman1")),
-        *((name, "192.0.2.1", "bridge") for name in ("cni0", "flannel.1", "cali12", "lxcbr0", "incusbr0", "vEthernet (WSL)")),
-        ("wwan0", "192.0.2.1", "mobile"),
+        *((name, "192.0.2.1", kind) for kind, names in NAMED.items() for name in names),
         ("eth0", "169.254.1.1", "link-local"),
         ("docker0", "127.0.0.1", "loopback"),
         ("eth0", "100.64.0.1", "vpn"),
         ("eth0", "fd7a:115c:a1e0::5", "vpn"),
         ("nothing-like-it", "2001:db8::1", "cable"),
     ],
-)  # fmt: skip
+)
 def test_names_tell_the_kind(name: str, host: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_system_says", lambda name: None)
     assert kind_of(name, ipaddress.ip_address(host)) == kind
