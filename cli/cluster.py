@@ -68,8 +68,8 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
     else:
         screen.print(f"    shoal cluster join {invitation.code}")
         screen.print(f"if that does not find this machine: {address}")
-    if invitation.addresses[1:]:
-        screen.print(f"this machine is also at {', '.join(invitation.addresses[1:])}")
+    if others := [text for text in invitation.addresses[1:] if not text.startswith(("127.", "[::1]"))]:
+        screen.print(f"this machine is also at {', '.join(others)}")
 
 
 @cluster.command(
@@ -90,8 +90,9 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
 def join(code: str, address: str | None, memory: int | None, threads: int | None, detach: bool) -> None:
     """Lend this machine to the head that gave CODE.
 
-    It needs no model files. The pairing is remembered: from now on every shoal serve on this machine attaches to the
-    head, and waits for it while it is away. shoal cluster leave ends that.
+    The head is looked for on the local network by mDNS; --address HOST:PORT is for networks where that does not work.
+    This machine needs no model files. The pairing is remembered: from now on every shoal serve on this machine attaches
+    to the head, and waits for it while it is away. shoal cluster leave ends that.
     """
     NodeConfig(threads=threads, memory_bytes=memory)  # raises what is wrong with them before anything is done
     home = Home.from_env()

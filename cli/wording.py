@@ -26,7 +26,6 @@ WORDS = {
     "threads": "--threads",
     # Of the cluster
     "address": "--address",
-    "init": "shoal cluster init",
     # Arguments of perplexity and of pull
     "ctx": "--ctx",
     "link": "--link",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,8 @@ def _opened(interfaces: Sequence[str]) -> Zeroconf:
     """Sockets at all interfaces that can be had. OSError if there is none."""
     from zeroconf import Error, IPVersion, Zeroconf
 
+    # It tells of every packet that an interface does not take. What matters is raised, and told by whoever called.
+    logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
     failure: Exception = OSError("no interface is up")
     for chosen in _choices(interfaces):
         versions = {ipaddress.ip_address(host).version for host in chosen}

@@ -51,7 +51,7 @@ def pair_with_head(home: Home, code: str, address: str | None, network: LocalNet
 
 def _found(network: LocalNetwork) -> list[Address]:
     """Where heads are. Which of them is the right one, the code proves."""
-    hint = "name its `address=HOST:PORT`, which `init` shows on the head"
+    hint = "name its `address=HOST:PORT`, which shoal cluster init shows on the head"
     try:
         heads = network.find()
     except OSError as error:

@@ -14,7 +14,7 @@ from .control_messages import CONTROL_BYTES, PROBE_BYTES, HeadAt, Probe, Probed
 
 TRIPS = 8
 FIRST_PROBE_BYTES = 16 << 10
-MEASURING_S = 30.0  # until a question comes: other addresses are measured first, one after the other
+MEASURING_S = 30.0  # that all addresses of a head may take, one after the other
 PROBED_S = 2.0  # that an answer may take
 MAX_PROBES = 256  # that are answered on one channel
 
@@ -57,8 +57,9 @@ def measured(channel: Channel, seconds: float) -> LinkSpeed:
 
 def answer_probes(channel: Channel, here: HeadAt) -> None:
     """Say where this head is, and answer until the other side has had enough and closes the channel."""
+    ends_s = time.monotonic() + MEASURING_S
     with channel, suppress(OSError, CommError):
         channel.send_message(here, PROBED_S)
         for _ in range(MAX_PROBES):
-            probe: Probe = channel.receive_message(Probe, MEASURING_S, CONTROL_BYTES)
+            probe: Probe = channel.receive_message(Probe, ends_s - time.monotonic(), CONTROL_BYTES)
             channel.send_message(Probed(number=probe.number), PROBED_S)

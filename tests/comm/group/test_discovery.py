@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -20,7 +22,7 @@ from shoal.comm.group.discovery import (
     read_head,
 )
 from shoal.comm.group.group_protocol import Speaks
-from shoal.comm.group.multicast import hears_itself
+from shoal.comm.group.multicast import GROUP, MDNS_PORT, hears_itself
 from shoal.comm.group.peers import MAX_ADDRESSES
 
 LOOPBACK = ["127.0.0.1"]
@@ -148,3 +150,44 @@ def test_nobody_else_imports_the_library() -> None:
         [sys.executable, "-c", look], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@loopback
+def test_who_answers_too_much_is_bounded() -> None:
+    """Services by the thousand, and packets that are none, from somebody else on the network."""
+    from zeroconf import DNSOutgoing, DNSPointer, DNSService, DNSText, const
+
+    stop = threading.Event()
+
+    def shout() -> None:
+        source = random.Random(1)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
+            sending.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+            number = 0
+            while not stop.wait(0.002):
+                out = DNSOutgoing(const._FLAGS_QR_RESPONSE | const._FLAGS_AA)
+                for number in range(number, number + 4):  # noqa: B020
+                    name = f"x{number}.{SERVICE}"
+                    out.add_answer_at_time(DNSPointer(SERVICE, 12, 1, 4500, name), 0)
+                    out.add_answer_at_time(DNSService(name, 33, 1, 4500, 0, 0, 7447, "h.local."), 0)
+                    out.add_answer_at_time(DNSText(name, 16, 1, 4500, source.randbytes(40)), 0)
+                number += 1
+                packet = bytearray(out.packets()[0])
+                sending.sendto(packet, (GROUP, MDNS_PORT))
+                for _ in range(8):
+                    packet[source.randrange(len(packet))] = source.randrange(256)
+                sending.sendto(packet, (GROUP, MDNS_PORT))
+
+    threads = threading.active_count()
+    shouting = threading.Thread(target=shout)
+    shouting.start()
+    try:
+        began_s = time.monotonic()
+        assert len(find_heads(LOOPBACK, 2.0)) <= MAX_HEADS
+        assert time.monotonic() - began_s < 4
+        said = Announcement(HEAD, LOOPBACK)
+        said.close()
+    finally:
+        stop.set()
+        shouting.join()
+    assert threading.active_count() == threads
