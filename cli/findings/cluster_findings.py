@@ -59,6 +59,10 @@ def findings(reply: NodesReply, around: Surroundings) -> Iterator[Finding]:
     others = [node for node in reply.nodes[1:] if node.attached]
     if reply.nodes:
         yield _place(reply, others)
+    if not others and all(one.kind == "loopback" for one in around.addresses):
+        found = "no interface but loopback is up: there are no other machines"
+        yield Finding("network", "note", found, "plug a cable in, or connect to a Wi-Fi")
+        return
     if reply.role == "head" and reply.nodes:
         yield from _listening(reply, around, others)
     yield from _system(reply, around, others)

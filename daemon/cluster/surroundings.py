@@ -65,11 +65,14 @@ def look_around(listening: Sequence[str], others: Mapping[str, str]) -> Surround
     Takes about a second.
     """
     addresses = tuple(own_addresses())
-    hosts = [one.host for one in addresses if one.version == 4 and one.kind in WITH_MULTICAST]
+    asked: dict[str, str] = {}
+    for one in sorted(addresses, key=lambda one: one.version):  # by IPv6 only where there is no IPv4
+        if one.kind in WITH_MULTICAST and one.interface not in asked.values():
+            asked[one.host] = one.interface
     tried = tuple(reachable([parse_address(text) for text in listening]))[:MOST_ADDRESSES]
     used = {name: own for name, text in others.items() if text and (own := towards(parse_address(text)[0]))}
     with ThreadPoolExecutor(MOST_ADDRESSES) as pool:
-        heard = pool.submit(hears_itself, hosts)
+        heard = pool.submit(hears_itself, asked)
         walls = pool.submit(firewalls)
         nat = pool.submit(behind_nat)
         troubles = dict(zip(tried, pool.map(_trouble, tried), strict=True))

@@ -107,6 +107,12 @@ def test_ports() -> None:
     assert only(with_one, "port", tried=("127.0.0.1:7000",)).state == "ok", "it is meant so"
 
 
+@pytest.mark.parametrize("reply", [head(), worker("no answer")])
+def test_without_a_network_nothing_else_is_said(reply: NodesReply) -> None:
+    found = said(reply, addresses=(LOOPBACK,), tried=("127.0.0.1:7447",), multicast={})
+    assert set(found) == {"cluster", "network"}
+
+
 @pytest.mark.parametrize("wall", ["ufw", "firewalld", "macos"])
 def test_firewalls(wall: str) -> None:
     found = only(head(listening=("0.0.0.0:7555",)), "firewall", firewalls=(wall,))
