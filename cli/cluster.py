@@ -26,6 +26,7 @@ from .exit_codes import Exit
 from .interrupt import deferred_interrupt
 from .options import Real, Whole, examples, json_option, size_or_auto
 from .terminal.link_table import show_links
+from .terminal.link_text import link_text
 from .terminal.output import console, note, print_json, spinner, table
 from .terminal.paint import printable
 
@@ -71,9 +72,14 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
     screen = console()
     screen.print(f"join code   {invitation.code}   for one machine, {format_duration(invitation.seconds)}")
     screen.print("on that machine type:")
-    screen.print(f"    shoal cluster join {invitation.code} --address {invitation.addresses[0]}")
-    if invitation.addresses[1:]:
-        screen.print(f"this machine is also at {', '.join(invitation.addresses[1:])}")
+    address = f"--address {invitation.addresses[0]}"
+    if not invitation.announced:
+        screen.print(f"    shoal cluster join {invitation.code} {address}")
+    else:
+        screen.print(f"    shoal cluster join {invitation.code}")
+        screen.print(f"if that does not find this machine: {address}")
+    if others := [text for text in invitation.addresses[1:] if not text.startswith(("127.", "[::1]"))]:
+        screen.print(f"this machine is also at {', '.join(others)}")
 
 
 @cluster.command(
@@ -110,13 +116,14 @@ def join(
 ) -> None:
     """Lend this machine to the head that gave CODE.
 
+    The head is looked for on the local network by mDNS; --address HOST:PORT is for networks where that does not work.
     With - for CODE it is read from standard input, so that nobody sees it in the list of processes. This machine needs
-    no model files. The pairing is remembered: from now on every shoal serve on this machine attaches to the
-    head, and waits for it while it is away. shoal cluster leave ends that.
+    no model files. The pairing is remembered: from now on every shoal serve on this machine attaches to the head, and
+    waits for it while it is away. shoal cluster leave ends that.
     """
     NodeConfig(threads=threads, memory_bytes=memory)  # raises what is wrong with them before anything is done
     home = Home.from_env()
-    with spinner("pairing"):
+    with spinner("pairing" if addresses else "looking for the head on the local network"):
         from shoal.daemon.cluster.pairing_up import pair_with_head
 
         paired = pair_with_head(home, code if code != "-" else _code_from_stdin(), addresses, head)
@@ -247,7 +254,7 @@ def test_links(as_json: bool) -> None:
 def _show(found: NodesReply) -> None:
     screen = console()
     numbers = ("threads", "memory free", "waited for")
-    rows = table("machine", "role", "state", "address", *numbers, "computes", right=numbers)
+    rows = table("machine", "role", "state", "address", "link", *numbers, "computes", right=numbers)
     for number, node in enumerate(found.nodes):
         name = node.name + (" (this)" if number == 0 else "")
         known = node.threads > 0
@@ -256,6 +263,7 @@ def _show(found: NodesReply) -> None:
             node.role,
             _state(node),
             node.address,
+            link_text(node),
             str(node.threads) if known else "",
             f"{format_bytes(node.free_bytes)} of {format_bytes(node.memory_bytes)}" if known else "",
             format_delay(node.wait_s) if node.wait_s else "",

@@ -1,6 +1,7 @@
 """`shoal doctor`: what works here, what does not, and the one command that fixes it.
 
-Knows what Shoal needs of a machine. Asks no network, changes nothing.
+Knows what Shoal needs of a machine. Asks no other machine, changes nothing. In a cluster it sends a packet to the local
+network, to see whether this machine hears itself.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
 
 import click
 
@@ -29,27 +29,18 @@ from shoal.partition.amounts import format_bytes
 
 from . import background
 from .exit_codes import Exit
+from .findings.cluster_findings import look_at_cluster
+from .findings.finding import Finding
 from .interrupt import deferred_interrupt
 from .options import examples, json_option
 from .terminal.output import console, facts, print_json, spinner, transfer_bar
 from .terminal.paint import printable
 from .wording import worded
 
-Verdict = Literal["ok", "note", "broken"]
 MIN_PYTHON = (3, 11)
 LOW_DISK_BYTES = 2_000_000_000
 LOW_MEMORY_BYTES = 1_000_000_000
 _MARKS = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "broken": "[red]✗[/]"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at. `broken`: Shoal does not work without it; `note`: it works, with a limit."""
-
-    name: str
-    state: Verdict
-    found: str
-    mend: str = ""  # one command or action; "" when nothing is to be mended
 
 
 @click.command(epilog=examples("shoal doctor", "shoal doctor --deep", "shoal doctor --json"))
@@ -76,6 +67,7 @@ def examine(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
         lambda: _home(home),
         lambda: _models(home, deep=deep, progress=progress),
         lambda: _daemon(home),
+        lambda: _cluster(home),
     )
     for check in checks:
         try:
@@ -198,6 +190,11 @@ def _daemon(home: Home) -> Iterator[Finding]:
     else:
         loaded = ", ".join(model.name for model in status.models) or "no model"
         yield Finding("daemon", "ok", f"pid {pid}, {loaded} loaded")
+
+
+def _cluster(home: Home) -> Iterator[Finding]:
+    with spinner("looking at the cluster"):
+        yield from look_at_cluster(home)
 
 
 def _show(findings: list[Finding]) -> None:

@@ -24,6 +24,8 @@ WORDS = {
     "memory_bytes": "--memory",
     "quant": "--quant",
     "threads": "--threads",
+    # Of the cluster
+    "address": "--address",
     # Arguments of perplexity and of pull
     "ctx": "--ctx",
     "link": "--link",

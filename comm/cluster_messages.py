@@ -30,6 +30,7 @@ class Invitation(Message):
     code: str
     addresses: list[str]
     seconds: float
+    announced: bool = False  # whether it says on the local network where it is
 
 
 class Nodes(Message):
@@ -52,6 +53,7 @@ class NodeStatus(Message):
     resident_bytes: NonNegative = 0
     rtt_s: float = 0.0
     bytes_per_s: float = 0.0
+    routes: NonNegative = 0  # how many addresses were measured; the one in use was the best
     silent_s: float = 0.0  # since something was heard from it
     steps: NonNegative = 0  # that it has computed for the present group
     models: list[str] = []  # in which it takes part

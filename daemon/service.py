@@ -19,6 +19,7 @@ from shoal.comm.errors import KeyFileError
 from shoal.comm.home import Home
 from shoal.comm.messages import Load
 from shoal.daemon.cluster.forming import Forming
+from shoal.daemon.cluster.local_network import LocalNetwork
 from shoal.daemon.cluster.membership import Membership
 from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
@@ -83,6 +84,7 @@ def serve(
         open_shards(home.shards),
         speed,
         lambda: [model.name for model in node.status().models if model.running],
+        LocalNetwork(),
     )
     node.membership = membership
     membership.start()

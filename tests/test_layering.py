@@ -50,7 +50,10 @@ INNER = {
     "engine/learn": set[str](),
 }
 IN_TORCH = {"kernels/attention_reference.py", "kernels/reference.py"}  # and with it 140 MB of memory
-OPTIONS_OF_OTHERS = {"daemon/library/package.py"}  # pip's
+OPTIONS_OF_OTHERS = {
+    "daemon/library/package.py",
+    "daemon/cluster/surroundings.py",
+}  # of pip, of tools of the system
 MAX_LINES = 400
 MAX_MODULES = 20
 

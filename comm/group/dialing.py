@@ -26,7 +26,7 @@ from .streams import Address, SocketStream, TlsStream
 from .tls import client_context, stranger_context
 
 DIAL_S = 10.0
-OTHERS_S = 1.5  # for those who have not answered yet when a node has refused to be paired
+OTHERS_S = 1.0  # for those who have not answered yet when one has
 GREET_S = 3.0  # for one that may not be the head, so that others get their turn
 
 Reached = tuple[Address, TlsStream, bytes]  # where, and the certificate that was shown
@@ -61,6 +61,40 @@ def dial(
                 raise
             return channel
     raise race.failure()
+
+
+def dial_all(
+    identity: NodeIdentity,
+    peers: Peers,
+    peer: str,
+    purpose: Purpose,
+    addresses: Sequence[Address],
+    timeout_s: float = DIAL_S,
+    speaks: Speaks = OURS,
+) -> list[Channel]:
+    """A channel to the paired node at each of `addresses` where it is, those that answered first before the others,
+    which have a moment more. The caller closes them. Raises as `dial` if it is at none of them."""
+    known = peers.get(peer)
+    deadline = time.monotonic() + timeout_s
+    opened: list[Channel] = []
+    refusal: GroupError | None = None
+    with _Race(addresses, client_context(identity, known.certificate), deadline) as race:
+        for _, stream, shown in race.found():
+            channel = Channel(stream, peer)
+            try:
+                if shown != known.certificate:
+                    raise NotPaired("the other node shows a certificate that is not the paired one")
+                peers.hold(peer, channel)
+                greet(channel, purpose, speaks, min(deadline, time.monotonic() + GREET_S))
+            except GroupError as error:
+                channel.close()
+                refusal = refusal or error
+            else:
+                opened.append(channel)
+                race.deadline = min(race.deadline, time.monotonic() + OTHERS_S)
+    if not opened:
+        raise refusal or race.failure()
+    return opened
 
 
 def pair(

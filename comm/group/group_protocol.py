@@ -13,7 +13,7 @@ import msgspec
 
 from .errors import ChannelError, GroupError, NotPaired, VersionMismatch
 
-Purpose = Literal["control", "data", "weights", "pair"]
+Purpose = Literal["control", "data", "weights", "measure", "pair"]
 PURPOSES: frozenset[str] = frozenset(get_args(Purpose))
 OPENING_BYTES = 4096
 

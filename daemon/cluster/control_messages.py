@@ -1,7 +1,8 @@
 """What head and workers say to each other on control channels, as msgspec structs.
 
 A worker begins with `Attach` and then sends a `Beat` twice a second. The head asks it to `Serve` a shard, hears how far
-that is, and tells it to `Drop` it. Other channels begin with the `Epoch` of the group that they are for.
+that is, and tells it to `Drop` it. Channels for data and weights begin with the `Epoch` of the group that they are for.
+On one for measuring the head says first where else it is (`HeadAt`), and then answers the worker's probes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Attach(Struct, tag=True, frozen=True, kw_only=True):
     memory_bytes_per_s: Speed = 0.0
     flops: Speed = 0.0
     disk_bytes_per_s: Speed = 0.0
+    routes: Count = 1  # of this many addresses the one that is used is the best
 
 
 class Beat(Struct, tag=True, frozen=True, kw_only=True):
@@ -104,6 +106,13 @@ class Probe(Struct, tag=True, frozen=True, kw_only=True):
 class Probed(Struct, tag=True, frozen=True, kw_only=True):
     number: Count
     data: Annotated[bytes, Meta(max_length=PROBE_BYTES)] = b""
+
+
+class HeadAt(Struct, tag=True, frozen=True, kw_only=True):
+    """Where the head listens, as HOST:PORT, and what it runs."""
+
+    addresses: Annotated[list[Annotated[str, Meta(max_length=128)]], Meta(max_length=64)]
+    version: Text = ""
 
 
 class Epoch(Struct, tag=True, frozen=True, kw_only=True):

@@ -17,7 +17,6 @@ from shoal.partition.machines import LinkSpeed
 from .control_messages import (
     CONTROL_BYTES,
     FROZEN_S,
-    PROBE_BYTES,
     SILENT_S,
     Attach,
     Beat,
@@ -31,10 +30,9 @@ from .control_messages import (
     ShardRefused,
 )
 from .links.link_probes import Probes
+from .probing import link_speed
 from .pulse import Watched
 
-TRIPS = 8
-FIRST_PROBE_BYTES = 16 << 10
 PROBE_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -113,16 +111,7 @@ class Member:
     def measure(self) -> None:
         """Find out how long a small message takes to it, and how fast many bytes are sent. Before `run`. Raises OSError
         or CommError."""
-        trips = [self._probe(b"") for _ in range(TRIPS)]
-        latency_s = min(trips) / 2
-        size, speed, ends_s = FIRST_PROBE_BYTES, 0.0, self._clock() + PROBE_S
-        while self._clock() < ends_s:
-            took_s = self._probe(bytes(size))
-            speed = max(speed, size / max(took_s - 2 * latency_s, 1e-6))
-            if size == PROBE_BYTES and took_s < PROBE_S / 8:
-                break  # it is fast enough for one more to say nothing new
-            size = min(PROBE_BYTES, 4 * size)
-        self.link = LinkSpeed(latency_s, speed)
+        self.link = link_speed(self._probe, PROBE_S)
 
     def run(self) -> None:
         """Hear it until it is gone; the caller's thread is used for that."""

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from shoal import kernels
 from shoal.comm.cluster_messages import (
     Forget,
@@ -24,9 +26,6 @@ from shoal.comm.cluster_messages import (
     Rejoin,
 )
 from shoal.comm.errors import CommError
-from shoal.comm.group.channel import Channel
-from shoal.comm.group.dialing import dial
-from shoal.comm.group.group_protocol import Purpose
 from shoal.comm.group.join_code import CODE_S, Codes
 from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.node_identity import NodeIdentity
@@ -42,22 +41,23 @@ from shoal.offload.budget import Budget
 
 from .control_messages import Attach
 from .links.link_test import longest_waits, measure_links
+from .local_network import Announcer, LocalNetwork, announced
 from .member import Member
-from .own_addresses import DEFAULT_LISTEN, parse_address, reachable
+from .own_addresses import DEFAULT_LISTEN, parse_address, reachable, spelled
 from .roster import Roster
+from .route import HeadRoute
 from .served_shard import OpenShard
 from .speed import NodeSpeed
 from .worker import Worker
 
 log = logging.getLogger(__name__)
 
-HEAD_DIAL_S = 5.0
 ACCEPT_S = 1.0
 
 
 class Membership:
     """`directory` holds key, certificate and peers. `speed` measures this machine. `computing` names the models that
-    compute now (for people)."""
+    compute now (for people). `network`: where a head says that it is there; None = nowhere."""
 
     def __init__(
         self,
@@ -68,6 +68,7 @@ class Membership:
         open_shard: OpenShard,
         speed: Callable[[], NodeSpeed],
         computing: Callable[[], Sequence[str]] = lambda: (),
+        network: LocalNetwork | None = None,
     ) -> None:
         self._directory = directory
         self._config = config
@@ -76,6 +77,8 @@ class Membership:
         self._open_shard = open_shard
         self._speed = speed
         self._computing = computing
+        self._network = network
+        self._announcer: Announcer | None = None
         self._lock = threading.RLock()
         self._codes = Codes()
         self._listener: GroupListener | None = None
@@ -83,6 +86,7 @@ class Membership:
         self._closed = False
         self._peers = Peers(directory)
         roster.name_of = lambda fingerprint: self._peers.get(fingerprint).name
+        roster.addresses = self._reachable
 
     @property
     def role(self) -> NodeRole:
@@ -124,6 +128,9 @@ class Membership:
             self._closed = True
             worker, self._worker = self._worker, None
             listener, self._listener = self._listener, None
+            announcer, self._announcer = self._announcer, None
+        if announcer is not None:
+            announcer.close()
         if listener is not None:
             listener.close()
         self._roster.close()
@@ -141,8 +148,12 @@ class Membership:
             if self._listener is None or (listen and wanted != self._listens()):
                 self._listen(wanted)
             assert self._listener is not None
+            addresses = self._reachable()
             return Invitation(
-                code=self._codes.new(), addresses=reachable(self._listener.addresses), seconds=CODE_S
+                code=self._codes.new(),
+                addresses=addresses,
+                seconds=CODE_S,
+                announced=self._network is not None and bool(announced(addresses)),
             )
 
     def _check_head(self) -> None:
@@ -153,6 +164,9 @@ class Membership:
             raise DaemonError("bad_request", "this machine is in no cluster", hint)
 
     def _listen(self, wanted: Sequence[str]) -> None:
+        if self._announcer is not None:
+            self._announcer.close()
+            self._announcer = None
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -160,10 +174,12 @@ class Membership:
         listener = GroupListener(identity, self._peers, [parse_address(text) for text in wanted], self._codes)
         self._listener = listener
         threading.Thread(target=self._accept, args=(listener,), name="shoal-accept", daemon=True).start()
+        if self._network is not None:
+            self._announcer = Announcer(self._network, identity, self._reachable)
         (self._directory / "listen").write_text("".join(f"{text}\n" for text in wanted))
         log.info(
             "machines may attach at %s",
-            ", ".join(f"{host}:{port}" for host, port in self._listener.addresses),
+            ", ".join(map(spelled, self._listener.addresses)),
         )
 
     def _accept(self, listener: GroupListener) -> None:
@@ -173,6 +189,10 @@ class Membership:
                 threading.Thread(
                     target=self._roster.take, args=(channel,), name="shoal-channel", daemon=True
                 ).start()
+
+    def _reachable(self) -> list[str]:
+        listener = self._listener
+        return reachable(listener.addresses) if listener is not None else []
 
     def _listens(self) -> list[str]:
         try:
@@ -209,12 +229,9 @@ class Membership:
                 self._worker.close()
                 self._worker = None
             if head is not None and self._worker is None:
-                identity, fingerprint = self._identity(), head.fingerprint
-
-                def dialled(purpose: Purpose) -> Channel:
-                    return dial(identity, self._peers, fingerprint, purpose, timeout_s=HEAD_DIAL_S)
-
-                self._worker = Worker(head, dialled, self._attach, self._open_shard, self._budget)
+                look = self._network.find if self._network is not None else list
+                route = HeadRoute(self._identity(), self._peers, head.fingerprint, look)
+                self._worker = Worker(head, route, self._attach, self._open_shard, self._budget)
             elif head is None and self._listens() and self._listener is None:
                 self._listen(self._listens())
 
@@ -245,13 +262,24 @@ class Membership:
         members = {member.fingerprint: member for member in self._roster.members}
         others = [self._status(peer, members.get(peer.fingerprint)) for peer in self._peers.listed()]
         listener = self._listener
-        listening = [f"{host}:{port}" for host, port in listener.addresses] if listener is not None else []
+        listening = [spelled(address) for address in listener.addresses] if listener is not None else []
         return NodesReply(role=self.role, nodes=[own, *others], listening=listening)
 
     def _status(self, peer: PairedNode, member: Member | None) -> NodeStatus:
         if member is None:
-            attached = peer.role == "head" and self._worker is not None and self._worker.attached
-            return NodeStatus(name=peer.name, fingerprint=peer.fingerprint, role=peer.role, attached=attached)
+            worker = self._worker if peer.role == "head" else None
+            status = NodeStatus(name=peer.name, fingerprint=peer.fingerprint, role=peer.role, attached=False)
+            if worker is None or not worker.attached or (route := worker.route.now) is None:
+                return status
+            return replace(
+                status,
+                attached=True,
+                address=spelled(route.address),
+                rtt_s=route.rtt_s,
+                bytes_per_s=route.bytes_per_s,
+                routes=route.compared,
+                version=route.head_version,
+            )
         part, waits = self._roster.contributions(member), longest_waits(self._roster, member)
         return NodeStatus(
             name=peer.name,
@@ -261,6 +289,7 @@ class Membership:
             address=member.address,
             rtt_s=2 * member.link.latency_s,
             bytes_per_s=member.link.bytes_per_s,
+            routes=member.facts.routes,
             version=member.facts.version,
             kernels=member.facts.kernels,
             threads=member.facts.threads,

@@ -8,12 +8,32 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
 
 from shoal.comm.group.streams import Address
 from shoal.daemon.errors import DaemonError
 
 DEFAULT_PORT = 7447
 DEFAULT_LISTEN = f":{DEFAULT_PORT}"
+
+# The best first.
+LinkKind = Literal["cable", "wifi", "mobile", "vpn", "bridge", "link-local", "loopback"]
+
+
+@dataclass(frozen=True)
+class OwnAddress:
+    """An address of this machine, the interface that has it, and what that is."""
+
+    host: str
+    interface: str
+    kind: LinkKind
+
+    @property
+    def version(self) -> int:
+        return 6 if ":" in self.host else 4
 
 
 def parse_address(text: str) -> Address:
@@ -37,54 +57,109 @@ def spelled(address: Address) -> str:
 def reachable(listening: Sequence[Address]) -> list[str]:
     """How other machines may reach sockets that listen: for those on all interfaces the address of each that is up, the
     likeliest first."""
-    found: list[str] = []
+    found: list[tuple[int, str]] = []
+    own = own_addresses()
+    kinds = {one.host: one.kind for one in own}
     for host, port in listening:
-        hosts = own_hosts() if host in ("", "0.0.0.0", "::") else [host]
-        found += [spelled((one, port)) for one in hosts]
-    return list(dict.fromkeys(found))
+        versions = EVERYWHERE.get(host)
+        hosts = [one.host for one in own if one.version in versions] if versions else [host]
+        found += [(RANKS.get(kinds.get(one, "cable"), 0), spelled((one, port))) for one in hosts]
+    return list(dict.fromkeys(text for _, text in sorted(found, key=lambda it: it[0])))
 
 
-def own_hosts() -> list[str]:
-    """Addresses of interfaces that are up: those of real links before those of bridges and tunnels, loopback last."""
+def own_addresses() -> list[OwnAddress]:
+    """Addresses of interfaces that are up, the best first: of real links, the faster before the slower, before those of
+    tunnels and bridges, loopback last; of equal ones IPv4 first."""
     import psutil
 
-    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    ranked: list[tuple[int, str]] = []
+    states = psutil.net_if_stats()
+    ranked: list[tuple[tuple[int, int, int], OwnAddress]] = []
     for name, addresses in psutil.net_if_addrs().items():
-        if name not in up:
+        if name not in states or not states[name].isup:
             continue
         for it in addresses:
             if it.family not in (socket.AF_INET, socket.AF_INET6):
                 continue
-            plain = it.address.split("%")[0]
-            ip = ipaddress.ip_address(plain)
-            if ip.is_link_local:
-                continue
-            ranked.append((_rank(name, ip), plain))
-    return [host for _, host in sorted(ranked, key=lambda it: it[0])]
+            ip = ipaddress.ip_address(it.address.split("%")[0])
+            if ip.version == 6 and ip.is_link_local:
+                continue  # means something together with an interface only, which differs at the other side
+            one = OwnAddress(str(ip), name, kind_of(name, ip))
+            ranked.append(((RANKS[one.kind], ip.version, -states[name].speed), one))
+    return [one for _, one in sorted(ranked, key=lambda it: it[0])]
 
 
-_MADE_UP = (
-    "docker",
-    "br-",
-    "veth",
-    "virbr",
-    "vmnet",
-    "vboxnet",
-    "tun",
-    "tap",
-    "wg",
-    "utun",
-    "tailscale",
-    "zt",
-)
-
-
-def _rank(name: str, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
+def kind_of(name: str, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> LinkKind:
+    """What an address of the interface `name` leads over, by what the system says of it and by its name."""
     if ip.is_loopback:
-        return 9
-    return (
-        (4 if name.startswith(_MADE_UP) else 0)
-        + (2 if name.startswith(("wl", "wifi")) else 0)
-        + (ip.version == 6)
-    )
+        return "loopback"
+    if ip.is_link_local:
+        return "link-local"
+    said = _system_says(name)
+    if said is not None:
+        return said
+    if any(ip in network for network in _TAILSCALE if network.version == ip.version):
+        return "vpn"
+    plain = name.lower()
+    return next((kind for kind, begins in _NAMES.items() if plain.startswith(begins)), "cable")
+
+
+def towards(host: str) -> OwnAddress | None:
+    """The address from which this machine sends to the numeric address `host`; None if there is no way."""
+    try:
+        ipaddress.ip_address(host)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, DEFAULT_PORT))  # sends nothing
+            used = probe.getsockname()[0].split("%")[0]
+    except (OSError, ValueError):
+        return None
+    return next((one for one in own_addresses() if one.host == used), None)
+
+
+def _system_says(name: str, root: Path = Path("/sys/class/net")) -> LinkKind | None:
+    """Linux knows wireless links and tunnels whatever they are called."""
+    with suppress(OSError):
+        device = (root / name / "uevent").read_text()
+        for kind, words in _DEVICE_TYPES.items():
+            if any(f"DEVTYPE={word}\n" in device for word in words):
+                return kind
+        if (root / name / "wireless").exists():
+            return "wifi"
+        if (root / name / "tun_flags").exists() or (root / name / "type").read_text().strip() in _TUNNELS:
+            return "vpn"
+    return None
+
+
+EVERYWHERE = {"": (4, 6), "0.0.0.0": (4,), "::": (6,)}
+RANKS: dict[LinkKind, int] = {kind: rank for rank, kind in enumerate(get_args(LinkKind))}
+_DEVICE_TYPES: dict[LinkKind, tuple[str, ...]] = {
+    "wifi": ("wlan",),
+    "mobile": ("wwan",),
+    "vpn": ("wireguard", "ppp"),
+}
+_TUNNELS = ("65534", "512", "768", "769", "776", "778")  # ARPHRD_ of what has no Ethernet below it
+_TAILSCALE = (ipaddress.ip_network("100.64.0.0/10"), ipaddress.ip_network("fd7a:115c:a1e0::/48"))
+_NAMES: dict[LinkKind, tuple[str, ...]] = {
+    "bridge": (
+        *("docker", "br-", "veth", "virbr", "vnet", "vmnet", "vmenet", "vboxnet", "vethernet", "bridge1"),
+        *(
+            "podman",
+            "cni",
+            "flannel",
+            "cali",
+            "cilium",
+            "lxc",
+            "lxd",
+            "incus",
+            "kube",
+            "weave",
+            "dummy",
+            "ifb",
+        ),
+    ),
+    "vpn": (
+        *("tun", "tap", "utun", "wg", "tailscale", "zt", "ppp", "ipsec", "vti", "gre", "vpn", "wt", "nebula"),
+        *("nordlynx", "proton", "mullvad", "cscotun", "gpd", "ham", "warp", "cloudflarewarp", "netbird"),
+    ),
+    "mobile": ("wwan", "wwp", "wwx", "rmnet"),
+    "wifi": ("wl", "wifi", "ath", "awdl", "llw"),
+}

@@ -10,14 +10,17 @@ from typing import NamedTuple
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.dialing import pair
+from shoal.comm.group.discovery import BROWSE_S, SERVICE, addresses_of
 from shoal.comm.group.errors import PairingRefused
 from shoal.comm.group.join_code import read_code
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import Peers
+from shoal.comm.group.streams import Address
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
 
+from .local_network import LocalNetwork, interfaces
 from .own_addresses import parse_address
 
 JOIN_S = 10.0
@@ -31,9 +34,15 @@ class NowPaired(NamedTuple):
     before: bool
 
 
-def pair_with_head(home: Home, code: str, addresses: Sequence[str], head: str | None = None) -> NowPaired:
-    """Pairs this machine with the head that gave `code`. If it is paired already with the head whose fingerprint is
-    `head`, it stays so. Raises DaemonError."""
+def pair_with_head(
+    home: Home,
+    code: str,
+    addresses: Sequence[str] = (),
+    head: str | None = None,
+    network: LocalNetwork | None = None,
+) -> NowPaired:
+    """Pairs this machine with the head that gave `code`, at one of `addresses` or wherever on `network` it is. If it is
+    paired already with the head whose fingerprint is `head`, it stays so. Raises DaemonError."""
     private_dir(home.root)
     private_dir(home.cluster)
     try:
@@ -47,18 +56,31 @@ def pair_with_head(home: Home, code: str, addresses: Sequence[str], head: str | 
                 f"this machine is paired with {peer.name} already",
                 "shoal cluster leave ends that",
             )
-        if not addresses:
-            raise DaemonError(
-                "bad_request", "the head was not found on the local network", "name its `address`"
-            )
         identity = NodeIdentity.of(home.cluster)
-        found, _ = pair(identity, peers, code, [parse_address(it) for it in addresses], JOIN_S)
+        places = [parse_address(it) for it in addresses] or _found(network or LocalNetwork())
+        found, _ = pair(identity, peers, code, places, JOIN_S)
     except PairingRefused as error:
         hint = "shoal cluster init on the head gives a code"
         raise DaemonError("bad_request", f"not paired: {error}", hint) from error
     except (CommError, OSError) as error:
         raise DaemonError("not_found", f"not paired: {error}") from error
     return NowPaired(found.name, identity.fingerprint, before=False)
+
+
+def _found(network: LocalNetwork) -> list[Address]:
+    """Where heads are. Which of them is the right one, the code proves."""
+    hint = "name its `address=HOST:PORT`, which shoal cluster init shows on the head"
+    try:
+        heads = network.find()
+    except OSError as error:
+        found = f"heads cannot be looked for on the local network: {error}"
+        raise DaemonError("not_found", found, hint) from error
+    if not heads:
+        looked = (
+            f"no head was found on the local network: {SERVICE} was looked for by mDNS for {BROWSE_S:.0f} s"
+        )
+        raise DaemonError("not_found", f"{looked} at {', '.join(interfaces())}", hint)
+    return addresses_of(heads)
 
 
 def unpair(home: Home) -> list[str]:

@@ -17,9 +17,11 @@ from msgspec.structs import replace
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.part_waits import WaitSummary
+from shoal.daemon.installed import package_version
 
-from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch
+from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
 from .member import Member
+from .probing import answer_probes
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class Roster:
         self.name_of: Callable[[str], str] = lambda fingerprint: (
             ""
         )  # as this head calls it; "" = as it calls itself
+        self.addresses: Callable[[], list[str]] = list  # at which this head can be reached
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._look, name="shoal-roster", daemon=True).start()
@@ -95,6 +98,8 @@ class Roster:
         try:
             if channel.purpose == "control":
                 self._attach(channel)
+            elif channel.purpose == "measure":
+                answer_probes(channel, HeadAt(addresses=self.addresses()[:64], version=package_version()))
             else:
                 self._hand_over(channel)
         except (OSError, CommError) as error:

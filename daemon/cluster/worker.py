@@ -10,6 +10,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.peers import PairedNode
@@ -29,7 +31,8 @@ from .control_messages import (
     Probed,
     Serve,
 )
-from .served_shard import Dial, OpenShard, ServedShard
+from .route import HeadRoute
+from .served_shard import OpenShard, ServedShard
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ class Worker:
     def __init__(
         self,
         head: PairedNode,
-        dial: Dial,
+        route: HeadRoute,
         attach: Callable[[], Attach],
         open_shard: OpenShard,
         budget: Budget,
@@ -52,7 +55,7 @@ class Worker:
         self.fingerprint = head.fingerprint  # the head's
         self.attached = False
         self.trouble = ""  # why it is not attached
-        self._dial = dial
+        self.route = route
         self._attach = attach
         self._open_shard = open_shard
         self._budget = budget
@@ -79,9 +82,10 @@ class Worker:
         while not self._closed.is_set():
             try:
                 facts = self._attach()  # before the head waits for them: they may have to be measured
-                control = self._control = self._dial("control")
+                control = self._control = self.route.dial("control")
                 with control:
-                    control.send_message(facts)
+                    routes = self.route.now.compared if self.route.now else 1
+                    control.send_message(replace(facts, routes=routes))
                     log.info("attached to %s (%s)", self.head, control.remote[0])
                     self.attached, self.trouble, pause_s = True, "", REDIAL_S[0]
                     self._listen(control)
@@ -119,7 +123,7 @@ class Worker:
                 if other.request.model == message.model:  # its successor comes
                     self._drop(other.request.epoch)
             self._shards[message.epoch] = ServedShard(
-                message, self._dial, self._open_shard, self._budget, self._tell
+                message, self.route.dial, self._open_shard, self._budget, self._tell
             )
         elif isinstance(message, Drop):
             self._drop(message.epoch)

@@ -37,7 +37,7 @@ def has_ipv6() -> bool:
 ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 
 
-@pytest.mark.parametrize("purpose", ["control", "data", "weights"])
+@pytest.mark.parametrize("purpose", ["control", "data", "weights", "measure"])
 def test_paired_nodes_have_channels_of_each_purpose(machines, purpose):
     head, worker = machines
     with head.listening() as listener, worker.dial(head, listener.addresses, purpose) as at_worker:

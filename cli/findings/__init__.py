@@ -1,0 +1,1 @@
+"""What `shoal doctor` finds."""
