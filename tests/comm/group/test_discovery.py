@@ -118,7 +118,7 @@ def test_a_head_is_found_until_it_goes() -> None:
         for one in said:
             one.close()
     assert not {"ab" * 8, "cd" * 8} & {head.fingerprint for head in find_heads(LOOPBACK, 1.5)}
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # of former tests some may have ended
 
 
 @pytest.mark.parametrize("hosts", [[], ["192.0.2.77"], ["192.0.2.77", "2001:db8::77"]])
@@ -192,4 +192,4 @@ def test_who_answers_too_much_is_bounded() -> None:
     finally:
         stop.set()
         shouting.join()
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # of former tests some may have ended
