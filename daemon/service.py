@@ -19,9 +19,9 @@ from shoal.comm.errors import KeyFileError
 from shoal.comm.home import Home
 from shoal.comm.messages import Load
 from shoal.daemon.cluster.forming import Forming
-from shoal.daemon.cluster.local_network import LocalNetwork
 from shoal.daemon.cluster.membership import Membership
 from shoal.daemon.cluster.roster import Roster
+from shoal.daemon.cluster.routes.local_network import LocalNetwork
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
 from shoal.daemon.cluster.speed import node_speed
 from shoal.daemon.library.library import Library

@@ -52,7 +52,7 @@ INNER = {
 IN_TORCH = {"kernels/attention_reference.py", "kernels/reference.py"}  # and with it 140 MB of memory
 OPTIONS_OF_OTHERS = {
     "daemon/library/package.py",
-    "daemon/cluster/surroundings.py",
+    "daemon/cluster/routes/surroundings.py",
 }  # of pip, of tools of the system
 MAX_LINES = 400
 MAX_MODULES = 20

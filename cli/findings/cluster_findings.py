@@ -11,7 +11,7 @@ from shoal.client import Client
 from shoal.comm.cluster_messages import NodesReply, NodeStatus
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
-from shoal.daemon.cluster.surroundings import Firewall, Surroundings, look_around, role_of
+from shoal.daemon.cluster.routes.surroundings import Firewall, Surroundings, look_around, role_of
 
 from .. import background
 from ..terminal.link_text import link_text

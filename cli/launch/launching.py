@@ -16,7 +16,7 @@ from shoal.client import Client
 from shoal.comm.cluster_messages import NodeStatus
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
-from shoal.daemon.cluster.own_addresses import DEFAULT_PORT, parse_address, reachable
+from shoal.daemon.cluster.routes.own_addresses import DEFAULT_PORT, parse_address, reachable
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.installed import package_version
 from shoal.partition.amounts import counted, format_bytes

@@ -30,8 +30,8 @@ from .control_messages import (
     ShardRefused,
 )
 from .links.link_probes import Probes
-from .probing import link_speed
 from .pulse import Watched
+from .routes.probing import link_speed
 
 PROBE_S = 1.0
 

@@ -41,11 +41,11 @@ from shoal.offload.budget import Budget
 
 from .control_messages import Attach
 from .links.link_test import longest_waits, measure_links
-from .local_network import Announcer, LocalNetwork, announced
 from .member import Member
-from .own_addresses import DEFAULT_LISTEN, parse_address, reachable, spelled
 from .roster import Roster
-from .route import HeadRoute
+from .routes.local_network import Announcer, LocalNetwork, announced
+from .routes.own_addresses import DEFAULT_LISTEN, parse_address, reachable, spelled
+from .routes.route import HeadRoute
 from .served_shard import OpenShard
 from .speed import NodeSpeed
 from .worker import Worker

@@ -20,8 +20,8 @@ from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
 
-from .local_network import LocalNetwork, interfaces
-from .own_addresses import parse_address
+from .routes.local_network import LocalNetwork, interfaces
+from .routes.own_addresses import parse_address
 
 JOIN_S = 10.0
 

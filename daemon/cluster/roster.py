@@ -21,7 +21,7 @@ from shoal.daemon.installed import package_version
 
 from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
 from .member import Member
-from .probing import answer_probes
+from .routes.probing import answer_probes
 
 log = logging.getLogger(__name__)
 

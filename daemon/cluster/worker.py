@@ -31,7 +31,7 @@ from .control_messages import (
     Probed,
     Serve,
 )
-from .route import HeadRoute
+from .routes.route import HeadRoute
 from .served_shard import OpenShard, ServedShard
 
 log = logging.getLogger(__name__)

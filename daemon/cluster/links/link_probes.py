@@ -11,7 +11,7 @@ from collections.abc import Callable
 from shoal.comm.group.errors import ChannelError, ChannelTimeout
 from shoal.daemon.cluster.control_messages import Probe, Probed
 
-PROBED_S = 5.0
+LINK_PROBED_S = 5.0
 
 
 class Probes:
@@ -56,11 +56,11 @@ class Probes:
         """Seconds from `begin` until all of the answer was there. Raises ChannelError."""
         with self._changed:
             try:
-                self._changed.wait_for(lambda: number in self._ended or self._gone(), PROBED_S)
+                self._changed.wait_for(lambda: number in self._ended or self._gone(), LINK_PROBED_S)
                 if number not in self._ended:
                     if reason := self._gone():
                         raise ChannelError(reason)
-                    raise ChannelTimeout(f"no answer for {PROBED_S:.0f} s")
+                    raise ChannelTimeout(f"no answer for {LINK_PROBED_S:.0f} s")
                 seconds, nbytes = self._ended[number]
             finally:
                 self._began_s.pop(number, None)

@@ -18,8 +18,8 @@ from shoal.cli.findings.cluster_findings import findings
 from shoal.cli.findings.finding import Finding
 from shoal.comm.cluster_messages import NodesReply, NodeStatus
 from shoal.comm.home import Home
-from shoal.daemon.cluster.own_addresses import OwnAddress
-from shoal.daemon.cluster.surroundings import Surroundings
+from shoal.daemon.cluster.routes.own_addresses import OwnAddress
+from shoal.daemon.cluster.routes.surroundings import Surroundings
 
 CABLE = OwnAddress("192.168.1.5", "eth0", "cable")
 WIFI = OwnAddress("192.168.1.7", "wlan0", "wifi")

@@ -16,11 +16,11 @@ from shoal.comm.cluster_messages import Invitation, Invite
 from shoal.comm.group.discovery import FoundHead
 from shoal.comm.group.peers import Peers
 from shoal.comm.home import Home
-from shoal.daemon.cluster import local_network
-from shoal.daemon.cluster.local_network import LocalNetwork, announced, interfaces
 from shoal.daemon.cluster.membership import Membership
 from shoal.daemon.cluster.pairing_up import pair_with_head
 from shoal.daemon.cluster.roster import Roster
+from shoal.daemon.cluster.routes import local_network
+from shoal.daemon.cluster.routes.local_network import LocalNetwork, announced, interfaces
 from shoal.daemon.cluster.shard_stores import open_shards
 from shoal.daemon.errors import DaemonError
 from shoal.offload.budget import Budget

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shoal.daemon.cluster import own_addresses as module
-from shoal.daemon.cluster.own_addresses import (
+from shoal.daemon.cluster.routes import own_addresses as module
+from shoal.daemon.cluster.routes.own_addresses import (
     kind_of,
     own_addresses,
     parse_address,

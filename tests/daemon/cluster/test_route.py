@@ -18,11 +18,11 @@ from shoal.comm.group.discovery import FoundHead
 from shoal.comm.group.errors import NotPaired
 from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.streams import Address
-from shoal.daemon.cluster import route
 from shoal.daemon.cluster.control_messages import HeadAt
-from shoal.daemon.cluster.own_addresses import spelled
 from shoal.daemon.cluster.roster import Roster
-from shoal.daemon.cluster.route import HeadRoute
+from shoal.daemon.cluster.routes import route
+from shoal.daemon.cluster.routes.own_addresses import spelled
+from shoal.daemon.cluster.routes.route import HeadRoute
 
 
 @dataclass

@@ -10,8 +10,8 @@ import pytest
 
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import PairedNode, Peers
-from shoal.daemon.cluster import surroundings as module
-from shoal.daemon.cluster.surroundings import behind_nat, firewalls, look_around, role_of
+from shoal.daemon.cluster.routes import surroundings as module
+from shoal.daemon.cluster.routes.surroundings import behind_nat, firewalls, look_around, role_of
 from shoal.daemon.errors import DaemonError
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from shoal.comm.group.discovery import FoundHead
 from shoal.comm.group.streams import Address
-from shoal.daemon.cluster.local_network import LocalNetwork
+from shoal.daemon.cluster.routes.local_network import LocalNetwork
 
 
 class FakeNetwork(LocalNetwork):

@@ -8,9 +8,8 @@ from contextlib import suppress
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
+from shoal.daemon.cluster.control_messages import CONTROL_BYTES, PROBE_BYTES, HeadAt, Probe, Probed
 from shoal.partition.machines import LinkSpeed
-
-from .control_messages import CONTROL_BYTES, PROBE_BYTES, HeadAt, Probe, Probed
 
 TRIPS = 8
 FIRST_PROBE_BYTES = 16 << 10

@@ -21,15 +21,15 @@ from shoal.comm.group.group_protocol import Purpose
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import MAX_ADDRESSES, Peers
 from shoal.comm.group.streams import Address
+from shoal.daemon.cluster.control_messages import CONTROL_BYTES, HeadAt
 from shoal.daemon.errors import DaemonError
 
-from .control_messages import CONTROL_BYTES, HeadAt
 from .own_addresses import parse_address, spelled
 from .probing import PROBED_S, measured
 
 HEAD_DIAL_S = 5.0
 MEASURE_ROUTE_S = 0.25  # for each of the two figures
-SUM_BYTES = 16 << 10  # of a sum of one token's hidden states: what is sent most often
+ROUTE_SUM_BYTES = 16 << 10  # of a sum of one token's hidden states: what is sent most often
 ROUTES_ALIKE = 1.15  # routes whose times differ by less are equally good
 LOOK_AGAIN_S = 30.0  # between searches for a head that is at none of its addresses
 
@@ -49,7 +49,7 @@ class Route:
     @property
     def sum_s(self) -> float:
         """How long one token's sum takes there and back."""
-        return self.rtt_s + 2 * SUM_BYTES / max(1.0, self.bytes_per_s)
+        return self.rtt_s + 2 * ROUTE_SUM_BYTES / max(1.0, self.bytes_per_s)
 
 
 class HeadRoute:
