@@ -70,34 +70,34 @@ def test_the_right_head_is_found_among_others(
     wait_for(lambda: len(network.heads) == 4)
     for number, (head, code) in enumerate(zip(heads, codes, strict=True)):
         home = Home(tmp_path / f"worker{number}")
-        pair_with_head(home, code, None, network)
+        pair_with_head(home, code, network=network)
         (peer,) = Peers(home.cluster).listed()
         assert peer.certificate == head._identity().certificate
         with pytest.raises(DaemonError, match=r"paired with .* already"):
-            pair_with_head(home, code, None, network)
+            pair_with_head(home, code, network=network)
     wrong = Home(tmp_path / "wrong")
     with pytest.raises(DaemonError, match="not paired: no such join code"):
-        pair_with_head(wrong, CODE, None, network)
+        pair_with_head(wrong, CODE, network=network)
     assert Peers(wrong.cluster).listed() == ()
 
 
 def test_nothing_found_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DaemonError, match=r"no head was found on the local network: _shoal\._tcp") as raised:
-        pair_with_head(Home(tmp_path), CODE, None, FakeNetwork())
+        pair_with_head(Home(tmp_path), CODE, network=FakeNetwork())
     assert "\n" not in str(raised.value)
     assert "`address=HOST:PORT`" in raised.value.hint
 
 
 def test_no_multicast_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DaemonError, match=r"cannot be looked for .*: Network is unreachable") as raised:
-        pair_with_head(Home(tmp_path), CODE, None, FakeNetwork(trouble="Network is unreachable"))
+        pair_with_head(Home(tmp_path), CODE, network=FakeNetwork(trouble="Network is unreachable"))
     assert "`address=HOST:PORT`" in raised.value.hint
 
 
 def test_a_code_that_cannot_be_one_bothers_nobody(tmp_path: Path) -> None:
     network = FakeNetwork()
     with pytest.raises(DaemonError):
-        pair_with_head(Home(tmp_path), "nonsense", None, network)
+        pair_with_head(Home(tmp_path), "nonsense", network=network)
     assert network.looked == 0
 
 

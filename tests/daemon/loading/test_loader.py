@@ -223,7 +223,7 @@ def test_the_budget_that_is_said_to_do_does(
 
 def test_too_little_memory_is_refused_with_the_figure(path: Path) -> None:
     with Node(NodeConfig(context_tokens=96, memory_bytes=32 << 20)) as node:
-        with pytest.raises(DaemonError, match=r"needs at least [\d.]+ MB: .* budget is 33.6 MB") as caught:
+        with pytest.raises(DaemonError, match=r"needs at least [\d.]+ [MG]B: .* budget is 33.6 MB") as caught:
             node.load(Load(model=str(path)))
         assert caught.value.code == "resources"
 

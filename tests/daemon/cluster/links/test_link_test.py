@@ -165,7 +165,7 @@ def test_a_member_lost_in_the_middle_is_said(two: Cluster, monkeypatch: pytest.M
 def test_a_member_that_never_answers_holds_nobody_up_for_long(
     two: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.daemon.cluster.links.link_probes.PROBED_S", 0.3)
+    monkeypatch.setattr("shoal.daemon.cluster.links.link_probes.LINK_PROBED_S", 0.3)
     worker = two.workers[1]._worker
     assert worker is not None
     do = worker._do
