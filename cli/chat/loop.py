@@ -157,7 +157,7 @@ class ChatLoop:
             raise
         except Exception as error:  # of whatever kind: a conversation must not be lost by one of its turns
             line, code = explain(error)
-            note(line)
+            note(line.replace("(use --ctx ", "(use /ctx "))  # here it is a command
             return code
         return Exit.DONE
 

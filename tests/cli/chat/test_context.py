@@ -47,7 +47,7 @@ def test_a_conversation_cannot_change_the_model_of_others(
     client.models["tiny"] = model_status(context_limit_tokens=100)
     assert talk(state, "/ctx 101") == 3
     assert (
-        "a context of 101 tokens was asked for, the model was made for 100 (use --ctx 100 or less)"
+        "a context of 101 tokens was asked for, the model was made for 100 (use /ctx 100 or less)"
         in capsys.readouterr().err
     )
     client.load("tiny", 50)  # somebody does so, with less
