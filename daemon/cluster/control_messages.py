@@ -49,6 +49,7 @@ class Beat(Struct, tag=True, frozen=True, kw_only=True):
     blocks: Count = 0
     at_work: bool = False
     free_bytes: Count = 0
+    shard_bytes: Count = 0  # held for shards, at the same moment
     resident_bytes: Count = 0
 
 

@@ -65,6 +65,7 @@ class Member:
         self._probes = 0
         self._state = threading.Condition()
         self._answers: dict[int, Loading | Ready | ShardRefused] = {}
+        self._asked: dict[int, Serve] = {}
 
     @property
     def name(self) -> str:
@@ -79,6 +80,16 @@ class Member:
     def silent_s(self) -> float:
         """For how long nothing has been heard from it."""
         return self._clock() - self._heard_s
+
+    def room_bytes(self, model: str) -> int:
+        """What it has for a shard of `model`: all that shards of other models and its own work leave. What it holds for
+        an earlier group of this model counts as free."""
+        beat, room = self.beat, self.facts.memory_bytes
+        if beat.free_bytes or beat.shard_bytes:
+            room = min(room, beat.free_bytes + beat.shard_bytes)
+        with self._state:
+            others = [asked for asked in self._asked.values() if asked.model != model]
+        return max(0, room - sum(asked.plan.peak_bytes for asked in others))
 
     def add(self, channel: Channel) -> None:
         """Another channel to the same machine, to be closed with it."""
@@ -166,12 +177,14 @@ class Member:
         """Ask it to load a shard; `wait_ready` tells how that goes."""
         with self._state:
             self._answers[request.epoch] = Loading(epoch=request.epoch, done=0, total=0)
+            self._asked[request.epoch] = request
         self.send(request)
 
     def drop(self, epoch: int) -> None:
         """It need not serve that shard any more."""
         with self._state:
             self._answers.pop(epoch, None)
+            self._asked.pop(epoch, None)
         self.send(Drop(epoch=epoch))
 
     def loading(self, epoch: int) -> Loading | Ready | ShardRefused | None:
