@@ -17,7 +17,6 @@ from itertools import count
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.star import Hub
 from shoal.comm.group.wire_types import WireType
-from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress
 from shoal.offload.pack.manifest import Quant
@@ -114,7 +113,11 @@ class Group:
                 moved_s, before = time.monotonic(), now
                 progress("sending", done, sum(state.total for state in loading))
             if time.monotonic() - moved_s > SHARD_MOTIONLESS_S:
-                late = [m for m, state in states if not isinstance(state, Ready) or m.fingerprint not in self._data]
+                late = [
+                    m
+                    for m, state in states
+                    if not isinstance(state, Ready) or m.fingerprint not in self._data
+                ]
                 for member in late:
                     self._roster.faults.refused(member.fingerprint)
                 names = ", ".join(member.name for member in late)

@@ -28,12 +28,14 @@ from .control_messages import (
     Probe,
     Probed,
     Serve,
+    ShardRefused,
 )
 from .served_shard import Dial, OpenShard, ServedShard
 
 log = logging.getLogger(__name__)
 
 HEAD_SILENT_S = 5.0
+MOST_SHARDS = 16  # at a time, each of another model
 REDIAL_S = (0.2, 2.0)  # between attempts to reach the head: the first, and the longest
 
 
@@ -116,8 +118,12 @@ class Worker:
             self._tell(Probed(number=message.number))
         if isinstance(message, Serve):
             for other in [*self._shards.values()]:
-                if other.request.model == message.model:  # its successor comes
-                    self._drop(other.request.epoch)
+                if other.request.model == message.model or other.request.epoch == message.epoch:
+                    self._drop(other.request.epoch)  # its successor comes
+            if len(self._shards) >= MOST_SHARDS:
+                refusal = f"it serves {MOST_SHARDS} shards already, which is the most"
+                self._tell(ShardRefused(epoch=message.epoch, code="resources", reason=refusal))
+                return
             self._shards[message.epoch] = ServedShard(
                 message, self._dial, self._open_shard, self._budget, self._tell
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from msgspec.structs import replace
 
 from shoal.comm.messages import Load
 from shoal.daemon.cluster import faults, group
-from shoal.daemon.cluster.control_messages import Ready
+from shoal.daemon.cluster.control_messages import Ready, ShardRefused
 from shoal.daemon.cluster.faults import Faults
 from shoal.daemon.cluster.follower import Follower
 from shoal.daemon.cluster.served_shard import ServedShard
+from shoal.daemon.cluster.worker import MOST_SHARDS
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
 
@@ -110,9 +112,11 @@ def test_who_asks_for_a_number_of_ranks_is_told_why_there_are_fewer(
     tmp_path: Path, path: Path, monkeypatch: Patch
 ) -> None:
     no_room(monkeypatch)
-    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
-        with pytest.raises(DaemonError, match="cannot take its part.*No space left"):
-            cluster.node.load(Load(model=str(path), ranks=2))
+    with (
+        Cluster(tmp_path, CONFIG, workers=1) as cluster,
+        pytest.raises(DaemonError, match=r"cannot take its part.*No space left"),
+    ):
+        cluster.node.load(Load(model=str(path), ranks=2))
 
 
 def test_a_machine_has_room_for_a_shard_beside_its_own_work_and_other_shards(
@@ -156,3 +160,42 @@ def test_pauses_get_longer_and_end() -> None:
     assert not found.passed_over("a"), "it was good for long"
     found.refused("b")
     assert found.passed_over("b"), "it would refuse again"
+
+
+def test_a_worker_serves_a_bounded_number_of_shards_and_none_twice(tmp_path: Path, path: Path) -> None:
+    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
+        cluster.node.load(Load(model=str(path)))
+        (member,) = cluster.roster.members
+        worker = cluster.workers[1]._worker
+        assert worker is not None
+        (shard,) = worker.shards
+        asked = shard.request
+        member.serve(asked)
+        wait_for(lambda: worker.shards not in ([], [shard]))
+        assert [it.request.epoch for it in worker.shards] == [asked.epoch]
+        assert shard._closed
+        last = asked.epoch + MOST_SHARDS
+        for number in range(asked.epoch + 1, last + 1):
+            member.serve(replace(asked, epoch=number, model=str(number)))
+        wait_for(lambda: isinstance(member.loading(last), ShardRefused))
+        wait_for(lambda: len(worker.shards) == MOST_SHARDS)
+
+
+@pytest.mark.parametrize("change", [{"scratch_bytes": -(1 << 60)}, {"scratch_bytes": 0}, {"threads": -1}])
+def test_a_worker_refuses_a_plan_that_it_cannot_trust(
+    change: dict[str, int], tmp_path: Path, path: Path, monkeypatch: Patch
+) -> None:
+    honest = group.Serve
+
+    def lying(**facts: Any) -> Any:
+        request = honest(**facts)
+        return replace(request, plan=dataclasses.replace(request.plan, **change))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(group, "Serve", lying)
+    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
+        with pytest.raises(DaemonError, match="cannot take its part") as refused:
+            cluster.node.load(Load(model=str(path), ranks=2))
+        assert "bug" not in str(refused.value)
+        (member,) = cluster.roster.members
+        wait_for(lambda: cluster.workers[1]._budget.held_bytes == 0)
+        assert not member.reason
