@@ -25,8 +25,8 @@ from .terminal.output import console, note, print_json, spinner, table
 
 @click.group(
     epilog=examples(
-        "shoal cluster init                     # on the machine that has the models: prints a join code",
-        "shoal cluster join 7K3M-Q9TX-2BD4F     # on each other machine",
+        "shoal cluster init     # on the machine that has the models: prints the next line",
+        "shoal cluster join 7K3M-Q9TX-2BD4F --address 192.168.1.5:7447     # on each other machine",
         "shoal cluster nodes",
     )
 )
@@ -51,6 +51,10 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
 
     A code is good for one machine and for ten minutes; ask again for the next. The daemon is started if none runs.
     """
+    from shoal.daemon.cluster.own_addresses import parse_address
+
+    for address in listen:
+        parse_address(address)  # raises what is wrong with it before a daemon is started
     home = Home.from_env()
     _require_daemon(home)
     with Client(home.address) as client:
@@ -68,14 +72,12 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
 
 @cluster.command(
     epilog=examples(
-        "shoal cluster join 7K3M-Q9TX-2BD4F",
+        "shoal cluster join 7K3M-Q9TX-2BD4F --address 192.168.1.5:7447",
         "shoal cluster join 7K3M-Q9TX-2BD4F --address 192.168.1.5:7447 --memory 6GB --detach",
     )
 )
 @click.argument("code")
-@click.option(
-    "--address", metavar="HOST:PORT", help="Where the head is (default: found on the local network)."
-)
+@click.option("--address", metavar="HOST:PORT", help="Where the head is, as shoal cluster init shows it.")
 @click.option(
     "--memory", type=size_or_auto, metavar="SIZE", help="Lend at most this much memory (default: auto)."
 )

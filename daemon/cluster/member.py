@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.errors import ChannelTimeout
 from shoal.partition.machines import LinkSpeed
 
 from .control_messages import (
@@ -36,6 +37,7 @@ from .pulse import Watched
 TRIPS = 8
 FIRST_PROBE_BYTES = 16 << 10
 PROBE_S = 1.0
+PROBED_S = 10.0  # whatever else it says meanwhile
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class Member:
         assert channel.peer is not None
         self.fingerprint = channel.peer
         self.facts = attach
-        self.beat = Beat()
+        self.beat = Beat(free_bytes=attach.memory_bytes)
         self.link = LinkSpeed(0.0, 1.0)  # once it is measured
         self.reason = ""  # why it is gone
         self._control = channel
@@ -84,9 +86,7 @@ class Member:
     def room_bytes(self, model: str) -> int:
         """What it has for a shard of `model`: all that shards of other models and its own work leave. What it holds for
         an earlier group of this model counts as free."""
-        beat, room = self.beat, self.facts.memory_bytes
-        if beat.free_bytes or beat.shard_bytes:
-            room = min(room, beat.free_bytes + beat.shard_bytes)
+        room = min(self.facts.memory_bytes, self.beat.free_bytes + self.beat.shard_bytes)
         with self._state:
             others = [asked for asked in self._asked.values() if asked.model != model]
         return max(0, room - sum(asked.plan.peak_bytes for asked in others))
@@ -163,7 +163,8 @@ class Member:
         began_s = self._clock()
         self._control.send_message(Probe(number=self._probes, data=data))
         while self._hear() != Probed(number=self._probes):
-            pass
+            if self._clock() - began_s > PROBED_S:
+                raise ChannelTimeout("it does not answer")
         return self._clock() - began_s
 
     def send(self, message: FromHead) -> None:

@@ -27,23 +27,30 @@ def pair_with_head(home: Home, code: str, address: str | None) -> str:
     try:
         read_code(code)
         peers = Peers(home.cluster)
-        for peer in peers.listed():
-            raise DaemonError(
-                "bad_request",
-                f"this machine is paired with {peer.name} already",
-                "shoal cluster leave ends that",
-            )
+        _require_free(home, peers)
         if address is None:
-            raise DaemonError(
-                "bad_request", "the head was not found on the local network", "name its `address`"
-            )
-        head, _ = pair(NodeIdentity.of(home.cluster), peers, code, [parse_address(address)], JOIN_S)
+            hint = "name it with `address=HOST:PORT`, as shoal cluster init shows it"
+            raise DaemonError("bad_request", "the head's address is missing", hint)
+        reached = parse_address(address, with_host=True)
+        head, _ = pair(NodeIdentity.of(home.cluster), peers, code, [reached], JOIN_S)
     except PairingRefused as error:
         hint = "shoal cluster init on the head gives a code"
         raise DaemonError("bad_request", f"not paired: {error}", hint) from error
     except (CommError, OSError) as error:
-        raise DaemonError("not_found", f"not paired: {error}") from error
+        hint = "is shoal serve running on the head, and does its firewall let this port through?"
+        raise DaemonError("not_found", f"not paired: {error}", hint) from error
     return head.name
+
+
+def _require_free(home: Home, peers: Peers) -> None:
+    """Raises DaemonError when this machine is a head, or somebody's worker."""
+    for peer in peers.listed():
+        if peer.role == "head":
+            hint = "shoal cluster leave ends that"
+            raise DaemonError("bad_request", f"this machine is a worker of {peer.name} already", hint)
+    if (home.cluster / "listen").exists() or peers.listed():
+        hint = "shoal cluster leave lets go of its workers"
+        raise DaemonError("bad_request", "this machine is a head, and a head joins no other", hint)
 
 
 def unpair(home: Home) -> list[str]:
