@@ -41,9 +41,13 @@ class Faults:
         self._add(fingerprint, 0)
 
     def passed_over(self, fingerprint: str) -> bool:
+        return self.left_s(fingerprint) > 0
+
+    def left_s(self, fingerprint: str) -> float:
+        """For how long it is still passed over."""
         with self._lock:
-            found = self._records.get(fingerprint)
-            return found is not None and self._clock() < found.until_s
+            found = self._records.get(fingerprint, _Record())
+            return max(0.0, found.until_s - self._clock())
 
     @property
     def over(self) -> int:
