@@ -35,7 +35,7 @@ STDIN_CODE_BYTES = 200
 
 @click.group(
     epilog=examples(
-        "shoal cluster init                     # on the machine that has the models: prints a join code",
+        "shoal cluster init     # on the machine that has the models: prints the next line",
         "shoal cluster join 7K3M-Q9TX-2BD4F     # on each other machine",
         "shoal cluster nodes",
         "shoal cluster test                     # which of them the others wait for",
@@ -62,6 +62,10 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
 
     A code is good for one machine and for ten minutes; ask again for the next. The daemon is started if none runs.
     """
+    from shoal.daemon.cluster.routes.own_addresses import parse_address
+
+    for address in listen:
+        parse_address(address)  # raises what is wrong with it before a daemon is started
     home = Home.from_env()
     _require_daemon(home)
     with Client(home.address) as client:
@@ -84,7 +88,7 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
 
 @cluster.command(
     epilog=examples(
-        "shoal cluster join 7K3M-Q9TX-2BD4F",
+        "shoal cluster join 7K3M-Q9TX-2BD4F --address 192.168.1.5:7447",
         "shoal cluster join 7K3M-Q9TX-2BD4F --address 192.168.1.5:7447 --memory 6GB --detach",
     )
 )
@@ -94,7 +98,8 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
     "addresses",
     multiple=True,
     metavar="HOST:PORT",
-    help="Where the head is (default: found on the local network); repeatable, the first that answers is used.",
+    help="Where the head is, as shoal cluster init shows it (default: found on the local network); repeatable, the "
+    "first that answers is used.",
 )
 @click.option(
     "--head", metavar="FINGERPRINT", help="If this machine is paired with this head already, that is fine."

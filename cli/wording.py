@@ -24,8 +24,10 @@ WORDS = {
     "memory_bytes": "--memory",
     "quant": "--quant",
     "threads": "--threads",
-    # Of the cluster
+    "ranks": "--ranks",
+    # Arguments of cluster join and init
     "address": "--address",
+    "listen": "--listen",
     # Arguments of perplexity and of pull
     "ctx": "--ctx",
     "link": "--link",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from shoal.comm.errors import CommError
 from shoal.comm.messages import ErrorCode
 from shoal.engine.errors import NeverFits, QueueFull
 from shoal.models.errors import (
@@ -21,7 +22,7 @@ from shoal.models.errors import (
     UnsupportedCheckpoint,
 )
 from shoal.offload.errors import BudgetExceeded, OffloadError, PackError, PackPointless
-from shoal.partition.errors import ShardError, SpecError
+from shoal.partition.errors import PlanError, ShardError, SpecError
 
 from .errors import DaemonError
 
@@ -36,6 +37,8 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (SamplingError, "bad_request"),
     (TextTooLarge, "resources"),
     (ShardError, "bad_request"),
+    (PlanError, "bad_request"),
+    (CommError, "internal"),
     (BudgetExceeded, "resources"),
     (PackPointless, "bad_request"),
     (PackError, "corrupt"),

@@ -19,8 +19,6 @@ from shoal.partition.plan import Plan
 from .errors import OrderError
 from .order import Order
 
-MOST_ROWS = 1 << 20  # of one segment
-
 _Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 
 
@@ -63,9 +61,9 @@ def order_of(data: bytes, plan: Plan) -> Order:
         _check("length", [it.length], 1 << 27)
         _check("end", [end], min(plan.context_tokens, len(it.pages) * plan.kv.page_tokens) + 1)
         _check("number of wanted rows", [it.rows_wanted], it.tokens + 1)
-        _check("number of tokens", [it.tokens], MOST_ROWS)
         if not it.tokens:
             raise OrderError("an order with a segment of no tokens")
+    _check("number of tokens", [sum(it.tokens for it in read.segments)], plan.step_rows + 1)
     segments = [
         Segment(range(it.tokens), it.start, it.pages, it.rows_wanted, it.length) for it in read.segments
     ]

@@ -3,6 +3,7 @@
 PartitionError
 ├── SpecError      a fact of the architecture is out of range or contradicts another
 ├── ShardError     a model cannot be cut into this many shards
+├── PlanError      another machine's plan for this one cannot be carried out
 └── MachineError   a measured figure of a machine or link cannot be true
 """
 
@@ -17,6 +18,10 @@ class SpecError(PartitionError):
 
 class ShardError(PartitionError):
     """A model cannot be cut like this; the message gives the number asked for and one that would do."""
+
+
+class PlanError(PartitionError):
+    """A plan that was given is not one of this machine's shard; the message gives field, value and limits."""
 
 
 class MachineError(PartitionError):

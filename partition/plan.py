@@ -88,6 +88,11 @@ class Plan:
         return self.expert_slots * max(sizes, default=0)
 
     @property
+    def step_rows(self) -> int:
+        """Rows of a step, at most."""
+        return self.chunk_tokens + self.sequences + self.guesses
+
+    @property
     def peak_bytes(self) -> int:
         held = self.pinned_bytes + self.window_bytes + self.expert_bytes
         return held + self.kv.nbytes + self.scratch_bytes

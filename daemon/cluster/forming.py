@@ -80,7 +80,7 @@ class Forming:
 
     @property
     def machines(self) -> int:
-        return len(self._roster.members) + 1
+        return len(self._roster.usable) + 1
 
     @property
     def arrivals(self) -> int:
@@ -89,14 +89,17 @@ class Forming:
     def seat(
         self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int
     ) -> Seated | Unseated:
-        members = self._roster.members
+        members = self._roster.usable
         if config.ranks is not None and config.ranks > len(members) + 1:
             there = ", ".join(member.name for member in members) or "nobody"
             message = f"{config.ranks} ranks were asked for, and besides this machine there is {there}"
+            for member in self._roster.members:
+                if left_s := self._roster.faults.left_s(member.fingerprint):
+                    message += f"; {member.name} did not take its part lately and is not asked for {left_s:.0f} s more"
             raise DaemonError("resources", message, "see shoal cluster nodes")
         if not members or config.ranks == 1:
             return Unseated("")
-        choice = self._choice(checkpoint, config, members, free_bytes)
+        choice = self._choice(name, checkpoint, config, members, free_bytes)
         if isinstance(choice, NoGroup):
             if config.ranks is not None:
                 raise DaemonError("resources", f"{name}: {choice.describe()}")
@@ -106,19 +109,29 @@ class Forming:
         return self._seated(name, checkpoint, config, members, choice, free_bytes)
 
     def better(
-        self, checkpoint: Checkpoint, config: NodeConfig, group: FormedGroup | None, free_bytes: int
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        group: FormedGroup | None,
+        free_bytes: int,
     ) -> bool:
-        members = self._roster.members
+        members = self._roster.usable
         now = list(group.names) if group is not None else []
         if not members:
             return bool(now)
-        choice = self._choice(checkpoint, config, members, free_bytes)
+        choice = self._choice(name, checkpoint, config, members, free_bytes)
         if isinstance(choice, NoGroup):
             return False
         return sorted(it.machine for it in choice.ranks[1:]) != sorted(now)
 
     def _choice(
-        self, checkpoint: Checkpoint, config: NodeConfig, members: Sequence[Member], free_bytes: int
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        members: Sequence[Member],
+        free_bytes: int,
     ) -> Choice | NoGroup:
         own = self._speed()
         machines = [
@@ -130,7 +143,7 @@ class Forming:
                 own.disk_bytes_per_s,
                 config.thread_count,
             ),
-            *map(_machine, members),
+            *(_machine(member, name) for member in members),
         ]
         links = {(0, place): member.link for place, member in enumerate(members, 1)}
         sizes, _ = extents(checkpoint, config.quant)
@@ -160,7 +173,7 @@ class Forming:
         grains = grains_of(checkpoint, config.quant)
         shards = divide(checkpoint.spec, len(choice.ranks), grains, choice.shares, experts=choice.experts)
         parts: list[AnyCheckpoint] = [CheckpointShard(checkpoint, shard) for shard in shards]
-        rooms = [free_bytes, *map(_room, chosen)]
+        rooms = [free_bytes, *(member.room_bytes(name) for member in chosen)]
         threads = [config.thread_count, *(member.facts.threads for member in chosen)]
         needs = [
             rank_part(part, config.quant, room, own)
@@ -187,21 +200,16 @@ class Forming:
         return Seated(parts[0], plans[0], group, choice.describe())
 
 
-def _machine(member: Member) -> Machine:
+def _machine(member: Member, model: str) -> Machine:
     facts = member.facts
     return Machine(
         member.name,
-        _room(member),
+        member.room_bytes(model),
         facts.memory_bytes_per_s,
         facts.flops,
         facts.disk_bytes_per_s,
         max(1, facts.threads),
     )
-
-
-def _room(member: Member) -> int:
-    """Bytes that it has for a shard. What it holds for a group that is being replaced counts as free."""
-    return member.facts.memory_bytes
 
 
 class TooTight(NamedTuple):

@@ -17,7 +17,7 @@ from itertools import count
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.star import Hub
 from shoal.comm.group.wire_types import WireType
-from shoal.daemon.errors import DaemonError
+from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.plan import Plan
@@ -101,25 +101,34 @@ class Group:
 
     def form(self, progress: Progress) -> None:
         """Wait until all members are ready. Raises DaemonError when one is gone, refuses or does not come further."""
-        moved_s, before = time.monotonic(), -1
+        moved_s, before = time.monotonic(), (-1, 0)
         while True:
             states = [(seat.member, seat.member.loading(self.epoch)) for seat in self.seats]
             for member, state in states:
                 if state is None:
-                    raise DaemonError("busy", f"{member.name} was lost: {member.reason}", retry_after_s=1.0)
+                    self._roster.faults.lost(member.fingerprint)
+                    raise GroupFailed("busy", f"{member.name} was lost: {member.reason}", retry_after_s=1.0)
                 if isinstance(state, ShardRefused):
-                    raise DaemonError("resources", f"{member.name} cannot take its part: {state.reason}")
+                    self._roster.faults.refused(member.fingerprint)
+                    raise GroupFailed("resources", f"{member.name} cannot take its part: {state.reason}")
             loading = [state for _, state in states if isinstance(state, Loading)]
             done = sum(state.done for state in loading)
             if not loading and self._complete():
                 break
-            if done != before or not loading:
-                moved_s, before = time.monotonic(), done
+            if (now := (done, len(loading) + len(self._data))) != before:
+                moved_s, before = time.monotonic(), now
                 progress("sending", done, sum(state.total for state in loading))
             if time.monotonic() - moved_s > SHARD_MOTIONLESS_S:
-                late = ", ".join(m.name for m, state in states if not isinstance(state, Ready))
-                raise DaemonError(
-                    "busy", f"{late} loads its part and has not come further for {SHARD_MOTIONLESS_S:.0f} s"
+                late = [
+                    m
+                    for m, state in states
+                    if not isinstance(state, Ready) or m.fingerprint not in self._data
+                ]
+                for member in late:
+                    self._roster.faults.refused(member.fingerprint)
+                names = ", ".join(member.name for member in late)
+                raise GroupFailed(
+                    "busy", f"{names} loads its part and has not come further for {SHARD_MOTIONLESS_S:.0f} s"
                 )
             with self._arrived:
                 self._arrived.wait(FORM_LOOK_S)
@@ -127,6 +136,10 @@ class Group:
         hub = self._hub = Hub(streams, self.epoch, self.wire)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)
+
+    def blame(self, rank: int) -> None:
+        """That rank was lost in the middle of a step."""
+        self._roster.faults.lost(self.seats[rank - 1].member.fingerprint)
 
     @property
     def names(self) -> list[str]:

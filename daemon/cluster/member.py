@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.errors import ChannelTimeout
 from shoal.partition.machines import LinkSpeed
 
 from .control_messages import (
@@ -34,6 +35,7 @@ from .pulse import Watched
 from .routes.probing import link_speed
 
 PROBE_S = 1.0
+PROBE_ANSWER_S = 10.0  # whatever else it says meanwhile
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class Member:
         assert channel.peer is not None
         self.fingerprint = channel.peer
         self.facts = attach
-        self.beat = Beat()
+        self.beat = Beat(free_bytes=attach.memory_bytes)
         self.link = LinkSpeed(0.0, 1.0)  # once it is measured
         self.reason = ""  # why it is gone
         self.probes = Probes(channel.send_message, lambda: self.reason, clock)
@@ -63,6 +65,7 @@ class Member:
         self._watched = Watched()
         self._state = threading.Condition()
         self._answers: dict[int, Loading | Ready | ShardRefused] = {}
+        self._asked: dict[int, Serve] = {}
 
     @property
     def name(self) -> str:
@@ -77,6 +80,14 @@ class Member:
     def silent_s(self) -> float:
         """For how long nothing has been heard from it."""
         return self._clock() - self._heard_s
+
+    def room_bytes(self, model: str) -> int:
+        """What it has for a shard of `model`: all that shards of other models and its own work leave. What it holds for
+        an earlier group of this model counts as free."""
+        room = min(self.facts.memory_bytes, self.beat.free_bytes + self.beat.shard_bytes)
+        with self._state:
+            others = [asked for asked in self._asked.values() if asked.model != model]
+        return max(0, room - sum(asked.plan.peak_bytes for asked in others))
 
     def add(self, channel: Channel) -> None:
         """Another channel to the same machine, to be closed with it."""
@@ -139,9 +150,11 @@ class Member:
 
     def _probe(self, data: bytes) -> float:
         """Seconds until it has answered to so many bytes."""
-        number = self.probes.begin(data)
+        number, began_s = self.probes.begin(data), self._clock()
         while not self.probes.answered(number):
             self._hear()
+            if self._clock() - began_s > PROBE_ANSWER_S:
+                raise ChannelTimeout("it does not answer")
         return self.probes.took_s(number)
 
     def send(self, message: FromHead) -> None:
@@ -155,12 +168,14 @@ class Member:
         """Ask it to load a shard; `wait_ready` tells how that goes."""
         with self._state:
             self._answers[request.epoch] = Loading(epoch=request.epoch, done=0, total=0)
+            self._asked[request.epoch] = request
         self.send(request)
 
     def drop(self, epoch: int) -> None:
         """It need not serve that shard any more."""
         with self._state:
             self._answers.pop(epoch, None)
+            self._asked.pop(epoch, None)
         self.send(Drop(epoch=epoch))
 
     def loading(self, epoch: int) -> Loading | Ready | ShardRefused | None:

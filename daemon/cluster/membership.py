@@ -115,6 +115,7 @@ class Membership:
                 case Forget():
                     gone = self._peers.forget(self._peers.named(request.node).name)
                     self._roster.dismiss(gone.fingerprint, "it was forgotten")
+                    self.follow_files()
                     return Ok()
                 case Rejoin():
                     self.follow_files()
@@ -234,6 +235,9 @@ class Membership:
                 self._worker = Worker(head, route, self._attach, self._open_shard, self._budget)
             elif head is None and self._listens() and self._listener is None:
                 self._listen(self._listens())
+            elif self._listener is not None and not self._listens():  # it is no head any more
+                listener, self._listener = self._listener, None
+                listener.close()
 
     # --- both ----------------------------------------------------------------------------------------------
 

@@ -51,19 +51,16 @@ def pair_with_head(
         for peer in peers.listed():
             if peer.role == "head" and peer.fingerprint == head:
                 return NowPaired(peer.name, NodeIdentity.of(home.cluster).fingerprint, before=True)
-            raise DaemonError(
-                "bad_request",
-                f"this machine is paired with {peer.name} already",
-                "shoal cluster leave ends that",
-            )
+        _require_free(home, peers)
         identity = NodeIdentity.of(home.cluster)
-        places = [parse_address(it) for it in addresses] or _found(network or LocalNetwork())
-        found, _ = pair(identity, peers, code, places, JOIN_S)
+        places = [parse_address(it, with_host=True) for it in addresses]
+        found, _ = pair(identity, peers, code, places or _found(network or LocalNetwork()), JOIN_S)
     except PairingRefused as error:
         hint = "shoal cluster init on the head gives a code"
         raise DaemonError("bad_request", f"not paired: {error}", hint) from error
     except (CommError, OSError) as error:
-        raise DaemonError("not_found", f"not paired: {error}") from error
+        hint = "is shoal serve running on the head, and does its firewall let this port through?"
+        raise DaemonError("not_found", f"not paired: {error}", hint) from error
     return NowPaired(found.name, identity.fingerprint, before=False)
 
 
@@ -81,6 +78,17 @@ def _found(network: LocalNetwork) -> list[Address]:
         )
         raise DaemonError("not_found", f"{looked} at {', '.join(interfaces())}", hint)
     return addresses_of(heads)
+
+
+def _require_free(home: Home, peers: Peers) -> None:
+    """Raises DaemonError when this machine is a head, or somebody's worker."""
+    for peer in peers.listed():
+        if peer.role == "head":
+            hint = "shoal cluster leave ends that"
+            raise DaemonError("bad_request", f"this machine is a worker of {peer.name} already", hint)
+    if (home.cluster / "listen").exists() or peers.listed():
+        hint = "shoal cluster leave lets go of its workers"
+        raise DaemonError("bad_request", "this machine is a head, and a head joins no other", hint)
 
 
 def unpair(home: Home) -> list[str]:

@@ -20,6 +20,7 @@ from shoal.comm.group.part_waits import WaitSummary
 from shoal.daemon.installed import package_version
 
 from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
+from .faults import Faults
 from .member import Member
 from .routes.probing import answer_probes
 
@@ -63,7 +64,8 @@ class Roster:
         self._clock = clock
         self._members: dict[str, Member] = {}
         self._groups: dict[int, Joining] = {}
-        self.arrivals = 0  # how many members have come
+        self.faults = Faults(clock)
+        self._came = 0  # how many members have come
         self.name_of: Callable[[str], str] = lambda fingerprint: (
             ""
         )  # as this head calls it; "" = as it calls itself
@@ -77,6 +79,16 @@ class Roster:
         """In the order in which they attached."""
         with self._lock:
             return list(self._members.values())
+
+    @property
+    def usable(self) -> list[Member]:
+        """Those that groups may be formed of now."""
+        return [member for member in self.members if not self.faults.passed_over(member.fingerprint)]
+
+    @property
+    def arrivals(self) -> int:
+        """Changes whenever a member has come, or may be used again."""
+        return self._came + self.faults.over
 
     def expect(self, epoch: int, group: Joining) -> None:
         """Channels of this epoch are the group's."""
@@ -130,7 +142,7 @@ class Roster:
         member.measure()
         with self._lock:
             self._members[channel.peer] = member
-            self.arrivals += 1
+            self._came += 1
         if self._closed.is_set():
             member.leave("the head is stopping")
         log.info("%s is attached (%s, %d threads)", member.name, member.address, attach.threads)

@@ -23,7 +23,6 @@ from shoal.models.transformer import Transformer
 from shoal.offload.block_store import BlockStore
 from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
-from shoal.partition.memory_layout import kv_page_bytes
 
 from .control_messages import Epoch, FromWorker, Loading, Ready, Serve, ShardRefused
 from .follower import Follower
@@ -101,11 +100,8 @@ class ServedShard:
 
     def _start(self) -> None:
         plan, spec = self.request.plan, self.request.spec
-        page_bytes = kv_page_bytes(spec, plan.kv.dtype)
-        if plan.kv.nbytes != plan.kv.pages * page_bytes:
-            raise DaemonError(
-                "bad_request", f"a plan with {plan.kv.nbytes} bytes of KV: {plan.kv.pages} pages differ"
-            )
+        if plan.peak_bytes < 0:
+            raise DaemonError("bad_request", f"a plan that takes {plan.peak_bytes} bytes")
         self._budget.hold(self.purpose, plan.peak_bytes)
         store = self._store = self._open_shard(self.request, self._dialled, self._progress)
         data = self._dialled("data")

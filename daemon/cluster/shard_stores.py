@@ -12,6 +12,7 @@ from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.pack.manifest import Quant
 from shoal.offload.window.window_store import WindowStore
+from shoal.partition.given_plan import check_given
 from shoal.partition.slicing import Shard
 
 from .control_messages import Serve
@@ -46,6 +47,7 @@ def open_shards(directory: Path) -> OpenShard:
             ) as weights:
                 if weights.spec != request.spec or weights.shard != request.shard:
                     raise DaemonError("bad_request", "the head sends another shard than it asked for")
+                check_given(request.plan, request.spec, weights.matrix_bytes)
                 if not request.plan.streams:
                     return ResidentStore.load(request.plan, weights.reader, loading)
                 if weights.pack is None:

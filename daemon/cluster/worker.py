@@ -30,6 +30,7 @@ from .control_messages import (
     Probe,
     Probed,
     Serve,
+    ShardRefused,
 )
 from .routes.route import HeadRoute
 from .served_shard import OpenShard, ServedShard
@@ -37,6 +38,7 @@ from .served_shard import OpenShard, ServedShard
 log = logging.getLogger(__name__)
 
 HEAD_SILENT_S = 5.0
+MOST_SHARDS = 16  # at a time, each of another model
 REDIAL_S = (0.2, 2.0)  # between attempts to reach the head: the first, and the longest
 
 
@@ -120,8 +122,12 @@ class Worker:
             self._tell(Probed(number=message.number, data=bytes(message.reply_bytes)))
         if isinstance(message, Serve):
             for other in [*self._shards.values()]:
-                if other.request.model == message.model:  # its successor comes
-                    self._drop(other.request.epoch)
+                if other.request.model == message.model or other.request.epoch == message.epoch:
+                    self._drop(other.request.epoch)  # its successor comes
+            if len(self._shards) >= MOST_SHARDS:
+                refusal = f"it serves {MOST_SHARDS} shards already, which is the most"
+                self._tell(ShardRefused(epoch=message.epoch, code="resources", reason=refusal))
+                return
             self._shards[message.epoch] = ServedShard(
                 message, self.route.dial, self._open_shard, self._budget, self._tell
             )
@@ -147,6 +153,7 @@ class Worker:
                     blocks=found.blocks if found else 0,
                     at_work=found.at_work if found else False,
                     free_bytes=max(0, self._budget.free_bytes),
+                    shard_bytes=sum(self._budget.held_by(shard.purpose) for shard in self.shards),
                     resident_bytes=resident_bytes(),
                 )
             )

@@ -29,7 +29,7 @@ from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import PrefixCache
 
 from .advice import advice_of
-from .grouping import Grouping
+from .grouping import GroupFailed, Grouping
 from .loaded_model import LoadedModel, release
 from .planning import least_bytes, row_share
 from .runnable import Runnable, read_draft
@@ -66,14 +66,11 @@ class Assembly:
         with ExitStack() as undo:  # ends what has begun when a later part fails
             undo.callback(release, name, self.budget)
             with refusing(name):
-                main = Runnable.read(
+                main = self._read(
                     name,
-                    f"model {name}",
                     path,
                     config,
-                    self.budget,
                     progress,
-                    packs=self.packs,
                     streaming=streaming,
                     reserve_bytes=least_bytes(draft, config) if draft else 0,
                     kv_on_disk=self.kv_files is not None,
@@ -110,20 +107,46 @@ class Assembly:
         release(name, self.budget)
         return_freed()
         with refusing(name):
-            main = Runnable.read(
-                name,
-                f"model {name}",
-                path,
-                config,
-                self.budget,
-                progress,
-                packs=self.packs,
-                grouping=self.grouping,
-            )
+            main = self._read(name, path, config, progress, grouping=self.grouping)
         model.main = main
         kv = main.executor.kv
         cache = PrefixCache(kv.table, kv.page_tokens)
         model.engine.start_anew(self._rank(main), cache, self._speeds(main))
+
+    def _read(
+        self,
+        name: str,
+        path: Path,
+        config: NodeConfig,
+        progress: Progress,
+        *,
+        streaming: bool = True,
+        reserve_bytes: int = 0,
+        kv_on_disk: bool = False,
+        grouping: Grouping | None = None,
+    ) -> Runnable:
+        """As `Runnable.read`. Unless a number of ranks was asked for, it goes on without machines that do not take
+        their part."""
+        while True:
+            try:
+                return Runnable.read(
+                    name,
+                    f"model {name}",
+                    path,
+                    config,
+                    self.budget,
+                    progress,
+                    packs=self.packs,
+                    streaming=streaming,
+                    reserve_bytes=reserve_bytes,
+                    kv_on_disk=kv_on_disk,
+                    grouping=grouping,
+                )
+            except GroupFailed as error:
+                if config.ranks is not None:
+                    raise
+                log.warning("%s: %s; it is loaded without", name, error)
+                release(name, self.budget)
 
     def _speeds(self, main: Runnable, reads: int = 1) -> Speeds:
         return Speeds(main.plan.chunk_tokens, row_share(main.plan, main.read_bytes_per_s), reads)

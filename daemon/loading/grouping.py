@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.progress import Progress
 from shoal.engine.collective import Collective
 from shoal.engine.leader import Others
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.partition.plan import Plan
+
+
+class GroupFailed(DaemonError):
+    """A group was not completed, by the fault of a machine that is passed over for a while from now on."""
 
 
 class FormedGroup(Protocol):
@@ -46,7 +51,10 @@ class FormedGroup(Protocol):
         ...
 
     def form(self, progress: Progress) -> None:
-        """Wait until it is complete. Raises DaemonError."""
+        """Wait until it is complete. Raises GroupFailed."""
+
+    def blame(self, rank: int) -> None:
+        """That rank was lost in the middle of a step: if that happens again, it is passed over for a while."""
 
     def close(self) -> None:
         """End it. Idempotent."""
@@ -79,16 +87,21 @@ class Grouping(Protocol):
 
     @property
     def machines(self) -> int:
-        """How many are there now, this one included."""
+        """How many can be used now, this one included."""
         ...
 
     @property
     def arrivals(self) -> int:
-        """How many machines have come since the beginning."""
+        """Changes whenever a machine has come, or can be used again."""
         ...
 
     def better(
-        self, checkpoint: Checkpoint, config: NodeConfig, group: FormedGroup | None, free_bytes: int
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        group: FormedGroup | None,
+        free_bytes: int,
     ) -> bool:
         """Whether a model would be computed by others than now if it were loaded anew."""
         ...

@@ -64,9 +64,12 @@ class Regrouping:
     def _better(self, grouping: Grouping, model: LoadedModel) -> bool:
         config = self._wanted(model)
         free_bytes = self._assembly.budget.free_bytes + model.peak_bytes
-        return grouping.better(model.checkpoint, config, model.main.group, free_bytes)
+        return grouping.better(model.name, model.checkpoint, config, model.main.group, free_bytes)
 
     def _regroup(self, model: LoadedModel) -> None:
+        lost, group = model.engine.lost, model.main.group
+        if lost is not None and lost.rank and group is not None:
+            group.blame(lost.rank)
         for attempt in range(1, MOST_ATTEMPTS + 1):
             try:
                 with self._loader.alone():

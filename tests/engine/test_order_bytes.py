@@ -55,6 +55,7 @@ def test_token_ids_do_not_travel() -> None:
         ([[[65, 0, [0], 1, 0]], []], "end"),
         ([[[1, CONTEXT, [0, 1, 2, 3, 4, 5], 1, 0]], []], "end"),
         ([[[1 << 21, 0, [0], 1, 0]], []], "end"),
+        ([[[64, 0, [0], 1, 0]] * 5, []], "number of tokens 320: must be below 269"),
         ([[], [[0, PAGES]]], "copied page"),
         ([[], [[PAGES, 0]]], "copied page"),
         ([[[1, -1, [0], 1, 0]], []], "read"),

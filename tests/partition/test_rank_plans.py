@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.partition.given_plan import check_given
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
 from shoal.partition.rank_plans import RankPart, rank_plans
@@ -83,6 +84,8 @@ def assert_agreed(plans: list[Plan], own: list[RankPart]) -> None:
         assert plan.kv.tokens >= WANTED.context_tokens
         blocks = {item.block for item in plan.blocks}
         assert blocks in (set(mine.block_bytes), set(mine.extents))
+        if not mine.spec.vocab:  # so every rank but the first
+            check_given(plan, mine.spec, mine.block_bytes.__getitem__)
 
 
 @settings(deadline=None, max_examples=60)

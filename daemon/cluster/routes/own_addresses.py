@@ -36,8 +36,8 @@ class OwnAddress:
         return 6 if ":" in self.host else 4
 
 
-def parse_address(text: str) -> Address:
-    """Raises DaemonError, which names what is wrong."""
+def parse_address(text: str, *, with_host: bool = False) -> Address:
+    """`with_host`: all interfaces are not meant. Raises DaemonError, which names what is wrong."""
     host, colon, port = text.strip().rpartition(":")
     if not colon or (host.count(":") and not host.startswith("[")):
         host, port = text.strip(), str(DEFAULT_PORT)
@@ -46,6 +46,15 @@ def parse_address(text: str) -> Address:
         raise DaemonError("bad_request", f"address {text[:80]!r}: the port must be from 0 to 65535")
     if any(letter.isspace() or not letter.isprintable() for letter in host):
         raise DaemonError("bad_request", f"address {text[:80]!r}: must be HOST:PORT")
+    if host.isdigit():  # the system would take it for an address of four bytes
+        hint = (
+            f"port {host} of HOST is HOST:{host}"
+            if with_host
+            else f"port {host} of all interfaces is :{host}"
+        )
+        raise DaemonError("bad_request", f"address {text[:80]!r}: a number is no host", hint)
+    if with_host and (not host or not int(port)):
+        raise DaemonError("bad_request", f"address {text[:80]!r}: must name a host and its port: HOST:PORT")
     return host, int(port)
 
 

@@ -74,6 +74,9 @@ class ShardFacts:
         """Role → type, rows and columns."""
         return self._facts[block].matrices
 
+    def matrix_bytes(self, block: BlockId) -> int:
+        return sum(kind.matrix_bytes(rows, cols) for kind, rows, cols in self.matrices(block).values())
+
     def vector_lengths(self, block: BlockId) -> dict[str, int]:
         return self._facts[block].lengths
 
@@ -105,9 +108,7 @@ class ShardFacts:
             yield Piece(block, role, start, min(start + step, piece.stop))
 
     def _block_bytes(self, block: BlockId) -> int:
-        matrices, lengths = self._facts[block]
-        nbytes = sum(kind.matrix_bytes(rows, cols) for kind, rows, cols in matrices.values())
-        return nbytes + _FLOAT_BYTES * sum(lengths.values())
+        return self.matrix_bytes(block) + _FLOAT_BYTES * sum(self.vector_lengths(block).values())
 
 
 _NOTHING = BlockFacts({}, {})

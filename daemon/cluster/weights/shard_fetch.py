@@ -41,6 +41,7 @@ class ShardWeights:
 
     def __init__(self, remote: RemoteShard, pack: Pack | None, warning: str = "") -> None:
         self.spec, self.shard = remote.spec, remote.facts.shard
+        self.matrix_bytes = remote.facts.matrix_bytes
         self.pack = pack
         self.warning = warning
         self.reader: BlockReader = PackReader(pack) if pack else remote

@@ -1,0 +1,73 @@
+"""Who may join whom, what an address may be, and that nothing stays open when a machine leaves."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from fakes.asking import CONFIG
+from fakes.group.clusters import Cluster, wait_for
+
+from shoal.comm.cluster_messages import Forget, Rejoin
+from shoal.comm.home import Home
+from shoal.daemon.cluster.pairing_up import pair_with_head, unpair
+from shoal.daemon.cluster.routes.own_addresses import parse_address
+from shoal.daemon.errors import DaemonError
+
+CODE = "7K3M-Q9TX-2BD4F"
+
+
+@pytest.mark.parametrize("text", ["31100", "31100:7447", "a b:1", "host:99999", "host:-1", "host:x"])
+@pytest.mark.parametrize("with_host", [False, True])
+def test_addresses_that_cannot_be(text: str, with_host: bool) -> None:
+    with pytest.raises(DaemonError, match="address"):
+        parse_address(text, with_host=with_host)
+
+
+@pytest.mark.parametrize("text", [":7447", "", "host:0", ":0"])
+def test_where_a_head_is_has_a_host_and_a_port(text: str) -> None:
+    parse_address(text)
+    with pytest.raises(DaemonError, match="HOST:PORT"):
+        parse_address(text, with_host=True)
+
+
+def test_a_head_joins_nobody_and_a_worker_only_one(tmp_path: Path) -> None:
+    with Cluster(tmp_path, CONFIG, workers=0) as cluster:
+        address = cluster.invite().addresses[0]
+        head, worker = Home(tmp_path / "head"), cluster.home(1)
+        with pytest.raises(DaemonError, match="is a head"):
+            pair_with_head(head, CODE, address)
+        cluster.join(1)
+        with pytest.raises(DaemonError, match="is a head"):
+            pair_with_head(head, CODE, address)
+        with pytest.raises(DaemonError, match="is a worker of"):
+            pair_with_head(worker, CODE, address)
+        with pytest.raises(DaemonError, match=r"address is missing.*`address=HOST:PORT`"):
+            pair_with_head(cluster.home(2), CODE, None)
+
+
+def test_a_head_that_leaves_listens_no_more(tmp_path: Path) -> None:
+    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
+        host, port = parse_address(cluster.invite().addresses[0])
+        unpair(Home(tmp_path / "head"))
+        cluster.head.answer(Rejoin())
+        cluster.wait(0)
+        assert cluster.head.role == "alone"
+        with pytest.raises(OSError):
+            socket.create_connection((host, port), timeout=1).close()
+
+
+def test_a_worker_that_forgets_its_head_dials_it_no_more(tmp_path: Path) -> None:
+    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
+        worker = cluster.workers[1]
+        assert worker._worker is not None
+        worker.answer(Forget(node=worker._worker.head))
+        wait_for(lambda: worker._worker is None)
+        cluster.wait(0)
+
+
+def test_before_the_first_beat_all_memory_is_free(tmp_path: Path) -> None:
+    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
+        (node,) = [it for it in cluster.nodes() if it.role == "worker"]
+        assert node.free_bytes == node.memory_bytes > 0
