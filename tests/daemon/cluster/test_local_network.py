@@ -73,7 +73,7 @@ def test_the_right_head_is_found_among_others(
         pair_with_head(home, code, network=network)
         (peer,) = Peers(home.cluster).listed()
         assert peer.certificate == head._identity().certificate
-        with pytest.raises(DaemonError, match=r"paired with .* already"):
+        with pytest.raises(DaemonError, match=r"is a worker of .* already"):
             pair_with_head(home, code, network=network)
     wrong = Home(tmp_path / "wrong")
     with pytest.raises(DaemonError, match="not paired: no such join code"):

@@ -37,14 +37,12 @@ def test_a_head_joins_nobody_and_a_worker_only_one(tmp_path: Path) -> None:
         address = cluster.invite().addresses[0]
         head, worker = Home(tmp_path / "head"), cluster.home(1)
         with pytest.raises(DaemonError, match="is a head"):
-            pair_with_head(head, CODE, address)
+            pair_with_head(head, CODE, [address])
         cluster.join(1)
         with pytest.raises(DaemonError, match="is a head"):
-            pair_with_head(head, CODE, address)
+            pair_with_head(head, CODE, [address])
         with pytest.raises(DaemonError, match="is a worker of"):
-            pair_with_head(worker, CODE, address)
-        with pytest.raises(DaemonError, match=r"address is missing.*`address=HOST:PORT`"):
-            pair_with_head(cluster.home(2), CODE, None)
+            pair_with_head(worker, CODE, [address])
 
 
 def test_a_head_that_leaves_listens_no_more(tmp_path: Path) -> None:
