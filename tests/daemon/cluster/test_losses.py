@@ -72,7 +72,7 @@ def freeze(cluster: Cluster, number: int) -> None:
 
 
 def _never(*_: Any) -> Any:
-    threading.Event().wait(4)
+    threading.Event().wait(2.5)
 
 
 def fail(cluster: Cluster, number: int) -> None:
