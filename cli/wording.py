@@ -25,9 +25,8 @@ WORDS = {
     "quant": "--quant",
     "threads": "--threads",
     "ranks": "--ranks",
-    # Arguments of cluster join and init
+    # Of cluster join
     "address": "--address",
-    "listen": "--listen",
     # Arguments of perplexity and of pull
     "ctx": "--ctx",
     "link": "--link",

@@ -161,15 +161,23 @@ class Hub:
     def _part(self, rank: int, spoke: Framed, nbytes: int | None, row_bytes: int = 0) -> Octets:
         """The payload of a spoke's next frame of this order; what is left of older orders is passed over."""
         began_s = time.perf_counter()
+        ends_s = 0.0  # once something of an older order came
         try:
             while True:
                 header = spoke.receive(self._patience_s)
+                if header.epoch != spoke.epoch:
+                    raise ChannelError(f"epoch {header.epoch} came, this is {spoke.epoch}")
+                if header.kind not in (FrameKind.PART, FrameKind.FAILED):
+                    raise ChannelError(f"a frame {header}: a part was to come")
                 current = (header.epoch, header.number) == (spoke.epoch, self._number)
                 if header.kind == FrameKind.FAILED and current:
                     why = self._room.take(min(header.nbytes, MAX_REASON_BYTES))
                     spoke.payload(why, self._patience_s)
                     raise Departed(rank, why.tobytes().decode("utf-8", "replace"), failed=True)
-                if header.kind != FrameKind.PART or not current:
+                if not current:
+                    ends_s = ends_s or time.monotonic() + self._patience_s
+                    if time.monotonic() > ends_s:
+                        raise ChannelError(f"only parts of older orders came for {self._patience_s:.0f} s")
                     spoke.skip(header.nbytes, self._largest, self._patience_s)
                     continue
                 if header.place != self._place:

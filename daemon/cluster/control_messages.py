@@ -19,8 +19,8 @@ from shoal.partition.spec import ModelSpec
 
 Text = Annotated[str, Meta(max_length=4096)]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
-MemoryBytes = Annotated[int, Meta(ge=0, le=1 << 50)]
-Threads = Annotated[int, Meta(ge=0, le=1 << 12)]
+LentBytes = Annotated[int, Meta(ge=0, le=1 << 50)]
+LentThreads = Annotated[int, Meta(ge=0, le=1 << 12)]
 Speed = Annotated[float, Meta(ge=0, le=1e18)]
 
 BEAT_S = 0.5
@@ -36,8 +36,8 @@ class Attach(Struct, tag=True, frozen=True, kw_only=True):
     name: Text
     version: Text
     kernels: Text
-    threads: Threads
-    memory_bytes: MemoryBytes
+    threads: LentThreads
+    memory_bytes: LentBytes
     memory_bytes_per_s: Speed = 0.0
     flops: Speed = 0.0
     disk_bytes_per_s: Speed = 0.0
@@ -52,9 +52,9 @@ class Beat(Struct, tag=True, frozen=True, kw_only=True):
     steps: Count = 0
     blocks: Count = 0
     at_work: bool = False
-    free_bytes: MemoryBytes = 0
-    shard_bytes: MemoryBytes = 0  # held for shards, at the same moment
-    resident_bytes: MemoryBytes = 0
+    free_bytes: LentBytes = 0
+    shard_bytes: LentBytes = 0  # held for shards, at the same moment
+    resident_bytes: LentBytes = 0
 
 
 class Serve(Struct, tag=True, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -264,6 +265,44 @@ def test_a_hub_believes_no_size(header: Header) -> None:
     star.far[0].send(header.packed(), bytes(32))
     with pytest.raises(Departed):
         star.hub.allreduce(np.ones((1, 8), np.float32))
+
+
+@pytest.mark.parametrize("kind", [0, FrameKind.ORDER, FrameKind.SUM, FrameKind.GIVE_UP, 99])
+def test_a_hub_takes_no_other_frame_from_a_spoke(kind: int) -> None:
+    star = Star(1)
+    star.hub.begin(b"x")
+    star.far[0].send(Header(kind, EPOCH, 1, 0, 0).packed())
+    with pytest.raises(Departed, match="a part was to come"):
+        star.hub.allreduce(np.ones((1, 8), np.float32))
+
+
+def test_a_hub_takes_no_frame_of_another_epoch() -> None:
+    star = Star(1)
+    star.hub.begin(b"x")
+    star.far[0].send(Header(FrameKind.PART, EPOCH + 1, 1, 0, 32).packed(), bytes(32))
+    with pytest.raises(Departed, match="epoch"):
+        star.hub.allreduce(np.ones((1, 8), np.float32))
+
+
+def test_a_spoke_that_only_sends_parts_of_older_orders_is_given_up() -> None:
+    star = Star(1, patience_s=0.3)
+    star.hub.begin(b"x")
+    ended = threading.Event()
+
+    def flood() -> None:
+        with contextlib.suppress(OSError):
+            while not ended.is_set():
+                star.far[0].send(Header(FrameKind.PART, EPOCH, 0, 0, 0).packed())
+
+    flooding = threading.Thread(target=flood)
+    flooding.start()
+    try:
+        with pytest.raises(Departed, match="older orders"):
+            star.hub.allreduce(np.ones((1, 8), np.float32))
+    finally:
+        ended.set()
+        star.near[0].close()
+        flooding.join()
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "int8"])
