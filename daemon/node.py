@@ -85,7 +85,7 @@ class Node:
             kv_files = KvFiles(kv_root, config.kv_disk_bytes)
         self._clock = clock
         self._started_s = clock()
-        self.membership: AnswersCluster | None = None  # of a cluster; its owner sets it
+        self.neighbours: AnswersCluster | None = None  # its owner sets it
         self._answering = Answering()
         self._models = LoadedModels(self.budget)
         assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear, grouping)
@@ -273,9 +273,9 @@ class Node:
 
     def cluster(self, request: ClusterRequest) -> ClusterReply:
         """What concerns other machines. Raises DaemonError."""
-        if self.membership is None:
+        if self.neighbours is None:
             raise DaemonError("unsupported", "this node was started without a cluster")
-        return self.membership.answer(request)
+        return self.neighbours.answer(request)
 
     def status(self) -> StatusReply:
         return StatusReply(

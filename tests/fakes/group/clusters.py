@@ -67,7 +67,7 @@ class Cluster:
         self.head = Membership(
             head.cluster, config, self.node.budget, self.roster, open_shards(head.shards), lambda: SPEED
         )
-        self.node.membership = self.head
+        self.node.neighbours = self.head
         self.workers: dict[int, Membership] = {}
         for number in range(1, workers + 1):
             self.join(number)

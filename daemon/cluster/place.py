@@ -1,0 +1,30 @@
+"""Puts together all that a node needs to be in a cluster, and begins with what its files say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from shoal.comm.home import Home
+from shoal.daemon.config import NodeConfig
+from shoal.offload.budget import Budget
+
+from .forming import Forming
+from .membership import Membership
+from .roster import Roster
+from .routes.local_network import LocalNetwork
+from .shard_stores import open_shards, send_weights
+from .speed import node_speed
+
+
+def place_in_cluster(
+    home: Home, config: NodeConfig, budget: Budget, computing: Callable[[], Sequence[str]]
+) -> tuple[Forming, Membership]:
+    """`computing` names the models that compute now."""
+    roster = Roster()
+    speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
+    membership = Membership(
+        home.cluster, config, budget, roster, open_shards(home.shards), speed, computing, LocalNetwork()
+    )
+    membership.start()
+    return Forming(roster, send_weights, speed), membership
