@@ -10,11 +10,12 @@ from shoal.daemon.config import NodeConfig
 from shoal.offload.budget import Budget
 
 from .forming import Forming
+from .kernel_check import check_kernels
 from .membership import Membership
 from .roster import Roster
 from .routes.local_network import LocalNetwork
 from .shard_stores import open_shards, send_weights
-from .speed import node_speed
+from .speed import NodeSpeed, node_speed
 
 
 def place_in_cluster(
@@ -23,8 +24,20 @@ def place_in_cluster(
     """`computing` names the models that compute now."""
     roster = Roster()
     speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
+
+    def tested_speed() -> NodeSpeed:
+        check_kernels(home.cluster / "kernels.tested")
+        return speed()
+
     membership = Membership(
-        home.cluster, config, budget, roster, open_shards(home.shards), speed, computing, LocalNetwork()
+        home.cluster,
+        config,
+        budget,
+        roster,
+        open_shards(home.shards),
+        tested_speed,
+        computing,
+        LocalNetwork(),
     )
     membership.start()
     return Forming(roster, send_weights, speed), membership
