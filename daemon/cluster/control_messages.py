@@ -11,7 +11,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from shoal.comm.group.wire_types import WireType
+from shoal.comm.group.sums.wire_types import WireType
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.plan import Plan
 from shoal.partition.slicing import Shard

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from itertools import count
 
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.star import Hub
-from shoal.comm.group.wire_types import WireType
+from shoal.comm.group.sums.star import Hub
+from shoal.comm.group.sums.wire_types import WireType
 from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress
 from shoal.offload.pack.manifest import Quant

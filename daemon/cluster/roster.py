@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.part_waits import WaitSummary
+from shoal.comm.group.sums.part_waits import WaitSummary
 from shoal.daemon.installed import package_version
 
 from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.group_protocol import Purpose
-from shoal.comm.group.star import Spoke
+from shoal.comm.group.sums.star import Spoke
 from shoal.daemon.error_codes import translated
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import return_freed
