@@ -86,6 +86,7 @@ class Membership:
         self._closed = False
         self._peers = Peers(directory)
         roster.name_of = lambda fingerprint: self._peers.get(fingerprint).name
+        roster.certificate_of = lambda fingerprint: self._peers.get(fingerprint).certificate
         roster.addresses = self._reachable
 
     @property
