@@ -14,6 +14,7 @@ from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.errors import ChannelTimeout
 from shoal.comm.group.group_protocol import FELLOWS
+from shoal.comm.group.streams import Address
 from shoal.partition.machines import LinkSpeed
 
 from .control_messages import (
@@ -85,6 +86,11 @@ class Member:
     def address(self) -> str:
         """At which it is, as the system says."""
         return self._control.remote[0]
+
+    @property
+    def own_address(self) -> Address:
+        """Of this machine, at which it has come in."""
+        return self._control.local
 
     @property
     def silent_s(self) -> float:
