@@ -7,6 +7,7 @@ from functools import partial
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.library.kv_files import KvFiles
 from shoal.offload.budget import Budget
 
 from .forming import Forming
@@ -19,9 +20,13 @@ from .speed import NodeSpeed, node_speed
 
 
 def place_in_cluster(
-    home: Home, config: NodeConfig, budget: Budget, computing: Callable[[], Sequence[str]]
+    home: Home,
+    config: NodeConfig,
+    budget: Budget,
+    kv_files: KvFiles | None,
+    computing: Callable[[], Sequence[str]],
 ) -> tuple[Forming, Membership]:
-    """`computing` names the models that compute now."""
+    """`kv_files`: this node's, if it keeps KV on disk. `computing` names the models that compute now."""
     roster = Roster()
     speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
 
@@ -29,15 +34,9 @@ def place_in_cluster(
         check_kernels(home.cluster / "kernels.tested")
         return speed()
 
+    open_shard = open_shards(home.shards, kv_files)
     membership = Membership(
-        home.cluster,
-        config,
-        budget,
-        roster,
-        open_shards(home.shards),
-        tested_speed,
-        computing,
-        LocalNetwork(),
+        home.cluster, config, budget, roster, open_shard, tested_speed, computing, LocalNetwork()
     )
     membership.start()
     return Forming(roster, send_weights, speed), membership

@@ -171,7 +171,7 @@ class Worker:
                     blocks=found.blocks if found else 0,
                     at_work=found.at_work if found else False,
                     free_bytes=max(0, self._budget.free_bytes),
-                    shard_bytes=sum(self._budget.held_by(shard.purpose) for shard in self.shards),
+                    shard_bytes=sum(shard.held_bytes for shard in self.shards),
                     resident_bytes=resident_bytes(),
                 )
             )

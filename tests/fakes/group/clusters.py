@@ -17,6 +17,7 @@ from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
 from shoal.daemon.cluster.speed import NodeSpeed
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.node import Node
 from shoal.offload.budget import Budget
@@ -103,7 +104,7 @@ class Cluster:
             self._config,
             Budget(WORKER_BYTES),
             Roster(),
-            open_shards(home.shards),
+            open_shards(home.shards, KvFiles(home.kv, self._config.kv_disk_bytes)),
             lambda: SPEED,
         )
         worker.start()
