@@ -107,7 +107,8 @@ class Rank:
     def _compute(self, segments: Sequence[Segment], wanted: StillWanted) -> Floats:
         """Logits (R, vocab) of the rows that are wanted. If there are none, a streamed head is not read."""
         if segments:
-            step = Step.build(segments, self.executor.plan.part_tokens)
+            rows = sum(len(segment.tokens) for segment in segments)
+            step = Step.build(segments, self.executor.plan.rows_together(rows))
             hidden = self.executor.forward(step, wanted)
             if len(step.rows):
                 return self.executor.head(hidden)

@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from shoal.engine.collective import PendingSum
 from shoal.engine.executor import Executor
 from shoal.engine.order import Order, Reading, Result, Segment
 from shoal.engine.rank import Rank
+from shoal.engine.sums_ahead import SumsAhead
 from shoal.kernels import ComputeHome, home_of
 from shoal.kernels.arrays import Floats, Hidden
 from shoal.kernels.cpu_home import CpuHome
@@ -61,15 +63,33 @@ class Member:
     def __init__(self, together: Together, rank: int) -> None:
         self._together = together
         self._rank = rank
+        self._ahead: SumsAhead | None = None
+        self.started = 0  # sums that were made while this rank went on
         self.seen: list[bytes] = []
 
     def allreduce(self, home: ComputeHome, partial: Hidden) -> Hidden:
-        first, *others = self._together.meet(self._rank, home.fetch(partial))
-        total = first.copy()
+        if self._ahead is not None:
+            return self.start(home, partial)()
+        return home.place(self._sum(home.fetch(partial)))
+
+    def _sum(self, partial: Floats) -> Floats:
+        first, *others = self._together.meet(self._rank, partial)
+        total: Floats = first.copy()
         for other in others:
             total += other
         self.seen.append(total.tobytes())
-        return home.place(total)
+        return total
+
+    def start(self, home: ComputeHome, partial: Hidden) -> PendingSum:
+        self.started += 1
+        self._ahead = self._ahead or SumsAhead(self._sum)
+        begun = self._ahead.start(home.fetch(partial))
+        return lambda: home.place(begun.result(PATIENCE_S))
+
+    def settle(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def gather(self, columns: Floats) -> Floats:
         brought = self._together.meet(self._rank, columns)
