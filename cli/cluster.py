@@ -54,7 +54,8 @@ def cluster() -> None:
     "--listen",
     multiple=True,
     metavar="ADDR:PORT",
-    help="Listen here for other machines (default: port 7447 of all interfaces); repeatable.",
+    help="Listen here for other machines, always (:PORT is all interfaces); repeatable. Default: auto:7447, which is "
+    "every cable and Wi-Fi while a machine may join or is missing, and only what is in use when all are there.",
 )
 @json_option
 def init(listen: tuple[str, ...], as_json: bool) -> None:
@@ -277,6 +278,9 @@ def _show(found: NodesReply) -> None:
     screen.print(rows)
     if found.listening:
         screen.print(f"other machines attach at {', '.join(found.listening)}")
+    if found.closed:
+        why = "all machines are there" if len(found.nodes) > 1 else "there is no machine to wait for"
+        screen.print(f"closed, as {why}: {', '.join(found.closed)}")
     for node in found.nodes:
         if node.trouble:
             note(f"{node.name} is not attached: {node.trouble}")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from shoal.comm.group.star import Hub
-from shoal.comm.group.star_errors import Departed
+from shoal.comm.group.sums.star import Hub
+from shoal.comm.group.sums.star_errors import Departed
 from shoal.engine.collective import PendingSum
 from shoal.engine.errors import RankLost
 from shoal.engine.sums_ahead import SumsAhead

@@ -223,7 +223,7 @@ class Leader:
         return self.group.run(order)[0]
 
     def close(self, known: Sequence[Save], keep_s: float = 10.0) -> None:
-        for order in self.group.ranks[0].keeping(known, wait_s=PATIENCE_S):
+        for order in self.group.ranks[0].keeping(known):
             self.group.run(order)
         for rank in self.group.ranks:
             rank.close([])

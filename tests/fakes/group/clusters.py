@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shoal.comm.cluster_messages import Invitation, Invite, NodesReply, NodeStatus
 from shoal.comm.cluster_messages import Nodes as AskNodes
-from shoal.comm.group.wire_types import WireType
+from shoal.comm.group.sums.wire_types import WireType
 from shoal.comm.home import Home
 from shoal.daemon.cluster.forming import Forming
 from shoal.daemon.cluster.membership import Membership
@@ -17,6 +17,7 @@ from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
 from shoal.daemon.cluster.speed import NodeSpeed
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.node import Node
 from shoal.offload.budget import Budget
@@ -67,7 +68,7 @@ class Cluster:
         self.head = Membership(
             head.cluster, config, self.node.budget, self.roster, open_shards(head.shards), lambda: SPEED
         )
-        self.node.membership = self.head
+        self.node.neighbours = self.head
         self.workers: dict[int, Membership] = {}
         for number in range(1, workers + 1):
             self.join(number)
@@ -103,7 +104,7 @@ class Cluster:
             self._config,
             Budget(WORKER_BYTES),
             Roster(),
-            open_shards(home.shards),
+            open_shards(home.shards, KvFiles(home.kv, self._config.kv_disk_bytes)),
             lambda: SPEED,
         )
         worker.start()

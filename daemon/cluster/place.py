@@ -1,0 +1,42 @@
+"""Puts together all that a node needs to be in a cluster, and begins with what its files say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from shoal.comm.home import Home
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.library.kv_files import KvFiles
+from shoal.offload.budget import Budget
+
+from .forming import Forming
+from .kernel_check import check_kernels
+from .membership import Membership
+from .roster import Roster
+from .routes.local_network import LocalNetwork
+from .shard_stores import open_shards, send_weights
+from .speed import NodeSpeed, node_speed
+
+
+def place_in_cluster(
+    home: Home,
+    config: NodeConfig,
+    budget: Budget,
+    kv_files: KvFiles | None,
+    computing: Callable[[], Sequence[str]],
+) -> tuple[Forming, Membership]:
+    """`kv_files`: this node's, if it keeps KV on disk. `computing` names the models that compute now."""
+    roster = Roster()
+    speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
+
+    def tested_speed() -> NodeSpeed:
+        check_kernels(home.cluster / "kernels.tested")
+        return speed()
+
+    open_shard = open_shards(home.shards, kv_files)
+    membership = Membership(
+        home.cluster, config, budget, roster, open_shard, tested_speed, computing, LocalNetwork()
+    )
+    membership.start()
+    return Forming(roster, send_weights, speed), membership
