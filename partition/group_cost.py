@@ -61,7 +61,7 @@ class Figures(NamedTuple):
         return self.token_s, *self.first_token_s
 
 
-class Computing(NamedTuple):
+class StepWork(NamedTuple):
     """Seconds that a step takes without what goes over the network."""
 
     attn_s: float  # of the slowest rank, in all layers
@@ -157,7 +157,7 @@ class Cost:
         network: Network,
         means: Sequence[Means],
         chunk: int,
-        compute: Callable[[int, float], Computing],
+        compute: Callable[[int, float], StepWork],
     ) -> Figures:
         calls_s = LAYER_S * len(self._wanted.spec.layers)
         decode, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
@@ -214,7 +214,7 @@ class Cost:
 
     def _compute_s(
         self, parts: Sequence[Placement], rows: int, context: float, head: Machine | None = None
-    ) -> Computing:
+    ) -> StepWork:
         """Of `rows` tokens that attend to `context` others."""
         sizes, work, moe = self._sizes, self._work, self._wanted.spec.moe
         attended = sum(count * min(context, window or context) for window, count in self._windows.items())
@@ -245,9 +245,9 @@ class Cost:
             if portion.first:
                 own = head or machine
                 head_s = max(sizes.head / own.memory_bytes_per_s, work.head / own.flops)
-        return Computing(attn_s, ffn_s, head_s, disk_s)
+        return StepWork(attn_s, ffn_s, head_s, disk_s)
 
-    def _overlapped_s(self, network: Network, means: Means, rows: int, work: Computing) -> float:
+    def _overlapped_s(self, network: Network, means: Means, rows: int, work: StepWork) -> float:
         """Seconds of a step's blocks and sums if it is computed in halves: of every block, the sums of both halves or
         computing both, with the work that sums make, whatever takes longer; then the last sum."""
         spec = self._wanted.spec
