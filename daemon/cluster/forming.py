@@ -135,7 +135,7 @@ class Forming:
         dropping: Collection[str] = (),
     ) -> _Seating | Unseated:
         """Who would take part, and how."""
-        members = self._roster.usable
+        members = self._roster.awaited(0 if config.ranks is None else config.ranks - 1)
         if config.ranks is not None and config.ranks > len(members) + 1:
             there = ", ".join(member.name for member in members) or "nobody"
             message = f"{config.ranks} ranks were asked for, and besides this machine there is {there}"

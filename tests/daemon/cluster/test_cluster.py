@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from shoal.daemon.cluster.control_messages import Listens
 from shoal.daemon.cluster.group import Group
 from shoal.daemon.cluster.mesh import fellows
 from shoal.daemon.cluster.mesh.fellows import Fellows
+from shoal.daemon.cluster.roster import ARRIVE_S, Roster
 from shoal.daemon.node import Node
 
 
@@ -84,3 +87,26 @@ def test_a_machine_that_goes_and_comes_back(two: Cluster, path: Path, alone: lis
     two.start(1)
     wait_for(lambda: ranks(two) == 3)
     assert text_of(two.node, prompt(2))[1] == alone[2]
+
+
+def test_ranks_that_were_asked_for_are_waited_for(two: Cluster, path: Path) -> None:
+    """After a head has started, its workers need some seconds to come."""
+    two.stop(1)
+    wait_for(lambda: len(two.roster.members) == 1)
+    coming = threading.Timer(0.3, two.start, [1])
+    coming.start()
+    two.node.load(Load(model=str(path), ranks=3))
+    assert ranks(two) == 3
+    coming.join()
+
+
+def test_nobody_is_waited_for_without_end() -> None:
+    now = count()
+    roster = Roster(clock=lambda: float(next(now)))
+    assert roster.awaited(1) == []  # nobody is paired
+    roster.paired = lambda: 2
+    assert roster.awaited(3) == []  # so many are not
+    assert next(now) < ARRIVE_S
+    assert roster.awaited(2) == []
+    assert next(now) >= ARRIVE_S
+    roster.close()
