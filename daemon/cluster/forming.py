@@ -86,6 +86,12 @@ class Forming:
         return len(self._roster.usable) + 1
 
     @property
+    def _members(self) -> list[Member]:
+        """In an order that does not depend on who came first, so that each gets the shard again that it has the weights
+        and the KV of."""
+        return sorted(self._roster.usable, key=lambda member: member.fingerprint)
+
+    @property
     def arrivals(self) -> int:
         return self._roster.arrivals
 
@@ -135,7 +141,7 @@ class Forming:
         dropping: Collection[str] = (),
     ) -> _Seating | Unseated:
         """Who would take part, and how."""
-        members = self._roster.usable
+        members = self._members
         if config.ranks is not None and config.ranks > len(members) + 1:
             there = ", ".join(member.name for member in members) or "nobody"
             message = f"{config.ranks} ranks were asked for, and besides this machine there is {there}"
@@ -163,7 +169,7 @@ class Forming:
         group: FormedGroup | None,
         free_bytes: int,
     ) -> bool:
-        members = self._roster.usable
+        members = self._members
         now = list(group.names) if group is not None else []
         if not members:
             return bool(now)
