@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fakes.asking import CONFIG, prompt, text_of
 from fakes.group.clusters import Cluster, wait_for
 
 from shoal.comm.messages import Load
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
 
 
@@ -57,3 +59,24 @@ def test_a_machine_that_goes_and_comes_back(two: Cluster, path: Path, alone: lis
     two.start(1)
     wait_for(lambda: ranks(two) == 3)
     assert text_of(two.node, prompt(2))[1] == alone[2]
+
+
+@pytest.mark.cluster
+def test_a_context_that_only_a_group_has_room_for(tmp_path: Path) -> None:
+    long = 100_000
+    model = tiny.hf_model("llama", max_position_embeddings=long)
+    path = tiny.save_gguf(model, tmp_path / "long.gguf")
+    with Cluster(tmp_path, replace(CONFIG, kv_tokens=None, max_sequences=1), workers=1) as cluster:
+        budget = cluster.node.budget
+
+        def loaded(ranks: int | None, context: int) -> int:
+            return cluster.node.load(Load(model=str(path), ranks=ranks, context=context)).model.rank_bytes[0]
+
+        alone_bytes, own_bytes = loaded(1, long), loaded(2, long)
+        loaded(1, 96)
+        (loaded_model,) = cluster.node._models
+        room = budget.free_bytes + loaded_model.peak_bytes
+        budget.take("another", room - (alone_bytes + own_bytes) // 2)
+        assert loaded(None, long) == own_bytes
+        with pytest.raises(DaemonError, match="needs at least"):
+            loaded(1, long)
