@@ -23,10 +23,10 @@ def place_in_cluster(
     home: Home,
     config: NodeConfig,
     budget: Budget,
-    kv_files: KvFiles | None,
     computing: Callable[[], Sequence[str]],
+    kv_files: KvFiles | None = None,
 ) -> tuple[Forming, Membership]:
-    """`kv_files`: this node's, if it keeps KV on disk. `computing` names the models that compute now."""
+    """`computing` names the models that compute now. `kv_files`: this node's, if it keeps KV on disk."""
     roster = Roster()
     speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
 

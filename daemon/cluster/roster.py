@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from msgspec.structs import replace
@@ -74,16 +74,18 @@ class Roster:
         )  # as this head calls it; "" = as it calls itself
         self.certificate_of: Callable[[str], bytes] = lambda fingerprint: b""  # b"" = nobody knows
         self.addresses: Callable[[], list[str]] = list  # at which this head can be reached
-        self.paired: Callable[[], int] = lambda: 0  # how many machines may attach
+        self.paired: Callable[[], Sequence[str]] = list  # who may attach, in the order in which they joined
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._look, name="shoal-roster", daemon=True).start()
 
     @property
     def members(self) -> list[Member]:
-        """In the order in which they attached."""
+        """In the order in which they joined, so that each gets the shard again of which it has weights and KV."""
         with self._lock:
-            return list(self._members.values())
+            found = list(self._members.values())
+        place = {fingerprint: place for place, fingerprint in enumerate(self.paired())}
+        return sorted(found, key=lambda member: place.get(member.fingerprint, len(place)))
 
     @property
     def usable(self) -> list[Member]:
@@ -93,7 +95,7 @@ class Roster:
     def awaited(self, count: int) -> list[Member]:
         """`usable`. A head that has just started waits until there are so many, if so many are paired: they look for it
         all the time, but need some seconds."""
-        while len(found := self.usable) < count <= self.paired() and self._clock() < self._arrived_s:
+        while len(found := self.usable) < count <= len(self.paired()) and self._clock() < self._arrived_s:
             if self._closed.wait(ARRIVE_LOOK_S):
                 break
         return found
