@@ -20,13 +20,13 @@ class _Begun(NamedTuple):
 
 
 class SumsAhead:
-    """`allreduce` makes a sum of partials (T, n), as a collective does. After one that failed, no other is made: the
-    ranks would not be at the same place any more."""
+    """`allreduce` makes a sum of partials (T, n), as a collective does. After one that failed, no other is made, since
+    ranks would not be at the same place any more: those have the same error."""
 
     def __init__(self, allreduce: Callable[[Floats], Floats]) -> None:
         self._allreduce = allreduce
         self._begun: SimpleQueue[_Begun | None] = SimpleQueue()  # as long as the caller lets it get
-        self._ended = False
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="shoal-sums", daemon=True)
         self._thread.start()
 
@@ -38,17 +38,20 @@ class SumsAhead:
 
     def close(self) -> None:
         """Wait for the sum under way, if there is one. Those behind it are dropped."""
-        self._ended = True
+        self._closed = True
         self._begun.put(None)
         self._thread.join()
 
     def _run(self) -> None:
+        failure: BaseException | None = None
         while (begun := self._begun.get()) is not None:
-            if self._ended:
+            if self._closed:
                 begun.total.cancel()
-                continue
-            try:
-                begun.total.set_result(self._allreduce(begun.partial))
-            except BaseException as error:
-                self._ended = True
-                begun.total.set_exception(error)
+            elif failure is not None:
+                begun.total.set_exception(failure)
+            else:
+                try:
+                    begun.total.set_result(self._allreduce(begun.partial))
+                except BaseException as error:
+                    failure = error
+                    begun.total.set_exception(error)

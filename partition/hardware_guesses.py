@@ -8,9 +8,8 @@ KV_SHARE = 8  # the KV pool, which gets at least one context
 SCRATCH_SHARE = 12  # scratch for long steps
 WINDOW_SHARE = 4  # the window, which gets at least the largest block and at most the two largest neighbours
 
-OVERLAP_ROWS = (
-    64  # steps of so many rows are computed in halves by the ranks of a group, so that sums overlap
-)
+# Steps of so many rows are computed in halves by the ranks of a group, if nobody predicted which are worth it.
+OVERLAP_ROWS = 32
 
 # What ranks do for each other besides computing, in an interpreter on a machine of 2026:
 STEP_S = 0.5e-3  # a step begins and ends: order, sampling, bookkeeping

@@ -61,6 +61,7 @@ class Plan:
     expert_slots: int = 0  # how many experts, of any layers, are in memory together if experts are on disk
     streamed_bytes: int = 0  # that one token alone reads from disk, if all experts are equally likely
     ranks: int = 1
+    overlap_rows: int = OVERLAP_ROWS  # in a group, steps of so many rows or more are computed in halves
 
     @property
     def streams(self) -> bool:
@@ -91,7 +92,7 @@ class Plan:
     def rows_together(self, rows: int) -> int:
         """How many of a step's `rows` pass a block together. In a group, long steps are computed in two halves at
         least: the sum of one travels while the other is computed."""
-        halved = self.ranks > 1 and rows >= OVERLAP_ROWS
+        halved = self.ranks > 1 and rows >= self.overlap_rows
         return min(self.part_tokens, -(-rows // 2)) if halved else self.part_tokens
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from shoal import kernels
@@ -230,6 +231,7 @@ class Forming:
             if config.ranks is not None:
                 raise DaemonError("resources", said)
             return Unseated(said)
+        plans = [replace(plan, overlap_rows=choice.figures.overlap_rows) for plan in plans]
         return _Seating(chosen, shards, parts, plans, choice.describe())
 
 
