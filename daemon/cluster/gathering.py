@@ -20,6 +20,7 @@ from .membership import Membership
 from .roster import Roster
 from .shard_stores import open_shards, send_weights
 from .speed import node_speed
+from .steady_shares import SteadyShares
 
 
 @contextmanager
@@ -37,6 +38,6 @@ def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
         raise DaemonError("resources", f"{config.ranks} ranks were asked for: this machine is no head", hint)
     try:
         membership.follow_files()
-        yield Forming(roster, send_weights, speed)
+        yield Forming(roster, send_weights, speed, steady=SteadyShares(home.cluster / "shares.json"))
     finally:
         membership.close()

@@ -17,6 +17,7 @@ from .roster import Roster
 from .routes.local_network import LocalNetwork
 from .shard_stores import open_shards, send_weights
 from .speed import NodeSpeed, node_speed
+from .steady_shares import SteadyShares
 
 
 def place_in_cluster(
@@ -39,4 +40,5 @@ def place_in_cluster(
         home.cluster, config, budget, roster, open_shard, tested_speed, computing, LocalNetwork()
     )
     membership.start()
-    return Forming(roster, send_weights, speed), membership
+    steady = SteadyShares(home.cluster / "shares.json")
+    return Forming(roster, send_weights, speed, steady=steady), membership
