@@ -93,12 +93,12 @@ class Roster:
         return [member for member in self.members if not self.faults.passed_over(member.fingerprint)]
 
     def awaited(self, count: int) -> list[Member]:
-        """`usable`. A head that has just started waits until there are so many, if so many are paired: they look for it
-        all the time, but need some seconds."""
-        while len(found := self.usable) < count <= len(self.paired()) and self._clock() < self._arrived_s:
+        """`usable`. A head that has just started waits until so many are attached, if so many are paired: they look for
+        it all the time, but need some seconds."""
+        while len(self.members) < count <= len(self.paired()) and self._clock() < self._arrived_s:
             if self._closed.wait(ARRIVE_LOOK_S):
                 break
-        return found
+        return self.usable
 
     @property
     def arrivals(self) -> int:

@@ -17,7 +17,7 @@ from fakes.group.streams import PairStream, stream_pair
 from fakes.ranks import Group
 from fakes.running import Running, relative_error
 
-from shoal.comm.group.star import Hub, Spoke
+from shoal.comm.group.sums.star import Hub, Spoke
 from shoal.daemon.cluster.follower import Follower
 from shoal.daemon.cluster.meeting import Led, Meeting
 from shoal.daemon.cluster.pulse import Pulse
