@@ -26,7 +26,7 @@ from .group_protocol import OURS, Speaks
 from .join_code import Codes
 from .node_identity import NodeIdentity, fingerprint
 from .pairing import admit
-from .peers import PairedNode, Peers
+from .peers import KnownNodes, PairedNode, Peers
 from .streams import Address, SocketStream, TlsStream
 from .tls import server_context
 
@@ -44,13 +44,14 @@ class GroupListener:
     """Listens at `addresses` as long as it is open, and at those of `also_at`. A port 0 is any free one, the same at
     all of them.
 
-    AddressError if one cannot be had. Without `codes` nobody can be paired.
+    AddressError if one cannot be had. Nobody can be paired without `codes`, nor where nodes are
+    only introduced.
     """
 
     def __init__(
         self,
         identity: NodeIdentity,
-        peers: Peers,
+        peers: KnownNodes,
         addresses: Sequence[Address],
         codes: Codes | None = None,
         speaks: Speaks = OURS,
@@ -244,7 +245,7 @@ class GroupListener:
         return channel
 
     def _pair(self, channel: Channel) -> None:
-        if self._codes is None:
+        if self._codes is None or not isinstance(self._peers, Peers):
             raise ChannelError("a node wants to be paired, and this one pairs with nobody")
         try:
             peer = admit(channel, self._identity, self._peers, self._codes)

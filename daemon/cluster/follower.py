@@ -9,8 +9,8 @@ import logging
 import threading
 from collections.abc import Callable
 
-from shoal.comm.group.star import Spoke
-from shoal.comm.group.star_errors import Departed, GivenUp
+from shoal.comm.group.sums.star import Spoke
+from shoal.comm.group.sums.star_errors import Departed, GivenUp
 from shoal.engine.errors import OrderError, RankLost
 from shoal.engine.order_bytes import order_of
 from shoal.engine.rank import Rank

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.wire_types import WireType
+from shoal.comm.group.sums.wire_types import WireType
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated

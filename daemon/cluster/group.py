@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.star import Hub
-from shoal.comm.group.wire_types import WireType
+from shoal.comm.group.sums.star import Hub
+from shoal.comm.group.sums.wire_types import WireType
 from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress
 from shoal.offload.pack.manifest import Quant
@@ -27,6 +28,7 @@ from shoal.partition.spec import ModelSpec
 from .control_messages import Loading, Ready, Serve, ShardRefused
 from .meeting import Led, Meeting
 from .member import Member
+from .mesh.introductions import Introductions
 from .pulse import Pulse
 from .roster import Contribution, Roster
 
@@ -81,13 +83,14 @@ class Group:
         self._hub: Hub | None = None
         self._data: dict[str, Channel] = {}
         self._arrived = threading.Condition()
+        self.introductions = Introductions(self.epoch, [seat.member for seat in seats], self._wake)
         self._closed = False
         self.pulse = Pulse(self.epoch)
 
     def begin(self) -> None:
         """Ask all members to load their shards."""
         self._roster.expect(self.epoch, self)
-        for seat in self.seats:
+        for rank, seat in enumerate(self.seats, 1):
             request = Serve(
                 epoch=self.epoch,
                 model=self._model,
@@ -96,8 +99,9 @@ class Group:
                 plan=seat.plan,
                 quant=self._quant,
                 wire=self.wire,
+                fellows=self.introductions.fellows(rank),
             )
-            seat.member.serve(request)
+            seat.member.serve(request, partial(self.introductions.heard, rank))
 
     def form(self, progress: Progress) -> None:
         """Wait until all members are ready. Raises DaemonError when one is gone, refuses or does not come further."""
@@ -113,7 +117,7 @@ class Group:
                     raise GroupFailed("resources", f"{member.name} cannot take its part: {state.reason}")
             loading = [state for _, state in states if isinstance(state, Loading)]
             done = sum(state.done for state in loading)
-            if not loading and self._complete():
+            if not loading and self._complete() and self.introductions.over:
                 break
             if (now := (done, len(loading) + len(self._data))) != before:
                 moved_s, before = time.monotonic(), now
@@ -132,10 +136,16 @@ class Group:
                 )
             with self._arrived:
                 self._arrived.wait(FORM_LOOK_S)
+        for said in self.introductions.apart:
+            log.info("%s: sums go by way of this machine", said)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
         hub = self._hub = Hub(streams, self.epoch, self.wire)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)
+
+    def _wake(self) -> None:
+        with self._arrived:
+            self._arrived.notify_all()
 
     def blame(self, rank: int) -> None:
         """That rank was lost in the middle of a step."""

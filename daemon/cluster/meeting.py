@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from shoal.comm.group.star import Hub
-from shoal.comm.group.star_errors import Departed
+from shoal.comm.group.sums.star import Hub
+from shoal.comm.group.sums.star_errors import Departed
 from shoal.engine.errors import RankLost
 from shoal.kernels import ComputeHome
 from shoal.kernels.arrays import Floats, Hidden

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.errors import ChannelTimeout
+from shoal.comm.group.group_protocol import FELLOWS
 from shoal.comm.group.streams import Address
 from shoal.partition.machines import LinkSpeed
 
@@ -25,7 +26,9 @@ from .control_messages import (
     Drop,
     FromHead,
     FromWorker,
+    Listens,
     Loading,
+    Met,
     Probed,
     Ready,
     Serve,
@@ -37,6 +40,9 @@ from .routes.probing import link_speed
 
 PROBE_S = 1.0
 PROBE_ANSWER_S = 10.0  # whatever else it says meanwhile
+
+Telling = Callable[[Listens | Met], None]
+"""Is told what a member says of its fellows, in the thread that hears the member."""
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +56,12 @@ class Member:
         attach: Attach,
         lost: Callable[[Member, str], None],
         clock: Callable[[], float],
+        certificate: bytes = b"",
     ) -> None:
         assert channel.peer is not None
         self.fingerprint = channel.peer
+        self.certificate = certificate
+        self.meets_fellows = FELLOWS in channel.agreed.features
         self.facts = attach
         self.beat = Beat(free_bytes=attach.memory_bytes)
         self.link = LinkSpeed(0.0, 1.0)  # once it is measured
@@ -67,6 +76,7 @@ class Member:
         self._state = threading.Condition()
         self._answers: dict[int, Loading | Ready | ShardRefused] = {}
         self._asked: dict[int, Serve] = {}
+        self._told: dict[int, Telling] = {}
 
     @property
     def name(self) -> str:
@@ -148,6 +158,11 @@ class Member:
             self.beat = message
         elif isinstance(message, Probed):
             self.probes.heard(message)
+        elif isinstance(message, Listens | Met):
+            with self._state:
+                told = self._told.get(message.epoch)
+            if told is not None:
+                told(message)
         elif not isinstance(message, Attach):
             with self._state:
                 if message.epoch in self._answers:
@@ -170,9 +185,10 @@ class Member:
         except (OSError, CommError) as error:
             self.leave(str(error))
 
-    def serve(self, request: Serve) -> None:
-        """Ask it to load a shard; `wait_ready` tells how that goes."""
+    def serve(self, request: Serve, told: Telling = lambda message: None) -> None:
+        """Ask it to load a shard; `loading` tells how that goes, and `told` what it says of its fellows."""
         with self._state:
+            self._told[request.epoch] = told
             self._answers[request.epoch] = Loading(epoch=request.epoch, done=0, total=0)
             self._asked[request.epoch] = request
         self.send(request)
@@ -182,6 +198,7 @@ class Member:
         with self._state:
             self._answers.pop(epoch, None)
             self._asked.pop(epoch, None)
+            self._told.pop(epoch, None)
         self.send(Drop(epoch=epoch))
 
     def loading(self, epoch: int) -> Loading | Ready | ShardRefused | None:

@@ -88,6 +88,7 @@ class Membership:
         self._closed = False
         self._peers = Peers(directory)
         roster.name_of = lambda fingerprint: self._peers.get(fingerprint).name
+        roster.certificate_of = lambda fingerprint: self._peers.get(fingerprint).certificate
         roster.addresses = lambda: found.all_reachable if (found := self._listening) is not None else []
 
     @property

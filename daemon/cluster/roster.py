@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.part_waits import WaitSummary
+from shoal.comm.group.sums.part_waits import WaitSummary
 from shoal.daemon.installed import package_version
 
 from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
@@ -69,6 +69,7 @@ class Roster:
         self.name_of: Callable[[str], str] = lambda fingerprint: (
             ""
         )  # as this head calls it; "" = as it calls itself
+        self.certificate_of: Callable[[str], bytes] = lambda fingerprint: b""  # b"" = nobody knows
         self.addresses: Callable[[], list[str]] = list  # at which this head can be reached
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -138,7 +139,8 @@ class Roster:
         )  # it may have restarted before its loss was noticed
         if name := self.name_of(channel.peer):
             attach = replace(attach, name=name)
-        member = Member(channel, attach, self._left, self._clock)
+        certificate = self.certificate_of(channel.peer)
+        member = Member(channel, attach, self._left, self._clock, certificate)
         member.measure()
         with self._lock:
             self._members[channel.peer] = member

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.group_protocol import Purpose
-from shoal.comm.group.star import Spoke
+from shoal.comm.group.sums.star import Spoke
 from shoal.daemon.error_codes import translated
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import return_freed
@@ -24,9 +24,10 @@ from shoal.offload.block_store import BlockStore
 from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
 
-from .control_messages import Epoch, FromWorker, Loading, Ready, Serve, ShardRefused
+from .control_messages import Epoch, FromWorker, Introduce, Loading, Ready, Serve, ShardRefused
 from .follower import Follower
 from .meeting import Meeting
+from .mesh.fellows import Fellows
 from .pulse import Pulse
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class ServedShard:
         open_shard: OpenShard,
         budget: Budget,
         tell: Callable[[FromWorker], None],
+        fellows: Fellows | None = None,
     ) -> None:
         self.request = request
         self.pulse = Pulse(request.epoch)
@@ -55,18 +57,30 @@ class ServedShard:
         self._open_shard = open_shard
         self._budget = budget
         self._tell = tell
+        self.fellows = fellows
         self._lock = threading.Lock()
         self._closed = False
         self._channels: list[Channel] = []
         self._store: BlockStore | None = None
         self._follower: Follower | None = None
         self._thread = threading.Thread(target=self._load, name="shoal-shard", daemon=True)
+        if fellows is not None:
+            tell(fellows.listens)
         self._thread.start()
 
     @property
     def purpose(self) -> str:
         """In the ledger."""
         return f"shard {self.request.epoch} of {self.request.model}"
+
+    def introduce(self, told: Introduce) -> None:
+        """Meet the other workers, in a thread of its own, and tell the head whom this one has reached."""
+        if (fellows := self.fellows) is not None:
+
+            def meet() -> None:
+                self._tell(fellows.meet(told))
+
+            threading.Thread(target=meet, name="shoal-introduce", daemon=True).start()
 
     def close(self) -> None:
         """Stop loading or following, and give the memory back. Idempotent."""
@@ -77,6 +91,8 @@ class ServedShard:
             channels = list(self._channels)
         for channel in channels:
             channel.close()
+        if self.fellows is not None:
+            self.fellows.close()
         if self._thread is not threading.current_thread():
             self._thread.join()
         if self._follower is not None:

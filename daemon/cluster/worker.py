@@ -27,11 +27,13 @@ from .control_messages import (
     Drop,
     FromHead,
     FromWorker,
+    Introduce,
     Probe,
     Probed,
     Serve,
     ShardRefused,
 )
+from .mesh.fellows import Fellows
 from .routes.route import HeadRoute
 from .served_shard import OpenShard, ServedShard
 
@@ -129,10 +131,25 @@ class Worker:
                 self._tell(ShardRefused(epoch=message.epoch, code="resources", reason=refusal))
                 return
             self._shards[message.epoch] = ServedShard(
-                message, self.route.dial, self._open_shard, self._budget, self._tell
+                message, self.route.dial, self._open_shard, self._budget, self._tell, self._fellows(message)
             )
+        elif isinstance(message, Introduce):
+            if (shard := self._shards.get(message.epoch)) is not None:
+                shard.introduce(message)
         elif isinstance(message, Drop):
             self._drop(message.epoch)
+
+    def _fellows(self, request: Serve) -> Fellows | None:
+        """Who is let in for a shard; None if nobody is to be."""
+        if not request.fellows:
+            return None
+        try:
+            return Fellows(
+                self.route.identity, self.route.own_host, request.epoch, request.shard.rank, request.fellows
+            )
+        except CommError as error:
+            log.warning("the other workers of the group are not met: %s", error)
+            return None
 
     def _drop(self, epoch: int) -> None:
         if (shard := self._shards.pop(epoch, None)) is not None:

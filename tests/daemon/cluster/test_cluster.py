@@ -10,7 +10,11 @@ from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
 from fakes.group.clusters import Cluster, wait_for
 
-from shoal.comm.messages import Load
+from shoal.comm.messages import Load, Unload
+from shoal.daemon.cluster.control_messages import Listens
+from shoal.daemon.cluster.group import Group
+from shoal.daemon.cluster.mesh import fellows
+from shoal.daemon.cluster.mesh.fellows import Fellows
 from shoal.daemon.node import Node
 
 
@@ -39,6 +43,29 @@ def ranks(cluster: Cluster) -> int:
 
 
 def test_three_machines_answer_as_one(two: Cluster, path: Path, alone: list[list[int]]) -> None:
+    two.node.load(Load(model=str(path)))
+    assert ranks(two) == 3
+    assert [text_of(two.node, prompt(i))[1] for i in range(4)] == alone
+
+
+def test_workers_are_introduced_to_each_other(two: Cluster, path: Path) -> None:
+    two.node.load(Load(model=str(path)))
+    (model,) = two.node._models
+    group = model.main.group
+    assert isinstance(group, Group)
+    assert [*group.introductions.links] == [(1, 2)]
+    shards = [shard for worker in two.workers.values() for shard in worker._worker.shards]
+    assert sorted(rank for shard in shards for rank in shard.fellows.data) == [1, 2]
+    two.node.unload(Unload(model=model.name))
+    wait_for(lambda: all(not worker._worker.shards for worker in two.workers.values()))
+    assert all(channel.closed for shard in shards for channel in shard.fellows.data.values())
+
+
+def test_workers_that_do_not_reach_each_other_compute_by_way_of_the_head(
+    two: Cluster, path: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fellows, "listens", property(lambda it: Listens(epoch=it.epoch, addresses=[])))
+    monkeypatch.setattr(fellows, "MEET_S", 0.3)
     two.node.load(Load(model=str(path)))
     assert ranks(two) == 3
     assert [text_of(two.node, prompt(i))[1] for i in range(4)] == alone

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shoal.comm.cluster_messages import Invitation, Invite, NodesReply, NodeStatus
 from shoal.comm.cluster_messages import Nodes as AskNodes
-from shoal.comm.group.wire_types import WireType
+from shoal.comm.group.sums.wire_types import WireType
 from shoal.comm.home import Home
 from shoal.daemon.cluster.forming import Forming
 from shoal.daemon.cluster.membership import Membership

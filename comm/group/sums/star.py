@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .errors import ChannelError, ChannelTimeout
+from ..errors import ChannelError, ChannelTimeout
 from .frames import HEADER, MAX_ORDER_BYTES, MAX_REASON_BYTES, WRAP, FrameKind, Header
 from .part_waits import PartWaits
 from .star_errors import Departed, GivenUp
