@@ -82,6 +82,12 @@ class ServedShard:
 
             threading.Thread(target=meet, name="shoal-introduce", daemon=True).start()
 
+    @property
+    def moved(self) -> int:
+        """Bytes over its channels so far."""
+        with self._lock:
+            return sum(channel.moved for channel in self._channels)
+
     def close(self) -> None:
         """Stop loading or following, and give the memory back. Idempotent."""
         with self._lock:
