@@ -25,6 +25,7 @@ from shoal.daemon.cluster.routes.local_network import LocalNetwork
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
 from shoal.daemon.cluster.speed import node_speed
 from shoal.daemon.library.library import Library
+from shoal.daemon.library.pack_shelf import PackShelf
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.server.descriptors import raise_limit
 from shoal.daemon.server.server import Server
@@ -74,14 +75,14 @@ def serve(
         library.resolve_stored if models_only else library.resolve,
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
-        grouping=Forming(roster, send_weights, speed),
+        grouping=Forming(roster, partial(send_weights, claimed=PackShelf(home).claimed), speed),
     )
     membership = Membership(
         home.cluster,
         config,
         node.budget,
         roster,
-        open_shards(home.shards),
+        open_shards(home.shards, config.shard_disk_bytes),
         speed,
         lambda: [model.name for model in node.status().models if model.running],
         LocalNetwork(),

@@ -12,6 +12,7 @@ from functools import partial
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.library.pack_shelf import PackShelf
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.grouping import Grouping
 from shoal.offload.budget import Budget
@@ -44,6 +45,6 @@ def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
         ends_s = time.monotonic() + GATHER_S
         while len(roster.members) < config.ranks - 1 and time.monotonic() < ends_s:
             time.sleep(GATHER_LOOK_S)
-        yield Forming(roster, send_weights, speed)
+        yield Forming(roster, partial(send_weights, claimed=PackShelf(home).claimed), speed)
     finally:
         membership.close()

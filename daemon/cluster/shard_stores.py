@@ -10,7 +10,8 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.progress import Progress
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.offload.block_store import BlockStore, ResidentStore
-from shoal.offload.pack.manifest import Quant
+from shoal.offload.pack.builder import source_of
+from shoal.offload.pack.manifest import Quant, Source
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.given_plan import check_given
 from shoal.partition.slicing import Shard
@@ -25,16 +26,21 @@ CHANNELS = 2  # on which one worker gets weights
 
 
 def send_weights(
-    checkpoint: Checkpoint, quant: Quant, *, bounded: bool = False
+    checkpoint: Checkpoint,
+    quant: Quant,
+    *,
+    bounded: bool = False,
+    claimed: Callable[[Source], Source] = lambda source: source,
 ) -> Callable[[Channel, Shard], None]:
     """What answers requests for the weights of shards of an open checkpoint. `bounded`: memory is limited, so that
-    reading must leave nothing behind in it."""
-    return WeightServer(checkpoint, quant, bounded=bounded).serve
+    reading must leave nothing behind in it. `claimed`: see `PackShelf`; a model of the store is then told by its
+    content. Raises DaemonError."""
+    return WeightServer(checkpoint, quant, claimed(source_of(checkpoint)), bounded=bounded).serve
 
 
-def open_shards(directory: Path) -> OpenShard:
-    """Opens shards whose weights are kept in `directory`."""
-    cache = ShardCache(directory)
+def open_shards(directory: Path, limit_bytes: int | None = None) -> OpenShard:
+    """Opens shards whose weights are kept in `directory`, of which all together take `limit_bytes` at most."""
+    cache = ShardCache(directory, limit_bytes)
 
     def open_shard(request: Serve, dial: Dial, progress: Progress) -> BlockStore:
         def loading(done: int, total: int) -> None:
