@@ -118,7 +118,7 @@ class Cluster:
             self._config,
             Budget(WORKER_BYTES),
             Roster(),
-            open_shards(home.shards, KvFiles(home.kv, self._config.kv_disk_bytes)),
+            open_shards(home.shards, kv_files=KvFiles(home.kv, self._config.kv_disk_bytes)),
             lambda: SPEED,
         )
         worker.start()
