@@ -112,7 +112,7 @@ def _place(home: Home, config: NodeConfig, node: Node) -> tuple[Forming, Members
     def computing() -> list[str]:
         return [model.name for model in node.status().models if model.running]
 
-    return place_in_cluster(home, config, node.budget, node.kv_files, computing)
+    return place_in_cluster(home, config, node.budget, computing, node.kv_files)
 
 
 def _begin_to_end() -> None:

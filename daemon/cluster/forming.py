@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import NamedTuple, Protocol
 
 from shoal import kernels
@@ -37,6 +38,7 @@ from .group import Group, Seat
 from .member import Member
 from .roster import Roster
 from .speed import NodeSpeed
+from .steady_shares import Shares, SteadyShares
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +77,14 @@ class Forming:
         speed: Callable[[], NodeSpeed],
         choosing: Choosing = choose,
         wires: Sequence[WireType] = ("f32",),
+        steady: SteadyShares | None = None,
     ) -> None:
         self._roster = roster
         self._serving = serving
         self._speed = speed
         self._choosing = choosing
         self._wires = wires
+        self._steady = steady or SteadyShares()
 
     @property
     def machines(self) -> int:
@@ -96,6 +100,7 @@ class Forming:
         made = self._seating(name, checkpoint, config, free_bytes)
         if isinstance(made, Unseated):
             return made
+        self._steady.use(made.key, made.shares)
         wire, kv_store = self._wires[0], b""
         if config.kv_disk_bytes != 0:
             computing = [wire, kernels.home(), *(member.facts.kernels for member in made.members)]
@@ -136,7 +141,9 @@ class Forming:
         dropping: Collection[str] = (),
     ) -> _Seating | Unseated:
         """Who would take part, and how."""
-        members = self._roster.usable
+        awaited = self._roster.awaited(0 if config.ranks is None else config.ranks - 1)
+        # Not in the order in which they came: each is to get the shard again that it has the weights and the KV of.
+        members = sorted(awaited, key=lambda member: member.fingerprint)
         if config.ranks is not None and config.ranks > len(members) + 1:
             there = ", ".join(member.name for member in members) or "nobody"
             message = f"{config.ranks} ranks were asked for, and besides this machine there is {there}"
@@ -215,16 +222,15 @@ class Forming:
         rooms: Sequence[int],
     ) -> _Seating | Unseated:
         chosen = [members[rank.place - 1] for rank in choice.ranks[1:]]
-        grains = grains_of(checkpoint, config.quant)
-        shards = divide(checkpoint.spec, len(choice.ranks), grains, choice.shares, experts=choice.experts)
-        parts = [CheckpointShard(checkpoint, shard) for shard in shards]
         rooms = [rooms[rank.place] for rank in choice.ranks]
         threads = [config.thread_count, *(member.facts.threads for member in chosen)]
-        needs = [
-            rank_part(part, config.quant, max(0, room - disk_buffer_bytes(part, config)), own)
-            for part, room, own in zip(parts, rooms, threads, strict=True)
+        cut = f"{checkpoint.path} {config.quant} {choice.experts}"
+        key = " ".join([cut, *(member.fingerprint for member in chosen)])
+        found = [
+            self._cut(checkpoint, config, choice, shares, rooms, threads)
+            for shares in dict.fromkeys([self._steady.near(key, choice.shares), choice.shares])
         ]
-        plans = _plans(wanted_of(checkpoint.spec, config), needs)
+        shares, shards, parts, plans = min(found, key=_streamed_bytes)
         if isinstance(plans, TooTight):
             who = chosen[plans.rank - 1].name if plans.rank else "this machine"
             said = f"{who} needs {format_bytes(plans.least_bytes)} for its part of {name}"
@@ -232,13 +238,34 @@ class Forming:
                 raise DaemonError("resources", said)
             return Unseated(said)
         plans = [replace(plan, overlap_rows=choice.figures.overlap_rows) for plan in plans]
-        return _Seating(chosen, shards, parts, plans, choice.describe())
+        return _Seating(chosen, key, shares, shards, parts, plans, choice.describe())
+
+    def _cut(
+        self,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        choice: Choice,
+        shares: Shares,
+        rooms: Sequence[int],
+        threads: Sequence[int],
+    ) -> _Cut:
+        """The model in these shares."""
+        grains = grains_of(checkpoint, config.quant)
+        shards = divide(checkpoint.spec, len(choice.ranks), grains, shares, experts=choice.experts)
+        parts = [CheckpointShard(checkpoint, shard) for shard in shards]
+        needs = [
+            rank_part(part, config.quant, max(0, room - disk_buffer_bytes(part, config)), own)
+            for part, room, own in zip(parts, rooms, threads, strict=True)
+        ]
+        return _Cut(shares, shards, parts, _plans(wanted_of(checkpoint.spec, config), needs))
 
 
 class _Seating(NamedTuple):
     """A group that could be formed: members by rank, this machine not among them; the rest for all ranks."""
 
     members: Sequence[Member]
+    key: str  # of the shares
+    shares: Shares
     shards: Sequence[Shard]
     parts: Sequence[CheckpointShard]
     plans: Sequence[Plan]
@@ -262,6 +289,20 @@ class TooTight(NamedTuple):
 
     rank: int
     least_bytes: int
+
+
+class _Cut(NamedTuple):
+    """A model in shares, and the plans for it, if there are any."""
+
+    shares: Shares
+    shards: Sequence[Shard]
+    parts: Sequence[CheckpointShard]
+    plans: Sequence[Plan] | TooTight
+
+
+def _streamed_bytes(cut: _Cut) -> float:
+    """What the rank that streams most reads for a token."""
+    return inf if isinstance(cut.plans, TooTight) else max(plan.streamed_bytes for plan in cut.plans)
 
 
 def _plans(wanted: Sequence[Wanted], parts: Sequence[RankPart]) -> Sequence[Plan] | TooTight:
