@@ -3,9 +3,9 @@
     python bench/round_trip.py [--ranks 2,4] [--bytes 16384,8388608] [--rounds 15] [--pin]
 
 Rank 0 sends so many bytes to every other rank, and each sends as many back. All ranks are processes on this machine,
-and there is nothing to compute. Bare sockets wait for ever and so need one call less; a channel has deadlines.
-With --pin every rank has a processor of its own, as machines have: otherwise the system puts both ends of a bare socket on one,
-where nobody has to be woken.
+and there is nothing to compute. Bare sockets wait for ever and so need one call less; a channel has deadlines. With
+--pin every rank has a processor of its own, as machines have: otherwise the system puts both ends of a bare socket on
+one, where nobody has to be woken.
 """
 
 from __future__ import annotations

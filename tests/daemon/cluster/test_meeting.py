@@ -28,6 +28,8 @@ from shoal.engine.executor import Abandoned
 from shoal.engine.leader import Leader
 from shoal.engine.order import Order, Segment
 from shoal.engine.rank import Rank
+from shoal.kernels import home_of
+from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 
 PATIENCE_S = 10.0
