@@ -8,7 +8,6 @@ formulas with their units, sources and limits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from ..plan import Plan
@@ -264,12 +263,3 @@ def _start_s(model: Weighed, plan: Plan, device: Device) -> tuple[float, float]:
     if disk:
         pack_s += model.stored_bytes / disk + whole / max(1.0, device.pack_write_bytes_per_s)
     return read_s + touch_s, pack_s
-
-
-def without_streaming(prediction: Prediction) -> Prediction:
-    """The same with a disk that is never waited for: what more memory would give at most."""
-    computing = sum(seconds for part, seconds in prediction.parts.items() if part != "disk")
-    factor = min(1.0, computing / prediction.token_s)
-    return replace(
-        prediction, token_s=prediction.token_s * factor, tokens_per_s=prediction.tokens_per_s / factor
-    )

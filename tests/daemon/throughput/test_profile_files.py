@@ -170,10 +170,17 @@ _VALUES = st.recursive(
 )
 
 
-_PLACES = (
-    "devices devices.0 devices.0.name devices.0.reads devices.1.overheads links.0 links.0.between "
-    "devices.0.attention devices.0.accelerators.0.name"
-).split()
+_PLACES = [
+    "devices",
+    "devices.0",
+    "devices.0.name",
+    "devices.0.reads",
+    "devices.1.overheads",
+    "links.0",
+    "links.0.between",
+    "devices.0.attention",
+    "devices.0.accelerators.0.name",
+]
 
 
 @given(st.sampled_from(_PLACES), _VALUES)
