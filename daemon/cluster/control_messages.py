@@ -58,6 +58,7 @@ class Beat(Struct, tag=True, frozen=True, kw_only=True):
     steps: Count = 0
     blocks: Count = 0
     at_work: bool = False
+    moved: Count = 0  # bytes over channels of its groups
     free_bytes: LentBytes = 0
     shard_bytes: LentBytes = 0  # held for shards, at the same moment
     resident_bytes: LentBytes = 0

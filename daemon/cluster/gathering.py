@@ -12,6 +12,7 @@ from functools import partial
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.pack_shelf import PackShelf
 from shoal.daemon.loading.grouping import Grouping
 from shoal.offload.budget import Budget
 
@@ -38,6 +39,11 @@ def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
         raise DaemonError("resources", f"{config.ranks} ranks were asked for: this machine is no head", hint)
     try:
         membership.follow_files()
-        yield Forming(roster, send_weights, speed, steady=SteadyShares(home.cluster / "shares.json"))
+        yield Forming(
+            roster,
+            partial(send_weights, claimed=PackShelf(home).claimed),
+            speed,
+            steady=SteadyShares(home.cluster / "shares.json"),
+        )
     finally:
         membership.close()

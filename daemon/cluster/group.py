@@ -26,11 +26,11 @@ from shoal.partition.plan import Plan
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import ModelSpec
 
-from .control_messages import KvOnDisk, Loading, Ready, Serve, ShardRefused
+from .control_messages import BEAT_S, FROZEN_S, KvOnDisk, Loading, Ready, Serve, ShardRefused
 from .meeting import Led, Meeting
 from .member import Member
 from .mesh.introductions import Introductions
-from .pulse import Pulse
+from .pulse import Pulse, Watched
 from .roster import Contribution, Roster
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class Group:
         self._arrived = threading.Condition()
         self.introductions = Introductions(self.epoch, [seat.member for seat in seats], self._wake)
         self._closed = False
+        self._watched = [Watched() for _ in seats]
         self.pulse = Pulse(self.epoch)
 
     def begin(self) -> None:
@@ -197,6 +198,18 @@ class Group:
             channel.close()
         for seat in self.seats:
             seat.member.drop(self.epoch)
+
+    def watch(self, now_s: float) -> None:
+        awaited = self._hub.awaited if self._hub is not None and not self._closed else {}
+        for rank, since_s in awaited.items():
+            member = self.seats[rank - 1].member
+            beat, channel = member.beat, self._data[member.fingerprint]
+            # Its thread comes further, or bytes do: those that it sends, or that this machine gets, on a slow link.
+            pulse = (beat.epoch, beat.steps, beat.blocks, beat.at_work, beat.moved, channel.moved)
+            still_s = self._watched[rank - 1].still_s(pulse, now_s)
+            # What a beat tells may be old by a beat.
+            if now_s - since_s > FROZEN_S and still_s > FROZEN_S - BEAT_S and not beat.at_work:
+                member.leave(f"the others have waited for its part for {now_s - since_s:.1f} s")
 
     def contribution(self, member: Member) -> Contribution | None:
         seat = self._seat(member)

@@ -117,9 +117,10 @@ class Member:
         """Give it up if it is silent, or its compute thread is frozen."""
         beat = self.beat
         pulse = (beat.epoch, beat.steps, beat.blocks, beat.at_work)
+        still_s = self._watched.still_s(pulse, self._clock())
         if self.silent_s > SILENT_S:
             self.leave(f"nothing has been heard from it for {self.silent_s:.1f} s")
-        elif self._watched.frozen_s(pulse, self._clock()) > FROZEN_S:
+        elif beat.at_work and still_s > FROZEN_S:
             self.leave(f"it has not come further for {FROZEN_S:.1f} s in the middle of a step")
 
     def leave(self, reason: str) -> None:

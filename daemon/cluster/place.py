@@ -8,6 +8,7 @@ from functools import partial
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import KvFiles
+from shoal.daemon.library.pack_shelf import PackShelf
 from shoal.offload.budget import Budget
 
 from .forming import Forming
@@ -35,10 +36,11 @@ def place_in_cluster(
         check_kernels(home.cluster / "kernels.tested")
         return speed()
 
-    open_shard = open_shards(home.shards, kv_files)
+    open_shard = open_shards(home.shards, config.shard_disk_bytes, kv_files)
     membership = Membership(
         home.cluster, config, budget, roster, open_shard, tested_speed, computing, LocalNetwork()
     )
     membership.start()
     steady = SteadyShares(home.cluster / "shares.json")
-    return Forming(roster, send_weights, speed, steady=steady), membership
+    serving = partial(send_weights, claimed=PackShelf(home).claimed)
+    return Forming(roster, serving, speed, steady=steady), membership

@@ -44,6 +44,9 @@ class Contribution(NamedTuple):
 class Joining(Protocol):
     """A group whose members dial in. `data` and `weights` take over the channel."""
 
+    def watch(self, now_s: float) -> None:
+        """Give up members that the others wait for in vain. Called every `ROSTER_LOOK_S`."""
+
     def contribution(self, member: Member) -> Contribution | None:
         """None if it has no part in the group."""
 
@@ -191,6 +194,10 @@ class Roster:
             members = self.members
             for member in members:
                 member.look()
+            with self._lock:
+                groups = list(self._groups.values())
+            for group in groups:
+                group.watch(self._clock())
             if self._clock() - told_s >= BEAT_S:
                 told_s = self._clock()
                 for member in members:

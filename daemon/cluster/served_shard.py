@@ -105,6 +105,12 @@ class ServedShard:
         """What it takes of this machine's budget."""
         return self._budget.held_by(self.purpose) + self._budget.held_by(self._buffers)
 
+    @property
+    def moved(self) -> int:
+        """Bytes over its channels so far."""
+        with self._lock:
+            return sum(channel.moved for channel in self._channels)
+
     def close(self) -> None:
         """Stop loading or following, and give the memory back. Idempotent."""
         with self._lock:

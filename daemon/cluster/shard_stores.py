@@ -12,7 +12,8 @@ from shoal.daemon.progress import Progress
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.kv.disk_slots import KvSlots
-from shoal.offload.pack.manifest import Quant
+from shoal.offload.pack.builder import source_of
+from shoal.offload.pack.manifest import Quant, Source
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.given_plan import check_given
 from shoal.partition.memory_layout import kv_page_bytes
@@ -28,16 +29,24 @@ CHANNELS = 2  # on which one worker gets weights
 
 
 def send_weights(
-    checkpoint: Checkpoint, quant: Quant, *, bounded: bool = False
+    checkpoint: Checkpoint,
+    quant: Quant,
+    *,
+    bounded: bool = False,
+    claimed: Callable[[Source], Source] = lambda source: source,
 ) -> Callable[[Channel, Shard], None]:
     """What answers requests for the weights of shards of an open checkpoint. `bounded`: memory is limited, so that
-    reading must leave nothing behind in it."""
-    return WeightServer(checkpoint, quant, bounded=bounded).serve
+    reading must leave nothing behind in it. `claimed`: see `PackShelf`; a model of the store is then told by its
+    content. Raises DaemonError."""
+    return WeightServer(checkpoint, quant, claimed(source_of(checkpoint)), bounded=bounded).serve
 
 
-def open_shards(directory: Path, kv_files: KvFiles | None = None) -> OpenShard:
-    """Opens shards whose weights are kept in `directory`, and their KV on disk among `kv_files`, if there are any."""
-    cache = ShardCache(directory)
+def open_shards(
+    directory: Path, limit_bytes: int | None = None, kv_files: KvFiles | None = None
+) -> OpenShard:
+    """Opens shards whose weights are kept in `directory`, of which all together take `limit_bytes` at most, and their
+    KV on disk among `kv_files`, if there are any."""
+    cache = ShardCache(directory, limit_bytes)
 
     def open_shard(request: Serve, dial: Dial, progress: Progress) -> OpenedShard:
         store = open_store(request, dial, progress)

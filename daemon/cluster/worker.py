@@ -170,6 +170,7 @@ class Worker:
                     steps=found.steps if found else 0,
                     blocks=found.blocks if found else 0,
                     at_work=found.at_work if found else False,
+                    moved=sum(shard.moved for shard in self.shards),
                     free_bytes=max(0, self._budget.free_bytes),
                     shard_bytes=sum(shard.held_bytes for shard in self.shards),
                     resident_bytes=resident_bytes(),
