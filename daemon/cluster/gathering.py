@@ -12,8 +12,8 @@ from functools import partial
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
-from shoal.daemon.library.pack_shelf import PackShelf
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.pack_shelf import PackShelf
 from shoal.daemon.loading.grouping import Grouping
 from shoal.offload.budget import Budget
 
