@@ -18,6 +18,7 @@ from itertools import count
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.sums.star import Hub
 from shoal.comm.group.sums.wire_types import WireType
+from shoal.daemon.library.kv_files import MOST_SLOTS, rank_fingerprint
 from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress
 from shoal.offload.pack.manifest import Quant
@@ -25,7 +26,7 @@ from shoal.partition.plan import Plan
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import ModelSpec
 
-from .control_messages import BEAT_S, FROZEN_S, Loading, Ready, Serve, ShardRefused
+from .control_messages import BEAT_S, FROZEN_S, KvOnDisk, Loading, Ready, Serve, ShardRefused
 from .meeting import Led, Meeting
 from .member import Member
 from .mesh.introductions import Introductions
@@ -59,7 +60,8 @@ SendWeights = Callable[[Channel, Shard], None]
 class Group:
     """Ranks 1, 2, … are `seats`. Members load until `form` returns; then `collective` and `others` are rank 0's.
 
-    `own_bytes` are the weights of rank 0.
+    `own_bytes` are the weights of rank 0. `kv_store`: 32 bytes that differ if anything differs that the group's KV
+    depends on; b"" if it is not to be kept on disk.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Group:
         wire: WireType,
         send_weights: SendWeights,
         own_bytes: int = 0,
+        kv_store: bytes = b"",
     ) -> None:
         self.epoch = next(_epochs)
         self.seats = seats
@@ -80,6 +83,7 @@ class Group:
         self._quant = quant
         self._send_weights = send_weights
         self._own_bytes = own_bytes
+        self._kv_store = kv_store
         self._hub: Hub | None = None
         self._data: dict[str, Channel] = {}
         self._arrived = threading.Condition()
@@ -91,6 +95,7 @@ class Group:
     def begin(self) -> None:
         """Ask all members to load their shards."""
         self._roster.expect(self.epoch, self)
+        store = self._kv_store.hex()
         for rank, seat in enumerate(self.seats, 1):
             request = Serve(
                 epoch=self.epoch,
@@ -101,6 +106,7 @@ class Group:
                 quant=self._quant,
                 wire=self.wire,
                 fellows=self.introductions.fellows(rank),
+                kv_on_disk=KvOnDisk(store=store, slots=MOST_SLOTS) if store else None,
             )
             seat.member.serve(request, partial(self.introductions.heard, rank))
 
@@ -159,6 +165,21 @@ class Group:
     @property
     def plans(self) -> list[Plan]:
         return [seat.plan for seat in self.seats]
+
+    @property
+    def kv_key(self) -> bytes:
+        return rank_fingerprint(self._kv_store, 0) if self._kv_store else b""
+
+    @property
+    def kv_slots(self) -> int:
+        states = [seat.member.loading(self.epoch) for seat in self.seats]
+        return min((state.kv_slots for state in states if isinstance(state, Ready)), default=0)
+
+    @property
+    def kv_trouble(self) -> str:
+        states = [(seat.member.name, seat.member.loading(self.epoch)) for seat in self.seats]
+        said = (f"{name}: {it.kv_trouble}" for name, it in states if isinstance(it, Ready) and it.kv_trouble)
+        return "; ".join(said)
 
     @property
     def whole(self) -> bool:

@@ -97,13 +97,13 @@ class Member:
         """For how long nothing has been heard from it."""
         return self._clock() - self._heard_s
 
-    def room_bytes(self, model: str) -> int:
-        """What it has for a shard of `model`: all that shards of other models and its own work leave. What it holds for
-        an earlier group of this model counts as free."""
+    def room_bytes(self, *models: str) -> int:
+        """What it has for a shard if those of `models` are dropped: all that shards of other models and its own work
+        leave."""
         room = min(self.facts.memory_bytes, self.beat.free_bytes + self.beat.shard_bytes)
         with self._state:
-            others = [asked for asked in self._asked.values() if asked.model != model]
-        return max(0, room - sum(asked.plan.peak_bytes for asked in others))
+            others = [asked for asked in self._asked.values() if asked.model not in models]
+        return max(0, room - sum(asked.held_bytes for asked in others))
 
     def add(self, channel: Channel) -> None:
         """Another channel to the same machine, to be closed with it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -87,8 +88,10 @@ class Membership:
         self._worker: Worker | None = None
         self._closed = False
         self._peers = Peers(directory)
+        self._last_paired: list[str] = []
         roster.name_of = lambda fingerprint: self._peers.get(fingerprint).name
         roster.certificate_of = lambda fingerprint: self._peers.get(fingerprint).certificate
+        roster.paired = self._paired
         roster.addresses = lambda: found.all_reachable if (found := self._listening) is not None else []
 
     @property
@@ -195,10 +198,7 @@ class Membership:
         """Listen where it is needed: who is missing may come by any way, who is there stays on his."""
         if (listening := self._listening) is None:
             return
-        try:
-            paired = {peer.fingerprint for peer in self._peers.listed()}
-        except CommError:  # the listener complains
-            return
+        paired = set(self._paired())
         members = self._roster.members
         awaited = self._codes.any_good or bool(paired - {member.fingerprint for member in members})
         if listening.follow(awaited=awaited, used=[member.own_address for member in members]):
@@ -207,6 +207,13 @@ class Membership:
             )
             if (announcer := self._announcer) is not None:
                 announcer.look()
+
+    def _paired(self) -> list[str]:
+        """Who may attach, in the order in which they joined; as last known if the file is damaged: the listener
+        complains about that."""
+        with suppress(CommError):
+            self._last_paired = [peer.fingerprint for peer in self._peers.listed()]
+        return self._last_paired
 
     def _reachable(self) -> list[str]:
         listening = self._listening

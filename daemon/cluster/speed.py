@@ -198,16 +198,12 @@ def _fill(path: Path) -> None:
 def _key(threads: int, directory: Path | None) -> str:
     """What speed depends on, as text."""
     disk = directory.stat().st_dev if directory and directory.exists() else None
-    parts = (
-        platform.machine(),
-        _processor(),
-        os.cpu_count(),
-        threads,
-        kernels.home(),
-        _library_version(),
-        disk,
-    )
-    return " | ".join(str(part) for part in parts)
+    return f"{kernels_key()} | {os.cpu_count()} | {threads} | {disk}"
+
+
+def kernels_key() -> str:
+    """What it depends on whether kernels are right, as text."""
+    return f"{platform.machine()} | {_processor()} | {kernels.home()} | {_library_version()}"
 
 
 def _processor() -> str:

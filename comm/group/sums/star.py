@@ -124,6 +124,8 @@ class Hub:
     def broadcast(self, rows: F32Rows | None, shape: tuple[int, int]) -> F32Rows:
         """Rows (T, n) that only this rank has; all get the same bits, exactly."""
         assert rows is not None
+        # The others may bring partials of as many numbers before this rank does, and it may give up until then.
+        self._largest = max(self._largest, 4 * shape[0] * shape[1])
         self._tell(FrameKind.ROWS, np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
         self._place += 1
         return rows
