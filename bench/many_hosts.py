@@ -47,7 +47,7 @@ def losses(options: argparse.Namespace) -> None:
             same, errors = sum(trial.same for trial in trials), sum(bool(trial.error) for trial in trials)
             pauses, backs = spread([it.pause_s for it in trials]), spread([it.back_s for it in trials])
             print(
-                f"{way:22} {same} of {len(trials)} same, {errors} errors; longest pause {pauses} s, back {backs} s later"
+                f"{way:22} {same} of {len(trials)} same, {errors} errors; pause {pauses} s, back {backs} s later"
             )
 
 
