@@ -48,6 +48,11 @@ class Channel:
         return self._stream.closed
 
     @property
+    def moved(self) -> int:
+        """How many bytes have gone and come so far, those of encryption included: whether it moves."""
+        return self._stream.moved
+
+    @property
     def buffered(self) -> bool:
         """Whether something has come that a `select` on this channel does not see."""
         return self._stream.buffered

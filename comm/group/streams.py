@@ -41,6 +41,10 @@ class Stream(Protocol):
     def closed(self) -> bool: ...
 
     @property
+    def moved(self) -> int:
+        """How many bytes the system has taken and given so far."""
+
+    @property
     def buffered(self) -> bool:
         """Whether `receive` would return without looking at the socket."""
 
@@ -79,6 +83,7 @@ class SocketStream:
         self._writable = select.poll()
         self._writable.register(connected, select.POLLOUT)
         self._limit_s = 0.0  # that of `recv` as it is set; 0 is none
+        self._sent = self._received = 0  # bytes; each is one thread's
         self._ending = threading.Lock()  # so that none ends a descriptor that is another's by now
         self.closed = False
 
@@ -108,6 +113,7 @@ class SocketStream:
                 continue
             except OSError as error:
                 raise self._broken(error) from error
+            self._sent += sent
             if sent == len(data):
                 return
             data = data[sent:]
@@ -122,7 +128,12 @@ class SocketStream:
             raise self._broken(error) from error
         if count == 0:
             raise self._broken(None)
+        self._received += count
         return count
+
+    @property
+    def moved(self) -> int:
+        return self._sent + self._received
 
     def _limit(self, deadline: float) -> int:
         """Have the system end a `recv` at the deadline, or up to an eighth later; the flags to call it with.
@@ -188,6 +199,10 @@ class TlsStream:
     @property
     def closed(self) -> bool:
         return self._below.closed
+
+    @property
+    def moved(self) -> int:
+        return self._below.moved
 
     @property
     def buffered(self) -> bool:
