@@ -6,6 +6,7 @@ Knows options and how plans are shown. `daemon.throughput.foresight` finds them.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,9 @@ def plan(
     """
     wanted = Reference.parse(model)
     bits = quant or (wanted.quant if wanted.quant != "keep" else None)
-    config = plan.config()
+    config = (
+        plan.config() if given is None else replace(plan, threads=None).config()
+    )  # other machines have more
     home = Home.from_env()
     path = Path(wanted.model) if Path(wanted.model).exists() else Library(home).resolve(wanted.model)
     with spinner("starting"), deferred_interrupt():
