@@ -12,7 +12,6 @@ from math import inf
 from typing import NamedTuple, Protocol
 
 from shoal import kernels
-from shoal.comm.group.channel import Channel
 from shoal.comm.group.sums.wire_types import WireType
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
@@ -34,7 +33,7 @@ from shoal.partition.rank_plans import RankPart, rank_plans
 from shoal.partition.slicing import Grains, Shard, divide
 from shoal.partition.spec import BlockId
 
-from .group import Group, Seat
+from .group import Group, Seat, SendsWeights
 from .member import Member
 from .roster import Roster
 from .speed import NodeSpeed
@@ -46,9 +45,7 @@ log = logging.getLogger(__name__)
 class Serving(Protocol):
     """See `shard_stores.send_weights`."""
 
-    def __call__(
-        self, checkpoint: Checkpoint, quant: Quant, *, bounded: bool
-    ) -> Callable[[Channel, Shard], None]: ...
+    def __call__(self, checkpoint: Checkpoint, quant: Quant, *, bounded: bool) -> SendsWeights: ...
 
 
 class Choosing(Protocol):

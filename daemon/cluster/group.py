@@ -10,14 +10,16 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from typing import Protocol
 
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.sums.star import Hub
 from shoal.comm.group.sums.wire_types import WireType
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import MOST_SLOTS, rank_fingerprint
 from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress
@@ -53,8 +55,13 @@ class Seat:
     plan: Plan
 
 
-SendWeights = Callable[[Channel, Shard], None]
-"""Answers a worker's requests for the weights of its shard until the channel ends."""
+class SendsWeights(Protocol):
+    """`trouble`: why the head cannot send them, if that is its own fault."""
+
+    trouble: DaemonError | None
+
+    def serve(self, channel: Channel, shard: Shard) -> None:
+        """Answers a worker's requests for the weights of its shard until the channel ends."""
 
 
 class Group:
@@ -71,7 +78,7 @@ class Group:
         seats: Sequence[Seat],
         quant: Quant,
         wire: WireType,
-        send_weights: SendWeights,
+        weights: SendsWeights,
         own_bytes: int = 0,
         kv_store: bytes = b"",
     ) -> None:
@@ -81,7 +88,7 @@ class Group:
         self._roster = roster
         self._model = model
         self._quant = quant
-        self._send_weights = send_weights
+        self._weights = weights
         self._own_bytes = own_bytes
         self._kv_store = kv_store
         self._hub: Hub | None = None
@@ -120,6 +127,8 @@ class Group:
                     self._roster.faults.lost(member.fingerprint)
                     raise GroupFailed("busy", f"{member.name} was lost: {member.reason}", retry_after_s=1.0)
                 if isinstance(state, ShardRefused):
+                    if (trouble := self._weights.trouble) is not None:
+                        raise trouble
                     self._roster.faults.refused(member.fingerprint)
                     raise GroupFailed("resources", f"{member.name} cannot take its part: {state.reason}")
             loading = [state for _, state in states if isinstance(state, Loading)]
@@ -232,7 +241,7 @@ class Group:
         if seat is None or self._closed:
             channel.close()
             return
-        self._send_weights(channel, seat.shard)
+        self._weights.serve(channel, seat.shard)
 
     def _seat(self, member: Member) -> Seat | None:
         return next((seat for seat in self.seats if seat.member is member), None)

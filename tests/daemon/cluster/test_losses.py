@@ -132,7 +132,7 @@ class Waited:
         member = SimpleNamespace(fingerprint="f", beat=Beat(), leave=self._leave, name="m", facts=None)
         self.member = member
         seats = [SimpleNamespace(member=member)]
-        self._group = Group(Roster(), "m", seats, "keep", "f32", lambda *_: None)  # type: ignore[arg-type]
+        self._group = Group(Roster(), "m", seats, "keep", "f32", None)  # type: ignore[arg-type]
         self.channel = SimpleNamespace(moved=0)
         self._group._hub = SimpleNamespace(awaited={1: 0.0})  # type: ignore[assignment]
         self._group._data = {"f": self.channel}  # type: ignore[dict-item]
