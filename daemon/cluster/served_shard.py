@@ -97,9 +97,10 @@ class ServedShard:
 
     @property
     def moved(self) -> int:
-        """Bytes over its channels so far."""
+        """Bytes over its channels so far, to the head and to its fellows."""
+        fellows = list(self.fellows.data.values()) if self.fellows is not None else []
         with self._lock:
-            return sum(channel.moved for channel in self._channels)
+            return sum(channel.moved for channel in (*self._channels, *fellows))
 
     @property
     def _buffers(self) -> str:
