@@ -187,17 +187,26 @@ class Roster:
         log.warning("%s is gone: %s", member.name, reason)
         self._changed(member, reason)
 
+    def _look_at(self, members: Sequence[Member]) -> None:
+        for member in members:
+            member.look()
+        with self._lock:
+            groups = list(self._groups.values())
+        for group in groups:
+            group.watch(self._clock())
+
     def _look(self) -> None:
         """Send beats, and look for members that are silent or frozen."""
-        told_s = 0.0
+        told_s, looked_s = 0.0, self._clock()
         while not self._closed.wait(ROSTER_LOOK_S):
             members = self.members
-            for member in members:
-                member.look()
-            with self._lock:
-                groups = list(self._groups.values())
-            for group in groups:
-                group.watch(self._clock())
+            now_s = self._clock()
+            late_s, looked_s = now_s - looked_s - ROSTER_LOOK_S, now_s
+            if late_s > BEAT_S:  # this machine was asleep or very busy, and has read no beats meanwhile
+                for member in members:
+                    member.excuse(late_s)
+            else:
+                self._look_at(members)
             if self._clock() - told_s >= BEAT_S:
                 told_s = self._clock()
                 for member in members:
