@@ -47,6 +47,8 @@ class Pinnings:
 
         @cache
         def pinned_bytes(kind: _Kind, count: int, leads: int) -> int:
+            if kind.alike:
+                return count * kind.largest_bytes
             return sum(nbytes for _, nbytes in self._pinned(kind, count, leads))
 
         self._candidates: list[_Candidate] = []
@@ -111,6 +113,7 @@ class _Kind:
         self.blocks = blocks
         self.of_layers = blocks[0][0].kind != "head"
         self.largest_bytes = max(nbytes for _, nbytes in blocks)
+        self.alike = all(nbytes == self.largest_bytes for _, nbytes in blocks)
 
 
 class _Candidate(NamedTuple):

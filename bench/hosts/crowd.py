@@ -27,6 +27,7 @@ SAMPLE_S = 5.0
 LOSS_S = 25.0  # from one loss to the next
 AWAY_S = 4.0
 MOST_PROMPT, MOST_NEW = 300, 80
+TOKENS = 256  # that any model has
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Crowd:
 
     def _request(self, client: Client, source: random.Random) -> str:
         """How it ended."""
-        prompt = [source.randrange(1000) for _ in range(source.randrange(4, MOST_PROMPT))]
+        prompt = [source.randrange(TOKENS) for _ in range(source.randrange(4, MOST_PROMPT))]
         new = source.randrange(1, MOST_NEW)
         leaves_after = source.randrange(new) if source.random() < 0.3 else None
         deadline_s = 0.5 + source.random() * 20 if source.random() < 0.3 else None

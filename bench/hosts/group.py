@@ -14,7 +14,7 @@ from shoal.comm.errors import ShoalError
 from shoal.comm.messages import Done, ModelStatus, Token
 
 ATTACH_S = 60.0
-NEW = 60
+NEW = 40
 
 
 @dataclass

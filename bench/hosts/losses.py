@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hosts.group import Answer, Group, asked
+from harness import machine
+from hosts.group import NEW, Answer, Group, asked
 from hosts.host import Host
 from hosts.lab import Lab
 from hosts.limits import UNLIMITED, Limits
 
 SLOW_S = 10.0  # a longer pause is a hang
 STREAMS = 2
-NEW = 40
 PARDON_AFTER = 4  # losses
 PAUSES_S = (0.3, 1.0, 3.0)  # of what flaps
 NEAREST_S, FARTHEST_S = 0.0004, 0.054  # there and back, over the relay
@@ -37,6 +37,9 @@ class Trial:
     same: bool
     pause_s: float  # the longest that a stream waited for a token
     back_s: float
+    busy: dict[
+        str, float
+    ]  # the share of the time in which somebody on this machine waited for a processor, the disk
     note: str = ""
     error: str = ""
 
@@ -86,6 +89,7 @@ class Losses:
         if self._lost % PARDON_AFTER == 0:
             self.pardon()
         worker = self._source.choice(self.group.workers)
+        began_s, before = time.monotonic(), _waits()
         pause_s = self._source.random() * 0.3
         begin, end = WAYS[way]
         notes: list[str] = []
@@ -102,7 +106,9 @@ class Losses:
         gaps = [answer.longest_gap_s for answer in answers if answer.times_s]
         same = [answer.ids for answer in answers] == self.wanted
         back_s = self.group.attached(2) + self.group.computing(3)
-        return Trial(way, worker.name, same, max(gaps), back_s, " ".join(notes), "; ".join(errors))
+        took_s = time.monotonic() - began_s
+        busy = {kind: round((after - before[kind]) / took_s, 2) for kind, after in _waits().items()}
+        return Trial(way, worker.name, same, max(gaps), back_s, busy, " ".join(notes), "; ".join(errors))
 
     def share(self) -> float:
         """Of a pause, so that no two are alike."""
@@ -114,6 +120,10 @@ class Losses:
         worker.kill()
         worker.wait_gone()
         worker.serve()
+
+
+def _waits() -> dict[str, float]:
+    return {kind: machine.waited_s(kind) for kind in ("cpu", "io")}
 
 
 def freeze_compute_thread(losses: Losses, worker: Host) -> str:
@@ -163,9 +173,9 @@ WAYS: dict[str, tuple[Act, Act]] = {
 
 
 @contextmanager
-def three_hosts(model: Path, seed: int = 0) -> Iterator[Losses]:
+def three_hosts(model: Path, seed: int = 0, limits: Limits = UNLIMITED) -> Iterator[Losses]:
     with Lab() as lab:
-        yield Losses(lab, model, seed)
+        yield Losses(lab, model, seed, limits)
 
 
 def head_killed(group: Group, prompt: list[int]) -> tuple[Answer, float, float, Answer]:

@@ -157,6 +157,7 @@ class ServedShard:
         opened = self._opened = self._open_shard(self.request, self._dialled, self._progress)
         opened = self._opened = opened._replace(kv=self._with_buffers(opened.kv))
         data = self._dialled("data")
+        data.watch()
         spoke = Spoke(data, self.request.epoch, self.request.wire)
         kv, wanted = (opened.kv if isinstance(opened.kv, KvSlots) else None), self.request.kv_on_disk
         pool, meeting = KvPool(spec, plan.kv), Meeting(spoke, self.pulse)

@@ -15,10 +15,10 @@ import pytest
 from fakes import tiny
 from hosts import lab, network
 from hosts.crowd import Crowd
-from hosts.group import Group
+from hosts.group import NEW, Group
 from hosts.lab import Lab
 from hosts.limits import names
-from hosts.losses import NEW, SLOW_S, WAYS, Losses, head_killed
+from hosts.losses import SLOW_S, WAYS, Losses, head_killed
 
 TRIALS = int(os.environ.get("TRIALS", "2"))
 PROMPT = list(range(24))

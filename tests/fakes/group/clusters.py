@@ -17,6 +17,7 @@ from shoal.daemon.cluster.pairing_up import pair_with_head
 from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
 from shoal.daemon.cluster.speed import NodeSpeed
+from shoal.daemon.cluster.steady_shares import SteadyShares
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
@@ -58,6 +59,7 @@ class Cluster:
     def __init__(self, directory: Path, config: NodeConfig, workers: int) -> None:
         self.directory = directory
         self._config = config
+        self.speed = SPEED  # of the head
         self._start_head()
         self.workers: dict[int, Membership] = {}
         for number in range(1, workers + 1):
@@ -71,7 +73,13 @@ class Cluster:
             self._config,
             packs=Packs(head),
             kv_root=head.kv,
-            grouping=Forming(self.roster, send_weights, lambda: SPEED, everybody),
+            grouping=Forming(
+                self.roster,
+                send_weights,
+                lambda: self.speed,
+                everybody,
+                steady=SteadyShares(head.cluster / "shares.json"),
+            ),
         )
         self.head = Membership(
             head.cluster, self._config, self.node.budget, self.roster, open_shards(head.shards), lambda: SPEED
@@ -118,7 +126,7 @@ class Cluster:
             self._config,
             Budget(WORKER_BYTES),
             Roster(),
-            open_shards(home.shards, KvFiles(home.kv, self._config.kv_disk_bytes)),
+            open_shards(home.shards, kv_files=KvFiles(home.kv, self._config.kv_disk_bytes)),
             lambda: SPEED,
         )
         worker.start()
