@@ -89,7 +89,8 @@ class _Adder:
         others = [rank for rank in range(self._ranks) if rank != own]
         parts = [room.take(size) for room, size in zip(self._rooms, sizes, strict=True)]
         for rank in others:
-            encode(wire, partial[slices[rank]], parts[rank])
+            if sizes[rank]:
+                encode(wire, partial[slices[rank]], parts[rank])
         theirs = np.empty((self._ranks, sizes[own]), np.uint8)
         self._swap(
             {rank: (FrameKind.PART, parts[rank]) for rank in others if sizes[rank]},

@@ -55,6 +55,7 @@ class Swapper:
         self.heard = heard
         self.largest = MAX_REASON_BYTES  # payload that may still come of an order that was given up
         self.ahead: deque[tuple[Header, Octets]] = deque()  # frames of rank 0 that came early
+        self.later: Octets | None = None  # the payload of one that is coming
         self.broken: dict[int, str] = {}  # ranks that cannot be heard any more, and why
 
     def swap(self, number: int, place: int, out: Frames, into: Frames) -> None:
@@ -96,6 +97,10 @@ class Swapper:
         if self.ahead:
             return self.ahead.popleft()
         link = self.links[0]
+        if self.later is not None:  # it began to come while others were waited for
+            payload, self.later = self.later, None
+            link.await_payload(self.patience_s)
+            return link.finish(), payload
         header = link.await_header(self.patience_s)
         if header.epoch != self.epoch:
             raise ChannelError(f"epoch {header.epoch} came, this is {self.epoch}")
@@ -141,7 +146,6 @@ class _Swap:
         self._began_s = time.perf_counter()
         self._reasons: dict[int, Octets] = {}
         self._told: set[int] = set()  # ranks of which rank 0 was told that they cannot be heard
-        self._later: Octets | None = None  # the payload of rank 0 that is for later
 
     def run(self, stuck: Mapping[int, Exception | None]) -> None:
         of = self._of
@@ -350,8 +354,8 @@ class _Swap:
             return
         if header.nbytes > self._of.most_bytes:
             raise ChannelError(f"a frame {header}: at most {self._of.most_bytes} bytes were to come")
-        self._later = np.empty(header.nbytes, np.uint8)
-        link.accept(self._later)
+        self._of.later = np.empty(header.nbytes, np.uint8)
+        link.accept(self._of.later)
 
     def _gives_up(self, header: Header) -> bool:
         return (header.kind, header.number, header.nbytes) == (FrameKind.GIVE_UP, self._number, 0)
@@ -372,22 +376,27 @@ class _Swap:
             raise GivenUp
         if 0 not in self._waiting:
             return
-        header, payload = self._of.ahead.popleft()
         try:
-            self._check_due(header)
+            self._take(*self._of.ahead.popleft())
         except ChannelError as error:
             raise Departed(0, str(error)) from error
+
+    def _take(self, header: Header, payload: Octets) -> None:
+        """A frame of rank 0 that came before it was waited for. Raises ChannelError."""
+        self._check_due(header)
         self._waiting.pop(0)[1][...] = payload
 
     def _complete(self, rank: int, link: Framed) -> None:
         """A whole frame has come."""
         header = link.finish()
         if self._of.rank and not rank:
-            if 0 in self._waiting:
+            later, self._of.later = self._of.later, None
+            if later is None:
                 del self._waiting[0]
+            elif 0 in self._waiting and not self._of.ahead:
+                self._take(header, later)
             else:
-                assert self._later is not None
-                self._of.ahead.append((header, self._later))
+                self._of.ahead.append((header, later))
             return
         if header.kind == FrameKind.PART:
             if (header.number, header.place) == (self._number, self._place) and rank in self._waiting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 
@@ -28,13 +29,15 @@ class PairStream:
         if not data:
             return 0
         try:
-            return self._end.send(self._cut(data), socket.MSG_DONTWAIT)
+            self._end.settimeout(0)
+            return self._end.send(self._cut(data))
         except BlockingIOError:
             return 0
 
     def receive_some(self, view: memoryview) -> int:
         try:
-            got = self._end.recv_into(self._cut(view), 0, socket.MSG_DONTWAIT)
+            self._end.settimeout(0)
+            got = self._end.recv_into(self._cut(view))
         except BlockingIOError:
             return 0
         if not got:
@@ -49,6 +52,11 @@ class PairStream:
             if not got:
                 raise ConnectionError("the other end is closed")
             view = view[got:]
+
+    def end(self) -> None:
+        """As if the process at this end were gone. From any thread."""
+        with contextlib.suppress(OSError):
+            self._end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.closed = True
