@@ -25,6 +25,7 @@ WORDS = {
     "quant": "--quant",
     "threads": "--threads",
     "ranks": "--ranks",
+    "cluster_wire": "--cluster-wire",
     # Of cluster join
     "address": "--address",
     # Arguments of perplexity and of pull

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, product
 from typing import NamedTuple, Protocol
 
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.sums.manners import Manner, Manners
 from shoal.comm.group.sums.wire_types import WireType
-from shoal.daemon.config import NodeConfig
+from shoal.daemon.config import CLUSTER_WIRES, NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated
 from shoal.daemon.loading.planning import extents, rank_part, wanted_of
@@ -22,14 +24,15 @@ from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 from shoal.partition.group_choice import Choice, NoGroup
-from shoal.partition.group_search import choose
-from shoal.partition.machines import Links, Machine
+from shoal.partition.group_search import AVAILABLE_TOPOLOGIES, choose
+from shoal.partition.machines import Links, LinkSpeed, Machine
 from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
 from shoal.partition.rank_plans import RankPart, rank_plans
 from shoal.partition.slicing import Grains, Shard, divide
 from shoal.partition.spec import BlockId
+from shoal.partition.sum_cost import Means, Network, Topology
 
-from .group import Group, Seat
+from .group import Group, Seat, Settle
 from .member import Member
 from .roster import Roster
 from .speed import NodeSpeed
@@ -56,6 +59,7 @@ class Choosing(Protocol):
         links: Links,
         *,
         grains: Grains,
+        topologies: Sequence[Topology],
         wires: Sequence[WireType],
         ranks: int | None,
     ) -> Choice | NoGroup: ...
@@ -70,13 +74,11 @@ class Forming:
         serving: Serving,
         speed: Callable[[], NodeSpeed],
         choosing: Choosing = choose,
-        wires: Sequence[WireType] = ("f32",),
     ) -> None:
         self._roster = roster
         self._serving = serving
         self._speed = speed
         self._choosing = choosing
-        self._wires = wires
 
     @property
     def machines(self) -> int:
@@ -133,19 +135,11 @@ class Forming:
         members: Sequence[Member],
         free_bytes: int,
     ) -> Choice | NoGroup:
-        own = self._speed()
-        machines = [
-            Machine(
-                "this machine",
-                free_bytes,
-                own.memory_bytes_per_s,
-                own.flops,
-                own.disk_bytes_per_s,
-                config.thread_count,
-            ),
-            *(_machine(member, name) for member in members),
-        ]
+        machines = self._machines(name, config, members, free_bytes)
         links = {(0, place): member.link for place, member in enumerate(members, 1)}
+        for (one, near), (other, far) in combinations(enumerate(members, 1), 2):
+            if (link := self._roster.pairs.between(near, far)) is not None:
+                links[one, other] = link
         sizes, _ = extents(checkpoint, config.quant)
         grains = grains_of(checkpoint, config.quant)
         # If no context was asked for, a shorter one may keep it in memory alone: that is what groups are compared with.
@@ -155,10 +149,54 @@ class Forming:
         )
         wanted = next(resident, contexts[0])
         choice = self._choosing(
-            wanted, sizes, machines, links, grains=grains, wires=self._wires, ranks=config.ranks
+            wanted,
+            sizes,
+            machines,
+            links,
+            grains=grains,
+            topologies=_topologies(members),
+            wires=_wires(config),
+            ranks=config.ranks,
         )
         log.info("%s: %s", checkpoint.name, choice.describe())
         return choice
+
+    def _machines(
+        self, name: str, config: NodeConfig, members: Sequence[Member], free_bytes: int
+    ) -> list[Machine]:
+        own = self._speed()
+        head = Machine(
+            "this machine",
+            free_bytes,
+            own.memory_bytes_per_s,
+            own.flops,
+            own.disk_bytes_per_s,
+            config.thread_count,
+        )
+        return [head, *(_machine(member, name) for member in members)]
+
+    def _settling(
+        self,
+        name: str,
+        config: NodeConfig,
+        chosen: Sequence[Member],
+        free_bytes: int,
+        hidden: int,
+        plan: Plan,
+    ) -> Settle:
+        """What decides how sums are made, once the members have met and their links are measured."""
+        machines = self._machines(name, config, chosen, free_bytes)
+        means = [Means(*each) for each in product(_topologies(chosen), _wires(config))]
+
+        def settle(between: Mapping[tuple[int, int], LinkSpeed]) -> Manners:
+            links = {(0, rank): member.link for rank, member in enumerate(chosen, 1)} | dict(between)
+            network = Network(machines, links, range(len(machines)))
+            found = network.plan(means, plan.part_tokens, hidden)
+            if found is None:
+                return Manners()
+            return Manners(Manner(*found.few), Manner(*found.many), found.many_rows)
+
+        return settle
 
     def _seated(
         self,
@@ -192,12 +230,23 @@ class Forming:
             name,
             [Seat(*it) for it in zip(chosen, shards[1:], specs, plans[1:], strict=True)],
             config.quant,
-            self._wires[0],
+            "f32",
             self._serving(checkpoint, config.quant, bounded=bounded(config.memory_bytes)),
             plans[0].weights_bytes,
+            self._settling(name, config, chosen, free_bytes, checkpoint.spec.hidden, plans[0]),
         )
         group.begin()
         return Seated(parts[0], plans[0], group, choice.describe())
+
+
+def _topologies(members: Sequence[Member]) -> Sequence[Topology]:
+    """What all of them can do."""
+    return AVAILABLE_TOPOLOGIES if all(member.meets_fellows for member in members) else ("star",)
+
+
+def _wires(config: NodeConfig) -> Sequence[WireType]:
+    """From exact numbers to those that were allowed."""
+    return CLUSTER_WIRES[: 1 + CLUSTER_WIRES.index(config.cluster_wire)]
 
 
 def _machine(member: Member, model: str) -> Machine:

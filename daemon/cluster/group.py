@@ -10,17 +10,20 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import combinations, count
 
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.sums.manners import Manners
 from shoal.comm.group.sums.star import Hub
+from shoal.comm.group.sums.star_errors import Departed
 from shoal.comm.group.sums.wire_types import WireType
 from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress
 from shoal.offload.pack.manifest import Quant
+from shoal.partition.machines import LinkSpeed
 from shoal.partition.plan import Plan
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import ModelSpec
@@ -52,6 +55,9 @@ class Seat:
     plan: Plan
 
 
+Settle = Callable[[Mapping[tuple[int, int], LinkSpeed]], Manners]
+"""How sums are made, by the links between ranks other than 0, of those that have met."""
+
 SendWeights = Callable[[Channel, Shard], None]
 """Answers a worker's requests for the weights of its shard until the channel ends."""
 
@@ -71,6 +77,7 @@ class Group:
         wire: WireType,
         send_weights: SendWeights,
         own_bytes: int = 0,
+        settle: Settle = lambda links: Manners(),
     ) -> None:
         self.epoch = next(_epochs)
         self.seats = seats
@@ -80,6 +87,7 @@ class Group:
         self._quant = quant
         self._send_weights = send_weights
         self._own_bytes = own_bytes
+        self._settle = settle
         self._hub: Hub | None = None
         self._data: dict[str, Channel] = {}
         self._arrived = threading.Condition()
@@ -136,19 +144,47 @@ class Group:
                 )
             with self._arrived:
                 self._arrived.wait(FORM_LOOK_S)
-        for said in self.introductions.apart:
-            log.info("%s: sums go by way of this machine", said)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
         hub = self._hub = Hub(streams, self.epoch, self.wire)
+        self._decide(hub)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)
+
+    def _decide(self, hub: Hub) -> None:
+        """How sums are made, now that it is known which workers reach each other."""
+        links = self.introductions.links
+        members = [seat.member for seat in self.seats]
+        if self.introductions.useful:
+            for low, high in combinations(range(1, len(members) + 1), 2):
+                self._roster.pairs.note(members[low - 1], members[high - 1], links.get((low, high)))
+        for said in self.introductions.apart:
+            log.info("%s: sums go by way of this machine", said)
+        manners = self._settle(links)
+        if manners != hub.manners:
+            try:
+                hub.decide(manners)
+            except Departed as error:
+                self.blame(error.rank)
+                name = self.seats[error.rank - 1].member.name
+                raise GroupFailed("busy", f"{name} was lost: {error.reason}", retry_after_s=1.0) from error
+        log.info("%s: sums: %s", self._model, manners.describe())
+
+    @property
+    def manners(self) -> Manners | None:
+        """How sums are made, once it is complete."""
+        return self._hub.manners if self._hub is not None else None
 
     def _wake(self) -> None:
         with self._arrived:
             self._arrived.notify_all()
 
     def blame(self, rank: int) -> None:
-        """That rank was lost in the middle of a step."""
+        """That rank was lost in the middle of a step. If only another one does not hear it, neither is at fault: the
+        next group makes its sums by way of this machine."""
+        member = self.seats[rank - 1].member
+        if self._hub is not None and (deaf := self._hub.unheard.get(rank)) and not member.reason:
+            self._roster.pairs.note(member, self.seats[deaf - 1].member, None)
+            return
         self._roster.faults.lost(self.seats[rank - 1].member.fingerprint)
 
     @property

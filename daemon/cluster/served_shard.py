@@ -121,7 +121,18 @@ class ServedShard:
         self._budget.hold(self.purpose, plan.peak_bytes)
         store = self._store = self._open_shard(self.request, self._dialled, self._progress)
         data = self._dialled("data")
-        spoke = Spoke(data, self.request.epoch, self.request.wire)
+        fellows = self.fellows.data if self.fellows is not None else {}
+        shard = self.request.shard
+        most_bytes = 4 * plan.step_rows * spec.hidden
+        spoke = Spoke(
+            data,
+            self.request.epoch,
+            self.request.wire,
+            rank=shard.rank,
+            ranks=shard.ranks,
+            fellows=fellows,
+            most_bytes=most_bytes,
+        )
         executor = Executor(Transformer(spec), plan, store, KvPool(spec, plan.kv), Meeting(spoke, self.pulse))
         self._follower = Follower(Rank(executor, lambda: 0.0), spoke, self.pulse, self._ended)
         self._follower.start()

@@ -45,6 +45,11 @@ class Manners(NamedTuple):
         """Whether every rank needs a stream to every other one."""
         return not self.few.topology == self.many.topology == "star"
 
+    def describe(self) -> str:
+        """For people and logs."""
+        few, many = (f"{it.topology} {it.wire}" for it in (self.few, self.many))
+        return few if few == many else f"{few}, from {self.many_rows} rows {many}"
+
     def packed(self) -> bytes:
         numbers = [
             number

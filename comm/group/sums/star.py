@@ -18,9 +18,10 @@ from ..errors import ChannelError, ChannelTimeout
 from .framed import Framed, FrameStream
 from .frames import MAX_REASON_BYTES, WRAP, FrameKind, Header
 from .manners import MANNERS_BYTES, Manner, Manners
+from .one_swap import Frames
 from .part_waits import PartWaits
 from .star_errors import Departed
-from .swapping import Frames, Swapper
+from .swapping import Swapper
 from .wire_types import F32Rows, Octets, WireType, decode, encode, wire_bytes
 
 MAX_COLUMNS = 1 << 22
@@ -60,8 +61,12 @@ class _Adder:
         raise NotImplementedError
 
     def _swap(self, out: Frames, into: Frames) -> None:
-        self._swapper.swap(self._number, self._place, out, into)
+        """The next exchange of this order."""
+        self._swapped(out, into)
         self._place += 1
+
+    def _swapped(self, out: Frames, into: Frames) -> None:
+        self._swapper.swap(self._number, self._place, out, into)
 
     def _exchange(self, partial: F32Rows, wire: WireType) -> F32Rows:
         """Parts go to everybody, and everybody adds all of them: its own, too, as the wire rounded it."""
@@ -141,6 +146,7 @@ class Hub(_Adder):
         self.waits = [PartWaits() for _ in streams]  # for parts of ranks 1, 2, …, in this order
         links = {rank: Framed(stream, epoch) for rank, stream in enumerate(streams, 1)}
         super().__init__(Swapper(0, links, epoch, patience_s, heard=self._heard), len(streams) + 1, wire)
+        self.unheard: dict[int, int] = {}  # ranks that another one does not hear, and which
         self._open = False
 
     def decide(self, manners: Manners) -> None:
@@ -178,7 +184,7 @@ class Hub(_Adder):
         total = partial.astype(np.float32, copy=True)
         for rank in range(1, self._ranks):
             data = self._rooms[rank].take(nbytes)
-            self._swapper.swap(self._number, self._place, {}, {rank: (FrameKind.PART, data)})
+            self._swapped({}, {rank: (FrameKind.PART, data)})
             _add(wire, data, total)
         data = self._rooms[0].take(nbytes)
         encode(wire, total, data)
@@ -203,7 +209,16 @@ class Hub(_Adder):
     def _tell(self, kind: FrameKind, payload: Octets | bytes) -> None:
         data = np.frombuffer(payload, np.uint8) if isinstance(payload, bytes) else payload
         frames = dict.fromkeys(range(1, self._ranks), (kind, data))
-        self._swapper.swap(self._number, self._place, frames, {})
+        self._swapped(frames, {})
+
+    def _swapped(self, frames: Frames, into: Frames) -> None:
+        """One exchange, at the same place as before."""
+        try:
+            self._swapper.swap(self._number, self._place, frames, into)
+        except Departed as error:
+            if error.unheard_by:
+                self.unheard[error.rank] = error.unheard_by
+            raise
 
     def _heard(self, rank: int, seconds: float, nbytes: int) -> None:
         self.waits[rank - 1].note(seconds, nbytes)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from shoal.comm.group.channel import channel_pair
 from shoal.comm.group.errors import ChannelError
-from shoal.comm.group.sums import swapping
+from shoal.comm.group.sums import one_swap, swapping
 from shoal.comm.group.sums.frames import HEADER, FrameKind, Header
 from shoal.comm.group.sums.manners import Manner, Manners, Topology
 from shoal.comm.group.sums.star import Hub, Spoke
@@ -30,8 +30,8 @@ TOPOLOGIES: list[Topology] = ["star", "exchange", "sliced"]
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swapping, "STALLED_S", 0.3)
-    monkeypatch.setattr(swapping, "LOOK_S", 0.05)
+    monkeypatch.setattr(one_swap, "STALLED_S", 0.3)
+    monkeypatch.setattr(one_swap, "LOOK_S", 0.05)
     monkeypatch.setattr(swapping, "TELL_S", 1.0)
 
 
