@@ -152,11 +152,14 @@ class Group:
 
     def _decide(self, hub: Hub) -> None:
         """How sums are made, now that it is known which workers reach each other."""
-        links = self.introductions.links
-        members = [seat.member for seat in self.seats]
+        met, links = self.introductions.links, {}
         if self.introductions.useful:
-            for low, high in combinations(range(1, len(members) + 1), 2):
-                self._roster.pairs.note(members[low - 1], members[high - 1], links.get((low, high)))
+            for (low, one), (high, other) in combinations(
+                enumerate((seat.member for seat in self.seats), 1), 2
+            ):
+                self._roster.pairs.note(one, other, met.get((low, high)))
+                if (link := self._roster.pairs.between(one, other)) is not None:
+                    links[low, high] = link
         for said in self.introductions.apart:
             log.info("%s: sums go by way of this machine", said)
         manners = self._settle(links)
@@ -183,7 +186,7 @@ class Group:
         next group makes its sums by way of this machine."""
         member = self.seats[rank - 1].member
         if self._hub is not None and (deaf := self._hub.unheard.get(rank)) and not member.reason:
-            self._roster.pairs.note(member, self.seats[deaf - 1].member, None)
+            self._roster.pairs.part(member, self.seats[deaf - 1].member)
             return
         self._roster.faults.lost(self.seats[rank - 1].member.fingerprint)
 

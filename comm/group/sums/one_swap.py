@@ -29,7 +29,7 @@ Frames = Mapping[int, tuple[FrameKind, Octets]]  # by rank
 
 class RankLinks:
     """The links of rank `rank`, and what outlasts one exchange. `patience_s`: how long nothing may come. `most_bytes`:
-    of a frame that rank 0 sends for later. `heard(rank, seconds, nbytes)`: so long after the beginning a part was there.
+    of a frame that rank 0 sends for later. `heard(rank, seconds, nbytes)`: a part came, so long after the beginning.
     """
 
     def __init__(

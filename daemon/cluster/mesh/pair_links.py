@@ -25,11 +25,14 @@ class PairLinks:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._found: dict[frozenset[str], LinkSpeed | None] = {}
+        self._parted: set[frozenset[str]] = set()
 
     def between(self, one: Linked, other: Linked) -> LinkSpeed | None:
         """None if they do not reach each other."""
         with self._lock:
             pair = frozenset((one.fingerprint, other.fingerprint))
+            if pair in self._parted:
+                return None
             if pair in self._found:
                 return self._found[pair]
         latency_s = max(one.link.latency_s, other.link.latency_s)
@@ -47,6 +50,12 @@ class PairLinks:
                 )
             self._found[pair] = link
 
+    def part(self, one: Linked, other: Linked) -> None:
+        """They lost each other in the middle of a step. That they meet again does not count: they may lose it again."""
+        with self._lock:
+            self._parted.add(frozenset((one.fingerprint, other.fingerprint)))
+
     def forget(self, fingerprint: str) -> None:
         with self._lock:
             self._found = {pair: link for pair, link in self._found.items() if fingerprint not in pair}
+            self._parted = {pair for pair in self._parted if fingerprint not in pair}
