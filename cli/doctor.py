@@ -44,7 +44,11 @@ _MARKS = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "broken": "[red]✗[/
 
 
 @click.command(epilog=examples("shoal doctor", "shoal doctor --deep", "shoal doctor --json"))
-@click.option("--deep", is_flag=True, help="Also read every stored model again and compare its hashes.")
+@click.option(
+    "--deep",
+    is_flag=True,
+    help="Also check the hashes of stored models and compare the kernels with the reference.",
+)
 @json_option
 def doctor(deep: bool, as_json: bool) -> int:
     """Check this installation: what works, what does not, and the one command that fixes it."""
@@ -62,7 +66,7 @@ def examine(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
     """Every finding, in the order in which they are worth reading."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python,
-        _kernels,
+        lambda: _kernels(deep=deep),
         _machine,
         lambda: _home(home),
         lambda: _models(home, deep=deep, progress=progress),
@@ -94,7 +98,7 @@ def _python() -> Iterator[Finding]:
         yield Finding("torch", "note", found, f"{sys.executable} -m pip install torch")
 
 
-def _kernels() -> Iterator[Finding]:
+def _kernels(*, deep: bool) -> Iterator[Finding]:
     with spinner("looking at the kernels"), deferred_interrupt():
         try:
             from shoal.daemon.checkpoint_facts import kernel_home
@@ -108,11 +112,23 @@ def _kernels() -> Iterator[Finding]:
         mend = f"install a C++ compiler, then: {install}"
         yield Finding("kernels", "note", "reference only: much slower than native ones", mend)
     else:
-        yield Finding("kernels", "ok", f"native, {home}")
+        yield _examined(home) if deep else Finding("kernels", "ok", f"native, {home}")
     if compiler := next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None):
         yield Finding("compiler", "ok", compiler)
     else:
         yield Finding("compiler", "note", "none found: needed only to build the native kernels")
+
+
+def _examined(home: str) -> Finding:
+    """Whether these kernels compute what they should."""
+    from shoal.daemon.cluster.kernel_check import kernel_trouble
+
+    with spinner("comparing the kernels with the reference"), deferred_interrupt():
+        trouble = kernel_trouble()
+    if trouble:
+        mend = "pip install --force-reinstall shoal; until then SHOAL_KERNELS=scalar"
+        return Finding("kernels", "broken", f"native, {home}; {trouble}", mend)
+    return Finding("kernels", "ok", f"native, {home}; they compute what the reference computes")
 
 
 def _machine() -> Iterator[Finding]:

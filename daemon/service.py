@@ -12,18 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from functools import partial
+from typing import TYPE_CHECKING
 
 from shoal.comm import curve_keys
 from shoal.comm.errors import KeyFileError
 from shoal.comm.home import Home
 from shoal.comm.messages import Load
-from shoal.daemon.cluster.forming import Forming
-from shoal.daemon.cluster.membership import Membership
-from shoal.daemon.cluster.roster import Roster
-from shoal.daemon.cluster.routes.local_network import LocalNetwork
-from shoal.daemon.cluster.shard_stores import open_shards, send_weights
-from shoal.daemon.cluster.speed import node_speed
+from shoal.daemon.cluster.neighbours import Neighbours
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.server.descriptors import raise_limit
@@ -34,6 +29,10 @@ from .config import NodeConfig
 from .errors import DaemonError
 from .node import Node
 from .private_files import private_dir
+
+if TYPE_CHECKING:
+    from shoal.daemon.cluster.forming import Forming
+    from shoal.daemon.cluster.membership import Membership
 
 ENDING_S = 25.0  # KV is written to disk for at most 10 s of that
 THREADS_S = 2.0  # that threads have to end when everything is closed
@@ -67,27 +66,17 @@ def serve(
     except KeyFileError as error:
         raise DaemonError("bad_request", str(error)) from error
     library = Library(home)
-    roster = Roster()
-    speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
+    neighbours = Neighbours(lambda: _place(home, config, node))
     node = Node(
         config,
         library.resolve_stored if models_only else library.resolve,
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
-        grouping=Forming(roster, send_weights, speed),
+        grouping=neighbours,
     )
-    membership = Membership(
-        home.cluster,
-        config,
-        node.budget,
-        roster,
-        open_shards(home.shards),
-        speed,
-        lambda: [model.name for model in node.status().models if model.running],
-        LocalNetwork(),
-    )
-    node.membership = membership
-    membership.start()
+    node.neighbours = neighbours
+    if home.cluster.exists():
+        neighbours.start()
     server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_begin_to_end)
     failures: list[DaemonError] = []
 
@@ -104,17 +93,26 @@ def serve(
             server.bind()
         except BaseException:
             node.close()
-            membership.close()
+            neighbours.close()
             raise
         if model:
             threading.Thread(target=load, args=(model,), name="shoal-load", daemon=True).start()
         try:
             server.serve()
         finally:
-            membership.close()
+            neighbours.close()
     if failures:
         raise failures[0]
     _leave_threads()
+
+
+def _place(home: Home, config: NodeConfig, node: Node) -> tuple[Forming, Membership]:
+    from shoal.daemon.cluster.place import place_in_cluster  # see `neighbours`
+
+    def computing() -> list[str]:
+        return [model.name for model in node.status().models if model.running]
+
+    return place_in_cluster(home, config, node.budget, computing, node.kv_files)
 
 
 def _begin_to_end() -> None:

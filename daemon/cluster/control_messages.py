@@ -13,7 +13,10 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from shoal.comm.group.sums.wire_types import WireType
+from shoal.daemon.library.kv_files import MOST_SLOTS
+from shoal.offload.kv.disk_pages import buffer_bytes
 from shoal.offload.pack.manifest import Quant
+from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Plan
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import ModelSpec
@@ -55,6 +58,7 @@ class Beat(Struct, tag=True, frozen=True, kw_only=True):
     steps: Count = 0
     blocks: Count = 0
     at_work: bool = False
+    moved: Count = 0  # bytes over channels of its groups
     free_bytes: LentBytes = 0
     shard_bytes: LentBytes = 0  # held for shards, at the same moment
     resident_bytes: LentBytes = 0
@@ -65,6 +69,14 @@ class Fellow(Struct, frozen=True, kw_only=True):
 
     rank: RankNumber
     certificate: Annotated[bytes, Meta(max_length=2048)]
+
+
+class KvOnDisk(Struct, frozen=True, kw_only=True):
+    """KV that leaves memory is to be kept on the disks of all ranks. store: 64 hex digits that differ if anything
+    differs that its bits depend on. slots: how many pages, at most."""
+
+    store: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    slots: Annotated[int, Meta(ge=1, le=MOST_SLOTS)]
 
 
 class Serve(Struct, tag=True, frozen=True, kw_only=True):
@@ -78,6 +90,14 @@ class Serve(Struct, tag=True, frozen=True, kw_only=True):
     quant: Quant
     wire: WireType
     fellows: Annotated[list[Fellow], Meta(max_length=256)] = []
+    kv_on_disk: KvOnDisk | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """What the shard takes of a machine's memory. The plan has to be one that was checked."""
+        if self.kv_on_disk is None:
+            return self.plan.peak_bytes
+        return self.plan.peak_bytes + buffer_bytes(kv_page_bytes(self.spec, self.plan.kv.dtype))
 
 
 class Listens(Struct, tag=True, frozen=True, kw_only=True):
@@ -125,8 +145,13 @@ class Loading(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Ready(Struct, tag=True, frozen=True, kw_only=True):
+    """It is loaded. Said again when there is room for another number of pages of KV on disk. kv_trouble: why there is
+    none for any though they were to be kept."""
+
     epoch: Count
     peak_bytes: Count
+    kv_slots: Count = 0
+    kv_trouble: Text = ""
 
 
 class ShardRefused(Struct, tag=True, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from shoal.comm.group.sums.manners import Manners
 from shoal.comm.group.sums.star import Hub
 from shoal.comm.group.sums.star_errors import Departed
 from shoal.comm.group.sums.wire_types import WireType
+from shoal.daemon.library.kv_files import MOST_SLOTS, rank_fingerprint
 from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress
 from shoal.offload.pack.manifest import Quant
@@ -28,11 +29,11 @@ from shoal.partition.plan import Plan
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import ModelSpec
 
-from .control_messages import Loading, Ready, Serve, ShardRefused
+from .control_messages import BEAT_S, FROZEN_S, KvOnDisk, Loading, Ready, Serve, ShardRefused
 from .meeting import Led, Meeting
 from .member import Member
 from .mesh.introductions import Introductions
-from .pulse import Pulse
+from .pulse import Pulse, Watched
 from .roster import Contribution, Roster
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ SendWeights = Callable[[Channel, Shard], None]
 class Group:
     """Ranks 1, 2, … are `seats`. Members load until `form` returns; then `collective` and `others` are rank 0's.
 
-    `own_bytes` are the weights of rank 0.
+    `own_bytes` are the weights of rank 0. `kv_store`: 32 bytes that differ if anything differs that the group's KV
+    depends on; b"" if it is not to be kept on disk.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Group:
         send_weights: SendWeights,
         own_bytes: int = 0,
         settle: Settle = lambda links: Manners(),
+        kv_store: bytes = b"",
     ) -> None:
         self.epoch = next(_epochs)
         self.seats = seats
@@ -88,16 +91,19 @@ class Group:
         self._send_weights = send_weights
         self._own_bytes = own_bytes
         self._settle = settle
+        self._kv_store = kv_store
         self._hub: Hub | None = None
         self._data: dict[str, Channel] = {}
         self._arrived = threading.Condition()
         self.introductions = Introductions(self.epoch, [seat.member for seat in seats], self._wake)
         self._closed = False
+        self._watched = [Watched() for _ in seats]
         self.pulse = Pulse(self.epoch)
 
     def begin(self) -> None:
         """Ask all members to load their shards."""
         self._roster.expect(self.epoch, self)
+        store = self._kv_store.hex()
         for rank, seat in enumerate(self.seats, 1):
             request = Serve(
                 epoch=self.epoch,
@@ -108,6 +114,7 @@ class Group:
                 quant=self._quant,
                 wire=self.wire,
                 fellows=self.introductions.fellows(rank),
+                kv_on_disk=KvOnDisk(store=store, slots=MOST_SLOTS) if store else None,
             )
             seat.member.serve(request, partial(self.introductions.heard, rank))
 
@@ -145,6 +152,8 @@ class Group:
             with self._arrived:
                 self._arrived.wait(FORM_LOOK_S)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
+        for stream in streams:
+            stream.watch()
         hub = self._hub = Hub(streams, self.epoch, self.wire)
         self._decide(hub)
         self.collective = Meeting(hub, self.pulse)
@@ -199,6 +208,21 @@ class Group:
         return [seat.plan for seat in self.seats]
 
     @property
+    def kv_key(self) -> bytes:
+        return rank_fingerprint(self._kv_store, 0) if self._kv_store else b""
+
+    @property
+    def kv_slots(self) -> int:
+        states = [seat.member.loading(self.epoch) for seat in self.seats]
+        return min((state.kv_slots for state in states if isinstance(state, Ready)), default=0)
+
+    @property
+    def kv_trouble(self) -> str:
+        states = [(seat.member.name, seat.member.loading(self.epoch)) for seat in self.seats]
+        said = (f"{name}: {it.kv_trouble}" for name, it in states if isinstance(it, Ready) and it.kv_trouble)
+        return "; ".join(said)
+
+    @property
     def whole(self) -> bool:
         """Whether all members are still there."""
         return not any(seat.member.reason for seat in self.seats)
@@ -215,6 +239,18 @@ class Group:
             channel.close()
         for seat in self.seats:
             seat.member.drop(self.epoch)
+
+    def watch(self, now_s: float) -> None:
+        awaited = self._hub.awaited if self._hub is not None and not self._closed else {}
+        for rank, since_s in awaited.items():
+            member = self.seats[rank - 1].member
+            beat, channel = member.beat, self._data[member.fingerprint]
+            # Its thread comes further, or bytes do: those that it sends, or that this machine gets, on a slow link.
+            pulse = (beat.epoch, beat.steps, beat.blocks, beat.at_work, beat.moved, channel.moved)
+            still_s = self._watched[rank - 1].still_s(pulse, now_s)
+            # What a beat tells may be old by a beat.
+            if now_s - since_s > FROZEN_S and still_s > FROZEN_S - BEAT_S and not beat.at_work:
+                member.leave(f"the others have waited for its part for {now_s - since_s:.1f} s")
 
     def contribution(self, member: Member) -> Contribution | None:
         seat = self._seat(member)

@@ -14,6 +14,7 @@ from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.errors import ChannelTimeout
 from shoal.comm.group.group_protocol import FELLOWS
+from shoal.comm.group.streams import Address
 from shoal.partition.machines import LinkSpeed
 
 from .control_messages import (
@@ -87,17 +88,22 @@ class Member:
         return self._control.remote[0]
 
     @property
+    def own_address(self) -> Address:
+        """Of this machine, at which it has come in."""
+        return self._control.local
+
+    @property
     def silent_s(self) -> float:
         """For how long nothing has been heard from it."""
         return self._clock() - self._heard_s
 
-    def room_bytes(self, model: str) -> int:
-        """What it has for a shard of `model`: all that shards of other models and its own work leave. What it holds for
-        an earlier group of this model counts as free."""
+    def room_bytes(self, *models: str) -> int:
+        """What it has for a shard if those of `models` are dropped: all that shards of other models and its own work
+        leave."""
         room = min(self.facts.memory_bytes, self.beat.free_bytes + self.beat.shard_bytes)
         with self._state:
-            others = [asked for asked in self._asked.values() if asked.model != model]
-        return max(0, room - sum(asked.plan.peak_bytes for asked in others))
+            others = [asked for asked in self._asked.values() if asked.model not in models]
+        return max(0, room - sum(asked.held_bytes for asked in others))
 
     def add(self, channel: Channel) -> None:
         """Another channel to the same machine, to be closed with it."""
@@ -111,9 +117,10 @@ class Member:
         """Give it up if it is silent, or its compute thread is frozen."""
         beat = self.beat
         pulse = (beat.epoch, beat.steps, beat.blocks, beat.at_work)
+        still_s = self._watched.still_s(pulse, self._clock())
         if self.silent_s > SILENT_S:
             self.leave(f"nothing has been heard from it for {self.silent_s:.1f} s")
-        elif self._watched.frozen_s(pulse, self._clock()) > FROZEN_S:
+        elif beat.at_work and still_s > FROZEN_S:
             self.leave(f"it has not come further for {FROZEN_S:.1f} s in the middle of a step")
 
     def leave(self, reason: str) -> None:

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.peers import PairedNode
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import resident_bytes
 from shoal.offload.budget import Budget
 
@@ -93,7 +94,7 @@ class Worker:
                     log.info("attached to %s (%s)", self.head, control.remote[0])
                     self.attached, self.trouble, pause_s = True, "", REDIAL_S[0]
                     self._listen(control)
-            except (OSError, CommError) as error:
+            except (OSError, CommError, DaemonError) as error:
                 if str(error) != self.trouble and not self._closed.is_set():
                     log.warning("not attached to %s: %s", self.head, error)
                 self.trouble = str(error)
@@ -169,8 +170,9 @@ class Worker:
                     steps=found.steps if found else 0,
                     blocks=found.blocks if found else 0,
                     at_work=found.at_work if found else False,
+                    moved=sum(shard.moved for shard in self.shards),
                     free_bytes=max(0, self._budget.free_bytes),
-                    shard_bytes=sum(self._budget.held_by(shard.purpose) for shard in self.shards),
+                    shard_bytes=sum(shard.held_bytes for shard in self.shards),
                     resident_bytes=resident_bytes(),
                 )
             )

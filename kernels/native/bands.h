@@ -23,19 +23,23 @@ typedef uint8_t vb __attribute__((vector_size(LANES * 4)));
 typedef int16_t vw __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vuw __attribute__((vector_size(LANES * 4)));
 
-// One of the PARTS of a band's block: LANES rows of it. Every read also fetches what lies `ahead` bytes further into
-// the second-level cache, unless `ahead` is 0.
+// One of the PARTS of a band's block: LANES rows of it. Unless `ahead` is null, the reads of all parts together fetch as
+// many bytes from there into the second-level cache: each part its share, so that requests come evenly.
 struct Lines {
-    const uint8_t *fours, *twos;
-    int ahead;
+    const uint8_t *fours, *twos, *ahead;
 
-    INLINE Lines(const uint8_t* block, int part, int ahead)
+    INLINE Lines(const uint8_t* block, int part, const uint8_t* ahead)
         : fours(block + part * 4 * LANES), twos(block + part * 2 * LANES), ahead(ahead) {}
-    INLINE vb line(int offset) const { return read<vb>(fetched(fours + BAND * offset)); }
-    INLINE vf halves(int offset) const { return load_half(fetched(twos + BAND * offset)); }
-    INLINE const uint8_t* fetched(const uint8_t* at) const {
-        if (ahead) __builtin_prefetch(at + ahead, 0, 2);
-        return at;
+    INLINE vb line(int offset) const {
+        fetch(offset);
+        return read<vb>(fours + BAND * offset);
+    }
+    INLINE vf halves(int offset) const {
+        fetch(offset);
+        return load_half(twos + BAND * offset);
+    }
+    INLINE void fetch(int offset) const {
+        if (ahead && offset / 4 % PARTS == 0) __builtin_prefetch(ahead + BAND / PARTS * offset, 0, 2);
     }
 };
 

@@ -27,16 +27,16 @@ struct BF16 {
 
 // Blocks of a band: `unpack` calls `sink(i, q)` with the bytes of columns [4 i, 4 i + 4). `scales` calls `sink(run,
 // scale, low)` for each of the RUNS runs of as many columns. A weight is (q - OFFSET) * scale, or q * scale + low for
-// types with HAS_LOW.
-template <int WEIGHTS, int RUNS_, int BYTES, int OFFSET_>
+// types with HAS_LOW; no q is greater than TOP.
+template <int WEIGHTS, int RUNS_, int BYTES, int OFFSET_, int TOP_>
 struct Blocks {
-    static constexpr int weights = WEIGHTS, RUNS = RUNS_, bytes = BYTES, OFFSET = OFFSET_;
+    static constexpr int weights = WEIGHTS, RUNS = RUNS_, bytes = BYTES, OFFSET = OFFSET_, TOP = TOP_;
     static constexpr bool HAS_LOW = OFFSET == 0;
 };
 
 // Blocks of 32 begin with a half-precision scale; in types with HAS_LOW a half-precision low follows.
-template <int BYTES, int OFFSET>
-struct SmallBlocks : Blocks<32, 1, BYTES, OFFSET> {
+template <int BYTES, int OFFSET, int TOP>
+struct SmallBlocks : Blocks<32, 1, BYTES, OFFSET, TOP> {
     template <class Sink>
     static INLINE void scales(const Lines& in, Sink sink) {
         sink(0, in.halves(0), OFFSET ? vf{} : in.halves(2));
@@ -54,14 +54,14 @@ INLINE void unpack_nibbles(const Lines& in, int at, Sink sink) {
     }
 }
 
-struct Q4_0 : SmallBlocks<18, 8> {
+struct Q4_0 : SmallBlocks<18, 8, 15> {
     template <class Sink>
     static INLINE void unpack(const Lines& in, Sink sink) {
         unpack_nibbles(in, 2, sink);
     }
 };
 
-struct Q4_1 : SmallBlocks<20, 0> {
+struct Q4_1 : SmallBlocks<20, 0, 15> {
     template <class Sink>
     static INLINE void unpack(const Lines& in, Sink sink) {
         unpack_nibbles(in, 4, sink);
@@ -69,7 +69,7 @@ struct Q4_1 : SmallBlocks<20, 0> {
 };
 
 // Nibbles index a table of signed values.
-struct IQ4_NL : SmallBlocks<18, 128> {
+struct IQ4_NL : SmallBlocks<18, 128, 241> {
     template <class Sink>
     static INLINE void unpack(const Lines& in, Sink sink) {
         static const uint8_t values[16] = {1,   24,  45,  63,  79,  93,  106, 118,
@@ -93,21 +93,21 @@ INLINE void unpack_fives(const Lines& in, int high_at, int at, Sink sink) {
     });
 }
 
-struct Q5_0 : SmallBlocks<22, 16> {
+struct Q5_0 : SmallBlocks<22, 16, 31> {
     template <class Sink>
     static INLINE void unpack(const Lines& in, Sink sink) {
         unpack_fives(in, 2, 6, sink);
     }
 };
 
-struct Q5_1 : SmallBlocks<24, 0> {
+struct Q5_1 : SmallBlocks<24, 0, 31> {
     template <class Sink>
     static INLINE void unpack(const Lines& in, Sink sink) {
         unpack_fives(in, 4, 8, sink);
     }
 };
 
-struct Q8_0 : SmallBlocks<34, 128> {
+struct Q8_0 : SmallBlocks<34, 128, 255> {
     template <class Sink>
     static INLINE void unpack(const Lines& in, Sink sink) {
 #pragma GCC unroll 8
@@ -116,7 +116,7 @@ struct Q8_0 : SmallBlocks<34, 128> {
 };
 
 // 16 bytes of 4-bit scales and lows; a byte holds two bits of four columns.
-struct Q2_K : Blocks<256, 16, 84, 0> {
+struct Q2_K : Blocks<256, 16, 84, 0, 3> {
     template <class Sink>
     static INLINE void scales(const Lines& in, Sink sink) {
         const vf d = in.halves(80), dmin = -in.halves(82);
@@ -141,7 +141,7 @@ UNROLL_BLOCK
 };
 
 // As Q2_K, with a third bit in the first 32 bytes and 6-bit scales less 32: 8 bytes of nibbles, 4 of bit pairs.
-struct Q3_K : Blocks<256, 16, 110, 4> {
+struct Q3_K : Blocks<256, 16, 110, 4, 7> {
     template <class Sink>
     static INLINE void scales(const Lines& in, Sink sink) {
         const vb nibbles[2] = {in.line(96), in.line(100)}, pairs = in.line(104);
@@ -172,8 +172,8 @@ UNROLL_BLOCK
 
 // 6-bit scales and lows of 32 columns each, eight pairs in 12 bytes: four scales, four lows, and four bytes whose low
 // and high nibbles are four more of each. The top bits of these are in the first eight bytes.
-template <int BYTES>
-struct PairedBlocks : Blocks<256, 8, BYTES, 0> {
+template <int BYTES, int TOP>
+struct PairedBlocks : Blocks<256, 8, BYTES, 0, TOP> {
     template <class Sink>
     static INLINE void scales(const Lines& in, Sink sink) {
         const vb first[2] = {in.line(4), in.line(8)}, nibbles = in.line(12);
@@ -190,7 +190,7 @@ UNROLL_BLOCK
     }
 };
 
-struct Q4_K : PairedBlocks<144> {
+struct Q4_K : PairedBlocks<144, 15> {
     template <class Sink>
     static INLINE void unpack(const Lines& in, Sink sink) {
 UNROLL_BLOCK
@@ -202,7 +202,7 @@ UNROLL_BLOCK
     }
 };
 
-struct Q5_K : PairedBlocks<176> {
+struct Q5_K : PairedBlocks<176, 31> {
     template <class Sink>
     static INLINE void unpack(const Lines& in, Sink sink) {
 UNROLL_BLOCK
@@ -219,7 +219,7 @@ UNROLL_BLOCK
 };
 
 // Signed 8-bit scales. 64 bytes of nibbles and 32 of bit pairs hold 128 columns.
-struct Q6_K : Blocks<256, 16, 210, 32> {
+struct Q6_K : Blocks<256, 16, 210, 32, 63> {
     template <class Sink>
     static INLINE void scales(const Lines& in, Sink sink) {
         const vf d = in.halves(208);

@@ -62,8 +62,8 @@ void gate_up_job(const void* context, int64_t index, int worker) {
         e->up.multiply(row0, rows, {in, count}, up, scratch + sizeof(Partial));
         for (int64_t t = 0; t < count; t++) {
             f.act == shoal::SILU ? activate<silu>(gate.row(t), up.row(t), rows) : activate<gelu>(gate.row(t), up.row(t), rows);
-            const bool few = f.hidden.few && Packed::as_few(*e->down.type, count);
-            f.hidden.put(first + t, row0, rows, gate.row(t), few, f.hidden.many && !few);
+            const bool planes = e->down.type->as_planes(count);
+            f.hidden.put(first + t, row0, rows, gate.row(t), f.hidden.planes && planes, f.hidden.words && !planes);
         }
     }
 }

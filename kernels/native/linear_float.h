@@ -155,6 +155,7 @@ constexpr Type float_type() {
             1,
             W::bytes / LANES,
             4,
+            {},
             few_tokens_float<W>,
             many_tokens_float<W>,
             sizeof(FloatScratch),

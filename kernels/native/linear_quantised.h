@@ -14,6 +14,9 @@ template <class W>
 constexpr int QUADS = W::weights / W::RUNS / 4;  // of a run
 
 template <class W>
+using FewOf = Few<W::TOP, QUADS<W>>;
+
+template <class W>
 INLINE const Input& input_of(const Input* x, int run) {
     return x[run * QUADS<W> * 4 / GROUP];
 }
@@ -38,43 +41,45 @@ INLINE void store_rows(float* y, vf v, int64_t rows) {
     if (rows > 0) memcpy(y, &v, (size_t)rows * sizeof(float));
 }
 
-constexpr int AHEAD = 4096;  // weights are fetched this many bytes ahead
+constexpr int AHEAD = PARTS == 1 ? 4096 : 8192;  // weights are fetched this many bytes ahead
 
-// Sums of a run that grow side by side, so that one token does not wait for each product.
+// Sums of a run that grow side by side, so that one token does not wait for each product. AVX2 adds in one step, and
+// need not.
 template <int T>
-constexpr int CHAINS = T == 1 ? 2 : 1;
+constexpr int CHAINS = T == 1 && LANES != 8 ? 2 : 1;
 
 // A band and T tokens.
 template <class W, int T>
 INLINE void multiply_band(const uint8_t* band, int64_t blocks, const Input* const* x, float* const* y, int64_t rows) {
+    using Scheme = FewOf<W>;
     vf acc[PARTS][T] = {};
     for (int64_t b = 0; b < blocks; b++, band += BAND * W::bytes) {
-        const Input* in[T];
-        for (int t = 0; t < T; t++) in[t] = x[t] + b * (W::weights / GROUP);
         for (int part = 0; part < PARTS; part++) {
-            const Lines lines(band, part, part ? 0 : AHEAD);
-            Few::Sum sum[W::RUNS][T][CHAINS<T>];
+            const Input* in[T];
+            for (int t = 0; t < T; t++) in[t] = unknown(x[t] + b * (W::weights / GROUP));
+            const Lines lines(band, part, band + AHEAD + part * (BAND * W::bytes / PARTS));
+            typename Scheme::Sum sum[W::RUNS][T][CHAINS<T>];
 #pragma GCC unroll 16
             for (int run = 0; run < W::RUNS; run++) {
                 for (int t = 0; t < T; t++) {
-                    sum[run][t][0] = start_run<W, Few>(in[t], run);
-                    for (int c = 1; c < CHAINS<T>; c++) sum[run][t][c] = Few::start<0>(0);
+                    sum[run][t][0] = start_run<W, Scheme>(in[t], run);
+                    for (int c = 1; c < CHAINS<T>; c++) sum[run][t][c] = Scheme::template start<0>(0);
                 }
             }
             W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA {
-                Few::Half w[Few::HALVES];
-                Few::halve<W::OFFSET>(q, w);
-                for (int half = 0; half < Few::HALVES; half++) {
+                typename Scheme::Half w[Scheme::HALVES];
+                Scheme::template halve<W::OFFSET>(q, w);
+                for (int half = 0; half < Scheme::HALVES; half++) {
                     for (int t = 0; t < T; t++) {
-                        Few::Sum& to = sum[i / QUADS<W>][t][(i + half) % CHAINS<T>];
-                        to = Few::mac(to, w[half], in[t][i / 8].q[i % 8], half);
+                        typename Scheme::Sum& to = sum[i / QUADS<W>][t][(i + half) % CHAINS<T>];
+                        to = Scheme::mac(to, w[half], in[t][i / 8].q[i % 8], half);
                     }
                 }
             });
             W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
                 for (int t = 0; t < T; t++) {
-                    vi whole = Few::total(sum[run][t][0]);
-                    for (int c = 1; c < CHAINS<T>; c++) whole += Few::total(sum[run][t][c]);
+                    vi whole = Scheme::total(sum[run][t][0]);
+                    for (int c = 1; c < CHAINS<T>; c++) whole += Scheme::total(sum[run][t][c]);
                     acc[part][t] = add<W>(acc[part][t], whole, scale, low, in[t], run);
                 }
             });
@@ -123,7 +128,7 @@ void few_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Token
 #if defined(__AVX512F__)
 constexpr int VECTORS = 4, TILE_BATCH = 3;  // 12 whole and 12 float sums, 4 weights and 1 input of 32 registers
 #elif defined(__AVX2__)
-constexpr int VECTORS = 2, TILE_BATCH = 3;
+constexpr int VECTORS = 2, TILE_BATCH = 4;
 #else
 constexpr int VECTORS = 4, TILE_BATCH = 2;
 #endif
@@ -201,7 +206,8 @@ using MultiplyTile = void (*)(const Tile<W>*, int64_t, const Input* const*, bool
 
 template <class W>
 MultiplyTile<W> multiply_tile_of(int64_t tokens) {
-    static constexpr MultiplyTile<W> all[] = {multiply_tile<W, 1>, multiply_tile<W, 2>, multiply_tile<W, 3>};
+    static constexpr MultiplyTile<W> all[] = {multiply_tile<W, 1>, multiply_tile<W, 2>, multiply_tile<W, (TILE_BATCH < 3 ? TILE_BATCH : 3)>,
+                                              multiply_tile<W, TILE_BATCH>};
     return all[tokens - 1];
 }
 
@@ -222,7 +228,7 @@ void many_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Toke
                 const int64_t row = least(r + v / PARTS * BAND, (rows - 1) / BAND * BAND);
                 const uint8_t* block = band_of<W>(w, row0 + row) + k / W::weights * BAND * W::bytes;
                 for (int64_t b = 0; b < blocks; b++, block += BAND * W::bytes) {
-                    unpack_tile<W>(Lines(block, v % PARTS, 0), v, scratch.tiles[b]);
+                    unpack_tile<W>(Lines(block, v % PARTS, nullptr), v, scratch.tiles[b]);
                 }
             }
             for (int64_t i = 0; i < batches; i++) {
@@ -248,7 +254,7 @@ void decode_quantised(const shoal::Weights& w, int64_t row, float* out) {
     const uint8_t* block = band_of<W>(w, row / BAND * BAND);
     const int part = (int)(row % BAND) / LANES, lane = (int)(row % LANES);
     for (int64_t k = 0; k < w.cols; k += W::weights, block += BAND * W::bytes) {
-        const Lines lines(block, part, 0);
+        const Lines lines(block, part, nullptr);
         int32_t quads[W::weights / 4];
         W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA { quads[i] = ((vi)q)[lane]; });
         W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
@@ -267,6 +273,7 @@ constexpr Type quantised_type() {
             W::weights,
             W::bytes,
             FEW_TOKENS<W>,
+            {std::is_same_v<Many, Planes>, std::is_same_v<FewOf<W>, Planes>},
             few_tokens<W>,
             many_tokens<W>,
             sizeof(TileScratch<W>),

@@ -59,44 +59,42 @@ struct Product {
     }
 };
 
-// The inputs of some tokens in the forms that matrices need: floats, and groups arranged for few tokens at a time or
-// for many.
+// The inputs of some tokens in the forms that matrices need: floats, and groups arranged by a scheme (`operands.h`).
 struct Packed {
     int64_t cols;
-    bool floats, few, many;
+    bool floats, planes, words;
     int64_t float_bytes, group_bytes;  // of a token
     char* memory;
 
     // Adds what `type` needs for products with `tokens` tokens at once.
     void need(const Type& type, int64_t tokens) {
         if (!type.quantised) floats = true;
-        else (as_few(type, tokens) ? few : many) = true;
+        else (type.as_planes(tokens) ? planes : words) = true;
     }
-    static bool as_few(const Type& type, int64_t tokens) { return ONE_SCHEME || tokens <= type.few_tokens; }
     int64_t token_bytes() {  // no power of two, or tokens would compete for cache lines
         float_bytes = floats ? whole_lines((size_t)(ceil_div(cols, 16) * 16) * sizeof(float)) : 0;
         group_bytes = whole_lines((size_t)(cols / GROUP) * sizeof(Input));
-        return float_bytes + (few + many) * group_bytes + 64;
+        return float_bytes + (planes + words) * group_bytes + 64;
     }
-    char* token(int64_t index) const { return memory + index * (float_bytes + (few + many) * group_bytes + 64); }
+    char* token(int64_t index) const { return memory + index * (float_bytes + (planes + words) * group_bytes + 64); }
     float* as_floats(int64_t index) const { return reinterpret_cast<float*>(token(index)); }
-    Input* as_groups(int64_t index, bool for_few) const {
-        return reinterpret_cast<Input*>(token(index) + float_bytes + (few && !for_few ? group_bytes : 0));
+    Input* as_groups(int64_t index, bool as_planes) const {
+        return reinterpret_cast<Input*>(token(index) + float_bytes + (planes && !as_planes ? group_bytes : 0));
     }
     // A token as `type` needs it for products with `tokens` tokens at once.
     const char* as(const Type& type, int64_t index, int64_t tokens) const {
-        return type.quantised ? reinterpret_cast<const char*>(as_groups(index, as_few(type, tokens))) : token(index);
+        return type.quantised ? reinterpret_cast<const char*>(as_groups(index, type.as_planes(tokens))) : token(index);
     }
     // Columns [from, from + count) of a token: whole groups, or up to the last column.
-    void put(int64_t index, int64_t from, int64_t count, const float* x, bool for_few, bool for_many) const {
+    void put(int64_t index, int64_t from, int64_t count, const float* x, bool as_planes, bool as_words) const {
         if (floats) {
             float* out = as_floats(index) + from;
             if (out != x) memcpy(out, x, (size_t)count * sizeof(float));
             if (from + count == cols) memset(out + count, 0, (size_t)(ceil_div(cols, 16) * 16 - cols) * sizeof(float));
         }
         for (int64_t k = 0; k + GROUP <= count; k += GROUP) {
-            if (for_few) pack_group<Few>(x + k, as_groups(index, true)[(from + k) / GROUP]);
-            if (for_many) pack_group<Many>(x + k, as_groups(index, false)[(from + k) / GROUP]);
+            if (as_planes) pack_group<Planes>(x + k, as_groups(index, true)[(from + k) / GROUP]);
+            if (as_words) pack_group<Words>(x + k, as_groups(index, false)[(from + k) / GROUP]);
         }
     }
 };
@@ -117,7 +115,7 @@ void pack_job(const void* context, int64_t token, int) {
         normalise(x, p.x.norm, p.x.eps, cols, normal);
         x = normal;
     }
-    p.packed->put(token, 0, cols, x, p.packed->few, p.packed->many);
+    p.packed->put(token, 0, cols, x, p.packed->planes, p.packed->words);
 }
 
 constexpr int MOST_LINEARS = 8;

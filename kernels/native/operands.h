@@ -2,10 +2,13 @@
 //
 // Weights are unpacked to bytes q from 0 to 255, four columns in a lane, and mean q - OFFSET. There are two schemes.
 // Words multiply two columns at a time. Planes multiply four, on machines that multiply bytes, and split each input
-// into 256 * high + low. A vector of weights makes HALVES operands; `arrange` orders inputs as `mac` reads them, eight
-// bytes for every four columns; `start` is the first value of a sum over columns, from the known sum of their inputs.
-// Both schemes give the same numbers.
+// into 256 * high + low. AVX2 multiplies bytes, too, but adds up the products in 16 bits, which only types of small q
+// have room in. A vector of weights makes HALVES operands; `arrange` orders inputs as `mac` reads them, eight bytes for
+// every four columns; `start` is the first value of a sum over columns, from the known sum of their inputs. Both schemes
+// give the same numbers.
 #pragma once
+#include <type_traits>
+
 #include "bands.h"
 
 namespace {
@@ -15,15 +18,15 @@ INLINE vi dot_words(vi sum, vw a, vw b) {
 #if defined(__AVX512VNNI__)
     return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(__AVX512F__)
-    return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+    return done(sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b));
 #elif defined(__AVX2__)
-    return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    return done(sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b));
 #elif defined(__SSE2__)
-    return sum + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+    return done(sum + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b));
 #elif defined(__ARM_NEON)
     const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
     const int32x4_t first = vmull_s16(vget_low_s16(x), vget_low_s16(y));
-    return sum + (vi)vpaddq_s32(first, vmull_high_s16(x, y));
+    return done(sum + (vi)vpaddq_s32(first, vmull_high_s16(x, y)));
 #else
     return sum + ((vi)a << 16 >> 16) * ((vi)b << 16 >> 16) + ((vi)a >> 16) * ((vi)b >> 16);
 #endif
@@ -57,16 +60,16 @@ struct Words {
     }
 };
 
-#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD) || (defined(__AVX2__) && !defined(__AVX512F__))
 
 struct Planes {
     static constexpr int HALVES = 1;
     typedef vb Half;
+
+#if defined(__AVX512VNNI__)
     struct Sum {
         vi high, low;
     };
-
-#if defined(__AVX512VNNI__)
     template <int OFFSET>
     static INLINE void halve(vb q, Half* out) {
         out[0] = q;
@@ -79,7 +82,11 @@ struct Planes {
         return {(vi)_mm512_dpbusd_epi32((__m512i)sum.high, (__m512i)w, _mm512_set1_epi32(read<int32_t>(x))),
                 (vi)_mm512_dpbusd_epi32((__m512i)sum.low, (__m512i)w, _mm512_set1_epi32(read<int32_t>(x + 4)))};
     }
-#else
+    static INLINE vi total(const Sum& sum) { return (sum.high << 8) + sum.low; }
+#elif defined(__ARM_FEATURE_DOTPROD)
+    struct Sum {
+        vi high, low;
+    };
     template <int OFFSET>
     static INLINE void halve(vb q, Half* out) {
         out[0] = q - (uint8_t)OFFSET;  // this machine multiplies signed bytes only
@@ -93,8 +100,29 @@ struct Planes {
         return {(vi)vdotq_lane_s32((int32x4_t)sum.high, (int8x16_t)w, inputs, 0),
                 (vi)vdotq_lane_s32((int32x4_t)sum.low, (int8x16_t)w, inputs, 1)};
     }
-#endif
     static INLINE vi total(const Sum& sum) { return (sum.high << 8) + sum.low; }
+#else
+    struct Sum {
+        vw high, low;  // in words of 16 bits, for two columns each
+        vi first;
+    };
+    template <int OFFSET>
+    static INLINE void halve(vb q, Half* out) {
+        out[0] = q;
+    }
+    template <int OFFSET>
+    static INLINE Sum start(int32_t sum) {
+        return {vw{}, vw{}, vi{} - OFFSET * sum};
+    }
+    static INLINE Sum mac(Sum sum, Half w, const char* x, int) {
+        return {done(sum.high + (vw)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(read<int32_t>(x)))),
+                done(sum.low + (vw)_mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(read<int32_t>(x + 4)))), sum.first};
+    }
+    static INLINE vi total(const Sum& sum) {
+        const __m256i high = _mm256_madd_epi16((__m256i)sum.high, _mm256_set1_epi16(256));
+        return (vi)high + (vi)_mm256_madd_epi16((__m256i)sum.low, _mm256_set1_epi16(1)) + sum.first;
+    }
+#endif
 
     static INLINE void arrange(vi x, char* out) {
         typedef int8_t bytes __attribute__((vector_size(LANES)));
@@ -106,22 +134,30 @@ struct Planes {
     }
 };
 
+#else
+
+typedef Words Planes;
+
 #endif
 
 // The schemes for few tokens, which use the stored bytes, and for many, which use unpacked ones. Where a machine has
-// both, planes unpack faster and words add up faster.
+// both, planes unpack faster and words add up faster. TOP is the largest q of a type; a sum has four columns QUADS times.
 #if defined(__ARM_FEATURE_DOTPROD)
+template <int TOP, int QUADS>
 using Few = Planes;
 using Many = Planes;
-constexpr bool ONE_SCHEME = true;
 #elif defined(__AVX512VNNI__)
+template <int TOP, int QUADS>
 using Few = Planes;
 using Many = Words;
-constexpr bool ONE_SCHEME = false;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+template <int TOP, int QUADS>
+using Few = std::conditional_t<(2 * TOP * 128 * QUADS < 1 << 15), Planes, Words>;
+using Many = Words;
 #else
+template <int TOP, int QUADS>
 using Few = Words;
 using Many = Words;
-constexpr bool ONE_SCHEME = true;
 #endif
 
 }  // namespace

@@ -42,10 +42,13 @@ struct Type {
     bool quantised;
     int block_weights, block_bytes;
     int64_t few_tokens;  // up to this number `few` is faster than `many`
+    bool planes[2];      // whether inputs are arranged as planes for `many`, for `few`
     void (*few)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y);
     void (*many)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* scratch);
     size_t scratch_bytes;  // a thread's working memory for `many`, a multiple of 64
     void (*decode)(const shoal::Weights& w, int64_t row, float* out);
+
+    bool as_planes(int64_t tokens) const { return planes[tokens <= few_tokens]; }
 };
 
 }  // namespace

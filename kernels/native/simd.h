@@ -43,6 +43,26 @@ INLINE T read(const void* p) {
     return value;
 }
 
+// v, computed here and not later. GCC puts off a chain of whole sums until its end is used, and keeps all that is to be
+// added on the stack until then.
+template <class V>
+INLINE V done(V v) {
+#if defined(__SSE2__)
+    asm("" : "+x"(v));
+#elif defined(__ARM_NEON)
+    asm("" : "+w"(v));
+#endif
+    return v;
+}
+
+// p, of which the compiler forgets what lies there, so that it reads where it computes. Else it reads all that a loop
+// uses again before the loop, and keeps it on the stack.
+template <class T>
+INLINE const T* unknown(const T* p) {
+    asm("" : "+r"(p));
+    return p;
+}
+
 INLINE vf load(const float* p) { return read<vf>(p); }
 INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }

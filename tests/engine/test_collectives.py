@@ -16,7 +16,7 @@ from fakes.group.circles import Circle
 from fakes.ranks import Group, Member, Together, orders
 from fakes.running import Running, relative_error
 
-from shoal.comm.group.sums.manners import Topology
+from shoal.comm.group.sums.manners import SumTopology
 from shoal.comm.group.sums.wire_types import WireType
 from shoal.engine.order import Order
 from shoal.engine.rank import Rank
@@ -59,7 +59,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("wire", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("topology", ["star", "exchange", "sliced"])
 def test_every_way_to_add_computes_the_model(
-    topology: Topology, wire: WireType, ranks: int, path: Path
+    topology: SumTopology, wire: WireType, ranks: int, path: Path
 ) -> None:
     running = Running(path)
     work = orders(running.spec.vocab, seed=ranks)

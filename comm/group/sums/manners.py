@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple, get_args
 from ..errors import ChannelError
 from .wire_types import INT8_GROUP, WireType
 
-Topology = Literal["star", "exchange", "sliced"]
+SumTopology = Literal["star", "exchange", "sliced"]
 
-_TOPOLOGIES: tuple[Topology, ...] = get_args(Topology)
+_TOPOLOGIES: tuple[SumTopology, ...] = get_args(SumTopology)
 _WIRES: tuple[WireType, ...] = get_args(WireType)
 _PACKED = struct.Struct("<4BI")
 
@@ -23,7 +23,7 @@ _PACKED = struct.Struct("<4BI")
 class Manner(NamedTuple):
     """How one sum is made."""
 
-    topology: Topology = "star"
+    topology: SumTopology = "star"
     wire: WireType = "f32"
 
 

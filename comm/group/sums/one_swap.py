@@ -19,12 +19,12 @@ from .star_errors import Departed, GivenUp
 from .wire_types import Octets
 
 AHEAD_FRAMES = 8  # of rank 0 that are kept for later
-STALLED_S = 3.0  # nothing comes from a rank that rank 0 has heard already
-LOOK_S = 0.25  # between looks at clock and streams
+STALLED_S = 1.5  # nothing comes from a rank that rank 0 has heard already
+SWAP_LOOK_S = 0.25  # between looks at clock and streams
 _LATER = WRAP // 2  # numbers that are farther back than that are ahead
 _FROM_OTHERS = (FrameKind.PART, FrameKind.FAILED, FrameKind.CUT_OFF)
 
-Frames = Mapping[int, tuple[FrameKind, Octets]]  # by rank
+RankFrames = Mapping[int, tuple[FrameKind, Octets]]  # by rank
 
 
 class RankLinks:
@@ -48,13 +48,14 @@ class RankLinks:
         self.largest = MAX_REASON_BYTES  # payload that may still come of an order that was given up
         self.ahead: deque[tuple[Header, Octets]] = deque()  # frames of rank 0 that came early
         self.later: Octets | None = None  # the payload of one that is coming
+        self.awaited: dict[int, float] = {}  # ranks that rank 0 waits for just now, and since when
         self.broken: dict[int, str] = {}  # ranks that cannot be heard any more, and why
 
 
 class OneSwap:
     """One exchange, while it lasts."""
 
-    def __init__(self, of: RankLinks, number: int, place: int, into: Frames) -> None:
+    def __init__(self, of: RankLinks, number: int, place: int, into: RankFrames) -> None:
         self._of = of
         self._links = of.links
         self._number, self._place = number, place
@@ -122,7 +123,7 @@ class OneSwap:
         while self._waiting or self._sending:
             self._watch(poll, watched, masks)
             ranks = {descriptor: rank for rank, descriptor in watched.items()}
-            for descriptor, events in poll.poll(1000 * LOOK_S):
+            for descriptor, events in poll.poll(1000 * SWAP_LOOK_S):
                 rank = ranks[descriptor]
                 if rank in self._sending and events & ~select.POLLIN:
                     self._push(rank)
@@ -319,6 +320,7 @@ class OneSwap:
         if header.kind == FrameKind.PART:
             if (header.number, header.place) == (self._number, self._place) and rank in self._waiting:
                 nbytes = len(self._waiting.pop(rank)[1])
+                self._of.awaited = {it: since_s for it, since_s in self._of.awaited.items() if it != rank}
                 if self._of.heard is not None:
                     self._of.heard(rank, time.perf_counter() - self._began_s, nbytes)
             return

@@ -18,7 +18,7 @@ from ..errors import ChannelError, ChannelTimeout
 from .framed import Framed, FrameStream
 from .frames import MAX_REASON_BYTES, WRAP, FrameKind, Header
 from .manners import MANNERS_BYTES, Manner, Manners
-from .one_swap import Frames
+from .one_swap import RankFrames
 from .part_waits import PartWaits
 from .star_errors import Departed
 from .swapping import Swapper
@@ -60,12 +60,16 @@ class _Adder:
     def _star(self, partial: F32Rows, wire: WireType) -> F32Rows:
         raise NotImplementedError
 
-    def _swap(self, out: Frames, into: Frames) -> None:
+    def _foresee(self, shape: tuple[int, int]) -> None:
+        """Others may bring partials of as many numbers before this rank does, and the order be given up until then."""
+        self._swapper.largest = max(self._swapper.largest, 4 * shape[0] * shape[1])
+
+    def _swap(self, out: RankFrames, into: RankFrames) -> None:
         """The next exchange of this order."""
         self._swapped(out, into)
         self._place += 1
 
-    def _swapped(self, out: Frames, into: Frames) -> None:
+    def _swapped(self, out: RankFrames, into: RankFrames) -> None:
         self._swapper.swap(self._number, self._place, out, into)
 
     def _exchange(self, partial: F32Rows, wire: WireType) -> F32Rows:
@@ -154,6 +158,11 @@ class Hub(_Adder):
         self._tell(FrameKind.MANNERS, manners.packed())
         self.manners = manners
 
+    @property
+    def awaited(self) -> dict[int, float]:
+        """Ranks that this one waits for just now, and since when (`time.monotonic`)."""
+        return self._swapper.awaited
+
     def begin(self, order: bytes) -> None:
         """Hands an order to all others."""
         self._number = (self._number + 1) % WRAP
@@ -174,6 +183,7 @@ class Hub(_Adder):
     def broadcast(self, rows: F32Rows | None, shape: tuple[int, int]) -> F32Rows:
         """Rows (T, n) that only this rank has; all get the same bits, exactly."""
         assert rows is not None
+        self._foresee(shape)
         self._tell(FrameKind.ROWS, np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
         self._place += 1
         return rows
@@ -211,7 +221,7 @@ class Hub(_Adder):
         frames = dict.fromkeys(range(1, self._ranks), (kind, data))
         self._swapped(frames, {})
 
-    def _swapped(self, frames: Frames, into: Frames) -> None:
+    def _swapped(self, frames: RankFrames, into: RankFrames) -> None:
         """One exchange, at the same place as before."""
         try:
             self._swapper.swap(self._number, self._place, frames, into)
@@ -267,6 +277,7 @@ class Spoke(_Adder):
 
     def broadcast(self, rows: F32Rows | None, shape: tuple[int, int]) -> F32Rows:
         """The rows (T, n) of rank 0."""
+        self._foresee(shape)
         result = np.empty(shape, np.float32)
         self._swap({}, {0: (FrameKind.ROWS, result.reshape(-1).view(np.uint8))})
         return result

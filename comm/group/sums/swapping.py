@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import ChannelError
 from .frames import MAX_ORDER_BYTES, FrameKind, Header
-from .one_swap import LOOK_S, Frames, OneSwap, RankLinks
+from .one_swap import SWAP_LOOK_S, OneSwap, RankFrames, RankLinks
 from .star_errors import Departed
 from .wire_types import Octets
 
@@ -27,9 +27,11 @@ class Swapper(RankLinks):
     """Raises GivenUp when rank 0 gives the order up, and Departed with the rank that it cannot go on with: at a rank
     other than 0, only rank 0."""
 
-    def swap(self, number: int, place: int, out: Frames, into: Frames) -> None:
+    def swap(self, number: int, place: int, out: RankFrames, into: RankFrames) -> None:
         """Send the frames `out` of this exchange of an order, and fill `into` with those that are due."""
         try:
+            if not self.rank:
+                self.awaited = dict.fromkeys(into or out, time.monotonic())
             stuck: dict[int, Exception | None] = {}  # ranks to which not all went at once, and why
             for rank, (kind, payload) in out.items():
                 try:
@@ -39,12 +41,13 @@ class Swapper(RankLinks):
                     stuck[rank] = error
             if stuck or self.ahead or (into and not self._received(number, place, into)):
                 OneSwap(self, number, place, into).run(stuck)
+            self.awaited = {}
         except BaseException:
             for link in self.links.values():
                 link.interrupt()
             raise
 
-    def _received(self, number: int, place: int, into: Frames) -> bool:
+    def _received(self, number: int, place: int, into: RankFrames) -> bool:
         """Whether the one frame that is due came, from the one rank that could say that it will not."""
         if len(into) > 1 or (self.rank and 0 not in into):
             return False
@@ -84,6 +87,8 @@ class Swapper(RankLinks):
         """Send a frame to everybody as far as that goes, whoever is gone."""
         ends_s = time.monotonic() + TELL_S
         left = dict(self.links)
+        if not self.rank:
+            self.awaited = dict.fromkeys(left, time.monotonic())
         for link in left.values():
             link.begin(kind, number, place, payload)
         while left and time.monotonic() < ends_s:
@@ -99,4 +104,5 @@ class Swapper(RankLinks):
                 for link in left.values():
                     if (descriptor := link.stream.fileno()) >= 0:
                         poll.register(descriptor, select.POLLOUT)
-                poll.poll(1000 * LOOK_S)
+                poll.poll(1000 * SWAP_LOOK_S)
+        self.awaited = {}

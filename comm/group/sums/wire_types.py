@@ -2,13 +2,15 @@
 
     f32    4 bytes a number, exact
     bf16   2 bytes, rounded to nearest, ties to even: relative error ≤ 2**-8 of each number (infinities and NaN stay)
-    int8   1 byte and a scale for each 32 numbers of a row: error ≤ 1/254 of the largest of these
+    int8   1 byte and a scale for each 32 numbers of a row: error ≤ 1/254 of the largest of these, or 2**-119. If one of
+           them is NaN or infinite, all become NaN
 
 Pure. Both sides know the shape from the plan, so nothing on the wire says how long it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +21,8 @@ Octets = npt.NDArray[np.uint8]
 WireType = Literal["f32", "bf16", "int8"]
 
 INT8_GROUP = 32
+PIECE_NUMBERS = 1 << 14
+_NORMAL = np.finfo(np.float32).tiny  # what is smaller has fewer bits, so a scale could be far too small
 
 
 def wire_bytes(kind: WireType, shape: tuple[int, int]) -> int:
@@ -46,33 +50,58 @@ def decode(kind: WireType, data: Octets, into: F32Rows) -> None:
     if kind == "f32":
         into[...] = data.view(np.float32).reshape(into.shape)
     elif kind == "bf16":
-        wide = data.view(np.uint16).astype(np.uint32) << 16
-        into[...] = wide.view(np.float32).reshape(into.shape)
+        for rows in _pieces(into.shape):
+            bits = into[rows].view(np.uint32)
+            bits[...] = data.view(np.uint16).reshape(into.shape)[rows]
+            bits <<= 16
     else:
         _from_int8(data, into)
 
 
+def _pieces(shape: tuple[int, int]) -> Iterator[slice]:
+    """Rows of an array (T, n), so many together that what is computed from them stays in the processor's cache."""
+    rows, columns = shape
+    step = max(1, PIECE_NUMBERS // max(1, columns))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
 def _to_bf16(values: F32Rows, into: Octets) -> None:
-    bits = np.ascontiguousarray(values).view(np.uint32).reshape(-1)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000  # rounding could make an infinity of it
-    into.view(np.uint16)[...] = np.where(nan, (bits >> 16) | 0x40, rounded)
+    wire = into.view(np.uint16).reshape(values.shape)
+    for rows in _pieces(values.shape):
+        piece = np.ascontiguousarray(values[rows])
+        bits = piece.view(np.uint32)
+        rounded = bits >> 16
+        rounded &= 1
+        rounded += bits
+        rounded += 0x7FFF
+        rounded >>= 16
+        wire[rows] = rounded
+        if piece.size and np.isnan(piece.max()):  # of which rounding could make an infinity
+            nan = np.isnan(piece)
+            wire[rows][nan] = (bits[nan] >> 16) | 0x40
 
 
-@np.errstate(invalid="ignore", over="ignore")  # NaN and infinities travel as a NaN scale
+@np.errstate(invalid="ignore")  # some NaN signal
 def _to_int8(values: F32Rows, into: Octets) -> None:
-    rows, columns = values.shape
+    columns = values.shape[1]
     groups = -(-columns // INT8_GROUP)
-    padded = np.zeros((rows, groups * INT8_GROUP), np.float32)
-    padded[:, :columns] = values
-    grouped = padded.reshape(rows, groups, INT8_GROUP)
-    scales = (np.abs(grouped).max(axis=2) / 127).astype(np.float32)
-    scales[~np.isfinite(scales)] = np.nan
-    per = np.where(scales > 0, scales, 1)[:, :, None]
-    whole = np.rint(np.nan_to_num(grouped / per, nan=0.0, posinf=0.0, neginf=0.0)).astype(np.int8)
-    scale_bytes, numbers = _int8_parts(into, rows, columns)
-    scale_bytes[...] = scales
-    numbers[...] = whole.reshape(rows, -1)[:, :columns]
+    scales, numbers = _int8_parts(into, *values.shape)
+    for rows in _pieces(values.shape):
+        padded = np.zeros((rows.stop - rows.start, groups * INT8_GROUP), np.float32)
+        padded[:, :columns] = values[rows]
+        grouped = padded.reshape(-1, INT8_GROUP)
+        largest = np.maximum.reduceat(np.abs(padded).reshape(-1), np.arange(0, padded.size, INT8_GROUP))
+        scale = largest / np.float32(127)
+        scale[scale < _NORMAL] = 0
+        broken = ~np.isfinite(scale)
+        if broken.any():
+            scale[broken] = np.nan
+            grouped[broken] = 0
+        scales[rows] = scale.reshape(-1, groups)
+        scale[~(scale > 0)] = 1
+        grouped /= scale[:, None]
+        np.rint(padded, out=padded)
+        numbers[rows] = padded[:, :columns]
 
 
 def _from_int8(data: Octets, into: F32Rows) -> None:
@@ -84,6 +113,7 @@ def _from_int8(data: Octets, into: F32Rows) -> None:
 
 def _int8_parts(data: Octets, rows: int, columns: int) -> tuple[F32Rows, npt.NDArray[Any]]:
     """Views of the scales (T, groups) and the numbers (T, n)."""
-    end = 4 * rows * -(-columns // INT8_GROUP)
-    scales: F32Rows = data[:end].view(np.float32).reshape(rows, -1)
+    groups = -(-columns // INT8_GROUP)
+    end = 4 * rows * groups
+    scales: F32Rows = data[:end].view(np.float32).reshape(rows, groups)
     return scales, data[end:].view(np.int8).reshape(rows, columns)

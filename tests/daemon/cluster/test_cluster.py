@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,8 @@ from shoal.daemon.cluster.control_messages import Listens
 from shoal.daemon.cluster.group import Group
 from shoal.daemon.cluster.mesh import fellows
 from shoal.daemon.cluster.mesh.fellows import Fellows
+from shoal.daemon.cluster.roster import ARRIVE_S, Roster
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
 from shoal.partition.sum_cost import Means, Network, SumPlan
 
@@ -125,3 +130,47 @@ def test_a_machine_that_goes_and_comes_back(two: Cluster, path: Path, alone: lis
     two.start(1)
     wait_for(lambda: ranks(two) == 3)
     assert text_of(two.node, prompt(2))[1] == alone[2]
+
+
+def test_ranks_that_were_asked_for_are_waited_for(two: Cluster, path: Path) -> None:
+    """After a head has started, its workers need some seconds to come."""
+    two.stop(1)
+    wait_for(lambda: len(two.roster.members) == 1)
+    coming = threading.Timer(0.3, two.start, [1])
+    coming.start()
+    two.node.load(Load(model=str(path), ranks=3))
+    assert ranks(two) == 3
+    coming.join()
+
+
+def test_nobody_is_waited_for_without_end() -> None:
+    now = count()
+    roster = Roster(clock=lambda: float(next(now)))
+    assert roster.awaited(1) == []  # nobody is paired
+    roster.paired = lambda: ["a", "b"]
+    assert roster.awaited(3) == []  # so many are not
+    assert next(now) < ARRIVE_S
+    assert roster.awaited(2) == []
+    assert next(now) >= ARRIVE_S
+    roster.close()
+
+
+@pytest.mark.cluster
+def test_a_context_that_only_a_group_has_room_for(tmp_path: Path) -> None:
+    long = 100_000
+    model = tiny.hf_model("llama", max_position_embeddings=long)
+    path = tiny.save_gguf(model, tmp_path / "long.gguf")
+    with Cluster(tmp_path, replace(CONFIG, kv_tokens=None, max_sequences=1), workers=1) as cluster:
+        budget = cluster.node.budget
+
+        def loaded(ranks: int | None, context: int) -> int:
+            return cluster.node.load(Load(model=str(path), ranks=ranks, context=context)).model.rank_bytes[0]
+
+        alone_bytes, own_bytes = loaded(1, long), loaded(2, long)
+        loaded(1, 96)
+        (loaded_model,) = cluster.node._models
+        room = budget.free_bytes + loaded_model.peak_bytes
+        budget.take("another", room - (alone_bytes + own_bytes) // 2)
+        assert loaded(None, long) == own_bytes
+        with pytest.raises(DaemonError, match="needs at least"):
+            loaded(1, long)

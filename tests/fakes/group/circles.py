@@ -8,7 +8,7 @@ from typing import Any
 
 from fakes.group.streams import PairStream, stream_pair
 
-from shoal.comm.group.sums.manners import Manner, Manners, Topology
+from shoal.comm.group.sums.manners import Manner, Manners, SumTopology
 from shoal.comm.group.sums.star import Hub, Spoke
 from shoal.comm.group.sums.star_errors import Departed
 from shoal.comm.group.sums.wire_types import WireType
@@ -23,7 +23,7 @@ class Circle:
     def __init__(
         self,
         ranks: int,
-        topology: Topology = "exchange",
+        topology: SumTopology = "exchange",
         wire: WireType = "f32",
         patience_s: float = CIRCLE_PATIENCE_S,
         most: Callable[[], int] | None = None,

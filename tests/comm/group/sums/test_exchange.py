@@ -19,19 +19,19 @@ from shoal.comm.group.channel import channel_pair
 from shoal.comm.group.errors import ChannelError
 from shoal.comm.group.sums import one_swap, swapping
 from shoal.comm.group.sums.frames import HEADER, FrameKind, Header
-from shoal.comm.group.sums.manners import Manner, Manners, Topology
+from shoal.comm.group.sums.manners import Manner, Manners, SumTopology
 from shoal.comm.group.sums.star import Hub, Spoke
 from shoal.comm.group.sums.star_errors import Departed, GivenUp
 from shoal.comm.group.sums.wire_types import WireType, decode, encode, wire_bytes
 
 F32 = npt.NDArray[np.float32]
-TOPOLOGIES: list[Topology] = ["star", "exchange", "sliced"]
+TOPOLOGIES: list[SumTopology] = ["star", "exchange", "sliced"]
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_swap, "STALLED_S", 0.3)
-    monkeypatch.setattr(one_swap, "LOOK_S", 0.05)
+    monkeypatch.setattr(one_swap, "SWAP_LOOK_S", 0.05)
     monkeypatch.setattr(swapping, "TELL_S", 1.0)
 
 
@@ -64,7 +64,7 @@ def on_the_wire(wire: WireType, values: F32) -> F32:
     return back
 
 
-def in_rank_order(topology: Topology, wire: WireType, parts: list[F32]) -> F32:
+def in_rank_order(topology: SumTopology, wire: WireType, parts: list[F32]) -> F32:
     """What the sum must be, bit for bit."""
     if topology == "exchange":
         rounded = [on_the_wire(wire, part) for part in parts]
@@ -95,7 +95,7 @@ def in_rank_order(topology: Topology, wire: WireType, parts: list[F32]) -> F32:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("shape", [(1, 64), (5, 33), (40, 96)])
 def test_all_ranks_have_the_bits_of_the_sum_in_rank_order(
-    topology: Topology, wire: WireType, ranks: int, shape: tuple[int, int]
+    topology: SumTopology, wire: WireType, ranks: int, shape: tuple[int, int]
 ) -> None:
     """Also with fewer rows than ranks. Errors stay below what each rounding may do to each part, and to the sum."""
     circle = Circle(ranks, topology, wire)
@@ -119,7 +119,7 @@ def test_narrow_sums_are_not_rounded() -> None:
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_large_parts_pass_small_buffers(topology: Topology, ranks: int) -> None:
+def test_large_parts_pass_small_buffers(topology: SumTopology, ranks: int) -> None:
     """All send 8 MB at once, and no stream takes more than a little of it before somebody reads."""
     circle = Circle(ranks, topology, buffer_bytes=128 << 10)
     parts = partials(ranks, (512, 4096))
@@ -137,7 +137,7 @@ def test_large_parts_pass_small_buffers(topology: Topology, ranks: int) -> None:
     seed=st.integers(0, 1 << 16),
 )
 def test_frames_may_be_split_anywhere(
-    ranks: int, topology: Topology, wire: WireType, rows: int, columns: int, seed: int
+    ranks: int, topology: SumTopology, wire: WireType, rows: int, columns: int, seed: int
 ) -> None:
     source = random.Random(seed)
     circle = Circle(ranks, topology, wire, most=lambda: source.choice([1, 3, 19, 20, 21, 100, 4096]))
@@ -208,7 +208,7 @@ def test_ranks_that_are_apart_hear_of_giving_up() -> None:
     seed=st.integers(0, 1 << 16),
 )
 def test_an_order_may_be_given_up_anywhere(
-    ranks: int, topology: Topology, before: int, large: bool, seed: int
+    ranks: int, topology: SumTopology, before: int, large: bool, seed: int
 ) -> None:
     """Also with parts half sent; the next orders are sound."""
     source = random.Random(seed)
@@ -276,7 +276,7 @@ def lead(circle: Circle, part: F32) -> Any:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("lost", [0, 1, 3])
 @pytest.mark.parametrize("large", [False, True])
-def test_the_loss_of_any_rank_ends_all_soon(topology: Topology, lost: int, large: bool) -> None:
+def test_the_loss_of_any_rank_ends_all_soon(topology: SumTopology, lost: int, large: bool) -> None:
     circle = Circle(4, topology, buffer_bytes=4096 if large else 0)
     parts = partials(4, (64, 1024) if large else (2, 40))
     threading.Timer(0.05, circle.close, args=(lost,)).start()
@@ -293,7 +293,7 @@ def test_the_loss_of_any_rank_ends_all_soon(topology: Topology, lost: int, large
 
 
 @pytest.mark.parametrize("topology", ["exchange", "sliced"])
-def test_two_ranks_that_lose_each_other_are_said(topology: Topology) -> None:
+def test_two_ranks_that_lose_each_other_are_said(topology: SumTopology) -> None:
     """Both are well, and so is what leads to rank 0."""
     circle = Circle(4, topology)
     parts = partials(4, (8, 40))
