@@ -22,6 +22,7 @@ from shoal.daemon.installed import package_version
 from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
 from .faults import Faults
 from .member import Member
+from .mesh.pair_links import PairLinks
 from .routes.probing import answer_probes
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Roster:
         self._members: dict[str, Member] = {}
         self._groups: dict[int, Joining] = {}
         self.faults = Faults(clock)
+        self.pairs = PairLinks()
         self._came = 0  # how many members have come
         self._arrived_s = clock() + ARRIVE_S
         self.name_of: Callable[[str], str] = lambda fingerprint: (
@@ -159,6 +161,7 @@ class Roster:
         certificate = self.certificate_of(channel.peer)
         member = Member(channel, attach, self._left, self._clock, certificate)
         member.measure()
+        self.pairs.forget(member.fingerprint)
         with self._lock:
             self._members[channel.peer] = member
             self._came += 1
