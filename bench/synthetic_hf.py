@@ -2,8 +2,8 @@
 
     python bench/synthetic_hf.py SHAPE DIRECTORY [--vocabulary MODEL.gguf]
 
-The same weights and vocabulary as `synthetic` would write, all in bfloat16, one tensor in memory at a time. Knows the
-names of llama's tensors in both worlds; other architectures are refused.
+The same weights and vocabulary as `synthetic` would write, all in bfloat16 or float32, one tensor in memory at a
+time. Knows the names of llama's tensors in both worlds; other architectures are refused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from synthetic import Progress, SyntheticError
 from transformers import AutoTokenizer
 
 _HEADER_ALIGNMENT = 4096
+_TORCH_NAMES = {"BF16": "bfloat16", "F32": "float32"}
+_BYTES = {"BF16": 2, "F32": 4}
 _NAMES = {
     "token_embd": "embed_tokens",
     "output_norm": "norm",
@@ -46,22 +48,25 @@ def cached(shape: Shape, directory: Path, vocabulary: Path, progress: Progress) 
 
 
 def write(shape: Shape, path: Path, vocabulary: Path, progress: Progress = lambda done, total: None) -> None:
-    """Write the directory. Raises SyntheticError if the disk is too small or the shape is no plain llama in bf16."""
-    if (shape.arch, shape.mix) != ("llama", "BF16") or shape.experts:
-        raise SyntheticError(f"{shape.name}: only dense llama shapes in BF16 are written as directories")
+    """Write the directory. Raises SyntheticError if the disk is too small, or it is no plain llama in bf16 or f32."""
+    if shape.arch != "llama" or shape.mix not in _TORCH_NAMES or shape.experts:
+        raise SyntheticError(
+            f"{shape.name}: only dense llama shapes in BF16 and F32 are written as directories"
+        )
     tensors = list(shape.tensors())
-    total = sum(_nbytes(tensor) for tensor in tensors)
+    total = sum(_nbytes(tensor, shape.mix) for tensor in tensors)
     synthetic.need_room(shape, path.parent, total)
     path.mkdir()
     (path / "config.json").write_text(json.dumps(_config(shape), indent=1) + "\n", encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(vocabulary.parent, gguf_file=vocabulary.name)
     tokenizer.save_pretrained(path)
     with (path / "model.safetensors").open("wb") as stream:
-        stream.write(_header(tensors))
+        stream.write(_header(tensors, shape.mix))
         done = 0
         for seed, tensor in enumerate(tensors):
-            stream.write(_bfloat16(synthetic.data(tensor, np.random.default_rng(seed)), tensor))
-            done += _nbytes(tensor)
+            data = synthetic.data(tensor, np.random.default_rng(seed))
+            stream.write(data if tensor.type == shape.mix else _upper_halves(data))
+            done += _nbytes(tensor, shape.mix)
             progress(done, total)
         stream.flush()
         os.fsync(stream.fileno())
@@ -71,7 +76,7 @@ def _config(shape: Shape) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "torch_dtype": "bfloat16",
+        "torch_dtype": _TORCH_NAMES[shape.mix],
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.ffn,
@@ -87,13 +92,13 @@ def _config(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _header(tensors: list[TensorShape]) -> bytes:
+def _header(tensors: list[TensorShape], mix: str) -> bytes:
     """The header: names, shapes and places, padded so that the first tensor starts at a multiple of a page."""
     entries, offset = {}, 0
     for tensor in tensors:
-        end = offset + _nbytes(tensor)
+        end = offset + _nbytes(tensor, mix)
         entries[_name(tensor.name)] = {
-            "dtype": "BF16",
+            "dtype": mix,
             "shape": list(tensor.sizes),
             "data_offsets": [offset, end],
         }
@@ -113,20 +118,22 @@ def _name(gguf_name: str) -> str:
     return f"model.{_NAMES[stem]}.weight"
 
 
-def _nbytes(tensor: TensorShape) -> int:
-    return 2 * int(np.prod(tensor.sizes))
+def _nbytes(tensor: TensorShape, mix: str) -> int:
+    return _BYTES[mix] * int(np.prod(tensor.sizes))
 
 
-def _bfloat16(data: np.ndarray[Any, Any], tensor: TensorShape) -> np.ndarray[Any, Any]:
-    """A float32 vector as its upper halves; a matrix is bfloat16 already."""
-    return data if tensor.type == "BF16" else np.ascontiguousarray(data.view(np.uint16)[1::2])
+def _upper_halves(vector: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A float32 vector as bfloat16."""
+    return np.ascontiguousarray(vector.view(np.uint16)[1::2])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="random weights in a known shape, as a Hugging Face directory"
     )
-    parser.add_argument("shape", choices=[name for name, shape in SHAPES.items() if shape.mix == "BF16"])
+    parser.add_argument(
+        "shape", choices=[name for name, shape in SHAPES.items() if shape.mix in _TORCH_NAMES]
+    )
     parser.add_argument("target", type=Path)
     parser.add_argument("--vocabulary", type=Path, help="a GGUF; default: the default model, from the store")
     options = parser.parse_args()

@@ -24,11 +24,12 @@ from shoal.partition.amounts import counted, format_bytes, format_delay, format_
 from . import background
 from .exit_codes import Exit
 from .interrupt import deferred_interrupt
-from .options import Real, Whole, examples, json_option, size_or_auto
+from .options import Real, Whole, examples, json_option, size, size_or_auto
 from .terminal.link_table import show_links
 from .terminal.link_text import link_text
 from .terminal.output import console, note, print_json, spinner, table
 from .terminal.paint import printable
+from .wording import WORDS
 
 STDIN_CODE_BYTES = 200
 
@@ -54,7 +55,8 @@ def cluster() -> None:
     "--listen",
     multiple=True,
     metavar="ADDR:PORT",
-    help="Listen here for other machines (default: port 7447 of all interfaces); repeatable.",
+    help="Listen here for other machines, always (:PORT is all interfaces); repeatable. Default: auto:7447, which is "
+    "every cable and Wi-Fi while a machine may join or is missing, and only what is in use when all are there.",
 )
 @json_option
 def init(listen: tuple[str, ...], as_json: bool) -> None:
@@ -108,6 +110,12 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
     "--memory", type=size_or_auto, metavar="SIZE", help="Lend at most this much memory (default: auto)."
 )
 @click.option("--threads", type=Whole(min=1), metavar="N", help="Lend so many CPU threads (default: all).")
+@click.option(
+    "--shard-disk",
+    type=size,
+    metavar="SIZE",
+    help="Keep at most so many bytes of models on this disk (default: a quarter of what is free); 0 keeps none.",
+)
 @click.option("--detach", "--background", is_flag=True, help="Run in the background.")
 @json_option
 def join(
@@ -116,6 +124,7 @@ def join(
     head: str | None,
     memory: int | None,
     threads: int | None,
+    shard_disk: int | None,
     detach: bool,
     as_json: bool,
 ) -> None:
@@ -126,7 +135,10 @@ def join(
     no model files. The pairing is remembered: from now on every shoal serve on this machine attaches to the head, and
     waits for it while it is away. shoal cluster leave ends that.
     """
-    NodeConfig(threads=threads, memory_bytes=memory)  # raises what is wrong with them before anything is done
+    limits = {"memory_bytes": memory, "threads": threads, "shard_disk_bytes": shard_disk}
+    given = {name: value for name, value in limits.items() if value is not None}
+    # Raises what is wrong with them before anything is done.
+    config = NodeConfig(memory_bytes=memory, threads=threads, shard_disk_bytes=shard_disk)
     home = Home.from_env()
     with spinner("pairing" if addresses else "looking for the head on the local network"):
         from shoal.daemon.cluster.pairing_up import pair_with_head
@@ -138,17 +150,18 @@ def join(
     if background.running_pid(home) is not None:
         with Client(home.address) as client:
             client.rejoin()
-        note("the daemon that runs here attaches to it now" + _ignored(memory, threads))
+        kept = f"; it keeps the {', '.join(map(WORDS.__getitem__, given))} that it was started with"
+        note("the daemon that runs here attaches to it now" + kept * bool(given))
         return
-    arguments = _arguments(memory, threads)
     if detach:
+        arguments = [part for name, value in given.items() for part in (WORDS[name], str(value))]
         with spinner("starting the daemon"):
             pid = background.start(home, arguments)
         note(f"the daemon is running (pid {pid}); its log is {background.log_path(home)}")
         return
     with deferred_interrupt():
         from shoal.daemon.service import serve
-    serve(NodeConfig(threads=threads, memory_bytes=memory), home=home)
+    serve(config, home=home)
 
 
 @cluster.command(
@@ -239,6 +252,35 @@ def nodes(as_json: bool) -> None:
     _show(found)
 
 
+@cluster.command(epilog=examples("shoal cluster shards", "shoal cluster shards --clear"))
+@click.option("--clear", is_flag=True, help="Remove those that are not in use.")
+@json_option
+def shards(clear: bool, as_json: bool) -> None:
+    """Show the parts of other machines' models that this worker keeps on its disk.
+
+    The least recently used are removed by themselves where room is short (--shard-disk of shoal serve). What was
+    removed is sent again when it is needed.
+    """
+    from shoal.daemon.cluster.weights.shard_cache import ShardCache
+
+    from .terminal.shard_table import shard_row, show_shards
+
+    cache = ShardCache(Home.from_env().shards)
+    rows = {shard.directory: shard_row(shard, cache.used(shard)) for shard in reversed(cache.list())}
+    if clear:
+        gone, kept = cache.clear()
+        for shard in gone:
+            rows[shard.directory]["removed"] = True
+        freed = format_bytes(sum(shard.nbytes for shard in gone))
+        note(f"removed {counted(len(gone), 'shard')}, {freed}" + f"; {len(kept)} in use" * bool(kept))
+    if as_json:
+        print_json([*rows.values()])
+    elif not rows:
+        note("this machine keeps no parts of other machines' models")
+    elif not clear:
+        show_shards([*rows.values()])
+
+
 @cluster.command("test", epilog=examples("shoal cluster test", "shoal cluster test --json"))
 @json_option
 def test_links(as_json: bool) -> None:
@@ -277,6 +319,9 @@ def _show(found: NodesReply) -> None:
     screen.print(rows)
     if found.listening:
         screen.print(f"other machines attach at {', '.join(found.listening)}")
+    if found.closed:
+        why = "all machines are there" if len(found.nodes) > 1 else "there is no machine to wait for"
+        screen.print(f"closed, as {why}: {', '.join(found.closed)}")
     for node in found.nodes:
         if node.trouble:
             note(f"{node.name} is not attached: {node.trouble}")
@@ -315,14 +360,3 @@ def _require_daemon(home: Home) -> None:
     with spinner("starting the daemon"):
         pid = background.start(home, [])
     note(f"started the daemon (pid {pid}); its log is {background.log_path(home)}")
-
-
-def _arguments(memory: int | None, threads: int | None) -> list[str]:
-    given = (("--memory", memory), ("--threads", threads))
-    return [part for name, value in given if value is not None for part in (name, str(value))]
-
-
-def _ignored(memory: int | None, threads: int | None) -> str:
-    if not _arguments(memory, threads):
-        return ""
-    return "; it keeps the memory and threads that it was started with"

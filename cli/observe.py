@@ -88,6 +88,8 @@ def ps(as_json: bool) -> None:
                 f"KV on disk: {format_bytes(model.kv_disk_bytes)}, "
                 f"{counted(model.kv_disk_pages_written_total, 'page')} written, {model.kv_disk_pages_read_total} read",
             )
+        if model.kv_disk_why:
+            screen.print(f"KV is not kept on disk: {model.kv_disk_why}")
 
 
 def _lent(cluster: NodesReply) -> str:

@@ -55,6 +55,13 @@ NOW_LIMIT_S = 40.0
     help="Disk space for the KV of conversations (default: 4GB, at most a tenth of the free disk); 0 keeps none.",
 )
 @click.option(
+    "--shard-disk",
+    type=size,
+    metavar="SIZE",
+    help="Disk space for parts of other machines' models, where this one is a worker (default: a quarter of the free "
+    "disk); 0 keeps none.",
+)
+@click.option(
     "--models-only",
     is_flag=True,
     help="Load only models of the store: requests cannot name or probe any path.",
@@ -70,6 +77,7 @@ def serve(
     sequences: int | None,
     queue: int | None,
     kv_disk: int | None,
+    shard_disk: int | None,
     models_only: bool,
     plan: PlanOptions,
 ) -> None:
@@ -84,7 +92,12 @@ def serve(
     if models_only:
         for name in filter(None, (model, draft)):
             Library(home).resolve_stored(Reference.parse(name).model)
-    limits = {"max_sequences": sequences, "max_queue": queue, "kv_disk_bytes": kv_disk}
+    limits = {
+        "max_sequences": sequences,
+        "max_queue": queue,
+        "kv_disk_bytes": kv_disk,
+        "shard_disk_bytes": shard_disk,
+    }
     given = {name: value for name, value in limits.items() if value is not None}
     config = plan.config(**given)
     wanted = reference(model, Library(home)) if model else None

@@ -35,6 +35,7 @@ VERBS = {
     "pull": Verb("store", "Fetch a model into the local store.", "Models"),
     "ls": Verb("store", "List the models in the store.", "Models"),
     "show": Verb("show", "Show what a model is and how it would run.", "Models"),
+    "plan": Verb("throughput.plan_verb", "Predict how fast a model would be, here or elsewhere.", "Models"),
     "rm": Verb("store", "Remove a model from the store.", "Models"),
     "pack": Verb("packing", "Lay a model out for reading from disk.", "Models"),
     "serve": Verb("serve", "Run the daemon.", "Daemon"),
@@ -46,6 +47,7 @@ VERBS = {
     "cluster": Verb("cluster", "Compute on several machines together.", "Cluster"),
     "bench": Verb("measure", "Measure prefill and decode speed.", "Measure"),
     "perplexity": Verb("measure", "Measure a model's quality on a text.", "Measure"),
+    "profile": Verb("throughput.profile_verb", "Measure what this machine can do.", "Measure"),
     "doctor": Verb("doctor", "Check this installation.", "Measure"),
 }
 _OTHER_NAMES = {
@@ -62,6 +64,8 @@ _OTHER_NAMES = {
     **dict.fromkeys(("log",), "logs"),
     **dict.fromkeys(("benchmark", "measure", "speed"), "bench"),
     **dict.fromkeys(("ppl", "eval"), "perplexity"),
+    **dict.fromkeys(("predict", "estimate", "fit"), "plan"),
+    **dict.fromkeys(("calibrate", "probe"), "profile"),
     **dict.fromkeys(("check", "diagnose"), "doctor"),
 }
 """What other programs call these verbs, by verb."""

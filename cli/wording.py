@@ -23,6 +23,7 @@ WORDS = {
     "models_only": "--models-only",
     "memory_bytes": "--memory",
     "quant": "--quant",
+    "shard_disk_bytes": "--shard-disk",
     "threads": "--threads",
     "ranks": "--ranks",
     # Of cluster join

@@ -16,6 +16,7 @@ from shoal.comm.errors import CommError, RequestFailed
 from shoal.comm.home import Home
 from shoal.comm.messages import Chat, Generate, Message
 
+from .connection import gone
 from .session import ChatLike, Exchange, Frames, Session, chat_request, generate_request
 
 S = TypeVar("S")  # a stream of an answer's events: a generator, or an asynchronous one
@@ -67,6 +68,8 @@ class ClientFace(ABC, Generic[S]):
         return self.generate(prompt, **fields) if messages is None else self.chat(messages, **fields)
 
     def _begin(self, request: Message) -> Exchange:
+        if self._dealer is None:  # the connection ended right after the reply to `hello`
+            raise gone(self.address)
         exchange, frames = self._session.open(request)
         self._send(frames)
         return exchange

@@ -19,6 +19,7 @@ CONNECT_S = (
 )
 HELLO_S = 10.0  # for the reply to `hello`, which comes from the daemon's server thread
 HEARTBEAT_MS = 10_000  # three of these are the silence after which a daemon counts as dead anyway
+NEVER_MS = 1_000_000_000  # nobody keeps a connection that has dropped for so long
 LINGER_MS = 200  # so that a last `cancel` is still sent
 VERDICTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -35,8 +36,10 @@ def connect(dealer: zmq.Socket[Any], address: str, keys: ClientKeys | None) -> N
     """Set the socket up and begin to connect. AddressError when the address is refused."""
     dealer.linger = LINGER_MS
     dealer.maxmsgsize = wire.MAX_REPLY_BYTES
-    # When the connection drops the daemon forgets our requests, so reconnecting silently would be no use.
-    dealer.reconnect_ivl = -1
+    # When the connection drops the daemon forgets our requests, so reconnecting silently would be no use. To forbid it
+    # (-1) would be worse: libzmq then drops what has come and was not read, such as the last reply of a daemon that
+    # stops (reconnect, send_term_endpoint, pipe_t::terminate without delay).
+    dealer.reconnect_ivl = NEVER_MS
     endpoint.set_heartbeat(dealer, HEARTBEAT_MS)
     endpoint.connect(dealer, address, keys)
 
@@ -57,7 +60,11 @@ def verdict(monitor_frames: list[bytes], address: str) -> CommError | None:
         case zmq.EVENT_CLOSED:
             return nobody(address)
         case _:
-            return NoDaemon(f"the daemon at {address} closed the connection")
+            return gone(address)
+
+
+def gone(address: str) -> NoDaemon:
+    return NoDaemon(f"the daemon at {address} closed the connection")
 
 
 def nobody(address: str) -> NoDaemon:

@@ -19,7 +19,8 @@ LinkVerdict = Literal["good", "far", "thin", "unsteady", "computes slowly", "los
 
 class Invite(Message):
     """Let one more machine join: from now on this daemon is a head. `listen`: addresses to listen on for machines,
-    HOST:PORT; those used before if empty."""
+    HOST:PORT; those used before if empty. The host `auto` is every real address while a machine may come, and those in
+    use when all are there."""
 
     listen: Annotated[list[Name], Meta(max_length=16)] = []
 
@@ -66,7 +67,8 @@ class NodeStatus(Message):
 class NodesReply(Message):
     role: NodeRole
     nodes: list[NodeStatus]  # this machine first
-    listening: list[str] = []
+    listening: list[str] = []  # where this head listens for other machines now
+    closed: list[str] = []  # where it would if one could come that is not there
 
 
 class MeasureLinks(Message):

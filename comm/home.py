@@ -64,6 +64,11 @@ class Home:
         return self.root / "kv"
 
     @property
+    def profile(self) -> Path:
+        """What this machine can do, as it was measured."""
+        return self.root / "profile.json"
+
+    @property
     def run(self) -> Path:
         """The directory of the socket and its lock: a short private path when the root's is too long for a socket."""
         path = self.root / "run"

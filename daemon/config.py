@@ -40,7 +40,8 @@ class NodeConfig:
     `kv_tokens` is the KV pool shared by all sequences; None sizes it for all
     sequences at full context, within memory. `kv_type` is what K and V are rounded to; i8, with a scale per token
     and head, takes about half the memory of f16. `kv_disk_bytes` bounds the KV kept on disk, where a node is given a
-    place for it; 0 = none, None = what is usual (`kv_files`).
+    place for it; 0 = none, None = what is usual (`kv_files`). `shard_disk_bytes` bounds the parts of others' models
+    that are kept on disk; 0 = none, None = a quarter of what is free without them.
     """
 
     threads: int | None = None  # None = default_threads()
@@ -50,6 +51,7 @@ class NodeConfig:
     kv_tokens: int | None = None
     kv_type: KvType = "f16"
     kv_disk_bytes: int | None = None
+    shard_disk_bytes: int | None = None
     max_sequences: int = 16  # decoded together in one step
     max_queue: int = 64  # waiting requests; one more is answered `busy`
     chunk_tokens: int = 256  # of prompts in one step, at most
@@ -65,6 +67,7 @@ class NodeConfig:
             "least_context_tokens": (1, 1 << 26),
             "kv_tokens": (1, 1 << 32),
             "kv_disk_bytes": (0, 1 << 50),
+            "shard_disk_bytes": (0, 1 << 50),
             "max_sequences": (1, 1024),
             "max_queue": (0, 1 << 14),
             "chunk_tokens": (16, 1 << 16),

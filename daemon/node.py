@@ -80,15 +80,14 @@ class Node:
         self.budget = budget_of(config.memory_bytes)
         self._long = LongRequests(self.budget)
         self._resolve = resolve
-        kv_files = None
-        if kv_root is not None and config.kv_disk_bytes != 0:
-            kv_files = KvFiles(kv_root, config.kv_disk_bytes)
+        root = kv_root if config.kv_disk_bytes != 0 else None
+        self.kv_files = KvFiles(root, config.kv_disk_bytes) if root is not None else None
         self._clock = clock
         self._started_s = clock()
         self.neighbours: AnswersCluster | None = None  # its owner sets it
         self._answering = Answering()
         self._models = LoadedModels(self.budget)
-        assembly = Assembly(self.budget, packs, kv_files, clock, self._answering.hear, grouping)
+        assembly = Assembly(self.budget, packs, self.kv_files, clock, self._answering.hear, grouping)
         self._loader = Loader(self._models, assembly, self._check_needed)
         self._regrouping = Regrouping(self._models, self._loader, assembly, config)
         self._wake = threading.Condition(self._models.lock)  # guards _draining and _closed too

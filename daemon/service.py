@@ -109,9 +109,10 @@ def serve(
 def _place(home: Home, config: NodeConfig, node: Node) -> tuple[Forming, Membership]:
     from shoal.daemon.cluster.place import place_in_cluster  # see `neighbours`
 
-    return place_in_cluster(
-        home, config, node.budget, lambda: [model.name for model in node.status().models if model.running]
-    )
+    def computing() -> list[str]:
+        return [model.name for model in node.status().models if model.running]
+
+    return place_in_cluster(home, config, node.budget, computing, node.kv_files)
 
 
 def _begin_to_end() -> None:

@@ -6,10 +6,14 @@ caller may write to them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from shoal.kernels import ComputeHome
 from shoal.kernels.arrays import Floats, Hidden
+
+PendingSum = Callable[[], Hidden]
+"""A sum that was started: waits for it and returns it, or raises what became of it."""
 
 
 class Collective(Protocol):
@@ -19,12 +23,23 @@ class Collective(Protocol):
         """The sum of the partials (T, n) of all ranks, added in the order of ranks. Each is in its own rank's home."""
         ...
 
+    def start(self, home: ComputeHome, partial: Hidden) -> PendingSum:
+        """Begin the same, and go on. It takes its turn among all sums. Until it has arrived, nobody may write to the
+        partial. `settle` ends it."""
+        ...
+
+    def settle(self) -> None:
+        """The step is over, whatever became of it: from now on nothing is under way. Sums that nobody has waited for
+        are dropped. Never raises."""
+        ...
+
     def gather(self, columns: Floats) -> Floats:
-        """The columns (R, n) of all ranks side by side, in the order of ranks, on rank 0; elsewhere none, (R, 0)."""
+        """The columns (R, n) of all ranks side by side, in the order of ranks, on rank 0; elsewhere none, (R, 0). No
+        sum is under way."""
         ...
 
     def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
-        """The rows of rank 0, f32 of this shape, on every rank. The other ranks bring none."""
+        """The rows of rank 0, f32 of this shape, on every rank. The other ranks bring none. No sum is under way."""
         ...
 
 
@@ -33,6 +48,11 @@ class Alone:
 
     def allreduce(self, home: ComputeHome, partial: Hidden) -> Hidden:
         return partial
+
+    def start(self, home: ComputeHome, partial: Hidden) -> PendingSum:
+        return lambda: partial
+
+    def settle(self) -> None: ...
 
     def gather(self, columns: Floats) -> Floats:
         return columns

@@ -104,7 +104,7 @@ class Engine:
 
     def close(self, keep_s: float = FLUSH_LIMIT_S) -> None:
         """Wait for the end of a step under way and keep the prefix cache on disk, if there is one, as far as it can be
-        written in `keep_s`. Nothing may be submitted any more. Idempotent."""
+        written in `keep_s`. There are no steps any more, unless it goes on with `start_anew`. Idempotent."""
         if not self._stepping.acquire(timeout=STEP_LIMIT_S):
             log.warning("a step does not end: its model's KV is not kept on disk")
             return

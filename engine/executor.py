@@ -3,12 +3,13 @@
 This is the one data path. Every block is computed in the home of its device, with weights from a store, KV in a pool
 and partial sums through a collective. Which ones is the plan's choice and invisible here, and so is what hidden states
 are made of: they stay in one home until the next block has another. A step of many rows passes through every block
-once, one part of it after the other.
+once, one part of it after the other; while the next part is computed, the sum of the one before it travels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial as bound
 from itertools import pairwise
@@ -20,15 +21,17 @@ from shoal.kernels import ComputeHome, home_of
 from shoal.kernels.arrays import Floats, Hidden, Ids
 from shoal.kernels.attention_operands import Rotation
 from shoal.kernels.compute_home import carried
+from shoal.kernels.routing import Routing
 from shoal.models.step import Step
 from shoal.models.transformer import Transformer
+from shoal.models.weights import Weights
 from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.kv.pool import KvPool
 from shoal.partition.plan import Plan
 from shoal.partition.slicing import Range
 from shoal.partition.spec import BlockId
 
-from .collective import Collective
+from .collective import Collective, PendingSum
 
 # Of a plan that reads experts from disk: while these are computed, the next ones are read.
 EXPERTS_TOGETHER = 4
@@ -47,6 +50,20 @@ class Placed(NamedTuple):
 
     block: BlockId
     home: ComputeHome
+
+
+class _Travelling(NamedTuple):
+    """The sum of a part of a step, on its way: what comes of it is added to the part's hidden states (T, C)."""
+
+    part: int
+    hidden: Hidden
+    home: ComputeHome
+    weights: Weights
+    total: PendingSum
+
+
+Routed = tuple[Hidden, Routing, Hidden | None]
+"""What `Transformer.route` gives for the rows of a part."""
 
 
 class Executor:
@@ -75,6 +92,7 @@ class Executor:
         self._own_experts = model.spec.moe.own if model.spec.moe else range(0)
         self._wanted: StillWanted = lambda share: True
         self._share = 0.0  # of the step, done
+        self._travelling: deque[_Travelling] = deque()  # at most two, in the order in which they were started
         placed = {item.block: Placed(item.block, home_of(item.device)) for item in plan.blocks}
         self._layers = [
             (placed[BlockId("attn", layer)], placed[BlockId("router" if kind.moe else "ffn", layer)])
@@ -98,22 +116,31 @@ class Executor:
         """→ hidden states (R, hidden) of the rows the step asks for, before the final norm, for `head`. Raises
         Abandoned soon after `wanted` has become false."""
         self._wanted = wanted
+        try:
+            return self._through_blocks(step)
+        finally:
+            self._travelling.clear()
+            self.collective.settle()
+
+    def _through_blocks(self, step: Step) -> Hidden:
         rotations = [self.model.rotations(part) for part in step.parts]
         hidden, home = self._embedded(step.tokens), self._embed.home
         parts = step.split(len(step.tokens))
         last, _ = self._layers[-1]
         for done, (attention, feeding) in enumerate(self._layers):
             self._share = done / len(self._layers)
-            hidden, home = carried(hidden, home, attention.home), attention.home
+            hidden, home = self._moved(hidden, home, attention.home), attention.home
             self._attend(attention, [home.rows(hidden, part) for part in parts], step, rotations)
             if attention is last:
+                self._arrive()
                 hidden = home.rows(hidden, step.rows)  # nobody needs the others any more
                 parts = step.split(len(step.rows))
                 if not len(step.rows):
                     break
-            hidden, home = carried(hidden, home, feeding.home), feeding.home
+            hidden, home = self._moved(hidden, home, feeding.home), feeding.home
             compute = self._mix if feeding.block.kind == "router" else self._feed_forward
             compute(feeding, [home.rows(hidden, part) for part in parts])
+        self._arrive()
         return carried(hidden, home, self._head[0].home) if self._head else hidden
 
     def _embedded(self, tokens: Ids) -> Hidden:
@@ -158,32 +185,46 @@ class Executor:
         """Adds the attention of a layer to hidden (T, hidden). `rows` are the parts of hidden, as the step has them."""
         block, home = placed
         layer, kv = block.layer, self.kv.layers[block.layer]
+        allreduce = bound(self.collective.allreduce, home)
         with self.store.acquire(block) as weights:
-            for part, hidden, turns in zip(step.parts, rows, rotations, strict=True):
-                self._go_on()
-                allreduce = bound(self.collective.allreduce, home)
-                partial = self.model.attend(home, layer, weights, hidden, part.segments, turns, kv, allreduce)
-                home.add(hidden, self.model.leave(home, weights, allreduce(partial)))
+            for part, (its, turns) in enumerate(zip(step.parts, rotations, strict=True)):
+                hidden = self._next(rows, part)
+                partial = self.model.attend(home, layer, weights, hidden, its.segments, turns, kv, allreduce)
+                self._leave(home, weights, rows, part, partial)
 
     def _feed_forward(self, placed: Placed, rows: Sequence[Hidden]) -> None:
         """Adds the dense feed-forward of a layer to hidden (T, hidden). `rows` are the parts of hidden."""
         block, home = placed
         with self.store.acquire(block) as weights:
-            for hidden in rows:
-                self._go_on()
-                partial = self.model.feed_forward(home, weights, hidden)
-                home.add(hidden, self.model.leave(home, weights, self.collective.allreduce(home, partial)))
+            for part in range(len(rows)):
+                partial = self.model.feed_forward(home, weights, self._next(rows, part))
+                self._leave(home, weights, rows, part, partial)
 
     def _mix(self, placed: Placed, rows: Sequence[Hidden]) -> None:
-        """Adds the mixture of experts of a layer to hidden (T, hidden). `rows` are the parts of hidden; each expert is
-        acquired once for all of them."""
+        """Adds the mixture of experts of a layer to hidden (T, hidden). `rows` are the parts of hidden. Experts on disk
+        are acquired once for all of them."""
+        block, home = placed
+        if self.plan.expert_slots:
+            with self.store.acquire(block) as router:
+                routed = [self._routed(home, router, rows, part) for part in range(len(rows))]
+            self._mix_routed(placed, router, rows, dict(enumerate(routed)))
+            return
+        with self.store.acquire(block) as router:
+            for part in range(len(rows)):
+                self._mix_routed(placed, router, rows, {part: self._routed(home, router, rows, part)})
+
+    def _routed(self, home: ComputeHome, router: Weights, rows: Sequence[Hidden], part: int) -> Routed:
+        return self.model.route(home, router, self._next(rows, part))
+
+    def _mix_routed(
+        self, placed: Placed, router: Weights, rows: Sequence[Hidden], routed: Mapping[int, Routed]
+    ) -> None:
+        """Has experts compute some parts of a step."""
         block, home = placed
         layer, there = block.layer, self._experts[block.layer]
-        with self.store.acquire(block) as router:
-            routed = [self.model.route(home, router, hidden) for hidden in rows]
-        normed = [carried(x, home, there) for x, _, _ in routed]
+        normed = [carried(x, home, there) for x, _, _ in routed.values()]
         partials = [there.zeros_like(x) for x in normed]
-        used = {expert for _, routing, _ in routed for expert in routing.used}
+        used = {expert for _, routing, _ in routed.values() for expert in routing.used}
         blocks = [BlockId("expert", layer, expert) for expert in sorted(used) if expert in self._own_experts]
         self.store.expect(blocks)
         self.store.guess(self._likely(layer, rows[0], home))
@@ -192,13 +233,47 @@ class Executor:
             group = blocks[start : start + self._together]
             with ExitStack() as held:
                 experts = {block.expert: held.enter_context(self.store.acquire(block)) for block in group}
-                for x, (_, routing, _), partial in zip(normed, routed, partials, strict=True):
+                for x, (_, routing, _), partial in zip(normed, routed.values(), partials, strict=True):
                     self.model.mix(there, experts, x, routing, partial)
-        for hidden, (_, _, shared), mixed in zip(rows, routed, partials, strict=True):
+        for (part, (_, _, shared)), mixed in zip(routed.items(), partials, strict=True):
             partial = carried(mixed, there, home)
             if shared is not None:
                 home.add(partial, shared)
-            home.add(hidden, self.model.leave(home, router, self.collective.allreduce(home, partial)))
+            self._leave(home, router, rows, part, partial)
+
+    def _next(self, rows: Sequence[Hidden], part: int) -> Hidden:
+        """The rows of a part, when it is to be computed: what it waits for has arrived."""
+        self._go_on()
+        while len(self._travelling) > 1 or (self._travelling and self._travelling[0].part == part):
+            self._arrive_one()
+        return rows[part]
+
+    def _leave(
+        self, home: ComputeHome, weights: Weights, rows: Sequence[Hidden], part: int, partial: Hidden
+    ) -> None:
+        """A part was computed, and is added to its rows: now, or while other parts are computed."""
+        if len(rows) == 1:
+            home.add(rows[part], self.model.leave(home, weights, self.collective.allreduce(home, partial)))
+            return
+        while len(self._travelling) > 1:
+            self._arrive_one()
+        total = self.collective.start(home, partial)
+        self._travelling.append(_Travelling(part, rows[part], home, weights, total))
+
+    def _arrive(self) -> None:
+        """Wait until nothing is on its way."""
+        while self._travelling:
+            self._arrive_one()
+
+    def _arrive_one(self) -> None:
+        _, hidden, home, weights, total = self._travelling.popleft()
+        home.add(hidden, self.model.leave(home, weights, total()))  # vectors outlive the lease
+
+    def _moved(self, hidden: Hidden, source: ComputeHome, target: ComputeHome) -> Hidden:
+        """`carried`, when all that is to be added has been."""
+        if source is not target:
+            self._arrive()
+        return carried(hidden, source, target)
 
     def _go_on(self) -> None:
         """Raises Abandoned when nobody wants the step any more."""

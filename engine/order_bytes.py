@@ -1,25 +1,31 @@
 """An order as bytes, for the other ranks of a group.
 
 Token ids stay on rank 0, which embeds them: of a segment the others learn how many tokens it has, where it begins, and
-which pages it uses. Every number is checked against the plan that this rank made or was given, whoever sent them.
+which pages it uses; of a page on disk its slot and a digest. Every number is checked against the plan that this rank
+made or was given, whoever sent them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from shoal.models.step import Segment
-from shoal.offload.kv.prefix_cache import Copy
+from shoal.offload.kv.disk_index import DIGEST_BYTES, Slot
+from shoal.offload.kv.prefix_cache import Copy, Move, Put
 from shoal.partition.plan import Plan
 
 from .errors import OrderError
-from .order import Order
+from .order import Order, Reading
+
+_NUMBER_BYTES = 9  # of an integer, at most
+_ITEM_BYTES = 64  # of anything else in an order: its numbers, its digest and the heads of its lists
 
 _Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+_Digest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 
 
 class _Segment(msgspec.Struct, array_like=True, frozen=True):
@@ -30,9 +36,23 @@ class _Segment(msgspec.Struct, array_like=True, frozen=True):
     length: _Count
 
 
+class _Move(msgspec.Struct, array_like=True, frozen=True):
+    """A page goes to another page, or (with a digest) to a slot on disk."""
+
+    source: _Count
+    target: _Count
+    digest: _Digest | None = None
+
+
+class _Reading(msgspec.Struct, array_like=True, frozen=True):
+    places: list[tuple[_Count, _Digest]]
+    pages: list[_Count]
+
+
 class _Order(msgspec.Struct, array_like=True, frozen=True):
     segments: list[_Segment]
-    copies: list[tuple[_Count, _Count]]
+    moves: list[_Move]
+    readings: list[_Reading] = []
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -40,21 +60,45 @@ _DECODER = msgspec.msgpack.Decoder(_Order)
 
 
 def order_bytes(order: Order) -> bytes:
-    """What the other ranks need of an order."""
+    """What the other ranks need of an order, in which it is decided where pages lie on disk (`Rank.placed`), and whose
+    readings are of `Slot`s."""
     segments = [
         _Segment(len(it.tokens), it.start, list(it.pages), it.rows_wanted, it.length) for it in order.segments
     ]
-    copies = [(move.source, move.target) for move in order.moves if isinstance(move, Copy)]
-    return _ENCODER.encode(_Order(segments, copies))
+    readings = [
+        _Reading([(it.slot, it.digest) for it in of.entries], list(of.pages)) for of in order.readings
+    ]
+    return _ENCODER.encode(_Order(segments, list(_moved(order.moves)), readings))
 
 
-def order_of(data: bytes, plan: Plan) -> Order:
-    """The order that `order_bytes` wrote. Its tokens are numbers without a meaning. Raises OrderError."""
+def _moved(moves: Sequence[Move]) -> Iterator[_Move]:
+    for move in moves:
+        if isinstance(move, Copy):
+            yield _Move(move.source, move.target)
+        else:
+            assert isinstance(move, Put), move
+            yield _Move(move.page, move.slot, move.digest)
+
+
+def order_of(data: bytes, plan: Plan, slots: int = 0) -> Order:
+    """The order that `order_bytes` wrote. Its tokens are numbers without a meaning. `slots`: of this rank's KV on disk.
+    Raises OrderError."""
+    _check("size in bytes", [len(data)], _most_bytes(plan) + 1)
     try:
         read = _DECODER.decode(data)
     except msgspec.MsgspecError as error:
         raise OrderError(f"an order that cannot be read: {error}") from error
-    _check("copied page", [page for pair in read.copies for page in pair], plan.kv.pages)
+    copies = [it for it in read.moves if it.digest is None]
+    puts = [it for it in read.moves if it.digest is not None]
+    _check("copied page", [page for it in copies for page in (it.source, it.target)], plan.kv.pages)
+    _check("saved page", [it.source for it in puts], plan.kv.pages)
+    _check("slot", [it.target for it in puts], slots)
+    for of in read.readings:
+        _check("slot", [slot for slot, _ in of.places], slots)
+        _check("page", of.pages, plan.kv.pages)
+        if len(of.places) != len(of.pages):
+            raise OrderError(f"an order that reads {len(of.places)} slots into {len(of.pages)} pages")
+    _check("number of pages to read", [sum(len(it.pages) for it in read.readings)], plan.kv.pages + 1)
     for it in read.segments:
         end = it.start + it.tokens
         _check("page", it.pages, plan.kv.pages)
@@ -64,10 +108,24 @@ def order_of(data: bytes, plan: Plan) -> Order:
         if not it.tokens:
             raise OrderError("an order with a segment of no tokens")
     _check("number of tokens", [sum(it.tokens for it in read.segments)], plan.step_rows + 1)
+    _check("number of segments", [len(read.segments)], plan.sequences + 1)
     segments = [
         Segment(range(it.tokens), it.start, it.pages, it.rows_wanted, it.length) for it in read.segments
     ]
-    return Order(segments, [Copy(*pair) for pair in read.copies])
+    moves = [
+        Copy(it.source, it.target) if it.digest is None else Put(it.source, it.target, it.digest)
+        for it in read.moves
+    ]
+    readings = [Reading([Slot(*place) for place in it.places], it.pages) for it in read.readings]
+    return Order(segments, moves, readings)
+
+
+def _most_bytes(plan: Plan) -> int:
+    """A longer order is none for this plan. What it is decoded to is bounded by this, too."""
+    context_pages = -(-plan.context_tokens // plan.kv.page_tokens)
+    segments = plan.sequences * (_ITEM_BYTES + context_pages * _NUMBER_BYTES)
+    moves = 2 * (plan.sequences + plan.kv.pages) * _ITEM_BYTES
+    return segments + moves + plan.kv.pages * _ITEM_BYTES + _ITEM_BYTES
 
 
 def _check(what: str, values: Sequence[int], limit: int) -> None:

@@ -21,6 +21,8 @@ from .executor import Executor, StillWanted
 from .order import Order, Reading, Result, Segment
 
 DISK_WAIT_S = 1.0  # a page waits so long for room to be copied, if nobody waits for the step
+KEPT_TOGETHER = 4  # pages that ranks are told to keep before rank 0 waits for all of them
+WAIT_FOR_ALL = Reading((), ())  # every rank says that it has read none
 
 
 class Rank:
@@ -58,13 +60,23 @@ class Rank:
                 moves.append(put)
         return replace(order, moves=moves)
 
-    def keeping(self, known: Sequence[Save], wait_s: float) -> Iterator[Order]:
-        """Orders that keep the `known` pages on the disks of all ranks, before these are closed: each waits at most
-        `wait_s` for room, and has to be run before the next is made."""
-        for save in known if self.disk is not None else ():
-            order = self.placed(Order(moves=[save]), wait_s)
+    def keeping(self, known: Sequence[Save], limit_s: float = FLUSH_LIMIT_S) -> Iterator[Order]:
+        """Orders that keep the `known` pages, the most recently used first, on the disks of all ranks before these are
+        closed, as far as that goes in `limit_s`. Each has to be run before the next is made. When the last has been
+        run, all ranks have carried out all of them."""
+        if self.disk is None or self.disk.closed:
+            return
+        ends_s = self._clock() + limit_s
+        behind = 0
+        for save in self.disk.worth_keeping(known):
+            if (left_s := ends_s - self._clock()) <= 0:
+                break
+            order = self.placed(Order(moves=[save]), left_s)
             if order.moves:
-                yield order
+                behind = (behind + 1) % KEPT_TOGETHER
+                yield order if behind else replace(order, readings=[WAIT_FOR_ALL])
+        if behind:
+            yield Order(readings=[WAIT_FOR_ALL])
 
     def close(self, known: Sequence[Save], keep_s: float = FLUSH_LIMIT_S) -> None:
         """Keep the pages that are `known` on disk, if there is one, as far as that goes in so many seconds."""
@@ -79,7 +91,8 @@ class Rank:
         counts = self.executor.collective.gather(np.array(mine, np.float32)[:, None])  # (readings, ranks)
         if not counts.size:
             return mine
-        least = [int(count) for count in counts.min(1)]
+        theirs = np.nan_to_num(counts, nan=0.0).min(1).clip(0, mine)  # whatever others say
+        least = [int(count) for count in theirs]
         for reading, own, all_ in zip(readings, mine, least, strict=True):
             if all_ < own and self.disk is not None:  # otherwise it would be looked for again and again
                 self.disk.disown(reading.entries[all_])
@@ -94,7 +107,8 @@ class Rank:
     def _compute(self, segments: Sequence[Segment], wanted: StillWanted) -> Floats:
         """Logits (R, vocab) of the rows that are wanted. If there are none, a streamed head is not read."""
         if segments:
-            step = Step.build(segments, self.executor.plan.part_tokens)
+            rows = sum(len(segment.tokens) for segment in segments)
+            step = Step.build(segments, self.executor.plan.rows_together(rows))
             hidden = self.executor.forward(step, wanted)
             if len(step.rows):
                 return self.executor.head(hidden)

@@ -18,17 +18,18 @@ from .errors import StoreError
 SECONDS = 0.5
 
 
-def read_speed(path: Path, seconds: float = SECONDS) -> float:
-    """Bytes per second of reading `path` at this moment; 0 if the file is too short to tell. Raises StoreError."""
+def read_speed(path: Path, seconds: float = SECONDS, read_bytes: int = READ_BYTES) -> float:
+    """Bytes per second of reading `path` at this moment, so many bytes at a time; 0 if the file is too short to tell.
+    Raises StoreError."""
     file = DirectFile(path)
-    places = path.stat().st_size // READ_BYTES
+    places = path.stat().st_size // read_bytes
     stride = max(1, places // READERS)
     until_s = time.monotonic() + seconds
 
     def read(first: int) -> int:
-        memory, count = Arena().take(READ_BYTES), 0
+        memory, count = Arena().take(read_bytes), 0
         while time.monotonic() < until_s and count < places:
-            file.read((first + count) % places * READ_BYTES, memory)
+            file.read((first + count) % places * read_bytes, memory)
             count += 1
         return count
 
@@ -38,7 +39,7 @@ def read_speed(path: Path, seconds: float = SECONDS) -> float:
         began_s = time.monotonic()
         with ThreadPoolExecutor(READERS) as pool:
             counts = sum(pool.map(read, range(0, stride * READERS, stride)))
-        return counts * READ_BYTES / max(time.monotonic() - began_s, 1e-3)
+        return counts * read_bytes / max(time.monotonic() - began_s, 1e-3)
     except (OSError, EOFError) as error:
         raise StoreError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     finally:

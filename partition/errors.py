@@ -4,7 +4,8 @@ PartitionError
 ├── SpecError      a fact of the architecture is out of range or contradicts another
 ├── ShardError     a model cannot be cut into this many shards
 ├── PlanError      another machine's plan for this one cannot be carried out
-└── MachineError   a measured figure of a machine or link cannot be true
+├── MachineError   a measured figure of a machine or link cannot be true
+└── ProfileError   a profile has a figure that cannot be true, or lacks one
 """
 
 
@@ -26,3 +27,7 @@ class PlanError(PartitionError):
 
 class MachineError(PartitionError):
     """A figure of a machine or link is out of range; the message gives machine, figure, value and limits."""
+
+
+class ProfileError(PartitionError):
+    """A profile cannot be used; the message gives field, value and limits."""

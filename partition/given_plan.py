@@ -24,6 +24,7 @@ _COUNTS = {
     "expert_slots": (0, 1 << 24),
     "streamed_bytes": (0, _MOST),
     "ranks": (1, 1 << 16),
+    "overlap_rows": (1, 1 << 30),
 }
 
 

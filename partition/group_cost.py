@@ -22,6 +22,8 @@ from .plan import Wanted
 from .rank_sizes import Held, Operations, Portion, Sizes
 from .sum_cost import Means, Network
 
+NEVER = 1 << 30  # rows: more than any step has
+OVERLAPS = (32, 64, 128, 256, 512)  # rows from which on it may be worth to compute steps in halves
 PROMPTS = (512, 4000)  # tokens of prompts whose first token nobody should wait longer for
 
 
@@ -34,7 +36,8 @@ class Placement(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What a group is predicted to do. `first_token_s`: for the prompts of `Cost.prompts`, in their order."""
+    """What a group is predicted to do. `first_token_s`: for the prompts of `Cost.prompts`, in their order.
+    `overlap_rows`: steps of so many rows or more are computed in halves whose sums overlap."""
 
     token_s: float
     first_token_s: tuple[float, ...]
@@ -42,6 +45,7 @@ class Figures(NamedTuple):
     decode: Means | None  # how sums are made when answers are decoded, and …
     prompt: Means | None  # … when prompts are read; None where there are none
     chunk_tokens: int  # of a prompt, in one step
+    overlap_rows: int = NEVER
 
     def within(self, other: Figures, factor: float) -> bool:
         """Whether nothing takes longer than `factor` times what it takes there."""
@@ -55,6 +59,19 @@ class Figures(NamedTuple):
     @property
     def times(self) -> tuple[float, ...]:
         return self.token_s, *self.first_token_s
+
+
+class StepWork(NamedTuple):
+    """Seconds that a step takes without what goes over the network."""
+
+    attn_s: float  # of the slowest rank, in all layers
+    ffn_s: float
+    head_s: float
+    disk_s: float  # of the slowest disk
+
+    @property
+    def chain_s(self) -> float:
+        return self.attn_s + self.ffn_s + self.head_s
 
 
 class Cost:
@@ -117,12 +134,12 @@ class Cost:
             """(seconds of each rank's part and of sending what it gives; of the slowest disk)"""
             chains, disk = [], 0.0
             for part, pair in zip(parts, ring, strict=True):
-                chain_s, disk_s = self._compute_s([part], rows, context)
+                work = self._compute_s([part], rows, context)
                 hop_s = network.hop_s(*pair, width * rows) or 0.0
                 chains.append(
-                    chain_s + calls_s * part.portion.heads + hop_s
+                    work.chain_s + calls_s * part.portion.heads + hop_s
                 )  # it has that share of the layers
-                disk = max(disk, disk_s)
+                disk = max(disk, work.disk_s)
             return chains, disk
 
         def step_s(rows: int, context: float) -> float:
@@ -140,17 +157,29 @@ class Cost:
         network: Network,
         means: Sequence[Means],
         chunk: int,
-        compute: Callable[[int, float], tuple[float, float]],
+        compute: Callable[[int, float], StepWork],
     ) -> Figures:
         calls_s = LAYER_S * len(self._wanted.spec.layers)
         decode, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
 
-        def step_s(rows: int, context: float) -> float:
-            chain_s, disk_s = compute(rows, context)
+        def whole_s(rows: int, context: float) -> float:
+            work = compute(rows, context)
             sums_s = self._sums_s(network, decode if rows == 1 else prompt, rows)
-            return max(chain_s + sums_s + calls_s, disk_s) + STEP_S
+            return max(work.chain_s + sums_s + calls_s, work.disk_s) + STEP_S
 
-        return self._figures(chunk, step_s, step_s, decode, prompt)
+        def halved_s(rows: int, context: float) -> float:
+            work = compute(rows, context)
+            chain_s = self._overlapped_s(network, prompt, rows, work) if prompt else work.chain_s
+            return max(chain_s + 2 * calls_s, work.disk_s) + STEP_S
+
+        worth = (rows for rows in OVERLAPS if prompt and halved_s(rows, 0.0) < whole_s(rows, 0.0))
+        overlap_rows = next(worth, NEVER)
+
+        def step_s(rows: int, context: float) -> float:
+            return (halved_s if rows >= overlap_rows else whole_s)(rows, context)
+
+        figures = self._figures(chunk, step_s, step_s, decode, prompt)
+        return figures._replace(overlap_rows=overlap_rows)
 
     def _chunk(self, parts: Sequence[Placement]) -> int:
         """Tokens of a prompt in one step. Steps get longer where weights stream, as far as everybody's memory goes."""
@@ -185,8 +214,8 @@ class Cost:
 
     def _compute_s(
         self, parts: Sequence[Placement], rows: int, context: float, head: Machine | None = None
-    ) -> tuple[float, float]:
-        """(seconds of computing `rows` tokens that attend to `context` others, of the slowest disk)"""
+    ) -> StepWork:
+        """Of `rows` tokens that attend to `context` others."""
         sizes, work, moe = self._sizes, self._work, self._wanted.spec.moe
         attended = sum(count * min(context, window or context) for window, count in self._windows.items())
         touched, crowd = 1.0, 1.0
@@ -216,7 +245,22 @@ class Cost:
             if portion.first:
                 own = head or machine
                 head_s = max(sizes.head / own.memory_bytes_per_s, work.head / own.flops)
-        return attn_s + ffn_s + head_s, disk_s
+        return StepWork(attn_s, ffn_s, head_s, disk_s)
+
+    def _overlapped_s(self, network: Network, means: Means, rows: int, work: StepWork) -> float:
+        """Seconds of a step's blocks and sums if it is computed in halves: of every block, the sums of both halves or
+        computing both, with the work that sums make, whatever takes longer; then the last sum."""
+        spec = self._wanted.spec
+        layers, half = len(spec.layers), -(-rows // 2)
+        sums_s = 2 * layers * network.sum_s(means, half, spec.hidden)
+        busy_s = 2 * layers * network.work_s(means, half, spec.hidden)
+        attn_s = max(work.attn_s + busy_s, sums_s)
+        if spec.qk_norm == "full":  # the squares of q and k wait for the sum before them
+            squares_s = 2 * layers * network.sum_s(means._replace(wire="f32"), half, 2)
+            attn_s = work.attn_s + sums_s + squares_s
+        ffn_s = max(work.ffn_s + busy_s, sums_s)
+        last_s = network.sum_s(means, half, spec.hidden)
+        return attn_s + ffn_s + last_s + work.head_s + network.broadcast_s(rows, spec.hidden)
 
     def _sums_s(self, network: Network, means: Means | None, rows: int) -> float:
         """Seconds of all that goes over the network in a step, with the work it makes."""

@@ -8,10 +8,13 @@ KV_SHARE = 8  # the KV pool, which gets at least one context
 SCRATCH_SHARE = 12  # scratch for long steps
 WINDOW_SHARE = 4  # the window, which gets at least the largest block and at most the two largest neighbours
 
+# Steps of so many rows are computed in halves by the ranks of a group, if nobody predicted which are worth it.
+OVERLAP_ROWS = 32
+
 # What ranks do for each other besides computing, in an interpreter on a machine of 2026:
 STEP_S = 0.5e-3  # a step begins and ends: order, sampling, bookkeeping
 LAYER_S = 60e-6  # the calls of one layer begin and end
 MESSAGE_S = 20e-6  # a message is sent or received, and encrypted
 ADD_S = 0.15e-9  # a number of a partial is added
-ENCODE_S = {"f32": 0.2e-9, "bf16": 7e-9, "int8": 12e-9}  # a number is made ready for the wire …
+ENCODE_S = {"f32": 0.2e-9, "bf16": 2e-9, "int8": 4e-9}  # a number is made ready for the wire …
 DECODE_S = {"f32": 0.2e-9, "bf16": 0.6e-9, "int8": 1.1e-9}  # … and read from it

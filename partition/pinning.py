@@ -39,11 +39,16 @@ class Pinnings:
         self._dense_bytes = sum(nbytes for kind in self._kinds for _, nbytes in kind.blocks)
         experts = [nbytes for block, nbytes in extents.items() if block.kind == "expert"]
         self._experts, self._expert_bytes = len(experts), max(experts, default=0)
-        self._active = spec.moe.active if spec.moe else 0
+        self._active = moe.active if (moe := spec.moe) else 0
+        self._active_here = (
+            moe.active * len(moe.own) / moe.experts if moe else 0.0
+        )  # of a token's, on average
         self._moe_layers = sum(layer.moe for layer in spec.layers)
 
         @cache
         def pinned_bytes(kind: _Kind, count: int, leads: int) -> int:
+            if kind.alike:
+                return count * kind.largest_bytes
             return sum(nbytes for _, nbytes in self._pinned(kind, count, leads))
 
         self._candidates: list[_Candidate] = []
@@ -67,7 +72,7 @@ class Pinnings:
             if not streamed:
                 slots = min(self._experts, (room_bytes - self._dense_bytes) // self._expert_bytes)
             missed = 1 - slots / self._experts
-            streamed += int(self._moe_layers * self._active * self._expert_bytes * missed)
+            streamed += int(self._moe_layers * self._active_here * self._expert_bytes * missed)
         pinned = frozenset(
             block
             for kind, count in zip(self._kinds, counts, strict=True)
@@ -108,6 +113,7 @@ class _Kind:
         self.blocks = blocks
         self.of_layers = blocks[0][0].kind != "head"
         self.largest_bytes = max(nbytes for _, nbytes in blocks)
+        self.alike = all(nbytes == self.largest_bytes for _, nbytes in blocks)
 
 
 class _Candidate(NamedTuple):

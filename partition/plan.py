@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from .amounts import counted, format_bytes
+from .hardware_guesses import OVERLAP_ROWS
 from .memory_layout import KERNEL_BYTES, PAGE_TOKENS, SPAN_TOKENS, SPANS_BYTES, THREAD_BYTES, kv_page_bytes
 from .spec import BlockId, ModelSpec
 
@@ -60,6 +61,7 @@ class Plan:
     expert_slots: int = 0  # how many experts, of any layers, are in memory together if experts are on disk
     streamed_bytes: int = 0  # that one token alone reads from disk, if all experts are equally likely
     ranks: int = 1
+    overlap_rows: int = OVERLAP_ROWS  # in a group, steps of so many rows or more are computed in halves
 
     @property
     def streams(self) -> bool:
@@ -86,6 +88,12 @@ class Plan:
         """Bytes of the slots for experts, which are all as large as the largest expert on disk."""
         sizes = (it.nbytes for it in self.blocks if it.tier == "disk" and it.block.kind == "expert")
         return self.expert_slots * max(sizes, default=0)
+
+    def rows_together(self, rows: int) -> int:
+        """How many of a step's `rows` pass a block together. In a group, long steps are computed in two halves at
+        least: the sum of one travels while the other is computed."""
+        halved = self.ranks > 1 and rows >= self.overlap_rows
+        return min(self.part_tokens, -(-rows // 2)) if halved else self.part_tokens
 
     @property
     def step_rows(self) -> int:

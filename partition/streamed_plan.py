@@ -25,14 +25,22 @@ _SEARCH_BYTES = 1 << 20  # the least memory is found in steps of this many bytes
 
 
 def plan_streamed(
-    wanted: Wanted, extents: Mapping[BlockId, int], vectors_bytes: int, *, memory_bytes: int
+    wanted: Wanted,
+    extents: Mapping[BlockId, int],
+    vectors_bytes: int,
+    *,
+    memory_bytes: int,
+    window_times: float = 1.0,
+    pinnings: Pinnings | None = None,
 ) -> Plan | Misfit:
     """A plan that streams what does not fit into `memory_bytes`.
 
     extents: bytes of every block in a pack, in the order of a step, the head in slices; 0 for an embedding that is tied
-    to the head. vectors_bytes: those of norms and biases, which stay in memory.
+    to the head. vectors_bytes: those of norms and biases, which stay in memory. window_times: of the share of memory
+    that the window usually gets. pinnings: of these extents, if they are known already.
     """
-    plan = partial(_plan, wanted, Pinnings(wanted.spec, extents), extents, vectors_bytes)
+    pinnings = pinnings or Pinnings(wanted.spec, extents)
+    plan = partial(_plan, wanted, pinnings, extents, vectors_bytes, window_times / WINDOW_SHARE)
     return plan(memory_bytes) or _least(plan, memory_bytes)
 
 
@@ -55,13 +63,18 @@ def _least(plan: Callable[[int], Plan | None], memory_bytes: int) -> Misfit:
 
 
 def _plan(
-    wanted: Wanted, pinnings: Pinnings, extents: Mapping[BlockId, int], vectors_bytes: int, memory_bytes: int
+    wanted: Wanted,
+    pinnings: Pinnings,
+    extents: Mapping[BlockId, int],
+    vectors_bytes: int,
+    window_share: float,
+    memory_bytes: int,
 ) -> Plan | None:
     """None if not even the least fits."""
     fixed = _fixed(wanted, memory_bytes)
     always = vectors_bytes + READING_BYTES
     room = memory_bytes - always - fixed.kv_bytes - fixed.room_bytes
-    pinning = pinnings.best(room, memory_bytes // WINDOW_SHARE)
+    pinning = pinnings.best(room, int(memory_bytes * window_share))
     if pinning is None:
         return None
     blocks = [

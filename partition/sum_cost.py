@@ -76,6 +76,11 @@ class Network:
 
     def sum_s(self, means: Means, rows: int, numbers: int) -> float:
         """Seconds of one sum of partials (rows, numbers), with the work that it makes."""
+        network_s = self.network_s(means.topology, WIRE_BYTES[means.wire] * rows * numbers, rows)
+        return network_s + self.work_s(means, rows, numbers)
+
+    def work_s(self, means: Means, rows: int, numbers: int) -> float:
+        """Seconds of processor time that the busiest rank spends on one sum of partials (rows, numbers)."""
         others, count = self.ranks - 1, rows * numbers
         encode_s, decode_s = ENCODE_S[means.wire], DECODE_S[means.wire]
         if means.topology == "star":  # a spoke encodes; the hub decodes, adds, encodes; all decode
@@ -88,8 +93,7 @@ class Network:
             share = -(-rows // self.ranks) / rows
             work = (1 + share) * encode_s + others * share * (decode_s + ADD_S) + decode_s
             messages = 4 * others
-        network_s = self.network_s(means.topology, WIRE_BYTES[means.wire] * count, rows)
-        return network_s + messages * MESSAGE_S + count * work
+        return messages * MESSAGE_S + count * work
 
     def broadcast_s(self, rows: int, numbers: int) -> float:
         """Seconds until all have rows that rank 0 had, in f32."""

@@ -65,6 +65,12 @@ def busy() -> float:
     return round(os.getloadavg()[0], 1)
 
 
+def waited_s(kind: str) -> float:
+    """Seconds since the start in which somebody waited for a processor ("cpu") or the disk ("io"); 0 if not known."""
+    file = Path("/proc/pressure") / kind
+    return int(file.read_text().split()[4].partition("=")[2]) / 1e6 if file.exists() else 0.0
+
+
 def dram_read_gb_per_s(threads: int) -> float:
     """GB/s of the best of a few reads of a large buffer, of which each thread reads a part; 0 if there is no room."""
     if psutil.virtual_memory().available < 4 * BUFFER_BYTES:

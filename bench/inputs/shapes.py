@@ -116,6 +116,32 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape(
+            name="llama-34m",  # where sums weigh more than weights
+            arch="llama",
+            mix="F32",
+            layers=8,
+            hidden=512,
+            heads=8,
+            kv_heads=8,
+            ffn=1408,
+            vocab=8192,
+            context=2048,
+            rope_base=10000.0,
+        ),
+        Shape(
+            name="llama-97m",
+            arch="llama",
+            mix="F32",
+            layers=12,
+            hidden=768,
+            heads=12,
+            kv_heads=12,
+            ffn=2048,
+            vocab=8192,
+            context=2048,
+            rope_base=10000.0,
+        ),
+        Shape(
             name="llama-1.1b",  # TinyLlama
             arch="llama",
             mix="Q4_K_M",

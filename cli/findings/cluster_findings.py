@@ -101,9 +101,13 @@ def _place(reply: NodesReply, others: list[NodeStatus]) -> Finding:
 
 
 def _listening(reply: NodesReply, around: Surroundings, others: list[NodeStatus]) -> Iterator[Finding]:
+    if not reply.listening and reply.closed:
+        found = "closed: no machine may come that is not there"
+        yield Finding("port", "ok", found)
+        return
     if not reply.listening:
         found = "this head does not listen for other machines; shoal logs shows why"
-        yield Finding("port", "broken", found, "shoal cluster init --listen :7448")
+        yield Finding("port", "broken", found, "shoal cluster init --listen auto:7448")
         return
     port = _port(reply)
     for text, trouble in around.closed.items():
@@ -113,7 +117,7 @@ def _listening(reply: NodesReply, around: Surroundings, others: list[NodeStatus]
     outside = [text for text in around.tried if _host(text) not in loopback]
     if not outside and not others:
         found = f"listens at {', '.join(reply.listening)} only, where no other machine reaches it"
-        yield Finding("port", "note", found, "shoal cluster init --listen :7447")
+        yield Finding("port", "note", found, "shoal cluster init --listen auto")
     elif good := [text for text in outside or around.tried if text not in around.closed]:
         yield Finding("port", "ok", f"answers at {', '.join(good)}")
 

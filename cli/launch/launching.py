@@ -16,7 +16,14 @@ from shoal.client import Client
 from shoal.comm.cluster_messages import NodeStatus
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
-from shoal.daemon.cluster.routes.own_addresses import DEFAULT_PORT, parse_address, reachable
+from shoal.daemon.cluster.routes.listening import real_hosts
+from shoal.daemon.cluster.routes.own_addresses import (
+    DEFAULT_PORT,
+    own_addresses,
+    parse_address,
+    reachable,
+    spelled,
+)
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.installed import package_version
 from shoal.partition.amounts import counted, format_bytes
@@ -98,15 +105,16 @@ class Launch:
 
 def planned(hosts: Sequence[Host], home: Home, runs: bool) -> Iterator[list[str]]:
     """The commands that `run` would use. If no daemon `runs`, with the addresses that it would listen at by default."""
-    listening, head = [("", DEFAULT_PORT)], "FINGERPRINT"
+    head = "FINGERPRINT"
+    there = [spelled((host, DEFAULT_PORT)) for host in real_hosts(own_addresses())]
     if runs:
         with Client(home.address) as client:
             found = client.nodes()
-        if found.listening:
-            listening = [parse_address(text) for text in found.listening]
+        if found.listening or found.closed:
+            there = reachable([parse_address(text) for text in (*found.listening, *found.closed)])
         if found.nodes:
             head = found.nodes[0].fingerprint
-    addresses = for_others(reachable(listening))
+    addresses = for_others(there)
     for host in hosts:
         yield ssh_command(host, addresses, head)
 

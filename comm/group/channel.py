@@ -48,6 +48,11 @@ class Channel:
         return self._stream.closed
 
     @property
+    def moved(self) -> int:
+        """How many bytes have gone and come so far, those of encryption included: whether it moves."""
+        return self._stream.moved
+
+    @property
     def buffered(self) -> bool:
         """Whether something has come that a `select` on this channel does not see."""
         return self._stream.buffered
@@ -74,6 +79,10 @@ class Channel:
         """
         with self._receiving:
             self._receive(_bytes(view), time.monotonic() + timeout_s)
+
+    def watch(self) -> None:
+        """From now on, whoever waits for bytes looks for them for a while before it sleeps (`Stream.watch`)."""
+        self._stream.watch()
 
     def receive_exactly(self, count: int, timeout_s: float) -> bytearray:
         """`count` bytes, as many as the caller knows to expect. Otherwise as `receive_into`."""

@@ -21,7 +21,7 @@ from .group_protocol import OURS, Purpose, Speaks
 from .join_code import read_code
 from .node_identity import NodeIdentity
 from .pairing import join
-from .peers import MAX_ADDRESSES, PairedNode, Peers
+from .peers import MAX_ADDRESSES, KnownNodes, PairedNode, Peers
 from .streams import Address, SocketStream, TlsStream
 from .tls import client_context, stranger_context
 
@@ -34,7 +34,7 @@ Reached = tuple[Address, TlsStream, bytes]  # where, and the certificate that wa
 
 def dial(
     identity: NodeIdentity,
-    peers: Peers,
+    peers: KnownNodes,
     peer: str,
     purpose: Purpose,
     addresses: Sequence[Address] = (),
@@ -65,7 +65,7 @@ def dial(
 
 def dial_all(
     identity: NodeIdentity,
-    peers: Peers,
+    peers: KnownNodes,
     peer: str,
     purpose: Purpose,
     addresses: Sequence[Address],

@@ -64,7 +64,9 @@ class Declined(msgspec.Struct, frozen=True, tag="declined"):
     speaks: Speaks
 
 
-OURS = Speaks()
+FELLOWS = "fellows"  # workers of a group reach each other, and add sums in more ways than by a star
+
+OURS = Speaks(features=(FELLOWS,))
 
 
 def agree(ours: Speaks, theirs: Speaks) -> Agreed:

@@ -68,6 +68,12 @@ class Codes:
             self._issued.append(_Issued(read_code(code), self._clock() + CODE_S))
         return code
 
+    @property
+    def any_good(self) -> bool:
+        """Whether somebody could still join by one."""
+        with self._lock:
+            return any(not it.used and self._clock() < it.until for it in self._issued)
+
     def redeem(self, tried_by: str, proven: Callable[[str], bool], store: Callable[[], T]) -> T:
         """Use up the code that is `proven`, once `store` has returned; what that returned.
 

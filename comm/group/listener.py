@@ -26,7 +26,7 @@ from .group_protocol import OURS, Speaks
 from .join_code import Codes
 from .node_identity import NodeIdentity, fingerprint
 from .pairing import admit
-from .peers import PairedNode, Peers
+from .peers import KnownNodes, PairedNode, Peers
 from .streams import Address, SocketStream, TlsStream
 from .tls import server_context
 
@@ -41,31 +41,59 @@ log = logging.getLogger("shoal.group")
 
 
 class GroupListener:
-    """Listens at `addresses` as long as it is open. A port 0 is any free one, the same at all of them.
+    """Listens at `addresses` as long as it is open, and at those of `also_at`. A port 0 is any free one, the same at
+    all of them.
 
-    AddressError if one cannot be had. Without `codes` nobody can be paired.
+    AddressError if one cannot be had. Nobody can be paired without `codes`, nor where nodes are
+    only introduced.
     """
 
     def __init__(
         self,
         identity: NodeIdentity,
-        peers: Peers,
+        peers: KnownNodes,
         addresses: Sequence[Address],
         codes: Codes | None = None,
         speaks: Speaks = OURS,
     ) -> None:
         self._identity, self._peers, self._codes, self._speaks = identity, peers, codes, speaks
         self._sockets = _listening(addresses)
-        self.addresses: tuple[Address, ...] = tuple(one.getsockname()[:2] for one in self._sockets)
+        self._fixed: tuple[Address, ...] = tuple(one.getsockname()[:2] for one in self._sockets)
+        self._also: dict[Address, socket.socket] = {}
+        self._going: list[socket.socket] = []  # sockets that the thread is to close
         # In the order in which they came.
         self._newcomers: dict[SocketStream, tuple[str, threading.Thread]] = {}
-        self._lock = threading.Lock()  # for the newcomers
+        self._lock = threading.Lock()  # for the newcomers, and for what `also_at` changes
         self._ready: queue.Queue[Channel] = queue.Queue(MAX_WAITING)
         self._context: tuple[tuple[PairedNode, ...], ssl.SSLContext] | None = None
         self._wake, self._woken = socket.socketpair()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shoal-group-listener", daemon=True)
         self._thread.start()
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        with self._lock:
+            return *self._fixed, *self._also
+
+    def also_at(self, addresses: Sequence[Address]) -> dict[Address, AddressError]:
+        """Listen at these from now on, and no more at those of an earlier call; who has come in there stays. → those
+        that cannot be had. One thread calls it at a time."""
+        failed: dict[Address, AddressError] = {}
+        fresh: dict[Address, socket.socket] = {}
+        for address in dict.fromkeys(addresses):
+            if address not in self._also and address not in self._fixed:
+                try:
+                    (fresh[address],) = _listening([address])
+                except AddressError as error:
+                    failed[address] = error
+        with self._lock:
+            gone = [address for address in self._also if address not in addresses]
+            self._going += map(self._also.pop, gone)
+            self._also |= fresh
+        if gone or fresh:
+            self._nudge()
+        return failed
 
     def accept(self, timeout_s: float) -> Channel | None:
         """The next channel of a paired node; its `purpose` and `peer` are known. None if none came in time."""
@@ -82,8 +110,7 @@ class GroupListener:
     def close(self) -> None:
         """Listen no more, and turn away who is not known yet. Channels that were taken stay open."""
         self._closing.set()
-        with contextlib.suppress(OSError):
-            self._wake.send(b"x")
+        self._nudge()
         self._thread.join(HANDSHAKE_S)
         with self._lock:
             newcomers = dict(self._newcomers)
@@ -91,7 +118,7 @@ class GroupListener:
             stream.abort()
         for _, thread in newcomers.values():
             thread.join(HANDSHAKE_S)
-        for one in (*self._sockets, self._wake, self._woken):
+        for one in (*self._sockets, *self._also.values(), *self._going, self._wake, self._woken):
             one.close()
         while (channel := self.accept(0)) is not None:
             channel.close()
@@ -102,12 +129,17 @@ class GroupListener:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _nudge(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wake.send(b"x")
+
     def _run(self) -> None:
         complained = ""
         with selectors.DefaultSelector() as selector:
             for one in (*self._sockets, self._woken):
                 selector.register(one, selectors.EVENT_READ, one)
             while not self._closing.is_set():
+                self._take_over(selector)
                 ready = [key.data for key, _ in selector.select(CHECK_S)]
                 try:
                     self._peers.listed()  # closes the channels of those who are gone
@@ -117,8 +149,22 @@ class GroupListener:
                         log.error("no node can connect: %s", error)
                     complained = str(error)
                 for one in ready:
-                    if one is not self._woken:
+                    if one is self._woken:
+                        one.recv(BACKLOG)
+                    else:
                         self._take(one)
+
+    def _take_over(self, selector: selectors.BaseSelector) -> None:
+        """What `also_at` has changed."""
+        with self._lock:
+            going, self._going = self._going, []
+            fresh = [one for one in self._also.values() if one not in selector.get_map()]
+        for one in going:
+            with contextlib.suppress(KeyError):  # it came and went at once
+                selector.unregister(one)
+            one.close()
+        for one in fresh:
+            selector.register(one, selectors.EVENT_READ, one)
 
     def _take(self, listening: socket.socket) -> None:
         try:
@@ -199,7 +245,7 @@ class GroupListener:
         return channel
 
     def _pair(self, channel: Channel) -> None:
-        if self._codes is None:
+        if self._codes is None or not isinstance(self._peers, Peers):
             raise ChannelError("a node wants to be paired, and this one pairs with nobody")
         try:
             peer = admit(channel, self._identity, self._peers, self._codes)

@@ -55,6 +55,21 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
+class KnownNodes(Protocol):
+    """Whom a listener lets in, or who is dialled: `Peers`, or `Introduced` for a while."""
+
+    def listed(self) -> tuple[PairedNode, ...]:
+        """All of them. The same object as long as nothing has changed."""
+        ...
+
+    def get(self, fingerprint: str) -> PairedNode:
+        """NotPaired if there is none."""
+        ...
+
+    def hold(self, fingerprint: str, channel: Closable) -> None:
+        """Close `channel` when its node is known no longer. NotPaired, or ChannelError at too many."""
+
+
 class _PeersFile(msgspec.Struct):
     peers: list[PairedNode]
 

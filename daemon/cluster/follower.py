@@ -9,9 +9,10 @@ import logging
 import threading
 from collections.abc import Callable
 
-from shoal.comm.group.star import Spoke
-from shoal.comm.group.star_errors import Departed, GivenUp
+from shoal.comm.group.sums.star import Spoke
+from shoal.comm.group.sums.star_errors import Departed, GivenUp
 from shoal.engine.errors import OrderError, RankLost
+from shoal.engine.order import Order
 from shoal.engine.order_bytes import order_of
 from shoal.engine.rank import Rank
 
@@ -23,10 +24,14 @@ FOLLOWER_END_S = 10.0
 
 
 class Follower:
-    """Carries out orders from `spoke`. `ended` is called once, with the reason, when it can follow no longer."""
+    """Carries out orders from `spoke`. `ended` is called once, with the reason, when it can follow no longer. Orders
+    may name KV on disk in `slots` slots."""
 
-    def __init__(self, rank: Rank, spoke: Spoke, pulse: Pulse, ended: Callable[[str], None]) -> None:
+    def __init__(
+        self, rank: Rank, spoke: Spoke, pulse: Pulse, ended: Callable[[str], None], slots: int = 0
+    ) -> None:
         self._rank = rank
+        self._slots = slots
         self._spoke = spoke
         self._pulse = pulse
         self._ended = ended
@@ -60,7 +65,7 @@ class Follower:
         data = self._spoke.next()
         self._pulse.at_work = True
         try:
-            self._rank.run(order_of(data, self._rank.executor.plan), self._pulse.still_wanted)
+            self._rank.run(self._order(data), self._pulse.still_wanted)
         except GivenUp:
             pass
         except RankLost as error:
@@ -73,3 +78,6 @@ class Follower:
         finally:
             self._pulse.at_work = False
             self._pulse.steps += 1
+
+    def _order(self, data: bytes) -> Order:
+        return order_of(data, self._rank.executor.plan, self._slots)

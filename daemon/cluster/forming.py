@@ -6,18 +6,23 @@ Knows members and their facts, and how a model can be cut. How a group lives is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from math import inf
 from typing import NamedTuple, Protocol
 
+from shoal import kernels
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.wire_types import WireType
+from shoal.comm.group.sums.wire_types import WireType
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.kv_files import fingerprint, group_fingerprint
+from shoal.daemon.loading.budgeting import disk_buffer_bytes
 from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated
 from shoal.daemon.loading.planning import extents, rank_part, wanted_of
 from shoal.daemon.memory import bounded
 from shoal.models.checkpoint.checkpoint import Checkpoint
-from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
+from shoal.models.checkpoint.shard import CheckpointShard
 from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
@@ -33,6 +38,7 @@ from .group import Group, Seat
 from .member import Member
 from .roster import Roster
 from .speed import NodeSpeed
+from .steady_shares import Shares, SteadyShares
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +77,14 @@ class Forming:
         speed: Callable[[], NodeSpeed],
         choosing: Choosing = choose,
         wires: Sequence[WireType] = ("f32",),
+        steady: SteadyShares | None = None,
     ) -> None:
         self._roster = roster
         self._serving = serving
         self._speed = speed
         self._choosing = choosing
         self._wires = wires
+        self._steady = steady or SteadyShares()
 
     @property
     def machines(self) -> int:
@@ -89,7 +97,53 @@ class Forming:
     def seat(
         self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int
     ) -> Seated | Unseated:
-        members = self._roster.usable
+        made = self._seating(name, checkpoint, config, free_bytes)
+        if isinstance(made, Unseated):
+            return made
+        self._steady.use(made.key, made.shares)
+        wire, kv_store = self._wires[0], b""
+        if config.kv_disk_bytes != 0:
+            computing = [wire, kernels.home(), *(member.facts.kernels for member in made.members)]
+            whole = fingerprint(checkpoint, config.quant, made.plans[0])
+            kv_store = group_fingerprint(whole, made.shards, computing)
+        group = Group(
+            self._roster,
+            name,
+            [
+                Seat(made.members[rank - 1], made.shards[rank], made.parts[rank].spec, made.plans[rank])
+                for rank in range(1, len(made.shards))
+            ],
+            config.quant,
+            wire,
+            self._serving(checkpoint, config.quant, bounded=bounded(config.memory_bytes)),
+            made.plans[0].weights_bytes,
+            kv_store,
+        )
+        group.begin()
+        return Seated(made.parts[0], made.plans[0], group, made.why)
+
+    def would_seat(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        free_bytes: int,
+        dropping: Collection[str],
+    ) -> bool:
+        return isinstance(self._seating(name, checkpoint, config, free_bytes, dropping), _Seating)
+
+    def _seating(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        free_bytes: int,
+        dropping: Collection[str] = (),
+    ) -> _Seating | Unseated:
+        """Who would take part, and how."""
+        awaited = self._roster.awaited(0 if config.ranks is None else config.ranks - 1)
+        # Not in the order in which they came: each is to get the shard again that it has the weights and the KV of.
+        members = sorted(awaited, key=lambda member: member.fingerprint)
         if config.ranks is not None and config.ranks > len(members) + 1:
             there = ", ".join(member.name for member in members) or "nobody"
             message = f"{config.ranks} ranks were asked for, and besides this machine there is {there}"
@@ -99,14 +153,15 @@ class Forming:
             raise DaemonError("resources", message, "see shoal cluster nodes")
         if not members or config.ranks == 1:
             return Unseated("")
-        choice = self._choice(name, checkpoint, config, members, free_bytes)
+        rooms = [free_bytes, *(member.room_bytes(name, *dropping) for member in members)]
+        choice = self._choice(checkpoint, config, members, rooms)
         if isinstance(choice, NoGroup):
             if config.ranks is not None:
                 raise DaemonError("resources", f"{name}: {choice.describe()}")
             return Unseated(choice.describe())
         if len(choice.ranks) == 1:
             return Unseated(choice.describe())
-        return self._seated(name, checkpoint, config, members, choice, free_bytes)
+        return self._planned(name, checkpoint, config, members, choice, rooms)
 
     def better(
         self,
@@ -120,20 +175,17 @@ class Forming:
         now = list(group.names) if group is not None else []
         if not members:
             return bool(now)
-        choice = self._choice(name, checkpoint, config, members, free_bytes)
+        rooms = [free_bytes, *(member.room_bytes(name) for member in members)]
+        choice = self._choice(checkpoint, config, members, rooms)
         if isinstance(choice, NoGroup):
             return False
         return sorted(it.machine for it in choice.ranks[1:]) != sorted(now)
 
     def _choice(
-        self,
-        name: str,
-        checkpoint: Checkpoint,
-        config: NodeConfig,
-        members: Sequence[Member],
-        free_bytes: int,
+        self, checkpoint: Checkpoint, config: NodeConfig, members: Sequence[Member], rooms: Sequence[int]
     ) -> Choice | NoGroup:
-        own = self._speed()
+        """`rooms`: bytes of memory, this machine's first."""
+        own, (free_bytes, *theirs) = self._speed(), rooms
         machines = [
             Machine(
                 "this machine",
@@ -143,7 +195,7 @@ class Forming:
                 own.disk_bytes_per_s,
                 config.thread_count,
             ),
-            *(_machine(member, name) for member in members),
+            *(_machine(member, room) for member, room in zip(members, theirs, strict=True)),
         ]
         links = {(0, place): member.link for place, member in enumerate(members, 1)}
         sizes, _ = extents(checkpoint, config.quant)
@@ -160,51 +212,71 @@ class Forming:
         log.info("%s: %s", checkpoint.name, choice.describe())
         return choice
 
-    def _seated(
+    def _planned(
         self,
         name: str,
         checkpoint: Checkpoint,
         config: NodeConfig,
         members: Sequence[Member],
         choice: Choice,
-        free_bytes: int,
-    ) -> Seated | Unseated:
+        rooms: Sequence[int],
+    ) -> _Seating | Unseated:
         chosen = [members[rank.place - 1] for rank in choice.ranks[1:]]
-        grains = grains_of(checkpoint, config.quant)
-        shards = divide(checkpoint.spec, len(choice.ranks), grains, choice.shares, experts=choice.experts)
-        parts: list[AnyCheckpoint] = [CheckpointShard(checkpoint, shard) for shard in shards]
-        rooms = [free_bytes, *(member.room_bytes(name) for member in chosen)]
+        rooms = [rooms[rank.place] for rank in choice.ranks]
         threads = [config.thread_count, *(member.facts.threads for member in chosen)]
-        needs = [
-            rank_part(part, config.quant, room, own)
-            for part, room, own in zip(parts, rooms, threads, strict=True)
+        cut = f"{checkpoint.path} {config.quant} {choice.experts}"
+        key = " ".join([cut, *(member.fingerprint for member in chosen)])
+        found = [
+            self._cut(checkpoint, config, choice, shares, rooms, threads)
+            for shares in dict.fromkeys([self._steady.near(key, choice.shares), choice.shares])
         ]
-        plans = _plans(wanted_of(checkpoint.spec, config), needs)
+        shares, shards, parts, plans = min(found, key=_streamed_bytes)
         if isinstance(plans, TooTight):
             who = chosen[plans.rank - 1].name if plans.rank else "this machine"
             said = f"{who} needs {format_bytes(plans.least_bytes)} for its part of {name}"
             if config.ranks is not None:
                 raise DaemonError("resources", said)
             return Unseated(said)
-        specs = [part.spec for part in parts[1:]]
-        group = Group(
-            self._roster,
-            name,
-            [Seat(*it) for it in zip(chosen, shards[1:], specs, plans[1:], strict=True)],
-            config.quant,
-            self._wires[0],
-            self._serving(checkpoint, config.quant, bounded=bounded(config.memory_bytes)),
-            plans[0].weights_bytes,
-        )
-        group.begin()
-        return Seated(parts[0], plans[0], group, choice.describe())
+        plans = [replace(plan, overlap_rows=choice.figures.overlap_rows) for plan in plans]
+        return _Seating(chosen, key, shares, shards, parts, plans, choice.describe())
+
+    def _cut(
+        self,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        choice: Choice,
+        shares: Shares,
+        rooms: Sequence[int],
+        threads: Sequence[int],
+    ) -> _Cut:
+        """The model in these shares."""
+        grains = grains_of(checkpoint, config.quant)
+        shards = divide(checkpoint.spec, len(choice.ranks), grains, shares, experts=choice.experts)
+        parts = [CheckpointShard(checkpoint, shard) for shard in shards]
+        needs = [
+            rank_part(part, config.quant, max(0, room - disk_buffer_bytes(part, config)), own)
+            for part, room, own in zip(parts, rooms, threads, strict=True)
+        ]
+        return _Cut(shares, shards, parts, _plans(wanted_of(checkpoint.spec, config), needs))
 
 
-def _machine(member: Member, model: str) -> Machine:
+class _Seating(NamedTuple):
+    """A group that could be formed: members by rank, this machine not among them; the rest for all ranks."""
+
+    members: Sequence[Member]
+    key: str  # of the shares
+    shares: Shares
+    shards: Sequence[Shard]
+    parts: Sequence[CheckpointShard]
+    plans: Sequence[Plan]
+    why: str
+
+
+def _machine(member: Member, room_bytes: int) -> Machine:
     facts = member.facts
     return Machine(
         member.name,
-        member.room_bytes(model),
+        room_bytes,
         facts.memory_bytes_per_s,
         facts.flops,
         facts.disk_bytes_per_s,
@@ -217,6 +289,20 @@ class TooTight(NamedTuple):
 
     rank: int
     least_bytes: int
+
+
+class _Cut(NamedTuple):
+    """A model in shares, and the plans for it, if there are any."""
+
+    shares: Shares
+    shards: Sequence[Shard]
+    parts: Sequence[CheckpointShard]
+    plans: Sequence[Plan] | TooTight
+
+
+def _streamed_bytes(cut: _Cut) -> float:
+    """What the rank that streams most reads for a token."""
+    return inf if isinstance(cut.plans, TooTight) else max(plan.streamed_bytes for plan in cut.plans)
 
 
 def _plans(wanted: Sequence[Wanted], parts: Sequence[RankPart]) -> Sequence[Plan] | TooTight:

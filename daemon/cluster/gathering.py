@@ -1,11 +1,10 @@
 """A cluster's machines for a command that computes in its own process, while no daemon does.
 
-Workers look for their head all the time, so they come by themselves within seconds.
+Workers look for their head all the time, so they come by themselves within seconds (`Roster.awaited`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ from functools import partial
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.pack_shelf import PackShelf
 from shoal.daemon.loading.grouping import Grouping
 from shoal.offload.budget import Budget
 
@@ -21,9 +21,7 @@ from .membership import Membership
 from .roster import Roster
 from .shard_stores import open_shards, send_weights
 from .speed import node_speed
-
-GATHER_S = 10.0
-GATHER_LOOK_S = 0.05
+from .steady_shares import SteadyShares
 
 
 @contextmanager
@@ -41,9 +39,7 @@ def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
         raise DaemonError("resources", f"{config.ranks} ranks were asked for: this machine is no head", hint)
     try:
         membership.follow_files()
-        ends_s = time.monotonic() + GATHER_S
-        while len(roster.members) < config.ranks - 1 and time.monotonic() < ends_s:
-            time.sleep(GATHER_LOOK_S)
-        yield Forming(roster, send_weights, speed)
+        sending = partial(send_weights, claimed=PackShelf(home).claimed)
+        yield Forming(roster, sending, speed, steady=SteadyShares(home.cluster / "shares.json"))
     finally:
         membership.close()

@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.star import Hub
-from shoal.comm.group.wire_types import WireType
+from shoal.comm.group.sums.star import Hub
+from shoal.comm.group.sums.wire_types import WireType
+from shoal.daemon.library.kv_files import MOST_SLOTS, rank_fingerprint
 from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress
 from shoal.offload.pack.manifest import Quant
@@ -24,10 +26,11 @@ from shoal.partition.plan import Plan
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import ModelSpec
 
-from .control_messages import Loading, Ready, Serve, ShardRefused
+from .control_messages import BEAT_S, FROZEN_S, KvOnDisk, Loading, Ready, Serve, ShardRefused
 from .meeting import Led, Meeting
 from .member import Member
-from .pulse import Pulse
+from .mesh.introductions import Introductions
+from .pulse import Pulse, Watched
 from .roster import Contribution, Roster
 
 log = logging.getLogger(__name__)
@@ -57,7 +60,8 @@ SendWeights = Callable[[Channel, Shard], None]
 class Group:
     """Ranks 1, 2, … are `seats`. Members load until `form` returns; then `collective` and `others` are rank 0's.
 
-    `own_bytes` are the weights of rank 0.
+    `own_bytes` are the weights of rank 0. `kv_store`: 32 bytes that differ if anything differs that the group's KV
+    depends on; b"" if it is not to be kept on disk.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Group:
         wire: WireType,
         send_weights: SendWeights,
         own_bytes: int = 0,
+        kv_store: bytes = b"",
     ) -> None:
         self.epoch = next(_epochs)
         self.seats = seats
@@ -78,16 +83,20 @@ class Group:
         self._quant = quant
         self._send_weights = send_weights
         self._own_bytes = own_bytes
+        self._kv_store = kv_store
         self._hub: Hub | None = None
         self._data: dict[str, Channel] = {}
         self._arrived = threading.Condition()
+        self.introductions = Introductions(self.epoch, [seat.member for seat in seats], self._wake)
         self._closed = False
+        self._watched = [Watched() for _ in seats]
         self.pulse = Pulse(self.epoch)
 
     def begin(self) -> None:
         """Ask all members to load their shards."""
         self._roster.expect(self.epoch, self)
-        for seat in self.seats:
+        store = self._kv_store.hex()
+        for rank, seat in enumerate(self.seats, 1):
             request = Serve(
                 epoch=self.epoch,
                 model=self._model,
@@ -96,8 +105,10 @@ class Group:
                 plan=seat.plan,
                 quant=self._quant,
                 wire=self.wire,
+                fellows=self.introductions.fellows(rank),
+                kv_on_disk=KvOnDisk(store=store, slots=MOST_SLOTS) if store else None,
             )
-            seat.member.serve(request)
+            seat.member.serve(request, partial(self.introductions.heard, rank))
 
     def form(self, progress: Progress) -> None:
         """Wait until all members are ready. Raises DaemonError when one is gone, refuses or does not come further."""
@@ -113,7 +124,7 @@ class Group:
                     raise GroupFailed("resources", f"{member.name} cannot take its part: {state.reason}")
             loading = [state for _, state in states if isinstance(state, Loading)]
             done = sum(state.done for state in loading)
-            if not loading and self._complete():
+            if not loading and self._complete() and self.introductions.over:
                 break
             if (now := (done, len(loading) + len(self._data))) != before:
                 moved_s, before = time.monotonic(), now
@@ -132,10 +143,18 @@ class Group:
                 )
             with self._arrived:
                 self._arrived.wait(FORM_LOOK_S)
+        for said in self.introductions.apart:
+            log.info("%s: sums go by way of this machine", said)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
+        for stream in streams:
+            stream.watch()
         hub = self._hub = Hub(streams, self.epoch, self.wire)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)
+
+    def _wake(self) -> None:
+        with self._arrived:
+            self._arrived.notify_all()
 
     def blame(self, rank: int) -> None:
         """That rank was lost in the middle of a step."""
@@ -148,6 +167,21 @@ class Group:
     @property
     def plans(self) -> list[Plan]:
         return [seat.plan for seat in self.seats]
+
+    @property
+    def kv_key(self) -> bytes:
+        return rank_fingerprint(self._kv_store, 0) if self._kv_store else b""
+
+    @property
+    def kv_slots(self) -> int:
+        states = [seat.member.loading(self.epoch) for seat in self.seats]
+        return min((state.kv_slots for state in states if isinstance(state, Ready)), default=0)
+
+    @property
+    def kv_trouble(self) -> str:
+        states = [(seat.member.name, seat.member.loading(self.epoch)) for seat in self.seats]
+        said = (f"{name}: {it.kv_trouble}" for name, it in states if isinstance(it, Ready) and it.kv_trouble)
+        return "; ".join(said)
 
     @property
     def whole(self) -> bool:
@@ -166,6 +200,18 @@ class Group:
             channel.close()
         for seat in self.seats:
             seat.member.drop(self.epoch)
+
+    def watch(self, now_s: float) -> None:
+        awaited = self._hub.awaited if self._hub is not None and not self._closed else {}
+        for rank, since_s in awaited.items():
+            member = self.seats[rank - 1].member
+            beat, channel = member.beat, self._data[member.fingerprint]
+            # Its thread comes further, or bytes do: those that it sends, or that this machine gets, on a slow link.
+            pulse = (beat.epoch, beat.steps, beat.blocks, beat.at_work, beat.moved, channel.moved)
+            still_s = self._watched[rank - 1].still_s(pulse, now_s)
+            # What a beat tells may be old by a beat.
+            if now_s - since_s > FROZEN_S and still_s > FROZEN_S - BEAT_S and not beat.at_work:
+                member.leave(f"the others have waited for its part for {now_s - since_s:.1f} s")
 
     def contribution(self, member: Member) -> Contribution | None:
         seat = self._seat(member)

@@ -1,6 +1,7 @@
 """Where a rank meets the others: the engine's collective over the frames of `comm.group`.
 
 Hidden states are fetched from their home for the wire and placed there again. Errors of the wire become the engine's.
+Sums that travel while this rank computes are made in a thread, which lives until the step is over.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from shoal.comm.group.star import Hub
-from shoal.comm.group.star_errors import Departed
+from shoal.comm.group.sums.star import Hub
+from shoal.comm.group.sums.star_errors import Departed
+from shoal.engine.collective import PendingSum
 from shoal.engine.errors import RankLost
+from shoal.engine.sums_ahead import SumsAhead
 from shoal.kernels import ComputeHome
 from shoal.kernels.arrays import Floats, Hidden
 
@@ -34,15 +37,36 @@ class Meeting:
     def __init__(self, exchange: RankExchange, pulse: Pulse) -> None:
         self._exchange = exchange
         self._pulse = pulse
+        self._ahead: SumsAhead | None = None
 
     def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
         with self._waiting():
             return self._exchange.broadcast(rows, shape)
 
     def allreduce(self, home: ComputeHome, partial: Hidden) -> Hidden:
+        if self._ahead is not None:
+            return self.start(home, partial)()
         with self._waiting():
             total = self._exchange.allreduce(home.fetch(partial))
         return home.place(total)
+
+    def start(self, home: ComputeHome, partial: Hidden) -> PendingSum:
+        if self._ahead is None:
+            self._ahead = SumsAhead(self._exchange.allreduce)
+        begun = self._ahead.start(home.fetch(partial))
+
+        def arrived() -> Hidden:
+            with self._waiting():
+                total = begun.result()
+            return home.place(total)
+
+        return arrived
+
+    def settle(self) -> None:
+        if self._ahead is not None:
+            with self._waiting():
+                self._ahead.close()
+            self._ahead = None
 
     def gather(self, columns: Floats) -> Floats:
         with self._waiting():

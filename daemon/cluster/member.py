@@ -13,6 +13,8 @@ from collections.abc import Callable
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.errors import ChannelTimeout
+from shoal.comm.group.group_protocol import FELLOWS
+from shoal.comm.group.streams import Address
 from shoal.partition.machines import LinkSpeed
 
 from .control_messages import (
@@ -24,7 +26,9 @@ from .control_messages import (
     Drop,
     FromHead,
     FromWorker,
+    Listens,
     Loading,
+    Met,
     Probed,
     Ready,
     Serve,
@@ -36,6 +40,9 @@ from .routes.probing import link_speed
 
 PROBE_S = 1.0
 PROBE_ANSWER_S = 10.0  # whatever else it says meanwhile
+
+Telling = Callable[[Listens | Met], None]
+"""Is told what a member says of its fellows, in the thread that hears the member."""
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +56,12 @@ class Member:
         attach: Attach,
         lost: Callable[[Member, str], None],
         clock: Callable[[], float],
+        certificate: bytes = b"",
     ) -> None:
         assert channel.peer is not None
         self.fingerprint = channel.peer
+        self.certificate = certificate
+        self.meets_fellows = FELLOWS in channel.agreed.features
         self.facts = attach
         self.beat = Beat(free_bytes=attach.memory_bytes)
         self.link = LinkSpeed(0.0, 1.0)  # once it is measured
@@ -66,6 +76,7 @@ class Member:
         self._state = threading.Condition()
         self._answers: dict[int, Loading | Ready | ShardRefused] = {}
         self._asked: dict[int, Serve] = {}
+        self._told: dict[int, Telling] = {}
 
     @property
     def name(self) -> str:
@@ -77,17 +88,22 @@ class Member:
         return self._control.remote[0]
 
     @property
+    def own_address(self) -> Address:
+        """Of this machine, at which it has come in."""
+        return self._control.local
+
+    @property
     def silent_s(self) -> float:
         """For how long nothing has been heard from it."""
         return self._clock() - self._heard_s
 
-    def room_bytes(self, model: str) -> int:
-        """What it has for a shard of `model`: all that shards of other models and its own work leave. What it holds for
-        an earlier group of this model counts as free."""
+    def room_bytes(self, *models: str) -> int:
+        """What it has for a shard if those of `models` are dropped: all that shards of other models and its own work
+        leave."""
         room = min(self.facts.memory_bytes, self.beat.free_bytes + self.beat.shard_bytes)
         with self._state:
-            others = [asked for asked in self._asked.values() if asked.model != model]
-        return max(0, room - sum(asked.plan.peak_bytes for asked in others))
+            others = [asked for asked in self._asked.values() if asked.model not in models]
+        return max(0, room - sum(asked.held_bytes for asked in others))
 
     def add(self, channel: Channel) -> None:
         """Another channel to the same machine, to be closed with it."""
@@ -101,9 +117,10 @@ class Member:
         """Give it up if it is silent, or its compute thread is frozen."""
         beat = self.beat
         pulse = (beat.epoch, beat.steps, beat.blocks, beat.at_work)
+        still_s = self._watched.still_s(pulse, self._clock())
         if self.silent_s > SILENT_S:
             self.leave(f"nothing has been heard from it for {self.silent_s:.1f} s")
-        elif self._watched.frozen_s(pulse, self._clock()) > FROZEN_S:
+        elif beat.at_work and still_s > FROZEN_S:
             self.leave(f"it has not come further for {FROZEN_S:.1f} s in the middle of a step")
 
     def leave(self, reason: str) -> None:
@@ -142,6 +159,11 @@ class Member:
             self.beat = message
         elif isinstance(message, Probed):
             self.probes.heard(message)
+        elif isinstance(message, Listens | Met):
+            with self._state:
+                told = self._told.get(message.epoch)
+            if told is not None:
+                told(message)
         elif not isinstance(message, Attach):
             with self._state:
                 if message.epoch in self._answers:
@@ -164,9 +186,10 @@ class Member:
         except (OSError, CommError) as error:
             self.leave(str(error))
 
-    def serve(self, request: Serve) -> None:
-        """Ask it to load a shard; `wait_ready` tells how that goes."""
+    def serve(self, request: Serve, told: Telling = lambda message: None) -> None:
+        """Ask it to load a shard; `loading` tells how that goes, and `told` what it says of its fellows."""
         with self._state:
+            self._told[request.epoch] = told
             self._answers[request.epoch] = Loading(epoch=request.epoch, done=0, total=0)
             self._asked[request.epoch] = request
         self.send(request)
@@ -176,6 +199,7 @@ class Member:
         with self._state:
             self._answers.pop(epoch, None)
             self._asked.pop(epoch, None)
+            self._told.pop(epoch, None)
         self.send(Drop(epoch=epoch))
 
     def loading(self, epoch: int) -> Loading | Ready | ShardRefused | None:

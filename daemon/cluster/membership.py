@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -27,7 +28,6 @@ from shoal.comm.cluster_messages import (
 )
 from shoal.comm.errors import CommError
 from shoal.comm.group.join_code import CODE_S, Codes
-from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import PairedNode, Peers
 from shoal.comm.messages import Ok
@@ -43,8 +43,9 @@ from .control_messages import Attach
 from .links.link_test import longest_waits, measure_links
 from .member import Member
 from .roster import Roster
+from .routes.listening import DEFAULT_LISTEN, Listening
 from .routes.local_network import Announcer, LocalNetwork, announced
-from .routes.own_addresses import DEFAULT_LISTEN, parse_address, reachable, spelled
+from .routes.own_addresses import OwnAddress, own_addresses, reachable, spelled
 from .routes.route import HeadRoute
 from .served_shard import OpenShard
 from .speed import NodeSpeed
@@ -52,12 +53,12 @@ from .worker import Worker
 
 log = logging.getLogger(__name__)
 
-ACCEPT_S = 1.0
+ACCEPT_S = 0.5  # and then it is seen whether others than before are awaited
 
 
 class Membership:
     """`directory` holds key, certificate and peers. `speed` measures this machine. `computing` names the models that
-    compute now (for people). `network`: where a head says that it is there; None = nowhere."""
+    compute now (for people). `network`: where a head says that it is there; None = nowhere. `own`: its addresses."""
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class Membership:
         speed: Callable[[], NodeSpeed],
         computing: Callable[[], Sequence[str]] = lambda: (),
         network: LocalNetwork | None = None,
+        own: Callable[[], Sequence[OwnAddress]] = own_addresses,
     ) -> None:
         self._directory = directory
         self._config = config
@@ -78,15 +80,19 @@ class Membership:
         self._speed = speed
         self._computing = computing
         self._network = network
+        self._own = own
         self._announcer: Announcer | None = None
         self._lock = threading.RLock()
         self._codes = Codes()
-        self._listener: GroupListener | None = None
+        self._listening: Listening | None = None
         self._worker: Worker | None = None
         self._closed = False
         self._peers = Peers(directory)
+        self._last_paired: list[str] = []
         roster.name_of = lambda fingerprint: self._peers.get(fingerprint).name
-        roster.addresses = self._reachable
+        roster.certificate_of = lambda fingerprint: self._peers.get(fingerprint).certificate
+        roster.paired = self._paired
+        roster.addresses = lambda: found.all_reachable if (found := self._listening) is not None else []
 
     @property
     def role(self) -> NodeRole:
@@ -116,6 +122,7 @@ class Membership:
                     gone = self._peers.forget(self._peers.named(request.node).name)
                     self._roster.dismiss(gone.fingerprint, "it was forgotten")
                     self.follow_files()
+                    self._follow_members()
                     return Ok()
                 case Rejoin():
                     self.follow_files()
@@ -128,12 +135,7 @@ class Membership:
         with self._lock:
             self._closed = True
             worker, self._worker = self._worker, None
-            listener, self._listener = self._listener, None
-            announcer, self._announcer = self._announcer, None
-        if announcer is not None:
-            announcer.close()
-        if listener is not None:
-            listener.close()
+        self._listen_no_more()
         self._roster.close()
         if worker is not None:
             worker.close()
@@ -146,12 +148,13 @@ class Membership:
                 hint = "shoal cluster leave first"
                 raise DaemonError("bad_request", f"this machine is a worker of {head.name}", hint)
             wanted = list(listen) or self._listens() or [DEFAULT_LISTEN]
-            if self._listener is None or (listen and wanted != self._listens()):
+            if self._listening is None or (listen and wanted != self._listens()):
                 self._listen(wanted)
-            assert self._listener is not None
+            code = self._codes.new()
+            self._follow_members()
             addresses = self._reachable()
             return Invitation(
-                code=self._codes.new(),
+                code=code,
                 addresses=addresses,
                 seconds=CODE_S,
                 announced=self._network is not None and bool(announced(addresses)),
@@ -165,35 +168,56 @@ class Membership:
             raise DaemonError("bad_request", "this machine is in no cluster", hint)
 
     def _listen(self, wanted: Sequence[str]) -> None:
-        if self._announcer is not None:
-            self._announcer.close()
-            self._announcer = None
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        self._listen_no_more()
         identity = self._identity()
-        listener = GroupListener(identity, self._peers, [parse_address(text) for text in wanted], self._codes)
-        self._listener = listener
-        threading.Thread(target=self._accept, args=(listener,), name="shoal-accept", daemon=True).start()
+        listening = self._listening = Listening(identity, self._peers, wanted, self._codes, self._own)
+        threading.Thread(target=self._accept, args=(listening,), name="shoal-accept", daemon=True).start()
         if self._network is not None:
             self._announcer = Announcer(self._network, identity, self._reachable)
         (self._directory / "listen").write_text("".join(f"{text}\n" for text in wanted))
-        log.info(
-            "machines may attach at %s",
-            ", ".join(map(spelled, self._listener.addresses)),
-        )
+        log.info("machines may attach at %s", ", ".join(map(spelled, listening.addresses)))
 
-    def _accept(self, listener: GroupListener) -> None:
-        """Give every channel that comes a thread of its own, as long as the listener is the current one."""
-        while self._listener is listener:
-            if (channel := listener.accept(ACCEPT_S)) is not None:
+    def _listen_no_more(self) -> None:
+        announcer, self._announcer = self._announcer, None
+        listening, self._listening = self._listening, None
+        if announcer is not None:
+            announcer.close()
+        if listening is not None:
+            listening.close()
+
+    def _accept(self, listening: Listening) -> None:
+        """Give every channel that comes a thread of its own, as long as this is where the head listens."""
+        while self._listening is listening:
+            if (channel := listening.accept(ACCEPT_S)) is not None:
                 threading.Thread(
                     target=self._roster.take, args=(channel,), name="shoal-channel", daemon=True
                 ).start()
+            self._follow_members()
+
+    def _follow_members(self) -> None:
+        """Listen where it is needed: who is missing may come by any way, who is there stays on his."""
+        if (listening := self._listening) is None:
+            return
+        paired = set(self._paired())
+        members = self._roster.members
+        awaited = self._codes.any_good or bool(paired - {member.fingerprint for member in members})
+        if listening.follow(awaited=awaited, used=[member.own_address for member in members]):
+            log.info(
+                "machines may attach at %s", ", ".join(map(spelled, listening.addresses)) or "no address"
+            )
+            if (announcer := self._announcer) is not None:
+                announcer.look()
+
+    def _paired(self) -> list[str]:
+        """Who may attach, in the order in which they joined; as last known if the file is damaged: the listener
+        complains about that."""
+        with suppress(CommError):
+            self._last_paired = [peer.fingerprint for peer in self._peers.listed()]
+        return self._last_paired
 
     def _reachable(self) -> list[str]:
-        listener = self._listener
-        return reachable(listener.addresses) if listener is not None else []
+        listening = self._listening
+        return reachable(listening.addresses) if listening is not None else []
 
     def _listens(self) -> list[str]:
         try:
@@ -233,11 +257,10 @@ class Membership:
                 look = self._network.find if self._network is not None else list
                 route = HeadRoute(self._identity(), self._peers, head.fingerprint, look)
                 self._worker = Worker(head, route, self._attach, self._open_shard, self._budget)
-            elif head is None and self._listens() and self._listener is None:
+            elif head is None and self._listens() and self._listening is None:
                 self._listen(self._listens())
-            elif self._listener is not None and not self._listens():  # it is no head any more
-                listener, self._listener = self._listener, None
-                listener.close()
+            elif self._listening is not None and not self._listens():  # it is no head any more
+                self._listen_no_more()
 
     # --- both ----------------------------------------------------------------------------------------------
 
@@ -265,9 +288,12 @@ class Membership:
         )
         members = {member.fingerprint: member for member in self._roster.members}
         others = [self._status(peer, members.get(peer.fingerprint)) for peer in self._peers.listed()]
-        listener = self._listener
-        listening = [spelled(address) for address in listener.addresses] if listener is not None else []
-        return NodesReply(role=self.role, nodes=[own, *others], listening=listening)
+        if (listening := self._listening) is None:
+            return NodesReply(role=self.role, nodes=[own, *others])
+        now = [spelled(address) for address in listening.addresses]
+        open_now = reachable(listening.addresses)
+        closed = [text for text in listening.all_reachable if text not in open_now]
+        return NodesReply(role=self.role, nodes=[own, *others], listening=now, closed=closed)
 
     def _status(self, peer: PairedNode, member: Member | None) -> NodeStatus:
         if member is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from shoal.comm.errors import CommError
@@ -67,6 +67,18 @@ class Neighbours:
         if self._grouping is None and config.ranks in (None, 1):
             return Unseated("")
         return self._cluster()[0].seat(name, checkpoint, config, free_bytes)
+
+    def would_seat(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        free_bytes: int,
+        dropping: Collection[str],
+    ) -> bool:
+        if self._grouping is None and config.ranks in (None, 1):
+            return False
+        return self._cluster()[0].would_seat(name, checkpoint, config, free_bytes, dropping)
 
     def better(
         self,

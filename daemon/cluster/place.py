@@ -7,6 +7,8 @@ from functools import partial
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.library.kv_files import KvFiles
+from shoal.daemon.library.pack_shelf import PackShelf
 from shoal.offload.budget import Budget
 
 from .forming import Forming
@@ -16,12 +18,17 @@ from .roster import Roster
 from .routes.local_network import LocalNetwork
 from .shard_stores import open_shards, send_weights
 from .speed import NodeSpeed, node_speed
+from .steady_shares import SteadyShares
 
 
 def place_in_cluster(
-    home: Home, config: NodeConfig, budget: Budget, computing: Callable[[], Sequence[str]]
+    home: Home,
+    config: NodeConfig,
+    budget: Budget,
+    computing: Callable[[], Sequence[str]],
+    kv_files: KvFiles | None = None,
 ) -> tuple[Forming, Membership]:
-    """`computing` names the models that compute now."""
+    """`computing` names the models that compute now. `kv_files`: this node's, if it keeps KV on disk."""
     roster = Roster()
     speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
 
@@ -29,15 +36,11 @@ def place_in_cluster(
         check_kernels(home.cluster / "kernels.tested")
         return speed()
 
+    open_shard = open_shards(home.shards, kv_files, config.shard_disk_bytes)
     membership = Membership(
-        home.cluster,
-        config,
-        budget,
-        roster,
-        open_shards(home.shards),
-        tested_speed,
-        computing,
-        LocalNetwork(),
+        home.cluster, config, budget, roster, open_shard, tested_speed, computing, LocalNetwork()
     )
     membership.start()
-    return Forming(roster, send_weights, speed), membership
+    steady = SteadyShares(home.cluster / "shares.json")
+    sending = partial(send_weights, claimed=PackShelf(home).claimed)
+    return Forming(roster, sending, speed, steady=steady), membership

@@ -23,15 +23,15 @@ class Pulse:
         return True
 
 
-@dataclass
 class Watched:
-    """What somebody else saw of a pulse, and since when it has not changed."""
+    """What somebody else sees of a pulse, and since when it has not changed."""
 
-    seen: tuple[int, int, int, bool] = (0, 0, 0, False)
-    since_s: float = 0.0
+    def __init__(self) -> None:
+        self._seen: tuple[int, ...] | None = None
+        self._since_s = 0.0
 
-    def frozen_s(self, seen: tuple[int, int, int, bool], now_s: float) -> float:
-        """For how long a thread at work has not come further."""
-        if seen != self.seen or not seen[3]:
-            self.seen, self.since_s = seen, now_s
-        return now_s - self.since_s
+    def still_s(self, seen: tuple[int, ...], now_s: float) -> float:
+        """For how long it has been like that."""
+        if seen != self._seen:
+            self._seen, self._since_s = seen, now_s
+        return now_s - self._since_s

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from msgspec.structs import replace
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.part_waits import WaitSummary
+from shoal.comm.group.sums.part_waits import WaitSummary
 from shoal.daemon.installed import package_version
 
 from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 FIRST_WORD_S = 5.0
 ROSTER_LOOK_S = 0.25
+ARRIVE_S = 10.0  # from the head's start, within which workers that can come have come
+ARRIVE_LOOK_S = 0.05
 
 
 class Contribution(NamedTuple):
@@ -41,6 +43,9 @@ class Contribution(NamedTuple):
 
 class Joining(Protocol):
     """A group whose members dial in. `data` and `weights` take over the channel."""
+
+    def watch(self, now_s: float) -> None:
+        """Give up members that the others wait for in vain. Called every `ROSTER_LOOK_S`."""
 
     def contribution(self, member: Member) -> Contribution | None:
         """None if it has no part in the group."""
@@ -66,24 +71,37 @@ class Roster:
         self._groups: dict[int, Joining] = {}
         self.faults = Faults(clock)
         self._came = 0  # how many members have come
+        self._arrived_s = clock() + ARRIVE_S
         self.name_of: Callable[[str], str] = lambda fingerprint: (
             ""
         )  # as this head calls it; "" = as it calls itself
+        self.certificate_of: Callable[[str], bytes] = lambda fingerprint: b""  # b"" = nobody knows
         self.addresses: Callable[[], list[str]] = list  # at which this head can be reached
+        self.paired: Callable[[], Sequence[str]] = list  # who may attach, in the order in which they joined
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._look, name="shoal-roster", daemon=True).start()
 
     @property
     def members(self) -> list[Member]:
-        """In the order in which they attached."""
+        """In the order in which they joined, so that each gets the shard again of which it has weights and KV."""
         with self._lock:
-            return list(self._members.values())
+            found = list(self._members.values())
+        place = {fingerprint: place for place, fingerprint in enumerate(self.paired())}
+        return sorted(found, key=lambda member: place.get(member.fingerprint, len(place)))
 
     @property
     def usable(self) -> list[Member]:
         """Those that groups may be formed of now."""
         return [member for member in self.members if not self.faults.passed_over(member.fingerprint)]
+
+    def awaited(self, count: int) -> list[Member]:
+        """`usable`. A head that has just started waits until so many are attached, if so many are paired: they look for
+        it all the time, but need some seconds."""
+        while len(self.members) < count <= len(self.paired()) and self._clock() < self._arrived_s:
+            if self._closed.wait(ARRIVE_LOOK_S):
+                break
+        return self.usable
 
     @property
     def arrivals(self) -> int:
@@ -138,7 +156,8 @@ class Roster:
         )  # it may have restarted before its loss was noticed
         if name := self.name_of(channel.peer):
             attach = replace(attach, name=name)
-        member = Member(channel, attach, self._left, self._clock)
+        certificate = self.certificate_of(channel.peer)
+        member = Member(channel, attach, self._left, self._clock, certificate)
         member.measure()
         with self._lock:
             self._members[channel.peer] = member
@@ -175,6 +194,10 @@ class Roster:
             members = self.members
             for member in members:
                 member.look()
+            with self._lock:
+                groups = list(self._groups.values())
+            for group in groups:
+                group.watch(self._clock())
             if self._clock() - told_s >= BEAT_S:
                 told_s = self._clock()
                 for member in members:

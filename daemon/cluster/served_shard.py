@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.group_protocol import Purpose
-from shoal.comm.group.star import Spoke
+from shoal.comm.group.sums.star import Spoke
 from shoal.daemon.error_codes import translated
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.kv_files import NotKept
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress
 from shoal.engine.executor import Executor
@@ -22,11 +24,15 @@ from shoal.engine.rank import Rank
 from shoal.models.transformer import Transformer
 from shoal.offload.block_store import BlockStore
 from shoal.offload.budget import Budget
+from shoal.offload.errors import BudgetExceeded
+from shoal.offload.kv.disk_pages import buffer_bytes
+from shoal.offload.kv.disk_slots import KvSlots
 from shoal.offload.kv.pool import KvPool
 
-from .control_messages import Epoch, FromWorker, Loading, Ready, Serve, ShardRefused
+from .control_messages import Epoch, FromWorker, Introduce, Loading, Ready, Serve, ShardRefused
 from .follower import Follower
 from .meeting import Meeting
+from .mesh.fellows import Fellows
 from .pulse import Pulse
 
 log = logging.getLogger(__name__)
@@ -34,8 +40,16 @@ log = logging.getLogger(__name__)
 Dial = Callable[[Purpose], Channel]
 """A new channel to the head for a purpose: "data" or "weights". Raises OSError or CommError."""
 
-OpenShard = Callable[[Serve, Dial, Progress], BlockStore]
-"""The weights of a shard, ready to compute. Raises DaemonError, OSError, and errors of offload and models."""
+
+class OpenedShard(NamedTuple):
+    """The weights of a shard, ready to compute, and where it keeps KV on disk, or why it does not."""
+
+    store: BlockStore
+    kv: KvSlots | NotKept
+
+
+OpenShard = Callable[[Serve, Dial, Progress], OpenedShard]
+"""Opens a shard. Raises DaemonError, OSError, and errors of offload and models."""
 
 
 class ServedShard:
@@ -48,6 +62,7 @@ class ServedShard:
         open_shard: OpenShard,
         budget: Budget,
         tell: Callable[[FromWorker], None],
+        fellows: Fellows | None = None,
     ) -> None:
         self.request = request
         self.pulse = Pulse(request.epoch)
@@ -55,18 +70,46 @@ class ServedShard:
         self._open_shard = open_shard
         self._budget = budget
         self._tell = tell
+        self.fellows = fellows
         self._lock = threading.Lock()
         self._closed = False
         self._channels: list[Channel] = []
-        self._store: BlockStore | None = None
+        self._opened: OpenedShard | None = None
         self._follower: Follower | None = None
         self._thread = threading.Thread(target=self._load, name="shoal-shard", daemon=True)
+        if fellows is not None:
+            tell(fellows.listens)
         self._thread.start()
 
     @property
     def purpose(self) -> str:
         """In the ledger."""
         return f"shard {self.request.epoch} of {self.request.model}"
+
+    def introduce(self, told: Introduce) -> None:
+        """Meet the other workers, in a thread of its own, and tell the head whom this one has reached."""
+        if (fellows := self.fellows) is not None:
+
+            def meet() -> None:
+                self._tell(fellows.meet(told))
+
+            threading.Thread(target=meet, name="shoal-introduce", daemon=True).start()
+
+    @property
+    def moved(self) -> int:
+        """Bytes over its channels so far."""
+        with self._lock:
+            return sum(channel.moved for channel in self._channels)
+
+    @property
+    def _buffers(self) -> str:
+        """In the ledger, too."""
+        return f"KV on its way to disk of {self.purpose}"
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of this machine's budget."""
+        return self._budget.held_by(self.purpose) + self._budget.held_by(self._buffers)
 
     def close(self) -> None:
         """Stop loading or following, and give the memory back. Idempotent."""
@@ -77,21 +120,28 @@ class ServedShard:
             channels = list(self._channels)
         for channel in channels:
             channel.close()
+        if self.fellows is not None:
+            self.fellows.close()
         if self._thread is not threading.current_thread():
             self._thread.join()
         if self._follower is not None:
             self._follower.close()
-        elif self._store is not None:
-            self._store.close()
-        self._follower = self._store = None
+        if self._opened is not None:
+            self._opened.store.close()
+            if isinstance(self._opened.kv, KvSlots):
+                self._opened.kv.close([], None)
+        self._follower = self._opened = None
         self._budget.release(self.purpose)
+        self._budget.release(self._buffers)
         return_freed()
 
     def _load(self) -> None:
         epoch = self.request.epoch
         try:
             self._start()
-            self._tell(Ready(epoch=epoch, peak_bytes=self.request.plan.peak_bytes))
+            if self._opened is not None and isinstance(self._opened.kv, KvSlots):
+                self._opened.kv.resized = self._tell_ready
+            self._tell_ready()
         except Exception as error:
             refusal = translated(error)
             if not self._closed:
@@ -103,12 +153,40 @@ class ServedShard:
         if plan.peak_bytes < 0:
             raise DaemonError("bad_request", f"a plan that takes {plan.peak_bytes} bytes")
         self._budget.hold(self.purpose, plan.peak_bytes)
-        store = self._store = self._open_shard(self.request, self._dialled, self._progress)
+        opened = self._opened = self._open_shard(self.request, self._dialled, self._progress)
+        opened = self._opened = opened._replace(kv=self._with_buffers(opened.kv))
         data = self._dialled("data")
+        data.watch()
         spoke = Spoke(data, self.request.epoch, self.request.wire)
-        executor = Executor(Transformer(spec), plan, store, KvPool(spec, plan.kv), Meeting(spoke, self.pulse))
-        self._follower = Follower(Rank(executor, lambda: 0.0), spoke, self.pulse, self._ended)
+        kv, wanted = (opened.kv if isinstance(opened.kv, KvSlots) else None), self.request.kv_on_disk
+        pool, meeting = KvPool(spec, plan.kv), Meeting(spoke, self.pulse)
+        executor = Executor(Transformer(spec), plan, opened.store, pool, meeting)
+        slots = wanted.slots if wanted is not None and kv is not None else 0
+        rank = Rank(executor, lambda: 0.0, kv)
+        self._follower = Follower(rank, spoke, self.pulse, self._ended, slots)
         self._follower.start()
+
+    def _with_buffers(self, kv: KvSlots | NotKept) -> KvSlots | NotKept:
+        """The same, if there is memory for the pages that wait to be written."""
+        if isinstance(kv, KvSlots):
+            try:
+                self._budget.hold(self._buffers, buffer_bytes(kv.page_bytes))
+            except BudgetExceeded as error:
+                kv.close([], None)
+                return NotKept(str(error))
+        return kv
+
+    def _tell_ready(self) -> None:
+        opened = self._opened
+        if opened is None or self._closed:
+            return
+        kv = opened.kv
+        slots, trouble = (kv.slots, "") if isinstance(kv, KvSlots) else (0, kv.why)
+        peak_bytes = self.request.plan.peak_bytes
+        ready = Ready(
+            epoch=self.request.epoch, peak_bytes=peak_bytes, kv_slots=slots, kv_trouble=trouble[:2000]
+        )
+        self._tell(ready)
 
     def _dialled(self, purpose: Purpose) -> Channel:
         channel = self._dial(purpose)

@@ -7,16 +7,20 @@ from pathlib import Path
 
 from shoal.comm.group.channel import Channel
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.kv_files import KvFiles, NotKept, rank_fingerprint
 from shoal.daemon.progress import Progress
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.offload.block_store import BlockStore, ResidentStore
-from shoal.offload.pack.manifest import Quant
+from shoal.offload.kv.disk_slots import KvSlots
+from shoal.offload.pack.builder import source_of
+from shoal.offload.pack.manifest import Quant, Source
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.given_plan import check_given
+from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.slicing import Shard
 
 from .control_messages import Serve
-from .served_shard import Dial, OpenShard
+from .served_shard import Dial, OpenedShard, OpenShard
 from .weights.shard_cache import ShardCache
 from .weights.shard_fetch import fetch_shard
 from .weights.weight_server import WeightServer
@@ -25,18 +29,34 @@ CHANNELS = 2  # on which one worker gets weights
 
 
 def send_weights(
-    checkpoint: Checkpoint, quant: Quant, *, bounded: bool = False
+    checkpoint: Checkpoint,
+    quant: Quant,
+    *,
+    bounded: bool = False,
+    claimed: Callable[[Source], Source] = lambda source: source,
 ) -> Callable[[Channel, Shard], None]:
     """What answers requests for the weights of shards of an open checkpoint. `bounded`: memory is limited, so that
-    reading must leave nothing behind in it."""
-    return WeightServer(checkpoint, quant, bounded=bounded).serve
+    reading must leave nothing behind in it. `claimed`: see `PackShelf`; a model of the store is then told by its
+    content. Raises DaemonError."""
+    return WeightServer(checkpoint, quant, claimed(source_of(checkpoint)), bounded=bounded).serve
 
 
-def open_shards(directory: Path) -> OpenShard:
-    """Opens shards whose weights are kept in `directory`."""
-    cache = ShardCache(directory)
+def open_shards(
+    directory: Path, kv_files: KvFiles | None = None, limit_bytes: int | None = None
+) -> OpenShard:
+    """Opens shards whose weights are kept in `directory`, of which all together take `limit_bytes` at most; and their
+    KV on disk among `kv_files`, if there are any."""
+    cache = ShardCache(directory, limit_bytes)
 
-    def open_shard(request: Serve, dial: Dial, progress: Progress) -> BlockStore:
+    def open_shard(request: Serve, dial: Dial, progress: Progress) -> OpenedShard:
+        store = open_store(request, dial, progress)
+        try:
+            return OpenedShard(store, open_kv(request, kv_files))
+        except BaseException:
+            store.close()
+            raise
+
+    def open_store(request: Serve, dial: Dial, progress: Progress) -> BlockStore:
         def loading(done: int, total: int) -> None:
             progress("loading", done, total)
 
@@ -60,3 +80,15 @@ def open_shards(directory: Path) -> OpenShard:
                 channel.close()
 
     return open_shard
+
+
+def open_kv(request: Serve, kv_files: KvFiles | None) -> KvSlots | NotKept:
+    """Where a shard keeps KV on this machine's disk: in a place that is no other shard's and no other model's."""
+    wanted = request.kv_on_disk
+    if wanted is None:
+        return NotKept("")
+    if kv_files is None:
+        return NotKept("it keeps no KV on its disk")
+    key = rank_fingerprint(bytes.fromhex(wanted.store), request.shard.rank)
+    page_bytes = kv_page_bytes(request.spec, request.plan.kv.dtype)
+    return kv_files.open_slots(f"a shard of {request.model}", key, page_bytes, wanted.slots)

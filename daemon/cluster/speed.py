@@ -113,7 +113,7 @@ def disk_speed(directory: Path) -> float:
     """Bytes per second at which files in `directory` are read, past the page cache: of the largest one that is there,
     or of one that is written for a moment. 0, with a line in the log, if that fails."""
     try:
-        largest = max(_files(directory), default=(0, directory))
+        largest = max(files_below(directory), default=(0, directory))
         if largest[0] >= DISK_FILE_BYTES:
             return read_speed(largest[1], DISK_S)
         with TemporaryDirectory(dir=directory, prefix=".speed-") as place:
@@ -170,7 +170,7 @@ def _best_s(call: Callable[[], object], seconds: float) -> float:
     return max(1e-9, sorted(took)[min(1, len(took) - 1)])
 
 
-def _files(directory: Path) -> list[tuple[int, Path]]:
+def files_below(directory: Path) -> list[tuple[int, Path]]:
     """(bytes, path) of files in a directory and below it, some thousands at most."""
     found: list[tuple[int, Path]] = []
     for place, _, names in os.walk(directory):

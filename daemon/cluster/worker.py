@@ -28,11 +28,13 @@ from .control_messages import (
     Drop,
     FromHead,
     FromWorker,
+    Introduce,
     Probe,
     Probed,
     Serve,
     ShardRefused,
 )
+from .mesh.fellows import Fellows
 from .routes.route import HeadRoute
 from .served_shard import OpenShard, ServedShard
 
@@ -130,10 +132,25 @@ class Worker:
                 self._tell(ShardRefused(epoch=message.epoch, code="resources", reason=refusal))
                 return
             self._shards[message.epoch] = ServedShard(
-                message, self.route.dial, self._open_shard, self._budget, self._tell
+                message, self.route.dial, self._open_shard, self._budget, self._tell, self._fellows(message)
             )
+        elif isinstance(message, Introduce):
+            if (shard := self._shards.get(message.epoch)) is not None:
+                shard.introduce(message)
         elif isinstance(message, Drop):
             self._drop(message.epoch)
+
+    def _fellows(self, request: Serve) -> Fellows | None:
+        """Who is let in for a shard; None if nobody is to be."""
+        if not request.fellows:
+            return None
+        try:
+            return Fellows(
+                self.route.identity, self.route.own_host, request.epoch, request.shard.rank, request.fellows
+            )
+        except CommError as error:
+            log.warning("the other workers of the group are not met: %s", error)
+            return None
 
     def _drop(self, epoch: int) -> None:
         if (shard := self._shards.pop(epoch, None)) is not None:
@@ -153,8 +170,9 @@ class Worker:
                     steps=found.steps if found else 0,
                     blocks=found.blocks if found else 0,
                     at_work=found.at_work if found else False,
+                    moved=sum(shard.moved for shard in self.shards),
                     free_bytes=max(0, self._budget.free_bytes),
-                    shard_bytes=sum(self._budget.held_by(shard.purpose) for shard in self.shards),
+                    shard_bytes=sum(shard.held_bytes for shard in self.shards),
                     resident_bytes=resident_bytes(),
                 )
             )

@@ -9,12 +9,12 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.error_codes import refusing
-from shoal.daemon.library.kv_files import KvFiles
+from shoal.daemon.library.kv_files import KvFiles, NotKept, fingerprint
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress, no_progress
@@ -35,6 +35,8 @@ from .planning import least_bytes, row_share
 from .runnable import Runnable, read_draft
 
 log = logging.getLogger(__name__)
+
+REGROUP_KEEP_S = 2.0  # for keeping KV on disk before a model is loaded anew, while its requests wait
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,6 @@ class Assembly:
                     progress,
                     streaming=streaming,
                     reserve_bytes=least_bytes(draft, config) if draft else 0,
-                    kv_on_disk=self.kv_files is not None,
                     grouping=self.grouping if draft is None else None,
                 )
             undo.callback(main.close)
@@ -81,11 +82,9 @@ class Assembly:
             if draft is not None:
                 with refusing(f"draft model {draft.name}"):
                     small = read_draft(name, main, draft, config, self.budget)
-            kv, disk = main.executor.kv, None
-            if self.kv_files is not None and main.group is None:
-                disk = self.kv_files.open(name, main.checkpoint, config.quant, main.plan, kv)
+            disk = self._disk(name, main, config)
             if disk is not None:
-                undo.callback(disk.close, [], kv.page)
+                undo.callback(disk.close, [], None)
             engine = self._engine(main, small, disk, config)
             advice = advice_of(main.checkpoint)
             asked, now = config.context_tokens, self.clock()
@@ -102,6 +101,7 @@ class Assembly:
         """Load a model's weights anew, computed by whoever is there now. Its requests go on with them. The engine has
         to be suspended. Raises DaemonError; the model is then of no use any more."""
         name, path = model.name, model.checkpoint.path
+        model.engine.close(REGROUP_KEEP_S)
         model.main.close()
         model.executor.let_go()
         release(name, self.budget)
@@ -109,9 +109,10 @@ class Assembly:
         with refusing(name):
             main = self._read(name, path, config, progress, grouping=self.grouping)
         model.main = main
-        kv = main.executor.kv
-        cache = PrefixCache(kv.table, kv.page_tokens)
-        model.engine.start_anew(self._rank(main), cache, self._speeds(main))
+        disk = self._disk(name, main, config)
+        model.engine.start_anew(
+            self._rank(main, disk), self._cache(main, disk), self._speeds(main, self._reads(disk))
+        )
 
     def _read(
         self,
@@ -122,11 +123,12 @@ class Assembly:
         *,
         streaming: bool = True,
         reserve_bytes: int = 0,
-        kv_on_disk: bool = False,
         grouping: Grouping | None = None,
     ) -> Runnable:
         """As `Runnable.read`. Unless a number of ranks was asked for, it goes on without machines that do not take
         their part."""
+        if self.kv_files is None:
+            config = replace(config, kv_disk_bytes=0)
         while True:
             try:
                 return Runnable.read(
@@ -139,7 +141,6 @@ class Assembly:
                     packs=self.packs,
                     streaming=streaming,
                     reserve_bytes=reserve_bytes,
-                    kv_on_disk=kv_on_disk,
                     grouping=grouping,
                 )
             except GroupFailed as error:
@@ -148,21 +149,46 @@ class Assembly:
                 log.warning("%s: %s; it is loaded without", name, error)
                 release(name, self.budget)
 
-    def _speeds(self, main: Runnable, reads: int = 1) -> Speeds:
+    def _disk(self, name: str, main: Runnable, config: NodeConfig) -> KvDisk | None:
+        """Where this node keeps the KV of a model, or of its part of one. If that is nowhere, the model says why."""
+        if self.kv_files is None:
+            return None
+        page_bytes, group = main.executor.kv.page_bytes, main.group
+        if group is None:
+            key = fingerprint(main.checkpoint, config.quant, main.plan)
+            found = self.kv_files.open(name, key, page_bytes)
+        elif slots := group.kv_slots:
+            found = self.kv_files.open(name, group.kv_key, page_bytes, most_slots=slots, grouped=True)
+        else:
+            found = NotKept(group.kv_trouble)
+        if isinstance(found, KvDisk):
+            return found
+        main.kv_trouble = found.why
+        return None
+
+    @staticmethod
+    def _cache(main: Runnable, disk: KvDisk | None) -> PrefixCache:
+        kv = main.executor.kv
+        return PrefixCache(kv.table, kv.page_tokens, disk.index if disk else None)
+
+    @staticmethod
+    def _reads(disk: KvDisk | None) -> int:
+        return disk.most_reads if disk else 1
+
+    def _speeds(self, main: Runnable, reads: int) -> Speeds:
         return Speeds(main.plan.chunk_tokens, row_share(main.plan, main.read_bytes_per_s), reads)
 
     def _engine(
         self, main: Runnable, small: Runnable | None, disk: KvDisk | None, config: NodeConfig
     ) -> Engine:
-        kv = main.executor.kv
         scheduler = Scheduler(
-            PrefixCache(kv.table, kv.page_tokens, disk.index if disk else None),
+            self._cache(main, disk),
             sequences=main.plan.sequences,
             queue=config.max_queue,
             chunk_tokens=main.plan.chunk_tokens,
             guesses=main.plan.guesses,
             row_share=row_share(main.plan, main.read_bytes_per_s),
-            reads=disk.most_reads if disk else 1,
+            reads=self._reads(disk),
             ropes=main.checkpoint.spec.ropes,
         )
         drafter = None
@@ -177,6 +203,6 @@ class Assembly:
         return Engine(self._rank(main, disk), scheduler, self.clock, drafter, self.notify)
 
     def _rank(self, main: Runnable, disk: KvDisk | None = None) -> Rank:
-        if main.group is not None:
-            return Leader(main.executor, self.clock, main.group.others)
+        if (group := main.group) is not None:
+            return Leader(main.executor, self.clock, group.others, disk, lambda: group.kv_slots)
         return Rank(main.executor, self.clock, disk)

@@ -11,6 +11,7 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import PROCESS
 from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.budget import Budget
 from shoal.offload.kv.disk_pages import buffer_bytes
 from shoal.partition.amounts import format_bytes
@@ -91,7 +92,7 @@ def require_plan(found: Plan | Shortfall, name: str) -> Plan:
     raise DaemonError("resources", f"{name} {found}", hint)
 
 
-def disk_buffer_bytes(checkpoint: Checkpoint, config: NodeConfig) -> int:
+def disk_buffer_bytes(checkpoint: AnyCheckpoint, config: NodeConfig) -> int:
     """Memory for KV pages on their way to and from disk, if KV is kept there."""
     page_bytes = kv_page_bytes(checkpoint.spec, config.kv_type)
     return buffer_bytes(page_bytes) if config.kv_disk_bytes != 0 else 0

@@ -5,7 +5,7 @@ Has no code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 from shoal.daemon.config import NodeConfig
@@ -50,6 +50,22 @@ class FormedGroup(Protocol):
         """Whether nobody has been lost."""
         ...
 
+    @property
+    def kv_key(self) -> bytes:
+        """32 bytes that differ if anything differs that the KV of this node's rank depends on; b"" if none is to be
+        kept on disk."""
+        ...
+
+    @property
+    def kv_slots(self) -> int:
+        """For how many pages of KV all the other machines have room on their disks now."""
+        ...
+
+    @property
+    def kv_trouble(self) -> str:
+        """Why they have none, in words."""
+        ...
+
     def form(self, progress: Progress) -> None:
         """Wait until it is complete. Raises GroupFailed."""
 
@@ -81,8 +97,21 @@ class Grouping(Protocol):
     def seat(
         self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int
     ) -> Seated | Unseated:
-        """This node's part in a group for an open checkpoint, if others make it faster. Raises DaemonError when a
-        number of ranks was asked for that cannot be had."""
+        """This node's part in a group for an open checkpoint, if others make it faster. Unless
+        `config.kv_disk_bytes` is 0, KV of the group is to be kept on disk. Raises DaemonError when a number of ranks
+        was asked for that cannot be had."""
+        ...
+
+    def would_seat(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        free_bytes: int,
+        dropping: Collection[str],
+    ) -> bool:
+        """Whether others would take part if it were loaded after the models `dropping` were dropped. Asks nobody to.
+        Raises as `seat`."""
         ...
 
     @property

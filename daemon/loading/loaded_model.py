@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,7 +126,7 @@ class LoadedModel:
     def interrupt(self, error: DaemonError) -> None:
         """End all its requests with `error`, even in a step that waits for a disk. It answers nothing after that."""
         self.engine.fail_all(error)
-        self.main.close()
+        self.executor.store.close()
         for template in [*self._templates.values()]:
             if isinstance(template, ChatTemplate):
                 template.close()
@@ -134,8 +134,9 @@ class LoadedModel:
     def release(self, budget: Budget, keep_s: float = FLUSH_LIMIT_S) -> None:
         """End a step under way, keep its KV on disk, which takes `keep_s` at most, and give the budget back. The memory
         is freed with the last reference to the model. Idempotent."""
-        self.main.close()
+        self.executor.store.close()
         self.engine.close(keep_s)
+        self.main.close()
         release(self.name, budget)
 
     def stage(self) -> Stage | None:
@@ -180,7 +181,7 @@ class LoadedModel:
             window_bytes=self.plan.window_bytes,
             stage=self.stage(),
             step_s=self.plan.step_s(read_bytes_per_s),
-            kv_disk_bytes=disk.nbytes if disk else 0,
+            kv_disk_bytes=_on_all(disk.nbytes, plans) if disk else 0,
             kv_disk_pages_read_total=disk.pages_read if disk else 0,
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
             warnings=self.warnings,
@@ -189,6 +190,7 @@ class LoadedModel:
             rank_bytes=[plan.peak_bytes for plan in plans],
             machines=list(group.names) if group else [],
             machines_why=self.main.why,
+            kv_disk_why=self.main.kv_trouble,
         )
 
     @property
@@ -226,6 +228,12 @@ class LoadedModel:
         to who uses it."""
         with contextlib.suppress(ModelError):
             _ = self.chat_template
+
+
+def _on_all(kv_bytes: int, plans: Sequence[Plan]) -> int:
+    """What as many pages take on all ranks as take `kv_bytes` on rank 0."""
+    own, *others = (plan.kv.nbytes // plan.kv.pages for plan in plans)
+    return kv_bytes + kv_bytes // own * sum(others)
 
 
 def release(name: str, budget: Budget) -> None:

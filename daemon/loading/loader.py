@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from shoal.comm.messages import Stage
@@ -126,12 +127,23 @@ class Loader:
                 self.stage, self.name = None, ""
 
     def _check_room(self, name: str, checkpoint: Checkpoint, draft: Path | None, config: NodeConfig) -> None:
-        """Raises DaemonError when the model would not fit even if every idle model were dropped."""
-        idle_bytes = sum(model.peak_bytes for model in self._models.idle())
-        extra_bytes = disk_buffer_bytes(checkpoint, config) if self._assembly.kv_files is not None else 0
+        """Raises DaemonError when the model would not fit even if every idle model were dropped: neither here nor, if
+        there are other machines, in parts."""
+        idle = self._models.idle()
+        idle_bytes = sum(model.peak_bytes for model in idle)
+        assembly = self._assembly
+        if assembly.kv_files is None:
+            config = replace(config, kv_disk_bytes=0)
         with refusing(name):
+            extra_bytes = disk_buffer_bytes(checkpoint, config)
             extra_bytes += least_bytes(draft, config) if draft is not None else 0
+            if draft is None and assembly.grouping is not None:
+                tokenizer_bytes = checkpoint.tokenizer_memory().more
+                free_bytes = assembly.budget.free_bytes + idle_bytes - tokenizer_bytes
+                dropping = [model.name for model in idle]
+                if assembly.grouping.would_seat(name, checkpoint, config, free_bytes, dropping):
+                    return
             found = plan_within_budget(
-                checkpoint, config, self._assembly.budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
+                checkpoint, config, assembly.budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
             )
         require_plan(found, name)

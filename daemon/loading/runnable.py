@@ -41,6 +41,7 @@ class Runnable:
     group: FormedGroup | None = None  # if other machines compute with this one
     why: str = ""  # they do or do not
     read_bytes_per_s: float = 0.0
+    kv_trouble: str = ""  # why its KV is not kept on disk though it was to be
 
     @classmethod
     def read(
@@ -55,16 +56,15 @@ class Runnable:
         packs: Packs | None = None,
         streaming: bool = True,
         reserve_bytes: int = 0,
-        kv_on_disk: bool = False,
         grouping: Grouping | None = None,
     ) -> Runnable:
         """Reads checkpoint `name` into memory, which the budget holds under `purpose`; if this fails, the caller has to
         release that. `reserve_bytes` of the budget are left free. `streaming`: weights may come from disk, from one
-        of `packs`; weights in fewer bits always come from a pack. `kv_on_disk`: KV will be kept on disk, which takes
-        buffers. `grouping` decides whether other machines take part."""
+        of `packs`; weights in fewer bits always come from a pack. Unless `config.kv_disk_bytes` is 0, KV will be kept
+        on disk, which takes buffers. `grouping` decides whether other machines take part."""
         tight = bounded(config.memory_bytes)
         with ExitStack() as undo, open_checkpoint(path) as checkpoint:
-            extra_bytes = disk_buffer_bytes(checkpoint, config) if kv_on_disk else 0
+            extra_bytes = disk_buffer_bytes(checkpoint, config)
 
             def planned() -> Plan | Shortfall:
                 extra = reserve_bytes + extra_bytes
@@ -87,7 +87,7 @@ class Runnable:
             if isinstance(seated, Seated):
                 part, plan, group, _ = seated
                 undo.callback(group.close)
-                peak_bytes = plan.peak_bytes + more  # what others hold of KV is not kept on disk
+                peak_bytes = plan.peak_bytes + disk_buffer_bytes(part, config) + more
             else:
                 plan = require_plan(found, name)
                 peak_bytes = plan.peak_bytes + extra_bytes + expected
@@ -131,7 +131,7 @@ def read_tokenizer(name: str, checkpoint: Checkpoint, budget: Budget) -> Tokeniz
 def read_draft(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:
     """A draft model that guesses for `main`, in the bits of its files. The budget holds it under its own purpose, which
     the caller has to release if this fails."""
-    config = replace(config, context_tokens=main.plan.context_tokens, quant="keep")
+    config = replace(config, context_tokens=main.plan.context_tokens, quant="keep", kv_disk_bytes=0)
     purpose = f"draft for {name}"
     small = Runnable.read(
         f"draft model {path.name}", purpose, path, config, budget, no_progress, streaming=False

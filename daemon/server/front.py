@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ import zmq
 from shoal.comm.waker import Waker
 
 from .descriptors import SHORTAGES, Reserve, margin, soft_limit
+from .front_link import Link
 from .limits import ServerLimits
 from .log_rate import SeldomLog
 from .zmtp_meter import ZmtpMeter, weight
@@ -44,30 +45,6 @@ if sys.platform == "linux":
     ONCE = select.EPOLLET  # an end that is not read and has gone is reported once, not without end
 
 log = logging.getLogger("shoal.server")
-
-
-@dataclass(eq=False)
-class Link:
-    """One connection of a client. Only the front's thread touches the sockets; the server sets what it knows of the
-    client: `used_s`, when it last sent a message, and `busy`, whether it has requests in flight."""
-
-    client: socket.socket
-    inner: socket.socket
-    host: str
-    opened_s: float
-    meter: ZmtpMeter
-    used_s: float = 0.0  # 0: it has not sent any
-    busy: bool = False
-    paused: bool = False  # nothing is read from it
-    dropped: bool = False
-    met: bool = False  # libzmq has accepted it
-    to_client: bytes = b""  # read already, and not taken yet
-    to_server: bytes = b""
-    heard: int = 0  # weight of the messages that the server has taken
-    ahead: bool = False  # it has sent more than that, and waits
-    forwarded_s: float = 0.0
-    begun_s: float = 0.0  # when its unfinished message began
-    armed: dict[int, int] = field(default_factory=dict)  # what is waited for, per descriptor
 
 
 @dataclass(frozen=True)
@@ -97,6 +74,7 @@ class Front:
         self._reserve = Reserve(4)
         self._margin = margin(soft_limit())
         self._closing_s = 0.0  # when to end at the latest
+        self._admits = True
         self._seldom = SeldomLog(log)
         self._watch(self._waker.fileno(), READ, lambda events: self._waker.clear())
         self._thread = threading.Thread(target=self._run, name="shoal-front", daemon=True)
@@ -132,6 +110,11 @@ class Front:
         self._epoll.close()
         self._waker.close()
         self._reserve.close()
+
+    def admit_no_more(self) -> None:
+        """Newcomers find nobody; who is connected stays."""
+        self._admits = False
+        self._waker.wake()
 
     def link(self, descriptor: int) -> Link | None:
         """The connection behind the descriptor that libzmq names in a message; None when it is gone."""
@@ -184,6 +167,12 @@ class Front:
 
     def _heed(self) -> None:
         """Do what the server has said."""
+        if not self._admits:
+            for descriptor, listener in self._listeners.items():
+                del self._handlers[descriptor]
+                self._epoll.unregister(descriptor)
+                listener.public.close()
+            self._listeners.clear()
         while self._changed:
             link = self._changed.popleft()
             if link.dropped:

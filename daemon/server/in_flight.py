@@ -20,7 +20,7 @@ import zmq
 from shoal.comm.messages import Accepted, Done, Error, Message, Stage, Timings, Token, Usage, Waiting
 from shoal.daemon.backend import STAGE_S, CancelCall
 
-from .front import Link
+from .front_link import Link
 
 
 @dataclass(eq=False)

@@ -13,7 +13,8 @@ import zmq
 
 from shoal.comm import endpoint
 
-from .front import Front, Link
+from .front import Front
+from .front_link import Link
 from .limits import ServerLimits
 
 QUEUE_MESSAGES = 16  # of up to `message_bytes`, per client
@@ -36,6 +37,9 @@ class NoFront(Front):
 
     def start(self) -> None:
         """Nothing to do."""
+
+    def admit_no_more(self) -> None:
+        """Nothing to do: libzmq accepts until its sockets are closed."""
 
     def close(self) -> None:
         """Nothing to do: libzmq closes what it listens at."""

@@ -41,6 +41,7 @@ from .socket_lock import socket_lock
 
 NO_ID = b"?"  # in an `error` about a message whose request id could not be read
 RECEIVE_BATCH = 64  # messages read before replies are sent again
+QUIET_S = 0.05  # without a message, after which all that was sent has surely been read
 HANG_S = 2.0  # after which a backend that should have drained hangs
 STOPPING = Error(code="shutting_down", message="the daemon is stopping", hint="start it again")
 
@@ -189,13 +190,18 @@ class Server:
         """Give every request that was read its terminal reply, if its client still reads."""
         self._closing()
         self._draining = True
-        deadline_s = time.monotonic() + self._limits.farewell_s
-        self._receive()
-        self._outbox.fail_all(STOPPING)
-        self._outbox.flush()
-        while self._outbox.clients and time.monotonic() < deadline_s:
+        self._front.admit_no_more()
+        now_s = time.monotonic()
+        deadline_s, quiet_s = now_s + self._limits.farewell_s, now_s + QUIET_S
+        # What clients have sent may still be on its way through the front and libzmq.
+        while now_s < deadline_s and (self._outbox.clients or now_s < quiet_s):
+            if self._receive():
+                quiet_s = now_s + QUIET_S
+            self._outbox.fail_all(STOPPING)
+            self._outbox.flush()
+            self._outbox.tick(now_s)
             time.sleep(FULL_QUEUE_RETRY_S)
-            self._outbox.tick(time.monotonic())
+            now_s = time.monotonic()
 
     def _close(self) -> None:
         self._outbox.forget_all()
@@ -210,7 +216,9 @@ class Server:
 
     # --- admission -----------------------------------------------------------------------------------------
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
+        """Whether anything has come."""
+        came = False
         now_s = time.monotonic()
         for router in self._routers:
             for _ in range(RECEIVE_BATCH):
@@ -218,11 +226,13 @@ class Server:
                     message = router.recv_multipart(zmq.NOBLOCK, copy=False)
                 except zmq.Again:
                     break
+                came = True
                 identity, *frames = (frame.bytes for frame in message)
                 peer = self._outbox.peer(router, identity, message[-1])
                 if peer.link is not None:
                     self._front.heard(peer.link, len(frames), sum(map(len, frames)), now_s)
                 self._admit(peer, frames, now_s)
+        return came
 
     def _admit(self, peer: Peer, frames: list[bytes], now_s: float) -> None:
         """Begin a flight for one message, or refuse it."""

@@ -27,8 +27,8 @@ class Piece(NamedTuple):
     stop: int
 
 
-class WeightSource(Protocol):
-    """See `Checkpoint` for what the attributes are; a machine without files has no `files` and no `stamps`."""
+class Described(Protocol):
+    """What is known of a model before anything of it is read. See `Checkpoint` for what the attributes are."""
 
     @property
     def spec(self) -> ModelSpec: ...
@@ -38,6 +38,18 @@ class WeightSource(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    def matrices(self, block: BlockId) -> dict[str, tuple[WeightType, int, int]]:
+        """Role → type, rows and columns of each matrix of a block."""
+        ...
+
+    def vector_lengths(self, block: BlockId) -> dict[str, int]:
+        """Role → length of each vector of a block."""
+        ...
+
+
+class WeightSource(Described, Protocol):
+    """A machine without files has no `files` and no `stamps`."""
 
     @property
     def path(self) -> Path: ...
@@ -50,14 +62,6 @@ class WeightSource(Protocol):
 
     @property
     def stamps(self) -> Stamps: ...
-
-    def matrices(self, block: BlockId) -> dict[str, tuple[WeightType, int, int]]:
-        """Role → type, rows and columns of each matrix of a block."""
-        ...
-
-    def vector_lengths(self, block: BlockId) -> dict[str, int]:
-        """Role → length of each vector of a block."""
-        ...
 
     def bypass_cache(self) -> None:
         """From now on what was read does not stay in the system's page cache."""

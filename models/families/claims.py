@@ -44,9 +44,12 @@ class Ends(NamedTuple):
 
 
 def find_ends(tensors: Collection[str], claims_tied: bool, origin: str, same: Same) -> Ends:
-    """Where embedding and head are, whatever `tie_word_embeddings` of the file `origin` says."""
+    """Where embedding and head are, whatever `tie_word_embeddings` of the file `origin` says. Without files, only
+    the claim counts."""
     prefix = _prefix(tensors)
     embed = prefix + _EMBED
+    if not tensors:
+        return Ends(prefix, embed, embed if claims_tied else _HEAD)
     heads = [re.sub(r"(^|\.)model\.(language_model\.)?$", r"\1", prefix) + _HEAD, _HEAD]
     if not claims_tied:
         heads.append(prefix + _HEAD)

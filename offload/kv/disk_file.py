@@ -68,6 +68,7 @@ class KvFile:
     """
 
     def __init__(self, directory: Path, fingerprint: bytes, page_bytes: int, page_tokens: int) -> None:
+        self.directory = directory
         self.page_bytes = page_bytes
         self._slot_bytes = _slot_bytes(page_bytes)
         self._body = _body(page_tokens)

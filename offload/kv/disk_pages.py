@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from shoal.kernels.arrays import Bytes
 from shoal.offload.errors import KvFileError
 
 from .disk_file import SYNC_BYTES, KvFile, checksum
-from .disk_index import Entry, KvIndex
+from .disk_index import DIGEST_BYTES, Entry, KvIndex, Slot
 from .prefix_cache import Put, Save
 from .write_behind import WriteBehind, queue_pages
 
@@ -37,15 +38,20 @@ def buffer_bytes(page_bytes: int) -> int:
 
 
 class KvDisk:
-    """At most `slots` pages in `file`. One thread places, puts, saves and reads; any thread may call the rest."""
+    """At most `slots` pages in `file`. One thread places, puts, saves and reads; any thread may call the rest.
 
-    def __init__(self, file: KvFile, slots: int) -> None:
+    secret: under which other ranks are told digests of texts; b"" if nobody is told any.
+    """
+
+    def __init__(self, file: KvFile, slots: int, secret: bytes = b"") -> None:
         self.index = KvIndex(slots, file.entries(slots))
         self.page_bytes = file.page_bytes
         self.pages_read = 0
         self.pages_written = 0
         self.pages_dropped = 0  # because the writer lagged
         self._file = file
+        self._secret = secret
+        self._own_slots = self._most_slots = slots
         self._reading = np.empty(self.page_bytes, np.uint8)
         self._placed: dict[int, tuple[Entry, Bytes]] = {}  # by slot: what will be put there, and room for it
         self._complained = False
@@ -67,11 +73,29 @@ class KvDisk:
         """Keep at most `slots` pages from now on."""
         with self._writing:
             if not self.closed:
-                self.index.resize(slots)
+                self._own_slots = slots
+                self.index.resize(min(slots, self._most_slots))
                 try:
                     self._file.cut(slots)
                 except OSError as error:
                     self._complain(error)
+
+    def bound(self, slots: int) -> None:
+        """Other ranks have room for `slots` pages now: use no slots beyond, however many there are here. Never waits
+        for the disk."""
+        if slots != self._most_slots:
+            self._most_slots = slots
+            self.index.resize(min(slots, self._own_slots))
+
+    def told(self, entry: Entry) -> Slot:
+        """Where a page lies, for other ranks. Whoever has no more than that cannot find out what its text is by trying
+        texts: what the digest is made with stays here."""
+        return Slot(entry.slot, self._sealed(entry.digest))
+
+    def _sealed(self, digest: bytes) -> bytes:
+        if not self._secret:
+            return digest
+        return blake2b(digest, key=self._secret, digest_size=DIGEST_BYTES).digest()
 
     def place(self, what: Save, wait_s: float = 0.0) -> Put | None:
         """Decide where a page will lie, so that every rank of a group can put its part of it there. None when it is
@@ -85,7 +109,7 @@ class KvDisk:
             self._behind.give_back(buffer)
             return None
         self._placed[entry.slot] = entry, buffer
-        return Put(what.page, entry.slot, entry.digest)
+        return Put(what.page, *self.told(entry))
 
     def put(self, put: Put, page: Bytes, wait_s: float = 0.0) -> None:
         """Copy `page`, (bytes of a page,), for the writer: it was placed, so there is room."""
@@ -133,23 +157,26 @@ class KvDisk:
         into[:] = self._reading
         return True
 
+    def worth_keeping(self, known: Sequence[Save]) -> Sequence[Save]:
+        """Of the `known` pages of memory, the most recently used first, those that there are slots for. They count as
+        used just now, or else writing one might push out another."""
+        kept = known[: self.index.slots]
+        self._touch(kept)
+        return kept
+
     def close(
-        self, known: Sequence[Save], page: Callable[[int], Bytes], limit_s: float = FLUSH_LIMIT_S
+        self, known: Sequence[Save], page: Callable[[int], Bytes] | None, limit_s: float = FLUSH_LIMIT_S
     ) -> None:
         """Write the `known` pages of memory, as far as there are slots and time, and close the file. `known` has the
-        most recently used first; `page` gives a page's bytes by its number. Idempotent."""
+        most recently used first; `page` gives a page's bytes by its number, or is None if all have been put here that
+        are to be. Idempotent."""
         with self._writing:
             if self.closed:
                 return
             self.closed = True
-        ends_s = time.monotonic() + limit_s
-        kept = known[: self.index.slots]
-        self._touch(kept)  # otherwise writing one might push out another
-        for save in kept:
-            if self.index.touch(save.parent, save.tokens):
-                continue
-            if not self.save(save, page(save.page), max(0.0, ends_s - time.monotonic())):
-                break
+        kept = self.worth_keeping(known)
+        if page is not None:
+            self._save_all(kept, page, limit_s)
         if not self._behind.end():
             return
         self._touch(kept)
@@ -161,6 +188,14 @@ class KvDisk:
         except OSError as error:
             self._complain(error)
         self._file.close()
+
+    def _save_all(self, pages: Sequence[Save], page: Callable[[int], Bytes], limit_s: float) -> None:
+        ends_s = time.monotonic() + limit_s
+        for save in pages:
+            if self.index.touch(save.parent, save.tokens):
+                continue
+            if not self.save(save, page(save.page), max(0.0, ends_s - time.monotonic())):
+                break
 
     def _touch(self, pages: Sequence[Save | Entry]) -> None:
         """Note that pages were used just now. The last goes first, so that no page is newer than the text before it."""

@@ -15,7 +15,7 @@ from shoal.kernels import WeightType
 from shoal.kernels.types import Q4_0, Q8_0
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
-from shoal.models.checkpoint.weight_source import WeightSource
+from shoal.models.checkpoint.weight_source import Described
 from shoal.offload.errors import PackPointless
 from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.slicing import CutOfExperts, Grains, divide
@@ -41,7 +41,7 @@ _TABLES = frozenset({"embed", "head"})  # few bits do the most harm here
 UNKNOWN = "0" * 16  # the checksum of a block that is not written yet
 
 
-def layout(checkpoint: WeightSource, quant: Quant, source: Source) -> Manifest:
+def layout(checkpoint: Described, quant: Quant, source: Source) -> Manifest:
     """The manifest of a pack before it is built; its checksums are not known yet. Raises PackPointless."""
     spec = checkpoint.spec
     _require_gain(checkpoint, quant)
@@ -98,7 +98,7 @@ def grains_of(checkpoint: Checkpoint, quant: Quant) -> Grains:
     return Grains(*grains.values())
 
 
-def _head(checkpoint: WeightSource, quant: Quant) -> Iterator[PackedBlock]:
+def _head(checkpoint: Described, quant: Quant) -> Iterator[PackedBlock]:
     """The head's slices. All but the last are of whole pages, so that they follow each other without a gap."""
     block, role = head_origin(checkpoint)
     kind, rows, cols = checkpoint.matrices(block)[role]
@@ -111,12 +111,12 @@ def _head(checkpoint: WeightSource, quant: Quant) -> Iterator[PackedBlock]:
         yield _block(BlockId("head", -1, number), tensors)
 
 
-def head_origin(checkpoint: WeightSource) -> tuple[BlockId, str]:
+def head_origin(checkpoint: Described) -> tuple[BlockId, str]:
     """The block and role in the checkpoint of the matrix that the head's slices are cut from."""
     return (BlockId("embed"), "embed") if checkpoint.spec.tied else (BlockId("head"), "head")
 
 
-def _whole(checkpoint: WeightSource, block: BlockId, quant: Quant) -> PackedBlock:
+def _whole(checkpoint: Described, block: BlockId, quant: Quant) -> PackedBlock:
     tensors = {}
     at = 0
     for role, (kind, rows, cols) in checkpoint.matrices(block).items():
@@ -130,7 +130,7 @@ def _block(block: BlockId, tensors: dict[str, PackedTensor]) -> PackedBlock:
     return PackedBlock(block, 0, rounded(end, PAGE_BYTES), UNKNOWN, tensors)
 
 
-def _vectors(checkpoint: WeightSource) -> PackedVectors:
+def _vectors(checkpoint: Described) -> PackedVectors:
     blocks = []
     at = 0
     for block in checkpoint.spec.blocks():
@@ -143,7 +143,7 @@ def _vectors(checkpoint: WeightSource) -> PackedVectors:
     return PackedVectors(0, rounded(at, PAGE_BYTES), UNKNOWN, blocks)
 
 
-def _require_gain(checkpoint: WeightSource, quant: Quant) -> None:
+def _require_gain(checkpoint: Described, quant: Quant) -> None:
     matrices = [
         (role, kind, cols)
         for block in checkpoint.spec.blocks()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from shoal.partition.spec import BlockId
+from shoal.partition.throughput.ring import ring_places
 
 
 @dataclass(eq=False)
@@ -103,7 +104,9 @@ class Window:
     def __init__(self, nbytes: int, cycle: Sequence[Extent]) -> None:
         self._cycle = cycle
         self._index = {extent.block: i for i, extent in enumerate(cycle)}
-        self._positions = _places(nbytes, cycle)
+        for extent in cycle:
+            assert extent.nbytes <= nbytes, f"{extent.block}: {extent.nbytes} of {nbytes}"
+        self._positions = ring_places(nbytes, [extent.nbytes for extent in cycle])
         self._next = 0  # the block of the cycle to begin next
         self._passing: list[Passage] = []  # in the order of use
 
@@ -154,15 +157,3 @@ class Window:
         passage = Passage(extent.block, extent.offset, self._positions[index], extent.nbytes)
         self._passing.append(passage)
         return passage
-
-
-def _places(nbytes: int, cycle: Sequence[Extent]) -> list[int]:
-    """Where in a ring of `nbytes` each extent begins."""
-    places: list[int] = []
-    end = 0
-    for extent in cycle:
-        assert extent.nbytes <= nbytes, f"{extent.block}: {extent.nbytes} of {nbytes}"
-        start = end if end + extent.nbytes <= nbytes else 0
-        places.append(start)
-        end = start + extent.nbytes
-    return places

@@ -252,6 +252,37 @@ def test_a_daemon_that_ends_is_noticed_and_a_new_one_found(tmp_path):
     client.close()
 
 
+def test_the_last_reply_of_a_daemon_that_has_gone_is_read(tmp_path):
+    with running(ipc(tmp_path)) as daemon, Client(daemon.address) as client:
+        stream = client.generate("forever")
+        assert isinstance(next(stream), Accepted)
+        daemon.server.stop()
+        daemon.server.stop()
+        daemon.thread.join(PATIENCE_S)
+        with pytest.raises(RequestFailed) as failed:
+            list(stream)
+        assert failed.value.code == "shutting_down"
+        with pytest.raises(NoDaemon):
+            client.ping()
+
+
+def test_async_the_last_reply_of_a_daemon_that_has_gone_is_read(tmp_path):
+    async def ask(daemon: RunningServer) -> None:
+        async with AsyncClient(daemon.address) as client:
+            stream = client.generate("forever")
+            assert isinstance(await anext(stream), Accepted)
+            daemon.server.stop()
+            daemon.server.stop()
+            daemon.thread.join(PATIENCE_S)  # and this loop reads nothing meanwhile
+            with pytest.raises(RequestFailed) as failed:
+                async for _ in stream:
+                    pass
+            assert failed.value.code == "shutting_down"
+
+    with running(ipc(tmp_path)) as daemon:
+        asyncio.run(ask(daemon))
+
+
 def test_importing_the_client_is_cheap():
     code = (
         "import sys, shoal.client; "

@@ -6,16 +6,18 @@ import contextlib
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.engine.errors import OrderError
-from shoal.engine.order import Order, Segment
+from shoal.engine.order import Order, Reading, Segment
 from shoal.engine.order_bytes import order_bytes, order_of
-from shoal.offload.kv.prefix_cache import Copy
+from shoal.offload.kv.disk_index import Slot
+from shoal.offload.kv.prefix_cache import Copy, Move, Put
 from shoal.partition.plan import KvPlan, Plan
 
-PAGES, PAGE_TOKENS, CONTEXT = 10, 64, 256
+PAGES, PAGE_TOKENS, CONTEXT, SLOTS = 10, 64, 256, 20
+DIGEST = bytes(range(32))
 PLAN = Plan((), KvPlan(PAGES, PAGE_TOKENS, "f16", 0), CONTEXT, 256, 4, 8, 1, 0)
 
 segments = st.builds(
@@ -28,13 +30,22 @@ segments = st.builds(
     st.integers(0, 60),
     st.integers(0, 300),
 )
-copies = st.builds(Copy, st.integers(0, PAGES - 1), st.integers(0, PAGES - 1))
+pages = st.integers(0, PAGES - 1)
+slots = st.builds(Slot, st.integers(0, SLOTS - 1), st.binary(min_size=32, max_size=32))
+copies = st.builds(Copy, pages, pages)
+puts = st.builds(lambda page, slot: Put(page, *slot), pages, slots)
+readings = st.lists(st.tuples(slots, pages), max_size=3).map(
+    lambda pairs: Reading([slot for slot, _ in pairs], [page for _, page in pairs])
+)
 
 
-@given(st.lists(segments, max_size=4), st.lists(copies, max_size=4))
-def test_everything_but_token_ids_comes_back(parts: list[Segment], moves: list[Copy]) -> None:
-    data = order_bytes(Order(parts, moves))
-    found = order_of(data, PLAN)
+@given(st.lists(segments, max_size=4), st.lists(copies | puts, max_size=4), st.lists(readings, max_size=3))
+def test_everything_but_token_ids_comes_back(
+    parts: list[Segment], moves: list[Move], reads: list[Reading]
+) -> None:
+    data = order_bytes(Order(parts, moves, reads))
+    found = order_of(data, PLAN, SLOTS)
+    assert found.readings == reads
     assert [it._replace(tokens=()) for it in found.segments] == [it._replace(tokens=()) for it in parts]
     assert [len(it.tokens) for it in found.segments] == [len(it.tokens) for it in parts]
     assert found.moves == moves
@@ -60,16 +71,81 @@ def test_token_ids_do_not_travel() -> None:
         ([[], [[PAGES, 0]]], "copied page"),
         ([[[1, -1, [0], 1, 0]], []], "read"),
         ([[[1, 0, [0], 1, 1 << 30]], []], "length"),
+        ([[], [[PAGES, 0, DIGEST]]], "saved page"),
+        ([[], [[0, SLOTS, DIGEST]]], "slot"),
+        ([[], [[0, 0, DIGEST[1:]]]], "read"),
+        ([[], [[0, 0, "text"]]], "read"),
+        ([[], [], [[[[SLOTS, DIGEST]], [0]]]], "slot"),
+        ([[], [], [[[[0, DIGEST]], [PAGES]]]], "page"),
+        ([[], [], [[[[0, DIGEST]], [0, 1]]]], "reads 1 slots into 2 pages"),
+        ([[], [], [[[[0, DIGEST]] * PAGES, [0] * PAGES], [[[0, DIGEST]], [1]]]], "number of pages to read"),
+        ([[], [], [[[[0, DIGEST[1:]]], [0]]]], "read"),
+        ([[], [], [[[[-1, DIGEST]], [0]]]], "read"),
+        ([[[1, 0, [0], 1, 0]] * 5, []], "number of segments"),
+        ([[], [[0, 0]] * 10_000], "size in bytes"),
         ([1, 2], "read"),
         ({}, "read"),
     ],
 )
 def test_no_number_is_believed(wrong: object, said: str) -> None:
     with pytest.raises(OrderError, match=said):
-        order_of(msgspec.msgpack.encode(wrong), PLAN)
+        order_of(msgspec.msgpack.encode(wrong), PLAN, SLOTS)
+
+
+def test_a_rank_without_a_disk_is_told_of_no_slots() -> None:
+    for order in (Order(moves=[Put(0, 0, DIGEST)]), Order(readings=[Reading([Slot(0, DIGEST)], [0])])):
+        with pytest.raises(OrderError, match="slot 0: must be below 0"):
+            order_of(order_bytes(order), PLAN)
+
+
+def bounded(data: bytes) -> None:
+    """It is refused, or asks for nothing beyond the plan."""
+    with contextlib.suppress(OrderError):
+        order = order_of(data, PLAN, SLOTS)
+        assert sum(len(it.tokens) for it in order.segments) <= PLAN.step_rows
+        assert sum(len(it.pages) for it in order.readings) <= PAGES
+        for move in order.moves:
+            assert isinstance(move, Copy | Put)
+            assert all(0 <= number < SLOTS for number in move[:2])
+        for reading in order.readings:
+            assert len(reading.entries) == len(reading.pages)
+            assert all(0 <= slot.slot < SLOTS and len(slot.digest) == 32 for slot in reading.entries)
+            assert all(0 <= page < PAGES for page in reading.pages)
 
 
 @given(st.binary(max_size=200))
 def test_rubbish_is_refused(data: bytes) -> None:
-    with contextlib.suppress(OrderError):
-        order_of(data, PLAN)
+    bounded(data)
+
+
+@given(
+    st.lists(segments, max_size=4),
+    st.lists(copies | puts, max_size=4),
+    st.lists(readings, max_size=3),
+    st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=4),
+    st.integers(0, 1 << 16),
+)
+def test_damaged_orders_are_refused_or_harmless(
+    parts: list[Segment],
+    moves: list[Move],
+    reads: list[Reading],
+    flips: list[tuple[int, int]],
+    end: int,
+) -> None:
+    data = bytearray(order_bytes(Order(parts, moves, reads)))
+    for place, byte in flips:
+        data[place % len(data)] = byte
+    bounded(bytes(data))
+    bounded(bytes(data[: end % len(data)]))
+
+
+numbers = st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.none()
+nested = st.recursive(
+    numbers | st.binary(max_size=40), lambda inner: st.lists(inner, max_size=3), max_leaves=6
+)
+
+
+@settings(max_examples=30)
+@given(st.lists(nested, max_size=4))
+def test_whatever_has_another_form_is_refused(wrong: list[object]) -> None:
+    bounded(msgspec.msgpack.encode(wrong))

@@ -182,7 +182,7 @@ def talk(made: Group, seed: int) -> list[list[int]]:
     cache = PrefixCache(kv.table, PAGE, index)
     scheduler = Scheduler(cache, sequences=2, queue=9, chunk_tokens=64, guesses=0, reads=3)
     ticks = itertools.count(step=0.001)
-    engine = Engine(Leader(made), scheduler, lambda: next(ticks))  # type: ignore[arg-type]
+    engine = Engine(Leader(made), scheduler, lambda: next(ticks))
     texts = [[source.randrange(tiny.END) for _ in range(source.randrange(70, 150))] for _ in range(3)]
     for turn in range(6):
         text = texts[turn % 3]
@@ -195,6 +195,39 @@ def talk(made: Group, seed: int) -> list[list[int]]:
             written(made)
     engine.close()
     return texts
+
+
+@pytest.mark.parametrize("said", [float("nan"), float("inf"), -3.0, 1e30])
+def test_what_others_say_of_their_readings_is_bounded(
+    said: float, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with group(checkpoint, tmp_path) as made:
+        computed(made)
+        made.run(Order(moves=SAVES))
+        written(made)
+        gather = made.members[2].gather
+        monkeypatch.setattr(made.members[2], "gather", lambda rows: gather(np.full_like(rows, said)))
+        assert read_back(made)[0] in ([0], [2])
+
+
+def test_no_rank_has_more_pages_than_the_one_with_the_least_room(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Which of them it is may change."""
+    with group(checkpoint, tmp_path) as made:
+        room = [40]
+        first = Leader(made)
+        first._slots = lambda: room[0]
+        computed(made)
+        room[0] = 1
+        first.run(Order(moves=[*SAVES]))
+        written(made)
+        assert [entry.slot for entry in entries(made)] == [0]
+        room[0] = 2
+        first.run(Order(moves=[*SAVES]))
+        written(made)
+        assert sorted(entry.slot for entry in entries(made)) == [0, 1]
+        assert read_back(made) == [[2]] * RANKS
 
 
 def test_conversations_are_the_same_and_are_read_from_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:

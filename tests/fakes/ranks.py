@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
+from shoal.engine import leader
+from shoal.engine.collective import PendingSum
 from shoal.engine.executor import Executor
 from shoal.engine.order import Order, Reading, Result, Segment
+from shoal.engine.order_bytes import order_of
 from shoal.engine.rank import Rank
+from shoal.engine.sums_ahead import SumsAhead
 from shoal.kernels import ComputeHome, home_of
 from shoal.kernels.arrays import Floats, Hidden
 from shoal.kernels.cpu_home import CpuHome
@@ -24,6 +28,8 @@ from shoal.models.checkpoint.shard import CheckpointShard
 from shoal.models.transformer import Transformer
 from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.kv.disk_index import Entry, Slot
+from shoal.offload.kv.disk_pages import KvDisk
+from shoal.offload.kv.disk_slots import KvSlots
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.kv.prefix_cache import Copy, Save
 from shoal.offload.pack.layout import grains_of
@@ -61,15 +67,33 @@ class Member:
     def __init__(self, together: Together, rank: int) -> None:
         self._together = together
         self._rank = rank
+        self._ahead: SumsAhead | None = None
+        self.started = 0  # sums that were made while this rank went on
         self.seen: list[bytes] = []
 
     def allreduce(self, home: ComputeHome, partial: Hidden) -> Hidden:
-        first, *others = self._together.meet(self._rank, home.fetch(partial))
-        total = first.copy()
+        if self._ahead is not None:
+            return self.start(home, partial)()
+        return home.place(self._sum(home.fetch(partial)))
+
+    def _sum(self, partial: Floats) -> Floats:
+        first, *others = self._together.meet(self._rank, partial)
+        total: Floats = first.copy()
         for other in others:
             total += other
         self.seen.append(total.tobytes())
-        return home.place(total)
+        return total
+
+    def start(self, home: ComputeHome, partial: Hidden) -> PendingSum:
+        self.started += 1
+        self._ahead = self._ahead or SumsAhead(self._sum)
+        begun = self._ahead.start(home.fetch(partial))
+        return lambda: home.place(begun.result(PATIENCE_S))
+
+    def settle(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def gather(self, columns: Floats) -> Floats:
         brought = self._together.meet(self._rank, columns)
@@ -178,34 +202,63 @@ class Group:
         for store in self._stores:
             store.close()
 
-    def _each(self, do: Callable[[Rank], T]) -> list[T]:
-        def one(rank: Rank) -> T:
+    def leave(self) -> None:
+        """Nobody waits for anybody any more."""
+        self._together.leave()
+
+    def submit(self, do: Callable[[Rank], T], rank: Rank) -> Future[T]:
+        def one() -> T:
             try:
                 return do(rank)
             except BaseException:
-                self._together.leave()
+                self.leave()
                 raise
 
-        return list(self._threads.map(one, self.ranks))
+        return self._threads.submit(one)
+
+    def _each(self, do: Callable[[Rank], T]) -> list[T]:
+        return [running.result() for running in [self.submit(do, rank) for rank in self.ranks]]
 
 
 def _slots(entries: Sequence[Entry | Slot]) -> list[Slot]:
     return [Slot(entry.slot, entry.digest) for entry in entries]
 
 
-class Leader:
+class Others:
+    """The other ranks of a group as their leader reaches them: each gets orders as bytes, in a thread."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._running: list[Future[Result]] = []
+
+    def begin(self, order: bytes) -> None:
+        def follow(rank: Rank) -> Result:
+            slots = rank.disk.slots if isinstance(rank.disk, KvSlots) else 0
+            return rank.run(order_of(order, rank.executor.plan, slots))
+
+        self._running = [self._group.submit(follow, rank) for rank in self._group.ranks[1:]]
+
+    def end(self) -> None:
+        for running in self._running:
+            running.result(PATIENCE_S)
+
+    def give_up(self) -> None:
+        self._group.leave()
+
+
+class Leader(leader.Leader):
     """A group as an engine has it: rank 0, whose orders the others carry out, too."""
 
     def __init__(self, group: Group) -> None:
-        self.group = group
-
-    def run(self, order: Order, wanted: object = None) -> Result:
-        return self.group.run(order)[0]
+        first, *others = group.ranks
+        disk = first.disk if isinstance(first.disk, KvDisk) else None
+        slots = [it.disk.slots for it in others if isinstance(it.disk, KvSlots)]
+        super().__init__(first.executor, lambda: 0.0, Others(group), disk, lambda: min(slots, default=0))
+        self._group = group
 
     def close(self, known: Sequence[Save], keep_s: float = 10.0) -> None:
-        for order in self.group.ranks[0].keeping(known, wait_s=PATIENCE_S):
-            self.group.run(order)
-        for rank in self.group.ranks:
+        super().close(known, keep_s)
+        for rank in self._group.ranks[1:]:
             rank.close([])
 
 

@@ -281,3 +281,18 @@ def test_sixteen_machines_are_chosen_from_in_a_moment() -> None:
         chosen(model(), machines, all_linked(16, CABLE))
         took.append(time.process_time() - began)
     assert min(took) < 0.15, "usually a third of that"
+
+
+def test_prompts_are_read_in_halves_where_that_hides_sums() -> None:
+    """512 rows of 4096 numbers take 144 ms there and back at 1 Gb/s, so 64 sums take 9.2 s. Computing takes 9 s."""
+    two = [machine("head"), machine("other")]
+    found = chosen(model(), two, all_linked(2, LinkSpeed(20e-6, 117e6)), ranks=2)
+    first_token_s = found.figures.first_token_s[found.prompts.index(512)]
+    assert 9.2 < first_token_s < 0.75 * (9.2 + 9)
+    assert found.figures.overlap_rows == 32
+
+
+@pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
+def test_where_a_delay_is_longer_than_computing_steps_have_one_sum_a_block(spec: ModelSpec) -> None:
+    found = chosen(spec, [machine("a"), machine("b")], all_linked(2, LinkSpeed(1.0, 117e6)), ranks=2)
+    assert found.figures.overlap_rows > 512

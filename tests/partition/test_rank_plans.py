@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.partition.given_plan import check_given
 from shoal.partition.memory_layout import kv_page_bytes
+from shoal.partition.pinning import Pinnings
 from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
 from shoal.partition.rank_plans import RankPart, rank_plans
 from shoal.partition.slicing import Shard, divide, shard_spec
@@ -157,3 +158,17 @@ def test_a_misfit_says_what_this_rank_needs(streaming: bool) -> None:
     assert isinstance(made[1], Misfit)
     assert made[1].least_bytes > 10 * MB
     assert (made[1].least_bytes < 1_000 * MB) == streaming
+
+
+def test_a_rank_that_has_some_of_the_experts_streams_its_share_of_the_active_ones() -> None:
+    """Together the ranks stream what one that has all experts would."""
+    moe = MIXTURE.moe
+    assert moe is not None
+    expert_bytes = 3 * moe.ffn * MIXTURE.hidden * 2
+    for share, own in zip((1 / 2, 1 / 4, 1 / 4), parts(MIXTURE, [0] * 3, (2.0, 1.0, 1.0)), strict=True):
+        dense = sum(nbytes for it, nbytes in own.extents.items() if it.kind not in ("embed", "expert"))
+        found = Pinnings(own.spec, own.extents).best(dense + 14 * expert_bytes, 0)
+        assert found is not None
+        assert found.expert_slots == 14
+        missed = 1 - 14 / (28 * moe.experts * share)
+        assert found.streamed_bytes == pytest.approx(28 * moe.active * share * expert_bytes * missed)

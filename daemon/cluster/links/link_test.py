@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from shoal.comm.cluster_messages import LinksReply, LinkStatus
 from shoal.comm.errors import CommError
-from shoal.comm.group.part_waits import WaitSummary
+from shoal.comm.group.sums.part_waits import WaitSummary
 from shoal.daemon.cluster.control_messages import PROBE_BYTES
 from shoal.daemon.cluster.member import Member
 from shoal.daemon.cluster.roster import Roster

@@ -46,12 +46,18 @@ class Announcer:
     ) -> None:
         self._network, self._identity, self._addresses = network, identity, addresses
         self._closed = threading.Event()
+        self._changed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shoal-announce", daemon=True)
         self._thread.start()
+
+    def look(self) -> None:
+        """Look now whether addresses have changed."""
+        self._changed.set()
 
     def close(self) -> None:
         """Idempotent."""
         self._closed.set()
+        self._changed.set()
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
@@ -76,7 +82,9 @@ class Announcer:
                         "other machines must name this one's address, it cannot be announced: %s", error
                     )
                 complained = str(error)
-            if self._closed.wait(ANNOUNCE_LOOK_S):
+            self._changed.wait(ANNOUNCE_LOOK_S)
+            self._changed.clear()
+            if self._closed.is_set():
                 break
         if now is not None:
             now.close()

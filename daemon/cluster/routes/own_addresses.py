@@ -1,6 +1,6 @@
 """Addresses of this machine: where to listen, and which of them another machine may reach.
 
-HOST:PORT, [IPV6]:PORT, or :PORT for all interfaces.
+HOST:PORT, [IPV6]:PORT, or :PORT for all interfaces.  What `auto` is as a HOST, `listening` knows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from shoal.comm.group.streams import Address
 from shoal.daemon.errors import DaemonError
 
 DEFAULT_PORT = 7447
-DEFAULT_LISTEN = f":{DEFAULT_PORT}"
 
 # The best first.
 LinkKind = Literal["cable", "wifi", "mobile", "vpn", "bridge", "link-local", "loopback"]

@@ -39,7 +39,8 @@ def link_speed(
 
 
 def measured(channel: Channel, seconds: float) -> LinkSpeed:
-    """Of a channel whose other side runs `answer_probes` and has said where it is. Raises CommError and OSError."""
+    """Of a channel whose other side runs `answer_probes`, and has said where it is if it is a head.
+    Raises CommError and OSError."""
     number = 0
 
     def probe(data: bytes) -> float:
@@ -54,11 +55,12 @@ def measured(channel: Channel, seconds: float) -> LinkSpeed:
     return link_speed(probe, seconds)
 
 
-def answer_probes(channel: Channel, here: HeadAt) -> None:
-    """Say where this head is, and answer until the other side has had enough and closes the channel."""
+def answer_probes(channel: Channel, here: HeadAt | None = None) -> None:
+    """Say where this head is, if it is one, and answer until the other side has had enough and closes the channel."""
     ends_s = time.monotonic() + MEASURING_S
     with channel, suppress(OSError, CommError):
-        channel.send_message(here, PROBED_S)
+        if here is not None:
+            channel.send_message(here, PROBED_S)
         for _ in range(MAX_PROBES):
             probe: Probe = channel.receive_message(Probe, ends_s - time.monotonic(), CONTROL_BYTES)
             channel.send_message(Probed(number=probe.number), PROBED_S)

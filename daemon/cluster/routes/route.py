@@ -63,9 +63,10 @@ class HeadRoute:
         fingerprint: str,
         look: Callable[[], list[FoundHead]] = list,
     ) -> None:
-        self._identity, self._peers, self._fingerprint, self._look = identity, peers, fingerprint, look
+        self.identity, self._peers, self._fingerprint, self._look = identity, peers, fingerprint, look
         self._look_s = 0.0
         self.now: Route | None = None
+        self.own_host = ""  # this machine's address on that route
 
     def dial(self, purpose: Purpose) -> Channel:
         """A channel to the head: one for control over the best route, which is found first; the others over the same.
@@ -73,9 +74,11 @@ class HeadRoute:
         if purpose == "control":
             self.now = self._best()
         assert self.now is not None
-        return dial(
-            self._identity, self._peers, self._fingerprint, purpose, [self.now.address], timeout_s=HEAD_DIAL_S
+        channel = dial(
+            self.identity, self._peers, self._fingerprint, purpose, [self.now.address], timeout_s=HEAD_DIAL_S
         )
+        self.own_host = channel.local[0]
+        return channel
 
     def _best(self) -> Route:
         remembered = self._peers.get(self._fingerprint).addresses
@@ -136,7 +139,7 @@ class HeadRoute:
             return []
 
     def _dialled(self, addresses: Sequence[Address], timeout_s: float) -> list[Channel]:
-        return dial_all(self._identity, self._peers, self._fingerprint, "measure", addresses, timeout_s)
+        return dial_all(self.identity, self._peers, self._fingerprint, "measure", addresses, timeout_s)
 
     def _hear(self, channel: Channel, here: dict[Address, HeadAt]) -> None:
         """Where the head is, as it says itself."""

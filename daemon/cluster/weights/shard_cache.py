@@ -13,7 +13,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
 from shoal.offload.errors import PackError
 from shoal.offload.pack.builder import partial_of
-from shoal.offload.pack.manifest import BLOCKS, DAMAGED, MANIFEST, PARTIAL
+from shoal.offload.pack.manifest import BLOCKS, DAMAGED, MANIFEST, PARTIAL, Manifest, read_manifest
 from shoal.offload.pack.pack import Pack, open_pack
 from shoal.partition.amounts import format_bytes
 
@@ -30,6 +31,7 @@ from .shard_facts import ShardFacts
 
 FREE_SHARE = 4  # the cache takes at most one part in so many of what is free without it
 STEM_CHARS = 40
+CLAIM_TRIES, CLAIM_PAUSE_S = 5, 0.02  # a command that looks at the cache has a lock for a moment
 
 
 class ShardLock:
@@ -57,21 +59,43 @@ class ShardLock:
         self.release()
 
     def _claim(self, kind: int) -> None:
-        try:
-            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DaemonError(
-                "busy", f"another process fetches, uses or removes {self.name}", "try again when it is done"
-            ) from error
+        for left in reversed(range(CLAIM_TRIES)):
+            try:
+                fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if left:
+                    time.sleep(CLAIM_PAUSE_S)
+                    continue
+                busy = f"another process fetches, uses or removes {self.name}"
+                raise DaemonError("busy", busy, "try again when it is done") from error
 
 
 class CachedShard(NamedTuple):
-    """One place in the cache. `used_ns`: when it was last taken."""
+    """One place in the cache. `used_ns`: when it was last taken. `model` and `part` are for people."""
 
     directory: Path
     nbytes: int  # on the disk
     used_ns: int
     complete: bool
+
+    @property
+    def model(self) -> str:
+        manifest = self._manifest()
+        return manifest.source.model if manifest is not None else self.directory.name.split(".")[0]
+
+    @property
+    def part(self) -> str:
+        """As 2/3, "" if it is not known."""
+        manifest = self._manifest()
+        if manifest is None or manifest.shard == "whole":
+            return ""
+        return f"{manifest.shard.rank + 1}/{manifest.shard.ranks}"
+
+    def _manifest(self) -> Manifest | None:
+        with suppress(PackError):
+            return read_manifest(self.directory)
+        return None
 
 
 class ShardCache:
@@ -92,6 +116,32 @@ class ShardCache:
                         complete = not path.name.endswith(PARTIAL)
                         found.append(CachedShard(path, _disk_bytes(path), path.stat().st_mtime_ns, complete))
         return tuple(sorted(found, key=lambda shard: shard.used_ns))
+
+    def used(self, shard: CachedShard) -> bool:
+        """Whether a process uses it, or fetches it."""
+        lock = self.lock(shard.directory)
+        try:
+            lock.exclude()
+        except DaemonError:
+            return True
+        finally:
+            lock.release()
+        return False
+
+    def clear(self) -> tuple[Sequence[CachedShard], Sequence[CachedShard]]:
+        """Removes all that is not in use. → what was removed, and what is in use. Raises OSError."""
+        gone, kept = [], []
+        for shard in self.list():
+            lock = self.lock(shard.directory)
+            try:
+                lock.exclude()
+                self.discard(shard.directory)
+                gone.append(shard)
+            except DaemonError:
+                kept.append(shard)
+            finally:
+                lock.release()
+        return gone, kept
 
     def place(self, facts: ShardFacts) -> Path:
         """Where the pack of a shard is, or would be."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,13 @@ from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
 from fakes.group.clusters import Cluster, wait_for
 
-from shoal.comm.messages import Load
+from shoal.comm.messages import Load, Unload
+from shoal.daemon.cluster.control_messages import Listens
+from shoal.daemon.cluster.group import Group
+from shoal.daemon.cluster.mesh import fellows
+from shoal.daemon.cluster.mesh.fellows import Fellows
+from shoal.daemon.cluster.roster import ARRIVE_S, Roster
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
 
 
@@ -44,6 +53,29 @@ def test_three_machines_answer_as_one(two: Cluster, path: Path, alone: list[list
     assert [text_of(two.node, prompt(i))[1] for i in range(4)] == alone
 
 
+def test_workers_are_introduced_to_each_other(two: Cluster, path: Path) -> None:
+    two.node.load(Load(model=str(path)))
+    (model,) = two.node._models
+    group = model.main.group
+    assert isinstance(group, Group)
+    assert [*group.introductions.links] == [(1, 2)]
+    shards = [shard for worker in two.workers.values() for shard in worker._worker.shards]
+    assert sorted(rank for shard in shards for rank in shard.fellows.data) == [1, 2]
+    two.node.unload(Unload(model=model.name))
+    wait_for(lambda: all(not worker._worker.shards for worker in two.workers.values()))
+    assert all(channel.closed for shard in shards for channel in shard.fellows.data.values())
+
+
+def test_workers_that_do_not_reach_each_other_compute_by_way_of_the_head(
+    two: Cluster, path: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fellows, "listens", property(lambda it: Listens(epoch=it.epoch, addresses=[])))
+    monkeypatch.setattr(fellows, "MEET_S", 0.3)
+    two.node.load(Load(model=str(path)))
+    assert ranks(two) == 3
+    assert [text_of(two.node, prompt(i))[1] for i in range(4)] == alone
+
+
 def test_a_machine_that_goes_and_comes_back(two: Cluster, path: Path, alone: list[list[int]]) -> None:
     two.node.load(Load(model=str(path)))
     stream = two.node.stream(prompt(0))
@@ -57,3 +89,47 @@ def test_a_machine_that_goes_and_comes_back(two: Cluster, path: Path, alone: lis
     two.start(1)
     wait_for(lambda: ranks(two) == 3)
     assert text_of(two.node, prompt(2))[1] == alone[2]
+
+
+def test_ranks_that_were_asked_for_are_waited_for(two: Cluster, path: Path) -> None:
+    """After a head has started, its workers need some seconds to come."""
+    two.stop(1)
+    wait_for(lambda: len(two.roster.members) == 1)
+    coming = threading.Timer(0.3, two.start, [1])
+    coming.start()
+    two.node.load(Load(model=str(path), ranks=3))
+    assert ranks(two) == 3
+    coming.join()
+
+
+def test_nobody_is_waited_for_without_end() -> None:
+    now = count()
+    roster = Roster(clock=lambda: float(next(now)))
+    assert roster.awaited(1) == []  # nobody is paired
+    roster.paired = lambda: ["a", "b"]
+    assert roster.awaited(3) == []  # so many are not
+    assert next(now) < ARRIVE_S
+    assert roster.awaited(2) == []
+    assert next(now) >= ARRIVE_S
+    roster.close()
+
+
+@pytest.mark.cluster
+def test_a_context_that_only_a_group_has_room_for(tmp_path: Path) -> None:
+    long = 100_000
+    model = tiny.hf_model("llama", max_position_embeddings=long)
+    path = tiny.save_gguf(model, tmp_path / "long.gguf")
+    with Cluster(tmp_path, replace(CONFIG, kv_tokens=None, max_sequences=1), workers=1) as cluster:
+        budget = cluster.node.budget
+
+        def loaded(ranks: int | None, context: int) -> int:
+            return cluster.node.load(Load(model=str(path), ranks=ranks, context=context)).model.rank_bytes[0]
+
+        alone_bytes, own_bytes = loaded(1, long), loaded(2, long)
+        loaded(1, 96)
+        (loaded_model,) = cluster.node._models
+        room = budget.free_bytes + loaded_model.peak_bytes
+        budget.take("another", room - (alone_bytes + own_bytes) // 2)
+        assert loaded(None, long) == own_bytes
+        with pytest.raises(DaemonError, match="needs at least"):
+            loaded(1, long)

@@ -129,7 +129,7 @@ def test_a_machine_has_room_for_a_shard_beside_its_own_work_and_other_shards(
         wait_for(lambda: member.beat.free_bytes > 0)
         assert member.room_bytes("a") == member.facts.memory_bytes
         cluster.node.load(Load(model=str(path)))
-        held = next(iter(member._asked.values())).plan.peak_bytes
+        held = next(iter(member._asked.values())).held_bytes
         wait_for(lambda: member.beat.shard_bytes == held)
         assert member.room_bytes("tiny.gguf") == member.facts.memory_bytes
         assert member.room_bytes("another") == member.facts.memory_bytes - held

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from fakes.asking import CONFIG, prompt, text_of
 from fakes.group.clusters import Cluster, wait_for
 
 from shoal.comm.messages import Load, Token
-from shoal.daemon.cluster import member
+from shoal.daemon.cluster import group, member
+from shoal.daemon.cluster.control_messages import BEAT_S, FROZEN_S, Beat
+from shoal.daemon.cluster.group import Group
+from shoal.daemon.cluster.roster import ROSTER_LOOK_S, Roster
 from shoal.daemon.cluster.served_shard import ServedShard
 from shoal.daemon.node import Node
 
@@ -39,6 +43,7 @@ def alone(path: Path) -> list[list[int]]:
 def cluster(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setattr(member, "SILENT_S", SHORT_S)
     monkeypatch.setattr(member, "FROZEN_S", SHORT_S)
+    monkeypatch.setattr(group, "FROZEN_S", SHORT_S)
     with Cluster(tmp_path, CONFIG, workers=2) as cluster:
         cluster.node.load(Load(model=str(path)))
         wait_for(lambda: ranks(cluster) == 3)
@@ -103,6 +108,78 @@ def test_a_stream_goes_on_when_a_machine_is_lost(way: str, cluster: Cluster, alo
     assert [token for event in events if isinstance(event, Token) for token in event.ids] == alone[0]
     wait_for(lambda: ranks(cluster) in (2, 3))  # 3 again if it has come back by itself
     assert text_of(cluster.node, prompt(1))[1] == alone[1]
+
+
+def test_a_machine_that_waits_elsewhere_holds_nobody_up(cluster: Cluster, alone: list[list[int]]) -> None:
+    """It beats, it is not at work, and its part never comes."""
+    stream = cluster.node.stream(prompt(0))
+    events = [next(stream) for _ in range(4)]
+    follower, over = shard(cluster, 1)._follower, threading.Event()
+    (stuck,) = [it for it in cluster.roster.members if it.fingerprint == cluster.nodes()[1].fingerprint]
+    assert follower is not None
+    follower._spoke.allreduce = lambda partial: over.wait(30) and partial  # type: ignore[assignment,method-assign]
+    events += list(stream)
+    over.set()
+    assert [token for event in events if isinstance(event, Token) for token in event.ids] == alone[0]
+    assert "waited for its part" in stuck.reason
+
+
+class Waited:
+    """A group's member that the hub waits for since 0 s; the clock is the caller's."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        member = SimpleNamespace(fingerprint="f", beat=Beat(), leave=self._leave, name="m", facts=None)
+        self.member = member
+        seats = [SimpleNamespace(member=member)]
+        self._group = Group(Roster(), "m", seats, "keep", "f32", lambda *_: None)  # type: ignore[arg-type]
+        self.channel = SimpleNamespace(moved=0)
+        self._group._hub = SimpleNamespace(awaited={1: 0.0})  # type: ignore[assignment]
+        self._group._data = {"f": self.channel}  # type: ignore[dict-item]
+
+    def _leave(self, reason: str) -> None:
+        self.reason = reason
+
+    def lost_s(self, change: Callable[[float], None], ends_s: float) -> float | None:
+        """When it is lost. `change` is called for each beat."""
+        for tick in range(round(ends_s / ROSTER_LOOK_S)):
+            now_s = tick * ROSTER_LOOK_S
+            if tick % 2 == 0:
+                change(now_s)
+            self._group.watch(now_s)
+            if self.reason:
+                return now_s
+        return None
+
+
+def test_when_a_part_is_waited_for_in_vain() -> None:
+    it = Waited()
+
+    def stops(now_s: float) -> None:
+        if now_s <= BEAT_S:  # the last that it did is told a beat later
+            it.member.beat = Beat(blocks=int(10 * now_s))
+
+    found = it.lost_s(stops, 10)
+    assert found is not None
+    assert FROZEN_S <= found <= 3.0
+
+
+@pytest.mark.parametrize("what", ["computes", "sends slowly", "receives slowly", "is at work"])
+def test_a_slow_machine_is_not_lost(what: str) -> None:
+    it = Waited()
+
+    def change(now_s: float) -> None:
+        count = int(now_s / 1.5)  # seldom
+        if what == "computes":
+            it.member.beat = Beat(blocks=count)
+        elif what == "receives slowly":
+            it.member.beat = Beat(moved=count)
+        elif what == "sends slowly":
+            it.channel.moved = count
+        else:  # whether it is frozen is seen by other means
+            it.member.beat = Beat(at_work=True)
+
+    assert it.lost_s(change, 60) is None
 
 
 def test_many_streams_go_on_while_machines_come_and_go(cluster: Cluster, alone: list[list[int]]) -> None:

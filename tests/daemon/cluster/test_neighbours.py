@@ -31,7 +31,7 @@ class Found:
 
     def __call__(self) -> Any:
         self.times += 1
-        return place_in_cluster(self._home, CONFIG, Budget(1 << 30), list)
+        return place_in_cluster(self._home, CONFIG, Budget(1 << 30), None, list)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from fakes.group.clusters import wait_for
 
 from shoal.client import Client
 from shoal.comm.home import Home
-from shoal.comm.messages import Token
+from shoal.comm.messages import Done, Token
 
 pytestmark = pytest.mark.cluster
 
@@ -98,12 +99,15 @@ def client(processes: Processes) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def model(client: Client, tmp_path_factory: pytest.TempPathFactory) -> str:
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8}
-    path = tiny.save_gguf(
-        tiny.hf_model("llama", **sizes), tmp_path_factory.mktemp("model") / "m.gguf", type="Q8_0"
-    )
-    loaded = client.load(str(path), ranks=3).model
+    model = tiny.hf_model("llama", **sizes)
+    return str(tiny.save_gguf(model, tmp_path_factory.mktemp("model") / "m.gguf", type="Q8_0"))
+
+
+@pytest.fixture(scope="module")
+def model(client: Client, path: str) -> str:
+    loaded = client.load(path, ranks=3).model
     assert loaded.ranks == 3
     return loaded.name
 
@@ -172,3 +176,39 @@ def test_a_head_that_restarts_finds_its_workers_again(processes: Processes) -> N
     processes.start("head")
     with Client(processes.home("head").address, timeout_s=60) as client:
         wait_for(lambda: sum(node.attached for node in client.nodes().nodes[1:]) == 2, 30)
+
+
+def test_a_conversation_goes_on_after_all_were_stopped(processes: Processes, path: str) -> None:
+    """What it was computed from lies on the disks of all three."""
+
+    def turn(prompt: list[int]) -> tuple[list[int], int]:
+        with Client(processes.home("head").address, timeout_s=60) as client:
+            wait_for(lambda: sum(node.attached for node in client.nodes().nodes[1:]) == 2, 30)
+            assert client.load(path, ranks=3).model.ranks == 3
+            ids: list[int] = []
+            for event in client.generate(
+                prompt_tokens=prompt, model=path, max_tokens=20, temperature=0, ignore_eos=True
+            ):
+                if isinstance(event, Token):
+                    ids += event.ids
+                elif isinstance(event, Done):
+                    known = event.usage.cached_tokens
+            return ids, known
+
+    def restart() -> None:
+        for name, pid in processes.pids.items():
+            processes.kill(name, signal.SIGTERM)
+            wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 30)  # type: ignore[misc]
+        for name in [*processes.pids]:
+            processes.start(name)
+
+    text = list(range(7, 77))
+    answer, _ = turn(text)
+    restart()
+    again = [*text, *answer, 1, 2, 3]
+    following, known = turn(again)
+    assert known == len(text) + 20 - 1  # the last token of an answer is never computed
+    for home in map(processes.home, processes.pids):
+        shutil.rmtree(home.kv)
+    restart()
+    assert turn(again) == (following, 0)

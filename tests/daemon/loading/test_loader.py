@@ -23,6 +23,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library import registry
 from shoal.daemon.loading.advice import advice_of
 from shoal.daemon.loading.assembly import Assembly
+from shoal.daemon.loading.grouping import Unseated
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
@@ -198,6 +199,45 @@ def test_what_never_fits_leaves_idle_models_alone(path: Path, tmp_path: Path) ->
         assert "for the process" in str(refused.value)
         assert "memory_bytes" in refused.value.hint
         assert [model.name for model in node.status().models] == ["tiny.gguf"]
+
+
+class Others:
+    """Other machines, which take part if `room_bytes` are free here."""
+
+    machines, arrivals = 2, 0
+
+    def __init__(self) -> None:
+        self.room_bytes = 1 << 62
+        self.dropping: list[str] = []
+
+    def seat(self, *asked: Any) -> Unseated:
+        return Unseated("")
+
+    def would_seat(self, name: str, checkpoint: Any, config: Any, free_bytes: int, dropping: Any) -> bool:
+        self.dropping = sorted(dropping)
+        return free_bytes >= self.room_bytes
+
+    def better(self, *asked: Any) -> bool:
+        return False
+
+
+def test_what_only_a_group_has_room_for_is_loaded_again(path: Path, tmp_path: Path) -> None:
+    """As is a model that needs idle ones to make room, here and elsewhere."""
+    other = tiny.save_gguf(tiny.hf_model("qwen2", seed=2), tmp_path / "other.gguf")
+    others = Others()
+    with Node(CONFIG, grouping=others) as node:
+        for file in (path, other):
+            node.load(Load(model=str(file)))
+        (model, _) = node._models
+        loader, config = node._loader, replace(CONFIG, kv_tokens=1 << 24)
+        with pytest.raises(DaemonError, match="needs at least"):
+            loader.check_reload(model, config, None)
+        more = node.budget.free_bytes + sum(it.peak_bytes for it in node._models)
+        others.room_bytes = more - model.checkpoint.tokenizer_memory().more
+        loader.check_reload(model, config, None)
+        assert others.dropping == sorted(it.name for it in node._models)
+        with pytest.raises(DaemonError, match="needs at least"):
+            loader.check_reload(model, config, other)  # drafts are for who computes alone
 
 
 def test_the_budget_that_is_said_to_do_does(

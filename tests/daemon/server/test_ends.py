@@ -66,6 +66,17 @@ def test_requests_that_outlive_the_drain_are_told(daemon, raw):
     assert run.cancelled.wait(PATIENCE_S)
 
 
+def test_what_was_sent_while_it_ends_is_answered(daemon, raw):
+    raw.send(Ping(), b"p")
+    raw.until(Pong, b"p")
+    daemon.server.stop()
+    daemon.server.stop()
+    for number in range(20):
+        raw.send(Generate(prompt="late"), b"%d" % number)
+    for number in range(20):
+        assert raw.error(b"%d" % number).code == "shutting_down"
+
+
 def test_a_second_stop_ends_at_once(daemon, raw):
     daemon.backend.released.clear()
     raw.send(Generate(prompt="manual"))

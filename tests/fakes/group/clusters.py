@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shoal.comm.cluster_messages import Invitation, Invite, NodesReply, NodeStatus
 from shoal.comm.cluster_messages import Nodes as AskNodes
-from shoal.comm.group.wire_types import WireType
+from shoal.comm.group.sums.wire_types import WireType
 from shoal.comm.home import Home
 from shoal.daemon.cluster.forming import Forming
 from shoal.daemon.cluster.membership import Membership
@@ -16,7 +17,9 @@ from shoal.daemon.cluster.pairing_up import pair_with_head
 from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
 from shoal.daemon.cluster.speed import NodeSpeed
+from shoal.daemon.cluster.steady_shares import SteadyShares
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.node import Node
 from shoal.offload.budget import Budget
@@ -54,24 +57,42 @@ class Cluster:
     """`workers` may be stopped and started again by number."""
 
     def __init__(self, directory: Path, config: NodeConfig, workers: int) -> None:
-        self._directory = directory
+        self.directory = directory
         self._config = config
-        self.roster = Roster()
-        head = Home(directory / "head")
-        self.node = Node(
-            config,
-            packs=Packs(head),
-            kv_root=head.kv,
-            grouping=Forming(self.roster, send_weights, lambda: SPEED, everybody),
-        )
-        self.head = Membership(
-            head.cluster, config, self.node.budget, self.roster, open_shards(head.shards), lambda: SPEED
-        )
-        self.node.neighbours = self.head
+        self.speed = SPEED  # of the head
+        self._start_head()
         self.workers: dict[int, Membership] = {}
         for number in range(1, workers + 1):
             self.join(number)
         self.wait(workers)
+
+    def _start_head(self) -> None:
+        self.roster = Roster()
+        head = self.home(0)
+        self.node = Node(
+            self._config,
+            packs=Packs(head),
+            kv_root=head.kv,
+            grouping=Forming(
+                self.roster,
+                send_weights,
+                lambda: self.speed,
+                everybody,
+                steady=SteadyShares(head.cluster / "shares.json"),
+            ),
+        )
+        self.head = Membership(
+            head.cluster, self._config, self.node.budget, self.roster, open_shards(head.shards), lambda: SPEED
+        )
+        self.node.neighbours = self.head
+
+    def restart_head(self) -> None:
+        """It forgets everything but its files; the workers attach again."""
+        self.node.close()
+        self.head.close()
+        self._start_head()
+        self.head.start()
+        self.wait(len(self.workers))
 
     def __enter__(self) -> Cluster:
         return self
@@ -83,10 +104,12 @@ class Cluster:
             worker.close()
 
     def home(self, number: int) -> Home:
-        return Home(self._directory / f"worker{number}")
+        """Of a worker; 0 is the head."""
+        return Home(self.directory / (f"worker{number}" if number else "head"))
 
     def invite(self) -> Invitation:
-        invitation = self.head.answer(Invite(listen=["127.0.0.1:0"] if self.head.role == "alone" else []))
+        listen = [f"127.0.0.1:{free_port()}"] if self.head.role == "alone" else []
+        invitation = self.head.answer(Invite(listen=listen))
         assert isinstance(invitation, Invitation)
         return invitation
 
@@ -103,7 +126,7 @@ class Cluster:
             self._config,
             Budget(WORKER_BYTES),
             Roster(),
-            open_shards(home.shards),
+            open_shards(home.shards, kv_files=KvFiles(home.kv, self._config.kv_disk_bytes)),
             lambda: SPEED,
         )
         worker.start()
@@ -120,6 +143,11 @@ class Cluster:
     def wait(self, members: int) -> None:
         """Until so many are attached."""
         wait_for(lambda: len(self.roster.members) == members)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:

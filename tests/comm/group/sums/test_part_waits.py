@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from fakes.group.streams import stream_pair
 
-from shoal.comm.group.part_waits import LATEST, PartWaits, WaitSummary
-from shoal.comm.group.star import Hub, Spoke
+from shoal.comm.group.sums.part_waits import LATEST, PartWaits, WaitSummary
+from shoal.comm.group.sums.star import Hub, Spoke
 
 LATE_S = 0.02
 

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,26 @@ def test_a_pack_that_lacks_a_part_is_fetched_again(
     for spoil in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-4096])):
         spoil(path)
         assert_holds(fetched(checkpoint, cache), CheckpointShard(checkpoint, shard_of(checkpoint)))
+
+
+def test_clearing_leaves_what_is_in_use(checkpoint: Checkpoint, cache: ShardCache) -> None:
+    used = fetched(checkpoint, cache)
+    fetched(checkpoint, cache, rank=0)
+    assert {shard.part: cache.used(shard) for shard in cache.list()} == {"1/2": False, "2/2": True}
+    gone, kept = cache.clear()
+    assert [shard.part for shard in kept] == ["2/2"]
+    assert [shard.model for shard in gone] == [checkpoint.name]
+    assert_holds(used, CheckpointShard(checkpoint, shard_of(checkpoint)))
+    del used
+    assert len(cache.clear()[0]) == 1
+    assert cache.list() == ()
+    assert cache.clear() == ([], [])
+
+
+def test_who_looks_at_the_cache_is_in_nobodys_way(checkpoint: Checkpoint, cache: ShardCache) -> None:
+    fetched(checkpoint, cache)
+    (shard,) = cache.list()
+    looking = cache.lock(shard.directory)
+    looking.exclude()
+    threading.Timer(0.03, looking.release).start()
+    assert_holds(fetched(checkpoint, cache), CheckpointShard(checkpoint, shard_of(checkpoint)))

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .errors import ChannelError, ChannelTimeout
+from ..errors import ChannelError, ChannelTimeout
 from .frames import HEADER, MAX_ORDER_BYTES, MAX_REASON_BYTES, WRAP, FrameKind, Header
 from .part_waits import PartWaits
 from .star_errors import Departed, GivenUp
@@ -93,6 +93,7 @@ class Hub:
         self._number = 0
         self._place = 0
         self._open = False
+        self.awaited: dict[int, float] = {}  # ranks that this one waits for just now, and since when
         self._largest = MAX_REASON_BYTES  # payload that may still come of an order that was given up
         self._room = _Room()
 
@@ -112,15 +113,19 @@ class Hub:
         if not self._open:
             return
         self._open = False
-        for spoke in self._spokes:
+        for rank, spoke in enumerate(self._spokes, 1):
+            self.awaited = {rank: time.monotonic()}
             try:
                 spoke.send(FrameKind.GIVE_UP, self._number, self._place)
             except (OSError, ChannelError):
                 continue
+        self.awaited = {}
 
     def broadcast(self, rows: F32Rows | None, shape: tuple[int, int]) -> F32Rows:
         """Rows (T, n) that only this rank has; all get the same bits, exactly."""
         assert rows is not None
+        # The others may bring partials of as many numbers before this rank does, and it may give up until then.
+        self._largest = max(self._largest, 4 * shape[0] * shape[1])
         self._tell(FrameKind.ROWS, np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
         self._place += 1
         return rows
@@ -153,15 +158,18 @@ class Hub:
 
     def _tell(self, kind: FrameKind, payload: Octets | bytes) -> None:
         for rank, spoke in enumerate(self._spokes, 1):
+            self.awaited = {rank: time.monotonic()}
             try:
                 spoke.send(kind, self._number, self._place, payload)
             except (OSError, ChannelError) as error:
                 raise Departed(rank, str(error)) from error
+        self.awaited = {}
 
     def _part(self, rank: int, spoke: Framed, nbytes: int | None, row_bytes: int = 0) -> Octets:
         """The payload of a spoke's next frame of this order; what is left of older orders is passed over."""
         began_s = time.perf_counter()
         ends_s = 0.0  # once something of an older order came
+        self.awaited = {rank: time.monotonic()}
         try:
             while True:
                 header = spoke.receive(self._patience_s)
@@ -192,6 +200,7 @@ class Hub:
                 data = self._room.take(nbytes)
                 spoke.payload(data, self._patience_s)
                 self.waits[rank - 1].note(time.perf_counter() - began_s, nbytes)
+                self.awaited = {}
                 return data
         except (OSError, ChannelError) as error:
             raise Departed(rank, str(error)) from error

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from fakes.group.streams import PairStream, stream_pair
 
-from shoal.comm.group.frames import FrameKind, Header
-from shoal.comm.group.star import Hub, Spoke
-from shoal.comm.group.star_errors import Departed, GivenUp
-from shoal.comm.group.wire_types import WireType, decode, encode, wire_bytes
+from shoal.comm.group.sums.frames import FrameKind, Header
+from shoal.comm.group.sums.star import Hub, Spoke
+from shoal.comm.group.sums.star_errors import Departed, GivenUp
+from shoal.comm.group.sums.wire_types import WireType, decode, encode, wire_bytes
 
 PATIENCE_S = 10.0
 EPOCH = 7

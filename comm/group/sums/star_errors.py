@@ -7,7 +7,7 @@ GroupError
 
 from __future__ import annotations
 
-from .errors import GroupError
+from ..errors import GroupError
 
 
 class Departed(GroupError):

@@ -1,0 +1,189 @@
+"""`shoal plan`: what a model would do here, or on machines that are not here, and why the best plan is the best.
+
+Knows options and how plans are shown. `daemon.throughput.foresight` finds them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shoal.cli.exit_codes import Exit
+from shoal.cli.interrupt import deferred_interrupt
+from shoal.cli.options import Decorator, PlanOptions, Real, Whole, examples, json_option, plan_options
+from shoal.cli.terminal.output import console, note, print_json, spinner, steps_bar, table
+from shoal.cli.terminal.paint import printable
+from shoal.comm.home import Home
+from shoal.daemon.library.library import Library
+from shoal.daemon.model_name import Reference
+from shoal.partition.amounts import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from shoal.daemon.throughput.foresight import Foresight
+
+_RATE = re.compile(r"(.*?)\s*(tok(ens?)?\s*/\s*s(ec)?|t/s)?", re.IGNORECASE)
+
+
+class Rate(Real):
+    """Tokens a second: 10, 10tok/s, 10 tokens/s."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = _RATE.fullmatch(str(value).strip())
+        return super().convert(found[1] if found else value, param, ctx)
+
+
+def _count(option: str, default: int, what: str) -> Decorator:
+    return click.option(
+        option, type=Whole(1, 1 << 26), default=default, show_default=True, metavar="N", help=what
+    )
+
+
+@click.command(
+    epilog=examples(
+        "shoal plan smollm2",
+        "shoal plan --memory 3GB --ctx 8192 ./model.gguf",
+        "shoal plan --profile laptop.json --target 10tok/s ./llama-70b/config.json",
+        "shoal plan --batch 8 --quant q4 --json ~/models/llama-8b",
+    )
+)
+@click.argument("model")
+@_count("--prompt-tokens", 512, "Prompt length of each stream.")
+@_count("--new-tokens", 128, "Tokens each stream writes.")
+@_count("--batch", 1, "Streams at the same time.")
+@click.option(
+    "--quant", type=click.Choice(["keep", "q8", "q4"]), help="Only plans with weights in these bits."
+)
+@click.option(
+    "--profile",
+    "given",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Predict for the machines of this file, measured elsewhere or written by hand, instead of this one.",
+)
+@click.option(
+    "--target",
+    type=Rate(0, 1e9, min_open=True),
+    metavar="RATE",
+    help="Say what would give so many tokens a second, e.g. 10tok/s.",
+)
+@json_option
+@plan_options
+def plan(
+    model: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    quant: str | None,
+    given: Path | None,
+    target: float | None,
+    as_json: bool,
+    plan: PlanOptions,
+) -> int:
+    """Predict what MODEL would do: every plan that there is, how fast it would be, what it would take and what binds.
+
+    MODEL is a path or a name in the store; the header of a checkpoint is enough, and so is a config.json without any
+    weights. Nothing is loaded. Without --profile this machine is measured, once. Ends with 3 if no plan fits.
+    """
+    wanted = Reference.parse(model)
+    bits = quant or (wanted.quant if wanted.quant != "keep" else None)
+    config = (
+        plan.config() if given is None else replace(plan, threads=None).config()
+    )  # other machines have more
+    home = Home.from_env()
+    path = Path(wanted.model) if Path(wanted.model).exists() else Library(home).resolve(wanted.model)
+    with spinner("starting"), deferred_interrupt():
+        from shoal.daemon.throughput.foresight import Asked, foresee
+        from shoal.daemon.throughput.profile_files import read_profile
+        from shoal.daemon.throughput.profiling import machine_profile
+    if given is not None:
+        profile = read_profile(given)
+    else:
+        with steps_bar() as progress:
+            measured = machine_profile(config.thread_count, home.models, home.profile, progress=progress)
+        assert measured is not None
+        profile = measured
+    asked = Asked(
+        prompt_tokens,
+        new_tokens,
+        batch,
+        bits,  # type: ignore[arg-type]
+        plan.kv_type,
+        plan.ctx,
+        plan.memory,
+        plan.threads,
+        plan.ranks,
+        target,
+    )
+    with spinner("planning"):
+        found = foresee(path, profile, asked)
+    ends = Exit.DONE if found.chosen else Exit.REFUSED
+    if as_json:
+        print_json(found)
+        return ends
+    screen = console()
+    screen.print(_plans(found))
+    screen.print()
+    screen.print(printable(f"{found.chosen}: {found.reason}" if found.chosen else found.reason))
+    if target is not None:
+        screen.print(printable(_target(found, target)))
+    if found.chosen and "window" in found.chosen:
+        note("this version streams through its usual window; another one is a prediction only")
+    return ends
+
+
+def _plans(found: Foresight) -> Table:
+    rows = table(
+        "plan",
+        "fits",
+        "first token",
+        "tokens/s",
+        "between",
+        "peak",
+        "binds",
+        right=("first token", "tokens/s", "peak"),
+    )
+    for row in found.plans:
+        low, high = row.band
+        peak = max(row.peak_bytes.values())
+        where = f" ({len(row.peak_bytes)} machines)" if len(row.peak_bytes) > 1 else ""
+        rows.add_row(
+            ("→ " if row.name == found.chosen else "  ") + row.name,
+            "yes" if row.fits else f"no, {row.missing} missing",
+            _seconds(row.ttft_s),
+            _rate(row.tokens_per_s),
+            f"{_rate(low)} to {_rate(high)}",
+            format_bytes(peak) + where,
+            row.binding,
+        )
+    return rows
+
+
+def _target(found: Foresight, target: float) -> str:
+    reached = next((row for row in found.plans if row.name == found.chosen), None)
+    if reached is not None and reached.tokens_per_s >= target:
+        return f"{_rate(target)} tokens/s: met"
+    ways = found.changes if isinstance(found.changes, list) else []
+    if not ways:
+        return (
+            f"{_rate(target)} tokens/s: nothing that was tried would do (fewer bits, memory, disk, machines)"
+        )
+    said = "; ".join(f"{way.what} ({_rate(way.tokens_per_s)})" for way in ways)
+    return f"{_rate(target)} tokens/s would take {said}"
+
+
+def _rate(speed: float) -> str:
+    return f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 99.5:
+        return format_duration(seconds)
+    return f"{seconds:.2g} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"

@@ -1,0 +1,96 @@
+"""`shoal profile`: what this machine can do, measured; or what a file says of one.
+
+Knows options and how a profile is shown. `daemon.throughput` measures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shoal.cli.interrupt import deferred_interrupt
+from shoal.cli.options import Whole, examples, json_option
+from shoal.cli.terminal.output import console, facts, note, spinner, steps_bar, table
+from shoal.cli.terminal.paint import printable
+from shoal.comm.home import Home
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@click.command(
+    epilog=examples(
+        "shoal profile",
+        "shoal profile --out laptop.json",
+        "shoal profile --json --threads 2",
+        "shoal profile --profile laptop.json",
+    )
+)
+@click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads (default: all).")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write it to a file, too."
+)
+@click.option("--anew", is_flag=True, help="Measure again, though nothing has changed since the last time.")
+@click.option(
+    "--profile",
+    "given",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Check and show this profile instead of measuring.",
+)
+@json_option
+def profile(threads: int | None, out: Path | None, anew: bool, given: Path | None, as_json: bool) -> None:
+    """Measure what this machine can do: memory, kernels by stored type and rows, attention, the disk, fixed costs.
+
+    Takes half a minute in which nothing else should run, and is kept until hardware, threads, disk or Shoal change.
+    shoal plan predicts from it, here or on another machine that is given the file.
+    """
+    with spinner("starting"), deferred_interrupt():
+        from shoal.daemon.config import NodeConfig
+        from shoal.daemon.throughput.profile_files import profile_text, read_profile
+        from shoal.daemon.throughput.profile_words import (
+            attention_table,
+            device_facts,
+            link_facts,
+            rows_table,
+        )
+        from shoal.daemon.throughput.profiling import machine_profile
+    if given is not None:
+        found = read_profile(given)
+    else:
+        home, count = Home.from_env(), NodeConfig(threads=threads).thread_count
+        with steps_bar() as progress:
+            measured = machine_profile(count, home.models, home.profile, anew=anew, progress=progress)
+        assert measured is not None
+        found = measured
+    text = profile_text(found)
+    if out is not None:
+        out.write_bytes(text + b"\n")
+        note(f"written to {out}")
+    if as_json:
+        click.echo(text)
+        return
+    screen = console()
+    for device in found.devices:
+        rows = facts()
+        for name, value in device_facts(device):
+            rows.add_row(printable(name), printable(value))
+        screen.print(rows)
+        for columns, lines in (rows_table(device), attention_table(device)):
+            if lines:
+                screen.print()
+                screen.print(_table(columns, lines))
+    if found.links:
+        rows = facts()
+        for name, value in link_facts(found):
+            rows.add_row(printable(name), printable(value))
+        screen.print(rows)
+
+
+def _table(columns: list[str], lines: list[list[str]]) -> Table:
+    made = table(*columns, right=tuple(columns[2:]))
+    for line in lines:
+        made.add_row(*line)
+    return made

@@ -1,0 +1,1 @@
+"""Sums of all ranks: how orders, rows and partials travel between the machines of a group."""

@@ -1,0 +1,138 @@
+"""What a model would do on machines that are here or not: every plan, what is predicted of it, which one is best.
+
+Opens headers and reads or measures profiles. `partition.throughput` predicts and chooses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from shoal.daemon.config import NodeConfig, beyond_the_model
+from shoal.daemon.error_codes import refusing
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.model_name import Quant
+from shoal.models.checkpoint.weight_source import Described
+from shoal.offload.errors import PackPointless
+from shoal.partition.throughput.explain import changes, reason
+from shoal.partition.throughput.prediction import Binding, Job
+from shoal.partition.throughput.profile import Profile
+from shoal.partition.throughput.solve import Candidate, Choices, asks, solve
+from shoal.partition.throughput.weights_of import Weighed
+
+from .model_sizes import described, weighed
+
+QUANTS: tuple[Quant, ...] = ("keep", "q8", "q4")  # most bits first
+
+
+class PlanRow(Struct, frozen=True):
+    """One plan. `ttft_s`: until every stream has its first token; `token_s`: of a step, in which each gets one;
+    `tokens_per_s`: of all, between the two of `band`. `missing`: what the machines lack for it, None if it fits."""
+
+    name: str
+    fits: bool
+    ttft_s: float
+    token_s: float
+    tokens_per_s: float
+    band: tuple[float, float]
+    peak_bytes: dict[str, int]
+    binding: Binding
+    missing: str | None
+
+
+class ChangeRow(Struct, frozen=True):
+    """What would meet a target, and the speed with it."""
+
+    what: str
+    tokens_per_s: float
+
+
+class Foresight(Struct, frozen=True):
+    """All plans for a model; `chosen` names the one to run, None if none fits. `changes`: what would meet the target,
+    the cheapest first, if one was given and is not met."""
+
+    chosen: str | None
+    reason: str
+    plans: list[PlanRow]
+    changes: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Asked(Struct, frozen=True):
+    """What somebody wants to know. None leaves a choice open. `target`: tokens a second, of all streams."""
+
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    batch: int = 1
+    quant: Quant | None = None
+    kv_type: str | None = None
+    context_tokens: int | None = None
+    memory_bytes: int | None = None
+    threads: int | None = None
+    ranks: int | None = None
+    target: float | None = None
+
+
+def foresee(path: Path, profile: Profile, asked: Asked) -> Foresight:
+    """What the model at `path` (a checkpoint, or config.json alone) would do. Raises DaemonError."""
+    job = Job(asked.prompt_tokens, asked.new_tokens, asked.batch)
+    with described(path) as model:
+        context = max(asked.context_tokens or 0, job.context_tokens)
+        if asked.context_tokens is not None and asked.context_tokens < job.context_tokens:
+            both = f"{asked.prompt_tokens} + {asked.new_tokens} tokens"
+            raise DaemonError("context_overflow", f"{both} exceed the context of {asked.context_tokens}")
+        if context > model.spec.longest:
+            raise beyond_the_model(context, model.spec.longest, model.spec.context)
+        models = _models(model, asked.quant, path.name)
+    if asked.memory_bytes is not None:
+        head = replace(profile.head, memory_bytes=float(asked.memory_bytes))
+        profile = replace(profile, devices=(head, *profile.devices[1:]))
+    if asked.ranks is not None and not 1 <= asked.ranks <= len(profile.devices):
+        there = len(profile.devices)
+        raise DaemonError(
+            "bad_request", f"`ranks={asked.ranks}`: must be from 1 to {there}, the devices of the profile"
+        )
+    usual = NodeConfig()
+    wanted = asks(job, context, usual.chunk_tokens, usual.max_sequences, usual.max_guesses)
+    choices = Choices(asked.quant, asked.kv_type, context, asked.threads, asked.ranks)
+    found = solve(models, wanted, profile, job, choices)
+    chosen = found.chosen
+    met = chosen is not None and asked.target is not None and chosen.prediction.tokens_per_s >= asked.target
+    more: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
+    if asked.target is not None:
+        tried = [] if met else changes(models, wanted, profile, found, choices, asked.target)
+        more = [ChangeRow(change.what, change.tokens_per_s) for change in tried]
+    return Foresight(
+        chosen.name if chosen else None, reason(found), [_row(it) for it in found.candidates], more
+    )
+
+
+def _models(model: Described, quant: Quant | None, name: str) -> list[Weighed]:
+    """In the bits asked for, or in all that there are."""
+    if quant is not None:
+        with refusing(name):
+            return [weighed(model, quant)]
+    found = []
+    for bits in QUANTS:
+        try:
+            found.append(weighed(model, bits))
+        except PackPointless:  # it has no more bits than that
+            continue
+    return found
+
+
+def _row(found: Candidate) -> PlanRow:
+    prediction = found.prediction
+    return PlanRow(
+        found.name,
+        found.fits,
+        prediction.ttft_s,
+        prediction.token_s,
+        prediction.tokens_per_s,
+        prediction.band,
+        dict(prediction.peak_bytes),
+        prediction.binding,
+        found.missing or None,
+    )

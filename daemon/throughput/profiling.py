@@ -1,0 +1,180 @@
+"""Measures this machine for the throughput model, and keeps what it found.
+
+Takes half a minute of all processors, so nothing else should compute then. What was measured holds until hardware,
+kernels, threads or the disk change; how much memory is free is asked each time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from shoal import kernels
+from shoal.daemon.cluster.speed import files_below, kernels_key
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.memory import available_bytes, budget_of
+from shoal.daemon.progress import Progress, no_progress
+from shoal.kernels import WEIGHT_TYPES, Linears
+from shoal.offload.errors import OffloadError
+from shoal.partition.throughput.profile import Contention, Device, Profile, ReadLaw
+
+from .disk_laws import READS, DiskFile, contention, read_law, written
+from .fixed_costs import overheads
+from .kernel_laws import SIZES, Pool, attention_laws, call_s, laid_out_bytes_per_s, rows_laws
+from .profile_files import parse_profile, profile_text
+
+log = logging.getLogger(__name__)
+
+FORM = 1  # of what is measured: a later one is measured anew
+LEAST_FILE_BYTES = 64 << 20  # a file to read from
+
+
+class _KeptProfile(Struct, frozen=True):
+    """What is in the cache's file, and what it depends on."""
+
+    key: str
+    profile: msgspec.Raw
+
+
+def machine_profile(
+    threads: int,
+    place: Path,
+    kept: Path | None = None,
+    *,
+    memory_bytes: int | None = None,
+    anew: bool = False,
+    only_kept: bool = False,
+    progress: Progress = no_progress,
+) -> Profile | None:
+    """The profile of this machine on so many threads, with the disk that `place` lies on: measured, or from the file
+    `kept` if it is still true. `anew`: measured in any case; `only_kept`: None if it would have to be measured.
+    memory_bytes: what Shoal may use; None is what leaves the machine usable. Raises DaemonError."""
+    key = _key(threads, place)
+    found = None if anew or kept is None else _read(kept, key)
+    if found is None:
+        if only_kept:
+            return None
+        found = measure(threads, place, progress)
+        if kept is not None:
+            _write(kept, key, found)
+    memory = memory_bytes if memory_bytes is not None else budget_of(None).limit_bytes
+    head = replace(found.head, memory_bytes=float(memory))
+    return replace(found, devices=(head, *found.devices[1:]))
+
+
+def measure(threads: int, place: Path, progress: Progress = no_progress) -> Profile:
+    """Everything, anew. Raises DaemonError `resources` where memory is too short to measure."""
+    if available_bytes() < 1 << 30:
+        raise DaemonError(
+            "resources", "measuring takes up to 1 GB of memory, and less is free", "end something else"
+        )
+    steps = len(WEIGHT_TYPES) * len(SIZES) + 4 + len(READS) + 3
+    at = 0
+
+    def done(what: str) -> None:
+        nonlocal at
+        log.debug("measuring %s", what)
+        progress("measuring", at, steps)
+        at += 1
+
+    kernels.set_threads(threads)
+    home = kernels.home_of("cpu")
+    done("fixed costs")
+    fixed, each_s = overheads(), call_s(home)
+    pool = Pool()
+    laws = tuple(rows_laws(home, pool, WEIGHT_TYPES, each_s, done))
+    attention = tuple(attention_laws(home, done))
+    q4_k = next(kind for kind in WEIGHT_TYPES if kind.name == "Q4_K")
+    fastest = max(1 / law.byte_s[0] for law in laws if law.nbytes > 4 << 20)
+    flops = max(
+        2 / law.byte_s[-1] * law.rows[-1] * q4_k.block_weights / q4_k.block_bytes
+        for law in laws
+        if law.kind == "Q4_K"
+    )
+    reads, write, both = _disk(place, pool, home, done)
+    device = Device(
+        name=platform.node() or "this machine",
+        memory_bytes=float(available_bytes()),
+        memory_bytes_per_s=fastest,
+        flops=flops,
+        disk_bytes_per_s=max(reads.bytes_per_s) if reads else 0.0,
+        threads=threads,
+        products=laws,
+        attention=attention,
+        reads=reads,
+        overheads=fixed,
+        contention=both,
+        touch_bytes_per_s=pool.touch_bytes_per_s,
+        write_bytes_per_s=write,
+        band_bytes_per_s=laid_out_bytes_per_s(q4_k),
+        measured=True,
+    )
+    progress("measuring", steps, steps)
+    return Profile((device,))
+
+
+def _disk(
+    place: Path, pool: Pool, home: kernels.ComputeHome, done: Callable[[str], None]
+) -> tuple[ReadLaw | None, float, Contention]:
+    """(reads, bytes per second written or 0 if that is not known, contention) of the disk of a directory."""
+    kind = WEIGHT_TYPES[0]
+    x = home.place(np.ones((1, 4096), np.float32))
+
+    def compute() -> object:
+        return home.linears(x, Linears((pool.matrix(kind, 512, 4096),)))
+
+    try:
+        with _file_on(place) as file:
+            reads = read_law(file.path, done)
+            done("disk and processor together")
+            return reads, file.write_bytes_per_s, contention(file.path, compute)
+    except (OSError, OffloadError) as error:
+        log.warning("the speed of the disk of %s is not known: %s", place, error)
+        return None, 0.0, Contention()
+
+
+@contextmanager
+def _file_on(place: Path) -> Iterator[DiskFile]:
+    """The largest file on that disk, or one that is written for a moment."""
+    place.mkdir(parents=True, exist_ok=True)
+    largest = max(files_below(place), default=(0, place))
+    if largest[0] >= LEAST_FILE_BYTES:
+        yield DiskFile(largest[1])
+        return
+    with TemporaryDirectory(dir=place, prefix=".speed-") as directory:
+        yield written(Path(directory) / "read")
+
+
+def _key(threads: int, place: Path) -> str:
+    """What speed depends on, as text."""
+    nearest = next((path for path in (place, *place.parents) if path.exists()), Path("/"))
+    return f"{FORM} | {kernels_key()} | {os.cpu_count()} | {threads} | {nearest.stat().st_dev}"
+
+
+def _read(kept: Path, key: str) -> Profile | None:
+    try:
+        found = msgspec.json.decode(kept.read_bytes(), type=_KeptProfile)
+        return parse_profile(bytes(found.profile), str(kept)) if found.key == key else None
+    except (OSError, msgspec.MsgspecError, DaemonError):
+        return None
+
+
+def _write(kept: Path, key: str, profile: Profile) -> None:
+    """What cannot be kept is measured again."""
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        fresh = kept.with_name(kept.name + ".new")
+        fresh.write_bytes(msgspec.json.encode(_KeptProfile(key, msgspec.Raw(profile_text(profile)))))
+        fresh.replace(kept)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", kept, error)

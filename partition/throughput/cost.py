@@ -1,0 +1,265 @@
+"""What a plan takes on one machine: time to the first token, time of each further one, memory, and what binds.
+
+A step is put together block by block from the device's laws (`laws`), as the executor goes through it. Where blocks
+pass through a window, `schedule` says how reading and computing overlap. Pure. docs/throughput-model.md has the
+formulas with their units, sources and limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ..plan import Plan
+from ..spec import BlockId
+from .laws import DISTINCT_SHARE, NOTHING, Share, attention, distinct_experts, products, read_bytes_per_s
+from .prediction import Binding, Job, Prediction, uncertainty
+from .profile import Device
+from .schedule import Lap, Use, lap
+from .weights_of import LayerKind, Product, Weighed
+
+PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
+_READ_BYTES = 4 << 20  # of the window's reads
+_SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
+_ROUNDS = 2  # how contention is found, which depends on what it changes
+HIDDEN_BY_ATTENTION = 0.5  # of an expert's read ahead, guessed by the router before: the share that came true
+
+
+class Rows(NamedTuple):
+    """Like sequences in a step: `alike` of them, each with `rows` tokens behind `before` others."""
+
+    alike: int
+    rows: int
+    before: float
+
+
+class _Step(NamedTuple):
+    """A step: its seconds, those of it that wait for the disk, and what its parts would take alone."""
+
+    seconds: float
+    stall_s: float
+    parts: dict[Binding, float]
+
+
+def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
+    """What `plan` does with `job` on a device, whose laws are for the plan's threads."""
+    device = device.on(plan.threads)
+    decode = _decode(model, plan, device, job)
+    slow = fast = decode.seconds
+    if model.spec.moe:  # what is not known is how many experts several tokens wake
+        slow = max(slow, _decode(model, plan, device, job, 1.0).seconds)
+        fast = min(fast, _decode(model, plan, device, job, DISTINCT_SHARE).seconds)
+    prompt = list(_prompt(model, plan, device, job))
+    ttft_s = sum(count * step.seconds for count, step in prompt)
+    shown = decode if job.new_tokens > 1 else prompt[-1][1]
+    off = 1 + uncertainty(shown.parts, device.measured)
+    load_s, pack_s = _start_s(model, plan, device)
+    return Prediction(
+        ttft_s=ttft_s,
+        token_s=decode.seconds,
+        tokens_per_s=job.batch / decode.seconds,
+        band=(job.batch / (slow * off), job.batch / fast * off),
+        peak_bytes={device.name: peak_bytes(model, plan)},
+        stall_share=decode.stall_s / decode.seconds,
+        binding=_binding(shown),
+        parts=shown.parts,
+        load_s=load_s,
+        pack_s=pack_s,
+    )
+
+
+def peak_bytes(model: Weighed, plan: Plan) -> int:
+    """Memory of the whole process."""
+    return plan.peak_bytes + model.tokenizer_bytes + PROCESS_BYTES
+
+
+def _binding(step: _Step) -> Binding:
+    """The disk if it alone takes longer than everything else; else what takes most of that."""
+    others = {part: seconds for part, seconds in step.parts.items() if part != "disk"}
+    if step.parts["disk"] > sum(others.values()):
+        return "disk"
+    return max(others, key=lambda part: others[part])
+
+
+def _decode(model: Weighed, plan: Plan, device: Device, job: Job, share: float | None = None) -> _Step:
+    """A step in which each stream gets a token, in the middle of the answers."""
+    before = job.prompt_tokens + job.new_tokens / 2
+    return _step(model, plan, device, [Rows(job.batch, 1, before)], job.batch, share)
+
+
+def _prompt(model: Weighed, plan: Plan, device: Device, job: Job) -> Iterator[tuple[float, _Step]]:
+    """(how many, step) of the steps that read all prompts. Short prompts share a step."""
+    chunk, tokens = plan.chunk_tokens, job.prompt_tokens
+    if tokens <= chunk:
+        together = min(job.batch, max(1, chunk // tokens))
+        whole, rest = divmod(job.batch, together)
+        for count, steps in ((together, whole), (rest, 1 if rest else 0)):
+            if steps:
+                yield steps, _step(model, plan, device, [Rows(count, tokens, 0)], count)
+        return
+    whole, rest = divmod(tokens - 1, chunk)  # the last step has one token at least
+    sampled = (
+        range(whole)
+        if whole <= _SAMPLES
+        else [round(i * (whole - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)]
+    )
+    for place in sampled:
+        step = _step(model, plan, device, [Rows(1, chunk, place * chunk)], 0)
+        yield job.batch * whole / len(sampled), step
+    yield job.batch, _step(model, plan, device, [Rows(1, rest + 1, whole * chunk)], 1)
+
+
+def _step(
+    model: Weighed,
+    plan: Plan,
+    device: Device,
+    segments: Sequence[Rows],
+    wanted: int,
+    share: float | None = None,
+) -> _Step:
+    """A step of these segments that gives logits for `wanted` rows. `share`: see `distinct_experts`."""
+    rows = sum(segment.alike * segment.rows for segment in segments)
+    pieces = _Pieces(model, plan, device, segments, share)
+    tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
+    overheads = device.overheads
+    uses: list[Use] = []
+    computing, calls_s, experts_disk_s = NOTHING, 0.0, 0.0
+    last = len(model.spec.layers) - 1
+    for layer in range(last + 1):
+        kind = model.kind_of(layer)
+        attending = pieces.attention(kind)
+        uses.append(Use(attending.seconds + overheads.layer_s / 2, tier[BlockId("attn", layer)]))
+        fed = rows if layer < last else wanted  # of the last layer, only what logits are wanted of is needed
+        feeding = pieces.feeding(kind, fed)
+        mixed = pieces.experts(kind, fed)
+        read_s = pieces.expert_read_s(kind, fed)
+        hidden_s = mixed.seconds + HIDDEN_BY_ATTENTION * attending.seconds
+        own_s = overheads.layer_s / 2 + (overheads.mixture_s if kind.expert else 0.0)
+        block = model.spec.ffn_blocks(layer)[0]
+        uses.append(Use(feeding.seconds + mixed.seconds + max(0.0, read_s - hidden_s) + own_s, tier[block]))
+        experts_disk_s += read_s
+        computing += attending + feeding + mixed
+        calls_s += overheads.layer_s / 2 + own_s
+    for item in plan.blocks:
+        if item.block.kind == "head" and wanted:
+            heads = products(device, model.products[item.block], wanted)
+            computing += heads
+            uses.append(Use(heads.seconds, tier[item.block]))
+    between_s = overheads.step_s + overheads.logit_s * wanted * model.spec.vocab
+    found = _contended(device, plan, uses, between_s)
+    seconds = max(found.step_s, experts_disk_s + found.disk_s)
+    parts: dict[Binding, float] = {
+        "memory": computing.memory_s,
+        "compute": computing.seconds - computing.memory_s,
+        "disk": found.disk_s + experts_disk_s,
+        "overhead": calls_s + between_s,
+    }
+    stall_s = max(0.0, seconds - computing.seconds - calls_s - between_s)
+    return _Step(seconds, stall_s, parts)
+
+
+def _contended(device: Device, plan: Plan, uses: Sequence[Use], between_s: float) -> Lap:
+    """The step as the window makes it, while disk and processor take speed from each other as long as both work."""
+    speed = read_bytes_per_s(device, _READ_BYTES)
+    compute_s = sum(use.compute_s for use in uses)
+    slower, found = (1.0, 1.0), Lap(compute_s + between_s, 0.0, 0.0)
+    if not any(use.nbytes for use in uses):
+        return found
+    if speed <= 0:  # no plan streams from no disk; whoever asks anyhow gets what a very slow one would do
+        speed = 1.0
+    for _ in range(_ROUNDS):
+        computed, read = slower
+        contended = [use._replace(compute_s=use.compute_s * computed) for use in uses]
+        found = lap(contended, plan.window_bytes, speed / read, between_s)
+        reading, working = (
+            min(1.0, found.disk_s / found.step_s),
+            min(1.0, compute_s * computed / found.step_s),
+        )
+        keeps = device.contention
+        slower = 1 / (1 - (1 - keeps.compute_keeps) * reading), 1 / (1 - (1 - keeps.disk_keeps) * working)
+    return found
+
+
+class _Pieces:
+    """The parts of one step. Layers of a kind are alike, so each is worked out once."""
+
+    def __init__(
+        self, model: Weighed, plan: Plan, device: Device, segments: Sequence[Rows], share: float | None
+    ) -> None:
+        self._model, self._plan, self._device, self._share = model, plan, device, share
+        self._segments = segments
+        self._rows = sum(segment.alike * segment.rows for segment in segments)
+        self._known: dict[object, Share] = {}
+        moe = model.spec.moe
+        held = [it for it in plan.blocks if it.block.kind == "expert" and it.tier == "disk"] if moe else []
+        self._missing = max(0.0, 1 - plan.expert_slots / len(held)) if held else 0.0
+        self._expert_bytes = max((it.nbytes for it in held), default=0)
+
+    def attention(self, kind: LayerKind) -> Share:
+        key = kind.attention, kind.window
+        if key not in self._known:
+            found = self._products(kind.attention, self._rows)
+            for alike, rows, before in self._segments:
+                one = attention(
+                    self._device, self._model.spec, self._plan.kv.dtype, rows, before, kind.window
+                )
+                found += one.times(alike)
+            self._known[key] = found
+        return self._known[key]
+
+    def feeding(self, kind: LayerKind, rows: int) -> Share:
+        key = "dense", kind.dense, rows
+        if key not in self._known:
+            self._known[key] = self._products(kind.dense, rows)
+        return self._known[key]
+
+    def experts(self, kind: LayerKind, rows: int) -> Share:
+        if not kind.expert or not rows:
+            return NOTHING
+        key = "experts", kind.expert, rows
+        if key not in self._known:
+            used = self._used(rows)
+            moe = self._model.spec.moe
+            assert moe is not None
+            each = products(self._device, kind.expert, max(1.0, rows * moe.active / used))
+            self._known[key] = each.times(used)
+        return self._known[key]
+
+    def expert_read_s(self, kind: LayerKind, rows: int) -> float:
+        """Of the experts that are not in memory, if every one is as likely to be chosen."""
+        if not kind.expert or not rows or not self._missing:
+            return 0.0
+        speed = max(1.0, read_bytes_per_s(self._device, self._expert_bytes))
+        return self._used(rows) * self._missing * self._expert_bytes / speed
+
+    def _used(self, rows: int) -> float:
+        moe = self._model.spec.moe
+        assert moe is not None
+        return distinct_experts(moe.experts, moe.active, rows, self._share)
+
+    def _products(self, matrices: Sequence[Product], rows: int) -> Share:
+        """Rows beyond what passes a block together come in parts."""
+        if not rows:
+            return NOTHING
+        whole, rest = divmod(rows, self._plan.part_tokens)
+        found = products(self._device, matrices, rest) if rest else NOTHING
+        return (
+            found + products(self._device, matrices, self._plan.part_tokens).times(whole) if whole else found
+        )
+
+
+def _start_s(model: Weighed, plan: Plan, device: Device) -> tuple[float, float]:
+    """Seconds until the model can answer, and those to make its pack first where it needs one. What was never read lies
+    on the disk; where its speed is not known, reading counts for nothing."""
+    disk = device.disk_bytes_per_s
+    held = plan.pinned_bytes + plan.expert_bytes
+    touch_s = held / device.first_touch_bytes_per_s
+    if not plan.streams and model.quant == "keep":
+        laid_s = model.stored_bytes / device.laid_out_bytes_per_s
+        return (model.stored_bytes / disk if disk else 0.0) + touch_s + laid_s, 0.0
+    read_s = held / disk if disk else 0.0
+    whole = sum(model.extents.values())
+    pack_s = model.stored_bytes / device.laid_out_bytes_per_s
+    if disk:
+        pack_s += model.stored_bytes / disk + whole / max(1.0, device.pack_write_bytes_per_s)
+    return read_s + touch_s, pack_s

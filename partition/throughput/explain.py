@@ -1,0 +1,208 @@
+"""Why a plan is the one, what would make it faster, and what the smallest machine is that could run a model at all.
+
+Sentences for people, without settings' names: `quant=q4` is said as "4 bits". Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..amounts import format_bytes
+from .prediction import Binding
+from .profile import ANY, Profile, ProfileLink
+from .solve import Asks, Candidate, Choices, Solved, solve
+from .weights_of import Weighed
+
+BITS = {"q8": "8 bits", "q4": "4 bits"}
+_WORTH = 1.1  # times as fast is worth a word
+_HALVINGS = 12
+_MOST_MEMORY = 1 << 44
+_MOST_TIMES = 64.0  # as fast a disk
+_MOST_MACHINES = 8
+CABLE = ProfileLink((ANY, ANY), 0.15e-3, 117e6)  # a gigabit cable, for a machine that is not there
+
+_BOUND: dict[Binding, str] = {
+    "memory": "memory-bound: its speed decides, as a token reads",
+    "compute": "compute-bound: the processor decides",
+    "disk": "disk-bound: each token waits for",
+    "network": "network-bound: what machines send each other decides",
+    "overhead": "bound by fixed costs of each step",
+}
+
+
+class Change(NamedTuple):
+    """What would meet a target, in words, and with it how many tokens a second."""
+
+    what: str
+    tokens_per_s: float
+
+
+def reason(found: Solved) -> str:
+    """One sentence on the plan that was chosen, or on why there is none."""
+    if found.chosen is None:
+        return nothing_fits(found)
+    chosen = found.chosen
+    prediction, bound = chosen.prediction, _BOUND[chosen.prediction.binding]
+    if prediction.binding == "disk":
+        read = prediction.parts["disk"]
+        bound += f" {_seconds(read)} of reading"
+    elif prediction.binding == "memory":
+        bound += f" {format_bytes(_read_bytes(chosen))} of weights"
+    gains = list(_gains(found, chosen))
+    return f"{bound}; {' and '.join(gains)}" if gains else bound
+
+
+def _gains(found: Solved, chosen: Candidate) -> list[str]:
+    gains = []
+    speed = chosen.prediction.tokens_per_s
+    whole = next(
+        (it for it in found.candidates if _same_texts(it, chosen) and it.name.startswith("memory")), None
+    )
+    if whole is not None and whole.missing:
+        held = whole.prediction.tokens_per_s
+        if held > _WORTH * speed:
+            gains.append(f"{whole.missing.replace(' of ', ' more ')} would give {_times(held / speed)}")
+    fewer = [
+        it
+        for it in found.candidates
+        if it.fits and it.kv_type == chosen.kv_type and it.model.quant != chosen.model.quant
+    ]
+    best = max(fewer, key=lambda it: it.prediction.tokens_per_s, default=None)
+    if best is not None and best.prediction.tokens_per_s > _WORTH * speed:
+        gain = _times(best.prediction.tokens_per_s / speed)
+        gains.append(f"weights in {BITS.get(best.model.quant, best.model.quant)} would give {gain}")
+    return gains
+
+
+def _same_texts(one: Candidate, other: Candidate) -> bool:
+    return (one.model.quant, one.kv_type) == (other.model.quant, other.kv_type)
+
+
+def _read_bytes(chosen: Candidate) -> float:
+    """Of weights, for one token."""
+    model = chosen.model
+    moe = model.spec.moe
+    whole = sum(
+        nbytes for block, nbytes in model.block_bytes.items() if block.kind not in ("embed", "expert")
+    )
+    if model.spec.tied:
+        whole += sum(it.nbytes for it in model.head)
+    if moe:
+        experts = sum(nbytes for block, nbytes in model.block_bytes.items() if block.kind == "expert")
+        whole += int(experts * moe.active / moe.experts)
+    return float(whole)
+
+
+def nothing_fits(found: Solved) -> str:
+    """Why nothing runs, and the smallest machine that would do."""
+    least = [it for it in found.candidates if it.least_bytes]
+    if not least:
+        return "no group of these machines can run it"
+    smallest = min(least, key=lambda it: it.least_bytes)
+    as_stored = min((it for it in least if it.asked), key=lambda it: it.least_bytes, default=smallest)
+    ways = [f"{format_bytes(smallest.least_bytes)} of memory{_with(smallest)}"]
+    if as_stored is not smallest:
+        ways.append(
+            f"{format_bytes(as_stored.least_bytes)}{_with(as_stored)} with the weights as they are stored"
+        )
+    lacks = f"no plan fits: at least {smallest.missing} is missing"
+    return f"{lacks}; the smallest machine that could run it has {', or '.join(ways)}"
+
+
+def _with(found: Candidate) -> str:
+    """What else such a machine needs, and what it makes of the model."""
+    parts = ["a disk"] if found.plan is not None and found.plan.streams else []
+    parts += [f"weights in {BITS[found.model.quant]}"] if found.model.quant in BITS else []
+    parts += [f"K and V in {found.kv_type}"] if not found.asked else []
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def changes(
+    models: Sequence[Weighed],
+    wanted: Asks,
+    profile: Profile,
+    found: Solved,
+    choices: Choices,
+    target: float,
+) -> list[Change]:
+    """What would give `target` tokens a second, the cheapest first: fewer bits cost texts, the rest costs money."""
+    tried = (_fewer_bits(found, target), *_bought(models, wanted, profile, found, choices, target))
+    return [change for change in tried if change is not None]
+
+
+def _fewer_bits(found: Solved, target: float) -> Change | None:
+    reaching = [
+        it for it in found.candidates if it.fits and not it.asked and it.prediction.tokens_per_s >= target
+    ]
+    if not reaching:
+        return None
+    first = reaching[0]  # the most bits come first
+    parts = [BITS[first.model.quant]] if first.model.quant in BITS else []
+    parts += [f"K and V in {first.kv_type}"] if first.kv_type != found.candidates[0].kv_type else []
+    return Change(
+        " and ".join(["weights in " + parts[0], *parts[1:]] if first.model.quant in BITS else parts),
+        first.prediction.tokens_per_s,
+    )
+
+
+def _bought(
+    models: Sequence[Weighed],
+    wanted: Asks,
+    profile: Profile,
+    found: Solved,
+    choices: Choices,
+    target: float,
+) -> list[Change | None]:
+    job, only = found.job, models[:1]
+    fixed = choices._replace(kv_type=choices.kv_type or found.candidates[0].kv_type)
+
+    def speed(changed: Profile, ranks: int | None = 1) -> float:
+        best = solve(only, wanted, changed, job, fixed._replace(ranks=ranks)).chosen
+        return best.prediction.tokens_per_s if best is not None else 0.0
+
+    def with_memory(nbytes: float) -> Profile:
+        return replace(profile, devices=(replace(profile.head, memory_bytes=nbytes), *profile.devices[1:]))
+
+    def with_disk(times: float) -> Profile:
+        head = profile.head
+        reads = head.reads and replace(
+            head.reads, bytes_per_s=tuple(it * times for it in head.reads.bytes_per_s)
+        )
+        faster = replace(head, disk_bytes_per_s=head.disk_bytes_per_s * times, reads=reads)
+        return replace(profile, devices=(faster, *profile.devices[1:]))
+
+    now = profile.head.memory_bytes
+    bought: list[Change | None] = []
+    most = min(_MOST_MEMORY, 1.5 * max(it.least_bytes for it in found.candidates) + now)
+    if speed(with_memory(most)) >= target:
+        low, high = now, most
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if speed(with_memory(middle)) >= target else (middle, high)
+        bought.append(Change(f"{format_bytes(high - now)} more memory", speed(with_memory(high))))
+    if profile.head.disk_bytes_per_s and speed(with_disk(_MOST_TIMES)) >= target:
+        low, high = 1.0, _MOST_TIMES
+        for _ in range(_HALVINGS):
+            middle = (low * high) ** 0.5
+            low, high = (low, middle) if speed(with_disk(middle)) >= target else (middle, high)
+        rate = format_bytes(profile.head.disk_bytes_per_s * high)
+        bought.append(Change(f"a disk of {rate}/s", speed(with_disk(high))))
+    for count in range(len(profile.devices) + 1, _MOST_MACHINES + 1):
+        more = tuple(replace(profile.head, name=f"{profile.head.name} #{i}") for i in range(2, count + 2))
+        grown = Profile((*profile.devices, *more[: count - len(profile.devices)]), (*profile.links, CABLE))
+        if (reached := speed(grown, count)) >= target:
+            machines = count - len(profile.devices)
+            said = "another machine" if machines == 1 else f"{machines} more machines"
+            bought.append(Change(f"{said} like the first, by a gigabit cable", reached))
+            break
+    return bought
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.1f} times" if factor < 9.95 else f"{factor:.0f} times"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 99.5 else f"{seconds:.0f} s"

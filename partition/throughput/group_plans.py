@@ -1,0 +1,123 @@
+"""Plans for several machines: what `partition.group_search` predicts, in the words of this folder. Pure."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from ..group_choice import Choice, NoGroup
+from ..group_search import choose
+from ..machines import Links, LinkSpeed, Machine, Workload
+from ..plan import Wanted
+from .cost import PROCESS_BYTES
+from .prediction import Binding, Job, Prediction, uncertainty
+from .profile import Device, Profile
+from .weights_of import Weighed
+
+_QUICK = 1e3  # times faster: links that cost nothing, to find out what they cost
+_READING_SHARE = 0.9  # of a step's computing that reads memory, where nothing tells
+
+
+def machines_of(profile: Profile, model: Weighed) -> list[Machine]:
+    """The devices as group_search knows machines."""
+    return [
+        _machine(device, model.tokenizer_bytes if not place else 0)
+        for place, device in enumerate(profile.devices)
+    ]
+
+
+def _machine(device: Device, tokenizer_bytes: int) -> Machine:
+    memory = max(0, int(device.memory_bytes) - PROCESS_BYTES - tokenizer_bytes)
+    return Machine(
+        device.name,
+        memory,
+        device.memory_bytes_per_s,
+        device.flops,
+        device.disk_bytes_per_s,
+        device.threads,
+        device.port_bytes_per_s,
+    )
+
+
+def links_of(profile: Profile, times: float = 1.0) -> Links:
+    """Links by the places of devices; `times` as fast."""
+    found: dict[tuple[int, int], LinkSpeed] = {}
+    for one, other in combinations(range(len(profile.devices)), 2):
+        link = profile.link(profile.devices[one].name, profile.devices[other].name)
+        if link is not None:
+            found[one, other] = LinkSpeed(link.latency_s / times, min(1e14, link.bytes_per_s * times))
+    return found
+
+
+def group(model: Weighed, wanted: Wanted, profile: Profile, job: Job, ranks: int) -> Choice | NoGroup:
+    """The best group of so many of the machines."""
+    sizes = dict(model.extents)
+    if not model.spec.tied:
+        embed = next(iter(model.block_bytes))
+        sizes[embed] = sizes[embed] or model.block_bytes[embed]
+    return choose(wanted, sizes, machines_of(profile, model), links_of(profile), _workload(job), ranks=ranks)
+
+
+def group_cost(model: Weighed, wanted: Wanted, profile: Profile, job: Job, choice: Choice) -> Prediction:
+    """What a group does with a job. Streams of a batch are taken to share a step whose sums are as many times longer;
+    what is not known is bounded by the band."""
+    figures = choice.figures
+    token_s, ttft_s = figures.token_s, figures.first_token_s[0] * job.batch
+    free = choose(
+        wanted,
+        dict(model.extents),
+        machines_of(profile, model),
+        links_of(profile, _QUICK),
+        _workload(job),
+        ranks=len(choice.ranks),
+    )
+    alone_s = min(token_s, free.figures.token_s) if isinstance(free, Choice) else token_s
+    devices = {device.name: device for device in profile.devices}
+    disk_s = max(
+        rank.streamed_bytes / devices[rank.machine].disk_bytes_per_s if rank.streamed_bytes else 0.0
+        for rank in choice.ranks
+    )
+    overheads = profile.head.overheads
+    overhead_s = min(alone_s, overheads.step_s + overheads.layer_s * len(model.spec.layers))
+    computing_s = max(0.0, alone_s - overhead_s - disk_s) if disk_s < alone_s else 0.0
+    parts: dict[Binding, float] = {
+        "memory": _READING_SHARE * computing_s,
+        "compute": (1 - _READING_SHARE) * computing_s,
+        "disk": min(disk_s, alone_s),
+        "network": token_s - alone_s,
+        "overhead": overhead_s,
+    }
+    binding = max(parts, key=lambda part: parts[part])
+    off = 1 + uncertainty(parts, all(device.measured for device in profile.devices))
+    step_s = token_s + (job.batch - 1) * parts["network"]
+    peaks = {
+        rank.machine: int(rank.needed_bytes) + PROCESS_BYTES + (model.tokenizer_bytes if not place else 0)
+        for place, rank in enumerate(choice.ranks)
+    }
+    speed = job.batch / step_s
+    return Prediction(
+        ttft_s=ttft_s,
+        token_s=step_s,
+        tokens_per_s=speed,
+        band=(speed / off, speed * off),
+        peak_bytes=peaks,
+        stall_share=min(1.0, disk_s / token_s) if binding == "disk" else 0.0,
+        binding=binding,
+        parts=parts,
+        load_s=_load_s(model, choice, profile),
+    )
+
+
+def _load_s(model: Weighed, choice: Choice, profile: Profile) -> float:
+    """The head reads its files while it sends every other rank its part, over one port."""
+    head = profile.head
+    read_s = model.stored_bytes / head.disk_bytes_per_s if head.disk_bytes_per_s else 0.0
+    sent_s = 0.0
+    for rank in choice.ranks[1:]:
+        link = profile.link(head.name, rank.machine)
+        assert link is not None
+        sent_s += rank.share * model.weights_bytes / link.bytes_per_s
+    return max(read_s, sent_s) + model.weights_bytes / len(choice.ranks) / head.laid_out_bytes_per_s
+
+
+def _workload(job: Job) -> Workload:
+    return Workload(job.prompt_tokens, job.new_tokens)

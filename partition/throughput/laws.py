@@ -1,0 +1,111 @@
+"""From a device's laws to seconds: products with weights, attention, reads, distinct experts. Pure formulas, explained
+in docs/throughput-model.md.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..memory_layout import KV_FORMATS, PAGE_TOKENS, KvLayout
+from ..spec import ModelSpec
+from .profile import AttentionLaw, Device, RowsLaw, between_logs, interpolated
+from .weights_of import Product
+
+ATTENTION_SHARE = 0.5  # of a device's operations per second that attention reaches, where no law was measured
+
+# Published traces of mixtures touch 61% of the experts that independent choices would; the truth lies between.
+DISTINCT_SHARE = 0.61
+ALL_TOUCHED = 16  # times experts / active: with so many rows even the least popular experts are chosen
+
+
+class Share(NamedTuple):
+    """Seconds of one part of a step: of these, `memory_s` are what reading the bytes takes anyhow."""
+
+    seconds: float
+    memory_s: float
+
+    def __add__(self, other: object) -> Share:
+        assert isinstance(other, Share)
+        return Share(self.seconds + other.seconds, self.memory_s + other.memory_s)
+
+    def times(self, count: float) -> Share:
+        return Share(count * self.seconds, count * self.memory_s)
+
+
+NOTHING = Share(0.0, 0.0)
+
+
+def product(device: Device, matrix: Product, rows: float) -> Share:
+    """Multiplying `rows` rows by a matrix. By the tables of its type, between those of the next smaller and the next
+    larger matrices that were measured; beyond the last number of rows each costs as much as the last ones did."""
+    memory_s = matrix.nbytes / device.memory_bytes_per_s
+    laws = sorted((law for law in device.products if law.kind == matrix.kind), key=lambda law: law.nbytes)
+    if laws:
+        seconds = matrix.nbytes * _byte_s(laws, matrix.nbytes, rows)
+    else:
+        seconds = max(memory_s, 2.0 * matrix.rows * matrix.cols * rows / device.flops)
+    return Share(seconds, min(seconds, memory_s))
+
+
+def _byte_s(laws: Sequence[RowsLaw], nbytes: float, rows: float) -> float:
+    place = bisect_left([law.nbytes for law in laws], nbytes)
+    low, high = laws[max(0, place - 1)], laws[min(place, len(laws) - 1)]
+    share = between_logs(nbytes, low.nbytes, high.nbytes)
+    return (1 - share) * _at_rows(low, rows) + share * _at_rows(high, rows)
+
+
+def _at_rows(law: RowsLaw, rows: float) -> float:
+    last = law.rows[-1]
+    return law.byte_s[-1] * rows / last if rows > last else interpolated(rows, law.rows, law.byte_s)
+
+
+def products(device: Device, matrices: Sequence[Product], rows: float) -> Share:
+    return sum((product(device, matrix, rows) for matrix in matrices), NOTHING)
+
+
+def attention(
+    device: Device, spec: ModelSpec, kv_type: str, rows: int, before: float, window: int | None
+) -> Share:
+    """One layer's attention of `rows` tokens of one sequence that has `before` tokens already."""
+    seen = rows * before + rows * (rows + 1) / 2
+    if window is not None:
+        full = min(rows, max(0.0, window - before))  # tokens that see everything before them
+        seen = full * before + full * (full + 1) / 2 + (rows - full) * window
+    numbers = seen * spec.heads * spec.head_dim
+    kv_bytes = min(before + rows, (window or before + rows) + rows) * kv_token_bytes(spec, kv_type)
+    memory_s = kv_bytes / device.memory_bytes_per_s
+    law = next((law for law in device.attention if law.kv_type == kv_type), None)
+    if law is None:
+        seconds = max(memory_s, 4 * numbers / (ATTENTION_SHARE * device.flops))
+    else:
+        seconds = numbers * _number_s(law, rows, seen / rows)
+    return Share(seconds, min(seconds, memory_s))
+
+
+def _number_s(law: AttentionLaw, rows: int, context: float) -> float:
+    return interpolated(context, law.context, law.decode_s if rows == 1 else law.prompt_s)
+
+
+def kv_token_bytes(spec: ModelSpec, kv_type: str) -> float:
+    """K and V of one token in one layer."""
+    return spec.kv_heads * KvLayout.of(KV_FORMATS[kv_type], spec.head_dim).head_bytes / PAGE_TOKENS
+
+
+def read_bytes_per_s(device: Device, nbytes: float) -> float:
+    """The disk's speed with reads of so many bytes."""
+    if device.reads is None:
+        return device.disk_bytes_per_s
+    return interpolated(nbytes, device.reads.nbytes, device.reads.bytes_per_s)
+
+
+def distinct_experts(experts: int, active: int, rows: float, share: float | None = None) -> float:
+    """How many experts of a layer are chosen by `rows` tokens. Independent, uniform choices would make it
+    N(1 − (1 − k/N)^n), which is an upper bound: real routers prefer some experts and neighbours choose alike. `share`
+    of that is taken: by default DISTINCT_SHARE, rising to all of it with ALL_TOUCHED × N/k rows. Never fewer than one
+    token's."""
+    uniform: float = experts * (1 - (1 - active / experts) ** rows)
+    if share is None:
+        share = DISTINCT_SHARE + (1 - DISTINCT_SHARE) * min(1.0, rows * active / (ALL_TOUCHED * experts))
+    return min(uniform, max(min(active, uniform), share * uniform))

@@ -1,0 +1,99 @@
+"""Many requests at once for a model whose weights stay on the host: MoE-Lens's two stages (Yuan et al. 2025, arXiv
+2504.09345), worked out anew in docs/throughput-model.md.
+
+In each iteration all weights pass to the accelerator once, and every token that is there meets them: one token of each
+request that is being answered, and the prompts of those that begin. Attention of answers is the host's. Pure.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import NamedTuple
+
+from .laws import kv_token_bytes
+from .profile import Accelerator, Device
+from .weights_of import Weighed
+
+
+class Hybrid(NamedTuple):
+    """A model on an accelerator and its host. `token_flops`: operations for one token on the accelerator."""
+
+    weights_bytes: float  # that pass to the accelerator in each iteration
+    token_flops: float
+    kv_token_bytes: float  # of one token in all layers
+    flops: float
+    host_bytes_per_s: float
+    kv_bytes: float  # of the host's memory, for K and V
+    memory_bytes_per_s: float  # of the host
+
+    @classmethod
+    def of(cls, model: Weighed, host: Device, accelerator: Accelerator, kv_type: str) -> Hybrid:
+        """All layers pass; the embedding and the head stay where they are."""
+        spec = model.spec
+        moe, flops = spec.moe, 0.0
+        for kind, layers in model.layer_kinds.items():
+            active = moe.active if moe and kind.expert else 0
+            weights = sum(it.rows * it.cols for it in (*kind.attention, *kind.dense))
+            flops += 2.0 * layers * (weights + active * sum(it.rows * it.cols for it in kind.expert))
+        ends = sum(nbytes for block, nbytes in model.block_bytes.items() if block.kind in ("embed", "head"))
+        weights_bytes = model.weights_bytes - ends
+        return cls(
+            weights_bytes,
+            flops,
+            len(spec.layers) * kv_token_bytes(spec, kv_type),
+            accelerator.flops,
+            accelerator.host_bytes_per_s,
+            max(0.0, host.memory_bytes - model.weights_bytes),
+            host.memory_bytes_per_s,
+        )
+
+    @property
+    def pass_s(self) -> float:
+        """Seconds in which all weights pass."""
+        return self.weights_bytes / self.host_bytes_per_s
+
+    @property
+    def kv_tokens(self) -> float:
+        """Tokens whose K and V the host can keep."""
+        return self.kv_bytes / self.kv_token_bytes
+
+
+def saturating_tokens(
+    flops: float, host_bytes_per_s: float, experts: int, active: int, weight_bytes: float = 2
+) -> float:
+    """Tokens of an iteration with which computing experts takes as long as bringing them: each weight is brought once
+    and costs two operations for each token that chose it, which are active / experts of all."""
+    return flops / host_bytes_per_s * weight_bytes / 2 * experts / active
+
+
+def tokens_per_kv(prompt_tokens: int, new_tokens: int) -> float:
+    """Tokens that an iteration computes for each token of K and V that there is room for ("parallelism-memory
+    efficiency"). A request is there for g iterations and holds p + i tokens in the i-th; meanwhile p + g are computed
+    for it."""
+    prompt, new = prompt_tokens, new_tokens
+    return (prompt + new) / (new * (prompt + (new + 1) / 2))
+
+
+def upper_bound(hybrid: Hybrid, prompt_tokens: int, new_tokens: int) -> float:
+    """First stage: tokens of answers per second that no schedule exceeds, with endlessly many requests. Either the
+    host's memory bounds how many tokens there are for each pass, or computing them takes longer than the pass."""
+    by_memory = hybrid.kv_tokens * tokens_per_kv(prompt_tokens, new_tokens) / hybrid.pass_s
+    by_compute = hybrid.flops / hybrid.token_flops
+    return min(by_memory, by_compute) * new_tokens / (prompt_tokens + new_tokens)
+
+
+def expected(
+    hybrid: Hybrid, prompt_tokens: int, new_tokens: int, requests: int, page_tokens: int = 64
+) -> float:
+    """Second stage: tokens of answers per second of so many requests. K and V come in whole pages, the first and the
+    last requests find nobody beside them, and the host attends to all that it holds in every iteration."""
+    prompt, new = prompt_tokens, new_tokens
+    held = sum(
+        page_tokens * ceil((prompt + i) / page_tokens) for i in range(1, new + 1)
+    )  # by one request, over its time
+    begins = min(hybrid.kv_tokens / held, requests / 1.0)  # requests that begin in each iteration
+    computed = begins * (prompt + new)
+    attention_s = begins * held * hybrid.kv_token_bytes / hybrid.memory_bytes_per_s
+    iteration_s = max(hybrid.pass_s, computed * hybrid.token_flops / hybrid.flops, attention_s)
+    iterations = requests / begins + new - 1  # until the last has begun, and until it has ended
+    return requests * new / (iterations * iteration_s) if begins else 0.0

@@ -1,0 +1,76 @@
+"""What is predicted of a plan, as data, and how far it may be off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Binding = Literal["memory", "compute", "disk", "network", "overhead"]
+
+# How far measured speeds were from predicted ones, by what binds: with laws that were measured on the machine, and with
+# a few figures that somebody wrote down. The band of a prediction is this wide to both sides.
+MEASURED: Mapping[Binding, float] = {
+    "memory": 0.12,
+    "compute": 0.15,
+    "disk": 0.15,
+    "network": 0.25,
+    "overhead": 0.25,
+}
+STATED: Mapping[Binding, float] = {
+    "memory": 0.25,
+    "compute": 0.35,
+    "disk": 0.25,
+    "network": 0.35,
+    "overhead": 0.50,
+}
+
+
+class Job(NamedTuple):
+    """What a machine is asked for: `batch` streams at once, each with a prompt of `prompt_tokens` and an answer of
+    `new_tokens`."""
+
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    batch: int = 1
+
+    @property
+    def context_tokens(self) -> int:
+        """Of each stream at its end."""
+        return self.prompt_tokens + self.new_tokens
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan is predicted to do. Seconds, unless it says otherwise.
+
+    `ttft_s`: until every stream has its first token. `token_s`: of a step, in which each stream gets a token.
+    `tokens_per_s`: of all streams together, once they have their first; `band`: between which it lies.
+    `peak_bytes`: by device. `stall_share`: of a step that is spent waiting for the disk. `parts`: seconds of a step by
+    what takes them, as if nothing ran beside anything else. `load_s`: until it can begin.
+    """
+
+    ttft_s: float
+    token_s: float
+    tokens_per_s: float
+    band: tuple[float, float]
+    peak_bytes: Mapping[str, int]
+    stall_share: float
+    binding: Binding
+    parts: Mapping[Binding, float]
+    load_s: float
+    pack_s: float = 0.0  # to make the pack, once, if it is not there
+
+    def total_s(self, job: Job) -> float:
+        """Of all of the job, from its prompt to its last token."""
+        return self.ttft_s + (job.new_tokens - 1) * self.token_s
+
+
+def uncertainty(parts: Mapping[Binding, float], measured: bool) -> float:
+    """By which part of a prediction the truth may differ: that of each of its parts, as much as they weigh."""
+    widths, whole = MEASURED if measured else STATED, sum(parts.values())
+    return (
+        sum(widths[part] * seconds for part, seconds in parts.items()) / whole
+        if whole > 0
+        else widths["overhead"]
+    )

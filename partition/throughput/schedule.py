@@ -1,0 +1,62 @@
+"""How long a step takes whose blocks pass through a window: the window's own schedule, with seconds instead of threads.
+
+Blocks are used in order. A streamed one is read piece by piece, one read after the other (several in flight are as one
+at the disk's full speed), as soon as what lies in its place has left; reading goes on from the last block of a step to
+the first of the next. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .ring import waits_for
+
+_LAPS = 3  # the first fill the ring
+_PIECE_BYTES = 4 << 20
+_PIECES = 1000  # of a lap, about, at most: larger pieces tell as much
+
+
+class Use(NamedTuple):
+    """A block of a step: what computing it takes, and how many bytes of it pass through the window (0: it stays)."""
+
+    compute_s: float
+    nbytes: int = 0
+
+
+class Lap(NamedTuple):
+    """A step among many. `stall_s`: of it the processor waits for the disk, `disk_s`: the disk reads."""
+
+    step_s: float
+    stall_s: float
+    disk_s: float
+
+
+def lap(uses: Sequence[Use], window_bytes: int, bytes_per_s: float, between_s: float = 0.0) -> Lap:
+    """A step in the long run. `between_s`: from the last block of a step to the first of the next."""
+    compute_s = sum(use.compute_s for use in uses) + between_s
+    cycle = tuple(use.nbytes for use in uses if use.nbytes)
+    if not cycle:
+        return Lap(compute_s, 0.0, 0.0)
+    whole = sum(cycle)
+    pieces = waits_for(window_bytes, cycle, max(_PIECE_BYTES, whole // _PIECES))
+    now = disk = 0.0
+    left: list[float] = []  # when each passage left the ring, from the first on
+    ends: list[float] = []
+    for _ in range(_LAPS):
+        streamed = 0
+        for use in uses:
+            if use.nbytes:
+                passage = len(left)
+                for nbytes, back in pieces[streamed]:
+                    free = left[passage - back] if passage >= back else 0.0
+                    disk = max(disk, free) + nbytes / bytes_per_s
+                now = max(now, disk) + use.compute_s
+                left.append(now)
+                streamed += 1
+            else:
+                now += use.compute_s
+        now += between_s
+        ends.append(now)
+    step_s = (ends[-1] - ends[0]) / (_LAPS - 1)
+    return Lap(step_s, max(0.0, step_s - compute_s), whole / bytes_per_s)

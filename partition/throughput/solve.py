@@ -1,0 +1,190 @@
+"""Which plans there are for a job, what each would do, and which one is best.
+
+Bits are never taken from a model unasked: plans with the weights as they are stored come first, and those with fewer
+bits count only if somebody asked for them or nothing else runs. Among plans that give the same texts the quickest is
+taken; one that is hardly slower and simpler is preferred. Pure, and deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..amounts import format_bytes
+from ..group_choice import NoGroup
+from ..memory_layout import PAGE_TOKENS
+from ..plan import Misfit, Plan, Wanted, plan_in_ram
+from ..streamed_plan import plan_streamed
+from .cost import PROCESS_BYTES, cost
+from .group_plans import group, group_cost
+from .prediction import Job, Prediction
+from .profile import Device, Profile
+from .weights_of import Weighed
+
+AS_QUICK = 1.03  # times the time of the quickest plan: as good as that, if it is simpler
+WINDOWS: Mapping[str, float] = {
+    "": 1.0,
+    "small window": 0.0,
+    "large window": 4.0,
+}  # times the usual share of memory
+
+USUAL: Mapping[str, float] = {"": 1.0}
+
+
+class Choices(NamedTuple):
+    """What somebody insists on; None and () leave it open. Each fixes that choice and no other."""
+
+    quant: str | None = None
+    kv_type: str | None = None
+    context_tokens: int | None = None
+    threads: int | None = None
+    ranks: int | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, and what it would do. `missing`: what the machines lack for it, in words; "" if it fits. `least_bytes`:
+    memory of the first machine with which it would fit. `order`: the simpler comes first."""
+
+    name: str
+    model: Weighed
+    kv_type: str
+    prediction: Prediction
+    missing: str
+    least_bytes: int
+    order: int
+    plan: Plan | None = None  # None: a group's
+    asked: bool = True  # whether it may be chosen before others have been found not to run
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing
+
+
+class Solved(NamedTuple):
+    """All plans that were looked at, and the one to run; None if none fits."""
+
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
+    job: Job
+
+
+Asks = Callable[[Weighed, str, int], Wanted]
+"""(model, kv_type, threads) → what a plan is asked for."""
+
+
+def asks(job: Job, context_tokens: int | None, chunk_tokens: int, sequences: int, guesses: int) -> Asks:
+    """For a job: K and V of its streams and no more."""
+    context = context_tokens or job.context_tokens
+    tokens = job.batch * -(-context // PAGE_TOKENS) * PAGE_TOKENS
+
+    def wanted(model: Weighed, kv_type: str, threads: int) -> Wanted:
+        streams = max(sequences, job.batch)
+        return Wanted(model.spec, context, tokens, kv_type, chunk_tokens, streams, guesses, threads)
+
+    return wanted
+
+
+def solve(
+    models: Sequence[Weighed],
+    wanted: Asks,
+    profile: Profile,
+    job: Job,
+    choices: Choices = Choices(),  # noqa: B008
+) -> Solved:
+    """`models`: the model in each of the types that it may be kept in, most bits first."""
+    found = tuple(_candidates(models, wanted, profile, job, choices))
+    return Solved(found, _best(found, job), job)
+
+
+def _best(candidates: Sequence[Candidate], job: Job) -> Candidate | None:
+    fitting = [it for it in candidates if it.fits]
+    pool = [it for it in fitting if it.asked] or _most_faithful(fitting)
+    if not pool:
+        return None
+    quickest = min(it.prediction.total_s(job) for it in pool)
+    alike = [it for it in pool if it.prediction.total_s(job) <= AS_QUICK * quickest]
+    return min(alike, key=lambda it: (it.order, it.prediction.total_s(job)))
+
+
+def _most_faithful(fitting: Sequence[Candidate]) -> list[Candidate]:
+    """Those that keep most of the model."""
+    if not fitting:
+        return []
+    first = fitting[0]  # they come in the order of bits
+    return [it for it in fitting if (it.model.quant, it.kv_type) == (first.model.quant, first.kv_type)]
+
+
+def _candidates(
+    models: Sequence[Weighed], wanted: Asks, profile: Profile, job: Job, choices: Choices
+) -> Iterator[Candidate]:
+    device = profile.head.on(choices.threads)
+    kinds = [choices.kv_type] if choices.kv_type else ["f16", "i8"]
+    for place, model in enumerate(models):
+        for number, kv_type in enumerate(kinds):
+            asked = not place and not number
+            asking = wanted(model, kv_type, device.threads)
+            labels = [model.quant if model.quant != "keep" else "", f"KV {kv_type}" if number else ""]
+            suffix = "".join(f", {label}" for label in labels if label)
+            if choices.ranks in (None, 1):
+                for found in _alone(model, asking, device, job, WINDOWS if asked else USUAL):
+                    yield replace(found, name=found.name + suffix, asked=asked)
+            if asked and len(profile.devices) > 1:
+                for found in _groups(model, asking, profile, job, choices.ranks):
+                    yield replace(found, name=found.name + suffix, asked=asked)
+
+
+def _alone(
+    model: Weighed, asking: Wanted, device: Device, job: Job, windows: Mapping[str, float]
+) -> Iterator[Candidate]:
+    memory = max(0, int(device.memory_bytes) - PROCESS_BYTES - model.tokenizer_bytes)
+    more = PROCESS_BYTES + model.tokenizer_bytes
+    in_ram = plan_in_ram(asking, model.block_bytes, memory_bytes=memory)
+    yield _candidate("memory", 0, model, in_ram, device, job, more)
+    if isinstance(in_ram, Plan):
+        return
+    known: set[tuple[int, int]] = set()
+    for order, (label, times) in enumerate(windows.items(), 1):
+        made = plan_streamed(
+            asking,
+            model.extents,
+            model.vectors_bytes,
+            memory_bytes=memory,
+            window_times=times,
+            pinnings=model.pinnings,
+        )
+        plan = made.plan if isinstance(made, Misfit) else made
+        if (key := (plan.window_bytes, plan.pinned_bytes)) in known:
+            continue
+        known.add(key)
+        if isinstance(made, Misfit) and label:
+            continue
+        name = f"stream, {label}" if label else "stream"
+        found = _candidate(name, order, model, made, device, job, more)
+        if not device.disk_bytes_per_s:
+            found = replace(found, missing="a disk to stream from")
+        yield found
+
+
+def _candidate(
+    name: str, order: int, model: Weighed, made: Plan | Misfit, device: Device, job: Job, more: int
+) -> Candidate:
+    plan = made.plan if isinstance(made, Misfit) else made
+    least = (made.least_bytes if isinstance(made, Misfit) else plan.peak_bytes) + more
+    lacks = max(0, least - int(device.memory_bytes)) if isinstance(made, Misfit) else 0
+    missing = f"{format_bytes(lacks)} of memory" if lacks else ""
+    return Candidate(name, model, plan.kv.dtype, cost(model, plan, device, job), missing, least, order, plan)
+
+
+def _groups(
+    model: Weighed, asking: Wanted, profile: Profile, job: Job, ranks: int | None
+) -> Iterator[Candidate]:
+    for count in range(2, len(profile.devices) + 1) if ranks is None else (ranks,):
+        if count < 2:
+            continue
+        choice = group(model, asking, profile, job, count)
+        if isinstance(choice, NoGroup):
+            continue
+        prediction = group_cost(model, asking, profile, job, choice)
+        yield Candidate(f"group of {count}", model, asking.kv_type, prediction, "", 0, 10 + count)

@@ -1,0 +1,199 @@
+"""Profiles in files: what is written by hand, what is measured, and one clear line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.throughput.profile_files import parse_profile, profile_text, read_profile
+from shoal.partition.throughput.profile import AttentionLaw, Profile, ReadLaw, RowsLaw
+
+HAND = {
+    "devices": [
+        {
+            "name": "a",
+            "memory_bytes": 4e9,
+            "memory_bytes_per_s": 25e9,
+            "flops": 2e11,
+            "disk_bytes_per_s": 2e9,
+            "threads": 8,
+            "accelerators": [
+                {
+                    "name": "gpu",
+                    "memory_bytes": 24e9,
+                    "memory_bytes_per_s": 9e11,
+                    "flops": 1e14,
+                    "host_bytes_per_s": 3e10,
+                }
+            ],
+        },
+        {"name": "b", "memory_bytes": 8_000_000_000, "memory_bytes_per_s": 1e10, "flops": 1e11},
+    ],
+    "links": [{"between": ["a", "*"], "latency_s": 2e-4, "bytes_per_s": 1.25e8}],
+}
+
+
+def changed(path: str, value: Any = None) -> bytes:
+    """HAND with one value changed; without it for None."""
+    made: Any = json.loads(json.dumps(HAND))
+    at, steps = made, path.split(".")
+    for step in steps[:-1]:
+        at = at[int(step)] if step.isdigit() else at[step]
+    if value is None:
+        del at[steps[-1]]
+    else:
+        at[steps[-1]] = value
+    return json.dumps(made).encode()
+
+
+def parse(text: bytes) -> Profile:
+    return parse_profile(text, "p.json")
+
+
+def test_a_profile_by_hand() -> None:
+    profile = parse(json.dumps(HAND).encode())
+    assert [device.name for device in profile.devices] == ["a", "b"]
+    assert profile.head.accelerators[0].host_bytes_per_s == 3e10
+    assert profile.devices[1].disk_bytes_per_s == 0
+    link = profile.link("b", "a")
+    assert link is not None
+    assert link.latency_s == 2e-4
+    assert profile.head.overheads.layer_s == 60e-6
+    assert profile.head.pack_write_bytes_per_s == 1e9
+
+
+def test_a_measured_profile_comes_back(tmp_path: Path) -> None:
+    profile = parse(json.dumps(HAND).encode())
+    full = profile.devices[0].__class__(
+        **(
+            vars(profile.devices[0])
+            | {
+                "products": (RowsLaw("Q4_K", 4e6, (1, 8), (5e-11, 1e-10)),),
+                "attention": (AttentionLaw("f16", (128, 4096), (1e-11, 2e-11), (1e-12, 2e-12)),),
+                "reads": ReadLaw((65536, 4 << 20), (5e8, 2e9)),
+                "measured": True,
+            }
+        )
+    )
+    path = tmp_path / "p.json"
+    path.write_bytes(profile_text(Profile((full,))))
+    assert read_profile(path).head == full
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("devices.0.flops", None, "devices[0].flops is missing"),
+        ("devices", None, "devices is missing"),
+        ("links.0.latency_s", None, "links[0].latency_s is missing"),
+        ("devices.0.flops", -1, "devices[0].flops=-1: must be a number from 1e+06 to 1e+20"),
+        ("devices.0.memory_bytes_per_s", 0, "devices[0].memory_bytes_per_s=0"),
+        ("devices.1.flops", float("nan"), "devices[1].flops=nan: must be a number"),
+        ("devices.1.memory_bytes", float("inf"), "devices[1].memory_bytes=inf"),
+        (
+            "devices.1.memory_bytes",
+            1e30,
+            "devices[1].memory_bytes=1e+30: must be a number from 1e+06 to 1.15292e+18",
+        ),
+        ("devices.0.flops", "fast", "devices[0].flops: expected `float`, got `str`"),
+        ("devices.0.flops", True, "devices[0].flops: expected `float`, got `bool`"),
+        ("devices.0.threads", 0, "devices[0].threads=0: must be a number from 1"),
+        ("devices.0.threads", 1.5, "devices[0].threads: expected `int`, got `float`"),
+        ("devices.0.flop", 1e9, "devices[0].flop: there is no such field"),
+        ("devices.0.accelerators.0.pcie", 1e9, "devices[0].accelerators[0].pcie: there is no such field"),
+        ("devices.0.accelerators.0.flops", -2, "devices[0].accelerators[0].flops=-2"),
+        ("devices.1.name", "a", "devices[1].name='a': another one has this name"),
+        ("devices.1.name", "*", "devices[1].name='*'"),
+        ("devices.1.name", "", "devices[1].name=''"),
+        ("devices", [], "devices: there are 0"),
+        ("links.0.between", ["a", "c"], "links[0].between has 'c': no device has this name (there are a, b)"),
+        ("links.0.between", ["a", "a"], "links[0].between"),
+        ("links.0.between", ["a"], "links[0].between: expected `array` of length 2"),
+        ("links.0.bytes_per_s", 0, "links[0].bytes_per_s=0"),
+        ("devices.0.products", [{"kind": "Q4_K", "nbytes": 1e6, "rows": [], "byte_s": []}], "has 0 points"),
+        (
+            "devices.0.products",
+            [{"kind": "Q4_K", "nbytes": 1e6, "rows": [2, 1], "byte_s": [1e-10, 1e-10]}],
+            "devices[0].products[0].rows must rise",
+        ),
+        (
+            "devices.0.products",
+            [{"kind": "Q4_K", "nbytes": 1e6, "rows": [1, 2], "byte_s": [1e-10]}],
+            "devices[0].products[0].byte_s has 1 points: must have 2",
+        ),
+        (
+            "devices.0.products",
+            [{"kind": "Q4_K", "nbytes": 1e6, "rows": [1], "byte_s": [-1.0]}],
+            "devices[0].products[0].byte_s[0]=-1:",
+        ),
+        ("devices.0.contention", {"compute_keeps": 0}, "devices[0].contention.compute_keeps=0"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(path: str, value: Any, said: str) -> None:
+    with pytest.raises(DaemonError) as caught:
+        parse(changed(path, value))
+    assert said in caught.value.message
+    assert caught.value.message.startswith("p.json: ")
+    assert "\n" not in caught.value.message
+    assert caught.value.code == "bad_request"
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"3", b'"x"', b"null", b"[" * 100_000, b"\xff\xfe", b'{"devices": 3}']
+)
+def test_what_is_no_profile_at_all(text: bytes) -> None:
+    with pytest.raises(DaemonError) as caught:
+        parse(text)
+    assert caught.value.code == "bad_request"
+    assert len(caught.value.message) < 400
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DaemonError, match="cannot read"):
+        read_profile(tmp_path / "none.json")
+    with pytest.raises(DaemonError):
+        read_profile(tmp_path)
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "flops", "x"]), inner)
+    ),
+    max_leaves=5,
+)
+
+
+_PLACES = [
+    "devices",
+    "devices.0",
+    "devices.0.name",
+    "devices.0.reads",
+    "devices.1.overheads",
+    "links.0",
+    "links.0.between",
+    "devices.0.attention",
+    "devices.0.accelerators.0.name",
+]
+
+
+@given(st.sampled_from(_PLACES), _VALUES)
+def test_any_value_in_any_place_is_a_profile_or_one_line(path: str, value: Any) -> None:
+    made: Any = json.loads(json.dumps(HAND))
+    at, steps = made, path.split(".")
+    for step in steps[:-1]:
+        at = at[int(step)] if step.isdigit() else at[step]
+    at[int(steps[-1]) if steps[-1].isdigit() else steps[-1]] = value
+    said = "p.json: "
+    try:
+        parse(json.dumps(made).encode())
+    except DaemonError as error:
+        said = error.message
+    assert said.startswith("p.json: ")
+    assert "\n" not in said

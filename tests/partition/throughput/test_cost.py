@@ -1,0 +1,214 @@
+"""Predictions as they can be worked out by hand; and what must hold for all: faster hardware is never slower."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.partition.plan import Plan, plan_in_ram
+from shoal.partition.spec import MoeSpec
+from shoal.partition.streamed_plan import plan_streamed
+from shoal.partition.throughput.cost import PROCESS_BYTES, cost
+from shoal.partition.throughput.laws import attention, distinct_experts, product
+from shoal.partition.throughput.prediction import Job, Prediction
+from shoal.partition.throughput.profile import Contention, Device, Overheads, RowsLaw
+from shoal.partition.throughput.weights_of import Product, Weighed, attended, kv_bytes_by_layer
+
+DENSE = weighed(spec())
+MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
+FREE = Overheads(0.0, 0.0, 0.0, 0.0)
+ALONE = Contention(1.0, 1.0)
+
+
+def in_ram(model: Weighed) -> Plan:
+    plan = plan_in_ram(wanted(model.spec), model.block_bytes, memory_bytes=10**12)
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def streamed(model: Weighed, memory: int) -> Plan:
+    plan = plan_streamed(wanted(model.spec), model.extents, model.vectors_bytes, memory_bytes=memory)
+    assert isinstance(plan, Plan), plan
+    return plan
+
+
+def predicted(model: Weighed, machine: Device, job: Job = Job(), memory: int = 0) -> Prediction:  # noqa: B008
+    plan = streamed(model, memory) if memory else in_ram(model)
+    return cost(model, plan, replace(machine, overheads=FREE, contention=ALONE), job)
+
+
+def test_a_token_takes_as_long_as_its_bytes() -> None:
+    """Weights but for the embedding, and K and V of 544 tokens (512 and half of 64), at 20 GB/s."""
+    found = predicted(DENSE, device(), Job(512, 64))
+    kv = 8 * 2 * 4 * 64 * 2 * 545
+    weights = DENSE.weights_bytes - 2 * 4096 * 1024
+    assert found.token_s == pytest.approx((weights + kv) / 20e9, rel=0.01)
+    assert found.binding == "memory"
+    assert found.stall_share == 0
+    assert found.band[0] < found.tokens_per_s < found.band[1]
+
+
+def test_a_prompt_takes_as_long_as_its_operations() -> None:
+    """512 tokens; of the last layer's FFN only what the one wanted row needs, and the head for that row."""
+    found = predicted(DENSE, device(), Job(512, 1))
+    layer = sum(
+        it.rows * it.cols for it in DENSE.layer_kinds and DENSE.kind_of(0).attention + DENSE.kind_of(0).dense
+    )
+    ffn = sum(it.rows * it.cols for it in DENSE.kind_of(0).dense)
+    scores = 4 * 8 * 16 * 64 * 512 * 513 / 2 / 0.5  # attention at half the speed
+    floor = (2 * 512 * (8 * layer - ffn) + scores) / 200e9
+    assert found.ttft_s == pytest.approx(floor, rel=0.03)
+    assert found.binding in ("compute", "memory")
+
+
+def test_several_streams_share_the_reading_of_weights() -> None:
+    one, four = (predicted(DENSE, device(), Job(256, 64, batch)) for batch in (1, 4))
+    assert four.token_s < 1.5 * one.token_s
+    assert four.tokens_per_s > 2.5 * one.tokens_per_s
+    assert four.ttft_s == pytest.approx(4 * one.ttft_s, rel=0.05)
+
+
+def test_sliding_windows_bound_what_is_read_of_k_and_v() -> None:
+    whole, half = spec(), spec(window=128)
+    assert attended(whole, 4096) == 8 * 4096
+    assert attended(half, 4096) == 4 * 4096 + 4 * 128
+    found = [predicted(weighed(it), device(), Job(4096, 2)).token_s for it in (whole, half)]
+    assert found[0] - found[1] == pytest.approx(4 * (4096 - 128) * 4 * 2 * 64 * 2 / 20e9, rel=0.05)
+    assert kv_bytes_by_layer(half, 4096, "f16") == (4 * 64 + 4 * 3) * 4 * 2 * 64 * 64 * 2
+    assert kv_bytes_by_layer(half, 64, "f16") == 8 * 4 * 2 * 64 * 64 * 2
+
+
+def test_attention_of_a_chunk_within_a_window() -> None:
+    one = device(memory_bytes_per_s=1e15)
+    long = attention(one, spec(), "f16", 256, 8192, 128).seconds
+    assert long == pytest.approx(4 * 256 * 128 * 1024 / 100e9)
+    inside = attention(one, spec(), "f16", 64, 0, 128).seconds
+    assert inside == attention(one, spec(), "f16", 64, 0, None).seconds
+
+
+def test_streaming_takes_as_long_as_the_disk() -> None:
+    memory = DENSE.weights_bytes // 2
+    plan = streamed(DENSE, memory)
+    found = predicted(DENSE, device(), memory=memory)
+    assert plan.streamed_bytes > 0
+    assert found.binding == "disk"
+    assert plan.streamed_bytes / 1e9 <= found.token_s <= plan.streamed_bytes / 1e9 + 0.05
+    assert 0.5 < found.stall_share < 1
+
+
+def test_contention_slows_what_is_hidden_too() -> None:
+    plan = streamed(DENSE, DENSE.weights_bytes // 2)
+    calm = replace(device(), contention=ALONE)
+    assert cost(DENSE, plan, calm, Job()).token_s < cost(DENSE, plan, device(), Job()).token_s
+
+
+def test_peak_counts_the_process() -> None:
+    plan = in_ram(DENSE)
+    assert predicted(DENSE, device()).peak_bytes == {"one": plan.peak_bytes + PROCESS_BYTES}
+
+
+def test_experts_that_several_tokens_wake() -> None:
+    assert distinct_experts(64, 8, 1) == pytest.approx(8)
+    assert distinct_experts(64, 8, 4, 1.0) == pytest.approx(64 * (1 - (7 / 8) ** 4))
+    assert distinct_experts(64, 8, 128) == pytest.approx(64, rel=0.01)
+    assert distinct_experts(64, 8, 4) == pytest.approx(0.61 * 64 * (1 - (7 / 8) ** 4), rel=0.03)
+    assert distinct_experts(8, 2, 10_000) == pytest.approx(8)
+
+
+@given(st.integers(1, 512), st.data())
+def test_experts_grow_with_rows_and_never_beyond_uniform(experts: int, data: st.DataObject) -> None:
+    active = data.draw(st.integers(1, experts))
+    rows = data.draw(st.integers(1, 5000))
+    found = distinct_experts(experts, active, rows)
+    uniform = distinct_experts(experts, active, rows, 1.0)
+    assert active - 1e-6 <= found <= uniform + 1e-9 <= experts + 1e-6
+    assert distinct_experts(experts, active, rows + 1) >= found - 1e-9
+
+
+def test_a_mixture_reads_its_active_experts_and_a_batch_widens_the_band() -> None:
+    one, four = (predicted(MIXED, device(), Job(64, 64, batch)) for batch in (1, 4))
+    expert = 3 * 512 * 1024 * 2
+    attn = (2 * 1024 + 2 * 256) * 1024 * 2
+    bytes_read = 8 * (attn + 32 * 1024 * 2 + 4 * expert) + 4096 * 1024 * 2
+    assert one.token_s == pytest.approx(bytes_read / 20e9, rel=0.05)
+    width = [it.band[1] / it.band[0] for it in (one, four)]
+    assert width[1] > width[0]
+    assert four.token_s > 1.4 * one.token_s
+
+
+def test_experts_that_are_not_in_memory_come_from_disk() -> None:
+    memory = MIXED.weights_bytes // 2
+    found = predicted(MIXED, device(), memory=memory)
+    plan = streamed(MIXED, memory)
+    assert plan.expert_slots
+    assert found.token_s == pytest.approx(plan.streamed_bytes / 1e9, rel=0.25)
+
+
+def test_tables_are_followed_where_a_line_could_not() -> None:
+    """A kernel that is quicker with 8 rows than with 7."""
+    law = RowsLaw("Q4_K", 4 * MB, (1, 7, 8, 64), (1e-10, 6e-10, 2e-10, 8e-10))
+    one = replace(device(), products=(law,))
+    matrix = Product("Q4_K", 4096, 1820, 4 * MB)
+    found = [product(one, matrix, rows).seconds / matrix.nbytes for rows in (1, 4, 7, 8, 36, 64, 128)]
+    assert found == pytest.approx([1e-10, 3.5e-10, 6e-10, 2e-10, 5e-10, 8e-10, 16e-10])
+    assert product(one, matrix._replace(kind="F16"), 1).seconds == pytest.approx(4 * MB / 20e9)
+
+
+def test_size_classes_are_met_halfway() -> None:
+    laws = tuple(RowsLaw("Q4_K", nbytes, (1,), (byte_s,)) for nbytes, byte_s in ((1e6, 2e-10), (1e8, 1e-10)))
+    one = replace(device(), products=laws)
+    found = [
+        product(one, Product("Q4_K", 1, 1, size), 1).seconds / size for size in (10**5, 10**6, 10**7, 10**9)
+    ]
+    assert found == pytest.approx([2e-10, 2e-10, 1.5e-10, 1e-10])
+
+
+FIGURES = ("memory_bytes_per_s", "flops", "disk_bytes_per_s")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([DENSE, MIXED]),
+    st.sampled_from(FIGURES),
+    st.floats(1.01, 8.0),
+    st.floats(1e9, 100e9),
+    st.floats(20e9, 2e12),
+    st.floats(0.2e9, 8e9),
+    st.integers(1, 2000),
+    st.integers(1, 8),
+    st.sampled_from([0, 2, 3]),
+)
+def test_faster_hardware_is_never_slower(
+    model: Weighed,
+    figure: str,
+    times: float,
+    memory: float,
+    flops: float,
+    disk: float,
+    prompt: int,
+    batch: int,
+    share: int,
+) -> None:
+    one = device(memory_bytes_per_s=memory, flops=flops, disk_bytes_per_s=disk)
+    plan = streamed(model, model.weights_bytes * share // 4 + 30 * MB) if share else in_ram(model)
+    job = Job(prompt, 32, batch)
+    slow = cost(model, plan, one, job)
+    fast = cost(model, plan, replace(one, **{figure: times * getattr(one, figure)}), job)
+    assert fast.token_s <= slow.token_s * 1.005
+    assert fast.ttft_s <= slow.ttft_s * 1.005
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([DENSE, MIXED]), st.integers(1, 3000), st.integers(1, 8))
+def test_more_to_do_never_takes_less(model: Weighed, prompt: int, batch: int) -> None:
+    found = cost(model, in_ram(model), device(), Job(prompt, 16, batch))
+    longer = cost(model, in_ram(model), device(), Job(prompt + 64, 16, batch))
+    wider = cost(model, in_ram(model), device(), Job(prompt, 16, batch + 1))
+    assert longer.token_s >= found.token_s
+    assert longer.ttft_s >= found.ttft_s
+    assert wider.token_s >= found.token_s
+    assert wider.tokens_per_s >= found.tokens_per_s * 0.999
