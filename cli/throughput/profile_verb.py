@@ -5,6 +5,7 @@ Knows options and how a profile is shown. `daemon.throughput` measures.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,10 +62,15 @@ def profile(threads: int | None, out: Path | None, anew: bool, given: Path | Non
         found = read_profile(given)
     else:
         home, count = Home.from_env(), NodeConfig(threads=threads).thread_count
+        others = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         with steps_bar() as progress:
             measured = machine_profile(count, home.models, home.profile, anew=anew, progress=progress)
         assert measured is not None
         found = measured
+        if others > count / 2:
+            note(
+                f"other programs were computing (load {others:.1f}): if it was measured just now, measure --anew later"
+            )
     text = profile_text(found)
     if out is not None:
         out.write_bytes(text + b"\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +36,8 @@ from .profile_files import parse_profile, profile_text
 
 log = logging.getLogger(__name__)
 
+FIRST = ("Q4_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16", "F32")  # of the types, as models come
+LIMIT_S = 45.0  # then no further type is begun
 FORM = 1  # of what is measured: a later one is measured anew
 LEAST_FILE_BYTES = 64 << 20  # a file to read from
 
@@ -78,6 +81,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
         raise DaemonError(
             "resources", "measuring takes up to 1 GB of memory, and less is free", "end something else"
         )
+    began_s = time.monotonic()
     steps = len(WEIGHT_TYPES) * len(SIZES) + 4 + len(READS) + 3
     at = 0
 
@@ -92,16 +96,20 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     done("fixed costs")
     fixed, each_s = overheads(), call_s(home)
     pool = Pool()
-    laws = tuple(rows_laws(home, pool, WEIGHT_TYPES, each_s, done))
     attention = tuple(attention_laws(home, done))
+    reads, write, both = _disk(place, pool, home, done)
+    kinds = sorted(
+        WEIGHT_TYPES, key=lambda kind: FIRST.index(kind.name) if kind.name in FIRST else len(FIRST)
+    )
+    laws = tuple(rows_laws(home, pool, kinds, each_s, began_s + LIMIT_S, done))
     q4_k = next(kind for kind in WEIGHT_TYPES if kind.name == "Q4_K")
-    fastest = max(1 / law.byte_s[0] for law in laws if law.nbytes > 4 << 20)
+    largest = max(law.nbytes for law in laws)
+    fastest = max(1 / law.byte_s[0] for law in laws if law.nbytes > largest / 4)
     flops = max(
         2 / law.byte_s[-1] * law.rows[-1] * q4_k.block_weights / q4_k.block_bytes
         for law in laws
         if law.kind == "Q4_K"
     )
-    reads, write, both = _disk(place, pool, home, done)
     device = Device(
         name=platform.node() or "this machine",
         memory_bytes=float(available_bytes()),
