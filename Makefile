@@ -14,7 +14,7 @@ SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-peer test-cluster test-aarch64 sanitize check bench bench-offload clean distclean
+.PHONY: help setup run test test-peer test-cluster test-aarch64 sanitize check bench bench-offload bench-cluster clean distclean
 
 help: ## show this
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -40,7 +40,7 @@ test-peer: .venv/.installed-dev bench/.venv/.installed ## run the tests that nee
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@SHOAL_PEER_PYTHON='$(CURDIR)/bench/.venv/bin/python' $(BIN)/python -m pytest -m peer </dev/null
 
-test-cluster: .venv/.installed-dev ## run a cluster of processes that are killed and frozen; TRIALS=5 for more
+test-cluster: .venv/.installed-dev ## run clusters that are killed, frozen, unplugged (root: more of them); TRIALS=5
 	@TRIALS='$(TRIALS)' $(BIN)/python -m pytest -m cluster </dev/null
 
 test-aarch64: .venv/.installed-dev ## run the kernel tests on an emulated ARM machine (Debian, qemu-user)
@@ -62,6 +62,11 @@ bench-offload: ROUNDS = 3
 bench-offload: .venv/.installed-dev bench/.venv/.installed ## models larger than memory, in cgroups (root); ROWS=dense,gguf
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@$(BIN)/python bench/offload.py --rows '$(ROWS)' --rounds '$(ROUNDS)'
+
+bench-cluster: ROUNDS = 3
+bench-cluster: .venv/.installed-dev ## a cluster of network namespaces (root): losses, gains, costs; ROWS=losses,grid
+	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
+	@$(BIN)/python bench/many_hosts.py --rows '$(ROWS)' --rounds '$(ROUNDS)'
 
 clean: ## remove what building and testing left; .venv stays
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
-"""One, two and four hosts with a throttled disk and too little memory each: seconds for a token, together against alone.
+"""One, two and four hosts with a slow disk and too little memory each: seconds for a token, together against alone.
 
-All have the same cap, of which a model's shard fits half at most; each reads from its disk at the same limited speed, whatever the others
-do. A rank streams its own shard, so together they read faster.
+All have the same cap, of which a model's shard fits half at most; each reads from its disk at the same limited speed,
+whatever the others do. A rank streams its own shard, so together they read faster.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WEIGHT = 16
 
 @dataclass
 class Disks:
-    """So many ranks. `peaks` are bytes above what the daemons had before the model, `plans` those that were planned."""
+    """So many ranks, and what was measured of them."""
 
     ranks: int
     group: Group

@@ -1,6 +1,7 @@
 """A head alone against the same head with one more node, over a grid of nodes and links: what adding a node costs.
 
-The head decides by itself whether it uses the node. Both heads stay up and answer in turn, so what else the machine does disturbs both.
+The head decides by itself whether it uses the node. Both heads stay up and answer in turn, so what else the machine
+does disturbs both.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hosts.lab import Lab
 from hosts.limits import Limits
 
 WEIGHT = 64
-DECIDE_S = 4.0  # after a node has come, until the head has loaded the model anew if that is faster
+DECIDE_S = 3.0  # after a node has come, until the head has looked whether that is faster
 SPEEDS = (1.0, 0.4, 0.1)  # of a processor
 DELAYS_S = (0.0, 0.001, 0.01)  # there and back; 0 = what a cable between namespaces has
 RATES = (0.0, 12.5e6, 1.25e6)  # bytes/s: as fast as memory, 100 and 10 Mbit/s
@@ -39,18 +40,21 @@ class Cell:
 
 @dataclass
 class Costs:
-    """Of each round: alone, and with the node. `ranks` is what the head decided."""
+    """Of each round: alone, and with the node. `ranks` is what the head decided, `coming_s` how long a short request
+    took that came just then. `before` are the two heads' ratios before there was a node: not quite 1."""
 
     cell: Cell
     ranks: int
     why: str
+    coming_s: float
+    before: tuple[float, float]
     token_s: list[tuple[float, float]] = field(default_factory=list)
     first_s: list[tuple[float, float]] = field(default_factory=list)
 
     def ratios(self) -> tuple[float, float]:
         """How much longer a token, and a first token, take with the node; 1 = as long."""
         token, first = (median(b / a for a, b in pairs) for pairs in (self.token_s, self.first_s))
-        return token, first
+        return token / self.before[0], first / self.before[1]
 
 
 def cells() -> list[Cell]:
@@ -71,23 +75,29 @@ class Grid:
         self._count = 0
 
     def measure(self, cell: Cell, prompt: int, new: int, rounds: int) -> Costs:
+        before = Costs(cell, 1, "", 0.0, (1.0, 1.0))
+        self._rounds(before, prompt, new, rounds)
         node = self._node(cell)
         node.join(self.head.head)
         self.head.attached(1)
         time.sleep(DECIDE_S)
+        coming_s, _ = self._ask(self.head, 16, 2)
         status = self.head.client.status().models[0]
-        costs = Costs(cell, status.ranks, status.machines_why)
-        for number in range(rounds + 1):
-            (alone_first, alone_token), (first, token) = (
-                self._ask(group, prompt, new) for group in (self.alone, self.head)
-            )
-            if number:
-                costs.first_s.append((alone_first, first))
-                costs.token_s.append((alone_token, token))
+        costs = Costs(cell, status.ranks, status.machines_why, coming_s, before.ratios())
+        self._rounds(costs, prompt, new, rounds)
         node.shoal("stop")
         self.head.head.shoal("cluster", "forget", node.name)
         waited(lambda: self.head.client.status().models[0].ranks == 1, 30.0, "the head has not gone on alone")
+        self._ask(self.head, 16, 2)
         return costs
+
+    def _rounds(self, costs: Costs, prompt: int, new: int, rounds: int) -> None:
+        for number in range(rounds):
+            turns = (self.alone, self.head) if number % 2 else (self.head, self.alone)
+            got = {group.head.name: self._ask(group, prompt, new) for group in turns}
+            (alone_first, alone_token), (first, token) = got["alone"], got["head"]
+            costs.first_s.append((alone_first, first))
+            costs.token_s.append((alone_token, token))
 
     def _node(self, cell: Cell) -> Host:
         self._count += 1

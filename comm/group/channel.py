@@ -80,6 +80,10 @@ class Channel:
         with self._receiving:
             self._receive(_bytes(view), time.monotonic() + timeout_s)
 
+    def watch(self) -> None:
+        """From now on, whoever waits for bytes looks for them for a while before it sleeps (`Stream.watch`)."""
+        self._stream.watch()
+
     def receive_exactly(self, count: int, timeout_s: float) -> bytearray:
         """`count` bytes, as many as the caller knows to expect. Otherwise as `receive_into`."""
         data = bytearray(count)

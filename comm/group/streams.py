@@ -25,6 +25,9 @@ from .errors import ChannelError, ChannelTimeout, NotPaired
 
 Address = tuple[str, int]  # host and port
 
+WATCH_S = 200e-6  # a thread that watches looks so long for bytes before it sleeps …
+LEAST_LUCK = 0.5  # … if that was of use more often than not …
+TRY_AGAIN = 64  # … or has not been tried for so many times
 TAKE_BYTES = 128 << 10  # taken from the socket at a time
 PARTING_READS = 8
 SEAL_BYTES = 256 << 10  # given to TLS, and then to the socket, at a time
@@ -56,6 +59,10 @@ class Stream(Protocol):
     def send(self, data: memoryview, deadline: float) -> None:
         """All of `data`. ChannelTimeout, ChannelError."""
 
+    def watch(self) -> None:
+        """From now on, look for bytes for a while before a thread sleeps until they come: to wake it takes longer than
+        most of them do. For those who have a processor to spare."""
+
     def receive(self, view: memoryview, deadline: float) -> int:
         """Into `view`, at least one byte; how many. ChannelTimeout when there was none, ChannelError at the end."""
 
@@ -83,6 +90,8 @@ class SocketStream:
         self._writable = select.poll()
         self._writable.register(connected, select.POLLOUT)
         self._limit_s = 0.0  # that of `recv` as it is set; 0 is none
+        self._watches = False
+        self._luck, self._waits = 1.0, 0  # how often bytes came while it looked for them, lately
         self._sent = self._received = 0  # bytes; each is one thread's
         self._ending = threading.Lock()  # so that none ends a descriptor that is another's by now
         self.closed = False
@@ -121,7 +130,8 @@ class SocketStream:
     def receive(self, view: memoryview, deadline: float) -> int:
         flags = self._limit(deadline)
         try:
-            count = self._socket.recv_into(view, 0, flags)
+            count = self._looked_for(view) if self._watches and not flags else 0
+            count = count or self._socket.recv_into(view, 0, flags)
         except BlockingIOError as error:
             raise ChannelTimeout("the other side sends nothing") from error
         except OSError as error:
@@ -130,6 +140,27 @@ class SocketStream:
             raise self._broken(None)
         self._received += count
         return count
+
+    def watch(self) -> None:
+        self._watches = True
+
+    def _looked_for(self, view: memoryview) -> int:
+        """How many bytes come into `view` within WATCH_S; 0 if none do, or that is not likely."""
+        self._waits += 1
+        if self._luck < LEAST_LUCK and self._waits % TRY_AGAIN:
+            return 0
+        began_s = time.perf_counter()
+        looks = 0
+        while time.perf_counter() - began_s < WATCH_S:
+            with contextlib.suppress(BlockingIOError):
+                count = self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
+                if looks:
+                    self._luck += (1 - self._luck) / 8
+                return count
+            looks += 1
+            os.sched_yield()  # to whoever else wants this processor: perhaps the sender
+        self._luck -= self._luck / 8
+        return 0
 
     @property
     def moved(self) -> int:
@@ -193,7 +224,7 @@ class TlsStream:
         self._tls = context.wrap_bio(self._arrived, self._leaving, server_side=server_side)
         self._lock = threading.Lock()  # for the three above
         self._buffer = memoryview(bytearray(TAKE_BYTES))
-        self.fileno, self.ends = below.fileno, below.ends
+        self.fileno, self.ends, self.watch = below.fileno, below.ends, below.watch
         self.abort, self.close = below.abort, below.close
 
     @property

@@ -146,6 +146,8 @@ class Group:
         for said in self.introductions.apart:
             log.info("%s: sums go by way of this machine", said)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
+        for stream in streams:
+            stream.watch()
         hub = self._hub = Hub(streams, self.epoch, self.wire)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)

@@ -42,9 +42,9 @@ def send_weights(
 
 
 def open_shards(
-    directory: Path, limit_bytes: int | None = None, kv_files: KvFiles | None = None
+    directory: Path, kv_files: KvFiles | None = None, limit_bytes: int | None = None
 ) -> OpenShard:
-    """Opens shards whose weights are kept in `directory`, of which all together take `limit_bytes` at most, and their
+    """Opens shards whose weights are kept in `directory`, of which all together take `limit_bytes` at most; and their
     KV on disk among `kv_files`, if there are any."""
     cache = ShardCache(directory, limit_bytes)
 

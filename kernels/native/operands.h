@@ -2,9 +2,10 @@
 //
 // Weights are unpacked to bytes q from 0 to 255, four columns in a lane, and mean q - OFFSET. There are two schemes.
 // Words multiply two columns at a time. Planes multiply four, on machines that multiply bytes, and split each input
-// into 256 * high + low. A vector of weights makes HALVES operands; `arrange` orders inputs as `mac` reads them, eight
-// bytes for every four columns; `start` is the first value of a sum over columns, from the known sum of their inputs.
-// Both schemes give the same numbers.
+// into 256 * high + low. AVX2 multiplies bytes, too, but adds up the products in 16 bits, which only types of small q
+// have room in. A vector of weights makes HALVES operands; `arrange` orders inputs as `mac` reads them, eight bytes for
+// every four columns; `start` is the first value of a sum over columns, from the known sum of their inputs. Both schemes
+// give the same numbers.
 #pragma once
 #include <type_traits>
 
@@ -102,7 +103,7 @@ struct Planes {
     static INLINE vi total(const Sum& sum) { return (sum.high << 8) + sum.low; }
 #else
     struct Sum {
-        vw high, low;  // of two columns each
+        vw high, low;  // in words of 16 bits, for two columns each
         vi first;
     };
     template <int OFFSET>
@@ -139,9 +140,8 @@ typedef Words Planes;
 
 #endif
 
-// Few: for few tokens, which use the stored bytes. Many: for many, which use unpacked ones. Where a machine has both,
-// planes unpack faster and words add up faster. TOP is the largest byte, QUADS how many times four columns are added up
-// in one sum.
+// The schemes for few tokens, which use the stored bytes, and for many, which use unpacked ones. Where a machine has
+// both, planes unpack faster and words add up faster. TOP is the largest q of a type; a sum has four columns QUADS times.
 #if defined(__ARM_FEATURE_DOTPROD)
 template <int TOP, int QUADS>
 using Few = Planes;
@@ -152,7 +152,7 @@ using Few = Planes;
 using Many = Words;
 #elif defined(__AVX2__) && !defined(__AVX512F__)
 template <int TOP, int QUADS>
-using Few = std::conditional_t<(2 * TOP * 128 * QUADS < 1 << 15), Planes, Words>;  // else sums overflow
+using Few = std::conditional_t<(2 * TOP * 128 * QUADS < 1 << 15), Planes, Words>;
 using Many = Words;
 #else
 template <int TOP, int QUADS>
