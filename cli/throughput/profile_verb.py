@@ -5,7 +5,6 @@ Knows options and how a profile is shown. `daemon.throughput` measures.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,19 +56,19 @@ def profile(threads: int | None, out: Path | None, anew: bool, given: Path | Non
             link_facts,
             rows_table,
         )
-        from shoal.daemon.throughput.profiling import machine_profile
+        from shoal.daemon.throughput.profiling import machine_profile, others_compute
     if given is not None:
         found = read_profile(given)
     else:
         home, count = Home.from_env(), NodeConfig(threads=threads).thread_count
-        others = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        disturbed = others_compute(count)
         with steps_bar() as progress:
             measured = machine_profile(count, home.models, home.profile, anew=anew, progress=progress)
         assert measured is not None
         found = measured
-        if others > count / 2:
+        if disturbed:
             note(
-                f"other programs were computing (load {others:.1f}): if it was measured just now, measure --anew later"
+                "other programs compute: what is measured now is too slow, and is measured again when they do not"
             )
     text = profile_text(found)
     if out is not None:

@@ -1,7 +1,8 @@
 """Measures this machine for the throughput model, and keeps what it found.
 
 Takes half a minute of all processors, so nothing else should compute then. What was measured holds until hardware,
-kernels, threads or the disk change; how much memory is free is asked each time.
+kernels, threads or the disk change, or if others computed, until they do not; how much memory is free is asked each
+time.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class _KeptProfile(Struct, frozen=True):
 
     key: str
     profile: msgspec.Raw
+    disturbed: bool = False  # others computed meanwhile: to be measured again when they do not
 
 
 def machine_profile(
@@ -62,14 +64,14 @@ def machine_profile(
     """The profile of this machine on so many threads, with the disk that `place` lies on: measured, or from the file
     `kept` if it is still true. `anew`: measured in any case; `only_kept`: None if it would have to be measured.
     memory_bytes: what Shoal may use; None is what leaves the machine usable. Raises DaemonError."""
-    key = _key(threads, place)
-    found = None if anew or kept is None else _read(kept, key)
+    key, disturbed = _key(threads, place), others_compute(threads)
+    found = None if anew or kept is None else _read(kept, key, disturbed or only_kept)
     if found is None:
         if only_kept:
             return None
         found = measure(threads, place, progress)
         if kept is not None:
-            _write(kept, key, found)
+            _write(kept, key, found, disturbed)
     memory = memory_bytes if memory_bytes is not None else budget_of(None).limit_bytes
     head = replace(found.head, memory_bytes=float(memory))
     return replace(found, devices=(head, *found.devices[1:]))
@@ -169,20 +171,29 @@ def _key(threads: int, place: Path) -> str:
     return f"{FORM} | {kernels_key()} | {os.cpu_count()} | {threads} | {nearest.stat().st_dev}"
 
 
-def _read(kept: Path, key: str) -> Profile | None:
+def others_compute(threads: int) -> bool:
+    """Whether other programs have lately computed so much that measuring would say too little."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > threads / 2
+
+
+def _read(kept: Path, key: str, also_disturbed: bool) -> Profile | None:
     try:
         found = msgspec.json.decode(kept.read_bytes(), type=_KeptProfile)
-        return parse_profile(bytes(found.profile), str(kept)) if found.key == key else None
+        if found.key != key or (found.disturbed and not also_disturbed):
+            return None
+        return parse_profile(bytes(found.profile), str(kept))
     except (OSError, msgspec.MsgspecError, DaemonError):
         return None
 
 
-def _write(kept: Path, key: str, profile: Profile) -> None:
+def _write(kept: Path, key: str, profile: Profile, disturbed: bool) -> None:
     """What cannot be kept is measured again."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         fresh = kept.with_name(kept.name + ".new")
-        fresh.write_bytes(msgspec.json.encode(_KeptProfile(key, msgspec.Raw(profile_text(profile)))))
+        fresh.write_bytes(
+            msgspec.json.encode(_KeptProfile(key, msgspec.Raw(profile_text(profile)), disturbed))
+        )
         fresh.replace(kept)
     except OSError as error:
         log.warning("%s cannot be written: %s", kept, error)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 from fakes.throughput.throughput_cases import spec
 
+from shoal.daemon.progress import Progress
 from shoal.daemon.throughput import disk_laws, fixed_costs, kernel_laws, profiling
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text
 from shoal.kernels import WEIGHT_TYPES
 from shoal.partition.throughput.laws import attention, product
-from shoal.partition.throughput.profile import check_profile
+from shoal.partition.throughput.profile import Profile, check_profile
 from shoal.partition.throughput.weights_of import Product
 
 
@@ -59,6 +61,7 @@ def test_what_is_measured_can_be_computed_with(tmp_path: Path) -> None:
 
 def test_it_is_kept_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, place = tmp_path / "profile.json", tmp_path / "models"
+    monkeypatch.setattr(profiling, "others_compute", lambda threads: False)
     assert profiling.machine_profile(1, place, kept, only_kept=True) is None
     first = profiling.machine_profile(1, place, kept, memory_bytes=10**9)
     again = profiling.machine_profile(1, place, kept, memory_bytes=2 * 10**9, only_kept=True)
@@ -75,3 +78,23 @@ def test_measuring_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(profiling, "LIMIT_S", 0.0)
     profile = profiling.measure(1, tmp_path)
     assert {law.kind for law in profile.head.products} == {"Q4_K"}
+
+
+def test_what_others_disturbed_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "profile.json"
+    calls: list[object] = []
+    measure = profiling.measure
+
+    def counted(threads: int, place: Path, progress: Progress) -> Profile:
+        calls.append(threads)
+        return measure(threads, place, progress)
+
+    monkeypatch.setattr(profiling, "measure", counted)
+    for disturbed, times in ((True, 1), (True, 1), (False, 2), (False, 2), (True, 2)):
+        monkeypatch.setattr(profiling, "others_compute", partial(_always, disturbed))
+        profiling.machine_profile(1, tmp_path / "models", kept)
+        assert len(calls) == times
+
+
+def _always(answer: bool, threads: int) -> bool:
+    return answer
