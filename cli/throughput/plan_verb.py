@@ -132,6 +132,11 @@ def plan(
     screen.print(_plans(found))
     screen.print()
     screen.print(printable(f"{found.chosen}: {found.reason}" if found.chosen else found.reason))
+    if found.start is not None:
+        packed = (
+            f", after making its pack once in {_seconds(found.start.pack_s)}" if found.start.pack_s else ""
+        )
+        screen.print(f"it would be loaded in {_seconds(found.start.load_s)}{packed}")
     if target is not None:
         screen.print(printable(_target(found, target)))
     if found.chosen and "window" in found.chosen:
