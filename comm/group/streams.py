@@ -26,6 +26,7 @@ from .errors import ChannelError, ChannelTimeout, NotPaired
 Address = tuple[str, int]  # host and port
 
 WATCH_S = 200e-6  # a thread that watches looks so long for bytes before it sleeps …
+LOOK_S = 20e-6  # … unless one look takes longer, because others want the processor, …
 LEAST_LUCK = 0.5  # … if that was of use more often than not …
 TRY_AGAIN = 64  # … or has not been tried for so many times
 TAKE_BYTES = 128 << 10  # taken from the socket at a time
@@ -166,18 +167,22 @@ class SocketStream:
         self._waits += 1
         if self._luck < LEAST_LUCK and self._waits % TRY_AGAIN:
             return 0
-        began_s = time.perf_counter()
-        looks = 0
-        while time.perf_counter() - began_s < WATCH_S:
+        began_s = looked_s = time.perf_counter()
+        while True:
             with contextlib.suppress(BlockingIOError):
                 count = self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
-                if looks:
+                if looked_s > began_s:
                     self._luck += (1 - self._luck) / 8
                 return count
-            looks += 1
-            os.sched_yield()  # to whoever else wants this processor: perhaps the sender
-        self._luck -= self._luck / 8
-        return 0
+            os.sched_yield()  # to whoever else wants this processor, if only the sender
+            now_s = time.perf_counter()
+            if now_s - looked_s > LOOK_S:
+                self._luck /= 2
+                return 0
+            if now_s - began_s > WATCH_S:
+                self._luck -= self._luck / 8
+                return 0
+            looked_s = now_s
 
     @property
     def moved(self) -> int:
