@@ -1,6 +1,6 @@
 """A cluster of hosts that are network namespaces on this machine: what it survives, what it gains, what it costs.
 
-    sudo python bench/many_hosts.py [--rows losses,head,crowd,interfaces,disks,grid,peers] [--rounds 20] [--minutes 3]
+    sudo python bench/many_hosts.py [--rows losses,head,crowd,interfaces,disks,peaks,grid,peers] [--rounds 20] [--minutes 3]
                                     [--model MODEL.gguf] [--large MODEL.gguf]
 
 Hosts have a processor share, a memory limit, a disk and a cable of their own, but share one machine's memory and
@@ -29,6 +29,7 @@ from hosts.group import NEW, Group
 from hosts.interfaces import two_ways
 from hosts.lab import Lab
 from hosts.losses import WAYS, head_killed, three_hosts
+from hosts.peaks import peaks as measured_peaks
 from hosts.peers import Peer, Shoal, all_peers
 from inputs.shapes import SHAPES
 
@@ -37,6 +38,7 @@ from shoal.comm.home import Home
 CAP_BYTES = 320 << 20  # below half of the large model
 READ_BYTES_PER_S = 200e6
 PROMPT = 128
+CONTEXT = 1024
 
 
 def losses(options: argparse.Namespace) -> None:
@@ -99,6 +101,17 @@ def disks(options: argparse.Namespace) -> None:
             print(f"{one.ranks} ranks: {spread(one.token_s)} s a token, {ratio} of alone; {one.why}")
 
 
+def peaks(options: argparse.Namespace) -> None:
+    """How much memory each of two ranks takes, against its plan: all in memory, and streamed."""
+    for memory in ("", "400MB"):
+        with Lab() as made:
+            hosts = [made.host(name, memory=memory) for name in ("head", "worker")]
+            for peak in measured_peaks(Group(hosts[0], hosts[1:]), options.large, CONTEXT):
+                print(
+                    f"{peak.host}: {peak.taken_bytes / 1e6:.0f} MB of {peak.planned_bytes / 1e6:.0f} MB planned"
+                )
+
+
 def grid(options: argparse.Namespace) -> None:
     """Nodes of all kinds come, one after the other."""
     with Lab() as made:
@@ -154,7 +167,7 @@ def _three(made: Lab, model: Path) -> Group:
 
 
 ROWS: dict[str, Callable[[argparse.Namespace], None]] = {
-    row.__name__: row for row in (losses, head, crowd, interfaces, disks, grid, peers)
+    row.__name__: row for row in (losses, head, crowd, interfaces, disks, peaks, grid, peers)
 }
 
 
