@@ -59,6 +59,13 @@ class Stream(Protocol):
     def send(self, data: memoryview, deadline: float) -> None:
         """All of `data`. ChannelTimeout, ChannelError."""
 
+    @property
+    def unsent(self) -> bool:
+        """Whether `send_some` has taken bytes that the socket has not."""
+
+    def send_some(self, data: memoryview) -> int:
+        """What goes without waiting, after what was taken before: how many bytes of `data` were taken. ChannelError."""
+
     def watch(self) -> None:
         """From now on, look for bytes for a while before a thread sleeps until they come: to wake it takes longer than
         most of them do. For those who have a processor to spare."""
@@ -76,7 +83,7 @@ class Stream(Protocol):
 class SocketStream:
     """A connected stream socket, TCP or of a pair."""
 
-    buffered = False
+    buffered = unsent = False
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setblocking(True)
@@ -126,6 +133,16 @@ class SocketStream:
             if sent == len(data):
                 return
             data = data[sent:]
+
+    def send_some(self, data: memoryview) -> int:
+        try:
+            sent = self._socket.send(data, socket.MSG_DONTWAIT) if data else 0
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self._broken(error) from error
+        self._sent += sent
+        return sent
 
     def receive(self, view: memoryview, deadline: float) -> int:
         flags = self._limit(deadline)
@@ -224,6 +241,7 @@ class TlsStream:
         self._tls = context.wrap_bio(self._arrived, self._leaving, server_side=server_side)
         self._lock = threading.Lock()  # for the three above
         self._buffer = memoryview(bytearray(TAKE_BYTES))
+        self._sealed = memoryview(b"")  # what the socket has not taken yet
         self.fileno, self.ends, self.watch = below.fileno, below.ends, below.watch
         self.abort, self.close = below.abort, below.close
 
@@ -257,15 +275,39 @@ class TlsStream:
             raise _explained(error) from error
         return self._tls.getpeercert(binary_form=True)
 
+    @property
+    def unsent(self) -> bool:
+        return bool(self._sealed)
+
     def send(self, data: memoryview, deadline: float) -> None:
+        if self._sealed:
+            self._below.send(self._sealed, deadline)
+            self._sealed = memoryview(b"")
         for start in range(0, len(data), SEAL_BYTES):
-            try:
-                with self._lock:
-                    self._tls.write(data[start : start + SEAL_BYTES])
-                    sealed = self._leaving.read()
-            except ssl.SSLError as error:
-                raise _explained(error) from error
-            self._below.send(memoryview(sealed), deadline)
+            self._below.send(self._seal(data[start : start + SEAL_BYTES]), deadline)
+
+    def send_some(self, data: memoryview) -> int:
+        taken = 0
+        while self._push() and taken < len(data):
+            self._sealed = self._seal(data[taken : taken + SEAL_BYTES])
+            taken = min(len(data), taken + SEAL_BYTES)
+        return taken
+
+    def _push(self) -> bool:
+        """Whether the socket has taken all that is sealed."""
+        while self._sealed:
+            if not (sent := self._below.send_some(self._sealed)):
+                return False
+            self._sealed = self._sealed[sent:]
+        return True
+
+    def _seal(self, data: memoryview) -> memoryview:
+        try:
+            with self._lock:
+                self._tls.write(data)
+                return memoryview(self._leaving.read())
+        except ssl.SSLError as error:
+            raise _explained(error) from error
 
     def receive(self, view: memoryview, deadline: float) -> int:
         while not (count := self._read(view)):

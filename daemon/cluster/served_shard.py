@@ -97,9 +97,10 @@ class ServedShard:
 
     @property
     def moved(self) -> int:
-        """Bytes over its channels so far."""
+        """Bytes over its channels so far, to the head and to its fellows."""
+        fellows = list(self.fellows.data.values()) if self.fellows is not None else []
         with self._lock:
-            return sum(channel.moved for channel in self._channels)
+            return sum(channel.moved for channel in (*self._channels, *fellows))
 
     @property
     def _buffers(self) -> str:
@@ -157,7 +158,16 @@ class ServedShard:
         opened = self._opened = opened._replace(kv=self._with_buffers(opened.kv))
         data = self._dialled("data")
         data.watch()
-        spoke = Spoke(data, self.request.epoch, self.request.wire)
+        shard = self.request.shard
+        spoke = Spoke(
+            data,
+            self.request.epoch,
+            self.request.wire,
+            rank=shard.rank,
+            ranks=shard.ranks,
+            fellows=self.fellows.data if self.fellows is not None else {},
+            most_bytes=4 * plan.step_rows * spec.hidden,
+        )
         kv, wanted = (opened.kv if isinstance(opened.kv, KvSlots) else None), self.request.kv_on_disk
         pool, meeting = KvPool(spec, plan.kv), Meeting(spoke, self.pulse)
         executor = Executor(Transformer(spec), plan, opened.store, pool, meeting)

@@ -90,7 +90,7 @@ def test_extreme_weights_do_not_overflow(home: str, kind: WeightType) -> None:
             magnitude = MOST * np.abs(full).sum(1)
             for tokens in (1, 2, 9):
                 lost = np.abs(linear(x[:tokens], w) - x[:tokens].astype(float) @ full.T)
-                assert (lost <= 2e-6 * magnitude).all()
+                assert (lost <= 1e-5 * magnitude).all()  # an overflow loses far more
 
 
 @each_type

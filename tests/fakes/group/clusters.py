@@ -29,6 +29,7 @@ from shoal.partition.machines import Links, Machine
 from shoal.partition.plan import Wanted
 from shoal.partition.slicing import Grains
 from shoal.partition.spec import BlockId
+from shoal.partition.sum_cost import Topology
 
 PATIENCE_S = 20.0
 WORKER_BYTES = 1 << 30
@@ -44,12 +45,20 @@ def everybody(
     links: Links,
     *,
     grains: Grains,
+    topologies: Sequence[Topology],
     wires: Sequence[WireType],
     ranks: int | None,
 ) -> Choice | NoGroup:
     """All machines take part, which would make no small model faster."""
     return choose(
-        wanted, block_bytes, machines, links, grains=grains, wires=wires, ranks=ranks or len(machines)
+        wanted,
+        block_bytes,
+        machines,
+        links,
+        grains=grains,
+        topologies=topologies,
+        wires=wires,
+        ranks=ranks or len(machines),
     )
 
 

@@ -61,8 +61,12 @@ class Daemons:
         self._note(name, self.shoal(name, "cluster", "join", self.invite(), *given))
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pids[name], number)
+        """After SIGKILL it is gone when this returns."""
+        with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+            process = psutil.Process(self.pids[name])
+            process.send_signal(number)
+            if number == signal.SIGKILL:
+                process.wait(10)
 
     def client(self, name: str = "head") -> Client:
         return Client(self.home(name).address, timeout_s=60)
