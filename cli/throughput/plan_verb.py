@@ -40,9 +40,9 @@ class Rate(Real):
         return super().convert(found[1] if found else value, param, ctx)
 
 
-def _count(option: str, default: int, what: str) -> Decorator:
+def _count(option: str, default: int, what: str, most: int | None = None) -> Decorator:
     return click.option(
-        option, type=Whole(1, 1 << 26), default=default, show_default=True, metavar="N", help=what
+        option, type=Whole(1, most), default=default, show_default=True, metavar="N", help=what
     )
 
 
@@ -57,7 +57,7 @@ def _count(option: str, default: int, what: str) -> Decorator:
 @click.argument("model")
 @_count("--prompt-tokens", 512, "Prompt length of each stream.")
 @_count("--new-tokens", 128, "Tokens each stream writes.")
-@_count("--batch", 1, "Streams at the same time.")
+@_count("--batch", 1, "Streams at the same time.", 1024)
 @click.option(
     "--quant", type=click.Choice(["keep", "q8", "q4"]), help="Only plans with weights in these bits."
 )

@@ -132,6 +132,8 @@ def test_a_real_checkpoint(model: Path, laptop: str) -> None:
         (("--target", "fast"), "'fast' is not a number", 2),
         (("--target", "0"), "", 2),
         (("--batch", 0), "", 2),
+        (("--batch", 5000), "", 2),
+        (("--new-tokens", 10**30), "a context of", 3),
         (("--memory", "lots"), "lots", 2),
     ],
 )
