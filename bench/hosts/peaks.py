@@ -8,7 +8,6 @@ from pathlib import Path
 from hosts.group import Group
 from hosts.host import Host
 
-
 PROMPTS = 4
 
 
