@@ -1,7 +1,7 @@
 """A cluster of hosts that are network namespaces on this machine: what it survives, what it gains, what it costs.
 
-    sudo python bench/many_hosts.py [--rows losses,head,crowd,interfaces,disks,peaks,grid,peers] [--rounds 20] [--minutes 3]
-                                    [--model MODEL.gguf] [--large MODEL.gguf]
+    sudo python bench/many_hosts.py [--rows losses,head,crowd,interfaces,disks,peaks,grid,peers] [--rounds 20]
+                                    [--minutes 3] [--model MODEL.gguf] [--large MODEL.gguf]
 
 Hosts have a processor share, a memory limit, a disk and a cable of their own, but share one machine's memory and
 caches. `--model` is a small real one (by default the default model), `--large` is streamed and divided (default: a
@@ -161,7 +161,7 @@ def _against(peer: Peer, everybody: list[Peer]) -> str:
 
 def _three(made: Lab, model: Path) -> Group:
     first, *others = (made.host(name) for name in ("head", "one", "two"))
-    group = Group(first, others, ("--ranks", "3"))
+    group = Group(first, others, ("--ranks", "3", "--ctx", "512"))
     group.load(model, ranks=3)
     return group
 
