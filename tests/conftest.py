@@ -9,15 +9,16 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from fakes.asking import CONFIG
 from hypothesis import HealthCheck, settings
 
 from shoal.comm.home import Home
-from shoal.comm.messages import Load
-from shoal.daemon.node import Node
 from shoal.kernels import native_library as library
+
+if TYPE_CHECKING:
+    from shoal.daemon.node import Node
 
 # How long it takes to make up inputs says more about a busy or emulated machine than about a test.
 anywhere = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -68,6 +69,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def node(path: Path) -> Iterator[Node]:
     """With the model of `path` loaded."""
+    from fakes.asking import CONFIG  # the emulated ARM of the kernel tests has nothing of the daemon
+
+    from shoal.comm.messages import Load
+    from shoal.daemon.node import Node
+
     with Node(CONFIG) as node:
         node.load(Load(model=str(path)))
         yield node
