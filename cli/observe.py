@@ -74,6 +74,8 @@ def ps(as_json: bool) -> None:
             screen.print("computed by " + ", ".join(f"{name} ({nbytes})" for name, nbytes in parts))
         if model.machines_why:
             screen.print(model.machines_why)
+        if model.sums:
+            screen.print(f"sums: {model.sums}")
         if model.stage is not None:
             screen.print(f"now {stage_text(model.stage)}")
         if model.prompt_tokens_total:

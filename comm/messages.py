@@ -328,6 +328,7 @@ class ModelStatus(Message):
     rank_bytes: list[int] = []  # what each of them holds: weights, KV and scratch
     machines: list[str] = []  # names of the others, by rank
     machines_why: str = ""  # why these, if there are others
+    sums: str = ""  # how they add their partials
     kv_disk_why: str = ""  # why no KV is kept on disk, though it was to be
 
 

@@ -192,6 +192,10 @@ class Group:
         log.info("%s: sums: %s", self._model, manners.describe())
 
     @property
+    def sums(self) -> str:
+        return self.manners.describe() if self.manners is not None else ""
+
+    @property
     def manners(self) -> Manners | None:
         """How sums are made, once it is complete."""
         return self._hub.manners if self._hub is not None else None

@@ -41,6 +41,11 @@ class FormedGroup(Protocol):
         ...
 
     @property
+    def sums(self) -> str:
+        """How partials are added, in words, once it is complete."""
+        ...
+
+    @property
     def plans(self) -> Sequence[Plan]:
         """Of the other machines, by rank."""
         ...

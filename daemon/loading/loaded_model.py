@@ -190,6 +190,7 @@ class LoadedModel:
             rank_bytes=[plan.peak_bytes for plan in plans],
             machines=list(group.names) if group else [],
             machines_why=self.main.why,
+            sums=group.sums if group else "",
             kv_disk_why=self.main.kv_trouble,
         )
 
