@@ -28,7 +28,7 @@ READERS = 4
 READ_BYTES = 4 << 20  # four such reads at a time are as fast as anything, and wake seldom (docs/LOG.md)
 STUCK_S = 120.0  # when nothing has come for so long, the disk is taken for dead
 IDLE_S = 5.0
-LOOK_S = 1.0
+SILENT_LOOK_S = 1.0
 LATELY_S = 2.0
 CLOSING_S = 2.0
 
@@ -173,8 +173,8 @@ class Readers:
             if passage is not None and passage.here:
                 return passage
             self._work.notify()  # wanting it may have given readers something to do
-            if not self._landed.wait(LOOK_S):
-                silent_s += LOOK_S  # not by the clock, as this process may have been stopped meanwhile
+            if not self._landed.wait(SILENT_LOOK_S):
+                silent_s += SILENT_LOOK_S  # not by the clock, as this process may have been stopped meanwhile
             if self._landings != seen:
                 seen, silent_s = self._landings, 0.0
             elif silent_s >= STUCK_S:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fakes import tiny
 from fakes.running import Running, relative_error
-from upcycle import upcycle
+from inputs.upcycle import upcycle
 
 TOLERANCE = 1e-3
 LENGTH = 45

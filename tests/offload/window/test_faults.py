@@ -226,7 +226,7 @@ def test_a_process_that_was_stopped_does_not_take_its_disk_for_dead(
 ) -> None:
     """The clock goes on while the process is stopped. Whoever waits may look at it before the reader runs again."""
     clock = itertools.count(step=1000)
-    monkeypatch.setattr(readers, "LOOK_S", 0.001)
+    monkeypatch.setattr(readers, "SILENT_LOOK_S", 0.001)
     with Streaming(tied.path, tied.pack) as streaming, monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: float(next(clock)))
         faulty.slow_s = 0.01

@@ -1,6 +1,6 @@
 """A function-preserving mixture of experts from a dense llama GGUF: every FFN becomes identical experts.
 
-    python bench/upcycle.py MODEL.gguf OUT.gguf [--experts 8] [--active 2] [--seed 0]
+    python bench/inputs/upcycle.py MODEL.gguf OUT.gguf [--experts 8] [--active 2] [--seed 0]
 
 Routers are random, so tokens really are spread over the experts; as their factors sum to one and the experts are
 equal, the answer is the dense model's up to rounding. Weights are copied in their stored type.
