@@ -20,12 +20,13 @@ from typing import Any
 
 import synthetic
 import synthetic_hf
+import widen
 from engines.engine_process import EngineFailed
 from harness import machine
 from harness.cgroup import CgroupError
 from harness.rows import DEFAULT_MODEL, ROWS, WIDE_MODEL, Row, chosen
 from harness.run import Run
-from inputs import hollow, widen
+from inputs import hollow
 from inputs.shapes import SHAPES
 from synthetic import SyntheticError
 from table import table

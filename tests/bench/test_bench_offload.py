@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import synthetic
 import synthetic_hf
+import widen
 from fakes import tiny
 from fakes.packing import build_pack
 from fakes.running import Running
@@ -21,7 +22,7 @@ from harness import cgroup, plot
 from harness.cgroup import Cgroup, CgroupError
 from harness.figures import Figure
 from harness.rows import OFFLOAD_ROWS, chosen
-from inputs import hollow, widen
+from inputs import hollow
 from inputs.shapes import SHAPES, Shape
 
 from shoal.daemon.memory import resident_bytes
