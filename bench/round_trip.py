@@ -1,19 +1,23 @@
 """A round between the ranks of a star, over bare TCP, over `ssl.SSLSocket` and over Shoal's channel, in turn.
 
-    python bench/round_trip.py [--ranks 2,4] [--bytes 16384,8388608] [--rounds 15]
+    python bench/round_trip.py [--ranks 2,4] [--bytes 16384,8388608] [--rounds 15] [--pin]
 
 Rank 0 sends so many bytes to every other rank, and each sends as many back. All ranks are processes on this machine,
-and there is nothing to compute. Bare sockets wait for ever and so need one call less; a channel has deadlines.
+and there is nothing to compute. Bare sockets wait for ever and so need one call less; a channel has deadlines. With
+--pin every rank has a processor of its own, as machines have: otherwise the system puts both ends of a bare socket on
+one, where nobody has to be woken.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import socket
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Protocol
@@ -26,6 +30,7 @@ from shoal.comm.group.peers import PairedNode, Peers
 from shoal.comm.group.tls import client_context, server_context
 
 HEADER = bytes(16)
+PROCESSORS = sorted(os.sched_getaffinity(0))
 WAIT_S = 60.0
 
 
@@ -58,6 +63,7 @@ class Ours:
     """A channel."""
 
     def __init__(self, channel: Channel) -> None:
+        channel.watch()  # as groups do
         self._channel = channel
 
     def send(self, payload: memoryview) -> None:
@@ -78,8 +84,15 @@ class Nodes:
         self.known_to_worker.add(PairedNode("head", "head", self.head.certificate))
 
 
-def echo(connect: Callable[[], Link], size: int) -> None:
+def pin(rank: int) -> None:
+    """This process has one of the processors to itself, as far as there are enough."""
+    os.sched_setaffinity(0, {PROCESSORS[rank % len(PROCESSORS)]})
+
+
+def echo(connect: Callable[[], Link], size: int, rank: int) -> None:
     """A worker: what comes goes back, until the other side ends."""
+    if rank:
+        pin(rank)
     link = connect()
     view = memoryview(bytearray(len(HEADER) + size))
     try:
@@ -90,11 +103,13 @@ def echo(connect: Callable[[], Link], size: int) -> None:
         return
 
 
-def star(nodes: Nodes, kind: str, workers: int, size: int) -> list[Link]:
+def star(nodes: Nodes, kind: str, workers: int, size: int, pinned: bool) -> list[Link]:
     """Rank 0's links to so many new processes."""
+    started = count(1)
 
     def start(connect: Callable[[], Link]) -> None:
-        multiprocessing.get_context("fork").Process(target=echo, args=(connect, size), daemon=True).start()
+        operands = (connect, size, next(started) if pinned else 0)
+        multiprocessing.get_context("fork").Process(target=echo, args=operands, daemon=True).start()
 
     if kind == "shoal":
         with GroupListener(nodes.head, nodes.known, [("127.0.0.1", 0)]) as listener:
@@ -131,9 +146,11 @@ def star(nodes: Nodes, kind: str, workers: int, size: int) -> list[Link]:
         return links
 
 
-def measure(nodes: Nodes, ranks: int, size: int, rounds: int, repeats: int) -> dict[str, list[float]]:
+def measure(
+    nodes: Nodes, ranks: int, size: int, rounds: int, repeats: int, pinned: bool
+) -> dict[str, list[float]]:
     """Microseconds of every round trip, of each kind in turn."""
-    links = {kind: star(nodes, kind, ranks - 1, size) for kind in ("tcp", "ssl", "shoal")}
+    links = {kind: star(nodes, kind, ranks - 1, size, pinned) for kind in ("tcp", "ssl", "shoal")}
     payload, view = memoryview(bytearray(size)), memoryview(bytearray(len(HEADER) + size))
     took_us: dict[str, list[float]] = {kind: [] for kind in links}
     for number in range(rounds + 1):
@@ -156,17 +173,20 @@ def main() -> None:
     parser.add_argument("--ranks", default="2,4")
     parser.add_argument("--bytes", default="16384,8388608")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--pin", action="store_true", help="each rank on a processor of its own")
     arguments = parser.parse_args()
     print(
         "| ranks | bytes | tcp, µs | ssl, µs | shoal, µs | ssl / tcp | shoal / tcp | shoal, MB/s each way |"
     )
     print("|---|---|---|---|---|---|---|---|")
+    if arguments.pin:
+        pin(0)
     with tempfile.TemporaryDirectory() as directory:
         nodes = Nodes(Path(directory))
         for size in map(int, arguments.bytes.split(",")):
             for ranks in map(int, arguments.ranks.split(",")):
                 repeats = max(5, 200 * 16384 // max(size, 16384))
-                took_us = measure(nodes, ranks, size, arguments.rounds, repeats)
+                took_us = measure(nodes, ranks, size, arguments.rounds, repeats, arguments.pin)
                 tcp, tls, ours = (median(took_us[kind]) for kind in ("tcp", "ssl", "shoal"))
                 speed = size * (ranks - 1) / ours
                 print(

@@ -16,7 +16,7 @@ import msgspec
 
 from shoal.comm.messages import Generation, Sampling
 from shoal.comm.sampling_limits import SAMPLING_LIMITS
-from shoal.daemon.config import KvType, NodeConfig
+from shoal.daemon.config import CLUSTER_WIRES, KvType, NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.model_name import Quant, Reference, ShardName
 from shoal.daemon.sizes import parse_bytes
@@ -103,6 +103,7 @@ class PlanOptions:
     device: str | None = None
     speculate: str | None = None
     kv_type: str | None = None
+    cluster_wire: str | None = None
     ranks: int | None = None
 
     @property
@@ -119,6 +120,8 @@ class PlanOptions:
             more["max_guesses"] = 0
         if self.kv_type is not None:
             more["kv_type"] = self.kv_type
+        if self.cluster_wire is not None:
+            more["cluster_wire"] = self.cluster_wire
         return NodeConfig(
             threads=self.threads, memory_bytes=self.memory, context_tokens=self.ctx, ranks=self.ranks, **more
         )
@@ -184,7 +187,8 @@ def _collect(kind: type, argument: str, options: list[Decorator]) -> Decorator:
 
 
 def plan_options(function: Callback) -> Callback:
-    """Adds --memory, --threads, --ctx, --device, --speculate and --kv-type; the verb gets `plan: PlanOptions`."""
+    """Adds --memory, --threads, --ctx, --device, --speculate, --kv-type, --cluster-wire and --ranks; the verb gets
+    `plan: PlanOptions`."""
     options: list[Decorator] = [
         click.option("--memory", type=size_or_auto, metavar="SIZE",
                      help="Use at most this much memory, e.g. 3GB; what does not fit is streamed from disk. auto, the "
@@ -197,6 +201,9 @@ def plan_options(function: Callback) -> Callback:
                      help="Guess tokens ahead where that is faster (the default); the answer stays the same."),
         click.option("--kv-type", type=click.Choice(get_args(KvType)),
                      help="Type of the KV cache: f16 is the default, i8 takes about half as much memory."),
+        click.option("--cluster-wire", type=click.Choice(CLUSTER_WIRES),
+                     help="What sums may be rounded to between machines where that is faster: f32, the default, is "
+                          "exact; bf16 and int8 change answers a little."),
         click.option("--ranks", type=Whole(1, 256), metavar="N",
                      help="How many machines of the cluster compute together (default: as many as make it faster)."),
     ]  # fmt: skip

@@ -26,6 +26,7 @@ WORDS = {
     "shard_disk_bytes": "--shard-disk",
     "threads": "--threads",
     "ranks": "--ranks",
+    "cluster_wire": "--cluster-wire",
     # Of cluster join
     "address": "--address",
     # Arguments of perplexity and of pull

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from shoal.comm.group.sums.wire_types import WireType
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 
 from .errors import DaemonError
 
 KvType = Literal["f32", "f16", "bf16", "i8"]
+CLUSTER_WIRES: tuple[WireType, ...] = get_args(WireType)
 
 
 def default_threads() -> int:
@@ -56,6 +58,9 @@ class NodeConfig:
     max_queue: int = 64  # waiting requests; one more is answered `busy`
     chunk_tokens: int = 256  # of prompts in one step, at most
     max_guesses: int = 32  # tokens guessed ahead in one step, where that pays; 0 = never
+    cluster_wire: WireType = (
+        "f32"  # what partial sums may be rounded to between machines, where that is faster
+    )
     ranks: int | None = None  # machines that compute a model together; None = as many as make it faster
     quant: Quant = "keep"  # of a model that is loaded: what its weights are held in
 
@@ -80,6 +85,9 @@ class NodeConfig:
                 amount = format_bytes if name.endswith("_bytes") else str
                 said = f"{name.removesuffix('_bytes')}={amount(value)}"
                 raise DaemonError("bad_request", f"{said}: must be from {amount(low)} to {amount(high)}")
+        if self.cluster_wire not in CLUSTER_WIRES:
+            choices = ", ".join(CLUSTER_WIRES)
+            raise DaemonError("bad_request", f"cluster_wire={self.cluster_wire}: must be one of {choices}")
         if self.kv_type not in get_args(KvType):
             raise DaemonError(
                 "bad_request", f"kv_type={self.kv_type}: must be one of {', '.join(get_args(KvType))}"

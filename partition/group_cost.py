@@ -277,12 +277,7 @@ class Cost:
 
     def _best(self, network: Network, means: Sequence[Means], rows: int) -> Means | None:
         """The fastest means for steps of so many tokens; of equal ones the first."""
-        if network.ranks == 1:
-            return None
-        possible = (item for item in means if network.can(item.topology))
-        return min(
-            possible, key=lambda item: network.sum_s(item, rows, self._wanted.spec.hidden), default=None
-        )
+        return None if network.ranks == 1 else network.best(means, rows, self._wanted.spec.hidden)
 
 
 @cache

@@ -34,7 +34,7 @@ _FEW = 2  # groups that are looked at closely with each machine after these
 
 # What exists already. The rest can be predicted.
 AVAILABLE_SPLITS: tuple[Split, ...] = ("tensor",)
-AVAILABLE_TOPOLOGIES: tuple[Topology, ...] = ("star",)
+AVAILABLE_TOPOLOGIES: tuple[Topology, ...] = ("exchange", "sliced", "star")
 AVAILABLE_WIRES: tuple[Wire, ...] = ("f32", "bf16", "int8")
 
 Places = tuple[int, ...]  # of machines, ascending: those of ranks 0, 1, …

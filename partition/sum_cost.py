@@ -35,6 +35,14 @@ class Means(NamedTuple):
     wire: Wire
 
 
+class SumPlan(NamedTuple):
+    """Sums of fewer than `many_rows` rows are made by `few`, others by `many`."""
+
+    few: Means
+    many: Means
+    many_rows: int
+
+
 class Network:
     """The links among the machines of one group. `places`: which machines are ranks 0, 1, …
 
@@ -94,6 +102,22 @@ class Network:
             work = (1 + share) * encode_s + others * share * (decode_s + ADD_S) + decode_s
             messages = 4 * others
         return messages * MESSAGE_S + count * work
+
+    def best(self, means: Sequence[Means], rows: int, numbers: int) -> Means | None:
+        """The fastest of `means` for sums of this shape; of equal ones the first. None if none is possible."""
+        possible = (it for it in means if self.can(it.topology))
+        return min(possible, key=lambda it: self.sum_s(it, rows, numbers), default=None)
+
+    def plan(self, means: Sequence[Means], rows: int, numbers: int) -> SumPlan | None:
+        """How sums of one row are made, how those of so many, and from how many on in the second way: the first power
+        of two at which that is no slower."""
+        few, many = self.best(means, 1, numbers), self.best(means, rows, numbers)
+        if few is None or many is None:
+            return None
+        least = 1
+        while least < rows and self.sum_s(many, least, numbers) > self.sum_s(few, least, numbers):
+            least *= 2
+        return SumPlan(few, many, min(least, rows))
 
     def broadcast_s(self, rows: int, numbers: int) -> float:
         """Seconds until all have rows that rank 0 had, in f32."""

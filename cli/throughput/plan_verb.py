@@ -6,6 +6,7 @@ Knows options and how plans are shown. `daemon.throughput.foresight` finds them.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,9 @@ def plan(
     """
     wanted = Reference.parse(model)
     bits = quant or (wanted.quant if wanted.quant != "keep" else None)
-    config = plan.config()
+    config = (
+        plan.config() if given is None else replace(plan, threads=None).config()
+    )  # other machines have more
     home = Home.from_env()
     path = Path(wanted.model) if Path(wanted.model).exists() else Library(home).resolve(wanted.model)
     with spinner("starting"), deferred_interrupt():
@@ -129,6 +132,11 @@ def plan(
     screen.print(_plans(found))
     screen.print()
     screen.print(printable(f"{found.chosen}: {found.reason}" if found.chosen else found.reason))
+    if found.start is not None:
+        packed = (
+            f", after making its pack once in {_seconds(found.start.pack_s)}" if found.start.pack_s else ""
+        )
+        screen.print(f"it would be loaded in {_seconds(found.start.load_s)}{packed}")
     if target is not None:
         screen.print(printable(_target(found, target)))
     if found.chosen and "window" in found.chosen:

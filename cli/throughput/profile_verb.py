@@ -56,15 +56,20 @@ def profile(threads: int | None, out: Path | None, anew: bool, given: Path | Non
             link_facts,
             rows_table,
         )
-        from shoal.daemon.throughput.profiling import machine_profile
+        from shoal.daemon.throughput.profiling import machine_profile, others_compute
     if given is not None:
         found = read_profile(given)
     else:
         home, count = Home.from_env(), NodeConfig(threads=threads).thread_count
+        disturbed = others_compute(count)
         with steps_bar() as progress:
             measured = machine_profile(count, home.models, home.profile, anew=anew, progress=progress)
         assert measured is not None
         found = measured
+        if disturbed:
+            note(
+                "other programs compute: what is measured now is too slow, and is measured again when they do not"
+            )
     text = profile_text(found)
     if out is not None:
         out.write_bytes(text + b"\n")

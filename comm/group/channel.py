@@ -80,6 +80,35 @@ class Channel:
         with self._receiving:
             self._receive(_bytes(view), time.monotonic() + timeout_s)
 
+    @property
+    def unsent(self) -> bool:
+        """Whether `send_some` has taken bytes that the other side may not have got yet."""
+        return self._stream.unsent
+
+    def send_some(self, data: memoryview) -> int:
+        """What goes without waiting: how many bytes of `data` were taken. ChannelError closes the channel."""
+        with self._sending:
+            try:
+                return self._stream.send_some(data)
+            except BaseException:
+                self._stream.abort()
+                raise
+
+    def receive_some(self, view: memoryview) -> int:
+        """What has come, into `view` (of octets): how many bytes. Does not wait. ChannelError closes the channel."""
+        with self._receiving:
+            try:
+                return self._stream.receive(view, 0.0)
+            except ChannelTimeout:
+                return 0
+            except BaseException:
+                self._stream.abort()
+                raise
+
+    def watch(self) -> None:
+        """From now on, whoever waits for bytes looks for them for a while before it sleeps (`Stream.watch`)."""
+        self._stream.watch()
+
     def receive_exactly(self, count: int, timeout_s: float) -> bytearray:
         """`count` bytes, as many as the caller knows to expect. Otherwise as `receive_into`."""
         data = bytearray(count)

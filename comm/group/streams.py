@@ -25,6 +25,9 @@ from .errors import ChannelError, ChannelTimeout, NotPaired
 
 Address = tuple[str, int]  # host and port
 
+WATCH_S = 200e-6  # a thread that watches looks so long for bytes before it sleeps …
+LEAST_LUCK = 0.5  # … if that was of use more often than not …
+TRY_AGAIN = 64  # … or has not been tried for so many times
 TAKE_BYTES = 128 << 10  # taken from the socket at a time
 PARTING_READS = 8
 SEAL_BYTES = 256 << 10  # given to TLS, and then to the socket, at a time
@@ -56,6 +59,17 @@ class Stream(Protocol):
     def send(self, data: memoryview, deadline: float) -> None:
         """All of `data`. ChannelTimeout, ChannelError."""
 
+    @property
+    def unsent(self) -> bool:
+        """Whether `send_some` has taken bytes that the socket has not."""
+
+    def send_some(self, data: memoryview) -> int:
+        """What goes without waiting, after what was taken before: how many bytes of `data` were taken. ChannelError."""
+
+    def watch(self) -> None:
+        """From now on, look for bytes for a while before a thread sleeps until they come: to wake it takes longer than
+        most of them do. For those who have a processor to spare."""
+
     def receive(self, view: memoryview, deadline: float) -> int:
         """Into `view`, at least one byte; how many. ChannelTimeout when there was none, ChannelError at the end."""
 
@@ -69,7 +83,7 @@ class Stream(Protocol):
 class SocketStream:
     """A connected stream socket, TCP or of a pair."""
 
-    buffered = False
+    buffered = unsent = False
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setblocking(True)
@@ -83,6 +97,8 @@ class SocketStream:
         self._writable = select.poll()
         self._writable.register(connected, select.POLLOUT)
         self._limit_s = 0.0  # that of `recv` as it is set; 0 is none
+        self._watches = False
+        self._luck, self._waits = 1.0, 0  # how often bytes came while it looked for them, lately
         self._sent = self._received = 0  # bytes; each is one thread's
         self._ending = threading.Lock()  # so that none ends a descriptor that is another's by now
         self.closed = False
@@ -118,10 +134,21 @@ class SocketStream:
                 return
             data = data[sent:]
 
+    def send_some(self, data: memoryview) -> int:
+        try:
+            sent = self._socket.send(data, socket.MSG_DONTWAIT) if data else 0
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self._broken(error) from error
+        self._sent += sent
+        return sent
+
     def receive(self, view: memoryview, deadline: float) -> int:
         flags = self._limit(deadline)
         try:
-            count = self._socket.recv_into(view, 0, flags)
+            count = self._looked_for(view) if self._watches and not flags else 0
+            count = count or self._socket.recv_into(view, 0, flags)
         except BlockingIOError as error:
             raise ChannelTimeout("the other side sends nothing") from error
         except OSError as error:
@@ -130,6 +157,27 @@ class SocketStream:
             raise self._broken(None)
         self._received += count
         return count
+
+    def watch(self) -> None:
+        self._watches = True
+
+    def _looked_for(self, view: memoryview) -> int:
+        """How many bytes come into `view` within WATCH_S; 0 if none do, or that is not likely."""
+        self._waits += 1
+        if self._luck < LEAST_LUCK and self._waits % TRY_AGAIN:
+            return 0
+        began_s = time.perf_counter()
+        looks = 0
+        while time.perf_counter() - began_s < WATCH_S:
+            with contextlib.suppress(BlockingIOError):
+                count = self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
+                if looks:
+                    self._luck += (1 - self._luck) / 8
+                return count
+            looks += 1
+            os.sched_yield()  # to whoever else wants this processor: perhaps the sender
+        self._luck -= self._luck / 8
+        return 0
 
     @property
     def moved(self) -> int:
@@ -193,7 +241,8 @@ class TlsStream:
         self._tls = context.wrap_bio(self._arrived, self._leaving, server_side=server_side)
         self._lock = threading.Lock()  # for the three above
         self._buffer = memoryview(bytearray(TAKE_BYTES))
-        self.fileno, self.ends = below.fileno, below.ends
+        self._sealed = memoryview(b"")  # what the socket has not taken yet
+        self.fileno, self.ends, self.watch = below.fileno, below.ends, below.watch
         self.abort, self.close = below.abort, below.close
 
     @property
@@ -226,15 +275,39 @@ class TlsStream:
             raise _explained(error) from error
         return self._tls.getpeercert(binary_form=True)
 
+    @property
+    def unsent(self) -> bool:
+        return bool(self._sealed)
+
     def send(self, data: memoryview, deadline: float) -> None:
+        if self._sealed:
+            self._below.send(self._sealed, deadline)
+            self._sealed = memoryview(b"")
         for start in range(0, len(data), SEAL_BYTES):
-            try:
-                with self._lock:
-                    self._tls.write(data[start : start + SEAL_BYTES])
-                    sealed = self._leaving.read()
-            except ssl.SSLError as error:
-                raise _explained(error) from error
-            self._below.send(memoryview(sealed), deadline)
+            self._below.send(self._seal(data[start : start + SEAL_BYTES]), deadline)
+
+    def send_some(self, data: memoryview) -> int:
+        taken = 0
+        while self._push() and taken < len(data):
+            self._sealed = self._seal(data[taken : taken + SEAL_BYTES])
+            taken = min(len(data), taken + SEAL_BYTES)
+        return taken
+
+    def _push(self) -> bool:
+        """Whether the socket has taken all that is sealed."""
+        while self._sealed:
+            if not (sent := self._below.send_some(self._sealed)):
+                return False
+            self._sealed = self._sealed[sent:]
+        return True
+
+    def _seal(self, data: memoryview) -> memoryview:
+        try:
+            with self._lock:
+                self._tls.write(data)
+                return memoryview(self._leaving.read())
+        except ssl.SSLError as error:
+            raise _explained(error) from error
 
     def receive(self, view: memoryview, deadline: float) -> int:
         while not (count := self._read(view)):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations, product
 from math import inf
 from typing import NamedTuple, Protocol
 
 from shoal import kernels
-from shoal.comm.group.channel import Channel
+from shoal.comm.group.sums.manners import Manner, Manners
 from shoal.comm.group.sums.wire_types import WireType
-from shoal.daemon.config import NodeConfig
+from shoal.daemon.config import CLUSTER_WIRES, NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import fingerprint, group_fingerprint
 from shoal.daemon.loading.budgeting import disk_buffer_bytes
@@ -27,14 +28,15 @@ from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 from shoal.partition.group_choice import Choice, NoGroup
-from shoal.partition.group_search import choose
-from shoal.partition.machines import Links, Machine
+from shoal.partition.group_search import AVAILABLE_TOPOLOGIES, choose
+from shoal.partition.machines import Links, LinkSpeed, Machine
 from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
 from shoal.partition.rank_plans import RankPart, rank_plans
 from shoal.partition.slicing import Grains, Shard, divide
 from shoal.partition.spec import BlockId
+from shoal.partition.sum_cost import Means, Network, Topology
 
-from .group import Group, Seat
+from .group import Group, Seat, SendsWeights, Settle
 from .member import Member
 from .roster import Roster
 from .speed import NodeSpeed
@@ -46,9 +48,7 @@ log = logging.getLogger(__name__)
 class Serving(Protocol):
     """See `shard_stores.send_weights`."""
 
-    def __call__(
-        self, checkpoint: Checkpoint, quant: Quant, *, bounded: bool
-    ) -> Callable[[Channel, Shard], None]: ...
+    def __call__(self, checkpoint: Checkpoint, quant: Quant, *, bounded: bool) -> SendsWeights: ...
 
 
 class Choosing(Protocol):
@@ -62,6 +62,7 @@ class Choosing(Protocol):
         links: Links,
         *,
         grains: Grains,
+        topologies: Sequence[Topology],
         wires: Sequence[WireType],
         ranks: int | None,
     ) -> Choice | NoGroup: ...
@@ -76,14 +77,12 @@ class Forming:
         serving: Serving,
         speed: Callable[[], NodeSpeed],
         choosing: Choosing = choose,
-        wires: Sequence[WireType] = ("f32",),
         steady: SteadyShares | None = None,
     ) -> None:
         self._roster = roster
         self._serving = serving
         self._speed = speed
         self._choosing = choosing
-        self._wires = wires
         self._steady = steady or SteadyShares()
 
     @property
@@ -101,9 +100,13 @@ class Forming:
         if isinstance(made, Unseated):
             return made
         self._steady.use(made.key, made.shares)
-        wire, kv_store = self._wires[0], b""
+        kv_store = b""
         if config.kv_disk_bytes != 0:
-            computing = [wire, kernels.home(), *(member.facts.kernels for member in made.members)]
+            computing = [
+                config.cluster_wire,
+                kernels.home(),
+                *(member.facts.kernels for member in made.members),
+            ]
             whole = fingerprint(checkpoint, config.quant, made.plans[0])
             kv_store = group_fingerprint(whole, made.shards, computing)
         group = Group(
@@ -114,9 +117,10 @@ class Forming:
                 for rank in range(1, len(made.shards))
             ],
             config.quant,
-            wire,
+            "f32",
             self._serving(checkpoint, config.quant, bounded=bounded(config.memory_bytes)),
             made.plans[0].weights_bytes,
+            self._settling(config, made, checkpoint.spec.hidden),
             kv_store,
         )
         group.begin()
@@ -185,32 +189,57 @@ class Forming:
         self, checkpoint: Checkpoint, config: NodeConfig, members: Sequence[Member], rooms: Sequence[int]
     ) -> Choice | NoGroup:
         """`rooms`: bytes of memory, this machine's first."""
-        own, (free_bytes, *theirs) = self._speed(), rooms
-        machines = [
-            Machine(
-                "this machine",
-                free_bytes,
-                own.memory_bytes_per_s,
-                own.flops,
-                own.disk_bytes_per_s,
-                config.thread_count,
-            ),
-            *(_machine(member, room) for member, room in zip(members, theirs, strict=True)),
-        ]
+        machines = self._machines(config, members, rooms)
         links = {(0, place): member.link for place, member in enumerate(members, 1)}
+        for (one, near), (other, far) in combinations(enumerate(members, 1), 2):
+            if (link := self._roster.pairs.between(near, far)) is not None:
+                links[one, other] = link
         sizes, _ = extents(checkpoint, config.quant)
         grains = grains_of(checkpoint, config.quant)
         # If no context was asked for, a shorter one may keep it in memory alone: that is what groups are compared with.
         contexts = wanted_of(checkpoint.spec, config)
-        resident = (
-            it for it in contexts if isinstance(plan_in_ram(it, sizes, memory_bytes=free_bytes), Plan)
-        )
+        resident = (it for it in contexts if isinstance(plan_in_ram(it, sizes, memory_bytes=rooms[0]), Plan))
         wanted = next(resident, contexts[0])
         choice = self._choosing(
-            wanted, sizes, machines, links, grains=grains, wires=self._wires, ranks=config.ranks
+            wanted,
+            sizes,
+            machines,
+            links,
+            grains=grains,
+            topologies=_topologies(members),
+            wires=_wires(config),
+            ranks=config.ranks,
         )
         log.info("%s: %s", checkpoint.name, choice.describe())
         return choice
+
+    def _machines(self, config: NodeConfig, members: Sequence[Member], rooms: Sequence[int]) -> list[Machine]:
+        own, (free_bytes, *theirs) = self._speed(), rooms
+        head = Machine(
+            "this machine",
+            free_bytes,
+            own.memory_bytes_per_s,
+            own.flops,
+            own.disk_bytes_per_s,
+            config.thread_count,
+        )
+        return [head, *(_machine(member, room) for member, room in zip(members, theirs, strict=True))]
+
+    def _settling(self, config: NodeConfig, seating: _Seating, hidden: int) -> Settle:
+        """What decides how sums are made, once the members have met and their links are measured."""
+        chosen, plan = seating.members, seating.plans[0]
+        machines = self._machines(config, chosen, [it.peak_bytes for it in seating.plans])
+        means = [Means(*each) for each in product(_topologies(chosen), _wires(config))]
+
+        def settle(between: Mapping[tuple[int, int], LinkSpeed]) -> Manners:
+            links = {(0, rank): member.link for rank, member in enumerate(chosen, 1)} | dict(between)
+            network = Network(machines, links, range(len(machines)))
+            found = network.plan(means, plan.part_tokens, hidden)
+            if found is None:
+                return Manners()
+            return Manners(Manner(*found.few), Manner(*found.many), found.many_rows)
+
+        return settle
 
     def _planned(
         self,
@@ -270,6 +299,16 @@ class _Seating(NamedTuple):
     parts: Sequence[CheckpointShard]
     plans: Sequence[Plan]
     why: str
+
+
+def _topologies(members: Sequence[Member]) -> Sequence[Topology]:
+    """What all of them can do."""
+    return AVAILABLE_TOPOLOGIES if all(member.meets_fellows for member in members) else ("star",)
+
+
+def _wires(config: NodeConfig) -> Sequence[WireType]:
+    """From exact numbers to those that were allowed."""
+    return CLUSTER_WIRES[: 1 + CLUSTER_WIRES.index(config.cluster_wire)]
 
 
 def _machine(member: Member, room_bytes: int) -> Machine:

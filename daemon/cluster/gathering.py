@@ -39,11 +39,7 @@ def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
         raise DaemonError("resources", f"{config.ranks} ranks were asked for: this machine is no head", hint)
     try:
         membership.follow_files()
-        yield Forming(
-            roster,
-            partial(send_weights, claimed=PackShelf(home).claimed),
-            speed,
-            steady=SteadyShares(home.cluster / "shares.json"),
-        )
+        sending = partial(send_weights, claimed=PackShelf(home).claimed)
+        yield Forming(roster, sending, speed, steady=SteadyShares(home.cluster / "shares.json"))
     finally:
         membership.close()

@@ -10,18 +10,23 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import combinations, count
+from typing import Protocol
 
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.sums.manners import Manners
 from shoal.comm.group.sums.star import Hub
+from shoal.comm.group.sums.star_errors import Departed
 from shoal.comm.group.sums.wire_types import WireType
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import MOST_SLOTS, rank_fingerprint
 from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress
 from shoal.offload.pack.manifest import Quant
+from shoal.partition.machines import LinkSpeed
 from shoal.partition.plan import Plan
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import ModelSpec
@@ -53,8 +58,17 @@ class Seat:
     plan: Plan
 
 
-SendWeights = Callable[[Channel, Shard], None]
-"""Answers a worker's requests for the weights of its shard until the channel ends."""
+Settle = Callable[[Mapping[tuple[int, int], LinkSpeed]], Manners]
+"""How sums are made, by the links between ranks other than 0, of those that have met."""
+
+
+class SendsWeights(Protocol):
+    """`trouble`: why the head cannot send them, if that is its own fault."""
+
+    trouble: DaemonError | None
+
+    def serve(self, channel: Channel, shard: Shard) -> None:
+        """Answers a worker's requests for the weights of its shard until the channel ends."""
 
 
 class Group:
@@ -71,8 +85,9 @@ class Group:
         seats: Sequence[Seat],
         quant: Quant,
         wire: WireType,
-        send_weights: SendWeights,
+        weights: SendsWeights,
         own_bytes: int = 0,
+        settle: Settle = lambda links: Manners(),
         kv_store: bytes = b"",
     ) -> None:
         self.epoch = next(_epochs)
@@ -81,8 +96,9 @@ class Group:
         self._roster = roster
         self._model = model
         self._quant = quant
-        self._send_weights = send_weights
+        self._weights = weights
         self._own_bytes = own_bytes
+        self._settle = settle
         self._kv_store = kv_store
         self._hub: Hub | None = None
         self._data: dict[str, Channel] = {}
@@ -120,6 +136,8 @@ class Group:
                     self._roster.faults.lost(member.fingerprint)
                     raise GroupFailed("busy", f"{member.name} was lost: {member.reason}", retry_after_s=1.0)
                 if isinstance(state, ShardRefused):
+                    if (trouble := self._weights.trouble) is not None:
+                        raise trouble
                     self._roster.faults.refused(member.fingerprint)
                     raise GroupFailed("resources", f"{member.name} cannot take its part: {state.reason}")
             loading = [state for _, state in states if isinstance(state, Loading)]
@@ -143,19 +161,52 @@ class Group:
                 )
             with self._arrived:
                 self._arrived.wait(FORM_LOOK_S)
-        for said in self.introductions.apart:
-            log.info("%s: sums go by way of this machine", said)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
+        for stream in streams:
+            stream.watch()
         hub = self._hub = Hub(streams, self.epoch, self.wire)
+        self._decide(hub)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)
+
+    def _decide(self, hub: Hub) -> None:
+        """How sums are made, now that it is known which workers reach each other."""
+        met, links = self.introductions.links, {}
+        if self.introductions.useful:
+            for (low, one), (high, other) in combinations(
+                enumerate((seat.member for seat in self.seats), 1), 2
+            ):
+                self._roster.pairs.note(one, other, met.get((low, high)))
+                if (link := self._roster.pairs.between(one, other)) is not None:
+                    links[low, high] = link
+        for said in self.introductions.apart:
+            log.info("%s: sums go by way of this machine", said)
+        manners = self._settle(links)
+        if manners != hub.manners:
+            try:
+                hub.decide(manners)
+            except Departed as error:
+                self.blame(error.rank)
+                name = self.seats[error.rank - 1].member.name
+                raise GroupFailed("busy", f"{name} was lost: {error.reason}", retry_after_s=1.0) from error
+        log.info("%s: sums: %s", self._model, manners.describe())
+
+    @property
+    def manners(self) -> Manners | None:
+        """How sums are made, once it is complete."""
+        return self._hub.manners if self._hub is not None else None
 
     def _wake(self) -> None:
         with self._arrived:
             self._arrived.notify_all()
 
     def blame(self, rank: int) -> None:
-        """That rank was lost in the middle of a step."""
+        """That rank was lost in the middle of a step. If only another one does not hear it, neither is at fault: the
+        next group makes its sums by way of this machine."""
+        member = self.seats[rank - 1].member
+        if self._hub is not None and (deaf := self._hub.unheard.get(rank)) and not member.reason:
+            self._roster.pairs.part(member, self.seats[deaf - 1].member)
+            return
         self._roster.faults.lost(self.seats[rank - 1].member.fingerprint)
 
     @property
@@ -232,7 +283,7 @@ class Group:
         if seat is None or self._closed:
             channel.close()
             return
-        self._send_weights(channel, seat.shard)
+        self._weights.serve(channel, seat.shard)
 
     def _seat(self, member: Member) -> Seat | None:
         return next((seat for seat in self.seats if seat.member is member), None)

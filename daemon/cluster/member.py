@@ -113,6 +113,11 @@ class Member:
                 return
         channel.close()
 
+    def excuse(self, seconds: float) -> None:
+        """For so long nobody here has listened to it."""
+        self._heard_s = min(self._clock(), self._heard_s + seconds)
+        self._watched.excuse(seconds)
+
     def look(self) -> None:
         """Give it up if it is silent, or its compute thread is frozen."""
         beat = self.beat

@@ -36,11 +36,11 @@ def place_in_cluster(
         check_kernels(home.cluster / "kernels.tested")
         return speed()
 
-    open_shard = open_shards(home.shards, config.shard_disk_bytes, kv_files)
+    open_shard = open_shards(home.shards, kv_files, config.shard_disk_bytes)
     membership = Membership(
         home.cluster, config, budget, roster, open_shard, tested_speed, computing, LocalNetwork()
     )
     membership.start()
     steady = SteadyShares(home.cluster / "shares.json")
-    serving = partial(send_weights, claimed=PackShelf(home).claimed)
-    return Forming(roster, serving, speed, steady=steady), membership
+    sending = partial(send_weights, claimed=PackShelf(home).claimed)
+    return Forming(roster, sending, speed, steady=steady), membership

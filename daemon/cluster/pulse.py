@@ -35,3 +35,7 @@ class Watched:
         if seen != self._seen:
             self._seen, self._since_s = seen, now_s
         return now_s - self._since_s
+
+    def excuse(self, seconds: float) -> None:
+        """So much of the time does not count."""
+        self._since_s += seconds

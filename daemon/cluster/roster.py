@@ -22,6 +22,7 @@ from shoal.daemon.installed import package_version
 from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
 from .faults import Faults
 from .member import Member
+from .mesh.pair_links import PairLinks
 from .routes.probing import answer_probes
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Roster:
         self._members: dict[str, Member] = {}
         self._groups: dict[int, Joining] = {}
         self.faults = Faults(clock)
+        self.pairs = PairLinks()
         self._came = 0  # how many members have come
         self._arrived_s = clock() + ARRIVE_S
         self.name_of: Callable[[str], str] = lambda fingerprint: (
@@ -159,6 +161,7 @@ class Roster:
         certificate = self.certificate_of(channel.peer)
         member = Member(channel, attach, self._left, self._clock, certificate)
         member.measure()
+        self.pairs.forget(member.fingerprint)
         with self._lock:
             self._members[channel.peer] = member
             self._came += 1
@@ -187,17 +190,26 @@ class Roster:
         log.warning("%s is gone: %s", member.name, reason)
         self._changed(member, reason)
 
+    def _look_at(self, members: Sequence[Member]) -> None:
+        for member in members:
+            member.look()
+        with self._lock:
+            groups = list(self._groups.values())
+        for group in groups:
+            group.watch(self._clock())
+
     def _look(self) -> None:
         """Send beats, and look for members that are silent or frozen."""
-        told_s = 0.0
+        told_s, looked_s = 0.0, self._clock()
         while not self._closed.wait(ROSTER_LOOK_S):
             members = self.members
-            for member in members:
-                member.look()
-            with self._lock:
-                groups = list(self._groups.values())
-            for group in groups:
-                group.watch(self._clock())
+            now_s = self._clock()
+            late_s, looked_s = now_s - looked_s - ROSTER_LOOK_S, now_s
+            if late_s > BEAT_S:  # this machine was asleep or very busy, and has read no beats meanwhile
+                for member in members:
+                    member.excuse(late_s)
+            else:
+                self._look_at(members)
             if self._clock() - told_s >= BEAT_S:
                 told_s = self._clock()
                 for member in members:

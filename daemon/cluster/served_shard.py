@@ -96,6 +96,13 @@ class ServedShard:
             threading.Thread(target=meet, name="shoal-introduce", daemon=True).start()
 
     @property
+    def moved(self) -> int:
+        """Bytes over its channels so far, to the head and to its fellows."""
+        fellows = list(self.fellows.data.values()) if self.fellows is not None else []
+        with self._lock:
+            return sum(channel.moved for channel in (*self._channels, *fellows))
+
+    @property
     def _buffers(self) -> str:
         """In the ledger, too."""
         return f"KV on its way to disk of {self.purpose}"
@@ -104,12 +111,6 @@ class ServedShard:
     def held_bytes(self) -> int:
         """What it takes of this machine's budget."""
         return self._budget.held_by(self.purpose) + self._budget.held_by(self._buffers)
-
-    @property
-    def moved(self) -> int:
-        """Bytes over its channels so far."""
-        with self._lock:
-            return sum(channel.moved for channel in self._channels)
 
     def close(self) -> None:
         """Stop loading or following, and give the memory back. Idempotent."""
@@ -156,7 +157,17 @@ class ServedShard:
         opened = self._opened = self._open_shard(self.request, self._dialled, self._progress)
         opened = self._opened = opened._replace(kv=self._with_buffers(opened.kv))
         data = self._dialled("data")
-        spoke = Spoke(data, self.request.epoch, self.request.wire)
+        data.watch()
+        shard = self.request.shard
+        spoke = Spoke(
+            data,
+            self.request.epoch,
+            self.request.wire,
+            rank=shard.rank,
+            ranks=shard.ranks,
+            fellows=self.fellows.data if self.fellows is not None else {},
+            most_bytes=4 * plan.step_rows * spec.hidden,
+        )
         kv, wanted = (opened.kv if isinstance(opened.kv, KvSlots) else None), self.request.kv_on_disk
         pool, meeting = KvPool(spec, plan.kv), Meeting(spoke, self.pulse)
         executor = Executor(Transformer(spec), plan, opened.store, pool, meeting)

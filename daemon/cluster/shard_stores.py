@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal.comm.group.channel import Channel
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import KvFiles, NotKept, rank_fingerprint
 from shoal.daemon.progress import Progress
@@ -17,7 +16,6 @@ from shoal.offload.pack.manifest import Quant, Source
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.given_plan import check_given
 from shoal.partition.memory_layout import kv_page_bytes
-from shoal.partition.slicing import Shard
 
 from .control_messages import Serve
 from .served_shard import Dial, OpenedShard, OpenShard
@@ -34,17 +32,17 @@ def send_weights(
     *,
     bounded: bool = False,
     claimed: Callable[[Source], Source] = lambda source: source,
-) -> Callable[[Channel, Shard], None]:
+) -> WeightServer:
     """What answers requests for the weights of shards of an open checkpoint. `bounded`: memory is limited, so that
     reading must leave nothing behind in it. `claimed`: see `PackShelf`; a model of the store is then told by its
     content. Raises DaemonError."""
-    return WeightServer(checkpoint, quant, claimed(source_of(checkpoint)), bounded=bounded).serve
+    return WeightServer(checkpoint, quant, claimed(source_of(checkpoint)), bounded=bounded)
 
 
 def open_shards(
-    directory: Path, limit_bytes: int | None = None, kv_files: KvFiles | None = None
+    directory: Path, kv_files: KvFiles | None = None, limit_bytes: int | None = None
 ) -> OpenShard:
-    """Opens shards whose weights are kept in `directory`, of which all together take `limit_bytes` at most, and their
+    """Opens shards whose weights are kept in `directory`, of which all together take `limit_bytes` at most; and their
     KV on disk among `kv_files`, if there are any."""
     cache = ShardCache(directory, limit_bytes)
 

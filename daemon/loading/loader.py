@@ -81,6 +81,7 @@ class Loader:
             raise DaemonError(
                 "busy", f"{model.name} is answering, so it stays as it is", hint, retry_after_s=1.0
             )
+        _check_ranks(draft, config)
         self._check_room(model.name, model.checkpoint, draft, config)
         if draft is not None:
             with refusing(f"draft model {draft.name}"), open_checkpoint(draft) as small:
@@ -107,6 +108,7 @@ class Loader:
             self.stage = Stage(doing=doing, done=done, total=total, bytes_per_s=speed)
             progress(doing, done, total)
 
+        _check_ranks(draft, config)
         while True:
             return_freed()
             self.name = name
@@ -147,3 +149,12 @@ class Loader:
                 checkpoint, config, assembly.budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
             )
         require_plan(found, name)
+
+
+def _check_ranks(draft: Path | None, config: NodeConfig) -> None:
+    """Raises DaemonError if several ranks were asked for where there can be but one."""
+    if draft is not None and (config.ranks or 1) > 1:
+        said = (
+            f"`ranks={config.ranks}` was asked for, and a draft model: with one, a model runs on one machine"
+        )
+        raise DaemonError("unsupported", said, "leave one of them out")

@@ -50,13 +50,21 @@ class ChangeRow(Struct, frozen=True):
     tokens_per_s: float
 
 
+class Start(Struct, frozen=True):
+    """Seconds until a plan can begin: to read what it holds, and once before that to make its pack (0: needs none)."""
+
+    load_s: float
+    pack_s: float
+
+
 class Foresight(Struct, frozen=True):
-    """All plans for a model; `chosen` names the one to run, None if none fits. `changes`: what would meet the target,
-    the cheapest first, if one was given and is not met."""
+    """All plans for a model; `chosen` names the one to run, None if none fits, and `start` says when it can begin.
+    `changes`: what would meet the target, the cheapest first, if one was given and is not met."""
 
     chosen: str | None
     reason: str
     plans: list[PlanRow]
+    start: Start | None
     changes: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -96,7 +104,7 @@ def foresee(path: Path, profile: Profile, asked: Asked) -> Foresight:
         )
     usual = NodeConfig()
     wanted = asks(job, context, usual.chunk_tokens, usual.max_sequences, usual.max_guesses)
-    choices = Choices(asked.quant, asked.kv_type, context, asked.threads, asked.ranks)
+    choices = Choices(asked.kv_type, asked.threads, asked.ranks)
     found = solve(models, wanted, profile, job, choices)
     chosen = found.chosen
     met = chosen is not None and asked.target is not None and chosen.prediction.tokens_per_s >= asked.target
@@ -104,9 +112,9 @@ def foresee(path: Path, profile: Profile, asked: Asked) -> Foresight:
     if asked.target is not None:
         tried = [] if met else changes(models, wanted, profile, found, choices, asked.target)
         more = [ChangeRow(change.what, change.tokens_per_s) for change in tried]
-    return Foresight(
-        chosen.name if chosen else None, reason(found), [_row(it) for it in found.candidates], more
-    )
+    start = Start(chosen.prediction.load_s, chosen.prediction.pack_s) if chosen else None
+    rows = [_row(it) for it in found.candidates]
+    return Foresight(chosen.name if chosen else None, reason(found), rows, start, more)
 
 
 def _models(model: Described, quant: Quant | None, name: str) -> list[Weighed]:

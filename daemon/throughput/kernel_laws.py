@@ -6,9 +6,11 @@ on the threads that kernels are set to, so nothing else should compute meanwhile
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +30,8 @@ from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segment
 from shoal.kernels.huge_pages import Arena, mapped
 from shoal.partition.memory_layout import BAND_ROWS, KV_FORMATS, PAGE_TOKENS
 from shoal.partition.throughput.profile import AttentionLaw, RowsLaw
+
+log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 256)
 MANY_ROWS = 32  # from here on, computing counts, and less memory has to be passed
@@ -61,10 +65,10 @@ EXPERTS = 6  # in one call; with many rows …
 EXPERTS_OF_LONG = 2  # … so many
 
 
-def best_s(calls: Iterator[Callable[[], object]], seconds: float = CELL_S) -> float:
+def best_s(calls: Iterator[Callable[[], object]]) -> float:
     """The least of what calls took: whatever else runs only ever adds to it."""
     took: list[float] = []
-    until_s = time.perf_counter() + seconds
+    until_s = time.perf_counter() + CELL_S
     while len(took) < CALLS or time.perf_counter() < until_s:
         call = next(calls)
         began_s = time.perf_counter()
@@ -76,8 +80,8 @@ def best_s(calls: Iterator[Callable[[], object]], seconds: float = CELL_S) -> fl
 class Pool:
     """Memory that weights are cut from, place after place, round and round."""
 
-    def __init__(self, nbytes: int = POOL_BYTES) -> None:
-        self.memory = mapped(nbytes)
+    def __init__(self) -> None:
+        self.memory = mapped(POOL_BYTES)
         began_s = time.perf_counter()
         self.memory[:] = 0x11  # a number in every type; each page has to be there
         self.touch_bytes_per_s = len(self.memory) / (time.perf_counter() - began_s)
@@ -102,10 +106,21 @@ def call_s(home: ComputeHome) -> float:
 
 
 def rows_laws(
-    home: ComputeHome, pool: Pool, kinds: Sequence[WeightType], calls_s: float, done: Callable[[str], None]
+    home: ComputeHome,
+    pool: Pool,
+    kinds: Sequence[WeightType],
+    calls_s: float,
+    until_s: float,
+    done: Callable[[str], None],
 ) -> Iterator[RowsLaw]:
-    """A table for each type and size. `calls_s`: of each call is not the weights'."""
-    for kind in kinds:
+    """A table for each type and size, in their order. `calls_s`: of each call is not the weights'. No type is begun
+    when the monotonic clock shows `until_s`, except the first."""
+    for number, kind in enumerate(kinds):
+        if number and time.monotonic() > until_s:
+            log.warning(
+                "measuring takes too long, as something else computes: no tables for %s and others", kind.name
+            )
+            return
         for size in SIZES:
             done(f"{kind.name}, {size.name}")
             points = [_point(home, pool, kind, size, rows, calls_s) for rows in ROWS]
@@ -130,20 +145,19 @@ def _point(
         enter = Linears((pool.matrix(kind, wide, size.cols), pool.matrix(kind, wide, size.cols)))
         return FeedForward(enter, Linears((pool.matrix(kind, size.cols, wide),)), "silu")
 
-    def calls() -> Iterator[Callable[[], object]]:
-        while True:
-            if size.form == "linears":
-                yield partial(home.linears, x, Linears((pool.matrix(kind, high, size.cols),)))
-            elif size.form == "gated":
-                yield partial(home.feed_forward, x, gated())
-            else:
-                yield partial(home.experts, x, [gated() for _ in range(count)], routes, into)
+    def call() -> Callable[[], object]:
+        if size.form == "linears":
+            return partial(home.linears, x, Linears((pool.matrix(kind, high, size.cols),)))
+        if size.form == "gated":
+            return partial(home.feed_forward, x, gated())
+        return partial(home.experts, x, [gated() for _ in range(count)], routes, into)
 
     if size.form == "linears":
         one = kind.matrix_bytes(high, size.cols)
     else:
         one = (2 * kind.matrix_bytes(wide, size.cols) + kind.matrix_bytes(size.cols, wide)) // 3
-    seconds = best_s(calls())
+    # As in a model, the same calls come again and again: what is worked out at the first is known later.
+    seconds = best_s(cycle([call() for _ in range(max(1, len(pool.memory) // (matrices * one)))]))
     return max(0.05 * seconds, seconds - calls_s) / (matrices * one), float(one)
 
 

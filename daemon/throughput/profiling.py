@@ -1,7 +1,8 @@
 """Measures this machine for the throughput model, and keeps what it found.
 
 Takes half a minute of all processors, so nothing else should compute then. What was measured holds until hardware,
-kernels, threads or the disk change; how much memory is free is asked each time.
+kernels, threads or the disk change, or if others computed, until they do not; how much memory is free is asked each
+time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +37,8 @@ from .profile_files import parse_profile, profile_text
 
 log = logging.getLogger(__name__)
 
+FIRST = ("Q4_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16", "F32")  # of the types, as models come
+LIMIT_S = 45.0  # then no further type is begun
 FORM = 1  # of what is measured: a later one is measured anew
 LEAST_FILE_BYTES = 64 << 20  # a file to read from
 
@@ -44,6 +48,7 @@ class _KeptProfile(Struct, frozen=True):
 
     key: str
     profile: msgspec.Raw
+    disturbed: bool = False  # others computed meanwhile: to be measured again when they do not
 
 
 def machine_profile(
@@ -59,14 +64,14 @@ def machine_profile(
     """The profile of this machine on so many threads, with the disk that `place` lies on: measured, or from the file
     `kept` if it is still true. `anew`: measured in any case; `only_kept`: None if it would have to be measured.
     memory_bytes: what Shoal may use; None is what leaves the machine usable. Raises DaemonError."""
-    key = _key(threads, place)
-    found = None if anew or kept is None else _read(kept, key)
+    key, disturbed = _key(threads, place), others_compute(threads)
+    found = None if anew or kept is None else _read(kept, key, disturbed or only_kept)
     if found is None:
         if only_kept:
             return None
         found = measure(threads, place, progress)
         if kept is not None:
-            _write(kept, key, found)
+            _write(kept, key, found, disturbed)
     memory = memory_bytes if memory_bytes is not None else budget_of(None).limit_bytes
     head = replace(found.head, memory_bytes=float(memory))
     return replace(found, devices=(head, *found.devices[1:]))
@@ -78,6 +83,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
         raise DaemonError(
             "resources", "measuring takes up to 1 GB of memory, and less is free", "end something else"
         )
+    began_s = time.monotonic()
     steps = len(WEIGHT_TYPES) * len(SIZES) + 4 + len(READS) + 3
     at = 0
 
@@ -92,16 +98,20 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     done("fixed costs")
     fixed, each_s = overheads(), call_s(home)
     pool = Pool()
-    laws = tuple(rows_laws(home, pool, WEIGHT_TYPES, each_s, done))
     attention = tuple(attention_laws(home, done))
+    reads, write, both = _disk(place, pool, home, done)
+    kinds = sorted(
+        WEIGHT_TYPES, key=lambda kind: FIRST.index(kind.name) if kind.name in FIRST else len(FIRST)
+    )
+    laws = tuple(rows_laws(home, pool, kinds, each_s, began_s + LIMIT_S, done))
     q4_k = next(kind for kind in WEIGHT_TYPES if kind.name == "Q4_K")
-    fastest = max(1 / law.byte_s[0] for law in laws if law.nbytes > 4 << 20)
+    largest = max(law.nbytes for law in laws)
+    fastest = max(1 / law.byte_s[0] for law in laws if law.nbytes > largest / 4)
     flops = max(
         2 / law.byte_s[-1] * law.rows[-1] * q4_k.block_weights / q4_k.block_bytes
         for law in laws
         if law.kind == "Q4_K"
     )
-    reads, write, both = _disk(place, pool, home, done)
     device = Device(
         name=platform.node() or "this machine",
         memory_bytes=float(available_bytes()),
@@ -161,20 +171,29 @@ def _key(threads: int, place: Path) -> str:
     return f"{FORM} | {kernels_key()} | {os.cpu_count()} | {threads} | {nearest.stat().st_dev}"
 
 
-def _read(kept: Path, key: str) -> Profile | None:
+def others_compute(threads: int) -> bool:
+    """Whether other programs have lately computed so much that measuring would say too little."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > threads / 2
+
+
+def _read(kept: Path, key: str, also_disturbed: bool) -> Profile | None:
     try:
         found = msgspec.json.decode(kept.read_bytes(), type=_KeptProfile)
-        return parse_profile(bytes(found.profile), str(kept)) if found.key == key else None
+        if found.key != key or (found.disturbed and not also_disturbed):
+            return None
+        return parse_profile(bytes(found.profile), str(kept))
     except (OSError, msgspec.MsgspecError, DaemonError):
         return None
 
 
-def _write(kept: Path, key: str, profile: Profile) -> None:
+def _write(kept: Path, key: str, profile: Profile, disturbed: bool) -> None:
     """What cannot be kept is measured again."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         fresh = kept.with_name(kept.name + ".new")
-        fresh.write_bytes(msgspec.json.encode(_KeptProfile(key, msgspec.Raw(profile_text(profile)))))
+        fresh.write_bytes(
+            msgspec.json.encode(_KeptProfile(key, msgspec.Raw(profile_text(profile)), disturbed))
+        )
         fresh.replace(kept)
     except OSError as error:
         log.warning("%s cannot be written: %s", kept, error)

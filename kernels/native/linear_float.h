@@ -91,8 +91,11 @@ constexpr int64_t STRIDE = FLOAT_CHUNK + LANES;
 // Adds to the running sums of four widened rows and T tokens, which are zero at first.
 template <int T>
 void multiply_floats(const float* w, const float* const* x, int64_t cols, bool first, Sums* sums) {
-    vf acc[T][ROWS] = {};
-    if (!first) memcpy(acc, sums, sizeof acc);
+    vf acc[T][ROWS];  // copied one by one: what is copied at once goes through memory, slowly
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+        for (int r = 0; r < ROWS; r++) acc[t][r] = first ? vf{} : sums[t].rows[r];
+    }
     for (int64_t k = 0; k < cols; k += LANES) {
         vf v[ROWS];
         for (int r = 0; r < ROWS; r++) v[r] = load(w + r * STRIDE + k);
@@ -102,7 +105,10 @@ void multiply_floats(const float* w, const float* const* x, int64_t cols, bool f
             for (int r = 0; r < ROWS; r++) acc[t][r] = fma(v[r], in, acc[t][r]);
         }
     }
-    memcpy(sums, acc, sizeof acc);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+        for (int r = 0; r < ROWS; r++) sums[t].rows[r] = acc[t][r];
+    }
 }
 
 using MultiplyFloats = void (*)(const float*, const float* const*, int64_t, bool, Sums*);

@@ -43,10 +43,14 @@ INLINE void store_rows(float* y, vf v, int64_t rows) {
 
 constexpr int AHEAD = PARTS == 1 ? 4096 : 8192;  // weights are fetched this many bytes ahead
 
-// Sums of a run that grow side by side, so that one token does not wait for each product. AVX2 adds in one step, and
-// need not.
+// Sums of a run that grow side by side, so that one token does not wait for each product, where one instruction
+// multiplies and adds.
 template <int T>
-constexpr int CHAINS = T == 1 && LANES != 8 ? 2 : 1;
+#if defined(__AVX512F__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr int CHAINS = T == 1 ? 2 : 1;
+#else
+constexpr int CHAINS = 1;
+#endif
 
 // A band and T tokens.
 template <class W, int T>

@@ -2,9 +2,10 @@
 //
 // Weights are unpacked to bytes q from 0 to 255, four columns in a lane, and mean q - OFFSET. There are two schemes.
 // Words multiply two columns at a time. Planes multiply four, on machines that multiply bytes, and split each input
-// into 256 * high + low. A vector of weights makes HALVES operands; `arrange` orders inputs as `mac` reads them, eight
-// bytes for every four columns; `start` is the first value of a sum over columns, from the known sum of their inputs.
-// Both schemes give the same numbers.
+// into 256 * high + low. AVX2 multiplies bytes, too, but adds up the products in 16 bits, which only types of small q
+// have room in. A vector of weights makes HALVES operands; `arrange` orders inputs as `mac` reads them, eight bytes for
+// every four columns; `start` is the first value of a sum over columns, from the known sum of their inputs. Both schemes
+// give the same numbers.
 #pragma once
 #include <type_traits>
 
@@ -22,10 +23,6 @@ INLINE vi dot_words(vi sum, vw a, vw b) {
     return done(sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b));
 #elif defined(__SSE2__)
     return done(sum + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b));
-#elif defined(__ARM_NEON)
-    const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
-    const int32x4_t first = vmull_s16(vget_low_s16(x), vget_low_s16(y));
-    return done(sum + (vi)vpaddq_s32(first, vmull_high_s16(x, y)));
 #else
     return sum + ((vi)a << 16 >> 16) * ((vi)b << 16 >> 16) + ((vi)a >> 16) * ((vi)b >> 16);
 #endif
@@ -34,13 +31,30 @@ INLINE vi dot_words(vi sum, vw a, vw b) {
 struct Words {
     static constexpr int HALVES = 2;  // even and odd columns
     typedef vw Half;
-    typedef vi Sum;
 
     template <int OFFSET>
     static INLINE void halve(vb q, Half* out) {
         out[0] = (vw)((vuw)q & 255);
         out[1] = (vw)((vuw)q >> 8);
     }
+
+#if defined(__ARM_NEON)
+    struct Sum {
+        vi first, second;  // of two rows each, with two numbers for a row
+    };
+    template <int OFFSET>
+    static INLINE Sum start(int32_t sum) {
+        const vi one = {-OFFSET * sum, 0, -OFFSET * sum, 0};
+        return {one, one};
+    }
+    static INLINE Sum mac(const Sum& sum, Half w, const char* x, int half) {
+        const int16x8_t a = (int16x8_t)w, b = (int16x8_t)(vi{} + read<int32_t>(x + 4 * half));
+        return {(vi)vmlal_s16((int32x4_t)sum.first, vget_low_s16(a), vget_low_s16(b)),
+                (vi)vmlal_high_s16((int32x4_t)sum.second, a, b)};
+    }
+    static INLINE vi total(const Sum& sum) { return (vi)vpaddq_s32((int32x4_t)sum.first, (int32x4_t)sum.second); }
+#else
+    typedef vi Sum;
     template <int OFFSET>
     static INLINE Sum start(int32_t sum) {
         return vi{} - OFFSET * sum;
@@ -49,6 +63,7 @@ struct Words {
         return dot_words(sum, w, (vw)(vi{} + read<int32_t>(x + 4 * half)));
     }
     static INLINE vi total(Sum sum) { return sum; }
+#endif
 
     static INLINE void arrange(vi x, char* out) {
         typedef int16_t words __attribute__((vector_size(LANES * 2)));
@@ -102,7 +117,7 @@ struct Planes {
     static INLINE vi total(const Sum& sum) { return (sum.high << 8) + sum.low; }
 #else
     struct Sum {
-        vw high, low;  // of two columns each
+        vw high, low;  // in words of 16 bits, for two columns each
         vi first;
     };
     template <int OFFSET>
@@ -139,9 +154,8 @@ typedef Words Planes;
 
 #endif
 
-// Few: for few tokens, which use the stored bytes. Many: for many, which use unpacked ones. Where a machine has both,
-// planes unpack faster and words add up faster. TOP is the largest byte, QUADS how many times four columns are added up
-// in one sum.
+// The schemes for few tokens, which use the stored bytes, and for many, which use unpacked ones. Where a machine has
+// both, planes unpack faster and words add up faster. TOP is the largest q of a type; a sum has four columns QUADS times.
 #if defined(__ARM_FEATURE_DOTPROD)
 template <int TOP, int QUADS>
 using Few = Planes;
@@ -152,7 +166,7 @@ using Few = Planes;
 using Many = Words;
 #elif defined(__AVX2__) && !defined(__AVX512F__)
 template <int TOP, int QUADS>
-using Few = std::conditional_t<(2 * TOP * 128 * QUADS < 1 << 15), Planes, Words>;  // else sums overflow
+using Few = std::conditional_t<(2 * TOP * 128 * QUADS < 1 << 15), Planes, Words>;
 using Many = Words;
 #else
 template <int TOP, int QUADS>

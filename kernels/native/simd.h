@@ -49,8 +49,6 @@ template <class V>
 INLINE V done(V v) {
 #if defined(__SSE2__)
     asm("" : "+x"(v));
-#elif defined(__ARM_NEON)
-    asm("" : "+w"(v));
 #endif
     return v;
 }

@@ -33,11 +33,10 @@ USUAL: Mapping[str, float] = {"": 1.0}
 
 
 class Choices(NamedTuple):
-    """What somebody insists on; None and () leave it open. Each fixes that choice and no other."""
+    """What somebody insists on; None leaves it open. Each fixes that choice and no other. Bits are fixed by giving one
+    model only, the context by what is `wanted`."""
 
-    quant: str | None = None
     kv_type: str | None = None
-    context_tokens: int | None = None
     threads: int | None = None
     ranks: int | None = None
 

@@ -149,7 +149,7 @@ def resident(part: CheckpointShard, base: Plan) -> tuple[Plan, BlockStore]:
 class Group:
     """A checkpoint divided among ranks. `base` has everything else of their plans; `how` says how it is divided.
     `homes`: where each rank computes, by default all in the home of this process. `opened`: where its weights come
-    from."""
+    from. `member`: how a rank meets the others."""
 
     def __init__(
         self,
@@ -159,13 +159,14 @@ class Group:
         shares: Sequence[float] = (),
         homes: Sequence[ComputeHome] = (),
         opened: Opened = resident,
+        member: Callable[[Together, int], Member] | None = None,
         **how: Any,
     ) -> None:
         self._opened = opened
         self._homes = homes
         self._stores: list[BlockStore] = []
         self._together = Together(ranks)
-        self.members = [Member(self._together, rank) for rank in range(ranks)]
+        self.members = [(member or Member)(self._together, rank) for rank in range(ranks)]
         shards = divide(checkpoint.spec, ranks, grains_of(checkpoint, "keep"), shares, **how)
         self.ranks = [
             self._rank(CheckpointShard(checkpoint, shard), shard, base, member, checkpoint.spec)

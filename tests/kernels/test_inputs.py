@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from fakes.homes import HOMES, TRUTH, assert_close, linear, ones, randn, zeros
+from fakes.homes import HOMES, TRUTH, assert_close, linear, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs.random_weights import random_matrix
@@ -76,16 +76,21 @@ def test_halves_round_to_even(home: str) -> None:
 
 @each_type
 def test_extreme_weights_do_not_overflow(home: str, kind: WeightType) -> None:
-    """All bytes are 255 or 0 and every input is the largest: sums stay whole and exact."""
+    """All bytes are 255 or 0, and all inputs those with the largest high or low byte: sums stay whole and exact."""
     for byte in (0, 255):
         stored = np.full((3, kind.row_bytes(512)), byte, np.uint8)
         blocks = stored.reshape(-1, kind.block_bytes)
         for at in kind.halves:
             blocks[:, at : at + 2] = np.array([0.5], np.float16).view(np.uint8)
         w = kernels.from_stored(kind, 3, 512, stored)
-        x = ones(9, 512)
-        truth = np.broadcast_to(TRUTH.dequantize(w).astype(float).sum(1), (9, 3))
-        assert_close(linear(x, w).astype(float), truth, rtol=1e-6, atol=1e-6)
+        full = TRUTH.dequantize(w).astype(float)
+        for value in (MOST, -MOST, MOST - 255, 255 - MOST):  # a low byte is 127, -127 or -128
+            x = np.full((9, 512), value, np.float32)
+            x[:, ::32] = MOST
+            magnitude = MOST * np.abs(full).sum(1)
+            for tokens in (1, 2, 9):
+                lost = np.abs(linear(x[:tokens], w) - x[:tokens].astype(float) @ full.T)
+                assert (lost <= 1e-5 * magnitude).all()  # an overflow loses far more
 
 
 @each_type

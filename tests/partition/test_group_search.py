@@ -36,7 +36,8 @@ Pairs = dict[tuple[int, int], LinkSpeed]
 
 
 def chosen(spec: ModelSpec, machines: list[Machine], links: Pairs, **more: Any) -> Choice:
-    found = choose(wanted(spec), block_bytes(spec), machines, links, **more)
+    """By a star, unless it is said otherwise."""
+    found = choose(wanted(spec), block_bytes(spec), machines, links, **{"topologies": ("star",), **more})
     assert isinstance(found, Choice), found
     return found
 

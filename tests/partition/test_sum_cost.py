@@ -84,3 +84,26 @@ def test_a_faster_link_and_fewer_rows_never_take_longer(
     assert network(ranks, LinkSpeed(latency_s / faster, bytes_per_s)).sum_s(means, rows, HIDDEN) <= now
     assert network(ranks, LinkSpeed(latency_s, bytes_per_s * faster)).sum_s(means, rows, HIDDEN) <= now
     assert network(ranks, LinkSpeed(latency_s, bytes_per_s)).sum_s(means, rows + 1, HIDDEN) >= now
+
+
+def test_sums_of_many_rows_are_made_in_another_way_from_some_number_on() -> None:
+    """The first power of two at which the way of prompts is no slower; where not all reach each other, the hub adds."""
+    means = [Means(topology, "f32") for topology in ("exchange", "sliced", "star")]
+    four = network(4)
+    found = four.plan(means, 256, HIDDEN)
+    assert found is not None
+    assert (found.few.topology, found.many.topology) == ("exchange", "sliced")
+    assert 1 < found.many_rows < 256
+    for rows in (1, 4, 16, 64, 256):
+        used = found.many if rows >= found.many_rows else found.few
+        assert four.sum_s(used, rows, HIDDEN) <= 1.5 * min(four.sum_s(it, rows, HIDDEN) for it in means)
+    known = {pair: link for pair, link in all_linked(4, CABLE).items() if 0 in pair}
+    apart = Network([machine(str(rank)) for rank in range(4)], known, range(4)).plan(means, 256, HIDDEN)
+    assert apart is not None
+    assert (apart.few.topology, apart.many.topology) == ("star", "star")
+
+
+def test_two_ranks_need_no_further_link_to_exchange() -> None:
+    found = network(2).plan([Means("exchange", "f32"), Means("star", "f32")], 256, HIDDEN)
+    assert found is not None
+    assert found.few.topology == "exchange"

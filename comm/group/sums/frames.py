@@ -1,4 +1,4 @@
-"""Frames of the data channel between rank 0 and another rank: a header of fixed size, then bytes.
+"""Frames of the data channel between two ranks: a header of fixed size, then bytes.
 
     kind      what it is (`FrameKind`)
     epoch     which grouping of machines it belongs to; a frame of another epoch is never used
@@ -24,10 +24,12 @@ WRAP = 1 << 32
 class FrameKind(IntEnum):
     ORDER = 1  # rank 0 → others: an order begins
     ROWS = 2  # rank 0 → others: rows that only rank 0 had
-    PART = 3  # others → rank 0: a partial sum, or columns
+    PART = 3  # a partial sum, or columns; or, where sums are sliced, the sum of some rows
     SUM = 4  # rank 0 → others: the sum of all parts
     GIVE_UP = 5  # rank 0 → others: nobody goes on with this order
-    FAILED = 6  # others → rank 0: this rank cannot go on with it, and why
+    FAILED = 6  # others → all: this rank cannot go on with it, and why
+    CUT_OFF = 7  # others → rank 0: this rank hears nothing of the one whose number is the place, and why
+    MANNERS = 8  # rank 0 → others: how sums are made from now on
 
 
 class Header(NamedTuple):

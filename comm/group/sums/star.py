@@ -1,68 +1,30 @@
-"""A star: rank 0, the hub, exchanges frames with every other rank, a spoke each; spokes do not talk to each other.
+"""The ranks of a group: rank 0, the hub, has a stream to every other rank, a spoke each; spokes may have some, too.
 
-A sum is one round trip. Every spoke sends its partial; the hub adds them to its own in the order of ranks and sends the
-sum to all, so that all have the same bits. Orders and giving them up travel on the same channels. The hub alone begins
-and ends an order. A spoke that fails says so in place of a partial.
+Orders and giving them up travel in a star. The hub alone begins and ends an order. A rank that fails says so to all.
+Sums are made as `Manners` say, which the hub decides: in a star, where the hub adds and sends the sum to all; by
+exchange, where each rank adds the parts of all; or sliced, where each adds some of the rows. In any case parts are
+added in the order of ranks, and all ranks get the same bits.
 
 Knows arrays of f32 and frames; not what is computed, nor who is at the other end. One thread uses a hub or a spoke.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..errors import ChannelError, ChannelTimeout
-from .frames import HEADER, MAX_ORDER_BYTES, MAX_REASON_BYTES, WRAP, FrameKind, Header
+from .framed import Framed, FrameStream
+from .frames import MAX_REASON_BYTES, WRAP, FrameKind, Header
+from .manners import MANNERS_BYTES, Manner, Manners
+from .one_swap import RankFrames
 from .part_waits import PartWaits
-from .star_errors import Departed, GivenUp
+from .star_errors import Departed
+from .swapping import Swapper
 from .wire_types import F32Rows, Octets, WireType, decode, encode, wire_bytes
 
-
-class FrameStream(Protocol):
-    """A connection to one other rank. Both calls raise ChannelError when it ends or takes too long."""
-
-    def send(self, *buffers: memoryview | bytes | bytearray) -> None:
-        """One message: all buffers, one behind the other."""
-        ...
-
-    def receive_into(self, view: memoryview, timeout_s: float) -> None:
-        """Fills the whole of `view`."""
-        ...
-
-
-class Framed:
-    """Framed over one stream, with memory that is used again and again."""
-
-    def __init__(self, stream: FrameStream, epoch: int) -> None:
-        self._stream = stream
-        self.epoch = epoch
-        self._head = bytearray(HEADER.size)
-
-    def send(self, kind: FrameKind, number: int, place: int, payload: Octets | bytes = b"") -> None:
-        data = memoryview(payload.data if isinstance(payload, np.ndarray) else payload).cast("B")
-        header = Header(kind, self.epoch, number, place, data.nbytes)
-        self._stream.send(header.packed(), data)
-
-    def receive(self, timeout_s: float) -> Header:
-        self._stream.receive_into(memoryview(self._head), timeout_s)
-        return Header.of(self._head)
-
-    def payload(self, into: Octets, timeout_s: float) -> None:
-        self._stream.receive_into(into.data, timeout_s)
-
-    def skip(self, nbytes: int, most: int, timeout_s: float) -> None:
-        """Passes over a payload of at most `most` bytes."""
-        if nbytes > most:
-            raise ChannelError(f"a frame of {nbytes} bytes: at most {most} were to come")
-        room = np.empty(min(nbytes, 1 << 20), np.uint8)
-        while nbytes:
-            part = room[: min(nbytes, len(room))]
-            self.payload(part, timeout_s)
-            nbytes -= len(part)
+MAX_COLUMNS = 1 << 22
 
 
 class _Room:
@@ -77,7 +39,106 @@ class _Room:
         return self._bytes[:nbytes]
 
 
-class Hub:
+class _Adder:
+    """What hub and spokes have in common: their place in an order, and sums to which all contribute alike."""
+
+    def __init__(self, swapper: Swapper, ranks: int, wire: WireType) -> None:
+        self._swapper = swapper
+        self._ranks = ranks
+        self._number = 0
+        self._place = 0
+        self._rooms = [_Room() for _ in range(ranks)]  # for the parts of each rank, this one's too
+        self.manners = Manners(Manner("star", wire), Manner("star", wire))
+
+    def allreduce(self, partial: F32Rows) -> F32Rows:
+        """The sum (T, n) of all partials. Raises Departed, and GivenUp at a spoke."""
+        topology, wire = self.manners.of(partial.shape)
+        if topology == "star":
+            return self._star(partial, wire)
+        return self._exchange(partial, wire) if topology == "exchange" else self._sliced(partial, wire)
+
+    def _star(self, partial: F32Rows, wire: WireType) -> F32Rows:
+        raise NotImplementedError
+
+    def _foresee(self, shape: tuple[int, int]) -> None:
+        """Others may bring partials of as many numbers before this rank does, and the order be given up until then."""
+        self._swapper.largest = max(self._swapper.largest, 4 * shape[0] * shape[1])
+
+    def _swap(self, out: RankFrames, into: RankFrames) -> None:
+        """The next exchange of this order."""
+        self._swapped(out, into)
+        self._place += 1
+
+    def _swapped(self, out: RankFrames, into: RankFrames) -> None:
+        self._swapper.swap(self._number, self._place, out, into)
+
+    def _exchange(self, partial: F32Rows, wire: WireType) -> F32Rows:
+        """Parts go to everybody, and everybody adds all of them: its own, too, as the wire rounded it."""
+        own = self._swapper.rank
+        parts = [room.take(wire_bytes(wire, partial.shape)) for room in self._rooms]
+        encode(wire, partial, parts[own])
+        others = [rank for rank in range(self._ranks) if rank != own]
+        self._swap(
+            dict.fromkeys(others, (FrameKind.PART, parts[own])),
+            {rank: (FrameKind.PART, parts[rank]) for rank in others},
+        )
+        total = np.empty(partial.shape, np.float32)
+        decode(wire, parts[0], total)
+        for part in parts[1:]:
+            _add(wire, part, total)
+        return total
+
+    def _sliced(self, partial: F32Rows, wire: WireType) -> F32Rows:
+        """Each rank gets all parts of some of the rows, adds them, and sends their sum to everybody."""
+        own, rows = self._swapper.rank, len(partial)
+        slices = [
+            slice(rows * rank // self._ranks, rows * (rank + 1) // self._ranks) for rank in range(self._ranks)
+        ]
+        sizes = [wire_bytes(wire, partial[it].shape) for it in slices]
+        others = [rank for rank in range(self._ranks) if rank != own]
+        parts = [room.take(size) for room, size in zip(self._rooms, sizes, strict=True)]
+        for rank in others:
+            if sizes[rank]:
+                encode(wire, partial[slices[rank]], parts[rank])
+        theirs = np.empty((self._ranks, sizes[own]), np.uint8)
+        self._swap(
+            {rank: (FrameKind.PART, parts[rank]) for rank in others if sizes[rank]},
+            {rank: (FrameKind.PART, theirs[rank]) for rank in others if sizes[own]},
+        )
+        total = np.empty(partial.shape, np.float32)
+        if sizes[own]:
+            mine = total[slices[own]]
+            if own:
+                decode(wire, theirs[0], mine)
+            else:
+                mine[...] = partial[slices[own]]
+            for rank in range(1, self._ranks):
+                if rank == own:
+                    mine += partial[slices[own]]
+                else:
+                    _add(wire, theirs[rank], mine)
+            encode(wire, mine, parts[own])
+        self._swap(
+            {rank: (FrameKind.PART, parts[own]) for rank in others if sizes[own]},
+            {rank: (FrameKind.PART, parts[rank]) for rank in others if sizes[rank]},
+        )
+        for rank in others if wire == "f32" else range(self._ranks):
+            if sizes[rank]:
+                decode(wire, parts[rank], total[slices[rank]])
+        return total
+
+
+def _add(wire: WireType, data: Octets, total: F32Rows) -> None:
+    """Adds what `encode` wrote to total (T, n)."""
+    if wire == "f32":
+        total += data.view(np.float32).reshape(total.shape)
+        return
+    part = np.empty(total.shape, np.float32)
+    decode(wire, data, part)
+    total += part
+
+
+class Hub(_Adder):
     """Rank 0's side. `streams` lead to ranks 1, 2, …; a rank that does not answer within `patience_s` has departed.
 
     Raises Departed, with the rank, when a spoke failed or its stream ended; the hub can be used no more after that.
@@ -86,16 +147,21 @@ class Hub:
     def __init__(
         self, streams: Sequence[FrameStream], epoch: int, wire: WireType = "f32", patience_s: float = 60.0
     ) -> None:
-        self._spokes = [Framed(stream, epoch) for stream in streams]
         self.waits = [PartWaits() for _ in streams]  # for parts of ranks 1, 2, …, in this order
-        self._wire = wire
-        self._patience_s = patience_s
-        self._number = 0
-        self._place = 0
+        links = {rank: Framed(stream, epoch) for rank, stream in enumerate(streams, 1)}
+        super().__init__(Swapper(0, links, epoch, patience_s, heard=self._heard), len(streams) + 1, wire)
+        self.unheard: dict[int, int] = {}  # ranks that another one does not hear, and which
         self._open = False
-        self.awaited: dict[int, float] = {}  # ranks that this one waits for just now, and since when
-        self._largest = MAX_REASON_BYTES  # payload that may still come of an order that was given up
-        self._room = _Room()
+
+    def decide(self, manners: Manners) -> None:
+        """How sums are made from now on. Spokes must have streams to each other if they are to exchange parts."""
+        self._tell(FrameKind.MANNERS, manners.packed())
+        self.manners = manners
+
+    @property
+    def awaited(self) -> dict[int, float]:
+        """Ranks that this one waits for just now, and since when (`time.monotonic`)."""
+        return self._swapper.awaited
 
     def begin(self, order: bytes) -> None:
         """Hands an order to all others."""
@@ -110,187 +176,148 @@ class Hub:
 
     def give_up(self) -> None:
         """Nobody goes on with the order. Does nothing if none is under way; a spoke that departed is found later."""
-        if not self._open:
-            return
-        self._open = False
-        for rank, spoke in enumerate(self._spokes, 1):
-            self.awaited = {rank: time.monotonic()}
-            try:
-                spoke.send(FrameKind.GIVE_UP, self._number, self._place)
-            except (OSError, ChannelError):
-                continue
-        self.awaited = {}
+        if self._open:
+            self._open = False
+            self._swapper.tell(self._number, self._place, FrameKind.GIVE_UP)
 
     def broadcast(self, rows: F32Rows | None, shape: tuple[int, int]) -> F32Rows:
         """Rows (T, n) that only this rank has; all get the same bits, exactly."""
         assert rows is not None
-        # The others may bring partials of as many numbers before this rank does, and it may give up until then.
-        self._largest = max(self._largest, 4 * shape[0] * shape[1])
+        self._foresee(shape)
         self._tell(FrameKind.ROWS, np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
         self._place += 1
         return rows
 
-    def allreduce(self, partial: F32Rows) -> F32Rows:
-        """The sum (T, n) of all partials, as the wire rounds it."""
+    def _star(self, partial: F32Rows, wire: WireType) -> F32Rows:
         shape = partial.shape
-        nbytes = wire_bytes(self._wire, shape)
+        nbytes = wire_bytes(wire, shape)
         total = partial.astype(np.float32, copy=True)
-        theirs = np.empty(shape, np.float32)
-        for rank, spoke in enumerate(self._spokes, 1):
-            decode(self._wire, self._part(rank, spoke, nbytes), theirs)
-            total += theirs
-        data = self._room.take(nbytes)
-        encode(self._wire, total, data)
+        for rank in range(1, self._ranks):
+            data = self._rooms[rank].take(nbytes)
+            self._swapped({}, {rank: (FrameKind.PART, data)})
+            _add(wire, data, total)
+        data = self._rooms[0].take(nbytes)
+        encode(wire, total, data)
         self._tell(FrameKind.SUM, data)
         self._place += 1
-        if self._wire != "f32":
-            decode(self._wire, data, total)
+        if wire != "f32":
+            decode(wire, data, total)
         return total
 
     def gather(self, columns: F32Rows) -> F32Rows:
         """Columns (R, n) of all ranks side by side. Every rank has its own number of them, which it says."""
-        brought = [columns]
-        for rank, spoke in enumerate(self._spokes, 1):
-            data = self._part(rank, spoke, None, row_bytes=4 * len(columns))
-            brought.append(data.copy().view(np.float32).reshape(len(columns), -1))
-        self._place += 1
+        rows, brought = len(columns), [columns]
+        widths = {rank: np.empty(1, np.uint32) for rank in range(1, self._ranks)}
+        self._swap({}, {rank: (FrameKind.PART, it.view(np.uint8)) for rank, it in widths.items()})
+        for rank, (width,) in widths.items():
+            if width > MAX_COLUMNS:
+                raise Departed(rank, f"{width} columns: at most {MAX_COLUMNS} were to come")
+            brought.append(np.empty((rows, int(width)), np.float32))
+        self._swap({}, {rank: (FrameKind.PART, brought[rank].reshape(-1).view(np.uint8)) for rank in widths})
         return np.concatenate(brought, axis=1)
 
     def _tell(self, kind: FrameKind, payload: Octets | bytes) -> None:
-        for rank, spoke in enumerate(self._spokes, 1):
-            self.awaited = {rank: time.monotonic()}
-            try:
-                spoke.send(kind, self._number, self._place, payload)
-            except (OSError, ChannelError) as error:
-                raise Departed(rank, str(error)) from error
-        self.awaited = {}
+        data = np.frombuffer(payload, np.uint8) if isinstance(payload, bytes) else payload
+        frames = dict.fromkeys(range(1, self._ranks), (kind, data))
+        self._swapped(frames, {})
 
-    def _part(self, rank: int, spoke: Framed, nbytes: int | None, row_bytes: int = 0) -> Octets:
-        """The payload of a spoke's next frame of this order; what is left of older orders is passed over."""
-        began_s = time.perf_counter()
-        ends_s = 0.0  # once something of an older order came
-        self.awaited = {rank: time.monotonic()}
+    def _swapped(self, frames: RankFrames, into: RankFrames) -> None:
+        """One exchange, at the same place as before."""
         try:
-            while True:
-                header = spoke.receive(self._patience_s)
-                if header.epoch != spoke.epoch:
-                    raise ChannelError(f"epoch {header.epoch} came, this is {spoke.epoch}")
-                if header.kind not in (FrameKind.PART, FrameKind.FAILED):
-                    raise ChannelError(f"a frame {header}: a part was to come")
-                current = (header.epoch, header.number) == (spoke.epoch, self._number)
-                if header.kind == FrameKind.FAILED and current:
-                    why = self._room.take(min(header.nbytes, MAX_REASON_BYTES))
-                    spoke.payload(why, self._patience_s)
-                    raise Departed(rank, why.tobytes().decode("utf-8", "replace"), failed=True)
-                if not current:
-                    ends_s = ends_s or time.monotonic() + self._patience_s
-                    if time.monotonic() > ends_s:
-                        raise ChannelError(f"only parts of older orders came for {self._patience_s:.0f} s")
-                    spoke.skip(header.nbytes, self._largest, self._patience_s)
-                    continue
-                if header.place != self._place:
-                    raise ChannelError(f"exchange {header.place} came, {self._place} was to come")
-                if nbytes is None:
-                    if row_bytes and (header.nbytes % row_bytes or header.nbytes > row_bytes * MAX_COLUMNS):
-                        raise ChannelError(f"columns of {header.nbytes} bytes in rows of {row_bytes}")
-                    nbytes = header.nbytes
-                elif header.nbytes != nbytes:
-                    raise ChannelError(f"a part of {header.nbytes} bytes: {nbytes} were to come")
-                self._largest = max(self._largest, nbytes)
-                data = self._room.take(nbytes)
-                spoke.payload(data, self._patience_s)
-                self.waits[rank - 1].note(time.perf_counter() - began_s, nbytes)
-                self.awaited = {}
-                return data
-        except (OSError, ChannelError) as error:
-            raise Departed(rank, str(error)) from error
+            self._swapper.swap(self._number, self._place, frames, into)
+        except Departed as error:
+            if error.unheard_by:
+                self.unheard[error.rank] = error.unheard_by
+            raise
+
+    def _heard(self, rank: int, seconds: float, nbytes: int) -> None:
+        self.waits[rank - 1].note(seconds, nbytes)
 
 
-MAX_COLUMNS = 1 << 22
+class Spoke(_Adder):
+    """The side of rank `rank` of `ranks`. Raises GivenUp when the hub gives the order up, and Departed
+    when the hub is gone.
 
-
-class Spoke:
-    """Another rank's side. Raises GivenUp when the hub gives the order up, and Departed when the hub is gone."""
+    `fellows`: streams to other spokes, by rank; needed, and looked for, when the hub decides that parts are exchanged.
+    `most_bytes`: of one frame.
+    """
 
     def __init__(
-        self, stream: FrameStream, epoch: int, wire: WireType = "f32", patience_s: float = 600.0
+        self,
+        stream: FrameStream,
+        epoch: int,
+        wire: WireType = "f32",
+        patience_s: float = 600.0,
+        *,
+        rank: int = 1,
+        ranks: int = 2,
+        fellows: Mapping[int, FrameStream] = {},
+        most_bytes: int = 0,
     ) -> None:
-        self._hub = Framed(stream, epoch)
-        self._wire = wire
-        self._patience_s = patience_s
-        self._number = 0
-        self._place = 0
-        self._room = _Room()
+        links = {0: Framed(stream, epoch)}
+        super().__init__(Swapper(rank, links, epoch, patience_s, most_bytes), ranks, wire)
+        self._fellows = fellows
 
     def next(self) -> bytes:
         """Waits for the next order."""
         try:
             while True:
-                header = self._awaited()
-                if header.epoch != self._hub.epoch:
-                    raise ChannelError(f"epoch {header.epoch} came, this is {self._hub.epoch}")
+                header, payload = self._awaited()
                 if header.kind == FrameKind.GIVE_UP and not header.nbytes:
                     continue  # it came after this rank was done with the order
-                if header.kind != FrameKind.ORDER or header.nbytes > MAX_ORDER_BYTES:
+                if header.kind == FrameKind.MANNERS and header.nbytes == MANNERS_BYTES:
+                    self._follow(Manners.of_bytes(payload.tobytes()))
+                    continue
+                if header.kind != FrameKind.ORDER:
                     raise ChannelError(f"a frame {header}: an order was to come")
                 self._number, self._place = header.number, 0
-                data = np.empty(header.nbytes, np.uint8)
-                self._hub.payload(data, self._patience_s)
-                return data.tobytes()
+                return payload.tobytes()
         except (OSError, ChannelError) as error:
             raise Departed(0, str(error)) from error
 
-    def _awaited(self) -> Header:
-        """The next header, however long the hub has nothing to do."""
-        while True:
-            try:
-                return self._hub.receive(self._patience_s)
-            except ChannelTimeout:  # nothing has come; whether the hub is alive is somebody else's concern
-                continue
-
     def broadcast(self, rows: F32Rows | None, shape: tuple[int, int]) -> F32Rows:
         """The rows (T, n) of rank 0."""
+        self._foresee(shape)
         result = np.empty(shape, np.float32)
-        self._receive(FrameKind.ROWS, result.reshape(-1).view(np.uint8))
+        self._swap({}, {0: (FrameKind.ROWS, result.reshape(-1).view(np.uint8))})
         return result
-
-    def allreduce(self, partial: F32Rows) -> F32Rows:
-        """The sum (T, n) of all partials."""
-        nbytes = wire_bytes(self._wire, partial.shape)
-        data = self._room.take(nbytes)
-        encode(self._wire, partial, data)
-        self._send(FrameKind.PART, data)
-        self._receive(FrameKind.SUM, data)
-        total = np.empty(partial.shape, np.float32)
-        decode(self._wire, data, total)
-        return total
 
     def gather(self, columns: F32Rows) -> F32Rows:
         """Sends the columns (R, n). → (R, 0)"""
-        self._send(FrameKind.PART, np.ascontiguousarray(columns).reshape(-1).view(np.uint8))
-        self._place += 1
+        for part in (np.array([columns.shape[1]], np.uint32), np.ascontiguousarray(columns)):
+            self._swap({0: (FrameKind.PART, part.reshape(-1).view(np.uint8))}, {})
         return columns[:, :0]
 
     def fail(self, reason: str) -> None:
         """This rank cannot go on with the order."""
-        self._send(FrameKind.FAILED, reason.encode()[:MAX_REASON_BYTES])
+        self._swapper.tell(self._number, self._place, FrameKind.FAILED, reason.encode()[:MAX_REASON_BYTES])
 
-    def _send(self, kind: FrameKind, payload: Octets | bytes) -> None:
-        try:
-            self._hub.send(kind, self._number, self._place, payload)
-        except (OSError, ChannelError) as error:
-            raise Departed(0, str(error)) from error
+    def _star(self, partial: F32Rows, wire: WireType) -> F32Rows:
+        data = self._rooms[0].take(wire_bytes(wire, partial.shape))
+        into = self._rooms[1].take(len(data))
+        encode(wire, partial, data)
+        self._swap({0: (FrameKind.PART, data)}, {0: (FrameKind.SUM, into)})
+        total = np.empty(partial.shape, np.float32)
+        decode(wire, into, total)
+        return total
 
-    def _receive(self, kind: FrameKind, into: Octets) -> None:
-        """The payload of the hub's next frame, which must be this one."""
-        try:
-            header = self._hub.receive(self._patience_s)
-            due = Header(kind, self._hub.epoch, self._number, self._place, len(into))
-            if header == due._replace(kind=FrameKind.GIVE_UP, place=header.place, nbytes=0):
-                raise GivenUp
-            if header != due:
-                raise ChannelError(f"a frame {header}: {due} was to come")
-            self._hub.payload(into, self._patience_s)
-        except (OSError, ChannelError) as error:
-            raise Departed(0, str(error)) from error
-        self._place += 1
+    def _awaited(self) -> tuple[Header, Octets]:
+        """The next frame, however long the hub has nothing to do."""
+        while True:
+            try:
+                return self._swapper.next()
+            except ChannelTimeout:  # nothing has come; whether the hub is alive is somebody else's concern
+                continue
+
+    def _follow(self, manners: Manners) -> None:
+        links = self._swapper.links
+        if manners.among_all:
+            for rank in range(1, self._ranks):
+                if rank == self._swapper.rank or rank in links:
+                    continue
+                if (stream := self._fellows.get(rank)) is None:
+                    raise ChannelError(
+                        f"sums are to be exchanged with rank {rank}, to which there is no channel"
+                    )
+                links[rank] = Framed(stream, self._swapper.epoch)
+        self.manners = manners

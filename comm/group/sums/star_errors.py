@@ -11,13 +11,15 @@ from ..errors import GroupError
 
 
 class Departed(GroupError):
-    """A rank that the group cannot go on with. `failed`: it said so itself."""
+    """A rank that the group cannot go on with. `failed`: it said so itself. `unheard_by`: the rank that does not hear
+    it any more, though rank 0 may; 0 = none."""
 
-    def __init__(self, rank: int, reason: str, failed: bool = False) -> None:
+    def __init__(self, rank: int, reason: str, failed: bool = False, unheard_by: int = 0) -> None:
         super().__init__(f"rank {rank}: {reason}")
         self.rank = rank
         self.reason = reason
         self.failed = failed
+        self.unheard_by = unheard_by
 
 
 class GivenUp(GroupError):

@@ -63,12 +63,12 @@ class Introductions:
         self._lock = threading.Lock()
         self._listens: dict[int, Listens] = {}
         self._met: dict[int, Met] = {}
-        self._useful = len(members) > 1 and all(it.meets_fellows and it.certificate for it in members)
+        self.useful = len(members) > 1 and all(it.meets_fellows and it.certificate for it in members)
         self._ends_s = clock() + LISTENS_S
 
     def fellows(self, rank: int) -> list[Fellow]:
         """Whom the member that is `rank` is to let in."""
-        if not self._useful:
+        if not self.useful:
             return []
         others = [*enumerate(self._members, 1)]
         return [Fellow(rank=it, certificate=member.certificate) for it, member in others if it != rank]
@@ -97,7 +97,7 @@ class Introductions:
     @property
     def over(self) -> bool:
         """Whether no more is waited for."""
-        return not self._useful or len(self._met) == len(self._members) or self._clock() > self._ends_s
+        return not self.useful or len(self._met) == len(self._members) or self._clock() > self._ends_s
 
     @property
     def links(self) -> dict[tuple[int, int], LinkSpeed]:
@@ -115,7 +115,7 @@ class Introductions:
     @property
     def apart(self) -> list[str]:
         """Who does not reach whom, and why, for people. Once it is over."""
-        if not self._useful:
+        if not self.useful:
             return []
         links, said = self.links, []
         for high, member in enumerate(self._members, 1):

@@ -66,6 +66,9 @@ class WeightServer:
         self._quant: Quant = quant
         self._source = source or source_of(checkpoint)
         self._working = threading.BoundedSemaphore(default_threads())
+        self.trouble: DaemonError | None = (
+            None  # why it could not send: nothing that a worker can bring about
+        )
         if bounded:
             checkpoint.bypass_cache()
 
@@ -92,6 +95,8 @@ class WeightServer:
                 return serving.answer(question)
         except (DaemonError, CheckpointError, OffloadError) as error:
             failed = translated(error)
+            if failed.code == "corrupt":
+                self.trouble = failed
             return Refused(failed.code, str(failed)[:1000]), None
 
 

@@ -300,3 +300,32 @@ def test_a_link_local_address_is_kept_with_its_interface():
     assert _address(lambda: ("2001:db8::1", 7000, 0, 0)) == ("2001:db8::1", 7000)
     assert _address(lambda: ("10.0.0.1", 7000)) == ("10.0.0.1", 7000)
     assert _address(lambda: "") == ("", 0)
+
+
+def test_who_watches_gets_what_comes_at_any_time(ends) -> None:
+    """Before it looks, while it looks, and after it has gone to sleep; also when watching is of no use any more."""
+    near, far = ends
+    near.watch()
+    for number in range(40):
+        timer = threading.Timer(number % 4 * 0.0003, far.send, [bytes([number]) * 100])
+        timer.start()
+        assert near.receive_exactly(100, 5.0) == bytes([number]) * 100
+        timer.join()
+    for _ in range(30):
+        with pytest.raises(ChannelTimeout):
+            near.receive_exactly(1, 0.002)
+    far.send(b"x")
+    assert near.receive_exactly(1, 5.0) == b"x"
+
+
+def test_who_watches_hears_of_the_end(ends) -> None:
+    near, far = ends
+    near.watch()
+    for end in (far, near):  # the other side ends, then this one
+        timer = threading.Timer(0.05, end.close)
+        timer.start()
+        began_s = time.monotonic()
+        with pytest.raises(ChannelError):
+            near.receive_exactly(1, 5.0)
+        assert time.monotonic() - began_s < 2
+        timer.join()

@@ -13,6 +13,7 @@ from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
 from fakes.group.clusters import Cluster, wait_for
 
+from shoal.comm.group.sums.manners import Manners
 from shoal.comm.messages import Load, Unload
 from shoal.daemon.cluster.control_messages import Listens
 from shoal.daemon.cluster.group import Group
@@ -21,6 +22,7 @@ from shoal.daemon.cluster.mesh.fellows import Fellows
 from shoal.daemon.cluster.roster import ARRIVE_S, Roster
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
+from shoal.partition.sum_cost import Means, Network, SumPlan
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +55,33 @@ def test_three_machines_answer_as_one(two: Cluster, path: Path, alone: list[list
     assert [text_of(two.node, prompt(i))[1] for i in range(4)] == alone
 
 
-def test_workers_are_introduced_to_each_other(two: Cluster, path: Path) -> None:
+@pytest.fixture
+def exchanging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By exchange if that is possible, whatever these links are like."""
+
+    def planned(network: Network, means: object, rows: int, numbers: int) -> SumPlan:
+        means = Means("exchange" if network.can("exchange") else "star", "f32")
+        return SumPlan(means, means, 1)
+
+    monkeypatch.setattr(Network, "plan", planned)
+
+
+@pytest.mark.usefixtures("exchanging")
+def test_workers_are_introduced_to_each_other(two: Cluster, path: Path, alone: list[list[int]]) -> None:
     two.node.load(Load(model=str(path)))
     (model,) = two.node._models
     group = model.main.group
     assert isinstance(group, Group)
     assert [*group.introductions.links] == [(1, 2)]
+    assert group.manners is not None
+    assert group.manners.few.topology == "exchange"
+    assert [text_of(two.node, prompt(i))[1] for i in range(2)] == alone[:2]
     shards = [shard for worker in two.workers.values() for shard in worker._worker.shards]
     assert sorted(rank for shard in shards for rank in shard.fellows.data) == [1, 2]
     two.node.unload(Unload(model=model.name))
     wait_for(lambda: all(not worker._worker.shards for worker in two.workers.values()))
-    assert all(channel.closed for shard in shards for channel in shard.fellows.data.values())
+    channels = [channel for shard in shards for channel in shard.fellows.data.values()]
+    wait_for(lambda: all(channel.closed for channel in channels))
 
 
 def test_workers_that_do_not_reach_each_other_compute_by_way_of_the_head(
@@ -73,7 +91,30 @@ def test_workers_that_do_not_reach_each_other_compute_by_way_of_the_head(
     monkeypatch.setattr(fellows, "MEET_S", 0.3)
     two.node.load(Load(model=str(path)))
     assert ranks(two) == 3
+    (model,) = two.node._models
+    assert isinstance(model.main.group, Group)
+    assert model.main.group.manners == Manners()
     assert [text_of(two.node, prompt(i))[1] for i in range(4)] == alone
+
+
+@pytest.mark.usefixtures("exchanging")
+def test_workers_that_lose_each_other_go_on_by_way_of_the_head(
+    two: Cluster, path: Path, alone: list[list[int]]
+) -> None:
+    """Both are well: nobody is blamed, and all three compute on."""
+    two.node.load(Load(model=str(path)))
+    stream = two.node.stream(prompt(0))
+    events = [next(stream) for _ in range(4)]
+    (shard, *_) = two.workers[1]._worker.shards
+    for channel in shard.fellows.data.values():
+        channel.close()
+    events += list(stream)
+    assert [token for event in events for token in getattr(event, "ids", [])] == alone[0]
+    (model,) = two.node._models
+    assert ranks(two) == 3
+    assert isinstance(model.main.group, Group)
+    assert model.main.group.manners == Manners()
+    assert not any(two.roster.faults.left_s(member.fingerprint) for member in two.roster.members)
 
 
 def test_a_machine_that_goes_and_comes_back(two: Cluster, path: Path, alone: list[list[int]]) -> None:

@@ -19,6 +19,7 @@ from shoal.daemon.cluster.control_messages import Ready, ShardRefused
 from shoal.daemon.cluster.faults import Faults
 from shoal.daemon.cluster.follower import Follower
 from shoal.daemon.cluster.served_shard import ServedShard
+from shoal.daemon.cluster.weights import weight_server
 from shoal.daemon.cluster.worker import MOST_SHARDS
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
@@ -201,3 +202,20 @@ def test_a_worker_refuses_a_plan_that_it_cannot_trust(
         (member,) = cluster.roster.members
         wait_for(lambda: cluster.workers[1]._budget.held_bytes == 0)
         assert not member.reason
+
+
+def test_a_head_that_cannot_send_blames_nobody(tmp_path: Path, path: Path, monkeypatch: Patch) -> None:
+    """Its files have changed while they were sent, say."""
+
+    def changed(serving: Any) -> None:
+        raise DaemonError("corrupt", "m.gguf: was changed while it was sent", "load it again")
+
+    with Cluster(tmp_path, CONFIG, workers=2) as cluster:
+        with monkeypatch.context() as patch:
+            patch.setattr(weight_server._Serving, "_require_unchanged", changed)
+            with pytest.raises(DaemonError, match="was changed while it was sent") as failed:
+                cluster.node.load(Load(model=str(path)))
+            assert failed.value.code == "corrupt"
+        assert len(cluster.roster.usable) == 2
+        cluster.node.load(Load(model=str(path)))
+        assert ranks(cluster) == 3

@@ -15,10 +15,12 @@ from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
 from fakes.group.clusters import Cluster, wait_for
 
+from shoal.comm.group.channel import channel_pair
 from shoal.comm.messages import Load, Token
 from shoal.daemon.cluster import group, member
-from shoal.daemon.cluster.control_messages import BEAT_S, FROZEN_S, Beat
+from shoal.daemon.cluster.control_messages import BEAT_S, FROZEN_S, Attach, Beat
 from shoal.daemon.cluster.group import Group
+from shoal.daemon.cluster.member import Member
 from shoal.daemon.cluster.roster import ROSTER_LOOK_S, Roster
 from shoal.daemon.cluster.served_shard import ServedShard
 from shoal.daemon.node import Node
@@ -132,7 +134,7 @@ class Waited:
         member = SimpleNamespace(fingerprint="f", beat=Beat(), leave=self._leave, name="m", facts=None)
         self.member = member
         seats = [SimpleNamespace(member=member)]
-        self._group = Group(Roster(), "m", seats, "keep", "f32", lambda *_: None)  # type: ignore[arg-type]
+        self._group = Group(Roster(), "m", seats, "keep", "f32", None)  # type: ignore[arg-type]
         self.channel = SimpleNamespace(moved=0)
         self._group._hub = SimpleNamespace(awaited={1: 0.0})  # type: ignore[assignment]
         self._group._data = {"f": self.channel}  # type: ignore[dict-item]
@@ -180,6 +182,22 @@ def test_a_slow_machine_is_not_lost(what: str) -> None:
             it.member.beat = Beat(at_work=True)
 
     assert it.lost_s(change, 60) is None
+
+
+def test_a_head_that_was_asleep_loses_nobody() -> None:
+    """What its workers said meanwhile, it has not read either."""
+    now, at_head = [100.0], channel_pair("control")[0]
+    attach = Attach(name="w", version="1", kernels="k", threads=1, memory_bytes=1)
+    asleep, silent = (Member(at_head, attach, lambda *_: None, lambda: now[0]) for _ in range(2))
+    now[0] += 10
+    asleep.excuse(9.75)
+    for one in (asleep, silent):
+        one.look()
+    assert not asleep.reason
+    assert "nothing has been heard" in silent.reason
+    now[0] += member.SILENT_S
+    asleep.look()
+    assert asleep.reason
 
 
 def test_many_streams_go_on_while_machines_come_and_go(cluster: Cluster, alone: list[list[int]]) -> None:

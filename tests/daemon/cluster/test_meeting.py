@@ -4,12 +4,14 @@ is lost at any moment ends in bounded time, and whoever can goes on.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import tiny
 from fakes.group.clusters import wait_for
@@ -26,6 +28,8 @@ from shoal.engine.executor import Abandoned
 from shoal.engine.leader import Leader
 from shoal.engine.order import Order, Segment
 from shoal.engine.rank import Rank
+from shoal.kernels import home_of
+from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 
 PATIENCE_S = 10.0
@@ -130,3 +134,38 @@ def test_a_channel_that_ends_is_a_lost_rank(moment: int, meetings: Meetings) -> 
     assert lost.value.rank == last
     assert meetings.ended.get(timeout=PATIENCE_S)
     assert time.monotonic() - began_s < PATIENCE_S / 2
+
+
+class Slow:
+    """An exchange whose sums take until they are let go."""
+
+    def __init__(self) -> None:
+        self.goes = threading.Event()
+
+    def allreduce(self, partial: Floats) -> Floats:
+        assert self.goes.wait(PATIENCE_S)
+        return partial + 1
+
+    def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
+        raise NotImplementedError
+
+    def gather(self, columns: Floats) -> Floats:
+        raise NotImplementedError
+
+
+def test_a_rank_is_at_work_while_its_sums_travel_and_is_not_while_it_waits_for_them() -> None:
+    """So whoever watches its pulse sees that it computes, and does not take waiting for others for standing still."""
+    slow, pulse, home = Slow(), Pulse(1, at_work=True), home_of("cpu")
+    meeting = Meeting(slow, pulse)
+    pending = meeting.start(home, np.ones((1, 4), np.float32))
+    assert pulse.at_work
+    seen: list[bool] = []
+    timer = threading.Timer(0.05, lambda: (seen.append(pulse.at_work), slow.goes.set()))
+    timer.start()
+    assert pending()[0, 0] == 2
+    assert seen == [False]
+    assert pulse.at_work
+    meeting.settle()
+    meeting.settle()
+    timer.join()
+    assert meeting.allreduce(home, np.zeros((1, 4), np.float32))[0, 0] == 1

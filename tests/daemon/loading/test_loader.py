@@ -87,6 +87,8 @@ def test_a_draft_model_stays_until_another_is_asked_for(node: Node, path: Path, 
     assert text_of(node, prompt(0, new=20))[:2] == plain[:2]
     with pytest.raises(DaemonError, match="nope"):
         node.load(Load(model=str(path), draft="nope"))
+    with pytest.raises(DaemonError, match="`ranks=2` was asked for, and a draft model"):
+        node.load(Load(model=str(path), ranks=2))
     assert "drafts by small.gguf" in node.status().models[0].plan
     node.unload(Unload())
     assert node.budget.held_bytes == node.budget.held_by(PROCESS)

@@ -17,6 +17,7 @@ from shoal.daemon.cluster.pairing_up import pair_with_head
 from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.shard_stores import open_shards, send_weights
 from shoal.daemon.cluster.speed import NodeSpeed
+from shoal.daemon.cluster.steady_shares import SteadyShares
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
@@ -28,6 +29,7 @@ from shoal.partition.machines import Links, Machine
 from shoal.partition.plan import Wanted
 from shoal.partition.slicing import Grains
 from shoal.partition.spec import BlockId
+from shoal.partition.sum_cost import Topology
 
 PATIENCE_S = 20.0
 WORKER_BYTES = 1 << 30
@@ -43,12 +45,20 @@ def everybody(
     links: Links,
     *,
     grains: Grains,
+    topologies: Sequence[Topology],
     wires: Sequence[WireType],
     ranks: int | None,
 ) -> Choice | NoGroup:
     """All machines take part, which would make no small model faster."""
     return choose(
-        wanted, block_bytes, machines, links, grains=grains, wires=wires, ranks=ranks or len(machines)
+        wanted,
+        block_bytes,
+        machines,
+        links,
+        grains=grains,
+        topologies=topologies,
+        wires=wires,
+        ranks=ranks or len(machines),
     )
 
 
@@ -58,6 +68,7 @@ class Cluster:
     def __init__(self, directory: Path, config: NodeConfig, workers: int) -> None:
         self.directory = directory
         self._config = config
+        self.speed = SPEED  # of the head
         self._start_head()
         self.workers: dict[int, Membership] = {}
         for number in range(1, workers + 1):
@@ -71,7 +82,13 @@ class Cluster:
             self._config,
             packs=Packs(head),
             kv_root=head.kv,
-            grouping=Forming(self.roster, send_weights, lambda: SPEED, everybody),
+            grouping=Forming(
+                self.roster,
+                send_weights,
+                lambda: self.speed,
+                everybody,
+                steady=SteadyShares(head.cluster / "shares.json"),
+            ),
         )
         self.head = Membership(
             head.cluster, self._config, self.node.budget, self.roster, open_shards(head.shards), lambda: SPEED

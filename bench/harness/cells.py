@@ -1,0 +1,139 @@
+"""Cells of the throughput model's test: what is predicted, then measured, and how far one is from the other.
+
+Pure: figures in, errors and verdicts out. Does not know how anything is measured (`foresight`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal, NamedTuple
+
+VOID = 0.10  # floors before and after may differ by so much
+WANTED = {
+    "median": 0.06,
+    "90th percentile": 0.15,
+    "bias": 0.05,
+    "bands": 0.90,
+    "memory over": 0.05,
+    "memory under": 0.02,
+}
+
+
+class Cell(NamedTuple):
+    """What is asked of which model. `memory`: the budget in bytes, 0 = it all stays in memory."""
+
+    model: str
+    quant: str
+    threads: int
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    memory: int = 0
+
+    @property
+    def name(self) -> str:
+        where = f"{self.memory / 1e6:.0f} MB" if self.memory else "in memory"
+        job = f"{self.prompt_tokens}+{self.new_tokens}×{self.batch}"
+        return f"{self.model} {self.quant}, {self.threads} threads, {job}, {where}"
+
+
+@dataclass
+class Floors:
+    """How fast the machine is just now: GB/s of memory on all threads, and of direct reads."""
+
+    dram_gb_per_s: float
+    disk_gb_per_s: float
+
+    def of(self, binding: str) -> float:
+        """The one that counts for what binds a plan."""
+        return self.disk_gb_per_s if binding == "disk" else self.dram_gb_per_s
+
+
+@dataclass
+class Foretold:
+    """What was predicted of a cell, before anything was measured. `floors`: when the profile was."""
+
+    cell: Cell
+    plan: str
+    ttft_s: float
+    token_s: float
+    band: tuple[float, float]  # of tokens a second
+    peak_bytes: int
+    binding: str
+    floors: Floors
+
+
+@dataclass
+class Measured:
+    """What came of it."""
+
+    cell: Cell
+    ttft_s: float
+    token_s: float
+    peak_bytes: int
+    before: Floors
+    after: Floors
+
+    def void(self, binding: str) -> bool:
+        """Whether the machine changed meanwhile, so that this says nothing."""
+        one, other = self.before.of(binding), self.after.of(binding)
+        return abs(one - other) > VOID * max(one, other)
+
+    def floor(self, binding: str) -> float:
+        return (self.before.of(binding) + self.after.of(binding)) / 2
+
+
+class Verdict(NamedTuple):
+    """A cell's errors: measured ÷ predicted − 1. `token`, `ttft`: of the ratios to the floors; `absolute`: of a token
+    as it is."""
+
+    name: str
+    void: bool
+    token: float
+    ttft: float
+    absolute: float
+    within: bool  # the band, moved by the floors
+    memory: float  # measured ÷ predicted − 1
+
+
+def verdict(foretold: Foretold, measured: Measured) -> Verdict:
+    """How far a cell's prediction was off."""
+    binding = foretold.binding
+    moved = measured.floor(binding) / foretold.floors.of(
+        binding
+    )  # the machine is so much faster than when it was profiled
+    token = measured.token_s * moved / foretold.token_s - 1
+    speed = measured.cell.batch / measured.token_s / moved
+    return Verdict(
+        measured.cell.name,
+        measured.void(binding),
+        token,
+        measured.ttft_s * measured.floor("memory") / foretold.floors.of("memory") / foretold.ttft_s - 1,
+        measured.token_s / foretold.token_s - 1,
+        foretold.band[0] <= speed <= foretold.band[1],
+        measured.peak_bytes / foretold.peak_bytes - 1,
+    )
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+def summary(verdicts: Sequence[Verdict], kind: Literal["token", "ttft"]) -> dict[str, float]:
+    """Median and 90th percentile of errors, bias, the share of bands that held; of cells that count."""
+    counted = [it for it in verdicts if not it.void]
+    errors = [it.token if kind == "token" else it.ttft for it in counted]
+    if not errors:
+        return {"cells": 0, "void": len(verdicts)}
+    sizes = [abs(error) for error in errors]
+    return {
+        "cells": len(counted),
+        "void": len(verdicts) - len(counted),
+        "median": median(sizes),
+        "90th percentile": percentile(sizes, 0.9),
+        "bias": sum(errors) / len(errors),
+        "bands": sum(it.within for it in counted) / len(counted),
+    }

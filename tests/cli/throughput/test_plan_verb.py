@@ -1,0 +1,188 @@
+"""`shoal plan` and `shoal profile`: what they print, what scripts get, and how they end."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from shoal.cli.verbs import cli
+from shoal.daemon.throughput import profiling
+from shoal.partition.throughput.profile import Device, Profile
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+LAPTOP = {
+    "devices": [
+        {
+            "name": "laptop",
+            "memory_bytes": 4e9,
+            "memory_bytes_per_s": 25e9,
+            "flops": 2e11,
+            "disk_bytes_per_s": 2e9,
+            "threads": 8,
+        }
+    ]
+}
+FIELDS = {"name", "fits", "ttft_s", "token_s", "tokens_per_s", "band", "peak_bytes", "binding", "missing"}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_70B))
+    return path
+
+
+@pytest.fixture
+def laptop(tmp_path: Path) -> str:
+    path = tmp_path / "laptop.json"
+    path.write_text(json.dumps(LAPTOP))
+    return str(path)
+
+
+def run(*arguments: object) -> tuple[int, Result]:
+    result = CliRunner().invoke(cli, [str(it) for it in arguments])
+    code = result.exit_code
+    return code, result
+
+
+def planned(*arguments: object) -> dict[str, Any]:
+    _, result = run("plan", "--json", *arguments)
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_a_70b_on_a_laptop_from_its_config_alone(config: Path, laptop: str) -> None:
+    planned(config, "--profile", laptop)  # imports
+    began_s = time.process_time()
+    found = planned(config, "--profile", laptop)
+    assert time.process_time() - began_s < 2
+    assert set(found) == {"chosen", "reason", "plans", "start"}
+    assert all(set(row) == FIELDS for row in found["plans"])
+    by_name = {row["name"]: row for row in found["plans"]}
+    whole = by_name["memory"]
+    assert not whole["fits"]
+    assert "memory" in whole["missing"]
+    assert 141e9 < whole["peak_bytes"]["laptop"] < 147e9
+    assert whole["token_s"] == pytest.approx(139e9 / 25e9, rel=0.02)
+    stream = by_name[found["chosen"]]
+    assert stream["fits"]
+    assert stream["missing"] is None
+    assert stream["binding"] == "disk"
+    assert 138e9 / 2e9 < stream["token_s"] < 80
+    assert stream["band"][0] < stream["tokens_per_s"] < stream["band"][1]
+    assert stream["peak_bytes"]["laptop"] <= 4e9
+    assert "disk-bound" in found["reason"]
+    assert "times" in found["reason"]
+    # 2 × 70e9 operations for each token of the prompt, at 200 GFLOP/s.
+    assert 0.9 * 512 * 140e9 / 200e9 < by_name["stream, q4"]["ttft_s"] < 1.3 * 512 * 140e9 / 200e9
+
+
+def test_the_table(config: Path, laptop: str) -> None:
+    code, result = run("plan", config.parent, "--profile", laptop, "--target", "0.05tok/s")
+    assert code == 0
+    assert "→ stream" in result.stdout
+    assert "after making its pack once in" in result.stdout
+    assert "0.05 tokens/s would take weights in 4 bits" in result.stdout
+
+
+def test_a_model_that_nothing_runs(config: Path, laptop: str) -> None:
+    code, result = run("plan", config, "--profile", laptop, "--memory", "300MB", "--json")
+    found = json.loads(result.stdout)
+    assert code == 3
+    assert found["chosen"] is None
+    assert "the smallest machine that could run it has" in found["reason"]
+
+
+def test_one_choice_is_fixed_and_others_stay_open(config: Path, laptop: str) -> None:
+    found = planned(config, "--profile", laptop, "--quant", "q4", "--threads", 4, "--ctx", 4096)
+    assert all("q4" in row["name"] for row in found["plans"])
+    assert found["chosen"]
+
+
+def test_a_real_checkpoint(model: Path, laptop: str) -> None:
+    found = planned(model, "--profile", laptop, "--prompt-tokens", 16, "--new-tokens", 8)
+    assert found["chosen"] == "memory"
+    assert found["plans"][0]["peak_bytes"]["laptop"] > 80e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        (("--ctx", 100), "512 + 128 tokens exceed the context of 100", 3),
+        (("--prompt-tokens", 1 << 20), "a context of", 3),
+        (("--ranks", 3), "must be from 1 to 1", 2),
+        (("--target", "fast"), "'fast' is not a number", 2),
+        (("--target", "0"), "", 2),
+        (("--batch", 0), "", 2),
+        (("--memory", "lots"), "lots", 2),
+    ],
+)
+def test_bad_input(config: Path, laptop: str, arguments: tuple[object, ...], said: str, code: int) -> None:
+    ended, result = run("plan", config, "--profile", laptop, *arguments)
+    assert ended == code
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "unexpected" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"model_type": "llama"}', '{"model_type": "none"}', '{"hidden_size": NaN}']
+)
+def test_a_config_that_is_none(tmp_path: Path, laptop: str, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    code, result = run("plan", path, "--profile", laptop)
+    assert code in (1, 2)
+    assert "unexpected" not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_profile_that_is_none(config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text('{"devices": [{"name": "a", "flops": -1}]}')
+    code, result = run("plan", config, "--profile", path)
+    assert code == 2
+    assert "devices[0].memory_bytes is missing" in result.stderr
+
+
+def test_a_measured_profile_is_kept_shown_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Path, home: object
+) -> None:
+    calls: list[int] = []
+
+    def measured(threads: int, place: Path, progress: object) -> Profile:
+        calls.append(threads)
+        return Profile((Device("here", 1e9, 2e10, 1e11, 1e9, threads, measured=True),))
+
+    monkeypatch.setattr(profiling, "measure", measured)
+    monkeypatch.setattr(profiling, "others_compute", lambda threads: False)
+    out = tmp_path / "out.json"
+    code, result = run("profile", "--threads", 1, "--out", out)
+    assert code == 0, result.stderr
+    assert "here, measured" in result.stdout
+    _, again = run("profile", "--threads", 1, "--json")
+    assert calls == [1]
+    assert json.loads(again.stdout)["devices"][0]["name"] == "here"
+    run("profile", "--threads", 1, "--anew")
+    assert calls == [1, 1]
+    _, shown = run("profile", "--profile", out)
+    assert "here, measured" in shown.stdout
+    assert planned(config, "--profile", out, "--memory", "4GB")["plans"]

@@ -1,0 +1,100 @@
+"""Measuring this machine gives a profile that can be computed with and is kept; here with little of everything."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from fakes.throughput.throughput_cases import spec
+
+from shoal.daemon.progress import Progress
+from shoal.daemon.throughput import disk_laws, fixed_costs, kernel_laws, profiling
+from shoal.daemon.throughput.profile_files import parse_profile, profile_text
+from shoal.kernels import WEIGHT_TYPES
+from shoal.partition.throughput.laws import attention, product
+from shoal.partition.throughput.profile import Profile, check_profile
+from shoal.partition.throughput.weights_of import Product
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = tuple(kind for kind in WEIGHT_TYPES if kind.name in ("Q4_K", "F32"))
+    sizes = tuple(size._replace(nbytes=64 << 10, cols=256) for size in kernel_laws.SIZES)
+    for module, name, value in (
+        (kernel_laws, "CELL_S", 0.0),
+        (kernel_laws, "ROWS", (1, 8, 64)),
+        (kernel_laws, "SIZES", sizes),
+        (profiling, "SIZES", sizes),
+        (kernel_laws, "POOL_BYTES", 24 << 20),
+        (kernel_laws, "CONTEXTS", (64, 256)),
+        (profiling, "WEIGHT_TYPES", kinds),
+        (disk_laws, "READ_S", 0.02),
+        (disk_laws, "TOGETHER_S", 0.05),
+        (disk_laws, "WRITTEN_BYTES", 8 << 20),
+        (fixed_costs, "ANSWER_TOKENS", 16),
+        (fixed_costs, "MANY", 6),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
+def test_what_is_measured_can_be_computed_with(tmp_path: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    profile = profiling.measure(1, tmp_path / "models", lambda what, done, total: heard.append((done, total)))
+    device = check_profile(profile).head
+    assert device.measured
+    assert {law.kind for law in device.products} == {"Q4_K", "F32"}
+    assert {law.kv_type for law in device.attention} == {"f32", "f16", "bf16", "i8"}
+    assert device.memory_bytes_per_s > 1e7
+    assert device.disk_bytes_per_s > 0
+    assert device.reads is not None
+    assert device.write_bytes_per_s > 0
+    assert 0 < device.overheads.layer_s < 1
+    assert 0.05 <= device.contention.disk_keeps <= 1
+    one, many = (product(device, Product("Q4_K", 4096, 4096, 9 << 20), rows).seconds for rows in (1, 256))
+    assert 0 < one < many
+    assert heard[-1][0] == heard[-1][1]
+    assert parse_profile(profile_text(profile), "p").head == device
+    assert not list((tmp_path / "models").iterdir())
+    assert attention(device, spec(), "i8", 1, 1000, None).seconds > 0
+
+
+def test_it_is_kept_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, place = tmp_path / "profile.json", tmp_path / "models"
+    monkeypatch.setattr(profiling, "others_compute", lambda threads: False)
+    assert profiling.machine_profile(1, place, kept, only_kept=True) is None
+    first = profiling.machine_profile(1, place, kept, memory_bytes=10**9)
+    again = profiling.machine_profile(1, place, kept, memory_bytes=2 * 10**9, only_kept=True)
+    assert first is not None
+    assert again is not None
+    assert again.head.products == first.head.products
+    assert (first.head.memory_bytes, again.head.memory_bytes) == (1e9, 2e9)
+    assert profiling.machine_profile(2, place, kept, only_kept=True) is None
+    kept.write_text(kept.read_text().replace('"flops"', '"flop"'))
+    assert profiling.machine_profile(1, place, kept, only_kept=True) is None
+
+
+def test_measuring_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "LIMIT_S", 0.0)
+    profile = profiling.measure(1, tmp_path)
+    assert {law.kind for law in profile.head.products} == {"Q4_K"}
+
+
+def test_what_others_disturbed_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "profile.json"
+    calls: list[object] = []
+    measure = profiling.measure
+
+    def counted(threads: int, place: Path, progress: Progress) -> Profile:
+        calls.append(threads)
+        return measure(threads, place, progress)
+
+    monkeypatch.setattr(profiling, "measure", counted)
+    for disturbed, times in ((True, 1), (True, 1), (False, 2), (False, 2), (True, 2)):
+        monkeypatch.setattr(profiling, "others_compute", partial(_always, disturbed))
+        profiling.machine_profile(1, tmp_path / "models", kept)
+        assert len(calls) == times
+
+
+def _always(answer: bool, threads: int) -> bool:
+    return answer

@@ -1,0 +1,152 @@
+"""Which plan is chosen, and why; and that more never makes the choice worse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fakes.throughput.throughput_cases import MB, device, spec, weighed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.partition.spec import MoeSpec
+from shoal.partition.throughput.explain import changes, reason
+from shoal.partition.throughput.prediction import Job
+from shoal.partition.throughput.profile import ANY, Profile, ProfileLink
+from shoal.partition.throughput.solve import Choices, Solved, asks, solve
+from shoal.partition.throughput.weights_of import Weighed
+
+JOB = Job(256, 64)
+LONG = spec(24)
+DENSE, FEWER = weighed(LONG), weighed(LONG, 0.5625, "Q4_0", "q4")
+MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
+CABLE = ProfileLink((ANY, ANY), 1e-4, 117e6)
+
+
+def solved(models: list[Weighed], profile: Profile, job: Job = JOB, choices: Choices = Choices()) -> Solved:  # noqa: B008
+    return solve(models, asks(job, None, 256, 1, 0), profile, job, choices)
+
+
+def one(memory: float, **more: float) -> Profile:
+    return Profile((device(memory_bytes=memory, **more),))
+
+
+def name(found: Solved) -> str:
+    assert found.chosen is not None
+    return found.chosen.name
+
+
+def test_what_fits_stays_in_memory() -> None:
+    found = solved([DENSE, FEWER], one(16e9))
+    assert name(found) == "memory"
+    assert "memory-bound" in reason(found)
+    assert "4 bits would give" in reason(found)
+
+
+def test_what_does_not_fit_streams_and_the_sentence_says_what_memory_would_give() -> None:
+    found = solved([DENSE, FEWER], one(0.6 * DENSE.weights_bytes))
+    assert name(found).startswith("stream")
+    said = reason(found)
+    assert said.startswith("disk-bound")
+    assert "more memory would give" in said
+    assert " times" in said
+
+
+def test_bits_are_not_taken_unasked() -> None:
+    found = solved([DENSE, FEWER], one(0.6 * DENSE.weights_bytes))
+    assert found.chosen is not None
+    assert found.chosen.model is DENSE
+    assert any(it.model is FEWER and it.fits and it.prediction.token_s < 1e-1 for it in found.candidates)
+    only = solved([DENSE, FEWER], one(0.6 * DENSE.weights_bytes, disk_bytes_per_s=0.0))
+    assert name(only) == "memory, q4"
+
+
+def test_nothing_fits() -> None:
+    found = solved([DENSE], one(100e6))
+    assert found.chosen is None
+    said = reason(found)
+    assert "the smallest machine that could run it has" in said
+    least = min(it.least_bytes for it in found.candidates)
+    assert name(solved([DENSE], one(least + MB)))
+    assert solved([DENSE], one(least - 2 * MB)).chosen is None
+
+
+def test_several_machines_are_a_group() -> None:
+    machines = Profile(tuple(device(name=str(i), memory_bytes=16e9) for i in range(3)), (CABLE,))
+    found = solved([weighed(spec(32, hidden=4096, ffn=14336, heads=32, head_dim=128))], machines)
+    names = [it.name for it in found.candidates]
+    assert {"memory", "group of 2", "group of 3"} <= set(names)
+    assert name(found).startswith("group of")
+    assert found.chosen is not None
+    assert len(found.chosen.prediction.peak_bytes) > 1
+    alone = solved([DENSE], machines, choices=Choices(ranks=1))
+    assert all(not it.name.startswith("group") for it in alone.candidates)
+
+
+def test_machines_that_are_not_linked_are_no_group() -> None:
+    machines = Profile(tuple(device(name=str(i)) for i in range(2)))
+    assert name(solved([DENSE], machines)) == "memory"
+
+
+def test_what_would_meet_a_target() -> None:
+    profile = one(0.6 * DENSE.weights_bytes)
+    found = solved([DENSE, FEWER], profile)
+    assert found.chosen is not None
+    target = 5 * found.chosen.prediction.tokens_per_s
+    ways = changes([DENSE, FEWER], asks(JOB, None, 256, 1, 0), profile, found, Choices(), target)
+    assert "4 bits" in ways[0].what
+    assert any("more memory" in way.what for way in ways)
+    assert all(way.tokens_per_s >= target for way in ways)
+
+
+def test_fixing_one_choice_leaves_the_others_open() -> None:
+    found = solved([DENSE, FEWER], one(16e9), choices=Choices(kv_type="i8"))
+    assert {it.kv_type for it in found.candidates} == {"i8"}
+    assert {it.model.quant for it in found.candidates} == {"keep", "q4"}
+    assert name(found) == "memory"
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from([DENSE, MIXED]), st.floats(0.15, 1.3), st.floats(1.0, 2.0), st.integers(1, 4))
+def test_more_memory_never_makes_the_choice_worse(
+    model: Weighed, share: float, times: float, batch: int
+) -> None:
+    job = replace_job(batch)
+    less, more = (solved([model], one(share * it * model.weights_bytes + 100e6), job) for it in (1.0, times))
+    if less.chosen is not None:
+        assert more.chosen is not None
+        assert more.chosen.prediction.total_s(job) <= 1.05 * less.chosen.prediction.total_s(job)
+
+
+def replace_job(batch: int) -> Job:
+    return JOB._replace(batch=batch)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([DENSE, MIXED]),
+    st.floats(0.2, 1.3),
+    st.sampled_from(["memory_bytes_per_s", "flops", "disk_bytes_per_s"]),
+    st.floats(1.05, 4.0),
+)
+def test_faster_machines_never_make_the_choice_worse(
+    model: Weighed, share: float, figure: str, times: float
+) -> None:
+    slow = one(share * model.weights_bytes + 100e6)
+    fast = replace(slow, devices=(replace(slow.head, **{figure: times * getattr(slow.head, figure)}),))
+    before, after = solved([model], slow), solved([model], fast)
+    if before.chosen is not None:
+        assert after.chosen is not None
+        # The simpler plan may be taken where it is hardly slower.
+        assert after.chosen.prediction.total_s(JOB) <= 1.035 * before.chosen.prediction.total_s(JOB)
+
+
+def test_peaks_never_exceed_the_memory_of_a_plan_that_fits() -> None:
+    for share in (0.2, 0.5, 0.9, 1.2):
+        memory = share * DENSE.weights_bytes + 100e6
+        for found in solved([DENSE, FEWER], one(memory)).candidates:
+            assert (found.prediction.peak_bytes["one"] <= memory) == found.fits, found.name
+
+
+def test_the_same_figures_give_the_same_choice() -> None:
+    one_, other = (reason(solved([DENSE, FEWER], one(1e9))) for _ in range(2))
+    assert one_ == other
