@@ -13,6 +13,7 @@ from shoal.partition.machines import LinkSpeed
 
 TRIPS = 8
 FIRST_PROBE_BYTES = 16 << 10
+LEAST_PART = 0.1  # of the time that a message takes is that of its bytes
 MEASURING_S = 30.0  # that all addresses of a head may take, one after the other
 PROBED_S = 2.0  # that an answer may take
 MAX_PROBES = 256  # that are answered on one channel
@@ -28,14 +29,14 @@ def link_speed(
     while len(trips) < TRIPS and clock() < ends_s:
         trips.append(probe(b""))
     latency_s = min(trips) / 2
-    size, speed, ends_s = FIRST_PROBE_BYTES, 0.0, clock() + seconds
-    while not speed or clock() < ends_s:
+    size, ends_s = FIRST_PROBE_BYTES, clock() + seconds
+    while True:
         took_s = probe(bytes(size))
-        speed = max(speed, size / max(took_s - 2 * latency_s, 1e-6))
-        if size == PROBE_BYTES and took_s < seconds / 8:
-            break  # it is fast enough for one more to say nothing new
+        # On an unsteady link some bytes take no longer than none: the largest message counts, and a part of its time.
+        speed = size / max(took_s - 2 * latency_s, LEAST_PART * took_s, 1e-6)
+        if clock() >= ends_s or (size == PROBE_BYTES and took_s < seconds / 8):
+            return LinkSpeed(latency_s, speed)  # one more would say nothing new, or take too long
         size = min(PROBE_BYTES, 4 * size)
-    return LinkSpeed(latency_s, speed)
 
 
 def measured(channel: Channel, seconds: float) -> LinkSpeed:
