@@ -29,6 +29,7 @@ def check_kernels(passed: Path) -> None:
             raise _failed[key]
         if _read(passed) == key or kernels.home() == "reference":
             return
+        log.info("comparing the %s kernels with the reference, once", kernels.home())
         if trouble := kernel_trouble():
             _failed[key] = DaemonError("internal", trouble, "SHOAL_KERNELS=scalar chooses the plainest ones")
             raise _failed[key]

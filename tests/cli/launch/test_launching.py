@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from fakes.group.clusters import wait_for
+from fakes.group.processes import with_tested_kernels
 
 from shoal.cli import background
 from shoal.cli.launch.hosts_file import Host
@@ -197,6 +198,8 @@ class Launched:
 
     def hosts(self, *names: str) -> Path:
         """A file of hosts with these names, which are those of their homes, too."""
+        for name in names:
+            with_tested_kernels(Home(self.directory / name))
         path = self.directory / "hosts.toml"
         command = " ".join(SHOAL)
         path.write_text(
