@@ -65,6 +65,7 @@ class Framed:
         self._rest: memoryview | None = None  # of the payload, that is to be filled
         self._outgoing: deque[list[memoryview]] = deque()  # frames, the first of which may be begun
         self._begun = False
+        self.pushed = 0  # bytes that have gone by `push`
 
     # --- out ------------------------------------------------------------------------------------------------
 
@@ -97,6 +98,7 @@ class Framed:
             frame = self._outgoing[0]
             while frame:
                 sent = self.stream.send_some(frame[0])
+                self.pushed += sent
                 self._begun |= sent > 0
                 if sent < len(frame[0]):
                     frame[0] = frame[0][sent:]
@@ -175,9 +177,10 @@ class Framed:
         assert header is not None
         return header
 
-    def interrupt(self) -> None:
-        """What the caller gave for payloads is used no more. Frames that were not begun are not sent."""
+    def interrupt(self, *, incoming: bool = True) -> None:
+        """What the caller gave for payloads is used no more; for one that is coming in only if `incoming`. Frames that
+        were not begun are not sent."""
         kept = [memoryview(bytes(piece)) for piece in self._outgoing[0]] if self._begun else None
         self._outgoing = deque([kept] if kept is not None else [])
-        if self._rest:
+        if self._rest and incoming:
             self._rest = memoryview(bytearray(len(self._rest)))

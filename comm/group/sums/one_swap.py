@@ -63,6 +63,7 @@ class OneSwap:
         self._sending: set[int] = set()
         self._held: set[int] = set()  # ranks that are at a later order already
         self._began_s = time.perf_counter()
+        self._moved_s: dict[int, float] = {}  # when bytes last came from ranks, or went to them
         self._reasons: dict[int, Octets] = {}
         self._told: set[int] = set()  # ranks of which rank 0 was told that they cannot be heard
 
@@ -178,11 +179,15 @@ class OneSwap:
                 self._failed(rank, ChannelError(f"nothing came for {STALLED_S:.0f} s"))
 
     def _push(self, rank: int) -> None:
+        link = self._links[rank]
+        before = link.pushed
         try:
-            if self._links[rank].push():
+            if link.push():
                 self._sending.discard(rank)
             else:
                 self._sending.add(rank)
+            if link.pushed > before:
+                self._moved_s[rank] = time.monotonic()
         except (OSError, ChannelError) as error:
             self._failed(rank, error)
 

@@ -43,8 +43,8 @@ class Swapper(RankLinks):
                 OneSwap(self, number, place, into).run(stuck)
             self.awaited = {}
         except BaseException:
-            for link in self.links.values():
-                link.interrupt()
+            for rank, link in self.links.items():
+                link.interrupt(incoming=rank > 0 or self.later is None)  # what comes for later is still wanted
             raise
 
     def _received(self, number: int, place: int, into: RankFrames) -> bool:
