@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hosts.group import Group
+from hosts.group import TOKENS, Group
 from hosts.host import Host, HostFailed
 
 from shoal.client import Client
@@ -26,8 +26,6 @@ LATE_S = 15.0  # how long after its deadline a request may end: a loss may lie b
 SAMPLE_S = 5.0
 LOSS_S = 25.0  # from one loss to the next
 AWAY_S = 4.0
-MOST_PROMPT, MOST_NEW = 300, 80
-TOKENS = 256  # that any model has
 
 
 @dataclass
@@ -37,6 +35,8 @@ class Crowd:
     group: Group
     clients: int = 32
     seed: int = 0
+    most_prompt: int = 300
+    most_new: int = 80
     ended: Counter[str] = field(default_factory=Counter)  # how requests have ended
     troubles: list[str] = field(default_factory=list)
     longest_gap_s: float = 0.0  # between tokens of a running answer
@@ -72,8 +72,8 @@ class Crowd:
 
     def _request(self, client: Client, source: random.Random) -> str:
         """How it ended."""
-        prompt = [source.randrange(TOKENS) for _ in range(source.randrange(4, MOST_PROMPT))]
-        new = source.randrange(1, MOST_NEW)
+        prompt = [source.randrange(TOKENS) for _ in range(source.randrange(4, self.most_prompt))]
+        new = source.randrange(1, self.most_new)
         leaves_after = source.randrange(new) if source.random() < 0.3 else None
         deadline_s = 0.5 + source.random() * 20 if source.random() < 0.3 else None
         began_s = time.monotonic()

@@ -15,6 +15,7 @@ from shoal.comm.messages import Done, ModelStatus, Token
 
 ATTACH_S = 60.0
 NEW = 40
+TOKENS = 256  # that any model has
 
 
 @dataclass

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from hosts.network import Cable, Network, NetworkError
 
 MARK = "shoalhost"  # what every name begins with; then comes the number of the process to which it belongs
 PROBE = "probe"
+_labs = count(1)
 
 
 class Relay:
@@ -55,7 +57,7 @@ class Lab:
     """`lan` is the network that all hosts are in, unless they are told otherwise. Raises NetworkError, OSError."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self.name = f"{MARK}-{os.getpid()}"
+        self.name = f"{MARK}-{os.getpid()}-{next(_labs)}"
         self.root = root or Path(tempfile.mkdtemp(prefix=f"{self.name}-"))
         self.hosts: list[Host] = []
         self._networks: list[Network] = []

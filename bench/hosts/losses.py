@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import machine
-from hosts.group import NEW, Answer, Group, asked
+from hosts.group import NEW, TOKENS, Answer, Group, asked
 from hosts.host import Host
 from hosts.lab import Lab
 from hosts.limits import UNLIMITED, Limits
@@ -55,7 +55,7 @@ class Losses:
         self._model = model
         self._lost = 0
         self._load()
-        self.prompts = [[self._source.randrange(1000) for _ in range(24)] for _ in range(STREAMS)]
+        self.prompts = [[self._source.randrange(TOKENS) for _ in range(24)] for _ in range(STREAMS)]
         self.wanted = [answer.ids for answer in self._streams(lambda: None)]
 
     def _load(self) -> None:

@@ -71,7 +71,7 @@ def test_workers_find_a_head_that_was_killed_in_the_middle_of_an_answer(three: G
 
 
 def test_a_crowd_hangs_nowhere(three: Group) -> None:
-    crowd = Crowd(three)
+    crowd = Crowd(three, most_prompt=60, most_new=60)
     crowd.run(CROWD_S)
     assert not crowd.troubles
     assert crowd.ended["length"] > 10
