@@ -57,7 +57,8 @@ def ps(as_json: bool) -> None:
     if cluster.role == "worker":
         screen.print(_lent(cluster))
     if not status.models:
-        note("no other model is loaded yet" if status.loading else "no model is loaded")
+        if cluster.role != "worker":
+            note("no other model is loaded yet" if status.loading else "no model is loaded")
         return
     numbers = ("size", "context", "running", "waiting", "KV in use")
     rows = table("model", "family", *numbers, right=numbers)

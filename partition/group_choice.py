@@ -110,7 +110,7 @@ class Choice(NamedTuple):
         return f", alone {_rate(self.alone.token_s)}" if self.alone else ", alone it would not fit"
 
     def _as_asked(self, freely: Figures) -> str:
-        said = f"using {counted(len(self.ranks), 'machine')} as asked: {_speed(self.figures)}"
+        said = f"using {counted(len(self.ranks), 'machine')} because a number was asked for: {_speed(self.figures)}"
         if self.freely_ranks == len(self.ranks):
             return said
         other = "alone" if self.freely_ranks == 1 else f"with {self.freely_ranks}"

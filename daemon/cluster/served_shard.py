@@ -28,6 +28,7 @@ from shoal.offload.errors import BudgetExceeded
 from shoal.offload.kv.disk_pages import buffer_bytes
 from shoal.offload.kv.disk_slots import KvSlots
 from shoal.offload.kv.pool import KvPool
+from shoal.offload.pack.pack import Pack
 
 from .control_messages import Epoch, FromWorker, Introduce, Loading, Ready, Serve, ShardRefused
 from .follower import Follower
@@ -42,10 +43,12 @@ Dial = Callable[[Purpose], Channel]
 
 
 class OpenedShard(NamedTuple):
-    """The weights of a shard, ready to compute, and where it keeps KV on disk, or why it does not."""
+    """The weights of a shard, ready to compute, and where it keeps KV on disk, or why it does not. `pack`: on disk, for
+    the next start; nobody removes it while it is held here."""
 
     store: BlockStore
     kv: KvSlots | NotKept
+    pack: Pack | None = None
 
 
 OpenShard = Callable[[Serve, Dial, Progress], OpenedShard]

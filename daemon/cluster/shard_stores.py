@@ -13,6 +13,7 @@ from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.kv.disk_slots import KvSlots
 from shoal.offload.pack.builder import source_of
 from shoal.offload.pack.manifest import Quant, Source
+from shoal.offload.pack.pack import Pack
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.given_plan import check_given
 from shoal.partition.memory_layout import kv_page_bytes
@@ -47,14 +48,14 @@ def open_shards(
     cache = ShardCache(directory, limit_bytes)
 
     def open_shard(request: Serve, dial: Dial, progress: Progress) -> OpenedShard:
-        store = open_store(request, dial, progress)
+        store, pack = open_store(request, dial, progress)
         try:
-            return OpenedShard(store, open_kv(request, kv_files))
+            return OpenedShard(store, open_kv(request, kv_files), pack)
         except BaseException:
             store.close()
             raise
 
-    def open_store(request: Serve, dial: Dial, progress: Progress) -> BlockStore:
+    def open_store(request: Serve, dial: Dial, progress: Progress) -> tuple[BlockStore, Pack | None]:
         def loading(done: int, total: int) -> None:
             progress("loading", done, total)
 
@@ -67,12 +68,12 @@ def open_shards(
                     raise DaemonError("bad_request", "the head sends another shard than it asked for")
                 check_given(request.plan, request.spec, weights.matrix_bytes)
                 if not request.plan.streams:
-                    return ResidentStore.load(request.plan, weights.reader, loading)
+                    return ResidentStore.load(request.plan, weights.reader, loading), weights.pack
                 if weights.pack is None:
                     raise DaemonError(
                         "resources", f"a shard that streams needs room on a disk: {weights.warning}"
                     )
-                return WindowStore.open(request.plan, weights.pack, loading)
+                return WindowStore.open(request.plan, weights.pack, loading), weights.pack
         finally:
             for channel in channels:
                 channel.close()

@@ -62,15 +62,15 @@ WIFI = LinkSpeed(0.027, 4e6, "Wi-Fi")
         (choice(3, 3, figures(0.25)), "using all 3 machines: 0.25 tokens/s, alone it would not fit"),
         (
             choice(2, 2, figures(2.4), freely=figures(6.1), freely_ranks=1),
-            "using 2 machines as asked: 2.4 tokens/s, alone 6.1",
+            "using 2 machines because a number was asked for: 2.4 tokens/s, alone 6.1",
         ),
         (
             choice(2, 4, figures(5.0), freely=figures(6.1), freely_ranks=3),
-            "using 2 machines as asked: 5.0 tokens/s, with 3 6.1",
+            "using 2 machines because a number was asked for: 5.0 tokens/s, with 3 6.1",
         ),
         (
             choice(2, 2, figures(6.1), freely=figures(6.1), freely_ranks=2),
-            "using 2 machines as asked: 6.1 tokens/s",
+            "using 2 machines because a number was asked for: 6.1 tokens/s",
         ),
         (
             choice(2, 2, figures(6.1), alone=None)._replace(split="pipeline"),

@@ -20,6 +20,7 @@ from shoal.daemon.cluster.group import Group
 from shoal.daemon.cluster.mesh import fellows
 from shoal.daemon.cluster.mesh.fellows import Fellows
 from shoal.daemon.cluster.roster import ARRIVE_S, Roster
+from shoal.daemon.cluster.weights.shard_cache import ShardCache
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
 from shoal.partition.sum_cost import Means, Network, SumPlan
@@ -130,6 +131,18 @@ def test_a_machine_that_goes_and_comes_back(two: Cluster, path: Path, alone: lis
     two.start(1)
     wait_for(lambda: ranks(two) == 3)
     assert text_of(two.node, prompt(2))[1] == alone[2]
+
+
+def test_packs_of_shards_that_are_computed_stay_on_disk(two: Cluster, path: Path) -> None:
+    """Also if the shard is all in memory: the next start needs its pack."""
+    two.node.load(Load(model=str(path)))
+    cache = ShardCache(two.home(1).shards)
+    (shard,) = cache.list()
+    assert cache.used(shard)
+    assert cache.clear() == ([], [shard])
+    two.node.unload(Unload(model=path.name))
+    wait_for(lambda: not cache.used(shard))
+    assert cache.clear() == ([shard], [])
 
 
 def test_ranks_that_were_asked_for_are_waited_for(two: Cluster, path: Path) -> None:
