@@ -193,6 +193,7 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "compute_keeps": (0.01, 1),
     "disk_keeps": (0.01, 1),
 }
+_LEAST_PER_S = 1e3  # of speeds that may also be 0, which means that there is none
 _POINTS: Mapping[str, tuple[float, float]] = {
     "rows": (1, 1 << 24),
     "byte_s": (1e-16, 1.0),
@@ -260,7 +261,10 @@ def _check_name(field: str, name: str, taken: Iterable[str]) -> None:
 def _check_figures(where: str, figures: Mapping[str, object]) -> None:
     for field, value in figures.items():
         if field in _LIMITS and not isinstance(value, tuple):
-            check_figure(f"{where}.{field}", value, *_LIMITS[field])
+            low, high = _LIMITS[field]
+            check_figure(f"{where}.{field}", value, low, high)
+            if field.endswith("per_s") and low == 0 < value < _LEAST_PER_S:  # type: ignore[operator]
+                raise ProfileError(f"{where}.{field}={value:g}: must be 0, or at least {_LEAST_PER_S:g}")
 
 
 def check_figure(field: str, value: object, low: float, high: float) -> None:

@@ -101,6 +101,12 @@ def test_a_measured_profile_comes_back(tmp_path: Path) -> None:
             1e30,
             "devices[1].memory_bytes=1e+30: must be a number from 1e+06 to 1.15292e+18",
         ),
+        (
+            "devices.0.disk_bytes_per_s",
+            1e-300,
+            "devices[0].disk_bytes_per_s=1e-300: must be 0, or at least 1000",
+        ),
+        ("devices.1.port_bytes_per_s", 1.0, "devices[1].port_bytes_per_s=1: must be 0, or at least 1000"),
         ("devices.0.flops", "fast", "devices[0].flops: expected `float`, got `str`"),
         ("devices.0.flops", True, "devices[0].flops: expected `float`, got `bool`"),
         ("devices.0.threads", 0, "devices[0].threads=0: must be a number from 1"),
