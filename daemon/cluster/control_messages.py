@@ -91,10 +91,13 @@ class Serve(Struct, tag=True, frozen=True, kw_only=True):
     wire: WireType
     fellows: Annotated[list[Fellow], Meta(max_length=256)] = []
     kv_on_disk: KvOnDisk | None = None
+    fetch_only: bool = False  # into the cache on disk, for a group that is to come; nothing is computed
 
     @property
     def held_bytes(self) -> int:
         """What the shard takes of a machine's memory. The plan has to be one that was checked."""
+        if self.fetch_only:
+            return 0
         if self.kv_on_disk is None:
             return self.plan.peak_bytes
         return self.plan.peak_bytes + buffer_bytes(kv_page_bytes(self.spec, self.plan.kv.dtype))

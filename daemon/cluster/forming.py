@@ -16,13 +16,14 @@ from shoal import kernels
 from shoal.comm.group.sums.manners import Manner, Manners
 from shoal.comm.group.sums.wire_types import WireType
 from shoal.daemon.config import CLUSTER_WIRES, NodeConfig
+from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import fingerprint, group_fingerprint
 from shoal.daemon.loading.budgeting import disk_buffer_bytes
 from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated
 from shoal.daemon.loading.planning import extents, rank_part, wanted_of
 from shoal.daemon.memory import bounded
-from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
 from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
@@ -100,6 +101,18 @@ class Forming:
         if isinstance(made, Unseated):
             return made
         self._steady.use(made.key, made.shares)
+        group = self._group(name, checkpoint, config, made)
+        group.begin()
+        return Seated(made.parts[0], made.plans[0], group, made.why)
+
+    def prepare(self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int) -> None:
+        made = self._seating(name, checkpoint, config, free_bytes)
+        if isinstance(made, Unseated):
+            return
+        with refusing(name), open_checkpoint(checkpoint.path) as again:  # a loaded model's is closed
+            self._group(name, again, config, made).fetch()
+
+    def _group(self, name: str, checkpoint: Checkpoint, config: NodeConfig, made: _Seating) -> Group:
         kv_store = b""
         if config.kv_disk_bytes != 0:
             computing = [
@@ -109,7 +122,7 @@ class Forming:
             ]
             whole = fingerprint(checkpoint, config.quant, made.plans[0])
             kv_store = group_fingerprint(whole, made.shards, computing)
-        group = Group(
+        return Group(
             self._roster,
             name,
             [
@@ -123,8 +136,6 @@ class Forming:
             self._settling(config, made, checkpoint.spec.hidden),
             kv_store,
         )
-        group.begin()
-        return Seated(made.parts[0], made.plans[0], group, made.why)
 
     def would_seat(
         self,

@@ -24,7 +24,7 @@ from shoal.comm.group.sums.wire_types import WireType
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import MOST_SLOTS, rank_fingerprint
 from shoal.daemon.loading.grouping import GroupFailed
-from shoal.daemon.progress import Progress
+from shoal.daemon.progress import Progress, no_progress
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.machines import LinkSpeed
 from shoal.partition.plan import Plan
@@ -108,7 +108,16 @@ class Group:
         self._watched = [Watched() for _ in seats]
         self.pulse = Pulse(self.epoch)
 
-    def begin(self) -> None:
+    def fetch(self) -> None:
+        """Have all members fetch what they lack of their shards, and end: so a group that is formed later need not wait
+        for it. Raises GroupFailed."""
+        self.begin(fetch_only=True)
+        try:
+            self._await(lambda: True, no_progress)
+        finally:
+            self.close()
+
+    def begin(self, *, fetch_only: bool = False) -> None:
         """Ask all members to load their shards."""
         self._roster.expect(self.epoch, self)
         store = self._kv_store.hex()
@@ -121,13 +130,25 @@ class Group:
                 plan=seat.plan,
                 quant=self._quant,
                 wire=self.wire,
-                fellows=self.introductions.fellows(rank),
-                kv_on_disk=KvOnDisk(store=store, slots=MOST_SLOTS) if store else None,
+                fellows=[] if fetch_only else self.introductions.fellows(rank),
+                kv_on_disk=KvOnDisk(store=store, slots=MOST_SLOTS) if store and not fetch_only else None,
+                fetch_only=fetch_only,
             )
             seat.member.serve(request, partial(self.introductions.heard, rank))
 
     def form(self, progress: Progress) -> None:
         """Wait until all members are ready. Raises DaemonError when one is gone, refuses or does not come further."""
+        self._await(lambda: self._complete() and self.introductions.over, progress)
+        streams = [self._data[seat.member.fingerprint] for seat in self.seats]
+        for stream in streams:
+            stream.watch()
+        hub = self._hub = Hub(streams, self.epoch, self.wire)
+        self._decide(hub)
+        self.collective = Meeting(hub, self.pulse)
+        self.others = Led(hub)
+
+    def _await(self, complete: Callable[[], bool], progress: Progress) -> None:
+        """Until all have loaded, and it is complete besides."""
         moved_s, before = time.monotonic(), (-1, 0)
         while True:
             states = [(seat.member, seat.member.loading(self.epoch)) for seat in self.seats]
@@ -142,8 +163,8 @@ class Group:
                     raise GroupFailed("resources", f"{member.name} cannot take its part: {state.reason}")
             loading = [state for _, state in states if isinstance(state, Loading)]
             done = sum(state.done for state in loading)
-            if not loading and self._complete() and self.introductions.over:
-                break
+            if not loading and complete():
+                return
             if (now := (done, len(loading) + len(self._data))) != before:
                 moved_s, before = time.monotonic(), now
                 progress("sending", done, sum(state.total for state in loading))
@@ -161,13 +182,6 @@ class Group:
                 )
             with self._arrived:
                 self._arrived.wait(FORM_LOOK_S)
-        streams = [self._data[seat.member.fingerprint] for seat in self.seats]
-        for stream in streams:
-            stream.watch()
-        hub = self._hub = Hub(streams, self.epoch, self.wire)
-        self._decide(hub)
-        self.collective = Meeting(hub, self.pulse)
-        self.others = Led(hub)
 
     def _decide(self, hub: Hub) -> None:
         """How sums are made, now that it is known which workers reach each other."""

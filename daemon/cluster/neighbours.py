@@ -80,6 +80,10 @@ class Neighbours:
             return False
         return self._cluster()[0].would_seat(name, checkpoint, config, free_bytes, dropping)
 
+    def prepare(self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int) -> None:
+        if self._grouping is not None:
+            self._grouping.prepare(name, checkpoint, config, free_bytes)
+
     def better(
         self,
         name: str,

@@ -43,10 +43,10 @@ Dial = Callable[[Purpose], Channel]
 
 
 class OpenedShard(NamedTuple):
-    """The weights of a shard, ready to compute, and where it keeps KV on disk, or why it does not. `pack`: on disk, for
-    the next start; nobody removes it while it is held here."""
+    """The weights of a shard, ready to compute (None if they were only to be fetched), and where it keeps KV on disk,
+    or why it does not. `pack`: on disk, for the next start; nobody removes it while it is held here."""
 
-    store: BlockStore
+    store: BlockStore | None
     kv: KvSlots | NotKept
     pack: Pack | None = None
 
@@ -131,7 +131,8 @@ class ServedShard:
         if self._follower is not None:
             self._follower.close()
         if self._opened is not None:
-            self._opened.store.close()
+            if self._opened.store is not None:
+                self._opened.store.close()
             if isinstance(self._opened.kv, KvSlots):
                 self._opened.kv.close([], None)
         self._follower = self._opened = None
@@ -156,8 +157,12 @@ class ServedShard:
         plan, spec = self.request.plan, self.request.spec
         if plan.peak_bytes < 0:
             raise DaemonError("bad_request", f"a plan that takes {plan.peak_bytes} bytes")
-        self._budget.hold(self.purpose, plan.peak_bytes)
+        if not self.request.fetch_only:
+            self._budget.hold(self.purpose, plan.peak_bytes)
         opened = self._opened = self._open_shard(self.request, self._dialled, self._progress)
+        store = opened.store
+        if store is None:
+            return
         opened = self._opened = opened._replace(kv=self._with_buffers(opened.kv))
         data = self._dialled("data")
         data.watch()
@@ -173,7 +178,7 @@ class ServedShard:
         )
         kv, wanted = (opened.kv if isinstance(opened.kv, KvSlots) else None), self.request.kv_on_disk
         pool, meeting = KvPool(spec, plan.kv), Meeting(spoke, self.pulse)
-        executor = Executor(Transformer(spec), plan, opened.store, pool, meeting)
+        executor = Executor(Transformer(spec), plan, store, pool, meeting)
         slots = wanted.slots if wanted is not None and kv is not None else 0
         rank = Rank(executor, lambda: 0.0, kv)
         self._follower = Follower(rank, spoke, self.pulse, self._ended, slots)

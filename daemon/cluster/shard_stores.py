@@ -49,13 +49,15 @@ def open_shards(
 
     def open_shard(request: Serve, dial: Dial, progress: Progress) -> OpenedShard:
         store, pack = open_store(request, dial, progress)
+        if store is None:
+            return OpenedShard(store, NotKept(""), pack)
         try:
             return OpenedShard(store, open_kv(request, kv_files), pack)
         except BaseException:
             store.close()
             raise
 
-    def open_store(request: Serve, dial: Dial, progress: Progress) -> tuple[BlockStore, Pack | None]:
+    def open_store(request: Serve, dial: Dial, progress: Progress) -> tuple[BlockStore | None, Pack | None]:
         def loading(done: int, total: int) -> None:
             progress("loading", done, total)
 
@@ -67,6 +69,8 @@ def open_shards(
                 if weights.spec != request.spec or weights.shard != request.shard:
                     raise DaemonError("bad_request", "the head sends another shard than it asked for")
                 check_given(request.plan, request.spec, weights.matrix_bytes)
+                if request.fetch_only:
+                    return None, weights.pack
                 if not request.plan.streams:
                     return ResidentStore.load(request.plan, weights.reader, loading), weights.pack
                 if weights.pack is None:

@@ -125,8 +125,11 @@ class Worker:
             self._tell(Probed(number=message.number, data=bytes(message.reply_bytes)))
         if isinstance(message, Serve):
             for other in [*self._shards.values()]:
-                if other.request.model == message.model or other.request.epoch == message.epoch:
-                    self._drop(other.request.epoch)  # its successor comes
+                successor = other.request.fetch_only or not message.fetch_only
+                if other.request.epoch == message.epoch or (
+                    other.request.model == message.model and successor
+                ):
+                    self._drop(other.request.epoch)
             if len(self._shards) >= MOST_SHARDS:
                 refusal = f"it serves {MOST_SHARDS} shards already, which is the most"
                 self._tell(ShardRefused(epoch=message.epoch, code="resources", reason=refusal))

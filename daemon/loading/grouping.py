@@ -119,6 +119,10 @@ class Grouping(Protocol):
         Raises as `seat`."""
         ...
 
+    def prepare(self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int) -> None:
+        """Have those that `seat` would choose fetch what they lack, while the model goes on. Raises DaemonError."""
+        ...
+
     @property
     def machines(self) -> int:
         """How many can be used now, this one included."""

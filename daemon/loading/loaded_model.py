@@ -51,6 +51,7 @@ class LoadedModel:
     used_s: float
     advice: Advice = field(default_factory=Advice)
     retired: bool = False
+    prepared: bool = False  # machines that have come have their weights
     arrivals: int = 0  # of machines, until it was last considered whether they should take part
     _compiling: threading.Lock = field(default_factory=threading.Lock)
     _templates: dict[str, ChatTemplate | TemplateError] = field(default_factory=dict)

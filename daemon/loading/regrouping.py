@@ -53,13 +53,34 @@ class Regrouping:
             came, model.arrivals = model.arrivals != arrivals, arrivals
             if group is not None and not group.whole:
                 why = "a machine is gone"
-            elif came and self._better(grouping, model):
+            elif model.prepared:
+                model.prepared = False
+                if not self._better(grouping, model):
+                    continue
                 why = "machines have come"
             else:
+                if came and self._better(grouping, model):
+                    self._prepare(grouping, model)
                 continue
             model.engine.suspend(RankLost(0, why))
             log.info("%s is loaded again: %s", model.name, why)
             self.begin(model)
+
+    def _prepare(self, grouping: Grouping, model: LoadedModel) -> None:
+        """Machines that have come fetch their weights, in a thread of its own; until they have them, nobody waits."""
+        config, free_bytes = self._wanted(model), self._assembly.budget.free_bytes + model.peak_bytes
+
+        def prepare() -> None:
+            try:
+                grouping.prepare(model.name, model.checkpoint, config, free_bytes)
+                model.prepared = True
+            except Exception as error:
+                failed = translated(error)
+                log.warning(
+                    "%s: %s", model.name, failed, exc_info=failed if failed.code == "internal" else None
+                )
+
+        threading.Thread(target=prepare, name="shoal-prepare", daemon=True).start()
 
     def _better(self, grouping: Grouping, model: LoadedModel) -> bool:
         config = self._wanted(model)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import tiny
@@ -20,6 +21,7 @@ from shoal.daemon.cluster.group import Group
 from shoal.daemon.cluster.mesh import fellows
 from shoal.daemon.cluster.mesh.fellows import Fellows
 from shoal.daemon.cluster.roster import ARRIVE_S, Roster
+from shoal.daemon.cluster.weights import weight_server
 from shoal.daemon.cluster.weights.shard_cache import ShardCache
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
@@ -130,6 +132,32 @@ def test_a_machine_that_goes_and_comes_back(two: Cluster, path: Path, alone: lis
     assert text_of(two.node, prompt(1))[1] == alone[1]
     two.start(1)
     wait_for(lambda: ranks(two) == 3)
+    assert text_of(two.node, prompt(2))[1] == alone[2]
+
+
+def test_nobody_waits_for_the_weights_of_a_machine_that_has_come(
+    two: Cluster, path: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fetches them while the others go on computing."""
+    two.stop(1)
+    two.stop(2)
+    two.wait(0)
+    two.node.load(Load(model=str(path)))
+    assert ranks(two) == 1
+    sent, may_send = threading.Event(), threading.Event()
+
+    def slowly(serving: Any) -> None:
+        sent.set()
+        assert may_send.wait(20)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_server._Serving, "_require_unchanged", slowly)
+        two.start(1)
+        assert sent.wait(20)
+        assert [text_of(two.node, prompt(i))[1] for i in range(2)] == alone[:2]
+        assert ranks(two) == 1
+        may_send.set()
+    wait_for(lambda: ranks(two) == 2)
     assert text_of(two.node, prompt(2))[1] == alone[2]
 
 
