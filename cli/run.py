@@ -91,9 +91,9 @@ def run(
     """Answer one PROMPT with MODEL, a path or a name in the store.
 
     The answer goes to stdout as it is made, statistics to stderr. Text on stdin follows the PROMPT, or replaces it. A
-    running daemon answers, unless --local, --memory, --threads, --device, --speculate or --kv-type is given: then this
-    process does. --ctx bounds this answer and changes nothing for others who use the daemon. --draft is refused where
-    it would; shoal load --draft loads the model anew for all.
+    running daemon answers, unless --local, --memory, --threads, --device, --speculate, --kv-type or --cluster-wire is
+    given: then this process does. --ctx bounds this answer and changes nothing for others who use the daemon. --draft
+    is refused where it would; shoal load --draft loads the model anew for all.
     """
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template that --raw leaves out")

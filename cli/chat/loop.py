@@ -81,9 +81,9 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
     """Hold a conversation with MODEL, a path or a name in the store.
 
     Without MODEL: the one that the daemon has loaded, else one from the store. A daemon is started if none is running;
-    with --memory, --threads, --device, --speculate or --kv-type the model runs in this process instead. --ctx bounds
-    this conversation and changes nothing for others; --draft is refused where it would. Type /help for commands; Ctrl-C
-    stops an answer, Ctrl-D leaves.
+    with --memory, --threads, --device, --speculate, --kv-type or --cluster-wire the model runs in this process. --ctx
+    bounds this conversation and changes nothing for others; --draft is refused where it would. Type /help for commands;
+    Ctrl-C stops an answer, Ctrl-D leaves.
     """
     home = Home.from_env()
     library = Library(home)

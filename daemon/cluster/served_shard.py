@@ -218,6 +218,8 @@ class ServedShard:
         return channel
 
     def _progress(self, doing: str, done: int, total: int) -> None:
+        if self._closed:
+            raise CommError("the group has ended")  # or whoever closes would wait until all is loaded
         self._tell(Loading(epoch=self.request.epoch, done=done, total=total))
 
     def _ended(self, reason: str) -> None:
