@@ -17,38 +17,37 @@ def driven(uses: list[Use], window_bytes: int, bytes_per_s: float, laps: int = 8
     """Seconds of a step in the long run, with the policy that readers ask: one read at a time, in its order."""
     extents = [Extent(BlockId("ffn", i), 0, use.nbytes) for i, use in enumerate(uses) if use.nbytes]
     window = Window(window_bytes, extents)
+    landed: dict[int, float] = {}  # when the last piece of a passage came
     now = disk = 0.0
     ends = []
+
+    def compute(seconds: float) -> None:
+        """Meanwhile what has room is read, as far as there is time."""
+        nonlocal now, disk
+        end, disk = now + seconds, max(disk, now)
+        while disk < end and (read := window.next_read(PIECE)) is not None:
+            disk += read.nbytes / bytes_per_s
+            read.passage.landed += read.nbytes
+            landed[id(read.passage)] = disk
+            window.ended(read.passage)
+        now = end
+
     for _ in range(laps):
         for place, use in enumerate(uses):
             if not use.nbytes:
-                now += use.compute_s
+                compute(use.compute_s)
                 continue
             passage = window.want(BlockId("ffn", place))
-            ready = {id(passage): disk if passage.here else 0.0}
             while not passage.here:
                 read = window.next_read(PIECE)
                 assert read is not None
-                disk = (
-                    max(disk, now if read.passage is passage and not read.start else disk)
-                    + read.nbytes / bytes_per_s
-                )
+                disk = max(disk, now) + read.nbytes / bytes_per_s
                 read.passage.landed += read.nbytes
-                ready[id(read.passage)] = disk
+                landed[id(read.passage)] = disk
                 window.ended(read.passage)
+            now = max(now, landed.pop(id(passage), 0.0))
             passage.leases += 1
-            now = max(now, ready[id(passage)])
-            end = now + use.compute_s
-            # While it is used, what has room is read, as far as there is time.
-            disk = max(disk, now)
-            while disk < end:
-                read = window.next_read(PIECE)
-                if read is None:
-                    break
-                disk += read.nbytes / bytes_per_s
-                read.passage.landed += read.nbytes
-                window.ended(read.passage)
-            now = end
+            compute(use.compute_s)
             passage.leases -= 1
             window.leave(passage)
         ends.append(now)
@@ -62,7 +61,7 @@ BLOCK = 64 << 20
 @pytest.mark.parametrize("compute_s", [0.001, 0.06, 0.064, 0.3])
 def test_blocks_of_one_size(room: int, compute_s: float) -> None:
     uses = [Use(compute_s, BLOCK)] * 12
-    assert lap(uses, room * BLOCK, 1e9).step_s == pytest.approx(driven(uses, room * BLOCK, 1e9), rel=0.08)
+    assert lap(uses, room * BLOCK, 1e9).step_s == pytest.approx(driven(uses, room * BLOCK, 1e9), rel=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,7 +74,7 @@ def test_blocks_of_one_size(room: int, compute_s: float) -> None:
 def test_blocks_of_any_size(uses: list[tuple[float, int]], room: float) -> None:
     blocks = [Use(compute_s, size * PIECE) for compute_s, size in uses]
     window = int(room * max(use.nbytes for use in blocks))
-    assert lap(blocks, window, 1e9).step_s == pytest.approx(driven(blocks, window, 1e9, 16), rel=0.15)
+    assert lap(blocks, window, 1e9).step_s == pytest.approx(driven(blocks, window, 1e9, 16), rel=1e-6)
 
 
 def test_a_window_of_two_blocks_hides_the_faster_half() -> None:
