@@ -10,6 +10,7 @@ Knows arrays of f32 and frames; not what is computed, nor who is at the other en
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -39,7 +40,7 @@ class _Room:
         return self._bytes[:nbytes]
 
 
-class _Adder:
+class _Adder(ABC):
     """What hub and spokes have in common: their place in an order, and sums to which all contribute alike."""
 
     def __init__(self, swapper: Swapper, ranks: int, wire: WireType) -> None:
@@ -57,8 +58,9 @@ class _Adder:
             return self._star(partial, wire)
         return self._exchange(partial, wire) if topology == "exchange" else self._sliced(partial, wire)
 
+    @abstractmethod
     def _star(self, partial: F32Rows, wire: WireType) -> F32Rows:
-        raise NotImplementedError
+        """The sum by way of rank 0: the one way in which hub and spokes differ."""
 
     def _foresee(self, shape: tuple[int, int]) -> None:
         """Others may bring partials of as many numbers before this rank does, and the order be given up until then."""
