@@ -10,7 +10,7 @@ PROMPT = Explain in two sentences how a lighthouse works.
 
 BIN := .venv/bin
 SHOAL := $(BIN)/shoal
-SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native/*)
+SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native/* comm/group/native/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help

@@ -1,7 +1,8 @@
-"""Builds the native kernels: one shared library, in which the same source is compiled for several machines.
+"""Builds the native kernels: one shared library, in which the same source is compiled for several machines. And a small
+one for bytes between the ranks of a group.
 
-The library is optional: without a compiler the install succeeds, and the reference kernels compute. Everything else
-about the package is in pyproject.toml.
+Both are optional: without a compiler the install succeeds, the reference kernels compute, and waiting takes longer.
+Everything else about the package is in pyproject.toml.
 """
 
 import os
@@ -15,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = "kernels/native"
+BYTES = "comm/group/native/bytes.cpp"
 SHARED = ("interleave", "pool", "shoal")  # the same for all machines
 FLAGS = [
     "-O1" if "-fsanitize" in os.environ.get("CXXFLAGS", "") else "-O3",  # checks make compiling slow
@@ -59,12 +61,15 @@ def tell(text: str) -> None:
 
 
 class BuildKernels(build_ext):
-    """Compiles `kernels.cpp` once per home, the rest once, and links them under a fixed name; tells how far it is."""
+    """Compiles `kernels.cpp` once per home, the rest once, and links them under fixed names; tells how far it is."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.sources == [BYTES]:
+            self.link(ext, self.compiler.compile(ext.sources, self.build_temp, extra_postargs=FLAGS))
+            return
         parts = [(f"{SOURCE}/{name}.cpp", name, DEFINES, []) for name in SHARED]
         parts += [
             (f"{SOURCE}/kernels.cpp", home, [*DEFINES, ("SHOAL_HOME", home)], flags)
@@ -88,7 +93,9 @@ class BuildKernels(build_ext):
                     took_s = time.monotonic() - began_s
                     tell(f"compiled {number} of {len(parts)}: {names[done]}, after {took_s:.0f} s")
         # In this order: of what several parts have, the linker takes the first, and that has to run on any machine.
-        objects = [compiled for part in names for compiled in part.result()]
+        self.link(ext, [compiled for part in names for compiled in part.result()])
+
+    def link(self, ext: Extension, objects: list[str]) -> None:
         threads = [] if sys.platform == "darwin" else ["-pthread"]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=threads, target_lang="c++"
@@ -103,7 +110,8 @@ setup(
             depends=sorted(map(str, Path(SOURCE).glob("*.h"))),
             language="c++",
             optional=True,
-        )
+        ),
+        Extension("shoal.comm.group.libshoal_bytes", sources=[BYTES], language="c++", optional=True),
     ],
     cmdclass={"build_ext": BuildKernels},
 )

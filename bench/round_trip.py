@@ -1,4 +1,4 @@
-"""A round between the ranks of a star, over bare TCP, over `ssl.SSLSocket` and over Shoal's channel, in turn.
+"""A round between the ranks of a star: bare TCP, `ssl.SSLSocket`, Shoal's channel over TLS and through memory, in turn.
 
     python bench/round_trip.py [--ranks 2,4] [--bytes 16384,8388608] [--rounds 15] [--pin]
 
@@ -24,6 +24,7 @@ from typing import Protocol
 
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.dialing import dial
+from shoal.comm.group.group_protocol import OURS, Speaks
 from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import PairedNode, Peers
@@ -111,13 +112,21 @@ def star(nodes: Nodes, kind: str, workers: int, size: int, pinned: bool) -> list
         operands = (connect, size, next(started) if pinned else 0)
         multiprocessing.get_context("fork").Process(target=echo, args=operands, daemon=True).start()
 
-    if kind == "shoal":
+    if kind in ("shoal", "memory"):
+        speaks = OURS if kind == "memory" else Speaks()
         with GroupListener(nodes.head, nodes.known, [("127.0.0.1", 0)]) as listener:
             addresses, links = listener.addresses, list[Link]()
             for _ in range(workers):
                 start(
                     lambda: Ours(
-                        dial(nodes.worker, nodes.known_to_worker, nodes.head.fingerprint, "data", addresses)
+                        dial(
+                            nodes.worker,
+                            nodes.known_to_worker,
+                            nodes.head.fingerprint,
+                            "data",
+                            addresses,
+                            speaks=speaks,
+                        )
                     )
                 )
                 channel = listener.accept(WAIT_S)
@@ -150,7 +159,7 @@ def measure(
     nodes: Nodes, ranks: int, size: int, rounds: int, repeats: int, pinned: bool
 ) -> dict[str, list[float]]:
     """Microseconds of every round trip, of each kind in turn."""
-    links = {kind: star(nodes, kind, ranks - 1, size, pinned) for kind in ("tcp", "ssl", "shoal")}
+    links = {kind: star(nodes, kind, ranks - 1, size, pinned) for kind in ("tcp", "ssl", "shoal", "memory")}
     payload, view = memoryview(bytearray(size)), memoryview(bytearray(len(HEADER) + size))
     took_us: dict[str, list[float]] = {kind: [] for kind in links}
     for number in range(rounds + 1):
@@ -176,9 +185,10 @@ def main() -> None:
     parser.add_argument("--pin", action="store_true", help="each rank on a processor of its own")
     arguments = parser.parse_args()
     print(
-        "| ranks | bytes | tcp, µs | ssl, µs | shoal, µs | ssl / tcp | shoal / tcp | shoal, MB/s each way |"
+        "| ranks | bytes | tcp, µs | ssl, µs | shoal, µs | memory, µs | ssl / tcp | shoal / tcp | memory / tcp"
+        " | shoal, MB/s each way | memory |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     if arguments.pin:
         pin(0)
     with tempfile.TemporaryDirectory() as directory:
@@ -187,11 +197,12 @@ def main() -> None:
             for ranks in map(int, arguments.ranks.split(",")):
                 repeats = max(5, 200 * 16384 // max(size, 16384))
                 took_us = measure(nodes, ranks, size, arguments.rounds, repeats, arguments.pin)
-                tcp, tls, ours = (median(took_us[kind]) for kind in ("tcp", "ssl", "shoal"))
-                speed = size * (ranks - 1) / ours
+                tcp, tls, ours, memory = (median(took_us[kind]) for kind in took_us)
+                moved = size * (ranks - 1)
                 print(
-                    f"| {ranks} | {size:,} | {tcp:,.0f} | {tls:,.0f} | {ours:,.0f} | {tls / tcp:.2f} |"
-                    f" **{ours / tcp:.2f}** | {speed:,.0f} |"
+                    f"| {ranks} | {size:,} | {tcp:,.0f} | {tls:,.0f} | {ours:,.0f} | {memory:,.0f} |"
+                    f" {tls / tcp:.2f} | **{ours / tcp:.2f}** | {memory / tcp:.2f} |"
+                    f" {moved / ours:,.0f} | {moved / memory:,.0f} |"
                 )
 
 

@@ -60,6 +60,11 @@ class Channel:
     def fileno(self) -> int:
         return self._stream.fileno()
 
+    @property
+    def room_event(self) -> int:
+        """What `poll` says of it when `send_some` may take more again."""
+        return self._stream.room_event
+
     def send(self, *buffers: Any, timeout_s: float = SEND_S) -> None:
         """The bytes of `buffers` (contiguous, of any type and shape), one behind the other: if few, in one send.
 
@@ -146,7 +151,21 @@ class Channel:
         """From any thread, and as often as one likes. Who waits in this channel gets ChannelError at once."""
         self._stream.abort()
         with self._sending, self._receiving:
+            self._stream.abort()  # another one, if it has changed over
             self._stream.close()
+
+    def ready(self, data: bool, room: bool) -> bool:
+        """Whether what one wants is there, data or room, though a `poll` may not say so. Otherwise it will."""
+        return self._stream.ready(data, room)
+
+    def change_over(self, stream: Stream) -> None:
+        """Go on with another stream to the same node, which does so at the same point. This one is closed."""
+        with self._sending, self._receiving:
+            before, self._stream = self._stream, stream
+            if before.closed:
+                stream.abort()
+            before.abort()
+            before.close()
 
     def __enter__(self) -> Channel:
         return self

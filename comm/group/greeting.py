@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from typing import get_args
 
+from . import same_host
 from .channel import Channel
 from .errors import ChannelError, VersionMismatch
 from .group_protocol import (
+    BESIDE,
     OPENING_BYTES,
     PURPOSES,
     Declined,
@@ -29,6 +31,8 @@ def greet(channel: Channel, purpose: Purpose, ours: Speaks, deadline: float) -> 
     if isinstance(answer, Declined):
         raise declined(ours, answer)
     channel.purpose, channel.agreed = purpose, agree(ours, answer.speaks)
+    if _may_change_over(channel):
+        same_host.offer(channel, deadline)
 
 
 def welcome(channel: Channel, ours: Speaks, deadline: float, refusal: str = "") -> None:
@@ -40,6 +44,12 @@ def welcome(channel: Channel, ours: Speaks, deadline: float, refusal: str = "") 
     channel.purpose = next(purpose for purpose in get_args(Purpose) if purpose == opening.purpose)
     channel.agreed = agree(ours, opening.speaks)
     channel.send_message(Opened(ours), _left(deadline))
+    if _may_change_over(channel):
+        same_host.answer(channel, deadline)
+
+
+def _may_change_over(channel: Channel) -> bool:
+    return channel.purpose == "data" and BESIDE in channel.agreed.features
 
 
 def _objection(channel: Channel, opening: Opening, ours: Speaks) -> str:

@@ -65,8 +65,9 @@ class Declined(msgspec.Struct, frozen=True, tag="declined"):
 
 
 FELLOWS = "fellows"  # workers of a group reach each other, and add sums in more ways than by a star
+BESIDE = "beside"  # on one machine, channels for data change over to memory (`same_host`)
 
-OURS = Speaks(features=(FELLOWS,))
+OURS = Speaks(features=(FELLOWS, BESIDE))
 
 
 def agree(ours: Speaks, theirs: Speaks) -> Agreed:

@@ -22,13 +22,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from .errors import ChannelError, ChannelTimeout, NotPaired
+from .native_bytes import native_bytes
+from .watching import Watching
 
 Address = tuple[str, int]  # host and port
 
-WATCH_S = 200e-6  # a thread that watches looks so long for bytes before it sleeps …
-LOOK_S = 20e-6  # … unless one look takes longer, because others want the processor, …
-LEAST_LUCK = 0.5  # … if that was of use more often than not …
-TRY_AGAIN = 64  # … or has not been tried for so many times
 TAKE_BYTES = 128 << 10  # taken from the socket at a time
 PARTING_READS = 8
 SEAL_BYTES = 256 << 10  # given to TLS, and then to the socket, at a time
@@ -53,6 +51,14 @@ class Stream(Protocol):
         """Whether `receive` would return without looking at the socket."""
 
     def fileno(self) -> int: ...
+
+    @property
+    def room_event(self) -> int:
+        """What `poll` says of `fileno` when `send_some` may take more again."""
+
+    def ready(self, data: bool, room: bool) -> bool:
+        """Whether what one wants is there, something to read or room for `send_some`, though `poll` may not say so.
+        Otherwise it will."""
 
     def ends(self) -> tuple[Address, Address]:
         """Host and port of the other side, and of this one."""
@@ -85,6 +91,7 @@ class SocketStream:
     """A connected stream socket, TCP or of a pair."""
 
     buffered = unsent = False
+    room_event = select.POLLOUT
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setblocking(True)
@@ -98,8 +105,7 @@ class SocketStream:
         self._writable = select.poll()
         self._writable.register(connected, select.POLLOUT)
         self._limit_s = 0.0  # that of `recv` as it is set; 0 is none
-        self._watches = False
-        self._luck, self._waits = 1.0, 0  # how often bytes came while it looked for them, lately
+        self._watching: Watching | None = None
         self._sent = self._received = 0  # bytes; each is one thread's
         self._ending = threading.Lock()  # so that none ends a descriptor that is another's by now
         self.closed = False
@@ -117,6 +123,9 @@ class SocketStream:
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    def ready(self, data: bool, room: bool) -> bool:
+        return False
 
     def ends(self) -> tuple[Address, Address]:
         return _address(self._socket.getpeername), _address(self._socket.getsockname)
@@ -148,7 +157,8 @@ class SocketStream:
     def receive(self, view: memoryview, deadline: float) -> int:
         flags = self._limit(deadline)
         try:
-            count = self._looked_for(view) if self._watches and not flags else 0
+            watching = None if flags else self._watching
+            count = watching.looked_for(self._socket.fileno(), view) if watching else 0
             count = count or self._socket.recv_into(view, 0, flags)
         except BlockingIOError as error:
             raise ChannelTimeout("the other side sends nothing") from error
@@ -160,29 +170,8 @@ class SocketStream:
         return count
 
     def watch(self) -> None:
-        self._watches = True
-
-    def _looked_for(self, view: memoryview) -> int:
-        """How many bytes come into `view` within WATCH_S; 0 if none do, or that is not likely."""
-        self._waits += 1
-        if self._luck < LEAST_LUCK and self._waits % TRY_AGAIN:
-            return 0
-        began_s = looked_s = time.perf_counter()
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                count = self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
-                if looked_s > began_s:
-                    self._luck += (1 - self._luck) / 8
-                return count
-            os.sched_yield()  # to whoever else wants this processor, if only the sender
-            now_s = time.perf_counter()
-            if now_s - looked_s > LOOK_S:
-                self._luck /= 2
-                return 0
-            if now_s - began_s > WATCH_S:
-                self._luck -= self._luck / 8
-                return 0
-            looked_s = now_s
+        if (native := native_bytes()) is not None:
+            self._watching = Watching(native)
 
     @property
     def moved(self) -> int:
@@ -240,6 +229,8 @@ class SocketStream:
 class TlsStream:
     """TLS over a `SocketStream`. `handshake` comes first."""
 
+    room_event = select.POLLOUT
+
     def __init__(self, below: SocketStream, context: ssl.SSLContext, server_side: bool) -> None:
         self._below = below
         self._arrived, self._leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -261,6 +252,9 @@ class TlsStream:
     @property
     def buffered(self) -> bool:
         return bool(self._arrived.pending or self._tls.pending())
+
+    def ready(self, data: bool, room: bool) -> bool:
+        return data and self.buffered
 
     def handshake(self, deadline: float) -> bytes | None:
         """The other side's certificate (DER), None if it shows none. NotPaired if it is not one of the context's."""

@@ -38,6 +38,16 @@ class FrameStream(Protocol):
 
     def fileno(self) -> int: ...
 
+    @property
+    def room_event(self) -> int:
+        """What `poll` says of `fileno` when `send_some` may take more again."""
+        ...
+
+    def ready(self, data: bool, room: bool) -> bool:
+        """Whether what one wants is there, something to read or room for `send_some`, though `poll` may not say so.
+        Otherwise it will."""
+        ...
+
     def send_some(self, data: memoryview) -> int:
         """What goes without waiting, after what was taken before: how many bytes of `data` were taken."""
         ...

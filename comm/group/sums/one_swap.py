@@ -8,7 +8,7 @@ from __future__ import annotations
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from .wire_types import Octets
 AHEAD_FRAMES = 8  # of rank 0 that are kept for later
 STALLED_S = 1.5  # nothing comes from a rank that rank 0 has heard already
 SWAP_LOOK_S = 0.25  # between looks at clock and streams
+_BOTH = select.POLLIN | select.POLLOUT
 _LATER = WRAP // 2  # numbers that are farther back than that are ahead
 _FROM_OTHERS = (FrameKind.PART, FrameKind.FAILED, FrameKind.CUT_OFF)
 
@@ -123,14 +124,20 @@ class OneSwap:
             self._cut_off(rank)
         while self._waiting or self._sending:
             self._watch(poll, watched, masks)
-            ranks = {descriptor: rank for rank, descriptor in watched.items()}
-            for descriptor, events in poll.poll(1000 * SWAP_LOOK_S):
-                rank = ranks[descriptor]
-                if rank in self._sending and events & ~select.POLLIN:
+            ready = self._ready(watched)
+            found = dict(poll.poll(0 if ready else 1000 * SWAP_LOOK_S))
+            for rank, descriptor in watched.items():
+                events = _BOTH if rank in ready else found.get(descriptor, 0)
+                if rank in self._sending and events & ~(select.POLLIN & ~self._links[rank].stream.room_event):
                     self._push(rank)
                 if rank in self._readable() and events & ~select.POLLOUT:
                     self._read(rank)
             self._look_at_clock()
+
+    def _ready(self, watched: Iterable[int]) -> set[int]:
+        """Ranks with which one can go on, though `poll` may not say so."""
+        readable, sending = self._readable(), self._sending
+        return {rank for rank in watched if self._links[rank].stream.ready(rank in readable, rank in sending)}
 
     def _readable(self) -> set[int]:
         """Ranks whose frames are taken now."""
@@ -144,7 +151,7 @@ class OneSwap:
         readable = self._readable()
         for rank, link in self._links.items():
             mask = (select.POLLIN if rank in readable else 0) | (
-                select.POLLOUT if rank in self._sending else 0
+                link.stream.room_event if rank in self._sending else 0
             )
             descriptor = link.stream.fileno() if mask else -1
             if mask and (link.stream.closed or descriptor < 0):

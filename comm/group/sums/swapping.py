@@ -105,6 +105,6 @@ class Swapper(RankLinks):
                 poll = select.poll()
                 for link in left.values():
                     if (descriptor := link.stream.fileno()) >= 0:
-                        poll.register(descriptor, select.POLLOUT)
+                        poll.register(descriptor, link.stream.room_event)
                 poll.poll(1000 * SWAP_LOOK_S)
         self.awaited = {}

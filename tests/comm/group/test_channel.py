@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from shoal.comm.group.channel import JOIN_BYTES, Channel, channel_pair
 from shoal.comm.group.errors import ChannelError, ChannelTimeout
+from shoal.comm.group.group_protocol import OURS, Speaks
+from shoal.comm.group.shared_stream import can_share
 from shoal.comm.group.streams import SEAL_BYTES, _address
 
 
@@ -35,10 +37,16 @@ def over_tls(tmp_path_factory):
         yield ends
 
 
-@pytest.fixture(params=["clear", "tls"])
+@pytest.fixture(params=["clear", "tls", "memory"])
 def ends(request, tmp_path):
     """Two ends that the test may break."""
-    with twin() if request.param == "clear" else joined(tmp_path) as found:
+    if request.param == "memory" and not can_share():
+        pytest.skip("the native part is not there")
+    with (
+        twin()
+        if request.param == "clear"
+        else joined(tmp_path, OURS if request.param == "memory" else Speaks()) as found
+    ):
         yield found
 
 

@@ -15,12 +15,14 @@ import psutil
 
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.dialing import dial
+from shoal.comm.group.group_protocol import Speaks
 from shoal.comm.group.join_code import Codes
 from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import PairedNode, Peers
 from shoal.comm.group.streams import Address, SocketStream, TlsStream
 
+BARE = Speaks()  # no feature
 LOOPBACK = [("127.0.0.1", 0)]
 
 
@@ -59,10 +61,13 @@ def paired(directory: Path) -> tuple[Machine, Machine]:
 
 
 @contextmanager
-def joined(directory: Path) -> Iterator[tuple[Channel, Channel]]:
-    """The two ends, head's first, of an open channel over TLS."""
+def joined(directory: Path, speaks: Speaks = BARE) -> Iterator[tuple[Channel, Channel]]:
+    """The two ends, head's first, of an open channel over TLS; or through memory, if they speak of that."""
     head, worker = paired(directory)
-    with head.listening() as listener, worker.dial(head, listener.addresses, "data") as at_worker:
+    with (
+        head.listening() as listener,
+        worker.dial(head, listener.addresses, "data", speaks=speaks) as at_worker,
+    ):
         at_head = listener.accept(5)
         assert at_head is not None
         with at_head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ class PairStream:
     most, when it does not wait; by default as many as there are."""
 
     buffered = unsent = False
+    room_event = select.POLLOUT
 
     def __init__(self, end: socket.socket, most: Callable[[], int] | None = None) -> None:
         self._end = end
@@ -20,6 +22,9 @@ class PairStream:
 
     def fileno(self) -> int:
         return self._end.fileno()
+
+    def ready(self, data: bool, room: bool) -> bool:
+        return False
 
     def send(self, *buffers: memoryview | bytes | bytearray) -> None:
         self._end.settimeout(None)

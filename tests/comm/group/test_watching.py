@@ -1,0 +1,74 @@
+"""Whether looking for bytes pays: as long as they come, and nobody else wants the processor."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+from shoal.comm.group.native_bytes import native_bytes
+from shoal.comm.group.watching import CROWDED, LOOK_NS, LOOKED, TRY_AGAIN, Watching
+
+NATIVE = native_bytes()
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="the native part is not there")
+
+
+@pytest.fixture
+def watching() -> Watching:
+    assert NATIVE is not None
+    return Watching(NATIVE)
+
+
+def test_one_wait_in_some_that_was_disturbed_changes_nothing(watching: Watching) -> None:
+    """After each token other threads of a head have work for its processor."""
+    for number in range(400):
+        assert watching.limit_ns() == LOOK_NS
+        watching.note(True, CROWDED if number % 16 == 0 else LOOKED)
+
+
+@pytest.mark.parametrize(("came", "effort"), [(True, CROWDED), (False, LOOKED), (False, CROWDED)])
+def test_what_is_of_no_use_is_seldom_tried(watching: Watching, came: bool, effort: int) -> None:
+    tries = 0
+    for _ in range(40 * TRY_AGAIN):
+        if watching.limit_ns():
+            tries += 1
+            watching.note(came, effort)
+    assert tries <= 50
+    for _ in range(20 * TRY_AGAIN):
+        if watching.limit_ns():
+            watching.note(True, LOOKED)
+    assert watching.limit_ns()
+
+
+def test_what_was_there_at_once_says_nothing(watching: Watching) -> None:
+    before = watching.luck
+    watching.note(True, 0)
+    assert watching.luck == before
+
+
+def test_the_interpreter_goes_on_meanwhile(watching: Watching) -> None:
+    """Others get its lock at once, however long somebody looks."""
+    near, far = socket.socketpair()
+    longest_s, ended = 0.0, threading.Event()
+
+    def look() -> None:
+        view = memoryview(bytearray(8))
+        while not ended.is_set():
+            watching.luck = 1.0
+            assert watching.looked_for(near.fileno(), view) == 0
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        began_s = last_s = time.perf_counter()
+        while last_s - began_s < 0.1:
+            now_s = time.perf_counter()
+            longest_s, last_s = max(longest_s, now_s - last_s), now_s
+    finally:
+        ended.set()
+        thread.join()
+        near.close()
+        far.close()
+    assert longest_s < 0.1
