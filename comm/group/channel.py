@@ -55,7 +55,7 @@ class Channel:
     @property
     def buffered(self) -> bool:
         """Whether something has come that a `select` on this channel does not see."""
-        return self._stream.buffered
+        return self.ready(True, False)
 
     def fileno(self) -> int:
         return self._stream.fileno()
@@ -156,7 +156,8 @@ class Channel:
 
     def ready(self, data: bool, room: bool) -> bool:
         """Whether what one wants is there, data or room, though a `poll` may not say so. Otherwise it will."""
-        return self._stream.ready(data, room)
+        with self._receiving:
+            return self._stream.ready(data, room)
 
     def change_over(self, stream: Stream) -> None:
         """Go on with another stream to the same node, which does so at the same point. This one is closed."""

@@ -106,10 +106,6 @@ class SharedStream:
     def moved(self) -> int:
         return int(self._out.count + self._into.count)
 
-    @property
-    def buffered(self) -> bool:
-        return self.ready(True, False)
-
     def fileno(self) -> int:
         return self._bell.fileno()
 
@@ -150,6 +146,8 @@ class SharedStream:
 
     def close(self) -> None:
         self._bell.close()
+        self._base = None
+        self._memory.close()
 
     def _moved(self, count: int) -> int:
         """The same. ChannelError if it is none."""

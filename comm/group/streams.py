@@ -46,10 +46,6 @@ class Stream(Protocol):
     def moved(self) -> int:
         """How many bytes the system has taken and given so far."""
 
-    @property
-    def buffered(self) -> bool:
-        """Whether `receive` would return without looking at the socket."""
-
     def fileno(self) -> int: ...
 
     @property
@@ -90,7 +86,7 @@ class Stream(Protocol):
 class SocketStream:
     """A connected stream socket, TCP or of a pair."""
 
-    buffered = unsent = False
+    unsent = False
     room_event = select.POLLOUT
 
     def __init__(self, connected: socket.socket) -> None:
@@ -249,12 +245,8 @@ class TlsStream:
     def moved(self) -> int:
         return self._below.moved
 
-    @property
-    def buffered(self) -> bool:
-        return bool(self._arrived.pending or self._tls.pending())
-
     def ready(self, data: bool, room: bool) -> bool:
-        return data and self.buffered
+        return data and bool(self._arrived.pending or self._tls.pending())
 
     def handshake(self, deadline: float) -> bytes | None:
         """The other side's certificate (DER), None if it shows none. NotPaired if it is not one of the context's."""
