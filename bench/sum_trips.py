@@ -1,6 +1,7 @@
 """One sum of all ranks over TLS: star, exchange and sliced in turn, and gloo's allreduce, by size and delay.
 
     python bench/sum_trips.py [--ranks 2,4] [--bytes 4096,16384,262144,8388608] [--delays 0,1,5] [--rounds 30]
+        [--memory]
 
 All ranks are processes on this machine with one thread each, as f32. A delay (milliseconds, each way) is that of relays
 between every two ranks; gloo dials by itself, so it is measured without one. Median and the middle half, in ms.
@@ -24,6 +25,7 @@ import numpy as np
 
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.dialing import dial
+from shoal.comm.group.group_protocol import OURS, Speaks
 from shoal.comm.group.introduced import Introduced
 from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.node_identity import NodeIdentity
@@ -36,27 +38,34 @@ RELAY = Path(__file__).parent / "hosts" / "relay.py"
 TOPOLOGIES: tuple[SumTopology, ...] = get_args(SumTopology)
 
 
-def channels(directory: str, rank: int, ranks: int, wire: Connection) -> dict[int, Channel]:
-    """To every other rank, by rank; the higher dials the lower. `wire` tells this rank's port, and where others are."""
+def channels(
+    directory: str, rank: int, ranks: int, wire: Connection, memory: bool = False
+) -> dict[int, Channel]:
+    """To every other rank, by rank; the higher dials the lower. `wire` tells this rank's port, and where others are.
+    `memory`: they may go on through memory that they share."""
+    speaks = OURS if memory else Speaks()
     identities = [NodeIdentity.of(Path(directory) / str(it), f"rank{it}") for it in range(ranks)]
     known = Introduced({it: one.certificate for it, one in enumerate(identities) if it != rank})
     found: dict[int, Channel] = {}
-    with GroupListener(identities[rank], known, [("127.0.0.1", 0)]) as listener:
+    with GroupListener(identities[rank], known, [("127.0.0.1", 0)], speaks=speaks) as listener:
         wire.send(listener.addresses[0][1])
         ports: dict[int, int] = wire.recv()
         for lower in range(rank):
             peer = identities[lower].fingerprint
-            found[lower] = dial(identities[rank], known, peer, "data", [("127.0.0.1", ports[lower])])
+            address = ("127.0.0.1", ports[lower])
+            found[lower] = dial(identities[rank], known, peer, "data", [address], speaks=speaks)
         while len(found) < ranks - 1:
             channel = listener.accept(WAIT_S)
             assert channel is not None
             assert channel.peer is not None
             found[known.rank(channel.peer)] = channel
+    for channel in found.values():
+        channel.watch()  # as groups do
     return found
 
 
-def follow(directory: str, rank: int, ranks: int, wire: Connection) -> None:
-    found = channels(directory, rank, ranks, wire)
+def follow(directory: str, rank: int, ranks: int, wire: Connection, memory: bool) -> None:
+    found = channels(directory, rank, ranks, wire, memory)
     fellows = {it: channel for it, channel in found.items() if it}
     spoke = Spoke(found[0], 1, rank=rank, ranks=ranks, fellows=fellows, most_bytes=1 << 24)
     while order := spoke.next():
@@ -95,7 +104,7 @@ def relayed(port: int, delay_ms: float, relays: list[subprocess.Popen[str]]) -> 
 
 
 def measured(
-    ranks: int, delay_ms: float, sizes: list[int], rounds: int
+    ranks: int, delay_ms: float, sizes: list[int], rounds: int, memory: bool
 ) -> dict[tuple[str, int], list[float]]:
     """Milliseconds of each sum, by topology and bytes."""
     took: dict[tuple[str, int], list[float]] = {}
@@ -106,7 +115,7 @@ def measured(
             NodeIdentity.of(Path(directory) / str(it), f"rank{it}")
         wires = [forked.Pipe() for _ in range(ranks)]
         workers = [
-            forked.Process(target=follow, args=(directory, rank, ranks, wires[rank][1]), daemon=True)
+            forked.Process(target=follow, args=(directory, rank, ranks, wires[rank][1], memory), daemon=True)
             for rank in range(1, ranks)
         ]
         for worker in workers:
@@ -125,7 +134,7 @@ def measured(
             def recv(self) -> dict[int, int]:
                 return {}
 
-        found = channels(directory, 0, ranks, Own())  # type: ignore[arg-type]
+        found = channels(directory, 0, ranks, Own(), memory)  # type: ignore[arg-type]
         hub = Hub([found[rank] for rank in range(1, ranks)], 1)
         for size in sizes:
             rows = max(1, size // 4 // COLUMNS)
@@ -207,13 +216,16 @@ def main() -> None:
     parser.add_argument("--bytes", default="4096,16384,262144,8388608")
     parser.add_argument("--delays", default="0,1,5")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--memory", action="store_true", help="ranks share memory, as those of one machine do"
+    )
     arguments = parser.parse_args()
     sizes = [int(text) for text in arguments.bytes.split(",")]
     print("| ranks | delay, ms | bytes | star, ms | exchange, ms | sliced, ms | gloo, ms |")
     print("|---|---|---|---|---|---|---|")
     for ranks in map(int, arguments.ranks.split(",")):
         for delay_ms in map(float, arguments.delays.split(",")):
-            took = measured(ranks, delay_ms, sizes, arguments.rounds)
+            took = measured(ranks, delay_ms, sizes, arguments.rounds, arguments.memory)
             if not delay_ms:
                 took |= gloo(ranks, sizes, arguments.rounds)
             for size in sizes:
