@@ -9,7 +9,8 @@
 
 namespace {
 
-constexpr int ROWS = 4;  // rows that share each load of x
+constexpr int ROWS = 4;                   // rows that share each load of x
+constexpr int64_t AHEAD_BYTES = 16 << 10;  // that weights are asked for before they are used
 
 // Running sums of four rows and one token.
 struct Sums {
@@ -32,11 +33,13 @@ template <class W, int R>
 INLINE void dot_float(const uint8_t* w, int64_t row_bytes, const float* x, int64_t cols, vf* sums) {
     vf acc[R] = {};
     const int64_t whole = cols / LANES * LANES;
+    // Rows lie one behind the other, and are asked for in that order: only so does a processor fetch by itself what comes.
+    const uint8_t* ahead = w + AHEAD_BYTES;
     for (int64_t k = 0; k < whole; k += LANES) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
+        for (int r = 0; r < R; r++, ahead += W::bytes) {
             const uint8_t* at = w + r * row_bytes + k / LANES * W::bytes;
-            __builtin_prefetch(at + ROWS * row_bytes);
+            __builtin_prefetch(ahead);
             acc[r] = fma(W::decode(at), load(x + k), acc[r]);
         }
     }
