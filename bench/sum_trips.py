@@ -59,8 +59,6 @@ def channels(
             assert channel is not None
             assert channel.peer is not None
             found[known.rank(channel.peer)] = channel
-    for channel in found.values():
-        channel.watch()  # as groups do
     return found
 
 
@@ -68,6 +66,7 @@ def follow(directory: str, rank: int, ranks: int, wire: Connection, memory: bool
     found = channels(directory, rank, ranks, wire, memory)
     fellows = {it: channel for it, channel in found.items() if it}
     spoke = Spoke(found[0], 1, rank=rank, ranks=ranks, fellows=fellows, most_bytes=1 << 24)
+    spoke.watch()  # as groups do
     while order := spoke.next():
         if order == b"end":
             return
@@ -136,6 +135,7 @@ def measured(
 
         found = channels(directory, 0, ranks, Own(), memory)  # type: ignore[arg-type]
         hub = Hub([found[rank] for rank in range(1, ranks)], 1)
+        hub.watch()
         for size in sizes:
             rows = max(1, size // 4 // COLUMNS)
             partial = np.ones((rows, COLUMNS), np.float32)

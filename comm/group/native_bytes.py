@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from ctypes import c_char, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import c_char, c_int, c_int32, c_int64, c_short, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,15 @@ class RingSide(ctypes.Structure):
     )
 
 
+class PolledFile(ctypes.Structure):
+    """`struct pollfd` of the system."""
+
+    _fields_ = (("fd", c_int), ("events", c_short), ("revents", c_short))
+
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "look": (c_int64, (c_int32, c_void_p, c_int64, c_int64, ctypes.POINTER(c_int32))),
+    "look_at_all": (c_int32, (c_void_p, c_int32, c_int64, ctypes.POINTER(c_int32))),
     "ring_head": (c_int64, ()),
     "ring_write": (c_int64, (ctypes.POINTER(RingSide), c_void_p, c_int64)),
     "ring_read": (c_int64, (ctypes.POINTER(RingSide), c_void_p, c_int64, c_int64)),
@@ -51,6 +58,7 @@ class NativeBytes:
             function = getattr(library, f"shoal_{name}")
             function.restype, function.argtypes = result, arguments
         self.look = library.shoal_look
+        self.look_at_all = library.shoal_look_at_all
         self.ring_head = int(library.shoal_ring_head())
         self.ring_write = library.shoal_ring_write
         self.ring_read = library.shoal_ring_read

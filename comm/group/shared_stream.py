@@ -21,7 +21,7 @@ from typing import Any
 from .errors import ChannelError, ChannelTimeout
 from .native_bytes import NativeBytes, RingSide, address_of, native_bytes
 from .streams import Address, SocketStream
-from .watching import Watching
+from .watching import Watching, watching
 
 RING_BYTES = 1 << 20  # each way
 BELL_LOOK_S = (
@@ -127,16 +127,16 @@ class SharedStream:
         return self._moved(self._ring_write(self._at[0], address_of(data), len(data)))
 
     def watch(self) -> None:
-        self._watching = Watching(_native())
+        self._watching = watching()
 
     def receive(self, view: memoryview, deadline: float) -> int:
         waits = deadline > time.monotonic()
-        watching = self._watching if waits else None
+        look = self._watching if waits else None
         while True:
-            limit_ns = watching.limit_ns() if watching else 0
+            limit_ns = look.limit_ns() if look else 0
             count = 0 if self.closed else self._ring_read(self._at[1], address_of(view), len(view), limit_ns)
-            if watching and limit_ns:
-                watching.note(count > 0, self._into.effort)
+            if look and limit_ns:
+                look.note(count > 0, self._into.effort)
             if self._moved(count):
                 return int(count)
             self._sleep(deadline, "the other side sends nothing")

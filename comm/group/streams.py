@@ -22,8 +22,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from .errors import ChannelError, ChannelTimeout, NotPaired
-from .native_bytes import native_bytes
-from .watching import Watching
+from .watching import Watching, watching
 
 Address = tuple[str, int]  # host and port
 
@@ -153,8 +152,8 @@ class SocketStream:
     def receive(self, view: memoryview, deadline: float) -> int:
         flags = self._limit(deadline)
         try:
-            watching = None if flags else self._watching
-            count = watching.looked_for(self._socket.fileno(), view) if watching else 0
+            look = None if flags else self._watching
+            count = look.looked_for(self._socket.fileno(), view) if look else 0
             count = count or self._socket.recv_into(view, 0, flags)
         except BlockingIOError as error:
             raise ChannelTimeout("the other side sends nothing") from error
@@ -166,8 +165,7 @@ class SocketStream:
         return count
 
     def watch(self) -> None:
-        if (native := native_bytes()) is not None:
-            self._watching = Watching(native)
+        self._watching = watching()
 
     @property
     def moved(self) -> int:

@@ -6,9 +6,10 @@ not where bytes come from.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from ctypes import byref, c_int32
 
-from .native_bytes import NativeBytes, address_of
+from .native_bytes import NativeBytes, PolledFile, address_of, native_bytes
 
 LOOK_NS = 1_000_000  # that one looks, at most
 WORTH_LUCK = 0.5  # if that was of use more often than not …
@@ -23,7 +24,7 @@ class Watching:
         self.luck = (
             1.0  # how often bytes came while they were looked for, and nobody else wanted the processor
         )
-        self._look = native.look
+        self._native = native
         self._effort = c_int32()
         self._waits = 0
 
@@ -32,9 +33,17 @@ class Watching:
         at its end, `recv` will say."""
         if not (limit_ns := self.limit_ns()):
             return 0
-        count = self._look(descriptor, address_of(view), len(view), limit_ns, byref(self._effort))
+        count = self._native.look(descriptor, address_of(view), len(view), limit_ns, byref(self._effort))
         self.note(count > 0, self._effort.value)
         return max(0, int(count))
+
+    def look_at_all(self, wanted: Iterable[tuple[int, int]]) -> None:
+        """Return when `poll` will find something, or after a while. `wanted`: descriptors, and what of them."""
+        if limit_ns := self.limit_ns():
+            files = [PolledFile(*it) for it in wanted]
+            all = (PolledFile * len(files))(*files)
+            found = self._native.look_at_all(all, len(files), limit_ns, byref(self._effort))
+            self.note(found > 0, self._effort.value)
 
     def limit_ns(self) -> int:
         """For how long to look now; 0: not at all."""
@@ -45,3 +54,9 @@ class Watching:
         """What looking was good for. If bytes were there at once, that says nothing."""
         if effort:
             self.luck += ((came and effort == LOOKED) - self.luck) / 8
+
+
+def watching() -> Watching | None:
+    """None without the native part: then nobody looks."""
+    native = native_bytes()
+    return Watching(native) if native is not None else None

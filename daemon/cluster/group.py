@@ -140,9 +140,8 @@ class Group:
         """Wait until all members are ready. Raises DaemonError when one is gone, refuses or does not come further."""
         self._await(lambda: self._complete() and self.introductions.over, progress)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
-        for stream in streams:
-            stream.watch()
         hub = self._hub = Hub(streams, self.epoch, self.wire)
+        hub.watch()
         self._decide(hub)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)

@@ -4,6 +4,7 @@
 // Nothing in shared memory is believed: each side keeps its own position to itself, and what the other one says of its
 // position is read once and checked before it is used.
 #include <errno.h>
+#include <poll.h>
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
@@ -96,6 +97,18 @@ int64_t shoal_look(int32_t descriptor, void* into, int64_t size, int64_t limit_n
     } while (count == -EAGAIN && patience.again());
     *effort = patience.effort;
     return count;
+}
+
+// Until something has come to one of `count` sockets, or there is room, as `poll` says it; at most `limit_ns`. How many
+// there are. `effort` as above.
+int32_t shoal_look_at_all(struct pollfd* all, int32_t count, int64_t limit_ns, int32_t* effort) {
+    Patience patience(limit_ns);
+    int32_t found;
+    do {
+        found = poll(all, (nfds_t)count, 0);
+    } while (!found && patience.again());
+    *effort = patience.effort;
+    return found;
 }
 
 static void wake(std::atomic<uint32_t>& sleeps, int32_t bell) {

@@ -48,6 +48,10 @@ class FrameStream(Protocol):
         Otherwise it will."""
         ...
 
+    def watch(self) -> None:
+        """From now on, look for bytes for a while before a thread sleeps until they come."""
+        ...
+
     def send_some(self, data: memoryview) -> int:
         """What goes without waiting, after what was taken before: how many bytes of `data` were taken."""
         ...

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from ..errors import ChannelError
+from ..watching import Watching, watching
 from .framed import Framed
 from .frames import MAX_ORDER_BYTES, MAX_REASON_BYTES, WRAP, FrameKind, Header
 from .star_errors import Departed, GivenUp
@@ -51,6 +52,19 @@ class RankLinks:
         self.later: Octets | None = None  # the payload of one that is coming
         self.awaited: dict[int, float] = {}  # ranks that rank 0 waits for just now, and since when
         self.broken: dict[int, str] = {}  # ranks that cannot be heard any more, and why
+        self.watching: Watching | None = None  # for several streams at once
+
+    def add(self, rank: int, link: Framed) -> None:
+        """A link to another rank."""
+        self.links[rank] = link
+        if self.watching is not None:
+            link.stream.watch()
+
+    def watch(self) -> None:
+        """From now on look for bytes before sleeping, on all links. For a rank whose thread has a processor."""
+        self.watching = watching()
+        for link in self.links.values():
+            link.stream.watch()
 
 
 class OneSwap:
@@ -125,6 +139,8 @@ class OneSwap:
         while self._waiting or self._sending:
             self._watch(poll, watched, masks)
             ready = self._ready(watched)
+            if self._of.watching is not None and not ready:
+                self._of.watching.look_at_all((it, masks[rank]) for rank, it in watched.items())
             found = dict(poll.poll(0 if ready else 1000 * SWAP_LOOK_S))
             for rank, descriptor in watched.items():
                 events = _BOTH if rank in ready else found.get(descriptor, 0)

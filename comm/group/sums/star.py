@@ -51,6 +51,10 @@ class _Adder(ABC):
         self._rooms = [_Room() for _ in range(ranks)]  # for the parts of each rank, this one's too
         self.manners = Manners(Manner("star", wire), Manner("star", wire))
 
+    def watch(self) -> None:
+        """From now on, whoever waits for others looks for their bytes for a while before it sleeps."""
+        self._swapper.watch()
+
     def allreduce(self, partial: F32Rows) -> F32Rows:
         """The sum (T, n) of all partials. Raises Departed, and GivenUp at a spoke."""
         topology, wire = self.manners.of(partial.shape)
@@ -321,5 +325,5 @@ class Spoke(_Adder):
                     raise ChannelError(
                         f"sums are to be exchanged with rank {rank}, to which there is no channel"
                     )
-                links[rank] = Framed(stream, self._swapper.epoch)
+                self._swapper.add(rank, Framed(stream, self._swapper.epoch))
         self.manners = manners

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 import time
@@ -46,6 +47,22 @@ def test_what_was_there_at_once_says_nothing(watching: Watching) -> None:
     before = watching.luck
     watching.note(True, 0)
     assert watching.luck == before
+
+
+def test_it_looks_at_several_at_once(watching: Watching) -> None:
+    pairs = [socket.socketpair() for _ in range(3)]
+    wanted = [(near.fileno(), select.POLLIN) for near, _ in pairs]
+    began_s = time.monotonic()
+    watching.look_at_all(wanted)
+    assert time.monotonic() - began_s > 0.5e-9 * LOOK_NS
+    assert watching.luck < 1
+    pairs[2][1].send(b"x")
+    before = watching.luck
+    watching.look_at_all(wanted)
+    assert watching.luck == before
+    for pair in pairs:
+        for end in pair:
+            end.close()
 
 
 def test_the_interpreter_goes_on_meanwhile(watching: Watching) -> None:

@@ -23,6 +23,8 @@ class PairStream:
     def fileno(self) -> int:
         return self._end.fileno()
 
+    def watch(self) -> None: ...
+
     def ready(self, data: bool, room: bool) -> bool:
         return False
 

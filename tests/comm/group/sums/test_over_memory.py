@@ -29,8 +29,6 @@ class Beside:
         for one in range(RANKS):
             for other in range(one + 1, RANKS):
                 self.ends[one, other], self.ends[other, one] = map(Channel, shared_pair())
-        for end in self.ends.values():
-            end.watch()
         self.hub = Hub([self.ends[0, rank] for rank in range(1, RANKS)], 1, patience_s=20)
         self.spokes = [
             Spoke(
@@ -44,6 +42,8 @@ class Beside:
             )
             for rank in range(1, RANKS)
         ]
+        for member in (self.hub, *self.spokes):
+            member.watch()
 
 
 @pytest.fixture
