@@ -20,7 +20,7 @@ from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import fingerprint, group_fingerprint
 from shoal.daemon.loading.budgeting import disk_buffer_bytes
-from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated
+from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated, Verdict
 from shoal.daemon.loading.planning import extents, rank_part, wanted_of
 from shoal.daemon.memory import bounded
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -185,16 +185,15 @@ class Forming:
         config: NodeConfig,
         group: FormedGroup | None,
         free_bytes: int,
-    ) -> bool:
+    ) -> Verdict:
         members = self._roster.usable
         now = list(group.names) if group is not None else []
         if not members:
-            return bool(now)
+            return Verdict(bool(now), "")
         rooms = [free_bytes, *(member.room_bytes(name) for member in members)]
         choice = self._choice(checkpoint, config, members, rooms)
-        if isinstance(choice, NoGroup):
-            return False
-        return sorted(it.machine for it in choice.ranks[1:]) != sorted(now)
+        chosen = now if isinstance(choice, NoGroup) else [it.machine for it in choice.ranks[1:]]
+        return Verdict(sorted(chosen) != sorted(now), choice.describe())
 
     def _choice(
         self, checkpoint: Checkpoint, config: NodeConfig, members: Sequence[Member], rooms: Sequence[int]

@@ -14,7 +14,7 @@ from shoal.comm.errors import CommError
 from shoal.daemon.backend import ClusterReply, ClusterRequest
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated
+from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated, Verdict
 from shoal.models.checkpoint.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -91,10 +91,10 @@ class Neighbours:
         config: NodeConfig,
         group: FormedGroup | None,
         free_bytes: int,
-    ) -> bool:
-        return self._grouping is not None and self._grouping.better(
-            name, checkpoint, config, group, free_bytes
-        )
+    ) -> Verdict:
+        if self._grouping is None:
+            return Verdict(False, "")
+        return self._grouping.better(name, checkpoint, config, group, free_bytes)
 
     def _cluster(self) -> tuple[Forming, Membership]:
         with self._lock:

@@ -96,6 +96,13 @@ class Unseated(NamedTuple):
     why: str
 
 
+class Verdict(NamedTuple):
+    """Whether others than now should compute a model; `why` they do or should, in words, if others are there."""
+
+    others: bool
+    why: str
+
+
 class Grouping(Protocol):
     """Decides whether others take part in running a model, and asks them to."""
 
@@ -140,6 +147,6 @@ class Grouping(Protocol):
         config: NodeConfig,
         group: FormedGroup | None,
         free_bytes: int,
-    ) -> bool:
+    ) -> Verdict:
         """Whether a model would be computed by others than now if it were loaded anew."""
         ...

@@ -83,9 +83,13 @@ class Regrouping:
         threading.Thread(target=prepare, name="shoal-prepare", daemon=True).start()
 
     def _better(self, grouping: Grouping, model: LoadedModel) -> bool:
+        """Whether others should compute it. If not, the model says why not."""
         config = self._wanted(model)
         free_bytes = self._assembly.budget.free_bytes + model.peak_bytes
-        return grouping.better(model.name, model.checkpoint, config, model.main.group, free_bytes)
+        verdict = grouping.better(model.name, model.checkpoint, config, model.main.group, free_bytes)
+        if not verdict.others:
+            model.main.why = verdict.why
+        return verdict.others
 
     def _regroup(self, model: LoadedModel) -> None:
         lost, group = model.engine.lost, model.main.group
