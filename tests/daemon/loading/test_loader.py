@@ -23,7 +23,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library import registry
 from shoal.daemon.loading.advice import advice_of
 from shoal.daemon.loading.assembly import Assembly
-from shoal.daemon.loading.grouping import Unseated, Verdict
+from shoal.daemon.loading.grouping import Judgement, Unseated
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
@@ -219,8 +219,11 @@ class Others:
         self.dropping = sorted(dropping)
         return free_bytes >= self.room_bytes
 
-    def better(self, *asked: Any) -> Verdict:
-        return Verdict(False, "alone: two machines would be slower")
+    def note(self, *measured: Any) -> None:
+        pass
+
+    def better(self, *asked: Any) -> Judgement:
+        return Judgement(False, "alone: two machines would be slower")
 
 
 def test_a_model_says_why_a_machine_that_came_is_not_used(path: Path) -> None:
