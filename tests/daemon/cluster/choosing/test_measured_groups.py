@@ -23,10 +23,21 @@ def test_small_changes_are_no_news() -> None:
     measured.note("m", TWO, 0.0328)
     measured.note("m", TWO, 0.0272)
     assert measured.changes == 2
-    measured.note("m", TWO, 0.04)
+    measured.note("m", ALONE, 0.04)
     assert measured.changes == 3
-    assert measured.token_s("m") == {TWO: 0.04, ALONE: 0.05}
+    assert measured.token_s("m") == {TWO: 0.03, ALONE: 0.04}
     assert measured.token_s("another") == {}
+
+
+def test_one_slow_time_after_others_is_not_believed() -> None:
+    measured = MeasuredGroups(Clock())
+    measured.note("m", TWO, 0.03)
+    for _ in range(2):
+        measured.note("m", TWO, 0.09)
+        assert measured.token_s("m") == {TWO: 0.03}
+    measured.note("m", TWO, 0.08)
+    assert measured.token_s("m") == {TWO: 0.08}
+    assert measured.changes == 2
 
 
 def test_what_was_measured_long_ago_does_not_count() -> None:
