@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 FORGET_S = 1800.0
-LATEST = 3  # times, of which the best counts
+TIMES = 3  # times, of which the best counts
 NEWS = 0.1  # another figure counts as new if it differs by so much of the old one
 MOST_MEASURED = 256  # the oldest go first
 
@@ -38,7 +38,7 @@ class MeasuredGroups:
         """These machines took so long for a token."""
         key, now_s = (model, machines), self._clock()
         latest, told_s, _ = self._kept.pop(key, _Measured((), 0.0, now_s))
-        latest = (*latest, token_s)[-LATEST:]
+        latest = (*latest, token_s)[-TIMES:]
         if abs(min(latest) - told_s) > NEWS * told_s:
             told_s = min(latest)
             self.changes += 1
