@@ -141,7 +141,6 @@ class Group:
         self._await(lambda: self._complete() and self.introductions.over, progress)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
         hub = self._hub = Hub(streams, self.epoch, self.wire)
-        hub.watch()
         self._decide(hub)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)

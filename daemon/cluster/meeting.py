@@ -12,6 +12,7 @@ from typing import Protocol
 
 from shoal.comm.group.sums.star import Hub
 from shoal.comm.group.sums.star_errors import Departed
+from shoal.daemon import cgroup
 from shoal.engine.collective import PendingSum
 from shoal.engine.errors import RankLost
 from shoal.engine.sums_ahead import SumsAhead
@@ -23,6 +24,8 @@ from .pulse import Pulse
 
 class RankExchange(Protocol):
     """What hub and spoke have in common."""
+
+    def watch(self) -> None: ...
 
     def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats: ...
 
@@ -38,6 +41,8 @@ class Meeting:
         self._exchange = exchange
         self._pulse = pulse
         self._ahead: SumsAhead | None = None
+        if cgroup.processors() is None:  # a quota would charge for it, and computing get less
+            exchange.watch()
 
     def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
         with self._waiting():

@@ -175,7 +175,6 @@ class ServedShard:
             fellows=self.fellows.data if self.fellows is not None else {},
             most_bytes=4 * plan.step_rows * spec.hidden,
         )
-        spoke.watch()
         kv, wanted = (opened.kv if isinstance(opened.kv, KvSlots) else None), self.request.kv_on_disk
         pool, meeting = KvPool(spec, plan.kv), Meeting(spoke, self.pulse)
         executor = Executor(Transformer(spec), plan, store, pool, meeting)

@@ -20,6 +20,7 @@ from fakes.ranks import Group
 from fakes.running import Running, relative_error
 
 from shoal.comm.group.sums.star import Hub, Spoke
+from shoal.daemon import cgroup
 from shoal.daemon.cluster.follower import Follower
 from shoal.daemon.cluster.meeting import Led, Meeting
 from shoal.daemon.cluster.pulse import Pulse
@@ -141,6 +142,10 @@ class Slow:
 
     def __init__(self) -> None:
         self.goes = threading.Event()
+        self.watched = 0
+
+    def watch(self) -> None:
+        self.watched += 1
 
     def allreduce(self, partial: Floats) -> Floats:
         assert self.goes.wait(PATIENCE_S)
@@ -151,6 +156,16 @@ class Slow:
 
     def gather(self, columns: Floats) -> Floats:
         raise NotImplementedError
+
+
+@pytest.mark.parametrize(("quota", "looks"), [(None, 1), (2.0, 0)])
+def test_who_waits_looks_for_bytes_unless_that_is_charged(
+    quota: float | None, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroup, "processors", lambda: quota)
+    slow = Slow()
+    Meeting(slow, Pulse(1))
+    assert slow.watched == looks
 
 
 def test_a_rank_is_at_work_while_its_sums_travel_and_is_not_while_it_waits_for_them() -> None:
