@@ -183,8 +183,8 @@ def _second_least(took: Sequence[float]) -> float:
 
 
 def _within_quota(took: Sequence[float]) -> float:
-    """Where a quota stops the process for a part of every tenth of a second, no single call tells, but all together. Who
-    uses it up is stopped in the middle of a step, and everybody waits, so some of it is to be left."""
+    """Where a quota stops the process for a part of every tenth of a second, only all calls together tell. Who uses it
+    up is stopped in the middle of a step, and everybody waits, so some of it is to be left."""
     return sum(took) / len(took) / QUOTA_USED
 
 
