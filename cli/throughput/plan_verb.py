@@ -15,7 +15,7 @@ import click
 from shoal.cli.exit_codes import Exit
 from shoal.cli.interrupt import deferred_interrupt
 from shoal.cli.options import Decorator, PlanOptions, Real, Whole, examples, json_option, plan_options
-from shoal.cli.terminal.output import console, note, print_json, spinner, steps_bar, table
+from shoal.cli.terminal.output import console, print_json, spinner, steps_bar, table
 from shoal.cli.terminal.paint import printable
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
@@ -139,8 +139,6 @@ def plan(
         screen.print(f"it would be loaded in {_seconds(found.start.load_s)}{packed}")
     if target is not None:
         screen.print(printable(_target(found, target)))
-    if found.chosen and "window" in found.chosen:
-        note("this version streams through its usual window; another one is a prediction only")
     return ends
 
 

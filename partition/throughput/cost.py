@@ -7,7 +7,7 @@ formulas with their units, sources and limits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..plan import Plan
@@ -31,6 +31,13 @@ class Rows(NamedTuple):
     alike: int
     rows: int
     before: float
+
+
+class Took(NamedTuple):
+    """Seconds, and of what they are put together."""
+
+    seconds: float
+    parts: Mapping[Binding, float]
 
 
 class _Step(NamedTuple):
@@ -66,6 +73,20 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
         load_s=load_s,
         pack_s=pack_s,
     )
+
+
+def step_cost(model: Weighed, plan: Plan, device: Device, rows: int, before: float) -> Took:
+    """A step in which one stream has `rows` rows behind `before` tokens, all of which want logits: as a decode, or a
+    token with guesses behind it."""
+    found = _step(model, plan, device.on(plan.threads), [Rows(1, rows, before)], rows)
+    return Took(found.seconds, found.parts)
+
+
+def prompt_cost(model: Weighed, plan: Plan, device: Device, tokens: int) -> Took:
+    """All steps that read a prompt of one stream."""
+    steps = list(_prompt(model, plan, device.on(plan.threads), Job(tokens, 1)))
+    parts = {part: sum(count * step.parts[part] for count, step in steps) for part in steps[0][1].parts}
+    return Took(sum(count * step.seconds for count, step in steps), parts)
 
 
 def peak_bytes(model: Weighed, plan: Plan) -> int:
@@ -155,7 +176,8 @@ def _step(
         "overhead": calls_s + between_s,
     }
     stall_s = max(0.0, seconds - computing.seconds - calls_s - between_s)
-    return _Step(seconds, stall_s, parts)
+    times = device.corrections.times(parts)
+    return _Step(times * seconds, times * stall_s, parts)
 
 
 def _contended(device: Device, plan: Plan, uses: Sequence[Use], between_s: float) -> Lap:
