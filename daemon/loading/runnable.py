@@ -120,7 +120,7 @@ class Runnable:
         collective = group.collective if group is not None else Alone()
         executor = Executor(transformer, plan, store, kv, collective)
         own = model if part is checkpoint else weighed(part, config.quant)
-        expectation = Expectation(own, plan, machine, speed)
+        expectation = Expectation(own, plan, machine, 0.0 if device.measured else speed)
         return cls(checkpoint, plan, tokenizer, executor, peak_bytes, expectation, group, seated.why, speed)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from shoal.engine.sequence import Sequence
+from shoal.partition.amounts import counted
 from shoal.partition.plan import Plan
 from shoal.partition.throughput.alone import usual_job
 from shoal.partition.throughput.cost import Took, cost, prompt_cost, step_cost
@@ -21,8 +22,8 @@ TELLING_STEPS = 8  # and tokens of a prompt: fewer say too little of a machine
 
 
 class Expectation:
-    """Of a model on this machine alone. `read_bytes_per_s`: the disk's speed while it was loaded, which counts as long
-    as nobody has measured the disk; 0: nothing streams."""
+    """Of a model on this machine alone. `read_bytes_per_s`: the disk's speed where more is known than `machine` says; or
+    0."""
 
     def __init__(self, model: Weighed, plan: Plan, machine: OwnMachine, read_bytes_per_s: float) -> None:
         self._model = replace(model)  # without what planning has worked out
@@ -60,14 +61,12 @@ class Expectation:
         if not times.first_token_s or sequence.restarts:
             return ""
         said = []
-        computed = sequence.prompt_tokens - sequence.cached_tokens
-        first_s = times.first_token_s - times.admitted_s
-        if times.prompt_rows == computed and first_s > 0:  # nobody was beside it
-            took = prompt_cost(self._model, self._plan, device, computed)
-            said.append(
-                f"{computed} tokens were read in {_seconds(first_s)} (predicted {_seconds(took.seconds)})"
-            )
-            if computed >= TELLING_STEPS and not sequence.cached_tokens:
+        tokens, first_s = sequence.prompt_tokens, times.first_token_s - times.admitted_s
+        if times.prompt_rows == tokens and first_s > 0:  # all of it was computed, and nobody was beside it
+            took = prompt_cost(self._model, self._plan, device, tokens)
+            predicted = _seconds(took.seconds)
+            said.append(f"{counted(tokens, 'token')} read in {_seconds(first_s)} (predicted {predicted})")
+            if tokens >= TELLING_STEPS:
                 self._correct(took, first_s)
         decode_s = times.last_token_s - times.first_token_s
         if times.steps and decode_s > 0:
@@ -75,8 +74,10 @@ class Expectation:
             rows = max(1, round(times.rows / times.steps))
             took = step_cost(self._model, self._plan, device, rows, before)
             speed = (sequence.generated - 1) / decode_s
-            predicted = (sequence.generated - 1) / (times.steps * took.seconds)
-            said.append(f"{sequence.generated} written at {speed:.3g} tokens/s (predicted {predicted:.3g})")
+            due = (sequence.generated - 1) / (times.steps * took.seconds)
+            said.append(
+                f"{counted(sequence.generated, 'token')} written at {speed:.3g}/s (predicted {due:.3g}/s)"
+            )
             if times.rows == times.steps >= TELLING_STEPS:
                 self._correct(took, decode_s / times.steps)
         return ", ".join(said)
@@ -87,9 +88,9 @@ class Expectation:
     @property
     def _device(self) -> Device:
         device = self._machine.device
-        if device.measured or not self._read_bytes_per_s:
+        if not self._read_bytes_per_s:
             return device
-        return replace(device, disk_bytes_per_s=self._read_bytes_per_s)
+        return replace(device, disk_bytes_per_s=self._read_bytes_per_s, reads=None)
 
 
 def _seconds(seconds: float) -> str:

@@ -48,7 +48,9 @@ def test_requests_and_loads_are_logged_beside_what_was_predicted(
         assert re.search(r"loaded tiny\.gguf in .* predicted .* tokens/s", caplog.text)
         answer(node, 40, 24)
         node._expire_each()
-        said = r"tiny\.gguf: 40 tokens were read in .* \(predicted .*\), 24 written at .* tokens/s \(predicted .*\)"
+        said = (
+            r"tiny\.gguf: 40 tokens read in .* \(predicted .*\), 24 tokens written at .*/s \(predicted .*/s\)"
+        )
         assert re.search(said, caplog.text)
         assert node.status().models[0].measured_tokens_per_s > 0
 
