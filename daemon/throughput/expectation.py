@@ -22,8 +22,8 @@ TELLING_STEPS = 8  # and tokens of a prompt: fewer say too little of a machine
 
 
 class Expectation:
-    """Of a model on this machine alone. `read_bytes_per_s`: the disk's speed where more is known than `machine` says; or
-    0."""
+    """Of a model on this machine alone. `read_bytes_per_s`: the disk's speed where it is known better than `machine`
+    does; or 0."""
 
     def __init__(self, model: Weighed, plan: Plan, machine: OwnMachine, read_bytes_per_s: float) -> None:
         self._model = replace(model)  # without what planning has worked out
