@@ -40,6 +40,19 @@ class Rate(Real):
         return super().convert(found[1] if found else value, param, ctx)
 
 
+class Guesses(click.ParamType):
+    """4@0.7: four tokens guessed ahead in each step, each right with a chance of 70% if those before it were."""
+
+    name = "guesses"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, float]:
+        count, at, chance = str(value).partition("@")
+        depth = Whole(1, 64).convert(count, param, ctx)
+        return depth, Real(0, 1).convert(chance if at else "0.6", param, ctx)
+
+
 def _count(option: str, default: int, what: str, most: int | None = None) -> Decorator:
     return click.option(
         option, type=Whole(1, most), default=default, show_default=True, metavar="N", help=what
@@ -74,6 +87,12 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
     metavar="RATE",
     help="Say what would give so many tokens a second, e.g. 10tok/s.",
 )
+@click.option(
+    "--guesses",
+    type=Guesses(),
+    metavar="N[@CHANCE]",
+    help="With N tokens guessed ahead in each step, each right with this chance (default 0.6).",
+)
 @json_option
 @plan_options
 def plan(
@@ -84,6 +103,7 @@ def plan(
     quant: str | None,
     given: Path | None,
     target: float | None,
+    guesses: tuple[int, float] | None,
     as_json: bool,
     plan: PlanOptions,
 ) -> int:
@@ -121,6 +141,7 @@ def plan(
         plan.threads,
         plan.ranks,
         target,
+        *(guesses or ()),
     )
     with spinner("planning"):
         found = foresee(path, profile, asked)

@@ -29,7 +29,7 @@ QUANTS: tuple[Quant, ...] = ("keep", "q8", "q4")  # most bits first
 
 
 class PlanRow(Struct, frozen=True):
-    """One plan. `ttft_s`: until every stream has its first token; `token_s`: of a step, in which each gets one;
+    """One plan. `ttft_s`: until every stream has its first token; `token_s`: between two tokens of a stream;
     `tokens_per_s`: of all, between the two of `band`. `missing`: what the machines lack for it, None if it fits."""
 
     name: str
@@ -69,7 +69,8 @@ class Foresight(Struct, frozen=True):
 
 
 class Asked(Struct, frozen=True):
-    """What somebody wants to know. None leaves a choice open. `target`: tokens a second, of all streams."""
+    """What somebody wants to know. None leaves a choice open. `target`: tokens a second, of all streams. `guesses`,
+    `chance`: see `Job`."""
 
     prompt_tokens: int = 512
     new_tokens: int = 128
@@ -81,11 +82,13 @@ class Asked(Struct, frozen=True):
     threads: int | None = None
     ranks: int | None = None
     target: float | None = None
+    guesses: int = 0
+    chance: float = 0.0
 
 
 def foresee(path: Path, profile: Profile, asked: Asked) -> Foresight:
     """What the model at `path` (a checkpoint, or config.json alone) would do. Raises DaemonError."""
-    job = Job(asked.prompt_tokens, asked.new_tokens, asked.batch)
+    job = Job(asked.prompt_tokens, asked.new_tokens, asked.batch, asked.guesses, asked.chance)
     with described(path) as model:
         context = max(asked.context_tokens or 0, job.context_tokens)
         if asked.context_tokens is not None and asked.context_tokens < job.context_tokens:

@@ -60,12 +60,13 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
     ttft_s = sum(count * step.seconds for count, step in prompt)
     shown = decode if job.new_tokens > 1 else prompt[-1][1]
     off = 1 + uncertainty(shown.parts, device.measured)
+    tokens = job.batch * job.step_tokens
     load_s, pack_s = _start_s(model, plan, device)
     return Prediction(
         ttft_s=ttft_s,
-        token_s=decode.seconds,
-        tokens_per_s=job.batch / decode.seconds,
-        band=(job.batch / (slow * off), job.batch / fast * off),
+        token_s=decode.seconds / job.step_tokens,
+        tokens_per_s=tokens / decode.seconds,
+        band=(tokens / (slow * off), tokens / fast * off),
         peak_bytes={device.name: peak_bytes(model, plan)},
         stall_share=decode.stall_s / decode.seconds,
         binding=_binding(shown),
@@ -103,9 +104,10 @@ def _binding(step: _Step) -> Binding:
 
 
 def _decode(model: Weighed, plan: Plan, device: Device, job: Job, share: float | None = None) -> _Step:
-    """A step in which each stream gets a token, in the middle of the answers."""
-    before = job.prompt_tokens + job.new_tokens / 2
-    return _step(model, plan, device, [Rows(job.batch, 1, before)], job.batch, share)
+    """A step in which each stream gets a token, in the middle of the answers, with guesses to be verified behind it:
+    each of these has a row of its own, wakes experts of its own and wants its logits."""
+    before, rows = job.prompt_tokens + job.new_tokens / 2, 1 + job.guesses
+    return _step(model, plan, device, [Rows(job.batch, rows, before)], job.batch * rows, share)
 
 
 def _prompt(model: Weighed, plan: Plan, device: Device, job: Job) -> Iterator[tuple[float, _Step]]:

@@ -13,6 +13,7 @@ from ..spec import ModelSpec
 from .profile import ANY, AttentionLaw, Device, RowsLaw, between_logs, interpolated
 from .weights_of import Product
 
+_LAW_ROWS = 64  # of a chunk, with which attention of prompts is measured
 ATTENTION_SHARE = 0.5  # of a device's operations per second that attention reaches, where no law was measured
 
 # Published traces of mixtures touch 61% of the experts that independent choices would; the truth lies between.
@@ -90,7 +91,10 @@ def attention(
 
 
 def _number_s(law: AttentionLaw, rows: int, context: float) -> float:
-    return interpolated(context, law.context, law.decode_s if rows == 1 else law.prompt_s)
+    """Few rows, such as guesses that are verified, lie between a decode and a long chunk."""
+    share = between_logs(rows, 1, _LAW_ROWS)
+    decode_s = interpolated(context, law.context, law.decode_s)
+    return (1 - share) * decode_s + share * interpolated(context, law.context, law.prompt_s)
 
 
 def kv_token_bytes(spec: ModelSpec, kv_type: str) -> float:

@@ -295,6 +295,11 @@ def check_profile(profile: Profile) -> Profile:
                 )
         if link.between[0] == link.between[1] != ANY:
             raise ProfileError(f"{where}.between={list(link.between)}: must be two devices")
+        for before, other in enumerate(profile.links[:number]):
+            if other.between in (link.between, link.between[::-1]):
+                raise ProfileError(
+                    f"{where}.between={list(link.between)}: as links[{before}]; must be named once"
+                )
         _check_figures(where, vars(link))
     return profile
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ..amounts import format_bytes
 from ..group_choice import NoGroup
+from ..hardware_guesses import DISK_BYTES_PER_S
 from ..memory_layout import PAGE_TOKENS
 from ..plan import Misfit, Plan, Wanted
 from .alone import USUAL, WINDOWS, best, ways
@@ -128,10 +129,12 @@ def _alone(
 ) -> Iterator[Candidate]:
     more = PROCESS_BYTES + model.tokenizer_bytes
     for name, order, made in ways(model, asking, max(0, int(device.memory_bytes) - more), windows=windows):
-        found = _candidate(name, order, model, made, device, job, more)
-        if name != "memory" and not device.disk_bytes_per_s:
-            found = replace(found, missing="a disk to stream from")
-        yield found
+        if name == "memory" or device.disk_bytes_per_s:
+            yield _candidate(name, order, model, made, device, job, more)
+        else:  # what a usual one would do
+            there = replace(device, disk_bytes_per_s=DISK_BYTES_PER_S)
+            found = _candidate(name, order, model, made, there, job, more)
+            yield replace(found, missing="a disk to stream from")
 
 
 def _candidate(
