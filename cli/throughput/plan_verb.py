@@ -15,7 +15,7 @@ import click
 from shoal.cli.exit_codes import Exit
 from shoal.cli.interrupt import deferred_interrupt
 from shoal.cli.options import Decorator, PlanOptions, Real, Whole, examples, json_option, plan_options
-from shoal.cli.terminal.output import console, print_json, spinner, steps_bar, table
+from shoal.cli.terminal.output import console, note, print_json, spinner, steps_bar, table
 from shoal.cli.terminal.paint import printable
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
@@ -93,6 +93,12 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
     metavar="N[@CHANCE]",
     help="With N tokens guessed ahead in each step, each right with this chance (default 0.6).",
 )
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.svg",
+    help="Draw tokens/s by memory, all else as it is.",
+)
 @json_option
 @plan_options
 def plan(
@@ -104,6 +110,7 @@ def plan(
     given: Path | None,
     target: float | None,
     guesses: tuple[int, float] | None,
+    plot: Path | None,
     as_json: bool,
     plan: PlanOptions,
 ) -> int:
@@ -141,11 +148,16 @@ def plan(
         plan.threads,
         plan.ranks,
         target,
-        *(guesses or ()),
+        *(guesses or (0, 0.0)),
+        plot is not None,
     )
     with spinner("planning"):
         found = foresee(path, profile, asked)
     ends = Exit.DONE if found.chosen else Exit.REFUSED
+    if plot is not None:
+        memory = plan.memory or profile.head.memory_bytes
+        name = path.absolute().parent.name if path.name == "config.json" else path.name
+        _draw(plot, f"{name}, {prompt_tokens} + {new_tokens} tokens × {batch}", found, memory, target)
     if as_json:
         print_json(found)
         return ends
@@ -161,6 +173,16 @@ def plan(
     if target is not None:
         screen.print(printable(_target(found, target)))
     return ends
+
+
+def _draw(to: Path, title: str, found: Foresight, memory: float, target: float | None) -> None:
+    from .plan_plot import plot
+
+    row = next((it for it in found.plans if it.name == found.chosen and len(it.peak_bytes) == 1), None)
+    chosen = (memory, row.tokens_per_s) if row is not None else None
+    curves = found.curves if isinstance(found.curves, list) else []
+    to.write_text(plot(title, curves, memory, chosen, target), encoding="utf-8")
+    note(f"drawn to {to}")
 
 
 def _plans(found: Foresight) -> Table:
