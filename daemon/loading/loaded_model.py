@@ -145,8 +145,15 @@ class LoadedModel:
             sequence = self.begun.popleft()
             if not sequence.ended:
                 self.begun.append(sequence)
-            elif self.main.group is None and (said := self.main.expectation.look_back(sequence)):
+            elif self.main.group is None:
+                self._look_back_at(sequence)
+
+    def _look_back_at(self, sequence: Sequence) -> None:
+        try:
+            if said := self.main.expectation.look_back(sequence):
                 log.info("%s: %s", self.name, said)
+        except Exception as error:  # the thread has others to look after, and no answer depends on this
+            log.warning("%s: a request cannot be compared: %s", self.name, error, exc_info=True)
 
     def loaded_in(self, seconds: float) -> Loaded:
         """The answer to who had it loaded; the log has it beside what was predicted."""

@@ -68,7 +68,15 @@ class OwnMachine:
 
     def look(self, idle: Callable[[], bool], kinds: Callable[[], Collection[str]]) -> None:
         """To be called now and then: writes corrections down, and measures if nothing was to be done for a while.
-        `kinds`: the stored types of what is loaded, those with most bytes first."""
+        `kinds`: the stored types of what is loaded, those with most bytes first. Raises nothing: only predictions
+        depend on it."""
+        try:
+            self._look(idle, kinds)
+        except Exception as error:
+            log.warning("%s is not kept any more: %s: %s", self._kept, type(error).__name__, error)
+            self._kept, self._stamp = None, ()
+
+    def _look(self, idle: Callable[[], bool], kinds: Callable[[], Collection[str]]) -> None:
         now_s = time.monotonic()
         if self._unsaved and now_s - self._saved_s > ATTEMPTS_S:
             self.save()
@@ -90,10 +98,13 @@ class OwnMachine:
         with self._lock:
             self._saved_s = time.monotonic()
             known, self._unsaved = self._known if self._unsaved else None, False
-            if self._kept is not None and known is not None and self._file_stamp() == self._stamp:
-                from .kept_profile import profile_key, write_kept
+            if self._kept is None or known is None or self._file_stamp() != self._stamp:
+                return
+            from .kept_profile import profile_key, settled_for_others, write_kept
 
-                write_kept(self._kept, profile_key(self._threads, self._place), known)
+            key = profile_key(self._threads, self._place)
+            if not (known.brief and settled_for_others(self._kept, key)):
+                write_kept(self._kept, key, known)
                 self._stamp = self._file_stamp()
 
     def _lacking(self, kinds: Collection[str]) -> list[str]:
@@ -128,7 +139,10 @@ class OwnMachine:
     def _read(self) -> Kept | None:
         from .kept_profile import profile_key, read_kept
 
-        return read_kept(self._kept, profile_key(self._threads, self._place)) if self._kept else None
+        try:
+            return read_kept(self._kept, profile_key(self._threads, self._place)) if self._kept else None
+        except OSError:  # the disk of `place` cannot be looked at
+            return None
 
     def _file_stamp(self) -> tuple[int, ...]:
         try:

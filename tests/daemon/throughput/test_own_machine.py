@@ -112,3 +112,20 @@ def test_a_file_that_is_damaged_is_as_none(tmp_path: Path) -> None:
     for text in (b"", b"{", b"[]", b'{"key": 1, "profile": {}}', bytes(100)):
         kept.write_bytes(text)
         assert OwnMachine(1, kept, tmp_path).device == unmeasured(1)
+
+
+def test_what_was_measured_for_other_threads_is_not_overwritten_by_something_brief(
+    tmp_path: Path, quick: None
+) -> None:
+    kept = tmp_path / "profile.json"
+    whole = Kept(Profile((replace(unmeasured(2, 1e9), measured=True),)))
+    write_kept(kept, profile_key(2, tmp_path), whole)
+    before = kept.read_bytes()
+    machine = OwnMachine(1, kept, tmp_path)
+    assert not machine.device.measured
+    looked(machine, "Q8_0")
+    assert machine.device.measured
+    assert kept.read_bytes() == before
+    machine.correct(PARTS, 2.0)  # type: ignore[arg-type]
+    machine.save()
+    assert kept.read_bytes() == before
