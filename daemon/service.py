@@ -74,7 +74,7 @@ def serve(
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
         grouping=neighbours,
-        machine=OwnMachine(config.thread_count, home.profile, home.models),
+        machine=OwnMachine(config.thread_count, home.profile, home.models, lambda: neighbours.apart),
     )
     node.neighbours = neighbours
     if home.cluster.exists():

@@ -30,12 +30,19 @@ MOST_SURPRISE = 2.718  # times as long as predicted, or as short: a step held up
 
 class OwnMachine:
     """`kept`: the file of the profile; None: nothing is read, measured or kept. `place`: a directory on the disk that
-    weights come from. Thread-safe."""
+    weights come from. Unless it is `alone`, it measures nothing by itself: it may compute for others. Thread-safe."""
 
-    def __init__(self, threads: int, kept: Path | None = None, place: Path | None = None) -> None:
+    def __init__(
+        self,
+        threads: int,
+        kept: Path | None = None,
+        place: Path | None = None,
+        alone: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._threads = threads
         self._kept = kept
         self._place = place or Path("/")
+        self._alone = alone
         self._lock = threading.Lock()
         self._known: Kept | None = None  # as it was read or measured, with corrections since
         self._device = unmeasured(threads)
@@ -80,7 +87,7 @@ class OwnMachine:
         now_s = time.monotonic()
         if self._unsaved and now_s - self._saved_s > ATTEMPTS_S:
             self.save()
-        if self._kept is None or not idle():
+        if self._kept is None or not (self._alone() and idle()):
             self._idle_since_s = None
             return
         self._idle_since_s = self._idle_since_s or now_s
