@@ -69,9 +69,9 @@ def _lines(
             yield f'<polygon points="{" ".join(there + back)}" fill="{colour}" fill-opacity="0.15"/>'
         line = " ".join(f"{x(it.memory_bytes)},{y(it.tokens_per_s)}" for it in curve.points)
         yield f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        at = _LEFT + 150 * number
-        yield f'<path d="M{at} 38h24" stroke="{colour}" stroke-width="2"/>'
-        yield f'<text x="{at + 30}" y="42">{_NAMES.get(curve.quant, curve.quant)}</text>'
+        begin = _LEFT + 150 * number
+        yield f'<path d="M{begin} 38h24" stroke="{colour}" stroke-width="2"/>'
+        yield f'<text x="{begin + 30}" y="42">{_NAMES.get(curve.quant, curve.quant)}</text>'
     if memory_bytes <= most_gb * 1e9:
         at, side = x(memory_bytes), "end" if memory_bytes > most_gb * 0.6e9 else "start"
         yield f'<path d="M{at} {_TOP}V{bottom}" stroke="#555555" stroke-dasharray="4 3"/>'

@@ -40,17 +40,15 @@ class Rate(Real):
         return super().convert(found[1] if found else value, param, ctx)
 
 
-class Guesses(click.ParamType):
+class Guesses(Real):
     """4@0.7: four tokens guessed ahead in each step, each right with a chance of 70% if those before it were."""
 
     name = "guesses"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, float]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         count, at, chance = str(value).partition("@")
         depth = Whole(1, 64).convert(count, param, ctx)
-        return depth, Real(0, 1).convert(chance if at else "0.6", param, ctx)
+        return depth, super().convert(chance if at else "0.6", param, ctx)
 
 
 def _count(option: str, default: int, what: str, most: int | None = None) -> Decorator:
@@ -89,7 +87,7 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
 )
 @click.option(
     "--guesses",
-    type=Guesses(),
+    type=Guesses(0, 1),
     metavar="N[@CHANCE]",
     help="With N tokens guessed ahead in each step, each right with this chance (default 0.6).",
 )
