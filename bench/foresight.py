@@ -1,11 +1,15 @@
 """How good the throughput model is: predictions are written down first, then cells are measured.
 
     python bench/foresight.py predict --models DIR --out predictions.json     and commit that file; then
-    python bench/foresight.py measure predictions.json --out measured.json [--only TEXT]
+    python bench/foresight.py measure predictions.json --models DIR --out measured.json [--only TEXT] [--limit-s 840]
     python bench/foresight.py report predictions.json measured.json
 
-`predict` takes the profile that `shoal profile` keeps, or measures it, and probes the floors of memory and disk. Each
-cell is measured by `shoal bench` in a fresh process, with the floors probed before and after. Nothing else should run.
+`predict` takes the profile that `shoal profile` keeps, or measures it (a minute each for all threads and for one), and
+probes the floors of memory and disk. What running has taught (`corrections`) is left out. It lists cells that take less
+than `CELL_S` each, in an order in which any first part has some of every kind, and makes the packs that they need.
+`measure` goes on where it was ended: cells that `--out` has are not measured again, unless they were void. A cell is
+`shoal bench` in a fresh process, or a group of two daemons on loopback, with the floors probed before and after.
+Nothing else should run.
 """
 
 from __future__ import annotations
@@ -13,26 +17,51 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import disk
 import msgspec
+from cluster import ask, group
 from harness import machine
 from harness.cells import WANTED, Cell, Floors, Foretold, Measured, summary, verdict
 
 from shoal.comm.home import Home
-from shoal.daemon.throughput.foresight import Asked, foresee
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.loading.planning import make_plan
+from shoal.daemon.throughput.model_sizes import described, weighed
 from shoal.daemon.throughput.profiling import machine_profile
+from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
+from shoal.partition.plan import Misfit
+from shoal.partition.throughput.cost import cost
+from shoal.partition.throughput.prediction import Job, Prediction
+from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink
+from shoal.partition.throughput.solve import Choices, asks, solve
 
-JOBS = ((1, 128, 32), (1, 1024, 32), (4, 128, 32), (16, 64, 16))  # batch, prompt, new
-SHARES = (0.4, 0.7, 0.9)  # of a model's bytes, as budgets; and all of it
+JOBS = ((1, 64, 32), (1, 512, 16), (4, 64, 24), (16, 32, 16))  # batch, prompt, new
+STREAMED_JOBS = ((1, 64, 16), (4, 64, 12))
+GROUP_JOBS = ((1, 64, 32), (1, 512, 16))
+SHARES = (0.4, 0.65, 0.85)  # of a model's bytes, as budgets, besides what the process takes
+BENCH_BYTES = 88_000_000  # of the process, as `shoal bench` enters it
+MORE_BYTES = 150_000_000  # of a budget, besides a share of the model
 LEAST_STREAMED = 300_000_000  # bytes of a model that it makes sense to stream
-ROUNDS = 3
+FEWER_BITS = 500_000_000  # models of fewer bytes are also kept in 4 bits
+CELL_S = 18.0
+ROUNDS = (3, 2, 1)
+FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
+LOOPBACK = ProfileLink(("one", "two"), 55e-6, 2.5e9)
+SAMPLE_BYTES = 512 << 20
+PORT = 27650
+
+
+class CellFailed(Exception):
+    """A cell that cannot be measured."""
 
 
 def cells(models: Path, threads: int) -> Iterator[Cell]:
@@ -42,90 +71,193 @@ def cells(models: Path, threads: int) -> Iterator[Cell]:
             continue
         size = path.stat().st_size if path.is_file() else sum(it.stat().st_size for it in path.iterdir())
         for count in sorted({1, threads}):
-            for batch, prompt, new in JOBS:
-                yield Cell(path.name, "keep", count, batch, prompt, new)
+            for job in JOBS:
+                yield Cell(path.name, "keep", count, *job)
         for share in SHARES if size >= LEAST_STREAMED else ():
-            for batch, prompt, new in JOBS[:3:2]:
-                yield Cell(path.name, "keep", threads, batch, prompt, new, int(share * size) + 150_000_000)
+            for job in STREAMED_JOBS:
+                yield Cell(path.name, "keep", threads, *job, int(share * size) + MORE_BYTES)
+        if size < FEWER_BITS:
+            for job in JOBS[::2]:
+                yield Cell(path.name, "q4", threads, *job)
+        for job in GROUP_JOBS if threads > 1 else ():
+            yield Cell(path.name, "keep", threads // 2, *job, ranks=2)
 
 
 def floors(threads: int, file: Path) -> Floors:
     """Of memory and of the disk, now."""
-    return Floors(machine.dram_read_gb_per_s(threads), disk.read_gb_per_s(file))
+    return Floors(machine.dram_read_gb_per_s(threads), disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES))
+
+
+def profile_of(threads: int, usual: int) -> Profile:
+    """This machine on so many threads, as it was measured by itself."""
+    home = Home.from_env()
+    kept = home.profile if threads == usual else home.profile.with_name(f"profile-{threads}.json")
+    found = machine_profile(threads, home.models, kept)
+    assert found is not None
+    return Profile((replace(found.head, corrections=Corrections()),))
+
+
+def halves(whole: Profile) -> Profile:
+    """Two ranks on one machine: each has half of everything that both use at the same time."""
+    head = whole.head
+    half = replace(
+        head,
+        threads=max(1, head.threads // 2),
+        memory_bytes=head.memory_bytes / 2,
+        memory_bytes_per_s=head.memory_bytes_per_s / 2,
+        flops=head.flops / 2,
+    )
+    return Profile(tuple(replace(half, name=name) for name in LOOPBACK.between), (LOOPBACK,))
+
+
+def alone_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Prediction] | None:
+    """(name, prediction) of the plan that `shoal bench` makes; None if it would be refused."""
+    with described(path) as checkpoint:
+        model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
+    job = Job(cell.prompt_tokens, cell.new_tokens, cell.batch)
+    config = NodeConfig(
+        threads=cell.threads,
+        context_tokens=job.context_tokens,
+        max_sequences=max(cell.batch, NodeConfig().max_sequences),
+    )
+    room = (cell.memory or int(profile.head.memory_bytes)) - BENCH_BYTES - model.tokenizer_bytes
+    plan = make_plan(model, config, room)
+    if isinstance(plan, Misfit):
+        return None
+    found = cost(model, plan, profile.head, job)
+    used = job.batch * -(-job.context_tokens // PAGE_TOKENS) * kv_page_bytes(model.spec, plan.kv.dtype)
+    held = plan.peak_bytes - plan.kv.nbytes + used + BENCH_BYTES + model.tokenizer_bytes
+    return "stream" if plan.streams else "memory", replace(found, peak_bytes={profile.head.name: held})
+
+
+def group_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Prediction] | None:
+    """The same of a group on this machine."""
+    with described(path) as checkpoint:
+        model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
+    job = Job(cell.prompt_tokens, cell.new_tokens, cell.batch)
+    usual = NodeConfig()
+    wanted = asks(job, None, usual.chunk_tokens, usual.max_sequences, usual.max_guesses)
+    found = solve([model], wanted, halves(profile), job, Choices("f16", cell.threads, cell.ranks))
+    return (found.chosen.name, found.chosen.prediction) if found.chosen else None
 
 
 def foretell(models: Path, threads: int) -> list[Foretold]:
-    """Every cell's prediction. Cells that have no plan are left out."""
-    home = Home.from_env()
-    found: list[Foretold] = []
-    profiles = {
-        count: machine_profile(count, home.models, home.profile if count == threads else None)
-        for count in sorted({1, threads})
-    }
+    """Every cell's prediction. Cells that have no plan or would take too long are left out."""
+    profiles = {count: profile_of(count, threads) for count in sorted({1, threads})}
     largest = max((it for it in models.rglob("*") if it.is_file()), key=lambda it: it.stat().st_size)
     now = {count: floors(count, largest) for count in profiles}
+    found: list[Foretold] = []
     for cell in cells(models, threads):
-        profile = profiles[cell.threads]
-        assert profile is not None
-        asked = Asked(
-            cell.prompt_tokens,
-            cell.new_tokens,
-            cell.batch,
-            "keep",
-            "f16",
-            None,
-            cell.memory or None,
-            cell.threads,
+        path = models / cell.model
+        if cell.ranks > 1:
+            made = group_foretold(cell, path, profiles[threads])
+        else:
+            made = alone_foretold(cell, path, profiles[cell.threads])
+        if made is None:
+            continue
+        name, row = made
+        once_s = row.ttft_s + cell.new_tokens * row.token_s
+        before_s = (GROUP_FIXED_S if cell.ranks > 1 else FIXED_S) + path.stat().st_size / LOAD_BYTES_PER_S
+        rounds = next((it for it in ROUNDS if before_s + (1 + it) * once_s < CELL_S), 0)
+        if not rounds:
+            continue
+        if name == "stream" or cell.quant != "keep":
+            packing = shoal("pack", "--quant", cell.quant, str(path))
+            subprocess.run(packing, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        peak = max(row.peak_bytes.values()) if cell.ranks == 1 else 0
+        floor = now[threads if cell.ranks > 1 else cell.threads]
+        found.append(
+            Foretold(cell, name, row.ttft_s, row.token_s, row.band, peak, row.binding, floor, rounds)
         )
-        made = foresee(models / cell.model, profile, asked)
-        names = ("memory", "stream")  # what `bench` does
-        row = next((it for it in made.plans if it.fits and it.name in names), None)
-        if row is not None:
-            peak = max(row.peak_bytes.values())
-            found.append(
-                Foretold(
-                    cell, row.name, row.ttft_s, row.token_s, row.band, peak, row.binding, now[cell.threads]
-                )
-            )
+    random.Random(0).shuffle(found)
     return found
 
 
+def shoal(*arguments: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "shoal.cli.main", *arguments]
+
+
 def measured(models: Path, foretold: Foretold) -> Measured:
-    """One cell, by `shoal bench` in a process of its own."""
+    """One cell."""
     cell = foretold.cell
     file = models / cell.model
     probed = file if file.is_file() else max(file.iterdir(), key=lambda it: it.stat().st_size)
-    before = floors(cell.threads, probed)
-    command = [sys.executable, "-P", "-m", "shoal.cli.main", "bench", str(file), "--json"]
+    threads = cell.threads * cell.ranks
+    before = floors(threads, probed)
+    ttft_s, token_s, peak = (in_group if cell.ranks > 1 else alone)(file, foretold)
+    return Measured(cell, ttft_s, token_s, peak, before, floors(threads, probed))
+
+
+def alone(file: Path, foretold: Foretold) -> tuple[float, float, int]:
+    """(seconds to the first token, seconds for each later one, bytes at most), by `shoal bench`."""
+    cell = foretold.cell
+    named = f"{file}:{cell.quant}" if cell.quant != "keep" else str(file)
+    command = shoal("bench", named, "--json")
     options = {
         "--prompt-tokens": cell.prompt_tokens,
         "--new-tokens": cell.new_tokens,
         "--batch": cell.batch,
-        "--repeat": ROUNDS,
+        "--repeat": foretold.rounds,
         "--threads": cell.threads,
         **({"--memory": cell.memory} if cell.memory else {}),
     }
     command += [str(part) for pair in options.items() for part in pair]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    # A process begins with the peak of the one that became it, which would be ours with the floors' buffer. The shell's
+    # child is a process of its own.
+    ended = subprocess.run(
+        ["sh", "-c", '"$@"; exit $?', "sh", *command], capture_output=True, text=True, check=False
+    )
     if ended.returncode:
-        raise SystemExit(f"{cell.name}: {ended.stderr.strip()}")
+        raise CellFailed(f"{cell.name}: {ended.stderr.strip()}")
     result: dict[str, Any] = json.loads(ended.stdout)
     prefill, decode = (result[f"{part}_tokens_per_s"]["median"] for part in ("prefill", "decode"))
-    return Measured(
-        cell,
-        cell.batch * cell.prompt_tokens / prefill,
-        cell.batch / max(decode, 1e-9),
-        result["peak_memory_bytes"],
-        before,
-        floors(cell.threads, probed),
-    )
+    ttft_s = cell.batch * cell.prompt_tokens / prefill
+    return ttft_s, cell.batch / max(decode, 1e-9), result["peak_memory_bytes"]
+
+
+def in_group(file: Path, foretold: Foretold) -> tuple[float, float, int]:
+    """The same by daemons on loopback; what they take is not looked at."""
+    cell, source = foretold.cell, random.Random(0)
+    with group(file.resolve(), cell.ranks, cell.threads, PORT, [""] * cell.ranks) as client:
+        found = [
+            ask(client, [source.randrange(1000) for _ in range(cell.prompt_tokens)], cell.new_tokens)
+            for _ in range(foretold.rounds + 1)
+        ][1:]
+    firsts, tokens = zip(*found, strict=True)
+    return sorted(firsts)[len(firsts) // 2], sorted(tokens)[len(tokens) // 2], 0
+
+
+def measure(foretold: list[Foretold], options: argparse.Namespace) -> list[Measured]:
+    """What is not measured yet, as far as time allows; written down cell by cell."""
+    binding = {it.cell: it.binding for it in foretold}
+    found: list[Measured] = []
+    if options.out.exists():
+        known = msgspec.json.decode(options.out.read_bytes(), type=list[Measured])
+        found = [it for it in known if it.cell in binding and not it.void(binding[it.cell])]
+    done = {it.cell for it in found}
+    until_s = time.monotonic() + options.limit_s
+    for item in foretold:
+        if item.cell in done or options.only not in item.cell.name or time.monotonic() > until_s:
+            continue
+        began_s = time.monotonic()
+        try:
+            found.append(measured(options.models, item))
+        except CellFailed as error:
+            print(error, flush=True)
+            continue
+        options.out.write_bytes(msgspec.json.format(msgspec.json.encode(found)))
+        print(
+            f"{len(found)} of {len(foretold)}, {time.monotonic() - began_s:.0f} s: {item.cell.name}",
+            flush=True,
+        )
+    return found
 
 
 def report(foretold: list[Foretold], found: list[Measured]) -> None:
     """A line for each cell, and what counts."""
     by_cell = {it.cell: it for it in foretold}
     verdicts = [verdict(by_cell[it.cell], it) for it in found]
-    for it in verdicts:
+    for it in sorted(verdicts, key=lambda it: it.name):
         said = "void" if it.void else "band" if it.within else "OUT"
         print(f"{it.name:64} token {it.token:+5.0%} (as it is {it.absolute:+5.0%}), first {it.ttft:+5.0%}, "
               f"memory {it.memory:+4.0%}, {said}")  # fmt: skip
@@ -144,32 +276,26 @@ def main() -> None:
     predict.add_argument("--models", type=Path, required=True)
     predict.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     predict.add_argument("--out", type=Path, required=True)
-    measure = verbs.add_parser("measure")
-    measure.add_argument("predictions", type=Path)
-    measure.add_argument("--models", type=Path, required=True)
-    measure.add_argument("--out", type=Path, required=True)
-    measure.add_argument("--only", default="", help="only cells whose name has this")
-    measure.add_argument("--limit-s", type=float, default=1e9, help="begin no cell after so many seconds")
+    measuring = verbs.add_parser("measure")
+    measuring.add_argument("predictions", type=Path)
+    measuring.add_argument("--models", type=Path, required=True)
+    measuring.add_argument("--out", type=Path, required=True)
+    measuring.add_argument("--only", default="", help="only cells whose name has this")
+    measuring.add_argument("--limit-s", type=float, default=1e9, help="begin no cell after so many seconds")
     both = verbs.add_parser("report")
     both.add_argument("predictions", type=Path)
     both.add_argument("measured", type=Path)
     options = parser.parse_args()
     if options.verb == "predict":
-        options.out.write_bytes(
-            msgspec.json.format(msgspec.json.encode(foretell(options.models, options.threads)))
-        )
+        made = foretell(options.models, options.threads)
+        options.out.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
+        print(f"{len(made)} cells")
         return
     foretold = msgspec.json.decode(options.predictions.read_bytes(), type=list[Foretold])
-    if options.verb == "report":
-        report(foretold, msgspec.json.decode(options.measured.read_bytes(), type=list[Measured]))
-        return
-    found: list[Measured] = []
-    until_s = time.monotonic() + options.limit_s
-    for item in foretold:
-        if options.only in item.cell.name and time.monotonic() < until_s:
-            found.append(measured(options.models, item))
-            print(found[-1].cell.name, flush=True)
-            options.out.write_bytes(msgspec.json.encode(found))
+    if options.verb == "measure":
+        found = measure(foretold, options)
+    else:
+        found = msgspec.json.decode(options.measured.read_bytes(), type=list[Measured])
     report(foretold, found)
 
 

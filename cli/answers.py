@@ -169,12 +169,14 @@ def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.library.packs import Packs
         from shoal.daemon.node import Node
+        from shoal.daemon.throughput.own_machine import OwnMachine
     home = Home.from_env()
     packs = Packs(home, lambda estimate: note(estimate.describe()))
     config = replace(config, max_sequences=1)
+    machine = OwnMachine(config.thread_count, home.profile, home.models)
     with (
         machines(home, config) as grouping,
-        Node(config, resolve=library.resolve, packs=packs, grouping=grouping) as node,
+        Node(config, resolve=library.resolve, packs=packs, grouping=grouping, machine=machine) as node,
     ):
         yield InProcess(node)
 

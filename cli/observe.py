@@ -69,6 +69,13 @@ def ps(as_json: bool) -> None:
     screen.print(rows)
     for model in status.models:
         screen.print(f"{model.name}: {model.plan}")
+        if model.predicted_tokens_per_s:
+            came = (
+                f"measured {model.measured_tokens_per_s:.3g}"
+                if model.measured_tokens_per_s
+                else "not measured yet"
+            )
+            screen.print(f"predicted {model.predicted_tokens_per_s:.3g} tokens/s, {came}")
         if model.machines:
             held = (format_bytes(nbytes) for nbytes in model.rank_bytes)
             parts = zip(("this machine", *model.machines), held, strict=False)

@@ -56,9 +56,10 @@ def show(model: str, as_json: bool, plan: PlanOptions) -> None:
             from shoal.daemon.checkpoint_facts import checkpoint_facts
             from shoal.daemon.library.packs import Packs
             from shoal.daemon.loading.outlook import TooLarge, outlook
+            from shoal.daemon.throughput.own_machine import OwnMachine
         described = checkpoint_facts(path)
         packs = Packs(home)
-        found = outlook(path, config, packs)
+        found = outlook(path, config, packs, OwnMachine(config.thread_count, home.profile, home.models))
         made = packs.shelf.of(packs.shelf.model_of(path))
     if as_json:
         plan_facts = {"fits": not isinstance(found, TooLarge), **msgspec.structs.asdict(found)}
@@ -117,6 +118,13 @@ def _words(found: Outlook) -> Table:
         rows.add_row("a token", f"about {found.step_s:.2g} s alone: {read}" if found.step_s else read)
     else:
         rows.add_row("weights", f"all {whole} stay in memory")
+    low, high = found.band
+    guessed = "" if found.measured else "; shoal profile would make that better than a guess"
+    rows.add_row(
+        "speed",
+        f"about {found.tokens_per_s:.3g} tokens/s ({low:.3g} to {high:.3g}), bound by {found.binding}, the first "
+        f"after {found.first_s:.2g} s{guessed}",
+    )
     if found.pack_bytes:
         there = "made already" if found.packed else "to be made by the first run, or by shoal pack"
         rows.add_row("pack", f"{format_bytes(found.pack_bytes)} on disk, {there}")

@@ -14,16 +14,7 @@ from msgspec.structs import force_setattr
 
 from .chat_message import ChatMessage as ChatMessage
 from .chat_message import ChatMessages, checked
-from .cluster_messages import (
-    Forget,
-    Invitation,
-    Invite,
-    LinksReply,
-    MeasureLinks,
-    Nodes,
-    NodesReply,
-    Rejoin,
-)
+from .cluster_messages import Forget, Invitation, Invite, LinksReply, MeasureLinks, Nodes, NodesReply, Rejoin
 from .message import Message as Message
 from .message import Name, NonNegative
 from .plain_values import check_plain
@@ -330,6 +321,9 @@ class ModelStatus(Message):
     machines_why: str = ""  # why these, if there are others
     sums: str = ""  # how they add their partials
     kv_disk_why: str = ""  # why no KV is kept on disk, though it was to be
+    predicted_tokens_per_s: float = 0.0  # of one answer of usual length; 0 = not known
+    predicted_band: list[float] = []  # the two between which it should lie
+    measured_tokens_per_s: float = 0.0  # what steps of one token take now; 0 = there were none yet
 
 
 class Loaded(Message):

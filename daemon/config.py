@@ -6,11 +6,12 @@ Knows defaults and ranges. Does not know command lines or the environment.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal, get_args
 
 from shoal.comm.group.sums.wire_types import WireType
+from shoal.comm.messages import Load
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 
@@ -89,6 +90,16 @@ class NodeConfig:
             raise DaemonError(
                 "bad_request", f"kv_type={self.kv_type}: must be one of {', '.join(get_args(KvType))}"
             )
+
+    def for_load(self, request: Load, quant: Quant) -> NodeConfig:
+        """The same for one model that is asked for in these bits."""
+        return replace(
+            self,
+            context_tokens=request.context or self.context_tokens,
+            least_context_tokens=request.least_context or 1,
+            ranks=request.ranks or self.ranks,
+            quant=quant,
+        )
 
     @property
     def thread_count(self) -> int:

@@ -39,6 +39,7 @@ from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.loading.loaded_models import LoadedModels, kept, unloaded
 from shoal.daemon.loading.loader import Loader
 from shoal.daemon.loading.regrouping import Regrouping
+from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.engine.errors import RankLost
 from shoal.kernels import set_threads
 from shoal.offload.errors import OffloadError
@@ -65,7 +66,8 @@ DEADLINES_S = 0.5  # how often deadlines are looked at, also while a step runs
 
 class Node:
     """Runs requests on loaded models; thread-safe. `resolve` turns a model's name into a path. `packs` are needed for
-    models that do not fit into memory. KV that leaves memory is kept below `kv_root`; None = it is dropped."""
+    models that do not fit into memory. KV that leaves memory is kept below `kv_root`; None = it is dropped. `machine`
+    knows how fast this one is."""
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class Node:
         packs: Packs | None = None,
         kv_root: Path | None = None,
         grouping: Grouping | None = None,
+        machine: OwnMachine | None = None,
     ) -> None:
         self.config = config
         self.budget = budget_of(config.memory_bytes)
@@ -87,7 +90,9 @@ class Node:
         self.neighbours: AnswersCluster | None = None  # its owner sets it
         self._answering = Answering()
         self._models = LoadedModels(self.budget)
-        assembly = Assembly(self.budget, packs, self.kv_files, clock, self._answering.hear, grouping)
+        self._machine = machine or OwnMachine(config.thread_count)
+        hear = self._answering.hear
+        assembly = Assembly(self.budget, packs, self.kv_files, clock, hear, grouping, self._machine)
         self._loader = Loader(self._models, assembly, self._check_needed)
         self._regrouping = Regrouping(self._models, self._loader, assembly, config)
         self._wake = threading.Condition(self._models.lock)  # guards _draining and _closed too
@@ -144,11 +149,10 @@ class Node:
                 raise unloaded(model.name)
             self._answering.open(sequence, answer)
             try:
-                model.engine.submit(sequence)
+                model.begin(sequence)
             except Exception as error:
                 self._answering.forget(sequence)
                 raise translated(error) from error
-            model.used_s = self._clock()
             self._requests_total += 1
             self._wake.notify_all()
         return Underway(model, sequence)
@@ -203,23 +207,14 @@ class Node:
             path = self._resolve(wanted.model)
             known = self._models.of(wanted, path)
             draft = self._resolve(request.draft) if request.draft is not None else None
-            config = replace(
-                self.config,
-                context_tokens=request.context or self.config.context_tokens,
-                least_context_tokens=request.least_context or 1,
-                ranks=request.ranks or self.config.ranks,
-                quant=wanted.quant,
-            )
+            config = self.config.for_load(request, wanted.quant)
             if known is None:
                 name = self._models.free_name(wanted, path)
             elif (what := known.stale(self._resolve)) is not None:
                 log.info("%s: there is another file now, so %s is loaded again", what, known.name)
                 name, draft = known.name, draft or known.draft_path
-                config = replace(
-                    config,
-                    context_tokens=request.context or known.asked_context,
-                    ranks=request.ranks or known.asked_ranks,
-                )
+                context, ranks = request.context or known.asked_context, request.ranks or known.asked_ranks
+                config = replace(config, context_tokens=context, ranks=ranks)
                 self._models.retire(known)
                 known = None
             else:
@@ -241,8 +236,7 @@ class Node:
             if self._closed.is_set():  # `close` may have gone through the models before this one came
                 self._models.drop(model)
                 self._check_open()
-        log.info("loaded %s: %s", name, model.plan.describe())
-        return Loaded(model=model.status(), seconds=self._clock() - began_s)
+        return model.loaded_in(self._clock() - began_s)
 
     def unload(self, request: Unload) -> Ok:
         """Drop a model; its running requests end with `error` unloaded. Raises DaemonError `not_found`."""
@@ -318,6 +312,7 @@ class Node:
         ends_s = time.monotonic() + FLUSH_LIMIT_S  # for the KV of all of them
         for model in self._models:
             model.release(self.budget, max(0.0, ends_s - time.monotonic()))
+        self._machine.save()
 
     def _compute(self) -> None:
         """The compute thread: one step of each busy model in turn."""
@@ -356,6 +351,11 @@ class Node:
         self._long.look()
         for model in self._models:
             model.engine.expire()
+            model.look_back()
+        self._machine.look(self._idle, lambda: self._models.kinds)
+
+    def _idle(self) -> bool:
+        return not (self._busy() or self._loader.coming or self._draining)
 
     def _busy(self) -> bool:
         return any(model.engine.busy for model in self._models)

@@ -23,6 +23,7 @@ from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.server.descriptors import raise_limit
 from shoal.daemon.server.server import Server
+from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.models.children import end_children
 
 from .config import NodeConfig
@@ -73,6 +74,7 @@ def serve(
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
         grouping=neighbours,
+        machine=OwnMachine(config.thread_count, home.profile, home.models, lambda: neighbours.apart),
     )
     node.neighbours = neighbours
     if home.cluster.exists():

@@ -24,7 +24,7 @@ from .admission import Admission
 from .batch import Batch, Chunk, Recall
 from .guess.speculation import drafts
 from .learn.speeds import Speeds
-from .learn.step_cost import ROW_SHARE
+from .learn.step_cost import StepSeconds
 from .sequence import Emitted, Ended, EndReason, Failed, Queued, Sequence, SequenceEvent, Standing
 
 Results = Ordered[Ordered[Sampled] | Exception]
@@ -52,9 +52,9 @@ class _Room:
 
 class Scheduler:
     """At most `sequences` run at once and `queue` more wait. A step holds at most `chunk_tokens` tokens of prompts and
-    `guesses` guessed tokens. `reads`: pages of KV that it may read from disk beyond those that are free. `row_share`:
-    first guess of what one more row costs, as in `StepCost`. `ropes`: those of the model. They may depend on how long a
-    text is."""
+    `guesses` guessed tokens. `reads`: pages of KV that it may read from disk beyond those that are free. `expected`:
+    what steps are thought to take before any was measured, as in `StepCost`. `ropes`: those of the model. They may
+    depend on how long a text is."""
 
     def __init__(
         self,
@@ -64,14 +64,14 @@ class Scheduler:
         queue: int,
         chunk_tokens: int,
         guesses: int,
-        row_share: float = ROW_SHARE,
+        expected: StepSeconds | None = None,
         reads: int = 1,
         ropes: Ordered[RopeSpec] = (),
     ) -> None:
         self.cache = cache
         self._ropes = [rope for rope in ropes if rope.by_length]
         self.guesses = guesses
-        self.speeds = Speeds(chunk_tokens, row_share, reads)
+        self.speeds = Speeds(chunk_tokens, expected, reads)
         self.admission = Admission(cache, self.speeds, sequences=sequences, queue=queue)
         self.running: list[Sequence] = []
         self.totals = Totals()
@@ -291,8 +291,8 @@ class Scheduler:
         many pages of each recall could be read. That took `read_s` of the step; for `stall_s` it waited for weights.
 
         Works while events are taken from it, so that those before a failure are not lost: they have happened."""
-        prompts = len(batch.chunks) - batch.decodes
-        self.speeds.note(batch.rows, batch.decodes, prompts, max(0.0, now_s - batch.began_s - read_s))
+        prompts, rows = len(batch.chunks) - batch.decodes, batch.rows
+        self.speeds.note(rows, batch.decodes, prompts, max(0.0, now_s - batch.began_s - read_s))
         self.speeds.note_reads(sum(pages_read), read_s)
         for recall, pages in zip(batch.recalls, pages_read, strict=True):
             self._recalled(recall, pages, batch.began_s)
@@ -300,6 +300,11 @@ class Scheduler:
             times = chunk.sequence.times
             times.admitted_s = times.admitted_s or batch.began_s
             times.stall_s += stall_s
+            if times.first_token_s:
+                times.steps += 1
+                times.rows += rows
+            else:
+                times.prompt_rows += rows
             if not chunk.sequence.ended:  # else it was cancelled while the step ran
                 yield from self._append(chunk, result, now_s)
 

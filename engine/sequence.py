@@ -19,13 +19,16 @@ EndReason = Literal["stop", "length", "cancelled", "deadline"]
 
 @dataclass
 class Times:
-    """Clock readings in seconds; 0 = has not happened."""
+    """Clock readings in seconds; 0 = has not happened. And what the steps held that took that time."""
 
     arrived_s: float = 0.0
     admitted_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     stall_s: float = 0.0
+    prompt_rows: int = 0  # of the steps until its first token, with those of whoever was beside it
+    steps: int = 0  # after its first token
+    rows: int = 0  # of these steps, likewise
 
 
 @dataclass(eq=False)

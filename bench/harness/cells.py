@@ -22,7 +22,8 @@ WANTED = {
 
 
 class Cell(NamedTuple):
-    """What is asked of which model. `memory`: the budget in bytes, 0 = it all stays in memory."""
+    """What is asked of which model. `memory`: the budget in bytes, 0 = it all stays in memory. `threads`: of each of
+    `ranks` processes."""
 
     model: str
     quant: str
@@ -31,12 +32,14 @@ class Cell(NamedTuple):
     prompt_tokens: int
     new_tokens: int
     memory: int = 0
+    ranks: int = 1
 
     @property
     def name(self) -> str:
         where = f"{self.memory / 1e6:.0f} MB" if self.memory else "in memory"
         job = f"{self.prompt_tokens}+{self.new_tokens}×{self.batch}"
-        return f"{self.model} {self.quant}, {self.threads} threads, {job}, {where}"
+        by = f"{self.ranks} × {self.threads}" if self.ranks > 1 else str(self.threads)
+        return f"{self.model} {self.quant}, {by} threads, {job}, {where}"
 
 
 @dataclass
@@ -53,7 +56,8 @@ class Floors:
 
 @dataclass
 class Foretold:
-    """What was predicted of a cell, before anything was measured. `floors`: when the profile was."""
+    """What was predicted of a cell, before anything was measured. `floors`: when the profile was. `peak_bytes`: 0 = not
+    to be looked at. `rounds`: to measure."""
 
     cell: Cell
     plan: str
@@ -63,6 +67,7 @@ class Foretold:
     peak_bytes: int
     binding: str
     floors: Floors
+    rounds: int = 3
 
 
 @dataclass
@@ -113,7 +118,7 @@ def verdict(foretold: Foretold, measured: Measured) -> Verdict:
         measured.ttft_s * measured.floor("memory") / foretold.floors.of("memory") / foretold.ttft_s - 1,
         measured.token_s / foretold.token_s - 1,
         foretold.band[0] <= speed <= foretold.band[1],
-        measured.peak_bytes / foretold.peak_bytes - 1,
+        measured.peak_bytes / foretold.peak_bytes - 1 if foretold.peak_bytes else 0.0,
     )
 
 

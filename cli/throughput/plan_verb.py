@@ -40,6 +40,17 @@ class Rate(Real):
         return super().convert(found[1] if found else value, param, ctx)
 
 
+class Guesses(Real):
+    """4@0.7: four tokens guessed ahead in each step, each right with a chance of 70% if those before it were."""
+
+    name = "guesses"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        count, at, chance = str(value).partition("@")
+        depth = Whole(1, 64).convert(count, param, ctx)
+        return depth, super().convert(chance if at else "0.6", param, ctx)
+
+
 def _count(option: str, default: int, what: str, most: int | None = None) -> Decorator:
     return click.option(
         option, type=Whole(1, most), default=default, show_default=True, metavar="N", help=what
@@ -74,6 +85,18 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
     metavar="RATE",
     help="Say what would give so many tokens a second, e.g. 10tok/s.",
 )
+@click.option(
+    "--guesses",
+    type=Guesses(0, 1),
+    metavar="N[@CHANCE]",
+    help="With N tokens guessed ahead in each step, each right with this chance (default 0.6).",
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.svg",
+    help="Draw tokens/s by memory, all else as it is.",
+)
 @json_option
 @plan_options
 def plan(
@@ -84,6 +107,8 @@ def plan(
     quant: str | None,
     given: Path | None,
     target: float | None,
+    guesses: tuple[int, float] | None,
+    plot: Path | None,
     as_json: bool,
     plan: PlanOptions,
 ) -> int:
@@ -121,10 +146,16 @@ def plan(
         plan.threads,
         plan.ranks,
         target,
+        *(guesses or (0, 0.0)),
+        plot is not None,
     )
     with spinner("planning"):
         found = foresee(path, profile, asked)
     ends = Exit.DONE if found.chosen else Exit.REFUSED
+    if plot is not None:
+        memory = plan.memory or profile.head.memory_bytes
+        name = path.absolute().parent.name if path.name == "config.json" else path.name
+        _draw(plot, f"{name}, {prompt_tokens} + {new_tokens} tokens × {batch}", found, memory, target)
     if as_json:
         print_json(found)
         return ends
@@ -139,9 +170,17 @@ def plan(
         screen.print(f"it would be loaded in {_seconds(found.start.load_s)}{packed}")
     if target is not None:
         screen.print(printable(_target(found, target)))
-    if found.chosen and "window" in found.chosen:
-        note("this version streams through its usual window; another one is a prediction only")
     return ends
+
+
+def _draw(to: Path, title: str, found: Foresight, memory: float, target: float | None) -> None:
+    from .plan_plot import plot
+
+    row = next((it for it in found.plans if it.name == found.chosen and len(it.peak_bytes) == 1), None)
+    chosen = (memory, row.tokens_per_s) if row is not None else None
+    curves = found.curves if isinstance(found.curves, list) else []
+    to.write_text(plot(title, curves, memory, chosen, target), encoding="utf-8")
+    note(f"drawn to {to}")
 
 
 def _plans(found: Foresight) -> Table:

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shoal.daemon.config import NodeConfig
@@ -18,6 +18,7 @@ from shoal.daemon.library.kv_files import KvFiles, NotKept, fingerprint
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress, no_progress
+from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.engine.engine import Engine
 from shoal.engine.guess.drafter import Drafter
 from shoal.engine.leader import Leader
@@ -31,7 +32,7 @@ from shoal.offload.kv.prefix_cache import PrefixCache
 from .advice import advice_of
 from .grouping import GroupFailed, Grouping
 from .loaded_model import LoadedModel, release
-from .planning import least_bytes, row_share
+from .planning import least_bytes
 from .runnable import Runnable, read_draft
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ REGROUP_KEEP_S = 2.0  # for keeping KV on disk before a model is loaded anew, wh
 @dataclass(frozen=True)
 class Assembly:
     """What models are put together from. They take memory from `budget`; what does not fit comes from one of `packs`;
-    `kv_files` keep KV that leaves memory. An engine that has events is given to `notify`."""
+    `kv_files` keep KV that leaves memory. An engine that has events is given to `notify`. `machine` knows how long
+    things take here."""
 
     budget: Budget
     packs: Packs | None = None
@@ -50,6 +52,7 @@ class Assembly:
     clock: Callable[[], float] = time.monotonic
     notify: Callable[[Engine], None] = lambda engine: None
     grouping: Grouping | None = None
+    machine: OwnMachine = field(default_factory=lambda: OwnMachine(NodeConfig().thread_count))
 
     def load(
         self,
@@ -81,7 +84,7 @@ class Assembly:
             small = None
             if draft is not None:
                 with refusing(f"draft model {draft.name}"):
-                    small = read_draft(name, main, draft, config, self.budget)
+                    small = read_draft(name, main, draft, config, self.budget, self.machine)
             disk = self._disk(name, main, config)
             if disk is not None:
                 undo.callback(disk.close, [], None)
@@ -138,6 +141,7 @@ class Assembly:
                     config,
                     self.budget,
                     progress,
+                    self.machine,
                     packs=self.packs,
                     streaming=streaming,
                     reserve_bytes=reserve_bytes,
@@ -176,7 +180,7 @@ class Assembly:
         return disk.most_reads if disk else 1
 
     def _speeds(self, main: Runnable, reads: int) -> Speeds:
-        return Speeds(main.plan.chunk_tokens, row_share(main.plan, main.read_bytes_per_s), reads)
+        return Speeds(main.plan.chunk_tokens, main.expectation.step_curve(), reads)
 
     def _engine(
         self, main: Runnable, small: Runnable | None, disk: KvDisk | None, config: NodeConfig
@@ -187,7 +191,7 @@ class Assembly:
             queue=config.max_queue,
             chunk_tokens=main.plan.chunk_tokens,
             guesses=main.plan.guesses,
-            row_share=row_share(main.plan, main.read_bytes_per_s),
+            expected=main.expectation.step_curve(),
             reads=self._reads(disk),
             ropes=main.checkpoint.spec.ropes,
         )

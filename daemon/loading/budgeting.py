@@ -17,6 +17,8 @@ from shoal.offload.kv.disk_pages import buffer_bytes
 from shoal.partition.amounts import format_bytes
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Plan
+from shoal.partition.throughput.profile import Device
+from shoal.partition.throughput.weights_of import Weighed
 
 from .planning import make_plan
 
@@ -60,19 +62,23 @@ class Shortfall:
 
 def plan_within_budget(
     checkpoint: Checkpoint,
+    model: Weighed,
     config: NodeConfig,
     budget: Budget,
+    device: Device | None = None,
     *,
     idle_bytes: int = 0,
     extra_bytes: int = 0,
     streaming: bool = True,
 ) -> Plan | Shortfall:
-    """The plan within what the budget has left. `idle_bytes` of other models count as left; `extra_bytes`, for KV on
+    """The plan within what the budget has left. `model`: what the checkpoint weighs in the bits of `config`; `device`:
+    what this machine can do, if that is known. `idle_bytes` of other models count as left; `extra_bytes`, for KV on
     its way to disk and a draft model, do not. Reading the tokenizer, which comes first, has to fit, too. Raises as
     `make_plan` does."""
     tokenizer = checkpoint.tokenizer_memory()
     free = budget.free_bytes + idle_bytes
-    made = make_plan(checkpoint, config, max(0, free - extra_bytes - tokenizer.more), streaming=streaming)
+    room = max(0, free - extra_bytes - tokenizer.more)
+    made = make_plan(model, config, room, device, streaming=streaming)
     if isinstance(made, Plan) and tokenizer.reading <= free:
         return made
     least = tokenizer.more + (made.peak_bytes if isinstance(made, Plan) else made.least_bytes)

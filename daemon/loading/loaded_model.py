@@ -6,16 +6,20 @@ Knows its parts and how they end; `assembly` puts them together. It runs nothing
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shoal.comm.messages import ModelStatus, Stage
+from shoal.comm.messages import Loaded, ModelStatus, Stage
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.model_name import Reference
 from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
+from shoal.engine.sequence import Sequence
 from shoal.models.chat.template import ChatTemplate
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.errors import ModelError, TemplateError
@@ -28,6 +32,10 @@ from shoal.partition.plan import Plan
 
 from .advice import Advice
 from .runnable import Runnable
+
+log = logging.getLogger(__name__)
+
+LOOKED_AT = 64  # requests at a time: what is looked back at later was no quicker
 
 
 @dataclass(eq=False)
@@ -52,6 +60,7 @@ class LoadedModel:
     advice: Advice = field(default_factory=Advice)
     retired: bool = False
     prepared: bool = False  # machines that have come have their weights
+    begun: deque[Sequence] = field(default_factory=deque)  # that nobody has looked back at
     arrivals: int = 0  # of machines, until it was last considered whether they should take part
     _compiling: threading.Lock = field(default_factory=threading.Lock)
     _templates: dict[str, ChatTemplate | TemplateError] = field(default_factory=dict)
@@ -124,6 +133,38 @@ class LoadedModel:
             budget.rename(before, after)
         self.name = name
 
+    def begin(self, sequence: Sequence) -> None:
+        """Queue a request's sequence. Raises as `Engine.submit`."""
+        self.engine.submit(sequence)
+        self.used_s = self.clock()
+        self.begun.append(sequence)
+
+    def look_back(self) -> None:
+        """Log what was measured of requests that have ended beside what was predicted."""
+        for _ in range(min(len(self.begun), LOOKED_AT)):
+            sequence = self.begun.popleft()
+            if not sequence.ended:
+                self.begun.append(sequence)
+            elif self.main.group is None:
+                self._look_back_at(sequence)
+
+    def _look_back_at(self, sequence: Sequence) -> None:
+        try:
+            if said := self.main.expectation.look_back(sequence):
+                log.info("%s: %s", self.name, said)
+        except Exception as error:  # the thread has others to look after, and no answer depends on this
+            log.warning("%s: a request cannot be compared: %s", self.name, error, exc_info=True)
+
+    def loaded_in(self, seconds: float) -> Loaded:
+        """The answer to who had it loaded; the log has it beside what was predicted."""
+        said = f"{self.name} in {seconds:.2g} s: {self.plan.describe()}"
+        if self.main.group is None:
+            usual = self.main.expectation.usual
+            (low, high), speed = usual.band, usual.tokens_per_s
+            said += f"; predicted {usual.load_s:.2g} s from the disk, {speed:.3g} tokens/s ({low:.3g} to {high:.3g})"
+        log.info("loaded %s", said)
+        return Loaded(model=self.status(), seconds=seconds)
+
     def interrupt(self, error: DaemonError) -> None:
         """End all its requests with `error`, even in a step that waits for a disk. It answers nothing after that."""
         self.engine.fail_all(error)
@@ -158,6 +199,8 @@ class LoadedModel:
         group = self.main.group
         plans = [self.plan, *(group.plans if group else ())]
         totals, cache, disk = scheduler.totals, scheduler.cache, self.engine.rank.disk
+        usual = self.main.expectation.usual if group is None else None
+        learnt = scheduler.speeds.cost
         return ModelStatus(
             name=self.name,
             path=str(self.checkpoint.path),
@@ -193,6 +236,9 @@ class LoadedModel:
             machines_why=self.main.why,
             sums=group.sums if group else "",
             kv_disk_why=self.main.kv_trouble,
+            predicted_tokens_per_s=usual.tokens_per_s if usual else 0.0,
+            predicted_band=list(usual.band) if usual else [],
+            measured_tokens_per_s=1 / learnt.seconds(1) if learnt.measured else 0.0,
         )
 
     @property
@@ -232,7 +278,7 @@ class LoadedModel:
             _ = self.chat_template
 
 
-def _on_all(kv_bytes: int, plans: Sequence[Plan]) -> int:
+def _on_all(kv_bytes: int, plans: Ordered[Plan]) -> int:
     """What as many pages take on all ranks as take `kv_bytes` on rank 0."""
     own, *others = (plan.kv.nbytes // plan.kv.pages for plan in plans)
     return kv_bytes + kv_bytes // own * sum(others)

@@ -58,6 +58,11 @@ class LoadedModels:
         return self._by_name.get(model.name) is model or model in self._retired
 
     @property
+    def kinds(self) -> list[str]:
+        """The stored types of their weights, of each model those with most bytes first."""
+        return list(dict.fromkeys(kind for model in self for kind in model.main.expectation.kinds))
+
+    @property
     def tokens_total(self) -> int:
         """Tokens sampled since the beginning."""
         with self.lock:

@@ -17,6 +17,7 @@ from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress
+from shoal.daemon.throughput.model_sizes import weighed
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.turns import FairLock
 
@@ -145,8 +146,9 @@ class Loader:
                 dropping = [model.name for model in idle]
                 if assembly.grouping.would_seat(name, checkpoint, config, free_bytes, dropping):
                     return
+            model = weighed(checkpoint, config.quant)
             found = plan_within_budget(
-                checkpoint, config, assembly.budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
+                checkpoint, model, config, assembly.budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
             )
         require_plan(found, name)
 

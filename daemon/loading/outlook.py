@@ -15,10 +15,14 @@ from shoal.daemon.error_codes import refusing
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import PROCESS, budget_of
 from shoal.daemon.model_name import Quant
+from shoal.daemon.throughput.expectation import Expectation
+from shoal.daemon.throughput.model_sizes import weighed
+from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.offload.pack.builder import source_of
 from shoal.offload.pack.layout import layout
 from shoal.offload.read_speed import read_speed
+from shoal.partition.throughput.prediction import Binding
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget
 
@@ -37,7 +41,9 @@ class Uses(Struct, frozen=True):
 class Outlook(Struct, frozen=True):
     """How the daemon would run a model. `plan` is in words. `pack_bytes`: size of the pack that its weights would come
     from, 0 if from none; `packed` says whether this pack exists. `read_bytes_per_s`: speed of the disk just now;
-    `step_s`: what the disk takes for a token. Both are 0 if nothing is streamed."""
+    `step_s`: what the disk takes for a token. Both are 0 if nothing is streamed. `tokens_per_s`, between the two of
+    `band`: of an answer of usual length, whose first token comes after `first_s`; `binding` is what decides that.
+    `measured`: whether this machine's speed is known."""
 
     plan: str
     quant: Quant
@@ -52,6 +58,11 @@ class Outlook(Struct, frozen=True):
     packed: bool = False
     read_bytes_per_s: float = 0.0
     step_s: float = 0.0
+    tokens_per_s: float = 0.0
+    band: tuple[float, float] = (0.0, 0.0)
+    first_s: float = 0.0
+    binding: Binding = "memory"
+    measured: bool = False
 
 
 class TooLarge(Struct, frozen=True):
@@ -62,17 +73,20 @@ class TooLarge(Struct, frozen=True):
     least_bytes: int
 
 
-def outlook(path: Path, config: NodeConfig, packs: Packs) -> Outlook | TooLarge:
-    """How the daemon would run the checkpoint at `path`. Raises DaemonError if it could not, for other reasons than
-    memory."""
+def outlook(path: Path, config: NodeConfig, packs: Packs, machine: OwnMachine) -> Outlook | TooLarge:
+    """How the daemon would run the checkpoint at `path` on this machine. Raises DaemonError if it could not, for other
+    reasons than memory."""
     with refusing(path.name), open_checkpoint(path) as checkpoint:
-        return _outlook(checkpoint, config, packs)
+        return _outlook(checkpoint, config, packs, machine)
 
 
-def _outlook(checkpoint: Checkpoint, config: NodeConfig, packs: Packs) -> Outlook | TooLarge:
+def _outlook(
+    checkpoint: Checkpoint, config: NodeConfig, packs: Packs, machine: OwnMachine
+) -> Outlook | TooLarge:
     budget = budget_of(config.memory_bytes)
     on_disk = disk_buffer_bytes(checkpoint, config)
-    plan = plan_within_budget(checkpoint, config, budget, extra_bytes=on_disk)
+    model = weighed(checkpoint, config.quant)
+    plan = plan_within_budget(checkpoint, model, config, budget, machine.device, extra_bytes=on_disk)
     if isinstance(plan, Shortfall):
         return TooLarge(str(plan), plan.budget_bytes, plan.least_bytes)
     process, more = budget.held_by(PROCESS), checkpoint.tokenizer_memory().more
@@ -84,6 +98,7 @@ def _outlook(checkpoint: Checkpoint, config: NodeConfig, packs: Packs) -> Outloo
         if plan.streams:
             largest = max(checkpoint.files, key=lambda file: file.stat().st_size)
             speed = read_speed(pack.path if pack else largest)
+    usual = Expectation(model, plan, machine, speed).usual
     return Outlook(
         plan=plan.describe(speed),
         quant=config.quant,
@@ -105,4 +120,9 @@ def _outlook(checkpoint: Checkpoint, config: NodeConfig, packs: Packs) -> Outloo
         packed=packed,
         read_bytes_per_s=round(speed),
         step_s=plan.step_s(speed),
+        tokens_per_s=usual.tokens_per_s,
+        band=usual.band,
+        first_s=usual.ttft_s,
+        binding=usual.binding,
+        measured=machine.device.measured,
     )

@@ -14,6 +14,9 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import bounded, forget_files, return_freed
 from shoal.daemon.progress import Progress, no_progress
+from shoal.daemon.throughput.expectation import Expectation
+from shoal.daemon.throughput.model_sizes import weighed
+from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.engine.collective import Alone
 from shoal.engine.executor import Executor
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -22,6 +25,7 @@ from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.models.transformer import Transformer
 from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
+from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
 from shoal.partition.plan import VOCABULARY_BYTES, Plan
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
@@ -31,13 +35,15 @@ from .stores import open_store
 
 @dataclass(eq=False)
 class Runnable:
-    """A checkpoint that is ready to compute. `read_bytes_per_s`: the disk's speed while loading, 0 if none streams."""
+    """A checkpoint that is ready to compute. `read_bytes_per_s`: the disk's speed while loading, 0 if none streams.
+    `expectation`: how long this machine takes for its part, which is all of it without a `group`."""
 
     checkpoint: Checkpoint
     plan: Plan
     tokenizer: Tokenizer
     executor: Executor
     peak_bytes: int  # including the buffers of KV on disk
+    expectation: Expectation
     group: FormedGroup | None = None  # if other machines compute with this one
     why: str = ""  # they do or do not
     read_bytes_per_s: float = 0.0
@@ -52,6 +58,7 @@ class Runnable:
         config: NodeConfig,
         budget: Budget,
         progress: Progress,
+        machine: OwnMachine,
         *,
         packs: Packs | None = None,
         streaming: bool = True,
@@ -61,14 +68,18 @@ class Runnable:
         """Reads checkpoint `name` into memory, which the budget holds under `purpose`; if this fails, the caller has to
         release that. `reserve_bytes` of the budget are left free. `streaming`: weights may come from disk, from one
         of `packs`; weights in fewer bits always come from a pack. Unless `config.kv_disk_bytes` is 0, KV will be kept
-        on disk, which takes buffers. `grouping` decides whether other machines take part."""
-        tight = bounded(config.memory_bytes)
+        on disk, which takes buffers. `grouping` decides whether other machines take part; `machine` knows how fast this
+        one is."""
+        tight, device = bounded(config.memory_bytes), machine.device
         with ExitStack() as undo, open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config)
+            model = weighed(checkpoint, config.quant)
 
             def planned() -> Plan | Shortfall:
                 extra = reserve_bytes + extra_bytes
-                return plan_within_budget(checkpoint, config, budget, extra_bytes=extra, streaming=streaming)
+                return plan_within_budget(
+                    checkpoint, model, config, budget, device, extra_bytes=extra, streaming=streaming
+                )
 
             found = planned()
             if grouping is None:
@@ -96,7 +107,10 @@ class Runnable:
             kv = KvPool(part.spec, plan.kv)
             if tight:
                 forget_files(checkpoint.files)
-            store, speed = open_store(plan, part, config.quant, packs, progress, bounded=tight)
+            disk = device.disk_bytes_per_s or DISK_BYTES_PER_S
+            store, speed = open_store(
+                plan, part, config.quant, packs, progress, bounded=tight, disk_bytes_per_s=disk
+            )
             undo.callback(store.close)
             if group is not None:
                 group.form(progress)
@@ -105,7 +119,9 @@ class Runnable:
             undo.pop_all()
         collective = group.collective if group is not None else Alone()
         executor = Executor(transformer, plan, store, kv, collective)
-        return cls(checkpoint, plan, tokenizer, executor, peak_bytes, group, seated.why, speed)
+        own = model if part is checkpoint else weighed(part, config.quant)
+        expectation = Expectation(own, plan, machine, 0.0 if device.measured else speed)
+        return cls(checkpoint, plan, tokenizer, executor, peak_bytes, expectation, group, seated.why, speed)
 
     def close(self) -> None:
         """End what runs in the background, here and on other machines. Idempotent."""
@@ -128,13 +144,15 @@ def read_tokenizer(name: str, checkpoint: Checkpoint, budget: Budget) -> Tokeniz
     return tokenizer
 
 
-def read_draft(name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget) -> Runnable:
+def read_draft(
+    name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget, machine: OwnMachine
+) -> Runnable:
     """A draft model that guesses for `main`, in the bits of its files. The budget holds it under its own purpose, which
     the caller has to release if this fails."""
     config = replace(config, context_tokens=main.plan.context_tokens, quant="keep", kv_disk_bytes=0)
     purpose = f"draft for {name}"
     small = Runnable.read(
-        f"draft model {path.name}", purpose, path, config, budget, no_progress, streaming=False
+        f"draft model {path.name}", purpose, path, config, budget, no_progress, machine, streaming=False
     )
     check_vocabulary(name, main.tokenizer, path.name, small.tokenizer)
     return small

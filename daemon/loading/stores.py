@@ -13,7 +13,6 @@ from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.pack.manifest import Quant
 from shoal.offload.window.pinned import PackReader
 from shoal.offload.window.window_store import WindowStore
-from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
 from shoal.partition.plan import Plan
 
 MEASURED_BYTES = 64 << 20  # loading fewer bytes says nothing about the disk's speed
@@ -27,9 +26,11 @@ def open_store(
     progress: Progress,
     *,
     bounded: bool,
+    disk_bytes_per_s: float,
 ) -> tuple[BlockStore, float]:
     """The store of a plan, with the blocks that stay already read, and the disk's speed meanwhile in bytes per second,
-    0 if nothing will be streamed. `bounded`: memory is limited, so reading must leave nothing behind in it.
+    0 if nothing will be streamed; `disk_bytes_per_s` where too little was read to tell. `bounded`: memory is limited,
+    so reading must leave nothing behind in it.
 
     Raises OffloadError or CheckpointError, and DaemonError when it needs a pack and there is no place for one.
     """
@@ -52,4 +53,4 @@ def open_store(
     store = WindowStore.open(plan, pack, loading)
     seconds = time.monotonic() - began_s
     measured = plan.pinned_bytes >= MEASURED_BYTES
-    return store, plan.pinned_bytes / seconds if measured else DISK_BYTES_PER_S
+    return store, plan.pinned_bytes / seconds if measured else disk_bytes_per_s

@@ -5,6 +5,7 @@ Opens headers and reads or measures profiles. `partition.throughput` predicts an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.model_name import Quant
 from shoal.models.checkpoint.weight_source import Described
 from shoal.offload.errors import PackPointless
+from shoal.partition.plan import Wanted
 from shoal.partition.throughput.explain import changes, reason
+from shoal.partition.throughput.memory_curve import memory_curve
 from shoal.partition.throughput.prediction import Binding, Job
-from shoal.partition.throughput.profile import Profile
+from shoal.partition.throughput.profile import Device, Profile
 from shoal.partition.throughput.solve import Candidate, Choices, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
@@ -29,7 +32,7 @@ QUANTS: tuple[Quant, ...] = ("keep", "q8", "q4")  # most bits first
 
 
 class PlanRow(Struct, frozen=True):
-    """One plan. `ttft_s`: until every stream has its first token; `token_s`: of a step, in which each gets one;
+    """One plan. `ttft_s`: until every stream has its first token; `token_s`: between two tokens of a stream;
     `tokens_per_s`: of all, between the two of `band`. `missing`: what the machines lack for it, None if it fits."""
 
     name: str
@@ -50,6 +53,22 @@ class ChangeRow(Struct, frozen=True):
     tokens_per_s: float
 
 
+class CurvePoint(Struct, frozen=True):
+    """With so much memory the head alone would give so many tokens a second: about, at least, at most."""
+
+    memory_bytes: float
+    tokens_per_s: float
+    low: float
+    high: float
+
+
+class Curve(Struct, frozen=True):
+    """Speed by memory, from the least that would do, with weights in these bits."""
+
+    quant: str
+    points: list[CurvePoint]
+
+
 class Start(Struct, frozen=True):
     """Seconds until a plan can begin: to read what it holds, and once before that to make its pack (0: needs none)."""
 
@@ -59,17 +78,20 @@ class Start(Struct, frozen=True):
 
 class Foresight(Struct, frozen=True):
     """All plans for a model; `chosen` names the one to run, None if none fits, and `start` says when it can begin.
-    `changes`: what would meet the target, the cheapest first, if one was given and is not met."""
+    `changes`: what would meet the target, the cheapest first, if one was given and is not met. `curves`: if they were
+    asked for."""
 
     chosen: str | None
     reason: str
     plans: list[PlanRow]
     start: Start | None
     changes: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
+    curves: list[Curve] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Asked(Struct, frozen=True):
-    """What somebody wants to know. None leaves a choice open. `target`: tokens a second, of all streams."""
+    """What somebody wants to know. None leaves a choice open. `target`: tokens a second, of all streams. `guesses`,
+    `chance`: see `Job`."""
 
     prompt_tokens: int = 512
     new_tokens: int = 128
@@ -81,11 +103,14 @@ class Asked(Struct, frozen=True):
     threads: int | None = None
     ranks: int | None = None
     target: float | None = None
+    guesses: int = 0
+    chance: float = 0.0
+    curves: bool = False
 
 
 def foresee(path: Path, profile: Profile, asked: Asked) -> Foresight:
     """What the model at `path` (a checkpoint, or config.json alone) would do. Raises DaemonError."""
-    job = Job(asked.prompt_tokens, asked.new_tokens, asked.batch)
+    job = Job(asked.prompt_tokens, asked.new_tokens, asked.batch, asked.guesses, asked.chance)
     with described(path) as model:
         context = max(asked.context_tokens or 0, job.context_tokens)
         if asked.context_tokens is not None and asked.context_tokens < job.context_tokens:
@@ -114,7 +139,16 @@ def foresee(path: Path, profile: Profile, asked: Asked) -> Foresight:
         more = [ChangeRow(change.what, change.tokens_per_s) for change in tried]
     start = Start(chosen.prediction.load_s, chosen.prediction.pack_s) if chosen else None
     rows = [_row(it) for it in found.candidates]
-    return Foresight(chosen.name if chosen else None, reason(found), rows, start, more)
+    curves: list[Curve] | msgspec.UnsetType = msgspec.UNSET
+    if asked.curves:
+        device, kv_type = profile.head.on(asked.threads), asked.kv_type or usual.kv_type
+        curves = [_curve(it, wanted(it, kv_type, device.threads), device, job) for it in models]
+    return Foresight(chosen.name if chosen else None, reason(found), rows, start, more, curves)
+
+
+def _curve(model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job) -> Curve:
+    points = memory_curve(model, contexts, device, job)
+    return Curve(model.quant, [CurvePoint(*point) for point in points])
 
 
 def _models(model: Described, quant: Quant | None, name: str) -> list[Weighed]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from typing import NamedTuple
@@ -161,9 +161,17 @@ def _point(
     return max(0.05 * seconds, seconds - calls_s) / (matrices * one), float(one)
 
 
-def attention_laws(home: ComputeHome, done: Callable[[str], None]) -> Iterator[AttentionLaw]:
+def flops_of(law: RowsLaw) -> float:
+    """Operations per second with the most rows, a multiplication and an addition counted as two."""
+    kind = next(it for it in WEIGHT_TYPES if it.name == law.kind)
+    return 2 / law.byte_s[-1] * law.rows[-1] * kind.block_weights / kind.block_bytes
+
+
+def attention_laws(
+    home: ComputeHome, done: Callable[[str], None], kv_types: Iterable[str] = KV_FORMATS
+) -> Iterator[AttentionLaw]:
     """For each type of K and V, decodes and chunks of prompts by what they see."""
-    for kv_type in KV_FORMATS:
+    for kv_type in kv_types:
         done(f"attention, {kv_type}")
         layout = kv_layout(kv_type, HEAD_DIM)
         pages = (CONTEXTS[-1] + CHUNK_ROWS) // PAGE_TOKENS + 1

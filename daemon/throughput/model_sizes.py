@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shoal.daemon.error_codes import refusing
-from shoal.kernels.types import WEIGHT_TYPES
+from shoal.kernels.types import WEIGHT_TYPES, WeightType
 from shoal.models.checkpoint.bare_config import BareConfig
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.weight_source import Described
@@ -38,7 +38,8 @@ def described(path: Path) -> Iterator[Described]:
 
 
 def weighed(model: Described, quant: Quant) -> Weighed:
-    """What the model weighs, kept in at most so many bits. Raises PackPointless where that would not be fewer."""
+    """What a model, or a rank's shard of one, weighs, kept in at most so many bits. Raises PackPointless where that
+    would not be fewer."""
     spec = model.spec
     manifest = layout(model, quant, NOWHERE)
     products: dict[BlockId, tuple[Product, ...]] = {}
@@ -52,37 +53,41 @@ def weighed(model: Described, quant: Quant) -> Weighed:
             )
         products[item.block] = seen[key]
         extents[item.block] = item.nbytes
-    if spec.tied:
-        extents[BlockId("embed")] = 0
-    slices = [products[block] for block in extents if block.kind == "head"]
-    first = slices[0][0]
-    rows = sum(each[0].rows for each in slices)
-    products[BlockId("head")] = (
-        Product(first.kind, rows, first.cols, sum(each[0].nbytes for each in slices)),
-    )
-    tokenizer = model.tokenizer_memory().more if isinstance(model, Checkpoint) else 0
+    if spec.tied and spec.vocab:
+        extents[BlockId("embed")] = 0  # its bytes are the head's
+    if slices := [products[block][0] for block in extents if block.kind == "head"]:
+        rows, nbytes = sum(it.rows for it in slices), sum(it.nbytes for it in slices)
+        products[BlockId("head")] = (slices[0]._replace(rows=rows, nbytes=nbytes),)
+    if quant == "keep":
+        block_bytes = _stored_bytes(model)
+    else:
+        block_bytes = dict(extents)
+        block_bytes[next(iter(extents))] += manifest.vectors.nbytes  # of all blocks: they are read at once
+    stored, tokenizer = 0, 0
+    if isinstance(model, Checkpoint):
+        stored, tokenizer = model.nbytes, model.tokenizer_memory().more
     return Weighed(
         spec,
         quant,
         products,
-        _block_bytes(model, quant, extents, manifest.vectors.nbytes),
+        block_bytes,
         extents,
         manifest.vectors.nbytes,
-        model.nbytes if isinstance(model, Checkpoint) else sum(_block_bytes(model, "keep", {}, 0).values()),
+        stored or sum(_stored_bytes(model).values()),
         tokenizer,
     )
 
 
-def _block_bytes(
-    model: Described, quant: Quant, extents: dict[BlockId, int], vectors_bytes: int
-) -> dict[BlockId, int]:
-    """As plans in memory have it (`daemon.loading.planning`)."""
-    if quant != "keep":
-        sizes = dict(extents)
-        sizes[next(iter(sizes))] += vectors_bytes
-        return sizes
-    return {
-        block: sum(kind.matrix_bytes(rows, cols) for kind, rows, cols in model.matrices(block).values())
-        + 4 * sum(model.vector_lengths(block).values())
-        for block in model.spec.blocks()
-    }
+def _stored_bytes(model: Described) -> dict[BlockId, int]:
+    """Bytes of every block in memory, in the types of the files, in the order of a step."""
+    seen: dict[tuple[WeightType, int, int], int] = {}
+    sizes: dict[BlockId, int] = {}
+    for block in model.spec.blocks():
+        nbytes = 4 * sum(model.vector_lengths(block).values())
+        for matrix in model.matrices(block).values():
+            if matrix not in seen:
+                kind, rows, cols = matrix
+                seen[matrix] = kind.matrix_bytes(rows, cols)
+            nbytes += seen[matrix]
+        sizes[block] = nbytes
+    return sizes

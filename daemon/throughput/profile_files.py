@@ -34,22 +34,32 @@ def read_profile(path: Path) -> Profile:
 def parse_profile(text: bytes, origin: str) -> Profile:
     """The profile in a text. Raises DaemonError."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DaemonError("bad_request", f"{origin}: is no JSON: {str(error)[:200]}", _HINT) from error
-    try:
+        found = json.loads(text, object_pairs_hook=_once)
         if problem := next(_unknown(found, Profile, ""), ""):
             raise ProfileError(problem)
         return check_profile(msgspec.convert(found, Profile))
-    except msgspec.ValidationError as error:
-        raise DaemonError("bad_request", f"{origin}: {_said(str(error))}", _HINT) from error
     except ProfileError as error:
         raise DaemonError("bad_request", f"{origin}: {error}", _HINT) from error
+    except msgspec.ValidationError as error:
+        raise DaemonError("bad_request", f"{origin}: {_said(str(error))}", _HINT) from error
+    except (ValueError, RecursionError) as error:
+        raise DaemonError("bad_request", f"{origin}: is no JSON: {str(error)[:200]}", _HINT) from error
 
 
 def profile_text(profile: Profile) -> bytes:
     """A profile as JSON."""
     return msgspec.json.format(msgspec.json.encode(profile))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ProfileError if it has a field twice, of which one would count and nobody knows which."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(
+            name for place, (name, _) in enumerate(pairs) if any(name == it[0] for it in pairs[:place])
+        )
+        raise ProfileError(f"{twice[:80]} stands twice in one object")
+    return made
 
 
 def _said(error: str) -> str:

@@ -35,6 +35,9 @@ def device_facts(device: Device) -> Iterator[tuple[str, str]]:
         yield "disk", "none"
     costs = f"{_delay(over.step_s)} a step, {_delay(over.layer_s)} a layer, {_delay(over.mixture_s)} more with experts"
     yield "fixed costs", costs
+    learnt = [f"{part} {times:.2f} times" for part, times in vars(device.corrections).items() if times != 1]
+    if learnt:
+        yield "as models ran", f"{', '.join(learnt)} as long"
     for one in device.accelerators:
         sizes_of = f"{format_bytes(one.memory_bytes)} at {format_bytes(one.memory_bytes_per_s)}/s"
         link = f"{format_bytes(one.host_bytes_per_s)}/s from its host"

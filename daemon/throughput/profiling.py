@@ -17,12 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import msgspec
 import numpy as np
-from msgspec import Struct
 
 from shoal import kernels
-from shoal.daemon.cluster.speed import files_below, kernels_key
+from shoal.daemon.cluster.speed import files_below
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import available_bytes, budget_of
 from shoal.daemon.progress import Progress, no_progress
@@ -32,23 +30,14 @@ from shoal.partition.throughput.profile import Contention, Device, Profile, Read
 
 from .disk_laws import READS, DiskFile, contention, read_law, written
 from .fixed_costs import overheads
-from .kernel_laws import SIZES, Pool, attention_laws, call_s, laid_out_bytes_per_s, rows_laws
-from .profile_files import parse_profile, profile_text
+from .kept_profile import Kept, profile_key, read_kept, write_kept
+from .kernel_laws import SIZES, Pool, attention_laws, call_s, flops_of, laid_out_bytes_per_s, rows_laws
 
 log = logging.getLogger(__name__)
 
 FIRST = ("Q4_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16", "F32")  # of the types, as models come
 LIMIT_S = 45.0  # then no further type is begun
-FORM = 1  # of what is measured: a later one is measured anew
 LEAST_FILE_BYTES = 64 << 20  # a file to read from
-
-
-class _KeptProfile(Struct, frozen=True):
-    """What is in the cache's file, and what it depends on."""
-
-    key: str
-    profile: msgspec.Raw
-    disturbed: bool = False  # others computed meanwhile: to be measured again when they do not
 
 
 def machine_profile(
@@ -64,14 +53,16 @@ def machine_profile(
     """The profile of this machine on so many threads, with the disk that `place` lies on: measured, or from the file
     `kept` if it is still true. `anew`: measured in any case; `only_kept`: None if it would have to be measured.
     memory_bytes: what Shoal may use; None is what leaves the machine usable. Raises DaemonError."""
-    key, disturbed = _key(threads, place), others_compute(threads)
-    found = None if anew or kept is None else _read(kept, key, disturbed or only_kept)
-    if found is None:
-        if only_kept:
-            return None
+    key, disturbed = profile_key(threads, place), others_compute(threads)
+    known = None if anew or kept is None else read_kept(kept, key)
+    if known is not None and (known.settled or only_kept or (disturbed and not known.brief)):
+        found = known.profile
+    elif only_kept:
+        return None
+    else:
         found = measure(threads, place, progress)
         if kept is not None:
-            _write(kept, key, found, disturbed)
+            write_kept(kept, key, Kept(found, disturbed))
     memory = memory_bytes if memory_bytes is not None else budget_of(None).limit_bytes
     head = replace(found.head, memory_bytes=float(memory))
     return replace(found, devices=(head, *found.devices[1:]))
@@ -107,11 +98,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     q4_k = next(kind for kind in WEIGHT_TYPES if kind.name == "Q4_K")
     largest = max(law.nbytes for law in laws)
     fastest = max(1 / law.byte_s[0] for law in laws if law.nbytes > largest / 4)
-    flops = max(
-        2 / law.byte_s[-1] * law.rows[-1] * q4_k.block_weights / q4_k.block_bytes
-        for law in laws
-        if law.kind == "Q4_K"
-    )
+    flops = max(flops_of(law) for law in laws if law.kind == q4_k.name)
     device = Device(
         name=platform.node() or "this machine",
         memory_bytes=float(available_bytes()),
@@ -165,35 +152,6 @@ def _file_on(place: Path) -> Iterator[DiskFile]:
         yield written(Path(directory) / "read")
 
 
-def _key(threads: int, place: Path) -> str:
-    """What speed depends on, as text."""
-    nearest = next((path for path in (place, *place.parents) if path.exists()), Path("/"))
-    return f"{FORM} | {kernels_key()} | {os.cpu_count()} | {threads} | {nearest.stat().st_dev}"
-
-
 def others_compute(threads: int) -> bool:
     """Whether other programs have lately computed so much that measuring would say too little."""
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > threads / 2
-
-
-def _read(kept: Path, key: str, also_disturbed: bool) -> Profile | None:
-    try:
-        found = msgspec.json.decode(kept.read_bytes(), type=_KeptProfile)
-        if found.key != key or (found.disturbed and not also_disturbed):
-            return None
-        return parse_profile(bytes(found.profile), str(kept))
-    except (OSError, msgspec.MsgspecError, DaemonError):
-        return None
-
-
-def _write(kept: Path, key: str, profile: Profile, disturbed: bool) -> None:
-    """What cannot be kept is measured again."""
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_name(kept.name + ".new")
-        fresh.write_bytes(
-            msgspec.json.encode(_KeptProfile(key, msgspec.Raw(profile_text(profile)), disturbed))
-        )
-        fresh.replace(kept)
-    except OSError as error:
-        log.warning("%s cannot be written: %s", kept, error)

@@ -7,7 +7,9 @@ Pure: callers measure the slowdowns.
 
 from __future__ import annotations
 
-from .step_cost import ROW_SHARE
+from bisect import bisect_right
+
+from .step_cost import StepSeconds, evenly
 
 SLOWDOWN = 2.5  # a step that also reads prompts may take so many times one that does not
 _LOUDEST = (0.5, 1.5)  # the least and the most by which one measurement may change the budget, before damping
@@ -16,11 +18,14 @@ _REST_EVERY = 16  # steps with prompts; then comes one without, to measure again
 
 class Pacer:
     """A budget that shrinks when steps take too long and grows when they do not; at most `most` tokens. Its first value
-    assumes that every further row costs `row_share` of a step of one row."""
+    is what steps are `expected` to allow, one row of them an answer's."""
 
-    def __init__(self, most: int, row_share: float = ROW_SHARE) -> None:
+    def __init__(self, most: int, expected: StepSeconds | None = None) -> None:
+        seconds = expected or evenly()
+        allowed_s = SLOWDOWN * seconds(1)
         self._most = most
-        self._tokens = min((SLOWDOWN - 1) / row_share, most)
+        allowed = bisect_right(range(1, most + 1), allowed_s, key=lambda tokens: seconds(1 + tokens))
+        self._tokens = max(1.0, allowed)
         self._since_rest = 0
 
     def budget(self) -> int:

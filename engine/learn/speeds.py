@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from .kv_read_cost import ReadCost, followed
 from .pacing import Pacer
-from .step_cost import StepCost
+from .step_cost import StepCost, StepSeconds
 from .token_times import TokenTimes
 
 
 class Speeds:
     """A step holds at most `chunk_tokens` tokens of prompts, and reads at most `reads` pages of KV from disk beside the
-    pages that are free. `row_share`: first guess of what one more row costs, as in `StepCost`."""
+    pages that are free. `expected`: what steps are thought to take before any was measured, as in `StepCost`."""
 
-    def __init__(self, chunk_tokens: int, row_share: float, reads: int) -> None:
-        self.cost = StepCost(row_share)
+    def __init__(self, chunk_tokens: int, expected: StepSeconds | None, reads: int) -> None:
+        self.cost = StepCost(expected)
         self.token_times = TokenTimes()
         self._chunk_tokens = chunk_tokens
         self._reads = reads
-        self._pacer = Pacer(chunk_tokens, row_share)
+        self._pacer = Pacer(chunk_tokens, expected)
         self._read_cost = ReadCost()
         # To read one token of a prompt in a step without answers; 0 = not measured yet.
         self._prompt_token_s = 0.0

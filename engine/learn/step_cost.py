@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from itertools import pairwise
 
-ROW_SHARE = 0.15  # one more row, as a share of a step of one: about what reading weights from memory leaves
+from shoal.partition.hardware_guesses import ROW_SHARE
+
 _PACE_RATE = 0.2
 _SHAPE_RATE = 0.1  # of a point measured often; the first measurements count more
 _SURPRISE = 1.0  # most that one measurement may differ, as a logarithm: a step held up is not believed
@@ -22,16 +24,31 @@ _KEPT = 0.995  # of a measurement with every further step: what was dear once is
 _ROWS = (*range(1, 9), *(rows << doubling for doubling in range(8) for rows in (12, 16)))
 
 
-class StepCost:
-    """Cost of steps of one model. `row_share`: first guess of what one more row costs, as a share of a step of one.
+StepSeconds = Callable[[int], float]
+"""What a step of so many rows is expected to take."""
 
-    Where weights are streamed from a disk, the share is small and long drafts pay. That would be learnt anyhow, but
-    slow steps are few.
+
+def evenly(row_share: float = ROW_SHARE) -> StepSeconds:
+    """Every further row costs as much, this share of a step of one row, which is the unit."""
+
+    def expected(rows: int) -> float:
+        return 1 + row_share * (rows - 1)
+
+    return expected
+
+
+class StepCost:
+    """Cost of steps of one model. `expected`: what is thought of them before any was measured.
+
+    Where weights are streamed from a disk, further rows cost little and long drafts pay. That would be learnt anyhow,
+    but slow steps are few.
     """
 
-    def __init__(self, row_share: float = ROW_SHARE) -> None:
+    def __init__(self, expected: StepSeconds | None = None) -> None:
+        expected = expected or evenly()
         self._pace_s = 0.0  # 0 = nothing measured yet
-        self._shape = [1 + row_share * (rows - 1) for rows in _ROWS]
+        self._expected_s = max(1e-9, expected(1))
+        self._shape = [max(1e-9, expected(rows)) / self._expected_s for rows in _ROWS]
         self._measured = [0.0] * len(_ROWS)
 
     @property
@@ -39,11 +56,11 @@ class StepCost:
         return self._pace_s > 0
 
     def seconds(self, rows: int) -> float:
-        """Expected duration of a step of `rows` rows; in steps of one row while nothing has been measured."""
+        """Expected duration of a step of `rows` rows."""
         point, beyond = _place(rows)
         shape = self._shape
         relative: float = shape[point] + beyond * (shape[point + 1] - shape[point])
-        return relative * (self._pace_s or 1.0)
+        return relative * (self._pace_s or self._expected_s)
 
     def note(self, rows: int, seconds: float) -> None:
         """A step of `rows` rows took `seconds`."""

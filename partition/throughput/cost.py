@@ -7,7 +7,7 @@ formulas with their units, sources and limits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..plan import Plan
@@ -33,6 +33,13 @@ class Rows(NamedTuple):
     before: float
 
 
+class Took(NamedTuple):
+    """Seconds, and of what they are put together."""
+
+    seconds: float
+    parts: Mapping[Binding, float]
+
+
 class _Step(NamedTuple):
     """A step: its seconds, those of it that wait for the disk, and what its parts would take alone."""
 
@@ -53,12 +60,13 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
     ttft_s = sum(count * step.seconds for count, step in prompt)
     shown = decode if job.new_tokens > 1 else prompt[-1][1]
     off = 1 + uncertainty(shown.parts, device.measured)
+    tokens = job.batch * job.step_tokens
     load_s, pack_s = _start_s(model, plan, device)
     return Prediction(
         ttft_s=ttft_s,
-        token_s=decode.seconds,
-        tokens_per_s=job.batch / decode.seconds,
-        band=(job.batch / (slow * off), job.batch / fast * off),
+        token_s=decode.seconds / job.step_tokens,
+        tokens_per_s=tokens / decode.seconds,
+        band=(tokens / (slow * off), tokens / fast * off),
         peak_bytes={device.name: peak_bytes(model, plan)},
         stall_share=decode.stall_s / decode.seconds,
         binding=_binding(shown),
@@ -66,6 +74,20 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
         load_s=load_s,
         pack_s=pack_s,
     )
+
+
+def step_cost(model: Weighed, plan: Plan, device: Device, rows: int, before: float) -> Took:
+    """A step in which one stream has `rows` rows behind `before` tokens, all of which want logits: as a decode, or a
+    token with guesses behind it."""
+    found = _step(model, plan, device.on(plan.threads), [Rows(1, rows, before)], rows)
+    return Took(found.seconds, found.parts)
+
+
+def prompt_cost(model: Weighed, plan: Plan, device: Device, tokens: int) -> Took:
+    """All steps that read a prompt of one stream."""
+    steps = list(_prompt(model, plan, device.on(plan.threads), Job(tokens, 1)))
+    parts = {part: sum(count * step.parts[part] for count, step in steps) for part in steps[0][1].parts}
+    return Took(sum(count * step.seconds for count, step in steps), parts)
 
 
 def peak_bytes(model: Weighed, plan: Plan) -> int:
@@ -82,9 +104,10 @@ def _binding(step: _Step) -> Binding:
 
 
 def _decode(model: Weighed, plan: Plan, device: Device, job: Job, share: float | None = None) -> _Step:
-    """A step in which each stream gets a token, in the middle of the answers."""
-    before = job.prompt_tokens + job.new_tokens / 2
-    return _step(model, plan, device, [Rows(job.batch, 1, before)], job.batch, share)
+    """A step in which each stream gets a token, in the middle of the answers, with guesses to be verified behind it:
+    each of these has a row of its own, wakes experts of its own and wants its logits."""
+    before, rows = job.prompt_tokens + job.new_tokens / 2, 1 + job.guesses
+    return _step(model, plan, device, [Rows(job.batch, rows, before)], job.batch * rows, share)
 
 
 def _prompt(model: Weighed, plan: Plan, device: Device, job: Job) -> Iterator[tuple[float, _Step]]:
@@ -155,7 +178,8 @@ def _step(
         "overhead": calls_s + between_s,
     }
     stall_s = max(0.0, seconds - computing.seconds - calls_s - between_s)
-    return _Step(seconds, stall_s, parts)
+    times = device.corrections.times(parts)
+    return _Step(times * seconds, times * stall_s, parts)
 
 
 def _contended(device: Device, plan: Plan, uses: Sequence[Use], between_s: float) -> Lap:

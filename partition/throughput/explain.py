@@ -50,8 +50,31 @@ def reason(found: Solved) -> str:
         bound += f" {_seconds(read)} of reading"
     elif prediction.binding == "memory":
         bound += f" {format_bytes(_read_bytes(chosen))} of weights"
-    gains = list(_gains(found, chosen))
-    return f"{bound}; {' and '.join(gains)}" if gains else bound
+    said = [bound]
+    if gains := _gains(found, chosen):
+        said.append(" and ".join(gains))
+    if (second := runner_up(found)) is not None:
+        said.append(_compared(second, chosen, found))
+    return "; ".join(said)
+
+
+def runner_up(found: Solved) -> Candidate | None:
+    """The quickest of the plans that give the same texts and were not chosen; None if no other fits."""
+    chosen = found.chosen
+    if chosen is None:
+        return None
+    others = [it for it in found.candidates if it.fits and it is not chosen and _same_texts(it, chosen)]
+    return min(others, key=lambda it: it.prediction.total_s(found.job), default=None)
+
+
+def _compared(other: Candidate, chosen: Candidate, found: Solved) -> str:
+    low, high = chosen.prediction.band
+    theirs = other.prediction.band
+    times = other.prediction.total_s(found.job) / chosen.prediction.total_s(found.job)
+    unsure = ", less than predictions can tell apart" if theirs[1] >= low and high >= theirs[0] else ""
+    if times < 1:
+        return f"{other.name} would take {1 - times:.0%} less time and is less simple{unsure}"
+    return f"{other.name} would take {times - 1:.0%} more time{unsure}"
 
 
 def _gains(found: Solved, chosen: Candidate) -> list[str]:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from ..memory_layout import KV_FORMATS, PAGE_TOKENS, KvLayout
 from ..spec import ModelSpec
-from .profile import AttentionLaw, Device, RowsLaw, between_logs, interpolated
+from .profile import ANY, AttentionLaw, Device, RowsLaw, between_logs, interpolated
 from .weights_of import Product
 
+_LAW_ROWS = 64  # of a chunk, with which attention of prompts is measured
 ATTENTION_SHARE = 0.5  # of a device's operations per second that attention reaches, where no law was measured
 
 # Published traces of mixtures touch 61% of the experts that independent choices would; the truth lies between.
@@ -41,12 +42,17 @@ def product(device: Device, matrix: Product, rows: float) -> Share:
     """Multiplying `rows` rows by a matrix. By the tables of its type, between those of the next smaller and the next
     larger matrices that were measured; beyond the last number of rows each costs as much as the last ones did."""
     memory_s = matrix.nbytes / device.memory_bytes_per_s
-    laws = sorted((law for law in device.products if law.kind == matrix.kind), key=lambda law: law.nbytes)
+    own = [law for law in device.products if law.kind == matrix.kind]
+    laws = own or [law for law in device.products if law.kind == ANY]
     if laws:
-        seconds = matrix.nbytes * _byte_s(laws, matrix.nbytes, rows)
+        seconds = matrix.nbytes * _byte_s(sorted(laws, key=_nbytes), matrix.nbytes, rows)
     else:
         seconds = max(memory_s, 2.0 * matrix.rows * matrix.cols * rows / device.flops)
     return Share(seconds, min(seconds, memory_s))
+
+
+def _nbytes(law: RowsLaw) -> float:
+    return law.nbytes
 
 
 def _byte_s(laws: Sequence[RowsLaw], nbytes: float, rows: float) -> float:
@@ -85,7 +91,10 @@ def attention(
 
 
 def _number_s(law: AttentionLaw, rows: int, context: float) -> float:
-    return interpolated(context, law.context, law.decode_s if rows == 1 else law.prompt_s)
+    """Few rows, such as guesses that are verified, lie between a decode and a long chunk."""
+    share = between_logs(rows, 1, _LAW_ROWS)
+    decode_s = interpolated(context, law.context, law.decode_s)
+    return (1 - share) * decode_s + share * interpolated(context, law.context, law.prompt_s)
 
 
 def kv_token_bytes(spec: ModelSpec, kv_type: str) -> float:

@@ -28,23 +28,32 @@ STATED: Mapping[Binding, float] = {
 
 class Job(NamedTuple):
     """What a machine is asked for: `batch` streams at once, each with a prompt of `prompt_tokens` and an answer of
-    `new_tokens`."""
+    `new_tokens`. In each step each stream guesses `guesses` tokens ahead; one is right with this `chance` if those
+    before it were."""
 
     prompt_tokens: int = 512
     new_tokens: int = 128
     batch: int = 1
+    guesses: int = 0
+    chance: float = 0.0
 
     @property
     def context_tokens(self) -> int:
         """Of each stream at its end."""
         return self.prompt_tokens + self.new_tokens
 
+    @property
+    def step_tokens(self) -> float:
+        """That a stream gets from a step, on average: its own, and guesses up to the first wrong one."""
+        return sum(self.chance**place for place in range(self.guesses + 1))
+
 
 @dataclass(frozen=True)
 class Prediction:
     """What a plan is predicted to do. Seconds, unless it says otherwise.
 
-    `ttft_s`: until every stream has its first token. `token_s`: of a step, in which each stream gets a token.
+    `ttft_s`: until every stream has its first token. `token_s`: between two tokens of a stream: a step, if nothing is
+    guessed.
     `tokens_per_s`: of all streams together, once they have their first; `band`: between which it lies.
     `peak_bytes`: by device. `stall_share`: of a step that is spent waiting for the disk. `parts`: seconds of a step by
     what takes them, as if nothing ran beside anything else. `load_s`: until it can begin.

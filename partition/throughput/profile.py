@@ -12,11 +12,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import ProfileError
+from ..hardware_guesses import (
+    DISK_BYTES_PER_S,
+    FLOPS,
+    LAYER_S,
+    LOGIT_S,
+    MEMORY_BYTES_PER_S,
+    MIXTURE_S,
+    ROW_SHARE,
+    STEP_S,
+)
+from .prediction import Binding
 
-ANY = "*"  # in a link: every device that no other link names
+ANY = "*"  # in a link: every device that no other link names; in a table: every type that has none
 MAX_DEVICES = 64
 MAX_POINTS = 256  # of a table
 MAX_LAWS = 256
+
+CORRECTED = (0.5, 2.0)  # the least and the most of a correction
+_FOLLOW = 0.2  # how much of what was measured goes into it each time
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class RowsLaw:
     line, because kernels change their method at certain rows. `nbytes`: of the matrices that were measured. `byte_s`:
     seconds for each byte of weights, with so many `rows`."""
 
-    kind: str  # 'Q4_K'
+    kind: str  # 'Q4_K', or ANY
     nbytes: float
     rows: tuple[int, ...]
     byte_s: tuple[float, ...]
@@ -52,12 +66,12 @@ class ReadLaw:
 
 @dataclass(frozen=True)
 class Overheads:
-    """Seconds that do not depend on the size of weights. The defaults are those of CPython on a machine of 2026."""
+    """Seconds that do not depend on the size of weights (`hardware_guesses`)."""
 
-    step_s: float = 0.5e-3  # a step begins and ends: scheduling, order, sampling
-    layer_s: float = 60e-6  # the calls of one dense layer begin and end
-    mixture_s: float = 200e-6  # … and of one with experts besides: routing, gathering
-    logit_s: float = 0.4e-9  # a number of logits is looked at
+    step_s: float = STEP_S
+    layer_s: float = LAYER_S
+    mixture_s: float = MIXTURE_S
+    logit_s: float = LOGIT_S
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,35 @@ class Contention:
 
     compute_keeps: float = 0.93  # while the disk reads
     disk_keeps: float = 0.95  # while the processor computes
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """How many times longer the parts of steps took while models ran than they were predicted to: within bounds, since
+    what was measured by itself stays the truth to begin with."""
+
+    memory: float = 1.0
+    compute: float = 1.0
+    disk: float = 1.0
+    network: float = 1.0
+    overhead: float = 1.0
+
+    def times(self, parts: Mapping[Binding, float]) -> float:
+        """Of a step whose parts take so many seconds."""
+        whole = sum(parts.values())
+        return sum(getattr(self, part) * seconds for part, seconds in parts.items()) / whole if whole else 1.0
+
+    def moved(self, parts: Mapping[Binding, float], times: float) -> Corrections:
+        """After a step with these parts took `times` as long as predicted: a little of that, each part by its
+        weight."""
+        whole = sum(parts.values())
+        low, high = CORRECTED
+        return Corrections(
+            **{
+                part: min(high, max(low, getattr(self, part) * times ** (_FOLLOW * seconds / whole)))
+                for part, seconds in parts.items()
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -97,6 +140,7 @@ class Device:
     reads: ReadLaw | None = None
     overheads: Overheads = Overheads()
     contention: Contention = Contention()
+    corrections: Corrections = Corrections()
     touch_bytes_per_s: float = 0.0  # memory is used for the first time; 0 = a quarter of memory_bytes_per_s
     write_bytes_per_s: float = 0.0  # of the disk; 0 = half of disk_bytes_per_s
     band_bytes_per_s: float = 0.0  # rows are laid out for kernels; 0 = an eighth of memory_bytes_per_s
@@ -138,6 +182,21 @@ class Device:
             products=slower,
             attention=attention,
         )
+
+
+def unmeasured(threads: int, memory_bytes: float = 0.0) -> Device:
+    """This machine, as long as nobody has measured it (`hardware_guesses`)."""
+    rows = (1, 256)
+    byte_s = tuple((1 + ROW_SHARE * (count - 1)) / MEMORY_BYTES_PER_S for count in rows)
+    return Device(
+        "this machine",
+        memory_bytes,
+        MEMORY_BYTES_PER_S,
+        FLOPS,
+        DISK_BYTES_PER_S,
+        threads,
+        products=(RowsLaw(ANY, 1.0, rows, byte_s),),
+    )
 
 
 @dataclass(frozen=True)
@@ -192,6 +251,7 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "logit_s": (0, 1e-3),
     "compute_keeps": (0.01, 1),
     "disk_keeps": (0.01, 1),
+    **dict.fromkeys(("memory", "compute", "disk", "network", "overhead"), CORRECTED),
 }
 _LEAST_PER_S = 1e3  # of speeds that may also be 0, which means that there is none
 _POINTS: Mapping[str, tuple[float, float]] = {
@@ -217,6 +277,7 @@ def check_profile(profile: Profile) -> Profile:
         _check_figures(where, vars(device))
         _check_figures(f"{where}.overheads", vars(device.overheads))
         _check_figures(f"{where}.contention", vars(device.contention))
+        _check_figures(f"{where}.corrections", vars(device.corrections))
         within: set[str] = set()
         for number, accelerator in enumerate(device.accelerators):
             _check_name(f"{where}.accelerators[{number}].name", accelerator.name, within)
@@ -234,6 +295,11 @@ def check_profile(profile: Profile) -> Profile:
                 )
         if link.between[0] == link.between[1] != ANY:
             raise ProfileError(f"{where}.between={list(link.between)}: must be two devices")
+        for before, other in enumerate(profile.links[:number]):
+            if other.between in (link.between, link.between[::-1]):
+                raise ProfileError(
+                    f"{where}.between={list(link.between)}: as links[{before}]; must be named once"
+                )
         _check_figures(where, vars(link))
     return profile
 

@@ -13,23 +13,15 @@ from typing import NamedTuple
 
 from ..amounts import format_bytes
 from ..group_choice import NoGroup
+from ..hardware_guesses import DISK_BYTES_PER_S
 from ..memory_layout import PAGE_TOKENS
-from ..plan import Misfit, Plan, Wanted, plan_in_ram
-from ..streamed_plan import plan_streamed
+from ..plan import Misfit, Plan, Wanted
+from .alone import USUAL, WINDOWS, best, ways
 from .cost import PROCESS_BYTES, cost
 from .group_plans import group, group_cost
 from .prediction import Job, Prediction
 from .profile import Device, Profile
 from .weights_of import Weighed
-
-AS_QUICK = 1.03  # times the time of the quickest plan: as good as that, if it is simpler
-WINDOWS: Mapping[str, float] = {
-    "": 1.0,
-    "small window": 0.0,
-    "large window": 4.0,
-}  # times the usual share of memory
-
-USUAL: Mapping[str, float] = {"": 1.0}
 
 
 class Choices(NamedTuple):
@@ -69,8 +61,8 @@ class Solved(NamedTuple):
     job: Job
 
 
-Asks = Callable[[Weighed, str, int], Wanted]
-"""(model, kv_type, threads) → what a plan is asked for."""
+Asks = Callable[[Weighed, str, int], Sequence[Wanted]]
+"""(model, kv_type, threads) → what a plan is asked for, once with each context that would do, the longest first."""
 
 
 def asks(job: Job, context_tokens: int | None, chunk_tokens: int, sequences: int, guesses: int) -> Asks:
@@ -78,9 +70,9 @@ def asks(job: Job, context_tokens: int | None, chunk_tokens: int, sequences: int
     context = context_tokens or job.context_tokens
     tokens = job.batch * -(-context // PAGE_TOKENS) * PAGE_TOKENS
 
-    def wanted(model: Weighed, kv_type: str, threads: int) -> Wanted:
+    def wanted(model: Weighed, kv_type: str, threads: int) -> list[Wanted]:
         streams = max(sequences, job.batch)
-        return Wanted(model.spec, context, tokens, kv_type, chunk_tokens, streams, guesses, threads)
+        return [Wanted(model.spec, context, tokens, kv_type, chunk_tokens, streams, guesses, threads)]
 
     return wanted
 
@@ -102,9 +94,7 @@ def _best(candidates: Sequence[Candidate], job: Job) -> Candidate | None:
     pool = [it for it in fitting if it.asked] or _most_faithful(fitting)
     if not pool:
         return None
-    quickest = min(it.prediction.total_s(job) for it in pool)
-    alike = [it for it in pool if it.prediction.total_s(job) <= AS_QUICK * quickest]
-    return min(alike, key=lambda it: (it.order, it.prediction.total_s(job)))
+    return best(pool, lambda it: it.order, lambda it: it.prediction.total_s(job))
 
 
 def _most_faithful(fitting: Sequence[Candidate]) -> list[Candidate]:
@@ -130,40 +120,21 @@ def _candidates(
                 for found in _alone(model, asking, device, job, WINDOWS if asked else USUAL):
                     yield replace(found, name=found.name + suffix, asked=asked)
             if asked and len(profile.devices) > 1:
-                for found in _groups(model, asking, profile, job, choices.ranks):
+                for found in _groups(model, asking[0], profile, job, choices.ranks):
                     yield replace(found, name=found.name + suffix, asked=asked)
 
 
 def _alone(
-    model: Weighed, asking: Wanted, device: Device, job: Job, windows: Mapping[str, float]
+    model: Weighed, asking: Sequence[Wanted], device: Device, job: Job, windows: Mapping[str, float]
 ) -> Iterator[Candidate]:
-    memory = max(0, int(device.memory_bytes) - PROCESS_BYTES - model.tokenizer_bytes)
     more = PROCESS_BYTES + model.tokenizer_bytes
-    in_ram = plan_in_ram(asking, model.block_bytes, memory_bytes=memory)
-    yield _candidate("memory", 0, model, in_ram, device, job, more)
-    if isinstance(in_ram, Plan):
-        return
-    known: set[tuple[int, int]] = set()
-    for order, (label, times) in enumerate(windows.items(), 1):
-        made = plan_streamed(
-            asking,
-            model.extents,
-            model.vectors_bytes,
-            memory_bytes=memory,
-            window_times=times,
-            pinnings=model.pinnings,
-        )
-        plan = made.plan if isinstance(made, Misfit) else made
-        if (key := (plan.window_bytes, plan.pinned_bytes)) in known:
-            continue
-        known.add(key)
-        if isinstance(made, Misfit) and label:
-            continue
-        name = f"stream, {label}" if label else "stream"
-        found = _candidate(name, order, model, made, device, job, more)
-        if not device.disk_bytes_per_s:
-            found = replace(found, missing="a disk to stream from")
-        yield found
+    for name, order, made in ways(model, asking, max(0, int(device.memory_bytes) - more), windows=windows):
+        if name == "memory" or device.disk_bytes_per_s:
+            yield _candidate(name, order, model, made, device, job, more)
+        else:  # what a usual one would do
+            there = replace(device, disk_bytes_per_s=DISK_BYTES_PER_S)
+            found = _candidate(name, order, model, made, there, job, more)
+            yield replace(found, missing="a disk to stream from")
 
 
 def _candidate(

@@ -361,10 +361,16 @@ def test_old_logs_are_kept_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> 
 def test_ps_shows_models_and_has_every_field_as_json(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {"kv_cached_tokens": 90, "prompt_tokens_total": 400, "cached_tokens_total": 300}
     figures |= {"kv_disk_bytes": 46_000_000, "kv_disk_pages_read_total": 7, "kv_disk_pages_written_total": 31}
+    figures |= {
+        "predicted_tokens_per_s": 21.04,
+        "predicted_band": [18.0, 24.0],
+        "measured_tokens_per_s": 19.5,
+    }
     client = FakeClient(model_status("big", running=2, waiting=1, **figures))
     monkeypatch.setattr(client_room, "Client", client)
     monkeypatch.setattr(background, "running_pid", lambda home: 4242)
     text = shoal("ps").stdout
+    assert "predicted 21 tokens/s, measured 19.5" in text
     assert "pid 4242 · up 1 min 1 s · 2 threads · 5 MB resident · 3 requests · 99 tokens" in text
     assert "big: 1 rank, all in ram" in text
     assert "prefix cache: holds 45% of the KV, gave 75% of 400 prompt tokens; 0 preemptions" in text

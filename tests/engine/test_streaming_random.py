@@ -20,6 +20,7 @@ from shoal.daemon.loading.planning import extents
 from shoal.engine.collective import Alone
 from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
+from shoal.engine.learn.step_cost import evenly
 from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence
@@ -161,7 +162,7 @@ class Streamed:
             queue=99,
             chunk_tokens=plan.chunk_tokens,
             guesses=plan.guesses,
-            row_share=world.source.choice([0.001, 0.15]),
+            expected=evenly(world.source.choice([0.001, 0.15])),
             reads=self.disk.most_reads if self.disk else 1,
         )
         executor = Executor(Transformer(spec), plan, self.store, self.kv, Alone())

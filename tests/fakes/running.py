@@ -8,6 +8,7 @@ import numpy as np
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.planning import make_plan
+from shoal.daemon.throughput.model_sizes import weighed
 from shoal.engine.collective import Alone
 from shoal.engine.executor import Executor
 from shoal.kernels.arrays import Floats
@@ -24,7 +25,7 @@ FP32 = NodeConfig(kv_type="f32", kv_tokens=512, context_tokens=128)
 
 def planned(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> Plan:
     """The plan of a checkpoint; there must be one."""
-    made = make_plan(checkpoint, config, memory_bytes)
+    made = make_plan(weighed(checkpoint, config.quant), config, memory_bytes)
     assert isinstance(made, Plan)
     return made
 

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
@@ -67,6 +68,31 @@ def planned(*arguments: object) -> dict[str, Any]:
     _, result = run("plan", "--json", *arguments)
     found: dict[str, Any] = json.loads(result.stdout)
     return found
+
+
+def test_the_picture(config: Path, laptop: str, tmp_path: Path) -> None:
+    """Speed by memory: a line for each number of bits, and where this machine is."""
+    to = tmp_path / "plot.svg"
+    config.write_text(json.dumps(LLAMA_70B | {"num_hidden_layers": 6}))
+    arguments = ("plan", config, "--profile", laptop, "--plot", to, "--target", "1tok/s")
+    code, result = run(*arguments, "--guesses", "3@0.5", "--json")
+    assert code == 0, result.output
+    root = ElementTree.parse(to).getroot()
+    kinds = [it.tag.rpartition("}")[2] for it in root.iter()]
+    assert kinds.count("polyline") == 3
+    assert kinds.count("circle") == 1
+    said = " ".join(it.text or "" for it in root.iter())
+    for word in ("as stored", "8 bits", "4 bits", "this machine, 4 GB", "wanted", "memory, GB", "tokens/s"):
+        assert word in said
+    found = json.loads(result.stdout)
+    for curve in found["curves"]:
+        speeds = [point["tokens_per_s"] for point in curve["points"]]
+        assert speeds[-1] == pytest.approx(max(speeds))
+        assert speeds[-1] > 2 * speeds[0]
+    code, result = run("plan", config, "--profile", laptop, "--plot", tmp_path / "none" / "plot.svg")
+    assert code == 1
+    assert "plot.svg: No such file or directory" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_70b_on_a_laptop_from_its_config_alone(config: Path, laptop: str) -> None:

@@ -10,7 +10,6 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +27,7 @@ from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
 from shoal.daemon.request import DEFAULT_SAMPLING, sampling_of
+from shoal.daemon.throughput.model_sizes import weighed
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.partition.plan import Misfit, Plan
 
@@ -321,11 +321,11 @@ def test_sampling_falls_back_from_request_to_authors_to_shoal(
 def test_a_default_context_shrinks_until_it_fits(path: Path) -> None:
     with open_checkpoint(path) as checkpoint:
         spec = replace(checkpoint.spec, context=8192)
-        roomy = SimpleNamespace(spec=spec, block_bytes=checkpoint.block_bytes)
+        roomy = replace(weighed(checkpoint, "keep"), spec=spec)
 
         def planned(memory: int, **options: int) -> Plan | Misfit:
             config = NodeConfig(max_sequences=1, **options)
-            return make_plan(roomy, config, memory, streaming=False)  # type: ignore[arg-type]
+            return make_plan(roomy, config, memory, streaming=False)
 
         roomiest = planned(1 << 30)
         assert isinstance(roomiest, Plan)

@@ -122,6 +122,16 @@ def test_a_measured_profile_comes_back(tmp_path: Path) -> None:
         ("links.0.between", ["a", "a"], "links[0].between"),
         ("links.0.between", ["a"], "links[0].between: expected `array` of length 2"),
         ("links.0.bytes_per_s", 0, "links[0].bytes_per_s=0"),
+        (
+            "links",
+            [{"between": pair, "latency_s": 1e-3, "bytes_per_s": 1e8} for pair in (["a", "b"], ["b", "a"])],
+            "links[1].between=['b', 'a']: as links[0]; must be named once",
+        ),
+        (
+            "devices.0.corrections",
+            {"memory": 9},
+            "devices[0].corrections.memory=9: must be a number from 0.5 to 2",
+        ),
         ("devices.0.products", [{"kind": "Q4_K", "nbytes": 1e6, "rows": [], "byte_s": []}], "has 0 points"),
         (
             "devices.0.products",
@@ -148,6 +158,11 @@ def test_what_is_wrong_is_said_in_one_line(path: str, value: Any, said: str) -> 
     assert caught.value.message.startswith("p.json: ")
     assert "\n" not in caught.value.message
     assert caught.value.code == "bad_request"
+
+
+def test_a_field_that_stands_twice_is_refused() -> None:
+    with pytest.raises(DaemonError, match="flops stands twice in one object"):
+        parse(json.dumps(HAND).replace('"flops": 100000000000.0', '"flops": 1e11, "flops": 1e12').encode())
 
 
 @pytest.mark.parametrize(

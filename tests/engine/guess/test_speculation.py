@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.engine.guess.lookup import LONGEST, SHORTEST, PromptLookup
 from shoal.engine.guess.speculation import Acceptance, Guesser, depths, model_depth
-from shoal.engine.learn.step_cost import StepCost
+from shoal.engine.learn.step_cost import StepCost, evenly
 
 texts = st.lists(st.integers(0, 3), max_size=60)
 
@@ -177,7 +177,7 @@ def falling(draw: st.DrawFn) -> list[float]:
 def test_depths_are_the_best_of_all(
     chances: list[list[float]], spare: int, row_share: float, before_s: float
 ) -> None:
-    cost = StepCost(row_share)
+    cost = StepCost(evenly(row_share))
     chosen, found = depths(chances, spare, cost, before_s)
     assert sum(chosen) <= spare
     every: list[tuple[int, ...]] = [()]
@@ -190,15 +190,15 @@ def test_depths_are_the_best_of_all(
 
 def test_dear_rows_buy_nothing_and_cheap_ones_all() -> None:
     row = [0.9**i for i in range(1, 33)]
-    assert depths([row], 99, StepCost(1.0))[0] == [0]
-    assert depths([row], 99, StepCost(0.001))[0] == [32]
-    found = [depths([row], 99, StepCost(share))[0][0] for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)]
+    assert depths([row], 99, StepCost(evenly(1.0)))[0] == [0]
+    assert depths([row], 99, StepCost(evenly(0.001)))[0] == [32]
+    found = [depths([row], 99, StepCost(evenly(share)))[0][0] for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)]
     assert all(deeper >= less for deeper, less in pairwise(found))
 
 
 def simulate(text: list[int], prompt: int, row_share: float) -> tuple[int, float]:
     """How many steps it takes to write `text` after its first `prompt` tokens, and what their rows cost."""
-    cost, true = StepCost(), StepCost(row_share)
+    cost, true = StepCost(), StepCost(evenly(row_share))
     tokens = text[:prompt]
     guesser = Guesser(tokens)
     steps, spent = 0, 0.0

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from shoal.engine.learn.pacing import SLOWDOWN, Pacer
+from shoal.engine.learn.step_cost import evenly
 
 
 def test_the_first_budget_is_what_a_row_is_thought_to_cost() -> None:
     """Rows at 15% of a step fill the one and a half steps that may be added with ten; cheap ones are bounded."""
-    assert Pacer(64, row_share=0.15).budget() == int((SLOWDOWN - 1) / 0.15) == 10
-    assert Pacer(64, row_share=0.001).budget() == 64
+    assert Pacer(64, evenly(0.15)).budget() == int((SLOWDOWN - 1) / 0.15) == 10
+    assert Pacer(64, evenly(0.001)).budget() == 64
 
 
 def test_too_slow_steps_shrink_it_and_fast_ones_grow_it_up_to_the_most() -> None:
-    pacer = Pacer(64, row_share=0.15)
+    pacer = Pacer(64, evenly(0.15))
     pacer.note(10, 2 * SLOWDOWN)
     assert pacer.budget() < 10
     for _ in range(3):

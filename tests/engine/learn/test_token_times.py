@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shoal.engine.learn.speeds import Speeds
+from shoal.engine.learn.step_cost import evenly
 from shoal.engine.learn.token_times import ENOUGH, TokenTimes
 
 
@@ -20,7 +21,7 @@ def test_it_takes_enough_steps_each_time() -> None:
 
 
 def test_only_steps_with_one_row_count() -> None:
-    speeds = Speeds(chunk_tokens=64, row_share=0.1, reads=0)
+    speeds = Speeds(chunk_tokens=64, expected=evenly(0.1), reads=0)
     for _ in range(ENOUGH):
         speeds.note(1, 1, 0, 0.01)
         speeds.note(2, 2, 0, 0.03)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.partition.spec import MoeSpec
-from shoal.partition.throughput.explain import changes, reason
+from shoal.partition.throughput.explain import changes, reason, runner_up
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import ANY, Profile, ProfileLink
 from shoal.partition.throughput.solve import Choices, Solved, asks, solve
@@ -49,6 +49,19 @@ def test_what_does_not_fit_streams_and_the_sentence_says_what_memory_would_give(
     assert said.startswith("disk-bound")
     assert "more memory would give" in said
     assert " times" in said
+
+
+def test_the_runner_up_gives_the_same_texts() -> None:
+    found = solved([DENSE, FEWER], one(0.6 * DENSE.weights_bytes))
+    second = runner_up(found)
+    assert second is not None
+    assert found.chosen is not None
+    assert second.model is DENSE
+    assert second.name != found.chosen.name
+    assert f"{second.name} would take" in reason(found)
+    alone = solved([DENSE, FEWER], one(16e9))
+    assert runner_up(alone) is None
+    assert "would take" not in reason(alone)
 
 
 def test_bits_are_not_taken_unasked() -> None:

@@ -1,0 +1,104 @@
+"""Measures what a daemon needs most to predict, in about two seconds between requests: fixed costs, kernels with the
+types of what is loaded, the disk if there is something large to read on it. `profiling` measures everything.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from shoal import kernels
+from shoal.daemon.cluster.speed import files_below
+from shoal.daemon.memory import available_bytes
+from shoal.kernels import WEIGHT_TYPES
+from shoal.offload.errors import OffloadError
+from shoal.offload.read_speed import read_speed
+from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
+from shoal.partition.throughput.profile import Device, ReadLaw
+
+from .disk_laws import READS
+from .fixed_costs import overheads
+from .kernel_laws import POOL_BYTES, Pool, attention_laws, call_s, flops_of, laid_out_bytes_per_s, rows_laws
+from .profiling import LEAST_FILE_BYTES, others_compute
+
+log = logging.getLogger(__name__)
+
+NEEDED_TIMES = 4  # as much memory as measuring takes has to be free
+
+BRIEF_READ_S = 0.3
+
+
+class _Interrupted(Exception):
+    """Something is to be done."""
+
+
+def measure_briefly(
+    threads: int, place: Path, kinds: Sequence[str], before: Device | None, idle: Callable[[], bool]
+) -> Device | None:
+    """This machine, with tables for some stored types besides those of `before`. None where memory is short, where
+    others compute, and when something is to be done, which is asked for between any two calls of kernels' cells."""
+    if available_bytes() < NEEDED_TIMES * POOL_BYTES or others_compute(threads):
+        return None
+    began_s = time.monotonic()
+    try:
+        found = _measured(threads, place, kinds, before, idle)
+    except _Interrupted:
+        return None
+    log.info(
+        "measured this machine in %.1f s with %s; shoal profile measures all of it",
+        time.monotonic() - began_s,
+        ", ".join(kinds),
+    )
+    return found
+
+
+def _measured(
+    threads: int, place: Path, kinds: Sequence[str], before: Device | None, idle: Callable[[], bool]
+) -> Device:
+    def going(_: str) -> None:
+        if not idle():
+            raise _Interrupted
+
+    home = kernels.home_of("cpu")
+    types = [kind for kind in WEIGHT_TYPES if kind.name in kinds]
+    pool = Pool()
+    going("")
+    laws = tuple(rows_laws(home, pool, types, call_s(home), math.inf, going))
+    if before is not None:
+        return replace(before, products=(*before.products, *laws))
+    fixed = overheads()
+    going("")
+    attention = tuple(attention_laws(home, going, ("f16",)))
+    disk = _disk_bytes_per_s(place)
+    going("")
+    return Device(
+        name=platform.node() or "this machine",
+        memory_bytes=float(available_bytes()),
+        memory_bytes_per_s=max(1 / law.byte_s[0] for law in laws),
+        flops=max(map(flops_of, laws)),
+        disk_bytes_per_s=disk or DISK_BYTES_PER_S,
+        threads=threads,
+        products=laws,
+        attention=attention,
+        reads=ReadLaw(READS[-1:], (disk,)) if disk else None,
+        overheads=fixed,
+        touch_bytes_per_s=pool.touch_bytes_per_s,
+        band_bytes_per_s=laid_out_bytes_per_s(types[0]),
+        measured=True,
+    )
+
+
+def _disk_bytes_per_s(place: Path) -> float:
+    """0 where there is no large file: nothing is written for that."""
+    largest = max(files_below(place), default=(0, place))
+    if largest[0] < LEAST_FILE_BYTES:
+        return 0.0
+    try:
+        return read_speed(largest[1], BRIEF_READ_S, READS[-1])
+    except (OSError, OffloadError):
+        return 0.0

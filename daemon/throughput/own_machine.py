@@ -1,0 +1,163 @@
+"""What this machine can do, as a daemon knows it: as it was measured, or what is assumed until then; and corrected by
+how long steps took.
+
+Never holds anybody up: whoever loads a model gets what is known. While nothing is to be done for a while, it measures
+for two seconds, and stops when something comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.partition.throughput.prediction import Binding
+from shoal.partition.throughput.profile import Device, Profile, unmeasured
+
+if TYPE_CHECKING:  # a daemon starts without what only files and measuring need
+    from .kept_profile import Kept
+
+log = logging.getLogger(__name__)
+
+RESTED_S = 20.0  # without work, before it is measured
+ATTEMPTS_S = 60.0  # between two attempts, and between two times of writing corrections down
+MOST_SURPRISE = 2.718  # times as long as predicted, or as short: a step held up is not believed
+
+
+class OwnMachine:
+    """`kept`: the file of the profile; None: nothing is read, measured or kept. `place`: a directory on the disk that
+    weights come from. Unless it is `alone`, it measures nothing by itself: it may compute for others. Thread-safe."""
+
+    def __init__(
+        self,
+        threads: int,
+        kept: Path | None = None,
+        place: Path | None = None,
+        alone: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._threads = threads
+        self._kept = kept
+        self._place = place or Path("/")
+        self._alone = alone
+        self._lock = threading.Lock()
+        self._known: Kept | None = None  # as it was read or measured, with corrections since
+        self._device = unmeasured(threads)
+        self._stamp: tuple[int, ...] = ()  # of the file when it was read
+        self._unsaved = False
+        self._saved_s = 0.0
+        self._idle_since_s: float | None = None
+        self._tried_s = 0.0
+        self._measuring: threading.Thread | None = None
+
+    @property
+    def device(self) -> Device:
+        """What it can do. Somebody may have measured it since the last time."""
+        with self._lock:
+            stamp = self._file_stamp()
+            if stamp != self._stamp:
+                self._stamp = stamp
+                self._take(self._read() if stamp else None)
+            return self._device
+
+    def correct(self, parts: Mapping[Binding, float], times: float) -> None:
+        """What was predicted to take these seconds, by what takes them, took `times` as long."""
+        times = min(MOST_SURPRISE, max(1 / MOST_SURPRISE, times))
+        with self._lock:
+            device = replace(self._device, corrections=self._device.corrections.moved(parts, times))
+            self._device = device
+            if self._known is not None:
+                self._known = replace(self._known, profile=_with_head(self._known.profile, device))
+                self._unsaved = True
+
+    def look(self, idle: Callable[[], bool], kinds: Callable[[], Collection[str]]) -> None:
+        """To be called now and then: writes corrections down, and measures if nothing was to be done for a while.
+        `kinds`: the stored types of what is loaded, those with most bytes first. Raises nothing: only predictions
+        depend on it."""
+        try:
+            self._look(idle, kinds)
+        except Exception as error:
+            log.warning("%s is not kept any more: %s: %s", self._kept, type(error).__name__, error)
+            self._kept, self._stamp = None, ()
+
+    def _look(self, idle: Callable[[], bool], kinds: Callable[[], Collection[str]]) -> None:
+        now_s = time.monotonic()
+        if self._unsaved and now_s - self._saved_s > ATTEMPTS_S:
+            self.save()
+        if self._kept is None or not (self._alone() and idle()):
+            self._idle_since_s = None
+            return
+        self._idle_since_s = self._idle_since_s or now_s
+        if now_s - self._idle_since_s < RESTED_S or now_s - self._tried_s < ATTEMPTS_S or self._measuring:
+            return
+        self._tried_s = now_s
+        if lacking := self._lacking(kinds()):
+            self._measuring = threading.Thread(
+                target=self._measure, args=(idle, lacking), name="shoal-measure", daemon=True
+            )
+            self._measuring.start()
+
+    def save(self) -> None:
+        """Write corrections into the file, unless somebody has written another one meanwhile."""
+        with self._lock:
+            self._saved_s = time.monotonic()
+            known, self._unsaved = self._known if self._unsaved else None, False
+            if self._kept is None or known is None or self._file_stamp() != self._stamp:
+                return
+            from .kept_profile import profile_key, settled_for_others, write_kept
+
+            key = profile_key(self._threads, self._place)
+            if not (known.brief and settled_for_others(self._kept, key)):
+                write_kept(self._kept, key, known)
+                self._stamp = self._file_stamp()
+
+    def _lacking(self, kinds: Collection[str]) -> list[str]:
+        """The types that are to be measured; none if they are all known."""
+        device = self.device
+        if self._known is not None and not self._known.brief:
+            return []
+        known = {law.kind for law in device.products} if device.measured else set()
+        return [kind for kind in kinds or ("Q4_K",) if kind not in known][:2]
+
+    def _measure(self, idle: Callable[[], bool], kinds: list[str]) -> None:
+        from .brief_profile import measure_briefly
+        from .kept_profile import Kept
+
+        try:
+            before = self._known.profile.head if self._known is not None else None
+            found = measure_briefly(self._threads, self._place, kinds, before, idle)
+            if found is not None:
+                with self._lock:
+                    self._take(Kept(Profile((found,)), brief=True))
+                    self._unsaved = True
+                self.save()
+        except Exception as error:  # predictions are less good then, and nothing else
+            log.warning("this machine could not be measured: %s: %s", type(error).__name__, error)
+        finally:
+            self._measuring = None
+
+    def _take(self, known: Kept | None) -> None:
+        self._known = known
+        self._device = known.profile.head if known is not None else unmeasured(self._threads)
+
+    def _read(self) -> Kept | None:
+        from .kept_profile import profile_key, read_kept
+
+        try:
+            return read_kept(self._kept, profile_key(self._threads, self._place)) if self._kept else None
+        except OSError:  # the disk of `place` cannot be looked at
+            return None
+
+    def _file_stamp(self) -> tuple[int, ...]:
+        try:
+            found = self._kept.stat() if self._kept is not None else None
+        except OSError:
+            return ()
+        return (found.st_mtime_ns, found.st_size, found.st_ino) if found is not None else ()
+
+
+def _with_head(profile: Profile, head: Device) -> Profile:
+    return replace(profile, devices=(head, *profile.devices[1:]))

@@ -1,0 +1,45 @@
+"""How fast one machine would run a model with more or less memory, and all else as it is. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..plan import Misfit, Plan, Wanted
+from .alone import USUAL, ways
+from .cost import PROCESS_BYTES, cost
+from .prediction import Job
+from .profile import Device
+from .weights_of import Weighed
+
+_POINTS = 24
+_BEYOND = 1.1  # times the memory with which all of it stays
+
+
+class MemoryPoint(NamedTuple):
+    """With so much memory, all in all, so many tokens a second: about, at least, at most."""
+
+    memory_bytes: float
+    tokens_per_s: float
+    low: float
+    high: float
+
+
+def memory_curve(
+    model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job
+) -> Iterator[MemoryPoint]:
+    """From the least memory that would do to more than enough, through the usual window."""
+    more = PROCESS_BYTES + model.tokenizer_bytes
+    streaming = device.disk_bytes_per_s > 0
+    lacking = [way.made for way in ways(model, contexts, 0, streaming=streaming, windows=USUAL)]
+    needed = [made.least_bytes for made in lacking if isinstance(made, Misfit)]
+    least, enough = min(needed), needed[0]
+    places = {least + (_BEYOND * enough - least) * i / (_POINTS - 1) for i in range(_POINTS)} | {enough}
+    for memory in sorted(places):
+        found = ways(model, contexts, int(memory), streaming=streaming, windows=USUAL)
+        plan = next((way.made for way in found if isinstance(way.made, Plan)), None)
+        if plan is not None:
+            there = replace(device, memory_bytes=memory + more)
+            made = cost(model, plan, there, job)
+            yield MemoryPoint(memory + more, made.tokens_per_s, *made.band)

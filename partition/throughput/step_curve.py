@@ -1,0 +1,26 @@
+"""What steps of a loaded model take by their rows: the first values of what running then teaches. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..plan import Plan
+from .cost import step_cost
+from .profile import Device, interpolated
+from .weights_of import Weighed
+
+_ROWS = (1, 2, 3, 4, 6, 8, 16, 64, 256)  # that are worked out; the others lie between
+_BEFORE = 512  # tokens, if the context is as long
+
+
+def step_curve(model: Weighed, plan: Plan, device: Device) -> Callable[[int], float]:
+    """Rows → seconds. Beyond the last point each further row takes as long as one of the last did."""
+    before = min(_BEFORE, plan.context_tokens // 2)
+    seconds = tuple(step_cost(model, plan, device, rows, before).seconds for rows in _ROWS)
+
+    def expected(rows: int) -> float:
+        if rows > _ROWS[-1]:
+            return seconds[-1] * rows / _ROWS[-1]
+        return interpolated(rows, _ROWS, seconds)
+
+    return expected

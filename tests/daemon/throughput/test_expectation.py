@@ -1,0 +1,73 @@
+"""A loaded model: what is predicted of it, what was measured, and what the machine's figures learn from that."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakes import tiny
+
+from shoal.comm.messages import Done, Generate, Load, Sampling
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.node import Node
+
+CONFIG = NodeConfig(context_tokens=96, kv_tokens=768, max_sequences=4, chunk_tokens=64, threads=1)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_gguf(tiny.hf_model("qwen2"), tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture
+def node(path: Path) -> Iterator[Node]:
+    with Node(CONFIG) as made:
+        made.load(Load(model=str(path)))
+        yield made
+
+
+def answer(node: Node, prompt: int, new: int) -> None:
+    sampling = Sampling(temperature=0.0)
+    tokens = [3 * i % 90 + 5 for i in range(prompt)]
+    request = Generate(prompt_tokens=tokens, max_tokens=new, ignore_eos=True, sampling=sampling)
+    assert isinstance(list(node.stream(request))[-1], Done)
+
+
+def test_requests_and_loads_are_logged_beside_what_was_predicted(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with Node(CONFIG) as node:
+        status = node.load(Load(model=str(path))).model
+        assert status.predicted_tokens_per_s > 0
+        assert status.predicted_band[0] < status.predicted_tokens_per_s < status.predicted_band[1]
+        assert status.measured_tokens_per_s == 0
+        assert re.search(r"loaded tiny\.gguf in .* predicted .* tokens/s", caplog.text)
+        answer(node, 40, 24)
+        node._expire_each()
+        said = (
+            r"tiny\.gguf: 40 tokens read in .* \(predicted .*\), 24 tokens written at .*/s \(predicted .*/s\)"
+        )
+        assert re.search(said, caplog.text)
+        assert node.status().models[0].measured_tokens_per_s > 0
+
+
+def test_the_machine_learns_from_who_ran_alone(node: Node) -> None:
+    before = node._machine.device.corrections
+    for _ in range(3):
+        answer(node, 40, 24)
+        node._expire_each()
+    after = node._machine.device.corrections
+    assert after != before
+    assert all(0.5 <= value <= 2 for value in vars(after).values())
+
+
+def test_what_ended_before_it_began_is_passed_over(node: Node) -> None:
+    (model,) = node._models
+    underway = node.submit(Generate(prompt_tokens=[5] * 40, max_tokens=20), lambda event: None)
+    underway.cancel()
+    node._expire_each()
+    assert not model.begun

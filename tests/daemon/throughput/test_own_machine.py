@@ -1,0 +1,131 @@
+"""What a daemon knows of its machine: read, measured between requests, corrected, and kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shoal.daemon.throughput import brief_profile, fixed_costs, kernel_laws, own_machine
+from shoal.daemon.throughput.kept_profile import Kept, profile_key, read_kept, write_kept
+from shoal.daemon.throughput.own_machine import OwnMachine
+from shoal.partition.throughput.profile import CORRECTED, Profile, check_profile, unmeasured
+
+PARTS = {"memory": 3.0, "compute": 1.0, "disk": 0.0, "network": 0.0, "overhead": 0.0}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = tuple(size._replace(nbytes=64 << 10, cols=256) for size in kernel_laws.SIZES)
+    for module, name, value in (
+        (kernel_laws, "CELL_S", 0.0),
+        (kernel_laws, "ROWS", (1, 8)),
+        (kernel_laws, "SIZES", sizes),
+        (kernel_laws, "POOL_BYTES", 8 << 20),
+        (kernel_laws, "CONTEXTS", (64, 256)),
+        (fixed_costs, "ANSWER_TOKENS", 8),
+        (fixed_costs, "MANY", 4),
+        (own_machine, "RESTED_S", 0.0),
+        (own_machine, "ATTEMPTS_S", 0.0),
+        (brief_profile, "others_compute", lambda threads: False),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
+def looked(machine: OwnMachine, *kinds: str, idle: bool = True) -> None:
+    machine.look(lambda: idle, lambda: kinds)
+    if (thread := machine._measuring) is not None:
+        thread.join(30)
+
+
+def test_it_is_measured_between_requests_and_kept(tmp_path: Path, quick: None) -> None:
+    kept = tmp_path / "profile.json"
+    machine = OwnMachine(1, kept, tmp_path)
+    assert not machine.device.measured
+    looked(machine, "Q8_0", idle=False)
+    assert not kept.exists()
+    looked(machine, "Q8_0")
+    assert machine.device.measured
+    assert {law.kind for law in machine.device.products} == {"Q8_0"}
+    looked(machine, "Q8_0", "Q4_K")
+    assert {law.kind for law in machine.device.products} == {"Q8_0", "Q4_K"}
+    again = OwnMachine(1, kept, tmp_path)
+    assert again.device == machine.device
+    assert not OwnMachine(2, kept, tmp_path).device.measured
+    found = read_kept(kept, profile_key(1, tmp_path))
+    assert found is not None
+    assert found.brief
+    assert not found.settled
+    check_profile(found.profile)
+
+
+def test_measuring_stops_when_something_comes(tmp_path: Path, quick: None) -> None:
+    answers = iter([True] * 4)
+    machine = OwnMachine(1, tmp_path / "profile.json", tmp_path)
+    machine.look(lambda: next(answers, False), lambda: ("Q4_K",))
+    if machine._measuring is not None:
+        machine._measuring.join(30)
+    assert not machine.device.measured
+
+
+def test_without_a_file_nothing_is_measured(quick: None) -> None:
+    machine = OwnMachine(1)
+    looked(machine, "Q4_K")
+    assert not machine.device.measured
+
+
+def test_corrections_follow_within_bounds_and_are_kept(tmp_path: Path) -> None:
+    kept, key = tmp_path / "profile.json", profile_key(1, tmp_path)
+    measured = replace(unmeasured(1, 1e9), measured=True)
+    write_kept(kept, key, Kept(Profile((measured,))))
+    machine = OwnMachine(1, kept, tmp_path)
+    assert machine.device == measured
+    for _ in range(100):
+        machine.correct(PARTS, 9.0)  # type: ignore[arg-type]
+    corrections = machine.device.corrections
+    assert corrections.memory == corrections.compute == CORRECTED[1]
+    assert corrections.disk == 1.0
+    assert corrections.times(PARTS) == CORRECTED[1]  # type: ignore[arg-type]
+    for _ in range(300):
+        machine.correct(PARTS, 0.0)  # type: ignore[arg-type]
+    assert machine.device.corrections.memory == CORRECTED[0]
+    machine.save()
+    assert OwnMachine(1, kept, tmp_path).device == machine.device
+
+
+def test_what_somebody_measures_meanwhile_is_taken_and_not_overwritten(tmp_path: Path) -> None:
+    kept, key = tmp_path / "profile.json", profile_key(1, tmp_path)
+    first, second = (replace(unmeasured(1, 1e9), flops=flops, measured=True) for flops in (1e9, 2e9))
+    write_kept(kept, key, Kept(Profile((first,))))
+    machine = OwnMachine(1, kept, tmp_path)
+    assert machine.device == first
+    machine.correct(PARTS, 2.0)  # type: ignore[arg-type]
+    write_kept(kept, key, Kept(Profile((second,))))
+    machine.save()
+    assert OwnMachine(1, kept, tmp_path).device == second
+    assert machine.device == second
+
+
+def test_a_file_that_is_damaged_is_as_none(tmp_path: Path) -> None:
+    kept = tmp_path / "profile.json"
+    for text in (b"", b"{", b"[]", b'{"key": 1, "profile": {}}', bytes(100)):
+        kept.write_bytes(text)
+        assert OwnMachine(1, kept, tmp_path).device == unmeasured(1)
+
+
+def test_what_was_measured_for_other_threads_is_not_overwritten_by_something_brief(
+    tmp_path: Path, quick: None
+) -> None:
+    kept = tmp_path / "profile.json"
+    whole = Kept(Profile((replace(unmeasured(2, 1e9), measured=True),)))
+    write_kept(kept, profile_key(2, tmp_path), whole)
+    before = kept.read_bytes()
+    machine = OwnMachine(1, kept, tmp_path)
+    assert not machine.device.measured
+    looked(machine, "Q8_0")
+    assert machine.device.measured
+    assert kept.read_bytes() == before
+    machine.correct(PARTS, 2.0)  # type: ignore[arg-type]
+    machine.save()
+    assert kept.read_bytes() == before
