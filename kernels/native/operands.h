@@ -3,10 +3,10 @@
 // Weights are unpacked to bytes q from 0 to 255, four columns in a lane, and mean q - OFFSET. There are three schemes.
 // Words multiply two columns at a time. Planes multiply four, on machines that multiply bytes, and split each input
 // into 256 * high + low. AVX2 multiplies bytes, too, but adds up the products in 16 bits, which only types of small q
-// have room in. Crossed, on machines that have no instruction for products and their sum, needs half the products of
-// words. A vector of weights makes HALVES operands; `arrange` orders inputs as `mac` reads them, eight bytes for every
-// four columns; `start` is the first value of a sum over columns, from what is known of their inputs. All schemes give
-// the same numbers. Sums wrap around, so that only the last has to fit.
+// have room in. Crossed, on AVX2, needs half the products of words. A vector of weights makes HALVES operands;
+// `arrange` orders inputs as `mac` reads them, eight bytes for every four columns; `start` is the first value of a sum
+// over columns, from what is known of their inputs. All schemes give the same numbers. Sums wrap around, so that only
+// the last has to fit.
 #pragma once
 #include <type_traits>
 
@@ -166,8 +166,7 @@ typedef Words Planes;
 
 #endif
 
-#if (defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)) || \
-    (defined(__ARM_NEON) && !defined(__ARM_FEATURE_DOTPROD))
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
 #define SHOAL_CROSSED 1
 
 // Of columns 0 and 1, x0 * w0 + x1 * w1 = (x0 + w1) * (x1 + w0) - x0 * x1 - w0 * w1 (S. Winograd, 1968). What is taken
@@ -187,13 +186,12 @@ struct Crossed {
     // What is taken away for four columns of a row, and for 16 of a token that are arranged as words.
     static INLINE vi own(const Half& w) { return Words::total(Words::dot(Words::begin(vi{}), w.even, w.odd)); }
     static INLINE uint32_t own(const char (*x)[8]) {
-        uint32_t sum = 0;
-        for (int i = 0; i < 4; i++) {
-            int16_t word[4];
-            memcpy(word, x[i], sizeof word);
-            sum += (uint32_t)(word[0] * word[2]) + (uint32_t)(word[1] * word[3]);
+        __m128i sum = _mm_setzero_si128();
+        for (int i = 0; i < 4; i += 2) {
+            const __m128i words = read<__m128i>(x[i]);
+            sum = _mm_add_epi32(sum, _mm_madd_epi16(words, _mm_srli_epi64(words, 32)));
         }
-        return sum;
+        return (uint32_t)_mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_unpackhi_epi64(sum, sum)));
     }
     static INLINE Sum mac(const Sum& sum, const Half& w, const char* x, int) {
         return Words::dot(sum, w.odd + splat_words(x), w.even + splat_words(x + 4));
@@ -216,10 +214,6 @@ using Many = Words;
 #elif defined(__AVX2__) && !defined(__AVX512F__)
 template <int TOP, int QUADS>
 using Few = std::conditional_t<(2 * TOP * 128 * QUADS < 1 << 15), Planes, Words>;
-using Many = Crossed;
-#elif defined(SHOAL_CROSSED)
-template <int TOP, int QUADS>
-using Few = Words;
 using Many = Crossed;
 #else
 template <int TOP, int QUADS>
