@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCE = "kernels/native"
 BYTES = "comm/group/native/bytes.cpp"
@@ -41,10 +42,18 @@ AVX512 = [
     "-Wno-maybe-uninitialized",
 ]
 
+NEWER = {"avxvnni": "SHOAL_AVXVNNI"}  # homes that a compiler may not know, and what is defined if it does
+
 MACHINE = sysconfig.get_platform().rsplit("-", 1)[-1].lower()
 if MACHINE in ("x86_64", "amd64"):
     DEFINES = [("SHOAL_X86", "1")]
-    HOMES = {"scalar": [], "avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512vnni"]}
+    HOMES = {
+        "scalar": [],
+        "avx2": AVX2,
+        "avxvnni": [*AVX2, "-mavxvnni"],
+        "avx512": AVX512,
+        "avx512vnni": [*AVX512, "-mavx512vnni"],
+    }
 elif MACHINE in ("aarch64", "arm64"):
     DEFINES, HOMES = [("SHOAL_ARM", "1")], {"neon": [], "neon_dot": ["-march=armv8.2-a+dotprod"]}
 else:
@@ -66,14 +75,30 @@ class BuildKernels(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
+    def _knows(self, flags: list[str]) -> bool:
+        """Whether the compiler takes these flags."""
+        probe = Path(self.build_temp) / "probe.cpp"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("", encoding="utf-8")
+        try:
+            self.compiler.compile([str(probe)], self.build_temp, extra_postargs=flags)
+        except CompileError:
+            tell(
+                f"this compiler does not know {flags[-1]}: a newer one makes faster kernels for some machines"
+            )
+            return False
+        return True
+
     def build_extension(self, ext: Extension) -> None:
         if ext.sources == [BYTES]:
             self.link(ext, self.compiler.compile(ext.sources, self.build_temp, extra_postargs=FLAGS))
             return
-        parts = [(f"{SOURCE}/{name}.cpp", name, DEFINES, []) for name in SHARED]
+        homes = {home: flags for home, flags in HOMES.items() if home not in NEWER or self._knows(flags)}
+        defines = [*DEFINES, *((name, "1") for home, name in NEWER.items() if home in homes)]
+        parts = [(f"{SOURCE}/{name}.cpp", name, defines, []) for name in SHARED]
         parts += [
-            (f"{SOURCE}/kernels.cpp", home, [*DEFINES, ("SHOAL_HOME", home)], flags)
-            for home, flags in HOMES.items()
+            (f"{SOURCE}/kernels.cpp", home, [*defines, ("SHOAL_HOME", home)], flags)
+            for home, flags in homes.items()
         ]
         began_s = time.monotonic()
         tell(f"compiling the kernels: {len(parts)} parts for {MACHINE}, a minute or two")

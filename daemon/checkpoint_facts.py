@@ -15,7 +15,7 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 
 def kernel_home() -> str:
-    """Which kernels serve here: avx512vnni, avx512, avx2, neon_dot, neon, scalar or reference."""
+    """Which kernels serve here: avx512vnni, avx512, avxvnni, avx2, neon_dot, neon, scalar or reference."""
     return kernels.home()
 
 

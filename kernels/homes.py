@@ -16,9 +16,9 @@ _cpu: CpuHome | None = None
 
 
 def choose(name: str = "") -> CpuHome:
-    """The CPU's home from now on: with the kernels of this name (avx512vnni, avx512, avx2, neon_dot, neon, scalar,
-    reference), or with the best ones for "". KernelError if kernels that were asked for by name do not run here. If
-    none were asked for and the native library is missing, the reference serves, with one warning.
+    """The CPU's home from now on: with the kernels of this name (avx512vnni, avx512, avxvnni, avx2, neon_dot, neon,
+    scalar, reference), or with the best ones for "". KernelError if kernels that were asked for by name do not run
+    here. If none were asked for and the native library is missing, the reference serves, with one warning.
     """
     global _cpu
     _cpu = _reference() if name == "reference" else _native(name)
@@ -63,7 +63,7 @@ def home_of(device: str) -> ComputeHome:
 
 
 def home() -> str:
-    """Which kernels serve the CPU: avx512vnni, avx512, avx2, neon_dot, neon, scalar or reference."""
+    """Which kernels serve the CPU: avx512vnni, avx512, avxvnni, avx2, neon_dot, neon, scalar or reference."""
     return cpu().name
 
 

@@ -87,7 +87,8 @@ _served: "Native | None" = None  # in whose home the library computes
 
 
 class Native(CpuHome):
-    """The kernels of one home (avx512vnni, avx512, avx2, neon_dot, neon, scalar), or of the best for "".
+    """The kernels of one home (avx512vnni, avx512, avxvnni, avx2, neon_dot, neon, scalar), or of the best
+    for "".
 
     The library has one thread pool per process and computes in one home at a time. A Native switches it to its own home
     before it computes, so two of different names must not compute at the same time. Raises KernelError if the library

@@ -39,6 +39,7 @@ ROWS = (
     ),
     Row("streams", DEFAULT_MODEL, scenarios.held, Sizes(prompt=128, new=24, streams=16)),
     Row("streams-llama", "llama-1.1b", scenarios.held, Sizes(prompt=128, new=16, streams=16)),
+    Row("streams-moe", "olmoe-half", scenarios.held, Sizes(prompt=128, new=16, streams=16)),
     Row("turns", DEFAULT_MODEL, scenarios.chat_turns, Sizes(prompt=2000, new=32)),
     Row("interference", DEFAULT_MODEL, scenarios.interference, Sizes(prompt=4000, new=128)),
     Row("memory", DEFAULT_MODEL, scenarios.memory),

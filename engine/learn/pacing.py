@@ -2,7 +2,8 @@
 
 Stall-free batching (Sarathi-Serve, Agrawal et al. 2024, arXiv 2403.02310), its budget found by feedback: what a token
 of a prompt costs depends on how much text is before it, on the model and on the machine, so it is not predicted.
-Pure: callers measure the slowdowns.
+Where several wait for a first token, their prompts may take more of a step: else the first answers hold up a crowd, and
+prompts in small pieces take longer in all. Pure: callers measure the slowdowns.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from bisect import bisect_right
 
 from .step_cost import StepSeconds, evenly
 
-SLOWDOWN = 2.5  # a step that also reads prompts may take so many times one that does not
+SLOWDOWN = 2.5  # a step that also reads a prompt may take so many times one that does not
+MOST_TOGETHER = 4  # each of so many prompts may add as much to a step
 _LOUDEST = (0.5, 1.5)  # the least and the most by which one measurement may change the budget, before damping
 _REST_EVERY = 16  # steps with prompts; then comes one without, to measure again what they are compared with
 
 
 class Pacer:
     """A budget that shrinks when steps take too long and grows when they do not; at most `most` tokens. Its first value
-    is what steps are `expected` to allow, one row of them an answer's."""
+    is what steps are `expected` to allow, one row of them an answer's. `prompts` is how many wait to be read."""
 
     def __init__(self, most: int, expected: StepSeconds | None = None) -> None:
         seconds = expected or evenly()
@@ -28,17 +30,27 @@ class Pacer:
         self._tokens = max(1.0, allowed)
         self._since_rest = 0
 
-    def budget(self) -> int:
+    def budget(self, prompts: int = 1) -> int:
         """Tokens that may go with the next step, beside answers; 0 when it is time for a step without."""
-        return 0 if self._since_rest >= _REST_EVERY else int(self._tokens)
+        return (
+            0 if self._since_rest >= _REST_EVERY else int(min(self._tokens * _together(prompts), self._most))
+        )
 
     def rested(self) -> None:
         """A step without prompts was measured."""
         self._since_rest = 0
 
-    def note(self, tokens: int, slowdown: float) -> None:
+    def note(self, tokens: int, slowdown: float, prompts: int = 1) -> None:
         """A step with so many tokens beside answers took `slowdown` times one without them."""
         self._since_rest += 1
-        change = min(max(SLOWDOWN / max(slowdown, 1e-9), _LOUDEST[0]), _LOUDEST[1])
-        if change < 1 or tokens >= int(self._tokens):  # fewer tokens than allowed say nothing about more
+        together = _together(prompts)
+        allowed = 1 + (SLOWDOWN - 1) * together
+        change = min(max(allowed / max(slowdown, 1e-9), _LOUDEST[0]), _LOUDEST[1])
+        if change < 1 or tokens >= int(
+            self._tokens * together
+        ):  # fewer tokens than allowed say nothing about more
             self._tokens = min(max(self._tokens * change**0.5, 1.0), self._most)
+
+
+def _together(prompts: int) -> int:
+    return min(max(prompts, 1), MOST_TOGETHER)

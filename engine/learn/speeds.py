@@ -21,6 +21,7 @@ class Speeds:
         self._chunk_tokens = chunk_tokens
         self._reads = reads
         self._pacer = Pacer(chunk_tokens, expected)
+        self._waiting = 1  # prompts that waited when the last budget was asked for
         self._read_cost = ReadCost()
         # To read one token of a prompt in a step without answers; 0 = not measured yet.
         self._prompt_token_s = 0.0
@@ -35,7 +36,7 @@ class Speeds:
             if rows == 1:
                 self.token_times.note(seconds)
         elif decodes:
-            self._pacer.note(rows - decodes, seconds / self.cost.seconds(decodes))
+            self._pacer.note(rows - decodes, seconds / self.cost.seconds(decodes), self._waiting)
         else:
             self._prompt_token_s = followed(self._prompt_token_s, seconds / rows)
 
@@ -44,11 +45,12 @@ class Speeds:
         if pages:
             self._read_cost.note(pages, seconds)
 
-    def prompt_tokens(self, decodes: int) -> int:
-        """Tokens of prompts that may go with so many decodes."""
+    def prompt_tokens(self, decodes: int, prompts: int) -> int:
+        """Tokens of prompts that may go with so many decodes, if so many prompts wait."""
         if not decodes:
             return self._chunk_tokens
-        return self._pacer.budget() if self.cost.measured else 0
+        self._waiting = prompts
+        return self._pacer.budget(prompts) if self.cost.measured else 0
 
     def most_reads(self, decodes: int, free_pages: int) -> int:
         """Pages that may be read from disk beside so many decodes."""

@@ -22,6 +22,7 @@ constexpr int PARTS = BAND / LANES;  // vectors in a line of a band
 typedef uint8_t vb __attribute__((vector_size(LANES * 4)));
 typedef int16_t vw __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vuw __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 
 // One of the PARTS of a band's block: LANES rows of it. Unless `ahead` is null, the reads of all parts together fetch as
 // many bytes from there into the second-level cache: each part its share, so that requests come evenly.
@@ -47,6 +48,10 @@ struct Lines {
 INLINE vb bits(vb v, int right, uint8_t mask) {
     return (vb)(right < 0 ? (vuw)v << -right : (vuw)v >> right) & mask;
 }
+
+// Sums and differences that may wrap around.
+INLINE vi wrapped_sum(vi a, vi b) { return (vi)((vu)a + (vu)b); }
+INLINE vi wrapped_difference(vi a, vi b) { return (vi)((vu)a - (vu)b); }
 
 // Byte `i` of each lane, unsigned or signed.
 INLINE vi byte_of(vb v, int i) { return (vi)v >> 8 * i & 255; }

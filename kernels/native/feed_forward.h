@@ -15,8 +15,7 @@ struct Expert {
     Product gate, up, down;
     int64_t first, count;
 
-    int64_t tiles() const { return ceil_div(count, TILE_TOKENS); }
-    int64_t start(int64_t tile) const { return first + count * tile / tiles(); }  // of equal length: short only if all are
+    Tiling tiling() const { return {count}; }
 };
 
 struct FeedForward {
@@ -53,8 +52,8 @@ void gate_up_job(const void* context, int64_t index, int worker) {
     const int64_t row0 = index * e->gate.job_rows, rows = e->gate.job_size(index);
     const int64_t stride = ceil_div(rows, LANES) * LANES;
     const Output gate{partial.first, stride}, up{partial.second, stride};
-    for (int64_t tile = 0; tile < e->tiles(); tile++) {
-        const int64_t first = e->start(tile), count = e->start(tile + 1) - first;
+    for (int64_t tile = 0; tile < e->tiling().tiles(); tile++) {
+        const int64_t first = e->first + e->tiling().start(tile), count = e->tiling().length(tile);
         const char* in[TILE_TOKENS];
         for (int64_t t = 0; t < count; t++) in[t] = f.inputs.as(*e->gate.type, f.token_of(first + t), count);
         e->gate.multiply(row0, rows, {in, count}, gate, scratch + sizeof(Partial));
@@ -76,8 +75,8 @@ void down_job(const void* context, int64_t index, int worker) {
     const int64_t row0 = index * f.down_rows, rows = least(f.down_rows, f.y_rows - row0);
     const Output y{f.y + row0, f.y_rows};
     for (const Expert* e = f.experts; e < f.experts + f.routing.experts; e++) {
-        for (int64_t tile = 0; tile < e->tiles(); tile++) {
-            const int64_t first = e->start(tile), count = e->start(tile + 1) - first;
+        for (int64_t tile = 0; tile < e->tiling().tiles(); tile++) {
+            const int64_t first = e->first + e->tiling().start(tile), count = e->tiling().length(tile);
             const char* in[TILE_TOKENS];
             for (int64_t t = 0; t < count; t++) in[t] = f.hidden.as(*e->down.type, first + t, count);
             const Output out = f.routing.factors ? Output{partial.first, TILE_ROWS} : Output{y.row(first), y.stride};
@@ -156,9 +155,9 @@ Status feed_forward(const shoal::Inputs& x, int64_t tokens, shoal::Activation ac
 
 // Takes some of the tokens at a time, so that the packed results of gate and up stay small.
 Status gated(const shoal::Inputs& x, int64_t tokens, shoal::Activation act, const Linear* three, float* y) {
-    const int64_t parts = ceil_div(tokens, TILE_TOKENS);
-    for (int64_t i = 0; i < parts; i++) {
-        const int64_t from = tokens * i / parts, starts[2] = {0, tokens * (i + 1) / parts - from};
+    const Tiling tiling{tokens};
+    for (int64_t i = 0; i < tiling.tiles(); i++) {
+        const int64_t from = tiling.start(i), starts[2] = {0, tiling.length(i)};
         shoal::Inputs part = x;
         part.x += from * x.cols;
         const Routing all{1, starts, nullptr, nullptr};

@@ -17,6 +17,9 @@ struct Input {
     float scale;
     float low;        // scale times the sum of all q: a low of 32 weights is multiplied by it
     int32_t sums[2];  // of 16 q each
+#if defined(SHOAL_CROSSED)
+    int32_t own[2];  // of 16 q each, if they are arranged as words: what `Crossed` takes away, negative
+#endif
 };
 
 template <class Scheme>
@@ -43,6 +46,10 @@ INLINE void pack_group(const float* x, Input& in) {
     in.sums[1] = sum_of(sums[1]);
     in.scale = largest / MOST;
     in.low = in.scale * (float)(in.sums[0] + in.sums[1]);
+#if defined(SHOAL_CROSSED)
+    if (!std::is_same_v<Scheme, Words>) return;
+    for (int i = 0; i < 2; i++) in.own[i] = (int32_t)(0 - Crossed::own(in.q + 4 * i));
+#endif
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ constexpr int AHEAD = PARTS == 1 ? 4096 : 8192;  // weights are fetched this man
 // Sums of a run that grow side by side, so that one token does not wait for each product, where one instruction
 // multiplies and adds.
 template <int T>
-#if defined(__AVX512F__) || defined(__ARM_FEATURE_DOTPROD)
+#if defined(__AVX512F__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr int CHAINS = T == 1 ? 2 : 1;
 #else
 constexpr int CHAINS = 1;
@@ -145,19 +145,44 @@ struct Tile {
     Many::Half halves[W::weights / 4][Many::HALVES][VECTORS];
     vf scale[W::RUNS][VECTORS];
     vf low[W::HAS_LOW ? W::RUNS : 1][VECTORS];
+#if defined(SHOAL_CROSSED)
+    vi own[W::RUNS][VECTORS];  // what is taken away, negative
+#endif
 };
 
 template <class W>
 INLINE void unpack_tile(const Lines& lines, int v, Tile<W>& tile) {
+#if defined(SHOAL_CROSSED)
+    vi own[W::RUNS] = {};
+#endif
     W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA {
         Many::Half w[Many::HALVES];
         Many::halve<W::OFFSET>(q, w);
         for (int half = 0; half < Many::HALVES; half++) tile.halves[i][half][v] = w[half];
+#if defined(SHOAL_CROSSED)
+        own[i / QUADS<W>] = wrapped_difference(own[i / QUADS<W>], Many::own(w[0]));
+#endif
     });
+#if defined(SHOAL_CROSSED)
+    for (int run = 0; run < W::RUNS; run++) tile.own[run][v] = own[run];
+#endif
     W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
         tile.scale[run][v] = scale;
         if (W::HAS_LOW) tile.low[run][v] = low;
     });
+}
+
+// The first values of a token's sums.
+template <class W>
+INLINE void start_tile(const Tile<W>& w, const Input* x, int run, Many::Sum* sum) {
+#if defined(SHOAL_CROSSED)
+    const Input& in = input_of<W>(x, run);
+    const vi own = QUADS<W> == 8 ? wrapped_sum(vi{} + in.own[0], vi{} + in.own[1]) : vi{} + in.own[run % 2];
+    for (int v = 0; v < VECTORS; v++) sum[v] = Words::begin(done(wrapped_sum(w.own[run][v], own)));
+#else
+    (void)w;
+    for (int v = 0; v < VECTORS; v++) sum[v] = start_run<W, Many>(x, run);
+#endif
 }
 
 // Adds to the sums of a tile's rows and T tokens, which are zero at first.
@@ -173,19 +198,20 @@ void multiply_tile(const Tile<W>* w, int64_t blocks, const Input* const* x, bool
     for (int64_t b = 0; b < blocks; b++, w++) {
         for (int run = 0; run < W::RUNS; run++) {
             Many::Sum sum[T][VECTORS];
+            const char* q[T];
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
-                for (int v = 0; v < VECTORS; v++) sum[t][v] = start_run<W, Many>(in[t], run);
+                q[t] = input_of<W>(in[t], run).q[run * QUADS<W> % 8];
+                start_tile(*w, in[t], run, sum[t]);
             }
 #pragma GCC unroll 8
             for (int i = 0; i < QUADS<W>; i++) {
-                const int at = run * QUADS<W> + i;
 #pragma GCC unroll 2
                 for (int half = 0; half < Many::HALVES; half++) {
 #pragma GCC unroll 8
                     for (int t = 0; t < T; t++) {
                         for (int v = 0; v < VECTORS; v++) {
-                            sum[t][v] = Many::mac(sum[t][v], w->halves[at][half][v], in[t][at / 8].q[at % 8], half);
+                            sum[t][v] = Many::mac(sum[t][v], w->halves[run * QUADS<W> + i][half][v], q[t] + 8 * i, half);
                         }
                     }
                 }
@@ -231,8 +257,9 @@ void many_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Toke
             for (int v = 0; v < VECTORS; v++) {  // after the last band that one again, for sums nobody reads
                 const int64_t row = least(r + v / PARTS * BAND, (rows - 1) / BAND * BAND);
                 const uint8_t* block = band_of<W>(w, row0 + row) + k / W::weights * BAND * W::bytes;
+                const int64_t chunk = blocks * BAND * W::bytes, ahead = chunk + v % PARTS * (BAND * W::bytes / PARTS);
                 for (int64_t b = 0; b < blocks; b++, block += BAND * W::bytes) {
-                    unpack_tile<W>(Lines(block, v % PARTS, nullptr), v, scratch.tiles[b]);
+                    unpack_tile<W>(Lines(block, v % PARTS, block + ahead), v, scratch.tiles[b]);
                 }
             }
             for (int64_t i = 0; i < batches; i++) {

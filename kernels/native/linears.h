@@ -146,7 +146,8 @@ Status linears(const shoal::Inputs& x, int64_t tokens, int count, const Linear* 
     if (count > MOST_LINEARS) return shoal::BAD_TYPE;
     Linears l{};
     if (!tokens) return shoal::OK;
-    const int64_t tiles = ceil_div(tokens, TILE_TOKENS), at_once = ceil_div(tokens, tiles);
+    const Tiling tiling{tokens};
+    const int64_t at_once = tiling.longest();
     int64_t rows = 0, weights = 0, jobs = 0;
     l.packed.cols = x.cols;
     l.packed.floats = x.norm;
@@ -169,9 +170,9 @@ Status linears(const shoal::Inputs& x, int64_t tokens, int count, const Linear* 
         l.products[i].cut(at_once, turn.threads(), rows);
         jobs += l.products[i].jobs;
     }
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        l.token0 = tokens * tile / tiles;
-        l.tokens = tokens * (tile + 1) / tiles - l.token0;
+    for (int64_t tile = 0; tile < tiling.tiles(); tile++) {
+        l.token0 = tiling.start(tile);
+        l.tokens = tiling.length(tile);
         const Packing packing{x, l.token0, &l.packed};
         turn.run(l.tokens, l.tokens * x.cols, pack_job, &packing);
         turn.run(jobs, weights * l.tokens, linears_job, &l);

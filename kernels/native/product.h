@@ -21,8 +21,20 @@ INLINE T most(T a, T b) {
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t TILE_TOKENS = 96;  // unpacking a row costs as much as multiplying it by some tokens
-constexpr int64_t TILE_ROWS = 64;    // these share one load of inputs from the outer caches
+constexpr int64_t TILE_TOKENS = 96;       // unpacking a row costs as much as multiplying it by some tokens
+constexpr int64_t TILE_STEP_TOKENS = 12;  // tiles begin at multiples of it: whole batches of every machine
+constexpr int64_t TILE_ROWS = 64;         // these share one load of inputs from the outer caches
+
+// Tokens cut into tiles of nearly equal length, so they are short only if all are.
+struct Tiling {
+    int64_t tokens;
+
+    int64_t steps() const { return ceil_div(tokens, TILE_STEP_TOKENS); }
+    int64_t tiles() const { return ceil_div(tokens, TILE_TOKENS); }
+    int64_t longest() const { return tokens ? least(tokens, ceil_div(steps(), tiles()) * TILE_STEP_TOKENS) : 0; }
+    int64_t start(int64_t tile) const { return least(tokens, steps() * tile / tiles() * TILE_STEP_TOKENS); }
+    int64_t length(int64_t tile) const { return start(tile + 1) - start(tile); }
+};
 
 // The inputs of each token, packed as the type of the weights needs them; they may lie anywhere.
 struct Tokens {

@@ -2,6 +2,9 @@
 //
 // Pointers and sizes have been checked by the caller; data may lie at any alignment.
 #include <string.h>
+#if defined(SHOAL_AVXVNNI)
+#include <cpuid.h>
+#endif
 #if defined(SHOAL_ARM) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -13,6 +16,9 @@ namespace shoal {
 namespace homes {
 #if defined(SHOAL_X86)
 extern const Home avx512vnni, avx512, avx2, scalar;
+#if defined(SHOAL_AVXVNNI)
+extern const Home avxvnni;
+#endif
 #elif defined(SHOAL_ARM)
 extern const Home neon_dot, neon;
 #else
@@ -27,6 +33,12 @@ bool runs_here(const Home& home) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (&home == &homes::avx2) return avx2;
+#if defined(SHOAL_AVXVNNI)
+    if (&home == &homes::avxvnni) {
+        unsigned a, b, c, d;
+        return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+    }
+#endif
     if (&home == &homes::avx512 || &home == &homes::avx512vnni) {
         return avx2 && (&home == &homes::avx512 || __builtin_cpu_supports("avx512vnni")) &&
                __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -44,7 +56,11 @@ bool runs_here(const Home& home) {
 // Best first.
 const Home* const all[] = {
 #if defined(SHOAL_X86)
-    &homes::avx512vnni, &homes::avx512, &homes::avx2, &homes::scalar,
+    &homes::avx512vnni, &homes::avx512,
+#if defined(SHOAL_AVXVNNI)
+    &homes::avxvnni,
+#endif
+    &homes::avx2, &homes::scalar,
 #elif defined(SHOAL_ARM)
     &homes::neon_dot, &homes::neon,
 #else

@@ -13,7 +13,7 @@ from shoal.kernels.reference import ReferenceHome
 
 def _here() -> list[str]:
     names = []
-    for name in ("avx512vnni", "avx512", "avx2", "neon_dot", "neon", "scalar"):
+    for name in ("avx512vnni", "avx512", "avxvnni", "avx2", "neon_dot", "neon", "scalar"):
         try:
             names.append(library.Native(name).name)
         except KernelError:
