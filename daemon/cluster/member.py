@@ -37,6 +37,7 @@ from .control_messages import (
 from .links.link_probes import Probes
 from .pulse import Watched
 from .routes.probing import link_speed
+from .speed import NodeSpeed
 
 PROBE_S = 1.0
 PROBE_ANSWER_S = 10.0  # whatever else it says meanwhile
@@ -81,6 +82,11 @@ class Member:
     @property
     def name(self) -> str:
         return self.facts.name
+
+    @property
+    def speed(self) -> NodeSpeed:
+        facts = self.facts
+        return NodeSpeed(facts.memory_bytes_per_s, facts.flops, facts.disk_bytes_per_s, facts.measured)
 
     @property
     def address(self) -> str:

@@ -241,6 +241,7 @@ class Membership:
             memory_bytes_per_s=speed.memory_bytes_per_s,
             flops=speed.flops,
             disk_bytes_per_s=speed.disk_bytes_per_s,
+            measured=speed.measured,
         )
 
     def follow_files(self) -> None:
