@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 
 from shoal.comm.group.channel import Channel
@@ -18,14 +19,17 @@ from shoal.offload.block_store import BlockReader
 from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.errors import PackError
 from shoal.offload.pack.builder import PackBuilder, partial_of
-from shoal.offload.pack.manifest import Manifest, Source, read_manifest
-from shoal.offload.pack.pack import Pack
+from shoal.offload.pack.manifest import DAMAGED, Manifest, Source, read_manifest
+from shoal.offload.pack.pack import Pack, open_pack
 from shoal.offload.window.pinned import PackReader
 from shoal.partition.amounts import format_bytes
+from shoal.partition.slicing import Shard
 
+from .earlier_shards import EarlierShard
 from .remote_shard import RemoteShard
 from .shard_cache import ShardCache, ShardLock
 
+MOST_EARLIER = 4  # shards that are looked at for what need not be sent
 ADDED_BYTES = 4 << 20  # that are put into the pack at a time
 NO_ROOM = FULL_DISK | {errno.EFBIG}  # a file system, or a limit of this process, may bound a single file
 
@@ -121,7 +125,15 @@ def _made(
             cache.discard(place)
         if refusal := cache.make_room(place, builder.nbytes):
             return None, refusal
-        return builder.build(place, progress), ""
+        with ExitStack() as claims:
+            remote.earlier = list(_earlier(remote, cache, claims, progress))
+            pack = builder.build(place, progress)
+            if remote.kept_bytes:
+                kept, whole = format_bytes(remote.kept_bytes), format_bytes(builder.nbytes)
+                log.info(
+                    "%s: %s of the %s of shard %s were here already", remote.name, kept, whole, remote.shard
+                )
+            return pack, ""
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise DaemonError("internal", f"{error.filename or place}: {error.strerror or error}") from error
@@ -147,6 +159,20 @@ def _adopted(remote: RemoteShard, cache: ShardCache, place: Path, progress: Byte
         finally:
             lock.release()
     return None
+
+
+def _earlier(
+    remote: RemoteShard, cache: ShardCache, claims: ExitStack, progress: BytesDone
+) -> Iterator[EarlierShard]:
+    """What is here of the same model, in other shards, the latest first. Nobody removes it until `claims` end."""
+    for found in islice(cache.siblings(remote.facts), MOST_EARLIER):
+        lock = cache.lock(found)
+        claims.callback(lock.release)
+        with suppress(DaemonError, PackError, OSError):  # being removed or damaged
+            lock.share()
+            pack = open_pack(found)
+            if isinstance(pack.manifest.shard, Shard) and not (found / DAMAGED).exists():
+                yield EarlierShard(pack, remote.facts, progress)
 
 
 def _same(remote: RemoteShard, manifest: Manifest, progress: BytesDone) -> bool:
