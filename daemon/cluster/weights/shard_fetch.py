@@ -67,11 +67,13 @@ def fetch_shard(
     cache: ShardCache,
     progress: BytesDone = unheard,
     memory_bytes: int | None = None,
+    model: str = "",
 ) -> ShardWeights:
     """The weights of the shard that the head serves on `channels`, of which the cache then has a pack. What an earlier
     attempt has left of it, or the same weights under another name at the head, is not sent again.
 
-    memory_bytes: what the weights may take, if the disk has no room; None = what is available.
+    memory_bytes: what the weights may take, if the disk has no room; None = what is available.  model: what people call
+    it; "" = as its files do.
     Raises GroupError when the channels fail: they are closed then, and the next attempt goes on. Raises DaemonError:
     `resources` when neither disk nor memory have room, `busy` while another process fetches the same, and what the
     head refuses with.
@@ -81,7 +83,7 @@ def fetch_shard(
         place = cache.place(remote.facts)
         lock = cache.lock(place)
         try:
-            pack, refusal = _had(remote, cache, place, lock, progress)
+            pack, refusal = _had(remote, cache, place, lock, progress, model or remote.name)
         except BaseException:
             lock.release()  # at once, though who catches this may keep it
             raise
@@ -98,14 +100,14 @@ def fetch_shard(
 
 
 def _had(
-    remote: RemoteShard, cache: ShardCache, place: Path, lock: ShardLock, progress: BytesDone
+    remote: RemoteShard, cache: ShardCache, place: Path, lock: ShardLock, progress: BytesDone, model: str
 ) -> tuple[Pack | None, str]:
     """The pack at `place`, which nobody removes as long as `lock` lives; or None, and why there is no room for it."""
     lock.share()
     if (pack := cache.find(place, remote.facts)) is not None:
         return pack, ""
     lock.exclude()
-    pack, refusal = _made(remote, cache, place, progress)
+    pack, refusal = _made(remote, cache, place, progress, model)
     lock.share()
     if pack is not None and not pack.path.exists():
         raise DaemonError("busy", f"another process has just removed {place}", "try again")
@@ -113,13 +115,13 @@ def _had(
 
 
 def _made(
-    remote: RemoteShard, cache: ShardCache, place: Path, progress: BytesDone
+    remote: RemoteShard, cache: ShardCache, place: Path, progress: BytesDone, model: str
 ) -> tuple[Pack | None, str]:
     """Finds or fetches the pack at `place`, whose lock is held alone. → it; or None, and why there is no room for it"""
     facts = remote.facts
     if (pack := cache.find(place, facts) or _adopted(remote, cache, place, progress)) is not None:
         return pack, ""
-    builder = PackBuilder(remote, "keep", Source(remote.name, [], facts.content), ADDED_BYTES)
+    builder = PackBuilder(remote, "keep", Source(model, [], facts.content), ADDED_BYTES)
     try:
         if not builder.reopen(place):
             cache.discard(place)
