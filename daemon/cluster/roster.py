@@ -21,9 +21,9 @@ from shoal.daemon.installed import package_version
 
 from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
 from .faults import Faults
+from .links.link_probes import answer_probes
 from .member import Member
 from .mesh.pair_links import PairLinks
-from .routes.probing import answer_probes
 
 log = logging.getLogger(__name__)
 
