@@ -1,7 +1,8 @@
 """Probes of one link: how long a small message takes between two machines, and how fast many bytes are sent.
 
-The other side answers them at once. Over a channel that is there for nothing else, whoever measures reads the answers (`measured`). Over one that is used
-for more, the thread that hears the other side hands them over, and another may wait for them (`Probes`).
+The other side answers them at once. Over a channel that is there for nothing else, whoever measures reads the answers
+(`measured`). Over one that is used for more, the thread that hears the other side hands them over, and another may
+wait for them (`Probes`).
 """
 
 from __future__ import annotations
