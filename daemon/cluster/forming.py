@@ -20,7 +20,7 @@ from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import fingerprint, group_fingerprint
 from shoal.daemon.loading.budgeting import disk_buffer_bytes
-from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated
+from shoal.daemon.loading.grouping import FormedGroup, Judgement, Seated, Unseated
 from shoal.daemon.loading.planning import extents, rank_part, wanted_of
 from shoal.daemon.memory import bounded
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -29,7 +29,7 @@ from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 from shoal.partition.group_choice import Choice, NoGroup
-from shoal.partition.group_search import AVAILABLE_TOPOLOGIES, STEADY, KeptCuts, choose
+from shoal.partition.group_search import AVAILABLE_TOPOLOGIES, STEADY, KeptCuts, Places, choose
 from shoal.partition.machines import Links, LinkSpeed, Machine
 from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
 from shoal.partition.rank_plans import RankPart, rank_plans
@@ -37,6 +37,7 @@ from shoal.partition.slicing import Grains, Shard, divide
 from shoal.partition.spec import BlockId
 from shoal.partition.sum_cost import Means, Network, Topology
 
+from .choosing.measured_groups import MeasuredGroups
 from .group import Group, Seat, SendsWeights, Settle
 from .member import Member
 from .roster import Roster
@@ -67,6 +68,7 @@ class Choosing(Protocol):
         wires: Sequence[WireType],
         ranks: int | None,
         kept: KeptCuts,
+        measured: Mapping[Places, float],
     ) -> Choice | NoGroup: ...
 
 
@@ -86,6 +88,7 @@ class Forming:
         self._speed = speed
         self._choosing = choosing
         self._steady = steady or SteadyShares()
+        self._measured = MeasuredGroups()
 
     @property
     def machines(self) -> int:
@@ -93,7 +96,13 @@ class Forming:
 
     @property
     def arrivals(self) -> int:
-        return self._roster.arrivals
+        return self._roster.arrivals + self._measured.changes
+
+    def note(
+        self, checkpoint: Checkpoint, config: NodeConfig, group: FormedGroup | None, token_s: float
+    ) -> None:
+        machines = frozenset(group.fingerprints) if group is not None else frozenset()
+        self._measured.note(_model_key(checkpoint, config), machines, token_s)
 
     def seat(
         self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int
@@ -169,8 +178,7 @@ class Forming:
         if not members or config.ranks == 1:
             return Unseated("")
         rooms = [free_bytes, *(member.room_bytes(name, *dropping) for member in members)]
-        kept = self._steady.cuts(_model(checkpoint, config), [member.fingerprint for member in members])
-        choice = self._choice(checkpoint, config, members, rooms, kept)
+        choice = self._choice(checkpoint, config, members, rooms)
         if isinstance(choice, NoGroup):
             if config.ranks is not None:
                 raise DaemonError("resources", f"{name}: {choice.describe()}")
@@ -179,7 +187,7 @@ class Forming:
             return Unseated(choice.describe())
         cut = self._cut(checkpoint, config, choice, members, rooms)
         if _streamed_bytes(cut):  # perhaps because it was kept
-            afresh = self._choice(checkpoint, config, members, rooms)
+            afresh = self._choice(checkpoint, config, members, rooms, steady=False)
             if not isinstance(afresh, NoGroup) and len(afresh.ranks) > 1:
                 other = self._cut(checkpoint, config, afresh, members, rooms)
                 if STEADY * _streamed_bytes(other) < _streamed_bytes(cut):
@@ -193,17 +201,15 @@ class Forming:
         config: NodeConfig,
         group: FormedGroup | None,
         free_bytes: int,
-    ) -> bool:
+    ) -> Judgement:
         members = _in_order(self._roster.usable)
         now = list(group.names) if group is not None else []
         if not members:
-            return bool(now)
+            return Judgement(bool(now), "")
         rooms = [free_bytes, *(member.room_bytes(name) for member in members)]
-        kept = self._steady.cuts(_model(checkpoint, config), [member.fingerprint for member in members])
-        choice = self._choice(checkpoint, config, members, rooms, kept)
-        if isinstance(choice, NoGroup):
-            return False
-        return sorted(it.machine for it in choice.ranks[1:]) != sorted(now)
+        choice = self._choice(checkpoint, config, members, rooms)
+        chosen = now if isinstance(choice, NoGroup) else [it.machine for it in choice.ranks[1:]]
+        return Judgement(sorted(chosen) != sorted(now), choice.describe())
 
     def _choice(
         self,
@@ -211,9 +217,11 @@ class Forming:
         config: NodeConfig,
         members: Sequence[Member],
         rooms: Sequence[int],
-        kept: KeptCuts = KeptCuts(),  # noqa: B008 it is frozen
+        *,
+        steady: bool = True,
     ) -> Choice | NoGroup:
-        """`rooms`: bytes of memory, this machine's first."""
+        """`rooms`: bytes of memory, this machine's first. `steady`: the last cut, if it is nearly as good."""
+        model, there = _model_key(checkpoint, config), [member.fingerprint for member in members]
         machines = self._machines(config, members, rooms)
         links = {(0, place): member.link for place, member in enumerate(members, 1)}
         for (one, near), (other, far) in combinations(enumerate(members, 1), 2):
@@ -234,7 +242,8 @@ class Forming:
             topologies=_topologies(members),
             wires=_wires(config),
             ranks=config.ranks,
-            kept=kept,
+            kept=self._steady.cuts(model, there) if steady else KeptCuts(),
+            measured=self._measured_at(model, there),
         )
         log.info("%s: %s", checkpoint.name, choice.describe())
         return choice
@@ -242,6 +251,15 @@ class Forming:
     def _speeds(self, members: Sequence[Member]) -> Mapping[str, NodeSpeed]:
         """Those that count, by fingerprint; this machine's is \"\"."""
         return self._steady.speeds({"": self._speed()} | {it.fingerprint: it.speed for it in members})
+
+    def _measured_at(self, model: str, there: Sequence[str]) -> Mapping[Places, float]:
+        """What is known of groups of these members, by their places."""
+        places = {fingerprint: place for place, fingerprint in enumerate(there, 1)}
+        return {
+            (0, *sorted(places[it] for it in machines)): token_s
+            for machines, token_s in self._measured.token_s(model).items()
+            if machines <= places.keys()
+        }
 
     def _machines(self, config: NodeConfig, members: Sequence[Member], rooms: Sequence[int]) -> list[Machine]:
         speeds = self._speeds(members)
@@ -282,7 +300,7 @@ class Forming:
         choice = cut.choice
         plans = [replace(plan, overlap_rows=choice.figures.overlap_rows) for plan in cut.plans]
         used = UsedCut(
-            _model(cut.checkpoint, config),
+            _model_key(cut.checkpoint, config),
             tuple(member.fingerprint for member in cut.members),
             choice.shares,
             choice.experts,
@@ -327,6 +345,10 @@ class _Seating(NamedTuple):
     why: str
 
 
+def _model_key(checkpoint: Checkpoint, config: NodeConfig) -> str:
+    return f"{checkpoint.path} {config.quant}"
+
+
 def _topologies(members: Sequence[Member]) -> Sequence[Topology]:
     """What all of them can do."""
     return AVAILABLE_TOPOLOGIES if all(member.meets_fellows for member in members) else ("star",)
@@ -340,10 +362,6 @@ def _wires(config: NodeConfig) -> Sequence[WireType]:
 def _in_order(members: Sequence[Member]) -> list[Member]:
     """Not in the order in which they came: each is to get the shard again that it has the weights and the KV of."""
     return sorted(members, key=lambda member: member.fingerprint)
-
-
-def _model(checkpoint: Checkpoint, config: NodeConfig) -> str:
-    return f"{checkpoint.path} {config.quant}"
 
 
 class TooTight(NamedTuple):
