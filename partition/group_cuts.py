@@ -51,6 +51,12 @@ class Cuts:
                     break
                 shares = [share * factor for share, factor in zip(shares, over, strict=True)]
 
+    def as_before(
+        self, machines: Sequence[Machine], shares: tuple[float, ...], experts: CutOfExperts
+    ) -> tuple[Placement, ...]:
+        """The ranks with shares that were used before; none if these cannot be, or one does not fit."""
+        return self._as_shared(machines, shares, experts)[0] if len(shares) == len(machines) else ()
+
     def _as_shared(
         self, machines: Sequence[Machine], shares: tuple[float, ...], experts: CutOfExperts
     ) -> tuple[tuple[Placement, ...], list[float]]:

@@ -6,6 +6,9 @@ token of an answer nor the first token of a prompt, against anything that was ch
 never makes anything slower by more than that. Of the first `EXACT_MACHINES` all groups are compared; with each that
 joins later, only those near the last choice.
 
+What was used before is taken again while it costs no more than `STEADY` times the best: another cut means that weights
+are sent again.
+
 Pure, and deterministic: the same figures give the same choice. `group_cost` predicts, `group_choice` says why.
 """
 
@@ -24,13 +27,14 @@ from .group_cuts import EXPERT_CUTS, Cuts
 from .machines import Links, Machine, Workload, check_machines, link_between
 from .plan import Wanted
 from .rank_sizes import Held, Memory, Sizes
-from .slicing import ANYWHERE, Grains
+from .slicing import ANYWHERE, CutOfExperts, Grains
 from .spec import BlockId
 from .sum_cost import Means, Network, Topology, Wire
 
 WORTH = 0.97  # of the time of a usual request is left, at most, where a group takes more machines
 TOLERANCE = 1.05  # times what anything may take with one machine more
 EXACT_MACHINES = 6
+STEADY = 1.1  # times the best a usual request may take with a cut that is kept
 LEAST_ERROR, MOST_ERROR = (
     0.5,
     8.0,
@@ -43,6 +47,21 @@ AVAILABLE_TOPOLOGIES: tuple[Topology, ...] = ("exchange", "sliced", "star")
 AVAILABLE_WIRES: tuple[Wire, ...] = ("f32", "bf16", "int8")
 
 Places = tuple[int, ...]  # of machines, ascending: those of ranks 0, 1, …
+
+
+class KeptCut(NamedTuple):
+    """What `divide` was given for a group."""
+
+    shares: tuple[float, ...]
+    experts: CutOfExperts
+
+
+class KeptCuts(NamedTuple):
+    """Cuts that were used before, by the places of machines. `last`: what was used when these same machines were there;
+    None if they were not."""
+
+    by_places: Mapping[Places, KeptCut] = {}
+    last: Places | None = None
 
 
 class _Found(NamedTuple):
@@ -72,11 +91,13 @@ def choose(
     topologies: Collection[Topology] = AVAILABLE_TOPOLOGIES,
     wires: Sequence[Wire] = AVAILABLE_WIRES,
     ranks: int | None = None,
+    kept: KeptCuts = KeptCuts(),  # noqa: B008 it is frozen
     measured: Mapping[Places, float] = MappingProxyType({}),
 ) -> Choice | NoGroup:
     """The group for a model. `machines[0]` is the head. `block_bytes`: of all blocks, the head of the vocabulary in
     slices if weights may stream (`plan_streamed`'s extents). `splits`, `topologies`, `wires`: what may be used; the
     fastest is, whatever a wire rounds away, and of equally fast wires the first. `ranks`: somebody insists on so many.
+    `kept`: what is taken again if it is nearly as good.
     `measured`: seconds that a token took with some machines; what is predicted for them, and for groups which they are
     part of, is corrected by that.
 
@@ -101,6 +122,7 @@ def choose(
     if found is None:
         return search.nothing(ranks)
     alone = search.best((0,))
+    found = search.steady(found, kept, alone)
     return Choice(
         split=found.split,
         ranks=tuple(search.rank_plans(found)),
@@ -225,6 +247,19 @@ class _Search:
         kept = (bound.total_s for bound in bounds if floor is None or bound.within(floor, TOLERANCE))
         return min(kept, default=inf)
 
+    def steady(self, found: _Found, kept: KeptCuts, alone: _Found | None) -> _Found:
+        """What is kept of the last group, or of the one that was found, if it is nearly as good as that."""
+        for places in (kept.last, found.places):
+            cut = kept.by_places.get(places) if places is not None else None
+            if places is None or cut is None:
+                continue
+            again = self._again(places, cut)
+            if again is None or again.figures.total_s > STEADY * found.figures.total_s:
+                continue
+            if places == found.places or alone is None or again.figures.within(alone.figures, TOLERANCE):
+                return again
+        return found
+
     # --- one group ------------------------------------------------------------------------------------------
 
     def best(self, places: Places) -> _Found | None:
@@ -237,6 +272,17 @@ class _Search:
             ways = self._predicted(places)
             self._found[places] = [it._replace(figures=self._corrected(places, it.figures)) for it in ways]
         return self._found[places]
+
+    def _again(self, places: Places, cut: KeptCut) -> _Found | None:
+        """A group with a cut that it had before; None if that cannot be any more."""
+        network, means = self._network(places)
+        if "tensor" not in self._splits or not means:
+            return None
+        parts = self._cuts.as_before([self._machines[place] for place in places], *cut)
+        if not parts:
+            return None
+        figures = self._corrected(places, self.cost.tensor(parts, network, means))
+        return _Found(places, "tensor", cut.shares, parts, figures)
 
     def _predicted(self, places: Places) -> list[_Found]:
         divided = list(self._tensor(places))

@@ -50,16 +50,7 @@ def dial(
     context = client_context(identity, known.certificate)
     with _Race(addresses or known.addresses, context, deadline) as race:
         for _, stream, shown in race.found():
-            channel = Channel(stream, peer)
-            try:
-                if shown != known.certificate:
-                    raise NotPaired("the other node shows a certificate that is not the paired one")
-                peers.hold(peer, channel)
-                greet(channel, purpose, speaks, deadline)
-            except BaseException:
-                channel.close()
-                raise
-            return channel
+            return _greeted(stream, shown, peers, known, purpose, speaks, deadline)
     raise race.failure()
 
 
@@ -80,21 +71,37 @@ def dial_all(
     refusal: GroupError | None = None
     with _Race(addresses, client_context(identity, known.certificate), deadline) as race:
         for _, stream, shown in race.found():
-            channel = Channel(stream, peer)
+            ends_s = min(deadline, time.monotonic() + GREET_S)
             try:
-                if shown != known.certificate:
-                    raise NotPaired("the other node shows a certificate that is not the paired one")
-                peers.hold(peer, channel)
-                greet(channel, purpose, speaks, min(deadline, time.monotonic() + GREET_S))
-            except GroupError as error:
-                channel.close()
-                refusal = refusal or error
-            else:
-                opened.append(channel)
+                opened.append(_greeted(stream, shown, peers, known, purpose, speaks, ends_s))
                 race.deadline = min(race.deadline, time.monotonic() + OTHERS_S)
+            except GroupError as error:
+                refusal = refusal or error
     if not opened:
         raise refusal or race.failure()
     return opened
+
+
+def _greeted(
+    stream: TlsStream,
+    shown: bytes,
+    peers: KnownNodes,
+    known: PairedNode,
+    purpose: Purpose,
+    speaks: Speaks,
+    deadline: float,
+) -> Channel:
+    """The channel to a paired node that shows this certificate. Raises as `dial`; then nothing stays open."""
+    channel = Channel(stream, known.fingerprint)
+    try:
+        if shown != known.certificate:
+            raise NotPaired("the other node shows a certificate that is not the paired one")
+        peers.hold(known.fingerprint, channel)
+        greet(channel, purpose, speaks, deadline)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
 
 
 def pair(

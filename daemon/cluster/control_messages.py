@@ -47,6 +47,7 @@ class Attach(Struct, tag=True, frozen=True, kw_only=True):
     memory_bytes_per_s: Speed = 0.0
     flops: Speed = 0.0
     disk_bytes_per_s: Speed = 0.0
+    measured: Count = 1  # speeds are the best of so many measurements
     routes: Count = 1  # of this many addresses the one that is used is the best
 
 

@@ -29,7 +29,7 @@ from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 from shoal.partition.group_choice import Choice, NoGroup
-from shoal.partition.group_search import AVAILABLE_TOPOLOGIES, Places, choose
+from shoal.partition.group_search import AVAILABLE_TOPOLOGIES, STEADY, KeptCuts, Places, choose
 from shoal.partition.machines import Links, LinkSpeed, Machine
 from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
 from shoal.partition.rank_plans import RankPart, rank_plans
@@ -42,7 +42,7 @@ from .group import Group, Seat, SendsWeights, Settle
 from .member import Member
 from .roster import Roster
 from .speed import NodeSpeed
-from .steady_shares import Shares, SteadyShares
+from .steady_shares import SteadyShares, UsedCut
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Choosing(Protocol):
         topologies: Sequence[Topology],
         wires: Sequence[WireType],
         ranks: int | None,
+        kept: KeptCuts,
         measured: Mapping[Places, float],
     ) -> Choice | NoGroup: ...
 
@@ -109,7 +110,7 @@ class Forming:
         made = self._seating(name, checkpoint, config, free_bytes)
         if isinstance(made, Unseated):
             return made
-        self._steady.use(made.key, made.shares)
+        self._steady.use(made.speeds, made.cut)
         group = self._group(name, checkpoint, config, made)
         group.begin()
         return Seated(made.parts[0], made.plans[0], group, made.why)
@@ -166,8 +167,7 @@ class Forming:
     ) -> _Seating | Unseated:
         """Who would take part, and how."""
         awaited = self._roster.awaited(0 if config.ranks is None else config.ranks - 1)
-        # Not in the order in which they came: each is to get the shard again that it has the weights and the KV of.
-        members = sorted(awaited, key=lambda member: member.fingerprint)
+        members = _in_order(awaited)
         if config.ranks is not None and config.ranks > len(members) + 1:
             there = ", ".join(member.name for member in members) or "nobody"
             message = f"{config.ranks} ranks were asked for, and besides this machine there is {there}"
@@ -185,7 +185,14 @@ class Forming:
             return Unseated(choice.describe())
         if len(choice.ranks) == 1:
             return Unseated(choice.describe())
-        return self._planned(name, checkpoint, config, members, choice, rooms)
+        cut = self._cut(checkpoint, config, choice, members, rooms)
+        if _streamed_bytes(cut):  # perhaps because it was kept
+            afresh = self._choice(checkpoint, config, members, rooms, steady=False)
+            if not isinstance(afresh, NoGroup) and len(afresh.ranks) > 1:
+                other = self._cut(checkpoint, config, afresh, members, rooms)
+                if STEADY * _streamed_bytes(other) < _streamed_bytes(cut):
+                    cut = other
+        return self._planned(name, config, members, cut)
 
     def better(
         self,
@@ -195,7 +202,7 @@ class Forming:
         group: FormedGroup | None,
         free_bytes: int,
     ) -> Judgement:
-        members = self._roster.usable
+        members = _in_order(self._roster.usable)
         now = list(group.names) if group is not None else []
         if not members:
             return Judgement(bool(now), "")
@@ -205,9 +212,16 @@ class Forming:
         return Judgement(sorted(chosen) != sorted(now), choice.describe())
 
     def _choice(
-        self, checkpoint: Checkpoint, config: NodeConfig, members: Sequence[Member], rooms: Sequence[int]
+        self,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        members: Sequence[Member],
+        rooms: Sequence[int],
+        *,
+        steady: bool = True,
     ) -> Choice | NoGroup:
-        """`rooms`: bytes of memory, this machine's first."""
+        """`rooms`: bytes of memory, this machine's first. `steady`: the last cut, if it is nearly as good."""
+        model, there = _model_key(checkpoint, config), [member.fingerprint for member in members]
         machines = self._machines(config, members, rooms)
         links = {(0, place): member.link for place, member in enumerate(members, 1)}
         for (one, near), (other, far) in combinations(enumerate(members, 1), 2):
@@ -228,34 +242,34 @@ class Forming:
             topologies=_topologies(members),
             wires=_wires(config),
             ranks=config.ranks,
-            measured=self._measured_at(checkpoint, config, members),
+            kept=self._steady.cuts(model, there) if steady else KeptCuts(),
+            measured=self._measured_at(model, there),
         )
         log.info("%s: %s", checkpoint.name, choice.describe())
         return choice
 
-    def _measured_at(
-        self, checkpoint: Checkpoint, config: NodeConfig, members: Sequence[Member]
-    ) -> Mapping[Places, float]:
+    def _speeds(self, members: Sequence[Member]) -> Mapping[str, NodeSpeed]:
+        """Those that count, by fingerprint; this machine's is \"\"."""
+        return self._steady.speeds({"": self._speed()} | {it.fingerprint: it.speed for it in members})
+
+    def _measured_at(self, model: str, there: Sequence[str]) -> Mapping[Places, float]:
         """What is known of groups of these members, by their places."""
-        places = {member.fingerprint: place for place, member in enumerate(members, 1)}
-        known = self._measured.token_s(_model_key(checkpoint, config))
+        places = {fingerprint: place for place, fingerprint in enumerate(there, 1)}
         return {
             (0, *sorted(places[it] for it in machines)): token_s
-            for machines, token_s in known.items()
+            for machines, token_s in self._measured.token_s(model).items()
             if machines <= places.keys()
         }
 
     def _machines(self, config: NodeConfig, members: Sequence[Member], rooms: Sequence[int]) -> list[Machine]:
-        own, (free_bytes, *theirs) = self._speed(), rooms
-        head = Machine(
-            "this machine",
-            free_bytes,
-            own.memory_bytes_per_s,
-            own.flops,
-            own.disk_bytes_per_s,
-            config.thread_count,
-        )
-        return [head, *(_machine(member, room) for member, room in zip(members, theirs, strict=True))]
+        speeds = self._speeds(members)
+        names = [("", "this machine", config.thread_count)]
+        names += [(it.fingerprint, it.name, max(1, it.facts.threads)) for it in members]
+        return [
+            Machine(name, room, it.memory_bytes_per_s, it.flops, it.disk_bytes_per_s, threads)
+            for (who, name, threads), room in zip(names, rooms, strict=True)
+            for it in [speeds[who]]
+        ]
 
     def _settling(self, config: NodeConfig, seating: _Seating, hidden: int) -> Settle:
         """What decides how sums are made, once the members have met and their links are measured."""
@@ -274,59 +288,57 @@ class Forming:
         return settle
 
     def _planned(
-        self,
-        name: str,
-        checkpoint: Checkpoint,
-        config: NodeConfig,
-        members: Sequence[Member],
-        choice: Choice,
-        rooms: Sequence[int],
+        self, name: str, config: NodeConfig, members: Sequence[Member], cut: _Cut
     ) -> _Seating | Unseated:
-        chosen = [members[rank.place - 1] for rank in choice.ranks[1:]]
-        rooms = [rooms[rank.place] for rank in choice.ranks]
-        threads = [config.thread_count, *(member.facts.threads for member in chosen)]
-        cut = f"{_model_key(checkpoint, config)} {choice.experts}"
-        key = " ".join([cut, *(member.fingerprint for member in chosen)])
-        found = [
-            self._cut(checkpoint, config, choice, shares, rooms, threads)
-            for shares in dict.fromkeys([self._steady.near(key, choice.shares), choice.shares])
-        ]
-        shares, shards, parts, plans = min(found, key=_streamed_bytes)
-        if isinstance(plans, TooTight):
-            who = chosen[plans.rank - 1].name if plans.rank else "this machine"
-            said = f"{who} needs {format_bytes(plans.least_bytes)} for its part of {name}"
+        if isinstance(cut.plans, TooTight):
+            rank = cut.plans.rank
+            who = cut.members[rank - 1].name if rank else "this machine"
+            said = f"{who} needs {format_bytes(cut.plans.least_bytes)} for its part of {name}"
             if config.ranks is not None:
                 raise DaemonError("resources", said)
             return Unseated(said)
-        plans = [replace(plan, overlap_rows=choice.figures.overlap_rows) for plan in plans]
-        return _Seating(chosen, key, shares, shards, parts, plans, choice.describe())
+        choice = cut.choice
+        plans = [replace(plan, overlap_rows=choice.figures.overlap_rows) for plan in cut.plans]
+        used = UsedCut(
+            _model_key(cut.checkpoint, config),
+            tuple(member.fingerprint for member in cut.members),
+            choice.shares,
+            choice.experts,
+            tuple(member.fingerprint for member in members),
+        )
+        return _Seating(
+            cut.members, used, self._speeds(members), cut.shards, cut.parts, plans, choice.describe()
+        )
 
     def _cut(
         self,
         checkpoint: Checkpoint,
         config: NodeConfig,
         choice: Choice,
-        shares: Shares,
+        members: Sequence[Member],
         rooms: Sequence[int],
-        threads: Sequence[int],
     ) -> _Cut:
-        """The model in these shares."""
+        """The model as it was chosen, with the plans for it."""
+        chosen = [members[rank.place - 1] for rank in choice.ranks[1:]]
+        threads = [config.thread_count, *(member.facts.threads for member in chosen)]
         grains = grains_of(checkpoint, config.quant)
-        shards = divide(checkpoint.spec, len(choice.ranks), grains, shares, experts=choice.experts)
+        shards = divide(checkpoint.spec, len(choice.ranks), grains, choice.shares, experts=choice.experts)
         parts = [CheckpointShard(checkpoint, shard) for shard in shards]
         needs = [
-            rank_part(part, config.quant, max(0, room - disk_buffer_bytes(part, config)), own)
-            for part, room, own in zip(parts, rooms, threads, strict=True)
+            rank_part(part, config.quant, max(0, rooms[rank.place] - disk_buffer_bytes(part, config)), own)
+            for part, rank, own in zip(parts, choice.ranks, threads, strict=True)
         ]
-        return _Cut(shares, shards, parts, _plans(wanted_of(checkpoint.spec, config), needs))
+        return _Cut(
+            checkpoint, choice, chosen, shards, parts, _plans(wanted_of(checkpoint.spec, config), needs)
+        )
 
 
 class _Seating(NamedTuple):
     """A group that could be formed: members by rank, this machine not among them; the rest for all ranks."""
 
     members: Sequence[Member]
-    key: str  # of the shares
-    shares: Shares
+    cut: UsedCut
+    speeds: Mapping[str, NodeSpeed]  # that it was chosen by
     shards: Sequence[Shard]
     parts: Sequence[CheckpointShard]
     plans: Sequence[Plan]
@@ -347,16 +359,9 @@ def _wires(config: NodeConfig) -> Sequence[WireType]:
     return CLUSTER_WIRES[: 1 + CLUSTER_WIRES.index(config.cluster_wire)]
 
 
-def _machine(member: Member, room_bytes: int) -> Machine:
-    facts = member.facts
-    return Machine(
-        member.name,
-        room_bytes,
-        facts.memory_bytes_per_s,
-        facts.flops,
-        facts.disk_bytes_per_s,
-        max(1, facts.threads),
-    )
+def _in_order(members: Sequence[Member]) -> list[Member]:
+    """Not in the order in which they came: each is to get the shard again that it has the weights and the KV of."""
+    return sorted(members, key=lambda member: member.fingerprint)
 
 
 class TooTight(NamedTuple):
@@ -367,9 +372,11 @@ class TooTight(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """A model in shares, and the plans for it, if there are any."""
+    """A model in shares, and the plans for it, if there are any. `members` by rank, this machine not among them."""
 
-    shares: Shares
+    checkpoint: Checkpoint
+    choice: Choice
+    members: Sequence[Member]
     shards: Sequence[Shard]
     parts: Sequence[CheckpointShard]
     plans: Sequence[Plan] | TooTight

@@ -22,7 +22,7 @@ from shoal.comm.group.sums.star import Hub
 from shoal.comm.group.sums.star_errors import Departed
 from shoal.comm.group.sums.wire_types import WireType
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.library.kv_files import MOST_SLOTS, rank_fingerprint
+from shoal.daemon.library.kv_files import MOST_SLOTS, group_fingerprint, rank_fingerprint
 from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress, no_progress
 from shoal.offload.pack.manifest import Quant
@@ -239,7 +239,13 @@ class Group:
 
     @property
     def kv_key(self) -> bytes:
-        return rank_fingerprint(self._kv_store, 0) if self._kv_store else b""
+        """Once it is complete. Where the wire rounds, KV depends on how sums are made, too (but the number of rows from
+        which on, which is another one at every start, does not count). That is known only now. Workers find KV by
+        digests under a secret of this rank's store, so theirs need no other name."""
+        store, manners = self._kv_store, self.manners
+        if store and manners is not None and manners.rounds:
+            store = group_fingerprint(store, (), [str(manners.few), str(manners.many)])
+        return rank_fingerprint(store, 0) if store else b""
 
     @property
     def kv_slots(self) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.errors import ChannelTimeout
 from shoal.comm.group.group_protocol import FELLOWS
 from shoal.comm.group.streams import Address
 from shoal.partition.machines import LinkSpeed
@@ -34,12 +33,11 @@ from .control_messages import (
     Serve,
     ShardRefused,
 )
-from .links.link_probes import Probes
+from .links.link_probes import Probes, link_speed
 from .pulse import Watched
-from .routes.probing import link_speed
+from .speed import NodeSpeed
 
 PROBE_S = 1.0
-PROBE_ANSWER_S = 10.0  # whatever else it says meanwhile
 
 Telling = Callable[[Listens | Met], None]
 """Is told what a member says of its fellows, in the thread that hears the member."""
@@ -81,6 +79,11 @@ class Member:
     @property
     def name(self) -> str:
         return self.facts.name
+
+    @property
+    def speed(self) -> NodeSpeed:
+        facts = self.facts
+        return NodeSpeed(facts.memory_bytes_per_s, facts.flops, facts.disk_bytes_per_s, facts.measured)
 
     @property
     def address(self) -> str:
@@ -144,7 +147,7 @@ class Member:
     def measure(self) -> None:
         """Find out how long a small message takes to it, and how fast many bytes are sent. Before `run`. Raises OSError
         or CommError."""
-        self.link = link_speed(self._probe, PROBE_S)
+        self.link = link_speed(lambda data: self.probes.trip_s(data, self._hear), PROBE_S)
 
     def run(self) -> None:
         """Hear it until it is gone; the caller's thread is used for that."""
@@ -174,15 +177,6 @@ class Member:
                 if message.epoch in self._answers:
                     self._answers[message.epoch] = message
                 self._state.notify_all()
-
-    def _probe(self, data: bytes) -> float:
-        """Seconds until it has answered to so many bytes."""
-        number, began_s = self.probes.begin(data), self._clock()
-        while not self.probes.answered(number):
-            self._hear()
-            if self._clock() - began_s > PROBE_ANSWER_S:
-                raise ChannelTimeout("it does not answer")
-        return self.probes.took_s(number)
 
     def send(self, message: FromHead) -> None:
         """Never raises: if it cannot be sent, the member is gone."""

@@ -89,10 +89,7 @@ class Membership:
         self._closed = False
         self._peers = Peers(directory)
         self._last_paired: list[str] = []
-        roster.name_of = lambda fingerprint: self._peers.get(fingerprint).name
-        roster.certificate_of = lambda fingerprint: self._peers.get(fingerprint).certificate
-        roster.paired = self._paired
-        roster.addresses = lambda: found.all_reachable if (found := self._listening) is not None else []
+        roster.known = self
 
     @property
     def role(self) -> NodeRole:
@@ -198,7 +195,7 @@ class Membership:
         """Listen where it is needed: who is missing may come by any way, who is there stays on his."""
         if (listening := self._listening) is None:
             return
-        paired = set(self._paired())
+        paired = set(self.paired())
         members = self._roster.members
         awaited = self._codes.any_good or bool(paired - {member.fingerprint for member in members})
         if listening.follow(awaited=awaited, used=[member.own_address for member in members]):
@@ -208,12 +205,21 @@ class Membership:
             if (announcer := self._announcer) is not None:
                 announcer.look()
 
-    def _paired(self) -> list[str]:
+    def paired(self) -> list[str]:
         """Who may attach, in the order in which they joined; as last known if the file is damaged: the listener
         complains about that."""
         with suppress(CommError):
             self._last_paired = [peer.fingerprint for peer in self._peers.listed()]
         return self._last_paired
+
+    def worker(self, fingerprint: str) -> tuple[str, bytes]:
+        """See `Known`. Raises NotPaired."""
+        peer = self._peers.get(fingerprint)
+        return peer.name, peer.certificate
+
+    def addresses(self) -> list[str]:
+        """At which this head would be reached if it awaited somebody."""
+        return listening.all_reachable if (listening := self._listening) is not None else []
 
     def _reachable(self) -> list[str]:
         listening = self._listening
@@ -241,6 +247,7 @@ class Membership:
             memory_bytes_per_s=speed.memory_bytes_per_s,
             flops=speed.flops,
             disk_bytes_per_s=speed.disk_bytes_per_s,
+            measured=speed.measured,
         )
 
     def follow_files(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -17,8 +19,10 @@ from .membership import Membership
 from .roster import Roster
 from .routes.local_network import LocalNetwork
 from .shard_stores import open_shards, send_weights
-from .speed import NodeSpeed, node_speed
+from .speed import NodeSpeed, measure_again, node_speed
 from .steady_shares import SteadyShares
+
+LONG_QUIET_S = 10.0
 
 
 def place_in_cluster(
@@ -30,7 +34,8 @@ def place_in_cluster(
 ) -> tuple[Forming, Membership]:
     """`computing` names the models that compute now. `kv_files`: this node's, if it keeps KV on disk."""
     roster = Roster()
-    speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
+    measured = config.thread_count, home.cluster / "speed.json", home.root
+    speed, again = partial(node_speed, *measured), partial(measure_again, *measured)
 
     def tested_speed() -> NodeSpeed:
         check_kernels(home.cluster / "kernels.tested")
@@ -41,6 +46,17 @@ def place_in_cluster(
         home.cluster, config, budget, roster, open_shard, tested_speed, computing, LocalNetwork()
     )
     membership.start()
+    threading.Thread(target=_measure_again, args=(budget, again), name="shoal-speed", daemon=True).start()
     steady = SteadyShares(home.cluster / "shares.json")
     sending = partial(send_weights, claimed=PackShelf(home).claimed)
     return Forming(roster, sending, speed, steady=steady), membership
+
+
+def _measure_again(budget: Budget, again: Callable[[], None]) -> None:
+    """Once, when no model has been in memory for a while that was not there before: nobody waits for one then."""
+    before = budget.held_bytes
+    quiet_s = 0.0
+    while quiet_s < LONG_QUIET_S:
+        time.sleep(1.0)
+        quiet_s = quiet_s + 1.0 if budget.held_bytes <= before else 0.0
+    again()

@@ -21,9 +21,9 @@ from shoal.daemon.installed import package_version
 
 from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
 from .faults import Faults
+from .links.link_probes import answer_probes
 from .member import Member
 from .mesh.pair_links import PairLinks
-from .routes.probing import answer_probes
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,35 @@ class Joining(Protocol):
         """Answers the member's requests for weights until the channel ends."""
 
 
+class Known(Protocol):
+    """What a head knows of its workers and of itself."""
+
+    def paired(self) -> Sequence[str]:
+        """Fingerprints of those that may attach, in the order in which they joined."""
+        ...
+
+    def worker(self, fingerprint: str) -> tuple[str, bytes]:
+        """As this head calls it, and its certificate; "" = as it calls itself, b"" = nobody knows."""
+        ...
+
+    def addresses(self) -> list[str]:
+        """At which this head can be reached."""
+        ...
+
+
+class NobodyKnown:
+    """See `Known`."""
+
+    def paired(self) -> Sequence[str]:
+        return ()
+
+    def worker(self, fingerprint: str) -> tuple[str, bytes]:
+        return "", b""
+
+    def addresses(self) -> list[str]:
+        return []
+
+
 class Roster:
     """`changed` is called, from any thread, when a member came or is gone; with the reason if it is gone."""
 
@@ -74,12 +103,7 @@ class Roster:
         self.pairs = PairLinks()
         self._came = 0  # how many members have come
         self._arrived_s = clock() + ARRIVE_S
-        self.name_of: Callable[[str], str] = lambda fingerprint: (
-            ""
-        )  # as this head calls it; "" = as it calls itself
-        self.certificate_of: Callable[[str], bytes] = lambda fingerprint: b""  # b"" = nobody knows
-        self.addresses: Callable[[], list[str]] = list  # at which this head can be reached
-        self.paired: Callable[[], Sequence[str]] = list  # who may attach, in the order in which they joined
+        self.known: Known = NobodyKnown()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._look, name="shoal-roster", daemon=True).start()
@@ -89,7 +113,7 @@ class Roster:
         """In the order in which they joined, so that each gets the shard again of which it has weights and KV."""
         with self._lock:
             found = list(self._members.values())
-        place = {fingerprint: place for place, fingerprint in enumerate(self.paired())}
+        place = {fingerprint: place for place, fingerprint in enumerate(self.known.paired())}
         return sorted(found, key=lambda member: place.get(member.fingerprint, len(place)))
 
     @property
@@ -100,7 +124,7 @@ class Roster:
     def awaited(self, count: int) -> list[Member]:
         """`usable`. A head that has just started waits until so many are attached, if so many are paired: they look for
         it all the time, but need some seconds."""
-        while len(self.members) < count <= len(self.paired()) and self._clock() < self._arrived_s:
+        while len(self.members) < count <= len(self.known.paired()) and self._clock() < self._arrived_s:
             if self._closed.wait(ARRIVE_LOOK_S):
                 break
         return self.usable
@@ -131,7 +155,9 @@ class Roster:
             if channel.purpose == "control":
                 self._attach(channel)
             elif channel.purpose == "measure":
-                answer_probes(channel, HeadAt(addresses=self.addresses()[:64], version=package_version()))
+                answer_probes(
+                    channel, HeadAt(addresses=self.known.addresses()[:64], version=package_version())
+                )
             else:
                 self._hand_over(channel)
         except (OSError, CommError) as error:
@@ -156,9 +182,9 @@ class Roster:
         self.dismiss(
             channel.peer, "it has attached again"
         )  # it may have restarted before its loss was noticed
-        if name := self.name_of(channel.peer):
+        name, certificate = self.known.worker(channel.peer)
+        if name:
             attach = replace(attach, name=name)
-        certificate = self.certificate_of(channel.peer)
         member = Member(channel, attach, self._left, self._clock, certificate)
         member.measure()
         self.pairs.forget(member.fingerprint)

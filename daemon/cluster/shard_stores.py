@@ -64,7 +64,10 @@ def open_shards(
         channels = [dial("weights") for _ in range(CHANNELS)]
         try:
             with fetch_shard(
-                channels, cache, lambda done, total: progress("fetching", done, total)
+                channels,
+                cache,
+                lambda done, total: progress("fetching", done, total),
+                model=request.model,
             ) as weights:
                 if weights.spec != request.spec or weights.shard != request.shard:
                     raise DaemonError("bad_request", "the head sends another shard than it asked for")

@@ -1,8 +1,9 @@
 """How fast this machine is at what ranks do: reading weights from memory, multiplying, and reading from a disk.
 
 Measured by the kernels that compute, in less than two seconds, and kept in a file. Since something else may run just
-then, the first `STARTS` starts measure, and the best of each figure holds; later ones measure nothing unless something
-has changed that speed depends on. Whoever chooses a group asks (`partition.group_search`).
+then, it is measured again in each of the first `STARTS` starts, when nobody waits for it, and the best of each figure
+holds; later nothing is measured unless something has changed that speed depends on. Whoever chooses a group asks
+(`partition.group_search`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ LONG_MATRIX_ROWS = 8192  # of the weights that it meets, at most
 FIRST_ROWS = 256  # of weights, before it is known how quick a machine is
 ENOUGH_S = 0.05  # for one call
 MEASURE_S = 0.4  # of each
-STARTS = 3
+STARTS = 5  # after so many, another measurement would hardly be better
 QUOTA_USED = 0.8  # of processor time, at most
 DISK_S = 0.3
 DISK_FILE_BYTES = 64 << 20  # that is written where nothing can be read, at most
@@ -50,11 +51,13 @@ WRITE_S = 0.4
 
 class NodeSpeed(Struct, frozen=True):
     """`memory_bytes_per_s`: of weights, as one token needs them. `flops`: of a long step, a multiplication and an
-    addition counted as two. `disk_bytes_per_s`: 0 if it was not asked for or could not be measured."""
+    addition counted as two. `disk_bytes_per_s`: 0 if it was not asked for or could not be measured. `measured`: the
+    best of so many measurements."""
 
     memory_bytes_per_s: float
     flops: float
     disk_bytes_per_s: float = 0.0
+    measured: int = 1
 
 
 class _Kept(Struct, frozen=True):
@@ -62,37 +65,55 @@ class _Kept(Struct, frozen=True):
 
     key: str
     speed: NodeSpeed
-    measured: int
 
 
 Typical = Callable[[Sequence[float]], float]  # which of the times that calls took
 
 _measuring = threading.Lock()  # two at a time would measure each other
 _known: dict[str, NodeSpeed] = {}  # in this process
-_NOTHING = NodeSpeed(0.0, 0.0)
+_NOTHING = NodeSpeed(0.0, 0.0, measured=0)
 
 
 def node_speed(
     threads: int, kept: Path | None = None, directory: Path | None = None, *, memory_bytes: int | None = None
 ) -> NodeSpeed:
-    """The speed of this machine on so many threads, and of the disk that `directory` is on. `kept`: the file of what
-    was measured on the same hardware with the same kernels.
+    """The speed of this machine on so many threads, and of the disk that `directory` is on: the same as long as the
+    process lives. `kept`: the file of what was measured on the same hardware with the same kernels.
 
-    Computes on all these threads: to be called when nothing else does. Takes `MEMORY_BYTES` for a moment, but at most
-    `memory_bytes`, or a quarter of what is available. With little memory, caches make it look quicker than it is.
+    If nothing is known yet, it computes on all these threads: to be called when nothing else does. It takes
+    `MEMORY_BYTES` for a moment, but at most `memory_bytes`, or a quarter of what is available. With little memory,
+    caches make it look quicker than it is.
     """
     key = _key(threads, directory)
+    if key in _known:  # though it may be measured again just now
+        return _known[key]
     with _measuring:
         if key not in _known:
-            found = _read(kept, key) if kept else _Kept(key, _NOTHING, 0)
-            if found.measured < STARTS:
-                most = available_bytes() // 4 if memory_bytes is None else memory_bytes
-                best = _best_of(found.speed, _measure(threads, directory, most))
-                found = _Kept(key, best, found.measured + 1)
-                if kept:
-                    _write(kept, found)
-            _known[key] = found.speed
+            found = _read(kept, key).speed
+            if not found.measured:
+                found = _better(found, threads, kept, directory, memory_bytes)
+            _known[key] = found
         return _known[key]
+
+
+def measure_again(threads: int, kept: Path, directory: Path | None = None) -> None:
+    """For later starts: something else may have been running when it was measured. Does nothing if it was measured
+    `STARTS` times, or not at all. As `node_speed`, to be called when nothing else computes."""
+    with _measuring:
+        found = _read(kept, _key(threads, directory)).speed
+        if 0 < found.measured < STARTS:
+            _better(found, threads, kept, directory, None)
+
+
+def _better(
+    found: NodeSpeed, threads: int, kept: Path | None, directory: Path | None, memory_bytes: int | None
+) -> NodeSpeed:
+    """With another measurement, kept."""
+    most = available_bytes() // 4 if memory_bytes is None else memory_bytes
+    best = _best_of(found, _measure(threads, directory, most))
+    if kept:
+        _write(kept, _Kept(_key(threads, directory), best))
+    return best
 
 
 def _measure(threads: int, directory: Path | None, memory_bytes: int) -> NodeSpeed:
@@ -112,6 +133,7 @@ def _best_of(one: NodeSpeed, other: NodeSpeed) -> NodeSpeed:
         max(one.memory_bytes_per_s, other.memory_bytes_per_s),
         max(one.flops, other.flops),
         max(one.disk_bytes_per_s, other.disk_bytes_per_s),
+        one.measured + other.measured,
     )
 
 
@@ -239,12 +261,12 @@ def _library_version() -> str:
     return f"{package_version()} {library.stat().st_mtime_ns if library.exists() else 0}"
 
 
-def _read(kept: Path, key: str) -> _Kept:
+def _read(kept: Path | None, key: str) -> _Kept:
     try:
-        found = msgspec.json.decode(kept.read_bytes(), type=_Kept)
+        found = msgspec.json.decode(kept.read_bytes(), type=_Kept) if kept else _Kept(key, _NOTHING)
     except (OSError, msgspec.MsgspecError):
-        return _Kept(key, _NOTHING, 0)
-    return found if found.key == key else _Kept(key, _NOTHING, 0)
+        return _Kept(key, _NOTHING)
+    return found if found.key == key else _Kept(key, _NOTHING)
 
 
 def _write(kept: Path, found: _Kept) -> None:

@@ -1,22 +1,50 @@
 """Shares that stay as they were: a model is not cut anew because a machine was measured to be a little quicker.
 
-Another cut means that weights are sent again, and that KV on disk is not found. What was used last is kept in a file,
-by model and machines.
+Another cut means that weights are sent again, and that KV on disk is not found. So two things are kept in a file: the
+speeds that machines were chosen by, which hold while new ones may be the same, badly measured; and the cuts that were
+used, of which `partition.group_search.choose` takes the last one again unless another is clearly faster.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
+
+from shoal.partition.group_search import KeptCut, KeptCuts
+from shoal.partition.slicing import CutOfExperts
+
+from .speed import STARTS, NodeSpeed
 
 log = logging.getLogger(__name__)
 
-STEADY = 0.15  # no share is kept that is further from the best one, as a part of that
-MOST_KEPT = 64  # the longest unused go first
+ROUGH = (
+    1.3 / 0.7
+)  # times: two figures of the same machine, each up to 30% off, since something else was running
+SETTLED = 1.1  # the best of several measurements is not far off
+MOST_KEPT = 64  # cuts, and machines; the longest unused go first
 
 Shares = tuple[float, ...]
+
+
+class UsedCut(Struct, frozen=True):
+    """`members`: fingerprints of the workers, by rank. `there`: of all workers that there were to choose from."""
+
+    model: str  # with all else that decides about the bytes of a shard
+    members: tuple[str, ...]
+    shares: Shares
+    experts: CutOfExperts
+    there: tuple[str, ...] = ()
+
+
+class _Kept(Struct, frozen=True):
+    """What is in the file, the latest last. `speeds`: by fingerprint."""
+
+    cuts: list[UsedCut] = []
+    speeds: dict[str, NodeSpeed] = {}
 
 
 class SteadyShares:
@@ -25,29 +53,57 @@ class SteadyShares:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
 
-    def near(self, key: str, best: Shares) -> Shares:
-        """The shares that were used last for `key`, if they are near to the `best` ones; else these."""
-        kept = self._read().get(key, best)
-        if len(kept) != len(best) or any(abs(a - b) > STEADY * b for a, b in zip(kept, best, strict=True)):
-            return best
-        return kept
+    def speeds(self, measured: Mapping[str, NodeSpeed]) -> dict[str, NodeSpeed]:
+        """The speeds to choose by: those of last time, as far as what is measured now may be the same."""
+        before = self._read().speeds
+        return {who: _held(before.get(who, now), now) for who, now in measured.items()}
 
-    def use(self, key: str, shares: Shares) -> None:
-        """Note that they are used now. What cannot be kept is chosen anew next time."""
+    def cuts(self, model: str, there: Sequence[str]) -> KeptCuts:
+        """What was used for a model with these workers, by their places behind the head, in their order."""
+        place = {who: number for number, who in enumerate(there, 1)}
+        by_places, last = {}, None
+        for cut in self._read().cuts:
+            if cut.model == model and place.keys() >= set(cut.members):
+                places = (0, *(place[who] for who in cut.members))
+                by_places[places] = KeptCut(cut.shares, cut.experts)
+                if set(cut.there) == place.keys():
+                    last = places
+        return KeptCuts(by_places, last)
+
+    def use(self, speeds: Mapping[str, NodeSpeed], cut: UsedCut | None = None) -> None:
+        """Note what is used now. What cannot be kept is chosen anew next time."""
         if self._path is None:
             return
         kept = self._read()
-        kept.pop(key, None)
-        latest = [*kept.items(), (key, shares)][-MOST_KEPT:]
+        cuts = [it for it in kept.cuts if cut is None or (it.model, it.members) != (cut.model, cut.members)]
+        known = {who: it for who, it in kept.speeds.items() if who not in speeds} | dict(speeds)
+        latest = _Kept([*cuts, *([cut] if cut else [])][-MOST_KEPT:], dict([*known.items()][-MOST_KEPT:]))
+        if latest == kept:
+            return
         try:
             fresh = self._path.with_name(self._path.name + ".new")
-            fresh.write_bytes(msgspec.json.encode(dict(latest)))
+            fresh.write_bytes(msgspec.json.encode(latest))
             fresh.replace(self._path)
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, error)
 
-    def _read(self) -> dict[str, Shares]:
+    def _read(self) -> _Kept:
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=dict[str, Shares]) if self._path else {}
+            return msgspec.json.decode(self._path.read_bytes(), type=_Kept) if self._path else _Kept()
         except (OSError, msgspec.MsgspecError):
-            return {}
+            return _Kept()
+
+
+def _held(before: NodeSpeed, now: NodeSpeed) -> NodeSpeed:
+    """Figure by figure what held before, unless what is measured now cannot be the same."""
+    most = SETTLED if now.measured >= STARTS else ROUGH
+    return NodeSpeed(
+        _same(before.memory_bytes_per_s, now.memory_bytes_per_s, most),
+        _same(before.flops, now.flops, most),
+        _same(before.disk_bytes_per_s, now.disk_bytes_per_s, most),
+        now.measured,
+    )
+
+
+def _same(before: float, now: float, most: float) -> float:
+    return before if now / most <= before <= now * most else now

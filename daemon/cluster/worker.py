@@ -78,9 +78,11 @@ class Worker:
     def close(self) -> None:
         """Leave the head. Idempotent."""
         self._closed.set()
-        if (control := self._control) is not None:
+        if (
+            control := self._control
+        ) is not None:  # else it is being looked for, which nobody has to wait for
             control.close()
-        self._thread.join(timeout=15)
+            self._thread.join(timeout=15)
 
     def _run(self) -> None:
         pause_s = REDIAL_S[0]
@@ -101,6 +103,7 @@ class Worker:
             finally:
                 self.attached = False
                 self._drop_all()
+                self._control = None
             self._closed.wait(pause_s)
             pause_s = min(2 * pause_s, REDIAL_S[1])
 

@@ -34,8 +34,8 @@ class CheckpointShard:
         self.spec = shard_spec(whole.spec, shard)
         self.path, self.kind = whole.path, whole.kind
         self.name, self.files, self.stamps = whole.name, whole.files, whole.stamps
-        self._rows = _rows(shard, whole.spec)
-        self._columns = _columns(shard)
+        self._rows = rows_held(shard, whole.spec)
+        self._columns = columns_held(shard)
         self._without = frozenset() if shard.has_sum_biases else _SUMMED
 
     def bypass_cache(self) -> None:
@@ -95,7 +95,7 @@ class CheckpointShard:
 AnyCheckpoint = Checkpoint | CheckpointShard
 
 
-def _rows(shard: Shard, spec: ModelSpec) -> dict[tuple[BlockKind, str], Range]:
+def rows_held(shard: Shard, spec: ModelSpec) -> dict[tuple[BlockKind, str], Range]:
     """(kind of block, role) → what the shard has of matrices that are cut by rows, and of vectors that are cut."""
     own = shard.ranges
     q, kv = own.heads.times(spec.head_dim), own.kv_heads.times(spec.head_dim)
@@ -118,7 +118,7 @@ def _rows(shard: Shard, spec: ModelSpec) -> dict[tuple[BlockKind, str], Range]:
     return cut
 
 
-def _columns(shard: Shard) -> dict[tuple[BlockKind, str], Range]:
+def columns_held(shard: Shard) -> dict[tuple[BlockKind, str], Range]:
     """(kind of block, role) → what the shard has of the matrices that are cut by columns."""
     own = shard.ranges
     return {

@@ -23,7 +23,7 @@ from fakes.group.group_cases import (
 from shoal.partition.errors import MachineError
 from shoal.partition.group_choice import Choice, NoGroup
 from shoal.partition.group_cost import crowding
-from shoal.partition.group_search import choose
+from shoal.partition.group_search import KeptCut, KeptCuts, choose
 from shoal.partition.machines import LinkSpeed, Machine, Workload
 from shoal.partition.slicing import Grains, divide
 from shoal.partition.spec import LayerSpec, ModelSpec, MoeSpec
@@ -297,3 +297,33 @@ def test_prompts_are_read_in_halves_where_that_hides_sums() -> None:
 def test_where_a_delay_is_longer_than_computing_steps_have_one_sum_a_block(spec: ModelSpec) -> None:
     found = chosen(spec, [machine("a"), machine("b")], all_linked(2, LinkSpeed(1.0, 117e6)), ranks=2)
     assert found.figures.overlap_rows > 512
+
+
+def test_what_was_used_is_taken_again_while_it_costs_little() -> None:
+    spec, machines = MODELS["8b"], [machine("a"), machine("b"), machine("c")]
+    links = all_linked(3, CABLE)
+    best = chosen(spec, machines, links)
+    assert len(best.ranks) == 3
+
+    def again(places: tuple[int, ...], shares: tuple[float, ...], last: bool = True) -> Choice:
+        kept = KeptCuts({places: KeptCut(shares, "columns")}, places if last else None)
+        return chosen(spec, machines, links, kept=kept)
+
+    assert again((0, 1, 2), (30, 31, 32)).shares == (30, 31, 32)
+    assert again((0, 1, 2), (30, 31, 32), last=False).shares == (30, 31, 32)
+    assert again((0, 1, 2), (20, 20, 60)).shares == best.shares, "too slow"
+    assert again((0, 1, 2), (1, 1)).shares == best.shares, "damaged"
+    assert again((0, 1), (1, 1)).shares == best.shares, "a third of the speed would be lost"
+    machines[2] = machine("c", pace=8, flops=160)
+    assert chosen(spec, machines, links).shares != best.shares
+    assert again((0, 1), (7, 8)).shares == (7, 8), "the third would help a little"
+    assert again((0, 1), (7, 8), last=False).shares != (7, 8), "it has come since"
+
+
+def test_what_was_used_does_not_stay_if_it_does_not_fit_or_is_slower_than_alone() -> None:
+    spec, kept = MODELS["8b"], KeptCuts({(0, 1): KeptCut((1, 1), "columns")}, (0, 1))
+    small_one = [machine("a"), machine("b", memory=2)]
+    found = chosen(spec, small_one, all_linked(2, CABLE), kept=kept, ranks=2)
+    assert found.shares != (1, 1)
+    far = {(0, 1): LinkSpeed(0.005, 1e8)}
+    assert names(chosen(spec, [machine("a"), machine("b")], far, kept=kept)) == ["a"]

@@ -45,6 +45,11 @@ class Manners(NamedTuple):
         """Whether every rank needs a stream to every other one."""
         return not self.few.topology == self.many.topology == "star"
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the sums are others than those of another way."""
+        return not self.few.wire == self.many.wire == "f32"
+
     def describe(self) -> str:
         """For people and logs."""
         few, many = (f"{it.topology} {it.wire}" for it in (self.few, self.many))

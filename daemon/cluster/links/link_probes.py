@@ -1,17 +1,31 @@
-"""Probes of one link: messages to a member that it answers at once, and when the answers came.
+"""Probes of one link: how long a small message takes between two machines, and how fast many bytes are sent.
 
-The thread that hears the member hands the answers over; whoever measures waits for them in another. Knows no sockets.
+The other side answers them at once. Over a channel that is there for nothing else, whoever measures reads the answers
+(`measured`). Over one that is used for more, the thread that hears the other side hands them over, and another may
+wait for them (`Probes`).
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
+from shoal.comm.errors import CommError
+from shoal.comm.group.channel import Channel
 from shoal.comm.group.errors import ChannelError, ChannelTimeout
-from shoal.daemon.cluster.control_messages import Probe, Probed
+from shoal.daemon.cluster.control_messages import CONTROL_BYTES, PROBE_BYTES, HeadAt, Probe, Probed
+from shoal.partition.machines import LinkSpeed
 
-LINK_PROBED_S = 5.0
+TRIPS = 8
+FIRST_PROBE_BYTES = 16 << 10
+LEAST_PART = 0.1  # of the time that a message takes is that of its bytes
+MEASURING_S = 30.0  # that all addresses of a head may take, one after the other
+PROBED_S = 2.0  # that an answer may take
+MAX_PROBES = 256  # that are answered on one channel
+LINK_PROBED_S = 5.0  # that another thread waits for an answer
+PROBE_ANSWER_S = 10.0  # and the one that hears it, whatever else is said meanwhile
 
 
 class Probes:
@@ -68,3 +82,55 @@ class Probes:
         if nbytes != reply_bytes:
             raise ChannelError(f"an answer of {nbytes} bytes: {reply_bytes} were to come")
         return seconds
+
+    def trip_s(self, data: bytes, hear: Callable[[], None]) -> float:
+        """Seconds until the other side has answered to so many bytes, for the thread that hears it: `hear` takes in its
+        next message. Raises what that raises."""
+        number, began_s = self.begin(data), self._clock()
+        while not self.answered(number):
+            hear()
+            if self._clock() - began_s > PROBE_ANSWER_S:
+                raise ChannelTimeout("it does not answer")
+        return self.took_s(number)
+
+
+def link_speed(
+    probe: Callable[[bytes], float], seconds: float, clock: Callable[[], float] = time.monotonic
+) -> LinkSpeed:
+    """`probe` → seconds until the other side has answered to so many bytes; it is called for `seconds` at most, and
+    then once more at most. Raises what it raises."""
+    ends_s = clock() + seconds
+    trips = [probe(b"")]
+    while len(trips) < TRIPS and clock() < ends_s:
+        trips.append(probe(b""))
+    latency_s = min(trips) / 2
+    size, ends_s = FIRST_PROBE_BYTES, clock() + seconds
+    while True:
+        took_s = probe(bytes(size))
+        # On an unsteady link some bytes take no longer than none: the largest message counts, and a part of its time.
+        speed = size / max(took_s - 2 * latency_s, LEAST_PART * took_s, 1e-6)
+        if clock() >= ends_s or (size == PROBE_BYTES and took_s < seconds / 8):
+            return LinkSpeed(latency_s, speed)  # one more would say nothing new, or take too long
+        size = min(PROBE_BYTES, 4 * size)
+
+
+def measured(channel: Channel, seconds: float) -> LinkSpeed:
+    """Of a channel whose other side runs `answer_probes`, and has said where it is if it is a head.
+    Raises CommError and OSError."""
+    probes = Probes(lambda probe: channel.send_message(probe, PROBED_S), str, time.monotonic)
+
+    def hear() -> None:
+        probes.heard(channel.receive_message(Probed, PROBED_S))
+
+    return link_speed(lambda data: probes.trip_s(data, hear), seconds)
+
+
+def answer_probes(channel: Channel, here: HeadAt | None = None) -> None:
+    """Say where this head is, if it is one, and answer until the other side has had enough and closes the channel."""
+    ends_s = time.monotonic() + MEASURING_S
+    with channel, suppress(OSError, CommError):
+        if here is not None:
+            channel.send_message(here, PROBED_S)
+        for _ in range(MAX_PROBES):
+            probe: Probe = channel.receive_message(Probe, ends_s - time.monotonic(), CONTROL_BYTES)
+            channel.send_message(Probed(number=probe.number), PROBED_S)

@@ -30,8 +30,8 @@ from shoal.daemon.cluster.control_messages import (
     Listens,
     Met,
 )
+from shoal.daemon.cluster.links.link_probes import answer_probes, measured
 from shoal.daemon.cluster.routes.own_addresses import parse_address, spelled
-from shoal.daemon.cluster.routes.probing import answer_probes, measured
 from shoal.daemon.errors import DaemonError
 from shoal.partition.machines import LinkSpeed
 

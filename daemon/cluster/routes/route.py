@@ -22,10 +22,10 @@ from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import MAX_ADDRESSES, Peers
 from shoal.comm.group.streams import Address
 from shoal.daemon.cluster.control_messages import CONTROL_BYTES, HeadAt
+from shoal.daemon.cluster.links.link_probes import PROBED_S, measured
 from shoal.daemon.errors import DaemonError
 
 from .own_addresses import parse_address, spelled
-from .probing import PROBED_S, measured
 
 HEAD_DIAL_S = 5.0
 MEASURE_ROUTE_S = 0.25  # for each of the two figures

@@ -27,6 +27,7 @@ from shoal.partition.errors import PartitionError
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import BlockId
 
+from .earlier_shards import EarlierShard
 from .piece_stream import PieceStream
 from .shard_facts import ShardFacts
 from .weight_messages import (
@@ -63,6 +64,8 @@ class RemoteShard:
         self.spec, self.name, self.path = facts.spec, facts.name, Path(facts.name)
         self.shard: Literal["whole"] | Shard = facts.shard
         self.stamps: Stamps = {}
+        self.kept_bytes = 0  # that were read from there
+        self.earlier: Sequence[EarlierShard] = ()  # what this machine has already of what is read
         self._stream: PieceStream | None = None
         self._memory = Arena()
 
@@ -87,8 +90,12 @@ class RemoteShard:
     def _ahead(self, pieces: Iterable[Piece]) -> PieceStream:
         if self._stream is None:
             self._stream = PieceStream(self._channels, self.facts.content, self.facts.piece_bytes)
-        self._stream.expect(small for piece in pieces for small in self.facts.cut(piece))
+        small = (part for piece in pieces for part in self.facts.cut(piece))
+        self._stream.expect(part for part in small if self._here(part) is None)
         return self._stream
+
+    def _here(self, piece: Piece) -> EarlierShard | None:
+        return next((shard for shard in self.earlier if shard.has(piece)), None)
 
     def read_rows(
         self, block: BlockId, role: str, start: int, stop: int, into: Bytes | None = None
@@ -136,12 +143,16 @@ class RemoteShard:
         yield from (Piece(block, role, 0, length) for role, length in self.vector_lengths(block).items())
 
     def _fill(self, piece: Piece, memory: Bytes) -> None:
-        small = list(self.facts.cut(piece))
-        stream = self._stream
-        if stream is None or not stream.expects(small[0]):
+        small = [(part, self._here(part)) for part in self.facts.cut(piece)]
+        stream, first = self._stream, next((part for part, here in small if here is None), None)
+        if stream is None or (first is not None and not stream.expects(first)):
             stream = self._ahead([piece])
         at = 0
-        for part in small:
-            nbytes = self.facts.piece_bytes(part)
-            stream.take(part, memory[at : at + nbytes])
-            at += nbytes
+        for part, here in small:
+            into = memory[at : at + self.facts.piece_bytes(part)]
+            if here is not None:
+                here.read(part, into)
+                self.kept_bytes += len(into)
+            else:
+                stream.take(part, into)
+            at += len(into)

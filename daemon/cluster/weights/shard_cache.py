@@ -154,6 +154,14 @@ class ShardCache:
             if shard.complete and shard.directory.name.split(".")[-2:-1] == [facts.form]:
                 yield shard.directory
 
+    def siblings(self, facts: ShardFacts) -> Iterator[Path]:
+        """Packs of other shards of the same files, latest first."""
+        key = facts.content.rpartition(".")[2]
+        for shard in reversed(self.list()):
+            name = shard.directory.name.split(".")
+            if shard.complete and name[-1] == key and name[-2:-1] != [facts.form]:
+                yield shard.directory
+
     def lock(self, place: Path) -> ShardLock:
         """A lock on a place, not yet claimed."""
         return ShardLock(private_dir(self.root / ".locks") / place.name.removesuffix(PARTIAL))

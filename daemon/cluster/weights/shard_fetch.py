@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 
 from shoal.comm.group.channel import Channel
@@ -18,14 +19,17 @@ from shoal.offload.block_store import BlockReader
 from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.errors import PackError
 from shoal.offload.pack.builder import PackBuilder, partial_of
-from shoal.offload.pack.manifest import Manifest, Source, read_manifest
-from shoal.offload.pack.pack import Pack
+from shoal.offload.pack.manifest import DAMAGED, Manifest, Source, read_manifest
+from shoal.offload.pack.pack import Pack, open_pack
 from shoal.offload.window.pinned import PackReader
 from shoal.partition.amounts import format_bytes
+from shoal.partition.slicing import Shard
 
+from .earlier_shards import EarlierShard
 from .remote_shard import RemoteShard
 from .shard_cache import ShardCache, ShardLock
 
+MOST_EARLIER = 4  # shards that are looked at for what need not be sent
 ADDED_BYTES = 4 << 20  # that are put into the pack at a time
 NO_ROOM = FULL_DISK | {errno.EFBIG}  # a file system, or a limit of this process, may bound a single file
 
@@ -63,11 +67,13 @@ def fetch_shard(
     cache: ShardCache,
     progress: BytesDone = unheard,
     memory_bytes: int | None = None,
+    model: str = "",
 ) -> ShardWeights:
     """The weights of the shard that the head serves on `channels`, of which the cache then has a pack. What an earlier
     attempt has left of it, or the same weights under another name at the head, is not sent again.
 
-    memory_bytes: what the weights may take, if the disk has no room; None = what is available.
+    memory_bytes: what the weights may take, if the disk has no room; None = what is available.  model: what people call
+    it; "" = as its files do.
     Raises GroupError when the channels fail: they are closed then, and the next attempt goes on. Raises DaemonError:
     `resources` when neither disk nor memory have room, `busy` while another process fetches the same, and what the
     head refuses with.
@@ -77,7 +83,7 @@ def fetch_shard(
         place = cache.place(remote.facts)
         lock = cache.lock(place)
         try:
-            pack, refusal = _had(remote, cache, place, lock, progress)
+            pack, refusal = _had(remote, cache, place, lock, progress, model or remote.name)
         except BaseException:
             lock.release()  # at once, though who catches this may keep it
             raise
@@ -94,14 +100,14 @@ def fetch_shard(
 
 
 def _had(
-    remote: RemoteShard, cache: ShardCache, place: Path, lock: ShardLock, progress: BytesDone
+    remote: RemoteShard, cache: ShardCache, place: Path, lock: ShardLock, progress: BytesDone, model: str
 ) -> tuple[Pack | None, str]:
     """The pack at `place`, which nobody removes as long as `lock` lives; or None, and why there is no room for it."""
     lock.share()
     if (pack := cache.find(place, remote.facts)) is not None:
         return pack, ""
     lock.exclude()
-    pack, refusal = _made(remote, cache, place, progress)
+    pack, refusal = _made(remote, cache, place, progress, model)
     lock.share()
     if pack is not None and not pack.path.exists():
         raise DaemonError("busy", f"another process has just removed {place}", "try again")
@@ -109,19 +115,27 @@ def _had(
 
 
 def _made(
-    remote: RemoteShard, cache: ShardCache, place: Path, progress: BytesDone
+    remote: RemoteShard, cache: ShardCache, place: Path, progress: BytesDone, model: str
 ) -> tuple[Pack | None, str]:
     """Finds or fetches the pack at `place`, whose lock is held alone. → it; or None, and why there is no room for it"""
     facts = remote.facts
     if (pack := cache.find(place, facts) or _adopted(remote, cache, place, progress)) is not None:
         return pack, ""
-    builder = PackBuilder(remote, "keep", Source(remote.name, [], facts.content), ADDED_BYTES)
+    builder = PackBuilder(remote, "keep", Source(model, [], facts.content), ADDED_BYTES)
     try:
         if not builder.reopen(place):
             cache.discard(place)
         if refusal := cache.make_room(place, builder.nbytes):
             return None, refusal
-        return builder.build(place, progress), ""
+        with ExitStack() as claims:
+            remote.earlier = list(_earlier(remote, cache, claims, progress))
+            pack = builder.build(place, progress)
+            if remote.kept_bytes:
+                kept, whole = format_bytes(remote.kept_bytes), format_bytes(builder.nbytes)
+                log.info(
+                    "%s: %s of the %s of shard %s were here already", remote.name, kept, whole, remote.shard
+                )
+            return pack, ""
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise DaemonError("internal", f"{error.filename or place}: {error.strerror or error}") from error
@@ -147,6 +161,20 @@ def _adopted(remote: RemoteShard, cache: ShardCache, place: Path, progress: Byte
         finally:
             lock.release()
     return None
+
+
+def _earlier(
+    remote: RemoteShard, cache: ShardCache, claims: ExitStack, progress: BytesDone
+) -> Iterator[EarlierShard]:
+    """What is here of the same model, in other shards, the latest first. Nobody removes it until `claims` end."""
+    for found in islice(cache.siblings(remote.facts), MOST_EARLIER):
+        lock = cache.lock(found)
+        claims.callback(lock.release)
+        with suppress(DaemonError, PackError, OSError):  # being removed or damaged
+            lock.share()
+            pack = open_pack(found)
+            if isinstance(pack.manifest.shard, Shard) and not (found / DAMAGED).exists():
+                yield EarlierShard(pack, remote.facts, progress)
 
 
 def _same(remote: RemoteShard, manifest: Manifest, progress: BytesDone) -> bool:

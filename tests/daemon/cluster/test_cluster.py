@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -20,7 +20,7 @@ from shoal.daemon.cluster.control_messages import Listens
 from shoal.daemon.cluster.group import Group
 from shoal.daemon.cluster.mesh import fellows
 from shoal.daemon.cluster.mesh.fellows import Fellows
-from shoal.daemon.cluster.roster import ARRIVE_S, Roster
+from shoal.daemon.cluster.roster import ARRIVE_S, NobodyKnown, Roster
 from shoal.daemon.cluster.weights import weight_server
 from shoal.daemon.cluster.weights.shard_cache import ShardCache
 from shoal.daemon.errors import DaemonError
@@ -184,11 +184,16 @@ def test_ranks_that_were_asked_for_are_waited_for(two: Cluster, path: Path) -> N
     coming.join()
 
 
+class TwoPaired(NobodyKnown):
+    def paired(self) -> Sequence[str]:
+        return ["a", "b"]
+
+
 def test_nobody_is_waited_for_without_end() -> None:
     now = count()
     roster = Roster(clock=lambda: float(next(now)))
     assert roster.awaited(1) == []  # nobody is paired
-    roster.paired = lambda: ["a", "b"]
+    roster.known = TwoPaired()
     assert roster.awaited(3) == []  # so many are not
     assert next(now) < ARRIVE_S
     assert roster.awaited(2) == []

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from fakes.asking import GREEDY, text_of
 from fakes.group.clusters import SPEED, Cluster, wait_for
 from msgspec.structs import replace
 
+from shoal.comm.group.sums.manners import Manner, Manners, SumTopology
+from shoal.comm.group.sums.wire_types import WireType
 from shoal.comm.messages import Generate, Load, ModelStatus, Unload
 from shoal.daemon.cluster import member
+from shoal.daemon.cluster.group import Group
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.node import Node
@@ -187,6 +191,24 @@ def test_another_division_has_other_kv(cluster: Cluster, path: Path, truth: list
         cluster.node.unload(Unload(model=""))
         stores.append(len([*cluster.home(0).kv.rglob(PAGES)]))
     assert stores == [2, 3, 3, 3, 3]
+
+
+def test_other_sums_that_round_have_other_kv(
+    cluster: Cluster, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(cluster, path)
+    group = cluster.node._models.pick("").main.group
+    assert isinstance(group, Group)
+    exact = group.kv_key
+    keys = set()
+    topologies: tuple[SumTopology, ...] = ("star", "exchange")
+    wires: tuple[WireType, ...] = ("f32", "bf16", "int8")
+    for topology, wire, many_rows in product(topologies, wires, (8, 9)):
+        manners = Manners(Manner(topology, wire), Manner("star", wire), many_rows)
+        monkeypatch.setattr(type(group), "manners", manners)
+        assert (group.kv_key == exact) == (wire == "f32")
+        keys.add(group.kv_key)
+    assert len(keys) == 1 + 2 * 2
 
 
 def test_workers_are_told_no_texts(cluster: Cluster, path: Path, truth: list[list[int]]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ from fakes.asking import CONFIG
 from fakes.group.clusters import Cluster, wait_for
 
 from shoal.comm.cluster_messages import Forget, Rejoin
+from shoal.comm.group.channel import Channel
 from shoal.comm.home import Home
 from shoal.daemon.cluster.pairing_up import pair_with_head, unpair
 from shoal.daemon.cluster.routes.own_addresses import parse_address
+from shoal.daemon.cluster.routes.route import HeadRoute
 from shoal.daemon.errors import DaemonError
 
 CODE = "7K3M-Q9TX-2BD4F"
@@ -63,6 +67,26 @@ def test_a_worker_that_forgets_its_head_dials_it_no_more(tmp_path: Path) -> None
         worker.answer(Forget(node=worker._worker.head))
         wait_for(lambda: worker._worker is None)
         cluster.wait(0)
+
+
+def test_a_worker_that_looks_for_its_head_stops_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, over = threading.Event(), threading.Event()
+
+    def look(route: HeadRoute, purpose: str) -> Channel:
+        looks.set()
+        over.wait(20)
+        raise OSError("there is no head")
+
+    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
+        monkeypatch.setattr(HeadRoute, "dial", look)
+        cluster.head.close()
+        assert looks.wait(10)
+        began_s = time.monotonic()
+        cluster.stop(1)
+        assert time.monotonic() - began_s < 5
+        over.set()
 
 
 def test_before_the_first_beat_all_memory_is_free(tmp_path: Path) -> None:

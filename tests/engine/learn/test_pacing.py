@@ -28,11 +28,11 @@ def test_too_slow_steps_shrink_it_and_fast_ones_grow_it_up_to_the_most() -> None
 
 
 def test_each_of_several_prompts_may_add_as_much_as_one_alone() -> None:
-    pacer = Pacer(64, row_share=0.15)
+    pacer = Pacer(64, evenly(0.15))
     assert pacer.budget(3) == 3 * pacer.budget() == 30
     assert pacer.budget(100) == pacer.budget(MOST_TOGETHER)
     pacer.note(30, 1 + 3 * (SLOWDOWN - 1), prompts=3)  # as slow as three may make it
     assert pacer.budget() == 10
     pacer.note(30, 2 + 6 * (SLOWDOWN - 1), prompts=3)
     assert pacer.budget() < 10
-    assert Pacer(64, row_share=0.001).budget(3) == 64
+    assert Pacer(64, evenly(0.001)).budget(3) == 64

@@ -24,7 +24,7 @@ from shoal.daemon.library.packs import Packs
 from shoal.daemon.node import Node
 from shoal.offload.budget import Budget
 from shoal.partition.group_choice import Choice, NoGroup
-from shoal.partition.group_search import choose
+from shoal.partition.group_search import KeptCuts, choose
 from shoal.partition.machines import Links, Machine
 from shoal.partition.plan import Wanted
 from shoal.partition.slicing import Grains
@@ -48,6 +48,7 @@ def everybody(
     topologies: Sequence[Topology],
     wires: Sequence[WireType],
     ranks: int | None,
+    kept: KeptCuts,
     **measured: object,
 ) -> Choice | NoGroup:
     """All machines take part, which would make no small model faster, however fast they turn out to be."""
@@ -60,6 +61,7 @@ def everybody(
         topologies=topologies,
         wires=wires,
         ranks=ranks or len(machines),
+        kept=kept,
     )
 
 

@@ -19,14 +19,14 @@ from shoal.comm.group.errors import NotPaired
 from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.streams import Address
 from shoal.daemon.cluster.control_messages import HeadAt
-from shoal.daemon.cluster.roster import Roster
+from shoal.daemon.cluster.roster import NobodyKnown, Roster
 from shoal.daemon.cluster.routes import route
 from shoal.daemon.cluster.routes.own_addresses import spelled
 from shoal.daemon.cluster.routes.route import HeadRoute
 
 
 @dataclass
-class Head:
+class Head(NobodyKnown):
     """Listens, and answers who measures."""
 
     machine: Machine
@@ -35,10 +35,13 @@ class Head:
 
     def __post_init__(self) -> None:
         self.roster = Roster()
-        self.roster.addresses = lambda: self.says
+        self.roster.known = self
         self.listener: GroupListener = self.machine.listening()
         self.open = True
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def addresses(self) -> list[str]:
+        return self.says
 
     @property
     def address(self) -> Address:

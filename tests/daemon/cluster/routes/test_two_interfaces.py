@@ -126,8 +126,8 @@ def test_the_fast_one_is_used_and_only_it_listens(hosts: Hosts) -> None:
     def attached_at(host: str) -> bool:
         return any(node["attached"] and node["address"] == host for node in hosts.nodes()["nodes"][1:])  # type: ignore[index]
 
-    wait_for(lambda: attached_at("10.74.0.2"), 30)
-    wait_for(lambda: hosts.listening() == {"10.74.0.1"}, 5)
+    wait_for(lambda: attached_at("10.74.0.2"), 60)
+    wait_for(lambda: hosts.listening() == {"10.74.0.1"}, 20)
     assert hosts.nodes()["closed"] == [f"10.71.0.1:{PORT}"]
 
     hosts.new_link()
@@ -136,5 +136,5 @@ def test_the_fast_one_is_used_and_only_it_listens(hosts: Hosts) -> None:
     assert attached_at("10.74.0.2")
 
     hosts.link("eth0", "down")  # the cable is pulled
-    wait_for(lambda: attached_at("10.75.0.2"), 30)
-    wait_for(lambda: hosts.listening() == {"10.75.0.1"}, 5)
+    wait_for(lambda: attached_at("10.75.0.2"), 60)
+    wait_for(lambda: hosts.listening() == {"10.75.0.1"}, 20)

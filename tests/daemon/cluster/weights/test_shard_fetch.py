@@ -271,3 +271,13 @@ def test_workers_do_not_wait_for_each_other(
 
     longest = max(seconds("one", [shard]) for shard in shards)
     assert seconds("all", shards) <= 1.3 * longest + 0.2
+
+
+def test_it_is_called_as_people_call_the_model(checkpoint: Checkpoint, cache: ShardCache) -> None:
+    with (
+        served(WeightServer(checkpoint), shard_of(checkpoint)) as channels,
+        fetch_shard(channels, cache, model="smollm2:135m"),
+    ):
+        pass
+    (shard,) = cache.list()
+    assert (shard.model, shard.part) == ("smollm2:135m", "2/2")

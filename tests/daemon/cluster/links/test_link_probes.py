@@ -7,7 +7,7 @@ import random
 import pytest
 
 from shoal.daemon.cluster.control_messages import PROBE_BYTES
-from shoal.daemon.cluster.routes.probing import link_speed
+from shoal.daemon.cluster.links.link_probes import link_speed
 
 SECONDS = 1.0
 
