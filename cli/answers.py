@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from shoal.daemon.underway import Underway
 
 K = TypeVar("K")
-Refusal = DaemonError | RequestFailed
+NoAnswer = DaemonError | RequestFailed
 """What a request fails with: by a node here, or by the daemon. Both have a code, a message and a hint."""
 
-LOOK_S = 1.0  # how often `many` asks for a request where there was none
+_LOOK_S = 1.0  # how often `many` asks for a request where there was none
 
 
 class Answers(Protocol):
@@ -90,7 +90,7 @@ class Answers(Protocol):
 
     def many(
         self, requests: Iterator[tuple[K, Generate | Chat] | None], at_once: int
-    ) -> Generator[tuple[K, StreamEvent | Refusal], None, None]:
+    ) -> Generator[tuple[K, StreamEvent | NoAnswer], None, None]:
         """The events of many answers, as `Client.many` has them."""
         ...
 
@@ -159,7 +159,7 @@ class InProcess:
 
     def many(
         self, requests: Iterator[tuple[K, Generate | Chat] | None], at_once: int
-    ) -> Generator[tuple[K, StreamEvent | Refusal], None, None]:
+    ) -> Generator[tuple[K, StreamEvent | NoAnswer], None, None]:
         heard: SimpleQueue[tuple[K, Event]] = SimpleQueue()
         under_way: dict[K, Underway] = {}
         coming, taken = True, None
@@ -181,7 +181,7 @@ class InProcess:
                 if not under_way and coming and taken is not None:  # all of them were refused
                     continue
                 try:
-                    key, event = heard.get(timeout=LOOK_S)
+                    key, event = heard.get(timeout=_LOOK_S)
                 except Empty:
                     self._node.check_threads()
                     continue
@@ -252,7 +252,7 @@ class ThroughDaemon:
 
     def many(
         self, requests: Iterator[tuple[K, Generate | Chat] | None], at_once: int
-    ) -> Generator[tuple[K, StreamEvent | Refusal], None, None]:
+    ) -> Generator[tuple[K, StreamEvent | NoAnswer], None, None]:
         return self._client.many(requests, at_once)
 
 

@@ -52,7 +52,7 @@ from .session import HELLO, ChatLike, Exchange, Frames, M, load_request, tokeniz
 AnswerStream = Generator[StreamEvent, None, None]
 K = TypeVar("K")
 
-LOOK_S = 1.0  # how often `many` asks for a request where there was none
+_LOOK_S = 1.0  # how often `many` asks for a request where there was none
 
 
 class Client(ClientFace[AnswerStream]):
@@ -207,7 +207,7 @@ class Client(ClientFace[AnswerStream]):
                 elif time.monotonic() - heard_s > self._timeout_s:
                     raise link.silent(self.address, self._timeout_s)
                 if not news:
-                    self._pump(LOOK_S)
+                    self._pump(_LOOK_S)
         finally:
             for exchange in under_way:
                 self._finish(exchange)

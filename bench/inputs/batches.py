@@ -38,5 +38,10 @@ def write(path: Path, wanted: list[list[int]], model: str, new: int = NEW_TOKENS
     with path.open("w", encoding="utf-8") as file:
         for number, prompt in enumerate(wanted):
             body = {"model": model, "prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True}
-            line = {"custom_id": f"request-{number}", "method": "POST", "url": "/v1/completions", "body": body}
+            line = {
+                "custom_id": f"request-{number}",
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": body,
+            }
             file.write(json.dumps(line) + "\n")

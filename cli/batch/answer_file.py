@@ -20,7 +20,7 @@ import msgspec
 from shoal.daemon.errors import DaemonError
 
 SYNC_S = 2.0  # how often lines are brought to the disk
-LINE_BYTES = 1 << 28  # of an answer, at most
+ANSWER_LINE_BYTES = 1 << 28  # of an answer, at most
 _ID = re.compile(r"batch_req_(\d{1,10})_([0-9a-f]{16})")
 _BEGINNING = b'{"id":"batch_req_'
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -163,7 +163,7 @@ class AnswerFile:
         """All lines with their ends; the last one may have none."""
         with os.fdopen(os.dup(self._file), "rb", buffering=1 << 20) as file:
             file.seek(0)
-            while line := file.readline(LINE_BYTES):
+            while line := file.readline(ANSWER_LINE_BYTES):
                 yield line
 
     def _without_failed(self) -> None:

@@ -19,7 +19,7 @@ from shoal.daemon.errors import DaemonError
 
 from .answer_file import AnswerFile
 from .openai_requests import BadLine, parse
-from .request_lines import Line, RequestLines
+from .request_lines import RequestLine, RequestLines
 
 _PREFIX_BYTES = tuple(64 << doubling for doubling in range(8))  # of which lines may agree: 64 to 8192
 _KEY_BYTES = (
@@ -81,13 +81,13 @@ class BatchOrder:
         self.lines = len(self._rows)
         self.left = int((self._rows["fate"] != Fate.DONE).sum())
 
-    def faulty(self) -> Iterator[tuple[Line, int]]:
+    def faulty(self) -> Iterator[tuple[RequestLine, int]]:
         """The lines that cannot be answered, without their texts, and which line has the same custom_id (0 = none)."""
         fates = self._rows["fate"]
         for row in self._rows[(fates == Fate.FAULTY) | (fates == Fate.REPEATED)]:
             yield _line(row), int(row["twin"])
 
-    def of_model(self, number: int) -> Iterator[Line]:
+    def of_model(self, number: int) -> Iterator[RequestLine]:
         """The lines that ask the model with that number, without their texts, in the order in which they are to be
         answered."""
         rows = self._rows[self._rows["fate"] == Fate.ASKED]
@@ -96,7 +96,7 @@ class BatchOrder:
         for place in np.argsort(rows["key"], kind="stable"):
             yield _line(rows[place])
 
-    def _row(self, line: Line, *, done: bool) -> tuple[Any, ...]:
+    def _row(self, line: RequestLine, *, done: bool) -> tuple[Any, ...]:
         fate, key, custom = Fate.FAULTY, b"", b""
         if line.text is not None:
             try:
@@ -140,13 +140,13 @@ class BatchOrder:
                 rows["fate"][row], rows["twin"][row] = Fate.REPEATED, rows["line"][order[first]]
 
 
-def refetched(requests: RequestLines, line: Line) -> bytes:
+def refetched(requests: RequestLines, line: RequestLine) -> bytes:
     """The text of a line that was met before. Raises DaemonError."""
     return requests.again(line.offset, line.nbytes, line.digest)
 
 
-def _line(row: Any) -> Line:
-    return Line(int(row["line"]), int(row["offset"]), int(row["nbytes"]), int(row["digest"]), None)
+def _line(row: Any) -> RequestLine:
+    return RequestLine(int(row["line"]), int(row["offset"]), int(row["nbytes"]), int(row["digest"]), None)
 
 
 def _text(request: Generate | Chat) -> bytes:

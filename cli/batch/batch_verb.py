@@ -5,6 +5,7 @@ Knows options, who answers, and what is printed. What becomes of the lines is `w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -79,7 +80,7 @@ def batch(
     A running daemon answers, unless --local, --sequences, --memory, --threads, --device, --speculate, --kv-type or
     --cluster-wire is given: then this process does.
     """
-    config = replace(plan.config(), chunk_tokens=CHUNK_TOKENS)
+    config = replace(plan.config(), chunk_tokens=CHUNK_TOKENS, slowdown=math.inf)
     library = Library(Home.from_env())
     with spinner("starting"), deferred_interrupt():
         from .answer_file import AnswerFile

@@ -13,7 +13,7 @@ import msgspec
 
 from shoal.comm.messages import Done, Token, TokenLogprob
 
-from .openai_requests import Asked, BadLine
+from .openai_requests import BadLine, BatchRequest
 
 _ENDS = {"stop": "stop", "length": "length"}
 
@@ -21,7 +21,7 @@ _ENDS = {"stop": "stop", "length": "length"}
 class Collected:
     """The events of one answer."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: BatchRequest) -> None:
         self.asked = asked
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []

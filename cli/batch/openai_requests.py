@@ -57,7 +57,7 @@ class BadLine(Exception):
 
 
 @dataclass(frozen=True)
-class Asked:
+class BatchRequest:
     """A sound line. `request` names no model yet: `model` is what the line calls it."""
 
     custom_id: str
@@ -73,7 +73,7 @@ class Asked:
         return self.request.sampling.logprobs
 
 
-def parse(line: bytes, model: str | None) -> Asked:
+def parse(line: bytes, model: str | None) -> BatchRequest:
     """A line as a request. `model` is taken instead of the one that it names. Raises BadLine."""
     try:
         found = msgspec.json.decode(line)
@@ -92,7 +92,7 @@ def parse(line: bytes, model: str | None) -> Asked:
         raise
 
 
-def _asked(found: dict[str, Any], model: str | None) -> Asked:
+def _asked(found: dict[str, Any], model: str | None) -> BatchRequest:
     custom_id = found.get("custom_id")
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= ID_CHARACTERS:
         raise _wrong("custom_id", custom_id, f"a text of 1 to {ID_CHARACTERS} characters")
@@ -127,7 +127,7 @@ def _asked(found: dict[str, Any], model: str | None) -> Asked:
         request = _chat(given, fields) if chat else _completion(given, fields)
     except ValueError as error:
         raise BadLine(f"body.{error}", "messages" if chat else "prompt") from None
-    return Asked(custom_id, named, request)
+    return BatchRequest(custom_id, named, request)
 
 
 def _chat(given: Mapping[str, Any], fields: dict[str, Any]) -> Chat:

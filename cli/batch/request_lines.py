@@ -15,13 +15,13 @@ from typing import NamedTuple
 from shoal.daemon.errors import DaemonError
 from shoal.partition.amounts import format_bytes
 
-LINE_BYTES = 16 << 20  # as much as a request to the daemon may have
+REQUEST_BYTES = 16 << 20  # as much as a request to the daemon may have
 _PIECE_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _OTHER_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
-class Line(NamedTuple):
+class RequestLine(NamedTuple):
     """A line that is not empty. `number` counts from 1; `digest` names what it says. `text`: without its end, None if
     it is too long to be read; `nbytes`: how long it is."""
 
@@ -43,14 +43,14 @@ class RequestLines:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise DaemonError("bad_request", f"{path} cannot be read: {error.strerror}") from error
-        self._file = os.fdopen(descriptor, "rb", buffering=_PIECE_BYTES, closefd=True)
         self.stat = os.fstat(descriptor)
         if not stat.S_ISREG(self.stat.st_mode):
+            os.close(descriptor)
             kind = "a directory" if stat.S_ISDIR(self.stat.st_mode) else "a pipe or a device"
-            self.close()
             raise DaemonError(
                 "bad_request", f"{path} is {kind}: requests must be in a file, to be read again"
             )
+        self._file = os.fdopen(descriptor, "rb", buffering=_PIECE_BYTES)
 
     def __enter__(self) -> RequestLines:
         return self
@@ -61,7 +61,7 @@ class RequestLines:
     def close(self) -> None:
         self._file.close()
 
-    def __iter__(self) -> Iterator[Line]:
+    def __iter__(self) -> Iterator[RequestLine]:
         """All lines that are not empty. Raises DaemonError."""
         self._file.seek(0)
         offset = number = 0
@@ -73,12 +73,12 @@ class RequestLines:
                     raise DaemonError("bad_request", f"{self.path} is UTF-16: it must be UTF-8")
                 if piece.startswith(_BOM):
                     piece, start = piece[len(_BOM) :], start + len(_BOM)
-            if len(piece) > LINE_BYTES:
+            if len(piece) > REQUEST_BYTES:
                 digest, nbytes, offset = self._skip(piece, start)
-                yield Line(number, start, nbytes, digest, None)
+                yield RequestLine(number, start, nbytes, digest, None)
             elif text := piece.strip(b" \t\r\n"):
                 start += piece.index(text[:1])
-                yield Line(number, start, len(text), self._digest(text), text)
+                yield RequestLine(number, start, len(text), self._digest(text), text)
 
     def again(self, offset: int, nbytes: int, digest: int) -> bytes:
         """A line that was read before. Raises DaemonError if it says something else now."""
@@ -90,7 +90,7 @@ class RequestLines:
             raise DaemonError("bad_request", f"{self.path} was changed while it was answered")
         return text
 
-    def _read(self, limit: int = LINE_BYTES + 1) -> bytes:
+    def _read(self, limit: int = REQUEST_BYTES + 1) -> bytes:
         try:
             return self._file.readline(limit)
         except OSError as error:
@@ -114,5 +114,5 @@ class RequestLines:
         return DaemonError("bad_request", f"{self.path} cannot be read: {error.strerror}")
 
 
-def too_long(line: Line) -> str:
-    return f"the line has {format_bytes(line.nbytes)}: must be at most {format_bytes(LINE_BYTES)}"
+def too_long(line: RequestLine) -> str:
+    return f"the line has {format_bytes(line.nbytes)}: must be at most {format_bytes(REQUEST_BYTES)}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from shoal.cli.answers import Answers, Refusal
+from shoal.cli.answers import Answers, NoAnswer
 from shoal.cli.wording import worded
 from shoal.comm.errors import RequestFailed
 from shoal.comm.messages import Chat, Done, Generate, ModelStatus, Token, Usage
@@ -22,7 +22,7 @@ from .answer_file import AnswerFile, line_id
 from .batch_order import BatchOrder, refetched
 from .openai_answers import Collected, answered, failed
 from .openai_requests import BadLine, parse
-from .request_lines import LINE_BYTES, Line, RequestLines, too_long
+from .request_lines import REQUEST_BYTES, RequestLine, RequestLines, too_long
 
 PRIORITY = -1  # below that of whoever waits for an answer
 BUSY_S = 1.0  # after so long a refused request is sent again, at least
@@ -71,8 +71,8 @@ class WorkingOff:
         self._order = order
         self._model = model
         self.tally = Tally(order.lines, order.left, sum(had.failed for had in out.had.values()))
-        self._under_way: dict[int, tuple[Line, Collected]] = {}  # by number of the line
-        self._again: deque[tuple[float, Line]] = deque()  # when a refused one is sent again
+        self._under_way: dict[int, tuple[RequestLine, Collected]] = {}  # by number of the line
+        self._again: deque[tuple[float, RequestLine]] = deque()  # when a refused one is sent again
         self._failed_in_a_row = 0
 
     def refuse(self) -> None:
@@ -80,7 +80,7 @@ class WorkingOff:
         for line, twin in self._order.faulty():
             self._fail(line, self._fault(line, twin))
 
-    def refuse_all(self, number: int, error: Refusal) -> None:
+    def refuse_all(self, number: int, error: NoAnswer) -> None:
         """The model with that number cannot be had."""
         for line in self._order.of_model(number):
             self._fail(line, self._said(line, error))
@@ -122,7 +122,7 @@ class WorkingOff:
             self._under_way[line.number] = line, Collected(asked)
             yield line.number, replace(asked.request, model=model, priority=PRIORITY)
 
-    def _refused(self, line: Line, error: Refusal) -> None:
+    def _refused(self, line: RequestLine, error: NoAnswer) -> None:
         """Send it again later, or say why it failed. Raises what is not its own fault."""
         if error.code == "busy":
             self._again.append((time.monotonic() + max(error.retry_after_s, BUSY_S), line))
@@ -136,14 +136,14 @@ class WorkingOff:
             )
         self._fail(line, self._said(line, error))
 
-    def _fail(self, line: Line, error: BadLine) -> None:
+    def _fail(self, line: RequestLine, error: BadLine) -> None:
         self._out.add(failed(line_id(line.number, line.digest), line.number, error))
         self.tally.left -= 1
         self.tally.failed += 1
 
-    def _fault(self, line: Line, twin: int) -> BadLine:
+    def _fault(self, line: RequestLine, twin: int) -> BadLine:
         """Why a line cannot be answered, as it is."""
-        if line.nbytes > LINE_BYTES:
+        if line.nbytes > REQUEST_BYTES:
             return BadLine(too_long(line))
         try:
             asked = parse(refetched(self._requests, line), self._model)
@@ -153,7 +153,7 @@ class WorkingOff:
         error.custom_id = asked.custom_id
         return error
 
-    def _said(self, line: Line, refusal: Refusal) -> BadLine:
+    def _said(self, line: RequestLine, refusal: NoAnswer) -> BadLine:
         """A refusal of a sound line."""
         error = BadLine(worded(str(refusal)), code=refusal.code)
         error.custom_id = parse(refetched(self._requests, line), self._model).custom_id

@@ -111,7 +111,7 @@ class Assembly:
         model.main = main
         disk = self._disk(name, main, config)
         model.engine.start_anew(
-            self._rank(main, disk), self._cache(main, disk), self._speeds(main, self._reads(disk))
+            self._rank(main, disk), self._cache(main, disk), self._speeds(main, disk, config)
         )
 
     def _read(
@@ -175,8 +175,9 @@ class Assembly:
     def _reads(disk: KvDisk | None) -> int:
         return disk.most_reads if disk else 1
 
-    def _speeds(self, main: Runnable, reads: int) -> Speeds:
-        return Speeds(main.plan.chunk_tokens, row_share(main.plan, main.read_bytes_per_s), reads)
+    def _speeds(self, main: Runnable, disk: KvDisk | None, config: NodeConfig) -> Speeds:
+        share = row_share(main.plan, main.read_bytes_per_s)
+        return Speeds(main.plan.chunk_tokens, share, self._reads(disk), config.slowdown)
 
     def _engine(
         self, main: Runnable, small: Runnable | None, disk: KvDisk | None, config: NodeConfig
@@ -188,6 +189,7 @@ class Assembly:
             chunk_tokens=main.plan.chunk_tokens,
             guesses=main.plan.guesses,
             row_share=row_share(main.plan, main.read_bytes_per_s),
+            slowdown=config.slowdown,
             reads=self._reads(disk),
             ropes=main.checkpoint.spec.ropes,
         )

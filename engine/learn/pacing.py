@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from .step_cost import ROW_SHARE
 
-SLOWDOWN = 2.5  # a step that also reads prompts may take so many times one that does not
+SLOWDOWN = (
+    2.5  # a step that also reads prompts may take so many times one that does not, if people wait for answers
+)
 _LOUDEST = (0.5, 1.5)  # the least and the most by which one measurement may change the budget, before damping
 _REST_EVERY = 16  # steps with prompts; then comes one without, to measure again what they are compared with
 
 
 class Pacer:
-    """A budget that shrinks when steps take too long and grows when they do not; at most `most` tokens. Its first value
-    assumes that every further row costs `row_share` of a step of one row."""
+    """A budget that shrinks when steps take too long and grows when they do not; at most `most` tokens. A step may take
+    `slowdown` times one without prompts. The first value assumes that every further row costs `row_share` of a step of
+    one row."""
 
-    def __init__(self, most: int, row_share: float = ROW_SHARE) -> None:
+    def __init__(self, most: int, row_share: float = ROW_SHARE, slowdown: float = SLOWDOWN) -> None:
         self._most = most
-        self._tokens = min((SLOWDOWN - 1) / row_share, most)
+        self._slowdown = slowdown
+        self._tokens = min((slowdown - 1) / row_share, most)
         self._since_rest = 0
 
     def budget(self) -> int:
@@ -34,6 +38,6 @@ class Pacer:
     def note(self, tokens: int, slowdown: float) -> None:
         """A step with so many tokens beside answers took `slowdown` times one without them."""
         self._since_rest += 1
-        change = min(max(SLOWDOWN / max(slowdown, 1e-9), _LOUDEST[0]), _LOUDEST[1])
+        change = min(max(self._slowdown / max(slowdown, 1e-9), _LOUDEST[0]), _LOUDEST[1])
         if change < 1 or tokens >= int(self._tokens):  # fewer tokens than allowed say nothing about more
             self._tokens = min(max(self._tokens * change**0.5, 1.0), self._most)

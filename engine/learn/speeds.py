@@ -6,19 +6,20 @@ Pure: durations are handed in.
 from __future__ import annotations
 
 from .kv_read_cost import ReadCost, followed
-from .pacing import Pacer
+from .pacing import SLOWDOWN, Pacer
 from .step_cost import StepCost
 
 
 class Speeds:
     """A step holds at most `chunk_tokens` tokens of prompts, and reads at most `reads` pages of KV from disk beside the
-    pages that are free. `row_share`: first guess of what one more row costs, as in `StepCost`."""
+    pages that are free. `row_share`: first guess of what one more row costs, as in `StepCost`; `slowdown`: as in
+    `Pacer`."""
 
-    def __init__(self, chunk_tokens: int, row_share: float, reads: int) -> None:
+    def __init__(self, chunk_tokens: int, row_share: float, reads: int, slowdown: float = SLOWDOWN) -> None:
         self.cost = StepCost(row_share)
         self._chunk_tokens = chunk_tokens
         self._reads = reads
-        self._pacer = Pacer(chunk_tokens, row_share)
+        self._pacer = Pacer(chunk_tokens, row_share, slowdown)
         self._read_cost = ReadCost()
         # To read one token of a prompt in a step without answers; 0 = not measured yet.
         self._prompt_token_s = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from shoal.engine.learn.pacing import SLOWDOWN, Pacer
 
 
@@ -24,3 +26,10 @@ def test_too_slow_steps_shrink_it_and_fast_ones_grow_it_up_to_the_most() -> None
     assert pacer.budget() == 0  # time for a step without, to measure what they are compared with
     pacer.rested()
     assert pacer.budget() == 64
+
+
+def test_where_nobody_waits_prompts_are_not_held_back() -> None:
+    pacer = Pacer(64, row_share=0.15, slowdown=math.inf)
+    for slowdown in (1.0, 50.0):
+        pacer.note(64, slowdown)
+        assert pacer.budget() == 64
