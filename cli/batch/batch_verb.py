@@ -208,7 +208,7 @@ def _progress(tally: Tally, *, quiet: bool) -> Iterator[Callable[[], None]]:
 
 
 def _summary(tally: Tally, answers: Path) -> dict[str, Any]:
-    seconds = tally.seconds
+    seconds = max(tally.seconds, 1e-9)
     return {
         "requests": tally.lines,
         "answered": tally.lines - tally.left - tally.failed,
@@ -218,7 +218,7 @@ def _summary(tally: Tally, answers: Path) -> dict[str, Any]:
         "prompt_tokens": tally.prompt_tokens,
         "cached_tokens": tally.cached_tokens,
         "completion_tokens": tally.completion_tokens,
-        "seconds": seconds,
+        "seconds": tally.seconds,
         "requests_per_s": tally.now / seconds,
         "completion_tokens_per_s": tally.completion_tokens / seconds,
         "output": str(answers),
@@ -235,7 +235,7 @@ def _described(tally: Tally) -> str:
     if tally.now:
         cached = f", {tally.cached_tokens:,} of them shared" if tally.cached_tokens else ""
         parts.append(f"{tally.prompt_tokens:,} prompt tokens{cached}")
-        speed = per_second(tally.completion_tokens / tally.seconds)
+        speed = per_second(tally.completion_tokens / max(tally.seconds, 1e-9))
         parts.append(
             f"{counted(tally.completion_tokens, 'token')} ({speed}) in {format_duration(tally.seconds)}"
         )

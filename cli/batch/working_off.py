@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from msgspec.structs import replace
 
@@ -47,11 +47,7 @@ class Tally:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    began_s: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began_s
+    seconds: float = 0.0  # spent answering, not loading
 
     def note(self, usage: Usage) -> None:
         """A line got its answer."""
@@ -90,7 +86,9 @@ class WorkingOff:
     ) -> None:
         """Have all lines answered that ask the model with that number. `shown` is called whenever something has
         happened. Raises DaemonError or CommError for what is not the fault of a line."""
+        began_s = time.monotonic() - self.tally.seconds
         for key, event in answers.many(self._coming(number, status.name), at_once):
+            self.tally.seconds = time.monotonic() - began_s
             match event:
                 case Token():
                     self._under_way[key][1].take(event)
