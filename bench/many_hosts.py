@@ -1,7 +1,7 @@
 """A cluster of hosts that are network namespaces on this machine: what it survives, what it gains, what it costs.
 
     sudo python bench/many_hosts.py [--rows losses,head,crowd,interfaces,disks,peaks,grid,peers] [--rounds 20]
-                                    [--minutes 3] [--model MODEL.gguf] [--large MODEL.gguf]
+                                    [--minutes 3] [--prompt 128] [--model MODEL.gguf] [--large MODEL.gguf]
 
 Hosts have a processor share, a memory limit, a disk and a cable of their own, but share one machine's memory and
 caches. `--model` is a small real one (by default the default model), `--large` is streamed and divided (default: a
@@ -37,7 +37,6 @@ from shoal.comm.home import Home
 
 CAP_BYTES = 320 << 20  # below half of the large model
 READ_BYTES_PER_S = 200e6
-PROMPT = 128
 CONTEXT = 1024
 
 
@@ -117,7 +116,7 @@ def grid(options: argparse.Namespace) -> None:
     with Lab() as made:
         both = Grid(made, options.large)
         for cell in cells():
-            costs = both.measure(cell, PROMPT, 24, min(options.rounds, 5))
+            costs = both.measure(cell, options.prompt, 24, options.rounds)
             token, first = costs.ratios()
             print(
                 f"{cell}: {costs.ranks} ranks, token ×{token:.2f}, first token ×{first:.2f}; {costs.why}",
@@ -135,8 +134,8 @@ def peers(options: argparse.Namespace) -> None:
             everybody = all_peers(made, directory, gguf, shape.layers)
             for _ in range(min(options.rounds, 5)):
                 for one in everybody:
-                    one.found.append(one.answer(PROMPT, 32))
-            print(f"{name}, a prompt of {PROMPT}")
+                    one.found.append(one.answer(options.prompt, 32))
+            print(f"{name}, a prompt of {options.prompt}")
             for one in everybody:
                 print(f"  {one.name:28} {_speeds(one)}{_against(one, everybody)}")
 
@@ -176,6 +175,7 @@ def main() -> int:
     parser.add_argument("--rows", default="")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--prompt", type=int, default=128, help="tokens, of grid and peers")
     parser.add_argument("--models", type=Path, default=Home.from_env().root / "bench")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--large", type=Path)

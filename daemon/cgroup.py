@@ -1,4 +1,5 @@
-"""How much memory the control groups of this process leave it (Linux, v1 and v2; elsewhere there are none).
+"""How much memory and processor time the control groups of this process leave it (Linux, v1 and v2; elsewhere there are
+none).
 
 Every group from its own up to the root may have a limit, and the tightest holds. Pages in the cache that were read once
 and not used again go first when memory is short, so they do not count as taken.
@@ -35,6 +36,28 @@ def limit_bytes(mount: Path = MOUNT, membership: Path = MEMBERSHIP) -> int | Non
     return _tightest(_limit, mount, membership)
 
 
+def processors(mount: Path = MOUNT, membership: Path = MEMBERSHIP) -> float | None:
+    """How many processors' time a group's quota leaves this process, possibly less than one; None if none has one."""
+    found = (_processors(group) for _, group in _places("cpu", mount, membership))
+    return min((number for number in found if number is not None), default=None)
+
+
+def _processors(group: Path) -> float | None:
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        except OSError:
+            return None
+    try:
+        share = int(quota) / int(period)  # "max" or -1 is no quota
+    except (ValueError, ZeroDivisionError):
+        return None
+    return share if share > 0 else None
+
+
 def _tightest(bound: Callable[[Path, _Files], int | None], mount: Path, membership: Path) -> int | None:
     bounds = [bound(group, files) for group, files in _groups(mount, membership)]
     return min((number for number in bounds if number is not None), default=None)
@@ -54,24 +77,26 @@ def _room(group: Path, files: _Files) -> int | None:
 
 
 def _groups(mount: Path, membership: Path) -> Iterator[tuple[Path, _Files]]:
-    """This process's groups and those around them, as far as they can be seen. In a container /proc names groups
-    as the host sees them, where the container sees only its own, at the root."""
+    for second, group in _places("memory", mount, membership):
+        yield group, _V2 if second else _V1
+
+
+def _places(controller: str, mount: Path, membership: Path) -> Iterator[tuple[bool, Path]]:
+    """(whether of v2, directory) of this process's groups and those around them, as far as they can be seen. In a
+    container /proc names groups as the host sees them, where the container sees only its own, at the root."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, files = mount, _V2
-        elif "memory" in controllers.split(","):
-            root, files = mount / "memory", _V1
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
+        root = mount / controller if controllers else mount
         inside = Path(path.lstrip("/"))
         for group in (inside, *inside.parents):
             if ".." not in group.parts and (root / group).is_dir():
-                yield root / group, files
+                yield not controllers, root / group
 
 
 def _idle_cache(group: Path, files: _Files) -> int:

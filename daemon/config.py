@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from math import ceil
 from typing import Literal, get_args
 
 from shoal.comm.group.sums.wire_types import WireType
@@ -15,6 +15,7 @@ from shoal.engine.learn.pacing import SLOWDOWN
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 
+from . import cgroup
 from .errors import DaemonError
 
 KvType = Literal["f32", "f16", "bf16", "i8"]
@@ -24,12 +25,8 @@ CLUSTER_WIRES: tuple[WireType, ...] = get_args(WireType)
 def default_threads() -> int:
     """Processors this process may use: the affinity mask and the cgroup's CPU quota, at least one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            allowed = min(allowed, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
+    if (quota := cgroup.processors()) is not None:
+        allowed = min(allowed, ceil(quota))
     return max(1, allowed)
 
 

@@ -56,6 +56,11 @@ class Figures(NamedTuple):
         token_s, *first = map(min, self.times, other.times)
         return self._replace(token_s=token_s, first_token_s=tuple(first))
 
+    def slower(self, factor: float, answer_tokens: int) -> Figures:
+        """If a token takes `factor` times as long, and an answer has so many."""
+        token_s = factor * self.token_s
+        return self._replace(token_s=token_s, total_s=self.total_s + answer_tokens * (token_s - self.token_s))
+
     @property
     def times(self) -> tuple[float, ...]:
         return self.token_s, *self.first_token_s

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from math import inf
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .amounts import format_bytes
@@ -30,6 +31,10 @@ from .sum_cost import Means, Network, Topology, Wire
 WORTH = 0.97  # of the time of a usual request is left, at most, where a group takes more machines
 TOLERANCE = 1.05  # times what anything may take with one machine more
 EXACT_MACHINES = 6
+LEAST_ERROR, MOST_ERROR = (
+    0.5,
+    8.0,
+)  # of a prediction: measured seconds per predicted one, as far as that is believed
 _FEW = 2  # groups that are looked at closely with each machine after these
 
 # What exists already. The rest can be predicted.
@@ -67,17 +72,29 @@ def choose(
     topologies: Collection[Topology] = AVAILABLE_TOPOLOGIES,
     wires: Sequence[Wire] = AVAILABLE_WIRES,
     ranks: int | None = None,
+    measured: Mapping[Places, float] = MappingProxyType({}),
 ) -> Choice | NoGroup:
     """The group for a model. `machines[0]` is the head. `block_bytes`: of all blocks, the head of the vocabulary in
     slices if weights may stream (`plan_streamed`'s extents). `splits`, `topologies`, `wires`: what may be used; the
     fastest is, whatever a wire rounds away, and of equally fast wires the first. `ranks`: somebody insists on so many.
+    `measured`: seconds that a token took with some machines; what is predicted for them, and for groups which they are
+    part of, is corrected by that.
 
     A worker whose figures cannot be true is not used. Raises MachineError if it is the head.
     """
     wrong = check_machines(machines)
     means = [Means(topology, wire) for topology in sorted(topologies) for wire in wires]
     search = _Search(
-        wanted, Sizes.of(wanted.spec, block_bytes), machines, links, workload, grains, splits, means, wrong
+        wanted,
+        Sizes.of(wanted.spec, block_bytes),
+        machines,
+        links,
+        workload,
+        grains,
+        splits,
+        means,
+        wrong,
+        measured,
     )
     free = search.freely()
     found = free if ranks is None else search.of_size(ranks)
@@ -113,15 +130,18 @@ class _Search:
         splits: Collection[Split],
         means: Sequence[Means],
         wrong: Mapping[int, str],
+        measured: Mapping[Places, float],
     ) -> None:
         self.cost = Cost(wanted, sizes, workload)
         self._sizes = sizes
         self._machines, self._links = machines, links
         self._splits, self._means = splits, means
+        self._answer_tokens = workload.answer_tokens
         self._wrong = wrong  # machines that are not to be used, and why
         self._memory = Memory(wanted, sizes)
         self._cuts = Cuts(wanted, sizes, self._memory, grains)
         self._found: dict[Places, list[_Found]] = {}
+        self._errors = {places: self._error(places, token_s) for places, token_s in measured.items()}
 
     # --- which groups ---------------------------------------------------------------------------------------
 
@@ -201,6 +221,7 @@ class _Search:
             bounds.append(self.cost.bound(machines, network, means))
         if "pipeline" in self._splits and network.reached:
             bounds.append(self.cost.bound(machines, network, (), layered=True))
+        bounds = [self._corrected(places, bound) for bound in bounds]
         kept = (bound.total_s for bound in bounds if floor is None or bound.within(floor, TOLERANCE))
         return min(kept, default=inf)
 
@@ -213,10 +234,26 @@ class _Search:
     def _ways(self, places: Places) -> list[_Found]:
         """All ways that were tried for these machines to run the model."""
         if places not in self._found:
-            divided = list(self._tensor(places))
-            quickest_s = min((found.figures.total_s for found in divided), default=inf)
-            self._found[places] = [*divided, *self._pipeline(places, quickest_s)]
+            ways = self._predicted(places)
+            self._found[places] = [it._replace(figures=self._corrected(places, it.figures)) for it in ways]
         return self._found[places]
+
+    def _predicted(self, places: Places) -> list[_Found]:
+        divided = list(self._tensor(places))
+        quickest_s = min((found.figures.total_s for found in divided), default=inf)
+        return [*divided, *self._pipeline(places, quickest_s)]
+
+    def _error(self, places: Places, token_s: float) -> float:
+        """How many times as long as predicted a token took with these machines."""
+        predicted_s = min((found.figures.token_s for found in self._predicted(places)), default=token_s)
+        return max(LEAST_ERROR, min(MOST_ERROR, token_s / predicted_s))
+
+    def _corrected(self, places: Places, figures: Figures) -> Figures:
+        """By what is known of these machines; else by the worst that is known of some of them."""
+        error = self._errors.get(places)
+        if error is None:
+            error = max((it for part, it in self._errors.items() if set(part) <= set(places)), default=1.0)
+        return figures.slower(error, self._answer_tokens)
 
     def _tensor(self, places: Places) -> Iterator[_Found]:
         network, means = self._network(places)

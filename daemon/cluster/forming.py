@@ -20,7 +20,7 @@ from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import fingerprint, group_fingerprint
 from shoal.daemon.loading.budgeting import disk_buffer_bytes
-from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated
+from shoal.daemon.loading.grouping import FormedGroup, Judgement, Seated, Unseated
 from shoal.daemon.loading.planning import extents, rank_part, wanted_of
 from shoal.daemon.memory import bounded
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -29,7 +29,7 @@ from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 from shoal.partition.group_choice import Choice, NoGroup
-from shoal.partition.group_search import AVAILABLE_TOPOLOGIES, choose
+from shoal.partition.group_search import AVAILABLE_TOPOLOGIES, Places, choose
 from shoal.partition.machines import Links, LinkSpeed, Machine
 from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
 from shoal.partition.rank_plans import RankPart, rank_plans
@@ -37,6 +37,7 @@ from shoal.partition.slicing import Grains, Shard, divide
 from shoal.partition.spec import BlockId
 from shoal.partition.sum_cost import Means, Network, Topology
 
+from .choosing.measured_groups import MeasuredGroups
 from .group import Group, Seat, SendsWeights, Settle
 from .member import Member
 from .roster import Roster
@@ -66,6 +67,7 @@ class Choosing(Protocol):
         topologies: Sequence[Topology],
         wires: Sequence[WireType],
         ranks: int | None,
+        measured: Mapping[Places, float],
     ) -> Choice | NoGroup: ...
 
 
@@ -85,6 +87,7 @@ class Forming:
         self._speed = speed
         self._choosing = choosing
         self._steady = steady or SteadyShares()
+        self._measured = MeasuredGroups()
 
     @property
     def machines(self) -> int:
@@ -92,7 +95,13 @@ class Forming:
 
     @property
     def arrivals(self) -> int:
-        return self._roster.arrivals
+        return self._roster.arrivals + self._measured.changes
+
+    def note(
+        self, checkpoint: Checkpoint, config: NodeConfig, group: FormedGroup | None, token_s: float
+    ) -> None:
+        machines = frozenset(group.fingerprints) if group is not None else frozenset()
+        self._measured.note(_model_key(checkpoint, config), machines, token_s)
 
     def seat(
         self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int
@@ -185,16 +194,15 @@ class Forming:
         config: NodeConfig,
         group: FormedGroup | None,
         free_bytes: int,
-    ) -> bool:
+    ) -> Judgement:
         members = self._roster.usable
         now = list(group.names) if group is not None else []
         if not members:
-            return bool(now)
+            return Judgement(bool(now), "")
         rooms = [free_bytes, *(member.room_bytes(name) for member in members)]
         choice = self._choice(checkpoint, config, members, rooms)
-        if isinstance(choice, NoGroup):
-            return False
-        return sorted(it.machine for it in choice.ranks[1:]) != sorted(now)
+        chosen = now if isinstance(choice, NoGroup) else [it.machine for it in choice.ranks[1:]]
+        return Judgement(sorted(chosen) != sorted(now), choice.describe())
 
     def _choice(
         self, checkpoint: Checkpoint, config: NodeConfig, members: Sequence[Member], rooms: Sequence[int]
@@ -220,9 +228,22 @@ class Forming:
             topologies=_topologies(members),
             wires=_wires(config),
             ranks=config.ranks,
+            measured=self._measured_at(checkpoint, config, members),
         )
         log.info("%s: %s", checkpoint.name, choice.describe())
         return choice
+
+    def _measured_at(
+        self, checkpoint: Checkpoint, config: NodeConfig, members: Sequence[Member]
+    ) -> Mapping[Places, float]:
+        """What is known of groups of these members, by their places."""
+        places = {member.fingerprint: place for place, member in enumerate(members, 1)}
+        known = self._measured.token_s(_model_key(checkpoint, config))
+        return {
+            (0, *sorted(places[it] for it in machines)): token_s
+            for machines, token_s in known.items()
+            if machines <= places.keys()
+        }
 
     def _machines(self, config: NodeConfig, members: Sequence[Member], rooms: Sequence[int]) -> list[Machine]:
         own, (free_bytes, *theirs) = self._speed(), rooms
@@ -264,7 +285,7 @@ class Forming:
         chosen = [members[rank.place - 1] for rank in choice.ranks[1:]]
         rooms = [rooms[rank.place] for rank in choice.ranks]
         threads = [config.thread_count, *(member.facts.threads for member in chosen)]
-        cut = f"{checkpoint.path} {config.quant} {choice.experts}"
+        cut = f"{_model_key(checkpoint, config)} {choice.experts}"
         key = " ".join([cut, *(member.fingerprint for member in chosen)])
         found = [
             self._cut(checkpoint, config, choice, shares, rooms, threads)
@@ -310,6 +331,10 @@ class _Seating(NamedTuple):
     parts: Sequence[CheckpointShard]
     plans: Sequence[Plan]
     why: str
+
+
+def _model_key(checkpoint: Checkpoint, config: NodeConfig) -> str:
+    return f"{checkpoint.path} {config.quant}"
 
 
 def _topologies(members: Sequence[Member]) -> Sequence[Topology]:

@@ -232,6 +232,10 @@ class Group:
         return [seat.member.name for seat in self.seats]
 
     @property
+    def fingerprints(self) -> list[str]:
+        return [seat.member.fingerprint for seat in self.seats]
+
+    @property
     def plans(self) -> list[Plan]:
         return [seat.plan for seat in self.seats]
 

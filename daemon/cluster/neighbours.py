@@ -14,7 +14,7 @@ from shoal.comm.errors import CommError
 from shoal.daemon.backend import ClusterReply, ClusterRequest
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.loading.grouping import FormedGroup, Seated, Unseated
+from shoal.daemon.loading.grouping import FormedGroup, Judgement, Seated, Unseated
 from shoal.models.checkpoint.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -84,6 +84,12 @@ class Neighbours:
         if self._grouping is not None:
             self._grouping.prepare(name, checkpoint, config, free_bytes)
 
+    def note(
+        self, checkpoint: Checkpoint, config: NodeConfig, group: FormedGroup | None, token_s: float
+    ) -> None:
+        if self._grouping is not None:
+            self._grouping.note(checkpoint, config, group, token_s)
+
     def better(
         self,
         name: str,
@@ -91,10 +97,10 @@ class Neighbours:
         config: NodeConfig,
         group: FormedGroup | None,
         free_bytes: int,
-    ) -> bool:
-        return self._grouping is not None and self._grouping.better(
-            name, checkpoint, config, group, free_bytes
-        )
+    ) -> Judgement:
+        if self._grouping is None:
+            return Judgement(False, "")
+        return self._grouping.better(name, checkpoint, config, group, free_bytes)
 
     def _cluster(self) -> tuple[Forming, Membership]:
         with self._lock:

@@ -12,7 +12,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +21,7 @@ import numpy as np
 from msgspec import Struct
 
 from shoal import kernels
+from shoal.daemon import cgroup
 from shoal.daemon.installed import package_version
 from shoal.daemon.memory import available_bytes
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
@@ -63,6 +64,8 @@ class _Kept(Struct, frozen=True):
     measured: int
 
 
+Typical = Callable[[Sequence[float]], float]  # which of the times that calls took
+
 _measuring = threading.Lock()  # two at a time would measure each other
 _known: dict[str, NodeSpeed] = {}  # in this process
 _NOTHING = NodeSpeed(0.0, 0.0)
@@ -96,7 +99,9 @@ def _measure(threads: int, directory: Path | None, memory_bytes: int) -> NodeSpe
     kernels.set_threads(threads)
     home = kernels.home_of("cpu")
     disk = disk_speed(directory) if directory else 0.0
-    speed = NodeSpeed(_memory_speed(home, memory_bytes), _long_speed(home), disk)
+    quota = cgroup.processors()
+    typical = _mean if quota is not None and quota < threads else _second_least
+    speed = NodeSpeed(_memory_speed(home, memory_bytes, typical), _long_speed(home, typical), disk)
     log.info("measured the speed of this machine in %.1f s: %s", time.monotonic() - began_s, speed)
     return speed
 
@@ -125,31 +130,32 @@ def disk_speed(directory: Path) -> float:
         return 0.0
 
 
-def _memory_speed(home: kernels.ComputeHome, memory_bytes: int) -> float:
+def _memory_speed(home: kernels.ComputeHome, memory_bytes: int, typical: Typical) -> float:
     """Bytes per second of weights, one row of input at a time."""
     bands = min(memory_bytes, MEMORY_BYTES) // TYPE.matrix_bytes(BAND_ROWS, COLS)
-    weights, seconds = _timed(home, 1, max(1, bands) * BAND_ROWS)
+    weights, seconds = _timed(home, 1, max(1, bands) * BAND_ROWS, typical)
     return weights.nbytes / seconds
 
 
-def _long_speed(home: kernels.ComputeHome) -> float:
+def _long_speed(home: kernels.ComputeHome, typical: Typical) -> float:
     """Operations per second with many rows of input."""
-    weights, seconds = _timed(home, LONG_ROWS, LONG_MATRIX_ROWS)
+    weights, seconds = _timed(home, LONG_ROWS, LONG_MATRIX_ROWS, typical)
     return 2 * LONG_ROWS * weights.rows * COLS / seconds
 
 
-def _timed(home: kernels.ComputeHome, inputs: int, most_rows: int) -> tuple[Matrix, float]:
+def _timed(home: kernels.ComputeHome, inputs: int, most_rows: int, typical: Typical) -> tuple[Matrix, float]:
     """(weights, seconds of multiplying them by so many rows of input). A quick machine gets more of them, so that
     caches do not hold them, and beginning and end of a call do not count for much."""
     x = home.place(np.ones((inputs, COLS), np.float32))
     rows = min(FIRST_ROWS, most_rows)
     while True:
         linear = _linear(rows)
-        once_s = _best_s(lambda linear=linear: home.linears(x, linear), 0.0)  # type: ignore[misc]
-        if once_s > ENOUGH_S or rows == most_rows:
+        took = _calls_s(lambda linear=linear: home.linears(x, linear), 0.0)  # type: ignore[misc]
+        if took[0] > ENOUGH_S or rows == most_rows:
             break
         rows = min(4 * rows, most_rows)
-    return linear.matrices[0], min(once_s, _best_s(lambda: home.linears(x, linear), MEASURE_S - once_s))
+    took += _calls_s(lambda: home.linears(x, linear), MEASURE_S - took[0])
+    return linear.matrices[0], max(1e-9, typical(took))
 
 
 def _linear(rows: int) -> Linears:
@@ -159,15 +165,25 @@ def _linear(rows: int) -> Linears:
     return Linears((Matrix(TYPE, data, rows, COLS),))
 
 
-def _best_s(call: Callable[[], object], seconds: float) -> float:
-    """The second least of what calls took in a time, or what the only one took: neither luck nor an interruption."""
+def _calls_s(call: Callable[[], object], seconds: float) -> list[float]:
+    """What each call took in a time; of one at least."""
     took: list[float] = []
     until_s = time.monotonic() + seconds
     while not took or time.monotonic() < until_s:
         began_s = time.perf_counter()
         call()
         took.append(time.perf_counter() - began_s)
-    return max(1e-9, sorted(took)[min(1, len(took) - 1)])
+    return took
+
+
+def _second_least(took: Sequence[float]) -> float:
+    """Neither luck nor an interruption."""
+    return sorted(took)[min(1, len(took) - 1)]
+
+
+def _mean(took: Sequence[float]) -> float:
+    """Where a quota stops the process for a part of every tenth of a second, no single call tells."""
+    return sum(took) / len(took)
 
 
 def files_below(directory: Path) -> list[tuple[int, Path]]:
@@ -198,7 +214,7 @@ def _fill(path: Path) -> None:
 def _key(threads: int, directory: Path | None) -> str:
     """What speed depends on, as text."""
     disk = directory.stat().st_dev if directory and directory.exists() else None
-    return f"{kernels_key()} | {os.cpu_count()} | {threads} | {disk}"
+    return f"{kernels_key()} | {os.cpu_count()} | {threads} | {cgroup.processors()} | {disk}"
 
 
 def kernels_key() -> str:

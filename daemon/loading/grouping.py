@@ -41,6 +41,11 @@ class FormedGroup(Protocol):
         ...
 
     @property
+    def fingerprints(self) -> Sequence[str]:
+        """Of the other machines, by rank: what they are known by, whatever they are called."""
+        ...
+
+    @property
     def sums(self) -> str:
         """How partials are added, in words, once it is complete."""
         ...
@@ -96,6 +101,13 @@ class Unseated(NamedTuple):
     why: str
 
 
+class Judgement(NamedTuple):
+    """Whether others than now should compute a model; `why` they do or should, in words, if others are there."""
+
+    others: bool
+    why: str
+
+
 class Grouping(Protocol):
     """Decides whether others take part in running a model, and asks them to."""
 
@@ -119,6 +131,11 @@ class Grouping(Protocol):
         Raises as `seat`."""
         ...
 
+    def note(
+        self, checkpoint: Checkpoint, config: NodeConfig, group: FormedGroup | None, token_s: float
+    ) -> None:
+        """So long a token took; with None, on this machine alone. What `seat` and `better` choose depends on it."""
+
     def prepare(self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int) -> None:
         """Have those that `seat` would choose fetch what they lack, while the model goes on. Raises DaemonError."""
         ...
@@ -130,7 +147,7 @@ class Grouping(Protocol):
 
     @property
     def arrivals(self) -> int:
-        """Changes whenever a machine has come, or can be used again."""
+        """Changes whenever a machine has come, or can be used again, or what was noted is new."""
         ...
 
     def better(
@@ -140,6 +157,6 @@ class Grouping(Protocol):
         config: NodeConfig,
         group: FormedGroup | None,
         free_bytes: int,
-    ) -> bool:
+    ) -> Judgement:
         """Whether a model would be computed by others than now if it were loaded anew."""
         ...

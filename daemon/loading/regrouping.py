@@ -42,13 +42,16 @@ class Regrouping:
         threading.Thread(target=self._regroup, args=(model,), name="shoal-regroup", daemon=True).start()
 
     def look(self) -> None:
-        """Begin with idle models that lost a machine, or that machines which have come would make faster."""
+        """Begin with idle models that lost a machine, or that would be faster with machines which have come, or without
+        some which turned out to be slower than predicted."""
         grouping = self._assembly.grouping
         if grouping is None:
             return
         for model in self._models:
             if model.engine.busy or model.engine.lost is not None or model.retired:
                 continue
+            if (token_s := model.engine.scheduler.speeds.token_times.take()) is not None:
+                grouping.note(model.checkpoint, self._wanted(model), model.main.group, token_s)
             group, arrivals = model.main.group, grouping.arrivals
             came, model.arrivals = model.arrivals != arrivals, arrivals
             if group is not None and not group.whole:
@@ -57,7 +60,7 @@ class Regrouping:
                 model.prepared = False
                 if not self._better(grouping, model):
                     continue
-                why = "machines have come"
+                why = "other machines make it faster"
             else:
                 if came and self._better(grouping, model):
                     self._prepare(grouping, model)
@@ -83,9 +86,13 @@ class Regrouping:
         threading.Thread(target=prepare, name="shoal-prepare", daemon=True).start()
 
     def _better(self, grouping: Grouping, model: LoadedModel) -> bool:
+        """Whether others should compute it. If not, the model says why not."""
         config = self._wanted(model)
         free_bytes = self._assembly.budget.free_bytes + model.peak_bytes
-        return grouping.better(model.name, model.checkpoint, config, model.main.group, free_bytes)
+        judgement = grouping.better(model.name, model.checkpoint, config, model.main.group, free_bytes)
+        if not judgement.others:
+            model.main.why = judgement.why
+        return judgement.others
 
     def _regroup(self, model: LoadedModel) -> None:
         lost, group = model.engine.lost, model.main.group

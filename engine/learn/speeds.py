@@ -8,6 +8,7 @@ from __future__ import annotations
 from .kv_read_cost import ReadCost, followed
 from .pacing import SLOWDOWN, Pacer
 from .step_cost import StepCost
+from .token_times import TokenTimes
 
 
 class Speeds:
@@ -17,6 +18,7 @@ class Speeds:
 
     def __init__(self, chunk_tokens: int, row_share: float, reads: int, slowdown: float = SLOWDOWN) -> None:
         self.cost = StepCost(row_share)
+        self.token_times = TokenTimes()
         self._chunk_tokens = chunk_tokens
         self._reads = reads
         self._pacer = Pacer(chunk_tokens, row_share, slowdown)
@@ -31,6 +33,8 @@ class Speeds:
         if not prompts:
             self.cost.note(rows, seconds)
             self._pacer.rested()
+            if rows == 1:
+                self.token_times.note(seconds)
         elif decodes:
             self._pacer.note(rows - decodes, seconds / self.cost.seconds(decodes))
         else:

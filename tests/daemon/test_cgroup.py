@@ -51,6 +51,28 @@ def test_version_one_and_a_container_that_sees_only_itself(tmp_path: Path) -> No
     assert cgroup.room_bytes(mount, inside) == 30 * MB
 
 
+def test_processors_are_those_of_the_tightest_quota(tmp_path: Path) -> None:
+    mount = tmp_path / "cgroup"
+    (mount / "a" / "b").mkdir(parents=True)
+    (mount / "a" / "cpu.max").write_text("40000 100000\n")
+    (mount / "a" / "b" / "cpu.max").write_text("max 100000\n")
+    assert cgroup.processors(mount, member(tmp_path, "0::/a/b")) == 0.4
+    first = mount / "cpu" / "docker"
+    first.mkdir(parents=True)
+    (first / "cpu.cfs_quota_us").write_text("-1\n")
+    (first / "cpu.cfs_period_us").write_text("100000\n")
+    inside = member(tmp_path, "5:cpu,cpuacct:/docker", "0::/")
+    assert cgroup.processors(mount, inside) is None
+    (first / "cpu.cfs_quota_us").write_text("250000\n")
+    assert cgroup.processors(mount, inside) == 2.5
+
+
+@pytest.mark.parametrize("text", ["", "x y", "1 0", "5", "-1 100000"])
+def test_a_quota_that_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert cgroup.processors(tmp_path, member(tmp_path, "0::/")) is None
+
+
 def test_no_groups_no_limits(tmp_path: Path) -> None:
     assert cgroup.room_bytes(tmp_path, tmp_path / "nothing") is None
     mount = tmp_path / "cgroup"

@@ -161,3 +161,28 @@ def test_a_choice_can_be_carried_out(cluster: tuple[str, list[Machine], Pairs, d
             assert_plan(shard_spec(MODELS[name], shard), rank, machines[rank.place])
     assert len(found.ranks) + len(found.unused) == len(machines)
     assert pick(name, machines, links, **more) == found, "the same figures give the same choice"
+
+
+def test_what_was_measured_counts_more_than_what_was_predicted() -> None:
+    machines = [machine("head"), machine("slow"), machine("third")]
+    links = all_linked(3, CABLE)
+    both, alone = (pick("8b", machines[:count], links, topologies=("star",)) for count in (2, 1))
+    assert isinstance(both, Choice)
+    assert isinstance(alone, Choice)
+    assert len(both.ranks) == 2
+    pair_s, head_s = both.figures.token_s, alone.figures.token_s
+
+    def ranks(measured: dict[tuple[int, ...], float], count: int = 2) -> list[str]:
+        found = pick("8b", machines[:count], links, topologies=("star",), measured=measured)
+        assert isinstance(found, Choice)
+        return [rank.machine for rank in found.ranks]
+
+    assert ranks({(0, 1): 3 * pair_s}) == ["head"]
+    assert ranks({(0, 1): 3 * pair_s, (0,): 3 * head_s}) == ["head", "slow"]
+    assert ranks({(0,): 3 * head_s}) == ["head", "slow"]
+    assert ranks({(0, 1): 1.1 * head_s}) == ["head"]
+    assert ranks({(0, 1): 0.9 * head_s}) == ["head", "slow"]
+    assert ranks({(0, 1): 3 * pair_s}, 3) == ["head", "third"]
+    corrected = pick("8b", machines[:2], links, topologies=("star",), measured={(0, 1): 1.2 * pair_s})
+    assert isinstance(corrected, Choice)
+    assert corrected.figures.token_s == pytest.approx(1.2 * pair_s)

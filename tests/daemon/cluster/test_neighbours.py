@@ -56,7 +56,7 @@ def test_loading_alone_makes_none(found: Found) -> None:
     neighbours = Neighbours(found)
     checkpoint: Any = None
     assert seated(neighbours, None) == seated(neighbours, 1) == Unseated("")
-    assert not neighbours.better("m", checkpoint, CONFIG, None, 1 << 30)
+    assert not neighbours.better("m", checkpoint, CONFIG, None, 1 << 30).others
     assert (neighbours.machines, neighbours.arrivals) == (1, 0)
     neighbours.close()
     assert found.times == 0

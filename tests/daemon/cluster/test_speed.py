@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from shoal import kernels
+from shoal.daemon import cgroup
 from shoal.daemon.cluster import speed
 from shoal.daemon.cluster.speed import NodeSpeed, disk_speed, node_speed
 from shoal.daemon.config import default_threads
@@ -28,8 +29,8 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Measuring takes no time; → the bytes per second that memory turns out to have, one measurement after the other
     from the end of the list."""
     paces = [1e10] * 10
-    monkeypatch.setattr(speed, "_memory_speed", lambda home, memory_bytes: paces.pop())
-    monkeypatch.setattr(speed, "_long_speed", lambda home: 3e11)
+    monkeypatch.setattr(speed, "_memory_speed", lambda home, memory_bytes, typical: paces.pop())
+    monkeypatch.setattr(speed, "_long_speed", lambda home, typical: 3e11)
     monkeypatch.setattr(speed, "disk_speed", lambda directory: 1e9)
     return paces
 
@@ -125,3 +126,18 @@ def test_a_large_file_that_is_there_is_read(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "weights").write_bytes(bytes(8 << 20))
     assert disk_speed(tmp_path) > 0
+
+
+def test_where_a_quota_stops_the_process_speed_is_what_is_left_on_average(
+    quickly: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr(speed, "_long_speed", lambda home, typical: used.append(typical) or 3e11)
+    for quota, typical in ((0.4, speed._mean), (1.0, speed._second_least), (None, speed._second_least)):
+        monkeypatch.setattr(cgroup, "processors", lambda quota=quota: quota)
+        start_again()
+        node_speed(1)
+        assert used.pop() is typical
+    assert speed._mean([1.0, 3.0, 2.0]) == 2.0
+    assert speed._second_least([5.0, 1.0, 2.0]) == 2.0
+    assert speed._second_least([5.0]) == 5.0

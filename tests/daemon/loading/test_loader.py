@@ -23,7 +23,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library import registry
 from shoal.daemon.loading.advice import advice_of
 from shoal.daemon.loading.assembly import Assembly
-from shoal.daemon.loading.grouping import Unseated
+from shoal.daemon.loading.grouping import Judgement, Unseated
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.memory import PROCESS
 from shoal.daemon.node import Node
@@ -219,8 +219,23 @@ class Others:
         self.dropping = sorted(dropping)
         return free_bytes >= self.room_bytes
 
-    def better(self, *asked: Any) -> bool:
-        return False
+    def note(self, *measured: Any) -> None:
+        pass
+
+    def better(self, *asked: Any) -> Judgement:
+        return Judgement(False, "alone: two machines would be slower")
+
+
+def test_a_model_says_why_a_machine_that_came_is_not_used(path: Path) -> None:
+    others = Others()
+    with Node(CONFIG, grouping=others) as node:
+        node.load(Load(model=str(path)))
+        assert node.status().models[0].machines_why == ""
+        others.arrivals += 1
+        deadline_s = time.monotonic() + 20
+        while not node.status().models[0].machines_why and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert node.status().models[0].machines_why == "alone: two machines would be slower"
 
 
 def test_what_only_a_group_has_room_for_is_loaded_again(path: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What decides which machines run a model, beside what they measure of themselves."""
