@@ -84,8 +84,8 @@ class Answers(Protocol):
         """The events of an answer; leaving the block cancels the rest."""
         ...
 
-    def places(self, wanted: int) -> int:
-        """How many of `wanted` requests may be under way at once."""
+    def places(self) -> int:
+        """How many requests should be under way, so that there is always one to be taken up."""
         ...
 
     def many(
@@ -125,8 +125,9 @@ def _note_warnings(status: ModelStatus) -> None:
 class InProcess:
     """A node in this process."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, sequences: int) -> None:
         self._node = node
+        self._sequences = sequences
 
     def load(
         self,
@@ -154,8 +155,8 @@ class InProcess:
     def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[StreamEvent]]:
         return closing(self._node.stream(request))
 
-    def places(self, wanted: int) -> int:
-        return wanted
+    def places(self) -> int:
+        return 2 * self._sequences
 
     def many(
         self, requests: Iterator[tuple[K, Generate | Chat] | None], at_once: int
@@ -247,8 +248,8 @@ class ThroughDaemon:
     def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[StreamEvent]]:
         return closing(self._client.stream(request))
 
-    def places(self, wanted: int) -> int:
-        return min(wanted, self._client.hello().limits["requests_per_client"])
+    def places(self) -> int:
+        return self._client.hello().limits["requests_per_client"]
 
     def many(
         self, requests: Iterator[tuple[K, Generate | Chat] | None], at_once: int
@@ -269,7 +270,7 @@ def in_process(config: NodeConfig, library: Library, *, sequences: int = 1) -> I
         machines(home, config) as grouping,
         Node(config, resolve=library.resolve, packs=packs, grouping=grouping) as node,
     ):
-        yield InProcess(node)
+        yield InProcess(node, sequences)
 
 
 @contextmanager

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from .batch_order import BatchOrder
     from .working_off import Tally, WorkingOff
 
-SEQUENCES = 64  # computed at the same time by this process, unless told otherwise
-CHUNK_TOKENS = 512  # of prompts in one step
+CHUNK_TOKENS = 1024  # of prompts in one step, where the number of sequences is given
 SHOWN_S = 0.2
 _OF_A_MODEL = ("bad_request", "not_found", "unsupported", "corrupt")  # then its lines fail, and others go on
 
@@ -55,7 +54,7 @@ _OF_A_MODEL = ("bad_request", "not_found", "unsupported", "corrupt")  # then its
     "--sequences",
     type=Whole(1, 1024),
     metavar="N",
-    help=f"Requests computed at the same time (default {SEQUENCES}).",
+    help="Requests computed at the same time (default: up to 256, if memory allows).",
 )
 @click.option("--retry-failed", is_flag=True, help="Answer those lines again that failed before.")
 @click.option("--local", is_flag=True, help="Run in this process even if a daemon is running.")
@@ -80,7 +79,7 @@ def batch(
     A running daemon answers, unless --local, --sequences, --memory, --threads, --device, --speculate, --kv-type or
     --cluster-wire is given: then this process does.
     """
-    config = replace(plan.config(), chunk_tokens=CHUNK_TOKENS, slowdown=math.inf)
+    config = replace(plan.config(), slowdown=math.inf)
     library = Library(Home.from_env())
     with spinner("starting"), deferred_interrupt():
         from .answer_file import AnswerFile
@@ -101,13 +100,13 @@ def batch(
         own = local or sequences is not None or plan.beyond_context
         try:
             work.refuse()
-            wanted = sequences or SEQUENCES
             for number, name in enumerate(names):
                 if isinstance(name, DaemonError):
                     work.refuse_all(number, name)
             if any(isinstance(name, str) for name in names):
-                with _answerer(config, library, wanted, own=own) as found:
-                    _answer(work, order, names, found, plan, found.places(2 * wanted), quiet=as_json)
+                there = [name for name in names if isinstance(name, str)]
+                with _answerer(there, config, library, sequences, own=own) as found:
+                    _answer(work, order, names, found, plan, quiet=as_json)
         except BaseException:
             if done := work.tally.lines - work.tally.left:
                 all_ = counted(work.tally.lines, "request")
@@ -141,12 +140,23 @@ def _names(order: BatchOrder, library: Library, *, some: bool) -> list[str | Dae
 
 
 @contextmanager
-def _answerer(config: NodeConfig, library: Library, sequences: int, *, own: bool) -> Iterator[Answers]:
+def _answerer(
+    names: list[str], config: NodeConfig, library: Library, sequences: int | None, *, own: bool
+) -> Iterator[Answers]:
+    """Who answers: a daemon, or this process, with as many sequences at the same time as is best."""
     with ExitStack() as stack:
-        found: Answers | None = None
-        if not own:
-            found = stack.enter_context(from_daemon(Home.from_env()))
-        yield found or stack.enter_context(in_process(config, library, sequences=sequences))
+        if not own and (daemon := stack.enter_context(from_daemon(Home.from_env()))) is not None:
+            yield daemon
+            return
+        with spinner("starting"), deferred_interrupt():
+            from shoal.daemon.library.packs import Packs
+
+            from .batch_sizes import BatchSize, batch_size
+        if sequences is not None:
+            size = BatchSize(sequences, CHUNK_TOKENS)
+        else:
+            size = batch_size(names, config, library, Packs(Home.from_env()))
+        yield stack.enter_context(in_process(size.of(config), library, sequences=size.sequences))
 
 
 def _answer(
@@ -155,7 +165,6 @@ def _answer(
     names: list[str | DaemonError],
     answers: Answers,
     plan: PlanOptions,
-    at_once: int,
     *,
     quiet: bool,
 ) -> None:
@@ -171,7 +180,7 @@ def _answer(
             work.refuse_all(number, error)
             continue
         with _progress(work.tally, quiet=quiet) as show:
-            work.answer(answers, number, status, at_once, show)
+            work.answer(answers, number, status, show)
 
 
 def _loaded(answers: Answers, name: str, plan: PlanOptions, likely: int) -> ModelStatus:

@@ -82,13 +82,11 @@ class WorkingOff:
         for line in self._order.of_model(number):
             self._fail(line, self._said(line, error))
 
-    def answer(
-        self, answers: Answers, number: int, status: ModelStatus, at_once: int, shown: Callable[[], None]
-    ) -> None:
+    def answer(self, answers: Answers, number: int, status: ModelStatus, shown: Callable[[], None]) -> None:
         """Have all lines answered that ask the model with that number. `shown` is called whenever something has
         happened. Raises DaemonError or CommError for what is not the fault of a line."""
         began_s = time.monotonic() - self.tally.seconds
-        with closing(answers.many(self._coming(number, status.name), at_once)) as events:
+        with closing(answers.many(self._coming(number, status.name), answers.places())) as events:
             for key, event in events:
                 self.tally.seconds = time.monotonic() - began_s
                 match event:

@@ -33,7 +33,6 @@ class Many(FakeAnswers):
     def __init__(self) -> None:
         super().__init__()
         self.trouble: Callable[[Generate | Chat], DaemonError | None] = lambda request: None
-        self.at_once: list[int] = []
         self.likely: list[int | None] = []
         self.unloadable: dict[str, DaemonError] = {}
         self._source = random.Random(1)
@@ -47,11 +46,10 @@ class Many(FakeAnswers):
         super().load(model, draft, context, ranks)
         return self.status
 
-    def places(self, wanted: int) -> int:
-        return wanted
+    def places(self) -> int:
+        return 10
 
     def many(self, requests: Iterator[Any], at_once: int) -> Iterator[Any]:
-        self.at_once.append(at_once)
         under_way: list[tuple[Any, Any]] = []
         coming = True
         while coming or under_way:
