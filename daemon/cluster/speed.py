@@ -41,6 +41,7 @@ FIRST_ROWS = 256  # of weights, before it is known how quick a machine is
 ENOUGH_S = 0.05  # for one call
 MEASURE_S = 0.4  # of each
 STARTS = 3
+QUOTA_USED = 0.8  # of processor time, at most
 DISK_S = 0.3
 DISK_FILE_BYTES = 64 << 20  # that is written where nothing can be read, at most
 DISK_PIECE = 4 << 20
@@ -100,7 +101,7 @@ def _measure(threads: int, directory: Path | None, memory_bytes: int) -> NodeSpe
     home = kernels.home_of("cpu")
     disk = disk_speed(directory) if directory else 0.0
     quota = cgroup.processors()
-    typical = _mean if quota is not None and quota < threads else _second_least
+    typical = _within_quota if quota is not None and quota < threads else _second_least
     speed = NodeSpeed(_memory_speed(home, memory_bytes, typical), _long_speed(home, typical), disk)
     log.info("measured the speed of this machine in %.1f s: %s", time.monotonic() - began_s, speed)
     return speed
@@ -181,9 +182,10 @@ def _second_least(took: Sequence[float]) -> float:
     return sorted(took)[min(1, len(took) - 1)]
 
 
-def _mean(took: Sequence[float]) -> float:
-    """Where a quota stops the process for a part of every tenth of a second, no single call tells."""
-    return sum(took) / len(took)
+def _within_quota(took: Sequence[float]) -> float:
+    """Where a quota stops the process for a part of every tenth of a second, only all calls together tell. Who uses it
+    up is stopped in the middle of a step, and everybody waits, so some of it is to be left."""
+    return sum(took) / len(took) / QUOTA_USED
 
 
 def files_below(directory: Path) -> list[tuple[int, Path]]:

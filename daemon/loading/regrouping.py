@@ -50,24 +50,33 @@ class Regrouping:
         for model in self._models:
             if model.engine.busy or model.engine.lost is not None or model.retired:
                 continue
-            if (token_s := model.engine.scheduler.speeds.token_times.take()) is not None:
-                grouping.note(model.checkpoint, self._wanted(model), model.main.group, token_s)
-            group, arrivals = model.main.group, grouping.arrivals
-            came, model.arrivals = model.arrivals != arrivals, arrivals
-            if group is not None and not group.whole:
-                why = "a machine is gone"
-            elif model.prepared:
-                model.prepared = False
-                if not self._better(grouping, model):
-                    continue
-                why = "other machines make it faster"
-            else:
-                if came and self._better(grouping, model):
-                    self._prepare(grouping, model)
+            try:
+                why = self._reason(grouping, model)
+            except Exception as error:  # the model goes on as it is, and so does who looks
+                failed = translated(error)
+                log.warning(
+                    "%s stays with the machines that compute it: %s", model.name, failed, exc_info=error
+                )
                 continue
-            model.engine.suspend(RankLost(0, why))
-            log.info("%s is loaded again: %s", model.name, why)
-            self.begin(model)
+            if why:
+                model.engine.suspend(RankLost(0, why))
+                log.info("%s is loaded again: %s", model.name, why)
+                self.begin(model)
+
+    def _reason(self, grouping: Grouping, model: LoadedModel) -> str:
+        """Why an idle model is to be loaded again now; "" if it is not."""
+        if (token_s := model.engine.scheduler.speeds.token_times.take()) is not None:
+            grouping.note(model.checkpoint, self._wanted(model), model.main.group, token_s)
+        group, arrivals = model.main.group, grouping.arrivals
+        came, model.arrivals = model.arrivals != arrivals, arrivals
+        if group is not None and not group.whole:
+            return "a machine is gone"
+        if model.prepared:
+            model.prepared = False
+            return "other machines make it faster" if self._better(grouping, model) else ""
+        if came and self._better(grouping, model):
+            self._prepare(grouping, model)
+        return ""
 
     def _prepare(self, grouping: Grouping, model: LoadedModel) -> None:
         """Machines that have come fetch their weights, in a thread of its own; until they have them, nobody waits."""

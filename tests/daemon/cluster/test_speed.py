@@ -133,11 +133,15 @@ def test_where_a_quota_stops_the_process_speed_is_what_is_left_on_average(
 ) -> None:
     used = []
     monkeypatch.setattr(speed, "_long_speed", lambda home, typical: used.append(typical) or 3e11)
-    for quota, typical in ((0.4, speed._mean), (1.0, speed._second_least), (None, speed._second_least)):
+    for quota, typical in (
+        (0.4, speed._within_quota),
+        (1.0, speed._second_least),
+        (None, speed._second_least),
+    ):
         monkeypatch.setattr(cgroup, "processors", lambda quota=quota: quota)
         start_again()
         node_speed(1)
         assert used.pop() is typical
-    assert speed._mean([1.0, 3.0, 2.0]) == 2.0
+    assert speed._within_quota([1.0, 3.0, 2.0]) == 2.5
     assert speed._second_least([5.0, 1.0, 2.0]) == 2.0
     assert speed._second_least([5.0]) == 5.0

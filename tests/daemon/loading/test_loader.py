@@ -238,6 +238,23 @@ def test_a_model_says_why_a_machine_that_came_is_not_used(path: Path) -> None:
         assert node.status().models[0].machines_why == "alone: two machines would be slower"
 
 
+def test_a_choice_that_fails_stops_nobody(path: Path) -> None:
+    """Not even who looks at deadlines."""
+
+    class Broken(Others):
+        def better(self, *asked: Any) -> Judgement:
+            raise ValueError("no figures")
+
+    others = Broken()
+    with Node(CONFIG, grouping=others) as node:
+        node.load(Load(model=str(path)))
+        (model,) = node._models
+        others.arrivals += 1
+        node._regrouping.look()
+        assert model.arrivals == others.arrivals
+        assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
+
+
 def test_what_only_a_group_has_room_for_is_loaded_again(path: Path, tmp_path: Path) -> None:
     """As is a model that needs idle ones to make room, here and elsewhere."""
     other = tiny.save_gguf(tiny.hf_model("qwen2", seed=2), tmp_path / "other.gguf")
