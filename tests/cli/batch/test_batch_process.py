@@ -23,7 +23,7 @@ def ask(directory: Path, model: Path) -> None:
     """Greedy and seeded requests, some of which begin alike, and one broken line."""
     lines = []
     for number in range(REQUESTS):
-        beginning = "the end and the " * (8 if number % 3 else 0)
+        beginning = "the end and the " * (12 if number % 3 else 0)
         body: dict[str, Any] = {"model": str(model), "prompt": f"{beginning}{number}", "max_tokens": 24}
         body |= {"temperature": 0} if number % 2 else {"temperature": 1, "seed": number}
         asked = {"custom_id": f"c{number}", "method": "POST", "url": "/v1/completions", "body": body}
