@@ -1,9 +1,12 @@
-"""How fast each stored type multiplies: GB/s of weight bytes for one token, GOP/s for many.
+"""How fast each stored type multiplies: GB/s of weight bytes for one token, GOP/s for many; and decodes attend.
 
     python bench/kernel_speed.py [--types Q4_0,Q6_K] [--threads 1,2] [--tokens 256] [--repeat 7] [--json]
+    python bench/kernel_speed.py --attention bf16,i8 [--threads 1,2] [--context 4096] [--batch 16] [--heads 32,8,128]
 
 One token is limited by memory: its matrices are fresh in turn, `--memory-mb` of them, so that no cache holds them.
 Many tokens are limited by arithmetic: one matrix, a multiplication and an addition counted as two operations.
+Attention of decodes reads all K and V once: GB/s of these, in turn with what memory gives to a plain read and with
+PyTorch (contiguous K and V of bfloat16, for i8 too, as it has no such type).
 Every figure is a median with the least and the most of the repeats; SHOAL_KERNELS names the home to measure.
 """
 
@@ -16,6 +19,8 @@ import statistics
 import time
 
 import numpy as np
+from harness.machine import dram_read_gb_per_s
+from inputs.decode_case import DecodeCase, set_torch_threads
 from inputs.random_weights import random_matrix
 
 from shoal import kernels
@@ -32,8 +37,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--memory-mb", type=int, default=600, help="of weights, beyond what caches hold")
+    parser.add_argument("--attention", default="", help="types of KV, instead of weights")
+    parser.add_argument("--context", type=int, default=4096, help="of attention")
+    parser.add_argument("--batch", type=int, default=16, help="of attention")
+    parser.add_argument("--heads", default="32,8,128", help="query heads, K/V heads, numbers of a head")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.attention:
+        attention(options)
+        return
 
     names = options.types.split(",")
     results = []
@@ -78,6 +90,34 @@ def measure(
         "one_token_gb_per_s": spread([read() for _ in range(options.repeat)]),
         "many_tokens_gop_per_s": spread([multiply() for _ in range(options.repeat)]),
     }
+
+
+def attention(options: argparse.Namespace) -> None:
+    heads, kv_heads, dim = map(int, options.heads.split(","))
+    case = DecodeCase(options.batch, options.context, heads, kv_heads, dim)
+    results = []
+    for name in options.attention.split(","):
+        native = case.native(name)
+        torch, torch_bytes = case.torch()
+        for threads in map(int, options.threads.split(",")):
+            kernels.set_threads(threads)
+            set_torch_threads(threads)
+            found: dict[str, list[float]] = {"gb_per_s": [], "memory_gb_per_s": [], "times_torch": []}
+            for _ in range(options.repeat + 1):
+                took_s, torch_s = seconds(native, 3) / 3, seconds(torch, 3) / 3
+                found["gb_per_s"].append(case.kv_bytes(name) / took_s / 1e9)
+                found["memory_gb_per_s"].append(dram_read_gb_per_s(threads))
+                found["times_torch"].append(torch_s / took_s)
+            spreads = {key: spread(values[1:]) for key, values in found.items()}
+            results.append({"kv": name, "threads": threads, "torch_bytes": torch_bytes, **spreads})
+            if not options.json:
+                parts = [
+                    f"{key} {it['median']:.2f} ({it['min']:.2f} to {it['max']:.2f})"
+                    for key, it in spreads.items()
+                ]
+                print(f"{name:5} threads {threads}  " + "  ".join(parts), flush=True)
+    if options.json:
+        print(json.dumps({"home": kernels.home(), "results": results}))
 
 
 def seconds(call: object, times: int) -> float:

@@ -6,16 +6,21 @@ Knows how both are opened and closed. Prints nothing but progress while a model 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from shoal.comm.errors import RequestFailed
 from shoal.comm.home import Home
 from shoal.comm.messages import (
     Chat,
     ChatMessage,
+    Done,
+    Error,
     Generate,
     Load,
     ModelStatus,
@@ -36,19 +41,33 @@ from .terminal.output import note, spinner, stage_text, transfer_bar
 
 if TYPE_CHECKING:
     from shoal.client import Client
+    from shoal.daemon.backend import Event
     from shoal.daemon.loading.grouping import Grouping
     from shoal.daemon.node import Node
+    from shoal.daemon.underway import Underway
+
+K = TypeVar("K")
+NoAnswer = DaemonError | RequestFailed
+"""What a request fails with: by a node here, or by the daemon. Both have a code, a message and a hint."""
+
+_LOOK_S = 1.0  # how often `many` asks for a request where there was none
 
 
 class Answers(Protocol):
     """What `run` and `chat` need of either. Methods raise DaemonError or CommError."""
 
     def load(
-        self, model: str, draft: str | None, context: int | None = None, ranks: int | None = None
+        self,
+        model: str,
+        draft: str | None,
+        context: int | None = None,
+        ranks: int | None = None,
+        *,
+        likely: int | None = None,
     ) -> ModelStatus:
         """Have a model that can hold a conversation of `context` tokens. What others use stays as it is for them.
         `draft`: a model that guesses for it. `ranks`: so many machines compute it, for all who use it. None: as it
-        is."""
+        is. `likely`: tokens for which it gets context if it is loaded now and nobody asked for another."""
         ...
 
     def peak_memory_bytes(self) -> int:
@@ -63,6 +82,16 @@ class Answers(Protocol):
 
     def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[StreamEvent]]:
         """The events of an answer; leaving the block cancels the rest."""
+        ...
+
+    def places(self) -> int:
+        """How many requests should be under way, so that there is always one to be taken up."""
+        ...
+
+    def many(
+        self, requests: Iterator[tuple[K, Generate | Chat] | None], at_once: int
+    ) -> Generator[tuple[K, StreamEvent | NoAnswer], None, None]:
+        """The events of many answers, as `Client.many` has them."""
         ...
 
 
@@ -96,14 +125,23 @@ def _note_warnings(status: ModelStatus) -> None:
 class InProcess:
     """A node in this process."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, sequences: int) -> None:
         self._node = node
+        self._sequences = sequences
 
     def load(
-        self, model: str, draft: str | None, context: int | None = None, ranks: int | None = None
+        self,
+        model: str,
+        draft: str | None,
+        context: int | None = None,
+        ranks: int | None = None,
+        *,
+        likely: int | None = None,
     ) -> ModelStatus:
+        least = likely if context is None else None
+        request = Load(model=model, draft=draft, context=context, ranks=ranks, least_context=least)
         with transfer_bar() as update:
-            return self._node.load(Load(model=model, draft=draft, context=context, ranks=ranks), update).model
+            return self._node.load(request, update).model
 
     def peak_memory_bytes(self) -> int:
         return peak_memory_bytes()
@@ -117,6 +155,48 @@ class InProcess:
     def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[StreamEvent]]:
         return closing(self._node.stream(request))
 
+    def places(self) -> int:
+        return 2 * self._sequences
+
+    def many(
+        self, requests: Iterator[tuple[K, Generate | Chat] | None], at_once: int
+    ) -> Generator[tuple[K, StreamEvent | NoAnswer], None, None]:
+        heard: SimpleQueue[tuple[K, Event]] = SimpleQueue()
+        under_way: dict[K, Underway] = {}
+        coming, taken = True, None
+        try:
+            while under_way or coming:
+                while coming and len(under_way) < at_once:
+                    try:
+                        taken = next(requests)
+                    except StopIteration:
+                        coming = False
+                        break
+                    if taken is None:
+                        break
+                    key, request = taken
+                    try:
+                        under_way[key] = self._node.submit(request, partial(_put, heard, key))
+                    except DaemonError as error:
+                        yield key, error
+                if not under_way and coming and taken is not None:  # all of them were refused
+                    continue
+                try:
+                    key, event = heard.get(timeout=_LOOK_S)
+                except Empty:
+                    self._node.check_threads()
+                    continue
+                if isinstance(event, Error | Done):
+                    del under_way[key]
+                yield key, DaemonError.of(event) if isinstance(event, Error) else event
+        finally:
+            for each in under_way.values():
+                each.cancel()
+
+
+def _put(heard: SimpleQueue[tuple[K, Event]], key: K, event: Event) -> None:
+    heard.put((key, event))
+
 
 class ThroughDaemon:
     """A daemon that is up."""
@@ -125,11 +205,17 @@ class ThroughDaemon:
         self._client = client
 
     def load(
-        self, model: str, draft: str | None, context: int | None = None, ranks: int | None = None
+        self,
+        model: str,
+        draft: str | None,
+        context: int | None = None,
+        ranks: int | None = None,
+        *,
+        likely: int | None = None,
     ) -> ModelStatus:
         with self._loading(model) as heard:
             status = self._client.load(
-                model, None, draft, heard, least_context=context, ranks=ranks, keep=ranks is None
+                model, None, draft, heard, least_context=context or likely, ranks=ranks, keep=ranks is None
             ).model
         _note_warnings(status)
         check_context(model, status, context)
@@ -162,23 +248,31 @@ class ThroughDaemon:
     def stream(self, request: Generate | Chat) -> AbstractContextManager[Iterator[StreamEvent]]:
         return closing(self._client.stream(request))
 
+    def places(self) -> int:
+        return self._client.hello().limits["requests_per_client"]
+
+    def many(
+        self, requests: Iterator[tuple[K, Generate | Chat] | None], at_once: int
+    ) -> Generator[tuple[K, StreamEvent | NoAnswer], None, None]:
+        return self._client.many(requests, at_once)
+
 
 @contextmanager
-def in_process(config: NodeConfig, library: Library) -> Iterator[InProcess]:
-    """A node for one request at a time; closed at the end."""
+def in_process(config: NodeConfig, library: Library, *, sequences: int = 1) -> Iterator[InProcess]:
+    """A node that computes so many requests at the same time; closed at the end."""
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.library.packs import Packs
         from shoal.daemon.node import Node
         from shoal.daemon.throughput.own_machine import OwnMachine
     home = Home.from_env()
     packs = Packs(home, lambda estimate: note(estimate.describe()))
-    config = replace(config, max_sequences=1)
+    config = replace(config, max_sequences=sequences, max_queue=max(sequences, config.max_queue))
     machine = OwnMachine(config.thread_count, home.profile, home.models)
     with (
         machines(home, config) as grouping,
         Node(config, resolve=library.resolve, packs=packs, grouping=grouping, machine=machine) as node,
     ):
-        yield InProcess(node)
+        yield InProcess(node, sequences)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ class Verb(NamedTuple):
 VERBS = {
     "run": Verb("run", "Answer one prompt.", "Use"),
     "chat": Verb("chat.loop", "Hold a conversation.", "Use"),
+    "batch": Verb("batch.batch_verb", "Answer a file of requests.", "Use"),
     "pull": Verb("store", "Fetch a model into the local store.", "Models"),
     "ls": Verb("store", "List the models in the store.", "Models"),
     "show": Verb("show", "Show what a model is and how it would run.", "Models"),
@@ -52,6 +53,7 @@ VERBS = {
 }
 _OTHER_NAMES = {
     **dict.fromkeys(("ask", "generate", "complete", "prompt", "exec"), "run"),
+    **dict.fromkeys(("bulk", "offline"), "batch"),
     **dict.fromkeys(("talk", "interactive", "repl"), "chat"),
     **dict.fromkeys(("get", "fetch", "download", "install", "add", "import"), "pull"),
     **dict.fromkeys(("list", "models", "tags"), "ls"),

@@ -11,8 +11,8 @@ code, so it starts in a tenth of a second.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import zmq
 
@@ -26,7 +26,7 @@ from shoal.comm.cluster_messages import (
     NodesReply,
     Rejoin,
 )
-from shoal.comm.errors import CommError
+from shoal.comm.errors import CommError, RequestFailed
 from shoal.comm.messages import (
     Chat,
     Done,
@@ -50,6 +50,9 @@ from .base import ClientFace
 from .session import HELLO, ChatLike, Exchange, Frames, M, load_request, tokenize_request, whole_text
 
 AnswerStream = Generator[StreamEvent, None, None]
+K = TypeVar("K")
+
+_LOOK_S = 1.0  # how often `many` asks for a request where there was none
 
 
 class Client(ClientFace[AnswerStream]):
@@ -169,6 +172,56 @@ class Client(ClientFace[AnswerStream]):
         finally:
             self._finish(exchange)
 
+    def many(
+        self, requests: Iterator[tuple[K, Generate | Chat] | None], at_once: int
+    ) -> Generator[tuple[K, StreamEvent | RequestFailed], None, None]:
+        """The events of many answers as they come, each with the key of its request. A request that fails ends with its
+        error, and the others go on. `requests` are taken as places get free, so that `at_once` are under way; None
+        stands for one that comes later. Closing the generator cancels those under way."""
+        self._connect()
+        under_way: dict[Exchange, K] = {}
+        coming, heard_s, heard = True, time.monotonic(), 0
+        try:
+            while under_way or coming:
+                while coming and len(under_way) < at_once:
+                    try:
+                        taken = next(requests)
+                    except StopIteration:
+                        coming = False
+                        break
+                    if taken is None:
+                        break
+                    key, request = taken
+                    try:
+                        under_way[self._begin(request)] = key
+                    except RequestFailed as error:  # it is too large to be sent
+                        yield key, error
+                news = [exchange for exchange in under_way if not exchange.waits]
+                for exchange in news:
+                    yield from self._of_many(under_way[exchange], exchange)
+                    if exchange.finished:
+                        del under_way[exchange]
+                now = sum(exchange.heard for exchange in under_way)
+                if news or now != heard or not under_way:
+                    heard, heard_s = now, time.monotonic()
+                elif time.monotonic() - heard_s > self._timeout_s:
+                    raise link.silent(self.address, self._timeout_s)
+                if not news:
+                    self._pump(_LOOK_S)
+        finally:
+            for exchange in under_way:
+                self._finish(exchange)
+
+    def _of_many(
+        self, key: K, exchange: Exchange
+    ) -> Generator[tuple[K, StreamEvent | RequestFailed], None, None]:
+        """What has come of one of many answers."""
+        try:
+            for event in exchange.events():
+                yield key, event
+        except RequestFailed as error:
+            yield key, error
+
     def _wait(self, exchange: Exchange, timeout_s: float) -> None:
         """Wait until a reply to the exchange comes. TimedOut after `timeout_s` of silence."""
         heard, deadline_s = exchange.heard, time.monotonic() + timeout_s
@@ -218,6 +271,8 @@ class Client(ClientFace[AnswerStream]):
 
     def _pump(self, timeout_s: float) -> None:
         """Wait for messages, and sort each to its exchange."""
+        if self._dealer is None:
+            raise link.gone(self.address)
         poller = zmq.Poller()
         for socket in (self._dealer, self._monitor):
             poller.register(socket, zmq.POLLIN)

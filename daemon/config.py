@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from shoal.comm.group.sums.wire_types import WireType
 from shoal.comm.messages import Load
+from shoal.engine.learn.pacing import SLOWDOWN
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 
@@ -55,6 +56,9 @@ class NodeConfig:
     max_sequences: int = 16  # decoded together in one step
     max_queue: int = 64  # waiting requests; one more is answered `busy`
     chunk_tokens: int = 256  # of prompts in one step, at most
+    slowdown: float = (
+        SLOWDOWN  # of answers, by prompts that are read beside them; inf = whatever is fastest for all
+    )
     max_guesses: int = 32  # tokens guessed ahead in one step, where that pays; 0 = never
     cluster_wire: WireType = (
         "f32"  # what partial sums may be rounded to between machines, where that is faster

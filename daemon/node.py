@@ -170,7 +170,7 @@ class Node:
                 try:
                     event = events.get(timeout=STAGE_S)
                 except queue.Empty:
-                    self._check_threads()
+                    self.check_threads()
                     event = underway.stage() if request.progress else None
                 if isinstance(event, Error):
                     raise DaemonError.of(event)
@@ -179,7 +179,7 @@ class Node:
         finally:
             underway.cancel()
 
-    def _check_threads(self) -> None:
+    def check_threads(self) -> None:
         """Raises DaemonError if nothing will come any more."""
         if not (self._thread.is_alive() and self._answering.alive):
             raise DaemonError("internal", "a thread of the node has died", "see the log")

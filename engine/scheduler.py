@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shoal.models.sampling import Sampled
 from shoal.offload.kv.prefix_cache import Found, Holding, PrefixCache
@@ -23,9 +23,12 @@ from shoal.partition.spec import RopeSpec, grows_to, length_class
 from .admission import Admission
 from .batch import Batch, Chunk, Recall
 from .guess.speculation import drafts
+from .learn.pacing import SLOWDOWN
 from .learn.speeds import Speeds
 from .learn.step_cost import StepSeconds
 from .sequence import Emitted, Ended, EndReason, Failed, Queued, Sequence, SequenceEvent, Standing
+
+SHARED_PAGE = 4  # a prompt waits for 1/n of a page, at least, that another computes just now
 
 Results = Ordered[Ordered[Sampled] | Exception]
 
@@ -44,17 +47,18 @@ class Totals:
 
 @dataclass
 class _Room:
-    """What a step can still hold of prompts."""
+    """What a step can still hold of prompts, and those that it computes tokens of."""
 
     tokens: int
     reads: int  # pages from disk
+    begun: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
     """At most `sequences` run at once and `queue` more wait. A step holds at most `chunk_tokens` tokens of prompts and
     `guesses` guessed tokens. `reads`: pages of KV that it may read from disk beyond those that are free. `expected`:
-    what steps are thought to take before any was measured, as in `StepCost`. `ropes`: those of the model. They may
-    depend on how long a text is."""
+    what steps are thought to take before any was measured, as in `StepCost`; `slowdown`: as in `Pacer`. `ropes`: those
+    of the model. They may depend on how long a text is."""
 
     def __init__(
         self,
@@ -65,13 +69,14 @@ class Scheduler:
         chunk_tokens: int,
         guesses: int,
         expected: StepSeconds | None = None,
+        slowdown: float = SLOWDOWN,
         reads: int = 1,
         ropes: Ordered[RopeSpec] = (),
     ) -> None:
         self.cache = cache
         self._ropes = [rope for rope in ropes if rope.by_length]
         self.guesses = guesses
-        self.speeds = Speeds(chunk_tokens, expected, reads)
+        self.speeds = Speeds(chunk_tokens, expected, reads, slowdown)
         self.admission = Admission(cache, self.speeds, sequences=sequences, queue=queue)
         self.running: list[Sequence] = []
         self.totals = Totals()
@@ -184,11 +189,26 @@ class Scheduler:
                 return None
             room.reads -= len(found)
             return Recall.of(sequence, found)
+        if any(self._shares(sequence, other) for other in room.begun):
+            return None
         tokens = min(sequence.remaining, room.tokens)
         if not self._reserve(sequence, sequence.computed + tokens):
             return None
         room.tokens -= tokens
+        room.begun.append(sequence)
         return Chunk.of(sequence, tokens)
+
+    def _shares(self, sequence: Sequence, other: Sequence) -> bool:
+        """Whether `other` is computing a page, and will fill it, of which `sequence` can use much as soon as it is
+        full: if both computed it, one of them would do so for nothing."""
+        size, path, others = self.cache.page_tokens, sequence.holding.path, other.holding.path
+        first = len(path) * size
+        useful = max(sequence.computed, first) + max(1, size // SHARED_PAGE)
+        if useful > first + size or useful >= len(sequence.tokens) or len(other.tokens) < first + size:
+            return False
+        if other.holding.length != sequence.holding.length or len(others) != len(path):
+            return False
+        return others[-1:] == path[-1:] and other.tokens[first:useful] == sequence.tokens[first:useful]
 
     def _decode(self, decoding: list[Sequence], spare: int) -> list[Chunk]:
         """One token of each, and after these at most `spare` guesses in all, as far as there are pages for guesses."""

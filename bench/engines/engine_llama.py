@@ -87,6 +87,54 @@ class LlamaCpp:
         self._last = self._prefill([[*self._last, *prompt]])
         return {"seconds": time.perf_counter() - started_s, "tokens": tokens}
 
+    def answer_all(self, prompts: list[list[int]], new: int) -> dict[str, float]:
+        """Answers all prompts with `new` tokens each, as many at a time as there are sequences. As one ends, the next
+        prompt is read beside the tokens of the others, in batches of at most BATCH. A prompt goes on from what the
+        sequence has whose last text began alike, as llama.cpp's server does."""
+        started_s = time.perf_counter()
+        streams = int(llama.llama_n_seq_max(self._context))
+        texts: list[list[int]] = [[] for _ in range(streams)]  # of each sequence, computed or not
+        computed, ends = [0] * streams, [0] * streams  # ends: length at which it is complete; 0 = it is free
+        waiting = [*reversed(prompts)]
+        while waiting or any(ends):
+            for i in [i for i, end in enumerate(ends) if not end]:
+                if waiting:
+                    self._take_up(waiting.pop(), i, new, texts, computed, ends)
+            rows: list[tuple[int, int, int, bool]] = []
+            for i in sorted(
+                range(streams), key=lambda i: len(texts[i]) - computed[i]
+            ):  # tokens of answers first
+                part = texts[i][computed[i] :][: BATCH - len(rows)] if ends[i] else []
+                rows += [(t, n, i, n + 1 == len(texts[i])) for n, t in enumerate(part, computed[i])]
+                computed[i] += len(part)
+            self._decode(rows)
+            for row, (*_, i, wanted) in enumerate(rows):
+                if wanted:
+                    texts[i].append(self._choose(row))
+                    ends[i] = 0 if len(texts[i]) == ends[i] else ends[i]
+        self.end()
+        return {"seconds": time.perf_counter() - started_s, "tokens": new * len(prompts)}
+
+    def _take_up(
+        self,
+        prompt: list[int],
+        free: int,
+        new: int,
+        texts: list[list[int]],
+        computed: list[int],
+        ends: list[int],
+    ) -> None:
+        """Begins a prompt in the free sequence whose last text it shares most with."""
+
+        def shared(i: int) -> int:
+            pairs = enumerate(zip(texts[i][: computed[i]], prompt[:-1], strict=False))
+            return next((n for n, (a, b) in pairs if a != b), min(computed[i], len(prompt) - 1))
+
+        best = max((i for i, end in enumerate(ends) if not end), key=lambda i: (shared(i), i == free))
+        computed[best], ends[best] = shared(best), len(prompt) + new
+        llama.llama_memory_seq_rm(self._memory, best, computed[best], -1)
+        texts[best] = [*prompt]
+
     def end(self) -> None:
         llama.llama_memory_clear(self._memory, False)
         self._last, self._lengths, self._answer = [], [], None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from harness import offload_scenarios, scenarios
+from harness import batch_scenarios, offload_scenarios, scenarios
 from harness.scenarios import Scenario, Sizes
 
 DEFAULT_MODEL = "smollm2-q4_1"  # from the store; the other models are shapes of `shapes`, except WIDE_MODEL
@@ -40,6 +40,10 @@ ROWS = (
     Row("streams", DEFAULT_MODEL, scenarios.held, Sizes(prompt=128, new=24, streams=16)),
     Row("streams-llama", "llama-1.1b", scenarios.held, Sizes(prompt=128, new=16, streams=16)),
     Row("streams-moe", "olmoe-half", scenarios.held, Sizes(prompt=128, new=16, streams=16)),
+    Row("batch", DEFAULT_MODEL, batch_scenarios.offline, Sizes(prompt=97, new=32, streams=32, requests=500)),
+    Row(
+        "batch-moe", "olmoe-half", batch_scenarios.offline, Sizes(prompt=97, new=32, streams=32, requests=500)
+    ),
     Row("turns", DEFAULT_MODEL, scenarios.chat_turns, Sizes(prompt=2000, new=32)),
     Row("interference", DEFAULT_MODEL, scenarios.interference, Sizes(prompt=4000, new=128)),
     Row("memory", DEFAULT_MODEL, scenarios.memory),

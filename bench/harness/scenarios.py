@@ -38,6 +38,7 @@ class Sizes:
     prompt: int = 512
     new: int = 64
     streams: int = 1
+    requests: int = 1  # that are answered in all
     peer: str = PEER  # "" for none
     cap_gb: float = 0.0  # the limit of a cgroup; or as a share of the model's bytes
     cap_share: float = 0.0

@@ -158,3 +158,21 @@ def _bar(*amounts: ProgressColumn) -> Iterator[Progress]:
             bars.update(shown[what], completed=done, total=total or None)
 
         yield update
+
+
+@contextmanager
+def counts_bar(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on stderr, with a text beside it; yields what sets how many are done, and the text."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[beside]}"),
+    )
+    screen = console(stderr=True)
+    with Bars(*columns, console=screen, transient=True, disable=quiet or not screen.is_terminal) as bars:
+        task = bars.add_task(what, total=total, beside="")
+        yield lambda done, beside: bars.update(task, completed=done, beside=beside)

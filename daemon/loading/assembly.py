@@ -114,7 +114,7 @@ class Assembly:
         model.main = main
         disk = self._disk(name, main, config)
         model.engine.start_anew(
-            self._rank(main, disk), self._cache(main, disk), self._speeds(main, self._reads(disk))
+            self._rank(main, disk), self._cache(main, disk), self._speeds(main, self._reads(disk), config)
         )
 
     def _read(
@@ -179,8 +179,8 @@ class Assembly:
     def _reads(disk: KvDisk | None) -> int:
         return disk.most_reads if disk else 1
 
-    def _speeds(self, main: Runnable, reads: int) -> Speeds:
-        return Speeds(main.plan.chunk_tokens, main.expectation.step_curve(), reads)
+    def _speeds(self, main: Runnable, reads: int, config: NodeConfig) -> Speeds:
+        return Speeds(main.plan.chunk_tokens, main.expectation.step_curve(), reads, config.slowdown)
 
     def _engine(
         self, main: Runnable, small: Runnable | None, disk: KvDisk | None, config: NodeConfig
@@ -192,6 +192,7 @@ class Assembly:
             chunk_tokens=main.plan.chunk_tokens,
             guesses=main.plan.guesses,
             expected=main.expectation.step_curve(),
+            slowdown=config.slowdown,
             reads=self._reads(disk),
             ropes=main.checkpoint.spec.ropes,
         )

@@ -12,20 +12,22 @@ from bisect import bisect_right
 
 from .step_cost import StepSeconds, evenly
 
-SLOWDOWN = 2.5  # a step that also reads a prompt may take so many times one that does not
+SLOWDOWN = 2.5  # a step that also reads a prompt may take so many times one that does not, if people wait for answers
 MOST_TOGETHER = 4  # each of so many prompts may add as much to a step
 _LOUDEST = (0.5, 1.5)  # the least and the most by which one measurement may change the budget, before damping
 _REST_EVERY = 16  # steps with prompts; then comes one without, to measure again what they are compared with
 
 
 class Pacer:
-    """A budget that shrinks when steps take too long and grows when they do not; at most `most` tokens. Its first value
-    is what steps are `expected` to allow, one row of them an answer's. `prompts` is how many wait to be read."""
+    """A budget that shrinks when steps take too long and grows when they do not; at most `most` tokens. A step may take
+    `slowdown` times one without prompts. The first value is what steps are `expected` to allow, one row of them an
+    answer's. `prompts` is how many wait to be read."""
 
-    def __init__(self, most: int, expected: StepSeconds | None = None) -> None:
+    def __init__(self, most: int, expected: StepSeconds | None = None, slowdown: float = SLOWDOWN) -> None:
         seconds = expected or evenly()
-        allowed_s = SLOWDOWN * seconds(1)
+        allowed_s = slowdown * seconds(1)
         self._most = most
+        self._slowdown = slowdown
         allowed = bisect_right(range(1, most + 1), allowed_s, key=lambda tokens: seconds(1 + tokens))
         self._tokens = max(1.0, allowed)
         self._since_rest = 0
@@ -44,11 +46,10 @@ class Pacer:
         """A step with so many tokens beside answers took `slowdown` times one without them."""
         self._since_rest += 1
         together = _together(prompts)
-        allowed = 1 + (SLOWDOWN - 1) * together
+        allowed = 1 + (self._slowdown - 1) * together
         change = min(max(allowed / max(slowdown, 1e-9), _LOUDEST[0]), _LOUDEST[1])
-        if change < 1 or tokens >= int(
-            self._tokens * together
-        ):  # fewer tokens than allowed say nothing about more
+        # Fewer tokens than allowed say nothing about more.
+        if change < 1 or tokens >= int(self._tokens * together):
             self._tokens = min(max(self._tokens * change**0.5, 1.0), self._most)
 
 

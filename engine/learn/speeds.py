@@ -6,21 +6,24 @@ Pure: durations are handed in.
 from __future__ import annotations
 
 from .kv_read_cost import ReadCost, followed
-from .pacing import Pacer
+from .pacing import SLOWDOWN, Pacer
 from .step_cost import StepCost, StepSeconds
 from .token_times import TokenTimes
 
 
 class Speeds:
     """A step holds at most `chunk_tokens` tokens of prompts, and reads at most `reads` pages of KV from disk beside the
-    pages that are free. `expected`: what steps are thought to take before any was measured, as in `StepCost`."""
+    pages that are free. `expected`: what steps are thought to take before any was measured, as in `StepCost`;
+    `slowdown`: as in `Pacer`."""
 
-    def __init__(self, chunk_tokens: int, expected: StepSeconds | None, reads: int) -> None:
+    def __init__(
+        self, chunk_tokens: int, expected: StepSeconds | None, reads: int, slowdown: float = SLOWDOWN
+    ) -> None:
         self.cost = StepCost(expected)
         self.token_times = TokenTimes()
         self._chunk_tokens = chunk_tokens
         self._reads = reads
-        self._pacer = Pacer(chunk_tokens, expected)
+        self._pacer = Pacer(chunk_tokens, expected, slowdown)
         self._waiting = 1  # prompts that waited when the last budget was asked for
         self._read_cost = ReadCost()
         # To read one token of a prompt in a step without answers; 0 = not measured yet.

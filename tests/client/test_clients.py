@@ -156,6 +156,46 @@ def test_streams_on_one_client_can_be_read_in_turns(client):
     assert texts == [f"a{n} b{n} c{n} " for n in range(5)]
 
 
+def test_many_requests_are_under_way_at_once_and_fail_one_by_one(client):
+    prompts = [f"a{n} b{n}" for n in range(6)] + [
+        "refuse",
+        "crash",
+        "x" * (wire.MAX_REQUEST_BYTES + 1),
+        "last one",
+    ]
+    coming = [None, *enumerate(Generate(prompt=prompt) for prompt in prompts)]
+    texts, ends = [""] * len(prompts), {}
+    for key, event in client.many(iter(coming), 3):
+        if isinstance(event, Token):
+            texts[key] += event.text
+        elif isinstance(event, Done | RequestFailed):
+            assert key not in ends
+            ends[key] = event
+    assert texts == [f"a{n} b{n} " for n in range(6)] + ["", "", "", "last one "]
+    assert [getattr(ends[n], "code", "done") for n in range(len(prompts))] == [
+        *["done"] * 6, "context_overflow", "internal", "bad_request", "done"
+    ]  # fmt: skip
+
+
+def test_leaving_many_cancels_those_under_way(client, daemon):
+    requests = ((n, Generate(prompt=f"forever {n}")) for n in range(3))
+    many = client.many(requests, 2)
+    assert isinstance(next(many)[1], Accepted)
+    many.close()
+    for n in range(2):
+        assert daemon.backend.run(f"forever {n}").cancelled.wait(PATIENCE_S)
+    assert client.text("next")[0] == "next "
+    assert list(client.many(iter([]), 2)) == []
+
+
+def test_many_end_when_the_daemon_goes(client, daemon):
+    many = client.many(iter([(0, Generate(prompt="forever"))]), 2)
+    next(many)
+    client.close()
+    with pytest.raises(NoDaemon):
+        list(many)
+
+
 def test_closing_a_stream_cancels_and_the_client_goes_on(client, daemon):
     stream = client.generate("forever")
     assert isinstance(next(stream), Accepted)

@@ -361,3 +361,27 @@ def test_what_fits_exactly_is_let_in(pages: int, together: int) -> None:
     engine.run()
     assert [one.tokens for one in heard] == [continuation(words(6, seed), 8) for seed in (1, 2)]
     assert subject.totals.preemptions == 0
+
+
+def test_what_another_prompt_computes_just_now_is_waited_for() -> None:
+    """Prompts with a common beginning that come together compute it once, also within one step."""
+    subject = scheduler(pages=200, chunk=200)
+    engine = FakeEngine(subject)
+    beginning = words(30)
+    texts = [[*beginning, *words(11, seed)] for seed in range(2, 6)]
+    heard = [engine.submit(sequence(text, 1)) for text in texts]
+    engine.run()
+    assert [one.tokens for one in heard] == [continuation(text, 1) for text in texts]
+    assert engine.rows_total <= 41 + 3 * (41 - 28)
+    check_pages(subject)
+
+
+def test_who_waits_for_a_prompt_that_is_cancelled_goes_on_alone() -> None:
+    subject = scheduler(pages=200, chunk=16)
+    engine = FakeEngine(subject)
+    subject.submit(first := sequence(words(41), 1))
+    heard = engine.submit(sequence(words(41), 1))
+    engine.step(lambda batch: engine.cancel(first))
+    engine.run()
+    assert heard.tokens == continuation(words(41), 1)
+    check_pages(subject)

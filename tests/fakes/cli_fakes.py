@@ -66,7 +66,13 @@ class FakeAnswers:
         self.reason: FinishReason = "stop"
 
     def load(
-        self, model: str, draft: str | None, context: int | None = None, ranks: int | None = None
+        self,
+        model: str,
+        draft: str | None,
+        context: int | None = None,
+        ranks: int | None = None,
+        *,
+        likely: int | None = None,
     ) -> ModelStatus:
         self.loaded.append(model)
         self.drafts.append(draft)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from shoal.engine.learn.pacing import MOST_TOGETHER, SLOWDOWN, Pacer
 from shoal.engine.learn.step_cost import evenly
 
@@ -36,3 +38,10 @@ def test_each_of_several_prompts_may_add_as_much_as_one_alone() -> None:
     pacer.note(30, 2 + 6 * (SLOWDOWN - 1), prompts=3)
     assert pacer.budget() < 10
     assert Pacer(64, evenly(0.001)).budget(3) == 64
+
+
+def test_where_nobody_waits_prompts_are_not_held_back() -> None:
+    pacer = Pacer(64, evenly(0.15), slowdown=math.inf)
+    for slowdown in (1.0, 50.0):
+        pacer.note(64, slowdown)
+        assert pacer.budget() == 64

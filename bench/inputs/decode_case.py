@@ -1,0 +1,80 @@
+"""Decodes that attend to long texts: the same sizes for the native kernel over pages, and for PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from shoal import kernels
+from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments, kv_layout
+from shoal.partition.memory_layout import KV_FORMATS, PAGE_TOKENS, SCALE_BYTES
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """One token each of `batch` sequences, which have `context` tokens."""
+
+    batch: int
+    context: int
+    heads: int
+    kv_heads: int
+    dim: int
+
+    def kv_bytes(self, name: str) -> int:
+        """Bytes of all K and V."""
+        kind = KV_FORMATS[name]
+        token = 2 * self.kv_heads * (self.dim * kind.itemsize + (SCALE_BYTES if kind.scaled else 0))
+        return self.batch * self.context * token
+
+    def native(self, name: str) -> Call:
+        """Over pages of that type in random order."""
+        layout, source = kv_layout(name, self.dim), np.random.default_rng(0)
+        each = -(-self.context // PAGE_TOKENS)
+        data = np.empty((self.batch * each, self.kv_heads, layout.head_bytes), np.uint8)
+        page = self._page(name, layout.head_bytes, layout.scales_at)
+        for number in range(len(data)):
+            data[number] = page
+        order = source.permutation(len(data)).reshape(self.batch, each)
+        segments = Segments.build([(1, self.context - 1, pages.tolist()) for pages in order])
+        angles = source.standard_normal((2, self.batch, self.dim // 2), np.float32)
+        scoring = Scoring(Rotation(self.dim, False, np.cos(angles[0]), np.sin(angles[1])), self.dim**-0.5)
+        q = source.standard_normal((self.batch, self.heads * self.dim), np.float32)
+        k, v = source.standard_normal((2, self.batch, self.kv_heads * self.dim), np.float32)
+        kv, home = KvPages(layout, self.heads, data), kernels.home_of("cpu")
+        return lambda: home.attention(kv, segments, q, k, v, scoring)
+
+    def torch(self) -> tuple[Call, int]:
+        """Over contiguous K and V in bfloat16, and their bytes."""
+        import torch
+
+        size = (self.batch, self.kv_heads, self.context, self.dim)
+        k, v = torch.randn(size, dtype=torch.bfloat16), torch.randn(size, dtype=torch.bfloat16)
+        q = torch.randn((self.batch, self.heads, 1, self.dim), dtype=torch.bfloat16)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return lambda: attend(q, k, v, enable_gqa=True), 2 * k.numel() * k.element_size()
+
+    def _page(
+        self, name: str, head_bytes: int, scales_at: int
+    ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        """(kv_heads, head_bytes) of small numbers."""
+        numbers = np.random.default_rng(1).standard_normal((self.kv_heads, head_bytes), np.float32)
+        match name:
+            case "i8":
+                made = (20 * numbers).astype(np.int8).view(np.uint8)
+                made[:, scales_at:].view(np.float32)[:] = 0.02
+                return made
+            case "bf16":
+                return (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)[:, :head_bytes]
+            case _:
+                kind = np.float16 if name == "f16" else np.float32
+                return numbers.astype(kind).view(np.uint8)[:, :head_bytes]
+
+
+def set_torch_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)

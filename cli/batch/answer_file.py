@@ -1,0 +1,202 @@
+"""The file of answers: whole lines at its end, one for each request, and what it already has.
+
+Knows the file, its lock, and which line of the requests each of its lines answers. Does not know how answers look.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from shoal.daemon.errors import DaemonError
+
+SYNC_S = 2.0  # how often lines are brought to the disk
+ANSWER_LINE_BYTES = 1 << 28  # of an answer, at most
+_ID = re.compile(r"batch_req_(\d{1,10})_([0-9a-f]{16})")
+_BEGINNING = b'{"id":"batch_req_'
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def line_id(number: int, digest: int) -> str:
+    """The id of the answer to line `number` of the requests, whose content has that digest."""
+    return f"batch_req_{number}_{digest:016x}"
+
+
+class Had(NamedTuple):
+    """An answer that is there already."""
+
+    digest: int  # of its request
+    failed: bool
+
+
+class _Known(msgspec.Struct):
+    id: str
+    error: msgspec.Raw = msgspec.Raw(b"null")
+
+    @property
+    def failed(self) -> bool:
+        return bytes(self.error) != b"null"
+
+
+class AnswerFile:
+    """The answers, open and locked. `had`: by number of the request's line. `cut`: whether the last line was torn, and
+    taken off."""
+
+    def __init__(self, path: Path, requests: os.stat_result, *, retry: bool = False) -> None:
+        """`requests`: that file, which must be another. `retry`: failed lines are taken off, to be answered again.
+        Raises DaemonError."""
+        self.path = path
+        self.had: dict[int, Had] = {}
+        self.cut = False
+        self._synced_s = time.monotonic()
+        self._made = not os.path.lexists(path)
+        self._file = self._opened(path)
+        try:
+            if os.path.samestat(os.fstat(self._file), requests):
+                raise DaemonError(
+                    "bad_request", f"{path} is the file of requests: answers must go into another"
+                )
+            self._size = self._look(retry=retry)
+            if retry and any(had.failed for had in self.had.values()):
+                self._without_failed()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, line: bytes) -> None:
+        """Append a line, whole or not at all. Raises DaemonError."""
+        left = memoryview(line + b"\n")
+        try:
+            while left:
+                left = left[os.write(self._file, left) :]
+            self._size += len(line) + 1
+            if time.monotonic() - self._synced_s > SYNC_S:
+                self.sync()
+        except OSError as error:
+            os.ftruncate(self._file, self._size)
+            raise self._unwritten(error) from error
+
+    def sync(self) -> None:
+        """Bring all lines to the disk."""
+        os.fsync(self._file)
+        self._synced_s = time.monotonic()
+
+    def close(self) -> None:
+        """Idempotent. A file that was made and stayed empty is removed."""
+        if self._file < 0:
+            return
+        descriptor, self._file = self._file, -1
+        try:
+            if self._made and not os.fstat(descriptor).st_size:
+                self.path.unlink()
+            else:
+                os.fsync(descriptor)
+        except OSError as error:
+            raise self._unwritten(error) from error
+        finally:
+            os.close(descriptor)
+
+    def _opened(self, path: Path) -> int:
+        """A descriptor of the file, which is locked."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except OSError as error:
+            raise self._unwritten(error) from error
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise DaemonError(
+                    "bad_request", f"{path} is no file: answers must go into one, to be found again"
+                )
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise DaemonError("busy", f"another process writes {path} just now") from error
+        except OSError as error:
+            os.close(descriptor)
+            raise self._unwritten(error) from error
+        except DaemonError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _look(self, *, retry: bool) -> int:
+        """Find out what is there, and take off a torn last line. → the size"""
+        size = 0
+        for number, line in enumerate(self._lines(), 1):
+            if not line.endswith(b"\n"):
+                if not (line.startswith(_BEGINNING[: len(line)]) or not line.strip(b"\0")):
+                    raise self._foreign(number)
+                os.ftruncate(self._file, size)
+                self.cut = True
+                return size
+            size += len(line)
+            try:
+                known = msgspec.json.decode(line, type=_Known)
+                named = _ID.fullmatch(known.id)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                named = None
+            if named is None:
+                raise self._foreign(number)
+            if self.had.setdefault(int(named[1]), one := Had(int(named[2], 16), known.failed)) is not one:
+                raise DaemonError(
+                    "bad_request", f"{self.path}: line {number} answers a request for the second time"
+                )
+        return size
+
+    def _lines(self) -> Iterator[bytes]:
+        """All lines with their ends; the last one may have none."""
+        with os.fdopen(os.dup(self._file), "rb", buffering=1 << 20) as file:
+            file.seek(0)
+            while line := file.readline(ANSWER_LINE_BYTES):
+                yield line
+
+    def _without_failed(self) -> None:
+        """Replace the file by one that has the answers alone."""
+        beside = self.path.resolve().with_name(self.path.name + ".partial")
+        try:
+            beside.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritten(error) from error
+        kept = self._opened(beside)
+        try:
+            os.fchmod(kept, stat.S_IMODE(os.fstat(self._file).st_mode))
+            with os.fdopen(os.dup(kept), "wb") as file:
+                for line in self._lines():
+                    if not msgspec.json.decode(line, type=_Known).failed:
+                        file.write(line)
+            os.fsync(kept)
+            beside.replace(self.path.resolve())
+        except OSError as error:
+            os.close(kept)
+            beside.unlink(missing_ok=True)
+            raise self._unwritten(error) from error
+        before, self._file = self._file, kept
+        os.close(before)
+        self._size = os.fstat(kept).st_size
+        self.had = {number: had for number, had in self.had.items() if not had.failed}
+
+    def _foreign(self, number: int) -> DaemonError:
+        said = f"{self.path}: line {number} is no answer of shoal batch"
+        return DaemonError("bad_request", said, "give another file for the answers, or remove this one")
+
+    def _unwritten(self, error: OSError) -> DaemonError:
+        said = f"{self.path} cannot be written: {error.strerror}"
+        if error.errno in _FULL:
+            return DaemonError("resources", said, "free some space; the same command then goes on")
+        return DaemonError("bad_request", said)

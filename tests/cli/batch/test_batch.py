@@ -1,0 +1,451 @@
+"""`shoal batch`: every line gets exactly one answer, whatever happens to the process, the files and the lines."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes.cli_fakes import TIMINGS, FakeAnswers, shoal
+
+from shoal.cli.batch import answer_file, batch_verb, request_lines, working_off
+from shoal.cli.batch.answer_file import AnswerFile
+from shoal.cli.batch.batch_order import BatchOrder
+from shoal.cli.batch.request_lines import RequestLines
+from shoal.comm.errors import NoDaemon
+from shoal.comm.messages import Chat, Done, Generate, Token, TokenLogprob, Usage
+from shoal.daemon.errors import DaemonError
+
+
+class Many(FakeAnswers):
+    """Answers every prompt by itself in capitals, several at once in any order. `trouble` may raise at each event, or
+    return what a request fails with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trouble: Callable[[Generate | Chat], DaemonError | None] = lambda request: None
+        self.likely: list[int | None] = []
+        self.unloadable: dict[str, DaemonError] = {}
+        self._source = random.Random(1)
+
+    def load(
+        self, model: str, draft: Any, context: Any = None, ranks: Any = None, *, likely: Any = None
+    ) -> Any:
+        self.likely.append(likely)
+        if (error := self.unloadable.get(Path(model).stem)) is not None:
+            raise error
+        super().load(model, draft, context, ranks)
+        return self.status
+
+    def places(self) -> int:
+        return 10
+
+    def many(self, requests: Iterator[Any], at_once: int) -> Iterator[Any]:
+        under_way: list[tuple[Any, Any]] = []
+        coming = True
+        while coming or under_way:
+            while coming and len(under_way) < 3:
+                taken = next(requests, StopIteration)
+                coming = taken is not StopIteration
+                if taken is None or not coming:
+                    break
+                self.requests.append(taken[1])
+                under_way.append(taken)
+            if not under_way:
+                continue
+            key, request = under_way.pop(self._source.randrange(len(under_way)))
+            if (error := self.trouble(request)) is not None:
+                yield key, error
+                continue
+            for word in said(request):
+                logprob = TokenLogprob(id=1, text=word, logprob=-0.5, top=[(1, word, -0.5)])
+                yield key, Token(text=word, ids=[1], logprobs=[logprob])
+            usage = Usage(prompt_tokens=7, completion_tokens=len(said(request)), cached_tokens=2)
+            yield key, Done(finish_reason="length", usage=usage, timings=TIMINGS)
+
+
+def said(request: Generate | Chat) -> list[str]:
+    text = str(request.messages[-1]["content"] if isinstance(request, Chat) else request.prompt)
+    return [f"{word} " for word in text.upper().split()]
+
+
+def line(number: int, prompt: str = "", model: str = "m.gguf", **body: Any) -> bytes:
+    fields = {"model": model, "prompt": prompt or f"ask {number}"} | body
+    asked = {"custom_id": f"c{number}", "method": "POST", "url": "/v1/completions", "body": fields}
+    return json.dumps(asked).encode() + b"\n"
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Many:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("m.gguf", "other.gguf"):
+        Path(name).write_bytes(b"GGUF")
+    made = Many()
+
+    @contextmanager
+    def in_process(config: Any, library: Any, *, sequences: int) -> Iterator[Many]:
+        assert sequences
+        yield made
+
+    @contextmanager
+    def from_daemon(home: Any) -> Iterator[None]:
+        yield None
+
+    monkeypatch.setattr(batch_verb, "in_process", in_process)
+    monkeypatch.setattr(batch_verb, "from_daemon", from_daemon)
+    monkeypatch.setattr(working_off, "BUSY_S", 0.0)
+    return made
+
+
+def asked(*lines: bytes) -> None:
+    Path("in.jsonl").write_bytes(b"".join(lines))
+
+
+def answers() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("out.jsonl").read_bytes().splitlines()]
+
+
+def texts() -> dict[str, str]:
+    """By custom_id, each of which must have one line."""
+    found = answers()
+    assert max(Counter(one["custom_id"] for one in found if one["custom_id"]).values()) == 1
+    return {
+        one["custom_id"]: one["response"]["body"]["choices"][0]["text"] for one in found if one["response"]
+    }
+
+
+def errors() -> dict[str | None, str]:
+    return {one["custom_id"]: one["error"]["message"] for one in answers() if one["error"]}
+
+
+def run(*more: str) -> Any:
+    return shoal("batch", "in.jsonl", "out.jsonl", *more)
+
+
+def test_every_request_gets_its_answer(many: Many) -> None:
+    chat = {"model": "m.gguf", "messages": [{"role": "user", "content": "hello you"}], "logprobs": True}
+    other = {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": chat}
+    asked(line(1), line(2, logprobs=1), json.dumps(other).encode())
+    result = run()
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(
+        "3 of 3 requests answered · 21 prompt tokens, 6 of them shared · 6 tokens ("
+    )
+    by_id = {one["custom_id"]: one for one in answers()}
+    plain = by_id["c1"]
+    assert plain["error"] is None
+    assert plain["response"]["status_code"] == 200
+    body = plain["response"]["body"]
+    assert (body["object"], body["model"]) == ("text_completion", "tiny")
+    assert body["choices"] == [{"index": 0, "text": "ASK 1 ", "logprobs": None, "finish_reason": "length"}]
+    assert body["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 2,
+        "total_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+    logprobs = by_id["c2"]["response"]["body"]["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["ASK ", "2 "]
+    assert logprobs["text_offset"] == [0, 4]
+    assert logprobs["top_logprobs"] == [{"ASK ": -0.5}, {"2 ": -0.5}]
+    body = by_id["chat"]["response"]["body"]
+    assert body["object"] == "chat.completion"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "HELLO YOU ", "refusal": None}
+    content = body["choices"][0]["logprobs"]["content"]
+    assert (content[0]["token"], content[0]["bytes"]) == ("HELLO ", list(b"HELLO "))
+    assert {(request.model, request.priority) for request in many.requests} == {("tiny", -1)}
+
+
+def test_bad_lines_are_reported_and_the_others_done(many: Many) -> None:
+    long = b'{"custom_id": "long"' + b" " * (request_lines.REQUEST_BYTES + 5) + b"}\n"
+    asked(
+        b"\xef\xbb\xbf" + line(1), b"\r\n", b"{\r\n", line(2).replace(b"\n", b"\r\n"), b"\xff\n", b"\0\n", long,
+        line(3, n=2), line(2, "again"), line(1), b"[" * 5000 + b"\n", line(4).rstrip(),
+    )  # fmt: skip
+    result = run("--json")
+    assert result.exit_code == 1
+    summary = json.loads(result.stdout)
+    assert (summary["requests"], summary["answered"], summary["failed"], summary["left"]) == (11, 3, 8, 0)
+    found = {one["error"]["line"]: one["error"] for one in answers() if one["error"]}
+    assert list(found) == [3, 5, 6, 7, 8, 9, 10, 11]
+    assert found[7]["message"] == "the line has 16.8 MB: must be at most 16.8 MB"
+    assert (found[8]["code"], found[8]["param"]) == ("unsupported", "n")
+    assert found[9]["message"] == "custom_id=c2 is that of line 4 already"
+    assert found[10]["message"] == "custom_id=c1 is that of line 1 already"
+    answered = [one["custom_id"] for one in answers() if one["response"]]
+    assert sorted(answered) == ["c1", "c2", "c4"]
+    before = Path("out.jsonl").read_bytes()
+    assert run().exit_code == 1
+    assert Path("out.jsonl").read_bytes() == before
+
+
+def test_killed_anywhere_and_resumed_it_is_as_if_unbroken(many: Many) -> None:
+    """The process dies between any two writes, in the middle of one even."""
+    source = random.Random(5)
+    count = 40
+    asked(*(line(number) if number % 9 else b"{\n" for number in range(count)))
+    run()
+    whole = texts()
+    Path("out.jsonl").unlink()
+    for _ in range(8):
+        left = source.randrange(12)
+
+        def die(request: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+
+        many.trouble = die
+        result = run()
+        assert result.exit_code in (130, 1)
+        torn = Path("out.jsonl").read_bytes()
+        if torn and source.random() < 0.7:
+            Path("out.jsonl").write_bytes(torn[: -source.randrange(1, len(torn.splitlines()[-1]))])
+    many.trouble = lambda request: None
+    assert run().exit_code == 1
+    assert texts() == whole
+    assert len(answers()) == count
+    assert len([one for one in answers() if one["error"]]) == len(range(0, count, 9))
+
+
+def test_lines_may_be_added_and_no_others_changed(many: Many) -> None:
+    asked(line(1), line(2))
+    run()
+    asked(line(1), line(2), line(3))
+    assert run().exit_code == 0
+    assert [request.prompt for request in many.requests][-1] == "ask 3"  # type: ignore[union-attr]
+    before = Path("out.jsonl").read_bytes()
+    for changed in ([line(1), line(2, "other"), line(3)], [line(2), line(3)], [line(1), line(3), line(2)]):
+        asked(*changed)
+        result = run()
+        assert result.exit_code == 2
+        assert "is another than when out.jsonl was begun (lines may be added at the end" in result.stderr
+    asked(line(1), line(2), line(3))
+    assert "or --model, is another" in run("--model", "other.gguf").stderr
+    assert Path("out.jsonl").read_bytes() == before
+    assert len(many.requests) == 3
+
+
+def test_what_failed_can_be_tried_again(many: Many) -> None:
+    asked(*(line(number) for number in range(6)))
+    many.trouble = lambda request: DaemonError("internal", "a disk failed") if "3" in request.prompt else None  # type: ignore[union-attr,operator]
+    assert run().exit_code == 1
+    assert errors() == {"c3": "a disk failed"}
+    assert run().exit_code == 1
+    assert len(many.requests) == 6
+    many.trouble = lambda request: None
+    assert run("--retry-failed").exit_code == 0
+    assert len(texts()) == 6
+    assert len(many.requests) == 7
+    assert not list(Path().glob("*.partial"))
+
+
+def test_busy_means_later_and_a_daemon_that_goes_means_stop(many: Many) -> None:
+    asked(*(line(number) for number in range(6)))
+    refused: set[Any] = set()
+
+    def trouble(request: Any) -> DaemonError | None:
+        if request.prompt in refused:
+            return None
+        refused.add(request.prompt)
+        return DaemonError("busy", "queue full", retry_after_s=0.0)
+
+    many.trouble = trouble
+    assert run().exit_code == 0
+    assert len(texts()) == 6
+    Path("out.jsonl").unlink()
+    for error, code in ((NoDaemon("gone"), 4), (DaemonError("shutting_down", "the daemon is stopping"), 1)):
+
+        def stop(request: Any, error: Any = error) -> DaemonError | None:
+            if request.prompt == "ask 3":
+                if isinstance(error, DaemonError):
+                    return error
+                raise error
+            return None
+
+        many.trouble = stop
+        result = run()
+        assert result.exit_code == code
+        assert "the same command goes on" in result.stderr
+        assert "c3" not in texts()
+    many.trouble = lambda request: None
+    assert run().exit_code == 0
+    assert len(texts()) == 6
+
+
+def test_if_all_fails_it_is_nobodys_own_fault(many: Many) -> None:
+    asked(*(line(number) for number in range(60)))
+    many.trouble = lambda request: DaemonError("internal", "a disk failed")
+    result = run()
+    assert result.exit_code == 1
+    assert "32 requests in a row have failed, the last one so: a disk failed" in result.stderr
+    assert len(errors()) == 32
+
+
+def test_each_model_answers_its_own(many: Many) -> None:
+    many.unloadable["other"] = DaemonError("corrupt", "other.gguf is cut off")
+    asked(line(1), line(2, model="nowhere.gguf"), line(3, model="other.gguf"), line(4))
+    assert run().exit_code == 1
+    assert sorted(texts()) == ["c1", "c4"]
+    assert errors()["c3"] == "other.gguf is cut off"
+    assert "nowhere.gguf" in str(errors()["c2"])
+    assert many.loaded == [str(Path("m.gguf").resolve())]
+    Path("out.jsonl").unlink()
+    asked(line(1, model="gpt-4o"), line(2, model="gpt-4o"))
+    result = run()
+    assert result.exit_code == 1
+    assert "gpt-4o" in result.stderr
+    assert "--model MODEL" in result.stderr
+    assert not Path("out.jsonl").exists()
+    assert run("--model", "m.gguf").exit_code == 0
+    many.unloadable["m"] = DaemonError("resources", "m needs 5 GB")
+    asked(line(1))
+    Path("out.jsonl").unlink()
+    assert run().exit_code == 3
+    assert not Path("out.jsonl").exists()
+
+
+def test_long_requests_get_their_context_if_that_fits(many: Many) -> None:
+    asked(line(1, "x" * 40_000, max_tokens=100), line(2))
+    assert run().exit_code == 0
+    assert many.likely == [20_100]
+
+
+def test_what_begins_alike_stands_together_and_long_answers_come_first(many: Many) -> None:
+    beginnings = [f"{letter} begins like this and goes on " * 3 for letter in "abcd"]
+    lines = [line(n, beginnings[n % 4] + str(n), max_tokens=40) for n in range(20)]
+    asked(line(90, max_tokens=10), *lines, line(91, max_tokens=1000))
+    with (
+        RequestLines(Path("in.jsonl")) as requests,
+        AnswerFile(Path("out.jsonl"), requests.stat) as out,
+    ):
+        order = [it.number for it in BatchOrder(requests, out, None).of_model(0)]
+    assert (order[0], order[-1]) == (22, 1)
+    groups = [(number - 2) % 4 for number in order[1:-1]]
+    assert sum(a != b for a, b in pairwise(groups)) == 3
+    assert not Path("out.jsonl").exists()
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "said", "code"),
+    [
+        (lambda: None, "in.jsonl cannot be read: No such file", 2),
+        (lambda: Path("in.jsonl").mkdir(), "in.jsonl is a directory", 2),
+        (lambda: _pipe(Path("in.jsonl")), "in.jsonl is a pipe or a device", 2),
+        (lambda: asked(b""), "in.jsonl has no requests", 2),
+        (lambda: asked(b"\xef\xbb\xbf\r\n\n"), "in.jsonl has no requests", 2),
+        (lambda: asked(line(1).decode().encode("utf-16")), "in.jsonl is UTF-16: it must be UTF-8", 2),
+        (lambda: asked(line(1)) or os.link("in.jsonl", "out.jsonl"), "out.jsonl is the file of requests", 2),
+        (
+            lambda: asked(line(1)) or Path("out.jsonl").mkdir(),
+            "out.jsonl cannot be written: Is a directory",
+            2,
+        ),
+        (lambda: asked(line(1)) or _pipe(Path("out.jsonl")), "out.jsonl is no file", 2),
+        (lambda: asked(line(1)) or Path("out.jsonl").symlink_to("/dev/full"), "out.jsonl is no file", 2),
+        (
+            lambda: asked(line(1)) or Path("out.jsonl").symlink_to("no/x"),
+            "out.jsonl cannot be written: No such",
+            2,
+        ),
+        (
+            lambda: asked(line(1)) or Path("out.jsonl").write_text("mine"),
+            "line 1 is no answer of shoal batch",
+            2,
+        ),
+        (
+            lambda: asked(line(1)) or Path("out.jsonl").write_text("{}\n"),
+            "line 1 is no answer of shoal batch",
+            2,
+        ),
+    ],
+)
+def test_files_that_will_not_do(many: Many, make: Callable[[], object], said: str, code: int) -> None:
+    make()
+    before = Path("out.jsonl").read_bytes() if Path("out.jsonl").is_file() else None
+    result = run()
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not many.requests
+    if before is not None:
+        assert Path("out.jsonl").read_bytes() == before
+
+
+def test_two_processes_do_not_write_one_file(many: Many) -> None:
+    asked(line(1))
+    with Path("out.jsonl").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        result = run()
+    assert result.exit_code == 3
+    assert result.stderr == "shoal: another process writes out.jsonl just now\n"
+    assert run().exit_code == 0
+
+
+def test_a_full_disk_tears_no_line(many: Many, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(*(line(number) for number in range(5)))
+    written, room = os.write, 900
+
+    def write(descriptor: int, data: Any) -> int:
+        nonlocal room
+        if room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = written(descriptor, data[: min(len(data), room)])
+        room -= count
+        return count
+
+    with monkeypatch.context() as full:
+        full.setattr(answer_file.os, "write", write)
+        result = run()
+    assert result.exit_code == 3
+    assert (
+        "out.jsonl cannot be written: No space left on device (free some space; the same command"
+        in result.stderr
+    )
+    kept = Path("out.jsonl").read_bytes()
+    assert kept.endswith(b"\n")
+    assert 0 < len(kept) <= 900
+    assert run().exit_code == 0
+    assert len(texts()) == 5
+
+
+def test_requests_that_change_under_way_are_noticed(many: Many) -> None:
+    asked(*(line(number) for number in range(9)))
+
+    def change(request: Any) -> None:
+        Path("in.jsonl").write_bytes(Path("in.jsonl").read_bytes().replace(b"ask", b"kas"))
+
+    many.trouble = change  # type: ignore[assignment]
+    result = run()
+    assert result.exit_code == 2
+    assert "in.jsonl was changed while it was answered" in result.stderr
+
+
+def test_a_file_of_many_lines_is_not_held(many: Many) -> None:
+    """About a hundred bytes of each line are kept, however long it is."""
+    asked(*(line(number, f"{number} " + "x" * 5000) for number in range(400)))
+    with (
+        RequestLines(Path("in.jsonl")) as requests,
+        AnswerFile(Path("out.jsonl"), requests.stat) as out,
+    ):
+        order = BatchOrder(requests, out, None)
+        assert order.lines == 400
+        assert order._rows.nbytes <= 100 * 400
