@@ -66,7 +66,7 @@ class StepCost:
         """A step of `rows` rows took `seconds`."""
         seconds = max(seconds, 1e-9)
         if not self._pace_s:
-            self._pace_s = seconds / self.seconds(rows)
+            self._pace_s = self._expected_s * seconds / self.seconds(rows)
         surprise = math.log(seconds / self.seconds(rows))
         surprise = max(-_SURPRISE, min(_SURPRISE, surprise))
         point, beyond = _place(rows)

@@ -15,6 +15,7 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.outlook import TooLarge, outlook
+from shoal.daemon.throughput.own_machine import OwnMachine
 
 
 def test_larger_steps_need_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,10 +25,10 @@ def test_larger_steps_need_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert batch_size([str(tmp_path / "no.gguf")], NodeConfig(), library, packs) == BATCH_SIZES[0]
 
     def within(most: int) -> Any:
-        def looked(path: Path, config: NodeConfig, packs: Packs) -> Any:
+        def looked(path: Path, config: NodeConfig, packs: Packs, machine: OwnMachine) -> Any:
             if config.max_sequences > most:
                 return TooLarge(refused="", budget_bytes=1, least_bytes=2)
-            return outlook(path, config, packs)
+            return outlook(path, config, packs, machine)
 
         return looked
 
