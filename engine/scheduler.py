@@ -312,7 +312,10 @@ class Scheduler:
 
         Works while events are taken from it, so that those before a failure are not lost: they have happened."""
         prompts, rows = len(batch.chunks) - batch.decodes, batch.rows
-        self.speeds.note(rows, batch.decodes, prompts, max(0.0, now_s - batch.began_s - read_s))
+        took_s = max(0.0, now_s - batch.began_s - read_s)
+        self.speeds.note(rows, batch.decodes, prompts, took_s)
+        if rows == batch.decodes == 1:
+            self.speeds.token_times.note(took_s, batch.chunks[0].start)
         self.speeds.note_reads(sum(pages_read), read_s)
         for recall, pages in zip(batch.recalls, pages_read, strict=True):
             self._recalled(recall, pages, batch.began_s)

@@ -35,10 +35,7 @@ WORTH = 0.97  # of the time of a usual request is left, at most, where a group t
 TOLERANCE = 1.05  # times what anything may take with one machine more
 EXACT_MACHINES = 6
 STEADY = 1.1  # times the best a usual request may take with a cut that is kept
-LEAST_ERROR, MOST_ERROR = (
-    0.5,
-    8.0,
-)  # of a prediction: measured seconds per predicted one, as far as that is believed
+LEAST_ERROR, MOST_ERROR = 0.5, 8.0  # times as long as predicted: what others are thought to take then
 _FEW = 2  # groups that are looked at closely with each machine after these
 
 # What exists already. The rest can be predicted.
@@ -292,13 +289,14 @@ class _Search:
     def _error(self, places: Places, token_s: float) -> float:
         """How many times as long as predicted a token took with these machines."""
         predicted_s = min((found.figures.token_s for found in self._predicted(places)), default=token_s)
-        return max(LEAST_ERROR, min(MOST_ERROR, token_s / predicted_s))
+        return token_s / predicted_s
 
     def _corrected(self, places: Places, figures: Figures) -> Figures:
         """By what is known of these machines; else by the worst that is known of some of them."""
         error = self._errors.get(places)
         if error is None:
-            error = max((it for part, it in self._errors.items() if set(part) <= set(places)), default=1.0)
+            worst = max((it for part, it in self._errors.items() if set(part) <= set(places)), default=1.0)
+            error = max(LEAST_ERROR, min(MOST_ERROR, worst))
         return figures.slower(error, self._answer_tokens)
 
     def _tensor(self, places: Places) -> Iterator[_Found]:

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 class Beside(msgspec.Struct, frozen=True):
     """By the node that dialled: where memory may be passed on; no name if it cannot be."""
 
-    name: Annotated[str, msgspec.Meta(max_length=64, pattern="^[0-9a-z-]*$")] = ""
+    name: Annotated[str, msgspec.Meta(max_length=64, pattern=r"^(shoal-[0-9a-f]{32})?\Z")] = ""
     secret: Annotated[bytes, msgspec.Meta(max_length=SECRET_BYTES)] = b""
 
 
@@ -66,8 +66,12 @@ def offer(channel: Channel, deadline: float) -> None:
             return
         stream: SharedStream | None = None
         with _said():
-            stream = _taken(door, offered.secret, channel)
-        channel.send_message(Changes(stream is not None), _left(deadline))
+            stream = _taken(door, offered.secret, channel, deadline)
+        try:
+            channel.send_message(Changes(stream is not None), _left(deadline))
+        except BaseException:
+            _give_up(stream)
+            raise
         if stream is not None:
             channel.change_over(stream)
 
@@ -76,9 +80,9 @@ def answer(channel: Channel, deadline: float) -> None:
     """The part of the other node."""
     offered: Beside = channel.receive_message(Beside, _left(deadline), SAME_HOST_BYTES)
     stream: SharedStream | None = None
-    if offered.name and _alike(channel):
+    if offered.name and len(offered.secret) == SECRET_BYTES and _alike(channel):
         with _said():
-            stream = _passed(offered, channel)
+            stream = _passed(offered, channel, deadline)
     try:
         channel.send_message(Changes(stream is not None), _left(deadline))
         if stream is None:
@@ -88,9 +92,13 @@ def answer(channel: Channel, deadline: float) -> None:
             channel.change_over(stream)
             stream = None
     finally:
-        if stream is not None:
-            stream.abort()
-            stream.close()
+        _give_up(stream)
+
+
+def _give_up(stream: SharedStream | None) -> None:
+    if stream is not None:
+        stream.abort()
+        stream.close()
 
 
 def _alike(channel: Channel) -> bool:
@@ -98,30 +106,32 @@ def _alike(channel: Channel) -> bool:
     return can_share() and bool(channel.local[0]) and channel.local[0] == channel.remote[0]
 
 
-def _passed(offered: Beside, channel: Channel) -> SharedStream:
+def _passed(offered: Beside, channel: Channel, deadline: float) -> SharedStream:
     """Memory for both, passed on. OSError, ChannelError."""
     with ExitStack() as held:
         memory = shared_memory()
         held.callback(os.close, memory)
         bell = held.enter_context(_socket())
+        bell.settimeout(max(0.001, min(BESIDE_S, _left(deadline))))
         bell.connect(f"\0{offered.name}")
         _check_user(bell)
         socket.send_fds(bell, [offered.secret], [memory])
         return SharedStream(memory, bell.dup(), True, (channel.remote, channel.local))
 
 
-def _taken(door: socket.socket, secret: bytes, channel: Channel) -> SharedStream:
+def _taken(door: socket.socket, secret: bytes, channel: Channel, deadline: float) -> SharedStream:
     """The memory that was passed on to this node. OSError, ChannelError."""
-    ends_s = time.monotonic() + BESIDE_S
-    while time.monotonic() < ends_s:
+    ends_s = min(deadline, time.monotonic() + BESIDE_S)
+    while left_s := _left(ends_s):
         with ExitStack() as held:
+            door.settimeout(left_s)
             bell = held.enter_context(door.accept()[0])
-            bell.settimeout(BESIDE_S)
+            bell.settimeout(max(0.001, _left(ends_s)))
             try:
                 _check_user(bell)
             except ChannelError:
                 continue
-            shown, descriptors, _, _ = socket.recv_fds(bell, SECRET_BYTES, 1)
+            shown, descriptors, _, _ = socket.recv_fds(bell, SECRET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             for descriptor in descriptors:
                 held.callback(os.close, descriptor)
             if hmac.compare_digest(shown, secret) and len(descriptors) == 1:

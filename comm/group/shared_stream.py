@@ -134,12 +134,22 @@ class SharedStream:
         look = self._watching if waits else None
         while True:
             limit_ns = look.limit_ns() if look else 0
-            count = 0 if self.closed else self._ring_read(self._at[1], address_of(view), len(view), limit_ns)
+            count = self._read(view, limit_ns)
             if look and limit_ns:
                 look.note(count > 0, self._into.effort)
             if self._moved(count):
-                return int(count)
-            self._sleep(deadline, "the other side sends nothing")
+                return count
+            look = None  # who sleeps for long does not look again and again in between
+            try:
+                self._sleep(deadline, "the other side sends nothing")
+            except ChannelError:
+                # It may have ended after its last bytes, for which another thread has heard the bell.
+                if count := self._read(view, 0):
+                    return self._moved(count)
+                raise
+
+    def _read(self, view: memoryview, limit_ns: int) -> int:
+        return 0 if self.closed else int(self._ring_read(self._at[1], address_of(view), len(view), limit_ns))
 
     def abort(self) -> None:
         self._bell.abort()

@@ -51,17 +51,15 @@ class Regrouping:
             if model.engine.busy or model.engine.lost is not None or model.retired:
                 continue
             try:
-                why = self._reason(grouping, model)
+                if why := self._reason(grouping, model):
+                    model.engine.suspend(RankLost(0, why))
+                    log.info("%s is loaded again: %s", model.name, why)
+                    self.begin(model)
             except Exception as error:  # the model goes on as it is, and so does who looks
                 failed = translated(error)
                 log.warning(
                     "%s stays with the machines that compute it: %s", model.name, failed, exc_info=error
                 )
-                continue
-            if why:
-                model.engine.suspend(RankLost(0, why))
-                log.info("%s is loaded again: %s", model.name, why)
-                self.begin(model)
 
     def _reason(self, grouping: Grouping, model: LoadedModel) -> str:
         """Why an idle model is to be loaded again now; "" if it is not."""

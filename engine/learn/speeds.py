@@ -36,8 +36,6 @@ class Speeds:
         if not prompts:
             self.cost.note(rows, seconds)
             self._pacer.rested()
-            if rows == 1:
-                self.token_times.note(seconds)
         elif decodes:
             self._pacer.note(rows - decodes, seconds / self.cost.seconds(decodes), self._waiting)
         else:

@@ -235,17 +235,28 @@ def test_if_anything_is_in_the_way_the_channel_stays(trouble, tmp_path, monkeypa
         assert far.receive_exactly(3, 5) == b"abc"
 
 
+NOBODY = "shoal-" + 32 * "0"
+
+
 @pytest.mark.parametrize(
-    "said", [Beside("shoal-0"), Beside("nobody", bytes(32)), Beside(), Beside("../x")], ids=str
+    ("said", "refused"),
+    [
+        (Beside(NOBODY, bytes(32)), False),
+        (Beside(NOBODY, b"short"), False),
+        (Beside(), False),
+        (Beside("another-service-of-this-user", bytes(32)), True),
+        (Beside(NOBODY + "\n", bytes(32)), True),
+        (Beside("../x"), True),
+    ],
 )
-def test_whoever_is_no_such_node_gets_no_memory(said) -> None:
+def test_whoever_is_no_such_node_gets_no_memory(said, refused) -> None:
     """What it says, whatever it is, ends in an answer or in an error, in time."""
     near, far = channel_pair()
     near.local = near.remote = ("127.0.0.1", 1)
     with near, far:
         far.send_message(said)
         began_s = time.monotonic()
-        if "/" in said.name:
+        if refused:
             with pytest.raises(ChannelError):
                 same_host.answer(near, soon())
         else:
@@ -279,3 +290,20 @@ def test_strangers_at_the_door_change_nothing(tmp_path, monkeypatch) -> None:
         assert through_memory(near, far) == [True, True]
     for one in strangers:
         one.close()
+
+
+def test_what_came_before_the_end_is_received_whoever_heard_the_bell() -> None:
+    near, far = shared_pair()
+    sleep = near._sleep
+
+    def beaten(deadline: float, problem: str) -> None:
+        far.send(memoryview(b"last words"), soon())
+        near.ready(True, False)  # another thread of this end hears the bell
+        far.close()
+        near._sleep = sleep
+        raise ChannelError("the other side closed the channel")
+
+    near._sleep = beaten
+    view = memoryview(bytearray(64))
+    assert bytes(view[: near.receive(view, soon())]) == b"last words"
+    near.close()

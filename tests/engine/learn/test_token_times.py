@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from shoal.engine.learn.speeds import Speeds
-from shoal.engine.learn.step_cost import evenly
-from shoal.engine.learn.token_times import ENOUGH, TokenTimes
+from shoal.engine.learn.token_times import ENOUGH, LONGEST_CONTEXT, TokenTimes
 
 
 def test_it_takes_enough_steps_each_time() -> None:
     times = TokenTimes()
     for _ in range(ENOUGH - 1):
-        times.note(0.02)
+        times.note(0.02, 100)
     assert times.take() is None
-    times.note(9.0)
+    times.note(9.0, 100)
     assert times.take() == 0.02
     assert times.take() is None
     for number in range(10 * ENOUGH):
-        times.note(float(number))
+        times.note(float(number), 100)
     assert times.take() == 9 * ENOUGH - 0.5
 
 
-def test_only_steps_with_one_row_count() -> None:
-    speeds = Speeds(chunk_tokens=64, expected=evenly(0.1), reads=0)
-    for _ in range(ENOUGH):
-        speeds.note(1, 1, 0, 0.01)
-        speeds.note(2, 2, 0, 0.03)
-        speeds.note(1, 0, 1, 0.05)
-    assert speeds.token_times.take() == 0.01
+def test_long_texts_do_not_count() -> None:
+    times = TokenTimes()
+    for _ in range(2 * ENOUGH):
+        times.note(0.05, LONGEST_CONTEXT + 1)
+    assert times.take() is None
