@@ -36,7 +36,7 @@ END
             --python-version "$version" --only-binary :all: "$@" 2>/dev/null
     }
     wheels "torch==$TORCH" numpy typing_extensions sympy mpmath networkx jinja2 markupsafe filelock fsspec \
-        pytest iniconfig packaging pluggy pygments hypothesis sortedcontainers
+        platformdirs pytest iniconfig packaging pluggy pygments hypothesis sortedcontainers
     rm -rf "$ARM/apt"
     touch "$ARM/.installed"
 fi
