@@ -52,7 +52,7 @@ import shoal
 for room in ("cli", "client", "comm", "daemon", "engine", "models", "offload", "kernels", "partition"):
     package = importlib.import_module(f"shoal.{room}")
     for found in pkgutil.walk_packages(package.__path__, f"shoal.{room}."):
-        if not found.name.endswith(("__main__", "libshoal")):
+        if not found.name.endswith(("__main__", "libshoal", "libshoal_bytes")):
             importlib.import_module(found.name)
 from shoal.daemon.config import NodeConfig
 from shoal.kernels.huge_pages import mapped
