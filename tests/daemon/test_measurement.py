@@ -97,7 +97,7 @@ def test_bench_counts_only_tokens_of_the_time_measured(
     path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
     ticks = count()
     monkeypatch.setattr(measure.time, "monotonic", lambda: float(next(ticks)))
-    monkeypatch.setattr(Speeds, "prompt_tokens", lambda self, decodes: CONFIG.chunk_tokens)
+    monkeypatch.setattr(Speeds, "prompt_tokens", lambda self, decodes, prompts: CONFIG.chunk_tokens)
     result = measure.bench(
         path, prompt_tokens=40, new_tokens=12, batch=4, repeat=2, config=CONFIG, progress=quiet
     )
