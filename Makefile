@@ -34,7 +34,7 @@ run: .venv/.installed ## answer PROMPT="…" with the default model, fetching wh
 	@echo 'Stop with     $(SHOAL) stop'
 
 test: .venv/.installed-dev ## run the tests
-	@$(BIN)/python -m pytest -m 'not peer and not cluster' </dev/null
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not peer and not cluster' </dev/null
 
 test-peer: .venv/.installed-dev bench/.venv/.installed ## run the tests that need llama.cpp or the default model
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
