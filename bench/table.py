@@ -74,7 +74,8 @@ def _must(row: dict[str, Any], figure: Figure) -> str:
 
 def _runs(rows: list[dict[str, Any]]) -> str:
     """When and with what the rows were measured; if rows differ, all the values."""
-    peers = {facts["version"] for row in rows for name, facts in row["engines"].items() if name != "shoal"}
+    every = (facts for row in rows for name, facts in row["engines"].items() if name != "shoal")
+    peers = {facts["version"] for facts in every if "version" in facts}
     parts = (
         {row["date"] for row in rows},
         {f"commit {row['versions']['commit']}" for row in rows},
