@@ -134,8 +134,8 @@ struct Choice {
     bool normalize;
 };
 
-// The routing (see `Routing`) to the experts in use, and which these are: used (experts,), starts (experts + 1,), tokens
-// and factors (tokens * count,). → how many are in use; -1 without memory.
+// The routing (see `Routing`) to the experts in use: starts (experts + 1,), tokens and factors (tokens * count,), and
+// which experts these are: used (experts,). → how many are in use; -1 without memory.
 int64_t route(const Choice& choice, int64_t* used, int64_t* starts, int64_t* tokens, float* factors);
 
 // rows × blocks as files hold them, row after row. At each of `halves` (-1: none), two bytes of a block are a number in
