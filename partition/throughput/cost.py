@@ -51,9 +51,9 @@ class _Step(NamedTuple):
 def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
     """What `plan` does with `job` on a device, whose laws are for the plan's threads."""
     device = device.on(plan.threads)
-    decode = _decode(model, plan, device, job)
+    decode = _decode(model, plan, device, job, job.distinct)
     slow = fast = decode.seconds
-    if model.spec.moe:  # what is not known is how many experts several tokens wake
+    if model.spec.moe and job.distinct is None:  # what is not known is how many experts several tokens wake
         slow = max(slow, _decode(model, plan, device, job, 1.0).seconds)
         fast = min(fast, _decode(model, plan, device, job, DISTINCT_SHARE).seconds)
     prompt = list(_prompt(model, plan, device, job))
@@ -71,6 +71,7 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
         stall_share=decode.stall_s / decode.seconds,
         binding=_binding(shown),
         parts=shown.parts,
+        prompt_parts=_together(prompt),
         load_s=load_s,
         pack_s=pack_s,
     )
@@ -86,8 +87,12 @@ def step_cost(model: Weighed, plan: Plan, device: Device, rows: int, before: flo
 def prompt_cost(model: Weighed, plan: Plan, device: Device, tokens: int) -> Took:
     """All steps that read a prompt of one stream."""
     steps = list(_prompt(model, plan, device.on(plan.threads), Job(tokens, 1)))
-    parts = {part: sum(count * step.parts[part] for count, step in steps) for part in steps[0][1].parts}
-    return Took(sum(count * step.seconds for count, step in steps), parts)
+    return Took(sum(count * step.seconds for count, step in steps), _together(steps))
+
+
+def _together(steps: Sequence[tuple[float, _Step]]) -> dict[Binding, float]:
+    """The parts of so many of each step."""
+    return {part: sum(count * step.parts[part] for count, step in steps) for part in steps[0][1].parts}
 
 
 def peak_bytes(model: Weighed, plan: Plan) -> int:
@@ -112,13 +117,13 @@ def _decode(model: Weighed, plan: Plan, device: Device, job: Job, share: float |
 
 def _prompt(model: Weighed, plan: Plan, device: Device, job: Job) -> Iterator[tuple[float, _Step]]:
     """(how many, step) of the steps that read all prompts. Short prompts share a step."""
-    chunk, tokens = plan.chunk_tokens, job.prompt_tokens
+    chunk, tokens, share = plan.chunk_tokens, job.prompt_tokens, job.distinct
     if tokens <= chunk:
         together = min(job.batch, max(1, chunk // tokens))
         whole, rest = divmod(job.batch, together)
         for count, steps in ((together, whole), (rest, 1 if rest else 0)):
             if steps:
-                yield steps, _step(model, plan, device, [Rows(count, tokens, 0)], count)
+                yield steps, _step(model, plan, device, [Rows(count, tokens, 0)], count, share)
         return
     whole, rest = divmod(tokens - 1, chunk)  # the last step has one token at least
     sampled = (
@@ -127,9 +132,9 @@ def _prompt(model: Weighed, plan: Plan, device: Device, job: Job) -> Iterator[tu
         else [round(i * (whole - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)]
     )
     for place in sampled:
-        step = _step(model, plan, device, [Rows(1, chunk, place * chunk)], 0)
+        step = _step(model, plan, device, [Rows(1, chunk, place * chunk)], 0, share)
         yield job.batch * whole / len(sampled), step
-    yield job.batch, _step(model, plan, device, [Rows(1, rest + 1, whole * chunk)], 1)
+    yield job.batch, _step(model, plan, device, [Rows(1, rest + 1, whole * chunk)], 1, share)
 
 
 def _step(

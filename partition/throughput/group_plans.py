@@ -9,33 +9,49 @@ from ..group_search import choose
 from ..machines import Links, LinkSpeed, Machine, Workload
 from ..plan import Wanted
 from .cost import PROCESS_BYTES
+from .laws import products
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device, Profile
 from .weights_of import Weighed
 
 _QUICK = 1e3  # times faster: links that cost nothing, to find out what they cost
+_MANY_ROWS = 256  # of a long step
 _READING_SHARE = 0.9  # of a step's computing that reads memory, where nothing tells
 
 
 def machines_of(profile: Profile, model: Weighed) -> list[Machine]:
-    """The devices as group_search knows machines."""
+    """The devices as group_search knows machines: how fast they are with this model's weights."""
     return [
-        _machine(device, model.tokenizer_bytes if not place else 0)
+        _machine(device, model, model.tokenizer_bytes if not place else 0)
         for place, device in enumerate(profile.devices)
     ]
 
 
-def _machine(device: Device, tokenizer_bytes: int) -> Machine:
+def _machine(device: Device, model: Weighed, tokenizer_bytes: int) -> Machine:
     memory = max(0, int(device.memory_bytes) - PROCESS_BYTES - tokenizer_bytes)
     return Machine(
         device.name,
         memory,
-        device.memory_bytes_per_s,
-        device.flops,
+        *speeds_with(device, model),
         device.disk_bytes_per_s,
         device.threads,
         device.port_bytes_per_s,
     )
+
+
+def speeds_with(device: Device, model: Weighed) -> tuple[float, float]:
+    """(bytes of weights per second for one row, operations per second for many) of a device with the types and sizes of
+    a model's layers, by its tables; what it says of itself where it has none."""
+    if not device.products:
+        return device.memory_bytes_per_s, device.flops
+    nbytes = operations = one_s = many_s = 0.0
+    for kind, layers in model.layer_kinds.items():
+        matrices = (*kind.attention, *kind.dense, *kind.expert)
+        nbytes += layers * sum(it.nbytes for it in matrices)
+        operations += layers * sum(2.0 * it.rows * it.cols * _MANY_ROWS for it in matrices)
+        one_s += layers * products(device, matrices, 1).seconds
+        many_s += layers * products(device, matrices, _MANY_ROWS).seconds
+    return nbytes / one_s, operations / many_s
 
 
 def links_of(profile: Profile, times: float = 1.0) -> Links:
@@ -103,6 +119,7 @@ def group_cost(model: Weighed, wanted: Wanted, profile: Profile, job: Job, choic
         stall_share=min(1.0, disk_s / token_s) if binding == "disk" else 0.0,
         binding=binding,
         parts=parts,
+        prompt_parts={"compute": ttft_s},  # mostly; what the network has of it is not told apart
         load_s=_load_s(model, choice, profile),
     )
 

@@ -103,12 +103,12 @@ class Corrections:
         weight."""
         whole = sum(parts.values())
         low, high = CORRECTED
-        return Corrections(
-            **{
-                part: min(high, max(low, getattr(self, part) * times ** (_FOLLOW * seconds / whole)))
-                for part, seconds in parts.items()
-            }
-        )
+        moved = {
+            part: min(high, max(low, getattr(self, part) * times ** (_FOLLOW * seconds / whole)))
+            for part, seconds in parts.items()
+            if whole
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ def check_figure(field: str, value: object, low: float, high: float) -> None:
     """Raises ProfileError unless the value is a number within the limits."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high:  # type: ignore[operator]
-        said = f"{value:g}" if number else f"{value!s:.40}"
+        said = f"{value:g}" if isinstance(value, float) else f"{value!s:.40}"
         raise ProfileError(f"{field}={said}: must be a number from {low:g} to {high:g}")
 
 

@@ -227,3 +227,16 @@ def test_guesses_give_more_tokens_for_more_rows() -> None:
         gains.append(plain.token_s / guessing.token_s)
     assert gains[0] == pytest.approx(2.44, rel=0.03)
     assert 1 < gains[1] < gains[0]
+
+
+def test_a_share_of_experts_that_is_known_leaves_no_doubt() -> None:
+    job = Job(256, 64, 4)
+    unsure, least, most = (predicted(MIXED, device(), job._replace(distinct=it)) for it in (None, 0.61, 1.0))
+    assert least.token_s <= unsure.token_s <= most.token_s
+    assert least.band[1] / least.band[0] < unsure.band[1] / unsure.band[0]
+
+
+def test_the_parts_of_prompts_are_told_apart_from_those_of_a_token() -> None:
+    found = predicted(DENSE, device(), Job(512, 64))
+    assert sum(found.prompt_parts.values()) == pytest.approx(found.ttft_s, rel=0.01)
+    assert found.prompt_parts["compute"] > found.prompt_parts["memory"]

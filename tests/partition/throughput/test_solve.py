@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from fakes.throughput.throughput_cases import MB, device, spec, weighed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.explain import changes, reason, runner_up
+from shoal.partition.throughput.group_plans import speeds_with
 from shoal.partition.throughput.prediction import Job
-from shoal.partition.throughput.profile import ANY, Profile, ProfileLink
+from shoal.partition.throughput.profile import ANY, Profile, ProfileLink, RowsLaw
 from shoal.partition.throughput.solve import Choices, Solved, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
@@ -93,6 +95,18 @@ def test_several_machines_are_a_group() -> None:
     assert len(found.chosen.prediction.peak_bytes) > 1
     alone = solved([DENSE], machines, choices=Choices(ranks=1))
     assert all(not it.name.startswith("group") for it in alone.candidates)
+
+
+def test_machines_of_a_group_are_as_fast_as_their_tables_say() -> None:
+    """A type that takes twice as long with many rows makes the group's first token later."""
+    def machines(slow: float) -> Profile:
+        law = RowsLaw("BF16", 1e6, (1, 256), (5e-11, slow * 2.56e-9))
+        return Profile(tuple(device(name=str(i), products=(law,)) for i in range(2)), (CABLE,))
+
+    quick, slow = (solved([DENSE], machines(times), choices=Choices(ranks=2)).candidates[0] for times in (1, 2))
+    assert slow.prediction.ttft_s > 1.5 * quick.prediction.ttft_s
+    assert slow.prediction.token_s == pytest.approx(quick.prediction.token_s, rel=0.05)
+    assert speeds_with(machines(1).head, DENSE) == (pytest.approx(2e10), pytest.approx(1e11, rel=0.01))
 
 
 def test_machines_that_are_not_linked_are_no_group() -> None:
