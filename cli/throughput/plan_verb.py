@@ -117,6 +117,10 @@ def plan(
     MODEL is a path or a name in the store; the header of a checkpoint is enough, and so is a config.json without any
     weights. Nothing is loaded. Without --profile this machine is measured, once. Ends with 3 if no plan fits.
     """
+    if plot is not None and plot.suffix.lower() != ".svg":
+        raise click.BadParameter(
+            f"{plot}: it is drawn as SVG, so its name must end in .svg.", param_hint="--plot"
+        )
     wanted = Reference.parse(model)
     bits = quant or (wanted.quant if wanted.quant != "keep" else None)
     config = (

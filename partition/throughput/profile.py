@@ -93,6 +93,11 @@ class Corrections:
     network: float = 1.0
     overhead: float = 1.0
 
+    @property
+    def learnt(self) -> dict[str, float]:
+        """Those of parts that steps have taught something about."""
+        return {part: times for part, times in vars(self).items() if times != 1}
+
     def times(self, parts: Mapping[Binding, float]) -> float:
         """Of a step whose parts take so many seconds."""
         whole = sum(parts.values())
@@ -165,7 +170,13 @@ class Device:
         if threads is None or threads >= self.threads:
             return self
         part = threads / self.threads
-        slower = tuple(replace(law, byte_s=tuple(it / part for it in law.byte_s)) for law in self.products)
+        read_s = 1 / self.memory_bytes_per_s  # of a byte, of what a product takes
+
+        def alone(byte_s: float) -> float:
+            reading = min(byte_s, read_s)
+            return reading / min(1.0, 2 * part) + (byte_s - reading) / part
+
+        slower = tuple(replace(law, byte_s=tuple(map(alone, law.byte_s))) for law in self.products)
         attention = tuple(
             replace(
                 law,

@@ -131,10 +131,11 @@ def _alone(
     for name, order, made in ways(model, asking, max(0, int(device.memory_bytes) - more), windows=windows):
         if name == "memory" or device.disk_bytes_per_s:
             yield _candidate(name, order, model, made, device, job, more)
-        else:  # what a usual one would do
+        else:  # what a usual one would do, and the least memory that would do with it
             there = replace(device, disk_bytes_per_s=DISK_BYTES_PER_S)
             found = _candidate(name, order, model, made, there, job, more)
-            yield replace(found, missing="a disk to stream from")
+            least = min(it.made.least_bytes for it in ways(model, asking, 0) if isinstance(it.made, Misfit))
+            yield replace(found, missing="a disk to stream from", least_bytes=least + more)
 
 
 def _candidate(

@@ -161,6 +161,7 @@ def test_a_real_checkpoint(model: Path, laptop: str) -> None:
         (("--batch", 5000), "", 2),
         (("--new-tokens", 10**30), "a context of", 3),
         (("--memory", "lots"), "lots", 2),
+        (("--plot", "plot.png"), "must end in .svg", 2),
     ],
 )
 def test_bad_input(config: Path, laptop: str, arguments: tuple[object, ...], said: str, code: int) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fakes import tiny
 
-from shoal.comm.messages import Done, Generate, Load, Sampling
+from shoal.comm.messages import Done, Generate, Load, Sampling, Token
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.loading import planning
 from shoal.daemon.node import Node
 
 CONFIG = NodeConfig(context_tokens=96, kv_tokens=768, max_sequences=4, chunk_tokens=64, threads=1)
@@ -63,6 +65,33 @@ def test_the_machine_learns_from_who_ran_alone(node: Node) -> None:
     after = node._machine.device.corrections
     assert after != before
     assert all(0.5 <= value <= 2 for value in vars(after).values())
+    said = node.status().corrections
+    assert said == {part: times for part, times in vars(after).items() if times != 1}
+    assert "network" not in said
+
+
+def test_the_runner_up_is_tried_and_says_what_came_of_it(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    usual = replace(CONFIG, threads=None, max_guesses=0)
+    request = Generate(
+        prompt_tokens=[5] * 8, max_tokens=80, ignore_eos=True, sampling=Sampling(temperature=0.0)
+    )
+
+    def tokens(tried: bool) -> list[list[int]]:
+        monkeypatch.setattr(planning, "rival_threads", lambda model, plan, device: 1 if tried else 0)
+        with Node(usual) as node:
+            node.load(Load(model=str(path)))
+            found = [event for event in node.stream(request) if isinstance(event, Token)]
+            node._expire_each()
+            said = node.status().models[0].tried
+            verdict = r"1 thread took .* for a token of one stream, \d+ took .*: \d+ compute it"
+            assert bool(re.search(verdict, said)) == tried
+            assert f"tiny.gguf: {said}" in caplog.text
+        return [it.ids for it in found]
+
+    assert tokens(True) == tokens(False)
 
 
 def test_what_ended_before_it_began_is_passed_over(node: Node) -> None:

@@ -85,6 +85,18 @@ def test_nothing_fits() -> None:
     assert solved([DENSE], one(least - 2 * MB)).chosen is None
 
 
+def test_the_smallest_machine_where_only_a_disk_lacks() -> None:
+    """Streaming needs less memory than this machine has."""
+    found = solved(
+        [DENSE], one(0.6 * DENSE.weights_bytes, disk_bytes_per_s=0.0), choices=Choices(kv_type="f16")
+    )
+    assert found.chosen is None
+    assert "a disk to stream from is missing" in reason(found)
+    least = min(it.least_bytes for it in found.candidates)
+    assert least < 0.3 * DENSE.weights_bytes + 100e6
+    assert name(solved([DENSE], one(least + MB))).startswith("stream")
+
+
 def test_several_machines_are_a_group() -> None:
     machines = Profile(tuple(device(name=str(i), memory_bytes=16e9) for i in range(3)), (CABLE,))
     found = solved([weighed(spec(32, hidden=4096, ffn=14336, heads=32, head_dim=128))], machines)
@@ -99,11 +111,14 @@ def test_several_machines_are_a_group() -> None:
 
 def test_machines_of_a_group_are_as_fast_as_their_tables_say() -> None:
     """A type that takes twice as long with many rows makes the group's first token later."""
+
     def machines(slow: float) -> Profile:
         law = RowsLaw("BF16", 1e6, (1, 256), (5e-11, slow * 2.56e-9))
         return Profile(tuple(device(name=str(i), products=(law,)) for i in range(2)), (CABLE,))
 
-    quick, slow = (solved([DENSE], machines(times), choices=Choices(ranks=2)).candidates[0] for times in (1, 2))
+    quick, slow = (
+        solved([DENSE], machines(times), choices=Choices(ranks=2)).candidates[0] for times in (1, 2)
+    )
     assert slow.prediction.ttft_s > 1.5 * quick.prediction.ttft_s
     assert slow.prediction.token_s == pytest.approx(quick.prediction.token_s, rel=0.05)
     assert speeds_with(machines(1).head, DENSE) == (pytest.approx(2e10), pytest.approx(1e11, rel=0.01))
