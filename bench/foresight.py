@@ -39,11 +39,12 @@ from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.throughput.model_sizes import described, weighed
 from shoal.daemon.throughput.profiling import machine_profile
 from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
-from shoal.partition.plan import Misfit
+from shoal.partition.plan import Misfit, Plan, Wanted, scratch_bytes
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.prediction import Job, Prediction
 from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink
 from shoal.partition.throughput.solve import Choices, asks, solve
+from shoal.partition.throughput.weights_of import Weighed
 
 # Batch, prompt, new. All prompts of a batch are read in one step: else those that begin first end first, and what is
 # measured is the mean of many batches.
@@ -137,9 +138,27 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Predi
     if isinstance(plan, Misfit):
         return None
     found = cost(model, plan, profile.head, job)
-    used = job.batch * -(-job.context_tokens // PAGE_TOKENS) * kv_page_bytes(model.spec, plan.kv.dtype)
-    held = plan.peak_bytes - plan.kv.nbytes + used + BENCH_BYTES + model.tokenizer_bytes
+    held = plan.peak_bytes - unused_bytes(model, plan, job) + BENCH_BYTES + model.tokenizer_bytes
     return "stream" if plan.streams else "memory", replace(found, peak_bytes={profile.head.name: held})
+
+
+def unused_bytes(model: Weighed, plan: Plan, job: Job) -> int:
+    """What a job leaves of a plan's KV and scratch, which are for as many and as long texts as the plan allows."""
+    most = Wanted(
+        model.spec,
+        plan.context_tokens,
+        None,
+        plan.kv.dtype,
+        plan.chunk_tokens,
+        plan.sequences,
+        plan.guesses,
+        plan.threads,
+    )
+    rows = min(plan.chunk_tokens, job.batch * job.prompt_tokens)
+    own = most._replace(chunk_tokens=rows, sequences=job.batch, guesses=0)
+    pages = job.batch * -(-job.context_tokens // PAGE_TOKENS)
+    kv = plan.kv.nbytes - pages * kv_page_bytes(model.spec, plan.kv.dtype)
+    return kv + scratch_bytes(most, plan.part_tokens) - scratch_bytes(own, plan.part_tokens)
 
 
 def group_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Prediction] | None:

@@ -134,6 +134,11 @@ def plan(
         from shoal.daemon.throughput.profiling import machine_profile
     if given is not None:
         profile = read_profile(given)
+        for device in profile.devices:
+            for accelerator in device.accelerators:
+                note(
+                    f"{accelerator.name} of {device.name} is left out: this version computes on processors only"
+                )
     else:
         with steps_bar() as progress:
             measured = machine_profile(config.thread_count, home.models, home.profile, progress=progress)
@@ -154,7 +159,7 @@ def plan(
         plot is not None,
     )
     with spinner("planning"):
-        found = foresee(path, profile, asked)
+        found = foresee(path, profile, asked, config)
     ends = Exit.DONE if found.chosen else Exit.REFUSED
     if plot is not None:
         memory = plan.memory or profile.head.memory_bytes

@@ -26,14 +26,15 @@ _TYPES = {kind.name: kind for kind in WEIGHT_TYPES}
 
 @contextmanager
 def described(path: Path) -> Iterator[Described]:
-    """The model at `path`: a checkpoint, a config.json, or a directory that has nothing else. Raises DaemonError."""
+    """The model at `path`: a checkpoint, of which headers are enough, a config.json, or a directory that has no weights
+    beside it. Raises DaemonError."""
     with refusing(path.name):
         config = path / CONFIG if path.is_dir() else path
-        bare = path.is_dir() and not any(path.glob("*.safetensors*")) and config.is_file()
+        bare = path.is_dir() and not any(path.glob("*.safetensors")) and config.is_file()
         if bare or path.suffix == ".json":
             yield BareConfig(config)
             return
-        with open_checkpoint(path) as checkpoint:
+        with open_checkpoint(path, whole=False) as checkpoint:
             yield checkpoint
 
 

@@ -20,6 +20,9 @@ from .weights_of import LayerKind, Product, Weighed
 
 PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
 _READ_BYTES = 4 << 20  # of the window's reads
+_THROUGH_WINDOW = (
+    1.1  # times what reading alone takes, by steps that did nothing else (1.04 to 1.17: docs/LOG.md)
+)
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
 _ROUNDS = 2  # how contention is found, which depends on what it changes
 HIDDEN_BY_ATTENTION = 0.5  # of an expert's read ahead, guessed by the router before: the share that came true
@@ -189,7 +192,7 @@ def _step(
 
 def _contended(device: Device, plan: Plan, uses: Sequence[Use], between_s: float) -> Lap:
     """The step as the window makes it, while disk and processor take speed from each other as long as both work."""
-    speed = read_bytes_per_s(device, _READ_BYTES)
+    speed = read_bytes_per_s(device, _READ_BYTES) / _THROUGH_WINDOW
     compute_s = sum(use.compute_s for use in uses)
     slower, found = (1.0, 1.0), Lap(compute_s + between_s, 0.0, 0.0)
     if not any(use.nbytes for use in uses):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
 from ..group_choice import Choice, NoGroup
 from ..group_search import choose
 from ..machines import Links, LinkSpeed, Machine, Workload
 from ..plan import Wanted
+from ..sum_cost import Wire
 from .cost import PROCESS_BYTES
 from .laws import products
 from .prediction import Binding, Job, Prediction, uncertainty
@@ -64,16 +66,28 @@ def links_of(profile: Profile, times: float = 1.0) -> Links:
     return found
 
 
-def group(model: Weighed, wanted: Wanted, profile: Profile, job: Job, ranks: int) -> Choice | NoGroup:
-    """The best group of so many of the machines."""
+def group(
+    model: Weighed, wanted: Wanted, profile: Profile, job: Job, ranks: int, wires: Sequence[Wire]
+) -> Choice | NoGroup:
+    """The best group of so many of the machines. `wires`: what sums may be rounded to on their way."""
     sizes = dict(model.extents)
     if not model.spec.tied:
         embed = next(iter(model.block_bytes))
         sizes[embed] = sizes[embed] or model.block_bytes[embed]
-    return choose(wanted, sizes, machines_of(profile, model), links_of(profile), _workload(job), ranks=ranks)
+    return choose(
+        wanted,
+        sizes,
+        machines_of(profile, model),
+        links_of(profile),
+        _workload(job),
+        ranks=ranks,
+        wires=wires,
+    )
 
 
-def group_cost(model: Weighed, wanted: Wanted, profile: Profile, job: Job, choice: Choice) -> Prediction:
+def group_cost(
+    model: Weighed, wanted: Wanted, profile: Profile, job: Job, choice: Choice, wires: Sequence[Wire]
+) -> Prediction:
     """What a group does with a job. Streams of a batch are taken to share a step whose sums are as many times longer;
     what is not known is bounded by the band."""
     figures = choice.figures
@@ -85,6 +99,7 @@ def group_cost(model: Weighed, wanted: Wanted, profile: Profile, job: Job, choic
         links_of(profile, _QUICK),
         _workload(job),
         ranks=len(choice.ranks),
+        wires=wires,
     )
     alone_s = min(token_s, free.figures.token_s) if isinstance(free, Choice) else token_s
     devices = {device.name: device for device in profile.devices}

@@ -16,6 +16,7 @@ from ..group_choice import NoGroup
 from ..hardware_guesses import DISK_BYTES_PER_S
 from ..memory_layout import PAGE_TOKENS
 from ..plan import Misfit, Plan, Wanted
+from ..sum_cost import Wire
 from .alone import USUAL, WINDOWS, best, ways
 from .cost import PROCESS_BYTES, cost
 from .group_plans import group, group_cost
@@ -26,11 +27,12 @@ from .weights_of import Weighed
 
 class Choices(NamedTuple):
     """What somebody insists on; None leaves it open. Each fixes that choice and no other. Bits are fixed by giving one
-    model only, the context by what is `wanted`."""
+    model only, the context by what is `wanted`. `wires`: what the sums of a group may be rounded to; f32 is exact."""
 
     kv_type: str | None = None
     threads: int | None = None
     ranks: int | None = None
+    wires: tuple[Wire, ...] = ("f32",)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _candidates(
                 for found in _alone(model, asking, device, job, WINDOWS if asked else USUAL):
                     yield replace(found, name=found.name + suffix, asked=asked)
             if asked and len(profile.devices) > 1:
-                for found in _groups(model, asking[0], profile, job, choices.ranks):
+                for found in _groups(model, asking[0], profile, job, choices):
                     yield replace(found, name=found.name + suffix, asked=asked)
 
 
@@ -149,13 +151,14 @@ def _candidate(
 
 
 def _groups(
-    model: Weighed, asking: Wanted, profile: Profile, job: Job, ranks: int | None
+    model: Weighed, asking: Wanted, profile: Profile, job: Job, choices: Choices
 ) -> Iterator[Candidate]:
+    ranks, wires = choices.ranks, choices.wires
     for count in range(2, len(profile.devices) + 1) if ranks is None else (ranks,):
         if count < 2:
             continue
-        choice = group(model, asking, profile, job, count)
+        choice = group(model, asking, profile, job, count, wires)
         if isinstance(choice, NoGroup):
             continue
-        prediction = group_cost(model, asking, profile, job, choice)
+        prediction = group_cost(model, asking, profile, job, choice, wires)
         yield Candidate(f"group of {count}", model, asking.kv_type, prediction, "", 0, 10 + count)
