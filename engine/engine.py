@@ -49,7 +49,7 @@ class Engine:
         clock: Callable[[], float],
         drafter: Drafter | None = None,
         notify: Callable[[Engine], None] = lambda engine: None,
-        compute_on: Callable[[int], None] = lambda threads: None,
+        compute_on: Callable[[int], None] | None = None,
     ) -> None:
         self.rank = rank
         self.scheduler = scheduler
@@ -156,7 +156,8 @@ class Engine:
             batch = self._next()
             if batch.empty:
                 return False
-            self._compute_on(self._threads(batch))
+            if self._compute_on is not None:
+                self._compute_on(self._threads(batch))
             try:
                 result = self.rank.run(batch.order, lambda share: self._goes_on(batch, share))
                 self._commit(batch, result)

@@ -14,8 +14,10 @@ from shoal.kernels.types import WEIGHT_TYPES, WeightType
 from shoal.models.checkpoint.bare_config import BareConfig
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.weight_source import Described
+from shoal.offload.kv.disk_pages import buffer_bytes
 from shoal.offload.pack.layout import layout
 from shoal.offload.pack.manifest import Quant, Source
+from shoal.partition.memory_layout import KV_FORMATS, kv_page_bytes
 from shoal.partition.spec import BlockId
 from shoal.partition.throughput.weights_of import Product, Weighed
 
@@ -76,6 +78,7 @@ def weighed(model: Described, quant: Quant) -> Weighed:
         manifest.vectors.nbytes,
         stored or sum(_stored_bytes(model).values()),
         tokenizer,
+        {kv_type: buffer_bytes(kv_page_bytes(spec, kv_type)) for kv_type in KV_FORMATS},
     )
 
 

@@ -100,7 +100,12 @@ def _together(steps: Sequence[tuple[float, _Step]]) -> dict[Binding, float]:
 
 def peak_bytes(model: Weighed, plan: Plan) -> int:
     """Memory of the whole process."""
-    return plan.peak_bytes + model.tokenizer_bytes + PROCESS_BYTES
+    return plan.peak_bytes + beside_bytes(model, plan.kv.dtype)
+
+
+def beside_bytes(model: Weighed, kv_type: str) -> int:
+    """Memory that no plan counts with: the process, what is more of the tokenizer, and pages on their way to disk."""
+    return PROCESS_BYTES + model.tokenizer_bytes + model.buffers.get(kv_type, 0)
 
 
 def _binding(step: _Step) -> Binding:

@@ -10,7 +10,7 @@ from ..group_search import choose
 from ..machines import Links, LinkSpeed, Machine, Workload
 from ..plan import Wanted
 from ..sum_cost import Wire
-from .cost import PROCESS_BYTES
+from .cost import beside_bytes
 from .laws import products
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device, Profile
@@ -21,19 +21,23 @@ _MANY_ROWS = 256  # of a long step
 _READING_SHARE = 0.9  # of a step's computing that reads memory, where nothing tells
 
 
-def machines_of(profile: Profile, model: Weighed) -> list[Machine]:
+def machines_of(profile: Profile, model: Weighed, kv_type: str) -> list[Machine]:
     """The devices as group_search knows machines: how fast they are with this model's weights."""
     return [
-        _machine(device, model, model.tokenizer_bytes if not place else 0)
+        _machine(device, model, _beside_bytes(model, kv_type, place))
         for place, device in enumerate(profile.devices)
     ]
 
 
-def _machine(device: Device, model: Weighed, tokenizer_bytes: int) -> Machine:
-    memory = max(0, int(device.memory_bytes) - PROCESS_BYTES - tokenizer_bytes)
+def _beside_bytes(model: Weighed, kv_type: str, rank: int) -> int:
+    """Only the head has a tokenizer."""
+    return beside_bytes(model, kv_type) - (model.tokenizer_bytes if rank else 0)
+
+
+def _machine(device: Device, model: Weighed, more: int) -> Machine:
     return Machine(
         device.name,
-        memory,
+        max(0, int(device.memory_bytes) - more),
         *speeds_with(device, model),
         device.disk_bytes_per_s,
         device.threads,
@@ -77,7 +81,7 @@ def group(
     return choose(
         wanted,
         sizes,
-        machines_of(profile, model),
+        machines_of(profile, model, wanted.kv_type),
         links_of(profile),
         _workload(job),
         ranks=ranks,
@@ -95,7 +99,7 @@ def group_cost(
     free = choose(
         wanted,
         dict(model.extents),
-        machines_of(profile, model),
+        machines_of(profile, model, wanted.kv_type),
         links_of(profile, _QUICK),
         _workload(job),
         ranks=len(choice.ranks),
@@ -121,7 +125,7 @@ def group_cost(
     off = 1 + uncertainty(parts, all(device.measured for device in profile.devices))
     step_s = token_s + (job.batch - 1) * parts["network"]
     peaks = {
-        rank.machine: int(rank.needed_bytes) + PROCESS_BYTES + (model.tokenizer_bytes if not place else 0)
+        rank.machine: int(rank.needed_bytes) + _beside_bytes(model, wanted.kv_type, place)
         for place, rank in enumerate(choice.ranks)
     }
     speed = job.batch / step_s

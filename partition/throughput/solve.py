@@ -18,7 +18,7 @@ from ..memory_layout import PAGE_TOKENS
 from ..plan import Misfit, Plan, Wanted
 from ..sum_cost import Wire
 from .alone import USUAL, WINDOWS, best, ways
-from .cost import PROCESS_BYTES, cost
+from .cost import beside_bytes, cost
 from .group_plans import group, group_cost
 from .prediction import Job, Prediction
 from .profile import Device, Profile
@@ -129,7 +129,7 @@ def _candidates(
 def _alone(
     model: Weighed, asking: Sequence[Wanted], device: Device, job: Job, windows: Mapping[str, float]
 ) -> Iterator[Candidate]:
-    more = PROCESS_BYTES + model.tokenizer_bytes
+    more = beside_bytes(model, asking[0].kv_type)
     for name, order, made in ways(model, asking, max(0, int(device.memory_bytes) - more), windows=windows):
         if name == "memory" or device.disk_bytes_per_s:
             yield _candidate(name, order, model, made, device, job, more)

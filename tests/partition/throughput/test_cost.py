@@ -110,6 +110,8 @@ def test_contention_slows_what_is_hidden_too() -> None:
 def test_peak_counts_the_process() -> None:
     plan = in_ram(DENSE)
     assert predicted(DENSE, device()).peak_bytes == {"one": plan.peak_bytes + PROCESS_BYTES}
+    more = replace(DENSE, tokenizer_bytes=5 * MB, buffers={"f16": 30 * MB})
+    assert predicted(more, device()).peak_bytes == {"one": plan.peak_bytes + PROCESS_BYTES + 35 * MB}
 
 
 def test_experts_that_several_tokens_wake() -> None:

@@ -182,6 +182,28 @@ def test_faster_machines_never_make_the_choice_worse(
         assert after.chosen.prediction.total_s(JOB) <= 1.035 * before.chosen.prediction.total_s(JOB)
 
 
+@settings(max_examples=10, deadline=None)
+@given(
+    st.sampled_from([DENSE, MIXED]),
+    st.floats(0.3, 1.3),
+    st.floats(1e-5, 5e-3),
+    st.floats(1e7, 5e9),
+    st.sampled_from(["latency_s", "bytes_per_s"]),
+    st.floats(1.05, 10.0),
+)
+def test_faster_links_never_make_the_choice_worse(
+    model: Weighed, share: float, latency_s: float, bytes_per_s: float, figure: str, times: float
+) -> None:
+    link = ProfileLink((ANY, ANY), latency_s, bytes_per_s)
+    better = {figure: getattr(link, figure) * (times if figure == "bytes_per_s" else 1 / times)}
+    memory = share * model.weights_bytes + 150e6
+    machines = tuple(device(name=str(i), memory_bytes=memory) for i in range(3))
+    before, after = (solved([model], Profile(machines, (it,))) for it in (link, replace(link, **better)))
+    if before.chosen is not None:
+        assert after.chosen is not None
+        assert after.chosen.prediction.total_s(JOB) <= 1.035 * before.chosen.prediction.total_s(JOB)
+
+
 def test_peaks_never_exceed_the_memory_of_a_plan_that_fits() -> None:
     for share in (0.2, 0.5, 0.9, 1.2):
         memory = share * DENSE.weights_bytes + 100e6
