@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shoal.cli.answers import Answers, from_daemon, in_process, reference
+from shoal.cli.answers import Answers, NoAnswer, from_daemon, in_process, reference
 from shoal.cli.exit_codes import Exit
 from shoal.cli.interrupt import deferred_interrupt, ended_by_signals, unechoed
 from shoal.cli.options import PlanOptions, Whole, examples, json_option, plan_options
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 1024  # of prompts in one step, where the number of sequences is given
 LEAST_LIKELY, MOST_LIKELY = 1 << 12, 1 << 26  # tokens of context that are asked for
 SHOWN_S = 0.2
-_OF_A_MODEL = ("bad_request", "not_found", "unsupported", "corrupt")  # then its lines fail, and others go on
+_OF_A_MODEL = ("bad_request", "not_found", "unsupported", "corrupt")  # others may be there
 
 
 @click.command(
@@ -98,7 +98,7 @@ def batch(
         if not order.lines:
             raise DaemonError("bad_request", f"{requests} has no requests")
         out.take_off_failed()
-        names = _names(order, library, some=bool(out.had))
+        names = _names(order, library, given=model is not None)
         work = WorkingOff(lines, out, order, model)
         own = local or sequences is not None or plan.beyond_context
         try:
@@ -124,19 +124,19 @@ def batch(
     return Exit.FAILED if work.tally.failed else Exit.DONE
 
 
-def _names(order: BatchOrder, library: Library, *, some: bool) -> list[str | DaemonError]:
-    """The models as they are known everywhere, or why there is no such model. Raises that if there is none at all and
-    no answers yet (`some`)."""
+def _names(order: BatchOrder, library: Library, *, given: bool) -> list[str | DaemonError]:
+    """The models as they are known everywhere, or why there is no such model. Raises that if there is none at all.
+    `given`: by an option, not by the lines."""
     names: list[str | DaemonError] = []
     for model in order.models:
         try:
             names.append(reference(model, library))
         except DaemonError as error:
-            if error.code not in _OF_A_MODEL:
+            if error.code not in _OF_A_MODEL or given:
                 raise
             names.append(error)
     errors = [name for name in names if isinstance(name, DaemonError)]
-    if errors and not some and len(errors) == len(names):
+    if errors and len(errors) == len(names):
         hint = "with --model MODEL one of yours answers all requests, whichever they name"
         raise DaemonError(errors[0].code, errors[0].message, hint)
     return names
@@ -172,19 +172,27 @@ def _answer(
     *,
     quiet: bool,
 ) -> None:
-    """One model after the other."""
+    """One model after the other. Lines of one that cannot be loaded fail if another can. Raises why, if none can."""
+    unloadable: list[tuple[int, NoAnswer]] = []
+    any_loaded = False
     for number, (name, likely) in enumerate(zip(names, order.models.values(), strict=True)):
         if isinstance(name, DaemonError):
             continue
+        status: ModelStatus | None = None
         try:
             status = _loaded(answers, name, plan, min(likely, _longest(name, library)))
+            any_loaded = True
         except (DaemonError, RequestFailed) as error:
             if error.code not in _OF_A_MODEL:
                 raise
-            work.refuse_all(number, error)
-            continue
-        with _progress(work.tally, quiet=quiet) as show:
-            work.answer(answers, number, status, show)
+            unloadable.append((number, error))
+        while unloadable and any_loaded:
+            work.refuse_all(*unloadable.pop())
+        if status is not None:
+            with _progress(work.tally, quiet=quiet) as show:
+                work.answer(answers, number, status, show)
+    if unloadable:
+        raise unloadable[0][1]
 
 
 def _loaded(answers: Answers, name: str, plan: PlanOptions, likely: int) -> ModelStatus:

@@ -320,6 +320,42 @@ def test_each_model_answers_its_own(many: Many) -> None:
     assert not Path("out.jsonl").exists()
 
 
+def test_if_no_model_can_be_had_no_line_fails(many: Many) -> None:
+    """Not in the middle of a batch either: its file may be on a disk that is not mounted just now."""
+    asked(line(1), line(2))
+    many.trouble = lambda request: DaemonError("shutting_down", "stopped") if "2" in str(request) else None
+    assert run().exit_code == 1
+    before = Path("out.jsonl").read_bytes()
+    assert before.count(b"\n") == 1
+    Path("m.gguf").rename("elsewhere")
+    result = run()
+    assert (result.exit_code, "--model MODEL" in result.stderr) == (1, True)
+    Path("elsewhere").rename("m.gguf")
+    many.trouble = lambda request: None
+    for code, exit_code in (("bad_request", 2), ("corrupt", 1), ("not_found", 1)):
+        many.unloadable["m"] = DaemonError(code, "m is loaded otherwise")  # type: ignore[arg-type]
+        result = run()
+        assert result.exit_code == exit_code
+        assert "m is loaded otherwise" in result.stderr
+    assert Path("out.jsonl").read_bytes() == before
+    many.unloadable.clear()
+    assert run().exit_code == 0
+    assert len(texts()) == 2
+
+
+def test_lines_of_a_model_that_cannot_be_had_fail_wherever_they_stand(many: Many) -> None:
+    many.unloadable["other"] = DaemonError("corrupt", "other.gguf is cut off")
+    asked(line(1, model="other.gguf"), line(2), line(3, model="other.gguf"))
+    assert run().exit_code == 1
+    assert (sorted(texts()), sorted(errors(), key=str)) == (["c2"], ["c1", "c3"])
+
+
+def test_a_model_that_is_given_and_not_there_is_said_as_elsewhere(many: Many) -> None:
+    asked(line(1))
+    said = run("--model", "nowhere.gguf").stderr
+    assert said == shoal("run", "nowhere.gguf", "hi").stderr
+
+
 def test_long_requests_get_their_context_if_that_fits(many: Many) -> None:
     asked(line(1, "x" * 40_000, max_tokens=100), line(2))
     assert run().exit_code == 0
