@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
+
+from .server.log_rate import SeldomLog
 
 log = logging.getLogger(__name__)
 
 EVERY_S = 0.5
-LOGGED_S = 60.0  # after a failing look, until the next one is logged: it may fail each time
+LOGGED_S = 60.0  # between failing looks that are logged: one may fail each time
 
 
 class RegularLooks:
@@ -22,7 +23,7 @@ class RegularLooks:
     def __init__(self, looks: Callable[[], Iterator[Callable[[], object]]], closed: threading.Event) -> None:
         self._looks = looks
         self._closed = closed
-        self._logged_s = -LOGGED_S
+        self._seldom = SeldomLog(log, LOGGED_S)
         threading.Thread(target=self._run, name="shoal-looks", daemon=True).start()
 
     def _run(self) -> None:
@@ -34,7 +35,5 @@ class RegularLooks:
         for look in self._looks():
             try:
                 look()
-            except Exception:
-                if time.monotonic() - self._logged_s >= LOGGED_S:
-                    self._logged_s = time.monotonic()
-                    log.exception("a regular look failed")
+            except Exception as error:
+                self._seldom.warning("a regular look failed", error=error)
