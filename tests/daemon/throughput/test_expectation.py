@@ -38,6 +38,12 @@ def answer(node: Node, prompt: int, new: int) -> None:
     assert isinstance(list(node.stream(request))[-1], Done)
 
 
+def look(node: Node) -> None:
+    """As is done each half second."""
+    for one in node._looks():
+        one()
+
+
 def test_requests_and_loads_are_logged_beside_what_was_predicted(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -49,7 +55,7 @@ def test_requests_and_loads_are_logged_beside_what_was_predicted(
         assert status.measured_tokens_per_s == 0
         assert re.search(r"loaded tiny\.gguf in .* predicted .* tokens/s", caplog.text)
         answer(node, 40, 24)
-        node._expire_each()
+        look(node)
         said = (
             r"tiny\.gguf: 40 tokens read in .* \(predicted .*\), 24 tokens written at .*/s \(predicted .*/s\)"
         )
@@ -61,7 +67,7 @@ def test_the_machine_learns_from_who_ran_alone(node: Node) -> None:
     before = node._machine.device.corrections
     for _ in range(3):
         answer(node, 40, 24)
-        node._expire_each()
+        look(node)
     after = node._machine.device.corrections
     assert after != before
     assert all(0.5 <= value <= 2 for value in vars(after).values())
@@ -84,7 +90,7 @@ def test_the_runner_up_is_tried_and_says_what_came_of_it(
         with Node(usual) as node:
             node.load(Load(model=str(path)))
             found = [event for event in node.stream(request) if isinstance(event, Token)]
-            node._expire_each()
+            look(node)
             said = node.status().models[0].tried
             verdict = r"1 thread took .* for a token of one stream, \d+ took .*: \d+ compute it"
             assert bool(re.search(verdict, said)) == tried
@@ -98,5 +104,5 @@ def test_what_ended_before_it_began_is_passed_over(node: Node) -> None:
     (model,) = node._models
     underway = node.submit(Generate(prompt_tokens=[5] * 40, max_tokens=20), lambda event: None)
     underway.cancel()
-    node._expire_each()
+    look(node)
     assert not model.begun
