@@ -6,6 +6,8 @@ the types that the head keeps, so nothing is rounded here.
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -28,6 +30,7 @@ from shoal.partition.slicing import Shard
 from shoal.partition.spec import BlockId
 
 from .earlier_shards import EarlierShard
+from .piece_sources import HeadPieces, PieceSource
 from .piece_stream import PieceStream
 from .shard_facts import ShardFacts
 from .weight_messages import (
@@ -42,6 +45,8 @@ from .weight_messages import (
 )
 
 T = TypeVar("T", bound=Struct)
+
+log = logging.getLogger("shoal.cluster")
 
 
 class RemoteShard:
@@ -67,13 +72,36 @@ class RemoteShard:
         self.kept_bytes = 0  # that were read from there
         self.earlier: Sequence[EarlierShard] = ()  # what this machine has already of what is read
         self._stream: PieceStream | None = None
+        self._lenders: list[PieceSource] = []
+        self._lending = threading.Lock()
+        self._closed = False
         self._memory = Arena()
 
     def close(self) -> None:
         """Ends the reading. Idempotent."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        with self._lending:
+            self._closed = True
+            stream, self._stream = self._stream, None
+            idle = [] if stream is not None else self._lenders
+        if stream is not None:
+            stream.close()
+        for source in idle:
+            source.close()
+
+    def lend(self, source: PieceSource) -> None:
+        """Pieces come from there, too, from now on. From any thread. The source is closed with this shard."""
+        with self._lending:
+            if not self._closed:
+                self._lenders.append(source)
+                if self._stream is not None:
+                    self._stream.lend(source)
+                return
+        source.close()
+
+    @property
+    def lent_bytes(self) -> int:
+        """That came from there."""
+        return self._stream.lent_bytes if self._stream is not None else 0
 
     def bypass_cache(self) -> None:
         """Nothing of it is in this machine's page cache."""
@@ -88,11 +116,15 @@ class RemoteShard:
         self._ahead(pieces)
 
     def _ahead(self, pieces: Iterable[Piece]) -> PieceStream:
-        if self._stream is None:
-            self._stream = PieceStream(self._channels, self.facts.content, self.facts.piece_bytes)
+        with self._lending:
+            if (stream := self._stream) is None:
+                head = [HeadPieces(channel, self.facts.content) for channel in self._channels]
+                stream = self._stream = PieceStream(head, self.facts.piece_bytes)
+                for source in self._lenders:
+                    stream.lend(source)
         small = (part for piece in pieces for part in self.facts.cut(piece))
-        self._stream.expect(part for part in small if self._here(part) is None)
-        return self._stream
+        stream.expect(part for part in small if self._here(part) is None)
+        return stream
 
     def _here(self, piece: Piece) -> EarlierShard | None:
         return next((shard for shard in self.earlier if shard.has(piece)), None)
@@ -151,7 +183,13 @@ class RemoteShard:
         for part, here in small:
             into = memory[at : at + self.facts.piece_bytes(part)]
             if here is not None:
-                here.read(part, into)
+                try:
+                    here.read(part, into)
+                except OSError as error:  # the head has it, too
+                    log.warning("%s: %s", self.name, error)
+                    self.earlier = [shard for shard in self.earlier if shard is not here]
+                    self._fill(piece, memory)
+                    return
                 self.kept_bytes += len(into)
             else:
                 stream.take(part, into)

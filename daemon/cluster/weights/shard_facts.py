@@ -7,7 +7,7 @@ does not have. Knows no files and no channels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +25,9 @@ from shoal.partition.slicing import Range, Shard, shard_spec
 from shoal.partition.spec import BlockId, BlockKind, ModelSpec
 
 from .weight_messages import MOST_BLOCKS, MOST_FORMS, MOST_PIECE_BYTES, PIECE_BYTES, BlockForm, Description
+
+RowsHeld = Mapping[tuple[BlockId, str], Range]
+"""Block and role → the rows of a shard's matrix that somebody has."""
 
 _FLOAT_BYTES = 4
 _MOST_RANKS = 4096
@@ -45,9 +48,10 @@ class ShardFacts:
     """
 
     def __init__(self, description: Description) -> None:
+        self.description = description
         self.name, self.shard, self.quant = description.name, description.shard, description.quant
         try:
-            self.spec = _spec_of(description)
+            self.spec = described_spec(description)
             self._facts = dict(zip(self.spec.blocks(), self._found(description), strict=True))
         except (PartitionError, KernelError, ValueError) as error:
             raise DaemonError("corrupt", f"the head described a shard that cannot be: {error}") from error
@@ -66,6 +70,11 @@ class ShardFacts:
                     raise ValueError(f"form {at} of {len(description.forms)}")
                 made[block.kind, at] = _kind_facts(self.spec, block.kind, description.forms[at])
             yield made[block.kind, at]
+
+    @property
+    def blocks(self) -> Sequence[BlockId]:
+        """In the order of a step."""
+        return [*self._facts]
 
     def has(self, block: BlockId) -> bool:
         return block in self._facts
@@ -132,8 +141,8 @@ def described(part: WeightSource, whole: ModelSpec, shard: Shard, quant: Quant, 
     return Description(name, key, whole, shard, quant, [form for _, form in forms.values()], form_of)
 
 
-def _spec_of(description: Description) -> ModelSpec:
-    """The spec of the smaller model. Raises PartitionError or ValueError."""
+def described_spec(description: Description) -> ModelSpec:
+    """The spec of the smaller model, which has a bounded number of blocks. Raises PartitionError or ValueError."""
     shard = description.shard
     if not 0 <= shard.rank < shard.ranks <= _MOST_RANKS:
         raise ValueError(f"rank {shard.rank} of {shard.ranks}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -21,8 +23,9 @@ from shoal.daemon.cluster.group import Group
 from shoal.daemon.cluster.mesh import fellows
 from shoal.daemon.cluster.mesh.fellows import Fellows
 from shoal.daemon.cluster.roster import ARRIVE_S, NobodyKnown, Roster
-from shoal.daemon.cluster.weights import weight_server
+from shoal.daemon.cluster.weights import shard_facts, weight_server
 from shoal.daemon.cluster.weights.shard_cache import ShardCache
+from shoal.daemon.cluster.weights.weight_messages import WantDigest, WantPiece
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
 from shoal.partition.sum_cost import Means, Network, SumPlan
@@ -132,6 +135,30 @@ def test_a_machine_that_goes_and_comes_back(two: Cluster, path: Path, alone: lis
     assert text_of(two.node, prompt(1))[1] == alone[1]
     two.start(1)
     wait_for(lambda: ranks(two) == 3)
+    assert text_of(two.node, prompt(2))[1] == alone[2]
+
+
+def test_a_machine_that_comes_back_without_weights_gets_some_of_the_other_worker(
+    two: Cluster, path: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it fetches, and also if the head is slow: it says the digests of what it need not send."""
+    two.node.load(Load(model=str(path)))
+    two.stop(1)
+    wait_for(lambda: ranks(two) == 2)
+    shutil.rmtree(two.home(1).shards)
+    asked: list[object] = []
+    original = weight_server._Serving.answer
+
+    def slowly(serving: Any, question: Any) -> Any:
+        asked.append(question)
+        time.sleep(0.02 if isinstance(question, WantPiece) else 0)
+        return original(serving, question)
+
+    monkeypatch.setattr(shard_facts, "PIECE_BYTES", 1 << 10)
+    monkeypatch.setattr(weight_server._Serving, "answer", slowly)
+    two.start(1)
+    wait_for(lambda: ranks(two) == 3)
+    assert any(isinstance(question, WantDigest) for question in asked)
     assert text_of(two.node, prompt(2))[1] == alone[2]
 
 
