@@ -65,6 +65,8 @@ class SteadyShares:
         for cut in self._read().cuts:
             if cut.model == model and place.keys() >= set(cut.members):
                 places = (0, *(place[who] for who in cut.members))
+                if list(places) != sorted({*places}):
+                    continue  # nobody has written that
                 by_places[places] = KeptCut(cut.shares, cut.experts)
                 if set(cut.there) == place.keys():
                     last = places

@@ -24,13 +24,23 @@ from shoal.partition.errors import PartitionError
 from shoal.partition.slicing import Range, Shard, shard_spec
 from shoal.partition.spec import BlockId, BlockKind, ModelSpec
 
-from .weight_messages import MOST_BLOCKS, MOST_FORMS, MOST_PIECE_BYTES, PIECE_BYTES, BlockForm, Description
+from .weight_messages import (
+    LEAST_PIECE_BYTES,
+    MATRIX_PIECES,
+    MOST_BLOCKS,
+    MOST_FORMS,
+    MOST_PIECE_BYTES,
+    PIECE_BYTES,
+    BlockForm,
+    Description,
+)
 
 RowsHeld = Mapping[tuple[BlockId, str], Range]
 """Block and role → the rows of a shard's matrix that somebody has."""
 
 _FLOAT_BYTES = 4
 _MOST_RANKS = 4096
+_MOST_ROWS = 1 << 40  # beyond which no range of a shard ends
 
 
 class BlockFacts(NamedTuple):
@@ -107,12 +117,15 @@ class ShardFacts:
         )
 
     def cut(self, piece: Piece) -> Iterator[Piece]:
-        """The pieces, each small enough to be asked for, that make up a larger one, which begins with a whole band."""
+        """The pieces, each small enough to be asked for, that make up a larger one, which begins with a whole band. A
+        matrix has several, because another shard may have only some of its rows."""
         block, role = piece.block, piece.role
         step = PIECE_BYTES // _FLOAT_BYTES
         if role in self.matrices(block):
-            kind, _, cols = self.matrices(block)[role]
-            step = max(1, PIECE_BYTES // kind.matrix_bytes(kind.band_rows, cols)) * kind.band_rows
+            kind, rows, cols = self.matrices(block)[role]
+            part_bytes = max(LEAST_PIECE_BYTES, kind.matrix_bytes(rows, cols) // MATRIX_PIECES)
+            band_bytes = kind.matrix_bytes(kind.band_rows, cols)
+            step = max(1, min(PIECE_BYTES, part_bytes) // band_bytes) * kind.band_rows
         for start in range(piece.start, piece.stop, step):
             yield Piece(block, role, start, min(start + step, piece.stop))
 
@@ -147,7 +160,7 @@ def described_spec(description: Description) -> ModelSpec:
     if not 0 <= shard.rank < shard.ranks <= _MOST_RANKS:
         raise ValueError(f"rank {shard.rank} of {shard.ranks}")
     for name, own in vars(shard.ranges).items():
-        if isinstance(own, Range) and not 0 <= own.start <= own.stop:
+        if isinstance(own, Range) and not 0 <= own.start <= own.stop <= _MOST_ROWS:
             raise ValueError(f"{name} from {own.start} to {own.stop}")
     spec = shard_spec(description.spec, shard)
     experts = len(spec.moe.own) if spec.moe else 0

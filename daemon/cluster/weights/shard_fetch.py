@@ -65,7 +65,8 @@ class ShardWeights:
     """A worker's weights. `close` it when they are loaded; the pack stays in the cache as long as anybody has `pack`.
 
     spec: of the smaller model.  pack: on this machine's disk; None if they have to be loaded from the head each time,
-    and then `warning` says why.  reader: what a resident store loads from.
+    and then `warning` says why.  reader: what a resident store loads from.  kept_bytes, lent_bytes: of those that were
+    fetched into the pack, what was here already, and what came from other workers.
     """
 
     def __init__(self, remote: RemoteShard, pack: Pack | None, warning: str = "") -> None:
@@ -73,6 +74,7 @@ class ShardWeights:
         self.matrix_bytes = remote.facts.matrix_bytes
         self.pack = pack
         self.warning = warning
+        self.kept_bytes, self.lent_bytes = remote.kept_bytes, remote.lent_bytes
         self.reader: BlockReader = PackReader(pack) if pack else remote
         self._remote = remote
 

@@ -210,6 +210,7 @@ def broken_descriptions(right: Description) -> Iterator[Description]:
     yield ranges(ffn=Range(32, 0))
     yield ranges(heads=Range(0, 1 << 40))
     yield ranges(ffn=Range(0, 1 << 60))
+    yield ranges(shared_ffn=Range(0, 1 << 63))
     yield ranges(o_columns=Range(1 << 50, 1 << 51))
     yield replace(right, spec=dataclasses.replace(spec, layers=spec.layers[:1] * 4096))
 
