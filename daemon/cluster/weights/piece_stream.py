@@ -59,12 +59,14 @@ class _Asked(NamedTuple):
 class _Asker:
     """Who fills at most `limit` buffers: all channels to the head together, or a lender.
 
-    held: buffers that it has filled or asked for.  balance_s: what a lender has earned and not spent.
+    held: buffers that it has filled or asked for.  balance_s: what a lender has earned and not spent.  ended: the head
+    has a lender's buffers, as soon as they are free.
     """
 
     def __init__(self, limit: int, lender: PieceSource | None = None) -> None:
         self.limit = limit
         self.lender = lender
+        self.ended = False
         self.held = 0
         self.balance_s = LENDER_PATIENCE_S
 
@@ -188,7 +190,10 @@ class PieceStream:
             log.exception("another worker is not asked for weights any more")
         source.close()
         with self._changed:
-            self._first.limit += LENT  # so that there is always room for what is given back
+            asker.ended = True
+            self._first.limit += (
+                LENT - asker.held
+            )  # so that there is always room for what is asked of the head now
             for it in asked:
                 self._give_back(it.memory, asker)
                 if self._lent.pop(it.place.number, None) is not None:
@@ -263,6 +268,8 @@ class PieceStream:
     def _give_back(self, memory: Bytes, asker: _Asker) -> None:
         self._free.append(memory)
         asker.held -= 1
+        if asker.ended:
+            self._first.limit += 1
 
     def _buffer(self, nbytes: int) -> Bytes:
         """Memory for a piece, uint8 (at least `nbytes`,)."""
