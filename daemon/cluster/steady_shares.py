@@ -92,7 +92,7 @@ class SteadyShares:
     def _read(self) -> _Kept:
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Kept) if self._path else _Kept()
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, RecursionError):
             return _Kept()
 
 

@@ -121,7 +121,7 @@ def lent_by(channel: Channel, dial_head: Callable[[], Channel], facts: ShardFact
     try:
         channel.send_message(Lacks(facts.description), LENT_S)
         answer: Holds | Refused = channel.receive_message(Holds | Refused, LENT_S, HOLDS_BYTES)
-        if isinstance(answer, Holds) and (held := _held(answer, facts.blocks)):
+        if isinstance(answer, Holds) and (held := _held(answer, facts)):
             return FellowPieces(channel, dial_head(), facts.content, held)
     except BaseException:
         channel.close()
@@ -140,13 +140,14 @@ def holds(held: RowsHeld, blocks: Sequence[BlockId]) -> Holds:
     return Holds(said[:MOST_HELD])
 
 
-def _held(said: Holds, blocks: Sequence[BlockId]) -> RowsHeld:
+def _held(said: Holds, facts: ShardFacts) -> RowsHeld:
     """It decides only about who is asked, so all that cannot be is passed over."""
+    blocks = facts.blocks
     return {
         (blocks[at], it.role): Range(it.start, it.stop)
         for it in said.rows
         for at in it.blocks
-        if 0 <= at < len(blocks)
+        if 0 <= at < len(blocks) and it.role in facts.matrices(blocks[at])
     }
 
 

@@ -29,6 +29,7 @@ from .piece_sources import holds
 from .shard_cache import ShardCache
 from .shard_facts import RowsHeld, ShardFacts
 from .weight_messages import (
+    ANSWER_S,
     CHANNEL_IDLE_S,
     DESCRIPTION_BYTES,
     LENT_S,
@@ -111,7 +112,7 @@ class ShardLender:
             channel.send_message(Refused(code, str(error)[:1000]), LENT_S)
             return
         channel.send_message(PieceLent(), LENT_S)
-        channel.send(data, timeout_s=LENT_S)
+        channel.send(data, timeout_s=ANSWER_S)  # who asked waits for the head's digests, too
 
 
 def _widest(shards: Sequence[EarlierShard]) -> RowsHeld:

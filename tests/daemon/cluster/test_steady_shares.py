@@ -138,7 +138,17 @@ def test_members_that_cannot_have_been_are_passed_over(members: tuple[str, ...],
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"{", b"[]", b'{"cuts": [1]}', b"\xff\x00", b'{"m a b": [0.5, 0.5]}']
+    "damage",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"cuts": [1]}',
+        b"\xff\x00",
+        b'{"m a b": [0.5, 0.5]}',
+        b'{"x": ' + b"[" * 100_000,
+        b'{"cuts": [{"model": "m", "members": ["a"], "shares": [1e999, 1], "experts": "columns"}]}',
+    ],
 )
 def test_a_damaged_file_is_none(damage: bytes, tmp_path: Path) -> None:
     path = tmp_path / "shares.json"
