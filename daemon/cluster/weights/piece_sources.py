@@ -87,10 +87,10 @@ class FellowPieces:
     def __init__(self, channel: Channel, digests: Channel, content: str, held: RowsHeld) -> None:
         self._channel, self._digests = channel, digests
         self._content = content
-        self._held = held
+        self.held = held
 
     def has(self, piece: Piece) -> bool:
-        held = self._held.get((piece.block, piece.role), NONE)
+        held = self.held.get((piece.block, piece.role), NONE)
         return held.start <= piece.start and piece.stop <= held.stop
 
     def ask(self, piece: Piece) -> None:

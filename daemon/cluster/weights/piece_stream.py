@@ -123,11 +123,10 @@ class PieceStream:
             self._look(1)
             self._changed.notify_all()
 
-    def expects(self, piece: Piece) -> bool:
-        """Whether it is the one to be taken next."""
+    def look(self) -> None:
+        """Look at what is expected, up to a piece that nobody was asked for, if there is one."""
         with self._changed:
             self._look(1)
-            return bool(self._order) and self._order[0].piece == piece
 
     def take(self, piece: Piece, into: Bytes) -> None:
         """Waits for the piece that was expected next and copies it to `into`, uint8 (n,)."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from msgspec import Struct
@@ -30,7 +31,7 @@ from shoal.partition.slicing import Shard
 from shoal.partition.spec import BlockId
 
 from .earlier_shards import EarlierShard
-from .piece_sources import HeadPieces, PieceSource
+from .piece_sources import FellowPieces, HeadPieces
 from .piece_stream import PieceStream
 from .shard_facts import ShardFacts
 from .weight_messages import (
@@ -47,6 +48,14 @@ from .weight_messages import (
 T = TypeVar("T", bound=Struct)
 
 log = logging.getLogger("shoal.cluster")
+
+
+class _Part(NamedTuple):
+    """A part of a larger piece, and which earlier shard has it, if one has."""
+
+    whole: Piece
+    part: Piece
+    here: EarlierShard | None
 
 
 class RemoteShard:
@@ -72,7 +81,8 @@ class RemoteShard:
         self.kept_bytes = 0  # that were read from there
         self.earlier: Sequence[EarlierShard] = ()  # what this machine has already of what is read
         self._stream: PieceStream | None = None
-        self._lenders: list[PieceSource] = []
+        self._parts: deque[_Part] = deque()  # of what is expected, as far as was looked at and not read yet
+        self._lenders: list[FellowPieces] = []
         self._lending = threading.Lock()
         self._closed = False
         self._memory = Arena()
@@ -88,7 +98,7 @@ class RemoteShard:
         for source in idle:
             source.close()
 
-    def lend(self, source: PieceSource) -> None:
+    def lend(self, source: FellowPieces) -> None:
         """Pieces come from there, too, from now on. From any thread. The source is closed with this shard."""
         with self._lending:
             if not self._closed:
@@ -122,9 +132,22 @@ class RemoteShard:
                 stream = self._stream = PieceStream(head, self.facts.piece_bytes)
                 for source in self._lenders:
                     stream.lend(source)
-        small = (part for piece in pieces for part in self.facts.cut(piece))
-        stream.expect(part for part in small if self._here(part) is None)
+        self._parts = deque()
+        stream.expect(self._lacking(pieces, self._parts))
         return stream
+
+    def _lacking(self, pieces: Iterable[Piece], parts: deque[_Part]) -> Iterator[Piece]:
+        """What is not here of these, in parts that are small enough to be asked for, and that nobody has only half of.
+        All parts are noted in `parts` as one comes to them."""
+        for piece in pieces:
+            key = piece.block, piece.role
+            known = [*(it.held for it in self.earlier), *(it.held for it in self._lenders)]
+            held = [rows for it in known if (rows := it.get(key)) is not None]
+            for part in self.facts.cut(piece, [bound for rows in held for bound in rows]):
+                here = self._here(part)
+                parts.append(_Part(piece, part, here))
+                if here is None:
+                    yield part
 
     def _here(self, piece: Piece) -> EarlierShard | None:
         return next((shard for shard in self.earlier if shard.has(piece)), None)
@@ -175,12 +198,13 @@ class RemoteShard:
         yield from (Piece(block, role, 0, length) for role, length in self.vector_lengths(block).items())
 
     def _fill(self, piece: Piece, memory: Bytes) -> None:
-        small = [(part, self._here(part)) for part in self.facts.cut(piece)]
-        stream, first = self._stream, next((part for part, here in small if here is None), None)
-        if stream is None or (first is not None and not stream.expects(first)):
+        stream = self._stream
+        if stream is None or self._next(stream) != (piece, piece.start):
             stream = self._ahead([piece])
         at = 0
-        for part, here in small:
+        while at < len(memory):
+            self._next(stream)
+            _, part, here = self._parts.popleft()
             into = memory[at : at + self.facts.piece_bytes(part)]
             if here is not None:
                 try:
@@ -188,9 +212,15 @@ class RemoteShard:
                 except OSError as error:  # the head has it, too
                     log.warning("%s: %s", self.name, error)
                     self.earlier = [shard for shard in self.earlier if shard is not here]
-                    self._fill(piece, memory)
-                    return
+                    stream = self._ahead([Piece(piece.block, piece.role, part.start, piece.stop)])
+                    continue
                 self.kept_bytes += len(into)
             else:
                 stream.take(part, into)
             at += len(into)
+
+    def _next(self, stream: PieceStream) -> tuple[Piece, int] | None:
+        """Of which larger piece the next part is, and where it begins; None if nothing is expected."""
+        if not self._parts:
+            stream.look()
+        return (self._parts[0].whole, self._parts[0].part.start) if self._parts else None

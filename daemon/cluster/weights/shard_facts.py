@@ -7,7 +7,8 @@ does not have. Knows no files and no channels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
@@ -24,16 +25,7 @@ from shoal.partition.errors import PartitionError
 from shoal.partition.slicing import Range, Shard, shard_spec
 from shoal.partition.spec import BlockId, BlockKind, ModelSpec
 
-from .weight_messages import (
-    LEAST_PIECE_BYTES,
-    MATRIX_PIECES,
-    MOST_BLOCKS,
-    MOST_FORMS,
-    MOST_PIECE_BYTES,
-    PIECE_BYTES,
-    BlockForm,
-    Description,
-)
+from .weight_messages import MOST_BLOCKS, MOST_FORMS, MOST_PIECE_BYTES, PIECE_BYTES, BlockForm, Description
 
 RowsHeld = Mapping[tuple[BlockId, str], Range]
 """Block and role → the rows of a shard's matrix that somebody has."""
@@ -116,18 +108,19 @@ class ShardFacts:
             "bad_request", f"the shard has no piece {piece.role}[{start}:{stop}] of {piece.block}"
         )
 
-    def cut(self, piece: Piece) -> Iterator[Piece]:
-        """The pieces, each small enough to be asked for, that make up a larger one, which begins with a whole band. A
-        matrix has several, because another shard may have only some of its rows."""
+    def cut(self, piece: Piece, bounds: Collection[int] = ()) -> Iterator[Piece]:
+        """The pieces, each small enough to be asked for, that make up a larger one, which begins with a whole band.
+        None goes over one of `bounds`, as far as these are between bands."""
         block, role = piece.block, piece.role
-        step = PIECE_BYTES // _FLOAT_BYTES
+        step, unit = PIECE_BYTES // _FLOAT_BYTES, 1
         if role in self.matrices(block):
-            kind, rows, cols = self.matrices(block)[role]
-            part_bytes = max(LEAST_PIECE_BYTES, kind.matrix_bytes(rows, cols) // MATRIX_PIECES)
-            band_bytes = kind.matrix_bytes(kind.band_rows, cols)
-            step = max(1, min(PIECE_BYTES, part_bytes) // band_bytes) * kind.band_rows
-        for start in range(piece.start, piece.stop, step):
-            yield Piece(block, role, start, min(start + step, piece.stop))
+            kind, _, cols = self.matrices(block)[role]
+            unit = kind.band_rows
+            step = max(1, PIECE_BYTES // kind.matrix_bytes(unit, cols)) * unit
+        within = {bound for bound in bounds if piece.start < bound < piece.stop and bound % unit == 0}
+        for first, last in pairwise((piece.start, *sorted(within), piece.stop)):
+            for start in range(first, last, step):
+                yield Piece(block, role, start, min(start + step, last))
 
     def _block_bytes(self, block: BlockId) -> int:
         return self.matrix_bytes(block) + _FLOAT_BYTES * sum(self.vector_lengths(block).values())

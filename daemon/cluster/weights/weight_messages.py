@@ -18,9 +18,7 @@ from shoal.offload.pack.manifest import Quant
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import BlockId, ModelSpec
 
-PIECE_BYTES = 1 << 20  # that a worker asks for at a time …
-MATRIX_PIECES = 8  # … or a matrix in so many pieces …
-LEAST_PIECE_BYTES = 64 << 10  # … if these are not smaller than this
+PIECE_BYTES = 1 << 20  # that a worker asks for at a time
 MOST_PIECE_BYTES = 8 << 20  # that the head sends at a time, unless a single band of rows is larger
 QUESTION_BYTES = 1 << 10
 ANSWER_BYTES = 4 << 10

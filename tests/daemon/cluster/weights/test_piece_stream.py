@@ -65,7 +65,7 @@ def pieces(count: int, first: int = 0) -> Sequence[Piece]:
 def take(stream: PieceStream, wanted: Sequence[Piece], pause_s: float = 0.0) -> None:
     into = np.empty(NBYTES, np.uint8)
     for piece in wanted:
-        assert stream.expects(piece)
+        stream.look()
         stream.take(piece, into)
         assert (into == piece.start % 251).all()
         if pause_s:
