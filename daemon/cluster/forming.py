@@ -28,8 +28,8 @@ from shoal.models.checkpoint.shard import CheckpointShard
 from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
-from shoal.partition.group_choice import Choice, NoGroup
-from shoal.partition.group_search import AVAILABLE_TOPOLOGIES, STEADY, KeptCuts, Places, choose
+from shoal.partition.group_choice import Choice, KeptCuts, NoGroup, Places
+from shoal.partition.group_search import AVAILABLE_TOPOLOGIES, STEADY, choose
 from shoal.partition.machines import Links, LinkSpeed, Machine
 from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
 from shoal.partition.rank_plans import RankPart, rank_plans

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from shoal.partition.group_search import KeptCut, KeptCuts
+from shoal.partition.group_choice import KeptCut, KeptCuts
 from shoal.partition.slicing import CutOfExperts
 
 from .speed import STARTS, NodeSpeed

@@ -11,8 +11,8 @@ from fakes.group.group_cases import block_bytes, model, wanted
 
 from shoal.daemon.cluster.speed import STARTS, NodeSpeed
 from shoal.daemon.cluster.steady_shares import MOST_KEPT, SteadyShares, UsedCut
-from shoal.partition.group_choice import Choice
-from shoal.partition.group_search import KeptCut, choose
+from shoal.partition.group_choice import Choice, KeptCut
+from shoal.partition.group_search import choose
 from shoal.partition.machines import LinkSpeed, Machine
 
 SPEC = model()

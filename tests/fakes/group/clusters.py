@@ -23,8 +23,8 @@ from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.node import Node
 from shoal.offload.budget import Budget
-from shoal.partition.group_choice import Choice, NoGroup
-from shoal.partition.group_search import KeptCuts, choose
+from shoal.partition.group_choice import Choice, KeptCuts, NoGroup
+from shoal.partition.group_search import choose
 from shoal.partition.machines import Links, Machine
 from shoal.partition.plan import Wanted
 from shoal.partition.slicing import Grains
