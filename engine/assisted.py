@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class Assisted(Rank):
-    """`share` is rank 0's part in the group, whose pool lies in that of `executor`; its plan says which orders are long.
-    `kv_heads`: those of ranks 0, 1, … `lost` is told which rank was lost; the group is not used any more then."""
+    """`share` is rank 0's part in the group, whose pool lies in that of `executor`; its plan says which orders are
+    long. `kv_heads`: those of ranks 0, 1, … `lost` is told which rank was lost; the group is not used any more then."""
 
     def __init__(
         self,

@@ -26,6 +26,8 @@ from .sum_cost import Means, Network
 
 NEVER = 1 << 30  # rows: more than any step has
 OVERLAPS = (32, 64, 128, 256, 512)  # rows from which on it may be worth to compute steps in halves
+# Rows from which on a group may help a head that could do without it: not answers, which have few even with guesses.
+ASSISTED = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 PROMPTS = (512, 4000)  # tokens of prompts whose first token nobody should wait longer for
 
 
@@ -132,7 +134,7 @@ class Cost:
         def gain_s(rows: int) -> float:
             return by_itself.step_s(rows, 0.0) - error * together.step_s(rows, 0.0)
 
-        lengths = sorted({chunk, *(1 << bit for bit in range(1, chunk.bit_length()))}, reverse=True)
+        lengths = sorted({chunk, *(rows for rows in ASSISTED if rows < chunk)}, reverse=True)
         worth = list(takewhile(lambda rows: gain_s(rows) > 0, lengths))
         if not worth:
             return None

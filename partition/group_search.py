@@ -20,14 +20,13 @@ from math import inf
 from types import MappingProxyType
 from typing import NamedTuple
 
-from .amounts import format_bytes
 from .group_choice import Choice, KeptCut, KeptCuts, NoGroup, Places, RankPlan, Split, Unused
 from .group_cost import Cost, Figures, Placement
-from .group_cuts import EXPERT_CUTS, Cuts
+from .group_cuts import Cuts
 from .machines import Links, Machine, Workload, check_machines, link_between
 from .plan import Wanted
 from .rank_sizes import Held, Memory, Sizes
-from .slicing import ANYWHERE, CutOfExperts, Grains
+from .slicing import ANYWHERE, Grains
 from .spec import BlockId
 from .sum_cost import Means, Network, Topology, Wire
 

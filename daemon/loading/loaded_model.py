@@ -197,7 +197,7 @@ class LoadedModel:
         read_bytes_per_s = max(self.main.read_bytes_per_s, stage.best_bytes_per_s if stage else 0.0)
         drafts = f", drafts by {self.draft_path.name}" if self.draft_path else ""
         group = self.main.group
-        plans = [self.plan, *(group.plans if group else ())]
+        keeping = [self.plan, *(group.plans if group and not group.prompts_only else ())]  # KV
         totals, cache, disk = scheduler.totals, scheduler.cache, self.engine.rank.disk
         usual = self.main.expectation.usual if group is None else None
         learnt = scheduler.speeds.cost
@@ -206,7 +206,7 @@ class LoadedModel:
             path=str(self.checkpoint.path),
             family=self.checkpoint.spec.family,
             quant=self.quant,
-            parameters_bytes=sum(plan.weights_bytes for plan in plans),
+            parameters_bytes=self.main.weights_bytes,
             context_tokens=self.plan.context_tokens,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -225,13 +225,13 @@ class LoadedModel:
             window_bytes=self.plan.window_bytes,
             stage=self.stage(),
             step_s=self.plan.step_s(read_bytes_per_s),
-            kv_disk_bytes=_on_all(disk.nbytes, plans) if disk else 0,
+            kv_disk_bytes=_on_all(disk.nbytes, keeping) if disk else 0,
             kv_disk_pages_read_total=disk.pages_read if disk else 0,
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
             warnings=self.warnings,
             context_limit_tokens=self.checkpoint.spec.longest,
-            ranks=self.plan.ranks,
-            rank_bytes=[plan.peak_bytes for plan in plans],
+            ranks=len(self.main.rank_bytes),
+            rank_bytes=self.main.rank_bytes,
             machines=list(group.names) if group else [],
             machines_why=self.main.why,
             sums=group.sums if group else "",

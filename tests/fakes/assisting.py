@@ -45,8 +45,8 @@ class CountedOrders(Led):
 
 
 class Assisting:
-    """`rank` is the one that is assisted. `base` has all of the plan but the blocks; orders of `group_rows` rows or more
-    go to the group, and of `page_rows` more for each page that has to pass. `lost` has what it was told."""
+    """`rank` is the one that is assisted. `base` has all of the plan but the blocks; orders of `group_rows` rows or
+    more go to the group, and of `page_rows` more for each page that has to pass. `lost` has what it was told."""
 
     def __init__(
         self,

@@ -6,12 +6,13 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shoal.comm.cluster_messages import Invitation, Invite, NodesReply, NodeStatus
 from shoal.comm.cluster_messages import Nodes as AskNodes
 from shoal.comm.group.sums.wire_types import WireType
 from shoal.comm.home import Home
-from shoal.daemon.cluster.forming import Forming
+from shoal.daemon.cluster.forming import Choosing, Forming
 from shoal.daemon.cluster.membership import Membership
 from shoal.daemon.cluster.pairing_up import pair_with_head
 from shoal.daemon.cluster.roster import Roster
@@ -65,11 +66,22 @@ def everybody(
     )
 
 
+def prompts_by_everybody(*about: Any, **more: Any) -> Choice | NoGroup:
+    """As `everybody`, but answers are decoded by the head alone. Steps of 8 rows or more are for all."""
+    found = everybody(*about, **more)
+    if isinstance(found, NoGroup) or len(found.ranks) == 1 or more["ranks"]:
+        return found
+    return found._replace(split="prompts", freely=None, figures=found.figures._replace(group_rows=8))
+
+
 class Cluster:
     """`workers` may be stopped and started again by number."""
 
-    def __init__(self, directory: Path, config: NodeConfig, workers: int) -> None:
+    def __init__(
+        self, directory: Path, config: NodeConfig, workers: int, choosing: Choosing = everybody
+    ) -> None:
         self.directory = directory
+        self._choosing = choosing
         self._config = config
         self.speed = SPEED  # of the head
         self._start_head()
@@ -89,7 +101,7 @@ class Cluster:
                 self.roster,
                 send_weights,
                 lambda: self.speed,
-                everybody,
+                self._choosing,
                 steady=SteadyShares(head.cluster / "shares.json"),
             ),
         )
