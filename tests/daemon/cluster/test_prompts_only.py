@@ -5,23 +5,31 @@ head keeps all KV, and a machine that is lost costs nobody more than the step un
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fakes import tiny
 from fakes.asking import GREEDY, text_of
-from fakes.group.clusters import Cluster, prompts_by_everybody, wait_for
+from fakes.group import clusters
+from fakes.group.clusters import Cluster, free_port, prompts_by_everybody, wait_for
+from hosts import relay
 
+from shoal.comm.group import greeting
 from shoal.comm.messages import Generate, Load, ModelStatus, Token, Unload
 from shoal.daemon.cluster import member
+from shoal.daemon.cluster.routes import route
 from shoal.daemon.cluster.served_shard import ServedShard
+from shoal.daemon.cluster.speed import NodeSpeed
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.node import Node
 from shoal.engine.assisted import Assisted
 from shoal.engine.learn.kv_read_cost import ReadCost
 from shoal.offload.pack.manifest import Quant
+from shoal.partition.group_search import choose
 
 CONFIG = NodeConfig(
     context_tokens=256, kv_tokens=1024, max_sequences=4, max_queue=16, chunk_tokens=64, memory_bytes=3 << 30
@@ -34,7 +42,9 @@ NEW = 12
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its embedding is its head."""
-    model = tiny.hf_model("llama", seed=11, hidden_size=128, intermediate_size=192, max_position_embeddings=512)
+    model = tiny.hf_model(
+        "llama", seed=11, hidden_size=128, intermediate_size=192, max_position_embeddings=512
+    )
     return tiny.save_gguf(model, tmp_path_factory.mktemp("m") / "tiny.gguf", type="F16")
 
 
@@ -115,9 +125,7 @@ def turns(cluster: Cluster, truth: list[list[int]]) -> None:
     assert steps(cluster) == 4
 
 
-def test_answers_are_those_of_one_machine(
-    cluster: Cluster, path: Path, truth: list[list[int]]
-) -> None:
+def test_answers_are_those_of_one_machine(cluster: Cluster, path: Path, truth: list[list[int]]) -> None:
     """What it says of itself, too: each machine's memory, and the model's weights once."""
     before_bytes = cluster.node.budget.held_bytes
     status = load(cluster, path)
@@ -131,7 +139,9 @@ def test_answers_are_those_of_one_machine(
     )
     assert cluster.node.budget.held_bytes - before_bytes >= status.rank_bytes[0]
     assert status.parameters_bytes == model.plan.weights_bytes
-    assert status.machines_why.startswith("prompts by all 3 machines, answers by this one alone: the first token")
+    assert status.machines_why.startswith(
+        "prompts by all 3 machines, answers by this one alone: the first token"
+    )
     assert len(status.machines) == 2
     assert all(not any(cluster.home(number).kv.glob("*")) for number in (1, 2))
 
@@ -193,3 +203,60 @@ def test_a_lost_machine_costs_a_step_at_most(
     wait_for(lambda: isinstance(model.engine.rank, Assisted) and model.engine.lost is None)
     wait_for(lambda: cluster.node.status().models[0].ranks == (2 if len(cluster.workers) == 1 else 3))
     assert said(cluster.node, [*TEXT, *answer, *SECOND])[0] == truth[1]
+
+
+DELAY_S = 0.005  # one way
+
+
+@pytest.fixture
+def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """One worker, behind a relay that delays all that passes. Machines say that they are slow, as the model is tiny."""
+    monkeypatch.setattr(member, "PROBE_S", 0.1)
+    monkeypatch.setattr(greeting, "BESIDE", "not on one machine")
+    monkeypatch.setattr(route, "_told", lambda *_: [])  # where else the head is
+    monkeypatch.setattr(clusters, "SPEED", NodeSpeed(1e12, 1e8, 0))
+    relays: list[subprocess.Popen[bytes]] = []
+
+    def by(address: str) -> str:
+        there = f"127.0.0.1:{free_port()}"
+        command = [sys.executable, relay.__file__, there, address]
+        started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        relays.append(started)
+        assert started.stdin is not None
+        assert started.stdout is not None
+        started.stdout.readline()
+        started.stdin.write(b'{"delay_s": %f}\n' % DELAY_S)
+        started.stdin.flush()
+        started.stdout.readline()
+        return there
+
+    try:
+        with Cluster(tmp_path, CONFIG, 0, choose) as made:
+            made.speed = clusters.SPEED
+            made.by = by
+            made.join(1)
+            made.wait(1)
+            yield made
+    finally:
+        for one in relays:
+            one.kill()
+            one.wait()
+
+
+def test_it_is_chosen_where_links_are_long_and_answers_do_not_wait_for_them(
+    far: Cluster, path: Path, truth: list[list[int]]
+) -> None:
+    status = far.node.load(Load(model=str(path))).model
+    assert status.machines_why.startswith(
+        "prompts by both machines, answers by this one alone: the first token"
+    )
+    assert status.ranks == 2
+    pulse = shard(far, 1).pulse
+    stream = far.node.stream(asked(TEXT))
+    while not isinstance(next(stream), Token):
+        pass
+    blocks = pulse.blocks
+    assert blocks > 0
+    rest = [token for event in stream if isinstance(event, Token) for token in event.ids]
+    assert rest == truth[0][-len(rest) :]
+    assert pulse.blocks == blocks

@@ -82,6 +82,7 @@ class Cluster:
     ) -> None:
         self.directory = directory
         self._choosing = choosing
+        self.by: Callable[[str], str] = lambda address: address  # at which workers find that of the head
         self._config = config
         self.speed = SPEED  # of the head
         self._start_head()
@@ -140,7 +141,7 @@ class Cluster:
     def join(self, number: int) -> None:
         """A new machine is paired, and attaches."""
         invitation = self.invite()
-        pair_with_head(self.home(number), invitation.code, invitation.addresses[:1])
+        pair_with_head(self.home(number), invitation.code, [self.by(invitation.addresses[0])])
         self.start(number)
 
     def start(self, number: int) -> None:
