@@ -215,5 +215,13 @@ class Assembly:
             return Rank(main.executor, self.clock, disk)
         if main.share is None:
             return Leader(main.executor, self.clock, group.others, disk, lambda: group.kv_slots)
-        share, heads = main.share, group.kv_heads
-        return Assisted(main.executor, self.clock, share, group.others, heads, disk, group.blame)
+        return Assisted(
+            main.executor,
+            self.clock,
+            main.share,
+            group.others,
+            group.kv_heads,
+            disk,
+            main.expectation.step_curve(),
+            group.blame,
+        )

@@ -74,6 +74,11 @@ class LoadedModel:
         return self.main.plan
 
     @property
+    def ranks(self) -> int:
+        """Machines that compute it, or its long steps."""
+        return len(self.main.rank_bytes)
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self.main.tokenizer
 
@@ -195,6 +200,7 @@ class LoadedModel:
         scheduler = self.engine.scheduler
         stage = self.executor.store.stage()
         read_bytes_per_s = max(self.main.read_bytes_per_s, stage.best_bytes_per_s if stage else 0.0)
+        long = f", long steps by {self.ranks} ranks" if self.main.share is not None else ""
         drafts = f", drafts by {self.draft_path.name}" if self.draft_path else ""
         group = self.main.group
         keeping = [self.plan, *(group.plans if group and not group.prompts_only else ())]  # KV
@@ -212,7 +218,7 @@ class LoadedModel:
             waiting=len(scheduler.waiting),
             kv_used_tokens=cache.used_pages * cache.page_tokens,
             kv_total_tokens=self.plan.kv.tokens,
-            plan=self.plan.describe(read_bytes_per_s) + drafts,
+            plan=self.plan.describe(read_bytes_per_s) + long + drafts,
             chat_template=self.tokenizer.chat_template is not None,
             kv_cached_tokens=cache.cached_pages * cache.page_tokens,
             prompt_tokens_total=totals.prompt_tokens,
@@ -230,7 +236,7 @@ class LoadedModel:
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
             warnings=self.warnings,
             context_limit_tokens=self.checkpoint.spec.longest,
-            ranks=len(self.main.rank_bytes),
+            ranks=self.ranks,
             rank_bytes=self.main.rank_bytes,
             machines=list(group.names) if group else [],
             machines_why=self.main.why,

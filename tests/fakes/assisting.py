@@ -86,7 +86,7 @@ class Assisting:
             self.others,
             self.kv_heads,
             disk(kv) if disk else None,
-            self.lost.append,
+            lost=self.lost.append,
         )
         for rank, (_, far), pulse in zip(self.group.ranks[1:], pairs, self.pulses[1:], strict=True):
             spoke = Spoke(far, 1, patience_s=ASSISTED_PATIENCE_S)

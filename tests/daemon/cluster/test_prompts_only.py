@@ -27,6 +27,7 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.node import Node
 from shoal.engine.assisted import Assisted
+from shoal.engine.learn.group_worth import GroupWorth
 from shoal.engine.learn.kv_read_cost import ReadCost
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.group_search import choose
@@ -71,6 +72,7 @@ def truth(path: Path) -> list[list[int]]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(member, "PROBE_S", 0.05)
+        patch.setattr(GroupWorth, "pays", True)
         patch.setattr(ReadCost, "pays", lambda *_: True)  # a tiny model may compute faster than a disk reads
         with Cluster(tmp_path_factory.mktemp("cluster"), CONFIG, 2, prompts_by_everybody) as made:
             yield made
@@ -139,6 +141,7 @@ def test_answers_are_those_of_one_machine(cluster: Cluster, path: Path, truth: l
     )
     assert cluster.node.budget.held_bytes - before_bytes >= status.rank_bytes[0]
     assert status.parameters_bytes == model.plan.weights_bytes
+    assert status.plan.endswith(", long steps by 3 ranks")
     assert status.machines_why.startswith(
         "prompts by all 3 machines, answers by this one alone: the first token"
     )
