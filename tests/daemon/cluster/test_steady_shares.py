@@ -108,6 +108,8 @@ def test_which_cut_is_the_last(tmp_path: Path) -> None:
     assert again.cuts("m", ["a", "b"]) == ({(0, 1, 2): USED, (0, 2): KeptCut((1, 1), "whole")}, (0, 2))
     again.use({}, cut())
     assert again.cuts("m", ["a", "b"]).last == (0, 1, 2)
+    again.use({}, UsedCut("m", ("b",), (1, 1), "columns", WORKERS, "prompts"))
+    assert again.cuts("m", ["a", "b"]).by_places[0, 2] == KeptCut((1, 1), "columns", "prompts")
 
 
 @pytest.mark.parametrize(
