@@ -300,12 +300,14 @@ def test_links(as_json: bool) -> None:
 
 def _show(found: NodesReply) -> None:
     screen = console()
-    numbers = ("threads", "memory free", "waited for")
-    rows = table("machine", "role", "state", "address", "link", *numbers, "computes", right=numbers)
+    waited, computing = any(node.wait_s for node in found.nodes), any(node.models for node in found.nodes)
+    numbers = ("threads", "memory free") + ("waited for",) * waited
+    columns = ("machine", "role", "state", "address", "link", *numbers) + ("computes",) * computing
+    rows = table(*columns, right=numbers)
     for number, node in enumerate(found.nodes):
         name = node.name + (" (this)" if number == 0 else "")
         known = node.threads > 0
-        rows.add_row(
+        cells = [
             name,
             node.role,
             _state(node),
@@ -313,9 +315,12 @@ def _show(found: NodesReply) -> None:
             link_text(node),
             str(node.threads) if known else "",
             f"{format_bytes(node.free_bytes)} of {format_bytes(node.memory_bytes)}" if known else "",
-            format_delay(node.wait_s) if node.wait_s else "",
-            ", ".join(_computes(node)),
-        )
+        ]
+        if waited:
+            cells.append(format_delay(node.wait_s) if node.wait_s else "")
+        if computing:
+            cells.append(", ".join(_computes(node)))
+        rows.add_row(*cells)
     screen.print(rows)
     if found.listening:
         screen.print(f"other machines attach at {', '.join(found.listening)}")
