@@ -215,12 +215,23 @@ def _waiting(names: Sequence[str]) -> str:
 
 @cluster.command(epilog=examples("shoal cluster leave"))
 def leave() -> None:
-    """Lend this machine to its head no more, or let go of all workers if it is a head."""
+    """Lend this machine to its head no more, or let go of all workers if it is a head.
+
+    A head that is there forgets a worker that leaves. Otherwise it waits for it until shoal cluster forget there.
+    """
     from shoal.daemon.cluster.pairing_up import unpair
 
     home = Home.from_env()
-    names = unpair(home)
-    if background.running_pid(home) is not None:
+    runs = background.running_pid(home) is not None
+    names: list[str] = []
+    if runs:
+        with Client(home.address) as client:
+            found = client.nodes()
+            for node in found.nodes[1:] if found.role == "worker" else ():
+                client.forget(node.fingerprint)
+                names.append(node.name)
+    names += unpair(home)
+    if runs:
         with Client(home.address) as client:
             client.rejoin()
     note(f"this machine has left {', '.join(names)}" if names else "this machine was in no cluster")
