@@ -108,6 +108,8 @@ class Forming:
         self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int
     ) -> Seated | Unseated:
         made = self._seating(name, checkpoint, config, free_bytes)
+        if made.why:
+            log.info("%s: %s", name, made.why)
         if isinstance(made, Unseated):
             return made
         self._steady.use(made.speeds, made.cut)
@@ -178,7 +180,7 @@ class Forming:
         if not members or config.ranks == 1:
             return Unseated("")
         rooms = [free_bytes, *(member.room_bytes(name, *dropping) for member in members)]
-        choice = self._choice(name, checkpoint, config, members, rooms)
+        choice = self._choice(checkpoint, config, members, rooms)
         if isinstance(choice, NoGroup):
             if config.ranks is not None:
                 raise DaemonError("resources", f"{name}: {choice.describe()}")
@@ -187,7 +189,7 @@ class Forming:
             return Unseated(choice.describe())
         cut = self._cut(checkpoint, config, choice, members, rooms)
         if _streamed_bytes(cut):  # perhaps because it was kept
-            afresh = self._choice(name, checkpoint, config, members, rooms, steady=False)
+            afresh = self._choice(checkpoint, config, members, rooms, steady=False)
             if not isinstance(afresh, NoGroup) and len(afresh.ranks) > 1:
                 other = self._cut(checkpoint, config, afresh, members, rooms)
                 if STEADY * _streamed_bytes(other) < _streamed_bytes(cut):
@@ -207,13 +209,12 @@ class Forming:
         if not members:
             return Judgement(bool(now), "")
         rooms = [free_bytes, *(member.room_bytes(name) for member in members)]
-        choice = self._choice(name, checkpoint, config, members, rooms)
+        choice = self._choice(checkpoint, config, members, rooms)
         chosen = now if isinstance(choice, NoGroup) else [it.machine for it in choice.ranks[1:]]
         return Judgement(sorted(chosen) != sorted(now), choice.describe())
 
     def _choice(
         self,
-        name: str,
         checkpoint: Checkpoint,
         config: NodeConfig,
         members: Sequence[Member],
@@ -234,7 +235,7 @@ class Forming:
         contexts = wanted_of(checkpoint.spec, config)
         resident = (it for it in contexts if isinstance(plan_in_ram(it, sizes, memory_bytes=rooms[0]), Plan))
         wanted = next(resident, contexts[0])
-        choice = self._choosing(
+        return self._choosing(
             wanted,
             sizes,
             machines,
@@ -246,8 +247,6 @@ class Forming:
             kept=self._steady.cuts(model, there) if steady else KeptCuts(),
             measured=self._measured_at(model, there),
         )
-        log.info("%s: %s", name, choice.describe())
-        return choice
 
     def _speeds(self, members: Sequence[Member]) -> Mapping[str, NodeSpeed]:
         """Those that count, by fingerprint; this machine's is \"\"."""
