@@ -78,9 +78,14 @@ class Engine:
             events += self.scheduler.end(sequence, reason)
 
     def expire(self) -> None:
-        """End what is past its deadline, also in the middle of a step, which may wait for a disk."""
-        with self._changing() as events:
-            events += self.scheduler.expire(self._clock())
+        """End what is past its deadline, also in the middle of a step, which may wait for a disk. If that fails, all
+        sequences do: else it would fail again and again, and none of them would get on."""
+        try:
+            with self._changing() as events:
+                events += self.scheduler.expire(self._clock())
+        except Exception as error:
+            self.fail_all(error)
+            raise
 
     def fail_all(self, error: Exception) -> None:
         """End everything with an error, for instance because the model is unloaded."""
