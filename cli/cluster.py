@@ -315,6 +315,8 @@ def _show(found: NodesReply) -> None:
     numbers = ("threads", "memory free") + ("waited for",) * waited
     columns = ("machine", "role", "state", "address", "link", *numbers) + ("computes",) * computing
     rows = table(*columns, right=numbers)
+    for copied in (columns.index("machine"), columns.index("address")):
+        rows.columns[copied].no_wrap = True
     for number, node in enumerate(found.nodes):
         name = node.name + (" (this)" if number == 0 else "")
         known = node.threads > 0

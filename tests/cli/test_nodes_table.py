@@ -51,7 +51,6 @@ def test_a_column_only_for_what_there_is(
         yield Asked()
 
     monkeypatch.setattr(cluster_room, "_client", asked)
-    monkeypatch.setenv("COLUMNS", "130")
     text = shoal("cluster", "nodes").stdout
     assert there in text
     assert "other machines attach at 192.168.1.5:7447" in text
