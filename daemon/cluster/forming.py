@@ -171,7 +171,7 @@ class Forming:
         awaited = self._roster.awaited(0 if config.ranks is None else config.ranks - 1)
         members = _in_order(awaited)
         if config.ranks is not None and config.ranks > len(members) + 1:
-            there = ", ".join(member.name for member in members) or "nobody"
+            there = " and ".join(member.name for member in members) or "nobody"
             message = f"{config.ranks} ranks were asked for, and besides this machine there is {there}"
             for member in self._roster.members:
                 if left_s := self._roster.faults.left_s(member.fingerprint):
