@@ -107,6 +107,8 @@ class Forming:
         self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int
     ) -> Seated | Unseated:
         made = self._seating(name, checkpoint, config, free_bytes)
+        if made.why:
+            log.info("%s: %s", name, made.why)
         if isinstance(made, Unseated):
             return made
         self._steady.use(made.speeds, made.cut)
@@ -174,7 +176,7 @@ class Forming:
         awaited = self._roster.awaited(0 if config.ranks is None else config.ranks - 1)
         members = _in_order(awaited)
         if config.ranks is not None and config.ranks > len(members) + 1:
-            there = ", ".join(member.name for member in members) or "nobody"
+            there = " and ".join(member.name for member in members) or "nobody"
             message = f"{config.ranks} ranks were asked for, and besides this machine there is {there}"
             for member in self._roster.members:
                 if left_s := self._roster.faults.left_s(member.fingerprint):
@@ -241,7 +243,7 @@ class Forming:
         contexts = wanted_of(checkpoint.spec, config)
         resident = (it for it in contexts if isinstance(plan_in_ram(it, sizes, memory_bytes=rooms[0]), Plan))
         wanted = next(resident, contexts[0])
-        choice = self._choosing(
+        return self._choosing(
             wanted,
             sizes,
             machines,
@@ -254,8 +256,6 @@ class Forming:
             kept=self._steady.cuts(model, there) if steady else KeptCuts(),
             measured=self._measured_at(model, there),
         )
-        log.info("%s: %s", checkpoint.name, choice.describe())
-        return choice
 
     def _speeds(self, members: Sequence[Member]) -> Mapping[str, NodeSpeed]:
         """Those that count, by fingerprint; this machine's is \"\"."""

@@ -25,6 +25,7 @@ from .control_messages import (
     Drop,
     FromHead,
     FromWorker,
+    Left,
     Listens,
     Loading,
     Met,
@@ -65,6 +66,7 @@ class Member:
         self.beat = Beat(free_bytes=attach.memory_bytes)
         self.link = LinkSpeed(0.0, 1.0)  # once it is measured
         self.reason = ""  # why it is gone
+        self.gone_for_good = False  # as it says itself
         self.probes = Probes(channel.send_message, lambda: self.reason, clock)
         self._control = channel
         self._channels: list[Channel] = [channel]
@@ -168,6 +170,9 @@ class Member:
             self.beat = message
         elif isinstance(message, Probed):
             self.probes.heard(message)
+        elif isinstance(message, Left):
+            self.gone_for_good = True
+            self.leave("it has left the cluster")
         elif isinstance(message, Listens | Met):
             with self._state:
                 told = self._told.get(message.epoch)
