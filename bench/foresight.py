@@ -59,7 +59,7 @@ FEWER_BITS = 500_000_000  # models of fewer bytes are also kept in 4 bits
 CELL_S = 18.0
 ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
-LOOPBACK = ProfileLink(("one", "two"), 55e-6, 2.5e9)
+LOOPBACK = ProfileLink(("one", "two"), 20e-6, 2.5e9)
 SAMPLE_BYTES = 512 << 20
 INDEPENDENT = 1.0  # share of experts: routers of random weights choose as if by dice
 PORT = 27650
@@ -271,11 +271,11 @@ def in_group(file: Path, foretold: Foretold) -> tuple[float, float, int]:
 
 def measure(foretold: list[Foretold], options: argparse.Namespace) -> list[Measured]:
     """What is not measured yet, as far as time allows; written down cell by cell."""
-    binding = {it.cell: it.binding for it in foretold}
+    by_cell = {it.cell: it for it in foretold}
     found: list[Measured] = []
     if options.out.exists():
         known = msgspec.json.decode(options.out.read_bytes(), type=list[Measured])
-        found = [it for it in known if it.cell in binding and not it.void(binding[it.cell])]
+        found = [it for it in known if it.cell in by_cell and not by_cell[it.cell].void(it)]
     done = {it.cell for it in found}
     until_s = time.monotonic() + options.limit_s
     for item in foretold:
