@@ -4,10 +4,10 @@
     python bench/foresight.py measure predictions.json --models DIR --out measured.json [--only TEXT] [--limit-s 840]
     python bench/foresight.py report predictions.json measured.json
 
-`predict` measures profiles (a minute each for all threads and for one), with the floors of memory and disk probed
-before and after, since a machine changes its speed within minutes. What running has taught (`corrections`) is left out.
-It lists cells that take less than `CELL_S` each, in an order in which any first part has some of every kind, and makes
-the packs that they need.
+`predict` measures profiles (a minute each for all threads, half of them and one), with the floors of memory and disk
+probed before and after, since a machine changes its speed within minutes. What running has taught (`corrections`) is
+left out. It lists cells that take less than `CELL_S` each, in an order in which any first part has some of every kind,
+and makes the packs that they need.
 `measure` goes on where it was ended: cells that `--out` has are not measured again, unless they were void. A cell is
 `shoal bench` in a fresh process, or a group of two daemons on loopback, with the floors probed before and after.
 Nothing else should run.
@@ -59,7 +59,7 @@ FEWER_BITS = 500_000_000  # models of fewer bytes are also kept in 4 bits
 CELL_S = 18.0
 ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
-LOOPBACK = ProfileLink(("one", "two"), 55e-6, 2.5e9)
+LOOPBACK = ProfileLink(("one", "two"), 20e-6, 2.5e9)
 SAMPLE_BYTES = 512 << 20
 INDEPENDENT = 1.0  # share of experts: routers of random weights choose as if by dice
 PORT = 27650
@@ -103,19 +103,20 @@ def profile_of(threads: int, usual: int, file: Path) -> tuple[Profile, Floors]:
     return Profile((replace(found.head, corrections=Corrections()),)), before.mean(floors(threads, file))
 
 
-def halves(whole: Profile) -> Profile:
-    """Two ranks on one machine: each has half of everything that both use at the same time."""
-    head = whole.head
-    laws = tuple(replace(law, byte_s=tuple(2 * it for it in law.byte_s)) for law in head.products)
-    half = replace(
-        head,
-        threads=max(1, head.threads // 2),
-        memory_bytes=head.memory_bytes / 2,
-        memory_bytes_per_s=head.memory_bytes_per_s / 2,
-        flops=head.flops / 2,
+def halves(half: Profile, whole: Profile) -> Profile:
+    """Two ranks on one machine, each with half of its threads, memory and memory's speed while both use it. `half`: the
+    machine as measured on half of the threads."""
+    read_s = 2 / whole.head.memory_bytes_per_s  # of a byte, when both read
+    laws = tuple(
+        replace(law, byte_s=tuple(max(it, read_s) for it in law.byte_s)) for law in half.head.products
+    )
+    head = replace(
+        half.head,
+        memory_bytes=whole.head.memory_bytes / 2,
+        memory_bytes_per_s=min(half.head.memory_bytes_per_s, 1 / read_s),
         products=laws,
     )
-    return Profile(tuple(replace(half, name=name) for name in LOOPBACK.between), (LOOPBACK,))
+    return Profile(tuple(replace(head, name=name) for name in LOOPBACK.between), (LOOPBACK,))
 
 
 def _job(cell: Cell) -> Job:
@@ -162,25 +163,27 @@ def unused_bytes(model: Weighed, plan: Plan, job: Job) -> int:
 
 
 def group_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Prediction] | None:
-    """The same of a group on this machine."""
+    """The same of a group of the profile's devices."""
     with described(path) as checkpoint:
         model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
     job = _job(cell)
     usual = NodeConfig()
     wanted = asks(job, None, usual.chunk_tokens, usual.max_sequences, 0)
-    found = solve([model], wanted, halves(profile), job, Choices("f16", cell.threads, cell.ranks))
+    found = solve([model], wanted, profile, job, Choices("f16", cell.threads, cell.ranks))
     return (found.chosen.name, found.chosen.prediction) if found.chosen else None
 
 
 def foretell(models: Path, threads: int) -> list[Foretold]:
     """Every cell's prediction. Cells that have no plan or would take too long are left out."""
     largest = max((it for it in models.rglob("*") if it.is_file()), key=lambda it: it.stat().st_size)
-    known = {count: profile_of(count, threads, largest) for count in sorted({1, threads})}
+    half = max(1, threads // 2)
+    known = {count: profile_of(count, threads, largest) for count in sorted({1, half, threads})}
+    ranks = halves(known[half][0], known[threads][0])
     found: list[Foretold] = []
     for cell in cells(models, threads):
         path = models / cell.model
         if cell.ranks > 1:
-            made = group_foretold(cell, path, known[threads][0])
+            made = group_foretold(cell, path, ranks)
         else:
             made = alone_foretold(cell, path, known[cell.threads][0])
         if made is None:
@@ -271,11 +274,11 @@ def in_group(file: Path, foretold: Foretold) -> tuple[float, float, int]:
 
 def measure(foretold: list[Foretold], options: argparse.Namespace) -> list[Measured]:
     """What is not measured yet, as far as time allows; written down cell by cell."""
-    binding = {it.cell: it.binding for it in foretold}
+    by_cell = {it.cell: it for it in foretold}
     found: list[Measured] = []
     if options.out.exists():
         known = msgspec.json.decode(options.out.read_bytes(), type=list[Measured])
-        found = [it for it in known if it.cell in binding and not it.void(binding[it.cell])]
+        found = [it for it in known if it.cell in by_cell and not by_cell[it.cell].void(it)]
     done = {it.cell for it in found}
     until_s = time.monotonic() + options.limit_s
     for item in foretold:

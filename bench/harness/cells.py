@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal, NamedTuple
 
-VOID = 0.10  # floors before and after may differ by so much
+VOID = 0.10  # what floors before and after say may differ by so much
 WANTED = {
     "median": 0.06,
     "90th percentile": 0.15,
@@ -49,10 +49,6 @@ class Floors:
     dram_gb_per_s: float
     disk_gb_per_s: float
 
-    def of(self, binding: str) -> float:
-        """The one that counts for what binds a plan."""
-        return self.disk_gb_per_s if binding == "disk" else self.dram_gb_per_s
-
     def mean(self, other: Floors) -> Floors:
         return Floors(
             (self.dram_gb_per_s + other.dram_gb_per_s) / 2, (self.disk_gb_per_s + other.disk_gb_per_s) / 2
@@ -77,6 +73,12 @@ class Foretold:
     parts: dict[str, float] = field(default_factory=dict)
     prompt_parts: dict[str, float] = field(default_factory=dict)
 
+    def void(self, measured: Measured) -> bool:
+        """Whether the machine changed meanwhile by more than `VOID` in what this cell goes with, so that it says
+        nothing."""
+        one, other = (self.slower(it, self.parts) for it in (measured.before, measured.after))
+        return abs(one - other) > VOID * max(one, other)
+
     def slower(self, now: Floors, parts: dict[str, float]) -> float:
         """How many times longer than predicted it takes with these floors. Only reading memory and disk go with
         floors; computing and fixed costs do not."""
@@ -100,11 +102,6 @@ class Measured:
     peak_bytes: int
     before: Floors
     after: Floors
-
-    def void(self, binding: str) -> bool:
-        """Whether the machine changed meanwhile, so that this says nothing."""
-        one, other = self.before.of(binding), self.after.of(binding)
-        return abs(one - other) > VOID * max(one, other)
 
     @property
     def floors(self) -> Floors:
@@ -134,7 +131,7 @@ def verdict(foretold: Foretold, measured: Measured) -> Verdict:
     speed = measured.cell.batch / measured.token_s * token_times
     return Verdict(
         measured.cell.name,
-        measured.void(foretold.binding),
+        foretold.void(measured),
         token,
         measured.ttft_s / foretold.ttft_s / ttft_times - 1,
         measured.token_s / foretold.token_s - 1,

@@ -162,6 +162,14 @@ def _point(
     return max(0.05 * seconds, seconds - calls_s) / (matrices * one), float(one)
 
 
+def memory_bytes_per_s(laws: Sequence[RowsLaw]) -> float:
+    """At which weights are read for one row: what a quarter of the types and sizes reach or exceed, of matrices that no
+    cache holds. The others compute for longer, and the quickest of many was lucky."""
+    largest = max(law.nbytes for law in laws)
+    speeds = sorted(1 / law.byte_s[0] for law in laws if law.nbytes > largest / 4)
+    return speeds[3 * (len(speeds) - 1) // 4]
+
+
 def flops_of(law: RowsLaw) -> float:
     """Operations per second with the most rows, a multiplication and an addition counted as two."""
     kind = next(it for it in WEIGHT_TYPES if it.name == law.kind)

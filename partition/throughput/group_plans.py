@@ -7,6 +7,7 @@ from itertools import combinations
 
 from ..group_choice import Choice, NoGroup
 from ..group_search import choose
+from ..hardware_guesses import LAYER_S, STEP_S
 from ..machines import Links, LinkSpeed, Machine, Workload
 from ..plan import Wanted
 from ..sum_cost import Wire
@@ -95,7 +96,10 @@ def group_cost(
     """What a group does with a job. Streams of a batch are taken to share a step whose sums are as many times longer;
     what is not known is bounded by the band."""
     figures = choice.figures
-    token_s, ttft_s = figures.token_s, figures.first_token_s[0] * job.batch
+    more_s = _fixed_s(model, profile.head)
+    steps = -(-job.prompt_tokens // figures.chunk_tokens)
+    token_s = figures.token_s + more_s
+    ttft_s = (figures.first_token_s[0] + steps * more_s) * job.batch
     free = choose(
         wanted,
         dict(model.extents),
@@ -105,7 +109,7 @@ def group_cost(
         ranks=len(choice.ranks),
         wires=wires,
     )
-    alone_s = min(token_s, free.figures.token_s) if isinstance(free, Choice) else token_s
+    alone_s = min(token_s, free.figures.token_s + more_s) if isinstance(free, Choice) else token_s
     devices = {device.name: device for device in profile.devices}
     disk_s = max(
         rank.streamed_bytes / devices[rank.machine].disk_bytes_per_s if rank.streamed_bytes else 0.0
@@ -141,6 +145,13 @@ def group_cost(
         prompt_parts={"compute": ttft_s},  # mostly; what the network has of it is not told apart
         load_s=_load_s(model, choice, profile),
     )
+
+
+def _fixed_s(model: Weighed, device: Device) -> float:
+    """Seconds of a step that the search takes from its guesses, and a device knows better."""
+    own, layers = device.overheads, model.spec.layers
+    mixed_s = own.mixture_s * sum(layer.moe for layer in layers)
+    return own.step_s - STEP_S + len(layers) * (own.layer_s - LAYER_S) + mixed_s
 
 
 def _load_s(model: Weighed, choice: Choice, profile: Profile) -> float:

@@ -38,8 +38,9 @@ def test_only_what_reads_goes_with_the_floors() -> None:
 def test_a_machine_that_changes_makes_a_cell_void() -> None:
     assert verdict(FORETOLD, measured(0.1, 40, 30)).void
     assert not verdict(FORETOLD, measured(0.1, 40, 37)).void
-    on_disk = Measured(CELL, 2.0, 0.1, 1, Floors(40, 2.0), Floors(10, 2.1))
-    assert not on_disk.void("disk")
+    other = Measured(CELL, 2.0, 0.1, 1, Floors(40, 2.0), Floors(10, 2.1))
+    assert not replace(FORETOLD, binding="disk").void(other)
+    assert not replace(FORETOLD, parts={"compute": 0.1, "memory": 0.01}).void(measured(0.1, 40, 30))
 
 
 def test_what_counts() -> None:

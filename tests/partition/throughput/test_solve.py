@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from fakes.throughput.throughput_cases import MB, device, spec, weighed
@@ -13,7 +14,7 @@ from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.explain import changes, reason, runner_up
 from shoal.partition.throughput.group_plans import speeds_with
 from shoal.partition.throughput.prediction import Job
-from shoal.partition.throughput.profile import ANY, Profile, ProfileLink, RowsLaw
+from shoal.partition.throughput.profile import ANY, Overheads, Profile, ProfileLink, RowsLaw
 from shoal.partition.throughput.solve import Choices, Solved, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
@@ -122,6 +123,21 @@ def test_machines_of_a_group_are_as_fast_as_their_tables_say() -> None:
     assert slow.prediction.ttft_s > 1.5 * quick.prediction.ttft_s
     assert slow.prediction.token_s == pytest.approx(quick.prediction.token_s, rel=0.05)
     assert speeds_with(machines(1).head, DENSE) == (pytest.approx(2e10), pytest.approx(1e11, rel=0.01))
+
+
+def test_fixed_costs_of_a_group_are_those_of_its_head() -> None:
+    one_ms = Overheads(step_s=1e-3, layer_s=1e-3, mixture_s=1e-3)
+
+    def token_s(model: Weighed, **more: Any) -> float:
+        machines = Profile(tuple(device(name=str(i), **more) for i in range(2)), (CABLE,))
+        return solved([model], machines, choices=Choices(ranks=2)).candidates[0].prediction.token_s
+
+    layers = len(LONG.layers)
+    guessed = Overheads()
+    more_s = 1e-3 - guessed.step_s + layers * (1e-3 - guessed.layer_s)
+    assert token_s(DENSE, overheads=one_ms) - token_s(DENSE) == pytest.approx(more_s, rel=1e-3)
+    mixed = token_s(MIXED, overheads=replace(guessed, mixture_s=1e-3)) - token_s(MIXED)
+    assert mixed == pytest.approx(len(MIXED.spec.layers) * (1e-3 - guessed.mixture_s), rel=1e-3)
 
 
 def test_machines_that_are_not_linked_are_no_group() -> None:
