@@ -102,7 +102,11 @@ class Rank:
         """How many pages could be read."""
         if self.disk is None:
             return 0
-        return self.disk.read(reading.entries, [self.kv.page(page) for page in reading.pages])
+        pages = [self.kv.page(page) for page in reading.pages]
+        count = self.disk.read(reading.entries, pages)
+        for number, page in zip(reading.pages[:count], pages, strict=False):
+            self.kv.put(number, page)
+        return count
 
     def _compute(self, segments: Sequence[Segment], wanted: StillWanted) -> Floats:
         """Logits (R, vocab) of the rows that are wanted. If there are none, a streamed head is not read."""

@@ -25,6 +25,7 @@ _COUNTS = {
     "streamed_bytes": (0, _MOST),
     "ranks": (1, 1 << 16),
     "overlap_rows": (1, 1 << 30),
+    "device_scratch_bytes": (0, 0),
 }
 
 

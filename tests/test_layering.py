@@ -17,10 +17,11 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "cli": {"client", "daemon"},
     "client": {"comm"},
-    "daemon": {"engine", "offload", "models", "partition", "comm", "kernels"},
+    "daemon": {"engine", "offload", "models", "partition", "comm", "kernels", "devices"},
     "engine": {"offload", "models", "partition", "kernels"},
     "offload": {"models", "kernels", "partition"},
     "models": {"kernels", "partition"},
+    "devices": {"kernels", "partition"},
     "partition": set(),
     "comm": set(),
     "kernels": {"partition"},  # of it the numbers that kernels fix and plans count with

@@ -1,0 +1,48 @@
+"""Which devices there are, and the home of each, which is opened when it is first asked for."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from shoal.kernels import ComputeHome
+from shoal.kernels.homes import cpu
+
+from .device import OpenDevice
+from .device_home import DeviceHome, OnDevice
+from .device_names import CPU, read_name
+from .errors import NoSuchDevice
+from .sim_device import SimDevice
+from .sim_kernels import SimKernels
+
+NVIDIA = Path("/proc/driver/nvidia/gpus")  # has a directory for each card, once the driver is there
+
+_opened: dict[str, DeviceHome] = {}
+_lock = threading.Lock()
+
+
+def present() -> list[str]:
+    """Names of the accelerators that this machine seems to have. Imports nothing and asks no driver."""
+    cards = sorted(NVIDIA.iterdir()) if NVIDIA.is_dir() else []
+    return [f"cuda:{number}" for number in range(len(cards))]
+
+
+def home_of(name: str) -> ComputeHome:
+    """The home that computes the blocks of this device (`BlockPlan.device`). Raises NoSuchDevice and DeviceLost."""
+    return cpu() if name == CPU else device_home(name)
+
+
+def device_home(name: str) -> DeviceHome:
+    """The home of a device other than the CPU; the same for everybody. Raises NoSuchDevice."""
+    with _lock:
+        if (home := _opened.get(name)) is None:
+            home = _opened[name] = DeviceHome(*_open(name))
+        return home
+
+
+def _open(name: str) -> tuple[OpenDevice, OnDevice]:
+    said = read_name(name)
+    if said.kind == "sim":
+        assert said.limit_bytes is not None
+        return SimDevice(name, said.limit_bytes, said.link_bytes_per_s), SimKernels(cpu())
+    raise NoSuchDevice(f"{name}: this version has no kernels for it")
