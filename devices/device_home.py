@@ -26,7 +26,7 @@ F32_BYTES = 4
 
 class OnDevice(Protocol):
     """What a device computes. Hidden states and norms are what is inside of their handles, as are results; weights,
-    K and V, segments, angles and routes are operands over handles, whose `prepared` it may use."""
+    K and V, angles and routes are operands over handles, whose `prepared` it may use."""
 
     scratch_bytes: int  # that they take of the device's memory besides results
 
@@ -51,7 +51,12 @@ class OnDevice(Protocol):
     def rms_norm_heads(self, x: Any, weight: Any, eps: float) -> Any: ...
     def squares(self, parts: Sequence[Any], counted: Sequence[bool]) -> Any: ...
     def normed_by(self, x: Any, weight: Any, squares: Any, column: int, numbers: int, eps: float) -> Any: ...
-    def attention(self, kv: KvPages, segments: Segments, q: Any, k: Any, v: Any, scoring: Scoring) -> Any: ...
+    def attention(
+        self, kv: KvPages, segments: Segments, pages: Any, q: Any, k: Any, v: Any, scoring: Scoring
+    ) -> Any:
+        """As `ComputeHome.attention`. `segments` are the host's, their pages are also there."""
+        ...
+
     def scores(self, x: Any, router: Linears) -> Any: ...
 
 
@@ -207,7 +212,9 @@ class DeviceHome(ComputeHome):
     def attention(
         self, kv: KvPages, segments: Segments, q: Hidden, k: Hidden, v: Hidden, scoring: Scoring
     ) -> Hidden:
-        there = segments.prepared.get(self) or self._segments(segments)
+        there = segments.prepared.get(self)
+        if there is None:
+            there = segments.prepared[self] = self._brought(segments.pages)
         turning = scoring.rotation.prepared.get(self) or self._rotation(scoring.rotation)
         norms = scoring.norms
         if norms is not None:
@@ -218,12 +225,14 @@ class DeviceHome(ComputeHome):
             int(len(segments.pages) * kv.kv_heads * kv.layout.head_bytes),
             4 * seen * kv.heads * kv.layout.head_dim,
         )
-        reading = [q, k, v, kv.data, there.table, there.pages, turning.cos, turning.sin]
+        reading = [q, k, v, kv.data, there, turning.cos, turning.sin]
         made = self._made(
             "attention",
             [q.shape],
             reading,
-            lambda: [self._kernels.attention(kv, there, q.inside, k.inside, v.inside, placed)],
+            lambda: [
+                self._kernels.attention(kv, segments, there.inside, q.inside, k.inside, v.inside, placed)
+            ],
             work,
         )
         kv.data.memory.ready = made.memory.ready  # type: ignore[attr-defined]
@@ -236,11 +245,6 @@ class DeviceHome(ComputeHome):
         return routing.likeliest(self._fetched(scores), count)
 
     # --- how -------------------------------------------------------------------------------------------------
-
-    def _segments(self, segments: Segments) -> Segments:
-        table, pages = self._brought(segments.table), self._brought(segments.pages)
-        there = segments.prepared[self] = Segments(table, pages, segments.tokens, segments.most_page)
-        return there
 
     def _rotation(self, rotation: Rotation) -> Rotation:
         cos, sin = self._brought(rotation.cos), self._brought(rotation.sin)
@@ -288,7 +292,7 @@ class DeviceHome(ComputeHome):
         """The same numbers on the device, as soon as they have come."""
         array = np.ascontiguousarray(array)
         there = self.device.allocate(array.shape, array.dtype)
-        there.memory.ready = self.device.copy_in(array, there)
+        there.memory.ready = self.device.copy_in(array, there, _events([there]))
         return there
 
     def _kept(self, array: Array) -> Any:

@@ -1,6 +1,6 @@
 """How devices are called.
 
-    auto                    whichever this machine has
+    auto                    whatever is best, as far as that is known
     cpu                     this process's own processors: no device
     cuda:0, cuda:1,16GB     a graphics card; with a size no more of its memory is used
     sim:512MB,2GB/s         a device that the CPU plays, of this size, behind a link of this speed

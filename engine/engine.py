@@ -164,7 +164,7 @@ class Engine:
                 raise
             except HomeLost as error:  # as above
                 self.lost = DeviceGone(str(error))
-                raise self.lost from error
+                raise self.lost from error.with_traceback(None)  # whose frames have what the device had
             except Exception as error:
                 with self._changing() as events:
                     events += self.scheduler.fail(batch.sequences, error)

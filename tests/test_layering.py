@@ -50,7 +50,12 @@ INNER = {
     },
     "engine/learn": set[str](),
 }
-IN_TORCH = {"kernels/attention_reference.py", "kernels/reference.py"}  # and with it 140 MB of memory
+IN_TORCH = {  # and with it 140 MB of memory
+    "devices/cuda_device.py",
+    "devices/torch_kernels.py",
+    "kernels/attention_reference.py",
+    "kernels/reference.py",
+}
 OPTIONS_OF_OTHERS = {
     "daemon/library/package.py",
     "daemon/cluster/routes/surroundings.py",
