@@ -142,7 +142,7 @@ class Plan:
         kv = f"KV {self.kv.tokens:,} tokens in {self.kv.dtype} ({format_bytes(self.kv.nbytes)})"
         by = f"{counted(self.ranks, 'rank')}, {counted(self.threads, 'thread')}"
         if self.device:
-            return f"{by}, {self._placed()}, {kv}"
+            return f"{by}, {self.placed}, {kv}"
         if not self.streams:
             return f"{by}, {format_bytes(self.weights_bytes)} of weights in ram, {kv}"
         held, whole = format_bytes(self.pinned_bytes + self.expert_bytes), format_bytes(self.weights_bytes)
@@ -156,8 +156,11 @@ class Plan:
             parts.append(f"about {step_s:.2g} s per token at {format_bytes(read_bytes_per_s)}/s")
         return f"{by}, {', '.join(parts)}, {kv}"
 
-    def _placed(self) -> str:
-        """What lies where, in words."""
+    @property
+    def placed(self) -> str:
+        """What lies where, in words; "" if there is no device."""
+        if not self.device:
+            return ""
         mine, whole = self.device_layers
         layers = f"all {whole} layers" if mine == whole else f"{mine} of {whole} layers (the last)"
         if any(it.block.kind == "head" and it.tier == "gpu" for it in self.blocks):

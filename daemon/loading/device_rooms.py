@@ -18,36 +18,34 @@ log = logging.getLogger(__name__)
 
 
 class Chosen(NamedTuple):
-    """The device's room, or None if the CPU computes all; `trouble`: why, where a device had been named."""
+    """The device's room, or None if the CPU computes all; `trouble`: why, where a device was named."""
 
     room: DeviceRoom | None
     trouble: str = ""
 
 
 def device_room(device: str, budget: Budget, idle_bytes: int = 0) -> Chosen:
-    """The room on the device that a configuration names. `auto` takes what this machine has. Of models that may go,
-    `idle_bytes` on it count as free. A device that was lost is done without. Raises DaemonError `unsupported` when one
-    that was named cannot be used."""
-    name = device
+    """The room on the device that a configuration names. Of models that may go, `idle_bytes` on it count as free. A
+    device that was lost is done without. `auto` is the CPU as long as nothing is known of how fast devices are: one
+    that is slower would be chosen as readily. Raises DaemonError `unsupported` when one that was named cannot be used.
+    """
     if device == AUTO:
-        name = next(iter(present()), CPU)
-    if name == CPU:
+        if cards := present():
+            log.info("this machine has %s; `device=%s` uses it", ", ".join(cards), cards[0])
+        return Chosen(None)
+    if device == CPU:
         return Chosen(None)
     try:
-        home = device_home(name)
+        home = device_home(device)
     except KernelError as error:
-        if device == AUTO:
-            log.warning("computing on the cpu: %s", error)
-            return Chosen(None)
         raise DaemonError("unsupported", str(error), "`device=cpu` does without it") from error
     there = home.device
     if there.lost:
-        return Chosen(
-            None, f"device {name} is lost ({there.lost}), so the cpu computes; start anew to use it again"
-        )
-    ledger = budget.on(name, there.limit_bytes)
+        said = f"device {device} is lost ({there.lost}), so the cpu computes; start anew to use it again"
+        return Chosen(None, said)
+    ledger = budget.on(device, there.limit_bytes)
     free = ledger.free_bytes + idle_bytes
-    return Chosen(DeviceRoom(name, free, home.scratch_bytes, there.limit_bytes))
+    return Chosen(DeviceRoom(device, free, home.scratch_bytes, there.limit_bytes))
 
 
 def require_whole(plan: Plan, room: DeviceRoom, name: str) -> None:

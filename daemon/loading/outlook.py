@@ -45,8 +45,8 @@ class Outlook(Struct, frozen=True):
     from, 0 if from none; `packed` says whether this pack exists. `read_bytes_per_s`: speed of the disk just now;
     `step_s`: what the disk takes for a token. Both are 0 if nothing is streamed. `tokens_per_s`, between the two of
     `band`: of an answer of usual length, whose first token comes after `first_s`; `binding` is what decides that.
-    `measured`: whether this machine's speed is known. `device`: which one
-    computes blocks besides the CPU, "" if none; nothing is predicted then. `device_bytes`: of its memory."""
+    `measured`: whether this machine's speed is known. `device`: which one computes blocks besides the CPU, "" if none;
+    with one, nothing is predicted. `device_bytes`: of its memory; `placed`: what lies where, in words."""
 
     plan: str
     quant: Quant
@@ -68,6 +68,7 @@ class Outlook(Struct, frozen=True):
     measured: bool = False
     device: str = ""
     device_bytes: int = 0
+    placed: str = ""
 
 
 class TooLarge(Struct, frozen=True):
@@ -129,6 +130,7 @@ def _outlook(
         step_s=plan.step_s(speed),
         device=plan.device,
         device_bytes=plan.device_bytes,
+        placed=plan.placed,
     )
     if plan.device:
         return found
