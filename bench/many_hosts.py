@@ -126,7 +126,7 @@ def grid(options: argparse.Namespace) -> None:
 
 def peers(options: argparse.Namespace) -> None:
     """Two machines, one thread each."""
-    for name in ("llama-34m", "llama-97m"):
+    for name in ("llama-21m", "llama-34m", "llama-97m"):
         shape, vocabulary = SHAPES[name], synthetic.default_vocabulary()
         directory = synthetic_hf.cached(shape, options.models, vocabulary, synthetic.bar(name))
         gguf = synthetic.cached(shape, options.models, vocabulary, synthetic.bar(name))

@@ -116,7 +116,20 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape(
-            name="llama-34m",  # where sums weigh more than weights
+            name="llama-21m",  # where sums weigh more than weights
+            arch="llama",
+            mix="F32",
+            layers=8,
+            hidden=384,
+            heads=6,
+            kv_heads=6,
+            ffn=1024,
+            vocab=8192,
+            context=2048,
+            rope_base=10000.0,
+        ),
+        Shape(
+            name="llama-34m",
             arch="llama",
             mix="F32",
             layers=8,
