@@ -17,6 +17,7 @@ from shoal.kernels.arrays import Array, Bytes, Floats, Hidden, Ids
 from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Scoring, Segments
 from shoal.kernels.compute_home import ComputeHome
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
+from shoal.partition.placement import DeviceRoom
 
 from .device import DeviceArray, DeviceEvent, DeviceWork, OpenDevice
 
@@ -29,6 +30,7 @@ class OnDevice(Protocol):
     K and V, angles and routes are operands over handles, whose `prepared` it may use."""
 
     scratch_bytes: int  # that they take of the device's memory besides results
+    gathers: bool  # attention copies K and V of a text and has all scores of a part of it
 
     def laid_out(self, w: Matrix) -> Bytes:
         """The bytes of a matrix as these kernels want them, as many as there were."""
@@ -67,10 +69,10 @@ class DeviceHome(ComputeHome):
         self.device = device
         self._kernels = kernels
 
-    @property
-    def scratch_bytes(self) -> int:
-        """What its kernels take of the device's memory besides weights, K and V and results."""
-        return self._kernels.scratch_bytes
+    def room(self, free_bytes: int) -> DeviceRoom:
+        """What plans count with."""
+        device, kernels = self.device, self._kernels
+        return DeviceRoom(device.name, free_bytes, kernels.scratch_bytes, kernels.gathers, device.limit_bytes)
 
     # --- what stays ------------------------------------------------------------------------------------------
 

@@ -21,12 +21,17 @@ class NoSuchDevice(KernelError):
 
 
 class DeviceFull(HomeFull):
-    """`nbytes` were asked for on a device that holds `held` of at most `limit` bytes."""
+    """`nbytes` were asked for on a device that holds `held` of at most `limit` bytes; 0: by something that does not say
+    how much."""
 
     def __init__(self, name: str, nbytes: int, held: int, limit: int) -> None:
+        asked = (
+            f"{format_bytes(nbytes)} more were asked for, and"
+            if nbytes
+            else "a computation found no room, though"
+        )
         super().__init__(
-            f"device {name} is full: {format_bytes(nbytes)} more were asked for, and {format_bytes(held)} of its "
-            f"{format_bytes(limit)} are taken"
+            f"device {name} is full: {asked} {format_bytes(held)} of its {format_bytes(limit)} are taken"
         )
 
 

@@ -15,7 +15,7 @@ from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 class SimKernels:
     """Is an OnDevice."""
 
-    scratch_bytes = 0  # they take that of the host
+    scratch_bytes, gathers = 0, False  # they take memory of the host
 
     def __init__(self, cpu: CpuHome) -> None:
         self._cpu = cpu

@@ -29,7 +29,7 @@ TILE_COPIES = 6  # of a tile, in f32, that decoding makes on its way
 class TorchKernels:
     """Is an OnDevice. Insides of handles are tensors."""
 
-    scratch_bytes = 4 * TILE_NUMBERS * TILE_COPIES
+    scratch_bytes, gathers = 4 * TILE_NUMBERS * TILE_COPIES, True
 
     def laid_out(self, w: Matrix) -> Bytes:
         bands = w.data.reshape(-1, w.type.band_rows * w.type.row_bytes(w.cols))

@@ -32,12 +32,13 @@ LOADING_BYTES = 32 << 20  # memory in which a block lies on its way to the devic
 
 
 class DeviceRoom(NamedTuple):
-    """Memory of a device: what is free of it, what its kernels need for themselves, all of it, and whether others than
-    this model hold some of it."""
+    """Memory of a device: what is free of it, what its kernels need for themselves, whether their attention copies K and
+    V of a text and has all scores of a part of it, and all of it."""
 
     name: str
     free_bytes: int
     kernel_bytes: int
+    gathers: bool
     limit_bytes: int
 
 
@@ -68,17 +69,21 @@ def plan_on_device(
     return first_fit(found) if found else min(made for made in tried if isinstance(made, NoRoomThere))
 
 
-def device_scratch_bytes(wanted: Wanted, kernel_bytes: int) -> int:
+def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
     """What a step holds on the device besides weights and KV, at most."""
+    spec = wanted.spec
     rows = wanted.chunk_tokens + wanted.sequences + wanted.guesses
-    angles = rows * wanted.spec.head_dim * len(wanted.spec.ropes)
-    return 4 * (step_numbers(wanted._replace(native=True)) + angles) + OPERANDS_BYTES + kernel_bytes
+    numbers = step_numbers(wanted._replace(native=True)) + rows * spec.head_dim * len(spec.ropes)
+    if room.gathers:  # and softmax has the scores a second time
+        seen = min(rows, wanted.chunk_tokens) * spec.heads
+        numbers += 2 * wanted.context_tokens * (spec.kv_heads * spec.head_dim + seen)
+    return 4 * numbers + OPERANDS_BYTES + room.kernel_bytes
 
 
 def _plan(
     wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int
 ) -> Plan | Misfit | NoRoomThere:
-    spec, scratch = wanted.spec, device_scratch_bytes(wanted, room.kernel_bytes)
+    spec, scratch = wanted.spec, device_scratch_bytes(wanted, room)
     pages = least_kv_pages(wanted)
     page_bytes = kv_page_bytes(spec, wanted.kv_type) // len(spec.layers)
     layers = [sum(model.blocks[it] for it in _blocks(spec, layer)) for layer in range(len(spec.layers))]

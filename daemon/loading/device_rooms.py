@@ -45,7 +45,7 @@ def device_room(device: str, budget: Budget, idle_bytes: int = 0) -> Chosen:
         return Chosen(None, said)
     ledger = budget.on(device, there.limit_bytes)
     free = ledger.free_bytes + idle_bytes
-    return Chosen(DeviceRoom(device, free, home.scratch_bytes, there.limit_bytes))
+    return Chosen(home.room(free))
 
 
 def require_whole(plan: Plan, room: DeviceRoom, name: str) -> None:

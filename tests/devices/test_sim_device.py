@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -156,3 +158,12 @@ def test_names() -> None:
     ):
         with pytest.raises(DeviceNameError, match="is no device"):
             read_name(name)
+
+
+def test_who_has_no_device_imports_nothing_of_one() -> None:
+    code = "import sys, shoal.daemon.node as it; print(*(m for m in sys.modules if m.startswith('shoal.devices')), "
+    code += "'torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    names = ("", ".device_names", ".errors", ".opening")
+    assert sorted(out.split()) == sorted(["False", *(f"shoal.devices{name}" for name in names)])

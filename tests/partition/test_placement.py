@@ -39,14 +39,14 @@ WANTED = Wanted(
     threads=2,
 )
 MB = 1 << 20
-SCRATCH = device_scratch_bytes(WANTED, 0)
+SCRATCH = device_scratch_bytes(WANTED, DeviceRoom("sim:x", 0, 0, False, 0))
 
 
 def plan(device_bytes: int, memory_bytes: int = 1 << 33, spec: ModelSpec = SPEC, **changes: Any) -> Any:
     blocks = dict.fromkeys(spec.blocks(), MB)
     blocks[BlockId("head")] = 5 * MB
     tied = changes.pop("tied", 0)
-    room = DeviceRoom("sim:x", device_bytes, 0, device_bytes)
+    room = DeviceRoom("sim:x", device_bytes, 0, False, device_bytes)
     wanted = WANTED._replace(spec=spec, **changes)
     return plan_on_device([wanted], ModelBytes(blocks, tied, 0), room, memory_bytes=memory_bytes)
 
