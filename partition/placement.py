@@ -28,12 +28,13 @@ from .plan import (
 from .spec import BlockId, ModelSpec
 
 OPERANDS_BYTES = 1 << 20  # of a step besides hidden states: pages, positions, ids, routes
+LAYERS_KEPT = 0.9  # of those that would be there with the shortest context
 LOADING_BYTES = 32 << 20  # memory in which a block lies on its way to the device, besides the block
 
 
 class DeviceRoom(NamedTuple):
-    """Memory of a device: what is free of it, what its kernels need for themselves, whether their attention copies K and
-    V of a text and has all scores of a part of it, and all of it."""
+    """Memory of a device: what is free of it, what its kernels need for themselves, whether their attention copies K
+    and V of a text and has all scores of a part of it, and all of it."""
 
     name: str
     free_bytes: int
@@ -62,10 +63,15 @@ def plan_on_device(
 ) -> Plan | Misfit | NoRoomThere:
     """As much of the model as fits on the device, the rest in `memory_bytes` of this machine's memory.
 
-    contexts: what is asked for, once with each context that would do, the longest first; the first that fits is taken.
+    contexts: what is asked for, once with each context that would do, the longest first. K and V take the place of
+    layers, so the longest is taken that leaves most of the layers there that the shortest would.
     """
     tried = [_plan(wanted, model, room, memory_bytes) for wanted in contexts]
-    found = [made for made in tried if not isinstance(made, NoRoomThere)]
+    plans = [made for made in tried if isinstance(made, Plan)]
+    if plans:
+        most = max(plan.device_layers[0] for plan in plans)
+        return next(plan for plan in plans if plan.device_layers[0] >= LAYERS_KEPT * most)
+    found = [made for made in tried if isinstance(made, Misfit)]
     return first_fit(found) if found else min(made for made in tried if isinstance(made, NoRoomThere))
 
 

@@ -91,6 +91,23 @@ def test_all_experts_of_a_layer_are_in_one_place() -> None:
     assert len(there(made)) == 1 + 1 + 4 + 1
 
 
+def test_a_long_context_takes_the_place_of_few_layers() -> None:
+    contexts = [WANTED._replace(context_tokens=tokens) for tokens in (4096, 2048, 1024, 512)]
+    blocks = ModelBytes(dict.fromkeys(SPEC.blocks(), MB), 0, 0)
+    chosen = []
+    for megabytes in (64, 16, 8, 5):
+        room = DeviceRoom("sim:x", SCRATCH + megabytes * MB, 0, False, 64 * MB)
+        made = plan_on_device(contexts, blocks, room, memory_bytes=1 << 33)
+        assert isinstance(made, Plan)
+        chosen.append((made.context_tokens, made.device_layers[0]))
+        shortest = plan_on_device(contexts[-1:], blocks, room, memory_bytes=1 << 33)
+        assert isinstance(shortest, Plan)
+        assert made.device_layers[0] >= 0.9 * shortest.device_layers[0]
+    assert chosen[0] == (4096, 6)
+    assert [context for context, _ in chosen] == sorted((context for context, _ in chosen), reverse=True)
+    assert chosen[-1][0] < 4096
+
+
 def test_what_lacks() -> None:
     made = plan(SCRATCH)
     assert isinstance(made, NoRoomThere)
