@@ -50,8 +50,6 @@ K = TypeVar("K")
 NoAnswer = DaemonError | RequestFailed
 """What a request fails with: by a node here, or by the daemon. Both have a code, a message and a hint."""
 
-_LOOK_S = 1.0  # how often `many` asks for a request where there was none
-
 
 class Answers(Protocol):
     """What `run` and `chat` need of either. Methods raise DaemonError or CommError."""
@@ -161,34 +159,28 @@ class InProcess:
     def many(
         self, requests: Iterator[tuple[K, Generate | Chat] | None], at_once: int
     ) -> Generator[tuple[K, StreamEvent | NoAnswer], None, None]:
+        from shoal.client.keep_full import NOTHING_S, keep_full
+
         heard: SimpleQueue[tuple[K, Event]] = SimpleQueue()
         under_way: dict[K, Underway] = {}
-        coming, taken = True, None
-        try:
-            while under_way or coming:
-                while coming and len(under_way) < at_once:
-                    try:
-                        taken = next(requests)
-                    except StopIteration:
-                        coming = False
-                        break
-                    if taken is None:
-                        break
-                    key, request = taken
-                    try:
-                        under_way[key] = self._node.submit(request, partial(_put, heard, key))
-                    except DaemonError as error:
-                        yield key, error
-                if not under_way and coming and taken is not None:  # all of them were refused
-                    continue
+
+        def begin(key: K, request: Generate | Chat) -> None:
+            under_way[key] = self._node.submit(request, partial(_put, heard, key))
+
+        def events() -> Iterator[tuple[K, StreamEvent | DaemonError] | None]:
+            while True:
                 try:
-                    key, event = heard.get(timeout=_LOOK_S)
+                    key, event = heard.get(timeout=NOTHING_S)
                 except Empty:
                     self._node.check_threads()
+                    yield None
                     continue
                 if isinstance(event, Error | Done):
                     del under_way[key]
                 yield key, DaemonError.of(event) if isinstance(event, Error) else event
+
+        try:
+            yield from keep_full(requests, at_once, begin, events(), DaemonError)
         finally:
             for each in under_way.values():
                 each.cancel()

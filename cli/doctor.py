@@ -101,7 +101,7 @@ def _python() -> Iterator[Finding]:
 def _kernels(*, deep: bool) -> Iterator[Finding]:
     with spinner("looking at the kernels"), deferred_interrupt():
         try:
-            from shoal.daemon.checkpoint_facts import kernel_home
+            from shoal.daemon.loading.checkpoint_facts import kernel_home
         except ImportError as error:
             found = f"cannot be imported: {error}"
             yield Finding("kernels", "broken", found, "pip install --force-reinstall shoal")

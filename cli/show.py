@@ -53,8 +53,8 @@ def show(model: str, as_json: bool, plan: PlanOptions) -> None:
     path = Library(home).resolve(wanted.model)
     with spinner("looking"):
         with deferred_interrupt():
-            from shoal.daemon.checkpoint_facts import checkpoint_facts
             from shoal.daemon.library.packs import Packs
+            from shoal.daemon.loading.checkpoint_facts import checkpoint_facts
             from shoal.daemon.loading.outlook import TooLarge, outlook
             from shoal.daemon.throughput.own_machine import OwnMachine
         described = checkpoint_facts(path)

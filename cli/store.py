@@ -46,8 +46,8 @@ def pull(source: str, name: str | None, link: bool, as_json: bool) -> None:
     GGUF files), the URL of a .gguf file, or a local file or directory. A download that was interrupted goes on
     where it stopped; hashes are checked wherever the source states them.
     """
-    from shoal.daemon.checkpoint_facts import checkpoint_facts
     from shoal.daemon.library.pull import pull as fetch
+    from shoal.daemon.loading.checkpoint_facts import checkpoint_facts
 
     with transfer_bar() as progress:
         entry, fetched = fetch(source, Library(Home.from_env()), name=name, link=link, progress=progress)

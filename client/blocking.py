@@ -47,12 +47,11 @@ from shoal.comm.messages import (
 
 from . import connection as link
 from .base import ClientFace
+from .keep_full import NOTHING_S, keep_full
 from .session import HELLO, ChatLike, Exchange, Frames, M, load_request, tokenize_request, whole_text
 
 AnswerStream = Generator[StreamEvent, None, None]
 K = TypeVar("K")
-
-_LOOK_S = 1.0  # how often `many` asks for a request where there was none
 
 
 class Client(ClientFace[AnswerStream]):
@@ -180,47 +179,41 @@ class Client(ClientFace[AnswerStream]):
         stands for one that comes later. Closing the generator cancels those under way."""
         self._connect()
         under_way: dict[Exchange, K] = {}
-        coming, heard_s, heard = True, time.monotonic(), 0
+
+        def begin(key: K, request: Generate | Chat) -> None:
+            under_way[self._begin(request)] = key
+
         try:
-            while under_way or coming:
-                while coming and len(under_way) < at_once:
-                    try:
-                        taken = next(requests)
-                    except StopIteration:
-                        coming = False
-                        break
-                    if taken is None:
-                        break
-                    key, request = taken
-                    try:
-                        under_way[self._begin(request)] = key
-                    except RequestFailed as error:  # it is too large to be sent
-                        yield key, error
-                news = [exchange for exchange in under_way if not exchange.waits]
-                for exchange in news:
-                    yield from self._of_many(under_way[exchange], exchange)
-                    if exchange.finished:
-                        del under_way[exchange]
-                now = sum(exchange.heard for exchange in under_way)
-                if news or now != heard or not under_way:
-                    heard, heard_s = now, time.monotonic()
-                elif time.monotonic() - heard_s > self._timeout_s:
-                    raise link.silent(self.address, self._timeout_s)
-                if not news:
-                    self._pump(_LOOK_S)
+            yield from keep_full(requests, at_once, begin, self._of_many(under_way), RequestFailed)
         finally:
             for exchange in under_way:
                 self._finish(exchange)
 
     def _of_many(
-        self, key: K, exchange: Exchange
-    ) -> Generator[tuple[K, StreamEvent | RequestFailed], None, None]:
-        """What has come of one of many answers."""
-        try:
-            for event in exchange.events():
-                yield key, event
-        except RequestFailed as error:
-            yield key, error
+        self, under_way: dict[Exchange, K]
+    ) -> Generator[tuple[K, StreamEvent | RequestFailed] | None, None, None]:
+        """What comes of many answers, without end; None where there was nothing for a while. Those that have ended are
+        taken off."""
+        heard_s, heard = time.monotonic(), 0
+        while True:
+            news = [exchange for exchange in under_way if not exchange.waits]
+            for exchange in news:
+                key = under_way[exchange]
+                try:
+                    for event in exchange.events():
+                        yield key, event
+                except RequestFailed as error:
+                    yield key, error
+                if exchange.finished:
+                    del under_way[exchange]
+            now = sum(exchange.heard for exchange in under_way)
+            if news or now != heard or not under_way:
+                heard, heard_s = now, time.monotonic()
+            elif time.monotonic() - heard_s > self._timeout_s:
+                raise link.silent(self.address, self._timeout_s)
+            if not news:
+                self._pump(NOTHING_S)
+                yield None
 
     def _wait(self, exchange: Exchange, timeout_s: float) -> None:
         """Wait until a reply to the exchange comes. TimedOut after `timeout_s` of silence."""

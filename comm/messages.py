@@ -326,6 +326,7 @@ class ModelStatus(Message):
     measured_tokens_per_s: float = 0.0  # what steps of one token take now; 0 = there were none yet
     device: str = ""  # that computes blocks besides the CPU
     device_bytes: int = 0  # what it holds there: weights, KV and scratch
+    tried: str = ""  # what came of trying the plan's runner-up, if it was
 
 
 class Loaded(Message):
@@ -346,6 +347,9 @@ class StatusReply(Message):
     stage: Stage | None = None  # how far loading is
     draining: bool = False
     peak_memory_bytes: int = 0  # the largest resident set since the start
+    corrections: dict[
+        str, float
+    ] = {}  # how many times longer than its profile says parts of steps take here: ½ to 2
 
 
 class Pong(Message):

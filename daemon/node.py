@@ -11,8 +11,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from shoal.comm.messages import (
@@ -56,13 +57,13 @@ from .long_requests import LongRequests, tokenized
 from .memory import budget_of, peak_memory_bytes, resident_bytes, return_freed
 from .model_name import Reference
 from .progress import Progress, no_progress
+from .regular_looks import RegularLooks
 from .request import answer_of, prompt_of, sequence_of
 from .underway import Underway
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0  # how long the compute thread sleeps before it looks again by itself
-DEADLINES_S = 0.5  # how often deadlines are looked at, also while a step runs
 
 
 class Node:
@@ -103,7 +104,7 @@ class Node:
         set_threads(config.thread_count)
         self._thread = threading.Thread(target=self._compute, name="shoal-compute", daemon=True)
         self._thread.start()
-        threading.Thread(target=self._watch, name="shoal-deadlines", daemon=True).start()
+        RegularLooks(self._looks, self._closed)
 
     def __enter__(self) -> Node:
         return self
@@ -285,6 +286,7 @@ class Node:
             stage=self._loader.stage,
             draining=self._draining,
             peak_memory_bytes=peak_memory_bytes(),
+            corrections=self._machine.device.corrections.learnt,
         )
 
     # --- life -------------------------------------------------------------------------------------------
@@ -325,15 +327,8 @@ class Node:
                     return
             self._step_each()
 
-    def _watch(self) -> None:
-        """Until the node is closed, end what is past its deadline, however long a step takes."""
-        while not self._closed.wait(DEADLINES_S):
-            self._expire_each()
-
-    # These are no part of the loops above: a variable of theirs would keep the last model in memory for ever.
-
     def _step_each(self) -> None:
-        """One step of each busy model."""
+        """One step of each busy model. No part of the loop: a variable there would keep the last model in memory."""
         for model in self._models:
             try:
                 if model.engine.busy:
@@ -346,14 +341,12 @@ class Node:
                     ours = not isinstance(error, OffloadError | HomeFull)  # one line is enough
                     log.error("a step of %s failed: %s", model.name, error, exc_info=ours)
 
-    def _expire_each(self) -> None:
-        self._models.sweep()
-        self._regrouping.look()
-        self._long.look()
+    def _looks(self) -> Iterator[Callable[[], object]]:
+        """What is looked after also while a step runs."""
+        yield from (self._models.sweep, self._regrouping.look, self._long.look)
         for model in self._models:
-            model.engine.expire()
-            model.look_back()
-        self._machine.look(self._idle, lambda: self._models.kinds)
+            yield from (model.engine.expire, model.look_back)
+        yield partial(self._machine.look, self._idle, lambda: self._models.kinds)
 
     def _idle(self) -> bool:
         return not (self._busy() or self._loader.coming or self._draining)

@@ -52,6 +52,10 @@ class BlockStore(Protocol):
         """A block's weights for the length of a `with`. Raises OffloadError when they cannot be read."""
         ...
 
+    def acquire_all(self, blocks: Sequence[BlockId]) -> AbstractContextManager[list[Weights]]:
+        """The weights of several blocks, in this order, for the length of a `with`."""
+        ...
+
     def rows(self, block: BlockId, ids: Ids) -> Floats:
         """Rows of the embedding, f32 (T, hidden). Raises OffloadError when they cannot be read."""
         ...
@@ -108,6 +112,9 @@ class ResidentStore:
 
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         return self._blocks[block]
+
+    def acquire_all(self, blocks: Sequence[BlockId]) -> AbstractContextManager[list[Weights]]:
+        return nullcontext([self._blocks[block].enter_result for block in blocks])
 
     def rows(self, block: BlockId, ids: Ids) -> Floats:
         return gather_rows(self._blocks[block].enter_result.matrix["embed"], ids)

@@ -119,7 +119,7 @@ def choose(
     if found is None:
         return search.nothing(ranks)
     alone = search.best((0,))
-    found = search.steady(found, kept, alone)
+    found = search.steady(found, kept, alone, ranks)
     return Choice(
         split=found.split,
         ranks=tuple(search.rank_plans(found)),
@@ -244,11 +244,17 @@ class _Search:
         kept = (bound.total_s for bound in bounds if floor is None or bound.within(floor, TOLERANCE))
         return min(kept, default=inf)
 
-    def steady(self, found: _Found, kept: KeptCuts, alone: _Found | None) -> _Found:
-        """What is kept of the last group, or of the one that was found, if it is nearly as good as that."""
+    def steady(self, found: _Found, kept: KeptCuts, alone: _Found | None, ranks: int | None) -> _Found:
+        """What is kept of the last group, or of the one that was found, if it is nearly as good as that, and may be
+        used at all."""
         for places in (kept.last, found.places):
             cut = kept.by_places.get(places) if places is not None else None
-            if places is None or cut is None:
+            if (
+                places is None
+                or cut is None
+                or ranks not in (None, len(places))
+                or {*places} & {*self._wrong}
+            ):
                 continue
             again = self._again(places, cut)
             if again is None or again.figures.total_s > STEADY * found.figures.total_s:

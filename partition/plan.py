@@ -60,6 +60,9 @@ class Plan:
     window_bytes: int = 0  # the ring that streamed blocks pass through; 0 = none is streamed
     expert_slots: int = 0  # how many experts, of any layers, are in memory together if experts are on disk
     streamed_bytes: int = 0  # that one token alone reads from disk, if all experts are equally likely
+    rival_threads: int = (
+        0  # with which a token of one stream may be as quick, as far as predictions tell; 0: none
+    )
     ranks: int = 1
     overlap_rows: int = OVERLAP_ROWS  # in a group, steps of so many rows or more are computed in halves
     device_scratch_bytes: int = 0  # that a step needs on the device besides weights and KV

@@ -12,6 +12,7 @@ import re
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,22 +53,28 @@ class AnswerFile:
     taken off."""
 
     def __init__(self, path: Path, requests: os.stat_result, *, retry: bool = False) -> None:
-        """`requests`: that file, which must be another. `retry`: failed lines are taken off, to be answered again.
-        Raises DaemonError."""
+        """`requests`: that file, which must be another. `retry`: failed lines count as not there, and `take_off_failed`
+        is to be called when it is known that the others belong to the requests. Raises DaemonError."""
         self.path = path
         self.had: dict[int, Had] = {}
         self.cut = False
-        self._synced_s = time.monotonic()
+        self._failed = 0  # lines that count as not there
+        self._synced_s: float | None = (
+            None  # when a line was brought to the disk last; None = all of them were
+        )
         self._made = not os.path.lexists(path)
+        self._kept = False  # it is known to its directory for good
         self._file = self._opened(path)
         try:
             if os.path.samestat(os.fstat(self._file), requests):
                 raise DaemonError(
                     "bad_request", f"{path} is the file of requests: answers must go into another"
                 )
-            self._size = self._look(retry=retry)
-            if retry and any(had.failed for had in self.had.values()):
-                self._without_failed()
+            self._size = self._look()
+            if retry:
+                there = len(self.had)
+                self.had = {number: had for number, had in self.had.items() if not had.failed}
+                self._failed = there - len(self.had)
         except BaseException:
             self.close()
             raise
@@ -84,58 +91,100 @@ class AnswerFile:
         try:
             while left:
                 left = left[os.write(self._file, left) :]
-            self._size += len(line) + 1
-            if time.monotonic() - self._synced_s > SYNC_S:
-                self.sync()
         except OSError as error:
-            os.ftruncate(self._file, self._size)
+            with suppress(OSError):  # then its beginning stays, and is cut off the next time
+                os.ftruncate(self._file, self._size)
             raise self._unwritten(error) from error
+        self._size += len(line) + 1
+        if self._synced_s is None:
+            self._synced_s = time.monotonic()
+        self.settle()
 
-    def sync(self) -> None:
-        """Bring all lines to the disk."""
-        os.fsync(self._file)
-        self._synced_s = time.monotonic()
+    def settle(self) -> None:
+        """Bring lines to the disk if any has waited for it long enough. To be called often. Raises DaemonError."""
+        if self._synced_s is not None and time.monotonic() - self._synced_s > SYNC_S:
+            self._sync()
+
+    def take_off_failed(self) -> None:
+        """Replace the file by one without the lines that count as not there, if there are any. Raises DaemonError."""
+        if not self._failed:
+            return
+        there = self.path.resolve()
+        beside = there.with_name(f".{there.name}.partial")
+        try:
+            beside.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritten(error) from error
+        kept = self._opened(beside)
+        try:
+            os.fchmod(kept, stat.S_IMODE(os.fstat(self._file).st_mode))
+            with os.fdopen(os.dup(kept), "wb") as file:
+                for line in self._lines():
+                    if not msgspec.json.decode(line, type=_Known).failed:
+                        file.write(line)
+            os.fsync(kept)
+            beside.replace(there)
+        except OSError as error:
+            os.close(kept)
+            beside.unlink(missing_ok=True)
+            raise self._unwritten(error) from error
+        _sync_directory(there)
+        before, self._file = self._file, kept
+        os.close(before)
+        self._size = os.fstat(kept).st_size
+        self._failed = 0
 
     def close(self) -> None:
         """Idempotent. A file that was made and stayed empty is removed."""
         if self._file < 0:
             return
-        descriptor, self._file = self._file, -1
         try:
-            if self._made and not os.fstat(descriptor).st_size:
+            if not (self._made and not os.fstat(self._file).st_size):
+                self._sync()
+            elif _is_at(self._file, self.path):
                 self.path.unlink()
-            else:
-                os.fsync(descriptor)
         except OSError as error:
             raise self._unwritten(error) from error
         finally:
+            descriptor, self._file = self._file, -1
             os.close(descriptor)
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file)
+            there = _is_at(self._file, self.path)
+        except OSError as error:
+            raise self._unwritten(error) from error
+        if not there:
+            raise DaemonError("bad_request", f"{self.path} was moved or removed while it was written")
+        if self._made and not self._kept:
+            _sync_directory(self.path.resolve())
+            self._kept = True
+        self._synced_s = None
 
     def _opened(self, path: Path) -> int:
         """A descriptor of the file, which is locked."""
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            descriptor = os.open(path, flags, 0o666)
-        except OSError as error:
-            raise self._unwritten(error) from error
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise DaemonError(
-                    "bad_request", f"{path} is no file: answers must go into one, to be found again"
-                )
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise DaemonError("busy", f"another process writes {path} just now") from error
-        except OSError as error:
-            os.close(descriptor)
-            raise self._unwritten(error) from error
-        except DaemonError:
-            os.close(descriptor)
-            raise
-        return descriptor
+        with ExitStack() as opened:
+            try:
+                descriptor = os.open(path, flags, 0o666)
+                opened.callback(os.close, descriptor)
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise DaemonError(
+                        "bad_request", f"{path} is no file: answers must go into one, to be found again"
+                    )
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = _is_at(descriptor, path)  # or who had the lock took the file away meanwhile
+            except BlockingIOError:
+                free = False
+            except OSError as error:
+                raise self._unwritten(error) from error
+            if not free:
+                raise DaemonError("busy", f"another process writes {path} just now")
+            opened.pop_all()
+            return descriptor
 
-    def _look(self, *, retry: bool) -> int:
+    def _look(self) -> int:
         """Find out what is there, and take off a torn last line. → the size"""
         size = 0
         for number, line in enumerate(self._lines(), 1):
@@ -166,31 +215,6 @@ class AnswerFile:
             while line := file.readline(ANSWER_LINE_BYTES):
                 yield line
 
-    def _without_failed(self) -> None:
-        """Replace the file by one that has the answers alone."""
-        beside = self.path.resolve().with_name(self.path.name + ".partial")
-        try:
-            beside.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._unwritten(error) from error
-        kept = self._opened(beside)
-        try:
-            os.fchmod(kept, stat.S_IMODE(os.fstat(self._file).st_mode))
-            with os.fdopen(os.dup(kept), "wb") as file:
-                for line in self._lines():
-                    if not msgspec.json.decode(line, type=_Known).failed:
-                        file.write(line)
-            os.fsync(kept)
-            beside.replace(self.path.resolve())
-        except OSError as error:
-            os.close(kept)
-            beside.unlink(missing_ok=True)
-            raise self._unwritten(error) from error
-        before, self._file = self._file, kept
-        os.close(before)
-        self._size = os.fstat(kept).st_size
-        self.had = {number: had for number, had in self.had.items() if not had.failed}
-
     def _foreign(self, number: int) -> DaemonError:
         said = f"{self.path}: line {number} is no answer of shoal batch"
         return DaemonError("bad_request", said, "give another file for the answers, or remove this one")
@@ -200,3 +224,21 @@ class AnswerFile:
         if error.errno in _FULL:
             return DaemonError("resources", said, "free some space; the same command then goes on")
         return DaemonError("bad_request", said)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether it is the file that `path` names now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sync_directory(path: Path) -> None:
+    """Bring a file's name to the disk, where a file system can do that."""
+    with suppress(OSError):
+        directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)

@@ -166,4 +166,6 @@ def _digest(custom_id: str) -> bytes:
 def _of_others(requests: RequestLines, answers: AnswerFile, number: int) -> DaemonError:
     said = f"line {number} of {requests.path}, or --model, is another than when {answers.path} was begun"
     hint = "lines may be added at the end, no others changed: give another file for the answers"
+    if answers.had[number].failed:
+        hint = "lines that failed may be changed with --retry-failed, which answers them again"
     return DaemonError("bad_request", said, hint)

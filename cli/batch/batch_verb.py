@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from shoal.cli.answers import Answers, from_daemon, in_process, reference
+from shoal.cli.answers import Answers, NoAnswer, from_daemon, in_process, reference
 from shoal.cli.exit_codes import Exit
 from shoal.cli.interrupt import deferred_interrupt, ended_by_signals, unechoed
 from shoal.cli.options import PlanOptions, Whole, examples, json_option, plan_options
@@ -24,6 +24,7 @@ from shoal.comm.errors import RequestFailed
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
+from shoal.daemon.model_name import Reference
 from shoal.partition.amounts import counted, format_duration
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from .working_off import Tally, WorkingOff
 
 CHUNK_TOKENS = 1024  # of prompts in one step, where the number of sequences is given
+LEAST_LIKELY, MOST_LIKELY = 1 << 12, 1 << 26  # tokens of context that are asked for
 SHOWN_S = 0.2
-_OF_A_MODEL = ("bad_request", "not_found", "unsupported", "corrupt")  # then its lines fail, and others go on
+_OF_A_MODEL = ("bad_request", "not_found", "unsupported", "corrupt")  # others may be there
 
 
 @click.command(
@@ -95,7 +97,8 @@ def batch(
             order = BatchOrder(lines, out, model)
         if not order.lines:
             raise DaemonError("bad_request", f"{requests} has no requests")
-        names = _names(order, library, some=bool(out.had))
+        out.take_off_failed()
+        names = _names(order, library, given=model is not None)
         work = WorkingOff(lines, out, order, model)
         own = local or sequences is not None or plan.beyond_context
         try:
@@ -106,7 +109,7 @@ def batch(
             if any(isinstance(name, str) for name in names):
                 there = [name for name in names if isinstance(name, str)]
                 with _answerer(there, config, library, sequences, own=own) as found:
-                    _answer(work, order, names, found, plan, quiet=as_json)
+                    _answer(work, order, names, found, library, plan, quiet=as_json)
         except BaseException:
             if done := work.tally.lines - work.tally.left:
                 all_ = counted(work.tally.lines, "request")
@@ -121,19 +124,19 @@ def batch(
     return Exit.FAILED if work.tally.failed else Exit.DONE
 
 
-def _names(order: BatchOrder, library: Library, *, some: bool) -> list[str | DaemonError]:
-    """The models as they are known everywhere, or why there is no such model. Raises that if there is none at all and
-    no answers yet (`some`)."""
+def _names(order: BatchOrder, library: Library, *, given: bool) -> list[str | DaemonError]:
+    """The models as they are known everywhere, or why there is no such model. Raises that if there is none at all.
+    `given`: by an option, not by the lines."""
     names: list[str | DaemonError] = []
     for model in order.models:
         try:
             names.append(reference(model, library))
         except DaemonError as error:
-            if error.code not in _OF_A_MODEL:
+            if error.code not in _OF_A_MODEL or given:
                 raise
             names.append(error)
     errors = [name for name in names if isinstance(name, DaemonError)]
-    if errors and not some and len(errors) == len(names):
+    if errors and len(errors) == len(names):
         hint = "with --model MODEL one of yours answers all requests, whichever they name"
         raise DaemonError(errors[0].code, errors[0].message, hint)
     return names
@@ -164,33 +167,54 @@ def _answer(
     order: BatchOrder,
     names: list[str | DaemonError],
     answers: Answers,
+    library: Library,
     plan: PlanOptions,
     *,
     quiet: bool,
 ) -> None:
-    """One model after the other."""
+    """One model after the other. Lines of one that cannot be loaded fail if another can. Raises why, if none can."""
+    unloadable: list[tuple[int, NoAnswer]] = []
+    any_loaded = False
     for number, (name, likely) in enumerate(zip(names, order.models.values(), strict=True)):
         if isinstance(name, DaemonError):
             continue
+        status: ModelStatus | None = None
         try:
-            status = _loaded(answers, name, plan, likely)
+            status = _loaded(answers, name, plan, min(likely, _longest(name, library)))
+            any_loaded = True
         except (DaemonError, RequestFailed) as error:
             if error.code not in _OF_A_MODEL:
                 raise
-            work.refuse_all(number, error)
-            continue
-        with _progress(work.tally, quiet=quiet) as show:
-            work.answer(answers, number, status, show)
+            unloadable.append((number, error))
+        while unloadable and any_loaded:
+            work.refuse_all(*unloadable.pop())
+        if status is not None:
+            with _progress(work.tally, quiet=quiet) as show:
+                work.answer(answers, number, status, show)
+    if unloadable:
+        raise unloadable[0][1]
 
 
 def _loaded(answers: Answers, name: str, plan: PlanOptions, likely: int) -> ModelStatus:
-    """A model, with room for the longest request if it can have that; if not, long requests fail one by one."""
-    try:
-        return answers.load(name, None, plan.ctx, plan.ranks, likely=likely)
-    except (DaemonError, RequestFailed) as error:
-        if plan.ctx is not None or error.code not in ("context_overflow", "resources"):
-            raise
-    return answers.load(name, None, None, plan.ranks)
+    """A model, with room for the longest request, or for half as much and so on; what is longer fails one by one."""
+    wanted: int | None = likely
+    while True:
+        try:
+            return answers.load(name, None, plan.ctx, plan.ranks, likely=wanted)
+        except (DaemonError, RequestFailed) as error:
+            short = error.code in ("context_overflow", "resources")
+            if plan.ctx is not None or wanted is None or not short:
+                raise
+        wanted = wanted // 2 if wanted // 2 >= LEAST_LIKELY else None
+
+
+def _longest(name: str, library: Library) -> int:
+    """The most tokens of context that a model can have, as far as its files can be read."""
+    from shoal.daemon.loading.checkpoint_facts import longest_context
+
+    with suppress(DaemonError):  # loading will say what is wrong
+        return longest_context(library.resolve(Reference.parse(name).model))
+    return MOST_LIKELY
 
 
 @contextmanager

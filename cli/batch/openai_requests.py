@@ -18,7 +18,10 @@ COMPLETION_TOKENS = 16  # of an answer to /v1/completions that says nothing of `
 ID_CHARACTERS = 512
 
 _LINE = ("custom_id", "method", "url", "body")
-_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # no answer depends on them
+_LABELS = (  # no answer depends on them
+    *("user", "metadata", "safety_identifier", "service_tier"),
+    *("prompt_cache_key", "prompt_cache_retention"),
+)
 _SAMPLING = (
     *("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed"),
     *("top_k", "min_p", "repetition_penalty"),  # as other servers extend the format
@@ -31,16 +34,16 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {  # what Shoal does anyhow, and no more
     "store": (False,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
     "tools": ([],),
     "tool_choice": ("none",),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none",),
 }
 _OF_CHAT = (
-    "messages",
-    "top_logprobs",
-    "max_completion_tokens",
-    "chat_template_kwargs",
-    "tools",
-    "tool_choice",
+    *("messages", "top_logprobs", "max_completion_tokens", "chat_template_kwargs", "modalities"),
+    *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
 )
 _OF_COMPLETIONS = ("prompt", "best_of", "echo", "suffix")
 
@@ -116,9 +119,8 @@ def _asked(found: dict[str, Any], model: str | None) -> BatchRequest:
         if name in given and (
             given[name] not in may or isinstance(given[name], bool) != isinstance(may[0], bool)
         ):
-            raise _wrong(
-                name, given[name], f"{msgspec.json.encode(may[0]).decode()} or absent", "unsupported"
-            )
+            said = " or ".join(msgspec.json.encode(value).decode() for value in may)
+            raise _wrong(name, given[name], f"{said} or absent", "unsupported")
     named = model if model is not None else given.get("model")
     if not isinstance(named, str) or not named:
         raise _wrong("model", named, "the name of a model")

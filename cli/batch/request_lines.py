@@ -18,7 +18,15 @@ from shoal.partition.amounts import format_bytes
 REQUEST_BYTES = 16 << 20  # as much as a request to the daemon may have
 _PIECE_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
-_OTHER_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_NO_TEXT = {  # what a file is that begins so
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x1f\x8b": "compressed (gzip)",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd)",
+    b"\xfd7zXZ\0": "compressed (xz)",
+    b"BZh": "compressed (bzip2)",
+    b"PK\x03\x04": "compressed (zip)",
+}
 
 
 class RequestLine(NamedTuple):
@@ -69,8 +77,8 @@ class RequestLines:
             number += 1
             start, offset = offset, offset + len(piece)
             if number == 1:
-                if piece.startswith(_OTHER_BOMS):
-                    raise DaemonError("bad_request", f"{self.path} is UTF-16: it must be UTF-8")
+                if kind := next((kind for begun, kind in _NO_TEXT.items() if piece.startswith(begun)), None):
+                    raise DaemonError("bad_request", f"{self.path} is {kind}: it must be UTF-8")
                 if piece.startswith(_BOM):
                     piece, start = piece[len(_BOM) :], start + len(_BOM)
             if len(piece) > REQUEST_BYTES:

@@ -102,6 +102,7 @@ class WorkingOff:
                         self.tally.note(event.usage)
                     case DaemonError() | RequestFailed():
                         self._refused(self._under_way.pop(key)[0], event)
+                self._out.settle()
                 shown()
 
     def _coming(self, number: int, model: str) -> Iterator[tuple[int, Generate | Chat] | None]:
@@ -130,7 +131,9 @@ class WorkingOff:
         self._failed_in_a_row = self._failed_in_a_row + 1 if error.code in _PERHAPS_OF_ALL else 0
         if self._failed_in_a_row > IN_A_ROW:
             raise DaemonError(
-                "internal", f"{IN_A_ROW} requests in a row have failed, the last one so: {error}"
+                "internal",
+                f"{IN_A_ROW} requests in a row have failed, the last one so: {error}",
+                "when that is mended, --retry-failed answers them again",
             )
         self._fail(line, self._said(line, error))
 

@@ -81,7 +81,8 @@ class KvOnDisk(Struct, frozen=True, kw_only=True):
 
 
 class Serve(Struct, tag=True, frozen=True, kw_only=True):
-    """Be a rank of a group: load this shard and follow. `fellows`: let these in, and say where (`Listens`)."""
+    """Be a rank of a group: load this shard and follow. `fellows`: let these in, and say where (`Listens`). A head that
+    names `files` answers `WantDigest`."""
 
     epoch: Count
     model: Text  # for people
@@ -93,6 +94,7 @@ class Serve(Struct, tag=True, frozen=True, kw_only=True):
     fellows: Annotated[list[Fellow], Meta(max_length=256)] = []
     kv_on_disk: KvOnDisk | None = None
     fetch_only: bool = False  # into the cache on disk, for a group that is to come; nothing is computed
+    files: Annotated[str, Meta(pattern="^([0-9a-f]{32})?$")] = ""  # `Description.key`; fellows lend of these
 
     @property
     def held_bytes(self) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from shoal import kernels
 from shoal.comm.group.sums.manners import Manner, Manners
 from shoal.comm.group.sums.wire_types import WireType
-from shoal.daemon.config import CLUSTER_WIRES, NodeConfig
+from shoal.daemon.config import NodeConfig
 from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import fingerprint, group_fingerprint
@@ -240,7 +240,7 @@ class Forming:
             links,
             grains=grains,
             topologies=_topologies(members),
-            wires=_wires(config),
+            wires=config.wires,
             ranks=config.ranks,
             kept=self._steady.cuts(model, there) if steady else KeptCuts(),
             measured=self._measured_at(model, there),
@@ -275,7 +275,7 @@ class Forming:
         """What decides how sums are made, once the members have met and their links are measured."""
         chosen, plan = seating.members, seating.plans[0]
         machines = self._machines(config, chosen, [it.peak_bytes for it in seating.plans])
-        means = [Means(*each) for each in product(_topologies(chosen), _wires(config))]
+        means = [Means(*each) for each in product(_topologies(chosen), config.wires)]
 
         def settle(between: Mapping[tuple[int, int], LinkSpeed]) -> Manners:
             links = {(0, rank): member.link for rank, member in enumerate(chosen, 1)} | dict(between)
@@ -352,11 +352,6 @@ def _model_key(checkpoint: Checkpoint, config: NodeConfig) -> str:
 def _topologies(members: Sequence[Member]) -> Sequence[Topology]:
     """What all of them can do."""
     return AVAILABLE_TOPOLOGIES if all(member.meets_fellows for member in members) else ("star",)
-
-
-def _wires(config: NodeConfig) -> Sequence[WireType]:
-    """From exact numbers to those that were allowed."""
-    return CLUSTER_WIRES[: 1 + CLUSTER_WIRES.index(config.cluster_wire)]
 
 
 def _in_order(members: Sequence[Member]) -> list[Member]:

@@ -19,7 +19,7 @@ from shoal.offload.budget import Budget
 from .forming import Forming
 from .membership import Membership
 from .roster import Roster
-from .shard_stores import open_shards, send_weights
+from .shard_stores import ShardStores, send_weights
 from .speed import node_speed
 from .steady_shares import SteadyShares
 
@@ -33,7 +33,7 @@ def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
         return
     roster = Roster()
     speed = partial(node_speed, config.thread_count, home.cluster / "speed.json", home.root)
-    membership = Membership(home.cluster, config, Budget(0), roster, open_shards(home.shards), speed)
+    membership = Membership(home.cluster, config, Budget(0), roster, ShardStores(home.shards), speed)
     if membership.role != "head":
         hint = "shoal cluster init on the machine that has the model"
         raise DaemonError("resources", f"{config.ranks} ranks were asked for: this machine is no head", hint)

@@ -63,9 +63,10 @@ Settle = Callable[[Mapping[tuple[int, int], LinkSpeed]], Manners]
 
 
 class SendsWeights(Protocol):
-    """`trouble`: why the head cannot send them, if that is its own fault."""
+    """`trouble`: why the head cannot send them, if that is its own fault. `key`: names the model's files."""
 
     trouble: DaemonError | None
+    key: str
 
     def serve(self, channel: Channel, shard: Shard) -> None:
         """Answers a worker's requests for the weights of its shard until the channel ends."""
@@ -130,9 +131,10 @@ class Group:
                 plan=seat.plan,
                 quant=self._quant,
                 wire=self.wire,
-                fellows=[] if fetch_only else self.introductions.fellows(rank),
+                fellows=self.introductions.fellows(rank),
                 kv_on_disk=KvOnDisk(store=store, slots=MOST_SLOTS) if store and not fetch_only else None,
                 fetch_only=fetch_only,
+                files=self._weights.key,
             )
             seat.member.serve(request, partial(self.introductions.heard, rank))
 

@@ -47,7 +47,7 @@ from .routes.listening import DEFAULT_LISTEN, Listening
 from .routes.local_network import Announcer, LocalNetwork, announced
 from .routes.own_addresses import OwnAddress, own_addresses, reachable, spelled
 from .routes.route import HeadRoute
-from .served_shard import OpenShard
+from .served_shard import KeepsShards
 from .speed import NodeSpeed
 from .worker import Worker
 
@@ -66,7 +66,7 @@ class Membership:
         config: NodeConfig,
         budget: Budget,
         roster: Roster,
-        open_shard: OpenShard,
+        shards: KeepsShards,
         speed: Callable[[], NodeSpeed],
         computing: Callable[[], Sequence[str]] = lambda: (),
         network: LocalNetwork | None = None,
@@ -76,7 +76,7 @@ class Membership:
         self._config = config
         self._budget = budget
         self._roster = roster
-        self._open_shard = open_shard
+        self._shards = shards
         self._speed = speed
         self._computing = computing
         self._network = network
@@ -263,7 +263,7 @@ class Membership:
             if head is not None and self._worker is None:
                 look = self._network.find if self._network is not None else list
                 route = HeadRoute(self._identity(), self._peers, head.fingerprint, look)
-                self._worker = Worker(head, route, self._attach, self._open_shard, self._budget)
+                self._worker = Worker(head, route, self._attach, self._shards, self._budget)
             elif head is None and self._listens() and self._listening is None:
                 self._listen(self._listens())
             elif self._listening is not None and not self._listens():  # it is no head any more

@@ -18,7 +18,7 @@ from .kernel_check import check_kernels
 from .membership import Membership
 from .roster import Roster
 from .routes.local_network import LocalNetwork
-from .shard_stores import open_shards, send_weights
+from .shard_stores import ShardStores, send_weights
 from .speed import NodeSpeed, measure_again, node_speed
 from .steady_shares import SteadyShares
 
@@ -41,9 +41,9 @@ def place_in_cluster(
         check_kernels(home.cluster / "kernels.tested")
         return speed()
 
-    open_shard = open_shards(home.shards, kv_files, config.shard_disk_bytes)
+    shards = ShardStores(home.shards, kv_files, config.shard_disk_bytes)
     membership = Membership(
-        home.cluster, config, budget, roster, open_shard, tested_speed, computing, LocalNetwork()
+        home.cluster, config, budget, roster, shards, tested_speed, computing, LocalNetwork()
     )
     membership.start()
     threading.Thread(target=_measure_again, args=(budget, again), name="shoal-speed", daemon=True).start()

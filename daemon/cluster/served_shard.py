@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
@@ -33,10 +34,13 @@ from shoal.offload.pack.pack import Pack
 from .control_messages import Epoch, FromWorker, Introduce, Loading, Ready, Serve, ShardRefused
 from .follower import Follower
 from .meeting import Meeting
-from .mesh.fellows import Fellows
+from .mesh.fellows import Fellows, ServeWeights
 from .pulse import Pulse
 
 log = logging.getLogger(__name__)
+
+Reach = Callable[[], Channel]
+"""A new channel for weights to one of the other workers, once it was introduced. Raises OSError or CommError."""
 
 Dial = Callable[[Purpose], Channel]
 """A new channel to the head for a purpose: "data" or "weights". Raises OSError or CommError."""
@@ -51,8 +55,14 @@ class OpenedShard(NamedTuple):
     pack: Pack | None = None
 
 
-OpenShard = Callable[[Serve, Dial, Progress], OpenedShard]
-"""Opens a shard. Raises DaemonError, OSError, and errors of offload and models."""
+class KeepsShards(Protocol):
+    """See `shard_stores.ShardStores`."""
+
+    def open(self, request: Serve, dial: Dial, progress: Progress, reach: Sequence[Reach]) -> OpenedShard:
+        """Opens a shard. Raises DaemonError, OSError, and errors of offload and models."""
+
+    def lend(self, request: Serve) -> ServeWeights | None:
+        """What answers other workers of the group, if they may ask."""
 
 
 class ServedShard:
@@ -62,7 +72,7 @@ class ServedShard:
         self,
         request: Serve,
         dial: Dial,
-        open_shard: OpenShard,
+        shards: KeepsShards,
         budget: Budget,
         tell: Callable[[FromWorker], None],
         fellows: Fellows | None = None,
@@ -70,7 +80,7 @@ class ServedShard:
         self.request = request
         self.pulse = Pulse(request.epoch)
         self._dial = dial
-        self._open_shard = open_shard
+        self._shards = shards
         self._budget = budget
         self._tell = tell
         self.fellows = fellows
@@ -90,8 +100,11 @@ class ServedShard:
         return f"shard {self.request.epoch} of {self.request.model}"
 
     def introduce(self, told: Introduce) -> None:
-        """Meet the other workers, in a thread of its own, and tell the head whom this one has reached."""
-        if (fellows := self.fellows) is not None:
+        """Meet the other workers, in a thread of its own, and tell the head whom this one has reached; if there is
+        nothing to compute, hear where they are."""
+        if (fellows := self.fellows) is not None and self.request.fetch_only:
+            fellows.hear(told)
+        elif fellows is not None:
 
             def meet() -> None:
                 self._tell(fellows.meet(told))
@@ -159,7 +172,11 @@ class ServedShard:
             raise DaemonError("bad_request", f"a plan that takes {plan.peak_bytes} bytes")
         if not self.request.fetch_only:
             self._budget.hold(self.purpose, plan.peak_bytes)
-        opened = self._opened = self._open_shard(self.request, self._dialled, self._progress)
+        reach: list[Reach] = []
+        if (fellows := self.fellows) is not None:
+            nearest = sorted(fellows.ranks, key=lambda it: abs(it - fellows.rank))
+            reach = [partial(fellows.reach, rank) for rank in nearest]
+        opened = self._opened = self._shards.open(self.request, self._dialled, self._progress, reach)
         store = opened.store
         if store is None:
             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from shoal.daemon.errors import DaemonError
@@ -19,9 +20,11 @@ from shoal.partition.given_plan import check_given
 from shoal.partition.memory_layout import kv_page_bytes
 
 from .control_messages import Serve
-from .served_shard import Dial, OpenedShard, OpenShard
+from .mesh.fellows import ServeWeights
+from .served_shard import Dial, OpenedShard, Reach
 from .weights.shard_cache import ShardCache
-from .weights.shard_fetch import fetch_shard
+from .weights.shard_fetch import OtherWorkers, fetch_shard
+from .weights.shard_lender import ShardLender
 from .weights.weight_server import WeightServer
 
 CHANNELS = 2  # on which one worker gets weights
@@ -40,24 +43,34 @@ def send_weights(
     return WeightServer(checkpoint, quant, claimed(source_of(checkpoint)), bounded=bounded)
 
 
-def open_shards(
-    directory: Path, kv_files: KvFiles | None = None, limit_bytes: int | None = None
-) -> OpenShard:
-    """Opens shards whose weights are kept in `directory`, of which all together take `limit_bytes` at most; and their
-    KV on disk among `kv_files`, if there are any."""
-    cache = ShardCache(directory, limit_bytes)
+class ShardStores:
+    """Shards whose weights are kept in `directory`, of which all together take `limit_bytes` at most; and their KV on
+    disk among `kv_files`, if there are any."""
 
-    def open_shard(request: Serve, dial: Dial, progress: Progress) -> OpenedShard:
-        store, pack = open_store(request, dial, progress)
+    def __init__(
+        self, directory: Path, kv_files: KvFiles | None = None, limit_bytes: int | None = None
+    ) -> None:
+        self.kv_files = kv_files
+        self._cache = ShardCache(directory, limit_bytes)
+
+    def lend(self, request: Serve) -> ServeWeights | None:
+        return ShardLender(self._cache, request.files).serve if request.files else None
+
+    def open(
+        self, request: Serve, dial: Dial, progress: Progress, reach: Sequence[Reach] = ()
+    ) -> OpenedShard:
+        store, pack = self._open_store(request, dial, progress, reach)
         if store is None:
             return OpenedShard(store, NotKept(""), pack)
         try:
-            return OpenedShard(store, open_kv(request, kv_files), pack)
+            return OpenedShard(store, open_kv(request, self.kv_files), pack)
         except BaseException:
             store.close()
             raise
 
-    def open_store(request: Serve, dial: Dial, progress: Progress) -> tuple[BlockStore | None, Pack | None]:
+    def _open_store(
+        self, request: Serve, dial: Dial, progress: Progress, reach: Sequence[Reach]
+    ) -> tuple[BlockStore | None, Pack | None]:
         def loading(done: int, total: int) -> None:
             progress("loading", done, total)
 
@@ -65,9 +78,10 @@ def open_shards(
         try:
             with fetch_shard(
                 channels,
-                cache,
+                self._cache,
                 lambda done, total: progress("fetching", done, total),
                 model=request.model,
+                others=OtherWorkers(reach, partial(dial, "weights")) if request.files else None,
             ) as weights:
                 if weights.spec != request.spec or weights.shard != request.shard:
                     raise DaemonError("bad_request", "the head sends another shard than it asked for")
@@ -84,8 +98,6 @@ def open_shards(
         finally:
             for channel in channels:
                 channel.close()
-
-    return open_shard
 
 
 def open_kv(request: Serve, kv_files: KvFiles | None) -> KvSlots | NotKept:

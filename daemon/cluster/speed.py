@@ -264,7 +264,7 @@ def _library_version() -> str:
 def _read(kept: Path | None, key: str) -> _Kept:
     try:
         found = msgspec.json.decode(kept.read_bytes(), type=_Kept) if kept else _Kept(key, _NOTHING)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, RecursionError):
         return _Kept(key, _NOTHING)
     return found if found.key == key else _Kept(key, _NOTHING)
 

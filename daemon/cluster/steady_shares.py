@@ -65,6 +65,8 @@ class SteadyShares:
         for cut in self._read().cuts:
             if cut.model == model and place.keys() >= set(cut.members):
                 places = (0, *(place[who] for who in cut.members))
+                if list(places) != sorted({*places}):
+                    continue  # nobody has written that
                 by_places[places] = KeptCut(cut.shares, cut.experts)
                 if set(cut.there) == place.keys():
                     last = places
@@ -90,7 +92,7 @@ class SteadyShares:
     def _read(self) -> _Kept:
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Kept) if self._path else _Kept()
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, RecursionError):
             return _Kept()
 
 

@@ -36,7 +36,7 @@ from .control_messages import (
 )
 from .mesh.fellows import Fellows
 from .routes.route import HeadRoute
-from .served_shard import OpenShard, ServedShard
+from .served_shard import KeepsShards, ServedShard
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Worker:
         head: PairedNode,
         route: HeadRoute,
         attach: Callable[[], Attach],
-        open_shard: OpenShard,
+        keeps: KeepsShards,
         budget: Budget,
     ) -> None:
         self.head = head.name
@@ -62,7 +62,7 @@ class Worker:
         self.trouble = ""  # why it is not attached
         self.route = route
         self._attach = attach
-        self._open_shard = open_shard
+        self._keeps = keeps
         self._budget = budget
         self._closed = threading.Event()
         self._control: Channel | None = None
@@ -138,7 +138,7 @@ class Worker:
                 self._tell(ShardRefused(epoch=message.epoch, code="resources", reason=refusal))
                 return
             self._shards[message.epoch] = ServedShard(
-                message, self.route.dial, self._open_shard, self._budget, self._tell, self._fellows(message)
+                message, self.route.dial, self._keeps, self._budget, self._tell, self._fellows(message)
             )
         elif isinstance(message, Introduce):
             if (shard := self._shards.get(message.epoch)) is not None:
@@ -152,7 +152,12 @@ class Worker:
             return None
         try:
             return Fellows(
-                self.route.identity, self.route.own_host, request.epoch, request.shard.rank, request.fellows
+                self.route.identity,
+                self.route.own_host,
+                request.epoch,
+                request.shard.rank,
+                request.fellows,
+                self._keeps.lend(request),
             )
         except CommError as error:
             log.warning("the other workers of the group are not met: %s", error)

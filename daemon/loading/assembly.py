@@ -22,13 +22,16 @@ from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.engine.engine import Engine
 from shoal.engine.guess.drafter import Drafter
 from shoal.engine.leader import Leader
+from shoal.engine.learn.rival import Rival
 from shoal.engine.learn.speeds import Speeds
 from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
+from shoal.kernels import set_threads
 from shoal.kernels.errors import HomeLost
 from shoal.offload.budget import Budget
 from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import PrefixCache
+from shoal.partition.plan import Plan
 
 from .advice import advice_of
 from .grouping import GroupFailed, Grouping
@@ -184,7 +187,8 @@ class Assembly:
         return disk.most_reads if disk else 1
 
     def _speeds(self, main: Runnable, reads: int, config: NodeConfig) -> Speeds:
-        return Speeds(main.plan.chunk_tokens, main.expectation.step_curve(), reads, config.slowdown)
+        expected = main.expectation.step_curve()
+        return Speeds(main.plan.chunk_tokens, expected, reads, config.slowdown, _rival(main.plan))
 
     def _engine(
         self, main: Runnable, small: Runnable | None, disk: KvDisk | None, config: NodeConfig
@@ -198,6 +202,7 @@ class Assembly:
             expected=main.expectation.step_curve(),
             slowdown=config.slowdown,
             reads=self._reads(disk),
+            rival=_rival(main.plan),
             ropes=main.checkpoint.spec.ropes,
         )
         drafter = None
@@ -209,9 +214,13 @@ class Assembly:
                 chunk_tokens=small.plan.chunk_tokens,
                 clock=self.clock,
             )
-        return Engine(self._rank(main, disk), scheduler, self.clock, drafter, self.notify)
+        return Engine(self._rank(main, disk), scheduler, self.clock, drafter, self.notify, set_threads)
 
     def _rank(self, main: Runnable, disk: KvDisk | None = None) -> Rank:
         if (group := main.group) is not None:
             return Leader(main.executor, self.clock, group.others, disk, lambda: group.kv_slots)
         return Rank(main.executor, self.clock, disk)
+
+
+def _rival(plan: Plan) -> Rival | None:
+    return Rival(plan.threads, plan.rival_threads) if plan.rival_threads else None

@@ -62,6 +62,7 @@ class LoadedModel:
     prepared: bool = False  # machines that have come have their weights
     begun: deque[Sequence] = field(default_factory=deque)  # that nobody has looked back at
     arrivals: int = 0  # of machines, until it was last considered whether they should take part
+    _told: str = ""  # of what was tried
     _compiling: threading.Lock = field(default_factory=threading.Lock)
     _templates: dict[str, ChatTemplate | TemplateError] = field(default_factory=dict)
 
@@ -142,7 +143,11 @@ class LoadedModel:
         self.begun.append(sequence)
 
     def look_back(self) -> None:
-        """Log what was measured of requests that have ended beside what was predicted."""
+        """Log what was measured of requests that have ended beside what was predicted, and what was tried."""
+        rival = self.engine.scheduler.speeds.rival
+        if rival is not None and (said := rival.said) != self._told:
+            self._told = said
+            log.info("%s: %s", self.name, said)
         for _ in range(min(len(self.begun), LOOKED_AT)):
             sequence = self.begun.popleft()
             if not sequence.ended:
@@ -243,6 +248,7 @@ class LoadedModel:
             predicted_tokens_per_s=usual.tokens_per_s if usual else 0.0,
             predicted_band=list(usual.band) if usual else [],
             measured_tokens_per_s=1 / learnt.seconds(1) if learnt.measured else 0.0,
+            tried=rival.said if (rival := scheduler.speeds.rival) else "",
         )
 
     @property

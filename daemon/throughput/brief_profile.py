@@ -64,6 +64,7 @@ def _measured(
         if not idle():
             raise _Interrupted
 
+    kernels.set_threads(threads)  # the last step may have had fewer
     home = kernels.home_of("cpu")
     types = [kind for kind in WEIGHT_TYPES if kind.name in kinds]
     pool = Pool()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from harness.cells import Cell, Floors, Foretold, Measured, percentile, summary, verdict
 
@@ -21,6 +23,16 @@ def test_a_slower_machine_is_no_error_of_the_prediction() -> None:
     assert not found.void
     assert found.memory == pytest.approx(0.03)
     assert not verdict(FORETOLD, measured(0.2, 40, 40)).within
+
+
+def test_only_what_reads_goes_with_the_floors() -> None:
+    """Half of a token reads memory, which is half as quick now; the prompts compute."""
+    found = replace(FORETOLD, parts={"memory": 0.05, "compute": 0.05}, prompt_parts={"compute": 2.0})
+    there = verdict(found, measured(0.15, 20, 20))
+    assert there.token == pytest.approx(0)
+    assert there.ttft == pytest.approx(0)
+    streamed = replace(found, binding="disk", parts={"disk": 0.1, "memory": 0.05})
+    assert verdict(streamed, measured(0.1, 20, 20)).token == pytest.approx(0)
 
 
 def test_a_machine_that_changes_makes_a_cell_void() -> None:

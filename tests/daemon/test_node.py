@@ -274,6 +274,51 @@ def test_a_step_that_cannot_be_chosen_fails_all_requests_and_the_node_serves_on(
     assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
 
 
+def test_deadlines_that_cannot_be_looked_at_fail_all_requests_and_are_looked_at_again(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also while a step runs, whoever does the looking."""
+    model = next(iter(node._models))
+    engine = model.engine
+    monkeypatch.setattr("shoal.daemon.regular_looks.EVERY_S", 0.005)
+
+    def broken(*_: object) -> Any:
+        raise RuntimeError("out of time")
+
+    events: list[Event] = []
+    with engine._stepping:  # as in the middle of a step
+        node.submit(prompt(0), events.append)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.scheduler, "expire", broken)
+            node._answering.wait(20)
+        assert isinstance(events[-1], Error)
+        assert "out of time" in events[-1].message
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "look_back", broken)
+            node.submit(prompt(0, deadline_s=0.05), events.append)
+            node._answering.wait(20)
+        assert isinstance(events[-1], Done)
+        assert events[-1].finish_reason == "deadline"
+    assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
+    assert 1 <= caplog.text.count("a regular look failed") <= 2
+
+
+def test_a_step_whose_deadlines_cannot_be_looked_at_fails_its_requests(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = next(iter(node._models)).engine
+    with monkeypatch.context() as patch:
+        patch.setattr("shoal.daemon.regular_looks.EVERY_S", 60.0)
+
+        def broken(now_s: float) -> Any:
+            raise RuntimeError("out of time")
+
+        patch.setattr(engine.scheduler, "expire", broken)
+        with pytest.raises(DaemonError, match="out of time"):
+            list(node.stream(prompt(0)))
+    assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
+
+
 def test_a_request_that_cannot_be_queued_leaves_no_answer(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:

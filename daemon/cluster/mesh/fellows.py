@@ -40,6 +40,7 @@ MEET_S = 4.0  # until all are there, from the introduction on
 MEASURE_FELLOW_S = 0.1  # for each of the two figures
 FELLOW_WORD_S = 5.0
 DOOR_S = 1.0
+INTRODUCED_S = 10.0  # until the head has said where the others are
 
 ServeWeights = Callable[[int, Channel], None]
 """Answers questions of the fellow of this rank for weights until the channel ends."""
@@ -61,6 +62,7 @@ class Fellows:
         serve_weights: ServeWeights | None = None,
     ) -> None:
         self.epoch, self.rank = epoch, rank
+        self.ranks = sorted({fellow.rank for fellow in fellows})
         self.data: dict[int, Channel] = {}  # for sums, by rank; all are there once the head was told so
         self._identity = identity
         self._known = Introduced({fellow.rank: fellow.certificate for fellow in fellows})
@@ -83,13 +85,25 @@ class Fellows:
         addresses = self._listener.addresses if self._listener is not None else ()
         return Listens(epoch=self.epoch, addresses=[spelled(it) for it in addresses if "%" not in it[0]][:8])
 
+    def hear(self, told: Introduce) -> None:
+        """Where they are."""
+        with self._arrived:
+            for fellow in told.fellows:
+                if fellow.rank in self.ranks:
+                    self._addresses[fellow.rank] = _addresses(fellow.addresses)
+            self._arrived.notify_all()
+
+    def reach(self, rank: int) -> Channel:
+        """A new channel for weights to a fellow, once it was introduced. Raises CommError and OSError."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: self._closed or rank in self._addresses, INTRODUCED_S)
+        return self.dial(rank, "weights")
+
     def meet(self, told: Introduce) -> Met:
         """Dial and wait; blocks for `MEET_S` and a moment at most. What was reached, and what was not."""
         ends_s = time.monotonic() + MEET_S
-        ranks = {node.fingerprint: self._known.rank(node.fingerprint) for node in self._known.listed()}
-        for fellow in told.fellows:
-            if fellow.rank in ranks.values():
-                self._addresses[fellow.rank] = _addresses(fellow.addresses)
+        self.hear(told)
+        ranks = self.ranks
         found: dict[int, FellowMet] = {}
 
         def reach(rank: int) -> None:
@@ -98,15 +112,15 @@ class Fellows:
                 found[rank] = met
                 self._arrived.notify_all()
 
-        for rank in ranks.values():
+        for rank in ranks:
             if rank < self.rank:
                 threading.Thread(target=reach, args=(rank,), name="shoal-meet", daemon=True).start()
         with self._arrived:
             while not self._closed and (left_s := ends_s - time.monotonic()) > 0:
-                if all(rank in (found if rank < self.rank else self.data) for rank in ranks.values()):
+                if all(rank in (found if rank < self.rank else self.data) for rank in ranks):
                     break
                 self._arrived.wait(left_s)
-            for rank in ranks.values():
+            for rank in ranks:
                 if rank > self.rank and rank in self.data:
                     found[rank] = FellowMet(rank=rank)
                 elif rank not in found:

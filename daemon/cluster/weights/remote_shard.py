@@ -6,9 +6,12 @@ the types that the head keeps, so nothing is rounded here.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+import logging
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from msgspec import Struct
@@ -28,6 +31,7 @@ from shoal.partition.slicing import Shard
 from shoal.partition.spec import BlockId
 
 from .earlier_shards import EarlierShard
+from .piece_sources import FellowPieces, HeadPieces
 from .piece_stream import PieceStream
 from .shard_facts import ShardFacts
 from .weight_messages import (
@@ -42,6 +46,16 @@ from .weight_messages import (
 )
 
 T = TypeVar("T", bound=Struct)
+
+log = logging.getLogger("shoal.cluster")
+
+
+class _Part(NamedTuple):
+    """A part of a larger piece, and which earlier shard has it, if one has."""
+
+    whole: Piece
+    part: Piece
+    here: EarlierShard | None
 
 
 class RemoteShard:
@@ -67,13 +81,37 @@ class RemoteShard:
         self.kept_bytes = 0  # that were read from there
         self.earlier: Sequence[EarlierShard] = ()  # what this machine has already of what is read
         self._stream: PieceStream | None = None
+        self._parts: deque[_Part] = deque()  # of what is expected, as far as was looked at and not read yet
+        self._lenders: list[FellowPieces] = []
+        self._lending = threading.Lock()
+        self._closed = False
         self._memory = Arena()
 
     def close(self) -> None:
         """Ends the reading. Idempotent."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        with self._lending:
+            self._closed = True
+            stream, self._stream = self._stream, None
+            idle = [] if stream is not None else self._lenders
+        if stream is not None:
+            stream.close()
+        for source in idle:
+            source.close()
+
+    def lend(self, source: FellowPieces) -> None:
+        """Pieces come from there, too, from now on. From any thread. The source is closed with this shard."""
+        with self._lending:
+            if not self._closed:
+                self._lenders.append(source)
+                if self._stream is not None:
+                    self._stream.lend(source)
+                return
+        source.close()
+
+    @property
+    def lent_bytes(self) -> int:
+        """That came from there."""
+        return self._stream.lent_bytes if self._stream is not None else 0
 
     def bypass_cache(self) -> None:
         """Nothing of it is in this machine's page cache."""
@@ -88,11 +126,28 @@ class RemoteShard:
         self._ahead(pieces)
 
     def _ahead(self, pieces: Iterable[Piece]) -> PieceStream:
-        if self._stream is None:
-            self._stream = PieceStream(self._channels, self.facts.content, self.facts.piece_bytes)
-        small = (part for piece in pieces for part in self.facts.cut(piece))
-        self._stream.expect(part for part in small if self._here(part) is None)
-        return self._stream
+        with self._lending:
+            if (stream := self._stream) is None:
+                head = [HeadPieces(channel, self.facts.content) for channel in self._channels]
+                stream = self._stream = PieceStream(head, self.facts.piece_bytes)
+                for source in self._lenders:
+                    stream.lend(source)
+        self._parts = deque()
+        stream.expect(self._lacking(pieces, self._parts))
+        return stream
+
+    def _lacking(self, pieces: Iterable[Piece], parts: deque[_Part]) -> Iterator[Piece]:
+        """What is not here of these, in parts that are small enough to be asked for, and that nobody has only half of.
+        All parts are noted in `parts` as one comes to them."""
+        for piece in pieces:
+            key = piece.block, piece.role
+            known = [*(it.held for it in self.earlier), *(it.held for it in self._lenders)]
+            held = [rows for it in known if (rows := it.get(key)) is not None]
+            for part in self.facts.cut(piece, [bound for rows in held for bound in rows]):
+                here = self._here(part)
+                parts.append(_Part(piece, part, here))
+                if here is None:
+                    yield part
 
     def _here(self, piece: Piece) -> EarlierShard | None:
         return next((shard for shard in self.earlier if shard.has(piece)), None)
@@ -143,16 +198,29 @@ class RemoteShard:
         yield from (Piece(block, role, 0, length) for role, length in self.vector_lengths(block).items())
 
     def _fill(self, piece: Piece, memory: Bytes) -> None:
-        small = [(part, self._here(part)) for part in self.facts.cut(piece)]
-        stream, first = self._stream, next((part for part, here in small if here is None), None)
-        if stream is None or (first is not None and not stream.expects(first)):
+        stream = self._stream
+        if stream is None or self._next(stream) != (piece, piece.start):
             stream = self._ahead([piece])
         at = 0
-        for part, here in small:
+        while at < len(memory):
+            self._next(stream)
+            _, part, here = self._parts.popleft()
             into = memory[at : at + self.facts.piece_bytes(part)]
             if here is not None:
-                here.read(part, into)
+                try:
+                    here.read(part, into)
+                except OSError as error:  # the head has it, too
+                    log.warning("%s: %s", self.name, error)
+                    self.earlier = [shard for shard in self.earlier if shard is not here]
+                    stream = self._ahead([Piece(piece.block, piece.role, part.start, piece.stop)])
+                    continue
                 self.kept_bytes += len(into)
             else:
                 stream.take(part, into)
             at += len(into)
+
+    def _next(self, stream: PieceStream) -> tuple[Piece, int] | None:
+        """Of which larger piece the next part is, and where it begins; None if nothing is expected."""
+        if not self._parts:
+            stream.look()
+        return (self._parts[0].whole, self._parts[0].part.start) if self._parts else None

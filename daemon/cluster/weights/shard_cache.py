@@ -156,10 +156,14 @@ class ShardCache:
 
     def siblings(self, facts: ShardFacts) -> Iterator[Path]:
         """Packs of other shards of the same files, latest first."""
-        key = facts.content.rpartition(".")[2]
+        for directory in self.all_of(facts.description.key):
+            if directory.name.split(".")[-2:-1] != [facts.form]:
+                yield directory
+
+    def all_of(self, key: str) -> Iterator[Path]:
+        """Packs of shards of the files that KEY names, latest first."""
         for shard in reversed(self.list()):
-            name = shard.directory.name.split(".")
-            if shard.complete and name[-1] == key and name[-2:-1] != [facts.form]:
+            if shard.complete and shard.directory.name.split(".")[-1] == key:
                 yield shard.directory
 
     def lock(self, place: Path) -> ShardLock:

@@ -7,7 +7,8 @@ does not have. Knows no files and no channels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
@@ -26,8 +27,12 @@ from shoal.partition.spec import BlockId, BlockKind, ModelSpec
 
 from .weight_messages import MOST_BLOCKS, MOST_FORMS, MOST_PIECE_BYTES, PIECE_BYTES, BlockForm, Description
 
+RowsHeld = Mapping[tuple[BlockId, str], Range]
+"""Block and role → the rows of a shard's matrix that somebody has."""
+
 _FLOAT_BYTES = 4
 _MOST_RANKS = 4096
+_MOST_ROWS = 1 << 40  # beyond which no range of a shard ends
 
 
 class BlockFacts(NamedTuple):
@@ -45,9 +50,10 @@ class ShardFacts:
     """
 
     def __init__(self, description: Description) -> None:
+        self.description = description
         self.name, self.shard, self.quant = description.name, description.shard, description.quant
         try:
-            self.spec = _spec_of(description)
+            self.spec = described_spec(description)
             self._facts = dict(zip(self.spec.blocks(), self._found(description), strict=True))
         except (PartitionError, KernelError, ValueError) as error:
             raise DaemonError("corrupt", f"the head described a shard that cannot be: {error}") from error
@@ -66,6 +72,11 @@ class ShardFacts:
                     raise ValueError(f"form {at} of {len(description.forms)}")
                 made[block.kind, at] = _kind_facts(self.spec, block.kind, description.forms[at])
             yield made[block.kind, at]
+
+    @property
+    def blocks(self) -> Sequence[BlockId]:
+        """In the order of a step."""
+        return [*self._facts]
 
     def has(self, block: BlockId) -> bool:
         return block in self._facts
@@ -97,15 +108,19 @@ class ShardFacts:
             "bad_request", f"the shard has no piece {piece.role}[{start}:{stop}] of {piece.block}"
         )
 
-    def cut(self, piece: Piece) -> Iterator[Piece]:
-        """The pieces, each small enough to be asked for, that make up a larger one, which begins with a whole band."""
+    def cut(self, piece: Piece, bounds: Collection[int] = ()) -> Iterator[Piece]:
+        """The pieces, each small enough to be asked for, that make up a larger one, which begins with a whole band.
+        None goes over one of `bounds`, as far as these are between bands."""
         block, role = piece.block, piece.role
-        step = PIECE_BYTES // _FLOAT_BYTES
+        step, unit = PIECE_BYTES // _FLOAT_BYTES, 1
         if role in self.matrices(block):
             kind, _, cols = self.matrices(block)[role]
-            step = max(1, PIECE_BYTES // kind.matrix_bytes(kind.band_rows, cols)) * kind.band_rows
-        for start in range(piece.start, piece.stop, step):
-            yield Piece(block, role, start, min(start + step, piece.stop))
+            unit = kind.band_rows
+            step = max(1, PIECE_BYTES // kind.matrix_bytes(unit, cols)) * unit
+        within = {bound for bound in bounds if piece.start < bound < piece.stop and bound % unit == 0}
+        for first, last in pairwise((piece.start, *sorted(within), piece.stop)):
+            for start in range(first, last, step):
+                yield Piece(block, role, start, min(start + step, last))
 
     def _block_bytes(self, block: BlockId) -> int:
         return self.matrix_bytes(block) + _FLOAT_BYTES * sum(self.vector_lengths(block).values())
@@ -132,13 +147,13 @@ def described(part: WeightSource, whole: ModelSpec, shard: Shard, quant: Quant, 
     return Description(name, key, whole, shard, quant, [form for _, form in forms.values()], form_of)
 
 
-def _spec_of(description: Description) -> ModelSpec:
-    """The spec of the smaller model. Raises PartitionError or ValueError."""
+def described_spec(description: Description) -> ModelSpec:
+    """The spec of the smaller model, which has a bounded number of blocks. Raises PartitionError or ValueError."""
     shard = description.shard
     if not 0 <= shard.rank < shard.ranks <= _MOST_RANKS:
         raise ValueError(f"rank {shard.rank} of {shard.ranks}")
     for name, own in vars(shard.ranges).items():
-        if isinstance(own, Range) and not 0 <= own.start <= own.stop:
+        if isinstance(own, Range) and not 0 <= own.start <= own.stop <= _MOST_ROWS:
             raise ValueError(f"{name} from {own.start} to {own.stop}")
     spec = shard_spec(description.spec, shard)
     experts = len(spec.moe.own) if spec.moe else 0

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.transfer import FULL_DISK
@@ -26,9 +29,11 @@ from shoal.partition.amounts import format_bytes
 from shoal.partition.slicing import Shard
 
 from .earlier_shards import EarlierShard
+from .piece_sources import lent_by
 from .remote_shard import RemoteShard
 from .shard_cache import ShardCache, ShardLock
 
+MOST_ASKED = 4  # other workers
 MOST_EARLIER = 4  # shards that are looked at for what need not be sent
 ADDED_BYTES = 4 << 20  # that are put into the pack at a time
 NO_ROOM = FULL_DISK | {errno.EFBIG}  # a file system, or a limit of this process, may bound a single file
@@ -36,11 +41,32 @@ NO_ROOM = FULL_DISK | {errno.EFBIG}  # a file system, or a limit of this process
 log = logging.getLogger("shoal.cluster")
 
 
+class OtherWorkers(NamedTuple):
+    """Other workers that may have some of a shard. Each of `reach` opens a channel for weights to one of them, and may
+    wait until that is known to be there; `dial_head` opens one to the head. Both raise CommError or OSError."""
+
+    reach: Sequence[Callable[[], Channel]]
+    dial_head: Callable[[], Channel]
+
+    def ask(self, remote: RemoteShard) -> None:
+        """From now on `remote` gets what they have from them, too. Does not wait, and never fails."""
+        for reach in self.reach[:MOST_ASKED]:
+            threading.Thread(target=self._ask, args=(remote, reach), name="shoal-lent", daemon=True).start()
+
+    def _ask(self, remote: RemoteShard, reach: Callable[[], Channel]) -> None:
+        try:
+            if (source := lent_by(reach(), self.dial_head, remote.facts)) is not None:
+                remote.lend(source)
+        except (CommError, OSError) as error:
+            log.info("%s: another worker lends nothing: %s", remote.name, error)
+
+
 class ShardWeights:
     """A worker's weights. `close` it when they are loaded; the pack stays in the cache as long as anybody has `pack`.
 
     spec: of the smaller model.  pack: on this machine's disk; None if they have to be loaded from the head each time,
-    and then `warning` says why.  reader: what a resident store loads from.
+    and then `warning` says why.  reader: what a resident store loads from.  kept_bytes, lent_bytes: of those that were
+    fetched into the pack, what was here already, and what came from other workers.
     """
 
     def __init__(self, remote: RemoteShard, pack: Pack | None, warning: str = "") -> None:
@@ -48,6 +74,7 @@ class ShardWeights:
         self.matrix_bytes = remote.facts.matrix_bytes
         self.pack = pack
         self.warning = warning
+        self.kept_bytes, self.lent_bytes = remote.kept_bytes, remote.lent_bytes
         self.reader: BlockReader = PackReader(pack) if pack else remote
         self._remote = remote
 
@@ -68,12 +95,13 @@ def fetch_shard(
     progress: BytesDone = unheard,
     memory_bytes: int | None = None,
     model: str = "",
+    others: OtherWorkers | None = None,
 ) -> ShardWeights:
     """The weights of the shard that the head serves on `channels`, of which the cache then has a pack. What an earlier
     attempt has left of it, or the same weights under another name at the head, is not sent again.
 
     memory_bytes: what the weights may take, if the disk has no room; None = what is available.  model: what people call
-    it; "" = as its files do.
+    it; "" = as its files do.  others: who may have some of what is fetched.
     Raises GroupError when the channels fail: they are closed then, and the next attempt goes on. Raises DaemonError:
     `resources` when neither disk nor memory have room, `busy` while another process fetches the same, and what the
     head refuses with.
@@ -83,7 +111,7 @@ def fetch_shard(
         place = cache.place(remote.facts)
         lock = cache.lock(place)
         try:
-            pack, refusal = _had(remote, cache, place, lock, progress, model or remote.name)
+            pack, refusal = _had(remote, cache, place, lock, progress, model or remote.name, others)
         except BaseException:
             lock.release()  # at once, though who catches this may keep it
             raise
@@ -100,14 +128,20 @@ def fetch_shard(
 
 
 def _had(
-    remote: RemoteShard, cache: ShardCache, place: Path, lock: ShardLock, progress: BytesDone, model: str
+    remote: RemoteShard,
+    cache: ShardCache,
+    place: Path,
+    lock: ShardLock,
+    progress: BytesDone,
+    model: str,
+    others: OtherWorkers | None,
 ) -> tuple[Pack | None, str]:
     """The pack at `place`, which nobody removes as long as `lock` lives; or None, and why there is no room for it."""
     lock.share()
     if (pack := cache.find(place, remote.facts)) is not None:
         return pack, ""
     lock.exclude()
-    pack, refusal = _made(remote, cache, place, progress, model)
+    pack, refusal = _made(remote, cache, place, progress, model, others)
     lock.share()
     if pack is not None and not pack.path.exists():
         raise DaemonError("busy", f"another process has just removed {place}", "try again")
@@ -115,7 +149,12 @@ def _had(
 
 
 def _made(
-    remote: RemoteShard, cache: ShardCache, place: Path, progress: BytesDone, model: str
+    remote: RemoteShard,
+    cache: ShardCache,
+    place: Path,
+    progress: BytesDone,
+    model: str,
+    others: OtherWorkers | None,
 ) -> tuple[Pack | None, str]:
     """Finds or fetches the pack at `place`, whose lock is held alone. → it; or None, and why there is no room for it"""
     facts = remote.facts
@@ -129,12 +168,18 @@ def _made(
             return None, refusal
         with ExitStack() as claims:
             remote.earlier = list(_earlier(remote, cache, claims, progress))
+            if others is not None:
+                others.ask(remote)
             pack = builder.build(place, progress)
-            if remote.kept_bytes:
-                kept, whole = format_bytes(remote.kept_bytes), format_bytes(builder.nbytes)
-                log.info(
-                    "%s: %s of the %s of shard %s were here already", remote.name, kept, whole, remote.shard
-                )
+            kept, lent, whole = map(format_bytes, (remote.kept_bytes, remote.lent_bytes, builder.nbytes))
+            log.info(
+                "%s: of the %s of shard %s, %s were here already and %s came from other workers",
+                remote.name,
+                whole,
+                remote.shard,
+                kept,
+                lent,
+            )
             return pack, ""
     except OSError as error:
         if error.errno not in NO_ROOM:
@@ -167,14 +212,18 @@ def _earlier(
     remote: RemoteShard, cache: ShardCache, claims: ExitStack, progress: BytesDone
 ) -> Iterator[EarlierShard]:
     """What is here of the same model, in other shards, the latest first. Nobody removes it until `claims` end."""
+    before: list[EarlierShard] = []
     for found in islice(cache.siblings(remote.facts), MOST_EARLIER):
         lock = cache.lock(found)
         claims.callback(lock.release)
-        with suppress(DaemonError, PackError, OSError):  # being removed or damaged
+        with suppress(DaemonError, PackError, OSError):  # being removed, damaged, or not what its name says
             lock.share()
             pack = open_pack(found)
             if isinstance(pack.manifest.shard, Shard) and not (found / DAMAGED).exists():
-                yield EarlierShard(pack, remote.facts, progress)
+                shard = EarlierShard(pack, remote.facts)
+                shard.check(before, progress)
+                before.append(shard)
+                yield shard
 
 
 def _same(remote: RemoteShard, manifest: Manifest, progress: BytesDone) -> bool:

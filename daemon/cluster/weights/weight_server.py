@@ -39,11 +39,14 @@ from .weight_messages import (
     QUESTION_BYTES,
     BlockChecksum,
     Describe,
+    PieceDigest,
     PieceFollows,
     Refused,
     WantChecksum,
+    WantDigest,
     WeightAnswer,
     WeightQuestion,
+    digest_of,
 )
 
 
@@ -51,7 +54,7 @@ class WeightServer:
     """Sends shards of an open checkpoint, in the types that `quant` keeps. It stays open as long as anything is served.
 
     source: what identifies the checkpoint's files, if they have a name in the store.  bounded: memory is limited, so
-    reading must leave nothing behind in it.
+    reading must leave nothing behind in it.  key: names these files; see `Description`.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class WeightServer:
         self._checkpoint = checkpoint
         self._quant: Quant = quant
         self._source = source or source_of(checkpoint)
+        self.key = _key(self._source)
         self._working = threading.BoundedSemaphore(default_threads())
         self.trouble: DaemonError | None = (
             None  # why it could not send: nothing that a worker can bring about
@@ -133,6 +137,8 @@ class _Serving:
         piece = Piece(question.block, question.role, question.start, question.stop)
         data = self._read(piece, self._facts.piece_bytes(piece))
         self._require_unchanged()
+        if isinstance(question, WantDigest):
+            return PieceDigest(digest_of(data)), None
         return PieceFollows(checksum(data)), data
 
     def _read(self, piece: Piece, nbytes: int) -> Bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import json
 import os
 import random
@@ -34,6 +35,7 @@ class Many(FakeAnswers):
         super().__init__()
         self.trouble: Callable[[Generate | Chat], DaemonError | None] = lambda request: None
         self.likely: list[int | None] = []
+        self.most_likely = 1 << 26
         self.unloadable: dict[str, DaemonError] = {}
         self._source = random.Random(1)
 
@@ -41,6 +43,8 @@ class Many(FakeAnswers):
         self, model: str, draft: Any, context: Any = None, ranks: Any = None, *, likely: Any = None
     ) -> Any:
         self.likely.append(likely)
+        if likely is not None and likely > self.most_likely:
+            raise DaemonError("resources", "not so much memory")
         if (error := self.unloadable.get(Path(model).stem)) is not None:
             raise error
         super().load(model, draft, context, ranks)
@@ -316,10 +320,66 @@ def test_each_model_answers_its_own(many: Many) -> None:
     assert not Path("out.jsonl").exists()
 
 
+def test_if_no_model_can_be_had_no_line_fails(many: Many) -> None:
+    """Not in the middle of a batch either: its file may be on a disk that is not mounted just now."""
+    asked(line(1), line(2))
+    many.trouble = lambda request: DaemonError("shutting_down", "stopped") if "2" in str(request) else None
+    assert run().exit_code == 1
+    before = Path("out.jsonl").read_bytes()
+    assert before.count(b"\n") == 1
+    Path("m.gguf").rename("elsewhere")
+    result = run()
+    assert (result.exit_code, "--model MODEL" in result.stderr) == (1, True)
+    Path("elsewhere").rename("m.gguf")
+    many.trouble = lambda request: None
+    for code, exit_code in (("bad_request", 2), ("corrupt", 1), ("not_found", 1)):
+        many.unloadable["m"] = DaemonError(code, "m is loaded otherwise")  # type: ignore[arg-type]
+        result = run()
+        assert result.exit_code == exit_code
+        assert "m is loaded otherwise" in result.stderr
+    assert Path("out.jsonl").read_bytes() == before
+    many.unloadable.clear()
+    assert run().exit_code == 0
+    assert len(texts()) == 2
+
+
+def test_lines_of_a_model_that_cannot_be_had_fail_wherever_they_stand(many: Many) -> None:
+    many.unloadable["other"] = DaemonError("corrupt", "other.gguf is cut off")
+    asked(line(1, model="other.gguf"), line(2), line(3, model="other.gguf"))
+    assert run().exit_code == 1
+    assert (sorted(texts()), sorted(errors(), key=str)) == (["c2"], ["c1", "c3"])
+
+
+def test_a_model_that_is_given_and_not_there_is_said_as_elsewhere(many: Many) -> None:
+    asked(line(1))
+    said = run("--model", "nowhere.gguf").stderr
+    assert said == shoal("run", "nowhere.gguf", "hi").stderr
+
+
 def test_long_requests_get_their_context_if_that_fits(many: Many) -> None:
     asked(line(1, "x" * 40_000, max_tokens=100), line(2))
     assert run().exit_code == 0
     assert many.likely == [20_100]
+
+
+def test_one_request_that_fits_nowhere_leaves_the_others_what_they_need(
+    many: Many, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context is asked for that the model can have, and half of it where there is no memory for that."""
+    asked(line(1, "x" * 40_000, max_tokens=100), line(2, max_tokens=1 << 26))
+    many.most_likely = 20_000
+    assert run().exit_code == 0
+    assert many.likely[0] == 1 << 26
+    assert (many.likely[-2], many.likely[-1]) == (1 << 15, 1 << 14)
+    monkeypatch.setattr("shoal.daemon.loading.checkpoint_facts.longest_context", lambda path: 40_000)
+    Path("out.jsonl").unlink()
+    many.likely.clear()
+    assert run().exit_code == 0
+    assert many.likely == [40_000, 20_000]
+    many.most_likely = 0
+    Path("out.jsonl").unlink()
+    assert run().exit_code == 0
+    assert many.likely[-2:] == [5000, None]
 
 
 def test_what_begins_alike_stands_together_and_long_answers_come_first(many: Many) -> None:
@@ -335,6 +395,22 @@ def test_what_begins_alike_stands_together_and_long_answers_come_first(many: Man
     groups = [(number - 2) % 4 for number in order[1:-1]]
     assert sum(a != b for a, b in pairwise(groups)) == 3
     assert not Path("out.jsonl").exists()
+
+
+def test_lines_that_failed_may_be_changed_and_no_others(many: Many) -> None:
+    asked(line(1), line(2, n=2), line(3))
+    assert run().exit_code == 1
+    asked(line(1), line(2, n=1), line(3))
+    before = Path("out.jsonl").read_bytes()
+    result = run()
+    assert result.exit_code == 2
+    assert "lines that failed may be changed with --retry-failed" in result.stderr
+    asked(line(1), line(2, n=1), line(3, "other"))
+    assert "line 3 of in.jsonl, or --model, is another" in run("--retry-failed").stderr
+    assert Path("out.jsonl").read_bytes() == before
+    asked(line(1), line(2, n=1), line(3))
+    assert run("--retry-failed").exit_code == 0
+    assert sorted(texts()) == ["c1", "c2", "c3"]
 
 
 # --- files -------------------------------------------------------------------------------------------------
@@ -353,6 +429,8 @@ def _pipe(path: Path) -> None:
         (lambda: asked(b""), "in.jsonl has no requests", 2),
         (lambda: asked(b"\xef\xbb\xbf\r\n\n"), "in.jsonl has no requests", 2),
         (lambda: asked(line(1).decode().encode("utf-16")), "in.jsonl is UTF-16: it must be UTF-8", 2),
+        (lambda: asked(gzip.compress(line(1))), "in.jsonl is compressed (gzip): it must be UTF-8", 2),
+        (lambda: asked(b"PK\x03\x04..."), "in.jsonl is compressed (zip): it must be UTF-8", 2),
         (lambda: asked(line(1)) or os.link("in.jsonl", "out.jsonl"), "out.jsonl is the file of requests", 2),
         (
             lambda: asked(line(1)) or Path("out.jsonl").mkdir(),
@@ -398,6 +476,79 @@ def test_two_processes_do_not_write_one_file(many: Many) -> None:
     assert result.exit_code == 3
     assert result.stderr == "shoal: another process writes out.jsonl just now\n"
     assert run().exit_code == 0
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_taken_away_before_it_was_locked_is_not_written(
+    many: Many, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    """Another process ended in between, and has removed its empty file, or replaced it by one without failed lines."""
+    asked(line(1))
+    Path("out.jsonl").touch()
+    lock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        Path("out.jsonl").unlink()
+        if replaced:
+            Path("out.jsonl").touch()
+        lock(descriptor, how)
+
+    with monkeypatch.context() as racing:
+        racing.setattr(answer_file.fcntl, "flock", late)
+        result = run()
+    assert (result.exit_code, result.stderr) == (3, "shoal: another process writes out.jsonl just now\n")
+    assert run().exit_code == 0
+
+
+@pytest.mark.parametrize("every_s", [-1.0, 1e9])
+def test_answers_that_go_where_nobody_finds_them_are_no_success(
+    many: Many, monkeypatch: pytest.MonkeyPatch, every_s: float
+) -> None:
+    monkeypatch.setattr(answer_file, "SYNC_S", every_s)
+    asked(*(line(number) for number in range(5)))
+
+    def take_away(request: Any) -> None:
+        if Path("out.jsonl").exists():
+            Path("out.jsonl").rename("elsewhere")
+
+    many.trouble = take_away  # type: ignore[assignment]
+    result = run()
+    assert result.exit_code == 2
+    assert "out.jsonl was moved or removed while it was written" in result.stderr
+    Path("elsewhere").rename("out.jsonl")
+    many.trouble = lambda request: None
+    assert run().exit_code == 0
+    assert len(texts()) == 5
+
+
+def test_lines_are_brought_to_the_disk_though_none_follows(
+    many: Many, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked(line(1))
+    synced: list[int] = []
+    monkeypatch.setattr(answer_file.os, "fsync", synced.append)
+    with (
+        RequestLines(Path("in.jsonl")) as requests,
+        AnswerFile(Path("out.jsonl"), requests.stat) as out,
+    ):
+        out.add(b"1")
+        out.settle()
+        assert not synced
+        monkeypatch.setattr(answer_file, "SYNC_S", -1.0)
+        out.settle()
+        assert synced
+        count = len(synced)
+        out.settle()
+        assert len(synced) == count
+
+
+def test_files_of_like_names_stay(many: Many) -> None:
+    asked(line(1), line(2, n=2))
+    for name in ("out.jsonl.partial", "out.jsonl~", "out"):
+        Path(name).write_text("mine")
+    assert run().exit_code == 1
+    assert run("--retry-failed").exit_code == 1
+    assert {Path(name).read_text() for name in ("out.jsonl.partial", "out.jsonl~", "out")} == {"mine"}
 
 
 def test_a_full_disk_tears_no_line(many: Many, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,10 @@ from shoal.cli.batch import batch_sizes
 from shoal.cli.batch.batch_sizes import BATCH_SIZES, IF_STREAMED, batch_size
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
+from shoal.daemon.loading.checkpoint_facts import longest_context
 from shoal.daemon.loading.outlook import TooLarge, outlook
 from shoal.daemon.throughput.own_machine import OwnMachine
 
@@ -35,3 +37,11 @@ def test_larger_steps_need_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for most, size in ((100, BATCH_SIZES[1]), (16, BATCH_SIZES[2]), (1, IF_STREAMED)):
         monkeypatch.setattr(batch_sizes, "outlook", within(most))
         assert batch_size([str(model)], NodeConfig(), library, packs) == size
+
+
+def test_the_longest_context_is_what_loading_allows(tmp_path: Path) -> None:
+    model = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    assert longest_context(model) == 128
+    model.write_bytes(b"GGUF")
+    with pytest.raises(DaemonError):
+        longest_context(model)

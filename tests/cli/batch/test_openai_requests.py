@@ -53,6 +53,16 @@ def test_all_that_is_known_reaches_the_request() -> None:
     assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (4, 0.1, 1.1)
 
 
+def test_what_no_answer_depends_on_may_be_there() -> None:
+    plain = parse(chat(), None)
+    for more in (
+        {"service_tier": "flex"}, {"prompt_cache_retention": "24h"}, {"safety_identifier": "x"},
+        {"modalities": ["text"]},
+        {"parallel_tool_calls": True}, {"parallel_tool_calls": False}, {"functions": []}, {"function_call": "none"},
+    ):  # fmt: skip
+        assert parse(chat(**more), None) == plain
+
+
 def test_completions_take_a_text_or_tokens() -> None:
     for prompt in ("Hi", ["Hi"]):
         request = parse(completion(prompt=prompt, logprobs=3), None).request
@@ -105,6 +115,10 @@ def test_a_model_that_is_given_is_taken_instead() -> None:
         (chat(stream=0), "body.stream=0: must be false", "stream"),
         (chat(tools=[{"type": "function"}]), "body.tools=", "tools"),
         (chat(response_format={"type": "json_object"}), "body.response_format=", "response_format"),
+        (chat(parallel_tool_calls=1), "body.parallel_tool_calls=1: must be true or false or", "parallel_tool_calls"),
+        (chat(modalities=["audio"]), "body.modalities=", "modalities"),
+        (chat(functions=[{"name": "f"}]), "body.functions=", "functions"),
+        (completion(modalities=["text"]), "body.modalities is no field of /v1/completions", "modalities"),
         (completion(echo=True), "body.echo=true: must be false", "echo"),
         (chat(temperature="hot"), "body.temperature='hot': must be a number from 0 to 100", "temperature"),
         (chat(temperature=-1), "body.temperature=-1: must be", "temperature"),

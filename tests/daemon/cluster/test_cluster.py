@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,8 +22,10 @@ from shoal.daemon.cluster.group import Group
 from shoal.daemon.cluster.mesh import fellows
 from shoal.daemon.cluster.mesh.fellows import Fellows
 from shoal.daemon.cluster.roster import ARRIVE_S, NobodyKnown, Roster
-from shoal.daemon.cluster.weights import weight_server
+from shoal.daemon.cluster.weights import shard_facts, weight_server
 from shoal.daemon.cluster.weights.shard_cache import ShardCache
+from shoal.daemon.cluster.weights.weight_messages import WantDigest, WantPiece
+from shoal.daemon.cluster.weights.weight_server import WeightServer
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.node import Node
 from shoal.partition.sum_cost import Means, Network, SumPlan
@@ -120,7 +123,10 @@ def test_workers_that_lose_each_other_go_on_by_way_of_the_head(
     assert not any(two.roster.faults.left_s(member.fingerprint) for member in two.roster.members)
 
 
-def test_a_machine_that_goes_and_comes_back(two: Cluster, path: Path, alone: list[list[int]]) -> None:
+def test_a_machine_that_goes_and_comes_back(
+    two: Cluster, path: Path, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has lost its weights. The other worker lends it some of them, of which the head says the digests."""
     two.node.load(Load(model=str(path)))
     stream = two.node.stream(prompt(0))
     events = [next(stream) for _ in range(4)]
@@ -130,8 +136,21 @@ def test_a_machine_that_goes_and_comes_back(two: Cluster, path: Path, alone: lis
     assert ids == alone[0]
     wait_for(lambda: ranks(two) == 2)
     assert text_of(two.node, prompt(1))[1] == alone[1]
+    shutil.rmtree(two.home(1).shards)
+    lent, original = threading.Event(), WeightServer._answered
+
+    def answered(server: Any, serving: Any, question: Any) -> Any:
+        if isinstance(question, WantPiece):
+            lent.wait(5)
+        elif isinstance(question, WantDigest):
+            lent.set()
+        return original(server, serving, question)
+
+    monkeypatch.setattr(shard_facts, "PIECE_BYTES", 1 << 10)
+    monkeypatch.setattr(WeightServer, "_answered", answered)
     two.start(1)
     wait_for(lambda: ranks(two) == 3)
+    assert lent.is_set()
     assert text_of(two.node, prompt(2))[1] == alone[2]
 
 

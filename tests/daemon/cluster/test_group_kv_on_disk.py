@@ -227,8 +227,8 @@ def test_workers_are_told_no_texts(cluster: Cluster, path: Path, truth: list[lis
 
 def kv_files(cluster: Cluster, number: int) -> KvFiles:
     """A worker's."""
-    cells = cluster.workers[number]._open_shard.__closure__ or ()
-    (found,) = (cell.cell_contents for cell in cells if isinstance(cell.cell_contents, KvFiles))
+    found = cluster.workers[number]._shards.kv_files  # type: ignore[attr-defined]
+    assert isinstance(found, KvFiles)
     return found
 
 

@@ -110,8 +110,45 @@ def test_which_cut_is_the_last(tmp_path: Path) -> None:
     assert again.cuts("m", ["a", "b"]).last == (0, 1, 2)
 
 
+def test_a_number_of_ranks_that_is_asked_for_is_more_than_what_is_kept(tmp_path: Path) -> None:
+    """Though the last cut, of other machines, is as good or better."""
+    steady = SteadyShares(tmp_path / "shares.json")
+    links = {(0, place): LINK for place in (1, 2)}
+
+    def chosen(ranks: int | None, slow: float = 1.0, true: float = 1.0) -> tuple[str, ...]:
+        machines = [Machine("head", 1 << 34, 1e10, 2e11, 1e9), Machine("a", 1 << 34, 1e10, 2e11, 1e9)]
+        machines.append(Machine("b", 1 << 34, 1e10 * slow, 2e11 * slow * true, 1e9))
+        found = choose(WANTED, SIZES, machines, links, ranks=ranks, kept=steady.cuts("m", WORKERS))
+        assert isinstance(found, Choice)
+        return tuple(rank.machine for rank in found.ranks)
+
+    steady.use({}, UsedCut("m", ("a",), (1, 1), "columns", WORKERS))
+    assert chosen(3, 0.05) == ("head", "a", "b")
+    steady.use({}, UsedCut("m", WORKERS, (1, 1, 1), "columns", WORKERS))
+    assert len(chosen(2)) == 2
+    assert chosen(None) == ("head", "a", "b")
+    assert "b" not in chosen(None, true=float("nan")), "what cannot be true is not used, kept or not"
+
+
+@pytest.mark.parametrize("members", [("a", "a"), ("b", "a")])
+def test_members_that_cannot_have_been_are_passed_over(members: tuple[str, ...], tmp_path: Path) -> None:
+    steady = SteadyShares(tmp_path / "shares.json")
+    steady.use({}, UsedCut("m", members, (1, 1, 1), "columns", WORKERS))
+    assert steady.cuts("m", WORKERS) == ({}, None)
+
+
 @pytest.mark.parametrize(
-    "damage", [b"", b"{", b"[]", b'{"cuts": [1]}', b"\xff\x00", b'{"m a b": [0.5, 0.5]}']
+    "damage",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"cuts": [1]}',
+        b"\xff\x00",
+        b'{"m a b": [0.5, 0.5]}',
+        b'{"x": ' + b"[" * 100_000,
+        b'{"cuts": [{"model": "m", "members": ["a"], "shares": [1e999, 1], "experts": "columns"}]}',
+    ],
 )
 def test_a_damaged_file_is_none(damage: bytes, tmp_path: Path) -> None:
     path = tmp_path / "shares.json"

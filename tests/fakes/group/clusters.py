@@ -15,7 +15,7 @@ from shoal.daemon.cluster.forming import Forming
 from shoal.daemon.cluster.membership import Membership
 from shoal.daemon.cluster.pairing_up import pair_with_head
 from shoal.daemon.cluster.roster import Roster
-from shoal.daemon.cluster.shard_stores import open_shards, send_weights
+from shoal.daemon.cluster.shard_stores import ShardStores, send_weights
 from shoal.daemon.cluster.speed import NodeSpeed
 from shoal.daemon.cluster.steady_shares import SteadyShares
 from shoal.daemon.config import NodeConfig
@@ -94,7 +94,7 @@ class Cluster:
             ),
         )
         self.head = Membership(
-            head.cluster, self._config, self.node.budget, self.roster, open_shards(head.shards), lambda: SPEED
+            head.cluster, self._config, self.node.budget, self.roster, ShardStores(head.shards), lambda: SPEED
         )
         self.node.neighbours = self.head
 
@@ -138,7 +138,7 @@ class Cluster:
             self._config,
             Budget(WORKER_BYTES),
             Roster(),
-            open_shards(home.shards, kv_files=KvFiles(home.kv, self._config.kv_disk_bytes)),
+            ShardStores(home.shards, kv_files=KvFiles(home.kv, self._config.kv_disk_bytes)),
             lambda: SPEED,
         )
         worker.start()

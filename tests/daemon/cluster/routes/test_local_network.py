@@ -21,7 +21,7 @@ from shoal.daemon.cluster.pairing_up import pair_with_head
 from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.routes import local_network
 from shoal.daemon.cluster.routes.local_network import LocalNetwork, announced, interfaces
-from shoal.daemon.cluster.shard_stores import open_shards
+from shoal.daemon.cluster.shard_stores import ShardStores
 from shoal.daemon.errors import DaemonError
 from shoal.offload.budget import Budget
 
@@ -45,7 +45,7 @@ def heads(tmp_path: Path, network: FakeNetwork) -> Iterator[list[Membership]]:
             CONFIG,
             Budget(0),
             Roster(),
-            open_shards(home.shards),
+            ShardStores(home.shards),
             lambda: SPEED,
             network=network,
         )
@@ -141,7 +141,7 @@ def test_without_multicast_a_head_serves_and_says_it_once(
 def test_on_loopback_alone_nothing_is_announced(tmp_path: Path) -> None:
     home, network = Home(tmp_path), FakeNetwork()
     head = Membership(
-        home.cluster, CONFIG, Budget(0), Roster(), open_shards(home.shards), lambda: SPEED, network=network
+        home.cluster, CONFIG, Budget(0), Roster(), ShardStores(home.shards), lambda: SPEED, network=network
     )
     assert not invite(head, "127.0.0.1:0").announced
     head.close()
@@ -161,7 +161,7 @@ def test_a_machine_that_is_alone_has_no_thread_for_it(tmp_path: Path) -> None:
         CONFIG,
         Budget(0),
         Roster(),
-        open_shards(home.shards),
+        ShardStores(home.shards),
         lambda: SPEED,
         network=LocalNetwork(),
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +13,19 @@ import pytest
 from fakes.group.weights import VECTORS, asked, served
 from fakes.packing import assert_holds, build_pack, tiny_checkpoint
 
-from shoal.daemon.cluster.weights import shard_facts
+from shoal.daemon.cluster.weights import earlier_shards, shard_facts
+from shoal.daemon.cluster.weights.earlier_shards import EarlierShard
 from shoal.daemon.cluster.weights.shard_cache import ShardCache
+from shoal.daemon.cluster.weights.shard_facts import ShardFacts, described
 from shoal.daemon.cluster.weights.shard_fetch import fetch_shard
 from shoal.daemon.cluster.weights.weight_messages import WantPiece
 from shoal.daemon.cluster.weights.weight_server import WeightServer
+from shoal.daemon.errors import DaemonError
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
+from shoal.offload.errors import PackError
 from shoal.offload.pack.layout import grains_of
-from shoal.offload.pack.pack import Pack
+from shoal.offload.pack.pack import Pack, open_pack
 from shoal.partition.slicing import CutOfExperts, Shard, divide
 
 
@@ -100,6 +108,95 @@ def test_what_is_damaged_or_of_another_form_is_not_used(
     rounded = fetched(checkpoint, cache, own, "q8")
     truth = build_pack(CheckpointShard(checkpoint, own), tmp_path / "q8", "q8")
     assert rounded.path.read_bytes() == truth.path.read_bytes()
+
+
+@pytest.mark.parametrize("hf", [False, True])
+def test_shards_with_rows_of_the_vocabulary_and_the_heads_own(hf: bool, tmp_path: Path) -> None:
+    """The head's are not copied, but all else is; also where a machine was the head and is no more."""
+    with tiny_checkpoint(tmp_path, "qwen2" if hf else "llama", "F16", hf=hf) as checkpoint:
+        grains = grains_of(checkpoint, "keep")
+        for number, cut_vocabulary in enumerate((False, True)):
+            cache = ShardCache(tmp_path / f"shards{number}")
+            for rank in (0, 1):
+                before = divide(checkpoint.spec, 2, grains, cut_vocabulary=cut_vocabulary)[rank]
+                fetched(checkpoint, cache, before)
+            own = divide(checkpoint.spec, 3, grains, cut_vocabulary=cut_vocabulary)[1]
+            part = CheckpointShard(checkpoint, own)
+            facts = facts_of(checkpoint, own)
+            shards = [EarlierShard(open_pack(place), facts) for place in cache.siblings(facts)]
+            assert {block.kind for it in shards for block, _ in it.held} == {"attn", "ffn"}
+            assert all(it.held for it in shards)
+            assert_holds(fetched(checkpoint, cache, own), part)
+
+
+def test_routers_are_not_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ShardCache(tmp_path / "shards")
+    with tiny_checkpoint(tmp_path, "mixtral", "F16") as checkpoint:
+        fetched(checkpoint, cache, shard(checkpoint, 1, (1, 1)))
+        pieces = asked(monkeypatch)
+        fetched(checkpoint, cache, shard(checkpoint, 1, (2, 1)))
+        assert not [piece for piece in pieces if piece.role == "router"]
+
+
+def facts_of(checkpoint: Checkpoint, own: Shard) -> ShardFacts:
+    part = CheckpointShard(checkpoint, own)
+    return ShardFacts(described(part, checkpoint.spec, own, "keep", WeightServer(checkpoint).key))
+
+
+def test_manifests_that_cannot_be_are_passed_over(checkpoint: Checkpoint, cache: ShardCache) -> None:
+    """Whatever a number in it becomes: it is refused in one of the ways that are expected, or has not changed."""
+    had = fetched(checkpoint, cache, shard(checkpoint, 1, (1, 1))).path.parent
+    facts, chance = facts_of(checkpoint, shard(checkpoint, 1, (2, 1))), random.Random(5)
+    right = (had / "manifest.json").read_text()
+    held = EarlierShard(open_pack(had), facts).held
+    begins, ends = right.index('"shard"'), right.index('"model":{')
+    numbers = [(it.start(), it.end()) for it in re.finditer(r"-?\d+", right) if begins < it.start() < ends]
+    refused = 0
+    for _ in range(150):
+        start, stop = chance.choice(numbers)
+        wrong = chance.choice([-1, 0, 1, 16, 48, 1 << 40, 1 << 60, (1 << 63) - 1, 1 << 64, -(1 << 63)])
+        (had / "manifest.json").write_text(f"{right[:start]}{wrong}{right[stop:]}")
+        try:
+            assert EarlierShard(open_pack(had), facts).held == held
+        except (DaemonError, PackError, OSError):
+            refused += 1
+    assert refused > 75
+
+
+def test_reading_what_is_here_is_told_and_is_only_of_what_is_of_use(
+    checkpoint: Checkpoint, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a head would take a worker with a slow disk for stuck."""
+    monkeypatch.setattr(earlier_shards, "CHECKED_BYTES", 4096)
+    for shares in ((1, 1), (1, 1, 1)):
+        fetched(checkpoint, cache, shard(checkpoint, len(shares) - 1, shares))
+    facts, told = facts_of(checkpoint, shard(checkpoint, 1, (2, 1))), list[int]()
+    wide, narrow = (
+        EarlierShard(open_pack(place), facts)
+        for place in sorted(cache.siblings(facts), key=lambda it: -open_pack(it).manifest.nbytes)
+    )
+    wide.check([], lambda done, total: told.append(done))
+    assert len(told) > len(wide.held)
+    told.clear()
+    narrow.check([wide], lambda done, total: told.append(done))
+    assert told == []
+    assert narrow.held == {}
+
+
+def test_a_disk_that_fails_in_the_middle_costs_only_time(
+    checkpoint: Checkpoint, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched(checkpoint, cache, shard(checkpoint, 1, (1, 1)))
+    own, original, count = shard(checkpoint, 1, (2, 1)), EarlierShard.read, itertools.count()
+
+    def read(self: EarlierShard, piece: Any, into: Any) -> None:
+        if next(count) > 5:
+            raise OSError(errno.EIO, "the disk is on fire")
+        original(self, piece, into)
+
+    monkeypatch.setattr(EarlierShard, "read", read)
+    assert_holds(fetched(checkpoint, cache, own), CheckpointShard(checkpoint, own))
+    assert next(count) == 7
 
 
 def test_the_cache_is_no_larger_for_it(

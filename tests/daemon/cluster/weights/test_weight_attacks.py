@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from shoal.comm.group.channel import Channel, channel_pair
 from shoal.comm.group.errors import ChannelError, GroupError
-from shoal.daemon.cluster.weights import piece_stream, remote_shard, shard_facts, weight_server
+from shoal.daemon.cluster.weights import piece_sources, remote_shard, shard_facts, weight_server
 from shoal.daemon.cluster.weights.remote_shard import RemoteShard
 from shoal.daemon.cluster.weights.shard_cache import ShardCache
 from shoal.daemon.cluster.weights.shard_facts import described
@@ -165,7 +165,7 @@ def noise(channel: Channel, answer: Any, data: Any) -> bool:
 def test_answers_that_are_wrong_are_refused(
     lie: Any, checkpoint: Checkpoint, shard: Shard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(piece_stream, "ANSWER_S", 0.5)
+    monkeypatch.setattr(piece_sources, "ANSWER_S", 0.5)
     cache = ShardCache(tmp_path / "shards")
     with lying(WeightServer(checkpoint), shard, lie) as channel:
         began_s = time.monotonic()
@@ -210,6 +210,7 @@ def broken_descriptions(right: Description) -> Iterator[Description]:
     yield ranges(ffn=Range(32, 0))
     yield ranges(heads=Range(0, 1 << 40))
     yield ranges(ffn=Range(0, 1 << 60))
+    yield ranges(shared_ffn=Range(0, 1 << 63))
     yield ranges(o_columns=Range(1 << 50, 1 << 51))
     yield replace(right, spec=dataclasses.replace(spec, layers=spec.layers[:1] * 4096))
 

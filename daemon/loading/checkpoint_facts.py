@@ -10,8 +10,9 @@ from typing import Any
 
 from shoal import kernels
 from shoal.daemon.error_codes import refusing
-from shoal.daemon.loading.advice import advice_of
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+
+from .advice import advice_of
 
 
 def kernel_home() -> str:
@@ -23,6 +24,12 @@ def checkpoint_facts(path: Path) -> dict[str, Any]:
     """The facts of a checkpoint by name, in reading order; sizes are in bytes. Raises DaemonError."""
     with refusing(str(path)), open_checkpoint(path) as checkpoint:
         return _facts(path, checkpoint)
+
+
+def longest_context(path: Path) -> int:
+    """The most tokens of context that a checkpoint can be loaded with. Raises DaemonError."""
+    with refusing(str(path)), open_checkpoint(path) as checkpoint:
+        return checkpoint.spec.longest
 
 
 def _facts(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
