@@ -113,9 +113,9 @@ class PlanOptions:
         return any(getattr(self, name) is not None for name in others)
 
     def config(self, **more: Any) -> NodeConfig:
-        """Raises DaemonError `bad_request`, or `unsupported` for a device that is not there yet."""
-        if self.device not in (None, "cpu"):
-            raise DaemonError("unsupported", f"--device {self.device}: this version computes on cpu only")
+        """Raises DaemonError `bad_request`."""
+        if self.device is not None:
+            more["device"] = self.device
         if self.speculate == "off":
             more["max_guesses"] = 0
         if self.kv_type is not None:
@@ -196,7 +196,9 @@ def plan_options(function: Callback) -> Callback:
         click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads (default: all)."),
         click.option("--ctx", type=Whole(1, 1 << 26), metavar="N",
                      help="Context length in tokens, at most what the model's files say."),
-        click.option("--device", metavar="NAME", help="Where to compute: only cpu in this version."),
+        click.option("--device", metavar="NAME",
+                     help="What computes as much of the model as fits there: cpu, cuda:0, cuda:0,16GB (no more of its "
+                          "memory), or sim:1GB, a device that the CPU plays. auto, the default, is cpu today."),
         click.option("--speculate", type=click.Choice(["auto", "off"]),
                      help="Guess tokens ahead where that is faster (the default); the answer stays the same."),
         click.option("--kv-type", type=click.Choice(get_args(KvType)),

@@ -117,19 +117,26 @@ def _words(found: Outlook) -> Table:
         read = f"{format_bytes(found.streamed_bytes)} at {speed}"
         rows.add_row("a token", f"about {found.step_s:.2g} s alone: {read}" if found.step_s else read)
     else:
-        rows.add_row("weights", f"all {whole} stay in memory")
-    low, high = found.band
-    guessed = "" if found.measured else "; shoal profile would make that better than a guess"
-    rows.add_row(
-        "speed",
-        f"about {found.tokens_per_s:.3g} tokens/s ({low:.3g} to {high:.3g}), bound by {found.binding}, the first "
-        f"after {found.first_s:.2g} s{guessed}",
-    )
+        rows.add_row("weights", found.placed or f"all {whole} stay in memory")
+    if found.device:
+        rows.add_row(found.device, f"{format_bytes(found.device_bytes)} of its memory, with scratch")
+        rows.add_row("speed", f"not predicted: nothing is known of how fast {found.device} is")
+    else:
+        rows.add_row("speed", _speed(found))
     if found.pack_bytes:
         there = "made already" if found.packed else "to be made by the first run, or by shoal pack"
         rows.add_row("pack", f"{format_bytes(found.pack_bytes)} on disk, {there}")
     rows.add_row("context", f"{found.context_tokens:,} tokens; KV for {found.kv_tokens:,} in {found.kv_type}")
     return rows
+
+
+def _speed(found: Outlook) -> str:
+    low, high = found.band
+    guessed = "" if found.measured else "; shoal profile would make that better than a guess"
+    return (
+        f"about {found.tokens_per_s:.3g} tokens/s ({low:.3g} to {high:.3g}), bound by {found.binding}, the first "
+        f"after {found.first_s:.2g} s{guessed}"
+    )
 
 
 def _misfit(found: TooLarge) -> Table:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 WORDS = {
     # Fields of NodeConfig and of load
     "context_tokens": "--ctx",
+    "device": "--device",
     "draft": "--draft",
     "kv_disk_bytes": "--kv-disk",
     "kv_type": "--kv-type",

@@ -324,6 +324,8 @@ class ModelStatus(Message):
     predicted_tokens_per_s: float = 0.0  # of one answer of usual length; 0 = not known
     predicted_band: list[float] = []  # the two between which it should lie
     measured_tokens_per_s: float = 0.0  # what steps of one token take now; 0 = there were none yet
+    device: str = ""  # that computes blocks besides the CPU
+    device_bytes: int = 0  # what it holds there: weights, KV and scratch
     tried: str = ""  # what came of trying the plan's runner-up, if it was
 
 

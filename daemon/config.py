@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from shoal.comm.group.sums.wire_types import WireType
 from shoal.comm.messages import Load
+from shoal.devices.device_names import AUTO, DeviceNameError, read_name
 from shoal.engine.learn.pacing import SLOWDOWN
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
@@ -65,6 +66,7 @@ class NodeConfig:
     )
     ranks: int | None = None  # machines that compute a model together; None = as many as make it faster
     quant: Quant = "keep"  # of a model that is loaded: what its weights are held in
+    device: str = AUTO  # that computes as much of a model as fits there (`devices.opening`)
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[int, int]] = {
@@ -87,6 +89,11 @@ class NodeConfig:
                 amount = format_bytes if name.endswith("_bytes") else str
                 said = f"{name.removesuffix('_bytes')}={amount(value)}"
                 raise DaemonError("bad_request", f"{said}: must be from {amount(low)} to {amount(high)}")
+        if self.device != AUTO:
+            try:
+                read_name(self.device)
+            except DeviceNameError as error:
+                raise DaemonError("bad_request", f"`device={self.device[:40]!r}` {error}") from error
         if self.cluster_wire not in CLUSTER_WIRES:
             choices = ", ".join(CLUSTER_WIRES)
             raise DaemonError("bad_request", f"cluster_wire={self.cluster_wire}: must be one of {choices}")

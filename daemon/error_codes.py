@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from shoal.comm.errors import CommError
 from shoal.comm.messages import ErrorCode
 from shoal.engine.errors import NeverFits, QueueFull
+from shoal.kernels.errors import HomeFull, HomeLost
 from shoal.models.errors import (
     CheckpointError,
     CorruptCheckpoint,
@@ -40,6 +41,8 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (PlanError, "bad_request"),
     (CommError, "internal"),
     (BudgetExceeded, "resources"),
+    (HomeFull, "resources"),
+    (HomeLost, "internal"),
     (PackPointless, "bad_request"),
     (PackError, "corrupt"),
     (MemoryError, "resources"),

@@ -1,33 +1,17 @@
-"""Amounts of memory as people write them; `partition.amounts` has how they are said.
-
-Decimal units (1 GB = 10⁹ bytes) as disks and networks have them, and binary ones (1 GiB = 2³⁰).
-"""
+"""Amounts of memory as people write them, for whoever asks a person again."""
 
 from __future__ import annotations
 
-import math
-import re
-
 from shoal.comm.complaints import shorten
+from shoal.partition.amounts import read_bytes
 
 from .errors import DaemonError
-
-_UNITS = {
-    "": 1,
-    "b": 1,
-    **{prefix + suffix: 1000**n for n, prefix in enumerate("kmgt", 1) for suffix in ("", "b")},
-    **{prefix + "ib": 1024**n for n, prefix in enumerate("kmgt", 1)},
-}
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
     """'3GB', '512 MiB' or '1000000' as bytes. Raises DaemonError `bad_request`."""
-    match = _PATTERN.fullmatch(text)
-    if match is not None and match[2].lower() in _UNITS:
-        amount = float(match[1]) * _UNITS[match[2].lower()]
-        if amount < math.inf:
-            return int(amount)
+    if (amount := read_bytes(text)) is not None:
+        return amount
     raise DaemonError(
         "bad_request", f"{shorten(text)} is not an amount of memory", "write 3GB, 512MiB or 1000000"
     )

@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from itertools import islice
 
 from shoal.kernels.arrays import Floats
+from shoal.kernels.errors import HomeLost
 from shoal.models.errors import SamplingError
 from shoal.models.sampling import Sampled
 from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
 from shoal.offload.kv.prefix_cache import PrefixCache
 
 from .batch import Batch, Chunk
-from .errors import RankLost
+from .errors import DeviceGone, RankLost
 from .executor import Abandoned
 from .guess.drafter import Drafter
 from .learn.speeds import Speeds
@@ -171,6 +172,9 @@ class Engine:
             except RankLost as error:  # its texts go on with who is left: see `start_anew`
                 self.lost = error
                 raise
+            except HomeLost as error:  # as above
+                self.lost = DeviceGone(str(error))
+                raise self.lost from error.with_traceback(None)  # whose frames have what the device had
             except Exception as error:
                 with self._changing() as events:
                     events += self.scheduler.fail(batch.sequences, error)

@@ -5,6 +5,7 @@ EngineError
 ├── QueueFull    too many run or wait
 ├── OrderError   an order that no sound rank 0 gives
 └── RankLost     a rank of the group is gone, and with it its part of all KV
+    └── DeviceGone  the device is gone that computed some blocks of this rank
 """
 
 from __future__ import annotations
@@ -44,3 +45,11 @@ class RankLost(EngineError):
         super().__init__(f"rank {rank} is lost: {reason}")
         self.rank = rank
         self.reason = reason
+
+
+class DeviceGone(RankLost):
+    """The device that computed some blocks of rank 0 is gone, with their weights and KV."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(0, reason)
+        self.args = (reason,)

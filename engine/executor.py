@@ -292,6 +292,11 @@ class Executor:
         return [own[expert] for expert in likely if expert in own]
 
 
+def attention_homes(plan: Plan, home_of: Callable[[str], ComputeHome]) -> list[ComputeHome]:
+    """The home that computes the attention of each layer: its K and V lie there."""
+    return [home_of(item.device) for item in plan.blocks if item.block.kind == "attn"]
+
+
 def _foreseen(plan: Plan) -> dict[int, BlockId]:
     """For each layer of a mixture the router of the next one, if routers stay in memory and experts do not."""
     routers = [item for item in plan.blocks if item.block.kind == "router"] if plan.expert_slots else []

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from shoal.kernels.arrays import Floats
+from shoal.kernels.errors import HomeLost
 from shoal.models.step import Step
 from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
 from shoal.offload.kv.pool import KvShelf
@@ -83,8 +84,12 @@ class Rank:
 
     def close(self, known: Sequence[Save], keep_s: float = FLUSH_LIMIT_S) -> None:
         """Keep the pages that are `known` on disk, if there is one, as far as that goes in so many seconds."""
-        if self.disk is not None:
+        if self.disk is None:
+            return
+        try:
             self.disk.close(known, self.kv.page, keep_s)
+        except HomeLost:  # and with it what was to be kept
+            self.disk.close([], None)
 
     def _read_by_all(self, readings: Sequence[Reading]) -> list[int]:
         """How many pages of each reading every rank could read, at rank 0; elsewhere, how many this one could."""
@@ -105,7 +110,11 @@ class Rank:
         """How many pages could be read."""
         if self.disk is None:
             return 0
-        return self.disk.read(reading.entries, [self.kv.page(page) for page in reading.pages])
+        pages = [self.kv.page(page) for page in reading.pages]
+        count = self.disk.read(reading.entries, pages)
+        for number, page in zip(reading.pages[:count], pages, strict=False):
+            self.kv.put(number, page)
+        return count
 
     def _compute(self, segments: Sequence[Segment], wanted: StillWanted) -> Floats:
         """Logits (R, vocab) of the rows that are wanted."""

@@ -104,9 +104,10 @@ class Rotation:
 
     def __post_init__(self) -> None:
         for x in (self.cos, self.sin):
-            if x.dtype != FLOAT32 or x.shape != (len(self.cos), self.dims // 2) or not x.flags.c_contiguous:
+            rows = self.cos.shape[0]
+            if x.dtype != FLOAT32 or x.shape != (rows, self.dims // 2) or not x.flags.c_contiguous:
                 raise OperandError(
-                    f"angles of {len(self.cos)} rows and {self.dims} dimensions must be contiguous float32, "
+                    f"angles of {rows} rows and {self.dims} dimensions must be contiguous float32, "
                     f"got {x.dtype} {x.shape} with strides {x.strides}"
                 )
 

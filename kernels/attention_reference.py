@@ -1,4 +1,4 @@
-"""Attention over pages in plain torch, for the reference kernels (`reference`).
+"""Attention over pages in plain torch, for the reference kernels (`reference`) and for devices.
 
 Knows the arithmetic: rotation, rounding to what is stored, softmax over what a position sees. Does not know how to be
 fast, nor promises that a row has the same bits in another batch.
@@ -6,14 +6,17 @@ fast, nor promises that a row has the same bits in another batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, from_numpy
 
-from shoal.kernels.arrays import Floats
-from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments
-from shoal.partition.memory_layout import PAGE_TOKENS
+from shoal.kernels.arrays import Bytes, Floats
+from shoal.kernels.attention_operands import KvPages, Scoring, Segments
+from shoal.partition.memory_layout import PAGE_TOKENS, KvLayout
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
 
@@ -24,19 +27,51 @@ SMALLEST_CELL = 1e-30
 def attend(kv: KvPages, segments: Segments, q: Floats, k: Floats, v: Floats, scoring: Scoring) -> Floats:
     """As `ComputeHome.attention`."""
     rotation, scale, window, norms = scoring
-    tokens, dim = segments.tokens, kv.layout.head_dim
-    queries, keys, values = (from_numpy(np.ascontiguousarray(x)).view(tokens, -1, dim) for x in (q, k, v))
+    angles = Angles(rotation.dims, rotation.interleaved, from_numpy(rotation.cos), from_numpy(rotation.sin))
+    weights = norms and HeadWeights(from_numpy(norms.q), from_numpy(norms.k), norms.eps)
+    queries, keys, values = (from_numpy(np.ascontiguousarray(x)) for x in (q, k, v))
+    pages = from_numpy(segments.pages)
+    mixed = attend_tensors(
+        PagesIn(kv.layout, from_numpy(kv.data)),
+        segments.table.tolist(),
+        pages,
+        queries,
+        keys,
+        values,
+        angles,
+        weights,
+        scale,
+        window,
+    )
+    return mixed.numpy()
+
+
+def attend_tensors(
+    kv: PagesIn,
+    table: Sequence[tuple[int, int, int, int]],
+    pages: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Angles,
+    norms: HeadWeights | None,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """The same on tensors of any one device; (T, heads * head_dim). `table` and `pages`: those of `Segments`."""
+    tokens, dim = len(q), kv.layout.head_dim
+    queries, keys, values = (x.view(tokens, -1, dim) for x in (q, k, v))
     if norms is not None:
-        queries = F.rms_norm(queries, (dim,), from_numpy(norms.q), norms.eps)
-        keys = F.rms_norm(keys, (dim,), from_numpy(norms.k), norms.eps)
-    queries, keys = rotate(rotation, queries), rotate(rotation, keys)
+        queries = F.rms_norm(queries, (dim,), norms.q, norms.eps)
+        keys = F.rms_norm(keys, (dim,), norms.k, norms.eps)
+    queries, keys = rotate(angles, queries), rotate(angles, keys)
     out = torch.empty_like(queries)
-    for first, rows, start, page in segments.table.tolist():
+    for first, rows, start, page in table:
         own = slice(first, first + rows)
-        pages = from_numpy(segments.pages[page:]).long()
-        _store(kv, pages, start, keys[own], values[own])
-        all_keys, all_values = _read(kv, pages, start + rows)
-        mask = torch.ones(rows, start + rows, dtype=torch.bool).tril_(start)
+        mine = pages[page:].long()
+        _store(kv, mine, start, keys[own], values[own])
+        all_keys, all_values = _read(kv, mine, start + rows)
+        mask = torch.ones(rows, start + rows, dtype=torch.bool, device=q.device).tril_(start)
         if window is not None:
             mask.triu_(start - window + 1)
         looking = queries[own].transpose(0, 1)[None]  # (1, heads, rows, head_dim)
@@ -44,46 +79,74 @@ def attend(kv: KvPages, segments: Segments, q: Floats, k: Floats, v: Floats, sco
             looking, all_keys[None], all_values[None], mask, scale=scale, enable_gqa=True
         )
         out[own] = mixed[0].transpose(0, 1)
-    return out.view(tokens, -1).numpy()
+    return out.view(tokens, -1)
 
 
-def keys_of(kv: KvPages) -> Tensor:
+class PagesIn(NamedTuple):
+    """`KvPages` whose `data` is a tensor."""
+
+    layout: KvLayout
+    data: Tensor
+
+
+class Angles(NamedTuple):
+    """A `Rotation` of tensors."""
+
+    dims: int
+    interleaved: bool
+    cos: Tensor
+    sin: Tensor
+
+
+class HeadWeights(NamedTuple):
+    """`HeadNorms` of tensors."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+def keys_of(kv: KvPages | PagesIn) -> Tensor:
     """(pages, kv_heads, head_dim, 64), a view."""
     return _part(kv, 0, kv.layout.values_at, kv.layout.head_dim)
 
 
-def values_of(kv: KvPages) -> Tensor:
+def values_of(kv: KvPages | PagesIn) -> Tensor:
     """(pages, kv_heads, 64, wide), a view."""
     return _part(kv, kv.layout.values_at, kv.layout.scales_at, PAGE_TOKENS)
 
 
-def scales_of(kv: KvPages) -> Tensor:
+def scales_of(kv: KvPages | PagesIn) -> Tensor:
     """f32 (pages, kv_heads, 2, 64), of keys and of values; a view. For scaled types."""
-    scales = from_numpy(kv.data)[..., kv.layout.scales_at :].view(torch.float32)
+    scales = _tensor(kv.data)[..., kv.layout.scales_at :].view(torch.float32)
     return scales.view(*kv.data.shape[:2], 2, -1)
 
 
-def _part(kv: KvPages, start: int, end: int, rows: int) -> Tensor:
-    part = from_numpy(kv.data)[..., start:end].view(_DTYPES[kv.layout.kind.name])
+def _tensor(data: Bytes | Tensor) -> Tensor:
+    return data if isinstance(data, Tensor) else from_numpy(data)
+
+
+def _part(kv: KvPages | PagesIn, start: int, end: int, rows: int) -> Tensor:
+    part = _tensor(kv.data)[..., start:end].view(_DTYPES[kv.layout.kind.name])
     return part.view(*kv.data.shape[:2], rows, -1)
 
 
-def rotate(rotation: Rotation, x: Tensor) -> Tensor:
+def rotate(angles: Angles, x: Tensor) -> Tensor:
     """x (T, heads, head_dim) with its first `dims` dimensions rotated: a pair (a, b) becomes (a cos - b sin, b cos + a
     sin). Source: RoFormer, arXiv 2104.09864.
     """
-    axis = -1 if rotation.interleaved else -2
-    cos, sin = from_numpy(rotation.cos)[:, None], from_numpy(rotation.sin)[:, None]  # (T, 1, dims/2)
-    turned, rest = x[..., : rotation.dims], x[..., rotation.dims :]
-    half = rotation.dims // 2
-    a, b = turned.reshape(*x.shape[:2], *((half, 2) if rotation.interleaved else (2, half))).unbind(axis)
+    axis = -1 if angles.interleaved else -2
+    cos, sin = angles.cos[:, None], angles.sin[:, None]  # (T, 1, dims/2)
+    turned, rest = x[..., : angles.dims], x[..., angles.dims :]
+    half = angles.dims // 2
+    a, b = turned.reshape(*x.shape[:2], *((half, 2) if angles.interleaved else (2, half))).unbind(axis)
     turned = torch.stack((a * cos - b * sin, b * cos + a * sin), axis).flatten(-2)
     return torch.cat((turned, rest), -1)
 
 
-def _store(kv: KvPages, pages: Tensor, start: int, k: Tensor, v: Tensor) -> None:
+def _store(kv: PagesIn, pages: Tensor, start: int, k: Tensor, v: Tensor) -> None:
     """Stores k and v (T, kv_heads, head_dim) as positions from `start` on."""
-    positions = torch.arange(start, start + len(k))
+    positions = torch.arange(start, start + len(k), device=k.device)
     size = keys_of(kv).shape[-1]
     page, column = pages[positions // size], positions % size
     for which, (numbers, x) in enumerate(
@@ -104,7 +167,7 @@ def _to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     return whole.nan_to_num(0.0, 0.0, 0.0), scale[..., 0]
 
 
-def _read(kv: KvPages, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _read(kv: PagesIn, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """K and V of positions [0, length), f32 (kv_heads, length, head_dim) each."""
     size = keys_of(kv).shape[-1]
     used = pages[: -(-length // size)]

@@ -1,8 +1,9 @@
 """What a transformer asks of the home that computes a block, e.g. the CPU: one set of functions for every home.
 
 Hidden states stay in their home. Only the home knows what they are made of; everybody else hands them on untouched.
-Weights, norms, pages of KV, angles and ids are arrays of the host. A home that needs them in another form keeps that
-form in their `prepared`, under itself.
+Weights, norms and pages of KV are in their home's memory: `keep_matrix`, `keep_vector` and `pages` bring them there.
+Angles, ids and routes are arrays of the host. A home that needs operands in another form keeps that form in their
+`prepared`, under itself.
 
 Letters in shapes: T rows, n numbers in a row.
 """
@@ -10,17 +11,50 @@ Letters in shapes: T rows, n numbers in a row.
 from collections.abc import Sequence
 from typing import Protocol
 
-from shoal.kernels.arrays import Floats, Hidden, Ids
+from shoal.kernels.arrays import Bytes, Floats, Hidden, Ids
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
-from shoal.kernels.matrix import FeedForward, Linears, Routes
+from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.kernels.routing import Routing
 
 
-class ComputeHome(Protocol):
-    """Hidden states (T, n) stand for f32. A row of a result must not depend on the rows beside it."""
+class HomeMemory(Protocol):
+    """What stays in a home from step to step. Nobody but the home looks into what these functions return. They raise
+    HomeFull where there is no room for it, and HomeLost."""
+
+    def keep_matrix(self, w: Matrix) -> Matrix:
+        """The same weights in this home's memory; those of the host are not needed any more."""
+        ...
+
+    def keep_vector(self, x: Floats) -> Floats:
+        """The same numbers in this home's memory: norms, biases."""
+        ...
+
+    def pages(self, shape: tuple[int, int, int, int]) -> Bytes:
+        """Zeros for K and V, uint8 (pages, layers, kv_heads, head_bytes)."""
+        ...
+
+    def layer_of(self, pages: Bytes, place: int) -> Bytes:
+        """A view of one of their layers, (pages, kv_heads, head_bytes), for `KvPages`."""
+        ...
+
+    def copy_page(self, pages: Bytes, source: int, target: int) -> None: ...
+
+    def page_out(self, pages: Bytes, number: int) -> Bytes:
+        """One page on the host, (layers, kv_heads, head_bytes): where pages are on the host a view, else a copy."""
+        ...
+
+    def page_in(self, pages: Bytes, number: int, page: Bytes) -> None:
+        """One page from the host, (layers, kv_heads, head_bytes)."""
+        ...
+
+
+class ComputeHome(HomeMemory, Protocol):
+    """Hidden states (T, n) stand for f32. A row of a result must not depend on the rows beside it. Where
+    a home is no part of the process, any of these functions raises HomeFull or HomeLost."""
 
     def place(self, rows: Floats) -> Hidden:
-        """Rows (T, n) of the host as hidden states of this home."""
+        """Rows (T, n) of the host as hidden states of this home. Nobody may change the rows until something that was
+        computed from them has been fetched."""
         ...
 
     def fetch(self, x: Hidden) -> Floats:
@@ -75,7 +109,8 @@ class ComputeHome(Protocol):
         ...
 
     def rms_norm(self, x: Hidden, weight: Floats, eps: float) -> Hidden:
-        """x / rms(x) * weight, row by row: x (T, n), weight (n,). Every home gives the same bits (`fixed_order`)."""
+        """x / rms(x) * weight, row by row: x (T, n), weight (n,). Every home that may be one of a
+        group's gives the same bits (`fixed_order`)."""
         ...
 
     def rms_norm_heads(self, x: Hidden, weight: Floats, eps: float) -> Hidden:
@@ -105,8 +140,8 @@ class ComputeHome(Protocol):
         ...
 
     def scores(self, x: Hidden, router: Linears) -> Hidden:
-        """x @ w.T + bias of a router's one matrix, (T, rows). Every home gives the same bits (`fixed_order`), so that
-        all ranks of a group choose the same experts. Inputs of quantised weights are not rounded."""
+        """x @ w.T + bias of a router's one matrix, (T, rows). Every home that may be one of a group's gives the same
+        bits (`fixed_order`), so that all ranks choose the same experts. Inputs of quantised weights are not rounded."""
         ...
 
     def route(self, scores: Hidden, count: int, normalize: bool) -> Routing:

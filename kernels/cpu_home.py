@@ -6,6 +6,7 @@ moreover, no bit of a row depends on the rest of the batch or on the number of t
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from shoal.kernels.arrays import FLOAT32, Bytes, Floats, Ids
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
 from shoal.kernels.compute_home import ComputeHome
 from shoal.kernels.errors import OperandError
+from shoal.kernels.huge_pages import Arena
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.kernels.types import WeightType
 
@@ -34,6 +36,30 @@ class CpuHome(ComputeHome, Protocol):
     def interleave(self, kind: WeightType, stored: Bytes, into: Bytes) -> None: ...
     def gather_rows(self, w: Matrix, ids: Ids) -> Floats: ...
     def dequantize(self, w: Matrix) -> Floats: ...
+
+    def keep_matrix(self, w: Matrix) -> Matrix:
+        return w
+
+    def keep_vector(self, x: Floats) -> Floats:
+        return x
+
+    def pages(self, shape: tuple[int, int, int, int]) -> Bytes:
+        return Arena().take(prod(shape)).reshape(shape)
+
+    def layer_of(self, pages: Bytes, place: int) -> Bytes:
+        layer: Bytes = pages[:, place]
+        return layer
+
+    def copy_page(self, pages: Bytes, source: int, target: int) -> None:
+        pages[target] = pages[source]
+
+    def page_out(self, pages: Bytes, number: int) -> Bytes:
+        page: Bytes = pages[number]
+        return page
+
+    def page_in(self, pages: Bytes, number: int, page: Bytes) -> None:
+        if not np.may_share_memory(page, pages):  # what `page_out` gave is there already
+            pages[number] = page
 
     def place(self, rows: Floats) -> Floats:
         return rows

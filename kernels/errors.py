@@ -2,7 +2,9 @@
 
     KernelError                 anything the kernels refuse
     ├── UnsupportedTypeError    a weight type without kernels (known by name, or unknown)
-    └── OperandError            sizes, dtypes or layouts of operands that do not fit together
+    ├── OperandError            sizes, dtypes or layouts of operands that do not fit together
+    ├── HomeFull                a home's memory is full; it computes on
+    └── HomeLost                a home is gone, with all that it held
 
 Does not know who called. Messages name the value, the limit and what to do.
 """
@@ -18,3 +20,11 @@ class UnsupportedTypeError(KernelError):
 
 class OperandError(KernelError):
     """Operands whose size, dtype or layout does not fit the call."""
+
+
+class HomeFull(KernelError):
+    """The memory in which a home computes is full. What it holds stays as it is."""
+
+
+class HomeLost(KernelError):
+    """A home does not compute any more, and what it held is gone."""

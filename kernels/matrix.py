@@ -24,7 +24,8 @@ class Matrix:
     """rows×cols weights stored as `type`. `data` is contiguous uint8 (bytes,): the rows of a float type lie one after
     the other, those of a quantised type in bands (`bands`; made by `stored_rows.from_stored`).
 
-    All types, the float ones too, are held as bytes, which need no alignment. Matrices compare by identity.
+    All types, the float ones too, are held as bytes, which need no alignment. Matrices compare by identity. In the
+    memory of another home than the CPU, `data` is that home's handle of such an array.
     """
 
     type: WeightType
@@ -72,7 +73,9 @@ class Linears:
     def __init__(self, matrices: Sequence[Matrix], biases: Sequence[Floats | None] = ()) -> None:
         self.matrices = tuple(matrices)
         biases = biases or (None,) * len(self.matrices)
-        self.biases = tuple(bias if bias is None else np.ascontiguousarray(bias) for bias in biases)
+        self.biases = tuple(
+            bias if bias is None or bias.flags.c_contiguous else np.ascontiguousarray(bias) for bias in biases
+        )
         self.cols = self.matrices[0].cols
         self.prepared: dict[object, Any] = {}
         for matrix, bias in zip(self.matrices, self.biases, strict=True):

@@ -1,6 +1,6 @@
 """The kernels in plain torch: they define the truth and serve where nothing faster was built.
 
-Takes and returns arrays, and computes on tensors in the same memory. Only this home imports torch.
+Takes and returns arrays, and computes on tensors in the same memory. Besides this home, only devices import torch.
 
 Knows what the bytes of every weight type mean (`decode`) and the arithmetic of every kernel. Does not know how to be
 fast. Unlike `native` it does not promise that the bits of a row are the same whatever is computed beside it, because
@@ -161,7 +161,7 @@ def _quantised(x: Tensor) -> Tensor:
 
 def _feed_forward(x: Tensor, layer: FeedForward, norm: Floats | None = None, eps: float = 0.0) -> Tensor:
     gate, up = _linears(x, layer.enter, norm, eps)
-    return _linears(_ACTIVATIONS[layer.form.activation](gate) * up, layer.leave)[0]
+    return _linears(ACTIVATIONS[layer.form.activation](gate) * up, layer.leave)[0]
 
 
 def _normed(x: Tensor, weight: Floats, eps: float) -> Tensor:
@@ -169,8 +169,13 @@ def _normed(x: Tensor, weight: Floats, eps: float) -> Tensor:
 
 
 def _decoded(kind: WeightType, data: Bytes) -> Tensor:
+    return decoded(kind, _tensor(data))
+
+
+def decoded(kind: WeightType, data: Tensor) -> Tensor:
+    """As `decode`, of a tensor on any device."""
     rows, row_bytes = data.shape
-    blocks = _tensor(data).reshape(-1, kind.block_bytes)  # (N, block bytes)
+    blocks = data.reshape(-1, kind.block_bytes)  # (N, block bytes)
     cols = row_bytes // kind.block_bytes * kind.block_weights
     return _DECODERS[kind.name](blocks).reshape(rows, cols)
 
@@ -188,7 +193,7 @@ def _bits(field: Tensor, shifts: tuple[int, ...], mask: int, group: int) -> Tens
     """Bit fields of bytes (N, k): every run of `group` bytes is read once per shift; (N, k * shifts)."""
     n, k = field.shape
     runs = field.reshape(n, k // group, 1, group)  # (N, k / group, 1, group)
-    shift = torch.tensor(shifts, dtype=torch.uint8).view(-1, 1)
+    shift = torch.tensor(shifts, dtype=torch.uint8, device=field.device).view(-1, 1)
     return ((runs >> shift) & mask).reshape(n, k * len(shifts))
 
 
@@ -224,7 +229,7 @@ def _q8_0(b: Tensor) -> Tensor:
 
 
 def _iq4_nl(b: Tensor) -> Tensor:
-    values = torch.tensor(IQ4_NL_VALUES, dtype=torch.float32)
+    values = torch.tensor(IQ4_NL_VALUES, dtype=torch.float32, device=b.device)
     return _half(b[:, :2]) * values[_nibbles(b[:, 2:]).long()]
 
 
@@ -273,7 +278,7 @@ def _q6_k(b: Tensor) -> Tensor:
     return scale * (q.float() - 32).view(-1, 16, 16)
 
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu_tanh": lambda gate: gelu(gate, approximate="tanh"),
 }

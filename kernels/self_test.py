@@ -50,10 +50,12 @@ def examined(kernels: str) -> list[str]:
     return [str(it) for it in found]
 
 
-def disagreements(home: ComputeHome, truth: ComputeHome) -> list[str]:
-    """What two homes compute differently, in words."""
+def disagreements(home: ComputeHome, truth: ComputeHome, *, bits: bool = True) -> list[str]:
+    """What two homes compute differently, in words. `bits`: norms and scores have to have the same bits, as those of
+    all that may be in one group."""
     found = []
     for name, most, compute in _cases():
+        most = most if bits else max(most, CLOSE)
         got, true = compute(home), compute(truth)
         scale = float(np.abs(true).max())
         off = float(np.abs(got - true).max()) / scale if np.isfinite(got).all() else float("inf")
@@ -72,22 +74,37 @@ def _cases() -> Iterator[Case]:
     for name in KV_FORMATS:
         yield f"attention over {name}", TWICE_CLOSE, _attention(name)
     weight, eps = _numbers(COLS) + 1, 1e-6
-    yield "norms", 0.0, lambda home: home.fetch(home.rms_norm(home.place(_numbers(5, COLS)), weight, eps))
-    router = Linears((_matrix(F32, ROWS, COLS),))
-    yield "routers", 0.0, lambda home: home.fetch(home.scores(home.place(_numbers(5, COLS)), router))
+    yield (
+        "norms",
+        0.0,
+        lambda home: home.fetch(home.rms_norm(home.place(_numbers(5, COLS)), home.keep_vector(weight), eps)),
+    )
+    router = _matrix(F32, ROWS, COLS)
+    yield (
+        "routers",
+        0.0,
+        lambda home: home.fetch(home.scores(home.place(_numbers(5, COLS)), _kept(home, router))),
+    )
 
 
 def _linears(matrix: Matrix, tokens: int) -> Callable[[ComputeHome], Array]:
-    all = Linears((matrix,), (_numbers(matrix.rows),))
-    return lambda home: home.fetch(home.linears(home.place(_numbers(tokens, matrix.cols)), all)[0])
+    def compute(home: ComputeHome) -> Array:
+        all = Linears((home.keep_matrix(matrix),), (home.keep_vector(_numbers(matrix.rows)),))
+        return home.fetch(home.linears(home.place(_numbers(tokens, matrix.cols)), all)[0])
+
+    return compute
+
+
+def _kept(home: ComputeHome, *matrices: Matrix) -> Linears:
+    return Linears([home.keep_matrix(matrix) for matrix in matrices])
 
 
 def _experts(kind: WeightType) -> Callable[[ComputeHome], Array]:
-    experts = [
-        FeedForward(
-            Linears((_matrix(kind, COLS, COLS, 3 * i), _matrix(kind, COLS, COLS, 3 * i + 1))),
-            Linears((_matrix(kind, ROWS, COLS, 3 * i + 2),)),
-            "silu",
+    made = [
+        (
+            _matrix(kind, COLS, COLS, 3 * i),
+            _matrix(kind, COLS, COLS, 3 * i + 1),
+            _matrix(kind, ROWS, COLS, 3 * i + 2),
         )
         for i in range(2)
     ]
@@ -95,6 +112,7 @@ def _experts(kind: WeightType) -> Callable[[ComputeHome], Array]:
     routes = Routes((0, 2, 4), tokens, np.array([0.5, 1.0, 0.25, 0.75], np.float32))
 
     def compute(home: ComputeHome) -> Array:
+        experts = [FeedForward(_kept(home, gate, up), _kept(home, down), "silu") for gate, up, down in made]
         into = home.place(np.zeros((3, ROWS), np.float32))
         home.experts(home.place(_numbers(3, COLS)), experts, routes, into)
         return home.fetch(into)
@@ -111,7 +129,7 @@ def _attention(kv: str) -> Callable[[ComputeHome], Array]:
 
     def compute(home: ComputeHome) -> Array:
         layout = kv_layout(kv, dim)
-        pages = KvPages(layout, heads, np.zeros((3, kv_heads, layout.head_bytes), np.uint8))
+        pages = KvPages(layout, heads, home.layer_of(home.pages((3, 1, kv_heads, layout.head_bytes)), 0))
         q, k, v = (
             home.place(_numbers(segments.tokens, count * dim, seed=seed))
             for seed, count in enumerate((heads, kv_heads, kv_heads))

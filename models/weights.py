@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from shoal.kernels import Activation, FeedForward, Linears, Matrix
+from shoal.kernels import Activation, ComputeHome, FeedForward, Linears, Matrix
 from shoal.kernels.arrays import Floats
 
 
@@ -36,6 +36,11 @@ class Weights:
     vector: Mapping[str, Floats] = field(default_factory=dict)
     _linears: dict[tuple[str, ...], Linears] = field(default_factory=dict, init=False, repr=False)
     _feed_forward: dict[str, FeedForward] = field(default_factory=dict, init=False, repr=False)
+
+    def within(self, home: ComputeHome) -> Weights:
+        """The same weights in the memory of a home; these are not needed any more. Raises HomeFull and HomeLost."""
+        matrices = {role: home.keep_matrix(matrix) for role, matrix in self.matrix.items()}
+        return Weights(matrices, {role: home.keep_vector(vector) for role, vector in self.vector.items()})
 
     def linears(self, *roles: str) -> Linears:
         """The matrices of these roles, each with its bias if it has one, as kernels take them; made once."""

@@ -6,11 +6,11 @@ know what is computed with them.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import NamedTuple, Protocol
 
-from shoal.kernels import gather_rows
+from shoal.kernels import ComputeHome, gather_rows, home_of
 from shoal.kernels.arrays import Floats, Ids
 from shoal.models.weights import Weights
 from shoal.partition.plan import Plan
@@ -96,10 +96,19 @@ class ResidentStore:
         self._blocks = blocks
 
     @classmethod
-    def load(cls, plan: Plan, reader: BlockReader, progress: BytesDone = unheard) -> ResidentStore:
-        """Reads all blocks and reports progress after each. Raises CheckpointError or OffloadError."""
+    def load(
+        cls,
+        plan: Plan,
+        reader: BlockReader,
+        progress: BytesDone = unheard,
+        home_of: Callable[[str], ComputeHome] = home_of,
+    ) -> ResidentStore:
+        """Reads all blocks, brings each to the home of its device (`home_of`), and reports progress after each. Raises
+        CheckpointError or OffloadError, and KernelError where a device does not take them."""
         sizes = {item.block: item.nbytes for item in plan.blocks}
-        return cls(keep(reader.read_blocks(list(sizes)), sizes, progress))
+        away = {item.block: home_of(item.device) for item in plan.blocks if item.tier == "gpu"}
+        arriving = reader.read_blocks(list(sizes))
+        return cls(keep(placed(arriving, away) if away else arriving, sizes, progress))
 
     def with_vocabulary_of(self, other: ResidentStore) -> ResidentStore:
         """These blocks, with the other store's embedding and head: the same memory."""
@@ -126,6 +135,13 @@ class ResidentStore:
 
     def close(self) -> None:
         """Nothing runs in the background."""
+
+
+def placed(arriving: Arriving, away: Mapping[BlockId, ComputeHome]) -> Arriving:
+    """The same blocks; those that are computed `away` from the CPU are in the memory of their home."""
+    with closing(arriving):
+        for block, weights in arriving:
+            yield block, weights.within(away[block]) if block in away else weights
 
 
 def keep(arriving: Arriving, sizes: Mapping[BlockId, int], progress: BytesDone) -> dict[BlockId, Resident]:

@@ -14,12 +14,26 @@ from .errors import BudgetExceeded
 
 
 class Budget:
-    """How many bytes each purpose holds; together never more than `limit_bytes`. Thread-safe."""
+    """How many bytes each purpose holds; together never more than `limit_bytes`. Memory of devices has ledgers of its
+    own (`on`). Thread-safe."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self._devices: dict[str, Budget] = {}
         self._held: dict[str, int] = {}
         self._lock = threading.Lock()
+
+    def on(self, device: str, limit_bytes: int = 0) -> Budget:
+        """The ledger of a device's memory, which has this limit when it is first asked for. Purposes are released and
+        renamed in all ledgers together."""
+        with self._lock:
+            return self._devices.setdefault(device, Budget(limit_bytes))
+
+    @property
+    def devices(self) -> dict[str, Budget]:
+        """The ledgers of all devices that were asked for."""
+        with self._lock:
+            return dict(self._devices)
 
     @property
     def held_bytes(self) -> int:
@@ -57,8 +71,12 @@ class Budget:
         with self._lock:
             if purpose in self._held:
                 self._held[new] = self._held.pop(purpose)
+        for ledger in self.devices.values():
+            ledger.rename(purpose, new)
 
     def release(self, purpose: str) -> None:
         """Forget `purpose`. An unknown one is ignored, so that clean-up may run twice."""
         with self._lock:
             self._held.pop(purpose, None)
+        for ledger in self.devices.values():
+            ledger.release(purpose)

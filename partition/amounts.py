@@ -1,6 +1,21 @@
-"""Amounts as people read them: of bytes, of seconds, and of things that are counted. Every room says them like this."""
+"""Amounts as people read and write them: of bytes, of seconds, and of things that are counted. Every room says them
+like this.
+
+Decimal units (1 GB = 10⁹ bytes) as disks and networks have them; binary ones (1 GiB = 2³⁰) are read, too.
+"""
 
 from __future__ import annotations
+
+import math
+import re
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{prefix + suffix: 1000**n for n, prefix in enumerate("kmgt", 1) for suffix in ("", "b")},
+    **{prefix + "ib": 1024**n for n, prefix in enumerate("kmgt", 1)},
+}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def format_bytes(count: float) -> str:
@@ -38,3 +53,12 @@ def format_duration(seconds: float) -> str:
             rest = whole % size // lower_size
             return f"{whole // size} {unit} {rest} {lower}" if rest else f"{whole // size} {unit}"
     return f"{whole} s"
+
+
+def read_bytes(text: str) -> int | None:
+    """'3GB', '512 MiB' or '1000000' as bytes; None if it is no amount."""
+    match = _AMOUNT.fullmatch(text)
+    if match is None or match[2].lower() not in _UNITS:
+        return None
+    amount = float(match[1]) * _UNITS[match[2].lower()]
+    return int(amount) if amount < math.inf else None

@@ -27,6 +27,7 @@ _COUNTS = {
     "overlap_rows": (1, 1 << 30),
     "group_rows": (1, 1 << 30),
     "page_rows": (0, 1 << 30),
+    "device_scratch_bytes": (0, 0),
 }
 
 

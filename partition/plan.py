@@ -69,11 +69,38 @@ class Plan:
     # more for each page of K and V that has to pass between ranks.
     group_rows: int = 1
     page_rows: int = 0
+    device_scratch_bytes: int = 0  # that a step needs on the device besides weights and KV
 
     @property
     def streams(self) -> bool:
         """Whether any block comes from disk."""
         return any(block.tier == "disk" for block in self.blocks)
+
+    @property
+    def device(self) -> str:
+        """The device that computes blocks besides the CPU; "" if none does."""
+        return next((block.device for block in self.blocks if block.tier == "gpu"), "")
+
+    @property
+    def device_layers(self) -> tuple[int, int]:
+        """(how many layers it computes, how many there are)."""
+        layers = [it for it in self.blocks if it.block.kind == "attn"]
+        return sum(it.tier == "gpu" for it in layers), len(layers)
+
+    @property
+    def device_weights_bytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks if block.tier == "gpu")
+
+    @property
+    def device_kv_bytes(self) -> int:
+        """Of the KV pool: K and V lie where their attention is computed."""
+        mine, whole = self.device_layers
+        return self.kv.nbytes * mine // whole if mine else 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Of the device's memory."""
+        return self.device_weights_bytes + self.device_kv_bytes + self.device_scratch_bytes
 
     @property
     def weights_bytes(self) -> int:
@@ -113,8 +140,9 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
+        """Of this machine's memory, without that of a device."""
         held = self.pinned_bytes + self.window_bytes + self.expert_bytes
-        return held + self.kv.nbytes + self.scratch_bytes
+        return held + self.kv.nbytes - self.device_kv_bytes + self.scratch_bytes
 
     def step_s(self, read_bytes_per_s: float) -> float:
         """Seconds that the disk takes for one token alone; 0 if nothing is streamed or the speed is not known (0)."""
@@ -124,6 +152,8 @@ class Plan:
         """One line for people. If the speed of the disk is known, it says how long a token takes."""
         kv = f"KV {self.kv.tokens:,} tokens in {self.kv.dtype} ({format_bytes(self.kv.nbytes)})"
         by = f"{counted(self.ranks, 'rank')}, {counted(self.threads, 'thread')}"
+        if self.device:
+            return f"{by}, {self.placed}, {kv}"
         if not self.streams:
             return f"{by}, {format_bytes(self.weights_bytes)} of weights in ram, {kv}"
         held, whole = format_bytes(self.pinned_bytes + self.expert_bytes), format_bytes(self.weights_bytes)
@@ -136,6 +166,19 @@ class Plan:
         if step_s := self.step_s(read_bytes_per_s):
             parts.append(f"about {step_s:.2g} s per token at {format_bytes(read_bytes_per_s)}/s")
         return f"{by}, {', '.join(parts)}, {kv}"
+
+    @property
+    def placed(self) -> str:
+        """What lies where, in words; "" if there is no device."""
+        if not self.device:
+            return ""
+        mine, whole = self.device_layers
+        layers = f"all {whole} layers" if mine == whole else f"{mine} of {whole} layers (the last)"
+        if any(it.block.kind == "head" and it.tier == "gpu" for it in self.blocks):
+            layers += " and the head"
+        weights, pages = format_bytes(self.device_weights_bytes), format_bytes(self.device_kv_bytes)
+        there = f"{layers} on {self.device} with {weights} of weights and {pages} of KV"
+        return f"{there}, {format_bytes(self.pinned_bytes)} of weights in ram"
 
 
 class Misfit(NamedTuple):
@@ -161,8 +204,14 @@ class Wanted(NamedTuple):
 
 def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:
     """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and KV,
-    with the tokenizer. `part_tokens` of the step's rows are in a block together; None: all of them. Numbers are f32.
-    The reference kernels copy K and V of a layer and make a mask."""
+    with the tokenizer. `part_tokens` of the step's rows are in a block together; None: all of them."""
+    fixed = KERNEL_BYTES + wanted.threads * THREAD_BYTES + VOCABULARY_BYTES * wanted.spec.vocab
+    return fixed + 4 * step_numbers(wanted, part_tokens)
+
+
+def step_numbers(wanted: Wanted, part_tokens: int | None = None) -> int:
+    """How many numbers (f32) such a step holds at most: hidden states, what is between them, and logits. The reference
+    kernels copy K and V of a layer and make a mask."""
     spec, moe = wanted.spec, wanted.spec.moe
     ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
     # q, q rotated and the result of attention; k and v.
@@ -180,8 +229,7 @@ def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:
     else:
         mask = min(part, wanted.chunk_tokens)
         attention = wanted.context_tokens * (2 * spec.kv_heads * spec.head_dim + mask)
-    fixed = KERNEL_BYTES + wanted.threads * THREAD_BYTES + VOCABULARY_BYTES * spec.vocab
-    return fixed + 4 * (whole + inside + attention + logits)
+    return whole + inside + attention + logits
 
 
 def arena_slack(nbytes: int) -> int:

@@ -17,10 +17,11 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "cli": {"client", "daemon"},
     "client": {"comm"},
-    "daemon": {"engine", "offload", "models", "partition", "comm", "kernels"},
+    "daemon": {"engine", "offload", "models", "partition", "comm", "kernels", "devices"},
     "engine": {"offload", "models", "partition", "kernels"},
     "offload": {"models", "kernels", "partition"},
     "models": {"kernels", "partition"},
+    "devices": {"kernels", "partition"},
     "partition": set(),
     "comm": set(),
     "kernels": {"partition"},  # of it the numbers that kernels fix and plans count with
@@ -49,7 +50,12 @@ INNER = {
     },
     "engine/learn": set[str](),
 }
-IN_TORCH = {"kernels/attention_reference.py", "kernels/reference.py"}  # and with it 140 MB of memory
+IN_TORCH = {  # and with it 140 MB of memory
+    "devices/cuda_device.py",
+    "devices/torch_kernels.py",
+    "kernels/attention_reference.py",
+    "kernels/reference.py",
+}
 OPTIONS_OF_OTHERS = {
     "daemon/library/package.py",
     "daemon/cluster/routes/surroundings.py",

@@ -53,6 +53,6 @@ def _streamed(
     wanted = Reference.parse(name)
     try:
         found = outlook(library.resolve(wanted.model), replace(config, quant=wanted.quant), packs, machine)
-    except DaemonError:  # loading will say what is wrong
-        return None
+    except DaemonError as error:  # loading will say what is wrong
+        return True if error.code == "resources" else None
     return not isinstance(found, Outlook) or found.streamed_bytes > 0

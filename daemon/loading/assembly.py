@@ -28,6 +28,7 @@ from shoal.engine.learn.speeds import Speeds
 from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
 from shoal.kernels import set_threads
+from shoal.kernels.errors import HomeLost
 from shoal.offload.budget import Budget
 from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import PrefixCache
@@ -151,6 +152,9 @@ class Assembly:
                     reserve_bytes=reserve_bytes,
                     grouping=grouping,
                 )
+            except HomeLost as error:
+                log.warning("%s: %s; it is loaded without", name, error)
+                release(name, self.budget)
             except GroupFailed as error:
                 if config.ranks is not None:
                     raise

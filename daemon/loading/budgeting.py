@@ -16,6 +16,7 @@ from shoal.offload.budget import Budget
 from shoal.offload.kv.disk_pages import buffer_bytes
 from shoal.partition.amounts import format_bytes
 from shoal.partition.memory_layout import kv_page_bytes
+from shoal.partition.placement import DeviceRoom
 from shoal.partition.plan import Plan
 from shoal.partition.throughput.profile import Device
 from shoal.partition.throughput.weights_of import Weighed
@@ -70,15 +71,16 @@ def plan_within_budget(
     idle_bytes: int = 0,
     extra_bytes: int = 0,
     streaming: bool = True,
+    room: DeviceRoom | None = None,
 ) -> Plan | Shortfall:
     """The plan within what the budget has left. `model`: what the checkpoint weighs in the bits of `config`; `device`:
     what this machine can do, if that is known. `idle_bytes` of other models count as left; `extra_bytes`, for KV on
-    its way to disk and a draft model, do not. Reading the tokenizer, which comes first, has to fit, too. Raises as
-    `make_plan` does."""
+    its way to disk and a draft model, do not. Reading the tokenizer, which comes first, has to fit, too. `room`: of a
+    device that computes as much as fits there. Raises as `make_plan` does."""
     tokenizer = checkpoint.tokenizer_memory()
     free = budget.free_bytes + idle_bytes
-    room = max(0, free - extra_bytes - tokenizer.more)
-    made = make_plan(model, config, room, device, streaming=streaming)
+    memory_bytes = max(0, free - extra_bytes - tokenizer.more)
+    made = make_plan(model, config, memory_bytes, device, streaming=streaming, room=room)
     if isinstance(made, Plan) and tokenizer.reading <= free:
         return made
     least = tokenizer.more + (made.peak_bytes if isinstance(made, Plan) else made.least_bytes)

@@ -105,6 +105,8 @@ class LoadedModel:
         """What is odd about the model's files and how it is loaded, each in one line."""
         spec, context = self.checkpoint.spec, self.plan.context_tokens
         said = [*self.checkpoint.warnings, *self.advice.warnings]
+        if self.main.device_trouble:
+            said.append(self.main.device_trouble)
         if context > spec.context:
             said.append(
                 f"{self.checkpoint.path}: the model was made for {spec.context} tokens. "
@@ -155,7 +157,7 @@ class LoadedModel:
             sequence = self.begun.popleft()
             if not sequence.ended:
                 self.begun.append(sequence)
-            elif self.main.group is None:
+            elif self.main.foreseen:
                 self._look_back_at(sequence)
 
     def _look_back_at(self, sequence: Sequence) -> None:
@@ -168,7 +170,7 @@ class LoadedModel:
     def loaded_in(self, seconds: float) -> Loaded:
         """The answer to who had it loaded; the log has it beside what was predicted."""
         said = f"{self.name} in {seconds:.2g} s: {self.plan.describe()}"
-        if self.main.group is None:
+        if self.main.foreseen:
             usual = self.main.expectation.usual
             (low, high), speed = usual.band, usual.tokens_per_s
             said += f"; predicted {usual.load_s:.2g} s from the disk, {speed:.3g} tokens/s ({low:.3g} to {high:.3g})"
@@ -210,7 +212,7 @@ class LoadedModel:
         group = self.main.group
         keeping = [self.plan, *(group.plans if group and not group.prompts_only else ())]  # KV
         totals, cache, disk = scheduler.totals, scheduler.cache, self.engine.rank.disk
-        usual = self.main.expectation.usual if group is None else None
+        usual = self.main.expectation.usual if self.main.foreseen else None
         learnt = scheduler.speeds.cost
         return ModelStatus(
             name=self.name,
@@ -242,6 +244,8 @@ class LoadedModel:
             warnings=self.warnings,
             context_limit_tokens=self.checkpoint.spec.longest,
             ranks=self.ranks,
+            device=self.plan.device,
+            device_bytes=self.plan.device_bytes,
             rank_bytes=self.main.rank_bytes,
             machines=list(group.names) if group else [],
             machines_why=self.main.why,

@@ -18,11 +18,13 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress
 from shoal.daemon.throughput.model_sizes import weighed
+from shoal.devices.device_names import AUTO, CPU
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.turns import FairLock
 
 from .assembly import Assembly
 from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
+from .device_rooms import device_room
 from .loaded_model import LoadedModel
 from .loaded_models import LoadedModels
 from .planning import least_bytes
@@ -140,21 +142,35 @@ class Loader:
         with refusing(name):
             extra_bytes = disk_buffer_bytes(checkpoint, config)
             extra_bytes += least_bytes(draft, config) if draft is not None else 0
-            if draft is None and assembly.grouping is not None:
+            if draft is None and assembly.grouping is not None and not _names_device(config):
                 tokenizer_bytes = checkpoint.tokenizer_memory().more
                 free_bytes = assembly.budget.free_bytes + idle_bytes - tokenizer_bytes
                 dropping = [model.name for model in idle]
                 if assembly.grouping.would_seat(name, checkpoint, config, free_bytes, dropping):
                     return
             model = weighed(checkpoint, config.quant)
+            there = sum(it.plan.device_bytes for it in idle)
             found = plan_within_budget(
-                checkpoint, model, config, assembly.budget, idle_bytes=idle_bytes, extra_bytes=extra_bytes
+                checkpoint,
+                model,
+                config,
+                assembly.budget,
+                idle_bytes=idle_bytes,
+                extra_bytes=extra_bytes,
+                room=device_room(config.device, assembly.budget, there).room,
             )
         require_plan(found, name)
 
 
+def _names_device(config: NodeConfig) -> bool:
+    return config.device not in (AUTO, CPU)
+
+
 def _check_ranks(draft: Path | None, config: NodeConfig) -> None:
     """Raises DaemonError if several ranks were asked for where there can be but one."""
+    if (config.ranks or 1) > 1 and _names_device(config):
+        said = f"`ranks={config.ranks}` was asked for, and `device={config.device}`: a device belongs to no group"
+        raise DaemonError("unsupported", said, "leave one of them out")
     if draft is not None and (config.ranks or 1) > 1:
         said = (
             f"`ranks={config.ranks}` was asked for, and a draft model: with one, a model runs on one machine"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.error_codes import refusing
@@ -25,6 +26,7 @@ from shoal.offload.read_speed import read_speed
 from shoal.partition.throughput.prediction import Binding
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget
+from .device_rooms import device_room
 
 
 class Uses(Struct, frozen=True):
@@ -43,7 +45,8 @@ class Outlook(Struct, frozen=True):
     from, 0 if from none; `packed` says whether this pack exists. `read_bytes_per_s`: speed of the disk just now;
     `step_s`: what the disk takes for a token. Both are 0 if nothing is streamed. `tokens_per_s`, between the two of
     `band`: of an answer of usual length, whose first token comes after `first_s`; `binding` is what decides that.
-    `measured`: whether this machine's speed is known."""
+    `measured`: whether this machine's speed is known. `device`: which one computes blocks besides the CPU, "" if none;
+    with one, nothing is predicted. `device_bytes`: of its memory; `placed`: what lies where, in words."""
 
     plan: str
     quant: Quant
@@ -63,6 +66,9 @@ class Outlook(Struct, frozen=True):
     first_s: float = 0.0
     binding: Binding = "memory"
     measured: bool = False
+    device: str = ""
+    device_bytes: int = 0
+    placed: str = ""
 
 
 class TooLarge(Struct, frozen=True):
@@ -86,7 +92,10 @@ def _outlook(
     budget = budget_of(config.memory_bytes)
     on_disk = disk_buffer_bytes(checkpoint, config)
     model = weighed(checkpoint, config.quant)
-    plan = plan_within_budget(checkpoint, model, config, budget, machine.device, extra_bytes=on_disk)
+    room = device_room(config.device, budget).room
+    plan = plan_within_budget(
+        checkpoint, model, config, budget, machine.device, extra_bytes=on_disk, room=room
+    )
     if isinstance(plan, Shortfall):
         return TooLarge(str(plan), plan.budget_bytes, plan.least_bytes)
     process, more = budget.held_by(PROCESS), checkpoint.tokenizer_memory().more
@@ -98,15 +107,14 @@ def _outlook(
         if plan.streams:
             largest = max(checkpoint.files, key=lambda file: file.stat().st_size)
             speed = read_speed(pack.path if pack else largest)
-    usual = Expectation(model, plan, machine, speed).usual
-    return Outlook(
+    found = Outlook(
         plan=plan.describe(speed),
         quant=config.quant,
         budget_bytes=budget.limit_bytes,
         memory_bytes=Uses(
             weights=plan.pinned_bytes + plan.expert_bytes,
             window=plan.window_bytes,
-            kv=plan.kv.nbytes + on_disk,
+            kv=plan.kv.nbytes - plan.device_kv_bytes + on_disk,
             scratch=plan.scratch_bytes + more,
             process=process,
             free=budget.limit_bytes - process - plan.peak_bytes - on_disk - more,
@@ -120,6 +128,15 @@ def _outlook(
         packed=packed,
         read_bytes_per_s=round(speed),
         step_s=plan.step_s(speed),
+        device=plan.device,
+        device_bytes=plan.device_bytes,
+        placed=plan.placed,
+    )
+    if plan.device:
+        return found
+    usual = Expectation(model, plan, machine, speed).usual
+    return replace(
+        found,
         tokens_per_s=usual.tokens_per_s,
         band=usual.band,
         first_s=usual.ttft_s,

@@ -7,16 +7,19 @@ configuration; `partition.throughput` has the plans and chooses, and `budgeting`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from shoal import kernels
 from shoal.daemon.config import NodeConfig, beyond_the_model
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.throughput.model_sizes import weighed
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.pack.manifest import Quant
+from shoal.partition.amounts import format_bytes
+from shoal.partition.placement import DeviceRoom, ModelBytes, NoRoomThere, plan_on_device
 from shoal.partition.plan import Misfit, Plan, Wanted, least_in_ram
 from shoal.partition.rank_plans import RankPart
 from shoal.partition.spec import BlockId, ModelSpec
@@ -35,18 +38,40 @@ def make_plan(
     device: Device | None = None,
     *,
     streaming: bool = True,
+    room: DeviceRoom | None = None,
 ) -> Plan | Misfit:
     """The plan for a model within `memory_bytes`. If no context was asked for, it gets the largest that fits.
-    `device`: what this machine can do, if that was measured. `streaming`: its weights may come from disk.
+    `device`: what this machine can do, if that was measured. `streaming`: its weights may come from disk. `room`: of
+    the device that computes as much of it as fits there.
 
-    Raises DaemonError `context_overflow`.
+    Raises DaemonError `context_overflow`, and `resources` where nothing fits on the device.
     """
     contexts = wanted_of(model.spec, config)
+    if room is not None:
+        return _on_device(model, contexts, room, memory_bytes)
     device = device or unmeasured(config.thread_count)
     made = best_plan(model, contexts, memory_bytes, device, streaming=streaming)
     if config.threads is not None or isinstance(made, Misfit):
         return made
     return replace(made, rival_threads=rival_threads(model, made, device))
+
+
+def _on_device(
+    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int
+) -> Plan | Misfit:
+    tied = sum(it.nbytes for it in model.head) if model.spec.tied and model.spec.vocab else 0
+    vectors = 0 if model.quant == "keep" else model.vectors_bytes
+    made = plan_on_device(
+        contexts, ModelBytes(model.block_bytes, tied, vectors), room, memory_bytes=memory_bytes
+    )
+    if isinstance(made, NoRoomThere):
+        raise DaemonError(
+            "resources",
+            f"one layer with its KV and scratch takes {format_bytes(made.least_bytes)}, device {room.name} has "
+            f"{format_bytes(room.free_bytes)} free of {format_bytes(room.limit_bytes)}",
+            "`device=cpu` does without it, or take a smaller `context_tokens`",
+        )
+    return made
 
 
 def least_bytes(draft: Path, config: NodeConfig) -> int:

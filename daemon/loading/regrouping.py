@@ -48,7 +48,7 @@ class Regrouping:
         if grouping is None:
             return
         for model in self._models:
-            if model.engine.busy or model.engine.lost is not None or model.retired:
+            if model.engine.busy or model.engine.lost is not None or model.retired or model.plan.device:
                 continue
             try:
                 if why := self._reason(grouping, model):

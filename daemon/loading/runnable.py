@@ -17,8 +17,10 @@ from shoal.daemon.progress import Progress, no_progress
 from shoal.daemon.throughput.expectation import Expectation
 from shoal.daemon.throughput.model_sizes import weighed
 from shoal.daemon.throughput.own_machine import OwnMachine
+from shoal.devices.device_names import CPU
+from shoal.devices.opening import home_of
 from shoal.engine.collective import Alone
-from shoal.engine.executor import Executor
+from shoal.engine.executor import Executor, attention_homes
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.models.tokenizer.tokenizer import Tokenizer
@@ -30,6 +32,7 @@ from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
 from shoal.partition.plan import VOCABULARY_BYTES, Plan
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
+from .device_rooms import device_room, require_whole
 from .grouping import FormedGroup, Grouping, OwnShare, Seated, Unseated
 from .stores import open_store
 
@@ -51,6 +54,12 @@ class Runnable:
     share_bytes: int = 0  # … what it takes
     read_bytes_per_s: float = 0.0
     kv_trouble: str = ""  # why its KV is not kept on disk though it was to be
+    device_trouble: str = ""  # why the device that was named does not compute it
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether anything is predicted of it: it is computed by this machine's CPU alone."""
+        return self.group is None and not self.plan.device
 
     @classmethod
     def read(
@@ -77,12 +86,25 @@ class Runnable:
         with ExitStack() as undo, open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config)
             model = weighed(checkpoint, config.quant)
+            room, trouble = device_room(config.device, budget)
+            if room is not None:
+                grouping = None  # a device belongs to no group
 
             def planned() -> Plan | Shortfall:
                 extra = reserve_bytes + extra_bytes
-                return plan_within_budget(
-                    checkpoint, model, config, budget, device, extra_bytes=extra, streaming=streaming
+                found = plan_within_budget(
+                    checkpoint,
+                    model,
+                    config,
+                    budget,
+                    device,
+                    extra_bytes=extra,
+                    streaming=streaming,
+                    room=room,
                 )
+                if room is not None and isinstance(found, Plan) and not streaming:
+                    require_whole(found, room, name)
+                return found
 
             found = planned()
             if grouping is None:
@@ -108,8 +130,10 @@ class Runnable:
                 plan = require_plan(found, name)
                 peak_bytes = plan.peak_bytes + extra_bytes + expected
             budget.hold(purpose, peak_bytes)
+            if room is not None:
+                budget.on(room.name).hold(purpose, plan.device_bytes, f"{name} on device {room.name}")
             transformer = Transformer(part.spec)
-            kv = KvPool(part.spec, plan.kv)
+            kv = KvPool(part.spec, plan.kv, attention_homes(plan, home_of))
             if tight:
                 forget_files(checkpoint.files)
             disk = device.disk_bytes_per_s or DISK_BYTES_PER_S
@@ -134,7 +158,7 @@ class Runnable:
                 forget_files(checkpoint.files)
             undo.pop_all()
         collective = group.collective if group is not None and besides is None else Alone()
-        executor = Executor(transformer, plan, store, kv, collective)
+        executor = Executor(transformer, plan, store, kv, collective, home_of)
         share, share_bytes = None, 0
         if group is not None and besides is not None and divided is not None:
             share, share_bytes = _share(besides, executor, divided, group), besides.plan.peak_bytes
@@ -152,6 +176,7 @@ class Runnable:
             share,
             share_bytes,
             speed,
+            device_trouble=trouble,
         )
 
     @property
@@ -209,8 +234,10 @@ def read_draft(
     name: str, main: Runnable, path: Path, config: NodeConfig, budget: Budget, machine: OwnMachine
 ) -> Runnable:
     """A draft model that guesses for `main`, in the bits of its files. The budget holds it under its own purpose, which
-    the caller has to release if this fails."""
-    config = replace(config, context_tokens=main.plan.context_tokens, quant="keep", kv_disk_bytes=0)
+    the caller has to release if this fails. The CPU computes it."""
+    config = replace(
+        config, context_tokens=main.plan.context_tokens, quant="keep", kv_disk_bytes=0, device=CPU
+    )
     purpose = f"draft for {name}"
     small = Runnable.read(
         f"draft model {path.name}", purpose, path, config, budget, no_progress, machine, streaming=False

@@ -8,6 +8,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import trim
 from shoal.daemon.progress import Progress
+from shoal.devices.opening import home_of
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.pack.manifest import Quant
@@ -43,12 +44,13 @@ def open_store(
     if not plan.streams and quant == "keep":
         if bounded:
             checkpoint.bypass_cache()
-        return ResidentStore.load(plan, checkpoint, loading), 0.0
+        return ResidentStore.load(plan, checkpoint, loading, home_of), 0.0
     if packs is None:
         raise DaemonError("resources", "has to come from a pack, and there is no place for a pack of it")
     pack = packs.get(checkpoint, lambda done, total: progress("packing", done, total), quant=quant)
     if not plan.streams:
-        return ResidentStore.load(plan, PackReader(pack), loading), 0.0
+        away = {item.block for item in plan.blocks if item.tier == "gpu"}
+        return ResidentStore.load(plan, PackReader(pack, away), loading, home_of), 0.0
     began_s = time.monotonic()
     store = WindowStore.open(plan, pack, loading)
     seconds = time.monotonic() - began_s

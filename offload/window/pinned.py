@@ -5,7 +5,8 @@ They lie one behind the other there, so that the slices of a tied head are the e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import groupby
 
 from shoal.offload.block_store import Arriving
 from shoal.offload.errors import StoreError
@@ -47,13 +48,22 @@ class Pinned:
 
 
 class PackReader:
-    """A `BlockReader` of a pack. Its reader threads end when the blocks have been read."""
+    """A `BlockReader` of a pack. Its reader threads end when the blocks have been read. Blocks that go `away` from this
+    memory at once are read a layer at a time, behind the others."""
 
-    def __init__(self, pack: Pack) -> None:
+    def __init__(self, pack: Pack, away: Collection[BlockId] = ()) -> None:
         self._pack = pack
+        self._away = away
 
     def read_blocks(self, blocks: Sequence[BlockId]) -> Arriving:
         """See `BlockReader`. Raises OffloadError."""
+        yield from self._together([block for block in blocks if block not in self._away])
+        going = (block for block in blocks if block in self._away)
+        for _, layer in groupby(going, key=lambda block: (block.layer, block.kind == "head" and block)):
+            yield from self._together(list(layer))
+
+    def _together(self, blocks: Sequence[BlockId]) -> Arriving:
+        """All of them lie in one piece of memory."""
         pinned = Pinned(self._pack, blocks)
         readers = Readers(self._pack, [pinned.region])
         try:

@@ -196,10 +196,14 @@ def test_wrong_usage_is_told_in_one_line(arguments: list[str], said: str) -> Non
     assert result.stderr.count("\n") == 1
 
 
-def test_devices_of_the_future_are_refused() -> None:
-    result = shoal("run", "--device", "gpu", "m", "p")
-    assert result.exit_code == 1
-    assert "--device gpu: this version computes on cpu only" in result.stderr
+@pytest.mark.parametrize(
+    "name", ["gpu", "cuda", "cuda:x", "cuda:0,many", "sim", "sim:0", "sim:1GB,fast", "CPU", ""]
+)
+def test_what_is_no_device_is_told_in_one_line(name: str) -> None:
+    result = shoal("run", "--device", name, "m", "p")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"--device {name!r} is no device; write auto, cpu, cuda:0" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_tracebacks_show_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import tiny
-from fakes.assisting import Assisting
-from fakes.ranks import orders
+from fakes.group.assisting import Assisting
+from fakes.group.ranks import orders
 from fakes.running import FP32, Running, planned, relative_error
 
 from shoal.engine.engine import Engine

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fakes import tiny
 from fakes.group.circles import Circle
-from fakes.ranks import Group, Member, Together, orders
+from fakes.group.ranks import Group, Member, Together, orders
 from fakes.running import Running, relative_error
 
 from shoal.comm.group.sums.manners import SumTopology

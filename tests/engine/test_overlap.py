@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import tiny
-from fakes.ranks import Group
+from fakes.group.ranks import Group
 from fakes.running import Running
 
 from shoal.engine.order import Order, Segment

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import tiny
+from fakes.group.ranks import Group, Opened, orders, resident
 from fakes.packing import build_pack
-from fakes.ranks import Group, Opened, orders, resident
 from fakes.running import FP32, planned, relative_error
 from fakes.streaming import streaming_plan
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from fakes import tiny
+from fakes.group.ranks import Group, Turns, orders
 from fakes.homes import NATIVE
-from fakes.ranks import Group, Turns, orders
 from fakes.running import Running, relative_error
 
 from shoal.engine.order import Order

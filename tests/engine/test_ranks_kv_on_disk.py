@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import tiny
-from fakes.ranks import Group, Leader
+from fakes.group.ranks import Group, Leader
 from fakes.running import FP32, planned
 
 from shoal.engine.engine import Engine

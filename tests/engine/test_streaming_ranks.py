@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import tiny
+from fakes.group.ranks import Group, Opened, orders, resident
 from fakes.packing import build_pack, small_slices, tiny_checkpoint
-from fakes.ranks import Group, Opened, orders, resident
 from fakes.running import FP32, planned
 from fakes.streaming import Pinned, streaming_plan
 

@@ -34,6 +34,7 @@ class Running:
     """A checkpoint that is ready to compute, without scheduler or text."""
 
     def __init__(self, path: Path, config: NodeConfig = FP32) -> None:
+        self.path = path
         with open_checkpoint(path) as checkpoint:
             self.plan = planned(checkpoint, config, 1 << 33)
             self.spec = checkpoint.spec

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from fakes import tiny
 from fakes.group.clusters import wait_for
+from fakes.group.ranks import Group
 from fakes.group.streams import PairStream, stream_pair
-from fakes.ranks import Group
 from fakes.running import Running, relative_error
 
 from shoal.comm.group.sums.star import Hub, Spoke

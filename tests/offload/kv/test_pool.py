@@ -64,7 +64,7 @@ def test_the_lowest_pages_are_taken_first() -> None:
 
 def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 4242, raising=False)  # refused, as by such a kernel
-    assert not pool(3)._pages.any()
+    assert not pool(3).page(2).any()
 
 
 def attend(kv: KvPool, layer: int, pages: list[int], start: int, rows: Floats) -> Floats:

@@ -9,8 +9,8 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+from fakes.group.ranks import Group
 from fakes.group.streams import PairStream, stream_pair
-from fakes.ranks import Group
 
 from shoal.comm.group.sums.star import Hub, Spoke
 from shoal.daemon.cluster.follower import Follower

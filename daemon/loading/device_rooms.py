@@ -1,0 +1,60 @@
+"""Which device computes a model, and how much of its memory is free. Knows names, the ledger, and how to do without."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from shoal.daemon.errors import DaemonError
+from shoal.devices.device_names import AUTO, CPU
+from shoal.devices.opening import device_home, present
+from shoal.kernels import KernelError
+from shoal.offload.budget import Budget
+from shoal.partition.amounts import format_bytes
+from shoal.partition.placement import DeviceRoom
+from shoal.partition.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+class Chosen(NamedTuple):
+    """The device's room, or None if the CPU computes all; `trouble`: why, where a device was named."""
+
+    room: DeviceRoom | None
+    trouble: str = ""
+
+
+def device_room(device: str, budget: Budget, idle_bytes: int = 0) -> Chosen:
+    """The room on the device that a configuration names. Of models that may go, `idle_bytes` on it count as free. A
+    device that was lost is done without. `auto` is the CPU as long as nothing is known of how fast devices are: one
+    that is slower would be chosen as readily. Raises DaemonError `unsupported` when one that was named cannot be used.
+    """
+    if device == AUTO:
+        if cards := present():
+            log.info("this machine has %s; `device=%s` uses it", ", ".join(cards), cards[0])
+        return Chosen(None)
+    if device == CPU:
+        return Chosen(None)
+    try:
+        home = device_home(device)
+    except KernelError as error:
+        raise DaemonError("unsupported", str(error), "`device=cpu` does without it") from error
+    there = home.device
+    if there.lost:
+        said = f"device {device} is lost ({there.lost}), so the cpu computes; start anew to use it again"
+        return Chosen(None, said)
+    ledger = budget.on(device, there.limit_bytes)
+    free = ledger.free_bytes + idle_bytes
+    return Chosen(home.room(free))
+
+
+def require_whole(plan: Plan, room: DeviceRoom, name: str) -> None:
+    """Where others can go, they do before model `name` is split: raises DaemonError `resources` if it would be."""
+    mine, whole = plan.device_layers
+    taken = room.limit_bytes - room.free_bytes
+    if mine < whole and taken:
+        raise DaemonError(
+            "resources",
+            f"only {mine} of {whole} layers of {name} fit on device {room.name}: "
+            f"other models hold {format_bytes(taken)}",
+        )

@@ -1,0 +1,140 @@
+"""A graphics card, through torch. It is imported when such a device is opened, and torch with it.
+
+Knows streams, events and torch's errors; `torch_kernels` computes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from shoal.kernels.arrays import Array
+
+from .device import DeviceArray, DeviceEvent, DeviceMemory, DeviceWork
+from .errors import DeviceFull, DeviceLost, NoSuchDevice
+
+OF_FREE_MEMORY = 0.9  # of the free memory, if no size was named: libraries take some, too
+
+_cuda: Any = torch.cuda  # which has no types for streams and events
+
+
+class CudaDevice:
+    """Card `number`, of whose memory at most `limit_bytes` are used. It is an OpenDevice. Raises NoSuchDevice."""
+
+    def __init__(self, name: str, number: int, limit_bytes: int | None) -> None:
+        try:
+            there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if number >= there:
+                raise NoSuchDevice(
+                    f"device {name} is not there: torch {torch.__version__} finds {there} cards"
+                )
+            torch.cuda.set_device(number)
+            usable = int(OF_FREE_MEMORY * torch.cuda.mem_get_info(number)[0])
+            self.limit_bytes = usable if limit_bytes is None else min(usable, limit_bytes)
+            self._computing, self._coming, self._going = (_cuda.Stream(number) for _ in range(3))
+        except (RuntimeError, AssertionError) as error:  # a driver that is too old, no kernels for the card
+            raise NoSuchDevice(f"device {name} cannot be used: {_line(error)}") from error
+        self.name = name
+        self.lost = ""
+        self._device = torch.device("cuda", number)
+        self._held = self._peak = 0
+        self._lock = threading.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        return self._held
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._peak
+
+    def reserve(self, nbytes: int) -> DeviceMemory:
+        with self._lock:
+            if self._held + nbytes > self.limit_bytes:
+                raise DeviceFull(self.name, nbytes, self._held, self.limit_bytes)
+            self._held += nbytes
+            self._peak = max(self._peak, self._held)
+        return DeviceMemory(nbytes, self._given_back)
+
+    def within(self, memory: DeviceMemory, inside: torch.Tensor) -> DeviceArray:
+        dtype = np.dtype(str(inside.dtype).removeprefix("torch."))
+        strides = [step * dtype.itemsize for step in inside.stride()]
+        return DeviceArray(memory, inside, dtype, inside.shape, strides)
+
+    def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:
+        memory = self.reserve(int(np.prod(shape)) * dtype.itemsize)
+        kind = torch.from_numpy(np.empty(0, dtype)).dtype
+
+        def run() -> torch.Tensor:
+            return torch.empty(*shape, dtype=kind, device=self._device)
+
+        inside, memory.ready = self._on(self._computing, (), run)
+        return self.within(memory, inside)
+
+    def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        return self._copy(self._coming, torch.from_numpy(source), target.inside, target.inside, after)
+
+    def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        return self._copy(self._going, source.inside, torch.from_numpy(target), source.inside, after)
+
+    def compute(
+        self, what: str, work: DeviceWork, run: Callable[[], Any], after: Sequence[DeviceEvent]
+    ) -> tuple[Any, DeviceEvent]:
+        return self._on(self._computing, after, run)
+
+    def wait(self, event: DeviceEvent) -> None:
+        with self._calling():
+            event.synchronize()  # type: ignore[attr-defined]
+
+    def _copy(
+        self,
+        stream: torch.cuda.Stream,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        there: torch.Tensor,
+        after: Sequence[DeviceEvent],
+    ) -> DeviceEvent:
+        def run() -> None:
+            target.copy_(source, non_blocking=True)
+            there.record_stream(stream)  # its memory is nobody else's before that
+
+        return self._on(stream, after, run)[1]
+
+    def _on(
+        self, stream: torch.cuda.Stream, after: Sequence[DeviceEvent], run: Callable[[], Any]
+    ) -> tuple[Any, DeviceEvent]:
+        with self._calling(), torch.cuda.stream(stream):
+            for event in after:
+                stream.wait_event(event)  # type: ignore[arg-type]
+            made = run()
+            ended = _cuda.Event()
+            ended.record(stream)
+            return made, ended
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Torch's errors as ours. One that is not for lack of memory leaves nothing to go on with in this process."""
+        if self.lost:
+            raise DeviceLost(self.name, self.lost)
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(self.name, 0, self._held, self.limit_bytes) from error
+        except RuntimeError as error:
+            if "CUDA" not in str(error) and "cuda" not in str(error):
+                raise
+            self.lost = _line(error)
+            raise DeviceLost(self.name, self.lost) from error
+
+    def _given_back(self, nbytes: int) -> None:
+        with self._lock:
+            self._held -= nbytes
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

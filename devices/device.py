@@ -1,0 +1,133 @@
+"""`OpenDevice`: memory of an accelerator within a budget, copies to and from it, computations, and events between them.
+
+Copies in, computations and copies out are three queues. Each does one thing after the other, and beside the other
+queues; only events put what is in different queues in order. The host goes on at once, unless it waits for an event.
+Whatever runs on the simulated device (`sim_device`) runs on a real one (`cuda_device`): the former is stricter.
+
+Knows bytes, not what they mean. Shapes and dtypes are those of NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import numpy as np
+
+from shoal.kernels.arrays import Array
+
+
+class DeviceEvent(Protocol):
+    """Something that was begun on a device. When it has ended is known to the device alone."""
+
+
+class DeviceWork(NamedTuple):
+    """What a computation is expected to take: bytes that it reads and writes, and operations on numbers (a
+    multiplication and an addition are two)."""
+
+    nbytes: int = 0
+    flops: int = 0
+
+
+class DeviceMemory:
+    """`nbytes` of a device's memory, which it has again when nobody refers to them any more, or after `free`. `ready`:
+    the last thing that was begun to write to them."""
+
+    __slots__ = ("__weakref__", "_give_back", "nbytes", "ready")
+
+    def __init__(self, nbytes: int, give_back: Callable[[int], None]) -> None:
+        self.nbytes = nbytes
+        self.ready: DeviceEvent | None = None
+        self._give_back = give_back
+
+    def free(self) -> None:
+        """Idempotent."""
+        taken, self.nbytes = self.nbytes, 0
+        if taken:
+            self._give_back(taken)
+
+    def __del__(self) -> None:
+        self.free()
+
+
+class DeviceArray:
+    """A handle of an array in a device's memory, or of a part of one. Its form is known to everybody, what is in it to
+    the device alone: `inside` is what that computes with."""
+
+    __slots__ = ("dtype", "inside", "memory", "shape", "strides")
+    __array_ufunc__ = None
+    flags = SimpleNamespace(c_contiguous=True, writeable=True)
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        inside: Any,
+        dtype: np.dtype[Any],
+        shape: Sequence[int],
+        strides: Sequence[int],
+    ) -> None:
+        self.memory = memory
+        self.inside = inside
+        self.dtype = dtype
+        self.shape = tuple(shape)
+        self.strides = tuple(strides)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * prod(self.shape)
+
+    def _refused(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("what is in a device's memory can only be computed with there")
+
+    __array__ = __bool__ = __len__ = __iter__ = __getitem__ = _refused
+
+
+class OpenDevice(Protocol):
+    """Any thread may call it. Every call raises DeviceLost when the device is gone."""
+
+    name: str
+    limit_bytes: int  # of all that is allocated on it, together
+    lost: str  # why, once it is gone
+
+    @property
+    def held_bytes(self) -> int: ...
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was ever held."""
+        ...
+
+    def reserve(self, nbytes: int) -> DeviceMemory:
+        """Room for a result, which `within` makes an array. Raises DeviceFull."""
+        ...
+
+    def within(self, memory: DeviceMemory, inside: Any) -> DeviceArray:
+        """A handle of an array, or a view of one, that a computation left in this memory."""
+        ...
+
+    def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:
+        """An array with anything in it. Raises DeviceFull."""
+        ...
+
+    def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        """Begin to copy a contiguous array of the host, when all `after` have ended. Until the copy has ended, nobody
+        may change the source or look at the target."""
+        ...
+
+    def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        """Begin to copy to a contiguous array of the host, when all `after` have ended. Until the copy has ended,
+        nobody may change the source or look at the target."""
+        ...
+
+    def compute(
+        self, what: str, work: DeviceWork, run: Callable[[], Any], after: Sequence[DeviceEvent]
+    ) -> tuple[Any, DeviceEvent]:
+        """Begin to compute, when all `after` have ended. `run` is called at once and returns what kernels leave; it
+        only begins what takes long."""
+        ...
+
+    def wait(self, event: DeviceEvent) -> None:
+        """Wait on the host until it has ended."""
+        ...

@@ -1,0 +1,43 @@
+"""The errors of this room.
+
+    KernelError
+    ├── NoSuchDevice       a device is not there, or cannot be used
+    ├── HomeFull           (kernels) the memory of what computes is full
+    │   └── DeviceFull     a device has fewer bytes left than were asked for
+    └── HomeLost           (kernels) what computes is gone, with all that it held
+        └── DeviceLost     a device does not answer any more
+
+Messages name the device, the value, the limit and what to do.
+"""
+
+from __future__ import annotations
+
+from shoal.kernels.errors import HomeFull, HomeLost, KernelError
+from shoal.partition.amounts import format_bytes
+
+
+class NoSuchDevice(KernelError):
+    """A device that is not there, or that cannot be used here."""
+
+
+class DeviceFull(HomeFull):
+    """`nbytes` were asked for on a device that holds `held` of at most `limit` bytes; 0: by something that does not say
+    how much."""
+
+    def __init__(self, name: str, nbytes: int, held: int, limit: int) -> None:
+        asked = (
+            f"{format_bytes(nbytes)} more were asked for, and"
+            if nbytes
+            else "a computation found no room, though"
+        )
+        super().__init__(
+            f"device {name} is full: {asked} {format_bytes(held)} of its {format_bytes(limit)} are taken"
+        )
+
+
+class DeviceLost(HomeLost):
+    """The device `name` does not answer any more, and what it held is gone."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"device {name} is lost: {why}")
+        self.name = name

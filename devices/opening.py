@@ -1,0 +1,61 @@
+"""Which devices there are, and the home of each, which is opened when it is first asked for.
+
+Until then nothing of a device is imported.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.kernels import ComputeHome
+from shoal.kernels.homes import cpu
+
+from .device_names import CPU, read_name
+from .errors import NoSuchDevice
+
+if TYPE_CHECKING:
+    from .device_home import DeviceHome
+
+NVIDIA = Path("/proc/driver/nvidia/gpus")  # has a directory for each card, once the driver is there
+
+_opened: dict[str, DeviceHome] = {}
+_lock = threading.Lock()
+
+
+def present() -> list[str]:
+    """Names of the cards that this machine seems to have. Imports nothing and asks no driver."""
+    cards = len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
+    return [f"cuda:{number}" for number in range(cards)]
+
+
+def home_of(name: str) -> ComputeHome:
+    """The home that computes the blocks of this device (`BlockPlan.device`). Raises NoSuchDevice."""
+    return cpu() if name == CPU else device_home(name)
+
+
+def device_home(name: str) -> DeviceHome:
+    """The home of a device other than the CPU; the same for everybody. Raises NoSuchDevice."""
+    with _lock:
+        if (home := _opened.get(name)) is None:
+            home = _opened[name] = _open(name)
+        return home
+
+
+def _open(name: str) -> DeviceHome:
+    from .device_home import DeviceHome
+
+    said = read_name(name)
+    if said.kind == "sim":
+        from .sim_device import SimDevice
+        from .sim_kernels import SimKernels
+
+        assert said.limit_bytes is not None
+        return DeviceHome(SimDevice(name, said.limit_bytes, said.link_bytes_per_s), SimKernels(cpu()))
+    try:
+        from .cuda_device import CudaDevice  # and with them torch: 125 MB and 1.4 s that others do without
+        from .torch_kernels import TorchKernels
+    except ImportError as error:
+        raise NoSuchDevice(f"device {name} needs torch, which cannot be imported: {error}") from error
+    return DeviceHome(CudaDevice(name, said.number, said.limit_bytes), TorchKernels())

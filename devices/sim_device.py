@@ -1,0 +1,183 @@
+"""A device that the CPU plays, stricter than any real one, so that what is wrong on a device is wrong in every test.
+
+- What is copied is not there until somebody has waited for the copy's event. Until then, and before anything is written
+  at all, memory has NaN in it, whatever type of number is looked for.
+- A copy takes what is in its source when somebody waits for it: if that was changed meanwhile, the copy is wrong.
+- It has a budget of its own.
+- A virtual clock says when everything would begin and end, by the device's link, memory and arithmetic. `schedule` has
+  it all, in the order in which it was begun. The host's own work takes no time there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from shoal.kernels.arrays import Array, Bytes
+
+from .device import DeviceArray, DeviceEvent, DeviceMemory, DeviceWork
+from .device_names import SIM_LINK_BYTES_PER_S
+from .errors import DeviceFull, DeviceLost
+
+Queue = Literal["in", "compute", "out"]
+
+POISON = 0xFF  # bytes of which any float is NaN, and any scale
+LAUNCH_S = 5e-6  # from the end of one thing in a queue to the begin of the next
+SIM_MEMORY_BYTES_PER_S = 500e9
+SIM_FLOPS = 20e12
+SCHEDULE_ENTRIES = 1 << 16  # entries of the schedule
+
+
+class Scheduled(NamedTuple):
+    """One entry of a schedule, in virtual seconds."""
+
+    queue: Queue
+    what: str
+    nbytes: int
+    begin_s: float
+    end_s: float
+
+
+@dataclass(eq=False)
+class _Begun(DeviceEvent):
+    """Something in a queue. `land` carries a copy out, and is None when that has been done."""
+
+    queue: Queue
+    end_s: float
+    after: Sequence[DeviceEvent] = ()  # of a copy that has not landed
+    land: Callable[[], None] | None = None
+
+
+@dataclass(eq=False)
+class _QueueState:
+    free_s: float = 0.0  # when the next thing may begin
+    flying: deque[_Begun] = field(default_factory=deque)  # copies that nobody has waited for, in their order
+
+
+class SimDevice:
+    """`limit_bytes` of memory behind a link of so many bytes per second each way. It is an OpenDevice."""
+
+    def __init__(self, name: str, limit_bytes: int, link_bytes_per_s: float = SIM_LINK_BYTES_PER_S) -> None:
+        self.name = name
+        self.limit_bytes = limit_bytes
+        self.link_bytes_per_s = link_bytes_per_s
+        self.now_s = 0.0  # on the virtual clock
+        self.schedule: deque[Scheduled] = deque(maxlen=SCHEDULE_ENTRIES)
+        self._held = self._peak = 0
+        self.lost = ""
+        self._queues: dict[Queue, _QueueState] = {
+            "in": _QueueState(),
+            "compute": _QueueState(),
+            "out": _QueueState(),
+        }
+        self._lock = threading.RLock()  # memory may be given back at any moment
+
+    @property
+    def held_bytes(self) -> int:
+        return self._held
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._peak
+
+    def lose(self, why: str) -> None:
+        """From now on it is lost."""
+        self.lost = why
+
+    def reserve(self, nbytes: int) -> DeviceMemory:
+        with self._lock:
+            self._look()
+            if self._held + nbytes > self.limit_bytes:
+                raise DeviceFull(self.name, nbytes, self._held, self.limit_bytes)
+            self._held += nbytes
+            self._peak = max(self._peak, self._held)
+            return DeviceMemory(nbytes, self._given_back)
+
+    def within(self, memory: DeviceMemory, inside: Array) -> DeviceArray:
+        return DeviceArray(memory, inside, inside.dtype, inside.shape, inside.strides)
+
+    def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:
+        memory = self.reserve(prod(shape) * dtype.itemsize)
+        poisoned = np.full(memory.nbytes, POISON, np.uint8)
+        return self.within(memory, poisoned.view(dtype).reshape(shape))
+
+    def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        return self._copy("in", source, target.inside, after)
+
+    def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        return self._copy("out", source.inside, target, after)
+
+    def compute(
+        self, what: str, work: DeviceWork, run: Callable[[], Any], after: Sequence[DeviceEvent]
+    ) -> tuple[Any, DeviceEvent]:
+        with self._lock:
+            self._look()
+            for event in after:
+                self._reach(event)
+            seconds = max(work.nbytes / SIM_MEMORY_BYTES_PER_S, work.flops / SIM_FLOPS)
+            begun = self._begin("compute", what, work.nbytes, seconds, after)
+            return run(), begun
+
+    def wait(self, event: DeviceEvent) -> None:
+        with self._lock:
+            self._look()
+            self._reach(event)
+            assert isinstance(event, _Begun)
+            self.now_s = max(self.now_s, event.end_s)
+
+    def _copy(self, queue: Queue, source: Array, target: Array, after: Sequence[DeviceEvent]) -> DeviceEvent:
+        assert (source.shape, source.dtype) == (target.shape, target.dtype), "a copy changes nothing"
+
+        def land() -> None:
+            target[...] = source
+
+        with self._lock:
+            self._look()
+            _bytes_of(target)[...] = POISON
+            begun = self._begin(queue, "copy", target.nbytes, target.nbytes / self.link_bytes_per_s, after)
+            begun.after, begun.land = tuple(after), land
+            self._queues[queue].flying.append(begun)
+            return begun
+
+    def _begin(
+        self, queue: Queue, what: str, nbytes: int, seconds: float, after: Sequence[DeviceEvent]
+    ) -> _Begun:
+        state = self._queues[queue]
+        begin_s = max(
+            [self.now_s, state.free_s, *(event.end_s for event in after if isinstance(event, _Begun))]
+        )
+        state.free_s = end_s = begin_s + LAUNCH_S + seconds
+        self.schedule.append(Scheduled(queue, what, nbytes, begin_s, end_s))
+        return _Begun(queue, end_s)
+
+    def _reach(self, event: DeviceEvent) -> None:
+        """Everything up to this event has happened."""
+        assert isinstance(event, _Begun)
+        flying = self._queues[event.queue].flying
+        while event.land is not None:
+            first = flying.popleft()
+            for earlier in first.after:
+                self._reach(earlier)
+            assert first.land is not None
+            first.land()
+            first.land, first.after = None, ()
+
+    def _given_back(self, nbytes: int) -> None:
+        with self._lock:
+            self._held -= nbytes
+
+    def _look(self) -> None:
+        if self.lost:
+            raise DeviceLost(self.name, self.lost)
+
+
+def _bytes_of(array: Array) -> Bytes:
+    """The same memory; contiguous."""
+    flat: Bytes = array.reshape(-1).view(np.uint8)
+    return flat

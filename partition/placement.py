@@ -1,0 +1,145 @@
+"""Plans of one machine with a device that has memory of its own: which layers go there.
+
+Every token reads all dense weights, so what counts is how many bytes lie in the faster memory. Layers go there from the
+last one on, and the head before them: rows of the embedding are gathered on the host, so hidden states pass the link
+once, and logits come back. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from .memory_layout import kv_page_bytes
+from .plan import (
+    BlockPlan,
+    Misfit,
+    Plan,
+    Wanted,
+    arena_slack,
+    first_fit,
+    kv_plan,
+    least_kv_pages,
+    plan_of,
+    scratch_bytes,
+    step_numbers,
+)
+from .spec import BlockId, ModelSpec
+
+OPERANDS_BYTES = 1 << 20  # of a step besides hidden states: pages, positions, ids, routes
+LAYERS_KEPT = 0.9  # of those that would be there with the shortest context
+LOADING_BYTES = 32 << 20  # memory in which a block lies on its way to the device, besides the block
+
+
+class DeviceRoom(NamedTuple):
+    """Memory of a device: what is free of it, what its kernels need for themselves, whether their attention copies K
+    and V of a text and has all scores of a part of it, and all of it."""
+
+    name: str
+    free_bytes: int
+    kernel_bytes: int
+    gathers: bool
+    limit_bytes: int
+
+
+class ModelBytes(NamedTuple):
+    """Bytes of a model's blocks in the order of a step, of the one matrix that a tied embedding and head share (0 if
+    they are not tied), and of all vectors where they are counted with the first block (else 0)."""
+
+    blocks: Mapping[BlockId, int]
+    tied: int
+    vectors: int
+
+
+class NoRoomThere(NamedTuple):
+    """Not even one layer fits on the device; with `least_bytes` of it, one would."""
+
+    least_bytes: int
+
+
+def plan_on_device(
+    contexts: Sequence[Wanted], model: ModelBytes, room: DeviceRoom, *, memory_bytes: int
+) -> Plan | Misfit | NoRoomThere:
+    """As much of the model as fits on the device, the rest in `memory_bytes` of this machine's memory.
+
+    contexts: what is asked for, once with each context that would do, the longest first. K and V take the place of
+    layers, so the longest is taken that leaves most of the layers there that the shortest would.
+    """
+    tried = [_plan(wanted, model, room, memory_bytes) for wanted in contexts]
+    plans = [made for made in tried if isinstance(made, Plan)]
+    if plans:
+        most = max(plan.device_layers[0] for plan in plans)
+        return next(plan for plan in plans if plan.device_layers[0] >= LAYERS_KEPT * most)
+    found = [made for made in tried if isinstance(made, Misfit)]
+    return first_fit(found) if found else min(made for made in tried if isinstance(made, NoRoomThere))
+
+
+def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
+    """What a step holds on the device besides weights and KV, at most."""
+    spec = wanted.spec
+    rows = wanted.chunk_tokens + wanted.sequences + wanted.guesses
+    numbers = step_numbers(wanted._replace(native=True)) + rows * spec.head_dim * len(spec.ropes)
+    if room.gathers:  # and softmax has the scores a second time
+        seen = min(rows, wanted.chunk_tokens) * spec.heads
+        numbers += 2 * wanted.context_tokens * (spec.kv_heads * spec.head_dim + seen)
+    return 4 * numbers + OPERANDS_BYTES + room.kernel_bytes
+
+
+def _plan(
+    wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int
+) -> Plan | Misfit | NoRoomThere:
+    spec, scratch = wanted.spec, device_scratch_bytes(wanted, room)
+    pages = least_kv_pages(wanted)
+    page_bytes = kv_page_bytes(spec, wanted.kv_type) // len(spec.layers)
+    layers = [sum(model.blocks[it] for it in _blocks(spec, layer)) for layer in range(len(spec.layers))]
+    sizes = [nbytes + pages * page_bytes for nbytes in layers]
+    free = room.free_bytes - scratch - model.vectors
+    heads = {block: nbytes for block, nbytes in model.blocks.items() if block.kind == "head"}
+    head_bytes = max(sum(heads.values()), model.tied + 4 * spec.hidden if heads else 0)
+    last = len(layers)
+    alone, beside = _fitting(sizes, free), _fitting(sizes, free - head_bytes) if heads else 0
+    takes_head = beside > 0 and sum(layers[last - beside :]) + head_bytes >= sum(layers[last - alone :])
+    count = beside if takes_head else alone
+    if not count:
+        return NoRoomThere(scratch + model.vectors + sizes[-1])
+    first = last - count
+    there = {block for layer in range(first, last) for block in _blocks(spec, layer)}
+    blocks = dict(model.blocks)
+    if takes_head:
+        there |= heads.keys()
+        if model.tied:  # there are two of it now
+            embed, slices = BlockId("embed"), len(heads)
+            blocks[embed] = max(blocks[embed], model.tied)
+            blocks |= {block: max(nbytes, -(-head_bytes // slices)) for block, nbytes in heads.items()}
+    plans = [
+        BlockPlan(block, nbytes, "gpu", room.name) if block in there else BlockPlan(block, nbytes)
+        for block, nbytes in blocks.items()
+    ]
+    held = sum(it.nbytes for it in plans if it.tier == "ram")
+    passing = LOADING_BYTES + 2 * max(it.nbytes for it in plans if it.tier == "gpu")
+    host = max(scratch_bytes(wanted), passing) + arena_slack(held)
+    least = replace(plan_of(wanted, plans, pages, host), device_scratch_bytes=scratch + model.vectors)
+    if least.peak_bytes > memory_bytes:
+        return Misfit(least.peak_bytes, least)
+    if wanted.kv_tokens is not None:
+        return least
+    more = (room.free_bytes - least.device_bytes) // (count * page_bytes)
+    if first:
+        half = (memory_bytes - least.peak_bytes + pages * first * page_bytes) // 2  # as `plan_in_ram`
+        more = min(more, max(0, half // (first * page_bytes) - pages))
+    return replace(least, kv=kv_plan(wanted, min(pages * wanted.sequences, pages + more)))
+
+
+def _blocks(spec: ModelSpec, layer: int) -> tuple[BlockId, ...]:
+    return (BlockId("attn", layer), *spec.ffn_blocks(layer))
+
+
+def _fitting(sizes: Sequence[int], free: int) -> int:
+    """How many fit, from the last one on."""
+    count = 0
+    for nbytes in reversed(sizes):
+        if (free := free - nbytes) < 0:
+            break
+        count += 1
+    return count

@@ -1,0 +1,182 @@
+"""A node whose model is computed by a simulated device: the same answers, within the device's budget, whatever becomes
+of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import tiny
+from fakes.asking import CONFIG, prompt, text_of
+
+from shoal.comm.home import Home
+from shoal.comm.messages import Load, ModelStatus, Unload
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.packs import Packs
+from shoal.daemon.loading.outlook import Outlook, outlook
+from shoal.daemon.node import Node
+from shoal.daemon.throughput.own_machine import OwnMachine
+from shoal.devices import opening
+from shoal.devices.sim_device import SimDevice
+
+ROOMY = "sim:64MB"
+
+
+@pytest.fixture(autouse=True)
+def _devices_of_its_own() -> Iterator[None]:
+    """Devices are the process's; what became of one in a test is nobody else's business."""
+    yield
+    opening._opened.clear()
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_gguf(
+        tiny.hf_model("qwen3_moe"), tmp_path_factory.mktemp("m") / "mixture.gguf", type="Q8_0"
+    )
+
+
+def loaded(path: Path | str, device: str, packs: Packs | None = None, **more: object) -> Node:
+    node = Node(replace(CONFIG, device=device, **more), packs=packs)  # type: ignore[arg-type]
+    node.load(Load(model=str(path)))
+    return node
+
+
+def sim(name: str = ROOMY) -> SimDevice:
+    device = opening.device_home(name).device
+    assert isinstance(device, SimDevice)
+    return device
+
+
+def status(node: Node) -> ModelStatus:
+    (found,) = node.status().models
+    return found
+
+
+def whole_bytes(path: Path) -> int:
+    """What the model takes on a device that has room for all of it."""
+    with loaded(path, ROOMY) as node:
+        return status(node).device_bytes
+
+
+def test_answers_are_those_of_the_cpu(node: Node, path: Path) -> None:
+    expected = [text_of(node, prompt(i))[:2] for i in range(3)]
+    with loaded(path, ROOMY) as there:
+        assert [text_of(there, prompt(i))[:2] for i in range(3)] == expected
+        found, device = status(there), sim()
+        assert "all 3 layers and the head on sim:64MB with " in found.plan
+        assert (found.device, found.warnings) == (ROOMY, [])
+        assert there.budget.on(ROOMY).held_bytes == found.device_bytes >= device.peak_bytes
+        assert device.limit_bytes == 64_000_000
+        there.unload(Unload(model=found.name))
+        assert there.budget.on(ROOMY).held_bytes == device.held_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_what_does_not_fit_stays_on_the_cpu(kind: str, path: Path, mixture: Path) -> None:
+    path = path if kind == "dense" else mixture
+    with loaded(path, "cpu") as node:
+        expected = [text_of(node, prompt(i))[:2] for i in range(2)]
+        in_ram = node.budget.held_bytes
+    whole = whole_bytes(path)
+    page_bytes = 768 * 2 * 2 * 2 * 16  # tokens, K and V, KV heads, bytes, numbers
+    for less, said in ((1, "all 3 layers on"), (page_bytes, "2 of 3 layers (the last) and the head on")):
+        name = f"sim:{whole - less}"
+        with loaded(path, name) as there:
+            assert [text_of(there, prompt(i))[:2] for i in range(2)] == expected
+            assert said in status(there).plan
+            device = sim(name)
+            assert device.peak_bytes <= status(there).device_bytes <= device.limit_bytes
+            assert there.budget.held_bytes <= in_ram + (36 << 20)  # a block passes on its way there
+    with pytest.raises(DaemonError, match=r"^one layer with its KV and scratch takes") as refused:
+        loaded(path, "sim:1000")
+    assert refused.value.code == "resources"
+
+
+def test_another_model_goes_before_one_is_split(path: Path, mixture: Path) -> None:
+    name = f"sim:{whole_bytes(mixture) + whole_bytes(path) // 2}"
+    with loaded(path, name) as node:
+        node.load(Load(model=str(mixture)))
+        assert "all 3 layers and the head" in status(node).plan
+        assert node.budget.on(name).held_bytes == status(node).device_bytes
+
+
+def test_fewer_bits_from_a_pack(path: Path, tmp_path: Path) -> None:
+    packs = Packs(Home(tmp_path / "home"))
+    with loaded(f"{path}:q4", "cpu", packs) as node:
+        expected = text_of(node, prompt(1))[:2]
+    with loaded(f"{path}:q4", ROOMY, packs) as node:
+        assert text_of(node, prompt(1))[:2] == expected
+        assert sim().peak_bytes <= status(node).device_bytes
+
+
+def test_a_lost_device_is_done_without(node: Node, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = text_of(node, prompt(0))[:2]
+    with loaded(path, ROOMY) as there:
+        device, steps = sim(), count()
+        compute = device.compute
+
+        def going(*args: Any) -> Any:
+            if next(steps) == 150:  # in the middle of the answer
+                device.lose("the driver was restarted")
+            return compute(*args)
+
+        monkeypatch.setattr(device, "compute", going)
+        assert text_of(there, prompt(0))[:2] == expected
+        found = status(there)
+        said = "device sim:64MB is lost (the driver was restarted), so the cpu computes"
+        assert found.warnings[0].startswith(said)
+        assert (found.device, found.device_bytes) == ("", 0)
+        assert there.budget.on(ROOMY).held_bytes == sim().held_bytes == 0
+        assert text_of(there, prompt(0))[:2] == expected
+
+
+def test_a_full_device_is_an_error_and_the_node_goes_on(node: Node, path: Path) -> None:
+    expected = text_of(node, prompt(0))[:2]
+    with loaded(path, ROOMY) as there:
+        device = sim()
+        device.limit_bytes = device.held_bytes
+        with pytest.raises(DaemonError, match=r"^device sim:64MB is full: ") as refused:
+            text_of(there, prompt(0))
+        assert refused.value.code == "resources"
+        device.limit_bytes = 64_000_000
+        assert text_of(there, prompt(0))[:2] == expected
+
+
+def test_kv_on_disk_comes_back_to_the_device(path: Path, tmp_path: Path) -> None:
+    def run() -> tuple[tuple[str, list[int]], int]:
+        with Node(replace(CONFIG, device=ROOMY), kv_root=tmp_path / "kv") as node:
+            node.load(Load(model=str(path)))
+            text, ids, done = text_of(node, prompt(0, tokens=80, new=8))
+            return (text, ids), done.usage.cached_tokens
+
+    first, nothing = run()
+    again, cached = run()
+    assert (again, nothing, cached) == (first, 0, 79)
+
+
+def test_what_show_says(path: Path, tmp_path: Path) -> None:
+    packs, machine = Packs(Home(tmp_path / "home")), OwnMachine(1)
+    found = outlook(path, replace(CONFIG, device=ROOMY), packs, machine)
+    assert isinstance(found, Outlook)
+    assert (found.device, found.tokens_per_s) == (ROOMY, 0.0)
+    assert found.plan == found.plan.replace("cpu", "")
+    assert "on sim:64MB with" in found.plan
+    assert found.device_bytes == whole_bytes(path)
+    assert isinstance(here := outlook(path, CONFIG, packs, machine), Outlook)
+    assert (here.device, here.device_bytes) == ("", 0)
+    assert here.tokens_per_s > 0
+
+
+def test_devices_that_are_not_there_and_groups_are_refused(path: Path) -> None:
+    for changes, said in (
+        ({"device": "cuda:7"}, "cuda:7"),
+        ({"device": ROOMY, "ranks": 2}, "a device belongs to no group"),
+    ):
+        with pytest.raises(DaemonError, match=said) as refused:
+            loaded(path, **changes)  # type: ignore[arg-type]
+        assert refused.value.code == "unsupported"

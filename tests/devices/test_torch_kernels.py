@@ -1,0 +1,56 @@
+"""What devices compute in torch is what the reference computes: every type of weights and of K and V, experts, norms.
+Here in the CPU's memory; on a graphics card where there is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from fakes.torch_on_host import torch_home
+
+from shoal.devices.errors import NoSuchDevice
+from shoal.devices.opening import device_home
+from shoal.kernels.homes import cpu
+from shoal.kernels.reference import ReferenceHome
+from shoal.kernels.self_test import disagreements
+
+GENERATOR = np.random.default_rng(3)
+
+
+def test_they_compute_what_the_reference_computes() -> None:
+    assert disagreements(torch_home(), ReferenceHome(), bits=False) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no graphics card")
+def test_so_does_a_graphics_card() -> None:
+    assert disagreements(device_home("cuda:0,8GB"), ReferenceHome(), bits=False) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a graphics card")
+def test_without_a_graphics_card_one_is_told_so() -> None:
+    with pytest.raises(NoSuchDevice, match=r"^device cuda:0 (is not there|cannot be used): "):
+        device_home("cuda:0")
+
+
+def test_small_operations() -> None:
+    home, other = torch_home(), cpu()
+    rows = GENERATOR.standard_normal((5, 32), np.float32)
+    x, norm = home.place(rows), home.keep_vector(rows[0, :8].copy())
+    x2, norm2 = rows.copy(), rows[0, :8].copy()
+    for ours, theirs in (
+        (home.pad(x, (2, 3)), other.pad(x2, (2, 3))),
+        (home.scale(x, 0.3), other.scale(x2, 0.3)),
+        (home.rms_norm_heads(x, norm, 1e-5), other.rms_norm_heads(x2, norm2, 1e-5)),
+        (squares := home.squares([x, x], [True, False]), squares2 := other.squares([x2, x2], [True, False])),
+        (home.rows(x, np.array([3, 0])), other.rows(x2, np.array([3, 0]))),
+    ):
+        assert np.allclose(home.fetch(ours), theirs, rtol=1e-5, atol=1e-6)
+    wide = home.keep_vector(rows[1].copy())
+    ours = home.normed_by(x, wide, squares, 0, 64, 1e-5)
+    assert np.allclose(home.fetch(ours), other.normed_by(x2, rows[1], squares2, 0, 64, 1e-5), rtol=1e-5)
+    gates = rows[:, :1].copy()
+    home.gate(x, home.place(gates)), other.gate(x2, gates)
+    home.clip(x, 0.5), other.clip(x2, 0.5)
+    home.add(home.rows(x, slice(1, 3)), home.place(rows[:2])), other.add(x2[1:3], rows[:2])
+    assert np.allclose(home.fetch(x), x2, rtol=1e-5, atol=1e-6)
+    assert not home.fetch(home.zeros_like(x)).any()

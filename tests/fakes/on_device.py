@@ -1,0 +1,73 @@
+"""Helpers: a model of which some blocks are computed by a simulated device of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from shoal.devices.device_home import DeviceHome
+from shoal.devices.sim_device import SimDevice
+from shoal.devices.sim_kernels import SimKernels
+from shoal.engine.collective import Alone
+from shoal.engine.executor import Executor, attention_homes
+from shoal.kernels import ComputeHome
+from shoal.kernels.arrays import Floats
+from shoal.kernels.homes import cpu
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+from shoal.models.step import Step
+from shoal.offload.block_store import ResidentStore
+from shoal.offload.kv.pool import KvPool
+from shoal.partition.plan import Plan
+from shoal.partition.spec import BlockId
+
+from .running import Running
+
+ROOMY = 1 << 30
+
+
+def sim(limit_bytes: int = ROOMY, name: str = "sim:test") -> tuple[SimDevice, DeviceHome]:
+    """A device with kernels that are there, and its home."""
+    device = SimDevice(name, limit_bytes)
+    return device, DeviceHome(device, SimKernels(cpu()))
+
+
+def with_blocks_on(plan: Plan, there: Callable[[BlockId], bool], name: str = "sim:test") -> Plan:
+    """The same plan, some of its blocks on a device."""
+    blocks = tuple(
+        replace(item, tier="gpu", device=name) if there(item.block) else item for item in plan.blocks
+    )
+    return replace(plan, blocks=blocks)
+
+
+def executor_of(running: Running, plan: Plan, home: ComputeHome) -> Executor:
+    """The same model, read again as `plan` has it, with K and V of its own."""
+    homes = {"cpu": cpu(), **{item.device: home for item in plan.blocks if item.tier == "gpu"}}
+    old = running.executor
+    with open_checkpoint(running.path) as checkpoint:
+        store = ResidentStore.load(plan, checkpoint, home_of=homes.__getitem__)
+    kv = KvPool(running.spec, plan.kv, attention_homes(plan, homes.__getitem__))
+    return Executor(old.model, plan, store, kv, Alone(), homes.__getitem__)
+
+
+def logits(executor: Executor, rounds: int = 3) -> Floats:
+    """Logits, all that there are, of steps of three sequences: 70 tokens each, which is more than a page, then one more
+    each. The second sequence wants none, and the third one."""
+    table = executor.kv.table
+    taken = table.take(6)
+    assert taken is not None
+    generator, results = np.random.default_rng(5), []
+    for start, count in ((0, 70), *((70 + i, 1) for i in range(rounds - 1))):
+        chunks = [
+            (
+                generator.integers(0, executor.model.spec.vocab, count).tolist(),
+                start,
+                taken[i : i + 2],
+                wanted,
+            )
+            for i, wanted in ((0, count), (2, 0), (4, 1))
+        ]
+        results.append(executor.head(executor.forward(Step.build(chunks, executor.plan.part_tokens))))
+    table.give_back(taken)
+    return np.concatenate(results)

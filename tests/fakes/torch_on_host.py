@@ -1,0 +1,33 @@
+"""A device whose kernels are those of torch, in the CPU's memory: what a graphics card computes, without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shoal.devices.device import DeviceArray, DeviceEvent, DeviceMemory
+from shoal.devices.device_home import DeviceHome
+from shoal.devices.sim_device import SimDevice
+from shoal.devices.torch_kernels import TorchKernels
+from shoal.kernels.arrays import Array
+
+
+class TorchOnHost(SimDevice):
+    """As the simulated device; what is inside of its handles are tensors."""
+
+    def within(self, memory: DeviceMemory, inside: Any) -> DeviceArray:
+        tensor = inside if isinstance(inside, torch.Tensor) else torch.from_numpy(inside)
+        array = tensor.numpy()
+        return DeviceArray(memory, tensor, array.dtype, array.shape, array.strides)
+
+    def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        return self._copy("in", source, target.inside.numpy(), after)
+
+    def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        return self._copy("out", source.inside.numpy(), target, after)
+
+
+def torch_home() -> DeviceHome:
+    return DeviceHome(TorchOnHost("sim:test", 1 << 30), TorchKernels())

@@ -1,0 +1,137 @@
+"""Plans with a device: as many of the last layers as fit there, within both memories, whatever their sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.partition.memory_layout import kv_page_bytes
+from shoal.partition.placement import (
+    DeviceRoom,
+    ModelBytes,
+    NoRoomThere,
+    device_scratch_bytes,
+    plan_on_device,
+)
+from shoal.partition.plan import Misfit, Plan, Wanted
+from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
+
+SPEC = ModelSpec(
+    family="llama", layers=(LayerSpec(),) * 6, hidden=256, vocab=1000, context=4096, heads=8, kv_heads=2, head_dim=32,
+    ffn=512, ropes=(RopeSpec(32, 10000.0),),
+)  # fmt: skip
+MIXTURE = replace(
+    SPEC,
+    layers=(LayerSpec(moe=True),) * 6,
+    moe=MoeSpec(experts=4, active=2, ffn=128, normalize=True),
+)
+WANTED = Wanted(
+    SPEC,
+    context_tokens=512,
+    kv_tokens=None,
+    kv_type="f16",
+    chunk_tokens=64,
+    sequences=4,
+    guesses=8,
+    threads=2,
+)
+MB = 1 << 20
+SCRATCH = device_scratch_bytes(WANTED, DeviceRoom("sim:x", 0, 0, False, 0))
+
+
+def plan(device_bytes: int, memory_bytes: int = 1 << 33, spec: ModelSpec = SPEC, **changes: Any) -> Any:
+    blocks = dict.fromkeys(spec.blocks(), MB)
+    blocks[BlockId("head")] = 5 * MB
+    tied = changes.pop("tied", 0)
+    room = DeviceRoom("sim:x", device_bytes, 0, False, device_bytes)
+    wanted = WANTED._replace(spec=spec, **changes)
+    return plan_on_device([wanted], ModelBytes(blocks, tied, 0), room, memory_bytes=memory_bytes)
+
+
+def there(made: Plan) -> list[str]:
+    blocks = [it.block for it in made.blocks if it.tier == "gpu"]
+    return [block.kind if block.kind == "head" else f"{block.kind}.{block.layer}" for block in blocks]
+
+
+def test_the_last_layers_go_there_behind_the_head() -> None:
+    made = plan(SCRATCH + 10 * MB)
+    assert there(made) == ["attn.4", "ffn.4", "attn.5", "ffn.5", "head"]
+    assert (made.device, made.device_layers) == ("sim:x", (2, 6))
+    assert made.placed.startswith(
+        "2 of 6 layers (the last) and the head on sim:x with 9.44 MB of weights and "
+    )
+
+
+def test_a_head_that_takes_the_place_of_more_than_it_weighs_stays() -> None:
+    assert there(plan(SCRATCH + 5 * MB)) == ["attn.4", "ffn.4", "attn.5", "ffn.5"]
+
+
+def test_all_of_it() -> None:
+    made = plan(1 << 30)
+    assert "embed" not in there(made)
+    assert len(there(made)) == 13
+    assert made.kv.pages == 4 * 8  # every sequence gets a full context
+    assert made.device_kv_bytes == made.kv.nbytes
+    assert made.peak_bytes < 80 * MB
+
+
+def test_a_tied_head_is_there_twice() -> None:
+    made = plan(1 << 30, tied=5 * MB)
+    sizes = {str(it.block): it.nbytes for it in made.blocks}
+    assert sizes["embed"] == 5 * MB
+    assert sizes["head"] == 5 * MB + 4 * SPEC.hidden
+
+
+def test_all_experts_of_a_layer_are_in_one_place() -> None:
+    made = plan(SCRATCH + 12 * MB, spec=MIXTURE)
+    assert made.device_layers == (1, 6)
+    assert len(there(made)) == 1 + 1 + 4 + 1
+
+
+def test_a_long_context_takes_the_place_of_few_layers() -> None:
+    contexts = [WANTED._replace(context_tokens=tokens) for tokens in (4096, 2048, 1024, 512)]
+    blocks = ModelBytes(dict.fromkeys(SPEC.blocks(), MB), 0, 0)
+    chosen = []
+    for megabytes in (64, 16, 8, 5):
+        room = DeviceRoom("sim:x", SCRATCH + megabytes * MB, 0, False, 64 * MB)
+        made = plan_on_device(contexts, blocks, room, memory_bytes=1 << 33)
+        assert isinstance(made, Plan)
+        chosen.append((made.context_tokens, made.device_layers[0]))
+        shortest = plan_on_device(contexts[-1:], blocks, room, memory_bytes=1 << 33)
+        assert isinstance(shortest, Plan)
+        assert made.device_layers[0] >= 0.9 * shortest.device_layers[0]
+    assert chosen[0] == (4096, 6)
+    assert [context for context, _ in chosen] == sorted((context for context, _ in chosen), reverse=True)
+    assert chosen[-1][0] < 4096
+
+
+def test_what_lacks() -> None:
+    made = plan(SCRATCH)
+    assert isinstance(made, NoRoomThere)
+    assert isinstance(plan(made.least_bytes), Plan)
+    assert isinstance(plan(made.least_bytes - 1), NoRoomThere)
+    misfit = plan(SCRATCH + 10 * MB, memory_bytes=10 * MB)
+    assert isinstance(misfit, Misfit)
+    assert isinstance(plan(SCRATCH + 10 * MB, memory_bytes=misfit.least_bytes), Plan)
+    assert isinstance(plan(SCRATCH + 10 * MB, memory_bytes=misfit.least_bytes - 1), Misfit)
+
+
+@given(
+    st.integers(0, 64 * MB),
+    st.integers(0, 128 * MB),
+    st.sampled_from([None, 640]),
+    st.sampled_from([SPEC, MIXTURE]),
+)
+def test_budgets_hold(device: int, memory: int, kv_tokens: int | None, spec: ModelSpec) -> None:
+    made = plan(device, memory, spec, kv_tokens=kv_tokens)
+    if not isinstance(made, Plan):
+        return
+    assert made.device_bytes <= device
+    assert made.peak_bytes <= memory
+    assert made.kv.nbytes == made.kv.pages * kv_page_bytes(spec, "f16")
+    assert made.kv.tokens >= (kv_tokens or 512)
+    more = plan(device + 8 * MB, memory + 64 * MB, spec, kv_tokens=kv_tokens)
+    assert more.device_layers >= made.device_layers
