@@ -101,6 +101,11 @@ class ResidentStore:
         sizes = {item.block: item.nbytes for item in plan.blocks}
         return cls(keep(reader.read_blocks(list(sizes)), sizes, progress))
 
+    def with_vocabulary_of(self, other: ResidentStore) -> ResidentStore:
+        """These blocks, with the other store's embedding and head: the same memory."""
+        more = {block: it for block, it in other._blocks.items() if block.kind in ("embed", "head")}
+        return ResidentStore({**more, **self._blocks})
+
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         return self._blocks[block]
 

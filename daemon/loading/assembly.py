@@ -19,6 +19,7 @@ from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress, no_progress
 from shoal.daemon.throughput.own_machine import OwnMachine
+from shoal.engine.assisted import Assisted
 from shoal.engine.engine import Engine
 from shoal.engine.guess.drafter import Drafter
 from shoal.engine.leader import Leader
@@ -109,7 +110,7 @@ class Assembly:
         name, path = model.name, model.checkpoint.path
         model.engine.close(REGROUP_KEEP_S)
         model.main.close()
-        model.executor.let_go()
+        model.main.let_go()
         release(name, self.budget)
         return_freed()
         with refusing(name):
@@ -164,6 +165,8 @@ class Assembly:
         if group is None:
             key = fingerprint(main.checkpoint, config.quant, main.plan)
             found = self.kv_files.open(name, key, page_bytes)
+        elif group.prompts_only:  # all of it is here
+            found = self.kv_files.open(name, group.kv_key, page_bytes)
         elif slots := group.kv_slots:
             found = self.kv_files.open(name, group.kv_key, page_bytes, most_slots=slots, grouped=True)
         else:
@@ -213,9 +216,20 @@ class Assembly:
         return Engine(self._rank(main, disk), scheduler, self.clock, drafter, self.notify, set_threads)
 
     def _rank(self, main: Runnable, disk: KvDisk | None = None) -> Rank:
-        if (group := main.group) is not None:
+        if (group := main.group) is None:
+            return Rank(main.executor, self.clock, disk)
+        if main.share is None:
             return Leader(main.executor, self.clock, group.others, disk, lambda: group.kv_slots)
-        return Rank(main.executor, self.clock, disk)
+        return Assisted(
+            main.executor,
+            self.clock,
+            main.share,
+            group.others,
+            group.kv_heads,
+            disk,
+            main.expectation.step_curve(),
+            group.blame,
+        )
 
 
 def _rival(plan: Plan) -> Rival | None:
