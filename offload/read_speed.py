@@ -16,6 +16,9 @@ from .direct_io import DirectFile
 from .errors import StoreError
 
 SECONDS = 0.5
+# Reading into the same few megabytes again and again never leaves the processor's cache, and is a fifth faster than
+# reading can be for anybody who keeps what is read.
+TARGET_BYTES = 64 << 20
 
 
 def read_speed(path: Path, seconds: float = SECONDS, read_bytes: int = READ_BYTES) -> float:
@@ -24,21 +27,24 @@ def read_speed(path: Path, seconds: float = SECONDS, read_bytes: int = READ_BYTE
     file = DirectFile(path)
     places = path.stat().st_size // read_bytes
     stride = max(1, places // READERS)
-    until_s = time.monotonic() + seconds
-
-    def read(first: int) -> int:
-        memory, count = Arena().take(read_bytes), 0
-        while time.monotonic() < until_s and count < places:
-            file.read((first + count) % places * read_bytes, memory)
-            count += 1
-        return count
-
+    own = max(1, min(places, TARGET_BYTES // read_bytes // READERS))  # reads that a reader has memory for
     try:
         if not places:
             return 0.0
+        memory = Arena().take(READERS * own * read_bytes).reshape(READERS, own, read_bytes)
+        memory[:] = 0  # every page has to be there
         began_s = time.monotonic()
+        until_s = began_s + seconds
+
+        def read(reader: int) -> int:
+            count = 0
+            while time.monotonic() < until_s and count < places:
+                file.read((reader * stride + count) % places * read_bytes, memory[reader, count % own])
+                count += 1
+            return count
+
         with ThreadPoolExecutor(READERS) as pool:
-            counts = sum(pool.map(read, range(0, stride * READERS, stride)))
+            counts = sum(pool.map(read, range(READERS)))
         return counts * read_bytes / max(time.monotonic() - began_s, 1e-3)
     except (OSError, EOFError) as error:
         raise StoreError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
