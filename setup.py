@@ -18,7 +18,7 @@ from setuptools.errors import CompileError
 
 SOURCE = "kernels/native"
 BYTES = "comm/group/native/bytes.cpp"
-SHARED = ("interleave", "pool", "shoal")  # the same for all machines
+SHARED = ("interleave", "pool", "routing", "shoal")  # the same for all machines
 FLAGS = [
     "-O1" if "-fsanitize" in os.environ.get("CXXFLAGS", "") else "-O3",  # checks make compiling slow
     "-std=c++17",

@@ -4,9 +4,10 @@
     python bench/foresight.py measure predictions.json --models DIR --out measured.json [--only TEXT] [--limit-s 840]
     python bench/foresight.py report predictions.json measured.json
 
-`predict` takes the profile that `shoal profile` keeps, or measures it (a minute each for all threads and for one), and
-probes the floors of memory and disk. What running has taught (`corrections`) is left out. It lists cells that take less
-than `CELL_S` each, in an order in which any first part has some of every kind, and makes the packs that they need.
+`predict` measures profiles (a minute each for all threads, half of them and one), with the floors of memory and disk
+probed before and after, since a machine changes its speed within minutes. What running has taught (`corrections`) is
+left out. It lists cells that take less than `CELL_S` each, in an order in which any first part has some of every kind,
+and makes the packs that they need.
 `measure` goes on where it was ended: cells that `--out` has are not measured again, unless they were void. A cell is
 `shoal bench` in a fresh process, or a group of two daemons on loopback, with the floors probed before and after.
 Nothing else should run.
@@ -38,13 +39,16 @@ from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.throughput.model_sizes import described, weighed
 from shoal.daemon.throughput.profiling import machine_profile
 from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
-from shoal.partition.plan import Misfit
+from shoal.partition.plan import Misfit, Plan, Wanted, scratch_bytes
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.prediction import Job, Prediction
 from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink
 from shoal.partition.throughput.solve import Choices, asks, solve
+from shoal.partition.throughput.weights_of import Weighed
 
-JOBS = ((1, 64, 32), (1, 512, 16), (4, 64, 24), (16, 32, 16))  # batch, prompt, new
+# Batch, prompt, new. All prompts of a batch are read in one step: else those that begin first end first, and what is
+# measured is the mean of many batches.
+JOBS = ((1, 64, 32), (1, 512, 16), (4, 64, 24), (16, 16, 16))
 STREAMED_JOBS = ((1, 64, 16), (4, 64, 12))
 GROUP_JOBS = ((1, 64, 32), (1, 512, 16))
 SHARES = (0.4, 0.65, 0.85)  # of a model's bytes, as budgets, besides what the process takes
@@ -55,8 +59,9 @@ FEWER_BITS = 500_000_000  # models of fewer bytes are also kept in 4 bits
 CELL_S = 18.0
 ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
-LOOPBACK = ProfileLink(("one", "two"), 55e-6, 2.5e9)
+LOOPBACK = ProfileLink(("one", "two"), 20e-6, 2.5e9)
 SAMPLE_BYTES = 512 << 20
+INDEPENDENT = 1.0  # share of experts: routers of random weights choose as if by dice
 PORT = 27650
 
 
@@ -88,71 +93,99 @@ def floors(threads: int, file: Path) -> Floors:
     return Floors(machine.dram_read_gb_per_s(threads), disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES))
 
 
-def profile_of(threads: int, usual: int) -> Profile:
-    """This machine on so many threads, as it was measured by itself."""
+def profile_of(threads: int, usual: int, file: Path) -> tuple[Profile, Floors]:
+    """This machine on so many threads, measured by itself, and its floors meanwhile."""
     home = Home.from_env()
     kept = home.profile if threads == usual else home.profile.with_name(f"profile-{threads}.json")
-    found = machine_profile(threads, home.models, kept)
+    before = floors(threads, file)
+    found = machine_profile(threads, home.models, kept, anew=True)
     assert found is not None
-    return Profile((replace(found.head, corrections=Corrections()),))
+    return Profile((replace(found.head, corrections=Corrections()),)), before.mean(floors(threads, file))
 
 
-def halves(whole: Profile) -> Profile:
-    """Two ranks on one machine: each has half of everything that both use at the same time."""
-    head = whole.head
-    half = replace(
-        head,
-        threads=max(1, head.threads // 2),
-        memory_bytes=head.memory_bytes / 2,
-        memory_bytes_per_s=head.memory_bytes_per_s / 2,
-        flops=head.flops / 2,
+def halves(half: Profile, whole: Profile) -> Profile:
+    """Two ranks on one machine, each with half of its threads, memory and memory's speed while both use it. `half`: the
+    machine as measured on half of the threads."""
+    read_s = 2 / whole.head.memory_bytes_per_s  # of a byte, when both read
+    laws = tuple(
+        replace(law, byte_s=tuple(max(it, read_s) for it in law.byte_s)) for law in half.head.products
     )
-    return Profile(tuple(replace(half, name=name) for name in LOOPBACK.between), (LOOPBACK,))
+    head = replace(
+        half.head,
+        memory_bytes=whole.head.memory_bytes / 2,
+        memory_bytes_per_s=min(half.head.memory_bytes_per_s, 1 / read_s),
+        products=laws,
+    )
+    return Profile(tuple(replace(head, name=name) for name in LOOPBACK.between), (LOOPBACK,))
+
+
+def _job(cell: Cell) -> Job:
+    return Job(cell.prompt_tokens, cell.new_tokens, cell.batch, distinct=INDEPENDENT)
 
 
 def alone_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Prediction] | None:
     """(name, prediction) of the plan that `shoal bench` makes; None if it would be refused."""
     with described(path) as checkpoint:
         model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
-    job = Job(cell.prompt_tokens, cell.new_tokens, cell.batch)
+    job = _job(cell)
     config = NodeConfig(
         threads=cell.threads,
         context_tokens=job.context_tokens,
         max_sequences=max(cell.batch, NodeConfig().max_sequences),
+        max_guesses=0,
     )
     room = (cell.memory or int(profile.head.memory_bytes)) - BENCH_BYTES - model.tokenizer_bytes
     plan = make_plan(model, config, room)
     if isinstance(plan, Misfit):
         return None
     found = cost(model, plan, profile.head, job)
-    used = job.batch * -(-job.context_tokens // PAGE_TOKENS) * kv_page_bytes(model.spec, plan.kv.dtype)
-    held = plan.peak_bytes - plan.kv.nbytes + used + BENCH_BYTES + model.tokenizer_bytes
+    held = plan.peak_bytes - unused_bytes(model, plan, job) + BENCH_BYTES + model.tokenizer_bytes
     return "stream" if plan.streams else "memory", replace(found, peak_bytes={profile.head.name: held})
 
 
+def unused_bytes(model: Weighed, plan: Plan, job: Job) -> int:
+    """What a job leaves of a plan's KV and scratch, which are for as many and as long texts as the plan allows."""
+    most = Wanted(
+        model.spec,
+        plan.context_tokens,
+        None,
+        plan.kv.dtype,
+        plan.chunk_tokens,
+        plan.sequences,
+        plan.guesses,
+        plan.threads,
+    )
+    rows = min(plan.chunk_tokens, job.batch * job.prompt_tokens)
+    own = most._replace(chunk_tokens=rows, sequences=job.batch, guesses=0)
+    pages = job.batch * -(-job.context_tokens // PAGE_TOKENS)
+    kv = plan.kv.nbytes - pages * kv_page_bytes(model.spec, plan.kv.dtype)
+    return kv + scratch_bytes(most, plan.part_tokens) - scratch_bytes(own, plan.part_tokens)
+
+
 def group_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Prediction] | None:
-    """The same of a group on this machine."""
+    """The same of a group of the profile's devices."""
     with described(path) as checkpoint:
         model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
-    job = Job(cell.prompt_tokens, cell.new_tokens, cell.batch)
+    job = _job(cell)
     usual = NodeConfig()
-    wanted = asks(job, None, usual.chunk_tokens, usual.max_sequences, usual.max_guesses)
-    found = solve([model], wanted, halves(profile), job, Choices("f16", cell.threads, cell.ranks))
+    wanted = asks(job, None, usual.chunk_tokens, usual.max_sequences, 0)
+    found = solve([model], wanted, profile, job, Choices("f16", cell.threads, cell.ranks))
     return (found.chosen.name, found.chosen.prediction) if found.chosen else None
 
 
 def foretell(models: Path, threads: int) -> list[Foretold]:
     """Every cell's prediction. Cells that have no plan or would take too long are left out."""
-    profiles = {count: profile_of(count, threads) for count in sorted({1, threads})}
     largest = max((it for it in models.rglob("*") if it.is_file()), key=lambda it: it.stat().st_size)
-    now = {count: floors(count, largest) for count in profiles}
+    half = max(1, threads // 2)
+    known = {count: profile_of(count, threads, largest) for count in sorted({1, half, threads})}
+    ranks = halves(known[half][0], known[threads][0])
     found: list[Foretold] = []
     for cell in cells(models, threads):
         path = models / cell.model
         if cell.ranks > 1:
-            made = group_foretold(cell, path, profiles[threads])
+            made = group_foretold(cell, path, ranks)
         else:
-            made = alone_foretold(cell, path, profiles[cell.threads])
+            made = alone_foretold(cell, path, known[cell.threads][0])
         if made is None:
             continue
         name, row = made
@@ -165,9 +198,21 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
             packing = shoal("pack", "--quant", cell.quant, str(path))
             subprocess.run(packing, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         peak = max(row.peak_bytes.values()) if cell.ranks == 1 else 0
-        floor = now[threads if cell.ranks > 1 else cell.threads]
+        floor = known[threads if cell.ranks > 1 else cell.threads][1]
         found.append(
-            Foretold(cell, name, row.ttft_s, row.token_s, row.band, peak, row.binding, floor, rounds)
+            Foretold(
+                cell,
+                name,
+                row.ttft_s,
+                row.token_s,
+                row.band,
+                peak,
+                row.binding,
+                floor,
+                rounds,
+                dict(row.parts),  # type: ignore[arg-type]
+                dict(row.prompt_parts),  # type: ignore[arg-type]
+            )
         )
     random.Random(0).shuffle(found)
     return found
@@ -229,11 +274,11 @@ def in_group(file: Path, foretold: Foretold) -> tuple[float, float, int]:
 
 def measure(foretold: list[Foretold], options: argparse.Namespace) -> list[Measured]:
     """What is not measured yet, as far as time allows; written down cell by cell."""
-    binding = {it.cell: it.binding for it in foretold}
+    by_cell = {it.cell: it for it in foretold}
     found: list[Measured] = []
     if options.out.exists():
         known = msgspec.json.decode(options.out.read_bytes(), type=list[Measured])
-        found = [it for it in known if it.cell in binding and not it.void(binding[it.cell])]
+        found = [it for it in known if it.cell in by_cell and not by_cell[it.cell].void(it)]
     done = {it.cell for it in found}
     until_s = time.monotonic() + options.limit_s
     for item in foretold:

@@ -159,7 +159,7 @@ class InProcess:
     def many(
         self, requests: Iterator[tuple[K, Generate | Chat] | None], at_once: int
     ) -> Generator[tuple[K, StreamEvent | NoAnswer], None, None]:
-        from shoal.client.keep_full import LOOK_S, keep_full
+        from shoal.client.keep_full import NOTHING_S, keep_full
 
         heard: SimpleQueue[tuple[K, Event]] = SimpleQueue()
         under_way: dict[K, Underway] = {}
@@ -170,7 +170,7 @@ class InProcess:
         def events() -> Iterator[tuple[K, StreamEvent | DaemonError] | None]:
             while True:
                 try:
-                    key, event = heard.get(timeout=LOOK_S)
+                    key, event = heard.get(timeout=NOTHING_S)
                 except Empty:
                     self._node.check_threads()
                     yield None

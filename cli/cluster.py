@@ -215,12 +215,23 @@ def _waiting(names: Sequence[str]) -> str:
 
 @cluster.command(epilog=examples("shoal cluster leave"))
 def leave() -> None:
-    """Lend this machine to its head no more, or let go of all workers if it is a head."""
+    """Lend this machine to its head no more, or let go of all workers if it is a head.
+
+    A head that is there forgets a worker that leaves. Otherwise it waits for it until shoal cluster forget there.
+    """
     from shoal.daemon.cluster.pairing_up import unpair
 
     home = Home.from_env()
-    names = unpair(home)
-    if background.running_pid(home) is not None:
+    runs = background.running_pid(home) is not None
+    names: list[str] = []
+    if runs:
+        with Client(home.address) as client:
+            found = client.nodes()
+            for node in found.nodes[1:] if found.role == "worker" else ():
+                client.forget(node.fingerprint)
+                names.append(node.name)
+    names += unpair(home)
+    if runs:
         with Client(home.address) as client:
             client.rejoin()
     note(f"this machine has left {', '.join(names)}" if names else "this machine was in no cluster")
@@ -300,12 +311,16 @@ def test_links(as_json: bool) -> None:
 
 def _show(found: NodesReply) -> None:
     screen = console()
-    numbers = ("threads", "memory free", "waited for")
-    rows = table("machine", "role", "state", "address", "link", *numbers, "computes", right=numbers)
+    waited, computing = any(node.wait_s for node in found.nodes), any(node.models for node in found.nodes)
+    numbers = ("threads", "memory free") + ("waited for",) * waited
+    columns = ("machine", "role", "state", "address", "link", *numbers) + ("computes",) * computing
+    rows = table(*columns, right=numbers)
+    for copied in (columns.index("machine"), columns.index("address")):
+        rows.columns[copied].no_wrap = True
     for number, node in enumerate(found.nodes):
         name = node.name + (" (this)" if number == 0 else "")
         known = node.threads > 0
-        rows.add_row(
+        cells = [
             name,
             node.role,
             _state(node),
@@ -313,9 +328,12 @@ def _show(found: NodesReply) -> None:
             link_text(node),
             str(node.threads) if known else "",
             f"{format_bytes(node.free_bytes)} of {format_bytes(node.memory_bytes)}" if known else "",
-            format_delay(node.wait_s) if node.wait_s else "",
-            ", ".join(_computes(node)),
-        )
+        ]
+        if waited:
+            cells.append(format_delay(node.wait_s) if node.wait_s else "")
+        if computing:
+            cells.append(", ".join(_computes(node)))
+        rows.add_row(*cells)
     screen.print(rows)
     if found.listening:
         screen.print(f"other machines attach at {', '.join(found.listening)}")

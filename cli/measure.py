@@ -108,7 +108,7 @@ def bench(
     screen.print(rows)
     screen.print(
         f"{prompt_tokens} + {new_tokens} tokens, batch {batch}, {counted(repeat, 'run')}, "
-        f"{counted(result.threads, 'thread')}, {counted(result.ranks, 'machine')}, "
+        f"{counted(result.threads, 'thread')}, {f'{result.ranks} machines, ' * (result.ranks > 1)}"
         f"peak {format_bytes(result.peak_memory_bytes)}"
     )
 

@@ -67,6 +67,10 @@ def ps(as_json: bool) -> None:
         used = _percent(model.kv_used_tokens, model.kv_total_tokens)
         rows.add_row(model.name, model.family, format_bytes(model.parameters_bytes), *counts, used)
     screen.print(rows)
+    if status.corrections:
+        from shoal.daemon.throughput.profile_words import corrected
+
+        screen.print(f"as models ran: {corrected(status.corrections)} as this machine's profile says")
     for model in status.models:
         screen.print(f"{model.name}: {model.plan}")
         if model.predicted_tokens_per_s:
@@ -76,6 +80,8 @@ def ps(as_json: bool) -> None:
                 else "not measured yet"
             )
             screen.print(f"predicted {model.predicted_tokens_per_s:.3g} tokens/s, {came}")
+        if model.tried:
+            screen.print(f"tried: {model.tried}")
         if model.machines:
             held = (format_bytes(nbytes) for nbytes in model.rank_bytes)
             parts = zip(("this machine", *model.machines), held, strict=False)

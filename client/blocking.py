@@ -47,7 +47,7 @@ from shoal.comm.messages import (
 
 from . import connection as link
 from .base import ClientFace
-from .keep_full import LOOK_S, keep_full
+from .keep_full import NOTHING_S, keep_full
 from .session import HELLO, ChatLike, Exchange, Frames, M, load_request, tokenize_request, whole_text
 
 AnswerStream = Generator[StreamEvent, None, None]
@@ -212,7 +212,7 @@ class Client(ClientFace[AnswerStream]):
             elif time.monotonic() - heard_s > self._timeout_s:
                 raise link.silent(self.address, self._timeout_s)
             if not news:
-                self._pump(LOOK_S)
+                self._pump(NOTHING_S)
                 yield None
 
     def _wait(self, exchange: Exchange, timeout_s: float) -> None:

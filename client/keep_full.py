@@ -13,7 +13,7 @@ from shoal.comm.messages import Chat, Done, Generate, StreamEvent
 K = TypeVar("K")
 E = TypeVar("E", bound=Exception)
 
-LOOK_S = 1.0  # how often a request is asked for where there was none
+NOTHING_S = 1.0  # how often a request is asked for where there was none
 
 
 def keep_full(
@@ -27,7 +27,7 @@ def keep_full(
 
     `requests` are taken as places get free, so that `at_once` are under way; None stands for one that comes later.
     `begin` starts one, or raises a `refusal`, which is that request's last event. `events` are those of all that were
-    begun; each has one Done or refusal, its last. None: there was none for LOOK_S.
+    begun; each has one Done or refusal, its last. None: there was none for NOTHING_S.
     """
     coming, under_way = True, 0
     while coming or under_way:

@@ -105,7 +105,8 @@ class LinksReply(Message):
 
 
 class Forget(Message):
-    """Forget a machine, by its name or the beginning of its fingerprint: it can attach no more."""
+    """Forget a machine, by its name or its fingerprint: it can attach no more. A worker that forgets its
+    head leaves it, and tells it so."""
 
     node: Name
 

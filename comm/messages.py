@@ -324,6 +324,7 @@ class ModelStatus(Message):
     predicted_tokens_per_s: float = 0.0  # of one answer of usual length; 0 = not known
     predicted_band: list[float] = []  # the two between which it should lie
     measured_tokens_per_s: float = 0.0  # what steps of one token take now; 0 = there were none yet
+    tried: str = ""  # what came of trying the plan's runner-up, if it was
 
 
 class Loaded(Message):
@@ -344,6 +345,9 @@ class StatusReply(Message):
     stage: Stage | None = None  # how far loading is
     draining: bool = False
     peak_memory_bytes: int = 0  # the largest resident set since the start
+    corrections: dict[
+        str, float
+    ] = {}  # how many times longer than its profile says parts of steps take here: ½ to 2
 
 
 class Pong(Message):

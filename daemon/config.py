@@ -95,6 +95,11 @@ class NodeConfig:
                 "bad_request", f"kv_type={self.kv_type}: must be one of {', '.join(get_args(KvType))}"
             )
 
+    @property
+    def wires(self) -> tuple[WireType, ...]:
+        """What sums may be rounded to: from exact numbers to those that were allowed."""
+        return CLUSTER_WIRES[: 1 + CLUSTER_WIRES.index(self.cluster_wire)]
+
     def for_load(self, request: Load, quant: Quant) -> NodeConfig:
         """The same for one model that is asked for in these bits."""
         return replace(

@@ -124,7 +124,7 @@ def bench(
         decode_tokens_per_s=Spread.of(decode or [0.0]),
         peak_memory_bytes=peak_memory_bytes(),
         threads=config.thread_count,
-        ranks=loaded.plan.ranks,
+        ranks=loaded.ranks,
     )
 
 

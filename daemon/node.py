@@ -285,6 +285,7 @@ class Node:
             stage=self._loader.stage,
             draining=self._draining,
             peak_memory_bytes=peak_memory_bytes(),
+            corrections=self._machine.device.corrections.learnt,
         )
 
     # --- life -------------------------------------------------------------------------------------------

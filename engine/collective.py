@@ -6,11 +6,11 @@ caller may write to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from shoal.kernels import ComputeHome
-from shoal.kernels.arrays import Floats, Hidden
+from shoal.kernels.arrays import Bytes, Floats, Hidden
 
 PendingSum = Callable[[], Hidden]
 """A sum that was started: waits for it and returns it, or raises what became of it."""
@@ -42,6 +42,15 @@ class Collective(Protocol):
         """The rows of rank 0, f32 of this shape, on every rank. The other ranks bring none. No sum is under way."""
         ...
 
+    def deal(self, parts: Sequence[Bytes], into: Bytes | None) -> None:
+        """Rank 0 has bytes for ranks 1, 2, …, each of which gets its own `into` an array. No sum is under way."""
+        ...
+
+    def collect(self, own: Bytes | None, into: Sequence[Bytes]) -> None:
+        """Ranks 1, 2, … each have bytes of their `own`, which rank 0 gets `into` an array for each. No sum is under
+        way."""
+        ...
+
 
 class Alone:
     """The collective of one rank: the identity."""
@@ -60,3 +69,7 @@ class Alone:
     def broadcast(self, rows: Floats | None, shape: tuple[int, int]) -> Floats:
         assert rows is not None
         return rows
+
+    def deal(self, parts: Sequence[Bytes], into: Bytes | None) -> None: ...
+
+    def collect(self, own: Bytes | None, into: Sequence[Bytes]) -> None: ...

@@ -39,7 +39,8 @@ STEP_LIMIT_S = 60.0  # `close` waits so long for the end of a step
 
 class Engine:
     """`clock` gives seconds; `drafter` guesses, if there is one. `notify` is called when there are events to take: by
-    any thread, also in the middle of a step, but never while the scheduler is locked."""
+    any thread, also in the middle of a step, but never while the scheduler is locked. `compute_on` sets the threads of
+    a step before it."""
 
     def __init__(
         self,
@@ -48,10 +49,12 @@ class Engine:
         clock: Callable[[], float],
         drafter: Drafter | None = None,
         notify: Callable[[Engine], None] = lambda engine: None,
+        compute_on: Callable[[int], None] | None = None,
     ) -> None:
         self.rank = rank
         self.scheduler = scheduler
         self._notify = notify
+        self._compute_on = compute_on
         self._clock = clock
         self._drafter = drafter
         self._events: list[SequenceEvent] = []
@@ -158,6 +161,8 @@ class Engine:
             batch = self._next()
             if batch.empty:
                 return False
+            if self._compute_on is not None:
+                self._compute_on(self._threads(batch))
             try:
                 result = self.rank.run(batch.order, lambda share: self._goes_on(batch, share))
                 self._commit(batch, result)
@@ -173,6 +178,14 @@ class Engine:
             finally:
                 self._under_way = None
             return True
+
+    def _threads(self, batch: Batch) -> int:
+        """With which it is computed: no bit of it depends on that."""
+        rival, usual = self.scheduler.speeds.rival, self.rank.executor.plan.threads
+        if rival is None:
+            return usual
+        prompts = len(batch.chunks) > batch.decodes
+        return rival.threads(batch.rows, prompts=prompts, waiting=bool(self.scheduler.waiting))
 
     def _goes_on(self, batch: Batch, share: float) -> bool:
         """Note which share of the step is done. → whether anybody still wants it"""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial as bound
 from itertools import pairwise
 from typing import NamedTuple
@@ -89,7 +88,6 @@ class Executor:
         self.kv = kv
         self.collective = collective
         self._vocab = vocab
-        self._own_experts = model.spec.moe.own if model.spec.moe else range(0)
         self._wanted: StillWanted = lambda share: True
         self._share = 0.0  # of the step, done
         self._travelling: deque[_Travelling] = deque()  # at most two, in the order in which they were started
@@ -99,6 +97,8 @@ class Executor:
             for layer, kind in enumerate(model.spec.layers)
         ]
         self._experts = _homes_of_experts(placed.values())
+        own = model.spec.moe.own if model.spec.moe else ()
+        self._own = {layer: {it: BlockId("expert", layer, it) for it in own} for layer in self._experts}
         self._embed = placed.get(BlockId("embed"), self._layers[0][0])
         self._head = [placed[item.block] for item in plan.blocks if item.block.kind == "head"]
         slots = plan.expert_slots
@@ -222,17 +222,18 @@ class Executor:
         """Has experts compute some parts of a step."""
         block, home = placed
         layer, there = block.layer, self._experts[block.layer]
+        own = self._own[layer]
         normed = [carried(x, home, there) for x, _, _ in routed.values()]
         partials = [there.zeros_like(x) for x in normed]
         used = {expert for _, routing, _ in routed.values() for expert in routing.used}
-        blocks = [BlockId("expert", layer, expert) for expert in sorted(used) if expert in self._own_experts]
+        blocks = [own[expert] for expert in sorted(used) if expert in own]
         self.store.expect(blocks)
         self.store.guess(self._likely(layer, rows[0], home))
         for start in range(0, len(blocks), self._together):
             self._go_on()
             group = blocks[start : start + self._together]
-            with ExitStack() as held:
-                experts = {block.expert: held.enter_context(self.store.acquire(block)) for block in group}
+            with self.store.acquire_all(group) as weights:
+                experts = {block.expert: its for block, its in zip(group, weights, strict=True)}
                 for x, (_, routing, _), partial in zip(normed, routed.values(), partials, strict=True):
                     self.model.mix(there, experts, x, routing, partial)
         for (part, (_, _, shared)), mixed in zip(routed.items(), partials, strict=True):
@@ -287,7 +288,8 @@ class Executor:
         there = self._layers[router.layer][1].home
         with self.store.acquire(router) as weights:
             likely = self.model.foresee(there, weights, carried(hidden, home, there))
-        return [BlockId("expert", router.layer, expert) for expert in likely if expert in self._own_experts]
+        own = self._own[router.layer]
+        return [own[expert] for expert in likely if expert in own]
 
 
 def _foreseen(plan: Plan) -> dict[int, BlockId]:

@@ -29,12 +29,17 @@ class Reading(NamedTuple):
 class Order:
     """First pages are moved, in this order; then pages are read from disk; then the segments are computed.
 
+    Where rank 0 has K and V of all heads, the other ranks get those of the pages `sent` from it before they compute,
+    each of its own heads, and give it those of the pages `returned` afterwards.
+
     A rank without an embedding uses only the number of the segments' tokens: for it, any will do.
     """
 
     segments: Sequence[Segment] = ()
     moves: Sequence[Move] = ()
     readings: Sequence[Reading] = ()
+    sent: Sequence[int] = ()
+    returned: Sequence[int] = ()
 
 
 class Result(NamedTuple):

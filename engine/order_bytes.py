@@ -53,6 +53,8 @@ class _Order(msgspec.Struct, array_like=True, frozen=True):
     segments: list[_Segment]
     moves: list[_Move]
     readings: list[_Reading] = []
+    sent: list[_Count] = []
+    returned: list[_Count] = []
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -68,7 +70,8 @@ def order_bytes(order: Order) -> bytes:
     readings = [
         _Reading([(it.slot, it.digest) for it in of.entries], list(of.pages)) for of in order.readings
     ]
-    return _ENCODER.encode(_Order(segments, list(_moved(order.moves)), readings))
+    moves, sent, returned = list(_moved(order.moves)), list(order.sent), list(order.returned)
+    return _ENCODER.encode(_Order(segments, moves, readings, sent, returned))
 
 
 def _moved(moves: Sequence[Move]) -> Iterator[_Move]:
@@ -99,6 +102,9 @@ def order_of(data: bytes, plan: Plan, slots: int = 0) -> Order:
         if len(of.places) != len(of.pages):
             raise OrderError(f"an order that reads {len(of.places)} slots into {len(of.pages)} pages")
     _check("number of pages to read", [sum(len(it.pages) for it in read.readings)], plan.kv.pages + 1)
+    for pages in (read.sent, read.returned):
+        _check("page", pages, plan.kv.pages)
+        _check("number of pages to pass on", [len(pages)], plan.kv.pages + 1)
     for it in read.segments:
         end = it.start + it.tokens
         _check("page", it.pages, plan.kv.pages)
@@ -117,7 +123,7 @@ def order_of(data: bytes, plan: Plan, slots: int = 0) -> Order:
         for it in read.moves
     ]
     readings = [Reading([Slot(*place) for place in it.places], it.pages) for it in read.readings]
-    return Order(segments, moves, readings)
+    return Order(segments, moves, readings, read.sent, read.returned)
 
 
 def _most_bytes(plan: Plan) -> int:
@@ -125,7 +131,8 @@ def _most_bytes(plan: Plan) -> int:
     context_pages = -(-plan.context_tokens // plan.kv.page_tokens)
     segments = plan.sequences * (_ITEM_BYTES + context_pages * _NUMBER_BYTES)
     moves = 2 * (plan.sequences + plan.kv.pages) * _ITEM_BYTES
-    return segments + moves + plan.kv.pages * _ITEM_BYTES + _ITEM_BYTES
+    passed = 2 * plan.kv.pages * _NUMBER_BYTES
+    return segments + moves + passed + plan.kv.pages * _ITEM_BYTES + _ITEM_BYTES
 
 
 def _check(what: str, values: Sequence[int], limit: int) -> None:

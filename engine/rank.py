@@ -19,6 +19,7 @@ from shoal.offload.kv.prefix_cache import Move, Save
 
 from .executor import Executor, StillWanted
 from .order import Order, Reading, Result, Segment
+from .passed_pages import give_back, receive
 
 DISK_WAIT_S = 1.0  # a page waits so long for room to be copied, if nobody waits for the step
 KEPT_TOGETHER = 4  # pages that ranks are told to keep before rank 0 waits for all of them
@@ -43,7 +44,9 @@ class Rank:
         moved_s = self._clock()
         pages_read = self._read_by_all(order.readings)
         read_s = self._clock() - moved_s
+        receive(self.executor, order.sent)
         logits = self._compute(order.segments, wanted)
+        give_back(self.executor, order.returned)
         return Result(logits, pages_read, read_s, store.stall_s - stalled_s)
 
     def placed(self, order: Order, wait_s: float = 0.0) -> Order:
@@ -105,11 +108,16 @@ class Rank:
         return self.disk.read(reading.entries, [self.kv.page(page) for page in reading.pages])
 
     def _compute(self, segments: Sequence[Segment], wanted: StillWanted) -> Floats:
-        """Logits (R, vocab) of the rows that are wanted. If there are none, a streamed head is not read."""
-        if segments:
-            rows = sum(len(segment.tokens) for segment in segments)
-            step = Step.build(segments, self.executor.plan.rows_together(rows))
-            hidden = self.executor.forward(step, wanted)
-            if len(step.rows):
-                return self.executor.head(hidden)
-        return np.empty((0, self.executor.model.spec.vocab), np.float32)
+        """Logits (R, vocab) of the rows that are wanted."""
+        return computed(self.executor, segments, wanted)
+
+
+def computed(executor: Executor, segments: Sequence[Segment], wanted: StillWanted) -> Floats:
+    """Logits (R, vocab) of the rows that are wanted. If there are none, a streamed head is not read."""
+    if segments:
+        rows = sum(len(segment.tokens) for segment in segments)
+        step = Step.build(segments, executor.plan.rows_together(rows))
+        hidden = executor.forward(step, wanted)
+        if len(step.rows):
+            return executor.head(hidden)
+    return np.empty((0, executor.model.spec.vocab), np.float32)

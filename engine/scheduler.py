@@ -24,6 +24,7 @@ from .admission import Admission
 from .batch import Batch, Chunk, Recall
 from .guess.speculation import drafts
 from .learn.pacing import SLOWDOWN
+from .learn.rival import Rival
 from .learn.speeds import Speeds
 from .learn.step_cost import StepSeconds
 from .sequence import Emitted, Ended, EndReason, Failed, Queued, Sequence, SequenceEvent, Standing
@@ -57,8 +58,8 @@ class _Room:
 class Scheduler:
     """At most `sequences` run at once and `queue` more wait. A step holds at most `chunk_tokens` tokens of prompts and
     `guesses` guessed tokens. `reads`: pages of KV that it may read from disk beyond those that are free. `expected`:
-    what steps are thought to take before any was measured, as in `StepCost`; `slowdown`: as in `Pacer`. `ropes`: those
-    of the model. They may depend on how long a text is."""
+    what steps are thought to take before any was measured, as in `StepCost`; `slowdown`, `rival`: as in `Speeds`.
+    `ropes`: those of the model. They may depend on how long a text is."""
 
     def __init__(
         self,
@@ -71,12 +72,13 @@ class Scheduler:
         expected: StepSeconds | None = None,
         slowdown: float = SLOWDOWN,
         reads: int = 1,
+        rival: Rival | None = None,
         ropes: Ordered[RopeSpec] = (),
     ) -> None:
         self.cache = cache
         self._ropes = [rope for rope in ropes if rope.by_length]
         self.guesses = guesses
-        self.speeds = Speeds(chunk_tokens, expected, reads, slowdown)
+        self.speeds = Speeds(chunk_tokens, expected, reads, slowdown, rival)
         self.admission = Admission(cache, self.speeds, sequences=sequences, queue=queue)
         self.running: list[Sequence] = []
         self.totals = Totals()

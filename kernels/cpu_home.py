@@ -45,7 +45,7 @@ class CpuHome(ComputeHome, Protocol):
         return x[which]
 
     def zeros_like(self, x: Floats) -> Floats:
-        return np.zeros_like(x)
+        return np.zeros(x.shape, np.float32)
 
     def add(self, x: Floats, y: Floats) -> None:
         x += y
@@ -83,6 +83,7 @@ class CpuHome(ComputeHome, Protocol):
         return normed
 
     def route(self, scores: Floats, count: int, normalize: bool) -> routing.Routing:
+        check_route(scores, count)
         return routing.route(scores, count, normalize)
 
     def likeliest(self, scores: Floats, count: int) -> list[int]:
@@ -117,6 +118,13 @@ def check_experts(x: Floats, all: Sequence[FeedForward], routes: Routes, into: F
     if not whole or sorted(starts) != list(starts):
         raise OperandError(
             f"routes that start at {starts} do not share {len(tokens)} out among {len(all)} experts"
+        )
+
+
+def check_route(scores: Floats, count: int) -> None:
+    if scores.dtype != FLOAT32 or scores.ndim != 2 or not 1 <= count <= scores.shape[1]:
+        raise OperandError(
+            f"rows go to {count} of the experts that float32 (T, experts) scores, got {scores.dtype} {scores.shape}"
         )
 
 

@@ -15,13 +15,21 @@ import numpy as np
 
 from shoal.kernels.arrays import Array, Bytes, Floats, Ids
 from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments
-from shoal.kernels.cpu_home import CpuHome, check_attention, check_experts, check_linears, check_norm
+from shoal.kernels.cpu_home import (
+    CpuHome,
+    check_attention,
+    check_experts,
+    check_linears,
+    check_norm,
+    check_route,
+)
 from shoal.kernels.errors import KernelError, OperandError
 from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
+from shoal.kernels.routing import Routing
 from shoal.kernels.types import WeightType
 
 LIBRARY = Path(__file__).with_name("libshoal.so")
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 _STATUS = {
     1: "it has no kernel for this weight type",
@@ -78,6 +86,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "gated": (c_int, (*_INPUTS, c_int32, c_void_p, c_void_p)),
     "experts": (c_int, (c_void_p, c_int64, c_int64, c_int32, c_int64, *(c_void_p,) * 5)),
     "scores": (c_int, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "route": (c_int64, (c_void_p, *(c_int64,) * 3, c_int32, *(c_void_p,) * 4)),
     "gather_rows": (c_int, (c_void_p, c_void_p, c_int64, c_void_p)),
     "rms_norm": (c_int, (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p)),
     "attention": (c_int, (*(c_void_p,) * 8, c_float, c_float, c_int64, c_void_p)),
@@ -196,6 +205,26 @@ class Native(CpuHome):
         if status := native.scores(_at(x), *x.shape, structures, _at(y)):
             raise _refusal(status, matrix)
         return y
+
+    def route(self, scores: Floats, count: int, normalize: bool) -> Routing:
+        check_route(scores, count)
+        rows, experts = scores.shape
+        used, starts = np.empty(experts, np.int64), np.empty(experts + 1, np.int64)
+        tokens, factors = np.empty(rows * count, np.int64), np.empty(rows * count, np.float32)
+        n = self._functions.route(
+            _at(scores),
+            rows,
+            experts,
+            count,
+            normalize,
+            _at(used),
+            _at(starts),
+            _at(tokens),
+            _at(factors),
+        )
+        if n < 0:
+            raise KernelError(f"native kernels cannot route {rows} rows to {experts} experts: {_STATUS[2]}")
+        return Routing(used[:n].tolist(), Routes(tuple(starts[: n + 1].tolist()), tokens, factors))
 
     def gather_rows(self, w: Matrix, ids: Ids) -> Floats:
         return self._gather(w, _at(ids), len(ids))

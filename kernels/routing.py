@@ -76,8 +76,9 @@ def best(scores: Floats, count: int) -> tuple[Ids, Doubles]:
     the best of its row (T, n)."""
     with np.errstate(invalid="ignore"):  # rows of NaN stay NaN
         behind = (scores.max(-1, keepdims=True) - scores).astype(np.float64)
-    # Numbers that are not negative sort as their bits do, and an f32 leaves the lowest 29 bits of an f64 zero.
-    keys = behind.view(np.int64) | np.arange(scores.shape[1])
+    # Numbers that are not negative sort as their bits do, and an f32 leaves the lowest 29 bits of an f64 zero. Signs of
+    # NaN depend on the machine.
+    keys = np.abs(behind).view(np.int64) | np.arange(scores.shape[1])
     first = np.partition(keys, count - 1)[:, :count]
     first.sort()  # how NumPy leaves them depends on the machine, and so would sums of their odds
     return first & (1 << 29) - 1, behind

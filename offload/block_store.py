@@ -52,6 +52,10 @@ class BlockStore(Protocol):
         """A block's weights for the length of a `with`. Raises OffloadError when they cannot be read."""
         ...
 
+    def acquire_all(self, blocks: Sequence[BlockId]) -> AbstractContextManager[list[Weights]]:
+        """The weights of several blocks, in this order, for the length of a `with`."""
+        ...
+
     def rows(self, block: BlockId, ids: Ids) -> Floats:
         """Rows of the embedding, f32 (T, hidden). Raises OffloadError when they cannot be read."""
         ...
@@ -97,8 +101,16 @@ class ResidentStore:
         sizes = {item.block: item.nbytes for item in plan.blocks}
         return cls(keep(reader.read_blocks(list(sizes)), sizes, progress))
 
+    def with_vocabulary_of(self, other: ResidentStore) -> ResidentStore:
+        """These blocks, with the other store's embedding and head: the same memory."""
+        more = {block: it for block, it in other._blocks.items() if block.kind in ("embed", "head")}
+        return ResidentStore({**more, **self._blocks})
+
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         return self._blocks[block]
+
+    def acquire_all(self, blocks: Sequence[BlockId]) -> AbstractContextManager[list[Weights]]:
+        return nullcontext([self._blocks[block].enter_result for block in blocks])
 
     def rows(self, block: BlockId, ids: Ids) -> Floats:
         return gather_rows(self._blocks[block].enter_result.matrix["embed"], ids)

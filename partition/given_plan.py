@@ -25,6 +25,8 @@ _COUNTS = {
     "streamed_bytes": (0, _MOST),
     "ranks": (1, 1 << 16),
     "overlap_rows": (1, 1 << 30),
+    "group_rows": (1, 1 << 30),
+    "page_rows": (0, 1 << 30),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from .amounts import counted
@@ -9,7 +10,11 @@ from .group_cost import Figures
 from .machines import LinkSpeed
 from .slicing import CutOfExperts
 
-Split = Literal["tensor", "pipeline"]
+Split = Literal["tensor", "pipeline", "prompts"]
+"""Every layer divided; or the layers among the machines; or every layer divided for prompts, while the head, which has
+all of it besides its part, decodes answers alone."""
+
+Places = tuple[int, ...]  # of machines, ascending: those of ranks 0, 1, …
 
 _SAID = 3  # machines that are named in one line
 _NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
@@ -77,11 +82,19 @@ class Choice(NamedTuple):
         ranks = len(self.ranks)
         if ranks == 1:
             return self._alone()
+        every = ("both" if ranks == 2 else f"all {ranks}") if ranks == self.machines else ""
+        if self.split == "prompts":
+            return self._for_prompts(every or f"{ranks} of {self.machines}")
         layers = ", with layers divided among them" if self.split == "pipeline" else ""
-        if ranks == self.machines:
-            every = "both" if ranks == 2 else f"all {ranks}"
+        if every:
             return f"using {every} machines{layers}: {_speed(self.figures)}{self._otherwise()}"
         return f"using {ranks} of {self.machines} machines{layers}: {self._others() or _speed(self.figures)}"
+
+    def _for_prompts(self, which: str) -> str:
+        said = f"prompts by {which} machines, answers by this one alone"
+        now_s, alone_s = (each.first_token_s[0] if each else 0.0 for each in (self.figures, self.alone))
+        first = f"the first token of a prompt of {self.prompts[0]:,} after {_seconds(now_s)}"
+        return f"{said}: {first} instead of {_seconds(alone_s)}, {_speed(self.figures)}"
 
     def _alone(self) -> str:
         tried = [unused for unused in self.unused if unused.with_it]
@@ -115,6 +128,22 @@ class Choice(NamedTuple):
             return said
         other = "alone" if self.freely_ranks == 1 else f"with {self.freely_ranks}"
         return f"{said}, {other} {_rate(freely.token_s)}"
+
+
+class KeptCut(NamedTuple):
+    """What `divide` was given for a group, and what for."""
+
+    shares: tuple[float, ...]
+    experts: CutOfExperts
+    split: Split = "tensor"
+
+
+class KeptCuts(NamedTuple):
+    """Cuts that were used before, by the places of machines. `last`: what was used when these same machines were there;
+    None if they were not."""
+
+    by_places: Mapping[Places, KeptCut] = {}
+    last: Places | None = None
 
 
 class NoGroup(NamedTuple):

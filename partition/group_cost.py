@@ -13,17 +13,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from math import comb
+from itertools import takewhile
+from math import ceil, comb
 from typing import NamedTuple
 
 from .hardware_guesses import LAYER_S, STEP_S
 from .machines import Machine, Workload
+from .memory_layout import PAGE_TOKENS, kv_page_bytes
 from .plan import Wanted
 from .rank_sizes import Held, Operations, Portion, Sizes
 from .sum_cost import Means, Network
 
 NEVER = 1 << 30  # rows: more than any step has
 OVERLAPS = (32, 64, 128, 256, 512)  # rows from which on it may be worth to compute steps in halves
+# Rows from which on a group may help a head that could do without it: not answers, which have few even with guesses.
+ASSISTED = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 PROMPTS = (512, 4000)  # tokens of prompts whose first token nobody should wait longer for
 
 
@@ -37,7 +41,8 @@ class Placement(NamedTuple):
 
 class Figures(NamedTuple):
     """What a group is predicted to do. `first_token_s`: for the prompts of `Cost.prompts`, in their order.
-    `overlap_rows`: steps of so many rows or more are computed in halves whose sums overlap."""
+    `overlap_rows`: steps of so many rows or more are computed in halves whose sums overlap. `group_rows`, `page_rows`:
+    as in `Plan`."""
 
     token_s: float
     first_token_s: tuple[float, ...]
@@ -46,6 +51,8 @@ class Figures(NamedTuple):
     prompt: Means | None  # … when prompts are read; None where there are none
     chunk_tokens: int  # of a prompt, in one step
     overlap_rows: int = NEVER
+    group_rows: int = 1
+    page_rows: int = 0
 
     def within(self, other: Figures, factor: float) -> bool:
         """Whether nothing takes longer than `factor` times what it takes there."""
@@ -58,7 +65,10 @@ class Figures(NamedTuple):
 
     def slower(self, factor: float, answer_tokens: int) -> Figures:
         """If a token takes `factor` times as long, and an answer has so many."""
-        token_s = factor * self.token_s
+        return self.answered(factor * self.token_s, answer_tokens)
+
+    def answered(self, token_s: float, answer_tokens: int) -> Figures:
+        """If a token takes so long, and an answer has so many."""
         return self._replace(token_s=token_s, total_s=self.total_s + answer_tokens * (token_s - self.token_s))
 
     @property
@@ -79,6 +89,15 @@ class StepWork(NamedTuple):
         return self.attn_s + self.ffn_s + self.head_s
 
 
+class _Steps(NamedTuple):
+    """`step_s(rows, context)`: seconds of a step of so many tokens that attend to so many before them."""
+
+    step_s: Callable[[int, float], float]
+    decode: Means | None
+    prompt: Means | None
+    overlap_rows: int
+
+
 class Cost:
     """Predicts for one model and what it is wanted for."""
 
@@ -93,10 +112,53 @@ class Cost:
 
     def tensor(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> Figures:
         """Every layer is divided among these ranks. `means`: how several ranks can make sums."""
+        return self._divided(self._chunk(parts), self._together(parts, network, means))
+
+    def assisted(
+        self,
+        alone: Sequence[Placement],
+        answers: Figures,
+        parts: Sequence[Placement],
+        network: Network,
+        means: Sequence[Means],
+        error: float = 1.0,
+    ) -> Figures | None:
+        """These ranks read prompts together, and the head decodes `answers` as it does `alone`. K and V of a prompt
+        pass to the head once. Together they take `error` times as long as predicted. None if the longest step is no
+        faster together, or the head streams."""
+        if any(part.held.streams for part in alone):
+            return None
         chunk = self._chunk(parts)
-        return self._divided(
-            network, means, chunk, lambda rows, context: self._compute_s(parts, rows, context)
+        together, by_itself = self._together(parts, network, means), self._together(alone, network, ())
+
+        def gain_s(rows: int) -> float:
+            return by_itself.step_s(rows, 0.0) - error * together.step_s(rows, 0.0)
+
+        lengths = sorted({chunk, *(rows for rows in ASSISTED if rows < chunk)}, reverse=True)
+        worth = list(takewhile(lambda rows: gain_s(rows) > 0, lengths))
+        if not worth:
+            return None
+        least = worth[-1]
+        row_s = (gain_s(chunk) - gain_s(least)) / (chunk - least) if least < chunk else gain_s(chunk) / chunk
+        page_s = self._page_s(parts, network)
+        figures = self._divided(chunk, together)
+        first = [
+            error * seconds + -(-tokens // PAGE_TOKENS) * page_s
+            for seconds, tokens in zip(figures.first_token_s, self.prompts, strict=True)
+        ]
+        return figures._replace(
+            token_s=answers.token_s,
+            first_token_s=tuple(first),
+            total_s=first[0] + self._workload.answer_tokens * answers.token_s,
+            decode=None,
+            group_rows=least,
+            page_rows=min(NEVER, ceil(page_s / row_s)) if row_s > 0 else NEVER,
         )
+
+    def _page_s(self, parts: Sequence[Placement], network: Network) -> float:
+        """Seconds in which a page of K and V passes between the head and the others, each with its heads."""
+        share = max(part.portion.kv_heads for part in parts[1:])
+        return network.dealt_s(share * kv_page_bytes(self._wanted.spec, self._wanted.kv_type))
 
     def bound(
         self, machines: Sequence[Machine], network: Network, means: Sequence[Means], *, layered: bool = False
@@ -118,12 +180,13 @@ class Cost:
         part = Placement(
             together, Portion.even(self._wanted.spec, 1.0), Held(0, streamed, 0.0, max(self.prompts))
         )
-        return self._divided(
+        steps = self._steps(
             network,
             () if layered else means,
             max(self.prompts),
             lambda rows, context: self._compute_s([part], rows, context, machines[0]),
         )
+        return self._divided(max(self.prompts), steps)
 
     def pipeline(self, parts: Sequence[Placement], network: Network) -> Figures | None:
         """The layers are divided among these ranks, one after the other; None if they cannot reach each other. The
@@ -157,13 +220,18 @@ class Cost:
 
         return self._figures(self._chunk(parts), step_s, next_s)
 
-    def _divided(
+    def _together(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> _Steps:
+        return self._steps(
+            network, means, self._chunk(parts), lambda rows, context: self._compute_s(parts, rows, context)
+        )
+
+    def _steps(
         self,
         network: Network,
         means: Sequence[Means],
         chunk: int,
         compute: Callable[[int, float], StepWork],
-    ) -> Figures:
+    ) -> _Steps:
         calls_s = LAYER_S * len(self._wanted.spec.layers)
         decode, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
 
@@ -183,8 +251,11 @@ class Cost:
         def step_s(rows: int, context: float) -> float:
             return (halved_s if rows >= overlap_rows else whole_s)(rows, context)
 
-        figures = self._figures(chunk, step_s, step_s, decode, prompt)
-        return figures._replace(overlap_rows=overlap_rows)
+        return _Steps(step_s, decode, prompt, overlap_rows)
+
+    def _divided(self, chunk: int, steps: _Steps) -> Figures:
+        figures = self._figures(chunk, steps.step_s, steps.step_s, steps.decode, steps.prompt)
+        return figures._replace(overlap_rows=steps.overlap_rows)
 
     def _chunk(self, parts: Sequence[Placement]) -> int:
         """Tokens of a prompt in one step. Steps get longer where weights stream, as far as everybody's memory goes."""

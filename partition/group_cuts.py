@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
+from .amounts import format_bytes
 from .errors import ShardError
 from .group_cost import Placement
 from .machines import Machine
@@ -123,6 +124,23 @@ class Cuts:
         except ShardError as error:
             return str(error)
         return [Portion.of_shard(spec, shard) for shard in shards]
+
+    def why_not(self, machines: Sequence[Machine]) -> str:
+        """Why these machines together cannot have the model."""
+        refused = [self.portions_of((1,) * len(machines), experts) for experts in EXPERT_CUTS]
+        if all(isinstance(it, str) for it in refused):
+            return str(refused[0])
+        fixed = [self._memory.fixed_bytes(machine, rank == 0) for rank, machine in enumerate(machines)]
+        for rank, (machine, needed) in enumerate(zip(machines, fixed, strict=True)):
+            if machine.memory_bytes < needed:
+                has = format_bytes(machine.memory_bytes)
+                what = "scratch takes" if rank else "embedding, head and scratch take"
+                return f"{machine.name} has {has} of memory, and {what} {format_bytes(needed)}"
+        needed = sum(fixed) + self._memory.share_bytes()
+        memory = sum(machine.memory_bytes for machine in machines)
+        if needed > memory:
+            return f"it takes about {format_bytes(needed)} of memory, there are {format_bytes(memory)}"
+        return "it cannot be cut so that every part fits into the memory of its machine"
 
     def layered(self, machines: Sequence[Machine]) -> Iterator[tuple[Layers, tuple[Placement, ...]]]:
         """Layers in the order of ranks: as many on the fastest as fit there, or as long prompts take equally long."""

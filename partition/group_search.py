@@ -20,14 +20,13 @@ from math import inf
 from types import MappingProxyType
 from typing import NamedTuple
 
-from .amounts import format_bytes
-from .group_choice import Choice, NoGroup, RankPlan, Split, Unused
+from .group_choice import Choice, KeptCut, KeptCuts, NoGroup, Places, RankPlan, Split, Unused
 from .group_cost import Cost, Figures, Placement
-from .group_cuts import EXPERT_CUTS, Cuts
+from .group_cuts import Cuts
 from .machines import Links, Machine, Workload, check_machines, link_between
 from .plan import Wanted
 from .rank_sizes import Held, Memory, Sizes
-from .slicing import ANYWHERE, CutOfExperts, Grains
+from .slicing import ANYWHERE, Grains
 from .spec import BlockId
 from .sum_cost import Means, Network, Topology, Wire
 
@@ -39,26 +38,9 @@ LEAST_ERROR, MOST_ERROR = 0.5, 8.0  # times as long as predicted: what others ar
 _FEW = 2  # groups that are looked at closely with each machine after these
 
 # What exists already. The rest can be predicted.
-AVAILABLE_SPLITS: tuple[Split, ...] = ("tensor",)
+AVAILABLE_SPLITS: tuple[Split, ...] = ("tensor", "prompts")
 AVAILABLE_TOPOLOGIES: tuple[Topology, ...] = ("exchange", "sliced", "star")
 AVAILABLE_WIRES: tuple[Wire, ...] = ("f32", "bf16", "int8")
-
-Places = tuple[int, ...]  # of machines, ascending: those of ranks 0, 1, …
-
-
-class KeptCut(NamedTuple):
-    """What `divide` was given for a group."""
-
-    shares: tuple[float, ...]
-    experts: CutOfExperts
-
-
-class KeptCuts(NamedTuple):
-    """Cuts that were used before, by the places of machines. `last`: what was used when these same machines were there;
-    None if they were not."""
-
-    by_places: Mapping[Places, KeptCut] = {}
-    last: Places | None = None
 
 
 class _Found(NamedTuple):
@@ -93,7 +75,8 @@ def choose(
 ) -> Choice | NoGroup:
     """The group for a model. `machines[0]` is the head. `block_bytes`: of all blocks, the head of the vocabulary in
     slices if weights may stream (`plan_streamed`'s extents). `splits`, `topologies`, `wires`: what may be used; the
-    fastest is, whatever a wire rounds away, and of equally fast wires the first. `ranks`: somebody insists on so many.
+    fastest is, whatever a wire rounds away, and of equally fast wires the first. `ranks`: somebody insists on so many,
+    which then compute everything together.
     `kept`: what is taken again if it is nearly as good.
     `measured`: seconds that a token took with some machines; what is predicted for them, and for groups which they are
     part of, is corrected by that.
@@ -173,7 +156,7 @@ class _Search:
             for total_s, places in groups if newest < EXACT_MACHINES else groups[:_FEW]:
                 if best and not _is_better(total_s, places, best):
                     continue
-                for found in self._ways(places):
+                for found in (*self._ways(places), *self._for_prompts(places)):
                     if floor and not found.figures.within(floor, TOLERANCE):
                         continue
                     if best is None or _is_better(found.figures.total_s, places, best):
@@ -241,18 +224,22 @@ class _Search:
         if "pipeline" in self._splits and network.reached:
             bounds.append(self.cost.bound(machines, network, (), layered=True))
         bounds = [self._corrected(places, bound) for bound in bounds]
+        if bounds and "prompts" in self._splits and (alone := self.best((0,))):
+            bounds.append(bounds[0].answered(alone.figures.token_s, self._answer_tokens))
         kept = (bound.total_s for bound in bounds if floor is None or bound.within(floor, TOLERANCE))
         return min(kept, default=inf)
 
     def steady(self, found: _Found, kept: KeptCuts, alone: _Found | None, ranks: int | None) -> _Found:
         """What is kept of the last group, or of the one that was found, if it is nearly as good as that, and may be
         used at all."""
+        splits = ("tensor",) if ranks else AVAILABLE_SPLITS
         for places in (kept.last, found.places):
             cut = kept.by_places.get(places) if places is not None else None
             if (
                 places is None
                 or cut is None
                 or ranks not in (None, len(places))
+                or cut.split not in splits
                 or {*places} & {*self._wrong}
             ):
                 continue
@@ -279,13 +266,39 @@ class _Search:
     def _again(self, places: Places, cut: KeptCut) -> _Found | None:
         """A group with a cut that it had before; None if that cannot be any more."""
         network, means = self._network(places)
-        if "tensor" not in self._splits or not means:
+        if cut.split not in self._splits or not means:
             return None
-        parts = self._cuts.as_before([self._machines[place] for place in places], *cut)
+        machines = [self._machines[place] for place in places]
+        if cut.split == "prompts":
+            parts = self._cuts.as_before(self._memory.beside(machines), cut.shares, cut.experts)
+            return self._assisted(places, cut.shares, parts)
+        parts = self._cuts.as_before(machines, cut.shares, cut.experts)
         if not parts:
             return None
         figures = self._corrected(places, self.cost.tensor(parts, network, means))
         return _Found(places, "tensor", cut.shares, parts, figures)
+
+    def _for_prompts(self, places: Places) -> list[_Found]:
+        """All ways that were tried for these machines to read prompts, while the head decodes answers alone."""
+        if "prompts" not in self._splits or len(places) == 1:
+            return []
+        machines = self._memory.beside([self._machines[place] for place in places])
+        tried = self._cuts.divided(machines, all_wishes=places[-1] < EXACT_MACHINES) if machines else ()
+        ways = (self._assisted(places, *each) for each in tried)
+        return [found for found in ways if found is not None]
+
+    def _assisted(
+        self, places: Places, shares: tuple[float, ...], parts: tuple[Placement, ...]
+    ) -> _Found | None:
+        """None if that cannot be, or never pays. Its answers are corrected as those of the head alone are. A group that
+        was slower than predicted at answers is thought to be so at prompts."""
+        network, means = self._network(places)
+        alone = self.best((0,))
+        if alone is None or not parts or not means:
+            return None
+        error = max(1.0, self._known_error(places))
+        figures = self.cost.assisted(alone.parts, alone.figures, parts, network, means, error)
+        return figures and _Found(places, "prompts", shares, parts, figures)
 
     def _predicted(self, places: Places) -> list[_Found]:
         divided = list(self._tensor(places))
@@ -298,12 +311,14 @@ class _Search:
         return token_s / predicted_s
 
     def _corrected(self, places: Places, figures: Figures) -> Figures:
-        """By what is known of these machines; else by the worst that is known of some of them."""
-        error = self._errors.get(places)
-        if error is None:
-            worst = max((it for part, it in self._errors.items() if set(part) <= set(places)), default=1.0)
-            error = max(LEAST_ERROR, min(MOST_ERROR, worst))
-        return figures.slower(error, self._answer_tokens)
+        return figures.slower(self._known_error(places), self._answer_tokens)
+
+    def _known_error(self, places: Places) -> float:
+        """What is known of these machines; else the worst that is known of some of them."""
+        if (error := self._errors.get(places)) is not None:
+            return error
+        worst = max((it for part, it in self._errors.items() if set(part) <= set(places)), default=1.0)
+        return max(LEAST_ERROR, min(MOST_ERROR, worst))
 
     def _tensor(self, places: Places) -> Iterator[_Found]:
         network, means = self._network(places)
@@ -338,11 +353,12 @@ class _Search:
         bytes_of = [self._sizes.held_of(part.portion) for part in found.parts]
         for rank, (machine, portion, held) in enumerate(found.parts):
             exact = self._memory.held(portion, machine, exact=True)
+            other_bytes = self._machines[found.places[rank]].memory_bytes - machine.memory_bytes
             yield RankPlan(
                 machine.name,
                 found.places[rank],
                 bytes_of[rank] / sum(bytes_of),
-                exact.needed_bytes if isinstance(exact, Held) else held.needed_bytes,
+                other_bytes + (exact.needed_bytes if isinstance(exact, Held) else held.needed_bytes),
                 held.streamed_bytes,
                 held.missing_experts,
                 found.layers[rank] if found.layers else None,
@@ -356,6 +372,9 @@ class _Search:
             places = tuple(sorted((*chosen.places, place)))
             link = link_between(self._links, 0, place)
             found = self.best(places)
+            if chosen.split == "prompts":
+                ways = (*self._ways(places), *self._for_prompts(places))
+                found = min(ways, key=lambda way: way.figures.total_s, default=None)
             why = "" if found else self._why_not(places)
             yield Unused(machine.name, link, found and found.figures, len(places), why)
 
@@ -374,18 +393,4 @@ class _Search:
             return self._wrong[place]
         if not Network(self._machines, self._links, places).reached:
             return "the head does not reach it"
-        refused = [self._cuts.portions_of((1,) * len(places), experts) for experts in EXPERT_CUTS]
-        if all(isinstance(it, str) for it in refused):
-            return str(refused[0])
-        machines = [self._machines[place] for place in places]
-        fixed = [self._memory.fixed_bytes(machine, rank == 0) for rank, machine in enumerate(machines)]
-        for rank, (machine, needed) in enumerate(zip(machines, fixed, strict=True)):
-            if machine.memory_bytes < needed:
-                has = format_bytes(machine.memory_bytes)
-                what = "scratch takes" if rank else "embedding, head and scratch take"
-                return f"{machine.name} has {has} of memory, and {what} {format_bytes(needed)}"
-        needed = sum(fixed) + self._memory.share_bytes()
-        memory = sum(machine.memory_bytes for machine in machines)
-        if needed > memory:
-            return f"it takes about {format_bytes(needed)} of memory, there are {format_bytes(memory)}"
-        return "it cannot be cut so that every part fits into the memory of its machine"
+        return self._cuts.why_not([self._machines[place] for place in places])

@@ -60,8 +60,15 @@ class Plan:
     window_bytes: int = 0  # the ring that streamed blocks pass through; 0 = none is streamed
     expert_slots: int = 0  # how many experts, of any layers, are in memory together if experts are on disk
     streamed_bytes: int = 0  # that one token alone reads from disk, if all experts are equally likely
+    rival_threads: int = (
+        0  # with which a token of one stream may be as quick, as far as predictions tell; 0: none
+    )
     ranks: int = 1
     overlap_rows: int = OVERLAP_ROWS  # in a group, steps of so many rows or more are computed in halves
+    # Where rank 0 can compute without the others, they take part in steps of so many rows or more, and of so many
+    # more for each page of K and V that has to pass between ranks.
+    group_rows: int = 1
+    page_rows: int = 0
 
     @property
     def streams(self) -> bool:
@@ -94,6 +101,10 @@ class Plan:
         least: the sum of one travels while the other is computed."""
         halved = self.ranks > 1 and rows >= self.overlap_rows
         return min(self.part_tokens, -(-rows // 2)) if halved else self.part_tokens
+
+    def worth_a_group(self, rows: int, pages: int) -> bool:
+        """Whether a step of so many rows is for the group, if so many pages of K and V have to pass between ranks."""
+        return rows >= self.group_rows + pages * self.page_rows
 
     @property
     def step_rows(self) -> int:

@@ -196,6 +196,18 @@ class Memory:
         """The least that one machine needs for all of it."""
         return self._resident(Portion.even(self._wanted.spec, 1.0), self._wanted)
 
+    def beside(self, machines: Sequence[Machine]) -> list[Machine]:
+        """The same machines for a group whose head has all of the model in memory besides its part, which needs no
+        vocabulary and scratch of its own: with the memory that this leaves it, and no disks, as nothing is to stream.
+        None if there is too little."""
+        head, *others = [machine._replace(disk_bytes_per_s=0.0) for machine in machines]
+        wanted = self._rough(head, True)
+        left = head.memory_bytes - self._resident(Portion.even(self._wanted.spec, 1.0), wanted)
+        if left <= 0:
+            return []
+        own = scratch_bytes(wanted) + self._sizes.embed + self._sizes.head
+        return [head._replace(memory_bytes=left + own), *others]
+
     def may_hold(self, machines: Sequence[Machine]) -> bool:
         """False if these machines, the head first, cannot hold the model however it is cut."""
         sizes, head = self._sizes, machines[0]

@@ -125,6 +125,11 @@ class Network:
         way = self._from_hub
         return way.latency_s + way.seconds(4 * rows * numbers, others) + 2 * others * MESSAGE_S
 
+    def dealt_s(self, nbytes: float) -> float:
+        """Seconds in which rank 0 passes so many bytes to each of the others, or they to it, in one of many messages
+        that follow each other."""
+        return self._from_hub.seconds(nbytes, self.ranks - 1)
+
     def hop_s(self, sender: int, receiver: int, nbytes: float) -> float | None:
         """Seconds of a message from one rank to another; None if they cannot reach each other."""
         link = self._links.get((sender, receiver))

@@ -6,11 +6,11 @@ Pure: figures in, errors and verdicts out. Does not know how anything is measure
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal, NamedTuple
 
-VOID = 0.10  # floors before and after may differ by so much
+VOID = 0.10  # what floors before and after say may differ by so much
 WANTED = {
     "median": 0.06,
     "90th percentile": 0.15,
@@ -49,15 +49,17 @@ class Floors:
     dram_gb_per_s: float
     disk_gb_per_s: float
 
-    def of(self, binding: str) -> float:
-        """The one that counts for what binds a plan."""
-        return self.disk_gb_per_s if binding == "disk" else self.dram_gb_per_s
+    def mean(self, other: Floors) -> Floors:
+        return Floors(
+            (self.dram_gb_per_s + other.dram_gb_per_s) / 2, (self.disk_gb_per_s + other.disk_gb_per_s) / 2
+        )
 
 
 @dataclass
 class Foretold:
     """What was predicted of a cell, before anything was measured. `floors`: when the profile was. `peak_bytes`: 0 = not
-    to be looked at. `rounds`: to measure."""
+    to be looked at. `rounds`: to measure. `parts`, `prompt_parts`: seconds of a token and of the prompts by what takes
+    them (see `Prediction`); without them all of it is what binds."""
 
     cell: Cell
     plan: str
@@ -68,6 +70,26 @@ class Foretold:
     binding: str
     floors: Floors
     rounds: int = 3
+    parts: dict[str, float] = field(default_factory=dict)
+    prompt_parts: dict[str, float] = field(default_factory=dict)
+
+    def void(self, measured: Measured) -> bool:
+        """Whether the machine changed meanwhile by more than `VOID` in what this cell goes with, so that it says
+        nothing."""
+        one, other = (self.slower(it, self.parts) for it in (measured.before, measured.after))
+        return abs(one - other) > VOID * max(one, other)
+
+    def slower(self, now: Floors, parts: dict[str, float]) -> float:
+        """How many times longer than predicted it takes with these floors. Only reading memory and disk go with
+        floors; computing and fixed costs do not."""
+        whole = parts or {self.binding: 1.0}
+        disk_s = whole.get("disk", 0.0)
+        rest = {part: seconds for part, seconds in whole.items() if part != "disk"}
+        if disk_s > sum(rest.values()):  # all else hides behind it
+            return self.floors.disk_gb_per_s / now.disk_gb_per_s
+        memory = self.floors.dram_gb_per_s / now.dram_gb_per_s
+        bound = "memory" if parts else self.binding
+        return sum(s * (memory if part == bound else 1.0) for part, s in rest.items()) / sum(rest.values())
 
 
 @dataclass
@@ -81,13 +103,10 @@ class Measured:
     before: Floors
     after: Floors
 
-    def void(self, binding: str) -> bool:
-        """Whether the machine changed meanwhile, so that this says nothing."""
-        one, other = self.before.of(binding), self.after.of(binding)
-        return abs(one - other) > VOID * max(one, other)
-
-    def floor(self, binding: str) -> float:
-        return (self.before.of(binding) + self.after.of(binding)) / 2
+    @property
+    def floors(self) -> Floors:
+        """While it was measured."""
+        return self.before.mean(self.after)
 
 
 class Verdict(NamedTuple):
@@ -105,17 +124,16 @@ class Verdict(NamedTuple):
 
 def verdict(foretold: Foretold, measured: Measured) -> Verdict:
     """How far a cell's prediction was off."""
-    binding = foretold.binding
-    moved = measured.floor(binding) / foretold.floors.of(
-        binding
-    )  # the machine is so much faster than when it was profiled
-    token = measured.token_s * moved / foretold.token_s - 1
-    speed = measured.cell.batch / measured.token_s / moved
+    now = measured.floors
+    token_times = foretold.slower(now, foretold.parts)
+    ttft_times = foretold.slower(now, foretold.prompt_parts) if foretold.prompt_parts else token_times
+    token = measured.token_s / foretold.token_s / token_times - 1
+    speed = measured.cell.batch / measured.token_s * token_times
     return Verdict(
         measured.cell.name,
-        measured.void(binding),
+        foretold.void(measured),
         token,
-        measured.ttft_s * measured.floor("memory") / foretold.floors.of("memory") / foretold.ttft_s - 1,
+        measured.ttft_s / foretold.ttft_s / ttft_times - 1,
         measured.token_s / foretold.token_s - 1,
         foretold.band[0] <= speed <= foretold.band[1],
         measured.peak_bytes / foretold.peak_bytes - 1 if foretold.peak_bytes else 0.0,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from shoal.client import Client
@@ -20,6 +21,9 @@ from .finding import Finding
 NODES_S = 1.5
 _PORT = "7447"
 _KINDS = {"wifi": "Wi-Fi", "mobile": "a mobile link", "vpn": "a VPN"}
+_UPDATE = (
+    "on the older machine: pip install . in a newer copy of Shoal, then shoal stop and shoal serve --detach"
+)
 _OPEN: dict[Firewall, tuple[str, str]] = {  # for heads, who listen; and for workers, who only look for them
     "ufw": ("sudo ufw allow {port}/tcp && sudo ufw allow 5353/udp", "sudo ufw allow 5353/udp"),
     "firewalld": (
@@ -81,9 +85,8 @@ def _place(reply: NodesReply, others: list[NodeStatus]) -> Finding:
             )
         found = f"head; {len(others)} of {known} machine{'s' * (known != 1)} attached"
         if away := [node.name for node in reply.nodes[1:] if not node.attached]:
-            return Finding(
-                "cluster", "note", f"{found}, away: {', '.join(away)}", "shoal serve --detach there"
-            )
+            mend = f"shoal serve --detach there, or for good: shoal cluster forget {shlex.quote(away[0])}"
+            return Finding("cluster", "note", f"{found}, away: {', '.join(away)}", mend)
         return Finding("cluster", "ok", found)
     head = next((node for node in reply.nodes[1:] if node.role == "head"), None)
     if head is None:
@@ -94,7 +97,7 @@ def _place(reply: NodesReply, others: list[NodeStatus]) -> Finding:
     if "pair" in trouble:
         mend = "shoal cluster leave, then shoal cluster join with a new code"
     elif "update the older" in trouble:
-        mend = "pip install --upgrade shoal on the older machine"
+        mend = _UPDATE
     else:
         mend = "on the head: shoal serve --detach, then shoal doctor, which says whether its port is open"
     return Finding("cluster", "note", f"lent to {head.name}, but not attached: {trouble}", mend)
@@ -176,7 +179,7 @@ def _versions(reply: NodesReply, others: list[NodeStatus]) -> Iterator[Finding]:
     for node in others:
         if node.version and node.version != reply.nodes[0].version:
             found = f"{node.name} runs Shoal {node.version}, this machine {reply.nodes[0].version}"
-            yield Finding("versions", "note", found, "pip install --upgrade shoal on the older machine")
+            yield Finding("versions", "note", found, _UPDATE)
 
 
 def _host(text: str) -> str:

@@ -136,6 +136,11 @@ def _said(outcome: Outcome, node: NodeStatus) -> str:
     if node.name != outcome.host.name:
         said += f" as {node.name}"
     said += f": {counted(node.threads, 'thread')}, {format_bytes(node.memory_bytes)}"
+    host = outcome.host
+    if node.threads > (host.threads or node.threads) or node.memory_bytes > (
+        host.memory or node.memory_bytes
+    ):
+        said += ", more than the file says, as its daemon was started so: shoal stop there, then launch again"
     if node.version != package_version():
         said += f"; it runs Shoal {node.version}, this machine {package_version()}"
     return said

@@ -117,6 +117,10 @@ def plan(
     MODEL is a path or a name in the store; the header of a checkpoint is enough, and so is a config.json without any
     weights. Nothing is loaded. Without --profile this machine is measured, once. Ends with 3 if no plan fits.
     """
+    if plot is not None and plot.suffix.lower() != ".svg":
+        raise click.BadParameter(
+            f"{plot}: it is drawn as SVG, so its name must end in .svg.", param_hint="--plot"
+        )
     wanted = Reference.parse(model)
     bits = quant or (wanted.quant if wanted.quant != "keep" else None)
     config = (
@@ -130,6 +134,11 @@ def plan(
         from shoal.daemon.throughput.profiling import machine_profile
     if given is not None:
         profile = read_profile(given)
+        for device in profile.devices:
+            for accelerator in device.accelerators:
+                note(
+                    f"{accelerator.name} of {device.name} is left out: this version computes on processors only"
+                )
     else:
         with steps_bar() as progress:
             measured = machine_profile(config.thread_count, home.models, home.profile, progress=progress)
@@ -150,7 +159,7 @@ def plan(
         plot is not None,
     )
     with spinner("planning"):
-        found = foresee(path, profile, asked)
+        found = foresee(path, profile, asked, config)
     ends = Exit.DONE if found.chosen else Exit.REFUSED
     if plot is not None:
         memory = plan.memory or profile.head.memory_bytes

@@ -65,8 +65,8 @@ class Denied(msgspec.Struct, frozen=True, tag="denied"):
 
 _REASONS = {
     "code": "no such join code: it may be mistyped, or too old",
-    "used": "this join code was used already: ask the head for a new one",
-    "expired": "this join code has expired: ask the head for a new one",
+    "used": "this join code was used already",
+    "expired": "this join code has expired",
     "often": "too many wrong join codes were tried lately: try again in a minute",
     "stored": "the head cannot remember another node: see its log",
     "peer": "a node cannot be paired with itself",

@@ -198,11 +198,15 @@ class HeadAt(Struct, tag=True, frozen=True, kw_only=True):
     version: Text = ""
 
 
+class Left(Struct, tag=True, frozen=True, kw_only=True):
+    """The worker lends this head nothing any more: it need not be waited for."""
+
+
 class Epoch(Struct, tag=True, frozen=True, kw_only=True):
     """The first message of a channel for data or weights."""
 
     epoch: Count
 
 
-FromWorker = Attach | Beat | Listens | Met | Loading | Ready | ShardRefused | Probed
+FromWorker = Attach | Beat | Listens | Met | Loading | Ready | ShardRefused | Probed | Left
 FromHead = Serve | Introduce | Drop | Alive | Probe

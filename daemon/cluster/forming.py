@@ -7,37 +7,34 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations, product
-from math import inf
 from typing import NamedTuple, Protocol
 
 from shoal import kernels
 from shoal.comm.group.sums.manners import Manner, Manners
 from shoal.comm.group.sums.wire_types import WireType
-from shoal.daemon.config import CLUSTER_WIRES, NodeConfig
+from shoal.daemon.config import NodeConfig
 from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import fingerprint, group_fingerprint
-from shoal.daemon.loading.budgeting import disk_buffer_bytes
-from shoal.daemon.loading.grouping import FormedGroup, Judgement, Seated, Unseated
-from shoal.daemon.loading.planning import extents, rank_part, wanted_of
+from shoal.daemon.loading.grouping import FormedGroup, Judgement, OwnShare, Seated, Unseated
+from shoal.daemon.loading.planning import extents, wanted_of
 from shoal.daemon.memory import bounded
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
 from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
-from shoal.partition.group_choice import Choice, NoGroup
-from shoal.partition.group_search import AVAILABLE_TOPOLOGIES, STEADY, KeptCuts, Places, choose
+from shoal.partition.group_choice import Choice, KeptCuts, NoGroup, Places, Split
+from shoal.partition.group_search import AVAILABLE_SPLITS, AVAILABLE_TOPOLOGIES, STEADY, choose
 from shoal.partition.machines import Links, LinkSpeed, Machine
-from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
-from shoal.partition.rank_plans import RankPart, rank_plans
-from shoal.partition.slicing import Grains, Shard, divide
+from shoal.partition.plan import Plan, Wanted, plan_in_ram
+from shoal.partition.slicing import Grains, Shard
 from shoal.partition.spec import BlockId
 from shoal.partition.sum_cost import Means, Network, Topology
 
 from .choosing.measured_groups import MeasuredGroups
+from .choosing.planned_cut import PlannedCut, TooTight, planned_cut
 from .group import Group, Seat, SendsWeights, Settle
 from .member import Member
 from .roster import Roster
@@ -64,6 +61,7 @@ class Choosing(Protocol):
         links: Links,
         *,
         grains: Grains,
+        splits: Sequence[Split],
         topologies: Sequence[Topology],
         wires: Sequence[WireType],
         ranks: int | None,
@@ -101,19 +99,24 @@ class Forming:
     def note(
         self, checkpoint: Checkpoint, config: NodeConfig, group: FormedGroup | None, token_s: float
     ) -> None:
-        machines = frozenset(group.fingerprints) if group is not None else frozenset()
+        together = group is not None and not group.prompts_only
+        machines = frozenset(group.fingerprints) if group is not None and together else frozenset()
         self._measured.note(_model_key(checkpoint, config), machines, token_s)
 
     def seat(
         self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int
     ) -> Seated | Unseated:
         made = self._seating(name, checkpoint, config, free_bytes)
+        if made.why:
+            log.info("%s: %s", name, made.why)
         if isinstance(made, Unseated):
             return made
         self._steady.use(made.speeds, made.cut)
         group = self._group(name, checkpoint, config, made)
         group.begin()
-        return Seated(made.parts[0], made.plans[0], group, made.why)
+        if made.share is None:
+            return Seated(made.parts[0], made.plans[0], group, made.why)
+        return Seated(checkpoint, made.plans[0], group, made.why, OwnShare(made.parts[0], made.share))
 
     def prepare(self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int) -> None:
         made = self._seating(name, checkpoint, config, free_bytes)
@@ -124,8 +127,10 @@ class Forming:
 
     def _group(self, name: str, checkpoint: Checkpoint, config: NodeConfig, made: _Seating) -> Group:
         kv_store = b""
+        own = made.share or made.plans[0]
         if config.kv_disk_bytes != 0:
             computing = [
+                *(["prompts only"] if made.share is not None else []),
                 config.cluster_wire,
                 kernels.home(),
                 *(member.facts.kernels for member in made.members),
@@ -142,9 +147,11 @@ class Forming:
             config.quant,
             "f32",
             self._serving(checkpoint, config.quant, bounded=bounded(config.memory_bytes)),
-            made.plans[0].weights_bytes,
+            own.weights_bytes,
             self._settling(config, made, checkpoint.spec.hidden),
             kv_store,
+            [shard.ranges.kv_heads for shard in made.shards],
+            prompts_only=made.share is not None,
         )
 
     def would_seat(
@@ -169,7 +176,7 @@ class Forming:
         awaited = self._roster.awaited(0 if config.ranks is None else config.ranks - 1)
         members = _in_order(awaited)
         if config.ranks is not None and config.ranks > len(members) + 1:
-            there = ", ".join(member.name for member in members) or "nobody"
+            there = " and ".join(member.name for member in members) or "nobody"
             message = f"{config.ranks} ranks were asked for, and besides this machine there is {there}"
             for member in self._roster.members:
                 if left_s := self._roster.faults.left_s(member.fingerprint):
@@ -186,13 +193,13 @@ class Forming:
         if len(choice.ranks) == 1:
             return Unseated(choice.describe())
         cut = self._cut(checkpoint, config, choice, members, rooms)
-        if _streamed_bytes(cut):  # perhaps because it was kept
+        if cut.streamed_bytes:  # perhaps because it was kept
             afresh = self._choice(checkpoint, config, members, rooms, steady=False)
             if not isinstance(afresh, NoGroup) and len(afresh.ranks) > 1:
                 other = self._cut(checkpoint, config, afresh, members, rooms)
-                if STEADY * _streamed_bytes(other) < _streamed_bytes(cut):
+                if STEADY * other.streamed_bytes < cut.streamed_bytes:
                     cut = other
-        return self._planned(name, config, members, cut)
+        return self._planned(name, _model_key(checkpoint, config), config, members, cut)
 
     def better(
         self,
@@ -203,13 +210,16 @@ class Forming:
         free_bytes: int,
     ) -> Judgement:
         members = _in_order(self._roster.usable)
-        now = list(group.names) if group is not None else []
+        now = sorted(group.names) if group is not None else []
         if not members:
             return Judgement(bool(now), "")
         rooms = [free_bytes, *(member.room_bytes(name) for member in members)]
         choice = self._choice(checkpoint, config, members, rooms)
-        chosen = now if isinstance(choice, NoGroup) else [it.machine for it in choice.ranks[1:]]
-        return Judgement(sorted(chosen) != sorted(now), choice.describe())
+        if isinstance(choice, NoGroup):
+            return Judgement(False, choice.describe())
+        prompts_only = group is not None and group.prompts_only
+        others = sorted(it.machine for it in choice.ranks[1:]) != now
+        return Judgement(others or (choice.split == "prompts") != prompts_only, choice.describe())
 
     def _choice(
         self,
@@ -233,20 +243,19 @@ class Forming:
         contexts = wanted_of(checkpoint.spec, config)
         resident = (it for it in contexts if isinstance(plan_in_ram(it, sizes, memory_bytes=rooms[0]), Plan))
         wanted = next(resident, contexts[0])
-        choice = self._choosing(
+        return self._choosing(
             wanted,
             sizes,
             machines,
             links,
             grains=grains,
+            splits=_splits(members),
             topologies=_topologies(members),
-            wires=_wires(config),
+            wires=config.wires,
             ranks=config.ranks,
             kept=self._steady.cuts(model, there) if steady else KeptCuts(),
             measured=self._measured_at(model, there),
         )
-        log.info("%s: %s", checkpoint.name, choice.describe())
-        return choice
 
     def _speeds(self, members: Sequence[Member]) -> Mapping[str, NodeSpeed]:
         """Those that count, by fingerprint; this machine's is \"\"."""
@@ -275,7 +284,7 @@ class Forming:
         """What decides how sums are made, once the members have met and their links are measured."""
         chosen, plan = seating.members, seating.plans[0]
         machines = self._machines(config, chosen, [it.peak_bytes for it in seating.plans])
-        means = [Means(*each) for each in product(_topologies(chosen), _wires(config))]
+        means = [Means(*each) for each in product(_topologies(chosen), config.wires)]
 
         def settle(between: Mapping[tuple[int, int], LinkSpeed]) -> Manners:
             links = {(0, rank): member.link for rank, member in enumerate(chosen, 1)} | dict(between)
@@ -288,49 +297,38 @@ class Forming:
         return settle
 
     def _planned(
-        self, name: str, config: NodeConfig, members: Sequence[Member], cut: _Cut
+        self, name: str, model: str, config: NodeConfig, members: Sequence[Member], cut: PlannedCut
     ) -> _Seating | Unseated:
+        chosen, choice = _chosen(cut.choice, members), cut.choice
         if isinstance(cut.plans, TooTight):
             rank = cut.plans.rank
-            who = cut.members[rank - 1].name if rank else "this machine"
+            who = chosen[rank - 1].name if rank else "this machine"
             said = f"{who} needs {format_bytes(cut.plans.least_bytes)} for its part of {name}"
             if config.ranks is not None:
                 raise DaemonError("resources", said)
             return Unseated(said)
-        choice = cut.choice
-        plans = [replace(plan, overlap_rows=choice.figures.overlap_rows) for plan in cut.plans]
         used = UsedCut(
-            _model_key(cut.checkpoint, config),
-            tuple(member.fingerprint for member in cut.members),
+            model,
+            tuple(member.fingerprint for member in chosen),
             choice.shares,
             choice.experts,
             tuple(member.fingerprint for member in members),
+            choice.split,
         )
-        return _Seating(
-            cut.members, used, self._speeds(members), cut.shards, cut.parts, plans, choice.describe()
-        )
+        speeds = self._speeds(members)
+        return _Seating(chosen, used, speeds, cut.shards, cut.parts, cut.plans, choice.describe(), cut.share)
 
+    @staticmethod
     def _cut(
-        self,
         checkpoint: Checkpoint,
         config: NodeConfig,
         choice: Choice,
         members: Sequence[Member],
         rooms: Sequence[int],
-    ) -> _Cut:
-        """The model as it was chosen, with the plans for it."""
-        chosen = [members[rank.place - 1] for rank in choice.ranks[1:]]
+    ) -> PlannedCut:
+        chosen = _chosen(choice, members)
         threads = [config.thread_count, *(member.facts.threads for member in chosen)]
-        grains = grains_of(checkpoint, config.quant)
-        shards = divide(checkpoint.spec, len(choice.ranks), grains, choice.shares, experts=choice.experts)
-        parts = [CheckpointShard(checkpoint, shard) for shard in shards]
-        needs = [
-            rank_part(part, config.quant, max(0, rooms[rank.place] - disk_buffer_bytes(part, config)), own)
-            for part, rank, own in zip(parts, choice.ranks, threads, strict=True)
-        ]
-        return _Cut(
-            checkpoint, choice, chosen, shards, parts, _plans(wanted_of(checkpoint.spec, config), needs)
-        )
+        return planned_cut(checkpoint, config, choice, [rooms[rank.place] for rank in choice.ranks], threads)
 
 
 class _Seating(NamedTuple):
@@ -343,10 +341,22 @@ class _Seating(NamedTuple):
     parts: Sequence[CheckpointShard]
     plans: Sequence[Plan]
     why: str
+    share: Plan | None = None  # of this machine, if the first of the plans is that of the whole model
 
 
 def _model_key(checkpoint: Checkpoint, config: NodeConfig) -> str:
     return f"{checkpoint.path} {config.quant}"
+
+
+def _chosen(choice: Choice, members: Sequence[Member]) -> list[Member]:
+    """By rank, this machine not among them."""
+    return [members[rank.place - 1] for rank in choice.ranks[1:]]
+
+
+def _splits(members: Sequence[Member]) -> Sequence[Split]:
+    """What all of them can do."""
+    pages = all(member.exchanges_pages for member in members)
+    return [split for split in AVAILABLE_SPLITS if split != "prompts" or pages]
 
 
 def _topologies(members: Sequence[Member]) -> Sequence[Topology]:
@@ -354,46 +364,6 @@ def _topologies(members: Sequence[Member]) -> Sequence[Topology]:
     return AVAILABLE_TOPOLOGIES if all(member.meets_fellows for member in members) else ("star",)
 
 
-def _wires(config: NodeConfig) -> Sequence[WireType]:
-    """From exact numbers to those that were allowed."""
-    return CLUSTER_WIRES[: 1 + CLUSTER_WIRES.index(config.cluster_wire)]
-
-
 def _in_order(members: Sequence[Member]) -> list[Member]:
     """Not in the order in which they came: each is to get the shard again that it has the weights and the KV of."""
     return sorted(members, key=lambda member: member.fingerprint)
-
-
-class TooTight(NamedTuple):
-    """A rank that has no plan, and the memory that would do."""
-
-    rank: int
-    least_bytes: int
-
-
-class _Cut(NamedTuple):
-    """A model in shares, and the plans for it, if there are any. `members` by rank, this machine not among them."""
-
-    checkpoint: Checkpoint
-    choice: Choice
-    members: Sequence[Member]
-    shards: Sequence[Shard]
-    parts: Sequence[CheckpointShard]
-    plans: Sequence[Plan] | TooTight
-
-
-def _streamed_bytes(cut: _Cut) -> float:
-    """What the rank that streams most reads for a token."""
-    return inf if isinstance(cut.plans, TooTight) else max(plan.streamed_bytes for plan in cut.plans)
-
-
-def _plans(wanted: Sequence[Wanted], parts: Sequence[RankPart]) -> Sequence[Plan] | TooTight:
-    """Plans in memory for the longest context with which there are some; else plans that stream."""
-    for streaming in (False, True):
-        for shorter in wanted:
-            made = rank_plans(shorter, parts, streaming=streaming)
-            plans = [plan for plan in made if isinstance(plan, Plan)]
-            if len(plans) == len(made):
-                return plans
-    rank, misfit = next((rank, it) for rank, it in enumerate(made) if isinstance(it, Misfit))
-    return TooTight(rank, misfit.least_bytes)

@@ -25,10 +25,11 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import MOST_SLOTS, group_fingerprint, rank_fingerprint
 from shoal.daemon.loading.grouping import GroupFailed
 from shoal.daemon.progress import Progress, no_progress
+from shoal.engine.passed_pages import frame_bytes
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.machines import LinkSpeed
 from shoal.partition.plan import Plan
-from shoal.partition.slicing import Shard
+from shoal.partition.slicing import Range, Shard
 from shoal.partition.spec import ModelSpec
 
 from .control_messages import BEAT_S, FROZEN_S, KvOnDisk, Loading, Ready, Serve, ShardRefused
@@ -75,8 +76,9 @@ class SendsWeights(Protocol):
 class Group:
     """Ranks 1, 2, … are `seats`. Members load until `form` returns; then `collective` and `others` are rank 0's.
 
-    `own_bytes` are the weights of rank 0. `kv_store`: 32 bytes that differ if anything differs that the group's KV
-    depends on; b"" if it is not to be kept on disk.
+    `own_bytes` are the weights of rank 0. `kv_heads`: those of all ranks. `kv_store`: 32 bytes that differ if anything
+    differs that the group's KV depends on; b"" if it is not to be kept on disk. If the group is for `prompts_only`,
+    rank 0 keeps all of it.
     """
 
     def __init__(
@@ -90,7 +92,12 @@ class Group:
         own_bytes: int = 0,
         settle: Settle = lambda links: Manners(),
         kv_store: bytes = b"",
+        kv_heads: Sequence[Range] = (),
+        *,
+        prompts_only: bool = False,
     ) -> None:
+        self.kv_heads = kv_heads
+        self.prompts_only = prompts_only
         self.epoch = next(_epochs)
         self.seats = seats
         self.wire = wire
@@ -106,6 +113,7 @@ class Group:
         self._arrived = threading.Condition()
         self.introductions = Introductions(self.epoch, [seat.member for seat in seats], self._wake)
         self._closed = False
+        self._blamed = False
         self._watched = [Watched() for _ in seats]
         self.pulse = Pulse(self.epoch)
 
@@ -121,7 +129,7 @@ class Group:
     def begin(self, *, fetch_only: bool = False) -> None:
         """Ask all members to load their shards."""
         self._roster.expect(self.epoch, self)
-        store = self._kv_store.hex()
+        keeps = self._kv_store and not (self.prompts_only or fetch_only)
         for rank, seat in enumerate(self.seats, 1):
             request = Serve(
                 epoch=self.epoch,
@@ -132,7 +140,7 @@ class Group:
                 quant=self._quant,
                 wire=self.wire,
                 fellows=self.introductions.fellows(rank),
-                kv_on_disk=KvOnDisk(store=store, slots=MOST_SLOTS) if store and not fetch_only else None,
+                kv_on_disk=KvOnDisk(store=self._kv_store.hex(), slots=MOST_SLOTS) if keeps else None,
                 fetch_only=fetch_only,
                 files=self._weights.key,
             )
@@ -142,7 +150,8 @@ class Group:
         """Wait until all members are ready. Raises DaemonError when one is gone, refuses or does not come further."""
         self._await(lambda: self._complete() and self.introductions.over, progress)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
-        hub = self._hub = Hub(streams, self.epoch, self.wire)
+        frames = [frame_bytes(seat.spec, seat.plan.kv.dtype) for seat in self.seats]
+        hub = self._hub = Hub(streams, self.epoch, self.wire, most_collected=max(frames))
         self._decide(hub)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)
@@ -221,6 +230,7 @@ class Group:
     def blame(self, rank: int) -> None:
         """That rank was lost in the middle of a step. If only another one does not hear it, neither is at fault: the
         next group makes its sums by way of this machine."""
+        self._blamed = True
         member = self.seats[rank - 1].member
         if self._hub is not None and (deaf := self._hub.unheard.get(rank)) and not member.reason:
             self._roster.pairs.part(member, self.seats[deaf - 1].member)
@@ -262,8 +272,8 @@ class Group:
 
     @property
     def whole(self) -> bool:
-        """Whether all members are still there."""
-        return not any(seat.member.reason for seat in self.seats)
+        """Whether all members are still there, and none was lost in a step."""
+        return not self._blamed and not any(seat.member.reason for seat in self.seats)
 
     def close(self) -> None:
         """End it: members drop their shards. Idempotent."""

@@ -6,7 +6,7 @@ Sums that travel while this rank computes are made in a thread, which lives unti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from shoal.engine.collective import PendingSum
 from shoal.engine.errors import RankLost
 from shoal.engine.sums_ahead import SumsAhead
 from shoal.kernels import ComputeHome
-from shoal.kernels.arrays import Floats, Hidden
+from shoal.kernels.arrays import Bytes, Floats, Hidden
 
 from .pulse import Pulse
 
@@ -32,6 +32,10 @@ class RankExchange(Protocol):
     def allreduce(self, partial: Floats) -> Floats: ...
 
     def gather(self, columns: Floats) -> Floats: ...
+
+    def deal(self, parts: Sequence[Bytes], into: Bytes | None) -> None: ...
+
+    def collect(self, own: Bytes | None, into: Sequence[Bytes]) -> None: ...
 
 
 class Meeting:
@@ -76,6 +80,14 @@ class Meeting:
     def gather(self, columns: Floats) -> Floats:
         with self._waiting():
             return self._exchange.gather(columns)
+
+    def deal(self, parts: Sequence[Bytes], into: Bytes | None) -> None:
+        with self._waiting():
+            self._exchange.deal(parts, into)
+
+    def collect(self, own: Bytes | None, into: Sequence[Bytes]) -> None:
+        with self._waiting():
+            self._exchange.collect(own, into)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:

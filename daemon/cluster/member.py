@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.group_protocol import FELLOWS
+from shoal.comm.group.group_protocol import FELLOWS, PAGES
 from shoal.comm.group.streams import Address
 from shoal.partition.machines import LinkSpeed
 
@@ -25,6 +25,7 @@ from .control_messages import (
     Drop,
     FromHead,
     FromWorker,
+    Left,
     Listens,
     Loading,
     Met,
@@ -60,10 +61,12 @@ class Member:
         self.fingerprint = channel.peer
         self.certificate = certificate
         self.meets_fellows = FELLOWS in channel.agreed.features
+        self.exchanges_pages = PAGES in channel.agreed.features
         self.facts = attach
         self.beat = Beat(free_bytes=attach.memory_bytes)
         self.link = LinkSpeed(0.0, 1.0)  # once it is measured
         self.reason = ""  # why it is gone
+        self.gone_for_good = False  # as it says itself
         self.probes = Probes(channel.send_message, lambda: self.reason, clock)
         self._control = channel
         self._channels: list[Channel] = [channel]
@@ -167,6 +170,9 @@ class Member:
             self.beat = message
         elif isinstance(message, Probed):
             self.probes.heard(message)
+        elif isinstance(message, Left):
+            self.gone_for_good = True
+            self.leave("it has left the cluster")
         elif isinstance(message, Listens | Met):
             with self._state:
                 told = self._told.get(message.epoch)

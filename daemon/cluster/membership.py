@@ -27,6 +27,7 @@ from shoal.comm.cluster_messages import (
     Rejoin,
 )
 from shoal.comm.errors import CommError
+from shoal.comm.group.errors import NotPaired
 from shoal.comm.group.join_code import CODE_S, Codes
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import PairedNode, Peers
@@ -116,7 +117,10 @@ class Membership:
                     self._check_head()
                     return measure_links(self._roster, self._computing)
                 case Forget():
-                    gone = self._peers.forget(self._peers.named(request.node).name)
+                    gone = self._peers.named(request.node)
+                    if (worker := self._worker) is not None and worker.fingerprint == gone.fingerprint:
+                        worker.say_farewell()
+                    self._peers.forget(gone.fingerprint)
                     self._roster.dismiss(gone.fingerprint, "it was forgotten")
                     self.follow_files()
                     self._follow_members()
@@ -220,6 +224,16 @@ class Membership:
     def addresses(self) -> list[str]:
         """At which this head would be reached if it awaited somebody."""
         return listening.all_reachable if (listening := self._listening) is not None else []
+
+    def forget(self, fingerprint: str) -> None:
+        """See `Known`. It may be forgotten already."""
+        try:
+            self._peers.forget(fingerprint)
+        except NotPaired:
+            return
+        except CommError as error:
+            log.warning("a worker that has left is not forgotten: %s", error)
+        self._follow_members()
 
     def _reachable(self) -> list[str]:
         listening = self._listening

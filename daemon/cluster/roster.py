@@ -73,6 +73,9 @@ class Known(Protocol):
         """At which this head can be reached."""
         ...
 
+    def forget(self, fingerprint: str) -> None:
+        """This worker comes no more."""
+
 
 class NobodyKnown:
     """See `Known`."""
@@ -85,6 +88,9 @@ class NobodyKnown:
 
     def addresses(self) -> list[str]:
         return []
+
+    def forget(self, fingerprint: str) -> None:
+        pass
 
 
 class Roster:
@@ -215,6 +221,8 @@ class Roster:
                 del self._members[member.fingerprint]
         log.warning("%s is gone: %s", member.name, reason)
         self._changed(member, reason)
+        if member.gone_for_good:
+            self.known.forget(member.fingerprint)
 
     def _look_at(self, members: Sequence[Member]) -> None:
         for member in members:

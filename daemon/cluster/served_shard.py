@@ -21,6 +21,7 @@ from shoal.daemon.library.kv_files import NotKept
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress
 from shoal.engine.executor import Executor
+from shoal.engine.passed_pages import frame_bytes
 from shoal.engine.rank import Rank
 from shoal.models.transformer import Transformer
 from shoal.offload.block_store import BlockStore
@@ -190,7 +191,7 @@ class ServedShard:
             rank=shard.rank,
             ranks=shard.ranks,
             fellows=self.fellows.data if self.fellows is not None else {},
-            most_bytes=4 * plan.step_rows * spec.hidden,
+            most_bytes=max(4 * plan.step_rows * spec.hidden, frame_bytes(spec, plan.kv.dtype)),
         )
         kv, wanted = (opened.kv if isinstance(opened.kv, KvSlots) else None), self.request.kv_on_disk
         pool, meeting = KvPool(spec, plan.kv), Meeting(spoke, self.pulse)

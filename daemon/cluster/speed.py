@@ -29,6 +29,7 @@ from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
 from shoal.kernels.huge_pages import Arena
 from shoal.offload.errors import OffloadError
 from shoal.offload.read_speed import read_speed
+from shoal.partition.amounts import format_bytes
 from shoal.partition.memory_layout import BAND_ROWS
 
 log = logging.getLogger(__name__)
@@ -124,8 +125,15 @@ def _measure(threads: int, directory: Path | None, memory_bytes: int) -> NodeSpe
     quota = cgroup.processors()
     typical = _within_quota if quota is not None and quota < threads else _second_least
     speed = NodeSpeed(_memory_speed(home, memory_bytes, typical), _long_speed(home, typical), disk)
-    log.info("measured the speed of this machine in %.1f s: %s", time.monotonic() - began_s, speed)
+    log.info(
+        "measured the speed of this machine in %.1f s: %s", time.monotonic() - began_s, _described(speed)
+    )
     return speed
+
+
+def _described(speed: NodeSpeed) -> str:
+    disk = f", {format_bytes(speed.disk_bytes_per_s)}/s from disk" * bool(speed.disk_bytes_per_s)
+    return f"{format_bytes(speed.memory_bytes_per_s)}/s from memory, {speed.flops / 1e9:.3g} GFLOP/s{disk}"
 
 
 def _best_of(one: NodeSpeed, other: NodeSpeed) -> NodeSpeed:

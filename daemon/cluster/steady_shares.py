@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from shoal.partition.group_search import KeptCut, KeptCuts
+from shoal.partition.group_choice import KeptCut, KeptCuts, Split
 from shoal.partition.slicing import CutOfExperts
 
 from .speed import STARTS, NodeSpeed
@@ -38,6 +38,7 @@ class UsedCut(Struct, frozen=True):
     shares: Shares
     experts: CutOfExperts
     there: tuple[str, ...] = ()
+    split: Split = "tensor"
 
 
 class _Kept(Struct, frozen=True):
@@ -67,7 +68,7 @@ class SteadyShares:
                 places = (0, *(place[who] for who in cut.members))
                 if list(places) != sorted({*places}):
                     continue  # nobody has written that
-                by_places[places] = KeptCut(cut.shares, cut.experts)
+                by_places[places] = KeptCut(cut.shares, cut.experts, cut.split)
                 if set(cut.there) == place.keys():
                     last = places
         return KeptCuts(by_places, last)

@@ -29,6 +29,7 @@ from .control_messages import (
     FromHead,
     FromWorker,
     Introduce,
+    Left,
     Probe,
     Probed,
     Serve,
@@ -74,6 +75,10 @@ class Worker:
     @property
     def shards(self) -> list[ServedShard]:
         return list(self._shards.values())
+
+    def say_farewell(self) -> None:
+        """The head need not wait for this machine any more. It is told only if it is there."""
+        self._tell(Left())
 
     def close(self) -> None:
         """Leave the head. Idempotent."""

@@ -19,15 +19,19 @@ from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress, no_progress
 from shoal.daemon.throughput.own_machine import OwnMachine
+from shoal.engine.assisted import Assisted
 from shoal.engine.engine import Engine
 from shoal.engine.guess.drafter import Drafter
 from shoal.engine.leader import Leader
+from shoal.engine.learn.rival import Rival
 from shoal.engine.learn.speeds import Speeds
 from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
+from shoal.kernels import set_threads
 from shoal.offload.budget import Budget
 from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import PrefixCache
+from shoal.partition.plan import Plan
 
 from .advice import advice_of
 from .grouping import GroupFailed, Grouping
@@ -106,7 +110,7 @@ class Assembly:
         name, path = model.name, model.checkpoint.path
         model.engine.close(REGROUP_KEEP_S)
         model.main.close()
-        model.executor.let_go()
+        model.main.let_go()
         release(name, self.budget)
         return_freed()
         with refusing(name):
@@ -161,6 +165,8 @@ class Assembly:
         if group is None:
             key = fingerprint(main.checkpoint, config.quant, main.plan)
             found = self.kv_files.open(name, key, page_bytes)
+        elif group.prompts_only:  # all of it is here
+            found = self.kv_files.open(name, group.kv_key, page_bytes)
         elif slots := group.kv_slots:
             found = self.kv_files.open(name, group.kv_key, page_bytes, most_slots=slots, grouped=True)
         else:
@@ -180,7 +186,8 @@ class Assembly:
         return disk.most_reads if disk else 1
 
     def _speeds(self, main: Runnable, reads: int, config: NodeConfig) -> Speeds:
-        return Speeds(main.plan.chunk_tokens, main.expectation.step_curve(), reads, config.slowdown)
+        expected = main.expectation.step_curve()
+        return Speeds(main.plan.chunk_tokens, expected, reads, config.slowdown, _rival(main.plan))
 
     def _engine(
         self, main: Runnable, small: Runnable | None, disk: KvDisk | None, config: NodeConfig
@@ -194,6 +201,7 @@ class Assembly:
             expected=main.expectation.step_curve(),
             slowdown=config.slowdown,
             reads=self._reads(disk),
+            rival=_rival(main.plan),
             ropes=main.checkpoint.spec.ropes,
         )
         drafter = None
@@ -205,9 +213,24 @@ class Assembly:
                 chunk_tokens=small.plan.chunk_tokens,
                 clock=self.clock,
             )
-        return Engine(self._rank(main, disk), scheduler, self.clock, drafter, self.notify)
+        return Engine(self._rank(main, disk), scheduler, self.clock, drafter, self.notify, set_threads)
 
     def _rank(self, main: Runnable, disk: KvDisk | None = None) -> Rank:
-        if (group := main.group) is not None:
+        if (group := main.group) is None:
+            return Rank(main.executor, self.clock, disk)
+        if main.share is None:
             return Leader(main.executor, self.clock, group.others, disk, lambda: group.kv_slots)
-        return Rank(main.executor, self.clock, disk)
+        return Assisted(
+            main.executor,
+            self.clock,
+            main.share,
+            group.others,
+            group.kv_heads,
+            disk,
+            main.expectation.step_curve(),
+            group.blame,
+        )
+
+
+def _rival(plan: Plan) -> Rival | None:
+    return Rival(plan.threads, plan.rival_threads) if plan.rival_threads else None

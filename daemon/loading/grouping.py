@@ -16,6 +16,7 @@ from shoal.engine.leader import Others
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.partition.plan import Plan
+from shoal.partition.slicing import Range
 
 
 class GroupFailed(DaemonError):
@@ -56,6 +57,16 @@ class FormedGroup(Protocol):
         ...
 
     @property
+    def prompts_only(self) -> bool:
+        """Whether it only takes part in long steps, while this node, which has the whole model, computes all others."""
+        ...
+
+    @property
+    def kv_heads(self) -> Sequence[Range]:
+        """Those of all ranks, this node's first."""
+        ...
+
+    @property
     def whole(self) -> bool:
         """Whether nobody has been lost."""
         ...
@@ -86,13 +97,23 @@ class FormedGroup(Protocol):
         """End it. Idempotent."""
 
 
+class OwnShare(NamedTuple):
+    """This node's part in a group besides the whole model. The plan has the blocks that are divided, and no KV: that
+    lies in the model's. Their vocabulary, and room to compute, are the model's, too."""
+
+    part: AnyCheckpoint
+    plan: Plan
+
+
 class Seated(NamedTuple):
-    """This node's part in a group: its shard of the checkpoint and its plan."""
+    """This node's part in a group: its shard of the checkpoint and its plan. If the group is for prompts only, that is
+    the whole model, and its `share` comes besides."""
 
     part: AnyCheckpoint
     plan: Plan
     group: FormedGroup
     why: str
+    share: OwnShare | None = None
 
 
 class Unseated(NamedTuple):

@@ -62,6 +62,7 @@ class LoadedModel:
     prepared: bool = False  # machines that have come have their weights
     begun: deque[Sequence] = field(default_factory=deque)  # that nobody has looked back at
     arrivals: int = 0  # of machines, until it was last considered whether they should take part
+    _told: str = ""  # of what was tried
     _compiling: threading.Lock = field(default_factory=threading.Lock)
     _templates: dict[str, ChatTemplate | TemplateError] = field(default_factory=dict)
 
@@ -72,6 +73,11 @@ class LoadedModel:
     @property
     def plan(self) -> Plan:
         return self.main.plan
+
+    @property
+    def ranks(self) -> int:
+        """Machines that compute it, or its long steps."""
+        return len(self.main.rank_bytes)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -140,7 +146,11 @@ class LoadedModel:
         self.begun.append(sequence)
 
     def look_back(self) -> None:
-        """Log what was measured of requests that have ended beside what was predicted."""
+        """Log what was measured of requests that have ended beside what was predicted, and what was tried."""
+        rival = self.engine.scheduler.speeds.rival
+        if rival is not None and (said := rival.said) != self._told:
+            self._told = said
+            log.info("%s: %s", self.name, said)
         for _ in range(min(len(self.begun), LOOKED_AT)):
             sequence = self.begun.popleft()
             if not sequence.ended:
@@ -195,9 +205,10 @@ class LoadedModel:
         scheduler = self.engine.scheduler
         stage = self.executor.store.stage()
         read_bytes_per_s = max(self.main.read_bytes_per_s, stage.best_bytes_per_s if stage else 0.0)
+        long = f", long steps by {self.ranks} ranks" if self.main.share is not None else ""
         drafts = f", drafts by {self.draft_path.name}" if self.draft_path else ""
         group = self.main.group
-        plans = [self.plan, *(group.plans if group else ())]
+        keeping = [self.plan, *(group.plans if group and not group.prompts_only else ())]  # KV
         totals, cache, disk = scheduler.totals, scheduler.cache, self.engine.rank.disk
         usual = self.main.expectation.usual if group is None else None
         learnt = scheduler.speeds.cost
@@ -206,13 +217,13 @@ class LoadedModel:
             path=str(self.checkpoint.path),
             family=self.checkpoint.spec.family,
             quant=self.quant,
-            parameters_bytes=sum(plan.weights_bytes for plan in plans),
+            parameters_bytes=self.main.weights_bytes,
             context_tokens=self.plan.context_tokens,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             kv_used_tokens=cache.used_pages * cache.page_tokens,
             kv_total_tokens=self.plan.kv.tokens,
-            plan=self.plan.describe(read_bytes_per_s) + drafts,
+            plan=self.plan.describe(read_bytes_per_s) + long + drafts,
             chat_template=self.tokenizer.chat_template is not None,
             kv_cached_tokens=cache.cached_pages * cache.page_tokens,
             prompt_tokens_total=totals.prompt_tokens,
@@ -225,13 +236,13 @@ class LoadedModel:
             window_bytes=self.plan.window_bytes,
             stage=self.stage(),
             step_s=self.plan.step_s(read_bytes_per_s),
-            kv_disk_bytes=_on_all(disk.nbytes, plans) if disk else 0,
+            kv_disk_bytes=_on_all(disk.nbytes, keeping) if disk else 0,
             kv_disk_pages_read_total=disk.pages_read if disk else 0,
             kv_disk_pages_written_total=disk.pages_written if disk else 0,
             warnings=self.warnings,
             context_limit_tokens=self.checkpoint.spec.longest,
-            ranks=self.plan.ranks,
-            rank_bytes=[plan.peak_bytes for plan in plans],
+            ranks=self.ranks,
+            rank_bytes=self.main.rank_bytes,
             machines=list(group.names) if group else [],
             machines_why=self.main.why,
             sums=group.sums if group else "",
@@ -239,6 +250,7 @@ class LoadedModel:
             predicted_tokens_per_s=usual.tokens_per_s if usual else 0.0,
             predicted_band=list(usual.band) if usual else [],
             measured_tokens_per_s=1 / learnt.seconds(1) if learnt.measured else 0.0,
+            tried=rival.said if (rival := scheduler.speeds.rival) else "",
         )
 
     @property

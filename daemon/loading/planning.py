@@ -8,6 +8,7 @@ configuration; `partition.throughput` has the plans and chooses, and `budgeting`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from shoal import kernels
@@ -19,7 +20,7 @@ from shoal.offload.pack.manifest import Quant
 from shoal.partition.plan import Misfit, Plan, Wanted, least_in_ram
 from shoal.partition.rank_plans import RankPart
 from shoal.partition.spec import BlockId, ModelSpec
-from shoal.partition.throughput.alone import best_plan
+from shoal.partition.throughput.alone import best_plan, rival_threads
 from shoal.partition.throughput.profile import Device, unmeasured
 from shoal.partition.throughput.weights_of import Weighed
 
@@ -42,7 +43,10 @@ def make_plan(
     """
     contexts = wanted_of(model.spec, config)
     device = device or unmeasured(config.thread_count)
-    return best_plan(model, contexts, memory_bytes, device, streaming=streaming)
+    made = best_plan(model, contexts, memory_bytes, device, streaming=streaming)
+    if config.threads is not None or isinstance(made, Misfit):
+        return made
+    return replace(made, rival_threads=rival_threads(model, made, device))
 
 
 def least_bytes(draft: Path, config: NodeConfig) -> int:

@@ -71,7 +71,7 @@ class Regrouping:
             return "a machine is gone"
         if model.prepared:
             model.prepared = False
-            return "other machines make it faster" if self._better(grouping, model) else ""
+            return "other machines are to compute it" if self._better(grouping, model) else ""
         if came and self._better(grouping, model):
             self._prepare(grouping, model)
         return ""

@@ -23,13 +23,14 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.models.transformer import Transformer
+from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
 from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
 from shoal.partition.plan import VOCABULARY_BYTES, Plan
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
-from .grouping import FormedGroup, Grouping, Seated, Unseated
+from .grouping import FormedGroup, Grouping, OwnShare, Seated, Unseated
 from .stores import open_store
 
 
@@ -46,6 +47,8 @@ class Runnable:
     expectation: Expectation
     group: FormedGroup | None = None  # if other machines compute with this one
     why: str = ""  # they do or do not
+    share: Executor | None = None  # of this machine in a group that is for prompts only, and …
+    share_bytes: int = 0  # … what it takes
     read_bytes_per_s: float = 0.0
     kv_trouble: str = ""  # why its KV is not kept on disk though it was to be
 
@@ -95,10 +98,12 @@ class Runnable:
             if grouping is not None:
                 seated = grouping.seat(name, checkpoint, config, budget.free_bytes - reserve_bytes - more)
             group: FormedGroup | None = None
+            besides: OwnShare | None = None
             if isinstance(seated, Seated):
-                part, plan, group, _ = seated
+                part, plan, group, _, besides = seated
                 undo.callback(group.close)
                 peak_bytes = plan.peak_bytes + disk_buffer_bytes(part, config) + more
+                peak_bytes += besides.plan.peak_bytes if besides is not None else 0
             else:
                 plan = require_plan(found, name)
                 peak_bytes = plan.peak_bytes + extra_bytes + expected
@@ -112,22 +117,78 @@ class Runnable:
                 plan, part, config.quant, packs, progress, bounded=tight, disk_bytes_per_s=disk
             )
             undo.callback(store.close)
+            divided = None
+            if besides is not None:
+                divided, _ = open_store(
+                    besides.plan,
+                    besides.part,
+                    config.quant,
+                    packs,
+                    progress,
+                    bounded=tight,
+                    disk_bytes_per_s=disk,
+                )
             if group is not None:
                 group.form(progress)
             if tight:
                 forget_files(checkpoint.files)
             undo.pop_all()
-        collective = group.collective if group is not None else Alone()
+        collective = group.collective if group is not None and besides is None else Alone()
         executor = Executor(transformer, plan, store, kv, collective)
+        share, share_bytes = None, 0
+        if group is not None and besides is not None and divided is not None:
+            share, share_bytes = _share(besides, executor, divided, group), besides.plan.peak_bytes
         own = model if part is checkpoint else weighed(part, config.quant)
         expectation = Expectation(own, plan, machine, 0.0 if device.measured else speed)
-        return cls(checkpoint, plan, tokenizer, executor, peak_bytes, expectation, group, seated.why, speed)
+        return cls(
+            checkpoint,
+            plan,
+            tokenizer,
+            executor,
+            peak_bytes,
+            expectation,
+            group,
+            seated.why,
+            share,
+            share_bytes,
+            speed,
+        )
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the model, on all machines, each once."""
+        others = self.group.plans if self.group is not None and self.share is None else ()
+        return sum(plan.weights_bytes for plan in (self.plan, *others))
+
+    @property
+    def rank_bytes(self) -> list[int]:
+        """What each rank takes at most, this machine first."""
+        others = self.group.plans if self.group is not None else ()
+        return [self.plan.peak_bytes + self.share_bytes, *(plan.peak_bytes for plan in others)]
+
+    def let_go(self) -> None:
+        """Give the memory of weights and KV back. It runs no step any more."""
+        for executor in (self.executor, self.share):
+            if executor is not None:
+                executor.let_go()
 
     def close(self) -> None:
         """End what runs in the background, here and on other machines. Idempotent."""
         self.executor.store.close()
         if self.group is not None:
             self.group.close()
+
+
+def _share(share: OwnShare, whole: Executor, divided: BlockStore, group: FormedGroup) -> Executor:
+    """Computes this machine's part of what is divided among a group, with the vocabulary and in the pool of the whole
+    model."""
+    assert isinstance(divided, ResidentStore)
+    assert isinstance(whole.store, ResidentStore)
+    vocabulary = [block for block in whole.plan.blocks if block.block.kind in ("embed", "head")]
+    plan = replace(share.plan, blocks=(*share.plan.blocks, *vocabulary))
+    store = divided.with_vocabulary_of(whole.store)
+    kv = whole.kv.of_heads(group.kv_heads[0], share.part.spec.heads)
+    return Executor(Transformer(share.part.spec), plan, store, kv, group.collective)
 
 
 def read_tokenizer(name: str, checkpoint: Checkpoint, budget: Budget) -> Tokenizer:

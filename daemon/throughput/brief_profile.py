@@ -23,7 +23,16 @@ from shoal.partition.throughput.profile import Device, ReadLaw
 
 from .disk_laws import READS
 from .fixed_costs import overheads
-from .kernel_laws import POOL_BYTES, Pool, attention_laws, call_s, flops_of, laid_out_bytes_per_s, rows_laws
+from .kernel_laws import (
+    POOL_BYTES,
+    Pool,
+    attention_laws,
+    call_s,
+    flops_of,
+    laid_out_bytes_per_s,
+    memory_bytes_per_s,
+    rows_laws,
+)
 from .profiling import LEAST_FILE_BYTES, others_compute
 
 log = logging.getLogger(__name__)
@@ -64,6 +73,7 @@ def _measured(
         if not idle():
             raise _Interrupted
 
+    kernels.set_threads(threads)  # the last step may have had fewer
     home = kernels.home_of("cpu")
     types = [kind for kind in WEIGHT_TYPES if kind.name in kinds]
     pool = Pool()
@@ -79,7 +89,7 @@ def _measured(
     return Device(
         name=platform.node() or "this machine",
         memory_bytes=float(available_bytes()),
-        memory_bytes_per_s=max(1 / law.byte_s[0] for law in laws),
+        memory_bytes_per_s=memory_bytes_per_s(laws),
         flops=max(map(flops_of, laws)),
         disk_bytes_per_s=disk or DISK_BYTES_PER_S,
         threads=threads,

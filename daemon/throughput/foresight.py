@@ -108,8 +108,9 @@ class Asked(Struct, frozen=True):
     curves: bool = False
 
 
-def foresee(path: Path, profile: Profile, asked: Asked) -> Foresight:
-    """What the model at `path` (a checkpoint, or config.json alone) would do. Raises DaemonError."""
+def foresee(path: Path, profile: Profile, asked: Asked, usual: NodeConfig) -> Foresight:
+    """What the model at `path` (a checkpoint, its headers, or config.json alone) would do, with all else as `usual`.
+    Raises DaemonError."""
     job = Job(asked.prompt_tokens, asked.new_tokens, asked.batch, asked.guesses, asked.chance)
     with described(path) as model:
         context = max(asked.context_tokens or 0, job.context_tokens)
@@ -127,9 +128,8 @@ def foresee(path: Path, profile: Profile, asked: Asked) -> Foresight:
         raise DaemonError(
             "bad_request", f"`ranks={asked.ranks}`: must be from 1 to {there}, the devices of the profile"
         )
-    usual = NodeConfig()
     wanted = asks(job, context, usual.chunk_tokens, usual.max_sequences, usual.max_guesses)
-    choices = Choices(asked.kv_type, asked.threads, asked.ranks)
+    choices = Choices(asked.kv_type, asked.threads, asked.ranks, usual.wires)
     found = solve(models, wanted, profile, job, choices)
     chosen = found.chosen
     met = chosen is not None and asked.target is not None and chosen.prediction.tokens_per_s >= asked.target

@@ -14,8 +14,10 @@ from shoal.kernels.types import WEIGHT_TYPES, WeightType
 from shoal.models.checkpoint.bare_config import BareConfig
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.weight_source import Described
+from shoal.offload.kv.disk_pages import buffer_bytes
 from shoal.offload.pack.layout import layout
 from shoal.offload.pack.manifest import Quant, Source
+from shoal.partition.memory_layout import KV_FORMATS, kv_page_bytes
 from shoal.partition.spec import BlockId
 from shoal.partition.throughput.weights_of import Product, Weighed
 
@@ -26,14 +28,15 @@ _TYPES = {kind.name: kind for kind in WEIGHT_TYPES}
 
 @contextmanager
 def described(path: Path) -> Iterator[Described]:
-    """The model at `path`: a checkpoint, a config.json, or a directory that has nothing else. Raises DaemonError."""
+    """The model at `path`: a checkpoint, of which headers are enough, a config.json, or a directory that has no weights
+    beside it. Raises DaemonError."""
     with refusing(path.name):
         config = path / CONFIG if path.is_dir() else path
-        bare = path.is_dir() and not any(path.glob("*.safetensors*")) and config.is_file()
+        bare = path.is_dir() and not any(path.glob("*.safetensors")) and config.is_file()
         if bare or path.suffix == ".json":
             yield BareConfig(config)
             return
-        with open_checkpoint(path) as checkpoint:
+        with open_checkpoint(path, whole=False) as checkpoint:
             yield checkpoint
 
 
@@ -75,6 +78,7 @@ def weighed(model: Described, quant: Quant) -> Weighed:
         manifest.vectors.nbytes,
         stored or sum(_stored_bytes(model).values()),
         tokenizer,
+        {kv_type: buffer_bytes(kv_page_bytes(spec, kv_type)) for kv_type in KV_FORMATS},
     )
 
 

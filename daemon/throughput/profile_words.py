@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from shoal.partition.amounts import format_bytes, format_delay
 from shoal.partition.throughput.profile import Device, Profile
@@ -35,13 +35,18 @@ def device_facts(device: Device) -> Iterator[tuple[str, str]]:
         yield "disk", "none"
     costs = f"{_delay(over.step_s)} a step, {_delay(over.layer_s)} a layer, {_delay(over.mixture_s)} more with experts"
     yield "fixed costs", costs
-    learnt = [f"{part} {times:.2f} times" for part, times in vars(device.corrections).items() if times != 1]
-    if learnt:
-        yield "as models ran", f"{', '.join(learnt)} as long"
+    if learnt := corrected(device.corrections.learnt):
+        yield "as models ran", learnt
     for one in device.accelerators:
         sizes_of = f"{format_bytes(one.memory_bytes)} at {format_bytes(one.memory_bytes_per_s)}/s"
         link = f"{format_bytes(one.host_bytes_per_s)}/s from its host"
         yield f"accelerator {one.name}", f"{sizes_of}, {one.flops / 1e12:,.3g} TFLOP/s, {link}"
+
+
+def corrected(learnt: Mapping[str, float]) -> str:
+    """What running has taught of parts of steps; "" if nothing."""
+    said = ", ".join(f"{part} {times:.2f} times" for part, times in learnt.items())
+    return f"{said} as long" if said else ""
 
 
 def link_facts(profile: Profile) -> Iterator[tuple[str, str]]:

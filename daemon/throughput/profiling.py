@@ -31,7 +31,16 @@ from shoal.partition.throughput.profile import Contention, Device, Profile, Read
 from .disk_laws import READS, DiskFile, contention, read_law, written
 from .fixed_costs import overheads
 from .kept_profile import Kept, profile_key, read_kept, write_kept
-from .kernel_laws import SIZES, Pool, attention_laws, call_s, flops_of, laid_out_bytes_per_s, rows_laws
+from .kernel_laws import (
+    SIZES,
+    Pool,
+    attention_laws,
+    call_s,
+    flops_of,
+    laid_out_bytes_per_s,
+    memory_bytes_per_s,
+    rows_laws,
+)
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +105,11 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     )
     laws = tuple(rows_laws(home, pool, kinds, each_s, began_s + LIMIT_S, done))
     q4_k = next(kind for kind in WEIGHT_TYPES if kind.name == "Q4_K")
-    largest = max(law.nbytes for law in laws)
-    fastest = max(1 / law.byte_s[0] for law in laws if law.nbytes > largest / 4)
     flops = max(flops_of(law) for law in laws if law.kind == q4_k.name)
     device = Device(
         name=platform.node() or "this machine",
         memory_bytes=float(available_bytes()),
-        memory_bytes_per_s=fastest,
+        memory_bytes_per_s=memory_bytes_per_s(laws),
         flops=flops,
         disk_bytes_per_s=max(reads.bytes_per_s) if reads else 0.0,
         threads=threads,

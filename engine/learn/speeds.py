@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .kv_read_cost import ReadCost, followed
 from .pacing import SLOWDOWN, Pacer
+from .rival import Rival
 from .step_cost import StepCost, StepSeconds
 from .token_times import TokenTimes
 
@@ -14,11 +15,17 @@ from .token_times import TokenTimes
 class Speeds:
     """A step holds at most `chunk_tokens` tokens of prompts, and reads at most `reads` pages of KV from disk beside the
     pages that are free. `expected`: what steps are thought to take before any was measured, as in `StepCost`;
-    `slowdown`: as in `Pacer`."""
+    `slowdown`: as in `Pacer`; `rival`: what is tried against what."""
 
     def __init__(
-        self, chunk_tokens: int, expected: StepSeconds | None, reads: int, slowdown: float = SLOWDOWN
+        self,
+        chunk_tokens: int,
+        expected: StepSeconds | None,
+        reads: int,
+        slowdown: float = SLOWDOWN,
+        rival: Rival | None = None,
     ) -> None:
+        self.rival = rival
         self.cost = StepCost(expected)
         self.token_times = TokenTimes()
         self._chunk_tokens = chunk_tokens
@@ -34,6 +41,8 @@ class Speeds:
         if not rows:
             return
         if not prompts:
+            if self.rival is not None and rows == 1:
+                self.rival.note(seconds)
             self.cost.note(rows, seconds)
             self._pacer.rested()
         elif decodes:

@@ -126,6 +126,18 @@ public:
 
 void set_threads(int count);
 
+// Scores (tokens, experts) of a router. Each token goes to its `count` best experts, the lowest among equals; its
+// factors are its softmax, over these if `normalize`, else over all.
+struct Choice {
+    const float* scores;
+    int64_t tokens, experts, count;
+    bool normalize;
+};
+
+// The routing (see `Routing`) to the experts in use: starts (experts + 1,), tokens and factors (tokens * count,), and
+// which experts these are: used (experts,). → how many are in use; -1 without memory.
+int64_t route(const Choice& choice, int64_t* used, int64_t* starts, int64_t* tokens, float* factors);
+
 // rows × blocks as files hold them, row after row. At each of `halves` (-1: none), two bytes of a block are a number in
 // half precision.
 struct Stored {

@@ -76,7 +76,7 @@ const Home* chosen = all[sizeof all / sizeof all[0] - 1];
 #define API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; the Python side refuses a library that does not match.
-API int shoal_version() { return 5; }
+API int shoal_version() { return 6; }
 
 // From now on the home with this name computes, or the best one if the name is empty. Returns its name, or null if this
 // machine cannot run it.
@@ -116,6 +116,11 @@ API int shoal_experts(const float* x, int64_t tokens, int64_t cols, int32_t act,
 
 API int shoal_scores(const float* x, int64_t tokens, int64_t cols, const shoal::Linear* router, float* y) {
     return shoal::chosen->scores({x, cols, nullptr, 0}, tokens, *router, y);
+}
+
+API int64_t shoal_route(const float* scores, int64_t tokens, int64_t experts, int64_t count, int32_t normalize,
+                        int64_t* used, int64_t* starts, int64_t* routed, float* factors) {
+    return shoal::route({scores, tokens, experts, count, normalize != 0}, used, starts, routed, factors);
 }
 
 API int shoal_gather_rows(const shoal::Linear* linear, const int64_t* ids, int64_t count, float* out) {

@@ -316,18 +316,19 @@ class Checkpoint:
             )
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a Hugging Face directory or a GGUF file and checks that every tensor of the model is there.
+def open_checkpoint(path: str | Path, *, whole: bool = True) -> Checkpoint:
+    """Opens a Hugging Face directory or a GGUF file and checks that every tensor of the model is there. If it need not
+    be `whole`, headers are enough, without the data behind them, of which nothing can be read then.
 
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint, each with one line that says what and where.
     """
     path = Path(path)
     if is_directory := path.is_dir():
         check_directory(path)
-        files = open_hf(path)
+        files = open_hf(path, whole=whole)
     else:
         check_file(path)
-        files = open_gguf(path)
+        files = open_gguf(path, whole=whole)
     try:
         if is_directory:
             recipe = recipe_from_hf(files.metadata, str(path / "config.json"), files.names, files.same)

@@ -20,17 +20,18 @@ from .tensor_files import TensorFiles
 _PARTS = 1 << 10
 
 
-def open_gguf(path: Path) -> TensorFiles:
-    """Opens a GGUF file; of a split one, give the first part: the others are found beside it.
+def open_gguf(path: Path, *, whole: bool = True) -> TensorFiles:
+    """Opens a GGUF file; of a split one, give the first part: the others are found beside it. `whole`: the data have to
+    be there, too.
 
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint.
     """
     stamps = stamped([path])
-    metadata, tensors = read_header(path, 0)
+    metadata, tensors = read_header(path, 0, whole=whole)
     paths = [path]
     for number, other in enumerate(_other_parts(path, metadata), start=1):
         stamps |= stamped([other])
-        more_metadata, more_tensors = read_header(other, number)
+        more_metadata, more_tensors = read_header(other, number, whole=whole)
         if more_metadata.get("split.no") != number:
             raise CorruptCheckpoint(
                 f"{other}: says it is part {more_metadata.get('split.no')} (split.no), expected {number}"

@@ -58,14 +58,17 @@ _NUMBERS: dict[int, np.dtype[Any]] = {
 }
 
 
-def read_header(path: Path, file: int) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """(metadata, tensors by name) of one GGUF file; `file` becomes the tensors' `file`.
+def read_header(
+    path: Path, file: int, *, whole: bool = True
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """(metadata, tensors by name) of one GGUF file; `file` becomes the tensors' `file`. `whole`: what
+    the tensors hold has to be there, too.
 
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint.
     """
     try:
         with io.BufferedReader(open_regular(path)) as stream:
-            return _Header(stream, path, os.fstat(stream.fileno()).st_size).read(file)
+            return _Header(stream, path, os.fstat(stream.fileno()).st_size, whole).read(file)
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -73,12 +76,13 @@ def read_header(path: Path, file: int) -> tuple[dict[str, Any], dict[str, Stored
 class _Header:
     """One pass over the header of one file."""
 
-    def __init__(self, stream: io.BufferedReader[io.FileIO], path: Path, size: int) -> None:
+    def __init__(self, stream: io.BufferedReader[io.FileIO], path: Path, size: int, whole: bool) -> None:
         self._read: Callable[[int], bytes] = lambda count: (
             stream.read(count) or b""
         )  # None where it would wait
         self._path = path
         self._size = size
+        self._whole = whole
         self._end = min(size, _HEADER_BYTES)
         self._at = 0
 
@@ -146,7 +150,7 @@ class _Header:
             if start < end:
                 raise self._corrupt(f"tensor {name} overlaps the one before it")
             end = start + tensor.nbytes
-            if end > self._size:
+            if self._whole and end > self._size:
                 raise self._corrupt(
                     f"tensor {name} ends at byte {end}, the file at {self._size}; the file was cut short"
                 )

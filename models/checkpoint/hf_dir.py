@@ -49,8 +49,9 @@ _TENSORS = 1 << 17
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def open_hf(directory: Path) -> TensorFiles:
-    """Opens a directory with config.json and its safetensors; `metadata` is the configuration.
+def open_hf(directory: Path, *, whole: bool = True) -> TensorFiles:
+    """Opens a directory with config.json and its safetensors; `metadata` is the configuration. `whole`: the data behind
+    the headers have to be there, too.
 
     Raises MissingCheckpoint, CorruptCheckpoint or UnsupportedCheckpoint.
     """
@@ -61,7 +62,7 @@ def open_hf(directory: Path) -> TensorFiles:
     tensors: dict[str, StoredTensor] = {}
     unsupported: dict[str, str] = {}
     for number, path in enumerate(paths):
-        data, header = _header(path)
+        data, header = _header(path, whole)
         for name, entry in header.items():
             if name in tensors or name in unsupported:
                 raise CorruptCheckpoint(f"{path}: tensor {name} is in an earlier shard too")
@@ -153,7 +154,7 @@ class _Entry(Struct):
         return -1 if bits % 8 else bits // 8
 
 
-def _header(path: Path) -> tuple[int, dict[str, _Entry]]:
+def _header(path: Path, whole: bool) -> tuple[int, dict[str, _Entry]]:
     """Where the data begins, and the entries of the header, which have been found sound. Raises CheckpointError."""
     try:
         with open_regular(path) as file:
@@ -188,7 +189,7 @@ def _header(path: Path) -> tuple[int, dict[str, _Entry]]:
         if stop - start != entry.nbytes:
             raise _unsound(path, f"tensor {name}, {entry.dtype} {entry.shape}, has {stop - start} bytes")
         end = stop
-    if end != size - 8 - length:
+    if whole and end != size - 8 - length:
         raise _unsound(
             path, f"it has {size - 8 - length} bytes of data, its tensors take {end}; was it cut short?"
         )

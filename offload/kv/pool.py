@@ -7,6 +7,7 @@ it is used. The pool knows pages; `prefix_cache` decides who may use them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from math import prod
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from shoal.kernels.arrays import Bytes
 from shoal.kernels.attention_operands import KvPages, kv_layout
 from shoal.kernels.huge_pages import Arena
 from shoal.partition.plan import KvPlan
+from shoal.partition.slicing import Range
 from shoal.partition.spec import ModelSpec
 
 from .pages import PageTable
@@ -50,10 +52,21 @@ class KvPool:
     def __init__(self, spec: ModelSpec, plan: KvPlan) -> None:
         self.page_tokens = plan.page_tokens
         self.table = PageTable(plan.pages)
-        layout = kv_layout(plan.dtype, spec.head_dim)
-        shape = (plan.pages, len(spec.layers), spec.kv_heads, layout.head_bytes)
+        self._layout = kv_layout(plan.dtype, spec.head_dim)
+        shape = (plan.pages, len(spec.layers), spec.kv_heads, self._layout.head_bytes)
         self._pages: Bytes = Arena().take(prod(shape)).reshape(shape)
-        self.layers = [KvPages(layout, spec.heads, self._pages[:, i]) for i in range(len(spec.layers))]
+        self.layers = self._views(spec.heads)
+
+    def of_heads(self, kv_heads: Range, heads: int) -> KvPool:
+        """The same pages for somebody who knows only some of the KV heads, to which `heads` query heads attend: in the
+        same memory, so what either writes there both have."""
+        some = copy(self)
+        some._pages = self._pages[:, :, kv_heads.start : kv_heads.stop]
+        some.layers = some._views(heads)
+        return some
+
+    def _views(self, heads: int) -> list[KvPages]:
+        return [KvPages(self._layout, heads, self._pages[:, i]) for i in range(self._pages.shape[1])]
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +76,10 @@ class KvPool:
         """A view of one page with all its layers, (bytes of a page,)."""
         page: Bytes = self._pages[number].reshape(-1)
         return page
+
+    def layer(self, number: int, layer: int, kv_heads: slice = slice(None)) -> Bytes:
+        """A view of one layer of a page, of some heads, (heads, bytes of a head)."""
+        return self._pages[number, layer, kv_heads]
 
     @property
     def page_bytes(self) -> int:

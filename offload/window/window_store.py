@@ -7,8 +7,8 @@ read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 from shoal.kernels import gather_rows
@@ -109,6 +109,11 @@ class WindowStore:
         if block.kind == "expert":
             return _Lease(self._readers, self._slots, partial(self._experts.want, block))
         return _Lease(self._readers, self._ring, partial(self._window.want, block))
+
+    @contextmanager
+    def acquire_all(self, blocks: Sequence[BlockId]) -> Generator[list[Weights], None, None]:
+        with ExitStack() as held:
+            yield [held.enter_context(self.acquire(block)) for block in blocks]
 
     def expect(self, blocks: Sequence[BlockId]) -> None:
         if any(block not in self._kept for block in blocks):

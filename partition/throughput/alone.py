@@ -6,6 +6,7 @@ The daemon's plans, `shoal show` and `shoal plan` are made here. Pure, and deter
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from ..plan import Misfit, Plan, Wanted, first_fit, plan_in_ram
@@ -80,6 +81,17 @@ def best_plan(
         return first_fit(way.made for way in found)
     job = usual_job(plans[0][1].context_tokens)
     return best(plans, lambda it: it[0], lambda it: cost(model, it[1], device, job).total_s(job))[1]
+
+
+def rival_threads(model: Weighed, plan: Plan, device: Device) -> int:
+    """Half of a plan's threads, if the band of a token with them overlaps with that of the plan; else 0. Only what was
+    measured is worth a trial."""
+    half = plan.threads // 2
+    if not (half and device.measured):
+        return 0
+    job = usual_job(plan.context_tokens)
+    all_, fewer = (cost(model, it, device, job) for it in (plan, replace(plan, threads=half)))
+    return half if fewer.band[1] >= all_.band[0] else 0
 
 
 def usual_job(context_tokens: int) -> Job:

@@ -20,6 +20,9 @@ from .weights_of import LayerKind, Product, Weighed
 
 PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
 _READ_BYTES = 4 << 20  # of the window's reads
+_THROUGH_WINDOW = (
+    1.1  # times what reading alone takes, by steps that did nothing else (1.04 to 1.17: docs/LOG.md)
+)
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
 _ROUNDS = 2  # how contention is found, which depends on what it changes
 HIDDEN_BY_ATTENTION = 0.5  # of an expert's read ahead, guessed by the router before: the share that came true
@@ -51,9 +54,9 @@ class _Step(NamedTuple):
 def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
     """What `plan` does with `job` on a device, whose laws are for the plan's threads."""
     device = device.on(plan.threads)
-    decode = _decode(model, plan, device, job)
+    decode = _decode(model, plan, device, job, job.distinct)
     slow = fast = decode.seconds
-    if model.spec.moe:  # what is not known is how many experts several tokens wake
+    if model.spec.moe and job.distinct is None:  # what is not known is how many experts several tokens wake
         slow = max(slow, _decode(model, plan, device, job, 1.0).seconds)
         fast = min(fast, _decode(model, plan, device, job, DISTINCT_SHARE).seconds)
     prompt = list(_prompt(model, plan, device, job))
@@ -71,6 +74,7 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
         stall_share=decode.stall_s / decode.seconds,
         binding=_binding(shown),
         parts=shown.parts,
+        prompt_parts=_together(prompt),
         load_s=load_s,
         pack_s=pack_s,
     )
@@ -86,13 +90,22 @@ def step_cost(model: Weighed, plan: Plan, device: Device, rows: int, before: flo
 def prompt_cost(model: Weighed, plan: Plan, device: Device, tokens: int) -> Took:
     """All steps that read a prompt of one stream."""
     steps = list(_prompt(model, plan, device.on(plan.threads), Job(tokens, 1)))
-    parts = {part: sum(count * step.parts[part] for count, step in steps) for part in steps[0][1].parts}
-    return Took(sum(count * step.seconds for count, step in steps), parts)
+    return Took(sum(count * step.seconds for count, step in steps), _together(steps))
+
+
+def _together(steps: Sequence[tuple[float, _Step]]) -> dict[Binding, float]:
+    """The parts of so many of each step."""
+    return {part: sum(count * step.parts[part] for count, step in steps) for part in steps[0][1].parts}
 
 
 def peak_bytes(model: Weighed, plan: Plan) -> int:
     """Memory of the whole process."""
-    return plan.peak_bytes + model.tokenizer_bytes + PROCESS_BYTES
+    return plan.peak_bytes + beside_bytes(model, plan.kv.dtype)
+
+
+def beside_bytes(model: Weighed, kv_type: str) -> int:
+    """Memory that no plan counts with: the process, what is more of the tokenizer, and pages on their way to disk."""
+    return PROCESS_BYTES + model.tokenizer_bytes + model.buffers.get(kv_type, 0)
 
 
 def _binding(step: _Step) -> Binding:
@@ -112,13 +125,13 @@ def _decode(model: Weighed, plan: Plan, device: Device, job: Job, share: float |
 
 def _prompt(model: Weighed, plan: Plan, device: Device, job: Job) -> Iterator[tuple[float, _Step]]:
     """(how many, step) of the steps that read all prompts. Short prompts share a step."""
-    chunk, tokens = plan.chunk_tokens, job.prompt_tokens
+    chunk, tokens, share = plan.chunk_tokens, job.prompt_tokens, job.distinct
     if tokens <= chunk:
         together = min(job.batch, max(1, chunk // tokens))
         whole, rest = divmod(job.batch, together)
         for count, steps in ((together, whole), (rest, 1 if rest else 0)):
             if steps:
-                yield steps, _step(model, plan, device, [Rows(count, tokens, 0)], count)
+                yield steps, _step(model, plan, device, [Rows(count, tokens, 0)], count, share)
         return
     whole, rest = divmod(tokens - 1, chunk)  # the last step has one token at least
     sampled = (
@@ -127,9 +140,9 @@ def _prompt(model: Weighed, plan: Plan, device: Device, job: Job) -> Iterator[tu
         else [round(i * (whole - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)]
     )
     for place in sampled:
-        step = _step(model, plan, device, [Rows(1, chunk, place * chunk)], 0)
+        step = _step(model, plan, device, [Rows(1, chunk, place * chunk)], 0, share)
         yield job.batch * whole / len(sampled), step
-    yield job.batch, _step(model, plan, device, [Rows(1, rest + 1, whole * chunk)], 1)
+    yield job.batch, _step(model, plan, device, [Rows(1, rest + 1, whole * chunk)], 1, share)
 
 
 def _step(
@@ -184,7 +197,7 @@ def _step(
 
 def _contended(device: Device, plan: Plan, uses: Sequence[Use], between_s: float) -> Lap:
     """The step as the window makes it, while disk and processor take speed from each other as long as both work."""
-    speed = read_bytes_per_s(device, _READ_BYTES)
+    speed = read_bytes_per_s(device, _READ_BYTES) / _THROUGH_WINDOW
     compute_s = sum(use.compute_s for use in uses)
     slower, found = (1.0, 1.0), Lap(compute_s + between_s, 0.0, 0.0)
     if not any(use.nbytes for use in uses):

@@ -130,7 +130,7 @@ def nothing_fits(found: Solved) -> str:
         ways.append(
             f"{format_bytes(as_stored.least_bytes)}{_with(as_stored)} with the weights as they are stored"
         )
-    lacks = f"no plan fits: at least {smallest.missing} is missing"
+    lacks = f"no plan fits: {smallest.missing} is missing"
     return f"{lacks}; the smallest machine that could run it has {', or '.join(ways)}"
 
 

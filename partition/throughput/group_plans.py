@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
 from ..group_choice import Choice, NoGroup
 from ..group_search import choose
+from ..hardware_guesses import LAYER_S, STEP_S
 from ..machines import Links, LinkSpeed, Machine, Workload
 from ..plan import Wanted
-from .cost import PROCESS_BYTES
+from ..sum_cost import Wire
+from .cost import beside_bytes
+from .laws import products
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device, Profile
 from .weights_of import Weighed
 
 _QUICK = 1e3  # times faster: links that cost nothing, to find out what they cost
+_MANY_ROWS = 256  # of a long step
 _READING_SHARE = 0.9  # of a step's computing that reads memory, where nothing tells
 
 
-def machines_of(profile: Profile, model: Weighed) -> list[Machine]:
-    """The devices as group_search knows machines."""
+def machines_of(profile: Profile, model: Weighed, kv_type: str) -> list[Machine]:
+    """The devices as group_search knows machines: how fast they are with this model's weights."""
     return [
-        _machine(device, model.tokenizer_bytes if not place else 0)
+        _machine(device, model, _beside_bytes(model, kv_type, place))
         for place, device in enumerate(profile.devices)
     ]
 
 
-def _machine(device: Device, tokenizer_bytes: int) -> Machine:
-    memory = max(0, int(device.memory_bytes) - PROCESS_BYTES - tokenizer_bytes)
+def _beside_bytes(model: Weighed, kv_type: str, rank: int) -> int:
+    """Only the head has a tokenizer."""
+    return beside_bytes(model, kv_type) - (model.tokenizer_bytes if rank else 0)
+
+
+def _machine(device: Device, model: Weighed, more: int) -> Machine:
     return Machine(
         device.name,
-        memory,
-        device.memory_bytes_per_s,
-        device.flops,
+        max(0, int(device.memory_bytes) - more),
+        *speeds_with(device, model),
         device.disk_bytes_per_s,
         device.threads,
         device.port_bytes_per_s,
     )
+
+
+def speeds_with(device: Device, model: Weighed) -> tuple[float, float]:
+    """(bytes of weights per second for one row, operations per second for many) of a device with the types and sizes of
+    a model's layers, by its tables; what it says of itself where it has none."""
+    if not device.products:
+        return device.memory_bytes_per_s, device.flops
+    nbytes = operations = one_s = many_s = 0.0
+    for kind, layers in model.layer_kinds.items():
+        matrices = (*kind.attention, *kind.dense, *kind.expert)
+        nbytes += layers * sum(it.nbytes for it in matrices)
+        operations += layers * sum(2.0 * it.rows * it.cols * _MANY_ROWS for it in matrices)
+        one_s += layers * products(device, matrices, 1).seconds
+        many_s += layers * products(device, matrices, _MANY_ROWS).seconds
+    return nbytes / one_s, operations / many_s
 
 
 def links_of(profile: Profile, times: float = 1.0) -> Links:
@@ -48,29 +71,45 @@ def links_of(profile: Profile, times: float = 1.0) -> Links:
     return found
 
 
-def group(model: Weighed, wanted: Wanted, profile: Profile, job: Job, ranks: int) -> Choice | NoGroup:
-    """The best group of so many of the machines."""
+def group(
+    model: Weighed, wanted: Wanted, profile: Profile, job: Job, ranks: int, wires: Sequence[Wire]
+) -> Choice | NoGroup:
+    """The best group of so many of the machines. `wires`: what sums may be rounded to on their way."""
     sizes = dict(model.extents)
     if not model.spec.tied:
         embed = next(iter(model.block_bytes))
         sizes[embed] = sizes[embed] or model.block_bytes[embed]
-    return choose(wanted, sizes, machines_of(profile, model), links_of(profile), _workload(job), ranks=ranks)
+    return choose(
+        wanted,
+        sizes,
+        machines_of(profile, model, wanted.kv_type),
+        links_of(profile),
+        _workload(job),
+        ranks=ranks,
+        wires=wires,
+    )
 
 
-def group_cost(model: Weighed, wanted: Wanted, profile: Profile, job: Job, choice: Choice) -> Prediction:
+def group_cost(
+    model: Weighed, wanted: Wanted, profile: Profile, job: Job, choice: Choice, wires: Sequence[Wire]
+) -> Prediction:
     """What a group does with a job. Streams of a batch are taken to share a step whose sums are as many times longer;
     what is not known is bounded by the band."""
     figures = choice.figures
-    token_s, ttft_s = figures.token_s, figures.first_token_s[0] * job.batch
+    more_s = _fixed_s(model, profile.head)
+    steps = -(-job.prompt_tokens // figures.chunk_tokens)
+    token_s = figures.token_s + more_s
+    ttft_s = (figures.first_token_s[0] + steps * more_s) * job.batch
     free = choose(
         wanted,
         dict(model.extents),
-        machines_of(profile, model),
+        machines_of(profile, model, wanted.kv_type),
         links_of(profile, _QUICK),
         _workload(job),
         ranks=len(choice.ranks),
+        wires=wires,
     )
-    alone_s = min(token_s, free.figures.token_s) if isinstance(free, Choice) else token_s
+    alone_s = min(token_s, free.figures.token_s + more_s) if isinstance(free, Choice) else token_s
     devices = {device.name: device for device in profile.devices}
     disk_s = max(
         rank.streamed_bytes / devices[rank.machine].disk_bytes_per_s if rank.streamed_bytes else 0.0
@@ -90,7 +129,7 @@ def group_cost(model: Weighed, wanted: Wanted, profile: Profile, job: Job, choic
     off = 1 + uncertainty(parts, all(device.measured for device in profile.devices))
     step_s = token_s + (job.batch - 1) * parts["network"]
     peaks = {
-        rank.machine: int(rank.needed_bytes) + PROCESS_BYTES + (model.tokenizer_bytes if not place else 0)
+        rank.machine: int(rank.needed_bytes) + _beside_bytes(model, wanted.kv_type, place)
         for place, rank in enumerate(choice.ranks)
     }
     speed = job.batch / step_s
@@ -103,8 +142,16 @@ def group_cost(model: Weighed, wanted: Wanted, profile: Profile, job: Job, choic
         stall_share=min(1.0, disk_s / token_s) if binding == "disk" else 0.0,
         binding=binding,
         parts=parts,
+        prompt_parts={"compute": ttft_s},  # mostly; what the network has of it is not told apart
         load_s=_load_s(model, choice, profile),
     )
+
+
+def _fixed_s(model: Weighed, device: Device) -> float:
+    """Seconds of a step that the search takes from its guesses, and a device knows better."""
+    own, layers = device.overheads, model.spec.layers
+    mixed_s = own.mixture_s * sum(layer.moe for layer in layers)
+    return own.step_s - STEP_S + len(layers) * (own.layer_s - LAYER_S) + mixed_s
 
 
 def _load_s(model: Weighed, choice: Choice, profile: Profile) -> float:

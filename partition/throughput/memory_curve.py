@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..plan import Misfit, Plan, Wanted
 from .alone import USUAL, ways
-from .cost import PROCESS_BYTES, cost
+from .cost import beside_bytes, cost
 from .prediction import Job
 from .profile import Device
 from .weights_of import Weighed
@@ -30,7 +30,7 @@ def memory_curve(
     model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job
 ) -> Iterator[MemoryPoint]:
     """From the least memory that would do to more than enough, through the usual window."""
-    more = PROCESS_BYTES + model.tokenizer_bytes
+    more = beside_bytes(model, contexts[0].kv_type)
     streaming = device.disk_bytes_per_s > 0
     lacking = [way.made for way in ways(model, contexts, 0, streaming=streaming, windows=USUAL)]
     needed = [made.least_bytes for made in lacking if isinstance(made, Misfit)]

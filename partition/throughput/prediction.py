@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Binding = Literal["memory", "compute", "disk", "network", "overhead"]
@@ -11,9 +11,9 @@ Binding = Literal["memory", "compute", "disk", "network", "overhead"]
 # How far measured speeds were from predicted ones, by what binds: with laws that were measured on the machine, and with
 # a few figures that somebody wrote down. The band of a prediction is this wide to both sides.
 MEASURED: Mapping[Binding, float] = {
-    "memory": 0.12,
+    "memory": 0.15,
     "compute": 0.15,
-    "disk": 0.15,
+    "disk": 0.20,
     "network": 0.25,
     "overhead": 0.25,
 }
@@ -29,13 +29,15 @@ STATED: Mapping[Binding, float] = {
 class Job(NamedTuple):
     """What a machine is asked for: `batch` streams at once, each with a prompt of `prompt_tokens` and an answer of
     `new_tokens`. In each step each stream guesses `guesses` tokens ahead; one is right with this `chance` if those
-    before it were."""
+    before it were. `distinct`: of the experts that several tokens would choose independently, the share that they do
+    choose, where it is known of a model and its texts."""
 
     prompt_tokens: int = 512
     new_tokens: int = 128
     batch: int = 1
     guesses: int = 0
     chance: float = 0.0
+    distinct: float | None = None
 
     @property
     def context_tokens(self) -> int:
@@ -56,7 +58,8 @@ class Prediction:
     guessed.
     `tokens_per_s`: of all streams together, once they have their first; `band`: between which it lies.
     `peak_bytes`: by device. `stall_share`: of a step that is spent waiting for the disk. `parts`: seconds of a step by
-    what takes them, as if nothing ran beside anything else. `load_s`: until it can begin.
+    what takes them, as if nothing ran beside anything else; `prompt_parts`: of all steps until the first token.
+    `load_s`: until it can begin.
     """
 
     ttft_s: float
@@ -68,6 +71,7 @@ class Prediction:
     binding: Binding
     parts: Mapping[Binding, float]
     load_s: float
+    prompt_parts: Mapping[Binding, float] = field(default_factory=dict)
     pack_s: float = 0.0  # to make the pack, once, if it is not there
 
     def total_s(self, job: Job) -> float:

@@ -93,6 +93,11 @@ class Corrections:
     network: float = 1.0
     overhead: float = 1.0
 
+    @property
+    def learnt(self) -> dict[str, float]:
+        """Those of parts that steps have taught something about."""
+        return {part: times for part, times in vars(self).items() if times != 1}
+
     def times(self, parts: Mapping[Binding, float]) -> float:
         """Of a step whose parts take so many seconds."""
         whole = sum(parts.values())
@@ -103,12 +108,12 @@ class Corrections:
         weight."""
         whole = sum(parts.values())
         low, high = CORRECTED
-        return Corrections(
-            **{
-                part: min(high, max(low, getattr(self, part) * times ** (_FOLLOW * seconds / whole)))
-                for part, seconds in parts.items()
-            }
-        )
+        moved = {
+            part: min(high, max(low, getattr(self, part) * times ** (_FOLLOW * seconds / whole)))
+            for part, seconds in parts.items()
+            if whole
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,13 @@ class Device:
         if threads is None or threads >= self.threads:
             return self
         part = threads / self.threads
-        slower = tuple(replace(law, byte_s=tuple(it / part for it in law.byte_s)) for law in self.products)
+        read_s = 1 / self.memory_bytes_per_s  # of a byte, of what a product takes
+
+        def alone(byte_s: float) -> float:
+            reading = min(byte_s, read_s)
+            return reading / min(1.0, 2 * part) + (byte_s - reading) / part
+
+        slower = tuple(replace(law, byte_s=tuple(map(alone, law.byte_s))) for law in self.products)
         attention = tuple(
             replace(
                 law,
@@ -337,7 +348,7 @@ def check_figure(field: str, value: object, low: float, high: float) -> None:
     """Raises ProfileError unless the value is a number within the limits."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high:  # type: ignore[operator]
-        said = f"{value:g}" if number else f"{value!s:.40}"
+        said = f"{value:g}" if isinstance(value, float) else f"{value!s:.40}"
         raise ProfileError(f"{field}={said}: must be a number from {low:g} to {high:g}")
 
 

@@ -16,8 +16,9 @@ from ..group_choice import NoGroup
 from ..hardware_guesses import DISK_BYTES_PER_S
 from ..memory_layout import PAGE_TOKENS
 from ..plan import Misfit, Plan, Wanted
+from ..sum_cost import Wire
 from .alone import USUAL, WINDOWS, best, ways
-from .cost import PROCESS_BYTES, cost
+from .cost import beside_bytes, cost
 from .group_plans import group, group_cost
 from .prediction import Job, Prediction
 from .profile import Device, Profile
@@ -26,11 +27,12 @@ from .weights_of import Weighed
 
 class Choices(NamedTuple):
     """What somebody insists on; None leaves it open. Each fixes that choice and no other. Bits are fixed by giving one
-    model only, the context by what is `wanted`."""
+    model only, the context by what is `wanted`. `wires`: what the sums of a group may be rounded to; f32 is exact."""
 
     kv_type: str | None = None
     threads: int | None = None
     ranks: int | None = None
+    wires: tuple[Wire, ...] = ("f32",)
 
 
 @dataclass(frozen=True)
@@ -120,21 +122,22 @@ def _candidates(
                 for found in _alone(model, asking, device, job, WINDOWS if asked else USUAL):
                     yield replace(found, name=found.name + suffix, asked=asked)
             if asked and len(profile.devices) > 1:
-                for found in _groups(model, asking[0], profile, job, choices.ranks):
+                for found in _groups(model, asking[0], profile, job, choices):
                     yield replace(found, name=found.name + suffix, asked=asked)
 
 
 def _alone(
     model: Weighed, asking: Sequence[Wanted], device: Device, job: Job, windows: Mapping[str, float]
 ) -> Iterator[Candidate]:
-    more = PROCESS_BYTES + model.tokenizer_bytes
+    more = beside_bytes(model, asking[0].kv_type)
     for name, order, made in ways(model, asking, max(0, int(device.memory_bytes) - more), windows=windows):
         if name == "memory" or device.disk_bytes_per_s:
             yield _candidate(name, order, model, made, device, job, more)
-        else:  # what a usual one would do
+        else:  # what a usual one would do, and the least memory that would do with it
             there = replace(device, disk_bytes_per_s=DISK_BYTES_PER_S)
             found = _candidate(name, order, model, made, there, job, more)
-            yield replace(found, missing="a disk to stream from")
+            least = min(it.made.least_bytes for it in ways(model, asking, 0) if isinstance(it.made, Misfit))
+            yield replace(found, missing="a disk to stream from", least_bytes=least + more)
 
 
 def _candidate(
@@ -148,13 +151,14 @@ def _candidate(
 
 
 def _groups(
-    model: Weighed, asking: Wanted, profile: Profile, job: Job, ranks: int | None
+    model: Weighed, asking: Wanted, profile: Profile, job: Job, choices: Choices
 ) -> Iterator[Candidate]:
+    ranks, wires = choices.ranks, choices.wires
     for count in range(2, len(profile.devices) + 1) if ranks is None else (ranks,):
         if count < 2:
             continue
-        choice = group(model, asking, profile, job, count)
+        choice = group(model, asking, profile, job, count, wires)
         if isinstance(choice, NoGroup):
             continue
-        prediction = group_cost(model, asking, profile, job, choice)
+        prediction = group_cost(model, asking, profile, job, choice, wires)
         yield Candidate(f"group of {count}", model, asking.kv_type, prediction, "", 0, 10 + count)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Weighed:
     `products`: of every block; of a head in slices those of each slice besides. `block_bytes`: of every block in
     memory, in the order of a step; `extents`: of every block in a pack, with the head in slices, and `vectors_bytes`
     of its norms (see `plan_streamed`). `stored_bytes`: of the files. `tokenizer_bytes`: what the tokenizer takes
-    beyond what a plan counts with.
+    beyond what a plan counts with. `buffers`: by type of K and V, bytes of pages on their way to a disk.
     """
 
     spec: ModelSpec
@@ -53,6 +53,7 @@ class Weighed:
     vectors_bytes: int
     stored_bytes: int
     tokenizer_bytes: int = 0
+    buffers: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def layer_kinds(self) -> Mapping[LayerKind, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from harness.cells import Cell, Floors, Foretold, Measured, percentile, summary, verdict
 
@@ -23,11 +25,22 @@ def test_a_slower_machine_is_no_error_of_the_prediction() -> None:
     assert not verdict(FORETOLD, measured(0.2, 40, 40)).within
 
 
+def test_only_what_reads_goes_with_the_floors() -> None:
+    """Half of a token reads memory, which is half as quick now; the prompts compute."""
+    found = replace(FORETOLD, parts={"memory": 0.05, "compute": 0.05}, prompt_parts={"compute": 2.0})
+    there = verdict(found, measured(0.15, 20, 20))
+    assert there.token == pytest.approx(0)
+    assert there.ttft == pytest.approx(0)
+    streamed = replace(found, binding="disk", parts={"disk": 0.1, "memory": 0.05})
+    assert verdict(streamed, measured(0.1, 20, 20)).token == pytest.approx(0)
+
+
 def test_a_machine_that_changes_makes_a_cell_void() -> None:
     assert verdict(FORETOLD, measured(0.1, 40, 30)).void
     assert not verdict(FORETOLD, measured(0.1, 40, 37)).void
-    on_disk = Measured(CELL, 2.0, 0.1, 1, Floors(40, 2.0), Floors(10, 2.1))
-    assert not on_disk.void("disk")
+    other = Measured(CELL, 2.0, 0.1, 1, Floors(40, 2.0), Floors(10, 2.1))
+    assert not replace(FORETOLD, binding="disk").void(other)
+    assert not replace(FORETOLD, parts={"compute": 0.1, "memory": 0.01}).void(measured(0.1, 40, 30))
 
 
 def test_what_counts() -> None:

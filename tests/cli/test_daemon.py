@@ -365,12 +365,14 @@ def test_ps_shows_models_and_has_every_field_as_json(home: Home, monkeypatch: py
         "predicted_tokens_per_s": 21.04,
         "predicted_band": [18.0, 24.0],
         "measured_tokens_per_s": 19.5,
+        "tried": "4 threads took 9 ms for a token of one stream, 8 took 10 ms: 4 compute it",
     }
     client = FakeClient(model_status("big", running=2, waiting=1, **figures))
     monkeypatch.setattr(client_room, "Client", client)
     monkeypatch.setattr(background, "running_pid", lambda home: 4242)
     text = shoal("ps").stdout
     assert "predicted 21 tokens/s, measured 19.5" in text
+    assert "tried: 4 threads took 9 ms" in text
     assert "pid 4242 · up 1 min 1 s · 2 threads · 5 MB resident · 3 requests · 99 tokens" in text
     assert "big: 1 rank, all in ram" in text
     assert "prefix cache: holds 45% of the KV, gave 75% of 400 prompt tokens; 0 preemptions" in text

@@ -39,13 +39,23 @@ readings = st.lists(st.tuples(slots, pages), max_size=3).map(
 )
 
 
-@given(st.lists(segments, max_size=4), st.lists(copies | puts, max_size=4), st.lists(readings, max_size=3))
+some_pages = st.lists(pages, max_size=PAGES)
+
+
+@given(
+    st.lists(segments, max_size=4),
+    st.lists(copies | puts, max_size=4),
+    st.lists(readings, max_size=3),
+    some_pages,
+    some_pages,
+)
 def test_everything_but_token_ids_comes_back(
-    parts: list[Segment], moves: list[Move], reads: list[Reading]
+    parts: list[Segment], moves: list[Move], reads: list[Reading], sent: list[int], returned: list[int]
 ) -> None:
-    data = order_bytes(Order(parts, moves, reads))
+    data = order_bytes(Order(parts, moves, reads, sent, returned))
     found = order_of(data, PLAN, SLOTS)
     assert found.readings == reads
+    assert (found.sent, found.returned) == (sent, returned)
     assert [it._replace(tokens=()) for it in found.segments] == [it._replace(tokens=()) for it in parts]
     assert [len(it.tokens) for it in found.segments] == [len(it.tokens) for it in parts]
     assert found.moves == moves
@@ -78,6 +88,11 @@ def test_token_ids_do_not_travel() -> None:
         ([[], [], [[[[SLOTS, DIGEST]], [0]]]], "slot"),
         ([[], [], [[[[0, DIGEST]], [PAGES]]]], "page"),
         ([[], [], [[[[0, DIGEST]], [0, 1]]]], "reads 1 slots into 2 pages"),
+        ([[], [], [], [PAGES], []], "page"),
+        ([[], [], [], [], [PAGES]], "page"),
+        ([[], [], [], [0] * (PAGES + 1), []], "number of pages to pass on"),
+        ([[], [], [], [], [0] * (PAGES + 1)], "number of pages to pass on"),
+        ([[], [], [], [-1], []], "read"),
         ([[], [], [[[[0, DIGEST]] * PAGES, [0] * PAGES], [[[0, DIGEST]], [1]]]], "number of pages to read"),
         ([[], [], [[[[0, DIGEST[1:]]], [0]]]], "read"),
         ([[], [], [[[[-1, DIGEST]], [0]]]], "read"),

@@ -18,7 +18,7 @@ from shoal.engine.order_bytes import order_of
 from shoal.engine.rank import Rank
 from shoal.engine.sums_ahead import SumsAhead
 from shoal.kernels import ComputeHome, home_of
-from shoal.kernels.arrays import Floats, Hidden
+from shoal.kernels.arrays import Bytes, Floats, Hidden
 from shoal.kernels.cpu_home import CpuHome
 from shoal.kernels.native_library import Native
 from shoal.kernels.reference import ReferenceHome
@@ -105,6 +105,12 @@ class Member:
         assert first.shape == shape
         self.seen.append(first.tobytes())
         return first.copy()
+
+    def deal(self, parts: Sequence[Bytes], into: Bytes | None) -> None:
+        raise NotImplementedError
+
+    def collect(self, own: Bytes | None, into: Sequence[Bytes]) -> None:
+        raise NotImplementedError
 
 
 class Turns:

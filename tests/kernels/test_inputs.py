@@ -94,6 +94,25 @@ def test_extreme_weights_do_not_overflow(home: str, kind: WeightType) -> None:
 
 
 @each_type
+def test_extremes_in_any_order_do_not_overflow(home: str, kind: WeightType) -> None:
+    """The least and the greatest weights and inputs side by side, whose sums of two words are as large as they get: few
+    rows and many, odd numbers of them."""
+    source = np.random.default_rng(kind.id)
+    stored = source.choice(np.array([0, 127, 128, 255], np.uint8), (19, kind.row_bytes(512)))
+    blocks = stored.reshape(-1, kind.block_bytes)
+    for at in kind.halves:
+        blocks[:, at : at + 2] = np.array([0.5], np.float16).view(np.uint8)
+    w = kernels.from_stored(kind, 19, 512, stored)
+    full = TRUTH.dequantize(w).astype(float)
+    x = source.choice(np.array([MOST, -MOST, MOST - 255, 255 - MOST, 0], np.float32), (99, 512))
+    x[:, ::32] = MOST
+    magnitude = np.abs(x).astype(float) @ np.abs(full).T
+    for tokens in (1, 5, 99):
+        lost = np.abs(linear(x[:tokens], w) - x[:tokens].astype(float) @ full.T)
+        assert (lost <= 1e-5 * magnitude[:tokens] + 1e-3).all()
+
+
+@each_type
 def test_zeros_and_magnitudes_of_any_size(home: str, kind: WeightType) -> None:
     w = random_matrix(kind, 7, 512)
     assert np.array_equal(linear(zeros(3, 512), w), zeros(3, 7))

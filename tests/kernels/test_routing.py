@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fakes.homes import HOMES, NATIVE
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from shoal.kernels.routing import Routing, best, likeliest
+from shoal.kernels import OperandError
+from shoal.kernels.homes import choose, cpu
+from shoal.kernels.routing import Routing, best, likeliest, route
 
 
 def random_scores(rows: int, experts: int, seed: int = 0) -> np.ndarray:
@@ -59,3 +64,62 @@ def test_routes_are_by_expert_and_token_ascending() -> None:
     assert routing.routes.starts == (0, 2, 4, 6)
     assert routing.routes.tokens.tolist() == [0, 1, 0, 2, 1, 2]
     assert routing.routes.factors.tolist() == [1, 2, 0, 4, 3, 5]
+
+
+def assert_same(got: Routing, truth: Routing) -> None:
+    assert got.used == truth.used
+    assert got.routes.starts == truth.routes.starts
+    assert got.routes.tokens.dtype == np.int64
+    assert np.array_equal(got.routes.tokens, truth.routes.tokens)
+    assert got.routes.factors.dtype == np.float32
+    np.testing.assert_allclose(got.routes.factors, truth.routes.factors, rtol=2e-7, atol=3e-45)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), rows=st.sampled_from([0, 1, 2, 9, 300]), experts=st.integers(1, 130))
+def test_native_kernels_route_as_the_reference_does(data: st.DataObject, rows: int, experts: int) -> None:
+    """Also among scores of which many are equal, far apart, infinite or no numbers."""
+    count, normalize = data.draw(st.integers(1, experts)), data.draw(st.booleans())
+    source = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    scores = source.standard_normal((rows, experts)).astype(np.float32)
+    kind = data.draw(st.sampled_from(["plain", "ties", "wide", "odd"]))
+    if kind == "ties":
+        scores = np.round(scores)
+    elif kind == "wide":
+        scores *= np.float32(10.0) ** source.integers(-37, 38, scores.shape).astype(np.float32)
+    elif kind == "odd":
+        odd = np.array([np.nan, -np.nan, np.inf, -np.inf, -0.0], np.float32)
+        scores = np.where(source.random(scores.shape) < 0.05, source.choice(odd, scores.shape), scores)
+    with np.errstate(all="ignore"):
+        truth = route(scores, count, normalize)
+    for name in NATIVE:
+        choose(name)
+        got = cpu().route(scores, count, normalize)
+        assert_same(got, truth)
+        for row in range(min(rows, 3)):  # a row goes where it goes alone, with the same factors to the bit
+            alone = cpu().route(scores[row : row + 1], count, normalize)
+            mine = got.routes.tokens == row
+            its = np.array(got.used).repeat(np.diff(got.routes.starts))[mine]
+            assert its.tolist() == alone.used
+            assert np.array_equal(got.routes.factors[mine], alone.routes.factors, equal_nan=True)
+    choose()
+
+
+def test_scores_need_not_be_contiguous() -> None:
+    scores = random_scores(40, 16)
+    for name in HOMES:
+        choose(name)
+        truth = cpu().route(scores, 4, normalize=True)
+        for same in (scores.repeat(2, 1)[:, ::2], np.asfortranarray(scores)):
+            assert_same(cpu().route(same, 4, normalize=True), truth)
+    choose()
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_scores_that_cannot_be_routed_are_refused(name: str) -> None:
+    choose(name)
+    scores = random_scores(2, 4)
+    for wrong, count in ((scores, 0), (scores, 5), (scores[0], 1), (scores.astype(float), 1)):
+        with pytest.raises(OperandError, match=r"float32 \(T, experts\)"):
+            cpu().route(wrong, count, normalize=False)
+    choose()

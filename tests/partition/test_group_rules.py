@@ -24,16 +24,19 @@ from shoal.partition.group_cost import Cost
 from shoal.partition.group_cuts import Cuts
 from shoal.partition.group_search import EXACT_MACHINES, TOLERANCE, choose
 from shoal.partition.machines import LinkSpeed, Machine, Workload
-from shoal.partition.plan import Plan, least_in_ram
+from shoal.partition.plan import Plan, arena_slack, least_in_ram
 from shoal.partition.rank_sizes import Memory, Sizes
-from shoal.partition.slicing import ANYWHERE, divide, shard_spec
+from shoal.partition.slicing import ANYWHERE, Shard, divide, shard_spec
 from shoal.partition.spec import ModelSpec
 from shoal.partition.streamed_plan import plan_streamed
 from shoal.partition.sum_cost import Means, Network
 
 MODELS = {"8b": model(), "small": small(), "mixture": mixture()}
 SIZES = {name: block_bytes(spec) for name, spec in MODELS.items()}
-ALL: Mapping[str, Any] = {"topologies": ("star", "exchange", "sliced"), "splits": ("tensor", "pipeline")}
+ALL: Mapping[str, Any] = {
+    "topologies": ("star", "exchange", "sliced"),
+    "splits": ("tensor", "pipeline", "prompts"),
+}
 Pairs = dict[tuple[int, int], LinkSpeed]
 
 MACHINES = st.builds(
@@ -115,6 +118,15 @@ def assert_plan(part: ModelSpec, rank: RankPlan, own: Machine) -> None:
         assert least_in_ram(asked, resident).peak_bytes <= 1.002 * own.memory_bytes
 
 
+def assert_both(name: str, shard: Shard, head: Machine) -> None:
+    """The head has room for the whole model and for its part."""
+    spec = MODELS[name]
+    part = block_bytes(shard_spec(spec, shard))
+    layers = sum(nbytes for block, nbytes in part.items() if block.kind not in ("embed", "head"))
+    whole = least_in_ram(wanted(spec, threads=head.threads), SIZES[name]).peak_bytes
+    assert whole + layers + arena_slack(layers) <= 1.002 * head.memory_bytes
+
+
 @settings(max_examples=60, deadline=None)
 @given(clusters())
 def test_no_group_is_faster_than_its_bound(cluster: tuple[str, list[Machine], Pairs, dict[str, Any]]) -> None:
@@ -157,6 +169,13 @@ def test_a_choice_can_be_carried_out(cluster: tuple[str, list[Machine], Pairs, d
         assert sum(counts) == len(MODELS[name].layers)
     elif len(found.ranks) > 1:
         shards = divide(MODELS[name], len(found.ranks), shares=found.shares, experts=found.experts)
+        if found.split == "prompts":
+            assert_both(name, shards[0], machines[0])
+            assert not any(rank.streamed_bytes or rank.missing_experts for rank in found.ranks)
+            shards, ranks = shards[1:], found.ranks[1:]
+            for rank, shard in zip(ranks, shards, strict=True):
+                assert_plan(shard_spec(MODELS[name], shard), rank, machines[rank.place])
+            return
         for rank, shard in zip(found.ranks, shards, strict=True):
             assert_plan(shard_spec(MODELS[name], shard), rank, machines[rank.place])
     assert len(found.ranks) + len(found.unused) == len(machines)

@@ -21,9 +21,9 @@ from fakes.group.group_cases import (
 )
 
 from shoal.partition.errors import MachineError
-from shoal.partition.group_choice import Choice, NoGroup
+from shoal.partition.group_choice import Choice, KeptCut, KeptCuts, NoGroup
 from shoal.partition.group_cost import crowding
-from shoal.partition.group_search import KeptCut, KeptCuts, choose
+from shoal.partition.group_search import choose
 from shoal.partition.machines import LinkSpeed, Machine, Workload
 from shoal.partition.slicing import Grains, divide
 from shoal.partition.spec import LayerSpec, ModelSpec, MoeSpec
@@ -32,6 +32,7 @@ from shoal.partition.sum_cost import Means
 MODELS = {"8b": model(), "small": small(), "mixture": mixture()}
 SIZES = {name: block_bytes(spec) for name, spec in MODELS.items()}
 ALL: Mapping[str, Any] = {"topologies": ("star", "exchange", "sliced"), "splits": ("tensor", "pipeline")}
+FAR = LinkSpeed(2.5e-3, 125e6, "Wi-Fi")  # quick enough for prompts
 Pairs = dict[tuple[int, int], LinkSpeed]
 
 
@@ -326,4 +327,58 @@ def test_what_was_used_does_not_stay_if_it_does_not_fit_or_is_slower_than_alone(
     found = chosen(spec, small_one, all_linked(2, CABLE), kept=kept, ranks=2)
     assert found.shares != (1, 1)
     far = {(0, 1): LinkSpeed(0.005, 1e8)}
-    assert names(chosen(spec, [machine("a"), machine("b")], far, kept=kept)) == ["a"]
+    whole = chosen(spec, [machine("a"), machine("b")], far, kept=kept, splits=("tensor",))
+    assert names(whole) == ["a"]
+
+
+def test_far_machines_read_prompts_and_the_head_answers() -> None:
+    """Two sums a layer wait 5 ms for each token, which takes 0.2 s; 512 tokens take 18 s alone."""
+    machines = [machine("head"), machine("b"), machine("c")]
+    found = chosen(model(), machines, all_linked(3, FAR), **{**ALL, "splits": ("tensor", "prompts")})
+    assert (found.split, names(found)) == ("prompts", ["head", "b", "c"])
+    assert found.alone
+    assert found.figures.token_s == found.alone.token_s
+    first_s, alone_s = (each.first_token_s[0] for each in (found.figures, found.alone))
+    # 8 pages of 8.4 MB, of which two others have three heads of eight each, pass one port; then come the sums.
+    assert alone_s / 3 + 8 * 8.4e6 * 6 / 8 / 125e6 < first_s < 0.5 * alone_s
+    assert found.figures.decode is None
+    assert found.figures.prompt is not None
+    assert 16 <= found.figures.group_rows < 256
+    # A page passes in 0.05 s; the head alone computes a row in 0.035 s, together they do in less than half of that.
+    assert found.figures.page_rows in (2, 3)
+    assert found.ranks[0].needed_bytes > 4.5 * GB + 1.1 * GB
+
+
+def test_the_head_needs_room_for_the_model_and_its_part() -> None:
+    """5.4 GB with KV, and some of 3.9 GB: a third, or less."""
+    machines = [machine("b"), machine("c")]
+
+    def shares(memory: float) -> tuple[float, ...]:
+        head = machine("head", memory=memory)
+        found = chosen(model(), [head, *machines], all_linked(3, FAR), topologies=("sliced",))
+        assert found.split == ("prompts" if found.shares else "tensor")
+        return found.shares
+
+    assert shares(8.5) == (85, 85, 85)
+    small, *others = shares(5.8)
+    assert small < min(others)
+    assert shares(5.4) == ()
+
+
+def test_a_number_of_ranks_computes_all_together() -> None:
+    machines, kept = [machine("head"), machine("b")], {(0, 1): KeptCut((1, 1), "columns", "prompts")}
+    links = all_linked(2, FAR)
+    free = chosen(model(), machines, links, kept=KeptCuts(kept, (0, 1)))
+    assert (free.split, free.shares) == ("prompts", (1, 1))
+    asked = chosen(model(), machines, links, kept=KeptCuts(kept, (0, 1)), ranks=2)
+    assert (asked.split, len(asked.ranks)) == ("tensor", 2)
+    without = chosen(model(), machines, links, splits=("tensor",), kept=KeptCuts(kept, (0, 1)))
+    assert names(without) == ["head"]
+
+
+def test_a_group_that_was_slow_at_answers_is_not_trusted_with_prompts() -> None:
+    machines, links = [machine("head"), machine("b")], all_linked(2, FAR)
+    assert chosen(model(), machines, links).split == "prompts"
+    together = chosen(model(), machines, links, ranks=2)
+    slow = {(0, 1): 4 * together.figures.token_s}
+    assert names(chosen(model(), machines, links, measured=slow)) == ["head"]

@@ -147,15 +147,23 @@ def _add(wire: WireType, data: Octets, total: F32Rows) -> None:
 class Hub(_Adder):
     """Rank 0's side. `streams` lead to ranks 1, 2, …; a rank that does not answer within `patience_s` has departed.
 
+    `most_collected`: bytes that a rank brings at once besides partials.
+
     Raises Departed, with the rank, when a spoke failed or its stream ended; the hub can be used no more after that.
     """
 
     def __init__(
-        self, streams: Sequence[FrameStream], epoch: int, wire: WireType = "f32", patience_s: float = 60.0
+        self,
+        streams: Sequence[FrameStream],
+        epoch: int,
+        wire: WireType = "f32",
+        patience_s: float = 60.0,
+        most_collected: int = 0,
     ) -> None:
         self.waits = [PartWaits() for _ in streams]  # for parts of ranks 1, 2, …, in this order
         links = {rank: Framed(stream, epoch) for rank, stream in enumerate(streams, 1)}
         super().__init__(Swapper(0, links, epoch, patience_s, heard=self._heard), len(streams) + 1, wire)
+        self._foresee((1, -(-most_collected // 4)))
         self.unheard: dict[int, int] = {}  # ranks that another one does not hear, and which
         self._open = False
 
@@ -221,6 +229,14 @@ class Hub(_Adder):
             brought.append(np.empty((rows, int(width)), np.float32))
         self._swap({}, {rank: (FrameKind.PART, brought[rank].reshape(-1).view(np.uint8)) for rank in widths})
         return np.concatenate(brought, axis=1)
+
+    def deal(self, parts: Sequence[Octets], into: Octets | None = None) -> None:
+        """Bytes for ranks 1, 2, …, each its own."""
+        self._swap({rank: (FrameKind.ROWS, part) for rank, part in enumerate(parts, 1)}, {})
+
+    def collect(self, own: Octets | None, into: Sequence[Octets]) -> None:
+        """Bytes of ranks 1, 2, …, which bring as many as there is room for."""
+        self._swap({}, {rank: (FrameKind.PART, part) for rank, part in enumerate(into, 1)})
 
     def _tell(self, kind: FrameKind, payload: Octets | bytes) -> None:
         data = np.frombuffer(payload, np.uint8) if isinstance(payload, bytes) else payload
@@ -293,6 +309,16 @@ class Spoke(_Adder):
         for part in (np.array([columns.shape[1]], np.uint32), np.ascontiguousarray(columns)):
             self._swap({0: (FrameKind.PART, part.reshape(-1).view(np.uint8))}, {})
         return columns[:, :0]
+
+    def deal(self, parts: Sequence[Octets], into: Octets | None) -> None:
+        """The bytes that rank 0 has for this rank: as many as there is room for."""
+        assert into is not None
+        self._swap({}, {0: (FrameKind.ROWS, into)})
+
+    def collect(self, own: Octets | None, into: Sequence[Octets] = ()) -> None:
+        """Sends this rank's bytes to rank 0."""
+        assert own is not None
+        self._swap({0: (FrameKind.PART, own)}, {})
 
     def fail(self, reason: str) -> None:
         """This rank cannot go on with the order."""

@@ -13,6 +13,7 @@ from fakes.asking import CONFIG
 from fakes.cli_fakes import shoal
 from fakes.group.clusters import Cluster
 
+from shoal.cli import doctor as doctor_room
 from shoal.cli.findings import cluster_findings
 from shoal.cli.findings.cluster_findings import findings
 from shoal.cli.findings.finding import Finding
@@ -20,6 +21,7 @@ from shoal.comm.cluster_messages import NodesReply, NodeStatus
 from shoal.comm.home import Home
 from shoal.daemon.cluster.routes.own_addresses import OwnAddress
 from shoal.daemon.cluster.routes.surroundings import Surroundings
+from shoal.daemon.progress import no_progress
 
 CABLE = OwnAddress("192.168.1.5", "eth0", "cable")
 WIFI = OwnAddress("192.168.1.7", "wlan0", "wifi")
@@ -84,7 +86,7 @@ def test_the_role() -> None:
     [
         ("the node cannot be reached (192.168.1.9:7447: No route to host)", "port"),
         ("the other node does not know this one, or no longer: pair them again", "join with a new code"),
-        ("this node speaks version 1, the other node version 2: update the older one", "upgrade"),
+        ("this node speaks version 1, the other node version 2: update the older one", "pip install ."),
     ],
 )
 def test_a_worker_that_is_not_attached(trouble: str, mend: str) -> None:
@@ -208,3 +210,14 @@ def test_of_a_real_cluster(cluster: Cluster, quiet: None) -> None:
     assert far.bytes_per_s > 1e6
     assert far.version == own.version
     assert "lent to" in only(at_worker, "cluster").found
+
+
+def test_a_worker_needs_no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    home = Home.from_env()
+    for role, state in (("alone", "note"), ("head", "note"), ("worker", "ok")):
+        monkeypatch.setattr(doctor_room, "role_of", lambda directory, role=role: (role, ""))
+        (found,) = (
+            it for it in doctor_room.examine(home, deep=False, progress=no_progress) if it.name == "models"
+        )
+        assert found.state == state, role

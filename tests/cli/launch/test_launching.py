@@ -19,11 +19,13 @@ from fakes.group.processes import with_tested_kernels
 
 from shoal.cli import background
 from shoal.cli.launch.hosts_file import Host
-from shoal.cli.launch.launching import for_others
+from shoal.cli.launch.launching import _said, for_others
 from shoal.cli.launch.over_ssh import Outcome, join_over_ssh, outcome, ssh_command
 from shoal.client import Client
+from shoal.comm.cluster_messages import NodeStatus
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.installed import package_version
 
 FAKE_SSH = r"""#!/bin/sh
 # What stands behind --: the host, and a command for its shell. Hosts are named by what happens there.
@@ -173,6 +175,25 @@ def test_addresses_that_others_cannot_reach_are_left_out() -> None:
     assert for_others(["10.0.0.1:7447", "[::1]:7447", "127.0.0.1:7447"]) == ["10.0.0.1:7447"]
     assert for_others(["127.0.0.1:7447"]) == ["127.0.0.1:7447"]
     assert for_others(["head.local:7447", "127.0.0.1:1"]) == ["head.local:7447"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "more"),
+    [
+        ({}, False),
+        ({"memory": 6_000_000_000, "threads": 4}, False),
+        ({"memory": 5_000_000_000}, True),
+        ({"threads": 2}, True),
+    ],
+)
+def test_a_machine_that_runs_already_may_lend_more_than_the_file_says(
+    asked: dict[str, int], more: bool
+) -> None:
+    facts = {"threads": 4, "memory_bytes": 5_900_000_000, "version": package_version()}
+    node = NodeStatus(name="pi", fingerprint="ab" * 32, role="worker", attached=True, **facts)
+    said = _said(Outcome(Host("pi", "pi", **asked), node.fingerprint, before=True), node)
+    assert said.startswith("was in the cluster already: 4 threads, 5.9 GB")
+    assert ("more than the file says" in said) == more
 
 
 # --- end to end ----------------------------------------------------------------------------------------------

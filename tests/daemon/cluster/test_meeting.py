@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -30,7 +30,7 @@ from shoal.engine.leader import Leader
 from shoal.engine.order import Order, Segment
 from shoal.engine.rank import Rank
 from shoal.kernels import home_of
-from shoal.kernels.arrays import Floats
+from shoal.kernels.arrays import Bytes, Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 
 PATIENCE_S = 10.0
@@ -155,6 +155,12 @@ class Slow:
         raise NotImplementedError
 
     def gather(self, columns: Floats) -> Floats:
+        raise NotImplementedError
+
+    def deal(self, parts: Sequence[Bytes], into: Bytes | None) -> None:
+        raise NotImplementedError
+
+    def collect(self, own: Bytes | None, into: Sequence[Bytes]) -> None:
         raise NotImplementedError
 
 

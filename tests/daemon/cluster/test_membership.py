@@ -67,6 +67,16 @@ def test_a_worker_that_forgets_its_head_dials_it_no_more(tmp_path: Path) -> None
         worker.answer(Forget(node=worker._worker.head))
         wait_for(lambda: worker._worker is None)
         cluster.wait(0)
+        wait_for(lambda: not cluster.head.paired())  # it is told, and waits for nobody
+
+
+def test_a_worker_that_leaves_takes_no_other_with_it(tmp_path: Path) -> None:
+    with Cluster(tmp_path, CONFIG, workers=2) as cluster:
+        first, second = (cluster.workers[number]._identity().fingerprint for number in (1, 2))
+        assert cluster.head.paired() == [first, second]
+        cluster.workers[1].answer(Forget(node=cluster.head._identity().fingerprint))
+        wait_for(lambda: cluster.head.paired() == [second])
+        cluster.wait(1)
 
 
 def test_a_worker_that_looks_for_its_head_stops_at_once(

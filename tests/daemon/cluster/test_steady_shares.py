@@ -11,8 +11,8 @@ from fakes.group.group_cases import block_bytes, model, wanted
 
 from shoal.daemon.cluster.speed import STARTS, NodeSpeed
 from shoal.daemon.cluster.steady_shares import MOST_KEPT, SteadyShares, UsedCut
-from shoal.partition.group_choice import Choice
-from shoal.partition.group_search import KeptCut, choose
+from shoal.partition.group_choice import Choice, KeptCut
+from shoal.partition.group_search import choose
 from shoal.partition.machines import LinkSpeed, Machine
 
 SPEC = model()
@@ -108,6 +108,8 @@ def test_which_cut_is_the_last(tmp_path: Path) -> None:
     assert again.cuts("m", ["a", "b"]) == ({(0, 1, 2): USED, (0, 2): KeptCut((1, 1), "whole")}, (0, 2))
     again.use({}, cut())
     assert again.cuts("m", ["a", "b"]).last == (0, 1, 2)
+    again.use({}, UsedCut("m", ("b",), (1, 1), "columns", WORKERS, "prompts"))
+    assert again.cuts("m", ["a", "b"]).by_places[0, 2] == KeptCut((1, 1), "columns", "prompts")
 
 
 def test_a_number_of_ranks_that_is_asked_for_is_more_than_what_is_kept(tmp_path: Path) -> None:

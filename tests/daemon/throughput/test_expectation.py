@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fakes import tiny
 
-from shoal.comm.messages import Done, Generate, Load, Sampling
+from shoal.comm.messages import Done, Generate, Load, Sampling, Token
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.loading import planning
 from shoal.daemon.node import Node
 
 CONFIG = NodeConfig(context_tokens=96, kv_tokens=768, max_sequences=4, chunk_tokens=64, threads=1)
@@ -36,6 +38,12 @@ def answer(node: Node, prompt: int, new: int) -> None:
     assert isinstance(list(node.stream(request))[-1], Done)
 
 
+def look(node: Node) -> None:
+    """As is done each half second."""
+    for one in node._looks():
+        one()
+
+
 def test_requests_and_loads_are_logged_beside_what_was_predicted(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -47,7 +55,7 @@ def test_requests_and_loads_are_logged_beside_what_was_predicted(
         assert status.measured_tokens_per_s == 0
         assert re.search(r"loaded tiny\.gguf in .* predicted .* tokens/s", caplog.text)
         answer(node, 40, 24)
-        node._expire_each()
+        look(node)
         said = (
             r"tiny\.gguf: 40 tokens read in .* \(predicted .*\), 24 tokens written at .*/s \(predicted .*/s\)"
         )
@@ -59,15 +67,42 @@ def test_the_machine_learns_from_who_ran_alone(node: Node) -> None:
     before = node._machine.device.corrections
     for _ in range(3):
         answer(node, 40, 24)
-        node._expire_each()
+        look(node)
     after = node._machine.device.corrections
     assert after != before
     assert all(0.5 <= value <= 2 for value in vars(after).values())
+    said = node.status().corrections
+    assert said == {part: times for part, times in vars(after).items() if times != 1}
+    assert "network" not in said
+
+
+def test_the_runner_up_is_tried_and_says_what_came_of_it(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    usual = replace(CONFIG, threads=None, max_guesses=0)
+    request = Generate(
+        prompt_tokens=[5] * 8, max_tokens=80, ignore_eos=True, sampling=Sampling(temperature=0.0)
+    )
+
+    def tokens(tried: bool) -> list[list[int]]:
+        monkeypatch.setattr(planning, "rival_threads", lambda model, plan, device: 1 if tried else 0)
+        with Node(usual) as node:
+            node.load(Load(model=str(path)))
+            found = [event for event in node.stream(request) if isinstance(event, Token)]
+            look(node)
+            said = node.status().models[0].tried
+            verdict = r"1 thread took .* for a token of one stream, \d+ took .*: \d+ compute it"
+            assert bool(re.search(verdict, said)) == tried
+            assert f"tiny.gguf: {said}" in caplog.text
+        return [it.ids for it in found]
+
+    assert tokens(True) == tokens(False)
 
 
 def test_what_ended_before_it_began_is_passed_over(node: Node) -> None:
     (model,) = node._models
     underway = node.submit(Generate(prompt_tokens=[5] * 40, max_tokens=20), lambda event: None)
     underway.cancel()
-    node._expire_each()
+    look(node)
     assert not model.begun

@@ -111,6 +111,7 @@ def test_a_measured_profile_comes_back(tmp_path: Path) -> None:
         ("devices.0.flops", True, "devices[0].flops: expected `float`, got `bool`"),
         ("devices.0.threads", 0, "devices[0].threads=0: must be a number from 1"),
         ("devices.0.threads", 1.5, "devices[0].threads: expected `int`, got `float`"),
+        ("devices.0.threads", 10**400, "devices[0].threads=1000000000"),
         ("devices.0.flop", 1e9, "devices[0].flop: there is no such field"),
         ("devices.0.accelerators.0.pcie", 1e9, "devices[0].accelerators[0].pcie: there is no such field"),
         ("devices.0.accelerators.0.flops", -2, "devices[0].accelerators[0].flops=-2"),

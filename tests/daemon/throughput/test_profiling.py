@@ -13,7 +13,7 @@ from shoal.daemon.throughput import disk_laws, fixed_costs, kernel_laws, profili
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text
 from shoal.kernels import WEIGHT_TYPES
 from shoal.partition.throughput.laws import attention, product
-from shoal.partition.throughput.profile import Profile, check_profile
+from shoal.partition.throughput.profile import Profile, RowsLaw, check_profile
 from shoal.partition.throughput.weights_of import Product
 
 
@@ -72,6 +72,14 @@ def test_it_is_kept_until_something_changes(tmp_path: Path, monkeypatch: pytest.
     assert profiling.machine_profile(2, place, kept, only_kept=True) is None
     kept.write_text(kept.read_text().replace('"flops"', '"flop"'))
     assert profiling.machine_profile(1, place, kept, only_kept=True) is None
+
+
+def test_the_speed_of_memory_is_that_of_several_types() -> None:
+    """One that was lucky, some as they are, one that computes; small matrices lie in caches."""
+    speeds = {20e6: (60e9, 30e9, 29e9, 28e9, 10e9), 1e6: (200e9,)}
+    laws = [RowsLaw("*", size, (1,), (1 / it,)) for size, each in speeds.items() for it in each]
+    assert kernel_laws.memory_bytes_per_s(laws) == pytest.approx(30e9)
+    assert kernel_laws.memory_bytes_per_s(laws[:1]) == pytest.approx(60e9)
 
 
 def test_measuring_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

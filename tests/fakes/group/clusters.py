@@ -6,12 +6,13 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shoal.comm.cluster_messages import Invitation, Invite, NodesReply, NodeStatus
 from shoal.comm.cluster_messages import Nodes as AskNodes
 from shoal.comm.group.sums.wire_types import WireType
 from shoal.comm.home import Home
-from shoal.daemon.cluster.forming import Forming
+from shoal.daemon.cluster.forming import Choosing, Forming
 from shoal.daemon.cluster.membership import Membership
 from shoal.daemon.cluster.pairing_up import pair_with_head
 from shoal.daemon.cluster.roster import Roster
@@ -23,8 +24,8 @@ from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.node import Node
 from shoal.offload.budget import Budget
-from shoal.partition.group_choice import Choice, NoGroup
-from shoal.partition.group_search import KeptCuts, choose
+from shoal.partition.group_choice import Choice, KeptCuts, NoGroup
+from shoal.partition.group_search import choose
 from shoal.partition.machines import Links, Machine
 from shoal.partition.plan import Wanted
 from shoal.partition.slicing import Grains
@@ -65,11 +66,23 @@ def everybody(
     )
 
 
+def prompts_by_everybody(*about: Any, **more: Any) -> Choice | NoGroup:
+    """As `everybody`, but answers are decoded by the head alone. Steps of 8 rows or more are for all."""
+    found = everybody(*about, **more)
+    if isinstance(found, NoGroup) or len(found.ranks) == 1 or more["ranks"]:
+        return found
+    return found._replace(split="prompts", freely=None, figures=found.figures._replace(group_rows=8))
+
+
 class Cluster:
     """`workers` may be stopped and started again by number."""
 
-    def __init__(self, directory: Path, config: NodeConfig, workers: int) -> None:
+    def __init__(
+        self, directory: Path, config: NodeConfig, workers: int, choosing: Choosing = everybody
+    ) -> None:
         self.directory = directory
+        self._choosing = choosing
+        self.by: Callable[[str], str] = lambda address: address  # at which workers find that of the head
         self._config = config
         self.speed = SPEED  # of the head
         self._start_head()
@@ -89,7 +102,7 @@ class Cluster:
                 self.roster,
                 send_weights,
                 lambda: self.speed,
-                everybody,
+                self._choosing,
                 steady=SteadyShares(head.cluster / "shares.json"),
             ),
         )
@@ -128,7 +141,7 @@ class Cluster:
     def join(self, number: int) -> None:
         """A new machine is paired, and attaches."""
         invitation = self.invite()
-        pair_with_head(self.home(number), invitation.code, invitation.addresses[:1])
+        pair_with_head(self.home(number), invitation.code, [self.by(invitation.addresses[0])])
         self.start(number)
 
     def start(self, number: int) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import pytest
 from fakes.throughput.throughput_cases import MB, device, spec, weighed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.explain import changes, reason, runner_up
+from shoal.partition.throughput.group_plans import speeds_with
 from shoal.partition.throughput.prediction import Job
-from shoal.partition.throughput.profile import ANY, Profile, ProfileLink
+from shoal.partition.throughput.profile import ANY, Overheads, Profile, ProfileLink, RowsLaw
 from shoal.partition.throughput.solve import Choices, Solved, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
@@ -83,6 +86,18 @@ def test_nothing_fits() -> None:
     assert solved([DENSE], one(least - 2 * MB)).chosen is None
 
 
+def test_the_smallest_machine_where_only_a_disk_lacks() -> None:
+    """Streaming needs less memory than this machine has."""
+    found = solved(
+        [DENSE], one(0.6 * DENSE.weights_bytes, disk_bytes_per_s=0.0), choices=Choices(kv_type="f16")
+    )
+    assert found.chosen is None
+    assert "a disk to stream from is missing" in reason(found)
+    least = min(it.least_bytes for it in found.candidates)
+    assert least < 0.3 * DENSE.weights_bytes + 100e6
+    assert name(solved([DENSE], one(least + MB))).startswith("stream")
+
+
 def test_several_machines_are_a_group() -> None:
     machines = Profile(tuple(device(name=str(i), memory_bytes=16e9) for i in range(3)), (CABLE,))
     found = solved([weighed(spec(32, hidden=4096, ffn=14336, heads=32, head_dim=128))], machines)
@@ -93,6 +108,36 @@ def test_several_machines_are_a_group() -> None:
     assert len(found.chosen.prediction.peak_bytes) > 1
     alone = solved([DENSE], machines, choices=Choices(ranks=1))
     assert all(not it.name.startswith("group") for it in alone.candidates)
+
+
+def test_machines_of_a_group_are_as_fast_as_their_tables_say() -> None:
+    """A type that takes twice as long with many rows makes the group's first token later."""
+
+    def machines(slow: float) -> Profile:
+        law = RowsLaw("BF16", 1e6, (1, 256), (5e-11, slow * 2.56e-9))
+        return Profile(tuple(device(name=str(i), products=(law,)) for i in range(2)), (CABLE,))
+
+    quick, slow = (
+        solved([DENSE], machines(times), choices=Choices(ranks=2)).candidates[0] for times in (1, 2)
+    )
+    assert slow.prediction.ttft_s > 1.5 * quick.prediction.ttft_s
+    assert slow.prediction.token_s == pytest.approx(quick.prediction.token_s, rel=0.05)
+    assert speeds_with(machines(1).head, DENSE) == (pytest.approx(2e10), pytest.approx(1e11, rel=0.01))
+
+
+def test_fixed_costs_of_a_group_are_those_of_its_head() -> None:
+    one_ms = Overheads(step_s=1e-3, layer_s=1e-3, mixture_s=1e-3)
+
+    def token_s(model: Weighed, **more: Any) -> float:
+        machines = Profile(tuple(device(name=str(i), **more) for i in range(2)), (CABLE,))
+        return solved([model], machines, choices=Choices(ranks=2)).candidates[0].prediction.token_s
+
+    layers = len(LONG.layers)
+    guessed = Overheads()
+    more_s = 1e-3 - guessed.step_s + layers * (1e-3 - guessed.layer_s)
+    assert token_s(DENSE, overheads=one_ms) - token_s(DENSE) == pytest.approx(more_s, rel=1e-3)
+    mixed = token_s(MIXED, overheads=replace(guessed, mixture_s=1e-3)) - token_s(MIXED)
+    assert mixed == pytest.approx(len(MIXED.spec.layers) * (1e-3 - guessed.mixture_s), rel=1e-3)
 
 
 def test_machines_that_are_not_linked_are_no_group() -> None:
@@ -150,6 +195,28 @@ def test_faster_machines_never_make_the_choice_worse(
     if before.chosen is not None:
         assert after.chosen is not None
         # The simpler plan may be taken where it is hardly slower.
+        assert after.chosen.prediction.total_s(JOB) <= 1.035 * before.chosen.prediction.total_s(JOB)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.sampled_from([DENSE, MIXED]),
+    st.floats(0.3, 1.3),
+    st.floats(1e-5, 5e-3),
+    st.floats(1e7, 5e9),
+    st.sampled_from(["latency_s", "bytes_per_s"]),
+    st.floats(1.05, 10.0),
+)
+def test_faster_links_never_make_the_choice_worse(
+    model: Weighed, share: float, latency_s: float, bytes_per_s: float, figure: str, times: float
+) -> None:
+    link = ProfileLink((ANY, ANY), latency_s, bytes_per_s)
+    better = {figure: getattr(link, figure) * (times if figure == "bytes_per_s" else 1 / times)}
+    memory = share * model.weights_bytes + 150e6
+    machines = tuple(device(name=str(i), memory_bytes=memory) for i in range(3))
+    before, after = (solved([model], Profile(machines, (it,))) for it in (link, replace(link, **better)))
+    if before.chosen is not None:
+        assert after.chosen is not None
         assert after.chosen.prediction.total_s(JOB) <= 1.035 * before.chosen.prediction.total_s(JOB)
 
 

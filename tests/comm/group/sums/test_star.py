@@ -73,6 +73,80 @@ def test_all_ranks_get_the_same_sum(ranks: int, wire: WireType, shape: tuple[int
         assert first[0].tobytes() == expected.tobytes()
 
 
+def test_bytes_are_dealt_to_each_rank_and_collected() -> None:
+    """Of whatever lengths, and many one after the other."""
+    star = Star(2, "int8")
+    dealt = [np.arange(1000 * rank, dtype=np.uint16).view(np.uint8) for rank in (1, 300)]
+    back = [np.zeros_like(part) for part in dealt]
+
+    def hub() -> None:
+        star.hub.begin(b"order")
+        for _ in range(20):
+            star.hub.deal(dealt)
+        for _ in range(20):
+            star.hub.collect(None, back)
+        star.hub.end()
+
+    def spoke(rank: int) -> None:
+        star.spokes[rank].next()
+        here = np.zeros_like(dealt[rank])
+        for _ in range(20):
+            star.spokes[rank].deal((), here)
+        for _ in range(20):
+            star.spokes[rank].collect(here)
+
+    star.together(hub, lambda: spoke(0), lambda: spoke(1))
+    assert all(np.array_equal(one, other) for one, other in zip(dealt, back, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_a_rank_that_brings_more_or_less_than_it_has_departs(wrong: int) -> None:
+    star = Star(1)
+
+    def hub() -> None:
+        star.hub.begin(b"order")
+        with pytest.raises(Departed, match="bytes"):
+            star.hub.collect(None, [np.empty(100, np.uint8)])
+
+    def spoke() -> None:
+        star.spokes[0].next()
+        star.spokes[0].collect(np.zeros(100 + wrong, np.uint8))
+
+    star.together(hub, spoke)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_was_to_be_collected_may_be_given_up(ranks: int) -> None:
+    """Though it is more than any partial so far, and is on its way already."""
+    pairs = [stream_pair() for _ in range(ranks - 1)]
+    hub = Hub([near for near, _ in pairs], EPOCH, patience_s=PATIENCE_S, most_collected=1 << 20)
+    spokes = [Spoke(far, EPOCH, patience_s=PATIENCE_S, rank=rank) for rank, (_, far) in enumerate(pairs, 1)]
+    sent = threading.Barrier(ranks)
+    into = [np.zeros(1 << 20, np.uint8) for _ in spokes]
+
+    def first() -> None:
+        hub.begin(b"one")
+        sent.wait(PATIENCE_S)
+        hub.give_up()
+        hub.begin(b"two")
+        hub.collect(None, into)
+        hub.end()
+
+    def spoke(one: Spoke) -> None:
+        assert one.next() == b"one"
+        threading.Timer(0.05, sent.wait, (PATIENCE_S,)).start()
+        with contextlib.suppress(GivenUp):
+            one.collect(np.ones(1 << 20, np.uint8))
+        assert one.next() == b"two"
+        one.collect(np.full(1 << 20, 2, np.uint8))
+
+    with ThreadPoolExecutor(ranks) as threads:
+        acts = [threads.submit(first), *(threads.submit(spoke, one) for one in spokes)]
+        for act in acts:
+            act.result(PATIENCE_S)
+    assert all((part == 2).all() for part in into)
+
+
 def test_rows_of_rank_0_arrive_exactly_whatever_the_wire_rounds() -> None:
     star = Star(2, "int8")
     (rows,) = partials(1, (3, 40))

@@ -1,0 +1,109 @@
+"""A model cut as it was chosen, with a plan for each rank.
+
+Knows checkpoints and how their shards are planned. Which machines the ranks are, and what was chosen, is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+from typing import NamedTuple
+
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.loading.budgeting import disk_buffer_bytes
+from shoal.daemon.loading.planning import rank_part, wanted_of
+from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
+from shoal.offload.pack.layout import grains_of
+from shoal.partition.group_choice import Choice
+from shoal.partition.plan import BlockPlan, Misfit, Plan, Wanted, arena_slack
+from shoal.partition.rank_plans import RankPart, rank_plans
+from shoal.partition.slicing import Shard, divide
+
+
+class TooTight(NamedTuple):
+    """A rank that has no plan, and the memory that would do."""
+
+    rank: int
+    least_bytes: int
+
+
+class PlannedCut(NamedTuple):
+    """A model in shares, and the plans for it, if there are any. If it is cut for prompts only, the first plan is that
+    of the whole model, and rank 0 has its `share` besides (`daemon.loading.grouping.OwnShare`)."""
+
+    choice: Choice
+    shards: Sequence[Shard]
+    parts: Sequence[CheckpointShard]
+    plans: Sequence[Plan] | TooTight
+    share: Plan | None = None
+
+    @property
+    def streamed_bytes(self) -> float:
+        """What the rank that streams most reads for a token."""
+        if isinstance(self.plans, TooTight):
+            return inf
+        return max(plan.streamed_bytes for plan in self.plans)
+
+
+def planned_cut(
+    checkpoint: Checkpoint,
+    config: NodeConfig,
+    choice: Choice,
+    rooms: Sequence[int],
+    threads: Sequence[int],
+) -> PlannedCut:
+    """`rooms`, `threads`: bytes of memory and threads of each rank."""
+    grains = grains_of(checkpoint, config.quant)
+    shards = divide(checkpoint.spec, len(choice.ranks), grains, choice.shares, experts=choice.experts)
+    parts = [CheckpointShard(checkpoint, shard) for shard in shards]
+    held: list[AnyCheckpoint] = [*parts]
+    layers: list[BlockPlan] = []
+    if choice.split == "prompts":
+        held[0] = checkpoint
+        blocks = rank_part(parts[0], config.quant, 0, 1).block_bytes.items()
+        layers = [BlockPlan(*item) for item in blocks if item[0].kind not in ("embed", "head")]
+    share_bytes = sum(item.nbytes for item in layers)
+    taken = [share_bytes + arena_slack(share_bytes), *[0] * len(parts[1:])]
+    needs = [
+        rank_part(part, config.quant, max(0, room - disk_buffer_bytes(part, config) - share), own)
+        for part, room, share, own in zip(held, rooms, taken, threads, strict=True)
+    ]
+    plans = _plans(wanted_of(checkpoint.spec, config), needs, streaming=not layers)
+    if isinstance(plans, TooTight):
+        return PlannedCut(choice, shards, parts, plans)
+    figures = choice.figures
+    plans = [
+        replace(
+            plan,
+            overlap_rows=figures.overlap_rows,
+            group_rows=figures.group_rows,
+            page_rows=figures.page_rows,
+        )
+        for plan in plans
+    ]
+    if not layers:
+        return PlannedCut(choice, shards, parts, plans)
+    first, *others = plans
+    share = replace(
+        first,
+        blocks=tuple(layers),
+        kv=replace(first.kv, nbytes=0),
+        scratch_bytes=arena_slack(share_bytes),
+    )
+    return PlannedCut(choice, shards, parts, [replace(first, ranks=1), *others], share)
+
+
+def _plans(
+    wanted: Sequence[Wanted], parts: Sequence[RankPart], *, streaming: bool
+) -> Sequence[Plan] | TooTight:
+    """Plans in memory for the longest context with which there are some; else plans that stream, if they may."""
+    for streams in (False, True) if streaming else (False,):
+        for shorter in wanted:
+            made = rank_plans(shorter, parts, streaming=streams)
+            plans = [plan for plan in made if isinstance(plan, Plan)]
+            if len(plans) == len(made):
+                return plans
+    rank, misfit = next((rank, it) for rank, it in enumerate(made) if isinstance(it, Misfit))
+    return TooTight(rank, misfit.least_bytes)

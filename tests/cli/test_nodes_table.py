@@ -1,0 +1,58 @@
+"""`shoal cluster nodes`: a column only for what there is, so that the table fits narrow terminals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from fakes.cli_fakes import shoal
+
+from shoal.cli import cluster as cluster_room
+from shoal.comm.cluster_messages import NodesReply, NodeStatus
+from shoal.comm.home import Home
+
+THIS = NodeStatus(
+    name="big",
+    fingerprint="ab" * 32,
+    role="head",
+    attached=True,
+    threads=8,
+    memory_bytes=16 << 30,
+    free_bytes=15 << 30,
+)
+IDLE = {"threads": 4, "memory_bytes": 8 << 30, "free_bytes": 7 << 30, "address": "192.168.1.7", "routes": 2}
+IDLE |= {"rtt_s": 0.0002, "bytes_per_s": 117e6}
+BUSY = IDLE | {"models": ["llama"], "shares": [0.25], "wait_s": 0.00025}
+
+
+def laptop(**facts: object) -> NodeStatus:
+    return NodeStatus(name="laptop", fingerprint="cd" * 32, role="worker", **facts)
+
+
+@pytest.mark.parametrize(
+    ("other", "there", "not_there"),
+    [
+        (laptop(attached=True, **IDLE), "0.2 ms, 117 MB/s, best of 2", ("waited for", "computes")),
+        (laptop(attached=True, **BUSY), "25% of llama", ()),
+        (laptop(attached=True, **IDLE | {"models": ["llama"]}), "llama", ("waited for",)),
+        (laptop(attached=False), "away", ("waited for", "computes")),
+    ],
+)
+def test_a_column_only_for_what_there_is(
+    other: NodeStatus, there: str, not_there: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked:
+        def nodes(self) -> NodesReply:
+            return NodesReply(role="head", nodes=[THIS, other], listening=["192.168.1.5:7447"])
+
+    @contextmanager
+    def asked(home: Home) -> Iterator[Asked]:
+        yield Asked()
+
+    monkeypatch.setattr(cluster_room, "_client", asked)
+    text = shoal("cluster", "nodes").stdout
+    assert there in text
+    assert "other machines attach at 192.168.1.5:7447" in text
+    for column in ("waited for", "computes"):
+        assert (column in text) == (column not in not_there), column

@@ -1,0 +1,92 @@
+"""A model cut as it was chosen has plans that fit, and agree where ranks must; for prompts only, rank 0 has two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from fakes import tiny
+
+from shoal.daemon.cluster.choosing.planned_cut import PlannedCut, TooTight, planned_cut
+from shoal.daemon.config import NodeConfig
+from shoal.daemon.loading.budgeting import disk_buffer_bytes
+from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.partition.group_choice import Choice, RankPlan, Split
+from shoal.partition.group_cost import Figures
+from shoal.partition.plan import Plan
+from shoal.partition.sum_cost import Means
+
+CONFIG = NodeConfig(max_sequences=4, chunk_tokens=64, kv_type="f16", kv_disk_bytes=0)
+STAR = Means("star", "f32")
+ROOM = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    model = tiny.hf_model(
+        "qwen3", seed=11, hidden_size=256, intermediate_size=1024, max_position_embeddings=4096
+    )
+    path = tiny.save_gguf(model, tmp_path_factory.mktemp("m") / "tiny.gguf", type="F16")
+    with open_checkpoint(path) as opened:
+        yield opened
+
+
+def choice(split: Split) -> Choice:
+    ranks = tuple(RankPlan(f"m{place}", place, 0.5, 1, 0, 0.0) for place in range(2))
+    figures = Figures(0.1, (1.0,), 2.0, None, STAR, 64, overlap_rows=40, group_rows=32, page_rows=3)
+    return Choice(split, ranks, (1, 1), "columns", figures, (512,), 2)
+
+
+def cut(checkpoint: Checkpoint, split: Split, head: int = ROOM, worker: int = ROOM) -> PlannedCut:
+    return planned_cut(checkpoint, CONFIG, choice(split), [head, worker], [2, 3])
+
+
+def both(made: PlannedCut) -> list[Plan]:
+    assert not isinstance(made.plans, TooTight), made.plans
+    return [*made.plans]
+
+
+def test_rank_0_has_the_whole_model_and_its_share(checkpoint: Checkpoint) -> None:
+    made = cut(checkpoint, "prompts")
+    whole, worker = both(made)
+    own, _ = both(cut(checkpoint, "tensor"))
+    share = made.share
+    assert share is not None
+    assert [it.block for it in whole.blocks] == [*checkpoint.spec.blocks()]
+    layers = [it for it in own.blocks if it.block.kind not in ("embed", "head")]
+    assert [*share.blocks] == layers
+    assert share.peak_bytes == pytest.approx(share.weights_bytes, rel=0.02)
+    assert (whole.ranks, share.ranks, worker.ranks) == (1, 2, 2)
+    for plan in (share, worker):
+        assert (plan.overlap_rows, plan.group_rows, plan.page_rows) == (40, 32, 3)
+        assert (plan.kv.pages, plan.chunk_tokens, plan.context_tokens) == (
+            whole.kv.pages,
+            whole.chunk_tokens,
+            whole.context_tokens,
+        )
+    assert (whole.threads, worker.threads) == (2, 3)
+    assert (made.parts[1].spec.vocab, worker.kv.nbytes) == (0, whole.kv.nbytes // 2)
+
+
+def test_the_tightest_decides_and_nothing_streams(checkpoint: Checkpoint) -> None:
+    roomy, _ = both(cut(checkpoint, "prompts"))
+    least = replace(roomy, kv=replace(roomy.kv, nbytes=0)).peak_bytes + 1_200_000
+    seen = set()
+    for head in range(least, least + 12_000_000, 1_000_000):
+        made = cut(checkpoint, "prompts", head)
+        if isinstance(made.plans, TooTight):
+            assert made.plans.rank == 0
+            continue
+        whole, worker = both(made)
+        assert made.share is not None
+        assert whole.peak_bytes + made.share.peak_bytes + disk_buffer_bytes(checkpoint, CONFIG) <= head
+        assert not whole.streams
+        assert not worker.streams
+        assert worker.kv.pages == whole.kv.pages
+        seen.add(whole.kv.pages)
+    assert len(seen) > 1
+    small = cut(checkpoint, "prompts", ROOM, 8_000_000)
+    assert isinstance(small.plans, TooTight)
+    assert small.plans.rank == 1
+    assert small.streamed_bytes > 0

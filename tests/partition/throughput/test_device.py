@@ -1,0 +1,53 @@
+"""A device with other threads than it was measured with, and what steps teach of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from fakes.throughput.throughput_cases import device, spec, wanted, weighed
+
+from shoal.partition.plan import Plan, plan_in_ram
+from shoal.partition.throughput.alone import rival_threads
+from shoal.partition.throughput.profile import Corrections, Device, RowsLaw
+
+DENSE = weighed(spec())
+EIGHT = replace(device(threads=8, measured=True), products=(RowsLaw("BF16", 1e6, (1, 256), (5e-11, 5e-9)),))
+
+
+def plan_on(threads: int) -> Plan:
+    made = plan_in_ram(wanted(DENSE.spec, threads=threads), DENSE.block_bytes, memory_bytes=10**12)
+    assert isinstance(made, Plan)
+    return made
+
+
+def test_half_of_the_threads_read_memory_as_fast_and_compute_half_as_fast() -> None:
+    (half,), (quarter,) = EIGHT.on(4).products, EIGHT.on(2).products
+    assert half.byte_s == pytest.approx((5e-11, 5e-11 + 2 * (5e-9 - 5e-11)))
+    assert quarter.byte_s[0] == pytest.approx(1e-10)
+    assert EIGHT.on(16) is EIGHT
+
+
+@pytest.mark.parametrize(
+    ("machine", "threads", "rival"),
+    [
+        (EIGHT, 8, 4),
+        (EIGHT, 1, 0),
+        (replace(EIGHT, measured=False), 8, 0),
+        (replace(EIGHT, products=(RowsLaw("BF16", 1e6, (1,), (5e-10,)),)), 8, 0),  # it computes, rather
+    ],
+)
+def test_fewer_threads_are_worth_a_trial_where_bands_overlap(
+    machine: Device, threads: int, rival: int
+) -> None:
+    assert rival_threads(DENSE, plan_on(threads), machine) == rival
+
+
+def test_what_steps_teach_changes_only_what_they_were_made_of() -> None:
+    before = Corrections(network=1.5)
+    after = before.moved({"memory": 0.9, "compute": 0.1}, 2.0)
+    assert after.network == 1.5
+    assert 1 < after.compute < after.memory < 2
+    assert after.disk == 1
+    assert set(after.learnt) == {"memory", "compute", "network"}
+    assert before.moved({"memory": 0.0}, 2.0) == before
