@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -145,28 +146,25 @@ class TensorFiles:
 
     def close(self) -> None:
         """Closes the files. Buffers that were read stay valid."""
-        while self._descriptors:
-            descriptor = self._descriptors.pop()
+        descriptors, self._descriptors = self._descriptors, []
+        for descriptor in descriptors:
             if self.drops_pages:
                 _drop(descriptor, 0, 0)
             os.close(descriptor)
 
     def _fill(self, view: memoryview, tensor: StoredTensor, offset: int) -> None:
-        path = self.paths[tensor.file]
-        if not self._descriptors:
-            raise CheckpointError(
-                f"{path}: tensor {tensor.name} was asked for after the checkpoint was closed"
-            )
+        path, descriptor = self.paths[tensor.file], self._descriptor(tensor)
         done = 0
         step = _PART_BYTES if self.drops_pages else _READ_BYTES
         while done < len(view):
             try:
-                got = os.preadv(self._descriptors[tensor.file], [view[done : done + step]], offset + done)
+                got = os.preadv(descriptor, [view[done : done + step]], offset + done)
             except OSError as error:
                 raise CheckpointError(
                     f"{path}: reading tensor {tensor.name} at byte {offset + done} failed: {error.strerror}"
                 ) from error
             if not got:
+                self._descriptor(tensor)
                 raise CorruptCheckpoint(
                     f"{path}: ends at byte {offset + done} within tensor {tensor.name}, which needs bytes up to "
                     f"{offset + len(view)}; the file was cut short"
@@ -174,13 +172,24 @@ class TensorFiles:
             done += got
             if self.drops_pages:
                 start = max(0, offset + done - got - _FOLIO_BYTES)
-                _drop(self._descriptors[tensor.file], start, offset + done)
+                _drop(descriptor, start, offset + done)
+        self._descriptor(tensor)  # if it was closed meanwhile, its number may have been another file's
+
+    def _descriptor(self, tensor: StoredTensor) -> int:
+        """Of the tensor's file. CheckpointError if that was closed, perhaps by another thread."""
+        descriptors = self._descriptors
+        if not descriptors:
+            raise CheckpointError(
+                f"{self.paths[tensor.file]}: tensor {tensor.name} was asked for after the checkpoint was closed"
+            )
+        return descriptors[tensor.file]
 
 
 def _drop(descriptor: int, start: int, stop: int) -> None:
     """Asks the system to drop bytes [start, stop) of a file from its page cache; stop 0 is the end of the file."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, max(0, stop - start), os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, start, max(0, stop - start), os.POSIX_FADV_DONTNEED)
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -35,7 +35,7 @@ SPARE = 4  # buffers beyond those that the head's questions under way need
 LENT = 8  # buffers that a lender may fill
 LOOK_AHEAD = 64  # pieces among which a lender finds some
 LENDER_PATIENCE_S = 2.0
-LOOK_S = 0.2  # between two looks at the lender that is waited for
+LENDER_LOOK_S = 0.2  # between two looks at the lender that is waited for
 RECENT = 8  # pieces of the head that its pace is the mean of
 
 T = TypeVar("T")
@@ -140,7 +140,7 @@ class PieceStream:
                 if self._closed:
                     raise ChannelError("the weights are not fetched any more")
                 began_s = time.monotonic()
-                self._changed.wait(LOOK_S)
+                self._changed.wait(LENDER_LOOK_S)
                 if (asker := self._lent.get(number)) is not None and asker.lender is not None:
                     asker.balance_s -= time.monotonic() - began_s
                     if asker.balance_s < 0:

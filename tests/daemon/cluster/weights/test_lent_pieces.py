@@ -278,7 +278,7 @@ def test_the_head_sends_what_others_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(piece_stream, "LENDER_PATIENCE_S", 0.3)
-    monkeypatch.setattr(piece_stream, "LOOK_S", 0.05)
+    monkeypatch.setattr(piece_stream, "LENDER_LOOK_S", 0.05)
     fetched(checkpoint, caches[1], cut(checkpoint, 2)[1])
     own = cut(checkpoint, 3)[2]
     good = lender(caches[1], checkpoint)

@@ -77,7 +77,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(piece_stream, "UNDER_WAY", 2)
     monkeypatch.setattr(piece_stream, "SPARE", 0)
     monkeypatch.setattr(piece_stream, "LENT", 2)
-    monkeypatch.setattr(piece_stream, "LOOK_S", 0.02)
+    monkeypatch.setattr(piece_stream, "LENDER_LOOK_S", 0.02)
     before = threading.active_count()
     yield
     assert threading.active_count() == before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +16,12 @@ from shoal.daemon.cluster.weights import shard_facts
 from shoal.daemon.cluster.weights.remote_shard import RemoteShard
 from shoal.daemon.cluster.weights.weight_server import WeightServer
 from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
+from shoal.models.errors import CheckpointError
 from shoal.offload.pack.builder import PackBuilder
 from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Source
 from shoal.partition.slicing import divide
+from shoal.partition.spec import BlockId
 
 FORMS = [(family, "F16", False) for family in tiny.FAMILIES] + [
     (family, "BF16", True) for family in tiny.FAMILIES
@@ -63,3 +67,23 @@ def test_shards_arrive_as_they_are_read_from_files(
             assert_holds(pack, part)
             own = build_pack(part, tmp_path / f"own{shard.rank}")
             assert pack.path.read_bytes() == own.path.read_bytes()
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_checkpoint_that_is_closed_while_it_is_sent_gives_no_bytes(
+    drops: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of its descriptor may be another file's by then."""
+    with tiny_checkpoint(tmp_path, "llama", "F32") as checkpoint:
+        if drops:
+            checkpoint.bypass_cache()
+        original = os.preadv
+
+        def preadv(*arguments: Any) -> int:
+            got = original(*arguments)
+            checkpoint.close()
+            return got
+
+        monkeypatch.setattr(os, "preadv", preadv)
+        with pytest.raises(CheckpointError, match="after the checkpoint was closed"):
+            checkpoint.read_rows(BlockId("attn", 0), "q", 0, 16)
