@@ -36,7 +36,9 @@ def test_its_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda(monkeypatch).limit_bytes == int(OF_FREE_MEMORY * FREE_BYTES)
     device = cuda(monkeypatch, 1000)
     kept = device.allocate((200,), F32)
-    with pytest.raises(DeviceFull, match=r"^device cuda:0 is full: 400 B more were asked for, and 800 B of its "):
+    with pytest.raises(
+        DeviceFull, match=r"^device cuda:0 is full: 400 B more were asked for, and 800 B of its "
+    ):
         device.allocate((100,), F32)
     del kept
     assert device.allocate((250,), F32).nbytes == device.held_bytes == 1000
@@ -85,7 +87,9 @@ def test_an_error_of_the_card_is_its_loss(kind: type[Exception], monkeypatch: py
     came = device.copy_in(np.ones(100, np.float32), there)
     Event.fails = kind("CUDA error: an illegal memory access was encountered\nCompile with …")
     for _ in range(2):
-        with pytest.raises(DeviceLost, match=r"^device cuda:0 is lost: CUDA error: an illegal memory .* with …$"):
+        with pytest.raises(
+            DeviceLost, match=r"^device cuda:0 is lost: CUDA error: an illegal memory .* with …$"
+        ):
             device.wait(came)
     with pytest.raises(DeviceLost):
         device.compute("x", WORK, lambda: 7, [])
