@@ -20,6 +20,7 @@ from shoal.comm.group.sums.part_waits import WaitSummary
 from shoal.daemon.cluster.control_messages import PROBE_BYTES
 from shoal.daemon.cluster.member import Member
 from shoal.daemon.cluster.roster import Roster
+from shoal.partition.machines import LinkSpeed
 
 from .link_probes import Probes
 from .verdicts import culprit, judged
@@ -39,7 +40,8 @@ Computing = Callable[[], Sequence[str]]
 def measure_links(
     roster: Roster, computing: Computing, clock: Callable[[], float] = time.monotonic
 ) -> LinksReply:
-    """All links, with verdicts. A member that is lost meanwhile has the verdict "lost"."""
+    """All links, with verdicts. A member that is lost meanwhile has the verdict "lost". What is found while nothing
+    computes counts from now on when machines are chosen."""
     began_s = clock()
     members = roster.members
     seen = list(computing())
@@ -74,6 +76,8 @@ def _measured(member: Member, computing: bool, clock: Callable[[], float]) -> Li
         back = _speed(
             lambda n: member.probes.took_s(member.probes.begin(reply_bytes=n), n), min(trips), burst_s, clock
         )
+        if not computing:  # a link that has changed since the member attached
+            member.link = LinkSpeed(min(trips) / 2, min(to, back))
         return replace(link, to_bytes_per_s=to, from_bytes_per_s=back)
     except (OSError, CommError) as error:
         return replace(link, rtt_s=0.0, why=str(error))

@@ -77,6 +77,18 @@ def test_every_link_is_measured_and_none_stands_out(two: Cluster) -> None:
     assert found.incast_bytes_per_s > 1e6
 
 
+def test_what_is_found_counts_when_machines_are_chosen(two: Cluster) -> None:
+    """A link may have changed since its member attached."""
+    members = two.head._roster.members
+    before = [member.link for member in members]
+    answers_late(two, 1, LATE_S, Probed)
+    found = measured(two)
+    for member, link, old in zip(members, found.links, before, strict=True):
+        assert member.link != old
+        assert member.link.bytes_per_s == min(link.to_bytes_per_s, link.from_bytes_per_s)
+    assert max(member.link.latency_s for member in members) > LATE_S / 2
+
+
 def test_a_member_that_is_far_is_named(two: Cluster) -> None:
     answers_late(two, 1, LATE_S, Probed)
     found = measured(two)
