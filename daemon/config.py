@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from shoal.comm.group.sums.wire_types import WireType
 from shoal.comm.messages import Load
-from shoal.devices.device_names import AUTO, DeviceNameError, read_name
+from shoal.devices.device_names import AUTO, CPU, DeviceNameError, read_name
 from shoal.engine.learn.pacing import SLOWDOWN
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
@@ -116,6 +116,11 @@ class NodeConfig:
             ranks=request.ranks or self.ranks,
             quant=quant,
         )
+
+    @property
+    def names_device(self) -> bool:
+        """Whether a device is to compute, not the CPU alone."""
+        return self.device not in (AUTO, CPU)
 
     @property
     def thread_count(self) -> int:

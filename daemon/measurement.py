@@ -32,6 +32,7 @@ from shoal.partition.amounts import counted
 from shoal.partition.spec import length_class
 
 from .config import NodeConfig
+from .error_codes import refusing
 from .errors import DaemonError
 from .memory import budget_of, peak_memory_bytes
 from .progress import Progress
@@ -109,15 +110,16 @@ def bench(
     vocab = loaded.checkpoint.spec.vocab
     prefill: list[float] = []
     decode: list[float] = []
-    for round_ in range(repeat + 1):
-        progress("warming up" if round_ == 0 else "measuring", round_, repeat + 1)
-        source = random.Random(round_)
-        prompts = [[source.randrange(vocab) for _ in range(prompt_tokens)] for _ in range(batch)]
-        prefill_s, decoded, decode_s = _timed(loaded.engine, prompts, context)
-        if round_ > 0:
-            prefill.append(batch * prompt_tokens / prefill_s)
-            if decoded:
-                decode.append(decoded / decode_s)
+    with refusing(loaded.name):
+        for round_ in range(repeat + 1):
+            progress("warming up" if round_ == 0 else "measuring", round_, repeat + 1)
+            source = random.Random(round_)
+            prompts = [[source.randrange(vocab) for _ in range(prompt_tokens)] for _ in range(batch)]
+            prefill_s, decoded, decode_s = _timed(loaded.engine, prompts, context)
+            if round_ > 0:
+                prefill.append(batch * prompt_tokens / prefill_s)
+                if decoded:
+                    decode.append(decoded / decode_s)
     progress("done", repeat + 1, repeat + 1)
     return BenchResult(
         prefill_tokens_per_s=Spread.of(prefill),
@@ -186,11 +188,12 @@ def perplexity(
     pages = loaded.executor.kv.table.take(-(-ctx // loaded.executor.kv.page_tokens))
     assert pages is not None
     loss = 0.0
-    for window in range(windows):
-        progress("scoring", window, windows)
-        tokens = ids[window * ctx : (window + 1) * ctx]
-        tokens[: len(prefix)] = prefix
-        loss += _window_loss(loaded.executor, pages, tokens)
+    with refusing(loaded.name):
+        for window in range(windows):
+            progress("scoring", window, windows)
+            tokens = ids[window * ctx : (window + 1) * ctx]
+            tokens[: len(prefix)] = prefix
+            loss += _window_loss(loaded.executor, pages, tokens)
     progress("done", windows, windows)
     scored = windows * (ctx - 1 - ctx // 2)
     return PerplexityResult(perplexity=math.exp(min(loss / scored, 700.0)), tokens=scored)

@@ -1,6 +1,10 @@
 """A graphics card, through torch. It is imported when such a device is opened, and torch with it.
 
 Knows streams, events and torch's errors; `torch_kernels` computes.
+
+Memory is the computing stream's. Both ends of a copy are kept until it has ended, so torch need not be told which other
+streams use them (`record_stream`): if it was, it asks the driver when memory is given back, and where the card is lost
+by then, that ends the process.
 """
 
 from __future__ import annotations
@@ -8,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +25,14 @@ from .errors import DeviceFull, DeviceLost, NoSuchDevice
 OF_FREE_MEMORY = 0.9  # of the free memory, if no size was named: libraries take some, too
 
 _cuda: Any = torch.cuda  # which has no types for streams and events
+
+
+class _Copy(NamedTuple):
+    """A copy under way, and its ends."""
+
+    ended: Any
+    source: torch.Tensor
+    target: torch.Tensor
 
 
 class CudaDevice:
@@ -43,7 +55,8 @@ class CudaDevice:
         self.lost = ""
         self._device = torch.device("cuda", number)
         self._held = self._peak = 0
-        self._lock = threading.Lock()
+        self._copies: list[_Copy] = []
+        self._lock = threading.RLock()  # memory may be given back at any moment
 
     @property
     def held_bytes(self) -> int:
@@ -77,10 +90,10 @@ class CudaDevice:
         return self.within(memory, inside)
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy(self._coming, torch.from_numpy(source), target.inside, target.inside, after)
+        return self._copy(self._coming, torch.from_numpy(source), target.inside, after)
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy(self._going, source.inside, torch.from_numpy(target), source.inside, after)
+        return self._copy(self._going, source.inside, torch.from_numpy(target), after)
 
     def compute(
         self, what: str, work: DeviceWork, run: Callable[[], Any], after: Sequence[DeviceEvent]
@@ -90,31 +103,38 @@ class CudaDevice:
     def wait(self, event: DeviceEvent) -> None:
         with self._calling():
             event.synchronize()  # type: ignore[attr-defined]
+            self._forget_ended()
 
     def _copy(
         self,
         stream: torch.cuda.Stream,
         source: torch.Tensor,
         target: torch.Tensor,
-        there: torch.Tensor,
         after: Sequence[DeviceEvent],
     ) -> DeviceEvent:
-        def run() -> None:
-            target.copy_(source, non_blocking=True)
-            there.record_stream(stream)  # its memory is nobody else's before that
+        _, ended = self._on(stream, after, lambda: target.copy_(source, non_blocking=True))
+        with self._lock:
+            self._copies.append(_Copy(ended, source, target))
+        return ended
 
-        return self._on(stream, after, run)[1]
+    def _forget_ended(self) -> None:
+        with self._lock:
+            self._copies = [copy for copy in self._copies if not copy.ended.query()]
 
     def _on(
         self, stream: torch.cuda.Stream, after: Sequence[DeviceEvent], run: Callable[[], Any]
     ) -> tuple[Any, DeviceEvent]:
-        with self._calling(), torch.cuda.stream(stream):
-            for event in after:
-                stream.wait_event(event)  # type: ignore[arg-type]
-            made = run()
-            ended = _cuda.Event()
-            ended.record(stream)
-            return made, ended
+        with self._calling():
+            torch.cuda.set_device(
+                self._device
+            )  # of this thread: else torch comes back to card 0, and opens it
+            with torch.cuda.stream(stream):
+                for event in after:
+                    stream.wait_event(event)  # type: ignore[arg-type]
+                made = run()
+                ended = _cuda.Event()
+                ended.record(stream)
+                return made, ended
 
     @contextmanager
     def _calling(self) -> Iterator[None]:

@@ -18,7 +18,8 @@ from shoal.partition.amounts import read_bytes
 CPU, AUTO = "cpu", "auto"
 SIM_LINK_BYTES_PER_S = 16e9  # of a simulated device, each way
 
-_PATTERN = re.compile(r"(?P<kind>cuda|sim):(?P<first>[^,]+)(,(?P<second>[^,]+))?")
+_PATTERN = re.compile(r"(?P<kind>cuda|sim):(?P<first>[^,\s]+)(,(?P<second>[^,\s]+))?")
+_NUMBER = re.compile("0|[1-9][0-9]{0,3}")  # a card has one name
 
 
 class DeviceName(NamedTuple):
@@ -38,12 +39,12 @@ def read_name(name: str) -> DeviceName:
     """What a name says. Raises DeviceNameError."""
     if name == CPU:
         return DeviceName(CPU)
-    if (found := _PATTERN.fullmatch(name)) is not None:
+    if name.isascii() and (found := _PATTERN.fullmatch(name)) is not None:
         first, second = found["first"], found["second"]
-        if found["kind"] == "cuda" and first.isascii() and first.isdigit():
+        if found["kind"] == "cuda" and _NUMBER.fullmatch(first):
             limit = read_bytes(second) if second else None
             if not second or limit:
-                return DeviceName("cuda", int(first[:4]), limit)
+                return DeviceName("cuda", int(first), limit)
         elif found["kind"] == "sim" and (size := read_bytes(first)):
             speed = read_bytes(second.removesuffix("/s")) if second else int(SIM_LINK_BYTES_PER_S)
             if speed:

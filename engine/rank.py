@@ -7,6 +7,7 @@ rank alone is a group of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -86,10 +87,8 @@ class Rank:
         """Keep the pages that are `known` on disk, if there is one, as far as that goes in so many seconds."""
         if self.disk is None:
             return
-        try:
+        with suppress(HomeLost):  # and with it what was to be kept
             self.disk.close(known, self.kv.page, keep_s)
-        except HomeLost:  # and with it what was to be kept
-            self.disk.close([], None)
 
     def _read_by_all(self, readings: Sequence[Reading]) -> list[int]:
         """How many pages of each reading every rank could read, at rank 0; elsewhere, how many this one could."""

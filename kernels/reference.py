@@ -11,6 +11,7 @@ Layouts of the types: ggml's block definitions, as documented by `gguf.quants`.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -189,11 +190,17 @@ def _half(field: Tensor) -> Tensor:
     return _floats(field, torch.float16)
 
 
+@cache
+def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Brought there once: each time the host would wait for all that the device has to do before."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def _bits(field: Tensor, shifts: tuple[int, ...], mask: int, group: int) -> Tensor:
     """Bit fields of bytes (N, k): every run of `group` bytes is read once per shift; (N, k * shifts)."""
     n, k = field.shape
     runs = field.reshape(n, k // group, 1, group)  # (N, k / group, 1, group)
-    shift = torch.tensor(shifts, dtype=torch.uint8, device=field.device).view(-1, 1)
+    shift = _constant(shifts, torch.uint8, field.device).view(-1, 1)
     return ((runs >> shift) & mask).reshape(n, k * len(shifts))
 
 
@@ -229,7 +236,7 @@ def _q8_0(b: Tensor) -> Tensor:
 
 
 def _iq4_nl(b: Tensor) -> Tensor:
-    values = torch.tensor(IQ4_NL_VALUES, dtype=torch.float32, device=b.device)
+    values = _constant(IQ4_NL_VALUES, torch.float32, b.device)
     return _half(b[:, :2]) * values[_nibbles(b[:, 2:]).long()]
 
 

@@ -80,9 +80,12 @@ def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
     spec = wanted.spec
     rows = wanted.chunk_tokens + wanted.sequences + wanted.guesses
     numbers = step_numbers(wanted._replace(native=True)) + rows * spec.head_dim * len(spec.ropes)
-    if room.gathers:  # and softmax has the scores a second time
+    if (
+        room.gathers
+    ):  # K, V; these and K with its scale for all heads; scores, their softmax and what takes NaN off
         seen = min(rows, wanted.chunk_tokens) * spec.heads
-        numbers += 2 * wanted.context_tokens * (spec.kv_heads * spec.head_dim + seen)
+        copied = (2 * spec.kv_heads + 3 * spec.heads) * spec.head_dim
+        numbers += wanted.context_tokens * (copied + 4 * seen)
     return 4 * numbers + OPERANDS_BYTES + room.kernel_bytes
 
 

@@ -126,6 +126,8 @@ def plan(
     config = (
         plan.config() if given is None else replace(plan, threads=None).config()
     )  # other machines have more
+    if config.names_device:
+        note(f"--device {config.device} is left out: nothing is known of how fast it is")
     home = Home.from_env()
     path = Path(wanted.model) if Path(wanted.model).exists() else Library(home).resolve(wanted.model)
     with spinner("starting"), deferred_interrupt():

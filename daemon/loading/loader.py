@@ -18,7 +18,6 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress
 from shoal.daemon.throughput.model_sizes import weighed
-from shoal.devices.device_names import AUTO, CPU
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.turns import FairLock
 
@@ -142,7 +141,7 @@ class Loader:
         with refusing(name):
             extra_bytes = disk_buffer_bytes(checkpoint, config)
             extra_bytes += least_bytes(draft, config) if draft is not None else 0
-            if draft is None and assembly.grouping is not None and not _names_device(config):
+            if draft is None and assembly.grouping is not None and not config.names_device:
                 tokenizer_bytes = checkpoint.tokenizer_memory().more
                 free_bytes = assembly.budget.free_bytes + idle_bytes - tokenizer_bytes
                 dropping = [model.name for model in idle]
@@ -162,13 +161,9 @@ class Loader:
         require_plan(found, name)
 
 
-def _names_device(config: NodeConfig) -> bool:
-    return config.device not in (AUTO, CPU)
-
-
 def _check_ranks(draft: Path | None, config: NodeConfig) -> None:
     """Raises DaemonError if several ranks were asked for where there can be but one."""
-    if (config.ranks or 1) > 1 and _names_device(config):
+    if (config.ranks or 1) > 1 and config.names_device:
         said = f"`ranks={config.ranks}` was asked for, and `device={config.device}`: a device belongs to no group"
         raise DaemonError("unsupported", said, "leave one of them out")
     if draft is not None and (config.ranks or 1) > 1:

@@ -175,8 +175,13 @@ class KvDisk:
                 return
             self.closed = True
         kept = self.worth_keeping(known)
-        if page is not None:
-            self._save_all(kept, page, limit_s)
+        try:
+            if page is not None:
+                self._save_all(kept, page, limit_s)
+        finally:  # also if there are no pages any more
+            self._end(kept)
+
+    def _end(self, kept: Sequence[Save]) -> None:
         if not self._behind.end():
             return
         self._touch(kept)

@@ -333,3 +333,16 @@ def test_what_is_said_beside_a_result_never_decides_about_it(
     os.close(writing)
     assert done.returncode == code
     assert bool(done.stdout) == (arguments[0] == "run" and not code)
+
+
+@pytest.mark.parametrize("verb", ["run", "chat", "serve", "bench", "perplexity", "show", "plan", "batch"])
+def test_what_is_no_device_is_one_line_everywhere(verb: str, model: Path, tmp_path: Path) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("{}\n")
+    more = {"perplexity": [requests], "run": ["hello"], "batch": [requests, tmp_path / "answers"]}
+    arguments = [*([] if verb in ("serve", "batch") else [model]), *more.get(verb, [])]
+    for name in ("cuda:-1", "sim:0", "CUDA:0", "x" * 10_000, "é\n"):
+        result = shoal(verb, *map(str, arguments), "--device", name)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert result.stderr.startswith("shoal: --device")
+        assert " is no device; write auto, cpu, cuda:0" in result.stderr

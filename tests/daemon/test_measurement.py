@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from fakes import tiny
 from shoal.daemon import measurement as measure
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.devices import opening
+from shoal.devices.errors import DeviceFull, DeviceLost
 from shoal.engine.executor import Executor
 from shoal.engine.learn.speeds import Speeds
 from shoal.kernels.arrays import Floats
@@ -122,3 +125,32 @@ def test_bench_beyond_the_model_is_refused(tmp_path: Path) -> None:
                 path, prompt_tokens=120, new_tokens=20, batch=1, repeat=1, config=config, progress=quiet
             )
         assert caught.value.code == "context_overflow"
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_device_that_fails_meanwhile_is_one_line(
+    lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = DeviceLost("sim:64MB", "it was pulled out") if lost else DeviceFull("sim:64MB", 7, 8, 9)
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "tiny.gguf", type="Q8_0")
+    (tmp_path / "text").write_bytes(TEXT.encode())
+    config = replace(CONFIG, device="sim:64MB")
+    for run in (
+        lambda: measure.bench(
+            path, prompt_tokens=20, new_tokens=20, batch=1, repeat=1, config=config, progress=quiet
+        ),
+        lambda: measure.perplexity(path, tmp_path / "text", ctx=33, config=config, progress=quiet),
+    ):
+        monkeypatch.setattr(opening, "_opened", {})
+        device, steps = opening.device_home("sim:64MB").device, count()
+
+        def going(*args: Any, device: Any = device, steps: Any = steps, compute: Any = device.compute) -> Any:
+            if next(steps) > 30:
+                device.lost = "it was pulled out" if lost else ""
+                raise error
+            return compute(*args)
+
+        monkeypatch.setattr(device, "compute", going)
+        with pytest.raises(DaemonError, match=f"^tiny.gguf: {error}$") as failed:
+            run()
+        assert failed.value.code == ("internal" if lost else "resources")

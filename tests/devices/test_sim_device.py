@@ -151,10 +151,18 @@ def test_names() -> None:
         "cuda:",
         "cuda:-1",
         "cuda:0,0",
+        "cuda:00001",  # is not card 0
+        "cuda:" + "1" * 10_000,
+        "CUDA:0",
+        "cuda:\N{ARABIC-INDIC DIGIT ONE}",
+        "sim:\N{ARABIC-INDIC DIGIT ONE}GB",
+        "sim:1GB\n",
+        "sim:1GB, 2GB/s",
         "sim:",
         "sim:0",
         "sim:1GB,",
         "sim:1GB,x",
+        "sim:" + "9" * 10_000,
     ):
         with pytest.raises(DeviceNameError, match="is no device"):
             read_name(name)

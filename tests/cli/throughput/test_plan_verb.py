@@ -98,6 +98,11 @@ def test_the_picture(config: Path, laptop: str, tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
+def test_a_device_is_left_out_and_that_is_said(config: Path, laptop: str) -> None:
+    code, result = run("plan", config, "--profile", laptop, "--device", "sim:1GB")
+    assert (code, "--device sim:1GB is left out" in result.stderr) == (0, True)
+
+
 def test_a_70b_on_a_laptop_from_its_config_alone(config: Path, laptop: str) -> None:
     planned(config, "--profile", laptop)  # imports
     began_s = time.process_time()

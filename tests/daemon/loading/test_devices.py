@@ -159,6 +159,20 @@ def test_kv_on_disk_comes_back_to_the_device(path: Path, tmp_path: Path) -> None
     assert (again, nothing, cached) == (first, 0, 79)
 
 
+def test_a_device_that_is_lost_leaves_kv_on_disk_in_order(path: Path, tmp_path: Path) -> None:
+    ask = prompt(0, tokens=80, new=8)
+    with Node(replace(CONFIG, device=ROOMY), kv_root=tmp_path / "kv") as node:
+        node.load(Load(model=str(path)))
+        first = text_of(node, ask)[:2]
+        sim().lose("somebody pulled it out")  # before its page was written
+        assert text_of(node, ask)[:2] == first
+        assert (status(node).device, status(node).kv_disk_why) == ("", "")
+    with Node(CONFIG, kv_root=tmp_path / "kv") as node:
+        node.load(Load(model=str(path)))
+        *again, done = text_of(node, ask)
+        assert (tuple(again), done.usage.cached_tokens) == (first, 79)
+
+
 def test_what_show_says(path: Path, tmp_path: Path) -> None:
     packs, machine = Packs(Home(tmp_path / "home")), OwnMachine(1)
     found = outlook(path, replace(CONFIG, device=ROOMY), packs, machine)

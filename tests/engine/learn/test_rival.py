@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -58,7 +59,8 @@ def test_nothing_is_tried_at_the_cost_of_others(how: dict[str, bool]) -> None:
 def test_steps_of_many_rows_and_of_prompts_keep_all_threads() -> None:
     rival = Rival(USUAL, OTHER)
     run(rival, {USUAL: 0.01, OTHER: 0.005}.__getitem__, 100)
-    assert rival.threads(64, prompts=False, waiting=False) == USUAL
+    for rows in (64, 3):  # three rows of four bits take a thread 1.7 times as long as one
+        assert {rival.threads(rows, prompts=False, waiting=False) for _ in range(6)} == {USUAL}
     assert [rival.threads(2, prompts=False, waiting=True) for _ in range(6)][-1] == OTHER
     assert rival.threads(2, prompts=True, waiting=False) == USUAL
     assert rival.threads(2, prompts=False, waiting=False) == USUAL  # not for one step alone
@@ -68,6 +70,22 @@ def test_it_is_tried_again_when_neighbours_may_have_gone() -> None:
     rival = Rival(USUAL, OTHER)
     run(rival, {USUAL: 0.01, OTHER: 0.02}.__getitem__, 100)
     assert run(rival, {USUAL: 0.01, OTHER: 0.005}.__getitem__, 4300)[-1] == OTHER
+
+
+@pytest.mark.parametrize(("least", "most"), [(8, 8), (12, 12), (5, 40)])
+def test_long_texts_beside_short_ones_decide_nothing(least: int, most: int) -> None:
+    """A step of a long text takes twice as long, and half of the threads always a fifth longer."""
+    for seed in range(20):
+        rival, generator, slower = Rival(USUAL, OTHER), random.Random(seed), 0
+        for text in range(100):
+            rival.threads(64, prompts=True, waiting=False)
+            text_s = generator.choice([0.01, 0.02]) if least < most else 0.01 * (1 + text % 2)
+            steps = generator.randint(least, most)
+            slower += run(rival, lambda threads, s=text_s: s * (1.2 - 0.2 * (threads == USUAL)), steps).count(
+                OTHER
+            )  # type: ignore[misc]
+        assert slower <= 11 * 8
+        assert not rival.said.endswith(f"{OTHER} compute it")
 
 
 def test_without_a_rival_nothing_changes() -> None:
