@@ -115,7 +115,7 @@ class Member:
         """Another channel to the same machine, to be closed with it."""
         with self._state:
             if not self.reason:
-                self._channels.append(channel)
+                self._channels = [*(it for it in self._channels if not it.closed), channel]
                 return
         channel.close()
 

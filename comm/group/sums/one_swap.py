@@ -60,6 +60,10 @@ class RankLinks:
         if self.watching is not None:
             link.stream.watch()
 
+    def heard_of(self, rank: int) -> None:
+        """Rank 0 waits for this one no longer. Another thread reads whom it waits for."""
+        self.awaited = {it: since_s for it, since_s in self.awaited.items() if it != rank}
+
     def watch(self) -> None:
         """From now on look for bytes before sleeping, on all links. For a rank whose thread has a processor."""
         self.watching = watching()
@@ -207,6 +211,8 @@ class OneSwap:
         try:
             if link.push():
                 self._sending.discard(rank)
+                if rank not in self._waiting:
+                    self._of.heard_of(rank)
             else:
                 self._sending.add(rank)
             if link.pushed > before:
@@ -348,7 +354,7 @@ class OneSwap:
         if header.kind == FrameKind.PART:
             if (header.number, header.place) == (self._number, self._place) and rank in self._waiting:
                 nbytes = len(self._waiting.pop(rank)[1])
-                self._of.awaited = {it: since_s for it, since_s in self._of.awaited.items() if it != rank}
+                self._of.heard_of(rank)
                 if self._of.heard is not None:
                     self._of.heard(rank, time.perf_counter() - self._began_s, nbytes)
             return

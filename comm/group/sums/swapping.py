@@ -40,6 +40,8 @@ class Swapper(RankLinks):
                 except (OSError, ChannelError) as error:
                     stuck[rank] = error
             if stuck or self.ahead or (into and not self._received(number, place, into)):
+                if not into:
+                    self.awaited = {rank: since_s for rank, since_s in self.awaited.items() if rank in stuck}
                 OneSwap(self, number, place, into).run(stuck)
             self.awaited = {}
         except BaseException:
@@ -101,6 +103,7 @@ class Swapper(RankLinks):
                     gone = True
                 if gone:
                     del left[rank]
+                    self.heard_of(rank)
             if left:
                 poll = select.poll()
                 for link in left.values():

@@ -29,7 +29,7 @@ from shoal.partition.spec import BlockId, BlockKind
 from .shard_facts import RowsHeld, ShardFacts, described_spec
 from .weight_messages import BlockForm, Description
 
-CHECKED_BYTES = 4 << 20  # that are read at a time
+SHARD_READ_BYTES = 4 << 20  # at a time
 
 
 class _Place(NamedTuple):
@@ -85,12 +85,18 @@ class EarlierShard:
     def read(self, piece: Piece, into: Bytes) -> None:
         """A piece that it has, into uint8 (n,). Raises OSError."""
         place = self._place(piece)
-        memory = np.empty((place.bands, place.band_bytes), np.uint8)
+        together = min(
+            place.bands, max(1, SHARD_READ_BYTES // place.band_bytes)
+        )  # they may be far wider than the piece
+        memory = np.empty((together, place.band_bytes), np.uint8)
+        wanted = into.reshape(place.bands, -1)
         with self._pack.path.open("rb", buffering=0) as file:
-            got = os.preadv(file.fileno(), [memory.data], place.offset)
-        if got != memory.nbytes:
-            raise OSError(f"{self._pack.path}: ends too early")
-        into[:] = memory[:, place.start : place.stop].reshape(-1)
+            for first in range(0, place.bands, together):
+                bands = memory[: min(together, place.bands - first)]
+                got = os.preadv(file.fileno(), [bands.data], place.offset + first * place.band_bytes)
+                if got != bands.nbytes:
+                    raise OSError(f"{self._pack.path}: ends too early")
+                wanted[first : first + together] = bands[:, place.start : place.stop]
 
     def _rows(self, item: PackedBlock, role: str) -> Range:
         """Which rows of the new shard's matrix it has, with all their columns, in whole bands."""
@@ -122,10 +128,10 @@ class EarlierShard:
 
     def _sound(self, item: PackedBlock, progress: BytesDone) -> bool:
         """Whether a block has its checksum. Raises OSError."""
-        digest, memory = xxhash.xxh3_64(), memoryview(bytearray(min(item.nbytes, CHECKED_BYTES)))
+        digest, memory = xxhash.xxh3_64(), memoryview(bytearray(min(item.nbytes, SHARD_READ_BYTES)))
         with self._pack.path.open("rb", buffering=0) as file:
-            for at in range(0, item.nbytes, CHECKED_BYTES):
-                part = memory[: min(CHECKED_BYTES, item.nbytes - at)]
+            for at in range(0, item.nbytes, SHARD_READ_BYTES):
+                part = memory[: min(SHARD_READ_BYTES, item.nbytes - at)]
                 if os.preadv(file.fileno(), [part], item.offset + at) != len(part):
                     return False
                 digest.update(part)

@@ -200,6 +200,19 @@ def test_a_head_that_was_asleep_loses_nobody() -> None:
     assert asleep.reason
 
 
+def test_channels_that_have_ended_are_not_kept() -> None:
+    """A worker may open and close as many as it likes."""
+    attach = Attach(name="w", version="1", kernels="k", threads=1, memory_bytes=1)
+    one = Member(channel_pair("control")[0], attach, lambda *_: None, lambda: 0.0)
+    for _ in range(20):
+        one.add(ended := channel_pair("weights")[0])
+        ended.close()
+    one.add(going_on := channel_pair("data")[0])
+    assert len(one._channels) == 2
+    one.leave("it is enough")
+    assert going_on.closed
+
+
 def test_many_streams_go_on_while_machines_come_and_go(cluster: Cluster, alone: list[list[int]]) -> None:
     ended = threading.Event()
 

@@ -59,5 +59,29 @@ def test_the_slower_way_costs_little_in_all() -> None:
         assert took_s < 1.05 * 300 * min(together_s, alone_s), (together_s, alone_s, used)
 
 
+def test_where_rank_0_is_faster_than_expected_that_is_found_out() -> None:
+    """Whatever both take, in the long run."""
+    for together_s in (0.5, 0.7, 0.9, 1.0, 1.3):
+        for alone_s in (0.3, 0.4, 0.6, 0.8):
+            used = steps(GroupWorth(expected), 3000, together_s, alone_s)
+            took_s = used * together_s + (3000 - used) * alone_s
+            assert took_s < 1.06 * 3000 * min(together_s, alone_s), (together_s, alone_s, used)
+
+
+def test_however_slow_a_group_is_trying_it_costs_no_more() -> None:
+    for slower in (3.0, 10.0, 100.0):
+        worth = GroupWorth(expected)
+        steps(worth, 1, slower, 1.0)
+        used = steps(worth, 9000, slower, 1.0)
+        assert 1 <= used < 0.03 * 9000 / (slower - 1) + 2
+
+
+def test_a_step_alone_that_was_held_up_counts_only_for_a_while() -> None:
+    worth = GroupWorth(expected)
+    steps(worth, 1, 2.0, 1.0)
+    worth.note(100, 5.0, together=False)
+    assert steps(worth, 300, 2.0, 1.0) < 80
+
+
 def test_without_an_expectation_the_group_is_trusted() -> None:
     assert steps(GroupWorth(lambda rows: inf), 50, 9.0, 1.0) == 50

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from fakes.group.streams import stream_pair
 
+from shoal.comm.group.sums.frames import FrameKind
 from shoal.comm.group.sums.part_waits import LATEST, PartWaits, WaitSummary
 from shoal.comm.group.sums.star import Hub, Spoke
 
@@ -51,6 +54,45 @@ def test_a_hub_that_computes_longer_than_others_waits_for_nobody_but_the_late() 
     medians = [it.median_s for it in found if it]
     assert medians[late] > LATE_S / 2
     assert max(medians[0], medians[2]) < LATE_S / 2
+
+
+@pytest.mark.parametrize("send", ["deal", "broadcast", "give_up"])
+def test_a_rank_that_has_got_all_is_not_waited_for_while_another_takes_it_slowly(send: str) -> None:
+    pairs = [stream_pair(buffer_bytes=32 << 10) for _ in range(3)]
+    hub = Hub([near for near, _ in pairs], 1, patience_s=20)
+    hub.begin(b"order")
+    rows, slow = np.ones((256, 1024), np.float32), 1
+    numbers = rows.reshape(-1).view(np.uint8)
+    acts: dict[str, Callable[[], Any]] = {
+        "deal": lambda: hub.deal([numbers] * 3),
+        "broadcast": lambda: hub.broadcast(rows, rows.shape),
+        "give_up": lambda: [link.begin(FrameKind.ROWS, 1, 0, numbers) for link in links] and hub.give_up(),
+    }
+    links = list(hub._swapper.links.values())
+    go_on = threading.Event()
+
+    def take(place: int, stream: Any) -> None:
+        memory = memoryview(bytearray(rows.nbytes))
+        if place == slow:
+            stream.receive_into(memory[:100_000], 10)
+            assert go_on.wait(10)
+            stream.receive_into(memory[100_000:], 10)
+        else:
+            stream.receive_into(memory, 10)
+
+    threads = [threading.Thread(target=take, args=(place, far)) for place, (_, far) in enumerate(pairs)]
+    threads.append(threading.Thread(target=acts[send]))
+    for thread in threads:
+        thread.start()
+    until_s = time.monotonic() + 5
+    while [*hub.awaited] != [1 + slow] and time.monotonic() < until_s:
+        time.sleep(0.001)
+    awaited = [*hub.awaited]
+    go_on.set()
+    for thread in threads[:3]:
+        thread.join()
+    threads[3].join()
+    assert awaited == [1 + slow]
 
 
 def test_noting_costs_next_to_nothing() -> None:

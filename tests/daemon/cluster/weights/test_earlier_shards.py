@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import random
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes.group.weights import VECTORS, asked, served
 from fakes.packing import assert_holds, build_pack, tiny_checkpoint
@@ -23,9 +25,10 @@ from shoal.daemon.cluster.weights.weight_server import WeightServer
 from shoal.daemon.errors import DaemonError
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
+from shoal.models.checkpoint.weight_source import Piece
 from shoal.offload.errors import PackError
 from shoal.offload.pack.layout import grains_of
-from shoal.offload.pack.pack import Pack, open_pack
+from shoal.offload.pack.pack import Pack, open_pack, tensor_type
 from shoal.partition.slicing import CutOfExperts, Shard, divide
 
 
@@ -167,7 +170,7 @@ def test_reading_what_is_here_is_told_and_is_only_of_what_is_of_use(
     checkpoint: Checkpoint, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or a head would take a worker with a slow disk for stuck."""
-    monkeypatch.setattr(earlier_shards, "CHECKED_BYTES", 4096)
+    monkeypatch.setattr(earlier_shards, "SHARD_READ_BYTES", 4096)
     for shares in ((1, 1), (1, 1, 1)):
         fetched(checkpoint, cache, shard(checkpoint, len(shares) - 1, shares))
     facts, told = facts_of(checkpoint, shard(checkpoint, 1, (2, 1))), list[int]()
@@ -181,6 +184,35 @@ def test_reading_what_is_here_is_told_and_is_only_of_what_is_of_use(
     narrow.check([wide], lambda done, total: told.append(done))
     assert told == []
     assert narrow.held == {}
+
+
+@pytest.mark.parametrize("most", [1, 5000])
+def test_a_narrow_piece_of_a_wide_matrix_is_read_little_by_little(
+    most: int, checkpoint: Checkpoint, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks decides how narrow it is."""
+    had = fetched(checkpoint, cache, shard(checkpoint, 1, (1, 1)))
+    facts = facts_of(checkpoint, own := shard(checkpoint, 2, (1, 1, 1)))
+    monkeypatch.setattr(earlier_shards, "SHARD_READ_BYTES", most)
+    earlier, part = EarlierShard(open_pack(had.path.parent), facts), CheckpointShard(checkpoint, own)
+    pieces = [Piece(*key, *rows) for key, rows in earlier.held.items()]
+    truth = [part.read_rows(*piece).data.copy() for piece in pieces]
+    sizes, original = list[int](), os.preadv
+
+    def preadv(file: int, buffers: list[memoryview], at: int) -> int:
+        sizes.append(sum(it.nbytes for it in buffers))
+        return original(file, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    for piece, wanted in zip(pieces, truth, strict=True):
+        assert earlier.has(piece)
+        into = np.empty(facts.piece_bytes(piece), np.uint8)
+        earlier.read(piece, into)
+        assert np.array_equal(into, wanted)
+    tensors = [had.blocks[block].tensors[role] for block, role in earlier.held]
+    widest = max(tensor_type(it).band_rows * tensor_type(it).row_bytes(it.cols) for it in tensors)
+    assert max(sizes) <= max(most, widest)
+    assert len(sizes) > len(pieces)
 
 
 def test_a_disk_that_fails_in_the_middle_costs_only_time(
