@@ -80,12 +80,12 @@ def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
     spec = wanted.spec
     rows = wanted.chunk_tokens + wanted.sequences + wanted.guesses
     numbers = step_numbers(wanted._replace(native=True)) + rows * spec.head_dim * len(spec.ropes)
-    if (
-        room.gathers
-    ):  # K, V; these and K with its scale for all heads; scores, their softmax and what takes NaN off
-        seen = min(rows, wanted.chunk_tokens) * spec.heads
-        copied = (2 * spec.kv_heads + 3 * spec.heads) * spec.head_dim
-        numbers += wanted.context_tokens * (copied + 4 * seen)
+    if room.gathers:
+        # K and V, then either these and K with its scale for all heads, or V for all heads, scores, their softmax,
+        # where it is NaN, and the softmax without that.
+        heads, seen = spec.heads * spec.head_dim, min(rows, wanted.chunk_tokens) * spec.heads
+        most = max(3 * heads, heads + 7 * seen // 2)
+        numbers += wanted.context_tokens * (2 * spec.kv_heads * spec.head_dim + most)
     return 4 * numbers + OPERANDS_BYTES + room.kernel_bytes
 
 
