@@ -181,6 +181,8 @@ class Engine:
                 raise
             finally:
                 self._under_way = None
+                if self._compute_on is not None and not self.busy:  # whoever computes next has all threads
+                    self._compute_on(self.rank.executor.plan.threads)
             return True
 
     def _threads(self, batch: Batch) -> int:

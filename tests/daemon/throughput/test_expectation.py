@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from fakes import tiny
+from fakes.group.clusters import wait_for
 
 from shoal.comm.messages import Done, Generate, Load, Sampling, Token
 from shoal.daemon.config import NodeConfig
-from shoal.daemon.loading import planning
+from shoal.daemon.loading import assembly, planning
 from shoal.daemon.node import Node
+from shoal.engine.learn.rival import Rival
 
 CONFIG = NodeConfig(context_tokens=96, kv_tokens=768, max_sequences=4, chunk_tokens=64, threads=1)
 
@@ -98,6 +100,19 @@ def test_the_runner_up_is_tried_and_says_what_came_of_it(
         return [it.ids for it in found]
 
     assert tokens(True) == tokens(False)
+
+
+def test_who_computes_next_has_all_threads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example a shard of another machine's model."""
+    used: list[int] = []
+    monkeypatch.setattr(assembly, "set_threads", used.append)
+    monkeypatch.setattr(planning, "rival_threads", lambda model, plan, device: 1)
+    monkeypatch.setattr(Rival, "threads", lambda self, rows, **how: 1)
+    with Node(replace(CONFIG, threads=None)) as node:
+        node.load(Load(model=str(path)))
+        answer(node, 8, 8)
+        wait_for(lambda: used[-1] == NodeConfig().thread_count)
+        assert 1 in used
 
 
 def test_what_ended_before_it_began_is_passed_over(node: Node) -> None:
