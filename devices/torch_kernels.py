@@ -48,6 +48,9 @@ class TorchKernels:
     def picked(self, x: Tensor, ids: Tensor) -> Tensor:
         return x[ids]
 
+    def joined(self, all: Sequence[Tensor]) -> Tensor:
+        return torch.cat([x.reshape(-1) for x in all])
+
     def zeros_like(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
 

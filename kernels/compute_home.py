@@ -61,6 +61,11 @@ class ComputeHome(HomeMemory, Protocol):
         """Hidden states (T, n) of this home as rows of the host."""
         ...
 
+    def prefetch(self, *all: Hidden) -> None:
+        """These will be fetched, or routed by. Begins to bring them to the host, in one copy, beside what is computed
+        next. Nobody may change them before they have been fetched."""
+        ...
+
     def rows(self, x: Hidden, which: slice | Ids) -> Hidden:
         """Some rows of x: for a slice a view, so that writing to it writes to x; for ids int64 (R,) a copy."""
         ...

@@ -84,7 +84,17 @@ def test_what_does_not_fit_stays_on_the_cpu(kind: str, path: Path, mixture: Path
         in_ram = node.budget.held_bytes
     whole = whole_bytes(path)
     page_bytes = 768 * 2 * 2 * 2 * 16  # tokens, K and V, KV heads, bytes, numbers
-    for less, said in ((1, "all 3 layers on"), (page_bytes, "2 of 3 layers (the last) and the head on")):
+    experts_bytes = 6 * 3 * 32 * 64 * 34 // 32  # of a layer
+    cases = {
+        "dense": ((1, "all 3 layers on"), (page_bytes, "2 of 3 layers (the last) and the head on")),
+        "mixture": (
+            (1, "all 3 layers (12 of 18 experts) and the head on"),
+            (experts_bytes + 1, "all 3 layers (6 of 18 experts) and the head on"),
+            (3 * experts_bytes, "all 3 layers (without experts) and the head on"),
+            (3 * experts_bytes + page_bytes, "2 of 3 layers (the last, without experts) and the head on"),
+        ),
+    }
+    for less, said in cases[kind]:
         name = f"sim:{whole - less}"
         with loaded(path, name) as there:
             assert [text_of(there, prompt(i))[:2] for i in range(2)] == expected
@@ -92,7 +102,8 @@ def test_what_does_not_fit_stays_on_the_cpu(kind: str, path: Path, mixture: Path
             device = sim(name)
             assert device.peak_bytes <= status(there).device_bytes <= device.limit_bytes
             assert there.budget.held_bytes <= in_ram + (36 << 20)  # a block passes on its way there
-    with pytest.raises(DaemonError, match=r"^one layer with its KV and scratch takes") as refused:
+    layer = "one layer" if kind == "dense" else "one layer without its experts"
+    with pytest.raises(DaemonError, match=rf"^{layer} with its KV and scratch takes") as refused:
         loaded(path, "sim:1000")
     assert refused.value.code == "resources"
 
