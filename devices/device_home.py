@@ -37,6 +37,10 @@ class OnDevice(Protocol):
         """The bytes of a matrix as these kernels want them, as many as there were."""
         ...
 
+    def put_back(self, laid_out: Bytes, w: Matrix) -> None:
+        """The inverse of `laid_out`, which writes to the bytes of w."""
+        ...
+
     def clear(self, x: Any) -> None: ...
     def copy(self, source: Any, target: Any) -> None: ...
     def part(self, x: Any, index: Any) -> Any: ...
@@ -86,6 +90,13 @@ class DeviceHome(ComputeHome):
 
     def keep_vector(self, x: Floats) -> Any:
         return self._kept(x)
+
+    def exchange(self, mine: Matrix, hosts: Matrix) -> None:
+        there: Any = mine.data
+        self._change("exchange", there, lambda: None)  # after all that reads them
+        before = self._fetched(there)
+        self._arrived(self._kernels.laid_out(hosts), there)
+        self._kernels.put_back(before, hosts)
 
     def pages(self, shape: tuple[int, int, int, int]) -> Any:
         made = self.device.allocate(shape, UINT8)

@@ -28,6 +28,9 @@ class SimKernels:
     def laid_out(self, w: Matrix) -> Bytes:
         return w.data
 
+    def put_back(self, laid_out: Bytes, w: Matrix) -> None:
+        w.data[...] = laid_out
+
     def clear(self, x: Bytes) -> None:
         x.fill(0)
 

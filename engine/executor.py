@@ -31,6 +31,7 @@ from shoal.partition.slicing import Range
 from shoal.partition.spec import BlockId
 
 from .collective import Collective, PendingSum
+from .expert_places import ExpertPlaces
 
 # Of a plan that reads experts from disk: while these are computed, the next ones are read.
 EXPERTS_TOGETHER = 4
@@ -97,9 +98,11 @@ class Executor:
             (placed[BlockId("attn", layer)], placed[BlockId("router" if kind.moe else "ffn", layer)])
             for layer, kind in enumerate(model.spec.layers)
         ]
-        self._experts = _homes_of_experts(plan, home_of)
+        self._experts = ExpertPlaces(plan, home_of)
         own = model.spec.moe.own if model.spec.moe else ()
-        self._own = {layer: {it: BlockId("expert", layer, it) for it in own} for layer in self._experts}
+        self._own = {
+            layer: {it: BlockId("expert", layer, it) for it in own} for layer in self._experts.layers
+        }
         self._embed = placed.get(BlockId("embed"), self._layers[0][0])
         self._head = [placed[item.block] for item in plan.blocks if item.block.kind == "head"]
         slots = plan.expert_slots
@@ -111,6 +114,11 @@ class Executor:
         self.store.close()
         self.store = ResidentStore({})
         self.kv.let_go()
+
+    def exchange_experts(self) -> bool:
+        """While no step is under way: an expert that is used often, and lies with the CPU, changes places with one that
+        is not, and lies on a device. False if that is worth it for none. Raises HomeLost."""
+        return self._experts.exchange(self.store)
 
     @np.errstate(over="ignore", invalid="ignore")  # whoever samples notices infinities and NaN
     def forward(self, step: Step, wanted: StillWanted = lambda share: True) -> Hidden:
@@ -216,7 +224,7 @@ class Executor:
 
     def _routed(self, placed: Placed, router: Weights, rows: Sequence[Hidden], part: int) -> Routed:
         block, home = placed
-        leaves = any(there is not home for there in self._experts[block.layer])
+        leaves = self._experts.leave(block.layer, home)
         return self.model.route(home, router, self._next(rows, part), leaves)
 
     def _mix_routed(
@@ -229,10 +237,10 @@ class Executor:
         blocks = [own[expert] for expert in sorted(used) if expert in own]
         self.store.expect(blocks)
         self.store.guess(self._likely(layer, rows[0], home))
-        mixed: dict[ComputeHome, list[Hidden]] = {}
-        for there, experts in self._experts[layer].items():
-            if mine := [it for it in blocks if it.expert in experts]:
-                mixed[there] = self._mixed_there(home, there, mine, routed.values())
+        mixed = {
+            there: self._mixed_there(home, there, mine, routed.values())
+            for there, mine in self._experts.parted(layer, blocks)
+        }
         for index, (part, (x, _, shared)) in enumerate(routed.items()):
             sums = [carried(partials[index], there, home) for there, partials in mixed.items()]
             partial, *more = sums or [home.zeros_like(x)]
@@ -314,15 +322,3 @@ def _foreseen(plan: Plan) -> dict[int, BlockId]:
     """For each layer of a mixture the router of the next one, if routers stay in memory and experts do not."""
     routers = [item for item in plan.blocks if item.block.kind == "router"] if plan.expert_slots else []
     return {before.block.layer: item.block for before, item in pairwise(routers) if item.tier == "ram"}
-
-
-def _homes_of_experts(
-    plan: Plan, home_of: Callable[[str], ComputeHome]
-) -> dict[int, dict[ComputeHome, set[int]]]:
-    """The experts of each layer by the home that computes them. The CPU, for which a step waits, comes last."""
-    homes: dict[int, dict[ComputeHome, set[int]]] = {}
-    experts = [item for item in plan.blocks if item.block.kind == "expert"]
-    for item in sorted(experts, key=lambda item: item.device == "cpu"):
-        there = homes.setdefault(item.block.layer, {}).setdefault(home_of(item.device), set())
-        there.add(item.block.expert)
-    return homes

@@ -29,6 +29,11 @@ class HomeMemory(Protocol):
         """The same numbers in this home's memory: norms, biases."""
         ...
 
+    def exchange(self, mine: Matrix, hosts: Matrix) -> None:
+        """The weights of two matrices of one form change places: one in this home's memory and one in the host's. No
+        step may be under way."""
+        ...
+
     def pages(self, shape: tuple[int, int, int, int]) -> Bytes:
         """Zeros for K and V, uint8 (pages, layers, kv_heads, head_bytes)."""
         ...

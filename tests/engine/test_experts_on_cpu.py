@@ -4,21 +4,25 @@ for whom, on the virtual clock of a simulated device, to the second."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fakes import tiny
 from fakes.on_device import TakingTime, executor_of, logits, sim, with_blocks_on
 from fakes.running import Running, relative_error
+from fakes.torch_on_host import torch_home
 
 from shoal.devices.device import DeviceEvent
 from shoal.devices.sim_device import Scheduled, SimDevice
+from shoal.kernels.homes import cpu
 from shoal.partition.spec import BlockId
 
 LAYERS = 4
 SHARED = ("feed forward", "linears", "gate")  # what a shared expert takes, between `join` and `add`
 CPU_S = 0.02  # that experts of a layer take it
 APART = 1e-5  # of the largest logit: sums of experts in another order
+IN_TORCH = {"F32": 1e-4, "Q4_0": 1e-3}  # whose inputs the CPU rounds to 16 bits
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +125,29 @@ def test_experts_of_a_layer_in_two_places(running: Running) -> None:
     mixes = [it for it in of(device, "compute") if it.what == "experts"]
     for mix, out in zip(mixes, of(device, "out")[:LAYERS], strict=True):
         assert out.end_s < mix.begin_s < mix.end_s < out.end_s + CPU_S
+
+
+@pytest.mark.parametrize("kernels", ["the cpu's", "torch"])
+@pytest.mark.parametrize("stored", ["F32", "Q4_0"])
+def test_experts_that_are_used_change_places_with_others(tmp_path: Path, kernels: str, stored: str) -> None:
+    """In every memory there is as much as before, and logits are the same."""
+    model, path = tiny.hf_model("qwen3_moe"), tmp_path / "m.gguf"
+    running = Running(tiny.save_hf(model, path) if stored == "F32" else tiny.save_gguf(model, path, stored))
+    home = sim()[1] if kernels == "the cpu's" else torch_home()
+    plan = with_blocks_on(running.plan, lambda block: dense(block) or block.expert in (0, 2, 3))
+    executor, expected = executor_of(running, plan, home), logits(running.executor)
+    places, near = executor._experts, APART if kernels == "the cpu's" else IN_TORCH[stored]
+    assert relative_error(logits(executor), expected) < near
+    assert not executor.exchange_experts()  # nothing was used often enough
+    held = home.device.held_bytes
+    for wanted in ((1, 4, 5), (0, 1, 2)):
+        for _ in range(3000):
+            places.parted(1, [BlockId("expert", 1, expert) for expert in wanted])
+        while executor.exchange_experts():
+            pass
+        there = {block for block, its in places._homes.items() if its is home}
+        assert {BlockId("expert", 1, expert) for expert in wanted} <= there
+        assert len(there) == 9
+        assert relative_error(logits(executor), expected) < near
+    assert home.device.held_bytes == held
+    assert set(places._homes.values()) == {home, cpu()}

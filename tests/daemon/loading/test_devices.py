@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
 
+import shoal.daemon.node as node_module
 from shoal.comm.home import Home
 from shoal.comm.messages import Load, ModelStatus, Unload
 from shoal.daemon.errors import DaemonError
@@ -22,6 +24,8 @@ from shoal.daemon.node import Node
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.devices import opening
 from shoal.devices.sim_device import SimDevice
+from shoal.engine.learn import expert_use
+from shoal.offload.block_store import ResidentStore
 
 ROOMY = "sim:64MB"
 
@@ -57,9 +61,9 @@ def status(node: Node) -> ModelStatus:
     return found
 
 
-def whole_bytes(path: Path) -> int:
+def whole_bytes(path: Path | str, packs: Packs | None = None) -> int:
     """What the model takes on a device that has room for all of it."""
-    with loaded(path, ROOMY) as node:
+    with loaded(path, ROOMY, packs) as node:
         return status(node).device_bytes
 
 
@@ -114,6 +118,35 @@ def test_another_model_goes_before_one_is_split(path: Path, mixture: Path) -> No
         node.load(Load(model=str(mixture)))
         assert "all 3 layers and the head" in status(node).plan
         assert node.budget.on(name).held_bytes == status(node).device_bytes
+
+
+@pytest.mark.parametrize("quant", ["", ":q4"])
+def test_experts_change_places_while_nobody_asks(
+    mixture: Path, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_use, "LEAST_USES", 1)
+    monkeypatch.setattr(node_module, "IDLE_WAIT_S", 0.01)
+    packs, asked = Packs(Home(tmp_path / "home")), f"{mixture}{quant}"
+    name = f"sim:{whole_bytes(asked, packs) - 1}"
+    with loaded(asked, name, packs) as there:
+        moved, exchange = Event(), ResidentStore.exchange
+
+        def seen(self: ResidentStore, *what: Any) -> None:
+            exchange(self, *what)
+            moved.set()
+
+        monkeypatch.setattr(ResidentStore, "exchange", seen)
+        before = there.budget.held_bytes, sim(name).held_bytes
+        for index in range(4):
+            text_of(there, prompt(index))
+        assert moved.wait(10)
+        assert "12 of 18 experts" in status(there).plan
+        assert (there.budget.held_bytes, sim(name).held_bytes) == before
+        assert len(text_of(there, prompt(0))[1]) == 24
+        assert sim(name).peak_bytes <= status(there).device_bytes <= sim(name).limit_bytes
+        sim(name).lose("somebody pulled it out")
+        assert len(text_of(there, prompt(0))[1]) == 24
+        assert status(there).device == ""
 
 
 def test_fewer_bits_from_a_pack(path: Path, tmp_path: Path) -> None:
