@@ -197,8 +197,9 @@ def plan_options(function: Callback) -> Callback:
         click.option("--ctx", type=Whole(1, 1 << 26), metavar="N",
                      help="Context length in tokens, at most what the model's files say."),
         click.option("--device", metavar="NAME",
-                     help="What computes as much of the model as fits there: cpu, cuda:0, cuda:0,16GB (no more of its "
-                          "memory), or sim:1GB, a device that the CPU plays. auto, the default, is cpu today."),
+                     help="What computes as much of the model as fits there, experts last: cpu, cuda:0, cuda:0,16GB "
+                          "(no more of its memory), or sim:1GB, a device that the CPU plays. auto, the default, is "
+                          "cpu today."),
         click.option("--speculate", type=click.Choice(["auto", "off"]),
                      help="Guess tokens ahead where that is faster (the default); the answer stays the same."),
         click.option("--kv-type", type=click.Choice(get_args(KvType)),

@@ -333,6 +333,8 @@ class Node:
             try:
                 if model.engine.busy:
                     model.engine.step()
+                elif self._idle():
+                    model.engine.settle()
             except RankLost as error:
                 log.warning("%s: %s; it goes on with who is left", model.name, error)
                 self._regrouping.begin(model)

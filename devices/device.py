@@ -52,11 +52,21 @@ class DeviceMemory:
         self.free()
 
 
+class Leaving(NamedTuple):
+    """A copy on its way out: the numbers on the host are `here` when `ended` has. `joined`: what is copied, if it was
+    put together for that."""
+
+    here: Array
+    ended: DeviceEvent
+    joined: DeviceArray | None = None
+
+
 class DeviceArray:
     """A handle of an array in a device's memory, or of a part of one. Its form is known to everybody, what is in it to
-    the device alone: `inside` is what that computes with."""
+    the device alone: `inside` is what that computes with. `leaving`: a copy that was begun before somebody asked for
+    it."""
 
-    __slots__ = ("dtype", "inside", "memory", "shape", "strides")
+    __slots__ = ("dtype", "inside", "leaving", "memory", "shape", "strides")
     __array_ufunc__ = None
     flags = SimpleNamespace(c_contiguous=True, writeable=True)
 
@@ -73,6 +83,7 @@ class DeviceArray:
         self.dtype = dtype
         self.shape = tuple(shape)
         self.strides = tuple(strides)
+        self.leaving: Leaving | None = None
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ operands of the host over. The arithmetic is that of the device's `OnDevice`, on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from math import prod
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from shoal.kernels.compute_home import ComputeHome
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.partition.placement import DeviceRoom
 
-from .device import DeviceArray, DeviceEvent, DeviceWork, OpenDevice
+from .device import DeviceArray, DeviceEvent, DeviceWork, Leaving, OpenDevice
 
 UINT8 = np.dtype(np.uint8)
 F32_BYTES = 4
@@ -36,10 +37,18 @@ class OnDevice(Protocol):
         """The bytes of a matrix as these kernels want them, as many as there were."""
         ...
 
+    def put_back(self, laid_out: Bytes, w: Matrix) -> None:
+        """The inverse of `laid_out`, which writes to the bytes of w."""
+        ...
+
     def clear(self, x: Any) -> None: ...
     def copy(self, source: Any, target: Any) -> None: ...
     def part(self, x: Any, index: Any) -> Any: ...
     def picked(self, x: Any, ids: Any) -> Any: ...
+    def joined(self, all: Sequence[Any]) -> Any:
+        """The numbers of all, one after the other, (n,)."""
+        ...
+
     def zeros_like(self, x: Any) -> Any: ...
     def add(self, x: Any, y: Any) -> None: ...
     def scale(self, x: Any, factor: float) -> Any: ...
@@ -82,6 +91,13 @@ class DeviceHome(ComputeHome):
     def keep_vector(self, x: Floats) -> Any:
         return self._kept(x)
 
+    def exchange(self, mine: Matrix, hosts: Matrix) -> None:
+        there: Any = mine.data
+        self._change("exchange", there, lambda: None)  # after all that reads them
+        before = self._fetched(there)
+        self._arrived(self._kernels.laid_out(hosts), there)
+        self._kernels.put_back(before, hosts)
+
     def pages(self, shape: tuple[int, int, int, int]) -> Any:
         made = self.device.allocate(shape, UINT8)
         self._change("clear", made, lambda: self._kernels.clear(made.inside))
@@ -110,6 +126,18 @@ class DeviceHome(ComputeHome):
 
     def fetch(self, x: Hidden) -> Any:
         return self._fetched(x)
+
+    def prefetch(self, *all: Hidden) -> None:
+        if len(all) == 1:
+            all[0].leaving = self._begun_to_leave(all[0])
+            return
+        counts = [prod(x.shape) for x in all]
+        joined = self._made(
+            "join", [(sum(counts),)], all, lambda: [self._kernels.joined([x.inside for x in all])]
+        )
+        here, ended, _ = self._begun_to_leave(joined)
+        for x, stop, count in zip(all, accumulate(counts), counts, strict=True):
+            x.leaving = Leaving(here[stop - count : stop].reshape(x.shape), ended, joined)
 
     def rows(self, x: Hidden, which: slice | Ids) -> Hidden:
         if isinstance(which, slice):
@@ -310,9 +338,13 @@ class DeviceHome(ComputeHome):
 
     def _fetched(self, x: DeviceArray) -> Any:
         """The same numbers on the host."""
+        leaving, x.leaving = x.leaving or self._begun_to_leave(x), None
+        self.device.wait(leaving.ended)
+        return leaving.here
+
+    def _begun_to_leave(self, x: DeviceArray) -> Leaving:
         here: Array = np.empty(x.shape, x.dtype)
-        self.device.wait(self.device.copy_out(x, here, _events([x])))
-        return here
+        return Leaving(here, self.device.copy_out(x, here, _events([x])))
 
 
 def _inside(x: Any) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from shoal.kernels.arrays import Bytes, Floats, Ids
 from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments
 from shoal.kernels.cpu_home import CpuHome
@@ -26,6 +28,9 @@ class SimKernels:
     def laid_out(self, w: Matrix) -> Bytes:
         return w.data
 
+    def put_back(self, laid_out: Bytes, w: Matrix) -> None:
+        w.data[...] = laid_out
+
     def clear(self, x: Bytes) -> None:
         x.fill(0)
 
@@ -37,6 +42,9 @@ class SimKernels:
 
     def picked(self, x: Floats, ids: Ids) -> Floats:
         return x[ids]
+
+    def joined(self, all: Sequence[Floats]) -> Floats:
+        return np.concatenate([x.reshape(-1) for x in all])
 
     def linears(self, x: Floats, all: Linears, norm: Floats | None, eps: float) -> list[Floats]:
         return [*self._cpu.linears(x, self._linears(all), norm, eps)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from shoal.kernels.arrays import Bytes
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
 from shoal.kernels.attention_reference import Angles, HeadWeights, PagesIn, attend_tensors
-from shoal.kernels.band_layout import from_bands
+from shoal.kernels.band_layout import from_bands, to_bands
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.kernels.reference import ACTIVATIONS, decoded
 
@@ -36,6 +36,10 @@ class TorchKernels:
         rows: Bytes = from_bands(w.type, bands).reshape(-1)
         return rows
 
+    def put_back(self, laid_out: Bytes, w: Matrix) -> None:
+        row_bytes = w.type.row_bytes(w.cols)
+        w.data[...] = to_bands(w.type, laid_out.reshape(-1, row_bytes)).reshape(-1)
+
     def clear(self, x: Tensor) -> None:
         x.zero_()
 
@@ -47,6 +51,9 @@ class TorchKernels:
 
     def picked(self, x: Tensor, ids: Tensor) -> Tensor:
         return x[ids]
+
+    def joined(self, all: Sequence[Tensor]) -> Tensor:
+        return torch.cat([x.reshape(-1) for x in all])
 
     def zeros_like(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)

@@ -36,6 +36,7 @@ from .sequence import EndReason, Sequence, SequenceEvent, Standing
 log = logging.getLogger(__name__)
 
 STEP_LIMIT_S = 60.0  # `close` waits so long for the end of a step
+SETTLE_S = 0.1  # of time that nobody needs are used at once
 
 
 class Engine:
@@ -60,6 +61,7 @@ class Engine:
         self._drafter = drafter
         self._events: list[SequenceEvent] = []
         self.lost: RankLost | None = None  # until `start_anew` there are no steps
+        self._ended = False  # by `close`
         self._under_way: tuple[Batch, float] | None = None  # the step, and which share of it is done
         self._stepping = threading.Lock()  # held throughout a step
         self._lock = threading.Lock()  # guards scheduler and events; never held while anything is computed
@@ -120,6 +122,7 @@ class Engine:
         try:
             with self._lock:
                 known = self.scheduler.cache.known()
+            self._ended = True
             self.rank.close(known, keep_s)
         finally:
             self._stepping.release()
@@ -133,7 +136,7 @@ class Engine:
         """Go on with another rank 0 and its pages: the KV of all texts is gone and will be computed again."""
         with self._stepping, self._changing() as events:
             self.rank = rank
-            self.lost = None
+            self.lost, self._ended = None, False
             events += self.scheduler.start_anew(cache, speeds, rank.executor.plan.guesses)
 
     @contextmanager
@@ -184,6 +187,22 @@ class Engine:
                 if self._compute_on is not None and not self.busy:  # whoever computes next has all threads
                     self._compute_on(self.rank.executor.plan.threads)
             return True
+
+    def settle(self) -> None:
+        """Where there is nothing to compute: move experts to where they are used, but not for long, since somebody may
+        come. Raises RankLost as `step` does."""
+        if not self._stepping.acquire(blocking=False):
+            return
+        ends_s = self._clock() + SETTLE_S
+        try:
+            while self._clock() < ends_s and not (self.busy or self.lost or self._ended):
+                if not self.rank.executor.exchange_experts():
+                    return
+        except HomeLost as error:
+            self.lost = DeviceGone(str(error))
+            raise self.lost from error.with_traceback(None)
+        finally:
+            self._stepping.release()
 
     def _threads(self, batch: Batch) -> int:
         """With which it is computed: no bit of it depends on that."""

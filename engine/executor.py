@@ -9,7 +9,7 @@ once, one part of it after the other; while the next part is computed, the sum o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial as bound
 from itertools import pairwise
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from shoal.partition.slicing import Range
 from shoal.partition.spec import BlockId
 
 from .collective import Collective, PendingSum
+from .expert_places import ExpertPlaces
 
 # Of a plan that reads experts from disk: while these are computed, the next ones are read.
 EXPERTS_TOGETHER = 4
@@ -68,8 +69,9 @@ Routed = tuple[Hidden, Routing, Hidden | None]
 class Executor:
     """Runs steps of one model. Not thread-safe: one step at a time.
 
-    `home_of` gives the home of a device; all experts of a layer share one. Of several ranks, rank 0 alone has embedding
-    and head, or they are cut: then `vocab` are the rows that this rank has. A rank without them needs no token ids.
+    `home_of` gives the home of a device. Experts of a layer may have several. Of several ranks, rank 0 alone has
+    embedding and head, or they are cut: then `vocab` are the rows that this rank has. A rank without them needs no
+    token ids.
     """
 
     def __init__(
@@ -96,9 +98,11 @@ class Executor:
             (placed[BlockId("attn", layer)], placed[BlockId("router" if kind.moe else "ffn", layer)])
             for layer, kind in enumerate(model.spec.layers)
         ]
-        self._experts = _homes_of_experts(placed.values())
+        self._experts = ExpertPlaces(plan, home_of)
         own = model.spec.moe.own if model.spec.moe else ()
-        self._own = {layer: {it: BlockId("expert", layer, it) for it in own} for layer in self._experts}
+        self._own = {
+            layer: {it: BlockId("expert", layer, it) for it in own} for layer in self._experts.layers
+        }
         self._embed = placed.get(BlockId("embed"), self._layers[0][0])
         self._head = [placed[item.block] for item in plan.blocks if item.block.kind == "head"]
         slots = plan.expert_slots
@@ -110,6 +114,11 @@ class Executor:
         self.store.close()
         self.store = ResidentStore({})
         self.kv.let_go()
+
+    def exchange_experts(self) -> bool:
+        """While no step is under way: an expert that is used often, and lies with the CPU, changes places with one that
+        is not, and lies on a device. False if that is worth it for none. Raises HomeLost."""
+        return self._experts.exchange(self.store)
 
     @np.errstate(over="ignore", invalid="ignore")  # whoever samples notices infinities and NaN
     def forward(self, step: Step, wanted: StillWanted = lambda share: True) -> Hidden:
@@ -203,44 +212,56 @@ class Executor:
     def _mix(self, placed: Placed, rows: Sequence[Hidden]) -> None:
         """Adds the mixture of experts of a layer to hidden (T, hidden). `rows` are the parts of hidden. Experts on disk
         are acquired once for all of them."""
-        block, home = placed
+        block = placed.block
         if self.plan.expert_slots:
             with self.store.acquire(block) as router:
-                routed = [self._routed(home, router, rows, part) for part in range(len(rows))]
+                routed = [self._routed(placed, router, rows, part) for part in range(len(rows))]
             self._mix_routed(placed, router, rows, dict(enumerate(routed)))
             return
         with self.store.acquire(block) as router:
             for part in range(len(rows)):
-                self._mix_routed(placed, router, rows, {part: self._routed(home, router, rows, part)})
+                self._mix_routed(placed, router, rows, {part: self._routed(placed, router, rows, part)})
 
-    def _routed(self, home: ComputeHome, router: Weights, rows: Sequence[Hidden], part: int) -> Routed:
-        return self.model.route(home, router, self._next(rows, part))
+    def _routed(self, placed: Placed, router: Weights, rows: Sequence[Hidden], part: int) -> Routed:
+        block, home = placed
+        leaves = self._experts.leave(block.layer, home)
+        return self.model.route(home, router, self._next(rows, part), leaves)
 
     def _mix_routed(
         self, placed: Placed, router: Weights, rows: Sequence[Hidden], routed: Mapping[int, Routed]
     ) -> None:
         """Has experts compute some parts of a step."""
         block, home = placed
-        layer, there = block.layer, self._experts[block.layer]
-        own = self._own[layer]
-        normed = [carried(x, home, there) for x, _, _ in routed.values()]
-        partials = [there.zeros_like(x) for x in normed]
+        layer, own = block.layer, self._own[block.layer]
         used = {expert for _, routing, _ in routed.values() for expert in routing.used}
         blocks = [own[expert] for expert in sorted(used) if expert in own]
         self.store.expect(blocks)
         self.store.guess(self._likely(layer, rows[0], home))
+        mixed = {
+            there: self._mixed_there(home, there, mine, routed.values())
+            for there, mine in self._experts.parted(layer, blocks)
+        }
+        for index, (part, (x, _, shared)) in enumerate(routed.items()):
+            sums = [carried(partials[index], there, home) for there, partials in mixed.items()]
+            partial, *more = sums or [home.zeros_like(x)]
+            for its in more if shared is None else (*more, shared):
+                home.add(partial, its)
+            self._leave(home, router, rows, part, partial)
+
+    def _mixed_there(
+        self, home: ComputeHome, there: ComputeHome, blocks: Sequence[BlockId], routed: Collection[Routed]
+    ) -> list[Hidden]:
+        """What these experts, all `there`, make of what their router in `home` sends them, for each part (T, C)."""
+        normed = [carried(x, home, there) for x, _, _ in routed]
+        partials = [there.zeros_like(x) for x in normed]
         for start in range(0, len(blocks), self._together):
             self._go_on()
             group = blocks[start : start + self._together]
             with self.store.acquire_all(group) as weights:
                 experts = {block.expert: its for block, its in zip(group, weights, strict=True)}
-                for x, (_, routing, _), partial in zip(normed, routed.values(), partials, strict=True):
+                for x, (_, routing, _), partial in zip(normed, routed, partials, strict=True):
                     self.model.mix(there, experts, x, routing, partial)
-        for (part, (_, _, shared)), mixed in zip(routed.items(), partials, strict=True):
-            partial = carried(mixed, there, home)
-            if shared is not None:
-                home.add(partial, shared)
-            self._leave(home, router, rows, part, partial)
+        return partials
 
     def _next(self, rows: Sequence[Hidden], part: int) -> Hidden:
         """The rows of a part, when it is to be computed: what it waits for has arrived."""
@@ -301,13 +322,3 @@ def _foreseen(plan: Plan) -> dict[int, BlockId]:
     """For each layer of a mixture the router of the next one, if routers stay in memory and experts do not."""
     routers = [item for item in plan.blocks if item.block.kind == "router"] if plan.expert_slots else []
     return {before.block.layer: item.block for before, item in pairwise(routers) if item.tier == "ram"}
-
-
-def _homes_of_experts(blocks: Iterable[Placed]) -> dict[int, ComputeHome]:
-    """Where the experts of each layer are computed."""
-    homes: dict[int, ComputeHome] = {}
-    for block, home in blocks:
-        if block.kind == "expert":
-            first = homes.setdefault(block.layer, home)
-            assert first is home, f"experts of layer {block.layer} are apart"
-    return homes

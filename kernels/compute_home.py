@@ -29,6 +29,11 @@ class HomeMemory(Protocol):
         """The same numbers in this home's memory: norms, biases."""
         ...
 
+    def exchange(self, mine: Matrix, hosts: Matrix) -> None:
+        """The weights of two matrices of one form change places: one in this home's memory and one in the host's. No
+        step may be under way."""
+        ...
+
     def pages(self, shape: tuple[int, int, int, int]) -> Bytes:
         """Zeros for K and V, uint8 (pages, layers, kv_heads, head_bytes)."""
         ...
@@ -59,6 +64,11 @@ class ComputeHome(HomeMemory, Protocol):
 
     def fetch(self, x: Hidden) -> Floats:
         """Hidden states (T, n) of this home as rows of the host."""
+        ...
+
+    def prefetch(self, *all: Hidden) -> None:
+        """These will be fetched, or routed by. Begins to bring them to the host, in one copy, beside what is computed
+        next. Nobody may change them before they have been fetched."""
         ...
 
     def rows(self, x: Hidden, which: slice | Ids) -> Hidden:

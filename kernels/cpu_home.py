@@ -43,6 +43,9 @@ class CpuHome(ComputeHome, Protocol):
     def keep_vector(self, x: Floats) -> Floats:
         return x
 
+    def exchange(self, mine: Matrix, hosts: Matrix) -> None:
+        mine.data[...], hosts.data[...] = hosts.data.copy(), mine.data.copy()
+
     def pages(self, shape: tuple[int, int, int, int]) -> Bytes:
         return Arena().take(prod(shape)).reshape(shape)
 
@@ -66,6 +69,9 @@ class CpuHome(ComputeHome, Protocol):
 
     def fetch(self, x: Floats) -> Floats:
         return x
+
+    def prefetch(self, *all: Floats) -> None:
+        return  # they are here
 
     def rows(self, x: Floats, which: slice | Ids) -> Floats:
         return x[which]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +28,21 @@ class Routing:
     routes: Routes
 
     def among(self, experts: Collection[int]) -> Routing:
-        """The routing to these experts only. Those of them that are in use must follow each other in `used`."""
+        """The routing to these experts only; a view, if those of them that are in use follow each other in `used`."""
         if len(experts) >= len(self.used) and all(map(experts.__contains__, self.used)):
             return self
         first, last = bisect_left(self.used, min(experts)), bisect_right(self.used, max(experts))
-        starts = self.routes.starts[first : last + 1]
-        mine = slice(starts[0], starts[-1])
+        used, starts = self.used[first:last], self.routes.starts[first : last + 1]
+        mine: slice | Ids = slice(starts[0], starts[-1])
+        if not all(map(experts.__contains__, used)):
+            runs = [its for its in zip(used, pairwise(starts), strict=True) if its[0] in experts]
+            used = [expert for expert, _ in runs]
+            starts = tuple(accumulate((stop - start for _, (start, stop) in runs), initial=0))
+            mine = np.concatenate([np.arange(start, stop) for _, (start, stop) in runs] or [np.arange(0)])
         routes = Routes(
             tuple(start - starts[0] for start in starts), self.routes.tokens[mine], self.routes.factors[mine]
         )
-        return Routing(self.used[first:last], routes)
+        return Routing(used, routes)
 
     @classmethod
     def of(cls, experts: Ids, factors: Floats) -> Routing:

@@ -106,21 +106,21 @@ class Transformer:
         return home.likeliest(home.scores(x, weights.linears("router")), self.spec.moe.active)
 
     def route(
-        self, home: ComputeHome, weights: Weights, hidden: Hidden
+        self, home: ComputeHome, weights: Weights, hidden: Hidden, leaves: bool = False
     ) -> tuple[Hidden, Routing, Hidden | None]:
         """MoE router block: hidden (T, C) → normed x (T, C), routing, and the shared expert's partial (T, C) if there
-        is one."""
+        is one. `leaves`: x will be fetched, because experts are computed elsewhere."""
         spec, moe = self.spec, self.spec.moe
         assert moe is not None
         x = self._normed(home, hidden, self._pre_norm(weights))
         scores = home.scores(x, weights.linears("router"))  # (T, experts)
-        routing = home.route(scores, moe.active, moe.normalize)
-        if not moe.shared_ffn:
-            return x, routing, None
-        shared = home.feed_forward(x, weights.feed_forward(spec.activation, "shared_"))
-        if moe.shared_gated:
-            home.gate(shared, home.linears(x, weights.linears("shared_scale"))[0])  # by (T, 1)
-        return x, routing, shared
+        home.prefetch(scores, *([x] if leaves else []))
+        shared = None
+        if moe.shared_ffn:
+            shared = home.feed_forward(x, weights.feed_forward(spec.activation, "shared_"))
+            if moe.shared_gated:
+                home.gate(shared, home.linears(x, weights.linears("shared_scale"))[0])  # by (T, 1)
+        return x, home.route(scores, moe.active, moe.normalize), shared
 
     def mix(
         self,
@@ -131,7 +131,7 @@ class Transformer:
         partial: Hidden,
     ) -> None:
         """Adds to partial (T, C) what these experts compute for their tokens, expert by expert, ascending. x: normed
-        (T, C). weights: of all experts, or of a run of those in use."""
+        (T, C). weights: of all experts, or of some."""
         routing = routing.among(weights)
         if routing.used:
             layers = [weights[expert].feed_forward(self.spec.activation) for expert in routing.used]

@@ -93,7 +93,7 @@ class ResidentStore:
     damaged = False
 
     def __init__(self, blocks: Mapping[BlockId, Resident]) -> None:
-        self._blocks = blocks
+        self._blocks = dict(blocks)
 
     @classmethod
     def load(
@@ -120,6 +120,13 @@ class ResidentStore:
 
     def acquire_all(self, blocks: Sequence[BlockId]) -> AbstractContextManager[list[Weights]]:
         return nullcontext([self._blocks[block].enter_result for block in blocks])
+
+    def exchange(self, one: BlockId, other: BlockId, home: ComputeHome) -> None:
+        """A block in a home's memory and one of this machine's, of one form, change places. Raises HomeLost."""
+        mine, hosts = (self._blocks[block].enter_result for block in (one, other))
+        for role, matrix in mine.matrix.items():
+            home.exchange(matrix, hosts.matrix[role])
+        self._blocks[one], self._blocks[other] = self._blocks[other], self._blocks[one]
 
     def rows(self, block: BlockId, ids: Ids) -> Floats:
         return gather_rows(self._blocks[block].enter_result.matrix["embed"], ids)

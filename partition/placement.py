@@ -1,8 +1,9 @@
-"""Plans of one machine with a device that has memory of its own: which layers go there.
+"""Plans of one machine with a device that has memory of its own: which blocks go there.
 
 Every token reads all dense weights, so what counts is how many bytes lie in the faster memory. Layers go there from the
 last one on, and the head before them: rows of the embedding are gathered on the host, so hidden states pass the link
-once, and logits come back. Pure.
+once, and logits come back. Of a mixture a token reads few experts, so the rest of all layers goes first, and then, from
+the last layer on, experts. The CPU computes the others, for which hidden states go out and come back. Pure.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class ModelBytes(NamedTuple):
 
 
 class NoRoomThere(NamedTuple):
-    """Not even one layer fits on the device; with `least_bytes` of it, one would."""
+    """Not even one layer, without its experts, fits on the device; with `least_bytes` of it, one would."""
 
     least_bytes: int
 
@@ -69,8 +70,8 @@ def plan_on_device(
     tried = [_plan(wanted, model, room, memory_bytes) for wanted in contexts]
     plans = [made for made in tried if isinstance(made, Plan)]
     if plans:
-        most = max(plan.device_layers[0] for plan in plans)
-        return next(plan for plan in plans if plan.device_layers[0] >= LAYERS_KEPT * most)
+        most = max(map(_layers_there, plans))
+        return next(plan for plan in plans if _layers_there(plan) >= LAYERS_KEPT * most)
     found = [made for made in tried if isinstance(made, Misfit)]
     return first_fit(found) if found else min(made for made in tried if isinstance(made, NoRoomThere))
 
@@ -80,6 +81,8 @@ def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
     spec = wanted.spec
     rows = wanted.chunk_tokens + wanted.sequences + wanted.guesses
     numbers = step_numbers(wanted._replace(native=True)) + rows * spec.head_dim * len(spec.ropes)
+    if spec.moe:  # what goes to experts of the CPU: scores, and these together with a block's input
+        numbers += rows * (spec.hidden + 2 * spec.moe.experts)
     if room.gathers:
         # K and V, then either these and K with its scale for all heads, or V for all heads, scores, their softmax,
         # where it is NaN, and the softmax without that.
@@ -95,7 +98,8 @@ def _plan(
     spec, scratch = wanted.spec, device_scratch_bytes(wanted, room)
     pages = least_kv_pages(wanted)
     page_bytes = kv_page_bytes(spec, wanted.kv_type) // len(spec.layers)
-    layers = [sum(model.blocks[it] for it in _blocks(spec, layer)) for layer in range(len(spec.layers))]
+    dense, experts = zip(*(_blocks(spec, layer) for layer in range(len(spec.layers))), strict=True)
+    layers = [sum(map(model.blocks.__getitem__, its)) for its in dense]
     sizes = [nbytes + pages * page_bytes for nbytes in layers]
     free = room.free_bytes - scratch - model.vectors
     heads = {block: nbytes for block, nbytes in model.blocks.items() if block.kind == "head"}
@@ -107,7 +111,11 @@ def _plan(
     if not count:
         return NoRoomThere(scratch + model.vectors + sizes[-1])
     first = last - count
-    there = {block for layer in range(first, last) for block in _blocks(spec, layer)}
+    there = {block for its in dense[first:] for block in its}
+    if not first:
+        left = free - sum(sizes) - (head_bytes if takes_head else 0)
+        mixtures = _fitting([sum(map(model.blocks.__getitem__, its)) for its in experts], left)
+        there |= {block for its in experts[last - mixtures :] for block in its}
     blocks = dict(model.blocks)
     if takes_head:
         there |= heads.keys()
@@ -134,8 +142,16 @@ def _plan(
     return replace(least, kv=kv_plan(wanted, min(pages * wanted.sequences, pages + more)))
 
 
-def _blocks(spec: ModelSpec, layer: int) -> tuple[BlockId, ...]:
-    return (BlockId("attn", layer), *spec.ffn_blocks(layer))
+def _blocks(spec: ModelSpec, layer: int) -> tuple[tuple[BlockId, ...], tuple[BlockId, ...]]:
+    """(what every token reads of a layer, its experts)."""
+    ffn, *experts = spec.ffn_blocks(layer)
+    return (BlockId("attn", layer), ffn), tuple(experts)
+
+
+def _layers_there(plan: Plan) -> float:
+    """On the device; the experts of a layer count as one more."""
+    layers, (experts, among) = plan.device_layers[0], plan.device_experts
+    return layers + experts * plan.device_layers[1] / among if among else layers
 
 
 def _fitting(sizes: Sequence[int], free: int) -> int:

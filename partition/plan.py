@@ -88,6 +88,17 @@ class Plan:
         return sum(it.tier == "gpu" for it in layers), len(layers)
 
     @property
+    def device_experts(self) -> tuple[int, int]:
+        """(how many experts it computes, how many all layers have)."""
+        experts = [it for it in self.blocks if it.block.kind == "expert"]
+        return sum(it.tier == "gpu" for it in experts), len(experts)
+
+    @property
+    def device_whole(self) -> bool:
+        """Whether it computes all layers with all experts."""
+        return all(mine == whole for mine, whole in (self.device_layers, self.device_experts))
+
+    @property
     def device_weights_bytes(self) -> int:
         return sum(block.nbytes for block in self.blocks if block.tier == "gpu")
 
@@ -172,13 +183,23 @@ class Plan:
         """What lies where, in words; "" if there is no device."""
         if not self.device:
             return ""
-        mine, whole = self.device_layers
-        layers = f"all {whole} layers" if mine == whole else f"{mine} of {whole} layers (the last)"
-        if any(it.block.kind == "head" and it.tier == "gpu" for it in self.blocks):
-            layers += " and the head"
         weights, pages = format_bytes(self.device_weights_bytes), format_bytes(self.device_kv_bytes)
-        there = f"{layers} on {self.device} with {weights} of weights and {pages} of KV"
+        there = f"{self.there} on {self.device} with {weights} of weights and {pages} of KV"
         return f"{there}, {format_bytes(self.pinned_bytes)} of weights in ram"
+
+    @property
+    def there(self) -> str:
+        """What the device computes, in words."""
+        (mine, whole), (experts, among) = self.device_layers, self.device_experts
+        layers, notes = f"all {whole} layers", []
+        if mine < whole:
+            layers, notes = f"{mine} of {whole} layers", ["the last"]
+        if experts < among:
+            notes.append(f"{experts:,} of {among:,} experts" if experts else "without experts")
+        if notes:
+            layers += f" ({', '.join(notes)})"
+        has_head = any(it.block.kind == "head" and it.tier == "gpu" for it in self.blocks)
+        return f"{layers} and the head" if has_head else layers
 
 
 class Misfit(NamedTuple):

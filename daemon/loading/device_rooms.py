@@ -50,11 +50,9 @@ def device_room(device: str, budget: Budget, idle_bytes: int = 0) -> Chosen:
 
 def require_whole(plan: Plan, room: DeviceRoom, name: str) -> None:
     """Where others can go, they do before model `name` is split: raises DaemonError `resources` if it would be."""
-    mine, whole = plan.device_layers
     taken = room.limit_bytes - room.free_bytes
-    if mine < whole and taken:
+    if taken and not plan.device_whole:
         raise DaemonError(
             "resources",
-            f"only {mine} of {whole} layers of {name} fit on device {room.name}: "
-            f"other models hold {format_bytes(taken)}",
+            f"of {name} only {plan.there} on device {room.name}: other models hold {format_bytes(taken)}",
         )

@@ -67,8 +67,9 @@ def _on_device(
     if isinstance(made, NoRoomThere):
         raise DaemonError(
             "resources",
-            f"one layer with its KV and scratch takes {format_bytes(made.least_bytes)}, device {room.name} has "
-            f"{format_bytes(room.free_bytes)} free of {format_bytes(room.limit_bytes)}",
+            f"one layer{' without its experts' if model.spec.moe else ''} with its KV and scratch takes "
+            f"{format_bytes(made.least_bytes)}, device {room.name} has {format_bytes(room.free_bytes)} free of "
+            f"{format_bytes(room.limit_bytes)}",
             "`device=cpu` does without it, or take a smaller `context_tokens`",
         )
     return made

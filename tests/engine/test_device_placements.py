@@ -24,7 +24,7 @@ from shoal.offload.kv.prefix_cache import Copy
 from shoal.partition.spec import BlockId
 
 # Between them they scale the embedding, clip q, k and v, have every norm, biases, gated and plain shared experts.
-FAMILIES = ("llama", "gemma3", "qwen2", "olmo2", "olmoe", "qwen3_moe", "qwen2_moe")
+FAMILIES = ("llama", "gemma3", "qwen2", "olmo2", "mixtral", "olmoe", "qwen3_moe", "qwen2_moe")
 There = Callable[[BlockId], bool]
 IN_TORCH = 1e-4  # of the largest logit
 
@@ -35,6 +35,10 @@ PLACEMENTS: dict[str, There] = {
     "attention": lambda block: block.kind == "attn",
     "feed-forward": lambda block: block.kind in ("ffn", "router", "expert"),
     "experts": lambda block: block.kind == "expert",
+    "all but experts": lambda block: block.kind not in ("embed", "expert"),
+    "all but the experts of the first layers": lambda block: (
+        block.layer == 2 or block.kind not in ("embed", "expert")
+    ),
     "the head": lambda block: block.kind == "head",
 }
 
@@ -61,7 +65,7 @@ def test_every_placement_gives_the_logits_of_the_cpu(running: Running, placement
     assert device.held_bytes == 0
 
 
-@pytest.mark.parametrize("placement", ["all", "the last layer and the head", "experts"])
+@pytest.mark.parametrize("placement", ["all", "the last layer and the head", "experts", "all but experts"])
 def test_in_torch_they_are_the_same_but_for_rounding(running: Running, placement: str) -> None:
     plan = with_blocks_on(running.plan, PLACEMENTS[placement])
     if not plan.device:
@@ -71,10 +75,11 @@ def test_in_torch_they_are_the_same_but_for_rounding(running: Running, placement
 
 
 @pytest.mark.parametrize("kv_type", ["i8", "bf16"])
-def test_parts_of_steps_and_types_of_kv(tmp_path: Path, kv_type: str) -> None:
+@pytest.mark.parametrize("placement", ["the last layer and the head", "all but experts"])
+def test_parts_of_steps_and_types_of_kv(tmp_path: Path, kv_type: str, placement: str) -> None:
     tiny.save_hf(tiny.hf_model("qwen3_moe"), tmp_path / "m")
     running = Running(tmp_path / "m", replace(FP32, kv_type=kv_type))  # type: ignore[arg-type]
-    plan = with_blocks_on(running.plan, PLACEMENTS["the last layer and the head"])
+    plan = with_blocks_on(running.plan, PLACEMENTS[placement])
     executor = executor_of(running, replace(plan, part_tokens=33), sim()[1])
     assert np.array_equal(logits(executor), logits(running.executor))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from shoal.devices.device_home import DeviceHome
+from shoal.devices.device_names import SIM_LINK_BYTES_PER_S
 from shoal.devices.sim_device import SimDevice
 from shoal.devices.sim_kernels import SimKernels
 from shoal.engine.collective import Alone
@@ -27,9 +29,11 @@ from .running import Running
 ROOMY = 1 << 30
 
 
-def sim(limit_bytes: int = ROOMY, name: str = "sim:test") -> tuple[SimDevice, DeviceHome]:
+def sim(
+    limit_bytes: int = ROOMY, name: str = "sim:test", link_bytes_per_s: float = SIM_LINK_BYTES_PER_S
+) -> tuple[SimDevice, DeviceHome]:
     """A device with kernels that are there, and its home."""
-    device = SimDevice(name, limit_bytes)
+    device = SimDevice(name, limit_bytes, link_bytes_per_s)
     return device, DeviceHome(device, SimKernels(cpu()))
 
 
@@ -41,9 +45,23 @@ def with_blocks_on(plan: Plan, there: Callable[[BlockId], bool], name: str = "si
     return replace(plan, blocks=blocks)
 
 
-def executor_of(running: Running, plan: Plan, home: ComputeHome) -> Executor:
-    """The same model, read again as `plan` has it, with K and V of its own."""
-    homes = {"cpu": cpu(), **{item.device: home for item in plan.blocks if item.tier == "gpu"}}
+class TakingTime:
+    """The CPU; a call of `experts` takes it so many seconds on a device's virtual clock."""
+
+    def __init__(self, device: SimDevice, seconds: float) -> None:
+        self._device, self._seconds = device, seconds
+
+    def experts(self, *operands: Any) -> None:
+        cpu().experts(*operands)
+        self._device.now_s += self._seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cpu(), name)
+
+
+def executor_of(running: Running, plan: Plan, home: ComputeHome, here: Any = None) -> Executor:
+    """The same model, read again as `plan` has it, with K and V of its own. `here`: the CPU."""
+    homes = {"cpu": here or cpu(), **{item.device: home for item in plan.blocks if item.tier == "gpu"}}
     old = running.executor
     with open_checkpoint(running.path) as checkpoint:
         store = ResidentStore.load(plan, checkpoint, home_of=homes.__getitem__)

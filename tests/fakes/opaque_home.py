@@ -50,6 +50,11 @@ class OpaqueHome:
         self.fetched += 1
         return self._in(x).copy()
 
+    def prefetch(self, *all: Opaque) -> None:
+        assert all
+        for x in all:
+            self._in(x)
+
     def rows(self, x: Opaque, which: slice | Ids) -> Opaque:
         return self._out(self._cpu.rows(self._in(x), which))
 

@@ -39,7 +39,10 @@ WANTED = Wanted(
     threads=2,
 )
 MB = 1 << 20
-SCRATCH = device_scratch_bytes(WANTED, DeviceRoom("sim:x", 0, 0, False, 0))
+SCRATCH, MIXED_SCRATCH = (
+    device_scratch_bytes(WANTED._replace(spec=spec), DeviceRoom("sim:x", 0, 0, False, 0))
+    for spec in (SPEC, MIXTURE)
+)
 
 
 def plan(device_bytes: int, memory_bytes: int = 1 << 33, spec: ModelSpec = SPEC, **changes: Any) -> Any:
@@ -85,10 +88,32 @@ def test_a_tied_head_is_there_twice() -> None:
     assert sizes["head"] == 5 * MB + 4 * SPEC.hidden
 
 
+def test_of_a_mixture_experts_go_there_last() -> None:
+    """4 MB of experts in each of 6 layers, and 2 MB besides; a page of KV is a megabyte at most."""
+    whole = [f"{kind}.{layer}" for layer in range(6) for kind in ("attn", "router")]
+    found = {
+        megabytes: plan(MIXED_SCRATCH + megabytes * MB, spec=MIXTURE) for megabytes in (8, 18, 22, 30, 60)
+    }
+    assert there(found[8]) == [*whole[-2:], "head"]
+    assert found[8].placed.startswith("1 of 6 layers (the last, without experts) and the head on sim:x with ")
+    assert there(found[18]) == [*whole, "head"]
+    assert found[18].placed.startswith("all 6 layers (without experts) and the head on sim:x with ")
+    assert set(there(found[22])) == {*whole, "expert.5", "head"}
+    assert found[22].device_experts == (4, 24)
+    assert found[30].placed.startswith("all 6 layers (12 of 24 experts) and the head on sim:x with ")
+    assert found[60].device_whole
+    assert not found[30].device_whole
+
+
 def test_all_experts_of_a_layer_are_in_one_place() -> None:
-    made = plan(SCRATCH + 12 * MB, spec=MIXTURE)
-    assert made.device_layers == (1, 6)
-    assert len(there(made)) == 1 + 1 + 4 + 1
+    made = plan(MIXED_SCRATCH + 30 * MB, spec=MIXTURE)
+    assert made.device_layers == (6, 6)
+    assert len(there(made)) == 6 * 2 + 3 * 4 + 1
+    assert {it.block.layer for it in made.blocks if it.block.kind == "expert" and it.tier == "gpu"} == {
+        3,
+        4,
+        5,
+    }
 
 
 def test_a_long_context_takes_the_place_of_few_layers() -> None:
@@ -135,3 +160,4 @@ def test_budgets_hold(device: int, memory: int, kv_tokens: int | None, spec: Mod
     assert made.kv.tokens >= (kv_tokens or 512)
     more = plan(device + 8 * MB, memory + 64 * MB, spec, kv_tokens=kv_tokens)
     assert more.device_layers >= made.device_layers
+    assert more.device_experts >= made.device_experts

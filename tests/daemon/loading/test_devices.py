@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
 
+import shoal.daemon.node as node_module
 from shoal.comm.home import Home
 from shoal.comm.messages import Load, ModelStatus, Unload
 from shoal.daemon.errors import DaemonError
@@ -22,6 +24,8 @@ from shoal.daemon.node import Node
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.devices import opening
 from shoal.devices.sim_device import SimDevice
+from shoal.engine.learn import expert_use
+from shoal.offload.block_store import ResidentStore
 
 ROOMY = "sim:64MB"
 
@@ -57,9 +61,9 @@ def status(node: Node) -> ModelStatus:
     return found
 
 
-def whole_bytes(path: Path) -> int:
+def whole_bytes(path: Path | str, packs: Packs | None = None) -> int:
     """What the model takes on a device that has room for all of it."""
-    with loaded(path, ROOMY) as node:
+    with loaded(path, ROOMY, packs) as node:
         return status(node).device_bytes
 
 
@@ -84,7 +88,17 @@ def test_what_does_not_fit_stays_on_the_cpu(kind: str, path: Path, mixture: Path
         in_ram = node.budget.held_bytes
     whole = whole_bytes(path)
     page_bytes = 768 * 2 * 2 * 2 * 16  # tokens, K and V, KV heads, bytes, numbers
-    for less, said in ((1, "all 3 layers on"), (page_bytes, "2 of 3 layers (the last) and the head on")):
+    experts_bytes = 6 * 3 * 32 * 64 * 34 // 32  # of a layer
+    cases = {
+        "dense": ((1, "all 3 layers on"), (page_bytes, "2 of 3 layers (the last) and the head on")),
+        "mixture": (
+            (1, "all 3 layers (12 of 18 experts) and the head on"),
+            (experts_bytes + 1, "all 3 layers (6 of 18 experts) and the head on"),
+            (3 * experts_bytes, "all 3 layers (without experts) and the head on"),
+            (3 * experts_bytes + page_bytes, "2 of 3 layers (the last, without experts) and the head on"),
+        ),
+    }
+    for less, said in cases[kind]:
         name = f"sim:{whole - less}"
         with loaded(path, name) as there:
             assert [text_of(there, prompt(i))[:2] for i in range(2)] == expected
@@ -92,7 +106,8 @@ def test_what_does_not_fit_stays_on_the_cpu(kind: str, path: Path, mixture: Path
             device = sim(name)
             assert device.peak_bytes <= status(there).device_bytes <= device.limit_bytes
             assert there.budget.held_bytes <= in_ram + (36 << 20)  # a block passes on its way there
-    with pytest.raises(DaemonError, match=r"^one layer with its KV and scratch takes") as refused:
+    layer = "one layer" if kind == "dense" else "one layer without its experts"
+    with pytest.raises(DaemonError, match=rf"^{layer} with its KV and scratch takes") as refused:
         loaded(path, "sim:1000")
     assert refused.value.code == "resources"
 
@@ -103,6 +118,35 @@ def test_another_model_goes_before_one_is_split(path: Path, mixture: Path) -> No
         node.load(Load(model=str(mixture)))
         assert "all 3 layers and the head" in status(node).plan
         assert node.budget.on(name).held_bytes == status(node).device_bytes
+
+
+@pytest.mark.parametrize("quant", ["", ":q4"])
+def test_experts_change_places_while_nobody_asks(
+    mixture: Path, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_use, "LEAST_USES", 1)
+    monkeypatch.setattr(node_module, "IDLE_WAIT_S", 0.01)
+    packs, asked = Packs(Home(tmp_path / "home")), f"{mixture}{quant}"
+    name = f"sim:{whole_bytes(asked, packs) - 1}"
+    with loaded(asked, name, packs) as there:
+        moved, exchange = Event(), ResidentStore.exchange
+
+        def seen(self: ResidentStore, *what: Any) -> None:
+            exchange(self, *what)
+            moved.set()
+
+        monkeypatch.setattr(ResidentStore, "exchange", seen)
+        before = there.budget.held_bytes, sim(name).held_bytes
+        for index in range(4):
+            text_of(there, prompt(index))
+        assert moved.wait(10)
+        assert "12 of 18 experts" in status(there).plan
+        assert (there.budget.held_bytes, sim(name).held_bytes) == before
+        assert len(text_of(there, prompt(0))[1]) == 24
+        assert sim(name).peak_bytes <= status(there).device_bytes <= sim(name).limit_bytes
+        sim(name).lose("somebody pulled it out")
+        assert len(text_of(there, prompt(0))[1]) == 24
+        assert status(there).device == ""
 
 
 def test_fewer_bits_from_a_pack(path: Path, tmp_path: Path) -> None:

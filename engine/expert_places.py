@@ -1,0 +1,89 @@
+"""Where the experts of a plan are computed, and which of them change places while there is nothing else to do.
+
+A plan says where they are at first. Which experts a mixture uses often is known only when it runs. Those of them that
+the CPU has then change places, in pairs, with seldom used ones of a device: so memory stays as it was planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+
+from shoal.kernels import ComputeHome
+from shoal.offload.block_store import BlockStore, ResidentStore
+from shoal.partition.plan import Plan
+from shoal.partition.spec import BlockId
+
+from .learn.expert_use import ExpertUse, best_exchange
+
+
+class ExpertPlaces:
+    """Of a plan. `home_of` gives the home of a device."""
+
+    def __init__(self, plan: Plan, home_of: Callable[[str], ComputeHome]) -> None:
+        experts = [item for item in plan.blocks if item.block.kind == "expert"]
+        self._cpu = home_of("cpu") if experts else None
+        self._homes = {item.block: home_of(item.device) for item in experts}
+        self._layers: dict[int, list[BlockId]] = {}
+        for block in self._homes:
+            self._layers.setdefault(block.layer, []).append(block)
+        self._by_home: dict[int, dict[ComputeHome, set[int]]] = {}
+        for layer in self._layers:
+            self._arrange(layer)
+        self._use = ExpertUse() if len(set(self._homes.values())) > 1 else None
+        self._forms: dict[BlockId, Hashable] = {}
+
+    @property
+    def layers(self) -> Collection[int]:
+        """Those that have any."""
+        return self._layers.keys()
+
+    def leave(self, layer: int, home: ComputeHome) -> bool:
+        """Whether any of a layer are elsewhere than their router, which is in `home`."""
+        return any(there is not home for there in self._by_home[layer])
+
+    def parted(self, layer: int, blocks: Sequence[BlockId]) -> list[tuple[ComputeHome, Sequence[BlockId]]]:
+        """Experts of a layer that a part of a step uses, by their home. The CPU, for which a step waits, comes last."""
+        if not blocks:
+            return []
+        if self._use is not None:
+            self._use.note(blocks)
+        homes = self._by_home[layer]
+        if len(homes) == 1:
+            return [(home, blocks) for home in homes]
+        parted = [(home, [it for it in blocks if it.expert in mine]) for home, mine in homes.items()]
+        return [(home, mine) for home, mine in parted if mine]
+
+    def exchange(self, store: BlockStore) -> bool:
+        """The pair of experts for which that is worth most changes places. False if there is none. No step may be
+        under way. Raises HomeLost."""
+        if self._use is None or not self._use.fresh or not isinstance(store, ResidentStore):
+            return False
+        if not self._forms:
+            self._forms = {block: _form(store, block) for block in self._homes}
+        there = {block: home for block, home in self._homes.items() if home is not self._cpu}
+        uses = {block: self._use.of(block) for block in self._homes}
+        found = best_exchange(uses, there, self._forms)
+        if found is None:
+            self._use.fresh = False
+            return False
+        going, coming = found
+        store.exchange(going, coming, there[going])
+        self._homes[going], self._homes[coming] = self._homes[coming], self._homes[going]
+        for block in found:
+            self._arrange(block.layer)
+        return True
+
+    def _arrange(self, layer: int) -> None:
+        homes: dict[ComputeHome, set[int]] = {}
+        for block in sorted(self._layers[layer], key=lambda block: self._homes[block] is self._cpu):
+            homes.setdefault(self._homes[block], set()).add(block.expert)
+        self._by_home[layer] = homes
+
+
+def _form(store: ResidentStore, block: BlockId) -> Hashable:
+    """What two experts have to have in common to change places."""
+    with store.acquire(block) as weights:
+        return tuple(
+            (role, it.type.name, it.rows, it.cols, it.data.flags.writeable)
+            for role, it in sorted(weights.matrix.items())
+        )

@@ -1,0 +1,53 @@
+"""Which experts change places: those that are used much more often with those that are not, and then no more."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.engine.learn.expert_use import FADING, LEAST_USES, ExpertUse, best_exchange
+from shoal.partition.spec import BlockId
+
+EXPERTS = [BlockId("expert", layer, expert) for layer in range(2) for expert in range(4)]
+
+
+@given(
+    st.lists(st.integers(0, 1000), min_size=8, max_size=8),
+    st.sets(st.sampled_from(EXPERTS)),
+    st.lists(st.sampled_from("ab"), min_size=8, max_size=8),
+)
+def test_exchanges_spare_the_cpu_and_end(counts: list[int], there: set[BlockId], kinds: list[str]) -> None:
+    uses, forms = dict(zip(EXPERTS, counts, strict=True)), dict(zip(EXPERTS, kinds, strict=True))
+    many = len(there)
+    while (found := best_exchange(uses, there, forms)) is not None:
+        assert found.from_device in there
+        assert found.from_cpu not in there
+        assert forms[found.from_device] == forms[found.from_cpu]
+        assert uses[found.from_cpu] >= max(2 * uses[found.from_device], uses[found.from_device] + LEAST_USES)
+        there = there - {found.from_device} | {found.from_cpu}
+    assert len(there) == many
+    for form in "ab":  # nothing is left that would have been worth it
+        here = [uses[it] for it in EXPERTS if it not in there and forms[it] == form]
+        away = [uses[it] for it in there if forms[it] == form]
+        if here and away:
+            assert max(here) < max(2 * min(away), min(away) + LEAST_USES)
+
+
+def test_one_expert_that_gets_everything() -> None:
+    uses = dict.fromkeys(EXPERTS, 0) | {EXPERTS[3]: 10**6}
+    found = best_exchange(uses, {EXPERTS[0]}, dict.fromkeys(EXPERTS, 0))
+    assert found == (EXPERTS[0], EXPERTS[3])
+    assert best_exchange(uses, {EXPERTS[3]}, dict.fromkeys(EXPERTS, 0)) is None
+    assert best_exchange(uses, set(), dict.fromkeys(EXPERTS, 0)) is None
+
+
+def test_what_was_used_long_ago_counts_less() -> None:
+    use = ExpertUse()
+    assert not use.fresh
+    for _ in range(FADING - 1):
+        use.note(EXPERTS[:2])
+    assert use.fresh
+    assert use.of(EXPERTS[0]) == FADING - 1
+    use.note(EXPERTS[1:2])
+    assert (use.of(EXPERTS[0]), use.of(EXPERTS[1])) == ((FADING - 1) // 2, FADING // 2)
+    assert use.of(EXPERTS[4]) == 0
