@@ -29,7 +29,7 @@ from .terminal.link_table import show_links
 from .terminal.link_text import link_text
 from .terminal.output import console, note, print_json, spinner, table
 from .terminal.paint import printable
-from .wording import WORDS
+from .wording import WORDS, worded
 
 STDIN_CODE_BYTES = 200
 
@@ -86,6 +86,8 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
         screen.print(f"if that does not find this machine: {address}")
     if others := [text for text in invitation.addresses[1:] if not text.startswith(("127.", "[::1]"))]:
         screen.print(f"this machine is also at {', '.join(others)}")
+    if invitation.caveat:
+        note(worded(invitation.caveat))
 
 
 @cluster.command(

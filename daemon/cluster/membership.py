@@ -46,7 +46,7 @@ from .member import Member
 from .roster import Roster
 from .routes.listening import DEFAULT_LISTEN, Listening
 from .routes.local_network import Announcer, LocalNetwork, announced
-from .routes.own_addresses import OwnAddress, own_addresses, reachable, spelled
+from .routes.own_addresses import OwnAddress, caveat, own_addresses, reachable, spelled
 from .routes.route import HeadRoute
 from .served_shard import KeepsShards
 from .speed import NodeSpeed
@@ -159,6 +159,7 @@ class Membership:
                 addresses=addresses,
                 seconds=CODE_S,
                 announced=self._network is not None and bool(announced(addresses)),
+                caveat=caveat(addresses),
             )
 
     def _check_head(self) -> None:
