@@ -229,7 +229,7 @@ def leave() -> None:
     if runs:
         with Client(home.address) as client:
             found = client.nodes()
-            for node in found.nodes[1:] if found.role == "worker" else ():
+            for node in found.nodes[1:]:
                 client.forget(node.fingerprint)
                 names.append(node.name)
     names += unpair(home)

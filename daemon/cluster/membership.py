@@ -120,6 +120,7 @@ class Membership:
                     gone = self._peers.named(request.node)
                     if (worker := self._worker) is not None and worker.fingerprint == gone.fingerprint:
                         worker.say_farewell()
+                    self._roster.tell_forgotten(gone.fingerprint)
                     self._peers.forget(gone.fingerprint)
                     self._roster.dismiss(gone.fingerprint, "it was forgotten")
                     self.follow_files()

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import pytest
 from fakes.cli_fakes import FakeClient, shoal
 
+from shoal.cli import background
 from shoal.cli import cluster as cluster_room
-from shoal.comm.cluster_messages import Invitation, NodesReply, NodeStatus
+from shoal.comm.cluster_messages import Invitation, NodeRole, NodesReply, NodeStatus
 from shoal.comm.home import Home
 
 THIS = NodeStatus(
@@ -78,3 +79,26 @@ def test_a_join_line_that_no_other_machine_can_use_says_so(
         assert result.stderr == ""
     else:
         assert result.stderr.split() == said.replace("`listen=auto`", "--listen auto").split()
+
+
+@pytest.mark.parametrize("role", ["head", "worker", "alone"])
+def test_who_leaves_tells_all_that_are_there(
+    role: NodeRole, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[str] = []
+
+    class Asked(FakeClient):
+        def nodes(self) -> NodesReply:
+            there = [] if role == "alone" else [THIS, laptop(attached=True)]
+            return NodesReply(role=role, nodes=there)
+
+        def forget(self, node: str) -> None:
+            forgotten.append(node)
+
+        def rejoin(self) -> None:
+            forgotten.append("all")
+
+    monkeypatch.setattr(background, "running_pid", lambda home: 1)
+    monkeypatch.setattr(cluster_room, "Client", Asked())
+    assert shoal("cluster", "leave").exit_code == 0
+    assert forgotten == ["all"] if role == "alone" else ["cd" * 32, "all"]
