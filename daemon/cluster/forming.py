@@ -43,6 +43,8 @@ from .steady_shares import SteadyShares, UsedCut
 
 log = logging.getLogger(__name__)
 
+ALONE_AS_ASKED = "alone because a number of machines was asked for"
+
 
 class Serving(Protocol):
     """See `shard_stores.send_weights`."""
@@ -183,7 +185,7 @@ class Forming:
                     message += f"; {member.name} did not take its part lately and is not asked for {left_s:.0f} s more"
             raise DaemonError("resources", message, "see shoal cluster nodes")
         if not members or config.ranks == 1:
-            return Unseated("")
+            return Unseated(ALONE_AS_ASKED if members else "")
         rooms = [free_bytes, *(member.room_bytes(name, *dropping) for member in members)]
         choice = self._choice(checkpoint, config, members, rooms)
         if isinstance(choice, NoGroup):

@@ -20,6 +20,7 @@ from hosts import relay
 from shoal.comm.group import greeting
 from shoal.comm.messages import Generate, Load, ModelStatus, Token, Unload
 from shoal.daemon.cluster import member
+from shoal.daemon.cluster.forming import ALONE_AS_ASKED
 from shoal.daemon.cluster.routes import route
 from shoal.daemon.cluster.served_shard import ServedShard
 from shoal.daemon.cluster.speed import NodeSpeed
@@ -165,6 +166,29 @@ def test_a_number_of_ranks_means_a_whole_group(cluster: Cluster, path: Path, tru
     assert status.ranks == 3
     assert not isinstance(loaded(cluster).engine.rank, Assisted)
     assert said(cluster.node, TEXT)[0] == truth[0]
+
+
+def test_one_rank_means_no_group(cluster: Cluster, path: Path) -> None:
+    """It stays so for who asks for no number, until the model is unloaded."""
+    load(cluster, path)
+    for ranks in (1, None):
+        status = cluster.node.load(Load(model=str(path), ranks=ranks)).model
+        assert (status.ranks, status.machines) == (1, [])
+        assert status.machines_why == ALONE_AS_ASKED
+    cluster.node.unload(Unload(model=""))
+    load(cluster, path)
+
+
+def test_a_number_is_insisted_on_from_when_it_is_asked_for(cluster: Cluster, path: Path) -> None:
+    """Also if as many compute the model already, because they are quicker."""
+    cluster.node.load(Load(model=str(path), ranks=3))
+    model = loaded(cluster)
+    model.asked_ranks = None
+    cluster.node.load(Load(model=str(path)))
+    assert model.asked_ranks is None
+    cluster.node.load(Load(model=str(path), ranks=3))
+    assert loaded(cluster) is model
+    assert model.asked_ranks == 3
 
 
 def test_kv_comes_back_from_the_heads_disk(cluster: Cluster, path: Path, truth: list[list[int]]) -> None:
