@@ -198,7 +198,8 @@ def launch(ctx: click.Context, hosts: Path, dry_run: bool, timeout: float) -> No
     _require_daemon(home)
     left, failed = [host.name for host in found], 0
     with spinner(_waiting(left)) as update:
-        for outcome, said in Launch(home, timeout).run(found):
+        work = Launch(home, timeout)
+        for outcome, said in work.run(found):
             left.remove(outcome.host.name)
             failed += bool(outcome.trouble)
             click.echo(printable(f"{outcome.host.name}: {said}"))
@@ -207,6 +208,8 @@ def launch(ctx: click.Context, hosts: Path, dry_run: bool, timeout: float) -> No
         note(
             f"{counted(failed, 'machine')} of {len(found)} failed; to try again, type the same command again"
         )
+        if work.caveat:
+            note(worded(work.caveat))
         ctx.exit(Exit.FAILED)
 
 
