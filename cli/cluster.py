@@ -29,7 +29,7 @@ from .terminal.link_table import show_links
 from .terminal.link_text import link_text
 from .terminal.output import console, note, print_json, spinner, table
 from .terminal.paint import printable
-from .wording import WORDS
+from .wording import WORDS, worded
 
 STDIN_CODE_BYTES = 200
 
@@ -86,6 +86,8 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
         screen.print(f"if that does not find this machine: {address}")
     if others := [text for text in invitation.addresses[1:] if not text.startswith(("127.", "[::1]"))]:
         screen.print(f"this machine is also at {', '.join(others)}")
+    if invitation.caveat:
+        note(worded(invitation.caveat))
 
 
 @cluster.command(
@@ -196,7 +198,8 @@ def launch(ctx: click.Context, hosts: Path, dry_run: bool, timeout: float) -> No
     _require_daemon(home)
     left, failed = [host.name for host in found], 0
     with spinner(_waiting(left)) as update:
-        for outcome, said in Launch(home, timeout).run(found):
+        work = Launch(home, timeout)
+        for outcome, said in work.run(found):
             left.remove(outcome.host.name)
             failed += bool(outcome.trouble)
             click.echo(printable(f"{outcome.host.name}: {said}"))
@@ -205,6 +208,8 @@ def launch(ctx: click.Context, hosts: Path, dry_run: bool, timeout: float) -> No
         note(
             f"{counted(failed, 'machine')} of {len(found)} failed; to try again, type the same command again"
         )
+        if work.caveat:
+            note(worded(work.caveat))
         ctx.exit(Exit.FAILED)
 
 
@@ -227,7 +232,7 @@ def leave() -> None:
     if runs:
         with Client(home.address) as client:
             found = client.nodes()
-            for node in found.nodes[1:] if found.role == "worker" else ():
+            for node in found.nodes[1:]:
                 client.forget(node.fingerprint)
                 names.append(node.name)
     names += unpair(home)

@@ -208,7 +208,8 @@ def plan_options(function: Callback) -> Callback:
                      help="What sums may be rounded to between machines where that is faster: f32, the default, is "
                           "exact; bf16 and int8 change answers a little."),
         click.option("--ranks", type=Whole(1, 256), metavar="N",
-                     help="How many machines of the cluster compute together (default: as many as make it faster)."),
+                     help="So many machines of the cluster compute it together, for all who use it, until shoal unload "
+                          "(default: as many as make it faster)."),
     ]  # fmt: skip
     return _collect(PlanOptions, "plan", options)(function)
 

@@ -28,7 +28,8 @@ WORDS = {
     "threads": "--threads",
     "ranks": "--ranks",
     "cluster_wire": "--cluster-wire",
-    # Of cluster join
+    # Of cluster init and join
+    "listen": "--listen",
     "address": "--address",
     # Arguments of perplexity and of pull
     "ctx": "--ctx",

@@ -32,6 +32,7 @@ class Invitation(Message):
     addresses: list[str]
     seconds: float
     announced: bool = False  # whether it says on the local network where it is
+    caveat: str = ""  # one sentence if these addresses are of no use to machines of the network
 
 
 class Nodes(Message):

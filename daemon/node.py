@@ -222,8 +222,9 @@ class Node:
             else:
                 draft = draft or known.draft_path
                 same = request.context in (None, known.plan.context_tokens) and draft == known.draft_path
-                same = same and request.ranks in (None, known.plan.ranks)
+                same = same and (request.ranks is None or known.computed_by(request.ranks))
                 if same and not known.damaged:
+                    known.asked_ranks = request.ranks or known.asked_ranks  # from now on it is insisted on
                     return Loaded(model=known.status(), seconds=0.0)
                 if request.keep and not same:
                     raise kept(known, request)

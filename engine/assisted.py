@@ -3,7 +3,8 @@
 So prompts are read by several machines, and answers do not wait for their network. The pool of rank 0 has K and V of
 all heads; what the others have of their heads is a copy, page by page. Before a long order they are sent the pages that
 it reads and that have changed since; after it, rank 0 gets those that it wrote. Everything else (pages that are copied,
-kept on disk, shared) is the business of rank 0's pool alone.
+kept on disk, shared) is the business of rank 0's pool alone. The others may have fewer pages: an order that needs more
+is rank 0's own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from shoal.offload.kv.prefix_cache import Copy
 from shoal.partition.memory_layout import PAGE_TOKENS
 from shoal.partition.slicing import Range
 
+from .copied_pages import CopiedPages
 from .errors import RankLost
 from .executor import Executor, StillWanted
 from .leader import Others
@@ -33,8 +35,9 @@ log = logging.getLogger(__name__)
 
 class Assisted(Rank):
     """`share` is rank 0's part in the group, whose pool lies in that of `executor`; its plan says which orders are
-    long. `kv_heads`: those of ranks 0, 1, … `expected`: seconds that steps by their rows are thought to take alone; if
-    the group is slower, it is not used for a while. `lost` is told which rank was lost; then it is never used again."""
+    long. `kv_heads`: those of ranks 0, 1, … `pages`: how many each of the others has. `expected`: seconds that steps by
+    their rows are thought to take alone; if the group is slower, it is not used for a while. `lost` is told which rank
+    was lost; then it is never used again."""
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class Assisted(Rank):
         share: Executor,
         others: Others,
         kv_heads: Sequence[Range],
+        pages: int,
         disk: KvDisk | None = None,
         expected: StepSeconds = lambda rows: inf,
         lost: Callable[[int], None] = lambda rank: None,
@@ -54,6 +58,7 @@ class Assisted(Rank):
         self._worth = GroupWorth(expected)
         self._lost = lost
         self._alone = False  # since a rank was lost
+        self._copied = CopiedPages(pages)
         self._alike: set[int] = set()  # pages of which all others have the same K and V
 
     def run(self, order: Order, wanted: StillWanted = lambda share: True) -> Result:
@@ -65,11 +70,17 @@ class Assisted(Rank):
 
     def _compute(self, segments: Sequence[Segment], wanted: StillWanted) -> Floats:
         written = {page for it in segments for page in it.pages[it.start // PAGE_TOKENS : _pages(_end(it))]}
-        lacked = {page for it in segments for page in it.pages[: _pages(it.start)]} - self._alike
+        read = {page for it in segments for page in it.pages[: _pages(it.start)]}
+        lacked = read - self._alike
         self._alike -= written
         rows = sum(len(it.tokens) for it in segments)
-        if self._alone or not self._share.plan.worth_a_group(rows, len(lacked) + len(written)):
+        if (
+            self._alone
+            or not self._share.plan.worth_a_group(rows, len(lacked) + len(written))
+            or not self._copied.place(sorted(read | written))
+        ):
             return super()._compute(segments, wanted)
+        self._alike.intersection_update(self._copied.places)
         order = Order(segments, sent=sorted(lacked), returned=sorted(written))
         together = self._worth.pays
         began_s = self._clock()
@@ -92,7 +103,7 @@ class Assisted(Rank):
 
     def _together(self, order: Order, wanted: StillWanted) -> Floats:
         """Raises RankLost besides what a rank alone raises."""
-        self._others.begin(order_bytes(order))
+        self._others.begin(order_bytes(self._for_others(order)))
         try:
             self._elsewhere.send(order.sent, wanted)
             logits = computed(self._share, order.segments, wanted)
@@ -103,6 +114,16 @@ class Assisted(Rank):
         self._others.end()
         self._alike.update(order.sent, order.returned)
         return logits
+
+    def _for_others(self, order: Order) -> Order:
+        """The order with the others' numbers of its pages."""
+        places = self._copied.places
+        segments = [
+            it._replace(pages=[places[page] for page in it.pages[: _pages(_end(it))]])
+            for it in order.segments
+        ]
+        sent, returned = ([places[page] for page in pages] for pages in (order.sent, order.returned))
+        return Order(segments, sent=sent, returned=returned)
 
 
 def _end(segment: Segment) -> int:

@@ -2,13 +2,14 @@
 
 Every page of KV has the same number on every rank, because rank 0 keeps the books for all. Sums over ranks have the
 same rows everywhere, so the length of a step and of its parts is one for all. The tightest rank decides both. Which
-blocks stay in memory is each rank's own business: if not all ranks keep everything, each streams what it has to. Pure:
-knows sizes.
+blocks stay in memory is each rank's own business: if not all ranks keep everything, each streams what it has to.
+Beside a head that has all of a model in memory the others have copies of pages, and need not have all. Pure: knows
+sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from .memory_layout import PAGE_TOKENS
 from .plan import BlockPlan, Misfit, Plan, Wanted, arena_slack, kv_plan, plan_in_ram
 from .spec import BlockId, ModelSpec
 from .streamed_plan import plan_streamed
+
+LEAST_COPIED_TOKENS = 512  # for which ranks have pages beside a head that has all: a usual prompt
 
 
 class RankPart(NamedTuple):
@@ -57,6 +60,32 @@ def rank_plans(
         replace(plan, kv=kv_plan(each, pages), chunk_tokens=chunk, part_tokens=part, ranks=len(parts))
         for plan, each in zip(found, asked, strict=True)
     )
+
+
+def assisted_plans(wanted: Wanted, head: RankPart, others: Sequence[RankPart]) -> tuple[Plan | Misfit, ...]:
+    """Plans in memory for a head that has all of the model, and for ranks that compute long steps with it. Its pages
+    are its own business. Theirs are copies of some of these; the tightest decides how many, if there is no room for a
+    whole context for shorter texts. If one plan is a misfit, there are none for the group."""
+    ranks = len(others) + 1
+    own = _in_ram(wanted._replace(spec=head.spec, threads=head.threads), head)
+    for tokens in _copied_tokens(wanted):
+        asked = [wanted._replace(spec=it.spec, threads=it.threads, kv_tokens=tokens) for it in others]
+        made = [_in_ram(*each) for each in zip(asked, others, strict=True)]
+        found = [plan for plan in (own, *made) if isinstance(plan, Plan)]
+        if len(found) == ranks:
+            pages = min(plan.kv.pages for plan in found)
+            copies = [found[0].kv, *(kv_plan(each, pages) for each in asked)]
+            return tuple(replace(it, kv=kv, ranks=ranks) for it, kv in zip(found, copies, strict=True))
+    return own, *made
+
+
+def _copied_tokens(wanted: Wanted) -> Iterator[int | None]:
+    """For how many tokens others than the head may have pages, the most first."""
+    yield wanted.kv_tokens
+    tokens = wanted.context_tokens
+    while tokens >= LEAST_COPIED_TOKENS:
+        yield tokens
+        tokens //= 2
 
 
 def _in_ram(wanted: Wanted, part: RankPart) -> Plan | Misfit:

@@ -43,6 +43,7 @@ class Launch:
         self._home = home
         self._limit_s = limit_s
         self._given_up = threading.Event()
+        self.caveat = ""  # why other machines may not reach this one, once it is known
         self._addresses: list[str] = []
         self._head = ""
 
@@ -50,7 +51,9 @@ class Launch:
         """What became of each host, and that in words, as they are done. Raises CommError if the daemon lets nobody
         join."""
         with self._client() as client:
-            self._addresses = for_others(client.invite().addresses)
+            invitation = client.invite()
+            self.caveat = invitation.caveat
+            self._addresses = for_others(invitation.addresses)
             self._head = client.nodes().nodes[0].fingerprint
         pool = ThreadPoolExecutor(HOSTS_AT_ONCE, thread_name_prefix="shoal-launch")
         try:

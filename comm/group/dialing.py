@@ -43,7 +43,8 @@ def dial(
 ) -> Channel:
     """A channel to the paired node whose fingerprint is `peer`, at one of `addresses`, or where it was reached last.
 
-    NotPaired, VersionMismatch, ChannelTimeout, ChannelError. The channel is closed when the node is forgotten.
+    NotPaired (Forgotten if that node itself said it), VersionMismatch, ChannelTimeout, ChannelError. The channel is
+    closed when the node is forgotten.
     """
     known = peers.get(peer)
     deadline = time.monotonic() + timeout_s

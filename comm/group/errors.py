@@ -5,6 +5,7 @@ CommError
     ├── ChannelError        a connection that failed or ended, or what came over it is not what was agreed
     │   └── ChannelTimeout  nothing came, or nothing could be sent, within the stated time
     ├── NotPaired           a node that is not, or is no longer, known here or there
+    │   └── Forgotten       the other node, whose certificate was proved, has said that it does not know this one
     ├── VersionMismatch     two nodes whose ranges of the protocol do not overlap
     └── PairingRefused      a join code that is wrong, used or expired, or somebody in the middle
 Files of keys and nodes that cannot be used raise `comm.errors.KeyFileError`.
@@ -13,6 +14,8 @@ Files of keys and nodes that cannot be used raise `comm.errors.KeyFileError`.
 from __future__ import annotations
 
 from ..errors import CommError
+
+DOES_NOT_KNOW = "the other node does not know this one, or no longer: pair them again"
 
 
 class GroupError(CommError):
@@ -29,6 +32,11 @@ class ChannelTimeout(ChannelError):
 
 class NotPaired(GroupError):
     """One of the two nodes does not know the other."""
+
+
+class Forgotten(NotPaired):
+    """The other node does not know this one, or no longer. It has proved before that it is the one that was dialled, so
+    nobody else can have said so."""
 
 
 class VersionMismatch(GroupError):

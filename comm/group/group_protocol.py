@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 
 import msgspec
 
-from .errors import ChannelError, GroupError, NotPaired, VersionMismatch
+from .errors import DOES_NOT_KNOW, ChannelError, Forgotten, GroupError, VersionMismatch
 
 Purpose = Literal["control", "data", "weights", "measure", "pair"]
 PURPOSES: frozenset[str] = frozenset(get_args(Purpose))
@@ -89,7 +89,7 @@ def declined(ours: Speaks, answer: Declined) -> GroupError:
         except VersionMismatch as error:
             return error
     if answer.reason == "unpaired":
-        return NotPaired("the other node does not know this one, or no longer: pair them again")
+        return Forgotten(DOES_NOT_KNOW)
     if answer.reason == "full":
         return ChannelError("the other node has too many channels with this one")
     return ChannelError("the other node has no use for this channel")

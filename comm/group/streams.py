@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from .errors import ChannelError, ChannelTimeout, NotPaired
+from .errors import DOES_NOT_KNOW, ChannelError, ChannelTimeout, Forgotten, NotPaired
 from .watching import Watching, watching
 
 Address = tuple[str, int]  # host and port
@@ -261,7 +261,7 @@ class TlsStream:
         except ssl.SSLError as error:
             with contextlib.suppress(ChannelError):
                 self._flush(deadline)  # the alert that says so to the other side
-            raise _explained(error) from error
+            raise _explained(error, proved=False) from error
         return self._tls.getpeercert(binary_form=True)
 
     @property
@@ -347,11 +347,12 @@ def _address(ask: Callable[[], object]) -> Address:
     return "", 0
 
 
-def _explained(error: ssl.SSLError) -> ChannelError | NotPaired:
-    """OpenSSL's error in words. The reasons are those of its alerts and of its own checks."""
+def _explained(error: ssl.SSLError, *, proved: bool = True) -> ChannelError | NotPaired:
+    """OpenSSL's error in words. The reasons are those of its alerts and of its own checks. `proved`: the handshake is
+    over on this side, so what came is the other node's; before that, anybody may have sent it."""
     reason = error.reason or ""
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         return NotPaired("the other node shows a certificate that is not the paired one")
     if "UNKNOWN_CA" in reason or "CERTIFICATE" in reason or "ACCESS_DENIED" in reason:
-        return NotPaired("the other node does not know this one, or no longer: pair them again")
+        return (Forgotten if proved else NotPaired)(DOES_NOT_KNOW)
     return ChannelError(f"TLS failed: {reason.lower().replace('_', ' ') or 'the connection ended'}")

@@ -202,6 +202,10 @@ class Left(Struct, tag=True, frozen=True, kw_only=True):
     """The worker lends this head nothing any more: it need not be waited for."""
 
 
+class Dismissed(Struct, tag=True, frozen=True, kw_only=True):
+    """The head's last word: it has forgotten this worker, which would have to be paired again."""
+
+
 class Epoch(Struct, tag=True, frozen=True, kw_only=True):
     """The first message of a channel for data or weights."""
 
@@ -209,4 +213,4 @@ class Epoch(Struct, tag=True, frozen=True, kw_only=True):
 
 
 FromWorker = Attach | Beat | Listens | Met | Loading | Ready | ShardRefused | Probed | Left
-FromHead = Serve | Introduce | Drop | Alive | Probe
+FromHead = Serve | Introduce | Drop | Alive | Probe | Dismissed

@@ -43,6 +43,8 @@ from .steady_shares import SteadyShares, UsedCut
 
 log = logging.getLogger(__name__)
 
+ALONE_AS_ASKED = "alone because a number of machines was asked for"
+
 
 class Serving(Protocol):
     """See `shard_stores.send_weights`."""
@@ -183,7 +185,7 @@ class Forming:
                     message += f"; {member.name} did not take its part lately and is not asked for {left_s:.0f} s more"
             raise DaemonError("resources", message, "see shoal cluster nodes")
         if not members or config.ranks == 1:
-            return Unseated("")
+            return Unseated(ALONE_AS_ASKED if members else "")
         rooms = [free_bytes, *(member.room_bytes(name, *dropping) for member in members)]
         choice = self._choice(checkpoint, config, members, rooms)
         if isinstance(choice, NoGroup):
@@ -192,13 +194,7 @@ class Forming:
             return Unseated(choice.describe())
         if len(choice.ranks) == 1:
             return Unseated(choice.describe())
-        cut = self._cut(checkpoint, config, choice, members, rooms)
-        if cut.streamed_bytes:  # perhaps because it was kept
-            afresh = self._choice(checkpoint, config, members, rooms, steady=False)
-            if not isinstance(afresh, NoGroup) and len(afresh.ranks) > 1:
-                other = self._cut(checkpoint, config, afresh, members, rooms)
-                if STEADY * other.streamed_bytes < cut.streamed_bytes:
-                    cut = other
+        cut = self._best_cut(checkpoint, config, choice, members, rooms)
         return self._planned(name, _model_key(checkpoint, config), config, members, cut)
 
     def better(
@@ -210,16 +206,18 @@ class Forming:
         free_bytes: int,
     ) -> Judgement:
         members = _in_order(self._roster.usable)
-        now = sorted(group.names) if group is not None else []
         if not members:
-            return Judgement(bool(now), "")
+            return Judgement(group is not None, "")
         rooms = [free_bytes, *(member.room_bytes(name) for member in members)]
         choice = self._choice(checkpoint, config, members, rooms)
         if isinstance(choice, NoGroup):
             return Judgement(False, choice.describe())
-        prompts_only = group is not None and group.prompts_only
-        others = sorted(it.machine for it in choice.ranks[1:]) != now
-        return Judgement(others or (choice.split == "prompts") != prompts_only, choice.describe())
+        if len(choice.ranks) > 1 and _differs(choice, group):  # what was chosen may not fit, to the byte
+            cut = self._best_cut(checkpoint, config, choice, members, rooms)
+            if isinstance(cut.plans, TooTight):
+                return Judgement(False, _lack(name, cut.plans, _chosen(cut.choice, members)))
+            choice = cut.choice
+        return Judgement(_differs(choice, group), choice.describe())
 
     def _choice(
         self,
@@ -301,9 +299,7 @@ class Forming:
     ) -> _Seating | Unseated:
         chosen, choice = _chosen(cut.choice, members), cut.choice
         if isinstance(cut.plans, TooTight):
-            rank = cut.plans.rank
-            who = chosen[rank - 1].name if rank else "this machine"
-            said = f"{who} needs {format_bytes(cut.plans.least_bytes)} for its part of {name}"
+            said = _lack(name, cut.plans, chosen)
             if config.ranks is not None:
                 raise DaemonError("resources", said)
             return Unseated(said)
@@ -317,6 +313,25 @@ class Forming:
         )
         speeds = self._speeds(members)
         return _Seating(chosen, used, speeds, cut.shards, cut.parts, cut.plans, choice.describe(), cut.share)
+
+    def _best_cut(
+        self,
+        checkpoint: Checkpoint,
+        config: NodeConfig,
+        choice: Choice,
+        members: Sequence[Member],
+        rooms: Sequence[int],
+    ) -> PlannedCut:
+        """What was chosen as it can be carried out. If that does not fit or streams, and may be a cut that was kept,
+        another one that streams less."""
+        cut = self._cut(checkpoint, config, choice, members, rooms)
+        if cut.streamed_bytes:
+            afresh = self._choice(checkpoint, config, members, rooms, steady=False)
+            if not isinstance(afresh, NoGroup) and len(afresh.ranks) > 1:
+                other = self._cut(checkpoint, config, afresh, members, rooms)
+                if STEADY * other.streamed_bytes < cut.streamed_bytes:
+                    return other
+        return cut
 
     @staticmethod
     def _cut(
@@ -342,6 +357,18 @@ class _Seating(NamedTuple):
     plans: Sequence[Plan]
     why: str
     share: Plan | None = None  # of this machine, if the first of the plans is that of the whole model
+
+
+def _differs(choice: Choice, group: FormedGroup | None) -> bool:
+    """Whether others are to compute than do now, or otherwise."""
+    now, prompts_only = (sorted(group.names), group.prompts_only) if group is not None else ([], False)
+    return (sorted(it.machine for it in choice.ranks[1:]), choice.split == "prompts") != (now, prompts_only)
+
+
+def _lack(name: str, found: TooTight, others: Sequence[Member]) -> str:
+    """Why a cut has no plans, in words. `others`: the ranks beside this machine."""
+    who = others[found.rank - 1].name if found.rank else "this machine"
+    return f"{who} needs {format_bytes(found.least_bytes)} for its part of {name}"
 
 
 def _model_key(checkpoint: Checkpoint, config: NodeConfig) -> str:

@@ -46,7 +46,7 @@ from .member import Member
 from .roster import Roster
 from .routes.listening import DEFAULT_LISTEN, Listening
 from .routes.local_network import Announcer, LocalNetwork, announced
-from .routes.own_addresses import OwnAddress, own_addresses, reachable, spelled
+from .routes.own_addresses import OwnAddress, caveat, own_addresses, reachable, spelled
 from .routes.route import HeadRoute
 from .served_shard import KeepsShards
 from .speed import NodeSpeed
@@ -120,6 +120,7 @@ class Membership:
                     gone = self._peers.named(request.node)
                     if (worker := self._worker) is not None and worker.fingerprint == gone.fingerprint:
                         worker.say_farewell()
+                    self._roster.tell_forgotten(gone.fingerprint)
                     self._peers.forget(gone.fingerprint)
                     self._roster.dismiss(gone.fingerprint, "it was forgotten")
                     self.follow_files()
@@ -159,6 +160,7 @@ class Membership:
                 addresses=addresses,
                 seconds=CODE_S,
                 announced=self._network is not None and bool(announced(addresses)),
+                caveat=caveat(addresses),
             )
 
     def _check_head(self) -> None:

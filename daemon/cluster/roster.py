@@ -19,7 +19,7 @@ from shoal.comm.group.channel import Channel
 from shoal.comm.group.sums.part_waits import WaitSummary
 from shoal.daemon.installed import package_version
 
-from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
+from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Dismissed, Epoch, HeadAt
 from .faults import Faults
 from .links.link_probes import answer_probes
 from .member import Member
@@ -169,6 +169,13 @@ class Roster:
         except (OSError, CommError) as error:
             log.info("a channel ended early: %s", error)
             channel.close()
+
+    def tell_forgotten(self, fingerprint: str) -> None:
+        """If that worker is attached, it hears that it need not come again. Who forgets it closes its channels."""
+        with self._lock:
+            member = self._members.get(fingerprint)
+        if member is not None:
+            member.send(Dismissed())
 
     def dismiss(self, fingerprint: str, reason: str) -> None:
         """Close every channel to a worker, if it is attached."""

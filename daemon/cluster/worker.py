@@ -1,7 +1,8 @@
 """A worker: keeps this machine attached to its head, and serves the shards that the head asks for.
 
 It dials the head, again and again while that is away, and says twice a second how far it is. When the head is gone,
-shards are dropped; their weights stay in the cache on disk.
+shards are dropped; their weights stay in the cache on disk. A head that says it has forgotten this machine is dialled
+rarely.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from msgspec.structs import replace
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.errors import Forgotten
 from shoal.comm.group.peers import PairedNode
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import resident_bytes
@@ -25,6 +27,7 @@ from .control_messages import (
     Alive,
     Attach,
     Beat,
+    Dismissed,
     Drop,
     FromHead,
     FromWorker,
@@ -44,6 +47,10 @@ log = logging.getLogger(__name__)
 HEAD_SILENT_S = 5.0
 MOST_SHARDS = 16  # at a time, each of another model
 REDIAL_S = (0.2, 2.0)  # between attempts to reach the head: the first, and the longest
+FORGOTTEN = (
+    "the head no longer knows this machine: pair them again (shoal cluster leave, then join with a new code)"
+)
+REDIAL_FORGOTTEN_S = 60.0  # once it has said that it does not know this machine: its file may be put back
 
 
 class Worker:
@@ -90,7 +97,7 @@ class Worker:
             self._thread.join(timeout=15)
 
     def _run(self) -> None:
-        pause_s = REDIAL_S[0]
+        pause_s, forgotten = REDIAL_S[0], False
         while not self._closed.is_set():
             try:
                 facts = self._attach()  # before the head waits for them: they may have to be measured
@@ -99,21 +106,23 @@ class Worker:
                     routes = self.route.now.compared if self.route.now else 1
                     control.send_message(replace(facts, routes=routes))
                     log.info("attached to %s (%s)", self.head, control.remote[0])
-                    self.attached, self.trouble, pause_s = True, "", REDIAL_S[0]
+                    self.attached, self.trouble, pause_s, forgotten = True, "", REDIAL_S[0], False
                     self._listen(control)
             except (OSError, CommError, DaemonError) as error:
-                if str(error) != self.trouble and not self._closed.is_set():
-                    log.warning("not attached to %s: %s", self.head, error)
-                self.trouble = str(error)
+                forgotten = forgotten or isinstance(error, Forgotten)
+                trouble = FORGOTTEN if forgotten else str(error)
+                if trouble != self.trouble and not self._closed.is_set():
+                    log.warning("not attached to %s: %s", self.head, trouble)
+                self.trouble = trouble
             finally:
                 self.attached = False
                 self._drop_all()
                 self._control = None
-            self._closed.wait(pause_s)
+            self._closed.wait(REDIAL_FORGOTTEN_S if forgotten else pause_s)
             pause_s = min(2 * pause_s, REDIAL_S[1])
 
     def _listen(self, control: Channel) -> None:
-        """Do as the head says until it is gone. Raises OSError or CommError."""
+        """Do as the head says until it is gone. Raises OSError or CommError; Forgotten if it says so."""
         gone = threading.Event()
         beating = threading.Thread(target=self._beat, args=(gone,), name="shoal-beat", daemon=True)
         beating.start()
@@ -129,6 +138,8 @@ class Worker:
     def _do(self, message: FromHead) -> None:
         if isinstance(message, Alive):
             return
+        if isinstance(message, Dismissed):
+            raise Forgotten(FORGOTTEN)
         if isinstance(message, Probe):
             self._tell(Probed(number=message.number, data=bytes(message.reply_bytes)))
         if isinstance(message, Serve):

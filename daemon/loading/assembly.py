@@ -230,6 +230,7 @@ class Assembly:
             main.share,
             group.others,
             group.kv_heads,
+            min(plan.kv.pages for plan in group.plans),
             disk,
             main.expectation.step_curve(),
             group.blame,

@@ -43,8 +43,9 @@ class LoadedModel:
     """Everything that one model needs to answer.
 
     named: what it was called when it was loaded, a path or a name in the store. asked_context, asked_ranks: what was
-    asked for then. used_s: when it was last asked. draft: the model that guesses for it. advice: what its makers say of
-    sampling. retired: another model has taken its place, and it only ends what it has begun.
+    asked for then, or since then if it was so already. used_s: when it was last asked. draft: the model that guesses
+    for it. advice: what its makers say of sampling. retired: another model has taken its place, and it only ends what
+    it has begun.
     """
 
     name: str
@@ -78,6 +79,10 @@ class LoadedModel:
     def ranks(self) -> int:
         """Machines that compute it, or its long steps."""
         return len(self.main.rank_bytes)
+
+    def computed_by(self, ranks: int) -> bool:
+        """Whether so many machines compute all of it: neither more nor less, and not prompts alone."""
+        return self.ranks == ranks and self.main.share is None
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 from ..group_choice import Choice, NoGroup
@@ -72,9 +73,10 @@ def links_of(profile: Profile, times: float = 1.0) -> Links:
 
 
 def group(
-    model: Weighed, wanted: Wanted, profile: Profile, job: Job, ranks: int, wires: Sequence[Wire]
+    model: Weighed, wanted: Wanted, profile: Profile, job: Job, ranks: int | None, wires: Sequence[Wire]
 ) -> Choice | NoGroup:
-    """The best group of so many of the machines. `wires`: what sums may be rounded to on their way."""
+    """The best group of so many of the machines; None: what a daemon would choose. `wires`: what sums may be rounded to
+    on their way."""
     sizes = dict(model.extents)
     if not model.spec.tied:
         embed = next(iter(model.block_bytes))
@@ -95,11 +97,9 @@ def group_cost(
 ) -> Prediction:
     """What a group does with a job. Streams of a batch are taken to share a step whose sums are as many times longer;
     what is not known is bounded by the band."""
-    figures = choice.figures
     more_s = _fixed_s(model, profile.head)
-    steps = -(-job.prompt_tokens // figures.chunk_tokens)
-    token_s = figures.token_s + more_s
-    ttft_s = (figures.first_token_s[0] + steps * more_s) * job.batch
+    token_s = choice.figures.token_s + more_s
+    ttft_s = _first_token_s(choice, job, more_s)
     free = choose(
         wanted,
         dict(model.extents),
@@ -128,23 +128,51 @@ def group_cost(
     binding = max(parts, key=lambda part: parts[part])
     off = 1 + uncertainty(parts, all(device.measured for device in profile.devices))
     step_s = token_s + (job.batch - 1) * parts["network"]
-    peaks = {
-        rank.machine: int(rank.needed_bytes) + _beside_bytes(model, wanted.kv_type, place)
-        for place, rank in enumerate(choice.ranks)
-    }
     speed = job.batch / step_s
     return Prediction(
         ttft_s=ttft_s,
         token_s=step_s,
         tokens_per_s=speed,
         band=(speed / off, speed * off),
-        peak_bytes=peaks,
+        peak_bytes=_peaks(model, wanted, choice),
         stall_share=min(1.0, disk_s / token_s) if binding == "disk" else 0.0,
         binding=binding,
         parts=parts,
         prompt_parts={"compute": ttft_s},  # mostly; what the network has of it is not told apart
         load_s=_load_s(model, choice, profile),
     )
+
+
+def prompts_cost(
+    model: Weighed, wanted: Wanted, profile: Profile, job: Job, choice: Choice, alone: Prediction
+) -> Prediction:
+    """What a group does that reads prompts, while the head writes answers as it does `alone`. Together they read none
+    that it reads sooner by itself."""
+    together_s = _first_token_s(choice, job, _fixed_s(model, profile.head))
+    if together_s >= alone.ttft_s:
+        together_s, parts = alone.ttft_s, alone.prompt_parts
+    else:
+        parts = {"compute": together_s}
+    return replace(
+        alone,
+        ttft_s=together_s,
+        prompt_parts=parts,
+        peak_bytes=_peaks(model, wanted, choice),
+        load_s=max(alone.load_s, _load_s(model, choice, profile)),
+    )
+
+
+def _first_token_s(choice: Choice, job: Job, more_s: float) -> float:
+    """Of all streams. `more_s`: that each step takes longer than the search takes it to."""
+    steps = -(-job.prompt_tokens // choice.figures.chunk_tokens)
+    return (choice.figures.first_token_s[0] + steps * more_s) * job.batch
+
+
+def _peaks(model: Weighed, wanted: Wanted, choice: Choice) -> dict[str, int]:
+    return {
+        rank.machine: int(rank.needed_bytes) + _beside_bytes(model, wanted.kv_type, place)
+        for place, rank in enumerate(choice.ranks)
+    }
 
 
 def _fixed_s(model: Weighed, device: Device) -> float:

@@ -19,7 +19,7 @@ from ..plan import Misfit, Plan, Wanted
 from ..sum_cost import Wire
 from .alone import USUAL, WINDOWS, best, ways
 from .cost import beside_bytes, cost
-from .group_plans import group, group_cost
+from .group_plans import group, group_cost, prompts_cost
 from .prediction import Job, Prediction
 from .profile import Device, Profile
 from .weights_of import Weighed
@@ -118,12 +118,16 @@ def _candidates(
             asking = wanted(model, kv_type, device.threads)
             labels = [model.quant if model.quant != "keep" else "", f"KV {kv_type}" if number else ""]
             suffix = "".join(f", {label}" for label in labels if label)
+            found: list[Candidate] = []
             if choices.ranks in (None, 1):
-                for found in _alone(model, asking, device, job, WINDOWS if asked else USUAL):
-                    yield replace(found, name=found.name + suffix, asked=asked)
+                found += _alone(model, asking, device, job, WINDOWS if asked else USUAL)
             if asked and len(profile.devices) > 1:
-                for found in _groups(model, asking[0], profile, job, choices):
-                    yield replace(found, name=found.name + suffix, asked=asked)
+                held = next((it for it in found if it.name == "memory" and it.fits), None)
+                found += _groups(model, asking[0], profile, job, choices)
+                if held is not None and choices.ranks is None:
+                    found += _for_prompts(model, asking[0], profile, job, choices.wires, held.prediction)
+            for each in found:
+                yield replace(each, name=each.name + suffix, asked=asked)
 
 
 def _alone(
@@ -162,3 +166,14 @@ def _groups(
             continue
         prediction = group_cost(model, asking, profile, job, choice, wires)
         yield Candidate(f"group of {count}", model, asking.kv_type, prediction, "", 0, 10 + count)
+
+
+def _for_prompts(
+    model: Weighed, asking: Wanted, profile: Profile, job: Job, wires: tuple[Wire, ...], alone: Prediction
+) -> Iterator[Candidate]:
+    """A group that reads prompts, while the head writes answers alone, if a daemon would choose that."""
+    choice = group(model, asking, profile, job, None, wires)
+    if not isinstance(choice, NoGroup) and choice.split == "prompts":
+        count = len(choice.ranks)
+        prediction = prompts_cost(model, asking, profile, job, choice, alone)
+        yield Candidate(f"prompts by {count}", model, asking.kv_type, prediction, "", 0, 10 + count)

@@ -1,15 +1,17 @@
-"""`shoal cluster nodes`: a column only for what there is, so that the table fits narrow terminals."""
+"""`shoal cluster nodes` has a column only for what there is, so that it fits narrow terminals; what `init` says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
-from fakes.cli_fakes import shoal
+from fakes.cli_fakes import FakeClient, shoal
 
+from shoal.cli import background
 from shoal.cli import cluster as cluster_room
-from shoal.comm.cluster_messages import NodesReply, NodeStatus
+from shoal.comm.cluster_messages import Invitation, NodeRole, NodesReply, NodeStatus
 from shoal.comm.home import Home
 
 THIS = NodeStatus(
@@ -56,3 +58,47 @@ def test_a_column_only_for_what_there_is(
     assert "other machines attach at 192.168.1.5:7447" in text
     for column in ("waited for", "computes"):
         assert (column in text) == (column not in not_there), column
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_join_line_that_no_other_machine_can_use_says_so(
+    options: tuple[str, ...], home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "only this machine itself can join at 127.0.0.1:7447: `listen=auto` lets others in"
+
+    class Asked(FakeClient):
+        def invite(self, listen: Sequence[str]) -> Invitation:
+            return Invitation(code="7K3M-Q9TX-2BD4F", addresses=[*listen], seconds=600.0, caveat=said)
+
+    monkeypatch.setattr(cluster_room, "_require_daemon", lambda home: None)
+    monkeypatch.setattr(cluster_room, "Client", Asked())
+    result = shoal("cluster", "init", "--listen", "127.0.0.1:7447", *options)
+    assert "7K3M-Q9TX-2BD4F" in result.stdout
+    if options:
+        assert json.loads(result.stdout)["caveat"] == said
+        assert result.stderr == ""
+    else:
+        assert result.stderr.split() == said.replace("`listen=auto`", "--listen auto").split()
+
+
+@pytest.mark.parametrize("role", ["head", "worker", "alone"])
+def test_who_leaves_tells_all_that_are_there(
+    role: NodeRole, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[str] = []
+
+    class Asked(FakeClient):
+        def nodes(self) -> NodesReply:
+            there = [] if role == "alone" else [THIS, laptop(attached=True)]
+            return NodesReply(role=role, nodes=there)
+
+        def forget(self, node: str) -> None:
+            forgotten.append(node)
+
+        def rejoin(self) -> None:
+            forgotten.append("all")
+
+    monkeypatch.setattr(background, "running_pid", lambda home: 1)
+    monkeypatch.setattr(cluster_room, "Client", Asked())
+    assert shoal("cluster", "leave").exit_code == 0
+    assert forgotten == ["all"] if role == "alone" else ["cd" * 32, "all"]

@@ -65,7 +65,8 @@ def test_every_word_is_an_option_or_a_verb() -> None:
     for verb in VERBS:
         command = cli.get_command(context, verb)
         assert command is not None
-        options |= {name for option in command.params for name in option.opts}
+        parts = command.commands.values() if isinstance(command, click.Group) else [command]
+        options |= {name for part in parts for option in part.params for name in option.opts}
     for word in WORDS.values():
         shoal_, *rest = word.split()
         assert word in options or (shoal_ == "shoal" and rest[0] in VERBS and set(rest[1:]) <= options)

@@ -91,15 +91,20 @@ def test_every_family_is_computed_as_alone(
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "i8"])
-@pytest.mark.parametrize(("ranks", "shares"), [(2, (3, 1)), (3, ())])
+@pytest.mark.parametrize(
+    ("ranks", "shares", "copied"), [(2, (3, 1), 12), (3, (), 12), (2, (), 5), (3, (), 4)]
+)
 def test_what_a_group_reads_is_what_rank_0_has(
-    kv_type: str, ranks: int, shares: tuple[float, ...], checkpoint: Checkpoint, path: Path
+    kv_type: str, ranks: int, shares: tuple[float, ...], copied: int, checkpoint: Checkpoint, path: Path
 ) -> None:
-    """Texts that grow by long and short steps, together and apart, are copied, and leave their pages to others."""
+    """Texts that grow by long and short steps, together and apart, are copied, and leave their pages to others. The
+    others have pages for all of that, or for some."""
     source = random.Random(ranks)
     base = based(checkpoint, 12, kv_type)
     alone = Rank(Running(path, replace(FP32, kv_type=kv_type, kv_tokens=12 * PAGE)).executor, lambda: 0.0)
-    with closing(Assisting(checkpoint, base, ranks, shares, group_rows=20, page_rows=3)) as made:
+    with closing(
+        Assisting(checkpoint, base, ranks, shares, group_rows=20, page_rows=3, pages=copied)
+    ) as made:
         pages = made.rank.kv.table
         texts: list[tuple[list[int], list[int]]] = []  # tokens, pages
         for _ in range(40):
@@ -128,6 +133,7 @@ def test_what_a_group_reads_is_what_rank_0_has(
             if segments:
                 assert relative_error(logits, wanted) <= (TOLERANCE if kv_type == "f32" else 2e-2)
             made.assert_alike()
+            assert len(made.rank._alike) <= copied
         assert 5 < len(made.others.orders) < 35
         assert not made.lost
 
@@ -151,6 +157,20 @@ def test_short_orders_and_those_for_which_much_has_to_pass_are_rank_0s_own(check
         assert step(111, 49) == 3  # again
         assert step(111, 59) == 3  # another one to send
         assert step(111, 60) == 4
+
+
+def test_what_the_others_have_no_pages_for_is_rank_0s_own(checkpoint: Checkpoint, path: Path) -> None:
+    """They go on with the pages that they have as soon as these do again."""
+    text = np.random.default_rng(5).integers(tiny.END, size=5 * PAGE).tolist()
+    alone = Rank(Running(path, replace(FP32, context_tokens=512, kv_tokens=8 * PAGE)).executor, lambda: 0.0)
+    long, begun = [7, 6, 5, 4], []
+    with closing(Assisting(checkpoint, based(checkpoint), 2, group_rows=20, pages=3)) as made:
+        for own, start in [(long, 0), (long, 64), (long, 128), (long, 192), ([2], 0), (long, 128), ([0], 0)]:
+            order = Order([Segment(text[start : start + 64], start, own, 1)])
+            assert relative_error(made.rank.run(order).logits, alone.run(order).logits) <= TOLERANCE
+            made.assert_alike()
+            begun.append(len(made.others.orders))
+    assert begun == [1, 2, 3, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

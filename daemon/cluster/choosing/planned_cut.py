@@ -18,7 +18,7 @@ from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
 from shoal.offload.pack.layout import grains_of
 from shoal.partition.group_choice import Choice
 from shoal.partition.plan import BlockPlan, Misfit, Plan, Wanted, arena_slack
-from shoal.partition.rank_plans import RankPart, rank_plans
+from shoal.partition.rank_plans import RankPart, assisted_plans, rank_plans
 from shoal.partition.slicing import Shard, divide
 
 
@@ -70,7 +70,7 @@ def planned_cut(
         rank_part(part, config.quant, max(0, room - disk_buffer_bytes(part, config) - share), own)
         for part, room, share, own in zip(held, rooms, taken, threads, strict=True)
     ]
-    plans = _plans(wanted_of(checkpoint.spec, config), needs, streaming=not layers)
+    plans = _plans(wanted_of(checkpoint.spec, config), needs, assisted=bool(layers))
     if isinstance(plans, TooTight):
         return PlannedCut(choice, shards, parts, plans)
     figures = choice.figures
@@ -96,14 +96,17 @@ def planned_cut(
 
 
 def _plans(
-    wanted: Sequence[Wanted], parts: Sequence[RankPart], *, streaming: bool
+    wanted: Sequence[Wanted], parts: Sequence[RankPart], *, assisted: bool
 ) -> Sequence[Plan] | TooTight:
-    """Plans in memory for the longest context with which there are some; else plans that stream, if they may."""
-    for streams in (False, True) if streaming else (False,):
-        for shorter in wanted:
-            made = rank_plans(shorter, parts, streaming=streams)
-            plans = [plan for plan in made if isinstance(plan, Plan)]
-            if len(plans) == len(made):
-                return plans
+    """Plans in memory for the longest context with which there are some; else plans that stream, if the head is not
+    only `assisted`."""
+    tried = (assisted_plans(it, parts[0], parts[1:]) for it in wanted)
+    if not assisted:
+        tried = (rank_plans(it, parts, streaming=streams) for streams in (False, True) for it in wanted)
+    made: Sequence[Plan | Misfit] = ()
+    for made in tried:
+        plans = [plan for plan in made if isinstance(plan, Plan)]
+        if len(plans) == len(made):
+            return plans
     rank, misfit = next((rank, it) for rank, it in enumerate(made) if isinstance(it, Misfit))
     return TooTight(rank, misfit.least_bytes)

@@ -67,12 +67,23 @@ def reachable(listening: Sequence[Address]) -> list[str]:
     likeliest first."""
     found: list[tuple[int, str]] = []
     own = own_addresses()
-    kinds = {one.host: one.kind for one in own}
     for host, port in listening:
         versions = EVERYWHERE.get(host)
         hosts = [one.host for one in own if one.version in versions] if versions else [host]
-        found += [(RANKS.get(kinds.get(one, "cable"), 0), spelled((one, port))) for one in hosts]
+        found += [(RANKS[_kind_at(one, own)], spelled((one, port))) for one in hosts]
     return list(dict.fromkeys(text for _, text in sorted(found, key=lambda it: it[0])))
+
+
+def caveat(addresses: Sequence[str]) -> str:
+    """One sentence if no other machine of the network can join at these, as HOST:PORT; else ""."""
+    own = own_addresses()
+    kinds = {_kind_at(parse_address(text)[0], own) for text in addresses}
+    if not kinds or not kinds <= _ONLY.keys():
+        return ""
+    who = " and ".join(_ONLY[kind] for kind in sorted(kinds, key=RANKS.__getitem__))
+    better = any(one.kind not in _ONLY for one in own)
+    mend = "`listen=auto` lets others in" if better else "it has no address that others reach"
+    return f"only {who} can join at {', '.join(addresses)}: {mend}"
 
 
 def own_addresses() -> list[OwnAddress]:
@@ -111,6 +122,15 @@ def kind_of(name: str, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Lin
     return next((kind for kind, begins in _NAMES.items() if plain.startswith(begins)), "cable")
 
 
+def _kind_at(host: str, own: Sequence[OwnAddress]) -> LinkKind:
+    """Of an address that may be none of `own`: other addresses of loopback, those that need an interface, names."""
+    with suppress(ValueError):
+        ip = ipaddress.ip_address(host.split("%")[0])
+        if ip.is_loopback or ip.is_link_local:
+            return kind_of("", ip)
+    return next((one.kind for one in own if one.host == host), "cable")
+
+
 def towards(host: str) -> OwnAddress | None:
     """The address from which this machine sends to the numeric address `host`; None if there is no way."""
     try:
@@ -139,6 +159,12 @@ def _system_says(name: str, root: Path = Path("/sys/class/net")) -> LinkKind | N
 
 EVERYWHERE = {"": (4, 6), "0.0.0.0": (4,), "::": (6,)}
 RANKS: dict[LinkKind, int] = {kind: rank for rank, kind in enumerate(get_args(LinkKind))}
+# Who alone reaches an address of these kinds.
+_ONLY: dict[LinkKind, str] = {
+    "bridge": "containers and virtual machines on this machine",
+    "link-local": "machines on the same cable",
+    "loopback": "this machine itself",
+}
 _DEVICE_TYPES: dict[LinkKind, tuple[str, ...]] = {
     "wifi": ("wlan",),
     "mobile": ("wwan",),

@@ -257,6 +257,7 @@ def test_hosts_join_and_are_told_each_and_again(launched: Launched, fake_ssh: Pa
     assert "ssh-copy-id locked" in lines[0]
     assert all("has joined as " in line and ": 1 thread, " in line for line in lines[1:])
     assert "1 machine of 3 failed; to try again, type the same command again" in done.stderr
+    assert "only this machine itself can join at 127.0.0.1:" in done.stderr
     with Client(launched.head.address) as client:
         nodes = client.nodes().nodes
         assert [node.attached for node in nodes] == [True] * 3

@@ -14,7 +14,14 @@ from fakes.group.nodes import Machine, back_to, footprint, paired, tls
 from shoal.comm.errors import AddressError, KeyFileError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.dialing import dial
-from shoal.comm.group.errors import ChannelError, ChannelTimeout, GroupError, NotPaired, VersionMismatch
+from shoal.comm.group.errors import (
+    ChannelError,
+    ChannelTimeout,
+    Forgotten,
+    GroupError,
+    NotPaired,
+    VersionMismatch,
+)
 from shoal.comm.group.greeting import greet
 from shoal.comm.group.group_protocol import OURS, Agreed, Declined, Opening, Speaks, agree
 from shoal.comm.group.listener import GroupListener
@@ -96,9 +103,41 @@ def test_a_node_that_is_not_paired_is_told_so(machines, tmp_path):
     stranger = Machine.at(tmp_path, "stranger")
     stranger.trust(head, "head")
     with head.listening() as listener:
-        with pytest.raises(NotPaired, match="does not know this one"):
+        with pytest.raises(Forgotten, match="does not know this one"):
             stranger.dial(head, listener.addresses)
         assert listener.accept(0.05) is None
+
+
+UNKNOWN_CA = bytes([21, 3, 3, 0, 2, 2, 48])  # a fatal alert in the clear, which anybody can send
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_nobody_else_can_say_that_a_node_is_forgotten(machines, after):
+    """`after` so many pieces of the worker's handshake somebody in the middle says what the head would."""
+    head, worker = machines
+    with head.listening() as listener, socket.create_server(("127.0.0.1", 0)) as between:
+
+        def meddle() -> None:
+            with contextlib.suppress(OSError):
+                inner, _ = between.accept()
+                with inner, socket.create_connection(listener.addresses[0]) as outer:
+                    for part in range(after):
+                        outer.sendall(inner.recv(1 << 16))
+                        if not part:
+                            inner.sendall(outer.recv(1 << 16))
+                    inner.settimeout(0.2)
+                    with contextlib.suppress(TimeoutError):  # it may have come with what was before it
+                        inner.recv(1 << 16)
+                    inner.sendall(UNKNOWN_CA)
+                    with contextlib.suppress(TimeoutError):
+                        inner.recv(1 << 16)
+
+        meddling = threading.Thread(target=meddle)
+        meddling.start()
+        with pytest.raises(GroupError) as raised:
+            worker.dial(head, [between.getsockname()], timeout_s=3.0)
+        assert not isinstance(raised.value, Forgotten)
+        meddling.join(5)
 
 
 def test_who_shows_no_certificate_gets_no_channel(machines):
@@ -205,8 +244,9 @@ def impostor(context: ssl.SSLContext, answer: bytes = b""):
 def test_another_machine_at_the_address_is_not_taken_for_the_node(machines, tmp_path):
     head, worker = machines
     other = Machine.at(tmp_path, "other")
-    with other.listening() as listener, pytest.raises(NotPaired, match="not the paired one"):
+    with other.listening() as listener, pytest.raises(NotPaired, match="not the paired one") as raised:
         worker.dial(head, listener.addresses)
+    assert not isinstance(raised.value, Forgotten)
 
 
 def test_no_session_is_resumed(machines):
@@ -249,7 +289,7 @@ def test_a_forgotten_node_loses_its_channels_and_gets_no_new_ones(machines):
         assert listener.accept(0) is None  # what was not taken yet is closed, too
         with pytest.raises(ChannelError):
             at_worker.receive_exactly(1, 5)
-        with pytest.raises(NotPaired, match="does not know"):
+        with pytest.raises(Forgotten, match="does not know"):
             worker.dial(head, listener.addresses)
         head.trust(worker, "worker")
         with worker.dial(head, listener.addresses):

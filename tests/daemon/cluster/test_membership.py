@@ -13,7 +13,9 @@ from fakes.group.clusters import Cluster, wait_for
 
 from shoal.comm.cluster_messages import Forget, Rejoin
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.group_protocol import Purpose
 from shoal.comm.home import Home
+from shoal.daemon.cluster import worker as worker_room
 from shoal.daemon.cluster.pairing_up import pair_with_head, unpair
 from shoal.daemon.cluster.routes.own_addresses import parse_address
 from shoal.daemon.cluster.routes.route import HeadRoute
@@ -77,6 +79,62 @@ def test_a_worker_that_leaves_takes_no_other_with_it(tmp_path: Path) -> None:
         cluster.workers[1].answer(Forget(node=cluster.head._identity().fingerprint))
         wait_for(lambda: cluster.head.paired() == [second])
         cluster.wait(1)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_worker_that_was_forgotten_says_so_and_dials_rarely(
+    attached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It hears it when it happens, or when it attaches next; and it attaches again if the head knows it again."""
+    dials: list[str] = []
+    dial = HeadRoute.dial
+
+    def counted(route: HeadRoute, purpose: Purpose) -> Channel:
+        dials.append(purpose)
+        return dial(route, purpose)
+
+    monkeypatch.setattr(HeadRoute, "dial", counted)
+    monkeypatch.setattr(worker_room, "REDIAL_S", (0.01, 0.01))
+    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
+        peers = cluster.home(0).cluster / "peers.json"
+        before = peers.read_bytes()
+        if not attached:
+            cluster.stop(1)
+            cluster.wait(0)
+        cluster.head.answer(Forget(node=cluster.nodes()[1].fingerprint))
+        if not attached:
+            cluster.start(1)
+        worker = cluster.workers[1]._worker
+        assert worker is not None
+        wait_for(lambda: worker.trouble == worker_room.FORGOTTEN)
+        assert f"not attached to {worker.head}: {worker_room.FORGOTTEN}" in caplog.text
+        dialled = len(dials)
+        time.sleep(0.2)
+        assert len(dials) == dialled
+        cluster.stop(1)
+
+        monkeypatch.setattr(worker_room, "REDIAL_FORGOTTEN_S", 0.01)
+        cluster.start(1)
+        worker = cluster.workers[1]._worker
+        assert worker is not None
+        wait_for(lambda: worker.trouble == worker_room.FORGOTTEN)
+        peers.write_bytes(before)
+        cluster.wait(1)
+        wait_for(lambda: worker.attached and not worker.trouble)
+
+
+def test_what_the_head_has_said_holds_though_it_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_room, "REDIAL_FORGOTTEN_S", 0.01)
+    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
+        worker = cluster.workers[1]._worker
+        assert worker is not None
+        cluster.head.answer(Forget(node=cluster.nodes()[1].fingerprint))
+        wait_for(lambda: bool(worker.trouble))
+        cluster.head.close()
+        time.sleep(0.2)
+        assert worker.trouble == worker_room.FORGOTTEN
 
 
 def test_a_worker_that_looks_for_its_head_stops_at_once(

@@ -4,9 +4,11 @@ head keeps all KV, and a machine that is lost costs nobody more than the step un
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from hosts import relay
 from shoal.comm.group import greeting
 from shoal.comm.messages import Generate, Load, ModelStatus, Token, Unload
 from shoal.daemon.cluster import member
+from shoal.daemon.cluster.forming import ALONE_AS_ASKED
 from shoal.daemon.cluster.routes import route
 from shoal.daemon.cluster.served_shard import ServedShard
 from shoal.daemon.cluster.speed import NodeSpeed
@@ -35,6 +38,7 @@ from shoal.partition.group_search import choose
 CONFIG = NodeConfig(
     context_tokens=256, kv_tokens=1024, max_sequences=4, max_queue=16, chunk_tokens=64, memory_bytes=3 << 30
 )
+LACKS = re.compile(r"this machine needs [\d.]+ [KM]B for its part of tiny\.gguf")
 TEXT = [7 * i % 53 for i in range(150)]
 SECOND = [3 * i % 50 for i in range(30)]
 NEW = 12
@@ -165,6 +169,58 @@ def test_a_number_of_ranks_means_a_whole_group(cluster: Cluster, path: Path, tru
     assert status.ranks == 3
     assert not isinstance(loaded(cluster).engine.rank, Assisted)
     assert said(cluster.node, TEXT)[0] == truth[0]
+
+
+def test_one_rank_means_no_group(cluster: Cluster, path: Path) -> None:
+    """It stays so for who asks for no number, until the model is unloaded."""
+    load(cluster, path)
+    for ranks in (1, None):
+        status = cluster.node.load(Load(model=str(path), ranks=ranks)).model
+        assert (status.ranks, status.machines) == (1, [])
+        assert status.machines_why == ALONE_AS_ASKED
+    cluster.node.unload(Unload(model=""))
+    load(cluster, path)
+
+
+def test_a_number_is_insisted_on_from_when_it_is_asked_for(cluster: Cluster, path: Path) -> None:
+    """Also if as many compute the model already, because they are quicker."""
+    cluster.node.load(Load(model=str(path), ranks=3))
+    model = loaded(cluster)
+    model.asked_ranks = None
+    cluster.node.load(Load(model=str(path)))
+    assert model.asked_ranks is None
+    cluster.node.load(Load(model=str(path), ranks=3))
+    assert loaded(cluster) is model
+    assert model.asked_ranks == 3
+
+
+def test_machines_that_come_reload_no_model_that_has_no_room_for_its_part(
+    cluster: Cluster, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    budget = cluster.node.budget
+    before_bytes, took = budget.held_bytes, {}
+    for ranks in (None, 1):
+        cluster.node.load(Load(model=str(path), ranks=ranks))
+        took[ranks] = budget.held_bytes - before_bytes
+        cluster.node.unload(Unload(model=""))
+    budget.take("another", budget.free_bytes - (took[None] + took[1]) // 2)
+    try:
+        status = cluster.node.load(Load(model=str(path))).model
+        assert status.ranks == 1
+        assert LACKS.fullmatch(status.machines_why)
+        model = loaded(cluster)
+        main, arrivals = model.main, model.arrivals
+        cluster.stop(1)
+        cluster.start(1)
+        wait_for(lambda: model.arrivals > arrivals)
+        for _ in range(5):
+            cluster.node._regrouping.look()
+            assert (model.main, model.engine.lost, model.prepared) == (main, None, False)
+            time.sleep(0.05)
+        assert "is loaded again" not in caplog.text
+        assert LACKS.fullmatch(model.main.why)
+    finally:
+        budget.release("another")
 
 
 def test_kv_comes_back_from_the_heads_disk(cluster: Cluster, path: Path, truth: list[list[int]]) -> None:

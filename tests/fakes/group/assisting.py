@@ -46,7 +46,8 @@ class CountedOrders(Led):
 
 class Assisting:
     """`rank` is the one that is assisted. `base` has all of the plan but the blocks; orders of `group_rows` rows or
-    more go to the group, and of `page_rows` more for each page that has to pass. `lost` has what it was told."""
+    more go to the group, and of `page_rows` more for each page that has to pass. `pages`: of the others, if not as many
+    as rank 0 has. `lost` has what it was told."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class Assisting:
         *,
         group_rows: int = 8,
         page_rows: int = 0,
+        pages: int | None = None,
         disk: Callable[[KvPool], KvDisk] | None = None,
         **how: Any,
     ) -> None:
@@ -65,6 +67,8 @@ class Assisting:
         kv = KvPool(spec, plan.kv)
         whole = Executor(Transformer(spec), plan, ResidentStore.load(plan, checkpoint), kv, Alone())
         divided = replace(base, group_rows=group_rows, page_rows=page_rows)
+        if pages is not None:
+            divided = replace(divided, kv=replace(base.kv, pages=pages))
         self.group = Group(checkpoint, divided, ranks, shares, **how)
         shards = divide(spec, ranks, grains_of(checkpoint, "keep"), shares, **how)
         self.kv_heads = [shard.ranges.kv_heads for shard in shards]
@@ -85,6 +89,7 @@ class Assisting:
             share,
             self.others,
             self.kv_heads,
+            divided.kv.pages,
             disk(kv) if disk else None,
             lost=self.lost.append,
         )
@@ -107,7 +112,8 @@ class Assisting:
                     continue
                 for layer in range(layers):
                     mine = whole.layer(page, layer, slice(*heads))
-                    assert np.array_equal(rank.executor.kv.layer(page, layer), mine), (page, layer)
+                    there = self.rank._copied.places[page] if number else page
+                    assert np.array_equal(rank.executor.kv.layer(there, layer), mine), (page, layer)
 
     def cut(self, rank: int) -> None:
         for stream in self._streams[2 * rank - 2 : 2 * rank]:

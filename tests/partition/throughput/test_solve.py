@@ -110,6 +110,30 @@ def test_several_machines_are_a_group() -> None:
     assert all(not it.name.startswith("group") for it in alone.candidates)
 
 
+def test_far_machines_read_prompts_while_the_head_answers() -> None:
+    """It is shown where a daemon would choose it, with the head's own answers."""
+    machines = tuple(device(name=str(i), memory_bytes=40e9) for i in range(3))
+    model = weighed(spec(32, hidden=4096, ffn=14336, heads=32, head_dim=128))
+    far = Profile(machines, (ProfileLink((ANY, ANY), 20e-3, 125e6),))
+    found = solved([model], far)
+    assert name(found) == "prompts by 2"
+    assert found.chosen is not None
+    by_name = {it.name: it.prediction for it in found.candidates}
+    alone, prompts = by_name["memory"], found.chosen.prediction
+    assert (prompts.token_s, prompts.binding, prompts.band) == (alone.token_s, alone.binding, alone.band)
+    assert prompts.ttft_s < 0.8 * alone.ttft_s
+    assert set(prompts.peak_bytes) == {"0", "1"}
+    assert alone.peak_bytes["0"] < prompts.peak_bytes["0"] < 40e9
+    assert "memory would take" in reason(found)
+    for links, ranks in ((far.links, 1), (far.links, 3), ((CABLE,), None)):
+        others = solved([model], Profile(machines, links), choices=Choices(ranks=ranks)).candidates
+        assert not any(it.name.startswith("prompts") for it in others)
+    tight = tuple(replace(it, memory_bytes=1.02 * alone.peak_bytes["0"]) for it in machines)
+    assert not any(
+        it.name.startswith("prompts") for it in solved([model], Profile(tight, far.links)).candidates
+    )
+
+
 def test_machines_of_a_group_are_as_fast_as_their_tables_say() -> None:
     """A type that takes twice as long with many rows makes the group's first token later."""
 

@@ -12,6 +12,7 @@ from shoal.daemon.cluster.choosing.planned_cut import PlannedCut, TooTight, plan
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.budgeting import disk_buffer_bytes
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.partition.given_plan import check_given
 from shoal.partition.group_choice import Choice, RankPlan, Split
 from shoal.partition.group_cost import Figures
 from shoal.partition.plan import Plan
@@ -90,3 +91,25 @@ def test_the_tightest_decides_and_nothing_streams(checkpoint: Checkpoint) -> Non
     assert isinstance(small.plans, TooTight)
     assert small.plans.rank == 1
     assert small.streamed_bytes > 0
+
+
+def test_a_worker_with_little_room_copies_what_it_can(checkpoint: Checkpoint) -> None:
+    """Context and pages of the head are what they are beside the roomiest worker."""
+    whole, _ = both(cut(checkpoint, "prompts"))
+    tight = cut(checkpoint, "prompts", ROOM, 8_000_000).plans
+    assert isinstance(tight, TooTight)
+    seen = set()
+    for room in range(tight.least_bytes, tight.least_bytes + 4_000_000, 100_000):
+        made = cut(checkpoint, "prompts", ROOM, room)
+        head, worker = both(made)
+        assert worker.peak_bytes <= room
+        assert head.context_tokens == worker.context_tokens
+        if worker.context_tokens < whole.context_tokens:
+            continue
+        assert head == whole
+        assert (worker.chunk_tokens, worker.part_tokens) == (whole.chunk_tokens, whole.part_tokens)
+        assert 512 <= worker.kv.tokens <= whole.kv.tokens
+        check_given(worker, made.parts[1].spec, lambda block: 0)
+        seen.add(worker.kv.pages)
+    assert min(seen) == 8
+    assert len(seen) > 2

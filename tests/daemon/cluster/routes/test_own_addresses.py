@@ -11,8 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shoal.comm.group.streams import Address
 from shoal.daemon.cluster.routes import own_addresses as module
 from shoal.daemon.cluster.routes.own_addresses import (
+    OwnAddress,
+    caveat,
     kind_of,
     own_addresses,
     parse_address,
@@ -88,6 +91,41 @@ def test_what_listens_everywhere_is_reached_at_each(machine: None) -> None:
     assert reachable([("10.8.0.2", 1), ("192.168.1.5", 2)]) == ["192.168.1.5:2", "10.8.0.2:1"]
     assert reachable([("example.org", 7447)]) == ["example.org:7447"]
     assert reachable([]) == []
+
+
+@pytest.mark.parametrize(
+    ("listening", "only"),
+    [
+        ([("127.0.0.1", 7447)], "this machine itself can join at 127.0.0.1:7447: `listen=auto`"),
+        ([("::1", 7447)], "this machine itself can join at [::1]:7447: "),
+        ([("127.0.0.2", 1), ("::1", 1)], "this machine itself can join at 127.0.0.2:1, [::1]:1: "),
+        (
+            [("172.17.0.1", 7447)],
+            "containers and virtual machines on this machine can join at 172.17.0.1:7447: ",
+        ),
+        ([("169.254.3.4", 7447)], "machines on the same cable can join at 169.254.3.4:7447: "),
+        ([("fe80::7", 7447)], "machines on the same cable can join at [fe80::7]:7447: "),
+        (
+            [("127.0.0.1", 1), ("172.18.0.1", 1)],
+            "containers and virtual machines on this machine and this machine itself can join at ",
+        ),
+        ([("127.0.0.1", 7447), ("192.168.1.5", 7447)], ""),
+        ([("", 7447)], ""),
+        ([("100.101.1.2", 7447)], ""),
+        ([("192.168.1.7", 7447)], ""),
+        ([("example.org", 7447)], ""),
+        ([], ""),
+    ],
+)
+def test_who_can_join_where_others_cannot(machine: None, listening: list[Address], only: str) -> None:
+    said = caveat(reachable(listening))
+    assert said.startswith(f"only {only}") if only else not said
+
+
+def test_who_can_join_a_machine_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [OwnAddress("172.17.0.1", "docker0", "bridge"), OwnAddress("127.0.0.1", "lo", "loopback")]
+    monkeypatch.setattr(module, "own_addresses", lambda: own)
+    assert caveat(["172.17.0.1:7447"]).endswith(": it has no address that others reach")
 
 
 NAMED = {
