@@ -204,9 +204,8 @@ def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
 
 
 def _overflow(model: LoadedModel, context: int, tokens: int, about: str = "") -> DaemonError:
-    roomy = (
-        bool(about) and tokens < model.checkpoint.spec.longest
-    )  # how long it is exactly, nobody has counted
+    # How long it is exactly, nobody has counted.
+    roomy = bool(about) and tokens < model.checkpoint.spec.longest
     return DaemonError(
         "context_overflow",
         f"the prompt has {about}{tokens} tokens, the context holds {context} and needs room for an answer",

@@ -112,9 +112,8 @@ class CudaDevice:
         self, stream: torch.cuda.Stream, after: Sequence[DeviceEvent], run: Callable[[], Any]
     ) -> tuple[Any, DeviceEvent]:
         with self._calling():
-            torch.cuda.set_device(
-                self._device
-            )  # of this thread: else torch comes back to card 0, and opens it
+            # Of this thread: else torch comes back to card 0, and opens it.
+            torch.cuda.set_device(self._device)
             with torch.cuda.stream(stream):
                 for event in after:
                     stream.wait_event(event)  # type: ignore[arg-type]

@@ -63,9 +63,7 @@ class DeviceBudget:
         self.limit_bytes = limit_bytes
         self.held_bytes = self.peak_bytes = 0
         self._name = name
-        self._lock = (
-            threading.RLock()
-        )  # memory may be given back at any moment, by the thread that is in here, too
+        self._lock = threading.RLock()  # memory may be given back anywhere, by the thread in here, too
 
     def reserve(self, nbytes: int) -> DeviceMemory:
         """Raises DeviceFull."""
