@@ -55,34 +55,6 @@ class DeviceMemory:
         self.free()
 
 
-class DeviceBudget:
-    """Of the memory of device `name`, at most `limit_bytes` are held at a time. `peak_bytes`: the most that ever were.
-    Any thread may call it."""
-
-    def __init__(self, name: str, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self.held_bytes = self.peak_bytes = 0
-        self._name = name
-        self._lock = threading.RLock()  # memory may be given back anywhere, by the thread in here, too
-
-    def reserve(self, nbytes: int) -> DeviceMemory:
-        """Raises DeviceFull."""
-        with self._lock:
-            if self.held_bytes + nbytes > self.limit_bytes:
-                raise self.full(nbytes)
-            self.held_bytes += nbytes
-            self.peak_bytes = max(self.peak_bytes, self.held_bytes)
-        return DeviceMemory(nbytes, self._given_back)
-
-    def full(self, nbytes: int = 0) -> DeviceFull:
-        """The error for so many bytes more; 0: for something that does not say how many."""
-        return DeviceFull(self._name, nbytes, self.held_bytes, self.limit_bytes)
-
-    def _given_back(self, nbytes: int) -> None:
-        with self._lock:
-            self.held_bytes -= nbytes
-
-
 class DeviceArray:
     """A handle of an array in a device's memory, or of a part of one. Its form is known to everybody, what is in it to
     the device alone: `inside` is what that computes with."""
@@ -113,6 +85,34 @@ class DeviceArray:
         raise TypeError("what is in a device's memory can only be computed with there")
 
     __array__ = __bool__ = __len__ = __iter__ = __getitem__ = _refused
+
+
+class DeviceBudget:
+    """Of the memory of device `name`, at most `limit_bytes` are held at a time. `peak_bytes`: the most that ever were.
+    Any thread may call it."""
+
+    def __init__(self, name: str, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = self.peak_bytes = 0
+        self._name = name
+        self._lock = threading.RLock()  # memory may be given back anywhere, by the thread in here, too
+
+    def reserve(self, nbytes: int) -> DeviceMemory:
+        """Raises DeviceFull."""
+        with self._lock:
+            if self.held_bytes + nbytes > self.limit_bytes:
+                raise self.full(nbytes)
+            self.held_bytes += nbytes
+            self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        return DeviceMemory(nbytes, self._given_back)
+
+    def full(self, nbytes: int = 0) -> DeviceFull:
+        """The error for so many bytes more; 0: for something that does not say how many."""
+        return DeviceFull(self._name, nbytes, self.held_bytes, self.limit_bytes)
+
+    def _given_back(self, nbytes: int) -> None:
+        with self._lock:
+            self.held_bytes -= nbytes
 
 
 class OpenDevice(Protocol):
