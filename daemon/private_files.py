@@ -21,7 +21,7 @@ from .errors import DaemonError
 
 log = logging.getLogger(__name__)
 
-Kind = TypeVar("Kind", bound=Struct)
+_Kind = TypeVar("_Kind", bound=Struct)
 
 
 def private_dir(path: Path) -> Path:
@@ -54,7 +54,7 @@ def alone(lock: Path, doing: str) -> Iterator[None]:
         yield
 
 
-def kept(path: Path, kind: type[Kind]) -> Kind | None:
+def kept(path: Path, kind: type[_Kind]) -> _Kind | None:
     """What `keep` has left there; None if there is nothing, or nothing of that kind."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
