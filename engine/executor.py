@@ -35,6 +35,7 @@ from .collective import Collective, PendingSum
 # Of a plan that reads experts from disk: while these are computed, the next ones are read.
 EXPERTS_TOGETHER = 4
 
+
 StillWanted = Callable[[float], bool]
 """Is told which share of a step is done, many times in it; False when nobody wants the step any more."""
 

@@ -5,6 +5,7 @@ Knows the file. `profiling` measures; `own_machine` is what the daemon makes of 
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ from msgspec import Struct
 
 from shoal.daemon.cluster.speed import kernels_key
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.private_files import keep, kept
 from shoal.partition.throughput.profile import Profile
 
 from .profile_files import parse_profile, profile_text
+
+log = logging.getLogger(__name__)
 
 FORM = 2  # of what is measured: a later one is measured anew
 
@@ -51,21 +53,31 @@ def profile_key(threads: int, place: Path) -> str:
 
 def read_kept(path: Path, key: str) -> Kept | None:
     """What is kept, if that still holds."""
-    found = kept(path, _File)
-    if found is None or found.key != key:
-        return None
     try:
+        found = msgspec.json.decode(path.read_bytes(), type=_File)
+        if found.key != key:
+            return None
         return Kept(parse_profile(bytes(found.profile), str(path)), found.disturbed, found.brief)
-    except DaemonError:
+    except (OSError, msgspec.MsgspecError, DaemonError):
         return None
 
 
 def settled_for_others(path: Path, key: str) -> bool:
     """Whether all was measured there for something else, such as more threads: worth more than what is brief."""
-    found = kept(path, _File)
-    return found is not None and found.key != key and not (found.brief or found.disturbed)
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_File)
+    except (OSError, msgspec.MsgspecError):
+        return False
+    return found.key != key and not (found.brief or found.disturbed)
 
 
-def write_kept(path: Path, key: str, found: Kept) -> None:
+def write_kept(path: Path, key: str, kept: Kept) -> None:
     """What cannot be kept is measured again."""
-    keep(path, _File(key, msgspec.Raw(profile_text(found.profile)), found.disturbed, found.brief))
+    text = msgspec.Raw(profile_text(kept.profile))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_bytes(msgspec.json.encode(_File(key, text, kept.disturbed, kept.brief)))
+        fresh.replace(path)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", path, error)
