@@ -19,8 +19,9 @@ from shoal.partition.amounts import counted, format_bytes
 from .answers import machines
 from .interrupt import deferred_interrupt
 from .options import (
+    Decorator,
     PlanOptions,
-    count_option,
+    Whole,
     draft_option,
     examples,
     json_option,
@@ -32,6 +33,10 @@ from .terminal.output import console, facts, note, print_json, spinner, steps_ba
 if TYPE_CHECKING:
     from shoal.daemon.config import NodeConfig
     from shoal.daemon.library.packs import Packs
+
+
+def _count(option: str, default: int, what: str) -> Decorator:
+    return click.option(option, type=Whole(min=1), default=default, show_default=True, metavar="N", help=what)
 
 
 def _prepared(model: str, plan: PlanOptions) -> tuple[Path, NodeConfig, Packs]:
@@ -52,10 +57,10 @@ def _prepared(model: str, plan: PlanOptions) -> tuple[Path, NodeConfig, Packs]:
     )
 )
 @click.argument("model")
-@count_option("--prompt-tokens", 512, "Prompt length of each sequence.")
-@count_option("--new-tokens", 64, "Tokens each sequence writes.")
-@count_option("--batch", 1, "Sequences at the same time.")
-@count_option("--repeat", 3, "Runs, after a warm-up.")
+@_count("--prompt-tokens", 512, "Prompt length of each sequence.")
+@_count("--new-tokens", 64, "Tokens each sequence writes.")
+@_count("--batch", 1, "Sequences at the same time.")
+@_count("--repeat", 3, "Runs, after a warm-up.")
 @quant_option
 @json_option
 @draft_option

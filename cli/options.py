@@ -261,13 +261,6 @@ def quant_option(function: Callback) -> Callback:
     )(named)
 
 
-def count_option(option: str, default: int, what: str, most: int | None = None) -> Decorator:
-    """Adds an option for a whole number from 1 to `most`; `what` is its help."""
-    return click.option(
-        option, type=Whole(1, most), default=default, show_default=True, metavar="N", help=what
-    )
-
-
 def draft_option(function: Callback) -> Callback:
     """Adds --draft; the verb gets `draft: str | None`."""
     return click.option(

@@ -14,7 +14,7 @@ import click
 
 from shoal.cli.exit_codes import Exit
 from shoal.cli.interrupt import deferred_interrupt
-from shoal.cli.options import PlanOptions, Real, Whole, count_option, examples, json_option, plan_options
+from shoal.cli.options import Decorator, PlanOptions, Real, Whole, examples, json_option, plan_options
 from shoal.cli.terminal.output import console, note, print_json, spinner, steps_bar, table
 from shoal.cli.terminal.paint import printable
 from shoal.comm.home import Home
@@ -51,6 +51,12 @@ class Guesses(Real):
         return depth, super().convert(chance if at else "0.6", param, ctx)
 
 
+def _count(option: str, default: int, what: str, most: int | None = None) -> Decorator:
+    return click.option(
+        option, type=Whole(1, most), default=default, show_default=True, metavar="N", help=what
+    )
+
+
 @click.command(
     epilog=examples(
         "shoal plan smollm2",
@@ -60,9 +66,9 @@ class Guesses(Real):
     )
 )
 @click.argument("model")
-@count_option("--prompt-tokens", 512, "Prompt length of each stream.")
-@count_option("--new-tokens", 128, "Tokens each stream writes.")
-@count_option("--batch", 1, "Streams at the same time.", 1024)
+@_count("--prompt-tokens", 512, "Prompt length of each stream.")
+@_count("--new-tokens", 128, "Tokens each stream writes.")
+@_count("--batch", 1, "Streams at the same time.", 1024)
 @click.option(
     "--quant", type=click.Choice(["keep", "q8", "q4"]), help="Only plans with weights in these bits."
 )
@@ -117,8 +123,9 @@ def plan(
         )
     wanted = Reference.parse(model)
     bits = quant or (wanted.quant if wanted.quant != "keep" else None)
-    # Other machines have more threads.
-    config = plan.config() if given is None else replace(plan, threads=None).config()
+    config = (
+        plan.config() if given is None else replace(plan, threads=None).config()
+    )  # other machines have more
     if config.names_device:
         note(f"--device {config.device} is left out: nothing is known of how fast it is")
     home = Home.from_env()
