@@ -39,7 +39,7 @@ from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.throughput.model_sizes import described, weighed
 from shoal.daemon.throughput.profiling import machine_profile
 from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
-from shoal.partition.plan import Misfit, Plan, Wanted, scratch_bytes
+from shoal.partition.plan import Misfit, Plan, scratch_bytes, wanted_by
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.prediction import Job, Prediction
 from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink
@@ -145,16 +145,7 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Predi
 
 def unused_bytes(model: Weighed, plan: Plan, job: Job) -> int:
     """What a job leaves of a plan's KV and scratch, which are for as many and as long texts as the plan allows."""
-    most = Wanted(
-        model.spec,
-        plan.context_tokens,
-        None,
-        plan.kv.dtype,
-        plan.chunk_tokens,
-        plan.sequences,
-        plan.guesses,
-        plan.threads,
-    )
+    most = wanted_by(plan, model.spec)
     rows = min(plan.chunk_tokens, job.batch * job.prompt_tokens)
     own = most._replace(chunk_tokens=rows, sequences=job.batch, guesses=0)
     pages = job.batch * -(-job.context_tokens // PAGE_TOKENS)

@@ -29,17 +29,14 @@ from .other_process import OtherProcess, find_process
 START_LIMIT_S = 300.0  # a large model from a slow disk
 DAEMON_POLL_S = 0.1
 SIGNAL_AGAIN = (0, 10)  # polls after which a second signal means "at once": the first may have come too early
-CLOSED_LIMIT_S = (
-    10.0  # for a daemon that has closed everything to be gone; it ends itself within half of that
-)
+# For a daemon that has closed everything to be gone; it ends itself within half of that.
+CLOSED_LIMIT_S = 10.0
 KILLED_LIMIT_S = 10.0
 LOG_LIMIT_BYTES = 10_000_000
 
 Sleep = Callable[[float], None]
-_CODE_OF_EXIT: dict[int, ErrorCode] = {
-    Exit.USAGE: "bad_request",
-    Exit.REFUSED: "resources",
-}  # of `serve`'s end
+# What `serve` ended with.
+_CODE_OF_EXIT: dict[int, ErrorCode] = {Exit.USAGE: "bad_request", Exit.REFUSED: "resources"}
 
 
 def log_path(home: Home) -> Path:

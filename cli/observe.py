@@ -15,6 +15,7 @@ from msgspec.structs import asdict
 
 from shoal.comm.cluster_messages import NodesReply
 from shoal.comm.home import Home
+from shoal.comm.messages import ModelStatus
 from shoal.daemon.errors import DaemonError
 from shoal.partition.amounts import counted, format_bytes, format_duration
 
@@ -72,40 +73,48 @@ def ps(as_json: bool) -> None:
 
         screen.print(f"as models ran: {corrected(status.corrections)} as this machine's profile says")
     for model in status.models:
-        screen.print(f"{model.name}: {model.plan}")
-        if model.predicted_tokens_per_s:
-            came = (
-                f"measured {model.measured_tokens_per_s:.3g}"
-                if model.measured_tokens_per_s
-                else "not measured yet"
-            )
-            screen.print(f"predicted {model.predicted_tokens_per_s:.3g} tokens/s, {came}")
-        if model.tried:
-            screen.print(f"tried: {model.tried}")
-        if model.machines:
-            held = (format_bytes(nbytes) for nbytes in model.rank_bytes)
-            parts = zip(("this machine", *model.machines), held, strict=False)
-            screen.print("computed by " + ", ".join(f"{name} ({nbytes})" for name, nbytes in parts))
-        if model.machines_why:
-            screen.print(model.machines_why)
-        if model.sums:
-            screen.print(f"sums: {model.sums}")
-        if model.stage is not None:
-            screen.print(f"now {stage_text(model.stage)}")
-        if model.prompt_tokens_total:
-            kept = _percent(model.kv_cached_tokens, model.kv_total_tokens)
-            found = _percent(model.cached_tokens_total, model.prompt_tokens_total)
-            screen.print(
-                f"prefix cache: holds {kept} of the KV, gave {found} of {model.prompt_tokens_total:,} prompt tokens; "
-                + counted(model.preemptions_total, "preemption"),
-            )
-        if model.kv_disk_bytes:
-            screen.print(
-                f"KV on disk: {format_bytes(model.kv_disk_bytes)}, "
-                f"{counted(model.kv_disk_pages_written_total, 'page')} written, {model.kv_disk_pages_read_total} read",
-            )
-        if model.kv_disk_why:
-            screen.print(f"KV is not kept on disk: {model.kv_disk_why}")
+        for line in _about(model):
+            screen.print(line)
+
+
+def _about(model: ModelStatus) -> Iterator[str]:
+    """What does not fit into a table."""
+    yield f"{model.name}: {model.plan}"
+    if model.predicted_tokens_per_s:
+        came = (
+            f"measured {model.measured_tokens_per_s:.3g}"
+            if model.measured_tokens_per_s
+            else "not measured yet"
+        )
+        yield f"predicted {model.predicted_tokens_per_s:.3g} tokens/s, {came}"
+    if model.tried:
+        yield f"tried: {model.tried}"
+    if model.machines:
+        held = (format_bytes(nbytes) for nbytes in model.rank_bytes)
+        parts = zip(("this machine", *model.machines), held, strict=False)
+        yield "computed by " + ", ".join(f"{name} ({nbytes})" for name, nbytes in parts)
+    if model.machines_why:
+        yield model.machines_why
+    if model.sums:
+        yield f"sums: {model.sums}"
+    if model.stage is not None:
+        yield f"now {stage_text(model.stage)}"
+    if model.prompt_tokens_total:
+        kept = _percent(model.kv_cached_tokens, model.kv_total_tokens)
+        found = _percent(model.cached_tokens_total, model.prompt_tokens_total)
+        preempted = counted(model.preemptions_total, "preemption")
+        yield (
+            f"prefix cache: holds {kept} of the KV, gave {found} of {model.prompt_tokens_total:,} prompt tokens; "
+            f"{preempted}"
+        )
+    if model.kv_disk_bytes:
+        written = counted(model.kv_disk_pages_written_total, "page")
+        yield (
+            f"KV on disk: {format_bytes(model.kv_disk_bytes)}, "
+            f"{written} written, {model.kv_disk_pages_read_total} read"
+        )
+    if model.kv_disk_why:
+        yield f"KV is not kept on disk: {model.kv_disk_why}"
 
 
 def _lent(cluster: NodesReply) -> str:

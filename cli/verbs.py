@@ -1,7 +1,7 @@
 """The verbs of `shoal`, imported when they are called, and how each ends: one line and an exit code.
 
 Knows names and one-line helps of the verbs, so that `shoal --help` imports none of them. What a verb does is
-in its own module; what an error means is in `cli.errors`.
+in its own module; what an error means is in `exit_codes`.
 """
 
 from __future__ import annotations

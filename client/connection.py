@@ -14,9 +14,8 @@ from shoal.comm import endpoint, wire
 from shoal.comm.curve_keys import ClientKeys
 from shoal.comm.errors import CommError, NoDaemon, TimedOut
 
-CONNECT_S = (
-    3.0  # for the handshake, which threads answer that compute nothing; where nobody listens it fails at once
-)
+# For the handshake, which threads answer that compute nothing; where nobody listens it fails at once.
+CONNECT_S = 3.0
 HELLO_S = 10.0  # for the reply to `hello`, which comes from the daemon's server thread
 HEARTBEAT_MS = 10_000  # three of these are the silence after which a daemon counts as dead anyway
 NEVER_MS = 1_000_000_000  # nobody keeps a connection that has dropped for so long

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+SHOWN = 40  # characters of a value, at most
 _COMPLAINT = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
 _STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+)\]")
 
@@ -33,12 +34,12 @@ def explained(complaint: str, value: Any, where: str = "") -> str:
     return f"{path}{_quote(match['path'] or '', value)}: must be {must}"
 
 
-def shorten(value: object, limit: int = 40) -> str:
-    """`repr(value)` in at most `limit` characters, control characters escaped."""
+def shorten(value: object) -> str:
+    """`repr(value)` in at most `SHOWN` characters, control characters escaped."""
     if isinstance(value, str | bytes):
-        value = value[: limit + 1]
+        value = value[: SHOWN + 1]
     text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
 def _quote(path: str, value: Any) -> str:

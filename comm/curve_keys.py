@@ -149,9 +149,8 @@ def load_server(directory: Path) -> ServerKeys | None:
 @contextmanager
 def gate(context: zmq.Context[zmq.Socket[bytes]], ring: KeyRing) -> Iterator[None]:
     """Within it, CURVE sockets of `context` in ZAP_DOMAIN admit the ring's authorised clients and nobody else."""
-    from zmq.auth.thread import (
-        ThreadAuthenticator,
-    )  # imports asyncio, which takes 50 ms; clients need neither
+    # It imports asyncio, which takes 50 ms; clients need neither.
+    from zmq.auth.thread import ThreadAuthenticator
 
     authenticator = ThreadAuthenticator(context)
     authenticator.start()

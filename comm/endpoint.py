@@ -91,7 +91,7 @@ def _parse_tcp(address: str, rest: str) -> TcpAddress:
     return TcpAddress(str(ip), port, ip.is_loopback)
 
 
-def listen(address: str, *, keyed: bool = False, backlog: int = 1024) -> socket.socket:
+def listen(address: str, *, keyed: bool = False) -> socket.socket:
     """A socket that listens there. `keyed`: whoever speaks over it uses CURVE keys, so it may be reached from anywhere.
 
     AddressError when the address is refused or taken, or is not one of this machine's.
@@ -114,7 +114,7 @@ def listen(address: str, *, keyed: bool = False, backlog: int = 1024) -> socket.
         if family != socket.AF_UNIX:
             public.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         public.bind(place)
-        public.listen(backlog)
+        public.listen(1024)
     except OSError as error:
         public.close()
         raise AddressError(f"cannot listen at {target}: {error.strerror}") from error

@@ -96,9 +96,7 @@ class Generation(Message):
     model: Name = ""  # "" = the one that is loaded
     sampling: Sampling = Sampling()
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # None = up to the context's end
-    context_tokens: Annotated[int, Meta(ge=1, le=1 << 26)] | None = (
-        None  # of this request; None = the model's
-    )
+    context_tokens: Annotated[int, Meta(ge=1, le=1 << 26)] | None = None  # None = the model's
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(max_length=64)] = []
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
     ignore_eos: bool = False

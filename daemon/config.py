@@ -57,13 +57,9 @@ class NodeConfig:
     max_sequences: int = 16  # decoded together in one step
     max_queue: int = 64  # waiting requests; one more is answered `busy`
     chunk_tokens: int = 256  # of prompts in one step, at most
-    slowdown: float = (
-        SLOWDOWN  # of answers, by prompts that are read beside them; inf = whatever is fastest for all
-    )
+    slowdown: float = SLOWDOWN  # of answers, by prompts read beside them; inf = whatever is fastest for all
     max_guesses: int = 32  # tokens guessed ahead in one step, where that pays; 0 = never
-    cluster_wire: WireType = (
-        "f32"  # what partial sums may be rounded to between machines, where that is faster
-    )
+    cluster_wire: WireType = "f32"  # what sums may be rounded to between machines, where that is faster
     ranks: int | None = None  # machines that compute a model together; None = as many as make it faster
     quant: Quant = "keep"  # of a model that is loaded: what its weights are held in
     device: str = AUTO  # that computes as much of a model as fits there (`devices.opening`)

@@ -347,9 +347,8 @@ class Node:
     def _looks(self) -> Iterator[Callable[[], object]]:
         """What is looked after also while a step runs."""
         yield from (self._models.sweep, self._regrouping.look, self._long.look)
-        yield partial(
-            self._machine.look, self._idle, lambda: self._models.kinds
-        )  # for seconds, no model at hand
+        # Takes seconds, with no model at hand.
+        yield partial(self._machine.look, self._idle, lambda: self._models.kinds)
         for model in self._models:
             yield from (model.engine.expire, model.look_back)
 

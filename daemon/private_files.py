@@ -1,18 +1,27 @@
-"""Directories for this user alone, and what only one process at a time may do in them.
+"""Directories for this user alone, what is kept in small files of them, and what only one process at a time may do.
 
-Knows permissions and flock; the kernel frees a lock when its holder ends, however it ends.
+Knows permissions, JSON and flock; the kernel frees a lock when its holder ends, however it ends.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
 
 from .errors import DaemonError
+
+log = logging.getLogger(__name__)
+
+_Kind = TypeVar("_Kind", bound=Struct)
 
 
 def private_dir(path: Path) -> Path:
@@ -43,3 +52,23 @@ def alone(lock: Path, doing: str) -> Iterator[None]:
         except OSError as error:
             raise DaemonError("busy", f"another process is {doing}", "try again when it is done") from error
         yield
+
+
+def kept(path: Path, kind: type[_Kind]) -> _Kind | None:
+    """What `keep` has left there; None if there is nothing, or nothing of that kind."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError, RecursionError):
+        return None
+
+
+def keep(path: Path, found: Struct) -> None:
+    """Leave in a file, whole or not at all, what has been found out. If that fails, it is logged: it will be found out
+    again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_bytes(msgspec.json.encode(found))
+        fresh.replace(path)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", path, error)

@@ -25,7 +25,7 @@ from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.tokenizer.repetition import Repetition
 from shoal.partition.amounts import format_bytes
 from shoal.partition.memory_layout import kv_page_bytes
-from shoal.partition.plan import Wanted, scratch_bytes
+from shoal.partition.plan import scratch_bytes, wanted_by
 
 from .answer import Answer
 from .backend import Emit
@@ -204,9 +204,8 @@ def sampling_of(model: LoadedModel, asked: Sampling) -> SamplingParams:
 
 
 def _overflow(model: LoadedModel, context: int, tokens: int, about: str = "") -> DaemonError:
-    roomy = (
-        bool(about) and tokens < model.checkpoint.spec.longest
-    )  # how long it is exactly, nobody has counted
+    # How long it is exactly, nobody has counted.
+    roomy = bool(about) and tokens < model.checkpoint.spec.longest
     return DaemonError(
         "context_overflow",
         f"the prompt has {about}{tokens} tokens, the context holds {context} and needs room for an answer",
@@ -223,16 +222,8 @@ def _way_out(model: LoadedModel, prompt_tokens: int, asked: int) -> str:
     context = min(spec.longest, (prompt_tokens // page + 1) * page)
     if context <= prompt_tokens:
         return f"shorten it: the model was made for {spec.longest}"
-    wanted = Wanted(
-        spec,
-        context_tokens=context,
-        kv_tokens=context,
-        kv_type=plan.kv.dtype,
-        chunk_tokens=plan.chunk_tokens,
-        sequences=plan.sequences,
-        guesses=plan.guesses,
-        threads=plan.threads,
-        native=kernels.home() != "reference",
+    wanted = wanted_by(plan, spec)._replace(
+        context_tokens=context, kv_tokens=context, native=kernels.home() != "reference"
     )
     scratch = scratch_bytes(wanted, plan.part_tokens)
     kv_bytes = -(-context // page) * kv_page_bytes(spec, plan.kv.dtype)

@@ -19,8 +19,8 @@ import torch
 
 from shoal.kernels.arrays import Array
 
-from .device import DeviceArray, DeviceEvent, DeviceMemory, DeviceWork
-from .errors import DeviceFull, DeviceLost, NoSuchDevice
+from .device import DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
+from .errors import DeviceLost, NoSuchDevice
 
 OF_FREE_MEMORY = 0.9  # of the free memory, if no size was named: libraries take some, too
 
@@ -47,32 +47,19 @@ class CudaDevice:
                 )
             torch.cuda.set_device(number)
             usable = int(OF_FREE_MEMORY * torch.cuda.mem_get_info(number)[0])
-            self.limit_bytes = usable if limit_bytes is None else min(usable, limit_bytes)
+            limit_bytes = usable if limit_bytes is None else min(usable, limit_bytes)
             self._computing, self._coming, self._going = (_cuda.Stream(number) for _ in range(3))
         except (RuntimeError, AssertionError) as error:  # a driver that is too old, no kernels for the card
             raise NoSuchDevice(f"device {name} cannot be used: {_line(error)}") from error
         self.name = name
+        self.budget = DeviceBudget(name, limit_bytes)
         self.lost = ""
         self._device = torch.device("cuda", number)
-        self._held = self._peak = 0
         self._copies: list[_Copy] = []
-        self._lock = threading.RLock()  # memory may be given back at any moment
-
-    @property
-    def held_bytes(self) -> int:
-        return self._held
-
-    @property
-    def peak_bytes(self) -> int:
-        return self._peak
+        self._lock = threading.Lock()  # of the copies
 
     def reserve(self, nbytes: int) -> DeviceMemory:
-        with self._lock:
-            if self._held + nbytes > self.limit_bytes:
-                raise DeviceFull(self.name, nbytes, self._held, self.limit_bytes)
-            self._held += nbytes
-            self._peak = max(self._peak, self._held)
-        return DeviceMemory(nbytes, self._given_back)
+        return self.budget.reserve(nbytes)
 
     def within(self, memory: DeviceMemory, inside: torch.Tensor) -> DeviceArray:
         dtype = np.dtype(str(inside.dtype).removeprefix("torch."))
@@ -125,9 +112,8 @@ class CudaDevice:
         self, stream: torch.cuda.Stream, after: Sequence[DeviceEvent], run: Callable[[], Any]
     ) -> tuple[Any, DeviceEvent]:
         with self._calling():
-            torch.cuda.set_device(
-                self._device
-            )  # of this thread: else torch comes back to card 0, and opens it
+            # Of this thread: else torch comes back to card 0, and opens it.
+            torch.cuda.set_device(self._device)
             with torch.cuda.stream(stream):
                 for event in after:
                     stream.wait_event(event)  # type: ignore[arg-type]
@@ -144,16 +130,12 @@ class CudaDevice:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise DeviceFull(self.name, 0, self._held, self.limit_bytes) from error
+            raise self.budget.full() from error
         except RuntimeError as error:
             if "CUDA" not in str(error) and "cuda" not in str(error):
                 raise
             self.lost = _line(error)
             raise DeviceLost(self.name, self.lost) from error
-
-    def _given_back(self, nbytes: int) -> None:
-        with self._lock:
-            self._held -= nbytes
 
 
 def _line(error: Exception) -> str:

@@ -9,6 +9,7 @@ Knows bytes, not what they mean. Shapes and dtypes are those of NumPy.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from math import prod
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import numpy as np
 
 from shoal.kernels.arrays import Array
+
+from .errors import DeviceFull
 
 
 class DeviceEvent(Protocol):
@@ -95,20 +98,40 @@ class DeviceArray:
     __array__ = __bool__ = __len__ = __iter__ = __getitem__ = _refused
 
 
+class DeviceBudget:
+    """Of the memory of device `name`, at most `limit_bytes` are held at a time. `peak_bytes`: the most that ever were.
+    Any thread may call it."""
+
+    def __init__(self, name: str, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = self.peak_bytes = 0
+        self._name = name
+        self._lock = threading.RLock()  # memory may be given back anywhere, by the thread in here, too
+
+    def reserve(self, nbytes: int) -> DeviceMemory:
+        """Raises DeviceFull."""
+        with self._lock:
+            if self.held_bytes + nbytes > self.limit_bytes:
+                raise self.full(nbytes)
+            self.held_bytes += nbytes
+            self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        return DeviceMemory(nbytes, self._given_back)
+
+    def full(self, nbytes: int = 0) -> DeviceFull:
+        """The error for so many bytes more; 0: for something that does not say how many."""
+        return DeviceFull(self._name, nbytes, self.held_bytes, self.limit_bytes)
+
+    def _given_back(self, nbytes: int) -> None:
+        with self._lock:
+            self.held_bytes -= nbytes
+
+
 class OpenDevice(Protocol):
     """Any thread may call it. Every call raises DeviceLost when the device is gone."""
 
     name: str
-    limit_bytes: int  # of all that is allocated on it, together
+    budget: DeviceBudget  # of all that is allocated on it, together
     lost: str  # why, once it is gone
-
-    @property
-    def held_bytes(self) -> int: ...
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most that was ever held."""
-        ...
 
     def reserve(self, nbytes: int) -> DeviceMemory:
         """Room for a result, which `within` makes an array. Raises DeviceFull."""

@@ -81,7 +81,8 @@ class DeviceHome(ComputeHome):
     def room(self, free_bytes: int) -> DeviceRoom:
         """What plans count with."""
         device, kernels = self.device, self._kernels
-        return DeviceRoom(device.name, free_bytes, kernels.scratch_bytes, kernels.gathers, device.limit_bytes)
+        limit_bytes = device.budget.limit_bytes
+        return DeviceRoom(device.name, free_bytes, kernels.scratch_bytes, kernels.gathers, limit_bytes)
 
     # --- what stays ------------------------------------------------------------------------------------------
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from shoal.kernels.arrays import Array, Bytes
 
-from .device import DeviceArray, DeviceEvent, DeviceMemory, DeviceWork
+from .device import DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
 from .device_names import SIM_LINK_BYTES_PER_S
-from .errors import DeviceFull, DeviceLost
+from .errors import DeviceLost
 
 Queue = Literal["in", "compute", "out"]
 
@@ -65,26 +65,17 @@ class SimDevice:
 
     def __init__(self, name: str, limit_bytes: int, link_bytes_per_s: float = SIM_LINK_BYTES_PER_S) -> None:
         self.name = name
-        self.limit_bytes = limit_bytes
+        self.budget = DeviceBudget(name, limit_bytes)
         self.link_bytes_per_s = link_bytes_per_s
         self.now_s = 0.0  # on the virtual clock
         self.schedule: deque[Scheduled] = deque(maxlen=SCHEDULE_ENTRIES)
-        self._held = self._peak = 0
         self.lost = ""
         self._queues: dict[Queue, _QueueState] = {
             "in": _QueueState(),
             "compute": _QueueState(),
             "out": _QueueState(),
         }
-        self._lock = threading.RLock()  # memory may be given back at any moment
-
-    @property
-    def held_bytes(self) -> int:
-        return self._held
-
-    @property
-    def peak_bytes(self) -> int:
-        return self._peak
+        self._lock = threading.RLock()  # a computation may reserve memory
 
     def lose(self, why: str) -> None:
         """From now on it is lost."""
@@ -93,11 +84,7 @@ class SimDevice:
     def reserve(self, nbytes: int) -> DeviceMemory:
         with self._lock:
             self._look()
-            if self._held + nbytes > self.limit_bytes:
-                raise DeviceFull(self.name, nbytes, self._held, self.limit_bytes)
-            self._held += nbytes
-            self._peak = max(self._peak, self._held)
-            return DeviceMemory(nbytes, self._given_back)
+            return self.budget.reserve(nbytes)
 
     def within(self, memory: DeviceMemory, inside: Array) -> DeviceArray:
         return DeviceArray(memory, inside, inside.dtype, inside.shape, inside.strides)
@@ -167,10 +154,6 @@ class SimDevice:
             assert first.land is not None
             first.land()
             first.land, first.after = None, ()
-
-    def _given_back(self, nbytes: int) -> None:
-        with self._lock:
-            self._held -= nbytes
 
     def _look(self) -> None:
         if self.lost:

@@ -104,9 +104,8 @@ class Scheduler:
             return []
         self.admission.note_length(sequence.generated)
         self.cache.release(sequence.holding, sequence.tokens, sequence.computed)
-        self._leave(
-            sequence
-        )  # last: if anything before fails, it has not ended, and whoever fails it tells its client
+        # Last: if anything before fails, it has not ended, and whoever fails it tells its client.
+        self._leave(sequence)
         return [Ended(sequence, reason)]
 
     def standing(self, sequence: Sequence) -> Standing:

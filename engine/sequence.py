@@ -54,9 +54,7 @@ class Sequence:
     drafted_tokens: int = 0  # guessed ahead
     accepted_tokens: int = 0  # guessed right
     preemptions: int = 0
-    restarts: int = (
-        0  # how often it was computed anew from its first token: after preemptions, or with other ropes
-    )
+    restarts: int = 0  # how often it was computed anew from its first token: preempted, or with other ropes
     running: bool = False  # False: it waits, or has ended
     ended: bool = False
     prompt_tokens: int = field(init=False)

@@ -221,9 +221,8 @@ class Confined:
                     child.begin(self._first, self._limits)
                 return act(child)
             except _Died as error:
-                if (
-                    fresh and not self._closed and not _ENDING.is_set()
-                ):  # else it may have died before, and another does the job
+                # If it is not fresh, it may have died before, and another does the job.
+                if fresh and not self._closed and not _ENDING.is_set():
                     if error.killed:
                         raise Overloaded(
                             "the system ended a process of this request; it may be short of memory"

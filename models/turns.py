@@ -163,9 +163,8 @@ class TurnPool:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        while (
-            self._acted()
-        ):  # in a function of its own, as a variable of this one would keep a model in memory
+        # In a function of its own, as a variable of this one would keep a model in memory.
+        while self._acted():
             pass
 
     def _acted(self) -> bool:

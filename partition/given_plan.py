@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from .errors import PlanError
 from .memory_layout import KV_FORMATS, PAGE_TOKENS, kv_page_bytes
-from .plan import Plan, Wanted, scratch_bytes
+from .plan import Plan, scratch_bytes, wanted_by
 from .spec import MAX_CONTEXT, BlockId, ModelSpec
 
 _MOST = 1 << 50  # bytes, or whatever else is counted
@@ -56,16 +56,7 @@ def check_given(plan: Plan, spec: ModelSpec, matrix_bytes: Callable[[BlockId], i
 
 def _least_scratch(plan: Plan, spec: ModelSpec) -> int:
     """With whichever kernels need less: those of the machine that planned may be others."""
-    wanted = Wanted(
-        spec,
-        plan.context_tokens,
-        None,
-        plan.kv.dtype,
-        plan.chunk_tokens,
-        plan.sequences,
-        plan.guesses,
-        plan.threads,
-    )
+    wanted = wanted_by(plan, spec)
     return min(scratch_bytes(wanted._replace(native=native), plan.part_tokens) for native in (True, False))
 
 

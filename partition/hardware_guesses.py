@@ -6,9 +6,8 @@ The only place for such figures. `throughput.profile` makes its defaults of them
 MEMORY_BYTES_PER_S = 20e9  # at which weights in memory are read
 DISK_BYTES_PER_S = 1.5e9  # at which weights on disk are read
 FLOPS = 100e9  # of attention, and of whatever has no table
-ROW_SHARE = (
-    0.15  # one more row, as a share of a product with one: about what reading weights from memory leaves
-)
+# One more row, as a share of a product with one: about what reading weights from memory leaves.
+ROW_SHARE = 0.15
 
 # A plan that streams gives 1/n of memory to each of these. More for KV and long steps is better for many and long texts
 # and worse for a short one, so no prediction can decide it; the window's share is where choosing begins.

@@ -40,9 +40,7 @@ class Pinnings:
         experts = [nbytes for block, nbytes in extents.items() if block.kind == "expert"]
         self._experts, self._expert_bytes = len(experts), max(experts, default=0)
         self._active = moe.active if (moe := spec.moe) else 0
-        self._active_here = (
-            moe.active * len(moe.own) / moe.experts if moe else 0.0
-        )  # of a token's, on average
+        self._active_here = moe.active * len(moe.own) / moe.experts if moe else 0.0  # of a token, on average
         self._moe_layers = sum(layer.moe for layer in spec.layers)
 
         @cache

@@ -223,6 +223,20 @@ class Wanted(NamedTuple):
     native: bool = True  # native kernels, not the reference
 
 
+def wanted_by(plan: Plan, spec: ModelSpec) -> Wanted:
+    """What the plan was asked for, with as much KV as memory allows."""
+    return Wanted(
+        spec,
+        plan.context_tokens,
+        None,
+        plan.kv.dtype,
+        plan.chunk_tokens,
+        plan.sequences,
+        plan.guesses,
+        plan.threads,
+    )
+
+
 def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:
     """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and KV,
     with the tokenizer. `part_tokens` of the step's rows are in a block together; None: all of them."""

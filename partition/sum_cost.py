@@ -16,7 +16,7 @@ from itertools import permutations
 from typing import Literal, NamedTuple
 
 from .hardware_guesses import ADD_S, DECODE_S, ENCODE_S, MESSAGE_S
-from .machines import Links, LinkSpeed, Machine, link_between
+from .machines import Links, Machine, link_between
 
 Topology = Literal["star", "exchange", "sliced"]
 Wire = Literal["f32", "bf16", "int8"]
@@ -134,10 +134,6 @@ class Network:
         """Seconds of a message from one rank to another; None if they cannot reach each other."""
         link = self._links.get((sender, receiver))
         return link and link.latency_s + nbytes / link.bytes_per_s + 2 * MESSAGE_S
-
-    def round_trip(self, rank: int) -> LinkSpeed | None:
-        """The link of a rank to rank 0."""
-        return self._links.get((0, rank))
 
     def _way(self, pairs: Sequence[tuple[int, int]]) -> _Way:
         """Messages of one size along all these links at once."""

@@ -101,9 +101,8 @@ class LlamaCpp:
                 if waiting:
                     self._take_up(waiting.pop(), i, new, texts, computed, ends)
             rows: list[tuple[int, int, int, bool]] = []
-            for i in sorted(
-                range(streams), key=lambda i: len(texts[i]) - computed[i]
-            ):  # tokens of answers first
+            # Tokens of answers first.
+            for i in sorted(range(streams), key=lambda i: len(texts[i]) - computed[i]):
                 part = texts[i][computed[i] :][: BATCH - len(rows)] if ends[i] else []
                 rows += [(t, n, i, n + 1 == len(texts[i])) for n, t in enumerate(part, computed[i])]
                 computed[i] += len(part)

@@ -20,9 +20,8 @@ class Row:
     scenario: Scenario
     sizes: Sizes = field(default_factory=Sizes)
     form: Literal["gguf", "directory", "hollow"] = "gguf"
-    must: Mapping[str, float] = field(
-        default_factory=dict
-    )  # least ratios, by the beginning of a figure's name
+    # Least ratios, by the beginning of a figure's name.
+    must: Mapping[str, float] = field(default_factory=dict)
 
 
 ROWS = (

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TREE = Path("/sys/fs/cgroup")
-PERIOD_US = (
-    10_000  # of a limit of processor time: short, so that a slow host is slow and does not stand still
-)
+# Of a limit of processor time: short, so that a slow host is slow and does not stand still.
+PERIOD_US = 10_000
 END_S = 10.0  # until killed processes must be gone
 _WEIGHT = {"cpu.shares": 1024, "cpu.weight": 100}  # what one has that was given none
 

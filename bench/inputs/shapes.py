@@ -14,9 +14,8 @@ Mix = Literal["F32", "BF16", "Q4_1", "Q4_K_M", "Q5_K_M"]
 
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # if rows are not whole blocks of 256
 
-LOUD = (
-    4.0  # deviation of an embedding to which layers add little, so that each token has a routing of its own
-)
+# Deviation of an embedding to which layers add little, so that each token has a routing of its own.
+LOUD = 4.0
 
 
 class TensorShape(NamedTuple):

@@ -59,9 +59,8 @@ class AnswerFile:
         self.had: dict[int, Had] = {}
         self.cut = False
         self._failed = 0  # lines that count as not there
-        self._synced_s: float | None = (
-            None  # when a line was brought to the disk last; None = all of them were
-        )
+        # When a line was brought to the disk last; None = all of them were.
+        self._synced_s: float | None = None
         self._made = not os.path.lexists(path)
         self._kept = False  # it is known to its directory for good
         self._file = self._opened(path)

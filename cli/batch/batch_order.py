@@ -22,9 +22,7 @@ from .openai_requests import BadLine, parse
 from .request_lines import RequestLine, RequestLines
 
 _PREFIX_BYTES = tuple(64 << doubling for doubling in range(8))  # of which lines may agree: 64 to 8192
-_KEY_BYTES = (
-    2 + 1 + 4 * len(_PREFIX_BYTES) + 4 + 1
-)  # model, longest answer, beginnings, length, and no NUL at the end
+_KEY_BYTES = 2 + 1 + 4 * len(_PREFIX_BYTES) + 4 + 1  # model, longest answer, beginnings, length, no NUL
 _MODELS = 1 << 16
 _TOKEN_BYTES = 2  # of text, if its tokens are short
 _ANSWER_TOKENS = 512  # of answers that may get as long as they like

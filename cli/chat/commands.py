@@ -43,9 +43,7 @@ class ChatState:
     answers_total: int = 0
     tokens_total: int = 0
     leaving: bool = False
-    known: set[str] = field(
-        default_factory=set
-    )  # names of saved conversations that this one was saved as, or is
+    known: set[str] = field(default_factory=set)  # saved conversations that this one was saved as, or is
     library: Library = field(init=False)
 
     def __post_init__(self) -> None:

@@ -37,9 +37,8 @@ from .keyboard import Keyboard, keep_pastes_whole
 Complete = Callable[[str], Iterable[str]]
 """Everything that may stand in place of the text so far, which begins with '/'."""
 
-REMEMBERED_CHARACTERS = (
-    100_000  # of a text; longer ones are not kept in the file that each chat begins by reading
-)
+# Of a text; longer ones are not kept in the file that each chat begins by reading.
+REMEMBERED_CHARACTERS = 100_000
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold"})
 
 

@@ -92,9 +92,7 @@ def chat(model: str | None, system: str, draft: str | None, answer: AnswerOption
     named = reference_or_fetch(model, library) if model else None
     guessing = reference(draft, library) if draft else None
     with ExitStack() as stack:
-        own = replace(
-            config, context_tokens=None
-        )  # --ctx is the conversation's, not that of a model chosen later
+        own = replace(config, context_tokens=None)  # --ctx is the conversation's, not a later model's
         here = stack.enter_context(in_process(own, library)) if plan.beyond_context else None
         link = ChatLink(home, here)
         stack.callback(link.close)

@@ -1,6 +1,6 @@
 """What the verbs print: notes and progress on stderr, results on stdout.
 
-Knows terminals and colours (NO_COLOR holds). rich is imported when something is drawn. Answers: `cli.paint`.
+Knows terminals and colours (NO_COLOR holds). rich is imported when something is drawn. Answers: `paint`.
 """
 
 from __future__ import annotations

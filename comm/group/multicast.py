@@ -14,7 +14,7 @@ MDNS_PORT = 5353
 HEAR_S = 0.6
 
 
-def hears_itself(places: Mapping[str, str], seconds: float = HEAR_S) -> dict[str, str]:
+def hears_itself(places: Mapping[str, str]) -> dict[str, str]:
     """places: numeric addresses of this machine → their interfaces. For each why what is sent there is not heard, "" if
     it is."""
     found = dict.fromkeys(places, "what is sent is not heard")
@@ -29,7 +29,7 @@ def hears_itself(places: Mapping[str, str], seconds: float = HEAR_S) -> dict[str
                     continue
                 waiting[listening] = host, question
                 selector.register(listening, selectors.EVENT_READ)
-            ends_s = time.monotonic() + seconds
+            ends_s = time.monotonic() + HEAR_S
             while (
                 any(found[host] for host, _ in waiting.values()) and (left_s := ends_s - time.monotonic()) > 0
             ):

@@ -55,9 +55,8 @@ class NodeIdentity:
             raise KeyFileError(f"{file}: must hold a private key and a certificate: {remedy}")
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(
-                file, password=""
-            )  # or an encrypted key would be asked about on the terminal
+            # Without a password, the terminal would be asked for that of an encrypted key.
+            context.load_cert_chain(file, password="")
             certificate = ssl.PEM_cert_to_DER_cert(found[0])
         except (OSError, ValueError) as error:  # SSLError is an OSError
             raise KeyFileError(f"{file}: its key and certificate cannot be used: {remedy}") from error

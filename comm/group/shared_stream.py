@@ -24,9 +24,8 @@ from .streams import Address, SocketStream
 from .watching import Watching, watching
 
 RING_BYTES = 1 << 20  # each way
-BELL_LOOK_S = (
-    0.25  # who sleeps looks so often by himself, as another thread may have taken what the bell said
-)
+# Who sleeps looks so often by himself, as another thread may have taken what the bell said.
+BELL_LOOK_S = 0.25
 SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_SEAL")
 
 

@@ -309,9 +309,8 @@ class TlsStream:
         try:
             with self._lock:
                 while filled < len(view) and (self._arrived.pending or self._tls.pending()):
-                    if not (
-                        count := int(self._tls.read(len(view) - filled, view[filled:]))
-                    ):  # typeshed says bytes
+                    count = int(self._tls.read(len(view) - filled, view[filled:]))  # typeshed says bytes
+                    if not count:
                         if not filled:
                             raise ChannelError("the other side closed the channel")
                         break
@@ -338,9 +337,8 @@ def _address(ask: Callable[[], object]) -> Address:
     """What the system calls an end. A pair of sockets has no names, nor has an end that is gone."""
     with contextlib.suppress(OSError):
         match ask():
-            case (str(host), int(port), _, int(scope)) if (
-                scope
-            ):  # link-local: of no use without the interface
+            case (str(host), int(port), _, int(scope)) if scope:
+                # Link-local: of no use without the interface.
                 return f"{host}%{socket.if_indextoname(scope)}", port
             case (str(host), int(port), *_):
                 return host, port

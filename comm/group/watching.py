@@ -21,9 +21,8 @@ class Watching:
     """One thread uses it."""
 
     def __init__(self, native: NativeBytes) -> None:
-        self.luck = (
-            1.0  # how often bytes came while they were looked for, and nobody else wanted the processor
-        )
+        # How often bytes came while they were looked for, and nobody else wanted the processor.
+        self.luck = 1.0
         self._native = native
         self._effort = c_int32()
         self._waits = 0

@@ -147,7 +147,6 @@ class Forming:
                 for rank in range(1, len(made.shards))
             ],
             config.quant,
-            "f32",
             self._serving(checkpoint, config.quant, bounded=bounded(config.memory_bytes)),
             own.weights_bytes,
             self._settling(config, made, checkpoint.spec.hidden),
@@ -256,7 +255,7 @@ class Forming:
         )
 
     def _speeds(self, members: Sequence[Member]) -> Mapping[str, NodeSpeed]:
-        """Those that count, by fingerprint; this machine's is \"\"."""
+        """Those that count, by fingerprint; this machine's is ''."""
         return self._steady.speeds({"": self._speed()} | {it.fingerprint: it.speed for it in members})
 
     def _measured_at(self, model: str, there: Sequence[str]) -> Mapping[Places, float]:

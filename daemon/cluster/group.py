@@ -41,10 +41,9 @@ from .roster import Contribution, Roster
 
 log = logging.getLogger(__name__)
 
-SHARD_MOTIONLESS_S = (
-    60.0  # a worker that loads a shard and has not come further for so long is not waited for
-)
+SHARD_MOTIONLESS_S = 60.0  # without coming further, a worker that loads a shard is not waited for
 FORM_LOOK_S = 0.2
+FIRST_WIRE: WireType = "f32"  # until it is decided how sums are made
 
 _epochs = count(1 + secrets.randbelow(1 << 30))  # so that those of an earlier process are not met again
 
@@ -87,7 +86,6 @@ class Group:
         model: str,
         seats: Sequence[Seat],
         quant: Quant,
-        wire: WireType,
         weights: SendsWeights,
         own_bytes: int = 0,
         settle: Settle = lambda links: Manners(),
@@ -100,7 +98,6 @@ class Group:
         self.prompts_only = prompts_only
         self.epoch = next(_epochs)
         self.seats = seats
-        self.wire = wire
         self._roster = roster
         self._model = model
         self._quant = quant
@@ -138,7 +135,7 @@ class Group:
                 spec=seat.spec,
                 plan=seat.plan,
                 quant=self._quant,
-                wire=self.wire,
+                wire=FIRST_WIRE,
                 fellows=self.introductions.fellows(rank),
                 kv_on_disk=KvOnDisk(store=self._kv_store.hex(), slots=MOST_SLOTS) if keeps else None,
                 fetch_only=fetch_only,
@@ -151,7 +148,7 @@ class Group:
         self._await(lambda: self._complete() and self.introductions.over, progress)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
         frames = [frame_bytes(seat.spec, seat.plan.kv.dtype) for seat in self.seats]
-        hub = self._hub = Hub(streams, self.epoch, self.wire, most_collected=max(frames))
+        hub = self._hub = Hub(streams, self.epoch, FIRST_WIRE, most_collected=max(frames))
         self._decide(hub)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)
@@ -235,7 +232,7 @@ class Group:
         if self._hub is not None and (deaf := self._hub.unheard.get(rank)) and not member.reason:
             self._roster.pairs.part(member, self.seats[deaf - 1].member)
             return
-        self._roster.faults.lost(self.seats[rank - 1].member.fingerprint)
+        self._roster.faults.lost(member.fingerprint)
 
     @property
     def names(self) -> list[str]:

@@ -74,7 +74,7 @@ class Member:
         self._clock = clock
         self._heard_s = clock()
         self._watched = Watched()
-        self._state = threading.Condition()
+        self._lock = threading.Lock()
         self._answers: dict[int, Loading | Ready | ShardRefused] = {}
         self._asked: dict[int, Serve] = {}
         self._told: dict[int, Telling] = {}
@@ -107,13 +107,13 @@ class Member:
         """What it has for a shard if those of `models` are dropped: all that shards of other models and its own work
         leave."""
         room = min(self.facts.memory_bytes, self.beat.free_bytes + self.beat.shard_bytes)
-        with self._state:
+        with self._lock:
             others = [asked for asked in self._asked.values() if asked.model not in models]
         return max(0, room - sum(asked.held_bytes for asked in others))
 
     def add(self, channel: Channel) -> None:
         """Another channel to the same machine, to be closed with it."""
-        with self._state:
+        with self._lock:
             if not self.reason:
                 self._channels = [*(it for it in self._channels if not it.closed), channel]
                 return
@@ -136,12 +136,11 @@ class Member:
 
     def leave(self, reason: str) -> None:
         """Close every channel to it. Idempotent."""
-        with self._state:
+        with self._lock:
             if self.reason:
                 return
             self.reason = reason
             channels, self._channels = self._channels, []
-            self._state.notify_all()
         for channel in channels:
             channel.close()
         self.probes.wake()
@@ -174,15 +173,14 @@ class Member:
             self.gone_for_good = True
             self.leave("it has left the cluster")
         elif isinstance(message, Listens | Met):
-            with self._state:
+            with self._lock:
                 told = self._told.get(message.epoch)
             if told is not None:
                 told(message)
         elif not isinstance(message, Attach):
-            with self._state:
+            with self._lock:
                 if message.epoch in self._answers:
                     self._answers[message.epoch] = message
-                self._state.notify_all()
 
     def send(self, message: FromHead) -> None:
         """Never raises: if it cannot be sent, the member is gone."""
@@ -193,7 +191,7 @@ class Member:
 
     def serve(self, request: Serve, told: Telling = lambda message: None) -> None:
         """Ask it to load a shard; `loading` tells how that goes, and `told` what it says of its fellows."""
-        with self._state:
+        with self._lock:
             self._told[request.epoch] = told
             self._answers[request.epoch] = Loading(epoch=request.epoch, done=0, total=0)
             self._asked[request.epoch] = request
@@ -201,7 +199,7 @@ class Member:
 
     def drop(self, epoch: int) -> None:
         """It need not serve that shard any more."""
-        with self._state:
+        with self._lock:
             self._answers.pop(epoch, None)
             self._asked.pop(epoch, None)
             self._told.pop(epoch, None)
@@ -209,10 +207,5 @@ class Member:
 
     def loading(self, epoch: int) -> Loading | Ready | ShardRefused | None:
         """How far it is with a shard; None if it is gone."""
-        with self._state:
+        with self._lock:
             return None if self.reason else self._answers.get(epoch)
-
-    def wait(self, timeout_s: float) -> None:
-        """Until something is heard from it, or the time is over."""
-        with self._state:
-            self._state.wait(timeout_s)

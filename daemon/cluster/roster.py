@@ -94,14 +94,9 @@ class NobodyKnown:
 
 
 class Roster:
-    """`changed` is called, from any thread, when a member came or is gone; with the reason if it is gone."""
+    """The members of now, and the groups that are formed of them. Any thread may call it."""
 
-    def __init__(
-        self,
-        changed: Callable[[Member, str], None] = lambda member, reason: None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._changed = changed
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._members: dict[str, Member] = {}
         self._groups: dict[int, Joining] = {}
@@ -192,9 +187,8 @@ class Roster:
     def _attach(self, channel: Channel) -> None:
         attach = channel.receive_message(Attach, timeout_s=FIRST_WORD_S, limit_bytes=CONTROL_BYTES)
         assert channel.peer is not None
-        self.dismiss(
-            channel.peer, "it has attached again"
-        )  # it may have restarted before its loss was noticed
+        # It may have restarted before its loss was noticed.
+        self.dismiss(channel.peer, "it has attached again")
         name, certificate = self.known.worker(channel.peer)
         if name:
             attach = replace(attach, name=name)
@@ -207,7 +201,6 @@ class Roster:
         if self._closed.is_set():
             member.leave("the head is stopping")
         log.info("%s is attached (%s, %d threads)", member.name, member.address, attach.threads)
-        self._changed(member, "")
         member.run()
 
     def _hand_over(self, channel: Channel) -> None:
@@ -227,7 +220,6 @@ class Roster:
             if self._members.get(member.fingerprint) is member:
                 del self._members[member.fingerprint]
         log.warning("%s is gone: %s", member.name, reason)
-        self._changed(member, reason)
         if member.gone_for_good:
             self.known.forget(member.fingerprint)
 

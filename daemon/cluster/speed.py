@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
@@ -25,6 +24,7 @@ from shoal import kernels
 from shoal.daemon import cgroup
 from shoal.daemon.installed import package_version
 from shoal.daemon.memory import available_bytes
+from shoal.daemon.private_files import keep, kept
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
 from shoal.kernels.huge_pages import Arena
 from shoal.offload.errors import OffloadError
@@ -76,10 +76,10 @@ _NOTHING = NodeSpeed(0.0, 0.0, measured=0)
 
 
 def node_speed(
-    threads: int, kept: Path | None = None, directory: Path | None = None, *, memory_bytes: int | None = None
+    threads: int, file: Path | None = None, directory: Path | None = None, *, memory_bytes: int | None = None
 ) -> NodeSpeed:
     """The speed of this machine on so many threads, and of the disk that `directory` is on: the same as long as the
-    process lives. `kept`: the file of what was measured on the same hardware with the same kernels.
+    process lives. `file`: what was measured on the same hardware with the same kernels.
 
     If nothing is known yet, it computes on all these threads: to be called when nothing else does. It takes
     `MEMORY_BYTES` for a moment, but at most `memory_bytes`, or a quarter of what is available. With little memory,
@@ -90,30 +90,30 @@ def node_speed(
         return _known[key]
     with _measuring:
         if key not in _known:
-            found = _read(kept, key).speed
+            found = _read(file, key)
             if not found.measured:
-                found = _better(found, threads, kept, directory, memory_bytes)
+                found = _better(found, threads, file, directory, memory_bytes)
             _known[key] = found
         return _known[key]
 
 
-def measure_again(threads: int, kept: Path, directory: Path | None = None) -> None:
+def measure_again(threads: int, file: Path, directory: Path | None = None) -> None:
     """For later starts: something else may have been running when it was measured. Does nothing if it was measured
     `STARTS` times, or not at all. As `node_speed`, to be called when nothing else computes."""
     with _measuring:
-        found = _read(kept, _key(threads, directory)).speed
+        found = _read(file, _key(threads, directory))
         if 0 < found.measured < STARTS:
-            _better(found, threads, kept, directory, None)
+            _better(found, threads, file, directory, None)
 
 
 def _better(
-    found: NodeSpeed, threads: int, kept: Path | None, directory: Path | None, memory_bytes: int | None
+    found: NodeSpeed, threads: int, file: Path | None, directory: Path | None, memory_bytes: int | None
 ) -> NodeSpeed:
     """With another measurement, kept."""
     most = available_bytes() // 4 if memory_bytes is None else memory_bytes
     best = _best_of(found, _measure(threads, directory, most))
-    if kept:
-        _write(kept, _Kept(_key(threads, directory), best))
+    if file:
+        keep(file, _Kept(_key(threads, directory), best))
     return best
 
 
@@ -269,20 +269,6 @@ def _library_version() -> str:
     return f"{package_version()} {library.stat().st_mtime_ns if library.exists() else 0}"
 
 
-def _read(kept: Path | None, key: str) -> _Kept:
-    try:
-        found = msgspec.json.decode(kept.read_bytes(), type=_Kept) if kept else _Kept(key, _NOTHING)
-    except (OSError, msgspec.MsgspecError, RecursionError):
-        return _Kept(key, _NOTHING)
-    return found if found.key == key else _Kept(key, _NOTHING)
-
-
-def _write(kept: Path, found: _Kept) -> None:
-    """What cannot be kept is measured again."""
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_name(kept.name + ".new")
-        fresh.write_bytes(msgspec.json.encode(found))
-        fresh.replace(kept)
-    except OSError as error:
-        log.warning("%s cannot be written: %s", kept, error)
+def _read(file: Path | None, key: str) -> NodeSpeed:
+    found = kept(file, _Kept) if file else None
+    return found.speed if found is not None and found.key == key else _NOTHING

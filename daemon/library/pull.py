@@ -24,13 +24,14 @@ from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.model_name import misplaced_suffix
 from shoal.daemon.progress import Progress, no_progress
+from shoal.offload.syncing import sync
 
 from . import registry
 from .download import RemoteFile, download
 from .hub import TEMPLATES, HubModel, checkpoint_files, fetch_hub, gguf_groups
 from .library import MODEL_MANIFEST, Kind, Library, Staging, StoredModel, check_name, existing_path, is_path
 from .package import fetch_package
-from .transfer import check_space, copy_hashed, disk_errors, hash_file, sync
+from .transfer import check_space, copy_hashed, disk_errors, hash_file
 
 _HUB = re.compile(r"(?:hf:|https://huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)(?::([^/:][^:]*))?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

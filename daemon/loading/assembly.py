@@ -105,7 +105,7 @@ class Assembly:
             log.warning("%s", warning)
         return made
 
-    def regroup(self, model: LoadedModel, config: NodeConfig, progress: Progress = no_progress) -> None:
+    def regroup(self, model: LoadedModel, config: NodeConfig) -> None:
         """Load a model's weights anew, computed by whoever is there now. Its requests go on with them. The engine has
         to be suspended. Raises DaemonError; the model is then of no use any more."""
         name, path = model.name, model.checkpoint.path
@@ -115,7 +115,7 @@ class Assembly:
         release(name, self.budget)
         return_freed()
         with refusing(name):
-            main = self._read(name, path, config, progress, grouping=self.grouping)
+            main = self._read(name, path, config, no_progress, grouping=self.grouping)
         model.main = main
         disk = self._disk(name, main, config)
         model.engine.start_anew(

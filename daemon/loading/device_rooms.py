@@ -43,7 +43,7 @@ def device_room(device: str, budget: Budget, idle_bytes: int = 0) -> Chosen:
     if there.lost:
         said = f"device {device} is lost ({there.lost}), so the cpu computes; start anew to use it again"
         return Chosen(None, said)
-    ledger = budget.on(device, there.limit_bytes)
+    ledger = budget.on(device, there.budget.limit_bytes)
     free = ledger.free_bytes + idle_bytes
     return Chosen(home.room(free))
 

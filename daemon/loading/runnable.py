@@ -136,22 +136,16 @@ class Runnable:
             kv = KvPool(part.spec, plan.kv, attention_homes(plan, home_of))
             if tight:
                 forget_files(checkpoint.files)
-            disk = device.disk_bytes_per_s or DISK_BYTES_PER_S
-            store, speed = open_store(
-                plan, part, config.quant, packs, progress, bounded=tight, disk_bytes_per_s=disk
-            )
-            undo.callback(store.close)
-            divided = None
-            if besides is not None:
-                divided, _ = open_store(
-                    besides.plan,
-                    besides.part,
-                    config.quant,
-                    packs,
-                    progress,
-                    bounded=tight,
-                    disk_bytes_per_s=disk,
+
+            def opened(plan: Plan, part: AnyCheckpoint) -> tuple[BlockStore, float]:
+                disk = device.disk_bytes_per_s or DISK_BYTES_PER_S
+                return open_store(
+                    plan, part, config.quant, packs, progress, bounded=tight, disk_bytes_per_s=disk
                 )
+
+            store, speed = opened(plan, part)
+            undo.callback(store.close)
+            divided = opened(besides.plan, besides.part)[0] if besides is not None else None
             if group is not None:
                 group.form(progress)
             if tight:

@@ -33,9 +33,7 @@ class Peer:
     client: str
     link: Link | None = None  # its connection, while there is one
     flights: dict[bytes, Flight] = field(default_factory=dict)
-    refusals: deque[tuple[bytes, Message]] = field(
-        default_factory=deque
-    )  # request ids and answers, not yet sent
+    refusals: deque[tuple[bytes, Message]] = field(default_factory=deque)  # not yet sent, by request id
     blocked_since_s: float = 0.0  # since then its queue has been full, and nothing could be sent
     sent: int = 0  # messages
     evicted: bool = False  # its requests were ended because it was blocked for too long

@@ -1,6 +1,6 @@
 """A bounded rate for log lines that clients can cause.
 
-Knows a clock and a logger. Does not know what the lines are about.
+Knows a logger. Does not know what the lines are about.
 """
 
 from __future__ import annotations
@@ -8,29 +8,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 
 
 class SeldomLog:
     """Logs at most one line per `interval_s`; the next line says how many were left out. Thread-safe."""
 
-    def __init__(
-        self, log: logging.Logger, interval_s: float = 10.0, now: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, log: logging.Logger, interval_s: float = 10.0) -> None:
         self._log = log
         self._interval_s = interval_s
-        self._now = now
         self._lock = threading.Lock()
         self._next_s = float("-inf")
         self._swallowed = 0
 
     def warning(self, text: str, *args: object, error: BaseException | None = None) -> None:
         with self._lock:
-            now = self._now()
-            if now < self._next_s:
+            now_s = time.monotonic()
+            if now_s < self._next_s:
                 self._swallowed += 1
                 return
             swallowed, self._swallowed = self._swallowed, 0
-            self._next_s = now + self._interval_s
+            self._next_s = now_s + self._interval_s
         suffix = f" (and {swallowed} more like it)" if swallowed else ""
         self._log.warning(text + suffix, *args, exc_info=error)

@@ -23,9 +23,8 @@ class ZmtpMeter:
         self.weight = 0
         self.encrypted = False
         self.expected_bytes = 0  # until the next header
-        self._limit_bytes = (
-            limit_bytes  # of a frame; a message may have twice as much, and is then refused by name
-        )
+        # Of a frame; a message may have twice as much, and is then refused by name.
+        self._limit_bytes = limit_bytes
         self._header = b""  # the beginning of one whose end has not come
         self._greeted = False
         self._frames = 0  # of this message, with the one that is coming

@@ -16,9 +16,8 @@ _TIMES = 3  # of which the best counts: something else may just have run
 # What each step forgives the way that it does not go, as a part of the step: so much is lost by trying, however slow
 # the other way is. A group was chosen for good reasons, so that rank 0 may be faster is tried less often.
 _FORGIVEN, _DOUBTED = 0.03, 0.007
-_FORGOTTEN = (
-    0.02  # of what rank 0 took longer than expected, with each step together: something else may have run
-)
+# Of what rank 0 took longer than expected, with each step together: something else may have run.
+_FORGOTTEN = 0.02
 
 
 class GroupWorth:

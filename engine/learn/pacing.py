@@ -34,9 +34,9 @@ class Pacer:
 
     def budget(self, prompts: int = 1) -> int:
         """Tokens that may go with the next step, beside answers; 0 when it is time for a step without."""
-        return (
-            0 if self._since_rest >= _REST_EVERY else int(min(self._tokens * _together(prompts), self._most))
-        )
+        if self._since_rest >= _REST_EVERY:
+            return 0
+        return int(min(self._tokens * _together(prompts), self._most))
 
     def rested(self) -> None:
         """A step without prompts was measured."""

@@ -11,9 +11,8 @@ from statistics import median
 
 from shoal.partition.amounts import counted, format_delay
 
-FEW_ROWS = (
-    2  # of a step that memory bounds as it does one of a single row; three take a thread 1.7 times as long
-)
+# Of a step that memory bounds as it does one of a single row; three take a thread 1.7 times as long.
+FEW_ROWS = 2
 _FIRST = 16  # steps of one row, before anything is tried
 _TURN = 8  # steps at a time …
 _SETTLING = 2  # … of which the first are not counted: threads come and go

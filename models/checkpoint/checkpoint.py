@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +32,7 @@ from .gguf_file import open_gguf
 from .hf_dir import open_hf, read_advised
 from .identity import Stamps, companions, replaced
 from .tensor_files import StoredTensor, TensorFiles
-from .weight_source import Piece
+from .weight_source import Piece, read_in_turn, read_whole
 
 _SAMPLING = "general.sampling."
 _LONG_LISTS = (
@@ -134,15 +134,12 @@ class Checkpoint:
 
     def read_block(self, block: BlockId) -> Weights:
         """Reads the tensors of a block, quantised ones into bands. Raises CheckpointError."""
-        matrices = {
-            role: self.read_rows(block, role, 0, rows) for role, (_, rows, _) in self.matrices(block).items()
-        }
-        return Weights(matrices, self.read_vectors(block))
+        return read_whole(self, block)
 
     def read_blocks(self, blocks: Iterable[BlockId]) -> Generator[tuple[BlockId, Weights], None, None]:
         """Each of the blocks with its weights; a tied head shares the embedding's bytes, so the embedding has to come
         before it. Raises CheckpointError."""
-        return read_in_turn(self.read_block, blocks, self.spec.tied)
+        return read_in_turn(self, blocks)
 
     def matrices(self, block: BlockId) -> dict[str, tuple[WeightType, int, int]]:
         """Role → stored type, rows and columns of each matrix that `read_block` gives, without reading."""
@@ -338,16 +335,3 @@ def open_checkpoint(path: str | Path, *, whole: bool = True) -> Checkpoint:
     except BaseException:
         files.close()
         raise
-
-
-def read_in_turn(
-    read: Callable[[BlockId], Weights], blocks: Iterable[BlockId], tied: bool
-) -> Generator[tuple[BlockId, Weights], None, None]:
-    """Blocks as `read` gives them; a tied head gets the matrix of the embedding, which has to come before it."""
-    for block in blocks:
-        weights = read(block)
-        if block.kind == "embed":
-            table = weights.matrix["embed"]
-        elif block.kind == "head" and tied:
-            weights = Weights({"head": table}, weights.vector)
-        yield block, weights

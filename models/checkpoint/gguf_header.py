@@ -33,9 +33,8 @@ _STRING_BYTES = 16 << 20
 _KEY_BYTES = 1 << 16
 _NAME_BYTES = 256
 _ARRAY_ITEMS = 1 << 22
-_LIST_ITEMS = (
-    1 << 12
-)  # longer arrays of numbers stay arrays, because as a list of objects they take ten times as much
+# Longer arrays of numbers stay arrays, because as a list of objects they take ten times as much.
+_LIST_ITEMS = 1 << 12
 _KEYS = 1 << 16
 _TENSORS = 1 << 17
 _ALIGNMENT = 1 << 20
@@ -77,9 +76,8 @@ class _Header:
     """One pass over the header of one file."""
 
     def __init__(self, stream: io.BufferedReader[io.FileIO], path: Path, size: int, whole: bool) -> None:
-        self._read: Callable[[int], bytes] = lambda count: (
-            stream.read(count) or b""
-        )  # None where it would wait
+        # It reads None where it would wait.
+        self._read: Callable[[int], bytes] = lambda count: stream.read(count) or b""
         self._path = path
         self._size = size
         self._whole = whole

@@ -15,8 +15,8 @@ from shoal.models.weights import Weights
 from shoal.partition.slicing import Range, Shard, shard_spec
 from shoal.partition.spec import BlockId, BlockKind, ModelSpec
 
-from .checkpoint import Checkpoint, read_in_turn
-from .weight_source import Piece
+from .checkpoint import Checkpoint
+from .weight_source import Piece, read_in_turn, read_whole
 
 # These biases are added to a sum over ranks, so only one rank may add them.
 _SUMMED = frozenset({"o_bias", "down_bias"})
@@ -66,14 +66,11 @@ class CheckpointShard:
 
     def read_block(self, block: BlockId) -> Weights:
         """Raises CheckpointError."""
-        matrices = {
-            role: self.read_rows(block, role, 0, rows) for role, (_, rows, _) in self.matrices(block).items()
-        }
-        return Weights(matrices, self.read_vectors(block))
+        return read_whole(self, block)
 
     def read_blocks(self, blocks: Iterable[BlockId]) -> Generator[tuple[BlockId, Weights], None, None]:
         """Raises CheckpointError."""
-        return read_in_turn(self.read_block, blocks, self.spec.tied)
+        return read_in_turn(self, blocks)
 
     def read_rows(
         self, block: BlockId, role: str, start: int, stop: int, into: Bytes | None = None

@@ -27,12 +27,8 @@ from shoal.models.regular_files import FileTooLong, NotRegular, open_regular
 from .identity import FileStamp, Stamps, stamped
 
 _FOLIO_BYTES = 2 << 20  # the system drops cached pages in whole groups, which are at most so large
-_ASTRAY = (
-    errno.ELOOP,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-    errno.ENXIO,
-)  # of a path or link that leads to no file
+# Of a path or link that leads to no file.
+_ASTRAY = errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO
 _READ_BYTES = 1 << 30  # Linux moves at most 2 GiB in one call
 _PART_BYTES = 16 << 20  # how much to read in one call if page cache is given back after each
 

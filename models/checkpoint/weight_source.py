@@ -84,3 +84,24 @@ class WeightSource(Described, Protocol):
     def read_block(self, block: BlockId) -> Weights: ...
 
     def read_blocks(self, blocks: Iterable[BlockId]) -> Generator[tuple[BlockId, Weights], None, None]: ...
+
+
+def read_whole(source: WeightSource, block: BlockId) -> Weights:
+    """All of one block. Raises what the source raises."""
+    matrices = {
+        role: source.read_rows(block, role, 0, rows) for role, (_, rows, _) in source.matrices(block).items()
+    }
+    return Weights(matrices, source.read_vectors(block))
+
+
+def read_in_turn(
+    source: WeightSource, blocks: Iterable[BlockId]
+) -> Generator[tuple[BlockId, Weights], None, None]:
+    """Blocks as the source reads them; a tied head gets the matrix of the embedding, which has to come before it."""
+    for block in blocks:
+        weights = source.read_block(block)
+        if block.kind == "embed":
+            table = weights.matrix["embed"]
+        elif block.kind == "head" and source.spec.tied:
+            weights = Weights({"head": table}, weights.vector)
+        yield block, weights

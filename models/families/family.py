@@ -101,9 +101,7 @@ class HfSide:
     types: tuple[str, ...]  # model_type
     names: Names = field(default_factory=lambda: HF_NAMES)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of keys that may be absent from config.json
-    biases: Mapping[str, frozenset[str]] = field(
-        default_factory=dict
-    )  # flag in config.json, or ALWAYS → roles
+    biases: Mapping[str, frozenset[str]] = field(default_factory=dict)  # flag, or ALWAYS → roles
     windows: Callable[[Facts, int], Windows] = no_windows
     moe: Callable[[Facts, int], Moe] | None = None
     norm_shift: float = 0.0  # what has to be added to stored norm weights
@@ -127,9 +125,7 @@ class GgufSide:
     local_rope: bool = False  # windowed layers have an unscaled rope of their own
     partial_rope: bool = False  # fewer dimensions of a head than it has may be rotated
     clip: bool = False  # q, k and v may be clipped
-    head: Literal["tied", "own", "either"] = (
-        "either"  # what llama.cpp, or the family, expects of output.weight
-    )
+    head: Literal["tied", "own", "either"] = "either"  # where llama.cpp, or the family, expects it
     # Further keys as in UNSUPPORTED_GGUF.
     unsupported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 

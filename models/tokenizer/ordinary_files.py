@@ -27,9 +27,8 @@ _MAX_TOKEN_CHARS = 4096
 _MAX_PIECE_CHARS = 64  # of Unigram, which takes every piece that goes on from a place, at each place
 _MAX_ADDED = 200_000
 _MAX_WORD_CHARS = 128  # of WordPiece, which tries all parts of a word, longest first
-_MAX_BYTES = (
-    48 << 20
-)  # the library takes about ten times as much for a moment; the largest published file has 34 MB
+# The library takes about ten times as much for a moment; the largest published file has 34 MB.
+_MAX_BYTES = 48 << 20
 
 _PARTS = {
     "normalizer": {

@@ -5,9 +5,8 @@ Knows tokens and how long their text is. Does not know who wants to be told.
 
 from __future__ import annotations
 
-REPEATED_BYTES = (
-    4000  # 50 equal lines of 80 characters: more than drawings, tables and lists of zeros usually have
-)
+# 50 equal lines of 80 characters: more than drawings, tables and lists of zeros usually have.
+REPEATED_BYTES = 4000
 REPEATED_TOKENS = 2048  # of digits and signs, which are a byte or two each
 REPEATED_TIMES = 5
 LONGEST_TOKENS = 512  # of the piece that is repeated

@@ -27,6 +27,7 @@ from shoal.models.checkpoint.identity import stamped
 from shoal.models.checkpoint.weight_source import Piece, WeightSource
 from shoal.offload.bytes_done import BytesDone, unheard
 from shoal.offload.errors import PackError
+from shoal.offload.syncing import sync, sync_directory
 from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.spec import BlockId
 
@@ -112,12 +113,11 @@ class PackBuilder:
             raise PackError(f"{self._checkpoint.path}: was changed while it was packed; pack it again")
         with (partial / MANIFEST).open("wb") as out:
             out.write(msgspec.json.encode(manifest))
-            out.flush()
-            os.fsync(out.fileno())
+            sync(out)
         journal.remove()
-        _sync(partial)
+        sync_directory(partial)
         partial.rename(directory)
-        _sync(directory.parent)
+        sync_directory(directory.parent)
         return open_pack(directory)
 
     def reopen(self, directory: Path) -> bool:
@@ -295,12 +295,3 @@ def _limited(parts: Iterable[Bytes], nbytes: int) -> Iterator[Bytes]:
         nbytes -= len(part)
         if nbytes <= 0:
             return
-
-
-def _sync(directory: Path) -> None:
-    """Waits until the names in a directory are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

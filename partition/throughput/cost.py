@@ -20,9 +20,8 @@ from .weights_of import LayerKind, Product, Weighed
 
 PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
 _READ_BYTES = 4 << 20  # of the window's reads
-_THROUGH_WINDOW = (
-    1.1  # times what reading alone takes, by steps that did nothing else (1.04 to 1.17: docs/LOG.md)
-)
+# Times what reading alone takes, by steps that did nothing else (1.04 to 1.17: docs/LOG.md).
+_THROUGH_WINDOW = 1.1
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
 _ROUNDS = 2  # how contention is found, which depends on what it changes
 HIDDEN_BY_ATTENTION = 0.5  # of an expert's read ahead, guessed by the router before: the share that came true

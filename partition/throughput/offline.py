@@ -88,9 +88,8 @@ def expected(
     """Second stage: tokens of answers per second of so many requests. K and V come in whole pages, the first and the
     last requests find nobody beside them, and the host attends to all that it holds in every iteration."""
     prompt, new = prompt_tokens, new_tokens
-    held = sum(
-        page_tokens * ceil((prompt + i) / page_tokens) for i in range(1, new + 1)
-    )  # by one request, over its time
+    # By one request, over its time.
+    held = sum(page_tokens * ceil((prompt + i) / page_tokens) for i in range(1, new + 1))
     begins = min(hybrid.kv_tokens / held, requests / 1.0)  # requests that begin in each iteration
     computed = begins * (prompt + new)
     attention_s = begins * held * hybrid.kv_token_bytes / hybrid.memory_bytes_per_s

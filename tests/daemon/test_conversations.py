@@ -163,9 +163,8 @@ def test_every_field_of_a_message_passes_wire_and_client(
     assert isinstance(asked, Tokenize)
     assert sent.messages == asked.messages == [message]
     with loaded(ALL) as model:
-        if not isinstance(
-            message.get("content"), list
-        ):  # this template shows it, but does not read its texts
+        # This template shows it, but does not read its texts.
+        if not isinstance(message.get("content"), list):
             told = {key: value for key, value in message.items() if value is not None}  # as in transformers
             assert json.loads(rendered(model, sent.messages)) == told
 

@@ -29,11 +29,11 @@ def failing(error: Exception) -> None:
 def test_a_home_over_it_computes_what_the_reference_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     device = cuda(monkeypatch)
     assert disagreements(DeviceHome(device, TorchKernels()), ReferenceHome(), bits=False) == []
-    assert device.peak_bytes > device.held_bytes == 0
+    assert device.budget.peak_bytes > device.budget.held_bytes == 0
 
 
 def test_its_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cuda(monkeypatch).limit_bytes == int(OF_FREE_MEMORY * FREE_BYTES)
+    assert cuda(monkeypatch).budget.limit_bytes == int(OF_FREE_MEMORY * FREE_BYTES)
     device = cuda(monkeypatch, 1000)
     kept = device.allocate((200,), F32)
     with pytest.raises(
@@ -41,7 +41,7 @@ def test_its_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         device.allocate((100,), F32)
     del kept
-    assert device.allocate((250,), F32).nbytes == device.held_bytes == 1000
+    assert device.allocate((250,), F32).nbytes == device.budget.held_bytes == 1000
     with pytest.raises(NoSuchDevice, match="finds 1 cards"):
         CudaDevice("cuda:1", 1, None)
 
@@ -63,14 +63,14 @@ def test_memory_may_be_given_back_while_some_is_taken(monkeypatch: pytest.Monkey
     memory = device.reserve(1000)
 
     def collect() -> None:
-        with device._lock:
+        with device._lock, device.budget._lock:
             memory.free()
 
     thread = threading.Thread(target=collect, daemon=True)
     thread.start()
     thread.join(5)
     assert not thread.is_alive()
-    assert device.held_bytes == 0
+    assert device.budget.held_bytes == 0
 
 
 def test_it_may_be_full_where_nothing_says_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_an_error_of_the_card_is_its_loss(kind: type[Exception], monkeypatch: py
     with pytest.raises(DeviceLost):
         device.compute("x", WORK, lambda: 7, [])
     del there
-    assert device.held_bytes == 0  # nothing has to be asked of it for that
+    assert device.budget.held_bytes == 0  # nothing has to be asked of it for that
 
 
 def test_other_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_the_clock_overlaps_copies_with_computing() -> None:
     here = device(1 << 24)
     copy_s, compute_s = 1.0, 0.4
     link, work = int(1e6 * copy_s), DeviceWork(nbytes=int(SIM_MEMORY_BYTES_PER_S * compute_s))
-    here.limit_bytes = 4 * link
+    here.budget.limit_bytes = 4 * link
     source = np.zeros(link, np.uint8)
     first, second = (here.allocate((link,), source.dtype) for _ in range(2))
     came = here.copy_in(source, first)
@@ -104,13 +104,13 @@ def test_the_budget_holds() -> None:
         DeviceFull, match=r"^device sim:test is full: 804 B more .* 800 B of its 1 kB are taken$"
     ):
         here.allocate((201,), F32)
-    assert (here.held_bytes, here.peak_bytes) == (800, 800)
+    assert (here.budget.held_bytes, here.budget.peak_bytes) == (800, 800)
     part = here.within(first.memory, first.inside[:5])
     del first
-    assert here.held_bytes == 800  # a view keeps it
+    assert here.budget.held_bytes == 800  # a view keeps it
     part.memory.free()
     part.memory.free()
-    assert here.held_bytes == 0
+    assert here.budget.held_bytes == 0
 
 
 def test_nobody_looks_into_a_handle() -> None:

@@ -36,9 +36,8 @@ from shoal.partition.plan import KvPlan, Plan
 
 TOLERANCE = 1e-3
 PAGE = 64
-ASKED = (
-    14  # times rank 0 is asked: before each of two blocks a layer and of three frames of each of two pages, …
-)
+# Times rank 0 is asked: before each of two blocks a layer and of three frames of each of two pages, …
+ASKED = 14
 MOMENTS = range(1, ASKED + 1)
 
 

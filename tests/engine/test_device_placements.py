@@ -59,10 +59,14 @@ def test_every_placement_gives_the_logits_of_the_cpu(running: Running, placement
     device, home = sim()
     executor = executor_of(running, plan, home)
     assert np.array_equal(logits(executor), logits(running.executor))
-    assert device.peak_bytes > device.held_bytes >= plan.device_weights_bytes + plan.device_kv_bytes
+    assert (
+        device.budget.peak_bytes
+        > device.budget.held_bytes
+        >= plan.device_weights_bytes + plan.device_kv_bytes
+    )
     executor.let_go()
     del executor
-    assert device.held_bytes == 0
+    assert device.budget.held_bytes == 0
 
 
 @pytest.mark.parametrize("placement", ["all", "the last layer and the head", "experts", "all but experts"])
@@ -124,11 +128,11 @@ def small(tmp_path: Path) -> tuple[Running, SimDevice, DeviceHome]:
 def test_a_full_device_fails_the_step_and_computes_on(small: tuple[Running, SimDevice, DeviceHome]) -> None:
     running, device, home = small
     executor = executor_of(running, with_blocks_on(running.plan, PLACEMENTS["all"]), home)
-    device.limit_bytes = device.held_bytes + 1000
+    device.budget.limit_bytes = device.budget.held_bytes + 1000
     with pytest.raises(DeviceFull, match=r"^device sim:test is full: [\d.]+ k?B more were asked for, and "):
         logits(executor)
-    assert device.held_bytes <= device.limit_bytes
-    device.limit_bytes = ROOMY
+    assert device.budget.held_bytes <= device.budget.limit_bytes
+    device.budget.limit_bytes = ROOMY
     executor.kv.table.give_back(list(executor.kv.table._taken))
     assert np.array_equal(logits(executor), logits(running.executor))
 
@@ -141,9 +145,9 @@ def test_a_device_that_is_lost_says_so_at_every_call(small: tuple[Running, SimDe
         with pytest.raises(DeviceLost, match=r"^device sim:test is lost: somebody pulled it out$"):
             logits(executor)
         executor.kv.table.give_back(list(executor.kv.table._taken))
-    held = device.held_bytes
+    held = device.budget.held_bytes
     del executor
-    assert device.held_bytes < held  # nothing has to be asked of it for that
+    assert device.budget.held_bytes < held  # nothing has to be asked of it for that
 
 
 def test_pages_come_and_go_whichever_home_they_are_in(small: tuple[Running, SimDevice, DeviceHome]) -> None:

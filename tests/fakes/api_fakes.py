@@ -39,9 +39,8 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.server.limits import ServerLimits
 from shoal.daemon.server.server import Server
 
-PATIENCE_S = (
-    20.0  # timeout for what must happen; it can be long because a test that passes never waits so long
-)
+# Timeout for what must happen; it can be long because a test that passes never waits so long.
+PATIENCE_S = 20.0
 QUICK = ServerLimits(keepalive_s=0.1, outbox_s=0.5, farewell_s=2.0, drain_s=PATIENCE_S)
 
 

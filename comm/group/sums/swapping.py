@@ -46,9 +46,8 @@ class Swapper(RankLinks):
             self.awaited = {}
         except BaseException:
             for rank, link in self.links.items():
-                link.interrupt(
-                    incoming=rank > 0 or self.later is None
-                )  # what comes for later is still wanted
+                # What comes for later is still wanted.
+                link.interrupt(incoming=rank > 0 or self.later is None)
             raise
 
     def _received(self, number: int, place: int, into: RankFrames) -> bool:

@@ -85,9 +85,8 @@ class EarlierShard:
     def read(self, piece: Piece, into: Bytes) -> None:
         """A piece that it has, into uint8 (n,). Raises OSError."""
         place = self._place(piece)
-        together = min(
-            place.bands, max(1, SHARD_READ_BYTES // place.band_bytes)
-        )  # they may be far wider than the piece
+        # They may be far wider than the piece.
+        together = min(place.bands, max(1, SHARD_READ_BYTES // place.band_bytes))
         memory = np.empty((together, place.band_bytes), np.uint8)
         wanted = into.reshape(place.bands, -1)
         with self._pack.path.open("rb", buffering=0) as file:

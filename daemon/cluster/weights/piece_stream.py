@@ -190,9 +190,7 @@ class PieceStream:
         source.close()
         with self._changed:
             asker.ended = True
-            self._first.limit += (
-                LENT - asker.held
-            )  # so that there is always room for what is asked of the head now
+            self._first.limit += LENT - asker.held  # so there is always room for what the head is asked for
             for it in asked:
                 self._give_back(it.memory, asker)
                 if self._lent.pop(it.place.number, None) is not None:

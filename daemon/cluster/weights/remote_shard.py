@@ -21,9 +21,8 @@ from shoal.daemon.errors import DaemonError
 from shoal.kernels import Matrix, WeightType
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.huge_pages import Arena
-from shoal.models.checkpoint.checkpoint import read_in_turn
 from shoal.models.checkpoint.identity import Stamps
-from shoal.models.checkpoint.weight_source import Piece
+from shoal.models.checkpoint.weight_source import Piece, read_in_turn, read_whole
 from shoal.models.weights import Weights
 from shoal.offload.pack.manifest import KERNEL_LAYOUT, PACK_FORMAT
 from shoal.partition.errors import PartitionError
@@ -168,15 +167,12 @@ class RemoteShard:
         return found
 
     def read_block(self, block: BlockId) -> Weights:
-        matrices = {
-            role: self.read_rows(block, role, 0, rows) for role, (_, rows, _) in self.matrices(block).items()
-        }
-        return Weights(matrices, self.read_vectors(block))
+        return read_whole(self, block)
 
     def read_blocks(self, blocks: Iterable[BlockId]) -> Generator[tuple[BlockId, Weights], None, None]:
         order = list(blocks)
         self.expect(piece for block in order for piece in self._pieces(block))
-        return read_in_turn(self.read_block, order, self.spec.tied)
+        return read_in_turn(self, order)
 
     def checksum(self, block: BlockId | None) -> str:
         """What the head says is the checksum of a packed block, or (None) of all vectors; not to be called while

@@ -195,9 +195,8 @@ def _adopted(remote: RemoteShard, cache: ShardCache, place: Path, progress: Byte
     for found in cache.relatives(remote.facts):
         lock = cache.lock(found)
         try:
-            with suppress(
-                DaemonError, PackError, OSError
-            ):  # being removed, damaged, or on a disk without links
+            # It may be about to be removed, damaged, or on a disk without links.
+            with suppress(DaemonError, PackError, OSError):
                 lock.share()
                 if _same(remote, read_manifest(found), progress):
                     cache.discard(place)

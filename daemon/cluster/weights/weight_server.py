@@ -70,9 +70,8 @@ class WeightServer:
         self._source = source or source_of(checkpoint)
         self.key = _key(self._source)
         self._working = threading.BoundedSemaphore(default_threads())
-        self.trouble: DaemonError | None = (
-            None  # why it could not send: nothing that a worker can bring about
-        )
+        # Why it could not send: nothing that a worker can bring about.
+        self.trouble: DaemonError | None = None
         if bounded:
             checkpoint.bypass_cache()
 

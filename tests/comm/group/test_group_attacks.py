@@ -91,9 +91,8 @@ def test_rubbish_on_the_port_leaves_nothing(machines):
                     connection.recv(4096)
 
     with head.listening() as listener:
-        attack(
-            ATTEMPTS // 6, listener.addresses[0]
-        )  # what an allocator and OpenSSL keep for themselves, they have now
+        # What an allocator and OpenSSL keep for themselves, they have now.
+        attack(ATTEMPTS // 6, listener.addresses[0])
         settled(listener)
         before, resident = footprint(), psutil.Process().memory_info().rss
         attack(ATTEMPTS, listener.addresses[0])

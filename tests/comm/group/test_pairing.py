@@ -189,9 +189,8 @@ def test_a_worker_that_cannot_store_says_so(head, worker):
 
 def test_other_machines_at_the_addresses_do_not_matter(head, worker, tmp_path, monkeypatch):
     """Another head that has no such code, the worker's own listener, somebody silent, and the head a second time."""
-    monkeypatch.setattr(
-        "shoal.comm.group.dialing.OTHERS_S", 0.3
-    )  # each of which answers within it, but for the silent
+    # All of them answer within that, but for the silent one.
+    monkeypatch.setattr("shoal.comm.group.dialing.OTHERS_S", 0.3)
     other = Machine.at(tmp_path, "other")
     with contextlib.ExitStack() as stack:
         listener, again, wrong, own = (

@@ -20,6 +20,7 @@ import msgspec
 import pytest
 from fakes import tiny
 from fakes.group.clusters import wait_for
+from fakes.group.nodes import relay
 from fakes.group.processes import Daemons
 from fakes.group.weights import shard_of
 from fakes.running import planned
@@ -195,27 +196,15 @@ def test_what_was_recorded_cannot_be_replayed(
     daemons: Daemons, path: Path, wanted: list[int], tmp_path: Path
 ) -> None:
     """All that a worker has sent on a good channel, sent again."""
-    before, said = sizes(daemons, "head"), bytearray()
-    with socket.create_server(("127.0.0.1", 0)) as between:
-
-        def carry() -> None:
-            near, _ = between.accept()
-            with near, socket.create_connection(HEAD) as far:
-                threading.Thread(target=pass_on, args=(far, near, bytearray()), daemon=True).start()
-                pass_on(near, far, said)
-
-        def pass_on(source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
-            with suppress(OSError):
-                while data := source.recv(1 << 16):
-                    kept.extend(data)
-                    sink.sendall(data)
-
-        threading.Thread(target=carry, daemon=True).start()
-        identity, peers = stolen(daemons, "worker", tmp_path)
-        (head,) = peers.listed()
-        with dial(identity, peers, head.fingerprint, "control", [between.getsockname()]) as channel:
-            channel.send_message(attach())
-            time.sleep(0.3)
+    before = sizes(daemons, "head")
+    identity, peers = stolen(daemons, "worker", tmp_path)
+    (head,) = peers.listed()
+    with (
+        relay(HEAD) as (between, said),
+        dial(identity, peers, head.fingerprint, "control", [between]) as channel,
+    ):
+        channel.send_message(attach())
+        time.sleep(0.3)
     with suppress(OSError), socket.create_connection(HEAD, 5) as raw:
         raw.sendall(said)
         raw.settimeout(3)

@@ -12,18 +12,17 @@ from typing import Any
 
 import pytest
 from fakes import tiny
-from fakes.asking import GREEDY, text_of
+from fakes.asking import NEW, said, two_turns
 from fakes.group.clusters import SPEED, Cluster, wait_for
 from msgspec.structs import replace
 
 from shoal.comm.group.sums.manners import Manner, Manners, SumTopology
 from shoal.comm.group.sums.wire_types import WireType
-from shoal.comm.messages import Generate, Load, ModelStatus, Unload
+from shoal.comm.messages import Load, ModelStatus, Unload
 from shoal.daemon.cluster import member
 from shoal.daemon.cluster.group import Group
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import KvFiles
-from shoal.daemon.node import Node
 from shoal.engine.learn.kv_read_cost import ReadCost
 from shoal.offload.kv.disk_file import INDEX, PAGES, KvFile
 from shoal.offload.kv.disk_index import NO_TEXT, chained, packed
@@ -32,7 +31,7 @@ CONFIG = NodeConfig(
     context_tokens=256, kv_tokens=1024, max_sequences=4, max_queue=16, chunk_tokens=64, memory_bytes=3 << 30
 )
 TEXT = [7 * i % 53 for i in range(200)]
-NEW = 9
+SECOND = [1, 2, 3]
 KNOWN = len(TEXT) + NEW - 1  # the last token of an answer is never computed
 
 
@@ -42,20 +41,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_gguf(model, tmp_path_factory.mktemp("m") / "tiny.gguf", type="Q8_0")
 
 
-def said(node: Node, prompt: list[int]) -> tuple[list[int], int]:
-    """The greedy answer, and how many tokens of the prompt were known before."""
-    asked = Generate(prompt_tokens=prompt, max_tokens=NEW, sampling=GREEDY, ignore_eos=True)
-    _, ids, done = text_of(node, asked)
-    return ids, done.usage.cached_tokens
-
-
 @pytest.fixture(scope="module")
 def truth(path: Path) -> list[list[int]]:
-    """The answers of one machine, to the text and to what follows it."""
-    with Node(CONFIG) as node:
-        node.load(Load(model=str(path)))
-        first = said(node, TEXT)[0]
-        return [first, said(node, [*TEXT, *first, 1, 2, 3])[0]]
+    return two_turns(path, CONFIG, TEXT, SECOND)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +86,7 @@ def stored(cluster: Cluster, path: Path, truth: list[list[int]]) -> None:
 
 def goes_on(cluster: Cluster, truth: list[list[int]]) -> int:
     """The second turn has the right answer. → how many tokens were known"""
-    answer, known = said(cluster.node, [*TEXT, *truth[0], 1, 2, 3])
+    answer, known = said(cluster.node, [*TEXT, *truth[0], *SECOND])
     assert answer == truth[1]
     return known
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
 from fakes.group.clusters import Cluster, wait_for
 
@@ -22,23 +21,8 @@ from shoal.daemon.cluster.control_messages import BEAT_S, FROZEN_S, Attach, Beat
 from shoal.daemon.cluster.group import Group
 from shoal.daemon.cluster.member import Member
 from shoal.daemon.cluster.roster import ROSTER_LOOK_S, Roster
-from shoal.daemon.cluster.served_shard import ServedShard
-from shoal.daemon.node import Node
 
 SHORT_S = 1.2
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_gguf(tiny.hf_model("llama"), tmp_path_factory.mktemp("model") / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def alone(path: Path) -> list[list[int]]:
-    """What one machine answers to some prompts."""
-    with Node(CONFIG) as node:
-        node.load(Load(model=str(path)))
-        return [text_of(node, prompt(i))[1] for i in range(6)]
 
 
 @pytest.fixture
@@ -48,20 +32,8 @@ def cluster(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(group, "FROZEN_S", SHORT_S)
     with Cluster(tmp_path, CONFIG, workers=2) as cluster:
         cluster.node.load(Load(model=str(path)))
-        wait_for(lambda: ranks(cluster) == 3)
+        wait_for(lambda: cluster.ranks == 3)
         yield cluster
-
-
-def ranks(cluster: Cluster) -> int:
-    (model,) = cluster.node._models
-    return model.plan.ranks
-
-
-def shard(cluster: Cluster, number: int) -> ServedShard:
-    worker = cluster.workers[number]._worker
-    assert worker is not None
-    (found,) = worker.shards
-    return found
 
 
 def stop_beating(cluster: Cluster, number: int) -> None:
@@ -73,7 +45,7 @@ def stop_beating(cluster: Cluster, number: int) -> None:
 
 def freeze(cluster: Cluster, number: int) -> None:
     """Its compute thread never ends a block again, while beats go on."""
-    follower = shard(cluster, number)._follower
+    follower = cluster.shard(number)._follower
     assert follower is not None
     follower._rank.executor.head = follower._rank.executor.forward = _never  # type: ignore[assignment]
 
@@ -88,7 +60,7 @@ def fail(cluster: Cluster, number: int) -> None:
     def broken(*_: Any) -> Any:
         raise OSError("the disk is on fire")
 
-    follower = shard(cluster, number)._follower
+    follower = cluster.shard(number)._follower
     assert follower is not None
     follower._rank.executor.forward = broken  # type: ignore[assignment]
 
@@ -108,7 +80,7 @@ def test_a_stream_goes_on_when_a_machine_is_lost(way: str, cluster: Cluster, alo
     WAYS[way](cluster, 1)
     events += list(stream)
     assert [token for event in events if isinstance(event, Token) for token in event.ids] == alone[0]
-    wait_for(lambda: ranks(cluster) in (2, 3))  # 3 again if it has come back by itself
+    wait_for(lambda: cluster.ranks in (2, 3))  # 3 again if it has come back by itself
     assert text_of(cluster.node, prompt(1))[1] == alone[1]
 
 
@@ -116,7 +88,7 @@ def test_a_machine_that_waits_elsewhere_holds_nobody_up(cluster: Cluster, alone:
     """It beats, it is not at work, and its part never comes."""
     stream = cluster.node.stream(prompt(0))
     events = [next(stream) for _ in range(4)]
-    follower, over = shard(cluster, 1)._follower, threading.Event()
+    follower, over = cluster.shard(1)._follower, threading.Event()
     (stuck,) = [it for it in cluster.roster.members if it.fingerprint == cluster.nodes()[1].fingerprint]
     assert follower is not None
     follower._spoke.allreduce = lambda partial: over.wait(30) and partial  # type: ignore[assignment,method-assign]
@@ -134,7 +106,7 @@ class Waited:
         member = SimpleNamespace(fingerprint="f", beat=Beat(), leave=self._leave, name="m", facts=None)
         self.member = member
         seats = [SimpleNamespace(member=member)]
-        self._group = Group(Roster(), "m", seats, "keep", "f32", None)  # type: ignore[arg-type]
+        self._group = Group(Roster(), "m", seats, "keep", None)  # type: ignore[arg-type]
         self.channel = SimpleNamespace(moved=0)
         self._group._hub = SimpleNamespace(awaited={1: 0.0})  # type: ignore[assignment]
         self._group._data = {"f": self.channel}  # type: ignore[dict-item]
@@ -244,12 +216,12 @@ def test_all_machines_lost_at_once(cluster: Cluster, alone: list[list[int]]) -> 
         list(threads.map(cluster.stop, [1, 2]))
     events += list(stream)
     assert [token for event in events if isinstance(event, Token) for token in event.ids] == alone[0]
-    assert ranks(cluster) == 1
+    assert cluster.ranks == 1
 
 
 def test_a_machine_lost_while_nothing_runs(cluster: Cluster, alone: list[list[int]]) -> None:
     cluster.stop(1)
-    wait_for(lambda: ranks(cluster) == 2)
+    wait_for(lambda: cluster.ranks == 2)
     assert text_of(cluster.node, prompt(1))[1] == alone[1]
 
 
@@ -260,7 +232,7 @@ def test_a_forgotten_machine_leaves_at_once_and_cannot_come_back(
 
     gone = cluster.nodes()[1]
     cluster.head.answer(Forget(node=gone.name))
-    wait_for(lambda: ranks(cluster) == 2)
+    wait_for(lambda: cluster.ranks == 2)
     assert text_of(cluster.node, prompt(1))[1] == alone[1]
     time.sleep(1.0)
     assert len(cluster.roster.members) == 1

@@ -74,9 +74,8 @@ class Meetings:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny.hf_model(
-        "olmo2", seed=3, num_hidden_layers=2
-    )  # which has small sums in the middle of blocks, too
+    # It has small sums in the middle of blocks, too.
+    model = tiny.hf_model("olmo2", seed=3, num_hidden_layers=2)
     return tiny.save_gguf(model, tmp_path_factory.mktemp("model") / "m.gguf", type="F16")
 
 

@@ -4,26 +4,21 @@ middle of answers. Run by `make test-cluster`; TRIALS says how often each way is
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from fakes import tiny
 from fakes.group.clusters import wait_for
+from fakes.group.processes import Daemons
 
 from shoal.client import Client
-from shoal.comm.home import Home
 from shoal.comm.messages import Done, Token
 
 pytestmark = pytest.mark.cluster
@@ -34,67 +29,19 @@ PORT = 17447
 LONGEST_GAP_S = 10.0
 
 
-class Processes:
-    """Homes below one directory, and the daemons that run with them."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self.pids: dict[str, int] = {}
-
-    def home(self, name: str) -> Home:
-        return Home(self._directory / name)
-
-    def shoal(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-P", "-m", "shoal.cli.main", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=os.environ | {"SHOAL_HOME": str(self.home(name).root)},
-            check=True,
-        )
-
-    def start(self, name: str) -> None:
-        self._note(name, self.shoal(name, "serve", "--detach", "--threads", "1"))
-
-    def join(self, name: str) -> None:
-        made = json.loads(
-            self.shoal("head", "cluster", "init", "--listen", f"127.0.0.1:{PORT}", "--json").stdout
-        )
-        joined = ("cluster", "join", made["code"], "--address", made["address"], "--threads", "1", "--detach")
-        self._note(name, self.shoal(name, *joined))
-
-    def kill(self, name: str, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pids[name], number)
-
-    def _note(self, name: str, done: subprocess.CompletedProcess[str]) -> None:
-        found = re.search(r"pid (\d+)", done.stderr)
-        assert found, done.stderr
-        self.pids[name] = int(found[1])
-
-    def close(self) -> None:
-        for name in self.pids:
-            self.kill(name, signal.SIGCONT)
-            self.kill(name, signal.SIGKILL)
-
-
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    made = Processes(tmp_path_factory.mktemp("cluster"))
-    try:
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
+    with Daemons(tmp_path_factory.mktemp("cluster"), PORT) as made:
         made.start("head")
         for name in ("w1", "w2"):
             made.join(name)
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture(scope="module")
-def client(processes: Processes) -> Iterator[Client]:
-    with Client(processes.home("head").address, timeout_s=60) as client:
-        wait_for(lambda: sum(node.attached for node in client.nodes().nodes[1:]) == 2)
+def client(processes: Daemons) -> Iterator[Client]:
+    processes.wait_attached(2)
+    with processes.client() as client:
         yield client
 
 
@@ -128,7 +75,7 @@ def generate(client: Client, model: str, when: Callable[[], None] = lambda: None
     return ids, gap_s
 
 
-def flap(processes: Processes, name: str) -> None:
+def flap(processes: Daemons, name: str) -> None:
     for _ in range(3):
         processes.kill(name, signal.SIGSTOP)
         time.sleep(0.3)
@@ -136,7 +83,7 @@ def flap(processes: Processes, name: str) -> None:
         time.sleep(0.2)
 
 
-WAYS: dict[str, Callable[[Processes, str], None]] = {
+WAYS: dict[str, Callable[[Daemons, str], None]] = {
     "killed": lambda processes, name: processes.kill(name, signal.SIGKILL),
     "frozen": lambda processes, name: processes.kill(name, signal.SIGSTOP),
     "stopped": lambda processes, name: processes.kill(name, signal.SIGTERM),
@@ -145,9 +92,7 @@ WAYS: dict[str, Callable[[Processes, str], None]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_answer_goes_on_with_who_is_left(
-    way: str, processes: Processes, client: Client, model: str
-) -> None:
+def test_an_answer_goes_on_with_who_is_left(way: str, processes: Daemons, client: Client, model: str) -> None:
     wanted, _ = generate(client, model)
     source = random.Random(way)
     for _ in range(TRIALS):
@@ -170,20 +115,19 @@ def test_an_answer_goes_on_with_who_is_left(
         wait_for(lambda: [it.ranks for it in client.status().models] == [3], 40)
 
 
-def test_a_head_that_restarts_finds_its_workers_again(processes: Processes) -> None:
+def test_a_head_that_restarts_finds_its_workers_again(processes: Daemons) -> None:
     processes.kill("head", signal.SIGKILL)
     time.sleep(0.5)
     processes.start("head")
-    with Client(processes.home("head").address, timeout_s=60) as client:
-        wait_for(lambda: sum(node.attached for node in client.nodes().nodes[1:]) == 2, 30)
+    processes.wait_attached(2, 30)
 
 
-def test_a_conversation_goes_on_after_all_were_stopped(processes: Processes, path: str) -> None:
+def test_a_conversation_goes_on_after_all_were_stopped(processes: Daemons, path: str) -> None:
     """What it was computed from lies on the disks of all three."""
 
     def turn(prompt: list[int]) -> tuple[list[int], int]:
-        with Client(processes.home("head").address, timeout_s=60) as client:
-            wait_for(lambda: sum(node.attached for node in client.nodes().nodes[1:]) == 2, 30)
+        processes.wait_attached(2, 30)
+        with processes.client() as client:
             assert client.load(path, ranks=3).model.ranks == 3
             ids: list[int] = []
             for event in client.generate(

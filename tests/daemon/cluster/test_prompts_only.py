@@ -14,21 +14,19 @@ from pathlib import Path
 
 import pytest
 from fakes import tiny
-from fakes.asking import GREEDY, text_of
+from fakes.asking import NEW, greedy, said, two_turns
 from fakes.group import clusters
 from fakes.group.clusters import Cluster, free_port, prompts_by_everybody, wait_for
 from hosts import relay
 
 from shoal.comm.group import greeting
-from shoal.comm.messages import Generate, Load, ModelStatus, Token, Unload
+from shoal.comm.messages import Load, ModelStatus, Token, Unload
 from shoal.daemon.cluster import member
 from shoal.daemon.cluster.forming import ALONE_AS_ASKED
 from shoal.daemon.cluster.routes import route
-from shoal.daemon.cluster.served_shard import ServedShard
 from shoal.daemon.cluster.speed import NodeSpeed
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading.loaded_model import LoadedModel
-from shoal.daemon.node import Node
 from shoal.engine.assisted import Assisted
 from shoal.engine.learn.group_worth import GroupWorth
 from shoal.engine.learn.kv_read_cost import ReadCost
@@ -41,7 +39,6 @@ CONFIG = NodeConfig(
 LACKS = re.compile(r"this machine needs [\d.]+ [KM]B for its part of tiny\.gguf")
 TEXT = [7 * i % 53 for i in range(150)]
 SECOND = [3 * i % 50 for i in range(30)]
-NEW = 12
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +50,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_gguf(model, tmp_path_factory.mktemp("m") / "tiny.gguf", type="F16")
 
 
-def asked(prompt: list[int]) -> Generate:
-    return Generate(prompt_tokens=prompt, max_tokens=NEW, sampling=GREEDY, ignore_eos=True)
-
-
-def said(node: Node, prompt: list[int]) -> tuple[list[int], int]:
-    """The greedy answer, and how many tokens of the prompt were known before."""
-    _, ids, done = text_of(node, asked(prompt))
-    return ids, done.usage.cached_tokens
-
-
 @pytest.fixture(scope="module")
 def truth(path: Path) -> list[list[int]]:
-    """The answers of one machine, to the text and to what follows it."""
-    with Node(CONFIG) as node:
-        node.load(Load(model=str(path)))
-        first = said(node, TEXT)[0]
-        return [first, said(node, [*TEXT, *first, *SECOND])[0]]
+    return two_turns(path, CONFIG, TEXT, SECOND)
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +90,9 @@ def loaded(cluster: Cluster) -> LoadedModel:
     return model
 
 
-def shard(cluster: Cluster, number: int) -> ServedShard:
-    worker = cluster.workers[number]._worker
-    assert worker is not None
-    (found,) = worker.shards
-    return found
-
-
 def steps(cluster: Cluster) -> int:
     """That the workers took part in."""
-    one, other = (shard(cluster, number).pulse for number in (1, 2))
+    one, other = (cluster.shard(number).pulse for number in (1, 2))
     wait_for(lambda: one.steps == other.steps and not (one.at_work or other.at_work))
     return one.steps
 
@@ -140,8 +116,8 @@ def test_answers_are_those_of_one_machine(cluster: Cluster, path: Path, truth: l
     assert isinstance(model.engine.rank, Assisted)
     assert model.main.share_bytes > 0
     assert status.rank_bytes[0] == model.plan.peak_bytes + model.main.share_bytes
-    assert status.rank_bytes[1:] == [shard(cluster, it).request.plan.peak_bytes for it in (1, 2)] or (
-        status.rank_bytes[1:] == [shard(cluster, it).request.plan.peak_bytes for it in (2, 1)]
+    assert status.rank_bytes[1:] == [cluster.shard(it).request.plan.peak_bytes for it in (1, 2)] or (
+        status.rank_bytes[1:] == [cluster.shard(it).request.plan.peak_bytes for it in (2, 1)]
     )
     assert cluster.node.budget.held_bytes - before_bytes >= status.rank_bytes[0]
     assert status.parameters_bytes == model.plan.weights_bytes
@@ -241,7 +217,7 @@ def test_a_lost_machine_costs_a_step_at_most(
     load(cluster, path)
     model = loaded(cluster)
     if when == "while a prompt is read":
-        follower = shard(cluster, 1)._follower
+        follower = cluster.shard(1)._follower
         assert follower is not None
 
         def broken(*_: object) -> None:
@@ -250,7 +226,7 @@ def test_a_lost_machine_costs_a_step_at_most(
         follower._rank.executor.forward = broken  # type: ignore[assignment]
         answer, _ = said(cluster.node, TEXT)
     else:
-        stream = cluster.node.stream(asked(TEXT))
+        stream = cluster.node.stream(greedy(TEXT))
         events = [next(stream)]
         while not isinstance(events[-1], Token):
             events.append(next(stream))
@@ -310,8 +286,8 @@ def test_it_is_chosen_where_links_are_long_and_answers_do_not_wait_for_them(
         "prompts by both machines, answers by this one alone: the first token"
     )
     assert status.ranks == 2
-    pulse = shard(far, 1).pulse
-    stream = far.node.stream(asked(TEXT))
+    pulse = far.shard(1).pulse
+    stream = far.node.stream(greedy(TEXT))
     while not isinstance(next(stream), Token):
         pass
     blocks = pulse.blocks

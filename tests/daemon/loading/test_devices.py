@@ -74,10 +74,10 @@ def test_answers_are_those_of_the_cpu(node: Node, path: Path) -> None:
         found, device = status(there), sim()
         assert "all 3 layers and the head on sim:64MB with " in found.plan
         assert (found.device, found.warnings) == (ROOMY, [])
-        assert there.budget.on(ROOMY).held_bytes == found.device_bytes >= device.peak_bytes
-        assert device.limit_bytes == 64_000_000
+        assert there.budget.on(ROOMY).held_bytes == found.device_bytes >= device.budget.peak_bytes
+        assert device.budget.limit_bytes == 64_000_000
         there.unload(Unload(model=found.name))
-        assert there.budget.on(ROOMY).held_bytes == device.held_bytes == 0
+        assert there.budget.on(ROOMY).held_bytes == device.budget.held_bytes == 0
 
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
@@ -104,7 +104,7 @@ def test_what_does_not_fit_stays_on_the_cpu(kind: str, path: Path, mixture: Path
             assert [text_of(there, prompt(i))[:2] for i in range(2)] == expected
             assert said in status(there).plan
             device = sim(name)
-            assert device.peak_bytes <= status(there).device_bytes <= device.limit_bytes
+            assert device.budget.peak_bytes <= status(there).device_bytes <= device.budget.limit_bytes
             assert there.budget.held_bytes <= in_ram + (36 << 20)  # a block passes on its way there
     layer = "one layer" if kind == "dense" else "one layer without its experts"
     with pytest.raises(DaemonError, match=rf"^{layer} with its KV and scratch takes") as refused:
@@ -155,7 +155,7 @@ def test_fewer_bits_from_a_pack(path: Path, tmp_path: Path) -> None:
         expected = text_of(node, prompt(1))[:2]
     with loaded(f"{path}:q4", ROOMY, packs) as node:
         assert text_of(node, prompt(1))[:2] == expected
-        assert sim().peak_bytes <= status(node).device_bytes
+        assert sim().budget.peak_bytes <= status(node).device_bytes
 
 
 def test_a_lost_device_is_done_without(node: Node, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_a_lost_device_is_done_without(node: Node, path: Path, monkeypatch: pyte
         said = "device sim:64MB is lost (the driver was restarted), so the cpu computes"
         assert found.warnings[0].startswith(said)
         assert (found.device, found.device_bytes) == ("", 0)
-        assert there.budget.on(ROOMY).held_bytes == sim().held_bytes == 0
+        assert there.budget.on(ROOMY).held_bytes == sim().budget.held_bytes == 0
         assert text_of(there, prompt(0))[:2] == expected
 
 
@@ -183,11 +183,11 @@ def test_a_full_device_is_an_error_and_the_node_goes_on(node: Node, path: Path) 
     expected = text_of(node, prompt(0))[:2]
     with loaded(path, ROOMY) as there:
         device = sim()
-        device.limit_bytes = device.held_bytes
+        device.budget.limit_bytes = device.budget.held_bytes
         with pytest.raises(DaemonError, match=r"^device sim:64MB is full: ") as refused:
             text_of(there, prompt(0))
         assert refused.value.code == "resources"
-        device.limit_bytes = 64_000_000
+        device.budget.limit_bytes = 64_000_000
         assert text_of(there, prompt(0))[:2] == expected
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from fakes import tiny
+from fakes.asking import said
 
-from shoal.comm.messages import Done, Generate, Load, ModelStatus, Sampling, Token, Unload
+from shoal.comm.messages import Load, ModelStatus, Unload
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import KvFiles, spelled
 from shoal.daemon.node import Node
@@ -52,21 +53,6 @@ def started(path: Path, root: Path | None, config: NodeConfig = CONFIG) -> Node:
     node = Node(config, kv_root=root)
     node.load(Load(model=str(path)))
     return node
-
-
-def said(node: Node, prompt: list[int], new: int = 9, model: str = "") -> tuple[list[int], int]:
-    """The greedy answer, and how many tokens of the prompt were known before."""
-    request = Generate(
-        model=model, prompt_tokens=prompt, max_tokens=new, sampling=Sampling(temperature=0.0), ignore_eos=True
-    )
-    ids: list[int] = []
-    cached = -1
-    for event in node.stream(request):
-        if isinstance(event, Token):
-            ids += event.ids
-        elif isinstance(event, Done):
-            cached = event.usage.cached_tokens
-    return ids, cached
 
 
 def status(node: Node) -> ModelStatus:
@@ -117,9 +103,8 @@ def test_texts_take_turns_in_memory(
     path: Path, root: Path, truth: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pages that one pushes out of memory come back from disk for the other."""
-    monkeypatch.setattr(
-        ReadCost, "pays", lambda *_: True
-    )  # a tiny model may compute faster than a busy disk reads
+    # A tiny model may compute faster than a busy disk reads.
+    monkeypatch.setattr(ReadCost, "pays", lambda *_: True)
     with started(path, root, SMALL) as node:
         for turn in range(3):
             for prompt, expected in ((TEXT, truth[0]), (OTHER, truth[2])):

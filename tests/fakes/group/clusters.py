@@ -16,6 +16,7 @@ from shoal.daemon.cluster.forming import Choosing, Forming
 from shoal.daemon.cluster.membership import Membership
 from shoal.daemon.cluster.pairing_up import pair_with_head
 from shoal.daemon.cluster.roster import Roster
+from shoal.daemon.cluster.served_shard import ServedShard
 from shoal.daemon.cluster.shard_stores import ShardStores, send_weights
 from shoal.daemon.cluster.speed import NodeSpeed
 from shoal.daemon.cluster.steady_shares import SteadyShares
@@ -159,6 +160,19 @@ class Cluster:
 
     def stop(self, number: int) -> None:
         self.workers.pop(number).close()
+
+    @property
+    def ranks(self) -> int:
+        """Of the one model that is loaded."""
+        (model,) = self.node._models
+        return model.plan.ranks
+
+    def shard(self, number: int) -> ServedShard:
+        """The one shard of a worker."""
+        worker = self.workers[number]._worker
+        assert worker is not None
+        (found,) = worker.shards
+        return found
 
     def nodes(self) -> list[NodeStatus]:
         found = self.head.answer(AskNodes())

@@ -7,7 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,10 +113,11 @@ def relay(target: Address) -> Iterator[tuple[Address, bytearray]]:
             far = socket.create_connection(target)
 
             def carry(source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
-                while data := source.recv(65536):
-                    kept += data
-                    sink.sendall(data)
-                sink.shutdown(socket.SHUT_WR)
+                with suppress(OSError):
+                    while data := source.recv(65536):
+                        kept += data
+                        sink.sendall(data)
+                    sink.shutdown(socket.SHUT_WR)
 
             with near, far:
                 back = threading.Thread(target=carry, args=(far, near, bytearray()), daemon=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -24,8 +24,12 @@ from shoal.partition.slicing import Shard, divide
 VECTORS = {"norm", "q_bias", "k_bias", "v_bias"}  # few bytes, which are sent at every attempt
 
 
+class ServesWeights(Protocol):
+    def serve(self, channel: Channel, shard: Shard) -> None: ...
+
+
 @contextmanager
-def served(server: WeightServer, shard: Shard, channels: int = 2) -> Iterator[list[Channel]]:
+def served(server: ServesWeights, shard: Shard, channels: int = 2) -> Iterator[list[Channel]]:
     """A worker's ends of channels that the server answers on threads of its own. All are closed at the end."""
     pairs = [channel_pair("weights") for _ in range(channels)]
     threads = [threading.Thread(target=server.serve, args=(theirs, shard)) for _, theirs in pairs]

@@ -54,9 +54,8 @@ class Characters:
 def test_special_tokens_are_found_as_tokenizers_finds_them(
     tokens: dict[str, tuple[bool, bool, bool, bool]], text: str, parse: bool
 ) -> None:
-    library = tokenizers.Tokenizer(
-        models.WordLevel({"?": 0}, "?")
-    )  # every character that is no token is a "?"
+    # Every character that is no token is a "?"
+    library = tokenizers.Tokenizer(models.WordLevel({"?": 0}, "?"))
     library.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     library.add_tokens(
         [
@@ -91,9 +90,8 @@ def test_any_tokens_are_looked_for_in_linear_time(tokens: list[str], text: str) 
     finder = SpecialFinder({token[:4096]: i for i, token in enumerate(tokens)})
     began = time.perf_counter()
     found = sum(end - start for start, end, _ in finder.find(text))
-    assert (
-        time.perf_counter() - began < 3
-    )  # 0.1 s on an idle machine; it was a minute when each length was tried
+    # 0.1 s on an idle machine; it was a minute when each length was tried.
+    assert time.perf_counter() - began < 3
     assert 0 <= found <= len(text)
 
 

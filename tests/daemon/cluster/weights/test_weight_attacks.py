@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -60,34 +59,26 @@ def shard(checkpoint: Checkpoint) -> Shard:
 # --- a head that lies -------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def lying(server: WeightServer, shard: Shard, lie: Callable[[Channel, Any, Any], bool]) -> Iterator[Channel]:
-    """A channel to a head that gives `lie` its end, and the message and bytes that would be right, for each answer to a
-    question about a piece. It ends when that returns False."""
-    mine, theirs = channel_pair("weights")
-    serving = weight_server._Serving(server._checkpoint, "keep", server._source, shard)
+Lie = Callable[[Channel, Any, Any], bool]
 
-    def run() -> None:
-        try:
+
+class Liar(NamedTuple):
+    """A head that gives `lie` its end of the channel, and the message and bytes that would be right, for each answer to
+    a question about a piece. The channel ends when that returns False."""
+
+    server: WeightServer
+    lie: Lie
+
+    def serve(self, channel: Channel, shard: Shard) -> None:
+        serving = weight_server._Serving(self.server._checkpoint, "keep", self.server._source, shard)
+        with channel, suppress(GroupError):
             while True:
-                question = theirs.receive_message(weight_server.WeightQuestion, 10)
+                question = channel.receive_message(weight_server.WeightQuestion, 10)
                 answer, data = serving.answer(question)
                 if data is None:
-                    theirs.send_message(answer)
-                elif not lie(theirs, answer, data):
-                    break
-        except GroupError:
-            pass
-        theirs.close()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield mine
-    finally:
-        mine.close()
-        thread.join(10)
-        assert not thread.is_alive()
+                    channel.send_message(answer)
+                elif not self.lie(channel, answer, data):
+                    return
 
 
 def altered(channel: Channel, answer: Any, data: Any) -> bool:
@@ -163,11 +154,11 @@ def noise(channel: Channel, answer: Any, data: Any) -> bool:
     ],
 )
 def test_answers_that_are_wrong_are_refused(
-    lie: Any, checkpoint: Checkpoint, shard: Shard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lie: Lie, checkpoint: Checkpoint, shard: Shard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(piece_sources, "ANSWER_S", 0.5)
     cache = ShardCache(tmp_path / "shards")
-    with lying(WeightServer(checkpoint), shard, lie) as channel:
+    with served(Liar(WeightServer(checkpoint), lie), shard, 1) as (channel,):
         began_s = time.monotonic()
         with pytest.raises(ChannelError):
             fetch_shard([channel], cache)
@@ -181,7 +172,7 @@ def test_a_refusal_is_told_with_its_code(checkpoint: Checkpoint, shard: Shard, t
         channel.send_message(Refused("corrupt", "the file ends too early"))
         return True
 
-    with lying(WeightServer(checkpoint), shard, refuse) as channel:
+    with served(Liar(WeightServer(checkpoint), refuse), shard, 1) as (channel,):
         with pytest.raises(DaemonError, match="the file ends too early") as caught:
             fetch_shard([channel], ShardCache(tmp_path / "shards"))
         assert caught.value.code == "corrupt"
