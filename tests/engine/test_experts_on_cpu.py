@@ -109,10 +109,10 @@ def test_what_leaves_together_is_there_when_somebody_has_waited_for_it() -> None
     home.prefetch(x, y)
     assert x.leaving is not None
     assert np.isnan(x.leaving.here).all()
-    held = device.held_bytes
+    held = device.budget.held_bytes
     assert np.array_equal(home.fetch(y), np.full((2, 5), 2))
     assert np.array_equal(home.fetch(x), np.ones((2, 3)))
-    assert device.held_bytes == held - 4 * (2 * 3 + 2 * 5)
+    assert device.budget.held_bytes == held - 4 * (2 * 3 + 2 * 5)
 
 
 def test_experts_of_a_layer_in_two_places(running: Running) -> None:
@@ -139,7 +139,7 @@ def test_experts_that_are_used_change_places_with_others(tmp_path: Path, kernels
     places, near = executor._experts, APART if kernels == "the cpu's" else IN_TORCH[stored]
     assert relative_error(logits(executor), expected) < near
     assert not executor.exchange_experts()  # nothing was used often enough
-    held = home.device.held_bytes
+    held = home.device.budget.held_bytes
     for wanted in ((1, 4, 5), (0, 1, 2)):
         for _ in range(3000):
             places.parted(1, [BlockId("expert", 1, expert) for expert in wanted])
@@ -149,5 +149,5 @@ def test_experts_that_are_used_change_places_with_others(tmp_path: Path, kernels
         assert {BlockId("expert", 1, expert) for expert in wanted} <= there
         assert len(there) == 9
         assert relative_error(logits(executor), expected) < near
-    assert home.device.held_bytes == held
+    assert home.device.budget.held_bytes == held
     assert set(places._homes.values()) == {home, cpu()}
