@@ -110,6 +110,18 @@ def test_several_machines_are_a_group() -> None:
     assert all(not it.name.startswith("group") for it in alone.candidates)
 
 
+def test_prompts_by_several_machines_are_a_plan_where_links_are_quick_but_far() -> None:
+    """As a daemon would choose: answers as alone, first tokens sooner."""
+    far = ProfileLink((ANY, ANY), 2.5e-3, 125e6)
+    machines = Profile(tuple(device(name=str(i), flops=2e10) for i in range(2)), (far,))
+    found = solved([weighed(spec(16, hidden=2048, ffn=5632, heads=32))], machines)
+    named = {it.name: it for it in found.candidates}
+    both, alone = named["prompts by 2"].prediction, named["memory"].prediction
+    assert both.token_s == pytest.approx(alone.token_s, rel=0.02)
+    assert both.ttft_s < 0.9 * alone.ttft_s
+    assert name(found) == "prompts by 2"
+
+
 def test_machines_of_a_group_are_as_fast_as_their_tables_say() -> None:
     """A type that takes twice as long with many rows makes the group's first token later."""
 
@@ -230,3 +242,36 @@ def test_peaks_never_exceed_the_memory_of_a_plan_that_fits() -> None:
 def test_the_same_figures_give_the_same_choice() -> None:
     one_, other = (reason(solved([DENSE, FEWER], one(1e9))) for _ in range(2))
     assert one_ == other
+
+
+def test_several_machines_that_were_insisted_on_and_cannot_are_told_why() -> None:
+    apart = Profile(tuple(device(name=str(i)) for i in range(2)))
+    found = solved([DENSE], apart, choices=Choices(ranks=2))
+    assert not found.candidates
+    assert reason(found) == "no group of these machines can run it: the head does not reach it"
+    ways = changes([DENSE], asks(JOB, None, 256, 1, 0), apart, found, Choices(ranks=2), 1e-3)
+    assert [way.what for way in ways] == ["another machine like the first, by a gigabit cable"]
+    small = Profile(
+        tuple(device(name=str(i), memory_bytes=300e6, disk_bytes_per_s=0.0) for i in range(2)), (CABLE,)
+    )
+    assert "there are" in reason(solved([DENSE], small, choices=Choices(ranks=2)))
+
+
+@pytest.mark.parametrize("byte_s", [1e-16, 1.0])
+def test_tables_that_no_machine_has_give_plans_all_the_same(byte_s: float) -> None:
+    law = RowsLaw("*", 1.0, (1, 256), (byte_s, byte_s))
+    machines = Profile(tuple(device(name=str(i), products=(law,)) for i in range(2)), (CABLE,))
+    for model in (DENSE, MIXED):
+        found = solved([model], machines)
+        assert {"memory", "group of 2"} <= {it.name for it in found.candidates}
+        assert all(0 < it.prediction.token_s < 1e12 for it in found.candidates)
+
+
+def test_the_smallest_machines_are_told_apart_by_what_differs() -> None:
+    """Where K and V alone have fewer bits, weights are not said to."""
+    found = solved([FEWER], one(20e6, disk_bytes_per_s=0.0), Job(4096, 64))
+    said = reason(found)
+    assert "K and V in i8" in said
+    assert said.endswith("with K and V in f16")
+    both = solved([DENSE, FEWER], one(20e6, disk_bytes_per_s=0.0), Job(4096, 64))
+    assert reason(both).endswith("with the weights as they are stored")
