@@ -30,7 +30,7 @@ def machines_of(
             device.name,
             max(0, int(device.memory_bytes) - _beside_bytes(model, kv_type, place)),
             *speeds_with(device, model),
-            device.disk_bytes_per_s,
+            nearest("disk_bytes_per_s", device.disk_bytes_per_s),  # one that was thought of may be too quick
             device.threads,
             device.port_bytes_per_s,
             RankLaws(device, model, kv_type, distinct),

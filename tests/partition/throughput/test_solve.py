@@ -275,3 +275,15 @@ def test_the_smallest_machines_are_told_apart_by_what_differs() -> None:
     assert said.endswith("with K and V in f16")
     both = solved([DENSE, FEWER], one(20e6, disk_bytes_per_s=0.0), Job(4096, 64))
     assert reason(both).endswith("with the weights as they are stored")
+
+
+@pytest.mark.parametrize("ranks", [None, 1, 2])
+def test_what_would_meet_a_target_beside_the_quickest_disk_that_there_can_be(ranks: int | None) -> None:
+    """A disk that is thought to be many times as quick is no figure to refuse."""
+    small = tuple(device(name=str(i), memory_bytes=3e8, disk_bytes_per_s=1e14) for i in range(2))
+    machines, choices = Profile(small, (CABLE,)), Choices(ranks=ranks)
+    found = solved([DENSE], machines, choices=choices)
+    assert found.candidates
+    for target in (1.0, 1e9):
+        ways = changes([DENSE], asks(JOB, None, 256, 1, 0), machines, found, choices, target)
+        assert all(way.tokens_per_s >= target for way in ways)
