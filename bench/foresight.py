@@ -98,23 +98,29 @@ def profile_of(threads: int, usual: int, file: Path) -> tuple[Profile, Floors]:
     home = Home.from_env()
     kept = home.profile if threads == usual else home.profile.with_name(f"profile-{threads}.json")
     before = floors(threads, file)
-    found = machine_profile(threads, home.models, kept, anew=True)
+    found = machine_profile(threads, file.parent, kept, anew=True)  # with the disk as this file lies on it
     assert found is not None
     return Profile((replace(found.head, corrections=Corrections()),)), before.mean(floors(threads, file))
 
 
 def halves(half: Profile, whole: Profile) -> Profile:
-    """Two ranks on one machine, each with half of its threads, memory and memory's speed while both use it. `half`: the
-    machine as measured on half of the threads."""
-    read_s = 2 / whole.head.memory_bytes_per_s  # of a byte, when both read
-    laws = tuple(
-        replace(law, byte_s=tuple(max(it, read_s) for it in law.byte_s)) for law in half.head.products
-    )
+    """Two ranks on one machine, each with half of its threads and memory. When both work, each takes twice as long for
+    a byte or a number as the machine with all threads, which has the same to do. `half`: as measured on half of the
+    threads, whose fixed costs are a rank's."""
+
+    def twice(values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(2 * it for it in values)
+
     head = replace(
         half.head,
         memory_bytes=whole.head.memory_bytes / 2,
-        memory_bytes_per_s=min(half.head.memory_bytes_per_s, 1 / read_s),
-        products=laws,
+        memory_bytes_per_s=whole.head.memory_bytes_per_s / 2,
+        flops=whole.head.flops / 2,
+        products=tuple(replace(law, byte_s=twice(law.byte_s)) for law in whole.head.products),
+        attention=tuple(
+            replace(law, decode_s=twice(law.decode_s), prompt_s=twice(law.prompt_s))
+            for law in whole.head.attention
+        ),
     )
     return Profile(tuple(replace(head, name=name) for name in LOOPBACK.between), (LOOPBACK,))
 

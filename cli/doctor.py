@@ -12,6 +12,7 @@ import platform
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -69,6 +70,7 @@ def examine(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
         _python,
         lambda: _kernels(deep=deep),
         _machine,
+        lambda: _profile(home),
         lambda: _home(home),
         lambda: _models(home, deep=deep, progress=progress),
         lambda: _daemon(home),
@@ -143,6 +145,25 @@ def _machine() -> Iterator[Finding]:
     free, total = available_bytes(), int(psutil.virtual_memory().total)
     text = f"{format_bytes(free)} can be used, the machine has {format_bytes(total)}"
     yield _limited("memory", text, "end other programs", low=free < LOW_MEMORY_BYTES)
+
+
+def _profile(home: Home) -> Iterator[Finding]:
+    with spinner("looking at the profile"), deferred_interrupt():
+        from shoal.daemon.throughput.kept_profile import profile_key, read_kept
+
+        known = read_kept(home.profile, profile_key(default_threads(), home.models))
+    if known is None:
+        yield Finding(
+            "profile", "ok", "this machine is not measured yet (shoal profile): predictions are rough"
+        )
+    elif known.changed:
+        yield Finding("profile", "note", f"since it was measured, {known.changed}", "shoal profile")
+    else:
+        when = f", {time.strftime('%Y-%m-%d', time.localtime(known.looked_s))}" if known.looked_s else ""
+        what = (
+            "the least of it" if known.brief else "with others computing" if known.disturbed else "all of it"
+        )
+        yield Finding("profile", "ok", f"this machine is measured: {what}{when}")
 
 
 def _home(home: Home) -> Iterator[Finding]:

@@ -63,6 +63,17 @@ class NodeStatus(Message):
     trouble: str = ""  # why it is away
     wait_s: float = 0.0  # how long the head has waited for its part of a sum, the median of the latest
     longest_wait_s: float = 0.0  # of these
+    memory_bytes_per_s: float = 0.0  # at which it reads weights for one token
+    flops: float = 0.0  # of its long steps
+    disk_bytes_per_s: float = 0.0
+
+
+class PairStatus(Message):
+    """The link between two workers, by their fingerprints."""
+
+    between: list[str]
+    rtt_s: float
+    bytes_per_s: float
 
 
 class NodesReply(Message):
@@ -70,6 +81,7 @@ class NodesReply(Message):
     nodes: list[NodeStatus]  # this machine first
     listening: list[str] = []  # where this head listens for other machines now
     closed: list[str] = []  # where it would if one could come that is not there
+    pairs: list[PairStatus] = []  # of workers that are attached and reach each other
 
 
 class MeasureLinks(Message):

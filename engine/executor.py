@@ -29,13 +29,10 @@ from shoal.offload.kv.pool import KvPool
 from shoal.partition.plan import Plan
 from shoal.partition.slicing import Range
 from shoal.partition.spec import BlockId
+from shoal.partition.streamed_plan import experts_together
 
 from .collective import Collective, PendingSum
 from .expert_places import ExpertPlaces
-
-# Of a plan that reads experts from disk: while these are computed, the next ones are read.
-EXPERTS_TOGETHER = 4
-
 
 StillWanted = Callable[[float], bool]
 """Is told which share of a step is done, many times in it; False when nobody wants the step any more."""
@@ -107,7 +104,7 @@ class Executor:
         self._head = [placed[item.block] for item in plan.blocks if item.block.kind == "head"]
         slots = plan.expert_slots
         self._foreseen = _foreseen(plan)
-        self._together = max(1, min(EXPERTS_TOGETHER, slots // 2)) if slots else len(plan.blocks)
+        self._together = experts_together(slots) if slots else len(plan.blocks)
 
     def let_go(self) -> None:
         """Give the memory of weights and KV back. It runs no step any more."""

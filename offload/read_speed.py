@@ -23,7 +23,7 @@ TARGET_BYTES = 64 << 20
 
 def read_speed(path: Path, seconds: float = SECONDS, read_bytes: int = READ_BYTES) -> float:
     """Bytes per second of reading `path` at this moment, so many bytes at a time; 0 if the file is too short to tell.
-    Raises StoreError."""
+    No byte is read twice, since whatever is behind a disk may keep it. Raises StoreError."""
     file = DirectFile(path)
     places = path.stat().st_size // read_bytes
     stride = max(1, places // READERS)
@@ -38,8 +38,8 @@ def read_speed(path: Path, seconds: float = SECONDS, read_bytes: int = READ_BYTE
 
         def read(reader: int) -> int:
             count = 0
-            while time.monotonic() < until_s and count < places:
-                file.read((reader * stride + count) % places * read_bytes, memory[reader, count % own])
+            while time.monotonic() < until_s and count < stride and reader * stride + count < places:
+                file.read((reader * stride + count) * read_bytes, memory[reader, count % own])
                 count += 1
             return count
 

@@ -1,9 +1,9 @@
 """Predicts how fast a group would be: seconds for a token of an answer, and until the first token of a prompt.
 
-A step of one token reads all of a rank's weights; one of many tokens computes. Whatever takes longer counts, block by
-block for the slowest rank, because all wait for the sum after every block. Then come the sums themselves, what each
-step costs anyhow, and the head of the vocabulary, which rank 0 has alone. A disk reads ahead all the time, so a step
-takes as long as the slower of the disk and everything else.
+A step of one token reads all of a rank's weights; one of many tokens computes. Whatever takes longer counts, unless a
+machine has laws of its own (`PartLaws`); block by block for the slowest rank, because all wait for the sum after every
+block. Then come the sums themselves, what each step costs anyhow, and the head of the vocabulary, which rank 0 has
+alone. A disk reads ahead all the time, so a step takes as long as the slower of the disk and everything else.
 
 Ranks divide every layer (tensor parallel), or the layers among them (a pipeline). Pure.
 """
@@ -12,16 +12,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
 from itertools import takewhile
-from math import ceil, comb
+from math import ceil
 from typing import NamedTuple
 
-from .hardware_guesses import LAYER_S, STEP_S
-from .machines import Machine, Workload
+from .machines import FixedCosts, Machine, PartLaws, Workload
 from .memory_layout import PAGE_TOKENS, kv_page_bytes
 from .plan import Wanted
-from .rank_sizes import Held, Operations, Portion, Sizes
+from .rank_sizes import Held, Operations, Portion, Sizes, TwoSpeeds, crowding
 from .sum_cost import Means, Network
 
 NEVER = 1 << 30  # rows: more than any step has
@@ -53,6 +51,7 @@ class Figures(NamedTuple):
     overlap_rows: int = NEVER
     group_rows: int = 1
     page_rows: int = 0
+    network_s: float = 0.0  # of a token: all that goes between machines
 
     def within(self, other: Figures, factor: float) -> bool:
         """Whether nothing takes longer than `factor` times what it takes there."""
@@ -96,6 +95,7 @@ class _Steps(NamedTuple):
     decode: Means | None
     prompt: Means | None
     overlap_rows: int
+    network_s: float  # of a step with one token
 
 
 class Cost:
@@ -151,6 +151,7 @@ class Cost:
             first_token_s=tuple(first),
             total_s=first[0] + self._workload.answer_tokens * answers.token_s,
             decode=None,
+            network_s=answers.network_s,
             group_rows=least,
             page_rows=min(NEVER, ceil(page_s / row_s)) if row_s > 0 else NEVER,
         )
@@ -185,6 +186,7 @@ class Cost:
             () if layered else means,
             max(self.prompts),
             lambda rows, context: self._compute_s([part], rows, context, machines[0]),
+            self._laws_of(machines[0]).fixed,
         )
         return self._divided(max(self.prompts), steps)
 
@@ -196,7 +198,7 @@ class Cost:
         if any(network.hop_s(*pair, 0) is None for pair in ring):
             return None
 
-        calls_s = LAYER_S * len(self._wanted.spec.layers)
+        fixed = self._laws_of(parts[0].machine).fixed
 
         def stages(rows: int, context: float) -> tuple[list[float], float]:
             """(seconds of each rank's part and of sending what it gives; of the slowest disk)"""
@@ -204,25 +206,29 @@ class Cost:
             for part, pair in zip(parts, ring, strict=True):
                 work = self._compute_s([part], rows, context)
                 hop_s = network.hop_s(*pair, width * rows) or 0.0
-                chains.append(
-                    work.chain_s + calls_s * part.portion.heads + hop_s
-                )  # it has that share of the layers
+                calls_s = self._calls_s(fixed) * part.portion.heads  # it has that share of the layers
+                chains.append(work.chain_s + calls_s + hop_s)
                 disk = max(disk, work.disk_s)
             return chains, disk
 
         def step_s(rows: int, context: float) -> float:
             chains, disk = stages(rows, context)
-            return max(sum(chains), disk) + STEP_S
+            return max(sum(chains), disk) + fixed.step_s
 
         def next_s(rows: int, context: float) -> float:
             chains, disk = stages(rows, context)
             return max(*chains, disk)
 
-        return self._figures(self._chunk(parts), step_s, next_s)
+        hops_s = sum(network.hop_s(*pair, width) or 0.0 for pair in ring)
+        return self._figures(self._chunk(parts), step_s, next_s)._replace(network_s=hops_s)
 
     def _together(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> _Steps:
         return self._steps(
-            network, means, self._chunk(parts), lambda rows, context: self._compute_s(parts, rows, context)
+            network,
+            means,
+            self._chunk(parts),
+            lambda rows, context: self._compute_s(parts, rows, context),
+            self._laws_of(parts[0].machine).fixed,
         )
 
     def _steps(
@@ -231,19 +237,20 @@ class Cost:
         means: Sequence[Means],
         chunk: int,
         compute: Callable[[int, float], StepWork],
+        fixed: FixedCosts,
     ) -> _Steps:
-        calls_s = LAYER_S * len(self._wanted.spec.layers)
+        calls_s = self._calls_s(fixed)
         decode, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
 
         def whole_s(rows: int, context: float) -> float:
             work = compute(rows, context)
             sums_s = self._sums_s(network, decode if rows == 1 else prompt, rows)
-            return max(work.chain_s + sums_s + calls_s, work.disk_s) + STEP_S
+            return max(work.chain_s + sums_s + calls_s, work.disk_s) + fixed.step_s
 
         def halved_s(rows: int, context: float) -> float:
             work = compute(rows, context)
             chain_s = self._overlapped_s(network, prompt, rows, work) if prompt else work.chain_s
-            return max(chain_s + 2 * calls_s, work.disk_s) + STEP_S
+            return max(chain_s + 2 * calls_s, work.disk_s) + fixed.step_s
 
         worth = (rows for rows in OVERLAPS if prompt and halved_s(rows, 0.0) < whole_s(rows, 0.0))
         overlap_rows = next(worth, NEVER)
@@ -251,11 +258,16 @@ class Cost:
         def step_s(rows: int, context: float) -> float:
             return (halved_s if rows >= overlap_rows else whole_s)(rows, context)
 
-        return _Steps(step_s, decode, prompt, overlap_rows)
+        return _Steps(step_s, decode, prompt, overlap_rows, self._sums_s(network, decode, 1))
 
     def _divided(self, chunk: int, steps: _Steps) -> Figures:
         figures = self._figures(chunk, steps.step_s, steps.step_s, steps.decode, steps.prompt)
-        return figures._replace(overlap_rows=steps.overlap_rows)
+        return figures._replace(overlap_rows=steps.overlap_rows, network_s=steps.network_s)
+
+    def _calls_s(self, fixed: FixedCosts) -> float:
+        """What all layers cost anyhow."""
+        layers = self._wanted.spec.layers
+        return fixed.layer_s * len(layers) + fixed.mixture_s * sum(layer.moe for layer in layers)
 
     def _chunk(self, parts: Sequence[Placement]) -> int:
         """Tokens of a prompt in one step. Steps get longer where weights stream, as far as everybody's memory goes."""
@@ -292,8 +304,7 @@ class Cost:
         self, parts: Sequence[Placement], rows: int, context: float, head: Machine | None = None
     ) -> StepWork:
         """Of `rows` tokens that attend to `context` others."""
-        sizes, work, moe = self._sizes, self._work, self._wanted.spec.moe
-        attended = sum(count * min(context, window or context) for window, count in self._windows.items())
+        sizes, moe = self._sizes, self._wanted.spec.moe
         touched, crowd = 1.0, 1.0
         if moe:
             touched = 1 - (1 - moe.active / moe.experts) ** rows
@@ -301,27 +312,20 @@ class Cost:
                 crowd = crowding(moe.experts, moe.active, min(len(parts), moe.experts))
         attn_s = ffn_s = disk_s = head_s = 0.0
         for machine, portion, held in parts:
-            pace, flops = machine.memory_bytes_per_s, machine.flops
-            experts = crowd * portion.experts
-            nbytes = sizes.attn_of(portion) + work.kv_bytes * attended * portion.kv_heads
-            count = (work.queries + work.scores * attended) * portion.heads + work.keys * portion.kv_heads
-            attn_s = max(attn_s, nbytes / pace, rows * count / flops)
-            expert_bytes = sizes.experts * experts * touched
-            nbytes = sizes.ffn_of(portion) + expert_bytes
-            count = (
-                work.ffn * portion.ffn
-                + work.shared_ffn * portion.shared_ffn
-                + work.routers
-                + work.experts * experts
-            )
-            ffn_s = max(ffn_s, nbytes / pace, rows * count / flops)
+            own = self._laws_of(machine).times(portion, rows, context, crowd)
+            attn_s, ffn_s = max(attn_s, own.attn_s), max(ffn_s, own.ffn_s)
             if held.streams:
+                expert_bytes = sizes.experts * portion.experts * touched * crowd
                 streamed = held.streamed_bytes + expert_bytes * held.missing_experts
                 disk_s = max(disk_s, streamed / max(machine.disk_bytes_per_s, 1.0))
             if portion.first:
-                own = head or machine
-                head_s = max(sizes.head / own.memory_bytes_per_s, work.head / own.flops)
+                head_s = own.head_s if head is None else self._laws_of(head).head_s()
         return StepWork(attn_s, ffn_s, head_s, disk_s)
+
+    def _laws_of(self, machine: Machine) -> PartLaws:
+        return machine.laws or TwoSpeeds(
+            machine, self._sizes, self._work, self._windows, self._wanted.spec.moe
+        )
 
     def _overlapped_s(self, network: Network, means: Means, rows: int, work: StepWork) -> float:
         """Seconds of a step's blocks and sums if it is computed in halves: of every block, the sums of both halves or
@@ -354,24 +358,3 @@ class Cost:
     def _best(self, network: Network, means: Sequence[Means], rows: int) -> Means | None:
         """The fastest means for steps of so many tokens; of equal ones the first."""
         return None if network.ranks == 1 else network.best(means, rows, self._wanted.spec.hidden)
-
-
-@cache
-def crowding(experts: int, active: int, ranks: int) -> float:
-    """How many times its share of the active experts the busiest rank has on average, if whole experts are dealt to
-    ranks evenly and every choice is equally likely."""
-    own = [experts // ranks + (rank < experts % ranks) for rank in range(ranks)]
-    choices = comb(experts, active)
-    busiest, before = 0.0, 0
-    for most in range(active + 1):
-        ways = [1] + [
-            0
-        ] * active  # to have chosen so many experts of the ranks so far, none of which has more
-        for size in own:
-            ways = [
-                sum(ways[total - few] * comb(size, few) for few in range(min(most, size, total) + 1))
-                for total in range(active + 1)
-            ]
-        busiest += most * (ways[active] - before) / choices
-        before = ways[active]
-    return busiest * ranks / active

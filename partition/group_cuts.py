@@ -135,11 +135,11 @@ class Cuts:
             if machine.memory_bytes < needed:
                 has = format_bytes(machine.memory_bytes)
                 what = "scratch takes" if rank else "embedding, head and scratch take"
-                return f"{machine.name} has {has} of memory, and {what} {format_bytes(needed)}"
+                return f"{machine.name} has {has} of memory for models, and {what} {format_bytes(needed)}"
         needed = sum(fixed) + self._memory.share_bytes()
         memory = sum(machine.memory_bytes for machine in machines)
         if needed > memory:
-            return f"it takes about {format_bytes(needed)} of memory, there are {format_bytes(memory)}"
+            return f"it takes about {format_bytes(needed)} of memory, there are {format_bytes(memory)} for models"
         return "it cannot be cut so that every part fits into the memory of its machine"
 
     def layered(self, machines: Sequence[Machine]) -> Iterator[tuple[Layers, tuple[Placement, ...]]]:

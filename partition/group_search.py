@@ -72,6 +72,7 @@ def choose(
     ranks: int | None = None,
     kept: KeptCuts = KeptCuts(),  # noqa: B008 it is frozen
     measured: Mapping[Places, float] = MappingProxyType({}),
+    compared: bool = True,
 ) -> Choice | NoGroup:
     """The group for a model. `machines[0]` is the head. `block_bytes`: of all blocks, the head of the vocabulary in
     slices if weights may stream (`plan_streamed`'s extents). `splits`, `topologies`, `wires`: what may be used; the
@@ -79,7 +80,7 @@ def choose(
     which then compute everything together.
     `kept`: what is taken again if it is nearly as good.
     `measured`: seconds that a token took with some machines; what is predicted for them, and for groups which they are
-    part of, is corrected by that.
+    part of, is corrected by that. `compared`: whether to find out what would have been chosen without `ranks`.
 
     A worker whose figures cannot be true is not used. Raises MachineError if it is the head.
     """
@@ -97,7 +98,7 @@ def choose(
         wrong,
         measured,
     )
-    free = search.freely()
+    free = search.freely() if ranks is None or compared else None
     found = free if ranks is None else search.of_size(ranks)
     if found is None:
         return search.nothing(ranks)

@@ -7,9 +7,62 @@ cannot be true is left out; it does not keep others from being used.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .errors import MachineError
+from .hardware_guesses import LAYER_S, MIXTURE_S, STEP_S
+
+
+class FixedCosts(NamedTuple):
+    """Seconds that a step takes whatever it computes: by itself, for each layer, and for one with experts besides."""
+
+    step_s: float = STEP_S
+    layer_s: float = LAYER_S
+    mixture_s: float = MIXTURE_S
+
+
+class BlockTimes(NamedTuple):
+    """Seconds that a machine computes for its part of a step: in all layers, and for the head of the vocabulary, if it
+    has that."""
+
+    attn_s: float
+    ffn_s: float
+    head_s: float = 0.0
+
+
+class RankShares(Protocol):
+    """A rank's shares of what is cut: see `rank_sizes.Portion`."""
+
+    @property
+    def heads(self) -> float: ...
+    @property
+    def kv_heads(self) -> float: ...
+    @property
+    def ffn(self) -> float: ...
+    @property
+    def shared_ffn(self) -> float: ...
+    @property
+    def experts(self) -> float: ...
+    @property
+    def whole_experts(self) -> bool: ...
+    @property
+    def first(self) -> bool: ...
+
+
+class PartLaws(Protocol):
+    """How fast a machine is with parts of one model, where more is known of it than two speeds."""
+
+    @property
+    def fixed(self) -> FixedCosts: ...
+
+    def times(self, portion: RankShares, rows: int, context: float, crowd: float) -> BlockTimes:
+        """Of `rows` tokens that attend to `context` others each. `crowd`: times its share of the experts that are
+        chosen, which the busiest rank has of whole ones."""
+        ...
+
+    def head_s(self) -> float:
+        """Of the head of the vocabulary, for one token."""
+        ...
 
 
 class Machine(NamedTuple):
@@ -22,6 +75,7 @@ class Machine(NamedTuple):
     disk_bytes_per_s: float = 0.0  # at which weights are streamed; 0 = it has no place for them
     threads: int = 1
     port_bytes_per_s: float = 0.0  # of all its links together, as many send to it; 0 = as its fastest link
+    laws: PartLaws | None = None  # None = as its two speeds say
 
 
 class LinkSpeed(NamedTuple):
@@ -75,6 +129,12 @@ def link_between(links: Links, one: int, other: int) -> LinkSpeed | None:
     """None if they were not measured, or wrongly, or cannot reach each other."""
     link = links.get((one, other)) or links.get((other, one))
     return None if link is None or _fault(link._asdict()) else link
+
+
+def nearest(field: str, value: float) -> float:
+    """The figure that can be true which is nearest to a value."""
+    low, high = _LIMITS[field]
+    return min(high, max(low, value))
 
 
 def _fault(figures: Mapping[str, object]) -> str:

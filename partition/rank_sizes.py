@@ -11,15 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from math import comb
 from typing import NamedTuple
 
 from .hardware_guesses import KV_SHARE, SCRATCH_SHARE, WINDOW_SHARE
-from .machines import Machine
+from .machines import BlockTimes, FixedCosts, Machine, RankShares
 from .memory_layout import PAGE_TOKENS, kv_page_bytes
 from .pinning import between
 from .plan import Wanted, arena_slack, least_kv_pages, scratch_bytes
 from .slicing import Shard, shard_spec
-from .spec import BlockId, ModelSpec
+from .spec import BlockId, ModelSpec, MoeSpec
 from .streamed_plan import PART_TOKENS, READING_BYTES
 
 _VECTORS = 4  # norms and biases of a layer, each as long as a hidden state
@@ -120,10 +121,10 @@ class Sizes(NamedTuple):
         """Bytes of what is cut."""
         return self.queries + self.keys + self.ffn + self.shared_ffn + self.experts
 
-    def attn_of(self, portion: Portion) -> float:
+    def attn_of(self, portion: RankShares) -> float:
         return self.queries * portion.heads + self.keys * portion.kv_heads
 
-    def ffn_of(self, portion: Portion) -> float:
+    def ffn_of(self, portion: RankShares) -> float:
         """Dense FFNs, shared experts and routers."""
         return self.ffn * portion.ffn + self.shared_ffn * portion.shared_ffn + self.routers
 
@@ -166,6 +167,42 @@ class Operations(NamedTuple):
             scores=4 * spec.heads * spec.head_dim,
             kv_bytes=kv_page_bytes(spec, kv_type) / PAGE_TOKENS / len(spec.layers),
         )
+
+
+class TwoSpeeds(NamedTuple):
+    """The laws of a machine of which no more is known than how fast it reads weights and computes: whatever takes
+    longer, block by block."""
+
+    machine: Machine
+    sizes: Sizes
+    work: Operations
+    windows: Mapping[int | None, int]  # how many layers have each
+    moe: MoeSpec | None
+
+    @property
+    def fixed(self) -> FixedCosts:
+        return FixedCosts()
+
+    def times(self, portion: RankShares, rows: int, context: float, crowd: float) -> BlockTimes:
+        """See `PartLaws`."""
+        sizes, work, moe = self.sizes, self.work, self.moe
+        attended = sum(count * min(context, window or context) for window, count in self.windows.items())
+        nbytes = sizes.attn_of(portion) + work.kv_bytes * attended * portion.kv_heads
+        count = (work.queries + work.scores * attended) * portion.heads + work.keys * portion.kv_heads
+        attn_s = self._longer_s(nbytes, rows * count)
+        experts = crowd * portion.experts
+        touched = 1 - (1 - moe.active / moe.experts) ** rows if moe else 1.0
+        nbytes = sizes.ffn_of(portion) + sizes.experts * experts * touched
+        count = work.ffn * portion.ffn + work.shared_ffn * portion.shared_ffn + work.routers
+        ffn_s = self._longer_s(nbytes, rows * (count + work.experts * experts))
+        return BlockTimes(attn_s, ffn_s, self.head_s() if portion.first else 0.0)
+
+    def head_s(self) -> float:
+        """See `PartLaws`."""
+        return self._longer_s(self.sizes.head, self.work.head)
+
+    def _longer_s(self, nbytes: float, operations: float) -> float:
+        return max(nbytes / self.machine.memory_bytes_per_s, operations / self.machine.flops)
 
 
 class Held(NamedTuple):
@@ -298,3 +335,24 @@ class Memory:
         """Memory that one more row in a step takes."""
         longer = wanted._replace(chunk_tokens=2 * wanted.chunk_tokens)
         return max(1.0, (scratch_bytes(longer, part) - scratch_bytes(wanted, part)) / wanted.chunk_tokens)
+
+
+@cache
+def crowding(experts: int, active: int, ranks: int) -> float:
+    """How many times its share of the active experts the busiest rank has on average, if whole experts are dealt to
+    ranks evenly and every choice is equally likely."""
+    own = [experts // ranks + (rank < experts % ranks) for rank in range(ranks)]
+    choices = comb(experts, active)
+    busiest, before = 0.0, 0
+    for most in range(active + 1):
+        ways = [1] + [
+            0
+        ] * active  # to have chosen so many experts of the ranks so far, none of which has more
+        for size in own:
+            ways = [
+                sum(ways[total - few] * comb(size, few) for few in range(min(most, size, total) + 1))
+                for total in range(active + 1)
+            ]
+        busiest += most * (ways[active] - before) / choices
+        before = ways[active]
+    return busiest * ranks / active

@@ -21,6 +21,7 @@ from .spec import BlockId
 
 PART_TOKENS = (32, 64, 256)  # rows in a block together: at least; before steps get longer instead; at most
 READING_BYTES = 12 << 20  # that reading itself holds: rows of the embedding, ends of huge pages
+EXPERTS_TOGETHER = 4  # of those on disk that are computed in one go: meanwhile the next ones are read
 _SEARCH_BYTES = 1 << 20  # the least memory is found in steps of this many bytes
 
 
@@ -42,6 +43,11 @@ def plan_streamed(
     pinnings = pinnings or Pinnings(wanted.spec, extents)
     plan = partial(_plan, wanted, pinnings, extents, vectors_bytes, window_times / WINDOW_SHARE)
     return plan(memory_bytes) or _least(plan, memory_bytes)
+
+
+def experts_together(slots: int) -> int:
+    """How many experts are computed in one go, if there are slots for so many and the others are on disk."""
+    return max(1, min(EXPERTS_TOGETHER, slots // 2))
 
 
 def kv_has_room(wanted: Wanted, memory_bytes: int) -> bool:

@@ -15,12 +15,14 @@ import click
 from shoal.cli.exit_codes import Exit
 from shoal.cli.interrupt import deferred_interrupt
 from shoal.cli.options import Decorator, PlanOptions, Real, Whole, examples, json_option, plan_options
-from shoal.cli.terminal.output import console, note, print_json, spinner, steps_bar, table
+from shoal.cli.terminal.output import console, note, print_json, spinner, table
 from shoal.cli.terminal.paint import printable
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
 from shoal.partition.amounts import format_bytes, format_duration
+
+from .own_machines import own_machines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,7 +79,7 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
     "given",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Predict for the machines of this file, measured elsewhere or written by hand, instead of this one.",
+    help="Predict for the machines of this file, measured elsewhere or written by hand, instead of those here.",
 )
 @click.option(
     "--target",
@@ -115,7 +117,8 @@ def plan(
     """Predict what MODEL would do: every plan that there is, how fast it would be, what it would take and what binds.
 
     MODEL is a path or a name in the store; the header of a checkpoint is enough, and so is a config.json without any
-    weights. Nothing is loaded. Without --profile this machine is measured, once. Ends with 3 if no plan fits.
+    weights. Nothing is loaded. Without --profile this machine is measured, once; machines that are attached to its
+    daemon count, too (--ranks 1 leaves them out). Ends with 3 if no plan fits.
     """
     if plot is not None and plot.suffix.lower() != ".svg":
         raise click.BadParameter(
@@ -133,7 +136,6 @@ def plan(
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.throughput.foresight import Asked, foresee
         from shoal.daemon.throughput.profile_files import read_profile
-        from shoal.daemon.throughput.profiling import machine_profile
     if given is not None:
         profile = read_profile(given)
         for device in profile.devices:
@@ -142,10 +144,7 @@ def plan(
                     f"{accelerator.name} of {device.name} is left out: this version computes on processors only"
                 )
     else:
-        with steps_bar() as progress:
-            measured = machine_profile(config.thread_count, home.models, home.profile, progress=progress)
-        assert measured is not None
-        profile = measured
+        profile = own_machines(home, config.thread_count).profile
     asked = Asked(
         prompt_tokens,
         new_tokens,
@@ -171,8 +170,9 @@ def plan(
         print_json(found)
         return ends
     screen = console()
-    screen.print(_plans(found))
-    screen.print()
+    if found.plans:
+        screen.print(_plans(found))
+        screen.print()
     screen.print(printable(f"{found.chosen}: {found.reason}" if found.chosen else found.reason))
     if found.start is not None:
         packed = (

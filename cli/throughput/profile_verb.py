@@ -12,9 +12,11 @@ import click
 
 from shoal.cli.interrupt import deferred_interrupt
 from shoal.cli.options import Whole, examples, json_option
-from shoal.cli.terminal.output import console, facts, note, spinner, steps_bar, table
+from shoal.cli.terminal.output import console, facts, note, spinner, table
 from shoal.cli.terminal.paint import printable
 from shoal.comm.home import Home
+
+from .own_machines import own_machines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,7 +47,8 @@ def profile(threads: int | None, out: Path | None, anew: bool, given: Path | Non
     """Measure what this machine can do: memory, kernels by stored type and rows, attention, the disk, fixed costs.
 
     Takes half a minute in which nothing else should run, and is kept until hardware, threads, disk or Shoal change.
-    shoal plan predicts from it, here or on another machine that is given the file.
+    shoal plan predicts from it, here or on another machine that is given the file. If machines are attached to the
+    daemon here, they and the links to them are measured, too, and are in the file.
     """
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.config import NodeConfig
@@ -56,16 +59,13 @@ def profile(threads: int | None, out: Path | None, anew: bool, given: Path | Non
             link_facts,
             rows_table,
         )
-        from shoal.daemon.throughput.profiling import machine_profile, others_compute
+        from shoal.daemon.throughput.profiling import others_compute
     if given is not None:
         found = read_profile(given)
     else:
         home, count = Home.from_env(), NodeConfig(threads=threads).thread_count
         disturbed = others_compute(count)
-        with steps_bar() as progress:
-            measured = machine_profile(count, home.models, home.profile, anew=anew, progress=progress)
-        assert measured is not None
-        found = measured
+        found = own_machines(home, count, anew=anew, measure_links=True).profile
         if disturbed:
             note(
                 "other programs compute: what is measured now is too slow, and is measured again when they do not"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -24,6 +25,7 @@ from shoal.comm.cluster_messages import (
     Nodes,
     NodesReply,
     NodeStatus,
+    PairStatus,
     Rejoin,
 )
 from shoal.comm.errors import CommError
@@ -311,12 +313,19 @@ class Membership:
         )
         members = {member.fingerprint: member for member in self._roster.members}
         others = [self._status(peer, members.get(peer.fingerprint)) for peer in self._peers.listed()]
+        pairs = list(self._pairs())
         if (listening := self._listening) is None:
-            return NodesReply(role=self.role, nodes=[own, *others])
+            return NodesReply(role=self.role, nodes=[own, *others], pairs=pairs)
         now = [spelled(address) for address in listening.addresses]
         open_now = reachable(listening.addresses)
         closed = [text for text in listening.all_reachable if text not in open_now]
-        return NodesReply(role=self.role, nodes=[own, *others], listening=now, closed=closed)
+        return NodesReply(role=self.role, nodes=[own, *others], listening=now, closed=closed, pairs=pairs)
+
+    def _pairs(self) -> Iterator[PairStatus]:
+        for one, other in combinations(self._roster.members, 2):
+            if (link := self._roster.pairs.between(one, other)) is not None:
+                between = [one.fingerprint, other.fingerprint]
+                yield PairStatus(between=between, rtt_s=2 * link.latency_s, bytes_per_s=link.bytes_per_s)
 
     def _status(self, peer: PairedNode, member: Member | None) -> NodeStatus:
         if member is None:
@@ -355,4 +364,7 @@ class Membership:
             shares=[it.share for it in part],
             wait_s=waits.median_s if waits is not None else 0.0,
             longest_wait_s=waits.longest_s if waits is not None else 0.0,
+            memory_bytes_per_s=member.speed.memory_bytes_per_s,
+            flops=member.speed.flops,
+            disk_bytes_per_s=member.speed.disk_bytes_per_s,
         )

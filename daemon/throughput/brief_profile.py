@@ -42,8 +42,13 @@ NEEDED_TIMES = 4  # as much memory as measuring takes has to be free
 BRIEF_READ_S = 0.3
 
 
-class _Interrupted(Exception):
+class Interrupted(Exception):
     """Something is to be done."""
+
+
+def enough_is_free() -> bool:
+    """Whether there is memory to measure with."""
+    return available_bytes() >= NEEDED_TIMES * POOL_BYTES
 
 
 def measure_briefly(
@@ -51,12 +56,12 @@ def measure_briefly(
 ) -> Device | None:
     """This machine, with tables for some stored types besides those of `before`. None where memory is short, where
     others compute, and when something is to be done, which is asked for between any two calls of kernels' cells."""
-    if available_bytes() < NEEDED_TIMES * POOL_BYTES or others_compute(threads):
+    if not enough_is_free() or others_compute(threads):
         return None
     began_s = time.monotonic()
     try:
         found = _measured(threads, place, kinds, before, idle)
-    except _Interrupted:
+    except Interrupted:
         return None
     log.info(
         "measured this machine in %.1f s with %s; shoal profile measures all of it",
@@ -71,7 +76,7 @@ def _measured(
 ) -> Device:
     def going(_: str) -> None:
         if not idle():
-            raise _Interrupted
+            raise Interrupted
 
     kernels.set_threads(threads)  # the last step may have had fewer
     home = kernels.home_of("cpu")

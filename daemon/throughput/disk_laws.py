@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from shoal.offload.read_speed import read_speed
@@ -44,7 +45,9 @@ def contention(path: Path, compute: Callable[[], object]) -> Contention:
     found: list[float] = []
 
     def reading() -> None:
-        found.append(read_speed(path, TOGETHER_S))
+        until_s = time.monotonic() + TOGETHER_S
+        while (left_s := until_s - time.monotonic()) > 0:
+            found.append(read_speed(path, left_s))
 
     thread = threading.Thread(target=reading, name="shoal-measure")
     thread.start()
@@ -52,7 +55,7 @@ def contention(path: Path, compute: Callable[[], object]) -> Contention:
     thread.join()
     if not found or not disk_alone:
         return Contention()
-    return Contention(_share(alone_s / together_s), _share(found[0] / disk_alone))
+    return Contention(_share(alone_s / together_s), _share(median(found) / disk_alone))
 
 
 def _pace_s(compute: Callable[[], object], seconds: float) -> float:

@@ -29,16 +29,21 @@ class _File(Struct, frozen=True):
     profile: msgspec.Raw
     disturbed: bool = False
     brief: bool = False
+    looked_s: float = 0.0
+    changed: str = ""
 
 
 @dataclass(frozen=True)
 class Kept:
     """A profile as it is kept. `disturbed`: others computed meanwhile, so it is measured again when they do not.
-    `brief`: in two seconds, between requests; whoever needs all of it measures."""
+    `brief`: in two seconds, between requests; whoever needs all of it measures. `looked_s`: when it was measured or
+    looked at again, Unix time; `changed`: what was no longer true then."""
 
     profile: Profile
     disturbed: bool = False
     brief: bool = False
+    looked_s: float = 0.0
+    changed: str = ""
 
     @property
     def settled(self) -> bool:
@@ -57,7 +62,8 @@ def read_kept(path: Path, key: str) -> Kept | None:
         found = msgspec.json.decode(path.read_bytes(), type=_File)
         if found.key != key:
             return None
-        return Kept(parse_profile(bytes(found.profile), str(path)), found.disturbed, found.brief)
+        profile = parse_profile(bytes(found.profile), str(path))
+        return Kept(profile, found.disturbed, found.brief, found.looked_s, found.changed)
     except (OSError, msgspec.MsgspecError, DaemonError):
         return None
 
@@ -77,7 +83,8 @@ def write_kept(path: Path, key: str, kept: Kept) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(path.name + ".new")
-        fresh.write_bytes(msgspec.json.encode(_File(key, text, kept.disturbed, kept.brief)))
+        found = _File(key, text, kept.disturbed, kept.brief, kept.looked_s, kept.changed)
+        fresh.write_bytes(msgspec.json.encode(found))
         fresh.replace(path)
     except OSError as error:
         log.warning("%s cannot be written: %s", path, error)

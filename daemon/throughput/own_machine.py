@@ -2,7 +2,7 @@
 how long steps took.
 
 Never holds anybody up: whoever loads a model gets what is known. While nothing is to be done for a while, it measures
-for two seconds, and stops when something comes.
+for two seconds, or looks whether what was measured long ago still holds, and stops when something comes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 RESTED_S = 20.0  # without work, before it is measured
 ATTEMPTS_S = 60.0  # between two attempts, and between two times of writing corrections down
+AGED_S = 24 * 3600.0  # after so long it is looked at again
 MOST_SURPRISE = 2.718  # times as long as predicted, or as short: a step held up is not believed
 
 
@@ -95,10 +96,31 @@ class OwnMachine:
             return
         self._tried_s = now_s
         if lacking := self._lacking(kinds()):
-            self._measuring = threading.Thread(
-                target=self._measure, args=(idle, lacking), name="shoal-measure", daemon=True
-            )
-            self._measuring.start()
+            self._begin(self._measure, idle, lacking)
+        elif self._aged():
+            self._begin(self._look_again, idle, list(kinds()))
+
+    def _begin(
+        self,
+        work: Callable[[Callable[[], bool], list[str]], None],
+        idle: Callable[[], bool],
+        kinds: list[str],
+    ) -> None:
+        def run() -> None:
+            try:
+                work(idle, kinds)
+            except Exception as error:  # predictions are less good then, and nothing else
+                log.warning("this machine could not be measured: %s: %s", type(error).__name__, error)
+            finally:
+                self._measuring = None
+
+        self._measuring = threading.Thread(target=run, name="shoal-measure", daemon=True)
+        self._measuring.start()
+
+    def _aged(self) -> bool:
+        """Whether all of it was measured, but long ago."""
+        known = self._known
+        return known is not None and known.settled and abs(time.time() - known.looked_s) > AGED_S
 
     def save(self) -> None:
         """Write corrections into the file, unless somebody has written another one meanwhile."""
@@ -126,18 +148,37 @@ class OwnMachine:
         from .brief_profile import measure_briefly
         from .kept_profile import Kept
 
-        try:
-            before = self._known.profile.head if self._known is not None else None
-            found = measure_briefly(self._threads, self._place, kinds, before, idle)
-            if found is not None:
-                with self._lock:
-                    self._take(Kept(Profile((found,)), brief=True))
-                    self._unsaved = True
-                self.save()
-        except Exception as error:  # predictions are less good then, and nothing else
-            log.warning("this machine could not be measured: %s: %s", type(error).__name__, error)
-        finally:
-            self._measuring = None
+        before = self._known.profile.head if self._known is not None else None
+        found = measure_briefly(self._threads, self._place, kinds, before, idle)
+        if found is not None:
+            with self._lock:
+                self._take(Kept(Profile((found,)), brief=True))
+                self._unsaved = True
+            self.save()
+
+    def _look_again(self, idle: Callable[[], bool], kinds: list[str]) -> None:
+        """What has changed is taken as it is now; then all is measured anew when somebody wants to know it."""
+        from .drift import look_again
+
+        device = self.device
+        stamp = self._stamp
+        found = look_again(device, self._place, kinds, idle)
+        if found is None:
+            return
+        said = found.describe()
+        with self._lock:
+            known = self._known
+            if known is None or self._stamp != stamp:  # somebody has measured it meanwhile
+                return
+            profile = _with_head(known.profile, found.applied(known.profile.head))
+            disturbed = known.disturbed or bool(found.products)
+            self._take(
+                replace(known, profile=profile, disturbed=disturbed, looked_s=time.time(), changed=said)
+            )
+            self._unsaved = True
+        if said:
+            log.warning("this machine has changed since it was measured: %s; shoal profile measures it", said)
+        self.save()
 
     def _take(self, known: Kept | None) -> None:
         self._known = known

@@ -16,7 +16,7 @@ def device_facts(device: Device) -> Iterator[tuple[str, str]]:
     over, both = device.overheads, device.contention
     yield (
         "device",
-        f"{device.name}, {'measured' if device.measured else 'as written'}, {device.threads} threads",
+        f"{device.name}, {'measured' if device.measured else 'by a few figures'}, {device.threads} threads",
     )
     yield (
         "memory",
@@ -33,6 +33,8 @@ def device_facts(device: Device) -> Iterator[tuple[str, str]]:
         yield "both at once", keeps
     else:
         yield "disk", "none"
+    if device.port_bytes_per_s:
+        yield "all links", f"{format_bytes(device.port_bytes_per_s)}/s together"
     costs = f"{_delay(over.step_s)} a step, {_delay(over.layer_s)} a layer, {_delay(over.mixture_s)} more with experts"
     yield "fixed costs", costs
     if learnt := corrected(device.corrections.learnt):

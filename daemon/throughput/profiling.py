@@ -71,7 +71,7 @@ def machine_profile(
     else:
         found = measure(threads, place, progress)
         if kept is not None:
-            write_kept(kept, key, Kept(found, disturbed))
+            write_kept(kept, key, Kept(found, disturbed, looked_s=time.time()))
     memory = memory_bytes if memory_bytes is not None else budget_of(None).limit_bytes
     head = replace(found.head, memory_bytes=float(memory))
     return replace(found, devices=(head, *found.devices[1:]))

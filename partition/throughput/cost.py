@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
+from ..streamed_plan import experts_together
 from .laws import DISTINCT_SHARE, NOTHING, Share, attention, distinct_experts, products, read_bytes_per_s
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
-from .schedule import Lap, Use, lap
+from .schedule import Experts, Lap, Use, expert_waits, lap
 from .weights_of import LayerKind, Product, Weighed
 
 PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
@@ -24,7 +25,7 @@ _READ_BYTES = 4 << 20  # of the window's reads
 _THROUGH_WINDOW = 1.1
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
 _ROUNDS = 2  # how contention is found, which depends on what it changes
-HIDDEN_BY_ATTENTION = 0.5  # of an expert's read ahead, guessed by the router before: the share that came true
+GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
 
 
 class Rows(NamedTuple):
@@ -158,7 +159,8 @@ def _step(
     tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
     overheads = device.overheads
     uses: list[Use] = []
-    computing, calls_s, experts_disk_s = NOTHING, 0.0, 0.0
+    mixtures: dict[int, Experts] = {}  # by the place of the use that waits for them
+    computing, calls_s = NOTHING, 0.0
     last = len(model.spec.layers) - 1
     for layer in range(last + 1):
         kind = model.kind_of(layer)
@@ -167,12 +169,11 @@ def _step(
         fed = rows if layer < last else wanted  # of the last layer, only what logits are wanted of is needed
         feeding = pieces.feeding(kind, fed)
         mixed = pieces.experts(kind, fed)
-        read_s = pieces.expert_read_s(kind, fed)
-        hidden_s = mixed.seconds + HIDDEN_BY_ATTENTION * attending.seconds
+        if (experts := pieces.on_disk(kind, fed, mixed, attending)) is not None:
+            mixtures[len(uses)] = experts
         own_s = overheads.layer_s / 2 + (overheads.mixture_s if kind.expert else 0.0)
         block = model.spec.ffn_blocks(layer)[0]
-        uses.append(Use(feeding.seconds + mixed.seconds + max(0.0, read_s - hidden_s) + own_s, tier[block]))
-        experts_disk_s += read_s
+        uses.append(Use(feeding.seconds + mixed.seconds + own_s, tier[block]))
         computing += attending + feeding + mixed
         calls_s += overheads.layer_s / 2 + own_s
     for item in plan.blocks:
@@ -181,12 +182,12 @@ def _step(
             computing += heads
             uses.append(Use(heads.seconds, tier[item.block]))
     between_s = overheads.step_s + overheads.logit_s * wanted * model.spec.vocab
-    found = _contended(device, plan, uses, between_s)
-    seconds = max(found.step_s, experts_disk_s + found.disk_s)
+    found = _contended(device, plan, uses, mixtures, between_s)
+    seconds = max(found.step_s, found.disk_s)
     parts: dict[Binding, float] = {
         "memory": computing.memory_s,
         "compute": computing.seconds - computing.memory_s,
-        "disk": found.disk_s + experts_disk_s,
+        "disk": found.disk_s,
         "overhead": calls_s + between_s,
     }
     stall_s = max(0.0, seconds - computing.seconds - calls_s - between_s)
@@ -194,19 +195,28 @@ def _step(
     return _Step(times * seconds, times * stall_s, parts)
 
 
-def _contended(device: Device, plan: Plan, uses: Sequence[Use], between_s: float) -> Lap:
-    """The step as the window makes it, while disk and processor take speed from each other as long as both work."""
-    speed = read_bytes_per_s(device, _READ_BYTES) / _THROUGH_WINDOW
+def _contended(
+    device: Device, plan: Plan, uses: Sequence[Use], mixtures: Mapping[int, Experts], between_s: float
+) -> Lap:
+    """The step as the window and the cache of experts make it, while disk and processor take speed from each other as
+    long as both work."""
     compute_s = sum(use.compute_s for use in uses)
-    slower, found = (1.0, 1.0), Lap(compute_s + between_s, 0.0, 0.0)
-    if not any(use.nbytes for use in uses):
+    found = Lap(compute_s + between_s, 0.0, 0.0)
+    if not (mixtures or any(use.nbytes for use in uses)):
         return found
-    if speed <= 0:  # no plan streams from no disk; whoever asks anyhow gets what a very slow one would do
-        speed = 1.0
+    slower = 1.0, 1.0
     for _ in range(_ROUNDS):
         computed, read = slower
-        contended = [use._replace(compute_s=use.compute_s * computed) for use in uses]
-        found = lap(contended, plan.window_bytes, speed / read, between_s)
+        contended, experts_disk_s = [], 0.0
+        for place, use in enumerate(uses):
+            waited_s = 0.0
+            if (its := mixtures.get(place)) is not None:
+                speed = _through_window(device, its.nbytes) / read
+                waited_s, disk_s = expert_waits(its.slower(computed), speed)
+                experts_disk_s += disk_s
+            contended.append(use._replace(compute_s=use.compute_s * computed + waited_s))
+        passing = lap(contended, plan.window_bytes, _through_window(device, _READ_BYTES) / read, between_s)
+        found = passing._replace(disk_s=passing.disk_s + experts_disk_s)
         reading, working = (
             min(1.0, found.disk_s / found.step_s),
             min(1.0, compute_s * computed / found.step_s),
@@ -214,6 +224,13 @@ def _contended(device: Device, plan: Plan, uses: Sequence[Use], between_s: float
         keeps = device.contention
         slower = 1 / (1 - (1 - keeps.compute_keeps) * reading), 1 / (1 - (1 - keeps.disk_keeps) * working)
     return found
+
+
+def _through_window(device: Device, nbytes: float) -> float:
+    """Bytes per second of a disk whose reads are handed over. No plan streams from no disk; whoever asks anyhow gets
+    what a very slow one would do."""
+    speed = read_bytes_per_s(device, min(nbytes, _READ_BYTES))
+    return speed / _THROUGH_WINDOW if speed > 0 else 1.0
 
 
 class _Pieces:
@@ -230,6 +247,7 @@ class _Pieces:
         held = [it for it in plan.blocks if it.block.kind == "expert" and it.tier == "disk"] if moe else []
         self._missing = max(0.0, 1 - plan.expert_slots / len(held)) if held else 0.0
         self._expert_bytes = max((it.nbytes for it in held), default=0)
+        self._guesses = all(it.tier == "ram" for it in plan.blocks if it.block.kind == "router")
 
     def attention(self, kind: LayerKind) -> Share:
         key = kind.attention, kind.window
@@ -261,12 +279,22 @@ class _Pieces:
             self._known[key] = each.times(used)
         return self._known[key]
 
-    def expert_read_s(self, kind: LayerKind, rows: int) -> float:
-        """Of the experts that are not in memory, if every one is as likely to be chosen."""
+    def on_disk(self, kind: LayerKind, rows: int, mixed: Share, attending: Share) -> Experts | None:
+        """The experts that a layer uses, if every one is as likely to be chosen; None if all are in memory."""
         if not kind.expert or not rows or not self._missing:
-            return 0.0
-        speed = max(1.0, read_bytes_per_s(self._device, self._expert_bytes))
-        return self._used(rows) * self._missing * self._expert_bytes / speed
+            return None
+        moe, used = self._model.spec.moe, self._used(rows)
+        assert moe is not None
+        right = GUESSED_RIGHT + (1 - GUESSED_RIGHT) * used / moe.experts  # any may be chosen
+        return Experts(
+            used,
+            used * self._missing,
+            self._expert_bytes,
+            experts_together(self._plan.expert_slots),
+            mixed.seconds,
+            attending.seconds,
+            right if self._guesses else 0.0,
+        )
 
     def _used(self, rows: int) -> float:
         moe = self._model.spec.moe

@@ -122,14 +122,14 @@ def nothing_fits(found: Solved) -> str:
     """Why nothing runs, and the smallest machine that would do."""
     least = [it for it in found.candidates if it.least_bytes]
     if not least:
-        return "no group of these machines can run it"
+        return found.no_group or "no group of these machines can run it"
     smallest = min(least, key=lambda it: it.least_bytes)
     as_stored = min((it for it in least if it.asked), key=lambda it: it.least_bytes, default=smallest)
     ways = [f"{format_bytes(smallest.least_bytes)} of memory{_with(smallest)}"]
     if as_stored is not smallest:
-        ways.append(
-            f"{format_bytes(as_stored.least_bytes)}{_with(as_stored)} with the weights as they are stored"
-        )
+        fewer = as_stored.model.quant != smallest.model.quant
+        kept = "the weights as they are stored" if fewer else f"K and V in {as_stored.kv_type}"
+        ways.append(f"{format_bytes(as_stored.least_bytes)}{_with(as_stored)} with {kept}")
     lacks = f"no plan fits: {smallest.missing} is missing"
     return f"{lacks}; the smallest machine that could run it has {', or '.join(ways)}"
 
@@ -163,7 +163,8 @@ def _fewer_bits(found: Solved, target: float) -> Change | None:
         return None
     first = reaching[0]  # the most bits come first
     parts = [BITS[first.model.quant]] if first.model.quant in BITS else []
-    parts += [f"K and V in {first.kv_type}"] if first.kv_type != found.candidates[0].kv_type else []
+    kept = found.candidates[0].kv_type
+    parts += [f"K and V in {first.kv_type}"] if first.kv_type != kept else []
     return Change(
         " and ".join(["weights in " + parts[0], *parts[1:]] if first.model.quant in BITS else parts),
         first.prediction.tokens_per_s,
@@ -179,9 +180,9 @@ def _bought(
     target: float,
 ) -> list[Change | None]:
     job, only = found.job, models[:1]
-    fixed = choices._replace(kv_type=choices.kv_type or found.candidates[0].kv_type)
+    fixed = choices._replace(kv_type=choices.kv_type or "f16")
 
-    def speed(changed: Profile, ranks: int | None = 1) -> float:
+    def speed(changed: Profile, ranks: int = choices.ranks or 1) -> float:
         best = solve(only, wanted, changed, job, fixed._replace(ranks=ranks)).chosen
         return best.prediction.tokens_per_s if best is not None else 0.0
 
@@ -198,7 +199,9 @@ def _bought(
 
     now = profile.head.memory_bytes
     bought: list[Change | None] = []
-    most = min(_MOST_MEMORY, 1.5 * max(it.least_bytes for it in found.candidates) + now)
+    most = min(
+        _MOST_MEMORY, 1.5 * max((it.least_bytes for it in found.candidates), default=_MOST_MEMORY) + now
+    )
     if speed(with_memory(most)) >= target:
         low, high = now, most
         for _ in range(_HALVINGS):

@@ -1,4 +1,5 @@
-"""How long a step takes whose blocks pass through a window: the window's own schedule, with seconds instead of threads.
+"""How long a step takes whose blocks come from disk: the schedules of the window and of the cache of experts, with
+seconds instead of threads.
 
 Blocks are used in order. A streamed one is read piece by piece, one read after the other (several in flight are as one
 at the disk's full speed), as soon as what lies in its place has left; reading goes on from the last block of a step to
@@ -14,6 +15,7 @@ from .ring import waits_for
 
 _LAPS = 3  # the first fill the ring
 _PIECE_BYTES = 4 << 20
+_GUESSING = 8  # rounds: what is guessed depends on the time that it leaves
 _PIECES = 1000  # of a lap, about, at most: larger pieces tell as much
 
 
@@ -60,3 +62,46 @@ def lap(uses: Sequence[Use], window_bytes: int, bytes_per_s: float, between_s: f
         ends.append(now)
     step_s = (ends[-1] - ends[0]) / (_LAPS - 1)
     return Lap(step_s, max(0.0, step_s - compute_s), whole / bytes_per_s)
+
+
+class Experts(NamedTuple):
+    """The experts that one layer of a step uses, while not all of them are in memory. `together`: so many are computed
+    in one go, as soon as all of these are there. `compute_s`: of all of them; `before_s`: of the attention before the
+    router speaks. A guess comes true with a chance of `right`; 0: nothing is
+    guessed."""
+
+    used: float
+    missing: float  # of those used
+    nbytes: int  # of each
+    together: int
+    compute_s: float
+    before_s: float
+    right: float
+
+    def slower(self, times: float) -> Experts:
+        """If computing takes so many times as long."""
+        return self._replace(compute_s=times * self.compute_s, before_s=times * self.before_s)
+
+
+class Waits(NamedTuple):
+    """Of one layer: the processor waits for so long, the disk reads for so long."""
+
+    stall_s: float
+    disk_s: float
+
+
+def expert_waits(its: Experts, bytes_per_s: float) -> Waits:
+    """Of a layer between others like it.
+
+    What is missing is read in the order in which it is computed, so the first that go together are waited for, and
+    computing the last ones hides nothing. From then on until the next router has spoken, guesses are read, as long as
+    there are any."""
+    one_s, runs = its.nbytes / bytes_per_s, max(1.0, its.used / its.together)
+    last_s = its.compute_s / runs
+    guessed = stall_s = 0.0
+    for _ in range(_GUESSING if its.right else 1):
+        left_s = (its.missing - its.right * guessed) * one_s
+        stall_s = max(left_s / runs, left_s - (its.compute_s - last_s))
+        disk_s = (its.missing + (1 - its.right) * guessed) * one_s
+        guessed = min(its.missing, (its.before_s + its.compute_s + stall_s - left_s) / one_s)
+    return Waits(stall_s, disk_s)

@@ -12,17 +12,19 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..amounts import format_bytes
-from ..group_choice import NoGroup
+from ..group_choice import Choice, NoGroup
 from ..hardware_guesses import DISK_BYTES_PER_S
 from ..memory_layout import PAGE_TOKENS
 from ..plan import Misfit, Plan, Wanted
 from ..sum_cost import Wire
 from .alone import USUAL, WINDOWS, best, ways
 from .cost import beside_bytes, cost
-from .group_plans import group, group_cost, prompts_cost
+from .group_plans import Groups
 from .prediction import Job, Prediction
 from .profile import Device, Profile
 from .weights_of import Weighed
+
+_EACH_SIZE = 8
 
 
 class Choices(NamedTuple):
@@ -56,11 +58,13 @@ class Candidate:
 
 
 class Solved(NamedTuple):
-    """All plans that were looked at, and the one to run; None if none fits."""
+    """All plans that were looked at, and the one to run; None if none fits. `no_group`: if several machines were
+    insisted on, why they cannot."""
 
     candidates: tuple[Candidate, ...]
     chosen: Candidate | None
     job: Job
+    no_group: str = ""
 
 
 Asks = Callable[[Weighed, str, int], Sequence[Wanted]]
@@ -87,8 +91,10 @@ def solve(
     choices: Choices = Choices(),  # noqa: B008
 ) -> Solved:
     """`models`: the model in each of the types that it may be kept in, most bits first."""
-    found = tuple(_candidates(models, wanted, profile, job, choices))
-    return Solved(found, _best(found, job), job)
+    refused: list[NoGroup] = []
+    found = tuple(_candidates(models, wanted, profile, job, choices, refused))
+    insisted = refused[:1] if choices.ranks is not None and not found else []
+    return Solved(found, _best(found, job), job, "".join(it.describe() for it in insisted))
 
 
 def _best(candidates: Sequence[Candidate], job: Job) -> Candidate | None:
@@ -108,8 +114,14 @@ def _most_faithful(fitting: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _candidates(
-    models: Sequence[Weighed], wanted: Asks, profile: Profile, job: Job, choices: Choices
+    models: Sequence[Weighed],
+    wanted: Asks,
+    profile: Profile,
+    job: Job,
+    choices: Choices,
+    refused: list[NoGroup],
 ) -> Iterator[Candidate]:
+    """`refused` gets the groups that there cannot be."""
     device = profile.head.on(choices.threads)
     kinds = [choices.kv_type] if choices.kv_type else ["f16", "i8"]
     for place, model in enumerate(models):
@@ -118,16 +130,12 @@ def _candidates(
             asking = wanted(model, kv_type, device.threads)
             labels = [model.quant if model.quant != "keep" else "", f"KV {kv_type}" if number else ""]
             suffix = "".join(f", {label}" for label in labels if label)
-            found: list[Candidate] = []
             if choices.ranks in (None, 1):
-                found += _alone(model, asking, device, job, WINDOWS if asked else USUAL)
+                for found in _alone(model, asking, device, job, WINDOWS if asked else USUAL):
+                    yield replace(found, name=found.name + suffix, asked=asked)
             if asked and len(profile.devices) > 1:
-                held = next((it for it in found if it.name == "memory" and it.fits), None)
-                found += _groups(model, asking[0], profile, job, choices)
-                if held is not None and choices.ranks is None:
-                    found += _for_prompts(model, asking[0], profile, job, choices.wires, held.prediction)
-            for each in found:
-                yield replace(each, name=each.name + suffix, asked=asked)
+                for found in _groups(model, asking[0], profile, job, choices, refused):
+                    yield replace(found, name=found.name + suffix, asked=asked)
 
 
 def _alone(
@@ -155,25 +163,30 @@ def _candidate(
 
 
 def _groups(
-    model: Weighed, asking: Wanted, profile: Profile, job: Job, choices: Choices
+    model: Weighed,
+    asking: Wanted,
+    profile: Profile,
+    job: Job,
+    choices: Choices,
+    refused: list[NoGroup],
 ) -> Iterator[Candidate]:
-    ranks, wires = choices.ranks, choices.wires
-    for count in range(2, len(profile.devices) + 1) if ranks is None else (ranks,):
+    ranks, groups = choices.ranks, Groups(model, asking, profile, job, choices.wires)
+    for count in _sizes(len(profile.devices)) if ranks is None else (ranks,):
         if count < 2:
             continue
-        choice = group(model, asking, profile, job, count, wires)
+        choice = groups.of(count)
         if isinstance(choice, NoGroup):
+            refused.append(choice)
             continue
-        prediction = group_cost(model, asking, profile, job, choice, wires)
+        prediction = groups.cost(choice)
         yield Candidate(f"group of {count}", model, asking.kv_type, prediction, "", 0, 10 + count)
+    if ranks is None and job.batch == 1:
+        choice = groups.of(None)
+        if isinstance(choice, Choice) and choice.split == "prompts":
+            count, prediction = len(choice.ranks), groups.cost(choice)
+            yield Candidate(f"prompts by {count}", model, asking.kv_type, prediction, "", 0, 10 + count)
 
 
-def _for_prompts(
-    model: Weighed, asking: Wanted, profile: Profile, job: Job, wires: tuple[Wire, ...], alone: Prediction
-) -> Iterator[Candidate]:
-    """A group that reads prompts, while the head writes answers alone, if a daemon would choose that."""
-    choice = group(model, asking, profile, job, None, wires)
-    if not isinstance(choice, NoGroup) and choice.split == "prompts":
-        count = len(choice.ranks)
-        prediction = prompts_cost(model, asking, profile, job, choice, alone)
-        yield Candidate(f"prompts by {count}", model, asking.kv_type, prediction, "", 0, 10 + count)
+def _sizes(machines: int) -> Sequence[int]:
+    """Of groups that are looked at: each up to `_EACH_SIZE`, then some, and all."""
+    return [it for it in range(2, machines + 1) if it <= _EACH_SIZE or it % 8 == 0 or it == machines]

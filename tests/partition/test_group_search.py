@@ -22,9 +22,9 @@ from fakes.group.group_cases import (
 
 from shoal.partition.errors import MachineError
 from shoal.partition.group_choice import Choice, KeptCut, KeptCuts, NoGroup
-from shoal.partition.group_cost import crowding
 from shoal.partition.group_search import choose
 from shoal.partition.machines import LinkSpeed, Machine, Workload
+from shoal.partition.rank_sizes import crowding
 from shoal.partition.slicing import Grains, divide
 from shoal.partition.spec import LayerSpec, ModelSpec, MoeSpec
 from shoal.partition.sum_cost import Means

@@ -13,7 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 from fakes import tiny
 
+from shoal.cli.throughput import own_machines
 from shoal.cli.verbs import cli
+from shoal.comm.cluster_messages import LinksReply, NodesReply, NodeStatus
+from shoal.comm.errors import NoDaemon
 from shoal.daemon.throughput import profiling
 from shoal.models.checkpoint.gguf_file import open_gguf
 from shoal.partition.throughput.profile import Device, Profile
@@ -292,3 +295,64 @@ def test_a_measured_profile_is_kept_shown_and_exported(
     _, shown = run("profile", "--profile", out)
     assert "here, measured" in shown.stdout
     assert planned(config, "--profile", out, "--memory", "4GB")["plans"]
+
+
+class _Head:
+    """A daemon with a worker, as its client sees it."""
+
+    def __init__(self, *_: object) -> None:
+        self.measured = False
+
+    def __enter__(self) -> _Head:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def nodes(self) -> NodesReply:
+        head = NodeStatus(name="desk", fingerprint="aa" * 32, role="head", attached=True)
+        worker = NodeStatus(
+            name="pi",
+            fingerprint="bb" * 32,
+            role="worker",
+            attached=True,
+            memory_bytes=4 * 10**9,
+            rtt_s=1e-4 if self.measured else 4e-4,
+            bytes_per_s=1e9,
+            memory_bytes_per_s=1e10,
+            flops=1e11,
+        )
+        return NodesReply(role="head", nodes=[head, worker])
+
+    def measure_links(self) -> LinksReply:
+        self.measured = True
+        return LinksReply(links=[], incast_bytes_per_s=2e9)
+
+
+class _Gone(_Head):
+    def nodes(self) -> NodesReply:
+        raise NoDaemon("no daemon is running")
+
+
+def test_machines_that_are_attached_are_measured_and_planned_with(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Profile((Device("desk", 64e9, 20e9, 2e11, 2e9, 4, measured=True),))
+    monkeypatch.setattr(profiling, "machine_profile", lambda *_, **__: own)
+    monkeypatch.setattr(own_machines.background, "running_pid", lambda _: 1)
+    monkeypatch.setattr(own_machines, "Client", _Head)
+    config.write_text(json.dumps(LLAMA_70B | {"num_hidden_layers": 8}))
+    found = planned(config)
+    assert "group of 2" in [row["name"] for row in found["plans"]]
+    assert all(not row["name"].startswith("group") for row in planned(config, "--ranks", 1)["plans"])
+    out = tmp_path / "all.json"
+    code, result = run("profile", "--out", out)
+    assert code == 0, result.output
+    assert "desk – pi" in result.stdout
+    kept = json.loads(out.read_text())
+    assert [it["latency_s"] for it in kept["links"]] == [5e-5]  # as measured just now
+    assert kept["devices"][0]["port_bytes_per_s"] == 2e9
+    assert planned(config, "--profile", out)["plans"]
+    monkeypatch.setattr(own_machines, "Client", _Gone)
+    code, result = run("plan", config)
+    assert code == 0
+    assert "left out" in result.stderr

@@ -11,7 +11,8 @@ import pytest
 from fakes.asking import CONFIG
 from fakes.group.clusters import Cluster, wait_for
 
-from shoal.comm.cluster_messages import Forget, Rejoin
+from shoal.comm.cluster_messages import Forget, NodesReply, Rejoin
+from shoal.comm.cluster_messages import Nodes as AskNodes
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.group_protocol import Purpose
 from shoal.comm.home import Home
@@ -161,3 +162,21 @@ def test_before_the_first_beat_all_memory_is_free(tmp_path: Path) -> None:
     with Cluster(tmp_path, CONFIG, workers=1) as cluster:
         (node,) = [it for it in cluster.nodes() if it.role == "worker"]
         assert node.free_bytes == node.memory_bytes > 0
+
+
+def test_a_head_says_how_fast_workers_are_and_the_links_between_them(tmp_path: Path) -> None:
+    with Cluster(tmp_path, CONFIG, workers=2) as cluster:
+        cluster.wait(2)
+        found = cluster.head.answer(AskNodes())
+        assert isinstance(found, NodesReply)
+        head, *workers = found.nodes
+        speeds = {member.fingerprint: member.speed for member in cluster.roster.members}
+        for node in workers:
+            said = node.memory_bytes_per_s, node.flops, node.disk_bytes_per_s
+            own = speeds[node.fingerprint]
+            assert said == (own.memory_bytes_per_s, own.flops, own.disk_bytes_per_s)
+            assert node.memory_bytes_per_s > 0
+        assert head.flops == 0  # its own profile knows more
+        (pair,) = found.pairs
+        assert set(pair.between) == set(speeds)
+        assert pair.bytes_per_s > 0

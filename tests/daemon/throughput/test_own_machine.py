@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shoal.daemon.throughput import brief_profile, fixed_costs, kernel_laws, own_machine
+from shoal.daemon.throughput import brief_profile, drift, fixed_costs, kernel_laws, own_machine
 from shoal.daemon.throughput.kept_profile import Kept, profile_key, read_kept, write_kept
 from shoal.daemon.throughput.own_machine import OwnMachine
-from shoal.partition.throughput.profile import CORRECTED, Profile, check_profile, unmeasured
+from shoal.partition.throughput.profile import CORRECTED, Profile, RowsLaw, check_profile, unmeasured
 
 PARTS = {"memory": 3.0, "compute": 1.0, "disk": 0.0, "network": 0.0, "overhead": 0.0}
 
@@ -129,3 +130,73 @@ def test_what_was_measured_for_other_threads_is_not_overwritten_by_something_bri
     machine.correct(PARTS, 2.0)  # type: ignore[arg-type]
     machine.save()
     assert kept.read_bytes() == before
+
+
+@pytest.fixture
+def aged(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> Kept:
+    """A profile of long ago, all of it measured by a machine as quick as this one."""
+    monkeypatch.setattr(drift, "others_compute", lambda threads: False)
+    machine = OwnMachine(1, tmp_path / "profile.json", tmp_path)
+    looked(machine, "Q8_0")
+    return Kept(Profile((machine.device,)), looked_s=1.0)
+
+
+def slower(laws: tuple[RowsLaw, ...], times: float) -> tuple[RowsLaw, ...]:
+    return tuple(replace(law, byte_s=tuple(times * it for it in law.byte_s)) for law in laws)
+
+
+@pytest.mark.parametrize("times", [0.01, 100.0])
+def test_what_has_changed_since_long_ago_is_taken_as_it_is_now(
+    tmp_path: Path, aged: Kept, times: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept, key, device = tmp_path / "profile.json", profile_key(1, tmp_path), aged.profile.head
+    learnt = replace(device.corrections, memory=1.5, disk=1.5)
+    was = replace(device, products=slower(device.products, times), corrections=learnt)
+    write_kept(kept, key, replace(aged, profile=Profile((was,))))
+    machine = OwnMachine(1, kept, tmp_path)
+    assert machine.device == was
+    with caplog.at_level("WARNING"):
+        looked(machine, "Q8_0")
+    now = machine.device
+    assert now.products[-1].byte_s[0] == pytest.approx(device.products[-1].byte_s[0], rel=5)
+    assert now.memory_bytes_per_s != was.memory_bytes_per_s
+    assert (now.corrections.memory, now.corrections.disk) == (1.0, 1.5)
+    found = read_kept(kept, key)
+    assert found is not None
+    assert "memory takes" in found.changed
+    assert found.changed in caplog.text
+    assert not found.settled  # whoever needs all of it measures
+    assert found.looked_s > 1e9
+    stands = kept.read_bytes()
+    looked(machine, "Q8_0")
+    assert kept.read_bytes() == stands
+
+
+def test_what_holds_is_not_looked_at_again_before_a_day_is_over(tmp_path: Path, aged: Kept) -> None:
+    kept, key = tmp_path / "profile.json", profile_key(1, tmp_path)
+    write_kept(kept, key, replace(aged, looked_s=time.time() - 3600))
+    before = kept.read_bytes()
+    machine = OwnMachine(1, kept, tmp_path)
+    assert machine.device.measured
+    looked(machine, "Q8_0")
+    assert kept.read_bytes() == before
+
+
+def test_looking_again_stops_when_something_comes(tmp_path: Path, aged: Kept) -> None:
+    kept, key = tmp_path / "profile.json", profile_key(1, tmp_path)
+    write_kept(kept, key, aged)
+    before = kept.read_bytes()
+    machine, answers = OwnMachine(1, kept, tmp_path), iter([True] * 3)
+    assert machine.device.measured
+    machine.look(lambda: next(answers, False), lambda: ("Q8_0",))
+    if (thread := machine._measuring) is not None:
+        thread.join(30)
+    assert kept.read_bytes() == before
+
+
+def test_rounds_that_differ_as_much_tell_nothing() -> None:
+    assert drift._changed("memory", [1.3, 1.3, 1.35]) == {"memory": 1.3}
+    assert drift._changed("memory", [0.5, 0.5, 0.5]) == {"memory": 0.5}
+    assert drift._changed("memory", [1.0, 1.3, 1.5]) == {}
+    assert drift._changed("memory", [1.1, 1.1, 1.1]) == {}
+    assert drift._changed("disk", []) == {}

@@ -45,7 +45,9 @@ def weighed(model: ModelSpec, weight_bytes: float = 2.0, kind: str = "BF16", qua
         "head": (product(model.vocab, c),),
     }
     if moe:
-        of["router"] = (product(moe.experts, c),)
+        shared = moe.shared_ffn
+        beside = (product(shared, c), product(shared, c), product(c, shared)) if shared else ()
+        of["router"] = (product(moe.experts, c), *beside)
         of["expert"] = (product(moe.ffn, c), product(moe.ffn, c), product(c, moe.ffn))
     products = {block: of[block.kind] for block in model.blocks()}
     sizes = {block: sum(it.nbytes for it in products[block]) for block in model.blocks()}

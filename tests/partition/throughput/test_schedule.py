@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.offload.window.expert_cache import ExpertCache
 from shoal.offload.window.window import Extent, Window
 from shoal.partition.spec import BlockId
-from shoal.partition.throughput.schedule import Use, lap
+from shoal.partition.throughput.schedule import Experts, Use, expert_waits, lap
 
 PIECE = 4 << 20
 
@@ -106,3 +109,100 @@ def test_it_takes_no_less_than_either_half_and_no_more_than_both(
 
 def test_no_block_streams() -> None:
     assert lap([Use(0.1)] * 3, 0, 1e9, 0.05).step_s == pytest.approx(0.35)
+
+
+EXPERT = 4 << 20
+CHOICES = 20  # steps of as many layers
+
+
+def driven_experts(its: Experts, experts: int, slots: int, bytes_per_s: float) -> tuple[float, float]:
+    """(seconds of a layer, experts that were missing in it, both on average) with the policy that readers ask: one read
+    at a time, in its order; choices and guesses as if by dice."""
+    dice, layers, active = random.Random(0), 8, round(its.used)
+    blocks = [[BlockId("expert", layer, it) for it in range(experts)] for layer in range(layers)]
+    cache = ExpertCache(slots, EXPERT, [Extent(block, 0, EXPERT) for layer in blocks for block in layer])
+    landed: dict[BlockId, float] = {}
+    now = disk = 0.0
+    reads = 0
+
+    def read_one() -> bool:
+        nonlocal disk, reads
+        read = cache.next_read(EXPERT)
+        if read is None:
+            return False
+        disk = max(disk, now) + read.nbytes / bytes_per_s
+        reads += 1
+        read.passage.landed += read.nbytes
+        landed[read.passage.block] = disk
+        cache.ended(read.passage)
+        return True
+
+    def compute(seconds: float) -> None:
+        nonlocal now, disk
+        end, disk = now + seconds, max(disk, now)
+        while disk < end and read_one():
+            pass
+        now = end
+
+    def chosen(layer: int) -> list[BlockId]:
+        return sorted(dice.sample(blocks[layer], active))
+
+    def guessed(layer: int, own: list[BlockId]) -> list[BlockId]:
+        """What would be chosen, but for some."""
+        others = [block for block in blocks[layer] if block not in own]
+        return [block if dice.random() < its.right else dice.choice(others) for block in own]
+
+    began_s, own = 0.0, chosen(0)
+    for at in range(CHOICES * layers):
+        if at == layers:  # it was full then
+            began_s, reads = now, 0
+        after = chosen((at + 1) % layers)
+        compute(its.before_s)
+        cache.expect(own)
+        cache.guess(guessed((at + 1) % layers, after) if its.right else [])
+        for start in range(0, active, its.together):
+            held = []
+            for block in own[start : start + its.together]:
+                while (passage := cache.want(block)) is None or not passage.here:
+                    assert read_one()
+                passage.leases += 1
+                held.append(passage)
+                now = max(now, landed[block])
+            compute(its.compute_s * len(held) / active)
+            for passage in held:
+                passage.leases -= 1
+                cache.leave(passage)
+        own = after
+    count = (CHOICES - 1) * layers
+    return (now - began_s) / count, reads / count
+
+
+@pytest.mark.parametrize("right", [0.0, 0.85, 1.0])
+@pytest.mark.parametrize("disk", [0.3, 1.0, 4.0])  # times as fast as computing what is missing
+@pytest.mark.parametrize(("active", "before"), [(8, 0.3), (8, 1.0), (24, 0.1)])
+def test_experts_from_disk(right: float, disk: float, active: int, before: float) -> None:
+    """As the real policy, with as many missing as there were."""
+    its = Experts(active, 0.0, EXPERT, 4, active * 1e-3, before * active * 1e-3, right)
+    speed = disk * EXPERT / 2e-3
+    layer_s, read = driven_experts(its, 32, 8 * 16, speed)
+    # What was read has the wrong guesses in it.
+    found = min(
+        (it / 100 for it in range(100 * active)),
+        key=lambda missing: abs(
+            expert_waits(its._replace(missing=missing), speed).disk_s * speed / EXPERT - read
+        ),
+    )
+    waits = expert_waits(its._replace(missing=found), speed)
+    assert its.before_s + its.compute_s + waits.stall_s == pytest.approx(layer_s, rel=0.1)
+
+
+def test_all_experts_are_there() -> None:
+    its = Experts(8, 0.0, EXPERT, 4, 8e-3, 4e-3, 0.85)
+    assert expert_waits(its, 1e9) == (0.0, 0.0)
+
+
+def test_experts_that_no_router_guesses_wait_for_all_but_the_first_together() -> None:
+    """Four of eight are missing at 1 ms each: they hide behind the half that is computed first, but for those of it."""
+    slow, quick = (Experts(8, 4.0, EXPERT, 4, compute_s, 9e-3, 0.0) for compute_s in (2e-3, 20e-3))
+    assert expert_waits(slow, EXPERT / 1e-3) == pytest.approx((3e-3, 4e-3))
+    assert expert_waits(quick, EXPERT / 1e-3) == pytest.approx((2e-3, 4e-3))

@@ -1,0 +1,79 @@
+"""How fast a device is with a rank's part of a model, by its tables: what `group_search` asks of a machine.
+
+Matrices are as large as the part has them, since smaller ones are slower; an expert multiplies the rows that come to
+it, which are far fewer than the step has. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..machines import BlockTimes, FixedCosts, RankShares
+from .laws import attention, distinct_experts, products
+from .profile import Device
+from .weights_of import Product, Weighed
+
+
+class RankLaws:
+    """`PartLaws` of a device. `distinct`: see `distinct_experts`."""
+
+    def __init__(self, device: Device, model: Weighed, kv_type: str, distinct: float | None = None) -> None:
+        self._device, self._model, self._kv_type, self._distinct = device, model, kv_type, distinct
+        self._known: dict[tuple[object, ...], float] = {}
+
+    @property
+    def fixed(self) -> FixedCosts:
+        own = self._device.overheads
+        return FixedCosts(own.step_s, own.layer_s, own.mixture_s)
+
+    def times(self, portion: RankShares, rows: int, context: float, crowd: float) -> BlockTimes:
+        """See `PartLaws`."""
+        spec = self._model.spec
+        attn_s = ffn_s = 0.0
+        cut = spec.heads * portion.heads + spec.kv_heads * portion.kv_heads
+        share = cut / (spec.heads + spec.kv_heads)
+        before = max(0.0, context - (rows + 1) / 2)
+        for kind, layers in self._model.layer_kinds.items():
+            seen_s = attention(self._device, spec, self._kv_type, rows, before, kind.window).seconds
+            attn_s += layers * (self._products_s(kind.attention, share, rows) + portion.heads * seen_s)
+            if kind.expert:
+                fed_s = self._mixture_s(kind.dense, kind.expert, portion, rows, crowd)
+            else:
+                fed_s = self._products_s(kind.dense, portion.ffn, rows)
+            ffn_s += layers * fed_s
+        return BlockTimes(attn_s, ffn_s, self.head_s() if portion.first else 0.0)
+
+    def head_s(self) -> float:
+        """See `PartLaws`."""
+        return self._products_s(self._model.head, 1.0, 1)
+
+    def _mixture_s(
+        self,
+        dense: Sequence[Product],
+        expert: Sequence[Product],
+        portion: RankShares,
+        rows: int,
+        crowd: float,
+    ) -> float:
+        """Every rank has the whole router, and its part of the shared expert; of experts columns, or some of them."""
+        moe = self._model.spec.moe
+        assert moe is not None
+        routers = tuple(it for it in dense if it.rows == moe.experts)
+        shared = tuple(it for it in dense if it.rows != moe.experts)
+        seconds = self._products_s(routers, 1.0, rows) + self._products_s(shared, portion.shared_ffn, rows)
+        used = distinct_experts(moe.experts, moe.active, rows, self._distinct)
+        each = max(1.0, rows * moe.active / used)
+        if portion.whole_experts:
+            return seconds + used * crowd * portion.experts * self._products_s(expert, 1.0, each)
+        return seconds + used * self._products_s(expert, portion.experts, each)
+
+    def _products_s(self, matrices: Sequence[Product], share: float, rows: float) -> float:
+        """Of so many rows with this share of each matrix."""
+        key = tuple(matrices), share, rows
+        if key not in self._known:
+            part = [
+                it._replace(rows=max(1, round(share * it.rows)), nbytes=max(1, round(share * it.nbytes)))
+                for it in matrices
+            ]
+            self._known[key] = products(self._device, part, rows).seconds if share else 0.0
+        return self._known[key]

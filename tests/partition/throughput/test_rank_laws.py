@@ -1,0 +1,95 @@
+"""What a device takes for a rank's part of a model: the same as alone if it is all of it, and never by halves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from fakes.throughput.throughput_cases import device, spec, wanted, weighed
+
+from shoal.partition.group_choice import Choice
+from shoal.partition.plan import Plan, plan_in_ram
+from shoal.partition.rank_sizes import Portion
+from shoal.partition.spec import MoeSpec
+from shoal.partition.throughput.cost import cost
+from shoal.partition.throughput.group_plans import Groups
+from shoal.partition.throughput.laws import products
+from shoal.partition.throughput.prediction import Job
+from shoal.partition.throughput.profile import AttentionLaw, Device, Profile, ProfileLink, RowsLaw
+from shoal.partition.throughput.rank_laws import RankLaws
+from shoal.partition.throughput.weights_of import Weighed
+
+DENSE = weighed(spec())
+MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
+SHARED = weighed(spec(moe=MoeSpec(32, 4, 512, True, shared_ffn=1024), ffn=0))
+WINDOWED = weighed(spec(window=128))
+# A kernel that computes long before 16 rows, and is slower with small matrices.
+TABLES = tuple(
+    RowsLaw("BF16", nbytes, (1, 4, 16, 256), tuple(times * 5e-11 * it for it in (1, 2, 5, 60)))
+    for nbytes, times in ((1e5, 2.0), (1e6, 1.2), (1e7, 1.0))
+)
+SEEN = AttentionLaw("f16", (64, 2048), (4e-11, 2e-11), (2e-11, 1e-11))
+MEASURED = device(products=TABLES, attention=(SEEN,))
+
+
+@pytest.mark.parametrize("machine", [device(), MEASURED], ids=["as written", "tables"])
+@pytest.mark.parametrize(
+    "model", [DENSE, MIXED, SHARED, WINDOWED], ids=["dense", "mixed", "shared", "windows"]
+)
+def test_all_of_a_model_takes_what_it_takes_alone(model: Weighed, machine: Device) -> None:
+    """Whoever chooses groups and whoever predicts one machine say the same of it."""
+    job, asked = Job(512, 64, distinct=1.0), wanted(model.spec, chunk_tokens=512)
+    plan = plan_in_ram(asked, model.block_bytes, memory_bytes=10**12)
+    assert isinstance(plan, Plan)
+    alone = cost(model, plan, machine, job)
+    found = Groups(model, asked, Profile((machine,)), job, ("f32",)).of(1)
+    assert isinstance(found, Choice)
+    assert found.figures.token_s == pytest.approx(alone.token_s, rel=0.02)
+    # Alone, only the wanted row passes the last layer's feed-forward.
+    assert alone.ttft_s <= found.figures.first_token_s[0] < 1.2 * alone.ttft_s
+
+
+def test_experts_of_a_group_multiply_the_rows_that_come_to_them() -> None:
+    """64 tokens that choose 4 of 32 give each expert 8 rows."""
+    laws = RankLaws(MEASURED, MIXED, "f16", 1.0)
+    whole = Portion.even(MIXED.spec, 1.0)
+    kind = MIXED.kind_of(0)
+    each = products(MEASURED, kind.expert, 8.0).seconds
+    router = products(MEASURED, kind.dense, 64).seconds
+    assert laws.times(whole, 64, 32.5, 1.0).ffn_s == pytest.approx(8 * (32 * each + router), rel=0.01)
+
+
+def test_matrices_that_are_cut_are_as_slow_as_small_ones() -> None:
+    laws = RankLaws(MEASURED, DENSE, "f16")
+    whole, half = (laws.times(Portion.even(DENSE.spec, share), 1, 1, 1.0) for share in (1.0, 0.5))
+    assert 0.5 * whole.ffn_s < half.ffn_s < whole.ffn_s
+    assert 0.5 * whole.attn_s < half.attn_s < whole.attn_s
+
+
+def test_whole_experts_are_dealt_out_unevenly_and_columns_are_not() -> None:
+    laws = RankLaws(device(), MIXED, "f16")
+    columns = Portion.even(MIXED.spec, 0.5)
+    one, crowded = (laws.times(it, 1, 1, 1.5).ffn_s for it in (columns, columns._replace(whole_experts=True)))
+    router = 8 * products(device(), MIXED.kind_of(0).dense, 1).seconds
+    assert crowded - router == pytest.approx(1.5 * (one - router), rel=0.01)
+
+
+def test_what_links_cost_is_told_apart_from_the_rest() -> None:
+    """The part of the network is all that the same machines would save without links."""
+    job, asked = Job(64, 32), wanted(DENSE.spec)
+    both = tuple(device(name=name) for name in "ab")
+
+    def token_s(latency_s: float) -> tuple[float, float]:
+        link = ProfileLink(("a", "b"), latency_s, 1e9)
+        found = Groups(DENSE, asked, Profile(both, (link,)), job, ("f32",)).of(2)
+        assert isinstance(found, Choice)
+        return found.figures.token_s, found.figures.network_s
+
+    near, far = token_s(1e-4), token_s(1e-3)
+    assert near[0] - near[1] == pytest.approx(far[0] - far[1])
+    assert far[1] > near[1] + 16 * 0.9e-3
+
+
+def test_fixed_costs_are_the_device_s() -> None:
+    own = replace(device().overheads, step_s=1.0, layer_s=2.0, mixture_s=3.0)
+    assert RankLaws(device(overheads=own), DENSE, "f16").fixed == (1.0, 2.0, 3.0)
