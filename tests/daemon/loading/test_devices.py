@@ -136,14 +136,14 @@ def test_experts_change_places_while_nobody_asks(
             moved.set()
 
         monkeypatch.setattr(ResidentStore, "exchange", seen)
-        before = there.budget.held_bytes, sim(name).held_bytes
+        before = there.budget.held_bytes, sim(name).budget.held_bytes
         for index in range(4):
             text_of(there, prompt(index))
         assert moved.wait(10)
         assert "12 of 18 experts" in status(there).plan
-        assert (there.budget.held_bytes, sim(name).held_bytes) == before
+        assert (there.budget.held_bytes, sim(name).budget.held_bytes) == before
         assert len(text_of(there, prompt(0))[1]) == 24
-        assert sim(name).peak_bytes <= status(there).device_bytes <= sim(name).limit_bytes
+        assert sim(name).budget.peak_bytes <= status(there).device_bytes <= sim(name).budget.limit_bytes
         sim(name).lose("somebody pulled it out")
         assert len(text_of(there, prompt(0))[1]) == 24
         assert status(there).device == ""
