@@ -15,6 +15,8 @@ import argparse
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -126,8 +128,8 @@ def grid(options: argparse.Namespace) -> None:
 
 def peers(options: argparse.Namespace) -> None:
     """Two machines, one thread each."""
-    for name in ("llama-21m", "llama-34m", "llama-97m"):
-        shape, vocabulary = SHAPES[name], synthetic.default_vocabulary()
+    for name, stored in product(("llama-21m", "llama-34m", "llama-97m"), ("F32", "BF16")):
+        shape, vocabulary = replace(SHAPES[name], mix=stored), synthetic.default_vocabulary()
         directory = synthetic_hf.cached(shape, options.models, vocabulary, synthetic.bar(name))
         gguf = synthetic.cached(shape, options.models, vocabulary, synthetic.bar(name))
         with Lab() as made:
@@ -135,7 +137,7 @@ def peers(options: argparse.Namespace) -> None:
             for _ in range(min(options.rounds, 5)):
                 for one in everybody:
                     one.found.append(one.answer(options.prompt, 32))
-            print(f"{name}, a prompt of {options.prompt}")
+            print(f"{name} in {stored}, a prompt of {options.prompt}")
             for one in everybody:
                 print(f"  {one.name:28} {_speeds(one)}{_against(one, everybody)}")
 

@@ -2,7 +2,8 @@
 
 What is there is measured: TPI_LLM and TPI_PYTHON (its source tree, and a Python that has what it requires), LLAMA_CPP
 (the directory of llama-bench and ggml-rpc-server) and DLLAMA (distributed-llama's source tree, built). Each answers a
-prompt of random tokens.
+prompt of random tokens. TPI-LLM computes in float32 whatever is stored (`mem_manager.py`); Shoal and llama.cpp compute
+with weights as they are stored, so all have the same numbers in a model of bfloat16.
 """
 
 from __future__ import annotations
@@ -178,15 +179,15 @@ def all_peers(lab: Lab, directory: Path, gguf: Path, layers: int) -> list[Peer]:
         found += [TpiLlm("TPI-LLM as shipped", *place)]
         found += [TpiLlm("TPI-LLM, TCP_NODELAY", *place, options=("--nodelay",))]
     if "LLAMA_CPP" in os.environ:
-        found += [LlamaRpc("llama.cpp RPC, f32", *place, layers=layers)]
+        found += [LlamaRpc("llama.cpp RPC, as stored", *place, layers=layers)]
     if "DLLAMA" in os.environ:
         found += [
             DistributedLlama(f"distributed-llama, {kind}", *place, weights=kind) for kind in ("f32", "q40")
         ]
         for kind in ("f32", "q40"):
             converted(Path(os.environ["DLLAMA"]), directory, kind)
-    for weights, suffix in (("f32", ""), ("q4", ":q4")):
-        pair = [lab.host(f"{weights}-{number}", limit) for number, limit in enumerate(limits)]
+    for weights, suffix in (("as stored", ""), ("q4", ":q4")):
+        pair = [lab.host(f"{weights[:2]}-{number}", limit) for number, limit in enumerate(limits)]
         group = Group(pair[0], pair[1:])
         loaded = group.load(f"{directory}{suffix}", ranks=2)
         if loaded.ranks != 2:
