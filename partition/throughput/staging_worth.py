@@ -11,15 +11,20 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from ..hardware_guesses import FAST_FLOPS, FAST_MEMORY_BYTES_PER_S
 from ..placement import STAGED_EXPERTS, ExpertTimes
 from .laws import distinct_experts, products
 from .profile import Device
 from .weights_of import LayerKind, Weighed
 
+FAST = Device("any machine", 0.0, FAST_MEMORY_BYTES_PER_S, FAST_FLOPS)
+
 
 def staged_from(model: Weighed, machine: Device, expert: ExpertTimes, most: int) -> int:
     """The least number of tokens, up to `most`, with which they should; 0 if there is none. `expert`: what one of the
-    model's takes the device; one of other bytes takes it in proportion."""
+    model's takes the device; one of other bytes takes it in proportion. A machine that was not measured is taken for a
+    fast one, or a device might make it slower."""
+    machine = machine if machine.measured else FAST
 
     def worth(tokens: int) -> bool:
         gains = (

@@ -27,6 +27,8 @@ from shoal.devices import opening, sim_device
 from shoal.devices.sim_device import SimDevice
 from shoal.engine.learn import expert_use
 from shoal.offload.block_store import ResidentStore
+from shoal.partition.throughput import staging_worth
+from shoal.partition.throughput.profile import unmeasured
 
 ROOMY = "sim:64MB"
 
@@ -184,6 +186,7 @@ def test_a_lost_device_is_done_without(node: Node, path: Path, monkeypatch: pyte
 def test_experts_come_for_prompts(mixture: Path, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And if the device is lost while they do, answers go on without it."""
     monkeypatch.setattr(sim_device, "LAUNCH_S", 1e-9)  # or such small ones would be quicker where they are
+    monkeypatch.setattr(staging_worth, "FAST", unmeasured(2))
     with loaded(mixture, "cpu") as node:
         expected = [text_of(node, prompt(i, tokens=40))[:2] for i in range(3)]
     name = f"sim:{whole_bytes(mixture) - 1}"

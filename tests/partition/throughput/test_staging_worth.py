@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.partition.hardware_guesses import FAST_FLOPS, FAST_MEMORY_BYTES_PER_S
 from shoal.partition.placement import ExpertTimes
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
-from shoal.partition.throughput.profile import ANY, Device, RowsLaw
+from shoal.partition.throughput.profile import ANY, Device, RowsLaw, unmeasured
 from shoal.partition.throughput.staging_worth import staged_from
 from shoal.partition.throughput.weights_of import Product, Weighed
 
@@ -34,7 +35,7 @@ def model(spec: ModelSpec = SPEC) -> Weighed:
 
 
 def cpu(flops: float, memory: float = 1e15) -> Device:
-    return Device("cpu", 1e12, memory, flops)
+    return Device("cpu", 1e12, memory, flops, measured=True)
 
 
 def there(link: float, flops: float = 1e16) -> ExpertTimes:
@@ -68,6 +69,13 @@ def test_never_where_it_is_never_quicker() -> None:
     assert staged_from(model(), cpu(1e8, 1e8), there(1e12), MOST) == 1  # a slow processor
     dense = replace(SPEC, layers=(LayerSpec(),) * LAYERS, moe=None)
     assert staged_from(model(dense), cpu(1e12), there(25e9), MOST) == 0
+
+
+def test_a_machine_that_nobody_measured_is_taken_for_a_fast_one() -> None:
+    slow = unmeasured(4)
+    found = staged_from(model(), slow, there(25e9), MOST)
+    assert found > 10 * max(1, staged_from(model(), replace(slow, measured=True), there(25e9), MOST))
+    assert found == staged_from(model(), cpu(FAST_FLOPS, FAST_MEMORY_BYTES_PER_S), there(25e9), MOST)
 
 
 @settings(max_examples=25)
