@@ -10,6 +10,7 @@ by then, that ends the process.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import torch
 
 from shoal.kernels.arrays import Array
 
-from .device import DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
+from .device import PACKET_BYTES, DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
 from .errors import DeviceLost, NoSuchDevice
 
 OF_FREE_MEMORY = 0.9  # of the free memory, if no size was named: libraries take some, too
@@ -48,7 +49,9 @@ class CudaDevice:
             torch.cuda.set_device(number)
             usable = int(OF_FREE_MEMORY * torch.cuda.mem_get_info(number)[0])
             limit_bytes = usable if limit_bytes is None else min(usable, limit_bytes)
-            self._computing, self._coming, self._going = (_cuda.Stream(number) for _ in range(3))
+            self._computing, self._coming, self._staging, self._going = (
+                _cuda.Stream(number) for _ in range(4)
+            )
         except (RuntimeError, AssertionError) as error:  # a driver that is too old, no kernels for the card
             raise NoSuchDevice(f"device {name} cannot be used: {_line(error)}") from error
         self.name = name
@@ -57,6 +60,10 @@ class CudaDevice:
         self._device = torch.device("cuda", number)
         self._copies: list[_Copy] = []
         self._lock = threading.Lock()  # of the copies
+
+    @property
+    def now_s(self) -> float:
+        return time.perf_counter()
 
     def reserve(self, nbytes: int) -> DeviceMemory:
         return self.budget.reserve(nbytes)
@@ -79,6 +86,9 @@ class CudaDevice:
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy(self._coming, torch.from_numpy(source), target.inside, after)
 
+    def stage_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        return self._copy(self._staging, torch.from_numpy(source), target.inside, after, PACKET_BYTES)
+
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy(self._going, source.inside, torch.from_numpy(target), after)
 
@@ -98,8 +108,17 @@ class CudaDevice:
         source: torch.Tensor,
         target: torch.Tensor,
         after: Sequence[DeviceEvent],
+        together: int | None = None,
     ) -> DeviceEvent:
-        _, ended = self._on(stream, after, lambda: target.copy_(source, non_blocking=True))
+        """`together`: so many numbers, of arrays that have one dimension; None: all."""
+
+        def run() -> None:
+            step = together or max(1, len(source))
+            for start in range(0, len(source), step):
+                part = slice(start, start + step)
+                target[part].copy_(source[part], non_blocking=True)
+
+        _, ended = self._on(stream, after, run)
         with self._lock:
             self._copies.append(_Copy(ended, source, target))
         return ended

@@ -1,7 +1,8 @@
 """`OpenDevice`: memory of an accelerator within a budget, copies to and from it, computations, and events between them.
 
-Copies in, computations and copies out are three queues. Each does one thing after the other, and beside the other
-queues; only events put what is in different queues in order. The host goes on at once, unless it waits for an event.
+Copies in, copies of weights that come and go, computations and copies out are four queues. Each does one thing after
+the other, and beside the other queues; only events put what is in different queues in order. The host goes on at once,
+unless it waits for an event.
 Whatever runs on the simulated device (`sim_device`) runs on a real one (`cuda_device`): the former is stricter.
 
 Knows bytes, not what they mean. Shapes and dtypes are those of NumPy.
@@ -21,6 +22,8 @@ from shoal.kernels.arrays import Array
 
 from .errors import DeviceFull
 
+PACKET_BYTES = 1 << 20  # of staged weights, for which another copy waits at most
+
 
 class DeviceEvent(Protocol):
     """Something that was begun on a device. When it has ended is known to the device alone."""
@@ -36,13 +39,14 @@ class DeviceWork(NamedTuple):
 
 class DeviceMemory:
     """`nbytes` of a device's memory, which it has again when nobody refers to them any more, or after `free`. `ready`:
-    the last thing that was begun to write to them."""
+    the last thing that was begun to write to them; `used`: the last computation that was begun with weights there."""
 
-    __slots__ = ("__weakref__", "_give_back", "nbytes", "ready")
+    __slots__ = ("__weakref__", "_give_back", "nbytes", "ready", "used")
 
     def __init__(self, nbytes: int, give_back: Callable[[int], None]) -> None:
         self.nbytes = nbytes
         self.ready: DeviceEvent | None = None
+        self.used: DeviceEvent | None = None
         self._give_back = give_back
 
     def free(self) -> None:
@@ -133,6 +137,11 @@ class OpenDevice(Protocol):
     budget: DeviceBudget  # of all that is allocated on it, together
     lost: str  # why, once it is gone
 
+    @property
+    def now_s(self) -> float:
+        """Seconds on the clock by which it computes and copies."""
+        ...
+
     def reserve(self, nbytes: int) -> DeviceMemory:
         """Room for a result, which `within` makes an array. Raises DeviceFull."""
         ...
@@ -148,6 +157,11 @@ class OpenDevice(Protocol):
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         """Begin to copy a contiguous array of the host, when all `after` have ended. Until the copy has ended, nobody
         may change the source or look at the target."""
+        ...
+
+    def stage_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        """As `copy_in`, in the queue for weights that come and go, and in packets of `PACKET_BYTES`: other copies in
+        pass between two of them."""
         ...
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:

@@ -41,6 +41,10 @@ class OnDevice(Protocol):
         """The inverse of `laid_out`, which writes to the bytes of w."""
         ...
 
+    def as_they_lie(self, bytes: Any, w: Matrix) -> Any:
+        """What is inside of a handle of weights whose bytes lie there as w's do on the host."""
+        ...
+
     def clear(self, x: Any) -> None: ...
     def copy(self, source: Any, target: Any) -> None: ...
     def part(self, x: Any, index: Any) -> Any: ...
@@ -98,6 +102,17 @@ class DeviceHome(ComputeHome):
         before = self._fetched(there)
         self._arrived(self._kernels.laid_out(hosts), there)
         self._kernels.put_back(before, hosts)
+
+    def staging(self, nbytes: int) -> Any:
+        return self.device.allocate((nbytes,), UINT8)
+
+    def stage(self, w: Matrix, staging: Any, start: int) -> Matrix:
+        memory = staging.memory
+        inside = self._kernels.part(staging.inside, slice(start, start + w.nbytes))
+        after = [event for event in (memory.ready, memory.used) if event is not None]
+        memory.ready = self.device.stage_in(w.data, self.device.within(memory, inside), after)
+        there: Any = DeviceArray(memory, self._kernels.as_they_lie(inside, w), UINT8, w.data.shape, (1,))
+        return Matrix(w.type, there, w.rows, w.cols)
 
     def pages(self, shape: tuple[int, int, int, int]) -> Any:
         made = self.device.allocate(shape, UINT8)
@@ -201,6 +216,9 @@ class DeviceHome(ComputeHome):
             *reading,
             work=work,
         )
+        for array in reading:
+            if array is not None:
+                array.memory.used = into.memory.ready
 
     def scores(self, x: Hidden, router: Linears) -> Hidden:
         (matrix,) = router.matrices

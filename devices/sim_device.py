@@ -5,7 +5,8 @@
 - A copy takes what is in its source when somebody waits for it: if that was changed meanwhile, the copy is wrong.
 - It has a budget of its own.
 - A virtual clock says when everything would begin and end, by the device's link, memory and arithmetic. `schedule` has
-  it all, in the order in which it was begun. The host's own work takes no time there.
+  it all, in the order in which it was begun. The host's own work takes no time there. A copy in waits for the packet of
+  staged weights that is on the link; what it takes from those behind is so little that it is not counted.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import ceil, prod
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from shoal.kernels.arrays import Array, Bytes
 
-from .device import DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
+from .device import PACKET_BYTES, DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
 from .device_names import SIM_LINK_BYTES_PER_S
 from .errors import DeviceLost
 
-Queue = Literal["in", "compute", "out"]
+Queue = Literal["in", "stage", "compute", "out"]
 
 POISON = 0xFF  # bytes of which any float is NaN, and any scale
 LAUNCH_S = 5e-6  # from the end of one thing in a queue to the begin of the next
@@ -72,9 +73,11 @@ class SimDevice:
         self.lost = ""
         self._queues: dict[Queue, _QueueState] = {
             "in": _QueueState(),
+            "stage": _QueueState(),
             "compute": _QueueState(),
             "out": _QueueState(),
         }
+        self._staged: deque[Scheduled] = deque()  # not all packets of these have passed
         self._lock = threading.RLock()  # a computation may reserve memory
 
     def lose(self, why: str) -> None:
@@ -96,6 +99,9 @@ class SimDevice:
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("in", source, target.inside, after)
+
+    def stage_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        return self._copy("stage", source, target.inside, after)
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("out", source.inside, target, after)
@@ -139,9 +145,25 @@ class SimDevice:
         begin_s = max(
             [self.now_s, state.free_s, *(event.end_s for event in after if isinstance(event, _Begun))]
         )
+        if queue == "in":
+            begin_s = self._between_packets(begin_s)
         state.free_s = end_s = begin_s + LAUNCH_S + seconds
-        self.schedule.append(Scheduled(queue, what, nbytes, begin_s, end_s))
+        begun = Scheduled(queue, what, nbytes, begin_s, end_s)
+        self.schedule.append(begun)
+        if queue == "stage":
+            self._staged.append(begun)
         return _Begun(queue, end_s)
+
+    def _between_packets(self, at_s: float) -> float:
+        """When a copy in may begin that could at `at_s`, if the link had no packet on it."""
+        while self._staged and self._staged[0].end_s <= self.now_s:
+            self._staged.popleft()
+        packet_s = PACKET_BYTES / self.link_bytes_per_s
+        for it in self._staged:
+            if it.begin_s < at_s < it.end_s:
+                packets = ceil((at_s - it.begin_s - LAUNCH_S) / packet_s - 1e-9)
+                return max(at_s, min(it.end_s, it.begin_s + LAUNCH_S + packets * packet_s))
+        return at_s
 
     def _reach(self, event: DeviceEvent) -> None:
         """Everything up to this event has happened."""

@@ -8,9 +8,11 @@ and bits of a row may depend on the rows beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,9 +23,17 @@ from shoal.kernels.attention_reference import Angles, HeadWeights, PagesIn, atte
 from shoal.kernels.band_layout import from_bands, to_bands
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.kernels.reference import ACTIVATIONS, decoded
+from shoal.kernels.types import WeightType
+from shoal.partition.memory_layout import BAND_ROWS
 
 TILE_NUMBERS = 4 << 20  # of decoded weights that exist at once
 TILE_COPIES = 6  # of a tile, in f32, that decoding makes on its way
+
+
+class InBands(NamedTuple):
+    """Quantised weights whose rows lie as the CPU wants them."""
+
+    bytes: Tensor
 
 
 class TorchKernels:
@@ -39,6 +49,9 @@ class TorchKernels:
     def put_back(self, laid_out: Bytes, w: Matrix) -> None:
         row_bytes = w.type.row_bytes(w.cols)
         w.data[...] = to_bands(w.type, laid_out.reshape(-1, row_bytes)).reshape(-1)
+
+    def as_they_lie(self, bytes: Tensor, w: Matrix) -> Tensor | InBands:
+        return InBands(bytes) if w.type.quantised else bytes
 
     def clear(self, x: Tensor) -> None:
         x.zero_()
@@ -141,7 +154,28 @@ def _linear(x: Tensor, w: Matrix, bias: Any) -> Tensor:
 
 def _tiles(w: Matrix) -> Iterator[tuple[int, Tensor]]:
     """(first row, f32 rows) of the weights, one part after the other."""
-    rows = _inside(w.data).view(-1, w.type.row_bytes(w.cols))
-    step = max(1, TILE_NUMBERS // w.cols)
+    data: Tensor | InBands = w.data.inside  # type: ignore[attr-defined]
+    banded, row_bytes = isinstance(data, InBands), w.type.row_bytes(w.cols)
+    rows = (data.bytes if isinstance(data, InBands) else data).view(-1, row_bytes)
+    step = max(BAND_ROWS, TILE_NUMBERS // w.cols // BAND_ROWS * BAND_ROWS)
     for start in range(0, w.rows, step):
-        yield start, decoded(w.type, rows[start : min(start + step, w.rows)])
+        tile = rows[start : min(start + step, len(rows))]
+        tile = _out_of_bands(w.type, tile) if banded else tile
+        yield start, decoded(w.type, tile[: w.rows - start])
+
+
+def _out_of_bands(kind: WeightType, bands: Tensor) -> Tensor:
+    """The rows (16 * n, row bytes) of n bands that lie one after the other in as many bytes."""
+    columns = bands.view(-1, bands.shape[1] // kind.block_bytes, BAND_ROWS * kind.block_bytes)
+    blocks = columns[..., _order_in_band(kind, bands.device)]  # of rows, by band and column
+    return blocks.view(*columns.shape[:2], BAND_ROWS, -1).transpose(1, 2).reshape(bands.shape)
+
+
+@cache
+def _order_in_band(kind: WeightType, device: torch.device) -> Tensor:
+    """Where in a band of one block's width the bytes of its rows are, one row after the other."""
+    places = np.arange(BAND_ROWS * kind.block_bytes)
+    low, high = (
+        from_bands(kind, it.astype(np.uint8)[None]).reshape(-1) for it in (places & 255, places >> 8)
+    )
+    return torch.from_numpy(low + 256 * high.astype(np.int64)).to(device)

@@ -9,7 +9,7 @@ once, one part of it after the other; while the next part is computed, the sum o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial as bound
 from itertools import pairwise
 from typing import NamedTuple
@@ -33,6 +33,7 @@ from shoal.partition.streamed_plan import experts_together
 
 from .collective import Collective, PendingSum
 from .expert_places import ExpertPlaces
+from .expert_staging import ExpertStaging
 
 StillWanted = Callable[[float], bool]
 """Is told which share of a step is done, many times in it; False when nobody wants the step any more."""
@@ -96,6 +97,7 @@ class Executor:
             for layer, kind in enumerate(model.spec.layers)
         ]
         self._experts = ExpertPlaces(plan, home_of)
+        self._staging = ExpertStaging(plan, home_of)
         own = model.spec.moe.own if model.spec.moe else ()
         self._own = {
             layer: {it: BlockId("expert", layer, it) for it in own} for layer in self._experts.layers
@@ -110,6 +112,7 @@ class Executor:
         """Give the memory of weights and KV back. It runs no step any more."""
         self.store.close()
         self.store = ResidentStore({})
+        self._staging.let_go()
         self.kv.let_go()
 
     def exchange_experts(self) -> bool:
@@ -131,7 +134,8 @@ class Executor:
     def _through_blocks(self, step: Step) -> Hidden:
         rotations = [self.model.rotations(part) for part in step.parts]
         hidden, home = self._embedded(step.tokens), self._embed.home
-        parts = step.split(len(step.tokens))
+        count = len(step.tokens)
+        parts = step.split(count)
         last, _ = self._layers[-1]
         for done, (attention, feeding) in enumerate(self._layers):
             self._share = done / len(self._layers)
@@ -140,12 +144,16 @@ class Executor:
             if attention is last:
                 self._arrive()
                 hidden = home.rows(hidden, step.rows)  # nobody needs the others any more
-                parts = step.split(len(step.rows))
-                if not len(step.rows):
+                count = len(step.rows)
+                parts = step.split(count)
+                if not count:
                     break
             hidden, home = self._moved(hidden, home, feeding.home), feeding.home
-            compute = self._mix if feeding.block.kind == "router" else self._feed_forward
-            compute(feeding, [home.rows(hidden, part) for part in parts])
+            its = [home.rows(hidden, part) for part in parts]
+            if feeding.block.kind == "router":
+                self._mix(feeding, its, self._staging.pays(home, count))
+            else:
+                self._feed_forward(feeding, its)
         self._arrive()
         return carried(hidden, home, self._head[0].home) if self._head else hidden
 
@@ -206,38 +214,45 @@ class Executor:
                 partial = self.model.feed_forward(home, weights, self._next(rows, part))
                 self._leave(home, weights, rows, part, partial)
 
-    def _mix(self, placed: Placed, rows: Sequence[Hidden]) -> None:
-        """Adds the mixture of experts of a layer to hidden (T, hidden). `rows` are the parts of hidden. Experts on disk
-        are acquired once for all of them."""
+    def _mix(self, placed: Placed, rows: Sequence[Hidden], come: bool) -> None:
+        """Adds the mixture of experts of a layer to hidden (T, hidden). `rows` are the parts of hidden. `come`: experts
+        that are elsewhere come to the router's home. Those that have to, from there or from disk, do so once for all
+        parts."""
         block = placed.block
-        if self.plan.expert_slots:
+        if self.plan.expert_slots or come:
             with self.store.acquire(block) as router:
-                routed = [self._routed(placed, router, rows, part) for part in range(len(rows))]
-            self._mix_routed(placed, router, rows, dict(enumerate(routed)))
+                routed = [self._routed(placed, router, rows, part, come) for part in range(len(rows))]
+            self._mix_routed(placed, router, rows, dict(enumerate(routed)), come)
             return
         with self.store.acquire(block) as router:
             for part in range(len(rows)):
-                self._mix_routed(placed, router, rows, {part: self._routed(placed, router, rows, part)})
+                routed_part = self._routed(placed, router, rows, part, come)
+                self._mix_routed(placed, router, rows, {part: routed_part}, come)
 
-    def _routed(self, placed: Placed, router: Weights, rows: Sequence[Hidden], part: int) -> Routed:
+    def _routed(
+        self, placed: Placed, router: Weights, rows: Sequence[Hidden], part: int, come: bool
+    ) -> Routed:
         block, home = placed
-        leaves = self._experts.leave(block.layer, home)
+        leaves = not come and self._experts.leave(block.layer, home)
         return self.model.route(home, router, self._next(rows, part), leaves)
 
     def _mix_routed(
-        self, placed: Placed, router: Weights, rows: Sequence[Hidden], routed: Mapping[int, Routed]
+        self,
+        placed: Placed,
+        router: Weights,
+        rows: Sequence[Hidden],
+        routed: Mapping[int, Routed],
+        come: bool,
     ) -> None:
-        """Has experts compute some parts of a step."""
+        """Has experts compute some parts of a step: where they are, or where their router is, to which they `come`."""
         block, home = placed
         layer, own = block.layer, self._own[block.layer]
         used = {expert for _, routing, _ in routed.values() for expert in routing.used}
         blocks = [own[expert] for expert in sorted(used) if expert in own]
         self.store.expect(blocks)
         self.store.guess(self._likely(layer, rows[0], home))
-        mixed = {
-            there: self._mixed_there(home, there, mine, routed.values())
-            for there, mine in self._experts.parted(layer, blocks)
-        }
+        parted = [(home, blocks)] if come and blocks else self._experts.parted(layer, blocks)
+        mixed = {there: self._mixed_there(home, there, mine, routed.values()) for there, mine in parted}
         for index, (part, (x, _, shared)) in enumerate(routed.items()):
             sums = [carried(partials[index], there, home) for there, partials in mixed.items()]
             partial, *more = sums or [home.zeros_like(x)]
@@ -248,14 +263,20 @@ class Executor:
     def _mixed_there(
         self, home: ComputeHome, there: ComputeHome, blocks: Sequence[BlockId], routed: Collection[Routed]
     ) -> list[Hidden]:
-        """What these experts, all `there`, make of what their router in `home` sends them, for each part (T, C)."""
+        """What these experts make `there` of what their router in `home` sends them, for each part (T, C). Those that
+        lie elsewhere come; while some are computed, so do the next."""
         normed = [carried(x, home, there) for x, _, _ in routed]
         partials = [there.zeros_like(x) for x in normed]
-        for start in range(0, len(blocks), self._together):
+        coming = self._experts.elsewhere(blocks, there)
+        groups = self._staging.cut(blocks, coming) if coming else _batched(blocks, self._together)
+        for number, group in enumerate(groups):
             self._go_on()
-            group = blocks[start : start + self._together]
             with self.store.acquire_all(group) as weights:
-                experts = {block.expert: its for block, its in zip(group, weights, strict=True)}
+                experts: Mapping[int, Weights] = {
+                    block.expert: its for block, its in zip(group, weights, strict=True)
+                }
+                if coming:
+                    experts = self._staging.brought(experts, coming, number)
                 for x, (_, routing, _), partial in zip(normed, routed, partials, strict=True):
                     self.model.mix(there, experts, x, routing, partial)
         return partials
@@ -308,6 +329,10 @@ class Executor:
             likely = self.model.foresee(there, weights, carried(hidden, home, there))
         own = self._own[router.layer]
         return [own[expert] for expert in likely if expert in own]
+
+
+def _batched(blocks: Sequence[BlockId], count: int) -> Iterator[Sequence[BlockId]]:
+    return (blocks[start : start + count] for start in range(0, len(blocks), count))
 
 
 def attention_homes(plan: Plan, home_of: Callable[[str], ComputeHome]) -> list[ComputeHome]:

@@ -41,6 +41,10 @@ class ExpertPlaces:
         """Whether any of a layer are elsewhere than their router, which is in `home`."""
         return any(there is not home for there in self._by_home[layer])
 
+    def elsewhere(self, blocks: Sequence[BlockId], home: ComputeHome) -> Collection[int]:
+        """Which of these experts of a layer are not in this home."""
+        return {block.expert for block in blocks if self._homes[block] is not home}
+
     def parted(self, layer: int, blocks: Sequence[BlockId]) -> list[tuple[ComputeHome, Sequence[BlockId]]]:
         """Experts of a layer that a part of a step uses, by their home. The CPU, for which a step waits, comes last."""
         if not blocks:

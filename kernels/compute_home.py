@@ -34,6 +34,15 @@ class HomeMemory(Protocol):
         step may be under way."""
         ...
 
+    def staging(self, nbytes: int) -> Bytes:
+        """Memory for weights that come and go, uint8 (nbytes,)."""
+        ...
+
+    def stage(self, w: Matrix, staging: Bytes, start: int) -> Matrix:
+        """The same weights of an expert, at byte `start` of `staging`. Begins to bring them there as soon as no expert
+        that was there is computed with any more. Until a step that uses them has ended, nobody may change w."""
+        ...
+
     def pages(self, shape: tuple[int, int, int, int]) -> Bytes:
         """Zeros for K and V, uint8 (pages, layers, kv_heads, head_bytes)."""
         ...

@@ -18,7 +18,7 @@ Roles by kind of block (vectors are f32; those in brackets exist in some familie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shoal.kernels import Activation, ComputeHome, FeedForward, Linears, Matrix
@@ -39,8 +39,14 @@ class Weights:
 
     def within(self, home: ComputeHome) -> Weights:
         """The same weights in the memory of a home; these are not needed any more. Raises HomeFull and HomeLost."""
-        matrices = {role: home.keep_matrix(matrix) for role, matrix in self.matrix.items()}
-        return Weights(matrices, {role: home.keep_vector(vector) for role, vector in self.vector.items()})
+        vectors = {role: home.keep_vector(vector) for role, vector in self.vector.items()}
+        return self.elsewhere(home.keep_matrix, vectors)
+
+    def elsewhere(
+        self, bring: Callable[[Matrix], Matrix], vectors: Mapping[str, Floats] | None = None
+    ) -> Weights:
+        """The same weights, with the matrices that `bring` makes of them, and with vectors, if there are any."""
+        return Weights({role: bring(matrix) for role, matrix in self.matrix.items()}, vectors or {})
 
     def linears(self, *roles: str) -> Linears:
         """The matrices of these roles, each with its bias if it has one, as kernels take them; made once."""

@@ -28,6 +28,8 @@ _COUNTS = {
     "group_rows": (1, 1 << 30),
     "page_rows": (0, 1 << 30),
     "device_scratch_bytes": (0, 0),
+    "staged_tokens": (0, 0),
+    "staged_experts": (0, 0),
 }
 
 

@@ -9,6 +9,10 @@ FLOPS = 100e9  # of attention, and of whatever has no table
 # One more row, as a share of a product with one: about what reading weights from memory leaves.
 ROW_SHARE = 0.15
 
+# What a processor is taken for where a slower one would gain, but a faster one lose.
+FAST_MEMORY_BYTES_PER_S = 200e9
+FAST_FLOPS = 3e12
+
 # A plan that streams gives 1/n of memory to each of these. More for KV and long steps is better for many and long texts
 # and worse for a short one, so no prediction can decide it; the window's share is where choosing begins.
 KV_SHARE = 8  # the KV pool, which gets at least one context

@@ -6,7 +6,8 @@ not arrays, nor what the bytes mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from .spec import ModelSpec
@@ -17,6 +18,10 @@ INPUT_GROUP = 32  # columns of an input to quantised weights that are rounded to
 PAGE_TOKENS = 64  # positions in a page of KV
 VALUE_STEP = 16  # rows of V are filled up to multiples of this many numbers: whole vectors
 SCALE_BYTES = 4  # of an f32
+
+STAGED_STARTS = (
+    256  # weights that come and go begin at multiples of so many bytes, which are quick to read from
+)
 
 KERNEL_BYTES = 4 << 20  # scratch of the kernels for any model, and …
 THREAD_BYTES = 1 << 20  # … for each of their threads besides
@@ -62,3 +67,13 @@ class KvLayout(NamedTuple):
 def kv_page_bytes(spec: ModelSpec, dtype: str) -> int:
     """Bytes of a page: K and V of PAGE_TOKENS tokens in all layers. `dtype`: a key of KV_FORMATS."""
     return len(spec.layers) * spec.kv_heads * KvLayout.of(KV_FORMATS[dtype], spec.head_dim).head_bytes
+
+
+def staged_starts(sizes: Sequence[int]) -> list[int]:
+    """Where matrices of so many bytes begin in memory that they pass through, and where the last one's room ends."""
+    return [*accumulate((-(-size // STAGED_STARTS) * STAGED_STARTS for size in sizes), initial=0)]
+
+
+def staged_slot_bytes(expert_bytes: int) -> int:
+    """Room there for the three matrices of an expert, whichever sizes they have."""
+    return expert_bytes + 3 * STAGED_STARTS

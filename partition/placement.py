@@ -3,7 +3,8 @@
 Every token reads all dense weights, so what counts is how many bytes lie in the faster memory. Layers go there from the
 last one on, and the head before them: rows of the embedding are gathered on the host, so hidden states pass the link
 once, and logits come back. Of a mixture a token reads few experts, so the rest of all layers goes first, and then, from
-the last layer on, experts. The CPU computes the others, for which hidden states go out and come back. Pure.
+the last layer on, experts. The CPU computes the others, for which hidden states go out and come back; or, for many
+tokens, they come, through what whole layers leave of the device's memory. Pure.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .memory_layout import kv_page_bytes
+from .memory_layout import kv_page_bytes, staged_slot_bytes
 from .plan import (
     BlockPlan,
     Misfit,
@@ -30,18 +31,32 @@ from .spec import BlockId, ModelSpec
 
 OPERANDS_BYTES = 1 << 20  # of a step besides hidden states: pages, positions, ids, routes
 LAYERS_KEPT = 0.9  # of those that would be there with the shortest context
+STAGED_EXPERTS = 4  # at most, that come together
+STAGED_BYTES = 64 << 20  # of those, if more than one
 LOADING_BYTES = 32 << 20  # memory in which a block lies on its way to the device, besides the block
+
+
+class ExpertTimes(NamedTuple):
+    """What one expert of so many bytes takes a device: seconds to come from this machine's memory, and to be computed
+    for so many rows."""
+
+    nbytes: int
+    come_s: float
+    rows: int
+    computed_s: float
 
 
 class DeviceRoom(NamedTuple):
     """Memory of a device: what is free of it, what its kernels need for themselves, whether their attention copies K
-    and V of a text and has all scores of a part of it, and all of it."""
+    and V of a text and has all scores of a part of it, and all of it. `expert`: what one of a mixture takes there, if
+    that was tried."""
 
     name: str
     free_bytes: int
     kernel_bytes: int
     gathers: bool
     limit_bytes: int
+    expert: ExpertTimes | None = None
 
 
 class ModelBytes(NamedTuple):
@@ -60,14 +75,20 @@ class NoRoomThere(NamedTuple):
 
 
 def plan_on_device(
-    contexts: Sequence[Wanted], model: ModelBytes, room: DeviceRoom, *, memory_bytes: int
+    contexts: Sequence[Wanted],
+    model: ModelBytes,
+    room: DeviceRoom,
+    *,
+    memory_bytes: int,
+    staged_tokens: int = 0,
 ) -> Plan | Misfit | NoRoomThere:
     """As much of the model as fits on the device, the rest in `memory_bytes` of this machine's memory.
 
     contexts: what is asked for, once with each context that would do, the longest first. K and V take the place of
-    layers, so the longest is taken that leaves most of the layers there that the shortest would.
+    layers, so the longest is taken that leaves most of the layers there that the shortest would. `staged_tokens`: of a
+    step, from which on experts of the CPU should come to the device; 0 = they never should.
     """
-    tried = [_plan(wanted, model, room, memory_bytes) for wanted in contexts]
+    tried = [_plan(wanted, model, room, memory_bytes, staged_tokens) for wanted in contexts]
     plans = [made for made in tried if isinstance(made, Plan)]
     if plans:
         most = max(map(_layers_there, plans))
@@ -93,7 +114,7 @@ def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
 
 
 def _plan(
-    wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int
+    wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int, staged_tokens: int
 ) -> Plan | Misfit | NoRoomThere:
     spec, scratch = wanted.spec, device_scratch_bytes(wanted, room)
     pages = least_kv_pages(wanted)
@@ -112,10 +133,17 @@ def _plan(
         return NoRoomThere(scratch + model.vectors + sizes[-1])
     first = last - count
     there = {block for its in dense[first:] for block in its}
-    if not first:
-        left = free - sum(sizes) - (head_bytes if takes_head else 0)
-        mixtures = _fitting([sum(map(model.blocks.__getitem__, its)) for its in experts], left)
-        there |= {block for its in experts[last - mixtures :] for block in its}
+    left = free - sum(sizes[first:]) - (head_bytes if takes_head else 0)
+    mixtures = [sum(map(model.blocks.__getitem__, its)) for its in experts]
+    whole = 0 if first else _fitting(mixtures, left)
+    slot = staged_slot_bytes(max((model.blocks[block] for its in experts for block in its), default=0))
+    staged = 0
+    if staged_tokens and any(mixtures[first : last - whole]):
+        if whole and left - sum(mixtures[last - whole :]) < 2 * slot:
+            whole -= 1
+        left -= sum(mixtures[last - whole :])
+        staged = min(STAGED_EXPERTS, max(1, STAGED_BYTES // slot), left // (2 * slot))
+    there |= {block for its in experts[last - whole :] for block in its}
     blocks = dict(model.blocks)
     if takes_head:
         there |= heads.keys()
@@ -130,7 +158,12 @@ def _plan(
     held = sum(it.nbytes for it in plans if it.tier == "ram")
     passing = LOADING_BYTES + 2 * max(it.nbytes for it in plans if it.tier == "gpu")
     host = max(scratch_bytes(wanted), passing) + arena_slack(held)
-    least = replace(plan_of(wanted, plans, pages, host), device_scratch_bytes=scratch + model.vectors)
+    least = replace(
+        plan_of(wanted, plans, pages, host),
+        device_scratch_bytes=scratch + model.vectors,
+        staged_tokens=staged_tokens if staged else 0,
+        staged_experts=staged,
+    )
     if least.peak_bytes > memory_bytes:
         return Misfit(least.peak_bytes, least)
     if wanted.kv_tokens is not None:

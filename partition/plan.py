@@ -12,7 +12,15 @@ from typing import Literal, NamedTuple
 
 from .amounts import counted, format_bytes
 from .hardware_guesses import OVERLAP_ROWS
-from .memory_layout import KERNEL_BYTES, PAGE_TOKENS, SPAN_TOKENS, SPANS_BYTES, THREAD_BYTES, kv_page_bytes
+from .memory_layout import (
+    KERNEL_BYTES,
+    PAGE_TOKENS,
+    SPAN_TOKENS,
+    SPANS_BYTES,
+    THREAD_BYTES,
+    kv_page_bytes,
+    staged_slot_bytes,
+)
 from .spec import BlockId, ModelSpec
 
 Tier = Literal["gpu", "ram", "disk"]
@@ -70,6 +78,9 @@ class Plan:
     group_rows: int = 1
     page_rows: int = 0
     device_scratch_bytes: int = 0  # that a step needs on the device besides weights and KV
+    # In steps of so many tokens or more, experts that lie with the CPU come to the device, so many at once; 0 = never.
+    staged_tokens: int = 0
+    staged_experts: int = 0
 
     @property
     def streams(self) -> bool:
@@ -111,7 +122,19 @@ class Plan:
     @property
     def device_bytes(self) -> int:
         """Of the device's memory."""
-        return self.device_weights_bytes + self.device_kv_bytes + self.device_scratch_bytes
+        held = self.device_weights_bytes + self.device_kv_bytes + self.staging_bytes
+        return held + self.device_scratch_bytes
+
+    @property
+    def staged_slot_bytes(self) -> int:
+        """In which any of the experts that lie with the CPU has room."""
+        sizes = (it.nbytes for it in self.blocks if it.tier == "ram" and it.block.kind == "expert")
+        return staged_slot_bytes(max(sizes, default=0))
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of the device's memory: while some experts are computed in one half of it, others come to the other half."""
+        return 2 * self.staged_experts * self.staged_slot_bytes if self.staged_experts else 0
 
     @property
     def weights_bytes(self) -> int:
@@ -185,6 +208,8 @@ class Plan:
             return ""
         weights, pages = format_bytes(self.device_weights_bytes), format_bytes(self.device_kv_bytes)
         there = f"{self.there} on {self.device} with {weights} of weights and {pages} of KV"
+        if self.staged_experts:
+            there += f" (others come for steps of {counted(self.staged_tokens, 'token')} or more)"
         return f"{there}, {format_bytes(self.pinned_bytes)} of weights in ram"
 
     @property

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 from shoal.daemon.errors import DaemonError
 from shoal.devices.device_names import AUTO, CPU
 from shoal.devices.opening import device_home, present
 from shoal.kernels import KernelError
+from shoal.kernels.errors import HomeFull, HomeLost
+from shoal.kernels.types import WEIGHT_TYPES
 from shoal.offload.budget import Budget
 from shoal.partition.amounts import format_bytes
-from shoal.partition.placement import DeviceRoom
+from shoal.partition.placement import DeviceRoom, ExpertTimes
 from shoal.partition.plan import Plan
+from shoal.partition.throughput.weights_of import Weighed
+
+if TYPE_CHECKING:
+    from shoal.devices.device_home import DeviceHome
+
+_TYPES = {kind.name: kind for kind in WEIGHT_TYPES}
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +33,11 @@ class Chosen(NamedTuple):
     trouble: str = ""
 
 
-def device_room(device: str, budget: Budget, idle_bytes: int = 0) -> Chosen:
-    """The room on the device that a configuration names. Of models that may go, `idle_bytes` on it count as free. A
-    device that was lost is done without. `auto` is the CPU as long as nothing is known of how fast devices are: one
-    that is slower would be chosen as readily. Raises DaemonError `unsupported` when one that was named cannot be used.
+def device_room(device: str, budget: Budget, model: Weighed, idle_bytes: int = 0) -> Chosen:
+    """The room on the device that a configuration names, for a model. Of models that may go, `idle_bytes` on it count
+    as free. A device that was lost is done without. `auto` is the CPU as long as nothing is known of how fast devices
+    are: one that is slower would be chosen as readily. Raises DaemonError `unsupported` when one that was named cannot
+    be used.
     """
     if device == AUTO:
         if cards := present():
@@ -40,12 +50,28 @@ def device_room(device: str, budget: Budget, idle_bytes: int = 0) -> Chosen:
     except KernelError as error:
         raise DaemonError("unsupported", str(error), "`device=cpu` does without it") from error
     there = home.device
+    ledger = budget.on(device, there.budget.limit_bytes)
+    expert = None
+    with suppress(HomeLost):
+        expert = _tried(home, model, ledger.free_bytes)
     if there.lost:
         said = f"device {device} is lost ({there.lost}), so the cpu computes; start anew to use it again"
         return Chosen(None, said)
-    ledger = budget.on(device, there.budget.limit_bytes)
-    free = ledger.free_bytes + idle_bytes
-    return Chosen(home.room(free))
+    return Chosen(home.room(ledger.free_bytes + idle_bytes)._replace(expert=expert))
+
+
+def _tried(home: DeviceHome, model: Weighed, free_bytes: int) -> ExpertTimes | None:
+    """What an expert of the model takes there; None if it has none, or there is no room to try. Raises HomeLost."""
+    from shoal.devices.expert_timing import Shape, expert_times, tried_bytes
+
+    products = next((its for block, its in model.products.items() if block.kind == "expert"), ())
+    expert = [Shape(_TYPES[it.kind], it.rows, it.cols) for it in products]
+    if not expert or tried_bytes(expert) > free_bytes:
+        return None
+    try:
+        return expert_times(home, expert)
+    except HomeFull:
+        return None
 
 
 def require_whole(plan: Plan, room: DeviceRoom, name: str) -> None:

@@ -156,7 +156,7 @@ class Loader:
                 assembly.budget,
                 idle_bytes=idle_bytes,
                 extra_bytes=extra_bytes,
-                room=device_room(config.device, assembly.budget, there).room,
+                room=device_room(config.device, assembly.budget, model, there).room,
             )
         require_plan(found, name)
 

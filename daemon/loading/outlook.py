@@ -92,7 +92,7 @@ def _outlook(
     budget = budget_of(config.memory_bytes)
     on_disk = disk_buffer_bytes(checkpoint, config)
     model = weighed(checkpoint, config.quant)
-    room = device_room(config.device, budget).room
+    room = device_room(config.device, budget, model).room
     plan = plan_within_budget(
         checkpoint, model, config, budget, machine.device, extra_bytes=on_disk, room=room
     )

@@ -25,6 +25,7 @@ from shoal.partition.rank_plans import RankPart
 from shoal.partition.spec import BlockId, ModelSpec
 from shoal.partition.throughput.alone import best_plan, rival_threads
 from shoal.partition.throughput.profile import Device, unmeasured
+from shoal.partition.throughput.staging_worth import staged_from
 from shoal.partition.throughput.weights_of import Weighed
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -47,9 +48,9 @@ def make_plan(
     Raises DaemonError `context_overflow`, and `resources` where nothing fits on the device.
     """
     contexts = wanted_of(model.spec, config)
-    if room is not None:
-        return _on_device(model, contexts, room, memory_bytes)
     device = device or unmeasured(config.thread_count)
+    if room is not None:
+        return _on_device(model, contexts, room, memory_bytes, device.on(config.threads))
     made = best_plan(model, contexts, memory_bytes, device, streaming=streaming)
     if config.threads is not None or isinstance(made, Misfit):
         return made
@@ -57,12 +58,19 @@ def make_plan(
 
 
 def _on_device(
-    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int
+    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int, machine: Device
 ) -> Plan | Misfit:
     tied = sum(it.nbytes for it in model.head) if model.spec.tied and model.spec.vocab else 0
     vectors = 0 if model.quant == "keep" else model.vectors_bytes
+    longest = contexts[0]
+    most = longest.chunk_tokens + longest.sequences + longest.guesses
+    staged_tokens = staged_from(model, machine, room.expert, most) if room.expert else 0
     made = plan_on_device(
-        contexts, ModelBytes(model.block_bytes, tied, vectors), room, memory_bytes=memory_bytes
+        contexts,
+        ModelBytes(model.block_bytes, tied, vectors),
+        room,
+        memory_bytes=memory_bytes,
+        staged_tokens=staged_tokens,
     )
     if isinstance(made, NoRoomThere):
         raise DaemonError(

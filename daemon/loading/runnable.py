@@ -86,7 +86,7 @@ class Runnable:
         with ExitStack() as undo, open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config)
             model = weighed(checkpoint, config.quant)
-            room, trouble = device_room(config.device, budget)
+            room, trouble = device_room(config.device, budget, model)
             if room is not None:
                 grouping = None  # a device belongs to no group
 

@@ -11,7 +11,7 @@ import torch
 from fakes.cuda_on_host import FREE_BYTES, Event, cuda
 
 from shoal.devices.cuda_device import OF_FREE_MEMORY, CudaDevice
-from shoal.devices.device import DeviceWork
+from shoal.devices.device import PACKET_BYTES, DeviceWork
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.errors import DeviceFull, DeviceLost, NoSuchDevice
 from shoal.devices.torch_kernels import TorchKernels
@@ -102,3 +102,20 @@ def test_other_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         device.compute("x", WORK, lambda: failing(RuntimeError("shapes differ")), [])
     assert not device.lost
+
+
+def test_staged_weights_go_in_packets(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = cuda(monkeypatch)
+    source = np.arange(2 * PACKET_BYTES + 10).astype(np.uint8)
+    target = device.allocate(source.shape, source.dtype)
+    sizes, copy = [], torch.Tensor.copy_
+
+    def seen(there: torch.Tensor, here: torch.Tensor, **how: bool) -> torch.Tensor:
+        sizes.append(len(here))
+        return copy(there, here, **how)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", seen)
+    device.wait(device.stage_in(source, target, [target.memory.ready]))
+    assert np.array_equal(target.inside.numpy(), source)
+    assert sizes == [PACKET_BYTES, PACKET_BYTES, 10]
+    assert not device._copies

@@ -8,11 +8,15 @@ import pytest
 import torch
 from fakes.torch_on_host import torch_home
 
+from shoal.devices import torch_kernels
 from shoal.devices.errors import NoSuchDevice
 from shoal.devices.opening import device_home
+from shoal.kernels.band_layout import to_bands
 from shoal.kernels.homes import cpu
+from shoal.kernels.matrix import Linears, Matrix
 from shoal.kernels.reference import ReferenceHome
 from shoal.kernels.self_test import disagreements
+from shoal.kernels.types import WEIGHT_TYPES, WeightType
 
 GENERATOR = np.random.default_rng(3)
 
@@ -30,6 +34,21 @@ def test_so_does_a_graphics_card() -> None:
 def test_without_a_graphics_card_one_is_told_so() -> None:
     with pytest.raises(NoSuchDevice, match=r"^device cuda:0 (is not there|cannot be used): "):
         device_home("cuda:0")
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
+def test_staged_weights_lie_as_on_the_host(kind: WeightType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are no whole bands, and more than are decoded at once."""
+    home, cols = torch_home(), 512
+    monkeypatch.setattr(torch_kernels, "TILE_NUMBERS", 32 * cols)
+    for rows in (16, 40, 160):
+        stored = GENERATOR.integers(0, 256, (rows, kind.row_bytes(cols))).astype(np.uint8)
+        w = Matrix(kind, to_bands(kind, stored).reshape(-1), rows, cols)
+        staging = home.staging(256 + w.nbytes)
+        x = home.place(GENERATOR.standard_normal((3, cols), np.float32))
+        kept, staged = home.keep_matrix(w), home.stage(w, staging, 256)
+        ours, theirs = (home.fetch(home.linears(x, Linears([it]))[0]) for it in (staged, kept))
+        assert np.array_equal(ours, theirs, equal_nan=True)
 
 
 def test_small_operations() -> None:

@@ -25,6 +25,9 @@ class TorchOnHost(SimDevice):
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("in", source, target.inside.numpy(), after)
 
+    def stage_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        return self._copy("stage", source, target.inside.numpy(), after)
+
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("out", source.inside.numpy(), target, after)
 

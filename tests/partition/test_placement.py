@@ -49,9 +49,12 @@ def plan(device_bytes: int, memory_bytes: int = 1 << 33, spec: ModelSpec = SPEC,
     blocks = dict.fromkeys(spec.blocks(), MB)
     blocks[BlockId("head")] = 5 * MB
     tied = changes.pop("tied", 0)
+    staged_tokens = changes.pop("staged_tokens", 0)
     room = DeviceRoom("sim:x", device_bytes, 0, False, device_bytes)
     wanted = WANTED._replace(spec=spec, **changes)
-    return plan_on_device([wanted], ModelBytes(blocks, tied, 0), room, memory_bytes=memory_bytes)
+    return plan_on_device(
+        [wanted], ModelBytes(blocks, tied, 0), room, memory_bytes=memory_bytes, staged_tokens=staged_tokens
+    )
 
 
 def there(made: Plan) -> list[str]:
@@ -105,6 +108,23 @@ def test_of_a_mixture_experts_go_there_last() -> None:
     assert not found[30].device_whole
 
 
+def test_experts_come_through_what_whole_layers_leave() -> None:
+    found = {
+        megabytes: plan(MIXED_SCRATCH + megabytes * MB, spec=MIXTURE, staged_tokens=40)
+        for megabytes in range(8, 50)
+    }
+    for made in found.values():
+        without = plan(made.device_bytes, spec=MIXTURE, staged_tokens=0)
+        given_up = without.device_experts[0] - made.device_experts[0]
+        assert given_up in (0, 4)  # a layer's at most
+        assert 0 < made.staged_experts <= 4 or made.device_whole or not made.device_experts[0]
+    assert "(others come for steps of 40 tokens or more)" in found[30].placed
+    assert {made.staged_experts for made in found.values()} >= {0, 1, 2}
+    partly = found[12]  # not even the dense part of all layers
+    assert partly.device_layers[0] < 6
+    assert partly.staged_tokens == (40 if partly.staged_experts else 0)
+
+
 def test_all_experts_of_a_layer_are_in_one_place() -> None:
     made = plan(MIXED_SCRATCH + 30 * MB, spec=MIXTURE)
     assert made.device_layers == (6, 6)
@@ -149,15 +169,22 @@ def test_what_lacks() -> None:
     st.integers(0, 128 * MB),
     st.sampled_from([None, 640]),
     st.sampled_from([SPEC, MIXTURE]),
+    st.sampled_from([0, 40]),
 )
-def test_budgets_hold(device: int, memory: int, kv_tokens: int | None, spec: ModelSpec) -> None:
-    made = plan(device, memory, spec, kv_tokens=kv_tokens)
+def test_budgets_hold(
+    device: int, memory: int, kv_tokens: int | None, spec: ModelSpec, staged_tokens: int
+) -> None:
+    made = plan(device, memory, spec, kv_tokens=kv_tokens, staged_tokens=staged_tokens)
     if not isinstance(made, Plan):
         return
     assert made.device_bytes <= device
+    assert made.staging_bytes == 2 * made.staged_experts * (MB + 3 * 256)
+    assert made.staged_tokens == (staged_tokens if made.staged_experts else 0)
+    if made.device_whole or not made.staged_tokens:
+        assert made.staging_bytes == 0
     assert made.peak_bytes <= memory
     assert made.kv.nbytes == made.kv.pages * kv_page_bytes(spec, "f16")
     assert made.kv.tokens >= (kv_tokens or 512)
-    more = plan(device + 8 * MB, memory + 64 * MB, spec, kv_tokens=kv_tokens)
+    more = plan(device + 8 * MB, memory + 64 * MB, spec, kv_tokens=kv_tokens, staged_tokens=staged_tokens)
     assert more.device_layers >= made.device_layers
     assert more.device_experts >= made.device_experts

@@ -3,6 +3,7 @@ of the device."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -22,10 +23,12 @@ from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.outlook import Outlook, outlook
 from shoal.daemon.node import Node
 from shoal.daemon.throughput.own_machine import OwnMachine
-from shoal.devices import opening
+from shoal.devices import opening, sim_device
 from shoal.devices.sim_device import SimDevice
 from shoal.engine.learn import expert_use
 from shoal.offload.block_store import ResidentStore
+from shoal.partition.throughput import staging_worth
+from shoal.partition.throughput.profile import unmeasured
 
 ROOMY = "sim:64MB"
 
@@ -177,6 +180,35 @@ def test_a_lost_device_is_done_without(node: Node, path: Path, monkeypatch: pyte
         assert (found.device, found.device_bytes) == ("", 0)
         assert there.budget.on(ROOMY).held_bytes == sim().budget.held_bytes == 0
         assert text_of(there, prompt(0))[:2] == expected
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_experts_come_for_prompts(mixture: Path, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And if the device is lost while they do, answers go on without it."""
+    monkeypatch.setattr(sim_device, "LAUNCH_S", 1e-9)  # or such small ones would be quicker where they are
+    monkeypatch.setattr(staging_worth, "FAST", unmeasured(2))
+    with loaded(mixture, "cpu") as node:
+        expected = [text_of(node, prompt(i, tokens=40))[:2] for i in range(3)]
+    name = f"sim:{whole_bytes(mixture) - 1}"
+    with loaded(mixture, name) as there:
+        device, stage_in, copies = sim(name), sim(name).stage_in, count()
+
+        def coming(*args: Any) -> Any:
+            if next(copies) == 7 and lost:
+                device.lose("the driver was restarted")
+            return stage_in(*args)
+
+        monkeypatch.setattr(device, "stage_in", coming)
+        said = status(there).plan
+        assert "12 of 18 experts" in said
+        assert re.search(r"\(others come for steps of \d+ tokens or more\)", said)
+        assert [text_of(there, prompt(i, tokens=40))[:2] for i in range(3)] == expected
+        assert next(copies) > 7
+        found = status(there)
+        assert found.device == ("" if lost else name)
+        if not lost:
+            assert device.budget.peak_bytes <= found.device_bytes <= device.budget.limit_bytes
+        assert there.budget.on(name).held_bytes == found.device_bytes
 
 
 def test_a_full_device_is_an_error_and_the_node_goes_on(node: Node, path: Path) -> None:

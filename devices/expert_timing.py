@@ -1,0 +1,68 @@
+"""How long a device takes for one expert to come, and to compute with it: found by trying both, in its own time.
+
+So nobody has to write down how fast a card or its link is. Knows a home; not which model asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from shoal.kernels.matrix import Linears, Matrix
+from shoal.kernels.types import WeightType
+from shoal.partition.memory_layout import staged_slot_bytes, staged_starts
+from shoal.partition.placement import ExpertTimes
+
+from .device_home import DeviceHome
+
+TRIED_ROWS = 64
+TRIED_BYTES = 16 << 20  # of weights; larger experts are tried in part
+
+
+class Shape(NamedTuple):
+    """Of a matrix."""
+
+    type: WeightType
+    rows: int
+    cols: int
+
+
+def tried_bytes(expert: Sequence[Shape]) -> int:
+    """What trying takes of the device's memory, at most."""
+    numbers = TRIED_ROWS * sum(it.cols + 2 * it.rows for it in expert)
+    return staged_slot_bytes(_nbytes(_part(expert))) + 4 * numbers
+
+
+def expert_times(home: DeviceHome, expert: Sequence[Shape]) -> ExpertTimes:
+    """Of an expert with these matrices. Takes milliseconds on a card. Raises HomeFull and HomeLost."""
+    part = _part(expert)
+    matrices = [
+        Matrix(kind, np.zeros(kind.matrix_bytes(rows, cols), np.uint8), rows, cols)
+        for kind, rows, cols in part
+    ]
+    *starts, end = staged_starts([it.nbytes for it in matrices])
+    device, staging = home.device, home.staging(end)
+    inputs = [home.keep_vector(np.zeros((TRIED_ROWS, it.cols), np.float32)) for it in part]
+    for _ in range(2):  # the first time, kernels are made ready
+        begun_s = device.now_s
+        there = [home.stage(it, staging, start) for it, start in zip(matrices, starts, strict=True)]
+        device.wait(staging.memory.ready)
+        came_s = device.now_s
+        made = [home.linears(x, Linears([w]))[0] for x, w in zip(inputs, there, strict=True)]
+        device.wait(made[-1].memory.ready)
+        computed_s = device.now_s
+    whole = _nbytes(expert)
+    share = sum(it.nbytes for it in matrices) / whole
+    return ExpertTimes(whole, (came_s - begun_s) / share, TRIED_ROWS, (computed_s - came_s) / share)
+
+
+def _part(expert: Sequence[Shape]) -> list[Shape]:
+    """Some rows of each matrix."""
+    share = min(1.0, TRIED_BYTES / _nbytes(expert))
+    return [it._replace(rows=max(1, int(share * it.rows))) for it in expert]
+
+
+def _nbytes(expert: Sequence[Shape]) -> int:
+    return sum(it.type.matrix_bytes(it.rows, it.cols) for it in expert)
