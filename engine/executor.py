@@ -224,8 +224,7 @@ class Executor:
 
     def _routed(self, placed: Placed, router: Weights, rows: Sequence[Hidden], part: int) -> Routed:
         block, home = placed
-        leaves = self._experts.leave(block.layer, home)
-        return self.model.route(home, router, self._next(rows, part), leaves)
+        return self.model.route(home, router, self._next(rows, part), self._experts.leaving[block.layer])
 
     def _mix_routed(
         self, placed: Placed, router: Weights, rows: Sequence[Hidden], routed: Mapping[int, Routed]
