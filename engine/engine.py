@@ -190,7 +190,7 @@ class Engine:
 
     def settle(self) -> None:
         """Where there is nothing to compute: move experts to where they are used, but not for long, since somebody may
-        come. Raises RankLost as `step` does."""
+        come. Raises RankLost as `step` does, and also if an exchange fails: all is to be read anew then."""
         if not self._stepping.acquire(blocking=False):
             return
         ends_s = self._clock() + SETTLE_S
@@ -198,8 +198,9 @@ class Engine:
             while self._clock() < ends_s and not (self.busy or self.lost or self._ended):
                 if not self.rank.executor.exchange_experts():
                     return
-        except HomeLost as error:
-            self.lost = DeviceGone(str(error))
+        except Exception as error:  # halfway: some matrices of an expert may be another's now
+            why = str(error) if isinstance(error, HomeLost) else f"experts stuck halfway: {error!r}"
+            self.lost = DeviceGone(why)
             raise self.lost from error.with_traceback(None)
         finally:
             self._stepping.release()

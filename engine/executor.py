@@ -233,7 +233,7 @@ class Executor:
         self, placed: Placed, router: Weights, rows: Sequence[Hidden], part: int, come: bool
     ) -> Routed:
         block, home = placed
-        leaves = not come and self._experts.leave(block.layer, home)
+        leaves = not come and self._experts.leaving[block.layer]
         return self.model.route(home, router, self._next(rows, part), leaves)
 
     def _mix_routed(

@@ -27,6 +27,10 @@ class ExpertPlaces:
         for block in self._homes:
             self._layers.setdefault(block.layer, []).append(block)
         self._by_home: dict[int, dict[ComputeHome, set[int]]] = {}
+        self._routers = {
+            it.block.layer: home_of(it.device) for it in plan.blocks if it.block.kind == "router"
+        }
+        self.leaving: dict[int, bool] = {}  # whether any of a layer are elsewhere than their router
         for layer in self._layers:
             self._arrange(layer)
         self._use = ExpertUse() if len(set(self._homes.values())) > 1 else None
@@ -36,10 +40,6 @@ class ExpertPlaces:
     def layers(self) -> Collection[int]:
         """Those that have any."""
         return self._layers.keys()
-
-    def leave(self, layer: int, home: ComputeHome) -> bool:
-        """Whether any of a layer are elsewhere than their router, which is in `home`."""
-        return any(there is not home for there in self._by_home[layer])
 
     def elsewhere(self, blocks: Sequence[BlockId], home: ComputeHome) -> Collection[int]:
         """Which of these experts of a layer are not in this home."""
@@ -82,6 +82,7 @@ class ExpertPlaces:
         for block in sorted(self._layers[layer], key=lambda block: self._homes[block] is self._cpu):
             homes.setdefault(self._homes[block], set()).add(block.expert)
         self._by_home[layer] = homes
+        self.leaving[layer] = any(home is not self._routers[layer] for home in homes)
 
 
 def _form(store: ResidentStore, block: BlockId) -> Hashable:

@@ -114,7 +114,7 @@ class Transformer:
         assert moe is not None
         x = self._normed(home, hidden, self._pre_norm(weights))
         scores = home.scores(x, weights.linears("router"))  # (T, experts)
-        home.prefetch(scores, *([x] if leaves else []))
+        home.prefetch(*((scores, x) if leaves else (scores,)))
         shared = None
         if moe.shared_ffn:
             shared = home.feed_forward(x, weights.feed_forward(spec.activation, "shared_"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from ..errors import CommError
 from .errors import ChannelError, ChannelTimeout
 from .group_protocol import Agreed, Purpose
 from .streams import SocketStream, Stream
@@ -124,6 +125,19 @@ class Channel:
         """A struct that has a tag if the other side expects one of several. Otherwise as `send`."""
         body = _ENCODER.encode(message)
         self.send(len(body).to_bytes(4, "little"), body, timeout_s=timeout_s)
+
+    def send_last(self, message: msgspec.Struct, timeout_s: float) -> None:
+        """A message before the channel is closed, which goes within `timeout_s` or not at all: neither the other side
+        that does not read nor a thread here that is sending holds it up longer. Never raises."""
+        body = _ENCODER.encode(message)
+        deadline = time.monotonic() + timeout_s
+        if self._sending.acquire(timeout=timeout_s):
+            try:
+                self._send((len(body).to_bytes(4, "little"), body), deadline)
+            except (OSError, CommError):
+                self._stream.abort()
+            finally:
+                self._sending.release()
 
     def receive_message(
         self,

@@ -31,6 +31,7 @@ HostPort = Annotated[str, Meta(max_length=128)]
 
 BEAT_S = 0.5
 SILENT_S = 2.5  # without a beat, a node is lost
+LAST_WORD_S = 0.5  # in which it has to go, or it is not said
 FROZEN_S = 2.5  # computing without coming further, it is lost, too
 PROBE_BYTES = 1 << 20  # that a link is measured with, at most
 CONTROL_BYTES = PROBE_BYTES + (64 << 10)  # of one message

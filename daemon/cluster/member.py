@@ -19,9 +19,11 @@ from shoal.partition.machines import LinkSpeed
 from .control_messages import (
     CONTROL_BYTES,
     FROZEN_S,
+    LAST_WORD_S,
     SILENT_S,
     Attach,
     Beat,
+    Dismissed,
     Drop,
     FromHead,
     FromWorker,
@@ -188,6 +190,10 @@ class Member:
             self._control.send_message(message)
         except (OSError, CommError) as error:
             self.leave(str(error))
+
+    def say_farewell(self) -> None:
+        """It is forgotten, and hears that if it reads. Never raises."""
+        self._control.send_last(Dismissed(), LAST_WORD_S)
 
     def serve(self, request: Serve, told: Telling = lambda message: None) -> None:
         """Ask it to load a shard; `loading` tells how that goes, and `told` what it says of its fellows."""

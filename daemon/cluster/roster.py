@@ -19,7 +19,7 @@ from shoal.comm.group.channel import Channel
 from shoal.comm.group.sums.part_waits import WaitSummary
 from shoal.daemon.installed import package_version
 
-from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Dismissed, Epoch, HeadAt
+from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
 from .faults import Faults
 from .links.link_probes import answer_probes
 from .member import Member
@@ -170,7 +170,7 @@ class Roster:
         with self._lock:
             member = self._members.get(fingerprint)
         if member is not None:
-            member.send(Dismissed())
+            member.say_farewell()
 
     def dismiss(self, fingerprint: str, reason: str) -> None:
         """Close every channel to a worker, if it is attached."""

@@ -24,6 +24,7 @@ from shoal.offload.budget import Budget
 from .control_messages import (
     BEAT_S,
     CONTROL_BYTES,
+    LAST_WORD_S,
     Alive,
     Attach,
     Beat,
@@ -85,7 +86,8 @@ class Worker:
 
     def say_farewell(self) -> None:
         """The head need not wait for this machine any more. It is told only if it is there."""
-        self._tell(Left())
+        if (control := self._control) is not None:
+            control.send_last(Left(), LAST_WORD_S)
 
     def close(self) -> None:
         """Leave the head. Idempotent."""

@@ -8,7 +8,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,55 @@ def test_what_the_others_have_no_pages_for_is_rank_0s_own(checkpoint: Checkpoint
             made.assert_alike()
             begun.append(len(made.others.orders))
     assert begun == [1, 2, 3, 3, 4, 5, 6]
+
+
+def ended_by(error: Exception, after: int) -> Callable[[float], bool]:
+    """Somebody who is asked so many times before that happens."""
+    asked = itertools.count()
+
+    def wanted(share: float) -> bool:
+        if next(asked) < after:
+            return True
+        raise error
+
+    return wanted
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_copies_are_right_whatever_was_given_up_failed_or_undone(
+    seed: int, checkpoint: Checkpoint, path: Path
+) -> None:
+    """The others have places for two texts of three. Steps of other tokens end at any moment before the right ones
+    come, and of what was written some does not count."""
+    source = random.Random(seed)
+    alone = Rank(Running(path, replace(FP32, kv_tokens=12 * PAGE)).executor, lambda: 0.0)
+    with closing(
+        Assisting(checkpoint, based(checkpoint, 12), 3, group_rows=20, page_rows=3, pages=4)
+    ) as made:
+        texts: list[tuple[list[int], list[int]]] = [
+            ([], [page, 11 - page]) for page in range(3)
+        ]  # tokens, pages
+        for _ in range(30):
+            segments = []
+            for tokens, pages in texts:
+                if source.random() < 0.2:
+                    del tokens[source.randrange(len(tokens) + 1) :]
+                if count := min(source.choice([0, 1, 30, 50]), 2 * PAGE - len(tokens)):
+                    more = [source.randrange(tiny.END) for _ in range(count)]
+                    segments.append(Segment(more, len(tokens), pages, 1))
+                    tokens += more
+            if not segments:
+                continue
+            error = source.choice([Abandoned(), OSError("the disk is on fire")])
+            others = [it._replace(tokens=[*it.tokens][::-1]) for it in segments]
+            with suppress(Abandoned, OSError):
+                made.rank.run(Order(others), ended_by(error, source.randrange(20)))
+            made.assert_alike()
+            order = Order(segments)
+            assert relative_error(made.rank.run(order).logits, alone.run(order).logits) <= TOLERANCE
+            made.assert_alike()
+        assert len(made.others.orders) > 5
+        assert not made.lost
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -12,7 +12,7 @@ from shoal.partition.given_plan import check_given
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.pinning import Pinnings
 from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
-from shoal.partition.rank_plans import RankPart, rank_plans
+from shoal.partition.rank_plans import LEAST_COPIED_TOKENS, RankPart, assisted_plans, rank_plans
 from shoal.partition.slicing import Shard, divide, shard_spec
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
 
@@ -113,6 +113,41 @@ def test_ranks_agree_and_none_takes_more_than_it_has(
     assert any(now > before for now, before in zip(enough, memory, strict=True))
     plans = rank_plans(WANTED._replace(spec=spec), parts(spec, enough), streaming=streaming)
     assert_agreed([plan for plan in plans if isinstance(plan, Plan)], parts(spec, enough))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([DENSE, MIXTURE]),
+    st.integers(10_000, 40_000),
+    st.lists(st.integers(100, 20_000), min_size=1, max_size=4),
+    st.sampled_from([256, 1024, 8192]),
+    st.sampled_from([None, 512, 4096]),
+)
+def test_beside_a_head_that_has_all_others_take_no_more_than_they_have(
+    spec: ModelSpec, head_megabytes: int, megabytes: list[int], context: int, kv_tokens: int | None
+) -> None:
+    """They agree on pages, which may be fewer than the head's, and would believe their plans; nothing fits less."""
+    wanted = WANTED._replace(spec=spec, context_tokens=context, kv_tokens=kv_tokens)
+    head = part(spec, divide(spec, 1)[0], head_megabytes * MB)
+    others = parts(spec, [1 << 50, *(it * MB for it in megabytes)])[1:]
+    made = assisted_plans(wanted, head, others)
+    assert len(made) == len(others) + 1
+    plans = [plan for plan in made if isinstance(plan, Plan)]
+    if len(plans) < len(made):
+        for found, mine in zip(made, (head, *others), strict=True):
+            assert isinstance(found, Plan) or found.least_bytes > mine.memory_bytes
+        return
+    own, *theirs = plans
+    alone = plan_in_ram(wanted._replace(spec=head.spec), head.block_bytes, memory_bytes=head.memory_bytes)
+    assert isinstance(alone, Plan)
+    assert own.kv == alone.kv
+    (pages,) = {plan.kv.pages for plan in theirs}
+    assert pages <= own.kv.pages
+    assert pages * 64 >= min(context, kv_tokens or context, LEAST_COPIED_TOKENS)
+    for plan, mine in zip(theirs, others, strict=True):
+        assert plan.peak_bytes <= mine.memory_bytes
+        assert (plan.context_tokens, plan.chunk_tokens, plan.ranks) == (context, own.chunk_tokens, len(plans))
+        check_given(plan, mine.spec, mine.block_bytes.__getitem__)
 
 
 def test_if_all_fits_nothing_streams_and_the_tightest_rank_decides_about_kv() -> None:

@@ -57,6 +57,38 @@ def twin():
         yield one, other
 
 
+def fill(channel):
+    """Send what nobody reads, until the channel is closed."""
+    with pytest.raises(ChannelError):
+        channel.send(bytes(64 << 20))
+
+
+def test_a_last_word_is_said_soon_or_not_at_all(ends):
+    one, other = ends
+    one.send_last(Ping(1), 1.0)
+    assert other.receive_message(Ping, 1.0) == Ping(1)
+
+    filling = threading.Thread(target=fill, args=(one,))
+    filling.start()
+    time.sleep(0.2)
+    began_s = time.monotonic()
+    one.send_last(Ping(2), 0.1)
+    one.close()
+    assert time.monotonic() - began_s < 0.5
+    one.send_last(Ping(3), 0.1)  # too late
+    filling.join(5)
+    assert not filling.is_alive()
+
+
+def test_a_last_word_that_does_not_go_closes_the_channel(ends):
+    one, _ = ends
+    while one.send_some(memoryview(bytes(1 << 20))):
+        pass
+    assert not one.closed
+    one.send_last(Ping(1), 0.1)
+    assert one.closed
+
+
 def test_messages_go_both_ways(ends):
     one, other = ends
     for number in range(3):

@@ -124,6 +124,23 @@ def test_a_worker_that_was_forgotten_says_so_and_dials_rarely(
         wait_for(lambda: worker.attached and not worker.trouble)
 
 
+@pytest.mark.parametrize("of_head", [True, False])
+def test_a_last_word_waits_for_nobody_who_still_sends(of_head: bool, tmp_path: Path) -> None:
+    """To a machine that does not read: a thread may be at it for a minute."""
+    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
+        (member,), worker = cluster.roster.members, cluster.workers[1]._worker
+        assert worker is not None
+        control = member._control if of_head else worker._control
+        assert control is not None
+        began_s = time.monotonic()
+        with control._sending:
+            if of_head:
+                cluster.roster.tell_forgotten(member.fingerprint)
+            else:
+                worker.say_farewell()
+        assert time.monotonic() - began_s < 2
+
+
 def test_what_the_head_has_said_holds_though_it_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,8 +24,10 @@ from shoal.daemon.loading.outlook import Outlook, outlook
 from shoal.daemon.node import Node
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.devices import opening, sim_device
+from shoal.devices.device_home import DeviceHome
 from shoal.devices.sim_device import SimDevice
 from shoal.engine.learn import expert_use
+from shoal.kernels.matrix import Matrix
 from shoal.offload.block_store import ResidentStore
 from shoal.partition.throughput import staging_worth
 from shoal.partition.throughput.profile import unmeasured
@@ -150,6 +152,30 @@ def test_experts_change_places_while_nobody_asks(
         sim(name).lose("somebody pulled it out")
         assert len(text_of(there, prompt(0))[1]) == 24
         assert status(there).device == ""
+
+
+@pytest.mark.parametrize(("matrix", "error"), [(1, MemoryError()), (2, OSError("no idea"))])
+def test_an_exchange_that_fails_halfway_mixes_no_experts_up(
+    mixture: Path, matrix: int, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_use, "LEAST_USES", 1)
+    monkeypatch.setattr(node_module, "IDLE_WAIT_S", 0.01)
+    with loaded(mixture, "cpu") as alone:
+        expected = [text_of(alone, prompt(index))[:2] for index in range(3)]
+    exchange, begun, failed = DeviceHome.exchange, count(1), Event()
+
+    def seen(self: DeviceHome, mine: Matrix, hosts: Matrix) -> None:
+        exchange(self, mine, hosts)
+        if next(begun) == matrix:
+            failed.set()
+            raise error
+
+    monkeypatch.setattr(DeviceHome, "exchange", seen)
+    with loaded(mixture, f"sim:{whole_bytes(mixture) - 1}") as there:
+        for _ in range(2):
+            assert [text_of(there, prompt(index))[:2] for index in range(3)] == expected
+            assert failed.wait(10)
+        assert "12 of 18 experts" in status(there).plan
 
 
 def test_fewer_bits_from_a_pack(path: Path, tmp_path: Path) -> None:
