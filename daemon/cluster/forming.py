@@ -342,7 +342,9 @@ class Forming:
     ) -> PlannedCut:
         chosen = _chosen(choice, members)
         threads = [config.thread_count, *(member.facts.threads for member in chosen)]
-        return planned_cut(checkpoint, config, choice, [rooms[rank.place] for rank in choice.ranks], threads)
+        own_rooms = [rooms[rank.place] for rank in choice.ranks]
+        may_cut = all(member.divides_vocabulary for member in chosen)
+        return planned_cut(checkpoint, config, choice, own_rooms, threads, may_cut_vocabulary=may_cut)
 
 
 class _Seating(NamedTuple):
