@@ -154,7 +154,8 @@ class Group:
         self._await(lambda: self._complete() and self.introductions.over, progress)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
         most = max(_brought_bytes(seat) for seat in self.seats)
-        hub = self._hub = Hub(streams, self.epoch, FIRST_WIRE, most_collected=most)
+        columns = [seat.spec.vocab for seat in self.seats]
+        hub = self._hub = Hub(streams, self.epoch, FIRST_WIRE, most_collected=most, columns=columns)
         self._decide(hub)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)

@@ -18,6 +18,7 @@ from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
 from shoal.offload.pack.layout import grains_of
 from shoal.partition.errors import ShardError
 from shoal.partition.group_choice import Choice
+from shoal.partition.group_search import STEADY
 from shoal.partition.plan import BlockPlan, Misfit, Plan, Wanted, arena_slack
 from shoal.partition.rank_plans import RankPart, assisted_plans, rank_plans
 from shoal.partition.slicing import Shard, divide
@@ -46,6 +47,16 @@ class PlannedCut(NamedTuple):
         if isinstance(self.plans, TooTight):
             return inf
         return max(plan.streamed_bytes for plan in self.plans)
+
+    @property
+    def cuts_vocabulary(self) -> bool:
+        return len(self.shards) > 1 and self.shards[1].ranges.vocab.size > 0
+
+    def is_better(self, other: PlannedCut) -> bool:
+        """Whether it streams clearly less, or no more and keeps the vocabulary in one piece."""
+        if STEADY * self.streamed_bytes < other.streamed_bytes:
+            return True
+        return self.cuts_vocabulary < other.cuts_vocabulary and self.streamed_bytes <= other.streamed_bytes
 
 
 def planned_cut(

@@ -163,6 +163,9 @@ def test_rank_0_has_room_for_whole_logits(wide: Checkpoint) -> None:
         assert 0 < own < wide.spec.vocab
         without = scratch_bytes(wanted_by(plan, part.spec)._replace(vocab=0))
         logits = 4 * (plan.sequences + plan.guesses) * (2 * known - own) if known else 0
+        assert not made.is_better(made)
+        assert cut(wide, "tensor").is_better(made)
+        assert not made.is_better(cut(wide, "tensor"))
         wanted_bytes = without + 450 * known + logits + arena_slack(plan.weights_bytes)
         assert plan.scratch_bytes == wanted_bytes
 
