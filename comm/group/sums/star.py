@@ -147,8 +147,8 @@ def _add(wire: WireType, data: Octets, total: F32Rows) -> None:
 class Hub(_Adder):
     """Rank 0's side. `streams` lead to ranks 1, 2, …; a rank that does not answer within `patience_s` has departed.
 
-    `most_collected`: bytes that a rank brings at once besides partials. `columns`: how many ranks 1, 2, … have of what is
-    gathered, if this one has more than one; if it has one, all have. By default whatever they say.
+    `most_collected`: bytes that a rank brings at once besides partials. `columns`: how many ranks 1, 2, … have of what
+    is gathered, if this one has more than one; if it has one, all have. By default whatever they say.
 
     Raises Departed, with the rank, when a spoke failed or its stream ended; the hub can be used no more after that.
     """
