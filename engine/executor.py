@@ -87,7 +87,7 @@ class Executor:
         self.store = store
         self.kv = kv
         self.collective = collective
-        self._vocab = vocab
+        self.vocab = vocab
         self._wanted: StillWanted = lambda share: True
         self._share = 0.0  # of the step, done
         self._travelling: deque[_Travelling] = deque()  # at most two, in the order in which they were started
@@ -162,13 +162,13 @@ class Executor:
         contributes zeros to the sum."""
         block, home = self._embed
         shape = len(tokens), self.model.spec.hidden
-        if self._vocab is None:
+        if self.vocab is None:
             found = self.store.rows(block, tokens) if block.kind == "embed" else None
             hidden = home.place(self.collective.broadcast(found, shape))
         else:
-            mine = (tokens >= self._vocab.start) & (tokens < self._vocab.stop)
+            mine = (tokens >= self.vocab.start) & (tokens < self.vocab.stop)
             rows = np.zeros(shape, np.float32)
-            rows[mine] = self.store.rows(block, tokens[mine] - self._vocab.start)
+            rows[mine] = self.store.rows(block, tokens[mine] - self.vocab.start)
             hidden = self.collective.allreduce(home, home.place(rows))
         return self.model.embed(home, hidden)
 
@@ -191,7 +191,7 @@ class Executor:
                     logits = np.empty((len(part), self.model.spec.vocab), np.float32)
                 logits[:, done : done + part.shape[1]] = part
                 done += part.shape[1]
-        return logits if self._vocab is None else self.collective.gather(logits)
+        return logits if self.vocab is None else self.collective.gather(logits)
 
     def _attend(
         self, placed: Placed, rows: Sequence[Hidden], step: Step, rotations: Sequence[list[Rotation]]

@@ -58,7 +58,7 @@ class Leader(Rank):
         """Carry out an order together. Raises RankLost besides what a rank alone raises."""
         order = self.placed(order)
         try:
-            self._others.begin(order_bytes(self._told(order)))
+            self._others.begin(order_bytes(self._told(order), tokens=self.executor.vocab is not None))
             try:
                 result = super().run(order, wanted)
             except BaseException:

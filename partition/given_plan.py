@@ -4,7 +4,7 @@ depends on. Pure: knows sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .errors import PlanError
 from .memory_layout import KV_FORMATS, PAGE_TOKENS, kv_page_bytes
@@ -33,9 +33,15 @@ _COUNTS = {
 }
 
 
-def check_given(plan: Plan, spec: ModelSpec, matrix_bytes: Callable[[BlockId], int]) -> None:
+def check_given(
+    plan: Plan,
+    spec: ModelSpec,
+    matrix_bytes: Callable[[BlockId], int],
+    slices: Sequence[BlockId] = (),
+) -> None:
     """Raises PlanError unless a step of `plan` takes no more memory than `plan.peak_bytes`. spec: of the shard.
-    matrix_bytes: of a block's matrices, as this machine finds them."""
+    matrix_bytes: of a block's matrices, as this machine finds them. slices: of the head, as a pack has them; a plan may
+    name these instead of the whole."""
     for name, (low, high) in _COUNTS.items():
         _check(name, getattr(plan, name), low, high)
     kv = plan.kv
@@ -45,20 +51,23 @@ def check_given(plan: Plan, spec: ModelSpec, matrix_bytes: Callable[[BlockId], i
     _check("kv.pages", kv.pages, 1, 1 << 32)
     wanted_bytes = kv.pages * kv_page_bytes(spec, kv.dtype)
     _check("kv.nbytes", kv.nbytes, wanted_bytes, wanted_bytes)
-    if tuple(it.block for it in plan.blocks) != spec.blocks():
+    blocks = tuple(it.block for it in plan.blocks)
+    sliced = bool(slices and spec.vocab) and blocks == (*spec.blocks()[:-1], *slices)
+    if blocks != spec.blocks() and not sliced:
         raise PlanError(f"{len(plan.blocks)} blocks, which are not those of the shard in their order")
     for it in plan.blocks:
         if it.device != "cpu" or it.tier not in ("ram", "disk"):
             raise PlanError(
                 f"{it.block} is to be in {it.tier[:80]!r} at {it.device[:80]!r}: this machine has a cpu"
             )
-        _check(f"nbytes of {it.block}", it.nbytes, matrix_bytes(it.block) if it.tier == "ram" else 0, _MOST)
+        elsewhere = it.tier == "disk" or (sliced and spec.tied and it.block.kind == "embed")
+        _check(f"nbytes of {it.block}", it.nbytes, 0 if elsewhere else matrix_bytes(it.block), _MOST)
     _check("scratch_bytes", plan.scratch_bytes, _least_scratch(plan, spec), _MOST)
 
 
 def _least_scratch(plan: Plan, spec: ModelSpec) -> int:
     """With whichever kernels need less: those of the machine that planned may be others."""
-    wanted = wanted_by(plan, spec)
+    wanted = wanted_by(plan, spec)._replace(vocab=0)  # the tokenizer is elsewhere
     return min(scratch_bytes(wanted._replace(native=native), plan.part_tokens) for native in (True, False))
 
 

@@ -246,6 +246,13 @@ class Wanted(NamedTuple):
     guesses: int
     threads: int
     native: bool = True  # native kernels, not the reference
+    # Of a vocabulary that is cut: how many rows there are whose logits this rank gathers, and its tokenizer knows; 0 if
+    # another rank does. None: it is not cut.
+    vocab: int | None = None
+
+    @property
+    def whole_vocab(self) -> int:
+        return self.spec.vocab if self.vocab is None else self.vocab
 
 
 def wanted_by(plan: Plan, spec: ModelSpec) -> Wanted:
@@ -265,7 +272,7 @@ def wanted_by(plan: Plan, spec: ModelSpec) -> Wanted:
 def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:
     """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and KV,
     with the tokenizer. `part_tokens` of the step's rows are in a block together; None: all of them."""
-    fixed = KERNEL_BYTES + wanted.threads * THREAD_BYTES + VOCABULARY_BYTES * wanted.spec.vocab
+    fixed = KERNEL_BYTES + wanted.threads * THREAD_BYTES + VOCABULARY_BYTES * wanted.whole_vocab
     return fixed + 4 * step_numbers(wanted, part_tokens)
 
 
@@ -282,7 +289,8 @@ def step_numbers(wanted: Wanted, part_tokens: int | None = None) -> int:
     # The input of a block and its sum; with experts also the inputs and outputs of all of them.
     whole = (5 if moe else 3) * rows * spec.hidden
     inside = part * (spec.hidden + 3 * ffn + heads)
-    logits = decoded * spec.vocab
+    # Where they are gathered, those of all ranks are there, and their whole.
+    logits = decoded * (2 * wanted.whole_vocab if wanted.whole_vocab > spec.vocab else spec.vocab)
     if wanted.native:
         spans = -(-wanted.context_tokens // SPAN_TOKENS) * spec.heads * spec.head_dim
         attention = min(part * spans, SPANS_BYTES // 4)

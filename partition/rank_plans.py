@@ -23,7 +23,7 @@ LEAST_COPIED_TOKENS = 512  # for which ranks have pages beside a head that has a
 
 class RankPart(NamedTuple):
     """What one rank has of a model, and where. `spec`: of its shard. `block_bytes`: of its blocks in memory, in the
-    order of a step. `extents` and `vectors_bytes`: of its pack, as for `plan_streamed`."""
+    order of a step. `extents` and `vectors_bytes`: of its pack, as for `plan_streamed`. `vocab`: as in `Wanted`."""
 
     spec: ModelSpec
     block_bytes: Mapping[BlockId, int]
@@ -31,6 +31,7 @@ class RankPart(NamedTuple):
     vectors_bytes: int
     memory_bytes: int
     threads: int
+    vocab: int | None = None
 
 
 def rank_plans(
@@ -39,7 +40,7 @@ def rank_plans(
     """A plan for each rank, in their order; if one of them is a misfit, there are no plans for the group. `wanted` says
     what the group is asked for; each rank puts in its own shard and threads. `streaming`: weights may come from disk.
     """
-    asked = [wanted._replace(spec=part.spec, threads=part.threads) for part in parts]
+    asked = [wanted._replace(spec=it.spec, threads=it.threads, vocab=it.vocab) for it in parts]
     made = [_in_ram(*each) for each in zip(asked, parts, strict=True)]
     streams = streaming and any(isinstance(plan, Misfit) for plan in made)
     if streams:

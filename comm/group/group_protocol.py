@@ -67,8 +67,9 @@ class Declined(msgspec.Struct, frozen=True, tag="declined"):
 FELLOWS = "fellows"  # workers of a group reach each other, and add sums in more ways than by a star
 BESIDE = "beside"  # on one machine, channels for data change over to memory (`same_host`)
 PAGES = "pages"  # workers exchange K and V of their heads with a head that has all of them
+VOCABULARY = "vocabulary"  # workers have rows of embedding and head, and get token ids then
 
-OURS = Speaks(features=(FELLOWS, BESIDE, PAGES))
+OURS = Speaks(features=(FELLOWS, BESIDE, PAGES, VOCABULARY))
 
 
 def agree(ours: Speaks, theirs: Speaks) -> Agreed:

@@ -80,4 +80,5 @@ class Follower:
             self._pulse.steps += 1
 
     def _order(self, data: bytes) -> Order:
-        return order_of(data, self._rank.executor.plan, self._slots)
+        executor = self._rank.executor
+        return order_of(data, executor.plan, self._slots, tokens=executor.vocab is not None)

@@ -26,7 +26,7 @@ from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 from shoal.partition.group_choice import Choice, KeptCuts, NoGroup, Places, Split
-from shoal.partition.group_search import AVAILABLE_SPLITS, AVAILABLE_TOPOLOGIES, STEADY, choose
+from shoal.partition.group_search import AVAILABLE_SPLITS, AVAILABLE_TOPOLOGIES, choose
 from shoal.partition.machines import Links, LinkSpeed, Machine
 from shoal.partition.plan import Plan, Wanted, plan_in_ram
 from shoal.partition.slicing import Grains, Shard
@@ -321,14 +321,14 @@ class Forming:
         members: Sequence[Member],
         rooms: Sequence[int],
     ) -> PlannedCut:
-        """What was chosen as it can be carried out. If that does not fit or streams, and may be a cut that was kept,
-        another one that streams less."""
+        """What was chosen as it can be carried out. If that does not fit, streams or cuts the vocabulary, and may
+        be a cut that was kept, another one that is better."""
         cut = self._cut(checkpoint, config, choice, members, rooms)
-        if cut.streamed_bytes:
+        if cut.streamed_bytes or cut.cuts_vocabulary:
             afresh = self._choice(checkpoint, config, members, rooms, steady=False)
             if not isinstance(afresh, NoGroup) and len(afresh.ranks) > 1:
                 other = self._cut(checkpoint, config, afresh, members, rooms)
-                if STEADY * other.streamed_bytes < cut.streamed_bytes:
+                if other.is_better(cut):
                     return other
         return cut
 
@@ -342,7 +342,9 @@ class Forming:
     ) -> PlannedCut:
         chosen = _chosen(choice, members)
         threads = [config.thread_count, *(member.facts.threads for member in chosen)]
-        return planned_cut(checkpoint, config, choice, [rooms[rank.place] for rank in choice.ranks], threads)
+        own_rooms = [rooms[rank.place] for rank in choice.ranks]
+        may_cut = all(member.divides_vocabulary for member in chosen)
+        return planned_cut(checkpoint, config, choice, own_rooms, threads, may_cut_vocabulary=may_cut)
 
 
 class _Seating(NamedTuple):

@@ -58,6 +58,12 @@ class Seat:
     plan: Plan
 
 
+def _brought_bytes(seat: Seat) -> int:
+    """The most that a rank brings at once besides partials: K and V of a layer of a page, or its part of logits."""
+    rows = seat.plan.sequences + seat.plan.guesses
+    return max(frame_bytes(seat.spec, seat.plan.kv.dtype), 4 * rows * seat.spec.vocab)
+
+
 Settle = Callable[[Mapping[tuple[int, int], LinkSpeed]], Manners]
 """How sums are made, by the links between ranks other than 0, of those that have met."""
 
@@ -147,8 +153,9 @@ class Group:
         """Wait until all members are ready. Raises DaemonError when one is gone, refuses or does not come further."""
         self._await(lambda: self._complete() and self.introductions.over, progress)
         streams = [self._data[seat.member.fingerprint] for seat in self.seats]
-        frames = [frame_bytes(seat.spec, seat.plan.kv.dtype) for seat in self.seats]
-        hub = self._hub = Hub(streams, self.epoch, FIRST_WIRE, most_collected=max(frames))
+        most = max(_brought_bytes(seat) for seat in self.seats)
+        columns = [seat.spec.vocab for seat in self.seats]
+        hub = self._hub = Hub(streams, self.epoch, FIRST_WIRE, most_collected=most, columns=columns)
         self._decide(hub)
         self.collective = Meeting(hub, self.pulse)
         self.others = Led(hub)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.group_protocol import FELLOWS, PAGES
+from shoal.comm.group.group_protocol import FELLOWS, PAGES, VOCABULARY
 from shoal.comm.group.streams import Address
 from shoal.partition.machines import LinkSpeed
 
@@ -64,6 +64,7 @@ class Member:
         self.certificate = certificate
         self.meets_fellows = FELLOWS in channel.agreed.features
         self.exchanges_pages = PAGES in channel.agreed.features
+        self.divides_vocabulary = VOCABULARY in channel.agreed.features
         self.facts = attach
         self.beat = Beat(free_bytes=attach.memory_bytes)
         self.link = LinkSpeed(0.0, 1.0)  # once it is measured

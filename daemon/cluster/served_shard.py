@@ -195,7 +195,8 @@ class ServedShard:
         )
         kv, wanted = (opened.kv if isinstance(opened.kv, KvSlots) else None), self.request.kv_on_disk
         pool, meeting = KvPool(spec, plan.kv), Meeting(spoke, self.pulse)
-        executor = Executor(Transformer(spec), plan, store, pool, meeting)
+        rows = shard.ranges.vocab if spec.vocab else None
+        executor = Executor(Transformer(spec), plan, store, pool, meeting, vocab=rows)
         slots = wanted.slots if wanted is not None and kv is not None else 0
         rank = Rank(executor, lambda: 0.0, kv)
         self._follower = Follower(rank, spoke, self.pulse, self._ended, slots)

@@ -85,7 +85,7 @@ class ShardStores:
             ) as weights:
                 if weights.spec != request.spec or weights.shard != request.shard:
                     raise DaemonError("bad_request", "the head sends another shard than it asked for")
-                check_given(request.plan, request.spec, weights.matrix_bytes)
+                check_given(request.plan, request.spec, weights.matrix_bytes, weights.slices)
                 if request.fetch_only:
                     return None, weights.pack
                 if not request.plan.streams:

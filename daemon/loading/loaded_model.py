@@ -253,7 +253,7 @@ class LoadedModel:
             device_bytes=self.plan.device_bytes,
             rank_bytes=self.main.rank_bytes,
             machines=list(group.names) if group else [],
-            machines_why=self.main.why,
+            machines_why=self.main.machines_why,
             sums=group.sums if group else "",
             kv_disk_why=self.main.kv_trouble,
             predicted_tokens_per_s=usual.tokens_per_s if usual else 0.0,

@@ -90,10 +90,15 @@ def least_bytes(draft: Path, config: NodeConfig) -> int:
         return least_in_ram(shortest, weighed(checkpoint, "keep").block_bytes).peak_bytes
 
 
-def rank_part(checkpoint: AnyCheckpoint, quant: Quant, memory_bytes: int, threads: int) -> RankPart:
-    """What a rank needs for its part of a checkpoint, to be planned with the others of its group."""
+def rank_part(
+    checkpoint: AnyCheckpoint, quant: Quant, memory_bytes: int, threads: int, vocab: int | None = None
+) -> RankPart:
+    """What a rank needs for its part of a checkpoint, to be planned with the others of its group. `vocab`: as in
+    `Wanted`."""
     part = weighed(checkpoint, quant)
-    return RankPart(part.spec, part.block_bytes, part.extents, part.vectors_bytes, memory_bytes, threads)
+    return RankPart(
+        part.spec, part.block_bytes, part.extents, part.vectors_bytes, memory_bytes, threads, vocab
+    )
 
 
 def extents(checkpoint: AnyCheckpoint, quant: Quant = "keep") -> tuple[Mapping[BlockId, int], int]:

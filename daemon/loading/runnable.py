@@ -30,6 +30,7 @@ from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
 from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
 from shoal.partition.plan import VOCABULARY_BYTES, Plan
+from shoal.partition.slicing import cut_rows
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
 from .device_rooms import device_room, require_whole
@@ -152,7 +153,8 @@ class Runnable:
                 forget_files(checkpoint.files)
             undo.pop_all()
         collective = group.collective if group is not None and besides is None else Alone()
-        executor = Executor(transformer, plan, store, kv, collective, home_of)
+        rows = None if isinstance(part.shard, str) else cut_rows(checkpoint.spec, part.shard)
+        executor = Executor(transformer, plan, store, kv, collective, home_of, rows)
         share, share_bytes = None, 0
         if group is not None and besides is not None and divided is not None:
             share, share_bytes = _share(besides, executor, divided, group), besides.plan.peak_bytes
@@ -172,6 +174,13 @@ class Runnable:
             speed,
             device_trouble=trouble,
         )
+
+    @property
+    def machines_why(self) -> str:
+        """`why`, and what the others get to see besides."""
+        if self.executor.vocab is None:
+            return self.why
+        return f"{self.why}; the vocabulary is divided, too, so the others see token ids"
 
     @property
     def weights_bytes(self) -> int:

@@ -106,6 +106,14 @@ class Pack:
         owner = BlockId("head") if block.kind == "head" else block
         return Weights(matrices, self.vectors.get(owner, {}))
 
+    def whole_head(self, memory: Bytes) -> Weights:
+        """The head as one block, of which `memory` has all slices, one behind the other."""
+        first = self._slices[0].tensors["head"]
+        rows = sum(item.tensors["head"].rows for item in self._slices)
+        kind = tensor_type(first)
+        matrix = Matrix(kind, memory[: kind.matrix_bytes(rows, first.cols)], rows, first.cols)
+        return Weights({"head": matrix}, self.vectors.get(BlockId("head"), {}))
+
     def check(self, block: BlockId, memory: Bytes) -> None:
         """Raises PackCorrupt unless `memory`, as for `weights`, has the bytes that were written."""
         item = self.blocks[block]

@@ -1,6 +1,7 @@
 """The blocks of a pack that stay in memory. They are read once, into one piece of memory.
 
-They lie one behind the other there, so that the slices of a tied head are the embedding in memory, too.
+They lie one behind the other there, so that the slices of a tied head are the embedding in memory, too, and the slices
+of any head can be had as one block.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .fetcher import Fetcher
 from .readers import Readers
 from .window import Extent, Passage
 
-EMBED = BlockId("embed")
+EMBED, HEAD = BlockId("embed"), BlockId("head")
 
 
 class Pinned:
@@ -27,6 +28,10 @@ class Pinned:
         """Raises StoreError when the pack lacks one of `blocks`."""
         self._pack = pack
         tables = {block for block in pack.blocks if block.kind in ("embed", "head")}
+        slices = [block for block in pack.blocks if block.kind == "head"]
+        self._whole_head = bool(slices) and HEAD in blocks
+        if self._whole_head:
+            blocks = [it for block in blocks for it in (slices if block == HEAD else (block,))]
         self._embed_is_head = pack.tied and tables <= set(blocks)
         self._passages: list[Passage] = []
         whole = 0
@@ -40,7 +45,12 @@ class Pinned:
     def arriving(self, readers: Readers) -> Arriving:
         """Reads the blocks and gives each as soon as it is here. Raises OffloadError."""
         for passage in self._fetcher.arriving(readers, self._passages):
-            yield passage.block, self.region.weights(self._pack, passage)
+            if passage.block.kind != "head" or not self._whole_head:
+                yield passage.block, self.region.weights(self._pack, passage)
+        if self._whole_head:
+            places = [passage for passage in self._passages if passage.block.kind == "head"]
+            end = places[-1].position + places[-1].nbytes
+            yield HEAD, self._pack.whole_head(self.region.memory[places[0].position : end])
         if self._embed_is_head:
             start = next(passage.position for passage in self._passages if passage.block.kind == "head")
             whole = self.region.memory[start : start + self._pack.blocks[EMBED].nbytes]

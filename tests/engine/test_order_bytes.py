@@ -67,6 +67,30 @@ def test_token_ids_do_not_travel() -> None:
     assert one == other
 
 
+@given(st.lists(segments, max_size=4))
+def test_token_ids_travel_to_ranks_that_embed_them(parts: list[Segment]) -> None:
+    data = order_bytes(Order(parts), tokens=True)
+    found = order_of(data, PLAN, tokens=True).segments
+    assert [it._replace(tokens=list(it.tokens)) for it in found] == parts
+    if parts:
+        with pytest.raises(OrderError, match="with token ids"):
+            order_of(data, PLAN)
+        with pytest.raises(OrderError, match="without token ids"):
+            order_of(order_bytes(Order(parts)), PLAN, tokens=True)
+
+
+@pytest.mark.parametrize("wrong", [[-1], [1 << 31], [0.5], ["a"], [None]])
+def test_what_is_no_token_id_is_refused(wrong: list[object]) -> None:
+    with pytest.raises(OrderError, match="read"):
+        order_of(msgspec.msgpack.encode([[[wrong, 0, [0], 1, 0]], []]), PLAN, tokens=True)
+
+
+@pytest.mark.parametrize("count", [0, 65, PLAN.step_rows + 1])
+def test_no_number_of_token_ids_is_believed(count: int) -> None:
+    with pytest.raises(OrderError, match=r"no tokens|end|number of tokens"):
+        order_of(msgspec.msgpack.encode([[[[0] * count, 0, [0], 0, 0]], []]), PLAN, tokens=True)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

@@ -147,7 +147,8 @@ def _add(wire: WireType, data: Octets, total: F32Rows) -> None:
 class Hub(_Adder):
     """Rank 0's side. `streams` lead to ranks 1, 2, …; a rank that does not answer within `patience_s` has departed.
 
-    `most_collected`: bytes that a rank brings at once besides partials.
+    `most_collected`: bytes that a rank brings at once besides partials. `columns`: how many ranks 1, 2, … have of what
+    is gathered, if this one has more than one; if it has one, all have. By default whatever they say.
 
     Raises Departed, with the rank, when a spoke failed or its stream ended; the hub can be used no more after that.
     """
@@ -159,7 +160,9 @@ class Hub(_Adder):
         wire: WireType = "f32",
         patience_s: float = 60.0,
         most_collected: int = 0,
+        columns: Sequence[int] = (),
     ) -> None:
+        self._columns = columns
         self.waits = [PartWaits() for _ in streams]  # for parts of ranks 1, 2, …, in this order
         links = {rank: Framed(stream, epoch) for rank, stream in enumerate(streams, 1)}
         super().__init__(Swapper(0, links, epoch, patience_s, heard=self._heard), len(streams) + 1, wire)
@@ -226,6 +229,8 @@ class Hub(_Adder):
         for rank, (width,) in widths.items():
             if width > MAX_COLUMNS:
                 raise Departed(rank, f"{width} columns: at most {MAX_COLUMNS} were to come")
+            if self._columns and width != (due := self._columns[rank - 1] if columns.shape[1] > 1 else 1):
+                raise Departed(rank, f"{width} columns: {due} were to come")
             brought.append(np.empty((rows, int(width)), np.float32))
         self._swap({}, {rank: (FrameKind.PART, brought[rank].reshape(-1).view(np.uint8)) for rank in widths})
         return np.concatenate(brought, axis=1)

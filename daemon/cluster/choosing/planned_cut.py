@@ -16,7 +16,9 @@ from shoal.daemon.loading.planning import rank_part, wanted_of
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint, CheckpointShard
 from shoal.offload.pack.layout import grains_of
+from shoal.partition.errors import ShardError
 from shoal.partition.group_choice import Choice
+from shoal.partition.group_search import STEADY
 from shoal.partition.plan import BlockPlan, Misfit, Plan, Wanted, arena_slack
 from shoal.partition.rank_plans import RankPart, assisted_plans, rank_plans
 from shoal.partition.slicing import Shard, divide
@@ -46,6 +48,16 @@ class PlannedCut(NamedTuple):
             return inf
         return max(plan.streamed_bytes for plan in self.plans)
 
+    @property
+    def cuts_vocabulary(self) -> bool:
+        return len(self.shards) > 1 and self.shards[1].ranges.vocab.size > 0
+
+    def is_better(self, other: PlannedCut) -> bool:
+        """Whether it streams clearly less, or no more and keeps the vocabulary in one piece."""
+        if STEADY * self.streamed_bytes < other.streamed_bytes:
+            return True
+        return self.cuts_vocabulary < other.cuts_vocabulary and self.streamed_bytes <= other.streamed_bytes
+
 
 def planned_cut(
     checkpoint: Checkpoint,
@@ -53,10 +65,45 @@ def planned_cut(
     choice: Choice,
     rooms: Sequence[int],
     threads: Sequence[int],
+    *,
+    may_cut_vocabulary: bool = True,
 ) -> PlannedCut:
-    """`rooms`, `threads`: bytes of memory and threads of each rank."""
-    grains = grains_of(checkpoint, config.quant)
-    shards = divide(checkpoint.spec, len(choice.ranks), grains, choice.shares, experts=choice.experts)
+    """`rooms`, `threads`: bytes of memory and threads of each rank. Rank 0 has all of embedding and head, unless it
+    has no room for them, or something would stream, and nothing does where they are cut as well."""
+    made = _planned(checkpoint, config, choice, rooms, threads)
+    if choice.split == "prompts" or not may_cut_vocabulary or not made.streamed_bytes:
+        return made
+    too_tight = made.plans if isinstance(made.plans, TooTight) else None
+    if too_tight and too_tight.rank:
+        return made  # another one would get more
+    try:
+        other = _planned(checkpoint, config, choice, rooms, threads, cut_vocabulary=True)
+    except ShardError:
+        return made  # more ranks than groups of rows
+    helps = not isinstance(other.plans, TooTight) if too_tight else not other.streamed_bytes
+    return other if helps else made
+
+
+def _planned(
+    checkpoint: Checkpoint,
+    config: NodeConfig,
+    choice: Choice,
+    rooms: Sequence[int],
+    threads: Sequence[int],
+    *,
+    cut_vocabulary: bool = False,
+) -> PlannedCut:
+    spec, grains = checkpoint.spec, grains_of(checkpoint, config.quant)
+    shards = divide(
+        spec,
+        len(choice.ranks),
+        grains,
+        choice.shares,
+        cut_vocabulary=cut_vocabulary,
+        experts=choice.experts,
+    )
+    # The tokenizer and whole logits are rank 0's, whatever rows it has.
+    vocabs = [spec.vocab if cut_vocabulary else None, *[0 if cut_vocabulary else None] * len(shards[1:])]
     parts = [CheckpointShard(checkpoint, shard) for shard in shards]
     held: list[AnyCheckpoint] = [*parts]
     layers: list[BlockPlan] = []
@@ -67,8 +114,8 @@ def planned_cut(
     share_bytes = sum(item.nbytes for item in layers)
     taken = [share_bytes + arena_slack(share_bytes), *[0] * len(parts[1:])]
     needs = [
-        rank_part(part, config.quant, max(0, room - disk_buffer_bytes(part, config) - share), own)
-        for part, room, share, own in zip(held, rooms, taken, threads, strict=True)
+        rank_part(part, config.quant, max(0, room - disk_buffer_bytes(part, config) - share), own, vocab)
+        for part, room, share, own, vocab in zip(held, rooms, taken, threads, vocabs, strict=True)
     ]
     plans = _plans(wanted_of(checkpoint.spec, config), needs, assisted=bool(layers))
     if isinstance(plans, TooTight):

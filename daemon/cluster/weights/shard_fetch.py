@@ -27,6 +27,7 @@ from shoal.offload.pack.pack import Pack, open_pack
 from shoal.offload.window.pinned import PackReader
 from shoal.partition.amounts import format_bytes
 from shoal.partition.slicing import Shard
+from shoal.partition.spec import BlockId
 
 from .earlier_shards import EarlierShard
 from .piece_sources import lent_by
@@ -66,17 +67,23 @@ class ShardWeights:
 
     spec: of the smaller model.  pack: on this machine's disk; None if they have to be loaded from the head each time,
     and then `warning` says why.  reader: what a resident store loads from.  kept_bytes, lent_bytes: of those that were
-    fetched into the pack, what was here already, and what came from other workers.
+    fetched into the pack, what was here already, and what came from other workers.  slices: of the head, in the pack.
     """
 
     def __init__(self, remote: RemoteShard, pack: Pack | None, warning: str = "") -> None:
         self.spec, self.shard = remote.spec, remote.facts.shard
-        self.matrix_bytes = remote.facts.matrix_bytes
         self.pack = pack
+        self.slices = [block for block in pack.blocks if block.kind == "head"] if pack else []
         self.warning = warning
         self.kept_bytes, self.lent_bytes = remote.kept_bytes, remote.lent_bytes
         self.reader: BlockReader = PackReader(pack) if pack else remote
         self._remote = remote
+
+    def matrix_bytes(self, block: BlockId) -> int:
+        """Of a block's matrices; of a slice, all that the pack has of it."""
+        if self.pack is not None and block in self.slices:
+            return self.pack.blocks[block].nbytes
+        return self._remote.facts.matrix_bytes(block)
 
     def close(self) -> None:
         """Ends the reading over channels. Idempotent."""

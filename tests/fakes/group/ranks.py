@@ -241,7 +241,8 @@ class Others:
     def begin(self, order: bytes) -> None:
         def follow(rank: Rank) -> Result:
             slots = rank.disk.slots if isinstance(rank.disk, KvSlots) else 0
-            return rank.run(order_of(order, rank.executor.plan, slots))
+            executor = rank.executor
+            return rank.run(order_of(order, executor.plan, slots, tokens=executor.vocab is not None))
 
         self._running = [self._group.submit(follow, rank) for rank in self._group.ranks[1:]]
 

@@ -180,6 +180,26 @@ def test_columns_are_put_side_by_side_in_the_order_of_ranks() -> None:
     assert all(it.shape == (4, 0) for it in others)
 
 
+@pytest.mark.parametrize(("own", "brought", "due"), [(5, 4, 3), (5, 0, 3), (5, 2**10, 3), (1, 3, 1)])
+def test_no_number_of_columns_is_believed(own: int, brought: int, due: int) -> None:
+    star = Star(1)
+    hub = Hub(star.near, EPOCH, columns=[3])
+
+    def gather() -> Any:
+        hub.begin(b"x")
+        with pytest.raises(Departed, match=f"{brought} columns: {due} were to come"):
+            hub.gather(np.zeros((2, own), np.float32))
+        hub.give_up()
+
+    def spoke() -> Any:
+        star.spokes[0].next()
+        with pytest.raises(GivenUp):  # noqa: PT012
+            star.spokes[0].gather(np.zeros((2, brought), np.float32))
+            star.spokes[0].broadcast(None, (1, 1))
+
+    star.together(gather, spoke)
+
+
 @pytest.mark.parametrize("before", [0, 1, 2])
 def test_an_order_is_given_up_in_the_middle_and_the_next_is_sound(before: int) -> None:
     """Parts of the old order that are still on their way are passed over."""

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 from fakes import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shoal.daemon.cluster.choosing.planned_cut import PlannedCut, TooTight, planned_cut
 from shoal.daemon.config import NodeConfig
@@ -15,7 +17,8 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.partition.given_plan import check_given
 from shoal.partition.group_choice import Choice, RankPlan, Split
 from shoal.partition.group_cost import Figures
-from shoal.partition.plan import Plan
+from shoal.partition.plan import Plan, arena_slack, scratch_bytes, wanted_by
+from shoal.partition.slicing import cut_rows
 from shoal.partition.sum_cost import Means
 
 CONFIG = NodeConfig(max_sequences=4, chunk_tokens=64, kv_type="f16", kv_disk_bytes=0)
@@ -113,3 +116,61 @@ def test_a_worker_with_little_room_copies_what_it_can(checkpoint: Checkpoint) ->
         seen.add(worker.kv.pages)
     assert min(seen) == 8
     assert len(seen) > 2
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+    """Embedding and head are 1.2 MB each, and all the rest is 1.9."""
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 1, "head_dim": 16, "max_position_embeddings": 1024}
+    model = tiny.hf_model("llama", seed=11, tie_word_embeddings=False, **sizes)
+    path = tiny.save_gguf(model, tmp_path_factory.mktemp("m") / "wide.gguf", type="F16")
+    with open_checkpoint(path) as opened:
+        yield opened
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(7_000_000, 17_000_000), st.integers(7_000_000, 17_000_000), st.booleans())
+def test_the_vocabulary_is_cut_where_that_helps(
+    wide: Checkpoint, head: int, worker: int, may_cut: bool
+) -> None:
+    def planned(may_cut: bool) -> PlannedCut:
+        rooms = [head, worker]
+        return planned_cut(wide, CONFIG, choice("tensor"), rooms, [2, 3], may_cut_vocabulary=may_cut)
+
+    made, whole = planned(may_cut), planned(False)
+    rows = [cut_rows(wide.spec, shard) for shard in made.shards]
+    if rows == [None, None]:
+        assert made == whole._replace(parts=made.parts)
+        return
+    assert may_cut
+    assert None not in rows
+    assert whole.streamed_bytes > 0
+    if isinstance(whole.plans, TooTight):
+        assert whole.plans.rank == 0
+    else:
+        assert made.streamed_bytes == 0
+    plans = both(made)
+    assert [plan.peak_bytes <= room for plan, room in zip(plans, (head, worker), strict=True)] == [True, True]
+    check_given(plans[1], made.parts[1].spec, lambda block: 0)
+
+
+def test_rank_0_has_room_for_whole_logits(wide: Checkpoint) -> None:
+    """And the tokenizer, which no other rank has."""
+    tried = (cut(wide, "tensor", room) for room in range(5_000_000, 40_000_000, 400_000))
+    made = next(it for it in tried if not isinstance(it.plans, TooTight))
+    for part, plan, known in zip(made.parts, both(made), (wide.spec.vocab, 0), strict=True):
+        own = part.spec.vocab
+        assert 0 < own < wide.spec.vocab
+        without = scratch_bytes(wanted_by(plan, part.spec)._replace(vocab=0))
+        logits = 4 * (plan.sequences + plan.guesses) * (2 * known - own) if known else 0
+        assert not made.is_better(made)
+        assert cut(wide, "tensor").is_better(made)
+        assert not made.is_better(cut(wide, "tensor"))
+        wanted_bytes = without + 450 * known + logits + arena_slack(plan.weights_bytes)
+        assert plan.scratch_bytes == wanted_bytes
+
+
+def test_a_group_for_prompts_has_no_cut_vocabulary(wide: Checkpoint) -> None:
+    for head in range(5_000_000, 40_000_000, 5_000_000):
+        made = cut(wide, "prompts", head)
+        assert [shard.ranges.vocab.size for shard in made.shards] == [wide.spec.vocab, 0]
