@@ -65,9 +65,12 @@ class Announcement:
         self._zeroconf.close()
 
 
-def find_heads(interfaces: Sequence[str], seconds: float = BROWSE_S) -> list[FoundHead]:
-    """The heads that answer within `seconds`. Raises OSError where nothing can be asked. Not within an event loop."""
-    return asyncio.run(_browse(interfaces, seconds))
+def find_heads(
+    interfaces: Sequence[str], seconds: float = BROWSE_S, fingerprint: str = ""
+) -> list[FoundHead]:
+    """The heads that answer within `seconds`, `MAX_HEADS` at most; if `fingerprint` is given, of those only that
+    announce it. Raises OSError where nothing can be asked. Not within an event loop."""
+    return asyncio.run(_browse(interfaces, seconds, fingerprint[:FINGERPRINT_DIGITS]))
 
 
 def addresses_of(heads: Iterable[FoundHead]) -> list[Address]:
@@ -173,7 +176,7 @@ def _choices(interfaces: Sequence[str]) -> Iterator[list[str]]:
             yield chosen
 
 
-async def _browse(interfaces: Sequence[str], seconds: float) -> list[FoundHead]:
+async def _browse(interfaces: Sequence[str], seconds: float, digits: str) -> list[FoundHead]:
     from zeroconf import Error, ServiceStateChange
     from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
@@ -192,7 +195,9 @@ async def _browse(interfaces: Sequence[str], seconds: float) -> list[FoundHead]:
         return read_head(info.port, info.parsed_scoped_addresses(), info.properties)
 
     def noticed(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-        if state_change is not ServiceStateChange.Removed and name not in asked and len(asked) < MAX_HEADS:
+        # The name has the fingerprint: so whoever else says a lot does not use up the limit before it comes.
+        meant = state_change is not ServiceStateChange.Removed and digits in name
+        if meant and name not in asked and len(asked) < MAX_HEADS:
             asked[name] = asyncio.ensure_future(ask(name))
 
     try:
@@ -202,4 +207,4 @@ async def _browse(interfaces: Sequence[str], seconds: float) -> list[FoundHead]:
         found = await asyncio.gather(*asked.values())
     finally:
         await opened.async_close()
-    return [head for head in found if head is not None]
+    return [head for head in found if head is not None and head.fingerprint.startswith(digits)]

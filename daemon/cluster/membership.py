@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -279,7 +280,7 @@ class Membership:
                 self._worker.close()
                 self._worker = None
             if head is not None and self._worker is None:
-                look = self._network.find if self._network is not None else list
+                look = partial(self._network.find, head.fingerprint) if self._network is not None else list
                 route = HeadRoute(self._identity(), self._peers, head.fingerprint, look)
                 self._worker = Worker(head, route, self._attach, self._shards, self._budget)
             elif head is None and self._listens() and self._listening is None:

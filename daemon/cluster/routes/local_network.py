@@ -33,9 +33,9 @@ class LocalNetwork:
     def announce(self, head: FoundHead) -> Spoken:
         return Announcement(head, [host for host, _ in head.addresses])
 
-    def find(self) -> list[FoundHead]:
-        """Takes `BROWSE_S`."""
-        return find_heads(interfaces(), BROWSE_S)
+    def find(self, fingerprint: str = "") -> list[FoundHead]:
+        """All heads, or those with this fingerprint. Takes `BROWSE_S`."""
+        return find_heads(interfaces(), BROWSE_S, fingerprint)
 
 
 class Announcer:

@@ -16,7 +16,7 @@ from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.dialing import OTHERS_S, dial, dial_all
 from shoal.comm.group.discovery import FINGERPRINT_DIGITS, FoundHead, addresses_of
-from shoal.comm.group.errors import ChannelError
+from shoal.comm.group.errors import ChannelError, Forgotten, NotPaired
 from shoal.comm.group.group_protocol import Purpose
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import MAX_ADDRESSES, Peers
@@ -54,7 +54,7 @@ class Route:
 
 class HeadRoute:
     """Of the head with this fingerprint. `look`: which heads are on the local network; called if it is at none of its
-    addresses, for it may have got others."""
+    addresses, for it may have got others, and somebody else may have got these."""
 
     def __init__(
         self,
@@ -112,7 +112,9 @@ class HeadRoute:
         """Channels for measuring to all of `remembered` that answer, or else to where the head is found now."""
         try:
             return self._dialled(remembered, HEAD_DIAL_S)
-        except ChannelError:
+        except Forgotten:  # by the head itself, which is there
+            raise
+        except (ChannelError, NotPaired):
             if (now_s := time.monotonic()) < self._look_s:
                 raise
             self._look_s = now_s + LOOK_AGAIN_S

@@ -155,6 +155,37 @@ def test_nobody_else_imports_the_library() -> None:
 
 
 @loopback
+def test_one_that_is_looked_for_is_found_among_many_others() -> None:
+    """They answer sooner, and more often."""
+    from zeroconf import DNSOutgoing, DNSPointer, DNSService, DNSText, const
+
+    out = DNSOutgoing(const._FLAGS_QR_RESPONSE | const._FLAGS_AA)
+    for number in range(2 * MAX_HEADS):
+        name = f"x{number}.{SERVICE}"
+        out.add_answer_at_time(DNSPointer(SERVICE, 12, 1, 4500, name), 0)
+        out.add_answer_at_time(DNSService(name, 33, 1, 4500, 0, 0, 7447, "h.local."), 0)
+        out.add_answer_at_time(DNSText(name, 16, 1, 4500, b"\x05fp=ab"), 0)
+    stop = threading.Event()
+
+    def shout() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
+            sending.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+            while not stop.wait(0.02):
+                for packet in out.packets():
+                    sending.sendto(packet, (GROUPS[socket.AF_INET], MDNS_PORT))
+
+    said = Announcement(HEAD, LOOPBACK)
+    shouting = threading.Thread(target=shout)
+    shouting.start()
+    try:
+        assert find_heads(LOOPBACK, 1.5, HEAD.fingerprint) == [SHORT]
+    finally:
+        stop.set()
+        shouting.join()
+        said.close()
+
+
+@loopback
 def test_who_answers_too_much_is_bounded() -> None:
     """Services by the thousand, and packets that are none, from somebody else on the network."""
     from zeroconf import DNSOutgoing, DNSPointer, DNSService, DNSText, const

@@ -8,14 +8,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
-from shoal.comm.group.discovery import FoundHead
+from shoal.comm.group.discovery import FINGERPRINT_DIGITS, MAX_HEADS, FoundHead
 from shoal.comm.group.streams import Address
 from shoal.daemon.cluster.routes.local_network import LocalNetwork
 
 
 class FakeNetwork(LocalNetwork):
-    """`trouble`: both methods raise it."""
+    """`trouble`: both methods raise it. Of all who are meant, only the first `MAX_HEADS` are found."""
 
     def __init__(self, *heads: FoundHead, trouble: str = "") -> None:
         self.heads = list(heads)
@@ -27,10 +28,12 @@ class FakeNetwork(LocalNetwork):
         self.heads.append(head)
         return Told(self, head)
 
-    def find(self) -> list[FoundHead]:
+    def find(self, fingerprint: str = "") -> list[FoundHead]:
         self.looked += 1
         self._check()
-        return list(self.heads)
+        said = [replace(head, fingerprint=head.fingerprint[:FINGERPRINT_DIGITS]) for head in self.heads]
+        digits = fingerprint[:FINGERPRINT_DIGITS]
+        return [head for head in said if head.fingerprint.startswith(digits)][:MAX_HEADS]
 
     def _check(self) -> None:
         if self.trouble:

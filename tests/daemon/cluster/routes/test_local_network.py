@@ -13,7 +13,7 @@ from fakes.group.clusters import SPEED, wait_for
 from fakes.group.networks import FakeNetwork
 
 from shoal.comm.cluster_messages import Invitation, Invite
-from shoal.comm.group.discovery import FoundHead
+from shoal.comm.group.discovery import MAX_HEADS, FoundHead
 from shoal.comm.group.peers import Peers
 from shoal.comm.home import Home
 from shoal.daemon.cluster.membership import Membership
@@ -21,6 +21,7 @@ from shoal.daemon.cluster.pairing_up import pair_with_head
 from shoal.daemon.cluster.roster import Roster
 from shoal.daemon.cluster.routes import local_network
 from shoal.daemon.cluster.routes.local_network import LocalNetwork, announced, interfaces
+from shoal.daemon.cluster.routes.own_addresses import parse_address
 from shoal.daemon.cluster.shard_stores import ShardStores
 from shoal.daemon.errors import DaemonError
 from shoal.offload.budget import Budget
@@ -79,6 +80,29 @@ def test_the_right_head_is_found_among_others(
     with pytest.raises(DaemonError, match="not paired: no such join code"):
         pair_with_head(wrong, CODE, network=network)
     assert Peers(wrong.cluster).listed() == ()
+
+
+def test_a_worker_finds_its_head_though_another_has_its_address_and_many_say_that_they_are_heads(
+    heads: list[Membership], network: FakeNetwork, tmp_path: Path
+) -> None:
+    home = Home(tmp_path / "worker")
+    network.heads += [
+        FoundHead("decoy", f"{number:016x}", (("127.0.0.1", 1),)) for number in range(MAX_HEADS)
+    ]
+    code, other = (invite(head, "127.0.0.1:0") for head in heads[:2])
+    pair_with_head(home, code.code, code.addresses, network)
+    peers, fingerprint = Peers(home.cluster), heads[0]._identity().fingerprint
+    peers.reached(fingerprint, (parse_address(other.addresses[0]),))
+    wait_for(lambda: len(network.heads) == MAX_HEADS + 2)
+    worker = Membership(
+        home.cluster, CONFIG, Budget(0), Roster(), ShardStores(home.shards), lambda: SPEED, network=network
+    )
+    worker.start()
+    try:
+        wait_for(lambda: worker._worker is not None and worker._worker.attached)
+    finally:
+        worker.close()
+    assert network.looked == 1
 
 
 def test_nothing_found_is_said_in_one_line(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fakes.group.nodes import Machine, paired
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.discovery import FoundHead
-from shoal.comm.group.errors import NotPaired
+from shoal.comm.group.errors import Forgotten
 from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.streams import Address
 from shoal.daemon.cluster.control_messages import HeadAt
@@ -169,6 +169,49 @@ def test_a_head_with_another_address_is_looked_for(head: Head) -> None:
     assert head.remembered[0] == head.address
 
 
+UNKNOWN_CA = bytes([21, 3, 3, 0, 2, 2, 48])  # a fatal alert in the clear, which anybody can send
+
+
+@contextlib.contextmanager
+def refusing(answers: int) -> Iterator[Address]:
+    """Somebody who refuses whoever dials, and proves nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(answers):
+                connected, _ = server.accept()
+                with connected:
+                    connected.recv(1 << 16)
+                    connected.sendall(UNKNOWN_CA)
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        yield server.getsockname()
+        answering.join(5)
+
+
+@pytest.mark.parametrize("there", ["another head", "somebody who refuses", "both"])
+def test_a_head_whose_address_is_another_machines_is_looked_for(
+    head: Head, there: str, tmp_path: Path
+) -> None:
+    looked: list[int] = []
+
+    def look() -> list[FoundHead]:
+        looked.append(1)
+        return [FoundHead("head", head.machine.fingerprint[:16], (head.address,))]
+
+    with (
+        Machine.at(tmp_path, "other").listening() as listener,
+        refusing(int(there != "another head")) as mute,
+    ):
+        known = {"another head": [listener.addresses[0]], "somebody who refuses": [mute]}
+        way = head.route(*known.get(there, [listener.addresses[0], mute]), look=look)
+        with way.dial("control") as control:
+            assert control.remote == head.address
+    assert head.remembered[0] == head.address
+    assert len(looked) == 1
+
+
 def test_without_multicast_the_reason_is_still_that_of_the_address(head: Head) -> None:
     def look() -> list[FoundHead]:
         raise OSError("no multicast here")
@@ -180,9 +223,12 @@ def test_without_multicast_the_reason_is_still_that_of_the_address(head: Head) -
 
 
 def test_who_was_forgotten_is_told(head: Head) -> None:
+    """By the head itself, so there is no other that might be looked for."""
+    looked: list[int] = []
     head.machine.peers.forget("worker")
-    with pytest.raises(NotPaired):
-        head.route(head.address).dial("control")
+    with pytest.raises(Forgotten):
+        head.route(head.address, look=lambda: looked.append(1) or []).dial("control")
+    assert not looked
 
 
 @pytest.mark.parametrize("said", [None, HeadAt(addresses=["x"] * 64, version="v" * 4096)])
