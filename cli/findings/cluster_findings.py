@@ -24,6 +24,17 @@ _KINDS = {"wifi": "Wi-Fi", "mobile": "a mobile link", "vpn": "a VPN"}
 _UPDATE = (
     "on the older machine: pip install . in a newer copy of Shoal, then shoal stop and shoal serve --detach"
 )
+_NOT_THE_HEAD = (
+    "see whether the address is still the head's (there: shoal serve --detach, then shoal doctor); if shoal cluster"
+    " nodes there does not list this machine: shoal cluster leave here, then shoal cluster join with a new code"
+)
+_REMEDIES = {  # for a worker whose trouble has these words
+    "pair them again": "shoal cluster leave, then shoal cluster join with a new code",
+    "update the older": _UPDATE,
+    # Not the head's words: anybody can answer so who has its address.
+    "not the paired one": _NOT_THE_HEAD,
+    "not proved": _NOT_THE_HEAD,
+}
 _OPEN: dict[Firewall, tuple[str, str]] = {  # for heads, who listen; and for workers, who only look for them
     "ufw": ("sudo ufw allow {port}/tcp && sudo ufw allow 5353/udp", "sudo ufw allow 5353/udp"),
     "firewalld": (
@@ -94,12 +105,8 @@ def _place(reply: NodesReply, others: list[NodeStatus]) -> Finding:
     if head.attached:
         return Finding("cluster", "ok", f"lent to {head.name} at {head.address} ({link_text(head)})")
     trouble = reply.nodes[0].trouble or "it does not answer"
-    if "pair" in trouble:
-        mend = "shoal cluster leave, then shoal cluster join with a new code"
-    elif "update the older" in trouble:
-        mend = _UPDATE
-    else:
-        mend = "on the head: shoal serve --detach, then shoal doctor, which says whether its port is open"
+    open_there = "on the head: shoal serve --detach, then shoal doctor, which says whether its port is open"
+    mend = next((mend for said, mend in _REMEDIES.items() if said in trouble), open_there)
     return Finding("cluster", "note", f"lent to {head.name}, but not attached: {trouble}", mend)
 
 

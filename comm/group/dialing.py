@@ -193,7 +193,9 @@ class _Race:
             return ChannelError("no address of this node is known")
         errors = [error for _, error in self._failures]
         if errors and all(isinstance(error, NotPaired) for error in errors):
-            return NotPaired(str(errors[0]))
+            # Of one of them, always the same: they fail in another order each time, and each text is logged once.
+            address, error = min(self._failures, key=lambda failure: failure[0])
+            return NotPaired(f"{_written(address)}: {error}")
         told = [f"{_written(address)}: {error}" for address, error in self._failures[:MAX_ADDRESSES]]
         late = self._running or any(isinstance(error, ChannelTimeout) for error in errors)
         kind = ChannelTimeout if late else ChannelError

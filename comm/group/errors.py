@@ -16,6 +16,10 @@ from __future__ import annotations
 from ..errors import CommError
 
 DOES_NOT_KNOW = "the other node does not know this one, or no longer: pair them again"
+NOT_PROVED = (
+    "somebody at this address, who has not proved to be the other node, refuses this one: see whether the address is"
+    " still that node's; only if it has forgotten this one, pair anew"
+)
 
 
 class GroupError(CommError):

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from .errors import DOES_NOT_KNOW, ChannelError, ChannelTimeout, Forgotten, NotPaired
+from .errors import DOES_NOT_KNOW, NOT_PROVED, ChannelError, ChannelTimeout, Forgotten, NotPaired
 from .watching import Watching, watching
 
 Address = tuple[str, int]  # host and port
@@ -352,5 +352,5 @@ def _explained(error: ssl.SSLError, *, proved: bool = True) -> ChannelError | No
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         return NotPaired("the other node shows a certificate that is not the paired one")
     if "UNKNOWN_CA" in reason or "CERTIFICATE" in reason or "ACCESS_DENIED" in reason:
-        return (Forgotten if proved else NotPaired)(DOES_NOT_KNOW)
+        return Forgotten(DOES_NOT_KNOW) if proved else NotPaired(NOT_PROVED)
     return ChannelError(f"TLS failed: {reason.lower().replace('_', ' ') or 'the connection ended'}")

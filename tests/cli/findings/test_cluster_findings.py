@@ -18,9 +18,11 @@ from shoal.cli.findings import cluster_findings
 from shoal.cli.findings.cluster_findings import findings
 from shoal.cli.findings.finding import Finding
 from shoal.comm.cluster_messages import NodesReply, NodeStatus
+from shoal.comm.group.errors import DOES_NOT_KNOW, NOT_PROVED
 from shoal.comm.home import Home
 from shoal.daemon.cluster.routes.own_addresses import OwnAddress
 from shoal.daemon.cluster.routes.surroundings import Surroundings
+from shoal.daemon.cluster.worker import FORGOTTEN
 from shoal.daemon.progress import no_progress
 
 CABLE = OwnAddress("192.168.1.5", "eth0", "cable")
@@ -86,6 +88,8 @@ def test_the_role() -> None:
     [
         ("the node cannot be reached (192.168.1.9:7447: No route to host)", "port"),
         ("the other node does not know this one, or no longer: pair them again", "join with a new code"),
+        (f"10.0.0.9:7447: {NOT_PROVED}", "still the head's"),
+        ("10.0.0.9:7447: the other node shows a certificate that is not the paired one", "still the head's"),
         ("this node speaks version 1, the other node version 2: update the older one", "pip install ."),
     ],
 )
@@ -93,6 +97,11 @@ def test_a_worker_that_is_not_attached(trouble: str, mend: str) -> None:
     found = only(worker(trouble), "cluster")
     assert trouble in found.found
     assert mend in found.mend
+
+
+@pytest.mark.parametrize("trouble", [FORGOTTEN, DOES_NOT_KNOW])
+def test_to_join_anew_is_advised_first_only_if_the_head_has_said_so(trouble: str) -> None:
+    assert only(worker(trouble), "cluster").mend.startswith("shoal cluster leave")
 
 
 def test_ports() -> None:

@@ -137,6 +137,9 @@ def test_nobody_else_can_say_that_a_node_is_forgotten(machines, after):
         with pytest.raises(GroupError) as raised:
             worker.dial(head, [between.getsockname()], timeout_s=3.0)
         assert not isinstance(raised.value, Forgotten)
+        assert "pair them again" not in str(raised.value), "that is for the head to say"
+        if not after:
+            assert "somebody at this address, who has not proved to be the other node" in str(raised.value)
         meddling.join(5)
 
 
@@ -247,6 +250,7 @@ def test_another_machine_at_the_address_is_not_taken_for_the_node(machines, tmp_
     with other.listening() as listener, pytest.raises(NotPaired, match="not the paired one") as raised:
         worker.dial(head, listener.addresses)
     assert not isinstance(raised.value, Forgotten)
+    assert str(listener.addresses[0][1]) in str(raised.value)
 
 
 def test_no_session_is_resumed(machines):
