@@ -116,14 +116,21 @@ def cut_anyhow(*about: Any, may_cut_vocabulary: bool) -> planned_cut.PlannedCut:
     return planned_cut._planned(*about, cut_vocabulary=True)
 
 
-@pytest.mark.parametrize(("tied", "quant"), [(False, "keep"), (True, "keep"), (True, "q8")])
+@pytest.mark.parametrize(
+    ("tied", "quant", "shard_disk_bytes"),
+    [(False, "keep", None), (True, "keep", None), (True, "q8", None), (True, "q8", 0), (False, "q8", 0)],
+)
 def test_rows_are_read_from_every_kind_of_pack(
-    tied: bool, quant: Quant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tied: bool,
+    quant: Quant,
+    shard_disk_bytes: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a tied head, and of one in fewer bits, which plans have in slices."""
+    """Of a tied head, and of one in fewer bits, which packs have in slices; and where there is no room for a pack."""
     monkeypatch.setattr(forming, "planned_cut", cut_anyhow)
     path = tiny.save_gguf(tiny.hf_model("llama", tie_word_embeddings=tied), tmp_path / "tiny.gguf")
-    config = replace(ROOMY, quant=quant)
+    config = replace(ROOMY, quant=quant, shard_disk_bytes=shard_disk_bytes)
     with Node(config, packs=Packs(Home(tmp_path))) as node:
         node.load(Load(model=str(path)))
         expected = text_of(node, prompt(0))[1]
