@@ -252,7 +252,7 @@ class Executor:
         self.store.expect(blocks)
         self.store.guess(self._likely(layer, rows[0], home))
         parted = [(home, blocks)] if come and blocks else self._experts.parted(layer, blocks)
-        mixed = {there: self._mixed_there(home, there, mine, routed.values()) for there, mine in parted}
+        mixed = {there: self._mixed_there(home, there, mine, routed.values(), come) for there, mine in parted}
         for index, (part, (x, _, shared)) in enumerate(routed.items()):
             sums = [carried(partials[index], there, home) for there, partials in mixed.items()]
             partial, *more = sums or [home.zeros_like(x)]
@@ -261,13 +261,18 @@ class Executor:
             self._leave(home, router, rows, part, partial)
 
     def _mixed_there(
-        self, home: ComputeHome, there: ComputeHome, blocks: Sequence[BlockId], routed: Collection[Routed]
+        self,
+        home: ComputeHome,
+        there: ComputeHome,
+        blocks: Sequence[BlockId],
+        routed: Collection[Routed],
+        come: bool,
     ) -> list[Hidden]:
-        """What these experts make `there` of what their router in `home` sends them, for each part (T, C). Those that
-        lie elsewhere come; while some are computed, so do the next."""
+        """What these experts make `there` of what their router in `home` sends them, for each part (T, C). If some lie
+        elsewhere, they `come`; while some are computed, so do the next."""
         normed = [carried(x, home, there) for x, _, _ in routed]
         partials = [there.zeros_like(x) for x in normed]
-        coming = self._experts.elsewhere(blocks, there)
+        coming = self._experts.elsewhere(blocks, there) if come else ()
         groups = self._staging.cut(blocks, coming) if coming else _batched(blocks, self._together)
         for number, group in enumerate(groups):
             self._go_on()

@@ -128,6 +128,8 @@ def order_of(data: bytes, plan: Plan, slots: int = 0, *, tokens: bool = False) -
             raise OrderError("an order with a segment of no tokens")
     _check("number of tokens", [sum(len(it.tokens) for it in segments)], plan.step_rows + 1)
     _check("number of segments", [len(segments)], plan.sequences + 1)
+    if tokens:  # then this rank makes logits of all these rows
+        _check("number of wanted rows", [sum(it.rows_wanted for it in segments)], plan.logit_rows + 1)
     moves = [
         Copy(it.source, it.target) if it.digest is None else Put(it.source, it.target, it.digest)
         for it in read.moves

@@ -165,6 +165,8 @@ def _plan(
         staged_experts=staged,
     )
     if least.peak_bytes > memory_bytes:
+        if staged:  # then the layer that made room for experts to come may be what is too much here
+            return _plan(wanted, model, room, memory_bytes, 0)
         return Misfit(least.peak_bytes, least)
     if wanted.kv_tokens is not None:
         return least

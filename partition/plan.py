@@ -170,7 +170,12 @@ class Plan:
     @property
     def step_rows(self) -> int:
         """Rows of a step, at most."""
-        return self.chunk_tokens + self.sequences + self.guesses
+        return self.chunk_tokens + self.logit_rows
+
+    @property
+    def logit_rows(self) -> int:
+        """Rows of a step whose logits are wanted, at most."""
+        return self.sequences + self.guesses
 
     @property
     def peak_bytes(self) -> int:

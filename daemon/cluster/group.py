@@ -60,8 +60,7 @@ class Seat:
 
 def _brought_bytes(seat: Seat) -> int:
     """The most that a rank brings at once besides partials: K and V of a layer of a page, or its part of logits."""
-    rows = seat.plan.sequences + seat.plan.guesses
-    return max(frame_bytes(seat.spec, seat.plan.kv.dtype), 4 * rows * seat.spec.vocab)
+    return max(frame_bytes(seat.spec, seat.plan.kv.dtype), 4 * seat.plan.logit_rows * seat.spec.vocab)
 
 
 Settle = Callable[[Mapping[tuple[int, int], LinkSpeed]], Manners]

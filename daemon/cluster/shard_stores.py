@@ -85,15 +85,15 @@ class ShardStores:
             ) as weights:
                 if weights.spec != request.spec or weights.shard != request.shard:
                     raise DaemonError("bad_request", "the head sends another shard than it asked for")
-                check_given(request.plan, request.spec, weights.matrix_bytes, weights.slices)
-                if request.fetch_only:
-                    return None, weights.pack
-                if not request.plan.streams:
-                    return ResidentStore.load(request.plan, weights.reader, loading), weights.pack
-                if weights.pack is None:
+                if request.plan.streams and weights.pack is None and not request.fetch_only:
                     raise DaemonError(
                         "resources", f"a shard that streams needs room on a disk: {weights.warning}"
                     )
+                check_given(request.plan, request.spec, weights.matrix_bytes, weights.slices)
+                if request.fetch_only:
+                    return None, weights.pack
+                if weights.pack is None or not request.plan.streams:
+                    return ResidentStore.load(request.plan, weights.reader, loading), weights.pack
                 return WindowStore.open(request.plan, weights.pack, loading), weights.pack
         finally:
             for channel in channels:

@@ -96,9 +96,19 @@ def rank_part(
     """What a rank needs for its part of a checkpoint, to be planned with the others of its group. `vocab`: as in
     `Wanted`."""
     part = weighed(checkpoint, quant)
-    return RankPart(
-        part.spec, part.block_bytes, part.extents, part.vectors_bytes, memory_bytes, threads, vocab
+    # A worker may have no pack, which is what has slices.
+    blocks = _with_whole_head(part) if vocab == 0 and quant != "keep" else part.block_bytes
+    return RankPart(part.spec, blocks, part.extents, part.vectors_bytes, memory_bytes, threads, vocab)
+
+
+def _with_whole_head(part: Weighed) -> Mapping[BlockId, int]:
+    """Bytes of its blocks in memory, the head in one piece; a tied one's are the embedding's."""
+    head = BlockId("head")
+    found = {block: nbytes for block, nbytes in part.block_bytes.items() if block.kind != "head"} | {head: 0}
+    found[BlockId("embed") if part.spec.tied else head] += sum(part.block_bytes.values()) - sum(
+        found.values()
     )
+    return found
 
 
 def extents(checkpoint: AnyCheckpoint, quant: Quant = "keep") -> tuple[Mapping[BlockId, int], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -70,7 +71,7 @@ def test_token_ids_do_not_travel() -> None:
 @given(st.lists(segments, max_size=4))
 def test_token_ids_travel_to_ranks_that_embed_them(parts: list[Segment]) -> None:
     data = order_bytes(Order(parts), tokens=True)
-    found = order_of(data, PLAN, tokens=True).segments
+    found = order_of(data, replace(PLAN, guesses=240), tokens=True).segments
     assert [it._replace(tokens=list(it.tokens)) for it in found] == parts
     if parts:
         with pytest.raises(OrderError, match="with token ids"):
@@ -83,6 +84,18 @@ def test_token_ids_travel_to_ranks_that_embed_them(parts: list[Segment]) -> None
 def test_what_is_no_token_id_is_refused(wrong: list[object]) -> None:
     with pytest.raises(OrderError, match="read"):
         order_of(msgspec.msgpack.encode([[[wrong, 0, [0], 1, 0]], []]), PLAN, tokens=True)
+
+
+def test_no_more_logits_are_made_than_there_is_memory_for() -> None:
+    def wanting(rows: int) -> bytes:
+        return order_bytes(
+            Order([Segment([5] * 32, 0, [0], rows), Segment([5] * 32, 0, [1], 2)]), tokens=True
+        )
+
+    most = PLAN.sequences + PLAN.guesses
+    assert order_of(wanting(most - 2), PLAN, tokens=True).segments[0].rows_wanted == most - 2
+    with pytest.raises(OrderError, match=f"number of wanted rows {most + 1}: must be below {most + 1}"):
+        order_of(wanting(most - 1), PLAN, tokens=True)
 
 
 @pytest.mark.parametrize("count", [0, 65, PLAN.step_rows + 1])

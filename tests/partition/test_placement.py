@@ -125,6 +125,16 @@ def test_experts_come_through_what_whole_layers_leave() -> None:
     assert partly.staged_tokens == (40 if partly.staged_experts else 0)
 
 
+def test_no_layer_makes_room_for_experts_to_come_that_has_none_here() -> None:
+    device_bytes = MIXED_SCRATCH + 30 * MB
+    asked = {"spec": MIXTURE, "kv_tokens": 512}
+    without = plan(device_bytes, **asked)
+    coming = plan(device_bytes, staged_tokens=40, **asked)
+    assert coming.device_experts[0] < without.device_experts[0]
+    found = plan(device_bytes, coming.peak_bytes - 1, staged_tokens=40, **asked)
+    assert found == without
+
+
 def test_all_experts_of_a_layer_are_in_one_place() -> None:
     made = plan(MIXED_SCRATCH + 30 * MB, spec=MIXTURE)
     assert made.device_layers == (6, 6)

@@ -21,6 +21,7 @@ from shoal.daemon.cluster.choosing import planned_cut
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.loaded_model import LoadedModel
+from shoal.daemon.model_name import Reference
 from shoal.daemon.node import Node
 from shoal.engine import leader
 from shoal.engine.order import Order
@@ -116,20 +117,33 @@ def cut_anyhow(*about: Any, may_cut_vocabulary: bool) -> planned_cut.PlannedCut:
     return planned_cut._planned(*about, cut_vocabulary=True)
 
 
-@pytest.mark.parametrize(("tied", "quant"), [(False, "keep"), (True, "keep"), (True, "q8")])
+@pytest.mark.parametrize(
+    ("tied", "quant", "shard_disk_bytes"),
+    [(False, "keep", None), (True, "keep", None), (True, "q8", None), (True, "q8", 0), (False, "q8", 0)],
+)
 def test_rows_are_read_from_every_kind_of_pack(
-    tied: bool, quant: Quant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tied: bool,
+    quant: Quant,
+    shard_disk_bytes: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a tied head, and of one in fewer bits, which plans have in slices."""
+    """Of a tied head, and of one in fewer bits, which packs have in slices; and where there is no room for a pack."""
     monkeypatch.setattr(forming, "planned_cut", cut_anyhow)
-    path = tiny.save_gguf(tiny.hf_model("llama", tie_word_embeddings=tied), tmp_path / "tiny.gguf")
-    config = replace(ROOMY, quant=quant)
+    monkeypatch.setattr("shoal.offload.pack.layout.SLICE_BYTES", 1)
+    model = tiny.hf_model(
+        "llama", tie_word_embeddings=tied, hidden_size=2048, num_hidden_layers=1, head_dim=16
+    )
+    path = tiny.save_gguf(model, tmp_path / "tiny.gguf")
+    config = replace(ROOMY, shard_disk_bytes=shard_disk_bytes)
     with Node(config, packs=Packs(Home(tmp_path))) as node:
-        node.load(Load(model=str(path)))
+        node.load(Load(model=str(Reference(str(path), quant))))
         expected = text_of(node, prompt(0))[1]
     with Cluster(tmp_path, config, workers=1, choosing=evenly) as cluster:
-        cluster.node.load(Load(model=str(path)))
+        cluster.node.load(Load(model=str(Reference(str(path), quant))))
         assert min(rows(cluster)) > 0
+        heads = [it for it in loaded(cluster).plan.blocks if it.block.kind == "head"]
+        assert len(heads) > 1 or quant == "keep"
         assert text_of(cluster.node, prompt(0))[1] == expected
 
 

@@ -152,7 +152,9 @@ class Cluster:
             self._config,
             Budget(WORKER_BYTES),
             Roster(),
-            ShardStores(home.shards, kv_files=KvFiles(home.kv, self._config.kv_disk_bytes)),
+            ShardStores(
+                home.shards, KvFiles(home.kv, self._config.kv_disk_bytes), self._config.shard_disk_bytes
+            ),
             lambda: SPEED,
         )
         worker.start()
