@@ -14,7 +14,7 @@ from shoal.comm.group.discovery import BROWSE_S, SERVICE, FoundHead, addresses_o
 from shoal.comm.group.errors import PairingRefused
 from shoal.comm.group.join_code import read_code
 from shoal.comm.group.node_identity import NodeIdentity
-from shoal.comm.group.peers import Peers
+from shoal.comm.group.peers import PairedNode, Peers
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
@@ -98,14 +98,23 @@ def _require_free(home: Home, peers: Peers) -> None:
         raise DaemonError("bad_request", "this machine is a head, and a head joins no other", hint)
 
 
-def unpair(home: Home) -> list[str]:
-    """Forgets all that this machine is paired with. → their names"""
+class Unpaired(NamedTuple):
+    """`nodes`: with whom this machine was paired; `led`: whether it was a head, which may have had no workers."""
+
+    nodes: list[PairedNode]
+    led: bool
+
+
+def unpair(home: Home) -> Unpaired:
+    """Forgets all that this machine is paired with. Raises DaemonError."""
+    listen = home.cluster / "listen"
+    led = listen.exists()
     try:
         peers = Peers(home.cluster)
-        names = [peer.name for peer in peers.listed()]
-        for name in names:
-            peers.forget(name)
+        nodes = list(peers.listed())
+        for node in nodes:
+            peers.forget(node.name)
     except CommError as error:
         raise DaemonError("bad_request", str(error)) from error
-    (home.cluster / "listen").unlink(missing_ok=True)
-    return names
+    listen.unlink(missing_ok=True)
+    return Unpaired(nodes, led)
