@@ -63,7 +63,8 @@ def test_heads_that_are_none_do_not_hide_the_one(tmp_path: Path) -> None:
     with Cluster(tmp_path, CONFIG, workers=0) as cluster:
         invited = cluster.invite()
         real = FoundHead("head", "", (parse_address(invited.addresses[0]),))
-        network = FakeNetwork(*fake_heads(MAX_HEADS - 1), real)
+        network = FakeNetwork(*fake_heads(59), real)
+        assert len(network.heads) <= MAX_HEADS
         pair_with_head(cluster.home(1), invited.code, network=network)
 
 
