@@ -26,11 +26,8 @@ ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
 CODE_CHARACTERS = 13
 CODE_S = 600.0
 MAX_CODES = 16  # good ones, or ones that are remembered to say what became of them
-TRIES_S, TRIES, TRIES_BY_ONE = (
-    60.0,
-    6000,
-    6,
-)  # failed ones: within so many seconds, of all addresses and of one
+TRIES_S = 60.0  # within which failed ones count:
+TRIES, TRIES_BY_ONE = 6000, 6  # of all addresses and of one
 
 T = TypeVar("T")
 

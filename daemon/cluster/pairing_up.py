@@ -64,9 +64,9 @@ def pair_with_head(
         found, _ = pair(identity, peers, code, places, JOIN_S)
     except PairingRefused as error:
         hint = "shoal cluster init on the head gives a code"
-        if said:  # by another head, perhaps
-            hint += f"; {NAME_IT}"
-        raise DaemonError("bad_request", f"not paired: {said}{error}", hint) from error
+        if said:  # another head may have refused it
+            hint += f"; if it is a good one, {NAME_IT}"
+        raise DaemonError("bad_request", f"not paired: {error}", hint) from error
     except (CommError, OSError) as error:
         raise DaemonError("not_found", f"not paired: {said}{error}", hint) from error
     return NowPaired(found.name, identity.fingerprint, before=False)
