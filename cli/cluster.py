@@ -228,18 +228,29 @@ def leave() -> None:
 
     home = Home.from_env()
     runs = background.running_pid(home) is not None
-    names: list[str] = []
+    heads: list[str] = []
+    workers: list[str] = []
     if runs:
         with Client(home.address) as client:
-            found = client.nodes()
-            for node in found.nodes[1:]:
+            for node in client.nodes().nodes[1:]:
                 client.forget(node.fingerprint)
-                names.append(node.name)
-    names += unpair(home)
+                (heads if node.role == "head" else workers).append(node.name)
+    parted = unpair(home)
+    for peer in parted.nodes:
+        (heads if peer.role == "head" else workers).append(peer.name)
     if runs:
         with Client(home.address) as client:
             client.rejoin()
-    note(f"this machine has left {', '.join(names)}" if names else "this machine was in no cluster")
+    note(_parted(heads, workers, parted.led))
+
+
+def _parted(heads: Sequence[str], workers: Sequence[str], led: bool) -> str:
+    """What `leave` has done, for people."""
+    if heads:
+        return f"this machine has left {', '.join(heads)}"
+    if workers:
+        return f"this machine is no head any more: it has let go of {', '.join(workers)}"
+    return "this machine is no head any more" if led else "this machine was in no cluster"
 
 
 @cluster.command(epilog=examples("shoal cluster forget pi3"))

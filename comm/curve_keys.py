@@ -21,12 +21,14 @@ import zmq
 
 from . import key_files
 from .errors import KeyFileError
+from .log_rate import SeldomLog
 
 Z85_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 ZAP_DOMAIN = b"shoal"
 
 log = logging.getLogger("shoal.keys")
+_seldom = SeldomLog(log)  # anybody can connect, and each time the files are read
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class KeyRing:
         try:
             return key.decode("ascii") in self.authorised().values()
         except (KeyFileError, UnicodeDecodeError) as error:
-            log.error("refusing a client: %s", error)
+            _seldom.warning("refusing a client: %s", error)
             return False
 
     def _write_authorised(self, entries: dict[str, str]) -> None:

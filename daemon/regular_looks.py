@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 
-from .server.log_rate import SeldomLog
+from shoal.comm.log_rate import SeldomLog
 
 log = logging.getLogger(__name__)
 

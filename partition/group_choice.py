@@ -127,7 +127,13 @@ class Choice(NamedTuple):
         if self.freely_ranks == len(self.ranks):
             return said
         other = "alone" if self.freely_ranks == 1 else f"with {self.freely_ranks}"
-        return f"{said}, {other} {_rate(freely.token_s)}"
+        if _rate(freely.token_s) != _rate(self.figures.token_s):
+            return f"{said}, {other} {_rate(freely.token_s)}"
+        loss = _loss(freely, self.figures, self.prompts)
+        if loss is None or not loss.prompt_tokens:
+            return said
+        first = f"the first token of a prompt of {loss.prompt_tokens:,} after {_seconds(loss.then)}"
+        return f"{said}, {first}, {other} {_seconds(loss.now)}"
 
 
 class KeptCut(NamedTuple):

@@ -37,7 +37,7 @@ CLI_VOCABULARY = {
 }
 # What these folders may know of the rest of their room.
 INNER = {
-    "comm/group": {"comm.errors", "comm.key_files"},
+    "comm/group": {"comm.errors", "comm.key_files", "comm.log_rate"},
     "daemon/server": {"daemon.backend", "daemon.errors"},
     "daemon/library": {
         "daemon.config",

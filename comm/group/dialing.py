@@ -28,6 +28,8 @@ from .tls import client_context, stranger_context
 DIAL_S = 10.0
 OTHERS_S = 1.0  # for those who have not answered yet when one has
 GREET_S = 3.0  # for one that may not be the head, so that others get their turn
+MAX_ASKED = 64  # addresses at which somebody may be who gave a code
+TOLD = 3  # failures that are named
 
 Reached = tuple[Address, TlsStream, bytes]  # where, and the certificate that was shown
 
@@ -122,7 +124,7 @@ def pair(
     deadline = time.monotonic() + timeout_s
     refusal: GroupError | None = None
     asked: set[bytes] = set()
-    with _Race(addresses, stranger_context(), deadline) as race:
+    with _Race(addresses, stranger_context(), deadline, MAX_ASKED) as race:
         for _, stream, shown in race.found():
             try:
                 with Channel(stream) as channel:
@@ -145,15 +147,21 @@ def _clearer(one: GroupError | None, other: GroupError) -> GroupError:
 class _Race:
     """Attempts at all addresses at once, each in a thread, none of which outlives the deadline."""
 
-    def __init__(self, addresses: Sequence[Address], context: ssl.SSLContext, deadline: float) -> None:
-        self._context, self.deadline = context, deadline
+    def __init__(
+        self,
+        addresses: Sequence[Address],
+        context: ssl.SSLContext,
+        deadline: float,
+        most: int = MAX_ADDRESSES,
+    ) -> None:
+        self._context, self.deadline, self._most = context, deadline, most
         self._lock = threading.Lock()
         self._over = False
         self._running = self._started = 0
         self._under_way: set[SocketStream] = set()
         self._ended: queue.SimpleQueue[Reached | tuple[Address, Exception] | None] = queue.SimpleQueue()
         self._failures: list[tuple[Address, Exception]] = []
-        for address in addresses[:MAX_ADDRESSES]:
+        for address in addresses[:most]:
             self._start(lambda address=address: self._resolve(address))  # type: ignore[misc]
 
     def __enter__(self) -> _Race:
@@ -196,7 +204,9 @@ class _Race:
             # Of one of them, always the same: they fail in another order each time, and each text is logged once.
             address, error = min(self._failures, key=lambda failure: failure[0])
             return NotPaired(f"{_written(address)}: {error}")
-        told = [f"{_written(address)}: {error}" for address, error in self._failures[:MAX_ADDRESSES]]
+        told = [f"{_written(address)}: {error}" for address, error in self._failures[:TOLD]]
+        if (more := len(self._failures) - len(told)) > 0:
+            told.append(f"and {more} more")
         late = self._running or any(isinstance(error, ChannelTimeout) for error in errors)
         kind = ChannelTimeout if late else ChannelError
         return kind(f"the node cannot be reached ({'; '.join(told) or 'no answer in time'})")
@@ -211,7 +221,7 @@ class _Race:
                     self._ended.put(ended)
 
         with self._lock:
-            if self._over or self._started >= 2 * MAX_ADDRESSES:
+            if self._over or self._started >= 2 * self._most:
                 return
             self._running += 1
             self._started += 1

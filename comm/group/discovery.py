@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # imported when it is needed: 0.2 s, and only heads and who l
 
 SERVICE = "_shoal._tcp.local."
 BROWSE_S = 3.0
-MAX_HEADS = 16  # that are listened to
+MAX_HEADS = 60  # that are listened to: anybody can announce some that are none
 FINGERPRINT_DIGITS = 16  # of it are announced
 TTL_S = 120
 

@@ -1,6 +1,12 @@
 """Join codes: 65 random bits as 13 characters, each good for one node and for ten minutes; kept in memory only.
 
 Knows how a code is written, and when one counts. Does not know how a node proves that it has one (`pairing.py`).
+
+Wrong tries are bounded for each address; the bound over all addresses is for the work alone, and is high, since whoever
+reaches it keeps everybody out. A try takes the head some 2.5 ms, nearly all of it for TLS, so 6000 a minute are a
+quarter of a core. Against guessing neither is needed: so many tries, for the ten minutes of 16 good codes, meet one of
+them with a chance of 60 000 · 16 / 2^65 = 3e-14. Addresses of one IPv6 network are counted apart, since all machines of
+a home may be in it, and one of them is not to keep the others out.
 """
 
 from __future__ import annotations
@@ -9,7 +15,7 @@ import re
 import secrets
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,7 +26,8 @@ ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
 CODE_CHARACTERS = 13
 CODE_S = 600.0
 MAX_CODES = 16  # good ones, or ones that are remembered to say what became of them
-TRIES_S, TRIES, TRIES_BY_ONE = 60.0, 60, 6  # failed ones: within so many seconds, of all addresses and of one
+TRIES_S = 60.0  # within which failed ones count:
+TRIES, TRIES_BY_ONE = 6000, 6  # of all addresses and of one
 
 T = TypeVar("T")
 
@@ -59,7 +66,8 @@ class Codes:
         self._clock = clock
         self._lock = threading.Lock()
         self._issued: deque[_Issued] = deque(maxlen=MAX_CODES)
-        self._failed: deque[tuple[float, str]] = deque(maxlen=TRIES)
+        self._failed: deque[tuple[float, str]] = deque()  # lately, and …
+        self._failed_by: Counter[str] = Counter()  # … how many of these by whom
 
     def new(self) -> str:
         """A fresh code, as it is shown. Of more than 16 the oldest no longer counts."""
@@ -92,6 +100,7 @@ class Codes:
                     raise PairingRefused("expired", "this join code has expired")
             except PairingRefused:
                 self._failed.append((self._clock(), tried_by))
+                self._failed_by[tried_by] += 1
                 raise
             stored = store()
             found[0].used = True
@@ -99,6 +108,10 @@ class Codes:
 
     def _check_rate(self, tried_by: str) -> None:
         since = self._clock() - TRIES_S
-        lately = [address for at, address in self._failed if at > since]
-        if len(lately) >= TRIES or lately.count(tried_by) >= TRIES_BY_ONE:
+        while self._failed and self._failed[0][0] <= since:
+            _, address = self._failed.popleft()
+            self._failed_by[address] -= 1
+            if not self._failed_by[address]:
+                del self._failed_by[address]
+        if len(self._failed) >= TRIES or self._failed_by[tried_by] >= TRIES_BY_ONE:
             raise PairingRefused("often", "too many tries with wrong join codes")

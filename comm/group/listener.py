@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..errors import AddressError, CommError, KeyFileError
+from ..log_rate import SeldomLog
 from .channel import Channel
 from .errors import ChannelError, NotPaired, PairingRefused
 from .greeting import welcome
@@ -66,6 +67,8 @@ class GroupListener:
         self._lock = threading.Lock()  # for the newcomers, and for what `also_at` changes
         self._ready: queue.Queue[Channel] = queue.Queue(MAX_WAITING)
         self._context: tuple[tuple[PairedNode, ...], ssl.SSLContext] | None = None
+        # Anybody can cause what is logged of newcomers. What nobody should cause is not lost among it.
+        self._refusals, self._faults = SeldomLog(log), SeldomLog(log)
         self._wake, self._woken = socket.socketpair()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shoal-group-listener", daemon=True)
@@ -216,11 +219,11 @@ class GroupListener:
                         del self._newcomers[stream]
                         kept = True
         except queue.Full:
-            log.warning("%s: channels come faster than they are taken", address)
+            self._faults.warning("%s: channels come faster than they are taken", address)
         except (CommError, OSError) as error:
             log.debug("turned away %s: %s", address, error)
-        except Exception:
-            log.exception("%s: bug in Shoal", address)
+        except Exception as error:
+            self._faults.warning("%s: bug in Shoal", address, error=error)
         finally:
             if not kept:
                 stream.part()
@@ -250,8 +253,7 @@ class GroupListener:
         try:
             peer = admit(channel, self._identity, self._peers, self._codes)
         except PairingRefused as error:
-            level = logging.DEBUG if error.reason == "often" else logging.WARNING  # which bounds the log, too
-            log.log(level, "%s was not paired: %s", channel.remote[0], error)
+            self._refusals.warning("%s was not paired: %s", channel.remote[0], error)
             raise
         log.info("paired with %s at %s", peer.name, channel.remote[0])
 

@@ -10,20 +10,21 @@ from typing import NamedTuple
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.dialing import pair
-from shoal.comm.group.discovery import BROWSE_S, SERVICE, addresses_of
+from shoal.comm.group.discovery import BROWSE_S, SERVICE, FoundHead, addresses_of
 from shoal.comm.group.errors import PairingRefused
 from shoal.comm.group.join_code import read_code
 from shoal.comm.group.node_identity import NodeIdentity
-from shoal.comm.group.peers import Peers
-from shoal.comm.group.streams import Address
+from shoal.comm.group.peers import PairedNode, Peers
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
+from shoal.partition.amounts import counted
 
 from .routes.local_network import LocalNetwork, interfaces
 from .routes.own_addresses import parse_address
 
 JOIN_S = 10.0
+NAME_IT = "name its `address=HOST:PORT`, which shoal cluster init shows on the head"
 
 
 class NowPaired(NamedTuple):
@@ -45,6 +46,7 @@ def pair_with_head(
     paired already with the head whose fingerprint is `head`, it stays so. Raises DaemonError."""
     private_dir(home.root)
     private_dir(home.cluster)
+    said, hint = "", "is shoal serve running on the head, and does its firewall let this port through?"
     try:
         read_code(code)
         peers = Peers(home.cluster)
@@ -54,30 +56,35 @@ def pair_with_head(
         _require_free(home, peers)
         identity = NodeIdentity.of(home.cluster)
         places = [parse_address(it, with_host=True) for it in addresses]
-        found, _ = pair(identity, peers, code, places or _found(network or LocalNetwork()), JOIN_S)
+        if not places:
+            heads = _found(network or LocalNetwork())
+            said = f"{counted(len(heads), 'head')} answered on the local network, and "
+            hint = f"does the head's firewall let this port through? If so, {NAME_IT}"
+            places = addresses_of(heads)
+        found, _ = pair(identity, peers, code, places, JOIN_S)
     except PairingRefused as error:
         hint = "shoal cluster init on the head gives a code"
+        if said:  # another head may have refused it
+            hint += f"; if it is a good one, {NAME_IT}"
         raise DaemonError("bad_request", f"not paired: {error}", hint) from error
     except (CommError, OSError) as error:
-        hint = "is shoal serve running on the head, and does its firewall let this port through?"
-        raise DaemonError("not_found", f"not paired: {error}", hint) from error
+        raise DaemonError("not_found", f"not paired: {said}{error}", hint) from error
     return NowPaired(found.name, identity.fingerprint, before=False)
 
 
-def _found(network: LocalNetwork) -> list[Address]:
-    """Where heads are. Which of them is the right one, the code proves."""
-    hint = "name its `address=HOST:PORT`, which shoal cluster init shows on the head"
+def _found(network: LocalNetwork) -> list[FoundHead]:
+    """Who says that it is a head. Which of them is the right one, the code proves."""
     try:
         heads = network.find()
     except OSError as error:
         found = f"heads cannot be looked for on the local network: {error}"
-        raise DaemonError("not_found", found, hint) from error
+        raise DaemonError("not_found", found, NAME_IT) from error
     if not heads:
         looked = (
             f"no head was found on the local network: {SERVICE} was looked for by mDNS for {BROWSE_S:.0f} s"
         )
-        raise DaemonError("not_found", f"{looked} at {', '.join(interfaces())}", hint)
-    return addresses_of(heads)
+        raise DaemonError("not_found", f"{looked} at {', '.join(interfaces())}", NAME_IT)
+    return heads
 
 
 def _require_free(home: Home, peers: Peers) -> None:
@@ -91,14 +98,23 @@ def _require_free(home: Home, peers: Peers) -> None:
         raise DaemonError("bad_request", "this machine is a head, and a head joins no other", hint)
 
 
-def unpair(home: Home) -> list[str]:
-    """Forgets all that this machine is paired with. → their names"""
+class Unpaired(NamedTuple):
+    """`nodes`: with whom this machine was paired; `led`: whether it was a head, which may have had no workers."""
+
+    nodes: list[PairedNode]
+    led: bool
+
+
+def unpair(home: Home) -> Unpaired:
+    """Forgets all that this machine is paired with. Raises DaemonError."""
+    listen = home.cluster / "listen"
+    led = listen.exists()
     try:
         peers = Peers(home.cluster)
-        names = [peer.name for peer in peers.listed()]
-        for name in names:
-            peers.forget(name)
+        nodes = list(peers.listed())
+        for node in nodes:
+            peers.forget(node.name)
     except CommError as error:
         raise DaemonError("bad_request", str(error)) from error
-    (home.cluster / "listen").unlink(missing_ok=True)
-    return names
+    listen.unlink(missing_ok=True)
+    return Unpaired(nodes, led)

@@ -15,13 +15,13 @@ import msgspec
 from shoal.comm import wire
 from shoal.comm.cluster_messages import Forget, Invite, MeasureLinks, Nodes, Rejoin
 from shoal.comm.errors import ProtocolError
+from shoal.comm.log_rate import SeldomLog
 from shoal.comm.messages import REQUESTS, Chat, Error, Generate, Load, Message, Status, Tokenize, Unload
 from shoal.daemon.backend import Backend
 from shoal.daemon.errors import DaemonError
 from shoal.models.turns import TurnPool
 
 from .in_flight import Flight
-from .log_rate import SeldomLog
 
 OWN_USERS = frozenset({"invite", "forget", "rejoin", "measure_links"})
 """The request types that change who may compute with this machine, or keep its network busy."""

@@ -24,12 +24,12 @@ from typing import Any
 
 import zmq
 
+from shoal.comm.log_rate import SeldomLog
 from shoal.comm.waker import Waker
 
 from .descriptors import SHORTAGES, Reserve, margin, soft_limit
 from .front_link import Link
 from .limits import ServerLimits
-from .log_rate import SeldomLog
 from .zmtp_meter import ZmtpMeter, weight
 
 PASSED_BYTES = 1 << 16

@@ -16,13 +16,13 @@ import zmq
 
 from shoal.comm import wire
 from shoal.comm.errors import ProtocolError
+from shoal.comm.log_rate import SeldomLog
 from shoal.comm.messages import STREAMING, TYPE_NAMES, Error, Message
 from shoal.comm.waker import Waker
 
 from .front import Front
 from .in_flight import Flight, Peer
 from .limits import ServerLimits
-from .log_rate import SeldomLog
 
 MAX_REFUSALS = 10_000  # that wait for a client; what it had sent before reading stopped gives fewer
 FULL_QUEUE_RETRY_S = 0.02  # between tries of a full queue: ZeroMQ does not tell which client can take more

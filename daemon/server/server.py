@@ -24,6 +24,7 @@ import zmq
 
 from shoal.comm import curve_keys, endpoint, wire
 from shoal.comm.errors import AddressError, ProtocolError
+from shoal.comm.log_rate import SeldomLog
 from shoal.comm.messages import REQUESTS, Cancel, Error, Hello, Message, Ok, Ping, Pong
 from shoal.comm.waker import Waker
 from shoal.daemon.backend import Backend
@@ -34,7 +35,6 @@ from .descriptors import soft_limit
 from .front import Front
 from .in_flight import Peer
 from .limits import ServerLimits
-from .log_rate import SeldomLog
 from .no_front import NoFront
 from .outbox import FULL_QUEUE_RETRY_S, Outbox
 from .socket_lock import socket_lock

@@ -11,9 +11,10 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.comm import endpoint
+from shoal.comm import curve_keys, endpoint
 from shoal.comm.curve_keys import ClientKeys, KeyRing, load_server
 from shoal.comm.errors import AddressError, KeyFileError
+from shoal.comm.log_rate import SeldomLog
 from shoal.comm.waker import Waker
 
 
@@ -194,3 +195,15 @@ def test_a_wake_is_seen_and_many_cost_one_byte():
     assert poller.poll(1000)
     waker.close()
     waker.wake()  # harmless after the end
+
+
+def test_a_damaged_file_of_keys_does_not_fill_the_log(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(curve_keys, "_seldom", SeldomLog(curve_keys.log))
+    ring = KeyRing(tmp_path)
+    ring.server()
+    (tmp_path / "authorised").write_text("no key\n")
+    (tmp_path / "authorised").chmod(0o600)
+    for _ in range(5):  # anybody may connect so often
+        assert not ring.callback("shoal", b"x" * 40)
+    assert len(caplog.records) == 1
+    assert "refusing a client" in caplog.text

@@ -73,6 +73,15 @@ WIFI = LinkSpeed(0.027, 4e6, "Wi-Fi")
             "using 2 machines because a number was asked for: 6.1 tokens/s",
         ),
         (
+            choice(1, 2, figures(109.7), freely=figures(109.71), freely_ranks=2),
+            "using 1 machine because a number was asked for: 109.7 tokens/s",
+        ),
+        (  # freely, prompts are read by both
+            choice(1, 2, figures(4.3, 73), freely=figures(4.3, 25), freely_ranks=2),
+            "using 1 machine because a number was asked for: 4.3 tokens/s, the first token of a prompt of 512 "
+            "after 73 s, with 2 25 s",
+        ),
+        (
             choice(2, 2, figures(6.1), alone=None)._replace(split="pipeline"),
             "using both machines, with layers divided among them: 6.1 tokens/s, alone it would not fit",
         ),

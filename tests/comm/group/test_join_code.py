@@ -132,6 +132,24 @@ def test_tries_are_bounded_and_others_are_not_kept_out(codes, clock):
     assert reason(codes, WRONG, "192.168.1.66") == "code"
 
 
+def test_nobody_stops_pairing_by_wrong_codes(codes, clock):
+    """2.3 a second from 40 addresses of the network in which the new machine is, too."""
+    code = codes.new()
+    for number in range(500):
+        clock.now = number / 2.3
+        with pytest.raises(PairingRefused):
+            redeem(codes, WRONG, f"fd00::{number % 40:x}")
+    redeem(codes, code, "fd00::99")
+
+
+def test_what_is_remembered_of_tries_is_bounded(codes, clock):
+    codes.new()
+    for number in range(3 * TRIES):
+        clock.now = 100 * (number // TRIES)
+        assert reason(codes, WRONG, f"a{number}") == "code"
+    assert len(codes._failed) == len(codes._failed_by) == TRIES
+
+
 def test_tries_of_all_are_bounded(codes, clock):
     code = codes.new()
     for number in range(TRIES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 from fakes.group.nodes import Machine, relay, tls
 
 from shoal.comm.errors import KeyFileError
+from shoal.comm.group import listener as listener_module
 from shoal.comm.group import pairing
 from shoal.comm.group.channel import Channel, channel_pair
 from shoal.comm.group.dialing import pair
@@ -102,6 +104,37 @@ def test_tries_are_bounded(head, worker):
             refused(worker, WRONG, listener.addresses)
         assert refused(worker, code, listener.addresses) == "often"
         assert nothing_stored(head, worker)
+
+
+def warned(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("who", ["wrong code", "itself", "too often"])
+def test_what_strangers_cause_is_seldom_logged(who, head, worker, caplog):
+    if who == "too often":
+        for _ in range(TRIES_BY_ONE):
+            with contextlib.suppress(PairingRefused):
+                head.codes.redeem("127.0.0.1", lambda code: False, lambda: None)
+    with head.listening() as listener:
+        for _ in range(4):
+            refused(head if who == "itself" else worker, WRONG, listener.addresses)
+    assert len(warned(caplog)) == 1
+    assert "127.0.0.1 was not paired" in warned(caplog)[0]
+
+
+def test_a_bug_that_strangers_find_is_seldom_logged(head, worker, caplog, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("mended some day")
+
+    monkeypatch.setattr(listener_module, "admit", fail)
+    with head.listening() as listener:
+        for _ in range(3):
+            with pytest.raises(GroupError):
+                by(worker, WRONG, listener.addresses)
+    assert [line for line in warned(caplog) if "bug in Shoal" in line] == warned(caplog)
+    assert len(warned(caplog)) == 1
+    assert "mended some day" in caplog.text
 
 
 def test_a_used_code(head, worker, tmp_path):

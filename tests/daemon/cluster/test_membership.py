@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from fakes.asking import CONFIG
 from fakes.group.clusters import Cluster, wait_for
+from fakes.group.networks import FakeNetwork
 
 from shoal.comm.cluster_messages import Forget, NodesReply, Rejoin
 from shoal.comm.cluster_messages import Nodes as AskNodes
 from shoal.comm.group.channel import Channel
+from shoal.comm.group.discovery import MAX_HEADS, FoundHead
 from shoal.comm.group.group_protocol import Purpose
 from shoal.comm.home import Home
 from shoal.daemon.cluster import worker as worker_room
@@ -50,6 +52,41 @@ def test_a_head_joins_nobody_and_a_worker_only_one(tmp_path: Path) -> None:
             pair_with_head(head, CODE, [address])
         with pytest.raises(DaemonError, match="is a worker of"):
             pair_with_head(worker, CODE, [address])
+
+
+def fake_heads(count: int) -> list[FoundHead]:
+    """At addresses where nobody is."""
+    return [FoundHead(f"pi{number}", "", ((f"127.0.1.{number + 1}", 9),)) for number in range(count)]
+
+
+def test_heads_that_are_none_do_not_hide_the_one(tmp_path: Path) -> None:
+    with Cluster(tmp_path, CONFIG, workers=0) as cluster:
+        invited = cluster.invite()
+        real = FoundHead("head", "", (parse_address(invited.addresses[0]),))
+        network = FakeNetwork(*fake_heads(59), real)
+        assert len(network.heads) <= MAX_HEADS
+        pair_with_head(cluster.home(1), invited.code, network=network)
+
+
+def test_where_heads_are_none_the_error_is_short_and_says_what_helps(tmp_path: Path) -> None:
+    with pytest.raises(DaemonError) as caught:
+        pair_with_head(Home(tmp_path / "worker"), CODE, network=FakeNetwork(*fake_heads(30)))
+    assert "30 heads answered on the local network" in caught.value.message
+    assert "127.0.1." in caught.value.message
+    assert "and 27 more" in caught.value.message
+    assert len(caught.value.message) < 300
+    assert "`address=HOST:PORT`" in caught.value.hint
+
+
+def test_a_code_that_a_found_head_refuses_may_be_anothers(tmp_path: Path) -> None:
+    with Cluster(tmp_path, CONFIG, workers=0) as cluster:
+        found = FoundHead("head", "", (parse_address(cluster.invite().addresses[0]),))
+        with pytest.raises(DaemonError, match="no such join code") as caught:
+            pair_with_head(cluster.home(1), CODE, network=FakeNetwork(found))
+        assert "`address=HOST:PORT`" in caught.value.hint
+        with pytest.raises(DaemonError, match="no such join code") as caught:
+            pair_with_head(cluster.home(1), CODE, [cluster.invite().addresses[0]])
+        assert "address" not in caught.value.hint
 
 
 def test_a_head_that_leaves_listens_no_more(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A bounded rate for log lines that clients can cause.
+"""A bounded rate for log lines that clients and strangers can cause.
 
 Knows a logger. Does not know what the lines are about.
 """
