@@ -70,10 +70,13 @@ def crowd(options: argparse.Namespace) -> None:
     with Lab() as made:
         many = Crowd(_three(made, options.model))
         many.run(60 * options.minutes)
-        print(f"{dict(many.ended)}, {many.losses} losses, {len(many.troubles)} troubles {many.troubles[:5]}")
+        print(
+            f"{dict(many.ended)}, {len(many.losses)} losses, {len(many.troubles)} troubles {many.troubles[:5]}"
+        )
         print(
             f"longest wait for a token {many.longest_gap_s:.1f} s, latest after a deadline {many.latest_s:.1f} s"
         )
+        print("\n".join(f"  {wait}" for wait in many.waits()))
         for host in made.hosts:
             points = [(it["s"], it[host.name] / 1e6) for it in many.memory if host.name in it]
             shown = points[:: max(1, len(points) // 10)]

@@ -24,6 +24,7 @@ from shoal.comm.messages import Done, Token
 SILENT_S = 60.0  # a client hears something before that: tokens, or that it waits
 LATE_S = 15.0  # how long after its deadline a request may end: a loss may lie between
 SAMPLE_S = 5.0
+SHOWN_S = 1.0  # waits shorter than that are not kept
 LOSS_S = 25.0  # from one loss to the next
 AWAY_S = 4.0
 
@@ -39,13 +40,27 @@ class Crowd:
     most_new: int = 80
     ended: Counter[str] = field(default_factory=Counter)  # how requests have ended
     troubles: list[str] = field(default_factory=list)
-    longest_gap_s: float = 0.0  # between tokens of a running answer
+    gaps: list[tuple[float, float]] = field(default_factory=list)  # between tokens: until when, how long
     latest_s: float = 0.0  # after a deadline
     memory: list[dict[str, float]] = field(default_factory=list)  # "s", and bytes of each daemon
-    losses: int = 0
+    losses: list[tuple[float, str]] = field(default_factory=list)  # when, and what
+    began_s: float = 0.0
+
+    @property
+    def longest_gap_s(self) -> float:
+        return max((gap_s for _, gap_s in self.gaps), default=0.0)
+
+    def waits(self) -> list[str]:
+        """The longest waits for a token, each with the losses that lie in it or shortly before."""
+        shown = []
+        for at_s, gap_s in sorted(self.gaps, key=lambda it: -it[1])[:10]:
+            near = [f"{what} at {s:.0f} s" for s, what in self.losses if at_s - gap_s - LOSS_S < s < at_s]
+            shown.append(f"{gap_s:.1f} s until {at_s:.0f} s, after {', '.join(near) or 'nothing'}")
+        return shown
 
     def run(self, seconds: float) -> None:
-        ends_s = time.monotonic() + seconds
+        self.began_s = time.monotonic()
+        ends_s = self.began_s + seconds
         threads = [threading.Thread(target=self._client, args=(n, ends_s)) for n in range(self.clients)]
         threads += [threading.Thread(target=work, args=(ends_s,)) for work in (self._lose, self._sample)]
         for thread in threads:
@@ -85,8 +100,8 @@ class Crowd:
             for event in stream:
                 now_s = time.monotonic()
                 if isinstance(event, Token):
-                    if last_s:
-                        self.longest_gap_s = max(self.longest_gap_s, now_s - last_s)
+                    if last_s and now_s - last_s >= SHOWN_S:
+                        self.gaps.append((now_s - self.began_s, now_s - last_s))
                     last_s, count = now_s, count + len(event.ids)
                     if leaves_after is not None and count > leaves_after:
                         return "left"
@@ -106,16 +121,16 @@ class Crowd:
         ways: list[Callable[[Host], None]] = [_killed, _stopped, _unplugged]
         while time.monotonic() < ends_s - LOSS_S - AWAY_S:
             time.sleep(LOSS_S)
+            way, worker = source.choice(ways), source.choice(self.group.workers)
+            self.losses.append((time.monotonic() - self.began_s, f"{worker.name} {way.__name__.lstrip('_')}"))
             try:
-                source.choice(ways)(source.choice(self.group.workers))
-                self.losses += 1
+                way(worker)
             except HostFailed as error:
                 self.troubles.append(str(error))
 
     def _sample(self, ends_s: float) -> None:
-        began_s = time.monotonic()
         while time.monotonic() < ends_s:
-            found = {"s": time.monotonic() - began_s}
+            found = {"s": time.monotonic() - self.began_s}
             for host in (self.group.head, *self.group.workers):
                 try:
                     found[host.name] = host.resident_bytes()
